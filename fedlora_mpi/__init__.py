@@ -1,0 +1,14 @@
+"""Federated learning with shared and personal low-rank parts, simulated over MPI.
+
+``open_run(path)`` reads a run folder; ``fedlora-mpi --help`` lists the commands.
+"""
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name == "open_run":  # imported late: pandas and h5py are not needed to train
+        from .analysis.run import open_run
+
+        return open_run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

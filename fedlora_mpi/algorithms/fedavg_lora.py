@@ -1,0 +1,39 @@
+"""FedLoRA's network with everything shared: "FedAvg + LoRA" of the paper's Table 4.
+
+Wu et al. (see ``fedlora.py``), Table 4: does the added capacity of tau explain the gain? sigma, A
+and B train as in FedLoRA, eqs. (6) and (7), and each is averaged:
+
+    sigma <- (1/N) sum_i sigma_i        A <- (1/N) sum_i A_i        B <- (1/N) sum_i B_i
+
+BatchNorm: running statistics are averaged. Bytes per client and round: all leaves of the model and
+all factors, up and down.
+Deviations: the paper does not say how the low-rank part is averaged; factor by factor is assumed.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Generator
+
+from ..algorithm import Algorithm, Phase, Train, Vars
+from ..losses import own_loss
+from ..lowrank import LowRank
+from ..models.network import Model
+from ..tree import Tree
+
+
+@dataclass(frozen=True)
+class FedAvgLoRA(LowRank, Algorithm):
+    """All variables are shared."""
+
+    weights: ClassVar = "uniform"
+    absent: Literal["exclude", "stale"] = "stale"
+
+    def init(self, model: Model, rng: Generator) -> Vars:
+        return Vars(shared=model.initial | self.factors(model, rng), personal={})
+
+    def phases(self, model: Model, train: Train) -> tuple[Phase, ...]:
+        return self.turns(model, train, own_loss(self, model))
+
+    def weights_of(self, model: Model, v: Vars) -> Tree:
+        return self.theta(model, v)

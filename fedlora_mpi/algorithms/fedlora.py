@@ -1,0 +1,51 @@
+"""Shared full-rank weights plus a personal low-rank part, trained in turn.
+
+Wu et al., "FedLoRA: When Personalized Federated Learning Meets Low-Rank Adaptation", ICLR 2024
+submission; published as FedDecomp, ACM MM 2024, https://arxiv.org/abs/2406.19931. For client i:
+
+    theta_i = sigma + tau_i              (2)    tau_i = s B_i A_i                   (3)-(5)
+    tau_i   <- argmin L_i(tau_i, sigma), lora_epochs epochs, sigma held still       (6)
+    sigma_i <- argmin L_i(tau_i, sigma_i), the other epochs, tau_i held still       (7)
+    sigma   <- (1/N) sum_i sigma_i                                                  (8)
+
+sigma is every leaf of the model, biases and BatchNorm included; A_i and B_i never leave client i.
+
+BatchNorm: affine parameters and running statistics belong to sigma and are averaged; statistics
+also move while the low-rank part trains, its affine parameters do not. ``bn_stats: local`` keeps
+the statistics on the client.
+Bytes per client and round: all leaves of the model up and down, whatever the ranks.
+Deviations: the paper leaves open the variance of A, the treatment of BatchNorm and the layout of
+eq. (5); here they are those of the official code (see ``lowrank.py``).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Generator
+
+from ..algorithm import Algorithm, Phase, Train, Vars
+from ..losses import own_loss
+from ..lowrank import LowRank
+from ..models.network import Model
+from ..tree import Tree, split
+
+
+@dataclass(frozen=True)
+class FedLoRA(LowRank, Algorithm):
+    """``absent: stale``, as in the official code: clients outside the cohort count in the mean
+    with the last sigma."""
+
+    weights: ClassVar = "uniform"
+    bn_stats: Literal["shared", "local"] = "shared"
+    absent: Literal["exclude", "stale"] = "stale"
+
+    def init(self, model: Model, rng: Generator) -> Vars:
+        local = lambda leaf: self.bn_stats == "local" and model.role(leaf) == "stats"
+        own, sigma = split(model.initial, local)
+        return Vars(shared=sigma, personal=own | self.factors(model, rng))
+
+    def phases(self, model: Model, train: Train) -> tuple[Phase, ...]:
+        return self.turns(model, train, own_loss(self, model))
+
+    def weights_of(self, model: Model, v: Vars) -> Tree:
+        return self.theta(model, v)

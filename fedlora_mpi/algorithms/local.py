@@ -1,0 +1,28 @@
+"""Every client trains its own model alone; nothing is sent.
+
+The lower limit of every table: FedLoRA with nothing shared. All clients start from the same
+weights. BatchNorm: statistics are the client's own. Bytes per client and round: none.
+"""
+
+from dataclasses import dataclass
+
+from torch import Generator
+
+from ..algorithm import Algorithm, Phase, Train, Vars
+from ..losses import own_loss
+from ..models.network import Model
+from ..tree import Tree
+
+
+@dataclass(frozen=True)
+class Local(Algorithm):
+    """No hyper-parameters beyond those of ``train``."""
+
+    def init(self, model: Model, rng: Generator) -> Vars:
+        return Vars(shared={}, personal=model.initial)
+
+    def phases(self, model: Model, train: Train) -> tuple[Phase, ...]:
+        return (Phase(train.epochs, own_loss(self, model)),)
+
+    def weights_of(self, model: Model, v: Vars) -> Tree:
+        return v.personal

@@ -1,0 +1,131 @@
+"""The commands."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import __version__
+
+EXAMPLES = """examples:
+  fedlora-mpi run configs/quickstart.yaml                     one process, no MPI needed
+  mpirun -n 3 fedlora-mpi run configs/cifar10.yaml            rank 0 is the server, 2 workers
+  fedlora-mpi run configs/cifar10.yaml algorithm=fedavg output=runs/fedavg train.lr=0.05
+  mpirun -n 5 fedlora-mpi resume runs/cifar10                 go on, on any number of ranks
+  fedlora-mpi plan configs/cifar10.yaml --ranks 5             what it would cost; trains nothing
+  fedlora-mpi partition configs/cifar10.yaml                  who gets which data
+  fedlora-mpi report runs/*                                   accuracy of finished runs
+  fedlora-mpi digest runs/a runs/b                            are two runs equal to the last bit?
+
+exit codes: 0 done, 1 a fault, 2 a mistake in what was asked, 75 stopped at a round boundary (SIGUSR1)
+with a checkpoint written."""
+OVERRIDES = "settings of the config by their dotted names, for instance train.lr=0.05 algorithm=fedavg"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    asked = _parser().parse_args(arguments)
+    sys.path.insert(0, os.getcwd())  # a config may name the user's own models and algorithms
+    from .comm import Solo, connect, guarded
+
+    try:
+        comm = connect() if asked.parallel else Solo()
+    except ValueError as error:
+        print(f"fedlora-mpi: {error}", file=sys.stderr)
+        return 2
+    return guarded(comm, lambda: asked.command(asked, comm))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedlora-mpi",
+        description="Simulate personalised federated learning with low-rank parts, over MPI.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fedlora-mpi {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable, help_: str, parallel: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_, description=help_, epilog=EXAMPLES, formatter_class=parser.formatter_class)
+        sub.set_defaults(command=command, parallel=parallel)
+        return sub
+
+    run = add("run", _run, "Train from a config into a new run folder.", parallel=True)
+    resume = add("resume", _resume, "Continue a run from its newest valid checkpoint.", parallel=True)
+    plan = add("plan", _plan, "Parameters, bytes, memory and time of a config; trains nothing.")
+    partition = add("partition", _partition, "Who gets which data: a table, and a picture as PNG.")
+    report = add("report", _report, "The accuracy of runs, as a table.")
+    digest = add("digest", _digest, "SHA-256 of the newest checkpoint of runs: equal means equal to the bit.")
+    for sub in (run, plan, partition):
+        sub.add_argument("config", help="a YAML file")
+    resume.add_argument("run", type=Path, help="a run folder")
+    for sub in (run, resume, plan, partition):
+        sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    plan.add_argument("--ranks", type=int, default=1, help="how many ranks mpirun would start (default 1)")
+    partition.add_argument("-o", "--picture", type=Path, help="the PNG (default: CONFIG's name in this folder)")
+    for sub in (report, digest):
+        sub.add_argument("runs", nargs="+", type=Path, help="run folders")
+    return parser
+
+
+def _run(asked: argparse.Namespace, comm) -> int:
+    from . import config, run
+
+    return run.start(run.receive(comm, lambda: config.read(asked.config, asked.overrides)), asked.config, comm)
+
+
+def _resume(asked: argparse.Namespace, comm) -> int:
+    from .run import resume
+
+    return resume(asked.run, asked.overrides, comm)
+
+
+def _plan(asked: argparse.Namespace, comm) -> int:
+    from .comm import together
+    from .config import read
+    from .plan import plan
+
+    print(together(comm, lambda: plan(read(asked.config, asked.overrides), asked.config, asked.ranks)))
+    return 0
+
+
+def _partition(asked: argparse.Namespace, comm) -> int:
+    from .analysis.partition import draw, table
+    from .build import load_data, split_data
+    from .comm import together
+    from .config import read
+
+    def show() -> None:
+        config = read(asked.config, asked.overrides)
+        split = split_data(config, asked.config, load_data(config, asked.config))
+        picture = asked.picture or Path(f"partition-{Path(asked.config).stem}.png")
+        print(table(split))
+        draw(split, picture)
+        print(f"\npicture: {picture}")
+
+    together(comm, show)
+    return 0
+
+
+def _report(asked: argparse.Namespace, comm) -> int:
+    from .analysis.report import table
+    from .comm import together
+
+    print(together(comm, lambda: table(asked.runs)))
+    return 0
+
+
+def _digest(asked: argparse.Namespace, comm) -> int:
+    from .comm import together
+    from .store.reader import RunFiles
+
+    def show() -> None:
+        for folder in asked.runs:
+            found = RunFiles(folder).checkpoint()
+            sums = found.digest()
+            print(f"{folder} round {found.round} shared {sums['shared']} personal {sums['personal']}", flush=True)
+
+    together(comm, show)
+    return 0

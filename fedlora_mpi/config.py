@@ -1,0 +1,312 @@
+"""The config file: YAML, one base under it, ``key=value`` from the command line over it; to ``Config``.
+
+Only plain data under YAML 1.2's core rules: ``1e-3`` is a number; ``on``, ``yes``, ``010``, ``1:30``
+and ``2020-01-01`` are text; a key given twice, a tag, an anchor or an alias is refused. Every
+mistake is a ``ConfigError`` of one line.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import yaml
+
+from . import algorithms, blocks
+from .algorithm import Algorithm, Train
+from .blocks import ConfigError, Field, Origin
+from .data.datasets import Source
+from .data.partition import KINDS, Partition
+from .engine.settings import Engine
+from .models import zoo
+
+# The key of a choice block that says what its other keys mean.
+SELECTOR = {"data.partition": "kind", "model": "name", "algorithm": "name"}
+FREE_ON_RESUME = ("rounds", "output", "checkpoint", "data.root", "data.download", "server_hosts_clients")
+COMMAND_LINE = "command line"
+_PLACEHOLDER = re.compile(r"\{(.*?)\}")
+
+
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} = {value}: must be an integer of at least {least}")
+
+
+@dataclass(frozen=True)
+class DataBlock:
+    """The ``data`` block: the pooled examples, and who gets which."""
+
+    source: Source
+    partition: Partition
+
+
+@dataclass(frozen=True)
+class ModelBlock:
+    """The ``model`` block: what ``models.zoo.build`` takes; for its own models every option is there."""
+
+    name: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """The ``evaluate`` block, in rounds."""
+
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(1, every=self.every)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The ``checkpoint`` block: one ``every`` so many rounds; the newest ``keep`` stay."""
+
+    every: int = 10
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _at_least(1, every=self.every, keep=self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole experiment.
+
+    participation: fraction of the clients per round; output: the run folder, in which {name} (stem
+    of the file), {algorithm} and {seed} are already filled in.
+    """
+
+    seed: int = 1
+    rounds: int = 300
+    participation: float = 1.0
+    output: str = "runs/{name}"
+    data: DataBlock
+    model: ModelBlock
+    algorithm: Algorithm
+    train: Train = Train()
+    engine: Engine = Engine()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    reduce: Literal["exact", "fast"] = "exact"
+    server_hosts_clients: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(0, seed=self.seed)
+        _at_least(1, rounds=self.rounds)
+        if not 0 < self.participation <= 1:
+            raise ValueError(f"participation = {self.participation}: must be above 0 and at most 1")
+        if not self.output.strip():
+            raise ValueError("output = '': must be the name of a folder")
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file, with ``key=value`` overrides over it.
+
+    Overrides may come in any order; of two for the same key the later counts. Raises ConfigError.
+    """
+    path = Path(path)
+    layers = [(_load(path), str(path))]
+    if "base" in layers[0][0]:
+        layers.insert(0, _base(layers[0][0].pop("base"), path))
+    layers += [(layer, COMMAND_LINE) for layer in _overrides(overrides)]
+    tree, of = blocks.overlay(layers, SELECTOR)
+    return _config(tree, Origin(str(path), of))
+
+
+def from_dict(mapping: Mapping[str, Any], source: str) -> Config:
+    """The config of a plain mapping such as ``resolved_dict`` gives; ``source`` names it in messages."""
+    return _config(mapping, Origin(source))
+
+
+def resolved_dict(config: Config) -> dict[str, Any]:
+    """Every key written out, JSON-able, in the order of the dataclass; ``from_dict`` takes it back."""
+    tree = blocks.plain({name: getattr(config, name) for name in blocks.fields_of(Config)})
+    partition = config.data.partition
+    kind = next(kind for kind, cls in KINDS.items() if type(partition) is cls)
+    tree["data"] = blocks.plain(config.data.source) | {"partition": {"kind": kind} | blocks.plain(partition)}
+    tree["model"] = {"name": config.model.name} | blocks.plain(config.model.options)
+    tree["algorithm"] = {"name": algorithm_name(config.algorithm)} | blocks.plain(config.algorithm)
+    return tree
+
+
+def resolved_yaml(config: Config) -> str:
+    """``resolved_dict`` as YAML; ``read`` gives an equal Config back."""
+    return yaml.dump(resolved_dict(config), Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
+
+
+def digest(config: Config) -> str:
+    """32 hexadecimal digits that two configs share when they differ in FREE_ON_RESUME at most."""
+    tree = resolved_dict(config)
+    for key in FREE_ON_RESUME:
+        block, _, name = key.rpartition(".")
+        del (tree[block] if block else tree)[name]
+    return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def algorithm_name(algorithm: Algorithm) -> str:
+    """The name that a config gives to this algorithm: ``fedlora``, or ``my_package.my_module:MyClass``."""
+    cls = type(algorithm)
+    package, _, name = cls.__module__.rpartition(".")
+    return name if package == algorithms.__name__ else f"{cls.__module__}:{cls.__name__}"
+
+
+# From the merged keys to a Config.
+
+
+def _config(tree: Mapping[str, Any], origin: Origin) -> Config:
+    known = blocks.fields_of(Config) | {
+        "data": Field(_data),
+        "model": Field(_model),
+        "algorithm": Field(_algorithm),
+    }
+    config = blocks.make(Config, blocks.read(known, tree, "", origin, "the config"), "", origin)
+    parts = {
+        "name": Path(origin.file).stem,
+        "algorithm": algorithm_name(config.algorithm).rpartition(":")[2],
+        "seed": str(config.seed),
+    }
+    for placeholder in _PLACEHOLDER.findall(config.output):
+        if placeholder not in parts:
+            allowed = ", ".join(f"{{{part}}}" for part in parts)
+            raise origin.error("output", f"{{{placeholder}}} is unknown; there are {allowed}", config.output)
+    return replace(config, output=_PLACEHOLDER.sub(lambda m: parts[m[1]], config.output))
+
+
+def _data(value: Any, key: str, origin: Origin) -> DataBlock:
+    known = blocks.fields_of(Source) | {"partition": Field(_partition)}
+    values = blocks.read(known, value, key, origin, key)
+    partition = values.pop("partition")
+    return DataBlock(blocks.make(Source, values, key, origin), partition)
+
+
+def _partition(value: Any, key: str, origin: Origin) -> Partition:
+    kind, options = blocks.choose("kind", KINDS, "", value, key, origin)
+    return blocks.build(KINDS[kind], options, key, origin, owner=kind)
+
+
+def _model(value: Any, key: str, origin: Origin) -> ModelBlock:
+    name, options = blocks.choose(
+        "name", zoo.NAMES, "torchvision:<model> or <module>:<callable>", value, key, origin
+    )
+    own = zoo.NAMES.get(name)
+    known = blocks.options_of(own) if own else dict.fromkeys(options, Field(partial(blocks.typed, Any)))
+    return ModelBlock(name, MappingProxyType(blocks.read(known, options, key, origin, owner=name)))
+
+
+def _algorithm(value: Any, key: str, origin: Origin) -> Algorithm:
+    name, options = blocks.choose("name", algorithms.names(), "<module>:<Class>", value, key, origin)
+    try:
+        cls = algorithms.find(name)
+    except ValueError as error:
+        raise origin.refusal(key, error) from None
+    if not is_dataclass(cls):
+        raise origin.error(blocks.inside(key, "name"), "must be a frozen dataclass", name)
+    return blocks.build(cls, options, key, origin, owner=name)
+
+
+# From files and the command line to one tree of keys.
+
+
+def _base(name: Any, path: Path) -> tuple[dict, str]:
+    """The layer under ``path`` and its source."""
+    at = f"{path}: base = {name}"
+    if not isinstance(name, str) or not (path.parent / name).is_file():
+        raise ConfigError(f"{at}: must be a YAML file, its path relative to this file's folder")
+    layer = _load(path.parent / name)
+    if "base" in layer:
+        raise ConfigError(f"{at}: this base has a base itself; one level is allowed")
+    return layer, str(path.parent / name)
+
+
+def _overrides(texts: Sequence[str]) -> list[dict]:
+    """One layer each; whole blocks and selectors first, so that they drop no other override."""
+    pairs = []
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"{COMMAND_LINE}: {text}: must be key=value, for instance train.lr=0.1")
+        pairs.append((key, _parse(value, f"{COMMAND_LINE}: {text}")))
+    selectors = [f"{block}.{name}" for block, name in SELECTOR.items()]
+    pairs.sort(key=lambda pair: (pair[0].count("."), pair[0] not in selectors))
+    return [_nested(key.split("."), value) for key, value in pairs]
+
+
+def _nested(names: Sequence[str], value: Any) -> dict:
+    return {names[0]: _nested(names[1:], value) if names[1:] else value}
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is no YAML: byte {error.start} is not UTF-8") from None
+    tree = _parse(text, str(path))
+    if not isinstance(tree, dict):
+        what = "the file is empty" if tree is None else f"here is {blocks.show(tree)}"
+        raise ConfigError(f"{path}: must hold keys and values, such as 'rounds: 300'; {what}")
+    return tree
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        at = error.problem_mark
+        raise ConfigError(f"{source}: line {at.line + 1}, column {at.column + 1}: {error.problem}") from None
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(f"{source}: is no YAML: character {error.position}: {error.reason}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data under YAML 1.2's core rules, minus hexadecimal and octal; keys are text and unique."""
+
+    yaml_implicit_resolvers: dict = {}
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if getattr(event, "tag", None) or getattr(event, "anchor", None):
+            problem = "tags, anchors and aliases are not allowed"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            problem = None
+            if key.tag != "tag:yaml.org,2002:str":
+                problem = "a key must be text"
+            elif key.value in first:
+                problem = f"{key.value} is given twice, first in line {first[key.value]}"
+            if problem:
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            first[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either version of YAML would not read as text."""
+
+    def ignore_aliases(self, data):
+        return True
+
+
+_NUMBER = r"[-+]?(\.\d+|\d+\.\d*)([eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9]\d*)", list("-+0123456789")),
+    ("float", _NUMBER, list("-+.0123456789")),
+):
+    for _yaml in (_Loader, _Dumper):
+        _yaml.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$", re.ASCII), _first
+        )

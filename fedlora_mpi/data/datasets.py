@@ -1,0 +1,249 @@
+"""Data sets as bytes in memory, with their normalisation and training augmentation."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..seeds import rng
+from ..vision import torchvision
+
+
+class Samples(NamedTuple):
+    """Images and their classes."""
+
+    x: Tensor  # [M, ch, H, W] uint8
+    y: Tensor  # [M] int64
+
+
+class Data(NamedTuple):
+    """A data set with what is done to its images: (x / 255 - mean) / std per channel."""
+
+    train: Samples
+    test: Samples
+    classes: int
+    mean: tuple[float, ...]  # per channel, of values in 0..1
+    std: tuple[float, ...]
+    augment: tuple[str, ...]  # training transforms, names of ``transforms.draw``
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Gaussian classes for quick runs: a random prototype image per class plus ``noise`` times its spread."""
+
+    classes: int = 10
+    train: int = 2000  # samples
+    test: int = 500  # samples
+    size: int = 8  # pixels
+    channels: int = 1
+    noise: float = 3.0  # at the other defaults a linear model reaches 81 %
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        for field in ("classes", "train", "test", "size", "channels"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} = {getattr(self, field)}: must be an integer of at least 1")
+        if self.noise < 0:
+            raise ValueError(f"noise = {self.noise}: must be a number of at least 0")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The ``data`` block without the partition."""
+
+    dataset: Literal["cifar10", "cifar100", "fashionmnist", "mnist", "tiny_imagenet", "folder", "digits", "synthetic"]
+    root: str = "~/data"  # where torchvision puts its folders; for "folder" the one with train/ and val/ or test/
+    download: bool = False
+    shift: Literal["none", "rotate", "labels"] = "none"  # what sets clients apart, see ``feed.Feed``
+    augment: Literal["auto", "none"] = "auto"  # auto: the official training transforms
+    image_size: int | None = None  # "folder" only: side in pixels to which images are resized
+    synthetic: Synthetic = Synthetic()
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.dataset != "folder":
+            raise ValueError(f"image_size = {self.image_size}: only dataset = folder resizes images; leave it out")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size = {self.image_size}: must be an integer of at least 1")
+
+
+def load(source: Source) -> Data:
+    """The data set, downloaded before if ``source.download`` says so and it is not there.
+
+    Raises ValueError when the files are missing or damaged.
+    """
+    train, test, classes = _READERS[source.dataset](source)
+    mean, std = _NORMAL.get(source.dataset) or _moments(train.x)
+    augment = _AUGMENT.get(source.dataset, ()) if source.augment == "auto" else ()
+    return Data(train, test, classes, mean, std, augment)
+
+
+_CIFAR100 = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
+_NORMAL = {  # mean and std; a data set that is not here takes those of its training pixels
+    "cifar10": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # official FedDecomp
+    "cifar100": _CIFAR100,  # official FedDecomp
+    "tiny_imagenet": _CIFAR100,  # official FedDecomp
+    "mnist": ((0.1307,), (0.3081,)),  # of the training pixels; pytorch/examples
+    "fashionmnist": ((0.2860,), (0.3530,)),  # of the training pixels
+}
+_AUGMENT = {  # official FedDecomp: none for CIFAR-10, no crop for Tiny ImageNet
+    "cifar100": ("crop", "flip", "rotate"),
+    "tiny_imagenet": ("flip", "rotate"),
+}
+
+
+def _moments(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of [M, ch, H, W] bytes, as fractions of 255."""
+    value = torch.arange(256, dtype=torch.float64) / 255
+    shares = [torch.bincount(channel.flatten(), minlength=256).double() / channel.numel() for channel in x.unbind(1)]
+    mean = [float(p @ value) for p in shares]
+    variance = [float(p @ (value - m) ** 2) for p, m in zip(shares, mean, strict=True)]
+    return tuple(mean), tuple(v**0.5 or 1.0 for v in variance)  # 1 where a channel is constant
+
+
+@contextmanager
+def _files(source: Source, folder: str) -> Iterator[None]:
+    """Say what was expected where when reading or downloading fails."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:  # torchvision's complaints, and those of the file system or network
+        if source.download:
+            why = str(error).splitlines()[0]
+            raise ValueError(
+                f"data.download = true: could not get {source.dataset} into {folder} ({why}); put the files there"
+            ) from error
+        raise ValueError(
+            f"data.root = {source.root}: {source.dataset} is missing or damaged in {folder}; "
+            f"put the files there or set data.download=true"
+        ) from error
+
+
+def _torchvision(name: str, folder: str) -> Callable[[Source], tuple[Samples, Samples, int]]:
+    """The reader of a torchvision class; it checks MD5 sums before it unpickles anything."""
+
+    def read(source: Source) -> tuple[Samples, Samples, int]:
+        root = os.path.expanduser(source.root)
+        kind = getattr(torchvision().datasets, name)
+        with _files(source, os.path.join(root, folder)):
+            sides = [kind(root, train=train, download=source.download) for train in (True, False)]
+        train, test = (_samples(side.data, side.targets) for side in sides)
+        return train, test, len(sides[0].classes)
+
+    return read
+
+
+def _samples(images: np.ndarray | Tensor, labels: Sequence[int] | Tensor) -> Samples:
+    """From bytes [M, H, W] or [M, H, W, ch]."""
+    x, y = torch.as_tensor(images), torch.as_tensor(labels, dtype=torch.int64)
+    return Samples(x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2), y)
+
+
+def _tiny_imagenet(source: Source) -> tuple[Samples, Samples, int]:
+    """The official folder: its val is the test set, since its test has no labels."""
+    root = os.path.expanduser(source.root)
+    home = os.path.join(root, "tiny-imagenet-200")
+    with _files(source, home):
+        if source.download and not os.path.isdir(home):
+            torchvision().datasets.utils.download_and_extract_archive(
+                "http://cs231n.stanford.edu/tiny-imagenet-200.zip", root, md5="90528d7ca1a48142e341f4ef8d21d0de"
+            )
+        names = sorted(entry.name for entry in os.scandir(os.path.join(home, "train")) if entry.is_dir())
+        index = {name: c for c, name in enumerate(names)}
+        train = [
+            (entry.path, index[name])
+            for name in names
+            for entry in sorted(os.scandir(os.path.join(home, "train", name, "images")), key=lambda e: e.name)
+        ]
+        with open(os.path.join(home, "val", "val_annotations.txt")) as lines:
+            fields = [line.split("\t") for line in lines]
+        test = [(os.path.join(home, "val", "images", file), index[name]) for file, name, *_ in fields]
+        return _decoded(train, None), _decoded(test, None), len(names)
+
+
+def _folder(source: Source) -> tuple[Samples, Samples, int]:
+    """ROOT/train/CLASS/* and ROOT/val/CLASS/* or ROOT/test/CLASS/*; whatever is grey becomes RGB."""
+    root = os.path.expanduser(source.root)
+    second = "val" if os.path.isdir(os.path.join(root, "val")) else "test"
+    try:
+        sides = [torchvision().datasets.ImageFolder(os.path.join(root, name)) for name in ("train", second)]
+    except OSError as error:
+        raise ValueError(
+            f"data.root = {source.root}: {error}; expected are train/CLASS/* and val/CLASS/* or test/CLASS/* in {root}"
+        ) from error
+    if sides[0].classes != sides[1].classes:
+        odd = ", ".join(sorted(set(sides[0].classes) ^ set(sides[1].classes)))
+        raise ValueError(
+            f"data.root = {source.root}: train and {second} must hold the same classes; they differ in {odd}"
+        )
+    train, test = (_decoded(side.samples, source.image_size) for side in sides)
+    if train.x.shape[1:] != test.x.shape[1:]:
+        raise ValueError(f"data.image_size = null: images in train and {second} differ in size; set data.image_size")
+    return train, test, len(sides[0].classes)
+
+
+def _decoded(files: list[tuple[str, int]], size: int | None) -> Samples:
+    """Image files with their classes, as RGB, resized to ``size`` pixels square unless it is None."""
+    from PIL import Image
+
+    images = None
+    for i, (path, _) in enumerate(files):
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+        pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR) if size else image)
+        if images is None:
+            images = np.empty((len(files), *pixels.shape), np.uint8)
+        if pixels.shape != images.shape[1:]:
+            have, first = ("{1} x {0}".format(*shape) for shape in (pixels.shape, images.shape[1:]))
+            raise ValueError(
+                f"data.image_size = null: {path} is {have} pixels, the first image is {first}; set data.image_size"
+            )
+        images[i] = pixels
+    return _samples(images, [label for _, label in files])
+
+
+def _digits(source: Source) -> tuple[Samples, Samples, int]:
+    """The 1797 digits of scikit-learn, 0..16 as 0..240; of each class a fixed fifth is the test set."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError(
+            "data.dataset = digits: scikit-learn is not installed; pip install 'fedlora-mpi[digits]'"
+        ) from error
+    digits = load_digits()
+    x, y = (digits.images * 15).astype(np.uint8), digits.target
+    is_test = np.zeros(len(y), dtype=bool)
+    for c in range(10):
+        rows = np.flatnonzero(y == c)
+        is_test[rows[torch.randperm(len(rows), generator=rng(1, "digits", c))[: round(len(rows) / 5)]]] = True
+    return _samples(x[~is_test], y[~is_test]), _samples(x[is_test], y[is_test]), 10
+
+
+def _synthetic(source: Source) -> tuple[Samples, Samples, int]:
+    """Bytes 128 + 48 z, cut to 0..255, where z is a sample of the mixture at unit variance."""
+    s = source.synthetic
+    shape = (s.channels, s.size, s.size)
+    prototypes = torch.randn(s.classes, *shape, generator=rng(s.seed, "synthetic", "prototypes"))
+
+    def side(name: str, number: int) -> Samples:
+        y = torch.arange(number) % s.classes
+        z = prototypes[y] + s.noise * torch.randn(number, *shape, generator=rng(s.seed, "synthetic", name))
+        z = z / (1 + s.noise**2) ** 0.5
+        return Samples((128 + 48 * z).clamp(0, 255).to(torch.uint8), y)
+
+    return side("train", s.train), side("test", s.test), s.classes
+
+
+_READERS: dict[str, Callable[[Source], tuple[Samples, Samples, int]]] = {
+    "cifar10": _torchvision("CIFAR10", "cifar-10-batches-py"),
+    "cifar100": _torchvision("CIFAR100", "cifar-100-python"),
+    "fashionmnist": _torchvision("FashionMNIST", "FashionMNIST/raw"),
+    "mnist": _torchvision("MNIST", "MNIST/raw"),
+    "tiny_imagenet": _tiny_imagenet,
+    "folder": _folder,
+    "digits": _digits,
+    "synthetic": _synthetic,
+}

@@ -1,0 +1,166 @@
+"""The samples of clients as stacked mini-batches, gathered on the device that trains.
+
+A process holds the images once, as bytes with the channels last; clients are lists of indices into
+them. What a batch of client k holds depends on (seed, k, round, epoch, position) and on nothing else.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..algorithm import Batch
+from ..seeds import key, rng
+from .datasets import Data, Samples
+from .partition import Split
+from .transforms import draw, warp
+
+
+class Store(NamedTuple):
+    """The training or the test set on the device. P = H * W * ch numbers per image."""
+
+    images: Tensor  # [M, H, W, ch] uint8
+    labels: Tensor  # [M] int64
+    scale: Tensor  # [P] 1 / (255 std) of each number's channel: one long row, because CPUs are eight
+    offset: Tensor  # [P] -mean / std        times slower in broadcasting over a last axis of three
+
+    def read(self, rows: Tensor, warps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The samples ``rows`` [C, B]: normalised images [C, B, ch, H, W] in channels_last, labels [C, B]."""
+        _, height, width, channels = self.images.shape
+        flat = self.images.flatten(1).index_select(0, rows.flatten())  # [C * B, P]
+        if warps:
+            images = flat.view(-1, height, width, channels)
+            flat = warp(images, **{name: value.flatten(0, 1) for name, value in warps.items()}).flatten(1)
+        x = flat.to(torch.float32).mul_(self.scale).add_(self.offset)
+        return x.view(*rows.shape, height, width, channels).permute(0, 1, 4, 2, 3), self.labels[rows]
+
+
+@dataclass(frozen=True, eq=False)
+class Epoch:
+    """One pass of C clients over their own samples, order and augmentation fixed."""
+
+    store: Store
+    classes: int
+    sizes: tuple[int, ...]  # [C] samples of each client
+    lengths: Tensor  # [C] the same on the device
+    rows: Tensor  # [C, n] indices into the store, n the largest size
+    warps: dict[str, Tensor]  # name -> [C, n, ...] parameters of ``transforms.warp``
+    relabel: Tensor | None  # [C] what is added to the labels
+    noise: Tensor  # [C] int64 keys of this epoch
+
+    def batch(self, count: int, first: int, width: int) -> Batch:
+        """Positions first to first + width of the first ``count`` clients, stacked; waits for no device.
+
+        x [count, width, ch, H, W] float32, x[c] in channels_last; y [count, width]; key [count]; real
+        [count, width] is False beyond a client's last sample, and None when nothing is padding.
+        """
+        last = first + width
+        rows = _window(self.rows, count, first, last)
+        x, y = self.store.read(rows, {name: _window(v, count, first, last) for name, v in self.warps.items()})
+        if self.relabel is not None:
+            y = (y + self.relabel[:count, None]) % self.classes
+        real = None
+        if min(self.sizes[:count]) < last:
+            real = torch.arange(first, last, device=y.device) < self.lengths[:count, None]
+        return Batch(x, y, real, self.noise[:count] + _mixed(first))
+
+
+class Feed:
+    """The samples of every client on one device, gathered by index; one copy of the data per process.
+
+    ``shift`` makes client k's domain its own, in training and test alike: "rotate" turns its images by
+    (k mod 4) * 90 degrees counter-clockwise, "labels" makes its class y the class (y + k mod 4) mod classes.
+    """
+
+    def __init__(self, data: Data, split: Split, *, seed: int, shift: str, device: torch.device, augment: bool) -> None:
+        self.classes, self.shape = data.classes, tuple(data.train.x.shape[1:])
+        _, height, width = self.shape
+        if shift == "rotate" and height != width:
+            raise ValueError(f"data.shift = rotate: needs square images, these are {height} x {width}; use labels")
+        self._seed, self._shift, self._device = seed, shift, device
+        self._augment = data.augment if augment else ()
+        self._train, self._test = (_stored(data, side, device) for side in (data.train, data.test))
+        self._train_rows = [torch.from_numpy(rows) for rows in split.train]  # shuffled on the host
+        self._test_rows = [torch.from_numpy(rows).to(device) for rows in split.test]
+
+    def train_size(self, client: int) -> int:
+        """How many training samples the client holds."""
+        return len(self._train_rows[client])
+
+    def test_size(self, client: int) -> int:
+        """How many test samples the client holds."""
+        return len(self._test_rows[client])
+
+    def epoch(self, clients: Sequence[int], round_: int, epoch: int) -> Epoch:
+        """The clients' training samples in the order, augmentation and noise of (round, epoch)."""
+        rows, draws, noise = [], [], []
+        for k in clients:
+            at, mine = (k, round_, epoch), self._train_rows[k]
+            rows.append(mine[torch.randperm(len(mine), generator=rng(self._seed, "order", *at))])
+            draws.append(draw(self._augment, len(mine), rng(self._seed, "augment", *at)))
+            noise.append(key(self._seed, "noise", *at))
+        by_name = {name: [drawn[name] for drawn in draws] for name in self._augment}
+        return self._pass(self._train, clients, rows, by_name, torch.tensor(noise))
+
+    def test(self, clients: Sequence[int], first: int, width: int) -> Batch:
+        """Test samples first to first + width of the clients, stacked as by ``Epoch.batch``; key is 0."""
+        rows = [self._test_rows[k] for k in clients]
+        noise = torch.zeros(len(clients), dtype=torch.int64)
+        return self._pass(self._test, clients, rows, {}, noise).batch(len(clients), first, width)
+
+    def _pass(
+        self,
+        store: Store,
+        clients: Sequence[int],
+        rows: list[Tensor],
+        draws: dict[str, list[Tensor]],
+        noise: Tensor,
+    ) -> Epoch:
+        sizes = tuple(map(len, rows))
+        warps = {name: _stacked(values, self._device) for name, values in draws.items()}
+        quarter = torch.tensor([k % 4 for k in clients]).to(self._device)  # [C]
+        if self._shift == "rotate":
+            warps["turn"] = (90.0 * quarter)[:, None].expand(-1, max(sizes))
+        return Epoch(
+            store=store,
+            classes=self.classes,
+            sizes=sizes,
+            lengths=torch.tensor(sizes).to(self._device),
+            rows=_stacked(rows, self._device),
+            warps=warps,
+            relabel=quarter if self._shift == "labels" else None,
+            noise=noise.to(self._device),
+        )
+
+
+def _stored(data: Data, samples: Samples, device: torch.device) -> Store:
+    images = samples.x.permute(0, 2, 3, 1).contiguous().to(device)
+    mean, std = np.array(data.mean), np.array(data.std)
+    pixels = images[0].numel() // len(mean)
+    scale, offset = (np.tile(v, pixels) for v in (1 / (255 * std), -mean / std))
+    return Store(images, samples.y.to(device), *(torch.from_numpy(v).float().to(device) for v in (scale, offset)))
+
+
+def _stacked(values: list[Tensor], device: torch.device) -> Tensor:
+    """Tensors [n_k, ...] of the clients as one [C, n, ...]; the padding is 0, a valid index."""
+    return pad_sequence(values, batch_first=True).to(device)
+
+
+def _window(stacked: Tensor, count: int, first: int, last: int) -> Tensor:
+    """Columns first to last of the first ``count`` rows, with zeros beyond the end."""
+    cut = stacked[:count, first:last]
+    short = last - first - cut.shape[1]
+    return torch.cat((cut, cut.new_zeros(count, short, *cut.shape[2:])), dim=1) if short else cut
+
+
+def _mixed(first: int) -> int:
+    """A number to add to an epoch's key for the batch at ``first``; 0 keeps the epoch's own.
+
+    An odd constant (Steele & Vigna 2021, LXM) spreads the steps over all keys, far from the golden gamma
+    with which ``seeds.uniform`` counts: noise of two steps is never the same row moved along.
+    """
+    return first * 0xD1342543DE82EF95 % 2**62

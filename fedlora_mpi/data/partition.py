@@ -1,0 +1,256 @@
+"""Which samples each client holds: the data splits of the literature, each sure to end.
+
+A kind says how many samples of which pool every client wants; ``Partition.split`` draws them. A pool
+is a class, or all samples where labels do not matter. One ``numpy.random.RandomState(seed)`` serves
+both, as in the official FedDecomp code; numpy has frozen its stream.
+"""
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from numpy.random import RandomState
+
+from .apportion import dealt, limited, rounded, topped_up
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Who holds what. Indices keep the order in which they were drawn."""
+
+    train: tuple[np.ndarray, ...]  # client -> [n_k] int64 indices into the training set
+    test: tuple[np.ndarray, ...]  # client -> [m_k] int64 indices into the test set
+    train_counts: np.ndarray  # [N, classes] samples
+    test_counts: np.ndarray  # [N, classes] samples
+
+    def digest(self) -> str:
+        """SHA-256 in hexadecimal over every client's sizes and indices; equal splits, equal digests."""
+        sha = hashlib.sha256()
+        for rows in (*self.train, *self.test):
+            sha.update(np.append(len(rows), rows).astype("<i8").tobytes())
+        return sha.hexdigest()
+
+
+class Side(NamedTuple):
+    """What there is to draw from, for training or for testing."""
+
+    name: str  # "train" or "test", the key of its size
+    pools: list[np.ndarray]  # pool -> indices
+    each: int  # samples per client
+    repeat: bool  # may one draw hold a sample twice?
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(pool) for pool in self.pools]
+
+
+_ALLOWED = {
+    "clients": (lambda v: v >= 1, "an integer of at least 1"),
+    "train": (lambda v: v >= 0, "an integer of at least 0"),
+    "test": (lambda v: v >= 0, "an integer of at least 0"),
+    "seed": (lambda v: 0 <= v < 2**32, "an integer from 0 to 2**32 - 1"),
+    "alpha": (lambda v: 0 < v < math.inf, "a number above 0"),
+    "minimum": (lambda v: v >= 1, "an integer of at least 1"),
+    "classes_per_client": (lambda v: v >= 1, "an integer of at least 1"),
+}
+
+
+@dataclass(frozen=True)
+class Partition(ABC):
+    """A client's training and test samples come from the same mix of labels, in every kind.
+
+    With ``overlap`` clients draw independently of each other and may hold the same sample; without
+    it each sample has one owner at most. Nobody holds a sample twice, with one exception: overlapping
+    test draws repeat when some pool holds fewer than ``test`` samples, as in the official code for
+    Tiny ImageNet (50 test images per class, 100 per client).
+    """
+
+    clients: int = 40
+    train: int = 500  # samples per client; 0: an equal share of all
+    test: int = 100  # samples per client; 0: an equal share of all
+    seed: int = 1
+    overlap: bool = False
+    by_class: ClassVar[bool] = True  # one pool per class, or one for all
+
+    def __post_init__(self) -> None:
+        for field, (allowed, meaning) in _ALLOWED.items():
+            if hasattr(self, field) and not allowed(getattr(self, field)):
+                raise ValueError(f"{field} = {getattr(self, field)}: must be {meaning}")
+
+    @abstractmethod
+    def wants(self, rng: RandomState, train: Side, test: Side) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (client, pool, training samples, test samples) in the order in which they are drawn."""
+
+    def split(self, train_y: np.ndarray, test_y: np.ndarray, classes: int) -> Split:
+        """Deal the samples whose labels are ``train_y`` [M] and ``test_y`` [M'].
+
+        Raises ValueError when the samples do not suffice or a client would train or test on none.
+        """
+        rng, shuffle = RandomState(self.seed), RandomState([self.seed, 1])  # so overlap does not change the mixes
+        sides = (self._side("train", train_y, classes, shuffle), self._side("test", test_y, classes, shuffle))
+        held = [[[] for _ in range(self.clients)] for _ in sides]
+        for client, pool, *numbers in self.wants(rng, *sides):
+            for side, mine, n in zip(sides, held, numbers, strict=True):
+                mine[client].append(self._draw(rng, side, client, pool, n))
+        train, test = (tuple(map(np.concatenate, mine)) for mine in held)
+        self._refuse_empty("train", train)
+        self._refuse_empty("test", test)
+        return Split(train, test, _counts(train_y, train, classes), _counts(test_y, test, classes))
+
+    def _refuse_empty(self, name: str, held: tuple[np.ndarray, ...]) -> None:
+        none = [client for client, rows in enumerate(held) if not len(rows)]
+        if none:
+            raise ValueError(
+                f"data.partition.{name} = {getattr(self, name)}: {len(none)} of {self.clients} clients "
+                f"(first: {none[0]}) would hold no {name} sample; raise {name} or lower clients"
+            )
+
+    def _side(self, name: str, y: np.ndarray, classes: int, shuffle: RandomState) -> Side:
+        each = getattr(self, name)
+        groups = [y == c for c in range(classes)] if self.by_class else [y >= 0]
+        pools = [np.flatnonzero(group) for group in groups]
+        if not self.overlap:
+            pools = [shuffle.permutation(pool) for pool in pools]
+        repeat = self.overlap and name == "test" and min(map(len, pools)) < each
+        return Side(name, pools, each or len(y) // self.clients, repeat)
+
+    def _draw(self, rng: RandomState, side: Side, client: int, pool: int, n: int) -> np.ndarray:
+        """``n`` indices of a pool; without overlap they leave it."""
+        have = side.pools[pool]
+        if n > len(have) and not (side.repeat and len(have)):
+            which = f" of class {pool}" if self.by_class else ""
+            way_out = "" if self.overlap else " or clients, or set overlap to true"
+            raise ValueError(
+                f"data.partition.{side.name} = {getattr(self, side.name)}: client {client} wants {n} {side.name} "
+                f"samples{which}, and there are {len(have)}{'' if self.overlap else ' left'}; "
+                f"lower {side.name}{way_out}"
+            )
+        if self.overlap:
+            return rng.choice(have, n, replace=side.repeat)
+        side.pools[pool] = have[n:]
+        return have[:n]
+
+
+@dataclass(frozen=True)
+class DirichletClient(Partition):
+    """Each client has a mix of classes q ~ Dirichlet(alpha): the official FedDecomp rule.
+
+    The mixes of all clients are drawn first. Then, client by client and class by class,
+    int(train * q + 0.5) samples, cut to what remains of ``train``, and the same for ``test``: totals
+    are at most ``train`` and ``test``, and a few samples less where rounding fell short. Same seed,
+    same samples as the official code.
+    """
+
+    overlap: bool = True
+    alpha: float = 0.1
+
+    def wants(self, rng, train, test):
+        mixes = _dirichlet(rng, self.alpha, len(train.pools), self.clients)
+        for client, mix in enumerate(mixes):
+            numbers = zip(rounded(train.each, mix), rounded(test.each, mix), strict=True)
+            for pool, (n, m) in enumerate(numbers):
+                yield client, pool, n, m
+
+
+@dataclass(frozen=True)
+class DirichletClass(Partition):
+    """Each class is dealt to the clients in proportions p ~ Dirichlet(alpha) (Hsu et al. 2019; NIID-bench).
+
+    All samples are dealt; ``train`` and ``test`` above 0 are upper limits, reached by thinning a client's
+    classes in proportion. NIID-bench draws again until every client holds ten samples; here clients
+    short of ``minimum`` training samples (of one test sample) are given some by the best supplied,
+    of the classes they hold the largest share of.
+    """
+
+    train: int = 0  # at most so many samples per client; 0: no limit
+    test: int = 0  # at most so many samples per client; 0: no limit
+    alpha: float = 0.1
+    minimum: int = 10  # training samples
+
+    def wants(self, rng, train, test):
+        shares = _dirichlet(rng, self.alpha, self.clients, len(train.pools)).T  # [N, classes]
+        n = topped_up(dealt(train.sizes, shares), self.minimum, shares)
+        m = topped_up(dealt(test.sizes, shares), 1, n)
+        yield from _entries(limited(n, self.train), limited(m, self.test))
+
+
+@dataclass(frozen=True)
+class Pathological(Partition):
+    """Each client holds ``classes_per_client`` classes, int(train / classes_per_client) samples of each.
+
+    With overlap (the official FedDecomp rule, same draws for the same seed) the classes are a random
+    choice per client; without it they go round in turn, so that every class is wanted equally often.
+    """
+
+    overlap: bool = True
+    classes_per_client: int = 2
+
+    def wants(self, rng, train, test):
+        each, classes = self.classes_per_client, len(train.pools)
+        if each > classes:
+            raise ValueError(f"data.partition.classes_per_client = {each}: the data set has {classes} classes")
+        for client in range(self.clients):
+            turn = [(client * each + i) % classes for i in range(each)]
+            for pool in rng.choice(classes, each, replace=False) if self.overlap else turn:
+                yield client, int(pool), train.each // each, test.each // each
+
+
+@dataclass(frozen=True)
+class Iid(Partition):
+    """Every client draws the same number of samples, whatever their labels."""
+
+    by_class: ClassVar[bool] = False
+
+    def wants(self, rng, train, test):
+        yield from ((client, 0, train.each, test.each) for client in range(self.clients))
+
+
+@dataclass(frozen=True)
+class Quantity(Partition):
+    """Clients differ in size only: shares of clients * train samples ~ Dirichlet(alpha), labels iid.
+
+    Clients short of ``minimum`` training samples (of one test sample) are given some by the largest.
+    """
+
+    alpha: float = 0.5
+    minimum: int = 10  # training samples
+    by_class: ClassVar[bool] = False
+
+    def wants(self, rng, train, test):
+        shares = _dirichlet(rng, self.alpha, self.clients, 1).T  # [N, 1]
+        total, total_test = (self.clients * getattr(self, s.name) or s.sizes[0] for s in (train, test))
+        n = topped_up(dealt([total], shares), self.minimum, shares)
+        yield from _entries(n, topped_up(dealt([total_test], shares), 1, shares))
+
+
+KINDS: dict[str, type[Partition]] = {
+    "dirichlet_client": DirichletClient,
+    "dirichlet_class": DirichletClass,
+    "pathological": Pathological,
+    "iid": Iid,
+    "quantity": Quantity,
+}
+
+
+def _counts(y: np.ndarray, held: tuple[np.ndarray, ...], classes: int) -> np.ndarray:
+    """How many samples of each class each client holds: [N, classes]."""
+    return np.stack([np.bincount(y[rows], minlength=classes) for rows in held])
+
+
+def _dirichlet(rng: RandomState, alpha: float, length: int, number: int) -> np.ndarray:
+    """``number`` draws from the symmetric Dirichlet distribution: [number, length], rows add to 1."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        draws = rng.dirichlet(np.repeat(alpha, length), number)
+    if not np.isfinite(draws).all():
+        raise ValueError(f"data.partition.alpha = {alpha}: a Dirichlet draw underflowed to zero; use at least 0.01")
+    return draws
+
+
+def _entries(n: np.ndarray, m: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+    """The matrices of training and test counts [N, pools] as the entries that ``wants`` yields."""
+    for (client, pool), wanted in np.ndenumerate(n):
+        yield client, pool, int(wanted), int(m[client, pool])

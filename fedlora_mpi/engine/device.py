@@ -1,0 +1,53 @@
+"""Where a worker computes, and by which path."""
+
+import ctypes
+import ctypes.util
+
+import torch
+
+from ..models.network import Model
+from .settings import Engine
+
+_STACK_BELOW = 8e6  # FLOP of one client's forward pass over one batch; measured: benchmarks/paths.py
+_MALLOPT = {-1: 2**30, -2: 2**26, -3: 2**25}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, bytes
+
+
+def keep_memory() -> None:
+    """Tell glibc not to give freed memory back between steps: page faults cost a CPU step up to a
+    third of its time. Elsewhere than on glibc nothing happens."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        for option, value in _MALLOPT.items():
+            mallopt(option, value)
+
+
+def bind(engine: Engine, worker: int | None) -> torch.device:
+    """The device of the ``worker``-th worker of this node (None: a rank that hosts no client).
+
+    GPUs are dealt in turn, among those that CUDA_VISIBLE_DEVICES leaves. Raises ValueError when
+    CUDA is asked for and there is none.
+    """
+    torch.set_num_threads(engine.threads)
+    if engine.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("engine.device = cuda: torch sees no GPU here; engine.device=cpu or auto")
+    if engine.device == "cpu" or worker is None or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = engine.precision == "tf32"
+    return torch.device("cuda", worker % torch.cuda.device_count())
+
+
+def decide(engine: Engine, device: str, model: Model, batch_size: int, clients: int) -> tuple[str, int]:
+    """(path, group size) for ``auto``; a pure function of the workload, never of the ranks.
+
+    On a CPU a stack wins while a step is bound by the number of operations, and loses once one
+    client's batch keeps a core busy. A stack stays at most half of the clients, so that two workers
+    have something to do.
+    """
+    path = engine.path
+    if path == "auto":
+        small = model.flops * batch_size < _STACK_BELOW
+        path = "stack" if small or device == "cuda" else "loop"
+    size = engine.group_size
+    if size == "auto":
+        size = 1 if path == "loop" else max(1, min(10, -(-clients // 2)))
+    return path, size

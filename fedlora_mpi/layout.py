@@ -1,0 +1,41 @@
+"""The one flat buffer: where each leaf of a tree sits in a vector of D numbers."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Size, Tensor
+
+from .tree import Tree
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Leaf names and shapes, in buffer order."""
+
+    shapes: dict[str, Size]
+
+    @classmethod
+    def of(cls, tree: Tree) -> "Layout":
+        """Layout of one client's ``tree``, in the tree's order."""
+        return cls({n: v.shape for n, v in tree.items()})
+
+    @property
+    def size(self) -> int:
+        """D, numbers of the buffer."""
+        return sum(s.numel() for s in self.shapes.values())
+
+    def pack(self, tree: Tree) -> Tensor:
+        """Copy the leaves into one vector [D]."""
+        parts = [tree[name].reshape(-1) for name in self.shapes]
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    def unpack(self, vector: Tensor) -> Tree:
+        """Views into ``vector`` [D]; no copy."""
+        parts = vector.split([s.numel() for s in self.shapes.values()])
+        return {n: p.view(s) for (n, s), p in zip(self.shapes.items(), parts)}
+
+    def digest(self) -> str:
+        """Hex hash of names and shapes: equal on all ranks, or the sum means nothing."""
+        text = repr([(n, tuple(s)) for n, s in self.shapes.items()])
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,0 +1,154 @@
+"""Low-rank parts of weights: ranks, initial factors, and the matrix they stand for.
+
+The part of leaf ``w`` has the factors ``w.A`` [r, in side] and ``w.B`` [out side, r]. A convolution
+[O, I, K1, K2] counts as the matrix [O K1, I K2], cut row by row (``view``) into the weight's shape,
+as the official FedDecomp code does; a Linear or attention weight [O, I] is its own matrix.
+"""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from .algorithm import Loss, Phase, Train, Vars
+from .models.network import Leaf, Model
+from .tree import Tree, split
+
+
+def is_factor(leaf: str) -> bool:
+    """Whether a leaf of an algorithm's variables is a low-rank factor."""
+    return leaf.endswith((".A", ".B"))
+
+
+def is_not_factor(leaf: str) -> bool:
+    """Whether a leaf belongs to sigma."""
+    return not is_factor(leaf)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The low-rank part tau of a model: tau = s B A for each decomposed weight.
+
+    FedLoRA (Wu et al.), eqs. (3)-(5), and the rule of its official code where it differs:
+
+    ========  ==============================  ===========================
+    field     paper                           official
+    ========  ==============================  ===========================
+    rank of   conv_rank min(I, O) K, rounded  int(conv_rank O) K
+    a conv
+    rank of   linear_rank min(I, O), rounded  linear_rank, an integer
+    a Linear
+    scale s   one: 1                          official: 1 / int(conv_rank O), without the
+                                              factor K, and 1 / linear_rank
+    ========  ==============================  ===========================
+
+    A ~ U(-1, 1) / sqrt(in side) (Kaiming with a = sqrt 5, as the official code; the paper says
+    Gaussian and gives no variance), B = 0, so that tau starts at zero.
+
+    The parts train in turn, tau for ``lora_epochs`` of the ``train.epochs`` and then sigma, or
+    together (``order: simultaneous``) in all of them.
+    """
+
+    conv_rank: float = 0.6
+    linear_rank: float | int = 0.6
+    rank_rule: Literal["paper", "official"] = "paper"
+    scale: Literal["one", "official"] = "one"
+    layers: tuple[str, ...] = ("*",)  # which weights are decomposed: patterns of leaf names
+    lora_epochs: int = 2
+    order: Literal["alternating", "simultaneous"] = "alternating"
+
+    def __post_init__(self) -> None:
+        if self.lora_epochs < 0:
+            raise ValueError(f"lora_epochs = {self.lora_epochs}: must be an integer of at least 0")
+        if not 0 < self.conv_rank <= 1:
+            raise ValueError(f"conv_rank = {self.conv_rank}: must be a ratio above 0 and at most 1")
+        if self.rank_rule == "paper" and not 0 < self.linear_rank <= 1:
+            raise ValueError(
+                f"linear_rank = {self.linear_rank}: must be a ratio above 0 and at most 1 under "
+                "rank_rule paper (an absolute rank needs rank_rule official)"
+            )
+        if self.rank_rule == "official" and (self.linear_rank < 1 or self.linear_rank != int(self.linear_rank)):
+            raise ValueError(
+                f"linear_rank = {self.linear_rank}: must be an integer of at least 1 under rank_rule "
+                "official (for CIFAR-10 the authors use 4, for CIFAR-100 40)"
+            )
+
+    def check(self, model: Model, train: Train) -> None:
+        self.ranks(model)
+        if self.order == "alternating" and self.lora_epochs > train.epochs:
+            raise ValueError(
+                f"lora_epochs = {self.lora_epochs}: must be at most train.epochs = {train.epochs}, "
+                "of which it is a part"
+            )
+
+    def turns(self, model: Model, train: Train, loss: Loss) -> tuple[Phase, ...]:
+        """Local training of both parts, eqs. (6) and (7)."""
+        if self.order == "simultaneous":
+            return (Phase(train.epochs, loss),)
+        tau = lambda v: self.tau(model, v.shared | v.personal)  # constant while sigma trains
+        return (
+            Phase(self.lora_epochs, loss, trains=is_factor),
+            Phase(train.epochs - self.lora_epochs, loss, trains=is_not_factor, constant=tau),
+        )
+
+    def theta(self, model: Model, v: Vars) -> Tree:
+        """theta = sigma + tau, eq. (2), wherever the two live."""
+        factors, sigma = split(v.shared | v.personal, is_factor)
+        tau = v.constant or self.tau(model, factors)
+        return {n: w + tau[n] if n in tau else w for n, w in sigma.items()}
+
+    def ranks(self, model: Model) -> dict[str, int]:
+        """Rank r of every decomposed weight. Raises ValueError when ``layers`` matches none."""
+        chosen = {
+            name: self._rank(leaf)
+            for name, leaf in model.leaves.items()
+            if leaf.matrix and any(fnmatchcase(name, pattern) for pattern in self.layers)
+        }
+        for pattern in self.layers:
+            matrices = [n for n, leaf in model.leaves.items() if leaf.matrix]
+            if not any(fnmatchcase(n, pattern) for n in matrices):
+                raise ValueError(f"layers = {pattern}: matches no weight; there are {', '.join(matrices)}")
+        return chosen
+
+    def factors(self, model: Model, rng: Generator) -> Tree:
+        """A and B of every decomposed weight before the first round."""
+        tree = {}
+        for name, r in self.ranks(model).items():
+            out_side, in_side = sides(model.leaves[name])
+            tree[f"{name}.A"] = (torch.rand(r, in_side, generator=rng) * 2 - 1) / in_side**0.5
+            tree[f"{name}.B"] = torch.zeros(out_side, r)
+        return tree
+
+    def tau(self, model: Model, factors: Tree) -> Tree:
+        """{weight: s B A in the weight's shape}. Costs as much as a matrix product per weight."""
+        low = {}
+        for name in (leaf.removesuffix(".B") for leaf in factors if leaf.endswith(".B")):
+            leaf = model.leaves[name]
+            product = (factors[f"{name}.B"] * self._scale(leaf)) @ factors[f"{name}.A"]
+            low[name] = product.view(leaf.shape)
+        return low
+
+    def _rank(self, leaf: Leaf) -> int:
+        outside, inside = leaf.shape[:2]
+        if leaf.matrix == "conv":
+            official = self.rank_rule == "official"
+            r = int(self.conv_rank * outside) if official else self.conv_rank * min(inside, outside)
+            return max(1, round(r * leaf.shape[2]))
+        if self.rank_rule == "official":
+            return int(self.linear_rank)
+        return max(1, round(self.linear_rank * min(inside, outside)))
+
+    def _scale(self, leaf: Leaf) -> float:
+        if self.scale == "one":
+            return 1.0
+        if leaf.matrix == "conv":
+            return 1 / max(1, int(self.conv_rank * leaf.shape[0]))
+        return 1 / self._rank(leaf)
+
+
+def sides(leaf: Leaf) -> tuple[int, int]:
+    """(out side, in side) of the matrix that a weight is read as."""
+    outside, inside, *kernel = leaf.shape
+    return (outside * kernel[0], inside * kernel[1]) if kernel else (outside, inside)

@@ -1,0 +1,148 @@
+"""A network as a pure function of a tree, with the role of every leaf.
+
+Roles come from module TYPES, never from names: ``norm`` and ``stats`` are the parameters and the
+running statistics of normalisation layers, ``head`` is the classifier (the last Linear, else the
+last Conv2d, in registration order), ``body`` is the rest. Integer buffers are constants: they
+belong to no client and never travel.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..tree import Tree
+from .substitutes import Substitutes
+
+Role = Literal["body", "head", "norm", "stats"]
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+
+
+class Leaf(NamedTuple):
+    """What is known of a leaf beside its value."""
+
+    shape: tuple[int, ...]
+    role: Role
+    matrix: Literal["conv", "linear", ""]  # how a low-rank part reads it; "" when it has none
+
+
+@dataclass(frozen=True)
+class Model:
+    """``model(tree, x)``: logits [B, classes] of the network whose leaves are ``tree``.
+
+    In training mode BatchNorm writes its running statistics into the ``stats`` leaves it is given.
+    ``flops`` counts one forward pass of one sample (a multiply-add is 2).
+    """
+
+    leaves: dict[str, Leaf]
+    initial: Tree
+    constants: Tree
+    flops: int
+    batch_statistics: bool  # some layer normalises by the statistics of its batch
+    noisy: bool  # some layer draws random numbers in training
+    training: bool
+    modules: tuple[nn.Module, nn.Module]  # the skeleton in evaluation and in training mode
+
+    def __call__(self, tree: Tree, x: Tensor) -> Tensor:
+        return functional_call(self.modules[self.training], {**self.constants, **tree}, (x,))
+
+    def evaluating(self) -> "Model":
+        """The same network in evaluation mode."""
+        return replace(self, training=False)
+
+    def to(self, device: torch.device) -> "Model":
+        """The same network with its constants on ``device``."""
+        return replace(self, constants={n: v.to(device) for n, v in self.constants.items()})
+
+    def role(self, leaf: str) -> Role | None:
+        """Role of a leaf; None for names that are not the network's (an algorithm's own)."""
+        return self.leaves[leaf].role if leaf in self.leaves else None
+
+    def module(self, tree: Tree) -> nn.Module:
+        """An ordinary nn.Module in evaluation mode that holds a copy of ``tree``."""
+        module = copy.deepcopy(self.modules[False]).to_empty(device="cpu")
+        module.load_state_dict({**self.constants, **tree}, strict=False)
+        return module
+
+
+def from_module(module: nn.Module, classes: int, shape: tuple[int, ...]) -> Model:
+    """The model of ``module``, whose present parameters become the initial values.
+
+    ``shape``: of one input, without the batch axis. Raises ValueError when the module does not map
+    [B, *shape] to [B, classes] or counts batches instead of using a momentum.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, _NormBase) and layer.track_running_stats:
+            if layer.momentum is None:
+                raise ValueError(f"name: layer {name} has momentum None (a cumulative average)")
+            layer.num_batches_tracked = None
+    traits = _trial(module, classes, shape)
+    leaves, initial, constants = _leaves(module)
+    skeleton = copy.deepcopy(module).to("meta").requires_grad_(False)
+    modules = (skeleton.eval(), copy.deepcopy(skeleton).train())
+    return Model(leaves, initial, constants, **traits, training=True, modules=modules)
+
+
+def _trial(module: nn.Module, classes: int, shape: tuple[int, ...]) -> dict:
+    """Run the module once in each mode, and report what it does."""
+    x = torch.zeros(2, *shape)
+    watch = Substitutes(None, torch.tensor(0))
+    with torch.no_grad(), watch:
+        before = {n: b.clone() for n, b in module.named_buffers()}
+        try:
+            module.train()(x)
+        except RuntimeError as error:
+            raise ValueError(f"name: the model refuses inputs of shape {list(shape)}: {error}") from error
+        for n, b in module.named_buffers():
+            b.copy_(before[n])
+        with FlopCounterMode(display=False) as counter:
+            logits = module.eval()(x)
+    if logits.shape != (2, classes):
+        raise ValueError(f"name: the model gives {list(logits.shape)} for 2 samples, not [2, {classes}]")
+    return {
+        "flops": counter.get_total_flops() // 2,
+        "batch_statistics": watch.met_batch_norm,
+        "noisy": watch.met_noise,
+    }
+
+
+def _leaves(module: nn.Module) -> tuple[dict[str, Leaf], Tree, Tree]:
+    """Every leaf, its initial value, and the constants."""
+    leaves, initial, constants = {}, {}, {}
+    head = _head(module)
+    parameters = dict(module.named_parameters())
+    for name, value in (*parameters.items(), *module.named_buffers()):
+        if not value.is_floating_point():
+            constants[name] = value.detach().clone()
+            continue
+        owner = module.get_submodule(name.rpartition(".")[0])
+        if name not in parameters:
+            role = "stats"
+        else:
+            role = "norm" if isinstance(owner, _NORMS) else "head" if owner is head else "body"
+        leaves[name] = Leaf(tuple(value.shape), role, _matrix(owner, value) if role in ("body", "head") else "")
+        initial[name] = value.detach().clone()
+    return leaves, initial, constants
+
+
+def _head(module: nn.Module) -> nn.Module | None:
+    """The classifier: the last Linear, else the last Conv2d."""
+    for kind in (nn.Linear, nn.Conv2d):
+        found = [m for m in module.modules() if isinstance(m, kind)]
+        if found:
+            return found[-1]
+    return None
+
+
+def _matrix(owner: nn.Module, value: Tensor) -> Literal["conv", "linear", ""]:
+    """How a low-rank part reads this weight: Conv2d [O, I, K, K], Linear and attention [O, I]."""
+    if isinstance(owner, nn.Conv2d) and value.dim() == 4:
+        return "conv"
+    if isinstance(owner, nn.Linear | nn.MultiheadAttention) and value.dim() == 2:
+        return "linear"
+    return ""

@@ -1,0 +1,58 @@
+"""The residual networks of the FedLoRA paper and the small one of the CIFAR literature."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """conv3x3-BN-ReLU-conv3x3-BN plus the input (He et al., CVPR 2016), 1x1 convolution on the skip
+    when the shape changes."""
+
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outside)
+        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outside)
+        self.downsample = None
+        if stride != 1 or inside != outside:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = x if self.downsample is None else self.downsample(x)
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + skip)
+
+
+class ResNet(nn.Module):
+    """A stem, one block per width (stride 2 from the second on), global average, Linear.
+
+    ``imagenet_stem``: 7x7/2 convolution and 3x3/2 max pool, also for 32x32 inputs, as the official
+    FedDecomp code has it; else a 3x3 convolution.
+    """
+
+    def __init__(self, classes: int, channels: int, widths: Sequence[int], imagenet_stem: bool) -> None:
+        super().__init__()
+        first = widths[0]
+        if imagenet_stem:
+            self.conv1 = nn.Conv2d(channels, first, 7, 2, 3, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(channels, first, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
+        self.pool = nn.MaxPool2d(3, 2, 1) if imagenet_stem else nn.Identity()
+        blocks = []
+        for stage, (inside, outside) in enumerate(zip((first, *widths), widths)):
+            blocks.append(Block(inside, outside, stride=1 if stage == 0 else 2))
+        self.layers = nn.Sequential(*blocks)
+        self.fc = nn.Linear(widths[-1], classes)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(F.relu(self.bn1(self.conv1(x))))
+        return self.fc(self.layers(x).mean((2, 3)))

@@ -1,0 +1,93 @@
+"""Stand-ins for the layers whose plain form would be wrong in a padded or keyed batch.
+
+``with Substitutes(real, key): loss(...)`` replaces, inside any module, BatchNorm in training mode
+by one that ignores padding, and random draws (dropout, stochastic depth) by functions of ``key``.
+Without padding and without noise the engine does not enter it, and the plain layers run.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..seeds import uniform
+
+_DROPOUTS = {F.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
+
+
+class Substitutes(TorchFunctionMode):
+    """Intercepts torch functions of one client's forward pass.
+
+    real: [B] False for padding, or None; key: [] int64. Each draw of the pass has its own number,
+    so two dropout layers differ.
+    """
+
+    def __init__(self, real: Tensor | None, key: Tensor) -> None:
+        super().__init__()
+        self._real, self._key, self._draws = real, key, 0
+        self.met_batch_norm = self.met_noise = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            return self._batch_norm(*args, **kwargs)
+        if func in _DROPOUTS:
+            return self._dropout(_DROPOUTS[func], *args, **kwargs)
+        if func is torch.Tensor.bernoulli_:
+            return self._bernoulli(*args, **kwargs)
+        if func is F.scaled_dot_product_attention and kwargs.get("dropout_p", 0.0) > 0:
+            return self._attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _uniform(self, shape: tuple[int, ...]) -> Tensor:
+        self.met_noise = True
+        self._draws += 1
+        return uniform(self._key + self._draws * 0x5851F42D4C957F2D, tuple(shape))
+
+    def _bernoulli(self, x: Tensor, p: float = 0.5, generator=None) -> Tensor:
+        return (self._uniform(x.shape) < p).to(x.dtype)
+
+    def _dropout(self, spatial: int, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False):
+        if not training or p == 0.0:
+            return x
+        kept = self._uniform(x.shape[: x.dim() - spatial]) >= p
+        return x * kept.view(*kept.shape, *[1] * spatial) / (1 - p)
+
+    def _attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+        """softmax(Q K^T s + mask) V with keyed dropout on the attention weights."""
+        scores = query @ key.transpose(-2, -1) * (scale or query.shape[-1] ** -0.5)
+        if is_causal:
+            scores = scores.masked_fill(scores.new_ones(scores.shape[-2:]).triu(1).bool(), float("-inf"))
+        if attn_mask is not None:
+            hide = attn_mask.dtype == torch.bool
+            scores = scores.masked_fill(~attn_mask, float("-inf")) if hide else scores + attn_mask
+        return self._dropout(0, scores.softmax(-1), dropout_p) @ value
+
+    def _batch_norm(
+        self, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+    ) -> Tensor:
+        """BatchNorm over the real examples of x [B, channels, ...] alone.
+
+        A batch with one value per channel has no variance: it is normalised to zero and leaves
+        ``running_var`` as it is, where torch would raise.
+        """
+        if not training:
+            return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+        self.met_batch_norm = True
+        real = torch.ones(x.shape[0], dtype=x.dtype, device=x.device) if self._real is None else self._real
+        across = [0, *range(2, x.dim())]
+        wide = [1, -1] + [1] * (x.dim() - 2)
+        counts = real.to(x.dtype).view(-1, *[1] * (x.dim() - 1))  # [B, 1, ...]
+        total = counts.sum() * x[0, 0].numel()
+        mean = (x * counts).sum(across) / total
+        gap = x - mean.view(wide)
+        var = (gap.square() * counts).sum(across) / total
+        if running_mean is not None:
+            with torch.no_grad():
+                unbiased = var * total / (total - 1).clamp(min=1)
+                running_mean += momentum * (mean - running_mean)
+                running_var += momentum * (total > 1) * (unbiased - running_var)
+        y = gap * (var + eps).rsqrt().view(wide)
+        if weight is not None:
+            y = y * weight.view(wide) + bias.view(wide)
+        return y

@@ -1,0 +1,34 @@
+"""Which clients train together, and which rank hosts them.
+
+Groups depend on the clients alone, never on the ranks: a client's numbers may depend on its group
+(another kernel for another stack), so a group stays whole wherever it is hosted.
+"""
+
+from collections.abc import Sequence
+
+Group = tuple[int, ...]
+
+
+def groups(sizes: Sequence[int], group_size: int) -> tuple[Group, ...]:
+    """Client ids in groups of ``group_size``, larger clients first, so that a group's clients are
+    about equally large and those still training are always the first of the group."""
+    order = sorted(range(len(sizes)), key=lambda client: (-sizes[client], client))
+    return tuple(tuple(order[i : i + group_size]) for i in range(0, len(order), group_size))
+
+
+def assign(costs: Sequence[float], workers: Sequence[int]) -> tuple[int, ...]:
+    """The worker of each group: the longest first, each to the least loaded worker (Graham 1969).
+
+    costs: expected seconds or any unit, one per group; workers: ranks.
+    """
+    load = dict.fromkeys(workers, 0.0)
+    host = [0] * len(costs)
+    for group in sorted(range(len(costs)), key=lambda g: (-costs[g], g)):
+        host[group] = min(load, key=lambda w: (load[w], w))
+        load[host[group]] += costs[group]
+    return tuple(host)
+
+
+def cohort(clients: int, fraction: float, draw: Sequence[int]) -> frozenset[int]:
+    """The clients of a round: the first max(1, int(fraction * clients)) of the permutation ``draw``."""
+    return frozenset(draw[: max(1, int(fraction * clients))])

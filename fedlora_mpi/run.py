@@ -1,0 +1,209 @@
+"""Start or resume a run: loop over rounds, log, checkpoint."""
+
+import json
+import platform
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import __version__
+from . import config as configs
+from .build import Built, build
+from .comm import Comm, together
+from .config import Config
+from .progress import Progress
+from .round import State, play
+from .store import checkpoint
+from .store.files import write_atomic
+from .store.lock import locked
+from .store.log import Log, ragged
+from .store.manifest import Shard, worker_file
+from .store.snapshot import Checkpoint
+from .tree import Tree, tmap
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may queue the job again
+
+
+def start(config: Config, source: str, comm: Comm) -> int:
+    """Train from round 1 into a new run folder; returns the exit code."""
+    folder = Path(config.output).expanduser()
+
+    def refuse_existing() -> None:
+        if comm.rank == 0 and folder.exists():
+            raise ValueError(
+                f"{source}: output = {folder}: the folder exists; continue it with "
+                f"'fedlora-mpi resume {folder}' or choose another with output=..."
+            )
+
+    together(comm, refuse_existing)
+    built = build(config, source, comm)
+    together(comm, lambda: _create(folder, built) if comm.rank == 0 else None)
+    return _loop(built, folder, _beginning(built))
+
+
+def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
+    """Continue a run from its newest valid checkpoint, on any number of ranks; returns the exit code.
+
+    A run that was killed before its first checkpoint begins again.
+    """
+    config = receive(comm, lambda: _recorded(folder, overrides))
+    built = build(config, str(folder / "config.yaml"), comm)
+    found = _newest(folder, built)
+    if comm.rank == 0:
+        write_atomic(folder / "config.yaml", configs.resolved_yaml(built.config).encode())
+        if found:
+            found.restore_log(folder / "log.h5")
+        else:
+            (folder / "log.h5").unlink(missing_ok=True)
+            _create_log(folder, built)
+    return _loop(built, folder, _load(found, built) if found else _beginning(built))
+
+
+def receive(comm: Comm, read: Callable[[], Config]) -> Config:
+    """The config that ``read()`` gives on rank 0, on every rank."""
+    config = together(comm, lambda: read() if comm.rank == 0 else None)
+    text = json.dumps(configs.resolved_dict(config)) if comm.rank == 0 else ""
+    return configs.from_dict(json.loads(comm.broadcast(text.encode())), "config of rank 0")
+
+
+def _loop(built: Built, folder: Path, state: State) -> int:
+    """Play the rounds that are left."""
+    run, config, comm = built.run, built.config, built.run.comm
+    asked = _stop_signals()
+    with ExitStack() as stack:
+        together(comm, lambda: stack.enter_context(locked(folder)) if comm.rank == 0 else None)
+        log = progress = None
+        if comm.rank == 0:
+            log = Log.append_to(folder / "log.h5")
+            stack.callback(log.close)
+            progress = Progress(config.rounds, state.round)
+        saved, stop = state.round, False
+        while state.round < config.rounds and not stop:
+            evaluate = (state.round + 1) % config.evaluate.every == 0 or state.round + 1 == config.rounds
+            state, row, clients = play(run, state, evaluate, stop=bool(asked))
+            stop = row.pop("stop")
+            if comm.rank == 0:
+                log.append(state.round, row, clients)
+                progress.tell(state.round, row)
+            if state.round % config.checkpoint.every == 0 or state.round == config.rounds or stop:
+                save(built, folder, state)
+                saved = state.round
+        assert saved == state.round, f"round {state.round} done, {saved} saved"
+    return STOPPED if state.round < config.rounds else 0
+
+
+def save(built: Built, folder: Path, state: State) -> None:
+    """Write a checkpoint: every worker its clients, rank 0 the rest, the manifest last."""
+    run, comm = built.run, built.run.comm
+    if comm.rank == 0:
+        checkpoint.begin(folder, state.round)
+    comm.sum(np.zeros(1))  # the folder is there
+    home = checkpoint.folder_of(folder, state.round)
+    shards = np.zeros((comm.size, 3), np.int64)
+    if run.hosted:
+        shards[comm.rank] = checkpoint.write_clients(home, comm.rank, run.hosted, _arrays(state.personal)).numbers()
+    comm.sum(shards)
+    if comm.rank == 0:
+        files = [Shard.from_numbers(worker_file(r), row) for r, row in enumerate(shards) if row.any()]
+        files.append(checkpoint.write_server(home, round_=state.round, shared=_arrays(state.shared), server={}))
+        files.append(checkpoint.copy_log(home, folder / "log.h5"))
+        checkpoint.commit(home, files, run_digest=built.digest, clients=len(run.weight_N))
+        checkpoint.prune(folder, built.config.checkpoint.keep)
+
+
+def _beginning(built: Built) -> State:
+    """The state before round 1."""
+    run, first = built.run, built.first
+    spread = lambda v: v.expand(len(run.hosted), *v.shape).clone(memory_format=torch.contiguous_format)
+    shared = tmap(lambda v: v.to(run.trainer.device, copy=True), first.shared)
+    return State(0, shared, tmap(spread, first.personal))
+
+
+def _load(found: Checkpoint, built: Built) -> State:
+    """The state of a checkpoint: this rank's clients, wherever they were hosted before."""
+    run = built.run
+    device = run.trainer.device
+    shared = {n: torch.from_numpy(v).to(device) for n, v in found.shared().items()}
+    personal = {n: torch.from_numpy(v) for n, v in found.personal(run.hosted).items()}
+    in_order = lambda tree, like: {name: tree[name] for name in like}
+    return State(found.round, in_order(shared, built.first.shared), in_order(personal, built.first.personal))
+
+
+def _newest(folder: Path, built: Built) -> Checkpoint | None:
+    """The newest valid checkpoint, as rank 0 finds it; None when none was ever committed."""
+    comm = built.run.comm
+
+    def find() -> int:
+        if comm.rank != 0 or not checkpoint.committed(folder):
+            return 0
+        found, skipped = checkpoint.newest(folder, run_digest=built.digest)
+        for line in (*(f"skipped {line}" for line in skipped), f"resuming {folder} after round {found.round}"):
+            print(line, file=sys.stderr, flush=True)
+        return found.round
+
+    round_ = int(comm.broadcast(str(together(comm, find)).encode()))
+    return Checkpoint.read(checkpoint.folder_of(folder, round_)) if round_ else None
+
+
+def _recorded(folder: Path, overrides: Sequence[str]) -> Config:
+    """The config of a run folder."""
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder}: not a run folder, it has no config.yaml; give the output of a run")
+    return configs.read(folder / "config.yaml", [*overrides, f"output={folder}"])
+
+
+def _create(folder: Path, built: Built) -> None:
+    """A new run folder with its resolved config and an empty log."""
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"output = {folder}: cannot be created: {error.strerror}; choose another") from error
+    write_atomic(folder / "config.yaml", configs.resolved_yaml(built.config).encode())
+    _create_log(folder, built)
+
+
+def _create_log(folder: Path, built: Built) -> None:
+    split = built.split
+    Log.create(
+        folder / "log.h5",
+        config_yaml=configs.resolved_yaml(built.config),
+        config_json=json.dumps(configs.resolved_dict(built.config)),
+        versions=_versions(),
+        clients=len(split.train),
+        partition={
+            **ragged("train", split.train),
+            **ragged("test", split.test),
+            "train_counts": split.train_counts,
+            "test_counts": split.test_counts,
+            "digest": split.digest(),
+        },
+    ).close()
+
+
+def _versions() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    found = {"fedlora_mpi": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("numpy", "mpi4py", "h5py", "torchvision"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def _arrays(tree: Tree) -> Mapping[str, np.ndarray]:
+    """Leaves as numpy arrays, without a copy on the CPU."""
+    return {n: v.detach().cpu().numpy() for n, v in tree.items()}
+
+
+def _stop_signals() -> list[int]:
+    """A list that SIGUSR1 fills: the run then stops at the next round boundary, with a checkpoint."""
+    asked: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: asked.append(number))
+    return asked

@@ -1,0 +1,51 @@
+"""Randomness is addressed, not consumed: a draw never depends on what ran before it.
+
+Two kinds: ``rng`` gives a CPU generator for an address (shuffles, initial weights), ``uniform``
+computes noise from integer keys as a pure tensor function (dropout), so it means the same in a
+loop over clients, under ``vmap``, on a CPU and on a GPU.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Generator, Tensor
+
+
+def key(seed: int, *address: int | str) -> int:
+    """A 62-bit number for an address such as ``("order", client, round, epoch)``."""
+    digest = hashlib.blake2b(repr((seed, *address)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+def rng(seed: int, *address: int | str) -> Generator:
+    """A fresh generator whose stream depends on the address alone."""
+    return Generator().manual_seed(key(seed, *address))
+
+
+def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Uniform numbers in [0, 1), float32 of ``shape``, a pure function of the int64 scalar ``key``.
+
+    Counter mode: position i is mixed with the key by the finaliser of splitmix64 (Steele et al.,
+    OOPSLA 2014); int64 products wrap, right shifts are masked to be logical.
+    """
+    counter = torch.arange(math.prod(shape), device=key.device)
+    z = (counter + 1) * -7046029254386353131 + key  # golden gamma 0x9e3779b97f4a7c15
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xbf58476d1ce4e5b9
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94d049bb133111eb
+    z = z ^ ((z >> 31) & 0x1FFFFFFFF)
+    return (z & 0xFFFFFF).to(torch.float32).mul(2.0**-24).view(shape)
+
+
+@contextmanager
+def isolated(seed: int, *address: int | str) -> Iterator[None]:
+    """Give foreign code that draws from torch's global generator a stream of its own.
+
+    Constructors of ``nn.Module`` know no other source. The global state is put back afterwards,
+    so nothing outside can tell that it ran.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(key(seed, *address))
+        yield

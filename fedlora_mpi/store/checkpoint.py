@@ -1,0 +1,186 @@
+"""``RUN/checkpoints/000010/``: the state after a round, as shards that any number of ranks can read.
+
+Writing: rank 0 ``begin``s, every worker ``write_clients``, rank 0 ``write_server``, ``copy_log``, and, when
+all have returned, ``commit``s. Until then the folder does not count, and nothing in it is looked at.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from . import hdf5, manifest
+from .files import StoreError, copy_atomic, fsync
+from .hdf5 import escape
+from .manifest import Manifest, Shard, is_worker_file, worker_file
+from .snapshot import Checkpoint, folder_of
+
+Leaves = Mapping[str, np.ndarray]
+
+
+def _folders(run: Path) -> dict[int, Path]:
+    """Every folder of a round, committed or not, in the order of rounds."""
+    found = [path for path in (Path(run) / "checkpoints").glob("*") if re.fullmatch(r"\d{6,}", path.name)]
+    return {int(path.name): path for path in sorted(found, key=lambda path: int(path.name))}
+
+
+def committed(run: Path) -> list[int]:
+    """The rounds that have a committed checkpoint, valid or not, ascending."""
+    return [round_ for round_, folder in _folders(run).items() if (folder / manifest.NAME).is_file()]
+
+
+def begin(run: Path, round_: int) -> Path:
+    """An empty folder for the checkpoint of this round; an uncommitted leftover of it is removed.
+
+    Committed rounds at or after this one are those that a resume has skipped: they are set aside as
+    ``000010.aside``, lest ``prune`` keep them instead of good ones. Raises StoreError when this round is
+    committed and intact.
+    """
+    folder = folder_of(run, round_)
+    for other in committed(run):
+        path = folder_of(run, other)
+        if other == round_ and _intact(path):
+            raise StoreError(f"{path}: this round is committed already; resume from it, or move it away")
+        if other >= round_:
+            aside = path.with_name(f"{path.name}.aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    for parent in (folder.parent, folder.parent.parent):
+        fsync(parent)
+    return folder
+
+
+def write_clients(folder: Path, worker: int, client_ids: Sequence[int], personal: Leaves) -> Shard:
+    """Write one worker's clients, leaves [n, ...] with rows as in ``client_ids``, in any order.
+
+    Rows are stored by ascending id, 16 MiB at a time, so strided views cost no memory. A worker without
+    clients writes a file with zero rows.
+    """
+    ids = np.asarray(client_ids, np.int64)
+    assert len(np.unique(ids)) == len(ids), f"twice in one shard: {ids}"
+    path, order = folder / worker_file(worker), np.argsort(ids)
+    with hdf5.create(path) as file:
+        hdf5.write(file, "client_id", ids[order], ["client"])
+        group = file.create_group("personal", track_order=True)
+        for leaf, rows in personal.items():
+            assert len(rows) == len(ids), f"{leaf}: {rows.shape} for {len(ids)} clients"
+            hdf5.write(group, escape(leaf), rows, ["client"], order)
+    return Shard.of(path)
+
+
+def write_server(
+    folder: Path,
+    *,
+    round_: int,
+    shared: Leaves,
+    server: Leaves,
+    extra_attrs: Mapping[str, str | float] | None = None,
+) -> Shard:
+    """Write what is not a client's: the shared leaves, the server's own, and a few attributes."""
+    path = folder / "server.h5"
+    with hdf5.create(path) as file:
+        file.attrs.update({"round": round_, **(extra_attrs or {})})
+        for name, leaves in {"shared": shared, "server": server}.items():
+            group = file.create_group(name, track_order=True)
+            for leaf, value in leaves.items():
+                hdf5.write(group, escape(leaf), value)
+    return Shard.of(path)
+
+
+def copy_log(folder: Path, log_path: Path) -> Shard:
+    """Keep the log as it is at this round: a resume puts it back, so no row is lost or doubled."""
+    copy_atomic(log_path, folder / "log.h5")
+    return Shard.of(folder / "log.h5")
+
+
+def commit(folder: Path, shards: Sequence[Shard], *, run_digest: str, clients: int) -> None:
+    """Make ``folder`` a checkpoint of clients 0 .. clients - 1, all of whose files are ``shards``."""
+    for shard in shards:
+        found = (folder / shard.name).stat().st_size
+        assert found == shard.size, (
+            f"{folder / shard.name}: {found} bytes here, {shard.size} where it was written"
+        )
+    joined = _join(folder, [shard.name for shard in shards if is_worker_file(shard.name)], clients)
+    Manifest(int(folder.name), run_digest, clients, (*shards, joined)).write(folder)
+
+
+def _join(folder: Path, names: Sequence[str], clients: int) -> Shard:
+    """Write personal.h5: per leaf a virtual dataset [N, ...] in client order over the workers' files."""
+    owned, specs = {}, {}
+    for name in names:
+        with hdf5.open_file(folder / name) as file:
+            if len(ids := file["client_id"][()]):
+                owned[name] = ids
+                specs[name] = {leaf: (ds.shape[1:], ds.dtype) for leaf, ds in file["personal"].items()}
+    everyone = np.sort(np.concatenate(list(owned.values()))) if owned else np.arange(0)
+    assert np.array_equal(everyone, np.arange(clients)), (
+        f"{folder}: not each of {clients} clients once: {everyone}"
+    )
+    first = next(iter(specs.values()), {})
+    assert all(spec == first for spec in specs.values()), f"{folder}: workers disagree on leaves: {specs}"
+    path = folder / "personal.h5"
+    with hdf5.create(path) as file:
+        group = file.create_group("personal", track_order=True)
+        for leaf, (shape, dtype) in first.items():
+            layout = h5py.VirtualLayout((clients, *shape), dtype)
+            for name, ids in owned.items():
+                layout[_selection(ids)] = h5py.VirtualSource(
+                    name, f"personal/{leaf}", (len(ids), *shape), dtype
+                )
+            missing = np.nan if dtype.kind == "f" else None  # what a reader sees where a shard is gone
+            hdf5.label(group.create_virtual_dataset(leaf, layout, missing), ["client"])
+    return Shard.of(path)
+
+
+def _selection(ids: np.ndarray) -> slice | np.ndarray:
+    """The ascending ``ids`` as a slice where they are evenly spaced: a long list makes HDF5 slow to open."""
+    steps = np.unique(np.diff(ids))
+    return slice(ids[0], ids[-1] + 1, steps[0] if len(steps) else 1) if len(steps) <= 1 else ids
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove the oldest committed checkpoints beyond ``keep``, and uncommitted leftovers before the newest.
+
+    A manifest goes first, and durably, so that a half-removed folder is no checkpoint.
+    """
+    assert keep >= 1, f"keep = {keep} would remove what a resume needs"
+    kept = committed(run)[-keep:]
+    for round_, folder in _folders(run).items():
+        if kept and round_ < kept[-1] and round_ not in kept:
+            pass
+            fsync(folder)
+            shutil.rmtree(folder)
+
+
+def newest(run: Path, *, run_digest: str | None = None) -> tuple[Checkpoint, list[str]]:
+    """The newest checkpoint that is whole and of this config, and a line for each newer one that is not.
+
+    Raises StoreError when there is none, with all the lines in one.
+    """
+    skipped = []
+    for round_ in reversed(committed(run)):
+        try:
+            found = Checkpoint.read(folder_of(run, round_))
+            found.verify(run_digest)
+            return found, skipped
+        except StoreError as why:
+            skipped.append(str(why))
+    reasons = "; ".join(skipped) or "none was committed"
+    raise StoreError(
+        f"{Path(run) / 'checkpoints'}: no valid checkpoint ({reasons}); start anew with another output"
+    )
+
+
+def _intact(folder: Path) -> bool:
+    """Whether the committed ``folder`` is a whole checkpoint, of whatever config."""
+    try:
+        Checkpoint.read(folder).verify()
+    except StoreError:
+        return False
+    return True

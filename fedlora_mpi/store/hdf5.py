@@ -1,0 +1,91 @@
+"""HDF5 as every file of a run folder uses it: versioned, checksummed, durable, with exact leaf names.
+
+HDF5's own file locks are off: some cluster file systems refuse them, and they would keep a reader out
+of a running log. ``lock.py`` guards the folder instead.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from .files import FORMAT_VERSION, StoreError, check_format, replacing
+
+CHUNK_BYTES = 64 << 10  # smaller chunks cost more in bookkeeping than in transfer
+BLOCK_BYTES = 16 << 20  # what a write or a read may hold beside the caller's array
+
+
+@contextmanager
+def create(path: Path) -> Iterator[h5py.File]:
+    """A new file to fill, which appears as ``path`` when the block ends well."""
+    with replacing(path) as temporary, h5py.File(temporary, "w", locking=False) as file:
+        file.attrs["format_version"] = FORMAT_VERSION
+        yield file
+
+
+def open_file(path: Path, mode: str = "r") -> h5py.File:
+    """An existing file of ours, open for reading (or ``"r+"``). Raises StoreError."""
+    try:
+        file = h5py.File(path, mode, locking=False)
+    except OSError as why:
+        raise StoreError(f"{path}: missing or not HDF5 ({why})") from why
+    try:
+        check_format(path, file.attrs.get("format_version"))
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def escape(leaf: str) -> str:
+    """The HDF5 name of a leaf: JSON pointer's escapes, and ``%``, which virtual data sets interpret."""
+    assert leaf not in ("", "."), f"{leaf!r} cannot name a leaf"
+    return leaf.replace("~", "~0").replace("/", "~1").replace("%", "~2")
+
+
+def unescape(name: str) -> str:
+    """The leaf whose HDF5 name is ``name``."""
+    return name.replace("~2", "%").replace("~1", "/").replace("~0", "~")
+
+
+def write(
+    group: h5py.Group, name: str, array: np.ndarray, axes: Sequence[str] = (), order: np.ndarray | None = None
+) -> h5py.Dataset:
+    """Store ``array`` (its rows in ``order``) block by block, whatever its strides, and label its axes.
+
+    Scalars and empty arrays cannot be chunked, so carry no fletcher32: the manifest's checksum covers them.
+    """
+    if array.ndim == 0 or array.size == 0:
+        return label(group.create_dataset(name, data=array), axes)
+    row_bytes = array.itemsize * math.prod(array.shape[1:])
+    chunk = min(len(array), -(-CHUNK_BYTES // row_bytes))
+    block = chunk * max(1, BLOCK_BYTES // (chunk * row_bytes))  # whole chunks: none is written twice
+    dataset = group.create_dataset(
+        name, array.shape, array.dtype, chunks=(chunk, *array.shape[1:]), fletcher32=True
+    )
+    for start in range(0, len(array), block):
+        rows = slice(start, start + block)
+        dataset[rows] = array[rows if order is None else order[rows]]
+    return label(dataset, axes)
+
+
+def label(dataset: h5py.Dataset, axes: Sequence[str]) -> h5py.Dataset:
+    """Name the leading axes of ``dataset``."""
+    for dimension, axis in zip(dataset.dims, axes, strict=False):
+        dimension.label = axis
+    return dataset
+
+
+def read_rows(dataset: h5py.Dataset, rows: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
+    """``out[places] = dataset[rows]``; rows that are near each other are read in one slice of <= 16 MiB."""
+    row_bytes = max(1, dataset.dtype.itemsize * math.prod(dataset.shape[1:]))
+    near = max(1, CHUNK_BYTES // row_bytes)  # a gap that is read over faster than it is skipped
+    limit = max(1, BLOCK_BYTES // row_bytes)
+    order = np.argsort(rows, kind="stable")
+    rows, places = rows[order], places[order]
+    cuts = np.flatnonzero((np.diff(rows) > near) | (np.diff(rows // limit) > 0)) + 1
+    for run, run_places in zip(np.split(rows, cuts), np.split(places, cuts), strict=True):
+        out[run_places] = dataset[run[0] : run[-1] + 1][run - run[0]]

@@ -1,0 +1,48 @@
+"""One run per folder: an exclusive lock that the kernel releases when its process ends, however it ends."""
+
+import errno
+import fcntl
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .files import StoreError
+
+UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre mounted without flock, some NFS
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold ``RUN/.lock`` during the block; where the file system has no locks, warn and go on.
+
+    Raises StoreError, with host and pid, when another process holds it.
+    """
+    path = Path(run) / ".lock"
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _take(path, handle)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"host {socket.gethostname()}, pid {os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _take(path: Path, handle: int) -> None:
+    """Lock the open file ``handle``, at once or not at all."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(handle, 1000, 0).decode().strip() or "another process"
+        raise StoreError(
+            f"{path}: in use by {owner}; wait for it, stop it, or choose another output"
+        ) from None
+    except OSError as why:
+        if why.errno not in UNSUPPORTED:
+            raise
+        warnings.warn(
+            f"{path}: this file system has no locks; start no second run in this folder", stacklevel=4
+        )

@@ -1,0 +1,95 @@
+"""A run folder for those who analyse it: without torch, and while the run is still going."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import h5py
+import numpy as np
+
+from . import checkpoint, hdf5, snapshot
+from .files import FormatError, StoreError
+from .snapshot import Checkpoint
+
+T = TypeVar("T")
+WAITS = (0.02, 0.02, 0.1, 0.5, 0)  # seconds; the writer's flush, in which a read can fail, takes milliseconds
+
+
+class RunFiles:
+    """The log and the checkpoints of one run: ``config`` (parsed), ``config_yaml`` and ``versions`` too.
+
+    Every call reads anew. Raises StoreError when ``path`` is not a run folder.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        if not (self.path / "log.h5").is_file():
+            raise StoreError(f"{path}: not a run folder, it has no log.h5; give the `output` of a run")
+        attrs, self.versions = self._read(lambda log: (dict(log.attrs), dict(log["versions"].attrs)))
+        self.config_yaml: str = attrs["config_yaml"]
+        self.config: dict[str, Any] = json.loads(attrs["config_json"])
+
+    def rounds(self) -> dict[str, np.ndarray]:
+        """Columns [T] by name, ``round`` first."""
+        return self._read(lambda log: {"round": np.arange(0)} | _columns(log)["rounds"])
+
+    def clients(self) -> dict[str, np.ndarray]:
+        """Columns [T, N] by name, a row of NaN where the round was not evaluated."""
+        return self._read(lambda log: _columns(log)["clients"])
+
+    def partition(self) -> dict[str, Any]:
+        """``train`` and ``test`` (lists of index arrays), ``train_counts`` [N, classes], ..., ``digest``."""
+        found = self._read(lambda log: _everything(log["partition"]))
+        for name in [name.removesuffix("_offsets") for name in found if name.endswith("_offsets")]:
+            offsets = found.pop(f"{name}_offsets")
+            found[name] = np.split(found.pop(f"{name}_indices"), offsets[1:-1])
+        return found
+
+    def checkpoints(self) -> list[int]:
+        """The rounds with a committed checkpoint, ascending."""
+        return checkpoint.committed(self.path)
+
+    def checkpoint(self, round_: int | None = None) -> Checkpoint:
+        """The verified checkpoint of a round, by default the newest valid one. Raises StoreError."""
+        if round_ is None:
+            return checkpoint.newest(self.path)[0]
+        if round_ not in (there := self.checkpoints()):
+            raise StoreError(f"{self.path}: no checkpoint of round {round_}; there are {there}")
+        found = Checkpoint.read(snapshot.folder_of(self.path, round_))
+        found.verify()
+        return found
+
+    def digest(self) -> dict[str, str]:
+        """{"shared", "personal"}: SHA-256 of the newest checkpoint's leaves (see ``Checkpoint.digest``)."""
+        return self.checkpoint().digest()
+
+    def _read(self, part: Callable[[h5py.File], T]) -> T:
+        """``part`` of the log, tried again when it met the writer's flush."""
+        path = self.path / "log.h5"
+        for wait in WAITS:
+            try:
+                with hdf5.open_file(path) as log:
+                    return part(log)
+            except FormatError:
+                raise
+            except (OSError, RuntimeError, KeyError, StoreError) as why:  # what h5py raises on a moving file
+                last = why
+                time.sleep(wait)
+        copies = self.path / "checkpoints" / "*" / "log.h5"
+        raise StoreError(f"{path}: unreadable ({last}); resume repairs it, from {copies}") from last
+
+
+def _columns(log: h5py.File) -> dict[str, dict[str, np.ndarray]]:
+    """The rows that all columns have: [T] under "rounds", [T, N] under "clients"."""
+    found = {group: _everything(log[group]) for group in ("rounds", "clients")}
+    rows = min((len(column) for group in found.values() for column in group.values()), default=0)
+    return {
+        group: {name: column[:rows] for name, column in columns.items()} for group, columns in found.items()
+    }
+
+
+def _everything(group: h5py.Group) -> dict[str, Any]:
+    """The attributes and the data sets of ``group``."""
+    return dict(group.attrs) | {name: dataset[()] for name, dataset in group.items()}

@@ -1,0 +1,140 @@
+"""One committed checkpoint, read: by any number of ranks, by an analysis, without torch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from . import hdf5
+from .files import StoreError, copy_atomic
+from .hdf5 import escape, unescape
+from .manifest import Manifest, is_worker_file
+
+
+def folder_of(run: Path, round_: int) -> Path:
+    """Where the checkpoint of a round is, or would be."""
+    return Path(run) / "checkpoints" / f"{round_:06d}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint; ``read`` trusts the files, ``verify`` does not."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def read(cls, folder: Path) -> "Checkpoint":
+        """The checkpoint in ``folder``, its manifest read. Raises StoreError."""
+        return cls(Path(folder), Manifest.read(Path(folder)))
+
+    @property
+    def round(self) -> int:
+        """The round after which it was written."""
+        return self.manifest.round
+
+    @property
+    def log_path(self) -> Path:
+        """The log as it was at this round."""
+        return self.path / "log.h5"
+
+    def restore_log(self, log_path: Path) -> None:
+        """Put the log back to this round."""
+        copy_atomic(self.log_path, Path(log_path))
+
+    def verify(self, run_digest: str | None = None) -> None:
+        """Raise StoreError unless every file is as recorded and, when given, the config is this one."""
+        if run_digest not in (None, self.manifest.run_digest):
+            raise StoreError(f"{self.path}: of another config ({self.manifest.run_digest}, not {run_digest})")
+        for shard in self.manifest.files:
+            shard.verify(self.path)
+
+    def attrs(self) -> dict[str, str | int | float]:
+        """The attributes given to ``write_server``, the round among them."""
+        with hdf5.open_file(self.path / "server.h5") as file:
+            return {name: getattr(value, "item", lambda v=value: v)() for name, value in file.attrs.items()}
+
+    def shared(self) -> dict[str, np.ndarray]:
+        """The shared leaves, in the order in which they were written."""
+        return self._server_group("shared")
+
+    def server(self) -> dict[str, np.ndarray]:
+        """The server's own leaves, in the order in which they were written."""
+        return self._server_group("server")
+
+    def _server_group(self, group: str) -> dict[str, np.ndarray]:
+        with hdf5.open_file(self.path / "server.h5") as file:
+            return {unescape(name): np.asarray(dataset[()]) for name, dataset in file[group].items()}
+
+    def client_ids(self) -> list[int]:
+        """The clients whose personal leaves are stored: 0 .. N - 1."""
+        return list(range(self.manifest.clients))
+
+    def leaf_names(self) -> list[str]:
+        """The personal leaves, in the order in which they were written."""
+        return list(self._leaves)
+
+    @cached_property
+    def _leaves(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Each personal leaf's shape for one client, and dtype."""
+        for name, ids in self._owned.items():
+            if len(ids):
+                with hdf5.open_file(self.path / name) as file:
+                    return {unescape(leaf): (ds.shape[1:], ds.dtype) for leaf, ds in file["personal"].items()}
+        return {}
+
+    @cached_property
+    def _owned(self) -> dict[str, np.ndarray]:
+        """Per shard the ids it holds, ascending: row r is client ids[r]."""
+        names = [shard.name for shard in self.manifest.files if is_worker_file(shard.name)]
+        owned = {}
+        for name in names:
+            with hdf5.open_file(self.path / name) as file:
+                owned[name] = file["client_id"][()]
+        return owned
+
+    def personal(
+        self, client_ids: Sequence[int], leaves: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """The personal leaves [len(client_ids), ...] of these clients, in this order; reads only their rows.
+
+        Raises StoreError for a client or a leaf that is not stored.
+        """
+        wanted = np.asarray(client_ids, np.int64)
+        leaves = self.leaf_names() if leaves is None else leaves
+        if strange := sorted({*wanted.tolist()} - {*self.client_ids()}) + sorted({*leaves} - {*self._leaves}):
+            raise StoreError(
+                f"{self.path}: holds no client or leaf {strange[0]!r}; it is of another experiment"
+            )
+        out = {
+            leaf: np.empty((len(wanted), *self._leaves[leaf][0]), self._leaves[leaf][1]) for leaf in leaves
+        }
+        for name, ids in self._owned.items():
+            places = np.flatnonzero(np.isin(wanted, ids))
+            if not len(places):
+                continue
+            rows = np.searchsorted(ids, wanted[places])
+            with hdf5.open_file(self.path / name) as file:
+                for leaf in leaves:
+                    hdf5.read_rows(file["personal"][escape(leaf)], rows, out[leaf], places)
+        return out
+
+    def digest(self) -> dict[str, str]:
+        """{"shared", "personal"}: SHA-256 over the leaves by name: name, dtype, shape, bytes.
+
+        Personal leaves are [N, ...] in client order, so the shards do not matter; they are streamed.
+        """
+        shared, personal = sha256(), sha256()
+        for leaf, value in sorted(self.shared().items()):
+            shared.update(f"{leaf}\0{value.dtype.str}\0{value.shape}\0".encode() + value.tobytes())
+        ids = self.client_ids()
+        for leaf, (shape, dtype) in sorted(self._leaves.items()):
+            personal.update(f"{leaf}\0{dtype.str}\0{(len(ids), *shape)}\0".encode())
+            block = max(1, 4 * hdf5.BLOCK_BYTES // max(1, dtype.itemsize * math.prod(shape)))
+            for start in range(0, len(ids), block):
+                personal.update(self.personal(ids[start : start + block], [leaf])[leaf].tobytes())
+        return {"shared": shared.hexdigest(), "personal": personal.hexdigest()}

@@ -1,0 +1,38 @@
+"""Arithmetic on trees: flat dictionaries from leaf name to tensor.
+
+Axis letters used in every file: N clients of the experiment, C clients of one group (the stacked
+axis), B examples of a mini-batch, D numbers in a flat buffer. A name that ends in ``_C`` or ``_N``
+carries that axis in front; any other name belongs to one client.
+"""
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+Tree = dict[str, Tensor]
+
+
+def tmap(fn: Callable[..., Tensor], *trees: Tree) -> Tree:
+    """Apply ``fn`` leaf by leaf; all trees have the names of the first."""
+    return {name: fn(*(t[name] for t in trees)) for name in trees[0]}
+
+
+def split(tree: Tree, belongs: Callable[[str], bool]) -> tuple[Tree, Tree]:
+    """Return (the leaves that belong, the others), each in the tree's order."""
+    yes = {n: v for n, v in tree.items() if belongs(n)}
+    return yes, {n: v for n, v in tree.items() if n not in yes}
+
+
+def numel(tree: Tree) -> int:
+    """How many numbers the tree holds."""
+    return sum(v.numel() for v in tree.values())
+
+
+def nbytes(tree: Tree) -> int:
+    """How many bytes the tree's numbers take."""
+    return sum(v.numel() * v.element_size() for v in tree.values())
+
+
+def sq_dist(a: Tree, b: Tree, leaves: Iterable[str] | None = None) -> Tensor:
+    """Squared Euclidean distance between two trees over ``leaves`` (default: those of ``a``), a scalar."""
+    return sum(((a[n] - b[n]) ** 2).sum() for n in (a if leaves is None else leaves))

@@ -1,0 +1,28 @@
+"""torchvision, also beside a CPU-only torch."""
+
+from types import ModuleType
+
+_kept = []  # a Library takes its definitions along when it is collected
+
+
+def torchvision() -> ModuleType:
+    """The module. Its wheel is built for a torch with CUDA operators; beside a CPU-only torch the
+    import fails for want of the schemas of two of them, which are then declared first. Data sets,
+    transforms and models use neither."""
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        import sys
+
+        from torch.library import Library
+
+        for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]  # what the failed import left behind
+        library = Library("torchvision", "FRAGMENT")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _kept.append(library)
+        import torchvision
+    return torchvision

