@@ -44,7 +44,7 @@ def start(config: Config, source: str, comm: Comm) -> int:
     together(comm, refuse_existing)
     built = build(config, source, comm)
     together(comm, lambda: _create(folder, built) if comm.rank == 0 else None)
-    return _loop(built, folder, _beginning(built))
+    return _loop(built, folder, beginning(built))
 
 
 def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
@@ -62,7 +62,7 @@ def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
         else:
             (folder / "log.h5").unlink(missing_ok=True)
             _create_log(folder, built)
-    return _loop(built, folder, _load(found, built) if found else _beginning(built))
+    return _loop(built, folder, _load(found, built) if found else beginning(built))
 
 
 def receive(comm: Comm, read: Callable[[], Config]) -> Config:
@@ -117,7 +117,7 @@ def save(built: Built, folder: Path, state: State) -> None:
         checkpoint.prune(folder, built.config.checkpoint.keep)
 
 
-def _beginning(built: Built) -> State:
+def beginning(built: Built) -> State:
     """The state before round 1."""
     run, first = built.run, built.first
     spread = lambda v: v.expand(len(run.hosted), *v.shape).clone(memory_format=torch.contiguous_format)

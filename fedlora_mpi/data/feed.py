@@ -25,8 +25,9 @@ class Store(NamedTuple):
 
     images: Tensor  # [M, H, W, ch] uint8
     labels: Tensor  # [M] int64
-    scale: Tensor  # [P] 1 / (255 std) of each number's channel: one long row, because CPUs are eight
-    offset: Tensor  # [P] -mean / std        times slower in broadcasting over a last axis of three
+    # One long row each: a CPU takes eight times as long to broadcast over a last axis of three channels.
+    scale: Tensor  # [P] 1 / (255 std) of each number's channel
+    offset: Tensor  # [P] -mean / std of each number's channel
 
     def read(self, rows: Tensor, warps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The samples ``rows`` [C, B]: normalised images [C, B, ch, H, W] in channels_last, labels [C, B]."""
@@ -107,7 +108,10 @@ class Feed:
         return self._pass(self._train, clients, rows, by_name, torch.tensor(noise))
 
     def test(self, clients: Sequence[int], first: int, width: int) -> Batch:
-        """Test samples first to first + width of the clients, stacked as by ``Epoch.batch``; key is 0."""
+        """Test samples first to first + width of the clients, stacked as by ``Epoch.batch``.
+
+        In their own order, without augmentation; the keys address no noise.
+        """
         rows = [self._test_rows[k] for k in clients]
         noise = torch.zeros(len(clients), dtype=torch.int64)
         return self._pass(self._test, clients, rows, {}, noise).batch(len(clients), first, width)

@@ -83,7 +83,7 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...]) -> Mode
             layer.num_batches_tracked = None
     traits = _trial(module, classes, shape)
     leaves, initial, constants = _leaves(module)
-    skeleton = copy.deepcopy(module).to("meta").requires_grad_(False)
+    skeleton = copy.deepcopy(module).to("meta")
     modules = (skeleton.eval(), copy.deepcopy(skeleton).train())
     return Model(leaves, initial, constants, **traits, training=True, modules=modules)
 

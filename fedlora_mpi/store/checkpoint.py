@@ -153,7 +153,7 @@ def prune(run: Path, keep: int) -> None:
     kept = committed(run)[-keep:]
     for round_, folder in _folders(run).items():
         if kept and round_ < kept[-1] and round_ not in kept:
-            pass
+            (folder / manifest.NAME).unlink(missing_ok=True)
             fsync(folder)
             shutil.rmtree(folder)
 

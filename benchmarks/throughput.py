@@ -1,0 +1,102 @@
+"""Whole rounds against a bare PyTorch loop of the same network, on one core, in one run.
+
+Client samples per second of `play` (training, mean, evaluation, all of a round) under FedAvg, over
+those of a loop over nn.Modules in channels_last with torch.optim.SGD, which does no round at all.
+Correctness first: one client's round must end at the loop's weights.
+
+    python benchmarks/throughput.py [--repeats 3]
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from fedlora_mpi.build import build
+from fedlora_mpi.comm import Solo
+from fedlora_mpi.config import from_dict
+from fedlora_mpi.round import State, play
+from fedlora_mpi.run import beginning
+
+WORKLOADS = {  # name: (data, model, train, target ratio)
+    "cifar_resnet8": (
+        {"dataset": "synthetic", "synthetic": {"size": 32, "channels": 3, "train": 2000, "test": 200},
+         "partition": {"kind": "iid", "clients": 2, "train": 500, "test": 20}},
+        "cifar_resnet8", {"epochs": 5, "batch_size": 100, "lr": 0.01}, 0.95,
+    ),
+    "digits": (
+        {"dataset": "digits", "partition": {"kind": "iid", "clients": 10, "train": 140, "test": 30}},
+        "cnn", {"epochs": 5, "batch_size": 10, "lr": 0.05}, 2.0,
+    ),
+}
+
+
+def prepare(data: dict, model: str, train: dict):
+    """A built FedAvg run and its first state."""
+    tree = {"data": data, "model": model, "algorithm": "fedavg", "train": train, "rounds": 1, "output": "unused"}
+    built = build(from_dict(tree, "benchmark"), "benchmark", Solo())
+    return built, beginning(built)
+
+
+def bare_loop(built, clients: list[int]) -> tuple[float, nn.Module]:
+    """Seconds to train ``clients`` one after another as one would by hand; the last one's module."""
+    run, settings = built.run, built.config.train
+    feed = run.trainer.feed
+    begin = time.perf_counter()
+    for client in clients:
+        module = run.trainer.model.module(built.first.shared).train().to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(module.parameters(), settings.lr, settings.momentum)
+        size = feed.train_size(client)
+        for epoch in range(settings.epochs):
+            batches = feed.epoch([client], 0, epoch)
+            for first in range(0, size, settings.batch_size):
+                batch = batches.batch(1, first, min(settings.batch_size, size - first))
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(module(batch.x[0]), batch.y[0])
+                loss.backward()
+                optimizer.step()
+    return time.perf_counter() - begin, module
+
+
+def check(built) -> float:
+    """Largest relative difference between one client trained by the engine and by the loop."""
+    run = built.run
+    _, module = bare_loop(built, [0])
+    (done,) = run.trainer.train([0], built.first.shared, {}, 0)
+    theirs = module.state_dict()
+    return max(
+        float((value - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1e-3))
+        for name, value in done.end.shared.items()
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    repeats = parser.parse_args().repeats
+    for name, (data, model, train, target) in WORKLOADS.items():
+        built, state = prepare(data, model, train)
+        wrong = check(built)
+        assert wrong < 1e-3, f"{name}: engine and loop differ by {wrong}"
+        clients = list(range(len(built.run.weight_N)))
+        samples = sum(built.run.trainer.feed.train_size(c) for c in clients) * built.config.train.epochs
+        ours, theirs = [], []
+        for repeat in range(repeats + 1):  # the first warms up
+            begin = time.perf_counter()
+            play(built.run, State(0, *state[1:]), evaluate=True, stop=False)
+            ours.append(samples / (time.perf_counter() - begin))
+            theirs.append(samples / bare_loop(built, clients)[0])
+        ratio = statistics.median(a / b for a, b in zip(ours[1:], theirs[1:]))
+        print(json.dumps({
+            "workload": name, "path": built.config.engine.path, "group_size": built.config.engine.group_size,
+            "samples_per_second": round(statistics.median(ours[1:]), 1),
+            "bare_loop": round(statistics.median(theirs[1:]), 1), "ratio": round(ratio, 3), "target": target,
+            "difference": f"{wrong:.1e}", "torch": torch.__version__,
+        }))
+
+
+if __name__ == "__main__":
+    main()

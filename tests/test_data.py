@@ -1,0 +1,358 @@
+"""Data sets from tiny files, augmentation against torchvision's functions, and the stacked batches of clients."""
+
+import builtins
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedlora_mpi.data import transforms
+from fedlora_mpi.data.datasets import Data, Samples, Source, Synthetic, load
+from fedlora_mpi.data.feed import Feed
+from fedlora_mpi.data.partition import Iid, Split
+from fedlora_mpi.seeds import key, rng, uniform
+from fedlora_mpi.vision import torchvision
+
+CPU = torch.device("cpu")
+SIZES = (11, 7, 7, 3, 2)  # ragged clients, in decreasing order
+
+
+def images(number, channels=3, height=5, width=5):
+    return torch.randint(0, 256, (number, channels, height, width), dtype=torch.uint8, generator=rng(1, "test", number))
+
+
+def data(channels=3, height=5, width=5, augment=()):
+    sides = [Samples(images(m, channels, height, width), torch.arange(m) % 6) for m in (40, 35)]
+    return Data(*sides, 6, (0.5, 0.4, 0.3)[:channels], (0.2, 0.3, 0.4)[:channels], augment)
+
+
+def split():
+    train = tuple(np.arange(n) * 3 + k for k, n in enumerate(SIZES))
+    test = tuple(np.arange(n)[::-1].copy() + k for k, n in enumerate(SIZES))
+    return Split(train, test, np.empty((5, 6)), np.empty((5, 6)))
+
+
+def feed(of=None, shift="none", augment=False, seed=1):
+    return Feed(of or data(), split(), seed=seed, shift=shift, device=CPU, augment=augment)
+
+
+# Data sets
+
+
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, format="PNG")
+
+
+def pixels(number, *shape):
+    return np.random.RandomState(number).randint(0, 256, shape, dtype=np.uint8)
+
+
+def tiny_imagenet(root):
+    """The official folder with two classes; one training and one test image are grey."""
+    home = root / "tiny-imagenet-200"
+    for c, name in enumerate(("n02", "n01")):
+        for i in range(3):
+            shape = (64, 64) if i == 2 else (64, 64, 3)
+            save(home / "train" / name / "images" / f"{name}_{i}.JPEG", pixels(10 * c + i, *shape))
+    save(home / "val" / "images" / "val_0.JPEG", pixels(50, 64, 64, 3))
+    save(home / "val" / "images" / "val_1.JPEG", pixels(51, 64, 64))
+    (home / "val" / "val_annotations.txt").write_text("val_1.JPEG\tn02\t0\t0\t9\t9\nval_0.JPEG\tn01\t0\t0\t9\t9\n")
+
+
+def test_tiny_imagenet_reads_the_official_folder(tmp_path):
+    tiny_imagenet(tmp_path)
+    read = load(Source("tiny_imagenet", root=str(tmp_path)))
+    assert read.classes == 2 and read.train.x.shape == (6, 3, 64, 64) and read.train.x.dtype == torch.uint8
+    assert read.train.y.tolist() == [0, 0, 0, 1, 1, 1] and read.test.y.tolist() == [1, 0]
+    assert np.array_equal(read.train.x[3].permute(1, 2, 0), pixels(0, 64, 64, 3))  # n02 is class 1
+    assert np.array_equal(read.train.x[5], np.stack([pixels(2, 64, 64)] * 3))
+    assert np.array_equal(read.test.x[0], np.stack([pixels(51, 64, 64)] * 3))
+    assert read.mean == (0.507, 0.487, 0.441) and read.augment == ("flip", "rotate")
+    assert load(Source("tiny_imagenet", root=str(tmp_path), augment="none")).augment == ()
+
+
+def image_folder(root, second="val", classes=("ant", "bee"), width=6):
+    for side, names in (("train", ("ant", "bee")), (second, classes)):
+        for c, name in enumerate(names):
+            for i in range(2):
+                save(root / side / name / f"{i}.png", pixels(c, 6, width if side == "train" else 6, 3))
+
+
+@pytest.mark.parametrize("second", ["val", "test"])
+def test_a_folder_of_images_is_a_data_set(tmp_path, second):
+    image_folder(tmp_path, second)
+    read = load(Source("folder", root=str(tmp_path)))
+    assert read.classes == 2 and read.test.y.tolist() == [0, 0, 1, 1]
+    assert np.array_equal(read.train.x[2].permute(1, 2, 0), pixels(1, 6, 6, 3))
+    fractions = read.train.x.double() / 255
+    assert read.mean == pytest.approx(fractions.mean((0, 2, 3)).tolist())
+    assert read.std == pytest.approx(fractions.std((0, 2, 3), correction=0).tolist())
+
+
+def test_images_of_a_folder_are_resized(tmp_path):
+    image_folder(tmp_path, width=9)
+    assert load(Source("folder", root=str(tmp_path), image_size=4)).train.x.shape == (4, 3, 4, 4)
+    with pytest.raises(ValueError, match="image_size = null: images in train and val differ in size; set data.image"):
+        load(Source("folder", root=str(tmp_path)))
+    save(tmp_path / "train" / "bee" / "9.png", pixels(9, 7, 9, 3))
+    with pytest.raises(ValueError, match="9.png is 9 x 7 pixels, the first image is 9 x 6; set data.image_size"):
+        load(Source("folder", root=str(tmp_path)))
+
+
+def test_a_folder_must_be_whole(tmp_path):
+    with pytest.raises(ValueError, match=r"^data.root = .*; expected are train/CLASS/\* and val/CLASS/\*"):
+        load(Source("folder", root=str(tmp_path)))
+    image_folder(tmp_path, classes=("ant", "cow"))
+    with pytest.raises(ValueError, match="train and val must hold the same classes; they differ in bee, cow"):
+        load(Source("folder", root=str(tmp_path)))
+
+
+def test_digits_are_split_by_class():
+    pytest.importorskip("sklearn")
+    one, two = load(Source("digits")), load(Source("digits"))
+    assert one.train.x.shape[1:] == (1, 8, 8) and one.train.x.max() == 240
+    assert len(one.train.y) + len(one.test.y) == 1797
+    train, test = torch.bincount(one.train.y), torch.bincount(one.test.y)
+    assert (abs(test / (train + test) - 0.2) < 0.01).all()
+    assert torch.equal(one.test.x, two.test.x)
+
+
+def test_digits_without_sklearn_say_what_to_install(monkeypatch):
+    genuine = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("sklearn"):
+            raise ImportError(name)
+        return genuine(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ValueError, match=r"pip install 'fedlora-mpi\[digits\]'"):
+        load(Source("digits"))
+
+
+def test_synthetic_data_follow_their_seed():
+    spec = {"classes": 4, "train": 30, "test": 10, "size": 5, "channels": 2}
+    one, same, other = (load(Source("synthetic", synthetic=Synthetic(**spec, seed=s))) for s in (1, 1, 2))
+    assert one.train.x.shape == (30, 2, 5, 5) and one.test.y.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    assert torch.equal(one.train.x, same.train.x) and not torch.equal(one.train.x, other.train.x)
+
+
+def test_synthetic_data_without_noise_are_prototypes():
+    read = load(Source("synthetic", synthetic=Synthetic(classes=3, noise=0.0)))
+    assert torch.equal(read.train.x[:3], read.test.x[3:6])
+    assert len(torch.unique(read.train.x, dim=0)) == 3
+
+
+def test_constants_of_mnist_are_read_from_its_files(tmp_path):
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for name, number in (("train", 3), ("t10k", 2)):
+        sizes = b"".join(n.to_bytes(4, "big") for n in (number, 28, 28))
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + sizes + bytes(range(number)) * 784)
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + sizes[:4] + bytes(range(7, 7 + number)))
+    read = load(Source("mnist", root=str(tmp_path)))
+    assert read.train.x.shape == (3, 1, 28, 28) and read.test.y.tolist() == [7, 8]
+    assert (read.mean, read.std, read.augment) == ((0.1307,), (0.3081,), ())
+
+
+@pytest.mark.parametrize(
+    "dataset, folder",
+    [
+        ("cifar10", "cifar-10-batches-py"),
+        ("cifar100", "cifar-100-python"),
+        ("mnist", "MNIST/raw"),
+        ("fashionmnist", "FashionMNIST/raw"),
+        ("tiny_imagenet", "tiny-imagenet-200"),
+    ],
+)
+def test_missing_files_name_the_folder_and_the_way_out(tmp_path, dataset, folder):
+    with pytest.raises(ValueError, match=f"^data.root = .* in .*/{folder}; .* data.download=true$"):
+        load(Source(dataset, root=str(tmp_path)))
+
+
+def test_impossible_sources_are_refused():
+    with pytest.raises(ValueError, match="image_size = 32: only dataset = folder"):
+        Source("cifar10", image_size=32)
+    with pytest.raises(ValueError, match="image_size = 0: must be"):
+        Source("folder", image_size=0)
+    with pytest.raises(ValueError, match="classes = 0: must be"):
+        Synthetic(classes=0)
+    with pytest.raises(ValueError, match="noise = -1: must be"):
+        Synthetic(noise=-1)
+
+
+# Augmentation
+
+
+def warped(x, **parameters):
+    """``transforms.warp`` on images [B, ch, H, W]."""
+    return transforms.warp(x.permute(0, 2, 3, 1), **parameters).permute(0, 3, 1, 2)
+
+
+def test_crop_flip_and_rotation_are_those_of_torchvision_in_its_order():
+    functional = torchvision().transforms.functional
+    x = images(60, 3, 13, 9)
+    drawn = transforms.draw(("crop", "flip", "rotate"), 60, rng(3))
+    expected = []
+    for image, (down, right), flip, degrees in zip(x, drawn["crop"], drawn["flip"], drawn["rotate"], strict=True):
+        image = functional.pad(image, 4)
+        image = functional.crop(image, 4 + int(down), 4 + int(right), 13, 9)
+        image = functional.hflip(image) if flip else image
+        expected.append(functional.rotate(image, float(degrees)))
+    assert torch.equal(warped(x, **drawn), torch.stack(expected))
+    assert torch.equal(warped(x.float(), **drawn), torch.stack(expected).float())
+
+
+def test_each_transform_works_alone():
+    functional = torchvision().transforms.functional
+    x = images(20)
+    drawn = transforms.draw(("flip", "rotate"), 20, rng(4))
+    assert list(drawn) == ["flip", "rotate"]
+    flipped = torch.where(drawn["flip"][:, None, None, None], x.flip(-1), x)
+    assert torch.equal(warped(x, flip=drawn["flip"]), flipped)
+    turned = [functional.rotate(image, float(angle)) for image, angle in zip(x, drawn["rotate"], strict=True)]
+    assert torch.equal(warped(x, rotate=drawn["rotate"]), torch.stack(turned))
+    assert torch.equal(warped(x), x)
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_a_quarter_turn_loses_no_pixel(size):
+    x = images(6, 2, size, size)
+    for quarter in range(4):
+        assert torch.equal(warped(x, turn=torch.full((6,), 90.0 * quarter)), torch.rot90(x, quarter, (2, 3)))
+
+
+def test_drawn_parameters_cover_their_ranges():
+    drawn = transforms.draw(("crop", "flip", "rotate"), 2000, rng(5))
+    assert sorted(set(drawn["crop"].flatten().tolist())) == list(range(-4, 5))
+    assert abs(drawn["flip"].float().mean() - 0.5) < 0.05
+    assert 14.9 < drawn["rotate"].max() < 15 and -15 <= drawn["rotate"].min() < -14.9
+
+
+# Batches
+
+
+def same(a, b):
+    return all(u is v or torch.equal(u, v) for u, v in zip(a, b, strict=True))
+
+
+def test_a_batch_is_normalised_as_by_torchvision_and_channels_last():
+    torchvision()  # opens the door for the import
+    from torchvision.transforms import v2
+
+    of = data()
+    expected = v2.Normalize(of.mean, of.std)(v2.ToDtype(torch.float32, scale=True)(of.test.x[split().test[1].copy()]))
+    batch = feed(of).test([1], 0, 7)
+    assert torch.allclose(batch.x[0], expected, atol=1e-6) and batch.x.dtype == torch.float32
+    assert batch.x[0].is_contiguous(memory_format=torch.channels_last)
+    assert batch.y.tolist() == [[(i + 1) % 6 for i in range(7)][::-1]] and batch.real is None
+
+
+@pytest.mark.parametrize("shift", ["none", "rotate", "labels"])
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_client_is_independent_of_its_neighbours(shift, augment):
+    f = feed(data(augment=("crop", "flip", "rotate")), shift, augment)
+    together = f.epoch([0, 3, 1, 2], 4, 1).batch(4, 2, 4)
+    for c, k in enumerate([0, 3, 1, 2]):
+        alone = f.epoch([k], 4, 1).batch(1, 2, 4)
+        real = together.real[c]
+        assert torch.equal(together.x[c][real], alone.x[0][real]) and torch.equal(together.key[c], alone.key[0])
+        assert torch.equal(together.y[c][real], alone.y[0][real])
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_an_epoch_shows_every_sample_once_and_marks_padding(augment):
+    f = feed(data(augment=("flip",)), augment=augment)
+    epoch = f.epoch(range(5), 1, 0)
+    real = torch.cat([epoch.batch(5, first, 4).real for first in (0, 4, 8)], dim=1)
+    assert real.sum(dim=1).tolist() == list(SIZES) and real.shape == (5, 12)
+    labels = torch.cat([epoch.batch(1, first, 4).y for first in (0, 4, 8)], dim=1)[0][:11]
+    assert sorted(labels.tolist()) == sorted(data().train.y[split().train[0]].tolist())
+    assert epoch.batch(3, 0, 7).real is None and epoch.batch(4, 0, 7).real.sum() == 24
+    assert epoch.batch(3, 0, 7).x.shape == (3, 7, 3, 5, 5)
+
+
+def test_training_order_follows_seed_round_and_epoch():
+    def order(seed, round_, epoch):
+        return feed(seed=seed).epoch([0], round_, epoch).batch(1, 0, 11).x
+
+    assert torch.equal(order(1, 2, 3), order(1, 2, 3))
+    for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4)):
+        assert not torch.equal(order(1, 2, 3), order(*other))
+
+
+def test_the_order_is_the_keyed_permutation():
+    batch = feed().epoch([2], 5, 1).batch(1, 0, 7)
+    order = torch.randperm(7, generator=rng(1, "order", 2, 5, 1))
+    assert batch.y[0].tolist() == data().train.y[split().train[2]][order].tolist()
+
+
+def test_augmentation_changes_training_and_spares_the_test():
+    of = data(augment=("crop", "flip", "rotate"))
+    plain, augmented = feed(of), feed(of, augment=True)
+    assert not torch.equal(plain.epoch([0], 1, 0).batch(1, 0, 11).x, augmented.epoch([0], 1, 0).batch(1, 0, 11).x)
+    assert same(plain.test(range(5), 0, 11), augmented.test(range(5), 0, 11))
+
+
+def test_augmentation_is_that_of_the_keyed_parameters():
+    of = data(augment=("crop", "flip", "rotate"))
+    drawn = transforms.draw(of.augment, 7, rng(1, "augment", 1, 3, 2))
+    order = torch.randperm(7, generator=rng(1, "order", 1, 3, 2))
+    moved = warped(of.train.x[split().train[1]][order], **drawn)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (of.mean, of.std))
+    batch = feed(of, augment=True).epoch([1], 3, 2).batch(1, 2, 4)
+    assert torch.allclose(batch.x[0], ((moved / 255 - mean) / std)[2:6], atol=1e-6)
+
+
+def test_shift_rotate_turns_a_clients_images_by_its_quarter():
+    plain, shifted = feed(), feed(shift="rotate")
+    for k in range(5):
+        for side in ("train", "test"):
+            a, b = (
+                f.test([k], 0, 2) if side == "test" else f.epoch([k], 1, 0).batch(1, 0, 2) for f in (plain, shifted)
+            )
+            assert torch.equal(b.x, torch.rot90(a.x, k % 4, (3, 4))) and torch.equal(a.y, b.y)
+
+
+def test_shift_rotate_is_applied_before_the_augmentation():
+    of = data(augment=("flip",))
+    turned = of._replace(train=of.train._replace(x=torch.rot90(of.train.x, 1, (2, 3)).contiguous()))
+    a, b = feed(of, "rotate", augment=True), feed(turned, augment=True)
+    assert same(a.epoch([1], 1, 0).batch(1, 0, 7), b.epoch([1], 1, 0).batch(1, 0, 7))
+
+
+def test_shift_rotate_needs_square_images():
+    with pytest.raises(ValueError, match="^data.shift = rotate: needs square images, these are 4 x 5"):
+        feed(data(height=4), "rotate")
+
+
+def test_shift_labels_moves_a_clients_classes():
+    plain, shifted = feed(), feed(shift="labels")
+    a, b = (f.test(range(5), 0, 2) for f in (plain, shifted))
+    assert torch.equal(b.y, (a.y + torch.tensor([0, 1, 2, 3, 0])[:, None]) % 6) and torch.equal(a.x, b.x)
+    a, b = (f.epoch([3], 1, 0).batch(1, 0, 3) for f in (plain, shifted))
+    assert torch.equal(b.y, (a.y + 3) % 6)
+
+
+def test_noise_keys_are_those_of_client_round_epoch_and_step():
+    f = feed()
+    assert f.epoch([4, 2], 3, 1).batch(2, 0, 2).key.tolist() == [key(1, "noise", k, 3, 1) for k in (4, 2)]
+    keys = [
+        int(f.epoch([k], r, e).batch(1, s, 2).key) for k in (0, 1) for r in (1, 2) for e in (0, 1) for s in (0, 2, 4)
+    ]
+    assert len(set(keys)) == 24 and min(keys) >= 0
+
+
+def test_noise_of_two_steps_is_not_the_same_row_moved_along():
+    epoch = feed().epoch([0], 1, 0)
+    a, b = (set(uniform(epoch.batch(1, first, 2).key[0], (4000,)).tolist()) for first in (0, 2))
+    assert len(a & b) < 10
+
+
+def test_sizes_and_shape_are_told():
+    f = Feed(data(1), Iid(clients=4, train=0, test=0).split(np.zeros(40, int), np.zeros(35, int), 6),
+             seed=1, shift="none", device=CPU, augment=True)  # fmt: skip
+    assert (f.classes, f.shape, f.train_size(3), f.test_size(0)) == (6, (1, 5, 5), 10, 8)
+    assert f.test([0, 1], 4, 4).x.shape == (2, 4, 1, 5, 5)
