@@ -21,22 +21,22 @@ from fedlora_mpi.config import from_dict
 from fedlora_mpi.round import State, play
 from fedlora_mpi.run import beginning
 
-WORKLOADS = {  # name: (data, model, train, target ratio)
+WORKLOADS = {  # name: (data, model, train, group size, target ratio)
     "cifar_resnet8": (
         {"dataset": "synthetic", "synthetic": {"size": 32, "channels": 3, "train": 2000, "test": 200},
          "partition": {"kind": "iid", "clients": 2, "train": 500, "test": 20}},
-        "cifar_resnet8", {"epochs": 5, "batch_size": 100, "lr": 0.01}, 0.95,
+        "cifar_resnet8", {"epochs": 5, "batch_size": 100, "lr": 0.01}, "auto", 0.95,
     ),
     "digits": (
         {"dataset": "digits", "partition": {"kind": "iid", "clients": 10, "train": 140, "test": 30}},
-        "cnn", {"epochs": 5, "batch_size": 10, "lr": 0.05}, 2.0,
+        "cnn", {"epochs": 5, "batch_size": 10, "lr": 0.05}, 10, 2.0,
     ),
 }
 
 
-def prepare(data: dict, model: str, train: dict):
+def prepare(data: dict, model: str | dict, train: dict, **engine):
     """A built FedAvg run and its first state."""
-    tree = {"data": data, "model": model, "algorithm": "fedavg", "train": train, "rounds": 1, "output": "unused"}
+    tree = {"data": data, "model": model, "algorithm": "fedavg", "train": train, "engine": engine, "rounds": 1}
     built = build(from_dict(tree, "benchmark"), "benchmark", Solo())
     return built, beginning(built)
 
@@ -77,8 +77,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     repeats = parser.parse_args().repeats
-    for name, (data, model, train, target) in WORKLOADS.items():
-        built, state = prepare(data, model, train)
+    for name, (data, model, train, group_size, target) in WORKLOADS.items():
+        built, state = prepare(data, model, train, group_size=group_size)
         wrong = check(built)
         assert wrong < 1e-3, f"{name}: engine and loop differ by {wrong}"
         clients = list(range(len(built.run.weight_N)))
