@@ -31,6 +31,7 @@ class Built:
     config: Config  # every ``auto`` decided
     run: Run
     split: Split
+    shape: tuple[int, ...]  # of one input
     first: Vars  # the variables of any client before round 1
     digest: str  # of all that must not change on a resume
 
@@ -116,6 +117,7 @@ def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], devi
     model = load_model(config, source, data)
     split = split_data(config, source, data)
     config = decided(config, model, config.engine.device)
+    shape = tuple(data.train.x.shape[1:])
     feed = None  # a server that hosts nobody keeps no images
     if comm.rank in workers:
         with naming(source, "data"):
@@ -136,4 +138,4 @@ def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], devi
         reduce=config.reduce,
         upload=Layout.of(algorithm.upload(first, first)),
     )
-    return Built(config, run, split, first, f"{configs.digest(config)}-{split.digest()[:16]}")
+    return Built(config, run, split, shape, first, f"{configs.digest(config)}-{split.digest()[:16]}")

@@ -21,7 +21,7 @@ _TEXT = 2000  # bytes of an error message that travel
 class Solo:
     """One process: every verb is the identity."""
 
-    rank, size, local_rank = 0, 1, 0
+    rank, size, local_rank, local_size = 0, 1, 0, 1
     moved = 0
 
     def sum(self, buffer: np.ndarray) -> None:
@@ -50,7 +50,7 @@ class Mpi:
         self._mpi, self._world = MPI, MPI.COMM_WORLD
         self.rank, self.size = self._world.rank, self._world.size
         node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
-        self.local_rank = node.rank
+        self.local_rank, self.local_size = node.rank, node.size
         node.Free()
         self.moved = 0
 
@@ -145,6 +145,8 @@ def guarded(comm: Comm, main: Callable[[], int]) -> int:
         if comm.rank == 0:
             print(f"fedlora-mpi: {end}", file=sys.stderr, flush=True)
         return end.code
+    except KeyboardInterrupt:
+        return 130  # as a shell reports it; what the last checkpoint holds is safe
     except Exception:
         print(f"[rank {comm.rank} of {comm.size}] stopped all ranks:", file=sys.stderr)
         traceback.print_exc()

@@ -30,5 +30,5 @@ def assign(costs: Sequence[float], workers: Sequence[int]) -> tuple[int, ...]:
 
 
 def cohort(clients: int, fraction: float, draw: Sequence[int]) -> frozenset[int]:
-    """The clients of a round: the first max(1, int(fraction * clients)) of the permutation ``draw``."""
-    return frozenset(draw[: max(1, int(fraction * clients))])
+    """The clients of a round: the first max(1, floor(fraction * clients)) of the permutation ``draw``."""
+    return frozenset(draw[: max(1, int(fraction * clients + 1e-9))])  # 0.29 * 100 is 28.999...

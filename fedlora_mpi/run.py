@@ -1,11 +1,12 @@
 """Start or resume a run: loop over rounds, log, checkpoint."""
 
 import json
+import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 
 from . import __version__
 from . import config as configs
-from .build import Built, build
+from .build import Built, build, hosts
 from .comm import Comm, together
 from .config import Config
 from .progress import Progress
@@ -44,7 +45,8 @@ def start(config: Config, source: str, comm: Comm) -> int:
     together(comm, refuse_existing)
     built = build(config, source, comm)
     together(comm, lambda: _create(folder, built) if comm.rank == 0 else None)
-    return _loop(built, folder, beginning(built))
+    with _alone(folder, comm):
+        return _loop(built, folder, beginning(built))
 
 
 def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
@@ -54,15 +56,16 @@ def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
     """
     config = receive(comm, lambda: _recorded(folder, overrides))
     built = build(config, str(folder / "config.yaml"), comm)
-    found = _newest(folder, built)
-    if comm.rank == 0:
-        write_atomic(folder / "config.yaml", configs.resolved_yaml(built.config).encode())
-        if found:
-            found.restore_log(folder / "log.h5")
-        else:
-            (folder / "log.h5").unlink(missing_ok=True)
-            _create_log(folder, built)
-    return _loop(built, folder, _load(found, built) if found else beginning(built))
+    with _alone(folder, comm):
+        found = _newest(folder, built)
+        if comm.rank == 0:
+            write_atomic(folder / "config.yaml", configs.resolved_yaml(built.config).encode())
+            if found:
+                found.restore_log(folder / "log.h5")
+            else:
+                (folder / "log.h5").unlink(missing_ok=True)
+                _create_log(folder, built)
+        return _loop(built, folder, _load(found, built) if found else beginning(built))
 
 
 def receive(comm: Comm, read: Callable[[], Config]) -> Config:
@@ -72,30 +75,57 @@ def receive(comm: Comm, read: Callable[[], Config]) -> Config:
     return configs.from_dict(json.loads(comm.broadcast(text.encode())), "config of rank 0")
 
 
-def _loop(built: Built, folder: Path, state: State) -> int:
-    """Play the rounds that are left."""
-    run, config, comm = built.run, built.config, built.run.comm
-    asked = _stop_signals()
+@contextmanager
+def _alone(folder: Path, comm: Comm) -> Iterator[None]:
+    """Rank 0 holds the folder's lock; raises Refused on all ranks when another run has it."""
     with ExitStack() as stack:
         together(comm, lambda: stack.enter_context(locked(folder)) if comm.rank == 0 else None)
-        log = progress = None
+        yield
+
+
+def _loop(built: Built, folder: Path, state: State) -> int:
+    """Play the rounds that are left; returns the exit code."""
+    run, config, comm = built.run, built.config, built.run.comm
+    asked = _stop_signals()
+    if comm.rank == 0:
+        for hint in hints(built):
+            print(f"hint: {hint}", file=sys.stderr)
+    log = Log.append_to(folder / "log.h5") if comm.rank == 0 else None
+    progress, stop = Progress(config.rounds, state.round), False
+    while state.round < config.rounds and not stop:
+        last = state.round + 1 == config.rounds
+        evaluate = last or (state.round + 1) % config.evaluate.every == 0
+        state, row, clients = play(run, state, evaluate, stop=bool(asked))
+        stop = row.pop("stop")
         if comm.rank == 0:
-            log = Log.append_to(folder / "log.h5")
-            stack.callback(log.close)
-            progress = Progress(config.rounds, state.round)
-        saved, stop = state.round, False
-        while state.round < config.rounds and not stop:
-            evaluate = (state.round + 1) % config.evaluate.every == 0 or state.round + 1 == config.rounds
-            state, row, clients = play(run, state, evaluate, stop=bool(asked))
-            stop = row.pop("stop")
-            if comm.rank == 0:
-                log.append(state.round, row, clients)
-                progress.tell(state.round, row)
-            if state.round % config.checkpoint.every == 0 or state.round == config.rounds or stop:
-                save(built, folder, state)
-                saved = state.round
-        assert saved == state.round, f"round {state.round} done, {saved} saved"
-    return STOPPED if state.round < config.rounds else 0
+            log.append(state.round, row, clients)
+            progress.tell(state.round, row)
+        if last or stop or state.round % config.checkpoint.every == 0:
+            save(built, folder, state)
+    done = state.round >= config.rounds
+    if log:
+        log.close()
+        print(f"{folder}: " + ("done" if done else f"stopped after round {state.round}; continue with "
+              f"'fedlora-mpi resume {folder}'"), flush=True)
+    return 0 if done else STOPPED
+
+
+def hints(built: Built) -> list[str]:
+    """What would make this run faster on this node, for the user to decide."""
+    comm, engine, found = built.run.comm, built.config.engine, []
+    workers = len(set(built.run.host))
+    if workers < (possible := len(hosts(built.config, comm.size))):
+        found.append(
+            f"{len(built.run.groups)} groups of clients keep {workers} of {possible} workers busy; "
+            "a smaller engine.group_size gives work to more (and changes rounding)"
+        )
+    here = comm.local_size - (possible < comm.size)
+    cores, busy = os.cpu_count() or 1, here * engine.threads
+    if engine.device == "cpu" and busy > cores:
+        found.append(f"{here} workers with {engine.threads} thread(s) share {cores} cores; start fewer ranks")
+    elif engine.device == "cpu" and busy <= cores // 2 and possible < len(built.run.groups):
+        found.append(f"{busy} of {cores} cores are busy; mpirun -n {cores // engine.threads + 1} would use them all")
+    return found
 
 
 def save(built: Built, folder: Path, state: State) -> None:
@@ -181,6 +211,7 @@ def _create_log(folder: Path, built: Built) -> None:
             **ragged("test", split.test),
             "train_counts": split.train_counts,
             "test_counts": split.test_counts,
+            "input_shape": np.array(built.shape, np.int64),
             "digest": split.digest(),
         },
     ).close()

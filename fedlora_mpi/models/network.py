@@ -95,15 +95,17 @@ def _trial(module: nn.Module, classes: int, shape: tuple[int, ...]) -> dict:
     with torch.no_grad(), watch:
         before = {n: b.clone() for n, b in module.named_buffers()}
         try:
-            module.train()(x)
-        except RuntimeError as error:
+            outputs = [module.train()(x)]
+        except (RuntimeError, ValueError, AssertionError) as error:
             raise ValueError(f"name: the model refuses inputs of shape {list(shape)}: {error}") from error
         for n, b in module.named_buffers():
             b.copy_(before[n])
         with FlopCounterMode(display=False) as counter:
-            logits = module.eval()(x)
-    if logits.shape != (2, classes):
-        raise ValueError(f"name: the model gives {list(logits.shape)} for 2 samples, not [2, {classes}]")
+            outputs.append(module.eval()(x))
+    for logits in outputs:
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if found != [2, classes]:
+            raise ValueError(f"name: the model gives {found} for 2 samples, not [2, {classes}]")
     return {
         "flops": counter.get_total_flops() // 2,
         "batch_statistics": watch.met_batch_norm,

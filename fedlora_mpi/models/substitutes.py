@@ -5,6 +5,8 @@ by one that ignores padding, and random draws (dropout, stochastic depth) by fun
 Without padding and without noise the engine does not enter it, and the plain layers run.
 """
 
+from types import FunctionType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,12 @@ from torch.overrides import TorchFunctionMode
 from ..seeds import uniform
 
 _DROPOUTS = {F.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
+
+# nn.MultiheadAttention's function without the question that hands it to the mode again, for ever.
+_whole = F.multi_head_attention_forward
+_multi_head = FunctionType(
+    _whole.__code__, {**_whole.__globals__, "has_torch_function": lambda tensors: False}, argdefs=_whole.__defaults__
+)
 
 
 class Substitutes(TorchFunctionMode):
@@ -35,14 +43,18 @@ class Substitutes(TorchFunctionMode):
             return self._dropout(_DROPOUTS[func], *args, **kwargs)
         if func is torch.Tensor.bernoulli_:
             return self._bernoulli(*args, **kwargs)
-        if func is F.scaled_dot_product_attention and kwargs.get("dropout_p", 0.0) > 0:
+        if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            with self:  # torch leaves the mode for what a function of its own calls
+                return _multi_head(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _uniform(self, shape: tuple[int, ...]) -> Tensor:
         self.met_noise = True
         self._draws += 1
-        return uniform(self._key + self._draws * 0x5851F42D4C957F2D, tuple(shape))
+        step = self._draws * 0x5851F42D4C957F2D % 2**63  # an int64: torch refuses what is larger
+        return uniform(self._key + step, tuple(shape))
 
     def _bernoulli(self, x: Tensor, p: float = 0.5, generator=None) -> Tensor:
         return (self._uniform(x.shape) < p).to(x.dtype)
@@ -53,8 +65,12 @@ class Substitutes(TorchFunctionMode):
         kept = self._uniform(x.shape[: x.dim() - spatial]) >= p
         return x * kept.view(*kept.shape, *[1] * spatial) / (1 - p)
 
-    def _attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+    def _attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **more):
         """softmax(Q K^T s + mask) V with keyed dropout on the attention weights."""
+        if dropout_p == 0.0:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, is_causal=is_causal, scale=scale, **more
+            )
         scores = query @ key.transpose(-2, -1) * (scale or query.shape[-1] ** -0.5)
         if is_causal:
             scores = scores.masked_fill(scores.new_ones(scores.shape[-2:]).triu(1).bool(), float("-inf"))
