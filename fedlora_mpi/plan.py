@@ -17,6 +17,7 @@ from .config import Config
 from .data.feed import Feed
 from .placement import assign
 from .tree import nbytes, numel
+from .units import duration, size
 
 _BATCHES = 2  # of every epoch, in the trial
 
@@ -115,20 +116,3 @@ class _Short:
 
     def train_size(self, client: int) -> int:
         return min(self._limit, self._feed.train_size(client))
-
-
-def size(count: float) -> str:
-    """Bytes for people, in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 100:
-        return f"{seconds:.2g} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"

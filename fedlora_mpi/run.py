@@ -87,10 +87,11 @@ def _loop(built: Built, folder: Path, state: State) -> int:
     """Play the rounds that are left; returns the exit code."""
     run, config, comm = built.run, built.config, built.run.comm
     asked = _stop_signals()
+    log = Log.append_to(folder / "log.h5") if comm.rank == 0 else None
     if comm.rank == 0:
+        log.describe(configs.resolved_yaml(config), json.dumps(configs.resolved_dict(config)))
         for hint in hints(built):
             print(f"hint: {hint}", file=sys.stderr)
-    log = Log.append_to(folder / "log.h5") if comm.rank == 0 else None
     progress, stop = Progress(config.rounds, state.round), False
     while state.round < config.rounds and not stop:
         last = state.round + 1 == config.rounds

@@ -66,7 +66,9 @@ class Model:
     def module(self, tree: Tree) -> nn.Module:
         """An ordinary nn.Module in evaluation mode that holds a copy of ``tree``."""
         module = copy.deepcopy(self.modules[False]).to_empty(device="cpu")
-        module.load_state_dict({**self.constants, **tree}, strict=False)
+        values = {**self.constants, **tree}
+        for name, place in (*module.named_parameters(), *module.named_buffers()):
+            place.data.copy_(values[name])
         return module
 
 

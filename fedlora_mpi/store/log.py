@@ -98,6 +98,10 @@ class Log:
         self._file.flush()
         os.fsync(self._file.id.get_vfd_handle())
 
+    def describe(self, config_yaml: str, config_json: str) -> None:
+        """Record the config that goes on from here: a resume may change some of its keys."""
+        self._file.attrs.update(config_yaml=config_yaml, config_json=config_json)
+
     def close(self) -> None:
         """Close the file; the log takes no more rows."""
         self._file.close()

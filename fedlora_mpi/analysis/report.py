@@ -1,0 +1,117 @@
+"""The results of runs as a table of text."""
+
+import json
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..store.reader import RunFiles
+from ..units import size
+
+_HEADER = ("algorithm", "rounds", "seed", "final", "best", "worst client", "up/client", "s/round", "run")
+_SEEDS = ("seed", "data.partition.seed")
+_NO_MATTER = ("rounds", "output", "checkpoint", "server_hosts_clients", "data.root", "data.download")
+
+
+def table(runs: Sequence[Path]) -> str:
+    """One row a run, as given; then the mean of each setting that was run with several seeds.
+
+    final, worst client: accuracy in the last evaluated round, mean and minimum over the clients. best:
+    the highest mean of any round, and that round. up/client: bytes per client and round. The mean over
+    seeds comes with the sample standard deviation.
+    """
+    found = [_Result.read(path) for path in runs]
+    rows = [_HEADER, *(result.row() for result in found), *_over_seeds(found)]
+    return aligned(rows, left=(0, len(_HEADER) - 1))
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
+    """Rows of cells as lines with aligned columns, to the right but for the columns ``left``."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = ["<" if column in left else ">" for column in range(len(widths))]
+    lines = ("  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """One run in numbers."""
+
+    path: Path
+    algorithm: str
+    seeds: tuple[int, ...]  # of the run and of the partition
+    setting: str  # equal for runs that differ in their seeds only
+    rounds: int  # done
+    asked: int  # rounds
+    best_round: int | None
+    numbers: np.ndarray  # [5] final, best, worst (fractions), bytes up, seconds; NaN where unknown
+
+    @classmethod
+    def read(cls, path: Path) -> "_Result":
+        files = RunFiles(path)
+        config, rounds = files.config, files.rounds()
+        done = len(rounds["round"])
+        numbers, best_round = np.full(5, np.nan), None
+        if done:
+            seconds = sum(column.sum() for name, column in rounds.items() if name.startswith("seconds_"))
+            numbers[3:] = rounds["bytes_up"].sum() / rounds["clients"].sum(), seconds / done
+            evaluated = np.flatnonzero(~np.isnan(rounds["accuracy"]))
+            if len(evaluated):
+                accuracy = rounds["accuracy"][evaluated]
+                best_round = int(rounds["round"][evaluated[accuracy.argmax()]])
+                numbers[:3] = accuracy[-1], accuracy.max(), rounds["accuracy_worst"][evaluated[-1]]
+        return cls(
+            path=path,
+            algorithm=config["algorithm"]["name"],
+            seeds=tuple(reduce(getitem, key.split("."), config) for key in _SEEDS),
+            setting=f"{_without(config, (*_SEEDS, *_NO_MATTER))} after {done} rounds",
+            rounds=done,
+            asked=config["rounds"],
+            best_round=best_round,
+            numbers=numbers,
+        )
+
+    def row(self) -> tuple[str, ...]:
+        rounds = f"{self.rounds}" if self.rounds >= self.asked else f"{self.rounds}/{self.asked}"
+        final, best, worst, up, seconds = _texts(self.numbers)
+        at = f" @{self.best_round}" if self.best_round else ""
+        seed = str(self.seeds[0])
+        return self.algorithm, rounds, seed, final, f"{best}{at}", worst, up, seconds, str(self.path)
+
+
+def _over_seeds(found: Sequence[_Result]) -> Iterator[tuple[str, ...]]:
+    """A row for each setting that was run with more than one seed."""
+    settings: dict[str, list[_Result]] = {}
+    for result in found:
+        settings.setdefault(result.setting, []).append(result)
+    for same in settings.values():
+        seeds = {result.seeds for result in same}
+        if len(seeds) < 2:
+            continue
+        numbers = np.stack([result.numbers for result in same])
+        *means, up, seconds = _texts(numbers.mean(0))
+        stds = 100 * numbers.std(0, ddof=1)[:3]
+        spread = [f"{mean} ±{std:5.2f}" for mean, std in zip(means, stds, strict=True)]
+        runs = f"mean ± std of {len(same)} runs"
+        yield same[0].algorithm, str(same[0].rounds), f"{len(seeds)} seeds", *spread, up, seconds, runs
+
+
+def _without(config: dict[str, Any], keys: Sequence[str]) -> str:
+    """The config as text, less the dotted ``keys``."""
+    tree = deepcopy(config)
+    for key in keys:
+        *blocks, name = key.split(".")
+        reduce(getitem, blocks, tree).pop(name, None)
+    return json.dumps(tree, sort_keys=True)
+
+
+def _texts(numbers: np.ndarray) -> list[str]:
+    """``_Result.numbers`` for people."""
+    write = [lambda fraction: f"{fraction:.2%}"] * 3 + [size, lambda seconds: f"{seconds:.3g}"]
+    return ["-" if np.isnan(number) else text(number) for text, number in zip(write, numbers, strict=True)]

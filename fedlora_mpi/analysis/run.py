@@ -1,0 +1,209 @@
+"""A run folder for analysis: metrics as tables and arrays, and the model of every client.
+
+Reads while the run is still going. torch is imported only when weights or a model are asked for,
+pandas only when a table is.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..data.partition import Split
+from ..store.reader import RunFiles
+from ..store.snapshot import Checkpoint
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from torch import nn
+
+    from ..algorithm import Algorithm
+    from ..models.network import Model
+
+
+def open_run(path: str | Path) -> "RunView":
+    """The run in the folder ``path``. Raises ValueError when it is none.
+
+    >>> run = open_run("runs/cifar10-fedlora-1")
+    >>> run.rounds["accuracy"].max(), run.array("clients/accuracy")[-1].min()
+    >>> run.client(7).personal["layers.1.conv1.weight.A"].shape
+    >>> run.client(7).model(images)
+    """
+    return RunView(Path(path).expanduser())
+
+
+class RunView:
+    """One run. Metrics are read anew on every access; leaves are those of the newest valid checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files = RunFiles(path)
+        # Verifying reads every byte of a checkpoint: once for each, not for each client.
+        self._newest = lru_cache(1)(lambda committed: self._files.checkpoint())
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved config, every key written out."""
+        return self._files.config
+
+    @property
+    def rounds(self) -> "DataFrame":
+        """One row a round, indexed by round: train_loss, accuracy (fraction), seconds_*, bytes_* ...
+
+        Metrics of the clients' own models are NaN in rounds that were not evaluated.
+        """
+        return _pandas().DataFrame(self._files.rounds()).set_index("round")
+
+    @property
+    def clients(self) -> "DataFrame":
+        """One row for each evaluated round and client: round, client, accuracy (fraction), loss."""
+        pandas = _pandas()
+        columns = self._files.clients()
+        rows, clients = next(iter(columns.values()), np.empty((0, 0))).shape
+        rounds = self._files.rounds()["round"][:rows]  # read later, so a round may have been added
+        index = pandas.MultiIndex.from_product([rounds, range(clients)], names=["round", "client"])
+        table = pandas.DataFrame({name: column.ravel() for name, column in columns.items()}, index)
+        return table.dropna(how="all").reset_index()
+
+    def array(self, name: str) -> np.ndarray:
+        """A column: ``accuracy`` [T] of the rounds, ``clients/accuracy`` [T, N]. Raises ValueError."""
+        columns = self._files.rounds() | {f"clients/{n}": v for n, v in self._files.clients().items()}
+        if name not in columns:
+            raise ValueError(f"{self.path}: there is no column {name!r}; there are {', '.join(columns)}")
+        return columns[name]
+
+    @cached_property
+    def partition(self) -> Split:
+        """Who holds which samples."""
+        at = self._files.partition()
+        return Split(tuple(at["train"]), tuple(at["test"]), at["train_counts"], at["test_counts"])
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """The rounds that have a committed checkpoint, ascending."""
+        return self._files.checkpoints()
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The newest valid checkpoint. Raises StoreError (a ValueError) when there is none."""
+        return self._newest(tuple(self.checkpoints))
+
+    @property
+    def shared(self) -> Mapping[str, np.ndarray]:
+        """The shared leaves."""
+        return self.checkpoint.shared()
+
+    def digest(self) -> dict[str, str]:
+        """SHA-256 of the ``shared`` and ``personal`` leaves: equal for runs that are equal to the bit."""
+        return self.checkpoint.digest()
+
+    def client(self, id: int) -> "ClientView":
+        """One client, by its number from 0. Raises ValueError."""
+        clients = len(self.partition.train)
+        if not 0 <= id < clients:
+            raise ValueError(f"{self.path}: there is no client {id}; there are 0 to {clients - 1}")
+        return ClientView(self, id)
+
+    @cached_property
+    def built(self) -> "tuple[Algorithm, Model]":
+        """The algorithm and the network (with its initial weights), from the config; needs no data set."""
+        from ..config import from_dict
+        from ..models.zoo import build
+
+        config = from_dict(self.config, str(self.path / "log.h5"))
+        shape = tuple(self._files.partition()["input_shape"].tolist())
+        classes = self.partition.train_counts.shape[1]
+        return config.algorithm, build(config.model.name, config.model.options, classes, shape, config.seed)
+
+
+@dataclass(frozen=True, eq=False)
+class ClientView:
+    """One client of a run. All its leaves are of one checkpoint, the newest when first asked for.
+
+    While the run goes on that checkpoint is pruned some day; ``run.client(id)`` gives a new view.
+    """
+
+    run: RunView
+    id: int
+
+    @property
+    def train_indices(self) -> np.ndarray:
+        """[n] indices into the data set's training samples."""
+        return self.run.partition.train[self.id]
+
+    @property
+    def test_indices(self) -> np.ndarray:
+        """[m] indices into the data set's test samples."""
+        return self.run.partition.test[self.id]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """[classes] training samples of each class."""
+        return self.run.partition.train_counts[self.id]
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """Where the leaves come from. Raises StoreError (a ValueError) when there is none yet."""
+        return self.run.checkpoint
+
+    @property
+    def personal(self) -> Mapping[str, np.ndarray]:
+        """The leaves that never leave the client; each is read when it is asked for."""
+        return _Personal(self.checkpoint, self.id)
+
+    @cached_property
+    def weights(self) -> dict[str, np.ndarray]:
+        """Every parameter and statistic of the client's own model, the one that was evaluated."""
+        import torch
+
+        from ..algorithm import Vars
+
+        algorithm, model = self.run.built
+        tensors = lambda leaves: {name: torch.from_numpy(value) for name, value in leaves.items()}
+        personal = {n: _only(rows) for n, rows in self.checkpoint.personal([self.id]).items()}
+        with torch.no_grad():
+            tree = algorithm.weights_of(model, Vars(tensors(self.checkpoint.shared()), tensors(personal)))
+        return {name: value.numpy() for name, value in tree.items()}
+
+    @cached_property
+    def model(self) -> "nn.Module":
+        """The client's own model, in evaluation mode, on the CPU."""
+        import torch
+
+        _, model = self.run.built
+        return model.module({name: torch.from_numpy(value) for name, value in self.weights.items()})
+
+
+@dataclass(frozen=True)
+class _Personal(Mapping):
+    """The personal leaves of one client."""
+
+    checkpoint: Checkpoint
+    id: int
+
+    def __getitem__(self, leaf: str) -> np.ndarray:
+        if leaf not in self.checkpoint.leaf_names():
+            raise KeyError(f"{leaf}: no personal leaf; there are {', '.join(self) or 'none'}")
+        return _only(self.checkpoint.personal([self.id], [leaf])[leaf])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoint.leaf_names())
+
+    def __len__(self) -> int:
+        return len(self.checkpoint.leaf_names())
+
+
+def _only(rows: np.ndarray) -> np.ndarray:
+    """The one row of [1, ...], an array even when the row is a number."""
+    return rows.reshape(rows.shape[1:])
+
+
+def _pandas():
+    try:
+        import pandas
+    except ImportError as error:
+        raise ValueError("tables need pandas: pip install 'fedlora-mpi[analysis]', or use array()") from error
+    return pandas
