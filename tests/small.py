@@ -1,0 +1,133 @@
+"""What several test files share: ragged clients, tiny networks, one way to play rounds."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedlora_mpi.algorithm import Train
+from fedlora_mpi.build import Built
+from fedlora_mpi.comm import Solo
+from fedlora_mpi.data.datasets import Data, Samples
+from fedlora_mpi.data.feed import Feed
+from fedlora_mpi.data.partition import Split
+from fedlora_mpi.engine.train import Trainer
+from fedlora_mpi.layout import Layout
+from fedlora_mpi.models import zoo
+from fedlora_mpi.models.resnet import ResNet
+from fedlora_mpi.placement import groups
+from fedlora_mpi.round import Run, play
+from fedlora_mpi.run import beginning
+from fedlora_mpi.seeds import rng
+
+torch.set_num_threads(1)  # the engine's default; sums in another order have other last bits
+
+CPU = torch.device("cpu")
+CLASSES, SHAPE = 6, (3, 7, 5)
+SIZES = (11, 7, 7, 3, 2)  # in batches of 5: a remainder of one sample, two clients below a batch
+TRAIN = Train(epochs=3, batch_size=5, lr=0.05, momentum=0.9)
+
+
+def bn_net(classes, shape):
+    """A residual network with BatchNorm: a 3x3 stem, widths 3 and 5."""
+    return ResNet(classes, shape[0], (3, 5), imagenet_stem=False)
+
+
+def noisy_net(classes, shape):
+    """Two dropout layers of different kinds."""
+    wide = 5 * (shape[1] - 2) * (shape[2] - 2)
+    return nn.Sequential(
+        nn.Conv2d(shape[0], 5, 3),
+        nn.Dropout2d(0.3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.4),
+        nn.Linear(wide, classes),
+    )
+
+
+def cnn(classes, shape):
+    """The package's cnn, made small."""
+    return zoo.cnn(classes, shape, width=3, hidden=5)
+
+
+def model(network="cnn", classes=CLASSES, shape=SHAPE, seed=1):
+    """One of the networks above, or any that the zoo knows."""
+    name = f"small:{network}" if network in globals() else network
+    return zoo.build(name, {}, classes, shape, seed)
+
+
+def feed(sizes=SIZES, tests=(4, 9, 2, 5, 7), seed=1, same_sample=False):
+    """The samples of ``len(sizes)`` clients; the clients of a shorter list hold what they hold in a longer."""
+    sides = []
+    for number in (60, 50):
+        images = torch.randint(
+            0, 256, (number, *SHAPE), dtype=torch.uint8, generator=rng(seed, "images", number)
+        )
+        sides.append(Samples(images, torch.arange(number) * 5 % 7 % CLASSES))
+    train = tuple(np.full(n, 8) if same_sample else np.arange(n) * 3 + k for k, n in enumerate(sizes))
+    test = tuple((np.arange(n) * 2 + k) % 50 for k, n in enumerate(tests[: len(sizes)]))
+    split = Split(train, test, np.empty((0, 0)), np.empty((0, 0)))
+    data = Data(*sides, CLASSES, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), ())
+    return Feed(data, split, seed=seed, shift="none", device=CPU, augment=False)
+
+
+def trainer(algorithm, network="cnn", train=TRAIN, stacked=False, samples=None):
+    """A Trainer on this CPU."""
+    return Trainer(algorithm, model(network), train, samples or feed(), CPU, stacked)
+
+
+def first(made):
+    """The variables of any client before round 1."""
+    return made.algorithm.init(made.model, rng(1, "init"))
+
+
+def rows(tree, count):
+    """The rows of ``count`` clients that start equal, [count, ...]."""
+    return {n: v.expand(count, *v.shape).clone() for n, v in tree.items()}
+
+
+def experiment(
+    algorithm, network="cnn", sizes=SIZES, participation=1.0, group_size=None, same_sample=False, **how
+):
+    """(Run, State before round 1) of a whole federation in this process."""
+    made = trainer(algorithm, network, samples=feed(sizes, same_sample=same_sample), **how)
+    start = first(made)
+    together = groups(sizes, group_size or len(sizes))
+    run = Run(
+        algorithm=algorithm,
+        trainer=made,
+        comm=Solo(),
+        groups=together,
+        host=(0,) * len(together),
+        weight_N=tuple(sizes if algorithm.weights == "samples" else [1] * len(sizes)),
+        seed=1,
+        participation=participation,
+        reduce="exact",
+        upload=Layout.of(algorithm.upload(start, start)),
+    )
+    return run, beginning(Built(None, run, None, SHAPE, start, ""))
+
+
+def played(run, state, rounds):
+    """The state after ``rounds`` more rounds."""
+    for _ in range(rounds):
+        state, _, _ = play(run, state, evaluate=False, stop=False)
+    return state
+
+
+def copy(tree):
+    """The same numbers in other memory."""
+    return {n: v.clone() for n, v in tree.items()}
+
+
+def equal(a, b):
+    """Whether two trees have the same names and the same bits."""
+    return list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def assert_near(a, b, rtol=1e-5):
+    """Every leaf within ``rtol`` of its largest number."""
+    assert list(a) == list(b)
+    for name in a:
+        gap, top = (a[name] - b[name]).abs().max(), b[name].abs().max()
+        assert gap <= rtol * max(top, 1e-3), f"{name}: {gap:.2e} of {top:.2e}"

@@ -1,0 +1,85 @@
+"""Groups follow from the clients, hosts from the groups, cohorts from a permutation."""
+
+import itertools
+
+import pytest
+import torch
+
+import small
+from fedlora_mpi.algorithms.fedavg import FedAvg
+from fedlora_mpi.placement import assign, cohort, groups
+from fedlora_mpi.seeds import rng
+
+
+def sizes(count):
+    return torch.randint(1, 9, (count,), generator=rng(1, "test", count)).tolist()
+
+
+@pytest.mark.parametrize("count, group_size", [(1, 1), (7, 1), (7, 3), (31, 10), (5, 8)])
+def test_groups_hold_every_client_once_larger_ones_first(count, group_size):
+    held = sizes(count)
+    made = groups(held, group_size)
+    order = list(itertools.chain(*made))
+    assert sorted(order) == list(range(count))
+    assert [len(group) for group in made[:-1]] == [group_size] * (len(made) - 1) and 0 < len(
+        made[-1]
+    ) <= group_size
+    keys = [(-held[client], client) for client in order]
+    assert keys == sorted(keys)  # ties in the order of their ids
+
+
+def test_ties_are_broken_by_id():
+    assert groups([5, 7, 5, 7, 3], 2) == ((1, 3), (0, 2), (4,))
+
+
+@pytest.mark.parametrize("workers", [[0], [0, 1], [1, 2, 3], range(1, 8)])
+def test_the_longest_group_goes_to_the_least_loaded_worker(workers):
+    costs = sizes(31)
+    host = assign(costs, workers)
+    assert len(host) == 31 and set(host) <= set(workers)
+    load = {w: sum(c for c, h in zip(costs, host) if h == w) for w in workers}
+    optimum = max(max(costs), sum(costs) / len(workers))
+    assert max(load.values()) <= (4 / 3 - 1 / (3 * len(workers))) * optimum + 1e-9  # Graham (1969)
+    for worker in workers:  # its last and shortest group came when nobody had less
+        last = min(c for c, h in zip(costs, host) if h == worker)
+        assert load[worker] - last <= min(load.values())
+
+
+def test_grahams_example_is_placed_longest_first():
+    assert assign([3, 3, 2, 2, 2], [4, 6]) == (4, 6, 4, 6, 4)
+    assert assign([1, 2, 3, 4, 5], [0, 1]) == (
+        0,
+        0,
+        1,
+        1,
+        0,
+    )  # 5 | 4 3, then 2 to the 5, a tie to the lower rank
+
+
+def test_equal_groups_are_dealt_evenly():
+    host = assign([2.5] * 31, [1, 2, 3, 4])
+    assert sorted(host.count(w) for w in (1, 2, 3, 4)) == [7, 8, 8, 8]
+
+
+def test_more_workers_than_groups_leave_some_idle():
+    assert set(assign([3, 1, 2], range(5))) == {0, 1, 2} and assign([], [0]) == ()
+
+
+@pytest.mark.parametrize(
+    "clients, fraction, count",
+    [(40, 1.0, 40), (40, 0.5, 20), (7, 0.5, 3), (7, 0.1, 1), (1, 0.3, 1), (31, 0.9, 27), (100, 0.29, 29)],
+)
+def test_a_cohort_is_the_head_of_the_permutation(clients, fraction, count):
+    draw = torch.randperm(clients, generator=rng(1, clients)).tolist()
+    chosen = cohort(clients, fraction, draw)
+    assert chosen == set(draw[:count]) and len(chosen) == count
+
+
+def test_cohorts_follow_seed_and_round_alone():
+    run, _ = small.experiment(FedAvg(), participation=0.6)
+    draws = [run.chosen(round_) for round_ in range(30)]
+    torch.rand(3)
+    assert [run.chosen(round_) for round_ in reversed(range(30))] == draws[::-1]
+    again, _ = small.experiment(FedAvg(), participation=0.6, network="bn_net", group_size=2)
+    assert [again.chosen(round_) for round_ in range(30)] == draws
+    assert len(set(draws)) > 5 and set().union(*draws) == set(range(5))

@@ -1,0 +1,177 @@
+"""The exact sum of client vectors, its quick sister, and the flat buffer they add up."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fedlora_mpi.layout import Layout
+from fedlora_mpi.seeds import rng
+from fedlora_mpi.sums import LIMIT, SUMS, ExactSum, FastSum
+
+
+def vectors(count, size, low=-12, high=3):
+    """[count, size] float32 of both signs, magnitudes from 10^low to 10^high."""
+    stream = rng(1, "test", count, size)
+    exponent = low + (high - low) * torch.rand(count, size, generator=stream, dtype=torch.float64)
+    sign = torch.randint(0, 2, (count, size), generator=stream) * 2 - 1
+    return (sign * 10**exponent).float()
+
+
+def summed(kind, rows, weights):
+    message = SUMS[kind](rows.shape[1])
+    for row, weight in zip(rows, weights):
+        message.add(row, weight)
+    return message
+
+
+def test_the_exact_sum_knows_no_order():
+    rows, weights = vectors(31, 7), [3 * k + 1 for k in range(31)]
+    expected = summed("exact", rows, weights).buffer
+    for draw in range(20):
+        order = torch.randperm(31, generator=rng(1, draw)).tolist()
+        assert (summed("exact", rows[order], [weights[k] for k in order]).buffer == expected).all()
+    floats = [rows.double()[order].sum(0) for order in (list(range(31)), list(range(30, -1, -1)))]
+    assert not torch.equal(*floats)  # or the test would see nothing
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_the_exact_sum_knows_no_ranks(ranks):
+    rows, weights = vectors(31, 7), [3 * k + 1 for k in range(31)]
+    host = torch.randint(0, ranks, (31,), generator=rng(1, ranks)).numpy()
+    parts = [summed("exact", rows[host == r], np.array(weights)[host == r].tolist()) for r in range(ranks)]
+    message = ExactSum(7)
+    message.buffer += sum(part.buffer for part in parts)
+    assert torch.equal(message.total(), summed("exact", rows, weights).total())
+    assert message.buffer.dtype == np.int64 and message.buffer.shape == (2, 7)
+
+
+@pytest.mark.parametrize("low, high", [(-12, 3), (-12, -12), (-9, -6), (5, 6)])
+def test_the_exact_sum_is_that_of_fsum(low, high):
+    rows, weights = vectors(40, 53, low, high), [500 - 7 * k for k in range(40)]
+    total = summed("exact", rows, weights).total()
+    assert total.dtype == torch.float64
+    for column, found in enumerate(total.tolist()):
+        expected = math.fsum(float(v) * w for v, w in zip(rows[:, column], weights))
+        assert found == pytest.approx(expected, rel=1e-15, abs=40 * 2.0**-67)  # half of the last digit, each
+
+
+def test_what_cancels_leaves_the_small_numbers_whole():
+    rows = torch.tensor([[2.0**20], [1e-12], [-(2.0**20)], [2.0**-60]])
+    assert summed("exact", rows, [3, 1, 3, 1]).total().item() == rows[1].double().item() + 2.0**-60
+
+
+@pytest.mark.parametrize("clients", [1, 3, 40])
+@pytest.mark.parametrize("weight", [1, 499])
+def test_the_mean_of_equal_clients_is_theirs(clients, weight):
+    row = vectors(1, 101)
+    total = summed("exact", row.expand(clients, -1), [weight] * clients).total()
+    assert torch.equal((total / (clients * weight)).float(), row[0])
+
+
+def test_one_client_gets_back_its_bits():
+    row = torch.cat((vectors(1, 101)[0], torch.tensor([0.0, 1e-12, -1e-12, 3e10, 2.0**-66])))
+    assert torch.equal(summed("exact", row[None], [1]).total().float(), row)
+
+
+def test_sums_up_to_the_limit_are_exact():
+    top = LIMIT - 2.0**14  # the float32 below it
+    rows = torch.tensor([[top / 2, -top / 2], [top / 2, -top / 2]])
+    assert summed("exact", rows, [1, 1]).total().tolist() == [top, -top]
+    step = 2.0**-28  # a weight may be any integer; digits far apart stay
+    assert summed("exact", torch.tensor([[2.0**37], [step]]), [1, 1]).buffer.tolist() == [[2**61], [2**38]]
+
+
+def test_digits_beyond_the_last_are_rounded_once_per_client():
+    rows = torch.tensor([0.75, -0.75, 0.25, 2.5]) * 2.0**-66  # half goes to even
+    assert (summed("exact", rows[None], [1]).total() * 2.0**66).tolist() == [1, -1, 0, 2]
+    assert (summed("exact", rows[None], [3]).total() * 2.0**66).tolist() == [2, -2, 1, 8]
+
+
+def test_an_empty_upload_has_an_empty_sum():
+    message = ExactSum(3)
+    message.add(torch.zeros(0), 5)
+    assert message.total().tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", SUMS)
+def test_numbers_are_added_where_they_belong(kind):
+    message = SUMS[kind](7)
+    message.add(torch.tensor([1.0, 2.0, 3.0]), 2)
+    message.add(torch.tensor([0.5, 0.25]), 1, at=5)
+    message.add(torch.tensor([1.0]), 3, at=2)
+    assert message.total().tolist() == [2, 4, 9, 0, 0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("kind", SUMS)
+def test_adding_leaves_the_vector(kind):
+    row = vectors(1, 7)[0]
+    before = row.clone()
+    SUMS[kind](7).add(row, 3)
+    assert torch.equal(row, before)
+    wide = row.double()
+    SUMS[kind](7).add(wide, 3)
+    assert torch.equal(wide, before.double())
+
+
+def test_the_fast_sum_is_close_and_a_quarter_as_long():
+    rows, weights = vectors(31, 7, -3, 0), [3 * k + 1 for k in range(31)]
+    fast, exact = (summed(kind, rows, weights) for kind in ("fast", "exact"))
+    assert 4 * fast.buffer.nbytes == exact.buffer.nbytes and isinstance(fast, FastSum)
+    bound = 31 * 2.0**-24 * (rows.abs().double().T @ torch.tensor(weights).double())
+    assert ((fast.total() - exact.total()).abs() <= bound).all()
+
+
+# The flat buffer
+
+
+def tree():
+    return {
+        "b": torch.arange(15.0).view(3, 5),
+        "a": torch.tensor(99.0),
+        "c": torch.arange(16.0, 18.0),
+        "d": torch.zeros(0),
+    }
+
+
+def test_a_layout_keeps_the_trees_order():
+    layout = Layout.of(tree())
+    assert layout.size == 18 and list(layout.shapes) == ["b", "a", "c", "d"]
+    vector = layout.pack({n: tree()[n] for n in ("d", "c", "b", "a")})
+    assert vector.tolist() == [*range(15), 99, 16, 17]
+    back = layout.unpack(vector)
+    assert list(back) == list(tree()) and all(torch.equal(back[n], v) for n, v in tree().items())
+
+
+def test_unpacking_gives_views_and_packing_copies():
+    layout, values = Layout.of(tree()), tree()
+    vector = layout.pack(values)
+    layout.unpack(vector)["b"][0, 0] = 7
+    assert vector[0] == 7 and values["b"][0, 0] == 0
+    alone = Layout.of({"b": values["b"]})
+    alone.pack({"b": values["b"]})[0] = 7
+    assert values["b"][0, 0] == 0
+
+
+def test_a_weight_in_another_memory_format_packs_alike():
+    value = torch.arange(60.0).view(2, 3, 5, 2)
+    layout = Layout.of({"w": value})
+    assert torch.equal(layout.pack({"w": value.to(memory_format=torch.channels_last)}), torch.arange(60.0))
+
+
+def test_no_leaves_make_no_buffer():
+    layout = Layout.of({})
+    assert layout.size == 0 and layout.pack({}).shape == (0,) and layout.unpack(torch.zeros(0)) == {}
+
+
+def test_layouts_differ_in_names_shapes_and_order():
+    one = {"a": torch.zeros(3, 5), "b": torch.zeros(2)}
+    others = [
+        {"a": one["a"], "c": one["b"]},
+        {"a": torch.zeros(5, 3), "b": one["b"]},
+        {"b": one["b"], "a": one["a"]},
+        {},
+    ]
+    digests = {Layout.of(t).digest() for t in (one, *others)}
+    assert len(digests) == 5 and Layout.of({n: v + 1 for n, v in one.items()}).digest() in digests
