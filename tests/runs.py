@@ -1,0 +1,279 @@
+"""Small runs for the tests: in this process, over simulated ranks, or under mpirun (needs Linux's /proc)."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pytest
+import torch
+
+from fedlora_mpi import config as configs
+from fedlora_mpi.build import Built, build
+from fedlora_mpi.comm import Solo
+from fedlora_mpi.round import play
+from fedlora_mpi.run import beginning
+from fedlora_mpi.store.reader import RunFiles
+
+T = TypeVar("T")
+TESTS = Path(__file__).parent
+TINY = TESTS / "tiny.yaml"
+NORM = "model=user_parts:with_norm"
+SLOW = "model=user_parts:slow"
+
+
+# --- in this process, without a run folder
+
+
+class Moment(NamedTuple):
+    """What there is after a round: the variables, and what was measured in it."""
+
+    shared: dict[str, torch.Tensor]
+    personal: dict[str, torch.Tensor]  # [N, ...]
+    row: dict
+    clients: dict[str, np.ndarray]  # [N]
+
+
+class Rank:
+    """One of several ranks in this process, each a thread; only the holder of the baton runs.
+
+    So nothing is concurrent, and code that touches a process-wide state (torch's generator while a
+    model is built) is as safe as in processes.
+    """
+
+    def __init__(self, rank: int, meeting: tuple[list, threading.Lock, threading.Barrier]) -> None:
+        self.rank = self.local_rank = rank
+        self._slots, self._baton, self._barrier = meeting
+        self.size = self.local_size = len(self._slots)
+
+    def sum(self, buffer: np.ndarray) -> None:
+        buffer[...] = np.sum(self._swap(buffer.copy()), axis=0)
+
+    def broadcast(self, data: bytes) -> bytes:
+        return self._swap(data)[0]
+
+    def _swap(self, mine) -> list:
+        """What every rank gave, in rank order."""
+        self._slots[self.rank] = mine
+        self._meet()
+        everything = list(self._slots)
+        self._meet()  # before anybody fills the slots again
+        return everything
+
+    def _meet(self) -> None:
+        self._baton.release()
+        try:
+            self._barrier.wait(60)
+        finally:
+            self._baton.acquire()
+
+    def play(self, main: "Callable[[Rank], T]") -> T:
+        """``main(self)`` with the baton; its exception frees those who wait for this rank."""
+        with self._baton:
+            try:
+                return main(self)
+            except BaseException:
+                self._barrier.abort()
+                raise
+
+
+def on_ranks(number: int, main: Callable[[Any], T]) -> list[T]:
+    """``main(comm)`` of every rank, in rank order; the first exception is raised."""
+    if number == 1:
+        return [main(Solo())]
+    meeting = ([None] * number, threading.Lock(), threading.Barrier(number))
+    with ThreadPoolExecutor(number) as pool:
+        ends = [pool.submit(Rank(rank, meeting).play, main) for rank in range(number)]
+    errors = [end.exception() for end in ends if end.exception()]
+    for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+        raise error
+    return [end.result() for end in ends]
+
+
+@cache
+def tiny(*overrides: str) -> configs.Config:
+    """The config of tiny.yaml with overrides."""
+    return configs.read(TINY, overrides)
+
+
+@cache
+def built(*overrides: str) -> Built:
+    """The parts of that run in one process."""
+    return build(tiny(*overrides), str(TINY), Solo())
+
+
+@cache
+def played(*overrides: str, ranks: int = 1) -> list[list[Moment]]:
+    """The moments of each rank, [ranks][rounds + 1]; the first is the one before round 1.
+
+    Personal rows are those of all clients, whichever rank hosts them. Cached: change nothing in it.
+    """
+    config = tiny(*overrides)
+
+    def main(comm) -> tuple[tuple[int, ...], list[Moment]]:
+        parts = build(config, str(TINY), comm)
+        state = beginning(parts)
+        moments = [Moment(copied(state.shared), copied(state.personal), {}, {})]
+        for _ in range(config.rounds):
+            state, row, clients = play(parts.run, state, evaluate=True, stop=False)
+            moments.append(Moment(copied(state.shared), copied(state.personal), row, clients))
+        return parts.run.hosted, moments
+
+    found = on_ranks(ranks, main)
+    hosted = [client for clients, _ in found for client in clients]
+    assert sorted(hosted) == list(range(config.data.partition.clients)), f"hosted: {hosted}"
+    order = torch.tensor(hosted).argsort()
+    joined = []
+    for at in range(config.rounds + 1):
+        rows = [moments[at].personal for _, moments in found]
+        joined.append({n: torch.cat([tree[n] for tree in rows])[order] for n in rows[0]})
+    return [[m._replace(personal=joined[at]) for at, m in enumerate(moments)] for _, moments in found]
+
+
+def copied(tree: dict) -> dict:
+    return {n: v.clone() for n, v in tree.items()}
+
+
+def equal(a: dict, b: dict) -> bool:
+    """Whether two trees agree in names, shapes and bits."""
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def assert_near(a: dict, b: dict, atol: float = 1e-5) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# --- run folders
+
+
+def outcome(run: Path) -> dict:
+    """What must not depend on where and how a run was computed: all but times and MPI's bytes."""
+    files = RunFiles(run)
+    checkpoint = files.checkpoint()
+    rounds = {
+        n: v.tolist() for n, v in files.rounds().items() if n != "bytes_mpi" and not n.startswith("seconds_")
+    }
+    clients = {n: v.tolist() for n, v in files.clients().items()}
+    return {"round": checkpoint.round, **checkpoint.digest(), "rounds": rounds, "clients": clients}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Raise unless the two run folders end in the same bits."""
+    np.testing.assert_equal(outcome(a), outcome(b))  # NaN equals NaN
+
+
+def committed(run: Path) -> int:
+    """The newest round with a committed checkpoint, 0 before the first."""
+    return max((int(f.parent.name) for f in run.glob("checkpoints/*/manifest.json")), default=0)
+
+
+# --- other processes
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a process that runs the package and the user's parts; as root or not."""
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return {**os.environ, **root, "PYTHONPATH": path, "HWLOC_HIDE_ERRORS": "1", **more}
+
+
+def command(*arguments: str | Path) -> list[str]:
+    """The package's command line in a process of its own."""
+    return [sys.executable, "-m", "fedlora_mpi", *map(str, arguments)]
+
+
+def mpirun(ranks: int) -> list[str]:
+    """The launcher beside this Python. Skips the test where there is none."""
+    launcher = Path(sys.executable).with_name("mpirun")
+    if not launcher.exists():
+        pytest.skip(f"no {launcher}: pip install 'fedlora-mpi[mpi]' has it")
+    return [str(launcher), "-n", str(ranks), "--oversubscribe", "--bind-to", "none"]
+
+
+@contextmanager
+def launched(line: Sequence[str], cwd: Path, **env: str) -> Iterator[subprocess.Popen]:
+    """A process that goes on while the block runs, and is gone after it with all ranks it started."""
+    process = subprocess.Popen(
+        line, cwd=cwd, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            kill_all(process)
+
+
+def kill_all(launcher: subprocess.Popen) -> None:
+    """SIGKILL to every rank, then wait for the launcher."""
+    for pid in ranks_of(launcher.pid).values():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    try:
+        launcher.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        launcher.kill()
+        launcher.communicate()
+
+
+def finished(line: Sequence[str], cwd: Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
+    """The ended process, its output as text."""
+    with launched(line, cwd, **env) as process:
+        out, err = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(line, process.returncode, out, err)
+
+
+def said(text: str) -> list[str]:
+    """The lines that the package itself addressed to the user, without those of a launcher."""
+    return [line for line in text.splitlines() if line.startswith("fedlora-mpi:")]
+
+
+def until(fact: Callable[[], object], seconds: float = 60, process: subprocess.Popen | None = None):
+    """``fact()`` as soon as it is true; fails when ``process`` ends first or time runs out."""
+    deadline = time.monotonic() + seconds
+    while not (found := fact()):
+        ended = process is not None and process.poll() is not None
+        if ended or time.monotonic() > deadline:
+            text = process.communicate()[1] if ended else ""
+            pytest.fail(f"{'the process ended' if ended else f'{seconds} s were over'} too early\n{text}")
+        time.sleep(0.02)
+    return found
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """{rank: pid} of the processes that a launcher has started."""
+    parents, found = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:  # it has ended since
+                continue
+    for pid in parents:
+        above = pid
+        while above in parents and above != launcher:
+            above = parents[above]
+        if above == launcher:
+            rank = re.search(
+                rb"\0(?:OMPI_COMM_WORLD_RANK|PMI_RANK)=(\d+)", Path(f"/proc/{pid}/environ").read_bytes()
+            )
+            if rank:
+                found[int(rank[1])] = pid
+    return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
