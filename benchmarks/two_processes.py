@@ -113,7 +113,7 @@ def half(rank: int, tree: dict, clients: list[int], total: torch.Tensor, rounds:
         total.zero_() if rank == 0 else None
         mine = torch.zeros_like(total)
         for client in clients:
-            net.load_state_dict({**sigma, **low[client]})
+            net.load_state_dict({**sigma, **low[client]}, strict=False)  # BatchNorm adds its counter
             train_client(net, feed, client, cache=True)
             state = net.state_dict()
             low[client] = {n: state[n].clone() for n in low[client]}
@@ -124,7 +124,7 @@ def half(rank: int, tree: dict, clients: list[int], total: torch.Tensor, rounds:
         sigma = {n: p.view(v.shape) for (n, v), p in zip(sigma.items(), parts)}
         right = 0.0
         for client in clients:
-            net.load_state_dict({**sigma, **low[client]})
+            net.load_state_dict({**sigma, **low[client]}, strict=False)  # BatchNorm adds its counter
             batch = feed.test([client], 0, feed.test_size(client))
             with torch.no_grad():
                 right += float((net(batch.x[0]).argmax(1) == batch.y[0]).float().mean())
