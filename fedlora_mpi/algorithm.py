@@ -33,6 +33,7 @@ class Batch(NamedTuple):
     y: Tensor  # [B] class index, int64
     real: Tensor | None  # [B] False for padding; None when all B examples are real
     key: Tensor  # [] int64, the address of this step's noise (dropout)
+    counts: Tensor  # [classes] training samples of this client in each class, float32
 
 
 class Sgd(NamedTuple):
@@ -73,40 +74,105 @@ def every(leaf: str) -> bool:
     return True
 
 
-class Phase(NamedTuple):
-    """A stretch of local SGD: how long, under which loss, which leaves move.
+class Step(NamedTuple):
+    """One SGD step: under which loss, which leaves move.
 
     ``trains`` is asked for the names of shared and personal leaves alike. Leaves of role ``stats``
-    are never trained; BatchNorm in training mode writes them, whatever the phase trains.
+    are never trained; BatchNorm in training mode writes them, whatever is trained.
+    """
+
+    loss: Loss
+    trains: Callable[[str], bool] = every
+    sgd: Callable[[Sgd], Sgd] | None = None  # this step's settings from the common ones
+    clamp: tuple[float, float] | None = None  # bounds of the trained leaves after the step
+    repeat: int = 1  # steps on the same batch
+
+
+class Phase(NamedTuple):
+    """A stretch of local SGD: on every batch of every epoch the ``steps``, in order.
+
+    A phase with a ``stream`` of its own draws its own batches, so it moves none of the others'.
     """
 
     epochs: int
-    loss: Loss
-    trains: Callable[[str], bool] = every
-    constant: Callable[[Vars], Tree] | None = None  # computed once, handed to ``loss`` as now.constant
-    sgd: Callable[[Sgd], Sgd] | None = None  # this phase's settings from the common ones
+    steps: tuple[Step, ...]
+    constant: Callable[[Vars], Tree] | None = None  # computed once, handed to the losses as now.constant
+    stream: str = ""
+    limit: Callable[[int], int] | None = None  # samples of an epoch that are used, from the client's number
+    after: Callable[[Vars], Vars] | None = None  # what the variables become at the end
+
+
+class Offer(NamedTuple):
+    """What a client shows to a per-client mix: the mixed leaves, and what the weights depend on."""
+
+    rows: Tree  # mixed over the clients; the result replaces the personal leaves of these names
+    key: Tensor | None = None  # [K] numbers or bools whose Gram matrix decides the weights; None: the rows
+    aux: Tensor | None = None  # [k] further numbers of the client that they depend on
 
 
 class Algorithm(ABC):
     """Subclasses are frozen dataclasses whose fields are the hyper-parameters.
 
-    Two class variables may be fields instead: ``weights``, by which number of the client its
-    upload counts in the mean, and ``absent``, what clients outside the cohort count for.
+    Four class variables may be fields or properties instead. ``weights``: by which number of the
+    client its upload counts in the mean; ``absent``: what clients outside the cohort count for;
+    ``evaluates``: the moment whose accuracy is the method's; ``centred``: whether the mean over
+    clients is taken off the keys before their Gram matrix (distances then do not cancel).
     """
 
     weights: ClassVar[Literal["samples", "uniform"]] = "samples"
     absent: ClassVar[Literal["exclude", "stale"]] = "exclude"
+    evaluates: ClassVar[Literal["after_aggregation", "after_training"]] = "after_aggregation"
+    centred: ClassVar[bool] = False
+    surveys: ClassVar[bool] = False  # whether ``begin`` and ``finish`` are given all training data
 
     def check(self, model: Model, train: Train) -> None:
         """Raise ValueError when the fields do not go together with the model or the training."""
+
+    # One client: what it has, how it trains, what it sends.
 
     @abstractmethod
     def init(self, model: Model, rng: Generator) -> Vars:
         """The variables of any client before the first round; all clients start equal."""
 
+    def begin(self, model: Model, v: Vars, data: Batch | None) -> Vars:
+        """What the client does with what has arrived, before training. Default: nothing."""
+        return v
+
     @abstractmethod
-    def phases(self, model: Model, train: Train) -> tuple[Phase, ...]:
-        """Local training, in order. ``model`` is in training mode."""
+    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+        """Local training of round ``round_`` (from 0), in order. ``model`` is in training mode."""
+
+    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch | None) -> Vars:
+        """What the client keeps after training (masks, control variates). Default: what it trained."""
+        return end
+
+    def upload(self, start: Vars, end: Vars) -> Tree:
+        """What enters the mean. Default: the trained shared leaves."""
+        return end.shared
+
+    def offer(self, start: Vars, end: Vars) -> Offer | None:
+        """What enters a mix of its own for every client. Default: there is none."""
+        return None
+
+    # The server.
+
+    def server(self, model: Model, shared: Tree) -> Tree:
+        """Variables of the server alone, before the first round. Default: none."""
+        return {}
+
+    def serve(self, server: Tree, shared: Tree, mean: Tree, share: float) -> tuple[Tree, Tree]:
+        """The next (server, shared) variables from the present ones and the mean of the uploads of
+        the ``share`` of clients that took part. Default: the mean becomes the shared variables."""
+        return server, mean
+
+    def mix(self, gram: Tensor, aux: Tensor, round_: int) -> Tensor:
+        """The weights [n, n] of the mix, a row for each receiver, float64.
+
+        gram: [n, n] inner products of the keys, float64; aux: [n, k] in the clients' order.
+        """
+        raise AssertionError(f"{type(self).__name__} offers rows but does not say how to mix them")
+
+    # The model that is judged.
 
     @abstractmethod
     def weights_of(self, model: Model, v: Vars) -> Tree:
@@ -116,10 +182,6 @@ class Algorithm(ABC):
         """Prediction of the client's own model: [B, ...] -> [B, classes]."""
         return model(self.weights_of(model, v), x)
 
-    def upload(self, start: Vars, end: Vars) -> Tree:
-        """What enters the mean. Default: the trained shared leaves."""
-        return end.shared
-
-    def serve(self, shared: Tree, mean: Tree) -> Tree:
-        """The next shared variables from the present ones and the mean. Default: the mean."""
-        return mean
+    def tune(self, model: Model, train: Train) -> tuple[Phase, ...]:
+        """Training on a copy before each evaluation, on training data. Default: none."""
+        return ()

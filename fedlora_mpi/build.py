@@ -17,6 +17,7 @@ from .data.partition import Split
 from .engine.device import bind, decide, keep_memory
 from .engine.train import Trainer
 from .layout import Layout
+from .mixing import Mixing
 from .models.network import Model
 from .models.zoo import build as build_model
 from .placement import assign, groups
@@ -125,17 +126,20 @@ def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], devi
     algorithm, sizes = config.algorithm, [len(indices) for indices in split.train]
     trainer = Trainer(algorithm, model.to(device), config.train, feed, device, config.engine.path == "stack")
     together_ = groups(sizes, config.engine.group_size)
+    host = assign([sum(sizes[c] for c in group) for group in together_], workers)
+    rank_of = {c: rank for group, rank in zip(together_, host) for c in group}
     first = algorithm.init(model, rng(config.seed, "init"))
     run = Run(
         algorithm=algorithm,
         trainer=trainer,
         comm=comm,
         groups=together_,
-        host=assign([sum(sizes[c] for c in group) for group in together_], workers),
+        host=host,
         weight_N=tuple(sizes if algorithm.weights == "samples" else [1] * len(sizes)),
         seed=config.seed,
         participation=config.participation,
         reduce=config.reduce,
         upload=Layout.of(algorithm.upload(first, first)),
+        mixing=Mixing.of(algorithm, first, [rank_of[c] for c in range(len(sizes))], workers, config.mix),
     )
     return Built(config, run, split, shape, first, f"{configs.digest(config)}-{split.digest()[:16]}")

@@ -16,6 +16,8 @@ EXAMPLES = """examples:
   fedlora-mpi plan configs/cifar10.yaml --ranks 5             what it would cost; trains nothing
   fedlora-mpi partition configs/cifar10.yaml                  who gets which data
   fedlora-mpi report runs/*                                   accuracy of finished runs
+  fedlora-mpi reproduce table1 --alpha 0.1 --jobs 2           the paper's table, shrunk to half an hour
+  fedlora-mpi reproduce table1 --scale full --print-jobs      its runs as lines and as a Slurm array
   fedlora-mpi digest runs/a runs/b                            are two runs equal to the last bit?
 
 exit codes: 0 done, 1 a fault, 2 a mistake in what was asked, 75 stopped at a round boundary (SIGUSR1)
@@ -58,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     partition = add("partition", _partition, "Who gets which data: a table, and a picture as PNG.")
     report = add("report", _report, "The accuracy of runs, as a table.")
     digest = add("digest", _digest, "SHA-256 of the newest checkpoint of runs: equal means equal to the bit.")
+    _grid_of(add("reproduce", _reproduce, "A table of the FedLoRA paper from runs of our own, beside its numbers."))
     for sub in (run, plan, partition):
         sub.add_argument("config", help="a YAML file")
     resume.add_argument("run", type=Path, help="a run folder")
@@ -68,6 +71,25 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (report, digest):
         sub.add_argument("runs", nargs="+", type=Path, help="run folders")
     return parser
+
+
+def _grid_of(sub: argparse.ArgumentParser) -> None:
+    """The arguments of ``reproduce``."""
+    several = {"nargs": "+", "default": ()}
+    sub.add_argument("table", choices=(*(f"table{n}" for n in range(1, 6)), "fig4", "fig6", "fig7"))
+    sub.add_argument("--data", nargs="+", default=["cifar10"], choices=("cifar10", "cifar100", "tiny_imagenet"))
+    sub.add_argument("--alpha", nargs="+", type=float, default=[0.1], help="of the Dirichlet split (default 0.1)")
+    sub.add_argument("--seeds", **several, type=int, metavar="SEED", help="default: 1 2 3, at small scale 1")
+    sub.add_argument("--rounds", type=int, help="default: the scale's; more of them go on with a finished run")
+    sub.add_argument("--methods", **several, metavar="ROW", help="rows of the table; for table1 any algorithm")
+    sub.add_argument("--scale", choices=("small", "full"), default="small", help="full is the paper's experiment")
+    sub.add_argument("--jobs", type=int, metavar="J", help="runs at a time (default: one per core, or per GPU)")
+    sub.add_argument("--ranks", type=int, default=1, metavar="R", help="MPI processes of a run (default 1)")
+    sub.add_argument("--root", default="~/data", metavar="DATA", help="where the data sets are (default ~/data)")
+    sub.add_argument("--download", action="store_true", help="fetch a data set that is not there")
+    sub.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="default: runs/reproduce-SCALE")
+    sub.add_argument("--print-jobs", action="store_true", help="run nothing; a line per run, and a Slurm array")
+    sub.add_argument("--collect", action="store_true", help="run nothing; the table of what is done")
 
 
 def _run(asked: argparse.Namespace, comm) -> int:
@@ -115,6 +137,14 @@ def _report(asked: argparse.Namespace, comm) -> int:
 
     print(together(comm, lambda: table(asked.runs)))
     return 0
+
+
+def _reproduce(asked: argparse.Namespace, comm) -> int:
+    from .comm import together
+    from .reproduce.command import Request, reproduce
+
+    given = {name: value for name, value in vars(asked).items() if name not in ("command", "parallel")}
+    return together(comm, lambda: reproduce(Request(**given)))
 
 
 def _digest(asked: argparse.Namespace, comm) -> int:

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -30,6 +30,14 @@ class Solo:
     def broadcast(self, data: bytes) -> bytes:
         """Rank 0's bytes, on every rank."""
         return data
+
+    def exchange(self, send: np.ndarray, counts: Sequence[int], arriving: Sequence[int]) -> np.ndarray:
+        """What the other ranks sent to this one, float32, in rank order.
+
+        send: the numbers for rank 0, then those for rank 1, ...: ``counts`` of them; arriving: how
+        many come from each rank.
+        """
+        return send
 
     def abort(self) -> None:
         """End the process."""
@@ -66,6 +74,13 @@ class Mpi:
         buffer = np.frombuffer(bytearray(data if self.rank == 0 else size[0]), np.uint8)
         self._wait(self._world.Ibcast(buffer, root=0))
         return buffer.tobytes()
+
+    def exchange(self, send: np.ndarray, counts: Sequence[int], arriving: Sequence[int]) -> np.ndarray:
+        """What the other ranks sent to this one, float32, in rank order (see ``Solo``)."""
+        receive = np.empty(sum(arriving), np.float32)
+        self.moved += send.nbytes
+        self._wait(self._world.Ialltoallv([send, counts], [receive, arriving]))
+        return receive
 
     def abort(self) -> None:
         """End all ranks."""

@@ -27,7 +27,7 @@ from .models import zoo
 
 # The key of a choice block that says what its other keys mean.
 SELECTOR = {"data.partition": "kind", "model": "name", "algorithm": "name"}
-FREE_ON_RESUME = ("rounds", "output", "checkpoint", "data.root", "data.download", "server_hosts_clients")
+FREE_ON_RESUME = ("rounds", "output", "checkpoint", "data.root", "data.download", "server_hosts_clients", "mix")
 COMMAND_LINE = "command line"
 _PLACEHOLDER = re.compile(r"\{(.*?)\}")
 
@@ -95,6 +95,7 @@ class Config:
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     reduce: Literal["exact", "fast"] = "exact"
+    mix: Literal["auto", "root", "spread"] = "auto"
     server_hosts_clients: bool = False
 
     def __post_init__(self) -> None:

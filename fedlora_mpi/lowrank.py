@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from .algorithm import Loss, Phase, Train, Vars
+from .algorithm import Loss, Phase, Step, Train, Vars
 from .models.network import Leaf, Model
 from .tree import Tree, split
 
@@ -86,11 +86,11 @@ class LowRank:
     def turns(self, model: Model, train: Train, loss: Loss) -> tuple[Phase, ...]:
         """Local training of both parts, eqs. (6) and (7)."""
         if self.order == "simultaneous":
-            return (Phase(train.epochs, loss),)
+            return (Phase(train.epochs, (Step(loss),)),)
         tau = lambda v: self.tau(model, v.shared | v.personal)  # constant while sigma trains
         return (
-            Phase(self.lora_epochs, loss, trains=is_factor),
-            Phase(train.epochs - self.lora_epochs, loss, trains=is_not_factor, constant=tau),
+            Phase(self.lora_epochs, (Step(loss, is_factor),)),
+            Phase(train.epochs - self.lora_epochs, (Step(loss, is_not_factor),), constant=tau),
         )
 
     def theta(self, model: Model, v: Vars) -> Tree:

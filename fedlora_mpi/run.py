@@ -142,7 +142,7 @@ def save(built: Built, folder: Path, state: State) -> None:
     comm.sum(shards)
     if comm.rank == 0:
         files = [Shard.from_numbers(worker_file(r), row) for r, row in enumerate(shards) if row.any()]
-        files.append(checkpoint.write_server(home, round_=state.round, shared=_arrays(state.shared), server={}))
+        files.append(checkpoint.write_server(home, round_=state.round, shared=_arrays(state.shared), server=_arrays(state.server)))
         files.append(checkpoint.copy_log(home, folder / "log.h5"))
         checkpoint.commit(home, files, run_digest=built.digest, clients=len(run.weight_N))
         checkpoint.prune(folder, built.config.checkpoint.keep)
@@ -153,17 +153,25 @@ def beginning(built: Built) -> State:
     run, first = built.run, built.first
     spread = lambda v: v.expand(len(run.hosted), *v.shape).clone(memory_format=torch.contiguous_format)
     shared = tmap(lambda v: v.to(run.trainer.device, copy=True), first.shared)
-    return State(0, shared, tmap(spread, first.personal))
+    return State(0, run.algorithm.server(run.trainer.model, shared), shared, tmap(spread, first.personal))
 
 
 def _load(found: Checkpoint, built: Built) -> State:
     """The state of a checkpoint: this rank's clients, wherever they were hosted before."""
     run = built.run
     device = run.trainer.device
-    shared = {n: torch.from_numpy(v).to(device) for n, v in found.shared().items()}
+    shared, server = (
+        {n: torch.from_numpy(v).to(device) for n, v in part.items()} for part in (found.shared(), found.server())
+    )
     personal = {n: torch.from_numpy(v) for n, v in found.personal(run.hosted).items()}
     in_order = lambda tree, like: {name: tree[name] for name in like}
-    return State(found.round, in_order(shared, built.first.shared), in_order(personal, built.first.personal))
+    blank = run.algorithm.server(run.trainer.model, built.first.shared)
+    return State(
+        found.round,
+        in_order(server, blank),
+        in_order(shared, built.first.shared),
+        in_order(personal, built.first.personal),
+    )
 
 
 def _newest(folder: Path, built: Built) -> Checkpoint | None:

@@ -62,6 +62,11 @@ class Rank:
     def broadcast(self, data: bytes) -> bytes:
         return self._swap(data)[0]
 
+    def exchange(self, send: np.ndarray, counts: Sequence[int], arriving: Sequence[int]) -> np.ndarray:
+        parts = [np.split(mine, np.cumsum(to)[:-1])[self.rank] for mine, to in self._swap((send, list(counts)))]
+        assert [len(part) for part in parts] == list(arriving)
+        return np.concatenate(parts)
+
     def _swap(self, mine) -> list:
         """What every rank gave, in rank order."""
         self._slots[self.rank] = mine
@@ -206,7 +211,13 @@ def mpirun(ranks: int) -> list[str]:
 def launched(line: Sequence[str], cwd: Path, **env: str) -> Iterator[subprocess.Popen]:
     """A process that goes on while the block runs, and is gone after it with all ranks it started."""
     process = subprocess.Popen(
-        line, cwd=cwd, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        line,
+        cwd=cwd,
+        env=environment(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a launcher that cleans up kills process groups, and pytest has one too
     )
     try:
         yield process
@@ -227,7 +238,7 @@ def kill_all(launcher: subprocess.Popen) -> None:
         launcher.communicate()
 
 
-def finished(line: Sequence[str], cwd: Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
+def finished(line: Sequence[str], cwd: Path, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
     """The ended process, its output as text."""
     with launched(line, cwd, **env) as process:
         out, err = process.communicate(timeout=timeout)
@@ -239,7 +250,7 @@ def said(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("fedlora-mpi:")]
 
 
-def until(fact: Callable[[], object], seconds: float = 60, process: subprocess.Popen | None = None):
+def until(fact: Callable[[], object], seconds: float = 120, process: subprocess.Popen | None = None):
     """``fact()`` as soon as it is true; fails when ``process`` ends first or time runs out."""
     deadline = time.monotonic() + seconds
     while not (found := fact()):

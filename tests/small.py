@@ -12,6 +12,7 @@ from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.data.partition import Split
 from fedlora_mpi.engine.train import Trainer
 from fedlora_mpi.layout import Layout
+from fedlora_mpi.mixing import Mixing
 from fedlora_mpi.models import zoo
 from fedlora_mpi.models.resnet import ResNet
 from fedlora_mpi.placement import groups
@@ -66,7 +67,8 @@ def feed(sizes=SIZES, tests=(4, 9, 2, 5, 7), seed=1, same_sample=False):
         sides.append(Samples(images, torch.arange(number) * 5 % 7 % CLASSES))
     train = tuple(np.full(n, 8) if same_sample else np.arange(n) * 3 + k for k, n in enumerate(sizes))
     test = tuple((np.arange(n) * 2 + k) % 50 for k, n in enumerate(tests[: len(sizes)]))
-    split = Split(train, test, np.empty((0, 0)), np.empty((0, 0)))
+    count = lambda side, lists: np.stack([np.bincount(side.y[rows], minlength=CLASSES) for rows in lists])
+    split = Split(train, test, count(sides[0], train), count(sides[1], test))
     data = Data(*sides, CLASSES, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), ())
     return Feed(data, split, seed=seed, shift="none", device=CPU, augment=False)
 
@@ -104,6 +106,7 @@ def experiment(
         participation=participation,
         reduce="exact",
         upload=Layout.of(algorithm.upload(start, start)),
+        mixing=Mixing.of(algorithm, start, [0] * len(sizes), [0], "auto"),
     )
     return run, beginning(Built(None, run, None, SHAPE, start, ""))
 

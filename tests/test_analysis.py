@@ -36,6 +36,8 @@ train: {{epochs: 2, batch_size: 8}}
 evaluate: {{every: 2}}
 """
 
+SCORES = ("accuracy", "loss", "accuracy_aggregated", "accuracy_trained")  # of each client
+
 
 def play(folder, *overrides):
     """The view of a tiny run with these overrides."""
@@ -98,9 +100,10 @@ def test_fedavg_has_no_personal_leaves_and_local_no_shared_ones(any_run):
 def test_rounds_and_clients_tell_the_same_accuracy(run):
     assert list(run.rounds.index) == [1, 2, 3] and run.rounds.index.name == "round"
     assert run.rounds["train_loss"].notna().all()
-    assert list(run.clients.columns) == ["round", "client", "accuracy", "loss"]
-    mean = run.clients.groupby("round")["accuracy"].mean()
-    assert np.allclose(mean, run.rounds["accuracy"].dropna())
+    assert list(run.clients.columns) == ["round", "client", *SCORES]
+    for score in SCORES:
+        mean = run.clients.groupby("round")[score].mean()
+        assert np.allclose(mean, run.rounds[score].dropna())
     assert list(run.clients["client"]) == 2 * list(range(CLIENTS))
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import small
-from fedlora_mpi.algorithm import Algorithm, Phase, Sgd, Train, Vars
+from fedlora_mpi.algorithm import Algorithm, Phase, Sgd, Step, Train, Vars
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedlora import FedLoRA
 from fedlora_mpi.algorithms.local import Local
@@ -46,12 +46,15 @@ def trained(made, clients=CLIENTS, round_=0):
 
 @dataclass(frozen=True)
 class Phased(FedAvg):
-    """FedAvg in the phases that it is given, as (epochs, other settings of Phase)."""
+    """FedAvg in the phases that it is given, as (epochs, settings of the phase or its step)."""
 
     parts: tuple = ()
 
-    def phases(self, model, train):
-        return tuple(Phase(epochs, **{"loss": own_loss(self, model), **more}) for epochs, more in self.parts)
+    def phases(self, model, train, round_):
+        def phase(epochs, constant=None, **step):
+            return Phase(epochs, (Step(**{"loss": own_loss(self, model), **step}),), constant)
+
+        return tuple(phase(epochs, **more) for epochs, more in self.parts)
 
 
 # The two paths
@@ -276,7 +279,7 @@ def test_a_constant_is_computed_once_from_each_clients_own_variables(stacked):
 
     @dataclass(frozen=True)
     class Pulled(Local):
-        def phases(self, model, train):
+        def phases(self, model, train, round_):
             def constant(v):
                 seen.append(1)
                 return {n: 3 * w for n, w in v.personal.items()}
@@ -284,7 +287,7 @@ def test_a_constant_is_computed_once_from_each_clients_own_variables(stacked):
             toward = lambda now, start, batch: (
                 sum(((w - now.constant[n]) ** 2).sum() for n, w in now.personal.items()) / 2
             )
-            return (Phase(2, toward, constant=constant),)
+            return (Phase(2, (Step(toward),), constant=constant),)
 
     made = small.trainer(Pulled(), train=Train(2, 11, lr=0.5, momentum=0.0), stacked=stacked)
     _, personal_C = begun(made)

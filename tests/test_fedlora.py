@@ -247,13 +247,13 @@ def test_the_first_gradient_of_a_is_zero_and_that_of_b_is_not():
 @NETWORKS
 def test_a_tau_formed_once_gives_the_same_loss_and_gradient(network):
     made = small.trainer(FedLoRA(conv_rank=0.4), network)
-    v, (lowrank, full) = moving(made), made.algorithm.phases(made.model, made.settings)
+    v, (lowrank, full) = moving(made), made.algorithm.phases(made.model, made.settings, 0)
     assert lowrank.constant is None and (lowrank.epochs, full.epochs) == (2, 1)
     results = []
     for constant in ({}, full.constant(v)):
         sigma = {n: w.clone().requires_grad_(made.model.role(n) != "stats") for n, w in v.shared.items()}
         now = Vars(sigma, v.personal, constant)
-        loss = full.loss(now, v, batch(made))
+        loss = full.steps[0].loss(now, v, batch(made))
         results.append((loss, torch.autograd.grad(loss, [w for w in sigma.values() if w.requires_grad])))
     (one, grads), (two, again) = results
     assert one == two and all(torch.equal(a, b) for a, b in zip(grads, again))
@@ -386,7 +386,7 @@ def test_the_sigma_phase_leaves_the_factors(network, stacked):
 
 def test_simultaneous_training_moves_both_in_one_phase():
     made = small.trainer(FedLoRA(order="simultaneous", lora_epochs=9), "bn_net")
-    (phase,) = made.algorithm.phases(made.model, made.settings)
+    (phase,) = made.algorithm.phases(made.model, made.settings, 0)
     assert phase.epochs == 3 and phase.constant is None
     v = small.first(made)
     (done,) = made.train([0], v.shared, small.rows(v.personal, 1), 0)

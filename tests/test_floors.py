@@ -10,13 +10,15 @@ FLOOR = {  # top-level file or folder -> floor; the package's own __init__ is it
     **dict.fromkeys(("tree", "seeds", "vision", "units"), 0),
     **dict.fromkeys(("layout", "sums", "placement", "models"), 1),
     "algorithm": 2,
-    **dict.fromkeys(("losses", "lowrank"), 3),
+    **dict.fromkeys(("losses", "lowrank", "server_step"), 3),
     **dict.fromkeys(("algorithms", "data", "engine", "comm", "store", "blocks"), 4),
-    **dict.fromkeys(("config", "round", "progress"), 5),
-    "build": 6,
-    **dict.fromkeys(("run", "plan", "analysis"), 7),
-    "cli": 8,
-    "__main__": 9,
+    **dict.fromkeys(("config", "mixing", "progress"), 5),
+    "round": 6,
+    "build": 7,
+    **dict.fromkeys(("run", "plan", "analysis"), 8),
+    "reproduce": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 HOME = {"mpi4py": "comm", "h5py": "store", "yaml": "config"}
 FILES = {path.relative_to(ROOT).with_suffix("").parts: path for path in sorted(ROOT.rglob("*.py"))}
@@ -93,6 +95,7 @@ def test_algorithms_see_nothing_that_runs_them():
                 "algorithm",
                 "losses",
                 "lowrank",
+                "server_step",
                 "algorithms",
             }, parts
 
@@ -119,7 +122,7 @@ def test_a_run_never_imports_the_analysis():
         (("algorithms", "fedlora"), "from .fedavg import FedAvg"),
         (("algorithms", "fedlora"), "from . import fedavg"),
         (("algorithms", "fedlora"), "from fedlora_mpi.comm import Solo"),
-        (("round",), "from .config import Config"),
+        (("mixing",), "from .config import Config"),
     ],
 )
 def test_an_import_that_climbs_is_seen(parts, source):

@@ -478,3 +478,40 @@ def test_a_stacked_transformer_is_that_of_each_client():
 
     looped = torch.stack([one({n: v[c] for n, v in tree_C.items()}, x[c], keys[c]) for c in range(3)])
     torch.testing.assert_close(vmap(one)(tree_C, x, keys), looped, rtol=1e-5, atol=1e-5)
+
+
+def test_features_and_classify_make_the_model():
+    model = small.model("bn_net")
+    x = torch.randn(7, *small.SHAPE, generator=rng(1, "x"))
+    body = {n: v for n, v in model.initial.items() if model.role(n) != "head"}
+    head = {n: v for n, v in model.initial.items() if model.role(n) == "head"}
+    quiet = model.evaluating()
+    z = quiet.features(body, x)
+    assert z.shape == (7, 5) and torch.equal(quiet.classify(head, z), quiet(model.initial, x))
+
+
+def test_a_frozen_tree_leaves_no_trace():
+    model = small.model("bn_net")
+    tree = {n: v.clone().requires_grad_(model.role(n) != "stats") for n, v in model.initial.items()}
+    before = small.copy(model.initial)
+    out = model(model.frozen(tree), torch.randn(7, *small.SHAPE, generator=rng(1, "x")))
+    assert not out.requires_grad
+    assert small.equal({n: v.detach() for n, v in tree.items()}, before)
+
+
+def test_noise_that_cannot_be_keyed_is_refused():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.fc(x + torch.rand(x.shape))
+
+    with pytest.raises(ValueError, match="global generator"):
+        from_module(Noisy(), 3, (5,))
+
+
+def test_dropout_of_everything_gives_zeros():
+    with Substitutes(None, torch.tensor(3)):
+        assert torch.equal(nn.Dropout(1.0)(torch.ones(3, 5)), torch.zeros(3, 5))

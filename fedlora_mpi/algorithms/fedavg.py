@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Generator
 
-from ..algorithm import Algorithm, Phase, Train, Vars
+from ..algorithm import Algorithm, Phase, Step, Train, Vars
 from ..losses import own_loss
 from ..models.network import Model
 from ..tree import Tree
@@ -30,8 +30,8 @@ class FedAvg(Algorithm):
     def init(self, model: Model, rng: Generator) -> Vars:
         return Vars(shared=model.initial, personal={})
 
-    def phases(self, model: Model, train: Train) -> tuple[Phase, ...]:
-        return (Phase(train.epochs, own_loss(self, model)),)
+    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+        return (Phase(train.epochs, (Step(own_loss(self, model)),)),)
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
         return v.shared

@@ -44,7 +44,7 @@ class FedLoRA(LowRank, Algorithm):
         own, sigma = split(model.initial, local)
         return Vars(shared=sigma, personal=own | self.factors(model, rng))
 
-    def phases(self, model: Model, train: Train) -> tuple[Phase, ...]:
+    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         return self.turns(model, train, own_loss(self, model))
 
     def weights_of(self, model: Model, v: Vars) -> Tree:

@@ -24,7 +24,7 @@ class LocalLoRA(LowRank, Algorithm):
     def init(self, model: Model, rng: Generator) -> Vars:
         return Vars(shared={}, personal=model.initial | self.factors(model, rng))
 
-    def phases(self, model: Model, train: Train) -> tuple[Phase, ...]:
+    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         return self.turns(model, train, own_loss(self, model))
 
     def weights_of(self, model: Model, v: Vars) -> Tree:

@@ -5,7 +5,7 @@ them. What a batch of client k holds depends on (seed, k, round, epoch, position
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +52,7 @@ class Epoch:
     warps: dict[str, Tensor]  # name -> [C, n, ...] parameters of ``transforms.warp``
     relabel: Tensor | None  # [C] what is added to the labels
     noise: Tensor  # [C] int64 keys of this epoch
+    counts: Tensor  # [C, classes] training samples of each class, float32
 
     def batch(self, count: int, first: int, width: int) -> Batch:
         """Positions first to first + width of the first ``count`` clients, stacked; waits for no device.
@@ -67,7 +68,11 @@ class Epoch:
         real = None
         if min(self.sizes[:count]) < last:
             real = torch.arange(first, last, device=y.device) < self.lengths[:count, None]
-        return Batch(x, y, real, self.noise[:count] + _mixed(first))
+        return Batch(x, y, real, self.noise[:count] + _mixed(first), self.counts[:count])
+
+    def cut(self, sizes: Sequence[int]) -> "Epoch":
+        """The same pass, over only so many of each client's samples: the first in its order."""
+        return replace(self, sizes=tuple(sizes), lengths=torch.tensor(sizes).to(self.lengths.device))
 
 
 class Feed:
@@ -87,6 +92,9 @@ class Feed:
         self._train, self._test = (_stored(data, side, device) for side in (data.train, data.test))
         self._train_rows = [torch.from_numpy(rows) for rows in split.train]  # shuffled on the host
         self._test_rows = [torch.from_numpy(rows).to(device) for rows in split.test]
+        shifts = [k % 4 if shift == "labels" else 0 for k in range(len(split.train))]
+        counts = np.stack([np.roll(row, q) for row, q in zip(split.train_counts, shifts)])
+        self._counts = torch.from_numpy(counts).float()
 
     def train_size(self, client: int) -> int:
         """How many training samples the client holds."""
@@ -96,7 +104,7 @@ class Feed:
         """How many test samples the client holds."""
         return len(self._test_rows[client])
 
-    def epoch(self, clients: Sequence[int], round_: int, epoch: int) -> Epoch:
+    def epoch(self, clients: Sequence[int], round_: int, epoch: int | str) -> Epoch:
         """The clients' training samples in the order, augmentation and noise of (round, epoch)."""
         rows, draws, noise = [], [], []
         for k in clients:
@@ -115,6 +123,13 @@ class Feed:
         rows = [self._test_rows[k] for k in clients]
         noise = torch.zeros(len(clients), dtype=torch.int64)
         return self._pass(self._test, clients, rows, {}, noise).batch(len(clients), first, width)
+
+    def survey(self, clients: Sequence[int], whole: bool) -> Batch:
+        """All training samples of the clients (or their first alone), in order, without augmentation."""
+        rows = [self._train_rows[k] for k in clients]
+        noise = torch.zeros(len(clients), dtype=torch.int64)
+        width = max(map(len, rows)) if whole else 1
+        return self._pass(self._train, clients, rows, {}, noise).batch(len(clients), 0, width)
 
     def _pass(
         self,
@@ -138,6 +153,7 @@ class Feed:
             warps=warps,
             relabel=quarter if self._shift == "labels" else None,
             noise=noise.to(self._device),
+            counts=torch.stack([self._counts[k] for k in clients]).to(self._device),
         )
 
 

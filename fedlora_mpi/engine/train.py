@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from ..algorithm import Algorithm, Batch, Loss, Phase, Sgd, Train, Vars
+from ..algorithm import Algorithm, Batch, Loss, Phase, Sgd, Step, Train, Vars
 from ..models.network import Model
 from ..models.substitutes import Substitutes
 from ..tree import Tree, tmap
-
 
 _TEST_BATCH = 1000  # test samples in one forward pass, over all clients of a stack
 
@@ -25,9 +24,10 @@ class Trained(NamedTuple):
     """What one client has to say after local training."""
 
     client: int
-    start: Vars
-    end: Vars
+    start: Vars  # as ``Algorithm.begin`` left them
+    end: Vars  # as ``Algorithm.finish`` left them
     loss: Tensor  # [] mean training loss of the last epoch
+    score: Tensor | None  # [2] test accuracy and loss of the client's own model at this moment
 
 
 @dataclass(frozen=True)
@@ -41,96 +41,147 @@ class Trainer:
     device: torch.device
     stacked: bool
 
-    def train(self, clients: Sequence[int], shared: Tree, personal_C: Tree, round_: int) -> Iterator[Trained]:
+    def train(
+        self, clients: Sequence[int], shared: Tree, personal_C: Tree, round_: int, evaluate: bool = False
+    ) -> Iterator[Trained]:
         """Train ``clients`` (largest first) from ``shared`` and their rows ``personal_C`` [C, ...].
 
         Nothing given is written to. The results of a stack are views into it.
         """
         together = [range(len(clients))] if self.stacked else [[c] for c in range(len(clients))]
+        phases = self.algorithm.phases(self.model, self.settings, round_)
         for members in together:
             ids = [clients[c] for c in members]
-            start, now = self._begin(shared, personal_C, members)
-            loss_C = self._train(ids, start, now, round_)
+            start = self._arrived(ids, shared, personal_C, members)
+            now, loss_C = self._train(ids, start, tmap_vars(self._copy, start), round_, phases)
+            with torch.no_grad():
+                end = self._finished(ids, start, now)
+                score_C = self._scores(ids, end) if evaluate else None
             for row, client in enumerate(ids):
                 one = (lambda v: v[row]) if self.stacked else (lambda v: v)
-                yield Trained(
-                    client,
-                    Vars(start.shared, tmap(one, start.personal)),
-                    Vars(tmap(one, now.shared), tmap(one, now.personal)),
-                    loss_C[row],
-                )
+                score = None if score_C is None else score_C[row]
+                yield Trained(client, tmap_vars(one, start), tmap_vars(one, end), loss_C[row], score)
 
-    def evaluate(self, clients: Sequence[int], shared: Tree, personal_C: Tree) -> Tensor:
+    def evaluate(self, clients: Sequence[int], shared: Tree, personal_C: Tree, round_: int = 0) -> Tensor:
         """Test accuracy (fraction) and mean loss of each client's own model, float64 [C, 2]."""
+        together = [range(len(clients))] if self.stacked else [[c] for c in range(len(clients))]
+        phases = self.algorithm.tune(self.model, self.settings)
+        scores = []
+        for members in together:
+            ids = [clients[c] for c in members]
+            if phases:
+                start = self._spread(shared, personal_C, members)
+                v, _ = self._train(ids, start, tmap_vars(self._copy, start), round_, phases)
+                scores.append(self._scores(ids, v))
+            else:
+                personal = personal_C if self.stacked else {n: v[members[0]] for n, v in personal_C.items()}
+                v = Vars(self._to_device(shared), self._to_device(personal))
+                scores.append(self._scores(ids, v, shared_axis=None))
+        return torch.cat(scores) if scores else torch.zeros(0, 2, dtype=torch.float64)
+
+    @torch.no_grad()
+    def _scores(self, ids: Sequence[int], v: Vars, shared_axis: int | None = 0) -> Tensor:
+        """[C, 2]: accuracy and loss. ``v``: stacked, but for ``v.shared`` where ``shared_axis`` is None."""
         model = self.model.evaluating()
 
-        def one(personal: Tree, shared: Tree, x: Tensor, y: Tensor) -> Tensor:
+        def one(shared: Tree, personal: Tree, x: Tensor, y: Tensor) -> Tensor:
             logits = self.algorithm.logits(model, Vars(shared, personal), x)
             loss = torch.nn.functional.cross_entropy(logits, y, reduction="none")
             return torch.stack([(logits.argmax(1) == y).double(), loss.double()], 1)  # [B, 2]
 
-        shared = self._to_device(shared)
-        if self.stacked:
-            each = vmap(one, in_dims=(0, None, 0, 0))
-            return self._test(clients, lambda x, y: each(self._to_device(personal_C), shared, x, y))
-        rows = []
-        for c, client in enumerate(clients):
-            personal = self._to_device({n: v[c] for n, v in personal_C.items()})
-            rows.append(self._test([client], lambda x, y: one(personal, shared, x[0], y[0])[None]))
-        return torch.cat(rows) if rows else torch.zeros(0, 2, dtype=torch.float64)
-
-    @torch.no_grad()
-    def _test(self, clients: Sequence[int], scores: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Mean of ``scores`` [C, B, 2] over the test samples of each client, [C, 2]."""
-        sizes = torch.tensor([self.feed.test_size(c) for c in clients])
-        total = torch.zeros(len(clients), 2, dtype=torch.float64)
-        width = max(1, _TEST_BATCH // len(clients))
+        each = vmap(one, in_dims=(shared_axis, 0, 0, 0)) if self.stacked else None
+        sizes = torch.tensor([self.feed.test_size(c) for c in ids])
+        total = torch.zeros(len(ids), 2, dtype=torch.float64)
+        width = max(1, _TEST_BATCH // len(ids))
         for first in range(0, int(sizes.max()), width):
-            batch = self.feed.test(clients, first, min(width, int(sizes.max()) - first))
-            each = scores(batch.x, batch.y)
+            batch = self.feed.test(ids, first, min(width, int(sizes.max()) - first))
+            given = (v.shared, v.personal)
+            score = each(*given, batch.x, batch.y) if each else one(*given, batch.x[0], batch.y[0])[None]
             if batch.real is not None:
-                each = each * batch.real.unsqueeze(-1)
-            total += each.sum(1).cpu()
+                score = score * batch.real.unsqueeze(-1)
+            total += score.sum(1).cpu()
         return total / sizes.unsqueeze(1)
 
-    def _begin(self, shared: Tree, personal_C: Tree, members: Sequence[int]) -> tuple[Vars, Vars]:
-        """Variables at the start, and working copies of them that training may write to."""
+    @torch.no_grad()
+    def _arrived(self, ids: Sequence[int], shared: Tree, personal_C: Tree, members: Sequence[int]) -> Vars:
+        """Variables at the start of training, after ``Algorithm.begin``."""
+        start = self._spread(shared, personal_C, members)
+        if type(self.algorithm).begin is Algorithm.begin:
+            return start
+        return self._each(lambda v, data: self.algorithm.begin(self.model, v, data), start, self._survey(ids))
+
+    def _finished(self, ids: Sequence[int], start: Vars, now: Vars) -> Vars:
+        """Variables after ``Algorithm.finish``."""
+        if type(self.algorithm).finish is Algorithm.finish:
+            return now
+        finish = lambda s, e, data: self.algorithm.finish(self.model, self.settings, s, e, data)
+        return self._each(finish, start, now, self._survey(ids))
+
+    def _survey(self, ids: Sequence[int]) -> Batch:
+        """All training samples of the clients if the algorithm wants them, else their first alone."""
+        return self.feed.survey(ids, whole=self.algorithm.surveys)
+
+    def _each(self, hook: Callable, *given: Vars | Batch):
+        """``hook`` for every client: its last argument is a batch, the others are variables."""
+        *variables, data = given
+        if not self.stacked:
+            return hook(*variables, Batch(*(v if v is None else v[0] for v in data)))
+        axes = tuple(0 for _ in variables), tuple(None if v is None else 0 for v in data)
+        return vmap(lambda v, d: hook(*v, Batch(*d)), in_dims=axes)(tuple(variables), tuple(data))
+
+    def _spread(self, shared: Tree, personal_C: Tree, members: Sequence[int]) -> Vars:
+        """The variables of these clients, [C, ...] in a stack; nothing is copied."""
         if self.stacked:
-            start = Vars(self._to_device(shared), self._to_device(personal_C))
-            spread = lambda v: v.expand(len(members), *v.shape).clone(memory_format=torch.contiguous_format)
-            return start, Vars(tmap(spread, start.shared), tmap(torch.clone, start.personal))
-        (row,) = members
-        start = Vars(self._to_device(shared), self._to_device({n: v[row] for n, v in personal_C.items()}))
-        return start, Vars(tmap(_working_copy, start.shared), tmap(_working_copy, start.personal))
+            spread = tmap(lambda v: v.to(self.device).expand(len(members), *v.shape), shared)
+            return Vars(spread, self._to_device(personal_C))
+        return Vars(self._to_device(shared), self._to_device({n: v[members[0]] for n, v in personal_C.items()}))
+
+    def _copy(self, v: Tensor) -> Tensor:
+        """A copy that training may write to; one client's convolution weights in the layout that
+        CPUs and GPUs compute fastest in (1.5 times for CIFAR-size ResNets)."""
+        last = v.dim() == 4 and not self.stacked
+        return v.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
 
     def _to_device(self, tree: Tree) -> Tree:
         return tmap(lambda v: v.to(self.device), tree)
 
-    def _train(self, ids: Sequence[int], start: Vars, now: Vars, round_: int) -> Tensor:
-        """All phases of one round, written into ``now``. Epochs are numbered over the phases, so a
-        phase without epochs moves no batch of the others. Returns the losses [C]."""
+    def _train(
+        self, ids: Sequence[int], start: Vars, now: Vars, round_: int, phases: Sequence[Phase]
+    ) -> tuple[Vars, Tensor]:
+        """Play ``phases`` on ``now``; the new variables and the losses [C].
+
+        Epochs are numbered over the phases, so a phase without epochs, or with a stream of its own,
+        moves no batch of the others.
+        """
         loss_C, number = torch.zeros(len(ids)), 0
-        for phase in self.algorithm.phases(self.model, self.settings):
+        for phase in phases:
             if phase.epochs == 0:
                 continue
             walk = _Walk(self, phase, start, now)
-            for _ in range(phase.epochs):
-                loss_C = self._epoch(walk, ids, round_, number)
-                number += 1
-        return loss_C
+            for epoch in range(phase.epochs):
+                address = f"{phase.stream} {epoch}" if phase.stream else number
+                loss_C = self._epoch(walk, ids, round_, address)
+                number += not phase.stream
+            if phase.after:
+                with torch.no_grad():
+                    now = (vmap(phase.after) if self.stacked else phase.after)(now)
+        return now, loss_C
 
-    def _epoch(self, walk: "_Walk", ids: Sequence[int], round_: int, number: int) -> Tensor:
+    def _epoch(self, walk: "_Walk", ids: Sequence[int], round_: int, address: int | str) -> Tensor:
         """One pass of every client over its own data; mean loss of each client, [C]."""
         sizes = [self.feed.train_size(client) for client in ids]
-        epoch = self.feed.epoch(ids, round_, number)
-        total_C = torch.zeros(len(ids), device=self.device)
-        width = self.settings.batch_size
-        for first in range(0, sizes[0], width):
-            count = sum(size > first for size in sizes)  # who still has data: the first of the list
-            batch_C = epoch.batch(count, first, min(width, sizes[0] - first))
+        used = [walk.used(size) for size in sizes]
+        epoch = self.feed.epoch(ids, round_, address)
+        if used != sizes:
+            epoch = epoch.cut(used)  # in a stack, what is not used is padding
+        total_C, seen_C = torch.zeros(2, len(ids), device=self.device)
+        for first in range(0, used[0], self.settings.batch_size):
+            count = sum(size > first for size in used)  # who still has data: the first of the list
+            batch_C = epoch.batch(count, first, min(self.settings.batch_size, used[0] - first))
             examples = batch_C.y.shape[1] if batch_C.real is None else batch_C.real.sum(1)
-            total_C[:count] += walk.step(batch_C, count) * examples
-        return total_C.cpu() / torch.tensor(sizes)
+            total_C[:count] += walk.play(batch_C, count) * examples
+            seen_C[:count] += examples
+        return (total_C / seen_C).cpu()
 
 
 class _View(NamedTuple):
@@ -143,37 +194,51 @@ class _View(NamedTuple):
 
 
 class _Walk:
-    """The steps of one phase: owns the momentum, which starts at zero, and the views."""
+    """The steps of one phase: owns the momenta, which start at zero, and the views."""
 
     def __init__(self, trainer: Trainer, phase: Phase, start: Vars, now: Vars) -> None:
         self._trainer, self._phase, self._start = trainer, phase, start
-        common = trainer.settings
-        sgd = Sgd(common.lr, common.momentum, common.weight_decay)
-        self._sgd = phase.sgd(sgd) if phase.sgd else sgd
         if phase.constant:
             with torch.no_grad():
                 constant = vmap(phase.constant) if trainer.stacked else phase.constant
                 now = now._replace(constant=constant(now))
-        trains = lambda leaf: phase.trains(leaf) and trainer.model.role(leaf) != "stats"
-        momentum = lambda half: {n: torch.zeros_like(v) for n, v in half.items() if trains(n)}
-        self._now, self._momentum = now, [momentum(now.shared), momentum(now.personal)]
-        self._views: dict[int, _View] = {}
+        self._now = now
+        self._momenta = [self._momentum(step) for step in phase.steps]
+        self._views: dict[tuple[int, int], _View] = {}
 
-    def step(self, batch_C: Batch, count: int) -> Tensor:
-        """One SGD step of the first ``count`` clients; their losses [count]."""
-        if count not in self._views:
-            self._views[count] = self._view(count)
-        view = self._views[count]
-        loss_C = self._losses(view, batch_C)
-        grads = torch.autograd.grad(loss_C.sum(), view.leaves, allow_unused=True, materialize_grads=True)
-        sgd_step(view.leaves, grads, view.momenta, self._sgd)
+    def used(self, size: int) -> int:
+        """Samples of an epoch that a client with ``size`` uses."""
+        return min(size, self._phase.limit(size)) if self._phase.limit else size
+
+    def play(self, batch_C: Batch, count: int) -> Tensor:
+        """All steps on one batch of the first ``count`` clients; their first losses [count]."""
+        losses = [self._play(number, step, batch_C, count) for number, step in enumerate(self._phase.steps)]
+        return losses[0]
+
+    def _play(self, number: int, step: Step, batch_C: Batch, count: int) -> Tensor:
+        at = (number, count)
+        if at not in self._views:
+            self._views[at] = self._view(number, count)
+        view = self._views[at]
+        common = self._trainer.settings
+        sgd = Sgd(common.lr, common.momentum, common.weight_decay)
+        sgd = step.sgd(sgd) if step.sgd else sgd
+        for _ in range(step.repeat):
+            loss_C = self._losses(step.loss, view, batch_C)
+            grads = torch.autograd.grad(loss_C.sum(), view.leaves, allow_unused=True, materialize_grads=True)
+            sgd_step(view.leaves, grads, view.momenta, sgd, step.clamp)
         return loss_C.detach()
 
-    def _view(self, count: int) -> _View:
+    def _momentum(self, step: Step) -> list[Tree]:
+        """Zeros for the trained leaves of either half."""
+        trains = lambda leaf: step.trains(leaf) and self._trainer.model.role(leaf) != "stats"
+        return [{n: torch.zeros_like(v) for n, v in half.items() if trains(n)} for half in self._now[:2]]
+
+    def _view(self, number: int, count: int) -> _View:
         """The first ``count`` rows of everything, as views: a step writes through them."""
         narrow = (lambda v: v[:count]) if self._trainer.stacked else (lambda v: v)
         leaves, momenta, halves = [], [], []
-        for half, momentum in zip(self._now[:2], self._momentum):
+        for half, momentum in zip(self._now[:2], self._momenta[number]):
             seen = {}
             for name, value in half.items():
                 seen[name] = narrow(value.detach())
@@ -181,21 +246,20 @@ class _Walk:
                     leaves.append(seen[name].requires_grad_())
                     momenta.append(narrow(momentum[name]))
             halves.append(seen)
-        start = Vars(self._start.shared, tmap(narrow, self._start.personal))
+        start = tmap_vars(narrow, self._start)
         return _View(Vars(*halves, tmap(narrow, self._now.constant)), start, leaves, momenta)
 
-    def _losses(self, view: _View, batch_C: Batch) -> Tensor:
+    def _losses(self, loss: Loss, view: _View, batch_C: Batch) -> Tensor:
         """The loss of each client, [count]."""
-        model, loss = self._trainer.model, self._phase.loss
+        model = self._trainer.model
         odd = batch_C.real is not None or batch_C.y.shape[1] == 1  # padded, or too small for BatchNorm
         if model.noisy or (odd and model.batch_statistics):
             loss = _substituted(loss)
         if not self._trainer.stacked:
             return loss(view.now, view.start, Batch(*(v if v is None else v[0] for v in batch_C)))[None]
-        real = None if batch_C.real is None else 0
+        axes = tuple(None if v is None else 0 for v in batch_C)
         one = lambda now, start, *batch: loss(now, start, Batch(*batch))
-        each = vmap(one, in_dims=(0, Vars(None, 0, None), 0, 0, real, 0))
-        return each(view.now, view.start, *batch_C)
+        return vmap(one, in_dims=(0, 0, *axes))(view.now, view.start, *batch_C)
 
 
 def _substituted(loss: Loss) -> Loss:
@@ -209,8 +273,14 @@ def _substituted(loss: Loss) -> Loss:
 
 
 @torch.no_grad()
-def sgd_step(leaves: list[Tensor], grads: Sequence[Tensor], momenta: list[Tensor], sgd: Sgd) -> None:
-    """v <- m v + g + wd w;  w <- w - lr v, in place on ``leaves`` and ``momenta``."""
+def sgd_step(
+    leaves: list[Tensor],
+    grads: Sequence[Tensor],
+    momenta: list[Tensor],
+    sgd: Sgd,
+    clamp: tuple[float, float] | None = None,
+) -> None:
+    """v <- m v + g + wd w;  w <- clamp(w - lr v), in place on ``leaves`` and ``momenta``."""
     if not leaves:
         return
     if sgd.weight_decay:
@@ -220,9 +290,11 @@ def sgd_step(leaves: list[Tensor], grads: Sequence[Tensor], momenta: list[Tensor
         torch._foreach_add_(momenta, grads)
         grads = momenta
     torch._foreach_add_(leaves, grads, alpha=-sgd.lr)
+    if clamp:
+        torch._foreach_clamp_min_(leaves, clamp[0])
+        torch._foreach_clamp_max_(leaves, clamp[1])
 
 
-def _working_copy(v: Tensor) -> Tensor:
-    """A copy that training may write to; convolution weights in the layout that CPUs and GPUs
-    compute fastest in (1.5 times for CIFAR-size ResNets)."""
-    return v.clone(memory_format=torch.channels_last if v.dim() == 4 else torch.contiguous_format)
+def tmap_vars(fn: Callable[[Tensor], Tensor], v: Vars) -> Vars:
+    """``fn`` on every shared and personal leaf."""
+    return Vars(tmap(fn, v.shared), tmap(fn, v.personal))

@@ -42,14 +42,35 @@ class Model:
     leaves: dict[str, Leaf]
     initial: Tree
     constants: Tree
+    shape: tuple[int, ...]  # of one input, without the batch axis
     flops: int
     batch_statistics: bool  # some layer normalises by the statistics of its batch
     noisy: bool  # some layer draws random numbers in training
     training: bool
     modules: tuple[nn.Module, nn.Module]  # the skeleton in evaluation and in training mode
+    bodies: tuple[nn.Module, nn.Module]  # the same with an identity for a head
+    head: str  # name of the classifier among the modules
 
     def __call__(self, tree: Tree, x: Tensor) -> Tensor:
         return functional_call(self.modules[self.training], {**self.constants, **tree}, (x,))
+
+    def features(self, tree: Tree, x: Tensor) -> Tensor:
+        """What enters the head, [B, width]; needs no leaf of the head."""
+        body = {n: v for n, v in {**self.constants, **tree}.items() if not n.startswith(f"{self.head}.")}
+        return functional_call(self.bodies[self.training], body, (x,))
+
+    def classify(self, tree: Tree, z: Tensor) -> Tensor:
+        """The head on features [B, width]: logits [B, classes]; needs only leaves of the head.
+
+        ``model(tree, x)`` equals ``classify(tree, features(tree, x))`` where the head comes last.
+        """
+        head = {n.removeprefix(f"{self.head}."): v for n, v in tree.items() if n.startswith(f"{self.head}.")}
+        return functional_call(self.modules[self.training].get_submodule(self.head), head, (z,))
+
+    def frozen(self, tree: Tree) -> Tree:
+        """``tree`` detached, its statistics copied: for a forward pass that must leave no trace, such
+        as a teacher's."""
+        return {n: v.detach().clone() if self.role(n) == "stats" else v.detach() for n, v in tree.items()}
 
     def evaluating(self) -> "Model":
         """The same network in evaluation mode."""
@@ -86,8 +107,20 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...]) -> Mode
     traits = _trial(module, classes, shape)
     leaves, initial, constants = _leaves(module)
     skeleton = copy.deepcopy(module).to("meta")
+    head = next((n for n, m in module.named_modules() if m is _head(module)), "")
     modules = (skeleton.eval(), copy.deepcopy(skeleton).train())
-    return Model(leaves, initial, constants, **traits, training=True, modules=modules)
+    bodies = tuple(_beheaded(copy.deepcopy(m), head) for m in modules)
+    return Model(
+        leaves, initial, constants, tuple(shape), **traits, training=True, modules=modules, bodies=bodies, head=head
+    )
+
+
+def _beheaded(module: nn.Module, head: str) -> nn.Module:
+    """``module`` with an identity in the place of its head."""
+    if not head:  # the module is its own head
+        return nn.Identity()
+    module.set_submodule(head, nn.Identity())
+    return module
 
 
 def _trial(module: nn.Module, classes: int, shape: tuple[int, ...]) -> dict:
@@ -97,6 +130,7 @@ def _trial(module: nn.Module, classes: int, shape: tuple[int, ...]) -> dict:
     with torch.no_grad(), watch:
         before = {n: b.clone() for n, b in module.named_buffers()}
         try:
+            unused = torch.get_rng_state()
             outputs = [module.train()(x)]
         except (RuntimeError, ValueError, AssertionError) as error:
             raise ValueError(f"name: the model refuses inputs of shape {list(shape)}: {error}") from error
@@ -104,6 +138,8 @@ def _trial(module: nn.Module, classes: int, shape: tuple[int, ...]) -> dict:
             b.copy_(before[n])
         with FlopCounterMode(display=False) as counter:
             outputs.append(module.eval()(x))
+    if not torch.equal(unused, torch.get_rng_state()):
+        raise ValueError("name: the model draws random numbers other than by dropout, from a global generator")
     for logits in outputs:
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         if found != [2, classes]:

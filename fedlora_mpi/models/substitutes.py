@@ -63,7 +63,7 @@ class Substitutes(TorchFunctionMode):
         if not training or p == 0.0:
             return x
         kept = self._uniform(x.shape[: x.dim() - spatial]) >= p
-        return x * kept.view(*kept.shape, *[1] * spatial) / (1 - p)
+        return x * kept.view(*kept.shape, *[1] * spatial) / max(1 - p, 2**-24)  # p = 1 keeps nothing
 
     def _attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **more):
         """softmax(Q K^T s + mask) V with keyed dropout on the attention weights."""

@@ -60,10 +60,10 @@ def build(name: str, options: Mapping, classes: int, shape: tuple[int, ...], see
 
 
 def _module(name: str, options: dict, classes: int, shape: tuple[int, ...]) -> nn.Module:
-    if name in NAMES:
-        return NAMES[name](classes, shape, **options)
     home, _, attribute = name.partition(":")
     try:
+        if name in NAMES:
+            return NAMES[name](classes, shape, **options)
         if home == "torchvision":
             from ..vision import torchvision
 

@@ -1,0 +1,80 @@
+"""Each client predicts with a mixture of the shared model and one of its own, and learns the mixture.
+
+Deng et al., "Adaptive Personalized Federated Learning", 2020, https://arxiv.org/abs/2003.13461,
+Algorithm 1 and eq. (10). For client i with v_i and alpha_i its own, at every local step
+
+    vbar_i   =  alpha_i v_i + (1 - alpha_i) w_i
+    w_i     <-  w_i - eta grad f_i(w_i)            v_i  <-  v_i - eta alpha_i grad f_i(vbar_i)
+
+    alpha_i <-  clip(alpha_i - eta <v_i - w_i, grad f_i(vbar_i)>, 0, 1)      once, before them    (10)
+    w       <-  sum_i (n_i / n) w_i
+
+Both factors are those of the chain rule: v_i and alpha_i descend on f_i(vbar_i).
+
+BatchNorm: vbar_i has running statistics of its own; those of w are averaged.
+Bytes per client and round: all leaves up, all leaves down.
+Deviations: the step on alpha_i has a mini-batch of its own instead of the round's first, and moves no
+statistics. Parameters are interpolated, as in the paper; the authors' code (FedTorch) and FL-bench
+interpolate logits, and FedTorch moves alpha_i after the first step with a decay of 0.02
+(``alpha_decay``). PFLlib trains v_i on a loss of its own and overwrites it by vbar_i, alpha_i from 1.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from ..algorithm import Algorithm, Batch, Phase, Sgd, Step, Train, Vars
+from ..losses import cross_entropy, own_loss
+from ..models.network import Model
+from ..tree import Tree
+
+
+@dataclass(frozen=True)
+class APFL(Algorithm):
+    """``alpha``: the first alpha_i of every client, kept unless ``adaptive``."""
+
+    alpha: float = 0.5
+    adaptive: bool = True
+    alpha_decay: float = 0.0
+    weights: Literal["samples", "uniform"] = "samples"
+    absent: Literal["exclude", "stale"] = "exclude"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha = {self.alpha}: must be a number from 0 to 1")
+        if self.alpha_decay < 0:
+            raise ValueError(f"alpha_decay = {self.alpha_decay}: must be a number of at least 0")
+
+    def init(self, model: Model, rng: Generator) -> Vars:
+        v = {f"own.{n}": value for n, value in model.initial.items()}
+        return Vars(shared=model.initial, personal=v | {"mix.alpha": torch.tensor(self.alpha)})
+
+    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+        parameters = {n for n in model.leaves if model.role(n) != "stats"}
+        owned = {f"own.{n}" for n in parameters}
+
+        def mixed(now: Vars, start: Vars, batch: Batch) -> Tensor:
+            vbar = self.weights_of(model, now)
+            traceless = {n: w if n in parameters else w.clone() for n, w in vbar.items()}
+            return cross_entropy(model(traceless, batch.x), batch)
+
+        def shared(now: Vars, start: Vars, batch: Batch) -> Tensor:
+            return cross_entropy(model(now.shared, batch.x), batch)
+
+        plain = lambda sgd: Sgd(sgd.lr, weight_decay=self.alpha_decay)
+        once = Step(mixed, "mix.alpha".__eq__, plain, clamp=(0.0, 1.0))
+        # v_i first: its loss reads w_i as it is before the step, and that of w_i reads no v_i.
+        steps = Step(own_loss(self, model), owned.__contains__), Step(shared, parameters.__contains__)
+        mixing = Phase(int(self.adaptive), (once,), stream="alpha", limit=lambda samples: train.batch_size)
+        return mixing, Phase(train.epochs, steps)
+
+    def weights_of(self, model: Model, v: Vars) -> Tree:
+        """vbar_i, with statistics of its own."""
+        alpha = v.personal["mix.alpha"]
+        vbar = {}
+        for n in model.leaves:
+            own = v.personal[f"own.{n}"]
+            vbar[n] = own if model.role(n) == "stats" else alpha * own + (1 - alpha) * v.shared[n]
+        return vbar

@@ -1,0 +1,94 @@
+"""Every client starts from a mix of the global and its own last model, with learned weights.
+
+Zhang et al., "FedALA: Adaptive Local Aggregation for Personalized Federated Learning", AAAI 2023,
+https://arxiv.org/abs/2212.01197, Algorithm 1. g is the received model, o_i the client's last own one,
+A_i has a weight for every number of the top p layers:
+
+    w_i  =  o_i + (g - o_i) * A_i  in the top p layers,  g  below                      (4)
+    A_i <-  clip(A_i - eta dL_i(w_i) / dA_i, 0, 1)  on s % of the data, then (4) again  (5)
+    w_i <-  local SGD on L_i from (4);  o_i <- w_i;  g <- sum_i (n_i / n) w_i
+
+A_i starts at 1 and is kept. In round 1, where o_i = g, it has no gradient.
+
+BatchNorm: statistics are averaged, not mixed; (5) uses those of its batches and leaves no trace.
+Bytes per client and round: all leaves up, all leaves down; A_i and o_i never leave.
+Deviations: the authors' first (5) takes as many epochs as its last 10 losses need for a standard
+deviation below 0.1, at least 11; here it is ``start_epochs`` in round 2 (the evaluation before takes 1).
+They do (5) at absent clients too and keep the mix as o_i; here those change nothing. Their s % are
+neighbours, here a random choice; their ``layer_idx`` counts tensors. PFLlib drops the last batch. (4)
+is computed by torch.lerp, exact at both ends.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from ..algorithm import Algorithm, Batch, Phase, Sgd, Step, Train, Vars
+from ..losses import cross_entropy, own_loss
+from ..models.network import Model
+from ..tree import Tree
+
+
+@dataclass(frozen=True)
+class FedALA(Algorithm):
+    """``A.<leaf>`` and ``own.<leaf>`` are personal; s is in per cent, p in layers with parameters."""
+
+    eta: float = 1.0
+    s: float = 80.0
+    p: int = 1
+    start_epochs: int = 11
+
+    def __post_init__(self) -> None:
+        for field, ok, allowed in (
+            ("eta", self.eta >= 0, "a number of at least 0"),
+            ("s", 0 < self.s <= 100, "per cent, above 0 and at most 100"),
+            ("p", self.p >= 1, "an integer of at least 1"),
+            ("start_epochs", self.start_epochs >= 1, "an integer of at least 1"),
+        ):
+            if not ok:
+                raise ValueError(f"{field} = {getattr(self, field)}: must be {allowed}")
+
+    def check(self, model: Model, train: Train) -> None:
+        self.top(model)
+
+    def top(self, model: Model) -> list[str]:
+        """The leaves that are mixed. Raises ValueError when the model has fewer than p layers."""
+        owner = {n: n.rpartition(".")[0] for n, leaf in model.leaves.items() if leaf.role != "stats"}
+        layers = list(dict.fromkeys(owner.values()))  # in the order of registration
+        if self.p > len(layers):
+            raise ValueError(f"p = {self.p}: must be at most {len(layers)}, the layers of the model")
+        return [n for n in owner if owner[n] in layers[-self.p :]]
+
+    def init(self, model: Model, rng: Generator) -> Vars:
+        own = {f"own.{n}": model.initial[n] for n in self.top(model)}
+        ones = {f"A.{n}": torch.ones_like(model.initial[n]) for n in self.top(model)}
+        return Vars(model.initial, own | ones)
+
+    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+        local = Step(own_loss(self, model), trains=model.leaves.__contains__)
+        return self.aggregation(model, self.start_epochs if round_ == 1 else 1), Phase(train.epochs, (local,))
+
+    def aggregation(self, model: Model, epochs: int) -> Phase:
+        """Learning of A_i, eq. (5), and the mix that it ends with, eq. (4)."""
+        top = self.top(model)
+
+        def mixed(v: Vars) -> Tree:
+            return {n: torch.lerp(v.personal[f"own.{n}"], v.shared[n], v.personal[f"A.{n}"]) for n in top}
+
+        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+            return cross_entropy(model(model.frozen(now.shared) | mixed(now), batch.x), batch)
+
+        learn = Step(loss, {f"A.{n}" for n in top}.__contains__, lambda _: Sgd(self.eta), clamp=(0.0, 1.0))
+        share = lambda size: max(1, int(size * self.s / 100))
+        mix = lambda v: v._replace(shared=v.shared | mixed(v))
+        return Phase(epochs, (learn,), stream="aggregation", limit=share, after=mix)
+
+    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch | None) -> Vars:
+        return end._replace(personal=end.personal | {f"own.{n}": end.shared[n] for n in self.top(model)})
+
+    def weights_of(self, model: Model, v: Vars) -> Tree:
+        return v.shared
+
+    def tune(self, model: Model, train: Train) -> tuple[Phase, ...]:
+        return (self.aggregation(model, 1),)

@@ -1,0 +1,49 @@
+"""FedAvg whose clients fine-tune the model they received before they use it.
+
+Wang et al., "Federated Evaluation of On-device Personalization", 2019,
+https://arxiv.org/abs/1910.10252; Yu et al., "Salvaging Federated Learning by Local Adaptation",
+2020, https://arxiv.org/abs/2002.04758, section 3.1. Training is FedAvg's:
+
+    w    <-  sum_k (n_k / n) w_k
+    w_k' <-  argmin L_k from w, ft_epochs epochs    only to be evaluated; neither sent nor kept
+
+BatchNorm: running statistics are averaged; fine-tuning moves those of its copy.
+Bytes per client and round: all leaves up, all leaves down.
+Deviations: fine-tuning takes the settings of ``train``, and the batches with which the next round
+would train: with ft_epochs = train.epochs it is the next round's training, seen before its mean.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Generator
+
+from ..algorithm import Algorithm, Phase, Step, Train, Vars
+from ..losses import own_loss
+from ..models.network import Model
+from ..tree import Tree
+
+
+@dataclass(frozen=True)
+class FedAvgFT(Algorithm):
+    """FedAvg with ``ft_epochs`` of SGD on all leaves before every evaluation."""
+
+    ft_epochs: int = 5
+    weights: Literal["samples", "uniform"] = "samples"
+    absent: Literal["exclude", "stale"] = "exclude"
+
+    def __post_init__(self) -> None:
+        if self.ft_epochs < 0:
+            raise ValueError(f"ft_epochs = {self.ft_epochs}: must be an integer of at least 0")
+
+    def init(self, model: Model, rng: Generator) -> Vars:
+        return Vars(shared=model.initial, personal={})
+
+    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+        return (Phase(train.epochs, (Step(own_loss(self, model)),)),)
+
+    def weights_of(self, model: Model, v: Vars) -> Tree:
+        return v.shared
+
+    def tune(self, model: Model, train: Train) -> tuple[Phase, ...]:
+        return (Phase(self.ft_epochs, (Step(own_loss(self, model)),)),)

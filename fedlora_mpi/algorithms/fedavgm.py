@@ -1,0 +1,57 @@
+"""FedAvg whose server steps with momentum along the mean change of the clients.
+
+Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
+Classification", 2019, https://arxiv.org/abs/1909.06335, section 4.3. For the clients' w_k, trained
+from w:
+
+    Delta  =  sum_k (n_k / n) (w_k - w)
+    v  <-  beta v + Delta                   v = 0 before round 1
+    w  <-  w + eta v
+
+BatchNorm: running statistics are the mean's; affine parameters are stepped.
+Bytes per client and round: all leaves up, all leaves down. The server keeps v.
+Deviations: v is as in torch.optim.SGD; FL-bench steps along beta v + Delta (Nesterov).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Generator, Tensor
+
+from ..algorithm import Algorithm, Phase, Step, Train, Vars
+from ..losses import own_loss
+from ..models.network import Model
+from ..server_step import above, below_one, moments, stepped
+from ..tree import Tree
+
+
+@dataclass(frozen=True)
+class FedAvgM(Algorithm):
+    """A step that repeats is 1 / (1 - beta) times as long: at beta = 0.9, eta = 1 is a large one."""
+
+    eta: float = 1.0
+    beta: float = 0.9
+    weights: Literal["samples", "uniform"] = "samples"
+
+    def __post_init__(self) -> None:
+        above("eta", self.eta)
+        below_one("beta", self.beta)
+
+    def init(self, model: Model, rng: Generator) -> Vars:
+        return Vars(shared=model.initial, personal={})
+
+    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+        return (Phase(train.epochs, (Step(own_loss(self, model)),)),)
+
+    def weights_of(self, model: Model, v: Vars) -> Tree:
+        return v.shared
+
+    def server(self, model: Model, shared: Tree) -> Tree:
+        return moments(model, shared, v=0.0)
+
+    def serve(self, server: Tree, shared: Tree, mean: Tree, share: float) -> tuple[Tree, Tree]:
+        def step(delta: Tensor, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            v = self.beta * v + delta
+            return self.eta * v, {"v": v}
+
+        return stepped(server, shared, mean, step)

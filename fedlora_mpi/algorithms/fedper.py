@@ -1,0 +1,61 @@
+"""A shared body under a head of each client's own; both train together.
+
+Arivazhagan et al., "Federated Learning with Personalization Layers", 2019,
+https://arxiv.org/abs/1912.00818, Algorithms 1 and 2. With base layers W_B and personalization
+layers W_P_i of client i:
+
+    W_B, W_P_i  <-  argmin L_i(W_B, W_P_i), all epochs
+    W_B         <-  sum_i (n_i / n) W_B_i
+
+BatchNorm: affine parameters and running statistics belong to the base layers; statistics are averaged.
+Bytes per client and round: all leaves but those of the head, up and down.
+Deviations: the paper counts K_P layers from the end (tuned from 1 to 4) and starts each client's at
+its own; here, as in Fling and PFLlib, the classifier alone is personal, and all clients start equal.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import Generator
+
+from ..algorithm import Algorithm, Phase, Step, Train, Vars
+from ..losses import own_loss
+from ..models.network import Model
+from ..tree import Tree, split
+
+
+@dataclass(frozen=True)
+class FedPer(Algorithm):
+    """``personal``: what stays with the client: ``head`` or patterns of leaf names, such as
+    ``fc.*``. All of it (``*``) is Local, nothing is FedAvg."""
+
+    personal: tuple[str, ...] = ("head",)
+    weights: Literal["samples", "uniform"] = "samples"
+    absent: Literal["exclude", "stale"] = "exclude"
+
+    def check(self, model: Model, train: Train) -> None:
+        for pattern in self.personal:
+            if not any(map(_matches(model, pattern), model.leaves)):
+                raise ValueError(
+                    f"personal = {pattern}: matches no leaf; there are head and {', '.join(model.leaves)}"
+                )
+
+    def init(self, model: Model, rng: Generator) -> Vars:
+        stays = [_matches(model, pattern) for pattern in self.personal]
+        own, base = split(model.initial, lambda leaf: any(matches(leaf) for matches in stays))
+        return Vars(shared=base, personal=own)
+
+    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+        return (Phase(train.epochs, (Step(own_loss(self, model)),)),)
+
+    def weights_of(self, model: Model, v: Vars) -> Tree:
+        return v.shared | v.personal
+
+
+def _matches(model: Model, pattern: str) -> Callable[[str], bool]:
+    """Whether a leaf is meant by ``pattern``."""
+    if pattern == "head":
+        return lambda leaf: model.role(leaf) == "head"
+    return lambda leaf: fnmatchcase(leaf, pattern)

@@ -1,0 +1,61 @@
+"""A shared body under a head of each client's own; the head trains first, then the body.
+
+Collins et al., "Exploiting Shared Representations for Personalized Federated Learning", ICML 2021,
+https://arxiv.org/abs/2102.07078, Algorithm 1. With body phi and head h_i of client i:
+
+    h_i    <-  argmin L_i(phi, h_i), head_epochs epochs, phi held still
+    phi_i  <-  argmin L_i(phi_i, h_i), the other epochs, h_i held still
+    phi    <-  sum_i (n_i / n) phi_i
+
+BatchNorm: affine parameters and running statistics belong to phi; statistics are averaged, and also
+move while the head trains.
+Bytes per client and round: all leaves but those of the head, up and down.
+Deviations: the paper's mean has equal weights; the authors' code counts samples, as here. Theirs has
+one optimizer for both parts, so that on torch before 2 the momentum still moves the part held still;
+here each part starts with empty momenta. Theirs trains the heads 10 epochs in the last round. PFLlib:
+no momentum, statistics local.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Generator
+
+from ..algorithm import Algorithm, Phase, Step, Train, Vars
+from ..losses import own_loss
+from ..models.network import Model
+from ..tree import Tree, split
+
+
+@dataclass(frozen=True)
+class FedRep(Algorithm):
+    """``head_epochs`` of the ``train.epochs`` are the head's."""
+
+    head_epochs: int = 4
+    weights: Literal["samples", "uniform"] = "samples"
+    absent: Literal["exclude", "stale"] = "exclude"
+
+    def __post_init__(self) -> None:
+        if self.head_epochs < 0:
+            raise ValueError(f"head_epochs = {self.head_epochs}: must be an integer of at least 0")
+
+    def check(self, model: Model, train: Train) -> None:
+        if self.head_epochs > train.epochs:
+            raise ValueError(
+                f"head_epochs = {self.head_epochs}: must be at most train.epochs = {train.epochs}, "
+                "of which it is a part"
+            )
+
+    def init(self, model: Model, rng: Generator) -> Vars:
+        head, body = split(model.initial, lambda leaf: model.role(leaf) == "head")
+        return Vars(shared=body, personal=head)
+
+    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+        loss = own_loss(self, model)
+        return (
+            Phase(self.head_epochs, (Step(loss, lambda leaf: model.role(leaf) == "head"),)),
+            Phase(train.epochs - self.head_epochs, (Step(loss, lambda leaf: model.role(leaf) != "head"),)),
+        )
+
+    def weights_of(self, model: Model, v: Vars) -> Tree:
+        return v.shared | v.personal

@@ -1,0 +1,80 @@
+"""One generic model trained as if all classes were equally frequent, and a second head per client.
+
+Chen and Chao, "On Bridging Generic and Personalized Federated Learning for Image Classification"
+(Fed-RoD, linear variant), ICLR 2022, https://arxiv.org/abs/2107.00778. With body theta, generic head
+psi, personal head phi_i, n_i[c] samples of class c, sg stopping the gradient:
+
+    z = f(x; theta)        g = psi(z)        p = sg g + phi_i(sg z)
+    theta, psi  <-  argmin CE(g + gamma log n_i, y)      balanced softmax: the generic predictor
+    phi_i       <-  argmin CE(p, y)                      the client's own model
+    theta, psi  <-  sum_i (n_i / n) theta_i, psi_i
+
+BatchNorm: affine parameters and running statistics belong to theta; statistics are averaged.
+Bytes per client and round: all leaves of the model (psi included) up and down.
+Deviations: the authors published no code, and re-implementations differ in who trains theta: by
+default the first loss alone (PFLlib, fluke); ``personal_trains_body`` drops the sg of z, as Fling does.
+FL-bench stops no gradient and predicts phi_i(z) alone. Counts are of all of a client's training data;
+PFLlib loses those of the last batch. The hypernetwork that makes phi_i is not there.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
+from ..losses import cross_entropy
+from ..models.network import Model
+from ..tree import Tree
+
+
+@dataclass(frozen=True)
+class FedRoD(Algorithm):
+    """``head: copy`` starts phi_i at psi, so that the first p is 2 g; ``zero`` starts p at g."""
+
+    gamma: float = 1.0
+    head: Literal["copy", "zero"] = "copy"
+    personal_trains_body: bool = False
+    weights: Literal["samples", "uniform"] = "samples"
+    absent: Literal["exclude", "stale"] = "exclude"
+
+    def __post_init__(self) -> None:
+        if self.gamma < 0:
+            raise ValueError(f"gamma = {self.gamma}: must be a number of at least 0")
+
+    def check(self, model: Model, train: Train) -> None:
+        if not any(leaf.role == "head" and leaf.matrix == "linear" for leaf in model.leaves.values()):
+            raise ValueError(
+                f"name = fedrod: needs a network that ends in a Linear; {model.head or 'the last layer'} is none"
+            )
+
+    def init(self, model: Model, rng: Generator) -> Vars:
+        start = 1.0 if self.head == "copy" else 0.0
+        phi = {f"own.{n}": v * start for n, v in model.initial.items() if model.role(n) == "head"}
+        return Vars(shared=model.initial, personal=phi)
+
+    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+            z = model.features(now.shared, batch.x)
+            g = model.classify(now.shared, z)
+            p = g.detach() + model.classify(_phi(now), z if self.personal_trains_body else z.detach())
+            return cross_entropy(g + self._prior(batch), batch) + cross_entropy(p, batch)
+
+        return (Phase(train.epochs, (Step(loss),)),)
+
+    def _prior(self, batch: Batch) -> Tensor:
+        """gamma log n_i, [classes] or [B, classes]: -inf for a class that the client does not have."""
+        prior = torch.xlogy(self.gamma, batch.counts)
+        if batch.real is None:
+            return prior
+        return torch.where(batch.real[:, None], prior, 0.0)  # the label of padding may be such a class
+
+    def weights_of(self, model: Model, v: Vars) -> Tree:
+        """Both heads are linear, so their sum is one: psi(z) + phi_i(z) = (psi + phi_i)(z)."""
+        return v.shared | {n: v.shared[n] + w for n, w in _phi(v).items()}
+
+
+def _phi(v: Vars) -> Tree:
+    """The personal head under the names of psi."""
+    return {n.removeprefix("own."): w for n, w in v.personal.items()}

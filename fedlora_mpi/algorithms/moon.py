@@ -1,0 +1,83 @@
+"""FedAvg whose clients keep their features near the global model's and away from their own last ones.
+
+Li, He and Song, "Model-Contrastive Federated Learning", CVPR 2021, https://arxiv.org/abs/2103.16257,
+Section 3.3 and Algorithm 1. z are the features under the model in training, z_glob under the one
+received, z_prev under the client's model of the end of the last round that it took part in:
+
+    l_con  =  -log( exp(cos(z, z_glob) / tau) / (exp(cos(z, z_glob) / tau) + exp(cos(z, z_prev) / tau)) )
+    w_i    <-  argmin CE + mu l_con, from w        w <- sum_i (n_i / n) w_i
+
+Before a client has taken part, z_prev comes from the initial model; in round 1 that is also the one
+received, and l_con has no gradient.
+
+BatchNorm: running statistics are averaged. The two teachers run in evaluation mode, by their own
+statistics, as in the authors' code (PFLlib and Fling: in training mode).
+Bytes per client and round: all leaves up and down; the last model stays with the client.
+Deviations: z is what enters the classifier; the authors put two Linear layers (out 256) between, and
+take z behind them. One last model, as by their ``model_buffer_size`` 1. mu is theirs for CIFAR-10.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
+from ..losses import cross_entropy
+from ..models.network import Model
+from ..tree import Tree
+
+
+@dataclass(frozen=True)
+class MOON(Algorithm):
+    """``mu``: weight of the contrast; ``tau``: its temperature."""
+
+    mu: float = 5.0
+    tau: float = 0.5
+    weights: Literal["samples", "uniform"] = "samples"
+    absent: Literal["exclude", "stale"] = "exclude"
+
+    def __post_init__(self) -> None:
+        if self.mu < 0:
+            raise ValueError(f"mu = {self.mu}: must be a number of at least 0")
+        if self.tau <= 0:
+            raise ValueError(f"tau = {self.tau}: must be a number above 0")
+
+    def check(self, model: Model, train: Train) -> None:
+        if not any(leaf.role == "head" and leaf.matrix == "linear" for leaf in model.leaves.values()):
+            raise ValueError(
+                f"name = moon: needs a network that ends in a Linear; {model.head or 'the last layer'} is none"
+            )
+
+    def init(self, model: Model, rng: Generator) -> Vars:
+        return Vars(shared=model.initial, personal=_body(model, model.initial))
+
+    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+        teacher = model.evaluating()
+
+        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+            z = model.features(now.shared, batch.x)
+            last = {n.removeprefix("own."): v for n, v in start.personal.items()}
+            z_glob, z_prev = (teacher.features(tree, batch.x) for tree in (start.shared, last))
+            fit = cross_entropy(model.classify(now.shared, z), batch)
+            return fit + self.mu * self.contrast(z, z_glob, z_prev, batch)
+
+        return (Phase(train.epochs, (Step(loss, lambda leaf: model.role(leaf) is not None),)),)
+
+    def contrast(self, z: Tensor, z_glob: Tensor, z_prev: Tensor, batch: Batch) -> Tensor:
+        """l_con, the mean over the real examples. Features: [B, width]."""
+        likeness = [F.cosine_similarity(z, other, dim=1) / self.tau for other in (z_glob, z_prev)]
+        return cross_entropy(torch.stack(likeness, 1), batch._replace(y=torch.zeros_like(batch.y)))
+
+    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch | None) -> Vars:
+        return Vars(end.shared, _body(model, end.shared))
+
+    def weights_of(self, model: Model, v: Vars) -> Tree:
+        return v.shared
+
+
+def _body(model: Model, tree: Tree) -> Tree:
+    """What features need of ``tree``, under the names of the client's last model."""
+    return {f"own.{n}": v for n, v in tree.items() if model.role(n) != "head"}

@@ -1,0 +1,80 @@
+"""FedAvg whose clients also learn from their own last model, which the mean has made them forget.
+
+Jin et al., "Personalized Edge Intelligence via Federated Self-Knowledge Distillation", IEEE TPDS
+2023, https://ieeexplore.ieee.org/document/9964434. Client i starts at the mean w, with its model v_i of
+the end of the last round that it took part in as a teacher; o(.) are logits, T the temperature:
+
+    L_i(w)  =  CE(o(w), y) + lam T^2 KL(softmax(o(v_i) / T) || softmax(o(w) / T))
+    w_i     <-  argmin L_i(w_i) from w        v_i <- w_i        w <- (1/N) sum_i w_i
+
+The first time a client takes part it has no teacher, and the second term is zero. The method's
+accuracy is that of w_i, before the mean.
+
+BatchNorm: running statistics are averaged. The teacher normalises by the batch, as in the authors'
+code and in Fling, and none of its statistics move; ``teacher_bn: running`` takes those of v_i (and no
+dropout).
+Bytes per client and round: all leaves up and down; v_i stays with the client.
+Deviations: lam and T default to Fling's; the authors' code has 1 and 1. Theirs averages parameters
+only, so that the statistics of w are always the initial ones, and keeps v_i on the server, which sends
+it along. A client outside the cohort is judged by w.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Generator, Tensor
+
+from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
+from ..losses import cross_entropy
+from ..models.network import Model
+from ..tree import Tree
+
+
+@dataclass(frozen=True)
+class PFedSD(Algorithm):
+    """``weights: uniform``, as in the authors' code."""
+
+    evaluates: ClassVar = "after_training"
+    lam: float = 0.5
+    temperature: float = 3.0
+    teacher_bn: Literal["batch", "running"] = "batch"
+    weights: Literal["samples", "uniform"] = "uniform"
+    absent: Literal["exclude", "stale"] = "exclude"
+
+    def __post_init__(self) -> None:
+        if self.lam < 0:
+            raise ValueError(f"lam = {self.lam}: must be a number of at least 0")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature = {self.temperature}: must be a number above 0")
+
+    def init(self, model: Model, rng: Generator) -> Vars:
+        return Vars(shared=model.initial, personal=_own(model.initial) | {"taught": torch.tensor(0.0)})
+
+    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+        teacher = model if self.teacher_bn == "batch" else model.evaluating()
+
+        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+            o = model(now.shared, batch.x)  # before the teacher's, so that it keeps FedAvg's noise
+            v = {n.removeprefix("own."): w for n, w in start.personal.items() if n != "taught"}
+            gap = self.divergence(teacher(model.frozen(v), batch.x), o, batch)
+            return cross_entropy(o, batch) + start.personal["taught"] * self.lam * gap
+
+        return (Phase(train.epochs, (Step(loss, lambda leaf: model.role(leaf) is not None),)),)
+
+    def divergence(self, teacher: Tensor, student: Tensor, batch: Batch) -> Tensor:
+        """T^2 KL(teacher || student), the mean over the real examples. Logits: [B, classes]."""
+        q, p = ((o / self.temperature).log_softmax(1) for o in (teacher, student))
+        each = self.temperature**2 * (q.exp() * (q - p)).sum(1)  # F.kl_div has no rule for vmap
+        return each.mean() if batch.real is None else (each * batch.real).sum() / batch.real.sum()
+
+    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch | None) -> Vars:
+        return Vars(end.shared, _own(end.shared) | {"taught": torch.ones_like(start.personal["taught"])})
+
+    def weights_of(self, model: Model, v: Vars) -> Tree:
+        return v.shared
+
+
+def _own(tree: Tree) -> Tree:
+    """``tree`` under the names of the client's last model."""
+    return {f"own.{n}": v for n, v in tree.items()}

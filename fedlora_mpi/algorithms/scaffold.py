@@ -1,0 +1,92 @@
+"""FedAvg whose clients correct their gradients by how they differ from everyone's.
+
+Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020,
+https://arxiv.org/abs/1910.06378, eqs. (3)-(5) with option II of Algorithm 1. K is the number of local
+steps of client i, eta_l ``train.lr``, eta_g ``server_lr``, S the cohort, N all clients:
+
+    y_i   <-  y_i - eta_l (grad f_i(y_i) - c_i + c)                K times, from y_i = x     (3)
+    c_i+   =  c_i - c + (x - y_i) / (K eta_l)                                           (4), II
+    x     <-  x + eta_g mean_S(y_i - x)        c  <-  c + (|S| / N) mean_S(c_i+ - c_i)       (5)
+
+The correction is the loss term <c - c_i, y_i - x>, whose gradient is c - c_i. Means are uniform.
+
+BatchNorm: affine parameters are corrected; running statistics are averaged (whatever eta_g).
+Bytes per client and round: all leaves and once more all parameters (c_i+ - c_i up, c down); c_i stays.
+Deviations: none. Momentum is refused: under it (4) is no longer a mean of gradients. Weight decay is
+part of f_i. K counts the last, smaller batch of each epoch; PFLlib drops that batch.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
+from ..losses import own_loss
+from ..models.network import Model
+from ..tree import Tree, split
+
+
+@dataclass(frozen=True)
+class Scaffold(Algorithm):
+    """Leaf "c.<parameter>" is c, "c_i.<parameter>" is c_i; both start at zero."""
+
+    weights: ClassVar = "uniform"
+    server_lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.server_lr <= 0:
+            raise ValueError(f"server_lr = {self.server_lr}: must be a number above 0")
+
+    def check(self, model: Model, train: Train) -> None:
+        if train.momentum:
+            raise ValueError(
+                f"name = scaffold: needs train.momentum = 0, not {train.momentum}: its control variates are "
+                "means of gradients only under plain SGD; a higher train.lr makes up for it"
+            )
+
+    def init(self, model: Model, rng: Generator) -> Vars:
+        zeros = {n: torch.zeros_like(v) for n, v in model.initial.items() if model.role(n) != "stats"}
+        c, c_i = ({f"{prefix}.{n}": v.clone() for n, v in zeros.items()} for prefix in ("c", "c_i"))
+        return Vars(shared=model.initial | c, personal=c_i)
+
+    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+        own = own_loss(self, model)
+
+        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+            drift = sum(
+                ((start.shared[f"c.{n}"] - start.personal[f"c_i.{n}"]) * (now.shared[n] - start.shared[n])).sum()
+                for n in _parameters(start.shared)
+            )
+            return own(now, start, batch) + drift  # eq. (3)
+
+        return (Phase(train.epochs, (Step(loss, lambda leaf: model.role(leaf) is not None),)),)
+
+    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch | None) -> Vars:
+        K = train.epochs * (data.counts.sum() / train.batch_size).ceil()
+        x, y = start.shared, end.shared
+        c_i = {
+            f"c_i.{n}": start.personal[f"c_i.{n}"] - x[f"c.{n}"] + (x[n] - y[n]) / (K * train.lr)  # eq. (4)
+            for n in _parameters(x)
+        }
+        return Vars(y, c_i)
+
+    def upload(self, start: Vars, end: Vars) -> Tree:
+        """y_i, its statistics, and c_i+ - c_i."""
+        moved = {n: end.personal[f"c_i.{n}"] - start.personal[f"c_i.{n}"] for n in _parameters(start.shared)}
+        return end.shared | {f"c.{n}": v for n, v in moved.items()}
+
+    def serve(self, server: Tree, shared: Tree, mean: Tree, share: float) -> tuple[Tree, Tree]:
+        parameters = _parameters(shared)
+        x = {n: torch.lerp(shared[n], mean[n], self.server_lr) for n in parameters}  # the mean itself at 1
+        c = {f"c.{n}": shared[f"c.{n}"] + share * mean[f"c.{n}"] for n in parameters}
+        return server, mean | x | c  # eq. (5)
+
+    def weights_of(self, model: Model, v: Vars) -> Tree:
+        return split(v.shared, lambda leaf: model.role(leaf) is not None)[0]
+
+
+def _parameters(shared: Tree) -> list[str]:
+    """The leaves that have a control variate: all but running statistics."""
+    return [n.removeprefix("c.") for n in shared if n.startswith("c.") and n.removeprefix("c.") in shared]

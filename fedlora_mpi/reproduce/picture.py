@@ -1,0 +1,100 @@
+"""The paper's figures from our runs. matplotlib is imported when a picture is drawn."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..store.files import replacing
+from .results import Result
+from .sheet import Cell, by_client, drift_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which the colour-blind tell apart.
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write a figure as a PNG."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", pad_inches=0.1)
+
+
+def ranks(cells: Sequence[Cell], title: str) -> "Figure":
+    """Table 2 as a heat map: x R_c, y R_l, colour and number the best accuracy."""
+    figure, axes = _axes(title, (5.6, 4.6))
+    at = {(c.entry.algorithm["conv_rank"], c.entry.algorithm["linear_rank"]): c.best.mean for c in cells}
+    xs, ys = (sorted({place[axis] for place in at}) for axis in (0, 1))
+    grid = np.array([[at.get((x, y), np.nan) for x in xs] for y in ys])
+    drawn = axes.imshow(grid, cmap="cividis", origin="lower")
+    middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
+    for (row, column), value in np.ndenumerate(grid):
+        if not np.isnan(value):
+            color = "black" if value > middle else "white"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
+    percent = lambda ratios: [f"{ratio:.0%}" for ratio in ratios]
+    axes.set_xticks(range(len(xs)), percent(xs))
+    axes.set_yticks(range(len(ys)), percent(ys))
+    axes.set(xlabel="R_c, rank of the convolutions", ylabel="R_l, rank of the classifier")
+    figure.colorbar(drawn, label="best accuracy / %")
+    return figure
+
+
+def epochs(cells: Sequence[Cell], title: str) -> "Figure":
+    """Figure 4: x E_lora, y best accuracy with its standard deviation over seeds."""
+    figure, axes = _axes(title)
+    there = [c for c in cells if c.done]
+    xs = [c.entry.algorithm["lora_epochs"] for c in there]
+    means, stds = [c.best.mean for c in there], np.nan_to_num([c.best.std for c in there])
+    axes.errorbar(xs, means, stds, color=BLUE, marker="o", capsize=3)
+    for x, mean in zip(xs, means, strict=True):
+        axes.annotate(f"{mean:.1f}", (x, mean), (6, 6), textcoords="offset points", color=BLUE)
+    axes.set(xlabel="E_lora, epochs of the low-rank part (of 5)", ylabel="best accuracy / %")
+    return figure
+
+
+def drift(results: Mapping[str, Sequence[Result]], title: str) -> "Figure":
+    """Figure 6: x round, y the distance of the clients' sigma from their mean."""
+    figure, axes = _axes(title)
+    for label, color, style in (("simultaneous", ORANGE, "--"), ("alternating", BLUE, "-")):
+        if found := results.get(label):
+            curve = drift_of(found)
+            axes.plot(np.arange(1, len(curve) + 1), curve, style, color=color)
+            axes.annotate(f" {label}", (len(curve), curve[-1]), color=color, va="center", annotation_clip=False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="round", ylabel="drift: RMS distance of sigma_i\nfrom their mean (L2)", xlim=(0, None), ylim=(0, None))
+    return figure
+
+
+def each_client(results: Mapping[str, Sequence[Result]], title: str) -> "Figure":
+    """Figure 7: a point for each client; above the diagonal FedLoRA serves it better."""
+    figure, axes = _axes(title, (5.2, 5.2))
+    found = by_client(results).values()
+    for key, label, color, marker in (("fedavg", "FedAvg", ORANGE, "^"), ("local", "Local", BLUE, "o")):
+        if found:
+            x, y = (np.concatenate([columns[name] for columns in found]) for name in (key, "fedlora"))
+            axes.scatter(x, y, 22, color=color, marker=marker, alpha=0.7, linewidths=0, label=f"against {label}")
+    axes.plot((0, 100), (0, 100), color=GREY, linewidth=0.8)
+    axes.annotate("equal", (4, 4), (0, 8), textcoords="offset points", color=GREY, rotation=45)
+    axes.set(xlabel="client's accuracy with the other method / %", ylabel="client's accuracy with FedLoRA / %")
+    axes.set(xlim=(0, 101), ylim=(0, 101), aspect="equal")
+    axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def _axes(title: str, inches: tuple[float, float] = (6.4, 4.0)) -> "tuple[Figure, Axes]":
+    """An empty plot. Raises ValueError where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("a picture needs matplotlib: pip install 'fedlora-mpi[analysis]'") from error
+    figure = Figure(figsize=inches, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize="medium")
+    if inches[0] > 6:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes

@@ -1,0 +1,112 @@
+"""What the runs of a grid have reached so far, and which of them need not be run."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import Config, digest, from_dict, resolved_dict
+from ..engine.settings import Engine
+from ..store.files import StoreError
+from ..store.reader import RunFiles
+from .grid import Job
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run, up to the round that was asked for."""
+
+    job: Job
+    rounds: Mapping[str, np.ndarray]  # columns [T]
+    clients: Mapping[str, np.ndarray]  # columns [T, N]
+
+    @property
+    def best_row(self) -> int:
+        """The row of the best round: the highest mean over clients of each client's own accuracy."""
+        return int(np.nanargmax(self.rounds["accuracy"]))
+
+    @property
+    def best(self) -> float:
+        """The paper's metric, per cent."""
+        return 100 * float(self.rounds["accuracy"][self.best_row])
+
+    @property
+    def last(self) -> float:
+        """Accuracy after the last round, per cent."""
+        return 100 * float(self.rounds["accuracy"][-1])
+
+
+class Shelf:
+    """The run folders under ``out``: a run that one table has finished serves the others.
+
+    Two runs are the same when their configs differ at most in what a resume may change and in the
+    ``engine`` block.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._there: dict[str, list[tuple[int, Path]]] = {}
+        for folder in sorted(path.parent for path in out.glob("*/*/*/log.h5")):
+            if (found := _recorded(folder)) is not None:
+                self._there.setdefault(_settings(found), []).append((rounds_done(folder), folder))
+
+    def finished(self, job: Job) -> Path | None:
+        """The folder that holds all rounds of this run: its own, or that of an equal run."""
+        folders = [folder for done, folder in self._there.get(_settings(job.config), []) if done >= job.config.rounds]
+        return job.folder if job.folder in folders else next(iter(folders), None)
+
+    def result(self, job: Job) -> Result | None:
+        """The columns of a finished run; None when it is not finished."""
+        if (folder := self.finished(job)) is None:
+            return None
+        files = RunFiles(folder)
+        rounds, clients = files.rounds(), files.clients()
+        first = slice(np.searchsorted(rounds["round"], job.config.rounds, side="right"))
+        cut = lambda columns: {name: column[first] for name, column in columns.items()}
+        return Result(job, cut(rounds), cut(clients))
+
+
+def rounds_done(folder: Path) -> int:
+    """Rounds in the log of a run folder; 0 where there is none that can be read."""
+    try:
+        return len(RunFiles(folder).rounds()["round"])
+    except StoreError:
+        return 0
+
+
+def refuse_others(job: Job) -> None:
+    """Raise ValueError when the run's folder holds a run with other settings."""
+    found = _recorded(job.folder)
+    if found is None or _settings(found) == _settings(job.config):
+        return
+    theirs, ours = (dict(_flat(resolved_dict(config))) for config in (found, job.config))
+    ignored = ("output", "rounds", "engine.", "checkpoint.", "data.root", "data.download")
+    changes = [
+        f"{key} = {theirs.get(key)} (now {ours.get(key)})"
+        for key in {**theirs, **ours}
+        if theirs.get(key) != ours.get(key) and not key.startswith(ignored)
+    ]
+    raise ValueError(f"{job.folder}: holds a run with {', '.join(changes)}; choose another folder with -o")
+
+
+def _recorded(folder: Path) -> Config | None:
+    """The config of a run folder; None where there is none of this version."""
+    try:
+        return from_dict(RunFiles(folder).config, str(folder))
+    except ValueError:
+        return None
+
+
+def _settings(config: Config) -> str:
+    """Equal for two runs whose results should be equal but for rounding."""
+    return digest(replace(config, engine=Engine()))
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested mappings."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
