@@ -33,7 +33,7 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may queue the job again
 
 def start(config: Config, source: str, comm: Comm) -> int:
     """Train from round 1 into a new run folder; returns the exit code."""
-    folder = Path(config.output).expanduser()
+    folder, asked = Path(config.output).expanduser(), _stop_signals()
 
     def refuse_existing() -> None:
         if comm.rank == 0 and folder.exists():
@@ -46,7 +46,7 @@ def start(config: Config, source: str, comm: Comm) -> int:
     built = build(config, source, comm)
     together(comm, lambda: _create(folder, built) if comm.rank == 0 else None)
     with _alone(folder, comm):
-        return _loop(built, folder, beginning(built))
+        return _loop(built, folder, beginning(built), asked)
 
 
 def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
@@ -54,6 +54,7 @@ def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
 
     A run that was killed before its first checkpoint begins again.
     """
+    asked = _stop_signals()
     config = receive(comm, lambda: _recorded(folder, overrides))
     built = build(config, str(folder / "config.yaml"), comm)
     with _alone(folder, comm):
@@ -65,7 +66,7 @@ def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
             else:
                 (folder / "log.h5").unlink(missing_ok=True)
                 _create_log(folder, built)
-        return _loop(built, folder, _load(found, built) if found else beginning(built))
+        return _loop(built, folder, _load(found, built) if found else beginning(built), asked)
 
 
 def receive(comm: Comm, read: Callable[[], Config]) -> Config:
@@ -83,10 +84,9 @@ def _alone(folder: Path, comm: Comm) -> Iterator[None]:
         yield
 
 
-def _loop(built: Built, folder: Path, state: State) -> int:
-    """Play the rounds that are left; returns the exit code."""
+def _loop(built: Built, folder: Path, state: State, asked: Sequence[int]) -> int:
+    """Play the rounds that are left, or until somebody ``asked`` to stop; returns the exit code."""
     run, config, comm = built.run, built.config, built.run.comm
-    asked = _stop_signals()
     log = Log.append_to(folder / "log.h5") if comm.rank == 0 else None
     if comm.rank == 0:
         log.describe(configs.resolved_yaml(config), json.dumps(configs.resolved_dict(config)))
