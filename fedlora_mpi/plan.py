@@ -112,7 +112,7 @@ class _Short:
 
     def __init__(self, feed: Feed, limit: int) -> None:
         self._feed, self._limit = feed, limit
-        self.epoch, self.test, self.test_size = feed.epoch, feed.test, feed.test_size
+        self.epoch, self.test, self.test_size, self.survey = feed.epoch, feed.test, feed.test_size, feed.survey
 
     def train_size(self, client: int) -> int:
         return min(self._limit, self._feed.train_size(client))
