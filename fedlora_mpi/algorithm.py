@@ -4,13 +4,14 @@ An algorithm is written for ONE client, as pure functions of that client's varia
 adds the client axis, ``comm.py`` the rank axis; nothing here, and no algorithm file, names either.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 from torch import Generator, Tensor
 
+from .batch import Batch, cross_entropy
+from .bounds import bounded
 from .models.network import Model
 from .tree import Tree
 
@@ -24,16 +25,6 @@ class Vars(NamedTuple):
     shared: Tree
     personal: Tree
     constant: Tree = {}
-
-
-class Batch(NamedTuple):
-    """A mini-batch of one client."""
-
-    x: Tensor  # [B, ...] float inputs, transformed and normalised
-    y: Tensor  # [B] class index, int64
-    real: Tensor | None  # [B] False for padding; None when all B examples are real
-    key: Tensor  # [] int64, the address of this step's noise (dropout)
-    counts: Tensor  # [classes] training samples of this client in each class, float32
 
 
 class Sgd(NamedTuple):
@@ -55,15 +46,8 @@ class Train:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        for field, ok, allowed in (
-            ("epochs", self.epochs >= 1, "an integer of at least 1"),
-            ("batch_size", self.batch_size >= 1, "an integer of at least 1"),
-            ("lr", self.lr > 0, "a number above 0"),
-            ("momentum", 0 <= self.momentum < 1, "a number from 0 to below 1"),
-            ("weight_decay", self.weight_decay >= 0, "a number of at least 0"),
-        ):
-            if not ok:
-                raise ValueError(f"{field} = {getattr(self, field)}: must be {allowed}")
+        bounded(self, epochs="[1, inf)", batch_size="[1, inf)", lr="(0, inf)")
+        bounded(self, momentum="[0, 1)", weight_decay="[0, inf)")
 
 
 Loss = Callable[[Vars, Vars, Batch], Tensor]  # (now, at the start of the round, batch) -> scalar
@@ -110,10 +94,10 @@ class Offer(NamedTuple):
     aux: Tensor | None = None  # [k] further numbers of the client that they depend on
 
 
-class Algorithm(ABC):
-    """Subclasses are frozen dataclasses whose fields are the hyper-parameters.
+class Algorithm:
+    """The hooks of a method; their defaults are FedAvg, so that a file says what is different.
 
-    Four class variables may be fields or properties instead. ``weights``: by which number of the
+    Subclasses are frozen dataclasses whose fields are the hyper-parameters. Four class variables may be fields or properties instead. ``weights``: by which number of the
     client its upload counts in the mean; ``absent``: what clients outside the cohort count for;
     ``evaluates``: the moment whose accuracy is the method's; ``centred``: whether the mean over
     clients is taken off the keys before their Gram matrix (distances then do not cancel).
@@ -130,17 +114,27 @@ class Algorithm(ABC):
 
     # One client: what it has, how it trains, what it sends.
 
-    @abstractmethod
     def init(self, model: Model, rng: Generator) -> Vars:
-        """The variables of any client before the first round; all clients start equal."""
+        """The variables of any client before the first round; all clients start equal. Default: all
+        leaves of the model are shared."""
+        return Vars(shared=model.initial, personal={})
 
     def begin(self, model: Model, v: Vars, data: Batch | None) -> Vars:
         """What the client does with what has arrived, before training. Default: nothing."""
         return v
 
-    @abstractmethod
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        """Local training of round ``round_`` (from 0), in order. ``model`` is in training mode."""
+        """Local training of round ``round_`` (from 0), in order. ``model`` is in training mode. Default:
+        all leaves of the client's own model, under ``loss``."""
+        return (Phase(train.epochs, (Step(self.loss(model)),)),)
+
+    def loss(self, model: Model) -> Loss:
+        """The cross-entropy of the client's own model: what most phases minimise."""
+
+        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+            return cross_entropy(self.logits(model, now, batch.x), batch)
+
+        return loss
 
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch | None) -> Vars:
         """What the client keeps after training (masks, control variates). Default: what it trained."""
@@ -174,9 +168,10 @@ class Algorithm(ABC):
 
     # The model that is judged.
 
-    @abstractmethod
     def weights_of(self, model: Model, v: Vars) -> Tree:
-        """The parameters and statistics of the client's own model, under the model's leaf names."""
+        """The parameters and statistics of the client's own model, under the model's leaf names.
+        Default: all variables, shared and personal."""
+        return v.shared | v.personal
 
     def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:
         """Prediction of the client's own model: [B, ...] -> [B, classes]."""

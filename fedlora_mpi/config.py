@@ -19,6 +19,7 @@ import yaml
 
 from . import algorithms, blocks
 from .algorithm import Algorithm, Train
+from .bounds import bounded
 from .blocks import ConfigError, Field, Origin
 from .data.datasets import Source
 from .data.partition import KINDS, Partition
@@ -30,12 +31,6 @@ SELECTOR = {"data.partition": "kind", "model": "name", "algorithm": "name"}
 FREE_ON_RESUME = ("rounds", "output", "checkpoint", "data.root", "data.download", "server_hosts_clients", "mix")
 COMMAND_LINE = "command line"
 _PLACEHOLDER = re.compile(r"\{(.*?)\}")
-
-
-def _at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name} = {value}: must be an integer of at least {least}")
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ class Evaluate:
     every: int = 1
 
     def __post_init__(self) -> None:
-        _at_least(1, every=self.every)
+        bounded(self, every="[1, inf)")
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ class Checkpoint:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        _at_least(1, every=self.every, keep=self.keep)
+        bounded(self, every="[1, inf)", keep="[1, inf)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +94,7 @@ class Config:
     server_hosts_clients: bool = False
 
     def __post_init__(self) -> None:
-        _at_least(0, seed=self.seed)
-        _at_least(1, rounds=self.rounds)
-        if not 0 < self.participation <= 1:
-            raise ValueError(f"participation = {self.participation}: must be above 0 and at most 1")
+        bounded(self, seed="[0, inf)", rounds="[1, inf)", participation="(0, 1]")
         if not self.output.strip():
             raise ValueError("output = '': must be the name of a folder")
 
@@ -259,7 +251,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         at = error.problem_mark
         raise ConfigError(f"{source}: line {at.line + 1}, column {at.column + 1}: {error.problem}") from None

@@ -10,9 +10,10 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 
 from .algorithm import Loss, Phase, Step, Train, Vars
+from .bounds import bounded
 from .models.network import Leaf, Model
 from .tree import Tree, split
 
@@ -60,10 +61,7 @@ class LowRank:
     order: Literal["alternating", "simultaneous"] = "alternating"
 
     def __post_init__(self) -> None:
-        if self.lora_epochs < 0:
-            raise ValueError(f"lora_epochs = {self.lora_epochs}: must be an integer of at least 0")
-        if not 0 < self.conv_rank <= 1:
-            raise ValueError(f"conv_rank = {self.conv_rank}: must be a ratio above 0 and at most 1")
+        bounded(self, lora_epochs="[0, inf)", conv_rank="(0, 1]")
         if self.rank_rule == "paper" and not 0 < self.linear_rank <= 1:
             raise ValueError(
                 f"linear_rank = {self.linear_rank}: must be a ratio above 0 and at most 1 under "

@@ -39,6 +39,7 @@ class Run:
     reduce: str
     upload: Layout
     mixing: Mixing | None = None  # how per-client mixes are exchanged; None: the method has none
+
     @cached_property
     def hosted(self) -> tuple[int, ...]:
         """The clients of this rank, in the order of the rows of the personal state."""

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .bounds import bounded
 from .models.network import Model
 from .tree import Tree
 
@@ -60,9 +61,7 @@ class Adaptive:
     weights: Literal["samples", "uniform"] = "samples"
 
     def __post_init__(self) -> None:
-        above("eta", self.eta)
-        below_one("beta1", self.beta1)
-        above("tau", self.tau)
+        bounded(self, eta="(0, inf)", beta1="[0, 1)", tau="(0, inf)")
 
     @abstractmethod
     def second(self, v: Tensor, square: Tensor) -> Tensor:
@@ -78,15 +77,3 @@ class Adaptive:
             return self.eta * m / (v.sqrt() + self.tau), {"m": m, "v": v}
 
         return stepped(server, shared, mean, step)
-
-
-def above(field: str, value: float) -> None:
-    """Raises ValueError unless the field is a number above 0."""
-    if not value > 0:
-        raise ValueError(f"{field} = {value}: must be a number above 0")
-
-
-def below_one(field: str, value: float) -> None:
-    """Raises ValueError unless the field is a number from 0 to below 1."""
-    if not 0 <= value < 1:
-        raise ValueError(f"{field} = {value}: must be a number from 0 to below 1")

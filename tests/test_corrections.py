@@ -12,7 +12,7 @@ from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedprox import FedProx
 from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.algorithms.scaffold import Scaffold
-from fedlora_mpi.losses import cross_entropy
+from fedlora_mpi.batch import cross_entropy
 from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import numel, split
 

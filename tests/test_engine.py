@@ -14,7 +14,6 @@ from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.engine.device import bind, decide
 from fedlora_mpi.engine.settings import Engine
 from fedlora_mpi.engine.train import sgd_step
-from fedlora_mpi.losses import own_loss
 from fedlora_mpi.seeds import isolated, rng
 
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
@@ -52,7 +51,7 @@ class Phased(FedAvg):
 
     def phases(self, model, train, round_):
         def phase(epochs, constant=None, **step):
-            return Phase(epochs, (Step(**{"loss": own_loss(self, model), **step}),), constant)
+            return Phase(epochs, (Step(**{"loss": self.loss(model), **step}),), constant)
 
         return tuple(phase(epochs, **more) for epochs, more in self.parts)
 
@@ -422,6 +421,7 @@ def test_impossible_training_settings_are_refused(fields):
         Train(**fields)
 
 
-def test_an_algorithm_without_its_methods_cannot_be_made():
-    with pytest.raises(TypeError, match="abstract"):
-        Algorithm()
+@pytest.mark.parametrize("network", ["cnn", "bn_net"])
+def test_the_defaults_of_an_algorithm_are_fedavg(network):
+    plain, fedavg = (small.played(*small.experiment(a, network), 2) for a in (Algorithm(), FedAvg()))
+    assert small.equal(plain.shared, fedavg.shared) and not plain.personal

@@ -10,7 +10,6 @@ from fedlora_mpi.algorithm import Batch, Train, Vars
 from fedlora_mpi.algorithms.fedala import FedALA
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedavg_ft import FedAvgFT
-from fedlora_mpi.losses import own_loss
 from fedlora_mpi.models.substitutes import Substitutes
 from fedlora_mpi.round import play
 from fedlora_mpi.seeds import rng
@@ -108,7 +107,7 @@ def test_the_gradient_of_a_weight_is_the_gap_times_the_gradient_of_the_mix(netwo
     grads = torch.autograd.grad(step.loss(v, v, batch(made)), [v.personal[f"A.{n}"] for n in names])
     own, weight = ({n: v.personal[f"{kind}.{n}"].detach() for n in names} for kind in ("own", "A"))
     mix = {n: (own[n] + (v.shared[n] - own[n]) * weight[n]).requires_grad_() for n in names}
-    plain = own_loss(FedAvg(), model)(Vars(model.frozen(v.shared) | mix, {}), v, batch(made))
+    plain = FedAvg().loss(model)(Vars(model.frozen(v.shared) | mix, {}), v, batch(made))
     for name, grad, outer in zip(names, grads, torch.autograd.grad(plain, mix.values())):
         expected = (v.shared[name] - own[name]) * outer
         torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-7)
@@ -128,7 +127,7 @@ def aggregated(made, v, client, round_, used):
         leaves = {n: w.requires_grad_() for n, w in mixed(weight).items()}
         with Substitutes(None, data.key):  # BatchNorm of one sample
             model = Vars(made.model.frozen(v.shared) | leaves, {})
-            loss = own_loss(FedAvg(), made.model)(model, v, data)
+            loss = FedAvg().loss(made.model)(model, v, data)
         grads = dict(zip(leaves, torch.autograd.grad(loss, leaves.values())))
         weight = {n: (w - 30.0 * grads[n] * (v.shared[n] - own[n])).clamp(0, 1) for n, w in weight.items()}
     return weight, mixed(weight)

@@ -16,7 +16,6 @@ from fedlora_mpi.algorithms.fedlora import FedLoRA
 from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.algorithms.local_lora import LocalLoRA
 from fedlora_mpi.comm import Fault
-from fedlora_mpi.losses import own_loss
 from fedlora_mpi.lowrank import LowRank, is_factor, is_not_factor, sides
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.models.zoo import build
@@ -238,7 +237,7 @@ def test_the_first_gradient_of_a_is_zero_and_that_of_b_is_not():
     v = small.first(made)
     for leaf in v.personal.values():
         leaf.requires_grad_()
-    loss = own_loss(made.algorithm, made.model)(v, v, batch(made))
+    loss = made.algorithm.loss(made.model)(v, v, batch(made))
     grads = dict(zip(v.personal, torch.autograd.grad(loss, v.personal.values())))
     for name, grad in grads.items():
         assert grad.any() == name.endswith(".B"), name

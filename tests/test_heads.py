@@ -15,7 +15,6 @@ from fedlora_mpi.algorithms.fedper import FedPer
 from fedlora_mpi.algorithms.fedrep import FedRep
 from fedlora_mpi.algorithms.fedrod import FedRoD
 from fedlora_mpi.algorithms.local import Local
-from fedlora_mpi.losses import own_loss
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.round import play
 from fedlora_mpi.seeds import rng
@@ -38,7 +37,7 @@ class Turns(FedAvg):
     """FedAvg whose head trains first, and then the body."""
 
     def phases(self, model, train, round_):
-        loss = own_loss(self, model)
+        loss = self.loss(model)
         parts = (2, lambda leaf: leaf in HEAD), (train.epochs - 2, lambda leaf: leaf not in HEAD)
         return tuple(Phase(epochs, (Step(loss, trains),)) for epochs, trains in parts)
 

@@ -12,7 +12,7 @@ from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.algorithms.perfedavg import PerFedAvg
 from fedlora_mpi.algorithms.pfedme import PFedMe
-from fedlora_mpi.losses import cross_entropy, halves, part_loss
+from fedlora_mpi.batch import cross_entropy, halves
 from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import numel
 
@@ -303,8 +303,14 @@ class SecondHalves(FedAvg):
     """FedAvg on the second halves of its mini-batches."""
 
     def phases(self, model, train, round_):
-        own = part_loss(self, model)
-        return (Phase(train.epochs, (Step(lambda now, start, batch: own(now, start, halves(batch)[1])),)),)
+        own = self.loss(model)
+
+        def loss(now, start, batch):
+            second = halves(batch)[1]
+            with model.prepared(second):
+                return own(now, start, second)
+
+        return (Phase(train.epochs, (Step(loss),)),)
 
 
 @PATHS

@@ -14,7 +14,6 @@ from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedcac import FedCAC, critical
 from fedlora_mpi.algorithms.fedpac import FedPAC, best_weights, class_means, on_simplex, pull, statistics
 from fedlora_mpi.algorithms.local import Local
-from fedlora_mpi.losses import own_loss
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.models.zoo import build
 from fedlora_mpi.round import play
@@ -127,8 +126,8 @@ def test_one_client_alone_trains_as_without_a_mix(algorithm):
         (lambda: FedAMP(alpha_min=-1), "alpha_min = -1: must be a number of at least 0"),
         (lambda: FedAMP(sigma=0), "sigma = 0: must be a number above 0"),
         (lambda: FedAMP(self_weight=2), "self_weight = 2: must be a number from 0 to 1"),
-        (lambda: FedCAC(tau=1.5), "tau = 1.5: must be a share from 0 to 1"),
-        (lambda: FedCAC(beta=0), "beta = 0: must be a number of rounds above 0"),
+        (lambda: FedCAC(tau=1.5), "tau = 1.5: must be a number from 0 to 1"),
+        (lambda: FedCAC(beta=0), "beta = 0: must be a number above 0"),
         (lambda: FedPAC(lam=-1), "lam = -1: must be a number of at least 0"),
         (lambda: FedPAC(head_epochs=-1), "head_epochs = -1: must be an integer of at least 0"),
         (lambda: FedPAC(head_lr=0), "head_lr = 0: must be a number above 0"),
@@ -525,7 +524,7 @@ class Alternating(Algorithm):
         return Vars(body, head)
 
     def phases(self, model, train, round_):
-        loss, head = own_loss(self, model), lambda leaf: model.role(leaf) == "head"
+        loss, head = self.loss(model), lambda leaf: model.role(leaf) == "head"
         return (
             Phase(1, (Step(loss, head, sgd=lambda s: s._replace(lr=0.1)),)),
             Phase(train.epochs, (Step(loss, lambda leaf: not head(leaf)),)),

@@ -435,8 +435,8 @@ def test_the_gate_does_not_travel(sparsity):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: PFedGate(sparsity=0), "sparsity = 0: must be a share above 0 and at most 1"),
-        (lambda: PFedGate(sparsity=1.1), "sparsity = 1.1: must be a share"),
+        (lambda: PFedGate(sparsity=0), "sparsity = 0: must be a number above 0 and at most 1"),
+        (lambda: PFedGate(sparsity=1.1), "sparsity = 1.1: must be a number"),
         (lambda: PFedGate(gate_lr=0), "gate_lr = 0: must be a number above 0"),
         (lambda: PFedGate(blocks=0), "blocks = 0: must be an integer of at least 1"),
     ],

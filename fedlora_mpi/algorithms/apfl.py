@@ -26,7 +26,8 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Sgd, Step, Train, Vars
-from ..losses import cross_entropy, own_loss
+from ..batch import cross_entropy
+from ..bounds import bounded
 from ..models.network import Model
 from ..tree import Tree
 
@@ -42,10 +43,7 @@ class APFL(Algorithm):
     absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha = {self.alpha}: must be a number from 0 to 1")
-        if self.alpha_decay < 0:
-            raise ValueError(f"alpha_decay = {self.alpha_decay}: must be a number of at least 0")
+        bounded(self, alpha="[0, 1]", alpha_decay="[0, inf)")
 
     def init(self, model: Model, rng: Generator) -> Vars:
         v = {f"own.{n}": value for n, value in model.initial.items()}
@@ -66,7 +64,7 @@ class APFL(Algorithm):
         plain = lambda sgd: Sgd(sgd.lr, weight_decay=self.alpha_decay)
         once = Step(mixed, "mix.alpha".__eq__, plain, clamp=(0.0, 1.0))
         # v_i first: its loss reads w_i as it is before the step, and that of w_i reads no v_i.
-        steps = Step(own_loss(self, model), owned.__contains__), Step(shared, parameters.__contains__)
+        steps = Step(self.loss(model), owned.__contains__), Step(shared, parameters.__contains__)
         mixing = Phase(int(self.adaptive), (once,), stream="alpha", limit=lambda samples: train.batch_size)
         return mixing, Phase(train.epochs, steps)
 

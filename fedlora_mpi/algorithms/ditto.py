@@ -21,7 +21,8 @@ from typing import Literal
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..losses import cross_entropy, own_loss
+from ..batch import cross_entropy
+from ..bounds import bounded
 from ..models.network import Model
 from ..tree import Tree, sq_dist
 
@@ -35,14 +36,13 @@ class Ditto(Algorithm):
     absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
-        if self.lam < 0:
-            raise ValueError(f"lam = {self.lam}: must be a number of at least 0")
+        bounded(self, lam="[0, inf)")
 
     def init(self, model: Model, rng: Generator) -> Vars:
         return Vars(shared=model.initial, personal={f"own.{n}": v for n, v in model.initial.items()})
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        own = own_loss(self, model)
+        own = self.loss(model)
         parameters = [n for n in model.leaves if model.role(n) != "stats"]
         owned = {f"own.{n}" for n in parameters}
 

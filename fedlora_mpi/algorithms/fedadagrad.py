@@ -14,13 +14,10 @@ code starts at 0. Flower gives its Adagrad beta1 = 0 as well, and v = 0.
 
 from dataclasses import dataclass
 
-from torch import Generator, Tensor
+from torch import Tensor
 
-from ..algorithm import Algorithm, Phase, Step, Train, Vars
-from ..losses import own_loss
-from ..models.network import Model
+from ..algorithm import Algorithm
 from ..server_step import Adaptive
-from ..tree import Tree
 
 
 @dataclass(frozen=True)
@@ -28,15 +25,6 @@ class FedAdagrad(Adaptive, Algorithm):
     """Without momentum, as in the paper's experiments."""
 
     beta1: float = 0.0
-
-    def init(self, model: Model, rng: Generator) -> Vars:
-        return Vars(shared=model.initial, personal={})
-
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        return (Phase(train.epochs, (Step(own_loss(self, model)),)),)
-
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        return v.shared
 
     def second(self, v: Tensor, square: Tensor) -> Tensor:
         return v + square

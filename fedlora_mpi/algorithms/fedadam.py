@@ -15,13 +15,11 @@ and take beta2 = 0.999, so that the first step is about eta in every coordinate.
 
 from dataclasses import dataclass
 
-from torch import Generator, Tensor
+from torch import Tensor
 
-from ..algorithm import Algorithm, Phase, Step, Train, Vars
-from ..losses import own_loss
-from ..models.network import Model
-from ..server_step import Adaptive, below_one
-from ..tree import Tree
+from ..algorithm import Algorithm
+from ..bounds import bounded
+from ..server_step import Adaptive
 
 
 @dataclass(frozen=True)
@@ -32,16 +30,7 @@ class FedAdam(Adaptive, Algorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        below_one("beta2", self.beta2)
-
-    def init(self, model: Model, rng: Generator) -> Vars:
-        return Vars(shared=model.initial, personal={})
-
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        return (Phase(train.epochs, (Step(own_loss(self, model)),)),)
-
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        return v.shared
+        bounded(self, beta2="[0, 1)")
 
     def second(self, v: Tensor, square: Tensor) -> Tensor:
         return self.beta2 * v + (1 - self.beta2) * square

@@ -25,7 +25,8 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Sgd, Step, Train, Vars
-from ..losses import cross_entropy, own_loss
+from ..batch import cross_entropy
+from ..bounds import bounded
 from ..models.network import Model
 from ..tree import Tree
 
@@ -40,14 +41,7 @@ class FedALA(Algorithm):
     start_epochs: int = 11
 
     def __post_init__(self) -> None:
-        for field, ok, allowed in (
-            ("eta", self.eta >= 0, "a number of at least 0"),
-            ("s", 0 < self.s <= 100, "per cent, above 0 and at most 100"),
-            ("p", self.p >= 1, "an integer of at least 1"),
-            ("start_epochs", self.start_epochs >= 1, "an integer of at least 1"),
-        ):
-            if not ok:
-                raise ValueError(f"{field} = {getattr(self, field)}: must be {allowed}")
+        bounded(self, eta="[0, inf)", s="(0, 100]", p="[1, inf)", start_epochs="[1, inf)")
 
     def check(self, model: Model, train: Train) -> None:
         self.top(model)
@@ -66,7 +60,7 @@ class FedALA(Algorithm):
         return Vars(model.initial, own | ones)
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        local = Step(own_loss(self, model), trains=model.leaves.__contains__)
+        local = Step(self.loss(model), trains=model.leaves.__contains__)
         return self.aggregation(model, self.start_epochs if round_ == 1 else 1), Phase(train.epochs, (local,))
 
     def aggregation(self, model: Model, epochs: int) -> Phase:

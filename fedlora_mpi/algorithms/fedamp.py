@@ -29,7 +29,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Offer, Phase, Step, Train, Vars
-from ..losses import own_loss
+from ..bounds import bounded
 from ..models.network import Model
 from ..tree import Tree, sq_dist
 
@@ -60,17 +60,8 @@ class FedAMP(Algorithm):
         return not self.heuristic
 
     def __post_init__(self) -> None:
-        for field, ok, allowed in (
-            ("lam", self.lam >= 0, "a number of at least 0"),
-            ("alpha", self.alpha > 0, "a number above 0"),
-            ("decay", 0 < self.decay <= 1, "a number above 0 and at most 1"),
-            ("decay_every", self.decay_every >= 1, "an integer of at least 1"),
-            ("alpha_min", self.alpha_min >= 0, "a number of at least 0"),
-            ("sigma", self.sigma > 0, "a number above 0"),
-            ("self_weight", 0 <= self.self_weight <= 1, "a number from 0 to 1"),
-        ):
-            if not ok:
-                raise ValueError(f"{field} = {getattr(self, field)}: must be {allowed}")
+        bounded(self, lam="[0, inf)", alpha="(0, inf)", decay="(0, 1]", decay_every="[1, inf)")
+        bounded(self, alpha_min="[0, inf)", sigma="(0, inf)", self_weight="[0, 1]")
 
     def check(self, model: Model, train: Train) -> None:
         least = train.lr * self.lam / (2 * (1 + train.momentum))
@@ -92,7 +83,7 @@ class FedAMP(Algorithm):
         return v if self.start == "own" else v._replace(personal=v.personal | _cloud(v.personal))
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        fit, strength = own_loss(self, model), self.lam / (2 * self.alpha_of(round_))
+        fit, strength = self.loss(model), self.lam / (2 * self.alpha_of(round_))
 
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             cloud = _cloud(now.personal)

@@ -12,12 +12,8 @@ Bytes per client and round: all leaves up, all leaves down.
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Generator
 
-from ..algorithm import Algorithm, Phase, Step, Train, Vars
-from ..losses import own_loss
-from ..models.network import Model
-from ..tree import Tree
+from ..algorithm import Algorithm
 
 
 @dataclass(frozen=True)
@@ -26,12 +22,3 @@ class FedAvg(Algorithm):
 
     weights: Literal["samples", "uniform"] = "samples"
     absent: Literal["exclude", "stale"] = "exclude"
-
-    def init(self, model: Model, rng: Generator) -> Vars:
-        return Vars(shared=model.initial, personal={})
-
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        return (Phase(train.epochs, (Step(own_loss(self, model)),)),)
-
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        return v.shared

@@ -16,12 +16,10 @@ would train: with ft_epochs = train.epochs it is the next round's training, seen
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Generator
 
-from ..algorithm import Algorithm, Phase, Step, Train, Vars
-from ..losses import own_loss
+from ..algorithm import Algorithm, Phase, Step, Train
+from ..bounds import bounded
 from ..models.network import Model
-from ..tree import Tree
 
 
 @dataclass(frozen=True)
@@ -33,17 +31,7 @@ class FedAvgFT(Algorithm):
     absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
-        if self.ft_epochs < 0:
-            raise ValueError(f"ft_epochs = {self.ft_epochs}: must be an integer of at least 0")
-
-    def init(self, model: Model, rng: Generator) -> Vars:
-        return Vars(shared=model.initial, personal={})
-
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        return (Phase(train.epochs, (Step(own_loss(self, model)),)),)
-
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        return v.shared
+        bounded(self, ft_epochs="[0, inf)")
 
     def tune(self, model: Model, train: Train) -> tuple[Phase, ...]:
-        return (Phase(self.ft_epochs, (Step(own_loss(self, model)),)),)
+        return (Phase(self.ft_epochs, (Step(self.loss(model)),)),)

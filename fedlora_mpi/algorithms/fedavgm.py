@@ -16,12 +16,12 @@ Deviations: v is as in torch.optim.SGD; FL-bench steps along beta v + Delta (Nes
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Generator, Tensor
+from torch import Tensor
 
-from ..algorithm import Algorithm, Phase, Step, Train, Vars
-from ..losses import own_loss
+from ..algorithm import Algorithm
+from ..bounds import bounded
 from ..models.network import Model
-from ..server_step import above, below_one, moments, stepped
+from ..server_step import moments, stepped
 from ..tree import Tree
 
 
@@ -34,17 +34,7 @@ class FedAvgM(Algorithm):
     weights: Literal["samples", "uniform"] = "samples"
 
     def __post_init__(self) -> None:
-        above("eta", self.eta)
-        below_one("beta", self.beta)
-
-    def init(self, model: Model, rng: Generator) -> Vars:
-        return Vars(shared=model.initial, personal={})
-
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        return (Phase(train.epochs, (Step(own_loss(self, model)),)),)
-
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        return v.shared
+        bounded(self, eta="(0, inf)", beta="[0, 1)")
 
     def server(self, model: Model, shared: Tree) -> Tree:
         return moments(model, shared, v=0.0)

@@ -16,10 +16,9 @@ from typing import Literal
 
 from torch import Generator
 
-from ..algorithm import Algorithm, Phase, Step, Train, Vars
-from ..losses import own_loss
+from ..algorithm import Algorithm, Vars
 from ..models.network import Model
-from ..tree import Tree, split
+from ..tree import split
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,3 @@ class FedBN(Algorithm):
     def init(self, model: Model, rng: Generator) -> Vars:
         own, others = split(model.initial, lambda leaf: model.role(leaf) in ("norm", "stats"))
         return Vars(shared=others, personal=own)
-
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        return (Phase(train.epochs, (Step(own_loss(self, model)),)),)
-
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        return v.shared | v.personal

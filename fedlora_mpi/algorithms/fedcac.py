@@ -28,7 +28,8 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Offer, Phase, Step, Train, Vars
-from ..losses import cross_entropy
+from ..batch import cross_entropy
+from ..bounds import bounded
 from ..models.network import Model
 from ..tree import Tree, split
 
@@ -45,10 +46,7 @@ class FedCAC(Algorithm):
     bn_stats: Literal["local", "mean"] = "local"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tau <= 1:
-            raise ValueError(f"tau = {self.tau}: must be a share from 0 to 1")
-        if not self.beta > 0:
-            raise ValueError(f"beta = {self.beta}: must be a number of rounds above 0")
+        bounded(self, tau="[0, 1]", beta="(0, inf)")
 
     def init(self, model: Model, rng: Generator) -> Vars:
         stats, w = split(model.initial, lambda leaf: model.role(leaf) == "stats")

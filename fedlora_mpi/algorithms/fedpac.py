@@ -31,7 +31,8 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Offer, Phase, Step, Train, Vars
-from ..losses import cross_entropy
+from ..batch import cross_entropy, mean
+from ..bounds import bounded
 from ..models.network import Model
 from ..tree import Tree, split
 
@@ -50,13 +51,7 @@ class FedPAC(Algorithm):
     head_lr: float = 0.1
 
     def __post_init__(self) -> None:
-        for field, ok, allowed in (
-            ("lam", self.lam >= 0, "a number of at least 0"),
-            ("head_epochs", self.head_epochs >= 0, "an integer of at least 0"),
-            ("head_lr", self.head_lr > 0, "a number above 0"),
-        ):
-            if not ok:
-                raise ValueError(f"{field} = {getattr(self, field)}: must be {allowed}")
+        bounded(self, lam="[0, inf)", head_epochs="[0, inf)", head_lr="(0, inf)")
 
     def check(self, model: Model, train: Train) -> None:
         head = model.leaves.get(f"{model.head}.weight")
@@ -110,8 +105,7 @@ class FedPAC(Algorithm):
 
 def pull(z: Tensor, means: Tensor, batch: Batch) -> Tensor:
     """Mean over real examples and features of (z - c_y)^2; z: [B, d], means: [classes, d]."""
-    each = (z - means[batch.y]).square().mean(1)
-    return each.mean() if batch.real is None else (each * batch.real).sum() / batch.real.sum()
+    return mean((z - means[batch.y]).square().mean(1), batch)
 
 
 def class_means(v: Vars, batch: Batch) -> Tensor:

@@ -20,10 +20,9 @@ from typing import Literal
 
 from torch import Generator
 
-from ..algorithm import Algorithm, Phase, Step, Train, Vars
-from ..losses import own_loss
+from ..algorithm import Algorithm, Train, Vars
 from ..models.network import Model
-from ..tree import Tree, split
+from ..tree import split
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,6 @@ class FedPer(Algorithm):
         stays = [_matches(model, pattern) for pattern in self.personal]
         own, base = split(model.initial, lambda leaf: any(matches(leaf) for matches in stays))
         return Vars(shared=base, personal=own)
-
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        return (Phase(train.epochs, (Step(own_loss(self, model)),)),)
-
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        return v.shared | v.personal
 
 
 def _matches(model: Model, pattern: str) -> Callable[[str], bool]:

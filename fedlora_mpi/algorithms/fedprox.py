@@ -16,12 +16,12 @@ public versions lack the square, or hold a client to its own live model, which h
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Generator, Tensor
+from torch import Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..losses import own_loss
+from ..bounds import bounded
 from ..models.network import Model
-from ..tree import Tree, sq_dist
+from ..tree import sq_dist
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,13 @@ class FedProx(Algorithm):
     absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
-        if self.mu < 0:
-            raise ValueError(f"mu = {self.mu}: must be a number of at least 0")
-
-    def init(self, model: Model, rng: Generator) -> Vars:
-        return Vars(shared=model.initial, personal={})
+        bounded(self, mu="[0, inf)")
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        own = own_loss(self, model)
+        own = self.loss(model)
         held = [n for n in model.leaves if model.role(n) != "stats"]
 
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             return own(now, start, batch) + self.mu / 2 * sq_dist(now.shared, start.shared, held)
 
         return (Phase(train.epochs, (Step(loss),)),)
-
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        return v.shared

@@ -22,9 +22,9 @@ from typing import Literal
 from torch import Generator
 
 from ..algorithm import Algorithm, Phase, Step, Train, Vars
-from ..losses import own_loss
+from ..bounds import bounded
 from ..models.network import Model
-from ..tree import Tree, split
+from ..tree import split
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class FedRep(Algorithm):
     absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
-        if self.head_epochs < 0:
-            raise ValueError(f"head_epochs = {self.head_epochs}: must be an integer of at least 0")
+        bounded(self, head_epochs="[0, inf)")
 
     def check(self, model: Model, train: Train) -> None:
         if self.head_epochs > train.epochs:
@@ -51,11 +50,8 @@ class FedRep(Algorithm):
         return Vars(shared=body, personal=head)
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        loss = own_loss(self, model)
+        loss = self.loss(model)
         return (
             Phase(self.head_epochs, (Step(loss, lambda leaf: model.role(leaf) == "head"),)),
             Phase(train.epochs - self.head_epochs, (Step(loss, lambda leaf: model.role(leaf) != "head"),)),
         )
-
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        return v.shared | v.personal

@@ -24,7 +24,8 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..losses import cross_entropy
+from ..batch import cross_entropy
+from ..bounds import bounded
 from ..models.network import Model
 from ..tree import Tree
 
@@ -40,8 +41,7 @@ class FedRoD(Algorithm):
     absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
-        if self.gamma < 0:
-            raise ValueError(f"gamma = {self.gamma}: must be a number of at least 0")
+        bounded(self, gamma="[0, inf)")
 
     def check(self, model: Model, train: Train) -> None:
         if not any(leaf.role == "head" and leaf.matrix == "linear" for leaf in model.leaves.values()):
@@ -59,16 +59,10 @@ class FedRoD(Algorithm):
             z = model.features(now.shared, batch.x)
             g = model.classify(now.shared, z)
             p = g.detach() + model.classify(_phi(now), z if self.personal_trains_body else z.detach())
-            return cross_entropy(g + self._prior(batch), batch) + cross_entropy(p, batch)
+            prior = torch.xlogy(self.gamma, batch.counts)  # -inf for a class that the client does not have
+            return cross_entropy(g + prior, batch) + cross_entropy(p, batch)
 
         return (Phase(train.epochs, (Step(loss),)),)
-
-    def _prior(self, batch: Batch) -> Tensor:
-        """gamma log n_i, [classes] or [B, classes]: -inf for a class that the client does not have."""
-        prior = torch.xlogy(self.gamma, batch.counts)
-        if batch.real is None:
-            return prior
-        return torch.where(batch.real[:, None], prior, 0.0)  # the label of padding may be such a class
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
         """Both heads are linear, so their sum is one: psi(z) + phi_i(z) = (psi + phi_i)(z)."""

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 
 from torch import Generator
 
-from ..algorithm import Algorithm, Phase, Step, Train, Vars
-from ..losses import own_loss
+from ..algorithm import Algorithm, Vars
 from ..models.network import Model
-from ..tree import Tree
 
 
 @dataclass(frozen=True)
@@ -20,9 +18,3 @@ class Local(Algorithm):
 
     def init(self, model: Model, rng: Generator) -> Vars:
         return Vars(shared={}, personal=model.initial)
-
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        return (Phase(train.epochs, (Step(own_loss(self, model)),)),)
-
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        return v.personal

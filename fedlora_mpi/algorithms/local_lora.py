@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from torch import Generator
 
 from ..algorithm import Algorithm, Phase, Train, Vars
-from ..losses import own_loss
 from ..lowrank import LowRank
 from ..models.network import Model
 from ..tree import Tree
@@ -25,7 +24,7 @@ class LocalLoRA(LowRank, Algorithm):
         return Vars(shared={}, personal=model.initial | self.factors(model, rng))
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        return self.turns(model, train, own_loss(self, model))
+        return self.turns(model, train, self.loss(model))
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
         return self.theta(model, v)

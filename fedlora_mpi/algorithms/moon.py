@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..losses import cross_entropy
+from ..batch import cross_entropy
+from ..bounds import bounded
 from ..models.network import Model
 from ..tree import Tree
 
@@ -40,10 +41,7 @@ class MOON(Algorithm):
     absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
-        if self.mu < 0:
-            raise ValueError(f"mu = {self.mu}: must be a number of at least 0")
-        if self.tau <= 0:
-            raise ValueError(f"tau = {self.tau}: must be a number above 0")
+        bounded(self, mu="[0, inf)", tau="(0, inf)")
 
     def check(self, model: Model, train: Train) -> None:
         if not any(leaf.role == "head" and leaf.matrix == "linear" for leaf in model.leaves.values()):

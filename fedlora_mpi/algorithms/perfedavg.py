@@ -26,10 +26,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Sgd, Step, Train, Vars
-from ..losses import halves, own_loss, part_loss
+from ..batch import halves
+from ..bounds import bounded
 from ..models.network import Model
 from ..tree import Tree, split, tmap
 
@@ -44,31 +45,26 @@ class PerFedAvg(Algorithm):
     absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
-        if self.alpha < 0:
-            raise ValueError(f"alpha = {self.alpha}: must be a number of at least 0")
-
-    def init(self, model: Model, rng: Generator) -> Vars:
-        return Vars(shared=model.initial, personal={})
+        bounded(self, alpha="[0, inf)")
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        own = part_loss(self, model)
+        own = self.loss(model)
 
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             D, D_ = halves(batch)
             w, stats = split(now.shared, lambda leaf: model.role(leaf) != "stats")
 
             def f(w: Tree) -> Tensor:
-                return own(Vars(w | tmap(torch.clone, stats), {}), start, D)
+                with model.prepared(D):  # BatchNorm normalises by D alone
+                    return own(Vars(w | tmap(torch.clone, stats), {}), start, D)
 
             slope = torch.func.grad(f)(w if self.variant == "hf" else tmap(torch.detach, w))
             ahead = tmap(lambda v, g: v - self.alpha * g, w, slope)
-            return own(Vars(ahead | stats, {}), start, D_)
+            with model.prepared(D_):
+                return own(Vars(ahead | stats, {}), start, D_)
 
         return (Phase(train.epochs, (Step(loss),)),)
 
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        return v.shared
-
     def tune(self, model: Model, train: Train) -> tuple[Phase, ...]:
-        step = Step(own_loss(self, model), sgd=lambda sgd: Sgd(self.alpha))
+        step = Step(self.loss(model), sgd=lambda sgd: Sgd(self.alpha))
         return (Phase(1, (step,), stream="test", limit=lambda samples: train.batch_size),)

@@ -30,7 +30,8 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..losses import cross_entropy
+from ..batch import cross_entropy
+from ..bounds import bounded
 from ..models.network import Model
 from ..tree import Tree
 
@@ -62,13 +63,7 @@ class PFedGate(Algorithm):
     straight_through: bool = True
 
     def __post_init__(self) -> None:
-        for field, ok, allowed in (
-            ("sparsity", 0 < self.sparsity <= 1, "a share above 0 and at most 1"),
-            ("gate_lr", self.gate_lr > 0, "a number above 0"),
-            ("blocks", self.blocks >= 1, "an integer of at least 1"),
-        ):
-            if not ok:
-                raise ValueError(f"{field} = {getattr(self, field)}: must be {allowed}")
+        bounded(self, sparsity="(0, 1]", gate_lr="(0, inf)", blocks="[1, inf)")
 
     def check(self, model: Model, train: Train) -> None:
         if len(model.shape) != 3:

@@ -27,7 +27,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Sgd, Step, Train, Vars
-from ..losses import own_loss
+from ..bounds import bounded
 from ..models.network import Model
 from ..tree import Tree, sq_dist
 
@@ -45,14 +45,7 @@ class PFedMe(Algorithm):
     absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
-        for field, ok, allowed in (
-            ("lam", self.lam >= 0, "a number of at least 0"),
-            ("inner_steps", self.inner_steps >= 1, "an integer of at least 1"),
-            ("inner_lr", self.inner_lr > 0, "a number above 0"),
-            ("beta", self.beta >= 0, "a number of at least 0"),
-        ):
-            if not ok:
-                raise ValueError(f"{field} = {getattr(self, field)}: must be {allowed}")
+        bounded(self, lam="[0, inf)", inner_steps="[1, inf)", inner_lr="(0, inf)", beta="[0, inf)")
 
     def check(self, model: Model, train: Train) -> None:
         if train.momentum:
@@ -71,7 +64,7 @@ class PFedMe(Algorithm):
         return Vars(v.shared, {leaf: v.shared[leaf.removeprefix("own.")] for leaf in v.personal})
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        own = own_loss(self, model)
+        own = self.loss(model)
         parameters = [n for n in model.leaves if model.role(n) != "stats"]
         owned = {f"own.{n}" for n in parameters}
 

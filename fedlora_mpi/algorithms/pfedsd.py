@@ -26,7 +26,8 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..losses import cross_entropy
+from ..batch import cross_entropy, mean
+from ..bounds import bounded
 from ..models.network import Model
 from ..tree import Tree
 
@@ -43,10 +44,7 @@ class PFedSD(Algorithm):
     absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
-        if self.lam < 0:
-            raise ValueError(f"lam = {self.lam}: must be a number of at least 0")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature = {self.temperature}: must be a number above 0")
+        bounded(self, lam="[0, inf)", temperature="(0, inf)")
 
     def init(self, model: Model, rng: Generator) -> Vars:
         return Vars(shared=model.initial, personal=_own(model.initial) | {"taught": torch.tensor(0.0)})
@@ -66,7 +64,7 @@ class PFedSD(Algorithm):
         """T^2 KL(teacher || student), the mean over the real examples. Logits: [B, classes]."""
         q, p = ((o / self.temperature).log_softmax(1) for o in (teacher, student))
         each = self.temperature**2 * (q.exp() * (q - p)).sum(1)  # F.kl_div has no rule for vmap
-        return each.mean() if batch.real is None else (each * batch.real).sum() / batch.real.sum()
+        return mean(each, batch)
 
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch | None) -> Vars:
         return Vars(end.shared, _own(end.shared) | {"taught": torch.ones_like(start.personal["taught"])})

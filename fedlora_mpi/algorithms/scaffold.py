@@ -23,7 +23,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..losses import own_loss
+from ..bounds import bounded
 from ..models.network import Model
 from ..tree import Tree, split
 
@@ -36,8 +36,7 @@ class Scaffold(Algorithm):
     server_lr: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.server_lr <= 0:
-            raise ValueError(f"server_lr = {self.server_lr}: must be a number above 0")
+        bounded(self, server_lr="(0, inf)")
 
     def check(self, model: Model, train: Train) -> None:
         if train.momentum:
@@ -52,7 +51,7 @@ class Scaffold(Algorithm):
         return Vars(shared=model.initial | c, personal=c_i)
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        own = own_loss(self, model)
+        own = self.loss(model)
 
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             drift = sum(

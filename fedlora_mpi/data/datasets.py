@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..bounds import bounded
 from ..seeds import rng
 from ..vision import torchvision
 
@@ -45,11 +46,8 @@ class Synthetic:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        for field in ("classes", "train", "test", "size", "channels"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} = {getattr(self, field)}: must be an integer of at least 1")
-        if self.noise < 0:
-            raise ValueError(f"noise = {self.noise}: must be a number of at least 0")
+        bounded(self, **dict.fromkeys(("classes", "train", "test", "size", "channels"), "[1, inf)"))
+        bounded(self, noise="[0, inf)")
 
 
 @dataclass(frozen=True)

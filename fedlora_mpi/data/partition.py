@@ -6,7 +6,6 @@ both, as in the official FedDecomp code; numpy has frozen its stream.
 """
 
 import hashlib
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.random import RandomState
 
+from ..bounds import bounded
 from .apportion import dealt, limited, rounded, topped_up
 
 
@@ -49,13 +49,13 @@ class Side(NamedTuple):
 
 
 _ALLOWED = {
-    "clients": (lambda v: v >= 1, "an integer of at least 1"),
-    "train": (lambda v: v >= 0, "an integer of at least 0"),
-    "test": (lambda v: v >= 0, "an integer of at least 0"),
-    "seed": (lambda v: 0 <= v < 2**32, "an integer from 0 to 2**32 - 1"),
-    "alpha": (lambda v: 0 < v < math.inf, "a number above 0"),
-    "minimum": (lambda v: v >= 1, "an integer of at least 1"),
-    "classes_per_client": (lambda v: v >= 1, "an integer of at least 1"),
+    "clients": "[1, inf)",
+    "train": "[0, inf)",
+    "test": "[0, inf)",
+    "seed": f"[0, {2**32 - 1}]",
+    "alpha": "(0, inf)",
+    "minimum": "[1, inf)",
+    "classes_per_client": "[1, inf)",
 }
 
 
@@ -77,9 +77,7 @@ class Partition(ABC):
     by_class: ClassVar[bool] = True  # one pool per class, or one for all
 
     def __post_init__(self) -> None:
-        for field, (allowed, meaning) in _ALLOWED.items():
-            if hasattr(self, field) and not allowed(getattr(self, field)):
-                raise ValueError(f"{field} = {getattr(self, field)}: must be {meaning}")
+        bounded(self, **{field: allowed for field, allowed in _ALLOWED.items() if hasattr(self, field)})
 
     @abstractmethod
     def wants(self, rng: RandomState, train: Side, test: Side) -> Iterator[tuple[int, int, int, int]]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ..bounds import bounded
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -20,5 +22,4 @@ class Engine:
     def __post_init__(self) -> None:
         if self.group_size != "auto" and self.group_size < 1:
             raise ValueError(f"group_size = {self.group_size}: must be an integer of at least 1, or auto")
-        if self.threads < 1:
-            raise ValueError(f"threads = {self.threads}: must be an integer of at least 1")
+        bounded(self, threads="[1, inf)")

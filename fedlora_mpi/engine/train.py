@@ -14,7 +14,6 @@ from torch.func import vmap
 
 from ..algorithm import Algorithm, Batch, Loss, Phase, Sgd, Step, Train, Vars
 from ..models.network import Model
-from ..models.substitutes import Substitutes
 from ..tree import Tree, tmap
 
 _TEST_BATCH = 1000  # test samples in one forward pass, over all clients of a stack
@@ -48,9 +47,8 @@ class Trainer:
 
         Nothing given is written to. The results of a stack are views into it.
         """
-        together = [range(len(clients))] if self.stacked else [[c] for c in range(len(clients))]
         phases = self.algorithm.phases(self.model, self.settings, round_)
-        for members in together:
+        for members in self._together(len(clients)):
             ids = [clients[c] for c in members]
             start = self._arrived(ids, shared, personal_C, members)
             now, loss_C = self._train(ids, start, tmap_vars(self._copy, start), round_, phases)
@@ -64,10 +62,9 @@ class Trainer:
 
     def evaluate(self, clients: Sequence[int], shared: Tree, personal_C: Tree, round_: int = 0) -> Tensor:
         """Test accuracy (fraction) and mean loss of each client's own model, float64 [C, 2]."""
-        together = [range(len(clients))] if self.stacked else [[c] for c in range(len(clients))]
         phases = self.algorithm.tune(self.model, self.settings)
         scores = []
-        for members in together:
+        for members in self._together(len(clients)):
             ids = [clients[c] for c in members]
             if phases:
                 start = self._spread(shared, personal_C, members)
@@ -78,6 +75,10 @@ class Trainer:
                 v = Vars(self._to_device(shared), self._to_device(personal))
                 scores.append(self._scores(ids, v, shared_axis=None))
         return torch.cat(scores) if scores else torch.zeros(0, 2, dtype=torch.float64)
+
+    def _together(self, count: int) -> list[Sequence[int]]:
+        """Which of ``count`` clients compute at once: all in a stack, or each alone."""
+        return [range(count)] if self.stacked else [[c] for c in range(count)]
 
     @torch.no_grad()
     def _scores(self, ids: Sequence[int], v: Vars, shared_axis: int | None = 0) -> Tensor:
@@ -203,6 +204,8 @@ class _Walk:
                 constant = vmap(phase.constant) if trainer.stacked else phase.constant
                 now = now._replace(constant=constant(now))
         self._now = now
+        common = Sgd(trainer.settings.lr, trainer.settings.momentum, trainer.settings.weight_decay)
+        self._sgd = [step.sgd(common) if step.sgd else common for step in phase.steps]
         self._momenta = [self._momentum(step) for step in phase.steps]
         self._views: dict[tuple[int, int], _View] = {}
 
@@ -220,13 +223,10 @@ class _Walk:
         if at not in self._views:
             self._views[at] = self._view(number, count)
         view = self._views[at]
-        common = self._trainer.settings
-        sgd = Sgd(common.lr, common.momentum, common.weight_decay)
-        sgd = step.sgd(sgd) if step.sgd else sgd
         for _ in range(step.repeat):
             loss_C = self._losses(step.loss, view, batch_C)
             grads = torch.autograd.grad(loss_C.sum(), view.leaves, allow_unused=True, materialize_grads=True)
-            sgd_step(view.leaves, grads, view.momenta, sgd, step.clamp)
+            sgd_step(view.leaves, grads, view.momenta, self._sgd[number], step.clamp)
         return loss_C.detach()
 
     def _momentum(self, step: Step) -> list[Tree]:
@@ -252,24 +252,15 @@ class _Walk:
     def _losses(self, loss: Loss, view: _View, batch_C: Batch) -> Tensor:
         """The loss of each client, [count]."""
         model = self._trainer.model
-        odd = batch_C.real is not None or batch_C.y.shape[1] == 1  # padded, or too small for BatchNorm
-        if model.noisy or (odd and model.batch_statistics):
-            loss = _substituted(loss)
+
+        def one(now: Vars, start: Vars, *batch: Tensor | None) -> Tensor:
+            with model.prepared(batch := Batch(*batch)):
+                return loss(now, start, batch)
+
         if not self._trainer.stacked:
-            return loss(view.now, view.start, Batch(*(v if v is None else v[0] for v in batch_C)))[None]
-        axes = tuple(None if v is None else 0 for v in batch_C)
-        one = lambda now, start, *batch: loss(now, start, Batch(*batch))
+            return one(view.now, view.start, *(v if v is None else v[0] for v in batch_C))[None]
+        axes = (None if v is None else 0 for v in batch_C)
         return vmap(one, in_dims=(0, 0, *axes))(view.now, view.start, *batch_C)
-
-
-def _substituted(loss: Loss) -> Loss:
-    """``loss`` with BatchNorm that skips padding and with keyed noise."""
-
-    def substituted(now: Vars, start: Vars, batch: Batch) -> Tensor:
-        with Substitutes(batch.real, batch.key):
-            return loss(now, start, batch)
-
-    return substituted
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ belong to no client and never travel.
 """
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..batch import Batch
 from ..tree import Tree
 from .substitutes import Substitutes
 
@@ -66,6 +68,13 @@ class Model:
         """
         head = {n.removeprefix(f"{self.head}."): v for n, v in tree.items() if n.startswith(f"{self.head}.")}
         return functional_call(self.modules[self.training].get_submodule(self.head), head, (z,))
+
+    def prepared(self, batch: Batch) -> AbstractContextManager:
+        """What training passes on a mini-batch of one client run under: Substitutes, where padding, a
+        single example or random layers need them."""
+        odd = batch.real is not None or len(batch.y) == 1  # padded, or too small for BatchNorm
+        needed = self.noisy or (odd and self.batch_statistics)
+        return Substitutes(batch.real, batch.key) if needed else nullcontext()
 
     def frozen(self, tree: Tree) -> Tree:
         """``tree`` detached, its statistics copied: for a forward pass that must leave no trace, such

@@ -1,0 +1,49 @@
+"""A mini-batch of one client, and means over its real examples: padding never counts."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """A mini-batch of one client."""
+
+    x: Tensor  # [B, ...] float inputs, transformed and normalised
+    y: Tensor  # [B] class index, int64
+    real: Tensor | None  # [B] False for padding, which is at the end; None when all B examples are real
+    key: Tensor  # [] int64, the address of this step's noise (dropout)
+    counts: Tensor  # [classes] training samples of this client in each class, float32
+
+
+def mean(each: Tensor, batch: Batch) -> Tensor:
+    """The mean of ``each`` [B] over the real examples, []; those of padding may be anything."""
+    if batch.real is None:
+        return each.mean()
+    return torch.where(batch.real, each, 0).sum() / batch.real.sum()
+
+
+def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean cross-entropy over the real examples, []. logits: [B, classes]."""
+    if batch.real is None:
+        return F.cross_entropy(logits, batch.y)
+    logits = torch.where(batch.real[:, None], logits, 0)  # or an infinite logit of padding has a gradient nan
+    return mean(F.cross_entropy(logits, batch.y, reduction="none"), batch)
+
+
+def halves(batch: Batch) -> tuple[Batch, Batch]:
+    """The 1st, 3rd, ... and the 2nd, 4th, ... example; both are the 1st where there is no other.
+
+    Padding stays at the end. The halves draw different noise.
+    """
+    first, second = (
+        Batch(*(v if v is None else v[at::2] for v in batch[:3]), batch.key + at, batch.counts) for at in (0, 1)
+    )
+    if len(batch.y) == 1:
+        return first, first._replace(key=second.key)
+    if batch.real is None:
+        return first, second
+    one, width = ~batch.real[1], len(second.y)
+    x, y, real = (torch.where(one, a[:width], b) for a, b in zip(first[:3], second[:3]))
+    return first, second._replace(x=x, y=y, real=real)

@@ -1,0 +1,30 @@
+"""What a field of a config's block may be, said once as an interval."""
+
+from dataclasses import fields
+
+
+def bounded(block: object, **intervals: str) -> None:
+    """Raise ValueError for the first field of the dataclass outside its interval.
+
+    ``bounded(self, mu="[0, inf)", tau="(0, 1]")``: "mu = -1.0: must be a number of at least 0".
+    """
+    types = {field.name: field.type for field in fields(block)}
+    for field, interval in intervals.items():
+        low, high = interval[1:-1].split(", ")
+        value = getattr(block, field)
+        above = value > float(low) if interval[0] == "(" else value >= float(low)
+        below = value < float(high) if interval[-1] == ")" else value <= float(high)
+        if not (above and below):
+            kind = "an integer" if types[field] in (int, "int") else "a number"
+            raise ValueError(f"{field} = {value}: must be {kind} {_words(interval, low, high)}")
+
+
+def _words(interval: str, low: str, high: str) -> str:
+    """The interval for people."""
+    opens, closes = interval[0] == "(", interval[-1] == ")"
+    if high == "inf":
+        return f"above {low}" if opens else f"of at least {low}"
+    upper = f"below {high}" if closes else f"at most {high}"
+    if opens:
+        return f"above {low} and {upper}"
+    return f"from {low} to {'below ' if closes else ''}{high}"
