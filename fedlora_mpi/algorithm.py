@@ -177,6 +177,6 @@ class Algorithm:
         """Prediction of the client's own model: [B, ...] -> [B, classes]."""
         return model(self.weights_of(model, v), x)
 
-    def tune(self, model: Model, train: Train) -> tuple[Phase, ...]:
-        """Training on a copy before each evaluation, on training data. Default: none."""
+    def tune(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+        """Training on a copy before an evaluation in front of round ``round_``, on training data. Default: none."""
         return ()

@@ -13,7 +13,7 @@ A_i starts at 1 and is kept. In round 1, where o_i = g, it has no gradient.
 BatchNorm: statistics are averaged, not mixed; (5) uses those of its batches and leaves no trace.
 Bytes per client and round: all leaves up, all leaves down; A_i and o_i never leave.
 Deviations: the authors' first (5) takes as many epochs as its last 10 losses need for a standard
-deviation below 0.1, at least 11; here it is ``start_epochs`` in round 2 (the evaluation before takes 1).
+deviation below 0.1, at least 11; here it is ``start_epochs`` in round 2.
 They do (5) at absent clients too and keep the mix as o_i; here those change nothing. Their s % are
 neighbours, here a random choice; their ``layer_idx`` counts tensors. PFLlib drops the last batch. (4)
 is computed by torch.lerp, exact at both ends.
@@ -61,9 +61,9 @@ class FedALA(Algorithm):
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         local = Step(self.loss(model), trains=model.leaves.__contains__)
-        return self.aggregation(model, self.start_epochs if round_ == 1 else 1), Phase(train.epochs, (local,))
+        return self.aggregation(model, round_), Phase(train.epochs, (local,))
 
-    def aggregation(self, model: Model, epochs: int) -> Phase:
+    def aggregation(self, model: Model, round_: int) -> Phase:
         """Learning of A_i, eq. (5), and the mix that it ends with, eq. (4)."""
         top = self.top(model)
 
@@ -76,6 +76,7 @@ class FedALA(Algorithm):
         learn = Step(loss, {f"A.{n}" for n in top}.__contains__, lambda _: Sgd(self.eta), clamp=(0.0, 1.0))
         share = lambda size: max(1, int(size * self.s / 100))
         mix = lambda v: v._replace(shared=v.shared | mixed(v))
+        epochs = self.start_epochs if round_ == 1 else 1
         return Phase(epochs, (learn,), stream="aggregation", limit=share, after=mix)
 
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch | None) -> Vars:
@@ -84,5 +85,5 @@ class FedALA(Algorithm):
     def weights_of(self, model: Model, v: Vars) -> Tree:
         return v.shared
 
-    def tune(self, model: Model, train: Train) -> tuple[Phase, ...]:
-        return (self.aggregation(model, 1),)
+    def tune(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+        return (self.aggregation(model, round_),)

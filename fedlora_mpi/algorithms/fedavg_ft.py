@@ -33,5 +33,5 @@ class FedAvgFT(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, ft_epochs="[0, inf)")
 
-    def tune(self, model: Model, train: Train) -> tuple[Phase, ...]:
+    def tune(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         return (Phase(self.ft_epochs, (Step(self.loss(model)),)),)

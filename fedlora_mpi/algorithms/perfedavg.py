@@ -65,6 +65,6 @@ class PerFedAvg(Algorithm):
 
         return (Phase(train.epochs, (Step(loss),)),)
 
-    def tune(self, model: Model, train: Train) -> tuple[Phase, ...]:
+    def tune(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         step = Step(self.loss(model), sgd=lambda sgd: Sgd(self.alpha))
         return (Phase(1, (step,), stream="test", limit=lambda samples: train.batch_size),)

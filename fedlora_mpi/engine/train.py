@@ -62,7 +62,7 @@ class Trainer:
 
     def evaluate(self, clients: Sequence[int], shared: Tree, personal_C: Tree, round_: int = 0) -> Tensor:
         """Test accuracy (fraction) and mean loss of each client's own model, float64 [C, 2]."""
-        phases = self.algorithm.tune(self.model, self.settings)
+        phases = self.algorithm.tune(self.model, self.settings, round_)
         scores = []
         for members in self._together(len(clients)):
             ids = [clients[c] for c in members]
