@@ -1,0 +1,297 @@
+"""Fill the generated parts of ``methods.md`` from the code: ``python docs/make_methods.py``.
+
+The page is prose with marked places: ``<!-- overview -->``, ``<!-- symbols -->``, ``<!-- hooks -->`` and, under
+the heading of every method, ``<!-- facts of NAME -->``, each up to the next ``<!-- end -->``. What stands
+between is made here: numbers are measured on ``REFERENCE``, sentences are those of the docstrings. Only
+``SAID`` is typed; ``tests/test_docs.py`` compares its formulas with the measurement, and the page with the code.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from math import ceil, prod
+from pathlib import Path
+from textwrap import fill
+from typing import NamedTuple
+
+from fedlora_mpi import algorithms
+from fedlora_mpi.algorithm import Algorithm
+from fedlora_mpi.algorithms.pfedgate import cuts
+from fedlora_mpi.layout import Layout
+from fedlora_mpi.lowrank import LowRank, sides
+from fedlora_mpi.mixing import Mixing
+from fedlora_mpi.models.network import Model
+from fedlora_mpi.models.zoo import build
+from fedlora_mpi.seeds import rng
+from fedlora_mpi.tree import nbytes
+
+PAGE = Path(__file__).with_name("methods.md")
+REFERENCE = ("resnet8", {}, 10, (3, 32, 32), 1)  # the paper's network for CIFAR-10
+SOURCE = "../fedlora_mpi/algorithms"
+MARK = re.compile(r"<!-- (overview|symbols|hooks|facts of (\w+)) -->\n.*?<!-- end -->", re.DOTALL)
+HEADING = re.compile(r"^### (.+)\n+<!-- facts of (\w+) -->$", re.MULTILINE)
+
+
+class Bytes(NamedTuple):
+    """Per client and round, and what lies still; numbers when measured, formulas when said."""
+
+    up: int | str
+    down: int | str
+    personal: int | str = "0"  # of one client, on its worker and in a checkpoint
+    server: int | str = "0"  # beside the shared variables
+
+
+class Said(NamedTuple):
+    """What is typed of a method."""
+
+    shared: str
+    personal: str = "–"
+    bytes: Bytes = Bytes("4 * (P + F)", "4 * (P + F)")
+    server: str = "–"
+
+
+ALL = "4 * (P + F)"
+BODY = "4 * (P + F - H)"
+SAID = {
+    "local": Said("–", "everything", Bytes("0", "0", ALL)),
+    "fedavg": Said("everything"),
+    "fedavg_ft": Said("everything"),
+    "fedlora": Said("full-rank sigma", "low-rank tau: its factors A and B", Bytes(ALL, ALL, "4 * T")),
+    "local_lora": Said("–", "sigma, and tau's factors A and B", Bytes("0", "0", "4 * (P + F + T)")),
+    "fedavg_lora": Said("sigma, and tau's factors A and B", bytes=Bytes(*2 * ["4 * (P + F + T)"])),
+    "fedper": Said("all but the head", "head", Bytes(BODY, BODY, "4 * H")),
+    "fedrep": Said("all but the head", "head", Bytes(BODY, BODY, "4 * H")),
+    "fedbn": Said("all but normalisation layers", "normalisation layers",
+                  Bytes("4 * (P - A)", "4 * (P - A)", "4 * (A + F)")),
+    "fedrod": Said("everything, with the generic head", "a second head", Bytes(ALL, ALL, "4 * H")),
+    "pfedsd": Said("everything", "last own model, whether there is one", Bytes(ALL, ALL, "4 * (P + F + 1)")),
+    "moon": Said("everything", "last own model without its head", Bytes(ALL, ALL, BODY)),
+    "fedamp": Said("a mix of the parameters for every client", "own model, its mix u_i",
+                   Bytes("4 * P", "4 * P", "4 * (2 * P + F)")),
+    "fedcac": Said("the mean, and a mix for every client", "its mix, a mask of critical entries, statistics",
+                   Bytes("4 * P + ceil(P / 8)", "8 * P", "4 * (P + F) + P")),
+    "fedpac": Said("body, class means; a mix of heads for every client", "head, h_i and V_i",
+                   Bytes("4 * (P + F + 2 * K * d + K + 1)", "4 * (P + F + K * d + K)", "4 * (H + K * d + 1)")),
+    "pfedgate": Said("everything", "the gate, its statistics, its multipliers M",
+                     Bytes(ALL, ALL, "4 * (G * (x + 5) + 3 * c + 6)")),
+    "fedprox": Said("everything"),
+    "scaffold": Said("everything, and the control variate c", "control variate c_i",
+                     Bytes("4 * (2 * P + F)", "4 * (2 * P + F)", "4 * P")),
+    "ditto": Said("everything", "a second model v_i", Bytes(ALL, ALL, ALL)),
+    "apfl": Said("everything", "a second model v_i, its share alpha_i", Bytes(ALL, ALL, "4 * (P + F + 1)")),
+    "pfedme": Said("everything", "theta_i, anew in every round", Bytes(ALL, ALL, "4 * P")),
+    "fedala": Said("everything", "top layers of the last own model, mixing weights A_i",
+                   Bytes(ALL, ALL, "8 * H")),
+    "perfedavg": Said("everything"),
+    "fedavgm": Said("everything", bytes=Bytes(ALL, ALL, server="4 * P"), server="v"),
+    "fedadagrad": Said("everything", bytes=Bytes(ALL, ALL, server="8 * P"), server="m, v"),
+    "fedadam": Said("everything", bytes=Bytes(ALL, ALL, server="8 * P"), server="m, v"),
+    "fedyogi": Said("everything", bytes=Bytes(ALL, ALL, server="8 * P"), server="m, v"),
+}  # fmt: skip
+
+
+# The numbers.
+
+
+def measured(algorithm: Algorithm, model: Model) -> Bytes:
+    """What a round counts as ``bytes_up`` and ``bytes_down`` of one client, and what is kept."""
+    first = algorithm.init(model, rng(1, "init"))
+    mixing = Mixing.of(algorithm, first, [0], [0], "auto")
+    up = 4 * Layout.of(algorithm.upload(first, first)).size + (mixing.bytes_up if mixing else 0)
+    down = nbytes(first.shared) + (mixing.bytes_down if mixing else 0)
+    return Bytes(up, down, nbytes(first.personal), nbytes(algorithm.server(model, first.shared)))
+
+
+def symbols(model: Model) -> dict[str, tuple[int, str]]:
+    """Letter of the formulas -> (its number for ``model``, what it counts)."""
+    count = lambda *roles: sum(v.numel() for n, v in model.initial.items() if model.role(n) in roles)
+    classes, width = model.leaves[f"{model.head}.weight"].shape
+    ranks = LowRank().ranks(model)
+    return {
+        "P": (count("body", "norm", "head"), "parameters"),
+        "F": (count("stats"), "running statistics of BatchNorm: a mean and a variance per channel"),
+        "H": (count("head"), "parameters of the head, the last Linear"),
+        "A": (count("norm"), "parameters of normalisation layers"),
+        "K": (classes, "classes"),
+        "d": (width, "features that enter the head"),
+        "T": (sum(r * sum(sides(model.leaves[n])) for n, r in ranks.items()), "numbers of all A and B, default ranks"),
+        "G": (sum(cut.count for cut in cuts(model, blocks=5).values()), "runs of weights that pFedGate's gate scales"),
+        "x": (prod(model.shape), "numbers of one input"),
+        "c": (model.shape[0], "channels of one input"),
+    }
+
+
+def computed(said: Bytes, model: Model) -> Bytes:
+    """The formulas of ``said`` in numbers."""
+    known = {letter: number for letter, (number, _) in symbols(model).items()}
+    return Bytes(*(eval(formula, {"ceil": ceil}, known) for formula in said))
+
+
+# The sentences.
+
+
+class Text(NamedTuple):
+    """A docstring of ``algorithms/`` in its parts."""
+
+    sentence: str
+    paper: str  # Markdown: authors, the linked title, where it appeared; "–" for none
+    short: str  # the authors alone, linked
+    body: str  # the equations with what stands around them, as it is
+    batchnorm: str
+    deviations: str
+
+
+CITATION = re.compile(r' ([A-Z][^".:;()]*\.?), "(.+?),?"(?: \([^()]*\))?, (.*?), (https://\S*?)(?=[,.;]? )')
+
+
+def text_of(name: str) -> Text:
+    """The parts of a method's docstring; one that says "(see ``other.py``)" has the other's paper."""
+    text = inspect.getmodule(algorithms.find(name)).__doc__
+    sentence, rest = text.split("\n\n", 1)
+    body = rest[: rest.index("BatchNorm: ")]
+    batchnorm, deviations = re.search(
+        r"BatchNorm: (.*?) Bytes per client and round: .*?(?: Deviations: (.*))?$", " ".join(rest.split())
+    ).groups()
+    if other := re.search(r"\(see ``(\w+)\.py``\)", body):
+        _, paper, short, *_ = text_of(other[1])
+    else:
+        cited = CITATION.findall(" " + " ".join(body.split()) + " ")
+        paper = "; ".join(f"{who}, [{title}]({url}), {where}" for who, title, where, url in cited) or "–"
+        short = "; ".join(f"[{who}]({url})" for who, _, _, url in cited) or "–"
+        body = re.split(r"https://\S*[,.;]\s", body)[-1]
+    opening, *equations = body.strip().split("\n\n")
+    opening = fill(opening[0].upper() + " ".join(opening[1:].split()), 100)
+    body = "\n\n".join([opening, *equations])
+    return Text(sentence, paper, short, body, _markdown(batchnorm), _markdown(deviations or "none."))
+
+
+def _markdown(text: str) -> str:
+    """A docstring's sentence, with nothing that Markdown would take for its own."""
+    parts = re.split(r"``(.*?)``", text)
+    escaped = [re.sub(r"([*<])", r"\\\1", part) for part in parts]
+    return "".join(f"`{code}`" if at % 2 else escaped[at] for at, code in enumerate(parts))
+
+
+def judged(cls: type[Algorithm]) -> str:
+    """When the accuracy is taken."""
+    if cls.evaluates == "after_training":
+        return "after local training"
+    return "after aggregation" + (", on a copy tuned first" if cls.tune is not Algorithm.tune else "")
+
+
+def mean(algorithm: Algorithm, model: Model) -> str:
+    """How clients, present and absent, count in the mean."""
+    first = algorithm.init(model, rng(1, "init"))
+    mixes = algorithm.offer(first, first) is not None
+    if not algorithm.upload(first, first):
+        return "none; a mix is over the clients of the round" if mixes else "none"
+    settable = {field.name for field in fields(algorithm)}
+    setting = lambda key: f"`{key}: {getattr(algorithm, key)}`" + ("" if key in settable else ", fixed")
+    weight = {"samples": "clients count by their samples", "uniform": "clients count equally"}
+    away = {"exclude": "absent clients do not count", "stale": "absent clients count with the last shared values"}
+    found = f"{weight[algorithm.weights]} ({setting('weights')}); {away[algorithm.absent]} ({setting('absent')})"
+    return found + ("; a mix is over the clients of the round" if mixes else "")
+
+
+def lines(name: str) -> int:
+    """How many lines the method's file has."""
+    return len(Path(inspect.getfile(algorithms.find(name))).read_text(encoding="utf-8").splitlines())
+
+
+# The page.
+
+
+def overview(page: str, model: Model) -> Iterator[str]:
+    """The table of all methods, in the order of the page's headings."""
+    yield "| method | file | paper | shared | bytes up | bytes down | judged | lines |"
+    yield "|---|---|---|---|---:|---:|---|---:|"
+    for title, name in HEADING.findall(page):
+        counted = measured(algorithms.find(name)(), model)
+        anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        cells = f"[{title}](#{anchor})", _link(name), text_of(name).short, SAID[name].shared
+        cells += f"{counted.up:,}", f"{counted.down:,}", judged(algorithms.find(name)), str(lines(name))
+        yield f"| {' | '.join(cells)} |"
+
+
+def legend(model: Model) -> Iterator[str]:
+    """The table of the formulas' letters."""
+    yield "| letter | what it counts | here |"
+    yield "|---|---|---:|"
+    for letter, (number, what) in symbols(model).items():
+        yield f"| {letter} | {what} | {number:,} |"
+
+
+def hooks() -> Iterator[str]:
+    """The table of what a method may define, and which methods do."""
+    yield "| hook | what it says | defined by |"
+    yield "|---|---|---|"
+    for hook, default in vars(Algorithm).items():
+        if hook.startswith("_") or not inspect.isfunction(default):
+            continue
+        users = [name for name in algorithms.names() if getattr(algorithms.find(name), hook) is not default]
+        who = ", ".join(f"`{name}`" for name in users) if len(users) <= 8 else f"{len(users)} methods"
+        arguments = ", ".join(list(inspect.signature(default).parameters)[1:])
+        says = _markdown(" ".join(default.__doc__.split())).replace("|", r"\|")
+        yield f"| `{hook}({arguments})` | {says} | {who or 'none'} |"
+
+
+def facts(name: str, model: Model) -> Iterator[str]:
+    """What is known of one method."""
+    cls, text, said = algorithms.find(name), text_of(name), SAID[name]
+    algorithm, counted = cls(), measured(cls(), model)
+    equal = lambda kind: f"{getattr(said.bytes, kind).replace(' * ', ' ')} = {getattr(counted, kind):,}"
+    held = lambda words, kind: words if words == "–" else f"{words}: {equal(kind)} bytes"
+    yield text.sentence
+    yield ""
+    yield "| | |"
+    yield "|---|---|"
+    yield f"| file | {_link(name)}, {lines(name)} lines |"
+    yield f"| paper | {text.paper} |"
+    yield f"| shared | {said.shared} |"
+    yield f"| personal | {held(said.personal, 'personal')} |"
+    yield f"| server alone | {held(said.server, 'server')} |"
+    yield f"| bytes up | {equal('up') if counted.up else 'none'} |"
+    yield f"| bytes down | {equal('down') if counted.down else 'none'} |"
+    yield f"| judged | {judged(cls)} |"
+    yield f"| mean | {mean(algorithm, model)} |"
+    yield f"| settings | {', '.join(_settings(algorithm)) or 'none of its own'} |"
+    yield ""
+    yield "```text"
+    yield text.body
+    yield "```"
+    yield ""
+    yield f"**BatchNorm:** {text.batchnorm}"
+    yield ""
+    yield f"**Deviations:** {text.deviations}"
+
+
+def _settings(algorithm: Algorithm) -> Iterator[str]:
+    """The hyper-parameters and their defaults as a config would have them; not those of the mean."""
+    for field in fields(algorithm):
+        if field.name not in ("weights", "absent"):
+            value = getattr(algorithm, field.name)
+            shown = json.dumps(value) if not isinstance(value, str) else value
+            yield f"`{field.name}: {shown}`"
+
+
+def _link(name: str) -> str:
+    return f"[`{name}.py`]({SOURCE}/{name}.py)"
+
+
+def made(page: str) -> str:
+    """``page`` with its marked places filled anew."""
+    model = build(*REFERENCE)
+
+    def filled(mark: re.Match) -> str:
+        kind, name = mark.groups()
+        parts = {"overview": lambda: overview(page, model), "symbols": lambda: legend(model), "hooks": hooks}
+        new = facts(name, model) if name else parts[kind]()
+        return "\n".join([f"<!-- {kind} -->", "", *new, "", "<!-- end -->"])
+
+    return MARK.sub(filled, page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(made(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
