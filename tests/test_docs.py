@@ -7,7 +7,7 @@ import shutil
 import sys
 
 import pytest
-from runs import TESTS, command, equal, finished, played
+from runs import TESTS, built, command, equal, finished, played
 
 from fedlora_mpi import algorithms
 from fedlora_mpi.models.zoo import build
@@ -54,6 +54,13 @@ def test_the_formulas_give_what_is_measured(network):
     model = build(*network)
     for name, said in MAKE["SAID"].items():
         assert MAKE["computed"](said.bytes, model) == MAKE["measured"](algorithms.find(name)(), model), name
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedamp", "fedcac", "fedpac"])
+def test_what_is_measured_is_what_a_round_logs(name):
+    parts, row = built(f"algorithm={name}"), played(f"algorithm={name}", "rounds=1")[0][-1].row
+    counted = MAKE["measured"](parts.config.algorithm, parts.run.trainer.model)
+    assert (row["bytes_up"], row["bytes_down"]) == (counted.up * row["clients"], counted.down * row["clients"])
 
 
 @pytest.mark.parametrize("name", algorithms.names())
