@@ -97,17 +97,19 @@ class Offer(NamedTuple):
 class Algorithm:
     """The hooks of a method; their defaults are FedAvg, so that a file says what is different.
 
-    Subclasses are frozen dataclasses whose fields are the hyper-parameters. Four class variables may be fields or properties instead. ``weights``: by which number of the
-    client its upload counts in the mean; ``absent``: what clients outside the cohort count for;
-    ``evaluates``: the moment whose accuracy is the method's; ``centred``: whether the mean over
-    clients is taken off the keys before their Gram matrix (distances then do not cancel).
+    Subclasses are frozen dataclasses whose fields are the hyper-parameters. The class variables may
+    be fields or properties instead. ``weights``: by which number of the client its upload counts in
+    the mean; ``absent``: what clients outside the cohort count for; ``evaluates``: the moment whose
+    accuracy is the method's; ``centred``: whether the mean over clients is taken off the keys before
+    their Gram matrix (distances then do not cancel); ``surveys``: whether ``begin`` and ``finish`` are
+    given all training data, in order, or the first sample alone; its ``counts`` are those of all.
     """
 
     weights: ClassVar[Literal["samples", "uniform"]] = "samples"
     absent: ClassVar[Literal["exclude", "stale"]] = "exclude"
     evaluates: ClassVar[Literal["after_aggregation", "after_training"]] = "after_aggregation"
     centred: ClassVar[bool] = False
-    surveys: ClassVar[bool] = False  # whether ``begin`` and ``finish`` are given all training data
+    surveys: ClassVar[bool] = False
 
     def check(self, model: Model, train: Train) -> None:
         """Raise ValueError when the fields do not go together with the model or the training."""
@@ -119,7 +121,7 @@ class Algorithm:
         leaves of the model are shared."""
         return Vars(shared=model.initial, personal={})
 
-    def begin(self, model: Model, v: Vars, data: Batch | None) -> Vars:
+    def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
         """What the client does with what has arrived, before training. Default: nothing."""
         return v
 
@@ -136,7 +138,7 @@ class Algorithm:
 
         return loss
 
-    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch | None) -> Vars:
+    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
         """What the client keeps after training (masks, control variates). Default: what it trained."""
         return end
 

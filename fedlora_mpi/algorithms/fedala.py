@@ -8,12 +8,13 @@ A_i has a weight for every number of the top p layers:
     A_i <-  clip(A_i - eta dL_i(w_i) / dA_i, 0, 1)  on s % of the data, then (4) again  (5)
     w_i <-  local SGD on L_i from (4);  o_i <- w_i;  g <- sum_i (n_i / n) w_i
 
-A_i starts at 1 and is kept. In round 1, where o_i = g, it has no gradient.
+A_i starts at 1 and is kept; of o_i only the top p layers are. In round 1, where o_i = g, A_i has no
+gradient. Accuracy is that of (4) with the A_i that the next round will learn, taken on a copy.
 
 BatchNorm: statistics are averaged, not mixed; (5) uses those of its batches and leaves no trace.
 Bytes per client and round: all leaves up, all leaves down; A_i and o_i never leave.
 Deviations: the authors' first (5) takes as many epochs as its last 10 losses need for a standard
-deviation below 0.1, at least 11; here it is ``start_epochs`` in round 2.
+deviation below 0.1, at least 11; here it is ``start_epochs`` in round 2, also for a client that was away.
 They do (5) at absent clients too and keep the mix as o_i; here those change nothing. Their s % are
 neighbours, here a random choice; their ``layer_idx`` counts tensors. PFLlib drops the last batch. (4)
 is computed by torch.lerp, exact at both ends.
@@ -79,7 +80,7 @@ class FedALA(Algorithm):
         epochs = self.start_epochs if round_ == 1 else 1
         return Phase(epochs, (learn,), stream="aggregation", limit=share, after=mix)
 
-    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch | None) -> Vars:
+    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
         return end._replace(personal=end.personal | {f"own.{n}": end.shared[n] for n in self.top(model)})
 
     def weights_of(self, model: Model, v: Vars) -> Tree:

@@ -79,7 +79,7 @@ class FedAMP(Algorithm):
         cloud = {_CLOUD + n: w for n, w in model.initial.items() if model.role(n) != "stats"}
         return Vars(shared={}, personal=model.initial | cloud)
 
-    def begin(self, model: Model, v: Vars, data: Batch | None) -> Vars:
+    def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
         return v if self.start == "own" else v._replace(personal=v.personal | _cloud(v.personal))
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:

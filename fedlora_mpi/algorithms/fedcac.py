@@ -56,7 +56,7 @@ class FedCAC(Algorithm):
         shared = {n: v for n, v in model.initial.items() if n not in kept}
         return Vars(shared, kept | own | masks)
 
-    def begin(self, model: Model, v: Vars, data: Batch | None) -> Vars:
+    def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
         return v._replace(shared={n: _composed(v, n) for n in v.shared})
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
@@ -65,7 +65,7 @@ class FedCAC(Algorithm):
 
         return (Phase(train.epochs, (Step(loss, lambda leaf: not leaf.startswith((_OWN, _MASK))),)),)
 
-    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch | None) -> Vars:
+    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
         w = {n.removeprefix(_OWN): v for n, v in end.personal.items() if n.startswith(_OWN)}
         masks = {_MASK + n: critical(start.shared[n], end.shared[n], self.tau) for n in w}
         return end._replace(personal=end.personal | {_OWN + n: end.shared[n] for n in w} | masks)

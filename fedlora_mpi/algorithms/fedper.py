@@ -8,7 +8,7 @@ layers W_P_i of client i:
     W_B         <-  sum_i (n_i / n) W_B_i
 
 BatchNorm: affine parameters and running statistics belong to the base layers; statistics are averaged.
-Bytes per client and round: all leaves but those of the head, up and down.
+Bytes per client and round: all leaves but the ``personal`` ones (the head), up and down.
 Deviations: the paper counts K_P layers from the end (tuned from 1 to 4) and starts each client's at
 its own; here, as in Fling and PFLlib, the classifier alone is personal, and all clients start equal.
 """

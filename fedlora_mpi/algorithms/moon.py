@@ -69,7 +69,7 @@ class MOON(Algorithm):
         likeness = [F.cosine_similarity(z, other, dim=1) / self.tau for other in (z_glob, z_prev)]
         return cross_entropy(torch.stack(likeness, 1), batch._replace(y=torch.zeros_like(batch.y)))
 
-    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch | None) -> Vars:
+    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
         return Vars(end.shared, _body(model, end.shared))
 
     def weights_of(self, model: Model, v: Vars) -> Tree:

@@ -60,7 +60,7 @@ class PFedMe(Algorithm):
         theta = {f"own.{n}": v for n, v in model.initial.items() if model.role(n) != "stats"}
         return Vars(shared=model.initial, personal=theta)
 
-    def begin(self, model: Model, v: Vars, data: Batch | None) -> Vars:
+    def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
         return Vars(v.shared, {leaf: v.shared[leaf.removeprefix("own.")] for leaf in v.personal})
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:

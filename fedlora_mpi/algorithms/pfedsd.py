@@ -66,7 +66,7 @@ class PFedSD(Algorithm):
         each = self.temperature**2 * (q.exp() * (q - p)).sum(1)  # F.kl_div has no rule for vmap
         return mean(each, batch)
 
-    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch | None) -> Vars:
+    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
         return Vars(end.shared, _own(end.shared) | {"taught": torch.ones_like(start.personal["taught"])})
 
     def weights_of(self, model: Model, v: Vars) -> Tree:

@@ -62,7 +62,7 @@ class Scaffold(Algorithm):
 
         return (Phase(train.epochs, (Step(loss, lambda leaf: model.role(leaf) is not None),)),)
 
-    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch | None) -> Vars:
+    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
         K = train.epochs * (data.counts.sum() / train.batch_size).ceil()
         x, y = start.shared, end.shared
         c_i = {
