@@ -164,7 +164,8 @@ class Algorithm:
     def mix(self, gram: Tensor, aux: Tensor, round_: int) -> Tensor:
         """The weights [n, n] of the mix, a row for each receiver, float64.
 
-        gram: [n, n] inner products of the keys, float64; aux: [n, k] in the clients' order.
+        gram: [n, n] inner products of the keys, float64; aux: [n, k] in the clients' order. n is at
+        least 2: a client that is alone receives its own rows.
         """
         raise AssertionError(f"{type(self).__name__} offers rows but does not say how to mix them")
 
@@ -172,8 +173,8 @@ class Algorithm:
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
         """The parameters and statistics of the client's own model, under the model's leaf names.
-        Default: all variables, shared and personal."""
-        return v.shared | v.personal
+        Default: all variables, shared and personal, that bear such a name."""
+        return {n: w for n, w in (v.shared | v.personal).items() if n in model.leaves}
 
     def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:
         """Prediction of the client's own model: [B, ...] -> [B, classes]."""

@@ -100,7 +100,8 @@ class Mixing:
         keys = rows
         if self.keys:
             keys = self._gathered(comm, {c: o.key for c, o in offers.items()}, ids, self.keys)
-        weights = algorithm.mix(*self._gram(comm, algorithm.centred, keys, offers, ids), round_)
+        gram, aux = self._gram(comm, algorithm.centred, keys, offers, ids)
+        weights = algorithm.mix(gram, aux, round_) if len(ids) > 1 else torch.ones_like(gram)
         assert weights.shape == (len(ids), len(ids)), f"mix gave {list(weights.shape)} for {len(ids)} clients"
         for block in _blocks(rows):
             block.copy_(weights @ block.double())

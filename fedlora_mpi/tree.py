@@ -36,3 +36,13 @@ def nbytes(tree: Tree) -> int:
 def sq_dist(a: Tree, b: Tree, leaves: Iterable[str] | None = None) -> Tensor:
     """Squared Euclidean distance between two trees over ``leaves`` (default: those of ``a``), a scalar."""
     return sum(((a[n] - b[n]) ** 2).sum() for n in (a if leaves is None else leaves))
+
+
+def prefixed(tree: Tree, prefix: str) -> Tree:
+    """The leaves under the names ``prefix`` + name."""
+    return {prefix + n: v for n, v in tree.items()}
+
+
+def under(tree: Tree, prefix: str) -> Tree:
+    """The leaves whose names begin with ``prefix``, by the rest of their names: undoes ``prefixed``."""
+    return {n.removeprefix(prefix): v for n, v in tree.items() if n.startswith(prefix)}
