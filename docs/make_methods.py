@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from fedlora_mpi import algorithms
 from fedlora_mpi.algorithm import Algorithm
-from fedlora_mpi.algorithms.pfedgate import cuts
+from fedlora_mpi.gating import cuts
 from fedlora_mpi.layout import Layout
 from fedlora_mpi.lowrank import LowRank, sides
 from fedlora_mpi.mixing import Mixing

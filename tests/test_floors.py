@@ -10,7 +10,7 @@ FLOOR = {  # top-level file or folder -> floor; the package's own __init__ is it
     **dict.fromkeys(("tree", "batch", "bounds", "seeds", "vision", "units"), 0),
     **dict.fromkeys(("layout", "sums", "placement", "models"), 1),
     "algorithm": 2,
-    **dict.fromkeys(("lowrank", "server_step"), 3),
+    **dict.fromkeys(("lowrank", "server_step", "similarity", "simplex", "prototypes", "gating"), 3),
     **dict.fromkeys(("algorithms", "data", "engine", "comm", "store", "blocks"), 4),
     **dict.fromkeys(("config", "mixing", "progress"), 5),
     "round": 6,
@@ -97,6 +97,10 @@ def test_algorithms_see_nothing_that_runs_them():
                 "bounds",
                 "lowrank",
                 "server_step",
+                "similarity",
+                "simplex",
+                "prototypes",
+                "gating",
                 "algorithms",
             }, parts
 

@@ -12,13 +12,16 @@ from fedlora_mpi.algorithm import Algorithm, Batch, Phase, Step, Train, Vars
 from fedlora_mpi.algorithms.fedamp import FedAMP
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedcac import FedCAC, critical
-from fedlora_mpi.algorithms.fedpac import FedPAC, best_weights, class_means, on_simplex, pull, statistics
+from fedlora_mpi.algorithms.fedpac import FedPAC
 from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.models.zoo import build
+from fedlora_mpi.prototypes import class_means, pull, statistics
 from fedlora_mpi.round import play
 from fedlora_mpi.seeds import rng
-from fedlora_mpi.tree import numel, split
+from fedlora_mpi.similarity import cosines, distances
+from fedlora_mpi.simplex import best_weights, on_simplex
+from fedlora_mpi.tree import numel, prefixed, split, under
 
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
 NETWORKS = pytest.mark.parametrize("network", ["cnn", "bn_net"])
@@ -136,6 +139,26 @@ def test_one_client_alone_trains_as_without_a_mix(algorithm):
 def test_fields_out_of_range_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# What they are made of
+
+
+def test_likeness_is_that_of_the_keys_themselves():
+    keys = numbers(3, 5, dtype=torch.float64)
+    rows = keys[:, None], keys[None]
+    torch.testing.assert_close(distances(gram_of(keys)), torch.cdist(keys, keys).square())
+    torch.testing.assert_close(cosines(gram_of(keys)), F.cosine_similarity(*rows, dim=2))
+    assert (distances(gram_of(keys[:1].expand(3, 5))) >= 0).all()
+    keys[1] = 0
+    assert torch.equal(cosines(gram_of(keys))[1], torch.zeros(3, dtype=torch.float64))
+    masks = keys > 0.2
+    assert torch.equal(distances(gram_of(masks)), (masks[:, None] != masks).sum(2).double())
+
+
+def test_leaves_under_a_prefix_are_those_that_were_put_there():
+    w = {"a": numbers(3), "own.a": numbers(5)}  # a network may have a layer of that name
+    assert small.equal(under({"b": w["a"]} | prefixed(w, "own."), "own."), w)
 
 
 # FedAMP
@@ -648,7 +671,7 @@ def test_features_in_pieces_are_the_features(monkeypatch):
     made = small.trainer(FedPAC(), "bn_net")
     data = Batch(*(v if v is None else v[0] for v in made.feed.survey([0], whole=True)))
     whole = statistics(made.model.evaluating(), made.model.initial, data)
-    monkeypatch.setattr("fedlora_mpi.algorithms.fedpac._CHUNK", 4)
+    monkeypatch.setattr("fedlora_mpi.prototypes._CHUNK", 4)
     pieces = statistics(made.model.evaluating(), made.model.initial, data)
     for a, b in zip(pieces, whole):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)

@@ -11,7 +11,8 @@ from torch import nn
 
 from fedlora_mpi.algorithm import Batch, Train, Vars
 from fedlora_mpi.algorithms.fedavg import FedAvg
-from fedlora_mpi.algorithms.pfedgate import PFedGate, cuts, greedy, open_gate
+from fedlora_mpi.algorithms.pfedgate import PFedGate
+from fedlora_mpi.gating import cuts, greedy, open_gate, within_budget
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.models.zoo import build
 from fedlora_mpi.round import play
@@ -365,12 +366,12 @@ def test_a_large_run_that_does_not_fit_makes_room_for_smaller_ones_and_ties_go_b
 @NETWORKS
 @pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.3, 0.5, 0.9, 1.0])
 def test_first_runs_stay_and_the_others_fit_into_the_budget(network, sparsity):
-    model, algorithm = small.model(network), PFedGate(sparsity=sparsity)
+    model = small.model(network)
     found, least = cuts(model, 5), min(0.2, sparsity)
     sizes = torch.tensor([size for cut in found.values() for size in cut.sizes])
     for draw in range(3):
         M = torch.rand(len(sizes), generator=rng(1, "M", draw))
-        stays = algorithm.stays(model, M.clamp(min=least), sparsity - least)
+        stays = within_budget(found, M.clamp(min=least), sparsity - least)
         for cut in found.values():
             assert stays[cut.first]
         for linear in (False, True):
@@ -396,7 +397,7 @@ def test_dropped_runs_are_zero_and_the_others_as_without_a_budget(straight_throu
     own = {n: w.clone().requires_grad_(n.startswith("gate.")) for n, w in (v.personal | spread).items()}
     sparse = algorithm.multipliers(made.model, own, batch)
     whole = PFedGate().multipliers(made.model, own, batch)
-    stays = algorithm.stays(made.model, whole.detach().clamp(min=0.2), 0.3)
+    stays = within_budget(cuts(made.model, 5), whole.detach().clamp(min=0.2), 0.3)
     assert 0 < stays.sum() < len(stays) and (whole[stays] < 0.2).any()  # first runs stay whatever their M
     assert torch.equal(sparse, whole * stays)
     (grad,) = torch.autograd.grad(sparse.sum(), own["gate.out.bias"])

@@ -6,20 +6,17 @@ https://arxiv.org/abs/2007.03797. Round t, on the server and then on client i:
     u_i  = sum_j xi_ij w_j,   xi_ij = alpha_t A'(||w_i - w_j||^2) for j != i,   xi_ii = 1 - sum_j xi_ij
     w_i <- argmin F_i(w) + lam / (2 alpha_t) ||w - u_i||^2,    A'(x) = exp(-x / sigma) / sigma
     alpha_t = max(alpha_min, alpha decay^floor(t / decay_every))
+    xi_ij = (1 - xi_ii) exp(sigma cos(w_i, w_j)) / sum_(h != i) exp(sigma cos(w_i, w_h))     HeurFedAMP
 
-HeurFedAMP (``heuristic: true``), for deep networks: xi_ii = self_weight, and the rest is shared out
-
-    xi_ij = (1 - xi_ii) exp(sigma cos(w_i, w_j)) / sum_(h != i) exp(sigma cos(w_i, w_h))
-
-w_i are the parameters; there is no global model. Training starts at w_i (``start: own``) or at u_i
-(``cloud``). Accuracy is that of w_i after training.
+HeurFedAMP (``heuristic: true``), for deep networks, has xi_ii = self_weight. w_i are the parameters;
+training starts at them (``start: own``) or at u_i (``cloud``). Accuracy is that of w_i after training.
 BatchNorm: statistics are the client's own; they enter neither distances nor mixes.
 Bytes per client and round: the parameters up (w_i) and down (u_i).
 Deviations: the defaults are those of the FedAMP that FedLoRA's first author gave to Fling, which
-multiplies alpha by 0.1 one round later than here. With sigma = 100 and alpha = 10^4 a row sums to
-far above 1 and xi_ii is negative: ``convex`` scales the others down to a sum of 1 (false: as it
-is there). SGD on the penalty diverges once lr lam / alpha >= 2 (1 + momentum), which that schedule
-reaches in round 181, so ``alpha_min`` (0: none, as there). In PFLlib the penalty has no gradient.
+multiplies alpha by 0.1 one round later than here. With sigma = 100 and alpha = 10^4 a row sums to far
+above 1 and xi_ii is negative: ``convex`` scales the others down to a sum of 1 (false: as it is there).
+SGD on the penalty diverges once lr lam / alpha >= 2 (1 + momentum), which that schedule reaches in round
+181, so ``alpha_min`` (0: none, as there). In PFLlib the penalty has no gradient.
 """
 
 from dataclasses import dataclass
@@ -31,16 +28,14 @@ from torch import Generator, Tensor
 from ..algorithm import Algorithm, Batch, Offer, Phase, Step, Train, Vars
 from ..bounds import bounded
 from ..models.network import Model
-from ..tree import Tree, sq_dist
-
-_CLOUD = "cloud."  # u_i is kept under the names cloud.<leaf>
+from ..similarity import cosines, distances
+from ..tree import sq_dist, under
 
 
 @dataclass(frozen=True)
 class FedAMP(Algorithm):
     """``sigma`` is in units of a squared distance; HeurFedAMP multiplies cosines by it (easyFL: 25).
-
-    ``self_weight``: xi_ii of HeurFedAMP; 0 stands for 1 / (clients of the round)."""
+    ``self_weight`` 0 stands for 1 / (clients of the round). u_i is kept as ``cloud.<leaf>``."""
 
     evaluates: ClassVar = "after_training"
     lam: float = 1.0
@@ -56,8 +51,7 @@ class FedAMP(Algorithm):
 
     @property
     def centred(self) -> bool:
-        """Distances may be taken from the mean; cosines may not."""
-        return not self.heuristic
+        return not self.heuristic  # distances may be taken from the mean, cosines may not
 
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)", alpha="(0, inf)", decay="(0, 1]", decay_every="[1, inf)")
@@ -66,52 +60,38 @@ class FedAMP(Algorithm):
     def check(self, model: Model, train: Train) -> None:
         least = train.lr * self.lam / (2 * (1 + train.momentum))
         if 0 < self.alpha_min <= least:
-            raise ValueError(
-                f"alpha_min = {self.alpha_min}: must be above lr lam / (2 (1 + momentum)) = {least:.3g}, or "
-                "SGD on the penalty diverges; 0 lets alpha shrink without a bound"
-            )
+            where = f"must be above lr lam / (2 (1 + momentum)) = {least:.3g} (or 0: no bound)"
+            raise ValueError(f"alpha_min = {self.alpha_min}: {where}, or SGD on the penalty diverges")
 
     def alpha_of(self, round_: int) -> float:
         """alpha_t of round ``round_`` (from 0)."""
         return max(self.alpha_min, self.alpha * self.decay ** (round_ // self.decay_every))
 
     def init(self, model: Model, rng: Generator) -> Vars:
-        cloud = {_CLOUD + n: w for n, w in model.initial.items() if model.role(n) != "stats"}
+        cloud = {f"cloud.{n}": w for n, w in model.initial.items() if model.role(n) != "stats"}
         return Vars(shared={}, personal=model.initial | cloud)
 
     def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
-        return v if self.start == "own" else v._replace(personal=v.personal | _cloud(v.personal))
+        return v if self.start == "own" else v._replace(personal=v.personal | under(v.personal, "cloud."))
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         fit, strength = self.loss(model), self.lam / (2 * self.alpha_of(round_))
 
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            cloud = _cloud(now.personal)
-            return fit(now, start, batch) + strength * sq_dist(now.personal, cloud, cloud)
+            u = under(now.personal, "cloud.")
+            return fit(now, start, batch) + strength * sq_dist(now.personal, u, u)
 
-        return (Phase(train.epochs, (Step(loss, lambda leaf: not leaf.startswith(_CLOUD)),)),)
+        return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),)),)
 
     def offer(self, start: Vars, end: Vars) -> Offer:
-        return Offer({_CLOUD + n: end.personal[n] for n in _cloud(end.personal)})
+        return Offer({f"cloud.{n}": end.personal[n] for n in under(end.personal, "cloud.")})
 
     def mix(self, gram: Tensor, aux: Tensor, round_: int) -> Tensor:
-        square, others = gram.diagonal(), 1 - torch.eye(len(gram), dtype=gram.dtype)
-        if len(gram) == 1:
-            return torch.ones_like(gram)
         if self.heuristic:
-            cosines = gram / (square[:, None] * square).sqrt().clamp(min=1e-300)
             own = self.self_weight or 1 / len(gram)
-            xi = (1 - own) * (self.sigma * cosines).masked_fill(others == 0, -torch.inf).softmax(1)
+            xi = (1 - own) * (self.sigma * cosines(gram)).fill_diagonal_(-torch.inf).softmax(1)
         else:
-            distance = (square[:, None] + square - 2 * gram).clamp(min=0)
-            xi = self.alpha_of(round_) * torch.exp(-distance / self.sigma) / self.sigma * others
+            near = torch.exp(-distances(gram) / self.sigma).fill_diagonal_(0)
+            xi = self.alpha_of(round_) * near / self.sigma
             xi = xi / xi.sum(1, keepdim=True).clamp(min=1) if self.convex else xi
         return xi + torch.diag(1 - xi.sum(1))
-
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        return {n: w for n, w in v.personal.items() if not n.startswith(_CLOUD)}
-
-
-def _cloud(personal: Tree) -> Tree:
-    """u_i under the model's leaf names."""
-    return {n.removeprefix(_CLOUD): w for n, w in personal.items() if n.startswith(_CLOUD)}

@@ -9,16 +9,14 @@ training from w0 to w, in each parameter tensor; then on the server in round t =
     C_i  = {i} and all j with O_ij >= mean O + (t + 1) / beta (max O - mean O)
     w_i <- m_i mean_(j in C_i) w_j + (1 - m_i) sum_j p_j w_j                   (start of the next round)
 
-From t + 1 > beta on critical entries are the client's own, unless all overlaps are equal. For
-CIFAR-100 the authors take tau = 0.4, beta = 170.
+From t + 1 > beta on critical entries are the client's own, unless all overlaps are equal.
 BatchNorm: affine parameters are parameters like the others; statistics stay on the client as in the
 official code (``bn_stats: local``) or are averaged (``mean``).
 Bytes per client and round: up the uploaded leaves and a bit per parameter; down the mean and the mix,
 as the client composes them (a server that knows the masks could send the parameters once).
-Deviations: as the official code (Fling), a tensor whose last chosen score is at most 1e-10 takes all
-entries above 1e-20 instead; where none is, nothing is critical (there: all). The overlap is compared
-with a slack of 1e-12, so that rounding splits no ties. PFLlib resets critical entries to the initial
-weights after the first round.
+Deviations: as in the official code (Fling), a tensor whose last chosen score is at most 1e-10 takes all
+entries above 1e-20; where none is, nothing is critical (there: all). The overlap is compared with a slack
+of 1e-12, so that rounding splits no ties. PFLlib resets critical entries to the initial weights after round 1.
 """
 
 from dataclasses import dataclass
@@ -31,14 +29,14 @@ from ..algorithm import Algorithm, Batch, Offer, Phase, Step, Train, Vars
 from ..batch import cross_entropy
 from ..bounds import bounded
 from ..models.network import Model
-from ..tree import Tree, split
-
-_OWN, _MASK = "own.", "critical."  # the mix over C_i and m_i, under the names <prefix><leaf>
+from ..similarity import distances
+from ..tree import Tree, prefixed, split, under
 
 
 @dataclass(frozen=True)
 class FedCAC(Algorithm):
-    """``tau``: share of critical entries; ``beta``: rounds over which the threshold rises."""
+    """``tau``: share of critical entries; ``beta``: rounds in which the threshold rises (the authors' for
+    CIFAR-100: 0.4, 170). ``own.<leaf>`` is the mix over C_i, ``critical.<leaf>`` is m_i."""
 
     weights: Literal["samples", "uniform"] = "samples"
     tau: float = 0.5
@@ -49,45 +47,42 @@ class FedCAC(Algorithm):
         bounded(self, tau="[0, 1]", beta="(0, inf)")
 
     def init(self, model: Model, rng: Generator) -> Vars:
-        stats, w = split(model.initial, lambda leaf: model.role(leaf) == "stats")
-        kept = stats if self.bn_stats == "local" else {}
-        own = {_OWN + n: v for n, v in w.items()}
-        masks = {_MASK + n: torch.zeros_like(v, dtype=torch.bool) for n, v in w.items()}
-        shared = {n: v for n, v in model.initial.items() if n not in kept}
-        return Vars(shared, kept | own | masks)
+        w = {n: v for n, v in model.initial.items() if model.role(n) != "stats"}
+        masks = {n: torch.zeros_like(v, dtype=torch.bool) for n, v in w.items()}
+        kept, shared = split(model.initial, lambda leaf: self.bn_stats == "local" and leaf not in w)
+        return Vars(shared, kept | prefixed(w, "own.") | prefixed(masks, "critical."))
 
     def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
-        return v._replace(shared={n: _composed(v, n) for n in v.shared})
+        return v._replace(shared={n: w for n, w in self.weights_of(model, v).items() if n in v.shared})
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:  # ``begin`` has composed now.shared
-            return cross_entropy(model(now.shared | _stats(now.personal), batch.x), batch)
+        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+            w = Algorithm.weights_of(self, model, now)  # not composed again: ``begin`` has done that
+            return cross_entropy(model(w, batch.x), batch)
 
-        return (Phase(train.epochs, (Step(loss, lambda leaf: not leaf.startswith((_OWN, _MASK))),)),)
+        return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),)),)
 
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
-        w = {n.removeprefix(_OWN): v for n, v in end.personal.items() if n.startswith(_OWN)}
-        masks = {_MASK + n: critical(start.shared[n], end.shared[n], self.tau) for n in w}
-        return end._replace(personal=end.personal | {_OWN + n: end.shared[n] for n in w} | masks)
+        w = {n: end.shared[n] for n in under(end.personal, "own.")}
+        masks = {n: critical(start.shared[n], v, self.tau) for n, v in w.items()}
+        return end._replace(personal=end.personal | prefixed(w, "own.") | prefixed(masks, "critical."))
 
     def offer(self, start: Vars, end: Vars) -> Offer:
-        masks, rest = split(end.personal, lambda leaf: leaf.startswith(_MASK))
-        rows = {n: end.shared[n.removeprefix(_OWN)] for n in rest if n.startswith(_OWN)}
+        masks = under(end.personal, "critical.")
+        rows = {f"own.{n}": end.shared[n] for n in masks}
         return Offer(rows, key=torch.cat([m.flatten() for m in masks.values()]))
 
     def mix(self, gram: Tensor, aux: Tensor, round_: int) -> Tensor:
-        itself = torch.eye(len(gram), dtype=torch.bool)
-        size = gram.diagonal()[:, None]
-        overlap = 1 - (size + size.T - 2 * gram) / (2 * size.clamp(min=1))
-        pairs = overlap[~itself]
-        if not len(pairs):
-            return torch.ones_like(gram)
+        overlap = 1 - distances(gram) / (2 * gram.diagonal().clamp(min=1))[:, None]
+        pairs = overlap[~torch.eye(len(gram), dtype=torch.bool)]
         threshold = pairs.mean() + (round_ + 1) / self.beta * (pairs.max() - pairs.mean())
-        together = (overlap >= threshold - 1e-12) | itself
+        together = (overlap >= threshold - 1e-12).fill_diagonal_(True)
         return together / together.sum(1, keepdim=True).to(gram)
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
-        return {n: _composed(v, n) for n in v.shared} | _stats(v.personal)
+        """w_i; right after training, what was trained, of which critical entries have a copy."""
+        m, own = under(v.personal, "critical."), under(v.personal, "own.")
+        return super().weights_of(model, v) | {n: torch.where(m[n], w, v.shared[n]) for n, w in own.items()}
 
 
 def critical(start: Tensor, end: Tensor, tau: float) -> Tensor:
@@ -98,15 +93,3 @@ def critical(start: Tensor, end: Tensor, tau: float) -> Tensor:
     least = score.flatten().topk(count).values[-1]
     least = torch.where(least > 1e-10, least, torch.where(score > 1e-20, score, torch.inf).min())
     return score >= least
-
-
-def _composed(v: Vars, leaf: str) -> Tensor:
-    """What the client makes of a shared leaf; right after training, what it trained."""
-    if _OWN + leaf not in v.personal:
-        return v.shared[leaf]
-    return torch.where(v.personal[_MASK + leaf], v.personal[_OWN + leaf], v.shared[leaf])
-
-
-def _stats(personal: Tree) -> Tree:
-    """The statistics that stay on the client."""
-    return {n: v for n, v in personal.items() if not n.startswith((_OWN, _MASK))}

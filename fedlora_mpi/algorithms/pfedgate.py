@@ -17,14 +17,14 @@ BatchNorm: the network's affine parameters are scaled like all others, its stati
 gate's own are the client's.
 Bytes per client and round: all leaves of the model up and down, whatever s.
 Deviations: the client predicts with one M, of all its training samples (client_level_adapt of the
-official code), where the code takes M from each batch of test samples, so that a prediction would
-depend on its neighbours; gradient norms are not clipped at 10; ties are broken by position; no
-separate layer for the multipliers (seperate_trans); the code's ReLU on the logits is left out, and
-so are the biases of W and of SwitchNorm, which BatchNorm takes off again.
+official code); that code's M is of each batch of test samples, so that a prediction depends on its
+neighbours. Not there: clipping of gradient norms at 10, a separate layer for the multipliers
+(seperate_trans), the ReLU on the logits, and the biases of W and of SwitchNorm, which BatchNorm takes
+off again. Ties are broken by position.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -32,21 +32,9 @@ from torch import Generator, Tensor
 from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
 from ..batch import cross_entropy
 from ..bounds import bounded
+from ..gating import cuts, new_gate, open_gate, runs, scaled, within_budget
 from ..models.network import Model
 from ..tree import Tree
-
-_GATE, _SEEN = "gate.", "seen."  # what the gate learns, and what it keeps of the data
-_EPS = 1e-5
-
-
-class Cut(NamedTuple):
-    """A tensor's runs are the numbers ``first`` to ``first + count`` of all."""
-
-    first: int
-    count: int
-    length: int
-    sizes: tuple[int, ...]  # entries in each; the last may have fewer than ``length``
-    linear: bool  # belongs to a Linear layer
 
 
 @dataclass(frozen=True)
@@ -70,41 +58,30 @@ class PFedGate(Algorithm):
             raise ValueError(f"name = pfedgate: needs images, not inputs of shape {list(model.shape)}")
 
     def init(self, model: Model, rng: Generator) -> Vars:
-        channels, width = model.shape[0], torch.Size(model.shape).numel()
-        last = list(cuts(model, self.blocks).values())[-1]
-        runs = last.first + last.count
-        gate = {"weight": (torch.rand(runs, width, generator=rng) * 2 - 1) / width**0.5}  # as nn.Linear
-        gate |= {"in.weight": torch.ones(channels), "in.means": torch.ones(3), "in.vars": torch.ones(3)}
-        gate |= {"out.weight": torch.ones(runs), "out.bias": torch.zeros(runs)}
-        seen = {"in.mean": torch.zeros(channels), "in.var": torch.zeros(channels)}
-        seen |= {"out.mean": torch.zeros(runs), "out.var": torch.ones(runs), "M": torch.full((runs,), 0.5)}
-        own = {_GATE + n: v for n, v in gate.items()} | {_SEEN + n: v for n, v in seen.items()}
-        return Vars(model.initial, own)
+        L = runs(cuts(model, self.blocks))
+        return Vars(model.initial, new_gate(model.shape, L, rng) | {"seen.M": torch.full((L,), 0.5)})
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         faster = self.gate_lr / train.lr
+        hurried = lambda w: w.detach() + faster * (w - w.detach())  # w with that many times its gradient
 
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            personal = {n: _hurried(v, faster) if n.startswith(_GATE) else v for n, v in now.personal.items()}
-            M = self.multipliers(model, personal, batch)
-            return cross_entropy(model(self.adapted(model, now.shared, M), batch.x), batch)
+            own = {n: hurried(w) if n.startswith("gate.") else w for n, w in now.personal.items()}
+            theta = self.adapted(model, now.shared, self.multipliers(model, own, batch))
+            return cross_entropy(model(theta, batch.x), batch)
 
-        return (Phase(train.epochs, (Step(loss, lambda leaf: not leaf.startswith(_SEEN)),)),)
+        return (Phase(train.epochs, (Step(loss, lambda leaf: not leaf.startswith("seen.")),)),)
 
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
         M = self.multipliers(model.evaluating(), end.personal, data)
-        return end._replace(personal=end.personal | {_SEEN + "M": M})
+        return end._replace(personal=end.personal | {"seen.M": M})
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
-        return self.adapted(model, v.shared, v.personal[_SEEN + "M"])
+        return self.adapted(model, v.shared, v.personal["seen.M"])
 
     def adapted(self, model: Model, theta: Tree, M: Tensor) -> Tree:
         """theta_i: every run of every tensor times its number of M [L]."""
-        found = {}
-        for leaf, cut in cuts(model, self.blocks).items():
-            wide = M[cut.first : cut.first + cut.count, None].expand(cut.count, cut.length)
-            found[leaf] = theta[leaf] * wide.flatten()[: sum(cut.sizes)].view(model.leaves[leaf].shape)
-        return theta | found
+        return scaled(theta, cuts(model, self.blocks), M)
 
     def multipliers(self, model: Model, personal: Tree, batch: Batch) -> Tensor:
         """M [L], zero where a run is dropped. In training mode the gate's statistics move."""
@@ -112,90 +89,6 @@ class PFedGate(Algorithm):
         if self.sparsity == 1:
             return M
         least = min(max(1 / self.blocks, 0.1), self.sparsity)
-        importance = M.clamp(min=least)
-        stays = self.stays(model, importance.detach(), self.sparsity - least)
-        return M * stays * (1 + (importance - importance.detach()) if self.straight_through else 1)
-
-    def stays(self, model: Model, importance: Tensor, share: float) -> Tensor:
-        """Which runs stay, [L] bool; ``share``: of the entries that are not in a first run."""
-        stays, worth = torch.ones_like(importance, dtype=torch.bool), (10 * importance.double()).round()
-        for linear in (False, True):
-            chosen = [c for c in cuts(model, self.blocks).values() if c.linear == linear]
-            places = [c.first + i for c in chosen for i in range(1, c.count)]
-            sizes = [size for c in chosen for size in c.sizes[1:]]
-            if places:
-                at = torch.tensor(places, device=worth.device)
-                fits = greedy(worth[at], torch.tensor(sizes, device=worth.device), round(sum(sizes) * share))
-                stays = stays.scatter(0, at, fits)
-        return stays
-
-
-def cuts(model: Model, blocks: int) -> dict[str, Cut]:
-    """How each parameter tensor is cut."""
-    found, first = {}, 0
-    for name, leaf in model.leaves.items():
-        if leaf.role == "stats":
-            continue
-        size = torch.Size(leaf.shape).numel()
-        length = -(-size // min(blocks, size))
-        sizes = tuple(min(length, size - at) for at in range(0, size, length))
-        owner = model.leaves.get(name.rpartition(".")[0] + ".weight")
-        found[name] = Cut(first, len(sizes), length, sizes, bool(owner) and owner.matrix == "linear")
-        first += len(sizes)
-    return found
-
-
-def open_gate(personal: Tree, x: Tensor, real: Tensor | None, training: bool) -> Tensor:
-    """M [L] in (0, 1) from inputs x [B, channels, ...]; padding does not count."""
-    gate = {n.removeprefix(_GATE): v for n, v in personal.items() if n.startswith(_GATE)}
-    seen = {n.removeprefix(_SEEN): v for n, v in personal.items() if n.startswith(_SEEN)}
-    real = torch.ones_like(x[:, 0, 0, 0]) if real is None else real.to(x)
-    count, each = real.sum(), (real / real.sum())[:, None]  # each: [B, 1], sums to 1
-    x = x.flatten(2)  # [B, channels, pixels]
-
-    # SwitchNorm: mean and variance of a channel of one image, of an image, of a channel over the batch
-    mean, var = x.mean(2), x.var(2)
-    power = var + mean.square()
-    mean_image = mean.mean(1, keepdim=True)
-    var_image = power.mean(1, keepdim=True) - mean_image.square()
-    mean_batch = (mean * each).sum(0)
-    var_batch = (power * each).sum(0) - mean_batch.square()
-    if training:
-        _follow(seen["in.mean"], mean_batch), _follow(seen["in.var"], var_batch)
-    else:
-        mean_batch, var_batch = seen["in.mean"], seen["in.var"]
-    a, b = gate["in.means"].softmax(0), gate["in.vars"].softmax(0)
-    mean = a[0] * mean + a[1] * mean_image + a[2] * mean_batch
-    var = b[0] * var + b[1] * var_image + b[2] * var_batch
-    x = (x - mean[..., None]) * (var[..., None] + _EPS).rsqrt() * gate["in.weight"][:, None]
-
-    score = x.flatten(1) @ gate["weight"].T  # [B, L]
-    mean, var = seen["out.mean"], seen["out.var"]
-    if training:
-        mean = (score * each).sum(0)
-        var = ((score - mean).square() * each).sum(0)
-        _follow(seen["out.mean"], mean)
-        _follow(seen["out.var"], var * count / (count - 1).clamp(min=1), (count > 1) * 0.1)
-    score = (score - mean) * (var + _EPS).rsqrt() * gate["out.weight"] + gate["out.bias"]
-    return (score.sigmoid() * each).sum(0)
-
-
-def greedy(worth: Tensor, sizes: Tensor, capacity: int) -> Tensor:
-    """[k] bool: taken in the order of falling worth, those that still fit into the capacity."""
-    order = worth.argsort(descending=True, stable=True)
-    used, taken = torch.zeros_like(sizes[0]), []
-    for size in sizes[order]:
-        taken.append(used + size <= capacity)
-        used = used + size * taken[-1]
-    return torch.zeros_like(order, dtype=torch.bool).scatter(0, order, torch.stack(taken))
-
-
-def _hurried(w: Tensor, factor: float) -> Tensor:
-    """``w`` whose gradient is ``factor`` times as large: SGD with that many times the learning rate."""
-    return w.detach() + factor * (w - w.detach())
-
-
-@torch.no_grad()
-def _follow(running: Tensor, value: Tensor, momentum: float | Tensor = 0.1) -> None:
-    """Move a running statistic in place, as BatchNorm does."""
-    running += momentum * (value - running)
+        p = M.clamp(min=least)
+        stays = within_budget(cuts(model, self.blocks), p.detach(), self.sparsity - least)
+        return M * stays * (1 + (p - p.detach()) if self.straight_through else 1)

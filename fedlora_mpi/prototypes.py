@@ -1,0 +1,58 @@
+"""The mean feature of each class: what a client knows of it, its mean over clients, the pull towards it.
+
+Features z [d] are what enters the head. A client with n_i samples, of which a share pi_ik has class k,
+shows h_ik = pi_ik mean_i(z | k) and pi_ik. Both are linear in the samples, so the quotient of their means
+over clients, weighted by samples, is the mean over the samples of all clients:
+
+    c_k = sum_i n_i h_ik / sum_i n_i pi_ik = sum_i n_ik mean_i(z | k) / sum_i n_ik
+
+The means over clients are the shared leaves ``class.means`` [classes, d] and ``class.shares`` [classes],
+a client's own h_i is its personal leaf ``own.means`` [classes, d].
+"""
+
+import torch
+from torch import Tensor
+
+from .algorithm import Vars
+from .batch import Batch, mean
+from .models.network import Model
+from .tree import Tree
+
+_CHUNK = 250  # samples whose features are computed together
+
+
+def statistics(model: Model, weights: Tree, data: Batch) -> tuple[Tensor, Tensor]:
+    """h_i = [pi_k mean(z | k)]_k [classes, d] and mean ||z||^2 [] over all samples of a client.
+
+    In the model's mode: in evaluation mode a sample's features do not depend on its neighbours.
+    """
+    classes, n = len(data.counts), data.counts.sum()
+    real = torch.ones_like(data.y) if data.real is None else data.real
+    one_hot = (data.y[:, None] == torch.arange(classes, device=data.y.device)) * real[:, None]  # [n, classes]
+    sums, energy = 0.0, 0.0
+    for x, which, is_real in zip(data.x.split(_CHUNK), one_hot.split(_CHUNK), real.split(_CHUNK)):
+        z = model.features(weights, x)
+        sums = sums + which.to(z).T @ z
+        energy = energy + (z.square().sum(1) * is_real).sum()
+    return sums / n, energy / n
+
+
+def shown(model: Model, weights: Tree, data: Batch) -> Tree:
+    """A client's part of ``class.means`` and ``class.shares``: h_i and pi_i."""
+    means, _ = statistics(model, weights, data)
+    return {"class.means": means, "class.shares": data.counts / data.counts.sum()}
+
+
+def class_means(v: Vars, batch: Batch) -> Tensor:
+    """c [classes, d]: over all clients, or the client's own mean where none had the class.
+
+    Zero where the client has not had it either. Of ``batch`` only ``counts`` is read.
+    """
+    shares = v.shared["class.shares"][:, None]
+    own = v.personal["own.means"] * batch.counts.sum() / batch.counts.clamp(min=1)[:, None]
+    return torch.where(shares > 0, v.shared["class.means"] / shares.clamp(min=1e-30), own)
+
+
+def pull(z: Tensor, means: Tensor, batch: Batch) -> Tensor:
+    """Mean over real examples and features of (z - c_y)^2, []; z: [B, d], means: c [classes, d]."""
+    return mean((z - means[batch.y]).square().mean(1), batch)
