@@ -129,6 +129,8 @@ def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], devi
     host = assign([sum(sizes[c] for c in group) for group in together_], workers)
     rank_of = {c: rank for group, rank in zip(together_, host) for c in group}
     first = algorithm.init(model, rng(config.seed, "init"))
+    if both := first.shared.keys() & first.personal.keys():
+        raise ValueError(f"{source}: model: the network has a leaf {min(both)}, a name that the algorithm keeps for its own")
     run = Run(
         algorithm=algorithm,
         trainer=trainer,

@@ -29,7 +29,7 @@ from ..algorithm import Algorithm, Batch, Phase, Sgd, Step, Train, Vars
 from ..batch import cross_entropy
 from ..bounds import bounded
 from ..models.network import Model
-from ..tree import Tree
+from ..tree import Tree, prefixed
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class APFL(Algorithm):
         bounded(self, alpha="[0, 1]", alpha_decay="[0, inf)")
 
     def init(self, model: Model, rng: Generator) -> Vars:
-        v = {f"own.{n}": value for n, value in model.initial.items()}
+        v = prefixed(model.initial, "own.")
         return Vars(shared=model.initial, personal=v | {"mix.alpha": torch.tensor(self.alpha)})
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:

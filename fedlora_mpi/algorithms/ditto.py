@@ -24,7 +24,7 @@ from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
 from ..batch import cross_entropy
 from ..bounds import bounded
 from ..models.network import Model
-from ..tree import Tree, sq_dist
+from ..tree import Tree, prefixed, sq_dist, under
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Ditto(Algorithm):
         bounded(self, lam="[0, inf)")
 
     def init(self, model: Model, rng: Generator) -> Vars:
-        return Vars(shared=model.initial, personal={f"own.{n}": v for n, v in model.initial.items()})
+        return Vars(shared=model.initial, personal=prefixed(model.initial, "own."))
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         own = self.loss(model)
@@ -58,4 +58,4 @@ class Ditto(Algorithm):
         return (Phase(train.epochs, steps),)
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
-        return {n: v.personal[f"own.{n}"] for n in model.leaves}
+        return under(v.personal, "own.")

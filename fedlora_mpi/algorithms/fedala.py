@@ -83,8 +83,5 @@ class FedALA(Algorithm):
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
         return end._replace(personal=end.personal | {f"own.{n}": end.shared[n] for n in self.top(model)})
 
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        return v.shared
-
     def tune(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         return (self.aggregation(model, round_),)

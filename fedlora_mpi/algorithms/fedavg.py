@@ -12,7 +12,6 @@ Bytes per client and round: all leaves up, all leaves down.
 from dataclasses import dataclass
 from typing import Literal
 
-
 from ..algorithm import Algorithm
 
 

@@ -16,7 +16,6 @@ would train: with ft_epochs = train.epochs it is the next round's training, seen
 from dataclasses import dataclass
 from typing import Literal
 
-
 from ..algorithm import Algorithm, Phase, Step, Train
 from ..bounds import bounded
 from ..models.network import Model

@@ -8,6 +8,7 @@ Deviations: the paper does not say whether the parts train in turn or together; 
 """
 
 from dataclasses import dataclass
+
 from torch import Generator
 
 from ..algorithm import Algorithm, Phase, Train, Vars

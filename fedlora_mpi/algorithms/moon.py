@@ -28,7 +28,7 @@ from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
 from ..batch import cross_entropy
 from ..bounds import bounded
 from ..models.network import Model
-from ..tree import Tree
+from ..tree import Tree, prefixed, under
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class MOON(Algorithm):
 
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             z = model.features(now.shared, batch.x)
-            last = {n.removeprefix("own."): v for n, v in start.personal.items()}
+            last = under(start.personal, "own.")
             z_glob, z_prev = (teacher.features(tree, batch.x) for tree in (start.shared, last))
             fit = cross_entropy(model.classify(now.shared, z), batch)
             return fit + self.mu * self.contrast(z, z_glob, z_prev, batch)
@@ -72,10 +72,7 @@ class MOON(Algorithm):
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
         return Vars(end.shared, _body(model, end.shared))
 
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        return v.shared
-
 
 def _body(model: Model, tree: Tree) -> Tree:
     """What features need of ``tree``, under the names of the client's last model."""
-    return {f"own.{n}": v for n, v in tree.items() if model.role(n) != "head"}
+    return prefixed({n: v for n, v in tree.items() if model.role(n) != "head"}, "own.")

@@ -29,7 +29,7 @@ from torch import Generator, Tensor
 from ..algorithm import Algorithm, Batch, Phase, Sgd, Step, Train, Vars
 from ..bounds import bounded
 from ..models.network import Model
-from ..tree import Tree, sq_dist
+from ..tree import Tree, prefixed, sq_dist, under
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class PFedMe(Algorithm):
                 raise ValueError(f"lam = {self.lam}: must be below 2 / {field} = {2 / lr:g}, or the pull diverges")
 
     def init(self, model: Model, rng: Generator) -> Vars:
-        theta = {f"own.{n}": v for n, v in model.initial.items() if model.role(n) != "stats"}
-        return Vars(shared=model.initial, personal=theta)
+        theta = {n: v for n, v in model.initial.items() if model.role(n) != "stats"}
+        return Vars(shared=model.initial, personal=prefixed(theta, "own."))
 
     def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
-        return Vars(v.shared, {leaf: v.shared[leaf.removeprefix("own.")] for leaf in v.personal})
+        return Vars(v.shared, prefixed({n: v.shared[n] for n in under(v.personal, "own.")}, "own."))
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         own = self.loss(model)
@@ -85,4 +85,4 @@ class PFedMe(Algorithm):
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
         """theta_i, with the statistics of its training."""
-        return v.shared | {leaf.removeprefix("own."): theta for leaf, theta in v.personal.items()}
+        return v.shared | under(v.personal, "own.")

@@ -29,7 +29,7 @@ from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
 from ..batch import cross_entropy, mean
 from ..bounds import bounded
 from ..models.network import Model
-from ..tree import Tree
+from ..tree import prefixed, under
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class PFedSD(Algorithm):
         bounded(self, lam="[0, inf)", temperature="(0, inf)")
 
     def init(self, model: Model, rng: Generator) -> Vars:
-        return Vars(shared=model.initial, personal=_own(model.initial) | {"taught": torch.tensor(0.0)})
+        return Vars(shared=model.initial, personal=prefixed(model.initial, "own.") | {"taught": torch.tensor(0.0)})
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         teacher = model if self.teacher_bn == "batch" else model.evaluating()
 
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             o = model(now.shared, batch.x)  # before the teacher's, so that it keeps FedAvg's noise
-            v = {n.removeprefix("own."): w for n, w in start.personal.items() if n != "taught"}
+            v = under(start.personal, "own.")
             gap = self.divergence(teacher(model.frozen(v), batch.x), o, batch)
             return cross_entropy(o, batch) + start.personal["taught"] * self.lam * gap
 
@@ -67,12 +67,4 @@ class PFedSD(Algorithm):
         return mean(each, batch)
 
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
-        return Vars(end.shared, _own(end.shared) | {"taught": torch.ones_like(start.personal["taught"])})
-
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        return v.shared
-
-
-def _own(tree: Tree) -> Tree:
-    """``tree`` under the names of the client's last model."""
-    return {f"own.{n}": v for n, v in tree.items()}
+        return Vars(end.shared, prefixed(end.shared, "own.") | {"taught": torch.ones_like(start.personal["taught"])})

@@ -25,7 +25,7 @@ from torch import Generator, Tensor
 from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
 from ..bounds import bounded
 from ..models.network import Model
-from ..tree import Tree, split
+from ..tree import Tree, prefixed
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class Scaffold(Algorithm):
 
     def init(self, model: Model, rng: Generator) -> Vars:
         zeros = {n: torch.zeros_like(v) for n, v in model.initial.items() if model.role(n) != "stats"}
-        c, c_i = ({f"{prefix}.{n}": v.clone() for n, v in zeros.items()} for prefix in ("c", "c_i"))
-        return Vars(shared=model.initial | c, personal=c_i)
+        return Vars(shared=model.initial | prefixed(zeros, "c."), personal=prefixed(zeros, "c_i."))
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         own = self.loss(model)
@@ -81,9 +80,6 @@ class Scaffold(Algorithm):
         x = {n: torch.lerp(shared[n], mean[n], self.server_lr) for n in parameters}  # the mean itself at 1
         c = {f"c.{n}": shared[f"c.{n}"] + share * mean[f"c.{n}"] for n in parameters}
         return server, mean | x | c  # eq. (5)
-
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        return split(v.shared, lambda leaf: model.role(leaf) is not None)[0]
 
 
 def _parameters(shared: Tree) -> list[str]:
