@@ -8,7 +8,7 @@ from fedlora_mpi.algorithm import Train
 from fedlora_mpi.build import Built
 from fedlora_mpi.comm import Solo
 from fedlora_mpi.data.datasets import Data, Samples
-from fedlora_mpi.data.feed import Feed
+from fedlora_mpi.data.feed import Feed, Store
 from fedlora_mpi.data.partition import Split
 from fedlora_mpi.engine.train import Trainer
 from fedlora_mpi.layout import Layout
@@ -19,6 +19,7 @@ from fedlora_mpi.placement import groups
 from fedlora_mpi.round import Run, play
 from fedlora_mpi.run import beginning
 from fedlora_mpi.seeds import rng
+from fedlora_mpi.tree import tmap
 
 torch.set_num_threads(1)  # the engine's default; sums in another order have other last bits
 
@@ -73,9 +74,31 @@ def feed(sizes=SIZES, tests=(4, 9, 2, 5, 7), seed=1, same_sample=False):
     return Feed(data, split, seed=seed, shift="none", device=CPU, augment=False)
 
 
-def trainer(algorithm, network="cnn", train=TRAIN, stacked=False, samples=None):
-    """A Trainer on this CPU."""
-    return Trainer(algorithm, model(network), train, samples or feed(), CPU, stacked)
+class Fine(Store):
+    """A store whose images come out as float64."""
+
+    def read(self, rows, warps):
+        x, y = super().read(rows, warps)
+        return x.double(), y
+
+
+class FineTrainer(Trainer):
+    """Trains in float64, so that two ways to the same numbers agree to the 13th digit or are not the same.
+
+    Between rounds the numbers are float32, as ever.
+    """
+
+    def train(self, clients, shared, personal_C, round_, evaluate=False):
+        fine = (tmap(lambda v: v.double() if v.is_floating_point() else v, t) for t in (shared, personal_C))
+        return super().train(clients, *fine, round_, evaluate)
+
+
+def trainer(algorithm, network="cnn", train=TRAIN, stacked=False, samples=None, fine=False):
+    """A Trainer on this CPU; ``fine``: in float64."""
+    samples = samples or feed()
+    if fine:
+        samples._train = Fine(*samples._train)
+    return (FineTrainer if fine else Trainer)(algorithm, model(network), train, samples, CPU, stacked)
 
 
 def first(made):

@@ -70,10 +70,10 @@ def gap(a, b):
     return max(float((a[n] - b[n]).abs().max()) for n in b)
 
 
-def loop_and_stack(algorithm, network, train=small.TRAIN):
+def loop_and_stack(algorithm, network, **how):
     """State of both paths after two rounds of a ragged cohort, as one tree each."""
     for stacked in (False, True):
-        end = small.played(*small.experiment(algorithm, network, stacked=stacked, train=train), 2)
+        end = small.played(*small.experiment(algorithm, network, stacked=stacked, **how), 2)
         yield end.shared | {f"personal {n}": v for n, v in end.personal.items()}
 
 
@@ -306,13 +306,12 @@ def test_scaffold_reaches_the_optimum_of_heterogeneous_quadratics_where_fedavg_s
 
 @NETWORKS
 def test_scaffold_agrees_on_loop_and_stack(network):
-    """c and c_i are differences of parameters over K lr >= 0.15, and so is their rounding."""
-    trees = loop_and_stack(Scaffold(server_lr=1.3), network, PLAIN)
-    (c, w), (c_stack, w_stack) = (
-        split(tree, lambda leaf: leaf.startswith(("c.", "personal"))) for tree in trees
-    )
-    small.assert_near(w_stack, w)
-    assert gap(c_stack, c) < 1e-5 / 0.15
+    """c and c_i are differences of parameters over K lr >= 0.15, which magnifies rounding: in float64."""
+    variate = lambda leaf: leaf.startswith(("c.", "personal"))
+    loop, stack = loop_and_stack(Scaffold(server_lr=1.3), network, train=PLAIN)
+    small.assert_near(split(stack, variate)[1], split(loop, variate)[1])
+    loop, stack = loop_and_stack(Scaffold(server_lr=1.3), network, train=PLAIN, fine=True)
+    small.assert_near(stack, loop, rtol=1e-6)
 
 
 def test_scaffold_refuses_momentum():

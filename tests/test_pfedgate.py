@@ -285,6 +285,21 @@ def test_the_gate_learns_at_its_own_rate(stacked):
 
 
 @PATHS
+def test_what_the_gate_keeps_of_the_data_does_not_decay(stacked):
+    kept = []
+    for weight_decay in (0.0, 0.5):
+        train = replace(small.TRAIN, batch_size=20, epochs=1, weight_decay=weight_decay)
+        made = small.trainer(PFedGate(), "bn_net", train=train, stacked=stacked)
+        v = moving(made)
+        (done,) = made.train([0], v.shared, small.rows(v.personal, 1), 0)
+        kept.append(
+            {n: w.clone() for n, w in done.end.personal.items() if n.startswith("seen.") and n != "seen.M"}
+        )
+        assert not any(torch.equal(w, v.personal[n]) for n, w in kept[-1].items())
+    assert small.equal(*kept) and len(kept[0]) == 4
+
+
+@PATHS
 def test_one_client_trains_as_with_two_torch_optimizers(stacked):
     algorithm, settings = PFedGate(gate_lr=0.2), replace(small.TRAIN, epochs=2)
     run, state = small.experiment(algorithm, "bn_net", sizes=(10,), train=settings, stacked=stacked)

@@ -80,8 +80,8 @@ def test_without_its_term_the_method_is_fedavg(algorithm, stacked, network, part
 @METHODS
 @PATHS
 def test_the_term_acts_from_round_2_on(algorithm, stacked):
-    _, one = outcome(algorithm, rounds=1, stacked=stacked)
-    small.assert_near(one.shared, plain(algorithm, rounds=1, stacked=stacked).shared, rtol=1e-6)
+    how = {"rounds": 1, "stacked": stacked, "fine": True}
+    small.assert_near(outcome(algorithm, **how)[1].shared, plain(algorithm, **how).shared, rtol=1e-6)
     _, two = outcome(algorithm, rounds=2, stacked=stacked)
     other = plain(algorithm, rounds=2, stacked=stacked).shared
     assert not any(torch.equal(v, other[n]) for n, v in two.shared.items())
@@ -133,6 +133,14 @@ def test_a_teacher_leaves_no_trace(algorithm, stacked):
     for done in made.train(range(5), shared, rows, 1):
         assert small.equal(done.start.personal, v.personal) and small.equal(done.start.shared, v.shared)
     assert small.equal(rows, given) and small.equal(shared, v.shared)
+
+
+@METHODS
+def test_the_network_alone_trains(algorithm):
+    made = small.trainer(algorithm, "bn_net")
+    ((step,),) = (phase.steps for phase in algorithm.phases(made.model, made.settings, 0))
+    v = small.first(made)
+    assert all(map(step.trains, v.shared)) and not any(map(step.trains, v.personal))
 
 
 @METHODS
