@@ -10,6 +10,8 @@ The means over clients are the shared leaves ``class.means`` [classes, d] and ``
 a client's own h_i is its personal leaf ``own.means`` [classes, d].
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,15 +28,27 @@ def statistics(model: Model, weights: Tree, data: Batch) -> tuple[Tensor, Tensor
 
     In the model's mode: in evaluation mode a sample's features do not depend on its neighbours.
     """
-    classes, n = len(data.counts), data.counts.sum()
+    sums, energy = _sums(lambda x: model.features(weights, x), data)
+    return sums / data.counts.sum(), energy / data.counts.sum()
+
+
+def own_means(of: Callable[[Tensor], Tensor], data: Batch) -> Tensor:
+    """[classes, m]: the mean of ``of(x)`` [B, m] over a client's samples of each class; zero where it has none."""
+    sums, _ = _sums(of, data)
+    return sums / data.counts.clamp(min=1)[:, None]
+
+
+def _sums(of: Callable[[Tensor], Tensor], data: Batch) -> tuple[Tensor, Tensor]:
+    """Over all samples of a client: the sum of z = of(x) by class [classes, m], and that of ||z||^2 []."""
+    classes = len(data.counts)
     real = torch.ones_like(data.y) if data.real is None else data.real
     one_hot = (data.y[:, None] == torch.arange(classes, device=data.y.device)) * real[:, None]  # [n, classes]
     sums, energy = 0.0, 0.0
     for x, which, is_real in zip(data.x.split(_CHUNK), one_hot.split(_CHUNK), real.split(_CHUNK)):
-        z = model.features(weights, x)
+        z = of(x)
         sums = sums + which.to(z).T @ z
         energy = energy + (z.square().sum(1) * is_real).sum()
-    return sums / n, energy / n
+    return sums, energy
 
 
 def shown(model: Model, weights: Tree, data: Batch) -> Tree:
@@ -48,11 +62,21 @@ def class_means(v: Vars, batch: Batch) -> Tensor:
 
     Zero where the client has not had it either. Of ``batch`` only ``counts`` is read.
     """
-    shares = v.shared["class.shares"][:, None]
+    means, known = prototypes(v.shared)
     own = v.personal["own.means"] * batch.counts.sum() / batch.counts.clamp(min=1)[:, None]
-    return torch.where(shares > 0, v.shared["class.means"] / shares.clamp(min=1e-30), own)
+    return torch.where(known[:, None], means, own)
 
 
-def pull(z: Tensor, means: Tensor, batch: Batch) -> Tensor:
-    """Mean over real examples and features of (z - c_y)^2, []; z: [B, d], means: c [classes, d]."""
-    return mean((z - means[batch.y]).square().mean(1), batch)
+def prototypes(shared: Tree) -> tuple[Tensor, Tensor]:
+    """c [classes, d] over all clients, and which classes are known [classes]; the others' c is zero."""
+    shares = shared["class.shares"]
+    return shared["class.means"] / shares.clamp(min=1e-30)[:, None], shares > 0
+
+
+def pull(z: Tensor, means: Tensor, batch: Batch, known: Tensor | None = None) -> Tensor:
+    """Mean over real examples and features of (z - c_y)^2, []; zero for an example whose class is not ``known``.
+
+    z: [B, d]; means: c [classes, d]; known: [classes], None: all.
+    """
+    each = (z - means[batch.y]).square().mean(1)
+    return mean(each if known is None else torch.where(known[batch.y], each, 0), batch)

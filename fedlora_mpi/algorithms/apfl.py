@@ -54,9 +54,8 @@ class APFL(Algorithm):
         owned = {f"own.{n}" for n in parameters}
 
         def mixed(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            vbar = self.weights_of(model, now)
-            traceless = {n: w if n in parameters else w.clone() for n, w in vbar.items()}
-            return cross_entropy(model(traceless, batch.x), batch)
+            vbar = model.traceless(self.weights_of(model, now))
+            return cross_entropy(model(vbar, batch.x), batch)
 
         def shared(now: Vars, start: Vars, batch: Batch) -> Tensor:
             return cross_entropy(model(now.shared, batch.x), batch)

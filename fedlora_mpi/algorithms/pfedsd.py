@@ -26,7 +26,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..batch import cross_entropy, mean
+from ..batch import cross_entropy, divergence, mean
 from ..bounds import bounded
 from ..models.network import Model
 from ..tree import prefixed, under
@@ -62,9 +62,8 @@ class PFedSD(Algorithm):
 
     def divergence(self, teacher: Tensor, student: Tensor, batch: Batch) -> Tensor:
         """T^2 KL(teacher || student), the mean over the real examples. Logits: [B, classes]."""
-        q, p = ((o / self.temperature).log_softmax(1) for o in (teacher, student))
-        each = self.temperature**2 * (q.exp() * (q - p)).sum(1)  # F.kl_div has no rule for vmap
-        return mean(each, batch)
+        each = divergence(teacher / self.temperature, student / self.temperature)
+        return mean(self.temperature**2 * each, batch)
 
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
         return Vars(end.shared, prefixed(end.shared, "own.") | {"taught": torch.ones_like(start.personal["taught"])})

@@ -1,0 +1,76 @@
+"""Clients predict by a learned mixture of their own network and a small shared one, trained to be mixed.
+
+Qin et al., "FedAPEN: Personalized Cross-silo Federated Learning with Adaptability to Statistical
+Heterogeneity", KDD 2023, https://doi.org/10.1145/3580305.3599344. Client k has the network p of its own, a copy of
+the small network s, and the share w in [0, 1], from 0.5; names of networks stand for their logits:
+
+    L_p  =  CE(p) + KL(softmax(s) || softmax(p)) + CE(w p + (1 - w) s)      s a constant
+    L_s  =  CE(s) + KL(softmax(p) || softmax(s)) + CE(w p + (1 - w) s)      p a constant
+    p, s  <-  descend on L_p, on L_s        s  <-  (1/N) sum_k s_k
+    w  <-  clip(w - eta_w grad CE(w p + (1 - w) s), 0, 1)      w_epochs, on samples held out, after the mean
+
+The client's own model is w p + (1 - w) s. Its share of the samples, ``held_out``, trains no network.
+
+BatchNorm: that of p is the client's own; running statistics of s are averaged. w moves none.
+Bytes per client and round: all leaves of s up, all leaves of s down.
+Deviations: w is learned from the second round on, before it is used: on a copy for every evaluation,
+and the same again when the client next trains. The authors give their networks weights of their own at the
+start; here all clients of one architecture start equal. ``weights_of`` has p alone.
+A round's ``train_loss`` is L_p + L_s.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from ..algorithm import Batch, Phase, Sgd, Step, Train, Vars
+from ..batch import cross_entropy, divergence, mean
+from ..bounds import bounded
+from ..companion import Companion
+from ..models.network import Model
+
+
+@dataclass(frozen=True)
+class FedAPEN(Companion):
+    """``equal: true`` keeps w = 0.5 (FedEN); the same samples are held out, or none by ``held_out: 0``."""
+
+    equal: bool = False
+    held_out: float = 0.05
+    w_epochs: int = 10
+    w_lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        bounded(self, held_out="[0, 1)", w_epochs="[0, inf)", w_lr="(0, inf)")
+        if not (self.equal or self.held_out):
+            raise ValueError("held_out = 0: leaves nothing to learn w on; give a fraction above 0, or equal: true")
+
+    def init(self, model: Model, rng: Generator) -> Vars:
+        shared, personal = super().init(model, rng)[:2]
+        return Vars(shared, personal | {"mix.w": torch.tensor(0.5)})
+
+    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+            p, s = self.logits_of_both(model, now, batch)
+            w = now.personal["mix.w"]
+            apart = mean(divergence(s.detach(), p) + divergence(p.detach(), s), batch)
+            mixed = cross_entropy(w * p + (1 - w) * s.detach(), batch)
+            mixed = mixed + cross_entropy(w * p.detach() + (1 - w) * s, batch)
+            return cross_entropy(p, batch) + cross_entropy(s, batch) + apart + mixed  # L_p + L_s
+
+        return *self.tune(model, train, round_), Phase(train.epochs, (Step(loss, self.trains(model)),))
+
+    def tune(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+        if self.equal:
+            return ()
+        judged = model.evaluating()
+
+        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+            return cross_entropy(self.logits(judged, now, batch.x), batch)
+
+        step = Step(loss, "mix.w".__eq__, lambda _: Sgd(self.w_lr), clamp=(0.0, 1.0))
+        return (Phase(self.w_epochs * (round_ > 0), (step,), stream="adaptability", held_out=True),)
+
+    def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:
+        w, s = v.personal["mix.w"], self.g(model).to(x.device)(self.of_g(v), x)
+        return w * super().logits(model, v, x) + (1 - w) * s

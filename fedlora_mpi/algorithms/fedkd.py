@@ -1,0 +1,115 @@
+"""Clients' own large networks and a small shared one teach each other; its updates travel as truncated SVDs.
+
+Wu et al., "Communication-Efficient Federated Learning via Knowledge Distillation", Nature Communications
+2022, https://arxiv.org/abs/2108.13323. Client k has the network F (the mentor t) of its own and a copy of the
+small network g (the mentee s); h are the features that enter the head, W_h is a matrix of the client's own:
+
+    D     =  CE_t + CE_s                          L_h  =  mean (h_t - W_h h_s)^2
+    L_t   =  CE_t + (KL(p_s || p_t) + L_h) / D    L_s  =  CE_s + (KL(p_t || p_s) + L_h) / D
+    F, W_h, g  <-  descend on L_t + L_s, from the server's g
+    g     <-  g + C(mean_k C(g_k - g))
+
+C keeps, of each matrix [d1, d2] (a convolution is [O, I K1 K2]), the n largest singular values, n >= 1 the
+smallest number whose squares are at least T_t of the sum of all, T_t = T_start + (t + 1) / T (T_end - T_start)
+in round t from 0: ``energy_start``, ``energy_end`` and, for T, ``energy_rounds``. Vectors stay as they are.
+
+BatchNorm: that of F is the client's own; running statistics of g are averaged.
+Bytes per client and round: 4 (n (d1 + d2 + 1) for each matrix of g, and the numbers of its vectors) up and
+down, which can be more than all of g at T_t near 1; in round 1 all of g comes down. One that missed rounds
+is counted as if it had followed.
+Deviations: gradients pass the teachers and D, as in the authors' code; ``detached: true`` makes them
+constants. That code divides KL by the classes too, leaves out a matrix that needs all its singular values,
+uses Adam, and has a term for attention maps. HtFLlib compresses parameters, not updates.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from ..algorithm import Batch, Phase, Step, Train, Vars
+from ..batch import cross_entropy, divergence, mean
+from ..bounds import bounded
+from ..companion import Companion
+from ..models.network import Model
+from ..tree import Tree
+from ..truncation import truncated
+
+
+@dataclass(frozen=True)
+class FedKD(Companion):
+    """Shared leaves beside g: "svd.round", rounds done; "svd.numbers", what the last message held."""
+
+    energy_start: float = 0.95
+    energy_end: float = 0.98
+    energy_rounds: int = 500
+    detached: bool = False
+
+    def __post_init__(self) -> None:
+        bounded(self, energy_start="[0, 1]", energy_end="[0, 1]", energy_rounds="[1, inf)")
+
+    def check(self, model: Model, train: Train) -> None:
+        super().check(model, train)
+        for which, network in (("name = fedkd", model), (f"small = {self.small}", self.g(model))):
+            if not _linear(network):
+                raise ValueError(f"{which}: needs a network that ends in a Linear; {network.head or 'this'} is none")
+
+    def init(self, model: Model, rng: Generator) -> Vars:
+        shared, personal = super().init(model, rng)[:2]
+        (d_t,), (d_s,) = (network.leaves[f"{network.head}.weight"].shape[1:] for network in (model, self.g(model)))
+        W_h = (torch.rand(d_t, d_s, generator=rng) * 2 - 1) / d_s**0.5
+        sizes = torch.tensor(float(sum(v.numel() for v in shared.values())))
+        return Vars(shared | {"svd.round": torch.tensor(0.0), "svd.numbers": sizes}, personal | {"hidden.W_h": W_h})
+
+    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+        g, held = self.g(model), Tensor.detach if self.detached else lambda v: v
+
+        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+            t, s = self.weights_of(model, now), self.of_g(now)
+            h_t = model.features(t, batch.x)
+            with self.prepared(model, batch):
+                h_s = g.to(batch.x.device).features(s, batch.x)
+            o_t, o_s = model.classify(t, h_t), g.classify(s, h_s)
+            fit = cross_entropy(o_t, batch) + cross_entropy(o_s, batch)
+            gap = divergence(held(o_s), o_t) + divergence(held(o_t), o_s)
+            hidden = (h_t - h_s @ now.personal["hidden.W_h"].T).square().mean(1)
+            return fit + mean(gap + 2 * hidden, batch) / held(fit)  # L_t + L_s
+
+        return (Phase(train.epochs, (Step(loss, self.trains(model, "hidden.W_h")),)),)
+
+    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
+        """What the server will make of the client's message."""
+        return end._replace(shared=self.compressed(start.shared, end.shared))
+
+    def upload(self, start: Vars, end: Vars) -> Tree:
+        return {n: v for n, v in end.shared.items() if n.startswith("small.")}
+
+    def sent(self, start: Vars, end: Vars) -> Tensor:
+        return end.shared["svd.numbers"]
+
+    def received(self, shared: Tree) -> Tensor:
+        return shared["svd.numbers"]
+
+    def serve(self, server: Tree, shared: Tree, mean: Tree, share: float) -> tuple[Tree, Tree]:
+        shared = self.compressed(shared, mean)
+        return server, shared | {"svd.round": shared["svd.round"] + 1}
+
+    def compressed(self, old: Tree, new: Tree) -> Tree:
+        """old + C(new - old) for the leaves of g, with the numbers of the message that says so."""
+        round_ = old["svd.round"]
+        share = ((round_.double() + 1) / self.energy_rounds).clamp(max=1)
+        energy = self.energy_start + share * (self.energy_end - self.energy_start)  # T_t
+        tree, numbers = {}, torch.zeros_like(round_)
+        for name, before in old.items():
+            if name.startswith("small."):
+                tree[name], count = new[name], before.numel()
+                if before.dim() > 1:
+                    update, count = truncated(new[name] - before, energy)
+                    tree[name] = before + update
+                numbers = numbers + count
+        return tree | {"svd.round": round_, "svd.numbers": numbers}
+
+
+def _linear(network: Model) -> bool:
+    """Whether features enter a Linear at the end."""
+    return any(leaf.role == "head" and leaf.matrix == "linear" for leaf in network.leaves.values())

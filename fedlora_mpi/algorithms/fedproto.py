@@ -1,0 +1,98 @@
+"""Clients with networks of their own pull their features of each class towards the mean over all clients.
+
+Tan et al., "FedProto: Federated Prototype Learning across Heterogeneous Clients", AAAI 2022,
+https://arxiv.org/abs/2105.00243. Features z [d] are what enters the head. P_c is the global prototype of
+class c, P_kc that of client k, N_c the clients of the round that hold c:
+
+    w_k   <-  argmin CE + lam mean_d (z - P_y)^2                    no second term where P_y is unknown
+    P_kc  <-  mean of z over the samples of k with y = c, after training
+    P_c   <-  1/|N_c| sum_(k in N_c) P_kc                           (``weights: uniform``)
+    P_c   <-  sum_(k in N_c) n_kc P_kc / sum_(k in N_c) n_kc        (``samples``)
+
+There is no pull in round 1. A class that no client of the round holds is unknown in the next (by
+``absent: stale`` it keeps its prototype). ``inference: classifier`` predicts by the network, ``prototypes`` the
+class of the nearest P_c, among all ``known`` ones or among those that the client has held in training
+(``own``; among all where none of those is known).
+
+BatchNorm: all of it is the client's own. Prototypes are of features in evaluation mode.
+Bytes per client and round: up d numbers for each class that it holds, down d for each known class; what
+says which classes these are, and how many samples, is not counted.
+Deviations: the authors' code takes P_kc over the last epoch, while the model moves; here it is that of the
+trained model over all training data. Their mean is ``uniform``, the paper's by ``samples``. The paper predicts
+by prototypes, their code both ways, HtFLlib by prototypes ``known``. By prototypes, ``accuracy_trained`` is
+that by the client's own P_kc.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Generator, Tensor
+
+from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
+from ..batch import cross_entropy
+from ..bounds import bounded
+from ..models.network import Model
+from ..prototypes import own_means, prototypes, pull
+from ..tree import Tree
+
+
+@dataclass(frozen=True)
+class FedProto(Algorithm):
+    """``class.means`` and ``class.shares`` are means over clients whose quotient is P; ``own.classes`` is 1
+    for a class that the client holds."""
+
+    surveys: ClassVar = True
+    lam: float = 1.0
+    inference: Literal["classifier", "prototypes"] = "classifier"
+    among: Literal["own", "known"] = "own"
+    weights: Literal["uniform", "samples"] = "uniform"
+    absent: Literal["exclude", "stale"] = "exclude"
+
+    def __post_init__(self) -> None:
+        bounded(self, lam="[0, inf)")
+
+    def check(self, model: Model, train: Train) -> None:
+        head = model.leaves.get(f"{model.head}.weight")
+        if head is None or head.matrix != "linear":
+            raise ValueError("name = fedproto: needs a network with a body and a Linear classifier")
+
+    def init(self, model: Model, rng: Generator) -> Vars:
+        means = torch.zeros(model.leaves[f"{model.head}.weight"].shape)  # [classes, d]
+        return Vars({"class.means": means, "class.shares": means[:, 0]}, model.initial | {"own.classes": means[:, 0]})
+
+    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+        lam = self.lam if round_ else 0.0
+
+        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+            w = self.weights_of(model, now)
+            z = model.features(w, batch.x)
+            fit = cross_entropy(model.classify(w, z), batch)
+            P, known = prototypes(start.shared)
+            return fit + lam * pull(z, P, batch, known) if lam else fit
+
+        return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),)),)
+
+    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
+        w, held = self.weights_of(model, end), (data.counts > 0).to(data.counts)
+        share = held if self.weights == "uniform" else data.counts / data.counts.sum()
+        means = own_means(lambda x: model.evaluating().features(w, x), data)
+        shown = {"class.means": share[:, None] * means, "class.shares": share}
+        return Vars(shown, end.personal | {"own.classes": held})
+
+    def sent(self, start: Vars, end: Vars) -> Tensor:
+        return self.received(end.shared)
+
+    def received(self, shared: Tree) -> Tensor:
+        return (shared["class.shares"] > 0).sum() * shared["class.means"].shape[1]
+
+    def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:
+        """By prototypes: - mean_d (z - P_c)^2, without its term in z alone, which all classes have in common."""
+        if self.inference == "classifier":
+            return super().logits(model, v, x)
+        P, known = prototypes(v.shared)
+        own = known & (v.personal["own.classes"] > 0)
+        meant = torch.where(own.any(), own, known) if self.among == "own" else known
+        z = model.features(self.weights_of(model, v), x)
+        near = (2 * z @ P.T - P.square().sum(1)) / P.shape[1]  # [B, classes]
+        return torch.where(meant, near, near.amin(1, keepdim=True) - 100)

@@ -1,0 +1,53 @@
+"""Clients with networks of their own share a small one, and the two learn from each other.
+
+Shen et al., "Federated Mutual Learning", 2020, https://arxiv.org/abs/2006.16765, Algorithm 1. Client k
+has the network F (weights w_k) of its own and a copy of the small network g, the meme (weights theta):
+
+    theta_k <- theta
+    L_local  =  alpha CE(F, y) + (1 - alpha) KL(softmax(g) || softmax(F))
+    L_meme   =  beta CE(g, y) + (1 - beta) KL(softmax(F) || softmax(g))
+    w_k     <- argmin L_local, theta_k <- argmin L_meme     on the same batches, step by step
+    theta   <- (1/K) sum_k theta_k
+
+In each loss the other network is a teacher, a constant; both steps start from the values before them.
+The client's own model is F.
+
+BatchNorm: that of F is the client's own; running statistics of g are averaged.
+Bytes per client and round: all leaves of g up, all leaves of g down.
+Deviations: the authors' code lowers the learning rate every 10 rounds, and as released its fork and
+merge of the meme are commented out. HtFLlib divides KL by the classes, too, lets both losses train both
+networks, and clips gradients. A round's ``train_loss`` is L_local + L_meme.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..algorithm import Batch, Phase, Step, Train, Vars
+from ..batch import cross_entropy, divergence, mean
+from ..bounds import bounded
+from ..companion import Companion
+from ..models.network import Model
+
+
+@dataclass(frozen=True)
+class FML(Companion):
+    """``alpha: 1`` trains F as Local does, ``beta: 1`` g as FedAvg does."""
+
+    alpha: float = 0.5
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        bounded(self, alpha="[0, 1]", beta="[0, 1]")
+
+    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+            own, meme = self.logits_of_both(model, now, batch)
+            return self.taught(self.alpha, own, meme, batch) + self.taught(self.beta, meme, own, batch)
+
+        return (Phase(train.epochs, (Step(loss, self.trains(model)),)),)
+
+    def taught(self, share: float, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        """share CE(student) + (1 - share) KL(teacher || student), []. Logits: [B, classes]."""
+        gap = mean(divergence(teacher.detach(), student), batch)
+        return share * cross_entropy(student, batch) + (1 - share) * gap
