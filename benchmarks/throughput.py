@@ -18,7 +18,8 @@ from torch import nn
 from fedlora_mpi.build import build
 from fedlora_mpi.comm import Solo
 from fedlora_mpi.config import from_dict
-from fedlora_mpi.round import State, play
+from fedlora_mpi.federation import State
+from fedlora_mpi.round import play
 from fedlora_mpi.run import beginning
 
 WORKLOADS = {  # name: (data, model, train, group size, target ratio)
@@ -47,7 +48,7 @@ def bare_loop(built, clients: list[int]) -> tuple[float, nn.Module]:
     feed = run.trainer.feed
     begin = time.perf_counter()
     for client in clients:
-        module = run.trainer.model.module(built.first.shared).train().to(memory_format=torch.channels_last)
+        module = run.trainer.model.module(built.run.kinds[0].first.shared).train().to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(module.parameters(), settings.lr, settings.momentum)
         size = feed.train_size(client)
         for epoch in range(settings.epochs):
@@ -65,7 +66,7 @@ def check(built) -> float:
     """Largest relative difference between one client trained by the engine and by the loop."""
     run = built.run
     _, module = bare_loop(built, [0])
-    (done,) = run.trainer.train([0], built.first.shared, {}, 0)
+    (done,) = run.trainer.train([0], built.run.kinds[0].first.shared, {}, 0)
     theirs = module.state_dict()
     return max(
         float((value - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1e-3))

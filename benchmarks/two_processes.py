@@ -103,7 +103,7 @@ def half(rank: int, tree: dict, clients: list[int], total: torch.Tensor, rounds:
     keep_memory()
     built = build(from_dict(tree, "benchmark"), "benchmark", Solo())
     feed = built.run.trainer.feed
-    blank = built.run.trainer.model.module(built.first.shared)
+    blank = built.run.trainer.model.module(built.run.kinds[0].first.shared)
     net = decompose(blank)
     low = {c: {n: v.clone() for n, v in net.state_dict().items() if "lora_" in n} for c in clients}
     sigma = {n: v.clone() for n, v in net.state_dict().items() if "lora_" not in n}

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from .batch import Batch, cross_entropy
 from .bounds import bounded
 from .models.network import Model
-from .tree import Tree
+from .tree import Tree, numel
 
 
 class Vars(NamedTuple):
@@ -84,6 +84,12 @@ class Phase(NamedTuple):
     stream: str = ""
     limit: Callable[[int], int] | None = None  # samples of an epoch that are used, from the client's number
     after: Callable[[Vars], Vars] | None = None  # what the variables become at the end
+    held_out: bool = False  # on the samples that ``Algorithm.held_out`` takes from all other phases
+
+
+def held_out(samples: int, fraction: float) -> int:
+    """How many of a client's training samples are held out: at least one, but never all; none of fraction 0."""
+    return min(samples - 1, max(1, int(fraction * samples))) if fraction else 0
 
 
 class Offer(NamedTuple):
@@ -101,15 +107,20 @@ class Algorithm:
     be fields or properties instead. ``weights``: by which number of the client its upload counts in
     the mean; ``absent``: what clients outside the cohort count for; ``evaluates``: the moment whose
     accuracy is the method's; ``centred``: whether the mean over clients is taken off the keys before
-    their Gram matrix (distances then do not cancel); ``surveys``: whether ``begin`` and ``finish`` are
-    given all training data, in order, or the first sample alone; its ``counts`` are those of all.
+    their Gram matrix (distances then do not cancel); ``sums``: whether the server is given the sum of the
+    uploads in the place of their mean (absent clients are then excluded); ``surveys``: whether ``begin``
+    and ``finish`` are given all training data, in order, or the first sample alone; its ``counts`` are
+    those of all; ``held_out``: fraction of each client's training samples, the same ones in all rounds,
+    that no phase uses but those that say so, and these without augmentation.
     """
 
     weights: ClassVar[Literal["samples", "uniform"]] = "samples"
     absent: ClassVar[Literal["exclude", "stale"]] = "exclude"
     evaluates: ClassVar[Literal["after_aggregation", "after_training"]] = "after_aggregation"
     centred: ClassVar[bool] = False
+    sums: ClassVar[bool] = False
     surveys: ClassVar[bool] = False
+    held_out: ClassVar[float] = 0.0
 
     def check(self, model: Model, train: Train) -> None:
         """Raise ValueError when the fields do not go together with the model or the training."""
@@ -130,6 +141,12 @@ class Algorithm:
         all leaves of the client's own model, under ``loss``."""
         return (Phase(train.epochs, (Step(self.loss(model)),)),)
 
+    def used(self, phase: Phase, samples: int) -> int:
+        """How many of a client's training samples an epoch of the phase uses. Not to be overridden."""
+        held = held_out(samples, self.held_out)
+        part = held if phase.held_out else samples - held
+        return min(part, phase.limit(part)) if phase.limit else part
+
     def loss(self, model: Model) -> Loss:
         """The cross-entropy of the client's own model: what most phases minimise."""
 
@@ -149,6 +166,14 @@ class Algorithm:
     def offer(self, start: Vars, end: Vars) -> Offer | None:
         """What enters a mix of its own for every client. Default: there is none."""
         return None
+
+    def sent(self, start: Vars, end: Vars) -> Tensor | int:
+        """How many numbers a client of a real federation would send for the upload. Default: all of it."""
+        return numel(self.upload(start, end))
+
+    def received(self, shared: Tree) -> Tensor | int:
+        """How many numbers it would receive of the shared variables. Default: all of them."""
+        return numel(shared)
 
     # The server.
 

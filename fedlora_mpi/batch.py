@@ -10,7 +10,7 @@ from torch import Tensor
 class Batch(NamedTuple):
     """A mini-batch of one client."""
 
-    x: Tensor  # [B, ...] float inputs, transformed and normalised
+    x: Tensor  # [B, ...] images, transformed and normalised, or [B, L] int64 token ids
     y: Tensor  # [B] class index, int64
     real: Tensor | None  # [B] False for padding, which is at the end; None when all B examples are real
     key: Tensor  # [] int64, the address of this step's noise (dropout)
@@ -30,6 +30,12 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(logits, batch.y)
     logits = torch.where(batch.real[:, None], logits, 0)  # or an infinite logit of padding has a gradient nan
     return mean(F.cross_entropy(logits, batch.y, reduction="none"), batch)
+
+
+def divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(softmax(teacher) || softmax(student)) of each example, [B]. Logits: [B, classes]."""
+    q, p = teacher.log_softmax(1), student.log_softmax(1)
+    return (q.exp() * (q - p)).sum(1)  # F.kl_div has no rule for vmap
 
 
 def halves(batch: Batch) -> tuple[Batch, Batch]:

@@ -59,7 +59,7 @@ class Origin:
 
     def refusal(self, key: str, error: ValueError) -> ConfigError:
         """The message about what a constructor of the block ``key`` refused."""
-        if named := re.match(r"(\w+) = ", str(error)):
+        if named := re.match(r"([\w.]+) = ", str(error)):
             return self._message(inside(key, named[1]), inside(key, str(error)))
         return self._message(key, f"{key}: {error}" if key else str(error))
 
@@ -73,23 +73,24 @@ class Origin:
 
 
 def overlay(
-    layers: Iterable[tuple[Mapping[str, Any], str]], selectors: Mapping[str, str]
+    layers: Iterable[tuple[Mapping[str, Any], str]], selectors: Mapping[str, tuple[str, ...]]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The (layer, source) pairs merged, a later value over an earlier one, and ``Origin.of`` of the result.
 
-    ``selectors``: dotted key of a choice block -> the key in it that says what its other keys mean. A
-    block that is given as a bare name or as {}, or whose selector changes, starts afresh.
+    ``selectors``: dotted key of a choice block -> the keys in it that say what its other keys mean; a
+    bare name stands for the first. A block that is given as a bare name or as {}, or whose selector
+    changes, starts afresh.
     """
     flat: dict[tuple[str, ...], tuple[Any, str]] = {}
     for layer, source in layers:
         new = {path: (value, source) for path, value in _leaves(layer)}
-        for key, selector in selectors.items():
+        for key, names in selectors.items():
             block = tuple(key.split("."))
-            chosen = (*block, selector)
             bare = block in flat and isinstance(flat[block][0], str)
             if bare and block not in new and any(_related(block, path) for path in new):
-                flat[chosen] = flat.pop(block)
-            if chosen in flat and chosen in new and flat[chosen][0] != new[chosen][0]:
+                flat[(*block, names[0])] = flat.pop(block)
+            before, now = ({n: at[(*block, n)][0] for n in names if (*block, n) in at} for at in (flat, new))
+            if before and now and before != now:
                 flat = {path: given for path, given in flat.items() if not _related(block, path)}
         flat = {
             path: given for path, given in flat.items() if not any(_related(path, other) for other in new)

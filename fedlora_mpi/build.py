@@ -8,20 +8,21 @@ import numpy as np
 import torch
 
 from . import config as configs
-from .algorithm import Vars
+from .algorithm import Algorithm, Vars
 from .comm import Comm, together
 from .config import Config
 from .data.datasets import Data, load
 from .data.feed import Feed
 from .data.partition import Split
+from .data.texts import Vocabulary
 from .engine.device import bind, decide, keep_memory
 from .engine.train import Trainer
+from .federation import Kind, Run
 from .layout import Layout
 from .mixing import Mixing
 from .models.network import Model
 from .models.zoo import build as build_model
 from .placement import assign, groups
-from .round import Run
 from .seeds import rng
 
 
@@ -33,8 +34,8 @@ class Built:
     run: Run
     split: Split
     shape: tuple[int, ...]  # of one input
-    first: Vars  # the variables of any client before round 1
     digest: str  # of all that must not change on a resume
+    vocabulary: Vocabulary | None = None  # of the texts
 
 
 def build(config: Config, source: str, comm: Comm) -> Built:
@@ -64,15 +65,15 @@ def load_data(config: Config, source: str) -> Data:
         return load(config.data.source)
 
 
-def load_model(config: Config, source: str, data: Data) -> Model:
-    """The network of a config, checked against its algorithm."""
-    with naming(source, "model"):
-        model = build_model(
-            config.model.name, config.model.options, data.classes, tuple(data.train.x.shape[1:]), config.seed
-        )
-    with naming(source, "algorithm"):
-        config.algorithm.check(model, config.train)
-    return model
+def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
+    """The networks of a config, each checked against its algorithm."""
+    models = []
+    for network in config.model.mix:
+        with naming(source, "model"):
+            models.append(build_model(network.name, network.options, data.classes, data.shape, config.seed, data.tokens))
+        with naming(source, "algorithm"):
+            config.algorithm.check(models[-1], config.train)
+    return tuple(models)
 
 
 def split_data(config: Config, source: str, data: Data) -> Split:
@@ -81,10 +82,10 @@ def split_data(config: Config, source: str, data: Data) -> Split:
         return config.data.partition.split(data.train.y.numpy(), data.test.y.numpy(), data.classes)
 
 
-def decided(config: Config, model: Model, device: str) -> Config:
-    """The config with the engine's path and group size decided."""
-    clients = config.data.partition.clients
-    path, size = decide(config.engine, device, model, config.train.batch_size, clients)
+def decided(config: Config, models: Sequence[Model], device: str) -> Config:
+    """The config with the engine's path and group size decided, by the largest network."""
+    clients, largest = config.data.partition.clients, max(models, key=lambda model: model.flops)
+    path, size = decide(config.engine, device, largest, config.train.batch_size, clients)
     return replace(config, engine=replace(config.engine, device=device, path=path, group_size=size))
 
 
@@ -115,28 +116,37 @@ def _same_device(config: Config, comm: Comm, workers: Sequence[int], device: tor
 
 def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], device: torch.device) -> Built:
     data = load_data(config, source)
-    model = load_model(config, source, data)
+    models = load_models(config, source, data)
     split = split_data(config, source, data)
-    config = decided(config, model, config.engine.device)
-    shape = tuple(data.train.x.shape[1:])
+    config = decided(config, models, config.engine.device)
     feed = None  # a server that hosts nobody keeps no images
     if comm.rank in workers:
         with naming(source, "data"):
             feed = Feed(data, split, seed=config.seed, shift=config.data.source.shift, device=device, augment=True)
     algorithm, sizes = config.algorithm, [len(indices) for indices in split.train]
-    trainer = Trainer(algorithm, model.to(device), config.train, feed, device, config.engine.path == "stack")
-    together_ = groups(sizes, config.engine.group_size)
-    host = assign([sum(sizes[c] for c in group) for group in together_], workers)
-    rank_of = {c: rank for group, rank in zip(together_, host) for c in group}
-    first = algorithm.init(model, rng(config.seed, "init"))
-    if both := first.shared.keys() & first.personal.keys():
-        raise ValueError(f"{source}: model: the network has a leaf {min(both)}, a name that the algorithm keeps for its own")
+    with naming(source, "algorithm"):
+        firsts = _begun(algorithm, [network.name for network in config.model.mix], models, config.seed)
+    stacked = config.engine.path == "stack"
+    prefixes = [f"kind-{number}/" for number in range(len(models))] if len(models) > 1 else [""]
+    kinds = tuple(
+        Kind(Trainer(algorithm, model.to(device), config.train, feed, device, stacked), first, prefix)
+        for model, first, prefix in zip(models, firsts, prefixes)
+    )
+    kind_of = config.model.of_clients(len(sizes))
+    grouped = groups(sizes, config.engine.group_size, kind_of)
+    costs = tuple(float(sum(sizes[c] * models[kind_of[c]].flops for c in group)) for group in grouped)
+    host = assign(costs, workers)
+    rank_of = {c: rank for group, rank in zip(grouped, host) for c in group}
+    first = firsts[0]
     run = Run(
         algorithm=algorithm,
-        trainer=trainer,
+        kinds=kinds,
+        kind_of=kind_of,
         comm=comm,
-        groups=together_,
+        groups=grouped,
+        costs=costs,
         host=host,
+        sizes=tuple(sizes),
         weight_N=tuple(sizes if algorithm.weights == "samples" else [1] * len(sizes)),
         seed=config.seed,
         participation=config.participation,
@@ -144,4 +154,32 @@ def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], devi
         upload=Layout.of(algorithm.upload(first, first)),
         mixing=Mixing.of(algorithm, first, [rank_of[c] for c in range(len(sizes))], workers, config.mix),
     )
-    return Built(config, run, split, shape, first, f"{configs.digest(config)}-{split.digest()[:16]}")
+    digest = f"{configs.digest(config)}-{split.digest()[:16]}"
+    if data.vocabulary:
+        digest += f"-{data.vocabulary.digest()[:16]}"
+    return Built(config, run, split, data.shape, digest, data.vocabulary)
+
+
+def _begun(algorithm: Algorithm, names: Sequence[str], models: Sequence[Model], seed: int) -> list[Vars]:
+    """The variables before round 1 with each network; the shared ones are those of the first.
+
+    Raises ValueError when networks differ in what the algorithm shares or mixes.
+    """
+    firsts = [algorithm.init(model, rng(seed, "init")) for model in models]
+    for first in firsts:
+        if both := first.shared.keys() & first.personal.keys():
+            raise ValueError(f"name = {configs.algorithm_name(algorithm)}: has a leaf {min(both)} of its own, "
+                             "and so has the network; rename that part of the network")
+    offers = [algorithm.offer(first, first) for first in firsts]
+    for part, trees in (("shares", [v.shared for v in firsts]), ("mixes", [o.rows if o else {} for o in offers])):
+        layouts = [Layout.of(tree).shapes for tree in trees]
+        for name, layout in zip(names, layouts):
+            if layout != layouts[0]:
+                leaf = next(n for n in layouts[0] | layout if layouts[0].get(n) != layout.get(n))
+                shapes = " and ".join(str(list(at[leaf])) if leaf in at else "none" for at in (layouts[0], layout))
+                raise ValueError(
+                    f"name = {configs.algorithm_name(algorithm)}: {part} {leaf}, which networks {names[0]} and "
+                    f"{name} have in different shapes ({shapes}); for a mix of networks choose a method that "
+                    "shares only what they have in common, such as pfedlora"
+                )
+    return [first._replace(shared=firsts[0].shared) for first in firsts]

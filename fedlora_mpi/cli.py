@@ -18,6 +18,9 @@ EXAMPLES = """examples:
   fedlora-mpi report runs/*                                   accuracy of finished runs
   fedlora-mpi reproduce table1 --alpha 0.1 --jobs 2           the paper's table, shrunk to half an hour
   fedlora-mpi reproduce table1 --scale full --print-jobs      its runs as lines and as a Slurm array
+  fedlora-mpi reproduce pfedlora --jobs 2                     clients with networks of their own: accuracy and cost
+  fedlora-mpi submit configs/cifar10.yaml --gpus 4            as a Slurm job that requeues itself until done
+  fedlora-mpi doctor configs/cifar10.yaml                     does everything work on this machine?
   fedlora-mpi digest runs/a runs/b                            are two runs equal to the last bit?
 
 exit codes: 0 done, 1 a fault, 2 a mistake in what was asked, 75 stopped at a round boundary (SIGUSR1)
@@ -60,11 +63,15 @@ def _parser() -> argparse.ArgumentParser:
     partition = add("partition", _partition, "Who gets which data: a table, and a picture as PNG.")
     report = add("report", _report, "The accuracy of runs, as a table.")
     digest = add("digest", _digest, "SHA-256 of the newest checkpoint of runs: equal means equal to the bit.")
-    _grid_of(add("reproduce", _reproduce, "A table of the FedLoRA paper from runs of our own, beside its numbers."))
+    doctor = add("doctor", _doctor, "Whether everything works on this machine, a line each with the remedy.")
+    _job_of(add("submit", _submit, "Queue a run as a Slurm job, which is queued again until the run is done."))
+    _grid_of(add("reproduce", _reproduce, "A table of the FedLoRA paper, or of pFedLoRA's, from runs of our own, beside its numbers."))
     for sub in (run, plan, partition):
         sub.add_argument("config", help="a YAML file")
+    run.add_argument("--resume", action="store_true", help="go on with the run folder if it is there")
+    doctor.add_argument("target", nargs="?", type=Path, metavar="CONFIG|RUN", help="default: this folder")
     resume.add_argument("run", type=Path, help="a run folder")
-    for sub in (run, resume, plan, partition):
+    for sub in (run, resume, plan, partition, doctor):
         sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     plan.add_argument("--ranks", type=int, default=1, help="how many ranks mpirun would start (default 1)")
     partition.add_argument("-o", "--picture", type=Path, help="the PNG (default: CONFIG's name in this folder)")
@@ -73,15 +80,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _job_of(sub: argparse.ArgumentParser) -> None:
+    """The arguments of ``submit``."""
+    sub.add_argument("config", help="a YAML file")
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    sub.add_argument("--nodes", type=int, help="default 1")
+    sub.add_argument("--ranks", type=int, help="of the job (default: server and a worker per GPU; 9 on a node without)")
+    sub.add_argument("--gpus", type=int, metavar="G", help="per node (default 0)")
+    sub.add_argument("--time", metavar="HH:MM:SS", help="until it is queued again (default 12:00:00)")
+    sub.add_argument("--partition", help="default: the cluster's")
+    sub.add_argument("--account", help="default: yours")
+    sub.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
+
+
 def _grid_of(sub: argparse.ArgumentParser) -> None:
     """The arguments of ``reproduce``."""
     several = {"nargs": "+", "default": ()}
-    sub.add_argument("table", choices=(*(f"table{n}" for n in range(1, 6)), "fig4", "fig6", "fig7"))
+    sub.add_argument("table", choices=(*(f"table{n}" for n in range(1, 6)), "fig4", "fig6", "fig7", "pfedlora"))
     sub.add_argument("--data", nargs="+", default=["cifar10"], choices=("cifar10", "cifar100", "tiny_imagenet"))
-    sub.add_argument("--alpha", nargs="+", type=float, default=[0.1], help="of the Dirichlet split (default 0.1)")
+    sub.add_argument("--alpha", **several, type=float, help="of the Dirichlet split (default 0.1); not for pfedlora")
     sub.add_argument("--seeds", **several, type=int, metavar="SEED", help="default: 1 2 3, at small scale 1")
     sub.add_argument("--rounds", type=int, help="default: the scale's; more of them go on with a finished run")
-    sub.add_argument("--methods", **several, metavar="ROW", help="rows of the table; for table1 any algorithm")
+    sub.add_argument("--methods", **several, metavar="ROW", help="rows of the table; for table1 and pfedlora any algorithm")
+    crowds = "pfedlora: how many there are; all, 20 or 10 %% take part (default: all three, at small scale 10)"
+    sub.add_argument("--clients", **several, type=int, choices=(10, 50, 100), help=crowds)
+    sub.add_argument("--homogeneous", action="store_true", help="pfedlora: CNN-1 for every client, and FedAvg as well")
+    reached = "pfedlora: count rounds, bytes and FLOPs up to so many %% (default: what all methods reach)"
+    sub.add_argument("--target", **several, type=float, metavar="PERCENT", help=reached)
     sub.add_argument("--scale", choices=("small", "full"), default="small", help="full is the paper's experiment")
     sub.add_argument("--jobs", type=int, metavar="J", help="runs at a time (default: one per core, or per GPU)")
     sub.add_argument("--ranks", type=int, default=1, metavar="R", help="MPI processes of a run (default 1)")
@@ -95,7 +120,8 @@ def _grid_of(sub: argparse.ArgumentParser) -> None:
 def _run(asked: argparse.Namespace, comm) -> int:
     from . import config, run
 
-    return run.start(run.receive(comm, lambda: config.read(asked.config, asked.overrides)), asked.config, comm)
+    begin = run.start_or_resume if asked.resume else run.start
+    return begin(run.receive(comm, lambda: config.read(asked.config, asked.overrides)), asked.config, comm)
 
 
 def _resume(asked: argparse.Namespace, comm) -> int:
@@ -145,6 +171,22 @@ def _reproduce(asked: argparse.Namespace, comm) -> int:
 
     given = {name: value for name, value in vars(asked).items() if name not in ("command", "parallel")}
     return together(comm, lambda: reproduce(Request(**given)))
+
+
+def _submit(asked: argparse.Namespace, comm) -> int:
+    from .comm import together
+    from .slurm import submit
+
+    given = {name: value for name, value in vars(asked).items() if name not in ("command", "parallel", "config")}
+    print(together(comm, lambda: submit(asked.config, **given)))
+    return 0
+
+
+def _doctor(asked: argparse.Namespace, comm) -> int:
+    from .comm import together
+    from .doctor.command import examine
+
+    return together(comm, lambda: examine(asked.target, asked.overrides))
 
 
 def _digest(asked: argparse.Namespace, comm) -> int:

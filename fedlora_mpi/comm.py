@@ -5,6 +5,7 @@ one, which needs no MPI library.
 """
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -112,6 +113,29 @@ def connect() -> Comm:
             f"an MPI launcher started this process, but mpi4py does not work: {error}. Install it "
             "(pip install 'fedlora-mpi[mpi]', or mpi4py with your cluster's MPI) or start without the launcher"
         ) from error
+
+
+def library() -> str:
+    """Name and version of the MPI library that mpi4py has found."""
+    from mpi4py import MPI
+
+    return MPI.Get_library_version().rstrip("\0").partition("\n")[0].partition(", package")[0].strip()
+
+
+def outlives() -> bool:
+    """Whether the other ranks can go on without the last one, which dies (ULFM)."""
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    world.Set_errhandler(MPI.ERRORS_RETURN)
+    if world.rank == world.size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        world.Barrier()
+    except MPI.Exception:
+        world.Revoke()
+        return world.Shrink().size == world.size - 1
+    return False
 
 
 class Everywhere(Exception):

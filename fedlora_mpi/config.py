@@ -8,95 +8,28 @@ mistake is a ``ConfigError`` of one line.
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from . import algorithms, blocks
-from .algorithm import Algorithm, Train
-from .bounds import bounded
+from .algorithm import Algorithm
 from .blocks import ConfigError, Field, Origin
 from .data.datasets import Source
 from .data.partition import KINDS, Partition
-from .engine.settings import Engine
+from .experiment import Config, DataBlock, ModelBlock, Network
 from .models import zoo
 
-# The key of a choice block that says what its other keys mean.
-SELECTOR = {"data.partition": "kind", "model": "name", "algorithm": "name"}
+# The keys of a choice block that say what its other keys mean.
+SELECTORS = {"data.partition": ("kind",), "model": ("name", "mix"), "algorithm": ("name",)}
 FREE_ON_RESUME = ("rounds", "output", "checkpoint", "data.root", "data.download", "server_hosts_clients", "mix")
 COMMAND_LINE = "command line"
 _PLACEHOLDER = re.compile(r"\{(.*?)\}")
-
-
-@dataclass(frozen=True)
-class DataBlock:
-    """The ``data`` block: the pooled examples, and who gets which."""
-
-    source: Source
-    partition: Partition
-
-
-@dataclass(frozen=True)
-class ModelBlock:
-    """The ``model`` block: what ``models.zoo.build`` takes; for its own models every option is there."""
-
-    name: str
-    options: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """The ``evaluate`` block, in rounds."""
-
-    every: int = 1
-
-    def __post_init__(self) -> None:
-        bounded(self, every="[1, inf)")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The ``checkpoint`` block: one ``every`` so many rounds; the newest ``keep`` stay."""
-
-    every: int = 10
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        bounded(self, every="[1, inf)", keep="[1, inf)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """A whole experiment.
-
-    participation: fraction of the clients per round; output: the run folder, in which {name} (stem
-    of the file), {algorithm} and {seed} are already filled in.
-    """
-
-    seed: int = 1
-    rounds: int = 300
-    participation: float = 1.0
-    output: str = "runs/{name}"
-    data: DataBlock
-    model: ModelBlock
-    algorithm: Algorithm
-    train: Train = Train()
-    engine: Engine = Engine()
-    evaluate: Evaluate = Evaluate()
-    checkpoint: Checkpoint = Checkpoint()
-    reduce: Literal["exact", "fast"] = "exact"
-    mix: Literal["auto", "root", "spread"] = "auto"
-    server_hosts_clients: bool = False
-
-    def __post_init__(self) -> None:
-        bounded(self, seed="[0, inf)", rounds="[1, inf)", participation="(0, 1]")
-        if not self.output.strip():
-            raise ValueError("output = '': must be the name of a folder")
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -109,7 +42,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if "base" in layers[0][0]:
         layers.insert(0, _base(layers[0][0].pop("base"), path))
     layers += [(layer, COMMAND_LINE) for layer in _overrides(overrides)]
-    tree, of = blocks.overlay(layers, SELECTOR)
+    tree, of = blocks.overlay(layers, SELECTORS)
     return _config(tree, Origin(str(path), of))
 
 
@@ -124,9 +57,16 @@ def resolved_dict(config: Config) -> dict[str, Any]:
     partition = config.data.partition
     kind = next(kind for kind, cls in KINDS.items() if type(partition) is cls)
     tree["data"] = blocks.plain(config.data.source) | {"partition": {"kind": kind} | blocks.plain(partition)}
-    tree["model"] = {"name": config.model.name} | blocks.plain(config.model.options)
+    tree["model"] = _model_tree(config.model)
     tree["algorithm"] = {"name": algorithm_name(config.algorithm)} | blocks.plain(config.algorithm)
     return tree
+
+
+def _model_tree(model: ModelBlock) -> dict[str, Any]:
+    networks = [{"name": network.name} | blocks.plain(network.options) for network in model.mix]
+    rest = {"clients": model.clients, "each": model.each}
+    given = {name: list(value) for name, value in rest.items() if value is not None}
+    return networks[0] if len(networks) == 1 and not given else {"mix": networks} | given
 
 
 def resolved_yaml(config: Config) -> str:
@@ -141,6 +81,19 @@ def digest(config: Config) -> str:
         block, _, name = key.rpartition(".")
         del (tree[block] if block else tree)[name]
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """{dotted key: value} of every setting."""
+    return dict(_flat(resolved_dict(config)))
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
 
 
 def algorithm_name(algorithm: Algorithm) -> str:
@@ -185,12 +138,26 @@ def _partition(value: Any, key: str, origin: Origin) -> Partition:
 
 
 def _model(value: Any, key: str, origin: Origin) -> ModelBlock:
+    if not (isinstance(value, Mapping) and "mix" in value):
+        return ModelBlock((_network(value, key, origin),))
+    known = {name: field for name, field in blocks.fields_of(ModelBlock).items() if name != "mix"}
+    values = blocks.read({"mix": Field(_networks)} | known, value, key, origin, "a mix of networks")
+    return blocks.make(ModelBlock, values, key, origin)
+
+
+def _networks(value: Any, key: str, origin: Origin) -> tuple[Network, ...]:
+    if not isinstance(value, list | tuple):
+        raise origin.error(key, "must be a list of networks, each a name or a block with a name", value)
+    return tuple(_network(item, f"{key}[{number}]", origin) for number, item in enumerate(value))
+
+
+def _network(value: Any, key: str, origin: Origin) -> Network:
     name, options = blocks.choose(
         "name", zoo.NAMES, "torchvision:<model> or <module>:<callable>", value, key, origin
     )
     own = zoo.NAMES.get(name)
     known = blocks.options_of(own) if own else dict.fromkeys(options, Field(partial(blocks.typed, Any)))
-    return ModelBlock(name, MappingProxyType(blocks.read(known, options, key, origin, owner=name)))
+    return Network(name, MappingProxyType(blocks.read(known, options, key, origin, owner=name)))
 
 
 def _algorithm(value: Any, key: str, origin: Origin) -> Algorithm:
@@ -226,7 +193,7 @@ def _overrides(texts: Sequence[str]) -> list[dict]:
         if not equals or not all(key.split(".")):
             raise ConfigError(f"{COMMAND_LINE}: {text}: must be key=value, for instance train.lr=0.1")
         pairs.append((key, _parse(value, f"{COMMAND_LINE}: {text}")))
-    selectors = [f"{block}.{name}" for block, name in SELECTOR.items()]
+    selectors = [f"{block}.{name}" for block, names in SELECTORS.items() for name in names]
     pairs.sort(key=lambda pair: (pair[0].count("."), pair[0] not in selectors))
     return [_nested(key.split("."), value) for key, value in pairs]
 

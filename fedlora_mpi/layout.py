@@ -1,6 +1,7 @@
 """The one flat buffer: where each leaf of a tree sits in a vector of D numbers."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,21 @@ class Layout:
         """Views into ``vector`` [D]; no copy."""
         parts = vector.split([s.numel() for s in self.shapes.values()])
         return {n: p.view(s) for (n, s), p in zip(self.shapes.items(), parts)}
+
+    def common(self, tree: Tree) -> list[str]:
+        """The leaves that ``tree`` has in the same shape."""
+        return [n for n, shape in self.shapes.items() if n in tree and tree[n].shape == shape]
+
+    def places(self, names: Iterable[str]) -> tuple[slice, ...]:
+        """Where these leaves are in the vector; neighbours are one slice."""
+        wanted, found, at = set(names), [], 0
+        for name, shape in self.shapes.items():
+            if name in wanted and found and found[-1].stop == at:
+                found[-1] = slice(found[-1].start, at + shape.numel())
+            elif name in wanted:
+                found.append(slice(at, at + shape.numel()))
+            at += shape.numel()
+        return tuple(found)
 
     def digest(self) -> str:
         """Hex hash of names and shapes: equal on all ranks, or the sum means nothing."""

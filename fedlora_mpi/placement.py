@@ -9,11 +9,16 @@ from collections.abc import Sequence
 Group = tuple[int, ...]
 
 
-def groups(sizes: Sequence[int], group_size: int) -> tuple[Group, ...]:
-    """Client ids in groups of ``group_size``, larger clients first, so that a group's clients are
-    about equally large and those still training are always the first of the group."""
+def groups(sizes: Sequence[int], group_size: int, kind_of: Sequence[int] | None = None) -> tuple[Group, ...]:
+    """Client ids in groups of up to ``group_size``, all of one kind (default: there is one), larger
+    clients first, so that a group's clients are about equally large and those still training are
+    always the first of the group."""
+    kind_of, found = kind_of or [0] * len(sizes), []
     order = sorted(range(len(sizes)), key=lambda client: (-sizes[client], client))
-    return tuple(tuple(order[i : i + group_size]) for i in range(0, len(order), group_size))
+    for kind in sorted(set(kind_of)):
+        alike = [client for client in order if kind_of[client] == kind]
+        found += [tuple(alike[i : i + group_size]) for i in range(0, len(alike), group_size)]
+    return tuple(found)
 
 
 def assign(costs: Sequence[float], workers: Sequence[int]) -> tuple[int, ...]:

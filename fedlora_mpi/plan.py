@@ -10,16 +10,21 @@ import time
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 
+from .algorithm import Vars
 from .build import Built, build, hosts
 from .comm import Solo
 from .config import Config
 from .data.feed import Feed
+from .federation import Run
 from .placement import assign
-from .tree import nbytes, numel
+from .tree import nbytes, numel, tmap
 from .units import duration, size
 
 _BATCHES = 2  # of every epoch, in the trial
+_COLUMNS = 20  # of the log, about
+_LOG, _FILES = 120_000, 60_000  # bytes of a log and of a checkpoint's files beside the numbers in them
 
 
 class Trial(NamedTuple):
@@ -38,68 +43,96 @@ def plan(config: Config, source: str, ranks: int) -> str:
     if not workers:
         raise ValueError(f"--ranks = {ranks}: server_hosts_clients = false needs at least 2")
     built = build(config, source, Solo())
-    trial = _trial(built)
+    trials = {number: _trial(built, number) for number in sorted(set(built.run.kind_of))}
     lines = [f"{source} on {ranks} rank{'s' * (ranks > 1)} of this machine ({os.cpu_count()} cores)"]
-    for title, text in (*_sizes(built, ranks), *_costs(built, ranks, list(workers), trial)):
+    for title, text in (*_sizes(built, ranks), *_costs(built, ranks, list(workers), trials)):
         lines.append(f"  {title:<10} {text}")
     return "\n".join(lines)
 
 
+def storage(built: Built) -> int:
+    """Bytes that the run folder comes to: the kept checkpoints and one in the making, each with a log, and the log."""
+    config, run, split = built.config, built.run, built.split
+    first = run.kinds[0].first.shared
+    personal = sum(nbytes(run.kinds[kind].first.personal) for kind in run.kind_of)
+    state = _FILES + personal + nbytes(first) + nbytes(run.algorithm.server(run.trainer.model, first))
+    samples = sum(map(len, (*split.train, *split.test)))
+    log = _LOG + 8 * (samples + config.rounds * (_COLUMNS + 2 * len(run.weight_N)))
+    copies = config.checkpoint.keep + 1
+    return copies * state + (copies + 1) * log
+
+
 def _sizes(built: Built, ranks: int) -> list[tuple[str, str]]:
     """Parameters and bytes."""
-    config, run, first, model = built.config, built.run, built.first, built.run.trainer.model
-    clients = len(run.weight_N)
-    cohort = len(run.chosen(0))
-    statistics = sum(v.numel() for n, v in model.initial.items() if model.role(n) == "stats")
-    up, down, own = 4 * run.upload.size, nbytes(first.shared), nbytes(first.personal)
+    config, run = built.config, built.run
+    first, clients, cohort = run.kinds[0].first, len(run.weight_N), len(run.chosen(0))
+    full = Vars(*(tmap(torch.ones_like, half) for half in first[:2]))  # of a method that sends by class: all classes
+    up, down = 4 * int(run.algorithm.sent(full, full)), 4 * int(run.algorithm.received(full.shared))
+    if run.mixing:
+        up, down = up + run.mixing.bytes_up, down + run.mixing.bytes_down
     message = {"exact": 16, "fast": 4}[config.reduce] * run.upload.size
+    own = [numel(run.kinds[kind].first.personal) for kind in run.kind_of]
+    each = f"{own[0]:,}" if min(own) == max(own) else f"{min(own):,} to {max(own):,}"
+    total = 4 * sum(own)
     return [
-        ("model", f"{config.model.name}: {numel(model.initial) - statistics:,} parameters, {statistics:,} running "
-                  f"statistics, {model.flops / 1e6:.1f} MFLOP forward per sample"),
-        ("shared", f"{run.upload.size:,} numbers: {size(up)} up, {size(down)} down per client and round"),
-        ("personal", f"{numel(first.personal):,} numbers, {size(own)} per client; {size(own * clients)} in a checkpoint"),
+        *(("model", _model(run, number, network.name)) for number, network in enumerate(config.model.mix)),
+        ("shared", f"{numel(first.shared):,} numbers; {size(up)} up, {size(down)} down per client and round"),
+        ("personal", f"{each} numbers per client; {size(total)} in a checkpoint"),
         ("round", f"{cohort} of {clients} clients: {size(up * cohort)} up, {size(down * cohort)} down; "
                   + (f"an allreduce of {size(message)} per rank" if ranks > 1 else "no message, one rank")),
     ]
 
 
-def _costs(built: Built, ranks: int, workers: list[int], trial: Trial) -> list[tuple[str, str]]:
+def _model(run: Run, number: int, name: str) -> str:
+    """What is known of a network."""
+    model, clients = run.kinds[number].trainer.model, run.kind_of.count(number)
+    statistics = sum(v.numel() for n, v in model.initial.items() if model.role(n) == "stats")
+    return (
+        f"{name}: {numel(model.initial) - statistics:,} parameters, {statistics:,} running statistics, "
+        f"{model.flops / 1e6:.1f} MFLOP forward per sample" + (f"; {clients} clients" if len(run.kinds) > 1 else "")
+    )
+
+
+def _costs(built: Built, ranks: int, workers: list[int], trials: dict[int, Trial]) -> list[tuple[str, str]]:
     """Memory and time."""
-    config, run = built.config, built.run
-    split = built.split
+    config, run, split = built.config, built.run, built.split
     share = len(run.chosen(0)) / len(run.weight_N)
-    train = [len(indices) * config.train.epochs * trial.train * share for indices in split.train]
-    test = [len(indices) * trial.evaluate / config.evaluate.every for indices in split.test]
+    trial = [trials[kind] for kind in run.kind_of]
+    train = [len(at) * config.train.epochs * t.train * share for at, t in zip(split.train, trial)]
+    test = [len(at) * t.evaluate / config.evaluate.every for at, t in zip(split.test, trial)]
     costs = [sum(train[c] + test[c] for c in group) for group in run.groups]
-    host = assign([sum(len(split.train[c]) for c in group) for group in run.groups], workers)
+    host = assign(run.costs, workers)
     load = {rank: sum(cost for cost, h in zip(costs, host) if h == rank) for rank in workers}
-    hosted = {rank: sum(len(g) for g, h in zip(run.groups, host) if h == rank) for rank in workers}
+    clients = {rank: [c for g, h in zip(run.groups, host) if h == rank for c in g] for rank in workers}
+    own = {rank: sum(nbytes(run.kinds[run.kind_of[c]].first.personal) for c in at) for rank, at in clients.items()}
     crowd = max(1.0, len(workers) * config.engine.threads / (os.cpu_count() or 1))
     seconds = max(load.values()) * crowd
     message = (16 if config.reduce == "exact" else 4) * run.upload.size * 2
-    peak = trial.resident + max(hosted.values()) * nbytes(built.first.personal) + message
+    most = max(own, key=own.get)
+    disk = f"{size(storage(built))} for {config.checkpoint.keep} checkpoints, one in the making, and the log"
+    peak = max(t.resident for t in trials.values()) + own[most] + message
     rest = sum(load.values()) / (len(load) * max(load.values()))
     return [
         ("engine", f"{config.engine.path} on {config.engine.device}, {len(run.groups)} groups of up to "
                    f"{config.engine.group_size}, {len(workers)} workers, {rest:.0%} balanced"),
-        ("memory", f"{size(peak)} for the worker with most clients ({max(hosted.values())})"),
+        ("memory", f"{size(peak)} for the worker with most personal state ({len(clients[most])} clients)"),
+        ("disk", disk),
         ("time", f"{duration(seconds)} per round, {duration(seconds * config.rounds)} for {config.rounds} rounds"),
     ]
 
 
-def _trial(built: Built) -> Trial:
-    """Train two batches of every epoch of the first group, twice: the first warms up."""
+def _trial(built: Built, number: int) -> Trial:
+    """Train two batches of every epoch of the first group of a kind, twice: the first warms up."""
     run, settings = built.run, built.config.train
-    group = run.groups[0]
-    short = _BATCHES * settings.batch_size
-    trainer = replace(run.trainer, feed=_Short(run.trainer.feed, short))
-    rows = {n: v.expand(len(group), *v.shape) for n, v in built.first.personal.items()}
+    kind, group = run.kinds[number], next(g for g in run.groups if run.kind_of[g[0]] == number)
+    trainer = replace(kind.trainer, feed=_Short(kind.trainer.feed, _BATCHES * settings.batch_size))
+    rows = {n: v.expand(len(group), *v.shape) for n, v in kind.first.personal.items()}
     for _ in range(2):
         begin = time.perf_counter()
-        for _ in trainer.train(group, built.first.shared, rows, 0):
+        for _ in trainer.train(group, kind.first.shared, rows, 0):
             pass
         middle = time.perf_counter()
-        trainer.evaluate(group, built.first.shared, rows)
+        trainer.evaluate(group, kind.first.shared, rows)
         end = time.perf_counter()
     samples = sum(trainer.feed.train_size(c) for c in group) * settings.epochs
     tests = sum(trainer.feed.test_size(c) for c in group)

@@ -1,9 +1,8 @@
 """One communication round: state in, state and metrics out, the same code on every rank."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,68 +10,21 @@ import torch
 from torch import Tensor
 
 from .algorithm import Algorithm
-from .comm import Comm, Fault
-from .engine.train import Trainer
-from .layout import Layout
-from .mixing import Mixing, Packed
-from .placement import Group, cohort
-from .seeds import rng
+from .comm import Fault
+from .federation import Run, State
+from .mixing import Packed
 from .sums import LIMIT, SUMS, ExactSum, FastSum
-from .tree import Tree, nbytes, sq_dist
+from .tree import Tree
 
-_METRICS = ("loss", "clients", "broken", "stop", "spread")  # travel behind the upload, in the same buffer
+_METRICS = ("loss", "clients", "broken", "stop", "spread", "sent")  # travel behind the upload, in the same buffer
 _SCORES = ("accuracy", "loss", "accuracy_aggregated", "accuracy_trained")  # of each client
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything that does not change from round to round."""
-
-    algorithm: Algorithm
-    trainer: Trainer
-    comm: Comm
-    groups: tuple[Group, ...]
-    host: tuple[int, ...]  # rank of each group
-    weight_N: tuple[int, ...]  # what a client's upload counts in the mean
-    seed: int
-    participation: float
-    reduce: str
-    upload: Layout
-    mixing: Mixing | None = None  # how per-client mixes are exchanged; None: the method has none
-
-    @cached_property
-    def hosted(self) -> tuple[int, ...]:
-        """The clients of this rank, in the order of the rows of the personal state."""
-        return tuple(c for group in self.here() for c in group)
-
-    @cached_property
-    def row_of(self) -> dict[int, int]:
-        """The row of each of them."""
-        return {client: row for row, client in enumerate(self.hosted)}
-
-    def here(self) -> Iterator[Group]:
-        """The groups that this rank hosts."""
-        return (group for group, rank in zip(self.groups, self.host) if rank == self.comm.rank)
-
-    def chosen(self, round_: int) -> frozenset[int]:
-        """The cohort of a round: a pure function of the seed, so no rank has to be told."""
-        draw = torch.randperm(len(self.weight_N), generator=rng(self.seed, "cohort", round_))
-        return cohort(len(self.weight_N), self.participation, draw.tolist())
-
-
-class State(NamedTuple):
-    """Everything that does change, and so all that a checkpoint holds."""
-
-    round: int  # rounds done
-    server: Tree  # the server's own, equal on all ranks
-    shared: Tree  # equal on all ranks
-    personal: Tree  # [hosted clients, ...], rows as in ``Run.hosted``; owned, training writes to it
 
 
 class Learned(NamedTuple):
     """What this rank's part of the cohort brings, beside what it has put into the message."""
 
     broken: list[int]  # clients whose loss or upload is not finite, or too large to be summed
+    sent: list[int]  # numbers that each client has sent, by its own account
     offers: dict[int, Packed]
     scores: dict[int, Tensor]  # [2] of each client's own model after training
 
@@ -92,13 +44,17 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     learned = _train(run, state, chosen, message, LIMIT / total, evaluate)
     clock.append(time.perf_counter())
 
-    message.add(torch.tensor([0.0, 0.0, len(learned.broken), float(stop), 0.0]), 1, at=size)
+    own = [0.0, 0.0, len(learned.broken), stop, 0.0, sum(learned.sent)]
+    message.add(torch.tensor(own, dtype=torch.float64), 1, at=size)
     run.comm.sum(message.buffer)
     sums = message.total()
-    loss, clients, broken, stops, spread = sums[size:].tolist()
+    loss, clients, broken, stops, spread, sent = sums[size:].tolist()
     if broken:
         _report(run, state.round, learned.broken)
-    drift = _drift(run, state.shared, sums[:size] / total, spread / total)
+    if type(run.algorithm).sent is Algorithm.sent:
+        sent = size * len(chosen)  # exact, also where float32 has added up
+    traffic = _bytes(run, state.shared, chosen, round(sent), message.buffer.nbytes)
+    drift = _drift(run, _packed(run, state.shared), sums[:size] / total, spread / total)
     mean = _mean(run, state.shared, sums[:size], chosen, total)
     _mix(run, state, learned.offers, chosen)
     served = run.algorithm.serve(state.server, state.shared, mean, len(chosen) / len(run.weight_N))
@@ -106,8 +62,9 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     clock.append(time.perf_counter())
 
     row = {"train_loss": loss / clients, "clients": int(clients), "stop": stops > 0, "drift": drift}
-    row |= _bytes(run, state.shared, len(chosen), message.buffer.nbytes)
-    scores_N = _evaluate(run, state, learned.scores) if evaluate else dict.fromkeys(_SCORES, np.full(len(run.weight_N), np.nan))
+    row |= traffic | {"flops": _flops(run, chosen, state.round - 1)}
+    unknown = np.full(len(run.weight_N), np.nan)
+    scores_N = _evaluate(run, state, learned.scores) if evaluate else dict.fromkeys(_SCORES, unknown)
     clock.append(time.perf_counter())
     row |= {"accuracy_worst": scores_N["accuracy"].min()}
     row |= {name: _nanmean(column) for name, column in scores_N.items()}
@@ -122,31 +79,31 @@ def _train(
 
     ``bound``: magnitude up to which an upload can be summed.
     """
-    learned, leaves = Learned([], {}, {}), _compared(run, state.shared)
+    learned, here = Learned([], [], {}, {}), _packed(run, state.shared)
     for group in run.here():
         members = [c for c in group if c in chosen]
         if not members:
             continue
-        rows_C = _rows(state.personal, [run.row_of[c] for c in members])
-        for done in run.trainer.train(members, state.shared, rows_C, state.round, evaluate):
-            upload = run.algorithm.upload(done.start, done.end)
-            vector = run.upload.pack(upload)
-            offer = run.mixing and run.mixing.pack(run.algorithm.offer(done.start, done.end))
+        trainer = run.kinds[run.kind_of[group[0]]].trainer
+        rows_C = _rows(run, state.personal, members)
+        for done in trainer.train(members, state.shared, rows_C, state.round, evaluate):
+            vector = run.upload.pack(trainer.algorithm.upload(done.start, done.end))
+            offer = run.mixing and run.mixing.pack(trainer.algorithm.offer(done.start, done.end))
             fits = all(torch.isfinite(v).all() and v.abs().sum() < bound for v in (done.loss, vector))
             if not fits or (offer and not offer.fits()):
                 learned.broken.append(done.client)
                 continue
+            learned.sent.append(int(trainer.algorithm.sent(done.start, done.end)))
             message.add(vector, run.weight_N[done.client])
             message.add(torch.stack([done.loss, torch.tensor(1.0)]), 1, at=run.upload.size)
             # A diverging client must not overflow the sum; it is then beyond any meaning anyway.
-            moved = _moved(upload, state.shared, leaves).clamp(max=bound)
+            moved = _moved(run, vector, here).clamp(max=bound)
             message.add(moved[None], run.weight_N[done.client], at=run.upload.size + _METRICS.index("spread"))
             if offer:
                 learned.offers[done.client] = offer
             if done.score is not None:
                 learned.scores[done.client] = done.score
-            for name, value in done.end.personal.items():
-                state.personal[name][run.row_of[done.client]] = value
+            _keep(run, state.personal, done.client, done.end.personal)
     return learned
 
 
@@ -155,29 +112,33 @@ def _mix(run: Run, state: State, offers: dict[int, Packed], chosen: frozenset[in
     if run.mixing is None:
         return
     for client, rows in run.mixing.mix(run.comm, run.algorithm, offers, chosen, state.round).items():
-        for name, value in rows.items():
-            state.personal[name][run.row_of[client]] = value
+        _keep(run, state.personal, client, rows)
 
 
-def _rows(personal: Tree, rows: list[int]) -> Tree:
-    """Rows of the personal state: views where they lie together, which they do at full participation."""
-    if rows == list(range(rows[0], rows[0] + len(rows))):
-        return {n: v[rows[0] : rows[0] + len(rows)] for n, v in personal.items()}
-    return {n: v[rows] for n, v in personal.items()}
+def _rows(run: Run, personal: Tree, clients: Sequence[int]) -> Tree:
+    """The personal leaves [C, ...] of clients of one kind: views where the rows lie together, which they
+    do at full participation."""
+    kind, rows = run.kinds[run.kind_of[clients[0]]], [run.row_of[c] for c in clients]
+    together = rows == list(range(rows[0], rows[0] + len(rows)))
+    at = slice(rows[0], rows[0] + len(rows)) if together else rows
+    return {n: personal[kind.prefix + n][at] for n in kind.first.personal}
 
 
-def _compared(run: Run, shared: Tree) -> list[str]:
-    """The parameters that uploads and shared variables both hold; running statistics are none."""
-    return [n for n in run.upload.shapes if n in shared and run.trainer.model.role(n) != "stats"]
+def _keep(run: Run, personal: Tree, client: int, leaves: Tree) -> None:
+    """Write personal leaves of a client into its row."""
+    prefix, row = run.kinds[run.kind_of[client]].prefix, run.row_of[client]
+    for name, value in leaves.items():
+        personal[prefix + name][row] = value
 
 
-def _moved(upload: Tree, shared: Tree, leaves: list[str]) -> Tensor:
-    """Squared distance of an upload from the shared variables of the round, [] float64."""
-    gap = sq_dist(*({n: tree[n].double() for n in leaves} for tree in (upload, shared)))
-    return torch.as_tensor(gap, dtype=torch.float64)
+def _moved(run: Run, vector: Tensor, here: Tensor) -> Tensor:
+    """Squared distance of an upload [D] from the shared variables [D] of the round, [] float64, over the
+    parameters of the network (where it shares none, over all that uploads and shared variables hold)."""
+    gap = vector.double().sub_(here)
+    return sum((gap[at] @ gap[at] for at in run.compared), torch.zeros((), dtype=torch.float64, device=gap.device))
 
 
-def _drift(run: Run, shared: Tree, mean: Tensor, spread: float) -> float:
+def _drift(run: Run, here: Tensor, mean: Tensor, spread: float) -> float:
     """Root mean square distance of the cohort's uploads u_i from their mean, weighted as the mean is.
 
     With s the shared variables before the round, mean_i ||u_i - mean||^2 = mean_i ||u_i - s||^2
@@ -185,16 +146,24 @@ def _drift(run: Run, shared: Tree, mean: Tensor, spread: float) -> float:
     second. mean: float64 [D]; spread: the first term. NaN where uploads hold no shared parameter.
     FedLoRA's eq. (9) is the mean of the distances, which is at most this.
     """
-    leaves = _compared(run, shared)
-    if not leaves:
+    if not run.compared:
         return float("nan")
-    here = {n: shared[n].cpu() for n in leaves}
-    return max(0.0, spread - _moved(run.upload.unpack(mean), here, leaves).item()) ** 0.5
+    return max(0.0, spread - _moved(run, mean, here.cpu()).item()) ** 0.5
+
+
+def _packed(run: Run, shared: Tree) -> Tensor:
+    """The shared variables at the places of an upload [D], float64; zero where it holds something else."""
+    both, device = run.upload.common(shared), run.trainer.device
+    there = lambda n, shape: shared[n] if n in both else torch.zeros(shape, device=device)
+    return run.upload.pack({n: there(n, shape) for n, shape in run.upload.shapes.items()}).double()
 
 
 def _mean(run: Run, shared: Tree, sums: Tensor, chosen: frozenset[int], total: float) -> Tree:
     """The weighted mean of the uploads. ``absent: stale``: clients outside the cohort count with
-    the shared variables they last received."""
+    the shared variables they last received. Where the method ``sums``, the sum in its place."""
+    if run.algorithm.sums:
+        assert run.algorithm.absent == "exclude"
+        total = 1
     if run.algorithm.absent == "stale" and len(chosen) < len(run.weight_N):
         away = sum(run.weight_N) - total
         sums, total = sums + away * run.upload.pack(shared).double().cpu(), total + away
@@ -210,12 +179,10 @@ def _evaluate(run: Run, state: State, trained: dict[int, Tensor]) -> dict[str, n
     trained: NaN after training, and its model after aggregation counts at either moment.
     """
     table = np.zeros((len(run.weight_N), 4))
-    first = 0
     for group in run.here():
-        rows_C = _rows(state.personal, list(range(first, first + len(group))))
-        table[list(group), :2] = run.trainer.evaluate(group, state.shared, rows_C, state.round).numpy()
+        trainer, rows_C = run.kinds[run.kind_of[group[0]]].trainer, _rows(run, state.personal, group)
+        table[list(group), :2] = trainer.evaluate(group, state.shared, rows_C, state.round).numpy()
         table[list(group), 2:] = [trained[c].tolist() if c in trained else (np.nan, np.nan) for c in group]
-        first += len(group)
     run.comm.sum(table)  # each row is set by one rank, so no rounding
     received, after = table[:, :2], table[:, 2:]
     judged = received
@@ -230,13 +197,23 @@ def _nanmean(column: np.ndarray) -> float:
     return float(there.mean()) if len(there) else float("nan")
 
 
-def _bytes(run: Run, shared: Tree, chosen: int, message: int) -> dict[str, int]:
-    """Bytes of the round: what a real federation would send (float32), and what MPI was handed."""
-    up, down, moved = 4 * run.upload.size, nbytes(shared), message * run.comm.size
+def _bytes(run: Run, shared: Tree, chosen: frozenset[int], sent: int, message: int) -> dict[str, int]:
+    """Bytes of the round: what a real federation would send (float32), and what MPI was handed.
+
+    sent: numbers of all uploads together.
+    """
+    up, down = 4 * sent, 4 * int(run.algorithm.received(shared)) * len(chosen)
+    moved = message * run.comm.size
     if run.mixing:
-        up, down = up + run.mixing.bytes_up, down + run.mixing.bytes_down
-        moved += run.mixing.bytes_mpi(chosen, run.comm.size)
-    return {"bytes_up": up * chosen, "bytes_down": down * chosen, "bytes_mpi": moved if run.comm.size > 1 else 0}
+        up, down = up + run.mixing.bytes_up * len(chosen), down + run.mixing.bytes_down * len(chosen)
+        moved += run.mixing.bytes_mpi(len(chosen), run.comm.size)
+    return {"bytes_up": up, "bytes_down": down, "bytes_mpi": moved if run.comm.size > 1 else 0}
+
+
+def _flops(run: Run, chosen: frozenset[int], round_: int) -> int:
+    """Floating-point operations of the cohort's local training."""
+    alike = Counter((run.kind_of[c], run.sizes[c]) for c in chosen)
+    return sum(count * run.flops[kind].of_round(size, round_) for (kind, size), count in alike.items())
 
 
 def _report(run: Run, round_: int, broken: list[int]) -> None:

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from . import config as configs
 from .build import Built, build, hosts
 from .comm import Comm, together
 from .config import Config
+from .federation import Kind, State
 from .progress import Progress
-from .round import State, play
+from .round import play
 from .store import checkpoint
 from .store.files import write_atomic
 from .store.lock import locked
@@ -49,18 +51,33 @@ def start(config: Config, source: str, comm: Comm) -> int:
         return _loop(built, folder, beginning(built), asked)
 
 
+def start_or_resume(config: Config, source: str, comm: Comm) -> int:
+    """Train until done whatever happened before; for a scheduler, which calls it again and again.
+
+    Goes on with the run folder where there is one; settings that a resume may not change are refused.
+    """
+    folder = Path(config.output).expanduser()
+    begun = receive(comm, lambda: _continued(config, source, folder)) if _begun(folder, comm) else None
+    return _go_on(folder, begun, comm, _stop_signals()) if begun else start(config, source, comm)
+
+
 def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
     """Continue a run from its newest valid checkpoint, on any number of ranks; returns the exit code.
 
     A run that was killed before its first checkpoint begins again.
     """
     asked = _stop_signals()
-    config = receive(comm, lambda: _recorded(folder, overrides))
+    return _go_on(folder, receive(comm, lambda: _recorded(folder, overrides)), comm, asked)
+
+
+def _go_on(folder: Path, config: Config, comm: Comm, asked: Sequence[int]) -> int:
+    """Play the rounds of ``config`` that the folder does not have; returns the exit code."""
     built = build(config, str(folder / "config.yaml"), comm)
+    together(comm, lambda: _same_words(folder, built) if comm.rank == 0 else None)
     with _alone(folder, comm):
         found = _newest(folder, built)
         if comm.rank == 0:
-            write_atomic(folder / "config.yaml", configs.resolved_yaml(built.config).encode())
+            _describe(folder, built)
             if found:
                 found.restore_log(folder / "log.h5")
             else:
@@ -136,12 +153,15 @@ def save(built: Built, folder: Path, state: State) -> None:
         checkpoint.begin(folder, state.round)
     comm.sum(np.zeros(1))  # the folder is there
     home = checkpoint.folder_of(folder, state.round)
-    shards = np.zeros((comm.size, 3), np.int64)
-    if run.hosted:
-        shards[comm.rank] = checkpoint.write_clients(home, comm.rank, run.hosted, _arrays(state.personal)).numbers()
+    shards = np.zeros((comm.size, len(run.kinds), 3), np.int64)
+    for number, (kind, ids) in enumerate(zip(run.kinds, run.by_kind)):
+        if ids:
+            own = _arrays({n: state.personal[kind.prefix + n] for n in kind.first.personal})
+            shards[comm.rank, number] = checkpoint.write_clients(home, comm.rank, ids, own, number).numbers()
     comm.sum(shards)
     if comm.rank == 0:
-        files = [Shard.from_numbers(worker_file(r), row) for r, row in enumerate(shards) if row.any()]
+        written = [(rank, kind) for rank, kind in np.ndindex(shards.shape[:2]) if shards[rank, kind].any()]
+        files = [Shard.from_numbers(worker_file(*at), shards[at]) for at in written]
         files.append(checkpoint.write_server(home, round_=state.round, shared=_arrays(state.shared), server=_arrays(state.server)))
         files.append(checkpoint.copy_log(home, folder / "log.h5"))
         checkpoint.commit(home, files, run_digest=built.digest, clients=len(run.weight_N))
@@ -150,28 +170,31 @@ def save(built: Built, folder: Path, state: State) -> None:
 
 def beginning(built: Built) -> State:
     """The state before round 1."""
-    run, first = built.run, built.first
-    spread = lambda v: v.expand(len(run.hosted), *v.shape).clone(memory_format=torch.contiguous_format)
-    shared = tmap(lambda v: v.to(run.trainer.device, copy=True), first.shared)
-    return State(0, run.algorithm.server(run.trainer.model, shared), shared, tmap(spread, first.personal))
+    run = built.run
+    shared = tmap(lambda v: v.to(run.trainer.device, copy=True), run.kinds[0].first.shared)
+    personal = {}
+    for kind, ids in zip(run.kinds, run.by_kind):
+        personal |= _spread(kind, len(ids))
+    return State(0, run.algorithm.server(run.trainer.model, shared), shared, personal)
+
+
+def _spread(kind: Kind, clients: int) -> Tree:
+    """The personal leaves of so many clients before round 1."""
+    rows = lambda v: v.expand(clients, *v.shape).clone(memory_format=torch.contiguous_format)
+    return {kind.prefix + name: rows(v) for name, v in kind.first.personal.items()}
 
 
 def _load(found: Checkpoint, built: Built) -> State:
     """The state of a checkpoint: this rank's clients, wherever they were hosted before."""
     run = built.run
-    device = run.trainer.device
-    shared, server = (
-        {n: torch.from_numpy(v).to(device) for n, v in part.items()} for part in (found.shared(), found.server())
-    )
-    personal = {n: torch.from_numpy(v) for n, v in found.personal(run.hosted).items()}
-    in_order = lambda tree, like: {name: tree[name] for name in like}
-    blank = run.algorithm.server(run.trainer.model, built.first.shared)
-    return State(
-        found.round,
-        in_order(server, blank),
-        in_order(shared, built.first.shared),
-        in_order(personal, built.first.personal),
-    )
+    first, device, personal = run.kinds[0].first.shared, run.trainer.device, {}
+    blank = run.algorithm.server(run.trainer.model, first)
+    in_order = lambda leaves, like: {name: torch.from_numpy(leaves[name]).to(device) for name in like}
+    for kind, ids in zip(run.kinds, run.by_kind):
+        own = found.personal(ids) if ids else None
+        rows = {kind.prefix + n: torch.from_numpy(own[n]) for n in kind.first.personal} if ids else _spread(kind, 0)
+        personal |= rows
+    return State(found.round, in_order(found.server(), blank), in_order(found.shared(), first), personal)
 
 
 def _newest(folder: Path, built: Built) -> Checkpoint | None:
@@ -197,14 +220,54 @@ def _recorded(folder: Path, overrides: Sequence[str]) -> Config:
     return configs.read(folder / "config.yaml", [*overrides, f"output={folder}"])
 
 
+def _begun(folder: Path, comm: Comm) -> bool:
+    """Whether the folder holds a run, as rank 0 sees it."""
+    return comm.broadcast(b"1" if (folder / "config.yaml").is_file() else b"0") == b"1"
+
+
+def _continued(config: Config, source: str, folder: Path) -> Config:
+    """``config`` with the engine's ``auto`` as the run in ``folder`` has decided it.
+
+    Raises ValueError where that run had other settings.
+    """
+    recorded = _recorded(folder, ())
+    auto = [field.name for field in fields(config.engine) if getattr(config.engine, field.name) == "auto"]
+    engine = replace(config.engine, **{name: getattr(recorded.engine, name) for name in auto})
+    config = replace(config, engine=engine, output=str(folder))
+    if configs.digest(config) != configs.digest(recorded):
+        was, now = configs.flat(recorded), configs.flat(config)
+        key = next(k for k in was | now if was.get(k) != now.get(k) and not k.startswith(configs.FREE_ON_RESUME))
+        raise ValueError(
+            f"{source}: {key} = {now.get(key)}: the run in {folder} has {was.get(key)}; choose another output"
+        )
+    return config
+
+
+def _same_words(folder: Path, built: Built) -> None:
+    """Raise ValueError when the run began with another vocabulary than its data have now."""
+    kept = folder / "vocabulary.json"
+    if built.vocabulary and kept.is_file() and kept.read_text(encoding="utf-8") != built.vocabulary.json:
+        raise ValueError(
+            f"{kept}: is not that of the training texts in data.root = {built.config.data.source.root}; they, or the "
+            "library tokenizers, have changed since the run began: put back what was, or start anew"
+        )
+
+
 def _create(folder: Path, built: Built) -> None:
     """A new run folder with its resolved config and an empty log."""
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         raise ValueError(f"output = {folder}: cannot be created: {error.strerror}; choose another") from error
-    write_atomic(folder / "config.yaml", configs.resolved_yaml(built.config).encode())
+    _describe(folder, built)
     _create_log(folder, built)
+
+
+def _describe(folder: Path, built: Built) -> None:
+    """The resolved config and, for texts, the vocabulary."""
+    write_atomic(folder / "config.yaml", configs.resolved_yaml(built.config).encode())
+    if built.vocabulary:
+        write_atomic(folder / "vocabulary.json", built.vocabulary.json.encode())
 
 
 def _create_log(folder: Path, built: Built) -> None:
@@ -221,6 +284,7 @@ def _create_log(folder: Path, built: Built) -> None:
             "train_counts": split.train_counts,
             "test_counts": split.test_counts,
             "input_shape": np.array(built.shape, np.int64),
+            "input_tokens": np.array([built.vocabulary.size if built.vocabulary else 0], np.int64),
             "digest": split.digest(),
         },
     ).close()
@@ -229,7 +293,7 @@ def _create_log(folder: Path, built: Built) -> None:
 def _versions() -> dict[str, str]:
     """Versions that a result may depend on."""
     found = {"fedlora_mpi": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in ("numpy", "mpi4py", "h5py", "torchvision"):
+    for name in ("numpy", "mpi4py", "h5py", "torchvision", "tokenizers"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

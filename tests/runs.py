@@ -21,6 +21,7 @@ import torch
 from fedlora_mpi import config as configs
 from fedlora_mpi.build import Built, build
 from fedlora_mpi.comm import Solo
+from fedlora_mpi.federation import Run
 from fedlora_mpi.round import play
 from fedlora_mpi.run import beginning
 from fedlora_mpi.store.reader import RunFiles
@@ -121,28 +122,48 @@ def built(*overrides: str) -> Built:
 def played(*overrides: str, ranks: int = 1) -> list[list[Moment]]:
     """The moments of each rank, [ranks][rounds + 1]; the first is the one before round 1.
 
-    Personal rows are those of all clients, whichever rank hosts them. Cached: change nothing in it.
+    Personal rows are those of all clients (of a kind), whichever rank hosts them. Cached: change nothing in it.
     """
     config = tiny(*overrides)
 
-    def main(comm) -> tuple[tuple[int, ...], list[Moment]]:
+    def main(comm) -> tuple[Run, list[Moment]]:
         parts = build(config, str(TINY), comm)
         state = beginning(parts)
         moments = [Moment(copied(state.shared), copied(state.personal), {}, {})]
         for _ in range(config.rounds):
             state, row, clients = play(parts.run, state, evaluate=True, stop=False)
             moments.append(Moment(copied(state.shared), copied(state.personal), row, clients))
-        return parts.run.hosted, moments
+        return parts.run, moments
 
     found = on_ranks(ranks, main)
-    hosted = [client for clients, _ in found for client in clients]
+    runs = [run for run, _ in found]
+    hosted = [client for run in runs for client in run.hosted]
     assert sorted(hosted) == list(range(config.data.partition.clients)), f"hosted: {hosted}"
-    order = torch.tensor(hosted).argsort()
-    joined = []
-    for at in range(config.rounds + 1):
-        rows = [moments[at].personal for _, moments in found]
-        joined.append({n: torch.cat([tree[n] for tree in rows])[order] for n in rows[0]})
+    joined = [in_order(runs, [moments[at].personal for _, moments in found]) for at in range(config.rounds + 1)]
     return [[m._replace(personal=joined[at]) for at, m in enumerate(moments)] for _, moments in found]
+
+
+def in_order(runs: Sequence[Run], personal: Sequence[dict]) -> dict[str, torch.Tensor]:
+    """The personal leaves of all ranks together: of each kind [n, ...], its clients in the order of their ids."""
+    joined = {}
+    for number, kind in enumerate(runs[0].kinds):
+        order = torch.tensor([client for run in runs for client in run.by_kind[number]]).argsort()
+        names = [kind.prefix + name for name in kind.first.personal]
+        joined |= {n: torch.cat([tree[n] for tree in personal])[order] for n in names}
+    return joined
+
+
+def same(a: Moment, b: Moment) -> bool:
+    """Whether two moments agree to the bit in variables and clients' results, and in all rounds' numbers but
+    times and MPI's bytes."""
+    counted = lambda row: {n: v for n, v in row.items() if not n.startswith(("seconds_", "bytes_mpi"))}
+    alike = lambda x, y: x.keys() == y.keys() and all(np.array_equal(x[n], y[n], equal_nan=True) for n in x)
+    return (
+        equal(a.shared, b.shared)
+        and equal(a.personal, b.personal)
+        and alike(counted(a.row), counted(b.row))
+        and alike(a.clients, b.clients)
+    )
 
 
 def copied(tree: dict) -> dict:

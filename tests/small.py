@@ -8,7 +8,8 @@ from fedlora_mpi.algorithm import Train
 from fedlora_mpi.build import Built
 from fedlora_mpi.comm import Solo
 from fedlora_mpi.data.datasets import Data, Samples
-from fedlora_mpi.data.feed import Feed, Store
+from fedlora_mpi.data.feed import Feed
+from fedlora_mpi.data.inputs import Images
 from fedlora_mpi.data.partition import Split
 from fedlora_mpi.engine.train import Trainer
 from fedlora_mpi.layout import Layout
@@ -16,7 +17,8 @@ from fedlora_mpi.mixing import Mixing
 from fedlora_mpi.models import zoo
 from fedlora_mpi.models.resnet import ResNet
 from fedlora_mpi.placement import groups
-from fedlora_mpi.round import Run, play
+from fedlora_mpi.federation import Kind, Run
+from fedlora_mpi.round import play
 from fedlora_mpi.run import beginning
 from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import tmap
@@ -52,6 +54,16 @@ def cnn(classes, shape):
     return zoo.cnn(classes, shape, width=3, hidden=5)
 
 
+def linear_net(classes, shape):
+    """A head alone."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], classes))
+
+
+def conv_net(classes, shape):
+    """A convolution for a head."""
+    return nn.Sequential(nn.Conv2d(shape[0], classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 def model(network="cnn", classes=CLASSES, shape=SHAPE, seed=1):
     """One of the networks above, or any that the zoo knows."""
     name = f"small:{network}" if network in globals() else network
@@ -74,7 +86,7 @@ def feed(sizes=SIZES, tests=(4, 9, 2, 5, 7), seed=1, same_sample=False):
     return Feed(data, split, seed=seed, shift="none", device=CPU, augment=False)
 
 
-class Fine(Store):
+class Fine(Images):
     """A store whose images come out as float64."""
 
     def read(self, rows, warps):
@@ -111,19 +123,35 @@ def rows(tree, count):
     return {n: v.expand(count, *v.shape).clone() for n, v in tree.items()}
 
 
+def wide_cnn(classes, shape):
+    """The package's cnn with more channels and as many features: 5."""
+    return zoo.cnn(classes, shape, width=4, hidden=5)
+
+
 def experiment(
-    algorithm, network="cnn", sizes=SIZES, participation=1.0, group_size=None, same_sample=False, **how
+    algorithm, network="cnn", sizes=SIZES, participation=1.0, group_size=None, same_sample=False, samples=None, **how
 ):
-    """(Run, State before round 1) of a whole federation in this process."""
-    made = trainer(algorithm, network, samples=feed(sizes, same_sample=same_sample), **how)
-    start = first(made)
-    together = groups(sizes, group_size or len(sizes))
+    """(Run, State before round 1) of a whole federation in this process.
+
+    network: a name, or several; client k has number k mod their number.
+    """
+    networks, samples = np.atleast_1d(network).tolist(), samples or feed(sizes, same_sample=same_sample)
+    made = [trainer(algorithm, name, samples=samples, **how) for name in networks]
+    start = first(made[0])
+    kind_of = tuple(client % len(made) for client in range(len(sizes)))
+    together = groups(sizes, group_size or len(sizes), kind_of)
     run = Run(
         algorithm=algorithm,
-        trainer=made,
+        kinds=tuple(
+            Kind(each, first(each)._replace(shared=start.shared), f"kind-{number}/" if len(made) > 1 else "")
+            for number, each in enumerate(made)
+        ),
+        kind_of=kind_of,
         comm=Solo(),
         groups=together,
+        costs=(1.0,) * len(together),
         host=(0,) * len(together),
+        sizes=tuple(sizes),
         weight_N=tuple(sizes if algorithm.weights == "samples" else [1] * len(sizes)),
         seed=1,
         participation=participation,
@@ -131,7 +159,7 @@ def experiment(
         upload=Layout.of(algorithm.upload(start, start)),
         mixing=Mixing.of(algorithm, start, [0] * len(sizes), [0], "auto"),
     )
-    return run, beginning(Built(None, run, None, SHAPE, start, ""))
+    return run, beginning(Built(None, run, None, SHAPE, ""))
 
 
 def played(run, state, rounds):

@@ -16,7 +16,7 @@ from fedlora_mpi.config import read
 from fedlora_mpi.store.lock import locked
 from fedlora_mpi.store.reader import RunFiles
 
-COMMANDS = ("run", "resume", "plan", "partition", "report", "digest")
+COMMANDS = ("run", "resume", "plan", "partition", "report", "submit", "doctor", "digest")
 
 
 @pytest.fixture
@@ -293,11 +293,11 @@ def test_a_plan_tells_the_bytes_that_the_run_then_moves(call, six, tmp_path):
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert {"model", "shared", "personal", "round", "engine", "memory", "time"} <= lines.keys()
     rounds = RunFiles(six).rounds()
-    assert f"{rounds['bytes_up'][0] // 4 // 4:,} numbers: " in lines["shared"]
+    assert f"{rounds['bytes_up'][0] // 4 // 4:,} numbers; " in lines["shared"]
     assert "4 of 7 clients: " in lines["round"]
     assert "3 ranks" in out and "2 workers" in lines["engine"] and "for 6 rounds" in lines["time"]
     personal = RunFiles(six).checkpoint().personal([0])
-    assert f"{sum(leaf[0].size for leaf in personal.values()):,} numbers, " in lines["personal"]
+    assert f"{sum(leaf[0].size for leaf in personal.values()):,} numbers per client" in lines["personal"]
 
 
 @pytest.mark.parametrize("ranks", ["0", "-1"])

@@ -75,6 +75,15 @@ BAD_FILES = [
         with_line("data", "data: {dataset: digits, partition: iid, download: yes}"),
         "data.download = yes: must be true or false",
     ),
+    (
+        with_line("data", "data: {dataset: digits, partition: iid, augment: [flip, erasse]}"),
+        "data.augment = ",
+        "auto, none or a list, each item crop, crop_mean, flip, rotate or erase",
+    ),
+    (
+        with_line("data", "data: {dataset: digits, partition: iid, augment: [flip, flip]}"),
+        "data.augment = ['flip', 'flip']: each transform works once",
+    ),
     (with_line("model", "model: 8"), "model = 8: must be resnet8,"),
     (with_line("model", "model: [resnet8]"), 'model = ["resnet8"]: must be resnet8,'),
     (
@@ -251,7 +260,8 @@ def test_a_file_gives_values_and_the_rest_are_defaults(write):
     assert (config.algorithm.lora_epochs, config.algorithm.conv_rank) == (1, 0.6)
     assert (config.data.partition.clients, config.data.partition.alpha) == (6, 0.1)
     assert config.data.source.dataset == "cifar10"
-    assert (config.model.name, dict(config.model.options)) == ("resnet8", {})
+    (network,) = config.model.mix
+    assert (network.name, dict(network.options)) == ("resnet8", {})
     assert config.output == "runs/x"
 
 
@@ -282,7 +292,7 @@ def test_an_override_sets_one_field(write):
 
 
 def test_a_field_joins_a_bare_name(write):
-    assert dict(read(write(with_line("model", "model: cnn")), ["model.width=4"]).model.options)["width"] == 4
+    assert dict(read(write(with_line("model", "model: cnn")), ["model.width=4"]).model.mix[0].options)["width"] == 4
     path = write(with_line("algorithm", "algorithm: fedlorra"))
     assert refused(path, ["algorithm.conv_rank=0.5"]).startswith(f"{path}: algorithm.name = fedlorra")
 
@@ -308,7 +318,7 @@ def test_the_order_of_overrides_does_not_matter(write):
     config = read(write(GOOD), overrides)
     assert config == read(write(GOOD), overrides[::-1])
     assert config.algorithm.weights == "uniform"
-    assert dict(config.model.options) == {"width": 4, "hidden": 64}
+    assert dict(config.model.mix[0].options) == {"width": 4, "hidden": 64}
 
 
 def test_a_file_wins_over_its_base_key_by_key(write):

@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+from fedlora_mpi.algorithm import held_out
 from fedlora_mpi.data import transforms
 from fedlora_mpi.data.datasets import Data, Samples, Source, Synthetic, load
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.data.partition import Iid, Split
-from fedlora_mpi.seeds import key, rng, uniform
+from fedlora_mpi.seeds import isolated, key, rng, uniform
 from fedlora_mpi.vision import torchvision
 
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def data(channels=3, height=5, width=5, augment=()):
 def split():
     train = tuple(np.arange(n) * 3 + k for k, n in enumerate(SIZES))
     test = tuple(np.arange(n)[::-1].copy() + k for k, n in enumerate(SIZES))
-    return Split(train, test, np.empty((5, 6)), np.empty((5, 6)))
+    return Split(train, test, np.zeros((5, 6)), np.zeros((5, 6)))
 
 
 def feed(of=None, shift="none", augment=False, seed=1):
@@ -187,14 +188,16 @@ def test_impossible_sources_are_refused():
 
 
 def warped(x, **parameters):
-    """``transforms.warp`` on images [B, ch, H, W]."""
-    return transforms.warp(x.permute(0, 2, 3, 1), **parameters).permute(0, 3, 1, 2)
+    """``transforms.warp`` on images [B, ch, H, W], of which all is shown."""
+    moved, shown = transforms.warp(x.permute(0, 2, 3, 1), **parameters)
+    assert shown is None
+    return moved.permute(0, 3, 1, 2)
 
 
 def test_crop_flip_and_rotation_are_those_of_torchvision_in_its_order():
     functional = torchvision().transforms.functional
     x = images(60, 3, 13, 9)
-    drawn = transforms.draw(("crop", "flip", "rotate"), 60, rng(3))
+    drawn = transforms.draw(("crop", "flip", "rotate"), 60, rng(3), (13, 9))
     expected = []
     for image, (down, right), flip, degrees in zip(x, drawn["crop"], drawn["flip"], drawn["rotate"], strict=True):
         image = functional.pad(image, 4)
@@ -208,7 +211,7 @@ def test_crop_flip_and_rotation_are_those_of_torchvision_in_its_order():
 def test_each_transform_works_alone():
     functional = torchvision().transforms.functional
     x = images(20)
-    drawn = transforms.draw(("flip", "rotate"), 20, rng(4))
+    drawn = transforms.draw(("flip", "rotate"), 20, rng(4), (5, 5))
     assert list(drawn) == ["flip", "rotate"]
     flipped = torch.where(drawn["flip"][:, None, None, None], x.flip(-1), x)
     assert torch.equal(warped(x, flip=drawn["flip"]), flipped)
@@ -225,10 +228,77 @@ def test_a_quarter_turn_loses_no_pixel(size):
 
 
 def test_drawn_parameters_cover_their_ranges():
-    drawn = transforms.draw(("crop", "flip", "rotate"), 2000, rng(5))
+    drawn = transforms.draw(("crop", "flip", "rotate"), 2000, rng(5), (5, 5))
     assert sorted(set(drawn["crop"].flatten().tolist())) == list(range(-4, 5))
     assert abs(drawn["flip"].float().mean() - 0.5) < 0.05
     assert 14.9 < drawn["rotate"].max() < 15 and -15 <= drawn["rotate"].min() < -14.9
+
+
+def test_rectangles_are_distributed_as_torchvision_draws_them():
+    erasing = torchvision().transforms.RandomErasing
+    n, size = 4000, (32, 24)
+    with isolated(1, "test"):
+        theirs = [erasing.get_params(torch.zeros(3, *size), (0.04, 0.2), (0.5, 2.0)) for _ in range(n)]
+    theirs = torch.tensor([found[:4] for found in theirs]).double()
+    ours = transforms.draw(("erase",), 2 * n, rng(6), size)["erase"]
+    some = ours[:, 2] > 0
+    assert abs(some.double().mean() - 0.5) < 0.02 and (ours[~some][:, 2:] == 0).all()
+    ours = ours[some].double()
+    for column in range(4):
+        a, b = (side[:, column].sort().values for side in (ours, theirs))
+        grid = torch.arange(33.0)
+        gap = torch.searchsorted(a, grid, right=True) / len(a) - torch.searchsorted(b, grid, right=True) / len(b)
+        assert gap.abs().max() < 1.95 * (2 / n) ** 0.5  # Kolmogorov and Smirnov, 0.1 %
+    assert (ours[:, 0] + ours[:, 2]).max() <= 32 and (ours[:, 1] + ours[:, 3]).max() <= 24
+    area = ours[:, 2] * ours[:, 3] / (32 * 24)
+    assert 0.03 < area.min() < 0.05 and 0.19 < area.max() < 0.22
+
+
+def test_an_image_too_flat_for_any_rectangle_stays_whole():
+    assert (transforms.draw(("erase",), 50, rng(7), (1, 30))["erase"][:, 2:] == 0).all()
+
+
+def test_erasing_moves_no_other_draw():
+    names = ("crop", "flip", "rotate")
+    a, b = (transforms.draw(which, 50, rng(8), (9, 9)) for which in (names, (*names, "erase")))
+    assert all(torch.equal(a[name], b[name]) for name in names)
+
+
+def test_erasing_and_the_border_of_mean_colour_are_those_of_torchvision_on_normalised_images():
+    functional = torchvision().transforms.functional
+    of = data(height=13, width=13, augment=("erase", "crop_mean", "flip"))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (of.mean, of.std))
+    drawn = transforms.draw(of.augment, 11, rng(1, "augment", 0, 3, 2), (13, 13))
+    order = torch.randperm(11, generator=rng(1, "order", 0, 3, 2))
+    expected = []
+    for image, *how in zip(of.train.x[split().train[0]][order], *drawn.values(), strict=True):
+        (top, left, height, width), (down, right), flip = (v.tolist() for v in how)
+        image = functional.erase((image / 255 - mean) / std, top, left, height, width, torch.zeros(()))
+        image = functional.crop(functional.pad(image, 4), 4 + down, 4 + right, 13, 13)
+        expected.append(functional.hflip(image) if flip else image)
+    batch = feed(of, augment=True).epoch([0], 3, 2).batch(1, 0, 11)
+    assert torch.allclose(batch.x[0], torch.stack(expected), atol=1e-6)
+    assert (torch.stack(expected) == 0).any() and (drawn["erase"][:, 2] > 0).any()
+
+
+def test_the_order_of_the_authors_has_the_same_images_under_mirrored_parameters():
+    # Flip, erase, crop is erase, crop, flip with rectangle and window mirrored, which are as probable.
+    functional = torchvision().transforms.functional
+    image = images(1, 3, 9, 9)[0].float()
+    moves = {"erase": torch.tensor([[2, 1, 3, 4]]), "crop_mean": torch.tensor([[1, -2]]), "flip": torch.tensor([True])}
+    theirs = functional.erase(functional.hflip(image), 2, 9 - 1 - 4, 3, 4, torch.zeros(()))
+    theirs = functional.crop(functional.pad(theirs, 4), 4 + 1, 4 + 2, 9, 9)
+    moved, shown = transforms.warp(image.permute(1, 2, 0)[None], **moves)
+    assert torch.equal((moved * shown[..., None])[0].permute(2, 0, 1), theirs)
+
+
+def test_transforms_are_chosen_by_name():
+    chosen = Source("synthetic", augment=("flip", "erase"), synthetic=Synthetic(train=9, test=9))
+    assert load(chosen).augment == ("flip", "erase")
+    with pytest.raises(ValueError, match=r"^augment = \['flip', 'flip'\]: each transform works once"):
+        Source("digits", augment=("flip", "flip"))
+    with pytest.raises(ValueError, match=r"^augment = \['crop', 'crop_mean'\]: choose crop"):
+        Source("digits", augment=("crop", "crop_mean"))
 
 
 # Batches
@@ -298,7 +368,7 @@ def test_augmentation_changes_training_and_spares_the_test():
 
 def test_augmentation_is_that_of_the_keyed_parameters():
     of = data(augment=("crop", "flip", "rotate"))
-    drawn = transforms.draw(of.augment, 7, rng(1, "augment", 1, 3, 2))
+    drawn = transforms.draw(of.augment, 7, rng(1, "augment", 1, 3, 2), (5, 5))
     order = torch.randperm(7, generator=rng(1, "order", 1, 3, 2))
     moved = warped(of.train.x[split().train[1]][order], **drawn)
     mean, std = (torch.tensor(v)[:, None, None] for v in (of.mean, of.std))
@@ -356,3 +426,52 @@ def test_sizes_and_shape_are_told():
              seed=1, shift="none", device=CPU, augment=True)  # fmt: skip
     assert (f.classes, f.shape, f.train_size(3), f.test_size(0)) == (6, (1, 5, 5), 10, 8)
     assert f.test([0, 1], 4, 4).x.shape == (2, 4, 1, 5, 5)
+
+
+# Samples that are held out
+
+
+def test_at_least_one_sample_is_held_out_but_never_all():
+    assert [held_out(n, 0.05) for n in (1, 2, 19, 20, 39, 40, 500)] == [0, 1, 1, 1, 1, 2, 25]
+    assert [held_out(n, 0.99) for n in (1, 2, 3, 200)] == [0, 1, 2, 198]
+    assert [held_out(n, 0.0) for n in (1, 2, 500)] == [0, 0, 0]
+    for fraction in (0.05, 0.3, 0.5, 0.9):  # a larger client has no smaller part of either kind
+        held = [held_out(n, fraction) for n in range(1, 300)]
+        rest = [n - h for n, h in enumerate(held, 1)]
+        assert held == sorted(held) and rest == sorted(rest)
+
+
+def rows(epoch):
+    """The samples of each client, in order."""
+    return [row[:size].tolist() for row, size in zip(epoch.rows, epoch.sizes)]
+
+
+def test_held_out_samples_are_the_same_in_all_rounds_and_never_train():
+    f, whole = feed(), [set(mine.tolist()) for mine in split().train]
+    known = rows(f.epoch(range(5), 0, 0, 0.3, True))
+    assert [len(mine) for mine in known] == [3, 2, 2, 1, 1]
+    for round_, epoch in ((0, 0), (0, 1), (3, 0), (3, "own")):
+        held, rest = (rows(f.epoch(range(5), round_, epoch, 0.3, only)) for only in (True, False))
+        assert [set(mine) for mine in held] == [set(mine) for mine in known]
+        assert not any(set(a) & set(b) for a, b in zip(held, rest))
+        assert [set(a) | set(b) for a, b in zip(held, rest)] == whole
+        assert [len(a) + len(b) for a, b in zip(held, rest)] == list(SIZES)
+    alone = rows(f.epoch([2], 3, "own", 0.3, True))[0]
+    assert alone == held[2]
+    other = rows(feed(seed=2).epoch(range(5), 0, 0, 0.3, True))
+    assert [set(mine) for mine in other] != [set(mine) for mine in known]
+    orders = {tuple(rows(f.epoch([0], round_, 0, 0.3, False))[0]) for round_ in range(4)}
+    assert len(orders) == 4
+
+
+def test_without_a_fraction_nothing_is_held_out():
+    f = feed(data(augment=("flip",)), augment=True)
+    assert same(f.epoch(range(5), 1, 0).batch(5, 0, 11), f.epoch(range(5), 1, 0, 0.0, False).batch(5, 0, 11))
+
+
+def test_held_out_samples_are_not_augmented():
+    of = data(augment=("crop", "flip", "rotate"))
+    plain, augmented = (f.epoch([0], 1, 0, 0.5, True).batch(1, 0, 5) for f in (feed(of), feed(of, augment=True)))
+    assert same(plain, augmented)
+    plain, augmented = (f.epoch([0], 1, 0, 0.5, False).batch(1, 0, 6) for f in (feed(of), feed(of, augment=True)))
+    assert torch.equal(plain.y, augmented.y) and not torch.equal(plain.x, augmented.x)

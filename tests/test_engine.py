@@ -12,6 +12,7 @@ from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedlora import FedLoRA
 from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.engine.device import bind, decide
+from fedlora_mpi.engine.flops import Flops
 from fedlora_mpi.engine.settings import Engine
 from fedlora_mpi.engine.train import sgd_step
 from fedlora_mpi.seeds import isolated, rng
@@ -425,3 +426,57 @@ def test_impossible_training_settings_are_refused(fields):
 def test_the_defaults_of_an_algorithm_are_fedavg(network):
     plain, fedavg = (small.played(*small.experiment(a, network), 2) for a in (Algorithm(), FedAvg()))
     assert small.equal(plain.shared, fedavg.shared) and not plain.personal
+
+
+# Samples that are held out
+
+
+@dataclass(frozen=True)
+class Adds(Algorithm):
+    """Adds up the inputs of its two phases: one on held-out samples (at most ``limit``), one on the others."""
+
+    held_out: float = 0.3
+    limit: int = 100
+
+    def init(self, model, rng):
+        return Vars({}, {n: torch.zeros(small.SHAPE) for n in ("held", "rest")})
+
+    def phases(self, model, train, round_):
+        def adding(name):
+            def loss(now, start, batch):
+                real = 1 if batch.real is None else batch.real[:, None, None, None]
+                return -(now.personal[name] * (batch.x * real).sum(0)).sum()
+
+            return (Step(loss, name.__eq__, lambda _: Sgd(1.0)),)
+
+        return Phase(1, adding("held"), limit=lambda n: self.limit, held_out=True), Phase(2, adding("rest"))
+
+
+@PATHS
+@pytest.mark.parametrize("limit", [100, 1])
+def test_a_phase_sees_the_samples_that_are_held_out_or_the_others(stacked, limit):
+    made = small.trainer(Adds(limit=limit), stacked=stacked, samples=small.feed(sizes=(11, 7, 3, 1)))
+    start = small.first(made)
+    for done in made.train(range(4), {}, small.rows(start.personal, 4), 2):
+        for name, epochs in (("held", (0,)), ("rest", (1, 2))):
+            expected = torch.zeros(small.SHAPE)
+            for number in epochs:
+                epoch = made.feed.epoch([done.client], 2, number, 0.3, name == "held")
+                width = min(epoch.sizes[0], limit if name == "held" else 100)
+                assert width == {"held": min(limit, (3, 2, 1, 0)[done.client]), "rest": (8, 5, 2, 1)[done.client]}[name]
+                if width:
+                    expected += epoch.batch(1, 0, width).x[0].sum(0)
+            assert torch.allclose(done.end.personal[name], expected, atol=1e-4), (done.client, name)
+
+
+def test_the_cost_of_a_round_is_that_of_the_samples_that_are_used():
+    @dataclass(frozen=True)
+    class Twice(FedAvg):
+        held_out: float = 0.2
+
+        def phases(self, model, train, round_):
+            (phase,) = super().phases(model, train, round_)
+            return phase._replace(held_out=True), phase
+
+    costs = [Flops(made, small.first(made)) for made in (small.trainer(Twice()), small.trainer(FedAvg()))]
+    assert costs[0].of_round(30, 0) == costs[1].of_round(6, 0) + costs[1].of_round(24, 0)

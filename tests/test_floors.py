@@ -7,20 +7,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "fedlora_mpi"
 FLOOR = {  # top-level file or folder -> floor; the package's own __init__ is its face, on no floor
-    **dict.fromkeys(("tree", "batch", "bounds", "seeds", "vision", "units"), 0),
+    **dict.fromkeys(("tree", "batch", "bounds", "seeds", "vision", "units", "launch"), 0),
     **dict.fromkeys(("layout", "sums", "placement", "models"), 1),
     "algorithm": 2,
-    **dict.fromkeys(("lowrank", "server_step", "similarity", "simplex", "prototypes", "gating"), 3),
+    **dict.fromkeys(("adapter", "companion", "lowrank", "server_step", "similarity", "simplex", "prototypes", "gating", "truncation"), 3),
     **dict.fromkeys(("algorithms", "data", "engine", "comm", "store", "blocks"), 4),
-    **dict.fromkeys(("config", "mixing", "progress"), 5),
-    "round": 6,
-    "build": 7,
-    **dict.fromkeys(("run", "plan", "analysis"), 8),
-    "reproduce": 9,
-    "cli": 10,
-    "__main__": 11,
+    **dict.fromkeys(("experiment", "mixing", "progress"), 5),
+    **dict.fromkeys(("config", "federation"), 6),
+    "round": 7,
+    "build": 8,
+    **dict.fromkeys(("run", "plan", "analysis"), 9),
+    **dict.fromkeys(("slurm", "doctor"), 10),
+    "reproduce": 11,
+    "cli": 12,
+    "__main__": 13,
 }
-HOME = {"mpi4py": "comm", "h5py": "store", "yaml": "config"}
+HOME = {"mpi4py": "comm", "h5py": "store", "yaml": "config", "tokenizers": "data"}
 FILES = {path.relative_to(ROOT).with_suffix("").parts: path for path in sorted(ROOT.rglob("*.py"))}
 MODULES = {parts[:-1] if parts[-1] == "__init__" else parts for parts in FILES}
 
@@ -92,15 +94,18 @@ def test_algorithms_see_nothing_that_runs_them():
                 "seeds",
                 "layout",
                 "models",
+                "adapter",
                 "algorithm",
                 "batch",
                 "bounds",
+                "companion",
                 "lowrank",
                 "server_step",
                 "similarity",
                 "simplex",
                 "prototypes",
                 "gating",
+                "truncation",
                 "algorithms",
             }, parts
 

@@ -333,7 +333,7 @@ def rounds(made, count=2):
     def work(run, first):
         def on(comm):
             own = replace(run, comm=comm)
-            state, rows = beginning(Built(None, own, None, small.SHAPE, first, "")), []
+            state, rows = beginning(Built(None, own, None, small.SHAPE, "")), []
             for _ in range(count):
                 before = getattr(comm, "moved", 0)
                 state, row, clients = play(own, state, evaluate=True, stop=False)

@@ -5,7 +5,16 @@ import pytest
 from numpy.random import RandomState
 
 from fedlora_mpi.data.apportion import apportioned, topped_up
-from fedlora_mpi.data.partition import KINDS, DirichletClass, DirichletClient, Iid, Pathological, Quantity, Side
+from fedlora_mpi.data.partition import (
+    KINDS,
+    DirichletClass,
+    DirichletClient,
+    Iid,
+    Pathological,
+    Quantity,
+    Shares,
+    Side,
+)
 
 CLASSES = 10
 train_y = np.arange(6000) % CLASSES  # labels of 600 samples per class
@@ -101,6 +110,12 @@ def test_the_digest_sees_where_one_client_ends():
     assert np.array_equal(flat(a.train), flat(b.train)) and a.digest() != b.digest()
 
 
+@pytest.mark.parametrize("value", [-0.1, 1.0])
+def test_all_samples_cannot_be_held_back(value):
+    with pytest.raises(ValueError, match=f"^validation = {value}: must be"):
+        Shares(validation=value)
+
+
 @pytest.mark.parametrize("name", ["iid", "quantity", "dirichlet_class"])
 def test_zero_means_all_samples(name):
     split = KINDS[name](clients=5, train=0, test=0).split(train_y, test_y, CLASSES)
@@ -150,6 +165,97 @@ def test_quantity_changes_sizes_and_not_labels():
     assert abs(split.train_counts / sizes[:, None] - 0.1)[sizes > 500].max() < 0.05
 
 
+# --- shares: the split of pFedLoRA's authors
+
+
+def shares(clients, seed=1, classes=10, **fields):
+    """The split of a data set of the size of CIFAR-10 or CIFAR-100."""
+    return Shares(clients=clients, seed=seed, **fields).split(
+        np.arange(50_000) % classes, np.arange(10_000) % classes, classes
+    )
+
+
+@pytest.mark.parametrize("seed", range(1, 21))
+def test_shares_of_ten_clients_are_about_four_thousand_samples(seed):
+    split = shares(10, seed)
+    sizes = np.array([len(rows) for rows in split.train])
+    assert 3990 <= sizes.mean() <= 4000  # 40,000 less what int() cuts
+    assert sizes.min() >= 3200 * 0.97 and sizes.max() <= 4800 * 1.03  # two classes of 4,000, 0.4 to 0.6 of each
+    assert [len(rows) for rows in split.test] == pytest.approx(sizes / 4, rel=0.03)  # the fifth is drawn from all
+
+
+def test_shares_of_ten_clients_spread_as_published():
+    sizes = np.array([len(rows) for seed in range(1, 21) for rows in shares(10, seed).train])
+    assert ((sizes >= 3580) & (sizes <= 4600)).mean() > 0.95 and 150 < sizes.std() < 250
+
+
+@pytest.mark.parametrize("clients, size", [(50, 799), (100, 399)])
+def test_shares_of_more_clients_have_the_published_mean(clients, size):
+    sizes = np.array([len(rows) for seed in (1, 2, 3) for rows in shares(clients, seed).train])
+    assert abs(sizes.mean() - size) < 1
+
+
+@pytest.mark.parametrize("clients, classes, each", [(10, 10, 2), (50, 10, 2), (10, 100, 10), (7, 10, 3), (3, 10, 9)])
+def test_shares_are_disjoint_classes_of_one_mix_in_training_and_test(clients, classes, each):
+    split = shares(clients, 3, classes, classes_per_client=each, validation=0.0)
+    held = split.train_counts > 0
+    assert (held.sum(axis=1) == each).all() and np.array_equal(held, split.test_counts > 0)
+    assert (held.sum(axis=0) <= -(-each * clients // classes)).all()
+    for rows in (split.train, split.test):
+        assert len(set(flat(rows))) == len(flat(rows))
+    # int(n_c p) of both: the proportions are the same up to what int() cuts
+    train, test = split.train_counts / (50_000 / classes), split.test_counts / (10_000 / classes)
+    assert abs(train - test).max() <= 1 / (10_000 / classes)
+    if each * clients % classes == 0:
+        assert (held.sum(axis=0) == each * clients // classes).all()
+        assert split.train_counts.sum(axis=0).min() > 50_000 / classes - clients
+        for counts in split.train_counts.T:
+            mine = counts[counts > 0]
+            assert mine.max() / mine.min() <= 0.6 / 0.4 * 1.02  # U(0.4, 0.6), normalised
+
+
+def test_shares_hold_back_the_same_fifth_of_the_training_samples_from_all_clients():
+    # Of CIFAR-100 with ten clients every class has one holder, who has all of it that is not held back.
+    split = shares(10, classes=100, classes_per_client=10)
+    assert len(flat(split.train)) == 40_000 and len(flat(split.test)) == 10_000
+    whole = shares(10, classes=100, classes_per_client=10, validation=0.0)
+    assert len(flat(whole.train)) == 50_000
+    held_back = set(range(50_000)) - set(flat(split.train))
+    classes = np.bincount(np.array(sorted(held_back)) % 100)
+    assert len(set(classes)) > 5  # of all samples, not of each class
+    half = shares(10, classes=100, classes_per_client=10, validation=0.5)
+    assert len(flat(half.train)) == 25_000 and set(flat(half.train)) < set(flat(split.train))
+
+
+def test_train_and_test_limit_shares_in_proportion():
+    full, thin = shares(10), shares(10, train=200, test=50)
+    assert (thin.train_counts.sum(axis=1) == 200).all() and (thin.test_counts.sum(axis=1) == 50).all()
+    exact = 200 * full.train_counts / full.train_counts.sum(axis=1, keepdims=True)
+    assert abs(thin.train_counts - exact).max() < 1
+
+
+@pytest.mark.parametrize("each", range(1, CLASSES + 1))
+def test_shares_give_every_client_its_number_of_classes_whatever_the_number_of_clients(each):
+    for clients in range(1, 50):
+        split = Shares(clients=clients, classes_per_client=each, seed=clients).split(train_y, test_y, CLASSES)
+        held = split.train_counts > 0
+        assert (held.sum(axis=1) == each).all() and np.ptp(held.sum(axis=0)) == (each * clients % CLASSES > 0)
+
+
+def test_shares_draw_in_the_official_order():
+    rng, split = RandomState(4), shares(10, 4, validation=0.0)
+    proportions = [rng.uniform(0.4, 0.6, 2) for _ in range(10)]
+    proportions = [list(p / p.sum()) for p in proportions]
+    left = np.full(10, 2)
+    for counts in split.train_counts:
+        expected = np.zeros(10, int)
+        for _ in range(2):
+            c = rng.choice(np.flatnonzero(left == left.max()))
+            left[c] -= 1
+            expected[c] = int(5000 * proportions[c].pop())
+        assert np.array_equal(counts, expected)
+
+
 def test_apportioned_numbers_add_up():
     assert list(apportioned(10, np.array([1.0, 1.0, 1.0]))) == [4, 3, 3]
     assert list(apportioned(7, np.array([0.0, 0.5, 0.25]))) == [0, 5, 2]
@@ -195,6 +301,8 @@ def test_impossible_fields_are_refused(field, value, allowed):
             r"test = 40: client 37 wants 40 test samples, and there are 20 left; lower test or clients",
         ),
         (Pathological(classes_per_client=11), r"classes_per_client = 11: the data set has 10 classes"),
+        (Shares(classes_per_client=11), r"classes_per_client = 11: the data set has 10 classes"),
+        (Shares(clients=4000), r"train = 0: \d+ of 4000 clients .* would hold no train sample; lower clients"),
         (Pathological(classes_per_client=10, test=9), r"test = 9: 40 of 40 clients .* would hold no test sample"),
     ],
 )

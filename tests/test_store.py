@@ -149,6 +149,18 @@ def test_every_stored_number_is_checksummed_and_every_file_versioned(run):
         assert found and all(found.values()), found
 
 
+def test_kinds_are_joined_in_the_order_of_their_first_clients_whichever_worker_has_them(run):
+    leaf = lambda ids, width: {"w": np.outer(ids, np.ones(width, np.float32))}
+    owned = [(2, 0, [0, 4], 3), (0, 1, [1, 3], 5), (1, 0, [2, 6], 3), (1, 1, [5], 5)]
+    folder = checkpoint.begin(run, 3)
+    shards = [checkpoint.write_clients(folder, worker, ids, leaf(ids, n), kind) for worker, kind, ids, n in owned]
+    checkpoint.commit(folder, sorted(shards, key=lambda s: s.name), run_digest="mine", clients=CLIENTS)
+    with h5py.File(folder / "personal.h5") as file:
+        assert [file[f"kind-{n}/client_id"][()].tolist() for n in (0, 1)] == [[0, 2, 4, 6], [1, 3, 5]]
+        assert file["kind-0/personal/w"][()].tolist() == [[c] * 3 for c in (0, 2, 4, 6)]
+        assert file["kind-1/personal/w"][()].tolist() == [[c] * 5 for c in (1, 3, 5)]
+
+
 def test_without_personal_or_shared_leaves_there_is_still_a_checkpoint(run):
     save(run, 3, personal={}, shared={})
     found, _ = checkpoint.newest(run)

@@ -25,6 +25,36 @@ def with_norm(classes: int, shape: tuple[int, ...]) -> nn.Module:
     )
 
 
+def wide(classes: int, shape: tuple[int, ...], *, hidden: int = 12) -> nn.Module:
+    """A convolution and two Linears, the second with the 8 features of ``normed``."""
+    channels, height, width = shape
+    return nn.Sequential(
+        nn.Conv2d(channels, 4, 3, padding=1),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * (height // 2) * (width // 2), hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, 8),
+        nn.ReLU(),
+        nn.Linear(8, classes),
+    )
+
+
+def normed(classes: int, shape: tuple[int, ...]) -> nn.Module:
+    """A convolution with BatchNorm, 8 features, a head."""
+    channels, height, width = shape
+    return nn.Sequential(
+        nn.Conv2d(channels, 4, 3, stride=2, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * -(-height // 2) * -(-width // 2), 8),
+        nn.ReLU(),
+        nn.Linear(8, classes),
+    )
+
+
 class Pause(nn.Module):
     """The identity, which takes TEST_PAUSE seconds in training; the environment, so no config changes."""
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..algorithm import Algorithm
+    from ..config import Config
+    from ..data.texts import Vocabulary
     from ..models.network import Model
 
 
@@ -31,6 +33,7 @@ def open_run(path: str | Path) -> "RunView":
     >>> run.rounds["accuracy"].max(), run.array("clients/accuracy")[-1].min()
     >>> run.client(7).personal["layers.1.conv1.weight.A"].shape
     >>> run.client(7).model(images)
+    >>> run.client(7).model(run.vocabulary.encode(["a text", "another"]))
     """
     return RunView(Path(path).expanduser())
 
@@ -100,6 +103,11 @@ class RunView:
         """SHA-256 of the ``shared`` and ``personal`` leaves: equal for runs that are equal to the bit."""
         return self.checkpoint.digest()
 
+    @cached_property
+    def network_of(self) -> tuple[int, ...]:
+        """Which network of ``model.mix`` each client has, [N]; zeros where there is one."""
+        return self._parsed.model.of_clients(len(self.partition.train))
+
     def client(self, id: int) -> "ClientView":
         """One client, by its number from 0. Raises ValueError."""
         clients = len(self.partition.train)
@@ -108,15 +116,31 @@ class RunView:
         return ClientView(self, id)
 
     @cached_property
-    def built(self) -> "tuple[Algorithm, Model]":
-        """The algorithm and the network (with its initial weights), from the config; needs no data set."""
-        from ..config import from_dict
+    def built(self) -> "tuple[Algorithm, tuple[Model, ...]]":
+        """The algorithm and the networks (with their initial weights), from the config; needs no data set."""
         from ..models.zoo import build
 
-        config = from_dict(self.config, str(self.path / "log.h5"))
-        shape = tuple(self._files.partition()["input_shape"].tolist())
-        classes = self.partition.train_counts.shape[1]
-        return config.algorithm, build(config.model.name, config.model.options, classes, shape, config.seed)
+        found = self._files.partition()
+        shape, tokens = tuple(found["input_shape"].tolist()), int(found.get("input_tokens", [0])[0])
+        classes, config = self.partition.train_counts.shape[1], self._parsed
+        networks = config.model.mix
+        return config.algorithm, tuple(build(n.name, n.options, classes, shape, config.seed, tokens) for n in networks)
+
+    @cached_property
+    def vocabulary(self) -> "Vocabulary":
+        """What turns texts into the inputs of the clients' models. Raises ValueError where there is none."""
+        from ..data.texts import Vocabulary
+
+        path = self.path / "vocabulary.json"
+        if not path.is_file():
+            raise ValueError(f"{self.path}: has no vocabulary.json, so its data are images or the run is incomplete")
+        return Vocabulary(path.read_text(encoding="utf-8"))
+
+    @cached_property
+    def _parsed(self) -> "Config":
+        from ..config import from_dict
+
+        return from_dict(self.config, str(self.path / "log.h5"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,17 +179,23 @@ class ClientView:
         return _Personal(self.checkpoint, self.id)
 
     @cached_property
+    def network(self) -> "Model":
+        """The client's network, with its initial weights."""
+        _, models = self.run.built
+        return models[self.run.network_of[self.id]]
+
+    @cached_property
     def weights(self) -> dict[str, np.ndarray]:
         """Every parameter and statistic of the client's own model, the one that was evaluated."""
         import torch
 
         from ..algorithm import Vars
 
-        algorithm, model = self.run.built
+        algorithm, _ = self.run.built
         tensors = lambda leaves: {name: torch.from_numpy(value) for name, value in leaves.items()}
         personal = {n: _only(rows) for n, rows in self.checkpoint.personal([self.id]).items()}
         with torch.no_grad():
-            tree = algorithm.weights_of(model, Vars(tensors(self.checkpoint.shared()), tensors(personal)))
+            tree = algorithm.weights_of(self.network, Vars(tensors(self.checkpoint.shared()), tensors(personal)))
         return {name: value.numpy() for name, value in tree.items()}
 
     @cached_property
@@ -173,8 +203,7 @@ class ClientView:
         """The client's own model, in evaluation mode, on the CPU."""
         import torch
 
-        _, model = self.run.built
-        return model.module({name: torch.from_numpy(value) for name, value in self.weights.items()})
+        return self.network.module({name: torch.from_numpy(value) for name, value in self.weights.items()})
 
 
 @dataclass(frozen=True)
@@ -185,15 +214,15 @@ class _Personal(Mapping):
     id: int
 
     def __getitem__(self, leaf: str) -> np.ndarray:
-        if leaf not in self.checkpoint.leaf_names():
+        if leaf not in self.checkpoint.leaf_names([self.id]):
             raise KeyError(f"{leaf}: no personal leaf; there are {', '.join(self) or 'none'}")
         return _only(self.checkpoint.personal([self.id], [leaf])[leaf])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.checkpoint.leaf_names())
+        return iter(self.checkpoint.leaf_names([self.id]))
 
     def __len__(self) -> int:
-        return len(self.checkpoint.leaf_names())
+        return len(self.checkpoint.leaf_names([self.id]))
 
 
 def _only(rows: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Data sets as bytes in memory, with their normalisation and training augmentation."""
+"""Data sets in memory: images as bytes, with their normalisation and training augmentation; texts as numbers."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,24 +13,37 @@ from torch import Tensor
 from ..bounds import bounded
 from ..seeds import rng
 from ..vision import torchvision
+from .texts import Labelled, Text, Vocabulary, read_ag_news, read_csv
 
 
 class Samples(NamedTuple):
-    """Images and their classes."""
+    """Images or texts, and their classes."""
 
-    x: Tensor  # [M, ch, H, W] uint8
+    x: Tensor  # [M, ch, H, W] uint8, or [M, L] int32 token ids with 0 for padding
     y: Tensor  # [M] int64
 
 
 class Data(NamedTuple):
-    """A data set with what is done to its images: (x / 255 - mean) / std per channel."""
+    """A data set: images with what is done to them, (x / 255 - mean) / std per channel, or texts with their
+    vocabulary."""
 
     train: Samples
     test: Samples
     classes: int
-    mean: tuple[float, ...]  # per channel, of values in 0..1
-    std: tuple[float, ...]
-    augment: tuple[str, ...]  # training transforms, names of ``transforms.draw``
+    mean: tuple[float, ...] = ()  # per channel, of values in 0..1
+    std: tuple[float, ...] = ()
+    augment: tuple[str, ...] = ()  # training transforms, names of ``transforms.draw``
+    vocabulary: Vocabulary | None = None  # None: these are images
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one input: (ch, H, W) of an image, (L,) of a text."""
+        return tuple(self.train.x.shape[1:])
+
+    @property
+    def tokens(self) -> int:
+        """Inputs are integers below it; 0: they are floats."""
+        return self.vocabulary.size if self.vocabulary else 0
 
 
 @dataclass(frozen=True)
@@ -50,19 +63,31 @@ class Synthetic:
         bounded(self, noise="[0, inf)")
 
 
+Transform = Literal["crop", "crop_mean", "flip", "rotate", "erase"]
+
+
 @dataclass(frozen=True)
 class Source:
     """The ``data`` block without the partition."""
 
-    dataset: Literal["cifar10", "cifar100", "fashionmnist", "mnist", "tiny_imagenet", "folder", "digits", "synthetic"]
-    root: str = "~/data"  # where torchvision puts its folders; for "folder" the one with train/ and val/ or test/
+    dataset: Literal[
+        "cifar10", "cifar100", "fashionmnist", "mnist", "tiny_imagenet", "folder", "digits", "synthetic", "ag_news", "csv"
+    ]
+    # Where torchvision puts its folders; for "folder" the one with train/ and val/ or test/, for "csv" that of the files.
+    root: str = "~/data"
     download: bool = False
     shift: Literal["none", "rotate", "labels"] = "none"  # what sets clients apart, see ``feed.Feed``
-    augment: Literal["auto", "none"] = "auto"  # auto: the official training transforms
+    augment: Literal["auto", "none"] | tuple[Transform, ...] = "auto"  # auto: the official training transforms
     image_size: int | None = None  # "folder" only: side in pixels to which images are resized
     synthetic: Synthetic = Synthetic()
+    text: Text = Text()  # "ag_news" and "csv" only
 
     def __post_init__(self) -> None:
+        given = self.augment if isinstance(self.augment, tuple) else ()
+        if len(set(given)) < len(given):
+            raise ValueError(f"augment = {list(given)}: each transform works once; name it once")
+        if {"crop", "crop_mean"} <= set(given):
+            raise ValueError(f"augment = {list(given)}: choose crop (black border) or crop_mean (of mean colour)")
         if self.image_size is not None and self.dataset != "folder":
             raise ValueError(f"image_size = {self.image_size}: only dataset = folder resizes images; leave it out")
         if self.image_size is not None and self.image_size < 1:
@@ -72,12 +97,23 @@ class Source:
 def load(source: Source) -> Data:
     """The data set, downloaded before if ``source.download`` says so and it is not there.
 
-    Raises ValueError when the files are missing or damaged.
+    Raises ValueError when the files are missing or damaged, or a library is.
     """
+    if source.dataset in _TEXTS:
+        return _encoded(source)
     train, test, classes = _READERS[source.dataset](source)
     mean, std = _NORMAL.get(source.dataset) or _moments(train.x)
-    augment = _AUGMENT.get(source.dataset, ()) if source.augment == "auto" else ()
+    named = {"auto": _AUGMENT.get(source.dataset, ()), "none": ()}
+    augment = named[source.augment] if isinstance(source.augment, str) else source.augment
     return Data(train, test, classes, mean, std, augment)
+
+
+def _encoded(source: Source) -> Data:
+    """The texts of a data set under the vocabulary of its training texts."""
+    train, test, classes = _TEXTS[source.dataset](source)
+    vocabulary = Vocabulary.of(train.texts, source.text)
+    sides = (Samples(vocabulary.encode(side.texts), torch.tensor(side.y)) for side in (train, test))
+    return Data(*sides, classes, vocabulary=vocabulary)
 
 
 _CIFAR100 = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
@@ -235,6 +271,24 @@ def _synthetic(source: Source) -> tuple[Samples, Samples, int]:
     return side("train", s.train), side("test", s.test), s.classes
 
 
+def _ag_news(source: Source) -> tuple[Labelled, Labelled, int]:
+    folder = os.path.join(os.path.expanduser(source.root), "AG_NEWS")
+    if source.download:
+        with _files(source, folder):
+            for name, md5 in _AG_NEWS.items():
+                torchvision().datasets.utils.download_url(f"{_AG_NEWS_HOME}/{name}", folder, md5=md5)
+    return read_ag_news(folder, source.text)
+
+
+# Where torchtext gets them, and its MD5 sums.
+_AG_NEWS_HOME = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv"
+_AG_NEWS = {"train.csv": "b1a00f826fdfbd249f79597b59e1dc12", "test.csv": "d52ea96a97a2d943681189a97654912d"}
+
+
+_TEXTS: dict[str, Callable[[Source], tuple[Labelled, Labelled, int]]] = {
+    "ag_news": _ag_news,
+    "csv": lambda source: read_csv(os.path.expanduser(source.root), source.text),
+}
 _READERS: dict[str, Callable[[Source], tuple[Samples, Samples, int]]] = {
     "cifar10": _torchvision("CIFAR10", "cifar-10-batches-py"),
     "cifar100": _torchvision("CIFAR100", "cifar-100-python"),

@@ -1,50 +1,29 @@
 """The samples of clients as stacked mini-batches, gathered on the device that trains.
 
-A process holds the images once, as bytes with the channels last; clients are lists of indices into
-them. What a batch of client k holds depends on (seed, k, round, epoch, position) and on nothing else.
+A process holds the inputs once (see ``inputs.py``); clients are lists of indices into them. What a batch of client k holds depends on (seed, k, round, epoch, position) and on nothing else.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..algorithm import Batch
+from ..algorithm import Batch, held_out
 from ..seeds import key, rng
-from .datasets import Data, Samples
+from .datasets import Data
+from .inputs import Images, Texts, stored
 from .partition import Split
-from .transforms import draw, warp
-
-
-class Store(NamedTuple):
-    """The training or the test set on the device. P = H * W * ch numbers per image."""
-
-    images: Tensor  # [M, H, W, ch] uint8
-    labels: Tensor  # [M] int64
-    # One long row each: a CPU takes eight times as long to broadcast over a last axis of three channels.
-    scale: Tensor  # [P] 1 / (255 std) of each number's channel
-    offset: Tensor  # [P] -mean / std of each number's channel
-
-    def read(self, rows: Tensor, warps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The samples ``rows`` [C, B]: normalised images [C, B, ch, H, W] in channels_last, labels [C, B]."""
-        _, height, width, channels = self.images.shape
-        flat = self.images.flatten(1).index_select(0, rows.flatten())  # [C * B, P]
-        if warps:
-            images = flat.view(-1, height, width, channels)
-            flat = warp(images, **{name: value.flatten(0, 1) for name, value in warps.items()}).flatten(1)
-        x = flat.to(torch.float32).mul_(self.scale).add_(self.offset)
-        return x.view(*rows.shape, height, width, channels).permute(0, 1, 4, 2, 3), self.labels[rows]
+from .transforms import draw
 
 
 @dataclass(frozen=True, eq=False)
 class Epoch:
     """One pass of C clients over their own samples, order and augmentation fixed."""
 
-    store: Store
+    store: Images | Texts
     classes: int
     sizes: tuple[int, ...]  # [C] samples of each client
     lengths: Tensor  # [C] the same on the device
@@ -57,7 +36,7 @@ class Epoch:
     def batch(self, count: int, first: int, width: int) -> Batch:
         """Positions first to first + width of the first ``count`` clients, stacked; waits for no device.
 
-        x [count, width, ch, H, W] float32, x[c] in channels_last; y [count, width]; key [count]; real
+        x [count, width, ...] as the store reads it (images: float32, x[c] in channels_last); y [count, width]; key [count]; real
         [count, width] is False beyond a client's last sample, and None when nothing is padding.
         """
         last = first + width
@@ -83,13 +62,13 @@ class Feed:
     """
 
     def __init__(self, data: Data, split: Split, *, seed: int, shift: str, device: torch.device, augment: bool) -> None:
-        self.classes, self.shape = data.classes, tuple(data.train.x.shape[1:])
-        _, height, width = self.shape
-        if shift == "rotate" and height != width:
-            raise ValueError(f"data.shift = rotate: needs square images, these are {height} x {width}; use labels")
+        self.classes, self.shape = data.classes, data.shape
+        if shift == "rotate" and (data.vocabulary or self.shape[1] != self.shape[2]):
+            these = "texts" if data.vocabulary else "{} x {}".format(*self.shape[1:])
+            raise ValueError(f"data.shift = rotate: needs square images, these are {these}; use labels")
         self._seed, self._shift, self._device = seed, shift, device
         self._augment = data.augment if augment else ()
-        self._train, self._test = (_stored(data, side, device) for side in (data.train, data.test))
+        self._train, self._test = (stored(data, side, device) for side in (data.train, data.test))
         self._train_rows = [torch.from_numpy(rows) for rows in split.train]  # shuffled on the host
         self._test_rows = [torch.from_numpy(rows).to(device) for rows in split.test]
         shifts = [k % 4 if shift == "labels" else 0 for k in range(len(split.train))]
@@ -104,16 +83,32 @@ class Feed:
         """How many test samples the client holds."""
         return len(self._test_rows[client])
 
-    def epoch(self, clients: Sequence[int], round_: int, epoch: int | str) -> Epoch:
-        """The clients' training samples in the order, augmentation and noise of (round, epoch)."""
+    def epoch(
+        self, clients: Sequence[int], round_: int, epoch: int | str, fraction: float = 0.0, held: bool = False
+    ) -> Epoch:
+        """The clients' training samples in the order, augmentation and noise of (round, epoch).
+
+        fraction: of each client's samples that are held out; ``held``: these alone, without augmentation.
+        """
+        augment = () if held else self._augment
         rows, draws, noise = [], [], []
         for k in clients:
-            at, mine = (k, round_, epoch), self._train_rows[k]
+            at, mine = (k, round_, epoch), self._part(k, fraction, held)
             rows.append(mine[torch.randperm(len(mine), generator=rng(self._seed, "order", *at))])
-            draws.append(draw(self._augment, len(mine), rng(self._seed, "augment", *at)))
+            draws.append(draw(augment, len(mine), rng(self._seed, "augment", *at), self.shape[1:]))
             noise.append(key(self._seed, "noise", *at))
-        by_name = {name: [drawn[name] for drawn in draws] for name in self._augment}
+        by_name = {name: [drawn[name] for drawn in draws] for name in augment}
         return self._pass(self._train, clients, rows, by_name, torch.tensor(noise))
+
+    def _part(self, client: int, fraction: float, held: bool) -> Tensor:
+        """The client's training samples without those held out, or these: the same in every round."""
+        rows = self._train_rows[client]
+        if not fraction:
+            assert not held, "a phase on held-out samples, but Algorithm.held_out = 0"
+            return rows
+        order = torch.randperm(len(rows), generator=rng(self._seed, "held out", client))
+        count = held_out(len(rows), fraction)
+        return rows[(order[:count] if held else order[count:]).sort().values]
 
     def test(self, clients: Sequence[int], first: int, width: int) -> Batch:
         """Test samples first to first + width of the clients, stacked as by ``Epoch.batch``.
@@ -133,7 +128,7 @@ class Feed:
 
     def _pass(
         self,
-        store: Store,
+        store: Images | Texts,
         clients: Sequence[int],
         rows: list[Tensor],
         draws: dict[str, list[Tensor]],
@@ -155,14 +150,6 @@ class Feed:
             noise=noise.to(self._device),
             counts=torch.stack([self._counts[k] for k in clients]).to(self._device),
         )
-
-
-def _stored(data: Data, samples: Samples, device: torch.device) -> Store:
-    images = samples.x.permute(0, 2, 3, 1).contiguous().to(device)
-    mean, std = np.array(data.mean), np.array(data.std)
-    pixels = images[0].numel() // len(mean)
-    scale, offset = (np.tile(v, pixels) for v in (1 / (255 * std), -mean / std))
-    return Store(images, samples.y.to(device), *(torch.from_numpy(v).float().to(device) for v in (scale, offset)))
 
 
 def _stacked(values: list[Tensor], device: torch.device) -> Tensor:

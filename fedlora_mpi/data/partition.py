@@ -56,6 +56,7 @@ _ALLOWED = {
     "alpha": "(0, inf)",
     "minimum": "[1, inf)",
     "classes_per_client": "[1, inf)",
+    "validation": "[0, 1)",
 }
 
 
@@ -102,9 +103,10 @@ class Partition(ABC):
     def _refuse_empty(self, name: str, held: tuple[np.ndarray, ...]) -> None:
         none = [client for client, rows in enumerate(held) if not len(rows)]
         if none:
+            way_out = f"raise {name} or lower clients" if getattr(self, name) else "lower clients"
             raise ValueError(
                 f"data.partition.{name} = {getattr(self, name)}: {len(none)} of {self.clients} clients "
-                f"(first: {none[0]}) would hold no {name} sample; raise {name} or lower clients"
+                f"(first: {none[0]}) would hold no {name} sample; {way_out}"
             )
 
     def _side(self, name: str, y: np.ndarray, classes: int, shuffle: RandomState) -> Side:
@@ -198,6 +200,55 @@ class Pathological(Partition):
 
 
 @dataclass(frozen=True)
+class Shares(Partition):
+    """Each client shares ``classes_per_client`` classes with a few others, in unequal parts (pFedLoRA's authors).
+
+    Each class is for as many clients as all others; its samples are dealt in proportions U(0.4, 0.6),
+    normalised, the same in training and test: int(n p). Clients pick their classes one at a time, among
+    those with most places left. The share ``validation`` of all training samples is held back from
+    everybody; ``train`` and ``test`` above 0 are upper limits, reached as in ``DirichletClass``.
+
+    Where places do not come out even, the authors' code fails or gives a client one class twice; here some
+    classes, drawn, have one place more, and nobody picks a class again. That always works: places left
+    differ by one at most, so a client that needs k classes finds k that it does not hold.
+    """
+
+    clients: int = 10
+    train: int = 0  # at most so many samples per client; 0: no limit
+    test: int = 0  # at most so many samples per client; 0: no limit
+    classes_per_client: int = 2
+    validation: float = 0.2
+
+    def wants(self, rng, train, test):
+        each, classes = self.classes_per_client, len(train.pools)
+        if each > classes:
+            raise ValueError(f"data.partition.classes_per_client = {each}: the data set has {classes} classes")
+        places, more = divmod(each * self.clients, classes)
+        left = np.full(classes, places)
+        if more:
+            left[rng.choice(classes, more, replace=False)] += 1
+        parts = [rng.uniform(0.4, 0.6, number) for number in left]
+        parts = [list(part / part.sum()) for part in parts]
+        mixes = np.zeros((self.clients, classes))
+        for mix in mixes:
+            for _ in range(each):
+                open_ = np.where(mix > 0, 0, left)
+                pool = rng.choice(np.flatnonzero(open_ == open_.max()))
+                mix[pool] = parts[pool].pop()
+                left[pool] -= 1
+        n, m = ((mixes * side.sizes).astype(np.int64) for side in (train, test))
+        yield from _entries(limited(n, self.train), limited(m, self.test))
+
+    def _side(self, name, y, classes, shuffle):
+        side = super()._side(name, y, classes, shuffle)
+        if name == "test":
+            return side
+        kept = np.zeros(len(y), bool)
+        kept[RandomState([self.seed, 2]).permutation(len(y))[: round(len(y) * (1 - self.validation))]] = True
+        return side._replace(pools=[pool[kept[pool]] for pool in side.pools])
+
+
+@dataclass(frozen=True)
 class Iid(Partition):
     """Every client draws the same number of samples, whatever their labels."""
 
@@ -229,6 +280,7 @@ KINDS: dict[str, type[Partition]] = {
     "dirichlet_client": DirichletClient,
     "dirichlet_class": DirichletClass,
     "pathological": Pathological,
+    "shares": Shares,
     "iid": Iid,
     "quantity": Quantity,
 }

@@ -1,49 +1,86 @@
 """Training augmentation as tensor operations on a batch, with one set of parameters per sample.
 
-Images are [B, H, W, ch], the layout in which ``feed.py`` stores them. The transforms only move pixels,
-so they are composed as coordinates and the images are read once.
+Images are [B, H, W, ch], the layout in which ``feed.py`` stores them. The transforms only move pixels
+and hide some, so they are composed as coordinates and the images are read once.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Generator, Tensor
 
 PAD = 4  # pixels of black border from which torchvision's RandomCrop(size, padding=4) cuts
 DEGREES = 15.0  # of RandomRotation(15)
+AREA, RATIO = (0.04, 0.2), (0.5, 2.0)  # of RandomErasing(scale=AREA, ratio=RATIO)
+_ATTEMPTS = 10  # of RandomErasing to find a rectangle that is smaller than the image
 
 
-def draw(names: Iterable[str], number: int, rng: Generator) -> dict[str, Tensor]:
+def draw(names: Iterable[str], number: int, rng: Generator, size: Sequence[int]) -> dict[str, Tensor]:
     """Parameters of ``number`` samples for the named transforms, distributed as torchvision draws them.
 
-    crop [number, 2] int64: rows and columns by which the window moves; flip [number] bool;
-    rotate [number] degrees, counter-clockwise.
+    size: (H, W) of the images. crop, crop_mean [number, 2] int64: rows and columns by which the window
+    moves; flip [number] bool; rotate [number] degrees, counter-clockwise; erase [number, 4] int64: top,
+    left, height and width of a rectangle, half of them of no size.
     """
+    names = tuple(names)
     drawn = {
         "crop": torch.randint(-PAD, PAD + 1, (number, 2), generator=rng),
         "flip": torch.rand(number, generator=rng) < 0.5,
         "rotate": (2 * torch.rand(number, generator=rng) - 1) * DEGREES,
     }
+    drawn["crop_mean"] = drawn["crop"]
+    if "erase" in names:
+        drawn["erase"] = _rectangles(number, rng, *size)
     return {name: drawn[name] for name in names}
 
 
-def warp(
-    x: Tensor,
-    *,
-    turn: Tensor | None = None,
-    crop: Tensor | None = None,
-    flip: Tensor | None = None,
-    rotate: Tensor | None = None,
-) -> Tensor:
-    """Turn, crop, flip and rotate images [B, H, W, ch], in this order; what comes from outside is black.
+def _rectangles(number: int, rng: Generator, height: int, width: int) -> Tensor:
+    """[number, 4] top, left, height, width: RandomErasing's first attempt that fits; 0, 0 high or wide else."""
+    uniform = lambda low, high: low + (high - low) * torch.rand(number, _ATTEMPTS, generator=rng)
+    area = height * width * uniform(*AREA)
+    aspect = uniform(*map(math.log, RATIO)).exp()
+    sides = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], 2).round().long()  # [number, attempts, 2]
+    full = torch.tensor([height, width])
+    fits = (sides < full).all(2)
+    first = fits.int().argmax(1)
+    side = sides[torch.arange(number), first]
+    corner = (torch.rand(number, 2, generator=rng) * (full - side + 1)).long().minimum(full - side)
+    happens = (torch.rand(number, generator=rng) < 0.5) & fits.any(1)
+    return torch.cat([corner, side * happens[:, None]], 1)
+
+
+def warp(x: Tensor, **parameters: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Turn, erase, crop, flip and rotate images [B, H, W, ch], in this order: the images, what is shown of them.
 
     ``turn`` [B] is a multiple of 90 degrees (square images, no pixel is lost); the others are as in
-    ``draw``. Pixels are those of torchvision's functions with nearest-neighbour interpolation.
+    ``draw``. What comes from outside is black. The second, [B, H, W], is False where ``erase`` and
+    ``crop_mean`` show the mean colour, which has the value 0 after normalisation; None without these two.
+    Pixels are those of torchvision's functions with nearest-neighbour interpolation.
     """
-    batch, height, width, channels = x.shape
-    row = torch.arange(height, device=x.device)[None, :, None]
-    col = torch.arange(width, device=x.device)[None, None, :]
-    inside = torch.ones((), dtype=torch.bool, device=x.device)
+    hiding = {"erase", "crop_mean"} & parameters.keys()
+    pixel, inside, shown = _sources(x.shape, x.device, **parameters)
+    moved = x.reshape(-1, x.shape[3]).index_select(0, pixel.flatten()).view(x.shape)
+    return moved * inside[..., None], shown.expand(pixel.shape) if hiding else None
+
+
+def _sources(
+    shape: Sequence[int],
+    device: torch.device,
+    *,
+    turn: Tensor | None = None,
+    erase: Tensor | None = None,
+    crop: Tensor | None = None,
+    crop_mean: Tensor | None = None,
+    flip: Tensor | None = None,
+    rotate: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For every pixel of the result [B, H, W]: which of all pixels it is, whether it is none (black), whether
+    it is shown at all."""
+    batch, height, width, _ = shape
+    row = torch.arange(height, device=device)[None, :, None]
+    col = torch.arange(width, device=device)[None, None, :]
+    inside = shown = torch.ones((), dtype=torch.bool, device=device)
     # From here on row and col [B, H, W] say where a pixel of the result comes from: last transform first.
     if rotate is not None:
         row, col = _turned(row, col, rotate, height, width)
@@ -53,12 +90,17 @@ def warp(
     if crop is not None:
         row, col = row + crop[:, 0, None, None], col + crop[:, 1, None, None]
         inside = inside & _within(row, height) & _within(col, width)
+    if crop_mean is not None:
+        row, col = row + crop_mean[:, 0, None, None], col + crop_mean[:, 1, None, None]
+        shown = shown & _within(row, height) & _within(col, width)
+    if erase is not None:
+        top, left, high, wide = erase[:, :, None, None].unbind(1)
+        shown = shown & ~(_within(row - top, high) & _within(col - left, wide))
     if turn is not None:
         row, col = _turned(row, col, turn, height, width)
-    image = torch.arange(batch, device=x.device)[:, None, None] * (height * width)
+    image = torch.arange(batch, device=device)[:, None, None] * (height * width)
     pixel = image + row.clamp(0, height - 1) * width + col.clamp(0, width - 1)  # [B, H, W]
-    moved = x.reshape(-1, channels).index_select(0, pixel.flatten()).view(x.shape)
-    return moved * inside[..., None]
+    return pixel, inside, shown
 
 
 def _turned(row: Tensor, col: Tensor, degrees: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -70,5 +112,5 @@ def _turned(row: Tensor, col: Tensor, degrees: Tensor, height: int, width: int) 
     return from_y.round().long(), from_x.round().long()
 
 
-def _within(index: Tensor, size: int) -> Tensor:
+def _within(index: Tensor, size: int | Tensor) -> Tensor:
     return (index >= 0) & (index < size)

@@ -158,7 +158,7 @@ class Trainer:
         for phase in phases:
             if phase.epochs == 0:
                 continue
-            walk = _Walk(self, phase, start, now)
+            walk = Walk(self, phase, start, now)
             for epoch in range(phase.epochs):
                 address = f"{phase.stream} {epoch}" if phase.stream else number
                 loss_C = self._epoch(walk, ids, round_, address)
@@ -168,12 +168,11 @@ class Trainer:
                     now = (vmap(phase.after) if self.stacked else phase.after)(now)
         return now, loss_C
 
-    def _epoch(self, walk: "_Walk", ids: Sequence[int], round_: int, address: int | str) -> Tensor:
+    def _epoch(self, walk: "Walk", ids: Sequence[int], round_: int, address: int | str) -> Tensor:
         """One pass of every client over its own data; mean loss of each client, [C]."""
-        sizes = [self.feed.train_size(client) for client in ids]
-        used = [walk.used(size) for size in sizes]
-        epoch = self.feed.epoch(ids, round_, address)
-        if used != sizes:
+        used = [self.algorithm.used(walk.phase, self.feed.train_size(client)) for client in ids]
+        epoch = self.feed.epoch(ids, round_, address, self.algorithm.held_out, walk.phase.held_out)
+        if used != list(epoch.sizes):
             epoch = epoch.cut(used)  # in a stack, what is not used is padding
         total_C, seen_C = torch.zeros(2, len(ids), device=self.device)
         for first in range(0, used[0], self.settings.batch_size):
@@ -194,11 +193,11 @@ class _View(NamedTuple):
     momenta: list[Tensor]
 
 
-class _Walk:
+class Walk:
     """The steps of one phase: owns the momenta, which start at zero, and the views."""
 
     def __init__(self, trainer: Trainer, phase: Phase, start: Vars, now: Vars) -> None:
-        self._trainer, self._phase, self._start = trainer, phase, start
+        self._trainer, self.phase, self._start = trainer, phase, start
         if phase.constant:
             with torch.no_grad():
                 constant = vmap(phase.constant) if trainer.stacked else phase.constant
@@ -209,13 +208,9 @@ class _Walk:
         self._momenta = [self._momentum(step) for step in phase.steps]
         self._views: dict[tuple[int, int], _View] = {}
 
-    def used(self, size: int) -> int:
-        """Samples of an epoch that a client with ``size`` uses."""
-        return min(size, self._phase.limit(size)) if self._phase.limit else size
-
     def play(self, batch_C: Batch, count: int) -> Tensor:
         """All steps on one batch of the first ``count`` clients; their first losses [count]."""
-        losses = [self._play(number, step, batch_C, count) for number, step in enumerate(self._phase.steps)]
+        losses = [self._play(number, step, batch_C, count) for number, step in enumerate(self.phase.steps)]
         return losses[0]
 
     def _play(self, number: int, step: Step, batch_C: Batch, count: int) -> Tensor:

@@ -45,6 +45,8 @@ class Model:
     initial: Tree
     constants: Tree
     shape: tuple[int, ...]  # of one input, without the batch axis
+    tokens: int  # inputs are integers below it; 0: they are floats
+    classes: int
     flops: int
     batch_statistics: bool  # some layer normalises by the statistics of its batch
     noisy: bool  # some layer draws random numbers in training
@@ -69,6 +71,10 @@ class Model:
         head = {n.removeprefix(f"{self.head}."): v for n, v in tree.items() if n.startswith(f"{self.head}.")}
         return functional_call(self.modules[self.training].get_submodule(self.head), head, (z,))
 
+    def zeros(self, samples: int) -> Tensor:
+        """Inputs that say nothing, [samples, *shape]."""
+        return _zeros(samples, self.shape, self.tokens)
+
     def prepared(self, batch: Batch) -> AbstractContextManager:
         """What training passes on a mini-batch of one client run under: Substitutes, where padding, a
         single example or random layers need them."""
@@ -80,6 +86,10 @@ class Model:
         """``tree`` detached, its statistics copied: for a forward pass that must leave no trace, such
         as a teacher's."""
         return {n: v.detach().clone() if self.role(n) == "stats" else v.detach() for n, v in tree.items()}
+
+    def traceless(self, tree: Tree) -> Tree:
+        """``tree`` with its statistics copied: for a further forward pass that trains, too."""
+        return {n: v.clone() if self.role(n) == "stats" else v for n, v in tree.items()}
 
     def evaluating(self) -> "Model":
         """The same network in evaluation mode."""
@@ -102,10 +112,10 @@ class Model:
         return module
 
 
-def from_module(module: nn.Module, classes: int, shape: tuple[int, ...]) -> Model:
+def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens: int = 0) -> Model:
     """The model of ``module``, whose present parameters become the initial values.
 
-    ``shape``: of one input, without the batch axis. Raises ValueError when the module does not map
+    ``shape``: of one input, without the batch axis; ``tokens``: as in ``Model``. Raises ValueError when the module does not map
     [B, *shape] to [B, classes] or counts batches instead of using a momentum.
     """
     for name, layer in module.named_modules():
@@ -113,14 +123,24 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...]) -> Mode
             if layer.momentum is None:
                 raise ValueError(f"name: layer {name} has momentum None (a cumulative average)")
             layer.num_batches_tracked = None
-    traits = _trial(module, classes, shape)
+    traits = _trial(module, classes, shape, tokens)
     leaves, initial, constants = _leaves(module)
     skeleton = copy.deepcopy(module).to("meta")
     head = next((n for n, m in module.named_modules() if m is _head(module)), "")
     modules = (skeleton.eval(), copy.deepcopy(skeleton).train())
     bodies = tuple(_beheaded(copy.deepcopy(m), head) for m in modules)
     return Model(
-        leaves, initial, constants, tuple(shape), **traits, training=True, modules=modules, bodies=bodies, head=head
+        leaves,
+        initial,
+        constants,
+        tuple(shape),
+        tokens,
+        classes,
+        **traits,
+        training=True,
+        modules=modules,
+        bodies=bodies,
+        head=head,
     )
 
 
@@ -132,9 +152,13 @@ def _beheaded(module: nn.Module, head: str) -> nn.Module:
     return module
 
 
-def _trial(module: nn.Module, classes: int, shape: tuple[int, ...]) -> dict:
+def _zeros(samples: int, shape: tuple[int, ...], tokens: int) -> Tensor:
+    return torch.zeros(samples, *shape, dtype=torch.int64 if tokens else torch.float32)
+
+
+def _trial(module: nn.Module, classes: int, shape: tuple[int, ...], tokens: int) -> dict:
     """Run the module once in each mode, and report what it does."""
-    x = torch.zeros(2, *shape)
+    x = _zeros(2, shape, tokens)
     watch = Substitutes(None, torch.tensor(0))
     with torch.no_grad(), watch:
         before = {n: b.clone() for n, b in module.named_buffers()}

@@ -1,13 +1,19 @@
-"""Models by name. A builder takes (classes, shape) and keyword-only options, and returns a module."""
+"""Models by name. A builder takes (classes, shape) and keyword-only options, and returns a module.
+
+One with a parameter ``tokens`` is for texts: its inputs are integers below it, [B, L], 0 for padding.
+"""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
+from inspect import signature
 
 from torch import nn
 
 from ..seeds import isolated
 from .network import Model, from_module
 from .resnet import ResNet
+from .transformer import Transformer
 
 
 def resnet8(classes: int, shape: tuple[int, ...]) -> nn.Module:
@@ -42,35 +48,119 @@ def cnn(classes: int, shape: tuple[int, ...], *, width: int = 16, hidden: int = 
     )
 
 
+def transformer(
+    classes: int,
+    shape: tuple[int, ...],
+    tokens: int,
+    *,
+    width: int = 64,
+    heads: int = 4,
+    layers: int = 2,
+    feedforward: int = 128,
+    dropout: float = 0.0,
+) -> nn.Module:
+    """A Transformer encoder for texts of up to ``shape[0]`` words, with the mean over the words under the head."""
+    options = {"width": width, "heads": heads, "layers": layers, "feedforward": feedforward, "dropout": dropout}
+    for name in ("width", "heads", "layers", "feedforward"):
+        if options[name] < 1:
+            raise ValueError(f"{name} = {options[name]}: must be an integer of at least 1")
+    if width % heads:
+        raise ValueError(f"heads = {heads}: must divide width = {width}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout = {dropout}: must be at least 0 and below 1")
+    return Transformer(classes, shape[0], tokens, **options)
+
+
+def _five(number: int, first: int, second: int, hidden: int, parameters: str) -> Callable[..., nn.Module]:
+    """The ``number``-th of the networks of Yi et al."""
+
+    def builder(classes: int, shape: tuple[int, ...]) -> nn.Module:
+        channels, *size = shape
+        if min(size) < 16:
+            raise ValueError("two 5x5 convolutions with 2x2 pools need images of at least 16 x 16 pixels")
+        height, width = (((side - 4) // 2 - 4) // 2 for side in size)
+        return nn.Sequential(
+            nn.Conv2d(channels, first, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(first, second, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(second * height * width, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, 500),
+            nn.ReLU(),
+            nn.Linear(500, classes),
+        )
+
+    builder.__name__ = f"cnn{number}"
+    builder.__doc__ = f"""CNN-{number} of pFedLoRA's authors: 5x5 convolutions ({first}, {second}), Linears ({hidden}, 500);
+    {parameters} parameters for CIFAR-10."""
+    return builder
+
+
+FIVE = (
+    _five(1, 16, 32, 2000, "2,621,558"),
+    _five(2, 16, 16, 2000, "1,815,142"),
+    _five(3, 16, 32, 1000, "1,320,558"),
+    _five(4, 16, 32, 800, "1,060,358"),
+    _five(5, 16, 32, 500, "670,058"),
+)
+
 NAMES: dict[str, Callable[..., nn.Module]] = {
-    builder.__name__: builder for builder in (resnet8, resnet10, cifar_resnet8, cnn)
+    builder.__name__: builder for builder in (resnet8, resnet10, cifar_resnet8, cnn, *FIVE, transformer)
 }
 
 
-def build(name: str, options: Mapping, classes: int, shape: tuple[int, ...], seed: int) -> Model:
+def build(
+    name: str, options: Mapping, classes: int, shape: tuple[int, ...], seed: int, tokens: int = 0
+) -> Model:
     """The model ``name`` with initial weights of ``seed``.
 
     ``name``: a key of NAMES, ``torchvision:<model>`` (any classification model), or
-    ``module:callable``, called with ``classes`` and ``shape`` and returning an nn.Module.
-    Raises ValueError when there is no such model or it refuses its options or inputs.
+    ``module:callable``, called with ``classes`` and ``shape`` (for texts ``tokens`` too) and returning an
+    nn.Module. Raises ValueError when there is no such model or it refuses its options or inputs.
     """
     with isolated(seed, "model"):
-        module = _module(name, dict(options), classes, shape)
-        return from_module(module, classes, shape)
+        module = _module(name, dict(options), classes, shape, tokens)
+        return from_module(module, classes, shape, tokens)
 
 
-def _module(name: str, options: dict, classes: int, shape: tuple[int, ...]) -> nn.Module:
-    home, _, attribute = name.partition(":")
+def _module(name: str, options: dict, classes: int, shape: tuple[int, ...], tokens: int) -> nn.Module:
     try:
-        if name in NAMES:
-            return NAMES[name](classes, shape, **options)
-        if home == "torchvision":
-            from ..vision import torchvision
-
-            return torchvision().models.get_model(attribute, weights=None, num_classes=classes, **options)
-        module = getattr(import_module(home), attribute)(classes=classes, shape=shape, **options)
+        builder = _builder(name)
+        given = {"classes": classes, "shape": shape}
+        if _reads_texts(builder) != (tokens > 0):
+            kinds = ("images", "texts") if tokens else ("texts", "images")
+            raise ValueError("it is for {}, the data are {}".format(*kinds))
+        if tokens:
+            given["tokens"] = tokens
+        module = builder(**given, **options)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"name = {name}: cannot be built: {error}") from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"name = {name}: returned {type(module).__name__}, not a torch.nn.Module")
     return module
+
+
+def _builder(name: str) -> Callable[..., nn.Module]:
+    """The function behind a name."""
+    home, _, attribute = name.partition(":")
+    if home == "torchvision":
+        return partial(_torchvision, attribute)
+    return NAMES[name] if name in NAMES else getattr(import_module(home), attribute)
+
+
+def _reads_texts(builder: Callable) -> bool:
+    """Whether a builder has the parameter ``tokens``."""
+    try:
+        return "tokens" in signature(builder).parameters
+    except ValueError:  # one in C may tell nobody
+        return False
+
+
+def _torchvision(model: str, classes: int, shape: tuple[int, ...], **options) -> nn.Module:
+    from ..vision import torchvision
+
+    return torchvision().models.get_model(model, weights=None, num_classes=classes, **options)

@@ -56,15 +56,17 @@ def begin(run: Path, round_: int) -> Path:
     return folder
 
 
-def write_clients(folder: Path, worker: int, client_ids: Sequence[int], personal: Leaves) -> Shard:
-    """Write one worker's clients, leaves [n, ...] with rows as in ``client_ids``, in any order.
+def write_clients(
+    folder: Path, worker: int, client_ids: Sequence[int], personal: Leaves, kind: int = 0
+) -> Shard:
+    """Write one worker's clients of one kind, leaves [n, ...] with rows as in ``client_ids``, in any order.
 
     Rows are stored by ascending id, 16 MiB at a time, so strided views cost no memory. A worker without
     clients writes a file with zero rows.
     """
     ids = np.asarray(client_ids, np.int64)
     assert len(np.unique(ids)) == len(ids), f"twice in one shard: {ids}"
-    path, order = folder / worker_file(worker), np.argsort(ids)
+    path, order = folder / worker_file(worker, kind), np.argsort(ids)
     with hdf5.create(path) as file:
         hdf5.write(file, "client_id", ids[order], ["client"])
         group = file.create_group("personal", track_order=True)
@@ -111,31 +113,48 @@ def commit(folder: Path, shards: Sequence[Shard], *, run_digest: str, clients: i
 
 
 def _join(folder: Path, names: Sequence[str], clients: int) -> Shard:
-    """Write personal.h5: per leaf a virtual dataset [N, ...] in client order over the workers' files."""
-    owned, specs = {}, {}
+    """Write personal.h5: per leaf a virtual dataset [N, ...] in client order over the workers' files.
+
+    Where clients are of several kinds, the leaves of each are in a group ``kind-0``, ``kind-1``, ... of
+    their own, [n, ...] beside the ``client_id`` [n] of their rows, in the order of their first clients.
+    """
+    kinds: dict[tuple, dict[str, np.ndarray]] = {}  # leaves and shapes -> file -> ids
     for name in names:
         with hdf5.open_file(folder / name) as file:
             if len(ids := file["client_id"][()]):
-                owned[name] = ids
-                specs[name] = {leaf: (ds.shape[1:], ds.dtype) for leaf, ds in file["personal"].items()}
-    everyone = np.sort(np.concatenate(list(owned.values()))) if owned else np.arange(0)
-    assert np.array_equal(everyone, np.arange(clients)), (
-        f"{folder}: not each of {clients} clients once: {everyone}"
-    )
-    first = next(iter(specs.values()), {})
-    assert all(spec == first for spec in specs.values()), f"{folder}: workers disagree on leaves: {specs}"
+                spec = tuple((leaf, ds.shape[1:], ds.dtype) for leaf, ds in file["personal"].items())
+                kinds.setdefault(spec, {})[name] = ids
+    kinds = dict(sorted(kinds.items(), key=lambda kind: _together(kind[1])[0]))
+    everyone = [_together(owned) for owned in kinds.values()]
+    found = np.sort(np.concatenate(everyone)) if everyone else np.arange(0)
+    assert np.array_equal(found, np.arange(clients)), f"{folder}: not each of {clients} clients once: {found}"
     path = folder / "personal.h5"
     with hdf5.create(path) as file:
-        group = file.create_group("personal", track_order=True)
-        for leaf, (shape, dtype) in first.items():
-            layout = h5py.VirtualLayout((clients, *shape), dtype)
-            for name, ids in owned.items():
-                layout[_selection(ids)] = h5py.VirtualSource(
-                    name, f"personal/{leaf}", (len(ids), *shape), dtype
-                )
-            missing = np.nan if dtype.kind == "f" else None  # what a reader sees where a shard is gone
-            hdf5.label(group.create_virtual_dataset(leaf, layout, missing), ["client"])
+        for number, ((spec, owned), ids) in enumerate(zip(kinds.items(), everyone)):
+            home = file
+            if len(kinds) > 1:
+                home = file.create_group(f"kind-{number}")
+                hdf5.write(home, "client_id", ids, ["client"])
+            _virtual(home.create_group("personal", track_order=True), spec, owned, ids)
+        if not kinds:
+            file.create_group("personal")
     return Shard.of(path)
+
+
+def _together(owned: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The clients of all these files, ascending."""
+    return np.sort(np.concatenate(list(owned.values())))
+
+
+def _virtual(group: h5py.Group, spec: tuple, owned: Mapping[str, np.ndarray], ids: np.ndarray) -> None:
+    """Fill ``group`` with datasets [len(ids), ...] whose rows are those of the files."""
+    for leaf, shape, dtype in spec:
+        layout = h5py.VirtualLayout((len(ids), *shape), dtype)
+        for name, mine in owned.items():
+            source = h5py.VirtualSource(name, f"personal/{leaf}", (len(mine), *shape), dtype)
+            layout[_selection(np.searchsorted(ids, mine))] = source
+        missing = np.nan if dtype.kind == "f" else None  # what a reader sees where a shard is gone
+        hdf5.label(group.create_virtual_dataset(leaf, layout, missing), ["client"])
 
 
 def _selection(ids: np.ndarray) -> slice | np.ndarray:

@@ -12,9 +12,9 @@ from .files import StoreError
 NAME = "manifest.json"
 
 
-def worker_file(worker: int) -> str:
-    """The name of a worker's file of clients."""
-    return f"worker-{worker:04d}.h5"
+def worker_file(worker: int, kind: int = 0) -> str:
+    """The name of a worker's file of the clients of one kind, whose leaves have equal shapes."""
+    return f"worker-{worker:04d}{f'-{kind}' if kind else ''}.h5"
 
 
 def is_worker_file(name: str) -> bool:

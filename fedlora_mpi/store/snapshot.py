@@ -74,18 +74,10 @@ class Checkpoint:
         """The clients whose personal leaves are stored: 0 .. N - 1."""
         return list(range(self.manifest.clients))
 
-    def leaf_names(self) -> list[str]:
-        """The personal leaves, in the order in which they were written."""
-        return list(self._leaves)
-
-    @cached_property
-    def _leaves(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Each personal leaf's shape for one client, and dtype."""
-        for name, ids in self._owned.items():
-            if len(ids):
-                with hdf5.open_file(self.path / name) as file:
-                    return {unescape(leaf): (ds.shape[1:], ds.dtype) for leaf, ds in file["personal"].items()}
-        return {}
+    def leaf_names(self, client_ids: Sequence[int] = ()) -> list[str]:
+        """The personal leaves that these clients (default: all) have in the same shape, in the order in
+        which they were written. Raises StoreError for a client that is not stored."""
+        return list(self._shapes(np.asarray(client_ids, np.int64)))
 
     @cached_property
     def _owned(self) -> dict[str, np.ndarray]:
@@ -94,25 +86,41 @@ class Checkpoint:
         owned = {}
         for name in names:
             with hdf5.open_file(self.path / name) as file:
-                owned[name] = file["client_id"][()]
+                if len(ids := file["client_id"][()]):
+                    owned[name] = ids
         return owned
+
+    @cached_property
+    def _held(self) -> dict[str, dict[str, tuple[tuple[int, ...], np.dtype]]]:
+        """Per shard each leaf's shape for one client, and dtype."""
+        held = {}
+        for name in self._owned:
+            with hdf5.open_file(self.path / name) as file:
+                held[name] = {unescape(leaf): (ds.shape[1:], ds.dtype) for leaf, ds in file["personal"].items()}
+        return held
+
+    def _shapes(self, wanted: np.ndarray) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """The leaves that all these clients have in the same shape."""
+        if strange := sorted({*wanted.tolist()} - {*self.client_ids()}):
+            raise StoreError(f"{self.path}: holds no client or leaf {strange[0]!r}; it is of another experiment")
+        involved = lambda ids: not len(wanted) or np.isin(ids, wanted).any()
+        held = [self._held[name].items() for name, ids in self._owned.items() if involved(ids)]
+        return {leaf: v for leaf, v in held[0] if all((leaf, v) in other for other in held)} if held else {}
 
     def personal(
         self, client_ids: Sequence[int], leaves: Sequence[str] | None = None
     ) -> dict[str, np.ndarray]:
         """The personal leaves [len(client_ids), ...] of these clients, in this order; reads only their rows.
 
-        Raises StoreError for a client or a leaf that is not stored.
+        By default the leaves that all of them have, in the same shape. Raises StoreError for a client or a
+        leaf that is not stored.
         """
         wanted = np.asarray(client_ids, np.int64)
-        leaves = self.leaf_names() if leaves is None else leaves
-        if strange := sorted({*wanted.tolist()} - {*self.client_ids()}) + sorted({*leaves} - {*self._leaves}):
-            raise StoreError(
-                f"{self.path}: holds no client or leaf {strange[0]!r}; it is of another experiment"
-            )
-        out = {
-            leaf: np.empty((len(wanted), *self._leaves[leaf][0]), self._leaves[leaf][1]) for leaf in leaves
-        }
+        shapes = self._shapes(wanted)
+        leaves = list(shapes) if leaves is None else leaves
+        if strange := sorted({*leaves} - {*shapes}):
+            raise StoreError(f"{self.path}: holds no client or leaf {strange[0]!r}; it is of another experiment")
+        out = {leaf: np.empty((len(wanted), *shapes[leaf][0]), shapes[leaf][1]) for leaf in leaves}
         for name, ids in self._owned.items():
             places = np.flatnonzero(np.isin(wanted, ids))
             if not len(places):
@@ -126,15 +134,23 @@ class Checkpoint:
     def digest(self) -> dict[str, str]:
         """{"shared", "personal"}: SHA-256 over the leaves by name: name, dtype, shape, bytes.
 
-        Personal leaves are [N, ...] in client order, so the shards do not matter; they are streamed.
+        Personal leaves are [N, ...] in client order, so the shards do not matter; they are streamed. Clients
+        whose leaves have other shapes come after each other, in the order of their first client.
         """
         shared, personal = sha256(), sha256()
         for leaf, value in sorted(self.shared().items()):
             shared.update(f"{leaf}\0{value.dtype.str}\0{value.shape}\0".encode() + value.tobytes())
-        ids = self.client_ids()
-        for leaf, (shape, dtype) in sorted(self._leaves.items()):
-            personal.update(f"{leaf}\0{dtype.str}\0{(len(ids), *shape)}\0".encode())
-            block = max(1, 4 * hdf5.BLOCK_BYTES // max(1, dtype.itemsize * math.prod(shape)))
-            for start in range(0, len(ids), block):
-                personal.update(self.personal(ids[start : start + block], [leaf])[leaf].tobytes())
+        for ids, leaves in self._kinds():
+            for leaf, (shape, dtype) in leaves:
+                personal.update(f"{leaf}\0{dtype.str}\0{(len(ids), *shape)}\0".encode())
+                block = max(1, 4 * hdf5.BLOCK_BYTES // max(1, dtype.itemsize * math.prod(shape)))
+                for start in range(0, len(ids), block):
+                    personal.update(self.personal(ids[start : start + block], [leaf])[leaf].tobytes())
         return {"shared": shared.hexdigest(), "personal": personal.hexdigest()}
+
+    def _kinds(self) -> list[tuple[list[int], tuple]]:
+        """(clients, their leaves by name) for all clients with leaves of the same shapes."""
+        kinds: dict[tuple, list[int]] = {}
+        for name, ids in self._owned.items():
+            kinds.setdefault(tuple(sorted(self._held[name].items())), []).extend(ids.tolist())
+        return sorted(((sorted(ids), leaves) for leaves, ids in kinds.items()), key=lambda kind: kind[0])

@@ -1,0 +1,118 @@
+"""A whole experiment as frozen dataclasses: what ``config.py`` reads a YAML file into."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .algorithm import Algorithm, Train
+from .bounds import bounded
+from .data.datasets import Source
+from .data.partition import Partition
+from .engine.settings import Engine
+
+
+@dataclass(frozen=True)
+class DataBlock:
+    """The ``data`` block: the pooled examples, and who gets which."""
+
+    source: Source
+    partition: Partition
+
+
+@dataclass(frozen=True)
+class Network:
+    """What ``models.zoo.build`` takes; for its own models every option is there."""
+
+    name: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelBlock:
+    """The ``model`` block: one network, or a ``mix`` of them over the clients.
+
+    Client k has network k mod len(mix); with ``clients`` the first clients[0] clients have the first,
+    the next clients[1] the second; with ``each`` client k has number each[k], from 0.
+    """
+
+    mix: tuple[Network, ...]
+    clients: tuple[int, ...] | None = None
+    each: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.mix:
+            raise ValueError("mix = []: must name at least one network")
+        if self.clients is not None and self.each is not None:
+            raise ValueError(f"each = {list(self.each)}: give either clients or each")
+        if self.clients is not None and (len(self.clients) != len(self.mix) or min(self.clients) < 1):
+            raise ValueError(f"clients = {list(self.clients)}: must be {len(self.mix)} integers of at least 1")
+        if self.each is not None and not all(0 <= number < len(self.mix) for number in self.each):
+            raise ValueError(f"each = {list(self.each)}: each item must be from 0 to {len(self.mix) - 1}")
+
+    def of_clients(self, clients: int) -> tuple[int, ...]:
+        """Which network of the mix each client has, [N]. Raises ValueError when they are not so many."""
+        if self.clients is not None:
+            of = tuple(number for number, count in enumerate(self.clients) for _ in range(count))
+        else:
+            of = tuple(client % len(self.mix) for client in range(clients)) if self.each is None else self.each
+        if len(of) != clients:
+            field = "each" if self.clients is None else "clients"
+            raise ValueError(
+                f"{field} = {list(getattr(self, field))}: is for {len(of)} clients, data.partition.clients is "
+                f"{clients}; make the two agree"
+            )
+        return of
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """The ``evaluate`` block, in rounds."""
+
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        bounded(self, every="[1, inf)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The ``checkpoint`` block: one ``every`` so many rounds; the newest ``keep`` stay."""
+
+    every: int = 10
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        bounded(self, every="[1, inf)", keep="[1, inf)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole experiment.
+
+    participation: fraction of the clients per round; output: the run folder, in which {name} (stem
+    of the file), {algorithm} and {seed} are already filled in.
+    """
+
+    seed: int = 1
+    rounds: int = 300
+    participation: float = 1.0
+    output: str = "runs/{name}"
+    data: DataBlock
+    model: ModelBlock
+    algorithm: Algorithm
+    train: Train = Train()
+    engine: Engine = Engine()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    reduce: Literal["exact", "fast"] = "exact"
+    mix: Literal["auto", "root", "spread"] = "auto"
+    server_hosts_clients: bool = False
+
+    def __post_init__(self) -> None:
+        bounded(self, seed="[0, inf)", rounds="[1, inf)", participation="(0, 1]")
+        try:
+            self.model.of_clients(self.data.partition.clients)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
+        if not self.output.strip():
+            raise ValueError("output = '': must be the name of a folder")

@@ -1,0 +1,96 @@
+"""Who takes part in a run, on which rank, with what: all that is fixed, and all that changes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from .algorithm import Algorithm, Vars
+from .comm import Comm
+from .engine.flops import Flops
+from .engine.train import Trainer
+from .layout import Layout
+from .mixing import Mixing
+from .placement import Group, cohort
+from .seeds import rng
+from .tree import Tree
+
+
+class Kind(NamedTuple):
+    """Clients whose variables have the same shapes, because they have the same network."""
+
+    trainer: Trainer
+    first: Vars  # the variables of any of them before round 1; the shared ones are those of all kinds
+    prefix: str = ""  # of their leaves among the personal ones of all kinds
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that does not change from round to round."""
+
+    algorithm: Algorithm
+    kinds: tuple[Kind, ...]
+    kind_of: tuple[int, ...]  # of each client
+    comm: Comm
+    groups: tuple[Group, ...]  # each of one kind
+    costs: tuple[float, ...]  # of each group, FLOP or any unit
+    host: tuple[int, ...]  # rank of each group
+    weight_N: tuple[int, ...]  # what a client's upload counts in the mean
+    sizes: tuple[int, ...]  # training samples of each client
+    seed: int
+    participation: float
+    reduce: str
+    upload: Layout
+    mixing: Mixing | None = None  # how per-client mixes are exchanged; None: the method has none
+
+    @property
+    def trainer(self) -> Trainer:
+        """That of the first kind; its network is the one that the server knows."""
+        return self.kinds[0].trainer
+
+    @cached_property
+    def hosted(self) -> tuple[int, ...]:
+        """The clients of this rank, kind after kind."""
+        return tuple(c for group in self.here() for c in group)
+
+    @cached_property
+    def flops(self) -> tuple[Flops, ...]:
+        """What the clients of each kind compute."""
+        return tuple(Flops(kind.trainer, kind.first) for kind in self.kinds)
+
+    @cached_property
+    def compared(self) -> tuple[slice, ...]:
+        """Where an upload holds parameters whose drift is measured."""
+        role, names = self.trainer.model.role, self.upload.common(self.kinds[0].first.shared)
+        chosen = [n for n in names if role(n) not in (None, "stats")] or [n for n in names if role(n) != "stats"]
+        return self.upload.places(chosen)
+
+    @cached_property
+    def by_kind(self) -> tuple[tuple[int, ...], ...]:
+        """The clients of this rank of each kind, in the order of the rows of their personal leaves."""
+        return tuple(tuple(c for c in self.hosted if self.kind_of[c] == kind) for kind in range(len(self.kinds)))
+
+    @cached_property
+    def row_of(self) -> dict[int, int]:
+        """The row of each of them."""
+        return {client: row for clients in self.by_kind for row, client in enumerate(clients)}
+
+    def here(self) -> Iterator[Group]:
+        """The groups that this rank hosts."""
+        return (group for group, rank in zip(self.groups, self.host) if rank == self.comm.rank)
+
+    def chosen(self, round_: int) -> frozenset[int]:
+        """The cohort of a round: a pure function of the seed, so no rank has to be told."""
+        draw = torch.randperm(len(self.weight_N), generator=rng(self.seed, "cohort", round_))
+        return cohort(len(self.weight_N), self.participation, draw.tolist())
+
+
+class State(NamedTuple):
+    """Everything that does change, and so all that a checkpoint holds."""
+
+    round: int  # rounds done
+    server: Tree  # the server's own, equal on all ranks
+    shared: Tree  # equal on all ranks
+    personal: Tree  # leaves of each kind [its hosted clients, ...], rows as in ``Run.by_kind``; owned, written to
