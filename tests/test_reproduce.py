@@ -19,9 +19,11 @@ from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.cli import main
 from fedlora_mpi.reproduce import carry, command, paper, picture, sheet
 from fedlora_mpi.reproduce.command import Request, fulfil
-from fedlora_mpi.reproduce.grid import DATA, FULL, SMALL, TABLES, Entry, Job, entries, job
+from fedlora_mpi.reproduce.fedlora import DATA, FULL, SMALL, TABLES, Alpha
+from fedlora_mpi.reproduce.grid import Entry, Job, job
 from fedlora_mpi.reproduce.paper import V
 from fedlora_mpi.reproduce.results import Result, Shelf, refuse_others
+from fedlora_mpi.reproduce.tables import entries
 from fedlora_mpi.round import play
 
 # The paper.
@@ -65,21 +67,22 @@ def test_the_tables_agree_where_they_print_the_same_experiment():
 # The grid.
 
 COUNT = {"table1": 11, "table2": 25, "table3": 2, "table4": 4, "table5": 4, "fig4": 6, "fig6": 2, "fig7": 3}
+AT, SYNTHETIC = Alpha("cifar10", 0.1), Alpha("synthetic", 1.0)
 HOW = {"scale": FULL, "rounds": 300, "root": "data", "folder": Path("/out/table")}
 
 
 def cell(table, key, data="cifar10", alpha=0.1):
     """One entry of a table at full scale."""
-    return next(entry for entry in entries(table, data, alpha, FULL) if entry.key == key)
+    return next(entry for entry in entries(table, Alpha(data, alpha), FULL) if entry.key == key)
 
 
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("data", DATA)
 def test_a_table_needs_the_runs_of_its_cells_each_with_a_valid_config(table, data, tmp_path):
-    found = entries(table, data, 0.1, FULL)
+    found = entries(table, Alpha(data, 0.1), FULL)
     assert len({entry.key for entry in found}) == len(found) == COUNT[table]
     for entry in found:
-        run = job(entry, data, 0.1, 3, **HOW)
+        run = job(entry, Alpha(data, 0.1), 3, **HOW)
         (tmp_path / "alone.yaml").write_text(configs.resolved_yaml(run.config))
         assert configs.read(tmp_path / "alone.yaml") == run.config
 
@@ -87,13 +90,13 @@ def test_a_table_needs_the_runs_of_its_cells_each_with_a_valid_config(table, dat
 @pytest.mark.parametrize("table", COUNT)
 def test_every_cell_of_a_table_has_a_published_number_and_no_figure_has(table):
     for data in DATA[: 2 if table == "table4" else 3]:
-        said = [entry.published is not None for entry in entries(table, data, 0.1, FULL)]
+        said = [entry.published is not None for entry in entries(table, Alpha(data, 0.1), FULL)]
         assert all(said) if table.startswith("table") else not any(said)
-    assert not any(e.published for e in entries(table, "cifar10", 0.3, FULL))
+    assert not any(e.published for e in entries(table, Alpha("cifar10", 0.3), FULL))
 
 
 def test_a_run_at_full_scale_is_the_papers_experiment():
-    run = job(cell("table1", "fedlora"), "cifar10", 0.5, 2, **HOW).config
+    run = job(cell("table1", "fedlora"), Alpha("cifar10", 0.5), 2, **HOW).config
     assert (run.seed, run.data.partition.seed, run.rounds, run.participation) == (2, 2, 300, 1.0)
     split = run.data.partition
     assert (split.clients, split.train, split.test, split.alpha, split.overlap) == (40, 500, 100, 0.5, True)
@@ -104,12 +107,12 @@ def test_a_run_at_full_scale_is_the_papers_experiment():
 
 @pytest.mark.parametrize("data, network, ranks", [*zip(DATA, ("resnet8", "resnet10", "resnet10"), (4, 40, 80))])
 def test_network_and_ranks_follow_the_data_set(data, network, ranks):
-    run = job(cell("table1", "fedlora", data), data, 0.1, 1, **HOW).config
-    assert (run.model.name, run.algorithm.linear_rank) == (network, ranks)
+    run = job(cell("table1", "fedlora", data), Alpha(data, 0.1), 1, **HOW).config
+    assert (run.model.mix[0].name, run.algorithm.linear_rank) == (network, ranks)
 
 
 def test_the_settings_that_a_table_varies():
-    config = lambda table, key: job(cell(table, key), "cifar10", 0.1, 1, **HOW).config
+    config = lambda table, key: job(cell(table, key), AT, 1, **HOW).config
     varied = config("table2", "Rl20-Rc100").algorithm
     assert (varied.rank_rule, varied.linear_rank, varied.conv_rank) == ("paper", 0.2, 1.0)
     assert config("table3", "simultaneous").algorithm.order == "simultaneous"
@@ -119,16 +122,16 @@ def test_the_settings_that_a_table_varies():
 
 
 def test_schedules_in_rounds_shrink_with_the_scale():
-    beta = {scale: next(e for e in entries("table1", "cifar10", 0.1, scale) if e.key == "fedcac") for scale in (FULL, SMALL)}
+    beta = {scale: next(e for e in entries("table1", AT, scale) if e.key == "fedcac") for scale in (FULL, SMALL)}
     ratio = beta[SMALL].algorithm["beta"] / beta[FULL].algorithm["beta"]
     assert ratio == pytest.approx(SMALL.rounds / FULL.rounds)
 
 
 def test_methods_are_rows_and_for_table_1_any_algorithm():
-    named = entries("table1", "cifar10", 0.1, FULL, ["fedlora", "local_lora", "fedavg"])
+    named = entries("table1", AT, FULL, ["fedlora", "local_lora", "fedavg"])
     assert [(e.key, e.published is None) for e in named] == [("fedavg", False), ("fedlora", False), ("local_lora", True)]
     with pytest.raises(ValueError, match="--methods = alternate: table3 has .* Did you mean alternating?"):
-        entries("table3", "cifar10", 0.1, FULL, ["alternate"])
+        entries("table3", AT, FULL, ["alternate"])
 
 
 # What is run. Tiny runs on synthetic data, in this process.
@@ -150,43 +153,43 @@ def tiny(folder, key="fedavg", seed=1, rounds=2, **more):
         "train": {"epochs": 1, "batch_size": 5, "lr": 0.05},
         "checkpoint": {"every": 1},
     } | more
-    made = Job(Entry(key, key, {"name": key}, V(50.0, 1.0)), "synthetic", 1.0, seed, configs.from_dict(mapping, "tiny.yaml"))
+    made = Job(Entry(key, key, {"name": key}, V(50.0, 1.0)), SYNTHETIC, seed, configs.from_dict(mapping, "tiny.yaml"))
     made.folder.parent.mkdir(parents=True, exist_ok=True)
     made.beside(".yaml").write_text(configs.resolved_yaml(made.config))
     return made
 
 
 def carried_out(made):
-    """The run's task done in this process; what it was: run or resume."""
+    """The run's task done in this process."""
     (task,) = carry.tasks([made], 1)
-    arguments = list(task.command[3:])
-    assert main(arguments) == 0
-    return arguments[0]
+    assert main(list(task.command[3:])) == 0
 
 
-def test_a_run_is_started_then_gone_on_with_then_skipped(tmp_path):
+def test_a_run_is_started_then_gone_on_with_then_skipped(tmp_path, capsys):
     made = tiny(tmp_path / "table1", rounds=2)
     assert Shelf(tmp_path).finished(made) is None
     assert main(["run", str(made.beside(".yaml")), "rounds=1"]) == 0  # as if interrupted
     assert Shelf(tmp_path).finished(made) is None
-    assert carried_out(made) == "resume"
+    carried_out(made)
+    assert f"resuming {made.folder} after round 1" in capsys.readouterr().err
     assert Shelf(tmp_path).finished(made) == made.folder
     result = Shelf(tmp_path).result(made)
     assert result.rounds["round"].tolist() == [1, 2]
     assert result.best == 100 * result.rounds["accuracy"].max() and result.last == 100 * result.rounds["accuracy"][1]
 
 
-def test_more_rounds_go_on_with_a_finished_run_and_fewer_are_read_from_it(tmp_path):
+def test_more_rounds_go_on_with_a_finished_run_and_fewer_are_read_from_it(tmp_path, capsys):
     carried_out(tiny(tmp_path / "table1", rounds=2))
     assert Shelf(tmp_path).result(tiny(tmp_path / "table1", rounds=1)).rounds["round"].tolist() == [1]
     more = tiny(tmp_path / "table1", rounds=3)
     assert Shelf(tmp_path).finished(more) is None
-    assert carried_out(more) == "resume"
+    carried_out(more)
+    assert f"resuming {more.folder} after round 2" in capsys.readouterr().err
 
 
 def test_a_run_that_another_table_has_finished_is_not_run_again(tmp_path):
     done, same = tiny(tmp_path / "table1"), tiny(tmp_path / "table4")
-    assert carried_out(done) == "run"
+    carried_out(done)
     assert Shelf(tmp_path).finished(same) == done.folder
     assert Shelf(tmp_path).finished(tiny(tmp_path / "table4", seed=2)) is None
 
@@ -239,9 +242,9 @@ def test_an_interruption_ends_the_runs(tmp_path):
 def test_a_line_for_the_shell_starts_a_run_and_then_goes_on_with_it(tmp_path):
     made = tiny(tmp_path)
     (line,) = carry.lines([made], 1)
-    assert f"run {made.beside('.yaml')}" in line and f"resume {made.folder} rounds=2" in line
+    assert line.startswith("exec ") and line.endswith(f" run --resume {made.beside('.yaml')}")
     script = carry.array("fedlora-table1", 7, 3, Path("/out/jobs.txt"), Path("/out"))
-    assert "#SBATCH --array=1-7\n" in script and "#SBATCH --ntasks=3\n" in script and "/out/jobs.txt" in script
+    assert "#SBATCH --array=1-7\n" in script and " --ntasks=3 " in script and "/out/jobs.txt" in script
 
 
 # The whole command, up to the runs themselves.
@@ -252,7 +255,7 @@ def test_print_jobs_writes_configs_and_runs_nothing(tmp_path, capsys):
     assert main(asked) == 0
     printed = capsys.readouterr().out
     home = tmp_path / "table3"
-    assert printed.count("; then exec ") == 4 and "--array=1-4" in printed
+    assert printed.count("\nexec ") + printed.startswith("exec ") == 4 and "--array=1-4" in printed
     assert (home / "jobs.txt").read_text().count("\n") == 4 and (home / "array.sbatch").is_file()
     written = sorted(path.name for path in (home / "cifar10-alpha0.1").iterdir())
     assert written == [f"{order}-seed{seed}.yaml" for order in ("alternating", "simultaneous") for seed in (1, 2)]
@@ -276,11 +279,11 @@ def test_a_failed_run_is_reported_with_its_log_and_the_table_is_printed(tmp_path
     hot = {"epochs": 1, "batch_size": 5, "lr": 1e30}
     runs = [tiny(tmp_path / "table1"), tiny(tmp_path / "table1", key="local", train=hot)]
     asked = Request("table1", output=tmp_path, jobs=2)
-    assert fulfil(asked, [("synthetic", 1.0, runs)]) == 1
+    assert fulfil(asked, [(SYNTHETIC, runs)]) == 1
     out, err = capsys.readouterr()
     assert "local-seed1: failed with exit code 1: " in err and "is not finite" in err and "local-seed1.log" in err
     assert "fedavg    1/1" in out and "local     0/1" in out
-    assert fulfil(replace(asked, collect=True), [("synthetic", 1.0, runs)]) == 0
+    assert fulfil(replace(asked, collect=True), [(SYNTHETIC, runs)]) == 0
 
 
 # The comparison.
@@ -290,7 +293,7 @@ def result(key, seed, accuracies, clients=((90.0, 70.0, 80.0),), drift=(0.0,), p
     """A finished run with the given percentages."""
     entry = Entry(key, key, {"name": "fedlora", **block}, published)
     columns = {"round": np.arange(1, len(accuracies) + 1), "accuracy": np.array(accuracies) / 100, "drift": np.array(drift)}
-    return Result(Job(entry, "cifar10", 0.1, seed, None), columns, {"accuracy": np.array(clients) / 100})
+    return Result(Job(entry, AT, seed, None), columns, {"accuracy": np.array(clients) / 100})
 
 
 def test_mean_deviation_and_difference_are_of_the_best_round_of_each_seed():
@@ -354,9 +357,10 @@ def test_figure_7_counts_the_clients_that_are_served_at_least_as_well():
 
 @pytest.mark.parametrize("table", ["table2", "fig4", "fig6", "fig7"])
 def test_a_picture_is_written(table, tmp_path):
-    cells = entries(table, "cifar10", 0.1, SMALL)
-    made = {e.key: [replace(result(e.key, 1, [50.0]), job=Job(e, "cifar10", 0.1, 1, None))] for e in cells}
-    assert command._draw(table, "Title", cells, made, tmp_path / "figure.png") == ", .png"
+    made = {e.key: [replace(result(e.key, 1, [50.0]), job=Job(e, AT, 1, None))] for e in entries(table, AT, SMALL)}
+    cells = [sheet.Cell.of(found[0].job.entry, found) for found in made.values()]
+    (figure,) = command._pictures(table, "Title", cells, made).values()
+    assert command._draw(figure, tmp_path / "figure.png") == str(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 

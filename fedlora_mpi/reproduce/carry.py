@@ -2,19 +2,16 @@
 
 import os
 import shlex
-import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+from .. import launch, slurm
 from ..units import duration
 from .grid import Job
-
-STOPPED = 75  # the run's exit code at a round boundary, with a checkpoint
 
 
 class Task(NamedTuple):
@@ -26,9 +23,9 @@ class Task(NamedTuple):
 
 
 def tasks(jobs: Sequence[Job], ranks: int) -> list[Task]:
-    """Start or go on with each run, by what is in its folder."""
-    start = launcher(ranks)
-    return [Task(job.name, [*start, *(_resume(job) if _begun(job) else _run(job))], job.beside(".log")) for job in jobs]
+    """Start each run, or go on with it when its folder is there."""
+    start = launch.command(ranks)
+    return [Task(job.name, [*start, *_run(job)], job.beside(".log")) for job in jobs]
 
 
 def work(
@@ -61,68 +58,22 @@ def work(
     return failed
 
 
-def launcher(ranks: int) -> list[str]:
-    """The command up to the subcommand. Raises ValueError where there is no mpirun for several ranks."""
-    python = [sys.executable, "-m", "fedlora_mpi"]
-    if ranks == 1:
-        return python
-    beside = Path(sys.executable).parent / "mpirun"
-    mpirun = str(beside) if beside.is_file() else shutil.which("mpirun")
-    if mpirun is None:
-        raise ValueError(f"--ranks = {ranks}: no mpirun beside {sys.executable} or on PATH; use --ranks 1")
-    return [mpirun, "-n", str(ranks), "--bind-to", "none", *python]
-
-
 def lines(jobs: Sequence[Job], ranks: int) -> list[str]:
     """A shell command for each run, which starts it, or goes on with it when its folder is there.
 
     ``exec``: the process that is started gets the signals of the one that reads the line.
     """
-    start = shlex.join(launcher(ranks))
-    return [
-        f"if [ -f {shlex.quote(str(job.folder / 'config.yaml'))} ]; "
-        f"then exec {start} {shlex.join(_resume(job))}; else exec {start} {shlex.join(_run(job))}; fi"
-        for job in jobs
-    ]
+    return [f"exec {shlex.join([*launch.command(ranks), *_run(job)])}" for job in jobs]
 
 
 def array(name: str, count: int, ranks: int, listed: Path, folder: Path) -> str:
-    """The text of an sbatch script that runs line n of the file ``listed`` as task n of an array.
-
-    Two minutes before its time is up a run stops at the end of a round and is queued again.
-    """
-    return f"""#!/bin/bash
-#SBATCH --job-name={name}
-#SBATCH --array=1-{count}
-#SBATCH --nodes=1
-#SBATCH --ntasks={ranks}
-#SBATCH --cpus-per-task=1
-#SBATCH --time=12:00:00
-#SBATCH --output={folder}/slurm-%A_%a.log
-#SBATCH --open-mode=append
-#SBATCH --requeue
-#SBATCH --signal=B:USR1@120
-##SBATCH --gpus=1
-line=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {shlex.quote(str(listed))})
-bash -c "$line" &
-run=$!
-trap 'kill -USR1 $run' USR1
-while wait $run; code=$?; kill -0 $run 2>/dev/null; do :; done
-if [ $code -eq {STOPPED} ]; then scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"; fi
-exit $code
-"""
-
-
-def _begun(job: Job) -> bool:
-    return (job.folder / "config.yaml").is_file()
+    """The text of an sbatch script that runs line n of the file ``listed`` as task n of an array."""
+    job = slurm.Job(name=name, log=f"{folder}/slurm-%A_%a.log", ranks=ranks, array=count)
+    return slurm.script(job, slurm.task_of(shlex.quote(str(listed))))
 
 
 def _run(job: Job) -> list[str]:
-    return ["run", str(job.beside(".yaml"))]
-
-
-def _resume(job: Job) -> list[str]:
-    return ["resume", str(job.folder), f"rounds={job.config.rounds}", f"data.root={job.config.data.source.root}"]
+    return ["run", "--resume", str(job.beside(".yaml"))]
 
 
 def _start(task: Task, more: Mapping[str, str]) -> subprocess.Popen:

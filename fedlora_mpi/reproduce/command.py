@@ -3,29 +3,45 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import resolved_yaml
 from ..data.datasets import load
+from ..run import STOPPED
 from ..store.files import write_atomic
-from . import carry, picture, sheet
-from .grid import FULL, SCALES, TABLES, Entry, Job, Scale, entries, job
+from . import carry, costs, picture, sheet
+from .fedlora import Alpha
+from .grid import Case, Job, job
 from .paper import CLAIMS
+from .pfedlora import OURS, PARTICIPATION, TARGET, Crowd
 from .results import Result, Shelf, refuse_others, rounds_done
 from .sheet import Cell, Sheet
+from .tables import TABLES, entries
 
-Grid = list[tuple[str, float, list[Job]]]  # (data set, alpha, runs) of each table
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Grid = list[tuple[Case, list[Job]]]  # the runs of each table
 
 
 @dataclass(frozen=True)
 class Request:
-    """The command line. Empty ``methods``: all of the table; ``rounds``, ``jobs`` None: by scale, by machine."""
+    """The command line. Empty ``methods``: all of the table; ``rounds``, ``jobs`` None: by scale, by machine.
+
+    alpha: of the FedLoRA tables, none: 0.1. clients, homogeneous, target (per cent): of ``pfedlora``;
+    no clients: 10, 50, 100 at full scale, 10 at small; no target: see ``_targets``.
+    """
 
     table: str
     data: Sequence[str] = ("cifar10",)
-    alpha: Sequence[float] = (0.1,)
+    alpha: Sequence[float] = ()
+    clients: Sequence[int] = ()
+    homogeneous: bool = False
+    target: Sequence[float] = ()
     seeds: Sequence[int] = ()  # none: 1, 2, 3 at full scale, 1 at small
     rounds: int | None = None
     methods: Sequence[str] = ()
@@ -42,18 +58,33 @@ class Request:
         for name, value in (("rounds", self.rounds), ("ranks", self.ranks), ("jobs", self.jobs)):
             if value is not None and value < 1:
                 raise ValueError(f"--{name} = {value}: must be an integer of at least 1")
+        if self.table == OURS:
+            foreign = {"alpha": self.alpha}
+        else:
+            foreign = {"clients": self.clients, "homogeneous": self.homogeneous, "target": self.target}
+        for name, value in foreign.items():
+            if value:
+                raise ValueError(f"--{name}: {self.table} has no such choice; leave it out")
 
     @property
-    def size(self) -> Scale:
-        return SCALES[self.scale]
+    def full(self) -> bool:
+        return self.scale == "full"
+
+    @property
+    def cases(self) -> list[Case]:
+        """What a table is made for, each. Raises ValueError."""
+        if self.table != OURS:
+            return [Alpha(data, alpha) for data in self.data for alpha in self.alpha or (0.1,)]
+        clients = self.clients or (tuple(PARTICIPATION) if self.full else (10,))
+        return [Crowd(data, number, self.homogeneous) for data in self.data for number in clients]
 
     @property
     def chosen_seeds(self) -> Sequence[int]:
-        return self.seeds or ((1, 2, 3) if self.size == FULL else (1,))
+        return self.seeds or ((1, 2, 3) if self.full else (1,))
 
-    @property
-    def chosen_rounds(self) -> int:
-        return self.rounds or self.size.rounds
+    def rounds_of(self, case: Case) -> int:
+        """How many rounds its runs have."""
+        return self.rounds or case.at(self.scale).rounds
 
     @property
     def out(self) -> Path:
@@ -71,7 +102,7 @@ def reproduce(asked: Request) -> int:
 
 def fulfil(asked: Request, grid: Grid) -> int:
     """``reproduce`` for any runs."""
-    jobs = [run for _, _, runs in grid for run in runs]
+    jobs = [run for _, runs in grid for run in runs]
     shelf = Shelf(asked.out)
     missing = [run for run in jobs if not shelf.finished(run)]
     if asked.print_jobs:
@@ -79,23 +110,26 @@ def fulfil(asked: Request, grid: Grid) -> int:
         return 0
     failed = {} if asked.collect else _carry_out(asked, jobs, missing)
     shelf = Shelf(asked.out)
-    for data, alpha, runs in grid:
-        _show(asked, data, alpha, runs, shelf)
+    found = {case: _found(runs, shelf) for case, runs in grid}
+    for case, results in found.items():
+        _show(asked, case, results)
+    if asked.table == OURS and len(found) > 1:
+        _write(asked, "overview", _overview(asked, found))
     logs = {run.name: run.beside(".log") for run in jobs}
     for name, code in failed.items():
-        state = "stopped, call again to go on" if code == carry.STOPPED else f"failed with exit code {code}"
+        state = "stopped, call again to go on" if code == STOPPED else f"failed with exit code {code}"
         print(f"{name}: {state}: {_last_line(logs[name])} ({logs[name]})", file=sys.stderr)
     return 1 if failed else 0
 
 
 def _grid(asked: Request) -> Grid:
-    """The runs of each data set and alpha; the first seed of all entries comes before the second."""
-    how = {"scale": asked.size, "rounds": asked.chosen_rounds, "root": asked.root, "folder": asked.folder}
+    """The runs of each case; the first seed of all entries comes before the second."""
     grid = []
-    for data in asked.data:
-        for alpha in asked.alpha:
-            cells = entries(asked.table, data, alpha, asked.size, asked.methods)
-            grid.append((data, alpha, [job(c, data, alpha, seed, **how) for seed in asked.chosen_seeds for c in cells]))
+    for case in asked.cases:
+        scale = case.at(asked.scale)
+        how = {"scale": scale, "rounds": asked.rounds_of(case), "root": asked.root, "folder": asked.folder}
+        cells = entries(asked.table, case, scale, asked.methods)
+        grid.append((case, [job(cell, case, seed, **how) for seed in asked.chosen_seeds for cell in cells]))
     return grid
 
 
@@ -105,7 +139,7 @@ def _carry_out(asked: Request, jobs: Sequence[Job], missing: Sequence[Job]) -> d
     _write_configs(asked, missing)
     if not missing:
         return {}
-    for run in {run.data: run for run in missing}.values():  # a mistake in --root shows once, not in every run
+    for run in {run.case.data: run for run in missing}.values():  # a mistake in --root shows once, not in every run
         load(replace(run.config.data.source, download=asked.download))
     gpus, at_once = _places(asked)
     begun = sum(rounds_done(run.folder) > 0 for run in missing)
@@ -152,63 +186,122 @@ def _write_configs(asked: Request, runs: Sequence[Job]) -> None:
         said = run.entry.published
         expected = f"{said.mean} ± {said.std} % (best round, 3 seeds, full scale)" if said else "not printed"
         head = (
-            f"# {TABLES[asked.table].title}: {run.entry.label}, {run.data}, alpha {run.alpha:g}, seed {run.seed}.\n"
+            f"# {TABLES[asked.table].title}: {run.entry.label}, {run.case.said}, seed {run.seed}.\n"
             f"# Made by `fedlora-mpi reproduce {asked.table} --scale {asked.scale}`. In the paper: {expected}.\n"
         )
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(run.beside(".yaml"), (head + resolved_yaml(run.config)).encode())
 
 
-def _show(asked: Request, data: str, alpha: float, runs: Sequence[Job], shelf: Shelf) -> None:
-    """Print one table and write it as text, Markdown, CSV and, where it is a picture, PNG."""
-    cells: list[Entry] = list({run.entry.key: run.entry for run in runs}.values())
-    found = [result for run in runs if (result := shelf.result(run))]
-    results = {e.key: [r for r in found if r.job.entry.key == e.key] for e in cells}
-    title = f"{TABLES[asked.table].title}; {data}, alpha {alpha:g}, scale {asked.scale}"
-    made = _sheet(asked, title, cells, results)
-    stem = asked.folder / f"{data}-alpha{alpha:g}"
+class Found(NamedTuple):
+    """What the runs of a case have brought."""
+
+    cells: list[Cell]
+    results: dict[str, list[Result]]  # of each entry, the finished seeds
+
+
+def _found(runs: Sequence[Job], shelf: Shelf) -> Found:
+    """The finished among the runs."""
+    there = [result for run in runs if (result := shelf.result(run))]
+    over = {run.entry.key: run.entry for run in runs}
+    results = {key: [r for r in there if r.job.entry.key == key] for key in over}
+    return Found([Cell.of(entry, results[key]) for key, entry in over.items()], results)
+
+
+def _show(asked: Request, case: Case, found: Found) -> None:
+    """Print what a table has to say of a case and write it as text, Markdown, CSV and, where it is a picture, PNG."""
+    title = f"{TABLES[asked.table].title}; {case.said}, scale {asked.scale}"
+    for end, made in _sheets(asked, case, title, found).items():
+        _write(asked, case.name + end, made)
+    if any(found.results.values()):
+        for end, figure in _pictures(asked.table, title, *found).items():
+            print(f"- drawn as {_draw(figure, asked.folder / f'{case.name}{end}.png')}")
+    print()
+
+
+def _write(asked: Request, name: str, made: Sheet) -> None:
+    """Print a table and write it in all forms."""
+    stem = asked.folder / name
     asked.folder.mkdir(parents=True, exist_ok=True)
     for suffix, text in ((".txt", made.text() + "\n"), (".md", made.markdown()), (".csv", made.csv())):
         write_atomic(stem.with_name(stem.name + suffix), text.encode())
     print(made.text())
-    drawn = _draw(asked.table, title, cells, results, stem.with_name(f"{stem.name}.png")) if found else ""
-    print(f"- also as {stem}.txt, .md, .csv{drawn}\n")
+    print(f"- also as {stem}.txt, .md, .csv\n")
 
 
-def _sheet(asked: Request, title: str, cells: Sequence[Entry], results: dict[str, list[Result]]) -> Sheet:
-    seeds, notes, caution = len(asked.chosen_seeds), [TABLES[asked.table].rule], _caution(asked)
+def _sheets(asked: Request, case: Case, title: str, found: Found) -> dict[str, Sheet]:
+    """End of the file names -> table."""
+    seeds, notes, caution = len(asked.chosen_seeds), [TABLES[asked.table].rule], _caution(asked, case)
+    cells, results = found
     if asked.table == "fig6":
-        return sheet.drift(title, caution, notes, results)
+        return {"": sheet.drift(title, caution, notes, results)}
     if asked.table == "fig7":
-        return sheet.each_client(title, caution, notes, results)
-    over = [Cell.of(entry, results[entry.key]) for entry in cells]
+        return {"": sheet.each_client(title, caution, notes, results)}
+    if asked.table == OURS:
+        made = {"": costs.accuracy(title, caution, notes, cells, seeds)}
+        for end, (percent, why) in _targets(asked, case, results).items():
+            made[end] = costs.target(title, caution, why, cells, results, percent)
+        return made | {"-gains": costs.each_client(f"{title}; each client", caution, [], cells, results)}
     if asked.table == "fig4":
         notes.append(f"the paper: {CLAIMS['fig4']}")
-    return (sheet.ranks if asked.table == "table2" else sheet.compare)(title, caution, notes, over, seeds)
+    return {"": (sheet.ranks if asked.table == "table2" else sheet.compare)(title, caution, notes, cells, seeds)}
 
 
-def _caution(asked: Request) -> str:
+def _targets(asked: Request, case: Case, results: Mapping[str, Sequence[Result]]) -> dict[str, tuple[float, list[str]]]:
+    """End of the file names -> (accuracy in per cent, how it was chosen).
+
+    Those asked for, or the highest that all methods reach, and at full scale the paper's.
+    """
+    if asked.target:
+        return {f"-target{percent:g}": (percent, []) for percent in asked.target}
+    percent, failed = costs.common(results)
+    why = "target: the highest accuracy that every method reaches with every seed"
+    if failed:
+        why += f", but for {', '.join(failed)}, more than {costs.FAILS:g} percentage points below the best method"
+    chosen = {"-target": (percent, [why])}
+    if asked.full:
+        chosen[f"-target{TARGET[case.data]:g}"] = TARGET[case.data], ["target: the paper's, from memory"]
+    return chosen
+
+
+def _overview(asked: Request, found: Mapping[Case, Found]) -> Sheet:
+    """The best accuracy of all cases."""
+    cautions = dict.fromkeys(_caution(asked, case) for case in found)
+    tables = {case.name: cells for case, (cells, _) in found.items()}
+    notes = [TABLES[asked.table].rule]
+    title = f"{TABLES[asked.table].title}; best accuracy, scale {asked.scale}"
+    return costs.overview(title, " ".join(cautions), notes, tables, len(asked.chosen_seeds))
+
+
+def _caution(asked: Request, case: Case) -> str:
     """What sets these runs apart from the paper's; "" when nothing does."""
-    cut = asked.size._replace(rounds=asked.chosen_rounds).cut()
+    cut = case.at(asked.scale)._replace(rounds=asked.rounds_of(case)).cut(case.at("full"))
     return f"NOT the paper's experiment: {cut}. Compare orders and signs, not numbers." if cut else ""
 
 
-def _draw(table: str, title: str, cells: Sequence[Entry], results: dict[str, list[Result]], path: Path) -> str:
-    """What to say of the picture."""
-    over = [Cell.of(entry, results[entry.key]) for entry in cells]
+def _pictures(
+    table: str, title: str, cells: Sequence[Cell], results: Mapping[str, Sequence[Result]]
+) -> "dict[str, Callable[[], Figure]]":
+    """End of the file names -> how to draw it."""
+    if table == OURS:
+        drawn = {f"-{cost}": partial(picture.against, cost, cells, results, title) for cost in costs.UNITS}
+        return drawn | {"-gains": lambda: picture.gains(cells, results, title)}
     figures = {
-        "table2": lambda: picture.ranks(over, title),
-        "fig4": lambda: picture.epochs(over, title),
+        "table2": lambda: picture.ranks(cells, title),
+        "fig4": lambda: picture.epochs(cells, title),
         "fig6": lambda: picture.drift(results, title),
         "fig7": lambda: picture.each_client(results, title),
     }
-    if table not in figures:
-        return ""
+    return {"": figures[table]} if table in figures else {}
+
+
+def _draw(figure: "Callable[[], Figure]", path: Path) -> str:
+    """The file of the picture, or why there is none."""
     try:
-        picture.save(figures[table](), path)
+        picture.save(figure(), path)
     except ValueError as error:
-        return f" ({error})"
-    return ", .png"
+        return f"nothing ({error})"
+    return str(path)
 
 
 def _last_line(log: Path) -> str:

@@ -1,5 +1,6 @@
 """The paper's figures from our runs. matplotlib is imported when a picture is drawn."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..store.files import replacing
+from . import costs
+from .pfedlora import OURS
 from .results import Result
 from .sheet import Cell, by_client, drift_of
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
+OTHERS = (BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#BCA600", GREY)
 
 
 def save(figure: "Figure", path: Path) -> None:
@@ -86,6 +90,48 @@ def each_client(results: Mapping[str, Sequence[Result]], title: str) -> "Figure"
     return figure
 
 
+def against(cost: str, cells: Sequence[Cell], results: costs.Results, title: str) -> "Figure":
+    """Accuracy of each method against its ``cost`` so far, a field of ``costs.Spent``; what costs nothing has no curve."""
+    figure, axes = _axes(title)
+    colors = iter(OTHERS * len(cells))
+    styles = {}
+    for cell in cells:
+        ours = cell.entry.key == OURS
+        color = ORANGE if ours else next(colors)
+        styles[color] = style = "-" if color not in styles else "--"
+        if not (found := results[cell.entry.key]):
+            continue
+        curve, (unit, _) = costs.Curve.mean(found), costs.UNITS[cost]
+        if (x := getattr(curve, cost) / unit).any():
+            look = {"color": color, "linestyle": style, "linewidth": 2.4 if ours else 1.2, "zorder": 3 if ours else 2}
+            axes.plot(x, curve.accuracy, label=cell.entry.label, **look)
+    if cost != "rounds":
+        axes.set_xscale("log")
+    axes.set(xlabel=_COSTS[cost], ylabel="accuracy / %")
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def gains(cells: Sequence[Cell], results: costs.Results, title: str) -> "Figure":
+    """pFedLoRA's Figure 5: a bar for each client and seed, the largest gain first."""
+    figure, axes = _axes(title)
+    rival, found = costs.best_baseline(cells), costs.differences(cells, results)
+    gap = np.sort(np.concatenate([np.zeros(0), *found.values()]))[::-1]
+    axes.bar(np.arange(1, len(gap) + 1), gap, width=0.8, color=[ORANGE if value > 0 else GREY for value in gap])
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    label = rival.entry.label if rival else "best baseline"
+    axes.set(xlabel="client, by its gain", ylabel=f"pFedLoRA less {label} / percentage points")
+    return figure
+
+
+_COSTS = {
+    "rounds": "round",
+    "bytes": "sent up and down, all clients / MB",
+    "flops": "local training, all clients / TFLOP",
+}
+
+
 def _axes(title: str, inches: tuple[float, float] = (6.4, 4.0)) -> "tuple[Figure, Axes]":
     """An empty plot. Raises ValueError where matplotlib is missing."""
     try:
@@ -94,7 +140,7 @@ def _axes(title: str, inches: tuple[float, float] = (6.4, 4.0)) -> "tuple[Figure
         raise ValueError("a picture needs matplotlib: pip install 'fedlora-mpi[analysis]'") from error
     figure = Figure(figsize=inches, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(textwrap.fill(title, 70), fontsize="medium")
     if inches[0] > 6:
         axes.spines[["top", "right"]].set_visible(False)
     return figure, axes

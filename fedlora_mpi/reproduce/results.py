@@ -1,13 +1,12 @@
 """What the runs of a grid have reached so far, and which of them need not be run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ..config import Config, digest, from_dict, resolved_dict
+from ..config import Config, digest, flat, from_dict
 from ..engine.settings import Engine
 from ..store.files import StoreError
 from ..store.reader import RunFiles
@@ -80,7 +79,7 @@ def refuse_others(job: Job) -> None:
     found = _recorded(job.folder)
     if found is None or _settings(found) == _settings(job.config):
         return
-    theirs, ours = (dict(_flat(resolved_dict(config))) for config in (found, job.config))
+    theirs, ours = (flat(config) for config in (found, job.config))
     ignored = ("output", "rounds", "engine.", "checkpoint.", "data.root", "data.download")
     changes = [
         f"{key} = {theirs.get(key)} (now {ours.get(key)})"
@@ -101,12 +100,3 @@ def _recorded(folder: Path) -> Config | None:
 def _settings(config: Config) -> str:
     """Equal for two runs whose results should be equal but for rounding."""
     return digest(replace(config, engine=Engine()))
-
-
-def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything in nested mappings."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value

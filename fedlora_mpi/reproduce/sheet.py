@@ -15,7 +15,7 @@ from .grid import Entry
 from .paper import V
 from .results import Result
 
-_METRIC = (
+METRIC = (
     "accuracy in %: mean over the clients of each client's own model on its own test data. best: in the best round, "
     "chosen on test data as in the paper; last: in the last round"
 )
@@ -89,9 +89,9 @@ def compare(title: str, caution: str, notes: Sequence[str], cells: Sequence[Cell
     """A row for each entry, beside the paper."""
     rows = [("", "seeds", "best", "last", "paper", "difference")]
     for cell in cells:
-        numbers = [_show(v) for v in (cell.best, cell.last, cell.entry.published)]
-        rows.append((cell.entry.label, f"{cell.done}/{seeds}", *numbers, _signed(cell.difference)))
-    return Sheet(title, caution, [_METRIC, _spread(seeds), *notes, *_order(cells)], rows, [_record(c) for c in cells])
+        numbers = [show(v) for v in (cell.best, cell.last, cell.entry.published)]
+        rows.append((cell.entry.label, f"{cell.done}/{seeds}", *numbers, signed(cell.difference)))
+    return Sheet(title, caution, [METRIC, spread(seeds), *notes, *_order(cells)], rows, [record(c) for c in cells])
 
 
 def ranks(title: str, caution: str, notes: Sequence[str], cells: Sequence[Cell], seeds: int) -> Sheet:
@@ -103,10 +103,10 @@ def ranks(title: str, caution: str, notes: Sequence[str], cells: Sequence[Cell],
     for r_l in downs:
         row = [at.get((r_l, r_c)) for r_c in acrosses]
         marks = ["*" if cell and cell.best.mean == top else "" for cell in row]
-        shown = [f"{_show(c.best)} ({_signed(c.difference)})" if c else "" for c in row]
+        shown = [f"{show(c.best)} ({signed(c.difference)})" if c else "" for c in row]
         rows.append((f"{r_l:.0%}", *(text + mark for text, mark in zip(shown, marks, strict=True))))
     said = "best accuracy, in brackets the difference to the paper; * our highest"
-    return Sheet(title, caution, [said, _METRIC, _spread(seeds), *notes, *_order(cells)], rows, [_record(c) for c in cells])
+    return Sheet(title, caution, [said, METRIC, spread(seeds), *notes, *_order(cells)], rows, [record(c) for c in cells])
 
 
 def drift(
@@ -136,7 +136,7 @@ def each_client(
     for seed, columns in by_client(results).items():
         ours, others = columns["fedlora"], [columns["fedavg"], columns["local"]]
         good = [np.count_nonzero(ours >= other) for other in (*others, np.maximum(*others))]
-        worst = _signed((ours - np.maximum(*others)).min())
+        worst = signed((ours - np.maximum(*others)).min())
         rows.append((str(seed), str(len(ours)), *map(str, good), worst))
         for client, numbers in enumerate(zip(*columns.values(), strict=True)):
             records.append({"seed": seed, "client": client} | dict(zip(columns, numbers, strict=True)))
@@ -149,14 +149,16 @@ def drift_of(results: Sequence[Result]) -> np.ndarray:
     return np.mean([result.rounds["drift"] for result in results], axis=0)
 
 
-def by_client(results: Mapping[str, Sequence[Result]]) -> dict[int, dict[str, np.ndarray]]:
-    """seed -> method -> [N] accuracy in its best round, per cent; only seeds that all methods have."""
+def by_client(
+    results: Mapping[str, Sequence[Result]], keys: Sequence[str] = ("fedlora", "fedavg", "local")
+) -> dict[int, dict[str, np.ndarray]]:
+    """seed -> method -> [N] accuracy in its best round, per cent; only seeds that all ``keys`` have."""
     found: dict[int, dict[str, np.ndarray]] = {}
-    for key in ("fedlora", "fedavg", "local"):
+    for key in keys:
         for result in results.get(key, ()):
             column = 100 * result.clients["accuracy"][result.best_row]
             found.setdefault(result.job.seed, {})[key] = column
-    return {seed: columns for seed, columns in sorted(found.items()) if len(columns) == 3}
+    return {seed: columns for seed, columns in sorted(found.items()) if len(columns) == len(keys)}
 
 
 def _over(numbers: Sequence[float]) -> V:
@@ -165,23 +167,27 @@ def _over(numbers: Sequence[float]) -> V:
     return V(float(np.mean(numbers)), float(np.std(numbers, ddof=1)) if len(numbers) > 1 else np.nan)
 
 
-def _show(value: V | None) -> str:
+def show(value: V | None) -> str:
+    """Mean and deviation; "-" where unknown."""
     if value is None or np.isnan(value.mean):
         return "-"
     return f"{value.mean:.2f}" + ("" if np.isnan(value.std) else f" ± {value.std:.2f}")
 
 
-def _signed(number: float) -> str:
+def signed(number: float) -> str:
+    """A difference; "-" where unknown."""
     return "-" if np.isnan(number) else f"{number:+.2f}"
 
 
-def _spread(seeds: int) -> str:
+def spread(seeds: int, papers: str = "the paper's, over 3 seeds, does not say which") -> str:
+    """What stands behind ±; ``papers``: what is known of the paper's."""
     if seeds == 1:
-        return "one seed, so no standard deviation; the paper's is over 3 seeds"
-    return f"± sample standard deviation over {seeds} seeds (of run and partition); the paper's, over 3, does not say which"
+        return f"one seed, so no standard deviation; {papers}"
+    return f"± sample standard deviation over {seeds} seeds (of run and partition); {papers}"
 
 
-def _record(cell: Cell) -> dict[str, Any]:
+def record(cell: Cell) -> dict[str, Any]:
+    """The cell as columns of a CSV."""
     published = cell.entry.published or V(np.nan, np.nan)
     pairs = {"best": cell.best, "last": cell.last, "paper": published}
     numbers = {f"{name}_{part}": getattr(v, part) for name, v in pairs.items() for part in ("mean", "std")}
