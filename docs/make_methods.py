@@ -16,16 +16,17 @@ from pathlib import Path
 from textwrap import fill
 from typing import NamedTuple
 
+import torch
+
 from fedlora_mpi import algorithms
-from fedlora_mpi.algorithm import Algorithm
+from fedlora_mpi.algorithm import Algorithm, Vars
 from fedlora_mpi.gating import cuts
-from fedlora_mpi.layout import Layout
 from fedlora_mpi.lowrank import LowRank, sides
 from fedlora_mpi.mixing import Mixing
 from fedlora_mpi.models.network import Model
 from fedlora_mpi.models.zoo import build
 from fedlora_mpi.seeds import rng
-from fedlora_mpi.tree import nbytes
+from fedlora_mpi.tree import nbytes, numel, tmap
 
 PAGE = Path(__file__).with_name("methods.md")
 REFERENCE = ("resnet8", {}, 10, (3, 32, 32), 1)  # the paper's network for CIFAR-10
@@ -89,6 +90,16 @@ SAID = {
     "fedadagrad": Said("everything", bytes=Bytes(ALL, ALL, server="8 * P"), server="m, v"),
     "fedadam": Said("everything", bytes=Bytes(ALL, ALL, server="8 * P"), server="m, v"),
     "fedyogi": Said("everything", bytes=Bytes(ALL, ALL, server="8 * P"), server="m, v"),
+    "fml": Said("the small network", "the network", Bytes("4 * S", "4 * S", ALL)),
+    "fedkd": Said("the small network, by truncated SVDs", "the network, a matrix W_h",
+                  Bytes("4 * S", "4 * S", "4 * (P + F + 500 * d)")),
+    "fedapen": Said("the small network", "the network, a share w", Bytes("4 * S", "4 * S", "4 * (P + F + 1)")),
+    "pfedlora": Said("the adapter", "the network", Bytes("4 * 8 * (d + K)", "4 * 8 * (d + K)", ALL)),
+    "lg_fedavg": Said("head", "all but the head", Bytes("4 * H", "4 * H", BODY)),
+    "fd": Said("mean outputs by class", "the network, own mean outputs, the round they are of",
+               Bytes("4 * K * K", "4 * K * K", "4 * (P + F + K * K + 1)")),
+    "fedproto": Said("prototypes", "the network, which classes it holds",
+                     Bytes("4 * K * d", "4 * K * d", "4 * (P + F + K)")),
 }  # fmt: skip
 
 
@@ -96,11 +107,15 @@ SAID = {
 
 
 def measured(algorithm: Algorithm, model: Model) -> Bytes:
-    """What a round counts as ``bytes_up`` and ``bytes_down`` of one client, and what is kept."""
+    """What a round counts as ``bytes_up`` and ``bytes_down`` of one client, and what is kept.
+
+    Where what is sent depends on the client, the most: when it holds all classes and all are known.
+    """
     first = algorithm.init(model, rng(1, "init"))
     mixing = Mixing.of(algorithm, first, [0], [0], "auto")
-    up = 4 * Layout.of(algorithm.upload(first, first)).size + (mixing.bytes_up if mixing else 0)
-    down = nbytes(first.shared) + (mixing.bytes_down if mixing else 0)
+    full = Vars(*(tmap(torch.ones_like, half) for half in first[:2]))
+    up = 4 * max(int(algorithm.sent(v, v)) for v in (first, full)) + (mixing.bytes_up if mixing else 0)
+    down = 4 * max(int(algorithm.received(v.shared)) for v in (first, full)) + (mixing.bytes_down if mixing else 0)
     return Bytes(up, down, nbytes(first.personal), nbytes(algorithm.server(model, first.shared)))
 
 
@@ -116,6 +131,7 @@ def symbols(model: Model) -> dict[str, tuple[int, str]]:
         "A": (count("norm"), "parameters of normalisation layers"),
         "K": (classes, "classes"),
         "d": (width, "features that enter the head"),
+        "S": (numel(build("cnn5", {}, model.classes, model.shape, 1).initial), "numbers of the small network `cnn5`"),
         "T": (sum(r * sum(sides(model.leaves[n])) for n, r in ranks.items()), "numbers of all A and B, default ranks"),
         "G": (sum(cut.count for cut in cuts(model, blocks=5).values()), "runs of weights that pFedGate's gate scales"),
         "x": (prod(model.shape), "numbers of one input"),
@@ -192,6 +208,7 @@ def mean(algorithm: Algorithm, model: Model) -> str:
     weight = {"samples": "clients count by their samples", "uniform": "clients count equally"}
     away = {"exclude": "absent clients do not count", "stale": "absent clients count with the last shared values"}
     found = f"{weight[algorithm.weights]} ({setting('weights')}); {away[algorithm.absent]} ({setting('absent')})"
+    found = f"a sum; {found}" if algorithm.sums else found
     return found + ("; a mix is over the clients of the round" if mixes else "")
 
 
