@@ -41,7 +41,8 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     chosen = run.chosen(state.round)
     total, size = sum(run.weight_N[c] for c in chosen), run.upload.size
     message = SUMS[run.reduce](size + len(_METRICS))
-    learned = _train(run, state, chosen, message, LIMIT / total, evaluate)
+    here = _packed(run, state.shared)
+    learned = _train(run, state, chosen, here, message, LIMIT / total, evaluate)
     clock.append(time.perf_counter())
 
     own = [0.0, 0.0, len(learned.broken), stop, 0.0, sum(learned.sent)]
@@ -54,7 +55,7 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     if type(run.algorithm).sent is Algorithm.sent:
         sent = size * len(chosen)  # exact, also where float32 has added up
     traffic = _bytes(run, state.shared, chosen, round(sent), message.buffer.nbytes)
-    drift = _drift(run, _packed(run, state.shared), sums[:size] / total, spread / total)
+    drift = _drift(run, here, sums[:size] / total, spread / total)
     mean = _mean(run, state.shared, sums[:size], chosen, total)
     _mix(run, state, learned.offers, chosen)
     served = run.algorithm.serve(state.server, state.shared, mean, len(chosen) / len(run.weight_N))
@@ -73,13 +74,20 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
 
 
 def _train(
-    run: Run, state: State, chosen: frozenset[int], message: ExactSum | FastSum, bound: float, evaluate: bool
+    run: Run,
+    state: State,
+    chosen: frozenset[int],
+    here: Tensor,
+    message: ExactSum | FastSum,
+    bound: float,
+    evaluate: bool,
 ) -> Learned:
     """Train this rank's part of the cohort into ``message`` and the personal rows.
 
-    ``bound``: magnitude up to which an upload can be summed.
+    ``here``: the shared variables as ``_packed`` gives them; ``bound``: magnitude up to which an upload
+    can be summed.
     """
-    learned, here = Learned([], [], {}, {}), _packed(run, state.shared)
+    learned = Learned([], [], {}, {})
     for group in run.here():
         members = [c for c in group if c in chosen]
         if not members:
