@@ -111,7 +111,8 @@ class Algorithm:
     uploads in the place of their mean (absent clients are then excluded); ``surveys``: whether ``begin``
     and ``finish`` are given all training data, in order, or the first sample alone; its ``counts`` are
     those of all; ``held_out``: fraction of each client's training samples, the same ones in all rounds,
-    that no phase uses but those that say so, and these without augmentation.
+    that no phase uses but those that say so, and these without augmentation; ``judges``: whether every
+    client's own model is evaluated or, on every client's test data, the one that the server has.
     """
 
     weights: ClassVar[Literal["samples", "uniform"]] = "samples"
@@ -121,9 +122,15 @@ class Algorithm:
     sums: ClassVar[bool] = False
     surveys: ClassVar[bool] = False
     held_out: ClassVar[float] = 0.0
+    judges: ClassVar[Literal["client", "server"]] = "client"
 
     def check(self, model: Model, train: Train) -> None:
         """Raise ValueError when the fields do not go together with the model or the training."""
+
+    def of_client(self, client: int, clients: int) -> "Algorithm":
+        """The method as that client has it, where hyper-parameters differ between clients, such as the rank
+        of low-rank parts. What the server does is asked of the method itself. Default: the same for all."""
+        return self
 
     # One client: what it has, how it trains, what it sends.
 
@@ -131,6 +138,11 @@ class Algorithm:
         """The variables of any client before the first round; all clients start equal. Default: all
         leaves of the model are shared."""
         return Vars(shared=model.initial, personal={})
+
+    def download(self, shared: Tree) -> Tree:
+        """What of the server's shared variables this client gets, in its own terms (its own rank). All hooks
+        of a client see these as ``shared``. Default: all of them."""
+        return shared
 
     def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
         """What the client does with what has arrived, before training. Default: nothing."""
@@ -160,8 +172,13 @@ class Algorithm:
         return end
 
     def upload(self, start: Vars, end: Vars) -> Tree:
-        """What enters the mean. Default: the trained shared leaves."""
+        """What the client sends for the mean. Default: the trained shared leaves."""
         return end.shared
+
+    def expand(self, upload: Tree, shared: Tree, count: int) -> Tree:
+        """What an upload stands for in the mean, in which it counts ``count``; whoever computes it has the server's
+        ``shared`` variables of the round. Its leaves have the same shapes for all clients. Default: the upload itself."""
+        return upload
 
     def offer(self, start: Vars, end: Vars) -> Offer | None:
         """What enters a mix of its own for every client. Default: there is none."""
@@ -172,8 +189,8 @@ class Algorithm:
         return numel(self.upload(start, end))
 
     def received(self, shared: Tree) -> Tensor | int:
-        """How many numbers it would receive of the shared variables. Default: all of them."""
-        return numel(shared)
+        """How many numbers it would receive of the server's shared variables. Default: its download."""
+        return numel(self.download(shared))
 
     # The server.
 
@@ -185,6 +202,20 @@ class Algorithm:
         """The next (server, shared) variables from the present ones and the mean of the uploads of
         the ``share`` of clients that took part. Default: the mean becomes the shared variables."""
         return server, mean
+
+    def decomposed(self, shared: Tree) -> dict[str, tuple[Tensor, int]]:
+        """What the server needs the right singular vectors of after ``serve``: {name: (matrix [d1, d2], how
+        many)}. They are computed once each, on whichever ranks are idle. Default: nothing."""
+        return {}
+
+    def handed_out(self, shared: Tree, right: Tree) -> Tree:
+        """The shared variables completed by these vectors, {name: [k, d2]} with orthonormal rows."""
+        raise AssertionError(f"{type(self).__name__} has matrices decomposed but makes nothing of them")
+
+    def told(self, shared: Tree, clients: int) -> dict[str, float]:
+        """Further numbers of the round for the log, from what the server has made of so many clients' uploads.
+        Default: none."""
+        return {}
 
     def mix(self, gram: Tensor, aux: Tensor, round_: int) -> Tensor:
         """The weights [n, n] of the mix, a row for each receiver, float64.

@@ -24,6 +24,7 @@ from .models.network import Model
 from .models.zoo import build as build_model
 from .placement import assign, groups
 from .seeds import rng
+from .tree import numel
 
 
 @dataclass(frozen=True)
@@ -124,17 +125,18 @@ def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], devi
         with naming(source, "data"):
             feed = Feed(data, split, seed=config.seed, shift=config.data.source.shift, device=device, augment=True)
     algorithm, sizes = config.algorithm, [len(indices) for indices in split.train]
+    variants, kind_of = variants_of(config)
     with naming(source, "algorithm"):
-        firsts = _begun(algorithm, [network.name for network in config.model.mix], models, config.seed)
+        firsts = _begun(config, variants, models)
     stacked = config.engine.path == "stack"
-    prefixes = [f"kind-{number}/" for number in range(len(models))] if len(models) > 1 else [""]
+    prefixes = [f"kind-{number}/" for number in range(len(variants))] if len(variants) > 1 else [""]
+    networks = [model.to(device) for model in models]
     kinds = tuple(
-        Kind(Trainer(algorithm, model.to(device), config.train, feed, device, stacked), first, prefix)
-        for model, first, prefix in zip(models, firsts, prefixes)
+        Kind(Trainer(variant, networks[network], config.train, feed, device, stacked), first, prefix, network)
+        for (network, variant), first, prefix in zip(variants, firsts, prefixes)
     )
-    kind_of = config.model.of_clients(len(sizes))
     grouped = groups(sizes, config.engine.group_size, kind_of)
-    costs = tuple(float(sum(sizes[c] * models[kind_of[c]].flops for c in group)) for group in grouped)
+    costs = tuple(float(sum(sizes[c] for c in group) * kinds[kind_of[group[0]]].trainer.model.flops) for group in grouped)
     host = assign(costs, workers)
     rank_of = {c: rank for group, rank in zip(grouped, host) for c in group}
     first = firsts[0]
@@ -151,7 +153,8 @@ def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], devi
         seed=config.seed,
         participation=config.participation,
         reduce=config.reduce,
-        upload=Layout.of(algorithm.upload(first, first)),
+        upload=Layout.of(kinds[0].term),
+        gathers=_gathers(config, algorithm, kinds, kind_of),
         mixing=Mixing.of(algorithm, first, [rank_of[c] for c in range(len(sizes))], workers, config.mix),
     )
     digest = f"{configs.digest(config)}-{split.digest()[:16]}"
@@ -160,12 +163,37 @@ def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], devi
     return Built(config, run, split, data.shape, digest, data.vocabulary)
 
 
-def _begun(algorithm: Algorithm, names: Sequence[str], models: Sequence[Model], seed: int) -> list[Vars]:
-    """The variables before round 1 with each network; the shared ones are those of the first.
+def variants_of(config: Config) -> tuple[list[tuple[int, Algorithm]], tuple[int, ...]]:
+    """The kinds of clients, (number of the network, the method as they have it), and the kind of each client, [N]."""
+    network_of = config.model.of_clients(clients := config.data.partition.clients)
+    of = [(network, config.algorithm.of_client(client, clients)) for client, network in enumerate(network_of)]
+    variants = sorted(dict.fromkeys(of), key=lambda variant: variant[0])
+    return variants, tuple(map(variants.index, of))
+
+
+def _gathers(config: Config, algorithm: Algorithm, kinds: Sequence[Kind], kind_of: Sequence[int]) -> bool:
+    """Whether uploads travel as they are, for every rank to expand those of all. ``auto``: when fewer bytes then
+    reach a rank than by the sum of what they stand for, which an allreduce sends about twice."""
+    if config.uplink != "auto":
+        return config.uplink == "gather"
+    if type(algorithm).expand is Algorithm.expand:
+        return False
+    cohort = config.participation * sum(numel(kinds[kind].upload) for kind in kind_of)
+    size = numel(kinds[0].term)
+    return 4 * cohort < 2 * {"exact": 16, "fast": 4}[config.reduce] * size
+
+
+def _begun(config: Config, variants: Sequence[tuple[int, Algorithm]], models: Sequence[Model]) -> list[Vars]:
+    """The variables before round 1 of each kind of clients; the shared ones are the method's with the first network.
 
     Raises ValueError when networks differ in what the algorithm shares or mixes.
     """
-    firsts = [algorithm.init(model, rng(seed, "init")) for model in models]
+    algorithm, names = config.algorithm, [config.model.mix[network].name for network, _ in variants]
+    init = lambda method, model: method.init(model, rng(config.seed, "init"))
+    firsts = [
+        Vars(init(algorithm, models[network]).shared, init(variant, models[network]).personal)
+        for network, variant in variants
+    ]
     for first in firsts:
         if both := first.shared.keys() & first.personal.keys():
             raise ValueError(f"name = {configs.algorithm_name(algorithm)}: has a leaf {min(both)} of its own, "

@@ -32,6 +32,10 @@ class Solo:
         """Rank 0's bytes, on every rank."""
         return data
 
+    def gather(self, send: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+        """What all ranks sent, float32, in rank order, on every rank; ``counts``: numbers of each rank."""
+        return send
+
     def exchange(self, send: np.ndarray, counts: Sequence[int], arriving: Sequence[int]) -> np.ndarray:
         """What the other ranks sent to this one, float32, in rank order.
 
@@ -75,6 +79,13 @@ class Mpi:
         buffer = np.frombuffer(bytearray(data if self.rank == 0 else size[0]), np.uint8)
         self._wait(self._world.Ibcast(buffer, root=0))
         return buffer.tobytes()
+
+    def gather(self, send: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+        """What all ranks sent, float32, in rank order, on every rank; ``counts``: numbers of each rank."""
+        receive = np.empty(sum(counts), np.float32)
+        self.moved += send.nbytes
+        self._wait(self._world.Iallgatherv(send, [receive, counts]))
+        return receive
 
     def exchange(self, send: np.ndarray, counts: Sequence[int], arriving: Sequence[int]) -> np.ndarray:
         """What the other ranks sent to this one, float32, in rank order (see ``Solo``)."""

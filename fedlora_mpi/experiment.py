@@ -106,6 +106,7 @@ class Config:
     checkpoint: Checkpoint = Checkpoint()
     reduce: Literal["exact", "fast"] = "exact"
     mix: Literal["auto", "root", "spread"] = "auto"
+    uplink: Literal["auto", "sum", "gather"] = "auto"
     server_hosts_clients: bool = False
 
     def __post_init__(self) -> None:

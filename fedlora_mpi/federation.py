@@ -19,11 +19,32 @@ from .tree import Tree
 
 
 class Kind(NamedTuple):
-    """Clients whose variables have the same shapes, because they have the same network."""
+    """Clients whose variables have the same shapes, because they have the same network and the same ranks."""
 
     trainer: Trainer
-    first: Vars  # the variables of any of them before round 1; the shared ones are those of all kinds
+    first: Vars  # the variables of any of them before round 1; the shared ones are the server's, for all kinds
     prefix: str = ""  # of their leaves among the personal ones of all kinds
+    network: int = 0  # its number in ``model.mix``
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The method as these clients have it."""
+        return self.trainer.algorithm
+
+    @property
+    def arrived(self) -> Vars:
+        """``first`` with the shared variables as such a client gets them."""
+        return self.first._replace(shared=self.algorithm.download(self.first.shared))
+
+    @property
+    def upload(self) -> Tree:
+        """What such a client would send without training."""
+        return self.algorithm.upload(self.arrived, self.arrived)
+
+    @property
+    def term(self) -> Tree:
+        """What that would stand for in the mean."""
+        return self.algorithm.expand(self.upload, self.first.shared, 1)
 
 
 @dataclass(frozen=True)
@@ -42,7 +63,8 @@ class Run:
     seed: int
     participation: float
     reduce: str
-    upload: Layout
+    upload: Layout  # of what an upload stands for in the mean
+    gathers: bool = False  # whether uploads travel as they are, not as that
     mixing: Mixing | None = None  # how per-client mixes are exchanged; None: the method has none
 
     @property
@@ -58,7 +80,7 @@ class Run:
     @cached_property
     def flops(self) -> tuple[Flops, ...]:
         """What the clients of each kind compute."""
-        return tuple(Flops(kind.trainer, kind.first) for kind in self.kinds)
+        return tuple(Flops(kind.trainer, kind.arrived) for kind in self.kinds)
 
     @cached_property
     def compared(self) -> tuple[slice, ...]:
@@ -71,6 +93,16 @@ class Run:
     def by_kind(self) -> tuple[tuple[int, ...], ...]:
         """The clients of this rank of each kind, in the order of the rows of their personal leaves."""
         return tuple(tuple(c for c in self.hosted if self.kind_of[c] == kind) for kind in range(len(self.kinds)))
+
+    @cached_property
+    def rank_of(self) -> dict[int, int]:
+        """The rank that hosts each client."""
+        return {client: rank for group, rank in zip(self.groups, self.host) for client in group}
+
+    @cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        """What a client of each kind sends."""
+        return tuple(Layout.of(kind.upload) for kind in self.kinds)
 
     @cached_property
     def row_of(self) -> dict[int, int]:

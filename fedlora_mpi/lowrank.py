@@ -1,16 +1,17 @@
-"""Low-rank parts of weights: ranks, initial factors, and the matrix they stand for.
+"""Low-rank parts of weights: factors, the matrix they stand for, and the best ones for a matrix.
 
 The part of leaf ``w`` has the factors ``w.A`` [r, in side] and ``w.B`` [out side, r]. A convolution
 [O, I, K1, K2] counts as the matrix [O K1, I K2], cut row by row (``view``) into the weight's shape,
 as the official FedDecomp code does; a Linear or attention weight [O, I] is its own matrix.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from .algorithm import Loss, Phase, Step, Train, Vars
 from .bounds import bounded
@@ -99,24 +100,14 @@ class LowRank:
 
     def ranks(self, model: Model) -> dict[str, int]:
         """Rank r of every decomposed weight. Raises ValueError when ``layers`` matches none."""
-        chosen = {
-            name: self._rank(leaf)
-            for name, leaf in model.leaves.items()
-            if leaf.matrix and any(fnmatchcase(name, pattern) for pattern in self.layers)
-        }
-        for pattern in self.layers:
-            matrices = [n for n, leaf in model.leaves.items() if leaf.matrix]
-            if not any(fnmatchcase(n, pattern) for n in matrices):
-                raise ValueError(f"layers = {pattern}: matches no weight; there are {', '.join(matrices)}")
-        return chosen
+        return {name: self._rank(model.leaves[name]) for name in matching(model, self.layers)}
 
     def factors(self, model: Model, rng: Generator) -> Tree:
         """A and B of every decomposed weight before the first round."""
         tree = {}
         for name, r in self.ranks(model).items():
             out_side, in_side = sides(model.leaves[name])
-            tree[f"{name}.A"] = (torch.rand(r, in_side, generator=rng) * 2 - 1) / in_side**0.5
-            tree[f"{name}.B"] = torch.zeros(out_side, r)
+            tree |= {f"{name}.A": kaiming(r, in_side, rng), f"{name}.B": torch.zeros(out_side, r)}
         return tree
 
     def tau(self, model: Model, factors: Tree) -> Tree:
@@ -150,3 +141,55 @@ def sides(leaf: Leaf) -> tuple[int, int]:
     """(out side, in side) of the matrix that a weight is read as."""
     outside, inside, *kernel = leaf.shape
     return (outside * kernel[0], inside * kernel[1]) if kernel else (outside, inside)
+
+
+def matching(model: Model, patterns: Iterable[str]) -> list[str]:
+    """The weights that a low-rank part can have and whose names a pattern matches. Raises ValueError when one
+    matches none."""
+    matrices = [n for n, leaf in model.leaves.items() if leaf.matrix]
+    for pattern in patterns:
+        if not any(fnmatchcase(n, pattern) for n in matrices):
+            raise ValueError(f"layers = {pattern}: matches no weight; there are {', '.join(matrices)}")
+    return [n for n in matrices if any(fnmatchcase(n, pattern) for pattern in patterns)]
+
+
+def kaiming(rows: int, in_side: int, rng: Generator) -> Tensor:
+    """A factor A before the first round, [rows, in side]: U(-1, 1) / sqrt(in side)."""
+    return (torch.rand(rows, in_side, generator=rng) * 2 - 1) / in_side**0.5
+
+
+def right(matrix: Tensor, rows: int) -> Tensor:
+    """V' [..., rows, d2] of ``matrix`` [..., d1, d2] = U S V': orthonormal, the largest singular values first.
+
+    ``matrix`` V V' is its best approximation of this rank. A matrix of lower rank is completed by directions that
+    it does not have, so that A = V' and B = ``matrix`` V make no dead factor: where B is zero, A is not. By an
+    eigendecomposition of the smaller Gram matrix in float64, several times as fast as an SVD; singular values
+    below 1e-8 of the largest are lost, as they are in float32 numbers anyway. rows <= min(d1, d2).
+    """
+    W = matrix.double()
+    tall, basis = W, None
+    if W.shape[-1] > W.shape[-2]:
+        basis, corner = torch.linalg.qr(W.mT)  # W = corner' basis'
+        tall = corner.mT
+    _, V = torch.linalg.eigh(tall.mT @ tall)  # ascending
+    V = V[..., -rows:].flip(-1)
+    return (V if basis is None else basis @ V).mT.to(matrix.dtype)
+
+
+def truncated(update: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
+    """``update`` [d1, ...] as the receiver of its largest singular values has it, and the number n (d1 + d2 + 1) of
+    what is sent, [].
+
+    As a matrix [d1, d2] it is sum_j s_j u_j v_j'; sent are s_j, u_j, v_j for j <= n, n >= 1 the smallest
+    number with sum_{j <= n} s_j^2 >= energy sum_j s_j^2. energy: [] float64. In float64 a value below 1e-8 s_1,
+    of a matrix without full rank, is lost in the sum, so n is at most the rank. What is not finite
+    comes back as it is.
+    """
+    matrix = update.flatten(1).double()
+    finite = matrix.isfinite().all()
+    U, s, V = torch.linalg.svd(torch.where(finite, matrix, 0.0), full_matrices=False)  # refuses nan
+    held = s.square().cumsum(0)
+    enough = held[:-1] >= energy * held[-1]  # without the next ones
+    kept = torch.cat([torch.ones_like(finite)[None], ~enough])  # a mask: in a stack every client has its own n
+    rest = torch.where(finite, (U * (s * kept)) @ V, matrix)
+    return rest.to(update.dtype).view(update.shape), kept.sum() * (sum(matrix.shape) + 1)

@@ -7,6 +7,7 @@ batches of every epoch on throw-away copies, and the rest is proportion.
 import os
 import resource
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from .build import Built, build, hosts
 from .comm import Solo
 from .config import Config
 from .data.feed import Feed
-from .federation import Run
+from .federation import Kind, Run
 from .placement import assign
 from .tree import nbytes, numel, tmap
 from .units import duration, size
@@ -66,30 +67,43 @@ def _sizes(built: Built, ranks: int) -> list[tuple[str, str]]:
     """Parameters and bytes."""
     config, run = built.config, built.run
     first, clients, cohort = run.kinds[0].first, len(run.weight_N), len(run.chosen(0))
-    full = Vars(*(tmap(torch.ones_like, half) for half in first[:2]))  # of a method that sends by class: all classes
-    up, down = 4 * int(run.algorithm.sent(full, full)), 4 * int(run.algorithm.received(full.shared))
-    if run.mixing:
-        up, down = up + run.mixing.bytes_up, down + run.mixing.bytes_down
-    message = {"exact": 16, "fast": 4}[config.reduce] * run.upload.size
+    up, down = zip(*(_traffic(run, run.kinds[kind]) for kind in run.kind_of))
+    message, how = {"exact": 16, "fast": 4}[config.reduce] * run.upload.size, "an allreduce"
+    if run.gathers:
+        message, how = 4 * sum(numel(run.kinds[kind].upload) for kind in run.kind_of) * cohort // clients, "a gather"
     own = [numel(run.kinds[kind].first.personal) for kind in run.kind_of]
-    each = f"{own[0]:,}" if min(own) == max(own) else f"{min(own):,} to {max(own):,}"
-    total = 4 * sum(own)
+    total, comma = 4 * sum(own), "{:,}".format
     return [
-        *(("model", _model(run, number, network.name)) for number, network in enumerate(config.model.mix)),
-        ("shared", f"{numel(first.shared):,} numbers; {size(up)} up, {size(down)} down per client and round"),
-        ("personal", f"{each} numbers per client; {size(total)} in a checkpoint"),
-        ("round", f"{cohort} of {clients} clients: {size(up * cohort)} up, {size(down * cohort)} down; "
-                  + (f"an allreduce of {size(message)} per rank" if ranks > 1 else "no message, one rank")),
+        *(("model", _model(run, n, config.model.mix[n].name)) for n in sorted({kind.network for kind in run.kinds})),
+        ("shared", f"{numel(first.shared):,} numbers; {_range(up, size)} up, {_range(down, size)} down per client and round"),
+        ("personal", f"{_range(own, comma)} numbers per client; {size(total)} in a checkpoint"),
+        ("round", f"{cohort} of {clients} clients: {size(sum(up) * cohort // clients)} up, {size(sum(down) * cohort // clients)} down; "
+                  + (f"{how} of {size(message)} per rank" if ranks > 1 else "no message, one rank")),
     ]
+
+
+def _traffic(run: Run, kind: Kind) -> tuple[int, int]:
+    """Bytes that such a client sends and receives in a round."""
+    ones = lambda v: Vars(*(tmap(torch.ones_like, half) for half in v[:2]))  # of a method that sends by class: all classes
+    full = ones(kind.arrived)
+    up, down = 4 * int(kind.algorithm.sent(full, full)), 4 * int(kind.algorithm.received(ones(kind.first).shared))
+    return (up + run.mixing.bytes_up, down + run.mixing.bytes_down) if run.mixing else (up, down)
+
+
+def _range(numbers: Sequence[int], said: Callable[[int], str]) -> str:
+    """From the smallest to the largest, or the one that all are."""
+    least, most = min(numbers), max(numbers)
+    return said(most) if least == most else f"{said(least)} to {said(most)}"
 
 
 def _model(run: Run, number: int, name: str) -> str:
     """What is known of a network."""
-    model, clients = run.kinds[number].trainer.model, run.kind_of.count(number)
+    having = [k for k, kind in enumerate(run.kinds) if kind.network == number]
+    model, clients = run.kinds[having[0]].trainer.model, sum(kind in having for kind in run.kind_of)
     statistics = sum(v.numel() for n, v in model.initial.items() if model.role(n) == "stats")
     return (
         f"{name}: {numel(model.initial) - statistics:,} parameters, {statistics:,} running statistics, "
-        f"{model.flops / 1e6:.1f} MFLOP forward per sample" + (f"; {clients} clients" if len(run.kinds) > 1 else "")
+        f"{model.flops / 1e6:.1f} MFLOP forward per sample" + (f"; {clients} clients" if clients < len(run.kind_of) else "")
     )
 
 

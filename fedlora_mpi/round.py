@@ -11,10 +11,12 @@ from torch import Tensor
 
 from .algorithm import Algorithm
 from .comm import Fault
+from .decomposition import right_vectors
 from .federation import Run, State
 from .mixing import Packed
 from .sums import LIMIT, SUMS, ExactSum, FastSum
 from .tree import Tree
+from .uplink import gathered
 
 _METRICS = ("loss", "clients", "broken", "stop", "spread", "sent")  # travel behind the upload, in the same buffer
 _SCORES = ("accuracy", "loss", "accuracy_aggregated", "accuracy_trained")  # of each client
@@ -27,6 +29,7 @@ class Learned(NamedTuple):
     sent: list[int]  # numbers that each client has sent, by its own account
     offers: dict[int, Packed]
     scores: dict[int, Tensor]  # [2] of each client's own model after training
+    uploads: dict[int, Tensor]  # as they travel where the run ``gathers``
 
 
 def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dict, dict]:
@@ -47,23 +50,29 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
 
     own = [0.0, 0.0, len(learned.broken), stop, 0.0, sum(learned.sent)]
     message.add(torch.tensor(own, dtype=torch.float64), 1, at=size)
-    run.comm.sum(message.buffer)
-    sums = message.total()
-    loss, clients, broken, stops, spread, sent = sums[size:].tolist()
+    travels = message.buffer[..., size:].copy() if run.gathers else message.buffer
+    run.comm.sum(travels)
+    message.buffer[..., -travels.shape[-1] :] = travels
+    loss, clients, broken, stops, spread, sent = message.total()[size:].tolist()
     if broken:
         _report(run, state.round, learned.broken)
+    if run.gathers:
+        _add_others(run, state, chosen, learned.uploads, message)
+    sums = message.total()
     if type(run.algorithm).sent is Algorithm.sent:
-        sent = size * len(chosen)  # exact, also where float32 has added up
-    traffic = _bytes(run, state.shared, chosen, round(sent), message.buffer.nbytes)
+        sent = sum(run.layouts[run.kind_of[c]].size for c in chosen)  # exact, also where float32 has added up
+    traffic = _bytes(run, state.shared, chosen, round(sent), travels.nbytes)
     drift = _drift(run, here, sums[:size] / total, spread / total)
     mean = _mean(run, state.shared, sums[:size], chosen, total)
     _mix(run, state, learned.offers, chosen)
-    served = run.algorithm.serve(state.server, state.shared, mean, len(chosen) / len(run.weight_N))
-    state = State(state.round + 1, *served, state.personal)
+    server, shared = run.algorithm.serve(state.server, state.shared, mean, len(chosen) / len(run.weight_N))
+    if matrices := run.algorithm.decomposed(shared):
+        shared = run.algorithm.handed_out(shared, right_vectors(run.comm, matrices))
+    state = State(state.round + 1, server, shared, state.personal)
     clock.append(time.perf_counter())
 
     row = {"train_loss": loss / clients, "clients": int(clients), "stop": stops > 0, "drift": drift}
-    row |= traffic | {"flops": _flops(run, chosen, state.round - 1)}
+    row |= traffic | {"flops": _flops(run, chosen, state.round - 1)} | run.algorithm.told(state.shared, len(chosen))
     unknown = np.full(len(run.weight_N), np.nan)
     scores_N = _evaluate(run, state, learned.scores) if evaluate else dict.fromkeys(_SCORES, unknown)
     clock.append(time.perf_counter())
@@ -87,7 +96,7 @@ def _train(
     ``here``: the shared variables as ``_packed`` gives them; ``bound``: magnitude up to which an upload
     can be summed.
     """
-    learned = Learned([], [], {}, {})
+    learned = Learned([], [], {}, {}, {})
     for group in run.here():
         members = [c for c in group if c in chosen]
         if not members:
@@ -95,7 +104,8 @@ def _train(
         trainer = run.kinds[run.kind_of[group[0]]].trainer
         rows_C = _rows(run, state.personal, members)
         for done in trainer.train(members, state.shared, rows_C, state.round, evaluate):
-            vector = run.upload.pack(trainer.algorithm.upload(done.start, done.end))
+            upload = trainer.algorithm.upload(done.start, done.end)
+            vector = run.upload.pack(trainer.algorithm.expand(upload, state.shared, run.weight_N[done.client]))
             offer = run.mixing and run.mixing.pack(trainer.algorithm.offer(done.start, done.end))
             fits = all(torch.isfinite(v).all() and v.abs().sum() < bound for v in (done.loss, vector))
             if not fits or (offer and not offer.fits()):
@@ -103,6 +113,8 @@ def _train(
                 continue
             learned.sent.append(int(trainer.algorithm.sent(done.start, done.end)))
             message.add(vector, run.weight_N[done.client])
+            if run.gathers:
+                learned.uploads[done.client] = run.layouts[run.kind_of[done.client]].pack(upload)
             message.add(torch.stack([done.loss, torch.tensor(1.0)]), 1, at=run.upload.size)
             # A diverging client must not overflow the sum; it is then beyond any meaning anyway.
             moved = _moved(run, vector, here).clamp(max=bound)
@@ -113,6 +125,17 @@ def _train(
                 learned.scores[done.client] = done.score
             _keep(run, state.personal, done.client, done.end.personal)
     return learned
+
+
+def _add_others(
+    run: Run, state: State, chosen: frozenset[int], uploads: dict[int, Tensor], message: ExactSum | FastSum
+) -> None:
+    """Add to ``message`` what the uploads of other ranks' clients stand for; in the sum all clients then have the
+    same bits as if each worker had added its own."""
+    layouts = {client: run.layouts[run.kind_of[client]] for client in sorted(chosen)}
+    for client, upload in gathered(run.comm, uploads, layouts, run.rank_of).items():
+        term = run.kinds[run.kind_of[client]].algorithm.expand(upload, state.shared, run.weight_N[client])
+        message.add(run.upload.pack(term), run.weight_N[client])
 
 
 def _mix(run: Run, state: State, offers: dict[int, Packed], chosen: frozenset[int]) -> None:
@@ -210,8 +233,11 @@ def _bytes(run: Run, shared: Tree, chosen: frozenset[int], sent: int, message: i
 
     sent: numbers of all uploads together.
     """
-    up, down = 4 * sent, 4 * int(run.algorithm.received(shared)) * len(chosen)
+    received = [int(kind.algorithm.received(shared)) for kind in run.kinds]
+    up, down = 4 * sent, 4 * sum(received[run.kind_of[c]] for c in chosen)
     moved = message * run.comm.size
+    if run.gathers:
+        moved += 4 * sum(run.layouts[run.kind_of[c]].size for c in chosen)
     if run.mixing:
         up, down = up + run.mixing.bytes_up * len(chosen), down + run.mixing.bytes_down * len(chosen)
         moved += run.mixing.bytes_mpi(len(chosen), run.comm.size)

@@ -63,6 +63,11 @@ class Rank:
     def broadcast(self, data: bytes) -> bytes:
         return self._swap(data)[0]
 
+    def gather(self, send: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+        parts = self._swap(send)
+        assert [len(part) for part in parts] == list(counts)
+        return np.concatenate(parts)
+
     def exchange(self, send: np.ndarray, counts: Sequence[int], arriving: Sequence[int]) -> np.ndarray:
         parts = [np.split(mine, np.cumsum(to)[:-1])[self.rank] for mine, to in self._swap((send, list(counts)))]
         assert [len(part) for part in parts] == list(arriving)

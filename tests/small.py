@@ -156,7 +156,7 @@ def experiment(
         seed=1,
         participation=participation,
         reduce="exact",
-        upload=Layout.of(algorithm.upload(start, start)),
+        upload=Layout.of(algorithm.expand(algorithm.upload(start, start), start.shared, 1)),
         mixing=Mixing.of(algorithm, start, [0] * len(sizes), [0], "auto"),
     )
     return run, beginning(Built(None, run, None, SHAPE, ""))

@@ -20,11 +20,11 @@ from fedlora_mpi.batch import divergence
 from fedlora_mpi.build import build
 from fedlora_mpi.comm import Fault, Solo
 from fedlora_mpi.config import read
+from fedlora_mpi.lowrank import truncated
 from fedlora_mpi.round import play
 from fedlora_mpi.run import beginning, resume, start
 from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import numel, prefixed, tmap, under
-from fedlora_mpi.truncation import truncated
 
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
 METHODS = pytest.mark.parametrize("method", [FML, FedKD, FedAPEN])

@@ -20,6 +20,7 @@ from fedlora_mpi.build import load_data
 from fedlora_mpi.comm import Solo
 from fedlora_mpi.config import read
 from fedlora_mpi.data.partition import KINDS, DirichletClass
+from fedlora_mpi.finetuning import FineTuning
 from fedlora_mpi.run import resume, start
 
 NAMES = algorithms.names()
@@ -235,6 +236,27 @@ def after_round_1(round_: int, cohort: set[int], known: set[int]) -> set[int]:
     return cohort if round_ else set()
 
 
+# Fine-tuning methods have common settings: clients of different ranks, and the one weight that is not the head.
+SMALL = ("algorithm.alpha=2",)  # the default is for ranks of 8
+RANKS = ("algorithm.lora_ranks=[1,2]", *SMALL)
+for _name in (name for name in NAMES if issubclass(algorithms.find(name), FineTuning)):
+    ALTERNATIVES |= {
+        f"{_name}.lora_ranks": (SMALL, "[1,2]"),
+        f"{_name}.rank_shares": (RANKS, "[0.7,0.3]"),
+        f"{_name}.capacities": (("algorithm.lora_ranks=[2]", *SMALL), "[1,0.5]"),
+        f"{_name}.scale": (RANKS, None),
+        f"{_name}.layers": (("algorithm.full=[]", *SMALL), "[conv.*]"),
+        f"{_name}.full": ((), "[head,norm]"),
+        f"{_name}.judged": (RANKS, None),
+    }
+ALTERNATIVES |= {
+    "fedhl.weight_mode": (RANKS, None),
+    "fedhl.eps": (RANKS, "1.0"),
+    "fedhl.eps_relative": (RANKS, "1.0"),
+    "fedhl.per_layer": ((*RANKS, "algorithm.full=[]"), None),
+}
+
+
 # A round moves every personal leaf of each client of its cohort, and nothing else. The leaves of which other
 # clients move: {method.leaf: (who, given the round (from 0), its cohort and those who took part before; None: any
 # of the cohort; why)}.
@@ -315,7 +337,7 @@ def test_an_exception_is_of_a_leaf_that_there_is(table):
 @both_models
 def test_bytes_are_those_of_the_upload_and_of_the_shared_leaves(name, model):
     parts = built(*of(name), model)
-    algorithm, first = parts.config.algorithm, parts.run.kinds[0].first
+    algorithm, first = parts.config.algorithm, parts.run.kinds[0].arrived
     first = Vars(copied(first.shared), copied(first.personal))
     upload = algorithm.upload(first, first)
     up, down = size(upload.values()), size(first.shared.values())
@@ -357,10 +379,10 @@ def test_accuracy_is_that_of_each_clients_own_model_on_its_own_data(name, model)
     data = load_data(parts.config, str(TINY))
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (data.mean, data.std))
     images = (data.test.x / 255 - mean) / std
-    network = parts.run.trainer.model
+    network, algorithm = parts.run.trainer.model, parts.run.trainer.algorithm
     for client, rows in enumerate(parts.split.test):
-        own = Vars(last.shared, {n: v[client] for n, v in last.personal.items()})
-        module = network.module(parts.config.algorithm.weights_of(network, own))
+        own = Vars(algorithm.download(last.shared), {n: v[client] for n, v in last.personal.items()})
+        module = network.module(algorithm.weights_of(network, own))
         right = module(images[rows]).argmax(1) == data.test.y[rows]
         assert last.clients["accuracy_aggregated"][client] == pytest.approx(right.double().mean().item())
     assert last.row["accuracy"] == pytest.approx(last.clients["accuracy"].mean())

@@ -10,9 +10,9 @@ FLOOR = {  # top-level file or folder -> floor; the package's own __init__ is it
     **dict.fromkeys(("tree", "batch", "bounds", "seeds", "vision", "units", "launch"), 0),
     **dict.fromkeys(("layout", "sums", "placement", "models"), 1),
     "algorithm": 2,
-    **dict.fromkeys(("adapter", "companion", "lowrank", "server_step", "similarity", "simplex", "prototypes", "gating", "truncation"), 3),
-    **dict.fromkeys(("algorithms", "data", "engine", "comm", "store", "blocks"), 4),
-    **dict.fromkeys(("experiment", "mixing", "progress"), 5),
+    **dict.fromkeys(("adapter", "companion", "lowrank", "server_step", "similarity", "simplex", "prototypes", "gating"), 3),
+    **dict.fromkeys(("finetuning", "data", "engine", "comm", "store", "blocks"), 4),
+    **dict.fromkeys(("algorithms", "experiment", "mixing", "uplink", "decomposition", "progress"), 5),
     **dict.fromkeys(("config", "federation"), 6),
     "round": 7,
     "build": 8,
@@ -105,7 +105,7 @@ def test_algorithms_see_nothing_that_runs_them():
                 "simplex",
                 "prototypes",
                 "gating",
-                "truncation",
+                "finetuning",
                 "algorithms",
             }, parts
 

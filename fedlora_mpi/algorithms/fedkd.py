@@ -31,9 +31,9 @@ from ..algorithm import Batch, Phase, Step, Train, Vars
 from ..batch import cross_entropy, divergence, mean
 from ..bounds import bounded
 from ..companion import Companion
+from ..lowrank import truncated
 from ..models.network import Model
 from ..tree import Tree
-from ..truncation import truncated
 
 
 @dataclass(frozen=True)

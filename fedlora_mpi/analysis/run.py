@@ -116,15 +116,20 @@ class RunView:
         return ClientView(self, id)
 
     @cached_property
-    def built(self) -> "tuple[Algorithm, tuple[Model, ...]]":
-        """The algorithm and the networks (with their initial weights), from the config; needs no data set."""
+    def variants(self) -> "tuple[Algorithm, ...]":
+        """The method as each client has it, [N]: of its own rank, for instance."""
+        clients = len(self.partition.train)
+        return tuple(self._parsed.algorithm.of_client(client, clients) for client in range(clients))
+
+    @cached_property
+    def networks(self) -> "tuple[Model, ...]":
+        """The networks of ``model.mix`` with their initial weights, from the config; needs no data set."""
         from ..models.zoo import build
 
         found = self._files.partition()
         shape, tokens = tuple(found["input_shape"].tolist()), int(found.get("input_tokens", [0])[0])
         classes, config = self.partition.train_counts.shape[1], self._parsed
-        networks = config.model.mix
-        return config.algorithm, tuple(build(n.name, n.options, classes, shape, config.seed, tokens) for n in networks)
+        return tuple(build(n.name, n.options, classes, shape, config.seed, tokens) for n in config.model.mix)
 
     @cached_property
     def vocabulary(self) -> "Vocabulary":
@@ -181,8 +186,7 @@ class ClientView:
     @cached_property
     def network(self) -> "Model":
         """The client's network, with its initial weights."""
-        _, models = self.run.built
-        return models[self.run.network_of[self.id]]
+        return self.run.networks[self.run.network_of[self.id]]
 
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:
@@ -191,11 +195,13 @@ class ClientView:
 
         from ..algorithm import Vars
 
-        algorithm, _ = self.run.built
+        algorithm = self.run.variants[self.id]
         tensors = lambda leaves: {name: torch.from_numpy(value) for name, value in leaves.items()}
         personal = {n: _only(rows) for n, rows in self.checkpoint.personal([self.id]).items()}
+        shared = tensors(self.checkpoint.shared())
         with torch.no_grad():
-            tree = algorithm.weights_of(self.network, Vars(tensors(self.checkpoint.shared()), tensors(personal)))
+            arrived = shared if algorithm.judges == "server" else algorithm.download(shared)
+            tree = algorithm.weights_of(self.network, Vars(arrived, tensors(personal)))
         return {name: value.numpy() for name, value in tree.items()}
 
     @cached_property

@@ -20,7 +20,7 @@ from .train import Trainer, Walk
 
 @dataclass(frozen=True)
 class Flops:
-    """What the clients of one kind compute; ``first``: the variables of any of them before round 1."""
+    """What the clients of one kind compute; ``first``: the variables of any of them in round 1, as they arrive."""
 
     trainer: Trainer
     first: Vars

@@ -72,7 +72,9 @@ class Trainer:
                 scores.append(self._scores(ids, v))
             else:
                 personal = personal_C if self.stacked else {n: v[members[0]] for n, v in personal_C.items()}
-                v = Vars(self._to_device(shared), self._to_device(personal))
+                here = self._to_device(shared)
+                received = here if self.algorithm.judges == "server" else self.algorithm.download(here)
+                v = Vars(received, self._to_device(personal))
                 scores.append(self._scores(ids, v, shared_axis=None))
         return torch.cat(scores) if scores else torch.zeros(0, 2, dtype=torch.float64)
 
@@ -132,10 +134,11 @@ class Trainer:
 
     def _spread(self, shared: Tree, personal_C: Tree, members: Sequence[int]) -> Vars:
         """The variables of these clients, [C, ...] in a stack; nothing is copied."""
+        shared = self.algorithm.download(self._to_device(shared))
         if self.stacked:
-            spread = tmap(lambda v: v.to(self.device).expand(len(members), *v.shape), shared)
+            spread = tmap(lambda v: v.expand(len(members), *v.shape), shared)
             return Vars(spread, self._to_device(personal_C))
-        return Vars(self._to_device(shared), self._to_device({n: v[members[0]] for n, v in personal_C.items()}))
+        return Vars(shared, self._to_device({n: v[members[0]] for n, v in personal_C.items()}))
 
     def _copy(self, v: Tensor) -> Tensor:
         """A copy that training may write to; one client's convolution weights in the layout that

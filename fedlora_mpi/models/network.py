@@ -9,6 +9,7 @@ belong to no client and never travel.
 import copy
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -95,9 +96,20 @@ class Model:
         """The same network in evaluation mode."""
         return replace(self, training=False)
 
+    @cached_property
+    def fixed(self) -> "Model":
+        """The same network, whose BatchNorm takes its running statistics as they are, in training too."""
+        training = copy.deepcopy(self.modules[True]), copy.deepcopy(self.bodies[True])
+        for layer in (layer for module in training for layer in module.modules()):
+            if isinstance(layer, _NormBase):
+                layer.eval()
+        modules, bodies = ((half[False], fixed) for half, fixed in zip((self.modules, self.bodies), training))
+        return replace(self, batch_statistics=False, modules=modules, bodies=bodies)
+
     def to(self, device: torch.device) -> "Model":
-        """The same network with its constants on ``device``."""
-        return replace(self, constants={n: v.to(device) for n, v in self.constants.items()})
+        """The same network with its initial weights and constants on ``device``."""
+        initial, constants = ({n: v.to(device) for n, v in tree.items()} for tree in (self.initial, self.constants))
+        return replace(self, initial=initial, constants=constants)
 
     def role(self, leaf: str) -> Role | None:
         """Role of a leaf; None for names that are not the network's (an algorithm's own)."""

@@ -1,0 +1,89 @@
+"""LoRA of a rank of each client's own, without the bias of truncation: a full-rank update corrected by what was trained.
+
+Peng et al., "FedHL: Federated Learning for Heterogeneous Low-Rank Adaptation via Unbiased Aggregation", 2025,
+https://arxiv.org/abs/2505.18494; numbers of equations as a baseline of FedHera cites them. W^r is the best
+approximation of rank r (``flexlora``), W_k = s_k B_k A_k what client k has made of W^{r_k}:
+
+    W    <-  W + sum_k p_k (W_k - W^{r_k})
+    t_k  =   ||W - W^{r_k}||_F^2 = sum_{j > r_k} s_j^2, over all layers                         (8)
+    p_k  =   1 / (t_k^2 + eps) / sum_j 1 / (t_j^2 + eps)                                        (15)
+
+FlexLoRA's mean differs by sum_k p_k (W - W^{r_k}): without training it shrinks W, FedHL leaves it as it is.
+
+The weights are steep: a client whose rank holds all of W takes nearly the whole weight at the paper's absolute eps
+= 1e-6. ``eps_relative`` adds that share of ||W||_F^4 to eps; ``weight_mode``: the paper's, uniform, n_k (samples) or
+n_k / (t_k^2 + eps) (both); ``per_layer``: t_k and p_k of each layer by itself.
+BatchNorm: takes its statistics as they are, unless ``full`` names norm.
+Bytes per client and round: 4 (r_k (d_out + d_in) for each decomposed weight, and what is trained in full) up and
+down; the server keeps d_out d_in numbers of each. The weights follow from singular values, which it has.
+Deviations: what is trained in full is averaged by n_k, since it is not truncated. The abstract is all that could be
+read: bound, per-layer or common weights, and eps are those of the baseline.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from ..algorithm import Vars
+from ..bounds import bounded
+from ..finetuning import Redistributed
+from ..models.network import Model
+from ..tree import Tree, prefixed, under
+
+
+@dataclass(frozen=True)
+class FedHL(Redistributed):
+    """Further shared leaves: "tail.<weight>" [R + 1], sum_{j > r} s_j^2 of W for each rank r up to R."""
+
+    weight_mode: Literal["paper", "uniform", "samples", "both"] = "paper"
+    eps: float = 1e-6
+    eps_relative: float = 0.0
+    per_layer: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bounded(self, eps="(0, inf)", eps_relative="[0, inf)")
+
+    def init(self, model: Model, rng: Generator) -> Vars:
+        shared, personal = super().init(model, rng)[:2]
+        rows = {n: len(shared[f"{n}.A"]) for n in self.adapted(model)}
+        return Vars(shared | {f"tail.{n}": torch.zeros(r + 1) for n, r in rows.items()}, personal)
+
+    def download(self, shared: Tree) -> Tree:
+        return super().download({n: v for n, v in shared.items() if not n.startswith("tail.")})
+
+    def term(self, upload: Tree, shared: Tree) -> Tree:
+        """W_k - W^{r_k}."""
+        got = self.products(self.download(shared))
+        return {f"{n}.W": p - got[n] for n, p in self.products(upload).items()}
+
+    def weight(self, upload: Tree, shared: Tree, count: int) -> Tree:
+        """p_k times a number that all clients have in common: at most 1, or n_k."""
+        tails, r = under(shared, "tail."), max(self.lora_ranks)
+        parts = {n: torch.stack([tail[min(r, len(tail) - 1)], tail[-1], tail[0]]) for n, tail in tails.items()}
+        if not self.per_layer:
+            parts = dict.fromkeys(parts, sum(parts.values()))
+        n_k = count if self.weight_mode in ("samples", "both") else 1
+        steep = self._steep if self.weight_mode in ("paper", "both") else lambda lost, least, whole: torch.ones_like(lost)
+        return {n: n_k * steep(*part.double()).to(part.dtype) for n, part in parts.items()}
+
+    def _steep(self, lost: Tensor, least: Tensor, whole: Tensor) -> Tensor:
+        """Eq. (15) of t_k, relative to a client of rank R; whole: ||W||_F^2."""
+        eps = self.eps + self.eps_relative * whole.square()
+        return (least.square() + eps) / (lost.square() + eps)
+
+    def aggregate(self, shared: Tree, mean: Tree) -> Tree:
+        return {n: shared[n] + v for n, v in mean.items()}
+
+    def handed_out(self, shared: Tree, right: Tree) -> Tree:
+        shared = super().handed_out(shared, right)
+        return shared | prefixed({n: _tail(shared[f"{n}.W"], shared[f"{n}.B"]) for n in right}, "tail.")
+
+
+def _tail(W: Tensor, B: Tensor) -> Tensor:
+    """[R + 1] sum_{j > r} s_j^2 of W for r from 0 to R; the columns of B = U S have the norms s_j."""
+    squares = B.double().square().sum(0)
+    lost = W.double().square().sum() - torch.cat([squares.new_zeros(1), squares.cumsum(0)])
+    return lost.clamp(min=0).to(W.dtype)
