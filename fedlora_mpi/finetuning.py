@@ -153,13 +153,24 @@ class FineTuning(Algorithm):
         network = model if "norm" in self.full or not model.training else model.fixed
         return network(self.weights_of(model, v), x)
 
+    def adapter(self, model: Model, v: Vars) -> tuple[dict[str, tuple[Tensor, Tensor, float]], Tree]:
+        """({weight: (A, B, s)}, leaves trained in full) of the client's own model, on top of the initial weights.
+
+        Raises ValueError where the model holds a dense update beside.
+        """
+        if any(n.endswith(".W") for n in v.shared):
+            raise ValueError("the model holds a dense update of the frozen weights beside the factors")
+        names = [n.removesuffix(".B") for n in v.shared if n.endswith(".B")]
+        factors = {n: (v.shared[f"{n}.A"], v.shared[f"{n}.B"], self.s) for n in names}
+        return factors, {n: w for n, w in v.shared.items() if n in model.leaves}
+
     def products(self, tree: Tree) -> Tree:
         """{weight: s B A} of all factors in ``tree``, [out side, in side]."""
         names = [n.removesuffix(".B") for n in tree if n.endswith(".B")]
         return {n: self.s * tree[f"{n}.B"] @ tree[f"{n}.A"] for n in names}
 
     def delta(self, shared: Tree) -> Tree:
-        """{weight: its update W + s B A}, [out side, in side]."""
+        """{weight: its update W + s B A}, [out side, in side], of a client's or the server's shared variables."""
         return {n: shared[f"{n}.W"] + p if f"{n}.W" in shared else p for n, p in self.products(shared).items()}
 
     # The server.
@@ -197,17 +208,13 @@ class FineTuning(Algorithm):
         """The shared leaves that change, from the present ones and the weighted mean of the terms."""
         return mean
 
-    def total(self, shared: Tree) -> Tree:
-        """{weight: the update that the server's variables stand for}, [out side, in side]."""
-        return self.delta(shared)
-
     # The diagnosis.
 
     def diagnosis(self, upload: Tree, shared: Tree, count: int) -> Tree:
         """What ``diagnosed`` needs the mean of; all means are weighted by n_k, hence the divisions by it."""
         n, arrived = next(iter(upload.values())).new_tensor(count), self.download(shared)
-        got, end, total = self.delta(arrived), self.delta(arrived | upload), self.total(shared)
-        truncation = sum((total[name] - d).square().sum() for name, d in got.items())
+        got, end, before = self.delta(arrived), self.delta(arrived | upload), self.delta(shared)
+        truncation = sum((before[name] - d).square().sum() for name, d in got.items())
         tree = {"one": 1 / n, "truncation": truncation / n}
         for name, w in (self.weight(upload, shared, count) or {"all": n}).items():
             tree |= {f"first.{name}": w / n, f"second.{name}": w.square() / n}
@@ -219,7 +226,7 @@ class FineTuning(Algorithm):
         mean = under(mean, "diagnosis.")
         first, second = under(mean, "first."), under(mean, "second.")
         shares = [w.square() / (second[n] * mean["one"]) for n, w in first.items()]
-        before, after = self.total(shared), self.total(new)
+        before, after = self.delta(shared), self.delta(new)
         away = lambda exact, of: sum((of[n] - v).square().sum() for n, v in exact.items()).sqrt()
         change = {n: v - before[n] for n, v in after.items()}
         found = (
