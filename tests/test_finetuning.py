@@ -1,0 +1,384 @@
+"""Federated LoRA of clients' own ranks: FedIT, FlexLoRA and FedHL, and what they are built from."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from runs import NORM, TINY, built, on_ranks, played, same
+
+from fedlora_mpi import config as configs
+from fedlora_mpi.algorithms.fedhl import FedHL
+from fedlora_mpi.algorithms.fedit import FedIT
+from fedlora_mpi.algorithms.flexlora import FlexLoRA
+from fedlora_mpi.decomposition import right_vectors
+from fedlora_mpi.lowrank import right
+
+RANKS = (1, 2, 4)
+SIDES = {"u": (3, 5), "v": (7, 6)}  # out side, in side
+COUNTS = (10, 20, 70)
+
+
+def matrix(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def shared_of(algorithm, server=True, rank=None):
+    """The server's variables after some rounds: W of full rank, and what belongs to it."""
+    tree = {"head": matrix(1, 2)}
+    for number, (name, (out, inside)) in enumerate(SIDES.items()):
+        rows = min(max(algorithm.lora_ranks), out, inside)
+        if isinstance(algorithm, FedIT):
+            tree |= {f"{name}.A": matrix(10 + number, rows, inside), f"{name}.B": matrix(20 + number, out, rows)}
+            continue
+        W = matrix(2 + number, out, inside)
+        if rank is not None:
+            W = matrix(30, out, rank) @ matrix(31, rank, inside)
+        tree |= {f"{name}.A": W.new_zeros(rows, inside), f"{name}.B": W.new_zeros(out, rows), f"{name}.W": W}
+    if isinstance(algorithm, FedIT):
+        return tree
+    return handed_out(algorithm, tree)
+
+
+def handed_out(algorithm, shared):
+    return algorithm.handed_out(shared, {n: right(W, rows) for n, (W, rows) in algorithm.decomposed(shared).items()})
+
+
+def trained(download, seed, far=0.1):
+    """What a client makes of what it got."""
+    return {n: v + far * matrix(seed + i, *v.shape) for i, (n, v) in enumerate(download.items())}
+
+
+def next_round(algorithm, shared, far=0.1, counts=COUNTS):
+    """(shared after the round, {client: its uploads}) of three clients of the ranks of ``algorithm``."""
+    uploads, total = {}, sum(counts)
+    mean: dict = {}
+    for client, count in enumerate(counts):
+        own = algorithm.of_client(client, len(counts))
+        uploads[client] = trained(own.download(shared), 100 * client, far)
+        for n, v in own.expand(uploads[client], shared, count).items():
+            mean[n] = mean.get(n, 0) + count / total * v
+    _, new = algorithm.serve({}, shared, mean, 1.0)
+    return (handed_out(algorithm, new) if algorithm.decomposed(new) else new), uploads
+
+
+def products(algorithm, uploads):
+    """{client: {weight: s B A}}"""
+    return {c: algorithm.of_client(c, len(uploads)).products(upload) for c, upload in uploads.items()}
+
+
+def near(a, b, atol=1e-12):
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+# Ranks.
+
+
+def test_a_list_of_ranks_goes_round():
+    assert [FedIT(lora_ranks=RANKS).of_client(k, 5).lora_ranks for k in range(5)] == [(1,), (2,), (4,), (1,), (2,)]
+
+
+def test_shares_of_ranks_are_those_of_the_clients():
+    method = FedIT(lora_ranks=(8, 4, 1), rank_shares=(0.2, 0.3, 0.5))
+    ranks = [method.of_client(k, 10).lora_ranks[0] for k in range(10)]
+    assert ranks == [8] * 2 + [4] * 3 + [1] * 5
+
+
+def test_a_rank_follows_the_capacity_but_is_at_least_1():
+    method = FedIT(lora_ranks=(10,), capacities=(2.0, 1.0, 0.1))
+    assert [method.of_client(k, 4).lora_ranks[0] for k in range(4)] == [10, 5, 1, 10]
+
+
+@pytest.mark.parametrize("method", [FedIT, FlexLoRA, FedHL])
+@pytest.mark.parametrize("scale", ["common", "root"])
+def test_the_scale_is_alpha_by_the_rank(method, scale):
+    clients = [method(lora_ranks=RANKS, alpha=8.0, scale=scale).of_client(k, 3) for k in range(3)]
+    over = {"common": [4.0] * 3, "root": [2.0] * 3 if method is FedIT else [1.0, 2**0.5, 2.0]}[scale]
+    assert [client.s for client in clients] == pytest.approx([8 / r for r in over])
+
+
+def test_by_default_products_are_scaled_by_each_rank():
+    assert [FedHL(lora_ranks=RANKS, alpha=8.0).of_client(k, 3).s for k in range(3)] == [8, 4, 2]
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("lora_ranks=[]", "lora_ranks = []: must be integers of at least 1"),
+        ("lora_ranks=[0]", "lora_ranks = [0]: must be integers of at least 1"),
+        ("rank_shares=[0.5]", "rank_shares = [0.5]: must be a share above 0 for each of lora_ranks, together 1"),
+        ("capacities=[0.0]", "capacities = [0.0]: must be above 0, and lora_ranks one number"),
+        ("layers=['nothing']", "layers = nothing: matches no weight"),
+        ("layers=['head.*']", "layers = ['head.*']: match only what is trained in full"),
+    ],
+)
+def test_a_wrong_setting_gets_one_line(override, message):
+    with pytest.raises(Exception, match="algorithm") as error:
+        built.__wrapped__("algorithm=fedhl", NORM, f"algorithm.{override}")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# The decomposition.
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4), (8, 30)])
+def test_the_best_approximation_is_that_of_the_svd(shape):
+    W = matrix(0, *shape)
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
+    for rows in range(1, min(shape) + 1):
+        A = right(W, rows)
+        near(A @ A.T, torch.eye(rows, dtype=W.dtype))
+        near(W @ A.T @ A, U[:, :rows] * S[:rows] @ V[:rows], atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_matrix_of_lower_rank_leaves_no_dead_factor(shape, rank):
+    W = matrix(0, shape[0], rank) @ matrix(1, rank, shape[1])
+    A = right(W, 3)
+    near(A @ A.T, torch.eye(3, dtype=W.dtype))
+    near(W @ A.T @ A, W, atol=1e-10)
+    B = W @ A.T
+    dead = (B.norm(dim=0) < 1e-9) & (A.norm(dim=1) < 1e-9)
+    assert not dead.any()
+
+
+def test_a_stack_of_matrices_is_decomposed_one_by_one():
+    stack = torch.stack([matrix(seed, 5, 3) for seed in range(4)])
+    near(right(stack, 2), torch.stack([right(W, 2) for W in stack]))
+
+
+def test_ranks_share_large_decompositions_and_move_no_bit():
+    matrices = {f"w{k}": (torch.randn(300 + 40 * k, 300, generator=torch.Generator().manual_seed(k)), 5) for k in range(5)}
+    matrices["last"] = torch.randn(3, 7, generator=torch.Generator().manual_seed(9)), 2
+    (alone,) = on_ranks(1, lambda comm: right_vectors(comm, matrices))
+    for found in on_ranks(3, lambda comm: right_vectors(comm, matrices)):
+        assert list(found) == list(alone) and all(torch.equal(found[n], alone[n]) for n in alone)
+
+
+# FedIT.
+
+
+def test_fedit_pads_with_zeros_and_averages():
+    method = FedIT(lora_ranks=RANKS)
+    shared = shared_of(method)
+    new, uploads = next_round(method, shared)
+    for name in SIDES:
+        expected = torch.zeros_like(shared[f"{name}.A"])
+        for client, count in enumerate(COUNTS):
+            A = uploads[client][f"{name}.A"]
+            expected[: len(A)] += count / 100 * A
+        near(new[f"{name}.A"], expected)
+    near(new["head"], sum(count / 100 * uploads[k]["head"] for k, count in enumerate(COUNTS)))
+
+
+def test_the_mean_of_products_is_not_the_product_of_means():
+    """sum p B A - (sum p B)(sum p A) = sum p (B_k - B)(A_k - A), what ``lora_bias`` measures."""
+    method = FedIT(lora_ranks=(2,), alpha=2.0, diagnose=True)
+    shared = shared_of(method)
+    new, uploads = next_round(method, shared)
+    square = 0.0
+    for name in SIDES:
+        A, B = new[f"{name}.A"], new[f"{name}.B"]
+        p = [count / 100 for count in COUNTS]
+        gap = sum(w * (u[f"{name}.B"] - B) @ (u[f"{name}.A"] - A) for w, u in zip(p, uploads.values()))
+        square += gap.square().sum()
+    near(new["told.lora_bias"], square.sqrt(), atol=1e-10)
+    near(new["told.lora_update_bias"], square.sqrt(), atol=1e-10)
+    assert new["told.lora_truncation"] == 0
+    told = method.told(new, 3)
+    assert told["effective_clients"] == pytest.approx(1 / sum((count / 100) ** 2 for count in COUNTS))
+
+
+# FlexLoRA.
+
+
+def test_flexlora_keeps_the_mean_of_the_products():
+    method = FlexLoRA(lora_ranks=RANKS)
+    new, uploads = next_round(method, shared_of(method))
+    made = products(method, uploads)
+    for name in SIDES:
+        near(new[f"{name}.W"], sum(count / 100 * made[k][name] for k, count in enumerate(COUNTS)))
+
+
+def test_a_client_gets_the_best_approximation_of_its_rank():
+    method = FlexLoRA(lora_ranks=RANKS)
+    shared = shared_of(method)
+    for client, r in enumerate(RANKS):
+        own = method.of_client(client, 3)
+        arrived = own.download(shared)
+        assert not any(n.endswith(".W") for n in arrived)
+        for name, product in own.products(arrived).items():
+            U, S, V = torch.linalg.svd(shared[f"{name}.W"], full_matrices=False)
+            near(product, U[:, :r] * S[:r] @ V[:r], atol=1e-10)
+            assert arrived[f"{name}.A"].shape[0] == arrived[f"{name}.B"].shape[1] == min(r, *SIDES[name])
+
+
+def test_without_training_flexlora_shrinks():
+    method = FlexLoRA(lora_ranks=RANKS)
+    shared = shared_of(method)
+    new, _ = next_round(method, shared, far=0.0)
+    assert all(new[f"{n}.W"].norm() < 0.99 * shared[f"{n}.W"].norm() for n in SIDES)
+
+
+# FedHL (spec 4.5).
+
+
+@pytest.mark.parametrize("mode", ["paper", "uniform", "samples", "both"])
+def test_without_training_fedhl_stays_where_it_is(mode):
+    method = FedHL(lora_ranks=RANKS, weight_mode=mode)
+    shared = shared_of(method)
+    new, _ = next_round(method, shared, far=0.0)
+    assert all(torch.equal(new[f"{n}.W"], shared[f"{n}.W"]) for n in SIDES)
+
+
+def test_with_equal_ranks_that_hold_all_of_W_fedhl_is_flexlora_with_uniform_weights():
+    flex, hl = FlexLoRA(lora_ranks=(9,)), FedHL(lora_ranks=(9,))
+    ends = [next_round(method, shared_of(method), counts=(5, 5, 5))[0] for method in (flex, hl)]
+    for name in SIDES:
+        near(ends[0][f"{name}.W"], ends[1][f"{name}.W"], atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["paper", "uniform", "samples", "both"])
+def test_fedhl_is_its_mean_of_products_plus_what_truncation_took(mode):
+    method = FedHL(lora_ranks=RANKS, weight_mode=mode, eps=0.1)
+    shared = shared_of(method)
+    new, uploads = next_round(method, shared)
+    p = weights(method, shared, uploads)
+    made = products(method, uploads)
+    for name in SIDES:
+        W, got = shared[f"{name}.W"], [method.of_client(k, 3).delta(method.of_client(k, 3).download(shared))[name] for k in range(3)]
+        near(new[f"{name}.W"], sum(w * (made[k][name] + W - got[k]) for k, w in enumerate(p)), atol=1e-10)
+
+
+def weights(method, shared, uploads, counts=COUNTS):
+    """p_k of the first layer."""
+    found = [method.of_client(k, 3).weight(uploads[k], shared, count)["u"] for k, count in enumerate(counts)]
+    return [float(w / sum(found)) for w in found]
+
+
+def lost(shared, r):
+    """t_k from its definition: ||W - W^r||^2 over the layers."""
+    total = 0.0
+    for name in SIDES:
+        S = torch.linalg.svdvals(shared[f"{name}.W"])
+        total += float(S[r:].square().sum())
+    return total
+
+
+def test_the_weights_are_those_of_theorem_3():
+    method = FedHL(lora_ranks=RANKS, eps=0.5)
+    shared = shared_of(method)
+    _, uploads = next_round(method, shared)
+    raw = [1 / (lost(shared, r) ** 2 + 0.5) for r in RANKS]
+    p = weights(method, shared, uploads)
+    assert p == pytest.approx([w / sum(raw) for w in raw], rel=1e-9)
+    assert p == sorted(p) and sum(p) == pytest.approx(1)
+
+
+def test_other_weights():
+    shared = shared_of(method := FedHL(lora_ranks=RANKS, eps=0.5))
+    _, uploads = next_round(method, shared)
+    at = lambda **fields: weights(replace(method, **fields), shared, uploads)
+    assert at(weight_mode="uniform") == pytest.approx([1 / 3] * 3)
+    assert at(weight_mode="samples") == pytest.approx([0.1, 0.2, 0.7])
+    both = [count / (lost(shared, r) ** 2 + 0.5) for r, count in zip(RANKS, COUNTS)]
+    assert at(weight_mode="both") == pytest.approx([w / sum(both) for w in both])
+    whole = sum(float(shared[f"{n}.W"].square().sum()) for n in SIDES)
+    eased = [1 / (lost(shared, r) ** 2 + 0.5 + 0.2 * whole**2) for r in RANKS]
+    assert at(eps_relative=0.2) == pytest.approx([w / sum(eased) for w in eased])
+
+
+def test_a_layer_may_have_weights_of_its_own():
+    method = FedHL(lora_ranks=RANKS, eps=0.5, per_layer=True)
+    shared = shared_of(method)
+    _, uploads = next_round(method, shared)
+    tails = [float(torch.linalg.svdvals(shared["u.W"])[r:].square().sum()) for r in RANKS]
+    raw = [1 / (t**2 + 0.5) for t in tails]
+    assert weights(method, shared, uploads) == pytest.approx([w / sum(raw) for w in raw])
+
+
+def test_equal_ranks_are_equal_weights_whatever_the_samples():
+    method = FedHL(lora_ranks=(2,))
+    shared = shared_of(method)
+    assert weights(method, shared, next_round(method, shared)[1]) == pytest.approx([1 / 3] * 3)
+
+
+def test_what_truncation_takes_falls_with_the_rank_and_is_that_of_the_matrices():
+    shared = shared_of(FedHL(lora_ranks=(5,)))
+    for name, (out, inside) in SIDES.items():
+        tail, W = shared[f"tail.{name}"], shared[f"{name}.W"]
+        assert len(tail) == min(5, out, inside) + 1 and bool((tail.diff() <= 0).all())
+        for r in range(len(tail)):
+            A = right(W, max(r, 1))[:r]
+            near(tail[r], (W - W @ A.T @ A).square().sum(), atol=1e-10)
+
+
+def test_the_diagnosis_of_fedhl_is_what_it_says():
+    method = FedHL(lora_ranks=RANKS, diagnose=True, weight_mode="samples")
+    shared = shared_of(method)
+    new, uploads = next_round(method, shared)
+    assert float(new["told.lora_truncation"]) == pytest.approx(sum(lost(shared, r) for r in RANKS) / 3)
+    assert float(new["told.lora_update_bias"]) == pytest.approx(0, abs=1e-10)  # its update is the mean of theirs
+    made, square = products(method, uploads), 0.0
+    for name in SIDES:
+        square += (new[f"{name}.W"] - sum(n / 100 * made[k][name] for k, n in enumerate(COUNTS))).square().sum()
+    near(new["told.lora_bias"], square.sqrt(), atol=1e-10)
+    uniform = replace(method, weight_mode="uniform")
+    assert uniform.told(next_round(uniform, shared)[0], 3)["effective_clients"] == pytest.approx(3)
+
+
+def test_the_weights_of_round_1_are_uniform_and_every_b_has_a_gradient():
+    moments = played("algorithm=fedhl", NORM, "algorithm.lora_ranks=[1,2,4]", "algorithm.alpha=2", "algorithm.diagnose=true")[0]
+    assert moments[1].row["effective_clients"] == pytest.approx(4)
+    begin = moments[0].shared
+    assert not begin["conv.weight.B"].any() and begin["conv.weight.A"].norm(dim=1).min() > 0
+    assert moments[1].shared["conv.weight.W"].norm() > 0
+
+
+# Whole runs.
+
+
+@pytest.mark.parametrize("name", ["fedit", "flexlora", "fedhl"])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_gathered_uploads_give_the_bits_of_summed_ones(name, ranks):
+    common = (f"algorithm={name}", NORM, "algorithm.lora_ranks=[1,2,4]", "algorithm.alpha=2", "rounds=2")
+    by_sum = played(*common, "uplink=sum")[0][1:]
+    for moments in played(*common, "uplink=gather", ranks=ranks):
+        assert all(torch.equal(v, b.shared[n]) for a, b in zip(moments[1:], by_sum) for n, v in a.shared.items())
+        assert all(np.array_equal(a.clients["accuracy"], b.clients["accuracy"]) for a, b in zip(moments[1:], by_sum))
+
+
+def test_the_uplink_is_what_moves_fewer_bytes():
+    few = built("algorithm=fedhl", NORM, "algorithm.lora_ranks=[1]", "algorithm.full=[]")
+    many = built("algorithm=fedhl", NORM, "algorithm.lora_ranks=[4]", "reduce=fast")
+    assert few.run.gathers and not many.run.gathers
+    assert not built("algorithm=fedavg", NORM).run.gathers
+
+
+def test_a_client_pays_for_its_own_rank():
+    parts = built("algorithm=fedhl", NORM, "algorithm.lora_ranks=[1,2,4]", "algorithm.alpha=2")
+    moments = played("algorithm=fedhl", NORM, "algorithm.lora_ranks=[1,2,4]", "algorithm.alpha=2")[0]
+    conv, head = (4 * 3) + (1 * 3), 4 * 16 * 4 + 4  # sides of conv.weight [4, 1, 3, 3]; the head
+    for round_, moment in enumerate(moments[1:]):
+        numbers = sum(min((1, 2, 4)[c % 3], 3) * conv + head for c in parts.run.chosen(round_))
+        assert moment.row["bytes_up"] == moment.row["bytes_down"] == 4 * numbers
+
+
+def test_a_frozen_network_keeps_its_statistics():
+    moments = played("algorithm=fedit", NORM)[0]
+    assert "norm.running_mean" not in moments[-1].shared
+    moved = played("algorithm=fedit", NORM, "algorithm.full=[head,norm]", "rounds=2")[0]
+    assert not same(moved[0], moved[-1]) and moved[-1].shared["norm.running_mean"].any()
+
+
+def test_the_server_s_model_may_be_judged():
+    common = ("algorithm=fedhl", NORM, "algorithm.lora_ranks=[1,2]", "algorithm.alpha=2", "rounds=2")
+    client, server = played(*common)[0][-1], played(*common, "algorithm.judged=server")[0][-1]
+    assert all(torch.equal(client.shared[n], v) for n, v in server.shared.items())
+    assert not np.array_equal(client.clients["loss"], server.clients["loss"])
+
+
+def test_a_rank_is_part_of_the_config_that_a_resume_must_have():
+    digests = {configs.digest(configs.read(TINY, ["algorithm=fedhl", f"algorithm.lora_ranks={r}"])) for r in ("[4]", "[4,2]")}
+    assert len(digests) == 2
