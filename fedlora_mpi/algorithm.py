@@ -89,7 +89,7 @@ class Phase(NamedTuple):
 
 def held_out(samples: int, fraction: float) -> int:
     """How many of a client's training samples are held out: at least one, but never all; none of fraction 0."""
-    return min(samples - 1, max(1, int(fraction * samples))) if fraction else 0
+    return min(samples - 1, max(1, int(fraction * samples))) if fraction and samples else 0
 
 
 class Offer(NamedTuple):
@@ -110,9 +110,9 @@ class Algorithm:
     their Gram matrix (distances then do not cancel); ``sums``: whether the server is given the sum of the
     uploads in the place of their mean (absent clients are then excluded); ``surveys``: whether ``begin``
     and ``finish`` are given all training data, in order, or the first sample alone; its ``counts`` are
-    those of all; ``held_out``: fraction of each client's training samples, the same ones in all rounds,
-    that no phase uses but those that say so, and these without augmentation; ``judges``: whether every
-    client's own model is evaluated or, on every client's test data, the one that the server has.
+    those of all; ``held_out``: fraction of each client's training samples, the same ones in all rounds
+    (of a task), that no phase uses but those that say so, and these without augmentation; ``judges``: whether
+    every client's own model is evaluated or, on every client's test data, the one that the server has.
     """
 
     weights: ClassVar[Literal["samples", "uniform"]] = "samples"

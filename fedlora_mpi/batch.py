@@ -14,7 +14,7 @@ class Batch(NamedTuple):
     y: Tensor  # [B] class index, int64
     real: Tensor | None  # [B] False for padding, which is at the end; None when all B examples are real
     key: Tensor  # [] int64, the address of this step's noise (dropout)
-    counts: Tensor  # [classes] training samples of this client in each class, float32
+    counts: Tensor  # [classes] training samples of this client in each class, in this round, float32
 
 
 def mean(each: Tensor, batch: Batch) -> Tensor:

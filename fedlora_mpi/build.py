@@ -20,6 +20,7 @@ from .engine.train import Trainer
 from .federation import Kind, Run
 from .layout import Layout
 from .mixing import Mixing
+from .models import weights
 from .models.network import Model
 from .models.zoo import build as build_model
 from .placement import assign, groups
@@ -71,7 +72,11 @@ def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
     models = []
     for network in config.model.mix:
         with naming(source, "model"):
-            models.append(build_model(network.name, network.options, data.classes, data.shape, config.seed, data.tokens))
+            models.append(
+                build_model(
+                    network.name, network.options, data.classes, data.shape, config.seed, data.tokens, network.weights
+                )
+            )
         with naming(source, "algorithm"):
             config.algorithm.check(models[-1], config.train)
     return tuple(models)
@@ -149,7 +154,7 @@ def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], devi
         costs=costs,
         host=host,
         sizes=tuple(sizes),
-        weight_N=tuple(sizes if algorithm.weights == "samples" else [1] * len(sizes)),
+        weight_N=_weights(algorithm, sizes),
         seed=config.seed,
         participation=config.participation,
         reduce=config.reduce,
@@ -157,10 +162,30 @@ def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], devi
         gathers=_gathers(config, algorithm, kinds, kind_of),
         mixing=Mixing.of(algorithm, first, [rank_of[c] for c in range(len(sizes))], workers, config.mix),
     )
+    if tasks := config.data.tasks:
+        with naming(source, "data"):
+            parts = tasks.splits(split, data.train.y.numpy(), data.test.y.numpy())
+        run = replace(run, by_task=tuple(_holding(run, part) for part in parts), task_rounds=tasks.rounds)
     digest = f"{configs.digest(config)}-{split.digest()[:16]}"
     if data.vocabulary:
         digest += f"-{data.vocabulary.digest()[:16]}"
+    for network in config.model.mix:
+        if network.weights is not None:
+            digest += f"-{weights.digest(weights.find(network.name, network.weights).path)[:16]}"
     return Built(config, run, split, data.shape, digest, data.vocabulary)
+
+
+def _weights(algorithm: Algorithm, sizes: Sequence[int]) -> tuple[int, ...]:
+    """What the upload of each client counts in the mean: nothing when it holds no sample."""
+    return tuple(sizes if algorithm.weights == "samples" else (min(size, 1) for size in sizes))
+
+
+def _holding(run: Run, split: Split) -> Run:
+    """``run`` when its clients hold what ``split`` says, in the same groups on the same ranks."""
+    feed, sizes = run.trainer.feed, tuple(map(len, split.train))
+    feed = feed and feed.holding(split)
+    kinds = tuple(kind._replace(trainer=replace(kind.trainer, feed=feed)) for kind in run.kinds)
+    return replace(run, kinds=kinds, sizes=sizes, weight_N=_weights(run.algorithm, sizes))
 
 
 def variants_of(config: Config) -> tuple[list[tuple[int, Algorithm]], tuple[int, ...]]:

@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   fedlora-mpi reproduce table1 --alpha 0.1 --jobs 2           the paper's table, shrunk to half an hour
   fedlora-mpi reproduce table1 --scale full --print-jobs      its runs as lines and as a Slurm array
   fedlora-mpi reproduce pfedlora --jobs 2                     clients with networks of their own: accuracy and cost
+  fedlora-mpi pretrain configs/cifar10.yaml --to net.safetensors   a backbone for model.weights=net.safetensors
   fedlora-mpi submit configs/cifar10.yaml --gpus 4            as a Slurm job that requeues itself until done
   fedlora-mpi doctor configs/cifar10.yaml                     does everything work on this machine?
   fedlora-mpi digest runs/a runs/b                            are two runs equal to the last bit?
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "The accuracy of runs, as a table.")
     digest = add("digest", _digest, "SHA-256 of the newest checkpoint of runs: equal means equal to the bit.")
     doctor = add("doctor", _doctor, "Whether everything works on this machine, a line each with the remedy.")
+    _backbone_of(add("pretrain", _pretrain, "Train a network on all data in one place, into a file for model.weights.", parallel=True))
     _job_of(add("submit", _submit, "Queue a run as a Slurm job, which is queued again until the run is done."))
     _grid_of(add("reproduce", _reproduce, "A table of the FedLoRA paper, or of pFedLoRA's, from runs of our own, beside its numbers."))
     for sub in (run, plan, partition):
@@ -78,6 +80,16 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (report, digest):
         sub.add_argument("runs", nargs="+", type=Path, help="run folders")
     return parser
+
+
+def _backbone_of(sub: argparse.ArgumentParser) -> None:
+    """The arguments of ``pretrain``."""
+    sub.add_argument("config", help="a YAML file; its partition and its algorithm do not matter")
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    sub.add_argument("--to", type=Path, required=True, metavar="FILE.safetensors", help="where the weights go")
+    sub.add_argument("--classes", metavar="0-4|0,2,5", help="only samples of these (default: all)")
+    sub.add_argument("--epochs", type=int, metavar="E", help="default: train.epochs")
+    sub.add_argument("--network", type=int, default=0, metavar="K", help="of model.mix, from 0 (default 0)")
 
 
 def _job_of(sub: argparse.ArgumentParser) -> None:
@@ -96,12 +108,16 @@ def _job_of(sub: argparse.ArgumentParser) -> None:
 def _grid_of(sub: argparse.ArgumentParser) -> None:
     """The arguments of ``reproduce``."""
     several = {"nargs": "+", "default": ()}
-    sub.add_argument("table", choices=(*(f"table{n}" for n in range(1, 6)), "fig4", "fig6", "fig7", "pfedlora"))
-    sub.add_argument("--data", nargs="+", default=["cifar10"], choices=("cifar10", "cifar100", "tiny_imagenet"))
-    sub.add_argument("--alpha", **several, type=float, help="of the Dirichlet split (default 0.1); not for pfedlora")
+    sub.add_argument("table", choices=(*(f"table{n}" for n in range(1, 7)), "fig4", "fig6", "fig7", "pfedlora"))
+    sets = ("cifar10", "cifar100", "tiny_imagenet", "ag_news")
+    sub.add_argument("--data", **several, choices=sets, help="default cifar10; table6 has ag_news alone, and no other has it")
+    split = "of the Dirichlet split (default 0.1, of table6 1.0); not for pfedlora"
+    sub.add_argument("--alpha", **several, type=float, help=split)
+    texts = "table6: the file of the training texts in DATA/AG_NEWS (default train.csv)"
+    sub.add_argument("--text-train", default="", metavar="FILE", help=texts)
     sub.add_argument("--seeds", **several, type=int, metavar="SEED", help="default: 1 2 3, at small scale 1")
     sub.add_argument("--rounds", type=int, help="default: the scale's; more of them go on with a finished run")
-    sub.add_argument("--methods", **several, metavar="ROW", help="rows of the table; for table1 and pfedlora any algorithm")
+    sub.add_argument("--methods", **several, metavar="ROW", help="rows of the table; for table1, table6 and pfedlora any algorithm")
     crowds = "pfedlora: how many there are; all, 20 or 10 %% take part (default: all three, at small scale 10)"
     sub.add_argument("--clients", **several, type=int, choices=(10, 50, 100), help=crowds)
     sub.add_argument("--homogeneous", action="store_true", help="pfedlora: CNN-1 for every client, and FedAvg as well")
@@ -136,6 +152,17 @@ def _plan(asked: argparse.Namespace, comm) -> int:
     from .plan import plan
 
     print(together(comm, lambda: plan(read(asked.config, asked.overrides), asked.config, asked.ranks)))
+    return 0
+
+
+def _pretrain(asked: argparse.Namespace, comm) -> int:
+    from .comm import together
+    from .config import read
+    from .pretrain import pretrain
+
+    named = ("to", "classes", "epochs", "network")
+    given = {name: value for name, value in vars(asked).items() if name in named}
+    together(comm, lambda: pretrain(read(asked.config, asked.overrides), asked.config, comm.size, **given))
     return 0
 
 

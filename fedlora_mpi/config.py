@@ -57,16 +57,23 @@ def resolved_dict(config: Config) -> dict[str, Any]:
     partition = config.data.partition
     kind = next(kind for kind, cls in KINDS.items() if type(partition) is cls)
     tree["data"] = blocks.plain(config.data.source) | {"partition": {"kind": kind} | blocks.plain(partition)}
+    if config.data.tasks:  # the digest of a config without stays what it was before there were tasks
+        tree["data"]["tasks"] = blocks.plain(config.data.tasks)
     tree["model"] = _model_tree(config.model)
     tree["algorithm"] = {"name": algorithm_name(config.algorithm)} | blocks.plain(config.algorithm)
     return tree
 
 
 def _model_tree(model: ModelBlock) -> dict[str, Any]:
-    networks = [{"name": network.name} | blocks.plain(network.options) for network in model.mix]
+    networks = [_network_tree(network) for network in model.mix]
     rest = {"clients": model.clients, "each": model.each}
     given = {name: list(value) for name, value in rest.items() if value is not None}
     return networks[0] if len(networks) == 1 and not given else {"mix": networks} | given
+
+
+def _network_tree(network: Network) -> dict[str, Any]:
+    given = {} if network.weights is None else {"weights": network.weights}
+    return {"name": network.name} | given | blocks.plain(network.options)
 
 
 def resolved_yaml(config: Config) -> str:
@@ -126,10 +133,10 @@ def _config(tree: Mapping[str, Any], origin: Origin) -> Config:
 
 
 def _data(value: Any, key: str, origin: Origin) -> DataBlock:
-    known = blocks.fields_of(Source) | {"partition": Field(_partition)}
-    values = blocks.read(known, value, key, origin, key)
-    partition = values.pop("partition")
-    return DataBlock(blocks.make(Source, values, key, origin), partition)
+    own = {"partition": Field(_partition), "tasks": blocks.fields_of(DataBlock)["tasks"]}
+    values = blocks.read(blocks.fields_of(Source) | own, value, key, origin, key)
+    rest = {name: values.pop(name) for name in own}
+    return blocks.make(DataBlock, {"source": blocks.make(Source, values, key, origin)} | rest, key, origin)
 
 
 def _partition(value: Any, key: str, origin: Origin) -> Partition:
@@ -157,7 +164,10 @@ def _network(value: Any, key: str, origin: Origin) -> Network:
     )
     own = zoo.NAMES.get(name)
     known = blocks.options_of(own) if own else dict.fromkeys(options, Field(partial(blocks.typed, Any)))
-    return Network(name, MappingProxyType(blocks.read(known, options, key, origin, owner=name)))
+    known["weights"] = blocks.fields_of(Network)["weights"]
+    values = blocks.read(known, options, key, origin, owner=name)
+    weights = values.pop("weights")
+    return Network(name, MappingProxyType(values), weights)
 
 
 def _algorithm(value: Any, key: str, origin: Origin) -> Algorithm:

@@ -8,15 +8,21 @@ from .algorithm import Algorithm, Train
 from .bounds import bounded
 from .data.datasets import Source
 from .data.partition import Partition
+from .data.tasks import Tasks
 from .engine.settings import Engine
 
 
 @dataclass(frozen=True)
 class DataBlock:
-    """The ``data`` block: the pooled examples, and who gets which."""
+    """The ``data`` block: the pooled examples, who gets which, and when."""
 
     source: Source
     partition: Partition
+    tasks: Tasks | None = None  # None: all classes from the start
+
+    def __post_init__(self) -> None:
+        if self.tasks and self.source.shift == "labels":
+            raise ValueError("shift = labels: would make a task other classes for every client; choose none or rotate")
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Network:
 
     name: str
     options: Mapping[str, Any]
+    weights: str | None = None  # None: initial weights of the seed
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Who takes part in a run, on which rank, with what: all that is fixed, and all that changes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -66,6 +66,8 @@ class Run:
     upload: Layout  # of what an upload stands for in the mean
     gathers: bool = False  # whether uploads travel as they are, not as that
     mixing: Mixing | None = None  # how per-client mixes are exchanged; None: the method has none
+    by_task: tuple["Run", ...] = ()  # this run with what its clients hold in each task; empty: there are none
+    task_rounds: int = 1  # of each task; the last one stays
 
     @property
     def trainer(self) -> Trainer:
@@ -113,10 +115,20 @@ class Run:
         """The groups that this rank hosts."""
         return (group for group, rank in zip(self.groups, self.host) if rank == self.comm.rank)
 
+    def of_round(self, round_: int) -> "Run":
+        """This run when its clients hold what they hold in a round (from 0): sizes, weights and feeds of the task."""
+        return self.by_task[min(round_ // self.task_rounds, len(self.by_task) - 1)] if self.by_task else self
+
     def chosen(self, round_: int) -> frozenset[int]:
-        """The cohort of a round: a pure function of the seed, so no rank has to be told."""
-        draw = torch.randperm(len(self.weight_N), generator=rng(self.seed, "cohort", round_))
-        return cohort(len(self.weight_N), self.participation, draw.tolist())
+        """The cohort of a round, of those who hold data: a pure function of the seed, so no rank has to be told."""
+        sizes = self.of_round(round_).sizes
+        draw = torch.randperm(len(sizes), generator=rng(self.seed, "cohort", round_)).tolist()
+        able = [client for client in draw if sizes[client]]
+        return cohort(len(able), self.participation, able)
+
+    def largest_first(self, clients: Iterable[int]) -> list[int]:
+        """Clients of a group in the order in which a ``Trainer`` takes them."""
+        return sorted(clients, key=lambda client: -self.sizes[client])  # equal ones as the group has them
 
 
 class State(NamedTuple):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from .algorithm import Vars
@@ -37,7 +38,8 @@ class Trial(NamedTuple):
 
 
 def plan(config: Config, source: str, ranks: int) -> str:
-    """The costs of ``config`` on ``ranks`` ranks of this machine, as lines of text."""
+    """The costs of ``config`` on ``ranks`` ranks of this machine, as lines of text; the time is that of the first
+    task's rounds."""
     if ranks < 1:
         raise ValueError(f"--ranks = {ranks}: must be an integer of at least 1")
     workers = hosts(config, ranks)
@@ -109,10 +111,10 @@ def _model(run: Run, number: int, name: str) -> str:
 
 def _costs(built: Built, ranks: int, workers: list[int], trials: dict[int, Trial]) -> list[tuple[str, str]]:
     """Memory and time."""
-    config, run, split = built.config, built.run, built.split
-    share = len(run.chosen(0)) / len(run.weight_N)
+    config, run, split = built.config, built.run.of_round(0), built.split
+    share = len(run.chosen(0)) / np.count_nonzero(run.sizes)
     trial = [trials[kind] for kind in run.kind_of]
-    train = [len(at) * config.train.epochs * t.train * share for at, t in zip(split.train, trial)]
+    train = [n * config.train.epochs * t.train * share for n, t in zip(run.sizes, trial)]
     test = [len(at) * t.evaluate / config.evaluate.every for at, t in zip(split.test, trial)]
     costs = [sum(train[c] + test[c] for c in group) for group in run.groups]
     host = assign(run.costs, workers)

@@ -41,6 +41,7 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     Raises Fault on all ranks when a client's loss or upload is not finite.
     """
     clock = [time.perf_counter()]
+    whole, run = run, run.of_round(state.round)
     chosen = run.chosen(state.round)
     total, size = sum(run.weight_N[c] for c in chosen), run.upload.size
     message = SUMS[run.reduce](size + len(_METRICS))
@@ -72,11 +73,11 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     clock.append(time.perf_counter())
 
     row = {"train_loss": loss / clients, "clients": int(clients), "stop": stops > 0, "drift": drift}
-    row |= traffic | {"flops": _flops(run, chosen, state.round - 1)} | run.algorithm.told(state.shared, len(chosen))
+    row |= traffic | {"flops": _flops(whole, chosen, state.round - 1)} | run.algorithm.told(state.shared, len(chosen))
     unknown = np.full(len(run.weight_N), np.nan)
     scores_N = _evaluate(run, state, learned.scores) if evaluate else dict.fromkeys(_SCORES, unknown)
     clock.append(time.perf_counter())
-    row |= {"accuracy_worst": scores_N["accuracy"].min()}
+    row |= {"accuracy_worst": np.fmin.reduce(scores_N["accuracy"])}
     row |= {name: _nanmean(column) for name, column in scores_N.items()}
     row |= {f"seconds_{name}": t for name, t in zip(("train", "exchange", "evaluate"), np.diff(clock))}
     return state, row, scores_N
@@ -98,7 +99,7 @@ def _train(
     """
     learned = Learned([], [], {}, {}, {})
     for group in run.here():
-        members = [c for c in group if c in chosen]
+        members = run.largest_first(c for c in group if c in chosen)
         if not members:
             continue
         trainer = run.kinds[run.kind_of[group[0]]].trainer
@@ -207,13 +208,14 @@ def _evaluate(run: Run, state: State, trained: dict[int, Tensor]) -> dict[str, n
     """Columns [N] of ``_SCORES`` on every rank: each client's own model on its own test data.
 
     ``accuracy`` and ``loss`` are those of the method's moment. A client outside the cohort was not
-    trained: NaN after training, and its model after aggregation counts at either moment.
+    trained: NaN after training, and its model after aggregation counts at either moment. One without a
+    test sample of the classes so far: NaN at both.
     """
     table = np.zeros((len(run.weight_N), 4))
-    for group in run.here():
+    for group in map(run.largest_first, run.here()):
         trainer, rows_C = run.kinds[run.kind_of[group[0]]].trainer, _rows(run, state.personal, group)
-        table[list(group), :2] = trainer.evaluate(group, state.shared, rows_C, state.round).numpy()
-        table[list(group), 2:] = [trained[c].tolist() if c in trained else (np.nan, np.nan) for c in group]
+        table[group, :2] = trainer.evaluate(group, state.shared, rows_C, state.round).numpy()
+        table[group, 2:] = [trained[c].tolist() if c in trained else (np.nan, np.nan) for c in group]
     run.comm.sum(table)  # each row is set by one rank, so no rounding
     received, after = table[:, :2], table[:, 2:]
     judged = received
@@ -245,8 +247,9 @@ def _bytes(run: Run, shared: Tree, chosen: frozenset[int], sent: int, message: i
 
 
 def _flops(run: Run, chosen: frozenset[int], round_: int) -> int:
-    """Floating-point operations of the cohort's local training."""
-    alike = Counter((run.kind_of[c], run.sizes[c]) for c in chosen)
+    """Floating-point operations of the cohort's local training. ``run``: the whole one, whose counts last."""
+    sizes = run.of_round(round_).sizes
+    alike = Counter((run.kind_of[c], sizes[c]) for c in chosen)
     return sum(count * run.flops[kind].of_round(size, round_) for (kind, size), count in alike.items())
 
 

@@ -23,7 +23,7 @@ from .federation import Kind, State
 from .progress import Progress
 from .round import play
 from .store import checkpoint
-from .store.files import write_atomic
+from .store.files import StoreError, write_atomic
 from .store.lock import locked
 from .store.log import Log, ragged
 from .store.manifest import Shard, worker_file
@@ -73,7 +73,7 @@ def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
 def _go_on(folder: Path, config: Config, comm: Comm, asked: Sequence[int]) -> int:
     """Play the rounds of ``config`` that the folder does not have; returns the exit code."""
     built = build(config, str(folder / "config.yaml"), comm)
-    together(comm, lambda: _same_words(folder, built) if comm.rank == 0 else None)
+    together(comm, lambda: (_same_words(folder, built), _same_weights(folder, built)) if comm.rank == 0 else None)
     with _alone(folder, comm):
         found = _newest(folder, built)
         if comm.rank == 0:
@@ -250,6 +250,26 @@ def _same_words(folder: Path, built: Built) -> None:
         raise ValueError(
             f"{kept}: is not that of the training texts in data.root = {built.config.data.source.root}; they, or the "
             "library tokenizers, have changed since the run began: put back what was, or start anew"
+        )
+
+
+def _same_weights(folder: Path, built: Built) -> None:
+    """Raise ValueError when the newest checkpoint began with other weights than ``model.weights`` has now."""
+    files = [network.weights for network in built.config.model.mix if network.weights is not None]
+    rounds = checkpoint.committed(folder)
+    if not (files and rounds):
+        return
+    try:
+        found = Checkpoint.read(checkpoint.folder_of(folder, rounds[-1]))
+    except StoreError:
+        return  # ``_newest`` tells of it
+    first = -len(files)  # their parts of a digest are the last
+    was, now = (digest.split("-") for digest in (found.manifest.run_digest, built.digest))
+    if was[:first] == now[:first] and was != now:
+        changed = next(file for file, a, b in zip(files, was[first:], now[first:]) if a != b)
+        raise ValueError(
+            f"{folder / 'config.yaml'}: model.weights = {changed}: the file has changed since the run began: put back "
+            "what was, or start anew"
         )
 
 

@@ -100,7 +100,7 @@ BAD_FILES = [
     (with_line("model", "model: {name: cnn, width: 3.5}"), "model.width = 3.5: must be an integer"),
     (
         with_line("model", "model: {name: resnet8, width: 3}"),
-        "model.width = 3: resnet8 has no such field; it has no fields",
+        "model.width = 3: resnet8 has no such field; it has weights",
     ),
     (with_line("model", "model: {name: a.b:c, x: .nan}"), "model.x = NaN: must be plain finite data"),
     (with_line("algorithm", "algorithm: fedlorra"), "algorithm = fedlorra: must be", "Did you mean fedlora?"),

@@ -17,13 +17,13 @@ FLOOR = {  # top-level file or folder -> floor; the package's own __init__ is it
     **dict.fromkeys(("config", "federation"), 7),
     "round": 8,
     "build": 9,
-    **dict.fromkeys(("run", "plan", "analysis"), 10),
+    **dict.fromkeys(("run", "plan", "pretrain", "analysis"), 10),
     **dict.fromkeys(("slurm", "doctor"), 11),
     "reproduce": 12,
     "cli": 13,
     "__main__": 14,
 }
-HOME = {"mpi4py": "comm", "h5py": "store", "yaml": "config", "tokenizers": "data"}
+HOME = {"mpi4py": "comm", "h5py": "store", "yaml": "config", "tokenizers": "data", "safetensors": "models"}
 FILES = {path.relative_to(ROOT).with_suffix("").parts: path for path in sorted(ROOT.rglob("*.py"))}
 MODULES = {parts[:-1] if parts[-1] == "__init__" else parts for parts in FILES}
 

@@ -5,7 +5,7 @@ pandas only when a table is.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..algorithm import Algorithm
     from ..config import Config
     from ..data.texts import Vocabulary
+    from ..experiment import Network
     from ..models.network import Model
 
 
@@ -123,13 +124,24 @@ class RunView:
 
     @cached_property
     def networks(self) -> "tuple[Model, ...]":
-        """The networks of ``model.mix`` with their initial weights, from the config; needs no data set."""
+        """The networks of ``model.mix`` with their initial weights, from the config; needs no data set.
+
+        Where the file of ``model.weights`` is gone, the initial weights are on the device "meta": shapes
+        without numbers. Whether the file has changed is not looked at.
+        """
+        return tuple(map(self._network, self._parsed.model.mix))
+
+    def _network(self, network: "Network") -> "Model":
+        from ..models.weights import find
         from ..models.zoo import build
 
-        found = self._files.partition()
+        found, config = self._files.partition(), self._parsed
         shape, tokens = tuple(found["input_shape"].tolist()), int(found.get("input_tokens", [0])[0])
-        classes, config = self.partition.train_counts.shape[1], self._parsed
-        return tuple(build(n.name, n.options, classes, shape, config.seed, tokens) for n in config.model.mix)
+        classes = self.partition.train_counts.shape[1]
+        gone = network.weights is not None and not find(network.name, network.weights).path.is_file()
+        weights = None if gone else network.weights
+        model = build(network.name, network.options, classes, shape, config.seed, tokens, weights)
+        return replace(model, initial={n: v.to("meta") for n, v in model.initial.items()}) if gone else model
 
     @cached_property
     def vocabulary(self) -> "Vocabulary":
@@ -199,9 +211,12 @@ class ClientView:
         tensors = lambda leaves: {name: torch.from_numpy(value) for name, value in leaves.items()}
         personal = {n: _only(rows) for n, rows in self.checkpoint.personal([self.id]).items()}
         shared = tensors(self.checkpoint.shared())
+        v = Vars(shared if algorithm.judges == "server" else algorithm.download(shared), tensors(personal))
+        for leaf, initial in self.network.initial.items():
+            if initial.is_meta and not (leaf in v.shared or leaf in v.personal):  # frozen: no checkpoint has it
+                raise ValueError(f"{self.run.path}: {leaf} is in the file of model.weights alone, which is gone; put it back")
         with torch.no_grad():
-            arrived = shared if algorithm.judges == "server" else algorithm.download(shared)
-            tree = algorithm.weights_of(self.network, Vars(arrived, tensors(personal)))
+            tree = algorithm.weights_of(self.network, v)
         return {name: value.numpy() for name, value in tree.items()}
 
     @cached_property

@@ -4,6 +4,7 @@ A process holds the inputs once (see ``inputs.py``); clients are lists of indice
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -69,11 +70,21 @@ class Feed:
         self._seed, self._shift, self._device = seed, shift, device
         self._augment = data.augment if augment else ()
         self._train, self._test = (stored(data, side, device) for side in (data.train, data.test))
+        self._hold(split)
+
+    def _hold(self, split: Split) -> None:
+        """The constructor's second half: whose samples are which."""
         self._train_rows = [torch.from_numpy(rows) for rows in split.train]  # shuffled on the host
-        self._test_rows = [torch.from_numpy(rows).to(device) for rows in split.test]
-        shifts = [k % 4 if shift == "labels" else 0 for k in range(len(split.train))]
+        self._test_rows = [torch.from_numpy(rows).to(self._device) for rows in split.test]
+        shifts = [k % 4 if self._shift == "labels" else 0 for k in range(len(split.train))]
         counts = np.stack([np.roll(row, q) for row, q in zip(split.train_counts, shifts)])
         self._counts = torch.from_numpy(counts).float()
+
+    def holding(self, split: Split) -> "Feed":
+        """The same inputs, not copied, when the clients hold what ``split`` says; some may hold nothing."""
+        other = copy(self)
+        other._hold(split)
+        return other
 
     def train_size(self, client: int) -> int:
         """How many training samples the client holds."""

@@ -61,7 +61,10 @@ class Trainer:
                 yield Trained(client, tmap_vars(one, start), tmap_vars(one, end), loss_C[row], score)
 
     def evaluate(self, clients: Sequence[int], shared: Tree, personal_C: Tree, round_: int = 0) -> Tensor:
-        """Test accuracy (fraction) and mean loss of each client's own model, float64 [C, 2]."""
+        """Test accuracy (fraction) and mean loss of each client's own model, float64 [C, 2].
+
+        Clients as in ``train``. NaN without test samples; without training samples nothing is tuned.
+        """
         phases = self.algorithm.tune(self.model, self.settings, round_)
         scores = []
         for members in self._together(len(clients)):

@@ -11,6 +11,7 @@ from inspect import signature
 from torch import nn
 
 from ..seeds import isolated
+from . import weights as files
 from .network import Model, from_module
 from .resnet import ResNet
 from .transformer import Transformer
@@ -114,17 +115,30 @@ NAMES: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(
-    name: str, options: Mapping, classes: int, shape: tuple[int, ...], seed: int, tokens: int = 0
+    name: str,
+    options: Mapping,
+    classes: int,
+    shape: tuple[int, ...],
+    seed: int,
+    tokens: int = 0,
+    weights: str | None = None,
 ) -> Model:
-    """The model ``name`` with initial weights of ``seed``.
+    """The model ``name`` with initial weights of ``seed``, or those that ``weights`` names (see ``weights.find``).
 
     ``name``: a key of NAMES, ``torchvision:<model>`` (any classification model), or
     ``module:callable``, called with ``classes`` and ``shape`` (for texts ``tokens`` too) and returning an
-    nn.Module. Raises ValueError when there is no such model or it refuses its options or inputs.
+    nn.Module. Raises ValueError when there is no such model, it refuses its options or inputs, or the
+    weights are not to be had or do not fit.
     """
     with isolated(seed, "model"):
         module = _module(name, dict(options), classes, shape, tokens)
-        return from_module(module, classes, shape, tokens)
+        model = from_module(module, classes, shape, tokens)
+    if weights is None:
+        return model
+    try:
+        return files.load(model, files.read(*files.find(name, weights)))
+    except ValueError as error:
+        raise ValueError(f"weights = {weights}: {error}") from error
 
 
 def _module(name: str, options: dict, classes: int, shape: tuple[int, ...], tokens: int) -> nn.Module:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,8 +14,8 @@ from ..config import resolved_yaml
 from ..data.datasets import load
 from ..run import STOPPED
 from ..store.files import write_atomic
-from . import carry, costs, picture, sheet
-from .fedlora import Alpha
+from . import agnews, carry, costs, picture, sheet
+from .fedlora import DATA, Alpha
 from .grid import Case, Job, job
 from .paper import CLAIMS
 from .pfedlora import OURS, PARTICIPATION, TARGET, Crowd
@@ -32,14 +33,16 @@ Grid = list[tuple[Case, list[Job]]]  # the runs of each table
 class Request:
     """The command line. Empty ``methods``: all of the table; ``rounds``, ``jobs`` None: by scale, by machine.
 
-    alpha: of the FedLoRA tables, none: 0.1. clients, homogeneous, target (per cent): of ``pfedlora``;
+    data, none: cifar10, of ``table6`` ag_news. alpha: of the FedLoRA tables, none: 0.1, of ``table6`` 1.0. text_train: of
+    ``table6``, a file in AG_NEWS. clients, homogeneous, target (per cent): of ``pfedlora``;
     no clients: 10, 50, 100 at full scale, 10 at small; no target: see ``_targets``.
     """
 
     table: str
-    data: Sequence[str] = ("cifar10",)
+    data: Sequence[str] = ()
     alpha: Sequence[float] = ()
     clients: Sequence[int] = ()
+    text_train: str = ""
     homogeneous: bool = False
     target: Sequence[float] = ()
     seeds: Sequence[int] = ()  # none: 1, 2, 3 at full scale, 1 at small
@@ -62,6 +65,8 @@ class Request:
             foreign = {"alpha": self.alpha}
         else:
             foreign = {"clients": self.clients, "homogeneous": self.homogeneous, "target": self.target}
+        if self.table != agnews.OURS:
+            foreign["text-train"] = self.text_train
         for name, value in foreign.items():
             if value:
                 raise ValueError(f"--{name}: {self.table} has no such choice; leave it out")
@@ -73,10 +78,16 @@ class Request:
     @property
     def cases(self) -> list[Case]:
         """What a table is made for, each. Raises ValueError."""
-        if self.table != OURS:
-            return [Alpha(data, alpha) for data in self.data for alpha in self.alpha or (0.1,)]
-        clients = self.clients or (tuple(PARTICIPATION) if self.full else (10,))
-        return [Crowd(data, number, self.homogeneous) for data in self.data for number in clients]
+        if self.table == agnews.OURS:
+            file, pairs = self.text_train or agnews.WHOLE, product(self.data or (agnews.DATA,), self.alpha or (agnews.ALPHA,))
+            return [agnews.Texts(data, alpha, file) for data, alpha in pairs]
+        images = self.data or ("cifar10",)
+        if self.table == OURS:
+            clients = self.clients or (tuple(PARTICIPATION) if self.full else (10,))
+            return [Crowd(data, number, self.homogeneous) for data, number in product(images, clients)]
+        if agnews.DATA in images:
+            raise ValueError(f"--data = {agnews.DATA}: {self.table} has {', '.join(DATA)}; texts are {agnews.OURS}'s")
+        return [Alpha(data, alpha) for data, alpha in product(images, self.alpha or (0.1,))]
 
     @property
     def chosen_seeds(self) -> Sequence[int]:
@@ -184,7 +195,7 @@ def _write_configs(asked: Request, runs: Sequence[Job]) -> None:
         refuse_others(run)
     for run in runs:
         said = run.entry.published
-        expected = f"{said.mean} ± {said.std} % (best round, 3 seeds, full scale)" if said else "not printed"
+        expected = f"{sheet.show(said)} % (best round, full scale)" if said else "not printed"
         head = (
             f"# {TABLES[asked.table].title}: {run.entry.label}, {run.case.said}, seed {run.seed}.\n"
             f"# Made by `fedlora-mpi reproduce {asked.table} --scale {asked.scale}`. In the paper: {expected}.\n"
@@ -244,7 +255,9 @@ def _sheets(asked: Request, case: Case, title: str, found: Found) -> dict[str, S
         return made | {"-gains": costs.each_client(f"{title}; each client", caution, [], cells, results)}
     if asked.table == "fig4":
         notes.append(f"the paper: {CLAIMS['fig4']}")
-    return {"": (sheet.ranks if asked.table == "table2" else sheet.compare)(title, caution, notes, cells, seeds)}
+    if asked.table == "table2":
+        return {"": sheet.ranks(title, caution, notes, cells, seeds)}
+    return {"": sheet.compare(title, caution, notes, cells, seeds, TABLES[asked.table].papers)}
 
 
 def _targets(asked: Request, case: Case, results: Mapping[str, Sequence[Result]]) -> dict[str, tuple[float, list[str]]]:
@@ -275,7 +288,8 @@ def _overview(asked: Request, found: Mapping[Case, Found]) -> Sheet:
 
 def _caution(asked: Request, case: Case) -> str:
     """What sets these runs apart from the paper's; "" when nothing does."""
-    cut = case.at(asked.scale)._replace(rounds=asked.rounds_of(case)).cut(case.at("full"))
+    sizes = case.at(asked.scale)._replace(rounds=asked.rounds_of(case)).cut(case.at("full"), case.whose)
+    cut = ", ".join(filter(None, (sizes, case.less)))
     return f"NOT the paper's experiment: {cut}. Compare orders and signs, not numbers." if cut else ""
 
 

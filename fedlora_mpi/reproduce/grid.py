@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from ..config import Config, from_dict
 from .paper import V
@@ -22,10 +22,10 @@ class Scale(NamedTuple):
     epochs: int
     rounds: int
 
-    def cut(self, full: "Scale") -> str:
-        """What differs from the paper, for the header of a table; "" where nothing does."""
+    def cut(self, full: "Scale", whose: str = "paper") -> str:
+        """What differs from full scale, which is ``whose``, for the header of a table; "" where nothing does."""
         pairs = zip(self._fields, self, full, strict=True)
-        changes = [f"{name} {ours} (paper {theirs or 'all'})" for name, ours, theirs in pairs if ours != theirs]
+        changes = [f"{name} {ours} ({whose} {theirs or 'all'})" for name, ours, theirs in pairs if ours != theirs]
         return ", ".join(changes)
 
 
@@ -34,6 +34,7 @@ class Case(ABC):
     """What a table is made for: a data set, and what else its paper varies from table to table."""
 
     data: str
+    whose: ClassVar[str] = "paper"  # where the sizes of full scale are from
 
     @property
     @abstractmethod
@@ -48,6 +49,16 @@ class Case(ABC):
     @abstractmethod
     def at(self, scale: str) -> Scale:
         """The size at one of ``SCALES``."""
+
+    @property
+    def less(self) -> str:
+        """What its data lack of the paper's; "" where nothing."""
+        return ""
+
+    @property
+    def source(self) -> Mapping[str, Any]:
+        """``data`` without data set, root and partition."""
+        return {}
 
     @property
     @abstractmethod
@@ -106,6 +117,7 @@ class Table:
     entries: Callable[[Any, Scale], Iterator[Entry]]
     rule: str  # what the paper leaves open and how it is decided here
     open_to_all: bool = False  # whether --methods may add algorithms that the paper has not
+    papers: str = "the paper's, over 3 seeds, does not say which"  # what is known of its ±
 
 
 def job(entry: Entry, case: Case, seed: int, *, scale: Scale, rounds: int, root: str, folder: Path) -> Job:
@@ -117,7 +129,7 @@ def job(entry: Entry, case: Case, seed: int, *, scale: Scale, rounds: int, root:
         "rounds": rounds,
         "participation": entry.participation,
         "output": str(folder / name),
-        "data": {"dataset": case.data, "root": root, "partition": {**case.split, "seed": seed, **sizes}},
+        "data": {"dataset": case.data, "root": root, **case.source, "partition": {**case.split, "seed": seed, **sizes}},
         "model": dict(case.model),
         "algorithm": dict(entry.algorithm),
         "train": {"epochs": scale.epochs, "batch_size": scale.batch_size, **case.optimizer},

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..analysis.report import aligned
 from . import paper
-from .grid import Entry
+from .grid import Entry, Table
 from .paper import V
 from .results import Result
 
@@ -85,13 +85,15 @@ class Cell(NamedTuple):
         return cls(entry, len(results), _over([r.best for r in results]), _over([r.last for r in results]))
 
 
-def compare(title: str, caution: str, notes: Sequence[str], cells: Sequence[Cell], seeds: int) -> Sheet:
+def compare(
+    title: str, caution: str, notes: Sequence[str], cells: Sequence[Cell], seeds: int, papers: str = Table.papers
+) -> Sheet:
     """A row for each entry, beside the paper."""
     rows = [("", "seeds", "best", "last", "paper", "difference")]
     for cell in cells:
         numbers = [show(v) for v in (cell.best, cell.last, cell.entry.published)]
         rows.append((cell.entry.label, f"{cell.done}/{seeds}", *numbers, signed(cell.difference)))
-    return Sheet(title, caution, [METRIC, spread(seeds), *notes, *_order(cells)], rows, [record(c) for c in cells])
+    return Sheet(title, caution, [METRIC, spread(seeds, papers), *notes, *_order(cells)], rows, [record(c) for c in cells])
 
 
 def ranks(title: str, caution: str, notes: Sequence[str], cells: Sequence[Cell], seeds: int) -> Sheet:
@@ -179,7 +181,7 @@ def signed(number: float) -> str:
     return "-" if np.isnan(number) else f"{number:+.2f}"
 
 
-def spread(seeds: int, papers: str = "the paper's, over 3 seeds, does not say which") -> str:
+def spread(seeds: int, papers: str = Table.papers) -> str:
     """What stands behind ±; ``papers``: what is known of the paper's."""
     if seeds == 1:
         return f"one seed, so no standard deviation; {papers}"

@@ -1,0 +1,365 @@
+"""Class-incremental learning: what clients train on, who takes part, what is judged, and what it leaves alone.
+
+``EACH`` gives the tiny experiment a task for each of its four classes; some of its clients lack some classes.
+"""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import NORM, TINY, assert_near, assert_same_run, built, played, same, tiny
+
+from fedlora_mpi.algorithm import Phase, Vars
+from fedlora_mpi.blocks import ConfigError
+from fedlora_mpi.build import build, load_data
+from fedlora_mpi.comm import Refused, Solo
+from fedlora_mpi.config import digest, flat, from_dict, read, resolved_dict, resolved_yaml
+from fedlora_mpi.data.feed import Epoch
+from fedlora_mpi.data.tasks import Tasks
+from fedlora_mpi.engine.flops import Flops
+from fedlora_mpi.plan import plan
+from fedlora_mpi.round import play
+from fedlora_mpi.run import beginning, resume, start
+
+EACH = ("data.tasks.classes=1", "data.tasks.rounds=1")
+PAIRS = ("data.tasks.classes=2", "data.tasks.rounds=2")
+MIX = ("algorithm=pfedlora", "model.mix=[{name: cnn, width: 4, hidden: 8}, {name: cnn, width: 6, hidden: 8}]")
+# A mean with the absent, a mix per client, server state, surveys, tuning, this on held-out samples, two networks.
+METHODS = {
+    "fedlora": ("algorithm=fedlora",),
+    "fedamp": ("algorithm=fedamp",),
+    "scaffold": ("algorithm=scaffold", "train.momentum=0"),
+    "fedpac": ("algorithm=fedpac", NORM),
+    "fedavg_ft": ("algorithm=fedavg_ft", "algorithm.ft_epochs=1", NORM),
+    "fedapen": ("algorithm=fedapen", "algorithm.small=user_parts:with_norm", NORM),
+    "pfedlora": MIX,
+}
+methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+def counts(side="train"):
+    """[N, classes] of the tiny experiment without tasks."""
+    return getattr(built().split, f"{side}_counts")
+
+
+# What a task is
+
+
+def test_some_clients_of_the_tiny_experiment_lack_a_class_and_their_order_by_size_changes():
+    assert (counts() == 0).any() and (counts("test")[:, 0] == 0).any()
+    orders = [np.argsort(-column, kind="stable").tolist() for column in (counts().sum(1), *counts().T)]
+    assert all(order != orders[0] for order in orders[1:])
+
+
+@pytest.mark.parametrize("size, tasks", [(1, [[0], [1], [2], [3]]), (3, [[0, 1, 2], [3]]), (4, [[0, 1, 2, 3]])])
+def test_a_task_has_its_training_samples_and_all_test_samples_so_far(size, tasks):
+    whole, data = built().split, load_data(tiny(), str(TINY))
+    train_y, test_y = data.train.y.numpy(), data.test.y.numpy()
+    parts = Tasks(size, 1).splits(whole, train_y, test_y)
+    assert len(parts) == len(tasks)
+    for part, present in zip(parts, tasks):
+        for client in range(7):
+            expected = [row for row in whole.train[client] if train_y[row] in present]
+            assert part.train[client].tolist() == expected
+            expected = [row for row in whole.test[client] if test_y[row] <= present[-1]]
+            assert part.test[client].tolist() == expected
+        absent = [c for c in range(4) if c not in present]
+        assert np.array_equal(part.train_counts[:, present], whole.train_counts[:, present])
+        assert not part.train_counts[:, absent].any() and not part.test_counts[:, present[-1] + 1 :].any()
+        assert np.array_equal(part.test_counts[:, : present[-1] + 1], whole.test_counts[:, : present[-1] + 1])
+
+
+def test_a_task_lasts_its_rounds_and_the_last_one_stays():
+    run = built("data.tasks.classes=3", "data.tasks.rounds=2").run
+    first, last = run.by_task
+    assert [run.of_round(round_) is first for round_ in range(6)] == [True, True, False, False, False, False]
+    assert all(run.of_round(round_) is last for round_ in (2, 3, 4, 100))
+    assert first.of_round(100) is first
+    assert built().run.of_round(100) is built().run
+
+
+def test_sizes_and_weights_are_those_of_the_task():
+    for algorithm, weights in (("fedavg", counts().T), ("fedlora", counts().T > 0)):
+        run = built(f"algorithm={algorithm}", *EACH).run
+        for round_ in range(4):
+            assert run.of_round(round_).sizes == tuple(counts()[:, round_])
+            assert run.of_round(round_).weight_N == tuple(weights[round_])
+
+
+# What clients see
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What clients are given: (the store it is from, labels, counts [C, classes]) of each batch of a stack."""
+    batches, read_batch = [], Epoch.batch
+
+    def watched(epoch, count, first, width):
+        batch = read_batch(epoch, count, first, width)
+        real = torch.ones_like(batch.y, dtype=torch.bool) if batch.real is None else batch.real
+        batches.append((epoch.store, batch.y[real].tolist(), batch.counts))
+        return batch
+
+    monkeypatch.setattr(Epoch, "batch", watched)
+    return batches
+
+
+@methods
+def test_a_round_sees_samples_of_its_task_and_is_judged_on_all_classes_so_far(method, seen):
+    parts = built(*method, *EACH)
+    state, feed = beginning(parts), parts.run.trainer.feed
+    for round_ in range(4):
+        seen.clear()
+        state, _, _ = play(parts.run, state, evaluate=True, stop=False)
+        trained = [(set(y), held) for store, y, held in seen if store is feed._train]
+        judged = [c for store, y, _ in seen for c in y if store is feed._test]
+        assert trained and set.union(*(y for y, _ in trained)) == {round_}
+        assert set(judged) == set(range(round_ + 1))
+        rows = {tuple(row) for _, held in trained for row in held.tolist()}
+        assert rows <= {tuple(row) for row in counts() * (np.arange(4) == round_)}
+
+
+def test_every_sample_of_the_task_is_used_once_an_epoch(seen):
+    parts = built("algorithm=fedavg", *PAIRS, "participation=1.0")
+    state = beginning(parts)
+    for round_ in range(4):
+        seen.clear()
+        state, row, _ = play(parts.run, state, evaluate=False, stop=False)
+        present = [0, 1] if round_ < 2 else [2, 3]
+        assert row["clients"] == np.count_nonzero(counts()[:, present].sum(1))
+        found = Counter(c for _, y, _ in seen for c in y)
+        assert found == {c: 3 * counts()[:, c].sum() for c in present}
+
+
+def test_the_inputs_are_not_copied():
+    run = built(*EACH).run
+    for part in run.by_task:
+        assert part.trainer.feed is not run.trainer.feed
+        assert part.trainer.feed._train is run.trainer.feed._train
+        assert part.trainer.feed._test is run.trainer.feed._test
+
+
+# Who takes part
+
+
+@pytest.mark.parametrize("participation", [0.3, 0.6, 1.0])
+def test_the_cohort_is_drawn_among_those_who_hold_the_task(participation):
+    run = built(f"participation={participation}", *EACH).run
+    for round_ in range(8):
+        able = set(np.flatnonzero(counts()[:, min(round_, 3)]).tolist())
+        chosen = run.chosen(round_)
+        assert chosen <= able and len(chosen) == max(1, int(participation * len(able) + 1e-9))
+        assert chosen == run.of_round(round_).chosen(round_)
+    assert len({run.chosen(round_) for round_ in range(3, 20)}) > (participation < 1)
+
+
+@methods
+def test_clients_without_data_of_the_task_keep_their_variables(method):
+    run, moments = built(*method, "participation=1.0", *EACH).run, played(*method, "participation=1.0", *EACH)[0]
+    for round_ in range(4):
+        without = np.flatnonzero(counts()[:, round_] == 0).tolist()
+        assert moments[round_ + 1].row["clients"] == 7 - len(without)
+        assert np.isnan(moments[round_ + 1].clients["accuracy_trained"][without]).all()
+        for number, kind in enumerate(run.kinds):
+            ids = [client for client in range(7) if run.kind_of[client] == number]
+            still = [row for row, client in enumerate(ids) if client in without]
+            for leaf in (kind.prefix + name for name in kind.first.personal):
+                before, after = (moments[at].personal[leaf][still] for at in (round_, round_ + 1))
+                assert torch.equal(before, after), leaf
+
+
+def test_the_mean_weighs_clients_by_their_samples_of_the_task():
+    settings = ("algorithm=fedavg", "participation=1.0", *EACH)
+    before, after = played(*settings)[0][2:4]
+    run, total = built(*settings).run.of_round(2), {n: 0.0 for n in before.shared}
+    for group in run.here():
+        members = run.largest_first(c for c in group if counts()[c, 2])
+        for done in run.trainer.train(members, before.shared, {}, 2) if members else ():
+            share = counts()[done.client, 2] / counts()[:, 2].sum()
+            total = {n: v + share * done.end.shared[n].double() for n, v in total.items()}
+    assert_near({n: v.float() for n, v in total.items()}, after.shared)
+
+
+def test_clients_without_data_of_the_task_do_not_count_as_absent_ones():
+    uniform = ("algorithm=fedavg", "algorithm.weights=uniform", "participation=1.0", *EACH)
+    stale, exclude = (played(*uniform, f"algorithm.absent={how}")[0] for how in ("stale", "exclude"))
+    for a, b in zip(stale[1:], exclude[1:], strict=True):
+        assert_near(a.shared, b.shared)
+
+
+# What is judged
+
+
+def test_accuracy_is_that_on_the_test_samples_of_the_classes_so_far():
+    settings = ("algorithm=fedlora", *EACH)
+    parts, moments = built(*settings), played(*settings)[0]
+    data = load_data(parts.config, str(TINY))
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (data.mean, data.std))
+    images, network = (data.test.x / 255 - mean) / std, parts.run.trainer.model
+    for round_, moment in enumerate(moments[1:]):
+        column, expected = moment.clients["accuracy_aggregated"], np.full(7, np.nan)
+        for client, rows in enumerate(parts.split.test):
+            rows = [row for row in rows if data.test.y[row] <= round_]
+            if rows:
+                own = Vars(moment.shared, {n: v[client] for n, v in moment.personal.items()})
+                module = network.module(parts.config.algorithm.weights_of(network, own))
+                expected[client] = (module(images[rows]).argmax(1) == data.test.y[rows]).double().mean()
+        assert np.allclose(column, expected, rtol=1e-12, equal_nan=True)
+        assert np.array_equal(np.isnan(moment.clients["loss"]), np.isnan(expected))
+        judged = moment.clients["accuracy"][~np.isnan(expected)]
+        assert moment.row["accuracy"] == pytest.approx(judged.mean())
+        assert moment.row["accuracy_worst"] == judged.min()
+    assert np.isnan(moments[1].clients["accuracy"]).any() and not np.isnan(moments[-1].clients["accuracy"]).any()
+
+
+def test_what_is_tuned_before_an_evaluation_is_the_model_of_those_who_hold_the_task():
+    tuned, plain = (
+        played(f"algorithm={name}", *more, "participation=1.0", *EACH)[0]
+        for name, more in (("fedavg_ft", ("algorithm.ft_epochs=3",)), ("fedavg", ()))
+    )
+    for round_ in range(4):
+        a, b = tuned[round_ + 1].clients["loss"], plain[round_ + 1].clients["loss"]
+        there, holds = ~np.isnan(b), counts()[:, round_] > 0
+        np.testing.assert_allclose(a[there & ~holds], b[there & ~holds], rtol=1e-6)
+        assert (np.abs(a - b)[there & holds] > 1e-4).all()
+
+
+def test_who_holds_no_sample_holds_none_out_and_uses_none():
+    algorithm = built(*METHODS["fedapen"]).config.algorithm
+    assert algorithm.held_out > 0
+    assert [algorithm.used(Phase(1, (), held_out=held), 0) for held in (True, False)] == [0, 0]
+
+
+# What it leaves alone
+
+
+@methods
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_spread_over_ranks_moves_no_bit(method, ranks):
+    alone = played(*method, *EACH)[0]
+    for moments in played(*method, *EACH, ranks=ranks):
+        assert all(same(a, b) for a, b in zip(alone[1:], moments[1:], strict=True))
+
+
+def test_a_resume_within_a_task_or_at_its_end_moves_no_bit(tmp_path):
+    whole = tmp_path / "whole"
+    settings = (*METHODS["fedlora"], *PAIRS, "checkpoint.every=1", "checkpoint.keep=9")
+    assert start(read(TINY, [*settings, f"output={whole}"]), str(TINY), Solo()) == 0
+    for done in (1, 2, 3):
+        cut = tmp_path / f"after-{done}"
+        shutil.copytree(whole, cut)
+        for later in range(done + 1, 5):
+            shutil.rmtree(cut / f"checkpoints/{later:06d}")
+        assert resume(cut, [], Solo()) == 0
+        assert_same_run(whole, cut)
+
+
+@methods
+def test_a_stack_equals_the_loop(method):
+    stack, loop = (played(*method, *EACH, "rounds=3", f"engine.path={path}")[0] for path in ("stack", "loop"))
+    for a, b in zip(stack[1:], loop[1:], strict=True):
+        assert_near(a.shared, b.shared, atol=1e-4)
+        assert_near(a.personal, b.personal, atol=1e-4)
+        assert a.row["train_loss"] == pytest.approx(b.row["train_loss"], rel=1e-4)
+        np.testing.assert_allclose(a.clients["loss"], b.clients["loss"], rtol=1e-3)
+
+
+@methods
+def test_one_task_of_all_classes_is_none(method):
+    plain, one = (played(*method, *more)[0] for more in ((), ("data.tasks.classes=4", "data.tasks.rounds=1")))
+    assert all(same(a, b) for a, b in zip(plain, one, strict=True))
+
+
+def test_the_split_of_a_run_is_that_of_all_classes():
+    assert built(*EACH).split.digest() == built().split.digest()
+    assert built(*EACH).run.groups == built().run.groups and built(*EACH).run.host == built().run.host
+
+
+def test_tasks_do_with_rotated_images_and_augmentation():
+    settings = ("algorithm=fedavg_ft", "algorithm.ft_epochs=1", "data.shift=rotate", "data.augment=[crop, erase]")
+    stack, loop = (played(*settings, *EACH, f"engine.path={path}")[0] for path in ("stack", "loop"))
+    for a, b in zip(stack[1:], loop[1:], strict=True):
+        np.testing.assert_allclose(a.clients["loss"], b.clients["loss"], rtol=1e-3)
+
+
+def test_flops_are_those_of_the_samples_of_the_task():
+    run, moments = built("algorithm=fedlora", *EACH).run, played("algorithm=fedlora", *EACH)[0]
+    flops = Flops(run.trainer, run.kinds[0].first)
+    for round_ in range(4):
+        each = [flops.of_round(int(counts()[c, round_]), round_) for c in run.chosen(round_)]
+        assert moments[round_ + 1].row["flops"] == sum(each) > 0
+
+
+# The config
+
+
+def test_a_config_without_tasks_is_what_it_was():
+    assert "tasks" not in resolved_dict(tiny())["data"] and tiny().data.tasks is None
+    assert tiny("data.tasks=null") == tiny()
+    assert digest(tiny()) == "d2c2be1703531baf519f776b692618ed"
+
+
+def test_tasks_are_read_back_and_count_in_the_digest(tmp_path):
+    config = tiny(*PAIRS)
+    assert config.data.tasks == Tasks(2, 2)
+    assert (flat(config)["data.tasks.classes"], flat(config)["data.tasks.rounds"]) == (2, 2)
+    (tmp_path / "tiny.yaml").write_text(resolved_yaml(config))
+    assert read(tmp_path / "tiny.yaml") == from_dict(resolved_dict(config), str(TINY)) == config
+    assert len({digest(tiny(*tasks)) for tasks in ((), EACH, PAIRS)}) == 3
+
+
+@pytest.mark.parametrize(
+    "overrides, text",
+    [
+        (["data.tasks.classes=2"], "data.tasks.rounds: must be given"),
+        ([*PAIRS, "data.tasks.classes=0"], "data.tasks.classes = 0: must be an integer of at least 1"),
+        ([*PAIRS, "data.tasks.rounds=0"], "data.tasks.rounds = 0: must be an integer of at least 1"),
+        (["data.tasks=2"], "data.tasks = 2: must be a block with classes, rounds or null"),
+        (
+            [*PAIRS, "data.tasks.round=3"],
+            "data.tasks.round = 3: data.tasks has no such field; it has classes, rounds. Did you mean rounds?",
+        ),
+        (
+            [*PAIRS, "data.shift=labels"],
+            "data.shift = labels: would make a task other classes for every client; choose none or rotate",
+        ),
+    ],
+)
+def test_impossible_tasks_are_refused(overrides, text):
+    with pytest.raises(ConfigError) as error:
+        read(TINY, overrides)
+    assert str(error.value) == f"command line: {text}"
+
+
+ALONE = "data.partition={kind: pathological, clients: 1, train: 20, test: 10"
+
+
+@pytest.mark.parametrize(
+    "overrides, text",
+    [
+        (["data.tasks.classes=5"], "data.tasks.classes = 5: the data set has 4 classes"),
+        (
+            ["data.tasks.classes=3", f"{ALONE}, seed: 7}}"],  # classes 1 and 2
+            "data.tasks.classes = 3: no client holds a training sample of task 1 (class 3); choose more classes or "
+            "another partition",
+        ),
+        (
+            ["data.tasks.classes=2", f"{ALONE}, seed: 4}}"],  # classes 0 and 1
+            "data.tasks.classes = 2: no client holds a training sample of task 1 (classes 2 to 3); choose more classes "
+            "or another partition",
+        ),
+    ],
+)
+def test_tasks_that_do_not_fit_the_data_are_refused(overrides, text):
+    config = read(TINY, [*overrides, "data.tasks.rounds=1"])
+    with pytest.raises(Refused) as error:
+        build(config, str(TINY), Solo())
+    assert str(error.value) == f"{TINY}: {text}"
+
+
+def test_a_plan_is_for_the_first_task():
+    lines = {line.split()[0]: line for line in plan(tiny(*EACH), Path(TINY).name, 2).splitlines()}
+    assert f"{len(built(*EACH).run.chosen(0))} of 7 clients" in lines["round"] and "for 4 rounds" in lines["time"]
