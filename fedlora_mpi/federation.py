@@ -39,7 +39,8 @@ class Kind(NamedTuple):
     @property
     def upload(self) -> Tree:
         """What such a client would send without training."""
-        return self.algorithm.upload(self.arrived, self.arrived)
+        arrived = self.arrived
+        return self.algorithm.upload(arrived, arrived)
 
     @property
     def term(self) -> Tree:
