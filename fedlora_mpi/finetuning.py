@@ -10,10 +10,9 @@ A method says what its uploads stand for (``term``), by what they are weighted (
 makes of their mean (``aggregate``); ``FineTuning`` has the rest.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
@@ -22,7 +21,7 @@ from .algorithm import Algorithm, Phase, Step, Train, Vars
 from .bounds import bounded
 from .lowrank import is_factor, kaiming, matching, sides
 from .models.network import Model
-from .tree import Tree, numel, prefixed, split, under
+from .tree import Tree, prefixed, under
 
 Role = Literal["head", "norm"]
 _TOLD = ("effective_clients", "lora_truncation", "lora_bias", "lora_update_bias")
@@ -119,12 +118,7 @@ class FineTuning(Algorithm):
             factors |= {f"{name}.A": kaiming(rows, in_side, rng), f"{name}.B": torch.zeros(out_side, rows)}
         full = {n: v for n, v in model.initial.items() if self.is_full(model, n)}
         told = prefixed(dict.fromkeys(_TOLD, torch.tensor(0.0)), "told.") if self.diagnose else {}
-        counted = {"cohort": torch.tensor(0.0), "stack": torch.tensor(0.0)} if self.sums else {}
-        return Vars(full | factors | told | counted, {})
-
-    def dense(self, model: Model) -> Tree:
-        """W = 0 of every decomposed weight, leaves "<weight>.W"."""
-        return {f"{n}.W": torch.zeros(*size) for n, size in self.adapted(model).items()}
+        return Vars(full | factors | told, {})
 
     def is_full(self, model: Model, leaf: str) -> bool:
         """Whether a leaf is trained as it is; statistics go with the parameters of their layers."""
@@ -143,7 +137,7 @@ class FineTuning(Algorithm):
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         return (Phase(train.epochs, (Step(self.loss(model), self.trains(model)),)),)
 
-    def trains(self, model: Model) -> Callable[[str], bool]:
+    def trains(self, model: Model):
         """Which leaves move."""
         return lambda leaf: is_factor(leaf) or self.is_full(model, leaf)
 
@@ -183,24 +177,13 @@ class FineTuning(Algorithm):
 
     def expand(self, upload: Tree, shared: Tree, count: int) -> Tree:
         """The leaves trained in full; under "term." what ``term`` says, times ``weight`` / n_k; that under "weight."."""
-        tree, terms = self.full_terms(upload), self.term(upload, shared)
-        if self.sums:  # of all clients: n_k, 1, and the numbers of their factors
-            one, numbers = next(iter(terms.values())).new_ones(()), numel(split(upload, is_factor)[0])
-            tree = tree | {"total": one, "cohort": one / count, "stack": one * numbers / count}
+        tree, terms = {n: v for n, v in upload.items() if not is_factor(n)}, self.term(upload, shared)
         if weight := self.weight(upload, shared, count):
             ratio = {n: w / count for n, w in weight.items()}
             terms = {n: v * ratio[n.rpartition(".")[0]] for n, v in terms.items()}
             tree |= prefixed(ratio, "weight.")
         tree |= prefixed(terms, "term.")
         return tree | (self.diagnosis(upload, shared, count) if self.diagnose else {})
-
-    def full_terms(self, upload: Tree) -> Tree:
-        """What enters the mean of the leaves that are trained in full."""
-        return {n: v for n, v in upload.items() if not is_factor(n)}
-
-    def combined(self, shared: Tree, mean: Tree) -> Tree:
-        """What the server makes of the mean of ``full_terms``."""
-        return mean
 
     def term(self, upload: Tree, shared: Tree) -> Tree:
         """What enters the mean instead of the factors, leaves ``<weight>.<letter>``: here the factors, with zeros up
@@ -214,13 +197,11 @@ class FineTuning(Algorithm):
         return {}
 
     def serve(self, server: Tree, shared: Tree, mean: Tree, share: float) -> tuple[Tree, Tree]:
-        counted = {n: mean[n] for n in ("cohort", "stack")} if self.sums else {}
-        mean = {n: v / mean["total"] for n, v in mean.items()} if self.sums else mean
-        full = self.combined(shared, {n: v for n, v in mean.items() if n in shared and n not in counted})
+        full = {n: v for n, v in mean.items() if n in shared}
         terms, weights = under(mean, "term."), under(mean, "weight.")
         if weights:
             terms = {n: v / weights[n.rpartition(".")[0]] for n, v in terms.items()}
-        new = shared | full | counted | self.aggregate(shared, terms)
+        new = shared | full | self.aggregate(shared, terms)
         return server, new | (self.diagnosed(shared, new, mean) if self.diagnose else {})
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
@@ -280,7 +261,7 @@ class Redistributed(FineTuning):
 
     def init(self, model: Model, rng: Generator) -> Vars:
         shared, personal = super().init(model, rng)[:2]
-        return Vars(shared | self.dense(model), personal)
+        return Vars(shared | {f"{n}.W": torch.zeros(*size) for n, size in self.adapted(model).items()}, personal)
 
     def download(self, shared: Tree) -> Tree:
         own = super().download({n: v for n, v in shared.items() if not n.endswith(".W")})
@@ -298,37 +279,3 @@ class Redistributed(FineTuning):
 
     def handed_out(self, shared: Tree, right: Tree) -> Tree:
         return shared | {f"{n}.A": V for n, V in right.items()} | {f"{n}.B": shared[f"{n}.W"] @ V.T for n, V in right.items()}
-
-
-@dataclass(frozen=True)
-class Calibrated(FineTuning):
-    """Factors are averaged one by one, and what the product of the means misses of the mean of the products goes into
-    a dense update W, which all clients hold: R = sum_k p_k B_k A_k - B A, W <- W + s R.
-
-    Further shared leaves: "<weight>.W"; "cohort" and "stack", clients and numbers of the last round. ``downlink``: what
-    counts as received for R, d_out d_in numbers or, as its rank is at most K - 1 times that of the factors, K - 1 pairs.
-    """
-
-    sums: ClassVar[bool] = True
-    downlink: Literal["dense", "factored"] = "dense"
-
-    def init(self, model: Model, rng: Generator) -> Vars:
-        shared, personal = super().init(model, rng)[:2]
-        return Vars(shared | self.dense(model), personal)
-
-    def upload(self, start: Vars, end: Vars) -> Tree:
-        return {n: v for n, v in super().upload(start, end).items() if n not in ("cohort", "stack")}
-
-    def received(self, shared: Tree) -> int:
-        dense = {n: v for n, v in shared.items() if n.endswith(".W")}
-        pairs = max(0, int(shared["cohort"]) - 1) * numel(split(shared, is_factor)[0])
-        residual = numel(dense) if self.downlink == "dense" else pairs
-        return numel(self.upload(Vars({}, {}), Vars(self.download(shared), {}))) + (residual if shared["cohort"] > 0 else 0)
-
-    def term(self, upload: Tree, shared: Tree) -> Tree:
-        return super().term(upload, shared) | {f"{n}.P": p for n, p in self.products(upload).items()}
-
-    def aggregate(self, shared: Tree, mean: Tree) -> Tree:
-        factors, products = split(mean, is_factor)
-        missed = {n: products[f"{n}.P"] - p for n, p in self.products(factors).items()}
-        return factors | {f"{n}.W": shared[f"{n}.W"] + r for n, r in missed.items()}

@@ -16,7 +16,6 @@ from torch import Generator, Tensor
 from .algorithm import Loss, Phase, Step, Train, Vars
 from .bounds import bounded
 from .models.network import Leaf, Model
-from .seeds import uniform
 from .tree import Tree, split
 
 
@@ -157,24 +156,6 @@ def matching(model: Model, patterns: Iterable[str]) -> list[str]:
 def kaiming(rows: int, in_side: int, rng: Generator) -> Tensor:
     """A factor A before the first round, [rows, in side]: U(-1, 1) / sqrt(in side)."""
     return (torch.rand(rows, in_side, generator=rng) * 2 - 1) / in_side**0.5
-
-
-def redrawn(A: Tensor, seed: Tensor, round_: Tensor, place: int) -> Tensor:
-    """Another factor like ``A`` [r, in side] before training, a pure function of (seed, round, place)."""
-    return (uniform(_key(seed, round_, place), A.shape) * 2 - 1).to(A.dtype) / A.shape[1] ** 0.5
-
-
-def sketched(factor: Tensor, seed: Tensor, round_: Tensor, place: int, side: int) -> Tensor:
-    """A Gaussian matrix like ``factor`` whose entries have the variance 1 / (its length along axis ``side``), a pure
-    function of (seed, round, place)."""
-    u, v = uniform(_key(seed, round_, place), (2, *factor.shape)).double()
-    z = (-2 * torch.log1p(-u)).sqrt() * torch.cos(2 * torch.pi * v)  # Box and Muller 1958
-    return z.to(factor.dtype) / factor.shape[side] ** 0.5
-
-
-def _key(seed: Tensor, round_: Tensor, place: int) -> Tensor:
-    """An int64 key of three small integers."""
-    return (seed.long() * 0x9E3779B1 + round_.long()) * 0x85EBCA6B + place * 0xC2B2AE35
 
 
 def right(matrix: Tensor, rows: int) -> Tensor:
