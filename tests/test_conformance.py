@@ -47,7 +47,9 @@ both_models = pytest.mark.parametrize(
 SETTINGS = {
     "fedavg_ft": ("algorithm.ft_epochs=1", "train.lr=0.01"),  # by 0.05 it is right at once
     "fd": ("algorithm.gamma=0.1",),  # the entropy of what is taught counts in the loss, from round 2 on
+    "fed_talora": ("train.lr=0.02",),  # as fedex_lora
     "fedapen": ("algorithm.small=user_parts:with_norm",),
+    "fedex_lora": ("train.lr=0.02",),  # W and factors that all move: by 0.05 the cnn diverges
     "fedkd": ("algorithm.small=user_parts:with_norm", "train.lr=0.02"),  # its division by D makes it steep
     "fedrep": ("algorithm.head_epochs=1",),
     "fml": ("algorithm.small=user_parts:with_norm",),
@@ -285,7 +287,14 @@ ALIKE = {
 
 
 # Variables that no seed changes: {method.leaf: why}.
-UNSEEDED = {"fedkd.svd.round": "counts the rounds", "fedkd.svd.numbers": "a number of numbers"}
+UNSEEDED = {
+    "fedkd.svd.round": "counts the rounds",
+    "fedkd.svd.numbers": "a number of numbers",
+    "fed_talora.last.clients": "counts the last cohort",
+    "fedex_lora.last.clients": "counts the last cohort",
+    "flora.last.*": "counts the components of the last cohort",
+    "fed_talora.seen.*": "four classes, which every cohort has seen after two rounds",
+}
 
 
 def listed(table: dict, name: str, leaf: str):
@@ -347,10 +356,14 @@ def test_bytes_are_those_of_the_upload_and_of_the_shared_leaves(name, model):
         down += size(offer.rows.values())
     for moment in run(name, model)[1:]:
         assert moment.row["clients"] == 4
-        if type(algorithm).sent is not Algorithm.sent:  # by what a client holds: its own tests have the formula
-            assert 0 < moment.row["bytes_up"] < 4 * up and 0 <= moment.row["bytes_down"] < 4 * down
-            continue
-        assert moment.row["bytes_up"] == 4 * up and moment.row["bytes_down"] == 4 * down
+        if type(algorithm).sent is Algorithm.sent:
+            assert moment.row["bytes_up"] == 4 * up
+        else:  # by what a client holds: its own tests have the formula
+            assert 0 < moment.row["bytes_up"] < 4 * up
+        if type(algorithm).received is Algorithm.received:
+            assert moment.row["bytes_down"] == 4 * down
+        else:  # by what has been before: likewise
+            assert moment.row["bytes_down"] >= 0
 
 
 def size(tensors: Iterable[torch.Tensor | None]) -> int:
