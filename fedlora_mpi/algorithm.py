@@ -100,6 +100,13 @@ class Offer(NamedTuple):
     aux: Tensor | None = None  # [k] further numbers of the client that they depend on
 
 
+class Cohort(NamedTuple):
+    """The clients that took part in a round, in two numbers."""
+
+    share: float  # of all clients
+    weight: float  # by which they count together: the mean over them times it is their sum
+
+
 class Algorithm:
     """The hooks of a method; their defaults are FedAvg, so that a file says what is different.
 
@@ -198,9 +205,9 @@ class Algorithm:
         """Variables of the server alone, before the first round. Default: none."""
         return {}
 
-    def serve(self, server: Tree, shared: Tree, mean: Tree, share: float) -> tuple[Tree, Tree]:
+    def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
         """The next (server, shared) variables from the present ones and the mean of the uploads of
-        the ``share`` of clients that took part. Default: the mean becomes the shared variables."""
+        the ``cohort``. Default: the mean becomes the shared variables."""
         return server, mean
 
     def decomposed(self, shared: Tree) -> dict[str, tuple[Tensor, int]]:

@@ -7,7 +7,8 @@ first r_k components. At the start A ~ U(-1, 1) / sqrt(in side), B = 0. Leaves o
 and averaged as they are. A layer of fewer sides than a rank has that many components.
 
 A method says what its uploads stand for (``term``), by what they are weighted (``weight``) and what the server
-makes of their mean (``aggregate``); ``FineTuning`` has the rest.
+makes of their mean (``aggregate``), and what is to be known of the last cohort (``counted``); ``FineTuning`` has the
+rest.
 """
 
 from dataclasses import dataclass, replace
@@ -17,11 +18,11 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from .algorithm import Algorithm, Phase, Step, Train, Vars
+from .algorithm import Algorithm, Cohort, Phase, Step, Train, Vars
 from .bounds import bounded
 from .lowrank import is_factor, kaiming, matching, sides
 from .models.network import Model
-from .tree import Tree, prefixed, under
+from .tree import Tree, numel, prefixed, under
 
 Role = Literal["head", "norm"]
 _TOLD = ("effective_clients", "lora_truncation", "lora_bias", "lora_update_bias")
@@ -126,7 +127,7 @@ class FineTuning(Algorithm):
         return ("norm" if role == "stats" else role) in self.full
 
     def download(self, shared: Tree) -> Tree:
-        return self.first_components({n: v for n, v in shared.items() if not n.startswith("told.")})
+        return self.first_components({n: v for n, v in shared.items() if not n.startswith(("told.", "last."))})
 
     def first_components(self, tree: Tree) -> Tree:
         """``tree`` with factors of this client's rank."""
@@ -171,17 +172,21 @@ class FineTuning(Algorithm):
 
     def delta(self, shared: Tree) -> Tree:
         """{weight: its update W + s B A}, [out side, in side], of a client's or the server's shared variables."""
-        return {n: shared[f"{n}.W"] + p if f"{n}.W" in shared else p for n, p in self.products(shared).items()}
+        W = dense(shared)
+        return W | {n: W[n] + p if n in W else p for n, p in self.products(shared).items()}
 
     # The server.
 
     def expand(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        """The leaves trained in full; under "term." what ``term`` says, times ``weight`` / n_k; that under "weight."."""
+        """The leaves trained in full; under "term." what ``term`` says, times ``weight`` / n_k; that under "weight.";
+        under "last." what ``counted`` says, over n_k."""
         tree, terms = {n: v for n, v in upload.items() if not is_factor(n)}, self.term(upload, shared)
         if weight := self.weight(upload, shared, count):
             ratio = {n: w / count for n, w in weight.items()}
             terms = {n: v * ratio[n.rpartition(".")[0]] for n, v in terms.items()}
             tree |= prefixed(ratio, "weight.")
+        number = next(iter(upload.values())).new_tensor
+        tree |= prefixed({n: number(v / count) for n, v in self.counted(upload).items()}, "last.")
         tree |= prefixed(terms, "term.")
         return tree | (self.diagnosis(upload, shared, count) if self.diagnose else {})
 
@@ -196,12 +201,17 @@ class FineTuning(Algorithm):
         """{weight: []} by what the terms of a weight count; {}: by ``count``, the number of samples n_k."""
         return {}
 
-    def serve(self, server: Tree, shared: Tree, mean: Tree, share: float) -> tuple[Tree, Tree]:
+    def counted(self, upload: Tree) -> dict[str, int]:
+        """{name: number of a client}; the next shared leaf "last.<name>" is its sum over the cohort. Here none."""
+        return {}
+
+    def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
         full = {n: v for n, v in mean.items() if n in shared}
+        last = {n: (v * cohort.weight).round() for n, v in full.items() if n.startswith("last.")}
         terms, weights = under(mean, "term."), under(mean, "weight.")
         if weights:
             terms = {n: v / weights[n.rpartition(".")[0]] for n, v in terms.items()}
-        new = shared | full | self.aggregate(shared, terms)
+        new = shared | full | last | self.aggregate(shared, terms)
         return server, new | (self.diagnosed(shared, new, mean) if self.diagnose else {})
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
@@ -242,6 +252,55 @@ class FineTuning(Algorithm):
         return told | {"effective_clients": told["effective_clients"] * clients} if told else {}
 
 
+def dense(tree: Tree) -> Tree:
+    """{weight: its W} of all that there are."""
+    return {n.removesuffix(".W"): v for n, v in tree.items() if n.endswith(".W")}
+
+
+@dataclass(frozen=True)
+class Calibrated(FineTuning):
+    """Factors are averaged, and what their mean product has beside is added to the frozen weights of everybody:
+
+        W  <-  W + R      R = sum_k p_k s B_k A_k - s B A = sum_k p_k s (B_k - B) (A_k - A)
+
+    so that W + s B A moves by the mean of what was trained. The last form has k terms of rank r whose left factors
+    are p_k (B_k - B), together zero: R of k clients has at most rank (k - 1) r.
+
+    ``downlink``: R travels as a matrix (dense), or as k - 1 pairs of factors (factored). It changes what a round
+    counts as received, no variable.
+
+    Shared leaves: "<weight>.W", "last.clients" [].
+    """
+
+    downlink: Literal["dense", "factored"] = "dense"
+
+    def init(self, model: Model, rng: Generator) -> Vars:
+        shared, personal = super().init(model, rng)[:2]
+        W = {f"{n}.W": torch.zeros(*size) for n, size in self.adapted(model).items()}
+        return Vars(shared | W | {"last.clients": torch.tensor(0.0)}, personal)
+
+    def received(self, shared: Tree) -> Tensor | int:
+        return numel({n: v for n, v in self.download(shared).items() if not n.endswith(".W")}) + self.residual(shared)
+
+    def residual(self, shared: Tree) -> Tensor | int:
+        """How many numbers the R of the last round comes to; none before round 1."""
+        clients, total = shared["last.clients"].long(), 0
+        for name, W in dense(shared).items():
+            factored = (clients - 1).clamp(min=0) * len(shared[f"{name}.A"]) * sum(W.shape)
+            total += (clients > 0) * W.numel() if self.downlink == "dense" else factored
+        return total
+
+    def term(self, upload: Tree, shared: Tree) -> Tree:
+        return super().term(upload, shared) | {f"{n}.W": p / self.s for n, p in self.products(upload).items()}
+
+    def counted(self, upload: Tree) -> dict[str, int]:
+        return {"clients": 1}
+
+    def aggregate(self, shared: Tree, mean: Tree) -> Tree:
+        of_means = self.products(mean)
+        return mean | {f"{n}.W": W + mean[f"{n}.W"] - of_means[n] for n, W in dense(shared).items()}
+
+
 @dataclass(frozen=True)
 class Redistributed(FineTuning):
     """The server keeps a dense update W of every decomposed weight and hands out W^r, its best approximation of
@@ -269,7 +328,7 @@ class Redistributed(FineTuning):
 
     def delta(self, shared: Tree) -> Tree:
         """A client's s B A; what the server has is W itself."""
-        return {n.removesuffix(".W"): v for n, v in shared.items() if n.endswith(".W")} or super().delta(shared)
+        return dense(shared) or super().delta(shared)
 
     def term(self, upload: Tree, shared: Tree) -> Tree:
         return {f"{n}.W": p for n, p in self.products(upload).items()}

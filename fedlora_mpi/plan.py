@@ -14,14 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .algorithm import Vars
+from .algorithm import Cohort, Vars
 from .build import Built, build, hosts
 from .comm import Solo
 from .config import Config
 from .data.feed import Feed
 from .federation import Kind, Run
 from .placement import assign
-from .tree import nbytes, numel, tmap
+from .tree import Tree, nbytes, numel, tmap
 from .units import duration, size
 
 _BATCHES = 2  # of every epoch, in the trial
@@ -69,7 +69,9 @@ def _sizes(built: Built, ranks: int) -> list[tuple[str, str]]:
     """Parameters and bytes."""
     config, run = built.config, built.run
     first, clients, cohort = run.kinds[0].first, len(run.weight_N), len(run.chosen(0))
-    up, down = zip(*(_traffic(run, run.kinds[kind]) for kind in run.kind_of))
+    second = _second(run)
+    traffic = [_traffic(run, kind, second) for kind in run.kinds]
+    up, down = zip(*(traffic[kind] for kind in run.kind_of))
     message, how = {"exact": 16, "fast": 4}[config.reduce] * run.upload.size, "an allreduce"
     if run.gathers:
         message, how = 4 * sum(numel(run.kinds[kind].upload) for kind in run.kind_of) * cohort // clients, "a gather"
@@ -84,12 +86,22 @@ def _sizes(built: Built, ranks: int) -> list[tuple[str, str]]:
     ]
 
 
-def _traffic(run: Run, kind: Kind) -> tuple[int, int]:
-    """Bytes that such a client sends and receives in a round."""
-    ones = lambda v: Vars(*(tmap(torch.ones_like, half) for half in v[:2]))  # of a method that sends by class: all classes
-    full = ones(kind.arrived)
-    up, down = 4 * int(kind.algorithm.sent(full, full)), 4 * int(kind.algorithm.received(ones(kind.first).shared))
+def _traffic(run: Run, kind: Kind, second: Tree) -> tuple[int, int]:
+    """The most bytes that such a client sends and receives in a round; ``second``: what ``_second`` says."""
+    ones = lambda tree: tmap(torch.ones_like, tree)  # of a method that sends by class: all classes
+    full, first = Vars(*map(ones, kind.arrived[:2])), kind.first.shared
+    up = 4 * max(int(kind.algorithm.sent(v, v)) for v in (kind.arrived, full))
+    down = 4 * max(int(kind.algorithm.received(shared)) for shared in (first, ones(first), second))
     return (up + run.mixing.bytes_up, down + run.mixing.bytes_down) if run.mixing else (up, down)
+
+
+def _second(run: Run) -> Tree:
+    """The shared variables before round 2 if all of a cohort, clients of equal weight, came back untrained."""
+    shared, kinds = run.kinds[0].first.shared, [run.kind_of[client] for client in run.chosen(0)]
+    terms = {kind: run.kinds[kind].term for kind in set(kinds)}
+    mean = tmap(lambda *leaves: sum(leaves) / len(leaves), *(terms[kind] for kind in kinds))
+    cohort = Cohort(len(kinds) / len(run.weight_N), len(kinds))
+    return run.algorithm.serve(run.algorithm.server(run.trainer.model, shared), shared, mean, cohort)[1]
 
 
 def _range(numbers: Sequence[int], said: Callable[[int], str]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .algorithm import Algorithm
+from .algorithm import Algorithm, Cohort
 from .comm import Fault
 from .decomposition import right_vectors
 from .federation import Run, State
@@ -66,7 +66,8 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     drift = _drift(run, here, sums[:size] / total, spread / total)
     mean = _mean(run, state.shared, sums[:size], chosen, total)
     _mix(run, state, learned.offers, chosen)
-    server, shared = run.algorithm.serve(state.server, state.shared, mean, len(chosen) / len(run.weight_N))
+    cohort = Cohort(len(chosen) / len(run.weight_N), total)
+    server, shared = run.algorithm.serve(state.server, state.shared, mean, cohort)
     if matrices := run.algorithm.decomposed(shared):
         shared = run.algorithm.handed_out(shared, right_vectors(run.comm, matrices))
     state = State(state.round + 1, server, shared, state.personal)

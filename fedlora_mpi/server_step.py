@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .algorithm import Cohort
 from .bounds import bounded
 from .models.network import Model
 from .tree import Tree
@@ -70,7 +71,7 @@ class Adaptive:
     def server(self, model: Model, shared: Tree) -> Tree:
         return moments(model, shared, m=0.0, v=self.tau**2)
 
-    def serve(self, server: Tree, shared: Tree, mean: Tree, share: float) -> tuple[Tree, Tree]:
+    def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
         def step(delta: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             m = self.beta1 * m + (1 - self.beta1) * delta
             v = self.second(v, delta**2)

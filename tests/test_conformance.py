@@ -47,7 +47,9 @@ both_models = pytest.mark.parametrize(
 SETTINGS = {
     "fedavg_ft": ("algorithm.ft_epochs=1", "train.lr=0.01"),  # by 0.05 it is right at once
     "fd": ("algorithm.gamma=0.1",),  # the entropy of what is taught counts in the loss, from round 2 on
+    "fed_talora": ("train.lr=0.02",),  # as fedex_lora
     "fedapen": ("algorithm.small=user_parts:with_norm",),
+    "fedex_lora": ("train.lr=0.02",),  # W and factors that all move: by 0.05 the cnn diverges
     "fedkd": ("algorithm.small=user_parts:with_norm", "train.lr=0.02"),  # its division by D makes it steep
     "fedrep": ("algorithm.head_epochs=1",),
     "fml": ("algorithm.small=user_parts:with_norm",),
@@ -284,11 +286,14 @@ ALIKE = {
 }
 
 
-
 # Variables that no seed changes: {method.leaf: why}.
 UNSEEDED = {
     "fedkd.svd.round": "counts the rounds",
     "fedkd.svd.numbers": "a number of numbers",
+    "fed_talora.last.clients": "counts the last cohort",
+    "fedex_lora.last.clients": "counts the last cohort",
+    "flora.last.*": "counts the components of the last cohort",
+    "fed_talora.seen.*": "four classes, which every cohort has seen after two rounds",
 }
 
 
@@ -308,8 +313,7 @@ def test_absent_clients_keep_their_variables_and_the_others_train(name, model):
             movers = who(round_, cohort, known) if who else moved & cohort
             assert moved == movers, f"{leaf} in round {round_ + 1}"
             anything |= moved
-        if any(not listed(MOVERS, name, leaf) for leaf in after.personal):
-            assert anything == cohort
+        assert anything == (cohort if after.personal else set())
         known |= cohort
 
 
@@ -319,7 +323,7 @@ def test_personal_leaves_differ_and_shared_ones_move(name, model):
     for leaf, rows in end.personal.items():
         if not listed(ALIKE, name, leaf):
             assert distinct(rows) == 7, leaf
-    if any(not listed(ALIKE, name, leaf) for leaf in end.personal):
+    if end.personal:
         assert distinct(*end.personal.values()) == 7
     for leaf, value in end.shared.items():
         assert not torch.equal(value, begin.shared[leaf]), leaf
@@ -352,11 +356,14 @@ def test_bytes_are_those_of_the_upload_and_of_the_shared_leaves(name, model):
         down += size(offer.rows.values())
     for moment in run(name, model)[1:]:
         assert moment.row["clients"] == 4
-        own = (type(algorithm).sent, type(algorithm).received) != (Algorithm.sent, Algorithm.received)
-        if own:  # by what a client holds: its own tests have the formula
-            assert 0 < moment.row["bytes_up"] <= 4 * (up + 4) and 0 <= moment.row["bytes_down"] <= 4 * max(down, up)
-            continue
-        assert moment.row["bytes_up"] == 4 * up and moment.row["bytes_down"] == 4 * down
+        if type(algorithm).sent is Algorithm.sent:
+            assert moment.row["bytes_up"] == 4 * up
+        else:  # by what a client holds: its own tests have the formula
+            assert 0 < moment.row["bytes_up"] < 4 * up
+        if type(algorithm).received is Algorithm.received:
+            assert moment.row["bytes_down"] == 4 * down
+        else:  # by what has been before: likewise
+            assert moment.row["bytes_down"] >= 0
 
 
 def size(tensors: Iterable[torch.Tensor | None]) -> int:

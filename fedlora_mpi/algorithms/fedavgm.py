@@ -18,7 +18,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..algorithm import Algorithm
+from ..algorithm import Algorithm, Cohort
 from ..bounds import bounded
 from ..models.network import Model
 from ..server_step import moments, stepped
@@ -39,7 +39,7 @@ class FedAvgM(Algorithm):
     def server(self, model: Model, shared: Tree) -> Tree:
         return moments(model, shared, v=0.0)
 
-    def serve(self, server: Tree, shared: Tree, mean: Tree, share: float) -> tuple[Tree, Tree]:
+    def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
         def step(delta: Tensor, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             v = self.beta * v + delta
             return self.eta * v, {"v": v}

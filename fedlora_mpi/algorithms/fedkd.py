@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Batch, Phase, Step, Train, Vars
+from ..algorithm import Batch, Cohort, Phase, Step, Train, Vars
 from ..batch import cross_entropy, divergence, mean
 from ..bounds import bounded
 from ..companion import Companion
@@ -90,7 +90,7 @@ class FedKD(Companion):
     def received(self, shared: Tree) -> Tensor:
         return shared["svd.numbers"]
 
-    def serve(self, server: Tree, shared: Tree, mean: Tree, share: float) -> tuple[Tree, Tree]:
+    def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
         shared = self.compressed(shared, mean)
         return server, shared | {"svd.round": shared["svd.round"] + 1}
 

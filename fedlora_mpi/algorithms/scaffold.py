@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
+from ..algorithm import Algorithm, Batch, Cohort, Phase, Step, Train, Vars
 from ..bounds import bounded
 from ..models.network import Model
 from ..tree import Tree, prefixed
@@ -75,10 +75,10 @@ class Scaffold(Algorithm):
         moved = {n: end.personal[f"c_i.{n}"] - start.personal[f"c_i.{n}"] for n in _parameters(start.shared)}
         return end.shared | {f"c.{n}": v for n, v in moved.items()}
 
-    def serve(self, server: Tree, shared: Tree, mean: Tree, share: float) -> tuple[Tree, Tree]:
+    def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
         parameters = _parameters(shared)
         x = {n: torch.lerp(shared[n], mean[n], self.server_lr) for n in parameters}  # the mean itself at 1
-        c = {f"c.{n}": shared[f"c.{n}"] + share * mean[f"c.{n}"] for n in parameters}
+        c = {f"c.{n}": shared[f"c.{n}"] + cohort.share * mean[f"c.{n}"] for n in parameters}
         return server, mean | x | c  # eq. (5)
 
 
