@@ -100,6 +100,11 @@ SAID = {
                Bytes("4 * K * K", "4 * K * K", "4 * (P + F + K * K + 1)")),
     "fedproto": Said("prototypes", "the network, which classes it holds",
                      Bytes("4 * K * d", "4 * K * d", "4 * (P + F + K)")),
+    "hetlora": Said("head, factors A and B", "the rank r_k",
+                    Bytes("4 * (a + b + H + 1)", "4 * (a + b + H)", "4")),
+    "ffa_lora": Said("head, factors B", bytes=Bytes(*2 * ["4 * (b + H)"])),
+    "rolora": Said("head, factors B or A in turn", bytes=Bytes(*2 * ["4 * (max(a, b) + H)"])),
+    "fed_rac_lora": Said("head, one factor; the seed of the other", bytes=Bytes("4 * (b + H)", "4 * (b + H + 1)")),
 }  # fmt: skip
 
 
@@ -124,6 +129,7 @@ def symbols(model: Model) -> dict[str, tuple[int, str]]:
     count = lambda *roles: sum(v.numel() for n, v in model.initial.items() if model.role(n) in roles)
     classes, width = model.leaves[f"{model.head}.weight"].shape
     ranks = LowRank().ranks(model)
+    factors = [(min(8, *at), *at) for n, at in ((n, sides(model.leaves[n])) for n in ranks) if model.role(n) != "head"]
     return {
         "P": (count("body", "norm", "head"), "parameters"),
         "F": (count("stats"), "running statistics of BatchNorm: a mean and a variance per channel"),
@@ -132,6 +138,8 @@ def symbols(model: Model) -> dict[str, tuple[int, str]]:
         "K": (classes, "classes"),
         "d": (width, "features that enter the head"),
         "S": (numel(build("cnn5", {}, model.classes, model.shape, 1).initial), "numbers of the small network `cnn5`"),
+        "a": (sum(r * inside for r, _, inside in factors), "numbers of all A of rank 8, but for the head"),
+        "b": (sum(r * outside for r, outside, _ in factors), "numbers of all B of rank 8, but for the head"),
         "T": (sum(r * sum(sides(model.leaves[n])) for n, r in ranks.items()), "numbers of all A and B, default ranks"),
         "G": (sum(cut.count for cut in cuts(model, blocks=5).values()), "runs of weights that pFedGate's gate scales"),
         "x": (prod(model.shape), "numbers of one input"),
