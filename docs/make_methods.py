@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from fedlora_mpi import algorithms
-from fedlora_mpi.algorithm import Algorithm, Vars
+from fedlora_mpi.algorithm import Algorithm, Cohort, Vars
 from fedlora_mpi.finetuning import FineTuning
 from fedlora_mpi.gating import cuts
 from fedlora_mpi.lowrank import LowRank, sides
@@ -106,6 +106,14 @@ SAID = {
                      bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
     "fedhl": Said("the factors of its rank, head; the update W on the server alone",
                   bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
+    "fedex_lora": Said("factors A and B, head, update W", bytes=Bytes("4 * (H + Q)", "4 * (H + Q + W)")),
+    "flora": Said("head, update W; fresh factors every round", bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
+    "hetlora": Said("factors A and B, head", "the rank r_k", Bytes("4 * (H + Q + 1)", "4 * (H + Q)", "4")),
+    "ffa_lora": Said("factors B, head", bytes=Bytes(*2 * ["4 * (H + b)"])),
+    "rolora": Said("factors B or A in turn, head", bytes=Bytes(*2 * ["4 * (H + max(a, b))"])),
+    "fed_rac_lora": Said("one factor, head; the seed of the other", bytes=Bytes("4 * (H + b)", "4 * (H + b + 1)")),
+    "fed_talora": Said("factors A and B, update W, the head's rows of the classes seen",
+                       bytes=Bytes("4 * (H + Q)", "4 * (H + Q + W)")),
 }  # fmt: skip
 
 
@@ -122,20 +130,16 @@ def measured(algorithm: Algorithm, model: Model) -> Bytes:
     full = Vars(*(tmap(torch.ones_like, half) for half in first[:2]))
     arrived = [v._replace(shared=algorithm.download(v.shared)) for v in (first, full)]
     up = 4 * max(int(algorithm.sent(v, v)) for v in arrived) + (mixing.bytes_up if mixing else 0)
-    _, later = algorithm.serve({}, first.shared, _mean_of_one(algorithm, first), 1.0) if _tunes(algorithm) else ({}, full.shared)
-    down = 4 * max(int(algorithm.received(v)) for v in (first.shared, later)) + (mixing.bytes_down if mixing else 0)
+    second = served_once(algorithm, model, first)
+    down = 4 * max(int(algorithm.received(v)) for v in (first.shared, full.shared, second)) + (mixing.bytes_down if mixing else 0)
     return Bytes(up, down, nbytes(first.personal), nbytes(algorithm.server(model, first.shared)))
 
 
-def _tunes(algorithm: Algorithm) -> bool:
-    """Whether the method fine-tunes, and what comes down depends on rounds that were."""
-    return isinstance(algorithm, FineTuning)
-
-
-def _mean_of_one(algorithm: FineTuning, first: Vars) -> Tree:
-    """What the server gets in a round of one client that has learned nothing."""
+def served_once(algorithm: Algorithm, model: Model, first: Vars) -> Tree:
+    """The shared variables after a round of one client that has learned nothing."""
     v = first._replace(shared=algorithm.download(first.shared))
-    return algorithm.expand(algorithm.upload(v, v), first.shared, 1)
+    mean = algorithm.expand(algorithm.upload(v, v), first.shared, 1)
+    return algorithm.serve(algorithm.server(model, first.shared), first.shared, mean, Cohort(1.0, 1.0))[1]
 
 
 def symbols(model: Model) -> dict[str, tuple[int, str]]:

@@ -53,6 +53,7 @@ SETTINGS = {
     "fedkd": ("algorithm.small=user_parts:with_norm", "train.lr=0.02"),  # its division by D makes it steep
     "fedrep": ("algorithm.head_epochs=1",),
     "fml": ("algorithm.small=user_parts:with_norm",),
+    "hetlora": ("train.lr=0.02",),  # by 0.05 a client now and then diverges, and its norm takes all the weight
     "moon": ("algorithm.mu=0.1",),
     "pfedme": ("train.momentum=0", "train.lr=0.1"),
     "scaffold": ("train.momentum=0", "train.lr=0.1"),
@@ -256,6 +257,7 @@ ALTERNATIVES |= {
     "fedhl.eps": (RANKS, "1.0"),
     "fedhl.eps_relative": (RANKS, "1.0"),
     "fedhl.per_layer": ((*RANKS, "algorithm.full=[]"), None),
+    "hetlora.lora_rank_min": ((), "3"),  # all that the weight has: there is no tail
 }
 
 
@@ -271,6 +273,7 @@ MOVERS = {
     "fedcac.critical.norm.weight": (None, "a mask of four entries may come out as it was"),
     "pfedgate.gate.in.weight": (None, "the scale of the one channel, which BatchNorm takes off again"),
     "pfedsd.taught": (lambda _, cohort, known: cohort - known, "a flag that the first participation sets"),
+    "hetlora.lora_rank": (None, "a rank that falls now and then"),
 }
 
 # After two rounds of the whole cohort, seven clients of different data hold seven different rows of every
@@ -283,8 +286,15 @@ ALIKE = {
     "fedproto.own.classes": "four classes, of which many hold all",
     "pfedgate.gate.in.weight": "the scale of the one channel, which BatchNorm takes off again",
     "pfedsd.taught": "a flag that the first participation sets",
+    "hetlora.lora_rank": "a rank, at first the same for all",
 }
 
+# After two rounds of the whole cohort every shared leaf has moved. Those that need not: {method.leaf: why}.
+STILL = {
+    "ffa_lora.*.A": "the factor that never trains",
+    "fed_rac_lora.*.B": "zero again, since it was merged",
+    "fed_rac_lora.turn.seed": "all sketches follow from it",
+}
 
 # Variables that no seed changes: {method.leaf: why}.
 UNSEEDED = {
@@ -294,6 +304,11 @@ UNSEEDED = {
     "fedex_lora.last.clients": "counts the last cohort",
     "flora.last.*": "counts the components of the last cohort",
     "fed_talora.seen.*": "four classes, which every cohort has seen after two rounds",
+    "ffa_lora.turn.round": "counts the rounds",
+    "fed_rac_lora.turn.round": "counts the rounds",
+    "fed_rac_lora.*.B": "zero between rounds",
+    "rolora.turn.round": "counts the rounds",
+    "hetlora.lora_rank": "a rank, at first the same for all",
 }
 
 
@@ -313,7 +328,8 @@ def test_absent_clients_keep_their_variables_and_the_others_train(name, model):
             movers = who(round_, cohort, known) if who else moved & cohort
             assert moved == movers, f"{leaf} in round {round_ + 1}"
             anything |= moved
-        assert anything == (cohort if after.personal else set())
+        if any(not listed(MOVERS, name, leaf) for leaf in after.personal):
+            assert anything == cohort
         known |= cohort
 
 
@@ -323,10 +339,10 @@ def test_personal_leaves_differ_and_shared_ones_move(name, model):
     for leaf, rows in end.personal.items():
         if not listed(ALIKE, name, leaf):
             assert distinct(rows) == 7, leaf
-    if end.personal:
+    if any(not listed(ALIKE, name, leaf) for leaf in end.personal):
         assert distinct(*end.personal.values()) == 7
     for leaf, value in end.shared.items():
-        assert not torch.equal(value, begin.shared[leaf]), leaf
+        assert listed(STILL, name, leaf) or not torch.equal(value, begin.shared[leaf]), leaf
 
 
 def distinct(*leaves: torch.Tensor) -> int:
@@ -334,12 +350,12 @@ def distinct(*leaves: torch.Tensor) -> int:
     return len(torch.unique(torch.cat([rows.reshape(len(rows), -1) for rows in leaves], 1), dim=0))
 
 
-@pytest.mark.parametrize("table", [MOVERS, ALIKE, UNSEEDED], ids=["movers", "alike", "unseeded"])
+@pytest.mark.parametrize("table", [MOVERS, ALIKE, STILL, UNSEEDED], ids=["movers", "alike", "still", "unseeded"])
 def test_an_exception_is_of_a_leaf_that_there_is(table):
     for pattern in table:
         name = pattern.partition(".")[0]
         begin = run(name, NORM)[0]
-        leaves = [*begin.personal, *(begin.shared if table is UNSEEDED else ())]
+        leaves = [*begin.personal, *(begin.shared if table in (STILL, UNSEEDED) else ())]
         assert any(fnmatchcase(f"{name}.{leaf}", pattern) for leaf in leaves), pattern
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from runs import NORM, TINY, built, on_ranks, played, same
 
+from fedlora_mpi.algorithm import Cohort
 from fedlora_mpi import config as configs
 from fedlora_mpi.algorithms.fedhl import FedHL
 from fedlora_mpi.algorithms.fedit import FedIT
@@ -58,7 +59,7 @@ def next_round(algorithm, shared, far=0.1, counts=COUNTS):
         uploads[client] = trained(own.download(shared), 100 * client, far)
         for n, v in own.expand(uploads[client], shared, count).items():
             mean[n] = mean.get(n, 0) + count / total * v
-    _, new = algorithm.serve({}, shared, mean, 1.0)
+    _, new = algorithm.serve({}, shared, mean, Cohort(1.0, total))
     return (handed_out(algorithm, new) if algorithm.decomposed(new) else new), uploads
 
 

@@ -1,0 +1,124 @@
+"""LoRA of a rank of each client's own, which it lowers by itself; factors are averaged by the norms of products.
+
+Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models" (HetLoRA), EMNLP 2024,
+https://arxiv.org/abs/2401.06432. Client k has the first r_k components of the server's A [R, d_in] and B [d_out, R];
+its tail are those from floor(gamma r_k) on:
+
+    T(A, B)     =  ||B[:, floor(gamma r_k):r_k]||_F ||A[floor(gamma r_k):r_k]||_F, summed over layers
+    A_k, B_k   <-  local training on CE + lam T(A_k, B_k)
+    r_k        <-  max(r_min, floor(gamma r_k)) for good, if T(A_k, B_k) < T(A, B): the tail is sent no more
+    A          <-  sum_k p_k A_k      B  <-  sum_k p_k B_k      p_k = S_k / sum_j S_j
+    S_k         =  ||B_k A_k||_F = sqrt(sum (B_k' B_k) o (A_k A_k')), all layers together
+
+with zeros in place of the components that a client does not have, which dilute those of the others. Where all S_k
+are zero, they count alike.
+
+BatchNorm: takes its statistics as they are, unless ``full`` names norm.
+Bytes per client and round: up 4 (r_k (d_out + d_in) for each decomposed weight, what is trained in full, and S_k);
+down the same without S_k, r_k being the rank that the client began with.
+Deviations: a rank that r_min stops has no tail, and no penalty then. Down, a client is counted with its first rank,
+and so it is in ``lora_truncation``: the server's side of a message does not know r_k, which is the client's own.
+The head is trained in full and averaged by n_k. gamma, lam and r_min are those of others' code; the paper's are not
+known.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from ..algorithm import Batch, Loss, Train, Vars
+from ..bounds import bounded
+from ..finetuning import FineTuning
+from ..lowrank import is_not_factor
+from ..models.network import Model
+from ..tree import Tree, numel, split
+
+
+@dataclass(frozen=True)
+class HetLoRA(FineTuning):
+    """A personal leaf: "lora_rank", r_k, at first the most components that a layer has. The later ones are zero in
+    both factors, where they have no gradient."""
+
+    gamma: float = 0.99
+    lam: float = 0.01
+    lora_rank_min: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bounded(self, gamma="(0, 1]", lam="[0, inf)", lora_rank_min="[1, inf)")
+
+    def init(self, model: Model, rng: Generator) -> Vars:
+        shared = super().init(model, rng).shared
+        most = max(len(A) for A, _ in pairs(shared).values())
+        return Vars(shared, {"lora_rank": torch.tensor(float(most))})
+
+    def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
+        return self.own(v)
+
+    def own(self, v: Vars) -> Vars:
+        """``v`` with the first r_k components alone."""
+        return v._replace(shared=components(v.shared, 0, v.personal["lora_rank"]))
+
+    def loss(self, model: Model) -> Loss:
+        fit = super().loss(model)
+
+        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+            return fit(now, start, batch) + self.lam * self.tail(now)
+
+        return loss
+
+    def tail(self, v: Vars) -> Tensor:
+        """T, [], of the components that pruning would take."""
+        r = v.personal["lora_rank"]
+        norm = torch.linalg.vector_norm  # its gradient at zero is zero
+        return sum(norm(A) * norm(B) for A, B in pairs(components(v.shared, self.lower(r), r)).values())
+
+    def lower(self, r: Tensor) -> Tensor:
+        """The rank after ``r``; ``r`` itself, where the minimum or gamma leave no other."""
+        rank = (self.gamma * r.double() + 1e-9).floor().to(r.dtype)  # 0.29 * 100 is below 29
+        return rank.clamp(min=self.lora_rank_min).minimum(r)
+
+    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
+        r = start.personal["lora_rank"]
+        r = torch.where(self.tail(end) < self.tail(start), self.lower(r), r)
+        return end._replace(shared=components(end.shared, 0, r), personal={"lora_rank": r})
+
+    def upload(self, start: Vars, end: Vars) -> Tree:
+        return super().upload(start, end) | {"norm": norm_of_products(end.shared)}
+
+    def sent(self, start: Vars, end: Vars) -> int:
+        upload, r = self.upload(start, end), int(end.personal["lora_rank"])
+        held = sum(min(r, len(A)) * (A.shape[1] + len(B)) for A, B in pairs(upload).values())
+        return held + numel(split(upload, is_not_factor)[0])
+
+    def weights_of(self, model: Model, v: Vars) -> Tree:
+        """Of the client's own model; where the server's is judged, that has all components."""
+        return super().weights_of(model, v if self.judged == "server" else self.own(v))
+
+    def adapter(self, model: Model, v: Vars) -> tuple[dict[str, tuple[Tensor, Tensor, float]], Tree]:
+        return super().adapter(model, self.own(v))
+
+    def weight(self, upload: Tree, shared: Tree, count: int) -> Tree:
+        return dict.fromkeys(pairs(upload), upload["norm"].clamp(min=1e-8))  # alike where all are zero
+
+
+def pairs(tree: Tree) -> dict[str, tuple[Tensor, Tensor]]:
+    """{weight: (A, B)} of all factors in ``tree``."""
+    names = [n.removesuffix(".A") for n in tree if n.endswith(".A")]
+    return {n: (tree[f"{n}.A"], tree[f"{n}.B"]) for n in names}
+
+
+def components(tree: Tree, first: Tensor | int, past: Tensor) -> Tree:
+    """``tree``, whose factors have zeros but in the components from ``first`` to before ``past``."""
+    kept = {}
+    for name, (A, B) in pairs(tree).items():
+        at = torch.arange(len(A), device=A.device)
+        here = (first <= at) & (at < past)  # [r]
+        kept |= {f"{name}.A": torch.where(here[:, None], A, 0.0), f"{name}.B": torch.where(here, B, 0.0)}
+    return tree | kept
+
+
+def norm_of_products(tree: Tree) -> Tensor:
+    """The norm of all B A together, [], without making any: ||B A||^2 = sum (B' B) o (A A'), both [r, r]."""
+    return sum(((B.T @ B) * (A @ A.T)).sum() for A, B in pairs(tree).values()).clamp(min=0).sqrt()
