@@ -127,11 +127,11 @@ def measured(algorithm: Algorithm, model: Model) -> Bytes:
     """
     first = algorithm.init(model, rng(1, "init"))
     mixing = Mixing.of(algorithm, first, [0], [0], "auto")
-    full = Vars(*(tmap(torch.ones_like, half) for half in first[:2]))
-    arrived = [v._replace(shared=algorithm.download(v.shared)) for v in (first, full)]
-    up = 4 * max(int(algorithm.sent(v, v)) for v in arrived) + (mixing.bytes_up if mixing else 0)
-    second = served_once(algorithm, model, first)
-    down = 4 * max(int(algorithm.received(v)) for v in (first.shared, full.shared, second)) + (mixing.bytes_down if mixing else 0)
+    arrived = first._replace(shared=algorithm.download(first.shared))
+    ones = Vars(*(tmap(torch.ones_like, half) for half in arrived[:2]))
+    up = 4 * max(int(algorithm.sent(v, v)) for v in (arrived, ones)) + (mixing.bytes_up if mixing else 0)
+    moments = first.shared, tmap(torch.ones_like, first.shared), served_once(algorithm, model, first)
+    down = 4 * max(int(algorithm.received(shared)) for shared in moments) + (mixing.bytes_down if mixing else 0)
     return Bytes(up, down, nbytes(first.personal), nbytes(algorithm.server(model, first.shared)))
 
 

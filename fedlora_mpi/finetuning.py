@@ -291,7 +291,7 @@ class Calibrated(FineTuning):
         return total
 
     def term(self, upload: Tree, shared: Tree) -> Tree:
-        return super().term(upload, shared) | {f"{n}.W": p / self.s for n, p in self.products(upload).items()}
+        return super().term(upload, shared) | {f"{n}.W": p for n, p in self.products(upload).items()}
 
     def counted(self, upload: Tree) -> dict[str, int]:
         return {"clients": 1}
