@@ -375,7 +375,7 @@ def test_bytes_are_those_of_the_upload_and_of_the_shared_leaves(name, model):
         if type(algorithm).sent is Algorithm.sent:
             assert moment.row["bytes_up"] == 4 * up
         else:  # by what a client holds: its own tests have the formula
-            assert 0 < moment.row["bytes_up"] < 4 * up
+            assert 0 < moment.row["bytes_up"] <= 4 * up
         if type(algorithm).received is Algorithm.received:
             assert moment.row["bytes_down"] == 4 * down
         else:  # by what has been before: likewise
