@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from torch import nn
 
-    from ..algorithm import Algorithm
+    from ..algorithm import Algorithm, Vars
     from ..config import Config
     from ..data.texts import Vocabulary
     from ..models.network import Model
@@ -127,9 +127,11 @@ class RunView:
         from ..models.zoo import build
 
         found = self._files.partition()
-        shape, tokens = tuple(found["input_shape"].tolist()), int(found.get("input_tokens", [0])[0])
+        shape = tuple(found["input_shape"].tolist())
+        of_texts = [int(found.get(name, [0])[0]) for name in ("input_tokens", "input_padding")]
         classes, config = self.partition.train_counts.shape[1], self._parsed
-        return tuple(build(n.name, n.options, classes, shape, config.seed, tokens) for n in config.model.mix)
+        inputs = (classes, shape, config.seed, *of_texts)
+        return tuple(build(network.name, network.options, *inputs) for network in config.model.mix)
 
     @cached_property
     def vocabulary(self) -> "Vocabulary":
@@ -188,20 +190,32 @@ class ClientView:
         """The client's network, with its initial weights."""
         return self.run.networks[self.run.network_of[self.id]]
 
+    @property
+    def algorithm(self) -> "Algorithm":
+        """The method as this client has it."""
+        return self.run.variants[self.id]
+
+    @cached_property
+    def variables(self) -> "Vars":
+        """What the client's own model is made of: tensors, the shared ones as they arrive there, and its own."""
+        import torch
+
+        from ..algorithm import Vars
+
+        tensors = lambda leaves: {name: torch.from_numpy(value) for name, value in leaves.items()}
+        personal = {n: _only(rows) for n, rows in self.checkpoint.personal([self.id]).items()}
+        shared = tensors(self.checkpoint.shared())
+        with torch.no_grad():
+            arrived = shared if self.algorithm.judges == "server" else self.algorithm.download(shared)
+        return Vars(arrived, tensors(personal))
+
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:
         """Every parameter and statistic of the client's own model, the one that was evaluated."""
         import torch
 
-        from ..algorithm import Vars
-
-        algorithm = self.run.variants[self.id]
-        tensors = lambda leaves: {name: torch.from_numpy(value) for name, value in leaves.items()}
-        personal = {n: _only(rows) for n, rows in self.checkpoint.personal([self.id]).items()}
-        shared = tensors(self.checkpoint.shared())
         with torch.no_grad():
-            arrived = shared if algorithm.judges == "server" else algorithm.download(shared)
-            tree = algorithm.weights_of(self.network, Vars(arrived, tensors(personal)))
+            tree = self.algorithm.weights_of(self.network, self.variables)
         return {name: value.numpy() for name, value in tree.items()}
 
     @cached_property
