@@ -21,6 +21,7 @@ from .federation import Kind, Run
 from .layout import Layout
 from .mixing import Mixing
 from .models import weights
+from .models.huggingface import digest as hf_digest
 from .models.network import Model
 from .models.zoo import build as build_model
 from .placement import assign, groups
@@ -69,14 +70,13 @@ def load_data(config: Config, source: str) -> Data:
 
 def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
     """The networks of a config, each checked against its algorithm."""
-    models = []
+    models, inputs = [], (data.classes, data.shape, config.seed, data.tokens, data.padding)
     for network in config.model.mix:
+        if network.name == "hf" and data.vocabulary and not config.data.source.text.tokenizer:
+            reason = "network hf reads the tokens of its own tokenizer; give it"
+            raise ValueError(f"{source}: data.text.tokenizer = null: {reason}")
         with naming(source, "model"):
-            models.append(
-                build_model(
-                    network.name, network.options, data.classes, data.shape, config.seed, data.tokens, network.weights
-                )
-            )
+            models.append(build_model(network.name, network.options, *inputs, weights=network.weights))
         with naming(source, "algorithm"):
             config.algorithm.check(models[-1], config.train)
     return tuple(models)
@@ -170,6 +170,8 @@ def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], devi
     if data.vocabulary:
         digest += f"-{data.vocabulary.digest()[:16]}"
     for network in config.model.mix:
+        if network.name == "hf":  # what a method leaves as it is, is in no checkpoint
+            digest += f"-{hf_digest(network.options['folder'])[:16]}"
         if network.weights is not None:
             digest += f"-{weights.digest(weights.find(network.name, network.weights).path)[:16]}"
     return Built(config, run, split, data.shape, digest, data.vocabulary)

@@ -245,10 +245,15 @@ def _continued(config: Config, source: str, folder: Path) -> Config:
 
 def _same_words(folder: Path, built: Built) -> None:
     """Raise ValueError when the run began with another vocabulary than its data have now."""
-    kept = folder / "vocabulary.json"
+    kept, source = folder / "vocabulary.json", built.config.data.source
     if built.vocabulary and kept.is_file() and kept.read_text(encoding="utf-8") != built.vocabulary.json:
+        if source.text.tokenizer:
+            raise ValueError(
+                f"{kept}: is not that of data.text.tokenizer = {source.text.tokenizer}, which has changed since the run "
+                "began: put back what was, or start anew"
+            )
         raise ValueError(
-            f"{kept}: is not that of the training texts in data.root = {built.config.data.source.root}; they, or the "
+            f"{kept}: is not that of the training texts in data.root = {source.root}; they, or the "
             "library tokenizers, have changed since the run began: put back what was, or start anew"
         )
 
@@ -305,6 +310,7 @@ def _create_log(folder: Path, built: Built) -> None:
             "test_counts": split.test_counts,
             "input_shape": np.array(built.shape, np.int64),
             "input_tokens": np.array([built.vocabulary.size if built.vocabulary else 0], np.int64),
+            "input_padding": np.array([built.vocabulary.padding if built.vocabulary else 0], np.int64),
             "digest": split.digest(),
         },
     ).close()
@@ -313,7 +319,7 @@ def _create_log(folder: Path, built: Built) -> None:
 def _versions() -> dict[str, str]:
     """Versions that a result may depend on."""
     found = {"fedlora_mpi": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in ("numpy", "mpi4py", "h5py", "torchvision", "tokenizers"):
+    for name in ("numpy", "mpi4py", "h5py", "torchvision", "tokenizers", "transformers"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -1,6 +1,7 @@
 """Models by name. A builder takes (classes, shape) and keyword-only options, and returns a module.
 
-One with a parameter ``tokens`` is for texts: its inputs are integers below it, [B, L], 0 for padding.
+One with a parameter ``tokens`` is for texts: its inputs are integers below it, [B, L]. It is told by a parameter
+``padding`` which of them is padding; without one it is 0.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from torch import nn
 
 from ..seeds import isolated
 from . import weights as files
+from .huggingface import classifier
 from .network import Model, from_module
 from .resnet import ResNet
 from .transformer import Transformer
@@ -53,6 +55,7 @@ def transformer(
     classes: int,
     shape: tuple[int, ...],
     tokens: int,
+    padding: int = 0,
     *,
     width: int = 64,
     heads: int = 4,
@@ -69,7 +72,12 @@ def transformer(
         raise ValueError(f"heads = {heads}: must divide width = {width}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout = {dropout}: must be at least 0 and below 1")
-    return Transformer(classes, shape[0], tokens, **options)
+    return Transformer(classes, shape[0], tokens, padding, **options)
+
+
+def hf(classes: int, shape: tuple[int, ...], tokens: int, padding: int, *, folder: str) -> nn.Module:
+    """The pre-trained model in ``folder`` as Hugging Face's transformers saves it, for the texts of its tokenizer."""
+    return classifier(folder, classes, shape[0], tokens, padding)
 
 
 def _five(number: int, first: int, second: int, hidden: int, parameters: str) -> Callable[..., nn.Module]:
@@ -110,7 +118,7 @@ FIVE = (
 )
 
 NAMES: dict[str, Callable[..., nn.Module]] = {
-    builder.__name__: builder for builder in (resnet8, resnet10, cifar_resnet8, cnn, *FIVE, transformer)
+    builder.__name__: builder for builder in (resnet8, resnet10, cifar_resnet8, cnn, *FIVE, transformer, hf)
 }
 
 
@@ -121,17 +129,19 @@ def build(
     shape: tuple[int, ...],
     seed: int,
     tokens: int = 0,
+    padding: int = 0,
+    *,
     weights: str | None = None,
 ) -> Model:
     """The model ``name`` with initial weights of ``seed``, or those that ``weights`` names (see ``weights.find``).
 
     ``name``: a key of NAMES, ``torchvision:<model>`` (any classification model), or
-    ``module:callable``, called with ``classes`` and ``shape`` (for texts ``tokens`` too) and returning an
-    nn.Module. Raises ValueError when there is no such model, it refuses its options or inputs, or the
-    weights are not to be had or do not fit.
+    ``module:callable``, called with ``classes`` and ``shape`` (for texts ``tokens`` too, and ``padding`` if
+    it asks for that) and returning an nn.Module. Raises ValueError when there is no such model, it refuses
+    its options or inputs, or the weights are not to be had or do not fit.
     """
     with isolated(seed, "model"):
-        module = _module(name, dict(options), classes, shape, tokens)
+        module = _module(name, dict(options), classes, shape, tokens, padding)
         model = from_module(module, classes, shape, tokens)
     if weights is None:
         return model
@@ -141,15 +151,21 @@ def build(
         raise ValueError(f"weights = {weights}: {error}") from error
 
 
-def _module(name: str, options: dict, classes: int, shape: tuple[int, ...], tokens: int) -> nn.Module:
+def _module(
+    name: str, options: dict, classes: int, shape: tuple[int, ...], tokens: int, padding: int
+) -> nn.Module:
     try:
         builder = _builder(name)
         given = {"classes": classes, "shape": shape}
-        if _reads_texts(builder) != (tokens > 0):
+        if _takes(builder, "tokens") != (tokens > 0):
             kinds = ("images", "texts") if tokens else ("texts", "images")
             raise ValueError("it is for {}, the data are {}".format(*kinds))
         if tokens:
             given["tokens"] = tokens
+            if _takes(builder, "padding"):
+                given["padding"] = padding
+            elif padding:
+                raise ValueError(f"it takes 0 for padding, data.text.tokenizer {padding}; give it a parameter padding")
         module = builder(**given, **options)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"name = {name}: cannot be built: {error}") from error
@@ -166,10 +182,10 @@ def _builder(name: str) -> Callable[..., nn.Module]:
     return NAMES[name] if name in NAMES else getattr(import_module(home), attribute)
 
 
-def _reads_texts(builder: Callable) -> bool:
-    """Whether a builder has the parameter ``tokens``."""
+def _takes(builder: Callable, parameter: str) -> bool:
+    """Whether a builder has a parameter of this name."""
     try:
-        return "tokens" in signature(builder).parameters
+        return parameter in signature(builder).parameters
     except ValueError:  # one in C may tell nobody
         return False
 
