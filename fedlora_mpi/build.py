@@ -20,9 +20,8 @@ from .engine.train import Trainer
 from .federation import Kind, Run
 from .layout import Layout
 from .mixing import Mixing
-from .models import weights
-from .models.huggingface import digest as hf_digest
 from .models.network import Model
+from .models.weights import digest as digest_of
 from .models.zoo import build as build_model
 from .placement import assign, groups
 from .seeds import rng
@@ -170,10 +169,7 @@ def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], devi
     if data.vocabulary:
         digest += f"-{data.vocabulary.digest()[:16]}"
     for network in config.model.mix:
-        if network.name == "hf":  # what a method leaves as it is, is in no checkpoint
-            digest += f"-{hf_digest(network.options['folder'])[:16]}"
-        if network.weights is not None:
-            digest += f"-{weights.digest(weights.find(network.name, network.weights).path)[:16]}"
+        digest += "".join(f"-{digest_of(*origin.files)[:16]}" for origin in network.origins)
     return Built(config, run, split, data.shape, digest, data.vocabulary)
 
 

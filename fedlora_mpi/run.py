@@ -249,8 +249,8 @@ def _same_words(folder: Path, built: Built) -> None:
     if built.vocabulary and kept.is_file() and kept.read_text(encoding="utf-8") != built.vocabulary.json:
         if source.text.tokenizer:
             raise ValueError(
-                f"{kept}: is not that of data.text.tokenizer = {source.text.tokenizer}, which has changed since the run "
-                "began: put back what was, or start anew"
+                f"{kept}: is not that of data.text.tokenizer = {source.text.tokenizer}, which has changed since the "
+                "run began: put back what was, or start anew"
             )
         raise ValueError(
             f"{kept}: is not that of the training texts in data.root = {source.root}; they, or the "
@@ -259,22 +259,22 @@ def _same_words(folder: Path, built: Built) -> None:
 
 
 def _same_weights(folder: Path, built: Built) -> None:
-    """Raise ValueError when the newest checkpoint began with other weights than ``model.weights`` has now."""
-    files = [network.weights for network in built.config.model.mix if network.weights is not None]
+    """Raise ValueError when the newest checkpoint began with other files of a network than there are now."""
+    origins = [origin for network in built.config.model.mix for origin in network.origins]
     rounds = checkpoint.committed(folder)
-    if not (files and rounds):
+    if not (origins and rounds):
         return
     try:
         found = Checkpoint.read(checkpoint.folder_of(folder, rounds[-1]))
     except StoreError:
         return  # ``_newest`` tells of it
-    first = -len(files)  # their parts of a digest are the last
+    first = -len(origins)  # their parts of a digest are the last
     was, now = (digest.split("-") for digest in (found.manifest.run_digest, built.digest))
     if was[:first] == now[:first] and was != now:
-        changed = next(file for file, a, b in zip(files, was[first:], now[first:]) if a != b)
+        changed = next(origin for origin, a, b in zip(origins, was[first:], now[first:]) if a != b)
         raise ValueError(
-            f"{folder / 'config.yaml'}: model.weights = {changed}: the file has changed since the run began: put back "
-            "what was, or start anew"
+            f"{folder / 'config.yaml'}: model.{changed.key} = {changed.given}: has changed since the run began: "
+            "put back what was, or start anew"
         )
 
 
@@ -289,8 +289,11 @@ def _create(folder: Path, built: Built) -> None:
 
 
 def _describe(folder: Path, built: Built) -> None:
-    """The resolved config and, for texts, the vocabulary."""
+    """The resolved config, the layers of networks of Hugging Face and, for texts, the vocabulary."""
     write_atomic(folder / "config.yaml", configs.resolved_yaml(built.config).encode())
+    for number, network in enumerate(built.config.model.mix):
+        for described in (file for origin in network.origins for file in origin.files if file.suffix == ".json"):
+            write_atomic(folder / f"network-{number}.json", described.read_bytes())
     if built.vocabulary:
         write_atomic(folder / "vocabulary.json", built.vocabulary.json.encode())
 

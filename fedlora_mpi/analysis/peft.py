@@ -32,13 +32,14 @@ def export(run: RunView, client: int, folder: str | Path) -> Path:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json`` of a client into the new folder.
 
     Of a network ``hf``, ``peft.PeftModel.from_pretrained(base, folder)`` is then the client's own model, ``base``
-    being the sequence classifier of the network's folder with as many classes, in float32. Raises ValueError.
+    being the sequence classifier of the network's folder with as many classes, in float32 (with ``model.weights``
+    these are its weights). Raises ValueError.
     """
     view, folder = run.client(client), Path(folder).expanduser()
     pairs, others = _adapter(run, view)
     values = {name: torch.from_numpy(value) for name, value in view.weights.items()}
     leaves, config = content(view.network, pairs, others, values)
-    tensors = packed(leaves)
+    tensors, config = packed(leaves), config | {"base_model_name_or_path": _base(view)}
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -70,8 +71,15 @@ def content(network: Model, pairs: Mapping[str, Pair], others: Tree, values: Tre
     for name, (a, b, _) in low.items():
         leaves |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
     leaves = {f"base_model.model.{name}": value for name, value in leaves.items()}
-    base = {"task_type": "SEQ_CLS" if hf else None, "base_model_name_or_path": str(hf.folder) if hf else None}
-    return leaves, base | _config(low, sorted(whole))
+    return leaves, {"task_type": "SEQ_CLS" if hf else None} | _config(low, sorted(whole))
+
+
+def _base(view: ClientView) -> str | None:
+    """The folder that has the weights under the low-rank part, if one has."""
+    origins = view.network_block.origins
+    if [origin.key for origin in origins] != ["folder"] or len(origins[0].files) == 1:  # a config.json alone has none
+        return None
+    return str(origins[0].files[0].parent.absolute())
 
 
 def _adapter(run: RunView, view: ClientView) -> tuple[Mapping[str, Pair], Tree]:

@@ -96,7 +96,8 @@ class Vocabulary:
         if not tokenizer.padding and named is None:
             raise ValueError(f"{where}: has no token for padding; there is neither {' nor '.join(_PADDING)}")
         if settings.length <= (special := tokenizer.num_special_tokens_to_add(False)):
-            raise ValueError(f"text.length = {settings.length}: must be more than the {special} special tokens of every text")
+            needed = f"must be more than the {special} special tokens of every text"
+            raise ValueError(f"text.length = {settings.length}: {needed}")
         pads = tokenizer.padding or {"pad_id": tokenizer.token_to_id(named), "pad_token": named}
         cuts = tokenizer.truncation or {}
         kept = {key: pads[key] for key in ("direction", "pad_id", "pad_type_id", "pad_token") if key in pads}

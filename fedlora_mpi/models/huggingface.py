@@ -3,7 +3,7 @@
 Nothing is fetched and no code of the folder runs. Leaves are named as in transformers, under ``model.``.
 """
 
-import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..tree import Tree
 from ..vision import torchvision
+from . import weights
 
 
 class HuggingFace(nn.Module):
-    """``model``: a ``...ForSequenceClassification``; ``fresh``: those of its parameters that its folder has not."""
+    """``model``: a ``...ForSequenceClassification``; ``fresh``: those parameters that its weights' files have not."""
 
     PREFIX = "model."  # in front of transformers' names
 
@@ -30,11 +32,6 @@ class HuggingFace(nn.Module):
         hidden = torch.zeros(x.shape, device=x.device).masked_fill(x == self.padding, torch.finfo(torch.float32).min)
         return self.model(input_ids=x, attention_mask=hidden[:, None, None]).logits  # [B, 1, 1, L]
 
-    @property
-    def folder(self) -> Path:
-        """Where it comes from, absolute."""
-        return Path(self.model.name_or_path).absolute()
-
     def is_above_encoder(self, name: str) -> bool:
         """Whether a leaf, under transformers' name, belongs to what classifies and not to the pre-trained encoder."""
         return not name.startswith(f"{self.model.base_model_prefix}.")
@@ -44,55 +41,58 @@ def classifier(folder: str, classes: int, length: int, tokens: int, padding: int
     """The model in ``folder`` for texts of ``length`` tokens below ``tokens``, float32.
 
     What classifies is new, from torch's global generator, where the folder has none or one for other classes; so
-    is a pooler that the folder has not. Raises ValueError when anything else does not fit, when the data's tokens
-    are not the model's, or when it reads a mask differently from here (a decoder, for instance).
+    is a pooler that the folder has not, and everything where ``folder`` is a config.json alone. Raises ValueError
+    when anything else does not fit, when the data's tokens are not the model's, or when it reads a mask
+    differently from here (a decoder, for instance).
     """
-    home = Path(folder).expanduser()
-    for needed in ("config.json", "model.safetensors"):
-        if not (home / needed).is_file() and not (home / f"{needed}.index.json").is_file():
-            raise ValueError(
-                f"folder = {folder}: has no {needed}; give the folder of a model of Hugging Face on this machine"
-            )
-    module = _loaded(home, folder, classes)
+    module = _loaded(folder, classes)
     config = module.model.config
     if module.padding is None:
         raise ValueError(f"folder = {folder}: its config.json has no pad_token_id; {config.model_type} cannot be used")
     if tokens > config.vocab_size or padding != module.padding:
         raise ValueError(
-            f"folder = {folder}: knows {config.vocab_size} tokens, {module.padding} for padding; data.text.tokenizer has "
-            f"{tokens}, {padding} for padding; give the tokenizer of this model"
+            f"folder = {folder}: knows {config.vocab_size} tokens, {module.padding} for padding; data.text.tokenizer "
+            f"has {tokens}, {padding} for padding; give the tokenizer of this model"
         )
     _try(module, folder, length)
     return module
 
 
-def digest(folder: str) -> str:
-    """SHA-256 in hexadecimal of the weights in ``folder``; reads them whole."""
-    total = hashlib.sha256()
-    for path in sorted(Path(folder).expanduser().glob("*.safetensors")):
-        with open(path, "rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+def files(folder: str) -> tuple[Path, ...]:
+    """What is read of ``folder``, there or not: config.json, then its weights; of a config.json that alone."""
+    home = Path(folder).expanduser()
+    if home.suffix == ".json":
+        return (home,)
+    whole, index = home / "model.safetensors", home / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return home / "config.json", whole
+    try:
+        parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return home / "config.json", *(home / part for part in parts)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"folder = {folder}: {index.name} names no files of weights") from error
 
 
-def _loaded(home: Path, folder: str, classes: int) -> HuggingFace:
+def _loaded(folder: str, classes: int) -> HuggingFace:
     """The module, its weights those of the folder; checked."""
+    described, *parts = files(folder)
+    for file in (described, *parts):
+        if not file.is_file():
+            raise ValueError(
+                f"folder = {folder}: has no {file.name}; give the folder of a model of Hugging Face on this machine"
+            )
     library = _transformers()
     try:
+        tree = {n: v for part in parts for n, v in weights.read(part).items()}
+    except ValueError as error:
+        raise ValueError(f"folder = {folder}: {error}") from error
+    try:
         with _quiet(library):
-            model, report = library.AutoModelForSequenceClassification.from_pretrained(
-                home,
-                num_labels=classes,
-                attn_implementation="eager",  # plain products, which vmap batches and the FLOP counter sees
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except Exception as error:  # of many kinds: those of transformers, safetensors, json
+            model, report = _made(library, described, classes, tree)
+    except Exception as error:  # of many kinds: those of transformers, json
         raise ValueError(f"folder = {folder}: transformers cannot read it: {' '.join(str(error).split())}") from error
+    if not parts:
+        return HuggingFace(model, frozenset())
     missing, other = set(report["missing_keys"]), {name for name, *_ in report["mismatched_keys"]}
     module = HuggingFace(model, frozenset(missing | other))
     pooler = f"{model.base_model_prefix}.pooler."
@@ -103,6 +103,25 @@ def _loaded(home: Path, folder: str, classes: int) -> HuggingFace:
             f"{f', and {len(wrong) - 1} more' * (len(wrong) > 1)}"
         )
     return module
+
+
+def _made(library, described: Path, classes: int, tree: Tree) -> tuple[nn.Module, dict]:
+    """The classifier of a config.json with the weights in ``tree``, and what of them did not fit."""
+    config = library.AutoConfig.from_pretrained(
+        described, num_labels=classes, local_files_only=True, trust_remote_code=False
+    )
+    kind = library.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if kind is None:
+        raise ValueError(f"it has no sequence classifier of the kind {config.model_type}")
+    return kind.from_pretrained(
+        None,
+        config=config,
+        state_dict=tree,
+        attn_implementation="eager",  # plain products, which vmap batches and the FLOP counter sees
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
 
 
 def _try(module: HuggingFace, folder: str, length: int) -> None:
@@ -116,13 +135,13 @@ def _try(module: HuggingFace, folder: str, length: int) -> None:
             ours = module.eval()(x)
             theirs = module.model(input_ids=x, attention_mask=(x != module.padding).long()).logits
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"folder = {folder}: refuses texts of data.text.length = {length} tokens: {' '.join(str(error).split())}"
-            ) from error
+            reason = " ".join(str(error).split())
+            message = f"folder = {folder}: refuses texts of data.text.length = {length} tokens: {reason}"
+            raise ValueError(message) from error
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
         raise ValueError(
-            f"folder = {folder}: a {module.model.config.model_type} hides padding in a way of its own; roberta, bert and "
-            "distilbert do not"
+            f"folder = {folder}: a {module.model.config.model_type} hides padding in a way of its own; roberta, bert "
+            "and distilbert do not"
         )
 
 

@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from inspect import signature
+from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
 from ..seeds import isolated
+from . import huggingface
 from . import weights as files
-from .huggingface import classifier
 from .network import Model, from_module
 from .resnet import ResNet
 from .transformer import Transformer
@@ -76,8 +78,9 @@ def transformer(
 
 
 def hf(classes: int, shape: tuple[int, ...], tokens: int, padding: int, *, folder: str) -> nn.Module:
-    """The pre-trained model in ``folder`` as Hugging Face's transformers saves it, for the texts of its tokenizer."""
-    return classifier(folder, classes, shape[0], tokens, padding)
+    """The pre-trained model in ``folder`` as Hugging Face's transformers saves it, for the texts of its tokenizer; of
+    a config.json alone the same network, not trained."""
+    return huggingface.classifier(folder, classes, shape[0], tokens, padding)
 
 
 def _five(number: int, first: int, second: int, hidden: int, parameters: str) -> Callable[..., nn.Module]:
@@ -149,6 +152,24 @@ def build(
         return files.load(model, files.read(*files.find(name, weights)))
     except ValueError as error:
         raise ValueError(f"weights = {weights}: {error}") from error
+
+
+class Origin(NamedTuple):
+    """Files, there or not, that a network is made from; ``key`` and ``given`` are the config's under ``model``."""
+
+    key: str
+    given: str
+    files: tuple[Path, ...]
+
+
+def origins(name: str, options: Mapping, weights: str | None) -> list[Origin]:
+    """What a network is made from beside the code and the seed, as ``build`` takes it."""
+    found = []
+    if name == "hf":
+        found.append(Origin("folder", options["folder"], huggingface.files(options["folder"])))
+    if weights is not None:
+        found.append(Origin("weights", weights, (files.find(name, weights).path,)))
+    return found
 
 
 def _module(
