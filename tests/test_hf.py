@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from runs import TESTS, assert_same_run
+from runs import TESTS, assert_same_run, equal
 from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy
 
@@ -24,7 +24,7 @@ from fedlora_mpi.cli import main
 from fedlora_mpi.comm import Refused, Solo
 from fedlora_mpi.config import read
 from fedlora_mpi.data.texts import Text, Vocabulary
-from fedlora_mpi.models import zoo
+from fedlora_mpi.models import huggingface, weights, zoo
 from fedlora_mpi.run import resume, start
 from fedlora_mpi.seeds import isolated, rng
 from fedlora_mpi.vision import torchvision
@@ -53,7 +53,8 @@ def config_of(family, labels=CLASSES, dropout=0.0):
         noise = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     given = {"pad_token_id": SPECIAL[family].index("<pad>" if family == "roberta" else "[PAD]"), "num_labels": labels}
     given |= {"initializer_range": 0.3}  # far enough from zero for a mask to be seen
-    return transformers.AutoConfig.for_model(family, vocab_size=24, max_position_embeddings=16, **sizes, **noise, **given)
+    given |= {"vocab_size": 24, "max_position_embeddings": 16}
+    return transformers.AutoConfig.for_model(family, **sizes, **noise, **given)
 
 
 def saved(folder, family, auto="SequenceClassification", **options):
@@ -68,12 +69,13 @@ def saved(folder, family, auto="SequenceClassification", **options):
 def tokenizer_of(family):
     """Words and the family's special tokens around each text."""
     special = SPECIAL[family]
-    first, unknown, last = (special[0], special[3], special[2]) if family == "roberta" else (special[2], special[1], special[3])
+    first, unknown, last = (special[i] for i in ((0, 3, 2) if family == "roberta" else (2, 1, 3)))
     vocabulary = {word: number for number, word in enumerate((*special, *WORDS))}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=unknown))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     ends = [(token, vocabulary[token]) for token in (first, last)]
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=f"{first} $A {last}", special_tokens=ends)
+    single = f"{first} $A {last}"
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=ends)
     tokenizer.add_special_tokens(list(special))
     return tokenizer
 
@@ -115,7 +117,8 @@ def test_the_logits_are_those_of_transformers_with_its_mask(folder, family):
     mask = (x != padding_of(family)).long()
     for theirs in (plain(folder), transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()):
         with torch.no_grad():
-            torch.testing.assert_close(model.evaluating()(model.initial, x), theirs(x, mask).logits, rtol=1e-5, atol=1e-6)
+            ours = model.evaluating()(model.initial, x)
+            torch.testing.assert_close(ours, theirs(x, mask).logits, rtol=1e-5, atol=1e-6)
             assert not torch.allclose(theirs(x).logits, theirs(x, mask).logits, atol=1e-3)
 
 
@@ -224,17 +227,62 @@ def test_a_folder_that_is_none_is_refused(bert, tmp_path):
     (bert / "model.safetensors").rename(bert / "pytorch_model.bin")
     refused(bert, "has no model.safetensors; give")
     (bert / "model.safetensors").write_bytes(b"\x00" * 40)
-    refused(bert, "transformers cannot read it: ")
+    refused(bert, ".*model.safetensors is no safetensors file, or damaged")
+    refused(bert / "other.json", "has no other.json; give")
     (bert / "config.json").write_text("{")
-    refused(bert, "transformers cannot read it: ")
+    refused(bert / "config.json", "transformers cannot read it: ")
+    (bert / "config.json").write_text('{"model_type": "vit"}')
+    refused(bert / "config.json", "transformers cannot read it: it has no sequence classifier of the kind vit$")
 
 
 def test_weights_that_do_not_fit_are_refused(bert):
     config = json.loads((bert / "config.json").read_text())
     (bert / "config.json").write_text(json.dumps(config | {"intermediate_size": 21}))
-    refused(bert, "model.safetensors does not fit config.json: bert.encoder.layer.0.intermediate.dense.bias is .*, and 5 more")
+    refused(bert, "model.safetensors does not fit config.json: bert.encoder.layer.0.intermediate.dense.* is .*, and 5")
     (bert / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     refused(bert, "model.safetensors does not fit config.json: bert.encoder.layer.2.attention")
+
+
+def test_weights_that_are_not_finite_are_refused(bert):
+    tree = weights.read(bert / "model.safetensors")
+    tree |= {"classifier.bias": torch.tensor([0, torch.inf, 0])}
+    (bert / "model.safetensors").write_bytes(weights.packed(tree))
+    refused(bert, "classifier.bias has numbers that are not finite")
+
+
+def test_weights_may_be_in_several_files_of_which_none_may_be_gone(tmp_path, family):
+    folder = saved(tmp_path / family, family)
+    model = network(folder, family)
+    plain(folder).save_pretrained(folder, max_shard_size="4KB")
+    (folder / "model.safetensors").unlink()
+    parts = huggingface.files(str(folder))[1:]
+    assert len(parts) > 2 and parts == tuple(sorted(folder.glob("*.safetensors")))
+    assert equal(network(folder, family).initial, model.initial)
+    parts[1].unlink()
+    refused(folder, f"has no {parts[1].name}; give", family, padding=padding_of(family))
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    refused(folder, "model.safetensors.index.json names no files of weights$", family, padding=padding_of(family))
+
+
+def test_old_names_of_leaves_are_known(bert):
+    model, tree = network(bert, "bert"), weights.read(bert / "model.safetensors")
+    old = lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    (bert / "model.safetensors").write_bytes(weights.packed({old(n): v for n, v in tree.items()}))
+    assert equal(network(bert, "bert").initial, model.initial)
+
+
+def test_an_adapter_in_the_folder_is_left_alone(bert):
+    model = network(bert, "bert")
+    (bert / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "elsewhere"}')
+    (bert / "adapter_model.safetensors").write_bytes(weights.packed({"a": torch.ones(3)}))
+    assert equal(network(bert, "bert").initial, model.initial)
+
+
+def test_a_config_json_alone_is_the_network_with_weights_of_the_seed(folder, family):
+    model, path = network(folder, family), folder / "config.json"
+    one, again, two = (network(path, family, seed=seed) for seed in (1, 1, 2))
+    assert one.leaves == model.leaves and equal(one.initial, again.initial)
+    assert not equal(one.initial, two.initial) and not equal(one.initial, model.initial)
 
 
 def test_code_of_the_folder_does_not_run(bert):
@@ -254,7 +302,8 @@ def test_texts_longer_than_the_positions_are_refused(tmp_path, family):
     folder = saved(tmp_path / family, family)
     last = 14 if family == "roberta" else 16  # its first two positions are taken
     network(folder, family, length=last)
-    refused(folder, f"refuses texts of data.text.length = {last + 1} tokens", padding=padding_of(family), length=last + 1)
+    message = f"refuses texts of data.text.length = {last + 1} tokens"
+    refused(folder, message, padding=padding_of(family), length=last + 1)
 
 
 def test_a_decoder_is_refused(tmp_path):
@@ -273,7 +322,7 @@ def test_it_is_not_for_images(bert):
 
 
 def test_a_network_that_takes_0_for_padding_is_told():
-    with pytest.raises(ValueError, match="cannot be built: it takes 0 for padding, data.text.tokenizer 1; give it a param"):
+    with pytest.raises(ValueError, match="built: it takes 0 for padding, data.text.tokenizer 1; give it a param"):
         zoo.build("test_hf:takes_no_padding", {}, 3, (8,), 1, 19, 1)
     options = {"width": 6, "heads": 2, "layers": 1, "feedforward": 10}
     model = zoo.build("transformer", options, 3, (8,), 1, 19, 1).evaluating()
@@ -320,7 +369,7 @@ def test_what_is_wrong_with_a_tokenizer_is_said(tmp_path):
     tokenizer_of("bert").save(str(tmp_path / "bert.json"))
     for name, length, message in (
         ("", 8, r"text.tokenizer = .*tokenizer.json is no tokenizer.json \("),
-        ("no.json", 8, r"text.tokenizer = .*no.json cannot be read \(No such file or directory\); give a tokenizer.json"),
+        ("no.json", 8, r"text.tokenizer = .*no.json cannot be read \(No such file or directory\); give a tok"),
         ("empty", 8, r"text.tokenizer = .*empty/tokenizer.json cannot be read"),
         ("unpadded.json", 8, r"text.tokenizer = .*has no token for padding; there is neither \[PAD\] nor <pad>"),
         ("bert.json", 2, r"text.length = 2: must be more than the 2 special tokens of every text"),
@@ -388,7 +437,8 @@ def trained(path, *overrides):
 def test_a_stack_trains_as_the_loop(tmp_path, family, name):
     path = config_file(tmp_path, family, auto="MaskedLM", dropout=0.1)
     chosen = () if name == "fedlora" else (f"algorithm={name}",)
-    stack, loop = (trained(path, *chosen, f"engine.path={way}", f"output={tmp_path}/{way}") for way in ("stack", "loop"))
+    by = lambda way: trained(path, *chosen, f"engine.path={way}", f"output={tmp_path}/{way}")
+    stack, loop = by("stack"), by("loop")
     for k in range(5):
         for leaf, value in stack.client(k).weights.items():
             other = torch.from_numpy(loop.client(k).weights[leaf])
@@ -412,14 +462,53 @@ def test_a_resume_moves_no_bit_and_needs_the_same_model(tmp_path):
     cut = trained(path, "rounds=1", f"output={tmp_path}/cut")
     assert resume(cut.path, ["rounds=2"], Solo()) == 0
     assert_same_run(whole.path, cut.path)
-    saved(tmp_path / "bert", "bert", dropout=0.2)  # equal weights
+    changed = r"cut/config.yaml: model.folder = .*/bert: has changed since the run began: put back what was, or start"
+    for options in ({"dropout": 0.2}, {"dropout": 0.1, "auto": "MaskedLM"}):  # equal weights, equal settings
+        saved(tmp_path / "bert", "bert", **options)
+        with pytest.raises(Refused, match=changed):
+            resume(cut.path, ["rounds=3"], Solo())
+    saved(tmp_path / "bert", "bert", dropout=0.1)
     assert resume(cut.path, ["rounds=3"], Solo()) == 0
-    saved(tmp_path / "bert", "bert", auto="MaskedLM")
-    with pytest.raises(Refused):
-        resume(cut.path, ["rounds=4"], Solo())
     tokenizer_of("roberta").save(str(tmp_path / "bert/tokenizer.json"))
     with pytest.raises(Refused, match="data.text.tokenizer"):
         resume(cut.path, ["rounds=4"], Solo())
+
+
+def test_a_run_is_read_without_its_folder_where_a_checkpoint_has_every_leaf(tmp_path, family):
+    path = config_file(tmp_path, family, auto="MaskedLM")
+    whole = trained(path, "algorithm=fedavg", f"output={tmp_path}/whole")
+    frozen = trained(path, FROZEN, f"output={tmp_path}/frozen")
+    x = whole.vocabulary.encode(["the boat and the tide", "tram"])
+    there = whole.client(3)
+    logits = there.model(x)
+    (tmp_path / family).rename(tmp_path / "moved")
+    gone = open_run(whole.path).client(3)
+    assert all(v.is_meta for v in gone.network.initial.values()) and gone.network.leaves == there.network.leaves
+    assert torch.equal(gone.model(x), logits)
+    message = f"^.*frozen: model.*weight is in model.folder = .*/{family} alone, which is gone; put it back$"
+    with pytest.raises(ValueError, match=message):
+        open_run(frozen.path).client(3).weights
+    (tmp_path / "moved").rename(tmp_path / family)
+    assert open_run(frozen.path).client(3).weights.keys() == there.weights.keys()
+
+
+def test_the_folder_and_a_file_of_weights_both_belong_to_the_run(tmp_path, monkeypatch):
+    path = config_file(tmp_path, "bert", auto="MaskedLM")
+    file = tmp_path / "net.safetensors"
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert main(["pretrain", str(path), "--to", str(file), "--epochs", "1"]) == 0
+    given = weights.read(file)
+    run = trained(path, f"model.weights={file}", "rounds=1")
+    assert equal(run.client(0).network.initial, given)
+    assert not equal(given, network(tmp_path / "bert", "bert").initial)
+    other = weights.packed(given | {"model.classifier.bias": torch.zeros(3)})
+    for key, changed, content in (("folder", tmp_path / "bert/config.json", None), ("weights", file, other)):
+        kept = changed.read_bytes()
+        changed.write_bytes(content or kept + b" ")
+        with pytest.raises(Refused, match=f"config.yaml: model.{key} = .*: has changed since the run began"):
+            resume(run.path, ["rounds=2"], Solo())
+        changed.write_bytes(kept)
+    assert resume(run.path, ["rounds=2"], Solo()) == 0
 
 
 def test_mistakes_in_a_config_name_file_and_key(tmp_path):
@@ -434,6 +523,29 @@ def test_mistakes_in_a_config_name_file_and_key(tmp_path):
         read(path, ["data.text.vocabulary=9"])
     with pytest.raises(ConfigError, match=r"model.folder: must be given"):
         read(path, ["model=hf"])
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = config_file(tmp_path, "bert")
+    begin = f"fedlora-mpi: {path}: model.name = hf: cannot be built: folder = "
+
+    def told(line, command="run"):
+        capsys.readouterr()
+        assert main([command, str(path), line]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith(begin) and err.count("\n") == 1, err
+        return err
+
+    assert "has no config.json; give the folder" in told("model.folder=nowhere")
+    assert "has no config.json; give the folder" in told("model.folder=nowhere", "plan")
+    assert "refuses texts of data.text.length = 17 tokens" in told("data.text.length=17")
+    (tmp_path / "vit.json").write_text('{"model_type": "vit"}')
+    assert "it has no sequence classifier of the kind vit" in told(f"model.folder={tmp_path}/vit.json")
+    file = tmp_path / "bert/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    assert "model.safetensors is no safetensors file, or damaged" in told("rounds=1")
+    assert not (tmp_path / "run").exists()
 
 
 # To peft
@@ -461,7 +573,9 @@ def assert_refused(result, *parts):
     assert all(part in err for part in parts), err
 
 
-@pytest.mark.parametrize("auto, labels", [("SequenceClassification", 3), ("SequenceClassification", 4), ("MaskedLM", 3)])
+@pytest.mark.parametrize(
+    "auto, labels", [("SequenceClassification", 3), ("SequenceClassification", 4), ("MaskedLM", 3)]
+)
 def test_peft_gives_the_logits_of_the_client(tmp_path, family, auto, labels, export):
     peft = pytest.importorskip("peft")
     path = config_file(tmp_path, family, auto=auto, labels=labels)
@@ -483,12 +597,15 @@ def test_peft_gives_the_logits_of_the_client(tmp_path, family, auto, labels, exp
     assert {f"model.{module}.weight" for module in said["target_modules"]} == names
 
 
-@pytest.mark.parametrize("method", [n for n in algorithms.names() if callable(getattr(algorithms.find(n), "adapter", None))])
+ADAPTED = [name for name in algorithms.names() if callable(getattr(algorithms.find(name), "adapter", None))]
+
+
+@pytest.mark.parametrize("method", ADAPTED)
 def test_peft_gives_the_logits_under_every_method_with_an_adapter(tmp_path, method, export):
     peft = pytest.importorskip("peft")
     path = config_file(tmp_path, "roberta", auto="MaskedLM")
-    chosen = f"algorithm={{name: {method}, lora_ranks: [2, 5], layers: ['*.query.weight', '*.intermediate.dense.weight']}}"
-    run = trained(path, chosen)
+    layers = ["*.query.weight", "*.intermediate.dense.weight"]
+    run = trained(path, f"algorithm={{name: {method}, lora_ranks: [2, 5], layers: {layers}}}")
     for client, rank in ((0, 2), (3, 5)):
         result = export(run, client, str(client))
         if result[0]:
@@ -499,6 +616,16 @@ def test_peft_gives_the_logits_under_every_method_with_an_adapter(tmp_path, meth
         model = peft.PeftModel.from_pretrained(base, str(tmp_path / str(client))).eval()
         x = run.vocabulary.encode(["the boat and the tide", "tram"]).long()
         torch.testing.assert_close(model(x, (x != 1).long()).logits, run.client(client).model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_on_other_weights_is_not_that_of_the_folder(tmp_path, export):
+    path = config_file(tmp_path, "bert")
+    (tmp_path / "net.safetensors").write_bytes(weights.packed(network(tmp_path / "bert", "bert", seed=2).initial))
+    for number, given in enumerate(("weights={}/net.safetensors", "folder={}/bert/config.json")):
+        given = f"model.{given.format(tmp_path)}"
+        run = trained(path, "rounds=1", FROZEN, given, f"output={tmp_path}/run{number}")
+        assert export(run, to=f"{number}") == (0, f"{tmp_path}/{number}\n", "")
+        assert json.loads((tmp_path / f"{number}/adapter_config.json").read_text())["base_model_name_or_path"] is None
 
 
 def test_a_low_rank_part_of_the_head_is_written_into_it(tmp_path, export):
