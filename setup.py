@@ -15,6 +15,7 @@ extras = {
     "analysis": ["matplotlib>=3.8", "pandas>=2.1"],
     "test": ["pytest>=8.0", "hypothesis>=6.100"],
 }
+apart = {"hf": ["transformers>=5.0", "safetensors>=0.5"]}  # 140 MB that few need: not in "all"
 
 setup(
     name="fedlora_mpi",
@@ -33,6 +34,6 @@ setup(
         "numpy>=1.26",
         "pyyaml>=6.0",
     ],
-    extras_require={**extras, "all": sorted({need for needs in extras.values() for need in needs})},
+    extras_require={**extras, **apart, "all": sorted({need for needs in extras.values() for need in needs})},
     entry_points={"console_scripts": ["fedlora-mpi = fedlora_mpi.cli:main"]},
 )

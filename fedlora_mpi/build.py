@@ -20,8 +20,8 @@ from .engine.train import Trainer
 from .federation import Kind, Run
 from .layout import Layout
 from .mixing import Mixing
-from .models import weights
 from .models.network import Model
+from .models.weights import digest as digest_of
 from .models.zoo import build as build_model
 from .placement import assign, groups
 from .seeds import rng
@@ -69,14 +69,13 @@ def load_data(config: Config, source: str) -> Data:
 
 def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
     """The networks of a config, each checked against its algorithm."""
-    models = []
+    models, inputs = [], (data.classes, data.shape, config.seed, data.tokens, data.padding)
     for network in config.model.mix:
+        if network.name == "hf" and data.vocabulary and not config.data.source.text.tokenizer:
+            reason = "network hf reads the tokens of its own tokenizer; give it"
+            raise ValueError(f"{source}: data.text.tokenizer = null: {reason}")
         with naming(source, "model"):
-            models.append(
-                build_model(
-                    network.name, network.options, data.classes, data.shape, config.seed, data.tokens, network.weights
-                )
-            )
+            models.append(build_model(network.name, network.options, *inputs, weights=network.weights))
         with naming(source, "algorithm"):
             config.algorithm.check(models[-1], config.train)
     return tuple(models)
@@ -170,8 +169,7 @@ def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], devi
     if data.vocabulary:
         digest += f"-{data.vocabulary.digest()[:16]}"
     for network in config.model.mix:
-        if network.weights is not None:
-            digest += f"-{weights.digest(weights.find(network.name, network.weights).path)[:16]}"
+        digest += "".join(f"-{digest_of(*origin.files)[:16]}" for origin in network.origins)
     return Built(config, run, split, data.shape, digest, data.vocabulary)
 
 

@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   fedlora-mpi pretrain configs/cifar10.yaml --to net.safetensors   a backbone for model.weights=net.safetensors
   fedlora-mpi submit configs/cifar10.yaml --gpus 4            as a Slurm job that requeues itself until done
   fedlora-mpi doctor configs/cifar10.yaml                     does everything work on this machine?
+  fedlora-mpi export runs/a --client 7 --to adapter-7         its low-rank part, for Hugging Face's peft
   fedlora-mpi digest runs/a runs/b                            are two runs equal to the last bit?
 
 exit codes: 0 done, 1 a fault, 2 a mistake in what was asked, 75 stopped at a round boundary (SIGUSR1)
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     partition = add("partition", _partition, "Who gets which data: a table, and a picture as PNG.")
     report = add("report", _report, "The accuracy of runs, as a table.")
     digest = add("digest", _digest, "SHA-256 of the newest checkpoint of runs: equal means equal to the bit.")
+    export = add("export", _export, "A client's low-rank part and head in the files of Hugging Face's peft.")
     doctor = add("doctor", _doctor, "Whether everything works on this machine, a line each with the remedy.")
     _backbone_of(add("pretrain", _pretrain, "Train a network on all data in one place, into a file for model.weights.", parallel=True))
     _job_of(add("submit", _submit, "Queue a run as a Slurm job, which is queued again until the run is done."))
@@ -72,7 +74,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("config", help="a YAML file")
     run.add_argument("--resume", action="store_true", help="go on with the run folder if it is there")
     doctor.add_argument("target", nargs="?", type=Path, metavar="CONFIG|RUN", help="default: this folder")
-    resume.add_argument("run", type=Path, help="a run folder")
+    for sub in (resume, export):
+        sub.add_argument("run", type=Path, help="a run folder")
+    export.add_argument("--client", type=int, required=True, metavar="K", help="its number, from 0")
+    export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
     for sub in (run, resume, plan, partition, doctor):
         sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     plan.add_argument("--ranks", type=int, default=1, help="how many ranks mpirun would start (default 1)")
@@ -189,6 +194,15 @@ def _report(asked: argparse.Namespace, comm) -> int:
     from .comm import together
 
     print(together(comm, lambda: table(asked.runs)))
+    return 0
+
+
+def _export(asked: argparse.Namespace, comm) -> int:
+    from .analysis.peft import export
+    from .analysis.run import open_run
+    from .comm import together
+
+    print(together(comm, lambda: export(open_run(asked.run), asked.client, asked.to)))
     return 0
 
 

@@ -59,6 +59,8 @@ def resolved_dict(config: Config) -> dict[str, Any]:
     tree["data"] = blocks.plain(config.data.source) | {"partition": {"kind": kind} | blocks.plain(partition)}
     if config.data.tasks:  # the digest of a config without stays what it was before there were tasks
         tree["data"]["tasks"] = blocks.plain(config.data.tasks)
+    if config.data.source.text.tokenizer is None:  # and before a tokenizer could be given
+        del tree["data"]["text"]["tokenizer"]
     tree["model"] = _model_tree(config.model)
     tree["algorithm"] = {"name": algorithm_name(config.algorithm)} | blocks.plain(config.algorithm)
     return tree

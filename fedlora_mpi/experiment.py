@@ -10,6 +10,7 @@ from .data.datasets import Source
 from .data.partition import Partition
 from .data.tasks import Tasks
 from .engine.settings import Engine
+from .models import zoo
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Network:
     name: str
     options: Mapping[str, Any]
     weights: str | None = None  # None: initial weights of the seed
+
+    @property
+    def origins(self) -> list[zoo.Origin]:
+        """The files that it is made from."""
+        return zoo.origins(self.name, self.options, self.weights)
 
 
 @dataclass(frozen=True)

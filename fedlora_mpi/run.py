@@ -245,31 +245,36 @@ def _continued(config: Config, source: str, folder: Path) -> Config:
 
 def _same_words(folder: Path, built: Built) -> None:
     """Raise ValueError when the run began with another vocabulary than its data have now."""
-    kept = folder / "vocabulary.json"
+    kept, source = folder / "vocabulary.json", built.config.data.source
     if built.vocabulary and kept.is_file() and kept.read_text(encoding="utf-8") != built.vocabulary.json:
+        if source.text.tokenizer:
+            raise ValueError(
+                f"{kept}: is not that of data.text.tokenizer = {source.text.tokenizer}, which has changed since the "
+                "run began: put back what was, or start anew"
+            )
         raise ValueError(
-            f"{kept}: is not that of the training texts in data.root = {built.config.data.source.root}; they, or the "
+            f"{kept}: is not that of the training texts in data.root = {source.root}; they, or the "
             "library tokenizers, have changed since the run began: put back what was, or start anew"
         )
 
 
 def _same_weights(folder: Path, built: Built) -> None:
-    """Raise ValueError when the newest checkpoint began with other weights than ``model.weights`` has now."""
-    files = [network.weights for network in built.config.model.mix if network.weights is not None]
+    """Raise ValueError when the newest checkpoint began with other files of a network than there are now."""
+    origins = [origin for network in built.config.model.mix for origin in network.origins]
     rounds = checkpoint.committed(folder)
-    if not (files and rounds):
+    if not (origins and rounds):
         return
     try:
         found = Checkpoint.read(checkpoint.folder_of(folder, rounds[-1]))
     except StoreError:
         return  # ``_newest`` tells of it
-    first = -len(files)  # their parts of a digest are the last
+    first = -len(origins)  # their parts of a digest are the last
     was, now = (digest.split("-") for digest in (found.manifest.run_digest, built.digest))
     if was[:first] == now[:first] and was != now:
-        changed = next(file for file, a, b in zip(files, was[first:], now[first:]) if a != b)
+        changed = next(origin for origin, a, b in zip(origins, was[first:], now[first:]) if a != b)
         raise ValueError(
-            f"{folder / 'config.yaml'}: model.weights = {changed}: the file has changed since the run began: put back "
-            "what was, or start anew"
+            f"{folder / 'config.yaml'}: model.{changed.key} = {changed.given}: has changed since the run began: "
+            "put back what was, or start anew"
         )
 
 
@@ -284,8 +289,11 @@ def _create(folder: Path, built: Built) -> None:
 
 
 def _describe(folder: Path, built: Built) -> None:
-    """The resolved config and, for texts, the vocabulary."""
+    """The resolved config, the layers of networks of Hugging Face and, for texts, the vocabulary."""
     write_atomic(folder / "config.yaml", configs.resolved_yaml(built.config).encode())
+    for number, network in enumerate(built.config.model.mix):
+        for described in (file for origin in network.origins for file in origin.files if file.suffix == ".json"):
+            write_atomic(folder / f"network-{number}.json", described.read_bytes())
     if built.vocabulary:
         write_atomic(folder / "vocabulary.json", built.vocabulary.json.encode())
 
@@ -305,6 +313,7 @@ def _create_log(folder: Path, built: Built) -> None:
             "test_counts": split.test_counts,
             "input_shape": np.array(built.shape, np.int64),
             "input_tokens": np.array([built.vocabulary.size if built.vocabulary else 0], np.int64),
+            "input_padding": np.array([built.vocabulary.padding if built.vocabulary else 0], np.int64),
             "digest": split.digest(),
         },
     ).close()
@@ -313,7 +322,7 @@ def _create_log(folder: Path, built: Built) -> None:
 def _versions() -> dict[str, str]:
     """Versions that a result may depend on."""
     found = {"fedlora_mpi": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in ("numpy", "mpi4py", "h5py", "torchvision", "tokenizers"):
+    for name in ("numpy", "mpi4py", "h5py", "torchvision", "tokenizers", "transformers"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

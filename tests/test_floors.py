@@ -23,7 +23,14 @@ FLOOR = {  # top-level file or folder -> floor; the package's own __init__ is it
     "cli": 13,
     "__main__": 14,
 }
-HOME = {"mpi4py": "comm", "h5py": "store", "yaml": "config", "tokenizers": "data", "safetensors": "models"}
+HOME = {
+    "mpi4py": "comm",
+    "h5py": "store",
+    "yaml": "config",
+    "tokenizers": "data",
+    "transformers": "models",
+    "safetensors": "models",
+}
 FILES = {path.relative_to(ROOT).with_suffix("").parts: path for path in sorted(ROOT.rglob("*.py"))}
 MODULES = {parts[:-1] if parts[-1] == "__init__" else parts for parts in FILES}
 

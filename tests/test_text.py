@@ -3,6 +3,7 @@
 import builtins
 import csv
 import shutil
+import sys
 
 import pytest
 import torch
@@ -212,6 +213,17 @@ def test_a_network_that_does_not_fit_is_refused(name, options, tokens, message):
     shape = (8,) if tokens else (3, 8, 8)
     with pytest.raises(ValueError, match=f"^name = {name}: {message}"):
         zoo.build(name, options, 3, shape, 1, tokens)
+
+
+def test_hf_without_transformers_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    for folder in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(ValueError) as refused:
+            zoo.build("hf", {"folder": str(folder)}, 3, (8,), 1, 9)
+        message = "name = hf: cannot be built: transformers is not installed; pip install 'fedlora-mpi[hf]'"
+        assert str(refused.value) == message
 
 
 # The network

@@ -4,9 +4,12 @@ import os
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
+from fedlora_mpi.algorithm import Algorithm, Vars
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.models.zoo import cnn
 
@@ -79,3 +82,40 @@ class FailsOnRank2(FedAvg):
         if MPI.COMM_WORLD.rank == 2 and end is not start:
             raise KeyError("a mistake in the user's upload")
         return end.shared
+
+
+@dataclass(frozen=True)
+class FrozenLora(Algorithm):
+    """Shared low-rank parts of every weight that ``layers`` match, and a head that stays; the rest never trains.
+
+    Ranks and scales go from weight to weight 1, 2, 3, 1, ... and 1, 0.5, 1, ...
+    """
+
+    layers: tuple[str, ...] = ("*.query.weight", "*.value.weight", "*.q_lin.weight", "*.v_lin.weight")
+    head: tuple[str, ...] = ("*.classifier.*", "*.pre_classifier.*")
+    dense: bool = False  # pretend that the server has changed the frozen weights
+
+    def chosen(self, model):
+        return [name for name in model.leaves if any(fnmatchcase(name, pattern) for pattern in self.layers)]
+
+    def init(self, model, rng):
+        shared = {}
+        for number, name in enumerate(self.chosen(model)):
+            out_side, in_side = model.initial[name].shape[0], model.initial[name][0].numel()
+            shared[f"{name}.A"] = torch.randn(1 + number % 3, in_side, generator=rng) / in_side**0.5
+            shared[f"{name}.B"] = torch.zeros(out_side, 1 + number % 3)
+        head = [name for name in model.leaves if any(fnmatchcase(name, pattern) for pattern in self.head)]
+        return Vars(shared, {name: model.initial[name] for name in head})
+
+    def parts(self, model, v):
+        names = self.chosen(model)
+        return {n: (v.shared[f"{n}.A"], v.shared[f"{n}.B"], 1 / (1 + i % 2)) for i, n in enumerate(names)}
+
+    def weights_of(self, model, v):
+        tree = model.initial | v.personal
+        return tree | {n: tree[n] + (s * b @ a).view(tree[n].shape) for n, (a, b, s) in self.parts(model, v).items()}
+
+    def adapter(self, model, v):
+        if self.dense:
+            raise ValueError("the server has changed the frozen weights themselves")
+        return self.parts(model, v), v.personal

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from torch import nn
 
-    from ..algorithm import Algorithm
+    from ..algorithm import Algorithm, Vars
     from ..config import Config
     from ..data.texts import Vocabulary
     from ..experiment import Network
@@ -126,22 +126,24 @@ class RunView:
     def networks(self) -> "tuple[Model, ...]":
         """The networks of ``model.mix`` with their initial weights, from the config; needs no data set.
 
-        Where the file of ``model.weights`` is gone, the initial weights are on the device "meta": shapes
-        without numbers. Whether the file has changed is not looked at.
+        Where what ``model.weights`` or ``model.folder`` names is gone, the initial weights are on the device
+        "meta": shapes without numbers. Whether it has changed is not looked at.
         """
-        return tuple(map(self._network, self._parsed.model.mix))
+        return tuple(self._network(*numbered) for numbered in enumerate(self._parsed.model.mix))
 
-    def _network(self, network: "Network") -> "Model":
-        from ..models.weights import find
+    def _network(self, number: int, network: "Network") -> "Model":
         from ..models.zoo import build
 
         found, config = self._files.partition(), self._parsed
-        shape, tokens = tuple(found["input_shape"].tolist()), int(found.get("input_tokens", [0])[0])
-        classes = self.partition.train_counts.shape[1]
-        gone = network.weights is not None and not find(network.name, network.weights).path.is_file()
-        weights = None if gone else network.weights
-        model = build(network.name, network.options, classes, shape, config.seed, tokens, weights)
-        return replace(model, initial={n: v.to("meta") for n, v in model.initial.items()}) if gone else model
+        shape = tuple(found["input_shape"].tolist())
+        of_texts = [int(found.get(name, [0])[0]) for name in ("input_tokens", "input_padding")]
+        inputs = (self.partition.train_counts.shape[1], shape, config.seed, *of_texts)
+        if all(file.is_file() for origin in network.origins for file in origin.files):
+            return build(network.name, network.options, *inputs, weights=network.weights)
+        kept = self.path / f"network-{number}.json"
+        options = {**network.options, "folder": str(kept)} if kept.is_file() else network.options
+        model = build(network.name, options, *inputs)
+        return replace(model, initial={n: v.to("meta") for n, v in model.initial.items()})
 
     @cached_property
     def vocabulary(self) -> "Vocabulary":
@@ -200,23 +202,42 @@ class ClientView:
         """The client's network, with its initial weights."""
         return self.run.networks[self.run.network_of[self.id]]
 
+    @property
+    def network_block(self) -> "Network":
+        """What the config says of the client's network."""
+        return self.run._parsed.model.mix[self.run.network_of[self.id]]
+
+    @property
+    def algorithm(self) -> "Algorithm":
+        """The method as this client has it."""
+        return self.run.variants[self.id]
+
+    @cached_property
+    def variables(self) -> "Vars":
+        """What the client's own model is made of: tensors, the shared ones as they arrive there, and its own."""
+        import torch
+
+        from ..algorithm import Vars
+
+        tensors = lambda leaves: {name: torch.from_numpy(value) for name, value in leaves.items()}
+        personal = {n: _only(rows) for n, rows in self.checkpoint.personal([self.id]).items()}
+        shared = tensors(self.checkpoint.shared())
+        with torch.no_grad():
+            arrived = shared if self.algorithm.judges == "server" else self.algorithm.download(shared)
+        return Vars(arrived, tensors(personal))
+
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:
         """Every parameter and statistic of the client's own model, the one that was evaluated."""
         import torch
 
-        from ..algorithm import Vars
-
-        algorithm = self.run.variants[self.id]
-        tensors = lambda leaves: {name: torch.from_numpy(value) for name, value in leaves.items()}
-        personal = {n: _only(rows) for n, rows in self.checkpoint.personal([self.id]).items()}
-        shared = tensors(self.checkpoint.shared())
-        v = Vars(shared if algorithm.judges == "server" else algorithm.download(shared), tensors(personal))
+        v = self.variables
         for leaf, initial in self.network.initial.items():
             if initial.is_meta and not (leaf in v.shared or leaf in v.personal):  # frozen: no checkpoint has it
-                raise ValueError(f"{self.run.path}: {leaf} is in the file of model.weights alone, which is gone; put it back")
+                where = " or ".join(f"model.{origin.key} = {origin.given}" for origin in self.network_block.origins)
+                raise ValueError(f"{self.run.path}: {leaf} is in {where} alone, which is gone; put it back")
         with torch.no_grad():
-            tree = algorithm.weights_of(self.network, v)
+            tree = self.algorithm.weights_of(self.network, v)
         return {name: value.numpy() for name, value in tree.items()}
 
     @cached_property

@@ -19,7 +19,7 @@ from .texts import Labelled, Text, Vocabulary, read_ag_news, read_csv
 class Samples(NamedTuple):
     """Images or texts, and their classes."""
 
-    x: Tensor  # [M, ch, H, W] uint8, or [M, L] int32 token ids with 0 for padding
+    x: Tensor  # [M, ch, H, W] uint8, or [M, L] int32 token ids
     y: Tensor  # [M] int64
 
 
@@ -44,6 +44,11 @@ class Data(NamedTuple):
     def tokens(self) -> int:
         """Inputs are integers below it; 0: they are floats."""
         return self.vocabulary.size if self.vocabulary else 0
+
+    @property
+    def padding(self) -> int:
+        """The integer that stands behind the end of a text."""
+        return self.vocabulary.padding if self.vocabulary else 0
 
 
 @dataclass(frozen=True)
@@ -109,9 +114,9 @@ def load(source: Source) -> Data:
 
 
 def _encoded(source: Source) -> Data:
-    """The texts of a data set under the vocabulary of its training texts."""
+    """The texts of a data set under the vocabulary of its training texts, or of the tokenizer that was given."""
     train, test, classes = _TEXTS[source.dataset](source)
-    vocabulary = Vocabulary.of(train.texts, source.text)
+    vocabulary = Vocabulary.given(source.text) if source.text.tokenizer else Vocabulary.of(train.texts, source.text)
     sides = (Samples(vocabulary.encode(side.texts), torch.tensor(side.y)) for side in (train, test))
     return Data(*sides, classes, vocabulary=vocabulary)
 

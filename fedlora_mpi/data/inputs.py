@@ -38,7 +38,7 @@ class Images(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Token ids, 0 for the padding behind a text."""
+    """Token ids, those of padding behind a text included."""
 
     tokens: Tensor  # [M, L] int32
     labels: Tensor  # [M] int64

@@ -1,4 +1,4 @@
-"""Texts from CSV files, and the vocabulary of the training texts that turns them into numbers."""
+"""Texts from CSV files, and the vocabulary, of the training texts or given, that turns them into numbers."""
 
 import csv
 import hashlib
@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _SPECIAL = ("[PAD]", "[UNK]")  # the numbers 0 and 1
+_PADDING = ("[PAD]", "<pad>")  # its names in a tokenizer that does not say which it pads with
 _CHUNK = 4096  # texts that are encoded at a time
 
 
@@ -26,7 +28,8 @@ class Text:
     """The ``data.text`` block: the files, the length of a text, and how many words are known."""
 
     vocabulary: int = 20000  # at most so many words, the most frequent; padding and the unknown word are two
-    length: int = 64  # words of a text; what is longer is cut
+    length: int = 64  # words of a text, with a tokenizer its tokens; what is longer is cut
+    tokenizer: str | None = None  # a tokenizer.json of Hugging Face, or its folder, in the place of the words
     train: str = "train.csv"  # in data.root, for ag_news in data.root/AG_NEWS
     test: str = "test.csv"
     label: str = "label"  # "csv" only: the name of the column of the classes
@@ -36,6 +39,8 @@ class Text:
         bounded(self, vocabulary="[3, inf)", length="[1, inf)")
         if not self.columns:
             raise ValueError("columns = []: must name at least one column")
+        if self.tokenizer and self.vocabulary != Text.vocabulary:
+            raise ValueError(f"vocabulary = {self.vocabulary}: a tokenizer has its own; leave it out")
 
 
 class Labelled(NamedTuple):
@@ -47,19 +52,17 @@ class Labelled(NamedTuple):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Words and their numbers: 0 is padding, 1 the unknown word, from 2 on the words by falling frequency.
-
-    A text becomes its words and its runs of punctuation in lower case, under Unicode's compatibility form
-    NFKC. ``json`` says all of it, in the format of Hugging Face's tokenizers (``tokenizer.json``).
-    """
+    """What turns a text into numbers: all of it is in ``json``, in the format of Hugging Face's tokenizers."""
 
     json: str
 
     @classmethod
     def of(cls, texts: Sequence[str], settings: Text) -> "Vocabulary":
-        """That of ``texts``: a pure function of them, words equally frequent in alphabetical order.
+        """That of ``texts``: a pure function of them.
 
-        Raises ValueError when the library is not installed.
+        A text becomes its words and its runs of punctuation in lower case, under Unicode's compatibility form
+        NFKC. 0 is padding, 1 the unknown word, from 2 on the words by falling frequency, those equally frequent
+        in alphabetical order. Raises ValueError when the library is not installed.
         """
         library = _tokenizers()
         seen = _blank(library, {})
@@ -73,18 +76,52 @@ class Vocabulary:
         tokenizer.enable_padding(length=settings.length, pad_id=0, pad_token=_SPECIAL[0])
         return cls(tokenizer.to_str())
 
-    @property
+    @classmethod
+    def given(cls, settings: Text) -> "Vocabulary":
+        """That of the file ``settings.tokenizer``, with its numbers and its special tokens.
+
+        Padding is what the file pads with, else its token [PAD] or <pad>. Raises ValueError when there is none,
+        or the file is none, or its special tokens alone fill a text.
+        """
+        library, where = _tokenizers(), f"text.tokenizer = {settings.tokenizer}"
+        path = Path(settings.tokenizer).expanduser()
+        path = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            tokenizer = library.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"{where}: {path} cannot be read ({error.strerror}); give a tokenizer.json") from error
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{where}: {path} is no tokenizer.json ({' '.join(str(error).split())})") from error
+        named = next((name for name in _PADDING if tokenizer.token_to_id(name) is not None), None)
+        if not tokenizer.padding and named is None:
+            raise ValueError(f"{where}: has no token for padding; there is neither {' nor '.join(_PADDING)}")
+        if settings.length <= (special := tokenizer.num_special_tokens_to_add(False)):
+            needed = f"must be more than the {special} special tokens of every text"
+            raise ValueError(f"text.length = {settings.length}: {needed}")
+        pads = tokenizer.padding or {"pad_id": tokenizer.token_to_id(named), "pad_token": named}
+        cuts = tokenizer.truncation or {}
+        kept = {key: pads[key] for key in ("direction", "pad_id", "pad_type_id", "pad_token") if key in pads}
+        tokenizer.enable_truncation(settings.length, direction=cuts.get("direction", "right"))
+        tokenizer.enable_padding(length=settings.length, **kept)
+        return cls(tokenizer.to_str())
+
+    @cached_property
     def size(self) -> int:
-        """How many numbers there are."""
-        return self.tokenizer.get_vocab_size()
+        """All numbers are below it."""
+        return 1 + max(self.tokenizer.get_vocab().values())
+
+    @property
+    def padding(self) -> int:
+        """The number behind the end of a text."""
+        return self.tokenizer.padding["pad_id"]
 
     @property
     def length(self) -> int:
-        """Words of a text, L."""
+        """Numbers of a text, L."""
         return self.tokenizer.truncation["max_length"]
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """The numbers of the first L words of each text, [M, L] int32; 0 behind its end."""
+        """The first L numbers of each text, [M, L] int32; padding behind its end."""
         ids = np.zeros((len(texts), self.length), np.int32)
         for first in range(0, len(texts), _CHUNK):
             found = self.tokenizer.encode_batch_fast(list(texts[first : first + _CHUNK]))

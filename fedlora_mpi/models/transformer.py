@@ -33,13 +33,24 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Words and their places, embedded and added; blocks; a norm; the mean over the words; Linear.
 
-    ``tokens``: how many words there are, 0 being padding; ``length``: places of the longest text.
+    ``tokens``: how many words there are, one of them ``padding``; ``length``: places of the longest text.
     """
 
     def __init__(
-        self, classes: int, length: int, tokens: int, *, width: int, heads: int, layers: int, feedforward: int, dropout: float
+        self,
+        classes: int,
+        length: int,
+        tokens: int,
+        padding: int,
+        *,
+        width: int,
+        heads: int,
+        layers: int,
+        feedforward: int,
+        dropout: float,
     ) -> None:
         super().__init__()
+        self.padding = padding
         self.words = nn.Embedding(tokens, width)
         self.places = nn.Embedding(length, width)
         self.dropout = nn.Dropout(dropout)
@@ -53,7 +64,7 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, L] token ids. Padding counts nowhere, but in the first place: an empty text has a mean too."""
         place = torch.arange(x.shape[1], device=x.device)
-        hidden = (x == 0) & (place > 0)
+        hidden = (x == self.padding) & (place > 0)
         z = self.dropout(self.words(x) + self.places(place))  # [B, L, width]
         for block in self.blocks:
             z = block(z, hidden)

@@ -91,13 +91,16 @@ def load(model: Model, tree: Tree) -> Model:
 def packed(tree: Tree) -> bytes:
     """The content of a .safetensors file with these leaves. Raises ValueError without the library."""
     whole = lambda v: v.detach().cpu().clone(memory_format=torch.contiguous_format)  # not a view into something
-    return _safetensors().torch.save({n: whole(v) for n, v in tree.items()})
+    return _safetensors().torch.save({n: whole(v) for n, v in tree.items()}, {"format": "pt"})
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def digest(*paths: Path) -> str:
+    """SHA-256 of files, one after the other, in hexadecimal."""
+    total = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: total)
+    return total.hexdigest()
 
 
 def _promised(url: str) -> str:

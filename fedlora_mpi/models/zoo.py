@@ -1,16 +1,20 @@
 """Models by name. A builder takes (classes, shape) and keyword-only options, and returns a module.
 
-One with a parameter ``tokens`` is for texts: its inputs are integers below it, [B, L], 0 for padding.
+One with a parameter ``tokens`` is for texts: its inputs are integers below it, [B, L]. It is told by a parameter
+``padding`` which of them is padding; without one it is 0.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from inspect import signature
+from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
 from ..seeds import isolated
+from . import huggingface
 from . import weights as files
 from .network import Model, from_module
 from .resnet import ResNet
@@ -53,6 +57,7 @@ def transformer(
     classes: int,
     shape: tuple[int, ...],
     tokens: int,
+    padding: int = 0,
     *,
     width: int = 64,
     heads: int = 4,
@@ -69,7 +74,13 @@ def transformer(
         raise ValueError(f"heads = {heads}: must divide width = {width}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout = {dropout}: must be at least 0 and below 1")
-    return Transformer(classes, shape[0], tokens, **options)
+    return Transformer(classes, shape[0], tokens, padding, **options)
+
+
+def hf(classes: int, shape: tuple[int, ...], tokens: int, padding: int, *, folder: str) -> nn.Module:
+    """The pre-trained model in ``folder`` as Hugging Face's transformers saves it, for the texts of its tokenizer; of
+    a config.json alone the same network, not trained."""
+    return huggingface.classifier(folder, classes, shape[0], tokens, padding)
 
 
 def _five(number: int, first: int, second: int, hidden: int, parameters: str) -> Callable[..., nn.Module]:
@@ -110,7 +121,7 @@ FIVE = (
 )
 
 NAMES: dict[str, Callable[..., nn.Module]] = {
-    builder.__name__: builder for builder in (resnet8, resnet10, cifar_resnet8, cnn, *FIVE, transformer)
+    builder.__name__: builder for builder in (resnet8, resnet10, cifar_resnet8, cnn, *FIVE, transformer, hf)
 }
 
 
@@ -121,17 +132,19 @@ def build(
     shape: tuple[int, ...],
     seed: int,
     tokens: int = 0,
+    padding: int = 0,
+    *,
     weights: str | None = None,
 ) -> Model:
     """The model ``name`` with initial weights of ``seed``, or those that ``weights`` names (see ``weights.find``).
 
     ``name``: a key of NAMES, ``torchvision:<model>`` (any classification model), or
-    ``module:callable``, called with ``classes`` and ``shape`` (for texts ``tokens`` too) and returning an
-    nn.Module. Raises ValueError when there is no such model, it refuses its options or inputs, or the
-    weights are not to be had or do not fit.
+    ``module:callable``, called with ``classes`` and ``shape`` (for texts ``tokens`` too, and ``padding`` if
+    it asks for that) and returning an nn.Module. Raises ValueError when there is no such model, it refuses
+    its options or inputs, or the weights are not to be had or do not fit.
     """
     with isolated(seed, "model"):
-        module = _module(name, dict(options), classes, shape, tokens)
+        module = _module(name, dict(options), classes, shape, tokens, padding)
         model = from_module(module, classes, shape, tokens)
     if weights is None:
         return model
@@ -141,15 +154,39 @@ def build(
         raise ValueError(f"weights = {weights}: {error}") from error
 
 
-def _module(name: str, options: dict, classes: int, shape: tuple[int, ...], tokens: int) -> nn.Module:
+class Origin(NamedTuple):
+    """Files, there or not, that a network is made from; ``key`` and ``given`` are the config's under ``model``."""
+
+    key: str
+    given: str
+    files: tuple[Path, ...]
+
+
+def origins(name: str, options: Mapping, weights: str | None) -> list[Origin]:
+    """What a network is made from beside the code and the seed, as ``build`` takes it."""
+    found = []
+    if name == "hf":
+        found.append(Origin("folder", options["folder"], huggingface.files(options["folder"])))
+    if weights is not None:
+        found.append(Origin("weights", weights, (files.find(name, weights).path,)))
+    return found
+
+
+def _module(
+    name: str, options: dict, classes: int, shape: tuple[int, ...], tokens: int, padding: int
+) -> nn.Module:
     try:
         builder = _builder(name)
         given = {"classes": classes, "shape": shape}
-        if _reads_texts(builder) != (tokens > 0):
+        if _takes(builder, "tokens") != (tokens > 0):
             kinds = ("images", "texts") if tokens else ("texts", "images")
             raise ValueError("it is for {}, the data are {}".format(*kinds))
         if tokens:
             given["tokens"] = tokens
+            if _takes(builder, "padding"):
+                given["padding"] = padding
+            elif padding:
+                raise ValueError(f"it takes 0 for padding, data.text.tokenizer {padding}; give it a parameter padding")
         module = builder(**given, **options)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"name = {name}: cannot be built: {error}") from error
@@ -166,10 +203,10 @@ def _builder(name: str) -> Callable[..., nn.Module]:
     return NAMES[name] if name in NAMES else getattr(import_module(home), attribute)
 
 
-def _reads_texts(builder: Callable) -> bool:
-    """Whether a builder has the parameter ``tokens``."""
+def _takes(builder: Callable, parameter: str) -> bool:
+    """Whether a builder has a parameter of this name."""
     try:
-        return "tokens" in signature(builder).parameters
+        return parameter in signature(builder).parameters
     except ValueError:  # one in C may tell nobody
         return False
 

@@ -1,0 +1,128 @@
+"""A client's low-rank part in the files of Hugging Face's peft, for the network it was trained on.
+
+An algorithm whose low-rank part stands alone, on weights that nobody trains, has the method
+
+    adapter(model, v) -> ({weight: (A [r, in], B [out, r], s)}, others)
+
+of the variables ``v`` of one client: its weights are W0 + s B A with W0 in ``model.initial``, and ``others`` are
+the leaves that are trained in full, such as the head. It raises ValueError where a client has no such part.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import algorithm_name
+from ..models.huggingface import HuggingFace
+from ..models.network import Model
+from ..models.weights import packed
+from ..store.files import write_atomic
+from ..tree import Tree
+from .run import ClientView, RunView
+
+Pair = tuple[Tensor, Tensor, float]  # A, B, s
+
+
+def export(run: RunView, client: int, folder: str | Path) -> Path:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` of a client into the new folder.
+
+    Of a network ``hf``, ``peft.PeftModel.from_pretrained(base, folder)`` is then the client's own model, ``base``
+    being the sequence classifier of the network's folder with as many classes, in float32 (with ``model.weights``
+    these are its weights). Raises ValueError.
+    """
+    view, folder = run.client(client), Path(folder).expanduser()
+    pairs, others = _adapter(run, view)
+    values = {name: torch.from_numpy(value) for name, value in view.weights.items()}
+    leaves, config = content(view.network, pairs, others, values)
+    tensors, config = packed(leaves), config | {"base_model_name_or_path": _base(view)}
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be created: {error.strerror}; choose another") from error
+    write_atomic(folder / "adapter_model.safetensors", tensors)
+    write_atomic(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
+    return folder
+
+
+def content(network: Model, pairs: Mapping[str, Pair], others: Tree, values: Tree) -> tuple[Tree, dict[str, Any]]:
+    """peft's tensors and peft's config; ``values``: all leaves of the client's own model.
+
+    Written whole are the modules of ``others`` and, of a network ``hf``, all above the encoder (of these peft
+    itself takes some) and what its folder does not have.
+    """
+    for name in pairs:
+        if network.leaves[name].matrix != "linear" or not name.endswith(".weight"):
+            raise ValueError(f"{name}: is no weight of a Linear, and no other is exported; choose other layers")
+    module = network.modules[False]
+    hf = module if isinstance(module, HuggingFace) else None
+    pairs, others, values = ({_plain(hf, name): v for name, v in tree.items()} for tree in (pairs, others, values))
+    own = [name for name in values if hf and (hf.is_above_encoder(name) or name in hf.fresh)]
+    whole = {_whole(hf, name) for name in (*others, *own)}
+    within = lambda name: any(name.startswith(f"{part}.") for part in whole)
+    low = {name.removesuffix(".weight"): pair for name, pair in pairs.items() if not within(name)}
+    if not low:
+        raise ValueError(f"no low-rank part is outside of what is written whole ({', '.join(sorted(whole))})")
+    leaves = {name: value for name, value in values.items() if within(name)}
+    for name, (a, b, _) in low.items():
+        leaves |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    leaves = {f"base_model.model.{name}": value for name, value in leaves.items()}
+    return leaves, {"task_type": "SEQ_CLS" if hf else None} | _config(low, sorted(whole))
+
+
+def _base(view: ClientView) -> str | None:
+    """The folder that has the weights under the low-rank part, if one has."""
+    origins = view.network_block.origins
+    if [origin.key for origin in origins] != ["folder"] or len(origins[0].files) == 1:  # a config.json alone has none
+        return None
+    return str(origins[0].files[0].parent.absolute())
+
+
+def _adapter(run: RunView, view: ClientView) -> tuple[Mapping[str, Pair], Tree]:
+    """What the algorithm says of the client."""
+    algorithm = view.algorithm
+    if not callable(getattr(algorithm, "adapter", None)):  # pfedlora has a field of this name
+        raise ValueError(f"{run.path}: algorithm {algorithm_name(algorithm)} has no adapter that stands alone")
+    with torch.no_grad():
+        return algorithm.adapter(view.network, view.variables)
+
+
+def _plain(hf: HuggingFace | None, name: str) -> str:
+    """The name of a leaf in the network that peft meets."""
+    return name.removeprefix(hf.PREFIX) if hf else name
+
+
+def _whole(hf: HuggingFace | None, name: str) -> str:
+    """The module that is written whole for the sake of a leaf: above the encoder the outermost."""
+    module = name.rpartition(".")[0]
+    if not module:
+        raise ValueError(f"{name}: is of no module of its own, so peft cannot replace it")
+    return module.partition(".")[0] if hf and hf.is_above_encoder(name) else module
+
+
+def _config(low: Mapping[str, Pair], whole: list[str]) -> dict[str, Any]:
+    """peft's settings; rank and alpha = s r of most modules, those of the others by name."""
+    of = {name: (len(a), _number(s * len(a))) for name, (a, _, s) in low.items()}
+    rank, alpha = Counter(of.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: r for name, (r, _) in of.items() if r != rank},
+        "alpha_pattern": {name: a for name, (_, a) in of.items() if a != alpha},
+        "target_modules": sorted(of),
+        "modules_to_save": whole or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+    }
+
+
+def _number(alpha: float) -> int | float:
+    """As peft writes it: an integer where it is one."""
+    return int(alpha) if float(alpha).is_integer() else float(alpha)

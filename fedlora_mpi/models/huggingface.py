@@ -1,0 +1,170 @@
+"""A sequence classifier of Hugging Face's transformers, from a folder on this machine, as a network of token ids.
+
+Nothing is fetched and no code of the folder runs. Leaves are named as in transformers, under ``model.``.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..tree import Tree
+from ..vision import torchvision
+from . import weights
+
+
+class HuggingFace(nn.Module):
+    """``model``: a ``...ForSequenceClassification``; ``fresh``: those parameters that its weights' files have not."""
+
+    PREFIX = "model."  # in front of transformers' names
+
+    def __init__(self, model: nn.Module, fresh: frozenset[str]) -> None:
+        super().__init__()
+        self.model, self.fresh, self.padding = model, fresh, model.config.pad_token_id
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, L] token ids -> logits [B, classes]. Nobody looks at padding."""
+        # Ready to be added to the scores: a plain mask is asked whether it hides anything, which a stack of clients
+        # cannot answer.
+        hidden = torch.zeros(x.shape, device=x.device).masked_fill(x == self.padding, torch.finfo(torch.float32).min)
+        return self.model(input_ids=x, attention_mask=hidden[:, None, None]).logits  # [B, 1, 1, L]
+
+    def is_above_encoder(self, name: str) -> bool:
+        """Whether a leaf, under transformers' name, belongs to what classifies and not to the pre-trained encoder."""
+        return not name.startswith(f"{self.model.base_model_prefix}.")
+
+
+def classifier(folder: str, classes: int, length: int, tokens: int, padding: int) -> HuggingFace:
+    """The model in ``folder`` for texts of ``length`` tokens below ``tokens``, float32.
+
+    What classifies is new, from torch's global generator, where the folder has none or one for other classes; so
+    is a pooler that the folder has not, and everything where ``folder`` is a config.json alone. Raises ValueError
+    when anything else does not fit, when the data's tokens are not the model's, or when it reads a mask
+    differently from here (a decoder, for instance).
+    """
+    module = _loaded(folder, classes)
+    config = module.model.config
+    if module.padding is None:
+        raise ValueError(f"folder = {folder}: its config.json has no pad_token_id; {config.model_type} cannot be used")
+    if tokens > config.vocab_size or padding != module.padding:
+        raise ValueError(
+            f"folder = {folder}: knows {config.vocab_size} tokens, {module.padding} for padding; data.text.tokenizer "
+            f"has {tokens}, {padding} for padding; give the tokenizer of this model"
+        )
+    _try(module, folder, length)
+    return module
+
+
+def files(folder: str) -> tuple[Path, ...]:
+    """What is read of ``folder``, there or not: config.json, then its weights; of a config.json that alone."""
+    home = Path(folder).expanduser()
+    if home.suffix == ".json":
+        return (home,)
+    whole, index = home / "model.safetensors", home / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return home / "config.json", whole
+    try:
+        parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return home / "config.json", *(home / part for part in parts)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"folder = {folder}: {index.name} names no files of weights") from error
+
+
+def _loaded(folder: str, classes: int) -> HuggingFace:
+    """The module, its weights those of the folder; checked."""
+    described, *parts = files(folder)
+    for file in (described, *parts):
+        if not file.is_file():
+            raise ValueError(
+                f"folder = {folder}: has no {file.name}; give the folder of a model of Hugging Face on this machine"
+            )
+    library = _transformers()
+    try:
+        tree = {n: v for part in parts for n, v in weights.read(part).items()}
+    except ValueError as error:
+        raise ValueError(f"folder = {folder}: {error}") from error
+    try:
+        with _quiet(library):
+            model, report = _made(library, described, classes, tree)
+    except Exception as error:  # of many kinds: those of transformers, json
+        raise ValueError(f"folder = {folder}: transformers cannot read it: {' '.join(str(error).split())}") from error
+    if not parts:
+        return HuggingFace(model, frozenset())
+    missing, other = set(report["missing_keys"]), {name for name, *_ in report["mismatched_keys"]}
+    module = HuggingFace(model, frozenset(missing | other))
+    pooler = f"{model.base_model_prefix}.pooler."
+    wrong = {n for n in missing if not n.startswith(pooler)} | other
+    if wrong := sorted(n for n in wrong if not module.is_above_encoder(n)):
+        raise ValueError(
+            f"folder = {folder}: model.safetensors does not fit config.json: {wrong[0]} is missing or of another shape"
+            f"{f', and {len(wrong) - 1} more' * (len(wrong) > 1)}"
+        )
+    return module
+
+
+def _made(library, described: Path, classes: int, tree: Tree) -> tuple[nn.Module, dict]:
+    """The classifier of a config.json with the weights in ``tree``, and what of them did not fit."""
+    config = library.AutoConfig.from_pretrained(
+        described, num_labels=classes, local_files_only=True, trust_remote_code=False
+    )
+    kind = library.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if kind is None:
+        raise ValueError(f"it has no sequence classifier of the kind {config.model_type}")
+    return kind.from_pretrained(
+        None,
+        config=config,
+        state_dict=tree,
+        attn_implementation="eager",  # plain products, which vmap batches and the FLOP counter sees
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+
+
+def _try(module: HuggingFace, folder: str, length: int) -> None:
+    """Raise ValueError unless two texts give what transformers gives with its own mask."""
+    word = int(module.padding == 0)
+    x = torch.arange(length).remainder(module.model.config.vocab_size)
+    x = torch.where(x == module.padding, word, x).repeat(2, 1)
+    x[1, (length + 1) // 2 :] = module.padding
+    with torch.no_grad():
+        try:
+            ours = module.eval()(x)
+            theirs = module.model(input_ids=x, attention_mask=(x != module.padding).long()).logits
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            message = f"folder = {folder}: refuses texts of data.text.length = {length} tokens: {reason}"
+            raise ValueError(message) from error
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            f"folder = {folder}: a {module.model.config.model_type} hides padding in a way of its own; roberta, bert "
+            "and distilbert do not"
+        )
+
+
+@contextmanager
+def _quiet(library) -> Iterator[None]:
+    """Without its progress bars and its report, which is checked here."""
+    logging = library.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _transformers():
+    """The library."""
+    try:
+        torchvision()  # which it would import in its own way, see there
+        import transformers
+    except ImportError as error:
+        raise ValueError("transformers is not installed; pip install 'fedlora-mpi[hf]'") from error
+    return transformers
