@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   fedlora-mpi reproduce table1 --alpha 0.1 --jobs 2           the paper's table, shrunk to half an hour
   fedlora-mpi reproduce table1 --scale full --print-jobs      its runs as lines and as a Slurm array
   fedlora-mpi reproduce pfedlora --jobs 2                     clients with networks of their own: accuracy and cost
+  fedlora-mpi reproduce fedhl --data cifar10 --jobs 2         LoRA of clients' own ranks on a backbone made here
   fedlora-mpi pretrain configs/cifar10.yaml --to net.safetensors   a backbone for model.weights=net.safetensors
   fedlora-mpi submit configs/cifar10.yaml --gpus 4            as a Slurm job that requeues itself until done
   fedlora-mpi doctor configs/cifar10.yaml                     does everything work on this machine?
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = add("doctor", _doctor, "Whether everything works on this machine, a line each with the remedy.")
     _backbone_of(add("pretrain", _pretrain, "Train a network on all data in one place, into a file for model.weights.", parallel=True))
     _job_of(add("submit", _submit, "Queue a run as a Slurm job, which is queued again until the run is done."))
-    _grid_of(add("reproduce", _reproduce, "A table of the FedLoRA paper, or of pFedLoRA's, from runs of our own, beside its numbers."))
+    _grid_of(add("reproduce", _reproduce, "A table of the FedLoRA paper, pFedLoRA's or FedHL's, from runs of our own, beside its numbers."))
     for sub in (run, plan, partition):
         sub.add_argument("config", help="a YAML file")
     run.add_argument("--resume", action="store_true", help="go on with the run folder if it is there")
@@ -113,12 +114,12 @@ def _job_of(sub: argparse.ArgumentParser) -> None:
 def _grid_of(sub: argparse.ArgumentParser) -> None:
     """The arguments of ``reproduce``."""
     several = {"nargs": "+", "default": ()}
-    sub.add_argument("table", choices=(*(f"table{n}" for n in range(1, 7)), "fig4", "fig6", "fig7", "pfedlora"))
+    sub.add_argument("table", choices=(*(f"table{n}" for n in range(1, 7)), "fig4", "fig6", "fig7", "pfedlora", "fedhl"))
     sets = ("cifar10", "cifar100", "tiny_imagenet", "ag_news")
-    sub.add_argument("--data", **several, choices=sets, help="default cifar10; table6 has ag_news alone, and no other has it")
-    split = "of the Dirichlet split (default 0.1, of table6 1.0); not for pfedlora"
+    sub.add_argument("--data", **several, choices=sets, help="default cifar10, of table6 ag_news, of fedhl both")
+    split = "of the Dirichlet split (default 0.1, of table6 1.0, of fedhl 0.5); not for pfedlora"
     sub.add_argument("--alpha", **several, type=float, help=split)
-    texts = "table6: the file of the training texts in DATA/AG_NEWS (default train.csv)"
+    texts = "table6 and fedhl: the file of the training texts in DATA/AG_NEWS (default train.csv)"
     sub.add_argument("--text-train", default="", metavar="FILE", help=texts)
     sub.add_argument("--seeds", **several, type=int, metavar="SEED", help="default: 1 2 3, at small scale 1")
     sub.add_argument("--rounds", type=int, help="default: the scale's; more of them go on with a finished run")
@@ -126,6 +127,9 @@ def _grid_of(sub: argparse.ArgumentParser) -> None:
     crowds = "pfedlora: how many there are; all, 20 or 10 %% take part (default: all three, at small scale 10)"
     sub.add_argument("--clients", **several, type=int, choices=(10, 50, 100), help=crowds)
     sub.add_argument("--homogeneous", action="store_true", help="pfedlora: CNN-1 for every client, and FedAvg as well")
+    sub.add_argument("--width", **several, choices=("narrow", "wide"), help="fedhl: of the network (default both)")
+    part = "fedhl: fraction of the clients in a round (default 1.0 0.4)"
+    sub.add_argument("--participation", **several, type=float, metavar="P", help=part)
     reached = "pfedlora: count rounds, bytes and FLOPs up to so many %% (default: what all methods reach)"
     sub.add_argument("--target", **several, type=float, metavar="PERCENT", help=reached)
     sub.add_argument("--scale", choices=("small", "full"), default="small", help="full is the paper's experiment")

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import resolved_yaml
 from ..data.datasets import load
+from ..pretrain import pretrain
 from ..run import STOPPED
 from ..store.files import write_atomic
-from . import agnews, carry, costs, picture, sheet
+from . import agnews, carry, costs, fedhl, picture, sheet
 from .fedlora import DATA, Alpha
 from .grid import Case, Job, job
 from .paper import CLAIMS
@@ -33,8 +35,9 @@ Grid = list[tuple[Case, list[Job]]]  # the runs of each table
 class Request:
     """The command line. Empty ``methods``: all of the table; ``rounds``, ``jobs`` None: by scale, by machine.
 
-    data, none: cifar10, of ``table6`` ag_news. alpha: of the FedLoRA tables, none: 0.1, of ``table6`` 1.0. text_train: of
-    ``table6``, a file in AG_NEWS. clients, homogeneous, target (per cent): of ``pfedlora``;
+    data, none: cifar10, of ``table6`` ag_news, of ``fedhl`` both. alpha: of all but ``pfedlora``, none: 0.1, of ``table6``
+    1.0, of ``fedhl`` 0.5. text_train: of ``table6`` and ``fedhl``, a file in AG_NEWS. width, participation: of ``fedhl``,
+    none: all. clients, homogeneous, target (per cent): of ``pfedlora``;
     no clients: 10, 50, 100 at full scale, 10 at small; no target: see ``_targets``.
     """
 
@@ -44,6 +47,8 @@ class Request:
     clients: Sequence[int] = ()
     text_train: str = ""
     homogeneous: bool = False
+    width: Sequence[str] = ()
+    participation: Sequence[float] = ()
     target: Sequence[float] = ()
     seeds: Sequence[int] = ()  # none: 1, 2, 3 at full scale, 1 at small
     rounds: int | None = None
@@ -65,8 +70,10 @@ class Request:
             foreign = {"alpha": self.alpha}
         else:
             foreign = {"clients": self.clients, "homogeneous": self.homogeneous, "target": self.target}
-        if self.table != agnews.OURS:
+        if self.table not in (agnews.OURS, fedhl.OURS):
             foreign["text-train"] = self.text_train
+        if self.table != fedhl.OURS:
+            foreign |= {"width": self.width, "participation": self.participation}
         for name, value in foreign.items():
             if value:
                 raise ValueError(f"--{name}: {self.table} has no such choice; leave it out")
@@ -81,6 +88,15 @@ class Request:
         if self.table == agnews.OURS:
             file, pairs = self.text_train or agnews.WHOLE, product(self.data or (agnews.DATA,), self.alpha or (agnews.ALPHA,))
             return [agnews.Texts(data, alpha, file) for data, alpha in pairs]
+        if self.table == fedhl.OURS:
+            ways = product(
+                self.data or fedhl.BACKBONES,
+                self.width or fedhl.WIDTHS,
+                self.participation or fedhl.PARTICIPATION,
+                self.alpha or (fedhl.ALPHA,),
+            )
+            file = self.text_train or agnews.WHOLE
+            return [fedhl.Tuning(data, width, part, self.folder, alpha, file) for data, width, part, alpha in ways]
         images = self.data or ("cifar10",)
         if self.table == OURS:
             clients = self.clients or (tuple(PARTICIPATION) if self.full else (10,))
@@ -152,6 +168,7 @@ def _carry_out(asked: Request, jobs: Sequence[Job], missing: Sequence[Job]) -> d
         return {}
     for run in {run.case.data: run for run in missing}.values():  # a mistake in --root shows once, not in every run
         load(replace(run.config.data.source, download=asked.download))
+    _make_backbones(asked, missing, say)
     gpus, at_once = _places(asked)
     begun = sum(rounds_done(run.folder) > 0 for run in missing)
     say(f"{asked.folder}: {len(jobs)} runs, {len(jobs) - len(missing)} done, {begun} to go on with, {at_once} at a time")
@@ -160,6 +177,16 @@ def _carry_out(asked: Request, jobs: Sequence[Job], missing: Sequence[Job]) -> d
         return carry.work(carry.tasks(missing, asked.ranks), at_once, say, gpus)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _make_backbones(asked: Request, missing: Sequence[Job], say: Callable[[str], None]) -> None:
+    """Train the networks that these runs begin with, where they are not there."""
+    cases = {run.case.weights: run.case for run in missing if isinstance(run.case, fedhl.Tuning)}
+    for file, case in cases.items():
+        if not file.exists():
+            say(f"{file}: {case.backbone.epochs} epochs on classes {case.backbone.classes} of {case.data}")
+            with redirect_stdout(sys.stderr):
+                pretrain(case.before(asked.root), str(file), 1, to=file, classes=case.backbone.classes)
 
 
 def _places(asked: Request) -> tuple[list[str], int]:
@@ -179,6 +206,7 @@ def _listed(asked: Request, missing: Sequence[Job]) -> Iterator[str]:
         yield "# every run is done"
         return
     _write_configs(asked, missing)
+    _make_backbones(asked, missing, lambda line: print(line, file=sys.stderr, flush=True))
     lines = carry.lines(missing, asked.ranks)
     listed, script = asked.folder / "jobs.txt", asked.folder / "array.sbatch"
     text = carry.array(f"fedlora-{asked.table}", len(missing), asked.ranks, listed, asked.folder)
@@ -255,6 +283,8 @@ def _sheets(asked: Request, case: Case, title: str, found: Found) -> dict[str, S
         return made | {"-gains": costs.each_client(f"{title}; each client", caution, [], cells, results)}
     if asked.table == "fig4":
         notes.append(f"the paper: {CLAIMS['fig4']}")
+    if asked.table == fedhl.OURS:
+        return {"": fedhl.sheet(title, caution, notes, cells, seeds, results)}
     if asked.table == "table2":
         return {"": sheet.ranks(title, caution, notes, cells, seeds)}
     return {"": sheet.compare(title, caution, notes, cells, seeds, TABLES[asked.table].papers)}

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from .. import algorithms
 from ..blocks import nearest
-from . import agnews, fedlora, pfedlora
+from . import agnews, fedhl, fedlora, pfedlora
 from .grid import Case, Entry, Scale
 
-TABLES = fedlora.TABLES | agnews.TABLES | pfedlora.TABLES
+TABLES = fedlora.TABLES | agnews.TABLES | pfedlora.TABLES | fedhl.TABLES
 
 
 def entries(name: str, case: Case, scale: Scale, methods: Sequence[str] = ()) -> list[Entry]:
