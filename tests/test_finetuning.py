@@ -383,3 +383,32 @@ def test_the_server_s_model_may_be_judged():
 def test_a_rank_is_part_of_the_config_that_a_resume_must_have():
     digests = {configs.digest(configs.read(TINY, ["algorithm=fedhl", f"algorithm.lora_ranks={r}"])) for r in ("[4]", "[4,2]")}
     assert len(digests) == 2
+
+
+# Backbones of torchvision.
+
+COLOURS = ("data.synthetic.channels=3", "train.epochs=1", "rounds=2")
+
+
+@pytest.mark.parametrize("name", ["fedit", "fedhl"])
+def test_a_vision_transformer_is_tuned_in_its_attention_alike_in_loop_and_stack(name):
+    how = (f"algorithm={{name: {name}, lora_ranks: [6, 2], layers: ['*.self_attention.*', '*.mlp.*']}}", *COLOURS)
+    stack, loop = (played(*how, "model=user_parts:small_vit", f"engine.path={p}")[0] for p in ("stack", "loop"))
+    block = "encoder.layers.encoder_layer_0"
+    sides = {n: v.shape for n, v in stack[-1].shared.items() if n.endswith((".A", ".B"))}
+    assert sides[f"{block}.self_attention.in_proj_weight.A"] == (6, 12)
+    assert sides[f"{block}.self_attention.in_proj_weight.B"] == (36, 6)
+    assert {n.removeprefix(f"{block}.") for n in sides if n.endswith(".A")} == {
+        f"{layer}.A" for layer in ("self_attention.in_proj_weight", "self_attention.out_proj.weight", "mlp.0.weight", "mlp.3.weight")
+    }
+    for leaf, value in stack[-1].shared.items():
+        torch.testing.assert_close(value, loop[-1].shared[leaf], rtol=0, atol=1e-4, msg=lambda m, n=leaf: f"{n}: {m}")
+    assert not same(stack[0], stack[-1])
+
+
+def test_a_resnet_of_torchvision_is_tuned_with_the_statistics_it_came_with():
+    how = ("algorithm={name: flexlora, lora_ranks: [3, 1], layers: ['layer1.*', '*.downsample.0.weight']}", *COLOURS)
+    begin, *_, end = played(*how, "model=user_parts:small_resnet", "rounds=1")[0]
+    moved = {n for n, v in end.shared.items() if not torch.equal(v, begin.shared[n])}
+    assert "layer2.0.downsample.0.weight.W" in moved and "layer1.0.conv1.weight.W" in moved
+    assert not any("running" in n or ".bn" in n for n in end.shared)

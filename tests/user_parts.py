@@ -119,3 +119,19 @@ class FrozenLora(Algorithm):
         if self.dense:
             raise ValueError("the server has changed the frozen weights themselves")
         return self.parts(model, v), v.personal
+
+
+def small_vit(classes: int, shape: tuple[int, ...]) -> nn.Module:
+    """torchvision's Vision Transformer with one block of 12 features, on 4 patches."""
+    from fedlora_mpi.vision import torchvision
+
+    side = shape[1]
+    return torchvision().models.VisionTransformer(side, side // 2, 1, 2, 12, 20, num_classes=classes)
+
+
+def small_resnet(classes: int, shape: tuple[int, ...]) -> nn.Module:
+    """torchvision's ResNet with one block a stage."""
+    from fedlora_mpi.vision import torchvision
+
+    models = torchvision().models
+    return models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=classes, width_per_group=64)
