@@ -54,7 +54,7 @@ BACKBONES: dict[str, dict[str, Backbone]] = {  # data set -> width -> network; o
     },
     "ag_news": {
         "narrow": Backbone(_texts(64), 2, "0-1", {"lr": 0.02, "momentum": 0.9}),
-        "wide": Backbone(_texts(256), 1, "0-1", {"lr": 0.02, "momentum": 0.9}),
+        "wide": Backbone(_texts(128), 1, "0-1", {"lr": 0.02, "momentum": 0.9}),
     },
 }
 WIDTHS = ("narrow", "wide")
