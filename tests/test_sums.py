@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedlora_mpi import sums
 from fedlora_mpi.layout import Layout
 from fedlora_mpi.seeds import rng
 from fedlora_mpi.sums import LIMIT, SUMS, ExactSum, FastSum
@@ -45,6 +46,18 @@ def test_the_exact_sum_knows_no_ranks(ranks):
     message.buffer += sum(part.buffer for part in parts)
     assert torch.equal(message.total(), summed("exact", rows, weights).total())
     assert message.buffer.dtype == np.int64 and message.buffer.shape == (2, 7)
+
+
+@pytest.mark.parametrize("part", [1, 3, 52, 53])
+def test_a_vector_is_added_in_parts_to_the_same_bits(part, monkeypatch):
+    rows, weights = vectors(9, 53), range(1, 10)
+    whole = summed("exact", rows, weights).buffer
+    monkeypatch.setattr(sums, "_PART", part)
+    message = ExactSum(60)
+    for row, weight in zip(rows, weights):
+        message.add(row, weight, at=4)
+    assert (message.buffer[:, 4:57] == whole).all() and not message.buffer[:, :4].any() and not message.buffer[:, 57:].any()
+    message.add(torch.zeros(0), 1)  # nothing
 
 
 @pytest.mark.parametrize("low, high", [(-12, 3), (-12, -12), (-9, -6), (5, 6)])
