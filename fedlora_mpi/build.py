@@ -89,8 +89,9 @@ def split_data(config: Config, source: str, data: Data) -> Split:
 
 def decided(config: Config, models: Sequence[Model], device: str) -> Config:
     """The config with the engine's path and group size decided, by the largest network."""
-    clients, largest = config.data.partition.clients, max(models, key=lambda model: model.flops)
-    path, size = decide(config.engine, device, largest, config.train.batch_size, clients)
+    largest = max(models, key=lambda model: model.flops)
+    cohort = max(1, round(config.participation * config.data.partition.clients))
+    path, size = decide(config.engine, device, largest, config.train.batch_size, cohort)
     return replace(config, engine=replace(config.engine, device=device, path=path, group_size=size))
 
 
@@ -139,7 +140,8 @@ def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], devi
         Kind(Trainer(variant, networks[network], config.train, feed, device, stacked), first, prefix, network)
         for (network, variant), first, prefix in zip(variants, firsts, prefixes)
     )
-    grouped = groups(sizes, config.engine.group_size, kind_of)
+    width = config.engine.group_size * (int(1 / config.participation) if stacked else 1)
+    grouped = groups(sizes, width, kind_of)
     costs = tuple(float(sum(sizes[c] for c in group) * kinds[kind_of[group[0]]].trainer.model.flops) for group in grouped)
     host = assign(costs, workers)
     rank_of = {c: rank for group, rank in zip(grouped, host) for c in group}
@@ -152,6 +154,7 @@ def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], devi
         groups=grouped,
         costs=costs,
         host=host,
+        group_size=config.engine.group_size,
         sizes=tuple(sizes),
         weight_N=_weights(algorithm, sizes),
         seed=config.seed,

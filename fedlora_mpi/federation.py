@@ -59,6 +59,7 @@ class Run:
     groups: tuple[Group, ...]  # each of one kind
     costs: tuple[float, ...]  # of each group, FLOP or any unit
     host: tuple[int, ...]  # rank of each group
+    group_size: int  # clients that compute together; so many of a group take part in a round, about
     weight_N: tuple[int, ...]  # what a client's upload counts in the mean
     sizes: tuple[int, ...]  # training samples of each client
     seed: int
@@ -127,9 +128,11 @@ class Run:
         able = [client for client in draw if sizes[client]]
         return cohort(len(able), self.participation, able)
 
-    def largest_first(self, clients: Iterable[int]) -> list[int]:
-        """Clients of a group in the order in which a ``Trainer`` takes them."""
-        return sorted(clients, key=lambda client: -self.sizes[client])  # equal ones as the group has them
+    def stacks(self, clients: Iterable[int]) -> list[list[int]]:
+        """Clients of a group in the order in which a ``Trainer`` takes them, in equal parts of up to ``group_size``."""
+        order = sorted(clients, key=lambda client: -self.sizes[client])  # equal ones as the group has them
+        parts = -(-len(order) // self.group_size)
+        return [order[len(order) * i // parts : len(order) * (i + 1) // parts] for i in range(parts)]
 
 
 class State(NamedTuple):

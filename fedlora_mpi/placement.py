@@ -1,7 +1,7 @@
 """Which clients train together, and which rank hosts them.
 
-Groups depend on the clients alone, never on the ranks: a client's numbers may depend on its group
-(another kernel for another stack), so a group stays whole wherever it is hosted.
+Groups depend on the clients alone, never on the ranks: a client's numbers may depend on which others of its group
+take part (another kernel for another stack), so a group stays whole wherever it is hosted.
 """
 
 from collections.abc import Sequence

@@ -142,7 +142,7 @@ def _costs(built: Built, ranks: int, workers: list[int], trials: dict[int, Trial
     rest = sum(load.values()) / (len(load) * max(load.values()))
     return [
         ("engine", f"{config.engine.path} on {config.engine.device}, {len(run.groups)} groups of up to "
-                   f"{config.engine.group_size}, {len(workers)} workers, {rest:.0%} balanced"),
+                   f"{max(map(len, run.groups))}, {len(workers)} workers, {rest:.0%} balanced"),
         ("memory", f"{size(peak)} for the worker with most personal state ({len(clients[most])} clients)"),
         ("disk", disk),
         ("time", f"{duration(seconds)} per round, {duration(seconds * config.rounds)} for {config.rounds} rounds"),
@@ -150,9 +150,9 @@ def _costs(built: Built, ranks: int, workers: list[int], trials: dict[int, Trial
 
 
 def _trial(built: Built, number: int) -> Trial:
-    """Train two batches of every epoch of the first group of a kind, twice: the first warms up."""
+    """Train two batches of every epoch of the first clients of a kind, twice: the first warms up."""
     run, settings = built.run, built.config.train
-    kind, group = run.kinds[number], next(g for g in run.groups if run.kind_of[g[0]] == number)
+    kind, group = run.kinds[number], run.stacks(next(g for g in run.groups if run.kind_of[g[0]] == number))[0]
     trainer = replace(kind.trainer, feed=_Short(kind.trainer.feed, _BATCHES * settings.batch_size))
     rows = {n: v.expand(len(group), *v.shape) for n, v in kind.first.personal.items()}
     for _ in range(2):

@@ -99,11 +99,8 @@ def _train(
     can be summed.
     """
     learned = Learned([], [], {}, {}, {})
-    for group in run.here():
-        members = run.largest_first(c for c in group if c in chosen)
-        if not members:
-            continue
-        trainer = run.kinds[run.kind_of[group[0]]].trainer
+    for members in (members for group in run.here() for members in run.stacks(c for c in group if c in chosen)):
+        trainer = run.kinds[run.kind_of[members[0]]].trainer
         rows_C = _rows(run, state.personal, members)
         for done in trainer.train(members, state.shared, rows_C, state.round, evaluate):
             upload = trainer.algorithm.upload(done.start, done.end)
@@ -213,10 +210,10 @@ def _evaluate(run: Run, state: State, trained: dict[int, Tensor]) -> dict[str, n
     test sample of the classes so far: NaN at both.
     """
     table = np.zeros((len(run.weight_N), 4))
-    for group in map(run.largest_first, run.here()):
-        trainer, rows_C = run.kinds[run.kind_of[group[0]]].trainer, _rows(run, state.personal, group)
-        table[group, :2] = trainer.evaluate(group, state.shared, rows_C, state.round).numpy()
-        table[group, 2:] = [trained[c].tolist() if c in trained else (np.nan, np.nan) for c in group]
+    for members in (members for group in run.here() for members in run.stacks(group)):
+        trainer, rows_C = run.kinds[run.kind_of[members[0]]].trainer, _rows(run, state.personal, members)
+        table[members, :2] = trainer.evaluate(members, state.shared, rows_C, state.round).numpy()
+        table[members, 2:] = [trained[c].tolist() if c in trained else (np.nan, np.nan) for c in members]
     run.comm.sum(table)  # each row is set by one rank, so no rounding
     received, after = table[:, :2], table[:, 2:]
     judged = received

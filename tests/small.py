@@ -151,6 +151,7 @@ def experiment(
         groups=together,
         costs=(1.0,) * len(together),
         host=(0,) * len(together),
+        group_size=group_size or len(sizes),
         sizes=tuple(sizes),
         weight_N=tuple(sizes if algorithm.weights == "samples" else [1] * len(sizes)),
         seed=1,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import small
+from runs import assert_near, built, played, same
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.placement import assign, cohort, groups
 from fedlora_mpi.seeds import rng
@@ -83,3 +84,36 @@ def test_cohorts_follow_seed_and_round_alone():
     again, _ = small.experiment(FedAvg(), participation=0.6, network="bn_net", group_size=2)
     assert [again.chosen(round_) for round_ in range(30)] == draws
     assert len(set(draws)) > 5 and set().union(*draws) == set(range(5))
+
+
+# Small cohorts of many clients: those of a group that take part compute together.
+
+FEW = ("participation=0.3", "data.partition.clients=14", "data.partition.minimum=2", "algorithm=fedavg")
+
+
+def test_a_groups_part_of_the_cohort_is_cut_into_equal_stacks_largest_first():
+    run = built(*FEW, "participation=1.0").run
+    for count, lengths in ((0, []), (1, [1]), (2, [2]), (3, [1, 2]), (5, [1, 2, 2]), (14, [2] * 7)):
+        stacks = run.stacks(range(count))
+        assert [len(stack) for stack in stacks] == lengths
+        flat = [client for stack in stacks for client in stack]
+        assert sorted(flat) == list(range(count))
+        sizes = [run.sizes[client] for client in flat]
+        assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_group_holds_so_many_clients_that_a_stack_of_them_takes_part():
+    assert [len(group) for group in built(*FEW).run.groups] == [6, 6, 2]
+    assert [len(group) for group in built(*FEW, "participation=1.0").run.groups] == [2] * 7
+    assert [len(group) for group in built(*FEW, "engine.path=loop").run.groups] == [2] * 7  # nothing to gain
+    wide = built(*FEW, "participation=0.1", "engine.group_size=auto", "data.partition.clients=30", "data.synthetic.train=600")
+    assert [len(group) for group in wide.run.groups] == [20, 10] and wide.config.engine.group_size == 2  # of a cohort of 3
+
+
+def test_small_cohorts_have_the_same_bits_on_any_ranks_and_the_numbers_of_the_loop():
+    one = played(*FEW, "rounds=3")[0]
+    for ranks in (2, 3):
+        assert all(same(a, b) for moments in played(*FEW, "rounds=3", ranks=ranks) for a, b in zip(one, moments, strict=True))
+    loop = played(*FEW, "rounds=3", "engine.path=loop")[0]
+    assert_near(one[-1].shared, loop[-1].shared)
+    assert not same(one[0], one[-1])

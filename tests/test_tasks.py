@@ -175,8 +175,7 @@ def test_the_mean_weighs_clients_by_their_samples_of_the_task():
     settings = ("algorithm=fedavg", "participation=1.0", *EACH)
     before, after = played(*settings)[0][2:4]
     run, total = built(*settings).run.of_round(2), {n: 0.0 for n in before.shared}
-    for group in run.here():
-        members = run.largest_first(c for c in group if counts()[c, 2])
+    for members in (stack for group in run.here() for stack in run.stacks(c for c in group if counts()[c, 2])):
         for done in run.trainer.train(members, before.shared, {}, 2) if members else ():
             share = counts()[done.client, 2] / counts()[:, 2].sum()
             total = {n: v + share * done.end.shared[n].double() for n, v in total.items()}

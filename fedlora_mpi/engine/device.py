@@ -36,11 +36,11 @@ def bind(engine: Engine, worker: int | None) -> torch.device:
     return torch.device("cuda", worker % torch.cuda.device_count())
 
 
-def decide(engine: Engine, device: str, model: Model, batch_size: int, clients: int) -> tuple[str, int]:
+def decide(engine: Engine, device: str, model: Model, batch_size: int, cohort: int) -> tuple[str, int]:
     """(path, group size) for ``auto``; a pure function of the workload, never of the ranks.
 
     On a CPU a stack wins while a step is bound by the number of operations, and loses once one
-    client's batch keeps a core busy. A stack stays at most half of the clients, so that two workers
+    client's batch keeps a core busy. A stack stays at most half of the ``cohort`` of a round, so that two workers
     have something to do.
     """
     path = engine.path
@@ -49,5 +49,5 @@ def decide(engine: Engine, device: str, model: Model, batch_size: int, clients: 
         path = "stack" if small or device == "cuda" else "loop"
     size = engine.group_size
     if size == "auto":
-        size = 1 if path == "loop" else max(1, min(10, -(-clients // 2)))
+        size = 1 if path == "loop" else max(1, min(10, -(-cohort // 2)))
     return path, size
