@@ -15,6 +15,7 @@ from .data.datasets import Data, load
 from .data.feed import Feed
 from .data.partition import Split
 from .data.texts import Vocabulary
+from .engine.compiled import Compiled, need_compiler
 from .engine.device import bind, decide, keep_memory
 from .engine.train import Trainer
 from .federation import Kind, Run
@@ -136,8 +137,12 @@ def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], devi
     stacked = config.engine.path == "stack"
     prefixes = [f"kind-{number}/" for number in range(len(variants))] if len(variants) > 1 else [""]
     networks = [model.to(device) for model in models]
+    compiled = Compiled if config.engine.compile else lambda: None
+    if config.engine.compile:
+        with naming(source, "engine"):
+            need_compiler()
     kinds = tuple(
-        Kind(Trainer(variant, networks[network], config.train, feed, device, stacked), first, prefix, network)
+        Kind(Trainer(variant, networks[network], config.train, feed, device, stacked, compiled()), first, prefix, network)
         for (network, variant), first, prefix in zip(variants, firsts, prefixes)
     )
     width = config.engine.group_size * (int(1 / config.participation) if stacked else 1)

@@ -10,13 +10,15 @@ from ..bounds import bounded
 class Engine:
     """``auto`` is decided once at the start of a run and kept on resume, for it changes rounding.
 
-    group_size: clients trained together; threads: CPU threads of a worker.
+    group_size: clients trained together; threads: CPU threads of a worker; compile: let torch compile the steps of
+    full batches, which takes up to a minute for each size of a stack at the start of every process.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     path: Literal["auto", "loop", "stack"] = "auto"
     group_size: int | Literal["auto"] = "auto"
     threads: int = 1
+    compile: bool = False
     precision: Literal["float32", "tf32"] = "float32"
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from torch.func import vmap
 from ..algorithm import Algorithm, Batch, Loss, Phase, Sgd, Step, Train, Vars
 from ..models.network import Model
 from ..tree import Tree, tmap
+from .compiled import Compiled
 
 _TEST_BATCH = 1000  # test samples in one forward pass, over all clients of a stack
 
@@ -39,6 +40,7 @@ class Trainer:
     feed: object
     device: torch.device
     stacked: bool
+    compiled: Compiled | None = None
 
     def train(
         self, clients: Sequence[int], shared: Tree, personal_C: Tree, round_: int, evaluate: bool = False
@@ -164,7 +166,7 @@ class Trainer:
         for phase in phases:
             if phase.epochs == 0:
                 continue
-            walk = Walk(self, phase, start, now)
+            walk = Walk(self, phase, start, now, len(ids))
             for epoch in range(phase.epochs):
                 address = f"{phase.stream} {epoch}" if phase.stream else number
                 loss_C = self._epoch(walk, ids, round_, address)
@@ -190,20 +192,24 @@ class Trainer:
         return (total_C / seen_C).cpu()
 
 
+Names = list[tuple[int, str]]  # (0 shared or 1 personal, leaf)
+
+
 class _View(NamedTuple):
     """What a step needs of the clients that still train."""
 
     now: Vars  # the trained leaves require gradients
     start: Vars
-    leaves: list[Tensor]  # the trained ones
-    momenta: list[Tensor]
+    momenta: list[Tensor]  # of the trained ones
+    leaves: list[Tensor]
+    fused: Callable | None = None  # a step of a full batch, where it is compiled
 
 
 class Walk:
     """The steps of one phase: owns the momenta, which start at zero, and the views."""
 
-    def __init__(self, trainer: Trainer, phase: Phase, start: Vars, now: Vars) -> None:
-        self._trainer, self.phase, self._start = trainer, phase, start
+    def __init__(self, trainer: Trainer, phase: Phase, start: Vars, now: Vars, clients: int) -> None:
+        self._trainer, self.phase, self._start, self._clients = trainer, phase, start, clients
         if phase.constant:
             with torch.no_grad():
                 constant = vmap(phase.constant) if trainer.stacked else phase.constant
@@ -223,12 +229,30 @@ class Walk:
         at = (number, count)
         if at not in self._views:
             self._views[at] = self._view(number, count)
-        view = self._views[at]
+        view, sgd = self._views[at], self._sgd[number]
+        frequent = count == self._clients and batch_C.y.shape[1] == self._trainer.settings.batch_size
         for _ in range(step.repeat):
-            loss_C = self._losses(step.loss, view, batch_C)
-            grads = torch.autograd.grad(loss_C.sum(), view.leaves, allow_unused=True, materialize_grads=True)
-            sgd_step(view.leaves, grads, view.momenta, self._sgd[number], step.clamp)
+            loss_C = view.fused(batch_C) if view.fused and frequent else self._step(step, sgd, view, batch_C)
+        return loss_C
+
+    def _step(self, step: Step, sgd: Sgd, view: _View, batch_C: Batch) -> Tensor:
+        """One step on ``view``, in place; the losses before it [count]."""
+        loss_C = self._losses(step.loss, view, batch_C)
+        grads = torch.autograd.grad(loss_C.sum(), view.leaves, allow_unused=True, materialize_grads=True)
+        sgd_step(view.leaves, grads, view.momenta, sgd, step.clamp)
         return loss_C.detach()
+
+    def _fused(self, number: int, names: Names, now: Vars, start: Vars, momenta: list[Tensor]) -> Callable:
+        """``_step`` as a compiled function of the batch."""
+        step, sgd = self.phase.steps[number], self._sgd[number]
+
+        def pure(now: Vars, start: Vars, momenta: list[Tensor], batch_C: Batch) -> Tensor:
+            halves = [{n: v.detach() for n, v in half.items()} for half in now[:2]]
+            leaves = [halves[half][name].requires_grad_() for half, name in names]
+            return self._step(step, sgd, _View(Vars(*halves, now.constant), start, momenta, leaves), batch_C)
+
+        told = step.loss, tuple(names), sgd, step.clamp
+        return self._trainer.compiled.of(pure, told, now, start, momenta)
 
     def _momentum(self, step: Step) -> list[Tree]:
         """Zeros for the trained leaves of either half."""
@@ -238,17 +262,19 @@ class Walk:
     def _view(self, number: int, count: int) -> _View:
         """The first ``count`` rows of everything, as views: a step writes through them."""
         narrow = (lambda v: v[:count]) if self._trainer.stacked else (lambda v: v)
-        leaves, momenta, halves = [], [], []
-        for half, momentum in zip(self._now[:2], self._momenta[number]):
+        leaves, momenta, names, halves = [], [], [], []
+        for at, (half, momentum) in enumerate(zip(self._now[:2], self._momenta[number])):
             seen = {}
             for name, value in half.items():
                 seen[name] = narrow(value.detach())
                 if name in momentum:
                     leaves.append(seen[name].requires_grad_())
                     momenta.append(narrow(momentum[name]))
+                    names.append((at, name))
             halves.append(seen)
-        start = tmap_vars(narrow, self._start)
-        return _View(Vars(*halves, tmap(narrow, self._now.constant)), start, leaves, momenta)
+        now, start = Vars(*halves, tmap(narrow, self._now.constant)), tmap_vars(narrow, self._start)
+        fused = self._fused(number, names, now, start, momenta) if self._trainer.compiled else None
+        return _View(now, start, momenta, leaves, fused)
 
     def _losses(self, loss: Loss, view: _View, batch_C: Batch) -> Tensor:
         """The loss of each client, [count]."""

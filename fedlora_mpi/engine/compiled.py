@@ -1,0 +1,108 @@
+"""A training step as one function that torch compiles: forward, backward and update, fused where they can be.
+
+The step is traced to one graph of tensor operations, through autograd, vmap and everything that a method's loss does,
+so no method knows of it. What a loss holds beside its arguments becomes a constant of the graph; a graph is used again
+only for a loss of the same code that holds the same.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+_AT_MOST = 32  # graphs of one place; a loss that is another one in every round is then computed as it is
+
+
+def need_compiler() -> None:
+    """Raise ValueError where there is no C++ compiler, which torch needs on a CPU."""
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        raise ValueError(f"compile = true: there is no C++ compiler {name}; install one, set CXX, or compile: false")
+
+
+class Compiled:
+    """The compiled functions of a trainer; filled as steps are met."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple, Callable] = {}
+        self._held: list[Any] = []  # what keys know by its id lives on
+
+    def of(self, step: Callable, told: tuple, *fixed: Any) -> Callable:
+        """``step(*fixed, ...)`` as a function of what is left, which may write to the tensors in ``fixed``.
+
+        told: what decides, beside the layout of the tensors, what ``step`` computes; functions in it count by their
+        code and by what they hold. Tensors in ``fixed`` are given to the graph, all else is part of it.
+        """
+        held: list[Any] = []
+        own, (tensors, layout) = _known_as(told, held), _split(fixed)
+
+        def play(*more: Any) -> Any:
+            others, given = _split(more)
+            key = own, layout, given
+            if key not in self._known:
+                if len(self._known) >= _AT_MOST:
+                    return step(*fixed, *more)
+                self._held += held
+                self._known[key] = _made(step, (*fixed, *more), tensors + others)
+            with torch.no_grad():
+                return self._known[key](*tensors, *others)
+
+        return play
+
+
+def _split(given: tuple) -> tuple[list[Tensor], tuple]:
+    """(the tensors in ``given``, what else there is to know of it)."""
+    flat, spec = pytree.tree_flatten(given)
+    tensors = [leaf.detach() for leaf in flat if isinstance(leaf, Tensor)]
+    layout = tuple((v.shape, v.stride(), v.dtype, v.device) for v in tensors)
+    return tensors, (layout, tuple(None if isinstance(leaf, Tensor) else leaf for leaf in flat), spec)
+
+
+def _made(step: Callable, given: tuple, tensors: Sequence[Tensor]) -> Callable:
+    """``step(*given)`` as a compiled function of the tensors in ``given``."""
+    flat, spec = pytree.tree_flatten(given)
+
+    def whole(*tensors: Tensor) -> Any:
+        left = iter(tensors)
+        return step(*pytree.tree_unflatten([next(left) if isinstance(v, Tensor) else v for v in flat], spec))
+
+    graph = make_fx(whole)(*map(_copied, tensors))  # on copies: the trace is a step, too
+    return torch.compile(graph, fullgraph=True, dynamic=False)
+
+
+def _copied(v: Tensor) -> Tensor:
+    """A copy in the same layout; ``v`` where it repeats its numbers, for then no step writes to it."""
+    if 0 in (stride for stride, length in zip(v.stride(), v.shape) if length > 1):
+        return v
+    return torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device).copy_(v)
+
+
+def _known_as(value: Any, held: list[Any]) -> Any:
+    """Something hashable, equal for values that compute the same; ``held`` takes what it knows by its id."""
+    known = partial(_known_as, held=held)
+    if isinstance(value, FunctionType):
+        cells = tuple(known(cell.cell_contents) for cell in value.__closure__ or ())
+        return value.__code__, cells, known(value.__defaults__), known(value.__kwdefaults__)
+    if isinstance(value, MethodType):
+        return known(value.__func__), known(value.__self__)
+    if isinstance(value, partial):
+        return known(value.func), known(value.args), known(value.keywords)
+    if isinstance(value, dict):
+        return tuple((name, known(v)) for name, v in value.items())
+    if isinstance(value, tuple | list):
+        return type(value), tuple(map(known, value))
+    if not isinstance(value, Tensor):
+        try:
+            hash(value)
+            return type(value), value
+        except TypeError:
+            pass
+    held.append(value)
+    return id(value)
