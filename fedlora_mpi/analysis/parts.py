@@ -170,6 +170,8 @@ def _factors(
 def _scales(run: RunView, client: int) -> dict[str, float]:
     """The factor s before B A by layer, or of all layers under ""."""
     variant = run.variants[client]
+    if getattr(variant, "scale", None) == "one":
+        return {"": 1.0}
     if hasattr(variant, "scales"):
         return variant.scales(run.networks[run.network_of[client]])
     s = getattr(variant, "s", getattr(variant, "scale", 1.0))

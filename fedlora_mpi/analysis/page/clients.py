@@ -49,7 +49,8 @@ def distribution(groups: Sequence[Group], looks: Looks) -> Drawn | None:
 
 
 def pairs(groups: Sequence[Group]) -> list[Pair]:
-    """Every group with the FedAvg and the Local on the same clients: of several, that with the most equal settings."""
+    """Every group with the FedAvg and the Local of as many rounds on the same clients: of several, that with the most
+    equal settings."""
     found = []
     for group in (group for group in groups if group.runs[0].algorithm not in RIVALS):
         for name in RIVALS:
@@ -67,9 +68,11 @@ def against(found: Sequence[Pair], looks: Looks) -> Drawn | None:
     shown = list(by_group.items())[:_PAIRS]
     if not shown:
         return None
-    drawn, every = panels(len(shown), 2.4, 2.4)
+    side = 3.2 if len(shown) == 1 else 2.1
+    titles = [(label, looks[label]) for label, _ in shown]
+    drawn, every = panels(titles, (side, side), "accuracy with the other method / %", "accuracy with the named one / %")
     markers = dict(zip(RIVALS, (("^", "#D55E00"), ("o", "#0072B2")), strict=True))
-    for axes, (label, members) in zip(every, shown, strict=True):
+    for axes, (_, members) in zip(every, shown, strict=True):
         axes.plot((0, 100), (0, 100), color=GREY, linewidth=0.7)
         for at, pair in enumerate(members):
             marker, color = markers[pair.rival.runs[0].algorithm]
@@ -77,13 +80,10 @@ def against(found: Sequence[Pair], looks: Looks) -> Drawn | None:
             axes.scatter(x, y, 14, color=color, marker=marker, alpha=0.6, linewidths=0, rasterized=many)
             text = f"{'▲' if marker == '^' else '●'} {pair.rival.runs[0].algorithm}: {as_good(pair)} of {len(x)}"
             axes.annotate(text, (97, 4 + 8 * at), ha="right", color=color, fontsize="small")
-        axes.set(xlim=(0, 101), ylim=(0, 101), aspect="equal")
-        axes.set_title(wrapped(label), color=looks[label].ink)
-    drawn.supxlabel("client's accuracy with the other method / %", fontsize="medium")
-    drawn.supylabel("client's accuracy with the method of the panel / %", fontsize="medium")
+        axes.set(xlim=(0, 101), ylim=(0, 101), xticks=range(0, 101, 25), yticks=range(0, 101, 25))
     said = (
-        "Each mark is a client (of one seed), both methods in their last evaluated rounds; above the line the method of the "
-        "panel serves it better. The numbers count the clients that it serves at least as well."
+        "Each mark is a client (of one seed), both methods in their last evaluated rounds; above the line the one "
+        "named over the panel serves it better. The numbers count the clients that it serves at least as well."
     )
     said += f" The first {_PAIRS} of {len(by_group)} methods." if len(by_group) > _PAIRS else ""
     return Drawn("against", "Each client against FedAvg and Local", said, drawn)
@@ -106,6 +106,7 @@ def partitions(groups: Sequence[Group]) -> list[Drawn]:
         split = Split(tuple(at["train"]), tuple(at["test"]), at["train_counts"], at["test_counts"])
         drawn = dots(split)
         drawn.axes[0].set_title("")
+        drawn.axes[0].collections[0].set_rasterized(np.count_nonzero(split.train_counts) > _MANY)
         kind = config["partition"]
         alpha = f", alpha {kind['alpha']:g}" if "alpha" in kind else ""
         said = (
@@ -114,13 +115,16 @@ def partitions(groups: Sequence[Group]) -> list[Drawn]:
         )
         said += f" There are {len(by_digest)} splits; the first {_SPLITS} are shown." if len(by_digest) > _SPLITS else ""
         name = "partition" if len(by_digest) == 1 else f"partition-{number}"
-        found.append(Drawn(name, "Who holds which data", said, drawn))
+        title = "Who holds which data" + (f", split {number}" if len(by_digest) > 1 else "")
+        found.append(Drawn(name, title, said, drawn))
     return found
 
 
 def _pair(group: Group, rival: Group) -> Pair | None:
     """The two over runs with equal seeds and equal splits; None where there are none."""
     mine, theirs = [], []
+    if group.runs[0].config["rounds"] != rival.runs[0].config["rounds"]:
+        return None
     for run in group.runs:
         for other in rival.runs:
             alike = run.seeds == other.seeds and run.partition.get("digest") == other.partition.get("digest")

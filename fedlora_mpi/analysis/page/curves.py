@@ -14,6 +14,7 @@ DIAGNOSIS = {
     "lora_bias": ("bias", "distance of the server's next update from the exact mean of the trained ones"),
     "lora_update_bias": ("update bias", "the same distance, of what has changed in the round"),
 }
+_POINTS = 150  # of a curve in a small panel
 _OVER_SEEDS = "the band is ± one sample standard deviation over the seeds, where there are several"
 
 
@@ -47,20 +48,18 @@ def spread(groups: Sequence[Group], looks: Looks) -> Drawn | None:
     there = [g for g in groups if g.curves("accuracy")[1].size]
     if not there:
         return None
-    drawn, every = panels(len(there))
+    titles = [(group.label, looks[group.label]) for group in there]
+    drawn, every = panels(titles, (2.15, 1.5), "round", "accuracy / %")
     for axes, group in zip(every, there, strict=True):
         rounds, found = group.of_clients("accuracy")
-        values = 100 * np.concatenate(found, axis=1).astype(float)  # [T, seeds N]
+        shown = np.unique(np.linspace(0, len(rounds) - 1, _POINTS).round().astype(int))
+        values = 100 * np.concatenate(found, axis=1)[shown].astype(float)  # [T, seeds N]
         low, first, third, high = np.nanquantile(values, (0.0, 0.25, 0.75, 1.0), axis=1)
-        look = looks[group.label]
-        mark = _mark(rounds)
+        look, rounds = looks[group.label], rounds[shown]
         axes.fill_between(rounds, low, high, color=look.color, alpha=0.15, linewidth=0)
         axes.fill_between(rounds, first, third, color=look.color, alpha=0.35, linewidth=0)
-        axes.plot(rounds, 100 * group.curves("accuracy")[1].mean(0), mark, color=look.color)
-        axes.set_title(wrapped(group.label), color=look.ink)
-    whole_rounds(every[0])
-    drawn.supxlabel("round", fontsize="medium")
-    drawn.supylabel("accuracy / %", fontsize="medium")
+        axes.plot(rounds, 100 * group.curves("accuracy")[1].mean(0)[shown], marker=_mark(rounds), color=look.color)
+    whole_rounds(every[0], max(group.curves("accuracy")[0][-1] for group in there))
     said = (
         "The same over the clients, of all seeds together: the line is their mean, the dark band holds the middle half of "
         "them, the pale band all."
@@ -148,10 +147,10 @@ def _lines(
         if len(values) > 1:
             std = values.std(0, ddof=1)
             axes.fill_between(rounds, mean - std, mean + std, color=look.color, alpha=0.15, linewidth=0)
-        axes.plot(rounds, mean, _mark(rounds), color=look.color, linestyle=look.dash)
+        axes.plot(rounds, mean, marker=_mark(rounds), color=look.color, linestyle=look.dash)
         ends.append((rounds[-1], mean[-1], group.label, look))
     axes.set(xlabel="round", ylabel=label)
-    whole_rounds(axes)
+    whole_rounds(axes, max(x for x, *_ in ends))
     label_ends(axes, ends, height - 0.7)
     return Drawn(name, title, said, drawn)
 
@@ -176,7 +175,7 @@ def _cost(
     axes, ends = drawn.add_subplot(), []
     for group, cost, accuracy in found:
         look = looks[group.label]
-        axes.plot(cost, accuracy, _mark(cost), color=look.color, linestyle=look.dash)
+        axes.plot(cost, accuracy, marker=_mark(cost), color=look.color, linestyle=look.dash)
         ends.append((cost[-1], accuracy[-1], group.label, look))
     last = [cost[-1] for _, cost, _ in found]
     if max(last) > 10 * min(last):

@@ -10,7 +10,7 @@ from ..parts import Alike, LowRank, agreement, alike, held, low_rank, size
 from ..run import RunView
 from .style import WIDTH, Drawn, figure
 
-GROUPS = 6  # at most so many are drawn
+GROUPS = 4  # at most so many are drawn
 BYTES = 500_000_000  # of checkpoints read for one page
 _NAMED = 40  # up to so many layers or clients, each has its name
 
@@ -31,14 +31,14 @@ def personal(groups: Sequence[Group]) -> Shown:
         if not run.checkpoints:
             continue
         if number == GROUPS or size(run) > budget:
-            why = f"the first {GROUPS} are shown" if number == GROUPS else "its checkpoint is too large for a page"
-            shown.left_out.append(f"{group.label}: {why}")
+            why = f"there are {GROUPS} before it" if number == GROUPS else "its checkpoint is too large for a page"
+            shown.left_out.append(f"{group.label} ({why})")
             continue
         try:
             parts = held(run, budget)
             found, similar = low_rank(run, parts), alike(run, parts)
         except ValueError as error:  # such as a network of the user's own that cannot be imported here
-            shown.left_out.append(f"{group.label}: {error}")
+            shown.left_out.append(f"{group.label} ({error})")
             continue
         if found is None and similar is None:
             continue
@@ -79,10 +79,10 @@ def ranks(found: LowRank, name: str, label: str, about: str) -> Drawn:
 def similarity(found: Alike, name: str, label: str, about: str) -> Drawn:
     """The similarity of personal parts beside that of the label mixes, in one order."""
     drawn = figure(WIDTH, 3.9)
-    least = float(np.floor(10 * min(found.personal.min(), 0)) / 10)
-    tables = (("personal parts", found.personal, least), ("label mixes", found.labels, 0.0))
-    for axes, (title, values, low) in zip(drawn.subplots(1, 2, sharey=True), tables, strict=True):
-        picture = axes.imshow(values, cmap="cividis", vmin=low, vmax=1, interpolation="nearest")
+    tables = (("personal parts", found.personal), ("label mixes", found.labels))
+    for axes, (title, values) in zip(drawn.subplots(1, 2, sharey=True), tables, strict=True):
+        pairs = np.where(np.eye(len(values), dtype=bool), np.nan, values)
+        picture = axes.imshow(pairs, cmap="cividis", interpolation="nearest")
         drawn.colorbar(picture, ax=axes, location="top", label=f"cosine of {title}", shrink=0.9).outline.set_visible(False)
         _plain(axes, found.clients)
     drawn.axes[0].set_ylabel("client")
@@ -92,7 +92,7 @@ def similarity(found: Alike, name: str, label: str, about: str) -> Drawn:
     rho = agreement(found)
     said = (
         f"{about}: cosine of two clients' personal parts (left; {what}) and of their training samples by class (right). Both in "
-        "the order of an average-linkage clustering of the left, so that alike clients are neighbours."
+        "the order of an average-linkage clustering of the left, so that alike clients are neighbours; the diagonal, 1, is left white."
     )
     said += "" if np.isnan(rho) else f" Over the pairs of clients the two have a rank correlation of {rho:+.2f} (Spearman)."
     return Drawn(name, f"Which clients are alike: {label}", said, drawn)

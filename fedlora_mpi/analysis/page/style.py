@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 GREY = "#777777"
+DPI = 150  # of PNG
 WIDTH = 7.2  # inches, of a figure over the whole page
 SETTINGS = {
     "font.size": 9.0,
@@ -26,8 +27,8 @@ SETTINGS = {
     "axes.linewidth": 0.7,
     "lines.linewidth": 1.5,
     "pdf.fonttype": 42,  # what publishers ask for
+    "text.hinting": "none",  # so that text is as wide at any resolution
     "svg.hashsalt": "fedlora_mpi",  # the same figure, the same bytes
-    "savefig.dpi": 150,
 }
 _LINE = 11.5 / 72  # inches between two labels
 
@@ -55,9 +56,21 @@ class Drawn(NamedTuple):
 
     def file(self, kind: str) -> bytes:
         """As ``png``, ``pdf`` or ``svg``, the same bytes for the same runs."""
-        content = io.BytesIO()
-        about = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind, {})
-        self.figure.savefig(content, format=kind, metadata=about)
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.backends.backend_pdf import FigureCanvasPdf
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+        if self.figure.get_layout_engine():  # places are found once, not for each kind
+            self.figure.draw_without_rendering()
+            self.figure.set_layout_engine("none")
+        content = io.BytesIO()  # by the canvases: savefig would draw everything twice
+        self.figure.set_dpi(DPI)
+        if kind == "png":
+            FigureCanvasAgg(self.figure).print_png(content)
+        elif kind == "pdf":
+            FigureCanvasPdf(self.figure).print_pdf(content, metadata={"CreationDate": None})
+        else:
+            FigureCanvasSVG(self.figure).print_svg(content, metadata={"Date": None})
         return content.getvalue()
 
 
@@ -86,17 +99,34 @@ def figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def panels(number: int, width: float = 2.3, height: float = 1.9, columns: int = 3) -> "tuple[Figure, list[Axes]]":
-    """So many plots with common axes, row by row; their axis titles are at the rim."""
-    columns = min(columns, number)
-    rows = -(-number // columns)
-    drawn = figure(max(3.6, width * columns), height * rows + 0.4)
-    every = drawn.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for axes in every[number:]:
+def panels(titles: Sequence[tuple[str, Look]], side: tuple[float, float], x: str, y: str) -> "tuple[Figure, list[Axes]]":
+    """A plot under each title, up to three in a row, with common axes; ``side``: (width, height) of one, inches.
+
+    Margins are given, for to find them takes as long as to draw the figure.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(titles))
+    rows = -(-len(titles) // columns)
+    texts = [wrapped(title, int(13 * side[0])) for title, _ in titles]
+    head = 0.1 + 0.17 * max(text.count("\n") + 1 for text in texts)  # inches
+    left, bottom, between = 0.62, 0.55, 0.22
+    width = left + columns * side[0] + (columns - 1) * between + 0.15
+    height = bottom + rows * (side[1] + head) + (rows - 1) * between
+    drawn = Figure(figsize=(width, height))
+    grid = {"left": left / width, "right": 1 - 0.15 / width, "bottom": bottom / height, "top": 1 - head / height}
+    grid |= {"wspace": between / side[0], "hspace": (between + head) / side[1]}
+    every = drawn.subplots(rows, columns, sharex=True, sharey=True, squeeze=False, gridspec_kw=grid).ravel()
+    for axes in every[len(titles) :]:
         axes.remove()
-    for axes in every[max(0, number - columns) : number]:
+    for axes in every[max(0, len(titles) - columns) : len(titles)]:
         axes.tick_params(labelbottom=True)
-    return drawn, list(every[:number])
+    for axes, text, (_, look) in zip(every, texts, titles, strict=False):
+        axes.set_title(text, color=look.ink)
+    middle = (left + columns * side[0] / 2) / width
+    drawn.supxlabel(x, fontsize="medium", x=middle, y=0.08 / height, va="bottom")
+    drawn.supylabel(y, fontsize="medium", x=0.06 / width, ha="left", y=(bottom + (height - bottom - head) / 2) / height)
+    return drawn, list(every[: len(titles)])
 
 
 def label_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, Look]], height: float) -> None:
@@ -109,23 +139,26 @@ def label_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, Look]], hei
     to_axes = axes.transData + axes.transAxes.inverted()
     at = np.array([to_axes.transform((x, y))[1] for x, y, _, _ in ends])
     order = np.argsort(at, kind="stable")
-    places = apart(at[order], _LINE / height)
-    for place, (x, y, text, look) in zip(places, (ends[index] for index in order), strict=True):
-        line = {"arrowstyle": "-", "color": look.color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 2}
-        where = {"xytext": (1.04, place), "textcoords": "axes fraction", "annotation_clip": False}
+    texts = [wrapped(ends[index][2], 40) for index in order]
+    places = apart(at[order], np.array([text.count("\n") + 1 for text in texts]) * _LINE / height)
+    for place, text, (x, y, _, look) in zip(places, texts, (ends[index] for index in order), strict=True):
+        line = {"arrowstyle": "-", "color": look.color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 1, "relpos": (0, 0.5)}
+        where = {"xytext": (1.06, place), "textcoords": "axes fraction", "annotation_clip": False}
         axes.annotate(text, (x, y), va="center", color=look.ink, fontsize="small", arrowprops=line, **where)
 
 
-def apart(wanted: np.ndarray, gap: float) -> np.ndarray:
-    """The ascending places nearest to ``wanted`` (ascending) that are ``gap`` from each other (least squares)."""
+def apart(wanted: np.ndarray, sizes: np.ndarray, room: float = 1.0) -> np.ndarray:
+    """The ascending places nearest to ``wanted`` (ascending, least squares) of what is ``sizes`` large, without overlap,
+    between 0 and ``room`` where there is enough."""
+    ahead = np.cumsum(sizes) - sizes / 2  # where they would be, one upon the other
     pools: list[list[float]] = []  # [sum, count] of neighbours that push each other
-    for index, place in enumerate(wanted):
-        pools.append([place - index * gap, 1.0])
+    for place in wanted - ahead:
+        pools.append([place, 1.0])
         while len(pools) > 1 and pools[-2][0] / pools[-2][1] >= pools[-1][0] / pools[-1][1]:
             total, count = pools.pop()
             pools[-1] = [pools[-1][0] + total, pools[-1][1] + count]
     level = np.concatenate([np.full(int(count), total / count) for total, count in pools])
-    return level + gap * np.arange(len(wanted))
+    return np.clip(level, 0, max(0.0, room - sizes.sum())) + ahead
 
 
 def wrapped(text: str, width: int = 34) -> str:
@@ -133,7 +166,7 @@ def wrapped(text: str, width: int = 34) -> str:
     return textwrap.fill(text, width)
 
 
-def whole_rounds(axes: "Axes") -> None:
-    """Rounds are integers from 0."""
-    axes.set_xlim(0, None)
+def whole_rounds(axes: "Axes", last: int) -> None:
+    """Rounds are integers from 0; the longest curve ends at the rim, where its label is."""
+    axes.set_xlim(0, max(1, last))
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -11,7 +11,7 @@ from ..groups import Group, number, short, shown
 from .curves import Looks
 from .style import COLORS, DASHES, WIDTH, Drawn, Look, figure, label_ends
 
-_SHARE = 0.6  # of the cells of a grid that are there
+_SHARE = 0.75  # of the cells of a grid that are there
 
 
 class Series(NamedTuple):
@@ -50,7 +50,7 @@ def sweeps(groups: Sequence[Group], keys: Sequence[str], but: set[str]) -> list[
     """FedLoRA's Figure 4: final and best accuracy over each numeric setting that differs alone."""
     drawn = []
     for key in (key for key in keys if key not in but and _numeric(groups, key)):
-        if (found := series(groups, keys, [key])) and key != "rounds":
+        if (found := series(groups, keys, [key])):
             drawn.append(_sweep(key, found, keys))
     names = Counter(each.name for each in drawn)
     return [each._replace(name=f"{each.name}-{n}") if names[each.name] > 1 else each for n, each in enumerate(drawn, 1)]
@@ -110,7 +110,9 @@ def _grid(name: str, one: Series, pair: tuple[str, str], sides: tuple[list, list
 
 
 def _numeric(groups: Sequence[Group], key: str) -> bool:
-    """Whether a setting is a number wherever it is set, with several values."""
+    """Whether a setting is a number wherever it is set, with several values; runs of different length are no sweep."""
+    if key == "rounds":
+        return False
     values = [group.settings[key] for group in groups if group.settings.get(key) is not None]
     return len(set(map(repr, values))) > 1 and all(map(number, values))
 

@@ -73,8 +73,9 @@ class Table:
 
     @property
     def _left(self) -> list[bool]:
-        """Whether a column is text."""
-        return [any(isinstance(row.get(column.key), str) for row in self.rows) for column in self.columns]
+        """Whether a column is text, some cell of which does not begin as a number does."""
+        words = lambda cell: isinstance(cell, str) and not cell[:1].isdigit()
+        return [any(words(row.get(column.key)) for row in self.rows) for column in self.columns]
 
     def _cells(self) -> list[list[tuple[str, bool]]]:
         """Of each row the texts, and whether they are the best of their column."""

@@ -95,15 +95,17 @@ def gathered(logs: Sequence[Logged]) -> Content:
         tables.low_rank(parts.tables),
         tables.runs(groups),
     ]
-    notes = [*_cautions(found), *(f"Low-rank and personal parts left out: {said}." for said in parts.left_out)]
+    notes = list(_cautions(found))
+    if parts.left_out:
+        notes.append(f"Low-rank and personal parts are not shown of {'; '.join(parts.left_out)}.")
     return Content(found, [table for table in maybe if table], [drawn for drawn in figures if drawn], notes)
 
 
 def html(content: Content, pictures: dict[str, bytes], files: Sequence[str]) -> str:
     """The page; ``pictures``: SVG of each figure, inside it. Nothing is fetched and nothing runs."""
     groups = content.found.groups
-    first, *others = content.tables
-    sections = [(f"table-{first.name}", first.title, first.html())]
+    headline, *others = content.tables
+    sections = [(f"table-{headline.name}", headline.title, headline.html())]
     for drawn in content.figures:
         picture = b64encode(pictures[drawn.name]).decode()
         image = f'<img alt="{escape(drawn.title)}" src="data:image/svg+xml;base64,{picture}">'
@@ -112,7 +114,10 @@ def html(content: Content, pictures: dict[str, bytes], files: Sequence[str]) -> 
         body = f'<figure style="max-width:{inches[0] * 1.25:.1f}in">{image}{said}</figure>'
         sections.append((f"figure-{drawn.name}", drawn.title, f"<h2>{escape(drawn.title)}</h2>{body}"))
     sections += [(f"table-{table.name}", table.title, table.html()) for table in others]
-    contents = " · ".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in sections)
+    first: dict[str, str] = {}  # of several figures of a kind
+    for name, title, _ in sections:
+        first.setdefault(re.split(": |, split ", title)[0], name)
+    contents = " · ".join(f'<a href="#{name}">{escape(title)}</a>' for title, name in first.items())
     runs = sum(len(group.runs) for group in groups)
     title = f"{runs} runs, {len(groups)} settings" if len(groups) > 1 else f"{groups[0].label}, {runs} runs"
     return "\n".join(
