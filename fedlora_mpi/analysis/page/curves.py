@@ -73,7 +73,7 @@ def diagnosis(groups: Sequence[Group], looks: Looks) -> list[Drawn]:
     for name, (title, said) in DIAGNOSIS.items():
         caption = f"{said[0].upper()}{said[1:]}; mean over seeds. {_OVER_SEEDS[0].upper()}{_OVER_SEEDS[1:]}."
         curve = lambda group, name=name: group.curves(name)
-        found.append(_lines(name, f"LoRA: {title}", caption, groups, looks, curve, title))
+        found.append(_lines(name, f"LoRA diagnosis: {title}", caption, groups, looks, curve, title))
     return [drawn for drawn in found if drawn]
 
 

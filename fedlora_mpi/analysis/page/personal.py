@@ -30,9 +30,11 @@ def personal(groups: Sequence[Group]) -> Shown:
         run = RunView(group.runs[0].path)
         if not run.checkpoints:
             continue
-        if number == GROUPS or size(run) > budget:
-            why = f"there are {GROUPS} before it" if number == GROUPS else "its checkpoint is too large for a page"
-            shown.left_out.append(f"{group.label} ({why})")
+        if number == GROUPS:
+            shown.left_out.append(f"more than the first {GROUPS} settings that have some")
+            break
+        if size(run) > budget:
+            shown.left_out.append(f"{group.label} (its checkpoint is too large for a page)")
             continue
         try:
             parts = held(run, budget)
@@ -40,6 +42,9 @@ def personal(groups: Sequence[Group]) -> Shown:
         except ValueError as error:  # such as a network of the user's own that cannot be imported here
             shown.left_out.append(f"{group.label} ({error})")
             continue
+        if found and not np.nanmax(found.norm) > 0:
+            shown.left_out.append(f"{group.label} (its factors are zero: what they have learned is in the dense weights)")
+            found = None
         if found is None and similar is None:
             continue
         number, budget = number + 1, budget - size(run)

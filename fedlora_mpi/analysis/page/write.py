@@ -97,7 +97,7 @@ def gathered(logs: Sequence[Logged]) -> Content:
     ]
     notes = list(_cautions(found))
     if parts.left_out:
-        notes.append(f"Low-rank and personal parts are not shown of {'; '.join(parts.left_out)}.")
+        notes.append(f"Low-rank and personal parts: not shown are {'; '.join(parts.left_out)}.")
     return Content(found, [table for table in maybe if table], [drawn for drawn in figures if drawn], notes)
 
 
