@@ -31,7 +31,7 @@ CLIENTS = 7  # of tiny.yaml
 # --- logs without training
 
 
-def logged(folder, *rows, seed=1, rounds=None, algorithm="fedavg", model="cnn", digest="x", column=None, **settings):
+def logged(folder, *rows, seed=1, rounds=None, algorithm="fedavg", model="cnn", digest="x", column=None, dataset="digits", **settings):
     """A run folder whose 3 clients had these accuracies, round by round. ``settings``: of the ``train`` block."""
     folder.mkdir(parents=True)
     algorithm = {"name": algorithm} if isinstance(algorithm, str) else algorithm
@@ -39,7 +39,7 @@ def logged(folder, *rows, seed=1, rounds=None, algorithm="fedavg", model="cnn", 
         "seed": seed,
         "rounds": rounds or max(1, len(rows)),
         "output": str(folder),
-        "data": {"dataset": "digits", "partition": {"kind": "iid", "seed": seed}},
+        "data": {"dataset": dataset, "partition": {"kind": "iid", "seed": seed}},
         "model": {"name": model},
         "algorithm": algorithm,
         "train": {"lr": 0.1, **settings},
@@ -98,14 +98,20 @@ CASES = [
         + [FEDLORA | {"data.partition.kind": "iid"}],
         ["fedlora, dirichlet_class, alpha 0.1", "fedlora, dirichlet_class, alpha 1", "fedlora, iid"],
     ),
+    (  # what a method was run on is told of all of them, before what is the method's own
+        [{"algorithm.name": n, "lr": lr, "data.dataset": d} for n, lr, d in (("a", 1, "x"), ("a", 1, "y"), ("b", 1, "x"), ("b", 2, "x"))],
+        ["a, x", "a, y", "b, x, lr 1", "b, x, lr 2"],
+    ),
     (  # one word for two keys
         [FEDLORA | {"algorithm.alpha": a, "data.partition.alpha": b} for a, b in ((1, 0.1), (1, 0.5), (2, 0.1))],
-        ["fedlora, algorithm.alpha 1, partition.alpha 0.1", "fedlora, algorithm.alpha 1, partition.alpha 0.5", "fedlora, algorithm.alpha 2"],
+        ["fedlora, partition.alpha 0.1, algorithm.alpha 1", "fedlora, partition.alpha 0.5", "fedlora, partition.alpha 0.1, algorithm.alpha 2"],
     ),
     (
         [FEDLORA | {"model.name": "cnn"}, FEDLORA | {"model.mix": [{"name": "cnn1"}, {"name": "cnn2"}]}],
         ["fedlora, cnn", "fedlora, mix"],
     ),
+    ([FEDLORA | {"rounds": n} for n in (5, 8)] + [{"algorithm.name": "local", "rounds": 8}],
+     ["fedlora, rounds 5", "fedlora, rounds 8", "local, rounds 8"]),
     ([FEDLORA | {"diagnose": on, "full": full} for on, full in ((True, ["head"]), (False, ["head"]), (False, None))],
      ["fedlora, diagnose yes", "fedlora, diagnose no, full [head]", "fedlora, diagnose no, full none"]),
 ]  # fmt: skip
@@ -144,6 +150,19 @@ def test_the_numbers_of_the_accuracy_table(tmp_path):
     assert 0.4 == number(local, "final_mean") and 0.6 == number(local, "best_mean") and local["final_std"] == ""
     assert "| local | 1 | 2 | **40.00** | **60.00** | **40.00** | 0.00 |" in table.markdown()
     assert "| fedavg | 2 | 3 | **40.00 ± 28.28** | 40.00 ± 28.28 |" in table.markdown()  # equal as shown: both bold
+
+
+def test_what_was_run_on_other_data_is_not_compared(tmp_path):
+    made = [logged(tmp_path / f"{n}-{d}", [a] * 3, algorithm=n, dataset=d) for n, d, a in
+            (("fedper", "x", 0.25), ("local", "x", 0.5), ("fedper", "y", 0.75), ("local", "y", 0.125))]  # fmt: skip
+    groups_ = found_of(*made).groups
+    assert [group.task for group in groups_] == ["x", "x", "y", "y"]
+    assert write.summary(groups_) == (
+        "Highest final accuracy (x), mean over clients: local, x with 50.00 % (one seed), 25.00 points above fedper, x (25.00 %). "
+        "Highest final accuracy (y), mean over clients: fedper, y with 75.00 % (one seed), 62.50 points above local, y (12.50 %)."
+    )
+    bold = [line.split(" |")[3].startswith(" **") for line in tables.accuracy(groups_).markdown().splitlines()[4:8]]
+    assert bold == [False, True, True, False]
 
 
 def test_the_numbers_of_the_other_tables(tmp_path):
@@ -188,7 +207,7 @@ def test_a_cost_is_the_sum_so_far_in_its_unit(tmp_path):
     (group,) = found_of(logged(tmp_path / "a", [0.1] * 3, [np.nan] * 3, [0.4] * 3)).groups
     look = {"fedavg": looks(1)[0]}
     (line,) = curves.against_bytes([group], look).figure.axes[0].lines
-    assert np.allclose(line.get_xydata(), [[0.009, 10], [0.027, 40]])
+    assert np.allclose(line.get_xydata(), [[9, 10], [27, 40]])
     (line,) = curves.against_flops([group], look).figure.axes[0].lines
     assert np.allclose(line.get_xydata(), [[2, 10], [6, 40]])
 
@@ -491,8 +510,10 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
 
 def test_a_table_is_safe_in_every_form():
     columns = [Column("a", "a_b / %"), Column("n", "n", percent, best=True)]
-    table = Table("t", "T & co", "50 % <of> it.", columns, [{"a": "x_1|<b>&", "n": Stat(0.5, 0.25)}, {"a": "y", "n": None}])
-    assert table.csv() == "a,n_mean,n_std,n\nx_1|<b>&,0.5,0.25,\ny,,,\n" or rows_of(table)[0]["n_mean"] == "0.5"
+    rows = [{"a": "x_1|<b>&", "n": Stat(0.5, 0.25)}, {"a": "y", "n": None}, {"a": "z", "n": Stat(0.125, np.nan)}]
+    table = Table("t", "T & co", "50 % <of> it.", columns, rows)
+    assert table.csv() == "a,n_mean,n_std\nx_1|<b>&,0.5,0.25\ny,,\nz,0.125,\n"
+    assert "| y | - |\n| z | 12.50 |" in table.markdown()
     assert "| x_1\\|<b>& | **50.00 ± 25.00** |" in table.markdown()
     assert r"x\_1|<b>\& & \textbf{50.00 $\pm$ 25.00} \\" in table.latex() and r"a\_b / \%" in table.latex()
     assert "x_1|&lt;b&gt;&amp;" in table.html() and "<of>" not in table.html()

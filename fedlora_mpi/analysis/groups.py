@@ -18,6 +18,7 @@ NO_MATTER = (
     "engine.path", "engine.group_size", "engine.threads",
 )  # fmt: skip
 SELECTORS = {"data.partition": "kind", "model": "name", "algorithm": "name"}  # says what a block's other keys mean
+TASK = ("data.", "participation", "rounds")  # beginnings of what the experiment is, whatever the method
 _FIRST = "algorithm.name"
 _BY_VALUE = (_FIRST, "model.name", "data.partition.kind", "data.dataset")  # in a label without the name of the key
 
@@ -113,6 +114,12 @@ class Group:
     settings: dict[str, Any]
     runs: tuple[Logged, ...]
 
+    @property
+    def task(self) -> str:
+        """What it was run on, as far as that differs between groups: numbers of one task may be compared."""
+        same = {key: value for key, value in self.settings.items() if key.startswith(TASK[:2])}
+        return ", ".join(_told(key, value, set(same)) for key, value in same.items())
+
     def over(self, number) -> Stat:
         """``number(run)`` over the seeds."""
         return Stat.of([number(run) for run in self.runs])
@@ -180,9 +187,10 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What tells each of these from the others, in as few settings as their order allows, the method first.
+    """What tells each of these from the others, in as few settings as their order allows: the method, the data, the rest.
 
-    A setting that follows from those before it, such as a learning rate of each method's own, is left out.
+    A setting that follows from those before it, such as a learning rate of each method's own, is left out. One of
+    the experiment (``TASK``) that is needed somewhere is told everywhere.
     """
     same, chosen = [list(range(len(settings)))], {at: [] for at in range(len(settings))}
     for key in dict.fromkeys((_FIRST, *differing(settings))):
@@ -196,6 +204,10 @@ def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
                 chosen[at].append(key)
         same = parts
     shown = set().union(*chosen.values())
+    everywhere = [key for key in _ordered(settings) if key in shown and key.startswith(TASK)]
+    for at, keys in chosen.items():
+        both = {*keys, *(key for key in everywhere if key in settings[at])}
+        chosen[at] = [key for key in _ordered(settings) if key in both]
     return [", ".join(_told(key, settings[at].get(key), shown) for key in chosen[at]) for at in range(len(settings))]
 
 
@@ -241,10 +253,10 @@ def sorted_common(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _ordered(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """All keys, a selector before the others of its block, the method's name first."""
+    """All keys, the method's name first, then the experiment; a selector before the others of its block."""
     keys = list(dict.fromkeys(key for of in settings for key in of))
     selectors = {f"{block}.{name}" for block, name in SELECTORS.items()}
-    return sorted(keys, key=lambda key: (key != _FIRST, key not in selectors))
+    return sorted(keys, key=lambda key: (key != _FIRST, key != "data.dataset", not key.startswith("data."), key not in selectors))
 
 
 def _meaning(of: Mapping[str, Any], key: str) -> str:

@@ -84,15 +84,15 @@ def against_bytes(groups: Sequence[Group], looks: Looks) -> Drawn | None:
         "Mean accuracy against all bytes sent up and down so far, all clients together, as float32 in a real federation; mean "
         "over seeds. What sends nothing has no curve."
     )
-    return _cost("bytes", "Accuracy against bytes", said, groups, looks, traffic, "sent by all clients so far / MB", 1e6)
+    return _cost("bytes", "Accuracy against bytes", said, groups, looks, traffic, "sent by all clients so far", "B")
 
 
 def against_flops(groups: Sequence[Group], looks: Looks) -> Drawn | None:
     """Accuracy over what has been computed."""
     said = "Mean accuracy against the floating-point operations of all local training so far; mean over seeds."
     compute = lambda run: run.column("flops").astype(float)
-    label = "local training of all clients so far / TFLOP"
-    return _cost("flops", "Accuracy against computation", said, groups, looks, compute, label, 1e12)
+    label = "local training of all clients so far"
+    return _cost("flops", "Accuracy against computation", said, groups, looks, compute, label, "FLOP")
 
 
 def stages(groups: Sequence[Group], looks: Looks) -> Drawn | None:
@@ -156,7 +156,7 @@ def _lines(
 
 
 def _cost(
-    name: str, title: str, said: str, groups: Sequence[Group], looks: Looks, of: Callable, label: str, unit: float
+    name: str, title: str, said: str, groups: Sequence[Group], looks: Looks, of: Callable, label: str, unit: str
 ) -> Drawn | None:
     """Accuracy over the sum so far of ``of(run)`` [T]."""
     found = []
@@ -165,7 +165,7 @@ def _cost(
         if not len(rounds):
             continue
         spent = [np.cumsum(of(run))[np.isin(run.rounds["round"], rounds)] for run in group.runs]
-        cost = np.mean(spent, axis=0) / unit
+        cost = np.mean(spent, axis=0)
         if not np.isnan(cost).any() and cost[-1] > 0:
             found.append((group, cost, 100 * accuracy.mean(0)))
     if not found:
@@ -173,19 +173,26 @@ def _cost(
     height = max(3.2, 0.17 * len(found) + 0.8)
     drawn = figure(WIDTH, height)
     axes, ends = drawn.add_subplot(), []
+    prefix, size = _prefix(max(cost[-1] for _, cost, _ in found))
     for group, cost, accuracy in found:
-        look = looks[group.label]
+        look, cost = looks[group.label], cost / size
         axes.plot(cost, accuracy, marker=_mark(cost), color=look.color, linestyle=look.dash)
         ends.append((cost[-1], accuracy[-1], group.label, look))
-    last = [cost[-1] for _, cost, _ in found]
+    last = [x for x, *_ in ends]
     if max(last) > 10 * min(last):
         axes.set_xscale("log")
         said += " The axis is logarithmic."
     else:
         axes.set_xlim(0, None)
-    axes.set(xlabel=label, ylabel="accuracy / %")
+    axes.set(xlabel=f"{label} / {prefix}{unit}", ylabel="accuracy / %")
     label_ends(axes, ends, height - 0.7)
     return Drawn(name, title, said, drawn)
+
+
+def _prefix(number: float) -> tuple[str, float]:
+    """The prefix of a unit, and its size, with which a number is short."""
+    sizes = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+    return max(((name, size) for name, size in sizes.items() if size <= max(1.0, number)), key=lambda pair: pair[1])
 
 
 def _mark(x: np.ndarray) -> str:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ _LATEX = str.maketrans({c: f"\\{c}" for c in "%_&#${}"} | {"±": "$\\pm$", "~": 
 
 class Column(NamedTuple):
     """``key``: in the CSV; ``title``: for people, with the unit; ``text``: of a number; ``best``: of a column where the
-    highest mean is shown bold."""
+    highest mean is shown bold, of the rows with the same ``task`` (no column, or one that is not shown)."""
 
     key: str
     title: str
@@ -38,7 +38,7 @@ class Table:
         """Numbers unrounded; a Stat is two columns; what is unknown is empty."""
         file = io.StringIO()
         records = [dict(self._record(row)) for row in self.rows]
-        writer = csv.DictWriter(file, list(dict.fromkeys(n for r in records for n in r)), lineterminator="\n")
+        writer = csv.DictWriter(file, records[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows({n: "" if _unknown(v) else v for n, v in record.items()} for record in records)
         return file.getvalue()
@@ -80,18 +80,21 @@ class Table:
     def _cells(self) -> list[list[tuple[str, bool]]]:
         """Of each row the texts, and whether they are the best of their column."""
         texts = [[_text(column, row.get(column.key)) for column in self.columns] for row in self.rows]
+        tasks = np.array([row.get("task", "") for row in self.rows])
         for at, column in enumerate(self.columns):
             means = np.array([_mean(row.get(column.key)) if column.best else np.nan for row in self.rows])
-            top = np.nanmax(means) if len(means) > 1 and not np.isnan(means).all() else np.nan
-            for line, mean in zip(texts, means, strict=True):
-                bold = not np.isnan(mean) and column.text(mean) == column.text(top)
-                line[at] = (line[at], bold)
+            for row, mean in enumerate(means):
+                rivals = means[(tasks == tasks[row]) & ~np.isnan(means)]
+                bold = len(rivals) > 1 and not np.isnan(mean) and column.text(mean) == column.text(rivals.max())
+                texts[row][at] = (texts[row][at], bold)
         return texts
 
-    def _record(self, row: Mapping[str, Any]):
+    def _record(self, row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """The cells of a row of the CSV."""
         for column in self.columns:
             value = row.get(column.key)
-            if isinstance(value, Stat):
+            if any(isinstance(other.get(column.key), Stat) for other in self.rows):
+                value = value or Stat(np.nan, np.nan)
                 yield from ((f"{column.key}_{part}", number) for part, number in value._asdict().items())
             else:
                 yield column.key, value

@@ -28,6 +28,7 @@ def accuracy(groups: Sequence[Group]) -> Table:
     rows = [
         {
             "run": group.label,
+            "task": group.task,
             "seeds": len(group.runs),
             "rounds": _rounds(group),
             "final": group.over(lambda run: run.final),
@@ -39,8 +40,9 @@ def accuracy(groups: Sequence[Group]) -> Table:
     ]
     note = (
         "Mean over the clients of the test accuracy of each client's own model. Final, worst client and std over clients: in "
-        f"the last evaluated round. Best: of any round, chosen on test data as in the papers. {_SEEDS}; bold is the highest."
+        f"the last evaluated round. Best: of any round, chosen on test data as in the papers. {_SEEDS}; bold is the highest"
     )
+    note += " on the same data." if len({group.task for group in groups}) > 1 else "."
     return Table("accuracy", "Final and best accuracy", note, columns, rows)
 
 

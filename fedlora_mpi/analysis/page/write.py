@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ... import __version__
 from ...store.files import plain_name, write_atomic
 from ...units import size
-from ..groups import Found, Group, Logged, grouped, shown
+from ..groups import Found, Group, Logged, Stat, grouped, shown
 from ..runs import Runs
 from . import clients, curves, personal, sweeps, tables
 from .style import Drawn, looks, styled
@@ -142,19 +142,27 @@ def html(content: Content, pictures: dict[str, bytes], files: Sequence[str]) -> 
 
 
 def summary(groups: Sequence[Group]) -> str:
-    """What is ahead, in a sentence or two."""
-    finals = [(group.over(lambda run: run.final), group) for group in groups]
-    finals = sorted((pair for pair in finals if pair[0].mean == pair[0].mean), key=lambda pair: -pair[0].mean)
-    if not finals:
-        return "No round was evaluated yet."
+    """What is ahead, in a sentence for each task."""
+    said = []
+    for task in dict.fromkeys(group.task for group in groups):
+        finals = [(group.over(lambda run: run.final), group) for group in groups if group.task == task]
+        finals = sorted((pair for pair in finals if pair[0].mean == pair[0].mean), key=lambda pair: -pair[0].mean)
+        where = f" ({task})" if task else ""
+        if finals:
+            said.append(_ahead(finals, where))
+    return " ".join(said) or "No round was evaluated yet."
+
+
+def _ahead(finals: Sequence[tuple[Stat, Group]], where: str) -> str:
+    """The first of those of one task, and how far it is before the second."""
     tell = lambda stat: f"{percent(stat.mean)}" + (f" ± {percent(stat.std)}" if stat.std == stat.std else "") + " %"
     stat, top = finals[0]
     seeds = f"{len(top.runs)} seeds" if len(top.runs) > 1 else "one seed"
     if len(finals) == 1:
-        return f"Final accuracy, mean over clients: {tell(stat)} ({seeds})."
+        return f"Final accuracy{where}, mean over clients: {top.label} with {tell(stat)} ({seeds})."
     second, other = finals[1]
     ahead = f"{100 * (stat.mean - second.mean):.2f} points above {other.label} ({tell(second)})"
-    return f"Highest final accuracy, mean over clients: {top.label} with {tell(stat)} ({seeds}), {ahead}."
+    return f"Highest final accuracy{where}, mean over clients: {top.label} with {tell(stat)} ({seeds}), {ahead}."
 
 
 def _cautions(found: Found) -> Iterator[str]:
@@ -232,5 +240,6 @@ thead th:first-child,td:first-child{padding-left:0}tr+tr td{border-top:1px solid
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 details{margin:2rem 0}summary{cursor:pointer}footer{margin:3rem 0 1rem;border-top:1px solid #e4e4e4;padding-top:.5rem}
 @media print{body{font-size:10pt;max-width:none;margin:0}nav,details{display:none}h2{break-after:avoid}
-figure,tr,section{break-inside:avoid}.t{overflow:visible}}
+figure,tr,section{break-inside:avoid}.t{overflow:visible}
+img{max-height:85vh;object-fit:contain;object-position:left}}
 """
