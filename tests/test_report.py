@@ -1,4 +1,4 @@
-"""A report of several runs: they are grouped by what differs, its numbers are those of the logs, its page needs nothing else."""
+"""Several runs are grouped by what differs; a report has the numbers of their logs, its page needs nothing else."""
 
 import csv
 import doctest
@@ -31,7 +31,18 @@ CLIENTS = 7  # of tiny.yaml
 # --- logs without training
 
 
-def logged(folder, *rows, seed=1, rounds=None, algorithm="fedavg", model="cnn", digest="x", column=None, dataset="digits", **settings):
+def logged(
+    folder,
+    *rows,
+    seed=1,
+    rounds=None,
+    algorithm="fedavg",
+    model="cnn",
+    digest="x",
+    column=None,
+    dataset="digits",
+    **settings,
+):
     """A run folder whose 3 clients had these accuracies, round by round. ``settings``: of the ``train`` block."""
     folder.mkdir(parents=True)
     algorithm = {"name": algorithm} if isinstance(algorithm, str) else algorithm
@@ -47,11 +58,22 @@ def logged(folder, *rows, seed=1, rounds=None, algorithm="fedavg", model="cnn", 
     }
     counts = np.array([[4, 0], [1, 3], [0, 4]])
     index = [np.arange(4)] * 3
-    held = {"train_counts": counts, "test_counts": counts, "digest": digest, **ragged("train", index), **ragged("test", index)}
-    log = Log.create(folder / "log.h5", config_yaml="", config_json=json.dumps(config), versions={}, clients=3, partition=held)
+    held = {
+        "train_counts": counts,
+        "test_counts": counts,
+        "digest": digest,
+        **ragged("train", index),
+        **ragged("test", index),
+    }
+    log = Log.create(
+        folder / "log.h5", config_yaml="", config_json=json.dumps(config), versions={}, clients=3, partition=held
+    )
     for round_, accuracies in enumerate(rows, 1):
         accuracies = np.array(accuracies, float)
-        row = {"accuracy": np.nanmean(accuracies) if not np.isnan(accuracies).all() else np.nan, "train_loss": 1 / round_}
+        row = {
+            "accuracy": np.nanmean(accuracies) if not np.isnan(accuracies).all() else np.nan,
+            "train_loss": 1 / round_,
+        }
         row |= {"clients": 3, "bytes_up": 3000, "bytes_down": 6000, "flops": 2e12, "drift": 0.5, "seconds_train": 1.5}
         row |= {"seconds_exchange": 0.5} | ({column: 7.0 * round_} if column else {})
         log.append(round_, row, {"accuracy": accuracies, "loss": accuracies})
@@ -99,12 +121,12 @@ CASES = [
         ["fedlora, dirichlet_class, alpha 0.1", "fedlora, dirichlet_class, alpha 1", "fedlora, iid"],
     ),
     (  # what a method was run on is told of all of them, before what is the method's own
-        [{"algorithm.name": n, "lr": lr, "data.dataset": d} for n, lr, d in (("a", 1, "x"), ("a", 1, "y"), ("b", 1, "x"), ("b", 2, "x"))],
+        [{"algorithm.name": n, "lr": lr, "data.dataset": d} for n, lr, d in ("a1x", "a1y", "b1x", "b2x")],
         ["a, x", "a, y", "b, x, lr 1", "b, x, lr 2"],
     ),
     (  # one word for two keys
         [FEDLORA | {"algorithm.alpha": a, "data.partition.alpha": b} for a, b in ((1, 0.1), (1, 0.5), (2, 0.1))],
-        ["fedlora, partition.alpha 0.1, algorithm.alpha 1", "fedlora, partition.alpha 0.5", "fedlora, partition.alpha 0.1, algorithm.alpha 2"],
+        [f"fedlora, partition.alpha {of}" for of in ("0.1, algorithm.alpha 1", "0.5", "0.1, algorithm.alpha 2")],
     ),
     (
         [FEDLORA | {"model.name": "cnn"}, FEDLORA | {"model.mix": [{"name": "cnn1"}, {"name": "cnn2"}]}],
@@ -138,7 +160,10 @@ def test_a_stat_has_the_sample_deviation_and_leaves_out_what_is_unknown():
 
 def test_the_numbers_of_the_accuracy_table(tmp_path):
     nan = [np.nan] * 3
-    runs = [logged(tmp_path / f"{s}", [0.2 * s, 0.2 * s, 0.2 * s], [0.1 * s, 0.2 * s, 0.3 * s], nan, seed=s) for s in (1, 3)]
+    runs = [
+        logged(tmp_path / f"{s}", [0.2 * s, 0.2 * s, 0.2 * s], [0.1 * s, 0.2 * s, 0.3 * s], nan, seed=s)
+        for s in (1, 3)
+    ]
     runs += [logged(tmp_path / "other", [0.5, 0.5, 0.8], [0.4, 0.4, 0.4], algorithm="local")]
     table = tables.accuracy(found_of(*runs).groups)
     fedavg, local = rows_of(table)
@@ -158,8 +183,10 @@ def test_what_was_run_on_other_data_is_not_compared(tmp_path):
     groups_ = found_of(*made).groups
     assert [group.task for group in groups_] == ["x", "x", "y", "y"]
     assert write.summary(groups_) == (
-        "Highest final accuracy (x), mean over clients: local, x with 50.00 % (one seed), 25.00 points above fedper, x (25.00 %). "
-        "Highest final accuracy (y), mean over clients: fedper, y with 75.00 % (one seed), 62.50 points above local, y (12.50 %)."
+        "Highest final accuracy (x), mean over clients: local, x with 50.00 % (one seed), "
+        "25.00 points above fedper, x (25.00 %). "
+        "Highest final accuracy (y), mean over clients: fedper, y with 75.00 % (one seed), "
+        "62.50 points above local, y (12.50 %)."
     )
     bold = [line.split(" |")[3].startswith(" **") for line in tables.accuracy(groups_).markdown().splitlines()[4:8]]
     assert bold == [False, True, True, False]
@@ -167,12 +194,23 @@ def test_what_was_run_on_other_data_is_not_compared(tmp_path):
 
 def test_the_numbers_of_the_other_tables(tmp_path):
     paths = [logged(tmp_path / f"a{s}", [0.1, 0.5, 0.9], [0.2, 0.6, 0.8], seed=s, digest=f"{s}") for s in (1, 2)]
-    paths += [logged(tmp_path / f"b{s}", [0, 0, 0], [0.2, 0.7, 0.4], seed=s, digest=f"{s}", algorithm="fedper") for s in (1, 2)]
+    paths += [
+        logged(tmp_path / f"b{s}", [0, 0, 0], [0.2, 0.7, 0.4], seed=s, digest=f"{s}", algorithm="fedper")
+        for s in (1, 2)
+    ]
     found = found_of(*paths)
     cost = rows_of(tables.costs(found.groups))[0]
-    assert [float(cost[k]) for k in ("bytes_up", "bytes_down", "tflop", "seconds_train", "seconds")] == [1000, 2000, 4, 1.5, 4]
+    assert [float(cost[k]) for k in ("bytes_up", "bytes_down", "tflop", "seconds_train", "seconds")] == [
+        1000,
+        2000,
+        4,
+        1.5,
+        4,
+    ]
     runs = rows_of(tables.runs(found.groups))
-    assert [(row["path"], row["seed"], row["partition_seed"]) for row in runs] == [(str(p), p.name[1], p.name[1]) for p in paths]
+    assert [(row["path"], row["seed"], row["partition_seed"]) for row in runs] == [
+        (str(p), p.name[1], p.name[1]) for p in paths
+    ]
     assert runs[2]["best_round"] == "2" and float(runs[2]["final"]) == pytest.approx(1.3 / 3)
     (pair,) = clients.pairs(found.groups)
     assert (pair.group.label, pair.rival.label, pair.seeds, clients.as_good(pair)) == ("fedper", "fedavg", 2, 4)
@@ -220,7 +258,10 @@ def test_what_diagnose_has_logged_is_drawn_and_nothing_else(tmp_path):
 
 def test_a_setting_that_differs_is_swept_and_two_are_a_grid(tmp_path):
     make = lambda e, r, s=1: logged(
-        tmp_path / f"{e}-{r}-{s}", [e / 100 + r / 10] * 3, seed=s, algorithm={"name": "fedlora", "epochs": e, "rank": r}
+        tmp_path / f"{e}-{r}-{s}",
+        [e / 100 + r / 10] * 3,
+        seed=s,
+        algorithm={"name": "fedlora", "epochs": e, "rank": r},
     )
     found = found_of(*(make(e, 0.5, s) for e in (5, 1, 3) for s in (1, 2)))
     (drawn,) = sweeps.sweeps(found.groups, found.keys, set())
@@ -282,8 +323,18 @@ def trained(tmp_path_factory):
     names = {"a": "fedavg", "b": "local", "c": "fedlora", "d": "fedit"}
     for run in ("a-1", "a-2", "b-1", "c-1", "c-2", "d-1"):
         kind, seed = run.split("-")
-        asked = [f"algorithm={names[kind]}", f"seed={seed}", f"data.partition.seed={seed}", "participation=1.0", "rounds=2"]
-        asked += ["algorithm.scale=official", "algorithm.rank_rule=official", "algorithm.linear_rank=2"] if kind == "c" else []
+        asked = [
+            f"algorithm={names[kind]}",
+            f"seed={seed}",
+            f"data.partition.seed={seed}",
+            "participation=1.0",
+            "rounds=2",
+        ]
+        asked += (
+            ["algorithm.scale=official", "algorithm.rank_rule=official", "algorithm.linear_rank=2"]
+            if kind == "c"
+            else []
+        )
         asked += ["algorithm.lora_ranks=[2, 1]", "algorithm.diagnose=true", "train.lr=0.005"] if kind == "d" else []
         assert main(["run", str(TINY), f"output={folder / 'runs' / run}", *asked]) == 0
     return folder
@@ -434,7 +485,10 @@ def test_no_figure_is_empty(page):
 def test_every_table_is_there_in_every_form(page):
     names = ("accuracy", "settings", "against", "costs", "lowrank", "runs")
     files = {path.name for path in (page / "tables").iterdir()}
-    assert files == {f"{name}.{kind}" for name in names for kind in ("csv", "md", "tex")} | {"rounds.csv", "clients.csv"}
+    assert files == {f"{name}.{kind}" for name in names for kind in ("csv", "md", "tex")} | {
+        "rounds.csv",
+        "clients.csv",
+    }
     assert len((page / "tables/rounds.csv").read_text().splitlines()) == 1 + 6 * 2
     assert len((page / "tables/clients.csv").read_text().splitlines()) == 1 + 6 * CLIENTS
 
@@ -465,7 +519,10 @@ def test_a_page_is_the_same_whatever_the_users_settings_of_matplotlib(trained, t
 
 
 def test_a_page_says_what_a_reader_must_know(tmp_path):
-    runs = [logged(tmp_path / "a", [0.5] * 3, rounds=9), logged(tmp_path / "b", [0.2] * 3, [0.4] * 3, rounds=9, seed=2)]
+    runs = [
+        logged(tmp_path / "a", [0.5] * 3, rounds=9),
+        logged(tmp_path / "b", [0.2] * 3, [0.4] * 3, rounds=9, seed=2),
+    ]
     runs += [logged(tmp_path / "twin", [0.5] * 3, rounds=9), logged(tmp_path / "c", [0.75] * 3, algorithm="my:<Own>")]
     with styled():
         content = write.gathered(write.read(runs))
@@ -473,7 +530,9 @@ def test_a_page_says_what_a_reader_must_know(tmp_path):
     assert "fedavg: its seeds are at different rounds (1, 2)" in said
     assert f"Not done yet: {runs[0]} (1 of 9), {runs[1]} (2 of 9)." in said
     assert f"{runs[2]} is left out: the same settings and seeds as {runs[0]}." in said
-    top = "Highest final accuracy, mean over clients: <Own> with 75.00 % (one seed), 30.00 points above fedavg, rounds"
+    top = (
+        "Highest final accuracy, mean over clients: <Own> with 75.00 % (one seed), 30.00 points above fedavg, rounds"
+    )
     text = write.html(content, {drawn.name: b"" for drawn in content.figures}, [])
     assert write.summary(content.found.groups).startswith(top.partition(", rounds")[0])
     assert "&lt;Own&gt;" in text and "<Own>" not in text
@@ -524,7 +583,13 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium")
 def test_a_browser_opens_a_page_without_a_complaint(page, tmp_path):
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--enable-logging=stderr"]
+    flags = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}",
+        "--enable-logging=stderr",
+    ]
     line = [BROWSER, *flags, "--virtual-time-budget=2000", "--dump-dom", Path(page / "report.html").as_uri()]
     ended = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0 and ended.stdout.count("<figure") == len(FIGURES)

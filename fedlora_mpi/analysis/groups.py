@@ -14,8 +14,8 @@ from ..store.reader import RunFiles
 SEEDS = ("seed", "data.partition.seed")
 # What changes no result beyond its last bits, by the beginning of its dotted name.
 NO_MATTER = (
-    *SEEDS, "output", "checkpoint.", "data.root", "data.download", "server_hosts_clients", "mix", "uplink", "engine.device",
-    "engine.path", "engine.group_size", "engine.threads",
+    *SEEDS, "output", "checkpoint.", "data.root", "data.download", "server_hosts_clients", "mix", "uplink",
+    "engine.device", "engine.path", "engine.group_size", "engine.threads",
 )  # fmt: skip
 SELECTORS = {"data.partition": "kind", "model": "name", "algorithm": "name"}  # says what a block's other keys mean
 TASK = ("data.", "participation", "rounds")  # beginnings of what the experiment is, whatever the method
@@ -33,7 +33,9 @@ class Stat(NamedTuple):
     def of(cls, values: Sequence[float]) -> "Stat":
         """That of the ``values`` that are numbers."""
         there = np.array([value for value in values if not np.isnan(value)])
-        return cls(float(there.mean()) if len(there) else np.nan, float(there.std(ddof=1)) if len(there) > 1 else np.nan)
+        return cls(
+            float(there.mean()) if len(there) else np.nan, float(there.std(ddof=1)) if len(there) > 1 else np.nan
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +189,7 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What tells each of these from the others, in as few settings as their order allows: the method, the data, the rest.
+    """What tells each of these from the others, in few settings, in this order: the method, the data, the rest.
 
     A setting that follows from those before it, such as a learning rate of each method's own, is left out. One of
     the experiment (``TASK``) that is needed somewhere is told everywhere.
@@ -256,13 +258,18 @@ def _ordered(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """All keys, the method's name first, then the experiment; a selector before the others of its block."""
     keys = list(dict.fromkeys(key for of in settings for key in of))
     selectors = {f"{block}.{name}" for block, name in SELECTORS.items()}
-    return sorted(keys, key=lambda key: (key != _FIRST, key != "data.dataset", not key.startswith("data."), key not in selectors))
+    return sorted(
+        keys,
+        key=lambda key: (key != _FIRST, key != "data.dataset", not key.startswith("data."), key not in selectors),
+    )
 
 
 def _meaning(of: Mapping[str, Any], key: str) -> str:
     """The value of the selector over a key; "" where there is none."""
     block = next((block for block in SELECTORS if key.startswith(f"{block}.")), None)
-    return "" if block is None or key == f"{block}.{SELECTORS[block]}" else _text(of.get(f"{block}.{SELECTORS[block]}"))
+    return (
+        "" if block is None or key == f"{block}.{SELECTORS[block]}" else _text(of.get(f"{block}.{SELECTORS[block]}"))
+    )
 
 
 def _told(key: str, value: Any, shown_keys: set[str]) -> str:

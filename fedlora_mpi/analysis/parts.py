@@ -1,4 +1,4 @@
-"""What the parts of a model that are a client's own have learned: rank and norm of low-rank parts, similarity of clients.
+"""What low-rank and personal parts have learned: rank and norm by layer and client, similarity of clients.
 
 torch is imported where the method has low-rank factors, for their scale s.
 """
@@ -62,7 +62,10 @@ def low_rank(run: RunView, parts: Held) -> LowRank | None:
     """Of every client's factors, its own or as it gets the shared ones; None where the method has none."""
     if not any(name.endswith(".B") for name in (*parts.shared, *(name for own in parts.personal for name in own))):
         return None
-    found = [dict(_factors(run, client, own, parts.shared)) for client, own in zip(parts.clients, parts.personal, strict=True)]
+    found = [
+        dict(_factors(run, client, own, parts.shared))
+        for client, own in zip(parts.clients, parts.personal, strict=True)
+    ]
     layers = tuple(dict.fromkeys(layer for of in found for layer in of))
     table = np.full((3, len(layers), len(found)), np.nan)
     for column, of in enumerate(found):

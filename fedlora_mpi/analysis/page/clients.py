@@ -40,11 +40,14 @@ def distribution(groups: Sequence[Group], looks: Looks) -> Drawn | None:
         beside = 0.28 * (2 * _scatter(len(accuracy)) - 1)
         many = len(accuracy) * len(found) > _MANY
         axes.scatter(accuracy, row + beside, 9, color=look.color, alpha=0.45, linewidths=0, rasterized=many)
-        axes.plot([accuracy.mean()] * 2, [row - 0.38, row + 0.38], color="black", linewidth=1.6, solid_capstyle="butt")
+        axes.plot(
+            [accuracy.mean()] * 2, [row - 0.38, row + 0.38], color="black", linewidth=1.6, solid_capstyle="butt"
+        )
     axes.set_yticks(range(len(found)), [wrapped(group.label, 44) for group, _ in found])
     axes.set(ylim=(len(found) - 0.5, -0.5), xlabel="accuracy of a client's own model / %")
     axes.tick_params(axis="y", length=0)
-    said = "Each dot is a client of one seed in its run's last evaluated round; the black line is the mean. Heights mean nothing."
+    said = "Each dot is a client of one seed in its run's last evaluated round; the black line is the mean. The "
+    said += "height of a dot in its row means nothing."
     return Drawn("clients", "Distribution over clients", said, drawn)
 
 
@@ -70,7 +73,9 @@ def against(found: Sequence[Pair], looks: Looks) -> Drawn | None:
         return None
     side = 3.2 if len(shown) == 1 else 2.1
     titles = [(label, looks[label]) for label, _ in shown]
-    drawn, every = panels(titles, (side, side), "accuracy with the other method / %", "accuracy with the named one / %")
+    drawn, every = panels(
+        titles, (side, side), "accuracy with the other method / %", "accuracy with the named one / %"
+    )
     markers = dict(zip(RIVALS, (("^", "#D55E00"), ("o", "#0072B2")), strict=True))
     for axes, (_, members) in zip(every, shown, strict=True):
         axes.plot((0, 100), (0, 100), color=GREY, linewidth=0.7)
@@ -110,10 +115,13 @@ def partitions(groups: Sequence[Group]) -> list[Drawn]:
         kind = config["partition"]
         alpha = f", alpha {kind['alpha']:g}" if "alpha" in kind else ""
         said = (
-            f"Training samples of {config['dataset']} by client and class, as the area of a dot: {kind['kind']}{alpha}, seed "
-            f"{kind['seed']}; the split of {len(members)} of {sum(map(len, by_digest.values()))} runs."
+            f"Training samples of {config['dataset']} by client and class, as the area of a dot: "
+            f"{kind['kind']}{alpha}, seed {kind['seed']}; the split of {len(members)} of "
+            f"{sum(map(len, by_digest.values()))} runs."
         )
-        said += f" There are {len(by_digest)} splits; the first {_SPLITS} are shown." if len(by_digest) > _SPLITS else ""
+        said += (
+            f" There are {len(by_digest)} splits; the first {_SPLITS} are shown." if len(by_digest) > _SPLITS else ""
+        )
         name = "partition" if len(by_digest) == 1 else f"partition-{number}"
         title = "Who holds which data" + (f", split {number}" if len(by_digest) > 1 else "")
         found.append(Drawn(name, title, said, drawn))

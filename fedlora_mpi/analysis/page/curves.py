@@ -21,10 +21,12 @@ _OVER_SEEDS = "the band is ± one sample standard deviation over the seeds, wher
 def learning(groups: Sequence[Group], looks: Looks) -> Drawn | None:
     """Mean accuracy over the rounds."""
     said = (
-        "Test accuracy of each client's own model on its own test data, mean over clients and seeds, after every evaluated "
-        f"round; {_OVER_SEEDS}."
+        "Test accuracy of each client's own model on its own test data, mean over clients and seeds, after every "
+        f"evaluated round; {_OVER_SEEDS}."
     )
-    return _lines("learning", "Learning curves", said, groups, looks, lambda g: g.curves("accuracy"), "accuracy / %", 100)
+    return _lines(
+        "learning", "Learning curves", said, groups, looks, lambda g: g.curves("accuracy"), "accuracy / %", 100
+    )
 
 
 def loss(groups: Sequence[Group], looks: Looks) -> Drawn | None:
@@ -36,8 +38,8 @@ def loss(groups: Sequence[Group], looks: Looks) -> Drawn | None:
 def drift(groups: Sequence[Group], looks: Looks) -> Drawn | None:
     """FedLoRA's Figure 6."""
     said = (
-        "How far the clients train the shared parameters apart in a round: root mean square distance (L2) of what they send "
-        f"from its mean, mean over seeds; {_OVER_SEEDS}. What shares nothing has no curve."
+        "How far the clients train the shared parameters apart in a round: root mean square distance (L2) of what "
+        f"they send from its mean, mean over seeds; {_OVER_SEEDS}. What shares nothing has no curve."
     )
     there = [g for g in groups if g.curves("drift")[1].any()]
     return _lines("drift", "Drift of the shared part", said, there, looks, lambda g: g.curves("drift"), "drift (L2)")
@@ -61,8 +63,8 @@ def spread(groups: Sequence[Group], looks: Looks) -> Drawn | None:
         axes.plot(rounds, 100 * group.curves("accuracy")[1].mean(0)[shown], marker=_mark(rounds), color=look.color)
     whole_rounds(every[0], max(group.curves("accuracy")[0][-1] for group in there))
     said = (
-        "The same over the clients, of all seeds together: the line is their mean, the dark band holds the middle half of "
-        "them, the pale band all."
+        "The same over the clients, of all seeds together: the line is their mean, the dark band holds the middle "
+        "half of them, the pale band all."
     )
     return Drawn("spread", "Spread over clients", said, drawn)
 
@@ -81,8 +83,8 @@ def against_bytes(groups: Sequence[Group], looks: Looks) -> Drawn | None:
     """Accuracy over what has been sent."""
     traffic = lambda run: run.column("bytes_up") + run.column("bytes_down")
     said = (
-        "Mean accuracy against all bytes sent up and down so far, all clients together, as float32 in a real federation; mean "
-        "over seeds. What sends nothing has no curve."
+        "Mean accuracy against all bytes sent up and down so far, all clients together, as float32 in a real "
+        "federation; mean over seeds. What sends nothing has no curve."
     )
     return _cost("bytes", "Accuracy against bytes", said, groups, looks, traffic, "sent by all clients so far", "B")
 
@@ -111,15 +113,17 @@ def stages(groups: Sequence[Group], looks: Looks) -> Drawn | None:
         axes.barh(rows, each[:, at], left=left, height=0.66, color=color, label=name.removeprefix("seconds_"))
         left = left + each[:, at]
     for row, total in enumerate(left):
-        axes.annotate(f"{total:.3g} s", (total, row), (4, 0), textcoords="offset points", va="center", fontsize="small")
+        axes.annotate(
+            f"{total:.3g} s", (total, row), (4, 0), textcoords="offset points", va="center", fontsize="small"
+        )
     axes.set_yticks(rows, [wrapped(group.label, 44) for group in groups])
     axes.invert_yaxis()
     axes.set(xlabel="seconds per round", xlim=(0, 1.1 * left.max() or 1))
     axes.tick_params(axis="y", length=0)
     axes.legend(frameon=False, ncols=len(names), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
     said = (
-        "Mean seconds of a round by stage, mean over seeds, as rank 0 measures them: under mpirun it waits for the workers, "
-        "and this waiting counts as exchange. Runs on different or busy machines are not comparable."
+        "Mean seconds of a round by stage, mean over seeds, as rank 0 measures them: under mpirun it waits for the "
+        "workers, and this waiting counts as exchange. Runs on different or busy machines are not comparable."
     )
     return Drawn("seconds", "Where the seconds go", said, drawn)
 

@@ -43,7 +43,9 @@ def personal(groups: Sequence[Group]) -> Shown:
             shown.left_out.append(f"{group.label} ({error})")
             continue
         if found and not np.nanmax(found.norm) > 0:
-            shown.left_out.append(f"{group.label} (its factors are zero: what they have learned is in the dense weights)")
+            shown.left_out.append(
+                f"{group.label} (its factors are zero: what they have learned is in the dense weights)"
+            )
             found = None
         if found is None and similar is None:
             continue
@@ -62,7 +64,10 @@ def ranks(found: LowRank, name: str, label: str, about: str) -> Drawn:
     layers = len(found.layers)
     drawn = figure(WIDTH, 1.3 + max(0.16 * layers, 0.8))
     for axes, values, title in zip(
-        drawn.subplots(1, 2, sharey=True), (found.effective_rank, found.norm), ("effective rank", "norm (Frobenius)"), strict=True
+        drawn.subplots(1, 2, sharey=True),
+        (found.effective_rank, found.norm),
+        ("effective rank", "norm (Frobenius)"),
+        strict=True,
     ):
         picture = axes.imshow(values, cmap="cividis", aspect="auto", interpolation="nearest", vmin=0)
         drawn.colorbar(picture, location="top", label=title, shrink=0.9).outline.set_visible(False)
@@ -75,8 +80,9 @@ def ranks(found: LowRank, name: str, label: str, about: str) -> Drawn:
     else:
         left.set_ylabel("layer, from the input to the output")
     said = (
-        f"{about}: the low-rank part s B A of each layer (down; in brackets its number of components r) and client (across). The "
-        "effective rank is (Σσ²)² / Σσ⁴ of its singular values σ: n where n are equal and the rest zero."
+        f"{about}: the low-rank part s B A of each layer (down; in brackets its number of components r) and client "
+        "(across). The effective rank is (Σσ²)² / Σσ⁴ of its singular values σ: n where n are equal and the rest "
+        "zero."
     )
     return Drawn(name, f"What the low-rank part has learned: {label}", said, drawn)
 
@@ -88,18 +94,29 @@ def similarity(found: Alike, name: str, label: str, about: str) -> Drawn:
     for axes, (title, values) in zip(drawn.subplots(1, 2, sharey=True), tables, strict=True):
         pairs = np.where(np.eye(len(values), dtype=bool), np.nan, values)
         picture = axes.imshow(pairs, cmap="cividis", interpolation="nearest")
-        drawn.colorbar(picture, ax=axes, location="top", label=f"cosine of {title}", shrink=0.9).outline.set_visible(False)
+        drawn.colorbar(picture, ax=axes, location="top", label=f"cosine of {title}", shrink=0.9).outline.set_visible(
+            False
+        )
         _plain(axes, found.clients)
     drawn.axes[0].set_ylabel("client")
     if len(found.clients) <= _NAMED:
         drawn.axes[0].set_yticks(range(len(found.clients)), map(str, found.clients), fontsize="x-small")
-    what = "all personal numbers less their mean over the clients" if found.centred else "the low-rank parts s B A of all layers"
+    what = (
+        "all personal numbers less their mean over the clients"
+        if found.centred
+        else "the low-rank parts s B A of all layers"
+    )
     rho = agreement(found)
     said = (
-        f"{about}: cosine of two clients' personal parts (left; {what}) and of their training samples by class (right). Both in "
-        "the order of an average-linkage clustering of the left, so that alike clients are neighbours; the diagonal, 1, is left white."
+        f"{about}: cosine of two clients' personal parts (left; {what}) and of their training samples by class "
+        "(right). Both in the order of an average-linkage clustering of the left, so that alike clients are "
+        "neighbours; the diagonal, 1, is left white."
     )
-    said += "" if np.isnan(rho) else f" Over the pairs of clients the two have a rank correlation of {rho:+.2f} (Spearman)."
+    said += (
+        ""
+        if np.isnan(rho)
+        else f" Over the pairs of clients the two have a rank correlation of {rho:+.2f} (Spearman)."
+    )
     return Drawn(name, f"Which clients are alike: {label}", said, drawn)
 
 

@@ -99,7 +99,9 @@ def figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def panels(titles: Sequence[tuple[str, Look]], side: tuple[float, float], x: str, y: str) -> "tuple[Figure, list[Axes]]":
+def panels(
+    titles: Sequence[tuple[str, Look]], side: tuple[float, float], x: str, y: str
+) -> "tuple[Figure, list[Axes]]":
     """A plot under each title, up to three in a row, with common axes; ``side``: (width, height) of one, inches.
 
     Margins are given, for to find them takes as long as to draw the figure.
@@ -125,7 +127,9 @@ def panels(titles: Sequence[tuple[str, Look]], side: tuple[float, float], x: str
         axes.set_title(text, color=look.ink)
     middle = (left + columns * side[0] / 2) / width
     drawn.supxlabel(x, fontsize="medium", x=middle, y=0.08 / height, va="bottom")
-    drawn.supylabel(y, fontsize="medium", x=0.06 / width, ha="left", y=(bottom + (height - bottom - head) / 2) / height)
+    drawn.supylabel(
+        y, fontsize="medium", x=0.06 / width, ha="left", y=(bottom + (height - bottom - head) / 2) / height
+    )
     return drawn, list(every[: len(titles)])
 
 
@@ -142,14 +146,23 @@ def label_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, Look]], hei
     texts = [wrapped(ends[index][2], 40) for index in order]
     places = apart(at[order], np.array([text.count("\n") + 1 for text in texts]) * _LINE / height)
     for place, text, (x, y, _, look) in zip(places, texts, (ends[index] for index in order), strict=True):
-        line = {"arrowstyle": "-", "color": look.color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 1, "relpos": (0, 0.5)}
+        line = {
+            "arrowstyle": "-",
+            "color": look.color,
+            "linewidth": 0.6,
+            "shrinkA": 1,
+            "shrinkB": 1,
+            "relpos": (0, 0.5),
+        }
         where = {"xytext": (1.06, place), "textcoords": "axes fraction", "annotation_clip": False}
         axes.annotate(text, (x, y), va="center", color=look.ink, fontsize="small", arrowprops=line, **where)
 
 
 def apart(wanted: np.ndarray, sizes: np.ndarray, room: float = 1.0) -> np.ndarray:
-    """The ascending places nearest to ``wanted`` (ascending, least squares) of what is ``sizes`` large, without overlap,
-    between 0 and ``room`` where there is enough."""
+    """The ascending places nearest to ``wanted`` (ascending, least squares) of what is ``sizes`` large.
+
+    Without overlap, and between 0 and ``room`` where there is enough.
+    """
     ahead = np.cumsum(sizes) - sizes / 2  # where they would be, one upon the other
     pools: list[list[float]] = []  # [sum, count] of neighbours that push each other
     for place in wanted - ahead:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 
 from ..groups import Group, number, short, shown
-from .curves import Looks
 from .style import COLORS, DASHES, WIDTH, Drawn, Look, figure, label_ends
 
 _SHARE = 0.75  # of the cells of a grid that are there
@@ -50,10 +49,12 @@ def sweeps(groups: Sequence[Group], keys: Sequence[str], but: set[str]) -> list[
     """FedLoRA's Figure 4: final and best accuracy over each numeric setting that differs alone."""
     drawn = []
     for key in (key for key in keys if key not in but and _numeric(groups, key)):
-        if (found := series(groups, keys, [key])):
+        if found := series(groups, keys, [key]):
             drawn.append(_sweep(key, found, keys))
     names = Counter(each.name for each in drawn)
-    return [each._replace(name=f"{each.name}-{n}") if names[each.name] > 1 else each for n, each in enumerate(drawn, 1)]
+    return [
+        each._replace(name=f"{each.name}-{n}") if names[each.name] > 1 else each for n, each in enumerate(drawn, 1)
+    ]
 
 
 def _sweep(key: str, found: Sequence[Series], keys: Sequence[str]) -> Drawn:
@@ -67,7 +68,9 @@ def _sweep(key: str, found: Sequence[Series], keys: Sequence[str]) -> Drawn:
         best, final = ([group.over(of) for group in members] for of in (lambda run: run.best, lambda run: run.final))
         mean, std = (100 * np.array(part) for part in zip(*final, strict=True))
         axes.errorbar(xs, mean, np.nan_to_num(std), color=look.color, marker="o", markersize=4, capsize=2)
-        axes.plot(xs, [100 * stat.mean for stat in best], ":", color=look.color, marker="o", markersize=4, fillstyle="none")
+        axes.plot(
+            xs, [100 * stat.mean for stat in best], ":", color=look.color, marker="o", markersize=4, fillstyle="none"
+        )
         ends.append((xs[-1], mean[-1], one.label or "final", look))
         if not one.label:
             ends.append((xs[-1], 100 * best[-1].mean, "best round", look))
@@ -80,15 +83,19 @@ def _sweep(key: str, found: Sequence[Series], keys: Sequence[str]) -> Drawn:
     axes.set(xlabel=name, ylabel="accuracy / %")
     label_ends(axes, ends, height - 0.7)
     said = (
-        f"Mean accuracy over clients and seeds against {key}, all else equal: filled marks with ± one sample standard deviation "
-        "over seeds in the last evaluated round, open marks in the best round, which is chosen on test data."
+        f"Mean accuracy over clients and seeds against {key}, all else equal: filled marks with ± one sample "
+        "standard deviation over seeds in the last evaluated round, open marks in the best round, which is chosen "
+        "on test data."
     )
     return Drawn(f"sweep-{name}", f"Sweep over {name}", said, drawn)
 
 
 def _grid(name: str, one: Series, pair: tuple[str, str], sides: tuple[list, list], keys: Sequence[str]) -> Drawn:
     xs, ys = sides
-    at = {tuple(group.settings[axis] for axis in pair): 100 * group.over(lambda run: run.best).mean for group in one.groups}
+    at = {
+        tuple(group.settings[axis] for axis in pair): 100 * group.over(lambda run: run.best).mean
+        for group in one.groups
+    }
     values = np.array([[at.get((x, y), np.nan) for x in xs] for y in ys])
     drawn = figure(min(WIDTH, 2.4 + 0.62 * len(xs)), 1.2 + 0.45 * len(ys))
     axes = drawn.add_subplot()
@@ -105,7 +112,8 @@ def _grid(name: str, one: Series, pair: tuple[str, str], sides: tuple[list, list
     x, y = (short(axis, keys) for axis in pair)
     axes.set(xlabel=x, ylabel=y, title=one.label)
     drawn.colorbar(picture, label="best accuracy / %").outline.set_visible(False)
-    said = f"Best accuracy of any round, mean over clients and seeds, for {pair[0]} (across) and {pair[1]} (up), all else equal."
+    said = f"Best accuracy of any round, mean over clients and seeds, for {pair[0]} (across) and {pair[1]} (up), "
+    said += "all else equal."
     return Drawn(name, f"Grid of {x} and {y}", said, drawn)
 
 
@@ -119,5 +127,7 @@ def _numeric(groups: Sequence[Group], key: str) -> bool:
 
 def _label(group: Group, apart: Sequence[str], keys: Sequence[str]) -> str:
     """What sets a series apart, with the method's name alone."""
-    told = lambda k: shown(group.settings[k]) if k.endswith((".name", ".kind")) else f"{short(k, keys)} {shown(group.settings[k])}"
+    told = lambda k: (
+        shown(group.settings[k]) if k.endswith((".name", ".kind")) else f"{short(k, keys)} {shown(group.settings[k])}"
+    )
     return ", ".join(told(k) for k in apart if group.settings.get(k) is not None)

@@ -57,15 +57,24 @@ class Table:
         tex = lambda text: text.replace("\\", "\\textbackslash ").translate(_LATEX)
         rows = [line(rf"\textbf{{{tex(t)}}}" if bold else tex(t) for t, bold in row) for row in self._cells()]
         sides = "".join("l" if left else "r" for left in self._left)
-        head = [f"% {self.title}. {self.note}", r"% \usepackage{booktabs}", rf"\begin{{tabular}}{{{sides}}}", r"\toprule"]
+        head = [
+            f"% {self.title}. {self.note}",
+            r"% \usepackage{booktabs}",
+            rf"\begin{{tabular}}{{{sides}}}",
+            r"\toprule",
+        ]
         titles = line(tex(column.title) for column in self.columns)
         return "\n".join([*head, titles, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", ""])
 
     def html(self) -> str:
         """A table with its caption."""
         kinds = ["" if left else ' class="n"' for left in self._left]
-        line = lambda tag, cells: "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
-        rows = [line("td", (f"<b>{escape(t)}</b>" if bold else escape(t) for t, bold in row)) for row in self._cells()]
+        line = lambda tag, cells: "".join(
+            f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)
+        )
+        rows = [
+            line("td", (f"<b>{escape(t)}</b>" if bold else escape(t) for t, bold in row)) for row in self._cells()
+        ]
         body = "".join(f"<tr>{row}</tr>\n" for row in rows)
         head = line("th", (escape(column.title) for column in self.columns))
         caption = f"<caption><b>{escape(self.title)}.</b> {escape(self.note)}</caption>"

@@ -33,14 +33,17 @@ def accuracy(groups: Sequence[Group]) -> Table:
             "rounds": _rounds(group),
             "final": group.over(lambda run: run.final),
             "best": group.over(lambda run: run.best),
-            "worst": group.over(lambda run: float(np.nanmin(run.client_accuracy)) if len(run.client_accuracy) else np.nan),
+            "worst": group.over(
+                lambda run: float(np.nanmin(run.client_accuracy)) if len(run.client_accuracy) else np.nan
+            ),
             "clients_std": group.over(_over_clients),
         }
         for group in groups
     ]
     note = (
-        "Mean over the clients of the test accuracy of each client's own model. Final, worst client and std over clients: in "
-        f"the last evaluated round. Best: of any round, chosen on test data as in the papers. {_SEEDS}; bold is the highest"
+        "Mean over the clients of the test accuracy of each client's own model. Final, worst client and std over "
+        f"clients: in the last evaluated round. Best: of any round, chosen on test data as in the papers. {_SEEDS}; "
+        "bold is the highest"
     )
     note += " on the same data." if len({group.task for group in groups}) > 1 else "."
     return Table("accuracy", "Final and best accuracy", note, columns, rows)
@@ -72,8 +75,8 @@ def costs(groups: Sequence[Group]) -> Table:
         for group in groups
     ]
     note = (
-        "Means over seeds. Up and down: bytes of one client in one round, float32. Training: all clients and rounds. Stages: "
-        "seconds per round of rank 0, whose waiting for the workers counts as exchange."
+        "Means over seeds. Up and down: bytes of one client in one round, float32. Training: all clients and "
+        "rounds. Stages: seconds per round of rank 0, whose waiting for the workers counts as exchange."
     )
     return Table("costs", "Bytes, computation and time", note, columns, rows)
 
@@ -86,7 +89,10 @@ def settings(found: Found) -> Table | None:
     columns = [Column("run", "method"), *(Column(name, name) for name in names.values())]
     tell = lambda group, key: None if key not in group.settings else shown(group.settings[key])
     rows = [{"run": group.label} | {name: tell(group, key) for key, name in names.items()} for group in found.groups]
-    note = "Every setting that is not the same in all runs, but for seeds, folders and how it was computed; - where a method has none."
+    note = (
+        "Every setting that is not the same in all runs, but for seeds, folders and how it was computed; - where a "
+    )
+    note += "method has none."
     return Table("settings", "What differs", note, columns, rows)
 
 
@@ -144,7 +150,8 @@ def against(pairs: Sequence[Pair]) -> Table | None:
         }
         for pair in pairs
     ]
-    note = "Accuracy of each client in the last evaluated rounds, percentage points; clients of all seeds that both have together."
+    note = "Accuracy of each client in the last evaluated rounds, percentage points; clients of all seeds that both "
+    note += "have, together."
     return Table("against", "Each client against FedAvg and Local", note, columns, rows)
 
 
@@ -170,13 +177,15 @@ def low_rank(found: Mapping[str, LowRank]) -> Table | None:
         for label, part in found.items()
         for at, layer in enumerate(part.layers)
     ]
-    note = "Of s B A after the newest checkpoint of the first seed: mean over clients ± sample standard deviation over clients."
+    note = "Of s B A in the newest checkpoint of the first seed: mean ± sample standard deviation over clients."
     return Table("lowrank", "Low-rank parts by layer", note, columns, rows)
 
 
 def _rounds(group: Group) -> str:
     """20, or 12 to 20 where runs are not done."""
-    return " to ".join(str(n) for n in sorted({min(run.done for run in group.runs), max(run.done for run in group.runs)}))
+    return " to ".join(
+        str(n) for n in sorted({min(run.done for run in group.runs), max(run.done for run in group.runs)})
+    )
 
 
 def _over_clients(run) -> float:

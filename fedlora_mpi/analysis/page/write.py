@@ -52,7 +52,8 @@ def write(paths: Sequence[Path], folder: Path) -> str:
     page = html(content, pictures, sorted(files)).encode()
     _put(folder, files | {PAGE: page}, old)
     counts = f"{len(content.figures)} figures and {len(content.tables)} tables of {len(logs)} runs"
-    return f"{folder / PAGE}: {counts}, {size(len(page))}; PNG and PDF in {FIGURES}/, CSV, Markdown and LaTeX in {TABLES}/"
+    beside = f"PNG and PDF in {FIGURES}/, CSV, Markdown and LaTeX in {TABLES}/"
+    return f"{folder / PAGE}: {counts}, {size(len(page))}; {beside}"
 
 
 def read(paths: Sequence[Path]) -> list[Logged]:
@@ -133,7 +134,8 @@ def html(content: Content, pictures: dict[str, bytes], files: Sequence[str]) -> 
             f"<nav>{contents}</nav>",
             *(f'<section id="{name}">{body}</section>' for name, _, body in sections),
             _common(groups),
-            f"<footer>Made by fedlora_mpi {__version__}, fedlora-mpi report. Figures are also in {FIGURES}/, tables in {TABLES}/; "
+            f"<footer>Made by fedlora_mpi {__version__}, fedlora-mpi report. Figures are also in {FIGURES}/, tables "
+            f"in {TABLES}/; "
             "tables/rounds.csv and tables/clients.csv hold the numbers of the curves.</footer>",
             "</body></html>",
             "",
@@ -170,8 +172,13 @@ def _cautions(found: Found) -> Iterator[str]:
     for group in found.groups:
         if len({run.done for run in group.runs}) > 1:
             each = ", ".join(str(run.done) for run in group.runs)
-            yield f"{group.label}: its seeds are at different rounds ({each}); curves end with the shortest, numbers do not."
-    asked = [f"{run.path} ({run.done} of {run.config['rounds']})" for g in found.groups for run in g.runs if run.done < run.config["rounds"]]
+            yield f"{group.label}: its seeds are at different rounds ({each}); curves end with the shortest."
+    asked = [
+        f"{run.path} ({run.done} of {run.config['rounds']})"
+        for g in found.groups
+        for run in g.runs
+        if run.done < run.config["rounds"]
+    ]
     if asked:
         yield f"Not done yet: {', '.join(asked)}."
     for gone, kept in found.left_out:
@@ -203,7 +210,7 @@ def _earlier(folder: Path) -> list[str]:
         raise ValueError(f"{folder}: is a file; give a folder with -o")
     page = folder / PAGE
     head = page.read_text(encoding="utf-8", errors="replace")[:100_000] if page.is_file() else ""
-    if not (found := re.search(_MARK.format("([^\"]*)"), head)):
+    if not (found := re.search(_MARK.format('([^"]*)'), head)):
         raise ValueError(f"{folder}: has other files and no report of ours; give a new folder with -o")
     return [name for name in found[1].split() if _ours(name)]
 
@@ -232,7 +239,8 @@ body{font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;background:#fff;max-width:
 h1{font-size:1.6rem;line-height:1.2;margin:0 0 .5rem}h2{font-size:1.1rem;margin:2.2rem 0 .4rem}
 nav{font-size:.85rem;margin:1rem 0;color:#777}a{color:#0072b2;text-decoration:none}a:hover{text-decoration:underline}
 figure{margin:0}img{width:100%;height:auto;display:block}
-figcaption,caption,.note,footer{font-size:.9rem;color:#444}caption{text-align:left;padding:0 0 .4rem}caption b{color:#1a1a1a}
+figcaption,caption,.note,footer{font-size:.9rem;color:#444}
+caption{text-align:left;padding:0 0 .4rem}caption b{color:#1a1a1a}
 .note{border-left:3px solid #d55e00;padding-left:.7rem}
 .t{overflow-x:auto;margin:1.6rem 0}table{border-collapse:collapse;font-size:.88rem}
 th,td{padding:.22rem .7rem;text-align:left;vertical-align:top}th{border-bottom:1.5px solid #1a1a1a;font-weight:600}
