@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from base64 import b64decode
 from html.parser import HTMLParser
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import TINY
+from runs import TINY, environment
 
 from fedlora_mpi import open_run, open_runs
 from fedlora_mpi.analysis import groups, parts
@@ -248,6 +249,41 @@ def test_a_cost_is_the_sum_so_far_in_its_unit(tmp_path):
     assert np.allclose(line.get_xydata(), [[9, 10], [27, 40]])
     (line,) = curves.against_flops([group], look).figure.axes[0].lines
     assert np.allclose(line.get_xydata(), [[2, 10], [6, 40]])
+
+
+def test_a_dot_is_a_client_and_a_bar_the_seconds_of_a_stage(tmp_path):
+    found = [logged(tmp_path / f"{s}", [0.1, 0.1, 0.1], [0.1 * s, 0.2, np.nan], seed=s) for s in (1, 2)]
+    (group,) = found_of(*found).groups
+    look = {"fedavg": looks(1)[0]}
+    axes = clients.distribution([group], look).figure.axes[0]
+    assert np.allclose(axes.collections[0].get_offsets()[:, 0], [10, 20, 20, 20])
+    assert np.allclose(axes.lines[0].get_xdata(), 17.5)
+    axes = curves.stages([group], look).figure.axes[0]
+    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 1.5), (1.5, 0.5)]
+    assert [text.get_text() for text in axes.texts] == ["2 s"]
+
+
+def test_the_numbers_of_a_comparison_are_those_of_the_clients(tmp_path):
+    made = [
+        logged(tmp_path / n, a, algorithm=n) for n, a in (("fedper", [0.5, 0.75, 1]), ("local", [0.25, 0.75, 0.5]))
+    ]
+    groups_ = found_of(*made).groups
+    with styled():
+        drawn = clients.against(clients.pairs(groups_), dict(zip(("fedper", "local"), looks(2), strict=True)))
+    axes = drawn.figure.axes[0]
+    assert axes.collections[0].get_offsets().tolist() == [[25, 50], [75, 75], [50, 100]]
+    assert axes.texts[0].get_text() == "● local: 3 of 3" and axes.get_title("left") == "fedper"
+
+
+def test_metrics_are_reported_without_torch(tmp_path):
+    run = logged(tmp_path / "a", [0.5] * 3)
+    code = f"""
+import sys; from pathlib import Path
+from fedlora_mpi.analysis.page.write import write
+write([Path({str(run)!r})], Path({str(tmp_path / "page")!r}))
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment(), timeout=100)
 
 
 def test_what_diagnose_has_logged_is_drawn_and_nothing_else(tmp_path):
@@ -563,7 +599,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "forged/report.html").write_text(forged)
     with pytest.raises(ValueError, match="is not a plain file name"):
         write._earlier(tmp_path / "forged")
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install 'fedlora-mpi[analysis]'" in refused(capsys, run, "-o", out)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..groups import Group
-from .style import WIDTH, Drawn, Look, figure, label_ends, panels, whole_rounds, wrapped
+from .style import WIDTH, Drawn, Look, figure, label_ends, panels, tall_enough, whole_rounds, wrapped
 
 Looks = dict[str, Look]
 DIAGNOSIS = {
@@ -102,7 +102,8 @@ def stages(groups: Sequence[Group], looks: Looks) -> Drawn | None:
     names = list(dict.fromkeys(n for g in groups for run in g.runs for n in run.rounds if n.startswith("seconds_")))
     if not names:
         return None
-    drawn = figure(WIDTH, 0.9 + 0.27 * len(groups))
+    texts = [wrapped(group.label, 44) for group in groups]
+    drawn = figure(WIDTH, 0.9 + (0.12 + 0.15 * max(text.count("\n") + 1 for text in texts)) * len(groups))
     axes = drawn.add_subplot()
     shades, left = ("#0072B2", "#56B4E9", "#BBBBBB", "#E69F00", "#777777"), np.zeros(len(groups))
     each = np.array([[group.over(lambda run, n=n: run.column(n).mean()).mean for n in names] for group in groups])
@@ -116,7 +117,7 @@ def stages(groups: Sequence[Group], looks: Looks) -> Drawn | None:
         axes.annotate(
             f"{total:.3g} s", (total, row), (4, 0), textcoords="offset points", va="center", fontsize="small"
         )
-    axes.set_yticks(rows, [wrapped(group.label, 44) for group in groups])
+    axes.set_yticks(rows, texts)
     axes.invert_yaxis()
     axes.set(xlabel="seconds per round", xlim=(0, 1.1 * left.max() or 1))
     axes.tick_params(axis="y", length=0)
@@ -143,7 +144,7 @@ def _lines(
     found = [(group, rounds, unit * values) for group, rounds, values in found if values.size]
     if not found:
         return None
-    height = max(3.2, 0.17 * len(found) + 0.8)
+    height = tall_enough([group.label for group, *_ in found])
     drawn = figure(WIDTH, height)
     axes, ends = drawn.add_subplot(), []
     for group, rounds, values in found:
@@ -174,7 +175,7 @@ def _cost(
             found.append((group, cost, 100 * accuracy.mean(0)))
     if not found:
         return None
-    height = max(3.2, 0.17 * len(found) + 0.8)
+    height = tall_enough([group.label for group, *_ in found])
     drawn = figure(WIDTH, height)
     axes, ends = drawn.add_subplot(), []
     prefix, size = _prefix(max(cost[-1] for _, cost, _ in found))

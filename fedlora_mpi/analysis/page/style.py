@@ -26,11 +26,13 @@ SETTINGS = {
     "axes.titlelocation": "left",
     "axes.linewidth": 0.7,
     "lines.linewidth": 1.5,
+    "figure.constrained_layout.w_pad": 0.12,  # inches; ticks may get a digit when their plot gets its place
     "pdf.fonttype": 42,  # what publishers ask for
     "text.hinting": "none",  # so that text is as wide at any resolution
     "svg.hashsalt": "fedlora_mpi",  # the same figure, the same bytes
 }
 _LINE = 11.5 / 72  # inches between two labels
+_LABEL = 40  # letters of a line of a label
 
 
 class Look(NamedTuple):
@@ -133,6 +135,11 @@ def panels(
     return drawn, list(every[: len(titles)])
 
 
+def tall_enough(labels: Sequence[str], least: float = 3.2) -> float:
+    """The height of a figure, inches, whose plot has these labels beside it; its rim takes 0.7."""
+    return max(least, _LINE * sum(wrapped(label, _LABEL).count("\n") + 1 for label in labels) + 0.9)
+
+
 def label_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, Look]], height: float) -> None:
     """The name of each curve beside the plot, none over another, with a thin line from its end (x, y).
 
@@ -143,7 +150,7 @@ def label_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, Look]], hei
     to_axes = axes.transData + axes.transAxes.inverted()
     at = np.array([to_axes.transform((x, y))[1] for x, y, _, _ in ends])
     order = np.argsort(at, kind="stable")
-    texts = [wrapped(ends[index][2], 40) for index in order]
+    texts = [wrapped(ends[index][2], _LABEL) for index in order]
     places = apart(at[order], np.array([text.count("\n") + 1 for text in texts]) * _LINE / height)
     for place, text, (x, y, _, look) in zip(places, texts, (ends[index] for index in order), strict=True):
         line = {

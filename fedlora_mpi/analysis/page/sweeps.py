@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..groups import Group, number, short, shown
-from .style import COLORS, DASHES, WIDTH, Drawn, Look, figure, label_ends
+from .style import COLORS, DASHES, WIDTH, Drawn, Look, figure, label_ends, tall_enough
 
 _SHARE = 0.75  # of the cells of a grid that are there
 
@@ -58,7 +58,7 @@ def sweeps(groups: Sequence[Group], keys: Sequence[str], but: set[str]) -> list[
 
 
 def _sweep(key: str, found: Sequence[Series], keys: Sequence[str]) -> Drawn:
-    height = max(3.0, 0.17 * len(found) + 0.8)
+    height = tall_enough([one.label for one in found])
     drawn = figure(WIDTH, height)
     axes, ends, name = drawn.add_subplot(), [], short(key, keys)
     for at, one in enumerate(found):
