@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .groups import SEEDS, Found, Logged, grouped, short
-from .run import RunView, _pandas
+from .run import RunView, imported_pandas
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -64,7 +64,7 @@ class Runs(Mapping[str, RunView]):
     @property
     def settings(self) -> "DataFrame":
         """One row a run: path, run (its label), seed, partition_seed, and each setting that differs."""
-        return _pandas().DataFrame([about for about, _ in self._described()])
+        return imported_pandas().DataFrame([about for about, _ in self._described()])
 
     @property
     def rounds(self) -> "DataFrame":
@@ -72,7 +72,7 @@ class Runs(Mapping[str, RunView]):
 
         Columns are those of any run; NaN where a run has none, and in rounds that were not evaluated.
         """
-        return self._table(lambda run: _pandas().DataFrame(run.rounds))
+        return self._table(lambda run: imported_pandas().DataFrame(run.rounds))
 
     @property
     def clients(self) -> "DataFrame":
@@ -80,7 +80,7 @@ class Runs(Mapping[str, RunView]):
         return self._table(lambda run: self[run.path].clients)
 
     def _table(self, columns_of) -> "DataFrame":
-        pandas, parts = _pandas(), []
+        pandas, parts = imported_pandas(), []
         for about, run in self._described():
             table = columns_of(run)
             repeated = {name: [value] * len(table) for name, value in about.items()}

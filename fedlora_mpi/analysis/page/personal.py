@@ -31,7 +31,7 @@ def personal(groups: Sequence[Group]) -> Shown:
         if not run.checkpoints:
             continue
         if number == GROUPS:
-            shown.left_out.append(f"more than the first {GROUPS} settings that have some")
+            shown.left_out.append(f"those of settings after the first {GROUPS} that have any")
             break
         if size(run) > budget:
             shown.left_out.append(f"{group.label} (its checkpoint is too large for a page)")

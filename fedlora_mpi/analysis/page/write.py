@@ -36,7 +36,7 @@ def write(paths: Sequence[Path], folder: Path) -> str:
     """
     old = _earlier(folder)
     with styled():
-        logs = read(paths)
+        logs = read([path for path in paths if path.resolve() != folder.resolve()])  # runs/* may hold the report
         content = gathered(logs)
         files, pictures = {}, {}
         for drawn in content.figures:
@@ -58,6 +58,8 @@ def write(paths: Sequence[Path], folder: Path) -> str:
 
 def read(paths: Sequence[Path]) -> list[Logged]:
     """The runs, each once. Raises ValueError for what is no run, or has no round yet."""
+    if not paths:
+        raise ValueError("no run is left to report on; give the `output` of runs")
     logs = [Logged.read(path) for path in {path.resolve(): path for path in paths}.values()]
     for run in logs:
         if not run.done:
@@ -98,7 +100,7 @@ def gathered(logs: Sequence[Logged]) -> Content:
     ]
     notes = list(_cautions(found))
     if parts.left_out:
-        notes.append(f"Low-rank and personal parts: not shown are {'; '.join(parts.left_out)}.")
+        notes.append(f"Low-rank and personal parts that are not shown: {'; '.join(parts.left_out)}.")
     return Content(found, [table for table in maybe if table], [drawn for drawn in figures if drawn], notes)
 
 
