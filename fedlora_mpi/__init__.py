@@ -1,6 +1,6 @@
 """Federated learning with shared and personal low-rank parts, simulated over MPI.
 
-``open_run(path)`` reads a run folder; ``fedlora-mpi --help`` lists the commands.
+``open_run(path)`` reads a run folder, ``open_runs(pattern)`` several; ``fedlora-mpi --help`` lists the commands.
 """
 
 __version__ = "0.1.0"
@@ -11,4 +11,8 @@ def __getattr__(name: str):
         from .analysis.run import open_run
 
         return open_run
+    if name == "open_runs":
+        from .analysis.runs import open_runs
+
+        return open_runs
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

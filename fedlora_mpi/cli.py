@@ -15,7 +15,8 @@ EXAMPLES = """examples:
   mpirun -n 5 fedlora-mpi resume runs/cifar10                 go on, on any number of ranks
   fedlora-mpi plan configs/cifar10.yaml --ranks 5             what it would cost; trains nothing
   fedlora-mpi partition configs/cifar10.yaml                  who gets which data
-  fedlora-mpi report runs/*                                   accuracy of finished runs
+  fedlora-mpi report runs/*                                   accuracy of runs
+  fedlora-mpi report runs/* -o page                           page/report.html, its figures and tables for a paper
   fedlora-mpi reproduce table1 --alpha 0.1 --jobs 2           the paper's table, shrunk to half an hour
   fedlora-mpi reproduce table1 --scale full --print-jobs      its runs as lines and as a Slurm array
   fedlora-mpi reproduce pfedlora --jobs 2                     clients with networks of their own: accuracy and cost
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     resume = add("resume", _resume, "Continue a run from its newest valid checkpoint.", parallel=True)
     plan = add("plan", _plan, "Parameters, bytes, memory and time of a config; trains nothing.")
     partition = add("partition", _partition, "Who gets which data: a table, and a picture as PNG.")
-    report = add("report", _report, "The accuracy of runs, as a table.")
+    report = add("report", _report, "The accuracy of runs as a table; with -o a page of figures and tables, self-contained.")
     digest = add("digest", _digest, "SHA-256 of the newest checkpoint of runs: equal means equal to the bit.")
     export = add("export", _export, "A client's low-rank part and head in the files of Hugging Face's peft.")
     doctor = add("doctor", _doctor, "Whether everything works on this machine, a line each with the remedy.")
@@ -84,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--ranks", type=int, default=1, help="how many ranks mpirun would start (default 1)")
     partition.add_argument("-o", "--picture", type=Path, help="the PNG (default: CONFIG's name in this folder)")
     for sub in (report, digest):
-        sub.add_argument("runs", nargs="+", type=Path, help="run folders")
+        sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    page = "write report.html there, figures as PNG and PDF, tables as CSV, Markdown and LaTeX"
+    report.add_argument("-o", "--output", type=Path, metavar="DIR", help=page)
     return parser
 
 
@@ -194,10 +197,18 @@ def _partition(asked: argparse.Namespace, comm) -> int:
 
 
 def _report(asked: argparse.Namespace, comm) -> int:
-    from .analysis.report import table
     from .comm import together
 
-    print(together(comm, lambda: table(asked.runs)))
+    def tell() -> str:
+        if asked.output:
+            from .analysis.page.write import write
+
+            return write(asked.runs, asked.output)
+        from .analysis.report import table
+
+        return table(asked.runs)
+
+    print(together(comm, tell))
     return 0
 
 

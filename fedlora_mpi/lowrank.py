@@ -102,6 +102,10 @@ class LowRank:
         """Rank r of every decomposed weight. Raises ValueError when ``layers`` matches none."""
         return {name: self._rank(model.leaves[name]) for name in matching(model, self.layers)}
 
+    def scales(self, model: Model) -> dict[str, float]:
+        """s of every decomposed weight."""
+        return {name: self._scale(model.leaves[name]) for name in self.ranks(model)}
+
     def factors(self, model: Model, rng: Generator) -> Tree:
         """A and B of every decomposed weight before the first round."""
         tree = {}

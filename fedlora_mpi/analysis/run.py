@@ -59,12 +59,12 @@ class RunView:
 
         Metrics of the clients' own models are NaN in rounds that were not evaluated.
         """
-        return _pandas().DataFrame(self._files.rounds()).set_index("round")
+        return imported_pandas().DataFrame(self._files.rounds()).set_index("round")
 
     @property
     def clients(self) -> "DataFrame":
         """One row for each evaluated round and client: round, client, accuracy (fraction), loss."""
-        pandas = _pandas()
+        pandas = imported_pandas()
         columns = self._files.clients()
         rows, clients = next(iter(columns.values()), np.empty((0, 0))).shape
         rounds = self._files.rounds()["round"][:rows]  # read later, so a round may have been added
@@ -272,7 +272,8 @@ def _only(rows: np.ndarray) -> np.ndarray:
     return rows.reshape(rows.shape[1:])
 
 
-def _pandas():
+def imported_pandas():
+    """The library. Raises ValueError where it is missing."""
     try:
         import pandas
     except ImportError as error:

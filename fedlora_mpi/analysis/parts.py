@@ -1,0 +1,218 @@
+"""What low-rank and personal parts have learned: rank and norm by layer and client, similarity of clients.
+
+torch is imported where the method has low-rank factors, for their scale s.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ..store.snapshot import Checkpoint, folder_of
+from .run import RunView
+
+CLIENTS = 100  # at most so many are looked at, evenly spread over their numbers
+BLOCK = 1 << 24  # numbers of a matrix [clients, coordinates] held at a time
+
+
+class LowRank(NamedTuple):
+    """Of s B A, [layers, clients], NaN where a client has no such layer."""
+
+    layers: tuple[str, ...]
+    clients: tuple[int, ...]
+    norm: np.ndarray  # Frobenius
+    effective_rank: np.ndarray
+    given_rank: np.ndarray  # the number of components
+
+
+class Alike(NamedTuple):
+    """Similarity of clients, [n, n], in the order ``clients``, in which alike ones are neighbours."""
+
+    clients: tuple[int, ...]
+    personal: np.ndarray
+    labels: np.ndarray
+    centred: bool  # personal parts are taken less their mean
+
+
+class Held(NamedTuple):
+    """The leaves of the newest checkpoint that low-rank parts and personal parts are made of."""
+
+    checkpoint: Checkpoint
+    clients: tuple[int, ...]
+    personal: tuple[dict[str, np.ndarray], ...]  # of each of these clients
+    shared: dict[str, np.ndarray]
+
+
+def held(run: RunView, limit: int) -> Held | None:
+    """None where there is no checkpoint, or the newest has more than ``limit`` bytes."""
+    if not run.checkpoints or size(run) > limit:
+        return None
+    found, everyone = run.checkpoint, len(run.partition.train)
+    clients = tuple(np.unique(np.linspace(0, everyone - 1, min(everyone, CLIENTS)).round().astype(int)).tolist())
+    personal = tuple({name: value[0] for name, value in found.personal([client]).items()} for client in clients)
+    return Held(found, clients, personal, found.shared())
+
+
+def size(run: RunView) -> int:
+    """Bytes of the newest checkpoint, not looked into."""
+    return sum(file.stat().st_size for file in folder_of(run.path, run.checkpoints[-1]).iterdir())
+
+
+def low_rank(run: RunView, parts: Held) -> LowRank | None:
+    """Of every client's factors, its own or as it gets the shared ones; None where the method has none."""
+    if not any(name.endswith(".B") for name in (*parts.shared, *(name for own in parts.personal for name in own))):
+        return None
+    found = [
+        dict(_factors(run, client, own, parts.shared))
+        for client, own in zip(parts.clients, parts.personal, strict=True)
+    ]
+    layers = tuple(dict.fromkeys(layer for of in found for layer in of))
+    table = np.full((3, len(layers), len(found)), np.nan)
+    for column, of in enumerate(found):
+        for row, layer in enumerate(layers):
+            if layer in of:
+                B, A, s = of[layer]
+                table[:, row, column] = *measured(s * B, A), len(A)
+    return LowRank(layers, parts.clients, *table)
+
+
+def measured(B: np.ndarray, A: np.ndarray) -> tuple[float, float]:
+    """(Frobenius norm, effective rank) of M = B A, [out, r] and [r, in], without forming it.
+
+    Effective rank: (sum s^2)^2 / sum s^4 of its singular values, which is n for n equal ones; 0 of a zero matrix.
+    With G = B' B and H = A A' the sums are tr(G H) and tr(G H G H).
+    """
+    B, A = B.astype(np.float64), A.astype(np.float64)
+    product = (B.T @ B) @ (A @ A.T)
+    square, fourth = product.trace(), float((product * product.T).sum())
+    if square <= 0 or fourth <= 0:
+        return 0.0, 0.0
+    return float(square**0.5), float(square**2 / fourth)
+
+
+def alike(run: RunView, parts: Held) -> Alike | None:
+    """How similar the clients' personal parts are, and their mixes of labels; None for fewer than three clients.
+
+    Personal parts: cosine of s B A where there are factors, else of all personal numbers less their mean over the
+    clients (they begin alike). Labels: cosine of the numbers of training samples of each class. Of clients with
+    different networks the largest part with equal leaves is taken.
+    """
+    shapes = [tuple((name, value.shape) for name, value in own.items() if _float(value)) for own in parts.personal]
+    most = max(set(shapes), key=lambda shape: (shapes.count(shape), shape))
+    chosen = [at for at, shape in enumerate(shapes) if shape == most]
+    if len(chosen) < 3 or not most:
+        return None
+    own, clients = [parts.personal[at] for at in chosen], [parts.clients[at] for at in chosen]
+    factored = any(name.endswith(".B") for name, _ in most)
+    gram = np.zeros((len(chosen), len(chosen)))
+    blocks = _products(run, clients, own) if factored else _rows(own)
+    for block in blocks:
+        gram += block @ block.T
+    similar = _cosine(gram)
+    if similar is None:
+        return None
+    order = leaf_order(similar)
+    counts = run.partition.train_counts[clients].astype(float)
+    labels = _cosine(counts @ counts.T)
+    assert labels is not None
+    place = np.ix_(order, order)
+    return Alike(tuple(np.array(clients)[order].tolist()), similar[place], labels[place], not factored)
+
+
+def agreement(found: Alike) -> float:
+    """Rank correlation (Spearman) of both similarities over the pairs of clients; NaN where one is constant."""
+    pair = np.triu_indices(len(found.clients), 1)
+    ranks = [_ranks(table[pair].round(9)) for table in (found.personal, found.labels)]
+    if min(column.std() for column in ranks) == 0:
+        return float("nan")
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def leaf_order(similar: np.ndarray) -> np.ndarray:
+    """[n] a permutation by average linkage: the two most similar clusters are joined, again and again.
+
+    Of the four ways to put two clusters side by side the one whose neighbours are most similar is taken.
+    """
+    clusters = [[at] for at in range(len(similar))]
+    mean = similar.astype(float).copy()
+    np.fill_diagonal(mean, -np.inf)
+    alive = list(range(len(similar)))
+    for _ in range(len(similar) - 1):
+        table = mean[np.ix_(alive, alive)]
+        i, j = (alive[at] for at in np.unravel_index(table.argmax(), table.shape))
+        a, b = clusters[i], clusters[j]
+        ways = [(x, y) for x in (a, a[::-1]) for y in (b, b[::-1])]
+        x, y = max(ways, key=lambda way: similar[way[0][-1], way[1][0]])
+        weight = np.array([len(a), len(b)]) / (len(a) + len(b))
+        mean[i] = weight @ mean[[i, j]]
+        mean[:, i] = mean[i]
+        mean[i, i] = -np.inf
+        clusters[i] = x + y
+        alive.remove(j)
+    return np.array(clusters[alive[0]])
+
+
+def _factors(
+    run: RunView, client: int, own: Mapping[str, np.ndarray], shared: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray, float]]]:
+    """(layer, (B [out, r], A [r, in], s)) of one client."""
+    import torch
+
+    variant = run.variants[client]
+    factors = {name: value for name, value in own.items() if name.endswith((".A", ".B"))}
+    if not factors:
+        with torch.no_grad():
+            arrived = variant.download({name: torch.from_numpy(value) for name, value in shared.items()})
+        factors = {name: value.numpy() for name, value in arrived.items() if name.endswith((".A", ".B"))}
+    scales = _scales(run, client)
+    for name in (name.removesuffix(".B") for name in factors if name.endswith(".B")):
+        A = factors[f"{name}.A"]
+        yield name, (factors[f"{name}.B"], A.reshape(len(A), -1), scales.get(name, scales.get("", 1.0)))
+
+
+def _scales(run: RunView, client: int) -> dict[str, float]:
+    """The factor s before B A by layer, or of all layers under ""."""
+    variant = run.variants[client]
+    if getattr(variant, "scale", None) == "one":
+        return {"": 1.0}
+    if hasattr(variant, "scales"):
+        return variant.scales(run.networks[run.network_of[client]])
+    s = getattr(variant, "s", getattr(variant, "scale", 1.0))
+    return {"": s if isinstance(s, int | float) else 1.0}
+
+
+def _products(run: RunView, clients: Sequence[int], own: Sequence[Mapping[str, np.ndarray]]) -> Iterator[np.ndarray]:
+    """s B A of all layers and clients, [n, coordinates], a block of rows of B at a time."""
+    found = [dict(_factors(run, client, of, {})) for client, of in zip(clients, own, strict=True)]
+    for layer in found[0]:
+        B, A = (np.stack([of[layer][at] for of in found]) for at in (0, 1))
+        s = np.array([of[layer][2] for of in found])[:, None, None]
+        step = max(1, BLOCK // (len(found) * A.shape[2]))
+        for start in range(0, B.shape[1], step):
+            yield ((s * B[:, start : start + step]) @ A).reshape(len(found), -1)
+
+
+def _rows(own: Sequence[Mapping[str, np.ndarray]]) -> Iterator[np.ndarray]:
+    """Every personal leaf of all clients less its mean, [n, coordinates]."""
+    for name, first in own[0].items():
+        if _float(first):
+            rows = np.stack([of[name].ravel() for of in own]).astype(np.float64)
+            yield rows - rows.mean(0)
+
+
+def _cosine(gram: np.ndarray) -> np.ndarray | None:
+    """Of rows with this Gram matrix; None where a row is zero."""
+    norm = np.sqrt(np.diag(gram))
+    if not (np.isfinite(gram).all() and norm.min() > 0):
+        return None
+    return np.clip(gram / norm / norm[:, None], -1, 1)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Equal values have their mean rank."""
+    _, at, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[at]
+
+
+def _float(value: np.ndarray) -> bool:
+    return np.issubdtype(value.dtype, np.floating) and value.size > 0

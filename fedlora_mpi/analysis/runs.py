@@ -1,0 +1,111 @@
+"""Several run folders for analysis: each run, and tidy tables over all of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from glob import glob
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .groups import SEEDS, Found, Logged, grouped, short
+from .run import RunView, imported_pandas
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+def open_runs(pattern: str | Path | Sequence[str | Path]) -> "Runs":
+    """The runs whose folders a pattern matches (``runs/*``, ``runs/**``), or those of a list of folders.
+
+    What a pattern matches beside run folders is passed over. Raises ValueError when no run is left.
+
+    >>> import fedlora_mpi
+    >>> runs = fedlora_mpi.open_runs("runs/*")
+    >>> list(runs)
+    ['runs/a-1', 'runs/a-2', 'runs/b-1']
+    >>> list(runs.rounds.columns[:6])
+    ['path', 'run', 'seed', 'partition_seed', 'algorithm', 'round']
+    >>> runs.rounds.groupby(["run", "round"])["accuracy"].agg(["mean", "std"]).shape  # over seeds
+    (4, 2)
+    >>> runs.clients.query("round == 2").groupby("run")["accuracy"].count().to_dict()
+    {'fedavg': 14, 'local': 7}
+    >>> len(runs["runs/a-2"].client(3).counts)  # classes; one of the runs, as open_run gives it
+    4
+    """
+    if isinstance(pattern, str | Path):
+        found = sorted(glob(str(Path(pattern).expanduser()), recursive=True))
+        paths = [Path(path) for path in found if (Path(path) / "log.h5").is_file()]
+        paths = [path for path in paths if path.parent.name != "checkpoints"]
+        if not paths:
+            raise ValueError(f"{pattern}: matches no run folder, one with a log.h5; give the `output` of runs")
+    else:
+        paths = [Path(path).expanduser() for path in pattern]
+    return Runs(paths)
+
+
+class Runs(Mapping[str, RunView]):
+    """{path as text: run}. Tables are read anew on every access, also while runs are still going.
+
+    The settings that differ between the runs are columns, under the last word of their dotted names; ``run`` is a
+    label made of them, equal for runs that differ in their seeds only.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Raises StoreError (a ValueError) when one is no run folder."""
+        self._views = {str(path): RunView(path) for path in paths}
+
+    def __getitem__(self, path: str | Path) -> RunView:
+        return self._views[str(path)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    @property
+    def settings(self) -> "DataFrame":
+        """One row a run: path, run (its label), seed, partition_seed, and each setting that differs."""
+        return imported_pandas().DataFrame([about for about, _ in self._described()])
+
+    @property
+    def rounds(self) -> "DataFrame":
+        """One row for each run and round: the columns of ``settings``, round, and those of the log.
+
+        Columns are those of any run; NaN where a run has none, and in rounds that were not evaluated.
+        """
+        return self._table(lambda run: imported_pandas().DataFrame(run.rounds))
+
+    @property
+    def clients(self) -> "DataFrame":
+        """One row for each run, evaluated round and client: the columns of ``settings``, round, client, accuracy ..."""
+        return self._table(lambda run: self[run.path].clients)
+
+    def _table(self, columns_of) -> "DataFrame":
+        pandas, parts = imported_pandas(), []
+        for about, run in self._described():
+            table = columns_of(run)
+            repeated = {name: [value] * len(table) for name, value in about.items()}
+            parts.append(pandas.concat([pandas.DataFrame(repeated, index=table.index), table], axis=1))
+        return pandas.concat(parts, ignore_index=True)
+
+    def _described(self) -> list[tuple[dict, Logged]]:
+        """(columns of ``settings``, run) in the order of the paths; a run that is there twice is there twice."""
+        logs = [Logged.read(view.path) for view in self._views.values()]
+        found = grouped(logs)
+        return [(_about(run, found), run) for run in logs]
+
+
+def _about(run: Logged, found: Found) -> dict:
+    stands = dict(found.left_out).get(run, run)
+    group = next(group for group in found.groups if stands in group.runs)
+    seeds = dict(zip(("seed", "partition_seed"), run.seeds, strict=True))
+    settings = {column(key, found.keys): group.settings.get(key) for key in found.keys}
+    return {"path": str(run.path), "run": group.label} | seeds | settings
+
+
+def column(key: str, keys: Sequence[str]) -> str:
+    """The name of a setting as a column: ``algorithm`` for algorithm.name, else its last words."""
+    block, _, name = key.rpartition(".")
+    taken = ("path", "run", "round", "client", "clients", "loss", "rounds", *SEEDS)
+    if name == "name":
+        return block
+    return short(key, (*keys, *(f".{word}" for word in taken)))

@@ -1,0 +1,642 @@
+"""Several runs are grouped by what differs; a report has the numbers of their logs, its page needs nothing else."""
+
+import csv
+import doctest
+import json
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from base64 import b64decode
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import TINY, environment
+
+from fedlora_mpi import open_run, open_runs
+from fedlora_mpi.analysis import groups, parts
+from fedlora_mpi.analysis import runs as several
+from fedlora_mpi.analysis.groups import Logged, Stat, differing, grouped, labels
+from fedlora_mpi.analysis.page import clients, curves, sweeps, tables, write
+from fedlora_mpi.analysis.page.style import apart, looks, styled
+from fedlora_mpi.analysis.page.table import Column, Table, percent
+from fedlora_mpi.cli import main
+from fedlora_mpi.store.log import Log, ragged
+
+CLIENTS = 7  # of tiny.yaml
+
+
+# --- logs without training
+
+
+def logged(
+    folder,
+    *rows,
+    seed=1,
+    rounds=None,
+    algorithm="fedavg",
+    model="cnn",
+    digest="x",
+    column=None,
+    dataset="digits",
+    **settings,
+):
+    """A run folder whose 3 clients had these accuracies, round by round. ``settings``: of the ``train`` block."""
+    folder.mkdir(parents=True)
+    algorithm = {"name": algorithm} if isinstance(algorithm, str) else algorithm
+    config = {
+        "seed": seed,
+        "rounds": rounds or max(1, len(rows)),
+        "output": str(folder),
+        "data": {"dataset": dataset, "partition": {"kind": "iid", "seed": seed}},
+        "model": {"name": model},
+        "algorithm": algorithm,
+        "train": {"lr": 0.1, **settings},
+        "engine": {"group_size": 3},
+    }
+    counts = np.array([[4, 0], [1, 3], [0, 4]])
+    index = [np.arange(4)] * 3
+    held = {
+        "train_counts": counts,
+        "test_counts": counts,
+        "digest": digest,
+        **ragged("train", index),
+        **ragged("test", index),
+    }
+    log = Log.create(
+        folder / "log.h5", config_yaml="", config_json=json.dumps(config), versions={}, clients=3, partition=held
+    )
+    for round_, accuracies in enumerate(rows, 1):
+        accuracies = np.array(accuracies, float)
+        row = {
+            "accuracy": np.nanmean(accuracies) if not np.isnan(accuracies).all() else np.nan,
+            "train_loss": 1 / round_,
+        }
+        row |= {"clients": 3, "bytes_up": 3000, "bytes_down": 6000, "flops": 2e12, "drift": 0.5, "seconds_train": 1.5}
+        row |= {"seconds_exchange": 0.5} | ({column: 7.0 * round_} if column else {})
+        log.append(round_, row, {"accuracy": accuracies, "loss": accuracies})
+    log.close()
+    return folder
+
+
+def found_of(*folders):
+    return grouped([Logged.read(folder) for folder in folders])
+
+
+def rows_of(table, kind="csv"):
+    return list(csv.DictReader(getattr(table, kind)().splitlines()))
+
+
+def test_runs_that_differ_in_seeds_and_folders_only_are_one_group(tmp_path):
+    found = found_of(*(logged(tmp_path / f"{seed}", [0.1, 0.2, 0.3], seed=seed) for seed in (1, 2, 3)))
+    assert [group.label for group in found.groups] == ["fedavg"] and found.keys == ()
+    assert [run.seeds for run in found.groups[0].runs] == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_the_same_seed_twice_counts_once_and_the_longer_run_stays(tmp_path):
+    short = logged(tmp_path / "short", [0.1, 0.2, 0.3], rounds=2)
+    long = logged(tmp_path / "long", [0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
+    found = found_of(short, long)
+    assert [[run.path for run in group.runs] for group in found.groups] == [[long]]
+    assert [(gone.path, kept.path) for gone, kept in found.left_out] == [(short, long)]
+
+
+FEDLORA = {"algorithm.name": "fedlora", "train.lr": 0.1}
+CASES = [
+    ([{"algorithm.name": "fedavg"}], ["fedavg"]),
+    ([{"algorithm.name": "my.module:FedPer"}, {"algorithm.name": "local"}], ["FedPer", "local"]),
+    (  # fields of other methods' own set nothing apart, nor does a learning rate that follows from the method
+        [FEDLORA | {"algorithm.lora_epochs": 2}, {"algorithm.name": "fedprox", "algorithm.mu": 1.0, "train.lr": 0.3}],
+        ["fedlora", "fedprox"],
+    ),
+    (  # only the method that comes in two versions says which
+        [FEDLORA | {"algorithm.lora_epochs": n} for n in (1, 2)] + [{"algorithm.name": "local", "train.lr": 0.1}],
+        ["fedlora, lora_epochs 1", "fedlora, lora_epochs 2", "local"],
+    ),
+    (
+        [FEDLORA | {"data.partition.kind": "dirichlet_class", "data.partition.alpha": alpha} for alpha in (0.1, 1.0)]
+        + [FEDLORA | {"data.partition.kind": "iid"}],
+        ["fedlora, dirichlet_class, alpha 0.1", "fedlora, dirichlet_class, alpha 1", "fedlora, iid"],
+    ),
+    (  # what a method was run on is told of all of them, before what is the method's own
+        [{"algorithm.name": n, "lr": lr, "data.dataset": d} for n, lr, d in ("a1x", "a1y", "b1x", "b2x")],
+        ["a, x", "a, y", "b, x, lr 1", "b, x, lr 2"],
+    ),
+    (  # one word for two keys
+        [FEDLORA | {"algorithm.alpha": a, "data.partition.alpha": b} for a, b in ((1, 0.1), (1, 0.5), (2, 0.1))],
+        [f"fedlora, partition.alpha {of}" for of in ("0.1, algorithm.alpha 1", "0.5", "0.1, algorithm.alpha 2")],
+    ),
+    (
+        [FEDLORA | {"model.name": "cnn"}, FEDLORA | {"model.mix": [{"name": "cnn1"}, {"name": "cnn2"}]}],
+        ["fedlora, cnn", "fedlora, mix"],
+    ),
+    ([FEDLORA | {"rounds": n} for n in (5, 8)] + [{"algorithm.name": "local", "rounds": 8}],
+     ["fedlora, rounds 5", "fedlora, rounds 8", "local, rounds 8"]),
+    ([FEDLORA | {"diagnose": on, "full": full} for on, full in ((True, ["head"]), (False, ["head"]), (False, None))],
+     ["fedlora, diagnose yes", "fedlora, diagnose no, full [head]", "fedlora, diagnose no, full none"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings, wanted", CASES)
+def test_a_label_is_what_sets_a_group_apart(settings, wanted):
+    assert labels(settings) == wanted
+    assert len(set(wanted)) == len(wanted)
+
+
+def test_keys_of_a_block_are_compared_where_its_selector_is_the_same():
+    one, other = {"algorithm.name": "fedlora", "algorithm.s": 1}, {"algorithm.name": "fedprox", "algorithm.s": 2}
+    assert differing([one, other]) == ("algorithm.name",)
+    assert differing([one, {**one, "algorithm.s": 2}]) == ("algorithm.s",)
+    assert differing([one, {**one, "data.tasks.rounds": 2}]) == ("data.tasks.rounds",)  # absent is a value too
+
+
+def test_a_stat_has_the_sample_deviation_and_leaves_out_what_is_unknown():
+    assert Stat.of([1.0, 3.0, np.nan]) == (2.0, 2**0.5)
+    one, none = Stat.of([0.25]), Stat.of([])
+    assert one.mean == 0.25 and np.isnan([one.std, *none]).all()
+
+
+def test_the_numbers_of_the_accuracy_table(tmp_path):
+    nan = [np.nan] * 3
+    runs = [
+        logged(tmp_path / f"{s}", [0.2 * s, 0.2 * s, 0.2 * s], [0.1 * s, 0.2 * s, 0.3 * s], nan, seed=s)
+        for s in (1, 3)
+    ]
+    runs += [logged(tmp_path / "other", [0.5, 0.5, 0.8], [0.4, 0.4, 0.4], algorithm="local")]
+    table = tables.accuracy(found_of(*runs).groups)
+    fedavg, local = rows_of(table)
+    number = lambda row, key: pytest.approx(float(row[key]))
+    assert (fedavg["run"], fedavg["seeds"], fedavg["rounds"]) == ("fedavg", "2", "3")
+    assert 0.4 == number(fedavg, "final_mean") == number(fedavg, "best_mean")
+    assert 0.4 / 2**0.5 == number(fedavg, "final_std")  # of 0.2 and 0.6
+    assert 0.2 == number(fedavg, "worst_mean") and 0.2 == number(fedavg, "clients_std_mean")  # of 0.1 and 0.3, twice
+    assert 0.4 == number(local, "final_mean") and 0.6 == number(local, "best_mean") and local["final_std"] == ""
+    assert "| local | 1 | 2 | **40.00** | **60.00** | **40.00** | 0.00 |" in table.markdown()
+    assert "| fedavg | 2 | 3 | **40.00 ± 28.28** | 40.00 ± 28.28 |" in table.markdown()  # equal as shown: both bold
+
+
+def test_what_was_run_on_other_data_is_not_compared(tmp_path):
+    made = [logged(tmp_path / f"{n}-{d}", [a] * 3, algorithm=n, dataset=d) for n, d, a in
+            (("fedper", "x", 0.25), ("local", "x", 0.5), ("fedper", "y", 0.75), ("local", "y", 0.125))]  # fmt: skip
+    groups_ = found_of(*made).groups
+    assert [group.task for group in groups_] == ["x", "x", "y", "y"]
+    assert write.summary(groups_) == (
+        "Highest final accuracy (x), mean over clients: local, x with 50.00 % (one seed), "
+        "25.00 points above fedper, x (25.00 %). "
+        "Highest final accuracy (y), mean over clients: fedper, y with 75.00 % (one seed), "
+        "62.50 points above local, y (12.50 %)."
+    )
+    bold = [line.split(" |")[3].startswith(" **") for line in tables.accuracy(groups_).markdown().splitlines()[4:8]]
+    assert bold == [False, True, True, False]
+
+
+def test_the_numbers_of_the_other_tables(tmp_path):
+    paths = [logged(tmp_path / f"a{s}", [0.1, 0.5, 0.9], [0.2, 0.6, 0.8], seed=s, digest=f"{s}") for s in (1, 2)]
+    paths += [
+        logged(tmp_path / f"b{s}", [0, 0, 0], [0.2, 0.7, 0.4], seed=s, digest=f"{s}", algorithm="fedper")
+        for s in (1, 2)
+    ]
+    found = found_of(*paths)
+    cost = rows_of(tables.costs(found.groups))[0]
+    assert [float(cost[k]) for k in ("bytes_up", "bytes_down", "tflop", "seconds_train", "seconds")] == [
+        1000,
+        2000,
+        4,
+        1.5,
+        4,
+    ]
+    runs = rows_of(tables.runs(found.groups))
+    assert [(row["path"], row["seed"], row["partition_seed"]) for row in runs] == [
+        (str(p), p.name[1], p.name[1]) for p in paths
+    ]
+    assert runs[2]["best_round"] == "2" and float(runs[2]["final"]) == pytest.approx(1.3 / 3)
+    (pair,) = clients.pairs(found.groups)
+    assert (pair.group.label, pair.rival.label, pair.seeds, clients.as_good(pair)) == ("fedper", "fedavg", 2, 4)
+    against = rows_of(tables.against([pair]))[0]
+    assert [float(against[k]) for k in ("gain", "worst")] == pytest.approx([-0.1, -0.4])
+    assert rows_of(tables.settings(found)) == [{"run": n, "algorithm": n} for n in ("fedavg", "fedper")]
+
+
+def test_a_method_is_compared_on_the_same_clients_alone(tmp_path):
+    make = lambda name, **more: logged(tmp_path / name, [0.1, 0.5, 0.9], algorithm=name.split("-")[0], **more)
+    ours, other = make("fedper"), make("fedavg", digest="y")
+    longer, near, far = make("local-9", rounds=9), make("local-1"), make("local-2", lr=0.7)
+    assert clients.pairs(found_of(ours, other, longer).groups) == []
+    (pair,) = clients.pairs(found_of(far, near, ours).groups)
+    assert pair.rival.runs[0].path == near
+
+
+def test_curves_are_of_the_rounds_that_all_seeds_have(tmp_path):
+    long = logged(tmp_path / "1", [0.1, 0.1, 0.1], [np.nan] * 3, [0.3, 0.3, 0.3], [0.4, 0.4, 0.4], rounds=4)
+    short = logged(tmp_path / "2", [0.3, 0.3, 0.3], [0.5, 0.5, 0.5], [0.5, 0.5, 0.5], seed=2, rounds=4)
+    (group,) = found_of(long, short).groups
+    rounds, values = group.curves("accuracy")
+    assert rounds.tolist() == [1, 3] and np.allclose(values, [[0.1, 0.3], [0.3, 0.5]])
+    assert np.allclose([part[:, 0] for part in group.of_clients("accuracy")[1]], values)
+    assert group.curves("nothing")[1].size == 0
+    figure = curves.learning([group], {"fedavg": looks(1)[0]}).figure
+    (line,) = figure.axes[0].lines
+    assert np.allclose(line.get_xydata(), [[1, 20], [3, 40]])
+
+
+def test_a_cost_is_the_sum_so_far_in_its_unit(tmp_path):
+    (group,) = found_of(logged(tmp_path / "a", [0.1] * 3, [np.nan] * 3, [0.4] * 3)).groups
+    look = {"fedavg": looks(1)[0]}
+    (line,) = curves.against_bytes([group], look).figure.axes[0].lines
+    assert np.allclose(line.get_xydata(), [[9, 10], [27, 40]])
+    (line,) = curves.against_flops([group], look).figure.axes[0].lines
+    assert np.allclose(line.get_xydata(), [[2, 10], [6, 40]])
+
+
+def test_a_dot_is_a_client_and_a_bar_the_seconds_of_a_stage(tmp_path):
+    found = [logged(tmp_path / f"{s}", [0.1, 0.1, 0.1], [0.1 * s, 0.2, np.nan], seed=s) for s in (1, 2)]
+    (group,) = found_of(*found).groups
+    look = {"fedavg": looks(1)[0]}
+    axes = clients.distribution([group], look).figure.axes[0]
+    assert np.allclose(axes.collections[0].get_offsets()[:, 0], [10, 20, 20, 20])
+    assert np.allclose(axes.lines[0].get_xdata(), 17.5)
+    axes = curves.stages([group], look).figure.axes[0]
+    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 1.5), (1.5, 0.5)]
+    assert [text.get_text() for text in axes.texts] == ["2 s"]
+
+
+def test_the_numbers_of_a_comparison_are_those_of_the_clients(tmp_path):
+    made = [
+        logged(tmp_path / n, a, algorithm=n) for n, a in (("fedper", [0.5, 0.75, 1]), ("local", [0.25, 0.75, 0.5]))
+    ]
+    groups_ = found_of(*made).groups
+    with styled():
+        drawn = clients.against(clients.pairs(groups_), dict(zip(("fedper", "local"), looks(2), strict=True)))
+    axes = drawn.figure.axes[0]
+    assert axes.collections[0].get_offsets().tolist() == [[25, 50], [75, 75], [50, 100]]
+    assert axes.texts[0].get_text() == "● local: 3 of 3" and axes.get_title("left") == "fedper"
+
+
+def test_metrics_are_reported_without_torch(tmp_path):
+    run = logged(tmp_path / "a", [0.5] * 3)
+    code = f"""
+import sys; from pathlib import Path
+from fedlora_mpi.analysis.page.write import write
+write([Path({str(run)!r})], Path({str(tmp_path / "page")!r}))
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment(), timeout=100)
+
+
+def test_what_diagnose_has_logged_is_drawn_and_nothing_else(tmp_path):
+    (group,) = found_of(logged(tmp_path / "a", [0.1] * 3, [0.2] * 3, column="lora_bias")).groups
+    (drawn,) = curves.diagnosis([group], {"fedavg": looks(1)[0]})
+    assert drawn.name == "lora_bias" and drawn.figure.axes[0].lines[0].get_ydata().tolist() == [7, 14]
+
+
+def test_a_setting_that_differs_is_swept_and_two_are_a_grid(tmp_path):
+    make = lambda e, r, s=1: logged(
+        tmp_path / f"{e}-{r}-{s}",
+        [e / 100 + r / 10] * 3,
+        seed=s,
+        algorithm={"name": "fedlora", "epochs": e, "rank": r},
+    )
+    found = found_of(*(make(e, 0.5, s) for e in (5, 1, 3) for s in (1, 2)))
+    (drawn,) = sweeps.sweeps(found.groups, found.keys, set())
+    line = drawn.figure.axes[0].lines[0]
+    assert np.allclose(line.get_xydata(), [[1, 6], [3, 8], [5, 10]]) and drawn.figure.axes[0].get_xlabel() == "epochs"
+    assert sweeps.grids(found.groups, found.keys) == ([], set())
+
+    found = found_of(*(make(e, r, 9) for e in (2, 1) for r in (0.4, 0.3, 0.2)))
+    (drawn,), used = sweeps.grids(found.groups, found.keys)
+    assert used == {"algorithm.epochs", "algorithm.rank"}
+    values = drawn.figure.axes[0].images[0].get_array()
+    assert np.allclose(values, [[3, 4], [4, 5], [5, 6]] if values.shape == (3, 2) else [[3, 4, 5], [4, 5, 6]])
+    assert sweeps.sweeps(found.groups, found.keys, used) == []
+
+
+def test_labels_are_as_near_to_their_curves_as_they_go_without_overlap():
+    ones = np.ones(3)
+    assert apart(np.array([2.0, 5.0, 9.0]), ones, 20).tolist() == [2, 5, 9]
+    assert apart(np.array([7.0, 7.0, 7.0]), ones, 20).tolist() == [6, 7, 8]
+    assert np.allclose(apart(np.array([5.0, 5.5, 9.0]), np.array([1.0, 3.0, 1.0]), 20), [4.25, 6.25, 9])
+    assert apart(np.array([0.0, 0.0, 9.0]), ones, 9).tolist() == [0.5, 1.5, 8.5]  # none beyond the rim
+    assert apart(np.array([0.0, 0.0, 1.0]), ones, 2).tolist() == [0.5, 1.5, 2.5]  # too many for the room
+
+
+# --- low-rank and personal parts
+
+
+def test_norm_and_effective_rank_are_those_of_the_product():
+    rng = np.random.default_rng(1)
+    B, A = rng.standard_normal((5, 3)), rng.standard_normal((3, 7))
+    s = np.linalg.svd(B @ A, compute_uv=False)
+    assert np.allclose(parts.measured(B, A), ((s**2).sum() ** 0.5, (s**2).sum() ** 2 / (s**4).sum()))
+    assert np.allclose(parts.measured(np.eye(5)[:, :3], 2 * np.eye(7)[:3]), (12**0.5, 3))
+    assert parts.measured(0 * B, A) == (0, 0)
+
+
+def test_alike_clients_become_neighbours():
+    kind = np.array([0, 1, 2, 0, 1, 2, 0])
+    similar = 0.1 + 0.8 * (kind[:, None] == kind) + 0.1 * np.eye(7)
+    order = parts.leaf_order(similar)
+    assert sorted(order) == list(range(7))
+    assert np.count_nonzero(np.diff(kind[order])) == 2
+
+
+def test_agreement_is_a_rank_correlation():
+    table = np.array([[1, 0.1, 0.2], [0.1, 1, 0.9], [0.2, 0.9, 1]])
+    same = parts.Alike((0, 1, 2), table, table**3, False)
+    assert parts.agreement(same) == pytest.approx(1)
+    assert np.isnan(parts.agreement(same._replace(labels=np.ones((3, 3)))))
+
+
+# --- runs that have trained
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with runs/a-1, a-2 (FedAvg), b-1 (Local), c-1, c-2 (FedLoRA), d-1 (FedIT) of 2 rounds."""
+    folder = tmp_path_factory.mktemp("trained")
+    names = {"a": "fedavg", "b": "local", "c": "fedlora", "d": "fedit"}
+    for run in ("a-1", "a-2", "b-1", "c-1", "c-2", "d-1"):
+        kind, seed = run.split("-")
+        asked = [
+            f"algorithm={names[kind]}",
+            f"seed={seed}",
+            f"data.partition.seed={seed}",
+            "participation=1.0",
+            "rounds=2",
+        ]
+        asked += (
+            ["algorithm.scale=official", "algorithm.rank_rule=official", "algorithm.linear_rank=2"]
+            if kind == "c"
+            else []
+        )
+        asked += ["algorithm.lora_ranks=[2, 1]", "algorithm.diagnose=true", "train.lr=0.005"] if kind == "d" else []
+        assert main(["run", str(TINY), f"output={folder / 'runs' / run}", *asked]) == 0
+    return folder
+
+
+def test_low_rank_parts_are_those_of_the_clients_models(trained):
+    run = open_run(trained / "runs/c-1")
+    found = parts.low_rank(run, parts.held(run, 10**9))
+    assert found.clients == tuple(range(CLIENTS))
+    for at in (0, 4):
+        view = run.client(at)
+        tau = view.algorithm.tau(view.network, view.variables.personal)
+        assert tuple(tau) == found.layers
+        norms = [float(value.norm()) for value in tau.values()]
+        assert np.allclose(found.norm[:, at], norms, rtol=1e-4) and min(norms) > 0
+        assert (found.effective_rank[:, at] <= found.given_rank[:, at] + 1e-6).all()
+
+
+def test_shared_factors_are_measured_as_each_client_gets_them(trained):
+    run = open_run(trained / "runs/d-1")
+    held = parts.held(run, 10**9)
+    found = parts.low_rank(run, held)
+    assert found.given_rank[:, :4].tolist() == [[2, 1, 2, 1]] * len(found.layers)
+    for at in (0, 1):
+        products = run.client(at).algorithm.products(run.client(at).variables.shared)
+        assert np.allclose(found.norm[:, at], [float(value.norm()) for value in products.values()], rtol=1e-4)
+    assert parts.alike(run, held) is None  # nothing is the clients' own
+
+
+def test_similarity_is_the_cosine_of_the_personal_parts(trained):
+    for name, centred in (("c-1", False), ("b-1", True)):
+        run = open_run(trained / "runs" / name)
+        found = parts.alike(run, parts.held(run, 10**9))
+        views = [run.client(client) for client in found.clients]
+        if centred:
+            rows = np.stack([np.concatenate([leaf.ravel() for leaf in view.personal.values()]) for view in views])
+            rows = rows - rows.mean(0)
+        else:
+            tau = [view.algorithm.tau(view.network, view.variables.personal) for view in views]
+            rows = np.stack([np.concatenate([value.numpy().ravel() for value in of.values()]) for of in tau])
+        rows /= np.linalg.norm(rows, axis=1)[:, None]
+        assert found.centred == centred and np.allclose(found.personal, rows @ rows.T, atol=1e-4)
+        mixes = np.stack([view.counts for view in views]).astype(float)
+        mixes /= np.linalg.norm(mixes, axis=1)[:, None]
+        assert np.allclose(found.labels, mixes @ mixes.T)
+
+
+def test_a_checkpoint_over_the_limit_is_not_read(trained):
+    run = open_run(trained / "runs/c-1")
+    assert parts.held(run, parts.size(run) - 1) is None
+
+
+def test_the_example_of_open_runs_is_true(trained, tmp_path, monkeypatch):
+    for name in ("a-1", "a-2", "b-1"):
+        shutil.copytree(trained / "runs" / name, tmp_path / "runs" / name)
+    (tmp_path / "runs/notes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert doctest.testmod(several) == (0, 7)
+
+
+def test_tables_of_runs_hold_each_run_whole(trained):
+    runs = open_runs(str(trained / "runs/**"))
+    assert list(runs) == [str(trained / "runs" / name) for name in ("a-1", "a-2", "b-1", "c-1", "c-2", "d-1")]
+    for path, run in runs.items():
+        mine = runs.rounds[runs.rounds["path"] == path]
+        assert mine["accuracy"].tolist() == run.rounds["accuracy"].tolist() and mine["round"].tolist() == [1, 2]
+        mine = runs.clients[runs.clients["path"] == path]
+        assert mine["accuracy"].tolist() == run.clients["accuracy"].tolist()
+    assert runs.settings["run"].tolist() == ["fedavg", "fedavg", "local", "fedlora", "fedlora", "fedit"]
+    assert runs.settings["seed"].tolist() == [1, 2, 1, 1, 2, 1]
+
+
+def test_a_pattern_without_runs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"\*: matches no run folder, one with a log.h5; give the `output` of runs"):
+        open_runs(tmp_path / "*")
+    with pytest.raises(ValueError, match="not a run folder"):
+        open_runs([tmp_path])
+
+
+# --- the page
+
+
+class Page(HTMLParser):
+    """What a page names, and its pictures."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.ids, self.links, self.sources, self.open = set(), set(), [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.add(tag)
+        self.ids.add(attrs.get("id"))
+        self.links += [attrs[name] for name in ("href", "action", "data", "srcset") if name in attrs]
+        self.sources += [attrs["src"]] if "src" in attrs else []
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def page(trained):
+    out = trained / "page"
+    assert main(["report", *sorted(map(str, (trained / "runs").iterdir())), "-o", str(out)]) == 0
+    return out
+
+
+FIGURES = {
+    "learning", "spread", "clients", "against", "bytes", "flops", "seconds", "loss", "drift", *curves.DIAGNOSIS,
+    "lowrank-2", "lowrank-3", "similarity-1", "similarity-2", "partition-1", "partition-2",
+}  # fmt: skip
+
+
+def test_a_page_names_nothing_outside_of_itself(page):
+    text = (page / "report.html").read_text()
+    read = Page(text)
+    assert not read.open and not read.tags & {"script", "link", "iframe", "object", "embed", "base"}
+    assert read.links and all(link.startswith("#") and link[1:] in read.ids for link in read.links)
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in read.sources)
+    assert not re.search(r"url\(|@import|https?:", text)
+    for source in read.sources:
+        picture = b64decode(source.partition(",")[2]).decode()
+        outside = re.findall(r'(?:href|src)="(?!#|data:image/png;base64)[^"]*"', picture)
+        assert outside == []
+
+
+def test_no_figure_is_empty(page):
+    from matplotlib.image import imread
+
+    files = {path.name for path in (page / "figures").iterdir()}
+    assert files == {f"{name}.{kind}" for name in FIGURES for kind in ("png", "pdf")}
+    for name in FIGURES:
+        pixels = imread(page / "figures" / f"{name}.png")[..., :3]
+        assert (pixels.min(-1) < 0.9).mean() > 0.005, name
+        assert (page / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    sources = Page((page / "report.html").read_text()).sources
+    assert len(sources) == len(FIGURES)
+    for source in sources:
+        picture = ET.fromstring(b64decode(source.partition(",")[2]))
+        drawn = [element for element in picture.iter() if element.tag.endswith(("path", "use", "image"))]
+        assert len(drawn) > 20
+
+
+def test_every_table_is_there_in_every_form(page):
+    names = ("accuracy", "settings", "against", "costs", "lowrank", "runs")
+    files = {path.name for path in (page / "tables").iterdir()}
+    assert files == {f"{name}.{kind}" for name in names for kind in ("csv", "md", "tex")} | {
+        "rounds.csv",
+        "clients.csv",
+    }
+    assert len((page / "tables/rounds.csv").read_text().splitlines()) == 1 + 6 * 2
+    assert len((page / "tables/clients.csv").read_text().splitlines()) == 1 + 6 * CLIENTS
+
+
+def test_a_report_again_is_the_same_and_leaves_nothing_of_the_one_before(page, trained, tmp_path, capsys):
+    out = tmp_path / "again"
+    shutil.copytree(page, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (out / "figures/mine.txt").write_text("kept")
+    assert main(["report", str(trained / "runs/b-1"), "-o", str(out)]) == 0
+    left = {path.stem for path in (out / "figures").iterdir()}
+    assert left == {"learning", "spread", "clients", "flops", "seconds", "loss", "similarity-1", "partition", "mine"}
+    capsys.readouterr()
+    assert main(["report", *sorted(map(str, (trained / "runs").iterdir())), "-o", str(out)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{out / 'report.html'}: {len(FIGURES)} figures and 6 tables of 6 runs, ")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.stem != "mine"} == before
+
+
+def test_a_page_is_the_same_whatever_the_users_settings_of_matplotlib(trained, tmp_path):
+    import matplotlib
+
+    with matplotlib.rc_context({"font.size": 30}):
+        assert main(["report", str(trained / "runs/b-1"), "-o", str(tmp_path / "a")]) == 0
+        assert matplotlib.rcParams["font.size"] == 30
+    assert main(["report", str(trained / "runs/b-1"), "-o", str(tmp_path / "b")]) == 0
+    assert (tmp_path / "a/report.html").read_bytes() == (tmp_path / "b/report.html").read_bytes()
+
+
+def test_a_page_says_what_a_reader_must_know(tmp_path):
+    runs = [
+        logged(tmp_path / "a", [0.5] * 3, rounds=9),
+        logged(tmp_path / "b", [0.2] * 3, [0.4] * 3, rounds=9, seed=2),
+    ]
+    runs += [logged(tmp_path / "twin", [0.5] * 3, rounds=9), logged(tmp_path / "c", [0.75] * 3, algorithm="my:<Own>")]
+    with styled():
+        content = write.gathered(write.read(runs))
+    said = " ".join(content.notes)
+    assert "fedavg: its seeds are at different rounds (1, 2)" in said
+    assert f"Not done yet: {runs[0]} (1 of 9), {runs[1]} (2 of 9)." in said
+    assert f"{runs[2]} is left out: the same settings and seeds as {runs[0]}." in said
+    top = (
+        "Highest final accuracy, mean over clients: <Own> with 75.00 % (one seed), 30.00 points above fedavg, rounds"
+    )
+    text = write.html(content, {drawn.name: b"" for drawn in content.figures}, [])
+    assert write.summary(content.found.groups).startswith(top.partition(", rounds")[0])
+    assert "&lt;Own&gt;" in text and "<Own>" not in text
+
+
+def test_runs_of_which_no_round_was_evaluated_have_a_page(tmp_path, capsys):
+    assert main(["report", str(logged(tmp_path / "a", [np.nan] * 3)), "-o", str(tmp_path / "page")]) == 0
+    text = (tmp_path / "page/report.html").read_text()
+    assert "No round was evaluated yet." in text and "Training loss" in text and "Learning curves" not in text
+
+
+def refused(capsys, *line):
+    assert main(["report", *map(str, line)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    return err
+
+
+def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
+    run, out = logged(tmp_path / "a", [0.5] * 3), tmp_path / "out"
+    assert "/b: has no round yet; leave it out" in refused(capsys, run, logged(tmp_path / "b"), "-o", out)
+    assert "not a run folder" in refused(capsys, run, tmp_path, "-o", out)
+    assert "has other files and no report of ours; give a new folder" in refused(capsys, run, "-o", run)
+    out.mkdir()
+    assert "no run is left to report on" in refused(capsys, out, "-o", out)
+    out.rmdir()
+    assert "is a file; give a folder" in refused(capsys, run, "-o", run / "log.h5")
+    assert not out.exists()
+    (tmp_path / "forged").mkdir()
+    forged = '<meta name="fedlora-mpi" content="../a/log.h5 figures/../../a/log.h5 tables/x.csv">'
+    (tmp_path / "forged/report.html").write_text(forged)
+    with pytest.raises(ValueError, match="is not a plain file name"):
+        write._earlier(tmp_path / "forged")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install 'fedlora-mpi[analysis]'" in refused(capsys, run, "-o", out)
+
+
+def test_a_table_is_safe_in_every_form():
+    columns = [Column("a", "a_b / %"), Column("n", "n", percent, best=True)]
+    rows = [{"a": "x_1|<b>&", "n": Stat(0.5, 0.25)}, {"a": "y", "n": None}, {"a": "z", "n": Stat(0.125, np.nan)}]
+    table = Table("t", "T & co", "50 % <of> it.", columns, rows)
+    assert table.csv() == "a,n_mean,n_std\nx_1|<b>&,0.5,0.25\ny,,\nz,0.125,\n"
+    assert "| y | - |\n| z | 12.50 |" in table.markdown()
+    assert "| x_1\\|<b>& | **50.00 ± 25.00** |" in table.markdown()
+    assert r"x\_1|<b>\& & \textbf{50.00 $\pm$ 25.00} \\" in table.latex() and r"a\_b / \%" in table.latex()
+    assert "x_1|&lt;b&gt;&amp;" in table.html() and "<of>" not in table.html()
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium")
+def test_a_browser_opens_a_page_without_a_complaint(page, tmp_path):
+    flags = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}",
+        "--enable-logging=stderr",
+    ]
+    line = [BROWSER, *flags, "--virtual-time-budget=2000", "--dump-dom", Path(page / "report.html").as_uri()]
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and ended.stdout.count("<figure") == len(FIGURES)
+    assert not [said for said in ended.stderr.splitlines() if "CONSOLE" in said]
+
+
+def test_groups_know_the_selectors_of_the_config():
+    from fedlora_mpi import config
+
+    said = {f"{block}.{name}" for block, name in groups.SELECTORS.items()}
+    assert said == {f"{block}.{names[0]}" for block, names in config.SELECTORS.items()}
