@@ -97,11 +97,11 @@ def test_functions_are_equal_by_their_code_and_what_they_hold(a, b, equal):
     assert (compiled._known_as(a, []) == compiled._known_as(b, [])) is equal
 
 
-def test_another_layout_is_another_graph_and_too_many_are_computed_as_they_are(traced, monkeypatch):
+def test_another_layout_is_another_graph_and_the_oldest_goes(traced, monkeypatch):
     monkeypatch.setattr(compiled, "_AT_MOST", 2)
     cache = Compiled()
-    for size in (1, 2, 3, 1):
+    for size in (1, 2, 1, 3, 2, 1):
         x = torch.ones(size)
         cache.of(times(2.0), (times(2.0),), x)(torch.ones(size))
         assert x.tolist() == [3.0] * size
-    assert len(traced) == 2
+    assert len(traced) == 4  # the third took the place of the first

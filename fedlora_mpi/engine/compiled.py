@@ -17,7 +17,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-_AT_MOST = 32  # graphs of one place; a loss that is another one in every round is then computed as it is
+_AT_MOST = 64  # graphs that are kept; a loss that is another one in every round is compiled anew in every round
 
 
 def need_compiler() -> None:
@@ -31,8 +31,7 @@ class Compiled:
     """The compiled functions of a trainer; filled as steps are met."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple, Callable] = {}
-        self._held: list[Any] = []  # what keys know by its id lives on
+        self._known: dict[tuple, tuple[Callable, list[Any]]] = {}  # with what the key knows by its id, so that it lives on
 
     def of(self, step: Callable, told: tuple, *fixed: Any) -> Callable:
         """``step(*fixed, ...)`` as a function of what is left, which may write to the tensors in ``fixed``.
@@ -47,12 +46,11 @@ class Compiled:
             others, given = _split(more)
             key = own, layout, given
             if key not in self._known:
-                if len(self._known) >= _AT_MOST:
-                    return step(*fixed, *more)
-                self._held += held
-                self._known[key] = _made(step, (*fixed, *more), tensors + others)
+                if len(self._known) >= _AT_MOST:  # never the step as it is: its last bits would depend on the ranks
+                    del self._known[next(iter(self._known))]
+                self._known[key] = _made(step, (*fixed, *more), tensors + others), held
             with torch.no_grad():
-                return self._known[key](*tensors, *others)
+                return self._known[key][0](*tensors, *others)
 
         return play
 
