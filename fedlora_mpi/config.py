@@ -57,7 +57,9 @@ def resolved_dict(config: Config) -> dict[str, Any]:
     partition = config.data.partition
     kind = next(kind for kind, cls in KINDS.items() if type(partition) is cls)
     tree["data"] = blocks.plain(config.data.source) | {"partition": {"kind": kind} | blocks.plain(partition)}
-    if config.data.tasks:  # the digest of a config without stays what it was before there were tasks
+    if not config.engine.compile:  # the digest of a config without stays what it was before there was any
+        del tree["engine"]["compile"]
+    if config.data.tasks:  # likewise
         tree["data"]["tasks"] = blocks.plain(config.data.tasks)
     if config.data.source.text.tokenizer is None:  # and before a tokenizer could be given
         del tree["data"]["text"]["tokenizer"]
