@@ -31,7 +31,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Vars
-from ..finetuning import OneFactor
+from ..finetuning.one_factor import OneFactor
 from ..lowrank import is_factor
 from ..models.network import Model
 from ..seeds import key, uniform

@@ -29,7 +29,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Batch, Cohort, Vars
-from ..finetuning import Calibrated
+from ..finetuning.calibrated import Calibrated
 from ..models.network import Model
 from ..tree import Tree, prefixed, under
 

@@ -28,7 +28,7 @@ from torch import Generator, Tensor
 
 from ..algorithm import Vars
 from ..bounds import bounded
-from ..finetuning import Redistributed
+from ..finetuning.redistributed import Redistributed
 from ..models.network import Model
 from ..tree import Tree, prefixed, under
 

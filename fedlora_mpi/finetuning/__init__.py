@@ -18,11 +18,11 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from .algorithm import Algorithm, Cohort, Phase, Step, Train, Vars
-from .bounds import bounded
-from .lowrank import is_factor, kaiming, matching, sides
-from .models.network import Model
-from .tree import Tree, numel, prefixed, under
+from ..algorithm import Algorithm, Cohort, Phase, Step, Train, Vars
+from ..bounds import bounded
+from ..lowrank import is_factor, kaiming, matching, sides
+from ..models.network import Model
+from ..tree import Tree, prefixed, under
 
 Role = Literal["head", "norm"]
 _TOLD = ("effective_clients", "lora_truncation", "lora_bias", "lora_update_bias")
@@ -255,136 +255,3 @@ class FineTuning(Algorithm):
 def dense(tree: Tree) -> Tree:
     """{weight: its W} of all that there are."""
     return {n.removesuffix(".W"): v for n, v in tree.items() if n.endswith(".W")}
-
-
-@dataclass(frozen=True)
-class Calibrated(FineTuning):
-    """Factors are averaged, and what their mean product has beside is added to the frozen weights of everybody:
-
-        W  <-  W + R      R = sum_k p_k s B_k A_k - s B A = sum_k p_k s (B_k - B) (A_k - A)
-
-    so that W + s B A moves by the mean of what was trained. The last form has k terms of rank r whose left factors
-    are p_k (B_k - B), together zero: R of k clients has at most rank (k - 1) r.
-
-    ``downlink``: R travels as a matrix (dense), or as k - 1 pairs of factors (factored). It changes what a round
-    counts as received, no variable.
-
-    Shared leaves: "<weight>.W", "last.clients" [].
-    """
-
-    downlink: Literal["dense", "factored"] = "dense"
-
-    def init(self, model: Model, rng: Generator) -> Vars:
-        shared, personal = super().init(model, rng)[:2]
-        W = {f"{n}.W": torch.zeros(*size) for n, size in self.adapted(model).items()}
-        return Vars(shared | W | {"last.clients": torch.tensor(0.0)}, personal)
-
-    def received(self, shared: Tree) -> Tensor | int:
-        return numel({n: v for n, v in self.download(shared).items() if not n.endswith(".W")}) + self.residual(shared)
-
-    def residual(self, shared: Tree) -> Tensor | int:
-        """How many numbers the R of the last round comes to; none before round 1."""
-        clients, total = shared["last.clients"].long(), 0
-        for name, W in dense(shared).items():
-            factored = (clients - 1).clamp(min=0) * len(shared[f"{name}.A"]) * sum(W.shape)
-            total += (clients > 0) * W.numel() if self.downlink == "dense" else factored
-        return total
-
-    def term(self, upload: Tree, shared: Tree) -> Tree:
-        return super().term(upload, shared) | {f"{n}.W": p for n, p in self.products(upload).items()}
-
-    def counted(self, upload: Tree) -> dict[str, int]:
-        return {"clients": 1}
-
-    def aggregate(self, shared: Tree, mean: Tree) -> Tree:
-        of_means = self.products(mean)
-        return mean | {f"{n}.W": W + mean[f"{n}.W"] - of_means[n] for n, W in dense(shared).items()}
-
-
-@dataclass(frozen=True)
-class Redistributed(FineTuning):
-    """The server keeps a dense update W of every decomposed weight and hands out W^r, its best approximation of
-    each client's rank r: of W = U S V', B = U_r S_r / s_k and A = V_r', all singular values on B.
-
-    ``scale``: s_k = alpha / r_k (rank), alpha / sqrt(r_k) (root) or alpha / R (common).
-
-    Shared leaves: "<weight>.W", and the factors A = V_R', B = W V_R without a scale. Where W has a lower rank, A has
-    orthonormal rows in directions that W has not and B is zero: no component is dead. Before round 1 W = 0 has no
-    direction, and A is random.
-    """
-
-    scale: Literal["rank", "root", "common"] = "rank"
-
-    def scale_of(self, lora_rank: int) -> float:
-        return self.s if self.scale == "common" else self.alpha / self._over(lora_rank)
-
-    def init(self, model: Model, rng: Generator) -> Vars:
-        shared, personal = super().init(model, rng)[:2]
-        return Vars(shared | {f"{n}.W": torch.zeros(*size) for n, size in self.adapted(model).items()}, personal)
-
-    def download(self, shared: Tree) -> Tree:
-        own = super().download({n: v for n, v in shared.items() if not n.endswith(".W")})
-        return {n: v / self.s if n.endswith(".B") else v for n, v in own.items()}
-
-    def delta(self, shared: Tree) -> Tree:
-        """A client's s B A; what the server has is W itself."""
-        return dense(shared) or super().delta(shared)
-
-    def term(self, upload: Tree, shared: Tree) -> Tree:
-        return {f"{n}.W": p for n, p in self.products(upload).items()}
-
-    def decomposed(self, shared: Tree) -> dict[str, tuple[Tensor, int]]:
-        return {n: (shared[f"{n}.W"], len(shared[f"{n}.A"])) for n in self.delta(shared)}
-
-    def handed_out(self, shared: Tree, right: Tree) -> Tree:
-        return shared | {f"{n}.A": V for n, V in right.items()} | {f"{n}.B": shared[f"{n}.W"] @ V.T for n, V in right.items()}
-
-
-@dataclass(frozen=True)
-class OneFactor(FineTuning):
-    """In a round one factor trains; the other is the same for all clients, and no weight decay moves it. So the mean
-    is exact, sum_k p_k B_k A = (sum_k p_k B_k) A, and zeros in place of components that a client lacks change nothing.
-
-    Sent are the round's factor and what is trained in full; received the factor of the round before, none in round 1,
-    since the first ones follow from a seed. A further shared leaf: "turn.round", rounds done.
-    """
-
-    @property
-    def turns(self) -> tuple[Literal["A", "B"], ...]:
-        """Which factor trains, round after round, and then from the first again."""
-        return ("B",)
-
-    def active(self, round_: int) -> str:
-        """How the names of the factors end that train in round ``round_`` (from 0)."""
-        return f".{self.turns[round_ % len(self.turns)]}"
-
-    def init(self, model: Model, rng: Generator) -> Vars:
-        shared, personal = super().init(model, rng)[:2]
-        return Vars(shared | {"turn.round": torch.tensor(0.0)}, personal)
-
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        active = self.active(round_)
-        trains = lambda leaf: leaf.endswith(active) or self.is_full(model, leaf)
-        return (Phase(train.epochs, (Step(self.loss(model), trains),)),)
-
-    def upload(self, start: Vars, end: Vars) -> Tree:
-        """The leaves that train in any round: its layout is the same in all."""
-        stays = lambda n: n.startswith("turn.") or is_factor(n) and n[-1] not in self.turns
-        return {n: v for n, v in super().upload(start, end).items() if not stays(n)}
-
-    def sent(self, start: Vars, end: Vars) -> int:
-        return self.numbers(self.upload(start, end), int(start.shared["turn.round"]))
-
-    def received(self, shared: Tree) -> int:
-        return self.numbers(self.download(shared), int(shared["turn.round"]) - 1)
-
-    def numbers(self, tree: Tree, round_: int) -> int:
-        """How many numbers of ``tree`` tell what round ``round_`` has trained; -1: before round 1."""
-        own = lambda n: n.endswith((".A", ".B", ".W")) or n.startswith(("turn.", "told."))
-        told = lambda n: n.endswith(self.active(round_)) and round_ >= 0 or not own(n)
-        return numel({n: v for n, v in tree.items() if told(n)})
-
-    def aggregate(self, shared: Tree, mean: Tree) -> Tree:
-        """The mean of the round's factor; of the other the server has the bits."""
-        active = self.active(int(shared["turn.round"]))
-        return {n: v for n, v in mean.items() if n.endswith(active)} | {"turn.round": shared["turn.round"] + 1}
