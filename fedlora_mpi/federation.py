@@ -128,10 +128,11 @@ class Run:
         able = [client for client in draw if sizes[client]]
         return cohort(len(able), self.participation, able)
 
-    def stacks(self, clients: Iterable[int]) -> list[list[int]]:
-        """Clients of a group in the order in which a ``Trainer`` takes them, in equal parts of up to ``group_size``."""
+    def stacks(self, clients: Iterable[int], at_once: int = 1) -> list[list[int]]:
+        """Clients of a group in the order in which a ``Trainer`` takes them, in equal parts of up to ``group_size``, or
+        ``at_once`` where that is more."""
         order = sorted(clients, key=lambda client: -self.sizes[client])  # equal ones as the group has them
-        parts = -(-len(order) // self.group_size)
+        parts = -(-len(order) // max(self.group_size, at_once))
         return [order[len(order) * i // parts : len(order) * (i + 1) // parts] for i in range(parts)]
 
 

@@ -210,10 +210,12 @@ def _evaluate(run: Run, state: State, trained: dict[int, Tensor]) -> dict[str, n
     test sample of the classes so far: NaN at both.
     """
     table = np.zeros((len(run.weight_N), 4))
-    for members in (members for group in run.here() for members in run.stacks(group)):
-        trainer, rows_C = run.kinds[run.kind_of[members[0]]].trainer, _rows(run, state.personal, members)
-        table[members, :2] = trainer.evaluate(members, state.shared, rows_C, state.round).numpy()
-        table[members, 2:] = [trained[c].tolist() if c in trained else (np.nan, np.nan) for c in members]
+    for group in run.here():
+        trainer = run.kinds[run.kind_of[group[0]]].trainer
+        for members in run.stacks(group, trainer.judged_at_once(group, state.round)):
+            rows_C = _rows(run, state.personal, members)
+            table[members, :2] = trainer.evaluate(members, state.shared, rows_C, state.round).numpy()
+            table[members, 2:] = [trained[c].tolist() if c in trained else (np.nan, np.nan) for c in members]
     run.comm.sum(table)  # each row is set by one rank, so no rounding
     received, after = table[:, :2], table[:, 2:]
     judged = received

@@ -5,6 +5,7 @@ loop calls them as they are. Everything else is the same code, so both do the sa
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,10 +15,12 @@ from torch.func import vmap
 
 from ..algorithm import Algorithm, Batch, Loss, Phase, Sgd, Step, Train, Vars
 from ..models.network import Model
+from ..models.pooling import Pooling
 from ..tree import Tree, tmap
 from .compiled import Compiled
 
 _TEST_BATCH = 1000  # test samples in one forward pass, over all clients of a stack
+_JUDGED = 100  # clients of the largest stack that is evaluated, for each has a copy of its weights
 
 
 class Trained(NamedTuple):
@@ -83,6 +86,16 @@ class Trainer:
                 scores.append(self._scores(ids, v, shared_axis=None))
         return torch.cat(scores) if scores else torch.zeros(0, 2, dtype=torch.float64)
 
+    def judged_at_once(self, clients: Sequence[int], round_: int) -> int:
+        """Clients in a stack of ``evaluate``: more than train together where they have few test samples."""
+        if not self.stacked or self.algorithm.tune(self.model, self.settings, round_):
+            return 1
+        return min(_JUDGED, _TEST_BATCH // max(1, *map(self.feed.test_size, clients)))
+
+    def pooling(self) -> AbstractContextManager:
+        """What a forward pass runs under."""
+        return Pooling() if self.stacked and self.device.type == "cpu" else nullcontext()
+
     def _together(self, count: int) -> list[Sequence[int]]:
         """Which of ``count`` clients compute at once: all in a stack, or each alone."""
         return [range(count)] if self.stacked else [[c] for c in range(count)]
@@ -93,7 +106,8 @@ class Trainer:
         model = self.model.evaluating()
 
         def one(shared: Tree, personal: Tree, x: Tensor, y: Tensor) -> Tensor:
-            logits = self.algorithm.logits(model, Vars(shared, personal), x)
+            with self.pooling():
+                logits = self.algorithm.logits(model, Vars(shared, personal), x)
             loss = torch.nn.functional.cross_entropy(logits, y, reduction="none")
             return torch.stack([(logits.argmax(1) == y).double(), loss.double()], 1)  # [B, 2]
 
@@ -281,7 +295,7 @@ class Walk:
         model = self._trainer.model
 
         def one(now: Vars, start: Vars, *batch: Tensor | None) -> Tensor:
-            with model.prepared(batch := Batch(*batch)):
+            with self._trainer.pooling(), model.prepared(batch := Batch(*batch)):
                 return loss(now, start, batch)
 
         if not self._trainer.stacked:
