@@ -1,14 +1,16 @@
 """The parts of a run from its config, equal on every rank."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from . import config as configs
-from .algorithm import Algorithm, Vars
+from .algorithm import Algorithm, Train, Vars
 from .comm import Comm, together
 from .config import Config
 from .data.datasets import Data, load
@@ -17,7 +19,9 @@ from .data.partition import Split
 from .data.texts import Vocabulary
 from .engine.compiled import Compiled, need_compiler
 from .engine.device import bind, decide, keep_memory
+from .engine.settings import Engine
 from .engine.train import Trainer
+from .engine.trial import Tried, fastest, measured, told
 from .federation import Kind, Run
 from .layout import Layout
 from .mixing import Mixing
@@ -54,7 +58,9 @@ def build(config: Config, source: str, comm: Comm) -> Built:
     worker = comm.local_rank - workers[0] if comm.rank in workers else None
     device = together(comm, lambda: bind(config.engine, worker))
     config = together(comm, lambda: _same_device(config, comm, workers, device))
-    return together(comm, lambda: _build(config, source, comm, workers, device))
+    parts = together(comm, lambda: _parts(config, source, comm.rank in workers, device))
+    engine = _engine(parts, config, comm, workers)
+    return together(comm, lambda: _build(parts, replace(config, engine=engine), source, comm, workers))
 
 
 def hosts(config: Config, size: int) -> range:
@@ -88,12 +94,16 @@ def split_data(config: Config, source: str, data: Data) -> Split:
         return config.data.partition.split(data.train.y.numpy(), data.test.y.numpy(), data.classes)
 
 
-def decided(config: Config, models: Sequence[Model], device: str) -> Config:
-    """The config with the engine's path and group size decided, by the largest network."""
+def decided(config: Config, models: Sequence[Model], device: str) -> Engine:
+    """The engine with its path and group size decided by rule, for the largest network."""
     largest = max(models, key=lambda model: model.flops)
-    cohort = max(1, round(config.participation * config.data.partition.clients))
-    path, size = decide(config.engine, device, largest, config.train.batch_size, cohort)
-    return replace(config, engine=replace(config.engine, device=device, path=path, group_size=size))
+    path, size = decide(config.engine, device, largest, config.train.batch_size, _cohort(config))
+    return replace(config.engine, device=device, path=path, group_size=size)
+
+
+def _cohort(config: Config) -> int:
+    """Clients of a round, about."""
+    return max(1, round(config.participation * config.data.partition.clients))
 
 
 @contextmanager
@@ -121,36 +131,88 @@ def _same_device(config: Config, comm: Comm, workers: Sequence[int], device: tor
     return replace(config, engine=replace(config.engine, device="cuda" if with_gpu.any() else "cpu"))
 
 
-def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], device: torch.device) -> Built:
+class _Parts(NamedTuple):
+    """What a run is made of, whatever its engine."""
+
+    data: Data
+    models: tuple[Model, ...]
+    split: Split
+    feed: Feed | None  # a server that hosts nobody keeps no images
+    variants: Sequence[tuple[int, Algorithm]]  # the kinds of clients: number of the network, the method
+    kind_of: tuple[int, ...]  # of each client
+    firsts: Sequence[Vars]  # of each kind
+    device: torch.device
+
+    def kinds(self, train: Train, engine: Engine) -> tuple[Kind, ...]:
+        """The kinds of clients as an engine trains them."""
+        prefixes = [f"kind-{number}/" for number in range(len(self.variants))] if len(self.variants) > 1 else [""]
+        networks, stacked = [model.to(self.device) for model in self.models], engine.path == "stack"
+        compiled = Compiled if engine.compile else lambda: None
+        return tuple(
+            Kind(Trainer(variant, networks[at], train, self.feed, self.device, stacked, compiled()), first, prefix, at)
+            for (at, variant), first, prefix in zip(self.variants, self.firsts, prefixes)
+        )
+
+    def tried(self, train: Train, engine: Engine) -> list[Tried]:
+        """For each network, the largest clients that an engine would train together."""
+        found = {}
+        for number, kind in enumerate(self.kinds(train, engine)):
+            alike = [client for client, of in enumerate(self.kind_of) if of == number]
+            largest = sorted(alike, key=lambda client: -len(self.split.train[client]))
+            together = engine.group_size if engine.path == "stack" else 1
+            found.setdefault(kind.network, (kind.trainer, kind.first, largest[:together]))
+        return list(found.values())
+
+
+def _parts(config: Config, source: str, hosting: bool, device: torch.device) -> _Parts:
+    """``hosting``: whether this rank trains clients."""
     data = load_data(config, source)
     models = load_models(config, source, data)
     split = split_data(config, source, data)
-    config = decided(config, models, config.engine.device)
-    feed = None  # a server that hosts nobody keeps no images
-    if comm.rank in workers:
+    feed = None
+    if hosting:
         with naming(source, "data"):
             feed = Feed(data, split, seed=config.seed, shift=config.data.source.shift, device=device, augment=True)
-    algorithm, sizes = config.algorithm, [len(indices) for indices in split.train]
     variants, kind_of = variants_of(config)
     with naming(source, "algorithm"):
         firsts = _begun(config, variants, models)
-    stacked = config.engine.path == "stack"
-    prefixes = [f"kind-{number}/" for number in range(len(variants))] if len(variants) > 1 else [""]
-    networks = [model.to(device) for model in models]
-    compiled = Compiled if config.engine.compile else lambda: None
     if config.engine.compile:
         with naming(source, "engine"):
             need_compiler()
-    kinds = tuple(
-        Kind(Trainer(variant, networks[network], config.train, feed, device, stacked, compiled()), first, prefix, network)
-        for (network, variant), first, prefix in zip(variants, firsts, prefixes)
-    )
-    width = config.engine.group_size * (int(1 / config.participation) if stacked else 1)
+    return _Parts(data, models, split, feed, variants, kind_of, firsts, device)
+
+
+def _engine(parts: _Parts, config: Config, comm: Comm, workers: Sequence[int]) -> Engine:
+    """The engine, with everything decided: by rule, or as the first worker has measured it for all."""
+    if config.engine.path != "measure":
+        return decided(config, parts.models, config.engine.device)
+
+    def measure() -> Engine | None:
+        if comm.rank != workers[0]:
+            return None
+        most = -(-_cohort(config) // max(2, len(workers)))  # so that every worker has something to do
+        samples = config.rounds * config.participation * config.train.epochs * sum(map(len, parts.split.train))
+        speeds = measured(config.engine, most, samples, lambda engine: parts.tried(config.train, engine))
+        print(told(speeds, best := fastest(speeds, samples)), file=sys.stderr, flush=True)
+        return best.engine
+
+    found, chosen = together(comm, measure), np.zeros(3, np.int64)
+    if found:
+        chosen[:] = found.path == "stack", found.group_size, found.compile
+    comm.sum(chosen)
+    path, size, compiled = chosen.tolist()
+    return replace(config.engine, path="stack" if path else "loop", group_size=size, compile=bool(compiled))
+
+
+def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequence[int]) -> Built:
+    data, split, kind_of = parts.data, parts.split, parts.kind_of
+    algorithm, sizes = config.algorithm, [len(indices) for indices in split.train]
+    kinds = parts.kinds(config.train, config.engine)
+    width = config.engine.group_size * (int(1 / config.participation) if config.engine.path == "stack" else 1)
     grouped = groups(sizes, width, kind_of)
     costs = tuple(float(sum(sizes[c] for c in group) * kinds[kind_of[group[0]]].trainer.model.flops) for group in grouped)
     host = assign(costs, workers)
     rank_of = {c: rank for group, rank in zip(grouped, host) for c in group}
-    first = firsts[0]
     run = Run(
         algorithm=algorithm,
         kinds=kinds,
@@ -167,7 +229,7 @@ def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], devi
         reduce=config.reduce,
         upload=Layout.of(kinds[0].term),
         gathers=_gathers(config, algorithm, kinds, kind_of),
-        mixing=Mixing.of(algorithm, first, [rank_of[c] for c in range(len(sizes))], workers, config.mix),
+        mixing=Mixing.of(algorithm, kinds[0].first, [rank_of[c] for c in range(len(sizes))], workers, config.mix),
     )
     if tasks := config.data.tasks:
         with naming(source, "data"):

@@ -231,7 +231,9 @@ def _continued(config: Config, source: str, folder: Path) -> Config:
     Raises ValueError where that run had other settings.
     """
     recorded = _recorded(folder, ())
-    auto = [field.name for field in fields(config.engine) if getattr(config.engine, field.name) == "auto"]
+    auto = [field.name for field in fields(config.engine) if getattr(config.engine, field.name) in ("auto", "measure")]
+    if config.engine.path == "measure":
+        auto.append("compile")
     engine = replace(config.engine, **{name: getattr(recorded.engine, name) for name in auto})
     config = replace(config, engine=engine, output=str(folder))
     if configs.digest(config) != configs.digest(recorded):

@@ -20,10 +20,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 _AT_MOST = 64  # graphs that are kept; a loss that is another one in every round is compiled anew in every round
 
 
+def compiler() -> str | None:
+    """The C++ compiler, which torch needs on a CPU; None where there is none."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
 def need_compiler() -> None:
-    """Raise ValueError where there is no C++ compiler, which torch needs on a CPU."""
-    name = os.environ.get("CXX", "g++")
-    if shutil.which(name) is None:
+    """Raise ValueError where there is no C++ compiler."""
+    if compiler() is None:
+        name = os.environ.get("CXX", "g++")
         raise ValueError(f"compile = true: there is no C++ compiler {name}; install one, set CXX, or compile: false")
 
 

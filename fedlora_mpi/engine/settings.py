@@ -10,12 +10,15 @@ from ..bounds import bounded
 class Engine:
     """``auto`` is decided once at the start of a run and kept on resume, for it changes rounding.
 
+    path: one by one (``loop``) or in a stack; ``auto`` follows a rule that knows only the workload, so that the same
+    config always gives the same bits, ``measure`` tries both and several sizes at the start and takes the fastest.
+
     group_size: clients trained together; threads: CPU threads of a worker; compile: let torch compile the steps of
     full batches, which takes up to a minute for each size of a stack at the start of every process.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    path: Literal["auto", "loop", "stack"] = "auto"
+    path: Literal["auto", "measure", "loop", "stack"] = "auto"
     group_size: int | Literal["auto"] = "auto"
     threads: int = 1
     compile: bool = False

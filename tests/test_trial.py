@@ -1,0 +1,92 @@
+"""``engine.path: measure``: what is compared, who wins, and that all ranks and a resume follow."""
+
+from dataclasses import replace
+
+import pytest
+from runs import TINY, built, on_ranks, tiny
+
+from fedlora_mpi import build as building
+from fedlora_mpi import cli
+from fedlora_mpi import config as configs
+from fedlora_mpi.engine import trial
+from fedlora_mpi.engine.settings import Engine
+from fedlora_mpi.engine.trial import Speed, candidates, fastest, measured, speed
+
+MEASURE = Engine(device="cpu", path="measure")
+loop, stack = (lambda: Engine(path="loop", group_size=1)), (lambda size: Engine(path="stack", group_size=size))
+
+
+@pytest.mark.parametrize(
+    "size, most, expected",
+    [
+        ("auto", 100, [("loop", 1), ("stack", 10), ("stack", 25), ("stack", 50)]),
+        ("auto", 25, [("loop", 1), ("stack", 10), ("stack", 25)]),
+        ("auto", 3, [("loop", 1), ("stack", 3)]),
+        ("auto", 1, [("loop", 1)]),
+        (7, 3, [("loop", 7), ("stack", 7)]),
+    ],
+)
+def test_what_is_compared(size, most, expected):
+    found = candidates(replace(MEASURE, group_size=size), most)
+    assert [(engine.path, engine.group_size) for engine in found] == expected
+
+
+def test_the_fastest_wins_and_compiling_counts_twice():
+    compiled = Speed(replace(loop(), compile=True), 0.5, start=10.0)
+    assert fastest([Speed(loop(), 1.0, 99.0), Speed(stack(4), 0.9, 99.0)], 10).engine == stack(4)
+    assert fastest([Speed(loop(), 1.0), Speed(stack(4), 1.0)], 10).engine == loop()
+    assert fastest([Speed(loop(), 1.0), compiled], 39).engine == loop()  # 39 s against 19.5 + 20
+    assert fastest([Speed(loop(), 1.0), compiled], 41).engine == compiled.engine
+
+
+@pytest.mark.parametrize("samples, there, tried", [(3600, True, False), (3601, True, True), (3601, False, False)])
+def test_compiling_is_tried_on_long_runs_alone(samples, there, tried, monkeypatch):
+    monkeypatch.setattr(trial, "speed", lambda engine, _: Speed(engine, 1.0 if engine.path == "stack" else 1.1))
+    monkeypatch.setattr(trial, "compiler", lambda: "g++" if there else None)
+    speeds = measured(MEASURE, 3, samples, lambda engine: [])
+    assert [s.engine.compile for s in speeds] == [False, False] + [True] * tried
+    assert not tried or speeds[-1].engine == replace(MEASURE, path="stack", group_size=3, compile=True)
+
+
+def test_a_trial_trains_copies_and_counts_samples(monkeypatch):
+    run = built().run
+    kind, asked = run.kinds[0], []
+    clients = run.stacks(run.groups[0])[0]
+    before = {n: v.clone() for n, v in (kind.first.shared | kind.first.personal).items()}
+    clock = iter([0, 5, 5, 7, 7, 10, 10, 13])  # the first of four repeats takes 5 s, the best 2
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: next(clock))
+    own = type(kind.trainer).train
+    monkeypatch.setattr(type(kind.trainer), "train", lambda self, ids, *rest: asked.append(ids) or own(self, ids, *rest))
+    found = speed(stack(2), [(kind.trainer, kind.first, clients)])
+    samples = sum(min(16, run.sizes[c]) for c in clients) * 3  # two batches of 8, three epochs
+    assert (found.sample, found.start, asked) == (2 / samples, 3, [clients] * 4)
+    assert all((v == before[n]).all() for n, v in (kind.first.shared | kind.first.personal).items())
+
+
+@pytest.mark.parametrize("winner", ["loop", "stack"])
+def test_the_first_worker_measures_and_all_ranks_follow(winner, monkeypatch, capsys):
+    measuring = []
+
+    def fake(engine, tried):
+        measuring.append([len(clients) for _, _, clients in tried])
+        return Speed(engine, 1.0 if engine.path == winner else 2.0)
+
+    monkeypatch.setattr(trial, "speed", fake)
+    config = replace(tiny("engine.path=measure", "engine.group_size=auto"))
+    engines = on_ranks(3, lambda comm: building.build(config, str(TINY), comm).config.engine)
+    assert measuring == [[1], [2]]  # 4 clients a round, two workers
+    assert {(e.path, e.group_size) for e in engines} == {("loop", 1) if winner == "loop" else ("stack", 2)}
+    said = capsys.readouterr().err
+    assert said.count("engine.path = measure: client samples per second: loop 1; stacks of 2 0; taken:"
+                      if winner == "loop" else "loop 0; stacks of 2 1; taken: stacks of 2") == 1
+
+
+def test_a_resume_keeps_what_was_measured(tmp_path, monkeypatch):
+    asked = ["engine.path=measure", "engine.group_size=auto", f"output={tmp_path / 'run'}"]
+    monkeypatch.setattr(trial, "speed", lambda engine, _: Speed(engine, 1.0 if engine.path == "stack" else 2.0))
+    assert cli.main(["run", str(TINY), *asked, "rounds=1"]) == 0
+    recorded = (tmp_path / "run/config.yaml").read_text()
+    assert configs.read(tmp_path / "run/config.yaml").engine == Engine("cpu", "stack", 2)
+    monkeypatch.setattr(trial, "speed", lambda *_: pytest.fail("measured again"))
+    assert cli.main(["run", str(TINY), *asked, "rounds=2", "--resume"]) == 0
+    assert (tmp_path / "run/config.yaml").read_text() == recorded.replace("rounds: 1", "rounds: 2")
