@@ -129,7 +129,8 @@ def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], devi
     feed = None  # a server that hosts nobody keeps no images
     if comm.rank in workers:
         with naming(source, "data"):
-            feed = Feed(data, split, seed=config.seed, shift=config.data.source.shift, device=device, augment=True)
+            options = {"seed": config.seed, "shift": config.data.source.shift, "device": device}
+            feed = Feed(data, split, **options, augment=True, beat=comm.pulse.beat)
     algorithm, sizes = config.algorithm, [len(indices) for indices in split.train]
     variants, kind_of = variants_of(config)
     with naming(source, "algorithm"):
@@ -167,6 +168,7 @@ def _build(config: Config, source: str, comm: Comm, workers: Sequence[int], devi
         reduce=config.reduce,
         upload=Layout.of(kinds[0].term),
         gathers=_gathers(config, algorithm, kinds, kind_of),
+        skips=config.faults.non_finite == "skip",
         mixing=Mixing.of(algorithm, first, [rank_of[c] for c in range(len(sizes))], workers, config.mix),
     )
     if tasks := config.data.tasks:
