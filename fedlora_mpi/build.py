@@ -1,7 +1,7 @@
 """The parts of a run from its config, equal on every rank."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -58,7 +58,7 @@ def build(config: Config, source: str, comm: Comm) -> Built:
     worker = comm.local_rank - workers[0] if comm.rank in workers else None
     device = together(comm, lambda: bind(config.engine, worker))
     config = together(comm, lambda: _same_device(config, comm, workers, device))
-    parts = together(comm, lambda: _parts(config, source, comm.rank in workers, device))
+    parts = together(comm, lambda: _parts(config, source, comm.rank in workers, device, comm.pulse.beat))
     engine = _engine(parts, config, comm, workers)
     return together(comm, lambda: _build(parts, replace(config, engine=engine), source, comm, workers))
 
@@ -164,15 +164,18 @@ class _Parts(NamedTuple):
         return list(found.values())
 
 
-def _parts(config: Config, source: str, hosting: bool, device: torch.device) -> _Parts:
-    """``hosting``: whether this rank trains clients."""
+def _parts(
+    config: Config, source: str, hosting: bool, device: torch.device, beat: Callable[[], None]
+) -> _Parts:
+    """``hosting``: whether this rank trains clients; ``beat``: see ``Feed``."""
     data = load_data(config, source)
     models = load_models(config, source, data)
     split = split_data(config, source, data)
     feed = None
     if hosting:
         with naming(source, "data"):
-            feed = Feed(data, split, seed=config.seed, shift=config.data.source.shift, device=device, augment=True)
+            options = {"seed": config.seed, "shift": config.data.source.shift, "device": device}
+            feed = Feed(data, split, **options, augment=True, beat=beat)
     variants, kind_of = variants_of(config)
     with naming(source, "algorithm"):
         firsts = _begun(config, variants, models)
@@ -229,6 +232,7 @@ def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequ
         reduce=config.reduce,
         upload=Layout.of(kinds[0].term),
         gathers=_gathers(config, algorithm, kinds, kind_of),
+        skips=config.faults.non_finite == "skip",
         mixing=Mixing.of(algorithm, kinds[0].first, [rank_of[c] for c in range(len(sizes))], workers, config.mix),
     )
     if tasks := config.data.tasks:

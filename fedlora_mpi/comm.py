@@ -9,10 +9,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import numpy as np
+
+from .pulse import Pulse
 
 T = TypeVar("T")
 _LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MV2_COMM_WORLD_SIZE")
@@ -22,8 +25,12 @@ _TEXT = 2000  # bytes of an error message that travel
 class Solo:
     """One process: every verb is the identity."""
 
-    rank, size, local_rank, local_size = 0, 1, 0, 1
+    rank, size, local_rank, local_size, members = 0, 1, 0, 1, (0,)
+    tolerant = False
     moved = 0
+
+    def __init__(self) -> None:
+        self.pulse = Pulse()
 
     def sum(self, buffer: np.ndarray) -> None:
         """Replace ``buffer`` by its sum over ranks, on every rank."""
@@ -50,49 +57,123 @@ class Solo:
         os._exit(1)
 
 
-class Mpi:
-    """The ranks of MPI_COMM_WORLD.
+class Lost(Exception):
+    """A rank has died, so a message will never be complete: the same end for all that still wait for one.
 
-    Waits poll with sleeps that double up to 2 ms: a blocking wait would spin a whole core, and a
-    server waits most of the time. ``moved`` counts the bytes this rank handed to MPI.
+    agreed: whether the other ranks know, as they do after ``Mpi.agree``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, comm: "Mpi", agreed: bool = False) -> None:
+        super().__init__("another rank has died")
+        self.comm, self.agreed = comm, agreed
+
+    def left(self) -> "Mpi":
+        """The ranks that are left, in their order; each of them calls it."""
+        return self.comm.without_the_dead(self.agreed)
+
+
+class Mail:
+    """Messages on their way, the first of them perhaps to this rank; ``buffers`` are MPI's until all is through."""
+
+    def __init__(self, comm: "Mpi", *buffers: np.ndarray) -> None:
+        self.comm, self.buffers = comm, buffers
+        self.requests: list = []
+        self.done: list[bool] = []
+
+    def through(self) -> bool:
+        """Whether all is done; looks without waiting, which also moves it on. Raises Lost."""
+        return self.comm.through(self)
+
+    def arrive(self) -> None:
+        """Wait until all is done, in steps that leave the core to others. Raises Lost."""
+        with self.comm.pulse.waiting():
+            pause = 2e-5
+            while not self.through():
+                time.sleep(pause)
+                pause = min(2 * pause, 2e-3)
+
+    def arrived(self) -> bool:
+        """Whether the first message is here, whole, even if a rank has died since."""
+        return self.comm.arrived(self)
+
+
+class Mpi:
+    """The ranks of a communicator, at first MPI_COMM_WORLD.
+
+    Waits poll with sleeps that double up to 2 ms: a blocking wait would spin a whole core, and a
+    server waits most of the time. ``moved`` counts the bytes this rank handed to MPI. ``members``: the number of
+    each rank in MPI_COMM_WORLD; ``tolerant``: whether the launcher lets ranks go on when one dies.
+
+    Every verb raises Lost when a rank is dead. The first to notice revokes the communicator, so that no rank waits for
+    ever. Then all that are left meet in ``agree`` exactly once, and only then leave the dead behind.
+    """
+
+    def __init__(self, world=None, pulse: Pulse | None = None) -> None:
         from mpi4py import MPI
 
-        self._mpi, self._world = MPI, MPI.COMM_WORLD
+        self._mpi, self._world = MPI, MPI.COMM_WORLD if world is None else world
+        self.pulse = pulse or Pulse()
         self.rank, self.size = self._world.rank, self._world.size
+        self.members = tuple(self._world.group.Translate_ranks(range(self.size), MPI.COMM_WORLD.group))
+        self.tolerant = os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes")
         node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank, self.local_size = node.rank, node.size
         node.Free()
         self.moved = 0
+        self._open: dict = {}  # mail that is not through: MPI may write to it even when it was cut off
 
     def sum(self, buffer: np.ndarray) -> None:
         """Replace ``buffer`` by its sum over ranks, on every rank. Order-free for integers."""
         self.moved += buffer.nbytes
-        self._wait(self._world.Iallreduce(self._mpi.IN_PLACE, buffer))
+        self._do(lambda: self._world.Iallreduce(self._mpi.IN_PLACE, buffer), buffer)
 
     def broadcast(self, data: bytes) -> bytes:
         """Rank 0's bytes, on every rank."""
         size = np.array([len(data)], np.int64)
-        self._wait(self._world.Ibcast(size, root=0))
+        self._do(lambda: self._world.Ibcast(size, root=0), size)
         buffer = np.frombuffer(bytearray(data if self.rank == 0 else size[0]), np.uint8)
-        self._wait(self._world.Ibcast(buffer, root=0))
+        self._do(lambda: self._world.Ibcast(buffer, root=0), buffer)
         return buffer.tobytes()
 
     def gather(self, send: np.ndarray, counts: Sequence[int]) -> np.ndarray:
         """What all ranks sent, float32, in rank order, on every rank; ``counts``: numbers of each rank."""
         receive = np.empty(sum(counts), np.float32)
         self.moved += send.nbytes
-        self._wait(self._world.Iallgatherv(send, [receive, counts]))
+        self._do(lambda: self._world.Iallgatherv(send, [receive, counts]), send, receive)
         return receive
 
     def exchange(self, send: np.ndarray, counts: Sequence[int], arriving: Sequence[int]) -> np.ndarray:
         """What the other ranks sent to this one, float32, in rank order (see ``Solo``)."""
         receive = np.empty(sum(arriving), np.float32)
         self.moved += send.nbytes
-        self._wait(self._world.Ialltoallv([send, counts], [receive, arriving]))
+        self._do(lambda: self._world.Ialltoallv([send, counts], [receive, arriving]), send, receive)
         return receive
+
+    def post(self, send: np.ndarray, to: int, receive: np.ndarray, of: int) -> Mail:
+        """Begin to receive from one rank and to send to one; the arrays belong to MPI until the mail is through."""
+        mail, world = Mail(self, receive, send), self._world
+        self._begin(mail, lambda: world.Irecv(receive, source=of), lambda: world.Isend(send, dest=to))
+        return mail
+
+    def agree(self) -> None:
+        """Meet all ranks; return only if none of them is dead or has met a dead one, else raise Lost on all."""
+        if not self._agreed(True):
+            raise Lost(self, agreed=True)
+
+    def without_the_dead(self, agreed: bool) -> "Mpi":
+        """The ranks that are left; ``agreed``: whether this rank has met them already."""
+        if not agreed:
+            self._agreed(False)
+        comm, left = None, self._world.Shrink()
+        while comm is None:
+            try:
+                comm = Mpi(left, self.pulse)
+            except self._mpi.Exception:  # one more
+                left.Revoke()
+                _poll(left.Iagree(np.zeros(1, np.int32)), self._mpi.Exception)
+                left = left.Shrink()
+        comm._open[None] = self._open
+        return comm
 
     def abort(self) -> None:
         """End all ranks."""
@@ -100,11 +181,68 @@ class Mpi:
         sys.stderr.flush()
         self._world.Abort(1)
 
-    def _wait(self, request) -> None:
-        pause = 2e-5
+    def through(self, mail: Mail) -> bool:
+        """Whether the mail is through. Raises Lost."""
+        with self._surviving():
+            if self.tolerant and self._world.Is_revoked():
+                raise Lost(self)
+            requests, mail.requests = mail.requests, []  # one that has failed must not be asked again: it would say yes
+            for number, request in enumerate(requests):
+                mail.done[number] = mail.done[number] or request.Test()
+            mail.requests = requests
+        if all(mail.done):
+            self._open.pop(id(mail), None)
+        return all(mail.done)
+
+    def arrived(self, mail: Mail) -> bool:
+        """Whether the first message of the mail is here, also when the communicator is no longer of use."""
+        requests, mail.requests = mail.requests, []  # as in ``through``
+        if requests and not mail.done[0]:
+            with suppress(self._mpi.Exception):
+                mail.done[0] = requests[0].Test()
+        return mail.done[:1] == [True]
+
+    def _do(self, begin: Callable, *buffers: np.ndarray) -> None:
+        """Begin a message of all ranks and wait for it."""
+        mail = Mail(self, *buffers)
+        self._begin(mail, begin)
+        mail.arrive()
+
+    def _begin(self, mail: Mail, *begins: Callable) -> None:
+        self._open[id(mail)] = mail
+        with self._surviving():
+            for begin in begins:
+                mail.requests.append(begin())
+                mail.done.append(False)
+
+    def _agreed(self, well: bool) -> bool:
+        """Whether all ranks are alive and ``well``; the same answer on all."""
+        flag = np.array([well], np.int32)
+        with self.pulse.waiting():
+            whole = _poll(self._world.Iagree(flag), self._mpi.Exception)
+        return whole and bool(flag[0])
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """What MPI says of a dead rank becomes Lost, here and on all others."""
+        try:
+            yield
+        except self._mpi.Exception as error:
+            ends = (self._mpi.ERR_PROC_FAILED, self._mpi.ERR_PROC_FAILED_PENDING, self._mpi.ERR_REVOKED)
+            if error.Get_error_class() not in ends:
+                raise
+            self._world.Revoke()
+            raise Lost(self) from None
+
+
+def _poll(request, failure: type[Exception]) -> bool:
+    """Wait for a request; False when it ends by ``failure``."""
+    try:
         while not request.Test():
-            time.sleep(pause)
-            pause = min(2 * pause, 2e-3)
+            time.sleep(5e-4)
+    except failure:
+        return False
+    return True
 
 
 Comm = Solo | Mpi
@@ -150,9 +288,13 @@ def outlives() -> bool:
 
 
 class Everywhere(Exception):
-    """An end that every rank reaches at the same point, so each can leave by itself."""
+    """An end that every rank reaches at the same point, so each can leave by itself; ``speaker`` tells of it."""
 
     code = 1
+
+    def __init__(self, text: str, speaker: int = 0) -> None:
+        super().__init__(text)
+        self.speaker = speaker
 
 
 class Refused(Everywhere):
@@ -163,6 +305,10 @@ class Refused(Everywhere):
 
 class Fault(Everywhere):
     """Something that no configuration check could see, for instance a loss that is not finite."""
+
+
+class Orphaned(Fault):
+    """Rank 0 has died."""
 
 
 def together(comm: Comm, stage: Callable[[], T]) -> T:
@@ -192,13 +338,21 @@ def guarded(comm: Comm, main: Callable[[], int]) -> int:
     try:
         return main()
     except Everywhere as end:
-        if comm.rank == 0:
-            print(f"fedlora-mpi: {end}", file=sys.stderr, flush=True)
+        if comm.rank == end.speaker:
+            print(_said(end), file=sys.stderr, flush=True)
         return end.code
     except KeyboardInterrupt:
         return 130  # as a shell reports it; what the last checkpoint holds is safe
+    except Lost as lost:
+        print(_said(lost), file=sys.stderr, flush=True)
+        comm.abort()
     except Exception:
         print(f"[rank {comm.rank} of {comm.size}] stopped all ranks:", file=sys.stderr)
         traceback.print_exc()
         comm.abort()
     return 1
+
+
+def _said(error: Exception) -> str:
+    """One line, with the way out where one was noted."""
+    return "; ".join([f"fedlora-mpi: {error}", *getattr(error, "__notes__", ())])

@@ -22,12 +22,13 @@ from .algorithm import Algorithm
 from .blocks import ConfigError, Field, Origin
 from .data.datasets import Source
 from .data.partition import KINDS, Partition
-from .experiment import Config, DataBlock, ModelBlock, Network
+from .experiment import Config, DataBlock, Faults, ModelBlock, Network
 from .models import zoo
 
 # The keys of a choice block that say what its other keys mean.
 SELECTORS = {"data.partition": ("kind",), "model": ("name", "mix"), "algorithm": ("name",)}
-FREE_ON_RESUME = ("rounds", "output", "checkpoint", "data.root", "data.download", "server_hosts_clients", "mix", "uplink")
+FREE_ON_RESUME = ("rounds", "output", "checkpoint", "data.root", "data.download", "server_hosts_clients", "mix", "uplink",
+                  "faults.tolerate", "faults.timeout")
 COMMAND_LINE = "command line"
 _PLACEHOLDER = re.compile(r"\{(.*?)\}")
 
@@ -63,9 +64,17 @@ def resolved_dict(config: Config) -> dict[str, Any]:
         tree["data"]["tasks"] = blocks.plain(config.data.tasks)
     if config.data.source.text.tokenizer is None:  # and before a tokenizer could be given
         del tree["data"]["text"]["tokenizer"]
+    _drop_defaults(tree, "faults", blocks.plain(Faults()))  # likewise, key by key
     tree["model"] = _model_tree(config.model)
     tree["algorithm"] = {"name": algorithm_name(config.algorithm)} | blocks.plain(config.algorithm)
     return tree
+
+
+def _drop_defaults(tree: dict[str, Any], block: str, defaults: Mapping[str, Any]) -> None:
+    """Remove from a block what is as by default, and the block when nothing is left."""
+    tree[block] = {name: value for name, value in tree[block].items() if value != defaults[name]}
+    if not tree[block]:
+        del tree[block]
 
 
 def _model_tree(model: ModelBlock) -> dict[str, Any]:
@@ -90,7 +99,9 @@ def digest(config: Config) -> str:
     tree = resolved_dict(config)
     for key in FREE_ON_RESUME:
         block, _, name = key.rpartition(".")
-        del (tree[block] if block else tree)[name]
+        (tree.get(block, {}) if block else tree).pop(name, None)
+    if not tree.get("faults", True):
+        del tree["faults"]
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -98,6 +98,21 @@ class Checkpoint:
         bounded(self, every="[1, inf)", keep="[1, inf)")
 
 
+@dataclass(frozen=True)
+class Faults:
+    """The ``faults`` block: what to do about dead workers, hangs and numbers that are not finite.
+
+    timeout: seconds in which a rank must get on by a batch; 0 is for ever.
+    """
+
+    tolerate: bool = False
+    timeout: float = 600.0
+    non_finite: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        bounded(self, timeout="[0, inf)")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole experiment.
@@ -117,6 +132,7 @@ class Config:
     engine: Engine = Engine()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
+    faults: Faults = Faults()
     reduce: Literal["exact", "fast"] = "exact"
     mix: Literal["auto", "root", "spread"] = "auto"
     uplink: Literal["auto", "sum", "gather"] = "auto"

@@ -1,7 +1,7 @@
 """Who takes part in a run, on which rank, with what: all that is fixed, and all that changes."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -70,6 +70,8 @@ class Run:
     mixing: Mixing | None = None  # how per-client mixes are exchanged; None: the method has none
     by_task: tuple["Run", ...] = ()  # this run with what its clients hold in each task; empty: there are none
     task_rounds: int = 1  # of each task; the last one stays
+    skips: bool = False  # whether a client whose numbers are not finite is left out of its round; else it ends the run
+    journal: object | None = None  # a ``journal.Journal`` where the run is to outlive a rank
 
     @property
     def trainer(self) -> Trainer:
@@ -79,7 +81,7 @@ class Run:
     @cached_property
     def hosted(self) -> tuple[int, ...]:
         """The clients of this rank, kind after kind."""
-        return tuple(c for group in self.here() for c in group)
+        return self.clients_of(self.comm.rank)
 
     @cached_property
     def flops(self) -> tuple[Flops, ...]:
@@ -116,6 +118,14 @@ class Run:
     def here(self) -> Iterator[Group]:
         """The groups that this rank hosts."""
         return (group for group, rank in zip(self.groups, self.host) if rank == self.comm.rank)
+
+    def clients_of(self, rank: int) -> tuple[int, ...]:
+        """The clients that a rank hosts, kind after kind."""
+        return tuple(c for group, host in zip(self.groups, self.host) if host == rank for c in group)
+
+    def with_(self, **fields) -> "Run":
+        """This run, and what it is in each task, with other fields."""
+        return replace(self, **fields, by_task=tuple(replace(part, **fields) for part in self.by_task))
 
     def of_round(self, round_: int) -> "Run":
         """This run when its clients hold what they hold in a round (from 0): sizes, weights and feeds of the task."""

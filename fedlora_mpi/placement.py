@@ -21,16 +21,19 @@ def groups(sizes: Sequence[int], group_size: int, kind_of: Sequence[int] | None 
     return tuple(found)
 
 
-def assign(costs: Sequence[float], workers: Sequence[int]) -> tuple[int, ...]:
+def assign(
+    costs: Sequence[float], workers: Sequence[int], stays: Sequence[int | None] | None = None
+) -> tuple[int, ...]:
     """The worker of each group: the longest first, each to the least loaded worker (Graham 1969).
 
-    costs: expected seconds or any unit, one per group; workers: ranks.
+    costs: expected seconds or any unit, one per group; workers: ranks; stays: where a group is already, or None.
     """
-    load = dict.fromkeys(workers, 0.0)
-    host = [0] * len(costs)
+    host = list(stays or [None] * len(costs))
+    load = {w: sum(cost for cost, at in zip(costs, host) if at == w) for w in workers}
     for group in sorted(range(len(costs)), key=lambda g: (-costs[g], g)):
-        host[group] = min(load, key=lambda w: (load[w], w))
-        load[host[group]] += costs[group]
+        if host[group] is None:
+            host[group] = min(load, key=lambda w: (load[w], w))
+            load[host[group]] += costs[group]
     return tuple(host)
 
 

@@ -38,11 +38,13 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     Returns the next state, the row of the round (numbers) and the rows of the clients ([N] each),
     complete on every rank. ``stop``: this rank was asked to stop; the row says whether any was.
     ``drift`` of the row: how far the clients have trained the shared parameters apart, see ``_drift``.
-    Raises Fault on all ranks when a client's loss or upload is not finite.
+    A client whose loss or upload is not finite raises Fault on all ranks, or, where the run ``skips``, is left out:
+    its personal leaves stay, the mean and the mixes are those of the others; ``skipped`` of the row holds such ids.
     """
     clock = [time.perf_counter()]
     whole, run = run, run.of_round(state.round)
-    chosen = run.chosen(state.round)
+    chosen = drawn = run.chosen(state.round)
+    run.comm.pulse.at("the training", round_=state.round + 1)
     total, size = sum(run.weight_N[c] for c in chosen), run.upload.size
     message = SUMS[run.reduce](size + len(_METRICS))
     here = _packed(run, state.shared)
@@ -52,29 +54,36 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     own = [0.0, 0.0, len(learned.broken), stop, 0.0, sum(learned.sent)]
     message.add(torch.tensor(own, dtype=torch.float64), 1, at=size)
     travels = message.buffer[..., size:].copy() if run.gathers else message.buffer
+    run.comm.pulse.at("the exchange")
+    if run.journal:
+        run.journal.settle()
     run.comm.sum(travels)
+    if run.journal:
+        run.journal.settled()
     message.buffer[..., -travels.shape[-1] :] = travels
     loss, clients, broken, stops, spread, sent = message.total()[size:].tolist()
+    away = sum(run.weight_N) - total
     if broken:
-        _report(run, state.round, learned.broken)
+        chosen = drawn - _broken(run, state.round, learned.broken)
+        total = sum(run.weight_N[c] for c in chosen)
     if run.gathers:
         _add_others(run, state, chosen, learned.uploads, message)
     sums = message.total()
     if type(run.algorithm).sent is Algorithm.sent:
         sent = sum(run.layouts[run.kind_of[c]].size for c in chosen)  # exact, also where float32 has added up
     traffic = _bytes(run, state.shared, chosen, round(sent), travels.nbytes)
-    drift = _drift(run, here, sums[:size] / total, spread / total)
-    mean = _mean(run, state.shared, sums[:size], chosen, total)
-    _mix(run, state, learned.offers, chosen)
-    cohort = Cohort(len(chosen) / len(run.weight_N), total)
-    server, shared = run.algorithm.serve(state.server, state.shared, mean, cohort)
-    if matrices := run.algorithm.decomposed(shared):
-        shared = run.algorithm.handed_out(shared, right_vectors(run.comm, matrices))
-    state = State(state.round + 1, server, shared, state.personal)
+    drift, train_loss = float("nan"), float("nan")
+    if chosen:
+        drift, train_loss = _drift(run, here, sums[:size] / total, spread / total), loss / clients
+        mean = _mean(run, state.shared, sums[:size], total, away)
+        _mix(run, state, learned.offers, chosen)
+        state = _served(run, state, mean, Cohort(len(chosen) / len(run.weight_N), total))
+    state = state._replace(round=state.round + 1)
     clock.append(time.perf_counter())
 
-    row = {"train_loss": loss / clients, "clients": int(clients), "stop": stops > 0, "drift": drift}
-    row |= traffic | {"flops": _flops(whole, chosen, state.round - 1)} | run.algorithm.told(state.shared, len(chosen))
+    row = {"train_loss": train_loss, "clients": int(clients), "stop": stops > 0, "drift": drift}
+    row |= traffic | {"flops": _flops(whole, drawn, state.round - 1)} | run.algorithm.told(state.shared, len(chosen))
+    row |= {"skipped": sorted(drawn - chosen)} if run.skips else {}
     unknown = np.full(len(run.weight_N), np.nan)
     scores_N = _evaluate(run, state, learned.scores) if evaluate else dict.fromkeys(_SCORES, unknown)
     clock.append(time.perf_counter())
@@ -102,7 +111,13 @@ def _train(
     for members in (members for group in run.here() for members in run.stacks(c for c in group if c in chosen)):
         trainer = run.kinds[run.kind_of[members[0]]].trainer
         rows_C = _rows(run, state.personal, members)
+        run.comm.pulse.at("the training", members)
         for done in trainer.train(members, state.shared, rows_C, state.round, evaluate):
+            if run.journal:
+                run.journal.poke()
+            if not torch.isfinite(done.loss).all():  # what follows need not cope with such numbers
+                learned.broken.append(done.client)
+                continue
             upload = trainer.algorithm.upload(done.start, done.end)
             vector = run.upload.pack(trainer.algorithm.expand(upload, state.shared, run.weight_N[done.client]))
             offer = run.mixing and run.mixing.pack(trainer.algorithm.offer(done.start, done.end))
@@ -156,6 +171,8 @@ def _rows(run: Run, personal: Tree, clients: Sequence[int]) -> Tree:
 
 def _keep(run: Run, personal: Tree, client: int, leaves: Tree) -> None:
     """Write personal leaves of a client into its row."""
+    if run.journal:
+        run.journal.note(client)
     prefix, row = run.kinds[run.kind_of[client]].prefix, run.row_of[client]
     for name, value in leaves.items():
         personal[prefix + name][row] = value
@@ -188,18 +205,25 @@ def _packed(run: Run, shared: Tree) -> Tensor:
     return run.upload.pack({n: there(n, shape) for n, shape in run.upload.shapes.items()}).double()
 
 
-def _mean(run: Run, shared: Tree, sums: Tensor, chosen: frozenset[int], total: float) -> Tree:
-    """The weighted mean of the uploads. ``absent: stale``: clients outside the cohort count with
-    the shared variables they last received. Where the method ``sums``, the sum in its place."""
+def _mean(run: Run, shared: Tree, sums: Tensor, total: float, away: float) -> Tree:
+    """The weighted mean of the uploads, which weigh ``total``. ``absent: stale``: clients outside the cohort, which
+    weigh ``away``, count with the shared variables they last received. Where the method ``sums``, the sum in its place."""
     if run.algorithm.sums:
         assert run.algorithm.absent == "exclude"
         total = 1
-    if run.algorithm.absent == "stale" and len(chosen) < len(run.weight_N):
-        away = sum(run.weight_N) - total
+    if run.algorithm.absent == "stale" and away:
         sums, total = sums + away * run.upload.pack(shared).double().cpu(), total + away
     mean = (sums / total).float()
     like = next(iter(shared.values()), mean)
     return run.upload.unpack(mean.to(like.device))
+
+
+def _served(run: Run, state: State, mean: Tree, cohort: Cohort) -> State:
+    """The state after the server's rule."""
+    server, shared = run.algorithm.serve(state.server, state.shared, mean, cohort)
+    if matrices := run.algorithm.decomposed(shared):
+        shared = run.algorithm.handed_out(shared, right_vectors(run.comm, matrices))
+    return state._replace(server=server, shared=shared)
 
 
 def _evaluate(run: Run, state: State, trained: dict[int, Tensor]) -> dict[str, np.ndarray]:
@@ -213,6 +237,7 @@ def _evaluate(run: Run, state: State, trained: dict[int, Tensor]) -> dict[str, n
     for group in run.here():
         trainer = run.kinds[run.kind_of[group[0]]].trainer
         for members in run.stacks(group, trainer.judged_at_once(group, state.round)):
+            run.comm.pulse.at("the evaluation", members)
             rows_C = _rows(run, state.personal, members)
             table[members, :2] = trainer.evaluate(members, state.shared, rows_C, state.round).numpy()
             table[members, 2:] = [trained[c].tolist() if c in trained else (np.nan, np.nan) for c in members]
@@ -253,13 +278,17 @@ def _flops(run: Run, chosen: frozenset[int], round_: int) -> int:
     return sum(count * run.flops[kind].of_round(size, round_) for (kind, size), count in alike.items())
 
 
-def _report(run: Run, round_: int, broken: list[int]) -> None:
-    """Raise Fault with the ids of the broken clients of all ranks."""
+def _broken(run: Run, round_: int, broken: list[int]) -> frozenset[int]:
+    """The broken clients of all ranks. Raises Fault with their ids unless the run ``skips`` them."""
     table = np.zeros(len(run.weight_N), np.int64)
     table[broken] = 1
     run.comm.sum(table)
-    ids = ", ".join(map(str, np.flatnonzero(table)))
+    found = np.flatnonzero(table).tolist()
+    if run.skips:
+        return frozenset(found)
+    ids = ", ".join(map(str, found))
     raise Fault(
         f"round {round_ + 1}: the loss or upload of client {ids} is not finite (or beyond what a mean can "
-        "hold); nothing of this round was kept. Lower train.lr, or resume from the last checkpoint"
+        "hold); nothing of this round was kept. Lower train.lr, or resume from the last checkpoint, or let "
+        "faults.non_finite=skip leave such clients out"
     )

@@ -6,7 +6,7 @@ import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,10 +17,11 @@ import torch
 from . import __version__
 from . import config as configs
 from .build import Built, build, hosts
-from .comm import Comm, together
+from .comm import Comm, Lost, together
 from .config import Config
 from .federation import Kind, State
 from .progress import Progress
+from .recovery import keeping, lasting, without
 from .round import play
 from .store import checkpoint
 from .store.files import StoreError, write_atomic
@@ -36,6 +37,14 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may queue the job again
 def start(config: Config, source: str, comm: Comm) -> int:
     """Train from round 1 into a new run folder; returns the exit code."""
     folder, asked = Path(config.output).expanduser(), _stop_signals()
+    begin = lambda comm: _begin(folder, config, source, comm, asked)
+    recorded = lambda comm: receive(comm, lambda: _continued(config, source, folder))
+    again = lambda comm: _go_on(folder, recorded(comm), comm, asked) if _begun(folder, comm) else begin(comm)
+    return lasting(config.faults, source, folder, comm, begin, again)
+
+
+def _begin(folder: Path, config: Config, source: str, comm: Comm, asked: Sequence[int]) -> int:
+    """Play all rounds into a new run folder; returns the exit code."""
 
     def refuse_existing() -> None:
         if comm.rank == 0 and folder.exists():
@@ -48,7 +57,7 @@ def start(config: Config, source: str, comm: Comm) -> int:
     built = build(config, source, comm)
     together(comm, lambda: _create(folder, built) if comm.rank == 0 else None)
     with _alone(folder, comm):
-        return _loop(built, folder, beginning(built), asked)
+        return _loop(*_protected(built, beginning(built)), folder, asked)
 
 
 def start_or_resume(config: Config, source: str, comm: Comm) -> int:
@@ -58,7 +67,7 @@ def start_or_resume(config: Config, source: str, comm: Comm) -> int:
     """
     folder = Path(config.output).expanduser()
     begun = receive(comm, lambda: _continued(config, source, folder)) if _begun(folder, comm) else None
-    return _go_on(folder, begun, comm, _stop_signals()) if begun else start(config, source, comm)
+    return _resumed(folder, begun, comm) if begun else start(config, source, comm)
 
 
 def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
@@ -66,8 +75,13 @@ def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
 
     A run that was killed before its first checkpoint begins again.
     """
+    return _resumed(folder, receive(comm, lambda: _recorded(folder, overrides)), comm)
+
+
+def _resumed(folder: Path, config: Config, comm: Comm) -> int:
     asked = _stop_signals()
-    return _go_on(folder, receive(comm, lambda: _recorded(folder, overrides)), comm, asked)
+    go_on = lambda comm: _go_on(folder, config, comm, asked)
+    return lasting(config.faults, str(folder / "config.yaml"), folder, comm, go_on, go_on)
 
 
 def _go_on(folder: Path, config: Config, comm: Comm, asked: Sequence[int]) -> int:
@@ -83,7 +97,7 @@ def _go_on(folder: Path, config: Config, comm: Comm, asked: Sequence[int]) -> in
             else:
                 (folder / "log.h5").unlink(missing_ok=True)
                 _create_log(folder, built)
-        return _loop(built, folder, _load(found, built) if found else beginning(built), asked)
+        return _loop(*_protected(built, _load(found, built) if found else beginning(built)), folder, asked)
 
 
 def receive(comm: Comm, read: Callable[[], Config]) -> Config:
@@ -101,31 +115,75 @@ def _alone(folder: Path, comm: Comm) -> Iterator[None]:
         yield
 
 
-def _loop(built: Built, folder: Path, state: State, asked: Sequence[int]) -> int:
+def _protected(built: Built, state: State) -> tuple[Built, State]:
+    """Both, with copies in memory that outlive a worker where the config asks for it."""
+    return (replace(built, run=keeping(built.run, state)) if built.config.faults.tolerate else built), state
+
+
+def _loop(built: Built, state: State, folder: Path, asked: Sequence[int]) -> int:
     """Play the rounds that are left, or until somebody ``asked`` to stop; returns the exit code."""
-    run, config, comm = built.run, built.config, built.run.comm
-    log = Log.append_to(folder / "log.h5") if comm.rank == 0 else None
-    if comm.rank == 0:
-        log.describe(configs.resolved_yaml(config), json.dumps(configs.resolved_dict(config)))
-        for hint in hints(built):
-            print(f"hint: {hint}", file=sys.stderr)
-    progress, stop = Progress(config.rounds, state.round), False
-    while state.round < config.rounds and not stop:
-        last = state.round + 1 == config.rounds
-        evaluate = last or (state.round + 1) % config.evaluate.every == 0
-        state, row, clients = play(run, state, evaluate, stop=bool(asked))
-        stop = row.pop("stop")
+    config, comm = built.config, built.run.comm
+    with ExitStack() as stack:
+        log = None
         if comm.rank == 0:
-            log.append(state.round, row, clients)
-            progress.tell(state.round, row)
-        if last or stop or state.round % config.checkpoint.every == 0:
-            save(built, folder, state)
+            log = stack.enter_context(closing(Log.append_to(folder / "log.h5")))
+            log.describe(configs.resolved_yaml(config), json.dumps(configs.resolved_dict(config)))
+            for hint in hints(built):
+                print(f"hint: {hint}", file=sys.stderr)
+        state = _rounds(built, state, folder, asked, log)
     done = state.round >= config.rounds
     if log:
-        log.close()
         print(f"{folder}: " + ("done" if done else f"stopped after round {state.round}; continue with "
               f"'fedlora-mpi resume {folder}'"), flush=True)
     return 0 if done else STOPPED
+
+
+def _rounds(built: Built, state: State, folder: Path, asked: Sequence[int], log: Log | None) -> State:
+    """The state after the last round, or after the one in which somebody ``asked`` to stop."""
+    config, progress = built.config, Progress(built.config.rounds, state.round)
+    stop, saved, logged = False, state.round, state.round
+    while True:
+        try:
+            done = stop or state.round >= config.rounds
+            if saved < state.round and (done or state.round % config.checkpoint.every == 0):
+                save(built, folder, state)
+                saved = state.round
+            if done:
+                if built.run.journal:
+                    built.run.journal.close()
+                return state
+            evaluate = state.round + 1 == config.rounds or (state.round + 1) % config.evaluate.every == 0
+            state, row, clients = play(built.run, state, evaluate, stop=bool(asked))
+            stop, logged = row.pop("stop"), _tell(log, progress, state.round, row, clients, logged)
+            if built.run.journal:
+                built.run.journal.turn(state)
+        except Lost as lost:
+            if not built.run.journal:
+                raise
+            alone = lambda comm: build(config, str(folder / "config.yaml"), comm).run
+            workers = lambda size: hosts(config, size)
+            run, state, saved, line = without(lost, built.run, saved, workers, config.mix, alone)
+            built, stop = replace(built, run=run), False
+            if log:
+                print(f"fedlora-mpi: {line}", file=sys.stderr, flush=True)
+                log.lost(line)
+
+
+def _tell(
+    log: Log | None, progress: Progress, round_: int, row: dict, clients: Mapping[str, np.ndarray], logged: int
+) -> int:
+    """Log a round unless it was ``logged`` before a death made it be played again; returns the newest round logged."""
+    if round_ <= logged:
+        return logged
+    if log:
+        if skipped := row.get("skipped"):
+            ids, rest = ", ".join(map(str, skipped)), "" if row["clients"] else "; nobody is left, the shared state stays"
+            print(f"fedlora-mpi: round {round_}: skipped client {ids}: loss or upload is not finite{rest}", file=sys.stderr)
+        if "skipped" in row:
+            row["skipped"] = len(skipped)
+        log.append(round_, row, clients)
+        progress.tell(round_, row)
+    return round_
 
 
 def hints(built: Built) -> list[str]:
@@ -149,6 +207,7 @@ def hints(built: Built) -> list[str]:
 def save(built: Built, folder: Path, state: State) -> None:
     """Write a checkpoint: every worker its clients, rank 0 the rest, the manifest last."""
     run, comm = built.run, built.run.comm
+    comm.pulse.at("the checkpoint")
     if comm.rank == 0:
         checkpoint.begin(folder, state.round)
     comm.sum(np.zeros(1))  # the folder is there

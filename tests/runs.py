@@ -22,6 +22,7 @@ from fedlora_mpi import config as configs
 from fedlora_mpi.build import Built, build
 from fedlora_mpi.comm import Solo
 from fedlora_mpi.federation import Run
+from fedlora_mpi.pulse import Pulse
 from fedlora_mpi.round import play
 from fedlora_mpi.run import beginning
 from fedlora_mpi.store.reader import RunFiles
@@ -55,6 +56,7 @@ class Rank:
     def __init__(self, rank: int, meeting: tuple[list, threading.Lock, threading.Barrier]) -> None:
         self.rank = self.local_rank = rank
         self._slots, self._baton, self._barrier = meeting
+        self.pulse = Pulse()
         self.size = self.local_size = len(self._slots)
 
     def sum(self, buffer: np.ndarray) -> None:

@@ -7,16 +7,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "fedlora_mpi"
 FLOOR = {  # top-level file or folder -> floor; the package's own __init__ is its face, on no floor
-    **dict.fromkeys(("tree", "batch", "bounds", "seeds", "vision", "units", "launch"), 0),
+    **dict.fromkeys(("tree", "batch", "bounds", "seeds", "vision", "units", "launch", "pulse"), 0),
     **dict.fromkeys(("layout", "sums", "placement", "models"), 1),
     "algorithm": 2,
     **dict.fromkeys(("adapter", "companion", "lowrank", "server_step", "similarity", "simplex", "prototypes", "gating"), 3),
     "finetuning": 4,
     **dict.fromkeys(("algorithms", "data", "engine", "comm", "store", "blocks"), 5),
-    **dict.fromkeys(("experiment", "mixing", "uplink", "decomposition", "progress"), 6),
+    **dict.fromkeys(("experiment", "mixing", "uplink", "decomposition", "progress", "watchdog"), 6),
     **dict.fromkeys(("config", "federation"), 7),
-    "round": 8,
-    "build": 9,
+    **dict.fromkeys(("round", "journal"), 8),
+    **dict.fromkeys(("build", "recovery"), 9),
     **dict.fromkeys(("run", "plan", "pretrain", "analysis"), 10),
     **dict.fromkeys(("slurm", "doctor"), 11),
     "reproduce": 12,

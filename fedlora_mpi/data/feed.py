@@ -3,7 +3,7 @@
 A process holds the inputs once (see ``inputs.py``); clients are lists of indices into them. What a batch of client k holds depends on (seed, k, round, epoch, position) and on nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 
@@ -33,6 +33,7 @@ class Epoch:
     relabel: Tensor | None  # [C] what is added to the labels
     noise: Tensor  # [C] int64 keys of this epoch
     counts: Tensor  # [C, classes] training samples of each class, float32
+    beat: Callable[[], None]  # called for every batch
 
     def batch(self, count: int, first: int, width: int) -> Batch:
         """Positions first to first + width of the first ``count`` clients, stacked; waits for no device.
@@ -40,6 +41,7 @@ class Epoch:
         x [count, width, ...] as the store reads it (images: float32, x[c] in channels_last); y [count, width]; key [count]; real
         [count, width] is False beyond a client's last sample, and None when nothing is padding.
         """
+        self.beat()
         last = first + width
         rows = _window(self.rows, count, first, last)
         x, y = self.store.read(rows, {name: _window(v, count, first, last) for name, v in self.warps.items()})
@@ -59,15 +61,26 @@ class Feed:
     """The samples of every client on one device, gathered by index; one copy of the data per process.
 
     ``shift`` makes client k's domain its own, in training and test alike: "rotate" turns its images by
-    (k mod 4) * 90 degrees counter-clockwise, "labels" makes its class y the class (y + k mod 4) mod classes.
+    (k mod 4) * 90 degrees counter-clockwise, "labels" makes its class y the class (y + k mod 4) mod classes. ``beat`` is
+    called for every batch, before it is gathered.
     """
 
-    def __init__(self, data: Data, split: Split, *, seed: int, shift: str, device: torch.device, augment: bool) -> None:
+    def __init__(
+        self,
+        data: Data,
+        split: Split,
+        *,
+        seed: int,
+        shift: str,
+        device: torch.device,
+        augment: bool,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
         self.classes, self.shape = data.classes, data.shape
         if shift == "rotate" and (data.vocabulary or self.shape[1] != self.shape[2]):
             these = "texts" if data.vocabulary else "{} x {}".format(*self.shape[1:])
             raise ValueError(f"data.shift = rotate: needs square images, these are {these}; use labels")
-        self._seed, self._shift, self._device = seed, shift, device
+        self._seed, self._shift, self._device, self._beat = seed, shift, device, beat
         self._augment = data.augment if augment else ()
         self._train, self._test = (stored(data, side, device) for side in (data.train, data.test))
         self._hold(split)
@@ -160,6 +173,7 @@ class Feed:
             relabel=quarter if self._shift == "labels" else None,
             noise=noise.to(self._device),
             counts=torch.stack([self._counts[k] for k in clients]).to(self._device),
+            beat=self._beat,
         )
 
 

@@ -102,6 +102,11 @@ class Log:
         """Record the config that goes on from here: a resume may change some of its keys."""
         self._file.attrs.update(config_yaml=config_yaml, config_json=config_json)
 
+    def lost(self, text: str) -> None:
+        """Keep a line about ranks that have died in the attribute ``lost``, an array of lines."""
+        self._file.attrs["lost"] = [*self._file.attrs.get("lost", ()), text]
+        self._file.flush()
+
     def close(self) -> None:
         """Close the file; the log takes no more rows."""
         self._file.close()

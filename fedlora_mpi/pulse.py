@@ -1,0 +1,44 @@
+"""What a process is doing and when it last got on: written as it goes, read by its watchdog."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+
+class Pulse:
+    """Round, stage and last sign of progress of one process.
+
+    Whoever computes says ``at`` what and ``beat``s whenever a piece is done; whoever waits for other processes does so
+    inside ``waiting``, for as long as it takes.
+    """
+
+    def __init__(self) -> None:
+        self.round, self.stage, self.clients = 0, "the set-up", ()
+        self.since, self.waits = time.monotonic(), False
+
+    def at(self, stage: str, clients: Sequence[int] = (), round_: int | None = None) -> None:
+        """A stage begins, about these clients; ``round_`` counts from 1, None is the present one."""
+        self.round = self.round if round_ is None else round_
+        self.stage, self.clients, self.since = stage, clients, time.monotonic()
+
+    def beat(self) -> None:
+        """A batch is done, or whatever the stage counts."""
+        self.since = time.monotonic()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Others are awaited: no time passes."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.since, self.waits = time.monotonic(), False
+
+    def still(self) -> float:
+        """Seconds without progress; 0 while it waits."""
+        return 0.0 if self.waits else time.monotonic() - self.since
+
+    def __str__(self) -> str:
+        clients = ", ".join(map(str, self.clients))
+        stage = f"{self.stage} of client {clients}" if clients else self.stage
+        return f"round {self.round}, {stage}" if self.round else stage
