@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from .models.network import Model
 from .models.weights import digest as digest_of
 from .models.zoo import build as build_model
 from .placement import assign, groups
+from .rows import InMemory, OnDisk
 from .seeds import rng
 from .tree import numel
 
@@ -233,6 +235,8 @@ def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequ
         upload=Layout.of(kinds[0].term),
         gathers=_gathers(config, algorithm, kinds, kind_of),
         skips=config.faults.non_finite == "skip",
+        judges_cohort=config.evaluate.clients == "cohort",
+        rows=OnDisk(Path(config.output).expanduser()) if config.engine.personal == "disk" else InMemory(),
         mixing=Mixing.of(algorithm, kinds[0].first, [rank_of[c] for c in range(len(sizes))], workers, config.mix),
     )
     if tasks := config.data.tasks:

@@ -28,7 +28,8 @@ from .models import zoo
 # The keys of a choice block that say what its other keys mean.
 SELECTORS = {"data.partition": ("kind",), "model": ("name", "mix"), "algorithm": ("name",)}
 FREE_ON_RESUME = ("rounds", "output", "checkpoint", "data.root", "data.download", "server_hosts_clients", "mix", "uplink",
-                  "faults.tolerate", "faults.timeout")
+                  "faults.tolerate", "faults.timeout", "engine.personal")
+LATER = {"engine": ("compile", "personal"), "evaluate": ("clients",)}  # keys that are written where they are not as by default
 COMMAND_LINE = "command line"
 _PLACEHOLDER = re.compile(r"\{(.*?)\}")
 
@@ -58,8 +59,11 @@ def resolved_dict(config: Config) -> dict[str, Any]:
     partition = config.data.partition
     kind = next(kind for kind, cls in KINDS.items() if type(partition) is cls)
     tree["data"] = blocks.plain(config.data.source) | {"partition": {"kind": kind} | blocks.plain(partition)}
-    if not config.engine.compile:  # the digest of a config without stays what it was before there was any
-        del tree["engine"]["compile"]
+    for block, names in LATER.items():  # the digest of a config without stays what it was before there was any
+        default = blocks.plain(Config.__dataclass_fields__[block].default)
+        for name in names:
+            if tree[block][name] == default[name]:
+                del tree[block][name]
     if config.data.tasks:  # likewise
         tree["data"]["tasks"] = blocks.plain(config.data.tasks)
     if config.data.source.text.tokenizer is None:  # and before a tokenizer could be given

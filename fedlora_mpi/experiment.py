@@ -79,9 +79,11 @@ class ModelBlock:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """The ``evaluate`` block, in rounds."""
+    """The ``evaluate`` block, in rounds. clients: who is judged; of ``cohort``, those of the round, the others have no
+    accuracy in it, and a round costs the same however many they are."""
 
     every: int = 1
+    clients: Literal["all", "cohort"] = "all"
 
     def __post_init__(self) -> None:
         bounded(self, every="[1, inf)")

@@ -14,6 +14,7 @@ from .engine.train import Trainer
 from .layout import Layout
 from .mixing import Mixing
 from .placement import Group, cohort
+from .rows import InMemory, Rows
 from .seeds import rng
 from .tree import Tree
 
@@ -71,6 +72,8 @@ class Run:
     by_task: tuple["Run", ...] = ()  # this run with what its clients hold in each task; empty: there are none
     task_rounds: int = 1  # of each task; the last one stays
     skips: bool = False  # whether a client whose numbers are not finite is left out of its round; else it ends the run
+    judges_cohort: bool = False  # whether those who are judged in a round are its cohort; else everybody is
+    rows: Rows = InMemory()  # where personal leaves live
     journal: object | None = None  # a ``journal.Journal`` where the run is to outlive a rank
 
     @property

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from .comm import Comm, Everywhere, Lost, Mpi, Orphaned, together
 from .experiment import Faults
@@ -150,8 +149,7 @@ def _recovered(
     moved = _moved(after, source, lambda client: run.journal.copy(client, plan.round))
     personal = {}
     for kind, clients in zip(after.kinds, after.by_kind):
-        blank = lambda v, n=len(clients): torch.empty((n, *v.shape), dtype=v.dtype, device=v.device)
-        personal |= {kind.prefix + name: blank(v) for name, v in kind.first.personal.items()}
+        personal |= {kind.prefix + n: run.rows.blank(len(clients), v) for n, v in kind.first.personal.items()}
     for client in after.hosted:
         words = moved[client] if client in moved else run.journal.row(client, plan.round)
         unpack(after, words, client, personal)

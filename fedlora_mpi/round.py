@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -85,7 +85,9 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     row |= traffic | {"flops": _flops(whole, drawn, state.round - 1)} | run.algorithm.told(state.shared, len(chosen))
     row |= {"skipped": sorted(drawn - chosen)} if run.skips else {}
     unknown = np.full(len(run.weight_N), np.nan)
-    scores_N = _evaluate(run, state, learned.scores) if evaluate else dict.fromkeys(_SCORES, unknown)
+    judged = drawn if run.judges_cohort else range(len(run.weight_N))
+    scores_N = _evaluate(run, state, judged, learned.scores) if evaluate else dict.fromkeys(_SCORES, unknown)
+    run.rows.release()
     clock.append(time.perf_counter())
     row |= {"accuracy_worst": np.fmin.reduce(scores_N["accuracy"])}
     row |= {name: _nanmean(column) for name, column in scores_N.items()}
@@ -226,15 +228,20 @@ def _served(run: Run, state: State, mean: Tree, cohort: Cohort) -> State:
     return state._replace(server=server, shared=shared)
 
 
-def _evaluate(run: Run, state: State, trained: dict[int, Tensor]) -> dict[str, np.ndarray]:
-    """Columns [N] of ``_SCORES`` on every rank: each client's own model on its own test data.
+def _evaluate(
+    run: Run, state: State, clients: Collection[int], trained: dict[int, Tensor]
+) -> dict[str, np.ndarray]:
+    """Columns [N] of ``_SCORES`` on every rank: the own model of each of ``clients`` on its own test data, NaN for the
+    others.
 
     ``accuracy`` and ``loss`` are those of the method's moment. A client outside the cohort was not
     trained: NaN after training, and its model after aggregation counts at either moment. One without a
     test sample of the classes so far: NaN at both.
     """
     table = np.zeros((len(run.weight_N), 4))
-    for group in run.here():
+    for group in ([c for c in group if c in clients] for group in run.here()):
+        if not group:
+            continue
         trainer = run.kinds[run.kind_of[group[0]]].trainer
         for members in run.stacks(group, trainer.judged_at_once(group, state.round)):
             run.comm.pulse.at("the evaluation", members)
@@ -242,6 +249,9 @@ def _evaluate(run: Run, state: State, trained: dict[int, Tensor]) -> dict[str, n
             table[members, :2] = trainer.evaluate(members, state.shared, rows_C, state.round).numpy()
             table[members, 2:] = [trained[c].tolist() if c in trained else (np.nan, np.nan) for c in members]
     run.comm.sum(table)  # each row is set by one rank, so no rounding
+    others = np.ones(len(table), bool)
+    others[list(clients)] = False
+    table[others] = np.nan
     received, after = table[:, :2], table[:, 2:]
     judged = received
     if run.algorithm.evaluates == "after_training":

@@ -19,7 +19,7 @@ from . import config as configs
 from .build import Built, build, hosts
 from .comm import Comm, Lost, together
 from .config import Config
-from .federation import Kind, State
+from .federation import Kind, Run, State
 from .progress import Progress
 from .recovery import keeping, lasting, without
 from .round import play
@@ -29,8 +29,9 @@ from .store.lock import locked
 from .store.log import Log, ragged
 from .store.manifest import Shard, worker_file
 from .store.snapshot import Checkpoint
-from .tree import Tree, tmap
+from .tree import Tree, nbytes, tmap
 
+_READ = 2**28  # bytes of a checkpoint in memory at once
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may queue the job again
 
 
@@ -233,14 +234,16 @@ def beginning(built: Built) -> State:
     shared = tmap(lambda v: v.to(run.trainer.device, copy=True), run.kinds[0].first.shared)
     personal = {}
     for kind, ids in zip(run.kinds, run.by_kind):
-        personal |= _spread(kind, len(ids))
+        personal |= (leaves := _blank(run, kind, len(ids)))
+        for name, rows in leaves.items():
+            rows[:] = kind.first.personal[name.removeprefix(kind.prefix)]
+    run.rows.release()
     return State(0, run.algorithm.server(run.trainer.model, shared), shared, personal)
 
 
-def _spread(kind: Kind, clients: int) -> Tree:
-    """The personal leaves of so many clients before round 1."""
-    rows = lambda v: v.expand(clients, *v.shape).clone(memory_format=torch.contiguous_format)
-    return {kind.prefix + name: rows(v) for name, v in kind.first.personal.items()}
+def _blank(run: Run, kind: Kind, clients: int) -> Tree:
+    """Room for the personal leaves of so many clients of a kind."""
+    return {kind.prefix + name: run.rows.blank(clients, v) for name, v in kind.first.personal.items()}
 
 
 def _load(found: Checkpoint, built: Built) -> State:
@@ -250,9 +253,12 @@ def _load(found: Checkpoint, built: Built) -> State:
     blank = run.algorithm.server(run.trainer.model, first)
     in_order = lambda leaves, like: {name: torch.from_numpy(leaves[name]).to(device) for name in like}
     for kind, ids in zip(run.kinds, run.by_kind):
-        own = found.personal(ids) if ids else None
-        rows = {kind.prefix + n: torch.from_numpy(own[n]) for n in kind.first.personal} if ids else _spread(kind, 0)
-        personal |= rows
+        personal |= (leaves := _blank(run, kind, len(ids)))
+        few = max(1, _READ // max(1, nbytes(kind.first.personal)))
+        for at in range(0, len(ids), few):
+            for name, rows in found.personal(ids[at : at + few]).items():
+                leaves[kind.prefix + name][at : at + few] = torch.from_numpy(rows)
+    run.rows.release()
     return State(found.round, in_order(found.server(), blank), in_order(found.shared(), first), personal)
 
 

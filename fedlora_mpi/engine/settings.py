@@ -13,7 +13,8 @@ class Engine:
     path: one by one (``loop``) or in a stack; ``auto`` follows a rule that knows only the workload, so that the same
     config always gives the same bits, ``measure`` tries both and several sizes at the start and takes the fastest.
 
-    group_size: clients trained together; threads: CPU threads of a worker; compile: let torch compile the steps of
+    personal: where the personal leaves of clients wait for their turn: in ``memory``, or in files of the run folder
+    (``disk``), of which memory holds those of the cohort. group_size: clients trained together; threads: CPU threads of a worker; compile: let torch compile the steps of
     full batches, which takes up to a minute for each size of a stack at the start of every process.
     """
 
@@ -23,6 +24,7 @@ class Engine:
     threads: int = 1
     compile: bool = False
     precision: Literal["float32", "tf32"] = "float32"
+    personal: Literal["memory", "disk"] = "memory"
 
     def __post_init__(self) -> None:
         if self.group_size != "auto" and self.group_size < 1:

@@ -1,0 +1,82 @@
+"""Personal leaves in files are those in memory; who is judged; what a large federation holds in memory."""
+
+import gc
+import resource
+
+import numpy as np
+import pytest
+import torch
+from runs import TINY, assert_same_run, command, finished, mpirun, outcome
+
+from fedlora_mpi import cli, open_run
+from fedlora_mpi.rows import OnDisk
+
+DISK = "engine.personal=disk"
+
+
+def test_rows_on_disk_keep_their_numbers_and_leave_no_file(tmp_path):
+    rows, like = OnDisk(tmp_path), torch.zeros(3, 2)
+    held = rows.blank(1000, like)
+    assert held.shape == (1000, 3, 2)
+    held[:] = torch.arange(6000.0).view(1000, 3, 2)
+    held[7] = -1
+    rows.release()
+    assert (held[7] == -1).all() and held[999, 2, 1] == 5999
+    assert rows.blank(0, like).shape == (0, 3, 2)
+    assert rows.blank(2, torch.zeros((), dtype=torch.float64)).dtype == torch.float64
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_that_nobody_holds_give_their_room_back(tmp_path):
+    rows = OnDisk(tmp_path)
+    held = rows.blank(10, torch.zeros(5))
+    assert len(rows._maps) == 1
+    del held
+    gc.collect()
+    assert not rows._maps
+
+
+def test_memory_holds_what_is_used(tmp_path):
+    before = _resident()
+    rows = OnDisk(tmp_path)
+    held = rows.blank(4000, torch.zeros(10_000))  # 160 MB
+    held[:] = 1.0
+    rows.release()
+    assert _resident() - before < 20e6
+    held[:10] = 2.0
+    assert _resident() - before < 20e6 and held[10:].min() == held[3999].max() == 1.0
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def test_a_run_on_disk_has_the_bits_of_one_in_memory(tmp_path):
+    end = finished([*mpirun(3), *command("run", TINY, f"output={tmp_path / 'disk'}", DISK)], tmp_path)
+    assert end.returncode == 0, end.stderr
+    assert cli.main(["run", str(TINY), f"output={tmp_path / 'memory'}"]) == 0
+    assert_same_run(tmp_path / "disk", tmp_path / "memory")
+    assert not list((tmp_path / "disk").glob("tmp*"))
+
+
+def test_a_run_goes_on_from_disk_to_memory_and_back(tmp_path):
+    ask = lambda name, *more: cli.main(["run", str(TINY), f"output={tmp_path / name}", "checkpoint.every=1", *more])
+    assert ask("whole", "rounds=3") == 0
+    assert ask("parts", "rounds=1", DISK) == 0
+    assert ask("parts", "rounds=2", "--resume") == 0
+    assert ask("parts", "rounds=3", DISK, "--resume") == 0
+    a, b = outcome(tmp_path / "whole"), outcome(tmp_path / "parts")
+    np.testing.assert_equal(a, b)
+
+
+def test_of_the_cohort_alone_is_judged_nobody_else(tmp_path):
+    for name, more in (("all", []), ("cohort", ["evaluate.clients=cohort"])):
+        assert cli.main(["run", str(TINY), "rounds=3", f"output={tmp_path / name}", *more]) == 0
+    all_, cohort = (open_run(tmp_path / name).array("clients/accuracy") for name in ("all", "cohort"))
+    there = ~np.isnan(np.asarray(cohort))
+    assert (there.sum(1) == 4).all() and not np.isnan(np.asarray(all_)).any()
+    np.testing.assert_array_equal(np.asarray(cohort)[there], np.asarray(all_)[there])
+    means = open_run(tmp_path / "cohort").rounds["accuracy"]
+    np.testing.assert_allclose(means, np.nanmean(np.asarray(cohort), 1))
+    assert outcome(tmp_path / "all")["personal"] == outcome(tmp_path / "cohort")["personal"]
