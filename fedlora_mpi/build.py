@@ -23,7 +23,7 @@ from .engine.device import bind, decide, keep_memory
 from .engine.settings import Engine
 from .engine.train import Trainer
 from .engine.trial import Tried, fastest, measured, told
-from .federation import Kind, Run
+from .federation import Kind, Pace, Run
 from .layout import Layout
 from .mixing import Mixing
 from .models.network import Model
@@ -226,6 +226,7 @@ def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequ
         groups=grouped,
         costs=costs,
         host=host,
+        pace=Pace(len(kinds)),
         group_size=config.engine.group_size,
         sizes=tuple(sizes),
         weight_N=_weights(algorithm, sizes),

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from .algorithm import Algorithm, Vars
@@ -60,6 +61,7 @@ class Run:
     groups: tuple[Group, ...]  # each of one kind
     costs: tuple[float, ...]  # of each group, FLOP or any unit
     host: tuple[int, ...]  # rank of each group
+    pace: "Pace"
     group_size: int  # clients that compute together; so many of a group take part in a round, about
     weight_N: tuple[int, ...]  # what a client's upload counts in the mean
     sizes: tuple[int, ...]  # training samples of each client
@@ -147,6 +149,16 @@ class Run:
         order = sorted(clients, key=lambda client: -self.sizes[client])  # equal ones as the group has them
         parts = -(-len(order) // max(self.group_size, at_once))
         return [order[len(order) * i // parts : len(order) * (i + 1) // parts] for i in range(parts)]
+
+
+class Pace:
+    """What the clients of this rank have taken to train, of each kind."""
+
+    def __init__(self, kinds: int) -> None:
+        self.taken = np.zeros((2, kinds))  # seconds; samples
+
+    def add(self, kind: int, seconds: float, samples: int) -> None:
+        self.taken[:, kind] += seconds, samples
 
 
 class State(NamedTuple):

@@ -143,10 +143,11 @@ def _recovered(
     if comm.rank in workers and run.trainer.feed is None:
         after = alone(comm)
     else:
-        after = _rehomed(run, comm, plan, workers, route)
+        host = assign(run.costs, workers, [plan.number.get(rank) for rank in run.host])  # the others stay
+        after = rehomed(run, comm, host, workers, route)
     orphans = {c: guard(rank, run.comm.size) for c, rank in run.rank_of.items() if rank not in plan.number}
     source = {c: plan.number[keeper] for c, keeper in orphans.items()}
-    moved = _moved(after, source, lambda client: run.journal.copy(client, plan.round))
+    moved = carried(after, source, lambda client: run.journal.copy(client, plan.round))
     personal = {}
     for kind, clients in zip(after.kinds, after.by_kind):
         personal |= {kind.prefix + n: run.rows.blank(len(clients), v) for n, v in kind.first.personal.items()}
@@ -160,15 +161,14 @@ def _recovered(
     return after, state
 
 
-def _rehomed(run: Run, comm: Mpi, plan: Plan, workers: Sequence[int], route: str) -> Run:
-    """The groups of the dead go to the least loaded of ``workers``; the others stay."""
-    host = assign(run.costs, workers, [plan.number.get(rank) for rank in run.host])
-    after = run.with_(comm=comm, host=host, journal=None)
+def rehomed(run: Run, comm: Comm, host: Sequence[int], workers: Sequence[int], route: str) -> Run:
+    """``run`` on the ranks of ``comm`` with its groups on the ranks ``host``, without a journal."""
+    after = run.with_(comm=comm, host=tuple(host), journal=None)
     rank_of = [after.rank_of[c] for c in range(len(run.kind_of))]
     return after.with_(mixing=Mixing.of(run.algorithm, run.kinds[0].first, rank_of, workers, route))
 
 
-def _moved(run: Run, source: dict[int, int], copy: Callable[[int], np.ndarray]) -> dict[int, np.ndarray]:
+def carried(run: Run, source: dict[int, int], copy: Callable[[int], np.ndarray]) -> dict[int, np.ndarray]:
     """The rows of clients that come to this rank; ``source``: the rank that has each client that moves."""
     comm = run.comm
     between = lambda a, b: [c for c in sorted(source) if source[c] == a and run.rank_of[c] == b]

@@ -114,6 +114,7 @@ def _train(
         trainer = run.kinds[run.kind_of[members[0]]].trainer
         rows_C = _rows(run, state.personal, members)
         run.comm.pulse.at("the training", members)
+        began = time.perf_counter()
         for done in trainer.train(members, state.shared, rows_C, state.round, evaluate):
             if run.journal:
                 run.journal.poke()
@@ -140,6 +141,8 @@ def _train(
             if done.score is not None:
                 learned.scores[done.client] = done.score
             _keep(run, state.personal, done.client, done.end.personal)
+        seconds = time.perf_counter() - began
+        run.pace.add(run.kind_of[members[0]], seconds, sum(run.sizes[c] for c in members))
     return learned
 
 

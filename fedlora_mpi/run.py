@@ -16,6 +16,7 @@ import torch
 
 from . import __version__
 from . import config as configs
+from .balance import balanced, due
 from .build import Built, build, hosts
 from .comm import Comm, Lost, together
 from .config import Config
@@ -158,6 +159,10 @@ def _rounds(built: Built, state: State, folder: Path, asked: Sequence[int], log:
             stop, logged = row.pop("stop"), _tell(log, progress, state.round, row, clients, logged)
             if built.run.journal:
                 built.run.journal.turn(state)
+            if due(built.run, state.round):
+                workers = hosts(config, built.run.comm.size)
+                run, state = balanced(built.run, state, workers, config.mix)
+                built = replace(built, run=run)
         except Lost as lost:
             if not built.run.journal:
                 raise

@@ -17,11 +17,12 @@ FLOOR = {  # top-level file or folder -> floor; the package's own __init__ is it
     **dict.fromkeys(("config", "federation"), 7),
     **dict.fromkeys(("round", "journal"), 8),
     **dict.fromkeys(("build", "recovery"), 9),
-    **dict.fromkeys(("run", "plan", "pretrain", "analysis"), 10),
-    **dict.fromkeys(("slurm", "doctor"), 11),
-    "reproduce": 12,
-    "cli": 13,
-    "__main__": 14,
+    "balance": 10,
+    **dict.fromkeys(("run", "plan", "pretrain", "analysis"), 11),
+    **dict.fromkeys(("slurm", "doctor"), 12),
+    "reproduce": 13,
+    "cli": 14,
+    "__main__": 15,
 }
 HOME = {
     "mpi4py": "comm",

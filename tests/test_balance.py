@@ -1,0 +1,70 @@
+"""Groups move to where they take the slowest worker least, and no number moves with them."""
+
+import numpy as np
+import pytest
+import torch
+from runs import TINY, Moment, built, copied, in_order, on_ranks, played, tiny
+
+from fedlora_mpi.balance import balanced, due
+from fedlora_mpi.build import build, hosts
+from fedlora_mpi.round import play
+from fedlora_mpi.run import beginning
+
+CNN = "{name: cnn, width: 4, hidden: 8}"
+MIXED = "algorithm=pfedlora", f"model={{mix: [user_parts:wide, {CNN}, user_parts:normed]}}", "engine.group_size=1"
+
+
+def balanced_run(ranks: int, taken: list[float], *asked: str, samples: float = 1.0):
+    """(the hosts before, the run, the last moment) of a run that moves after round 2, when kinds have taken so long."""
+    config = tiny(*MIXED, *asked)
+
+    def main(comm):
+        parts = build(config, str(TINY), comm)
+        run, state, before = parts.run, beginning(parts), parts.run.host
+        for round_ in range(config.rounds):
+            state, row, clients = play(run, state, evaluate=True, stop=False)
+            if round_ == 1:
+                assert (run.pace.taken >= 0).all() and run.pace.taken[1].sum() == sum(
+                    run.sizes[c] for c in run.hosted for r in (0, 1) if c in run.chosen(r))
+                run.pace.taken[:] = np.array([taken, [1.0, 1.0, samples]])
+                run, state = balanced(run, state, hosts(config, comm.size), config.mix)
+        return run, before, Moment(copied(state.shared), copied(state.personal), row, clients)
+
+    found = on_ranks(ranks, main)
+    runs = [run for run, *_ in found]
+    moment = found[0][2]._replace(personal=in_order(runs, [m.personal for *_, m in found]))
+    assert len({run.host for run in runs}) == 1
+    return found[0][1], runs[0], moment
+
+
+@pytest.mark.parametrize("asked", [(), ("uplink=gather",), ("evaluate.clients=cohort",)], ids=["sum", "gather", "cohort"])
+def test_clients_that_move_keep_their_numbers(asked):
+    before, run, moment = balanced_run(3, [9.0, 1.0, 1.0], *asked)
+    assert run.host != before
+    whole = played(*MIXED, *asked)[0][-1]
+    for a, b in ((moment.shared, whole.shared), (moment.personal, whole.personal)):
+        assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    np.testing.assert_array_equal(moment.clients["accuracy"], whole.clients["accuracy"])
+
+
+def test_groups_lie_as_the_seconds_say():
+    _, run, _ = balanced_run(3, [1000.0, 1.0, 1.0])
+    slow = [sum(run.sizes[c] for g, h in zip(run.groups, run.host) for c in g if h == w and run.kind_of[c] == 0) for w in (1, 2)]
+    sizes = sorted(run.sizes[c] for c in range(7) if run.kind_of[c] == 0)
+    assert max(slow) == max(sizes[-1], sizes[0] + sizes[1])  # the slow kind alone decides: three clients on two workers
+    assert run.costs == tuple(1000.0 ** (run.kind_of[g[0]] == 0) * sum(run.sizes[c] for c in g) for g in run.groups)
+
+
+def test_nobody_moves_where_little_is_gained_or_a_kind_is_unknown():
+    flops = [kind.trainer.model.flops for kind in built(*MIXED).run.kinds]
+    for taken, samples in (([float(f) for f in flops], 1.0), ([9.0, 1.0, 0.0], 0.0)):
+        before, run, _ = balanced_run(3, taken, samples=samples)
+        assert run.host == before
+
+
+def test_it_is_looked_at_after_rounds_2_4_8_of_several_kinds_on_several_workers():
+    mixed, alone = on_ranks(3, lambda comm: build(tiny(*MIXED), str(TINY), comm).run)[0], built(*MIXED).run
+    assert [r for r in range(70) if due(mixed, r)] == [2, 4, 8, 16, 32, 64]
+    assert not any(due(alone, r) for r in range(70))
+    one_kind = on_ranks(3, lambda comm: build(tiny(), str(TINY), comm).run)[0]
+    assert not any(due(one_kind, r) for r in range(70))
