@@ -14,6 +14,7 @@ extras = {
     "weights": ["safetensors>=0.5"],
     "analysis": ["matplotlib>=3.8", "pandas>=2.1"],
     "test": ["pytest>=8.0", "hypothesis>=6.100"],
+    "docs": ["sphinx>=8.2", "myst-parser>=5.0", "furo>=2025.9.25", "nbclient>=0.10", "ipykernel>=7.0"],
 }
 apart = {"hf": ["transformers>=5.0", "safetensors>=0.5"]}  # 140 MB that few need: not in "all"
 
