@@ -2,9 +2,9 @@
 
     python benchmarks/predict.py [--root DATA] [--cases NAME ...] [--ranks 1 3]
 
-Different workloads on 1 rank and on 3 (a server and two workers). Seconds from the end of round 1, where everything warms
-up, to the end of the last, checkpoints and log included, over the rounds between. Correctness first: all number of ranks
-end at the same bits.
+Different workloads on 1 rank and on 3 (a server and two workers). Seconds of a round, log and checkpoints included,
+without the first, where everything warms up, and the last. `alone`: without the time that its cores gave to other programs,
+which is what a plan predicts; on a quiet machine it is `wall`. Correctness first: all numbers of ranks end at the same bits.
 """
 
 import json
@@ -14,7 +14,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from report import MPIRUN, arguments, tell
 
 from fedlora_mpi.config import read
@@ -68,31 +70,53 @@ def foretold(config: Path, ranks: int) -> float:
     return float(subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def played(config: Path, output: Path, ranks: int) -> tuple[float, str]:
-    """(seconds of a round, SHA-256 of the shared variables) of a run in processes of its own."""
+class Played(NamedTuple):
+    """A run."""
+
+    wall: float  # seconds of a round
+    alone: float  # the same without those that its cores gave to other programs
+    bits: str  # SHA-256 of the shared variables
+
+
+def played(config: Path, output: Path, ranks: int) -> Played:
+    """A run in processes of its own, from the end of its first round to the end of its last."""
     launch = [MPIRUN[0], "-n", str(ranks), *MPIRUN[1:]] if ranks > 1 else []
-    env = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    env = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
     line = [*launch, sys.executable, __file__, "--play", str(config), str(output)]
     told = subprocess.run(line, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
-    ends = json.loads(next(line for line in told.splitlines() if line.startswith("[")))
-    return (ends[-1] - ends[0]) / (len(ends) - 1), RunFiles(output).checkpoint().digest()["shared"]
+    took = json.loads(next(line for line in told.splitlines() if line.startswith("[")))
+    return Played(*took, RunFiles(output).checkpoint().digest()["shared"])
 
 
 def play(config: str, output: str) -> None:
-    """A run of this process or rank, whose rank 0 prints when its rounds ended."""
+    """A run of this process or rank; rank 0 prints the two numbers of ``Played``.
+
+    Alone, a round would take what the rank that computes longest computes, and the log and checkpoint behind it.
+    """
     from fedlora_mpi import run
     from fedlora_mpi.comm import connect
 
-    ends: list[float] = []
+    comm, whole, walls, cpus, ends = connect(), run.play, [], [], []
 
-    class Timed(run.Progress):
-        def tell(self, round_: int, row: dict[str, float]) -> None:
-            ends.append(time.perf_counter())
+    def clocked(*given, **named):
+        wall, cpu = time.perf_counter(), time.process_time()
+        row = whole(*given, **named)
+        walls.append(time.perf_counter() - wall)
+        cpus.append(time.process_time() - cpu)
+        ends.append(wall)  # of the round before, its files included
+        return row
 
-    run.Progress, comm = Timed, connect()
+    run.play = clocked
     run.start(run.receive(comm, lambda: read(config, [f"output={output}"])), config, comm)
+    table = np.zeros((comm.size, len(cpus)))
+    table[comm.rank] = cpus
+    comm.sum(table)
+    rounds = np.diff([*ends, time.perf_counter()])[1:-1]  # the last writes a checkpoint in any case
+    alone = table.max(0)[1:-1] + np.maximum(rounds - walls[1:-1], 0)
     if comm.rank == 0:
-        print(json.dumps(ends))
+        print(json.dumps([rounds.mean(), alone.mean()]))
+        stages = RunFiles(output).rounds()
+        print({n: float(stages[f"seconds_{n}"][1:].mean()) for n in ("train", "exchange", "evaluate")}, file=sys.stderr)
 
 
 def main() -> None:
@@ -121,10 +145,12 @@ def main() -> None:
                 more = {"rounds": rounds, "output": f"{folder}/run", "checkpoint": {"every": 2}}
                 config.write_text(json.dumps(tree | more | {"data": data}))  # JSON is YAML
                 planned = foretold(config, ranks)
-                took, bits = played(config, Path(folder) / "run", ranks)
-            shared.add(bits)
-            rows.append({"workload": name, "ranks": ranks, "planned s": planned, "measured s": took, "planned / measured": planned / took})
-            print(f"{name}, {ranks}: {planned:.3f} {took:.3f} {planned / took:.2f}", file=sys.stderr, flush=True)
+                run = played(config, Path(folder) / "run", ranks)
+            shared.add(run.bits)
+            ratio = planned / run.alone
+            row = {"workload": name, "ranks": ranks, "planned s": planned, "wall s": run.wall, "alone s": run.alone}
+            rows.append(row | {"planned / alone": ratio})
+            print(rows[-1], file=sys.stderr, flush=True)
         assert len(shared) == 1, f"{name}: other bits on other numbers of ranks"
     tell(asked, rows)
 

@@ -116,18 +116,21 @@ class _Trial:
         return (each, pair), each * c + pair * c * c if c > 1 else 0.0
 
     def _play(self, limit: int, judged: bool, run: Run, keep: bool) -> None:
-        """One round; its seconds of training, exchange and evaluation."""
+        """One round; its seconds of training, exchange and evaluation, without those that a core gave to other programs."""
         self._feed.limit = limit
         first, clients = self._kind.first, [c for group in run.groups for c in group]
         rows = {self._kind.prefix + n: v.expand(len(clients), *v.shape).clone() for n, v in first.personal.items()}
         device = self._kind.trainer.device
         shared = {n: v.to(device) for n, v in first.shared.items()}
         state = State(0, run.algorithm.server(run.trainer.model, shared), shared, rows)
+        wall, cpu = time.perf_counter(), time.process_time()
         _, row, clients_N = play(run, state, judged, False)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         del row["stop"]
         self.row = row, clients_N
         if keep:
-            seconds = tuple(float(row[f"seconds_{stage}"]) for stage in ("train", "exchange", "evaluate"))
+            own = min(1.0, cpu / wall) if self._config.engine.threads == 1 and device.type == "cpu" else 1.0
+            seconds = tuple(own * float(row[f"seconds_{stage}"]) for stage in ("train", "exchange", "evaluate"))
             self._taken.setdefault((limit, judged, id(run)), []).append(seconds)
 
     def _median(self, limit: int, judged: bool, run: Run, stage: int) -> float:
@@ -174,13 +177,13 @@ class _Trial:
         return replace(run, kinds=kinds, sizes=some(run.sizes), weight_N=some(run.weight_N), participation=1.0, **one)
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _seconds(work: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
     """The median of three, after one that warms up."""
     taken = []
     for _ in range(4):
-        begin = time.perf_counter()
+        begin = clock()
         work()
-        taken.append(time.perf_counter() - begin)
+        taken.append(clock() - begin)
     return median(taken[1:])
 
 
@@ -191,10 +194,11 @@ def _files(built: Built, row: dict, clients_N: dict) -> tuple[float, float, floa
     with tempfile.TemporaryDirectory(dir=home if os.access(home, os.W_OK) else None) as name:
         said, clients = {"config_yaml": "", "config_json": "", "versions": {}, "partition": {}}, len(built.split.train)
         log = Log.create(Path(name) / "log.h5", clients=clients, **said)
-        appended = _seconds(lambda: log.append(next(numbers), row, clients_N))
+        wait = time.perf_counter  # a disk is waited for
+        appended = _seconds(lambda: log.append(next(numbers), row, clients_N), wait)
         log.close()
         folder = checkpoint.begin(Path(name), 1)
         leaf = lambda size: {"leaf": np.ones((1, size // 4), np.float32)}
-        took = lambda size: _seconds(lambda: checkpoint.write_clients(folder, next(numbers), [0], leaf(size)))
+        took = lambda size: _seconds(lambda: checkpoint.write_clients(folder, next(numbers), [0], leaf(size)), wait)
         small, large = took(few), took(many)
     return appended, small, max(0.0, large - small) / (many - few)
