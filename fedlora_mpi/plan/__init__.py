@@ -60,7 +60,7 @@ def estimate(
     if not workers:
         raise ValueError(f"--ranks = {ranks}: server_hosts_clients = false needs at least 2")
     if gpus:
-        path = "stack" if gpu and config.engine.path == "auto" else config.engine.path
+        path = "stack" if gpu and config.engine.path != "loop" else config.engine.path
         config = replace(config, engine=replace(config.engine, device="cpu", path=path))
     built = build(config, source, Solo())
     costs, client = measured(built, gpu)

@@ -11,25 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ..data.feed import Feed
 from ..engine.train import Trainer
+from ..engine.trial import Short
 from ..federation import Kind
 from ..tree import Tree, nbytes
 from .devices import CONTEXT, OF_BANDWIDTH, OF_PEAK, Device
 from .line import Line, limits
 
 _BATCH = 4  # samples of a step that is counted; costs are linear in them
-
-
-class Short:
-    """A feed whose clients end after ``limit`` training samples."""
-
-    def __init__(self, feed: Feed) -> None:
-        self._feed, self.limit = feed, 1
-        self.epoch, self.test, self.test_size, self.survey = feed.epoch, feed.test, feed.test_size, feed.survey
-
-    def train_size(self, client: int) -> int:
-        return min(self.limit, self._feed.train_size(client))
 
 
 class Count(NamedTuple):
@@ -63,9 +52,9 @@ class Counted(NamedTuple):
 def counted(kind: Kind, client: int, batch_size: int, device: Device, precision: str) -> Counted:
     """The costs of clients of a kind on ``device``; ``client``: one of them. ``batch_size``: that of the run."""
     trainer = kind.trainer
-    feed, settings = Short(trainer.feed), replace(trainer.settings, batch_size=_BATCH)
+    feed, settings = Short(trainer.feed, 1), replace(trainer.settings, batch_size=_BATCH)
+    v, samples = kind.first, trainer.feed.train_size(client)
     trainer = replace(trainer, feed=feed, settings=settings, stacked=False, compiled=None)
-    v, samples = kind.first, trainer.feed._feed.train_size(client)
     rows = {name: value[None] for name, value in v.personal.items()}
 
     def trained(limit: int) -> Count:

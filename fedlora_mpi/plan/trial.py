@@ -15,13 +15,14 @@ import torch
 from ..build import Built
 from ..comm import Solo
 from ..decomposition import right_vectors
+from ..engine.trial import Short
 from ..federation import Run, State
 from ..mixing import Packed
 from ..round import play
 from ..store import checkpoint
 from ..store.log import Log
 from ..sums import SUMS
-from .counted import Short, counted
+from .counted import counted
 from .devices import Device
 from .forecast import Costs, Unit
 from .line import Line, limits
@@ -66,7 +67,7 @@ class _Trial:
         whole = self._kind.trainer.stacked and not tiny
         self._stack = tuple(stack if whole else stack[:1])  # a loop's clients are alike
         self.client, self._tiny = stack[0], tiny  # whether a sample will do
-        self._feed = Short(self._kind.trainer.feed)
+        self._feed = Short(self._kind.trainer.feed, 1)
         self._alone = self._holding((self._stack,))
         self._taken: dict[tuple, list[tuple[float, float, float]]] = {}
 
@@ -155,11 +156,19 @@ class _Trial:
         tests = max(1, sum(feed.test_size(c) for c in self._stack))
         evaluation = lambda limit: self._median(limit, True, self._alone, 2)
         if not self._kind.algorithm.tune(self._kind.trainer.model, self._config.train, 0):
-            return Line(0.0, 0.0, median(map(evaluation, few)) / tests), Line(0.0, 0.0, 0.0)
+            return Line(0.0, 0.0, self._score()), Line(0.0, 0.0, 0.0)
         scored = max(0.0, self._median(few[0], True, self._alone, 0) - self._median(few[0], False, self._alone, 0))
         line = Line.through(evaluation, count, most, batch_size)
         scored = min(scored, line.once)
         return Line(0.0, 0.0, scored / tests), line._replace(once=line.once - scored)
+
+    def _score(self) -> float:
+        """Seconds of a test sample, of as many clients as are judged at once."""
+        kind, group = self._kind, self.group
+        members = self._run.stacks(group, kind.trainer.judged_at_once(group, 0))[0]
+        rows = {n: v.expand(len(members), *v.shape) for n, v in kind.first.personal.items()}
+        tests = max(1, sum(kind.trainer.feed.test_size(c) for c in members))
+        return _seconds(lambda: kind.trainer.evaluate(members, kind.first.shared, rows)) / tests
 
     def _add(self) -> float:
         """Seconds to expand, pack and add up a client's upload."""
