@@ -15,7 +15,10 @@ extras = {
     "analysis": ["matplotlib>=3.8", "pandas>=2.1"],
     "test": ["pytest>=8.0", "hypothesis>=6.100"],
 }
-apart = {"hf": ["transformers>=5.0", "safetensors>=0.5"]}  # 140 MB that few need: not in "all"
+apart = {  # what few need: not in "all"
+    "hf": ["transformers>=5.0", "safetensors>=0.5"],  # 140 MB
+    "peers": ["flwr[simulation]>=1.41", "pfl[pytorch]>=0.6"],  # other libraries, for benchmarks/peers.py
+}
 
 setup(
     name="fedlora_mpi",
