@@ -64,8 +64,9 @@ def test_twice_the_unit_cost_is_twice_the_time():
 
 
 def test_more_workers_are_never_slower_to_train_and_one_a_group_is_the_end():
-    took = [seconds(FREE, ranks).train for ranks in (1, 3, 4, 5, 6, 64)]
-    assert took == sorted(took, reverse=True) and took[0] > took[1] > took[3] == took[-1]
+    for stage in ("train", "evaluate"):
+        took = [getattr(seconds(FREE, ranks), stage) for ranks in (1, 3, 4, 5, 6, 64)]
+        assert took == sorted(took, reverse=True) and took[0] > took[1] > took[3] == took[-1]
     assert seconds(FREE, 64).busy < seconds(FREE, 3).busy
 
 
@@ -120,9 +121,12 @@ def test_a_gpu_takes_the_longer_of_starting_and_computing():
 
 def test_operations_are_counted_as_they_are_done():
     x, w = torch.ones(4, 3), torch.ones(5, 3, requires_grad=True)
-    counted = _count(lambda: F.relu(F.linear(x, w)).sum().backward())
+    step = lambda: F.relu(F.linear(x, w)).sum().backward()
+    counted = _count(step)
     assert counted.flops == 2 * 2 * 4 * 3 * 5 and counted.operations >= 5  # forward, and backward for w alone
     assert counted.saved == 4 * (x.numel() + 20)  # the product's input and the rectifier's output
+    twice = _count(lambda: (step(), step()))
+    assert twice.saved == counted.saved and twice.flops == 2 * counted.flops
     assert _count(lambda: torch.add(x, x)).bytes == 4 * 12 * 2  # one tensor read, one written
 
 
