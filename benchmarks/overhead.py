@@ -3,7 +3,7 @@
     python benchmarks/overhead.py [--repeats 3]
 
 Whole rounds of `play` under FedAvg (order of samples, batches, training, upload, exact sum, mean, evaluation) against
-the same steps alone on the same batches, which are gathered before the clock starts, in turn on one core. The evaluation
+the same steps alone on the same batches, which are gathered before the clock starts, in turn on one core. Evaluation
 is forward passes and is timed alone as well: `overhead` is what is left, `with evaluation` counts that as overhead too.
 Correctness first: the steps alone end at the weights of the round, to the bit.
 """
@@ -72,10 +72,17 @@ def main() -> None:
             passes = time.perf_counter() - begin
             shares.append(1 - (bare + passes) / whole)
             judged.append(1 - bare / whole)
-        rows.append({
-            "workload": name, "path": built.config.engine.path, "s/round": whole, "overhead": statistics.median(shares[1:]),
-            "with evaluation": statistics.median(judged[1:]), "target": 0.03, "difference": 0.0,
-        })
+        rows.append(
+            {
+                "workload": name,
+                "path": built.config.engine.path,
+                "s/round": whole,
+                "overhead": statistics.median(shares[1:]),
+                "with evaluation": statistics.median(judged[1:]),
+                "target": 0.03,
+                "difference": 0.0,
+            }
+        )
     tell(asked, rows)
 
 

@@ -1,16 +1,16 @@
-"""How fast are rounds of other libraries, written as their documentation shows, on the same clients, network and batches?
+"""How fast are rounds of other libraries, written as their documentation shows, on the same clients and batches?
 
     pip install '.[peers]'                       # flwr[simulation] and pfl[pytorch]
     python benchmarks/peers.py [--rounds 3] [--workloads NAME ...] [--peers NAME ...]
 
-FedAvg by this package, Flower (its simulation on ray) and Apple's pfl, each in processes of its own on one core (the affinity
-of all of them), one thread. Client samples per second of training rounds after the first, without evaluation. `reference`:
-10 clients of 500 images 32x32x3, the CIFAR ResNet-8 of 78,042 parameters, batch 100, one epoch. `cross-device`: 50 of 1,000
-clients a round, 50 images 28x28, batch 10, one epoch, a network of two convolutions.
+FedAvg by this package, Flower (its simulation on ray) and Apple's pfl, each in processes of its own on one core (the
+affinity of all of them), one thread. Client samples per second of training rounds after the first, without evaluation.
+`reference`: 10 clients of 500 images 32x32x3, the CIFAR ResNet-8 of 78,042 parameters, batch 100, one epoch.
+`cross-device`: 50 of 1,000 clients a round, 50 images 28x28, batch 10, one epoch, a network of two convolutions.
 
-Correctness first: after round 1 all hold the same parameters, within 1e-4 (BatchNorm's running statistics apart, which pfl
-does not average), for all get the same batches in the same order: those of our feed, laid one epoch behind the other. In
-`cross-device` Flower draws the cohort itself; there its training loss of round 1 must be ours within 5 %.
+Correctness first: after round 1 all hold the same parameters, within 1e-4 (BatchNorm's running statistics apart, which
+pfl does not average), for all get the same batches in the same order: those of our feed, laid one epoch behind the
+other. In `cross-device` Flower draws the cohort itself; there its training loss of round 1 must be ours within 5 %.
 """
 
 import json
@@ -38,11 +38,24 @@ HERE = Path(__file__).parent
 PEERS = {"flwr": HERE / "peer" / "flower.py", "pfl": HERE / "peer" / "apple.py"}
 WORKLOADS = {
     "reference": {
-        "model": "cifar_resnet8", "shape": [3, 32, 32], "clients": 10, "cohort": 10, "samples": 500,
-        "epochs": 1, "batch": 100, "lr": 0.01,
+        "model": "cifar_resnet8",
+        "shape": [3, 32, 32],
+        "clients": 10,
+        "cohort": 10,
+        "samples": 500,
+        "epochs": 1,
+        "batch": 100,
+        "lr": 0.01,
     },
     "cross-device": {
-        "model": "cnn", "shape": [1, 28, 28], "clients": 1000, "cohort": 50, "samples": 50, "epochs": 1, "batch": 10, "lr": 0.01,
+        "model": "cnn",
+        "shape": [1, 28, 28],
+        "clients": 1000,
+        "cohort": 50,
+        "samples": 50,
+        "epochs": 1,
+        "batch": 10,
+        "lr": 0.01,
     },
 }
 APART = 1e-4  # of parameters, at most
@@ -54,16 +67,20 @@ def prepared(spec: dict):
     images = {"size": size, "channels": channels, "train": spec["clients"] * spec["samples"], "test": spec["clients"]}
     partition = {"kind": "iid", "clients": spec["clients"], "train": spec["samples"], "test": 1}
     tree = {
-        "data": {"dataset": "synthetic", "synthetic": images, "partition": partition}, "model": spec["model"], "algorithm": "fedavg",
+        "data": {"dataset": "synthetic", "synthetic": images, "partition": partition},
+        "model": spec["model"],
+        "algorithm": "fedavg",
         "train": {"epochs": spec["epochs"], "batch_size": spec["batch"], "lr": spec["lr"], "momentum": 0.0},
-        "participation": spec["cohort"] / spec["clients"], "rounds": 1, "engine": {"device": "cpu"},
+        "participation": spec["cohort"] / spec["clients"],
+        "rounds": 1,
+        "engine": {"device": "cpu"},
     }
     built = build(from_dict(tree, "benchmark"), "benchmark", Solo())
     return built, beginning(built)
 
 
 def lay_out(spec: dict, folder: Path) -> None:
-    """The workload as files that every side reads: images and labels, the order of each client's epochs, the first weights."""
+    """The workload as files that every side reads: images, labels, the order of each client's epochs, first weights."""
     built, state = prepared(spec)
     feed, clients = built.run.trainer.feed, range(spec["clients"])
     whole = feed.survey(clients, whole=True)  # in order, without augmentation
@@ -78,7 +95,7 @@ def lay_out(spec: dict, folder: Path) -> None:
 
 
 def module(spec: dict, start: dict) -> torch.nn.Module:
-    """The workload's network as an ordinary module, channels_last as the documentation of torch advises for a CPU."""
+    """The workload's network as an ordinary module."""
     net = getattr(zoo, spec["model"])(10, tuple(spec["shape"]))
     net.load_state_dict(start, strict=False)
     return net
@@ -101,9 +118,14 @@ def ours(folder: Path, rounds: int) -> None:
 
 def measured(line: list[str], folder: Path) -> tuple[dict, dict]:
     """What a side says, and its shared weights after round 1; it runs on one core."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), str(HERE / "peer")])}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), str(HERE / "peer")]),
+    }
     core = min(os.sched_getaffinity(0))
-    done = subprocess.run(line, env=env, capture_output=True, text=True, preexec_fn=lambda: os.sched_setaffinity(0, {core}))
+    done = subprocess.run(
+        line, env=env, capture_output=True, text=True, preexec_fn=lambda: os.sched_setaffinity(0, {core})
+    )
     if done.returncode:
         raise RuntimeError(f"{line}: {done.stderr[-3000:]}")
     return json.loads((folder / "result.json").read_text()), torch.load(folder / "end.pt")
@@ -125,14 +147,21 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder, speed, end = Path(temporary), {}, {}
             lay_out(spec, folder)
-            lines = {"fedlora_mpi": [__file__, "--ours", str(folder)]} | {peer: [str(PEERS[peer]), str(folder)] for peer in asked.peers}
+            lines = {"fedlora_mpi": [__file__, "--ours", str(folder)]} | {
+                peer: [str(PEERS[peer]), str(folder)] for peer in asked.peers
+            }
             parameters = dict(module(spec, {}).named_parameters()).keys()
             for side, line in lines.items():
                 told, end[side] = measured([sys.executable, *line, "--rounds", str(asked.rounds)], folder)
                 samples = spec["cohort"] * spec["samples"] * spec["epochs"]
                 speed[side] = samples / statistics.median(told["seconds"][1:])
                 apart = max(float((end[side][n] - end["fedlora_mpi"][n]).abs().max()) for n in parameters)
-                row = {"workload": name, "library": side, "samples/s": speed[side], "ours / theirs": speed["fedlora_mpi"] / speed[side]}
+                row = {
+                    "workload": name,
+                    "library": side,
+                    "samples/s": speed[side],
+                    "ours / theirs": speed["fedlora_mpi"] / speed[side],
+                }
                 if side == "flwr" and spec["cohort"] < spec["clients"]:
                     loss = told["loss"] / expected
                     assert abs(loss - 1) < 0.05, f"{name}, {side}: training loss {loss} of ours"

@@ -3,8 +3,9 @@
     python benchmarks/predict.py [--root DATA] [--cases NAME ...] [--ranks 1 3]
 
 Different workloads on 1 rank and on 3 (a server and two workers). Seconds of a round, log and checkpoints included,
-without the first, where everything warms up, and the last. `alone`: without the time that its cores gave to other programs,
-which is what a plan predicts; on a quiet machine it is `wall`. Correctness first: all numbers of ranks end at the same bits.
+without the first, where everything warms up, and the last. `alone`: without the time that its cores gave to other
+programs, which is what a plan predicts; on a quiet machine it is `wall`. Correctness first: all numbers of ranks end at
+the same bits.
 """
 
 import json
@@ -36,31 +37,100 @@ def images(clients: int, train: int, test: int = 20, size: int = 32, channels: i
 DIGITS = {"dataset": "digits", "partition": {"kind": "iid", "clients": 12, "train": 60, "test": 25}}
 TEXTS = {"dataset": "ag_news", "text": {"vocabulary": 20000, "length": 64}}
 CASES = {  # name: (config, rounds)
-    "digits, stack": ({"data": DIGITS, "model": "cnn", "algorithm": "fedavg", "train": {"epochs": 5, "batch_size": 10, "lr": 0.02}}, 13),
-    "digits, FedLoRA": ({"data": DIGITS, "model": "cnn", "algorithm": "fedlora", "train": {"epochs": 5, "batch_size": 10, "lr": 0.02}}, 13),
+    "digits, stack": (
+        {"data": DIGITS, "model": "cnn", "algorithm": "fedavg", "train": {"epochs": 5, "batch_size": 10, "lr": 0.02}},
+        13,
+    ),
+    "digits, FedLoRA": (
+        {"data": DIGITS, "model": "cnn", "algorithm": "fedlora", "train": {"epochs": 5, "batch_size": 10, "lr": 0.02}},
+        13,
+    ),
     "CIFAR ResNet-8, loop": (
-        {"data": images(8, 200), "model": "cifar_resnet8", "algorithm": "fedavg", "train": {"epochs": 2, "batch_size": 100, "lr": 0.05}}, 5),
+        {
+            "data": images(8, 200),
+            "model": "cifar_resnet8",
+            "algorithm": "fedavg",
+            "train": {"epochs": 2, "batch_size": 100, "lr": 0.05},
+        },
+        5,
+    ),
     "ResNet-8, FedLoRA": (
-        {"data": images(6, 150, 50), "model": "resnet8", "train": {"epochs": 3, "batch_size": 50, "lr": 0.05},
-         "algorithm": {"name": "fedlora", "lora_epochs": 1, "conv_rank": 0.6, "linear_rank": 4, "rank_rule": "official", "scale": "official"}}, 5),
+        {
+            "data": images(6, 150, 50),
+            "model": "resnet8",
+            "train": {"epochs": 3, "batch_size": 50, "lr": 0.05},
+            "algorithm": {
+                "name": "fedlora",
+                "lora_epochs": 1,
+                "conv_rank": 0.6,
+                "linear_rank": 4,
+                "rank_rule": "official",
+                "scale": "official",
+            },
+        },
+        5,
+    ),
     "five CNNs, pFedLoRA": (
-        {"data": images(10, 64), "model": {"mix": ["cnn1", "cnn2", "cnn3", "cnn4", "cnn5"]}, "algorithm": "pfedlora",
-         "train": {"epochs": 1, "batch_size": 32, "lr": 0.01}}, 5),
+        {
+            "data": images(10, 64),
+            "model": {"mix": ["cnn1", "cnn2", "cnn3", "cnn4", "cnn5"]},
+            "algorithm": "pfedlora",
+            "train": {"epochs": 1, "batch_size": 32, "lr": 0.01},
+        },
+        5,
+    ),
     "10 of 100 clients": (
-        {"data": images(100, 50, 4, 28, 1), "model": "cnn", "algorithm": "fedavg", "participation": 0.1,
-         "train": {"epochs": 2, "batch_size": 10, "lr": 0.02}}, 9),
+        {
+            "data": images(100, 50, 4, 28, 1),
+            "model": "cnn",
+            "algorithm": "fedavg",
+            "participation": 0.1,
+            "train": {"epochs": 2, "batch_size": 10, "lr": 0.02},
+        },
+        9,
+    ),
     "Dirichlet sizes, SCAFFOLD": (
-        {"data": images(16, 60, 10, 8, 1) | {"partition": {"kind": "dirichlet_class", "alpha": 0.5, "clients": 16, "minimum": 5}},
-         "model": {"name": "cnn", "width": 16}, "algorithm": "scaffold", "train": {"epochs": 5, "batch_size": 10, "lr": 0.02}}, 13),
+        {
+            "data": images(16, 60, 10, 8, 1)
+            | {"partition": {"kind": "dirichlet_class", "alpha": 0.5, "clients": 16, "minimum": 5}},
+            "model": {"name": "cnn", "width": 16},
+            "algorithm": "scaffold",
+            "train": {"epochs": 5, "batch_size": 10, "lr": 0.02},
+        },
+        13,
+    ),
     "texts, Transformer": (
-        {"data": TEXTS | {"partition": {"kind": "iid", "clients": 6, "train": 200, "test": 50}},
-         "model": {"name": "transformer", "width": 64, "heads": 4, "layers": 2, "feedforward": 128}, "algorithm": "fedlora",
-         "train": {"epochs": 2, "batch_size": 50, "lr": 0.02}}, 5),
+        {
+            "data": TEXTS | {"partition": {"kind": "iid", "clients": 6, "train": 200, "test": 50}},
+            "model": {"name": "transformer", "width": 64, "heads": 4, "layers": 2, "feedforward": 128},
+            "algorithm": "fedlora",
+            "train": {"epochs": 2, "batch_size": 50, "lr": 0.02},
+        },
+        5,
+    ),
     "ranks of their own, FedHL": (
-        {"data": images(10, 60), "model": "resnet8", "train": {"epochs": 1, "batch_size": 20, "lr": 0.02},
-         "algorithm": {"name": "fedhl", "lora_ranks": [64, 32, 16, 16, 8, 8, 4, 4, 4, 4], "scale": "common", "alpha": 64.0}}, 5),
+        {
+            "data": images(10, 60),
+            "model": "resnet8",
+            "train": {"epochs": 1, "batch_size": 20, "lr": 0.02},
+            "algorithm": {
+                "name": "fedhl",
+                "lora_ranks": [64, 32, 16, 16, 8, 8, 4, 4, 4, 4],
+                "scale": "common",
+                "alpha": 64.0,
+            },
+        },
+        5,
+    ),
     "mixes, FedAMP": (
-        {"data": images(12, 50, 20), "model": "cnn", "algorithm": "fedamp", "train": {"epochs": 1, "batch_size": 25, "lr": 0.02}}, 5),
+        {
+            "data": images(12, 50, 20),
+            "model": "cnn",
+            "algorithm": "fedamp",
+            "train": {"epochs": 1, "batch_size": 25, "lr": 0.02},
+        },
+        5,
+    ),
 }
 
 

@@ -49,7 +49,10 @@ def test_a_script_answers_help_with_its_question(name, report, monkeypatch, caps
 def test_a_report_has_a_column_for_every_key(report):
     rows = [{"a": 1234567, "b": 0.123456}, {"a": "x|y", "c": 12345.6}]
     assert report.table(rows).splitlines() == [
-        "| a | b | c |", "| --- | --- | --- |", "| 1,234,567 | 0.1235 |  |", "| x\\|y |  | 12,346 |"
+        "| a | b | c |",
+        "| --- | --- | --- |",
+        "| 1,234,567 | 0.1235 |  |",
+        "| x\\|y |  | 12,346 |",
     ]
 
 
@@ -60,7 +63,14 @@ def test_a_report_says_what_it_was_measured_on(report, tmp_path, capsys, monkeyp
     out, found = capsys.readouterr().out, json.loads(file.read_text())
     assert found["rows"] == [{"ratio": 1.5}] and found["command"] == "python some.py --root 'a b'"
     assert {"torch", "Python", "pytest"} <= found["versions"].keys() and found["cores"] == os.cpu_count()
-    for told in ("| ratio |", "| 1.5 |", found["commit"], found["date"], found["processor"], found["versions"]["torch"]):
+    for told in (
+        "| ratio |",
+        "| 1.5 |",
+        found["commit"],
+        found["date"],
+        found["processor"],
+        found["versions"]["torch"],
+    ):
         assert told in out
 
 

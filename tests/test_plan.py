@@ -31,7 +31,9 @@ def seconds(costs: Costs, ranks: int, *overrides: str, machine: Machine = HERE):
     return forecast(made, costs, range(1, ranks) if ranks > 1 else [0], ranks, machine)
 
 
-@pytest.mark.parametrize("samples, batch_size", [(60, 10), (17, 10), (25, 10), (10, 10), (7, 10), (1, 1), (2, 1), (9, 4)])
+@pytest.mark.parametrize(
+    "samples, batch_size", [(60, 10), (17, 10), (25, 10), (10, 10), (7, 10), (1, 1), (2, 1), (9, 4)]
+)
 def test_a_line_is_found_again_from_what_it_measures(samples, batch_size):
     line = Line(3.0, 2.0, 0.5)
     found = Line.through(lambda limit: line.of([limit] * 3, batch_size), 3, samples, batch_size)
@@ -52,7 +54,9 @@ def test_one_worker_trains_the_sum_of_its_stacks():
     sizes = [[run.sizes[c] for c in stack] for group in run.groups for stack in run.stacks(group)]
     tests = sum(map(len, built().split.test))
     found = seconds(FREE, 1)
-    assert found.train == pytest.approx(sum(0.5 + 0.25 * math.ceil(max(n) / 8) + 0.125 * sum(n) for n in sizes) + tests / 16)
+    assert found.train == pytest.approx(
+        sum(0.5 + 0.25 * math.ceil(max(n) / 8) + 0.125 * sum(n) for n in sizes) + tests / 16
+    )
     assert found.evaluate == pytest.approx(tests / 16) and found.exchange == 0 and found.busy == 1
 
 
@@ -77,7 +81,9 @@ def test_a_loop_pays_for_every_client_apart():
 def test_a_small_cohort_costs_what_its_clients_cost_and_is_judged_whole():
     tree = ["participation=0.3", "rounds=16"]
     run, costs = built(*tree).run, FREE._replace(units={0: UNIT._replace(train=Line(1.0, 0, 0), score=Line(0, 0, 1.0))})
-    stacks = [sum(len(run.stacks(m)) for g in run.groups if (m := [c for c in g if c in run.chosen(t)])) for t in range(16)]
+    stacks = [
+        sum(len(run.stacks(m)) for g in run.groups if (m := [c for c in g if c in run.chosen(t)])) for t in range(16)
+    ]
     tests = [sum(len(built().split.test[c]) for c in run.chosen(t)) for t in range(16)]
     found = seconds(costs, 1, *tree)
     assert found.train == pytest.approx((sum(stacks) + sum(tests)) / 16)
@@ -91,14 +97,19 @@ def test_workers_beyond_the_cores_share_them():
 
 def test_evaluating_and_checkpointing_less_often_costs_less():
     costs = FREE._replace(units={0: UNIT._replace(train=Line(0, 0, 0))}, log=1.0, file=2.0)
-    often, seldom = seconds(costs, 1, "evaluate.every=1", "checkpoint.every=1"), seconds(costs, 1, "evaluate.every=4", "checkpoint.every=4")
+    often, seldom = (
+        seconds(costs, 1, "evaluate.every=1", "checkpoint.every=1"),
+        seconds(costs, 1, "evaluate.every=4", "checkpoint.every=4"),
+    )
     assert seldom.evaluate == pytest.approx(often.evaluate / 4) and seldom.train == pytest.approx(often.train / 4)
     assert seldom.files - 1 == pytest.approx((often.files - 1) / 4) and often.files == 1 + 2 * 4
 
 
 def test_messages_cost_by_the_textbook():
     assert allreduce(1e9, 1, HERE) == allgather(1e9, 1, HERE) == 0
-    assert allreduce(1e9, 4, HERE) == pytest.approx(1.5 + 4e-5 + 1e-3) and allgather(1e9, 4, HERE) == pytest.approx(0.75 + 2e-5 + 1e-3)
+    assert allreduce(1e9, 4, HERE) == pytest.approx(1.5 + 4e-5 + 1e-3) and allgather(1e9, 4, HERE) == pytest.approx(
+        0.75 + 2e-5 + 1e-3
+    )
     assert allreduce(1e9, 4, HERE._replace(bandwidth=2e9)) == pytest.approx(0.75 + 4e-5 + 1e-3)
 
 
@@ -139,10 +150,18 @@ def test_a_named_gpu_and_its_bandwidth_change_what_is_predicted(monkeypatch, tmp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(GPUS, "snail", Device(1e6, 1e6, 1e12, 10e9))
     config = read(TINY, ["participation=1", "engine.path=auto"])
-    slow, fast = (estimate(config, str(TINY), 3, name, bandwidth) for name, bandwidth in (("snail", 1e3), ("h200", 1e9)))
+    slow, fast = (
+        estimate(config, str(TINY), 3, name, bandwidth) for name, bandwidth in (("snail", 1e3), ("h200", 1e9))
+    )
     run, flops = slow.built.run, 0
-    flops = max(sum(run.flops[0].of_round(run.sizes[c], 0) for g, h in zip(run.groups, (1, 2, 2, 1)) if h == r for c in g) for r in (1, 2))
-    assert slow.seconds.train == pytest.approx(flops / (0.35 * 1e6), rel=0.25) and fast.seconds.train < slow.seconds.train / 10
+    flops = max(
+        sum(run.flops[0].of_round(run.sizes[c], 0) for g, h in zip(run.groups, (1, 2, 2, 1)) if h == r for c in g)
+        for r in (1, 2)
+    )
+    assert (
+        slow.seconds.train == pytest.approx(flops / (0.35 * 1e6), rel=0.25)
+        and fast.seconds.train < slow.seconds.train / 10
+    )
     assert slow.seconds.exchange > fast.seconds.exchange + 10 and slow.built.config.engine.path == "stack"
     assert not list(tmp_path.iterdir())
 
@@ -150,7 +169,10 @@ def test_a_named_gpu_and_its_bandwidth_change_what_is_predicted(monkeypatch, tmp
 @pytest.mark.parametrize(
     "given, said",
     [
-        (["--gpus=h300"], "--gpus = h300: not known; known are v100, t4, a10, a100-40, a100, l40s, rtx4090, h100, h200, or none"),
+        (
+            ["--gpus=h300"],
+            "--gpus = h300: not known; known are v100, t4, a10, a100-40, a100, l40s, rtx4090, h100, h200, or none",
+        ),
         (["--bandwidth=0"], "--bandwidth = 0: must be positive"),
         (["--bandwidth=inf"], "--bandwidth = inf: must be positive"),
         (["--latency=-1"], "--latency = -1: must be positive"),

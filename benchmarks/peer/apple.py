@@ -1,6 +1,6 @@
 """FedAvg of pfl (pfl-research) on a workload of ../peers.py, written as its documentation shows.
 
-    python apple.py FOLDER --rounds R
+python apple.py FOLDER --rounds R
 """
 
 import argparse
@@ -54,19 +54,29 @@ def main() -> None:
         return PyTorchTensorDataset((work["x"][client][order], work["y"][client][order]), user_id=str(client))
 
     turn = iter(range(10**9))
+
     def sampler() -> int:  # the cohort of our round 1, then whoever comes next
         number = next(turn)
         return spec["first"][number] if number < len(spec["first"]) else number % spec["clients"]
 
     data, clock = FederatedDataset(dataset, sampler), Clock(asked.folder)
-    model = PyTorchModel(net, local_optimizer_create=torch.optim.SGD, central_optimizer=torch.optim.SGD(net.parameters(), 1.0))
+    model = PyTorchModel(
+        net, local_optimizer_create=torch.optim.SGD, central_optimizer=torch.optim.SGD(net.parameters(), 1.0)
+    )
     settings = NNAlgorithmParams(
-        central_num_iterations=asked.rounds, evaluation_frequency=10**6, train_cohort_size=spec["cohort"], val_cohort_size=0
+        central_num_iterations=asked.rounds,
+        evaluation_frequency=10**6,
+        train_cohort_size=spec["cohort"],
+        val_cohort_size=0,
     )
     local = NNTrainHyperParams(local_num_epochs=1, local_learning_rate=spec["lr"], local_batch_size=spec["batch"])
     FederatedAveraging().run(
-        algorithm_params=settings, backend=SimulatedBackend(training_data=data, val_data=data), model=model,
-        model_train_params=local, model_eval_params=NNEvalHyperParams(local_batch_size=spec["batch"]), callbacks=[clock],
+        algorithm_params=settings,
+        backend=SimulatedBackend(training_data=data, val_data=data),
+        model=model,
+        model_train_params=local,
+        model_eval_params=NNEvalHyperParams(local_batch_size=spec["batch"]),
+        callbacks=[clock],
     )
     seconds = [b - a for a, b in zip(clock.ends, clock.ends[1:])]
     (asked.folder / "result.json").write_text(json.dumps({"seconds": seconds, "loss": float("nan")}))

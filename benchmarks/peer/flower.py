@@ -1,6 +1,6 @@
 """FedAvg of Flower's simulation on a workload of ../peers.py, written as its documentation shows.
 
-    python flower.py FOLDER --rounds R
+python flower.py FOLDER --rounds R
 """
 
 import argparse
@@ -83,7 +83,10 @@ def main() -> None:
         found = strategy.start(grid=grid, initial_arrays=start, num_rounds=asked.rounds, evaluate_fn=ended)
         losses.extend(float(m["train_loss"]) for _, m in sorted(found.train_metrics_clientapp.items()))
 
-    one = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": 1, "include_dashboard": False}}
+    one = {
+        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+        "init_args": {"num_cpus": 1, "include_dashboard": False},
+    }
     run_simulation(server_app, client_app, num_supernodes=spec["clients"], backend_config=one)
     seconds = [b - a for a, b in zip(ends, ends[1:])]
     (asked.folder / "result.json").write_text(json.dumps({"seconds": seconds, "loss": losses[0]}))

@@ -46,7 +46,8 @@ def estimate(
     config: Config, source: str, ranks: int, gpus: str | None = None, bandwidth: float | None = None,
     latency: float | None = None,
 ) -> Estimate:
-    """The costs of ``config`` on ``ranks`` ranks of this machine, or elsewhere with one of ``gpus`` (``none``: a core) each.
+    """The costs of ``config`` on ``ranks`` ranks: of this machine, or elsewhere with a GPU named ``gpus`` each (``none``:
+    with a core each).
 
     bandwidth: bytes/s, latency: seconds of a message. Raises ValueError for what cannot be.
     """
@@ -181,7 +182,8 @@ def _costs(found: Estimate, workers: int, gpus: str | None) -> list[tuple[str, s
     return lines + [
         ("disk", f"{size(storage(found.built))} for {config.checkpoint.keep} checkpoints, one in the making, "
                  "and the log"),
-        ("time", f"{duration(seconds.round)} per round, {duration(seconds.round * config.rounds)} for {config.rounds} rounds"),
+        ("time", f"{duration(seconds.round)} per round, {duration(seconds.round * config.rounds)} for {config.rounds} "
+                 "rounds"),
         ("of it", f"{stages} a round"),
     ]
 

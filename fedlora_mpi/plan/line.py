@@ -18,7 +18,7 @@ class Line(NamedTuple):
 
     @classmethod
     def through(cls, measured: Callable[[int], float], clients: int, samples: int, batch_size: int) -> "Line":
-        """The line through ``measured(limit)``, the cost of ``clients`` of so many samples each when ``limit`` are used.
+        """The line through ``measured(limit)``, the cost of ``clients`` of so many samples when each uses ``limit``.
 
         Nothing comes out negative: where noise would have it so, what two sizes differ by is all their samples'.
         """

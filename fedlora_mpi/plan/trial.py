@@ -117,7 +117,7 @@ class _Trial:
         return (each, pair), each * c + pair * c * c if c > 1 else 0.0
 
     def _play(self, limit: int, judged: bool, run: Run, keep: bool) -> None:
-        """One round; its seconds of training, exchange and evaluation, without those that a core gave to other programs."""
+        """One round; its seconds of training, exchange and evaluation, without those that other programs had the core."""
         self._feed.limit = limit
         first, clients = self._kind.first, [c for group in run.groups for c in group]
         rows = {self._kind.prefix + n: v.expand(len(clients), *v.shape).clone() for n, v in first.personal.items()}
