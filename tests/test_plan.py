@@ -90,6 +90,13 @@ def test_a_small_cohort_costs_what_its_clients_cost_and_is_judged_whole():
     assert found.evaluate == pytest.approx(sum(map(len, built().split.test)))
 
 
+def test_a_cohort_judged_alone_costs_what_its_tests_cost():
+    tree = ["participation=0.3", "rounds=16", "evaluate.clients=cohort"]
+    made = built(*tree)
+    tests = [sum(len(made.split.test[c]) for c in made.run.chosen(t)) for t in range(16)]
+    assert seconds(FREE, 1, *tree).evaluate == pytest.approx(sum(tests) / 16 / 16)
+
+
 def test_workers_beyond_the_cores_share_them():
     crowded, free = (seconds(FREE, 5, machine=HERE._replace(cores=n)) for n in (2, 4))
     assert crowded.train == pytest.approx(2 * free.train) and crowded.evaluate == pytest.approx(2 * free.evaluate)

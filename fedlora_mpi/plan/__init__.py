@@ -74,7 +74,8 @@ def estimate(
         clients[rank] += group
     own = {rank: sum(nbytes(run.kinds[run.kind_of[c]].first.personal) for c in at) for rank, at in clients.items()}
     most = max(own, key=own.get)
-    memory = costs.resident + own[most] + (16 if config.reduce == "exact" else 4) * run.upload.size
+    held = own[most] * (config.participation if config.engine.personal == "disk" else 1)
+    memory = costs.resident + held + (16 if config.reduce == "exact" else 4) * run.upload.size
     seconds = forecast(built, costs, list(workers), ranks, machine)
     return Estimate(built, seconds, memory, len(clients[most]), client, machine, costs)
 
@@ -104,7 +105,7 @@ def storage(built: Built) -> int:
     samples = sum(map(len, (*split.train, *split.test)))
     log = _LOG + 8 * (samples + config.rounds * (_COLUMNS + 2 * len(run.weight_N)))
     copies = config.checkpoint.keep + 1
-    return copies * state + (copies + 1) * log
+    return copies * state + (copies + 1) * log + (personal if config.engine.personal == "disk" else 0)
 
 
 def _sizes(built: Built, ranks: int) -> list[tuple[str, str]]:

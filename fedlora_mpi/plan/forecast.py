@@ -1,7 +1,7 @@
 """How long a round takes, from unit costs: arithmetic alone, nothing is measured here."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple, Protocol
 
@@ -77,15 +77,17 @@ def forecast(built: Built, costs: Costs, workers: Sequence[int], ranks: int, mac
     first = config.data.tasks.rounds if config.data.tasks else config.rounds
     rounds = 1 if config.participation == 1 else min(_ROUNDS, config.rounds, first)
     judged = 1 / config.evaluate.every
-    trained, busy, exchanged = [], [], []
+    trained, busy, exchanged, evaluated = [], [], [], []
     for round_ in range(rounds):
         chosen = run.chosen(round_)
         loads = _loads(built, run, costs, chosen, host, workers, judged)
         trained.append(costs.begin + max(loads))
+        at = chosen if run.judges_cohort else range(len(run.sizes))
+        evaluated.append(max(_evaluation(built, run, costs, at, host, workers)))
         busy.append(sum(loads) / (len(loads) * max(max(loads), 1e-12)))
         exchanged.append(_exchange(run, costs, chosen, ranks, len(workers), machine, all_ranks))
     mean = lambda values: float(np.mean(values))
-    evaluate = max(_evaluation(built, run, costs, host, workers)) * crowd * judged
+    evaluate = mean(evaluated) * crowd * judged
     files = costs.log + _checkpoint(run, costs, host, workers) / config.checkpoint.every
     return Seconds(mean(trained) * crowd, mean(exchanged), evaluate, files, mean(busy))
 
@@ -124,12 +126,14 @@ def _loads(
     return list(load.values())
 
 
-def _evaluation(built: Built, run: Run, costs: Costs, host: Sequence[int], workers: Sequence[int]) -> list[float]:
-    """Seconds in which each worker judges all its clients."""
+def _evaluation(
+    built: Built, run: Run, costs: Costs, judged: Collection[int], host: Sequence[int], workers: Sequence[int]
+) -> list[float]:
+    """Seconds in which each worker judges its clients of these."""
     load, batch_size = dict.fromkeys(workers, 0.0), built.config.train.batch_size
     for group, rank in zip(run.groups, host):
         unit = costs.units[run.kind_of[group[0]]]
-        for stack in _stacks(run, group):
+        for stack in _stacks(run, [c for c in group if c in judged]):
             load[rank] += unit.tune.of([run.sizes[c] for c in stack], batch_size) + _score(built, unit, stack)
     return list(load.values())
 

@@ -127,7 +127,7 @@ class _Trial:
         wall, cpu = time.perf_counter(), time.process_time()
         _, row, clients_N = play(run, state, judged, False)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        del row["stop"]
+        row = {name: value for name, value in row.items() if name not in ("stop", "skipped")}
         self.row = row, clients_N
         if keep:
             own = min(1.0, cpu / wall) if self._config.engine.threads == 1 and device.type == "cpu" else 1.0
