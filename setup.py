@@ -16,7 +16,10 @@ extras = {
     "test": ["pytest>=8.0", "hypothesis>=6.100"],
     "docs": ["sphinx>=8.2", "myst-parser>=5.0", "furo>=2025.9.25", "nbclient>=0.10", "ipykernel>=7.0"],
 }
-apart = {"hf": ["transformers>=5.0", "safetensors>=0.5"]}  # 140 MB that few need: not in "all"
+apart = {  # what few need: not in "all"
+    "hf": ["transformers>=5.0", "safetensors>=0.5"],  # 140 MB
+    "peers": ["flwr[simulation]>=1.41", "pfl[pytorch]>=0.6"],  # other libraries, for benchmarks/peers.py
+}
 
 setup(
     name="fedlora_mpi",

@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   fedlora-mpi run configs/cifar10.yaml algorithm=fedavg output=runs/fedavg train.lr=0.05
   mpirun -n 5 fedlora-mpi resume runs/cifar10                 go on, on any number of ranks
   fedlora-mpi plan configs/cifar10.yaml --ranks 5             what it would cost; trains nothing
+  fedlora-mpi plan configs/cifar10.yaml --ranks 64 --gpus h200 --bandwidth 25e9   and on a cluster that is not here
   fedlora-mpi partition configs/cifar10.yaml                  who gets which data
   fedlora-mpi report runs/*                                   accuracy of runs
   fedlora-mpi report runs/* -o page                           page/report.html, its figures and tables for a paper
@@ -83,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (run, resume, plan, partition, doctor):
         sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     plan.add_argument("--ranks", type=int, default=1, help="how many ranks mpirun would start (default 1)")
+    plan.add_argument("--gpus", metavar="NAME|none", help="elsewhere: a GPU for each worker, such as h200, or a core like these")
+    plan.add_argument("--bandwidth", type=float, metavar="BYTES/S", help="of a message there (default 12.5e9 with --gpus)")
+    plan.add_argument("--latency", type=float, metavar="SECONDS", help="of a message there (default 5e-6 with --gpus)")
     partition.add_argument("-o", "--picture", type=Path, help="the PNG (default: CONFIG's name in this folder)")
     for sub in (report, digest):
         sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
@@ -163,7 +167,8 @@ def _plan(asked: argparse.Namespace, comm) -> int:
     from .config import read
     from .plan import plan
 
-    print(together(comm, lambda: plan(read(asked.config, asked.overrides), asked.config, asked.ranks)))
+    there = asked.gpus, asked.bandwidth, asked.latency
+    print(together(comm, lambda: plan(read(asked.config, asked.overrides), asked.config, asked.ranks, *there)))
     return 0
 
 

@@ -120,7 +120,7 @@ def test_algorithms_see_nothing_that_runs_them():
 
 
 def test_a_run_never_imports_the_analysis():
-    trees, met, ahead = parsed(), set(), [("run",), ("build",), ("round",), ("plan",)]
+    trees, met, ahead = parsed(), set(), [("run",), ("build",), ("round",), ("plan", "__init__")]
     while ahead:
         parts = ahead.pop()
         met.add(parts)
