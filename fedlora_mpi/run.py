@@ -187,7 +187,8 @@ def _tell(
             print(f"fedlora-mpi: round {round_}: skipped client {ids}: loss or upload is not finite{rest}", file=sys.stderr)
         if "skipped" in row:
             row["skipped"] = len(skipped)
-        log.append(round_, row, clients)
+        ranks = row.pop("seconds_ranks")
+        log.append(round_, row, clients, ranks)
         progress.tell(round_, row)
     return round_
 

@@ -72,9 +72,28 @@ class RunView:
         table = pandas.DataFrame({name: column.ravel() for name, column in columns.items()}, index)
         return table.dropna(how="all").reset_index()
 
+    @property
+    def ranks(self) -> "DataFrame":
+        """One row for each evaluated round and rank: round, rank, and seconds_* of its stages since the one before.
+
+        seconds_waiting: in messages, so for other ranks; the other stages are without it. Together they are all the
+        time that passed. Empty for a run of before they were measured.
+        """
+        pandas = imported_pandas()
+        columns, rounds = self._files.ranks(), self._files.rounds()["round"]
+        numbers = columns.pop("ranks", np.zeros(0, int))
+        seconds = {name: [column[row, :n] for row, n in enumerate(numbers)] for name, column in columns.items()}
+        whole = {"round": np.repeat(rounds[: len(numbers)], numbers), "rank": [r for n in numbers for r in range(n)]}
+        return pandas.DataFrame(whole | {name: np.concatenate(rows) for name, rows in seconds.items()})
+
     def array(self, name: str) -> np.ndarray:
-        """A column: ``accuracy`` [T] of the rounds, ``clients/accuracy`` [T, N]. Raises ValueError."""
-        columns = self._files.rounds() | {f"clients/{n}": v for n, v in self._files.clients().items()}
+        """A column: ``accuracy`` [T] of the rounds, ``clients/accuracy`` [T, N], ``ranks/seconds_train`` [T, R].
+
+        Raises ValueError.
+        """
+        columns = self._files.rounds()
+        for group, found in (("clients", self._files.clients()), ("ranks", self._files.ranks())):
+            columns |= {f"{group}/{name}": column for name, column in found.items()}
         if name not in columns:
             raise ValueError(f"{self.path}: there is no column {name!r}; there are {', '.join(columns)}")
         return columns[name]

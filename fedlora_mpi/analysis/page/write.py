@@ -12,7 +12,7 @@ from ...store.files import plain_name, write_atomic
 from ...units import size
 from ..groups import Found, Group, Logged, Stat, grouped, shown
 from ..runs import Runs
-from . import clients, curves, personal, sweeps, tables
+from . import clients, curves, personal, ranks, sweeps, tables
 from .style import Drawn, looks, styled
 from .table import Table, percent
 
@@ -84,6 +84,7 @@ def gathered(logs: Sequence[Logged]) -> Content:
         curves.against_bytes(groups, look),
         curves.against_flops(groups, look),
         curves.stages(groups, look),
+        ranks.ranks(groups, look),
         curves.loss(groups, look),
         curves.drift(groups, look),
         *curves.diagnosis(groups, look),
