@@ -99,6 +99,14 @@ def test_every_rank_tells_all_its_seconds_by_stage(on_three):
     assert run.array("ranks/seconds_train").shape == (4, 3) and run.array("ranks/ranks").tolist() == [0, 3, 0, 3]
 
 
+def test_scores_that_travel_with_the_seconds_are_whole_numbers_of_samples(on_three):
+    run = open_run(on_three / "three")
+    sizes = np.array([len(rows) for rows in run.partition.test])
+    for score in ("accuracy", "accuracy_aggregated", "accuracy_trained"):
+        right = run.array(f"clients/{score}")[[1, 3]] * sizes
+        assert np.isfinite(right).any() and np.nanmax(np.abs(right - right.round())) < 1e-4, score
+
+
 def test_one_process_never_waits(on_three):
     table = open_run(on_three / "one").ranks
     assert table["rank"].tolist() == [0, 0] and (table["seconds_waiting"] == 0).all()
