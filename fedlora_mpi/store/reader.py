@@ -45,6 +45,13 @@ class RunFiles:
         of before there were any. Rounds without ranks measured none: theirs are in the next that did."""
         return self._read(lambda log: _columns(log)["ranks"])
 
+    def axes(self, path: str) -> tuple[str, ...]:
+        """The names of a column's axes, as the file has them. Raises StoreError."""
+        found = self._read(lambda log: [axis.label for axis in log[path].dims] if path in log else None)
+        if found is None:
+            raise StoreError(f"{self.path}: there is no column {path!r}")
+        return tuple(found)
+
     def partition(self) -> dict[str, Any]:
         """``train`` and ``test`` (lists of index arrays), ``train_counts`` [N, classes], ..., ``digest``."""
         found = self._read(lambda log: _everything(log["partition"]))
