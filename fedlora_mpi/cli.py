@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   fedlora-mpi partition configs/cifar10.yaml                  who gets which data
   fedlora-mpi report runs/*                                   accuracy of runs
   fedlora-mpi report runs/* -o page                           page/report.html, its figures and tables for a paper
+  fedlora-mpi watch runs/cifar10                              curve, time left and load of the ranks while it runs
   fedlora-mpi reproduce table1 --alpha 0.1 --jobs 2           the paper's table, shrunk to half an hour
   fedlora-mpi reproduce table1 --scale full --print-jobs      its runs as lines and as a Slurm array
   fedlora-mpi reproduce pfedlora --jobs 2                     clients with networks of their own: accuracy and cost
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = add("plan", _plan, "Parameters, bytes, memory and time of a config; trains nothing.")
     partition = add("partition", _partition, "Who gets which data: a table, and a picture as PNG.")
     report = add("report", _report, "The accuracy of runs as a table; with -o a page of figures and tables, self-contained.")
+    watch = add("watch", _watch, "A run in the terminal while it goes on: curve, time left, load of the ranks.")
     digest = add("digest", _digest, "SHA-256 of the newest checkpoint of runs: equal means equal to the bit.")
     export = add("export", _export, "A client's low-rank part and head in the files of Hugging Face's peft.")
     doctor = add("doctor", _doctor, "Whether everything works on this machine, a line each with the remedy.")
@@ -76,12 +78,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("config", help="a YAML file")
     run.add_argument("--resume", action="store_true", help="go on with the run folder if it is there")
     doctor.add_argument("target", nargs="?", type=Path, metavar="CONFIG|RUN", help="default: this folder")
-    for sub in (resume, export):
+    for sub in (resume, export, watch):
         sub.add_argument("run", type=Path, help="a run folder")
     export.add_argument("--client", type=int, required=True, metavar="K", help="its number, from 0")
     export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
     for sub in (run, resume, plan, partition, doctor):
         sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    watch.add_argument("--every", type=float, default=2, metavar="SECONDS", help="between two looks (default 2)")
+    watch.add_argument("--once", action="store_true", help="print it once and leave")
     plan.add_argument("--ranks", type=int, default=1, help="how many ranks mpirun would start (default 1)")
     partition.add_argument("-o", "--picture", type=Path, help="the PNG (default: CONFIG's name in this folder)")
     for sub in (report, digest):
@@ -209,6 +213,14 @@ def _report(asked: argparse.Namespace, comm) -> int:
         return table(asked.runs)
 
     print(together(comm, tell))
+    return 0
+
+
+def _watch(asked: argparse.Namespace, comm) -> int:
+    from .analysis.watch import watch
+    from .comm import together
+
+    together(comm, lambda: watch(asked.run, asked.every, asked.once))
     return 0
 
 
