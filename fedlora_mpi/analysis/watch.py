@@ -1,9 +1,9 @@
 """A run in the terminal while it goes on, from its log alone: curve, time left, load of the ranks."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import get_terminal_size
@@ -83,7 +83,8 @@ def watch(path: Path, every: float, once: bool) -> None:
     elif sys.stdout.isatty():
         _live(seen, every)
     else:
-        _follow(seen, every, lambda now: print(plain([[*_status(now), (" · ", ""), *_pace(now)]]), flush=True))
+        with suppress(KeyboardInterrupt):
+            _follow(seen, every, lambda now: print(plain([[*_status(now), (" · ", ""), *_pace(now)]]), flush=True))
 
 
 def frame(seen: Seen, width: int, height: int) -> list[Line]:
@@ -220,7 +221,8 @@ def _live(seen: Seen, every: float) -> None:
         Text.assemble(*line) for line in frame(now, console.width, console.height)
     )
     last = seen
-    with Live(drawn(seen), console=console, screen=True, auto_refresh=False) as live:
+    view = Live(drawn(seen), console=console, screen=True, auto_refresh=False)
+    with suppress(KeyboardInterrupt), view as live:
 
         def show(now: Seen) -> None:
             nonlocal last
@@ -232,23 +234,18 @@ def _live(seen: Seen, every: float) -> None:
 
 
 def _follow(seen: Seen, every: float, show: Callable[[Seen], None], always: bool = False) -> None:
-    """``show`` the run at every new row (``always``: at every look), until it ends or Ctrl-C."""
+    """``show`` the run at every new row (``always``: at every look), until it ends."""
+    show(seen)
     failed = 0
-    try:
-        show(seen)
-        while not seen.done:
-            time.sleep(every)
-            try:
-                now = Seen.read(seen.path)
-            except (StoreError, OSError):  # a resume puts another log in its place
-                failed += 1
-                if failed >= _PATIENCE:
-                    raise
-                continue
-            failed, new = 0, now.round != seen.round
-            seen = now
-            if new or always:
-                show(now)
-    except KeyboardInterrupt:
-        if not always:
-            os.write(2, b"\n")
+    while not seen.done:
+        time.sleep(every)
+        try:
+            now = Seen.read(seen.path)
+        except (StoreError, OSError):  # a resume puts another log in its place
+            failed += 1
+            if failed >= _PATIENCE:
+                raise
+            continue
+        failed, new, seen = 0, now.round != seen.round, now
+        if new or always:
+            show(now)
