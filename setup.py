@@ -13,6 +13,7 @@ extras = {
     "text": ["tokenizers>=0.21"],
     "weights": ["safetensors>=0.5"],
     "analysis": ["matplotlib>=3.8", "pandas>=2.1", "rich>=13.7"],
+    "tensorboard": ["tensorboardX>=2.6"],
     "test": ["pytest>=8.0", "hypothesis>=6.100"],
 }
 apart = {"hf": ["transformers>=5.0", "safetensors>=0.5"]}  # 140 MB that few need: not in "all"

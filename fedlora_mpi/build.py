@@ -32,6 +32,7 @@ from .models.zoo import build as build_model
 from .placement import assign, groups
 from .rows import InMemory, OnDisk
 from .seeds import rng
+from .store.sinks import need_tensorboard
 from .tree import numel
 
 
@@ -184,6 +185,9 @@ def _parts(
     if config.engine.compile:
         with naming(source, "engine"):
             need_compiler()
+    if config.log.tensorboard:
+        with naming(source, "log"):
+            need_tensorboard()
     return _Parts(data, models, split, feed, variants, kind_of, firsts, device)
 
 

@@ -22,13 +22,13 @@ from .algorithm import Algorithm
 from .blocks import ConfigError, Field, Origin
 from .data.datasets import Source
 from .data.partition import KINDS, Partition
-from .experiment import Config, DataBlock, Faults, ModelBlock, Network
+from .experiment import Config, DataBlock, Faults, Log, ModelBlock, Network
 from .models import zoo
 
 # The keys of a choice block that say what its other keys mean.
 SELECTORS = {"data.partition": ("kind",), "model": ("name", "mix"), "algorithm": ("name",)}
 FREE_ON_RESUME = ("rounds", "output", "checkpoint", "data.root", "data.download", "server_hosts_clients", "mix", "uplink",
-                  "faults.tolerate", "faults.timeout", "engine.personal")
+                  "faults.tolerate", "faults.timeout", "engine.personal", "log")
 LATER = {"engine": ("compile", "personal"), "evaluate": ("clients",)}  # keys that are written where they are not as by default
 COMMAND_LINE = "command line"
 _PLACEHOLDER = re.compile(r"\{(.*?)\}")
@@ -64,6 +64,8 @@ def resolved_dict(config: Config) -> dict[str, Any]:
         for name in names:
             if tree[block][name] == default[name]:
                 del tree[block][name]
+    if config.log == Log():  # likewise
+        del tree["log"]
     if config.data.tasks:  # likewise
         tree["data"]["tasks"] = blocks.plain(config.data.tasks)
     if config.data.source.text.tokenizer is None:  # and before a tokenizer could be given

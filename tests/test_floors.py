@@ -31,6 +31,7 @@ HOME = {
     "tokenizers": "data",
     "transformers": "models",
     "safetensors": "models",
+    "tensorboardX": "store",
 }
 FILES = {path.relative_to(ROOT).with_suffix("").parts: path for path in sorted(ROOT.rglob("*.py"))}
 MODULES = {parts[:-1] if parts[-1] == "__init__" else parts for parts in FILES}

@@ -15,7 +15,7 @@ from .load import Load, load
 SEEDS = ("seed", "data.partition.seed")
 # What changes no result beyond its last bits, by the beginning of its dotted name.
 NO_MATTER = (
-    *SEEDS, "output", "checkpoint.", "data.root", "data.download", "server_hosts_clients", "mix", "uplink",
+    *SEEDS, "output", "checkpoint.", "log.", "data.root", "data.download", "server_hosts_clients", "mix", "uplink",
     "engine.device", "engine.path", "engine.group_size", "engine.threads",
 )  # fmt: skip
 SELECTORS = {"data.partition": "kind", "model": "name", "algorithm": "name"}  # says what a block's other keys mean
