@@ -27,8 +27,10 @@ def events(folder):
         while data:
             (length,) = struct.unpack("<Q", data[:8])
             found, data = event.Event.FromString(data[12 : 12 + length]), data[16 + length :]
+            if found.session_log.status == 1:  # as TensorBoard does
+                scalars = [kept for kept in scalars if kept[1] < found.step]
+                purges.append(found.step)
             scalars += [(v.tag, found.step, v.simple_value, found.wall_time) for v in found.summary.value if not v.HasField("histo")]
-            purges += [found.step] if found.session_log.status == 1 else []
     return scalars, purges
 
 
@@ -67,9 +69,9 @@ def test_nothing_is_doubled_or_missing_after_a_resume_that_goes_back(run, tmp_pa
     assert main(["resume", str(again), "rounds=6"]) == 0
     assert_says_what_the_log_says(again)
     scalars, purges = events(again / "tensorboard")
-    assert purges == [0], "whoever has read the earlier file forgets it"
+    assert purges == [0, 0], "whoever has read the earlier file forgets it"
     when = [at for tag, _, _, at in scalars if tag == "train_loss"]
-    assert when == sorted(when) and len(list((again / "tensorboard").iterdir())) == 1
+    assert when == sorted(when)
 
 
 def test_they_may_be_switched_on_by_a_resume_and_move_no_number(run, tmp_path):

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .files import fsync, write_atomic
+from .files import write_atomic
 from .reader import RunFiles
 
 Numbers = Mapping[str, float | int]
@@ -66,9 +66,9 @@ class TensorBoard:
     """``tensorboard/``: every column of ``/rounds`` as a scalar, the clients' accuracies as a histogram, by round."""
 
     def __init__(self, folder: Path, rounds: Columns, clients: Columns) -> None:
-        """Put the rounds so far in the place of what the folder had; a TensorBoard that has read that forgets it."""
-        old = sorted(folder.glob("events*"))
-        # Its file names count seconds, and a new one must come last.
+        """Begin a file with the rounds so far. TensorBoard forgets those of earlier files, which stay: one that is
+        looking on would not go on to the new file if its own were gone."""
+        old = folder.glob("events*")  # their names count seconds, and the new one must come last
         suffix = f".{max((int(file.suffix[1:]) for file in old if file.suffix[1:].isdigit()), default=0) + 1}"
         self._writer = need_tensorboard().SummaryWriter(str(folder), purge_step=0, filename_suffix=suffix)
         seconds = sum((column for name, column in rounds.items() if name.startswith("seconds_")), np.zeros(len(rounds["round"])))
@@ -77,9 +77,6 @@ class TensorBoard:
             row = {name: column[at] for name, column in rounds.items() if name != "round"}
             self._write(int(round_), row, {name: column[at] for name, column in clients.items()}, time.time() - ago[at])
         self._writer.flush()
-        for file in old:
-            file.unlink()
-        fsync(folder)
 
     def append(self, round_: int, rounds: Numbers, clients: Columns, ranks: Columns) -> None:
         self._write(round_, rounds, clients, time.time())
