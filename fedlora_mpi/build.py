@@ -93,8 +93,9 @@ def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
 
 def split_data(config: Config, source: str, data: Data) -> Split:
     """Who has which samples."""
+    given = {"owners": data.owners} if data.owners else {}
     with naming(source, "data"):
-        return config.data.partition.split(data.train.y.numpy(), data.test.y.numpy(), data.classes)
+        return config.data.partition.split(data.train.y.numpy(), data.test.y.numpy(), data.classes, **given)
 
 
 def decided(config: Config, models: Sequence[Model], device: str) -> Engine:

@@ -68,6 +68,8 @@ def resolved_dict(config: Config) -> dict[str, Any]:
         del tree["log"]
     if config.data.tasks:  # likewise
         tree["data"]["tasks"] = blocks.plain(config.data.tasks)
+    if not config.data.source.allow_pickle:
+        del tree["data"]["allow_pickle"]
     if config.data.source.text.tokenizer is None:  # and before a tokenizer could be given
         del tree["data"]["text"]["tokenizer"]
     _drop_defaults(tree, "faults", blocks.plain(Faults()))  # likewise, key by key
