@@ -12,7 +12,8 @@ from fedlora_mpi.analysis import load as loads
 from fedlora_mpi.analysis.groups import Logged
 from fedlora_mpi.analysis.page import ranks as page
 from fedlora_mpi.analysis.page import tables
-from fedlora_mpi.analysis.page.style import looks, styled
+from fedlora_mpi.analysis.page.crowd import looks_of
+from fedlora_mpi.analysis.page.style import styled
 from fedlora_mpi.store.log import Log
 from fedlora_mpi.store.reader import RunFiles
 
@@ -138,13 +139,13 @@ def test_a_load_is_seconds_per_round_and_the_share_of_time_that_workers_are_busy
 def test_the_page_has_a_bar_for_each_rank_and_stage(tmp_path):
     folder = logged(tmp_path / "a", [0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
     alone = found_of(folder).groups
-    assert page.ranks(alone, {}) is None and "balance" not in tables.costs(alone).csv()
+    assert page.ranks(alone, looks_of(alone)) is None and "balance" not in tables.costs(alone).csv()
     measured = {name: column[1:3] for name, column in TWO.items()}
     (group,) = alone
     run = Logged(folder, group.runs[0].config | EVERY, group.runs[0].rounds, group.runs[0].clients, {}, measured)
     groups = [type(group)(group.label, {}, (run,))]
     with styled():
-        drawn = page.ranks(groups, {group.label: looks(1)[0]})
+        drawn = page.ranks(groups, looks_of(groups))
     bars = [bar.get_height() for bar in drawn.figure.axes[0].patches]
     assert bars == [0, 3.5, 4.5, 0, 1.5, 0, 6, 1, 1.5]  # train, evaluate and waiting of three ranks over two rounds
     assert [text.get_text() for text in drawn.figure.axes[0].texts] == ["79% balanced"]

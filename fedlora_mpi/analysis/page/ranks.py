@@ -6,6 +6,7 @@ import numpy as np
 
 from ..groups import Group
 from .curves import Looks
+from .crowd import named, note
 from .style import GREY, Drawn, panels
 
 # As the stages of ``curves.stages``; waiting is empty.
@@ -15,7 +16,7 @@ _PANELS = 12
 
 def ranks(groups: Sequence[Group], looks: Looks) -> Drawn | None:
     """A panel for each group, of its first run that had several ranks."""
-    found = [(group, load) for group in groups if (load := next(filter(None, map(_several, group.runs)), None))]
+    found = [(group, load) for group in named(groups, looks) if (load := next(filter(None, map(_several, group.runs)), None))]
     if not found:
         return None
     shown = found[:_PANELS]
@@ -40,6 +41,7 @@ def ranks(groups: Sequence[Group], looks: Looks) -> Drawn | None:
         "lies between rounds, and waiting in messages. Balanced: the share of their time for which workers are busy if the "
         "busiest sets the pace."
     )
+    said += note(looks, "are in the table of costs")
     said += f" The first {_PANELS} of {len(found)} settings." if len(found) > _PANELS else ""
     return Drawn("ranks", "Where the seconds go, by rank", said, drawn)
 

@@ -40,6 +40,7 @@ class Look(NamedTuple):
 
     color: str
     dash: str | tuple
+    named: bool = True  # else one of many, pale and without a label
 
     @property
     def ink(self) -> str:
