@@ -64,8 +64,6 @@ def resolved_dict(config: Config) -> dict[str, Any]:
         for name in names:
             if tree[block][name] == default[name]:
                 del tree[block][name]
-    if config.log == Log():  # likewise
-        del tree["log"]
     if config.data.tasks:  # likewise
         tree["data"]["tasks"] = blocks.plain(config.data.tasks)
     if not config.data.source.allow_pickle:
@@ -73,6 +71,7 @@ def resolved_dict(config: Config) -> dict[str, Any]:
     if config.data.source.text.tokenizer is None:  # and before a tokenizer could be given
         del tree["data"]["text"]["tokenizer"]
     _drop_defaults(tree, "faults", blocks.plain(Faults()))  # likewise, key by key
+    _drop_defaults(tree, "log", blocks.plain(Log()))
     tree["model"] = _model_tree(config.model)
     tree["algorithm"] = {"name": algorithm_name(config.algorithm)} | blocks.plain(config.algorithm)
     return tree

@@ -27,6 +27,7 @@ class Thread(Solo):
     """A rank that is a thread of this process; messages are copies on a table that all see."""
 
     def __init__(self, rank, size, table, barrier):
+        super().__init__()
         self.rank, self.size, self._table, self._barrier, self.moved = rank, size, table, barrier, 0
 
     def _all(self, mine):
