@@ -15,6 +15,7 @@ class Pulse:
     def __init__(self) -> None:
         self.round, self.stage, self.clients = 0, "the set-up", ()
         self.since, self.waits = time.monotonic(), False
+        self.waited = 0.0  # seconds in all
 
     def at(self, stage: str, clients: Sequence[int] = (), round_: int | None = None) -> None:
         """A stage begins, about these clients; ``round_`` counts from 1, None is the present one."""
@@ -28,10 +29,11 @@ class Pulse:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Others are awaited: no time passes."""
-        self.waits = True
+        self.waits, begin = True, time.perf_counter()
         try:
             yield
         finally:
+            self.waited += time.perf_counter() - begin
             self.since, self.waits = time.monotonic(), False
 
     def still(self) -> float:
