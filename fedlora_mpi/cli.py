@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   mpirun -n 3 fedlora-mpi run configs/cifar10.yaml            rank 0 is the server, 2 workers
   fedlora-mpi run configs/cifar10.yaml algorithm=fedavg output=runs/fedavg train.lr=0.05
   mpirun -n 5 fedlora-mpi resume runs/cifar10                 go on, on any number of ranks
+  mpirun --with-ft ulfm -n 5 fedlora-mpi run configs/cifar10.yaml faults.tolerate=true   outlives a dead worker
   fedlora-mpi plan configs/cifar10.yaml --ranks 5             what it would cost; trains nothing
   fedlora-mpi plan configs/cifar10.yaml --ranks 64 --gpus h200 --bandwidth 25e9   and on a cluster that is not here
   fedlora-mpi partition configs/cifar10.yaml                  who gets which data

@@ -316,6 +316,6 @@ def _broken(run: Run, round_: int, broken: list[int]) -> frozenset[int]:
     ids = ", ".join(map(str, found))
     raise Fault(
         f"round {round_ + 1}: the loss or upload of client {ids} is not finite (or beyond what a mean can "
-        "hold); nothing of this round was kept. Lower train.lr, or resume from the last checkpoint, or let "
-        "faults.non_finite=skip leave such clients out"
+        "hold); nothing of this round was kept. Lower train.lr, or resume from the last checkpoint; a run begun with "
+        "faults.non_finite=skip leaves such clients out"
     )

@@ -22,7 +22,7 @@ from .comm import Comm, Lost, together
 from .config import Config
 from .federation import Kind, Run, State
 from .progress import Progress
-from .recovery import keeping, lasting, without
+from .recovery import going_on, keeping, lasting, without
 from .round import play
 from .store import checkpoint
 from .store.files import StoreError, write_atomic
@@ -134,6 +134,8 @@ def _loop(built: Built, state: State, folder: Path, asked: Sequence[int]) -> int
             log.describe(configs.resolved_yaml(config), json.dumps(configs.resolved_dict(config)))
             for hint in hints(built):
                 print(f"hint: {hint}", file=sys.stderr)
+            if comm.dead:
+                _tell_of_death(log, f"{going_on(comm.dead, comm, state.round)}, from what was on disk")
         state = _rounds(built, state, folder, asked, log, too)
     done = state.round >= config.rounds
     if log:
@@ -176,8 +178,12 @@ def _rounds(
             run, state, saved, line = without(lost, built.run, saved, workers, config.mix, alone)
             built, stop = replace(built, run=run), False
             if log:
-                print(f"fedlora-mpi: {line}", file=sys.stderr, flush=True)
-                log.lost(line)
+                _tell_of_death(log, line)
+
+
+def _tell_of_death(log: Log, line: str) -> None:
+    print(f"fedlora-mpi: {line}", file=sys.stderr, flush=True)
+    log.lost(line)
 
 
 def _tell(

@@ -75,6 +75,8 @@ def estimate(
     own = {rank: sum(nbytes(run.kinds[run.kind_of[c]].first.personal) for c in at) for rank, at in clients.items()}
     most = max(own, key=own.get)
     held = own[most] * (config.participation if config.engine.personal == "disk" else 1)
+    if config.faults.tolerate:  # the rows of a ward; changed ones as they were in two rounds, going and coming
+        held += own[most] * (1 + 4 * config.participation)
     memory = costs.resident + held + (16 if config.reduce == "exact" else 4) * run.upload.size
     seconds = forecast(built, costs, list(workers), ranks, machine)
     return Estimate(built, seconds, memory, len(clients[most]), client, machine, costs)

@@ -30,6 +30,7 @@ class RunFiles:
             raise StoreError(f"{path}: not a run folder, it has no log.h5; give the `output` of a run")
         attrs, self.versions = self._read(lambda log: (dict(log.attrs), dict(log["versions"].attrs)))
         self.config_yaml: str = attrs["config_yaml"]
+        self.lost: list[str] = [*attrs.get("lost", ())]  # a line about each time that ranks died
         self.config: dict[str, Any] = json.loads(attrs["config_json"])
 
     def rounds(self) -> dict[str, np.ndarray]:
