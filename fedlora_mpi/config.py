@@ -24,6 +24,7 @@ from .data.datasets import Source
 from .data.partition import KINDS, Partition
 from .experiment import Config, DataBlock, ModelBlock, Network
 from .models import zoo
+from .privacy.settings import Privacy
 
 # The keys of a choice block that say what its other keys mean.
 SELECTORS = {"data.partition": ("kind",), "model": ("name", "mix"), "algorithm": ("name",)}
@@ -61,6 +62,8 @@ def resolved_dict(config: Config) -> dict[str, Any]:
         del tree["engine"]["compile"]
     if config.data.tasks:  # likewise
         tree["data"]["tasks"] = blocks.plain(config.data.tasks)
+    if config.privacy == Privacy():  # likewise
+        del tree["privacy"]
     if config.data.source.text.tokenizer is None:  # and before a tokenizer could be given
         del tree["data"]["text"]["tokenizer"]
     tree["model"] = _model_tree(config.model)

@@ -48,7 +48,7 @@ def plan(config: Config, source: str, ranks: int) -> str:
     built = build(config, source, Solo())
     trials = {number: _trial(built, number) for number in sorted(set(built.run.kind_of))}
     lines = [f"{source} on {ranks} rank{'s' * (ranks > 1)} of this machine ({os.cpu_count()} cores)"]
-    for title, text in (*_sizes(built, ranks), *_costs(built, ranks, list(workers), trials)):
+    for title, text in (*_sizes(built, ranks), *_privacy(built), *_costs(built, ranks, list(workers), trials)):
         lines.append(f"  {title:<10} {text}")
     return "\n".join(lines)
 
@@ -68,7 +68,7 @@ def storage(built: Built) -> int:
 def _sizes(built: Built, ranks: int) -> list[tuple[str, str]]:
     """Parameters and bytes."""
     config, run = built.config, built.run
-    first, clients, cohort = run.kinds[0].first, len(run.weight_N), len(run.chosen(0))
+    first, clients, cohort = run.kinds[0].first, len(run.weight_N), _cohort(run)
     second = _second(run)
     traffic = [_traffic(run, kind, second) for kind in run.kinds]
     up, down = zip(*(traffic[kind] for kind in run.kind_of))
@@ -86,6 +86,22 @@ def _sizes(built: Built, ranks: int) -> list[tuple[str, str]]:
     ]
 
 
+def _cohort(run: Run) -> int:
+    """How many clients a round has; where that is random, about."""
+    return max(1, round(run.total(frozenset()))) if run.privacy.draws else len(run.chosen(0))
+
+
+def _privacy(built: Built) -> list[tuple[str, str]]:
+    """What all rounds together cost in differential privacy."""
+    run, block, rounds = built.run, built.config.privacy, built.config.rounds
+    if not block.differential:
+        return []
+    relation = "one client more or less" if block.draws else "another client in the place of one"
+    said = f"epsilon {run.epsilon(rounds):.3g} at delta {block.delta:g} after {rounds} rounds, for {relation}"
+    noise = block.deviation / run.total(run.chosen(0))
+    return [("privacy", f"{said}; noise of deviation {noise:.2g} on each number of the mean")]
+
+
 def _traffic(run: Run, kind: Kind, second: Tree) -> tuple[int, int]:
     """The most bytes that such a client sends and receives in a round; ``second``: what ``_second`` says."""
     ones = lambda tree: tmap(torch.ones_like, tree)  # of a method that sends by class: all classes
@@ -97,7 +113,7 @@ def _traffic(run: Run, kind: Kind, second: Tree) -> tuple[int, int]:
 
 def _second(run: Run) -> Tree:
     """The shared variables before round 2 if all of a cohort, clients of equal weight, came back untrained."""
-    shared, kinds = run.kinds[0].first.shared, [run.kind_of[client] for client in run.chosen(0)]
+    shared, kinds = run.kinds[0].first.shared, [run.kind_of[client] for client in run.chosen(0) or (0,)]
     terms = {kind: run.kinds[kind].term for kind in set(kinds)}
     mean = tmap(lambda *leaves: sum(leaves) / len(leaves), *(terms[kind] for kind in kinds))
     cohort = Cohort(len(kinds) / len(run.weight_N), len(kinds))
@@ -124,7 +140,7 @@ def _model(run: Run, number: int, name: str) -> str:
 def _costs(built: Built, ranks: int, workers: list[int], trials: dict[int, Trial]) -> list[tuple[str, str]]:
     """Memory and time."""
     config, run, split = built.config, built.run.of_round(0), built.split
-    share = len(run.chosen(0)) / np.count_nonzero(run.sizes)
+    share = _cohort(run) / np.count_nonzero(run.sizes)
     trial = [trials[kind] for kind in run.kind_of]
     train = [n * config.train.epochs * t.train * share for n, t in zip(run.sizes, trial)]
     test = [len(at) * t.evaluate / config.evaluate.every for at, t in zip(split.test, trial)]

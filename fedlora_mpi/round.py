@@ -14,6 +14,8 @@ from .comm import Fault
 from .decomposition import right_vectors
 from .federation import Run, State
 from .mixing import Packed
+from .privacy.clipping import contribution, of_server
+from .privacy.masks import letters
 from .sums import LIMIT, SUMS, ExactSum, FastSum
 from .tree import Tree
 from .uplink import gathered
@@ -43,37 +45,40 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     clock = [time.perf_counter()]
     whole, run = run, run.of_round(state.round)
     chosen = run.chosen(state.round)
-    total, size = sum(run.weight_N[c] for c in chosen), run.upload.size
+    total, size = run.total(chosen), run.upload.size
     message = SUMS[run.reduce](size + len(_METRICS))
     here = _packed(run, state.shared)
-    learned = _train(run, state, chosen, here, message, LIMIT / total, evaluate)
+    learned = _train(run, state, chosen, here, message, LIMIT / max(total, len(chosen)), evaluate)
     clock.append(time.perf_counter())
 
     own = [0.0, 0.0, len(learned.broken), stop, 0.0, sum(learned.sent)]
     message.add(torch.tensor(own, dtype=torch.float64), 1, at=size)
     travels = message.buffer[..., size:].copy() if run.gathers else message.buffer
-    run.comm.sum(travels)
+    run.comm.sum(travels.view(np.uint64) if run.privacy.secure_aggregation else travels)  # masks wrap around
     message.buffer[..., -travels.shape[-1] :] = travels
     loss, clients, broken, stops, spread, sent = message.total()[size:].tolist()
     if broken:
         _report(run, state.round, learned.broken)
     if run.gathers:
         _add_others(run, state, chosen, learned.uploads, message)
+    if run.privacy.differential:  # what came were updates
+        message.add(run.untrained(state.shared), total)
+        message.add(of_server(run.privacy, size, len(chosen), run.seed, state.round), 1)
     sums = message.total()
     if type(run.algorithm).sent is Algorithm.sent:
         sent = sum(run.layouts[run.kind_of[c]].size for c in chosen)  # exact, also where float32 has added up
     traffic = _bytes(run, state.shared, chosen, round(sent), travels.nbytes)
-    drift = _drift(run, here, sums[:size] / total, spread / total)
+    drift = float("nan") if run.privacy.differential else _drift(run, here, sums[:size] / total, spread / total)
     mean = _mean(run, state.shared, sums[:size], chosen, total)
     _mix(run, state, learned.offers, chosen)
-    cohort = Cohort(len(chosen) / len(run.weight_N), total)
+    cohort = Cohort((total if run.privacy.draws else len(chosen)) / len(run.weight_N), total)
     server, shared = run.algorithm.serve(state.server, state.shared, mean, cohort)
     if matrices := run.algorithm.decomposed(shared):
         shared = run.algorithm.handed_out(shared, right_vectors(run.comm, matrices))
     state = State(state.round + 1, server, shared, state.personal)
     clock.append(time.perf_counter())
 
-    row = {"train_loss": loss / clients, "clients": int(clients), "stop": stops > 0, "drift": drift}
+    row = {"train_loss": loss / clients if clients else float("nan"), "clients": int(clients), "stop": stops > 0, "drift": drift}
     row |= traffic | {"flops": _flops(whole, chosen, state.round - 1)} | run.algorithm.told(state.shared, len(chosen))
     unknown = np.full(len(run.weight_N), np.nan)
     scores_N = _evaluate(run, state, learned.scores) if evaluate else dict.fromkeys(_SCORES, unknown)
@@ -99,6 +104,8 @@ def _train(
     can be summed.
     """
     learned = Learned([], [], {}, {}, {})
+    letter = letters(run.privacy, message, chosen, run.seed, state.round)
+    untrained = run.untrained(state.shared) if run.privacy.differential else None
     for members in (members for group in run.here() for members in run.stacks(c for c in group if c in chosen)):
         trainer = run.kinds[run.kind_of[members[0]]].trainer
         rows_C = _rows(run, state.personal, members)
@@ -109,15 +116,20 @@ def _train(
             fits = all(torch.isfinite(v).all() and v.abs().sum() < bound for v in (done.loss, vector))
             if not fits or (offer and not offer.fits()):
                 learned.broken.append(done.client)
-                continue
+                with letter(done.client):  # nothing, so that the others' masks cancel
+                    continue
             learned.sent.append(int(trainer.algorithm.sent(done.start, done.end)))
-            message.add(vector, run.weight_N[done.client])
             if run.gathers:
                 learned.uploads[done.client] = run.layouts[run.kind_of[done.client]].pack(upload)
-            message.add(torch.stack([done.loss, torch.tensor(1.0)]), 1, at=run.upload.size)
             # A diverging client must not overflow the sum; it is then beyond any meaning anyway.
             moved = _moved(run, vector, here).clamp(max=bound)
-            message.add(moved[None], run.weight_N[done.client], at=run.upload.size + _METRICS.index("spread"))
+            if run.privacy.differential:
+                address = len(chosen), run.seed, state.round, done.client
+                vector = contribution(run.privacy, vector, untrained, *address)
+            with letter(done.client) as own:
+                own.add(vector, run.weight_N[done.client])
+                own.add(torch.stack([done.loss, torch.tensor(1.0)]), 1, at=run.upload.size)
+                own.add(moved[None], run.weight_N[done.client], at=run.upload.size + _METRICS.index("spread"))
             if offer:
                 learned.offers[done.client] = offer
             if done.score is not None:
@@ -194,7 +206,7 @@ def _mean(run: Run, shared: Tree, sums: Tensor, chosen: frozenset[int], total: f
     if run.algorithm.sums:
         assert run.algorithm.absent == "exclude"
         total = 1
-    if run.algorithm.absent == "stale" and len(chosen) < len(run.weight_N):
+    if run.algorithm.absent == "stale" and total < sum(run.weight_N):
         away = sum(run.weight_N) - total
         sums, total = sums + away * run.upload.pack(shared).double().cpu(), total + away
     mean = (sums / total).float()

@@ -116,6 +116,7 @@ def _loop(built: Built, folder: Path, state: State, asked: Sequence[int]) -> int
         state, row, clients = play(run, state, evaluate, stop=bool(asked))
         stop = row.pop("stop")
         if comm.rank == 0:
+            row |= {"epsilon": run.epsilon(state.round)} if config.privacy.differential else {}
             log.append(state.round, row, clients)
             progress.tell(state.round, row)
         if last or stop or state.round % config.checkpoint.every == 0:
@@ -324,7 +325,7 @@ def _create_log(folder: Path, built: Built) -> None:
 def _versions() -> dict[str, str]:
     """Versions that a result may depend on."""
     found = {"fedlora_mpi": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in ("numpy", "mpi4py", "h5py", "torchvision", "tokenizers", "transformers"):
+    for name in ("numpy", "mpi4py", "h5py", "torchvision", "tokenizers", "transformers", "dp-accounting"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
