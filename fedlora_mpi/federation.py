@@ -137,9 +137,9 @@ class Run:
         return cohort(len(able), self.participation, able)
 
     def total(self, chosen: frozenset[int]) -> float:
-        """By what the uploads of a cohort count together; where its size is random, by what is expected of it."""
-        if self.privacy.draws:
-            return self.participation * len(self.sizes)
+        """By what the uploads of a cohort count together; under differential privacy by what is expected of any."""
+        if self.privacy.differential:
+            return self.participation * len(self.sizes) if self.privacy.draws else len(self.chosen(0))
         return sum(self.weight_N[client] for client in chosen)
 
     def epsilon(self, rounds: int) -> float:

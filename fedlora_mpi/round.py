@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -68,7 +69,9 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     if type(run.algorithm).sent is Algorithm.sent:
         sent = sum(run.layouts[run.kind_of[c]].size for c in chosen)  # exact, also where float32 has added up
     traffic = _bytes(run, state.shared, chosen, round(sent), travels.nbytes)
-    drift = float("nan") if run.privacy.differential else _drift(run, here, sums[:size] / total, spread / total)
+    drift = float("nan")
+    if not run.privacy.differential:
+        drift = _drift(run, here, sums[:size] / total, spread / total)
     mean = _mean(run, state.shared, sums[:size], chosen, total)
     _mix(run, state, learned.offers, chosen)
     cohort = Cohort((total if run.privacy.draws else len(chosen)) / len(run.weight_N), total)
@@ -78,7 +81,8 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     state = State(state.round + 1, server, shared, state.personal)
     clock.append(time.perf_counter())
 
-    row = {"train_loss": loss / clients if clients else float("nan"), "clients": int(clients), "stop": stops > 0, "drift": drift}
+    train_loss = loss / clients if clients else float("nan")
+    row = {"train_loss": train_loss, "clients": int(clients), "stop": stops > 0, "drift": drift}
     row |= traffic | {"flops": _flops(whole, chosen, state.round - 1)} | run.algorithm.told(state.shared, len(chosen))
     unknown = np.full(len(run.weight_N), np.nan)
     scores_N = _evaluate(run, state, learned.scores) if evaluate else dict.fromkeys(_SCORES, unknown)
@@ -105,7 +109,8 @@ def _train(
     """
     learned = Learned([], [], {}, {}, {})
     letter = letters(run.privacy, message, chosen, run.seed, state.round)
-    untrained = run.untrained(state.shared) if run.privacy.differential else None
+    untrained = run.untrained(state.shared) if run.privacy.differential else here
+    adds = partial(contribution, run.privacy, untrained, len(chosen), run.seed, state.round)
     for members in (members for group in run.here() for members in run.stacks(c for c in group if c in chosen)):
         trainer = run.kinds[run.kind_of[members[0]]].trainer
         rows_C = _rows(run, state.personal, members)
@@ -116,18 +121,14 @@ def _train(
             fits = all(torch.isfinite(v).all() and v.abs().sum() < bound for v in (done.loss, vector))
             if not fits or (offer and not offer.fits()):
                 learned.broken.append(done.client)
-                with letter(done.client):  # nothing, so that the others' masks cancel
-                    continue
+                continue
             learned.sent.append(int(trainer.algorithm.sent(done.start, done.end)))
             if run.gathers:
                 learned.uploads[done.client] = run.layouts[run.kind_of[done.client]].pack(upload)
             # A diverging client must not overflow the sum; it is then beyond any meaning anyway.
             moved = _moved(run, vector, here).clamp(max=bound)
-            if run.privacy.differential:
-                address = len(chosen), run.seed, state.round, done.client
-                vector = contribution(run.privacy, vector, untrained, *address)
             with letter(done.client) as own:
-                own.add(vector, run.weight_N[done.client])
+                own.add(adds(vector, done.client), run.weight_N[done.client])
                 own.add(torch.stack([done.loss, torch.tensor(1.0)]), 1, at=run.upload.size)
                 own.add(moved[None], run.weight_N[done.client], at=run.upload.size + _METRICS.index("spread"))
             if offer:
@@ -135,6 +136,9 @@ def _train(
             if done.score is not None:
                 learned.scores[done.client] = done.score
             _keep(run, state.personal, done.client, done.end.personal)
+    for client in learned.broken:  # no update, but masks and noise, which those of the others need
+        with letter(client) as own:
+            own.add(adds(untrained, client), 1 if run.privacy.differential else 0)
     return learned
 
 

@@ -18,7 +18,7 @@ def check_settings(privacy: Privacy, participation: float, reduce: str, uplink: 
     if privacy == Privacy():
         return
     if uplink == "gather":
-        raise ValueError("uplink = gather: shows the server every upload, which privacy is to prevent; choose auto or sum")
+        raise ValueError("uplink = gather: shows the server every upload, which privacy prevents; choose auto or sum")
     if privacy.differential and tasks:
         raise ValueError(
             f"privacy.clip = {privacy.clip}: does not go with data.tasks, where the data say who can take part; "
@@ -33,7 +33,9 @@ def check_settings(privacy: Privacy, participation: float, reduce: str, uplink: 
         )
 
 
-def check_run(privacy: Privacy, name: str, cohort: int, mixes: bool, kinds: Sequence[tuple[Algorithm, Model, Vars]], train: Train) -> None:
+def check_run(
+    privacy: Privacy, name: str, cohort: int, mixes: bool, kinds: Sequence[tuple[Algorithm, Model, Vars]], train: Train
+) -> None:
     """Raise ValueError for what a method or a federation is not made for.
 
     name: of the method; cohort: the fewest clients of a round; mixes: whether clients show more than what enters the
@@ -43,7 +45,7 @@ def check_run(privacy: Privacy, name: str, cohort: int, mixes: bool, kinds: Sequ
         return
     key = f"clip = {privacy.clip}" if privacy.differential else "secure_aggregation = true"
     if mixes:
-        raise ValueError(f"{key}: {name} makes a mix of its own for every client, for which the server needs single uploads")
+        raise ValueError(f"{key}: {name} makes a mix of its own for every client, which takes single uploads")
     if privacy.secure_aggregation and cohort < LEAST:
         raise ValueError(f"secure_aggregation = true: a cohort has {cohort} clients, of which a sum hides nothing; "
                          f"it needs at least {LEAST}: raise participation")
@@ -55,7 +57,8 @@ def check_run(privacy: Privacy, name: str, cohort: int, mixes: bool, kinds: Sequ
             raise ValueError(f"{key}: {name} {reason}")
     updates = [untrained(method, first, first.shared) for method, _, first in kinds]
     if any(not torch.equal(update, updates[0]) for update in updates):
-        raise ValueError(f"{key}: clients of {name} begin a round with other variables than each other; give all one rank")
+        raise ValueError(f"{key}: clients of {name} would send other variables than each other without training, "
+                         "so their updates have no common start")
 
 
 def untrained(method: Algorithm, first: Vars, shared: Tree) -> torch.Tensor:
@@ -75,9 +78,10 @@ def _unfit(method: Algorithm, model: Model, first: Vars, train: Train) -> str | 
     if not upload:
         return "sends nothing"
     if method.sums:
-        return "sends sums over the samples of a class, no updates of shared variables"
+        return "sends sums over the clients of a class, no updates of shared variables"
     if not torch.equal(Layout.of(upload).pack(upload), untrained(method, first, first.shared)):
-        return "sends the server what it makes something else of before the mean, which has no bounded norm"
+        return ("has a server that makes something else of uploads before their mean, so that to clip them bounds "
+                "nothing; of LoRA's methods fedit, ffa_lora and rolora can be private, with one rank for all")
     if statistics := [leaf for leaf in upload if model.role(leaf) == "stats"]:
         return (f"shares running statistics of BatchNorm ({statistics[0]}), which noise can make negative; choose "
                 "algorithm=fedbn, algorithm.bn_stats=local where there is one, or a network without BatchNorm")
@@ -86,5 +90,5 @@ def _unfit(method: Algorithm, model: Model, first: Vars, train: Train) -> str | 
     changes = method.upload(ones, ones)  # zero from an untrained client, whatever the variables are
     for leaf in upload:
         if not any(step.trains(leaf) for step in steps) and changes[leaf].any():
-            return f"sends {leaf}, which no SGD has moved from what the server sent: there is no update to clip"
+            return f"sends {leaf}, which SGD has not moved from what the server sent: there is no update to clip"
     return None

@@ -21,13 +21,17 @@ def gaussian(size: int, deviation: float, *address: int) -> Tensor:
     return torch.randn(size, generator=stream, dtype=torch.float64) * deviation
 
 
-def contribution(privacy: Privacy, upload: Tensor, untrained: Tensor, cohort: int, *address: int) -> Tensor:
-    """What a client of a ``cohort`` of so many adds to the sum, float64 [D]: its clipped update, and its share of the
-    noise where that is the clients'. address: seed, round, client."""
+def contribution(
+    privacy: Privacy, untrained: Tensor, cohort: int, seed: int, round_: int, upload: Tensor, client: int
+) -> Tensor:
+    """What a client of a ``cohort`` of so many adds to the sum, [D]: its clipped update, with its share of the noise
+    where that is the clients'; without differential privacy its upload. ``untrained``: see ``clipped``."""
+    if not privacy.differential:
+        return upload
     update = clipped(upload, untrained, privacy.clip)
     if privacy.noise == "server":
         return update
-    return update + gaussian(len(update), privacy.deviation / cohort**0.5, *address).to(update.device)
+    return update + gaussian(len(update), privacy.deviation / cohort**0.5, seed, round_, client).to(update.device)
 
 
 def of_server(privacy: Privacy, size: int, cohort: int, *address: int) -> Tensor:

@@ -18,14 +18,16 @@ class Privacy:
         mean  =  u + (sum_k d_k + N(0, (z S)^2 I)) / (q N)
 
     All clients count equally, whatever the method's ``weights``. The rest of the method takes this as the mean.
+    ``absent: stale`` counts u for those outside the cohort: the sum is then divided by N.
 
     clip: S; null: no differential privacy. delta: that of the epsilon in the log. sampling: ``poisson``, every client
-    takes part with probability q on its own; ``fixed``, cohorts as without privacy, with their number for q N. noise: of
-    the server, on the sum; or of the ``clients``, N(0, (z S)^2 / n) from each of a cohort of n before it is summed.
+    takes part with probability q on its own; ``fixed``, cohorts as without privacy, with their number for q N. noise:
+    of the server, on the sum; or of the ``clients``, N(0, (z S)^2 / n) from each of a cohort of n before it is summed.
 
-    Protected are the shared variables of all rounds, and what follows from them. What else the log has of clients (their
-    number, loss, accuracies, bytes) is the experimenter's view, without noise; so are uploads that are not finite, which
-    stop a run. Noise comes from the run's ``seed``, in floating point: a simulation, that protects nobody who is real.
+    Protected are the shared variables of all rounds and what follows from them, from who does not know the cohorts.
+    What else the log has of clients (number, loss, accuracies, bytes) is the experimenter's view, without noise; so
+    is a run's end by uploads that are not finite. Noise comes from the run's ``seed``, in floating point: this
+    simulates what privacy costs, and protects nobody.
 
     secure_aggregation: what a client hands over is masked, so that only the sum of a cohort can be read (``masks``).
     neighbours: how many others of the cohort each client shares a mask with; null: all.
@@ -44,11 +46,11 @@ class Privacy:
         if self.clip is None:
             for field in ("noise_multiplier", "delta", "sampling", "noise"):
                 if getattr(self, field) != getattr(Privacy, field):
-                    raise ValueError(f"{field} = {getattr(self, field)}: needs a clip, the norm that updates have at most")
+                    raise ValueError(f"{field} = {getattr(self, field)}: needs a clip, the norm of updates at most")
         elif self.clip <= 0:
             raise ValueError(f"clip = {self.clip}: must be a number above 0, or null")
         elif self.deviation > 1e9:
-            raise ValueError(f"noise_multiplier = {self.noise_multiplier}: times clip must be at most 1e9, or no sum holds it")
+            raise ValueError(f"noise_multiplier = {self.noise_multiplier}: times clip must be at most 1e9")
         if self.neighbours is not None and not self.secure_aggregation:
             raise ValueError(f"neighbours = {self.neighbours}: needs secure_aggregation = true")
         if self.neighbours is not None and (self.neighbours < 2 or self.neighbours % 2):
