@@ -318,6 +318,20 @@ def test_a_round_of_nobody_moves_by_noise_alone(name, noise):
         assert math.isnan(after.row["train_loss"]) == (not size)
 
 
+@pytest.mark.parametrize("name, more", [("fedlora", ()), ("scaffold", METHODS["scaffold"])])
+def test_the_mean_is_over_those_who_are_expected(name, more):
+    """In a round that happens to have all of 7 clients where 6.3 are expected."""
+    settings = (f"algorithm={name}", *more, "rounds=1")
+    seed = next(s for s in range(100) if (torch.rand(7, generator=rng(s, "cohort", 0), dtype=torch.float64) < 0.9).all())
+    drawn = played(*settings, f"seed={seed}", "participation=0.9", "privacy.clip=1.0e+6")[0]
+    plain = played(*settings, f"seed={seed}", "participation=1.0")[0]
+    assert drawn[1].row["clients"] == 7
+    start, ratio = plain[0].shared, {"fedlora": 1, "scaffold": 7 / 6.3}[name]  # stale: absent or not, all 7 count
+    for leaf, value in plain[1].shared.items():
+        own = 1 if leaf.startswith("c.") else ratio  # c <- c + |S| / N times the mean: the sum over N
+        torch.testing.assert_close(drawn[1].shared[leaf], start[leaf] + own * (value - start[leaf]), rtol=1e-4, atol=1e-5)
+
+
 # --- epsilon
 
 
