@@ -127,7 +127,8 @@ def _same_device(config: Config, comm: Comm, workers: Sequence[int], device: tor
     """The config with ``engine.device`` decided, the kind of device that all workers have; and the bytes of a GPU that
     each of them may use, 0 without."""
     with_gpu = np.zeros(comm.size, np.int64)
-    with_gpu[comm.rank] = memory_of(device, comm.local_size - (comm.local_rank < workers[0]))
+    with_server = workers[0] > 0 and comm.rank == comm.local_rank  # this node
+    with_gpu[comm.rank] = memory_of(device, comm.local_size - with_server)
     comm.sum(with_gpu)
     if with_gpu.any() and not all(with_gpu[rank] for rank in workers):
         without = [rank for rank in workers if not with_gpu[rank]]

@@ -77,7 +77,7 @@ class Flops:
         copied = lambda v: tmap(lambda leaf: leaf.cpu().clone(), v)
         start, now = (Vars(copied(self.first.shared), copied(self.first.personal)) for _ in range(2))
         trainer = replace(self.trainer, model=self._model, device=torch.device("cpu"), stacked=False, compiled=None)
-        walk = Walk(trainer.how, phase, start, now, 1)
+        walk = Walk(trainer, phase, start, now, 1)
         batch_C = Batch(*(None if v is None else v[None] for v in self._batch(samples)))
         return self._counted(walk.play, batch_C, 1)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..algorithm import Phase, Vars
 from .compiled import known_as, parted
-from .walk import Epoch, How, Walk, fill, tmap_vars
+from .walk import Epoch, Trainer, Walk, fill, tmap_vars
 
 _WALKS, _EPOCHS = 16, 32  # recorded phases of a trainer, recorded epochs of a phase; the oldest gives way
 _STEPS = 100  # batches in one recording: a longer epoch is several
@@ -76,15 +76,15 @@ class Graphs:
         self._pool: object = None
         self.refused = False
 
-    def walk(self, how: How, phase: Phase, start: Vars, now: Vars, clients: int) -> Walk:
+    def walk(self, trainer: Trainer, phase: Phase, start: Vars, now: Vars, clients: int) -> Walk:
         """A ``Walk`` over ``phase`` that trains ``now`` by recordings."""
         if self.refused:
-            return Walk(how, phase, start, now, clients)
+            return Walk(trainer, phase, start, now, clients)
         held: list = []
         key = known_as((phase.steps, phase.constant), held), parted((start[:2], now[:2]))[1], clients
         recorded, held = self._walks.pop(key, (None, held))
         if recorded is None:
-            recorded = Recorded(self, how, phase, tmap_vars(_copied, start), tmap_vars(_copied, now), clients)
+            recorded = Recorded(self, trainer, phase, tmap_vars(_copied, start), tmap_vars(_copied, now), clients)
             _make_room(self._walks, _WALKS)
         self._walks[key] = recorded, held
         recorded.begin(start, now)
@@ -115,8 +115,8 @@ class Graphs:
 class Recorded(Walk):
     """A ``Walk`` in memory of its own, ``start`` and ``now``, whose epochs are recorded when they are met again."""
 
-    def __init__(self, graphs: Graphs, how: How, phase: Phase, start: Vars, now: Vars, clients: int) -> None:
-        super().__init__(how, phase, start, now, clients)
+    def __init__(self, graphs: Graphs, trainer: Trainer, phase: Phase, start: Vars, now: Vars, clients: int) -> None:
+        super().__init__(trainer, phase, start, now, clients)
         self._graphs, self._met, self._epochs = graphs, {}, {}
 
     def begin(self, start: Vars, now: Vars) -> None:

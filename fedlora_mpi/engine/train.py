@@ -21,7 +21,7 @@ from ..tree import Tree, tmap
 from .compiled import Compiled
 from .graphs import Graphs
 from .memory import Room
-from .walk import How, Walk, tmap_vars
+from .walk import Walk, tmap_vars
 
 T = TypeVar("T")
 _TEST_BATCH = 1000  # test samples in one forward pass, over all clients of a stack
@@ -107,12 +107,7 @@ class Trainer:
             return 1
         return min(_JUDGED, _TEST_BATCH // max(1, *map(self.feed.test_size, clients)))
 
-    @property
-    def how(self) -> How:
-        """By which means it computes steps."""
-        return How(self.model, self.settings, self.stacked, self._forward, self.compiled)
-
-    def _forward(self) -> AbstractContextManager:
+    def forward(self) -> AbstractContextManager:
         """What a forward pass of training runs under."""
         if self.precision != "bf16":
             return self._pooling()
@@ -216,7 +211,7 @@ class Trainer:
         for phase in phases:
             if phase.epochs == 0:
                 continue
-            walk = (self.graphs.walk if self.graphs else Walk)(self.how, phase, start, now, len(ids))
+            walk = (self.graphs.walk if self.graphs else Walk)(self, phase, start, now, len(ids))
             for epoch in range(phase.epochs):
                 address = f"{phase.stream} {epoch}" if phase.stream else number
                 loss_C = self._epoch(walk, ids, round_, address)

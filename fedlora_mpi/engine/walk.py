@@ -1,30 +1,18 @@
 """The steps of one phase of local training, on a stack of clients or on one."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from ..algorithm import Batch, Loss, Phase, Sgd, Step, Train, Vars
-from ..models.network import Model
+from ..algorithm import Batch, Loss, Phase, Sgd, Step, Vars
 from ..tree import Tree, tmap
-from .compiled import Compiled
 
+Trainer = object  # an ``engine.train.Trainer``
 Epoch = object  # a ``data.feed.Epoch``
 Names = list[tuple[int, str]]  # (0 shared or 1 personal, leaf)
-
-
-class How(NamedTuple):
-    """By which means steps are computed."""
-
-    model: Model
-    settings: Train
-    stacked: bool  # whether everything has a leading client axis
-    forward: Callable[[], AbstractContextManager]  # what a forward pass runs under
-    compiled: Compiled | None = None
 
 
 class _View(NamedTuple):
@@ -40,13 +28,13 @@ class _View(NamedTuple):
 class Walk:
     """The steps of one phase: owns the momenta, which start at zero, and the views; trains ``now`` in place.
 
-    start, now: variables, [C, ...] where ``how.stacked``.
+    start, now: variables, [C, ...] where ``trainer.stacked``.
     """
 
-    def __init__(self, how: How, phase: Phase, start: Vars, now: Vars, clients: int) -> None:
-        self._how, self.phase, self._start, self._clients = how, phase, start, clients
+    def __init__(self, trainer: Trainer, phase: Phase, start: Vars, now: Vars, clients: int) -> None:
+        self._trainer, self.phase, self._start, self._clients = trainer, phase, start, clients
         self._now = now._replace(constant=self._constant(now)) if phase.constant else now
-        common = Sgd(how.settings.lr, how.settings.momentum, how.settings.weight_decay)
+        common = Sgd(trainer.settings.lr, trainer.settings.momentum, trainer.settings.weight_decay)
         self._sgd = [step.sgd(common) if step.sgd else common for step in phase.steps]
         self._momenta = [self._momentum(step) for step in phase.steps]
         self._views: dict[tuple[int, int], _View] = {}
@@ -65,7 +53,7 @@ class Walk:
 
     def firsts(self, epoch: Epoch) -> range:
         """Where the batches of a pass begin."""
-        return range(0, epoch.sizes[0], self._how.settings.batch_size)
+        return range(0, epoch.sizes[0], self._trainer.settings.batch_size)
 
     def play_over(self, epoch: Epoch, firsts: range, sums: Tensor) -> None:
         """All steps on the batches that begin at ``firsts``. Adds to ``sums`` [2, C] each client's losses, times their
@@ -108,14 +96,14 @@ class Walk:
 
     def _constant(self, now: Vars) -> Tree:
         with torch.no_grad():
-            return (vmap(self.phase.constant) if self._how.stacked else self.phase.constant)(now._replace(constant={}))
+            return (vmap(self.phase.constant) if self._trainer.stacked else self.phase.constant)(now._replace(constant={}))
 
     def _play(self, number: int, step: Step, batch_C: Batch, count: int) -> Tensor:
         at = (number, count)
         if at not in self._views:
             self._views[at] = self._view(number, count)
         view, sgd = self._views[at], self._sgd[number]
-        frequent = count == self._clients and batch_C.y.shape[1] == self._how.settings.batch_size
+        frequent = count == self._clients and batch_C.y.shape[1] == self._trainer.settings.batch_size
         for _ in range(step.repeat):
             loss_C = view.fused(batch_C) if view.fused and frequent else self._step(step, sgd, view, batch_C)
         return loss_C
@@ -137,16 +125,16 @@ class Walk:
             return self._step(step, sgd, _View(Vars(*halves, now.constant), start, momenta, leaves), batch_C)
 
         told = step.loss, tuple(names), sgd, step.clamp
-        return self._how.compiled.of(pure, told, now, start, momenta)
+        return self._trainer.compiled.of(pure, told, now, start, momenta)
 
     def _momentum(self, step: Step) -> list[Tree]:
         """Zeros for the trained leaves of either half."""
-        trains = lambda leaf: step.trains(leaf) and self._how.model.role(leaf) != "stats"
+        trains = lambda leaf: step.trains(leaf) and self._trainer.model.role(leaf) != "stats"
         return [{n: torch.zeros_like(v) for n, v in half.items() if trains(n)} for half in self._now[:2]]
 
     def _view(self, number: int, count: int) -> _View:
         """The first ``count`` rows of everything, as views: a step writes through them."""
-        narrow = (lambda v: v[:count]) if self._how.stacked else (lambda v: v)
+        narrow = (lambda v: v[:count]) if self._trainer.stacked else (lambda v: v)
         leaves, momenta, names, halves = [], [], [], []
         for at, (half, momentum) in enumerate(zip(self._now[:2], self._momenta[number])):
             seen = {}
@@ -158,18 +146,18 @@ class Walk:
                     names.append((at, name))
             halves.append(seen)
         now, start = Vars(*halves, tmap(narrow, self._now.constant)), tmap_vars(narrow, self._start)
-        fused = self._fused(number, names, now, start, momenta) if self._how.compiled else None
+        fused = self._fused(number, names, now, start, momenta) if self._trainer.compiled else None
         return _View(now, start, momenta, leaves, fused)
 
     def _losses(self, loss: Loss, view: _View, batch_C: Batch) -> Tensor:
         """The loss of each client, [count]."""
-        model = self._how.model
+        model = self._trainer.model
 
         def one(now: Vars, start: Vars, *batch: Tensor | None) -> Tensor:
-            with self._how.forward(), model.prepared(batch := Batch(*batch)):
+            with self._trainer.forward(), model.prepared(batch := Batch(*batch)):
                 return loss(now, start, batch)
 
-        if not self._how.stacked:
+        if not self._trainer.stacked:
             return one(view.now, view.start, *(v if v is None else v[0] for v in batch_C))[None]
         axes = (None if v is None else 0 for v in batch_C)
         return vmap(one, in_dims=(0, 0, *axes))(view.now, view.start, *batch_C)
