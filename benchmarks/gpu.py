@@ -249,9 +249,6 @@ def inside(asked) -> int:
 def plain(task: dict, device: str, clock: Clock) -> dict:
     """Seconds of the loop that one would write by hand, over all clients."""
     built = prepare(task, "fedavg", device=device, path="loop", graphs=False)
-    (kind,) = built.run.kinds
-    there = {n: v.to(kind.trainer.device) for n, v in kind.first.shared.items()}
-    built = replace(built, run=replace(built.run, kinds=(kind._replace(first=kind.first._replace(shared=there)),)))
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def once(clients: list[int]) -> float:

@@ -1,6 +1,11 @@
 """What a GPU is asked to do, without one: by a device that is none (see ``far.py``), and by stand-ins on the CPU."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import far
 import pytest
@@ -23,6 +28,7 @@ from fedlora_mpi.engine.settings import Engine
 from fedlora_mpi.engine.walk import Walk
 from fedlora_mpi.sums import ExactSum, FastSum
 
+ROOT = Path(__file__).parent.parent
 METHODS = ("fedavg", "fedlora", "scaffold", "fedamp", "moon", "pfedgate")
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in algorithms.names() if name not in METHODS]
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
@@ -332,3 +338,15 @@ def test_a_stack_is_as_large_as_memory_and_half_a_cohort_allow():
     assert sizes == [3, 15, fitting(model, 10, 10 * one)]
     assert decide(Engine(), "cuda", model, 10, 200) == ("stack", 25) == decide(Engine(), "cpu", model, 10, 200)
     assert Train().batch_size == 100 and decide(Engine(), "cuda", small.model("resnet8"), 100, 1000, 140 * 10**9)[1] > 50
+
+
+@pytest.mark.slow
+def test_the_benchmark_checks_and_measures_on_a_cpu(tmp_path):
+    line = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--quick", "--json", str(tmp_path / "gpu.json")]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(found["checks"]) == 12 and all(row["passed"] for row in found["checks"])
+    rows = {(row["method"], row["way"]): row for row in found["rows"]}
+    assert all(rows[method, "stack of 2, graphs"]["seconds"] > 0 for method in ("fedavg", "fedlora"))
+    assert rows["fedavg", "plain"]["seconds"] > 0 and "| method | way |" in done.stdout

@@ -164,6 +164,7 @@ class _Place:
         """The epoch's sums [2, C], see ``Walk.play_over``."""
         for place, value in zip(self._epoch.tensors(), epoch.tensors()):
             fill(place, value)
+        epoch.beat()
         self.sums.zero_()
         for graph in self._graphs:
             graph.replay()
