@@ -331,11 +331,10 @@ def test_parts_are_equal_and_in_order():
 
 def test_a_stack_is_as_large_as_memory_and_half_a_cohort_allow():
     model = small.model("bn_net")
-    one = next(m for m in range(0, 10**8, 10**4) if fitting(model, 10, m) >= 2)
-    assert fitting(model, 10, 0) == 1 and fitting(model, 10, 10 * one) in (19, 20, 21)
-    assert fitting(model, 20, 10 * one) < fitting(model, 10, 10 * one)
-    sizes = [decide(Engine(), "cuda", model, 10, cohort, 10 * one)[1] for cohort in (6, 30, 200)]
-    assert sizes == [3, 15, fitting(model, 10, 10 * one)]
+    twenty = 20 * 10**9 // fitting(model, 10, 10**9) + 10**4  # bytes
+    assert [fitting(model, 10, m) for m in (0, twenty, 2 * twenty)] == [1, 20, 40]
+    assert fitting(model, 20, twenty) < 15
+    assert [decide(Engine(), "cuda", model, 10, cohort, twenty)[1] for cohort in (6, 30, 200)] == [3, 15, 20]
     assert decide(Engine(), "cuda", model, 10, 200) == ("stack", 25) == decide(Engine(), "cpu", model, 10, 200)
     assert Train().batch_size == 100 and decide(Engine(), "cuda", small.model("resnet8"), 100, 1000, 140 * 10**9)[1] > 50
 
