@@ -37,6 +37,10 @@ class ExactSum:
             self._there = None
         return self._here.numpy()
 
+    @buffer.setter
+    def buffer(self, whole: np.ndarray) -> None:
+        self._here, self._there = torch.from_numpy(whole), None
+
     def add(self, vector: Tensor, weight: float, at: int = 0) -> None:
         """Add weight * vector [n] to the numbers from position ``at`` on; the host waits for no GPU."""
         limbs, part = self._here, _PART
