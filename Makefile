@@ -1,5 +1,6 @@
 # make run    set up .venv, then the quick start: FedLoRA, FedAvg and Local on bundled real data
 # make test   set up .venv, then the tests
+# make docs   set up .venv, then the site: build/docs/index.html
 # Both work first thing in a fresh clone; a second call installs nothing.
 # The tests of pre-trained models are skipped until: .venv/bin/pip install -e '.[hf]' peft
 # make test-slow adds the tests of minutes; those on a real Slurm need: apt-get install slurm-wlm munge
@@ -15,7 +16,7 @@ export HWLOC_HIDE_ERRORS := 1
 STAMP := $(shell date +%Y%m%d-%H%M%S)
 QUICK = mpirun -n 3 --bind-to none fedlora-mpi run configs/quickstart.yaml output=runs/quickstart-$(STAMP)/{algorithm}
 
-.PHONY: install run test test-slow
+.PHONY: install run test test-slow docs
 install: .venv/installed
 
 .venv/installed: setup.py constraints.txt
@@ -38,3 +39,7 @@ test: install
 
 test-slow: install
 	@.venv/bin/python -m pytest -m slow
+
+docs: install
+	@.venv/bin/python -m sphinx -W --keep-going -q -d build/doctrees docs build/docs
+	@echo build/docs/index.html

@@ -12,10 +12,15 @@ extras = {
     "digits": ["scikit-learn>=1.4"],
     "text": ["tokenizers>=0.21"],
     "weights": ["safetensors>=0.5"],
-    "analysis": ["matplotlib>=3.8", "pandas>=2.1"],
+    "analysis": ["matplotlib>=3.8", "pandas>=2.1", "rich>=13.7"],
+    "tensorboard": ["tensorboardX>=2.6"],
     "test": ["pytest>=8.0", "hypothesis>=6.100"],
+    "docs": ["sphinx>=8.2", "myst-parser>=5.0", "furo>=2025.9.25", "nbclient>=0.10", "ipykernel>=7.0"],
 }
-apart = {"hf": ["transformers>=5.0", "safetensors>=0.5"]}  # 140 MB that few need: not in "all"
+apart = {  # what few need: not in "all"
+    "hf": ["transformers>=5.0", "safetensors>=0.5"],  # 140 MB
+    "peers": ["flwr[simulation]>=1.41", "pfl[pytorch]>=0.6"],  # other libraries, for benchmarks/peers.py
+}
 
 setup(
     name="fedlora_mpi",

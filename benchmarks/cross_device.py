@@ -7,10 +7,10 @@ better of three rounds after the first, which is given apart, since there the co
 end round 1 at the same weights, within 1e-4.
 """
 
-import argparse
 import time
 
 import torch
+from report import arguments, tell
 
 from fedlora_mpi.build import build
 from fedlora_mpi.comm import Solo
@@ -27,7 +27,7 @@ WAYS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--side", type=int, default=28)
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--cohort", type=int, default=50)
@@ -35,8 +35,7 @@ def main() -> None:
     asked = parser.parse_args()
     data = {"dataset": "synthetic", "synthetic": {"size": asked.side, "channels": 1, "train": 50 * asked.clients, "test": 2000}}
     data["partition"] = {"kind": "iid", "clients": asked.clients, "train": 50, "test": 2}
-    rates, ends = {}, {}
-    print("| way | samples/s | against the loop | seconds of round 1 |\n|---|---|---|---|")
+    rates, ends, rows = {}, {}, []
     for way, engine in WAYS.items():
         if engine["path"] == "stack":
             engine = engine | {"group_size": asked.group}
@@ -51,7 +50,8 @@ def main() -> None:
         ends[way], rates[way] = end.shared, 50 * asked.cohort / min(seconds[1:])
         apart = max(float((v - ends["loop"][n]).abs().max()) for n, v in end.shared.items())
         assert apart < 1e-4, f"{way}: {apart} from the loop"
-        print(f"| {way} | {rates[way]:,.0f} | {rates[way] / rates['loop']:.2f} | {seconds[0]:.1f} |", flush=True)
+        rows.append({"way": way, "samples/s": rates[way], "against the loop": rates[way] / rates["loop"], "s of round 1": seconds[0]})
+    tell(asked, rows)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@
 One round of a small cohort: what counts is that all personal parts are held, once.
 """
 
-import argparse
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+
+from report import arguments, tell
 
 
 def peak(command: list[str]) -> tuple[float, str]:
@@ -24,7 +25,7 @@ def peak(command: list[str]) -> tuple[float, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--root", help="folder of CIFAR-10; without it the images are synthetic")
     parser.add_argument("--clients", type=int, default=400)
     asked = parser.parse_args()
@@ -46,10 +47,8 @@ def main() -> None:
         number, unit = re.search(r"memory +([\d.e+]+) (\w+)", text).groups()
         planned = float(number) * {"MB": 1, "GB": 1000}[unit]
         measured = peak([*program, "run", config])[0]
-    print(json.dumps({
-        "clients": asked.clients, "planned_MB": round(planned), "measured_MB": round(measured),
-        "planned_over_measured": round(planned / measured, 3),
-    }))
+    row = {"clients": asked.clients, "planned MB": planned, "measured MB": measured, "planned / measured": planned / measured}
+    tell(asked, [row])
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ images, where a batch keeps the core busy. Correctness first: both paths end at 
     python benchmarks/mixed.py [--repeats 3]
 """
 
-import argparse
-import json
 import statistics
 import time
 
-import torch
+from report import arguments, tell
 
 from fedlora_mpi.build import build
 from fedlora_mpi.comm import Solo
@@ -46,15 +44,15 @@ def prepare(images: dict, networks: list, train: dict, path: str):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    repeats = parser.parse_args().repeats
+    asked, rows = parser.parse_args(), []
     for name, (images, networks, train) in WORKLOADS.items():
         speed: dict[str, list[float]] = {"stack": [], "loop": []}
         ends = {}
         for path in speed:
             built, state = prepare(images, networks, train, path)
-            for repeat in range(repeats + 1):  # the first warms up
+            for repeat in range(asked.repeats + 1):  # the first warms up
                 begin = time.perf_counter()
                 end, row, _ = play(built.run, State(0, *state[1:3], {n: v.clone() for n, v in state.personal.items()}), False, False)
                 speed[path].append(images["train"] * train["epochs"] / (time.perf_counter() - begin))
@@ -62,11 +60,12 @@ def main() -> None:
         wrong = max(float((ends["stack"][n] - v).abs().max() / v.abs().max()) for n, v in ends["loop"].items())
         assert wrong < 1e-3, f"{name}: stack and loop differ by {wrong}"
         ratio = statistics.median(a / b for a, b in zip(speed["stack"][1:], speed["loop"][1:]))
-        print(json.dumps({
-            "workload": name, "clients": CLIENTS, "networks": len(networks), "group_size": 4,
-            **{path: round(statistics.median(found[1:])) for path, found in speed.items()},
-            "ratio": round(ratio, 2), "difference": f"{wrong:.1e}", "torch": torch.__version__,
-        }))
+        rows.append({
+            "workload": name, "clients": CLIENTS, "networks": len(networks), "group size": 4,
+            **{f"{path} samples/s": statistics.median(found[1:]) for path, found in speed.items()},
+            "stack / loop": ratio, "difference": wrong,
+        })
+    tell(asked, rows)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Where does a stack of clients overtake the loop on a CPU core? Sets `_STACK_BELOW` of engine/device.py.
 
-Client samples per second of a FedAvg round by both paths, for networks of growing cost.
+Client samples per second of a FedAvg round by both paths, for networks of growing cost. Correctness first: both end at
+the same weights.
 
     python benchmarks/paths.py
 """
 
 import time
 
+from report import arguments, tell
 from throughput import prepare
 
 from fedlora_mpi.federation import State
@@ -16,8 +18,8 @@ CASES = [(8, 1, 10, width) for width in (8, 16, 32, 64)] + [(8, 1, 50, width) fo
 CASES += [(28, 1, 10, width) for width in (8, 16, 32)] + [(32, 3, 10, width) for width in (4, 8, 16)]
 
 
-def speed(path: str, size: int, channels: int, batch: int, width: int) -> tuple[float, float]:
-    """(MFLOP of one batch's forward pass, client samples per second)."""
+def speed(path: str, size: int, channels: int, batch: int, width: int) -> tuple[float, float, dict]:
+    """(MFLOP of one batch's forward pass, client samples per second, shared variables after a round)."""
     data = {
         "dataset": "synthetic",
         "synthetic": {"size": size, "channels": channels, "train": 1200, "test": 120},
@@ -27,17 +29,22 @@ def speed(path: str, size: int, channels: int, batch: int, width: int) -> tuple[
     best = 0.0
     for _ in range(3):
         begin = time.perf_counter()
-        play(built.run, State(0, *state[1:]), evaluate=False, stop=False)
+        end, _, _ = play(built.run, State(0, *state[1:]), evaluate=False, stop=False)
         best = max(best, 12 * 100 * 2 / (time.perf_counter() - begin))
-    return built.run.trainer.model.flops * batch / 1e6, best
+    return built.run.trainer.model.flops * batch / 1e6, best, end.shared
 
 
 def main() -> None:
-    print(f"{'image':>8} {'batch':>5} {'width':>5} {'MFLOP':>8} {'loop/s':>9} {'stack/s':>9} {'ratio':>6}")
+    asked, rows = arguments(__doc__).parse_args(), []
     for size, channels, batch, width in CASES:
-        cost, loop = speed("loop", size, channels, batch, width)
-        stack = speed("stack", size, channels, batch, width)[1]
-        print(f"{size:>5}x{size:<2} {batch:>5} {width:>5} {cost:8.1f} {loop:9.0f} {stack:9.0f} {stack / loop:6.2f}")
+        (cost, loop, one), (_, stack, other) = (speed(path, size, channels, batch, width) for path in ("loop", "stack"))
+        wrong = max(float((other[n] - v).abs().max() / v.abs().max().clamp(min=1e-3)) for n, v in one.items())
+        assert wrong < 1e-2, f"{size} x {size}, batch {batch}, width {width}: stack and loop differ by {wrong}"
+        rows.append({
+            "image": f"{size}x{size}x{channels}", "batch": batch, "width": width, "MFLOP": cost, "loop samples/s": loop,
+            "stack samples/s": stack, "ratio": stack / loop, "difference": wrong,
+        })
+    tell(asked, rows)
 
 
 if __name__ == "__main__":

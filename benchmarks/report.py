@@ -19,7 +19,9 @@ MPIRUN = ("mpirun", "--oversubscribe", "--bind-to", "none")
 def arguments(doc: str) -> argparse.ArgumentParser:
     """A parser that shows the script's docstring and knows ``--json FILE``."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows, hardware, versions, command and date there")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write rows, hardware, versions, command and date there"
+    )
     return parser
 
 
@@ -31,7 +33,9 @@ def tell(asked: argparse.Namespace, rows: Sequence[Mapping], libraries: Sequence
     found = surroundings(libraries) | {"rows": list(rows)}
     print(table(rows))
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    print(f"\n`{found['command']}`, {found['date']}, commit {found['commit']}, {found['cores']} cores of {found['processor']}, {versions}")
+    print(
+        f"\n`{found['command']}`, {found['date']}, commit {found['commit']}, {found['cores']} cores of {found['processor']}, {versions}"
+    )
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -51,7 +55,8 @@ def surroundings(libraries: Sequence[str] = ()) -> dict:
         "commit": _commit(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "versions": {"Python": platform.python_version()} | {n: v for n in (*LIBRARIES, *libraries) if (v := _version(n))},
+        "versions": {"Python": platform.python_version()}
+        | {n: v for n in (*LIBRARIES, *libraries) if (v := _version(n))},
     }
 
 

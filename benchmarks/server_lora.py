@@ -5,7 +5,8 @@
 Half of the layers are 768 x 768, half 768 x 3072; clients have the ranks 64, 32, 16, 16, 8, 8, 4, 4, 4, 4 in turn. Seconds
 of the slowest rank and peak memory of the largest process, one thread per rank: the singular vectors of all layers
 (`right_vectors`) on 1 and 3 ranks, beside torch.linalg.svd of one layer of each shape; the factors of all clients by a
-gather on 3 ranks; what they stand for, added up exactly on one rank; the allreduce of that sum on 3 ranks.
+gather on 3 ranks; what they stand for, added up exactly on one rank; the allreduce of that sum on 3 ranks. Correctness
+first: the singular vectors of a layer are those of torch.linalg.svd.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 
 import numpy as np
 import torch
+from report import MPIRUN, arguments, tell
 
 from fedlora_mpi.algorithms.flexlora import FlexLoRA
 from fedlora_mpi.comm import Solo, connect
@@ -121,7 +123,7 @@ def part(name: str, asked: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
@@ -129,15 +131,27 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.part:
         return part(asked.part, asked)
-    print(f"{asked.layers} layers, {asked.clients} clients")
+    check()
+    rows = []
     for name, ranks, said in LINES:
-        launch = ["mpirun", "-n", str(ranks), "--oversubscribe", "--bind-to", "none"] if ranks > 1 else []
+        launch = [MPIRUN[0], "-n", str(ranks), *MPIRUN[1:]] if ranks > 1 else []
         line = [*launch, sys.executable, __file__, "--part", name, "--ranks", str(ranks)]
         line += ["--clients", str(asked.clients), "--layers", str(asked.layers)]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         found = json.loads(subprocess.run(line, env=env, capture_output=True, text=True, check=True).stdout)
-        size = f"{found['bytes'] / 1e6:7,.0f} MB sent or held" if "bytes" in found else " " * 23
-        print(f"{found['seconds']:7.2f} s  {found['peak'] / 1e6:7,.0f} MB peak  {size}  {ranks} rank(s)  {said}", flush=True)
+        sent = {"MB sent or held": found["bytes"] / 1e6} if "bytes" in found else {}
+        rows.append({"what": said, "ranks": ranks, "s": found["seconds"], "MB peak": found["peak"] / 1e6} | sent)
+    tell(asked, rows)
+
+
+def check() -> None:
+    """The vectors that a round uses span what torch.linalg.svd finds."""
+    server, tree = FlexLoRA(lora_ranks=(4,)), shared(1)
+    ((name, (matrix, rows)),) = server.decomposed(tree).items()
+    ours = right_vectors(Solo(), {name: (matrix, rows)})[name]
+    theirs = torch.linalg.svd(matrix, full_matrices=False).Vh[: len(ours)]
+    wrong = float(((ours @ theirs.T).abs() - torch.eye(len(ours))).abs().max())
+    assert wrong < 0.05, f"{name}: vectors are {wrong} from those of torch.linalg.svd"
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ Correctness first: one client's round must end at the loop's weights.
     python benchmarks/throughput.py [--repeats 3]
 """
 
-import argparse
-import json
 import statistics
 import time
 
 import torch
+from report import arguments, tell
 from torch import nn
 
 from fedlora_mpi.build import build
@@ -76,9 +75,9 @@ def check(built) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    repeats = parser.parse_args().repeats
+    asked, rows = parser.parse_args(), []
     for name, (data, model, train, group_size, target) in WORKLOADS.items():
         built, state = prepare(data, model, train, group_size=group_size)
         wrong = check(built)
@@ -86,18 +85,18 @@ def main() -> None:
         clients = list(range(len(built.run.weight_N)))
         samples = sum(built.run.trainer.feed.train_size(c) for c in clients) * built.config.train.epochs
         ours, theirs = [], []
-        for repeat in range(repeats + 1):  # the first warms up
+        for repeat in range(asked.repeats + 1):  # the first warms up
             begin = time.perf_counter()
             play(built.run, State(0, *state[1:]), evaluate=True, stop=False)
             ours.append(samples / (time.perf_counter() - begin))
             theirs.append(samples / bare_loop(built, clients)[0])
         ratio = statistics.median(a / b for a, b in zip(ours[1:], theirs[1:]))
-        print(json.dumps({
-            "workload": name, "path": built.config.engine.path, "group_size": built.config.engine.group_size,
-            "samples_per_second": round(statistics.median(ours[1:]), 1),
-            "bare_loop": round(statistics.median(theirs[1:]), 1), "ratio": round(ratio, 3), "target": target,
-            "difference": f"{wrong:.1e}", "torch": torch.__version__,
-        }))
+        rows.append({
+            "workload": name, "path": built.config.engine.path, "group size": built.config.engine.group_size,
+            "rounds samples/s": statistics.median(ours[1:]), "bare loop samples/s": statistics.median(theirs[1:]),
+            "ratio": ratio, "target": target, "difference": wrong,
+        })
+    tell(asked, rows)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Fill the generated parts of ``methods.md`` from the code: ``python docs/make_methods.py``.
+"""Fill the generated parts of ``methods.md`` and ``add_a_method.md`` from the code: ``python docs/make_methods.py``.
 
-The page is prose with marked places: ``<!-- overview -->``, ``<!-- symbols -->``, ``<!-- hooks -->`` and, under
+The pages are prose with marked places: ``<!-- overview -->``, ``<!-- symbols -->``, ``<!-- hooks -->`` and, under
 the heading of every method, ``<!-- facts of NAME -->``, each up to the next ``<!-- end -->``. What stands
 between is made here: numbers are measured on ``REFERENCE``, sentences are those of the docstrings. Only
-``SAID`` is typed; ``tests/test_docs.py`` compares its formulas with the measurement, and the page with the code.
+``SAID`` is typed; ``tests/test_docs.py`` compares its formulas with the measurement, and the pages with the code.
 """
 
 import inspect
@@ -30,6 +30,7 @@ from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import Tree, nbytes, numel, tmap
 
 PAGE = Path(__file__).with_name("methods.md")
+GUIDE = PAGE.with_name("add_a_method.md")
 REFERENCE = ("resnet8", {}, 10, (3, 32, 32), 1)  # the paper's network for CIFAR-10
 SOURCE = "../fedlora_mpi/algorithms"
 MARK = re.compile(r"<!-- (overview|symbols|hooks|facts of (\w+)) -->\n.*?<!-- end -->", re.DOTALL)
@@ -340,4 +341,5 @@ def made(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(made(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in (PAGE, GUIDE):
+        page.write_text(made(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -33,6 +33,7 @@ from .models.zoo import build as build_model
 from .placement import assign, groups
 from .rows import InMemory, OnDisk
 from .seeds import rng
+from .store.sinks import need_tensorboard
 from .tree import numel
 
 
@@ -93,8 +94,9 @@ def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
 
 def split_data(config: Config, source: str, data: Data) -> Split:
     """Who has which samples."""
+    given = {"owners": data.owners} if data.owners else {}
     with naming(source, "data"):
-        return config.data.partition.split(data.train.y.numpy(), data.test.y.numpy(), data.classes)
+        return config.data.partition.split(data.train.y.numpy(), data.test.y.numpy(), data.classes, **given)
 
 
 def decided(config: Config, models: Sequence[Model], device: str, memory: int = 0) -> Engine:
@@ -195,6 +197,9 @@ def _parts(
     if config.engine.compile:
         with naming(source, "engine"):
             need_compiler()
+    if config.log.tensorboard:
+        with naming(source, "log"):
+            need_tensorboard()
     return _Parts(data, models, split, feed, variants, kind_of, firsts, device)
 
 

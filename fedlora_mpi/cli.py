@@ -13,10 +13,13 @@ EXAMPLES = """examples:
   mpirun -n 3 fedlora-mpi run configs/cifar10.yaml            rank 0 is the server, 2 workers
   fedlora-mpi run configs/cifar10.yaml algorithm=fedavg output=runs/fedavg train.lr=0.05
   mpirun -n 5 fedlora-mpi resume runs/cifar10                 go on, on any number of ranks
+  mpirun --with-ft ulfm -n 5 fedlora-mpi run configs/cifar10.yaml faults.tolerate=true   outlives a dead worker
   fedlora-mpi plan configs/cifar10.yaml --ranks 5             what it would cost; trains nothing
+  fedlora-mpi plan configs/cifar10.yaml --ranks 64 --gpus h200 --bandwidth 25e9   and on a cluster that is not here
   fedlora-mpi partition configs/cifar10.yaml                  who gets which data
   fedlora-mpi report runs/*                                   accuracy of runs
   fedlora-mpi report runs/* -o page                           page/report.html, its figures and tables for a paper
+  fedlora-mpi watch runs/cifar10                              curve, time left and load of the ranks while it runs
   fedlora-mpi reproduce table1 --alpha 0.1 --jobs 2           the paper's table, shrunk to half an hour
   fedlora-mpi reproduce table1 --scale full --print-jobs      its runs as lines and as a Slurm array
   fedlora-mpi reproduce pfedlora --jobs 2                     clients with networks of their own: accuracy and cost
@@ -25,6 +28,9 @@ EXAMPLES = """examples:
   fedlora-mpi submit configs/cifar10.yaml --gpus 4            as a Slurm job that requeues itself until done
   fedlora-mpi doctor configs/cifar10.yaml                     does everything work on this machine?
   fedlora-mpi export runs/a --client 7 --to adapter-7         its low-rank part, for Hugging Face's peft
+  fedlora-mpi export runs/a --client 7 --to model.pt          its own model, a state dict; without --client what all share
+  fedlora-mpi export runs/a --to results.h5                   rs_test_acc and rs_train_loss, as PFLlib keeps them
+  fedlora-mpi partition configs/cifar10.yaml --to pfllib out  the split as a folder that PFLlib reads
   fedlora-mpi digest runs/a runs/b                            are two runs equal to the last bit?
 
 exit codes: 0 done, 1 a fault, 2 a mistake in what was asked, 75 stopped at a round boundary (SIGUSR1)
@@ -66,8 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     plan = add("plan", _plan, "Parameters, bytes, memory and time of a config; trains nothing.")
     partition = add("partition", _partition, "Who gets which data: a table, and a picture as PNG.")
     report = add("report", _report, "The accuracy of runs as a table; with -o a page of figures and tables, self-contained.")
+    watch = add("watch", _watch, "A run in the terminal while it goes on: curve, time left, load of the ranks.")
     digest = add("digest", _digest, "SHA-256 of the newest checkpoint of runs: equal means equal to the bit.")
-    export = add("export", _export, "A client's low-rank part and head in the files of Hugging Face's peft.")
+    export = add("export", _export, "A run for others: a client's model (.pt, .safetensors), its adapter for peft (a folder), results for PFLlib (.h5).")
     doctor = add("doctor", _doctor, "Whether everything works on this machine, a line each with the remedy.")
     _backbone_of(add("pretrain", _pretrain, "Train a network on all data in one place, into a file for model.weights.", parallel=True))
     _job_of(add("submit", _submit, "Queue a run as a Slurm job, which is queued again until the run is done."))
@@ -76,14 +83,23 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("config", help="a YAML file")
     run.add_argument("--resume", action="store_true", help="go on with the run folder if it is there")
     doctor.add_argument("target", nargs="?", type=Path, metavar="CONFIG|RUN", help="default: this folder")
-    for sub in (resume, export):
+    for sub in (resume, export, watch):
         sub.add_argument("run", type=Path, help="a run folder")
-    export.add_argument("--client", type=int, required=True, metavar="K", help="its number, from 0")
-    export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    own = "its number, from 0; without, a file .pt or .safetensors has what all share"
+    export.add_argument("--client", type=int, metavar="K", help=own)
+    kinds = "NAME.pt, NAME.safetensors: a state dict; NAME.h5: accuracy and loss by round, as PFLlib keeps them; any other: a folder for peft"
+    export.add_argument("--to", type=Path, required=True, metavar="NAME", help=kinds)
     for sub in (run, resume, plan, partition, doctor):
         sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    watch.add_argument("--every", type=float, default=2, metavar="SECONDS", help="between two looks (default 2)")
+    watch.add_argument("--once", action="store_true", help="print it once and leave")
     plan.add_argument("--ranks", type=int, default=1, help="how many ranks mpirun would start (default 1)")
+    plan.add_argument("--gpus", metavar="NAME|none", help="elsewhere: a GPU for each worker, such as h200, or a core like these")
+    plan.add_argument("--bandwidth", type=float, metavar="BYTES/S", help="of a message there (default 12.5e9 with --gpus)")
+    plan.add_argument("--latency", type=float, metavar="SECONDS", help="of a message there (default 5e-6 with --gpus)")
     partition.add_argument("-o", "--picture", type=Path, help="the PNG (default: CONFIG's name in this folder)")
+    folder = "write it into a new folder that PFLlib reads"
+    partition.add_argument("--to", nargs=2, metavar=("pfllib", "FOLDER"), help=folder)
     for sub in (report, digest):
         sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     page = "write report.html there, figures as PNG and PDF, tables as CSV, Markdown and LaTeX"
@@ -163,7 +179,8 @@ def _plan(asked: argparse.Namespace, comm) -> int:
     from .config import read
     from .plan import plan
 
-    print(together(comm, lambda: plan(read(asked.config, asked.overrides), asked.config, asked.ranks)))
+    there = asked.gpus, asked.bandwidth, asked.latency
+    print(together(comm, lambda: plan(read(asked.config, asked.overrides), asked.config, asked.ranks, *there)))
     return 0
 
 
@@ -180,13 +197,20 @@ def _pretrain(asked: argparse.Namespace, comm) -> int:
 
 def _partition(asked: argparse.Namespace, comm) -> int:
     from .analysis.partition import draw, table
+    from .analysis.pfllib import write_folder
     from .build import load_data, split_data
     from .comm import together
     from .config import read
 
     def show() -> None:
         config = read(asked.config, asked.overrides)
-        split = split_data(config, asked.config, load_data(config, asked.config))
+        if asked.to and asked.to[0] != "pfllib":
+            raise ValueError(f"--to {asked.to[0]}: is no format; there is pfllib")
+        data = load_data(config, asked.config)
+        split = split_data(config, asked.config, data)
+        if asked.to:
+            print(write_folder(config, data, split, Path(asked.to[1])))
+            return
         picture = asked.picture or Path(f"partition-{Path(asked.config).stem}.png")
         print(table(split))
         draw(split, picture)
@@ -212,8 +236,16 @@ def _report(asked: argparse.Namespace, comm) -> int:
     return 0
 
 
+def _watch(asked: argparse.Namespace, comm) -> int:
+    from .analysis.watch import watch
+    from .comm import together
+
+    together(comm, lambda: watch(asked.run, asked.every, asked.once))
+    return 0
+
+
 def _export(asked: argparse.Namespace, comm) -> int:
-    from .analysis.peft import export
+    from .analysis.export import export
     from .analysis.run import open_run
     from .comm import together
 

@@ -25,7 +25,7 @@ _TEXT = 2000  # bytes of an error message that travel
 class Solo:
     """One process: every verb is the identity."""
 
-    rank, size, local_rank, local_size, members = 0, 1, 0, 1, (0,)
+    rank, size, local_rank, local_size, members, dead = 0, 1, 0, 1, (0,), ()
     tolerant = False
     moved = 0
 
@@ -101,8 +101,9 @@ class Mpi:
     """The ranks of a communicator, at first MPI_COMM_WORLD.
 
     Waits poll with sleeps that double up to 2 ms: a blocking wait would spin a whole core, and a
-    server waits most of the time. ``moved`` counts the bytes this rank handed to MPI. ``members``: the number of
-    each rank in MPI_COMM_WORLD; ``tolerant``: whether the launcher lets ranks go on when one dies.
+    server waits most of the time. ``moved`` counts the bytes this rank handed to MPI. ``members``: the number of each
+    rank in MPI_COMM_WORLD; ``dead``: the numbers that are no longer there; ``tolerant``: whether the launcher lets
+    ranks go on when one dies.
 
     Every verb raises Lost when a rank is dead. The first to notice revokes the communicator, so that no rank waits for
     ever. Then all that are left meet in ``agree`` exactly once, and only then leave the dead behind.
@@ -115,6 +116,8 @@ class Mpi:
         self.pulse = pulse or Pulse()
         self.rank, self.size = self._world.rank, self._world.size
         self.members = tuple(self._world.group.Translate_ranks(range(self.size), MPI.COMM_WORLD.group))
+        self.pulse.members = self.members
+        self.dead = tuple(rank for rank in range(MPI.COMM_WORLD.size) if rank not in self.members)
         self.tolerant = os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes")
         node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank, self.local_size = node.rank, node.size

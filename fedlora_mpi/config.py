@@ -22,13 +22,13 @@ from .algorithm import Algorithm
 from .blocks import ConfigError, Field, Origin
 from .data.datasets import Source
 from .data.partition import KINDS, Partition
-from .experiment import Config, DataBlock, Faults, ModelBlock, Network
+from .experiment import Config, DataBlock, Faults, Log, ModelBlock, Network
 from .models import zoo
 
 # The keys of a choice block that say what its other keys mean.
 SELECTORS = {"data.partition": ("kind",), "model": ("name", "mix"), "algorithm": ("name",)}
 FREE_ON_RESUME = ("rounds", "output", "checkpoint", "data.root", "data.download", "server_hosts_clients", "mix", "uplink",
-                  "faults.tolerate", "faults.timeout", "engine.personal", "engine.graphs")
+                  "faults.tolerate", "faults.timeout", "engine.personal", "engine.graphs", "log")
 LATER = {"engine": ("compile", "personal", "graphs"), "evaluate": ("clients",)}  # keys that are written where they are not as by default
 COMMAND_LINE = "command line"
 _PLACEHOLDER = re.compile(r"\{(.*?)\}")
@@ -66,9 +66,12 @@ def resolved_dict(config: Config) -> dict[str, Any]:
                 del tree[block][name]
     if config.data.tasks:  # likewise
         tree["data"]["tasks"] = blocks.plain(config.data.tasks)
+    if not config.data.source.allow_pickle:
+        del tree["data"]["allow_pickle"]
     if config.data.source.text.tokenizer is None:  # and before a tokenizer could be given
         del tree["data"]["text"]["tokenizer"]
     _drop_defaults(tree, "faults", blocks.plain(Faults()))  # likewise, key by key
+    _drop_defaults(tree, "log", blocks.plain(Log()))
     tree["model"] = _model_tree(config.model)
     tree["algorithm"] = {"name": algorithm_name(config.algorithm)} | blocks.plain(config.algorithm)
     return tree

@@ -115,6 +115,14 @@ class Faults:
         bounded(self, timeout="[0, inf)")
 
 
+@dataclass(frozen=True)
+class Log:
+    """The ``log`` block: what is written beside ``log.h5``."""
+
+    csv: bool = False  # RUN/rounds.csv
+    tensorboard: bool = False  # RUN/tensorboard/
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole experiment.
@@ -135,6 +143,7 @@ class Config:
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     faults: Faults = Faults()
+    log: Log = Log()
     reduce: Literal["exact", "fast"] = "exact"
     mix: Literal["auto", "root", "spread"] = "auto"
     uplink: Literal["auto", "sum", "gather"] = "auto"

@@ -1,7 +1,7 @@
 """Who takes part in a run, on which rank, with what: all that is fixed, and all that changes."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .algorithm import Algorithm, Vars
+from .clock import Stopwatch
 from .comm import Comm
 from .engine.flops import Flops
 from .engine.train import Trainer
@@ -77,6 +78,7 @@ class Run:
     judges_cohort: bool = False  # whether those who are judged in a round are its cohort; else everybody is
     rows: Rows = InMemory()  # where personal leaves live
     journal: object | None = None  # a ``journal.Journal`` where the run is to outlive a rank
+    clock: Stopwatch = field(default_factory=Stopwatch)  # of this rank
 
     @property
     def trainer(self) -> Trainer:

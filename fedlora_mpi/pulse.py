@@ -9,12 +9,14 @@ class Pulse:
     """Round, stage and last sign of progress of one process.
 
     Whoever computes says ``at`` what and ``beat``s whenever a piece is done; whoever waits for other processes does so
-    inside ``waiting``, for as long as it takes.
+    inside ``waiting``, for as long as it takes. ``members``: the processes of the run that are alive, as far as is known.
     """
 
     def __init__(self) -> None:
-        self.round, self.stage, self.clients = 0, "the set-up", ()
-        self.since, self.waits = time.monotonic(), False
+        self.waits = False
+        self.at("the set-up", round_=0)
+        self.members: tuple[int, ...] = (0,)
+        self.waited = 0.0  # seconds in all
 
     def at(self, stage: str, clients: Sequence[int] = (), round_: int | None = None) -> None:
         """A stage begins, about these clients; ``round_`` counts from 1, None is the present one."""
@@ -28,15 +30,16 @@ class Pulse:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Others are awaited: no time passes."""
-        self.waits = True
+        self.waits, begin = True, time.perf_counter()
         try:
             yield
         finally:
+            self.waited += time.perf_counter() - begin
             self.since, self.waits = time.monotonic(), False
 
     def still(self) -> float:
-        """Seconds without progress; 0 while it waits."""
-        return 0.0 if self.waits else time.monotonic() - self.since
+        """Seconds without progress; 0 while it waits, and before the rounds, when data may take any time to come."""
+        return 0.0 if self.waits or not self.round else time.monotonic() - self.since
 
     def __str__(self) -> str:
         clients = ", ".join(map(str, self.clients))

@@ -1,6 +1,5 @@
 """A run that outlives ranks: who goes on, from which round, and where the clients of the dead live from then on."""
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,10 +45,10 @@ def lasting(
             )
 
     together(comm, able)
-    launcher = f"mpirun -n {comm.size} " if comm.size > 1 else ""
+    launcher = f"mpirun {'--with-ft ulfm ' if faults.tolerate else ''}-n {comm.size} " if comm.size > 1 else ""
     way_out = f"continue with '{launcher}fedlora-mpi resume {folder}'"
     try:
-        with watching(comm, faults.timeout, way_out):
+        with watching(comm, faults.timeout, folder, way_out):
             while True:
                 try:
                     return begin(comm)
@@ -57,8 +56,7 @@ def lasting(
                     if not faults.tolerate:
                         raise
                     comm, begin = _left(lost, comm), again
-                    if comm.rank == 0:
-                        print(f"fedlora-mpi: {lost}; {comm.size} go on from what is on disk", file=sys.stderr, flush=True)
+                    comm.pulse.at("the set-up", round_=0)
     except Exception as error:
         if folder.is_dir() and (isinstance(error, Orphaned) or not isinstance(error, Everywhere)):
             error.add_note(way_out)
@@ -95,12 +93,17 @@ def without(
         except Unrecoverable:
             raise Lost(comm) from None  # though all of these are alive
     dead = [rank for rank in range(before.size) if rank not in plan.number]
-    line = (
-        f"lost rank {', '.join(str(before.members[rank]) for rank in dead)}: {comm.size} of {before.size} ranks go on with "
-        f"round {state.round + 1} after {time.perf_counter() - began:.2f} s; "
-        f"{sum(len(run.clients_of(rank)) for rank in dead)} clients have moved"
-    )
+    clients = sum(len(run.clients_of(rank)) for rank in dead)
+    seconds = time.perf_counter() - began
+    line = going_on([before.members[rank] for rank in dead], comm, state.round)
+    again = run.journal.present.state.round - state.round
+    line = f"{line} after {seconds:.2f} s; clients moved: {clients}; finished rounds played again: {again}"
     return after, state, plan.saved, line
+
+
+def going_on(dead: Sequence[int], comm: Comm, round_: int) -> str:
+    """The line about ``dead`` ranks of MPI_COMM_WORLD."""
+    return f"lost rank {', '.join(map(str, dead))}: {comm.size} ranks go on with round {round_ + 1}"
 
 
 def _left(lost: Lost, before: Mpi) -> Mpi:
@@ -141,6 +144,7 @@ def _recovered(
 ) -> tuple[Run, State]:
     """The run on the ranks that are left, and its state. Nothing of ``run`` is changed. Raises Lost on all ranks or none."""
     if comm.rank in workers and run.trainer.feed is None:
+        comm.pulse.at("the set-up", round_=0)
         after = alone(comm)
     else:
         host = assign(run.costs, workers, [plan.number.get(rank) for rank in run.host])  # the others stay

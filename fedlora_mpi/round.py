@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .algorithm import Algorithm, Cohort
+from .clock import STAGES
 from .comm import Fault
 from .decomposition import right_vectors
 from .federation import Run, State
@@ -40,8 +41,11 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     ``drift`` of the row: how far the clients have trained the shared parameters apart, see ``_drift``.
     A client whose loss or upload is not finite raises Fault on all ranks, or, where the run ``skips``, is left out:
     its personal leaves stay, the mean and the mixes are those of the others; ``skipped`` of the row holds such ids.
+    ``seconds_ranks`` of an evaluated round: {stage: [R] seconds since the last such round} (see ``Stopwatch``; what
+    came after its message counts to this one), of another round {}.
     """
     clock = [time.perf_counter()]
+    run.clock.lap("other", run.comm.pulse.waited)
     whole, run = run, run.of_round(state.round)
     chosen = drawn = run.chosen(state.round)
     run.comm.pulse.at("the training", round_=state.round + 1)
@@ -50,6 +54,7 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     here = _packed(run, state.shared)
     learned = _train(run, state, chosen, here, message, LIMIT / total, evaluate)
     clock.append(time.perf_counter())
+    run.clock.lap("train", run.comm.pulse.waited)
 
     own = [0.0, 0.0, len(learned.broken), stop, 0.0, sum(learned.sent)]
     message.add(torch.tensor(own, dtype=torch.float64), 1, at=size)
@@ -80,18 +85,23 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
         state = _served(run, state, mean, Cohort(len(chosen) / len(run.weight_N), total))
     state = state._replace(round=state.round + 1)
     clock.append(time.perf_counter())
+    run.clock.lap("exchange", run.comm.pulse.waited)
 
     row = {"train_loss": train_loss, "clients": int(clients), "stop": stops > 0, "drift": drift}
     row |= traffic | {"flops": _flops(whole, drawn, state.round - 1)} | run.algorithm.told(state.shared, len(chosen))
     row |= {"skipped": sorted(drawn - chosen)} if run.skips else {}
     unknown = np.full(len(run.weight_N), np.nan)
     judged = drawn if run.judges_cohort else range(len(run.weight_N))
-    scores_N = _evaluate(run, state, judged, learned.scores) if evaluate else dict.fromkeys(_SCORES, unknown)
+    scores_N, seconds = dict.fromkeys(_SCORES, unknown), {}
+    run.clock.lap("other", run.comm.pulse.waited)  # FLOPs are counted once
+    if evaluate:
+        scores_N, seconds = _evaluate(run, state, judged, learned.scores)
     run.rows.release()
     clock.append(time.perf_counter())
     row |= {"accuracy_worst": np.fmin.reduce(scores_N["accuracy"])}
     row |= {name: _nanmean(column) for name, column in scores_N.items()}
     row |= {f"seconds_{name}": t for name, t in zip(("train", "exchange", "evaluate"), np.diff(clock))}
+    row |= {"seconds_ranks": seconds}
     return state, row, scores_N
 
 
@@ -233,15 +243,16 @@ def _served(run: Run, state: State, mean: Tree, cohort: Cohort) -> State:
 
 def _evaluate(
     run: Run, state: State, clients: Collection[int], trained: dict[int, Tensor]
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Columns [N] of ``_SCORES`` on every rank: the own model of each of ``clients`` on its own test data, NaN for the
-    others.
+    others; and the seconds of each rank [R] by stage, which travel in the same message.
 
     ``accuracy`` and ``loss`` are those of the method's moment. A client outside the cohort was not
     trained: NaN after training, and its model after aggregation counts at either moment. One without a
     test sample of the classes so far: NaN at both.
     """
-    table = np.zeros((len(run.weight_N), 4))
+    everyone = len(run.weight_N)
+    table = np.zeros((everyone + run.comm.size, len(STAGES)))  # scores of the clients, then seconds of the ranks
     for group in ([c for c in group if c in clients] for group in run.here()):
         if not group:
             continue
@@ -250,16 +261,19 @@ def _evaluate(
             run.comm.pulse.at("the evaluation", members)
             rows_C = _rows(run, state.personal, members)
             table[members, :2] = trainer.evaluate(members, state.shared, rows_C, state.round).numpy()
-            table[members, 2:] = [trained[c].tolist() if c in trained else (np.nan, np.nan) for c in members]
+            table[members, 2:4] = [trained[c].tolist() if c in trained else (np.nan, np.nan) for c in members]
+    run.clock.lap("evaluate", run.comm.pulse.waited)
+    table[everyone + run.comm.rank] = run.clock.taken()
     run.comm.sum(table)  # each row is set by one rank, so no rounding
-    others = np.ones(len(table), bool)
+    others = np.arange(len(table)) < everyone
     others[list(clients)] = False
     table[others] = np.nan
-    received, after = table[:, :2], table[:, 2:]
+    received, after = table[:everyone, :2], table[:everyone, 2:4]
     judged = received
     if run.algorithm.evaluates == "after_training":
         judged = np.where(np.isnan(after), received, after)
-    return dict(zip(_SCORES, (*judged.T, received[:, 0], after[:, 0])))
+    scores_N = dict(zip(_SCORES, (*judged.T, received[:, 0], after[:, 0])))
+    return scores_N, dict(zip(STAGES, table[everyone:].T))
 
 
 def _nanmean(column: np.ndarray) -> float:
@@ -302,6 +316,6 @@ def _broken(run: Run, round_: int, broken: list[int]) -> frozenset[int]:
     ids = ", ".join(map(str, found))
     raise Fault(
         f"round {round_ + 1}: the loss or upload of client {ids} is not finite (or beyond what a mean can "
-        "hold); nothing of this round was kept. Lower train.lr, or resume from the last checkpoint, or let "
-        "faults.non_finite=skip leave such clients out"
+        "hold); nothing of this round was kept. Lower train.lr, or resume from the last checkpoint; a run begun with "
+        "faults.non_finite=skip leaves such clients out"
     )

@@ -22,13 +22,14 @@ from .comm import Comm, Lost, together
 from .config import Config
 from .federation import Kind, Run, State
 from .progress import Progress
-from .recovery import keeping, lasting, without
+from .recovery import going_on, keeping, lasting, without
 from .round import play
 from .store import checkpoint
 from .store.files import StoreError, write_atomic
 from .store.lock import locked
 from .store.log import Log, ragged
 from .store.manifest import Shard, worker_file
+from .store.sinks import Sink, opened
 from .store.snapshot import Checkpoint
 from .tree import Tree, nbytes, tmap
 
@@ -126,13 +127,16 @@ def _loop(built: Built, state: State, folder: Path, asked: Sequence[int]) -> int
     """Play the rounds that are left, or until somebody ``asked`` to stop; returns the exit code."""
     config, comm = built.config, built.run.comm
     with ExitStack() as stack:
-        log = None
+        log, too = None, []
         if comm.rank == 0:
-            log = stack.enter_context(closing(Log.append_to(folder / "log.h5")))
+            too = opened(folder, csv=config.log.csv, tensorboard=config.log.tensorboard)
+            log, *_ = [stack.enter_context(closing(sink)) for sink in (Log.append_to(folder / "log.h5"), *too)]
             log.describe(configs.resolved_yaml(config), json.dumps(configs.resolved_dict(config)))
             for hint in hints(built):
                 print(f"hint: {hint}", file=sys.stderr)
-        state = _rounds(built, state, folder, asked, log)
+            if comm.dead:
+                _tell_of_death(log, f"{going_on(comm.dead, comm, state.round)}, from what was on disk")
+        state = _rounds(built, state, folder, asked, log, too)
     done = state.round >= config.rounds
     if log:
         print(f"{folder}: " + ("done" if done else f"stopped after round {state.round}; continue with "
@@ -140,8 +144,11 @@ def _loop(built: Built, state: State, folder: Path, asked: Sequence[int]) -> int
     return 0 if done else STOPPED
 
 
-def _rounds(built: Built, state: State, folder: Path, asked: Sequence[int], log: Log | None) -> State:
-    """The state after the last round, or after the one in which somebody ``asked`` to stop."""
+def _rounds(
+    built: Built, state: State, folder: Path, asked: Sequence[int], log: Log | None, too: Sequence[Sink]
+) -> State:
+    """The state after the last round, or after the one in which somebody ``asked`` to stop; ``too``: written beside the
+    log."""
     config, progress = built.config, Progress(built.config.rounds, state.round)
     stop, saved, logged = False, state.round, state.round
     while True:
@@ -156,7 +163,7 @@ def _rounds(built: Built, state: State, folder: Path, asked: Sequence[int], log:
                 return state
             evaluate = state.round + 1 == config.rounds or (state.round + 1) % config.evaluate.every == 0
             state, row, clients = play(built.run, state, evaluate, stop=bool(asked))
-            stop, logged = row.pop("stop"), _tell(log, progress, state.round, row, clients, logged)
+            stop, logged = row.pop("stop"), _tell(log, too, progress, state.round, row, clients, logged)
             if built.run.journal:
                 built.run.journal.turn(state)
             if due(built.run, state.round):
@@ -171,13 +178,18 @@ def _rounds(built: Built, state: State, folder: Path, asked: Sequence[int], log:
             run, state, saved, line = without(lost, built.run, saved, workers, config.mix, alone)
             built, stop = replace(built, run=run), False
             if log:
-                print(f"fedlora-mpi: {line}", file=sys.stderr, flush=True)
-                log.lost(line)
+                _tell_of_death(log, line)
+
+
+def _tell_of_death(log: Log, line: str) -> None:
+    print(f"fedlora-mpi: {line}", file=sys.stderr, flush=True)
+    log.lost(line)
 
 
 def _tell(
-    log: Log | None, progress: Progress, round_: int, row: dict, clients: Mapping[str, np.ndarray], logged: int
-) -> int:
+    log: Log | None, too: Sequence[Sink], progress: Progress, round_: int, row: dict, clients: Mapping[str, np.ndarray],
+    logged: int,
+) -> int:  # fmt: skip
     """Log a round unless it was ``logged`` before a death made it be played again; returns the newest round logged."""
     if round_ <= logged:
         return logged
@@ -187,7 +199,9 @@ def _tell(
             print(f"fedlora-mpi: round {round_}: skipped client {ids}: loss or upload is not finite{rest}", file=sys.stderr)
         if "skipped" in row:
             row["skipped"] = len(skipped)
-        log.append(round_, row, clients)
+        ranks = row.pop("seconds_ranks")
+        for sink in (log, *too):
+            sink.append(round_, row, clients, ranks)
         progress.tell(round_, row)
     return round_
 

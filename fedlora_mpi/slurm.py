@@ -38,6 +38,7 @@ class Job:
     partition: str | None = None
     account: str | None = None
     array: int = 0
+    outlives: bool = False  # whether its run tolerates the death of a worker
 
     def __post_init__(self) -> None:
         bounded(self, nodes="[1, inf)", gpus="[0, inf)", ranks="[1, inf)", threads="[1, inf)", array="[0, inf)")
@@ -72,7 +73,7 @@ def program(job: Job, arguments: str) -> str:
     """The shell line that runs ``arguments``, already quoted, on all ranks of the job."""
     python = f"python -m fedlora_mpi {arguments}"
     count = '"$SLURM_NTASKS"' if job.ranks == job.nodes * job.per_node else job.ranks
-    return python if job.ranks == 1 else f"mpirun -n {count} {python}"
+    return python if job.ranks == 1 else f"mpirun {'--with-ft ulfm ' if job.outlives else ''}-n {count} {python}"
 
 
 def task_of(listed: str) -> str:
@@ -95,6 +96,7 @@ def job_for(config: Config, config_file: str | Path, **given: str | int | None) 
         "log": f"{folder}.slurm-%j.log",  # beside the run folder, which the run makes itself
         "ranks": max(nodes, min(places, config.data.partition.clients + server)),
         "threads": config.engine.threads,
+        "outlives": config.faults.tolerate,
     }
     try:
         return Job(**defaults | given)

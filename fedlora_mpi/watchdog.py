@@ -1,27 +1,32 @@
-"""A thread that ends a run whose process no longer gets on, and says where it was."""
+"""A thread that ends a run in which a process no longer gets on, and says which and where."""
 
 import faulthandler
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from .comm import Comm
+from .store.files import write_atomic
 
 
 @contextmanager
-def watching(comm: Comm, timeout: float, way_out: str) -> Iterator[None]:
+def watching(comm: Comm, timeout: float, folder: Path, way_out: str) -> Iterator[None]:
     """Inside, ``timeout`` seconds without a beat of ``comm.pulse`` end all ranks; 0: none do.
 
     The end names rank, round and stage and shows the stack of every thread. Where even this thread cannot run, because
-    some library keeps Python's lock, the stacks alone are shown, a quarter of the time later. way_out: the last words.
+    some library keeps Python's lock, the stacks alone are shown, a quarter of the time later. A process that is stopped
+    as a whole shows nothing: the others miss the signs of life that each rank puts into the run ``folder`` (see ``Signs``).
+    way_out: the last words.
     """
     if not timeout:
         yield
         return
-    over = threading.Event()
-    guard = threading.Thread(target=_watch, args=(comm, timeout, way_out, over.wait), daemon=True, name="watchdog")
+    over, signs = threading.Event(), Signs(comm, folder / ".pulse", timeout)
+    guard = threading.Thread(target=_watch, args=(comm, timeout, signs, way_out, over.wait), daemon=True, name="watchdog")
     guard.start()
     try:
         yield
@@ -29,19 +34,62 @@ def watching(comm: Comm, timeout: float, way_out: str) -> Iterator[None]:
         over.set()
         guard.join()
         faulthandler.cancel_dump_traceback_later()
+        signs.remove()
 
 
-def _watch(comm: Comm, timeout: float, way_out: str, over: Callable[[float], bool]) -> None:
+def _watch(comm: Comm, timeout: float, signs: "Signs", way_out: str, over: Callable[[float], bool]) -> None:
     """Look at the pulse until it is ``over``."""
     while not over(min(timeout / 8, 5.0)):
         faulthandler.dump_traceback_later(1.25 * timeout, exit=True, file=sys.__stderr__)
         if comm.pulse.still() > timeout:
-            end(comm, f"no progress for {timeout:g} s (faults.timeout) in {comm.pulse}", way_out)
+            _end(comm, f"rank {comm.rank} of {comm.size}: no progress", timeout, str(comm.pulse), way_out)
+        for rank, text in signs.missed():
+            _end(comm, f"rank {rank} of {comm.size}: no sign of life", timeout, text, way_out)
 
 
-def end(comm: Comm, what: str, way_out: str) -> None:
+def _end(comm: Comm, what: str, timeout: float, where: str, way_out: str) -> None:
     """End all ranks with the stacks of this one."""
-    print(f"\nfedlora-mpi: rank {comm.rank} of {comm.size}: {what}; {way_out}", file=sys.__stderr__, flush=True)
+    print(f"\nfedlora-mpi: {what} for {timeout:g} s (faults.timeout) in {where}; {way_out}", file=sys.__stderr__, flush=True)
     faulthandler.dump_traceback(file=sys.__stderr__)
     signal.setitimer(signal.ITIMER_REAL, 10)  # SIGALRM ends the process where the lock of MPI is not to be had
     comm.abort()
+
+
+class Signs:
+    """Files that change four times in ``timeout`` seconds as long as a rank's process runs at all, however long it waits.
+
+    Rank 0 looks at those of all others, rank 1 at rank 0's; clocks are not compared. Short runs write none.
+    """
+
+    def __init__(self, comm: Comm, folder: Path, timeout: float) -> None:
+        self._comm, self._folder, self._timeout = comm, folder, timeout
+        self._watched = range(1, comm.size) if comm.rank == 0 else (0,) if comm.rank == 1 else ()
+        self._seen: dict[int, tuple[str, float]] = {}  # rank -> what its file held, and since when
+        self._given, self._number = time.monotonic(), 0
+
+    def missed(self) -> list[tuple[int, str]]:
+        """The ranks whose files no longer change, and where they were; gives a sign of one's own when it is time."""
+        now = time.monotonic()
+        if self._comm.size == 1 or now - self._given < self._timeout / 4 or not self._folder.parent.is_dir():
+            return []
+        self._folder.mkdir(exist_ok=True)
+        self._given, self._number = now, self._number + 1
+        write_atomic(self._folder / str(self._comm.rank), f"{self._number} {self._comm.pulse}".encode())
+        return [found for rank in self._watched if (found := self._look(rank, now))]
+
+    def remove(self) -> None:
+        """No more signs: the rank leaves in good order."""
+        with suppress(OSError):
+            (self._folder / str(self._comm.rank)).unlink(missing_ok=True)
+            self._folder.rmdir()  # by the last
+
+    def _look(self, rank: int, now: float) -> tuple[int, str] | None:
+        text = "0 the set-up"
+        with suppress(OSError):
+            text = (self._folder / str(rank)).read_text()
+        was, since = self._seen.setdefault(rank, (text, now))
+        if text != was:
+            self._seen[rank] = text, now
+            return None
+        silent = now - since > self._timeout and rank in self._comm.pulse.members
+        return (rank, text.partition(" ")[2]) if silent else None

@@ -53,6 +53,8 @@ class Rank:
     model is built) is as safe as in processes.
     """
 
+    tolerant, dead = False, ()
+
     def __init__(self, rank: int, meeting: tuple[list, threading.Lock, threading.Barrier]) -> None:
         self.rank = self.local_rank = rank
         self._slots, self._baton, self._barrier = meeting

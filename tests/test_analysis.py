@@ -1,5 +1,6 @@
 """What is read from a run folder is what the run did: its metrics, its leaves, and each client's model."""
 
+import doctest
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import torch
 from fedlora_mpi import config as configs
 from fedlora_mpi import open_run
 from fedlora_mpi.analysis import partition, report
+from fedlora_mpi.analysis import run as one
 from fedlora_mpi.cli import main
 from fedlora_mpi.data.datasets import load
 from fedlora_mpi.data.feed import Feed
@@ -75,6 +77,15 @@ def test_a_clients_model_scores_exactly_what_the_run_logged(any_run):
         assert len(right) == len(view.test_indices)
         for name, value in view.model.state_dict().items():
             assert np.array_equal(view.weights[name], value)
+
+
+def test_the_examples_of_open_run_hold(run, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tiny-1").symlink_to(run.path)
+    monkeypatch.chdir(tmp_path)
+    assert doctest.testmod(one) == (0, 12)
+    with pytest.raises(ValueError, match="no column 'rounds/acc'"):
+        run.axes("acc")
 
 
 def test_personal_and_shared_leaves_are_those_of_the_checkpoint(any_run):

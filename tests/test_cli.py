@@ -16,7 +16,7 @@ from fedlora_mpi.config import read
 from fedlora_mpi.store.lock import locked
 from fedlora_mpi.store.reader import RunFiles
 
-COMMANDS = ("run", "resume", "plan", "partition", "report", "pretrain", "submit", "doctor", "export", "digest")
+COMMANDS = ("run", "resume", "plan", "partition", "report", "pretrain", "submit", "doctor", "export", "watch", "digest")
 
 
 @pytest.fixture

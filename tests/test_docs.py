@@ -1,38 +1,29 @@
-"""``docs/methods.md`` says what the code does: its tables, its formulas and its example."""
+"""``docs/methods.md`` and ``docs/add_a_method.md`` say what the code does: tables, formulas and the example."""
 
 import re
 import runpy
-import shlex
-import shutil
 import sys
 
 import pytest
-from runs import TESTS, built, command, equal, finished, played
+from runs import TESTS, built, equal, played
 
 from fedlora_mpi import algorithms
 from fedlora_mpi.models.zoo import build
 
 ROOT = TESTS.parent
 MAKE = runpy.run_path(str(ROOT / "docs/make_methods.py"))
-PAGE = MAKE["PAGE"].read_text(encoding="utf-8")
+PAGE, GUIDE = (MAKE[name].read_text(encoding="utf-8") for name in ("PAGE", "GUIDE"))
 WAY_OUT = "run `python docs/make_methods.py` and look at the change"
-EXAMPLE = PAGE[PAGE.index("## Add a method") :]
-
-
-def blocks(language: str) -> list[str]:
-    """The blocks of one language in the section that adds a method."""
-    return re.findall(rf"```{language}\n(.*?)```", EXAMPLE, re.DOTALL)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current folder of a user: the page's example beside the configs."""
-    (tmp_path / "my_methods.py").write_text(blocks("python")[0])
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    """The current folder of a user, with the guide's example."""
+    (tmp_path / "held_per.py").write_text(re.search(r"```python\n(.*?)```", GUIDE, re.DOTALL)[1])
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
-    sys.modules.pop("my_methods", None)
+    sys.modules.pop("held_per", None)
 
 
 def test_every_method_has_a_heading_and_its_place():
@@ -43,10 +34,12 @@ def test_every_method_has_a_heading_and_its_place():
     )
 
 
-def test_the_page_is_that_of_the_code():
-    old, new = PAGE.splitlines(), MAKE["made"](PAGE).splitlines()
+@pytest.mark.parametrize("name", ["PAGE", "GUIDE"])
+def test_the_page_is_that_of_the_code(name):
+    page = MAKE[name].read_text(encoding="utf-8")
+    old, new = page.splitlines(), MAKE["made"](page).splitlines()
     changed = [f"{a}\n  is now\n{b}" for a, b in zip(old, new) if a != b] or ["lines were added or left out"]
-    assert old == new, f"docs/methods.md is stale: {WAY_OUT}. The first change:\n{changed[0]}"
+    assert old == new, f"{MAKE[name].name} is stale: {WAY_OUT}. The first change:\n{changed[0]}"
 
 
 @pytest.mark.parametrize("network", [MAKE["REFERENCE"], ("cifar_resnet8", {}, 7, (1, 20, 24), 1)], ids=lambda n: n[0])
@@ -75,29 +68,9 @@ def test_the_number_of_methods_is_that_of_the_folder():
     assert f"the {len(algorithms.names())} methods" in PAGE
 
 
-def test_links_lead_to_files():
-    for target in re.findall(r"\]\((?!https://|#)([^)]+)\)", PAGE):
-        assert (ROOT / "docs" / target).resolve().exists(), target
-
-
-def test_the_commands_of_the_example_run(folder):
-    lines = [shlex.split(line) for line in blocks("bash")[0].splitlines()]
-    assert [line[:2] for line in lines] == [["fedlora-mpi", "plan"], ["fedlora-mpi", "run"]]
-    for line in lines:
-        ended = finished(command(*line[1:], "rounds=1"), folder)
-        assert ended.returncode == 0, ended.stderr
-    assert (folder / "runs/quickstart-HeldPer/log.h5").exists()
-
-
-def test_the_message_of_the_example_is_that_of_the_command(folder):
-    line = "run", "configs/quickstart.yaml", "algorithm=my_methods:HeldPer", "algorithm.mu=-1.0"
-    ended = finished(command(*line), folder)
-    assert (ended.returncode, ended.stderr) == (2, blocks("text")[0])
-
-
 def test_the_example_without_its_term_is_fedper(folder):
-    own, other = (played(f"algorithm={name}", "rounds=2")[0] for name in ("my_methods:HeldPer", "fedper"))
-    plain = played("algorithm=my_methods:HeldPer", "algorithm.mu=0", "rounds=2")[0]
+    own, other = (played(f"algorithm={name}", "rounds=2")[0] for name in ("held_per:HeldPer", "fedper"))
+    plain = played("algorithm=held_per:HeldPer", "algorithm.mu=0", "rounds=2")[0]
     for mine, fedper in zip(plain, other, strict=True):
         assert equal(mine.shared, fedper.shared) and equal(mine.personal, fedper.personal)
     assert not equal(own[-1].shared, other[-1].shared)

@@ -21,6 +21,7 @@ from fedlora_mpi.analysis import groups, parts
 from fedlora_mpi.analysis import runs as several
 from fedlora_mpi.analysis.groups import Logged, Stat, differing, grouped, labels
 from fedlora_mpi.analysis.page import clients, curves, sweeps, tables, write
+from fedlora_mpi.analysis.page.crowd import PALE, few_of, looks_of
 from fedlora_mpi.analysis.page.style import apart, looks, styled
 from fedlora_mpi.analysis.page.table import Column, Table, percent
 from fedlora_mpi.cli import main
@@ -448,6 +449,42 @@ def test_a_pattern_without_runs_is_refused(tmp_path):
         open_runs(tmp_path / "*")
     with pytest.raises(ValueError, match="not a run folder"):
         open_runs([tmp_path])
+
+
+# --- many settings
+
+
+def test_of_many_settings_the_best_and_worst_are_named_and_the_others_pale(tmp_path):
+    finals = np.random.default_rng(0).permutation(30) / 30
+    folders = [logged(tmp_path / f"{at:02}", [top] * 3, [top] * 3, lr=at + 1) for at, top in enumerate(finals)]
+    found = found_of(*folders).groups
+    look = looks_of(found)
+    order = [found[at].label for at in np.argsort(-finals)]
+    assert {label for label, of in look.items() if of.named} == {*order[:8], *order[-4:]}
+    assert len({look[label] for label in (*order[:8], *order[-4:])}) == 12
+    with styled():
+        drawn = curves.learning(found, look)
+        spread, bars, dots = (of(found, look) for of in (curves.spread, curves.stages, clients.distribution))
+    axes = drawn.figure.axes[0]
+    assert len(axes.lines) == 30 and sum(line.get_color() == PALE for line in axes.lines) == 18
+    assert {text.get_text() for text in axes.texts} == {label for label in order[:8] + order[-4:]}
+    assert drawn.figure.get_size_inches()[1] < 4
+    assert [len(figure.figure.axes) for figure in (spread, bars, dots)] == [12, 1, 1]
+    assert len(bars.figure.axes[0].get_yticklabels()) == len(dots.figure.axes[0].get_yticklabels()) == 12
+    for figure in (drawn, spread, bars, dots):
+        assert "Of 30 settings the 8 best and 4 worst in final accuracy are named" in figure.caption
+    few = looks_of(found[:24])
+    assert all(of.named for of in few.values()) and len(set(few.values())) == 24
+    assert "settings the 8" not in curves.learning(found[:24], few).caption
+
+
+def test_of_several_tasks_each_has_its_best_among_the_named(tmp_path):
+    folders = [logged(tmp_path / f"a{at:02}", [0.9] * 3, lr=at + 1, dataset="mnist") for at in range(20)]
+    folders += [logged(tmp_path / f"b{at:02}", [0.1 + at / 100] * 3, lr=at + 1, dataset="cifar10") for at in range(20)]
+    named = [group.settings["data.dataset"] for group in few_of(found_of(*folders).groups)]
+    assert named.count("mnist") == named.count("cifar10") == 6
+    blank = [logged(tmp_path / f"c{at:02}", [np.nan] * 3, lr=at + 1) for at in range(30)]
+    assert sum(look.named for look in looks_of(found_of(*blank).groups).values()) == 12
 
 
 # --- the page

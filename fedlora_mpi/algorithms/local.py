@@ -1,7 +1,11 @@
 """Every client trains its own model alone; nothing is sent.
 
 The lower limit of every table: FedLoRA with nothing shared. All clients start from the same
-weights. BatchNorm: statistics are the client's own. Bytes per client and round: none.
+weights:
+
+    w_k  <-  argmin L_k(w_k)
+
+BatchNorm: statistics are the client's own. Bytes per client and round: none.
 """
 
 from dataclasses import dataclass

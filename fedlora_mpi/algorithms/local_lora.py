@@ -1,7 +1,9 @@
 """FedLoRA's network trained by each client alone: "Local + LoRA" of the paper's Table 4.
 
 Wu et al. (see ``fedlora.py``), Table 4: does the added capacity of tau explain the gain? sigma and
-tau_i train as in FedLoRA, eqs. (6) and (7), and nothing is sent.
+tau_i train as in FedLoRA, eqs. (6) and (7), and nothing is sent:
+
+    theta_i  =  sigma_i + tau_i
 
 BatchNorm: statistics are the client's own. Bytes per client and round: none.
 Deviations: the paper does not say whether the parts train in turn or together; ``order`` does.

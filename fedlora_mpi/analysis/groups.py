@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..store.reader import RunFiles
+from .load import Load, load
 
 SEEDS = ("seed", "data.partition.seed")
 # What changes no result beyond its last bits, by the beginning of its dotted name.
 NO_MATTER = (
-    *SEEDS, "output", "checkpoint.", "data.root", "data.download", "server_hosts_clients", "mix", "uplink",
+    *SEEDS, "output", "checkpoint.", "log.", "data.root", "data.download", "server_hosts_clients", "mix", "uplink",
     "engine.device", "engine.path", "engine.group_size", "engine.threads",
 )  # fmt: skip
 SELECTORS = {"data.partition": "kind", "model": "name", "algorithm": "name"}  # says what a block's other keys mean
@@ -47,6 +48,7 @@ class Logged:
     rounds: dict[str, np.ndarray]  # [T]
     clients: dict[str, np.ndarray]  # [T, N]
     partition: dict[str, Any]
+    ranks: dict[str, np.ndarray] = field(default_factory=dict)  # [T, R], and how many [T]
 
     @classmethod
     def read(cls, path: Path) -> "Logged":
@@ -55,7 +57,7 @@ class Logged:
         rounds, clients = files.rounds(), files.clients()
         rows = min(map(len, (*rounds.values(), *clients.values())))  # a round may have come between the two reads
         cut = lambda columns: {name: column[:rows] for name, column in columns.items()}
-        return cls(Path(path), files.config, cut(rounds), cut(clients), files.partition())
+        return cls(Path(path), files.config, cut(rounds), cut(clients), files.partition(), cut(files.ranks()))
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -67,6 +69,11 @@ class Logged:
         """Of the run and of the partition."""
         config = dict(flat(self.config))
         return tuple(config[key] for key in SEEDS)
+
+    @cached_property
+    def load(self) -> Load | None:
+        """How its seconds are spread over ranks; None where that was not measured."""
+        return load(self.ranks, self.config)
 
     @property
     def algorithm(self) -> str:

@@ -16,7 +16,7 @@ from ..units import size
 
 _HEADER = ("algorithm", "rounds", "seed", "final", "best", "worst client", "up/client", "s/round", "run")
 _SEEDS = ("seed", "data.partition.seed")
-_NO_MATTER = ("rounds", "output", "checkpoint", "server_hosts_clients", "data.root", "data.download")
+_NO_MATTER = ("rounds", "output", "checkpoint", "log", "server_hosts_clients", "data.root", "data.download")
 
 
 def table(runs: Sequence[Path]) -> str:

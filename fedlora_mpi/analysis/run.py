@@ -30,11 +30,28 @@ if TYPE_CHECKING:
 def open_run(path: str | Path) -> "RunView":
     """The run in the folder ``path``. Raises ValueError when it is none.
 
-    >>> run = open_run("runs/cifar10-fedlora-1")
-    >>> run.rounds["accuracy"].max(), run.array("clients/accuracy")[-1].min()
-    >>> run.client(7).personal["layers.1.conv1.weight.A"].shape
-    >>> run.client(7).model(images)
-    >>> run.client(7).model(run.vocabulary.encode(["a text", "another"]))
+    >>> import fedlora_mpi
+    >>> run = fedlora_mpi.open_run("runs/tiny-1")  # FedLoRA, 3 rounds, 5 clients, 3 classes, evaluated in 2 and 3
+    >>> run.rounds[["train_loss", "accuracy"]].shape  # pandas
+    (3, 2)
+    >>> run.clients.groupby("round")["accuracy"].count().to_dict()  # of each client's own model
+    {2: 5, 3: 5}
+    >>> run.array("clients/accuracy").shape, run.axes("clients/accuracy")  # numpy, NaN in round 1
+    ((3, 5), ('round', 'client'))
+    >>> run.ranks.columns[2:4].tolist()  # where the seconds of each rank went; a row a round and rank
+    ['seconds_train', 'seconds_exchange']
+    >>> run.partition.train_counts.shape  # samples of each client and class
+    (5, 3)
+    >>> client = run.client(3)
+    >>> client.personal["0.weight.A"].shape  # its low-rank factor; what never leaves it
+    (4, 6)
+    >>> import torch
+    >>> client.model(torch.zeros(4, 2, 8, 8)).shape  # its own model, an nn.Module
+    torch.Size([4, 3])
+    >>> sorted(client.model.state_dict()) == sorted(client.weights)  # the same as numpy arrays
+    True
+
+    Of texts: ``run.client(7).model(run.vocabulary.encode(["a text", "another"]))``.
     """
     return RunView(Path(path).expanduser())
 
@@ -72,12 +89,35 @@ class RunView:
         table = pandas.DataFrame({name: column.ravel() for name, column in columns.items()}, index)
         return table.dropna(how="all").reset_index()
 
+    @property
+    def ranks(self) -> "DataFrame":
+        """One row for each evaluated round and rank: round, rank, and seconds_* of its stages since the one before.
+
+        seconds_waiting: in messages, so for other ranks; the other stages are without it. Together they are all the
+        time that passed. Empty for a run of before they were measured.
+        """
+        pandas = imported_pandas()
+        columns, rounds = self._files.ranks(), self._files.rounds()["round"]
+        numbers = columns.pop("ranks", np.zeros(0, int))
+        seconds = {name: [column[row, :n] for row, n in enumerate(numbers)] for name, column in columns.items()}
+        whole = {"round": np.repeat(rounds[: len(numbers)], numbers), "rank": [r for n in numbers for r in range(n)]}
+        return pandas.DataFrame(whole | {name: np.concatenate(rows) for name, rows in seconds.items()})
+
     def array(self, name: str) -> np.ndarray:
-        """A column: ``accuracy`` [T] of the rounds, ``clients/accuracy`` [T, N]. Raises ValueError."""
-        columns = self._files.rounds() | {f"clients/{n}": v for n, v in self._files.clients().items()}
+        """A column: ``accuracy`` [T] of the rounds, ``clients/accuracy`` [T, N], ``ranks/seconds_train`` [T, R].
+
+        Raises ValueError.
+        """
+        columns = self._files.rounds()
+        for group, found in (("clients", self._files.clients()), ("ranks", self._files.ranks())):
+            columns |= {f"{group}/{name}": column for name, column in found.items()}
         if name not in columns:
             raise ValueError(f"{self.path}: there is no column {name!r}; there are {', '.join(columns)}")
         return columns[name]
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """The names of the axes of ``array(name)``: ("round",), ("round", "client") or ("round", "rank")."""
+        return self._files.axes(name if "/" in name else f"rounds/{name}")
 
     @cached_property
     def partition(self) -> Split:

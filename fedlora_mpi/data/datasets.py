@@ -13,6 +13,7 @@ from torch import Tensor
 from ..bounds import bounded
 from ..seeds import rng
 from ..vision import torchvision
+from . import pfllib
 from .texts import Labelled, Text, Vocabulary, read_ag_news, read_csv
 
 
@@ -34,6 +35,7 @@ class Data(NamedTuple):
     std: tuple[float, ...] = ()
     augment: tuple[str, ...] = ()  # training transforms, names of ``transforms.draw``
     vocabulary: Vocabulary | None = None  # None: these are images
+    owners: tuple[np.ndarray, np.ndarray] | None = None  # the client of each training and test sample, where it is given
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,9 +78,11 @@ class Source:
     """The ``data`` block without the partition."""
 
     dataset: Literal[
-        "cifar10", "cifar100", "fashionmnist", "mnist", "tiny_imagenet", "folder", "digits", "synthetic", "ag_news", "csv"
+        "cifar10", "cifar100", "fashionmnist", "mnist", "tiny_imagenet", "folder", "digits", "synthetic", "ag_news", "csv",
+        "pfllib",
     ]
-    # Where torchvision puts its folders; for "folder" the one with train/ and val/ or test/, for "csv" that of the files.
+    # Where torchvision puts its folders; for "folder" the one with train/ and val/ or test/, for "csv" that of the files; for "pfllib"
+    # a folder dataset/NAME of PFLlib.
     root: str = "~/data"
     download: bool = False
     shift: Literal["none", "rotate", "labels"] = "none"  # what sets clients apart, see ``feed.Feed``
@@ -86,6 +90,7 @@ class Source:
     image_size: int | None = None  # "folder" only: side in pixels to which images are resized
     synthetic: Synthetic = Synthetic()
     text: Text = Text()  # "ag_news" and "csv" only
+    allow_pickle: bool = False  # "pfllib" only: its files are pickles
 
     def __post_init__(self) -> None:
         given = self.augment if isinstance(self.augment, tuple) else ()
@@ -95,6 +100,8 @@ class Source:
             raise ValueError(f"augment = {list(given)}: choose crop (black border) or crop_mean (of mean colour)")
         if self.image_size is not None and self.dataset != "folder":
             raise ValueError(f"image_size = {self.image_size}: only dataset = folder resizes images; leave it out")
+        if self.allow_pickle and self.dataset != "pfllib":
+            raise ValueError("allow_pickle = true: only the files of dataset = pfllib are pickles; leave it out")
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"image_size = {self.image_size}: must be an integer of at least 1")
 
@@ -106,6 +113,12 @@ def load(source: Source) -> Data:
     """
     if source.dataset in _TEXTS:
         return _encoded(source)
+    if source.dataset == "pfllib":
+        found = pfllib.read(source.root, source.allow_pickle)
+        sides = (Samples(torch.from_numpy(side.x), torch.from_numpy(side.y)) for side in found[:2])
+        given = source.augment if isinstance(source.augment, tuple) else ()
+        owners = (found.train.owner, found.test.owner)
+        return Data(*sides, found.classes, found.mean, found.std, given, owners=owners)
     train, test, classes = _READERS[source.dataset](source)
     mean, std = _NORMAL.get(source.dataset) or _moments(train.x)
     named = {"auto": _AUGMENT.get(source.dataset, ()), "none": ()}

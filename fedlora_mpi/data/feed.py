@@ -113,6 +113,11 @@ class Feed:
         other._hold(split)
         return other
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the inputs and labels that this process holds on the device."""
+        return sum(part.nbytes for side in (self._train, self._test) for part in side)
+
     def train_size(self, client: int) -> int:
         """How many training samples the client holds."""
         return len(self._train_rows[client])

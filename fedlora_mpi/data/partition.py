@@ -7,7 +7,7 @@ both, as in the official FedDecomp code; numpy has frozen its stream.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -84,8 +84,11 @@ class Partition(ABC):
     def wants(self, rng: RandomState, train: Side, test: Side) -> Iterator[tuple[int, int, int, int]]:
         """Yield (client, pool, training samples, test samples) in the order in which they are drawn."""
 
-    def split(self, train_y: np.ndarray, test_y: np.ndarray, classes: int) -> Split:
-        """Deal the samples whose labels are ``train_y`` [M] and ``test_y`` [M'].
+    def split(
+        self, train_y: np.ndarray, test_y: np.ndarray, classes: int, owners: Sequence[np.ndarray] | None = None
+    ) -> Split:
+        """Deal the samples whose labels are ``train_y`` [M] and ``test_y`` [M']; ``owners``: their clients, where the data
+        set comes with a split, for the kind ``given`` alone.
 
         Raises ValueError when the samples do not suffice or a client would train or test on none.
         """
@@ -276,6 +279,35 @@ class Quantity(Partition):
         yield from _entries(n, topped_up(dealt([total_test], shares), 1, shares))
 
 
+@dataclass(frozen=True)
+class Given(Partition):
+    """Each client holds what the data set says it does, in that order; nothing is drawn, so the seed does not matter."""
+
+    train: int = 0  # at most so many samples per client, the first; 0: all
+    test: int = 0  # at most so many samples per client, the first; 0: all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.overlap:
+            raise ValueError("overlap = true: a given split is taken as it is; leave it out")
+
+    def wants(self, rng, train, test):
+        raise AssertionError("nothing is drawn")
+
+    def split(self, train_y, test_y, classes, owners=None):
+        if owners is None:
+            raise ValueError("data.partition.kind = given: this data set has no split; choose another kind, or data.dataset = pfllib")
+        if (there := 1 + max(int(side.max()) for side in owners)) != self.clients:
+            raise ValueError(f"data.partition.clients = {self.clients}: the given split has {there} clients; say so")
+        rows = [[np.flatnonzero(side == client) for client in range(there)] for side in owners]
+        train, test = (
+            tuple(mine[: most or None] for mine in side) for side, most in zip(rows, (self.train, self.test), strict=True)
+        )
+        self._refuse_empty("train", train)
+        self._refuse_empty("test", test)
+        return Split(train, test, _counts(train_y, train, classes), _counts(test_y, test, classes))
+
+
 KINDS: dict[str, type[Partition]] = {
     "dirichlet_client": DirichletClient,
     "dirichlet_class": DirichletClass,
@@ -283,6 +315,7 @@ KINDS: dict[str, type[Partition]] = {
     "shares": Shares,
     "iid": Iid,
     "quantity": Quantity,
+    "given": Given,
 }
 
 

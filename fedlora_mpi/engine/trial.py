@@ -21,11 +21,11 @@ class Short:
     """A feed whose clients end after ``limit`` training samples."""
 
     def __init__(self, feed, limit: int) -> None:
-        self._feed, self._limit = feed, limit
+        self._feed, self.limit = feed, limit
         self.epoch, self.test, self.test_size, self.survey = feed.epoch, feed.test, feed.test_size, feed.survey
 
     def train_size(self, client: int) -> int:
-        return min(self._limit, self._feed.train_size(client))
+        return min(self.limit, self._feed.train_size(client))
 
 
 class Speed(NamedTuple):

@@ -1,8 +1,9 @@
 """``RUN/log.h5``: one row a round, written by one process, whole after a kill at any moment between rows.
 
-``/rounds/<name>`` [T], ``/clients/<name>`` [T, N] float32, ``/partition``; the resolved config (YAML and
-JSON) and the number of clients as attributes of the file, the versions of the parts as attributes of
-``/versions``.
+``/rounds/<name>`` [T], ``/clients/<name>`` [T, N] float32, ``/ranks/seconds_<stage>`` [T, R] float32 with R the most
+ranks of any round and ``/ranks/ranks`` [T] how many they were (NaN beyond them; 0 ranks where the round measured none),
+``/partition``; the resolved config (YAML and JSON) and the number of clients as attributes of the file, the versions of
+the parts as attributes of ``/versions``.
 """
 
 import os
@@ -17,6 +18,7 @@ from . import hdf5
 from .files import StoreError
 
 UNITS = {"seconds_*": "seconds", "bytes_*": "bytes", "*accuracy*": "fraction", "*flops*": "FLOP"}
+GROUPS = ("rounds", "clients", "ranks")
 PARTITION_AXES = {"indices": ["sample"], "offsets": ["boundary"], "counts": ["client", "class"]}
 
 
@@ -27,7 +29,7 @@ class Log:
         """Take over ``file``, cutting a row that a kill has left in some columns only."""
         self._file = file
         self._columns = {
-            f"{group}/{name}": ds for group in ("rounds", "clients") for name, ds in file[group].items()
+            f"{group}/{name}": ds for group in GROUPS for name, ds in file.require_group(group).items()
         }
         rows = min((len(column) for column in self._columns.values()), default=0)
         for column in self._columns.values():
@@ -53,7 +55,7 @@ class Log:
         with hdf5.create(Path(path)) as file:
             file.attrs.update(config_yaml=config_yaml, config_json=config_json, clients=clients)
             file.create_group("versions").attrs.update(versions)
-            for group in ("rounds", "clients"):
+            for group in GROUPS:
                 file.create_group(group, track_order=True)
             group = file.create_group("partition")
             for name, value in partition.items():
@@ -69,17 +71,23 @@ class Log:
         return cls(hdf5.open_file(Path(path), "r+"))
 
     def append(
-        self, round_: int, rounds: Mapping[str, float | int], clients: Mapping[str, np.ndarray | float]
+        self,
+        round_: int,
+        rounds: Mapping[str, float | int],
+        clients: Mapping[str, np.ndarray | float],
+        ranks: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """Add the row of one round, on disk on return; ``nan`` is the row of clients who were not evaluated.
 
-        ``clients`` are [N] each. The first row decides the columns and which of them are integers.
+        ``clients`` are [N] each, ``ranks`` seconds [R] of each stage. The first row decides the columns and which of
+        them are integers; those of ranks begin when there are any.
         """
         row = {"rounds/round": round_}
         row |= {f"rounds/{name}": value for name, value in rounds.items()}
         row |= {f"clients/{name}": value for name, value in clients.items()}
         if not self._columns:
             self._columns.update({name: self._column(name, value) for name, value in row.items()})
+        row |= self._of_ranks(ranks or {})
         assert row.keys() == self._columns.keys(), (
             f"not in every row: {sorted(row.keys() ^ self._columns.keys())}"
         )
@@ -98,6 +106,20 @@ class Log:
         self._file.flush()
         os.fsync(self._file.id.get_vfd_handle())
 
+    def _of_ranks(self, ranks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray | int]:
+        """The row of ``/ranks``. Its columns begin with the first seconds, and grow as wide as the most ranks ask."""
+        number = max(map(len, ranks.values()), default=0)
+        if ranks and "ranks/ranks" not in self._columns:
+            names = ("ranks/ranks", *(f"ranks/seconds_{stage}" for stage in ranks))
+            self._columns.update({name: self._column(name, number) for name in names})
+        row = {}
+        for path, column in self._columns.items():
+            if path.startswith("ranks/seconds_"):
+                column.resize(max(number, column.shape[1]), axis=1)
+                row[path] = np.full(column.shape[1], np.nan, np.float32)
+                row[path][:number] = ranks.get(path.removeprefix("ranks/seconds_"), np.nan)
+        return row | ({"ranks/ranks": number} if row else {})
+
     def describe(self, config_yaml: str, config_json: str) -> None:
         """Record the config that goes on from here: a resume may change some of its keys."""
         self._file.attrs.update(config_yaml=config_yaml, config_json=config_json)
@@ -112,20 +134,25 @@ class Log:
         self._file.close()
 
     def _column(self, path: str, value: float | int | np.ndarray) -> h5py.Dataset:
-        """A new column without rows, ``/rounds/<name>`` [0] or ``/clients/<name>`` [0, N]."""
+        """A new column: ``/rounds/<name>`` [0], ``/clients/<name>`` [0, N]; of ranks, which may begin late, with a row
+        of nothing for each round so far: ``/ranks/ranks`` [T], ``/ranks/seconds_<stage>`` [T, 0]."""
         group, name = path.split("/")
-        if group == "rounds":
-            row, dtype, chunk = (), np.asarray(value).dtype, (256,)
-        else:
+        first, most, chunk, dtype = (0,), (None,), (256,), np.asarray(value).dtype
+        if group == "clients":
             clients = int(self._file.attrs["clients"])
-            row, dtype, chunk = (clients,), np.float32, (16, min(clients, 4096))
+            first, most, chunk, dtype = (0, clients), (None, clients), (16, min(clients, 4096)), np.float32
+        elif group == "ranks":
+            first = (len(self._columns["rounds/round"]),)
+            if name != "ranks":
+                first, most, chunk, dtype = (*first, 0), (None, None), (16, 64), np.float32
+        fill = np.nan if np.issubdtype(dtype, np.floating) else 0
         column = self._file[group].create_dataset(
-            name, (0, *row), dtype, maxshape=(None, *row), chunks=chunk, fletcher32=True
+            name, first, dtype, maxshape=most, chunks=chunk, fletcher32=True, fillvalue=fill
         )
         column.attrs["unit"] = next(
             (unit for pattern, unit in UNITS.items() if fnmatchcase(name, pattern)), ""
         )
-        return hdf5.label(column, ("round", "client"))
+        return hdf5.label(column, ("round", group.removesuffix("s")))
 
 
 def ragged(name: str, lists: Sequence[np.ndarray]) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from . import checkpoint, hdf5, snapshot
 from .files import FormatError, StoreError
+from .log import GROUPS
 from .snapshot import Checkpoint
 
 T = TypeVar("T")
@@ -29,6 +30,7 @@ class RunFiles:
             raise StoreError(f"{path}: not a run folder, it has no log.h5; give the `output` of a run")
         attrs, self.versions = self._read(lambda log: (dict(log.attrs), dict(log["versions"].attrs)))
         self.config_yaml: str = attrs["config_yaml"]
+        self.lost: list[str] = [*attrs.get("lost", ())]  # a line about each time that ranks died
         self.config: dict[str, Any] = json.loads(attrs["config_json"])
 
     def rounds(self) -> dict[str, np.ndarray]:
@@ -38,6 +40,18 @@ class RunFiles:
     def clients(self) -> dict[str, np.ndarray]:
         """Columns [T, N] by name, a row of NaN where the round was not evaluated."""
         return self._read(lambda log: _columns(log)["clients"])
+
+    def ranks(self) -> dict[str, np.ndarray]:
+        """``ranks`` [T], how many there were, and ``seconds_<stage>`` [T, R] by name, NaN beyond them; {} in a log
+        of before there were any. Rounds without ranks measured none: theirs are in the next that did."""
+        return self._read(lambda log: _columns(log)["ranks"])
+
+    def axes(self, path: str) -> tuple[str, ...]:
+        """The names of a column's axes, as the file has them. Raises StoreError."""
+        found = self._read(lambda log: [axis.label for axis in log[path].dims] if path in log else None)
+        if found is None:
+            raise StoreError(f"{self.path}: there is no column {path!r}")
+        return tuple(found)
 
     def partition(self) -> dict[str, Any]:
         """``train`` and ``test`` (lists of index arrays), ``train_counts`` [N, classes], ..., ``digest``."""
@@ -82,8 +96,8 @@ class RunFiles:
 
 
 def _columns(log: h5py.File) -> dict[str, dict[str, np.ndarray]]:
-    """The rows that all columns have: [T] under "rounds", [T, N] under "clients"."""
-    found = {group: _everything(log[group]) for group in ("rounds", "clients")}
+    """The rows that all columns have: [T] under "rounds", [T, N] under "clients", [T, R] under "ranks"."""
+    found = {group: _everything(log[group]) if group in log else {} for group in GROUPS}
     rows = min((len(column) for group in found.values() for column in group.values()), default=0)
     return {
         group: {name: column[:rows] for name, column in columns.items()} for group, columns in found.items()

@@ -9,6 +9,7 @@ from ...data.partition import Split
 from ..groups import Group, Logged
 from ..partition import figure as dots
 from .curves import Looks
+from .crowd import named, note
 from .style import GREY, WIDTH, Drawn, figure, panels, wrapped
 
 RIVALS = ("fedavg", "local")
@@ -28,7 +29,7 @@ class Pair(NamedTuple):
 
 def distribution(groups: Sequence[Group], looks: Looks) -> Drawn | None:
     """The accuracy of every client at the end, a row for each group."""
-    found = [(g, np.concatenate([run.client_accuracy for run in g.runs])) for g in groups]
+    found = [(g, np.concatenate([run.client_accuracy for run in g.runs])) for g in named(groups, looks)]
     found = [(g, 100 * accuracy[~np.isnan(accuracy)]) for g, accuracy in found]
     found = [(g, accuracy) for g, accuracy in found if len(accuracy)]
     if not found:
@@ -47,7 +48,7 @@ def distribution(groups: Sequence[Group], looks: Looks) -> Drawn | None:
     axes.set(ylim=(len(found) - 0.5, -0.5), xlabel="accuracy of a client's own model / %")
     axes.tick_params(axis="y", length=0)
     said = "Each dot is a client of one seed in its run's last evaluated round; the black line is the mean. The "
-    said += "height of a dot in its row means nothing."
+    said += "height of a dot in its row means nothing." + note(looks, "are in the table of accuracies")
     return Drawn("clients", "Distribution over clients", said, drawn)
 
 
@@ -68,7 +69,7 @@ def against(found: Sequence[Pair], looks: Looks) -> Drawn | None:
     by_group: dict[str, list[Pair]] = {}
     for pair in found:
         by_group.setdefault(pair.group.label, []).append(pair)
-    shown = list(by_group.items())[:_PAIRS]
+    shown = sorted(by_group.items(), key=lambda of: not looks[of[0]].named)[:_PAIRS]
     if not shown:
         return None
     side = 3.2 if len(shown) == 1 else 2.1
@@ -90,7 +91,7 @@ def against(found: Sequence[Pair], looks: Looks) -> Drawn | None:
         "Each mark is a client (of one seed), both methods in their last evaluated rounds; above the line the one "
         "named over the panel serves it better. The numbers count the clients that it serves at least as well."
     )
-    said += f" The first {_PAIRS} of {len(by_group)} methods." if len(by_group) > _PAIRS else ""
+    said += f" {_PAIRS} of {len(by_group)} methods." if len(by_group) > _PAIRS else ""
     return Drawn("against", "Each client against FedAvg and Local", said, drawn)
 
 

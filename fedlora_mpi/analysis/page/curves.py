@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..groups import Group
+from .crowd import named, note
 from .style import WIDTH, Drawn, Look, figure, label_ends, panels, tall_enough, whole_rounds, wrapped
 
 Looks = dict[str, Look]
@@ -47,7 +48,7 @@ def drift(groups: Sequence[Group], looks: Looks) -> Drawn | None:
 
 def spread(groups: Sequence[Group], looks: Looks) -> Drawn | None:
     """The accuracy of all clients over the rounds, a panel for each group."""
-    there = [g for g in groups if g.curves("accuracy")[1].size]
+    there = [g for g in named(groups, looks) if g.curves("accuracy")[1].size]
     if not there:
         return None
     titles = [(group.label, looks[group.label]) for group in there]
@@ -65,7 +66,7 @@ def spread(groups: Sequence[Group], looks: Looks) -> Drawn | None:
     said = (
         "The same over the clients, of all seeds together: the line is their mean, the dark band holds the middle "
         "half of them, the pale band all."
-    )
+    ) + note(looks, "are left out")
     return Drawn("spread", "Spread over clients", said, drawn)
 
 
@@ -102,6 +103,7 @@ def stages(groups: Sequence[Group], looks: Looks) -> Drawn | None:
     names = list(dict.fromkeys(n for g in groups for run in g.runs for n in run.rounds if n.startswith("seconds_")))
     if not names:
         return None
+    groups = named(groups, looks)
     texts = [wrapped(group.label, 44) for group in groups]
     drawn = figure(WIDTH, 0.9 + (0.12 + 0.15 * max(text.count("\n") + 1 for text in texts)) * len(groups))
     axes = drawn.add_subplot()
@@ -125,7 +127,7 @@ def stages(groups: Sequence[Group], looks: Looks) -> Drawn | None:
     said = (
         "Mean seconds of a round by stage, mean over seeds, as rank 0 measures them: under mpirun it waits for the "
         "workers, and this waiting counts as exchange. Runs on different or busy machines are not comparable."
-    )
+    ) + note(looks, "are in the table of costs")
     return Drawn("seconds", "Where the seconds go", said, drawn)
 
 
@@ -144,20 +146,23 @@ def _lines(
     found = [(group, rounds, unit * values) for group, rounds, values in found if values.size]
     if not found:
         return None
-    height = tall_enough([group.label for group, *_ in found])
+    height = tall_enough([group.label for group, *_ in found if looks[group.label].named])
     drawn = figure(WIDTH, height)
     axes, ends = drawn.add_subplot(), []
     for group, rounds, values in found:
         look, mean = looks[group.label], values.mean(0)
+        if not look.named:
+            axes.plot(rounds, mean, marker=_mark(rounds), color=look.color, linewidth=0.6, zorder=1)
+            continue
         if len(values) > 1:
             std = values.std(0, ddof=1)
             axes.fill_between(rounds, mean - std, mean + std, color=look.color, alpha=0.15, linewidth=0)
         axes.plot(rounds, mean, marker=_mark(rounds), color=look.color, linestyle=look.dash)
         ends.append((rounds[-1], mean[-1], group.label, look))
     axes.set(xlabel="round", ylabel=label)
-    whole_rounds(axes, max(x for x, *_ in ends))
+    whole_rounds(axes, max(rounds[-1] for _, rounds, _ in found))
     label_ends(axes, ends, height - 0.7)
-    return Drawn(name, title, said, drawn)
+    return Drawn(name, title, said + note(looks, "are grey"), drawn)
 
 
 def _cost(
@@ -175,15 +180,18 @@ def _cost(
             found.append((group, cost, 100 * accuracy.mean(0)))
     if not found:
         return None
-    height = tall_enough([group.label for group, *_ in found])
+    height = tall_enough([group.label for group, *_ in found if looks[group.label].named])
     drawn = figure(WIDTH, height)
     axes, ends = drawn.add_subplot(), []
     prefix, size = _prefix(max(cost[-1] for _, cost, _ in found))
     for group, cost, accuracy in found:
         look, cost = looks[group.label], cost / size
+        if not look.named:
+            axes.plot(cost, accuracy, marker=_mark(cost), color=look.color, linewidth=0.6, zorder=1)
+            continue
         axes.plot(cost, accuracy, marker=_mark(cost), color=look.color, linestyle=look.dash)
         ends.append((cost[-1], accuracy[-1], group.label, look))
-    last = [x for x, *_ in ends]
+    last = [cost[-1] / size for _, cost, _ in found]
     if max(last) > 10 * min(last):
         axes.set_xscale("log")
         said += " The axis is logarithmic."
@@ -191,7 +199,7 @@ def _cost(
         axes.set_xlim(0, None)
     axes.set(xlabel=f"{label} / {prefix}{unit}", ylabel="accuracy / %")
     label_ends(axes, ends, height - 0.7)
-    return Drawn(name, title, said, drawn)
+    return Drawn(name, title, said + note(looks, "are grey"), drawn)
 
 
 def _prefix(number: float) -> tuple[str, float]:

@@ -40,6 +40,7 @@ class Look(NamedTuple):
 
     color: str
     dash: str | tuple
+    named: bool = True  # else one of many, pale and without a label
 
     @property
     def ink(self) -> str:
@@ -102,9 +103,10 @@ def figure(width: float, height: float) -> "Figure":
 
 
 def panels(
-    titles: Sequence[tuple[str, Look]], side: tuple[float, float], x: str, y: str
+    titles: Sequence[tuple[str, Look]], side: tuple[float, float], x: str, y: str, below: float = 0
 ) -> "tuple[Figure, list[Axes]]":
-    """A plot under each title, up to three in a row, with common axes; ``side``: (width, height) of one, inches.
+    """A plot under each title, up to three in a row, with common axes; ``side``: (width, height) of one, ``below``: what
+    stays empty under all, inches.
 
     Margins are given, for to find them takes as long as to draw the figure.
     """
@@ -114,7 +116,7 @@ def panels(
     rows = -(-len(titles) // columns)
     texts = [wrapped(title, int(13 * side[0])) for title, _ in titles]
     head = 0.1 + 0.17 * max(text.count("\n") + 1 for text in texts)  # inches
-    left, bottom, between = 0.62, 0.55, 0.22
+    left, bottom, between = 0.62, 0.55 + below, 0.22
     width = left + columns * side[0] + (columns - 1) * between + 0.15
     height = bottom + rows * (side[1] + head) + (rows - 1) * between
     drawn = Figure(figsize=(width, height))
@@ -128,7 +130,7 @@ def panels(
     for axes, text, (_, look) in zip(every, texts, titles, strict=False):
         axes.set_title(text, color=look.ink)
     middle = (left + columns * side[0] / 2) / width
-    drawn.supxlabel(x, fontsize="medium", x=middle, y=0.08 / height, va="bottom")
+    drawn.supxlabel(x, fontsize="medium", x=middle, y=(0.08 + below) / height, va="bottom")
     drawn.supylabel(
         y, fontsize="medium", x=0.06 / width, ha="left", y=(bottom + (height - bottom - head) / 2) / height
     )

@@ -62,6 +62,7 @@ def costs(groups: Sequence[Group]) -> Table:
         Column("tflop", "training / TFLOP", plain),
         *(Column(name, f"{name.removeprefix('seconds_')} / s", plain) for name in names),
         Column("seconds", "in all", duration),
+        *([Column("balance", "balance / %", percent)] if any(run.load for g in groups for run in g.runs) else []),
     ]
     rows = [
         {
@@ -71,12 +72,14 @@ def costs(groups: Sequence[Group]) -> Table:
             "tflop": group.over(total("flops")).mean / 1e12,
             "seconds": sum(group.over(total(name)).mean for name in names),
             **{name: group.over(per_round(name)).mean for name in names},
+            "balance": group.over(lambda run: run.load.balance if run.load else np.nan),
         }
         for group in groups
     ]
     note = (
         "Means over seeds. Up and down: bytes of one client in one round, float32. Training: all clients and "
-        "rounds. Stages: seconds per round of rank 0, whose waiting for the workers counts as exchange."
+        "rounds. Stages: seconds per round of rank 0, whose waiting for the workers counts as exchange. "
+        "Balance: share of their time for which workers are busy if the busiest sets the pace."
     )
     return Table("costs", "Bytes, computation and time", note, columns, rows)
 

@@ -12,8 +12,9 @@ from ...store.files import plain_name, write_atomic
 from ...units import size
 from ..groups import Found, Group, Logged, Stat, grouped, shown
 from ..runs import Runs
-from . import clients, curves, personal, sweeps, tables
-from .style import Drawn, looks, styled
+from . import clients, curves, personal, ranks, sweeps, tables
+from .crowd import looks_of
+from .style import Drawn, styled
 from .table import Table, percent
 
 PAGE, FIGURES, TABLES = "report.html", "figures", "tables"
@@ -71,7 +72,7 @@ def gathered(logs: Sequence[Logged]) -> Content:
     """The tables and figures for which the runs have the data."""
     found = grouped(logs)
     groups = found.groups
-    look = dict(zip((group.label for group in groups), looks(len(groups)), strict=True))
+    look = looks_of(groups)
     pairs, parts = clients.pairs(groups), personal.personal(groups)
     on_grids, used = sweeps.grids(groups, found.keys)
     figures = [
@@ -84,6 +85,7 @@ def gathered(logs: Sequence[Logged]) -> Content:
         curves.against_bytes(groups, look),
         curves.against_flops(groups, look),
         curves.stages(groups, look),
+        ranks.ranks(groups, look),
         curves.loss(groups, look),
         curves.drift(groups, look),
         *curves.diagnosis(groups, look),

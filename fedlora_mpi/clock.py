@@ -1,0 +1,37 @@
+"""Where the seconds of one rank go."""
+
+import time
+
+import numpy as np
+
+STAGES = ("train", "exchange", "evaluate", "other", "waiting")
+
+
+class Stopwatch:
+    """Seconds of this rank by stage, since they were last ``taken``; together they are all that have passed.
+
+    ``waiting`` is what it spent in messages, for others or for the network; a stage counts less that. ``other`` is
+    what lies between two rounds (the log, a checkpoint), and to count FLOPs, once.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = np.zeros(len(STAGES))
+        self._last: tuple[float, float] | None = None  # when, and how long this rank had waited in all by then
+
+    def lap(self, stage: str, waited: float) -> None:
+        """Count what has passed since the last lap to ``stage``; the first lap only starts the watch.
+
+        waited: seconds this rank has spent in messages so far.
+        """
+        now = time.perf_counter()
+        if self._last is not None:
+            before, had_waited = self._last
+            self._seconds[STAGES.index(stage)] += now - before - (waited - had_waited)
+            self._seconds[STAGES.index("waiting")] += waited - had_waited
+        self._last = now, waited
+
+    def taken(self) -> np.ndarray:
+        """[stages] the seconds, which count from zero again."""
+        seconds = self._seconds.copy()
+        self._seconds[:] = 0
+        return seconds

@@ -1,0 +1,110 @@
+"""Where the rows of the rounds go beside the log: a CSV file, TensorBoard.
+
+They say what the log says. A run that begins or goes on writes them anew from the log, which a resume has put back to its
+checkpoint, so no round is there twice and none is missing, whenever they were switched on.
+"""
+
+import csv
+import io
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from .files import write_atomic
+from .reader import RunFiles
+
+Numbers = Mapping[str, float | int]
+Columns = Mapping[str, np.ndarray]
+
+
+class Sink(Protocol):
+    """What takes the rows of a run; ``Log`` is one."""
+
+    def append(self, round_: int, rounds: Numbers, clients: Columns, ranks: Columns) -> None:
+        """Add a round: its numbers, those of the clients [N] and the seconds of the ranks [R], as ``Log.append``."""
+
+    def close(self) -> None:
+        """It takes no more rows."""
+
+
+def opened(run: Path, *, csv: bool, tensorboard: bool) -> list[Sink]:
+    """The sinks of a run folder, with the rounds that its log has. Raises ValueError without tensorboardX."""
+    kinds = [(Csv, run / "rounds.csv", csv), (TensorBoard, run / "tensorboard", tensorboard)]
+    if not (csv or tensorboard):
+        return []
+    files = RunFiles(run)
+    return [kind(path, files.rounds(), files.clients()) for kind, path, wanted in kinds if wanted]
+
+
+class Csv:
+    """``rounds.csv``: a row a round with the columns of ``/rounds``, empty where a number is unknown; on disk when
+    ``append`` returns. Whoever reads it meanwhile sees whole rows."""
+
+    def __init__(self, path: Path, rounds: Columns, clients: Columns) -> None:
+        """Put the rounds so far in the place of what ``path`` had."""
+        names = list(rounds) if len(rounds["round"]) else []
+        rows = [_line(column[at] for column in rounds.values()) for at in range(len(rounds["round"]))]
+        write_atomic(path, "".join([_line(names), *rows] if names else []).encode())
+        self._file, self._names = open(path, "ab", buffering=0), names
+
+    def append(self, round_: int, rounds: Numbers, clients: Columns, ranks: Columns) -> None:
+        row = {"round": round_, **rounds}
+        head = "" if self._names else _line(row)
+        self._names = self._names or list(row)
+        self._file.write((head + _line(row[name] for name in self._names)).encode())  # at once
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """``tensorboard/``: every column of ``/rounds`` as a scalar, the clients' accuracies as a histogram, by round."""
+
+    def __init__(self, folder: Path, rounds: Columns, clients: Columns) -> None:
+        """Begin a file with the rounds so far. TensorBoard forgets those of earlier files, which stay: one that is
+        looking on would not go on to the new file if its own were gone."""
+        old = folder.glob("events*")  # their names count seconds, and the new one must come last
+        suffix = f".{max((int(file.suffix[1:]) for file in old if file.suffix[1:].isdigit()), default=0) + 1}"
+        self._writer = need_tensorboard().SummaryWriter(str(folder), purge_step=0, filename_suffix=suffix)
+        seconds = sum((column for name, column in rounds.items() if name.startswith("seconds_")), np.zeros(len(rounds["round"])))
+        ago = np.cumsum(seconds[::-1])[::-1] - seconds
+        for at, round_ in enumerate(rounds["round"]):
+            row = {name: column[at] for name, column in rounds.items() if name != "round"}
+            self._write(int(round_), row, {name: column[at] for name, column in clients.items()}, time.time() - ago[at])
+        self._writer.flush()
+
+    def append(self, round_: int, rounds: Numbers, clients: Columns, ranks: Columns) -> None:
+        self._write(round_, rounds, clients, time.time())
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _write(self, round_: int, rounds: Numbers, clients: Columns, when: float) -> None:
+        for name, value in rounds.items():
+            if not np.isnan(value):
+                self._writer.add_scalar(name, value, round_, walltime=when)
+        for name, column in clients.items():
+            if "accuracy" in name and len(there := column[~np.isnan(column)]):
+                self._writer.add_histogram(f"clients/{name}", there, round_, walltime=when)
+
+
+def need_tensorboard():
+    """The library that writes TensorBoard's files. Raises ValueError where it is missing."""
+    try:
+        import tensorboardX
+    except ImportError as error:
+        raise ValueError("tensorboard = true: needs tensorboardX; pip install 'fedlora-mpi[tensorboard]'") from error
+    return tensorboardX
+
+
+def _line(cells) -> str:
+    """A row of the file; what is no number is empty."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow("" if cell != cell else cell for cell in cells)
+    return text.getvalue()

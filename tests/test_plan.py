@@ -1,0 +1,199 @@
+"""What a plan predicts, as arithmetic: from made-up unit costs, not from a clock."""
+
+import math
+
+import pytest
+import torch
+from runs import TINY
+from torch.nn import functional as F
+
+from fedlora_mpi.build import build
+from fedlora_mpi.cli import main
+from fedlora_mpi.comm import Solo
+from fedlora_mpi.config import read
+from fedlora_mpi.plan import estimate
+from fedlora_mpi.plan.counted import OnGpu, _count, fits
+from fedlora_mpi.plan.devices import CONTEXT, GPUS, Device, device
+from fedlora_mpi.plan.forecast import Costs, Machine, Unit, allgather, allreduce, forecast
+from fedlora_mpi.plan.line import Line, limits
+
+HERE = Machine(math.inf, 1e9, 1e-5)
+UNIT = Unit(Line(0.5, 0.25, 0.125), Line(0, 0, 0), Line(0, 0, 0.0625), 2.0)
+FREE = Costs({0: UNIT}, 0.0, 0.0, 0.0, (0.0, 0.0), 0.0, 0.0, 0.0, 0.0, 0)
+
+
+def built(*overrides: str):
+    return build(read(TINY, ["participation=1", *overrides]), str(TINY), Solo())
+
+
+def seconds(costs: Costs, ranks: int, *overrides: str, machine: Machine = HERE):
+    made = built(*overrides)
+    return forecast(made, costs, range(1, ranks) if ranks > 1 else [0], ranks, machine)
+
+
+@pytest.mark.parametrize(
+    "samples, batch_size", [(60, 10), (17, 10), (25, 10), (10, 10), (7, 10), (1, 1), (2, 1), (9, 4)]
+)
+def test_a_line_is_found_again_from_what_it_measures(samples, batch_size):
+    line = Line(3.0, 2.0, 0.5)
+    found = Line.through(lambda limit: line.of([limit] * 3, batch_size), 3, samples, batch_size)
+    for size in {*limits(samples, batch_size), samples}:
+        assert found.of([size] * 3, batch_size) == pytest.approx(line.of([size] * 3, batch_size))
+    if min(samples, batch_size) > 1 and samples > batch_size:
+        assert found == pytest.approx(line)
+
+
+def test_a_line_through_noise_has_nothing_negative():
+    for few, full, many in ((5.0, 4.0, 3.0), (1.0, 9.0, 10.0), (4.0, 4.0, 30.0)):
+        found = Line.through(dict(zip(limits(60, 10), (few, full, many))).get, 2, 60, 10)
+        assert min(found) >= 0
+
+
+def test_one_worker_trains_the_sum_of_its_stacks():
+    run = built().run
+    sizes = [[run.sizes[c] for c in stack] for group in run.groups for stack in run.stacks(group)]
+    tests = sum(map(len, built().split.test))
+    found = seconds(FREE, 1)
+    assert found.train == pytest.approx(
+        sum(0.5 + 0.25 * math.ceil(max(n) / 8) + 0.125 * sum(n) for n in sizes) + tests / 16
+    )
+    assert found.evaluate == pytest.approx(tests / 16) and found.exchange == 0 and found.busy == 1
+
+
+def test_twice_the_unit_cost_is_twice_the_time():
+    double = UNIT._replace(train=Line(1.0, 0.5, 0.25), score=Line(0, 0, 0.125))
+    for ranks in (1, 3, 4):
+        once, twice = seconds(FREE, ranks), seconds(FREE._replace(units={0: double}), ranks)
+        assert twice.train == pytest.approx(2 * once.train) and twice.evaluate == pytest.approx(2 * once.evaluate)
+
+
+def test_more_workers_are_never_slower_to_train_and_one_a_group_is_the_end():
+    for stage in ("train", "evaluate"):
+        took = [getattr(seconds(FREE, ranks), stage) for ranks in (1, 3, 4, 5, 6, 64)]
+        assert took == sorted(took, reverse=True) and took[0] > took[1] > took[3] == took[-1]
+    assert seconds(FREE, 64).busy < seconds(FREE, 3).busy
+
+
+def test_a_loop_pays_for_every_client_apart():
+    assert seconds(FREE, 1, "engine.path=loop").train == pytest.approx(seconds(FREE, 1, "engine.group_size=1").train)
+
+
+def test_a_small_cohort_costs_what_its_clients_cost_and_is_judged_whole():
+    tree = ["participation=0.3", "rounds=16"]
+    run, costs = built(*tree).run, FREE._replace(units={0: UNIT._replace(train=Line(1.0, 0, 0), score=Line(0, 0, 1.0))})
+    stacks = [
+        sum(len(run.stacks(m)) for g in run.groups if (m := [c for c in g if c in run.chosen(t)])) for t in range(16)
+    ]
+    tests = [sum(len(built().split.test[c]) for c in run.chosen(t)) for t in range(16)]
+    found = seconds(costs, 1, *tree)
+    assert found.train == pytest.approx((sum(stacks) + sum(tests)) / 16)
+    assert found.evaluate == pytest.approx(sum(map(len, built().split.test)))
+
+
+def test_a_cohort_judged_alone_costs_what_its_tests_cost():
+    tree = ["participation=0.3", "rounds=16", "evaluate.clients=cohort"]
+    made = built(*tree)
+    tests = [sum(len(made.split.test[c]) for c in made.run.chosen(t)) for t in range(16)]
+    assert seconds(FREE, 1, *tree).evaluate == pytest.approx(sum(tests) / 16 / 16)
+
+
+def test_workers_beyond_the_cores_share_them():
+    crowded, free = (seconds(FREE, 5, machine=HERE._replace(cores=n)) for n in (2, 4))
+    assert crowded.train == pytest.approx(2 * free.train) and crowded.evaluate == pytest.approx(2 * free.evaluate)
+
+
+def test_evaluating_and_checkpointing_less_often_costs_less():
+    costs = FREE._replace(units={0: UNIT._replace(train=Line(0, 0, 0))}, log=1.0, file=2.0)
+    often, seldom = (
+        seconds(costs, 1, "evaluate.every=1", "checkpoint.every=1"),
+        seconds(costs, 1, "evaluate.every=4", "checkpoint.every=4"),
+    )
+    assert seldom.evaluate == pytest.approx(often.evaluate / 4) and seldom.train == pytest.approx(often.train / 4)
+    assert seldom.files - 1 == pytest.approx((often.files - 1) / 4) and often.files == 1 + 2 * 4
+
+
+def test_messages_cost_by_the_textbook():
+    assert allreduce(1e9, 1, HERE) == allgather(1e9, 1, HERE) == 0
+    assert allreduce(1e9, 4, HERE) == pytest.approx(1.5 + 4e-5 + 1e-3) and allgather(1e9, 4, HERE) == pytest.approx(
+        0.75 + 2e-5 + 1e-3
+    )
+    assert allreduce(1e9, 4, HERE._replace(bandwidth=2e9)) == pytest.approx(0.75 + 4e-5 + 1e-3)
+
+
+def test_what_others_send_is_added_up_by_everybody_where_uploads_are_gathered():
+    ours = ("algorithm={name: flexlora, lora_ranks: [2]}", "uplink=gather")
+    gathers, sums = seconds(FREE, 3, *ours), seconds(FREE, 3, *ours[:1], "uplink=sum")
+    assert gathers.exchange == pytest.approx(7 * 2.0, abs=0.01) and sums.exchange < 0.01
+    assert seconds(FREE, 1, *ours).exchange == 0
+
+
+def test_a_pair_of_mixed_clients_costs_by_the_square():
+    costs = FREE._replace(mix=(1.0, 10.0))
+    assert seconds(costs, 1, "algorithm=fedamp").exchange == pytest.approx(7 * 1.0 + 49 * 10.0)
+
+
+def test_a_gpu_takes_the_longer_of_starting_and_computing():
+    quick = OnGpu(Line(1.0, 2.0, 0.0), Line(0.0, 0.0, 0.01))
+    assert quick.of([20, 20], 10) == 1.0 + 2 * 2.0 and quick.of([2000], 1000) == pytest.approx(20.0)
+
+
+def test_operations_are_counted_as_they_are_done():
+    x, w = torch.ones(4, 3), torch.ones(5, 3, requires_grad=True)
+    step = lambda: F.relu(F.linear(x, w)).sum().backward()
+    counted = _count(step)
+    assert counted.flops == 2 * 2 * 4 * 3 * 5 and counted.operations >= 5  # forward, and backward for w alone
+    assert counted.saved == 4 * (x.numel() + 20)  # the product's input and the rectifier's output
+    twice = _count(lambda: (step(), step()))
+    assert twice.saved == counted.saved and twice.flops == 2 * counted.flops
+    assert _count(lambda: torch.add(x, x)).bytes == 4 * 12 * 2  # one tensor read, one written
+
+
+def test_a_gpu_holds_so_many_workers():
+    gpu = Device(1.0, 1.0, 1.0, memory=10e9)
+    assert fits(gpu, data=10**9, client=4e8, group_size=1) == (CONTEXT + 1.4e9, 5, 21)
+
+
+def test_a_named_gpu_and_its_bandwidth_change_what_is_predicted(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(GPUS, "snail", Device(1e6, 1e6, 1e12, 10e9))
+    config = read(TINY, ["participation=1", "engine.path=auto"])
+    slow, fast = (
+        estimate(config, str(TINY), 3, name, bandwidth) for name, bandwidth in (("snail", 1e3), ("h200", 1e9))
+    )
+    run, flops = slow.built.run, 0
+    flops = max(
+        sum(run.flops[0].of_round(run.sizes[c], 0) for g, h in zip(run.groups, (1, 2, 2, 1)) if h == r for c in g)
+        for r in (1, 2)
+    )
+    assert (
+        slow.seconds.train == pytest.approx(flops / (0.35 * 1e6), rel=0.25)
+        and fast.seconds.train < slow.seconds.train / 10
+    )
+    assert slow.seconds.exchange > fast.seconds.exchange + 10 and slow.built.config.engine.path == "stack"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (
+            ["--gpus=h300"],
+            "--gpus = h300: not known; known are v100, t4, a10, a100-40, a100, l40s, rtx4090, h100, h200, or none",
+        ),
+        (["--bandwidth=0"], "--bandwidth = 0: must be positive"),
+        (["--bandwidth=inf"], "--bandwidth = inf: must be positive"),
+        (["--latency=-1"], "--latency = -1: must be positive"),
+    ],
+)
+def test_a_machine_that_cannot_be_is_refused(given, said, capsys):
+    assert main(["plan", str(TINY), *given]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith(f"fedlora-mpi: {said}") and err.count("\n") == 1
+
+
+def test_a_plan_says_what_was_measured_and_what_assumed(capsys):
+    assert main(["plan", str(TINY), "--ranks=8", "--gpus=a100", "--latency=1e-6"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "35% of the a100's FLOP/s" in lines["assumed"] and "12.5 GB/s between ranks" in lines["assumed"]
+    assert "latency 1e-06" in lines["given"] and "counted" in lines["measured"] and "of 80 GB" in lines["gpu"]
+    assert device("none") is None

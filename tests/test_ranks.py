@@ -1,0 +1,152 @@
+"""Where the seconds of each rank went: measured apart from waiting, carried to the log, told as a load."""
+
+import h5py
+import numpy as np
+import pytest
+from runs import TINY, assert_same_run, command, finished, mpirun
+from test_report import found_of, logged, rows_of
+from test_store import CLIENTS, append, new_log
+
+from fedlora_mpi import clock, open_run
+from fedlora_mpi.analysis import load as loads
+from fedlora_mpi.analysis.groups import Logged
+from fedlora_mpi.analysis.page import ranks as page
+from fedlora_mpi.analysis.page import tables
+from fedlora_mpi.analysis.page.crowd import looks_of
+from fedlora_mpi.analysis.page.style import styled
+from fedlora_mpi.store.log import Log
+from fedlora_mpi.store.reader import RunFiles
+
+ROW = {"train_loss": 1.0, "seconds_train": 2.0, "bytes_up": 12, "accuracy": 0.5}
+SCORES = {"accuracy": np.zeros(CLIENTS), "loss": np.nan}
+nan = np.nan
+
+
+def test_a_stopwatch_counts_waiting_apart_and_loses_no_second(monkeypatch):
+    now = iter([10.0, 13.0, 20.0, 21.0])
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(now))
+    watch = clock.Stopwatch()
+    watch.lap("train", waited=100.0)  # only starts it: what was before is not the run's
+    watch.lap("train", waited=101.0)
+    watch.lap("exchange", waited=105.5)
+    assert dict(zip(clock.STAGES, watch.taken(), strict=True)) == {
+        "train": 2.0, "exchange": 2.5, "evaluate": 0.0, "other": 0.0, "waiting": 5.5,
+    }  # fmt: skip
+    watch.lap("train", waited=105.5)
+    assert watch.taken().tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_the_log_holds_ranks_that_come_late_grow_and_shrink(tmp_path):
+    log = new_log(tmp_path)
+    append(log, 1)
+    log.append(2, ROW, SCORES, {"train": np.array([1.0, 2.0]), "waiting": np.array([3.0, 0.0])})
+    log.close()
+    log = Log.append_to(tmp_path / "log.h5")
+    log.append(3, ROW, SCORES, {})
+    log.append(4, ROW, SCORES, {"train": np.array([1.0, 2.0, 5.0]), "waiting": np.zeros(3)})
+    log.append(5, ROW, SCORES, {"train": np.array([7.0]), "waiting": np.zeros(1)})
+    log.close()
+    found = RunFiles(tmp_path).ranks()
+    assert found["ranks"].tolist() == [0, 2, 0, 3, 1]
+    rows = [[nan, nan, nan], [1, 2, nan], [nan, nan, nan], [1, 2, 5], [7, nan, nan]]
+    np.testing.assert_equal(found["seconds_train"].tolist(), rows)
+    with h5py.File(tmp_path / "log.h5") as file:
+        column = file["ranks/seconds_waiting"]
+        assert [axis.label for axis in column.dims] == ["round", "rank"] and column.attrs["unit"] == "seconds"
+        assert [axis.label for axis in file["ranks/ranks"].dims] == ["round"] and column.fletcher32
+
+
+def test_a_log_of_before_ranks_were_measured_goes_on(tmp_path):
+    log = new_log(tmp_path)
+    append(log, 1)
+    log.close()
+    with h5py.File(tmp_path / "log.h5", "r+") as file:
+        del file["ranks"]
+    assert RunFiles(tmp_path).ranks() == {} and open_run(tmp_path).ranks.empty
+    log = Log.append_to(tmp_path / "log.h5")
+    log.append(2, ROW, SCORES, {"train": np.array([4.0])})
+    log.close()
+    assert open_run(tmp_path).ranks.to_dict("list") == {"round": [2], "rank": [0], "seconds_train": [4.0]}
+
+
+@pytest.fixture(scope="module")
+def on_three(tmp_path_factory):
+    """A run on 3 ranks, evaluated every second round, beside the same on one."""
+    home = tmp_path_factory.mktemp("ranks")
+    for name, launcher in (("three", mpirun(3)), ("one", [])):
+        line = [*launcher, *command("run", TINY, f"output={home / name}", "evaluate.every=2")]
+        done = finished(line, home)
+        assert done.returncode == 0, done.stderr
+    return home
+
+
+def test_what_ranks_tell_of_their_seconds_moves_no_number(on_three):
+    assert_same_run(on_three / "three", on_three / "one")
+
+
+def test_every_rank_tells_all_its_seconds_by_stage(on_three):
+    run = open_run(on_three / "three")
+    table = run.ranks.set_index(["round", "rank"])
+    assert list(table.index) == [(t, rank) for t in (2, 4) for rank in range(3)]
+    assert list(table.columns) == [f"seconds_{stage}" for stage in clock.STAGES]
+    assert (table >= 0).all(axis=None)
+    server, workers = table.xs(0, level="rank"), table.drop(index=0, level="rank")
+    assert (workers["seconds_train"] > 5 * server["seconds_train"].max()).all(), "the server hosts nobody"
+    assert (server["seconds_waiting"] > server["seconds_train"]).all()
+    told = table.sum(axis=1).unstack("rank").loc[4]  # they meet in every round, so they have passed the same time
+    assert told.max() - told.min() < 0.5 * told.max()
+    passed = run.rounds[["seconds_train", "seconds_exchange", "seconds_evaluate"]].sum(axis=1)
+    assert told[0] > 0.9 * passed.loc[[3, 4]].sum() - passed.loc[4] * 0.5
+    assert run.array("ranks/seconds_train").shape == (4, 3) and run.array("ranks/ranks").tolist() == [0, 3, 0, 3]
+
+
+def test_scores_that_travel_with_the_seconds_are_whole_numbers_of_samples(on_three):
+    run = open_run(on_three / "three")
+    sizes = np.array([len(rows) for rows in run.partition.test])
+    for score in ("accuracy", "accuracy_aggregated", "accuracy_trained"):
+        right = run.array(f"clients/{score}")[[1, 3]] * sizes
+        assert np.isfinite(right).any() and np.nanmax(np.abs(right - right.round())) < 1e-4, score
+
+
+def test_one_process_never_waits(on_three):
+    table = open_run(on_three / "one").ranks
+    assert table["rank"].tolist() == [0, 0] and (table["seconds_waiting"] == 0).all()
+    assert (table["seconds_train"] > 0).all()
+
+
+# --- as a load
+
+EVERY = {"evaluate": {"every": 2}}
+TWO = {
+    "ranks": np.array([0, 3, 3, 2]),  # rounds 2 and 3 and, on fewer ranks, 4 were measured
+    "seconds_train": np.array([[nan] * 3, [0, 4, 8], [0, 3, 1], [0, 5, nan]]),
+    "seconds_evaluate": np.array([[nan] * 3, [0, 2, 0], [0, 1, 0], [0, 5, nan]]),
+    "seconds_waiting": np.array([[nan] * 3, [8, 2, 0], [4, 0, 3], [10, 0, nan]]),
+}
+
+
+def test_a_load_is_seconds_per_round_and_the_share_of_time_that_workers_are_busy():
+    found = loads.load(TWO, EVERY)
+    assert found.seconds["train"].tolist() == [0, 12 / 4, 9 / 3]  # the third rank was there for 3 rounds
+    assert found.seconds["waiting"].tolist() == [22 / 4, 2 / 4, 3 / 3]
+    assert found.balance == (7 + 2.5) / (8 + 4)  # of the rounds with two workers: mean by longest
+    assert loads.load(TWO, EVERY | {"server_hosts_clients": True}).balance == pytest.approx((14 / 3 + 5 / 3 + 5) / 22)
+    last = loads.load(TWO, EVERY, slice(-1, None))
+    assert last.seconds["train"].tolist() == [0, 5] and np.isnan(last.balance)
+    assert loads.load({}, EVERY) is None and loads.load(TWO, EVERY, slice(0, 1)) is None
+
+
+def test_the_page_has_a_bar_for_each_rank_and_stage(tmp_path):
+    folder = logged(tmp_path / "a", [0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+    alone = found_of(folder).groups
+    assert page.ranks(alone, looks_of(alone)) is None and "balance" not in tables.costs(alone).csv()
+    measured = {name: column[1:3] for name, column in TWO.items()}
+    (group,) = alone
+    run = Logged(folder, group.runs[0].config | EVERY, group.runs[0].rounds, group.runs[0].clients, {}, measured)
+    groups = [type(group)(group.label, {}, (run,))]
+    with styled():
+        drawn = page.ranks(groups, looks_of(groups))
+    bars = [bar.get_height() for bar in drawn.figure.axes[0].patches]
+    assert bars == [0, 3.5, 4.5, 0, 1.5, 0, 6, 1, 1.5]  # train, evaluate and waiting of three ranks over two rounds
+    assert [text.get_text() for text in drawn.figure.axes[0].texts] == ["79% balanced"]
+    assert float(rows_of(tables.costs(groups))[0]["balance_mean"]) == 9.5 / 12

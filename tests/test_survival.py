@@ -1,0 +1,383 @@
+"""Runs that lose workers, hang, or meet numbers that are not finite: real ranks under mpirun --with-ft ulfm, killed by
+SIGKILL, end with the bits of a run to which nothing has happened.
+
+Every launch costs seconds, so the fast tests share few; the moments one by one, and random ones, are slow.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+from mortal import on_mortal_ranks
+from runs import (
+    SLOW,
+    TESTS,
+    TINY,
+    assert_same_run,
+    built,
+    committed,
+    copied,
+    equal,
+    finished,
+    in_order,
+    launched,
+    mpirun,
+    on_ranks,
+    ranks_of,
+    said,
+    tiny,
+    until,
+)
+
+from fedlora_mpi import config as configs
+from fedlora_mpi.build import build
+from fedlora_mpi.cli import main
+from fedlora_mpi.comm import Fault, Refused
+from fedlora_mpi.data.inputs import Images
+from fedlora_mpi.experiment import Faults
+from fedlora_mpi.federation import Run
+from fedlora_mpi.placement import assign
+from fedlora_mpi.recovery import lasting
+from fedlora_mpi.round import play
+from fedlora_mpi import run as run_module
+from fedlora_mpi.run import beginning, start
+from fedlora_mpi.store.reader import RunFiles
+
+METHODS = {
+    "fedlora": [],  # the mean by an allreduce, low-rank parts that stay; absent clients count as they were
+    "fedamp": ["algorithm=fedamp", "mix=spread"],  # a mix for every client, over the workers
+    "fedhl": ["algorithm={name: fedhl, lora_ranks: [3, 2, 1]}", "uplink=gather", "train.lr=0.005"],  # uploads by a gather, three kinds
+}
+SIX = ["rounds=6", "checkpoint.every=3"]
+ALL = "participation=1.0"
+
+
+def line(plan, *overrides, ranks=4, output="run"):
+    """The command line of a run on ranks that outlive others."""
+    more = ["faults.tolerate=true", f"output={output}", *overrides]
+    faults = json.dumps([[*fault, "dies"][:4] for fault in plan])
+    return [*mpirun(ranks), "--with-ft", "ulfm", sys.executable, str(TESTS / "dying.py"), faults, "run", str(TINY), *more]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A finished run of this process of any settings, made when it is asked for."""
+    made, home = {}, tmp_path_factory.mktemp("undisturbed")
+
+    def run(*overrides):
+        if overrides not in made:
+            made[overrides] = home / str(len(made))
+            assert main(["run", str(TINY), *overrides, f"output={made[overrides]}"]) == 0
+        return made[overrides]
+
+    return run
+
+
+def lost(text):
+    """[(ranks that were lost, ranks that go on, round that begins again)] of the lines on stderr."""
+    found = re.findall(r"^fedlora-mpi: lost rank ([\d, ]+): (\d+) ranks go on with round (\d+)( after)?", text, re.M)
+    return [([*map(int, ids.split(", "))], int(left), int(round_)) for ids, left, round_, after in found if after]
+
+
+def rounds_begun(text):
+    return [int(round_) for _, _, round_ in lost(text)]
+
+
+# Workers that die.
+
+
+def test_two_workers_die_in_different_rounds_and_the_bits_are_those_of_an_undisturbed_run(undisturbed, tmp_path):
+    plan = [(2, "training", 2), (3, "client", 5)]  # 3 keeps the copies of 2, and then dies too
+    ended = finished(line(plan, *SIX), tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("dies: rank") == 2
+    assert [ids for ids, _, _ in lost(ended.stderr)] == [[2], [3]] and [left for _, left, _ in lost(ended.stderr)] == [3, 2]
+    assert_same_run(undisturbed(*SIX), tmp_path / "run")
+    assert [text.split(":")[0] for text in RunFiles(tmp_path / "run").lost] == ["lost rank 2", "lost rank 3"]
+
+
+@pytest.mark.slow
+def test_the_server_goes_on_alone_without_its_only_worker(undisturbed, tmp_path):
+    ended = finished(line([(1, "training", 3)], *SIX, ranks=2), tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert [(ids, left) for ids, left, _ in lost(ended.stderr)] == [([1], 1)] and rounds_begun(ended.stderr)[0] in (2, 3)
+    assert_same_run(undisturbed(*SIX), tmp_path / "run")
+
+
+def test_the_death_of_rank_zero_ends_the_run_with_the_command_that_goes_on(undisturbed, tmp_path):
+    ended = finished(line([(0, "training", 5)], *SIX, ranks=3), tmp_path)
+    assert ended.returncode not in (0, 2, 75)
+    assert said(ended.stderr) == [
+        "fedlora-mpi: rank 0, which has the log, has died; continue with 'mpirun --with-ft ulfm -n 3 fedlora-mpi resume run'"
+    ]
+    assert "Traceback" not in ended.stderr and committed(tmp_path / "run") == 3
+    assert main(["resume", str(tmp_path / "run"), "faults.tolerate=false"]) == 0
+    assert_same_run(undisturbed(*SIX), tmp_path / "run")
+
+
+def on_threads(home, settings, deaths, seed, ranks=4):
+    """The Fate of a whole run on ranks in this process, with its folder ``home``."""
+    config = configs.read(TINY, [*settings, "faults.tolerate=true", "faults.timeout=0", f"output={home}"])
+    codes, fate = on_mortal_ranks(ranks, lambda comm: start(config, str(TINY), comm), deaths, seed)
+    assert {*codes} <= {0, None} and codes[0] == 0
+    return fate
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_that_die_at_any_moment_leave_the_bits(undisturbed, tmp_path, monkeypatch, capsys, method):
+    die_everywhere(undisturbed, tmp_path, monkeypatch, capsys, METHODS[method], range(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_that_die_at_many_moments_leave_the_bits(undisturbed, tmp_path, monkeypatch, capsys, method, part):
+    die_everywhere(undisturbed, tmp_path, monkeypatch, capsys, METHODS[method], range(100 + 10 * part, 110 + 10 * part))
+
+
+def die_everywhere(undisturbed, home, monkeypatch, capsys, settings, seeds):
+    """One to three of three workers die in each run, each at one of the moments of an undisturbed one."""
+    monkeypatch.setattr(run_module, "_stop_signals", list)  # a thread may not handle signals
+    moments = on_threads(home / "none", settings, {}, 0).count
+    assert_same_run(undisturbed(*settings), home / "none")
+    for seed in seeds:
+        draw = random.Random(seed)
+        victims = draw.sample([1, 2, 3], draw.choice([1, 1, 2, 3]))
+        deaths = {victim: draw.randint(1, moments[victim]) for victim in victims}
+        capsys.readouterr()
+        on_threads(home / str(seed), settings, deaths, seed)
+        text = capsys.readouterr().err
+        assert_same_run(undisturbed(*settings), home / str(seed))
+        if len(victims) == 1:
+            again = re.findall("finished rounds played again: (\\d+)", text)
+            assert not re.search(r"^round \d+/.*from what was on disk", text, re.M | re.S), f"memory did not suffice: {text}"
+            assert {*again} <= {"0", "1"} and len(again) + text.count("from what was on disk") <= 1, text
+
+
+MOMENTS = {  # of one rank or two; rounds of which each may begin again
+    "before round 1, while data are loaded": ([(2, "build", 1)], None),
+    "in training, round 1": ([(2, "training", 1)], (1,)),
+    "in training, between two clients": ([(2, "client", 3)], None),
+    "in training, round 4": ([(3, "training", 4)], (3, 4)),
+    "in the allreduce": ([(2, "message", 20)], None),
+    "in the next message": ([(2, "message", 21)], None),
+    "before the allreduce": ([(2, "sum", 18)], None),
+    "in the evaluation": ([(1, "evaluation", 3)], (3,)),
+    "before the checkpoint": ([(2, "checkpoint", 1)], (3, 4)),
+    "in the checkpoint": ([(3, "shard", 1)], (3, 4)),
+    "before the last checkpoint": ([(1, "checkpoint", 2)], (6, 7)),
+    "while the copies travel": ([(2, "copy", 4)], (3, 4)),
+    "while the first copies travel": ([(2, "copy", 1)], None),
+    "at the very end": ([(2, "agree", 2)], (6, 7)),
+    "two in one round, not partners": ([(1, "training", 3), (3, "training", 3)], None),
+    "two in one round, partners": ([(2, "training", 5), (3, "training", 5)], None),
+    "two in different rounds, partners": ([(2, "training", 2), (3, "training", 4)], None),
+    "two in different rounds, the other way": ([(3, "training", 2), (2, "training", 4)], None),
+    "one in the recovery from another": ([(2, "training", 3), (3, "shrink", 1)], None),
+    "one in the recovery's messages": ([(2, "training", 3), (1, "exchange", 1)], None),
+    "one at the recovery's end": ([(2, "training", 3), (1, "agree", 3)], None),
+    "three of three, one after another": ([(1, "training", 2), (2, "training", 3), (3, "training", 5)], None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_whenever_workers_die_the_bits_are_those_of_an_undisturbed_run(undisturbed, tmp_path, moment, method):
+    plan, begun = MOMENTS[moment]
+    settings = (*METHODS[method], *SIX)
+    began = time.monotonic()
+    ended = finished(line(plan, *settings), tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("dies: rank") >= 1
+    assert "Traceback" not in ended.stderr
+    seconds = re.findall(r"after ([\d.]+) s", ended.stderr)
+    print(f"\n| {method} | {moment} | {rounds_begun(ended.stderr) or 'from disk'} | {', '.join(seconds)} | "
+          f"{time.monotonic() - began:.1f} |")
+    if begun:
+        assert rounds_begun(ended.stderr)[0] in begun
+    assert_same_run(undisturbed(*settings), tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(30))
+def test_workers_killed_at_random_moments_leave_the_bits(undisturbed, tmp_path, number):
+    draw = random.Random(number)
+    method = list(METHODS)[number % 3]
+    settings = (*METHODS[method], *SIX, SLOW)
+    with launched(line([], *settings), tmp_path, TEST_PAUSE="0.01") as job:
+        until(lambda: (tmp_path / "run/log.h5").exists(), process=job)
+        victims = draw.sample([1, 2, 3], draw.choice([1, 1, 2]))
+        for victim in victims:
+            time.sleep(draw.uniform(0, 2.5))
+            with suppress(OSError, KeyError):  # it has ended
+                os.kill(ranks_of(job.pid)[victim], signal.SIGKILL)
+        _, text = job.communicate(timeout=120)
+    assert job.returncode == 0, text
+    print(f"\n| {method} | {victims} | {lost(text) or 'from disk or nothing'} |")
+    assert_same_run(undisturbed(*settings), tmp_path / "run")
+
+
+def test_a_launch_that_cannot_outlive_a_rank_is_refused(tmp_path):
+    begin = lambda comm: pytest.fail("it began")
+    with pytest.raises(Refused, match="x.yaml: faults.tolerate = true: .* 'mpirun --with-ft ulfm ...', or set"):
+        on_ranks(2, lambda comm: lasting(Faults(tolerate=True), "x.yaml", tmp_path, comm, begin, begin))
+
+
+def test_groups_that_have_a_home_stay_there_and_the_others_go_where_least_is_to_be_done():
+    assert assign([5, 4, 3, 2], (1, 2), [1, None, 2, None]) == (1, 2, 2, 1)
+    assert assign([5, 4, 3, 2], (1, 2), [None] * 4) == assign([5, 4, 3, 2], (1, 2)) == (1, 2, 2, 1)
+
+
+# Hangs.
+
+
+def test_a_hang_ends_all_ranks_with_rank_round_stage_and_stacks(tmp_path):
+    hang = [(2, "client", 3, "hangs")]
+    began = time.monotonic()
+    ended = finished(line(hang, "faults.timeout=2", ranks=3), tmp_path)
+    assert ended.returncode not in (0, 2, 75) and time.monotonic() - began < 60
+    (told,) = said(ended.stderr)
+    named = r"fedlora-mpi: rank 2 of 3: no progress for 2 s \(faults.timeout\) in round \d, the training of client \d(, \d)*; "
+    assert re.fullmatch(named + r"continue with 'mpirun --with-ft ulfm -n 3 fedlora-mpi resume run'", told)
+    assert "in _train" in ended.stderr and 'dying.py", line' in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_as_a_whole_is_missed_by_the_others(tmp_path):
+    faults = line([(2, "client", 3, "stops")], "faults.timeout=4", ranks=3)
+    ended = finished(faults, tmp_path, timeout=60)
+    assert ended.returncode not in (0, 2, 75)
+    (told,) = said(ended.stderr)
+    assert told.startswith("fedlora-mpi: rank 2 of 3: no sign of life for 4 s (faults.timeout) in ")
+
+
+@pytest.mark.slow
+def test_a_hang_that_keeps_pythons_lock_ends_with_the_stacks(tmp_path):
+    faults = json.dumps([(0, "client", 3, "locks")])
+    run = [sys.executable, str(TESTS / "dying.py"), faults, "run", str(TINY), "faults.timeout=2", "output=run"]
+    ended = finished(run, tmp_path, timeout=60)
+    assert ended.returncode == 1 and "Timeout (0:00:02.5" in ended.stderr and "in _train" in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_one_that_computes_does_not_hang(tmp_path):
+    """Every batch takes less than half of the timeout, a round more than all of it."""
+    more = ["faults.timeout=5", "rounds=1", SLOW, ALL, "algorithm=fedavg", "train.epochs=1", "train.batch_size=32"]
+    ended = finished(line([], *more, ranks=3), tmp_path, TEST_PAUSE="2")
+    assert ended.returncode == 0, ended.stderr
+    assert RunFiles(tmp_path / "run").rounds()["seconds_train"][0] > 5
+
+
+# Numbers that are not finite.
+
+
+def poisoned(feed, client, split):
+    """``feed`` with NaN in the place of a client's training images."""
+    mine = torch.from_numpy(split.train[client])
+    mine = mine[mine != 0]  # which fills up the shorter clients of a stack
+
+    class Poisoned(Images):
+        def read(self, rows, warps):
+            x, y = super().read(rows, warps)
+            x[torch.isin(rows, mine)] = torch.nan
+            return x, y
+
+    feed._train = Poisoned(*feed._train)
+
+
+def skipping(ranks, settings, bad):
+    """[(shared, personal, row)] of three rounds in which one client's numbers (None: nobody's) are NaN."""
+    config = tiny("faults.non_finite=skip", *settings)
+
+    def play_all(comm):
+        parts = build(config, str(TINY), comm)
+        if bad is not None and parts.run.trainer.feed:
+            poisoned(parts.run.trainer.feed, bad, parts.split)
+        state, moments = beginning(parts), []
+        for _ in range(3):
+            state, row, _ = play(parts.run, state, evaluate=True, stop=False)
+            moments.append((copied(state.shared), copied(state.personal), row))
+        return parts.run, moments
+
+    found = on_ranks(ranks, play_all)
+    runs = [run for run, _ in found]
+    joined = [in_order(runs, [moments[at][1] for _, moments in found]) for at in range(3)]
+    return [(shared, joined[at], row) for at, (shared, _, row) in enumerate(found[0][1])]
+
+
+@pytest.mark.parametrize("settings", [[], *([*more, ALL] for more in METHODS.values())], ids=["stale", *METHODS])
+def test_a_skipped_client_is_the_same_on_any_number_of_ranks(settings):
+    bad = min(built(*settings).run.chosen(0))
+    alone, *others = (skipping(ranks, settings, bad) for ranks in (1, 2, 3))
+    assert alone[0][2]["skipped"] == [bad] and np.isfinite(alone[0][2]["train_loss"])
+    assert all(torch.isfinite(v).all() for shared, personal, _ in alone for v in (*shared.values(), *personal.values()))
+    for other in others:
+        assert [row["skipped"] for _, _, row in other] == [row["skipped"] for _, _, row in alone]
+        assert all(equal(a[0], b[0]) and equal(a[1], b[1]) for a, b in zip(alone, other))
+
+
+@pytest.mark.parametrize("settings", [["algorithm=fedavg"], METHODS["fedamp"], METHODS["fedhl"]], ids=["fedavg", "fedamp", "fedhl"])
+def test_a_skipped_client_is_as_if_it_were_not_in_the_cohort(settings, monkeypatch):
+    settings = [*settings, "engine.path=loop"]  # in a stack bits depend on who else is in it
+    bad = min(built(*settings).run.chosen(0))
+    skipped = skipping(1, settings, bad)
+    chosen = Run.chosen
+    monkeypatch.setattr(Run, "chosen", lambda run, round_: chosen(run, round_) - {bad})
+    absent = skipping(1, settings, None)
+    for was, would in zip(skipped, absent):
+        assert equal(was[0], would[0]) and equal(was[1], would[1])
+        assert was[2]["train_loss"] == would[2]["train_loss"] and was[2]["bytes_up"] == would[2]["bytes_up"]
+
+
+def test_a_skipped_client_weighs_nothing_where_absent_ones_count_as_they_were(monkeypatch):
+    parts = built()
+    assert parts.run.algorithm.absent == "stale" and len(parts.run.chosen(0)) < len(parts.run.weight_N)
+    bad = min(parts.run.chosen(0))
+    skipped = skipping(1, [], bad)[0]
+    made = build(tiny("faults.non_finite=skip"), str(TINY), parts.run.comm)
+    weightless = made.run.with_(weight_N=tuple(0 if c == bad else w for c, w in enumerate(made.run.weight_N)))
+    state, _, _ = play(weightless, beginning(made), evaluate=False, stop=False)
+    assert equal(skipped[0], state.shared)
+    first = beginning(made).personal
+    assert all(torch.equal(skipped[1][n][bad], first[n][made.run.row_of[bad]]) for n in first)
+
+
+def test_by_default_such_a_client_ends_the_run():
+    parts = build(tiny(), str(TINY), built().run.comm)
+    bad = min(parts.run.chosen(0))
+    poisoned(parts.run.trainer.feed, bad, parts.split)
+    with pytest.raises(Fault, match=f"round 1: the loss or upload of client {bad} is not finite"):
+        play(parts.run, beginning(parts), evaluate=False, stop=False)
+
+
+def test_when_nobody_is_left_the_shared_state_stays_and_a_line_says_it(tmp_path, capsys):
+    run = tmp_path / "run"
+    more = ["train.lr=1e30", "faults.non_finite=skip", "rounds=2", "checkpoint.every=1", ALL]
+    assert main(["run", str(TINY), *more, f"output={run}"]) == 0
+    lines = said(capsys.readouterr().err)
+    assert lines == [
+        f"fedlora-mpi: round {t}: skipped client 0, 1, 2, 3, 4, 5, 6: loss or upload is not finite; nobody is left, "
+        "the shared state stays" for t in (1, 2)
+    ]
+    log = RunFiles(run).rounds()
+    assert log["skipped"].tolist() == [7, 7] and log["clients"].tolist() == [0, 0] and np.isnan(log["train_loss"]).all()
+    first = beginning(built(ALL)).shared
+    assert all(np.array_equal(v, first[n]) for n, v in RunFiles(run).checkpoint().shared().items())
+
+
+def test_what_does_not_change_numbers_is_free_on_a_resume_and_the_default_leaves_no_trace():
+    assert "faults" not in configs.resolved_dict(tiny())
+    same = [configs.digest(tiny(*more)) for more in ([], ["faults.tolerate=true"], ["faults.timeout=9"], ["faults={}"])]
+    assert len(set(same)) == 1 and configs.digest(tiny("faults.non_finite=skip")) != same[0]
+    config = tiny("faults.timeout=9", "faults.non_finite=skip")
+    assert configs.resolved_dict(config)["faults"] == {"timeout": 9.0, "non_finite": "skip"}
+    assert configs.from_dict(configs.resolved_dict(config), "there") == config
