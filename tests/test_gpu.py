@@ -155,7 +155,10 @@ def test_epochs_that_are_played_again_have_the_bits_of_the_steps(name, monkeypat
     assert made
 
 
-@pytest.mark.parametrize("name, stacked", [("fedlora", False), *((name, True) for name in METHODS)])
+SLOW = [pytest.param(name, True, marks=pytest.mark.slow) for name in METHODS[2:]]
+
+
+@pytest.mark.parametrize("name, stacked", [("fedlora", False), ("fedavg", True), ("fedlora", True), *SLOW])
 def test_a_recording_of_a_gpu_has_the_bits_of_the_steps(name, stacked, machine, monkeypatch, capsys):
     far.as_cuda(machine, monkeypatch)
     plain = ends(*made(name, stacked))
