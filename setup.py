@@ -12,6 +12,7 @@ extras = {
     "digits": ["scikit-learn>=1.4"],
     "text": ["tokenizers>=0.21"],
     "weights": ["safetensors>=0.5"],
+    "privacy": ["dp-accounting>=0.6,<0.7"],  # see privacy/accountant.py before another
     "analysis": ["matplotlib>=3.8", "pandas>=2.1", "rich>=13.7"],
     "tensorboard": ["tensorboardX>=2.6"],
     "test": ["pytest>=8.0", "hypothesis>=6.100"],

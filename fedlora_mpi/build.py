@@ -31,6 +31,8 @@ from .models.network import Model
 from .models.weights import digest as digest_of
 from .models.zoo import build as build_model
 from .placement import assign, groups
+from .privacy.check import check_run
+from .privacy.settings import Privacy
 from .rows import InMemory, OnDisk
 from .seeds import rng
 from .store.sinks import need_tensorboard
@@ -245,7 +247,7 @@ def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequ
         pace=Pace(len(kinds)),
         group_size=config.engine.group_size,
         sizes=tuple(sizes),
-        weight_N=_weights(algorithm, sizes),
+        weight_N=_weights(algorithm, sizes, config.privacy),
         seed=config.seed,
         participation=config.participation,
         reduce=config.reduce,
@@ -255,11 +257,14 @@ def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequ
         judges_cohort=config.evaluate.clients == "cohort",
         rows=OnDisk(Path(config.output).expanduser()) if config.engine.personal == "disk" else InMemory(),
         mixing=Mixing.of(algorithm, kinds[0].first, [rank_of[c] for c in range(len(sizes))], workers, config.mix),
+        privacy=config.privacy,
     )
     if tasks := config.data.tasks:
         with naming(source, "data"):
             parts = tasks.splits(split, data.train.y.numpy(), data.test.y.numpy())
         run = replace(run, by_task=tuple(_holding(run, part) for part in parts), task_rounds=tasks.rounds)
+    with naming(source, "privacy"):
+        _check_privacy(config, run)
     digest = f"{configs.digest(config)}-{split.digest()[:16]}"
     if data.vocabulary:
         digest += f"-{data.vocabulary.digest()[:16]}"
@@ -268,9 +273,18 @@ def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequ
     return Built(config, run, split, data.shape, digest, data.vocabulary)
 
 
-def _weights(algorithm: Algorithm, sizes: Sequence[int]) -> tuple[int, ...]:
+def _weights(algorithm: Algorithm, sizes: Sequence[int], privacy: Privacy) -> tuple[int, ...]:
     """What the upload of each client counts in the mean: nothing when it holds no sample."""
-    return tuple(sizes if algorithm.weights == "samples" else (min(size, 1) for size in sizes))
+    by_samples = algorithm.weights == "samples" and not privacy.differential
+    return tuple(sizes if by_samples else (min(size, 1) for size in sizes))
+
+
+def _check_privacy(config: Config, run: Run) -> None:
+    """Raise ValueError where the run cannot be as private as asked."""
+    cohort = min(len(part.chosen(0)) for part in run.by_task or [run])
+    kinds = [(kind.algorithm, kind.trainer.model, kind.first) for kind in run.kinds]
+    name = configs.algorithm_name(config.algorithm)
+    check_run(config.privacy, name, cohort, run.mixing is not None, kinds, config.train)
 
 
 def _holding(run: Run, split: Split) -> Run:
@@ -278,7 +292,7 @@ def _holding(run: Run, split: Split) -> Run:
     feed, sizes = run.trainer.feed, tuple(map(len, split.train))
     feed = feed and feed.holding(split)
     kinds = tuple(kind._replace(trainer=replace(kind.trainer, feed=feed)) for kind in run.kinds)
-    return replace(run, kinds=kinds, sizes=sizes, weight_N=_weights(run.algorithm, sizes))
+    return replace(run, kinds=kinds, sizes=sizes, weight_N=_weights(run.algorithm, sizes, run.privacy))
 
 
 def variants_of(config: Config) -> tuple[list[tuple[int, Algorithm]], tuple[int, ...]]:
@@ -292,6 +306,8 @@ def variants_of(config: Config) -> tuple[list[tuple[int, Algorithm]], tuple[int,
 def _gathers(config: Config, algorithm: Algorithm, kinds: Sequence[Kind], kind_of: Sequence[int]) -> bool:
     """Whether uploads travel as they are, for every rank to expand those of all. ``auto``: when fewer bytes then
     reach a rank than by the sum of what they stand for, which an allreduce sends about twice."""
+    if config.privacy != Privacy():
+        return False
     if config.uplink != "auto":
         return config.uplink == "gather"
     if type(algorithm).expand is Algorithm.expand:

@@ -24,6 +24,7 @@ from .data.datasets import Source
 from .data.partition import KINDS, Partition
 from .experiment import Config, DataBlock, Faults, Log, ModelBlock, Network
 from .models import zoo
+from .privacy.settings import Privacy
 
 # The keys of a choice block that say what its other keys mean.
 SELECTORS = {"data.partition": ("kind",), "model": ("name", "mix"), "algorithm": ("name",)}
@@ -68,6 +69,8 @@ def resolved_dict(config: Config) -> dict[str, Any]:
         tree["data"]["tasks"] = blocks.plain(config.data.tasks)
     if not config.data.source.allow_pickle:
         del tree["data"]["allow_pickle"]
+    if config.privacy == Privacy():  # likewise
+        del tree["privacy"]
     if config.data.source.text.tokenizer is None:  # and before a tokenizer could be given
         del tree["data"]["text"]["tokenizer"]
     _drop_defaults(tree, "faults", blocks.plain(Faults()))  # likewise, key by key

@@ -11,6 +11,8 @@ from .data.partition import Partition
 from .data.tasks import Tasks
 from .engine.settings import Engine
 from .models import zoo
+from .privacy.check import check_settings
+from .privacy.settings import Privacy
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class Config:
     checkpoint: Checkpoint = Checkpoint()
     faults: Faults = Faults()
     log: Log = Log()
+    privacy: Privacy = Privacy()
     reduce: Literal["exact", "fast"] = "exact"
     mix: Literal["auto", "root", "spread"] = "auto"
     uplink: Literal["auto", "sum", "gather"] = "auto"
@@ -155,5 +158,6 @@ class Config:
             self.model.of_clients(self.data.partition.clients)
         except ValueError as error:
             raise ValueError(f"model.{error}") from None
+        check_settings(self.privacy, self.participation, self.reduce, self.uplink, bool(self.data.tasks))
         if not self.output.strip():
             raise ValueError("output = '': must be the name of a folder")

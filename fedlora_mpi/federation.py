@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .algorithm import Algorithm, Vars
 from .clock import Stopwatch
@@ -16,9 +17,12 @@ from .engine.train import Trainer
 from .layout import Layout
 from .mixing import Mixing
 from .placement import Group, cohort
+from .privacy.accountant import epsilon
+from .privacy.check import untrained
+from .privacy.settings import Privacy
 from .rows import InMemory, Rows
 from .seeds import rng
-from .tree import Tree
+from .tree import Tree, tmap
 
 
 class Kind(NamedTuple):
@@ -74,6 +78,7 @@ class Run:
     mixing: Mixing | None = None  # how per-client mixes are exchanged; None: the method has none
     by_task: tuple["Run", ...] = ()  # this run with what its clients hold in each task; empty: there are none
     task_rounds: int = 1  # of each task; the last one stays
+    privacy: Privacy = Privacy()
     skips: bool = False  # whether a client whose numbers are not finite is left out of its round; else it ends the run
     judges_cohort: bool = False  # whether those who are judged in a round are its cohort; else everybody is
     rows: Rows = InMemory()  # where personal leaves live
@@ -141,9 +146,28 @@ class Run:
     def chosen(self, round_: int) -> frozenset[int]:
         """The cohort of a round, of those who hold data: a pure function of the seed, so no rank has to be told."""
         sizes = self.of_round(round_).sizes
+        if self.privacy.draws:
+            draw = torch.rand(len(sizes), generator=rng(self.seed, "cohort", round_), dtype=torch.float64)
+            return frozenset(client for client, number in enumerate(draw.tolist()) if number < self.participation)
         draw = torch.randperm(len(sizes), generator=rng(self.seed, "cohort", round_)).tolist()
         able = [client for client in draw if sizes[client]]
         return cohort(len(able), self.participation, able)
+
+    def total(self, chosen: frozenset[int]) -> float:
+        """By what the uploads of a cohort count together; under differential privacy by what is expected of any."""
+        if self.privacy.differential:
+            return self.participation * len(self.sizes) if self.privacy.draws else len(self.chosen(0))
+        return sum(self.weight_N[client] for client in chosen)
+
+    def epsilon(self, rounds: int) -> float:
+        """What so many rounds cost in differential privacy."""
+        return epsilon(self.privacy, self.participation, len(self.chosen(0)), len(self.sizes), rounds)
+
+    def untrained(self, shared: Tree) -> Tensor:
+        """What uploads [D] are measured from where they are clipped: what any client would send without training."""
+        kind = self.kinds[0]
+        personal = tmap(lambda v: v.to(self.trainer.device), kind.first.personal)
+        return untrained(kind.algorithm, Vars(shared, personal), shared)
 
     def stacks(self, clients: Iterable[int], at_once: int = 1) -> list[list[int]]:
         """Clients of a group in the order in which a ``Trainer`` takes them, in equal parts of up to ``group_size``, or

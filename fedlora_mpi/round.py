@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,8 @@ from .comm import Fault
 from .decomposition import right_vectors
 from .federation import Run, State
 from .mixing import Packed
+from .privacy.clipping import contribution, of_server
+from .privacy.masks import letters
 from .sums import LIMIT, SUMS, ExactSum, FastSum
 from .tree import Tree
 from .uplink import gathered
@@ -49,10 +52,10 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     whole, run = run, run.of_round(state.round)
     chosen = drawn = run.chosen(state.round)
     run.comm.pulse.at("the training", round_=state.round + 1)
-    total, size = sum(run.weight_N[c] for c in chosen), run.upload.size
+    total, size = run.total(chosen), run.upload.size
     message = SUMS[run.reduce](size + len(_METRICS))
     here = _packed(run, state.shared)
-    learned = _train(run, state, chosen, here, message, LIMIT / total, evaluate)
+    learned = _train(run, state, chosen, here, message, LIMIT / max(total, len(chosen)), evaluate)
     clock.append(time.perf_counter())
     run.clock.lap("train", run.comm.pulse.waited)
 
@@ -62,7 +65,7 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     run.comm.pulse.at("the exchange")
     if run.journal:
         run.journal.settle()
-    run.comm.sum(travels)
+    run.comm.sum(travels.view(np.uint64) if run.privacy.secure_aggregation else travels)  # masks wrap around
     if run.journal:
         run.journal.settled()
     message.buffer[..., -travels.shape[-1] :] = travels
@@ -70,19 +73,23 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     away = sum(run.weight_N) - total
     if broken:
         chosen = drawn - _broken(run, state.round, learned.broken)
-        total = sum(run.weight_N[c] for c in chosen)
+        total = run.total(chosen)
     if run.gathers:
         _add_others(run, state, chosen, learned.uploads, message)
+    if run.privacy.differential:  # what came were updates
+        message.add(run.untrained(state.shared), total)
+        message.add(of_server(run.privacy, size, len(drawn), run.seed, state.round), 1)
     sums = message.total(device=here.device)
     if type(run.algorithm).sent is Algorithm.sent:
         sent = sum(run.layouts[run.kind_of[c]].size for c in chosen)  # exact, also where float32 has added up
     traffic = _bytes(run, state.shared, chosen, round(sent), travels.nbytes)
-    drift, train_loss = float("nan"), float("nan")
-    if chosen:
-        drift, train_loss = _drift(run, here, sums[:size] / total, spread / total), loss / clients
+    drift, train_loss = float("nan"), loss / clients if clients else float("nan")
+    if chosen or run.privacy.differential:  # of nobody there still is the noise
+        if not run.privacy.differential:
+            drift = _drift(run, here, sums[:size] / total, spread / total)
         mean = _mean(run, state.shared, sums[:size], total, away)
         _mix(run, state, learned.offers, chosen)
-        state = _served(run, state, mean, Cohort(len(chosen) / len(run.weight_N), total))
+        state = _served(run, state, mean, Cohort((total if run.privacy.draws else len(chosen)) / len(run.weight_N), total))
     state = state._replace(round=state.round + 1)
     clock.append(time.perf_counter())
     run.clock.lap("exchange", run.comm.pulse.waited)
@@ -120,6 +127,9 @@ def _train(
     can be summed.
     """
     learned = Learned([], [], {}, {}, {})
+    letter = letters(run.privacy, message, chosen, run.seed, state.round)
+    untrained = run.untrained(state.shared) if run.privacy.differential else here
+    adds = partial(contribution, run.privacy, untrained, len(chosen), run.seed, state.round)
     for members in (members for group in run.here() for members in run.stacks(c for c in group if c in chosen)):
         trainer = run.kinds[run.kind_of[members[0]]].trainer
         rows_C = _rows(run, state.personal, members)
@@ -139,13 +149,14 @@ def _train(
                 learned.broken.append(done.client)
                 continue
             learned.sent.append(int(trainer.algorithm.sent(done.start, done.end)))
-            message.add(vector, run.weight_N[done.client])
             if run.gathers:
                 learned.uploads[done.client] = run.layouts[run.kind_of[done.client]].pack(upload)
-            message.add(torch.stack([done.loss, torch.tensor(1.0)]), 1, at=run.upload.size)
             # A diverging client must not overflow the sum; it is then beyond any meaning anyway.
             moved = _moved(run, vector, here).clamp(max=bound)
-            message.add(moved[None], run.weight_N[done.client], at=run.upload.size + _METRICS.index("spread"))
+            with letter(done.client) as own:
+                own.add(adds(vector, done.client), run.weight_N[done.client])
+                own.add(torch.stack([done.loss, torch.tensor(1.0)]), 1, at=run.upload.size)
+                own.add(moved[None], run.weight_N[done.client], at=run.upload.size + _METRICS.index("spread"))
             if offer:
                 learned.offers[done.client] = offer
             if done.score is not None:
@@ -153,6 +164,9 @@ def _train(
             _keep(run, state.personal, done.client, done.kept)
         seconds = time.perf_counter() - began
         run.pace.add(run.kind_of[members[0]], seconds, sum(run.sizes[c] for c in members))
+    for client in learned.broken:  # no update, but masks and noise, which those of the others need
+        with letter(client) as own:
+            own.add(adds(untrained, client), 1 if run.privacy.differential else 0)
     return learned
 
 
@@ -226,7 +240,7 @@ def _mean(run: Run, shared: Tree, sums: Tensor, total: float, away: float) -> Tr
     if run.algorithm.sums:
         assert run.algorithm.absent == "exclude"
         total = 1
-    if run.algorithm.absent == "stale" and away:
+    if run.algorithm.absent == "stale" and away > 0:
         sums, total = sums + away * run.upload.pack(shared).double(), total + away
     mean = (sums / total).float()
     like = next(iter(shared.values()), mean)

@@ -163,6 +163,7 @@ def _rounds(
                 return state
             evaluate = state.round + 1 == config.rounds or (state.round + 1) % config.evaluate.every == 0
             state, row, clients = play(built.run, state, evaluate, stop=bool(asked))
+            row |= {"epsilon": built.run.epsilon(state.round)} if log and config.privacy.differential else {}
             stop, logged = row.pop("stop"), _tell(log, too, progress, state.round, row, clients, logged)
             if built.run.journal:
                 built.run.journal.turn(state)
@@ -408,7 +409,7 @@ def _create_log(folder: Path, built: Built) -> None:
 def _versions() -> dict[str, str]:
     """Versions that a result may depend on."""
     found = {"fedlora_mpi": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in ("numpy", "mpi4py", "h5py", "torchvision", "tokenizers", "transformers"):
+    for name in ("numpy", "mpi4py", "h5py", "torchvision", "tokenizers", "transformers", "dp-accounting"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

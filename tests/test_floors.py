@@ -12,7 +12,7 @@ FLOOR = {  # top-level file or folder -> floor; the package's own __init__ is it
     "algorithm": 2,
     **dict.fromkeys(("adapter", "companion", "lowrank", "server_step", "similarity", "simplex", "prototypes", "gating"), 3),
     "finetuning": 4,
-    **dict.fromkeys(("algorithms", "data", "engine", "comm", "store", "blocks"), 5),
+    **dict.fromkeys(("algorithms", "data", "engine", "privacy", "comm", "store", "blocks"), 5),
     **dict.fromkeys(("experiment", "mixing", "uplink", "decomposition", "progress", "watchdog"), 6),
     **dict.fromkeys(("config", "federation"), 7),
     **dict.fromkeys(("round", "journal"), 8),
@@ -32,6 +32,7 @@ HOME = {
     "transformers": "models",
     "safetensors": "models",
     "tensorboardX": "store",
+    "dp_accounting": "privacy",
 }
 FILES = {path.relative_to(ROOT).with_suffix("").parts: path for path in sorted(ROOT.rglob("*.py"))}
 MODULES = {parts[:-1] if parts[-1] == "__init__" else parts for parts in FILES}
@@ -163,7 +164,7 @@ IN_PLACE = {
     "cauchy_",
     "geometric_",
 }
-ADDRESSED = {"RandomState", "default_rng", "Generator", "SeedSequence", "PCG64", "Philox"}  # of numpy.random
+ADDRESSED = {"RandomState", "default_rng", "Generator", "SeedSequence", "PCG64", "Philox", "SFC64"}  # of numpy.random
 
 
 def full_name(node, aliases):

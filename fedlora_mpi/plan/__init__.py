@@ -93,7 +93,7 @@ def plan(
         where = "cores like these, one each" if gpus == "none" else f"a machine with {gpus}, one for each worker"
     lines = [f"{source} on {ranks} rank{'s' * (ranks > 1)} of {where}"]
     costs = _costs(found, len(hosts(config, ranks)), gpus)
-    for title, text in (*_sizes(found.built, ranks), *costs, *_origins(found, gpus, bandwidth, latency)):
+    for title, text in (*_sizes(found.built, ranks), *_privacy(found.built), *costs, *_origins(found, gpus, bandwidth, latency)):
         lines.append(f"  {title:<10} {text}")
     return "\n".join(lines)
 
@@ -113,7 +113,7 @@ def storage(built: Built) -> int:
 def _sizes(built: Built, ranks: int) -> list[tuple[str, str]]:
     """Parameters and bytes."""
     config, run = built.config, built.run
-    first, clients, cohort = run.kinds[0].first, len(run.weight_N), len(run.chosen(0))
+    first, clients, cohort = run.kinds[0].first, len(run.weight_N), _cohort(run)
     second = _second(run)
     traffic = [_traffic(run, kind, second) for kind in run.kinds]
     up, down = zip(*(traffic[kind] for kind in run.kind_of))
@@ -131,6 +131,22 @@ def _sizes(built: Built, ranks: int) -> list[tuple[str, str]]:
     ]
 
 
+def _cohort(run: Run) -> int:
+    """How many clients a round has; where that is random, about."""
+    return max(1, round(run.total(frozenset()))) if run.privacy.draws else len(run.chosen(0))
+
+
+def _privacy(built: Built) -> list[tuple[str, str]]:
+    """What all rounds together cost in differential privacy."""
+    run, block, rounds = built.run, built.config.privacy, built.config.rounds
+    if not block.differential:
+        return []
+    relation = "one client more or less" if block.draws else "another client in the place of one"
+    said = f"epsilon {run.epsilon(rounds):.3g} at delta {block.delta:g} after {rounds} rounds, for {relation}"
+    noise = block.deviation / run.total(run.chosen(0))
+    return [("privacy", f"{said}; noise of deviation {noise:.2g} on each number of the mean")]
+
+
 def _traffic(run: Run, kind: Kind, second: Tree) -> tuple[int, int]:
     """The most bytes that such a client sends and receives in a round; ``second``: what ``_second`` says."""
     ones = lambda tree: tmap(torch.ones_like, tree)  # of a method that sends by class: all classes
@@ -142,7 +158,7 @@ def _traffic(run: Run, kind: Kind, second: Tree) -> tuple[int, int]:
 
 def _second(run: Run) -> Tree:
     """The shared variables before round 2 if all of a cohort, clients of equal weight, came back untrained."""
-    shared, kinds = run.kinds[0].first.shared, [run.kind_of[client] for client in run.chosen(0)]
+    shared, kinds = run.kinds[0].first.shared, [run.kind_of[client] for client in run.chosen(0) or (0,)]
     terms = {kind: run.kinds[kind].term for kind in set(kinds)}
     mean = tmap(lambda *leaves: sum(leaves) / len(leaves), *(terms[kind] for kind in kinds))
     cohort = Cohort(len(kinds) / len(run.weight_N), len(kinds))
