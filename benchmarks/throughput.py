@@ -47,7 +47,8 @@ def bare_loop(built, clients: list[int]) -> tuple[float, nn.Module]:
     feed = run.trainer.feed
     begin = time.perf_counter()
     for client in clients:
-        module = run.trainer.model.module(built.run.kinds[0].first.shared).train().to(memory_format=torch.channels_last)
+        module = run.trainer.model.module(built.run.kinds[0].first.shared).train()
+        module = module.to(run.trainer.device, memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(module.parameters(), settings.lr, settings.momentum)
         size = feed.train_size(client)
         for epoch in range(settings.epochs):

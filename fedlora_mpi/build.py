@@ -19,7 +19,8 @@ from .data.feed import Feed
 from .data.partition import Split
 from .data.texts import Vocabulary
 from .engine.compiled import Compiled, need_compiler
-from .engine.device import bind, decide, keep_memory
+from .engine.device import bind, decide, keep_memory, memory_of
+from .engine.graphs import Graphs
 from .engine.settings import Engine
 from .engine.train import Trainer
 from .engine.trial import Tried, fastest, measured, told
@@ -62,9 +63,9 @@ def build(config: Config, source: str, comm: Comm) -> Built:
     together(comm, lambda: _need(workers, source))
     worker = comm.local_rank - workers[0] if comm.rank in workers else None
     device = together(comm, lambda: bind(config.engine, worker))
-    config = together(comm, lambda: _same_device(config, comm, workers, device))
+    config, memory = together(comm, lambda: _same_device(config, comm, workers, device))
     parts = together(comm, lambda: _parts(config, source, comm.rank in workers, device, comm.pulse.beat))
-    engine = _engine(parts, config, comm, workers)
+    engine = _engine(parts, config, comm, workers, memory)
     return together(comm, lambda: _build(parts, replace(config, engine=engine), source, comm, workers))
 
 
@@ -100,10 +101,10 @@ def split_data(config: Config, source: str, data: Data) -> Split:
         return config.data.partition.split(data.train.y.numpy(), data.test.y.numpy(), data.classes, **given)
 
 
-def decided(config: Config, models: Sequence[Model], device: str) -> Engine:
-    """The engine with its path and group size decided by rule, for the largest network."""
+def decided(config: Config, models: Sequence[Model], device: str, memory: int = 0) -> Engine:
+    """The engine with its path and group size decided by rule, for the largest network and the ``memory`` of a GPU, bytes."""
     largest = max(models, key=lambda model: model.flops)
-    path, size = decide(config.engine, device, largest, config.train.batch_size, _cohort(config))
+    path, size = decide(config.engine, device, largest, config.train.batch_size, _cohort(config), memory)
     return replace(config.engine, device=device, path=path, group_size=size)
 
 
@@ -126,15 +127,18 @@ def _need(workers: Sequence[int], source: str) -> None:
         raise ValueError(f"{source}: server_hosts_clients = false: needs at least 2 ranks")
 
 
-def _same_device(config: Config, comm: Comm, workers: Sequence[int], device: torch.device) -> Config:
-    """The config with ``engine.device`` decided: the kind of device that all workers have."""
+def _same_device(config: Config, comm: Comm, workers: Sequence[int], device: torch.device) -> tuple[Config, int]:
+    """The config with ``engine.device`` decided, the kind of device that all workers have; and the bytes of a GPU that
+    each of them may use, 0 without."""
     with_gpu = np.zeros(comm.size, np.int64)
-    with_gpu[comm.rank] = device.type == "cuda"
+    with_server = workers[0] > 0 and comm.rank == comm.local_rank  # this node
+    with_gpu[comm.rank] = memory_of(device, comm.local_size - with_server)
     comm.sum(with_gpu)
-    if 0 < with_gpu.sum() < len(workers):
+    if with_gpu.any() and not all(with_gpu[rank] for rank in workers):
         without = [rank for rank in workers if not with_gpu[rank]]
         raise ValueError(f"engine.device = auto: ranks {without} have no GPU, the others do; set engine.device=cpu")
-    return replace(config, engine=replace(config.engine, device="cuda" if with_gpu.any() else "cpu"))
+    config = replace(config, engine=replace(config.engine, device="cuda" if with_gpu.any() else "cpu"))
+    return config, int(min(with_gpu[rank] for rank in workers))
 
 
 class _Parts(NamedTuple):
@@ -154,8 +158,15 @@ class _Parts(NamedTuple):
         prefixes = [f"kind-{number}/" for number in range(len(self.variants))] if len(self.variants) > 1 else [""]
         networks, stacked = [model.to(self.device) for model in self.models], engine.path == "stack"
         compiled = Compiled if engine.compile else lambda: None
+        recorded = self.device.type == "cuda" if engine.graphs == "auto" else engine.graphs
+        graphs = (lambda: Graphs(self.device)) if recorded else lambda: None
         return tuple(
-            Kind(Trainer(variant, networks[at], train, self.feed, self.device, stacked, compiled()), first, prefix, at)
+            Kind(
+                Trainer(
+                    variant, networks[at], train, self.feed, self.device, stacked, compiled(), graphs(), engine.precision
+                ),
+                first, prefix, at,
+            )
             for (at, variant), first, prefix in zip(self.variants, self.firsts, prefixes)
         )
 
@@ -194,10 +205,10 @@ def _parts(
     return _Parts(data, models, split, feed, variants, kind_of, firsts, device)
 
 
-def _engine(parts: _Parts, config: Config, comm: Comm, workers: Sequence[int]) -> Engine:
+def _engine(parts: _Parts, config: Config, comm: Comm, workers: Sequence[int], memory: int) -> Engine:
     """The engine, with everything decided: by rule, or as the first worker has measured it for all."""
     if config.engine.path != "measure":
-        return decided(config, parts.models, config.engine.device)
+        return decided(config, parts.models, config.engine.device, memory)
 
     def measure() -> Engine | None:
         if comm.rank != workers[0]:

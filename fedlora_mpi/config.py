@@ -29,8 +29,8 @@ from .privacy.settings import Privacy
 # The keys of a choice block that say what its other keys mean.
 SELECTORS = {"data.partition": ("kind",), "model": ("name", "mix"), "algorithm": ("name",)}
 FREE_ON_RESUME = ("rounds", "output", "checkpoint", "data.root", "data.download", "server_hosts_clients", "mix", "uplink",
-                  "faults.tolerate", "faults.timeout", "engine.personal", "log")
-LATER = {"engine": ("compile", "personal"), "evaluate": ("clients",)}  # keys that are written where they are not as by default
+                  "faults.tolerate", "faults.timeout", "engine.personal", "engine.graphs", "log")
+LATER = {"engine": ("compile", "personal", "graphs"), "evaluate": ("clients",)}  # keys that are written where they are not as by default
 COMMAND_LINE = "command line"
 _PLACEHOLDER = re.compile(r"\{(.*?)\}")
 

@@ -19,6 +19,7 @@ from .algorithm import Algorithm, Offer, Vars
 from .comm import Comm
 from .layout import Layout
 from .sums import LIMIT, ExactSum
+from .transfer import to_host
 from .tree import Tree, tmap
 
 BLOCK = 2**15  # coordinates of one product
@@ -81,9 +82,9 @@ class Mixing:
 
     def pack(self, offer: Offer) -> Packed:
         """A copy of the offer, which may be a view of what goes on changing."""
-        rows = self.rows.pack(offer.rows).detach().cpu()
         key, aux = (torch.zeros(0) if part is None else part for part in (offer.key, offer.aux))
-        flat = lambda part: part.detach().flatten().to("cpu", torch.float32, copy=True)
+        rows, key, aux = to_host([self.rows.pack(offer.rows).detach(), key.detach(), aux.detach()])
+        flat = lambda part: part.flatten().to(torch.float32, copy=True)
         return Packed(rows, flat(key) if self.keys else rows, flat(aux))
 
     def mix(

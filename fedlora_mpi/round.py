@@ -69,7 +69,7 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     if run.journal:
         run.journal.settled()
     message.buffer[..., -travels.shape[-1] :] = travels
-    loss, clients, broken, stops, spread, sent = message.total()[size:].tolist()
+    loss, clients, broken, stops, spread, sent = message.total(at=size).tolist()
     away = sum(run.weight_N) - total
     if broken:
         chosen = drawn - _broken(run, state.round, learned.broken)
@@ -79,7 +79,7 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     if run.privacy.differential:  # what came were updates
         message.add(run.untrained(state.shared), total)
         message.add(of_server(run.privacy, size, len(drawn), run.seed, state.round), 1)
-    sums = message.total()
+    sums = message.total(device=here.device)
     if type(run.algorithm).sent is Algorithm.sent:
         sent = sum(run.layouts[run.kind_of[c]].size for c in chosen)  # exact, also where float32 has added up
     traffic = _bytes(run, state.shared, chosen, round(sent), travels.nbytes)
@@ -144,7 +144,7 @@ def _train(
             upload = trainer.algorithm.upload(done.start, done.end)
             vector = run.upload.pack(trainer.algorithm.expand(upload, state.shared, run.weight_N[done.client]))
             offer = run.mixing and run.mixing.pack(trainer.algorithm.offer(done.start, done.end))
-            fits = all(torch.isfinite(v).all() and v.abs().sum() < bound for v in (done.loss, vector))
+            fits = all(v.abs().sum() < bound for v in (done.loss, vector))  # nor is it where one is not finite
             if not fits or (offer and not offer.fits()):
                 learned.broken.append(done.client)
                 continue
@@ -161,7 +161,7 @@ def _train(
                 learned.offers[done.client] = offer
             if done.score is not None:
                 learned.scores[done.client] = done.score
-            _keep(run, state.personal, done.client, done.end.personal)
+            _keep(run, state.personal, done.client, done.kept)
         seconds = time.perf_counter() - began
         run.pace.add(run.kind_of[members[0]], seconds, sum(run.sizes[c] for c in members))
     for client in learned.broken:  # no update, but masks and noise, which those of the others need
@@ -224,7 +224,7 @@ def _drift(run: Run, here: Tensor, mean: Tensor, spread: float) -> float:
     """
     if not run.compared:
         return float("nan")
-    return max(0.0, spread - _moved(run, mean, here.cpu()).item()) ** 0.5
+    return max(0.0, spread - _moved(run, mean, here).item()) ** 0.5
 
 
 def _packed(run: Run, shared: Tree) -> Tensor:
@@ -241,7 +241,7 @@ def _mean(run: Run, shared: Tree, sums: Tensor, total: float, away: float) -> Tr
         assert run.algorithm.absent == "exclude"
         total = 1
     if run.algorithm.absent == "stale" and away > 0:
-        sums, total = sums + away * run.upload.pack(shared).double().cpu(), total + away
+        sums, total = sums + away * run.upload.pack(shared).double(), total + away
     mean = (sums / total).float()
     like = next(iter(shared.values()), mean)
     return run.upload.unpack(mean.to(like.device))

@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .transfer import to_device, to_host
+
 _HIGH = 2.0**24  # the first limb counts units of 2^-24 ...
 _LOW = 2.0**66  # ... the second what is left, in units of 2^-66
 _PART = 2**16  # numbers that stay in a core's cache: 6 times as fast as one pass after the other over all of them
+CPU = torch.device("cpu")
 LIMIT = 2.0**38  # bound of a sum's magnitude: half of what 63 bits of 2^-24 hold
 
 
@@ -18,27 +21,43 @@ class ExactSum:
     """Fixed point: each weighted number becomes two int64, so every order gives the same bits.
 
     The product with the weight is exact in float64 for integer weights below 2^29; digits under
-    2^-66 are rounded off, once per client. Callers keep |sum of weight * value| below ``LIMIT``.
-    ``buffer`` [2, size] is what one allreduce has to add up.
+    2^-66 are rounded off, once per client. Callers keep |sum of weight * value| below ``LIMIT``. What is on a
+    GPU is added up there, and comes to the host when somebody asks for ``buffer``.
     """
 
     def __init__(self, size: int) -> None:
-        self.buffer = np.zeros((2, size), np.int64)
+        self._here = torch.zeros(2, size, dtype=torch.int64)
+        self._there: Tensor | None = None  # the rest of the sum, on a GPU
+
+    @property
+    def buffer(self) -> np.ndarray:
+        """[2, size] on the host, to be written to: what one allreduce has to add up."""
+        if self._there is not None:
+            self._here = to_host([self._there])[0].add_(self._here)
+            self._there = None
+        return self._here.numpy()
+
+    @buffer.setter
+    def buffer(self, whole: np.ndarray) -> None:
+        self._here, self._there = torch.from_numpy(whole), None
 
     def add(self, vector: Tensor, weight: float, at: int = 0) -> None:
-        """Add weight * vector [n] to the numbers from position ``at`` on."""
-        limbs = torch.from_numpy(self.buffer)[:, at : at + len(vector)]
-        part = max(1, len(vector)) if vector.is_cuda else _PART
-        for numbers, place in zip(vector.split(part), limbs.split(part, 1), strict=True):
+        """Add weight * vector [n] to the numbers from position ``at`` on; the host waits for no GPU."""
+        limbs, part = self._here, _PART
+        if vector.device.type != "cpu":
+            if self._there is None:
+                self._there = torch.zeros(self._here.shape, dtype=torch.int64, device=vector.device)
+            limbs, part = self._there, max(1, len(vector))
+        for numbers, place in zip(vector.split(part), limbs[:, at : at + len(vector)].split(part, 1), strict=True):
             value = numbers.double() * weight
             high = (value * _HIGH).round_()
             low = value.sub_(high, alpha=1 / _HIGH).mul_(_LOW).round_()
-            place[0] += high.long().cpu()
-            place[1] += low.long().cpu()
+            place[0] += high.long()
+            place[1] += low.long()
 
-    def total(self) -> Tensor:
-        """The sum, float64 [size]."""
-        high, low = torch.from_numpy(self.buffer).double()
+    def total(self, at: int = 0, device: torch.device = CPU) -> Tensor:
+        """The sum of the numbers from position ``at`` on, float64 [size - at], computed on ``device``."""
+        high, low = to_device(torch.from_numpy(self.buffer[:, at:]), device).double()
         return high / _HIGH + low / _LOW
 
 
@@ -52,9 +71,9 @@ class FastSum:
         """Add weight * vector [n] to the numbers from position ``at`` on."""
         torch.from_numpy(self.buffer)[at : at + len(vector)].add_(vector.cpu(), alpha=weight)
 
-    def total(self) -> Tensor:
-        """The sum, float64 [size]."""
-        return torch.from_numpy(self.buffer).double()
+    def total(self, at: int = 0, device: torch.device = CPU) -> Tensor:
+        """The sum of the numbers from position ``at`` on, float64 [size - at], on ``device``."""
+        return to_device(torch.from_numpy(self.buffer[at:]), device).double()
 
 
 SUMS = {"exact": ExactSum, "fast": FastSum}

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fedlora_mpi.algorithm import Train
+from fedlora_mpi.federation import Pace
 from fedlora_mpi.build import Built
 from fedlora_mpi.comm import Solo
 from fedlora_mpi.data.datasets import Data, Samples
@@ -157,6 +158,7 @@ def experiment(
         seed=1,
         participation=participation,
         reduce="exact",
+        pace=Pace(len(made)),
         upload=Layout.of(algorithm.expand(algorithm.upload(start, start), start.shared, 1)),
         mixing=Mixing.of(algorithm, start, [0] * len(sizes), [0], "auto"),
     )

@@ -94,7 +94,7 @@ def test_a_step_writes_to_what_it_is_given(traced):
     ],
 )
 def test_functions_are_equal_by_their_code_and_what_they_hold(a, b, equal):
-    assert (compiled._known_as(a, []) == compiled._known_as(b, [])) is equal
+    assert (compiled.known_as(a, []) == compiled.known_as(b, [])) is equal
 
 
 def test_another_layout_is_another_graph_and_the_oldest_goes(traced, monkeypatch):

@@ -14,7 +14,7 @@ from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.engine.device import bind, decide
 from fedlora_mpi.engine.flops import Flops
 from fedlora_mpi.engine.settings import Engine
-from fedlora_mpi.engine.train import sgd_step
+from fedlora_mpi.engine.walk import sgd_step
 from fedlora_mpi.seeds import isolated, rng
 
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..algorithm import Batch, held_out
 from ..seeds import key, rng
+from ..transfer import to_device
 from .datasets import Data
 from .inputs import Images, Texts, stored
 from .partition import Split
@@ -54,7 +55,20 @@ class Epoch:
 
     def cut(self, sizes: Sequence[int]) -> "Epoch":
         """The same pass, over only so many of each client's samples: the first in its order."""
-        return replace(self, sizes=tuple(sizes), lengths=torch.tensor(sizes).to(self.lengths.device))
+        return replace(self, sizes=tuple(sizes), lengths=to_device(torch.tensor(sizes), self.lengths.device))
+
+    def each(self, fn: Callable[[Tensor], Tensor]) -> "Epoch":
+        """The same pass with ``fn`` of every tensor but those of the store."""
+        warps = {name: fn(value) for name, value in self.warps.items()}
+        relabel = None if self.relabel is None else fn(self.relabel)
+        own = {name: fn(getattr(self, name)) for name in ("lengths", "rows", "noise", "counts")}
+        return replace(self, warps=warps, relabel=relabel, **own)
+
+    def tensors(self) -> list[Tensor]:
+        """Them, in the same order."""
+        found: list[Tensor] = []
+        self.each(lambda v: found.append(v) or v)
+        return found
 
 
 class Feed:
@@ -165,26 +179,26 @@ class Feed:
     ) -> Epoch:
         sizes = tuple(map(len, rows))
         warps = {name: _stacked(values, self._device) for name, values in draws.items()}
-        quarter = torch.tensor([k % 4 for k in clients]).to(self._device)  # [C]
+        quarter = to_device(torch.tensor([k % 4 for k in clients]), self._device)  # [C]
         if self._shift == "rotate":
             warps["turn"] = (90.0 * quarter)[:, None].expand(-1, max(sizes))
         return Epoch(
             store=store,
             classes=self.classes,
             sizes=sizes,
-            lengths=torch.tensor(sizes).to(self._device),
+            lengths=to_device(torch.tensor(sizes), self._device),
             rows=_stacked(rows, self._device),
             warps=warps,
             relabel=quarter if self._shift == "labels" else None,
-            noise=noise.to(self._device),
-            counts=torch.stack([self._counts[k] for k in clients]).to(self._device),
+            noise=to_device(noise, self._device),
+            counts=to_device(torch.stack([self._counts[k] for k in clients]), self._device),
             beat=self._beat,
         )
 
 
 def _stacked(values: list[Tensor], device: torch.device) -> Tensor:
     """Tensors [n_k, ...] of the clients as one [C, n, ...]; the padding is 0, a valid index."""
-    return pad_sequence(values, batch_first=True).to(device)
+    return to_device(pad_sequence(values, batch_first=True), device)
 
 
 def _window(stacked: Tensor, count: int, first: int, last: int) -> Tensor:

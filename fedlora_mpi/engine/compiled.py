@@ -8,6 +8,7 @@ only for a loss of the same code that holds the same.
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -45,10 +46,10 @@ class Compiled:
         code and by what they hold. Tensors in ``fixed`` are given to the graph, all else is part of it.
         """
         held: list[Any] = []
-        own, (tensors, layout) = _known_as(told, held), _split(fixed)
+        own, (tensors, layout) = known_as(told, held), parted(fixed)
 
         def play(*more: Any) -> Any:
-            others, given = _split(more)
+            others, given = parted(more)
             key = own, layout, given
             if key not in self._known:
                 if len(self._known) >= _AT_MOST:  # never the step as it is: its last bits would depend on the ranks
@@ -60,7 +61,7 @@ class Compiled:
         return play
 
 
-def _split(given: tuple) -> tuple[list[Tensor], tuple]:
+def parted(given: tuple) -> tuple[list[Tensor], tuple]:
     """(the tensors in ``given``, what else there is to know of it)."""
     flat, spec = pytree.tree_flatten(given)
     tensors = [leaf.detach() for leaf in flat if isinstance(leaf, Tensor)]
@@ -87,9 +88,9 @@ def _copied(v: Tensor) -> Tensor:
     return torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device).copy_(v)
 
 
-def _known_as(value: Any, held: list[Any]) -> Any:
+def known_as(value: Any, held: list[Any]) -> Any:
     """Something hashable, equal for values that compute the same; ``held`` takes what it knows by its id."""
-    known = partial(_known_as, held=held)
+    known = partial(known_as, held=held)
     if isinstance(value, FunctionType):
         cells = tuple(known(cell.cell_contents) for cell in value.__closure__ or ())
         return value.__code__, cells, known(value.__defaults__), known(value.__kwdefaults__)
@@ -106,6 +107,7 @@ def _known_as(value: Any, held: list[Any]) -> Any:
             hash(value)
             return type(value), value
         except TypeError:
-            pass
+            if is_dataclass(value):  # such as a model in evaluation mode, made anew in every round
+                return type(value), tuple(known(getattr(value, field.name)) for field in fields(value))
     held.append(value)
     return id(value)

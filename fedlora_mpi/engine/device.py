@@ -6,6 +6,7 @@ import ctypes.util
 import torch
 
 from ..models.network import Model
+from .memory import fitting
 from .settings import Engine
 
 _STACK_BELOW = 8e6  # FLOP of one client's forward pass over one batch; measured: benchmarks/paths.py
@@ -34,11 +35,23 @@ def bind(engine: Engine, worker: int | None) -> torch.device:
     if engine.device == "cpu" or worker is None or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = engine.precision == "tf32"
-    return torch.device("cuda", worker % torch.cuda.device_count())
+    device = torch.device("cuda", worker % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
-def decide(engine: Engine, device: str, model: Model, batch_size: int, cohort: int) -> tuple[str, int]:
-    """(path, group size) for ``auto``; a pure function of the workload, never of the ranks.
+def memory_of(device: torch.device, workers: int) -> int:
+    """Bytes of a GPU for each of the ``workers`` of this node; 0 of a CPU."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).total_memory // -(-workers // torch.cuda.device_count())
+
+
+def decide(
+    engine: Engine, device: str, model: Model, batch_size: int, cohort: int, memory: int = 0
+) -> tuple[str, int]:
+    """(path, group size) for ``auto``; a pure function of the workload and of a worker's part of the ``memory`` of a
+    GPU (bytes, 0: unknown).
 
     On a CPU a stack wins while a step is bound by the number of operations, and loses once one
     client's batch keeps a core busy. A stack stays at most half of the ``cohort`` of a round, so that two workers
@@ -50,5 +63,6 @@ def decide(engine: Engine, device: str, model: Model, batch_size: int, cohort: i
         path = "stack" if small or device == "cuda" else "loop"
     size = engine.group_size
     if size == "auto":
-        size = 1 if path == "loop" else max(1, min(_STACK_OF, -(-cohort // 2)))
+        most = fitting(model, batch_size, memory) if device == "cuda" and memory and path == "stack" else _STACK_OF
+        size = 1 if path == "loop" else max(1, min(most, -(-cohort // 2)))
     return path, size

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..algorithm import Batch, Phase, Step, Vars
 from ..models.network import Model
 from ..tree import tmap
-from .train import Trainer, Walk
+from .train import Trainer
+from .walk import Walk
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ class Engine:
 
     personal: where the personal leaves of clients wait for their turn: in ``memory``, or in files of the run folder
     (``disk``), of which memory holds those of the cohort. group_size: clients trained together; threads: CPU threads of a worker; compile: let torch compile the steps of
-    full batches, which takes up to a minute for each size of a stack at the start of every process.
+    full batches, which takes up to a minute for each size of a stack at the start of every process; graphs: whether
+    epochs are recorded and played again, which ``auto`` does on a GPU (same numbers); precision: of matrix products and
+    convolutions on a GPU (tf32), or of the forward passes of training (bf16, where weights stay float32).
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -23,7 +25,8 @@ class Engine:
     group_size: int | Literal["auto"] = "auto"
     threads: int = 1
     compile: bool = False
-    precision: Literal["float32", "tf32"] = "float32"
+    graphs: bool | Literal["auto"] = "auto"
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
     personal: Literal["memory", "disk"] = "memory"
 
     def __post_init__(self) -> None:

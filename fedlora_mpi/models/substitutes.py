@@ -90,6 +90,7 @@ class Substitutes(TorchFunctionMode):
         if not training:
             return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
         self.met_batch_norm = True
+        given, x = x, x.float() if x.dtype.itemsize < 4 else x  # sums of bfloat16 are none
         real = torch.ones(x.shape[0], dtype=x.dtype, device=x.device) if self._real is None else self._real
         across = [0, *range(2, x.dim())]
         wide = [1, -1] + [1] * (x.dim() - 2)
@@ -106,4 +107,4 @@ class Substitutes(TorchFunctionMode):
         y = gap * (var + eps).rsqrt().view(wide)
         if weight is not None:
             y = y * weight.view(wide) + bias.view(wide)
-        return y
+        return y.to(given.dtype)

@@ -1,0 +1,350 @@
+"""What a GPU is asked to do, without one: by a device that is none (see ``far.py``), and by stand-ins on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import far
+import pytest
+import small
+import torch
+from runs import NORM, played, same, tiny
+from test_conformance import SETTINGS
+
+from fedlora_mpi import algorithms
+from fedlora_mpi import config as configs
+from fedlora_mpi.algorithm import Phase, Step
+from fedlora_mpi.algorithms.fedavg import FedAvg
+from fedlora_mpi.batch import cross_entropy
+from fedlora_mpi.data.feed import Feed
+from fedlora_mpi.engine import graphs as recording
+from fedlora_mpi.engine.device import decide
+from fedlora_mpi.engine.graphs import CudaGraph, Graphs
+from fedlora_mpi.engine.memory import Room, fitting
+from fedlora_mpi.engine.settings import Engine
+from fedlora_mpi.engine.walk import Walk
+from fedlora_mpi.sums import ExactSum, FastSum
+
+ROOT = Path(__file__).parent.parent
+METHODS = ("fedavg", "fedlora", "scaffold", "fedamp", "moon", "pfedgate")
+OTHERS = [pytest.param(name, True, marks=pytest.mark.slow) for name in algorithms.names() if name not in METHODS]
+
+
+@pytest.fixture
+def machine():
+    with far.Machine() as machine:
+        yield machine
+
+
+def made(name, stacked=True, network="bn_net", device=small.CPU, sizes=small.SIZES):
+    """(Run, State before round 1) of ragged clients on ``device``."""
+    extra = {"momentum": 0.0, "lr": 0.02} if name in ("scaffold", "pfedme") else {"lr": 0.02}
+    train = replace(small.TRAIN, **extra)
+    run, state = small.experiment(algorithms.find(name)(), network, sizes, stacked=stacked, train=train)
+    if device == small.CPU:
+        return run, state
+    (kind,) = run.kinds
+    trainer = kind.trainer
+    feed = Feed(*FEED, seed=1, shift="none", device=device, augment=False)
+    trainer = replace(trainer, model=trainer.model.to(device), feed=feed, device=device)
+    there = lambda tree: {n: v.to(device) for n, v in tree.items()}
+    return replace(run, kinds=(kind._replace(trainer=trainer),)), state._replace(
+        shared=there(state.shared), server=there(state.server)
+    )
+
+
+FEED = []
+
+
+@pytest.fixture(autouse=True)
+def remembered(monkeypatch):
+    """The arguments of the feeds that ``small`` makes."""
+    whole = Feed.__init__
+
+    def init(self, data, split, **how):
+        FEED[:] = data, split
+        whole(self, data, split, **how)
+
+    monkeypatch.setattr(Feed, "__init__", init)
+
+
+def recorded(run, graph=None):
+    """``run`` whose epochs are recorded."""
+    kinds = [k._replace(trainer=replace(k.trainer, graphs=Graphs(k.trainer.device, graph))) for k in run.kinds]
+    return replace(run, kinds=tuple(kinds))
+
+
+def ends(run, state, rounds=3):
+    """All variables after some rounds, on the host."""
+    state = small.played(run, state, rounds)
+    return [{n: v.cpu() for n, v in tree.items()} for tree in (state.shared, state.personal, state.server)]
+
+
+def equal(a, b):
+    return all(small.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# On a device that is not the host
+
+
+@pytest.mark.parametrize("name, stacked", [("fedlora", False), *((name, True) for name in METHODS), *OTHERS])
+def test_a_round_on_a_device_has_the_bits_of_one_on_the_host(name, stacked, machine):
+    if name in ("fedapen", "fedkd", "fml"):
+        pytest.skip("needs a second network of the settings")
+    assert equal(ends(*made(name, stacked, device=far.DEVICE), 1), ends(*made(name, stacked), 1))
+    assert machine.waits
+
+
+@pytest.mark.parametrize("name, stacked", [("fedlora", False), *((name, True) for name in METHODS)])
+def test_nothing_waits_for_the_device_inside_local_training(name, stacked, machine, monkeypatch):
+    run, state = made(name, stacked, device=far.DEVICE)
+    whole, passes = type(run.trainer)._train, []
+
+    def strict(self, *given):
+        machine.strict = True
+        try:
+            return whole(self, *given)
+        finally:
+            machine.strict = False
+            passes.append(1)
+
+    monkeypatch.setattr(type(run.trainer), "_train", strict)
+    small.played(run, state, 1)
+    assert len(passes) == (1 if stacked else len(small.SIZES))
+
+
+def test_a_stack_waits_once_for_its_clients_and_once_for_each_upload(machine):
+    run, state = made("fedlora", device=far.DEVICE)
+    (rows, start), trainer = (small.rows(run.kinds[0].first.personal, 5), state.shared), run.trainer
+    machine.waits.clear()
+    done = list(trainer.train(range(5), start, rows, 0, evaluate=True))
+    leaves = len(done[0].end.personal) + 2  # and the losses, and the scores; on CUDA one wait for all
+    assert machine.waits == ["aten._to_copy.default"] * leaves
+    assert all(small.equal(d.kept, {n: v.cpu() for n, v in d.end.personal.items()}) for d in done)
+    assert all(not isinstance(v, far.Far) for d in done for v in (d.loss, d.score))
+
+
+@pytest.mark.parametrize("cls", [ExactSum, FastSum])
+def test_a_sum_of_vectors_here_and_there_is_that_of_all(cls, machine):
+    vectors = [torch.randn(7, generator=small.rng(1, "v", n)) for n in range(4)]
+    here, mixed = cls(9), cls(9)
+    for number, v in enumerate(vectors):
+        here.add(v, number + 1, at=number % 3)
+        mixed.add(v.to(far.DEVICE) if number % 2 else v, number + 1, at=number % 3)
+    machine.waits.clear()
+    assert (here.buffer == mixed.buffer).all()
+    assert len(machine.waits) == (cls is ExactSum)
+    mixed.buffer[..., -2:] += here.buffer[..., -2:]
+    here.buffer[..., -2:] += here.buffer[..., -2:]
+    assert torch.equal(mixed.total(3, far.DEVICE).cpu(), here.total()[3:])
+
+
+# Recordings
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_epochs_that_are_played_again_have_the_bits_of_the_steps(name, monkeypatch):
+    made, whole = [], recording._Place.play
+    monkeypatch.setattr(recording._Place, "play", lambda self, epoch: made.append(1) or whole(self, epoch))
+    how = (f"algorithm={name}", NORM, "rounds=3", "participation=1.0", "engine.path=stack", *SETTINGS.get(name, ()))
+    again, plain = played(*how, "engine.graphs=true")[0], played(*how)[0]
+    assert all(same(a, b) for a, b in zip(plain, again, strict=True))
+    assert made
+
+
+SLOW = [pytest.param(name, True, marks=pytest.mark.slow) for name in METHODS[2:]]
+
+
+@pytest.mark.parametrize("name, stacked", [("fedlora", False), ("fedavg", True), ("fedlora", True), *SLOW])
+def test_a_recording_of_a_gpu_has_the_bits_of_the_steps(name, stacked, machine, monkeypatch, capsys):
+    far.as_cuda(machine, monkeypatch)
+    plain = ends(*made(name, stacked))
+    run, state = made(name, stacked, device=far.DEVICE)
+    run = recorded(run, CudaGraph)
+    assert equal(ends(run, state), plain)
+    walks = [walk for walk, _ in run.trainer.graphs._walks.values()]
+    assert sum(len(walk._epochs) for walk in walks) >= (1 if stacked else 4)
+    assert not capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Asking(FedAvg):
+    """FedAvg whose loss asks the device for a number."""
+
+    def loss(self, model):
+        def loss(now, start, batch):
+            float(batch.x.detach().sum())
+            return cross_entropy(model(now.shared, batch.x), batch)
+
+        return loss
+
+
+def test_what_waits_is_not_recorded_and_trains_all_the_same(machine, monkeypatch, capsys):
+    far.as_cuda(machine, monkeypatch)
+    monkeypatch.setattr(algorithms, "find", lambda name: Asking)
+    plain = ends(*made("asking", stacked=False))
+    run, state = made("asking", stacked=False, device=far.DEVICE)
+    assert equal(ends(recorded(run, CudaGraph), state), plain)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hint: engine.graphs: a synchronizing operation") and not machine.strict
+
+
+def test_a_recording_that_goes_wrong_is_not_used(machine, monkeypatch, capsys):
+    far.as_cuda(machine, monkeypatch)
+    whole = machine.play
+    monkeypatch.setattr(machine, "play", lambda tape: whole(tape[: len(tape) // 2]))
+    plain = ends(*made("fedavg"))
+    run, state = made("fedavg", device=far.DEVICE)
+    assert equal(ends(recorded(run, CudaGraph), state), plain)
+    assert "gave other numbers than its steps" in capsys.readouterr().err
+
+
+def test_long_epochs_are_several_recordings_and_the_oldest_give_way(monkeypatch):
+    monkeypatch.setattr(recording, "_STEPS", 2)
+    run, state = made("fedlora")
+    held = recorded(run)
+    assert equal(ends(held, state), ends(*made("fedlora")))
+    (walk, _), *_ = held.trainer.graphs._walks.values()
+    assert [len(place._graphs) for place in walk._epochs.values()] == [2]  # three batches
+    for most in ("_WALKS", "_EPOCHS"):
+        monkeypatch.setattr(recording, most, 1)
+    held = recorded(run)
+    assert equal(ends(held, made("fedlora")[1]), ends(*made("fedlora")))
+    assert len(held.trainer.graphs._walks) == 1
+    held.trainer.graphs.clear()
+    assert not held.trainer.graphs._walks
+
+
+def test_what_a_loss_holds_decides_whether_a_recording_serves(monkeypatch):
+    @dataclass(frozen=True)
+    class Weighted(FedAvg):
+        def phases(self, model, train, round_):
+            def loss(now, start, batch):
+                return (1 + round_) * cross_entropy(model(now.shared, batch.x), batch)
+
+            return (Phase(3, (Step(loss),)),)
+
+    monkeypatch.setattr(algorithms, "find", lambda name: Weighted)
+    run, state = made("weighted")
+    held = recorded(run)
+    assert equal(ends(held, state), ends(*made("weighted")))
+    assert len(held.trainer.graphs._walks) == 3
+    monkeypatch.undo()
+    held = recorded(made("moon")[0])
+    ends(held, made("moon")[1], 4)
+    assert len(held.trainer.graphs._walks) == 1  # its teacher is made anew in every round
+
+
+def test_the_setting_stays_out_of_a_config_that_does_not_name_it():
+    plain, asked = (tiny(*more) for more in ((), ("engine.graphs=true",)))
+    assert "graphs" not in configs.resolved_dict(plain)["engine"]
+    assert configs.resolved_dict(asked)["engine"]["graphs"] is True
+    assert configs.digest(plain) == configs.digest(asked)  # the numbers are the same
+    assert configs.digest(tiny("engine.precision=bf16")) != configs.digest(plain)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("name, stacked", [("fedlora", False), *((name, True) for name in METHODS)])
+def test_bfloat16_is_near_float32_and_leaves_weights_in_float32(name, stacked):
+    runs = [made(name, stacked) for _ in range(2)]
+    (kind,) = runs[0][0].kinds
+    coarse = replace(runs[0][0], kinds=(kind._replace(trainer=replace(kind.trainer, precision="bf16")),))
+    results = [ends(run, state, 1) for run, (_, state) in zip((coarse, runs[1][0]), runs)]
+    assert all(v.dtype == torch.float32 for tree in results[0] for v in tree.values())
+    assert not equal(*results)
+    start = runs[1][1].shared
+    for leaf, value in results[0][0].items():
+        fine, moved = results[1][0][leaf], (results[1][0][leaf] - start[leaf]).abs().max()
+        assert (value - fine).abs().max() <= 0.25 * moved + 1e-3, leaf
+
+
+# Memory
+
+
+class Small:
+    """Steps for which memory is short where more than ``most`` clients are in a stack."""
+
+    def __init__(self, monkeypatch, most):
+        self.tried, whole = [], Walk.play
+
+        def play(walk, batch_C, count):
+            self.tried.append(walk._clients)
+            if walk._clients > most and len(self.tried) % 3 == 0:  # late, when much is written
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return whole(walk, batch_C, count)
+
+        monkeypatch.setattr(Walk, "play", play)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_stack_that_does_not_fit_is_split_and_computed_anew(graphs, monkeypatch, capsys):
+    four = {"sizes": small.SIZES[:4]}
+    run, state = made("fedlora", **four)
+    halves = ends(replace(run, group_size=2), state)
+    short = Small(monkeypatch, 2)
+    run, state = made("fedlora", **four)
+    assert equal(ends(recorded(run) if graphs else run, state), halves)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hint: 4 clients at once do not fit") and "engine.group_size=2" in line
+    assert short.tried.count(4) == 3  # remembered
+
+
+def test_a_client_that_does_not_fit_alone_ends_the_run(monkeypatch):
+    Small(monkeypatch, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        ends(*made("fedavg"))
+
+
+def test_evaluation_is_split_too(monkeypatch):
+    run, state = made("fedlora")
+    rows, whole, trainer = small.rows(run.kinds[0].first.personal, 5), run.trainer.feed.test, run.trainer
+    expected = trainer.evaluate(range(5), state.shared, rows)
+
+    def test(clients, first, width):
+        if len(clients) > 2:
+            raise torch.OutOfMemoryError
+        return whole(clients, first, width)
+
+    monkeypatch.setattr(trainer.feed, "test", test, raising=False)
+    torch.testing.assert_close(trainer.evaluate(range(5), state.shared, rows), expected)
+    assert trainer.room.most == 2
+
+
+def test_parts_are_equal_and_in_order():
+    room, sizes = Room(), []
+    room.most = 4
+
+    def compute(part):
+        sizes.append(len(part))
+        return sum(part)
+
+    parts = list(room.parts(range(10), compute, None))
+    assert sizes == [3, 3, 4] and [c for part, _ in parts for c in part] == list(range(10))
+    assert [total for _, total in parts] == [sum(part) for part, _ in parts]
+
+
+def test_a_stack_is_as_large_as_memory_and_half_a_cohort_allow():
+    model = small.model("bn_net")
+    twenty = 20 * 10**9 // fitting(model, 10, 10**9) + 10**4  # bytes
+    assert [fitting(model, 10, m) for m in (0, twenty, 2 * twenty)] == [1, 20, 40]
+    assert fitting(model, 20, twenty) < 15
+    assert [decide(Engine(), "cuda", model, 10, cohort, twenty)[1] for cohort in (6, 30, 200)] == [3, 15, 20]
+    assert decide(Engine(), "cuda", model, 10, 200) == ("stack", 25) == decide(Engine(), "cpu", model, 10, 200)
+    assert decide(Engine(), "cuda", small.model("resnet8"), 100, 1000, 140 * 10**9)[1] > 50
+
+
+@pytest.mark.slow
+def test_the_benchmark_checks_and_measures_on_a_cpu(tmp_path):
+    line = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--quick", "--json", str(tmp_path / "gpu.json")]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(found["checks"]) == 12 and all(row["passed"] for row in found["checks"])
+    rows = {(row["method"], row["way"]): row for row in found["rows"]}
+    assert all(rows[method, "stack of 2, graphs"]["seconds"] > 0 for method in ("fedavg", "fedlora"))
+    assert rows["fedavg", "plain"]["seconds"] > 0 and "| method | way |" in done.stdout
