@@ -6,12 +6,13 @@ of a running log. ``lock.py`` guards the folder instead.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import h5py
 import numpy as np
 
+from .disk import Disk
 from .files import FORMAT_VERSION, StoreError, check_format, replacing
 
 CHUNK_BYTES = 64 << 10  # smaller chunks cost more in bookkeeping than in transfer
@@ -21,15 +22,17 @@ BLOCK_BYTES = 16 << 20  # what a write or a read may hold beside the caller's ar
 @contextmanager
 def create(path: Path) -> Iterator[h5py.File]:
     """A new file to fill, which appears as ``path`` when the block ends well."""
-    with replacing(path) as temporary, h5py.File(temporary, "w", locking=False) as file:
-        file.attrs["format_version"] = FORMAT_VERSION
-        yield file
+    with replacing(path) as temporary, closing(Disk(temporary, new=True)) as disk:
+        with h5py.File(disk, "w", locking=False) as file:
+            file.attrs["format_version"] = FORMAT_VERSION
+            yield file
+        disk.sync()
 
 
-def open_file(path: Path, mode: str = "r") -> h5py.File:
-    """An existing file of ours, open for reading (or ``"r+"``). Raises StoreError."""
+def open_file(path: Path, disk: Disk | None = None) -> h5py.File:
+    """An existing file of ours, open for reading, or, with its ``disk``, for writing. Raises StoreError."""
     try:
-        file = h5py.File(path, mode, locking=False)
+        file = h5py.File(disk or path, "r+" if disk else "r", locking=False)
     except OSError as why:
         raise StoreError(f"{path}: missing or not HDF5 ({why})") from why
     try:

@@ -6,15 +6,17 @@ ranks of any round and ``/ranks/ranks`` [T] how many they were (NaN beyond them;
 the parts as attributes of ``/versions``.
 """
 
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import h5py
 import numpy as np
 
+from ..writing import Unwritable, writing
 from . import hdf5
+from .disk import Disk
 from .files import StoreError
 
 UNITS = {"seconds_*": "seconds", "bytes_*": "bytes", "*accuracy*": "fraction", "*flops*": "FLOP"}
@@ -25,9 +27,15 @@ PARTITION_AXES = {"indices": ["sample"], "offsets": ["boundary"], "counts": ["cl
 class Log:
     """An open log. Rows that ``append`` has returned from survive kill -9 (libver default, no SWMR)."""
 
-    def __init__(self, file: h5py.File):
-        """Take over ``file``, cutting a row that a kill has left in some columns only."""
-        self._file = file
+    def __init__(self, path: Path):
+        """Open the log of an earlier process, cutting a row that a kill has left in some columns only.
+
+        Raises StoreError, Unwritable.
+        """
+        with writing(path):
+            self._disk = Disk(path, new=False)
+        self._path, self._file = path, hdf5.open_file(path, self._disk)
+        file = self._file
         self._columns = {
             f"{group}/{name}": ds for group in GROUPS for name, ds in file.require_group(group).items()
         }
@@ -67,8 +75,8 @@ class Log:
 
     @classmethod
     def append_to(cls, path: Path) -> "Log":
-        """The log of an earlier process, to go on with. Raises StoreError."""
-        return cls(hdf5.open_file(Path(path), "r+"))
+        """The log of an earlier process, to go on with. Raises StoreError, Unwritable."""
+        return cls(Path(path))
 
     def append(
         self,
@@ -104,7 +112,8 @@ class Log:
             self._columns[name].resize(rows + 1, axis=0)
             self._columns[name][rows] = value
         self._file.flush()
-        os.fsync(self._file.id.get_vfd_handle())
+        with writing(self._path):
+            self._disk.sync()
 
     def _of_ranks(self, ranks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray | int]:
         """The row of ``/ranks``. Its columns begin with the first seconds, and grow as wide as the most ranks ask."""
@@ -129,9 +138,19 @@ class Log:
         self._file.attrs["lost"] = [*self._file.attrs.get("lost", ()), text]
         self._file.flush()
 
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, kind: type | None, *rest: object) -> None:
+        with suppress(Unwritable) if kind else nullcontext():  # what came first is told
+            self.close()
+
     def close(self) -> None:
-        """Close the file; the log takes no more rows."""
-        self._file.close()
+        """Close the file; the log takes no more rows. Raises Unwritable."""
+        if self._file:
+            self._file.close()
+            with writing(self._path), closing(self._disk):
+                self._disk.sync()
 
     def _column(self, path: str, value: float | int | np.ndarray) -> h5py.Dataset:
         """A new column: ``/rounds/<name>`` [0], ``/clients/<name>`` [0, N]; of ranks, which may begin late, with a row
