@@ -345,15 +345,16 @@ def _continued(config: Config, source: str, folder: Path) -> Config:
 def _same_words(folder: Path, built: Built) -> None:
     """Raise ValueError when the run began with another vocabulary than its data have now."""
     kept, source = folder / "vocabulary.json", built.config.data.source
-    if built.vocabulary and kept.is_file() and kept.read_text(encoding="utf-8") != built.vocabulary.json:
+    if built.vocabulary and kept.is_file() and kept.read_bytes() != built.vocabulary.json.encode():
         if source.text.tokenizer:
             raise ValueError(
                 f"{kept}: is not that of data.text.tokenizer = {source.text.tokenizer}, which has changed since the "
-                "run began: put back what was, or start anew"
+                "run began: put back what was, or start anew (if this copy is damaged, remove it)"
             )
         raise ValueError(
             f"{kept}: is not that of the training texts in data.root = {source.root}; they, or the "
-            "library tokenizers, have changed since the run began: put back what was, or start anew"
+            "library tokenizers, have changed since the run began: put back what was, or start anew (if this copy is "
+            "damaged, remove it)"
         )
 
 
@@ -385,12 +386,17 @@ def _fill(folder: Path, built: Built) -> None:
 
 def _describe(folder: Path, built: Built) -> None:
     """The resolved config, the layers of networks of Hugging Face and, for texts, the vocabulary."""
-    write_atomic(folder / "config.yaml", configs.resolved_yaml(built.config).encode())
+    for name, text in ({"config.yaml": configs.resolved_yaml(built.config)} | _beside(built)).items():
+        write_atomic(folder / name, text.encode())
+
+
+def _beside(built: Built) -> dict[str, str]:
+    """The files that a run folder has for ``open_run``, by name."""
+    found = {}
     for number, network in enumerate(built.config.model.mix):
         for described in (file for origin in network.origins for file in origin.files if file.suffix == ".json"):
-            write_atomic(folder / f"network-{number}.json", described.read_bytes())
-    if built.vocabulary:
-        write_atomic(folder / "vocabulary.json", built.vocabulary.json.encode())
+            found[f"network-{number}.json"] = described.read_text(encoding="utf-8")
+    return found | ({"vocabulary.json": built.vocabulary.json} if built.vocabulary else {})
 
 
 def _create_log(folder: Path, built: Built) -> None:
@@ -401,6 +407,7 @@ def _create_log(folder: Path, built: Built) -> None:
         config_json=json.dumps(configs.resolved_dict(built.config)),
         versions=_versions(),
         clients=len(split.train),
+        beside=_beside(built),
         partition={
             **ragged("train", split.train),
             **ragged("test", split.test),

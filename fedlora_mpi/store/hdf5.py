@@ -37,10 +37,28 @@ def open_file(path: Path, disk: Disk | None = None) -> h5py.File:
         raise StoreError(f"{path}: missing or not HDF5 ({why})") from why
     try:
         check_format(path, file.attrs.get("format_version"))
+        _check_inside(path, file)
     except BaseException:
         file.close()
         raise
     return file
+
+
+def _check_inside(path: Path, file: h5py.File) -> None:
+    """Raise StoreError when anything in the file is somewhere else: in another file, by whatever of HDF5's ways."""
+    ahead = [(file, 0)]
+    while ahead:
+        group, depth = ahead.pop()
+        if depth > 3:  # a damaged file may hold itself
+            raise StoreError(f"{path}: {group.name}: is deeper than any file of a run")
+        for name in group:
+            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                raise StoreError(f"{path}: {group.name}: {name} is a link; a file of a run may not point elsewhere")
+            item = group[name]
+            if isinstance(item, h5py.Dataset) and (item.external or item.is_virtual):
+                raise StoreError(f"{path}: {item.name} is in another file; a file of a run may not point elsewhere")
+            if isinstance(item, h5py.Group):
+                ahead.append((item, depth + 1))
 
 
 def escape(leaf: str) -> str:
@@ -80,6 +98,14 @@ def label(dataset: h5py.Dataset, axes: Sequence[str]) -> h5py.Dataset:
     for dimension, axis in zip(dataset.dims, axes, strict=False):
         dimension.label = axis
     return dataset
+
+
+def read(dataset: h5py.Dataset, rows: int | None = None) -> np.ndarray:
+    """The whole of a data set, or its first ``rows``. Raises StoreError when it claims far more than the file holds."""
+    shape = dataset.shape if rows is None else (rows, *dataset.shape[1:])
+    if math.prod(shape) * dataset.dtype.itemsize > (1 << 20) + 16 * dataset.id.get_storage_size():
+        raise StoreError(f"{dataset.name} claims {shape}, which is more than the file holds")
+    return np.asarray(dataset[()] if rows is None else dataset[:rows])
 
 
 def read_rows(dataset: h5py.Dataset, rows: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
