@@ -136,11 +136,11 @@ def _loop(built: Built, state: State, folder: Path, asked: Sequence[int]) -> int
     with ExitStack() as stack:
         log, too = None, []
         if comm.rank == 0:
-            log = stack.enter_context(Log.append_to(folder / "log.h5"))
             too = opened(folder, csv=config.log.csv, tensorboard=config.log.tensorboard)
             for sink in too:
                 stack.enter_context(closing(sink))
-            log.describe(configs.resolved_yaml(config), json.dumps(configs.resolved_dict(config)))
+            log = stack.enter_context(Log.append_to(folder / "log.h5"))
+            log.describe(configs.sealed_yaml(config), json.dumps(configs.resolved_dict(config)))
             for hint in hints(built):
                 print(f"hint: {hint}", file=sys.stderr)
             if comm.dead:
@@ -314,7 +314,7 @@ def _recorded(folder: Path, overrides: Sequence[str]) -> Config:
     """The config of a run folder."""
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder}: not a run folder, it has no config.yaml; give the output of a run")
-    return configs.read(folder / "config.yaml", [*overrides, f"output={folder}"])
+    return configs.recorded(folder / "config.yaml", [*overrides, f"output={folder}"])
 
 
 def _begun(folder: Path, comm: Comm) -> bool:
@@ -386,7 +386,7 @@ def _fill(folder: Path, built: Built) -> None:
 
 def _describe(folder: Path, built: Built) -> None:
     """The resolved config, the layers of networks of Hugging Face and, for texts, the vocabulary."""
-    for name, text in ({"config.yaml": configs.resolved_yaml(built.config)} | _beside(built)).items():
+    for name, text in ({"config.yaml": configs.sealed_yaml(built.config)} | _beside(built)).items():
         write_atomic(folder / name, text.encode())
 
 
@@ -403,7 +403,7 @@ def _create_log(folder: Path, built: Built) -> None:
     split = built.split
     Log.create(
         folder / "log.h5",
-        config_yaml=configs.resolved_yaml(built.config),
+        config_yaml=configs.sealed_yaml(built.config),
         config_json=json.dumps(configs.resolved_dict(built.config)),
         versions=_versions(),
         clients=len(split.train),

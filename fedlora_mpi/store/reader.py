@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,9 +79,15 @@ class RunFiles:
         return checkpoint.committed(self.path)
 
     def checkpoint(self, round_: int | None = None) -> Checkpoint:
-        """The verified checkpoint of a round, by default the newest valid one. Raises StoreError."""
+        """The verified checkpoint of a round, by default the newest valid one, with a warning for each newer one.
+
+        Raises StoreError.
+        """
         if round_ is None:
-            return checkpoint.newest(self.path)[0]
+            found, skipped = checkpoint.newest(self.path)
+            for line in skipped:
+                warnings.warn(f"skipped {line}", stacklevel=2)
+            return found
         if round_ not in (there := self.checkpoints()):
             raise StoreError(f"{self.path}: no checkpoint of round {round_}; there are {there}")
         found = Checkpoint.read(snapshot.folder_of(self.path, round_))
