@@ -154,8 +154,8 @@ def _command(arguments: Sequence[str], ranks: int = 1) -> int:
     from fedlora_mpi.comm import guarded
 
     run._stop_signals = list  # only the main thread may ask for signals
-    source, *overrides = arguments[1:]
-    read = config.read(source, [text for text in overrides if text != "--resume"])
+    source, *overrides = (text for text in arguments[1:] if text != "--resume")
+    read = config.read(source, overrides)
     return max(on_ranks(ranks, lambda comm: guarded(comm, lambda: run.start_or_resume(read, source, comm))))
 
 
