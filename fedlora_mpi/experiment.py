@@ -155,5 +155,5 @@ class Config:
             self.model.of_clients(self.data.partition.clients)
         except ValueError as error:
             raise ValueError(f"model.{error}") from None
-        if not self.output.strip() or "\0" in self.output:
+        if not self.output.strip() or not self.output.isprintable():
             raise ValueError(f"output = {self.output!r}: must be the name of a folder")

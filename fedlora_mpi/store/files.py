@@ -38,6 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         try:
+            temporary.unlink(missing_ok=True)  # what a kill has left, or a link that leads out of the folder
             yield temporary
             fsync(temporary)
             os.replace(temporary, path)

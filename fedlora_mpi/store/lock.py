@@ -23,7 +23,7 @@ def locked(run: Path) -> Iterator[None]:
     """
     path = Path(run) / ".lock"
     with writing(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         _take(path, handle)
         with writing(path):
