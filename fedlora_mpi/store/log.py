@@ -78,7 +78,8 @@ class Log:
                 else:
                     hdf5.write(group, name, value, PARTITION_AXES.get(name.rpartition("_")[2], ()))
             file.attrs["beside"] = json.dumps({name: seal.of_text(text) for name, text in (beside or {}).items()})
-            file.create_dataset(seal.ROWS, (0,), np.int64, maxshape=(None,), chunks=(256,), fletcher32=True)
+            seals = file.create_dataset(seal.ROWS, (0,), np.int64, maxshape=(None,), chunks=(256,), fletcher32=True)
+            hdf5.label(seals, ["round"])
             file.attrs[seal.HEAD] = seal.head(file)
         return cls.append_to(path)
 
