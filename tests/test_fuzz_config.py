@@ -17,18 +17,23 @@ FILES = [TINY, *sorted((TESTS.parent / "configs").glob("*.yaml"))]
 TREES = [yaml.safe_load(path.read_text()) for path in FILES]
 WORDS = st.sampled_from(
     [
-        *("seed rounds data model algorithm train engine name mix kind clients weights base text classes each".split()),
-        *("cnn resnet8 hf fedlora fedhl pfedlora iid shares digits csv auto stack none ~ . .. / {name} {} { x:y".split()),
+        *("seed rounds data model algorithm train engine name mix kind clients weights base text classes".split()),
+        *("cnn resnet8 hf fedlora fedhl pfedlora iid shares digits csv auto stack none".split()),
+        *("each ~ . .. / {name} {} { x:y".split()),
         *("torchvision:resnet18 torchvision:x no.such:thing 1e3 0x10 yes 1:30 2020-01-01 <<".split()),
     ]
 )
-NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([0, -1, 1, 2**31, 2**63, 2**64, 10**30, 1e308, -0.0]))
+EDGES = st.sampled_from([0, -1, 1, 2**31, 2**63, 2**64, 10**30, 1e308, -0.0])
+NUMBERS = st.one_of(st.integers(), st.floats(), EDGES)
 SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, WORDS, st.text(max_size=8))
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS | st.text(max_size=5), inner, max_size=3), max_leaves=6
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS | st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
 )
-FAST = settings(max_examples=150, deadline=timedelta(seconds=5), derandomize=True, suppress_health_check=list(HealthCheck))
-LONG = settings(max_examples=8000, deadline=timedelta(seconds=5), suppress_health_check=list(HealthCheck))
+ALWAYS = {"deadline": timedelta(seconds=5), "suppress_health_check": list(HealthCheck), "database": None}
+FAST = settings(max_examples=150, derandomize=True, **ALWAYS)
+LONG = settings(max_examples=8000, **ALWAYS)
 
 
 def paths(tree, above=()):
@@ -89,7 +94,8 @@ def check_override(key: str, value: str):
     is_read_or_refused(TINY, [f"{key}={value}"])
 
 
-ALPHABET = st.text(string.ascii_lowercase + string.digits + " \n:-#&*!|>'\"%@`{}[],?~.\t\r\x00\x85\ufeff\ud7ff", max_size=120)
+LETTERS = string.ascii_lowercase + string.digits + " \n:-#&*!|>'\"%@`{}[],?~.\t\r\x00\x85\ufeff\ud7ff"
+ALPHABET = st.text(LETTERS, max_size=120)
 RAW = st.binary(max_size=200) | ALPHABET.map(lambda text: text.encode()) | st.tuples(
     st.sampled_from([path.read_bytes() for path in FILES]), st.integers(0, 600), st.binary(max_size=3)
 ).map(lambda at: at[0][: at[1]] + at[2] + at[0][at[1] + len(at[2]) :])

@@ -1,4 +1,4 @@
-"""A run folder, a data folder or a file of weights from a stranger: nothing in it is executed, nothing leads out of it."""
+"""A run folder, data or weights from a stranger: nothing in them is executed, nothing leads out of a folder."""
 
 import ast
 import json
@@ -159,7 +159,8 @@ def test_a_shard_that_leads_out_of_its_folder_is_skipped(tmp_path, outside, way)
     shards = tuple(Shard.of(folder / shard.name) for shard in manifest.files)
     Manifest(3, "mine", CLIENTS, shards).write(folder)
     found, skipped = checkpoint.newest(run, run_digest="mine")
-    assert found.round == 2 and len(skipped) == 1 and str(path) in skipped[0] and "may not point elsewhere" in skipped[0]
+    assert found.round == 2 and len(skipped) == 1
+    assert str(path) in skipped[0] and "may not point elsewhere" in skipped[0]
     assert outside.read_bytes() == before
 
 

@@ -54,7 +54,8 @@ class Checkpoint:
             shard.verify(self.path)
         held = sorted(np.concatenate([np.arange(0), *self._owned.values()]).tolist())
         if held != self.client_ids():
-            raise StoreError(f"{self.path / manifest.NAME}: {self.manifest.clients} clients, its files hold {len(held)}")
+            here = f"{self.manifest.clients} clients, its files hold {len(held)}"
+            raise StoreError(f"{self.path / manifest.NAME}: {here}")
 
     def attrs(self) -> dict[str, str | int | float]:
         """The attributes given to ``write_server``, the round among them."""
