@@ -10,8 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from faulty import AFTER, BEFORE, FAIL, WITHIN, Ended, machine
 from runs import TESTS, command, environment, finished, kill_all, launched, mpirun
+
+from fedlora_mpi.rows import OnDisk
+from fedlora_mpi.writing import Unwritable
 
 CONFIG = TESTS / "faulty.yaml"
 RESUME = ["run", "--resume", CONFIG, "output=victim"]  # keeps one checkpoint, so that another is removed
@@ -210,6 +214,12 @@ def test_a_file_system_that_fills_up_ends_all_ranks_with_code_1(tmp_path):
         ended = finished([*mpirun(3), *command(*RESUME[:3], "output=small/victim")], tmp_path)
         assert ended.returncode == 1 and "Traceback" not in ended.stderr
         assert len([line for line in ended.stderr.splitlines() if line.startswith("fedlora-mpi: small/victim")]) == 1
+
+
+def test_personal_leaves_for_which_the_disk_has_no_room_are_one_line(tmp_path):
+    with mounted(tmp_path / "small", "size=64k"):
+        with pytest.raises(Unwritable, match="small/personal leaves: cannot be written: No space left on device, "):
+            OnDisk(tmp_path / "small").blank(100, torch.zeros(1000))
 
 
 def test_a_file_system_that_may_only_be_read_is_one_line(faulty, good, tmp_path):
