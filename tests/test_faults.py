@@ -308,15 +308,15 @@ def test_a_damaged_file_is_named_or_does_no_harm(faulty, good, tmp_path):
 
 @pytest.mark.slow
 def test_a_file_damaged_in_many_ways_is_named_or_does_no_harm(faulty, good, tmp_path, capsys):
-    ends = damage(faulty, good, tmp_path, 280, seed=2)
+    ends = damage(faulty, good, tmp_path, 120, seed=2)
     with capsys.disabled():
-        print(f"\n280 damages: {ends}")
+        print(f"\n120 damages: {ends}")
 
 
 @pytest.mark.slow
 def test_a_log_damaged_in_many_ways_is_told(faulty, good, tmp_path, capsys):
     folder = shutil.copytree(good[0], tmp_path / "alone/victim", ignore=shutil.ignore_patterns("checkpoints"))
     only = {"report": COMMANDS["report"]}
-    ends = damage(faulty, (folder, *good[1:]), tmp_path, 1500, seed=3, names=("log.h5",), commands=only)
+    ends = damage(faulty, (folder, *good[1:]), tmp_path, 600, seed=3, names=("log.h5",), commands=only)
     with capsys.disabled():
-        print(f"\n1500 damaged logs: {ends}")
+        print(f"\n600 damaged logs: {ends}")
