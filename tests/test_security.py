@@ -14,6 +14,7 @@ from test_store import CLIENTS, flip_bit, new_log, save
 
 from fedlora_mpi import store
 from fedlora_mpi.cli import main
+from fedlora_mpi.config import ConfigError, read, recorded, sealed_yaml
 from fedlora_mpi.models import huggingface
 from fedlora_mpi.store import checkpoint, hdf5
 from fedlora_mpi.store.files import StoreError, write_atomic
@@ -256,6 +257,19 @@ def test_a_change_of_the_log_that_hdf5_does_not_see_is_seen(tmp_path):
         with pytest.raises(StoreError, match=f"log.h5: unreadable .*{said.strip()}.* differs.*resume repairs it"):
             RunFiles(tmp_path).rounds()
         (tmp_path / "log.h5").write_bytes(whole)
+
+
+def test_a_config_of_a_run_that_was_damaged_or_edited_is_named(tmp_path):
+    path, config = tmp_path / "config.yaml", read(TINY)
+    text = sealed_yaml(config)
+    path.write_text(text)
+    assert recorded(path) == config
+    for damaged in (text.replace("rounds: 4", "rounds: 5"), text[:-30], text[:100], text.replace("0.05", "0.04")):
+        path.write_text(damaged)
+        with pytest.raises(ConfigError, match="config.yaml: checksum differs, .* remove its first line"):
+            recorded(path)
+    path.write_text(text.replace("rounds: 4", "rounds: 5").partition("\n")[2])
+    assert recorded(path).rounds == 5
 
 
 def test_a_text_file_of_a_run_that_has_changed_is_named(tmp_path):
