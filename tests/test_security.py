@@ -37,7 +37,7 @@ def trusting(tree: ast.AST):
         if not isinstance(node, ast.Call):
             continue
         called, options = ast.unparse(node.func), {o.arg: ast.unparse(o.value) for o in node.keywords}
-        if called in ("eval", "exec") or called.endswith(("read_pickle", "yaml.load", "yaml.full_load", "unsafe_load")):
+        if called in ("eval", "exec", "pickle.load", "pickle.loads") or called.endswith(("read_pickle", "yaml.load", "yaml.full_load", "unsafe_load")):
             yield called
         if called in ("torch.load", "torch.hub.load_state_dict_from_url") and options.get("weights_only") != "True":
             yield called
@@ -48,13 +48,14 @@ def trusting(tree: ast.AST):
 def test_nothing_in_the_package_unpickles_or_executes_a_file():
     files = sorted(PACKAGE.rglob("*.py"))
     found = {str(path): list(trusting(ast.parse(path.read_text()))) for path in files}
-    assert len(files) > 100 and not {path: calls for path, calls in found.items() if calls}
+    limited = found.pop(str(PACKAGE / "data/pfllib.py"))  # where the user allows it; its unpickler makes arrays and dicts
+    assert limited == ["pickle"] and len(files) > 100 and not {path: calls for path, calls in found.items() if calls}
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        "import pickle", "from pickle import load", "torch.load(p)", "torch.load(p, weights_only=False)", "eval(text)",
+        "import pickle", "from pickle import load", "pickle.load(file)", "torch.load(p)", "torch.load(p, weights_only=False)", "eval(text)",
         "np.load(p, allow_pickle=True)", "yaml.load(text)", "AutoConfig.from_pretrained(p, trust_remote_code=True)",
     ],
 )  # fmt: skip
