@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from .pulse import Pulse
+from .writing import Unwritable
 
 T = TypeVar("T")
 _LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MV2_COMM_WORLD_SIZE")
@@ -318,20 +319,21 @@ def together(comm: Comm, stage: Callable[[], T]) -> T:
     """Run ``stage`` on every rank and go on only if it succeeds on all.
 
     A user's mistake (ValueError) on any rank raises Refused on all, with the text of the lowest
-    such rank: no rank waits for one that has left.
+    such rank: no rank waits for one that has left. So does a full disk (Unwritable) raise Fault.
     """
-    result, text = None, b""
+    result, text, end = None, b"", 0
     try:
         result = stage()
-    except ValueError as error:
-        text = str(error).encode()[:_TEXT]
+    except (ValueError, Unwritable) as error:
+        text, end = str(error).encode()[:_TEXT], 1 + isinstance(error, Unwritable)
     table = np.zeros((comm.size, _TEXT + 1), np.uint8)
     table[comm.rank, : len(text)] = np.frombuffer(text, np.uint8)
-    table[comm.rank, _TEXT] = bool(text)
+    table[comm.rank, _TEXT] = end
     comm.sum(table)  # each row is set by one rank
     failed = np.flatnonzero(table[:, _TEXT])
     if failed.size:
-        raise Refused(table[failed[0], :_TEXT].tobytes().rstrip(b"\0").decode(errors="replace"))
+        said = table[failed[0], :_TEXT].tobytes().rstrip(b"\0").decode(errors="replace")
+        raise (Refused, Fault)[table[failed[0], _TEXT] - 1](said)
     return result
 
 
@@ -348,6 +350,9 @@ def guarded(comm: Comm, main: Callable[[], int]) -> int:
         return 130  # as a shell reports it; what the last checkpoint holds is safe
     except Lost as lost:
         print(_said(lost), file=sys.stderr, flush=True)
+        comm.abort()
+    except Unwritable as error:
+        print(f"fedlora-mpi: {error}", file=sys.stderr, flush=True)
         comm.abort()
     except Exception:
         print(f"[rank {comm.rank} of {comm.size}] stopped all ranks:", file=sys.stderr)

@@ -32,6 +32,8 @@ FREE_ON_RESUME = ("rounds", "output", "checkpoint", "data.root", "data.download"
                   "faults.tolerate", "faults.timeout", "engine.personal", "engine.graphs", "log")
 LATER = {"engine": ("compile", "personal", "graphs"), "evaluate": ("clients",)}  # keys that are written where they are not as by default
 COMMAND_LINE = "command line"
+_SEAL = "# Checksum of what follows: "
+_DEPTH = 20
 _PLACEHOLDER = re.compile(r"\{(.*?)\}")
 
 
@@ -102,6 +104,27 @@ def _network_tree(network: Network) -> dict[str, Any]:
 def resolved_yaml(config: Config) -> str:
     """``resolved_dict`` as YAML; ``read`` gives an equal Config back."""
     return yaml.dump(resolved_dict(config), Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
+
+
+def sealed_yaml(config: Config) -> str:
+    """``resolved_yaml`` under a line with its checksum, for ``recorded``."""
+    text = resolved_yaml(config)
+    return f"{_SEAL}{_checksum(text)}\n{text}"
+
+
+def recorded(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """``read`` of a file of a run folder. Raises ConfigError when it has been changed since it was written."""
+    first, _, rest = _text(path).partition("\n")
+    if first.startswith(_SEAL) and first != _SEAL + _checksum(rest):
+        raise ConfigError(
+            f"{path}: checksum differs, the file was damaged or edited; give changes as KEY=VALUE, and remove its first "
+            "line to take it as it is"
+        )
+    return read(path, overrides)
+
+
+def _checksum(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def digest(config: Config) -> str:
@@ -212,7 +235,7 @@ def _algorithm(value: Any, key: str, origin: Origin) -> Algorithm:
 def _base(name: Any, path: Path) -> tuple[dict, str]:
     """The layer under ``path`` and its source."""
     at = f"{path}: base = {name}"
-    if not isinstance(name, str) or not (path.parent / name).is_file():
+    if not isinstance(name, str) or len(name) > 1000 or not (path.parent / name).is_file():
         raise ConfigError(f"{at}: must be a YAML file, its path relative to this file's folder")
     layer = _load(path.parent / name)
     if "base" in layer:
@@ -225,7 +248,7 @@ def _overrides(texts: Sequence[str]) -> list[dict]:
     pairs = []
     for text in texts:
         key, equals, value = text.partition("=")
-        if not equals or not all(key.split(".")):
+        if not equals or not all(key.split(".")) or key.count(".") > _DEPTH:
             raise ConfigError(f"{COMMAND_LINE}: {text}: must be key=value, for instance train.lr=0.1")
         pairs.append((key, _parse(value, f"{COMMAND_LINE}: {text}")))
     selectors = [f"{block}.{name}" for block, names in SELECTORS.items() for name in names]
@@ -237,14 +260,17 @@ def _nested(names: Sequence[str], value: Any) -> dict:
     return {names[0]: _nested(names[1:], value) if names[1:] else value}
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is no YAML: byte {error.start} is not UTF-8") from None
-    tree = _parse(text, str(path))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    tree = _parse(_text(path), str(path))
     if not isinstance(tree, dict):
         what = "the file is empty" if tree is None else f"here is {blocks.show(tree)}"
         raise ConfigError(f"{path}: must hold keys and values, such as 'rounds: 300'; {what}")
@@ -259,19 +285,28 @@ def _parse(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: line {at.line + 1}, column {at.column + 1}: {error.problem}") from None
     except yaml.reader.ReaderError as error:
         raise ConfigError(f"{source}: is no YAML: character {error.position}: {error.reason}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(f"{source}: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):
     """Plain data under YAML 1.2's core rules, minus hexadecimal and octal; keys are text and unique."""
 
     yaml_implicit_resolvers: dict = {}
+    depth = 0
 
     def compose_node(self, parent, index):
-        event = self.peek_event()
+        event, problem = self.peek_event(), None
         if getattr(event, "tag", None) or getattr(event, "anchor", None):
             problem = "tags, anchors and aliases are not allowed"
+        if self.depth > _DEPTH:
+            problem = f"blocks and lists are nested more than {_DEPTH} deep"
+        if problem:
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node, deep=False):
         first: dict[str, int] = {}

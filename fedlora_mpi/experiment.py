@@ -159,5 +159,5 @@ class Config:
         except ValueError as error:
             raise ValueError(f"model.{error}") from None
         check_settings(self.privacy, self.participation, self.reduce, self.uplink, bool(self.data.tasks))
-        if not self.output.strip():
-            raise ValueError("output = '': must be the name of a folder")
+        if not self.output.strip() or not self.output.isprintable():
+            raise ValueError(f"output = {self.output!r}: must be the name of a folder")

@@ -10,6 +10,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from .writing import writing
+
 
 class Rows(Protocol):
     """Makes the stacked leaves of a rank."""
@@ -38,11 +40,11 @@ class OnDisk:
         self._folder, self._maps = folder, WeakSet()
 
     def blank(self, clients: int, like: Tensor) -> Tensor:
-        """Raises OSError when the disk is full: the room is taken at once."""
+        """Raises Unwritable when the disk is full: the room is taken at once."""
         if not clients * like.numel():
             return InMemory().blank(clients, like)
         size = clients * like.numel() * like.element_size()
-        with tempfile.TemporaryFile(dir=self._folder) as file:
+        with writing(self._folder / "personal leaves"), tempfile.TemporaryFile(dir=self._folder) as file:
             os.posix_fallocate(file.fileno(), 0, size)
             mapped = mmap.mmap(file.fileno(), size)
         self._maps.add(mapped)

@@ -6,7 +6,7 @@ import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,12 +26,14 @@ from .recovery import going_on, keeping, lasting, without
 from .round import play
 from .store import checkpoint
 from .store.files import StoreError, write_atomic
+from .store.folder import created
 from .store.lock import locked
 from .store.log import Log, ragged
 from .store.manifest import Shard, worker_file
 from .store.sinks import Sink, opened
 from .store.snapshot import Checkpoint
 from .tree import Tree, nbytes, tmap
+from .writing import writing
 
 _READ = 2**28  # bytes of a checkpoint in memory at once
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may queue the job again
@@ -58,8 +60,7 @@ def _begin(folder: Path, config: Config, source: str, comm: Comm, asked: Sequenc
 
     together(comm, refuse_existing)
     built = build(config, source, comm)
-    together(comm, lambda: _create(folder, built) if comm.rank == 0 else None)
-    with _alone(folder, comm):
+    with _alone(comm, lambda: created(folder, lambda draft: _fill(draft, built))):
         return _loop(*_protected(built, beginning(built)), folder, asked)
 
 
@@ -91,16 +92,22 @@ def _go_on(folder: Path, config: Config, comm: Comm, asked: Sequence[int]) -> in
     """Play the rounds of ``config`` that the folder does not have; returns the exit code."""
     built = build(config, str(folder / "config.yaml"), comm)
     together(comm, lambda: (_same_words(folder, built), _same_weights(folder, built)) if comm.rank == 0 else None)
-    with _alone(folder, comm):
+    with _alone(comm, lambda: locked(folder)):
         found = _newest(folder, built)
-        if comm.rank == 0:
-            _describe(folder, built)
-            if found:
-                found.restore_log(folder / "log.h5")
-            else:
-                (folder / "log.h5").unlink(missing_ok=True)
-                _create_log(folder, built)
-        return _loop(*_protected(built, _load(found, built) if found else beginning(built)), folder, asked)
+        together(comm, lambda: _put_back(folder, found, built) if comm.rank == 0 else None)
+        state = together(comm, lambda: _load(found, built)) if found else beginning(built)
+        return _loop(*_protected(built, state), folder, asked)
+
+
+def _put_back(folder: Path, found: Checkpoint | None, built: Built) -> None:
+    """The folder's own files as they were at the checkpoint, or before round 1."""
+    with writing(folder):
+        _describe(folder, built)
+        if found:
+            found.restore_log(folder / "log.h5")
+        else:
+            (folder / "log.h5").unlink(missing_ok=True)
+            _create_log(folder, built)
 
 
 def receive(comm: Comm, read: Callable[[], Config]) -> Config:
@@ -111,10 +118,10 @@ def receive(comm: Comm, read: Callable[[], Config]) -> Config:
 
 
 @contextmanager
-def _alone(folder: Path, comm: Comm) -> Iterator[None]:
+def _alone(comm: Comm, hold: Callable[[], AbstractContextManager]) -> Iterator[None]:
     """Rank 0 holds the folder's lock; raises Refused on all ranks when another run has it."""
     with ExitStack() as stack:
-        together(comm, lambda: stack.enter_context(locked(folder)) if comm.rank == 0 else None)
+        together(comm, lambda: stack.enter_context(hold()) if comm.rank == 0 else None)
         yield
 
 
@@ -130,8 +137,10 @@ def _loop(built: Built, state: State, folder: Path, asked: Sequence[int]) -> int
         log, too = None, []
         if comm.rank == 0:
             too = opened(folder, csv=config.log.csv, tensorboard=config.log.tensorboard)
-            log, *_ = [stack.enter_context(closing(sink)) for sink in (Log.append_to(folder / "log.h5"), *too)]
-            log.describe(configs.resolved_yaml(config), json.dumps(configs.resolved_dict(config)))
+            for sink in too:
+                stack.enter_context(closing(sink))
+            log = stack.enter_context(Log.append_to(folder / "log.h5"))
+            log.describe(configs.sealed_yaml(config), json.dumps(configs.resolved_dict(config)))
             for hint in hints(built):
                 print(f"hint: {hint}", file=sys.stderr)
             if comm.dead:
@@ -227,23 +236,27 @@ def hints(built: Built) -> list[str]:
 
 def save(built: Built, folder: Path, state: State) -> None:
     """Write a checkpoint: every worker its clients, rank 0 the rest, the manifest last."""
-    run, comm = built.run, built.run.comm
+    run, comm, home = built.run, built.run.comm, checkpoint.folder_of(folder, state.round)
     comm.pulse.at("the checkpoint")
-    if comm.rank == 0:
-        checkpoint.begin(folder, state.round)
-    comm.sum(np.zeros(1))  # the folder is there
-    home = checkpoint.folder_of(folder, state.round)
     shards = np.zeros((comm.size, len(run.kinds), 3), np.int64)
-    for number, (kind, ids) in enumerate(zip(run.kinds, run.by_kind)):
-        if ids:
-            own = _arrays({n: state.personal[kind.prefix + n] for n in kind.first.personal})
-            shards[comm.rank, number] = checkpoint.write_clients(home, comm.rank, ids, own, number).numbers()
+
+    def write() -> list[Shard]:
+        for number, (kind, ids) in enumerate(zip(run.kinds, run.by_kind)):
+            if ids:
+                own = _arrays({n: state.personal[kind.prefix + n] for n in kind.first.personal})
+                shards[comm.rank, number] = checkpoint.write_clients(home, comm.rank, ids, own, number).numbers()
+        if comm.rank:
+            return []
+        shared, server = _arrays(state.shared), _arrays(state.server)
+        ours = checkpoint.write_server(home, round_=state.round, shared=shared, server=server)
+        return [ours, checkpoint.copy_log(home, folder / "log.h5")]
+
+    together(comm, lambda: checkpoint.begin(folder, state.round) if comm.rank == 0 else None)
+    files = together(comm, write)
     comm.sum(shards)
-    if comm.rank == 0:
+    if comm.rank == 0:  # nobody waits for what follows: a rank that dies from here on finds a whole checkpoint
         written = [(rank, kind) for rank, kind in np.ndindex(shards.shape[:2]) if shards[rank, kind].any()]
-        files = [Shard.from_numbers(worker_file(*at), shards[at]) for at in written]
-        files.append(checkpoint.write_server(home, round_=state.round, shared=_arrays(state.shared), server=_arrays(state.server)))
-        files.append(checkpoint.copy_log(home, folder / "log.h5"))
+        files = [*(Shard.from_numbers(worker_file(*at), shards[at]) for at in written), *files]
         checkpoint.commit(home, files, run_digest=built.digest, clients=len(run.weight_N))
         checkpoint.prune(folder, built.config.checkpoint.keep)
 
@@ -295,14 +308,14 @@ def _newest(folder: Path, built: Built) -> Checkpoint | None:
         return found.round
 
     round_ = int(comm.broadcast(str(together(comm, find)).encode()))
-    return Checkpoint.read(checkpoint.folder_of(folder, round_)) if round_ else None
+    return together(comm, lambda: Checkpoint.read(checkpoint.folder_of(folder, round_))) if round_ else None
 
 
 def _recorded(folder: Path, overrides: Sequence[str]) -> Config:
     """The config of a run folder."""
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder}: not a run folder, it has no config.yaml; give the output of a run")
-    return configs.read(folder / "config.yaml", [*overrides, f"output={folder}"])
+    return configs.recorded(folder / "config.yaml", [*overrides, f"output={folder}"])
 
 
 def _begun(folder: Path, comm: Comm) -> bool:
@@ -333,15 +346,16 @@ def _continued(config: Config, source: str, folder: Path) -> Config:
 def _same_words(folder: Path, built: Built) -> None:
     """Raise ValueError when the run began with another vocabulary than its data have now."""
     kept, source = folder / "vocabulary.json", built.config.data.source
-    if built.vocabulary and kept.is_file() and kept.read_text(encoding="utf-8") != built.vocabulary.json:
+    if built.vocabulary and kept.is_file() and kept.read_bytes() != built.vocabulary.json.encode():
         if source.text.tokenizer:
             raise ValueError(
                 f"{kept}: is not that of data.text.tokenizer = {source.text.tokenizer}, which has changed since the "
-                "run began: put back what was, or start anew"
+                "run began: put back what was, or start anew (if this copy is damaged, remove it)"
             )
         raise ValueError(
             f"{kept}: is not that of the training texts in data.root = {source.root}; they, or the "
-            "library tokenizers, have changed since the run began: put back what was, or start anew"
+            "library tokenizers, have changed since the run began: put back what was, or start anew (if this copy is "
+            "damaged, remove it)"
         )
 
 
@@ -365,34 +379,36 @@ def _same_weights(folder: Path, built: Built) -> None:
         )
 
 
-def _create(folder: Path, built: Built) -> None:
-    """A new run folder with its resolved config and an empty log."""
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"output = {folder}: cannot be created: {error.strerror}; choose another") from error
+def _fill(folder: Path, built: Built) -> None:
+    """What a new run folder holds: the resolved config and an empty log."""
     _describe(folder, built)
     _create_log(folder, built)
 
 
 def _describe(folder: Path, built: Built) -> None:
     """The resolved config, the layers of networks of Hugging Face and, for texts, the vocabulary."""
-    write_atomic(folder / "config.yaml", configs.resolved_yaml(built.config).encode())
+    for name, text in ({"config.yaml": configs.sealed_yaml(built.config)} | _beside(built)).items():
+        write_atomic(folder / name, text.encode())
+
+
+def _beside(built: Built) -> dict[str, str]:
+    """The files that a run folder has for ``open_run``, by name."""
+    found = {}
     for number, network in enumerate(built.config.model.mix):
         for described in (file for origin in network.origins for file in origin.files if file.suffix == ".json"):
-            write_atomic(folder / f"network-{number}.json", described.read_bytes())
-    if built.vocabulary:
-        write_atomic(folder / "vocabulary.json", built.vocabulary.json.encode())
+            found[f"network-{number}.json"] = described.read_text(encoding="utf-8")
+    return found | ({"vocabulary.json": built.vocabulary.json} if built.vocabulary else {})
 
 
 def _create_log(folder: Path, built: Built) -> None:
     split = built.split
     Log.create(
         folder / "log.h5",
-        config_yaml=configs.resolved_yaml(built.config),
+        config_yaml=configs.sealed_yaml(built.config),
         config_json=json.dumps(configs.resolved_dict(built.config)),
         versions=_versions(),
         clients=len(split.train),
+        beside=_beside(built),
         partition={
             **ragged("train", split.train),
             **ragged("test", split.test),

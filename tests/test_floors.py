@@ -7,9 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "fedlora_mpi"
 FLOOR = {  # top-level file or folder -> floor; the package's own __init__ is its face, on no floor
-    **dict.fromkeys(("tree", "batch", "bounds", "clock", "seeds", "vision", "units", "launch", "rows", "pulse", "transfer"), 0),
-    **dict.fromkeys(("layout", "sums", "placement", "models"), 1),
-    "algorithm": 2,
+    **dict.fromkeys(("tree", "batch", "bounds", "clock", "seeds", "vision", "units", "launch", "pulse", "transfer"), 0),
+    **dict.fromkeys(("layout", "sums", "placement", "models", "writing"), 1),
+    **dict.fromkeys(("algorithm", "rows"), 2),
     **dict.fromkeys(("adapter", "companion", "lowrank", "server_step", "similarity", "simplex", "prototypes", "gating"), 3),
     "finetuning": 4,
     **dict.fromkeys(("algorithms", "data", "engine", "privacy", "comm", "store", "blocks"), 5),

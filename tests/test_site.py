@@ -198,7 +198,8 @@ def there(path: Path) -> dict[str, list[str]]:
 
 def test_the_page_of_the_formats_has_every_dataset_of_the_log(run):
     page = (DOCS / "formats.md").read_text(encoding="utf-8")
-    rows = [row for name in ("### /rounds", "### /clients", "### /ranks", "### /partition") for row in cells(page, name)]
+    sections = ("### /rounds", "### /clients", "### /ranks", "### /partition", "### Checksums")
+    rows = [row for name in sections for row in cells(page, name)]
     assert {row[0].strip("`"): row[1:4] for row in rows} == there(run / "log.h5")
 
 

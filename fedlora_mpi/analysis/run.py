@@ -181,6 +181,8 @@ class RunView:
         if all(file.is_file() for origin in network.origins for file in origin.files):
             return build(network.name, network.options, *inputs, weights=network.weights)
         kept = self.path / f"network-{number}.json"
+        if kept.is_file():
+            self._files.text(kept.name)  # is it whole?
         options = {**network.options, "folder": str(kept)} if kept.is_file() else network.options
         model = build(network.name, options, *inputs)
         return replace(model, initial={n: v.to("meta") for n, v in model.initial.items()})
@@ -193,7 +195,7 @@ class RunView:
         path = self.path / "vocabulary.json"
         if not path.is_file():
             raise ValueError(f"{self.path}: has no vocabulary.json, so its data are images or the run is incomplete")
-        return Vocabulary(path.read_text(encoding="utf-8"))
+        return Vocabulary(self._files.text(path.name))
 
     @cached_property
     def _parsed(self) -> "Config":

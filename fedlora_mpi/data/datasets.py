@@ -243,8 +243,11 @@ def _decoded(files: list[tuple[str, int]], size: int | None) -> Samples:
 
     images = None
     for i, (path, _) in enumerate(files):
-        with Image.open(path) as file:
-            image = file.convert("RGB")
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except Exception as error:  # of many kinds
+            raise ValueError(f"data.root: {path} is no image, or damaged ({' '.join(str(error).split())})") from error
         pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR) if size else image)
         if images is None:
             images = np.empty((len(files), *pixels.shape), np.uint8)

@@ -49,7 +49,7 @@ class Side(NamedTuple):
 
 
 _ALLOWED = {
-    "clients": "[1, inf)",
+    "clients": "[1, 10000000]",
     "train": "[0, inf)",
     "test": "[0, inf)",
     "seed": f"[0, {2**32 - 1}]",

@@ -51,8 +51,8 @@ def facts(case: Case) -> dict[str, Any]:
     """What a config says that the checks ask for. Raises ValueError."""
     from .. import config as configs
 
-    read = configs.read(case.source, case.overrides)
-    recorded = Path(case.source).parent == Path(case.folder)  # a run folder may have been moved
+    recorded = Path(case.source).parent == Path(case.folder)  # a run folder, which may have been moved
+    read = (configs.recorded if recorded else configs.read)(Path(case.source), case.overrides)
     folder = case.folder if recorded else str(Path(read.output).expanduser())
     return {"source": case.source, "folder": folder, "threads": read.engine.threads, "device": read.engine.device}
 

@@ -68,6 +68,8 @@ def files(folder: str) -> tuple[Path, ...]:
         return home / "config.json", whole
     try:
         parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if outside := [part for part in parts if Path(part).name != part]:
+            raise ValueError(f"{outside[0]} is not in it")
         return home / "config.json", *(home / part for part in parts)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"folder = {folder}: {index.name} names no files of weights") from error

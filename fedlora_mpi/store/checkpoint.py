@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from ..writing import writing
 from . import hdf5, manifest
 from .files import StoreError, copy_atomic, fsync
 from .hdf5 import escape
@@ -47,12 +48,14 @@ def begin(run: Path, round_: int) -> Path:
         if other >= round_:
             aside = path.with_name(f"{path.name}.aside")
             shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    for parent in (folder.parent, folder.parent.parent):
-        fsync(parent)
+            with writing(aside):
+                path.rename(aside)
+    with writing(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        for parent in (folder.parent, folder.parent.parent):
+            fsync(parent)
     return folder
 
 
@@ -172,9 +175,10 @@ def prune(run: Path, keep: int) -> None:
     kept = committed(run)[-keep:]
     for round_, folder in _folders(run).items():
         if kept and round_ < kept[-1] and round_ not in kept:
-            (folder / manifest.NAME).unlink(missing_ok=True)
-            fsync(folder)
-            shutil.rmtree(folder)
+            with writing(folder):
+                (folder / manifest.NAME).unlink(missing_ok=True)
+                fsync(folder)
+                shutil.rmtree(folder)
 
 
 def newest(run: Path, *, run_digest: str | None = None) -> tuple[Checkpoint, list[str]]:

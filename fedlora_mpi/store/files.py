@@ -4,8 +4,10 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from ..writing import writing
 
 FORMAT_VERSION = 1
 
@@ -29,16 +31,22 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, which takes its place, durably, when the block ends well."""
+    """A temporary path beside ``path``, which takes its place, durably, when the block ends well.
+
+    Raises Unwritable when the disk is full, for instance.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        fsync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync(path.parent)
+    with writing(path):
+        try:
+            temporary.unlink(missing_ok=True)  # what a kill has left, or a link that leads out of the folder
+            yield temporary
+            fsync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):  # on a file system that has become read-only nothing can be removed
+                temporary.unlink(missing_ok=True)
+            raise
+        fsync(path.parent)
 
 
 def write_atomic(path: Path, content: bytes) -> None:

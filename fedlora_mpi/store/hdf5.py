@@ -6,12 +6,13 @@ of a running log. ``lock.py`` guards the folder instead.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import h5py
 import numpy as np
 
+from .disk import Disk
 from .files import FORMAT_VERSION, StoreError, check_format, replacing
 
 CHUNK_BYTES = 64 << 10  # smaller chunks cost more in bookkeeping than in transfer
@@ -21,23 +22,43 @@ BLOCK_BYTES = 16 << 20  # what a write or a read may hold beside the caller's ar
 @contextmanager
 def create(path: Path) -> Iterator[h5py.File]:
     """A new file to fill, which appears as ``path`` when the block ends well."""
-    with replacing(path) as temporary, h5py.File(temporary, "w", locking=False) as file:
-        file.attrs["format_version"] = FORMAT_VERSION
-        yield file
+    with replacing(path) as temporary, closing(Disk(temporary, new=True)) as disk:
+        with h5py.File(disk, "w", locking=False) as file:
+            file.attrs["format_version"] = FORMAT_VERSION
+            yield file
+        disk.sync()
 
 
-def open_file(path: Path, mode: str = "r") -> h5py.File:
-    """An existing file of ours, open for reading (or ``"r+"``). Raises StoreError."""
+def open_file(path: Path, disk: Disk | None = None) -> h5py.File:
+    """An existing file of ours, open for reading, or, with its ``disk``, for writing. Raises StoreError."""
     try:
-        file = h5py.File(path, mode, locking=False)
+        file = h5py.File(disk or path, "r+" if disk else "r", locking=False)
     except OSError as why:
         raise StoreError(f"{path}: missing or not HDF5 ({why})") from why
     try:
         check_format(path, file.attrs.get("format_version"))
+        _check_inside(path, file)
     except BaseException:
         file.close()
         raise
     return file
+
+
+def _check_inside(path: Path, file: h5py.File) -> None:
+    """Raise StoreError when anything in the file is somewhere else: in another file, by whatever of HDF5's ways."""
+    ahead = [(file, 0)]
+    while ahead:
+        group, depth = ahead.pop()
+        if depth > 3:  # a damaged file may hold itself
+            raise StoreError(f"{path}: {group.name}: is deeper than any file of a run")
+        for name in group:
+            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                raise StoreError(f"{path}: {group.name}: {name} is a link; a file of a run may not point elsewhere")
+            item = group[name]
+            if isinstance(item, h5py.Dataset) and (item.external or item.is_virtual):
+                raise StoreError(f"{path}: {item.name} is in another file; a file of a run may not point elsewhere")
+            if isinstance(item, h5py.Group):
+                ahead.append((item, depth + 1))
 
 
 def escape(leaf: str) -> str:
@@ -77,6 +98,14 @@ def label(dataset: h5py.Dataset, axes: Sequence[str]) -> h5py.Dataset:
     for dimension, axis in zip(dataset.dims, axes, strict=False):
         dimension.label = axis
     return dataset
+
+
+def read(dataset: h5py.Dataset, rows: int | None = None) -> np.ndarray:
+    """The whole of a data set, or its first ``rows``. Raises StoreError when it claims far more than the file holds."""
+    shape = dataset.shape if rows is None else (rows, *dataset.shape[1:])
+    if math.prod(shape) * dataset.dtype.itemsize > (1 << 20) + 16 * dataset.id.get_storage_size():
+        raise StoreError(f"{dataset.name} claims {shape}, which is more than the file holds")
+    return np.asarray(dataset[()] if rows is None else dataset[:rows])
 
 
 def read_rows(dataset: h5py.Dataset, rows: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:

@@ -3,18 +3,21 @@
 ``/rounds/<name>`` [T], ``/clients/<name>`` [T, N] float32, ``/ranks/seconds_<stage>`` [T, R] float32 with R the most
 ranks of any round and ``/ranks/ranks`` [T] how many they were (NaN beyond them; 0 ranks where the round measured none),
 ``/partition``; the resolved config (YAML and JSON) and the number of clients as attributes of the file, the versions of
-the parts as attributes of ``/versions``.
+the parts as attributes of ``/versions``. ``seal.py`` has what tells whether all that is as it was written.
 """
 
-import os
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from . import hdf5
+from ..writing import Unwritable, writing
+from . import hdf5, seal
+from .disk import Disk
 from .files import StoreError
 
 UNITS = {"seconds_*": "seconds", "bytes_*": "bytes", "*accuracy*": "fraction", "*flops*": "FLOP"}
@@ -25,14 +28,22 @@ PARTITION_AXES = {"indices": ["sample"], "offsets": ["boundary"], "counts": ["cl
 class Log:
     """An open log. Rows that ``append`` has returned from survive kill -9 (libver default, no SWMR)."""
 
-    def __init__(self, file: h5py.File):
-        """Take over ``file``, cutting a row that a kill has left in some columns only."""
-        self._file = file
+    def __init__(self, path: Path):
+        """Open the log of an earlier process, cutting a row that a kill has left in some columns only.
+
+        Raises StoreError, Unwritable.
+        """
+        with writing(path):
+            self._disk = Disk(path, new=False)
+        self._path, self._file = path, hdf5.open_file(path, self._disk)
+        file = self._file
         self._columns = {
             f"{group}/{name}": ds for group in GROUPS for name, ds in file.require_group(group).items()
         }
-        rows = min((len(column) for column in self._columns.values()), default=0)
-        for column in self._columns.values():
+        self._seals = file.get(seal.ROWS)  # None: a log of before there were any
+        every = [*self._columns.values(), *([] if self._seals is None else [self._seals])]
+        rows = min(map(len, every), default=0)
+        for column in every:
             column.resize(rows, axis=0)
 
     @classmethod
@@ -45,8 +56,11 @@ class Log:
         versions: Mapping[str, str],
         clients: int,
         partition: Mapping[str, np.ndarray | str],
+        beside: Mapping[str, str] | None = None,
     ) -> "Log":
         """A new log without rows; ``partition`` as ``/partition`` holds it (see ``ragged``).
+
+        beside: the texts of the files in the folder whose checksums it keeps, by name.
 
         Raises StoreError when there is one already.
         """
@@ -63,12 +77,16 @@ class Log:
                     group.attrs[name] = value
                 else:
                     hdf5.write(group, name, value, PARTITION_AXES.get(name.rpartition("_")[2], ()))
+            file.attrs["beside"] = json.dumps({name: seal.of_text(text) for name, text in (beside or {}).items()})
+            seals = file.create_dataset(seal.ROWS, (0,), np.int64, maxshape=(None,), chunks=(256,), fletcher32=True)
+            hdf5.label(seals, ["round"])
+            file.attrs[seal.HEAD] = seal.head(file)
         return cls.append_to(path)
 
     @classmethod
     def append_to(cls, path: Path) -> "Log":
-        """The log of an earlier process, to go on with. Raises StoreError."""
-        return cls(hdf5.open_file(Path(path), "r+"))
+        """The log of an earlier process, to go on with. Raises StoreError, Unwritable."""
+        return cls(Path(path))
 
     def append(
         self,
@@ -91,20 +109,26 @@ class Log:
         assert row.keys() == self._columns.keys(), (
             f"not in every row: {sorted(row.keys() ^ self._columns.keys())}"
         )
+        stored = {}
         for name, value in row.items():
             given, column = np.asarray(value), self._columns[name]
             assert np.can_cast(given.dtype, column.dtype, "same_kind"), (
                 f"{name}: {given.dtype} into {column.dtype}"
             )
             assert given.shape in ((), column.shape[1:]), f"{name}: {given.shape} into {column.shape}"
+            stored[name] = np.broadcast_to(given.astype(column.dtype), (1, *column.shape[1:]))
         last = self._columns["rounds/round"]
         rows = len(last)
         assert rows == 0 or round_ > last[-1], f"round {round_} after round {last[-1]}"
-        for name, value in row.items():
+        for name, value in stored.items():
             self._columns[name].resize(rows + 1, axis=0)
-            self._columns[name][rows] = value
+            self._columns[name][rows:] = value
+        if self._seals is not None:
+            self._seals.resize(rows + 1, axis=0)
+            self._seals[rows:] = seal.rows(stored)
         self._file.flush()
-        os.fsync(self._file.id.get_vfd_handle())
+        with writing(self._path):
+            self._disk.sync()
 
     def _of_ranks(self, ranks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray | int]:
         """The row of ``/ranks``. Its columns begin with the first seconds, and grow as wide as the most ranks ask."""
@@ -123,15 +147,32 @@ class Log:
     def describe(self, config_yaml: str, config_json: str) -> None:
         """Record the config that goes on from here: a resume may change some of its keys."""
         self._file.attrs.update(config_yaml=config_yaml, config_json=config_json)
+        self._seal()
 
     def lost(self, text: str) -> None:
         """Keep a line about ranks that have died in the attribute ``lost``, an array of lines."""
         self._file.attrs["lost"] = [*self._file.attrs.get("lost", ()), text]
+        self._seal()
         self._file.flush()
 
+    def _seal(self) -> None:
+        """Make the checksum that of what the attributes say now."""
+        if self._seals is not None:
+            self._file.attrs[seal.HEAD] = seal.head(self._file)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, kind: type | None, *rest: object) -> None:
+        with suppress(Unwritable) if kind else nullcontext():  # what came first is told
+            self.close()
+
     def close(self) -> None:
-        """Close the file; the log takes no more rows."""
-        self._file.close()
+        """Close the file; the log takes no more rows. Raises Unwritable."""
+        if self._file:
+            self._file.close()
+            with writing(self._path), closing(self._disk):
+                self._disk.sync()
 
     def _column(self, path: str, value: float | int | np.ndarray) -> h5py.Dataset:
         """A new column: ``/rounds/<name>`` [0], ``/clients/<name>`` [0, N]; of ranks, which may begin late, with a row

@@ -88,4 +88,6 @@ class Manifest:
             raise StoreError(f"{path}: missing or damaged ({why!r})") from why
         if folder.name != f"{manifest.round:06d}":
             raise StoreError(f"{path}: of round {manifest.round}, in the folder of another")
+        if absent := {"server.h5", "log.h5", "personal.h5"} - {shard.name for shard in shards}:
+            raise StoreError(f"{path}: does not list {min(absent)}")
         return manifest

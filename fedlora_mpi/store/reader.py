@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 import h5py
 import numpy as np
 
-from . import checkpoint, hdf5, snapshot
+from . import checkpoint, hdf5, seal, snapshot
 from .files import FormatError, StoreError
 from .log import GROUPS
 from .snapshot import Checkpoint
@@ -32,6 +33,18 @@ class RunFiles:
         self.config_yaml: str = attrs["config_yaml"]
         self.lost: list[str] = [*attrs.get("lost", ())]  # a line about each time that ranks died
         self.config: dict[str, Any] = json.loads(attrs["config_json"])
+        self._beside: dict[str, str] = json.loads(attrs.get("beside", "{}"))
+
+    def text(self, name: str) -> str:
+        """A file of the folder that the run wrote beside its log. Raises StoreError: missing or damaged."""
+        path = self.path / name
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as why:
+            raise StoreError(f"{path}: missing or damaged ({why}); remove it, a resume writes it anew") from why
+        if self._beside.get(name, seal.of_text(text)) != seal.of_text(text):
+            raise StoreError(f"{path}: checksum differs, the file is damaged; remove it, a resume writes it anew")
+        return text
 
     def rounds(self) -> dict[str, np.ndarray]:
         """Columns [T] by name, ``round`` first."""
@@ -66,9 +79,15 @@ class RunFiles:
         return checkpoint.committed(self.path)
 
     def checkpoint(self, round_: int | None = None) -> Checkpoint:
-        """The verified checkpoint of a round, by default the newest valid one. Raises StoreError."""
+        """The verified checkpoint of a round, by default the newest valid one, with a warning for each newer one.
+
+        Raises StoreError.
+        """
         if round_ is None:
-            return checkpoint.newest(self.path)[0]
+            found, skipped = checkpoint.newest(self.path)
+            for line in skipped:
+                warnings.warn(f"skipped {line}", stacklevel=2)
+            return found
         if round_ not in (there := self.checkpoints()):
             raise StoreError(f"{self.path}: no checkpoint of round {round_}; there are {there}")
         found = Checkpoint.read(snapshot.folder_of(self.path, round_))
@@ -85,25 +104,29 @@ class RunFiles:
         for wait in WAITS:
             try:
                 with hdf5.open_file(path) as log:
+                    columns = _columns(log)
+                    seal.verify(log, {f"{group}/{n}": v for group in columns for n, v in columns[group].items()})
                     return part(log)
             except FormatError:
                 raise
-            except (OSError, RuntimeError, KeyError, StoreError) as why:  # what h5py raises on a moving file
+            except Exception as why:  # h5py raises nearly anything on a file that moves or is damaged
                 last = why
                 time.sleep(wait)
-        copies = self.path / "checkpoints" / "*" / "log.h5"
-        raise StoreError(f"{path}: unreadable ({last}); resume repairs it, from {copies}") from last
+        copies, said = self.path / "checkpoints" / "*" / "log.h5", " ".join(f"{last}".split())[:200]
+        raise StoreError(f"{path}: unreadable ({said}); resume repairs it, from {copies}") from last
 
 
 def _columns(log: h5py.File) -> dict[str, dict[str, np.ndarray]]:
     """The rows that all columns have: [T] under "rounds", [T, N] under "clients", [T, R] under "ranks"."""
-    found = {group: _everything(log[group]) if group in log else {} for group in GROUPS}
-    rows = min((len(column) for group in found.values() for column in group.values()), default=0)
+    found = {group: dict(log[group].items()) if group in log else {} for group in GROUPS}
+    every = [column for columns in found.values() for column in columns.values()]
+    rows = min(map(len, [*every, *([log[seal.ROWS]] if seal.ROWS in log else [])]), default=0)
     return {
-        group: {name: column[:rows] for name, column in columns.items()} for group, columns in found.items()
+        group: {name: hdf5.read(column, rows) for name, column in columns.items()}
+        for group, columns in found.items()
     }
 
 
 def _everything(group: h5py.Group) -> dict[str, Any]:
     """The attributes and the data sets of ``group``."""
-    return dict(group.attrs) | {name: dataset[()] for name, dataset in group.items()}
+    return dict(group.attrs) | {name: hdf5.read(dataset) for name, dataset in group.items()}

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ..writing import writing
 from .files import write_atomic
 from .reader import RunFiles
 
@@ -55,8 +56,9 @@ class Csv:
         row = {"round": round_, **rounds}
         head = "" if self._names else _line(row)
         self._names = self._names or list(row)
-        self._file.write((head + _line(row[name] for name in self._names)).encode())  # at once
-        os.fsync(self._file.fileno())
+        with writing(Path(self._file.name)):
+            self._file.write((head + _line(row[name] for name in self._names)).encode())  # at once
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

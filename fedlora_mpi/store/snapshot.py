@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import hdf5
+from . import hdf5, manifest
 from .files import StoreError, copy_atomic
 from .hdf5 import escape, unescape
 from .manifest import Manifest, is_worker_file
@@ -52,6 +52,10 @@ class Checkpoint:
             raise StoreError(f"{self.path}: of another config ({self.manifest.run_digest}, not {run_digest})")
         for shard in self.manifest.files:
             shard.verify(self.path)
+        held = sorted(np.concatenate([np.arange(0), *self._owned.values()]).tolist())
+        if held != self.client_ids():
+            here = f"{self.manifest.clients} clients, its files hold {len(held)}"
+            raise StoreError(f"{self.path / manifest.NAME}: {here}")
 
     def attrs(self) -> dict[str, str | int | float]:
         """The attributes given to ``write_server``, the round among them."""

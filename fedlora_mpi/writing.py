@@ -1,0 +1,42 @@
+"""A write that fails: which file, why, and how much room there is."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .units import size
+
+
+class Unwritable(OSError):
+    """A file or folder that could not be written, in one line."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.filename}: cannot be written: {self.strerror}; mend that and go on "
+            "('fedlora-mpi resume' continues a run from its last checkpoint)"
+        )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise Unwritable for what the system, or HDF5, says of a write to ``path`` that has failed."""
+    try:
+        yield
+    except Unwritable:
+        raise
+    except (OSError, RuntimeError) as why:
+        found = re.search(r"errno = (\d+)", str(why))  # HDF5's, which h5py raises as either
+        if isinstance(why, RuntimeError) and not found:
+            raise
+        number = int(found[1]) if found else why.errno or errno.EIO
+        raise Unwritable(number, f"{os.strerror(number)}, {_free(Path(path))}", str(path)) from why
+
+
+def _free(path: Path) -> str:
+    """The room in the folder of ``path``, or in what exists of the way to it."""
+    folder = next(at for at in path.absolute().parents if at.is_dir())
+    return f"{size(shutil.disk_usage(folder).free)} free in {folder}"
