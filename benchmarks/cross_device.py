@@ -16,7 +16,7 @@ from fedlora_mpi.build import build
 from fedlora_mpi.comm import Solo
 from fedlora_mpi.config import from_dict
 from fedlora_mpi.round import play
-from fedlora_mpi.run import beginning
+from fedlora_mpi.saving import beginning
 
 WAYS = {
     "loop": {"path": "loop"},

@@ -19,7 +19,7 @@ from fedlora_mpi.comm import Solo
 from fedlora_mpi.config import from_dict
 from fedlora_mpi.federation import State
 from fedlora_mpi.round import play
-from fedlora_mpi.run import beginning
+from fedlora_mpi.saving import beginning
 
 OFFICIAL = {"rank_rule": "official", "scale": "official"}
 CASES = {  # name: (data, model, ranks, target)
@@ -60,7 +60,7 @@ def main() -> None:
         data, model, ranks, target = CASES[name]
         low_rank = lambda epochs: {"name": "fedlora", "lora_epochs": epochs} | ranks
         plain, ours, none = (prepared(data, model, a) for a in ("fedavg", low_rank(LORA_EPOCHS), low_rank(0)))
-        (warm, as_is), (_, off) = timed(*plain), timed(*none)
+        (_, as_is), (_, off) = timed(*plain), timed(*none)
         wrong = max(float((as_is[n] - v).abs().max() / v.abs().max().clamp(min=1e-3)) for n, v in off.items())
         assert wrong < 1e-3, f"{name}: FedLoRA without low-rank epochs is {wrong} from FedAvg"
         timed(*ours)

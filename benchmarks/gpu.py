@@ -31,7 +31,7 @@ from fedlora_mpi.engine.memory import Room
 from fedlora_mpi.engine.train import Trainer
 from fedlora_mpi.federation import State
 from fedlora_mpi.round import play
-from fedlora_mpi.run import beginning
+from fedlora_mpi.saving import beginning
 
 FULL = {"model": "resnet8", "clients": 40, "train": 500, "test": 100, "side": 32, "batch": 100, "epochs": 5}
 QUICK = {"model": "cifar_resnet8", "clients": 4, "train": 20, "test": 5, "side": 8, "batch": 10, "epochs": 4}

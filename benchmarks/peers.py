@@ -32,7 +32,7 @@ from fedlora_mpi.config import from_dict
 from fedlora_mpi.federation import State
 from fedlora_mpi.models import zoo
 from fedlora_mpi.round import play
-from fedlora_mpi.run import beginning
+from fedlora_mpi.saving import beginning
 
 HERE = Path(__file__).parent
 PEERS = {"flwr": HERE / "peer" / "flower.py", "pfl": HERE / "peer" / "apple.py"}
@@ -150,6 +150,7 @@ def main() -> None:
             lines = {"fedlora_mpi": [__file__, "--ours", str(folder)]} | {
                 peer: [str(PEERS[peer]), str(folder)] for peer in asked.peers
             }
+            expected = float("nan")  # our training loss; we come first
             parameters = dict(module(spec, {}).named_parameters()).keys()
             for side, line in lines.items():
                 told, end[side] = measured([sys.executable, *line, "--rounds", str(asked.rounds)], folder)
@@ -169,7 +170,8 @@ def main() -> None:
                 else:
                     assert apart < APART, f"{name}, {side}: parameters are {apart} from ours"
                     row["agreement"] = f"{apart:.1e}"
-                expected = told["loss"] if side == "fedlora_mpi" else expected
+                if side == "fedlora_mpi":
+                    expected = told["loss"]
                 rows.append(row)
                 print(row, file=sys.stderr, flush=True)
     tell(asked, rows, asked.peers)

@@ -14,7 +14,7 @@ from fedlora_mpi.build import build
 from fedlora_mpi.comm import Solo
 from fedlora_mpi.config import read
 from fedlora_mpi.round import play
-from fedlora_mpi.run import beginning
+from fedlora_mpi.saving import beginning
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 WAYS = {

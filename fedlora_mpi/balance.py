@@ -7,7 +7,6 @@ message. Which rank trains a client changes no number.
 
 from collections.abc import Sequence
 
-import numpy as np
 
 from .federation import Run, State
 from .journal import packed, unpack

@@ -24,7 +24,7 @@ from fedlora_mpi.comm import Solo
 from fedlora_mpi.federation import Run
 from fedlora_mpi.pulse import Pulse
 from fedlora_mpi.round import play
-from fedlora_mpi.run import beginning
+from fedlora_mpi.saving import beginning
 from fedlora_mpi.store.reader import RunFiles
 
 T = TypeVar("T")

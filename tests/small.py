@@ -20,7 +20,7 @@ from fedlora_mpi.models.resnet import ResNet
 from fedlora_mpi.placement import groups
 from fedlora_mpi.federation import Kind, Run
 from fedlora_mpi.round import play
-from fedlora_mpi.run import beginning
+from fedlora_mpi.saving import beginning
 from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import tmap
 

@@ -22,7 +22,8 @@ from fedlora_mpi.comm import Fault, Solo
 from fedlora_mpi.config import read
 from fedlora_mpi.lowrank import truncated
 from fedlora_mpi.round import play
-from fedlora_mpi.run import beginning, resume, start
+from fedlora_mpi.run import resume, start
+from fedlora_mpi.saving import beginning
 from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import numel, prefixed, tmap, under
 

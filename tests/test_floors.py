@@ -17,7 +17,7 @@ FLOOR = {  # top-level file or folder -> floor; the package's own __init__ is it
     **dict.fromkeys(("config", "federation"), 7),
     **dict.fromkeys(("round", "journal"), 8),
     **dict.fromkeys(("build", "recovery"), 9),
-    "balance": 10,
+    **dict.fromkeys(("balance", "saving", "folder"), 10),
     **dict.fromkeys(("run", "plan", "pretrain", "analysis"), 11),
     **dict.fromkeys(("slurm", "doctor"), 12),
     "reproduce": 13,

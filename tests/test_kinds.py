@@ -45,7 +45,7 @@ from fedlora_mpi.models import zoo
 from fedlora_mpi.placement import assign, groups
 from fedlora_mpi.plan import plan
 from fedlora_mpi.round import play
-from fedlora_mpi.run import _load, save
+from fedlora_mpi.saving import loaded, save
 from fedlora_mpi.store.reader import RunFiles
 from fedlora_mpi.store.snapshot import Checkpoint, folder_of
 
@@ -82,7 +82,7 @@ def mixed(tmp_path_factory):
 def test_a_mixed_run_goes_on_from_a_checkpoint_on_another_number_of_ranks(mixed, ranks):
     def go_on(comm):
         parts = build(tiny(*PFEDLORA), str(TINY), comm)
-        state = _load(Checkpoint.read(folder_of(mixed, 2)), parts)
+        state = loaded(Checkpoint.read(folder_of(mixed, 2)), parts)
         for _ in range(2):
             state, _, _ = play(parts.run, state, evaluate=True, stop=False)
         return parts.run, state
@@ -99,7 +99,7 @@ def test_a_checkpoint_of_a_mixed_run_has_one_digest_and_one_joined_file_on_any_n
 
     def write(comm):
         parts = build(tiny(*PFEDLORA), str(TINY), comm)
-        save(parts, tmp_path, _load(Checkpoint.read(folder_of(mixed, 4)), parts))
+        save(parts, tmp_path, loaded(Checkpoint.read(folder_of(mixed, 4)), parts))
 
     on_ranks(ranks, write)
     one, other = (Checkpoint.read(folder_of(run, 4)) for run in (mixed, tmp_path))

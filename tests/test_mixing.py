@@ -18,7 +18,7 @@ from fedlora_mpi.build import Built
 from fedlora_mpi.comm import Fault, Solo
 from fedlora_mpi.mixing import BLOCK, Mixing
 from fedlora_mpi.round import play
-from fedlora_mpi.run import beginning
+from fedlora_mpi.saving import beginning
 from fedlora_mpi.seeds import rng
 from fedlora_mpi.sums import LIMIT
 

@@ -21,7 +21,8 @@ from fedlora_mpi.privacy.check import check_run
 from fedlora_mpi.privacy.clipping import clipped
 from fedlora_mpi.privacy.settings import Privacy
 from fedlora_mpi.round import play
-from fedlora_mpi.run import beginning, resume, start
+from fedlora_mpi.run import resume, start
+from fedlora_mpi.saving import beginning
 from fedlora_mpi.seeds import rng
 from fedlora_mpi.store.reader import RunFiles
 from fedlora_mpi.sums import ExactSum

@@ -4,7 +4,6 @@ import gc
 import resource
 
 import numpy as np
-import pytest
 import torch
 from runs import TINY, assert_same_run, command, finished, mpirun, outcome
 

@@ -48,7 +48,8 @@ from fedlora_mpi.placement import assign
 from fedlora_mpi.recovery import lasting
 from fedlora_mpi.round import play
 from fedlora_mpi import run as run_module
-from fedlora_mpi.run import beginning, start
+from fedlora_mpi.run import start
+from fedlora_mpi.saving import beginning
 from fedlora_mpi.store.reader import RunFiles
 
 METHODS = {

@@ -22,7 +22,8 @@ from fedlora_mpi.data.tasks import Tasks
 from fedlora_mpi.engine.flops import Flops
 from fedlora_mpi.plan import plan
 from fedlora_mpi.round import play
-from fedlora_mpi.run import beginning, resume, start
+from fedlora_mpi.run import resume, start
+from fedlora_mpi.saving import beginning
 
 EACH = ("data.tasks.classes=1", "data.tasks.rounds=1")
 PAIRS = ("data.tasks.classes=2", "data.tasks.rounds=2")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from itertools import islice
 from typing import NamedTuple, Protocol
 
 import numpy as np

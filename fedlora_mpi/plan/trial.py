@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import torch
 
 from ..build import Built
 from ..comm import Solo

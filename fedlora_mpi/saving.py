@@ -1,0 +1,100 @@
+"""The state of a run before round 1, into a checkpoint and out of it."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .build import Built
+from .comm import together
+from .federation import Kind, Run, State
+from .store import checkpoint
+from .store.manifest import Shard, worker_file
+from .store.snapshot import Checkpoint
+from .tree import Tree, nbytes, tmap
+
+_READ = 2**28  # bytes of a checkpoint in memory at once
+
+
+def save(built: Built, folder: Path, state: State) -> None:
+    """Write a checkpoint: every worker its clients, rank 0 the rest, the manifest last."""
+    run, comm, home = built.run, built.run.comm, checkpoint.folder_of(folder, state.round)
+    comm.pulse.at("the checkpoint")
+    shards = np.zeros((comm.size, len(run.kinds), 3), np.int64)
+
+    def write() -> list[Shard]:
+        for number, (kind, ids) in enumerate(zip(run.kinds, run.by_kind)):
+            if ids:
+                own = _arrays({n: state.personal[kind.prefix + n] for n in kind.first.personal})
+                shards[comm.rank, number] = checkpoint.write_clients(home, comm.rank, ids, own, number).numbers()
+        if comm.rank:
+            return []
+        shared, server = _arrays(state.shared), _arrays(state.server)
+        ours = checkpoint.write_server(home, round_=state.round, shared=shared, server=server)
+        return [ours, checkpoint.copy_log(home, folder / "log.h5")]
+
+    together(comm, lambda: checkpoint.begin(folder, state.round) if comm.rank == 0 else None)
+    files = together(comm, write)
+    comm.sum(shards)
+    if comm.rank == 0:  # nobody waits for what follows: a rank that dies from here on finds a whole checkpoint
+        written = [(rank, kind) for rank, kind in np.ndindex(shards.shape[:2]) if shards[rank, kind].any()]
+        files = [*(Shard.from_numbers(worker_file(*at), shards[at]) for at in written), *files]
+        checkpoint.commit(home, files, run_digest=built.digest, clients=len(run.weight_N))
+        checkpoint.prune(folder, built.config.checkpoint.keep)
+
+
+def beginning(built: Built) -> State:
+    """The state before round 1."""
+    run = built.run
+    shared = tmap(lambda v: v.to(run.trainer.device, copy=True), run.kinds[0].first.shared)
+    personal = {}
+    for kind, ids in zip(run.kinds, run.by_kind):
+        personal |= (leaves := _blank(run, kind, len(ids)))
+        for name, rows in leaves.items():
+            rows[:] = kind.first.personal[name.removeprefix(kind.prefix)]
+    run.rows.release()
+    return State(0, run.algorithm.server(run.trainer.model, shared), shared, personal)
+
+
+def loaded(found: Checkpoint, built: Built) -> State:
+    """The state of a checkpoint: this rank's clients, wherever they were hosted before."""
+    run = built.run
+    first, device, personal = run.kinds[0].first.shared, run.trainer.device, {}
+    blank = run.algorithm.server(run.trainer.model, first)
+    in_order = lambda leaves, like: {name: torch.from_numpy(leaves[name]).to(device) for name in like}
+    for kind, ids in zip(run.kinds, run.by_kind):
+        personal |= (leaves := _blank(run, kind, len(ids)))
+        few = max(1, _READ // max(1, nbytes(kind.first.personal)))
+        for at in range(0, len(ids), few):
+            for name, rows in found.personal(ids[at : at + few]).items():
+                leaves[kind.prefix + name][at : at + few] = torch.from_numpy(rows)
+    run.rows.release()
+    return State(found.round, in_order(found.server(), blank), in_order(found.shared(), first), personal)
+
+
+def newest(folder: Path, built: Built) -> Checkpoint | None:
+    """The newest valid checkpoint, as rank 0 finds it; None when none was ever committed."""
+    comm = built.run.comm
+
+    def find() -> int:
+        if comm.rank != 0 or not checkpoint.committed(folder):
+            return 0
+        found, skipped = checkpoint.newest(folder, run_digest=built.digest)
+        for line in (*(f"skipped {line}" for line in skipped), f"resuming {folder} after round {found.round}"):
+            print(line, file=sys.stderr, flush=True)
+        return found.round
+
+    round_ = int(comm.broadcast(str(together(comm, find)).encode()))
+    return together(comm, lambda: Checkpoint.read(checkpoint.folder_of(folder, round_))) if round_ else None
+
+
+def _blank(run: Run, kind: Kind, clients: int) -> Tree:
+    """Room for the personal leaves of so many clients of a kind."""
+    return {kind.prefix + name: run.rows.blank(clients, v) for name, v in kind.first.personal.items()}
+
+
+def _arrays(tree: Tree) -> Mapping[str, np.ndarray]:
+    """Leaves as numpy arrays, without a copy on the CPU."""
+    return {n: v.detach().cpu().numpy() for n, v in tree.items()}
