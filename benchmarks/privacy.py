@@ -1,20 +1,22 @@
-"""What privacy costs in a round: the quick start, and 40 clients of 80,000 parameters, on one core.
+"""What does privacy cost in a round? The quick start, and 40 clients of 80,000 parameters, on one core.
 
     python benchmarks/privacy.py [--rounds 10] [--clients 40]
 
 Seconds per round (the least of some, without evaluation), FedAvg in one process: plain; updates clipped, with
 noise of the server; all pairs of the cohort masked; masks with 8 neighbours each. The second federation is the
-two-convolution CNN with about 80,000 parameters on the digits, 20 images a client, one epoch.
+two-convolution CNN with about 80,000 parameters on the digits, 20 images a client, one epoch. First: masks change no bit.
 """
 
-import argparse
 from pathlib import Path
+
+from report import arguments, tell
 
 from fedlora_mpi.build import build
 from fedlora_mpi.comm import Solo
 from fedlora_mpi.config import read
 from fedlora_mpi.round import play
 from fedlora_mpi.saving import beginning
+from fedlora_mpi.tree import Tree
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 WAYS = {
@@ -25,27 +27,32 @@ WAYS = {
 }
 
 
-def seconds(overrides: list[str], rounds: int) -> tuple[int, float]:
-    """Numbers of an upload, and the least seconds of a round after the first."""
+def seconds(overrides: list[str], rounds: int) -> tuple[int, float, Tree]:
+    """Numbers of an upload, the least seconds of a round after the first, and the shared variables in the end."""
     built = build(read(CONFIG, ["algorithm=fedavg", "engine.device=cpu", *overrides]), str(CONFIG), Solo())
     state, found = beginning(built), []
     for _ in range(rounds + 1):
         state, row, _ = play(built.run, state, evaluate=False, stop=False)
         found.append(row["seconds_train"] + row["seconds_exchange"])
-    return built.run.upload.size, min(found[1:])
+    return built.run.upload.size, min(found[1:]), state.shared
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--clients", type=int, default=40)
-    asked = parser.parse_args()
+    asked, rows = parser.parse_args(), []
     partition = f"data.partition={{kind: iid, clients: {asked.clients}, train: 20, test: 5}}"
     crowd = [partition, "train.epochs=1", "model.hidden=564"]
     for title, overrides in (("quick start", []), (f"{asked.clients} clients", crowd)):
+        plain = None
         for way, block in WAYS.items():
-            size, found = seconds([*overrides, *block], asked.rounds)
-            print(f"{title}, {size:,} numbers, {way}: {found:.3f} s per round", flush=True)
+            size, found, end = seconds([*overrides, *block], asked.rounds)
+            plain = plain or (found, end)
+            if "mask" in way:
+                assert all(v.equal(plain[1][n]) for n, v in end.items()), f"{title}, {way}: other bits than without"
+            rows.append({"federation": title, "numbers": size, "way": way, "s per round": found, "of plain": found / plain[0]})
+    tell(asked, rows)
 
 
 if __name__ == "__main__":

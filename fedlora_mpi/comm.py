@@ -357,7 +357,8 @@ def guarded(comm: Comm, main: Callable[[], int]) -> int:
     except Exception:
         print(f"[rank {comm.rank} of {comm.size}] stopped all ranks:", file=sys.stderr)
         traceback.print_exc()
-        comm.abort()
+        if comm.size > 1:
+            comm.abort()
     return 1
 
 

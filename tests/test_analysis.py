@@ -321,7 +321,7 @@ def test_a_picture_is_a_png_and_leaves_nothing_beside(tmp_path):
 
 def test_a_picture_that_cannot_be_made_is_refused_with_the_way_out(tmp_path, monkeypatch):
     split = split_of([[1, 2], [3, 4]])
-    with pytest.raises(ValueError, match="No such file or directory; choose another"):
+    with pytest.raises(ValueError, match="No such file or directory, .* GB free .*; choose another"):
         partition.draw(split, tmp_path / "nowhere" / "x.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"pip install 'fedlora-mpi\[analysis\]'"):

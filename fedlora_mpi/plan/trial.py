@@ -126,7 +126,7 @@ class _Trial:
         wall, cpu = time.perf_counter(), time.process_time()
         _, row, clients_N = play(run, state, judged, False)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        row = {name: value for name, value in row.items() if name not in ("stop", "skipped")}
+        row = {name: value for name, value in row.items() if name not in ("stop", "skipped", "seconds_ranks")}
         self.row = row, clients_N
         if keep:
             own = min(1.0, cpu / wall) if self._config.engine.threads == 1 and device.type == "cpu" else 1.0
