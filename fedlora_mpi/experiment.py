@@ -66,17 +66,17 @@ class ModelBlock:
 
     def of_clients(self, clients: int) -> tuple[int, ...]:
         """Which network of the mix each client has, [N]. Raises ValueError when they are not so many."""
-        if self.clients is not None:
-            of = tuple(number for number, count in enumerate(self.clients) for _ in range(count))
-        else:
-            of = tuple(client % len(self.mix) for client in range(clients)) if self.each is None else self.each
-        if len(of) != clients:
-            field = "each" if self.clients is None else "clients"
+        field, given = ("each", clients) if self.clients is None else ("clients", sum(self.clients))
+        if self.each is not None:
+            given = len(self.each)
+        if given != clients:
             raise ValueError(
-                f"{field} = {list(getattr(self, field))}: is for {len(of)} clients, data.partition.clients is "
+                f"{field} = {list(getattr(self, field))}: is for {given} clients, data.partition.clients is "
                 f"{clients}; make the two agree"
             )
-        return of
+        if self.clients is not None:
+            return tuple(number for number, count in enumerate(self.clients) for _ in range(count))
+        return tuple(client % len(self.mix) for client in range(clients)) if self.each is None else self.each
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,11 @@ def test_a_file_that_would_exhaust_or_mislead_the_reader_is_refused(tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
-@pytest.mark.parametrize("text", ["seed=" + "1" * 5000, "x." * 3000 + "y=1", "seed=" + "[" * 3000], ids=range(3))
+@pytest.mark.parametrize(
+    "text",
+    ["seed=" + "1" * 5000, "x." * 3000 + "y=1", "seed=" + "[" * 3000, f"model={{mix: [cnn, cnn], clients: [{2**63}, 6]}}"],
+    ids=range(4),
+)
 def test_an_override_that_would_exhaust_the_reader_is_refused(text):
     with pytest.raises(ConfigError, match="^command line: "):
         read(TINY, [text])
