@@ -33,7 +33,7 @@ VALUES = st.recursive(
 )
 ALWAYS = {"deadline": timedelta(seconds=5), "suppress_health_check": list(HealthCheck), "database": None}
 FAST = settings(max_examples=150, derandomize=True, **ALWAYS)
-LONG = settings(max_examples=8000, **ALWAYS)
+LONG = settings(max_examples=3000, **ALWAYS)
 
 
 def paths(tree, above=()):
