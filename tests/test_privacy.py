@@ -163,14 +163,38 @@ def test_neighbours_are_mutual_and_equally_many(clients, number):
         assert among != masks.neighbours(chosen, number, 1, 3)
 
 
+BREAKS = ("algorithm=user_parts:Breaks", "algorithm.weights=uniform", "participation=1.0", "rounds=2")
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_a_client_that_breaks_leaves_no_mask(ranks):
-    said = []
-    for more in ((), (SECURE,)):
-        with pytest.raises(Fault) as fault:
-            played("algorithm=fedavg", "train.lr=1.0e+30", *more, ranks=ranks)
-        said.append(str(fault.value))
-    assert said[0] == said[1] and "round 1" in said[0]
+def test_one_client_that_breaks_is_named_under_masks(ranks):
+    with pytest.raises(Fault, match="round 1: the loss or upload of client 2 is not finite"):
+        played(*BREAKS, SECURE, ranks=ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_one_client_that_is_skipped_leaves_no_mask(ranks):
+    skip = "faults.non_finite=skip"
+    plain, secure = played(*BREAKS, skip)[0], played(*BREAKS, skip, SECURE, ranks=ranks)[0]
+    assert plain[-1].row["clients"] == 6 and all(same(a, b) for a, b in zip(plain, secure, strict=True))
+
+
+@counted
+def test_one_client_that_is_skipped_leaves_its_noise_and_its_place():
+    clients = (*DRAWS["clients"], "participation=1.0", "rounds=2", "faults.non_finite=skip")
+    whole, broken = (played(f"algorithm={name}", "algorithm.weights=uniform", *clients)[0][1].shared
+                     for name in ("fedavg", "user_parts:Breaks"))
+    assert (flat(whole) - flat(broken)).norm() < 1e-6  # updates are clipped to nothing: what is left is the noise
+
+
+@pytest.mark.parametrize("block", [SECURE, "privacy.clip=1"])
+def test_uploads_do_not_travel_one_by_one(block):
+    fedhl = ("algorithm=fedhl", "algorithm.lora_ranks=[1]", "model.hidden=64", "participation=0.5")
+    assert built(*fedhl).run.gathers
+    if block == SECURE:
+        assert not built(*fedhl, block).run.gathers
+    else:
+        assert not built("algorithm=fedit", *fedhl[1:], block).run.gathers
 
 
 # --- clipping

@@ -3,7 +3,7 @@
 import os
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -82,6 +82,21 @@ class FailsOnRank2(FedAvg):
         if MPI.COMM_WORLD.rank == 2 and end is not start:
             raise KeyError("a mistake in the user's upload")
         return end.shared
+
+
+@dataclass(frozen=True)
+class Breaks(FedAvg):
+    """FedAvg in which one client's upload is never finite."""
+
+    client: int = 2
+    breaks: bool = False
+
+    def of_client(self, client, clients):
+        return replace(self, breaks=client == self.client)
+
+    def upload(self, start, end):
+        broken = self.breaks and end is not start
+        return {n: v * float("nan") if broken else v for n, v in end.shared.items()}
 
 
 @dataclass(frozen=True)
