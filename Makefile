@@ -1,5 +1,5 @@
 # make run    set up .venv, then the quick start: FedLoRA, FedAvg and Local on bundled real data
-# make test   set up .venv, then the tests
+# make test   set up .venv, then the tests, two files at a time (JOBS=4: four)
 # make docs   set up .venv, then the site: build/docs/index.html
 # Both work first thing in a fresh clone; a second call installs nothing.
 # The tests of pre-trained models are skipped until: .venv/bin/pip install -e '.[hf]' peft
@@ -13,6 +13,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export HWLOC_HIDE_ERRORS := 1
+JOBS ?= 2
 STAMP := $(shell date +%Y%m%d-%H%M%S)
 QUICK = mpirun -n 3 --bind-to none fedlora-mpi run configs/quickstart.yaml output=runs/quickstart-$(STAMP)/{algorithm}
 
@@ -35,7 +36,7 @@ run: install
 	  '  .venv/bin/fedlora-mpi run configs/quickstart.yaml algorithm.lora_epochs=3 output=runs/mine'
 
 test: install
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: install
 	@.venv/bin/python -m pytest -m slow
