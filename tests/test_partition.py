@@ -273,7 +273,7 @@ def test_topping_up_takes_the_best_liked_class_from_its_largest_holder():
     [
         ("alpha", -1, "a number above 0"),
         ("alpha", float("nan"), "a number above 0"),
-        ("clients", 0, "an integer of at least 1"),
+        ("clients", 0, "an integer from 1 to 10000000"),
         ("train", -1, "an integer of at least 0"),
         ("test", -1, "an integer of at least 0"),
         ("seed", 2**32, "an integer from 0 to 4294967295"),
