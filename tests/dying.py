@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 
-from fedlora_mpi import comm, run
+from fedlora_mpi import comm, run, saving
 from fedlora_mpi import round as rounds
 from fedlora_mpi.cli import main
 
@@ -61,8 +61,8 @@ before(rounds, "_train", "training")
 before(rounds, "_keep", "client")
 before(rounds, "_evaluate", "evaluation")
 before(run, "save", "checkpoint")
-after(run.checkpoint, "write_clients", "shard")
-before(run.checkpoint, "commit", "commit")
+after(saving.checkpoint, "write_clients", "shard")
+before(saving.checkpoint, "commit", "commit")
 before(comm.Mpi, "sum", "sum")
 before(comm.Mpi, "exchange", "exchange")
 before(comm.Mpi, "gather", "gather")

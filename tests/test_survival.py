@@ -95,7 +95,6 @@ def rounds_begun(text):
 # Workers that die.
 
 
-@pytest.mark.slow
 def test_two_workers_die_in_different_rounds_and_the_bits_are_those_of_an_undisturbed_run(undisturbed, tmp_path):
     plan = [(2, "training", 2), (3, "client", 5)]  # 3 keeps the copies of 2, and then dies too
     ended = finished(line(plan, *SIX), tmp_path)
@@ -114,7 +113,6 @@ def test_the_server_goes_on_alone_without_its_only_worker(undisturbed, tmp_path)
     assert_same_run(undisturbed(*SIX), tmp_path / "run")
 
 
-@pytest.mark.slow
 def test_the_death_of_rank_zero_ends_the_run_with_the_command_that_goes_on(undisturbed, tmp_path):
     ended = finished(line([(0, "training", 5)], *SIX, ranks=3), tmp_path)
     assert ended.returncode not in (0, 2, 75)
@@ -243,7 +241,6 @@ def test_groups_that_have_a_home_stay_there_and_the_others_go_where_least_is_to_
 # Hangs.
 
 
-@pytest.mark.slow
 def test_a_hang_ends_all_ranks_with_rank_round_stage_and_stacks(tmp_path):
     hang = [(2, "client", 3, "hangs")]
     began = time.monotonic()
