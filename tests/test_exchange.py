@@ -205,10 +205,29 @@ def test_a_run_on_the_folder_is_the_run_on_the_data_set_it_was_made_of(tmp_path)
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.parametrize("shift", ["rotate", "labels"])
+def test_a_shift_between_clients_is_written(tmp_path, shift):
+    out, plain = tmp_path / "ours", tmp_path / "plain"
+    assert main(["partition", str(TINY), "--to", "pfllib", str(plain)]) == 0
+    assert main(["partition", str(TINY), f"data.shift={shift}", "--to", "pfllib", str(out)]) == 0
+    counts = [dict(client) for client in json.loads((out / "config.json").read_text())["Size of samples for labels in clients"]]
+    for client in range(7):
+        for side in ("train", "test"):
+            x, y = pfllib_reads(plain, side, client)
+            if shift == "rotate":
+                x = x.rot90(client % 4, (2, 3))
+            else:
+                y = (y + client % 4) % 4
+            found = pfllib_reads(out, side, client)
+            torch.testing.assert_close(found[0], x, rtol=0, atol=1e-5)
+            assert torch.equal(found[1], y)
+        both = torch.cat([pfllib_reads(out, side, client)[1] for side in ("train", "test")])
+        assert counts[client] == {int(label): int((both == label).sum()) for label in both.unique()}
+
+
 @pytest.mark.parametrize(
     "overrides, to, why",
     [
-        (["data.shift=rotate"], ["pfllib", "new"], "data.shift = rotate: is not written for PFLlib"),
         ([], ["pfllib", "full"], "there is something already; give a new folder"),
         ([], ["leaf", "new"], "--to leaf: is no format; there is pfllib"),
     ],

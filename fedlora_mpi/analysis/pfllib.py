@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..config import Config
-from ..data.datasets import Data, Samples
+from ..data.datasets import Data
+from ..data.feed import Feed
 from ..data.partition import Split
 from ..store import hdf5
 from ..store.files import replacing, write_atomic
@@ -19,24 +21,28 @@ from .run import RunView
 def write_folder(config: Config, data: Data, split: Split, folder: Path) -> str:
     """Write ``folder/train/<k>.npz``, ``folder/test/<k>.npz`` and ``folder/config.json``; what was done, in a line.
 
-    x are the numbers that our networks see, float32 [n, ch, H, W], y int64 [n]. config.json has the keys that PFLlib
-    writes and, so that ``data.dataset: pfllib`` finds the bytes again, "mean" and "std" of each channel.
-    Raises ValueError: texts, a shift between clients, a folder that holds something.
+    x are the numbers that our networks see, turned where ``data.shift`` turns them, float32 [n, ch, H, W], y int64 [n].
+    config.json has the keys that PFLlib writes and, so that ``data.dataset: pfllib`` finds the bytes again, "mean" and
+    "std" of each channel. Raises ValueError: texts, a folder that holds something.
     """
     folder = folder.expanduser()
     if data.vocabulary:
         raise ValueError(f"data.dataset = {config.data.source.dataset}: texts are not written for PFLlib; only images are")
-    if config.data.source.shift != "none":
-        raise ValueError(f"data.shift = {config.data.source.shift}: is not written for PFLlib; set it to none")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--to pfllib {folder}: there is something already; give a new folder")
+    shift = config.data.source.shift
+    feed = Feed(data, split, seed=config.seed, shift=shift, device=torch.device("cpu"), augment=False)
+    counts = np.zeros((len(split.train), data.classes), int)
     try:
-        for name, samples, held in (("train", data.train, split.train), ("test", data.test, split.test)):
+        for name in ("train", "test"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-            for client, rows in enumerate(held):
+            for client in range(len(split.train)):
+                seen = feed.survey([client], True) if name == "train" else feed.test([client], 0, feed.test_size(client))
+                arrays = {"x": seen.x[0].numpy(), "y": seen.y[0].numpy()}
+                counts[client] += np.bincount(arrays["y"], minlength=data.classes)
                 with replacing(folder / name / f"{client}.npz") as file, open(file, "wb") as handle:
-                    np.savez_compressed(handle, data=np.array(_seen(data, samples, rows), dtype=object))
-        write_atomic(folder / "config.json", json.dumps(_about(config, data, split), indent=1).encode())
+                    np.savez_compressed(handle, data=np.array(arrays, dtype=object))
+        write_atomic(folder / "config.json", json.dumps(_about(config, data, counts), indent=1).encode())
     except OSError as error:
         raise ValueError(f"--to pfllib {folder}: cannot be written: {error.strerror}; choose another") from error
     return f"{folder}: {len(split.train)} clients for PFLlib, train/ and test/, config.json"
@@ -62,26 +68,17 @@ def write_results(run: RunView, file: Path) -> str:
     return f"{file}: rs_test_acc and rs_train_loss of {len(rows)} rounds; no rs_test_auc, which is not measured"
 
 
-def _seen(data: Data, samples: Samples, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """A client's samples as its network sees them."""
-    shape = (1, -1, 1, 1)
-    x = samples.x[rows].numpy().astype(np.float32) / np.float32(255)
-    x = (x - np.reshape(np.float32(data.mean), shape)) / np.reshape(np.float32(data.std), shape)
-    return {"x": x.astype(np.float32), "y": samples.y[rows].numpy()}
-
-
-def _about(config: Config, data: Data, split: Split) -> dict:
-    """config.json."""
+def _about(config: Config, data: Data, counts: np.ndarray) -> dict:
+    """config.json; counts: samples of each client and class."""
     partition = config.data.partition
-    both = split.train_counts + split.test_counts
     return {
-        "num_clients": len(split.train),
+        "num_clients": len(counts),
         "num_classes": data.classes,
         "non_iid": True,
-        "balance": len(set(map(len, split.train))) == 1,
+        "balance": len({*counts.sum(axis=1)}) == 1,
         "partition": "fedlora_mpi",
         "Size of samples for labels in clients": [
-            [[int(label), int(row[label])] for label in np.flatnonzero(row)] for row in both
+            [[int(label), int(row[label])] for label in np.flatnonzero(row)] for row in counts
         ],
         "alpha": getattr(partition, "alpha", None),
         "batch_size": config.train.batch_size,
