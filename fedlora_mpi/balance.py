@@ -7,9 +7,8 @@ message. Which rank trains a client changes no number.
 
 from collections.abc import Sequence
 
-
 from .federation import Run, State
-from .journal import packed, unpack
+from .journal import packed
 from .placement import assign
 from .recovery import carried, keeping, rehomed
 
@@ -43,10 +42,5 @@ def balanced(run: Run, state: State, workers: Sequence[int], route: str) -> tupl
     after = rehomed(run.with_(costs=costs), run.comm, host, workers, route)
     source = {c: rank for c, rank in run.rank_of.items() if rank != after.rank_of[c]}
     row = lambda client: packed(run, state.personal, client)
-    moved, personal = carried(after, source, row), {}
-    for kind, clients in zip(after.kinds, after.by_kind):
-        personal |= {kind.prefix + n: run.rows.blank(len(clients), v) for n, v in kind.first.personal.items()}
-    for client in after.hosted:
-        unpack(after, moved[client] if client in moved else row(client), client, personal)
-    state = state._replace(personal=personal)
+    state = state._replace(personal=carried(after, source, row, row))
     return (keeping(after, state) if run.journal else after), state

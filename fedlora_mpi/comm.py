@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from .mail import Lost, Mail
 from .pulse import Pulse
 from .writing import Unwritable
 
@@ -58,50 +59,10 @@ class Solo:
         os._exit(1)
 
 
-class Lost(Exception):
-    """A rank has died, so a message will never be complete: the same end for all that still wait for one.
-
-    agreed: whether the other ranks know, as they do after ``Mpi.agree``.
-    """
-
-    def __init__(self, comm: "Mpi", agreed: bool = False) -> None:
-        super().__init__("another rank has died")
-        self.comm, self.agreed = comm, agreed
-
-    def left(self) -> "Mpi":
-        """The ranks that are left, in their order; each of them calls it."""
-        return self.comm.without_the_dead(self.agreed)
-
-
-class Mail:
-    """Messages on their way, the first of them perhaps to this rank; ``buffers`` are MPI's until all is through."""
-
-    def __init__(self, comm: "Mpi", *buffers: np.ndarray) -> None:
-        self.comm, self.buffers = comm, buffers
-        self.requests: list = []
-        self.done: list[bool] = []
-
-    def through(self) -> bool:
-        """Whether all is done; looks without waiting, which also moves it on. Raises Lost."""
-        return self.comm.through(self)
-
-    def arrive(self) -> None:
-        """Wait until all is done, in steps that leave the core to others. Raises Lost."""
-        with self.comm.pulse.waiting():
-            pause = 2e-5
-            while not self.through():
-                time.sleep(pause)
-                pause = min(2 * pause, 2e-3)
-
-    def arrived(self) -> bool:
-        """Whether the first message is here, whole, even if a rank has died since."""
-        return self.comm.arrived(self)
-
-
 class Mpi:
     """The ranks of a communicator, at first MPI_COMM_WORLD.
 
-    Waits poll with sleeps that double up to 2 ms: a blocking wait would spin a whole core, and a
+    Waits poll with sleeps of a quarter of the time waited, 5 ms at most: a blocking wait would spin a whole core, and a
     server waits most of the time. ``moved`` counts the bytes this rank handed to MPI. ``members``: the number of each
     rank in MPI_COMM_WORLD; ``dead``: the numbers that are no longer there; ``tolerant``: whether the launcher lets
     ranks go on when one dies.
@@ -111,15 +72,14 @@ class Mpi:
     """
 
     def __init__(self, world=None, pulse: Pulse | None = None) -> None:
-        from mpi4py import MPI
-
-        self._mpi, self._world = MPI, MPI.COMM_WORLD if world is None else world
+        self._mpi = MPI = _mpi4py()
+        self._world = MPI.COMM_WORLD if world is None else world
         self.pulse = pulse or Pulse()
         self.rank, self.size = self._world.rank, self._world.size
         self.members = tuple(self._world.group.Translate_ranks(range(self.size), MPI.COMM_WORLD.group))
         self.pulse.members = self.members
         self.dead = tuple(rank for rank in range(MPI.COMM_WORLD.size) if rank not in self.members)
-        self.tolerant = os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes")
+        self.tolerant = _tolerant()
         node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank, self.local_size = node.rank, node.size
         node.Free()
@@ -252,6 +212,20 @@ def _poll(request, failure: type[Exception]) -> bool:
 Comm = Solo | Mpi
 
 
+def _tolerant() -> bool:
+    """Whether the launcher lets ranks go on when one dies."""
+    return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes")
+
+
+def _mpi4py():
+    """mpi4py.MPI; the first import of it in a process starts MPI."""
+    if _tolerant():  # else MPI_Finalize begins with a barrier, in which one in four of these waits for the dead, for ever
+        os.environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
+    from mpi4py import MPI
+
+    return MPI
+
+
 def connect() -> Comm:
     """The communicator of this process.
 
@@ -270,15 +244,12 @@ def connect() -> Comm:
 
 def library() -> str:
     """Name and version of the MPI library that mpi4py has found."""
-    from mpi4py import MPI
-
-    return MPI.Get_library_version().rstrip("\0").partition("\n")[0].partition(", package")[0].strip()
+    return _mpi4py().Get_library_version().rstrip("\0").partition("\n")[0].partition(", package")[0].strip()
 
 
 def outlives() -> bool:
     """Whether the other ranks can go on without the last one, which dies (ULFM)."""
-    from mpi4py import MPI
-
+    MPI = _mpi4py()
     world = MPI.COMM_WORLD
     world.Set_errhandler(MPI.ERRORS_RETURN)
     if world.rank == world.size - 1:

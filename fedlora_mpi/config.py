@@ -5,7 +5,6 @@ and ``2020-01-01`` are text; a key given twice, a tag, an anchor or an alias is 
 mistake is a ``ConfigError`` of one line.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,12 +24,20 @@ from .data.partition import KINDS, Partition
 from .experiment import Config, DataBlock, Faults, Log, ModelBlock, Network
 from .models import zoo
 from .privacy.settings import Privacy
+from .store.files import checksum
 
 # The keys of a choice block that say what its other keys mean.
 SELECTORS = {"data.partition": ("kind",), "model": ("name", "mix"), "algorithm": ("name",)}
 FREE_ON_RESUME = ("rounds", "output", "checkpoint", "data.root", "data.download", "server_hosts_clients", "mix", "uplink",
                   "faults.tolerate", "faults.timeout", "engine.personal", "engine.graphs", "log")
-LATER = {"engine": ("compile", "personal", "graphs"), "evaluate": ("clients",)}  # keys that are written where they are not as by default
+# Keys, or whole blocks (all of their keys), that are written where they are not as by default: the digest of a config
+# without them stays what it was before there were any.
+LATER = {
+    "engine": ("compile", "personal", "graphs"),
+    "evaluate": ("clients",),
+    "faults": tuple(blocks.fields_of(Faults)),
+    "log": tuple(blocks.fields_of(Log)),
+}
 COMMAND_LINE = "command line"
 _SEAL = "# Checksum of what follows: "
 _DEPTH = 20
@@ -62,11 +69,8 @@ def resolved_dict(config: Config) -> dict[str, Any]:
     partition = config.data.partition
     kind = next(kind for kind, cls in KINDS.items() if type(partition) is cls)
     tree["data"] = blocks.plain(config.data.source) | {"partition": {"kind": kind} | blocks.plain(partition)}
-    for block, names in LATER.items():  # the digest of a config without stays what it was before there was any
-        default = blocks.plain(Config.__dataclass_fields__[block].default)
-        for name in names:
-            if tree[block][name] == default[name]:
-                del tree[block][name]
+    for block, names in LATER.items():
+        _drop_defaults(tree, block, names)
     if config.data.tasks:  # likewise
         tree["data"]["tasks"] = blocks.plain(config.data.tasks)
     if not config.data.source.allow_pickle:
@@ -75,16 +79,17 @@ def resolved_dict(config: Config) -> dict[str, Any]:
         del tree["privacy"]
     if config.data.source.text.tokenizer is None:  # and before a tokenizer could be given
         del tree["data"]["text"]["tokenizer"]
-    _drop_defaults(tree, "faults", blocks.plain(Faults()))  # likewise, key by key
-    _drop_defaults(tree, "log", blocks.plain(Log()))
     tree["model"] = _model_tree(config.model)
     tree["algorithm"] = {"name": algorithm_name(config.algorithm)} | blocks.plain(config.algorithm)
     return tree
 
 
-def _drop_defaults(tree: dict[str, Any], block: str, defaults: Mapping[str, Any]) -> None:
-    """Remove from a block what is as by default, and the block when nothing is left."""
-    tree[block] = {name: value for name, value in tree[block].items() if value != defaults[name]}
+def _drop_defaults(tree: dict[str, Any], block: str, names: Sequence[str]) -> None:
+    """Remove those of ``names`` from a block that are as by default, and the block when nothing is left."""
+    default = blocks.plain(Config.__dataclass_fields__[block].default)
+    for name in names:
+        if tree[block][name] == default[name]:
+            del tree[block][name]
     if not tree[block]:
         del tree[block]
 
@@ -109,22 +114,18 @@ def resolved_yaml(config: Config) -> str:
 def sealed_yaml(config: Config) -> str:
     """``resolved_yaml`` under a line with its checksum, for ``recorded``."""
     text = resolved_yaml(config)
-    return f"{_SEAL}{_checksum(text)}\n{text}"
+    return f"{_SEAL}{checksum(text)}\n{text}"
 
 
 def recorded(path: Path, overrides: Sequence[str] = ()) -> Config:
     """``read`` of a file of a run folder. Raises ConfigError when it has been changed since it was written."""
     first, _, rest = _text(path).partition("\n")
-    if first.startswith(_SEAL) and first != _SEAL + _checksum(rest):
+    if first.startswith(_SEAL) and first != _SEAL + checksum(rest):
         raise ConfigError(
             f"{path}: checksum differs, the file was damaged or edited; give changes as KEY=VALUE, and remove its first "
             "line to take it as it is"
         )
     return read(path, overrides)
-
-
-def _checksum(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def digest(config: Config) -> str:
@@ -135,7 +136,7 @@ def digest(config: Config) -> str:
         (tree.get(block, {}) if block else tree).pop(name, None)
     if not tree.get("faults", True):
         del tree["faults"]
-    return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return checksum(json.dumps(tree, sort_keys=True))
 
 
 def flat(config: Config) -> dict[str, Any]:

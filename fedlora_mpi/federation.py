@@ -16,7 +16,7 @@ from .engine.flops import Flops
 from .engine.train import Trainer
 from .layout import Layout
 from .mixing import Mixing
-from .placement import Group, cohort
+from .placement import Group, cohort, equal_parts
 from .privacy.accountant import epsilon
 from .privacy.check import untrained
 from .privacy.settings import Privacy
@@ -169,12 +169,18 @@ class Run:
         personal = tmap(lambda v: v.to(self.trainer.device), kind.first.personal)
         return untrained(kind.algorithm, Vars(shared, personal), shared)
 
+    def room(self) -> Tree:
+        """Room for the personal leaves of this rank's clients, with any numbers in it."""
+        leaves = {}
+        for kind, clients in zip(self.kinds, self.by_kind):
+            leaves |= {kind.prefix + n: self.rows.blank(len(clients), v) for n, v in kind.first.personal.items()}
+        return leaves
+
     def stacks(self, clients: Iterable[int], at_once: int = 1) -> list[list[int]]:
         """Clients of a group in the order in which a ``Trainer`` takes them, in equal parts of up to ``group_size``, or
         ``at_once`` where that is more."""
         order = sorted(clients, key=lambda client: -self.sizes[client])  # equal ones as the group has them
-        parts = -(-len(order) // max(self.group_size, at_once))
-        return [order[len(order) * i // parts : len(order) * (i + 1) // parts] for i in range(parts)]
+        return equal_parts(order, max(self.group_size, at_once))
 
 
 class Pace:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .comm import Mail
 from .federation import Run, State
+from .mail import Mail
 from .tree import Tree
 
 Words = np.ndarray  # int64 [n]: the bytes of a client's personal leaves, each leaf from a whole word on

@@ -5,7 +5,9 @@ take part (another kernel for another stack), so a group stays whole wherever it
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
+T = TypeVar("T")
 Group = tuple[int, ...]
 
 
@@ -35,6 +37,12 @@ def assign(
             host[group] = min(load, key=lambda w: (load[w], w))
             load[host[group]] += costs[group]
     return tuple(host)
+
+
+def equal_parts(members: Sequence[T], most: int) -> list[Sequence[T]]:
+    """``members``, in order, in as few equal parts as have at most ``most`` each."""
+    parts = -(-len(members) // most)
+    return [members[len(members) * i // parts : len(members) * (i + 1) // parts] for i in range(parts)]
 
 
 def cohort(clients: int, fraction: float, draw: Sequence[int]) -> frozenset[int]:

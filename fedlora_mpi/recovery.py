@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .comm import Comm, Everywhere, Lost, Mpi, Orphaned, together
+from .comm import Comm, Everywhere, Mpi, Orphaned, together
 from .experiment import Faults
 from .federation import Run, State
-from .journal import Journal, guard, size, split, unpack
+from .journal import Journal, Words, guard, size, split, unpack
+from .mail import Lost
 from .mixing import Mixing
 from .placement import assign
+from .tree import Tree
 from .watchdog import watching
 
 
@@ -151,14 +153,9 @@ def _recovered(
         after = rehomed(run, comm, host, workers, route)
     orphans = {c: guard(rank, run.comm.size) for c, rank in run.rank_of.items() if rank not in plan.number}
     source = {c: plan.number[keeper] for c, keeper in orphans.items()}
-    moved = carried(after, source, lambda client: run.journal.copy(client, plan.round))
-    personal = {}
-    for kind, clients in zip(after.kinds, after.by_kind):
-        personal |= {kind.prefix + n: run.rows.blank(len(clients), v) for n, v in kind.first.personal.items()}
-    for client in after.hosted:
-        words = moved[client] if client in moved else run.journal.row(client, plan.round)
-        unpack(after, words, client, personal)
-    state = run.journal.state(plan.round)._replace(personal=personal)
+    journal, at = run.journal, plan.round
+    personal = carried(after, source, lambda client: journal.copy(client, at), lambda client: journal.row(client, at))
+    state = journal.state(at)._replace(personal=personal)
     if comm.size > 1:
         after = after.with_(journal=Journal(after, state))
     comm.agree()
@@ -172,8 +169,13 @@ def rehomed(run: Run, comm: Comm, host: Sequence[int], workers: Sequence[int], r
     return after.with_(mixing=Mixing.of(run.algorithm, run.kinds[0].first, rank_of, workers, route))
 
 
-def carried(run: Run, source: dict[int, int], copy: Callable[[int], np.ndarray]) -> dict[int, np.ndarray]:
-    """The rows of clients that come to this rank; ``source``: the rank that has each client that moves."""
+def carried(
+    run: Run, source: dict[int, int], copy: Callable[[int], Words], row: Callable[[int], Words]
+) -> Tree:
+    """The personal leaves of this rank's clients, of whom some come from other ranks.
+
+    source: the rank that has each client that moves; copy: what this rank has of one that goes; row: of one that stays.
+    """
     comm = run.comm
     between = lambda a, b: [c for c in sorted(source) if source[c] == a and run.rank_of[c] == b]
     going = [between(comm.rank, rank) for rank in range(comm.size)]
@@ -181,4 +183,7 @@ def carried(run: Run, source: dict[int, int], copy: Callable[[int], np.ndarray])
     numbers = lambda clients: 2 * sum(size(run, c) for c in clients)  # of float32, which is what ``exchange`` moves
     send = np.concatenate([np.empty(0, np.int64), *(copy(c) for clients in going for c in clients)])
     words = comm.exchange(send.view(np.float32), [*map(numbers, going)], [*map(numbers, coming)]).view(np.int64)
-    return split(run, [c for clients in coming for c in clients], words)
+    moved, personal = split(run, [c for clients in coming for c in clients], words), run.room()
+    for client in run.hosted:
+        unpack(run, moved[client] if client in moved else row(client), client, personal)
+    return personal

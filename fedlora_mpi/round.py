@@ -61,14 +61,7 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
 
     own = [0.0, 0.0, len(learned.broken), stop, 0.0, sum(learned.sent)]
     message.add(torch.tensor(own, dtype=torch.float64), 1, at=size)
-    travels = message.buffer[..., size:].copy() if run.gathers else message.buffer
-    run.comm.pulse.at("the exchange")
-    if run.journal:
-        run.journal.settle()
-    run.comm.sum(travels.view(np.uint64) if run.privacy.secure_aggregation else travels)  # masks wrap around
-    if run.journal:
-        run.journal.settled()
-    message.buffer[..., -travels.shape[-1] :] = travels
+    travelled = _add_up(run, message)
     loss, clients, broken, stops, spread, sent = message.total(at=size).tolist()
     away = sum(run.weight_N) - total
     if broken:
@@ -82,7 +75,7 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     sums = message.total(device=here.device)
     if type(run.algorithm).sent is Algorithm.sent:
         sent = sum(run.layouts[run.kind_of[c]].size for c in chosen)  # exact, also where float32 has added up
-    traffic = _bytes(run, state.shared, chosen, round(sent), travels.nbytes)
+    traffic = _bytes(run, state.shared, chosen, round(sent), travelled)
     drift, train_loss = float("nan"), loss / clients if clients else float("nan")
     if chosen or run.privacy.differential:  # of nobody there still is the noise
         if not run.privacy.differential:
@@ -168,6 +161,19 @@ def _train(
         with letter(client) as own:
             own.add(adds(untrained, client), 1 if run.privacy.differential else 0)
     return learned
+
+
+def _add_up(run: Run, message: ExactSum | FastSum) -> int:
+    """Make ``message`` that of all ranks, but for its upload where the run ``gathers``; bytes that have travelled."""
+    travels = message.buffer[..., run.upload.size :].copy() if run.gathers else message.buffer
+    run.comm.pulse.at("the exchange")
+    if run.journal:
+        run.journal.settle()
+    run.comm.sum(travels.view(np.uint64) if run.privacy.secure_aggregation else travels)  # masks wrap around
+    if run.journal:
+        run.journal.settled()
+    message.buffer[..., -travels.shape[-1] :] = travels
+    return travels.nbytes
 
 
 def _add_others(

@@ -14,10 +14,11 @@ import numpy as np
 from . import config as configs
 from .balance import balanced, due
 from .build import Built, build, hosts
-from .comm import Comm, Lost, together
+from .comm import Comm, together
 from .config import Config
 from .federation import State
 from .folder import begun, continued, create_log, describe, fill, recorded_config, same_weights, same_words
+from .mail import Lost
 from .progress import Progress
 from .recovery import going_on, keeping, lasting, without
 from .round import play
@@ -29,7 +30,6 @@ from .store.sinks import Sink, opened
 from .store.snapshot import Checkpoint
 from .writing import writing
 
-_READ = 2**28  # bytes of a checkpoint in memory at once
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may queue the job again
 
 

@@ -9,7 +9,7 @@ import torch
 
 from .build import Built
 from .comm import together
-from .federation import Kind, Run, State
+from .federation import State
 from .store import checkpoint
 from .store.manifest import Shard, worker_file
 from .store.snapshot import Checkpoint
@@ -49,11 +49,10 @@ def beginning(built: Built) -> State:
     """The state before round 1."""
     run = built.run
     shared = tmap(lambda v: v.to(run.trainer.device, copy=True), run.kinds[0].first.shared)
-    personal = {}
-    for kind, ids in zip(run.kinds, run.by_kind):
-        personal |= (leaves := _blank(run, kind, len(ids)))
-        for name, rows in leaves.items():
-            rows[:] = kind.first.personal[name.removeprefix(kind.prefix)]
+    personal = run.room()
+    for kind in run.kinds:
+        for name, value in kind.first.personal.items():
+            personal[kind.prefix + name][:] = value
     run.rows.release()
     return State(0, run.algorithm.server(run.trainer.model, shared), shared, personal)
 
@@ -61,15 +60,14 @@ def beginning(built: Built) -> State:
 def loaded(found: Checkpoint, built: Built) -> State:
     """The state of a checkpoint: this rank's clients, wherever they were hosted before."""
     run = built.run
-    first, device, personal = run.kinds[0].first.shared, run.trainer.device, {}
+    first, device, personal = run.kinds[0].first.shared, run.trainer.device, run.room()
     blank = run.algorithm.server(run.trainer.model, first)
     in_order = lambda leaves, like: {name: torch.from_numpy(leaves[name]).to(device) for name in like}
     for kind, ids in zip(run.kinds, run.by_kind):
-        personal |= (leaves := _blank(run, kind, len(ids)))
         few = max(1, _READ // max(1, nbytes(kind.first.personal)))
         for at in range(0, len(ids), few):
             for name, rows in found.personal(ids[at : at + few]).items():
-                leaves[kind.prefix + name][at : at + few] = torch.from_numpy(rows)
+                personal[kind.prefix + name][at : at + few] = torch.from_numpy(rows)
     run.rows.release()
     return State(found.round, in_order(found.server(), blank), in_order(found.shared(), first), personal)
 
@@ -88,11 +86,6 @@ def newest(folder: Path, built: Built) -> Checkpoint | None:
 
     round_ = int(comm.broadcast(str(together(comm, find)).encode()))
     return together(comm, lambda: Checkpoint.read(checkpoint.folder_of(folder, round_))) if round_ else None
-
-
-def _blank(run: Run, kind: Kind, clients: int) -> Tree:
-    """Room for the personal leaves of so many clients of a kind."""
-    return {kind.prefix + name: run.rows.blank(clients, v) for name, v in kind.first.personal.items()}
 
 
 def _arrays(tree: Tree) -> Mapping[str, np.ndarray]:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from fedlora_mpi.comm import Lost
+from fedlora_mpi.mail import Lost
 from fedlora_mpi.pulse import Pulse
 
 

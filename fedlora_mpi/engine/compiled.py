@@ -52,13 +52,18 @@ class Compiled:
             others, given = parted(more)
             key = own, layout, given
             if key not in self._known:
-                if len(self._known) >= _AT_MOST:  # never the step as it is: its last bits would depend on the ranks
-                    del self._known[next(iter(self._known))]
+                make_room(self._known, _AT_MOST)  # never the step as it is: its last bits would depend on the ranks
                 self._known[key] = _made(step, (*fixed, *more), tensors + others), held
             with torch.no_grad():
                 return self._known[key][0](*tensors, *others)
 
         return play
+
+
+def make_room(known: dict, most: int) -> None:
+    """Drop the oldest where there are ``most``."""
+    if len(known) >= most:
+        del known[next(iter(known))]
 
 
 def parted(given: tuple) -> tuple[list[Tensor], tuple]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..algorithm import Phase, Vars
-from .compiled import known_as, parted
+from .compiled import known_as, make_room, parted
 from .walk import Epoch, Trainer, Walk, fill, tmap_vars
 
 _WALKS, _EPOCHS = 16, 32  # recorded phases of a trainer, recorded epochs of a phase; the oldest gives way
@@ -85,7 +85,7 @@ class Graphs:
         recorded, held = self._walks.pop(key, (None, held))
         if recorded is None:
             recorded = Recorded(self, trainer, phase, tmap_vars(_copied, start), tmap_vars(_copied, now), clients)
-            _make_room(self._walks, _WALKS)
+            make_room(self._walks, _WALKS)
         self._walks[key] = recorded, held
         recorded.begin(start, now)
         return recorded
@@ -130,7 +130,7 @@ class Recorded(Walk):
     def pass_over(self, epoch: Epoch) -> Tensor:
         key = epoch.sizes, id(epoch.store), parted(tuple(epoch.tensors()))[1]
         if self._graphs.refused or key not in self._met:
-            _make_room(self._met, _EPOCHS)
+            make_room(self._met, _EPOCHS)
             self._met[key] = epoch.store  # lives on, as its id is known
             return super().pass_over(epoch)
         if key in self._epochs:
@@ -146,7 +146,7 @@ class Recorded(Walk):
                 _restore(self.written, before)
                 self._graphs.refuse(error)
                 return super().pass_over(epoch)
-            _make_room(self._epochs, _EPOCHS)
+            make_room(self._epochs, _EPOCHS)
             self._epochs[key], sums = place, place.sums
         return sums[0] / sums[1]
 
@@ -186,9 +186,3 @@ def _restore(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 def _near(a: Tensor, b: Tensor) -> bool:
     """Within what kernels may differ by that add up in any order, over the steps of an epoch."""
     return torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(b.abs().max()) if b.numel() else 0, equal_nan=True)
-
-
-def _make_room(known: dict, most: int) -> None:
-    """Drop the oldest where there are ``most``."""
-    if len(known) >= most:
-        del known[next(iter(known))]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..batch import Batch, cross_entropy
 from ..models.network import Model
+from ..placement import equal_parts
 from ..tree import nbytes
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ class Room:
         while waiting:
             part = waiting.pop()
             if self.most is not None and len(part) > self.most:
-                waiting += reversed(_equal(part, -(-len(part) // self.most)))
+                waiting += reversed(equal_parts(part, self.most))
                 continue
             found = _attempt(compute, part)
             if found is None:
@@ -63,10 +64,6 @@ def _attempt(compute: Callable[[Sequence[int]], T], part: Sequence[int]) -> tupl
         if len(part) == 1:
             raise
         return None
-
-
-def _equal(members: Sequence[int], parts: int) -> list[Sequence[int]]:
-    return [members[len(members) * i // parts : len(members) * (i + 1) // parts] for i in range(parts)]
 
 
 def fitting(model: Model, batch_size: int, memory: int) -> int:

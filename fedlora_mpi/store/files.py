@@ -61,13 +61,18 @@ def copy_atomic(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
+def checksum(text: str) -> str:
+    """The 16-byte BLAKE2b checksum of a text in hexadecimal."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def digest(path: Path) -> str:
     """The file's 16-byte BLAKE2b checksum in hexadecimal, read as a stream."""
-    checksum = hashlib.blake2b(digest_size=16)
+    found = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
-            checksum.update(block)
-    return checksum.hexdigest()
+            found.update(block)
+    return found.hexdigest()
 
 
 def plain_name(name: str) -> str:

@@ -18,10 +18,8 @@ def created(folder: Path, fill: Callable[[Path], None]) -> Iterator[None]:
     Raises StoreError when it cannot be made, is there, or is about to be made by another process; Unwritable.
     """
     draft = folder.with_name(f".{folder.name}.new")
-    try:
+    with _creating(folder):
         draft.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"output = {folder}: cannot be created: {error.strerror}; choose another") from error
     with locked(draft):
         try:
             with writing(folder):
@@ -29,13 +27,20 @@ def created(folder: Path, fill: Callable[[Path], None]) -> Iterator[None]:
                     if left.name != ".lock":
                         left.unlink()
                 fill(draft)
-            try:
+            with _creating(folder):
                 draft.rename(folder)
-            except OSError as error:
-                raise StoreError(f"output = {folder}: cannot be created: {error.strerror}; choose another") from error
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
         with writing(folder):
             fsync(folder.parent)
         yield
+
+
+@contextmanager
+def _creating(folder: Path) -> Iterator[None]:
+    """What the system refuses inside becomes one line."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"output = {folder}: cannot be created: {error.strerror}; choose another") from error

@@ -18,7 +18,7 @@ import numpy as np
 from ..writing import Unwritable, writing
 from . import hdf5, seal
 from .disk import Disk
-from .files import StoreError
+from .files import StoreError, checksum
 
 UNITS = {"seconds_*": "seconds", "bytes_*": "bytes", "*accuracy*": "fraction", "*flops*": "FLOP"}
 GROUPS = ("rounds", "clients", "ranks")
@@ -77,7 +77,7 @@ class Log:
                     group.attrs[name] = value
                 else:
                     hdf5.write(group, name, value, PARTITION_AXES.get(name.rpartition("_")[2], ()))
-            file.attrs["beside"] = json.dumps({name: seal.of_text(text) for name, text in (beside or {}).items()})
+            file.attrs["beside"] = json.dumps({name: checksum(text) for name, text in (beside or {}).items()})
             seals = file.create_dataset(seal.ROWS, (0,), np.int64, maxshape=(None,), chunks=(256,), fletcher32=True)
             hdf5.label(seals, ["round"])
             file.attrs[seal.HEAD] = seal.head(file)

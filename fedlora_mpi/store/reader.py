@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 
 from . import checkpoint, hdf5, seal, snapshot
-from .files import FormatError, StoreError
+from .files import FormatError, StoreError, checksum
 from .log import GROUPS
 from .snapshot import Checkpoint
 
@@ -42,7 +42,7 @@ class RunFiles:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as why:
             raise StoreError(f"{path}: missing or damaged ({why}); remove it, a resume writes it anew") from why
-        if self._beside.get(name, seal.of_text(text)) != seal.of_text(text):
+        if self._beside.get(name, found := checksum(text)) != found:
             raise StoreError(f"{path}: checksum differs, the file is damaged; remove it, a resume writes it anew")
         return text
 

@@ -12,11 +12,6 @@ from .files import StoreError
 HEAD, ROWS = "seal", "row_seal"  # an attribute of the file; a data set [T] int64
 
 
-def of_text(text: str) -> str:
-    """The checksum of a text file."""
-    return blake2b(text.encode(), digest_size=16).hexdigest()
-
-
 def head(log: h5py.File) -> str:
     """The checksum of all that is no row: the attributes of the file, ``/versions`` and ``/partition``."""
     checksum = blake2b(digest_size=16)

@@ -8,8 +8,8 @@ import numpy as np
 from ...data.partition import Split
 from ..groups import Group, Logged
 from ..partition import figure as dots
-from .curves import Looks
 from .crowd import named, note
+from .curves import Looks
 from .style import GREY, WIDTH, Drawn, figure, panels, wrapped
 
 RIVALS = ("fedavg", "local")

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..groups import Group
-from .curves import Looks
 from .crowd import named, note
+from .curves import Looks
 from .style import GREY, Drawn, panels
 
 # As the stages of ``curves.stages``; waiting is empty.

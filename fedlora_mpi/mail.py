@@ -1,0 +1,45 @@
+"""Messages on their way between ranks, and what ends them when a rank dies; ``comm.Mpi`` sends them."""
+
+import time
+
+import numpy as np
+
+
+class Lost(Exception):
+    """A rank has died, so a message will never be complete: the same end for all that still wait for one.
+
+    comm: the ``Mpi`` with the dead in it; agreed: whether the other ranks know, as they do after ``Mpi.agree``.
+    """
+
+    def __init__(self, comm, agreed: bool = False) -> None:
+        super().__init__("another rank has died")
+        self.comm, self.agreed = comm, agreed
+
+    def left(self):
+        """The ``Mpi`` of the ranks that are left, in their order; each of them calls it."""
+        return self.comm.without_the_dead(self.agreed)
+
+
+class Mail:
+    """Messages of ``comm`` on their way, the first of them perhaps to this rank; ``buffers`` are MPI's until all is
+    through."""
+
+    def __init__(self, comm, *buffers: np.ndarray) -> None:
+        self.comm, self.buffers = comm, buffers
+        self.requests: list = []
+        self.done: list[bool] = []
+
+    def through(self) -> bool:
+        """Whether all is done; looks without waiting, which also moves it on. Raises Lost."""
+        return self.comm.through(self)
+
+    def arrive(self) -> None:
+        """Wait until all is done, in steps that leave the core to others. Raises Lost."""
+        with self.comm.pulse.waiting():
+            began = time.perf_counter()
+            while not self.through():
+                time.sleep(min(max((time.perf_counter() - began) / 4, 2e-5), 5e-3))
+
+    def arrived(self) -> bool:
+        """Whether the first message is here, whole, even if a rank has died since."""
+        return self.comm.arrived(self)
