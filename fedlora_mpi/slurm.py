@@ -138,9 +138,14 @@ def _directives(job: Job) -> str:
         *([f"#SBATCH --gpus-per-node={job.gpus}"] if job.gpus else []),
         f"#SBATCH --time={job.time} --signal=B:USR1@{LEAD}",
         "#SBATCH --requeue --open-mode=append",
-        f"#SBATCH --output={job.log}",
+        f"#SBATCH --output={_word(job.log)}",
     ]
     return "\n".join(lines)
+
+
+def _word(text: str) -> str:
+    """One word for sbatch, which knows double quotes and backslashes."""
+    return text if re.fullmatch(r"[\w.,@:/+%-]+", text) else '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
 
 
 def _binding(job: Job) -> str:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 
-from fedlora_mpi import comm, run, saving
+from fedlora_mpi import balance, comm, run, saving
 from fedlora_mpi import round as rounds
 from fedlora_mpi.cli import main
 
@@ -60,6 +60,9 @@ before(run, "build", "build")
 before(rounds, "_train", "training")
 before(rounds, "_keep", "client")
 before(rounds, "_evaluate", "evaluation")
+before(run, "balanced", "balance")
+before(balance, "carried", "move")
+after(balance, "carried", "moved")
 before(run, "save", "checkpoint")
 after(saving.checkpoint, "write_clients", "shard")
 before(saving.checkpoint, "commit", "commit")
@@ -71,6 +74,8 @@ before(comm.Mpi, "agree", "agree")
 after(comm.Mpi, "_begin", "message")  # inside any message
 before(comm.Mpi, "without_the_dead", "shrink")
 before(comm.Mpi, "abort", "abort")
+
+balance._WORTH = float(os.environ.get("TEST_WORTH", balance._WORTH))
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[2:]))

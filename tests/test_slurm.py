@@ -82,6 +82,12 @@ def test_a_dry_run_prints_the_script(capsys):
     assert f"mpirun -n 5 python -m fedlora_mpi run --resume {TINY} seed=3 &\n" in text  # 4 GPUs and the server
 
 
+@pytest.mark.parametrize("output, word", [("runs/a", "runs/a.slurm-%j.log"), ("my runs/a", '"my runs/a.slurm-%j.log"')])
+def test_the_output_is_one_word_of_the_script(output, word, capsys):
+    assert main(["submit", str(TINY), f"output={output}", "--dry-run"]) == 0
+    assert f"#SBATCH --output={word}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "given, ranks", [((), 8), (("--ranks", "3"), 3), (("server_hosts_clients=true",), 7), (("--gpus", "4"), 5)]
 )
@@ -160,9 +166,9 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def queued(slurm, home: Path, *arguments: str, pause: str = "0.05") -> str:
+def queued(slurm, home: Path, *arguments: str, output: str = "run", pause: str = "0.05") -> str:
     """The number of a job of ``submit`` in the folder ``home``."""
-    done = submitted(TINY, *LONG, "output=run", *arguments, env=slurm.env | {"TEST_PAUSE": pause}, cwd=home)
+    done = submitted(TINY, *LONG, f"output={output}", *arguments, env=slurm.env | {"TEST_PAUSE": pause}, cwd=home)
     assert done.returncode == 0, done.stderr
     return re.match(r"job (\d+): ", done.stdout)[1]
 
@@ -176,21 +182,22 @@ def digests(*folders: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_a_job_that_is_told_to_stop_twice_goes_on_to_the_same_bits(slurm, undisturbed, tmp_path):
-    number = queued(slurm, tmp_path, "--ranks", "2", "--time", "60")
-    log = tmp_path / f"run.slurm-{number}.log"
+    number = queued(slurm, tmp_path, "--ranks", "2", "--time", "60", output='my "own"/run')
+    folder = tmp_path / 'my "own"/run'
+    log = folder.with_name(f"run.slurm-{number}.log")
     for stop in (1, 2):
-        before = committed(tmp_path / "run")
+        before = committed(folder)
         until(lambda: log.exists() and f"round {before + 2}/12 " in log.read_text(errors="replace"), 200)
         slurm.call("scancel", "--batch", "--signal=USR1", number)
         until(lambda: slurm.job(number)["Restarts"] == str(stop), 100)
-        assert before < committed(tmp_path / "run") < 12
+        assert before < committed(folder) < 12
     job = slurm.ended(number)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "2"), log.read_text()
     text = log.read_text()
-    assert text.count("resuming run after round") == 2 and text.rstrip().endswith("run: done")
-    one, other = digests(tmp_path / "run", undisturbed)
+    assert text.count(f"resuming {folder.relative_to(tmp_path)} after round") == 2 and text.rstrip().endswith("run: done")
+    one, other = digests(folder, undisturbed)
     assert one == other
-    assert_same_run(tmp_path / "run", undisturbed)
+    assert_same_run(folder, undisturbed)
 
 
 @pytest.mark.slow
