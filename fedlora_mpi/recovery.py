@@ -46,13 +46,13 @@ def lasting(
                 "'mpirun --with-ft ulfm ...', or set faults.tolerate=false"
             )
 
-    together(comm, able)
     launcher = f"mpirun {'--with-ft ulfm ' if faults.tolerate else ''}-n {comm.size} " if comm.size > 1 else ""
     way_out = f"continue with '{launcher}fedlora-mpi resume {folder}'"
     try:
         with watching(comm, faults.timeout, folder, way_out):
             while True:
                 try:
+                    together(comm, able)
                     return begin(comm)
                 except Lost as lost:
                     if not faults.tolerate:
