@@ -193,10 +193,19 @@ class Mpi:
             yield
         except self._mpi.Exception as error:
             ends = (self._mpi.ERR_PROC_FAILED, self._mpi.ERR_PROC_FAILED_PENDING, self._mpi.ERR_REVOKED)
-            if error.Get_error_class() not in ends:
+            if error.Get_error_class() not in ends and not self._mourned():
                 raise
             self._world.Revoke()
             raise Lost(self) from None
+
+    def _mourned(self) -> bool:
+        """Whether a rank turns out to be dead within seconds, when MPI has said no more than ERR_OTHER."""
+        until = time.monotonic() + 5
+        while self.tolerant and time.monotonic() < until:
+            if self._world.Is_revoked() or self._world.Get_failed().size:
+                return True
+            time.sleep(0.01)
+        return False
 
 
 def _poll(request, failure: type[Exception]) -> bool:

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,10 +41,11 @@ from runs import (
 from fedlora_mpi import config as configs
 from fedlora_mpi.build import build
 from fedlora_mpi.cli import main
-from fedlora_mpi.comm import Fault, Refused
+from fedlora_mpi.comm import Fault, Mpi, Refused
 from fedlora_mpi.data.inputs import Images
 from fedlora_mpi.experiment import Faults
 from fedlora_mpi.federation import Run
+from fedlora_mpi.mail import Lost
 from fedlora_mpi.placement import assign
 from fedlora_mpi.recovery import lasting
 from fedlora_mpi.round import play
@@ -103,6 +105,27 @@ def test_two_workers_die_in_different_rounds_and_the_bits_are_those_of_an_undist
     assert [ids for ids, _, _ in lost(ended.stderr)] == [[2], [3]] and [left for _, left, _ in lost(ended.stderr)] == [3, 2]
     assert_same_run(undisturbed(*SIX), tmp_path / "run")
     assert [text.split(":")[0] for text in RunFiles(tmp_path / "run").lost] == ["lost rank 2", "lost rank 3"]
+
+
+class Unsaid(Exception):
+    """What Open MPI's Iallreduce may say when a rank dies between two of its rounds."""
+
+    def Get_error_class(self):
+        return 16  # ERR_OTHER
+
+
+@pytest.mark.parametrize("tolerant, dead, revoked, lost", [(1, 1, 0, 1), (1, 0, 1, 1), (0, 1, 0, 0)])
+def test_an_error_without_a_name_is_a_death_when_a_rank_is_dead(tolerant, dead, revoked, lost):
+    calls = []
+    comm = Mpi.__new__(Mpi)
+    comm.tolerant = bool(tolerant)
+    comm._mpi = SimpleNamespace(Exception=Unsaid, ERR_PROC_FAILED=75, ERR_PROC_FAILED_PENDING=76, ERR_REVOKED=77)
+    comm._world = SimpleNamespace(
+        Is_revoked=lambda: bool(revoked), Get_failed=lambda: SimpleNamespace(size=dead), Revoke=lambda: calls.append(1)
+    )
+    with pytest.raises(Lost if lost else Unsaid), comm._surviving():
+        raise Unsaid
+    assert len(calls) == lost
 
 
 @pytest.mark.slow
