@@ -5,7 +5,7 @@ loop calls them as they are. Everything else is the same code, so both do the sa
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -109,16 +109,12 @@ class Trainer:
 
     def forward(self) -> AbstractContextManager:
         """What a forward pass of training runs under."""
-        if self.precision != "bf16":
-            return self._pooling()
-        both = ExitStack()
-        both.enter_context(self._pooling())
-        both.enter_context(torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False))
-        return both
-
-    def _pooling(self) -> AbstractContextManager:
-        """What any forward pass runs under."""
-        return Pooling() if self.stacked and self.device.type == "cpu" else nullcontext()
+        under = ExitStack()
+        if self.stacked and self.compiled and self.device.type == "cpu":
+            under.enter_context(Pooling())
+        if self.precision == "bf16":
+            under.enter_context(torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False))
+        return under
 
     def _in_parts(self, count: int, compute: Callable[[Sequence[int]], T]) -> Iterator[tuple[Sequence[int], T]]:
         """(members, ``compute(members)``) of ``count`` clients: all in a stack, or each alone. A stack that does not fit
@@ -133,8 +129,7 @@ class Trainer:
         model = self.model.evaluating()
 
         def one(shared: Tree, personal: Tree, x: Tensor, y: Tensor) -> Tensor:
-            with self._pooling():
-                logits = self.algorithm.logits(model, Vars(shared, personal), x)
+            logits = self.algorithm.logits(model, Vars(shared, personal), x)
             loss = torch.nn.functional.cross_entropy(logits, y, reduction="none")
             return torch.stack([(logits.argmax(1) == y).double(), loss.double()], 1)  # [B, 2]
 
