@@ -177,7 +177,7 @@ def digests(*folders: Path) -> list[str]:
     """What ``fedlora-mpi digest`` says of runs, without their names."""
     done = finished(command("digest", *folders), ROOT)
     assert done.returncode == 0, done.stderr
-    return [line.split(" ", 1)[1] for line in done.stdout.splitlines()]
+    return [line.removeprefix(f"{folder} ") for folder, line in zip(folders, done.stdout.splitlines(), strict=True)]
 
 
 @pytest.mark.slow
