@@ -54,10 +54,8 @@ class Logged:
     def read(cls, path: Path) -> "Logged":
         """Raises StoreError (a ValueError) when ``path`` is no run folder."""
         files = RunFiles(path)
-        rounds, clients = files.rounds(), files.clients()
-        rows = min(map(len, (*rounds.values(), *clients.values())))  # a round may have come between the two reads
-        cut = lambda columns: {name: column[:rows] for name, column in columns.items()}
-        return cls(Path(path), files.config, cut(rounds), cut(clients), files.partition(), cut(files.ranks()))
+        rows = files.rows()
+        return cls(Path(path), files.config, rows["rounds"], rows["clients"], files.partition(), rows["ranks"])
 
     @cached_property
     def settings(self) -> dict[str, Any]:

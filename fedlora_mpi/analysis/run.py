@@ -82,9 +82,9 @@ class RunView:
     def clients(self) -> "DataFrame":
         """One row for each evaluated round and client: round, client, accuracy (fraction), loss."""
         pandas = imported_pandas()
-        columns = self._files.clients()
-        rows, clients = next(iter(columns.values()), np.empty((0, 0))).shape
-        rounds = self._files.rounds()["round"][:rows]  # read later, so a round may have been added
+        rows = self._files.rows()
+        columns, rounds = rows["clients"], rows["rounds"]["round"]
+        clients = next(iter(columns.values()), np.empty((0, 0))).shape[1]
         index = pandas.MultiIndex.from_product([rounds, range(clients)], names=["round", "client"])
         table = pandas.DataFrame({name: column.ravel() for name, column in columns.items()}, index)
         return table.dropna(how="all").reset_index()
@@ -97,7 +97,8 @@ class RunView:
         time that passed. Empty for a run of before they were measured.
         """
         pandas = imported_pandas()
-        columns, rounds = self._files.ranks(), self._files.rounds()["round"]
+        rows = self._files.rows()
+        columns, rounds = rows["ranks"], rows["rounds"]["round"]
         numbers = columns.pop("ranks", np.zeros(0, int))
         seconds = {name: [column[row, :n] for row, n in enumerate(numbers)] for name, column in columns.items()}
         whole = {"round": np.repeat(rounds[: len(numbers)], numbers), "rank": [r for n in numbers for r in range(n)]}
@@ -108,9 +109,10 @@ class RunView:
 
         Raises ValueError.
         """
-        columns = self._files.rounds()
-        for group, found in (("clients", self._files.clients()), ("ranks", self._files.ranks())):
-            columns |= {f"{group}/{name}": column for name, column in found.items()}
+        rows = self._files.rows()
+        columns = rows["rounds"]
+        for group in ("clients", "ranks"):
+            columns |= {f"{group}/{name}": column for name, column in rows[group].items()}
         if name not in columns:
             raise ValueError(f"{self.path}: there is no column {name!r}; there are {', '.join(columns)}")
         return columns[name]

@@ -17,6 +17,7 @@ from .snapshot import Checkpoint
 
 T = TypeVar("T")
 WAITS = (0.02, 0.02, 0.1, 0.5, 0)  # seconds; the writer's flush, in which a read can fail, takes milliseconds
+Columns = dict[str, dict[str, np.ndarray]]  # by group and name
 
 
 class RunFiles:
@@ -29,7 +30,7 @@ class RunFiles:
         self.path = Path(path)
         if not (self.path / "log.h5").is_file():
             raise StoreError(f"{path}: not a run folder, it has no log.h5; give the `output` of a run")
-        attrs, self.versions = self._read(lambda log: (dict(log.attrs), dict(log["versions"].attrs)))
+        attrs, self.versions = self._read(lambda log, _: (dict(log.attrs), dict(log["versions"].attrs)))
         self.config_yaml: str = attrs["config_yaml"]
         self.lost: list[str] = [*attrs.get("lost", ())]  # a line about each time that ranks died
         self.config: dict[str, Any] = json.loads(attrs["config_json"])
@@ -46,29 +47,34 @@ class RunFiles:
             raise StoreError(f"{path}: checksum differs, the file is damaged; remove it, a resume writes it anew")
         return text
 
+    def rows(self) -> Columns:
+        """``rounds()``, ``clients()`` and ``ranks()`` by these names, of equally many rounds."""
+        found = self._read(lambda _, columns: columns)
+        return found | {"rounds": {"round": np.arange(0)} | found["rounds"]}
+
     def rounds(self) -> dict[str, np.ndarray]:
         """Columns [T] by name, ``round`` first."""
-        return self._read(lambda log: {"round": np.arange(0)} | _columns(log)["rounds"])
+        return self.rows()["rounds"]
 
     def clients(self) -> dict[str, np.ndarray]:
         """Columns [T, N] by name, a row of NaN where the round was not evaluated."""
-        return self._read(lambda log: _columns(log)["clients"])
+        return self.rows()["clients"]
 
     def ranks(self) -> dict[str, np.ndarray]:
         """``ranks`` [T], how many there were, and ``seconds_<stage>`` [T, R] by name, NaN beyond them; {} in a log
         of before there were any. Rounds without ranks measured none: theirs are in the next that did."""
-        return self._read(lambda log: _columns(log)["ranks"])
+        return self.rows()["ranks"]
 
     def axes(self, path: str) -> tuple[str, ...]:
         """The names of a column's axes, as the file has them. Raises StoreError."""
-        found = self._read(lambda log: [axis.label for axis in log[path].dims] if path in log else None)
+        found = self._read(lambda log, _: [axis.label for axis in log[path].dims] if path in log else None)
         if found is None:
             raise StoreError(f"{self.path}: there is no column {path!r}")
         return tuple(found)
 
     def partition(self) -> dict[str, Any]:
         """``train`` and ``test`` (lists of index arrays), ``train_counts`` [N, classes], ..., ``digest``."""
-        found = self._read(lambda log: _everything(log["partition"]))
+        found = self._read(lambda log, _: _everything(log["partition"]))
         for name in [name.removesuffix("_offsets") for name in found if name.endswith("_offsets")]:
             offsets = found.pop(f"{name}_offsets")
             found[name] = np.split(found.pop(f"{name}_indices"), offsets[1:-1])
@@ -98,15 +104,15 @@ class RunFiles:
         """{"shared", "personal"}: SHA-256 of the newest checkpoint's leaves (see ``Checkpoint.digest``)."""
         return self.checkpoint().digest()
 
-    def _read(self, part: Callable[[h5py.File], T]) -> T:
-        """``part`` of the log, tried again when it met the writer's flush."""
+    def _read(self, part: Callable[[h5py.File, Columns], T]) -> T:
+        """``part`` of the log and its columns, tried again when it met the writer's flush."""
         path = self.path / "log.h5"
         for wait in WAITS:
             try:
                 with hdf5.open_file(path) as log:
                     columns = _columns(log)
                     seal.verify(log, {f"{group}/{n}": v for group in columns for n, v in columns[group].items()})
-                    return part(log)
+                    return part(log, columns)
             except FormatError:
                 raise
             except Exception as why:  # h5py raises nearly anything on a file that moves or is damaged
@@ -116,7 +122,7 @@ class RunFiles:
         raise StoreError(f"{path}: unreadable ({said}); resume repairs it, from {copies}") from last
 
 
-def _columns(log: h5py.File) -> dict[str, dict[str, np.ndarray]]:
+def _columns(log: h5py.File) -> Columns:
     """The rows that all columns have: [T] under "rounds", [T, N] under "clients", [T, R] under "ranks"."""
     found = {group: dict(log[group].items()) if group in log else {} for group in GROUPS}
     every = [column for columns in found.values() for column in columns.values()]
