@@ -111,8 +111,9 @@ def _promised(url: str) -> str:
 def _unpacked(path: Path) -> Mapping[str, Any]:
     """The tensors of a .safetensors file, its bytes read at once: a mapped file may change while a run goes on."""
     library = _safetensors()
+    unpack = library.torch.load  # of safetensors, not torch's own: nothing is unpickled
     try:
-        return library.torch.load(path.read_bytes())
+        return unpack(path.read_bytes())
     except (library.SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no safetensors file, or damaged ({error})") from error
 
