@@ -56,6 +56,15 @@ def open_run(path: str | Path) -> "RunView":
     return RunView(Path(path).expanduser())
 
 
+def of_clients(rounds: Mapping[str, np.ndarray], clients: Mapping[str, np.ndarray]) -> "DataFrame":
+    """``RunView.clients`` of the columns [T] of the rounds and [T, N] of the clients."""
+    pandas = imported_pandas()
+    count = next(iter(clients.values()), np.empty((0, 0))).shape[1]
+    index = pandas.MultiIndex.from_product([rounds["round"], range(count)], names=["round", "client"])
+    table = pandas.DataFrame({name: column.ravel() for name, column in clients.items()}, index)
+    return table.dropna(how="all").reset_index()
+
+
 class RunView:
     """One run. Metrics are read anew on every access; leaves are those of the newest valid checkpoint."""
 
@@ -81,13 +90,8 @@ class RunView:
     @property
     def clients(self) -> "DataFrame":
         """One row for each evaluated round and client: round, client, accuracy (fraction), loss."""
-        pandas = imported_pandas()
         rows = self._files.rows()
-        columns, rounds = rows["clients"], rows["rounds"]["round"]
-        clients = next(iter(columns.values()), np.empty((0, 0))).shape[1]
-        index = pandas.MultiIndex.from_product([rounds, range(clients)], names=["round", "client"])
-        table = pandas.DataFrame({name: column.ravel() for name, column in columns.items()}, index)
-        return table.dropna(how="all").reset_index()
+        return of_clients(rows["rounds"], rows["clients"])
 
     @property
     def ranks(self) -> "DataFrame":

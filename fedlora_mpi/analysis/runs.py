@@ -1,12 +1,12 @@
 """Several run folders for analysis: each run, and tidy tables over all of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .groups import SEEDS, Found, Logged, grouped, short
-from .run import RunView, imported_pandas
+from .run import RunView, imported_pandas, of_clients
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -64,7 +64,7 @@ class Runs(Mapping[str, RunView]):
     @property
     def settings(self) -> "DataFrame":
         """One row a run: path, run (its label), seed, partition_seed, and each setting that differs."""
-        return imported_pandas().DataFrame([about for about, _ in self._described()])
+        return imported_pandas().DataFrame(_described(self._logs()))
 
     @property
     def rounds(self) -> "DataFrame":
@@ -72,26 +72,41 @@ class Runs(Mapping[str, RunView]):
 
         Columns are those of any run; NaN where a run has none, and in rounds that were not evaluated.
         """
-        return self._table(lambda run: imported_pandas().DataFrame(run.rounds))
+        return of_rounds(self._logs())
 
     @property
     def clients(self) -> "DataFrame":
         """One row for each run, evaluated round and client: the columns of ``settings``, round, client, accuracy ..."""
-        return self._table(lambda run: self[run.path].clients)
+        return of_all_clients(self._logs())
 
-    def _table(self, columns_of) -> "DataFrame":
-        pandas, parts = imported_pandas(), []
-        for about, run in self._described():
-            table = columns_of(run)
-            repeated = {name: [value] * len(table) for name, value in about.items()}
-            parts.append(pandas.concat([pandas.DataFrame(repeated, index=table.index), table], axis=1))
-        return pandas.concat(parts, ignore_index=True)
+    def _logs(self) -> list[Logged]:
+        """In the order of the paths."""
+        return [Logged.read(view.path) for view in self._views.values()]
 
-    def _described(self) -> list[tuple[dict, Logged]]:
-        """(columns of ``settings``, run) in the order of the paths; a run that is there twice is there twice."""
-        logs = [Logged.read(view.path) for view in self._views.values()]
-        found = grouped(logs)
-        return [(_about(run, found), run) for run in logs]
+
+def of_rounds(logs: Sequence[Logged]) -> "DataFrame":
+    """``Runs.rounds`` of logs that have been read."""
+    return _table(logs, lambda run: imported_pandas().DataFrame(run.rounds))
+
+
+def of_all_clients(logs: Sequence[Logged]) -> "DataFrame":
+    """``Runs.clients`` of logs that have been read."""
+    return _table(logs, lambda run: of_clients(run.rounds, run.clients))
+
+
+def _table(logs: Sequence[Logged], columns_of: Callable[[Logged], "DataFrame"]) -> "DataFrame":
+    pandas, parts = imported_pandas(), []
+    for about, run in zip(_described(logs), logs):
+        table = columns_of(run)
+        repeated = {name: [value] * len(table) for name, value in about.items()}
+        parts.append(pandas.concat([pandas.DataFrame(repeated, index=table.index), table], axis=1))
+    return pandas.concat(parts, ignore_index=True)
+
+
+def _described(logs: Sequence[Logged]) -> list[dict]:
+    """The columns of ``Runs.settings`` of each; a run that is there twice is there twice."""
+    found = grouped(logs)
+    return [_about(run, found) for run in logs]
 
 
 def _about(run: Logged, found: Found) -> dict:

@@ -11,7 +11,7 @@ from ... import __version__
 from ...store.files import plain_name, write_atomic
 from ...units import size
 from ..groups import Found, Group, Logged, Stat, grouped, shown
-from ..runs import Runs
+from ..runs import of_all_clients, of_rounds
 from . import clients, curves, personal, ranks, sweeps, tables
 from .crowd import looks_of
 from .style import Drawn, styled
@@ -47,9 +47,8 @@ def write(paths: Sequence[Path], folder: Path) -> str:
     for table in content.tables:
         for kind, text in (("csv", table.csv()), ("md", table.markdown()), ("tex", table.latex())):
             files[f"{TABLES}/{table.name}.{kind}"] = text.encode()
-    every = Runs([run.path for run in logs])
-    files[f"{TABLES}/rounds.csv"] = every.rounds.to_csv(index=False, lineterminator="\n").encode()
-    files[f"{TABLES}/clients.csv"] = _last(every).to_csv(index=False, lineterminator="\n").encode()
+    files[f"{TABLES}/rounds.csv"] = of_rounds(logs).to_csv(index=False, lineterminator="\n").encode()
+    files[f"{TABLES}/clients.csv"] = _last(logs).to_csv(index=False, lineterminator="\n").encode()
     page = html(content, pictures, sorted(files)).encode()
     _put(folder, files | {PAGE: page}, old)
     counts = f"{len(content.figures)} figures and {len(content.tables)} tables of {len(logs)} runs"
@@ -200,9 +199,9 @@ def _common(groups: Sequence[Group]) -> str:
     return f"<details><summary>{len(same)} settings that all runs share</summary><table>{rows}</table></details>"
 
 
-def _last(runs: Runs):
+def _last(logs: Sequence[Logged]):
     """Each client in the last evaluated round of its run."""
-    table = runs.clients
+    table = of_all_clients(logs)
     return table[table["round"] == table.groupby("path")["round"].transform("max")]
 
 
