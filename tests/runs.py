@@ -32,6 +32,11 @@ TESTS = Path(__file__).parent
 TINY = TESTS / "tiny.yaml"
 NORM = "model=user_parts:with_norm"
 SLOW = "model=user_parts:slow"
+MIXED = (  # clients with networks of three kinds
+    "algorithm=pfedlora",
+    "model={mix: [user_parts:wide, {name: cnn, width: 4, hidden: 8}, user_parts:normed]}",
+    "engine.group_size=1",
+)
 
 
 # --- in this process, without a run folder

@@ -3,15 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from runs import TINY, Moment, built, copied, in_order, on_ranks, played, tiny
+from runs import MIXED, TINY, Moment, built, copied, in_order, on_ranks, played, tiny
 
 from fedlora_mpi.balance import balanced, due
 from fedlora_mpi.build import build, hosts
 from fedlora_mpi.round import play
 from fedlora_mpi.saving import beginning
-
-CNN = "{name: cnn, width: 4, hidden: 8}"
-MIXED = "algorithm=pfedlora", f"model={{mix: [user_parts:wide, {CNN}, user_parts:normed]}}", "engine.group_size=1"
 
 
 def balanced_run(ranks: int, taken: list[float], *asked: str, samples: float = 1.0):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from mortal import on_mortal_ranks
 from runs import (
+    MIXED,
     SLOW,
     TESTS,
     TINY,
@@ -231,15 +232,11 @@ def test_whenever_workers_die_the_bits_are_those_of_an_undisturbed_run(undisturb
     assert_same_run(undisturbed(*settings), tmp_path / "run")
 
 
-KINDS = ["algorithm=pfedlora", "model={mix: [user_parts:wide, {name: cnn, width: 4, hidden: 8}, user_parts:normed]}",
-         "engine.group_size=1"]  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["engine.personal=disk"]], ids=["memory", "disk"])
 @pytest.mark.parametrize("moment", ["balance", "move", "moved"])
 def test_workers_that_die_while_clients_move_leave_the_bits(undisturbed, tmp_path, moment, more):
-    settings = (*KINDS, *SIX, ALL)
+    settings = (*MIXED, *SIX, ALL)
     ended = finished(line([(2, moment, 1), (1, moment, 2)], *settings, *more), tmp_path, TEST_WORTH="1000")
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("dies: rank") >= 1 and "Traceback" not in ended.stderr
