@@ -22,7 +22,7 @@ from fedlora_mpi.analysis import runs as several
 from fedlora_mpi.analysis.groups import Logged, Stat, differing, grouped, labels
 from fedlora_mpi.analysis.page import clients, curves, sweeps, tables, write
 from fedlora_mpi.analysis.page.crowd import PALE, few_of, looks_of
-from fedlora_mpi.analysis.page.style import apart, looks, styled
+from fedlora_mpi.analysis.page.style import apart, files_of, looks, styled
 from fedlora_mpi.analysis.page.table import Column, Table, percent
 from fedlora_mpi.cli import main
 from fedlora_mpi.store.log import Log, ragged
@@ -589,6 +589,16 @@ def test_a_page_is_the_same_whatever_the_users_settings_of_matplotlib(trained, t
         assert matplotlib.rcParams["font.size"] == 30
     assert main(["report", str(trained / "runs/b-1"), "-o", str(tmp_path / "b")]) == 0
     assert (tmp_path / "a/report.html").read_bytes() == (tmp_path / "b/report.html").read_bytes()
+
+
+def test_figures_are_the_same_drawn_on_one_core_and_on_three(tmp_path, monkeypatch):
+    files = []
+    for cores in (1, 3):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        with styled():
+            figures = write.gathered(write.read([logged(tmp_path / str(cores) / "a", [0.2] * 3, [0.5] * 3)])).figures
+            files.append(files_of(figures))
+    assert len(files[0]) == len(figures) > 3 and files[0] == files[1]
 
 
 def test_a_page_says_what_a_reader_must_know(tmp_path):

@@ -1,9 +1,13 @@
 """How every figure looks. matplotlib is imported when a figure is made."""
 
 import io
+import os
+import sys
 import textwrap
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -88,6 +92,26 @@ def styled():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(SETTINGS)
         yield
+
+
+def files_of(figures: Sequence[Drawn]) -> list[dict[str, bytes]]:
+    """PNG, PDF and SVG of each, drawn on all cores; on one where a fork, which need not pickle figures, is not safe."""
+    cores = min(len(os.sched_getaffinity(0)), len(figures)) if sys.platform == "linux" else 1
+    if cores < 2:
+        return [_files(figure) for figure in figures]
+    with ProcessPoolExecutor(cores, get_context("fork"), _inherited.extend, (figures,)) as pool:
+        return list(pool.map(_files_at, range(len(figures))))
+
+
+_inherited: list[Drawn] = []  # of a process that draws
+
+
+def _files_at(index: int) -> dict[str, bytes]:
+    return _files(_inherited[index])
+
+
+def _files(figure: Drawn) -> dict[str, bytes]:
+    return {kind: figure.file(kind) for kind in ("png", "pdf", "svg")}
 
 
 def looks(number: int) -> list[Look]:

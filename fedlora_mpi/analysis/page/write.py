@@ -14,7 +14,7 @@ from ..groups import Found, Group, Logged, Stat, grouped, shown
 from ..runs import of_all_clients, of_rounds
 from . import clients, curves, personal, ranks, sweeps, tables
 from .crowd import looks_of
-from .style import Drawn, styled
+from .style import Drawn, files_of, styled
 from .table import Table, percent
 
 PAGE, FIGURES, TABLES = "report.html", "figures", "tables"
@@ -40,10 +40,9 @@ def write(paths: Sequence[Path], folder: Path) -> str:
         logs = read([path for path in paths if path.resolve() != folder.resolve()])  # runs/* may hold the report
         content = gathered(logs)
         files, pictures = {}, {}
-        for drawn in content.figures:
-            for kind in ("png", "pdf"):
-                files[f"{FIGURES}/{drawn.name}.{kind}"] = drawn.file(kind)
-            pictures[drawn.name] = drawn.file("svg")
+        for figure, made in zip(content.figures, files_of(content.figures), strict=True):
+            pictures[figure.name] = made.pop("svg")
+            files |= {f"{FIGURES}/{figure.name}.{kind}": file for kind, file in made.items()}
     for table in content.tables:
         for kind, text in (("csv", table.csv()), ("md", table.markdown()), ("tex", table.latex())):
             files[f"{TABLES}/{table.name}.{kind}"] = text.encode()
@@ -110,13 +109,13 @@ def html(content: Content, pictures: dict[str, bytes], files: Sequence[str]) -> 
     groups = content.found.groups
     headline, *others = content.tables
     sections = [(f"table-{headline.name}", headline.title, headline.html())]
-    for drawn in content.figures:
-        picture = b64encode(pictures[drawn.name]).decode()
-        image = f'<img alt="{escape(drawn.title)}" src="data:image/svg+xml;base64,{picture}">'
-        inches = drawn.figure.get_size_inches()
-        said = f"<figcaption>{escape(drawn.caption)}</figcaption>"
+    for figure in content.figures:
+        picture = b64encode(pictures[figure.name]).decode()
+        image = f'<img alt="{escape(figure.title)}" src="data:image/svg+xml;base64,{picture}">'
+        inches = figure.figure.get_size_inches()
+        said = f"<figcaption>{escape(figure.caption)}</figcaption>"
         body = f'<figure style="max-width:{inches[0] * 1.25:.1f}in">{image}{said}</figure>'
-        sections.append((f"figure-{drawn.name}", drawn.title, f"<h2>{escape(drawn.title)}</h2>{body}"))
+        sections.append((f"figure-{figure.name}", figure.title, f"<h2>{escape(figure.title)}</h2>{body}"))
     sections += [(f"table-{table.name}", table.title, table.html()) for table in others]
     first: dict[str, str] = {}  # of several figures of a kind
     for name, title, _ in sections:
