@@ -20,10 +20,11 @@ from fedlora_mpi import open_run, open_runs
 from fedlora_mpi.analysis import groups, parts
 from fedlora_mpi.analysis import runs as several
 from fedlora_mpi.analysis.groups import Logged, Stat, differing, grouped, labels
-from fedlora_mpi.analysis.page import clients, curves, sweeps, tables, write
+from fedlora_mpi.analysis.page import clients, curves, personal, sweeps, tables, write
 from fedlora_mpi.analysis.page.crowd import PALE, few_of, looks_of
 from fedlora_mpi.analysis.page.style import apart, files_of, looks, styled
 from fedlora_mpi.analysis.page.table import Column, Table, percent
+from fedlora_mpi.analysis.run import RunView
 from fedlora_mpi.cli import main
 from fedlora_mpi.store.log import Log, ragged
 
@@ -377,6 +378,15 @@ def trained(tmp_path_factory):
     return folder
 
 
+def test_low_rank_factors_are_shown_before_other_personal_parts(trained, monkeypatch):
+    monkeypatch.setattr(personal, "GROUPS", 1)
+    with styled():
+        shown = personal.personal(grouped([Logged.read(trained / "runs" / run) for run in ("b-1", "c-1")]).groups)
+    assert [*shown.tables] == ["fedlora"] and [figure.name for figure in shown.drawn] == ["lowrank-1", "similarity-1"]
+    assert shown.left_out == ["those of settings after the first 1 that have any"]
+    assert not parts.factored(RunView(trained / "runs/b-1"))
+
+
 def test_low_rank_parts_are_those_of_the_clients_models(trained):
     run = open_run(trained / "runs/c-1")
     found = parts.low_rank(run, parts.held(run, 10**9))
@@ -521,7 +531,7 @@ def page(trained):
 
 FIGURES = {
     "learning", "spread", "clients", "against", "bytes", "flops", "seconds", "loss", "drift", *curves.DIAGNOSIS,
-    "lowrank-2", "lowrank-3", "similarity-1", "similarity-2", "partition-1", "partition-2",
+    "lowrank-1", "lowrank-3", "similarity-1", "similarity-2", "partition-1", "partition-2",
 }  # fmt: skip
 
 

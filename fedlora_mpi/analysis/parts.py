@@ -58,6 +58,15 @@ def size(run: RunView) -> int:
     return sum(file.stat().st_size for file in folder_of(run.path, run.checkpoints[-1]).iterdir())
 
 
+def factored(run: RunView) -> bool:
+    """Whether clients have low-rank factors of their own, by the names in the newest checkpoint; its bytes are trusted."""
+    try:
+        names = Checkpoint.read(folder_of(run.path, run.checkpoints[-1])).leaf_names([0])
+    except (IndexError, ValueError):  # no checkpoint, or none that can be read
+        return False
+    return any(name.endswith(".B") for name in names)
+
+
 def low_rank(run: RunView, parts: Held) -> LowRank | None:
     """Of every client's factors, its own or as it gets the shared ones; None where the method has none."""
     if not any(name.endswith(".B") for name in (*parts.shared, *(name for own in parts.personal for name in own))):

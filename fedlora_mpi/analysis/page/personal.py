@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..groups import Group
-from ..parts import Alike, LowRank, agreement, alike, held, low_rank, size
+from ..parts import Alike, LowRank, agreement, alike, factored, held, low_rank, size
 from ..run import RunView
 from .style import WIDTH, Drawn, figure
 
@@ -24,10 +24,11 @@ class Shown(NamedTuple):
 
 
 def personal(groups: Sequence[Group]) -> Shown:
-    """The figures of the first groups with low-rank or personal parts; those without a checkpoint are passed over."""
+    """The figures of the first groups with low-rank or personal parts; those without a checkpoint are passed over.
+    Groups whose clients have low-rank factors of their own come before others."""
     shown, budget, number = Shown([], {}, []), BYTES, 0
-    for group in groups:
-        run = RunView(group.runs[0].path)
+    views = [(group, RunView(group.runs[0].path)) for group in groups]
+    for group, run in sorted(views, key=lambda view: not factored(view[1])):
         if not run.checkpoints:
             continue
         if number == GROUPS:
