@@ -255,7 +255,8 @@ def _export(asked: argparse.Namespace, comm) -> int:
 
 def _reproduce(asked: argparse.Namespace, comm) -> int:
     from .comm import together
-    from .reproduce.command import Request, reproduce
+    from .reproduce.command import reproduce
+    from .reproduce.request import Request
 
     given = {name: value for name, value in vars(asked).items() if name not in ("command", "parallel")}
     return together(comm, lambda: reproduce(Request(**given)))

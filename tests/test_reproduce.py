@@ -17,11 +17,12 @@ from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedlora import FedLoRA
 from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.cli import main
-from fedlora_mpi.reproduce import carry, command, paper, picture, sheet
-from fedlora_mpi.reproduce.command import Request, fulfil
+from fedlora_mpi.reproduce import carry, paper, picture, sheet, showing
+from fedlora_mpi.reproduce.command import fulfil
 from fedlora_mpi.reproduce.fedlora import DATA, FULL, SMALL, TABLES, Alpha
 from fedlora_mpi.reproduce.grid import Entry, Job, job
 from fedlora_mpi.reproduce.paper import V
+from fedlora_mpi.reproduce.request import Request
 from fedlora_mpi.reproduce.results import Result, Shelf, refuse_others
 from fedlora_mpi.reproduce.tables import entries
 from fedlora_mpi.round import play
@@ -359,8 +360,8 @@ def test_figure_7_counts_the_clients_that_are_served_at_least_as_well():
 def test_a_picture_is_written(table, tmp_path):
     made = {e.key: [replace(result(e.key, 1, [50.0]), job=Job(e, AT, 1, None))] for e in entries(table, AT, SMALL)}
     cells = [sheet.Cell.of(found[0].job.entry, found) for found in made.values()]
-    (figure,) = command._pictures(table, "Title", cells, made).values()
-    assert command._draw(figure, tmp_path / "figure.png") == str(tmp_path / "figure.png")
+    (figure,) = showing._pictures(table, "Title", cells, made).values()
+    assert showing._draw(figure, tmp_path / "figure.png") == str(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 

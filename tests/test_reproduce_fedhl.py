@@ -11,9 +11,9 @@ import pytest
 from fedlora_mpi import config as configs
 from fedlora_mpi.cli import main
 from fedlora_mpi.reproduce import fedhl
-from fedlora_mpi.reproduce.command import Request
 from fedlora_mpi.reproduce.fedhl import BACKBONES, OURS, RANKS, TOLD, WIDTHS, Tuning
 from fedlora_mpi.reproduce.grid import job
+from fedlora_mpi.reproduce.request import Request
 from fedlora_mpi.reproduce.results import Result
 from fedlora_mpi.reproduce.sheet import Cell
 from fedlora_mpi.reproduce.tables import entries

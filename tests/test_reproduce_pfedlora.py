@@ -10,16 +10,17 @@ import pytest
 from fedlora_mpi import config as configs
 from fedlora_mpi.cli import main
 from fedlora_mpi.data.partition import Shares
-from fedlora_mpi.reproduce import command, costs, picture
-from fedlora_mpi.reproduce.command import Request, fulfil
+from fedlora_mpi.reproduce import costs, picture, showing
+from fedlora_mpi.reproduce.command import fulfil
 from fedlora_mpi.reproduce.costs import Curve, Spent
 from fedlora_mpi.reproduce.fedlora import Alpha
 from fedlora_mpi.reproduce.grid import Entry, Job, job
 from fedlora_mpi.reproduce.pfedlora import LABELS, OURS, Crowd
+from fedlora_mpi.reproduce.request import Request
 from fedlora_mpi.reproduce.results import Result
 from fedlora_mpi.reproduce.sheet import Cell
-from fedlora_mpi.reproduce.tables import entries
 from fedlora_mpi.reproduce.tables import TABLES as ALL
+from fedlora_mpi.reproduce.tables import entries
 
 CASES = [(data, clients) for data in ("cifar10", "cifar100") for clients in (10, 50, 100)]
 
@@ -289,7 +290,7 @@ def test_from_runs_to_tables_and_pictures_and_nothing_is_run_twice(tmp_path, cap
 
 def test_at_full_scale_the_papers_target_is_there_as_well():
     case, (_, by) = Crowd("cifar100", 10), shown(result(OURS, 1, [55.0]))
-    targets = lambda **more: command._targets(Request(OURS, **more), case, by)
+    targets = lambda **more: showing._targets(Request(OURS, **more), case, by)
     assert {end: percent for end, (percent, _) in targets(scale="full").items()} == {"-target": 55.0, "-target50": 50.0}
     assert list(targets()) == ["-target"] and list(targets(target=(40.0, 62.5))) == ["-target40", "-target62.5"]
 

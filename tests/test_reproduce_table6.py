@@ -10,10 +10,10 @@ import pytest
 
 from fedlora_mpi import config as configs
 from fedlora_mpi.cli import main
-from fedlora_mpi.reproduce import agnews, command, paper
+from fedlora_mpi.reproduce import agnews, paper, showing
 from fedlora_mpi.reproduce.agnews import DATA, LABELS, OURS, Texts
-from fedlora_mpi.reproduce.command import Request
 from fedlora_mpi.reproduce.grid import job
+from fedlora_mpi.reproduce.request import Request
 from fedlora_mpi.reproduce.sheet import Cell, compare
 from fedlora_mpi.reproduce.tables import TABLES, entries
 
@@ -78,9 +78,9 @@ def test_the_small_scale_has_the_same_network_words_and_low_rank_parts():
 
 
 def test_sizes_that_the_paper_does_not_say_are_not_called_the_papers():
-    said = command._caution(Request(OURS), Texts(DATA))
+    said = showing._caution(Request(OURS), Texts(DATA))
     assert "batch_size 20 (full scale 50)" in said and "(paper" not in said
-    assert command._caution(Request(OURS, scale="full"), Texts(DATA)) == ""
+    assert showing._caution(Request(OURS, scale="full"), Texts(DATA)) == ""
 
 
 def test_the_imagenet_row_is_a_config_with_the_papers_sizes():
