@@ -412,6 +412,15 @@ def test_flops_are_those_that_happen(algorithm, network):
             assert flops.of_round(size, round_) == counted(made, client, round_), f"{size} samples, round {round_}"
 
 
+def test_every_count_of_flops_is_a_sign_of_life():
+    made, beats = small.trainer(FedAvg()), []
+    flops = Flops(made, small.first(made), lambda: beats.append(1))
+    flops.of_round(7, 0)
+    assert len(beats) == len(flops._known) > 2
+    flops.of_round(7, 1)
+    assert len(beats) == len(flops._known)
+
+
 @dataclass(frozen=True)
 class Changes(FedAvg):
     """Trains the head alone in round 1, then everything."""

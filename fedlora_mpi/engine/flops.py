@@ -21,10 +21,12 @@ from .walk import Walk
 
 @dataclass(frozen=True)
 class Flops:
-    """What the clients of one kind compute; ``first``: the variables of any of them in round 1, as they arrive."""
+    """What the clients of one kind compute; ``first``: the variables of any of them in round 1, as they arrive;
+    ``beat`` is called before every count."""
 
     trainer: Trainer
     first: Vars
+    beat: Callable[[], None] = lambda: None
     _known: dict[tuple, int] = field(default_factory=dict)  # what was counted
 
     def of_round(self, samples: int, round_: int) -> int:
@@ -69,6 +71,7 @@ class Flops:
         """``count(samples)``, remembered."""
         at = (*key, samples)
         if at not in self._known:
+            self.beat()
             self._known[at] = count(samples)
         return self._known[at]
 
