@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Size, Tensor
@@ -21,7 +22,7 @@ class Layout:
         """Layout of one client's ``tree``, in the tree's order."""
         return cls({n: v.shape for n, v in tree.items()})
 
-    @property
+    @cached_property
     def size(self) -> int:
         """D, numbers of the buffer."""
         return sum(s.numel() for s in self.shapes.values())

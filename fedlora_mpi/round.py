@@ -22,7 +22,7 @@ from .sums import LIMIT, SUMS, ExactSum, FastSum
 from .tree import Tree
 from .uplink import gathered
 
-_METRICS = ("loss", "clients", "broken", "stop", "spread", "sent")  # travel behind the upload, in the same buffer
+_METRICS = ("loss", "clients", "spread", "broken", "stop", "sent")  # travel behind the upload, in the same buffer
 _SCORES = ("accuracy", "loss", "accuracy_aggregated", "accuracy_trained")  # of each client
 
 
@@ -59,10 +59,10 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     clock.append(time.perf_counter())
     run.clock.lap("train", run.comm.pulse.waited)
 
-    own = [0.0, 0.0, len(learned.broken), stop, 0.0, sum(learned.sent)]
+    own = [0.0, 0.0, 0.0, len(learned.broken), stop, sum(learned.sent)]
     message.add(torch.tensor(own, dtype=torch.float64), 1, at=size)
     travelled = _add_up(run, message)
-    loss, clients, broken, stops, spread, sent = message.total(at=size).tolist()
+    loss, clients, spread, broken, stops, sent = message.total(at=size).tolist()
     away = sum(run.weight_N) - total
     if broken:
         chosen = drawn - _broken(run, state.round, learned.broken)
@@ -145,11 +145,11 @@ def _train(
             if run.gathers:
                 learned.uploads[done.client] = run.layouts[run.kind_of[done.client]].pack(upload)
             # A diverging client must not overflow the sum; it is then beyond any meaning anyway.
-            moved = _moved(run, vector, here).clamp(max=bound)
+            weight, moved = run.weight_N[done.client], _moved(run, vector, here).clamp(max=bound)
+            about = [done.loss.item(), 1.0, moved.item() * weight]
             with letter(done.client) as own:
-                own.add(adds(vector, done.client), run.weight_N[done.client])
-                own.add(torch.stack([done.loss, torch.tensor(1.0)]), 1, at=run.upload.size)
-                own.add(moved[None], run.weight_N[done.client], at=run.upload.size + _METRICS.index("spread"))
+                own.add(adds(vector, done.client), weight)
+                own.add(torch.tensor(about, dtype=torch.float64), 1, at=run.upload.size)
             if offer:
                 learned.offers[done.client] = offer
             if done.score is not None:
