@@ -4,7 +4,8 @@
     python benchmarks/peers.py [--rounds 3] [--workloads NAME ...] [--peers NAME ...]
 
 FedAvg by this package, Flower (its simulation on ray) and Apple's pfl, each in processes of its own on one core (the
-affinity of all of them), one thread. Client samples per second of training rounds after the first, without evaluation.
+affinity of all of them), one thread; this package with `engine.path: measure`, which tries loop and stacks at the start.
+Client samples per second of training rounds after the first, without evaluation.
 `reference`: 10 clients of 500 images 32x32x3, the CIFAR ResNet-8 of 78,042 parameters, batch 100, one epoch.
 `cross-device`: 50 of 1,000 clients a round, 50 images 28x28, batch 10, one epoch, a network of two convolutions.
 
@@ -73,7 +74,7 @@ def prepared(spec: dict):
         "train": {"epochs": spec["epochs"], "batch_size": spec["batch"], "lr": spec["lr"], "momentum": 0.0},
         "participation": spec["cohort"] / spec["clients"],
         "rounds": 1,
-        "engine": {"device": "cpu"},
+        "engine": {"device": "cpu", "path": "measure"},
     }
     built = build(from_dict(tree, "benchmark"), "benchmark", Solo())
     return built, beginning(built)

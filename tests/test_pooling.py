@@ -41,4 +41,21 @@ def test_every_pool_of_a_stack_is_torchs(layer, sides, monkeypatch):
         stacked = vmap(layer)(x)
     assert torch.equal(stacked, torch.stack([layer(one) for one in x]))
     simple = layer.kernel_size in (2, (2, 2)) and layer.padding == 0 and layer.stride != 1 and not layer.ceil_mode
-    assert len(met) == (simple and sides == (6, 4))
+    assert bool(met) == (simple and sides == (6, 4))
+
+
+@pytest.mark.parametrize("least, met", [(2 * 6 * 4 * 3, True), (2 * 6 * 4 * 3 + 1, False)])
+def test_small_images_are_pooled_by_torch(least, met, monkeypatch):
+    x, own, calls = images(4, 3, 2, 6, 4), Halved.apply, []
+    monkeypatch.setattr(Halved, "apply", lambda v: calls.append(v.shape) or own(v))
+    with Pooling(least):
+        vmap(nn.MaxPool2d(2))(x)
+    assert bool(calls) == met  # by the numbers of one client, not of the stack
+
+
+def test_gradients_of_a_stack_are_torchs():
+    x, w = images(4, 3, 2, 6, 4), torch.randn(4, 3, 2, 3, 2).double()
+    pooled = lambda: (vmap(nn.MaxPool2d(2))(x) * w).sum()
+    with Pooling():
+        loss = pooled()
+    assert torch.equal(torch.autograd.grad(loss, x)[0], torch.autograd.grad(pooled(), x)[0])

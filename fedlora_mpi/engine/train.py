@@ -15,7 +15,7 @@ from torch.func import vmap
 
 from ..algorithm import Algorithm, Batch, Phase, Train, Vars
 from ..models.network import Model
-from ..models.pooling import Pooling
+from ..models.pooling import LARGE, Pooling
 from ..transfer import to_device, to_host
 from ..tree import Tree, tmap
 from .compiled import Compiled
@@ -110,8 +110,8 @@ class Trainer:
     def forward(self) -> AbstractContextManager:
         """What a forward pass of training runs under."""
         under = ExitStack()
-        if self.stacked and self.compiled and self.device.type == "cpu":
-            under.enter_context(Pooling())
+        if self.stacked and self.device.type == "cpu":
+            under.enter_context(Pooling(0 if self.compiled else LARGE))
         if self.precision == "bf16":
             under.enter_context(torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False))
         return under

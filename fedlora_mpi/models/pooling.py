@@ -1,7 +1,7 @@
-"""Max pooling of a compiled stack of clients on a CPU, where torch's own takes longer than a convolution.
+"""Max pooling of a stack of clients on a CPU, where torch's own takes longer than a convolution.
 
 A stack is pooled in the default layout, whose CPU kernel looks at one number after another; comparing whole rows of
-the images does the same in vectors, once a compiler has fused them. Step by step, Python takes more than that gives.
+the images does the same in vectors. Of small images Python takes more than that gives, unless a compiler fuses it all.
 """
 
 import torch
@@ -10,12 +10,20 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
+LARGE = 2**15  # numbers of one client from which pooling in vectors pays, step by step; measured: benchmarks/cross_device.py
+
+
 class Pooling(TorchFunctionMode):
-    """Inside it, 2x2 max pools without padding or overlap of images with even sides are ``Halved``."""
+    """Inside it, 2x2 max pools without padding or overlap of images with even sides are ``Halved``; of at least so many
+    numbers of one client."""
+
+    def __init__(self, least: int = 0) -> None:
+        super().__init__()
+        self._least = least
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.max_pool2d and _halves(*args, **kwargs):
+        if func is F.max_pool2d and args[0].numel() >= self._least and _halves(*args, **kwargs):
             return Halved.apply(args[0])[0]
         return func(*args, **kwargs)
 
@@ -24,7 +32,9 @@ class Halved(torch.autograd.Function):
     """``F.max_pool2d(x, 2)`` of x [..., H, W], H and W even: the same maxima and gradients; of equal numbers the first,
     row by row, has the gradient. Twice differentiable."""
 
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info, in_dims: tuple, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return Halved.apply(x.movedim(in_dims[0], 0)), (0, 0, 0)
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
