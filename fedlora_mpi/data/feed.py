@@ -138,7 +138,8 @@ class Feed:
         for k in clients:
             at, mine = (k, round_, epoch), self._part(k, fraction, held)
             rows.append(mine[torch.randperm(len(mine), generator=rng(self._seed, "order", *at))])
-            draws.append(draw(augment, len(mine), rng(self._seed, "augment", *at), self.shape[1:]))
+            if augment:
+                draws.append(draw(augment, len(mine), rng(self._seed, "augment", *at), self.shape[1:]))
             noise.append(key(self._seed, "noise", *at))
         by_name = {name: [drawn[name] for drawn in draws] for name in augment}
         return self._pass(self._train, clients, rows, by_name, torch.tensor(noise))
