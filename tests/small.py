@@ -141,12 +141,13 @@ def experiment(
     start = first(made[0])
     kind_of = tuple(client % len(made) for client in range(len(sizes)))
     together = groups(sizes, group_size or len(sizes), kind_of)
+    kinds = tuple(
+        Kind(each, first(each)._replace(shared=start.shared), f"kind-{number}/" if len(made) > 1 else "")
+        for number, each in enumerate(made)
+    )
     run = Run(
         algorithm=algorithm,
-        kinds=tuple(
-            Kind(each, first(each)._replace(shared=start.shared), f"kind-{number}/" if len(made) > 1 else "")
-            for number, each in enumerate(made)
-        ),
+        kinds=kinds,
         kind_of=kind_of,
         comm=Solo(),
         groups=together,
@@ -159,7 +160,7 @@ def experiment(
         participation=participation,
         reduce="exact",
         pace=Pace(len(made)),
-        upload=Layout.of(algorithm.expand(algorithm.upload(start, start), start.shared, 1)),
+        upload=Layout.of(kinds[0].term),
         mixing=Mixing.of(algorithm, start, [0] * len(sizes), [0], "auto"),
     )
     return run, beginning(Built(None, run, None, SHAPE, ""))

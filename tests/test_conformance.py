@@ -50,14 +50,20 @@ SETTINGS = {
     "fed_talora": ("train.lr=0.02",),  # as fedex_lora
     "fedapen": ("algorithm.small=user_parts:with_norm",),
     "fedex_lora": ("train.lr=0.02",),  # W and factors that all move: by 0.05 the cnn diverges
+    "fedhl": ("train.lr=0.02",),  # as fedex_lora
+    "fedit": ("train.lr=0.02",),  # as fedex_lora
     "fedkd": ("algorithm.small=user_parts:with_norm", "train.lr=0.02"),  # its division by D makes it steep
     "fedrep": ("algorithm.head_epochs=1",),
+    "flexlora": ("train.lr=0.02",),  # as fedex_lora
     "fml": ("algorithm.small=user_parts:with_norm",),
     "hetlora": ("train.lr=0.02",),  # by 0.05 a client now and then diverges, and its norm takes all the weight
     "moon": ("algorithm.mu=0.1",),
     "pfedme": ("train.momentum=0", "train.lr=0.1"),
     "scaffold": ("train.momentum=0", "train.lr=0.1"),
 }
+
+# Singular vectors of small singular values move more than what they are of.
+NEAR = {"fedhl": 1e-4, "flexlora": 1e-4}
 
 # A field that is no Literal is tried with half its default (an integer: one more). Here is what needs
 # another value, or other settings in both runs: {field or method.field: (settings, value)}.
@@ -156,7 +162,7 @@ def test_a_resume_moves_no_bit(name, model, tmp_path):
 def test_a_stack_equals_the_loop(name, model):
     assert tiny(model).engine.path == "stack"
     stack, loop = run(name, model)[2], run(name, model, "engine.path=loop", "rounds=2")[-1]
-    assert_near(stack.shared, loop.shared)
+    assert_near(stack.shared, loop.shared, NEAR.get(name, 1e-5))
     assert_near(stack.personal, loop.personal)
     assert stack.row["train_loss"] == pytest.approx(loop.row["train_loss"], rel=1e-5)
     assert np.array_equal(stack.clients["accuracy"], loop.clients["accuracy"])
@@ -198,7 +204,7 @@ def test_renumbering_the_clients_renumbers_the_results(name, model, monkeypatch)
     common = (*common, "data.partition.kind=renumbered", *KEPT, *WHOLE.get(name, ()))
     plain = run(name, *common)[-1]
     other = run(name, *common, f"data.partition.order={list(ORDER)}")[-1]
-    assert_near(plain.shared, other.shared)
+    assert_near(plain.shared, other.shared, NEAR.get(name, 1e-5))
     assert_near({n: v[list(ORDER)] for n, v in plain.personal.items()}, other.personal)
     assert np.array_equal(plain.clients["accuracy"][list(ORDER)], other.clients["accuracy"])
     assert plain.row["train_loss"] == pytest.approx(other.row["train_loss"], rel=1e-5)

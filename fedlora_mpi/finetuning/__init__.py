@@ -185,8 +185,8 @@ class FineTuning(Algorithm):
             ratio = {n: w / count for n, w in weight.items()}
             terms = {n: v * ratio[n.rpartition(".")[0]] for n, v in terms.items()}
             tree |= prefixed(ratio, "weight.")
-        number = next(iter(upload.values())).new_tensor
-        tree |= prefixed({n: number(v / count) for n, v in self.counted(upload).items()}, "last.")
+        number = next(iter(upload.values())).new_full  # computed there, where nothing waits for a copy from the host
+        tree |= prefixed({n: number((), v / count) for n, v in self.counted(upload).items()}, "last.")
         tree |= prefixed(terms, "term.")
         return tree | (self.diagnosis(upload, shared, count) if self.diagnose else {})
 
