@@ -111,7 +111,8 @@ def on_terminal(folder, stop):
     """(exit code, what a terminal got) of ``watch``, after Ctrl-C where it is to ``stop``."""
     server, terminal = pty.openpty()
     line = command("watch", folder, "--every", "0.1")
-    process = subprocess.Popen(line, env=environment(TERM="xterm"), stdout=terminal, stderr=terminal)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # who runs tests in the background may ignore Ctrl-C
+    process = subprocess.Popen(line, env=environment(TERM="xterm"), stdout=terminal, stderr=terminal, preexec_fn=heard)
     os.close(terminal)
     got = b""
     with suppress(OSError):  # the end of a terminal
