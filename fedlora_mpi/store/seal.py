@@ -36,7 +36,7 @@ def rows(columns: Mapping[str, np.ndarray]) -> np.ndarray:
         for name, said in about.items():
             value = columns[name][row]
             if name.startswith("ranks/"):
-                there = np.flatnonzero(np.nan_to_num(value))
+                there = np.flatnonzero((value != 0) & (value == value))  # nan is none
                 value = np.atleast_1d(value)[: there[-1] + 1 if len(there) else 0]
             if value.size:
                 checksum.update(said + f"{value.shape}".encode() + value.tobytes())
