@@ -11,6 +11,7 @@ from fedlora_mpi.algorithm import held_out
 from fedlora_mpi.data import transforms
 from fedlora_mpi.data.datasets import Data, Samples, Source, Synthetic, load
 from fedlora_mpi.data.feed import Feed
+from fedlora_mpi.data.inputs import Images
 from fedlora_mpi.data.partition import Iid, Split
 from fedlora_mpi.seeds import isolated, key, rng, uniform
 from fedlora_mpi.vision import torchvision
@@ -34,8 +35,8 @@ def split():
     return Split(train, test, np.zeros((5, 6)), np.zeros((5, 6)))
 
 
-def feed(of=None, shift="none", augment=False, seed=1):
-    return Feed(of or data(), split(), seed=seed, shift=shift, device=CPU, augment=augment)
+def feed(of=None, shift="none", augment=False, seed=1, **more):
+    return Feed(of or data(), split(), seed=seed, shift=shift, device=CPU, augment=augment, **more)
 
 
 # Data sets
@@ -330,6 +331,23 @@ def test_a_client_is_independent_of_its_neighbours(shift, augment):
         real = together.real[c]
         assert torch.equal(together.x[c][real], alone.x[0][real]) and torch.equal(together.key[c], alone.key[0])
         assert torch.equal(together.y[c][real], alone.y[0][real])
+
+
+@pytest.mark.parametrize("at_once", [1, 5 * 4 * 75 * 2, 2**20])
+@pytest.mark.parametrize("used", [None, (5, 5, 4, 1, 0)])
+def test_batches_gathered_several_at_once_are_those_gathered_one_by_one(at_once, used, monkeypatch):
+    monkeypatch.setattr("fedlora_mpi.data.feed._AT_ONCE", at_once)
+    beats, read = [], Images.read
+    f = feed(data(augment=("crop", "flip", "rotate")), "labels", augment=True, beat=lambda: beats.append(0))
+    epoch, gathers = f.epoch(range(5), 4, 1), []
+    epoch = epoch.cut(used) if used else epoch
+    monkeypatch.setattr(Images, "read", lambda *given: gathers.append(0) or read(*given))
+    found = list(epoch.batches(range(0, epoch.sizes[0], 4)))
+    steps = len(range(0, epoch.sizes[0], 4))
+    assert len(found) == len(beats) == steps and len(gathers) == -(-steps // min(steps, max(1, at_once // 1500)))
+    for step, (count, batch) in enumerate(found):
+        assert count == sum(size > 4 * step for size in used or SIZES)
+        assert same(batch, epoch.batch(count, 4 * step, min(4, epoch.sizes[0] - 4 * step)))
 
 
 @pytest.mark.parametrize("augment", [False, True])

@@ -3,9 +3,10 @@
 A process holds the inputs once (see ``inputs.py``); clients are lists of indices into them. What a batch of client k holds depends on (seed, k, round, epoch, position) and on nothing else.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from .datasets import Data
 from .inputs import Images, Texts, stored
 from .partition import Split
 from .transforms import draw
+
+T = TypeVar("T", int, Tensor)
+_AT_ONCE = 2**17  # numbers of an input that are gathered for several batches at once, and stay in a core's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,15 +47,42 @@ class Epoch:
         [count, width] is False beyond a client's last sample, and None when nothing is padding.
         """
         self.beat()
-        last = first + width
+        x, y = self._read(count, first, first + width)
+        return self._batch(x, y, self.noise[:count] + _mixed(first), first)
+
+    def batches(self, firsts: range) -> Iterator[tuple[int, Batch]]:
+        """For each of ``firsts``: how many clients still have data, the first so many, and their batch of up to
+        ``firsts.step`` samples. Small ones are gathered several at once."""
+        several = max(1, _AT_ONCE // (len(self.sizes) * firsts.step * self.store.numbers))
+        for at in range(0, len(firsts), several):
+            some = firsts[at : at + several]
+            count = self._longer(some[0])
+            read = self._read(count, some[0], min(some[-1] + firsts.step, self.sizes[0]))
+            steps = torch.arange(some.start, some.stop, some.step, device=self.noise.device)
+            noise = (self.noise[:count] + _mixed(steps)[:, None]).unbind()
+            for first, *parts in zip(some, *(part.split(firsts.step, 1) for part in read), noise):
+                self.beat()
+                now = self._longer(first)
+                yield now, self._batch(*(parts if now == count else (part[:now] for part in parts)), first)
+
+    def _longer(self, first: int) -> int:
+        """How many clients have more samples than ``first``."""
+        return sum(size > first for size in self.sizes)
+
+    def _read(self, count: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """x and y of these positions of the first ``count`` clients."""
         rows = _window(self.rows, count, first, last)
         x, y = self.store.read(rows, {name: _window(v, count, first, last) for name, v in self.warps.items()})
         if self.relabel is not None:
             y = (y + self.relabel[:count, None]) % self.classes
-        real = None
-        if min(self.sizes[:count]) < last:
-            real = torch.arange(first, last, device=y.device) < self.lengths[:count, None]
-        return Batch(x, y, real, self.noise[:count] + _mixed(first), self.counts[:count])
+        return x, y
+
+    def _batch(self, x: Tensor, y: Tensor, noise: Tensor, first: int) -> Batch:
+        """The batch of these samples, which begin at ``first``."""
+        (count, width), real = y.shape, None
+        if min(self.sizes[:count]) < first + width:
+            real = torch.arange(first, first + width, device=y.device) < self.lengths[:count, None]
+        return Batch(x, y, real, noise, self.counts[:count])
 
     def cut(self, sizes: Sequence[int]) -> "Epoch":
         """The same pass, over only so many of each client's samples: the first in its order."""
@@ -209,10 +240,10 @@ def _window(stacked: Tensor, count: int, first: int, last: int) -> Tensor:
     return torch.cat((cut, cut.new_zeros(count, short, *cut.shape[2:])), dim=1) if short else cut
 
 
-def _mixed(first: int) -> int:
-    """A number to add to an epoch's key for the batch at ``first``; 0 keeps the epoch's own.
+def _mixed(first: T) -> T:
+    """A number (or, of int64, several) to add to an epoch's key for the batch at ``first``; 0 keeps the epoch's own.
 
     An odd constant (Steele & Vigna 2021, LXM) spreads the steps over all keys, far from the golden gamma
     with which ``seeds.uniform`` counts: noise of two steps is never the same row moved along.
     """
-    return first * 0xD1342543DE82EF95 % 2**62
+    return first * (0xD1342543DE82EF95 - 2**64) & (2**62 - 1)

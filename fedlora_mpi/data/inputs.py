@@ -23,6 +23,11 @@ class Images(NamedTuple):
     scale: Tensor  # [P] 1 / (255 std) of each number's channel
     offset: Tensor  # [P] -mean / std of each number's channel
 
+    @property
+    def numbers(self) -> int:
+        """Of a sample as it is read: P."""
+        return len(self.scale)
+
     def read(self, rows: Tensor, warps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The samples ``rows`` [C, B]: normalised images [C, B, ch, H, W] in channels_last, labels [C, B]."""
         _, height, width, channels = self.images.shape
@@ -42,6 +47,11 @@ class Texts(NamedTuple):
 
     tokens: Tensor  # [M, L] int32
     labels: Tensor  # [M] int64
+
+    @property
+    def numbers(self) -> int:
+        """Of a sample as it is read: L."""
+        return self.tokens.shape[1]
 
     def read(self, rows: Tensor, warps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The samples ``rows`` [C, B]: token ids [C, B, L] int64, labels [C, B]; nothing warps a text."""

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.nn.utils.rnn import pad_sequence
 
 from ..algorithm import Batch, Loss, Phase, Sgd, Step, Vars
 from ..tree import Tree, tmap
@@ -58,12 +59,12 @@ class Walk:
     def play_over(self, epoch: Epoch, firsts: range, sums: Tensor) -> None:
         """All steps on the batches that begin at ``firsts``. Adds to ``sums`` [2, C] each client's losses, times their
         examples, and its examples. Waits for no device."""
-        for first in firsts:
-            count = sum(size > first for size in epoch.sizes)  # who still has data: the first of the list
-            batch_C = epoch.batch(count, first, min(firsts.step, epoch.sizes[0] - first))
-            examples = batch_C.y.shape[1] if batch_C.real is None else batch_C.real.sum(1)
-            sums[0, :count] += self.play(batch_C, count) * examples
-            sums[1, :count] += examples
+        if not firsts:
+            return
+        losses = pad_sequence([self.play(batch_C, count) for count, batch_C in epoch.batches(firsts)], batch_first=True)
+        begun = torch.arange(firsts.start, firsts.stop, firsts.step, device=losses.device)
+        examples = (epoch.lengths[: losses.shape[1]] - begun[:, None]).clamp(0, firsts.step)  # [steps, C]
+        sums[:, : losses.shape[1]] += torch.stack([losses * examples, examples]).sum(1)
 
     def play(self, batch_C: Batch, count: int) -> Tensor:
         """All steps on one batch of the first ``count`` clients; their first losses [count]."""
