@@ -48,12 +48,12 @@ class ExactSum:
             if self._there is None:
                 self._there = torch.zeros(self._here.shape, dtype=torch.int64, device=vector.device)
             limbs, part = self._there, max(1, len(vector))
-        for numbers, place in zip(vector.split(part), limbs[:, at : at + len(vector)].split(part, 1), strict=True):
-            value = numbers.double() * weight
-            high = (value * _HIGH).round_()
-            low = value.sub_(high, alpha=1 / _HIGH).mul_(_LOW).round_()
-            place[0] += high.long()
-            place[1] += low.long()
+        places = (limb.split(part) for limb in limbs[:, at : at + len(vector)])
+        for numbers, high, low in zip(vector.split(part), *places, strict=True):
+            value = numbers.to(torch.float64, copy=True).mul_(weight * _HIGH)
+            units = value.round()
+            high.add_(units.long())
+            low.add_(value.sub_(units).mul_(_LOW / _HIGH).round_().long())
 
     def total(self, at: int = 0, device: torch.device = CPU) -> Tensor:
         """The sum of the numbers from position ``at`` on, float64 [size - at], computed on ``device``."""
