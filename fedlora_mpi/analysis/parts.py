@@ -3,7 +3,7 @@
 torch is imported where the method has low-rank factors, for their scale s.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -64,12 +64,12 @@ def factored(run: RunView) -> bool:
         names = Checkpoint.read(folder_of(run.path, run.checkpoints[-1])).leaf_names([0])
     except (IndexError, ValueError):  # no checkpoint, or none that can be read
         return False
-    return any(name.endswith(".B") for name in names)
+    return _with_factors(names)
 
 
 def low_rank(run: RunView, parts: Held) -> LowRank | None:
     """Of every client's factors, its own or as it gets the shared ones; None where the method has none."""
-    if not any(name.endswith(".B") for name in (*parts.shared, *(name for own in parts.personal for name in own))):
+    if not any(map(_with_factors, (parts.shared, *parts.personal))):
         return None
     found = [
         dict(_factors(run, client, own, parts.shared))
@@ -112,9 +112,9 @@ def alike(run: RunView, parts: Held) -> Alike | None:
     if len(chosen) < 3 or not most:
         return None
     own, clients = [parts.personal[at] for at in chosen], [parts.clients[at] for at in chosen]
-    factored = any(name.endswith(".B") for name, _ in most)
+    in_factors = _with_factors(name for name, _ in most)
     gram = np.zeros((len(chosen), len(chosen)))
-    blocks = _products(run, clients, own) if factored else _rows(own)
+    blocks = _products(run, clients, own) if in_factors else _rows(own)
     for block in blocks:
         gram += block @ block.T
     similar = _cosine(gram)
@@ -125,7 +125,7 @@ def alike(run: RunView, parts: Held) -> Alike | None:
     labels = _cosine(counts @ counts.T)
     assert labels is not None
     place = np.ix_(order, order)
-    return Alike(tuple(np.array(clients)[order].tolist()), similar[place], labels[place], not factored)
+    return Alike(tuple(np.array(clients)[order].tolist()), similar[place], labels[place], not in_factors)
 
 
 def agreement(found: Alike) -> float:
@@ -159,6 +159,10 @@ def leaf_order(similar: np.ndarray) -> np.ndarray:
         clusters[i] = x + y
         alive.remove(j)
     return np.array(clusters[alive[0]])
+
+
+def _with_factors(leaves: Iterable[str]) -> bool:
+    return any(name.endswith(".B") for name in leaves)
 
 
 def _factors(

@@ -222,7 +222,7 @@ class FineTuning(Algorithm):
 
     def diagnosis(self, upload: Tree, shared: Tree, count: int) -> Tree:
         """What ``diagnosed`` needs the mean of; all means are weighted by n_k, hence the divisions by it."""
-        n, arrived = next(iter(upload.values())).new_tensor(count), self.download(shared)
+        n, arrived = next(iter(upload.values())).new_full((), count), self.download(shared)
         got, end, before = self.delta(arrived), self.delta(arrived | upload), self.delta(shared)
         truncation = sum((before[name] - d).square().sum() for name, d in got.items())
         tree = {"one": 1 / n, "truncation": truncation / n}
