@@ -18,6 +18,8 @@ from pathlib import Path
 
 from report import arguments, tell
 
+from fedlora_mpi.store.reader import RunFiles
+
 METHODS = {name: {} for name in ("fedavg", "local", "fedamp", "fedbn", "fedper", "fedrod", "pfedsd", "pfedgate", "fedcac")}
 METHODS |= {"fedlora": {"lora_epochs": 1}, "fedrep": {"head_epochs": 1}}
 PROGRAM = (sys.executable, "-m", "fedlora_mpi")
@@ -41,6 +43,8 @@ def make(folder: Path, method: str, seed: int, rounds: int, clients: int) -> Pat
         "train": {"epochs": 2, "batch_size": 10, "lr": 0.02},
     }
     config = folder / f"{method}-{seed}.yaml"
+    if (run / "log.h5").is_file() and len(RunFiles(run).rounds()["round"]) == rounds:
+        return run
     config.write_text(json.dumps(tree))  # JSON is YAML
     subprocess.run([*PROGRAM, "run", "--resume", str(config)], check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     return run
@@ -50,7 +54,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--clients", type=int, default=40)
-    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="keep the runs there, and go on with those it has")
+    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="keep the runs there; those it has are not made again")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = asked.runs or Path(scratch)

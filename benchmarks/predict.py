@@ -1,11 +1,12 @@
 """Does `fedlora-mpi plan` predict the seconds of a round? Its prediction beside rounds that are then played.
 
-    python benchmarks/predict.py [--root DATA] [--cases NAME ...] [--ranks 1 3]
+    python benchmarks/predict.py [--root DATA] [--cases NAME ...] [--ranks 1 3] [--times 3]
 
 Different workloads on 1 rank and on 3 (a server and two workers). Seconds of a round, log and checkpoints included,
 without the first, where everything warms up, and the last. `alone`: without the time that its cores gave to other
-programs, which is what a plan predicts; on a quiet machine it is `wall`. Correctness first: all numbers of ranks end at
-the same bits.
+programs, which is what a plan predicts; on a quiet machine it is `wall`. Plan and run so many `--times` in turn, as a
+virtual machine's speed moves; medians, and the least and the most of `planned / alone`. Correctness first: all numbers
+of ranks end at the same bits.
 """
 
 import json
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -194,6 +196,7 @@ def main() -> None:
     parser.add_argument("--root", default="~/data", help="folder of AG_NEWS, for the texts (default ~/data)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 3])
+    parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--play", nargs=2, help="of this script alone: a run whose rounds are timed")
     parser.add_argument("--foretell", nargs=2, help="of this script alone: the seconds that plan expects")
     asked = parser.parse_args()
@@ -209,17 +212,21 @@ def main() -> None:
         tree, rounds = CASES[name]
         shared = set()
         for ranks in asked.ranks:
-            with tempfile.TemporaryDirectory() as folder:
-                config = Path(folder) / "config.yaml"
-                data = {"root": asked.root} | tree["data"]
-                more = {"rounds": rounds, "output": f"{folder}/run", "checkpoint": {"every": 2}}
-                config.write_text(json.dumps(tree | more | {"data": data}))  # JSON is YAML
-                planned = foretold(config, ranks)
-                run = played(config, Path(folder) / "run", ranks)
-            shared.add(run.bits)
-            ratio = planned / run.alone
-            row = {"workload": name, "ranks": ranks, "planned s": planned, "wall s": run.wall, "alone s": run.alone}
-            rows.append(row | {"planned / alone": ratio})
+            both = []
+            for _ in range(asked.times):
+                with tempfile.TemporaryDirectory() as folder:
+                    config = Path(folder) / "config.yaml"
+                    data = {"root": asked.root} | tree["data"]
+                    more = {"rounds": rounds, "output": f"{folder}/run", "checkpoint": {"every": 2}}
+                    config.write_text(json.dumps(tree | more | {"data": data}))  # JSON is YAML
+                    planned = foretold(config, ranks)
+                    run = played(config, Path(folder) / "run", ranks)
+                both.append((planned, run.wall, run.alone))
+                shared.add(run.bits)
+            planned, wall, alone = map(median, zip(*both))
+            ratios = sorted(one / other for one, _, other in both)
+            row = {"workload": name, "ranks": ranks, "planned s": planned, "wall s": wall, "alone s": alone}
+            rows.append(row | {"planned / alone": planned / alone, "least": ratios[0], "most": ratios[-1]})
             print(rows[-1], file=sys.stderr, flush=True)
         assert len(shared) == 1, f"{name}: other bits on other numbers of ranks"
     tell(asked, rows)
