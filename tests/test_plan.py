@@ -1,6 +1,10 @@
 """What a plan predicts, as arithmetic: from made-up unit costs, not from a clock."""
 
+import contextlib
 import math
+import os
+import sys
+import time
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from fedlora_mpi.plan.counted import OnGpu, _count, fits
 from fedlora_mpi.plan.devices import CONTEXT, GPUS, Device, device
 from fedlora_mpi.plan.forecast import Costs, Machine, Unit, allgather, allreduce, forecast
 from fedlora_mpi.plan.line import Line, limits
+from fedlora_mpi.plan.trial import _beside
 
 HERE = Machine(math.inf, 1e9, 1e-5)
 UNIT = Unit(Line(0.5, 0.25, 0.125), Line(0, 0, 0), Line(0, 0, 0.0625), 2.0)
@@ -197,3 +202,30 @@ def test_a_plan_says_what_was_measured_and_what_assumed(capsys):
     assert "35% of the a100's FLOP/s" in lines["assumed"] and "12.5 GB/s between ranks" in lines["assumed"]
     assert "latency 1e-06" in lines["given"] and "counted" in lines["measured"] and "of 80 GB" in lines["gpu"]
     assert device("none") is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a fork is not safe")
+def test_others_compute_meanwhile_and_are_gone_after(tmp_path):
+    def work():
+        with open(tmp_path / str(os.getpid()), "a") as file:
+            file.write(".")
+        time.sleep(1e-3)
+
+    with _beside(2, work):
+        until = time.monotonic() + 30
+        while sum(len(file.read_text()) > 2 for file in tmp_path.iterdir()) < 2 and time.monotonic() < until:
+            time.sleep(1e-2)
+    found = {int(file.name): len(file.read_text()) for file in tmp_path.iterdir()}
+    assert len(found) == 2 and os.getpid() not in found and min(found.values()) > 2  # again and again
+    for child in found:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+
+
+@pytest.mark.parametrize("ranks, gpus, cores, others", [(1, None, 8, 0), (3, None, 8, 1), (9, None, 4, 3), (9, "a100", 8, 0)])
+def test_a_trial_is_made_beside_as_many_as_will_work_here(ranks, gpus, cores, others, monkeypatch):
+    given = []
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("fedlora_mpi.plan.trial._beside", lambda n, work: given.append(n) or contextlib.nullcontext())
+    estimate(read(TINY, []), str(TINY), ranks, gpus)
+    assert given == [others]

@@ -63,8 +63,10 @@ def estimate(
         path = "stack" if gpu and config.engine.path != "loop" else config.engine.path
         config = replace(config, engine=replace(config.engine, device="cpu", path=path))
     built = build(config, source, Solo())
-    costs, client = measured(built, gpu)
-    cores = math.inf if gpus else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    others = 0 if gpus else min(len(workers), cores // config.engine.threads) - 1
+    costs, client = measured(built, gpu, max(0, others))
+    cores = math.inf if gpus else cores
     speed, delay = (BANDWIDTH, LATENCY) if gpus else (1 / costs.add_byte, 0.0)
     machine = Machine(cores, bandwidth or speed, latency or delay)
     run = built.run

@@ -2,9 +2,12 @@
 
 import os
 import resource
+import signal
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -30,14 +33,15 @@ _SECONDS = 4.0  # that the trial of a kind may take, about; it always takes two 
 _TIMES = 5  # rounds of each size where they are short
 
 
-def measured(built: Built, gpu: Device | None = None) -> tuple[Costs, float]:
+def measured(built: Built, gpu: Device | None = None, others: int = 0) -> tuple[Costs, float]:
     """The unit costs of a run on this machine, one thread as ``engine.threads`` says; clients on a ``gpu`` by count.
+    Training is measured while so many ``others`` train here.
 
     The second number: bytes of that GPU which a client takes.
     """
     run, client = built.run.of_round(0), 0.0
     trials = {kind: _Trial(built, run, kind, tiny=gpu is not None) for kind in sorted(set(run.kind_of))}
-    units = {kind: trial.unit() for kind, trial in trials.items()}
+    units = {kind: trial.unit(others) for kind, trial in trials.items()}
     if gpu:
         for kind, trial in trials.items():
             settings, precision = built.config.train, built.config.engine.precision
@@ -70,20 +74,21 @@ class _Trial:
         self._alone = self._holding((self._stack,))
         self._taken: dict[tuple, list[tuple[float, float, float]]] = {}
 
-    def unit(self) -> Unit:
-        """Play, and read the unit costs off."""
+    def unit(self, others: int) -> Unit:
+        """Play beside so many others, and read the unit costs off."""
         sizes, batch_size = [self._run.sizes[c] for c in self._stack], self._config.train.batch_size
         few = (1, 1, 1) if self._tiny else limits(max(sizes), batch_size)
         twice = self._twice()
         plays = [(limit, judged, self._alone) for limit in sorted(set(few)) for judged in (False, True)]
         plays += [(few[0], False, twice)] if twice else []
-        begun, rounds = time.perf_counter(), 0
-        while rounds < 3 or (rounds < _TIMES and time.perf_counter() - begun < _SECONDS):
-            for limit, judged, run in plays:
-                self._play(limit, judged, run, keep=rounds > 0)
-            rounds += 1
-            if rounds > 1 and time.perf_counter() - begun > 4 * _SECONDS:
-                break
+        with _beside(others, lambda: self._play(few[1], False, self._alone, keep=False)):
+            begun, rounds = time.perf_counter(), 0
+            while rounds < 3 or (rounds < _TIMES and time.perf_counter() - begun < _SECONDS):
+                for limit, judged, run in plays:
+                    self._play(limit, judged, run, keep=rounds > 0)
+                rounds += 1
+                if rounds > 1 and time.perf_counter() - begun > 4 * _SECONDS:
+                    break
         count, most = len(self._stack), max(sizes)
         train = lambda limit: self._median(limit, False, self._alone, 0)
         most = 1 if self._tiny else most
@@ -183,6 +188,28 @@ class _Trial:
         kinds = tuple(k._replace(trainer=replace(k.trainer, feed=self._feed, settings=gentle)) for k in run.kinds)
         one = {"groups": stacks, "costs": (1.0,) * len(stacks), "host": (0,) * len(stacks), "by_task": ()}
         return replace(run, kinds=kinds, sizes=some(run.sizes), weight_N=some(run.weight_N), participation=1.0, **one)
+
+
+@contextmanager
+def _beside(others: int, work: Callable[[], object]) -> Iterator[None]:
+    """Inside it, so many processes do ``work`` again and again, as workers would: cores share caches and memory."""
+    here, children = os.getpid(), []
+    try:
+        for _ in range(others if sys.platform == "linux" else 0):  # elsewhere a fork is not safe
+            child = os.fork()
+            if child:
+                children.append(child)
+                continue
+            try:
+                while os.getppid() == here:
+                    work()
+            finally:
+                os._exit(0)
+        yield
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def _seconds(work: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
