@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from runs import TINY
+from runs import MIXED, TINY
 from torch.nn import functional as F
 
 from fedlora_mpi.build import build
@@ -21,10 +21,11 @@ from fedlora_mpi.plan.devices import CONTEXT, GPUS, Device, device
 from fedlora_mpi.plan.forecast import Costs, Machine, Unit, allgather, allreduce, forecast
 from fedlora_mpi.plan.line import Line, limits
 from fedlora_mpi.plan.trial import _beside
+from fedlora_mpi.placement import assign
 
 HERE = Machine(math.inf, 1e9, 1e-5)
 UNIT = Unit(Line(0.5, 0.25, 0.125), Line(0, 0, 0), Line(0, 0, 0.0625), 2.0)
-FREE = Costs({0: UNIT}, 0.0, 0.0, 0.0, (0.0, 0.0), 0.0, 0.0, 0.0, 0.0, 0)
+FREE = Costs({0: UNIT}, 0.0, 0.0, 0.0, (0.0, 0.0), 0.0, 0.0, 0.0, 0.0, 0.0, 0)
 
 
 def built(*overrides: str):
@@ -108,13 +109,21 @@ def test_workers_beyond_the_cores_share_them():
 
 
 def test_evaluating_and_checkpointing_less_often_costs_less():
-    costs = FREE._replace(units={0: UNIT._replace(train=Line(0, 0, 0))}, log=1.0, file=2.0)
+    costs = FREE._replace(units={0: UNIT._replace(train=Line(0, 0, 0))}, log=1.0, checkpoint=6.0, file=2.0)
     often, seldom = (
         seconds(costs, 1, "evaluate.every=1", "checkpoint.every=1"),
         seconds(costs, 1, "evaluate.every=4", "checkpoint.every=4"),
     )
     assert seldom.evaluate == pytest.approx(often.evaluate / 4) and seldom.train == pytest.approx(often.train / 4)
-    assert seldom.files - 1 == pytest.approx((often.files - 1) / 4) and often.files == 1 + 2 * 4
+    assert seldom.files - 1 == pytest.approx((often.files - 1) / 4) and often.files == 1 + 6 + 2
+
+
+def test_every_worker_writes_a_file_for_each_kind_of_clients():
+    made, costs = built(*MIXED, "checkpoint.every=1"), FREE._replace(units=dict.fromkeys(range(3), UNIT), file=2.0)
+    for ranks in (1, 3):
+        workers = range(1, ranks) if ranks > 1 else [0]
+        there = {(rank, made.run.kind_of[c]) for g, rank in zip(made.run.groups, assign(made.run.costs, workers)) for c in g}
+        assert forecast(made, costs, workers, ranks, HERE).files == 2 * len(there) >= 6
 
 
 def test_messages_cost_by_the_textbook():

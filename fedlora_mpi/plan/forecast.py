@@ -39,7 +39,8 @@ class Costs(NamedTuple):
     vectors: float  # of a round, of the server's singular vectors, which the ranks share
     mix: tuple[float, float]  # of a round: for each client of the cohort, and for each pair
     log: float  # of a round
-    file: float  # of each file of a checkpoint
+    checkpoint: float  # of one, without its bytes and the files of clients
+    file: float  # of each of these
     byte: float  # of each byte of a checkpoint
     add_byte: float  # of each byte of a message that is added up in memory
     resident: int  # peak bytes of this process, with the data and one stack
@@ -171,9 +172,10 @@ def _exchange(
 
 
 def _checkpoint(run: Run, costs: Costs, host: Sequence[int], workers: Sequence[int]) -> float:
-    """Seconds of a checkpoint: every worker its clients at the same time, then rank 0 the rest."""
-    own = dict.fromkeys(workers, 0)
+    """Seconds of a checkpoint: every worker its clients at the same time, a file of each kind, then rank 0 the rest."""
+    own, files = dict.fromkeys(workers, 0), set()
     for group, rank in zip(run.groups, host):
+        files |= {(rank, run.kind_of[c]) for c in group}
         own[rank] += sum(nbytes(run.kinds[run.kind_of[c]].first.personal) for c in group)
     shared = nbytes(run.kinds[0].first.shared)
-    return costs.file * (len(set(run.kind_of)) + 3) + costs.byte * (max(own.values()) + shared)
+    return costs.checkpoint + costs.file * len(files) + costs.byte * (max(own.values()) + shared)

@@ -222,18 +222,31 @@ def _seconds(work: Callable[[], object], clock: Callable[[], float] = time.proce
     return median(taken[1:])
 
 
-def _files(built: Built, row: dict, clients_N: dict) -> tuple[float, float, float]:
-    """Seconds of a row of the log, of each file of a checkpoint, and of each byte, where the run will write."""
+def _files(built: Built, row: dict, clients_N: dict) -> tuple[float, float, float, float]:
+    """Seconds of a row of the log, of a checkpoint, of each file of clients in it, and of each byte, where the run
+    will write."""
     home = next(p for p in Path(built.config.output).expanduser().absolute().parents if p.is_dir())
-    few, many, numbers = 2**10, 2**22, iter(range(1, 100))
+    few, many, numbers, run = 2**10, 2**24, iter(range(1, 100)), built.run
+    first = run.kinds[run.kind_of[0]].first
+    small = lambda tree: {leaf: np.ones((1, 1), np.float32) for leaf in tree}  # bytes have their own price
     with tempfile.TemporaryDirectory(dir=home if os.access(home, os.W_OK) else None) as name:
         said, clients = {"config_yaml": "", "config_json": "", "versions": {}, "partition": {}}, len(built.split.train)
         log = Log.create(Path(name) / "log.h5", clients=clients, **said)
         wait = time.perf_counter  # a disk is waited for
         appended = _seconds(lambda: log.append(next(numbers), row, clients_N), wait)
         log.close()
-        folder = checkpoint.begin(Path(name), 1)
+
+        def save(files: int) -> None:
+            folder = checkpoint.begin(Path(name), next(numbers))
+            own = [checkpoint.write_clients(folder, worker, [worker], small(first.personal)) for worker in range(files)]
+            ours = checkpoint.write_server(folder, round_=0, shared=small(first.shared), server={})
+            copy = checkpoint.copy_log(folder, Path(name) / "log.h5")
+            checkpoint.commit(folder, [*own, ours, copy], run_digest="", clients=files)
+            checkpoint.prune(Path(name), 1)
+
+        one, three = (_seconds(lambda: save(files), wait) for files in (1, 3))
+        file, folder = max(0.0, three - one) / 2, checkpoint.begin(Path(name), next(numbers))
         leaf = lambda size: {"leaf": np.ones((1, size // 4), np.float32)}
         took = lambda size: _seconds(lambda: checkpoint.write_clients(folder, next(numbers), [0], leaf(size)), wait)
-        small, large = took(few), took(many)
-    return appended, small, max(0.0, large - small) / (many - few)
+        byte = max(0.0, took(many) - took(few)) / (many - few)
+    return appended, max(0.0, one - file), file, byte
