@@ -97,7 +97,7 @@ CASES = {  # name: (config, rounds)
             | {"partition": {"kind": "dirichlet_class", "alpha": 0.5, "clients": 16, "minimum": 5}},
             "model": {"name": "cnn", "width": 16},
             "algorithm": "scaffold",
-            "train": {"epochs": 5, "batch_size": 10, "lr": 0.02},
+            "train": {"epochs": 5, "batch_size": 10, "lr": 0.02, "momentum": 0.0},
         },
         13,
     ),
