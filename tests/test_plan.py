@@ -20,7 +20,7 @@ from fedlora_mpi.plan.counted import OnGpu, _count, fits
 from fedlora_mpi.plan.devices import CONTEXT, GPUS, Device, device
 from fedlora_mpi.plan.forecast import Costs, Machine, Unit, allgather, allreduce, forecast
 from fedlora_mpi.plan.line import Line, limits
-from fedlora_mpi.plan.trial import _beside
+from fedlora_mpi.plan.trial import _beside, measured
 from fedlora_mpi.placement import assign
 
 HERE = Machine(math.inf, 1e9, 1e-5)
@@ -211,6 +211,11 @@ def test_a_plan_says_what_was_measured_and_what_assumed(capsys):
     assert "35% of the a100's FLOP/s" in lines["assumed"] and "12.5 GB/s between ranks" in lines["assumed"]
     assert "latency 1e-06" in lines["given"] and "counted" in lines["measured"] and "of 80 GB" in lines["gpu"]
     assert device("none") is None
+
+
+def test_a_message_has_its_price_also_where_next_to_nothing_is_uploaded():
+    made = built("algorithm=fedamp")
+    assert made.run.upload.size < 100 and measured(made)[0].add_byte < 1e-8  # a core adds up gigabytes a second
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a fork is not safe")

@@ -54,7 +54,7 @@ def measured(built: Built, gpu: Device | None = None, others: int = 0) -> tuple[
     mix, own = first.mix()
     matrices = run.algorithm.decomposed(run.kinds[0].first.shared)
     vectors = _seconds(lambda: right_vectors(Solo(), matrices)) if matrices else 0.0
-    ones = np.ones(max(1, min(run.upload.size, 2**21)), np.int64)
+    ones = np.ones(min(max(run.upload.size, 2**16), 2**21), np.int64)
     add_byte = _seconds(lambda: np.add(ones, ones)) / ones.nbytes
     close = max(0.0, close - own - vectors)
     return Costs(units, begin, close, vectors, mix, *_files(built, *first.row), add_byte, resident), client
