@@ -49,6 +49,19 @@ def test_a_line_is_found_again_from_what_it_measures(samples, batch_size):
         assert found == pytest.approx(line)
 
 
+@pytest.mark.parametrize("samples", [60, 17, 25, 10, 7])
+def test_what_a_client_costs_in_every_batch_is_found_from_half_of_a_stack(samples):
+    line = Line(3.0, 2.0, 0.5, 0.25)
+    cost = lambda clients: lambda limit: line.of([limit] * clients, 10)
+    found = Line.through(cost(4), 4, samples, 10).shared(cost(2), 2, 4, samples, 10)
+    for clients in (4, 2) if samples > 10 else (4,):
+        assert cost(clients)(samples) == pytest.approx(found.of([samples] * clients, 10))
+    if samples > 10:
+        assert found == pytest.approx(line) and found.of([25, 10, 3], 10) == pytest.approx(3 + 2 * 3 + 0.25 * 5 + 0.5 * 38)
+    noisy = Line(3.0, 2.0, 0.5).shared(lambda limit: -9.0 * limit, 2, 4, samples, 10)
+    assert min(noisy) >= 0 and noisy.of([samples] * 4, 10) == pytest.approx(Line(3.0, 2.0, 0.5).of([samples] * 4, 10))
+
+
 def test_a_line_through_noise_has_nothing_negative():
     for few, full, many in ((5.0, 4.0, 3.0), (1.0, 9.0, 10.0), (4.0, 4.0, 30.0)):
         found = Line.through(dict(zip(limits(60, 10), (few, full, many))).get, 2, 60, 10)

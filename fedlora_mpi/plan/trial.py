@@ -78,9 +78,10 @@ class _Trial:
         """Play beside so many others, and read the unit costs off."""
         sizes, batch_size = [self._run.sizes[c] for c in self._stack], self._config.train.batch_size
         few = (1, 1, 1) if self._tiny else limits(max(sizes), batch_size)
-        twice = self._twice()
+        twice, half = self._twice(), self._half()
         plays = [(limit, judged, self._alone) for limit in sorted(set(few)) for judged in (False, True)]
         plays += [(few[0], False, twice)] if twice else []
+        plays += [(limit, False, half) for limit in sorted(set(few[1:])) if half]
         with _beside(others, lambda: self._play(few[1], False, self._alone, keep=False)):
             begun, rounds = time.perf_counter(), 0
             while rounds < 3 or (rounds < _TIMES and time.perf_counter() - begun < _SECONDS):
@@ -93,6 +94,8 @@ class _Trial:
         train = lambda limit: self._median(limit, False, self._alone, 0)
         most = 1 if self._tiny else most
         line = Line.through(train, count, most, batch_size)
+        if half:
+            line = line.shared(lambda limit: self._median(limit, False, half, 0), count // 2, count, most, batch_size)
         self.begin = self._begin(line, few[0], twice)
         self.close = self._median(few[0], False, self._alone, 1)
         score, tune = self._judged(few, count, most)
@@ -153,6 +156,11 @@ class _Trial:
         alike = [c for c in range(len(self._run.sizes)) if self._run.kind_of[c] == self._number and self._run.sizes[c]]
         others = [c for c in alike if c not in self._stack][: len(self._stack)]
         return self._holding((self._stack, tuple(others))) if len(others) == len(self._stack) else None
+
+    def _half(self) -> Run | None:
+        """A run of the larger half of the stack, where some clients have data for fewer batches than others."""
+        ragged = len({self._run.sizes[c] for c in self._stack}) > 1
+        return self._holding((self._stack[: len(self._stack) // 2],)) if ragged else None
 
     def _judged(self, few: tuple[int, int, int], count: int, most: int) -> tuple[Line, Line]:
         """Seconds of a test sample, and of the tuning before an evaluation."""
