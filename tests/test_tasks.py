@@ -96,15 +96,15 @@ def test_sizes_and_weights_are_those_of_the_task():
 @pytest.fixture
 def seen(monkeypatch):
     """What clients are given: (the store it is from, labels, counts [C, classes]) of each batch of a stack."""
-    batches, read_batch = [], Epoch.batch
+    batches, read_batch = [], Epoch._batch
 
-    def watched(epoch, count, first, width):
-        batch = read_batch(epoch, count, first, width)
+    def watched(epoch, *given):
+        batch = read_batch(epoch, *given)
         real = torch.ones_like(batch.y, dtype=torch.bool) if batch.real is None else batch.real
         batches.append((epoch.store, batch.y[real].tolist(), batch.counts))
         return batch
 
-    monkeypatch.setattr(Epoch, "batch", watched)
+    monkeypatch.setattr(Epoch, "_batch", watched)
     return batches
 
 

@@ -47,32 +47,38 @@ class Epoch:
         [count, width] is False beyond a client's last sample, and None when nothing is padding.
         """
         self.beat()
-        x, y = self._read(count, first, first + width)
-        return self._batch(x, y, self.noise[:count] + _mixed(first), first)
+        x, y = self._read(count, first, width, 1)
+        return self._batch(x[0], y[0], self.noise[:count] + _mixed(first), first)
 
     def batches(self, firsts: range) -> Iterator[tuple[int, Batch]]:
         """For each of ``firsts``: how many clients still have data, the first so many, and their batch of up to
         ``firsts.step`` samples. Small ones are gathered several at once."""
-        several = max(1, _AT_ONCE // (len(self.sizes) * firsts.step * self.store.numbers))
-        for at in range(0, len(firsts), several):
-            some = firsts[at : at + several]
+        width, several = firsts.step, max(1, _AT_ONCE // (len(self.sizes) * firsts.step * self.store.numbers))
+        full = firsts[: max(0, (self.sizes[0] - firsts.start) // width)]
+        for some in (full[at : at + several] for at in range(0, len(full), several)):
             count = self._longer(some[0])
-            read = self._read(count, some[0], min(some[-1] + firsts.step, self.sizes[0]))
-            steps = torch.arange(some.start, some.stop, some.step, device=self.noise.device)
-            noise = (self.noise[:count] + _mixed(steps)[:, None]).unbind()
-            for first, *parts in zip(some, *(part.split(firsts.step, 1) for part in read), noise):
+            steps = torch.arange(some.start, some.stop, width, device=self.noise.device)
+            noise = self.noise[:count] + _mixed(steps)[:, None]
+            for first, *parts in zip(some, *self._read(count, some[0], width, len(some)), noise):
                 self.beat()
                 now = self._longer(first)
                 yield now, self._batch(*(parts if now == count else (part[:now] for part in parts)), first)
+        for first in firsts[len(full) :]:
+            yield (now := self._longer(first)), self.batch(now, first, self.sizes[0] - first)
 
     def _longer(self, first: int) -> int:
         """How many clients have more samples than ``first``."""
         return sum(size > first for size in self.sizes)
 
-    def _read(self, count: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """x and y of these positions of the first ``count`` clients."""
-        rows = _window(self.rows, count, first, last)
-        x, y = self.store.read(rows, {name: _window(v, count, first, last) for name, v in self.warps.items()})
+    def _read(self, count: int, first: int, width: int, steps: int) -> tuple[Tensor, Tensor]:
+        """x and y of so many batches from ``first`` on, [steps, count, width, ...], each laid out like one alone."""
+
+        def window(v: Tensor) -> Tensor:
+            cut = _window(v, count, first, first + steps * width)
+            return cut.unflatten(1, (steps, width)).transpose(0, 1).flatten(0, 1)
+
+        read = self.store.read(window(self.rows), {name: window(v) for name, v in self.warps.items()})
+        x, y = (v.unflatten(0, (steps, count)) for v in read)
         if self.relabel is not None:
             y = (y + self.relabel[:count, None]) % self.classes
         return x, y
