@@ -8,13 +8,12 @@ Correctness first: with the fewest clients, parts on disk and in memory end at t
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 
+from memory import peak
 from report import arguments, tell
 
 from fedlora_mpi.store.reader import RunFiles
@@ -40,11 +39,8 @@ def ran(folder: Path, clients: int, cohort: int, rounds: int, personal: str) -> 
     }
     config = folder / "config.yaml"
     config.write_text(json.dumps(tree))  # JSON is YAML
-    process = subprocess.Popen([sys.executable, "-m", "fedlora_mpi", "run", str(config)], stderr=subprocess.PIPE, text=True)
-    told = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, told
-    return RunFiles(folder / "run"), usage.ru_maxrss * 1024 / 1e6
+    most, _ = peak([sys.executable, "-m", "fedlora_mpi", "run", str(config)])
+    return RunFiles(folder / "run"), most
 
 
 def main() -> None:
@@ -61,11 +57,11 @@ def main() -> None:
     rows = []
     for clients in asked.clients:
         with tempfile.TemporaryDirectory() as folder:
-            files, peak = ran(Path(folder), clients, asked.cohort, asked.rounds, "disk")
+            files, most = ran(Path(folder), clients, asked.cohort, asked.rounds, "disk")
             seconds = files.rounds()
             own = {stage: median(seconds[f"seconds_{stage}"][1:]) for stage in ("train", "exchange", "evaluate")}
         row = {"clients": clients, "cohort": asked.cohort} | {f"{stage} s": taken for stage, taken in own.items()}
-        rows.append(row | {"peak MB": peak})
+        rows.append(row | {"peak MB": most})
         print(rows[-1], file=sys.stderr, flush=True)
     tell(asked, rows)
 
