@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +29,7 @@ from .mixing import Mixing
 from .models.network import Model
 from .models.weights import digest as digest_of
 from .models.zoo import build as build_model
+from .paths import expanded
 from .placement import assign, groups
 from .privacy.check import check_run
 from .privacy.settings import Privacy
@@ -255,7 +255,7 @@ def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequ
         gathers=_gathers(config, algorithm, kinds, kind_of),
         skips=config.faults.non_finite == "skip",
         judges_cohort=config.evaluate.clients == "cohort",
-        rows=OnDisk(Path(config.output).expanduser()) if config.engine.personal == "disk" else InMemory(),
+        rows=OnDisk(expanded(config.output)) if config.engine.personal == "disk" else InMemory(),
         mixing=Mixing.of(algorithm, kinds[0].first, [rank_of[c] for c in range(len(sizes))], workers, config.mix),
         privacy=config.privacy,
     )

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from . import __version__
@@ -34,14 +35,40 @@ EXAMPLES = """examples:
   fedlora-mpi digest runs/a runs/b                            are two runs equal to the last bit?
 
 exit codes: 0 done, 1 a fault, 2 a mistake in what was asked, 75 stopped at a round boundary (SIGUSR1)
-with a checkpoint written."""
+with a checkpoint written, 141 nobody
+reads the output."""
+_OF_COMMANDS = ("command", "parallel", "trains", "imports")  # what every parser sets
 OVERRIDES = "settings of the config by their dotted names, for instance train.lr=0.05 algorithm=fedavg"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    asked = _parser().parse_args(arguments)
-    sys.path.insert(0, os.getcwd())  # a config may name the user's own models and algorithms
+    from .streams import UNREAD, unread_allowed, usable_streams
+
+    try:
+        with usable_streams():
+            asked = _parse(arguments)
+            with unread_allowed() if asked.trains else nullcontext():
+                return _play(asked)
+    except BrokenPipeError:
+        return UNREAD
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What was asked; overrides may stand between and behind the options."""
+    parser = _parser()
+    asked, left = parser.parse_known_args(arguments)
+    if left and not (hasattr(asked, "overrides") and all("=" in text and text[0] != "-" for text in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        asked.overrides = [*asked.overrides, *left]
+    return asked
+
+
+def _play(asked: argparse.Namespace) -> int:
+    """Carry out one command; returns the exit code."""
+    if asked.imports and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # behind all libraries: a file of the user's takes the place of none
     from .comm import Solo, connect, guarded
 
     try:
@@ -62,23 +89,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fedlora-mpi {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(name: str, command: Callable, help_: str, parallel: bool = False) -> argparse.ArgumentParser:
+    def add(
+        name: str, command: Callable, help_: str, parallel: bool = False, trains: bool = False, imports: bool = True
+    ) -> argparse.ArgumentParser:
+        """parallel: under mpirun, too; trains: goes on when nobody reads its output; imports: a config's own classes."""
         sub = commands.add_parser(name, help=help_, description=help_, epilog=EXAMPLES, formatter_class=parser.formatter_class)
-        sub.set_defaults(command=command, parallel=parallel)
+        sub.set_defaults(command=command, parallel=parallel, trains=trains, imports=imports)
         return sub
 
-    run = add("run", _run, "Train from a config into a new run folder.", parallel=True)
-    resume = add("resume", _resume, "Continue a run from its newest valid checkpoint.", parallel=True)
+    training, reading = {"parallel": True, "trains": True}, {"imports": False}
+
+    run = add("run", _run, "Train from a config into a new run folder.", **training)
+    resume = add("resume", _resume, "Continue a run from its newest valid checkpoint.", **training)
     plan = add("plan", _plan, "Parameters, bytes, memory and time of a config; trains nothing.")
     partition = add("partition", _partition, "Who gets which data: a table, and a picture as PNG.")
-    report = add("report", _report, "The accuracy of runs as a table; with -o a page of figures and tables, self-contained.")
-    watch = add("watch", _watch, "A run in the terminal while it goes on: curve, time left, load of the ranks.")
-    digest = add("digest", _digest, "SHA-256 of the newest checkpoint of runs: equal means equal to the bit.")
-    export = add("export", _export, "A run for others: a client's model (.pt, .safetensors), its adapter for peft (a folder), results for PFLlib (.h5).")
+    report = add("report", _report, "The accuracy of runs as a table; with -o a page of figures and tables, self-contained.", **reading)
+    watch = add("watch", _watch, "A run in the terminal while it goes on: curve, time left, load of the ranks.", **reading)
+    digest = add("digest", _digest, "SHA-256 of the newest checkpoint of runs: equal means equal to the bit.", **reading)
+    export = add("export", _export, "A run for others: a client's model (.pt, .safetensors), its adapter for peft (a folder), results for PFLlib (.h5).", **reading)
     doctor = add("doctor", _doctor, "Whether everything works on this machine, a line each with the remedy.")
-    _backbone_of(add("pretrain", _pretrain, "Train a network on all data in one place, into a file for model.weights.", parallel=True))
+    _backbone_of(add("pretrain", _pretrain, "Train a network on all data in one place, into a file for model.weights.", **training))
     _job_of(add("submit", _submit, "Queue a run as a Slurm job, which is queued again until the run is done."))
-    _grid_of(add("reproduce", _reproduce, "A table of the FedLoRA paper, pFedLoRA's or FedHL's, from runs of our own, beside its numbers."))
+    _grid_of(add("reproduce", _reproduce, "A table of the FedLoRA paper, pFedLoRA's or FedHL's, from runs of our own, beside its numbers.", trains=True))
     for sub in (run, plan, partition):
         sub.add_argument("config", help="a YAML file")
     run.add_argument("--resume", action="store_true", help="go on with the run folder if it is there")
@@ -258,7 +290,7 @@ def _reproduce(asked: argparse.Namespace, comm) -> int:
     from .reproduce.command import reproduce
     from .reproduce.request import Request
 
-    given = {name: value for name, value in vars(asked).items() if name not in ("command", "parallel")}
+    given = {name: value for name, value in vars(asked).items() if name not in _OF_COMMANDS}
     return together(comm, lambda: reproduce(Request(**given)))
 
 
@@ -266,7 +298,7 @@ def _submit(asked: argparse.Namespace, comm) -> int:
     from .comm import together
     from .slurm import submit
 
-    given = {name: value for name, value in vars(asked).items() if name not in ("command", "parallel", "config")}
+    given = {name: value for name, value in vars(asked).items() if name not in (*_OF_COMMANDS, "config")}
     print(together(comm, lambda: submit(asked.config, **given)))
     return 0
 

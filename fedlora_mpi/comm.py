@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from .mail import Lost, Mail
+from .paths import describe, is_mistake
 from .pulse import Pulse
 from .writing import Unwritable
 
@@ -305,7 +306,11 @@ def together(comm: Comm, stage: Callable[[], T]) -> T:
     try:
         result = stage()
     except (ValueError, Unwritable) as error:
-        text, end = str(error).encode()[:_TEXT], 1 + isinstance(error, Unwritable)
+        text, end = _bytes(str(error)), 1 + isinstance(error, Unwritable)
+    except OSError as error:
+        if not is_mistake(error):
+            raise
+        text, end = _bytes(describe(error)), 1
     table = np.zeros((comm.size, _TEXT + 1), np.uint8)
     table[comm.rank, : len(text)] = np.frombuffer(text, np.uint8)
     table[comm.rank, _TEXT] = end
@@ -315,6 +320,11 @@ def together(comm: Comm, stage: Callable[[], T]) -> T:
         said = table[failed[0], :_TEXT].tobytes().rstrip(b"\0").decode(errors="replace")
         raise (Refused, Fault)[table[failed[0], _TEXT] - 1](said)
     return result
+
+
+def _bytes(text: str) -> bytes:
+    """A message that travels; what is no Unicode in it, such as parts of a file name, is escaped."""
+    return text.encode(errors="backslashreplace")[:_TEXT]
 
 
 def guarded(comm: Comm, main: Callable[[], int]) -> int:
@@ -334,6 +344,8 @@ def guarded(comm: Comm, main: Callable[[], int]) -> int:
     except Unwritable as error:
         print(f"fedlora-mpi: {error}", file=sys.stderr, flush=True)
         comm.abort()
+    except BrokenPipeError:
+        raise  # nobody reads the output, which is no fault
     except Exception:
         print(f"[rank {comm.rank} of {comm.size}] stopped all ranks:", file=sys.stderr)
         traceback.print_exc()

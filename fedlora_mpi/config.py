@@ -39,6 +39,9 @@ LATER = {
     "log": tuple(blocks.fields_of(Log)),
 }
 COMMAND_LINE = "command line"
+# Overrides that are paths; of these the latter may be null.
+_PATHS = ("output", "data.root", "data.text.train", "data.text.test", "model.folder")
+_PATHS_OR_NULL = ("data.text.tokenizer", "model.weights")
 _SEAL = "# Checksum of what follows: "
 _DEPTH = 20
 _PLACEHOLDER = re.compile(r"\{(.*?)\}")
@@ -49,13 +52,28 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Overrides may come in any order; of two for the same key the later counts. Raises ConfigError.
     """
-    path = Path(path)
+    config, origin = _read(Path(path), overrides)
+    parts = {
+        "name": Path(path).stem,
+        "algorithm": algorithm_name(config.algorithm).rpartition(":")[2],
+        "seed": str(config.seed),
+    }
+    for placeholder in _PLACEHOLDER.findall(config.output):
+        if placeholder not in parts:
+            allowed = ", ".join(f"{{{part}}}" for part in parts)
+            raise origin.error("output", f"{{{placeholder}}} is unknown; there are {allowed}", config.output)
+    return replace(config, output=_PLACEHOLDER.sub(lambda m: parts[m[1]], config.output))
+
+
+def _read(path: Path, overrides: Sequence[str]) -> tuple[Config, Origin]:
+    """``read``, with ``output`` as it is written, and where each key was written."""
     layers = [(_load(path), str(path))]
     if "base" in layers[0][0]:
         layers.insert(0, _base(layers[0][0].pop("base"), path))
     layers += [(layer, COMMAND_LINE) for layer in _overrides(overrides)]
     tree, of = blocks.overlay(layers, SELECTORS)
-    return _config(tree, Origin(str(path), of))
+    origin = Origin(str(path), of)
+    return _config(tree, origin), origin
 
 
 def from_dict(mapping: Mapping[str, Any], source: str) -> Config:
@@ -118,14 +136,17 @@ def sealed_yaml(config: Config) -> str:
 
 
 def recorded(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """``read`` of a file of a run folder. Raises ConfigError when it has been changed since it was written."""
+    """The config in a run folder, whose ``output`` is a name, not a pattern.
+
+    Raises ConfigError when the file has been changed since it was written.
+    """
     first, _, rest = _text(path).partition("\n")
     if first.startswith(_SEAL) and first != _SEAL + checksum(rest):
         raise ConfigError(
             f"{path}: checksum differs, the file was damaged or edited; give changes as KEY=VALUE, and remove its first "
             "line to take it as it is"
         )
-    return read(path, overrides)
+    return _read(path, overrides)[0]
 
 
 def digest(config: Config) -> str:
@@ -168,17 +189,7 @@ def _config(tree: Mapping[str, Any], origin: Origin) -> Config:
         "model": Field(_model),
         "algorithm": Field(_algorithm),
     }
-    config = blocks.make(Config, blocks.read(known, tree, "", origin, "the config"), "", origin)
-    parts = {
-        "name": Path(origin.file).stem,
-        "algorithm": algorithm_name(config.algorithm).rpartition(":")[2],
-        "seed": str(config.seed),
-    }
-    for placeholder in _PLACEHOLDER.findall(config.output):
-        if placeholder not in parts:
-            allowed = ", ".join(f"{{{part}}}" for part in parts)
-            raise origin.error("output", f"{{{placeholder}}} is unknown; there are {allowed}", config.output)
-    return replace(config, output=_PLACEHOLDER.sub(lambda m: parts[m[1]], config.output))
+    return blocks.make(Config, blocks.read(known, tree, "", origin, "the config"), "", origin)
 
 
 def _data(value: Any, key: str, origin: Origin) -> DataBlock:
@@ -251,10 +262,27 @@ def _overrides(texts: Sequence[str]) -> list[dict]:
         key, equals, value = text.partition("=")
         if not equals or not all(key.split(".")) or key.count(".") > _DEPTH:
             raise ConfigError(f"{COMMAND_LINE}: {text}: must be key=value, for instance train.lr=0.1")
-        pairs.append((key, _parse(value, f"{COMMAND_LINE}: {text}")))
+        pairs.append((key, _value(key, value, f"{COMMAND_LINE}: {text}")))
     selectors = [f"{block}.{name}" for block, names in SELECTORS.items() for name in names]
     pairs.sort(key=lambda pair: (pair[0].count("."), pair[0] not in selectors))
     return [_nested(key.split("."), value) for key, value in pairs]
+
+
+def _value(key: str, text: str, source: str) -> Any:
+    """What an override sets: a path is taken letter by letter, unless it stands in quotes; the rest is YAML.
+
+    Raises ConfigError where YAML would drop a comment.
+    """
+    quoted = text.lstrip()[:1] in ("'", '"')
+    if not quoted and (key in _PATHS or key in _PATHS_OR_NULL and text not in ("", "~", "null")):
+        return text
+    value = _parse(text, source)
+    kept = list(text)
+    for token in yaml.scan(text):
+        kept[token.start_mark.index : token.end_mark.index] = " " * (token.end_mark.index - token.start_mark.index)
+    if dropped := "".join(kept).strip():
+        raise ConfigError(f"{source}: {dropped} would be a comment; put the text in quotes within those of the shell")
+    return value
 
 
 def _nested(names: Sequence[str], value: Any) -> dict:

@@ -11,6 +11,7 @@ from .data.partition import Partition
 from .data.tasks import Tasks
 from .engine.settings import Engine
 from .models import zoo
+from .paths import require_path
 from .privacy.check import check_settings
 from .privacy.settings import Privacy
 
@@ -161,3 +162,4 @@ class Config:
         check_settings(self.privacy, self.participation, self.reduce, self.uplink, bool(self.data.tasks))
         if not self.output.strip() or not self.output.isprintable():
             raise ValueError(f"output = {self.output!r}: must be the name of a folder")
+        require_path("output", self.output)

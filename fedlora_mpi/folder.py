@@ -13,7 +13,7 @@ import torch
 from . import __version__
 from . import config as configs
 from .build import Built
-from .comm import Comm
+from .comm import Comm, together
 from .config import Config
 from .store import checkpoint
 from .store.files import StoreError, write_atomic
@@ -25,12 +25,13 @@ def recorded_config(folder: Path, overrides: Sequence[str]) -> Config:
     """The config of a run folder."""
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder}: not a run folder, it has no config.yaml; give the output of a run")
-    return configs.recorded(folder / "config.yaml", [*overrides, f"output={folder}"])
+    return replace(configs.recorded(folder / "config.yaml", overrides), output=str(folder))
 
 
 def begun(folder: Path, comm: Comm) -> bool:
     """Whether the folder holds a run, as rank 0 sees it."""
-    return comm.broadcast(b"1" if (folder / "config.yaml").is_file() else b"0") == b"1"
+    there = together(comm, lambda: comm.rank == 0 and (folder / "config.yaml").is_file())
+    return comm.broadcast(b"1" if there else b"0") == b"1"
 
 
 def continued(config: Config, source: str, folder: Path) -> Config:

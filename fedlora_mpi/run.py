@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from .config import Config
 from .federation import State
 from .folder import begun, continued, create_log, describe, fill, recorded_config, same_weights, same_words
 from .mail import Lost
+from .paths import expanded
 from .progress import Progress
 from .recovery import going_on, keeping, lasting, without
 from .round import play
@@ -35,7 +37,7 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may queue the job again
 
 def start(config: Config, source: str, comm: Comm) -> int:
     """Train from round 1 into a new run folder; returns the exit code."""
-    folder, asked = Path(config.output).expanduser(), _stop_signals()
+    folder, asked = expanded(config.output), _stop_signals()
     begin = lambda comm: _begin(folder, config, source, comm, asked)
     recorded = lambda comm: receive(comm, lambda: continued(config, source, folder))
     again = lambda comm: _go_on(folder, recorded(comm), comm, asked) if begun(folder, comm) else begin(comm)
@@ -63,7 +65,7 @@ def start_or_resume(config: Config, source: str, comm: Comm) -> int:
 
     Goes on with the run folder where there is one; settings that a resume may not change are refused.
     """
-    folder = Path(config.output).expanduser()
+    folder = expanded(config.output)
     if not begun(folder, comm):
         return start(config, source, comm)
     return _resumed(folder, receive(comm, lambda: continued(config, source, folder)), comm)
@@ -230,7 +232,9 @@ def hints(built: Built) -> list[str]:
 
 
 def _stop_signals() -> list[int]:
-    """A list that SIGUSR1 fills: the run then stops at the next round boundary, with a checkpoint."""
+    """A list that SIGUSR1 fills: the run then stops at the next round boundary, with a checkpoint. In another thread
+    than the first, which gets no signals, it stays empty."""
     asked: list[int] = []
-    signal.signal(signal.SIGUSR1, lambda number, frame: asked.append(number))
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, lambda number, frame: asked.append(number))
     return asked

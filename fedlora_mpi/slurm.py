@@ -16,6 +16,7 @@ from pathlib import Path
 from . import config as configs
 from .bounds import bounded
 from .config import Config
+from .paths import expanded
 from .run import STOPPED
 
 LEAD = 120  # seconds between SIGUSR1 and the end of a job's time: a round and a checkpoint must fit
@@ -90,7 +91,7 @@ def job_for(config: Config, config_file: str | Path, **given: str | int | None) 
     given = {name: value for name, value in given.items() if value is not None}
     nodes, gpus, server = given.get("nodes", 1), given.get("gpus", 0), int(not config.server_hosts_clients)
     places = nodes * gpus + server if gpus else nodes * _PER_NODE
-    folder = Path(config.output).expanduser()
+    folder = expanded(config.output)
     defaults = {
         "name": re.sub(r"[^\w.-]", "-", Path(config_file).stem),
         "log": f"{folder}.slurm-%j.log",  # beside the run folder, which the run makes itself

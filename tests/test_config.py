@@ -224,7 +224,7 @@ BAD_OVERRIDES = [
     (["data.partition.clients=0"], "data.partition.clients = 0: must be"),
     (["model={}"], "model.name: must be given"),
     (["model={}", "model.width=3"], "model.name: must be given"),
-    (["output={name}"], 'output = {"name": null}: must be text'),
+    (["output=runs/{nme}"], "output = runs/{nme}: {nme} is unknown; there are {name}"),
     (["base=x.yaml"], "base = x.yaml: the config has no such field"),
 ]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..models.weights import packed
+from ..paths import expanded
 from ..store.files import write_atomic
 from . import peft, pfllib
 from .run import RunView
@@ -20,7 +21,7 @@ def export(run: RunView, client: int | None, to: Path) -> str:
     ``.pt``, ``.pth`` or ``.safetensors``: the state dict of the client's own model, without a client the shared leaves.
     ``.h5``: accuracy and loss by round, as PFLlib keeps them. A folder: peft's adapter of the client. Raises ValueError.
     """
-    to = to.expanduser()
+    to = expanded(to)
     kind = to.suffix.lower()
     if kind in RESULTS and client is not None:
         raise ValueError(f"--to {to}: holds results of all clients; leave out --client, or name a file {', '.join(MODELS)}")

@@ -21,6 +21,7 @@ from ..config import algorithm_name
 from ..models.huggingface import HuggingFace
 from ..models.network import Model
 from ..models.weights import packed
+from ..paths import expanded
 from ..store.files import write_atomic
 from ..tree import Tree
 from .run import ClientView, RunView
@@ -35,7 +36,7 @@ def export(run: RunView, client: int, folder: str | Path) -> Path:
     being the sequence classifier of the network's folder with as many classes, in float32 (with ``model.weights``
     these are its weights). Raises ValueError.
     """
-    view, folder = run.client(client), Path(folder).expanduser()
+    view, folder = run.client(client), expanded(folder)
     pairs, others = _adapter(run, view)
     values = {name: torch.from_numpy(value) for name, value in view.weights.items()}
     leaves, config = content(view.network, pairs, others, values)

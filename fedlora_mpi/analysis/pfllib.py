@@ -13,6 +13,7 @@ from ..config import Config
 from ..data.datasets import Data
 from ..data.feed import Feed
 from ..data.partition import Split
+from ..paths import expanded
 from ..store import hdf5
 from ..store.files import replacing, write_atomic
 from .run import RunView
@@ -25,7 +26,7 @@ def write_folder(config: Config, data: Data, split: Split, folder: Path) -> str:
     config.json has the keys that PFLlib writes and, so that ``data.dataset: pfllib`` finds the bytes again, "mean" and
     "std" of each channel. Raises ValueError: texts, a folder that holds something.
     """
-    folder = folder.expanduser()
+    folder = expanded(folder)
     if data.vocabulary:
         raise ValueError(f"data.dataset = {config.data.source.dataset}: texts are not written for PFLlib; only images are")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.partition import Split
+from ..paths import expanded
 from ..store.reader import RunFiles
 from ..store.snapshot import Checkpoint
 
@@ -53,7 +54,7 @@ def open_run(path: str | Path) -> "RunView":
 
     Of texts: ``run.client(7).model(run.vocabulary.encode(["a text", "another"]))``.
     """
-    return RunView(Path(path).expanduser())
+    return RunView(expanded(path))
 
 
 def of_clients(rounds: Mapping[str, np.ndarray], clients: Mapping[str, np.ndarray]) -> "DataFrame":

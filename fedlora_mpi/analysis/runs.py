@@ -5,6 +5,7 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..paths import expanded
 from .groups import SEEDS, Found, Logged, grouped, short
 from .run import RunView, imported_pandas, of_clients
 
@@ -31,13 +32,13 @@ def open_runs(pattern: str | Path | Sequence[str | Path]) -> "Runs":
     4
     """
     if isinstance(pattern, str | Path):
-        found = sorted(glob(str(Path(pattern).expanduser()), recursive=True))
+        found = sorted(glob(str(expanded(pattern)), recursive=True))
         paths = [Path(path) for path in found if (Path(path) / "log.h5").is_file()]
         paths = [path for path in paths if path.parent.name != "checkpoints"]
         if not paths:
             raise ValueError(f"{pattern}: matches no run folder, one with a log.h5; give the `output` of runs")
     else:
-        paths = [Path(path).expanduser() for path in pattern]
+        paths = [expanded(path) for path in pattern]
     return Runs(paths)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import bounded
+from ..paths import expanded, require_path
 from ..seeds import rng
 from ..vision import torchvision
 from . import pfllib
@@ -93,6 +94,7 @@ class Source:
     allow_pickle: bool = False  # "pfllib" only: its files are pickles
 
     def __post_init__(self) -> None:
+        require_path("root", self.root)
         given = self.augment if isinstance(self.augment, tuple) else ()
         if len(set(given)) < len(given):
             raise ValueError(f"augment = {list(given)}: each transform works once; name it once")
@@ -178,7 +180,7 @@ def _torchvision(name: str, folder: str) -> Callable[[Source], tuple[Samples, Sa
     """The reader of a torchvision class; it checks MD5 sums before it unpickles anything."""
 
     def read(source: Source) -> tuple[Samples, Samples, int]:
-        root = os.path.expanduser(source.root)
+        root = str(expanded(source.root))
         kind = getattr(torchvision().datasets, name)
         with _files(source, os.path.join(root, folder)):
             sides = [kind(root, train=train, download=source.download) for train in (True, False)]
@@ -196,7 +198,7 @@ def _samples(images: np.ndarray | Tensor, labels: Sequence[int] | Tensor) -> Sam
 
 def _tiny_imagenet(source: Source) -> tuple[Samples, Samples, int]:
     """The official folder: its val is the test set, since its test has no labels."""
-    root = os.path.expanduser(source.root)
+    root = str(expanded(source.root))
     home = os.path.join(root, "tiny-imagenet-200")
     with _files(source, home):
         if source.download and not os.path.isdir(home):
@@ -218,7 +220,7 @@ def _tiny_imagenet(source: Source) -> tuple[Samples, Samples, int]:
 
 def _folder(source: Source) -> tuple[Samples, Samples, int]:
     """ROOT/train/CLASS/* and ROOT/val/CLASS/* or ROOT/test/CLASS/*; whatever is grey becomes RGB."""
-    root = os.path.expanduser(source.root)
+    root = str(expanded(source.root))
     second = "val" if os.path.isdir(os.path.join(root, "val")) else "test"
     try:
         sides = [torchvision().datasets.ImageFolder(os.path.join(root, name)) for name in ("train", second)]
@@ -293,7 +295,7 @@ def _synthetic(source: Source) -> tuple[Samples, Samples, int]:
 
 
 def _ag_news(source: Source) -> tuple[Labelled, Labelled, int]:
-    folder = os.path.join(os.path.expanduser(source.root), "AG_NEWS")
+    folder = os.path.join(str(expanded(source.root)), "AG_NEWS")
     if source.download:
         with _files(source, folder):
             for name, md5 in _AG_NEWS.items():
@@ -308,7 +310,7 @@ _AG_NEWS = {"train.csv": "b1a00f826fdfbd249f79597b59e1dc12", "test.csv": "d52ea9
 
 _TEXTS: dict[str, Callable[[Source], tuple[Labelled, Labelled, int]]] = {
     "ag_news": _ag_news,
-    "csv": lambda source: read_csv(os.path.expanduser(source.root), source.text),
+    "csv": lambda source: read_csv(str(expanded(source.root)), source.text),
 }
 _READERS: dict[str, Callable[[Source], tuple[Samples, Samples, int]]] = {
     "cifar10": _torchvision("CIFAR10", "cifar-10-batches-py"),

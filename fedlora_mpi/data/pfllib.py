@@ -16,6 +16,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
+from ..paths import expanded
+
 _ARRAYS = {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
 _ARRAYS |= {("numpy", "ndarray"), ("numpy", "dtype")}
 _NORMAL = 0.5  # mean and standard deviation of PFLlib's Normalize, of every channel
@@ -45,7 +47,7 @@ def read(root: str | Path, allow_pickle: bool) -> Folder:
 
     Raises ValueError: no such folder, a pickle that is not allowed or holds more than arrays, no images of bytes.
     """
-    home = Path(root).expanduser()
+    home = expanded(root)
     clients = 0
     while (home / "train" / f"{clients}.npz").is_file():
         clients += 1

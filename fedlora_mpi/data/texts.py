@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import bounded
+from ..paths import expanded
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -84,7 +85,7 @@ class Vocabulary:
         or the file is none, or its special tokens alone fill a text.
         """
         library, where = _tokenizers(), f"text.tokenizer = {settings.tokenizer}"
-        path = Path(settings.tokenizer).expanduser()
+        path = expanded(settings.tokenizer)
         path = path / "tokenizer.json" if path.is_dir() else path
         try:
             tokenizer = library.Tokenizer.from_str(path.read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..launch import mpirun
+from ..paths import expanded
 from ..units import size
 from .finding import Case, Check, Finding, ended
 
@@ -53,7 +54,7 @@ def facts(case: Case) -> dict[str, Any]:
 
     recorded = Path(case.source).parent == Path(case.folder)  # a run folder, which may have been moved
     read = (configs.recorded if recorded else configs.read)(Path(case.source), case.overrides)
-    folder = case.folder if recorded else str(Path(read.output).expanduser())
+    folder = case.folder if recorded else str(expanded(read.output))
     return {"source": case.source, "folder": folder, "threads": read.engine.threads, "device": read.engine.device}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..paths import expanded
 from ..tree import Tree
 from ..vision import torchvision
 from . import weights
@@ -60,7 +61,7 @@ def classifier(folder: str, classes: int, length: int, tokens: int, padding: int
 
 def files(folder: str) -> tuple[Path, ...]:
     """What is read of ``folder``, there or not: config.json, then its weights; of a config.json that alone."""
-    home = Path(folder).expanduser()
+    home = expanded(folder)
     if home.suffix == ".json":
         return (home,)
     whole, index = home / "model.safetensors", home / "model.safetensors.index.json"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..paths import expanded
 from ..tree import Tree
 from ..vision import torchvision
 from .network import Model
@@ -33,7 +34,7 @@ def find(network: str, given: str) -> File:
     which are in torch's cache. Raises ValueError when it is neither.
     """
     if Path(given).suffix.lower() in FILES:
-        return File(Path(given).expanduser())
+        return File(expanded(given))
     home, _, model = network.partition(":")
     known = torchvision().models.get_model_weights(model).__members__ if home == "torchvision" else {}
     if given not in known:

@@ -20,6 +20,7 @@ from ..decomposition import right_vectors
 from ..engine.trial import Short
 from ..federation import Run, State
 from ..mixing import Packed
+from ..paths import expanded
 from ..round import play
 from ..store import checkpoint
 from ..store.log import Log
@@ -233,7 +234,7 @@ def _seconds(work: Callable[[], object], clock: Callable[[], float] = time.proce
 def _files(built: Built, row: dict, clients_N: dict) -> tuple[float, float, float, float]:
     """Seconds of a row of the log, of a checkpoint, of each file of clients in it, and of each byte, where the run
     will write."""
-    home = next(p for p in Path(built.config.output).expanduser().absolute().parents if p.is_dir())
+    home = next(p for p in expanded(built.config.output).absolute().parents if p.is_dir())
     few, many, numbers, run = 2**10, 2**24, iter(range(1, 100)), built.run
     first = run.kinds[run.kind_of[0]].first
     small = lambda tree: {leaf: np.ones((1, 1), np.float32) for leaf in tree}  # bytes have their own price

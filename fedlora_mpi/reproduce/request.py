@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from ..paths import expanded
 from . import agnews, fedhl
 from .fedlora import DATA, Alpha
 from .grid import Case
@@ -95,7 +96,7 @@ class Request:
 
     @property
     def out(self) -> Path:
-        return (self.output or Path("runs") / f"reproduce-{self.scale}").expanduser().resolve()
+        return expanded(self.output or Path("runs") / f"reproduce-{self.scale}").resolve()
 
     @property
     def folder(self) -> Path:

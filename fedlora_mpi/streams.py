@@ -1,0 +1,101 @@
+"""Standard streams that cannot end a command: closed ones, unread ones and those of an ASCII terminal."""
+
+import codecs
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+UNREAD = 141  # exit code of a command whose reader has left: what a shell reports of SIGPIPE
+_PLAIN = {"·": "|", "±": "+-", "×": "x", "–": "-", "—": "-", "…": "...", "→": "->", "≥": ">=", "≤": "<="}
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """Replace what a stream cannot encode: by a similar sign, else by its escape."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    signs = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(s) or s.encode("ascii", "backslashreplace").decode() for s in signs), error.end
+
+
+@contextmanager
+def usable_streams() -> Iterator[None]:
+    """Inside, the three standard streams are open and print any text.
+
+    A command whose output has lost its reader (``report | head -1``) leaves by BrokenPipeError, after which
+    nothing is left to be flushed.
+    """
+    codecs.register_error("fedlora_mpi", _plain)
+    _open_closed()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="fedlora_mpi")
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        for stream in (sys.stdout, sys.stderr):
+            _discard(stream)
+        raise
+
+
+@contextmanager
+def unread_allowed() -> Iterator[None]:
+    """Inside, a line that cannot be printed is lost and nothing else happens, for training is worth more."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Forgiving, streams)
+    try:
+        yield
+        sys.stdout.flush()
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+class _Forgiving:
+    """A stream that goes to the null device once its file no longer takes anything."""
+
+    def __init__(self, stream) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            return self._stream.write(text)
+        _discard(self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            return self._stream.flush()
+        _discard(self._stream)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+def _open_closed() -> None:
+    """Open the null device in the place of each closed standard stream, whose number a file would get otherwise."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+        if getattr(sys, name) is None:
+            stream = open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False)  # as long as the process
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+
+
+def _discard(stream) -> None:
+    """Send what a stream still holds, and all that follows, to the null device."""
+    with suppress(OSError, ValueError):  # a stream of a test has no file number
+        handle = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(handle, stream.fileno())
+        finally:
+            os.close(handle)
+        stream.flush()
