@@ -11,6 +11,12 @@ def mpirun() -> str | None:
     return str(beside) if beside.is_file() else shutil.which("mpirun")
 
 
+def function(module: str, name: str) -> list[str]:
+    """The command line that calls a function of the package, with no file of the working folder in the way."""
+    home = str(Path(__file__).resolve().parents[1])
+    return [sys.executable, "-P", "-c", f"import sys; sys.path.append({home!r}); from {module} import {name}; {name}()"]
+
+
 def command(ranks: int) -> list[str]:
     """The command line up to the subcommand. Raises ValueError where there is no mpirun for several ranks."""
     python = [sys.executable, "-m", "fedlora_mpi"]

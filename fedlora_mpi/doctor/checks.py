@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..launch import mpirun
+from ..launch import function, mpirun
 from ..paths import expanded
 from ..units import size
 from .finding import Case, Check, Finding, ended
@@ -48,13 +48,17 @@ def _config(case: Case) -> Finding:
     return Finding("ok", f"{case.source}, run folder {case.folder}")
 
 
+def recorded(case: Case) -> bool:
+    """Whether the config is that of a run folder, which may have been moved."""
+    return bool(case.source) and Path(case.source).parent == Path(case.folder)
+
+
 def facts(case: Case) -> dict[str, Any]:
     """What a config says that the checks ask for. Raises ValueError."""
     from .. import config as configs
 
-    recorded = Path(case.source).parent == Path(case.folder)  # a run folder, which may have been moved
-    read = (configs.recorded if recorded else configs.read)(Path(case.source), case.overrides)
-    folder = case.folder if recorded else str(expanded(read.output))
+    read = (configs.recorded if recorded(case) else configs.read)(Path(case.source), case.overrides)
+    folder = case.folder if recorded(case) else str(expanded(read.output))
     return {"source": case.source, "folder": folder, "threads": read.engine.threads, "device": read.engine.device}
 
 
@@ -210,8 +214,8 @@ CHECKS = {
 }
 
 
-def _ranks(launcher: str, function: str, *options: str) -> list[str]:
-    return [launcher, *options, "-n", "2", sys.executable, "-c", f"from {__package__}.ranks import {function}; {function}()"]
+def _ranks(launcher: str, name: str, *options: str) -> list[str]:
+    return [launcher, *options, "-n", "2", *function(f"{__package__}.ranks", name)]
 
 
 def _numbers(text: str) -> tuple[int, ...]:

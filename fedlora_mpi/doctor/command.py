@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .checks import CHECKS, facts
+from ..launch import function
+from .checks import CHECKS, facts, recorded
 from .finding import Case, Finding, ended
 
 
@@ -40,7 +41,7 @@ def examine(target: Path | None, overrides: Sequence[str], say: Callable[[str], 
 def _asked(name: str, case: Case) -> tuple[Finding, dict[str, Any]]:
     """What the check finds, in a process of its own; and what the config says."""
     check = CHECKS[name]
-    line = [sys.executable, "-c", f"from {__name__} import answer; answer()", name, json.dumps(case)]
+    line = [*function(__name__, "answer"), name, json.dumps(case)]
     code, out, err = ended(line, check.limit)
     if code is None:
         return Finding("failure", f"no answer within {check.limit:g} s", check.remedy), {}
@@ -55,6 +56,8 @@ def answer() -> None:
     """The process of one check: its finding as the last line of the output."""
     name, case = sys.argv[1], Case(*json.loads(sys.argv[2]))
     read: dict[str, Any] = {}
+    if not recorded(case):
+        sys.path.append(os.getcwd())  # a config may name the user's own models and algorithms
     try:
         if name == "config":
             read = facts(case)
