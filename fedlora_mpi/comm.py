@@ -11,18 +11,21 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
+from .launch import expected_ranks, is_launched
 from .mail import Lost, Mail
 from .paths import describe, is_mistake
 from .pulse import Pulse
 from .writing import Unwritable
 
 T = TypeVar("T")
-_LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MV2_COMM_WORLD_SIZE")
 _TEXT = 2000  # bytes of an error message that travel
+_MOST = 2**30  # items of one message, which MPI counts in 32 bits
+_EXCHANGED = 1  # the tag of ``exchange``; the mail of ``post`` may be on its way meanwhile
 
 
 class Solo:
@@ -90,34 +93,53 @@ class Mpi:
     def sum(self, buffer: np.ndarray) -> None:
         """Replace ``buffer`` by its sum over ranks, on every rank. Order-free for integers."""
         self.moved += buffer.nbytes
-        self._do(lambda: self._world.Iallreduce(self._mpi.IN_PLACE, buffer), buffer)
+        for part in _parts(buffer):
+            self._do(lambda: self._world.Iallreduce(self._mpi.IN_PLACE, part), buffer)
 
     def broadcast(self, data: bytes) -> bytes:
         """Rank 0's bytes, on every rank."""
         size = np.array([len(data)], np.int64)
         self._do(lambda: self._world.Ibcast(size, root=0), size)
         buffer = np.frombuffer(bytearray(data if self.rank == 0 else size[0]), np.uint8)
-        self._do(lambda: self._world.Ibcast(buffer, root=0), buffer)
+        for part in _parts(buffer):
+            self._do(lambda: self._world.Ibcast(part, root=0), buffer)
         return buffer.tobytes()
 
     def gather(self, send: np.ndarray, counts: Sequence[int]) -> np.ndarray:
         """What all ranks sent, float32, in rank order, on every rank; ``counts``: numbers of each rank."""
+        if sum(counts) > _MOST:
+            whole, ends = np.empty(sum(counts), np.float32), np.cumsum([0, *counts])
+            for rank, (at, end) in enumerate(zip(ends, ends[1:])):
+                whole[at:end] = send if rank == self.rank else 0
+            self.sum(whole.view(np.int32))
+            return whole
         receive = np.empty(sum(counts), np.float32)
         self.moved += send.nbytes
         self._do(lambda: self._world.Iallgatherv(send, [receive, counts]), send, receive)
         return receive
 
     def exchange(self, send: np.ndarray, counts: Sequence[int], arriving: Sequence[int]) -> np.ndarray:
-        """What the other ranks sent to this one, float32, in rank order (see ``Solo``)."""
+        """What the other ranks sent to this one, float32, in rank order (see ``Solo``).
+
+        Each pair of ranks knows what passes between them, but no rank what passes between all: there is no collective
+        message of a size that MPI may not be able to count.
+        """
         receive = np.empty(sum(arriving), np.float32)
         self.moved += send.nbytes
-        self._do(lambda: self._world.Ialltoallv([send, counts], [receive, arriving]), send, receive)
+        coming, going = (np.split(all_, np.cumsum(of)[:-1]) for all_, of in ((receive, arriving), (send, counts)))
+        mail, world = Mail(self, receive, send), self._world
+        receives = [partial(world.Irecv, part, rank, _EXCHANGED) for rank, some in enumerate(coming) for part in _parts(some)]
+        sends = [partial(world.Isend, part, rank, _EXCHANGED) for rank, some in enumerate(going) for part in _parts(some)]
+        self._begin(mail, *receives, *sends)
+        mail.arrive()
         return receive
 
     def post(self, send: np.ndarray, to: int, receive: np.ndarray, of: int) -> Mail:
         """Begin to receive from one rank and to send to one; the arrays belong to MPI until the mail is through."""
         mail, world = Mail(self, receive, send), self._world
-        self._begin(mail, lambda: world.Irecv(receive, source=of), lambda: world.Isend(send, dest=to))
+        receives = [partial(world.Irecv, part, of) for part in _parts(receive)]
+        self._begin(mail, *receives, *(partial(world.Isend, part, to) for part in _parts(send)))
+        mail.first = len(receives)
         return mail
 
     def agree(self) -> None:
@@ -160,12 +182,12 @@ class Mpi:
         return all(mail.done)
 
     def arrived(self, mail: Mail) -> bool:
-        """Whether the first message of the mail is here, also when the communicator is no longer of use."""
+        """Whether what the mail brings is here, also when the communicator is no longer of use."""
         requests, mail.requests = mail.requests, []  # as in ``through``
-        if requests and not mail.done[0]:
+        for number, request in enumerate(requests[: mail.first]):
             with suppress(self._mpi.Exception):
-                mail.done[0] = requests[0].Test()
-        return mail.done[:1] == [True]
+                mail.done[number] = mail.done[number] or request.Test()
+        return mail.done[: mail.first] == [True] * mail.first
 
     def _do(self, begin: Callable, *buffers: np.ndarray) -> None:
         """Begin a message of all ranks and wait for it."""
@@ -209,6 +231,13 @@ class Mpi:
         return False
 
 
+def _parts(array: np.ndarray) -> list[np.ndarray]:
+    """Views of an array, one after the other, none of more items than MPI counts."""
+    assert array.flags.c_contiguous
+    flat = array.reshape(-1)
+    return [flat[at : at + _MOST] for at in range(0, len(flat), _MOST)]
+
+
 def _poll(request, failure: type[Exception]) -> bool:
     """Wait for a request; False when it ends by ``failure``."""
     try:
@@ -239,17 +268,23 @@ def _mpi4py():
 def connect() -> Comm:
     """The communicator of this process.
 
-    Raises ValueError when a launcher started it but mpi4py or its MPI library is missing.
+    Raises ValueError when a launcher started it but mpi4py or its MPI library is missing, or when it does not find
+    the processes that were started with it: each of them would play the whole run.
     """
-    if not any(name in os.environ for name in _LAUNCHED):
-        return Solo()
     try:
-        return Mpi()
+        comm = Mpi() if is_launched() else Solo()
     except (ImportError, RuntimeError) as error:
         raise ValueError(
             f"an MPI launcher started this process, but mpi4py does not work: {error}. Install it "
             "(pip install 'fedlora-mpi[mpi]', or mpi4py with your cluster's MPI) or start without the launcher"
         ) from error
+    ranks, name = expected_ranks()
+    if comm.size == 1 and ranks > 1:
+        raise ValueError(
+            f"{name} = {ranks}, but this process finds none of the others: start it as 'mpirun -n {ranks} fedlora-mpi "
+            f"...' or 'srun --mpi=pmix ...' with the MPI of mpi4py; for one process alone first 'unset {name}'"
+        )
+    return comm
 
 
 def library() -> str:

@@ -1,8 +1,34 @@
-"""How the package is started in processes of its own."""
+"""How the package is started: in processes of its own, and by which launcher this process was."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
+
+
+_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # each has the number of ranks
+_SIZES = (*_LAUNCHERS, "SLURM_NTASKS")
+
+
+def is_launched() -> bool:
+    """Whether an MPI launcher that is still there has started this process."""
+    environment = os.environ
+    if any(name in environment for name in _LAUNCHERS):
+        return True
+    return "PMIX_RANK" in environment and not has_leftovers()
+
+
+def has_leftovers() -> bool:
+    """Whether PMIx variables are of a job that has ended: Open MPI would crash at the end of this process."""
+    server = os.environ.get("PMIX_SERVER_TMPDIR")
+    alive = "SLURM_STEP_ID" in os.environ or server is not None and Path(server).is_dir()
+    return not alive and any(name in os.environ for name in ("PMIX_RANK", "PMIX_NAMESPACE"))
+
+
+def expected_ranks() -> tuple[int, str]:
+    """How many processes were started together, and the variable that says so; (1, "") when none does."""
+    given = [(int(value), name) for name in _SIZES if (value := os.environ.get(name, "")).isdecimal()]
+    return max(given, default=(1, ""))
 
 
 def mpirun() -> str | None:

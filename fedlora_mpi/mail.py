@@ -21,12 +21,12 @@ class Lost(Exception):
 
 
 class Mail:
-    """Messages of ``comm`` on their way, the first of them perhaps to this rank; ``buffers`` are MPI's until all is
-    through."""
+    """Messages of ``comm`` on their way, the ``first`` of them to this rank; ``buffers`` are MPI's until all is through."""
 
     def __init__(self, comm, *buffers: np.ndarray) -> None:
         self.comm, self.buffers = comm, buffers
         self.requests: list = []
+        self.first = 1
         self.done: list[bool] = []
 
     def through(self) -> bool:
@@ -41,5 +41,5 @@ class Mail:
                 time.sleep(min(max((time.perf_counter() - began) / 4, 2e-5), 5e-3))
 
     def arrived(self) -> bool:
-        """Whether the first message is here, whole, even if a rank has died since."""
+        """Whether what comes to this rank is here, whole, even if a rank has died since."""
         return self.comm.arrived(self)

@@ -49,8 +49,10 @@ def _watch(comm: Comm, timeout: float, signs: "Signs", way_out: str, over: Calla
 
 def _end(comm: Comm, what: str, timeout: float, where: str, way_out: str) -> None:
     """End all ranks with the stacks of this one."""
-    print(f"\nfedlora-mpi: {what} for {timeout:g} s (faults.timeout) in {where}; {way_out}", file=sys.__stderr__, flush=True)
-    faulthandler.dump_traceback(file=sys.__stderr__)
+    with suppress(OSError):  # nobody may read it
+        line = f"\nfedlora-mpi: {what} for {timeout:g} s (faults.timeout) in {where}; {way_out}"
+        print(line, file=sys.__stderr__, flush=True)
+        faulthandler.dump_traceback(file=sys.__stderr__)
     signal.setitimer(signal.ITIMER_REAL, 10)  # SIGALRM ends the process where the lock of MPI is not to be had
     comm.abort()
 

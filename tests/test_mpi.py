@@ -212,3 +212,21 @@ def test_without_mpi4py_a_launcher_is_refused_in_one_line(tmp_path, without_mpi4
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
     assert "mpi4py does not work: libmpi.so.40: cannot open" in said(ended.stderr)[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_messages_of_more_items_than_mpi_counts_travel_in_parts(tmp_path):
+    ended = finished([*mpirun(3), sys.executable, str(TESTS / "verbs.py"), "4"], tmp_path)
+    assert (ended.returncode, ended.stdout) == (0, "well\n" * 3), ended.stderr
+
+
+def test_a_process_that_finds_no_other_of_its_job_is_refused(tmp_path):
+    for name in ("SLURM_NTASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        ended = finished(command("run", TINY, "output=none"), tmp_path, **{name: "3"})
+        assert ended.returncode == 2 and said(ended.stderr) == ended.stderr.splitlines(), ended.stderr
+        assert f"{name} = 3, but this process finds none of the others" in ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_variables_of_a_job_that_has_ended_do_no_harm(tmp_path):
+    ended = finished(command("run", TINY, "rounds=1", "output=run"), tmp_path, PMIX_RANK="0", PMIX_NAMESPACE="gone")
+    assert (ended.returncode, ended.stdout) == (0, "run: done\n"), ended.stderr

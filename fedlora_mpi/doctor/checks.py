@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..launch import function, mpirun
+from ..launch import expected_ranks, function, has_leftovers, mpirun
 from ..paths import expanded
 from ..units import size
 from .finding import Case, Check, Finding, ended
@@ -89,6 +89,17 @@ def _launch(case: Case) -> Finding:
     if cores[0] == cores[1] and "-" not in cores[0]:
         return Finding("warning", text, "both are bound to one core; mpirun --bind-to none")
     return Finding("ok", text)
+
+
+def _environment(case: Case) -> Finding:
+    if has_leftovers():
+        text = "PMIX_RANK or PMIX_NAMESPACE of a job that has ended; mpirun from here may crash"
+        return Finding("warning", text, CHECKS["environment"].remedy)
+    ranks, name = expected_ranks()
+    if ranks > 1:
+        return Finding("warning", f"{name} = {ranks}: run and resume want to be started as so many ranks",
+                       f"mpirun -n {ranks} ... or srun --mpi=pmix (--mpi=none starts strangers); for one process unset {name}")
+    return Finding("ok", "no variables of another MPI or Slurm job")
 
 
 def _ulfm(case: Case) -> Finding:
@@ -202,6 +213,7 @@ def _slurm(case: Case) -> Finding:
 CHECKS = {
     "Python": Check(_python, "pip install -c constraints.txt . in a new virtual environment"),
     "config": Check(_config, "correct the config; `fedlora-mpi plan` checks it too"),
+    "environment": Check(_environment, "open a new shell, or unset the variables that `env | grep PMI` lists"),
     "launch": Check(_launch, "`mpirun -n 2 hostname` must work first; one core needs --oversubscribe"),
     "GPUs": Check(_gpus, "look at nvidia-smi and CUDA_VISIBLE_DEVICES; install a torch built for CUDA, or engine.device=cpu"),
     "threads": Check(_threads, "engine.threads=1"),

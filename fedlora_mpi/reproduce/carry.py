@@ -77,10 +77,9 @@ def _run(job: Job) -> list[str]:
 
 
 def _start(task: Task, more: Mapping[str, str]) -> subprocess.Popen:
+    env = {name: value for name, value in os.environ.items() if name != "SLURM_NTASKS"} | more  # not one of its tasks
     with open(task.log, "ab") as log:
-        return subprocess.Popen(
-            task.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=os.environ | more
-        )
+        return subprocess.Popen(task.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env)
 
 
 def _end(process: subprocess.Popen) -> None:
