@@ -65,6 +65,8 @@ def build(config: Config, source: str, comm: Comm) -> Built:
     device = together(comm, lambda: bind(config.engine, worker))
     config, memory = together(comm, lambda: _same_device(config, comm, workers, device))
     parts = together(comm, lambda: _parts(config, source, comm.rank in workers, device, comm.pulse.beat))
+    if comm.rank == 0:
+        tell_hints(parts.data, source)
     engine = _engine(parts, config, comm, workers, memory)
     return together(comm, lambda: _build(parts, replace(config, engine=engine), source, comm, workers))
 
@@ -78,6 +80,12 @@ def load_data(config: Config, source: str) -> Data:
     """The data set of a config."""
     with naming(source, "data"):
         return load(config.data.source)
+
+
+def tell_hints(data: Data, source: str) -> None:
+    """Say on stderr what is odd about the files of a data set, a line each."""
+    for hint in data.hints:
+        print(f"hint: {source}: data.{hint.removeprefix('data.')}", file=sys.stderr, flush=True)
 
 
 def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:

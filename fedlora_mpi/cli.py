@@ -230,7 +230,7 @@ def _pretrain(asked: argparse.Namespace, comm) -> int:
 def _partition(asked: argparse.Namespace, comm) -> int:
     from .analysis.partition import draw, table
     from .analysis.pfllib import write_folder
-    from .build import load_data, split_data
+    from .build import load_data, split_data, tell_hints
     from .comm import together
     from .config import read
 
@@ -239,13 +239,14 @@ def _partition(asked: argparse.Namespace, comm) -> int:
         if asked.to and asked.to[0] != "pfllib":
             raise ValueError(f"--to {asked.to[0]}: is no format; there is pfllib")
         data = load_data(config, asked.config)
+        tell_hints(data, asked.config)
         split = split_data(config, asked.config, data)
         if asked.to:
             print(write_folder(config, data, split, Path(asked.to[1])))
             return
         picture = asked.picture or Path(f"partition-{Path(asked.config).stem}.png")
-        print(table(split))
-        draw(split, picture)
+        print(table(split, data.names))
+        draw(split, picture, data.names)
         print(f"\npicture: {picture}")
 
     together(comm, show)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .algorithms.fedavg import FedAvg
-from .build import load_data, load_models
+from .build import load_data, load_models, tell_hints
 from .comm import Fault
 from .config import Config
 from .data.datasets import Data
@@ -96,6 +96,7 @@ def _begun(config: Config, source: str, classes: str | None) -> tuple[Trainer, T
     keep_memory()
     device = bind(config.engine, 0)
     data = load_data(config, source)
+    tell_hints(data, source)
     (model,) = load_models(config, source, data)
     split = pooled(data, chosen(classes, data.classes))
     feed = Feed(data, split, seed=config.seed, shift="none", device=device, augment=True)

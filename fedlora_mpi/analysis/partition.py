@@ -1,5 +1,6 @@
 """Who holds which data: a table of text, and a picture."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,13 +14,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CLASSES, _CLIENTS = 20, 40  # up to so many the table shows each
+_NAME = 24  # characters that are shown of the name of a class
 _CELL = 0.22  # inches between clients and between classes, in a picture that is not at its limits
 _WIDTH, _HEIGHT = (4.0, 16.0), (3.0, 12.0)  # limits of the plot, inches
 
 
-def table(split: Split) -> str:
+def table(split: Split, names: Sequence[str] = ()) -> str:
     """One row a client: its training samples of each class (of many classes: how many it holds, which it
-    holds most of, and that share), all of them, its test samples. The first 40 clients, and a line about all."""
+    holds most of, and that share), all of them, its test samples. The first 40 clients, a line about all, and one with
+    the first 20 ``names`` of the classes."""
     clients, classes = split.train_counts.shape
     title, header, cells = "training samples of each class", map(str, range(classes)), _each_class
     if classes > _CLASSES:
@@ -28,12 +31,13 @@ def table(split: Split) -> str:
     for client, counts in enumerate(split.train_counts[:_CLIENTS]):
         rows.append((str(client), *cells(counts), str(counts.sum()), str(len(split.test[client]))))
     more = [f"... and {clients - _CLIENTS} more clients"] if clients > _CLIENTS else []
-    return "\n".join([f"{title}; samples in all", aligned(rows), *more, _summary(split)])
+    last = [_summary(split), *([f"classes: {', '.join(_numbered(names))}"] if names else [])]
+    return "\n".join([f"{title}; samples in all", aligned(rows), *more, *last])
 
 
-def draw(split: Split, picture: Path) -> None:
-    """Write ``figure(split)`` as a PNG. Raises ValueError where it cannot be written."""
-    drawn = figure(split)
+def draw(split: Split, picture: Path, names: Sequence[str] = ()) -> None:
+    """Write ``figure(split, names)`` as a PNG. Raises ValueError where it cannot be written."""
+    drawn = figure(split, names)
     try:
         with replacing(picture) as temporary:
             drawn.savefig(temporary, format="png", dpi=150)
@@ -42,9 +46,9 @@ def draw(split: Split, picture: Path) -> None:
         raise ValueError(f"{why}; choose another with --picture") from error
 
 
-def figure(split: Split) -> "Figure":
+def figure(split: Split, names: Sequence[str] = ()) -> "Figure":
     """The dots of Wu et al. (FedLoRA, see ``algorithms/fedlora.py``), Figure 5, with the axes swapped: x
-    client, y class, the area of a dot the number of training samples."""
+    client, y class, the area of a dot the number of training samples. Up to 20 classes bear their ``names``."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
@@ -67,9 +71,18 @@ def figure(split: Split) -> "Figure":
     for axis, n in zip((axes.xaxis, axes.yaxis), counts.shape, strict=True):
         axis.set_major_locator(MaxNLocator(25, integer=True))
         getattr(axes, f"set_{axis.axis_name}lim")(-0.75, n - 0.25)
+    if 0 < len(names) <= _CLASSES:
+        axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in _numbered(names)])
     beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
     axes.legend(title="samples", frameon=False, labelspacing=0.9, **beside)
     return drawn
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    """The first 20 names with the numbers of their classes, each short enough for a line."""
+    clean = ["".join(c if c.isprintable() else "?" for c in " ".join(name.split())) for name in names[:_CLASSES]]
+    short = [name if len(name) <= _NAME else f"{name[: _NAME - 1]}…" for name in clean]
+    return [f"{number} {name}" for number, name in enumerate(short)] + ["..."] * (len(names) > _CLASSES)
 
 
 def _each_class(counts: np.ndarray) -> list[str]:

@@ -15,14 +15,10 @@ from ..paths import expanded, require_path
 from ..seeds import rng
 from ..vision import torchvision
 from . import pfllib
-from .texts import Labelled, Text, Vocabulary, read_ag_news, read_csv
-
-
-class Samples(NamedTuple):
-    """Images or texts, and their classes."""
-
-    x: Tensor  # [M, ch, H, W] uint8, or [M, L] int32 token ids
-    y: Tensor  # [M] int64
+from .folders import read_folder, read_tiny_imagenet
+from .samples import Reading, Samples, to_samples
+from .tables import read_ag_news, read_csv
+from .texts import Text, Vocabulary
 
 
 class Data(NamedTuple):
@@ -37,6 +33,8 @@ class Data(NamedTuple):
     augment: tuple[str, ...] = ()  # training transforms, names of ``transforms.draw``
     vocabulary: Vocabulary | None = None  # None: these are images
     owners: tuple[np.ndarray, np.ndarray] | None = None  # the client of each training and test sample, where it is given
+    names: tuple[str, ...] = ()  # of the classes, where they have any
+    hints: tuple[str, ...] = ()  # what the user should know about the files, a line each: "key = value: ..."
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,20 +118,20 @@ def load(source: Source) -> Data:
         sides = (Samples(torch.from_numpy(side.x), torch.from_numpy(side.y)) for side in found[:2])
         given = source.augment if isinstance(source.augment, tuple) else ()
         owners = (found.train.owner, found.test.owner)
-        return Data(*sides, found.classes, found.mean, found.std, given, owners=owners)
-    train, test, classes = _READERS[source.dataset](source)
-    mean, std = _NORMAL.get(source.dataset) or _moments(train.x)
+        return Data(*sides, found.classes, found.mean, found.std, given, owners=owners, hints=found.hints)
+    found = _READERS[source.dataset](source)
+    mean, std = _NORMAL.get(source.dataset) or _moments(found.train.x)
     named = {"auto": _AUGMENT.get(source.dataset, ()), "none": ()}
     augment = named[source.augment] if isinstance(source.augment, str) else source.augment
-    return Data(train, test, classes, mean, std, augment)
+    return Data(*found[:3], mean, std, augment, names=found.names, hints=found.hints)
 
 
 def _encoded(source: Source) -> Data:
     """The texts of a data set under the vocabulary of its training texts, or of the tokenizer that was given."""
-    train, test, classes = _TEXTS[source.dataset](source)
-    vocabulary = Vocabulary.given(source.text) if source.text.tokenizer else Vocabulary.of(train.texts, source.text)
-    sides = (Samples(vocabulary.encode(side.texts), torch.tensor(side.y)) for side in (train, test))
-    return Data(*sides, classes, vocabulary=vocabulary)
+    found, text = _TEXTS[source.dataset](source), source.text
+    vocabulary = Vocabulary.given(text) if text.tokenizer else Vocabulary.of(found.train.texts, text)
+    sides = (Samples(vocabulary.encode(side.texts), torch.tensor(side.y)) for side in found[:2])
+    return Data(*sides, found.classes, vocabulary=vocabulary, names=found.names, hints=found.hints)
 
 
 _CIFAR100 = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
@@ -176,28 +174,21 @@ def _files(source: Source, folder: str) -> Iterator[None]:
         ) from error
 
 
-def _torchvision(name: str, folder: str) -> Callable[[Source], tuple[Samples, Samples, int]]:
+def _torchvision(name: str, folder: str) -> Callable[[Source], Reading]:
     """The reader of a torchvision class; it checks MD5 sums before it unpickles anything."""
 
-    def read(source: Source) -> tuple[Samples, Samples, int]:
+    def read(source: Source) -> Reading:
         root = str(expanded(source.root))
         kind = getattr(torchvision().datasets, name)
         with _files(source, os.path.join(root, folder)):
             sides = [kind(root, train=train, download=source.download) for train in (True, False)]
-        train, test = (_samples(side.data, side.targets) for side in sides)
-        return train, test, len(sides[0].classes)
+        train, test = (to_samples(side.data, side.targets) for side in sides)
+        return Reading(train, test, len(sides[0].classes), tuple(sides[0].classes))
 
     return read
 
 
-def _samples(images: np.ndarray | Tensor, labels: Sequence[int] | Tensor) -> Samples:
-    """From bytes [M, H, W] or [M, H, W, ch]."""
-    x, y = torch.as_tensor(images), torch.as_tensor(labels, dtype=torch.int64)
-    return Samples(x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2), y)
-
-
-def _tiny_imagenet(source: Source) -> tuple[Samples, Samples, int]:
-    """The official folder: its val is the test set, since its test has no labels."""
+def _tiny_imagenet(source: Source) -> Reading:
     root = str(expanded(source.root))
     home = os.path.join(root, "tiny-imagenet-200")
     with _files(source, home):
@@ -205,64 +196,10 @@ def _tiny_imagenet(source: Source) -> tuple[Samples, Samples, int]:
             torchvision().datasets.utils.download_and_extract_archive(
                 "http://cs231n.stanford.edu/tiny-imagenet-200.zip", root, md5="90528d7ca1a48142e341f4ef8d21d0de"
             )
-        names = sorted(entry.name for entry in os.scandir(os.path.join(home, "train")) if entry.is_dir())
-        index = {name: c for c, name in enumerate(names)}
-        train = [
-            (entry.path, index[name])
-            for name in names
-            for entry in sorted(os.scandir(os.path.join(home, "train", name, "images")), key=lambda e: e.name)
-        ]
-        with open(os.path.join(home, "val", "val_annotations.txt")) as lines:
-            fields = [line.split("\t") for line in lines]
-        test = [(os.path.join(home, "val", "images", file), index[name]) for file, name, *_ in fields]
-        return _decoded(train, None), _decoded(test, None), len(names)
+        return read_tiny_imagenet(home)
 
 
-def _folder(source: Source) -> tuple[Samples, Samples, int]:
-    """ROOT/train/CLASS/* and ROOT/val/CLASS/* or ROOT/test/CLASS/*; whatever is grey becomes RGB."""
-    root = str(expanded(source.root))
-    second = "val" if os.path.isdir(os.path.join(root, "val")) else "test"
-    try:
-        sides = [torchvision().datasets.ImageFolder(os.path.join(root, name)) for name in ("train", second)]
-    except OSError as error:
-        raise ValueError(
-            f"data.root = {source.root}: {error}; expected are train/CLASS/* and val/CLASS/* or test/CLASS/* in {root}"
-        ) from error
-    if sides[0].classes != sides[1].classes:
-        odd = ", ".join(sorted(set(sides[0].classes) ^ set(sides[1].classes)))
-        raise ValueError(
-            f"data.root = {source.root}: train and {second} must hold the same classes; they differ in {odd}"
-        )
-    train, test = (_decoded(side.samples, source.image_size) for side in sides)
-    if train.x.shape[1:] != test.x.shape[1:]:
-        raise ValueError(f"data.image_size = null: images in train and {second} differ in size; set data.image_size")
-    return train, test, len(sides[0].classes)
-
-
-def _decoded(files: list[tuple[str, int]], size: int | None) -> Samples:
-    """Image files with their classes, as RGB, resized to ``size`` pixels square unless it is None."""
-    from PIL import Image
-
-    images = None
-    for i, (path, _) in enumerate(files):
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except Exception as error:  # of many kinds
-            raise ValueError(f"data.root: {path} is no image, or damaged ({' '.join(str(error).split())})") from error
-        pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR) if size else image)
-        if images is None:
-            images = np.empty((len(files), *pixels.shape), np.uint8)
-        if pixels.shape != images.shape[1:]:
-            have, first = ("{1} x {0}".format(*shape) for shape in (pixels.shape, images.shape[1:]))
-            raise ValueError(
-                f"data.image_size = null: {path} is {have} pixels, the first image is {first}; set data.image_size"
-            )
-        images[i] = pixels
-    return _samples(images, [label for _, label in files])
-
-
-def _digits(source: Source) -> tuple[Samples, Samples, int]:
+def _digits(source: Source) -> Reading:
     """The 1797 digits of scikit-learn, 0..16 as 0..240; of each class a fixed fifth is the test set."""
     try:
         from sklearn.datasets import load_digits
@@ -276,10 +213,10 @@ def _digits(source: Source) -> tuple[Samples, Samples, int]:
     for c in range(10):
         rows = np.flatnonzero(y == c)
         is_test[rows[torch.randperm(len(rows), generator=rng(1, "digits", c))[: round(len(rows) / 5)]]] = True
-    return _samples(x[~is_test], y[~is_test]), _samples(x[is_test], y[is_test]), 10
+    return Reading(to_samples(x[~is_test], y[~is_test]), to_samples(x[is_test], y[is_test]), 10)
 
 
-def _synthetic(source: Source) -> tuple[Samples, Samples, int]:
+def _synthetic(source: Source) -> Reading:
     """Bytes 128 + 48 z, cut to 0..255, where z is a sample of the mixture at unit variance."""
     s = source.synthetic
     shape = (s.channels, s.size, s.size)
@@ -291,10 +228,10 @@ def _synthetic(source: Source) -> tuple[Samples, Samples, int]:
         z = z / (1 + s.noise**2) ** 0.5
         return Samples((128 + 48 * z).clamp(0, 255).to(torch.uint8), y)
 
-    return side("train", s.train), side("test", s.test), s.classes
+    return Reading(side("train", s.train), side("test", s.test), s.classes)
 
 
-def _ag_news(source: Source) -> tuple[Labelled, Labelled, int]:
+def _ag_news(source: Source) -> Reading:
     folder = os.path.join(str(expanded(source.root)), "AG_NEWS")
     if source.download:
         with _files(source, folder):
@@ -308,17 +245,17 @@ _AG_NEWS_HOME = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/maste
 _AG_NEWS = {"train.csv": "b1a00f826fdfbd249f79597b59e1dc12", "test.csv": "d52ea96a97a2d943681189a97654912d"}
 
 
-_TEXTS: dict[str, Callable[[Source], tuple[Labelled, Labelled, int]]] = {
+_TEXTS: dict[str, Callable[[Source], Reading]] = {
     "ag_news": _ag_news,
     "csv": lambda source: read_csv(str(expanded(source.root)), source.text),
 }
-_READERS: dict[str, Callable[[Source], tuple[Samples, Samples, int]]] = {
+_READERS: dict[str, Callable[[Source], Reading]] = {
     "cifar10": _torchvision("CIFAR10", "cifar-10-batches-py"),
     "cifar100": _torchvision("CIFAR100", "cifar-100-python"),
     "fashionmnist": _torchvision("FashionMNIST", "FashionMNIST/raw"),
     "mnist": _torchvision("MNIST", "MNIST/raw"),
     "tiny_imagenet": _tiny_imagenet,
-    "folder": _folder,
+    "folder": lambda source: read_folder(source.root, source.image_size),
     "digits": _digits,
     "synthetic": _synthetic,
 }

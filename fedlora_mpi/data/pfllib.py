@@ -9,7 +9,9 @@ Source: https://github.com/TsingZ0/PFLlib, dataset/utils/dataset_utils.py and th
 
 import json
 import pickle
+import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -21,6 +23,7 @@ from ..paths import expanded
 _ARRAYS = {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
 _ARRAYS |= {("numpy", "ndarray"), ("numpy", "dtype")}
 _NORMAL = 0.5  # mean and standard deviation of PFLlib's Normalize, of every channel
+_NUMBERED = re.compile(r"(0|[1-9][0-9]*)\.npz")
 _OFF = 0.02  # of a step from one byte to the next
 
 
@@ -32,6 +35,15 @@ class Side(NamedTuple):
     owner: np.ndarray  # [M] int64, the client
 
 
+class About(NamedTuple):
+    """What config.json says, as far as it is read; None where it does not say."""
+
+    clients: int | None
+    classes: int | None
+    mean: tuple[float, ...] | None  # per channel
+    std: tuple[float, ...] | None
+
+
 class Folder(NamedTuple):
     """What a folder holds; its files have (x / 255 - mean) / std."""
 
@@ -40,40 +52,113 @@ class Folder(NamedTuple):
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    hints: tuple[str, ...] = ()  # what the user should know, a line each
 
 
 def read(root: str | Path, allow_pickle: bool) -> Folder:
     """The images of a folder as the bytes they were made from.
 
-    Raises ValueError: no such folder, a pickle that is not allowed or holds more than arrays, no images of bytes.
+    Raises ValueError: no such folder, files that are missing or left over, a pickle that is not allowed or holds more
+    than arrays, no images of bytes, classes that do not count from 0.
     """
     home = expanded(root)
-    clients = 0
-    while (home / "train" / f"{clients}.npz").is_file():
-        clients += 1
-    missing = [k for k in range(clients) if not (home / "test" / f"{k}.npz").is_file()]
-    if not clients or missing:
-        file = home / ("test" if clients else "train") / f"{missing[0] if missing else 0}.npz"
-        raise ValueError(f"root = {root}: there is no {file}; give a folder dataset/NAME of PFLlib, with train/ and test/")
-    about = _about(home / "config.json")
+    about = _read_about(root, home / "config.json")
+    clients = _count_clients(root, home, about.clients)
     files = {side: [home / side / f"{k}.npz" for k in range(clients)] for side in ("train", "test")}
     parts = {side: [_client(file, allow_pickle) for file in these] for side, these in files.items()}
     shapes = [x.shape[1:] for side in parts.values() for x, _ in side]
     if len(set(shapes)) > 1:
         raise ValueError(f"root = {root}: images of {' and '.join(map(str, sorted(set(shapes))[:2]))}; they must be alike")
-    mean, std = (tuple(map(float, about.get(name, [_NORMAL] * shapes[0][0]))) for name in ("mean", "std"))
+    channels = shapes[0][0]
+    mean, std = (given or (_NORMAL,) * channels for given in (about.mean, about.std))
+    if {len(mean), len(std)} != {channels}:
+        raise ValueError(
+            f"root = {root}: config.json has mean and std of {len(mean)} and {len(std)} channels, the images have "
+            f"{channels}; correct config.json"
+        )
     sides = [_side(parts[name], files[name], mean, std) for name in ("train", "test")]
-    classes = max(int(side.y.max()) + 1 for side in sides if len(side.y))
-    return Folder(*sides, max(classes, int(about.get("num_classes", 0))), mean, std)
+    classes, hints = _count_classes(root, np.concatenate([side.y for side in sides]), about.classes)
+    return Folder(*sides, classes, mean, std, hints)
 
 
-def _about(file: Path) -> dict[str, Any]:
-    """config.json, which may be missing."""
+def _read_about(root: str | Path, file: Path) -> About:
+    """config.json, which may be missing. Raises ValueError where it says something impossible."""
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"root = {file.parent}: {file} is no JSON ({error})") from error
-    return found if isinstance(found, dict) else {}
+        raise ValueError(f"root = {root}: {file} is no JSON ({error})") from error
+    found = found if isinstance(found, dict) else {}
+    counts = [found.get(name) for name in ("num_clients", "num_classes")]
+    for name, value in zip(("num_clients", "num_classes"), counts, strict=True):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"root = {root}: {file} has {name} = {json.dumps(value)}; it must be a whole number above 0")
+    moments = [found.get(name) for name in ("mean", "std")]
+    for name, value in zip(("mean", "std"), moments, strict=True):
+        if value is not None and not (isinstance(value, list) and all(type(v) in (int, float) for v in value)):
+            raise ValueError(f"root = {root}: {file} has {name} = {json.dumps(value)}; it must list a number per channel")
+    return About(*counts, *(value and tuple(map(float, value)) for value in moments))
+
+
+def _count_clients(root: str | Path, home: Path, told: int | None) -> int:
+    """How many clients there are. Raises ValueError unless train/ and test/ both have 0.npz, 1.npz and so on, as many
+    as config.json has ``told``: else a client would be lost, or one of another partition be taken in."""
+    there, others = {}, []
+    for side in ("train", "test"):
+        names = [file.name for file in (home / side).glob("*.npz") if not file.name.startswith(".")]
+        numbered = {name for name in names if _NUMBERED.fullmatch(name)}
+        there[side] = sorted(int(name.removesuffix(".npz")) for name in numbered)
+        others += sorted(f"{side}/{name}" for name in set(names) - numbered)
+    most = max((numbers[-1] + 1 for numbers in there.values() if numbers), default=0)
+    wanted = told or most
+    lacks = ((side, min({*range(wanted or 1)}.difference(there[side]), default=None)) for side in there)
+    missing = next((f"{side}/{k}.npz" for side, k in lacks if k is not None), None)
+    if not missing and most == wanted and not others:
+        return wanted
+    seen = [f"{side}/ has {_ranges(numbers)}" for side, numbers in there.items()]
+    seen += [f"config.json says num_clients = {told}"] if told else []
+    seen += [f"{', '.join(others[:3])} {'is' if len(others) == 1 else 'are'} not numbered as 0.npz, 1.npz ... are"] * bool(others)
+    if missing:
+        raise ValueError(
+            f"root = {root}: there is no {home / missing}; give a folder dataset/NAME of PFLlib, with train/ and test/ "
+            f"({'; '.join(seen)}); put back what is missing, or make the folder anew"
+        )
+    if most > wanted:
+        raise ValueError(
+            f"root = {root}: files {_ranges(range(wanted, most))} are left over ({'; '.join(seen)}); remove them from "
+            "train/ and test/ if they are of an earlier partition, or correct config.json"
+        )
+    raise ValueError(f"root = {root}: {'; '.join(seen)}; rename or remove them")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """"0 to 2, 5", or "none"."""
+    there = set(numbers)
+    starts, ends = ([k for k in numbers if k + step not in there] for step in (-1, 1))
+    runs = [str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True)]
+    return ", ".join(runs[:5] + ["..."] * (len(runs) > 5)) or "none"
+
+
+def _count_classes(root: str | Path, y: np.ndarray, told: int | None) -> tuple[int, tuple[str, ...]]:
+    """How many classes there are, and a line where some have no sample. Raises ValueError where labels seem to count
+    from 1, or are beyond what config.json has ``told``."""
+    seen = sorted(map(int, np.unique(y)))
+    says = "" if told is None else f", and config.json says num_classes = {told}"
+    if not seen:
+        raise ValueError(f"root = {root}: holds no sample")
+    if seen[0] > 0 and (told is None or seen[-1] >= told):
+        raise ValueError(
+            f"root = {root}: classes are {_ranges(seen)}{says}; classes count from 0: lower each y, or "
+            f"say \"num_classes\": {seen[-1] + 1} in config.json if class 0 merely has no sample"
+        )
+    if told is not None and seen[-1] >= told:
+        raise ValueError(
+            f"root = {root}: classes are {_ranges(seen)}{says}; correct config.json, or the classes beyond {told - 1}"
+        )
+    classes = told or seen[-1] + 1
+    empty = [c for c in range(classes) if c not in set(seen)]
+    if told is None and empty:
+        return classes, (f"data.root = {root}: classes {_ranges(empty)} of {classes} have no sample",)
+    return classes, ()
 
 
 def _client(file: Path, allow_pickle: bool) -> tuple[np.ndarray, np.ndarray]:

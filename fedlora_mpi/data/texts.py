@@ -1,13 +1,10 @@
-"""Texts from CSV files, and the vocabulary, of the training texts or given, that turns them into numbers."""
+"""The settings of texts, and the vocabulary, of the training texts or given, that turns them into numbers."""
 
-import csv
 import hashlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -42,13 +39,6 @@ class Text:
             raise ValueError("columns = []: must name at least one column")
         if self.tokenizer and self.vocabulary != Text.vocabulary:
             raise ValueError(f"vocabulary = {self.vocabulary}: a tokenizer has its own; leave it out")
-
-
-class Labelled(NamedTuple):
-    """Texts and their classes."""
-
-    texts: list[str]
-    y: list[int]
 
 
 @dataclass(frozen=True)
@@ -137,77 +127,6 @@ class Vocabulary:
     def tokenizer(self) -> "Tokenizer":
         """The library's object."""
         return _tokenizers().Tokenizer.from_str(self.json)
-
-
-def read_ag_news(folder: str, settings: Text) -> tuple[Labelled, Labelled, int]:
-    """The files of Zhang et al. (NIPS 2015), as torchtext has them: class 1 to 4, title, description."""
-
-    def side(key: str) -> Labelled:
-        found = Labelled([], [])
-        for where, fields in _rows(folder, key, getattr(settings, key)):
-            if len(fields) != 3 or fields[0] not in ("1", "2", "3", "4"):
-                raise ValueError(f"{where}: must be a class from 1 to 4, a title and a description")
-            found.y.append(int(fields[0]) - 1)
-            found.texts.append(" ".join(fields[1:]))
-        return found
-
-    return side("train"), side("test"), 4
-
-
-def read_csv(folder: str, settings: Text) -> tuple[Labelled, Labelled, int]:
-    """Two files whose first rows name the columns; the classes are the labels of the training file, sorted
-    (as numbers where all are integers)."""
-    (texts, names), (test_texts, test_names) = (_columns(folder, key, settings) for key in ("train", "test"))
-    whole = all(name.strip().lstrip("-").isdecimal() for name in names)
-    classes = sorted(set(names), key=int if whole else None)
-    index = {name: c for c, name in enumerate(classes)}
-    if unseen := sorted(set(test_names) - set(classes)):
-        raise ValueError(
-            f"text.test = {settings.test}: the label {unseen[0]!r} is not in {settings.train}; "
-            f"there are {', '.join(classes[:10])}{' ...' * (len(classes) > 10)}"
-        )
-    y, test_y = ([index[name] for name in side] for side in (names, test_names))
-    return Labelled(texts, y), Labelled(test_texts, test_y), len(classes)
-
-
-def _columns(folder: str, key: str, settings: Text) -> tuple[list[str], list[str]]:
-    """The texts and the labels of one file."""
-    rows = _rows(folder, key, getattr(settings, key))
-    _, header = next(rows)
-    wanted = [("label", settings.label), *(("columns", column) for column in settings.columns)]
-    for field, column in wanted:
-        if column not in header:
-            raise ValueError(
-                f"text.{field} = {column}: {getattr(settings, key)} has no such column; there are {', '.join(header)}"
-            )
-    label, *at = (header.index(column) for _, column in wanted)
-    texts, labels = [], []
-    for where, fields in rows:
-        if len(fields) != len(header):
-            raise ValueError(f"{where}: has {len(fields)} fields, the first row {len(header)}")
-        texts.append(" ".join(fields[i] for i in at))
-        labels.append(fields[label])
-    if not texts:
-        raise ValueError(f"text.{key} = {getattr(settings, key)}: has no row under the names of the columns")
-    return texts, labels
-
-
-def _rows(folder: str, key: str, name: str) -> Iterator[tuple[str, list[str]]]:
-    """("key = file: line n", fields) of every row; of one at least."""
-    where, line = f"text.{key} = {name}", 0
-    try:
-        with open(os.path.join(folder, name), newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            for fields in reader:
-                line = reader.line_num
-                if fields:  # not an empty line
-                    yield f"{where}: line {line}", fields
-    except OSError as error:
-        raise ValueError(f"{where}: cannot be read in {folder} ({error.strerror}); put it there or name another") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: is no CSV file in UTF-8 after line {line} ({error})") from error
-    if not line:
-        raise ValueError(f"{where}: is empty, in {folder}")
 
 
 def _blank(library, words: dict[str, int]) -> "Tokenizer":

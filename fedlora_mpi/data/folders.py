@@ -1,0 +1,141 @@
+"""Data sets of image files: a folder for each class."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ..paths import expanded
+from .images import decode
+from .labels import hint_of_alike
+from .samples import Reading, to_samples
+
+_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision
+_NO_CLASSES = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+
+
+class Side(NamedTuple):
+    """The image files of training or of testing."""
+
+    names: tuple[str, ...]  # of the classes, sorted by code points, whatever the locale
+    paths: list[str]
+    y: list[int]
+    unread: Counter  # what lies there and is not read -> how often
+
+
+def read_folder(root: str, image_size: int | None) -> Reading:
+    """ROOT/train/CLASS/* and ROOT/val/CLASS/* or ROOT/test/CLASS/*, as torchvision's ImageFolder lists them.
+
+    Hidden files and folders are no part of it. Raises ValueError: a class without images, classes that differ.
+    """
+    home = str(expanded(root))
+    second = "val" if os.path.isdir(os.path.join(home, "val")) else "test"
+    try:
+        train, test = (_list_side(root, os.path.join(home, name)) for name in ("train", second))
+    except OSError as error:
+        raise ValueError(
+            f"data.root = {root}: {error}; expected are train/CLASS/* and val/CLASS/* or test/CLASS/* in {home}"
+        ) from error
+    if train.names != test.names:
+        odd = ", ".join(sorted(set(train.names) ^ set(test.names)))
+        raise ValueError(f"data.root = {root}: train and {second} must hold the same classes; they differ in {odd}")
+    (x, test_x), hints = decode((train.paths, test.paths), image_size)
+    if x.shape[1:] != test_x.shape[1:]:
+        raise ValueError(f"data.image_size = null: images in train and {second} differ in size; set data.image_size")
+    hints += hint_of_alike(f"data.root = {root}", train.names)
+    hints += _hint_of_unread(root, train.unread + test.unread)
+    sides = (to_samples(x, train.y), to_samples(test_x, test.y))
+    return Reading(*sides, len(train.names), train.names, hints)
+
+
+def read_tiny_imagenet(home: str) -> Reading:
+    """The official folder: its val is the test set, since its test has no labels."""
+    train = os.path.join(home, "train")
+    names = _class_names(train)
+    index = {name: c for c, name in enumerate(names)}
+    paths, y = [], []
+    for name in names:
+        folder = os.path.join(train, name, "images")
+        mine = [os.path.join(folder, file) for file in sorted(os.listdir(folder)) if not _is_hidden(file)]
+        paths += mine
+        y += [index[name]] * len(mine)
+    test_paths, test_y = [], []
+    for file, name in _annotations(os.path.join(home, "val", "val_annotations.txt"), index):
+        test_paths.append(os.path.join(home, "val", "images", file))
+        test_y.append(index[name])
+    if not paths or not test_paths:
+        raise ValueError(f"data.root: {home} holds no image in {'val' if paths else 'train'}; get the data set anew")
+    (x, test_x), hints = decode((paths, test_paths), None)
+    return Reading(to_samples(x, y), to_samples(test_x, test_y), len(names), names, hints)
+
+
+def _annotations(file: str, index: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """(image, class) of each line."""
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            fields = line.rstrip("\n").split("\t")
+            if len(fields) < 2 or fields[1] not in index:
+                raise ValueError(f"data.root: {file}: line {number}: must name an image and a class of train/")
+            yield fields[0], fields[1]
+
+
+def _list_side(root: str, folder: str) -> Side:
+    """Raises OSError where a folder cannot be read, ValueError where there is no class or a class has no image."""
+    names = _class_names(folder)
+    if not names:
+        raise ValueError(f"data.root = {root}: {folder} holds no folder of a class; expected are {folder}/CLASS/*")
+    paths, y, unread = [], [], Counter()
+    for label, name in enumerate(names):
+        found = [os.path.join(at, file) for at, files in sorted(_walk(os.path.join(folder, name))) for file in sorted(files)]
+        mine = [path for path in found if _is_image(path)]
+        unread.update(_kind(path) for path in found if not _is_image(path))
+        if not mine:
+            raise ValueError(
+                f"data.root = {root}: {os.path.join(folder, name)} holds no image; each folder in {folder} is a class; "
+                f"remove it, or put files there that end in {' '.join(_ENDINGS)}"
+            )
+        paths += mine
+        y += [label] * len(mine)
+    beside = [entry.name for entry in os.scandir(folder) if entry.is_file() and _is_image(entry.name)]
+    unread.update("beside the folders of the classes" for _ in beside)
+    return Side(names, paths, y, unread)
+
+
+def _class_names(folder: str) -> tuple[str, ...]:
+    folders = (entry.name for entry in os.scandir(folder) if entry.is_dir())
+    return tuple(sorted(name for name in folders if not _is_hidden(name)))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in _NO_CLASSES
+
+
+def _is_image(path: str) -> bool:
+    name = os.path.basename(path)
+    return name.lower().endswith(_ENDINGS) and not _is_hidden(name)
+
+
+def _kind(path: str) -> str:
+    """How the user is told of a file that is not read."""
+    name = os.path.basename(path)
+    return "hidden" if _is_hidden(name) else os.path.splitext(name)[1].lower() or "without an ending"
+
+
+def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
+    """(folder, files) of all folders below that are not hidden, also behind links, which may not lead back up."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for at, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        above = os.path.join(os.path.realpath(at), "")
+        inner = {name: os.path.join(os.path.realpath(os.path.join(at, name)), "") for name in folders}
+        folders[:] = [name for name in folders if not _is_hidden(name) and not above.startswith(inner[name])]
+        yield at, [name for name in files if not name.startswith("._") and name != ".DS_Store"]
+
+
+def _hint_of_unread(root: str, unread: Counter) -> tuple[str, ...]:
+    if not unread:
+        return ()
+    listed = ", ".join(f"{number} {kind}" for kind, number in sorted(unread.items()))
+    return (f"data.root = {root}: files not read: {listed}; images are what ends in {' '.join(_ENDINGS)} in a class's folder",)

@@ -1,0 +1,38 @@
+"""What the reader of a data set hands on."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Samples(NamedTuple):
+    """Images or texts, and their classes."""
+
+    x: Tensor  # [M, ch, H, W] uint8, or [M, L] int32 token ids
+    y: Tensor  # [M] int64
+
+
+class Labelled(NamedTuple):
+    """Texts and their classes."""
+
+    texts: list[str]
+    y: list[int]
+
+
+class Reading(NamedTuple):
+    """Both sides of a data set, its classes, and what the user should know about the files."""
+
+    train: Samples | Labelled
+    test: Samples | Labelled
+    classes: int
+    names: tuple[str, ...] = ()  # of the classes, where they have any
+    hints: tuple[str, ...] = ()  # a line each, "key = value: what was seen"
+
+
+def to_samples(images: np.ndarray | Tensor, labels: Sequence[int] | Tensor) -> Samples:
+    """From bytes [M, H, W] or [M, H, W, ch]."""
+    x, y = torch.as_tensor(images), torch.as_tensor(labels, dtype=torch.int64)
+    return Samples(x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2), y)
