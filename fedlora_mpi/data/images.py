@@ -45,44 +45,57 @@ class Wide(NamedTuple):
     whole: bool  # all values are whole numbers
 
 
+class Decoded(NamedTuple):
+    """The files of one side."""
+
+    stack: np.ndarray  # [M, H, W, 3] uint8; black where a file is wide
+    wide: list[Wide]
+    deep: list[tuple[int, str]]  # of 16-bit colours: (the largest byte, path)
+    several: list[str]  # files that hold more images than the first
+
+
 def decode(sides: Sequence[Sequence[str]], size: int | None) -> tuple[list[np.ndarray], tuple[str, ...]]:
     """The images [M, H, W, 3] uint8 in the files of each side, and a line for each thing that the user should know.
 
     They are resized to ``size`` pixels square unless it is None. Raises ValueError with the file's name: no image, a
     damaged one, one of another size than the first of its side, values that have no place in 0..255.
     """
-    stacks, wide, deep, several = [], [], {}, []
-    for side, paths in enumerate(sides):
-        stack = None
-        for row, path in enumerate(paths):
-            opened = _open(path)
-            if _is_wide(opened.image):
-                wide.append(_measure(opened.image, side, row, path))
-                pixels = _resize(_blank(opened.image.size), size)  # keeps the place until all values are known
-            else:
-                pixels = _resize(_to_rgb(opened, path), size)
-            if opened.deep:
-                deep[path] = int(pixels.max())
-            if opened.several:
-                several.append(path)
-            stack = np.empty((len(paths), *pixels.shape), np.uint8) if stack is None else stack
-            _check_shape(pixels, stack, path)
-            stack[row] = pixels
-        stacks.append(stack)
-    _check_deep(deep)
-    top = _find_top(wide)
-    for file in wide:
-        stacks[file.side][file.row] = _resize(_narrow(file, top), size)
-    return stacks, _hints(wide, top, several)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about notes beside the pixels
+        found = [_decode_side(paths, side, size) for side, paths in enumerate(sides)]
+        _check_deep([file for side in found for file in side.deep])
+        wide = [file for side in found for file in side.wide]
+        top = _find_top(wide)
+        for file in wide:
+            found[file.side].stack[file.row] = _resize(_narrow(file, top), size)
+    several = [path for side in found for path in side.several]
+    return [side.stack for side in found], _hints(wide, top, several)
+
+
+def _decode_side(paths: Sequence[str], side: int, size: int | None) -> Decoded:
+    stack, wide, deep, several = None, [], [], []
+    for row, path in enumerate(paths):
+        opened = _open(path)
+        if _is_wide(opened.image):
+            wide.append(_measure(opened.image, side, row, path))
+            pixels = _resize(_blank(opened.image.size), size)  # keeps the place until all values are known
+        else:
+            pixels = _resize(_to_rgb(opened, path), size)
+        if opened.deep:
+            deep.append((int(pixels.max()), path))
+        if opened.several:
+            several.append(path)
+        stack = np.empty((len(paths), *pixels.shape), np.uint8) if stack is None else stack
+        _check_shape(pixels, stack, path)
+        stack[row] = pixels
+    return Decoded(stack, wide, deep, several)
 
 
 @contextmanager
 def _naming(path: str) -> Iterator[None]:
     """Say which file cannot be read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about notes beside the pixels
-            yield
+        yield
     except Exception as error:  # of many kinds
         why = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"data.root: {path} is no image, or damaged ({why})") from error
@@ -116,7 +129,7 @@ def _turn_upright(image: "Image") -> "Image":
         turn = turns.get(image.getexif().get(_ORIENTATION))
     except Exception:  # of many kinds
         turn = None
-    return image.copy() if turn is None else image.transpose(turn)
+    return image if turn is None else image.transpose(turn)
 
 
 def _is_wide(image: "Image") -> bool:
@@ -175,10 +188,10 @@ def _narrow(file: Wide, top: int) -> "Image":
     return Image.fromarray(pixels).convert("RGB")
 
 
-def _check_deep(highest: dict[str, int]) -> None:
+def _check_deep(files: Sequence[tuple[int, str]]) -> None:
     """Raise ValueError where no file of 16-bit colours uses more than 12 of the bits: too few would be left."""
-    path = max(highest, key=highest.get, default=None)
-    if path and highest[path] <= 4095 >> 8:
+    highest, path = max(files, default=(255, ""))
+    if highest <= 4095 >> 8:
         found = f"{path} and all others of 16 bits a channel use the lower 12 bits alone"
         raise ValueError(f"data.root: {found}, and the higher 8 are read; {_WAY_OUT}")
 
