@@ -115,7 +115,7 @@ def _hint_of_swallowed(rows: Sequence[Row], columns: int, label: int, labels: se
 
 def _rows(folder: str, key: str, name: str) -> Iterator[Row]:
     """Every row that is no empty line; of one at least."""
-    where, path, line = f"text.{key} = {name}", os.path.join(folder, name), 0
+    where, path, line, empty = f"text.{key} = {name}", os.path.join(folder, name), 0, True
     try:
         with open(path, newline="", encoding="utf-8-sig") as file, _fields_of_any_length():
             reader = csv.reader(file, strict=True)
@@ -124,6 +124,7 @@ def _rows(folder: str, key: str, name: str) -> Iterator[Row]:
                     raise csv.Error("holds a NUL byte, which is no text")
                 first, line = line + 1, reader.line_num
                 if fields:  # not an empty line
+                    empty = False
                     yield Row(f"{where}: line {first}", first, fields)
     except OSError as error:
         raise ValueError(f"{where}: cannot be read in {folder} ({error.strerror}); put it there or name another") from error
@@ -134,7 +135,7 @@ def _rows(folder: str, key: str, name: str) -> Iterator[Row]:
     except csv.Error as error:
         why = _explain(str(error), line + 1)
         raise ValueError(f"{where}: is no CSV file in UTF-8 after line {line} ({why})") from error
-    if not line:
+    if empty:
         raise ValueError(f"{where}: is empty, in {folder}")
 
 
