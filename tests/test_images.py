@@ -111,7 +111,7 @@ def test_an_image_of_more_bits_is_that_of_8_bits(tmp_path, ending, of_bytes):
     found = read(tmp_path)
     for row, number in enumerate((0, 1, 10, 11)):
         assert np.array_equal(found.train.x[row], np.stack([pixels(number, 16, 16)] * 3)), "to the bit"
-    assert len(found.hints) == 1 and "8 image files of more than 8 bits (first: " in found.hints[0]
+    assert len(found.hints) == 1 and " became 0..255 in 8 of the files, which have more than 8 " in found.hints[0]
     assert read(tmp_path, image_size=3).train.x.shape == (4, 3, 3, 3)
 
 
@@ -245,7 +245,8 @@ def test_of_several_images_in_a_file_the_first_is_read_and_that_is_said(tmp_path
     found = read(tmp_path)
     assert np.array_equal(found.train.x[2], grey(10))
     first = tmp_path / "train" / "ant" / f"0.{ending}"
-    assert found.hints == (f"data.root: 8 files hold several images (first: {first}): the first of each is read",)
+    said = f"the first image is read of 8 of the files, which hold several (first: {first})"
+    assert found.hints == (f"data.root: {said}",)
 
 
 SPOILT = {

@@ -98,7 +98,7 @@ def _naming(path: str) -> Iterator[None]:
         yield
     except Exception as error:  # of many kinds
         why = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"data.root: {path} is no image, or damaged ({why})") from error
+        raise ValueError(f"data.root: {path} is no image, or damaged ({why}); {_WAY_OUT}, or remove it") from error
 
 
 def _open(path: str) -> Opened:
@@ -220,7 +220,7 @@ def _check_shape(pixels: np.ndarray, stack: np.ndarray, path: str) -> None:
 def _hints(wide: Sequence[Wide], top: int, several: Sequence[str]) -> tuple[str, ...]:
     found = []
     if wide:
-        found.append(f"{len(wide)} image files of more than 8 bits (first: {wide[0].path}): 0..{top} became 0..255")
+        found.append(f"0..{top} became 0..255 in {len(wide)} of the files, which have more than 8 bits (first: {wide[0].path})")
     if several:
-        found.append(f"{len(several)} files hold several images (first: {several[0]}): the first of each is read")
+        found.append(f"the first image is read of {len(several)} of the files, which hold several (first: {several[0]})")
     return tuple(f"data.root: {line}" for line in found)
