@@ -80,9 +80,11 @@ def figure(split: Split, names: Sequence[str] = ()) -> "Figure":
 
 def _numbered(names: Sequence[str]) -> list[str]:
     """The first 20 names with the numbers of their classes, each short enough for a line."""
-    clean = ["".join(c if c.isprintable() else "?" for c in " ".join(name.split())) for name in names[:_CLASSES]]
+    lines = [" ".join(name.split()) for name in names[:_CLASSES]]
+    clean = ["".join(c if c.isprintable() else "?" for c in line) for line in lines]
     short = [name if len(name) <= _NAME else f"{name[: _NAME - 1]}…" for name in clean]
-    return [f"{number} {name}" for number, name in enumerate(short)] + ["..."] * (len(names) > _CLASSES)
+    numbered = [f"{number} {name}" for number, name in enumerate(short)]
+    return [*numbered, "..."] if len(names) > _CLASSES else numbered
 
 
 def _each_class(counts: np.ndarray) -> list[str]:

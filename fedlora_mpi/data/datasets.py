@@ -1,7 +1,7 @@
 """Data sets in memory: images as bytes, with their normalisation and training augmentation; texts as numbers."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple

@@ -10,8 +10,11 @@ from .images import decode
 from .labels import hint_of_alike
 from .samples import Reading, to_samples
 
-_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision
-_NO_CLASSES = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+# Those that torchvision reads.
+_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Systems make them, beside those that begin with a dot.
+_NO_CLASSES = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "lost+found"}
+_NO_CLASSES |= {"System Volume Information"}
 
 
 class Side(NamedTuple):
@@ -24,9 +27,10 @@ class Side(NamedTuple):
 
 
 def read_folder(root: str, image_size: int | None) -> Reading:
-    """ROOT/train/CLASS/* and ROOT/val/CLASS/* or ROOT/test/CLASS/*, as torchvision's ImageFolder lists them.
+    """ROOT/train/CLASS/* and ROOT/val/CLASS/* or ROOT/test/CLASS/*, in the order of torchvision.
 
-    Hidden files and folders are no part of it. Raises ValueError: a class without images, classes that differ.
+    Hidden files and folders are no part of it. Raises ValueError: a class without images, other
+    classes in the second folder than in the first.
     """
     home = str(expanded(root))
     second = "val" if os.path.isdir(os.path.join(home, "val")) else "test"
@@ -34,14 +38,19 @@ def read_folder(root: str, image_size: int | None) -> Reading:
         train, test = (_list_side(root, os.path.join(home, name)) for name in ("train", second))
     except OSError as error:
         raise ValueError(
-            f"data.root = {root}: {error}; expected are train/CLASS/* and val/CLASS/* or test/CLASS/* in {home}"
+            f"data.root = {root}: {error}; expected are train/CLASS/* and val/CLASS/* or "
+            f"test/CLASS/* in {home}"
         ) from error
     if train.names != test.names:
         odd = ", ".join(sorted(set(train.names) ^ set(test.names)))
-        raise ValueError(f"data.root = {root}: train and {second} must hold the same classes; they differ in {odd}")
+        raise ValueError(
+            f"data.root = {root}: train and {second} must hold the same classes; they differ in {odd}"
+        )
     (x, test_x), hints = decode((train.paths, test.paths), image_size)
     if x.shape[1:] != test_x.shape[1:]:
-        raise ValueError(f"data.image_size = null: images in train and {second} differ in size; set data.image_size")
+        raise ValueError(
+            f"data.image_size = null: images in train and {second} differ in size; set data.image_size"
+        )
     hints += hint_of_alike(f"data.root = {root}", train.names)
     hints += _hint_of_unread(root, train.unread + test.unread)
     sides = (to_samples(x, train.y), to_samples(test_x, test.y))
@@ -56,15 +65,16 @@ def read_tiny_imagenet(home: str) -> Reading:
     paths, y = [], []
     for name in names:
         folder = os.path.join(train, name, "images")
-        mine = [os.path.join(folder, file) for file in sorted(os.listdir(folder)) if not _is_hidden(file)]
-        paths += mine
-        y += [index[name]] * len(mine)
+        files = sorted(file for file in os.listdir(folder) if not _is_hidden(file))
+        paths += [os.path.join(folder, file) for file in files]
+        y += [index[name]] * len(files)
     test_paths, test_y = [], []
     for file, name in _annotations(os.path.join(home, "val", "val_annotations.txt"), index):
         test_paths.append(os.path.join(home, "val", "images", file))
         test_y.append(index[name])
     if not paths or not test_paths:
-        raise ValueError(f"data.root: {home} holds no image in {'val' if paths else 'train'}; get the data set anew")
+        side = "val" if paths else "train"
+        raise ValueError(f"data.root: {home} holds no image in {side}; get the data set anew")
     (x, test_x), hints = decode((paths, test_paths), None)
     return Reading(to_samples(x, y), to_samples(test_x, test_y), len(names), names, hints)
 
@@ -75,29 +85,35 @@ def _annotations(file: str, index: dict[str, int]) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(lines, 1):
             fields = line.rstrip("\n").split("\t")
             if len(fields) < 2 or fields[1] not in index:
-                raise ValueError(f"data.root: {file}: line {number}: must name an image and a class of train/")
+                raise ValueError(
+                    f"data.root: {file}: line {number}: must name an image and a class of train/"
+                )
             yield fields[0], fields[1]
 
 
 def _list_side(root: str, folder: str) -> Side:
-    """Raises OSError where a folder cannot be read, ValueError where there is no class or a class has no image."""
+    """Raises OSError when a folder cannot be read, ValueError when a class or its images are missing."""
     names = _class_names(folder)
     if not names:
-        raise ValueError(f"data.root = {root}: {folder} holds no folder of a class; expected are {folder}/CLASS/*")
+        raise ValueError(
+            f"data.root = {root}: {folder} holds no folder of a class; expected are {folder}/CLASS/*"
+        )
     paths, y, unread = [], [], Counter()
     for label, name in enumerate(names):
-        found = [os.path.join(at, file) for at, files in sorted(_walk(os.path.join(folder, name))) for file in sorted(files)]
-        mine = [path for path in found if _is_image(path)]
-        unread.update(_kind(path) for path in found if not _is_image(path))
-        if not mine:
+        home = os.path.join(folder, name)
+        walk = sorted(_walk(home))
+        files = [os.path.join(at, file) for at, inside in walk for file in sorted(inside)]
+        images = [path for path in files if _is_image(path)]
+        unread.update(_kind(path) for path in files if not _is_image(path))
+        if not images:
             raise ValueError(
-                f"data.root = {root}: {os.path.join(folder, name)} holds no image; each folder in {folder} is a class; "
+                f"data.root = {root}: {home} holds no image; each folder in {folder} is a class; "
                 f"remove it, or put files there that end in {' '.join(_ENDINGS)}"
             )
-        paths += mine
-        y += [label] * len(mine)
-    beside = [entry.name for entry in os.scandir(folder) if entry.is_file() and _is_image(entry.name)]
-    unread.update("beside the folders of the classes" for _ in beside)
+        paths += images
+        y += [label] * len(images)
+    beside = sum(entry.is_file() and _is_image(entry.name) for entry in os.scandir(folder))
+    unread += Counter({"beside the folders of the classes": beside})
     return Side(names, paths, y, unread)
 
 
@@ -118,19 +134,21 @@ def _is_image(path: str) -> bool:
 def _kind(path: str) -> str:
     """How the user is told of a file that is not read."""
     name = os.path.basename(path)
-    return "hidden" if _is_hidden(name) else os.path.splitext(name)[1].lower() or "without an ending"
+    ending = os.path.splitext(name)[1].lower()
+    return "hidden" if _is_hidden(name) else ending or "without an ending"
 
 
 def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """(folder, files) of all folders below that are not hidden, also behind links, which may not lead back up."""
+    """(folder, files) of all folders below that are not hidden, also behind links but for loops."""
 
     def stop(error: OSError) -> None:
         raise error
 
     for at, folders, files in os.walk(folder, onerror=stop, followlinks=True):
         above = os.path.join(os.path.realpath(at), "")
-        inner = {name: os.path.join(os.path.realpath(os.path.join(at, name)), "") for name in folders}
-        folders[:] = [name for name in folders if not _is_hidden(name) and not above.startswith(inner[name])]
+        real = {name: os.path.realpath(os.path.join(at, name)) for name in folders}
+        loops = {name for name in folders if above.startswith(os.path.join(real[name], ""))}
+        folders[:] = [name for name in folders if not _is_hidden(name) and name not in loops]
         yield at, [name for name in files if not name.startswith("._") and name != ".DS_Store"]
 
 
@@ -138,4 +156,5 @@ def _hint_of_unread(root: str, unread: Counter) -> tuple[str, ...]:
     if not unread:
         return ()
     listed = ", ".join(f"{number} {kind}" for kind, number in sorted(unread.items()))
-    return (f"data.root = {root}: files not read: {listed}; images are what ends in {' '.join(_ENDINGS)} in a class's folder",)
+    images = f"images are what ends in {' '.join(_ENDINGS)} in a class's folder"
+    return (f"data.root = {root}: files not read: {listed}; {images}",)

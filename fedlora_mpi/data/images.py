@@ -1,14 +1,15 @@
-"""Image files as RGB bytes, by one rule for all files of a data set: no image is stretched by its own extremes.
+"""Image files as RGB bytes, by one rule for all files of a data set.
 
-A file of 8 bits a channel is read as Pillow converts it to RGB: grey becomes RGB, and transparency is dropped, which
-leaves the colours as they are stored. EXIF's orientation is applied. A grey file of more bits has values from 0 to
-``top``, which become 0 to 255:
+No image is stretched by its own extremes. A file of 8 bits a channel is read as Pillow converts it
+to RGB: grey becomes RGB, and transparency is dropped, which leaves the colours as they are stored.
+EXIF's orientation is applied. A grey file of more bits has values from 0 to ``top``, which become
+0 to 255:
 
     whole numbers   top = 255, 1023, 4095 or 65535, the first that no value of the data set exceeds
     other floats    top = 1; all values of all such files are in 0..1
 
-Of 16-bit colours the higher 8 bits are read. Everything else is refused with the file's name, and so is an image that
-would become one colour.
+Of 16-bit colours the higher 8 bits are read. Everything else is refused with the file's name, and
+so is an image that would become one colour.
 """
 
 import warnings
@@ -54,11 +55,14 @@ class Decoded(NamedTuple):
     several: list[str]  # files that hold more images than the first
 
 
-def decode(sides: Sequence[Sequence[str]], size: int | None) -> tuple[list[np.ndarray], tuple[str, ...]]:
-    """The images [M, H, W, 3] uint8 in the files of each side, and a line for each thing that the user should know.
+def decode(
+    sides: Sequence[Sequence[str]], size: int | None
+) -> tuple[list[np.ndarray], tuple[str, ...]]:
+    """The images [M, H, W, 3] uint8 in the files of each side, and hints for the user, a line each.
 
-    They are resized to ``size`` pixels square unless it is None. Raises ValueError with the file's name: no image, a
-    damaged one, one of another size than the first of its side, values that have no place in 0..255.
+    They are resized to ``size`` pixels square unless it is None. Raises ValueError with the file's
+    name: no image, a damaged one, one of another size than the first of its side, values that have
+    no place in 0..255.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about notes beside the pixels
@@ -78,7 +82,8 @@ def _decode_side(paths: Sequence[str], side: int, size: int | None) -> Decoded:
         opened = _open(path)
         if _is_wide(opened.image):
             wide.append(_measure(opened.image, side, row, path))
-            pixels = _resize(_blank(opened.image.size), size)  # keeps the place until all values are known
+            # It keeps the place until the values of all files are known.
+            pixels = _resize(_blank(opened.image.size), size)
         else:
             pixels = _resize(_to_rgb(opened, path), size)
         if opened.deep:
@@ -98,7 +103,9 @@ def _naming(path: str) -> Iterator[None]:
         yield
     except Exception as error:  # of many kinds
         why = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"data.root: {path} is no image, or damaged ({why}); {_WAY_OUT}, or remove it") from error
+        raise ValueError(
+            f"data.root: {path} is no image, or damaged ({why}); {_WAY_OUT}, or remove it"
+        ) from error
 
 
 def _open(path: str) -> Opened:
@@ -113,7 +120,7 @@ def _open(path: str) -> Opened:
 
 
 def _turn_upright(image: "Image") -> "Image":
-    """By the orientation in EXIF. Where those notes are damaged the pixels are whole, so they stay as they are."""
+    """By the orientation in EXIF. Damaged notes are ignored, for the pixels beside them are whole."""
     from PIL.Image import Transpose
 
     turns = {
@@ -137,15 +144,17 @@ def _is_wide(image: "Image") -> bool:
 
 
 def _to_rgb(opened: Opened, path: str) -> "Image":
-    """Of an image of 8 bits a channel. Raises ValueError where that leaves one colour of several."""
+    """Of an image of 8 bits a channel. Raises ValueError when that leaves one colour of several."""
     image = opened.image
     with _naming(path):
         rgb = image.convert("RGB")
         source = image.convert("RGBA") if image.mode in ("P", "PA") else image
     if _is_constant(rgb) and (opened.deep or not _is_constant(source)):
         lost = "in the lower 8 of its 16 bits" if opened.deep else f"as {image.mode}"
-        raise ValueError(f"data.root: {path} shows something {lost}, of which RGB has one colour left; "
-                         "save it as RGB with 8 bits a channel, without transparency")
+        raise ValueError(
+            f"data.root: {path} shows something {lost}, of which RGB has one colour left; "
+            "save it as RGB with 8 bits a channel, without transparency"
+        )
     return rgb
 
 
@@ -169,8 +178,10 @@ def _find_top(files: Sequence[Wide]) -> int:
     fractions = next((file for file in files if not file.whole), None)
     highest = max(files, key=lambda file: file.high, default=None)
     if fractions and highest.high > 1:
-        pair = f"{fractions.path} has floats from 0 to 1, {highest.path} whole numbers up to {highest.high:g}"
-        raise ValueError(f"data.root: {pair}; save all with 8 bits a channel")
+        other = f"{highest.path} whole numbers up to {highest.high:g}"
+        raise ValueError(
+            f"data.root: {fractions.path} has floats from 0 to 1, {other}; save all with 8 bits a channel"
+        )
     if fractions or not files:
         return 1
     return next(top for top in _TOPS if top >= highest.high)
@@ -183,13 +194,15 @@ def _narrow(file: Wide, top: int) -> "Image":
     values = np.asarray(_open(file.path).image).astype(np.float64)
     pixels = np.rint(values * 255 / top).astype(np.uint8)
     if file.low < file.high and pixels.min() == pixels.max():
-        kind = f"values from {file.low:g} to {file.high:g}, which are one in the 256 steps from 0 to {top}"
-        raise ValueError(f"data.root: {file.path} has {kind}; {_WAY_OUT}")
+        raise ValueError(
+            f"data.root: {file.path} has values from {file.low:g} to {file.high:g}, which are one in "
+            f"the 256 steps from 0 to {top}; {_WAY_OUT}"
+        )
     return Image.fromarray(pixels).convert("RGB")
 
 
 def _check_deep(files: Sequence[tuple[int, str]]) -> None:
-    """Raise ValueError where no file of 16-bit colours uses more than 12 of the bits: too few would be left."""
+    """Raise ValueError when no file of 16-bit colours uses more than 12 bits: too few are read."""
     highest, path = max(files, default=(255, ""))
     if highest <= 4095 >> 8:
         found = f"{path} and all others of 16 bits a channel use the lower 12 bits alone"
@@ -213,14 +226,17 @@ def _check_shape(pixels: np.ndarray, stack: np.ndarray, path: str) -> None:
     if pixels.shape != stack.shape[1:]:
         have, first = ("{1} x {0}".format(*shape) for shape in (pixels.shape, stack.shape[1:]))
         raise ValueError(
-            f"data.image_size = null: {path} is {have} pixels, the first image is {first}; set data.image_size"
+            f"data.image_size = null: {path} is {have} pixels, the first image is {first}; "
+            "set data.image_size"
         )
 
 
 def _hints(wide: Sequence[Wide], top: int, several: Sequence[str]) -> tuple[str, ...]:
-    found = []
+    lines = []
     if wide:
-        found.append(f"0..{top} became 0..255 in {len(wide)} of the files, which have more than 8 bits (first: {wide[0].path})")
+        files = f"{len(wide)} of the files, which have more than 8 bits (first: {wide[0].path})"
+        lines.append(f"data.root: 0..{top} became 0..255 in {files}")
     if several:
-        found.append(f"the first image is read of {len(several)} of the files, which hold several (first: {several[0]})")
-    return tuple(f"data.root: {line}" for line in found)
+        files = f"{len(several)} of the files, which hold several (first: {several[0]})"
+        lines.append(f"data.root: the first image is read of {files}")
+    return tuple(lines)

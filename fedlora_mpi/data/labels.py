@@ -1,4 +1,4 @@
-"""Labels that may be one class by mistake: alike but for case, blanks, zeros before a number, or forms of Unicode."""
+"""Labels that may be one class by mistake: alike but for case, blanks, leading zeros or Unicode."""
 
 import re
 import unicodedata
@@ -25,10 +25,11 @@ def hint_of_alike(where: str, labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def _plain(label: str) -> str:
-    """What is left of a label without case, blanks, invisible characters and ways to write a number."""
-    text = unicodedata.normalize("NFKC", label).casefold()
-    text = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) not in ("Cf", "Cc"))
-    text = text.strip()
+    """A label without case, blanks, invisible characters and ways to write a number."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", label).casefold())
+    text = re.sub(r"\s", " ", text)
+    visible = (c for c in text if unicodedata.category(c) not in ("Cf", "Cc"))
+    text = "".join(visible).strip()
     if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", text):
         return repr(float(text))
     return re.sub(r"[\s_-]+", " ", text)

@@ -58,8 +58,8 @@ class Folder(NamedTuple):
 def read(root: str | Path, allow_pickle: bool) -> Folder:
     """The images of a folder as the bytes they were made from.
 
-    Raises ValueError: no such folder, files that are missing or left over, a pickle that is not allowed or holds more
-    than arrays, no images of bytes, classes that do not count from 0.
+    Raises ValueError: no such folder, files that are missing or left over, a pickle that is not
+    allowed or holds more than arrays, no images of bytes, classes that do not count from 0.
     """
     home = expanded(root)
     about = _read_about(root, home / "config.json")
@@ -73,8 +73,8 @@ def read(root: str | Path, allow_pickle: bool) -> Folder:
     mean, std = (given or (_NORMAL,) * channels for given in (about.mean, about.std))
     if {len(mean), len(std)} != {channels}:
         raise ValueError(
-            f"root = {root}: config.json has mean and std of {len(mean)} and {len(std)} channels, the images have "
-            f"{channels}; correct config.json"
+            f"root = {root}: config.json has mean and std of {len(mean)} and {len(std)} channels, "
+            f"the images have {channels}; correct config.json"
         )
     sides = [_side(parts[name], files[name], mean, std) for name in ("train", "test")]
     classes, hints = _count_classes(root, np.concatenate([side.y for side in sides]), about.classes)
@@ -91,17 +91,23 @@ def _read_about(root: str | Path, file: Path) -> About:
     counts = [found.get(name) for name in ("num_clients", "num_classes")]
     for name, value in zip(("num_clients", "num_classes"), counts, strict=True):
         if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"root = {root}: {file} has {name} = {json.dumps(value)}; it must be a whole number above 0")
+            have = f"{file} has {name} = {json.dumps(value)}"
+            raise ValueError(f"root = {root}: {have}; it must be a whole number above 0")
     moments = [found.get(name) for name in ("mean", "std")]
     for name, value in zip(("mean", "std"), moments, strict=True):
-        if value is not None and not (isinstance(value, list) and all(type(v) in (int, float) for v in value)):
-            raise ValueError(f"root = {root}: {file} has {name} = {json.dumps(value)}; it must list a number per channel")
+        numbers = isinstance(value, list) and all(type(v) in (int, float) for v in value)
+        if value is not None and not numbers:
+            have = f"{file} has {name} = {json.dumps(value)}"
+            raise ValueError(f"root = {root}: {have}; it must list a number per channel")
     return About(*counts, *(value and tuple(map(float, value)) for value in moments))
 
 
 def _count_clients(root: str | Path, home: Path, told: int | None) -> int:
-    """How many clients there are. Raises ValueError unless train/ and test/ both have 0.npz, 1.npz and so on, as many
-    as config.json has ``told``: else a client would be lost, or one of another partition be taken in."""
+    """How many clients there are.
+
+    Raises ValueError unless train/ and test/ both have 0.npz, 1.npz and so on, as many as
+    config.json has ``told``: else a client would be lost, or one of another partition taken in.
+    """
     there, others = {}, []
     for side in ("train", "test"):
         names = [file.name for file in (home / side).glob("*.npz") if not file.name.startswith(".")]
@@ -110,22 +116,26 @@ def _count_clients(root: str | Path, home: Path, told: int | None) -> int:
         others += sorted(f"{side}/{name}" for name in set(names) - numbered)
     most = max((numbers[-1] + 1 for numbers in there.values() if numbers), default=0)
     wanted = told or most
-    lacks = ((side, min({*range(wanted or 1)}.difference(there[side]), default=None)) for side in there)
-    missing = next((f"{side}/{k}.npz" for side, k in lacks if k is not None), None)
+    needed = {*range(wanted or 1)}
+    lacks = ((side, sorted(needed.difference(there[side]))) for side in there)
+    missing = next((f"{side}/{numbers[0]}.npz" for side, numbers in lacks if numbers), None)
     if not missing and most == wanted and not others:
         return wanted
     seen = [f"{side}/ has {_ranges(numbers)}" for side, numbers in there.items()]
     seen += [f"config.json says num_clients = {told}"] if told else []
-    seen += [f"{', '.join(others[:3])} {'is' if len(others) == 1 else 'are'} not numbered as 0.npz, 1.npz ... are"] * bool(others)
+    if others:
+        verb = "is" if len(others) == 1 else "are"
+        seen.append(f"{', '.join(others[:3])} {verb} not numbered as 0.npz, 1.npz ... are")
     if missing:
         raise ValueError(
-            f"root = {root}: there is no {home / missing}; give a folder dataset/NAME of PFLlib, with train/ and test/ "
-            f"({'; '.join(seen)}); put back what is missing, or make the folder anew"
+            f"root = {root}: there is no {home / missing}; give a folder dataset/NAME of PFLlib, with "
+            f"train/ and test/ ({'; '.join(seen)}); put back what is missing, or make the folder anew"
         )
     if most > wanted:
         raise ValueError(
-            f"root = {root}: files {_ranges(range(wanted, most))} are left over ({'; '.join(seen)}); remove them from "
-            "train/ and test/ if they are of an earlier partition, or correct config.json"
+            f"root = {root}: files {_ranges(range(wanted, most))} are left over ({'; '.join(seen)}); "
+            "remove them from train/ and test/ if they are of an earlier partition, or correct "
+            "config.json"
         )
     raise ValueError(f"root = {root}: {'; '.join(seen)}; rename or remove them")
 
@@ -138,9 +148,13 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(runs[:5] + ["..."] * (len(runs) > 5)) or "none"
 
 
-def _count_classes(root: str | Path, y: np.ndarray, told: int | None) -> tuple[int, tuple[str, ...]]:
-    """How many classes there are, and a line where some have no sample. Raises ValueError where labels seem to count
-    from 1, or are beyond what config.json has ``told``."""
+def _count_classes(
+    root: str | Path, y: np.ndarray, told: int | None
+) -> tuple[int, tuple[str, ...]]:
+    """How many classes there are, and a line when some have no sample.
+
+    Raises ValueError when labels seem to count from 1, or exceed what config.json has ``told``.
+    """
     seen = sorted(map(int, np.unique(y)))
     says = "" if told is None else f", and config.json says num_classes = {told}"
     if not seen:
@@ -152,12 +166,14 @@ def _count_classes(root: str | Path, y: np.ndarray, told: int | None) -> tuple[i
         )
     if told is not None and seen[-1] >= told:
         raise ValueError(
-            f"root = {root}: classes are {_ranges(seen)}{says}; correct config.json, or the classes beyond {told - 1}"
+            f"root = {root}: classes are {_ranges(seen)}{says}; correct config.json, or the classes "
+            f"beyond {told - 1}"
         )
     classes = told or seen[-1] + 1
     empty = [c for c in range(classes) if c not in set(seen)]
     if told is None and empty:
-        return classes, (f"data.root = {root}: classes {_ranges(empty)} of {classes} have no sample",)
+        which = f"classes {_ranges(empty)} of {classes} have no sample"
+        return classes, (f"data.root = {root}: {which}",)
     return classes, ()
 
 

@@ -1,4 +1,4 @@
-"""Texts and their classes from CSV files, read strictly: what is odd in a row is said with its file and line."""
+"""Texts and their classes from CSV files, read strictly: an odd row is named by file and line."""
 
 import csv
 import os
@@ -33,7 +33,7 @@ class Table(NamedTuple):
 
 
 def read_ag_news(folder: str, settings: Text) -> Reading:
-    """The files of Zhang et al. (NIPS 2015), as torchtext has them: class 1 to 4, title, description."""
+    """The files of Zhang et al. (NIPS 2015), as torchtext has them: class, title, description."""
 
     def side(key: str) -> Labelled:
         found = Labelled([], [])
@@ -48,8 +48,12 @@ def read_ag_news(folder: str, settings: Text) -> Reading:
 
 
 def read_csv(folder: str, settings: Text) -> Reading:
-    """Two files whose first rows name the columns; the classes are the labels of the training file, without blanks
-    around them, sorted (as numbers where all are integers)."""
+    """Two files whose first rows name the columns.
+
+    The classes are the labels of the training file, without blanks around them, sorted (as numbers
+    where all are integers). Raises ValueError, with the line: a label of the test file alone, a row
+    that is no row of its file.
+    """
     train, test = (_read_table(folder, key, settings) for key in ("train", "test"))
     whole = all(_WHOLE.fullmatch(label) for label in train.labels)
     names = sorted(set(train.labels), key=lambda label: (int(label) if whole else 0, label))
@@ -58,10 +62,11 @@ def read_csv(folder: str, settings: Text) -> Reading:
         if label not in index:
             there = ", ".join(map(_in_line, names[:10])) + " ..." * (len(names) > 10)
             raise ValueError(
-                f"text.test = {settings.test}: the label {label!r} is not in {settings.train}; there are {there}; "
-                f"it is in line {line}"
+                f"text.test = {settings.test}: the label {label!r} is not in {settings.train}; "
+                f"there are {there}; it is in line {line}"
             )
-    sides = (Labelled(side.texts, [index[label] for label in side.labels]) for side in (train, test))
+    classes = ([index[label] for label in side.labels] for side in (train, test))
+    sides = map(Labelled, (train.texts, test.texts), classes)
     hints = hint_of_alike(f"text.train = {settings.train}", names)
     return Reading(*sides, len(names), tuple(names), hints + train.hints + test.hints)
 
@@ -77,9 +82,13 @@ def _read_table(folder: str, key: str, settings: Text) -> Table:
     texts, labels, lines, long = [], [], [], []
     for row in rows:
         if len(row.fields) != len(columns):
-            raise ValueError(f"{row.where}: has {len(row.fields)} fields, the first row {len(columns)}")
+            raise ValueError(
+                f"{row.where}: has {len(row.fields)} fields, the first row {len(columns)}"
+            )
         if not (mine := row.fields[label].strip()):
-            raise ValueError(f"{row.where}: has no label in column {settings.label}; give it one, or remove the row")
+            raise ValueError(
+                f"{row.where}: has no label in column {settings.label}; give it one, or remove the row"
+            )
         texts.append(" ".join(row.fields[i] for i in at))
         labels.append(mine)
         lines.append(row.line)
@@ -100,16 +109,22 @@ def _place(header: Row, field: str, column: str, file: str) -> int:
         there = ", ".join(map(_in_line, columns))
         raise ValueError(f"text.{field} = {column}: {file} has no such column; there are {there}")
     if columns.count(column) > 1:
-        raise ValueError(f"{header.where}: names the column {column} {columns.count(column)} times; name it once")
+        times = columns.count(column)
+        raise ValueError(f"{header.where}: names the column {column} {times} times; name it once")
     return columns.index(column)
 
 
-def _hint_of_swallowed(rows: Sequence[Row], columns: int, label: int, labels: set[str]) -> list[str]:
-    """What is said when lines within a text look like rows, as where two quotation marks were left open."""
+def _hint_of_swallowed(
+    rows: Sequence[Row], columns: int, label: int, labels: set[str]
+) -> list[str]:
+    """What is said when lines within a text look like rows, as between two open quotation marks."""
     for row in rows:
-        inner = [line.split(",") for field in row.fields for line in field.splitlines() if line not in row.fields]
-        if like := sum(len(line) == columns and line[label].strip(' "') in labels for line in inner):
-            return [f"line {row.line}: {like} lines within this text look like rows; is a quotation mark open?"]
+        lines = [line for field in row.fields for line in field.splitlines()]
+        cells = [line.split(",") for line in lines if line not in row.fields]
+        like = sum(len(cell) == columns and cell[label].strip(' "') in labels for cell in cells)
+        if like:
+            what = f"{like} lines within this text look like rows; is a quotation mark open?"
+            return [f"line {row.line}: {what}"]
     return []
 
 
@@ -127,11 +142,13 @@ def _rows(folder: str, key: str, name: str) -> Iterator[Row]:
                     empty = False
                     yield Row(f"{where}: line {first}", first, fields)
     except OSError as error:
-        raise ValueError(f"{where}: cannot be read in {folder} ({error.strerror}); put it there or name another") from error
+        raise ValueError(
+            f"{where}: cannot be read in {folder} ({error.strerror}); put it there or name another"
+        ) from error
     except UnicodeDecodeError as error:
         line = _lines_in_utf8(path)
-        why = f"line {line + 1}: {error.reason}"
-        raise ValueError(f"{where}: is no CSV file in UTF-8 after line {line} ({why}); save it in UTF-8") from error
+        why = f"line {line + 1}: {error.reason}); save it in UTF-8"
+        raise ValueError(f"{where}: is no CSV file in UTF-8 after line {line} ({why}") from error
     except csv.Error as error:
         why = _explain(str(error), line + 1)
         raise ValueError(f"{where}: is no CSV file in UTF-8 after line {line} ({why})") from error
@@ -164,7 +181,8 @@ def _explain(error: str, line: int) -> str:
     if error == "unexpected end of data":
         return f"line {line}: a quotation mark opens here and never closes"
     if "expected after" in error:
-        return f"line {line}: text follows a closing quotation mark; within quoted text each is doubled"
+        rule = "within quoted text each is doubled"
+        return f"line {line}: text follows a closing quotation mark; {rule}"
     return f"line {line}: {error}"
 
 
