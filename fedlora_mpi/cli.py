@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from . import __version__
@@ -33,11 +33,14 @@ EXAMPLES = """examples:
   fedlora-mpi export runs/a --to results.h5                   rs_test_acc and rs_train_loss, as PFLlib keeps them
   fedlora-mpi partition configs/cifar10.yaml --to pfllib out  the split as a folder that PFLlib reads
   fedlora-mpi digest runs/a runs/b                            are two runs equal to the last bit?
+  fedlora-mpi status runs/a || echo "rounds are left"         is it done? mpirun ends with 0, too, when a node was lost
 
 exit codes: 0 done, 1 a fault, 2 a mistake in what was asked, 75 stopped at a round boundary (SIGUSR1)
 with a checkpoint written, 141 nobody
 reads the output."""
 _OF_COMMANDS = ("command", "parallel", "trains", "imports")  # what every parser sets
+_START = 300.0  # seconds that MPI may take to start
+_BUSY = 20.0  # seconds of these on a machine that has much else to do
 OVERRIDES = "settings of the config by their dotted names, for instance train.lr=0.05 algorithm=fedavg"
 
 
@@ -70,13 +73,24 @@ def _play(asked: argparse.Namespace) -> int:
     if asked.imports and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # behind all libraries: a file of the user's takes the place of none
     from .comm import Solo, connect, guarded
+    from .launch import is_launched, starting
 
     try:
-        comm = connect() if asked.parallel else Solo()
+        with starting(_patience(asked)) if asked.parallel and is_launched() else nullcontext():
+            comm = connect() if asked.parallel else Solo()
     except ValueError as error:
         print(f"fedlora-mpi: {error}", file=sys.stderr)
         return 2
     return guarded(comm, lambda: asked.command(asked, comm))
+
+
+def _patience(asked: argparse.Namespace) -> float:
+    """Seconds that MPI may take to start, 0: for ever; by ``faults.timeout`` on the command line, for no config is read."""
+    given = [text.partition("=")[2] for text in asked.overrides if text.startswith("faults.timeout=")]
+    with suppress(ValueError):
+        seconds = float(given[-1]) if given else _START
+        return seconds and _BUSY + seconds
+    return _START
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     partition = add("partition", _partition, "Who gets which data: a table, and a picture as PNG.")
     report = add("report", _report, "The accuracy of runs as a table; with -o a page of figures and tables, self-contained.", **reading)
     watch = add("watch", _watch, "A run in the terminal while it goes on: curve, time left, load of the ranks.", **reading)
+    status = add("status", _status, "Whether a run is done: exit code 0, or 75 where rounds are left. For scripts.")
     digest = add("digest", _digest, "SHA-256 of the newest checkpoint of runs: equal means equal to the bit.", **reading)
     export = add("export", _export, "A run for others: a client's model (.pt, .safetensors), its adapter for peft (a folder), results for PFLlib (.h5).", **reading)
     doctor = add("doctor", _doctor, "Whether everything works on this machine, a line each with the remedy.")
@@ -113,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     _grid_of(add("reproduce", _reproduce, "A table of the FedLoRA paper, pFedLoRA's or FedHL's, from runs of our own, beside its numbers.", trains=True))
     for sub in (run, plan, partition):
         sub.add_argument("config", help="a YAML file")
+    status.add_argument("target", type=Path, metavar="CONFIG|RUN", help="a YAML file, whose output is asked for, or a run folder")
     run.add_argument("--resume", action="store_true", help="go on with the run folder if it is there")
     doctor.add_argument("target", nargs="?", type=Path, metavar="CONFIG|RUN", help="default: this folder")
     for sub in (resume, export, watch):
@@ -121,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--client", type=int, metavar="K", help=own)
     kinds = "NAME.pt, NAME.safetensors: a state dict; NAME.h5: accuracy and loss by round, as PFLlib keeps them; any other: a folder for peft"
     export.add_argument("--to", type=Path, required=True, metavar="NAME", help=kinds)
-    for sub in (run, resume, plan, partition, doctor):
+    for sub in (run, resume, plan, partition, doctor, status):
         sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     watch.add_argument("--every", type=float, default=2, metavar="SECONDS", help="between two looks (default 2)")
     watch.add_argument("--once", action="store_true", help="print it once and leave")
@@ -197,7 +213,8 @@ def _run(asked: argparse.Namespace, comm) -> int:
     from . import config, run
 
     begin = run.start_or_resume if asked.resume else run.start
-    return begin(run.receive(comm, lambda: config.read(asked.config, asked.overrides)), asked.config, comm)
+    settings, comm = run.receive(comm, lambda: config.read(asked.config, asked.overrides))
+    return begin(settings, asked.config, comm)
 
 
 def _resume(asked: argparse.Namespace, comm) -> int:
@@ -275,6 +292,16 @@ def _watch(asked: argparse.Namespace, comm) -> int:
 
     together(comm, lambda: watch(asked.run, asked.every, asked.once))
     return 0
+
+
+def _status(asked: argparse.Namespace, comm) -> int:
+    from .analysis.status import rounds_of
+    from .comm import together
+    from .run import STOPPED
+
+    folder, saved, rounds = together(comm, lambda: rounds_of(asked.target, asked.overrides))
+    print(f"{folder}: {'done' if saved >= rounds else f'{saved} of {rounds} rounds'}")
+    return 0 if saved >= rounds else STOPPED
 
 
 def _export(asked: argparse.Namespace, comm) -> int:

@@ -84,9 +84,11 @@ class Mpi:
         self.pulse.members = self.members
         self.dead = tuple(rank for rank in range(MPI.COMM_WORLD.size) if rank not in self.members)
         self.tolerant = _tolerant()
-        node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
-        self.local_rank, self.local_size = node.rank, node.size
-        node.Free()
+        self.local_rank, self.local_size = self.rank, self.size
+        with suppress(MPI.Exception if self.tolerant else ()):  # a rank has died: the first verb says so
+            node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
+            self.local_rank, self.local_size = node.rank, node.size
+            node.Free()
         self.moved = 0
         self._open: dict = {}  # mail that is not through: MPI may write to it even when it was cut off
 

@@ -1,8 +1,12 @@
 """How the package is started: in processes of its own, and by which launcher this process was."""
 
+import faulthandler
 import os
+import select
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -29,6 +33,44 @@ def expected_ranks() -> tuple[int, str]:
     """How many processes were started together, and the variable that says so; (1, "") when none does."""
     given = [(int(value), name) for name in _SIZES if (value := os.environ.get(name, "")).isdecimal()]
     return max(given, default=(1, ""))
+
+
+@contextmanager
+def starting(seconds: float) -> Iterator[None]:
+    """End this process, with a line and exit code 1, when the block takes longer; 0: it may take for ever.
+
+    MPI starts inside: it waits for every rank, also for one that is dead, and holds Python's lock. So no Python of this
+    process could say anything: a child prints the line, and a thread of faulthandler, which needs no lock, leaves. (The
+    child could only kill, which mpirun takes for success where ranks may die.)
+    """
+    if not seconds:
+        yield
+        return
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(writing)
+        _tell_unless_closed(reading, seconds)
+    os.close(reading)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            faulthandler.dump_traceback_later(seconds + 1, exit=True, file=nowhere)
+            yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        os.close(writing)
+        os.waitpid(child, 0)
+
+
+def _tell_unless_closed(pipe: int, seconds: float) -> None:
+    """Wait for the end of a pipe, and say so where the parent does not close it in time. Does not return."""
+    try:
+        if not select.select([pipe], [], [], seconds)[0]:
+            rank = next((os.environ[name] for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK") if name in os.environ), "?")
+            line = f"fedlora-mpi: rank {rank}: MPI has not started within {seconds:g} s (faults.timeout): a rank has died or is "
+            os.write(2, f"{line}out of reach; start again\n".encode())
+    finally:
+        os._exit(0)
 
 
 def mpirun() -> str | None:

@@ -57,7 +57,7 @@ def lasting(
                 except Lost as lost:
                     if not faults.tolerate:
                         raise
-                    comm, begin = _left(lost, comm), again
+                    comm, begin = left(lost, comm), again
                     comm.pulse.at("the set-up", round_=0)
     except Exception as error:
         if folder.is_dir() and (isinstance(error, Orphaned) or not isinstance(error, Everywhere)):
@@ -85,7 +85,7 @@ def without(
     """
     began, before = time.perf_counter(), run.comm
     while True:
-        comm = _left(lost, before)
+        comm = left(lost, before)
         try:
             plan = _plan(run, comm, saved)
             after, state = _recovered(run, comm, plan, workers(comm.size), route, alone)
@@ -108,7 +108,7 @@ def going_on(dead: Sequence[int], comm: Comm, round_: int) -> str:
     return f"lost rank {', '.join(map(str, dead))}: {comm.size} ranks go on with round {round_ + 1}"
 
 
-def _left(lost: Lost, before: Mpi) -> Mpi:
+def left(lost: Lost, before: Mpi) -> Mpi:
     """The ranks that are left of ``before``. Raises Orphaned on all of them where rank 0 is not among them."""
     comm = lost.left()
     if comm.members[0] != before.members[0]:

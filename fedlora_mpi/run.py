@@ -15,14 +15,14 @@ import numpy as np
 from . import config as configs
 from .balance import balanced, due
 from .build import Built, build, hosts
-from .comm import Comm, together
+from .comm import Comm, Fault, together
 from .config import Config
 from .federation import State
 from .folder import begun, continued, create_log, describe, fill, recorded_config, same_weights, same_words
 from .mail import Lost
 from .paths import expanded
 from .progress import Progress
-from .recovery import going_on, keeping, lasting, without
+from .recovery import going_on, keeping, lasting, left, without
 from .round import play
 from .saving import beginning, loaded, newest, save
 from .store.folder import created
@@ -39,9 +39,16 @@ def start(config: Config, source: str, comm: Comm) -> int:
     """Train from round 1 into a new run folder; returns the exit code."""
     folder, asked = expanded(config.output), _stop_signals()
     begin = lambda comm: _begin(folder, config, source, comm, asked)
-    recorded = lambda comm: receive(comm, lambda: continued(config, source, folder))
-    again = lambda comm: _go_on(folder, recorded(comm), comm, asked) if begun(folder, comm) else begin(comm)
+    again = lambda comm: _begin_or_go_on(folder, config, source, comm, asked)
     return lasting(config.faults, source, folder, comm, begin, again)
+
+
+def _begin_or_go_on(folder: Path, config: Config, source: str, comm: Comm, asked: Sequence[int]) -> int:
+    """Play all rounds that there is no checkpoint of, whether the folder is there or not."""
+    if not begun(folder, comm):
+        return _begin(folder, config, source, comm, asked)
+    recorded = _told(comm, lambda: continued(config, source, folder))
+    return _go_on(folder, recorded, comm, asked)
 
 
 def _begin(folder: Path, config: Config, source: str, comm: Comm, asked: Sequence[int]) -> int:
@@ -65,10 +72,9 @@ def start_or_resume(config: Config, source: str, comm: Comm) -> int:
 
     Goes on with the run folder where there is one; settings that a resume may not change are refused.
     """
-    folder = expanded(config.output)
-    if not begun(folder, comm):
-        return start(config, source, comm)
-    return _resumed(folder, receive(comm, lambda: continued(config, source, folder)), comm)
+    folder, asked = expanded(config.output), _stop_signals()
+    either = lambda comm: _begin_or_go_on(folder, config, source, comm, asked)
+    return lasting(config.faults, source, folder, comm, either, either)
 
 
 def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
@@ -76,10 +82,7 @@ def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
 
     A run that was killed before its first checkpoint begins again.
     """
-    return _resumed(folder, receive(comm, lambda: recorded_config(folder, overrides)), comm)
-
-
-def _resumed(folder: Path, config: Config, comm: Comm) -> int:
+    config, comm = receive(comm, lambda: recorded_config(folder, overrides))
     asked = _stop_signals()
     go_on = lambda comm: _go_on(folder, config, comm, asked)
     return lasting(config.faults, str(folder / "config.yaml"), folder, comm, go_on, go_on)
@@ -107,8 +110,21 @@ def _put_back(folder: Path, found: Checkpoint | None, built: Built) -> None:
             create_log(folder, built)
 
 
-def receive(comm: Comm, read: Callable[[], Config]) -> Config:
-    """The config that ``read()`` gives on rank 0, on every rank."""
+def receive(comm: Comm, read: Callable[[], Config]) -> tuple[Config, Comm]:
+    """The config that ``read()`` gives on rank 0, on every rank that is alive, and these ranks."""
+    while True:
+        try:
+            config = _told(comm, read)
+            break
+        except Lost as lost:
+            comm = left(lost, comm)
+    if comm.dead and not config.faults.tolerate:
+        raise Fault(f"rank {', '.join(map(str, comm.dead))} died before the run began; start again")
+    return config, comm
+
+
+def _told(comm: Comm, read: Callable[[], Config]) -> Config:
+    """The config that ``read()`` gives on rank 0, on every rank. Raises Lost."""
     config = together(comm, lambda: read() if comm.rank == 0 else None)
     text = json.dumps(configs.resolved_dict(config)) if comm.rank == 0 else ""
     return configs.from_dict(json.loads(comm.broadcast(text.encode())), "config of rank 0")

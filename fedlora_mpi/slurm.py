@@ -57,16 +57,18 @@ class Job:
         return -(-self.ranks // self.nodes)
 
 
-def script(job: Job, body: str, *, head: str = "", path: str = "$PWD/.venv/bin") -> str:
+def script(job: Job, body: str, *, head: str = "", path: str = "$PWD/.venv/bin", is_done: str = "true") -> str:
     """The text of an sbatch script.
 
-    body: shell lines that end with the program, in the foreground; it must end on SIGUSR1 with code STOPPED.
+    body: shell lines that end with the program, in the foreground; it must end on SIGUSR1 with code STOPPED. is_done: a
+    shell command that ends with 0 when the program has done all, and with STOPPED when some is left: mpirun says 0, too, when
+    a node was lost.
     head: comment lines; path: the folder with python and mpirun.
     """
     return (
         f"#!/bin/bash\n{head}{_directives(job)}\n"
         f'export PATH="{path}:$PATH"\n'
-        f"{_binding(job)}{_MPS if job.gpus else ''}{body.rstrip()} &\n{_WAIT}"
+        f"{_binding(job)}{_MPS if job.gpus else ''}{body.rstrip()} &\n{_WAIT.replace('IS_DONE', is_done)}"
     )
 
 
@@ -75,6 +77,11 @@ def program(job: Job, arguments: str) -> str:
     python = f"python -m fedlora_mpi {arguments}"
     count = '"$SLURM_NTASKS"' if job.ranks == job.nodes * job.per_node else job.ranks
     return python if job.ranks == 1 else f"mpirun {'--with-ft ulfm ' if job.outlives else ''}-n {count} {python}"
+
+
+def is_done(arguments: str) -> str:
+    """The shell command that asks whether the run of ``run --resume ARGUMENTS``, already quoted, is done."""
+    return f"python -m fedlora_mpi status {arguments}"
 
 
 def task_of(listed: str) -> str:
@@ -111,8 +118,9 @@ def submit(config_file: str, overrides: Sequence[str], dry_run: bool, **given: s
     The config is read here too: a mistake shows now, not when the job starts. Raises ValueError.
     """
     job = job_for(configs.read(config_file, overrides), config_file, **given)
-    arguments = shlex.join(["run", "--resume", str(config_file), *overrides])
-    text = script(job, program(job, arguments), path=shlex.quote(str(Path(sys.executable).parent)))
+    arguments = shlex.join([str(config_file), *overrides])
+    home = shlex.quote(str(Path(sys.executable).parent))
+    text = script(job, program(job, f"run --resume {arguments}"), path=home, is_done=is_done(arguments))
     if dry_run:
         return text.rstrip()
     sbatch = shutil.which("sbatch")
@@ -172,12 +180,14 @@ if [ "${MPS:-no}" = yes ]; then
 fi
 """
 
-# 138: SIGUSR1 came before the program listened. ``wait`` returns early when the trap has run.
+# 138: SIGUSR1 came before the program listened. ``wait`` returns early when the trap has run. mpirun ends with 0 when a
+# node's daemon was lost: such a run is not done, and goes on when it is queued again.
 _WAIT = f"""\
-run=$!
-trap 'kill -USR1 $run' USR1
-while wait $run; code=$?; kill -0 $run 2>/dev/null; do :; done
-if [ $code -eq {STOPPED} ] || [ $code -eq 138 ]; then  # told to stop: queued again, it goes on
+launcher=$!
+trap 'kill -USR1 $launcher' USR1
+while wait $launcher; code=$?; kill -0 $launcher 2>/dev/null; do :; done
+if [ $code -eq 0 ]; then IS_DONE; code=$?; fi
+if [ $code -eq {STOPPED} ] || [ $code -eq 138 ]; then  # told to stop, or cut short: queued again, it goes on
   scontrol requeue "${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
 fi
 exit $code

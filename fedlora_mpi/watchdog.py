@@ -20,6 +20,7 @@ def watching(comm: Comm, timeout: float, folder: Path, way_out: str) -> Iterator
     The end names rank, round and stage and shows the stack of every thread. Where even this thread cannot run, because
     some library keeps Python's lock, the stacks alone are shown, a quarter of the time later. A process that is stopped
     as a whole shows nothing: the others miss the signs of life that each rank puts into the run ``folder`` (see ``Signs``).
+    By these a rank also sees that all wait for each other, because a link is down.
     way_out: the last words.
     """
     if not timeout:
@@ -45,6 +46,8 @@ def _watch(comm: Comm, timeout: float, signs: "Signs", way_out: str, over: Calla
             _end(comm, f"rank {comm.rank} of {comm.size}: no progress", timeout, str(comm.pulse), way_out)
         for rank, text in signs.missed():
             _end(comm, f"rank {rank} of {comm.size}: no sign of life", timeout, text, way_out)
+        if text := signs.all_waiting():
+            _end(comm, "all ranks wait for each other: their messages do not get through", timeout, text, way_out)
 
 
 def _end(comm: Comm, what: str, timeout: float, where: str, way_out: str) -> None:
@@ -60,7 +63,8 @@ def _end(comm: Comm, what: str, timeout: float, where: str, way_out: str) -> Non
 class Signs:
     """Files that change four times in ``timeout`` seconds as long as a rank's process runs at all, however long it waits.
 
-    Rank 0 looks at those of all others, rank 1 at rank 0's; clocks are not compared. Short runs write none.
+    Rank 0 looks at those of all others, rank 1 at rank 0's; clocks are not compared. Short runs write none. A file holds a
+    number that changes, how often the rank has moved, whether it waits, and where it is.
     """
 
     def __init__(self, comm: Comm, folder: Path, timeout: float) -> None:
@@ -68,6 +72,7 @@ class Signs:
         self._watched = range(1, comm.size) if comm.rank == 0 else (0,) if comm.rank == 1 else ()
         self._seen: dict[int, tuple[str, float]] = {}  # rank -> what its file held, and since when
         self._given, self._number = time.monotonic(), 0
+        self._stuck: tuple[list[str], float] = [], self._given  # what the files of ranks that all wait held, since when
 
     def missed(self) -> list[tuple[int, str]]:
         """The ranks whose files no longer change, and where they were; gives a sign of one's own when it is time."""
@@ -76,8 +81,24 @@ class Signs:
             return []
         self._folder.mkdir(exist_ok=True)
         self._given, self._number = now, self._number + 1
-        write_atomic(self._folder / str(self._comm.rank), f"{self._number} {self._comm.pulse}".encode())
+        pulse = self._comm.pulse
+        sign = f"{self._number} {pulse.moves} {'waits' if pulse.waits else 'works'} {pulse}"
+        write_atomic(self._folder / str(self._comm.rank), sign.encode())
         return [found for rank in self._watched if (found := self._look(rank, now))]
+
+    def all_waiting(self) -> str:
+        """Where this rank is, when it and all others have waited without a move for longer than the timeout; else "".
+
+        A message that takes so long looks the same. Every rank looks for itself, for none can tell another.
+        """
+        pulse, now = self._comm.pulse, time.monotonic()
+        if self._comm.size == 1 or not pulse.waits:
+            self._stuck = [], now
+            return ""
+        signs = [self._sign(rank).split(" ", 3)[1:3] for rank in pulse.members]
+        if signs != self._stuck[0] or not all(sign[1:] == ["waits"] for sign in signs):
+            self._stuck = signs, now
+        return str(pulse) if now - self._stuck[1] > self._timeout else ""
 
     def remove(self) -> None:
         """No more signs: the rank leaves in good order."""
@@ -86,12 +107,16 @@ class Signs:
             self._folder.rmdir()  # by the last
 
     def _look(self, rank: int, now: float) -> tuple[int, str] | None:
-        text = "0 the set-up"
-        with suppress(OSError):
-            text = (self._folder / str(rank)).read_text()
+        text = self._sign(rank)
         was, since = self._seen.setdefault(rank, (text, now))
         if text != was:
             self._seen[rank] = text, now
             return None
         silent = now - since > self._timeout and rank in self._comm.pulse.members
-        return (rank, text.partition(" ")[2]) if silent else None
+        return (rank, text.split(" ", 3)[3]) if silent else None
+
+    def _sign(self, rank: int) -> str:
+        """What a rank's file holds."""
+        with suppress(OSError):
+            return (self._folder / str(rank)).read_text(encoding="utf-8")
+        return "0 0 works the set-up"

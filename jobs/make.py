@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fedlora_mpi.slurm import Job, program, script, task_of
+from fedlora_mpi.slurm import Job, is_done, program, script, task_of
 
 HERE = Path(__file__).parent
 EDIT = """\
@@ -36,12 +36,13 @@ def made(name: str) -> str:
         call = f'--array=1-$(wc -l < {LISTED.partition("=")[2]}) jobs/array.sbatch'
         return _script(job, WHAT[name], "jobs", call, LISTED, task_of('"$jobs"'))
     job = Job(name=f"fedlora-{name}", log="slurm-%x-%j.log", **JOBS[name])
-    return _script(job, WHAT[name], "run", f"jobs/{name}.sbatch", RUN, program(job, 'run --resume "${run[@]}"'))
+    body = RUN, program(job, 'run --resume "${run[@]}"')
+    return _script(job, WHAT[name], "run", f"jobs/{name}.sbatch", *body, is_done=is_done('"${run[@]}"'))
 
 
-def _script(job: Job, what: str, edited: str, call: str, *body: str) -> str:
+def _script(job: Job, what: str, edited: str, call: str, *body: str, **more: str) -> str:
     head = f"# {what}\n{EDIT.format(what=edited, call=call)}"
-    return script(job, "\n".join(body), head=head)
+    return script(job, "\n".join(body), head=head, **more)
 
 
 if __name__ == "__main__":

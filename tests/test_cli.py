@@ -16,7 +16,7 @@ from fedlora_mpi.config import read
 from fedlora_mpi.store.lock import locked
 from fedlora_mpi.store.reader import RunFiles
 
-COMMANDS = ("run", "resume", "plan", "partition", "report", "pretrain", "submit", "doctor", "export", "watch", "digest")
+COMMANDS = ("run", "resume", "plan", "partition", "report", "pretrain", "submit", "doctor", "export", "watch", "digest", "status")
 
 
 @pytest.fixture
@@ -202,6 +202,19 @@ def test_the_newest_checkpoints_are_kept(call, tmp_path):
     assert sorted(f.name for f in (tmp_path / "run/checkpoints").iterdir()) == ["000002", "000003", "000004"]
     assert call("resume", "run", "checkpoint.keep=1", "rounds=5")[0] == 0
     assert sorted(f.name for f in (tmp_path / "run/checkpoints").iterdir()) == ["000005"]
+
+
+# --- status
+
+
+def test_status_says_whether_a_run_is_done(call, copy, tmp_path):
+    assert call("status", copy) == (0, f"{copy}: done\n", "")
+    assert call("status", copy, "rounds=9") == (75, f"{copy}: 6 of 9 rounds\n", "")
+    assert call("status", TINY, f"output={copy}", "rounds=6") == (0, f"{copy}: done\n", "")
+    assert call("status", TINY, "output=none") == (75, "none: 0 of 4 rounds\n", "")
+    shutil.rmtree(copy / "checkpoints/000006")
+    assert call("status", copy) == (75, f"{copy}: 4 of 6 rounds\n", "")
+    assert_refused(call("status", tmp_path), "config.yaml")
 
 
 # --- resume

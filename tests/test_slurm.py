@@ -61,12 +61,25 @@ def test_the_signal_reaches_the_program_and_its_own_code_counts(tmp_path):
     assert (tmp_path / "asked").read_text() == "requeue 7_3\n"
 
 
-def ended(program, folder, **env):
+@pytest.mark.parametrize("status, code, requeued", [(0, 0, False), (75, 75, True), (2, 2, False)])
+def test_a_run_that_was_cut_short_is_queued_again_though_mpirun_says_0(status, code, requeued, tmp_path):
+    assert ended("true", tmp_path, is_done=f"(exit {status})").returncode == code
+    assert (tmp_path / "asked").exists() == requeued
+
+
+def test_a_script_asks_for_the_run_that_it_has_started(capsys):
+    assert main(["submit", str(TINY), "seed=3", "--dry-run"]) == 0
+    assert f"python -m fedlora_mpi status {TINY} seed=3; code=$?" in capsys.readouterr().out
+    text = (ROOT / "jobs/nodes.sbatch").read_text()
+    assert 'python -m fedlora_mpi status "${run[@]}"; code=$?' in text and "run=$!" not in text
+
+
+def ended(program, folder, is_done="true", **env):
     """A script's end on a machine whose scontrol writes down what it is asked."""
     (folder / "bin").mkdir()
     (folder / "bin/scontrol").write_text(f'#!/bin/bash\necho "$@" >> {folder}/asked\n')
     (folder / "bin/scontrol").chmod(0o755)
-    text = script(Job(name="x", log="x", ranks=1), program, path=str(folder / "bin"))
+    text = script(Job(name="x", log="x", ranks=1), program, path=str(folder / "bin"), is_done=is_done)
     return finished(["bash", "-c", text], folder, SLURM_JOB_ID="5", **env)
 
 

@@ -40,9 +40,10 @@ from runs import (
 )
 
 from fedlora_mpi import config as configs
+from fedlora_mpi import watchdog
 from fedlora_mpi.build import build
 from fedlora_mpi.cli import main
-from fedlora_mpi.comm import Fault, Mpi, Refused
+from fedlora_mpi.comm import Fault, Mpi, Refused, Solo
 from fedlora_mpi.data.inputs import Images
 from fedlora_mpi.experiment import Faults
 from fedlora_mpi.federation import Run
@@ -321,6 +322,44 @@ def test_a_rank_that_waits_for_one_that_computes_does_not_hang(tmp_path):
     assert ended.returncode == 0, ended.stderr
     row = RunFiles(tmp_path / "run").rounds()
     assert row["seconds_train"][0] + row["seconds_exchange"][0] > 5  # the server waits for the others
+
+
+class Waiting(Solo):
+    """A rank of three, of which only the pulse counts."""
+
+    size, members = 3, (0, 1, 2)
+
+    def __init__(self, rank):
+        super().__init__()
+        self.rank, self.pulse.members = rank, self.members
+        self.pulse.at("the exchange", round_=4)
+        self.pulse.waits = True
+
+
+@pytest.mark.parametrize("who", ["all wait", "one works", "one moves"])
+def test_ranks_that_all_wait_for_each_other_end(who, tmp_path, monkeypatch):
+    ranks, now = [Waiting(rank) for rank in range(3)], 0.0
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
+    signs = [watchdog.Signs(comm, tmp_path / ".pulse", 20.0) for comm in ranks]
+    ranks[1].pulse.waits = who != "one works"
+    stuck = []
+    while now < 60 and not stuck:
+        now += 2.5
+        if who == "one moves" and now % 15 == 0:
+            ranks[2].pulse.beat()
+        assert not [sign.missed() for sign in signs if sign.missed()]
+        stuck = [text for sign in signs if (text := sign.all_waiting())]
+    assert (stuck == ["round 4, the exchange"] * 3) == (who == "all wait") and bool(stuck) == (who == "all wait")
+    assert now == 60 or 20 < now < 40
+
+
+def test_a_rank_that_waits_for_mpi_to_start_ends_with_a_line_though_it_holds_pythons_lock(tmp_path):
+    lock = "import ctypes; from fedlora_mpi.launch import starting"
+    for seconds, code in ((0.3, 1), (60, 0), (0, 0)):
+        ended = finished([sys.executable, "-c", f"{lock}\nwith starting({seconds}): ctypes.PyDLL(None).sleep(2)"], tmp_path)
+        assert ended.returncode == code
+        told = "rank ?: MPI has not started within 0.3 s (faults.timeout): a rank has died or is out of reach; start again"
+        assert ended.stderr == (f"fedlora-mpi: {told}\n" if code else "")
 
 
 # Numbers that are not finite.

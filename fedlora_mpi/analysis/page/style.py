@@ -4,6 +4,8 @@ import io
 import os
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -99,11 +101,23 @@ def files_of(figures: Sequence[Drawn]) -> list[dict[str, bytes]]:
     cores = min(len(os.sched_getaffinity(0)), len(figures)) if sys.platform == "linux" else 1
     if cores < 2:
         return [_files(figure) for figure in figures]
-    with ProcessPoolExecutor(cores, get_context("fork"), _inherited.extend, (figures,)) as pool:
+    with ProcessPoolExecutor(cores, get_context("fork"), _begin_to_draw, (figures, os.getpid())) as pool:
         return list(pool.map(_files_at, range(len(figures))))
 
 
 _inherited: list[Drawn] = []  # of a process that draws
+
+
+def _begin_to_draw(figures: Sequence[Drawn], parent: int) -> None:
+    """What a process does first: it inherits the figures, and ends when its parent has ended, however that was."""
+
+    def leave_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    _inherited.extend(figures)
 
 
 def _files_at(index: int) -> dict[str, bytes]:
