@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from . import config as configs
+from .agreement import agreed
 from .algorithm import Algorithm, Train, Vars
 from .comm import Comm, together
 from .config import Config
@@ -24,10 +25,10 @@ from .engine.settings import Engine
 from .engine.train import Trainer
 from .engine.trial import Tried, fastest, measured, told
 from .federation import Kind, Pace, Run
+from .inventory import Inventory, run_digest
 from .layout import Layout
 from .mixing import Mixing
 from .models.network import Model
-from .models.weights import digest as digest_of
 from .models.zoo import build as build_model
 from .paths import expanded
 from .placement import assign, groups
@@ -49,6 +50,7 @@ class Built:
     shape: tuple[int, ...]  # of one input
     digest: str  # of all that must not change on a resume
     vocabulary: Vocabulary | None = None  # of the texts
+    inventory: Inventory | None = None  # of what this rank has built
 
 
 def build(config: Config, source: str, comm: Comm) -> Built:
@@ -67,8 +69,11 @@ def build(config: Config, source: str, comm: Comm) -> Built:
     parts = together(comm, lambda: _parts(config, source, comm.rank in workers, device, comm.pulse.beat))
     if comm.rank == 0:
         tell_hints(parts.data, source)
+    models, firsts, found = agreed(comm, config, source, parts.data, parts.models, parts.split, parts.firsts)
+    parts = parts._replace(models=models, firsts=firsts)
     engine = _engine(parts, config, comm, workers, memory)
-    return together(comm, lambda: _build(parts, replace(config, engine=engine), source, comm, workers))
+    built = together(comm, lambda: _build(parts, replace(config, engine=engine), source, comm, workers))
+    return replace(built, inventory=found)
 
 
 def hosts(config: Config, size: int) -> range:
@@ -273,11 +278,7 @@ def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequ
         run = replace(run, by_task=tuple(_holding(run, part) for part in parts), task_rounds=tasks.rounds)
     with naming(source, "privacy"):
         _check_privacy(config, run)
-    digest = f"{configs.digest(config)}-{split.digest()[:16]}"
-    if data.vocabulary:
-        digest += f"-{data.vocabulary.digest()[:16]}"
-    for network in config.model.mix:
-        digest += "".join(f"-{digest_of(*origin.files)[:16]}" for origin in network.origins)
+    digest = run_digest(config, split, data.vocabulary)
     return Built(config, run, split, data.shape, digest, data.vocabulary)
 
 

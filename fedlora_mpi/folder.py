@@ -1,8 +1,12 @@
 """A run folder: what a new one holds, and whether a run may go on in an old one."""
 
 import json
+import os
 import platform
+import socket
+import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,9 +19,11 @@ from . import config as configs
 from .build import Built
 from .comm import Comm, together
 from .config import Config
+from .inventory import KEPT, Inventory, computed, difference, kept
 from .store import checkpoint
 from .store.files import StoreError, write_atomic
-from .store.log import Log, ragged
+from .store.log import Log, inventory_of, ragged
+from .store.sight import sees, token
 from .store.snapshot import Checkpoint
 
 
@@ -54,7 +60,57 @@ def continued(config: Config, source: str, folder: Path) -> Config:
     return config
 
 
-def same_words(folder: Path, built: Built) -> None:
+def need_shared(folder: Path, comm: Comm) -> None:
+    """Raise Refused on all ranks when one of them does not see the run folder, or the one that it will be in, as rank 0
+    does, or may not write there. Leaves nothing behind. Raises StoreError, Unwritable."""
+    if comm.size == 1:
+        return
+    seen = np.zeros(comm.size, np.int64)
+    with ExitStack() as stack:
+        path = together(comm, lambda: stack.enter_context(token(folder)) if comm.rank == 0 else None)
+        path = Path(os.fsdecode(comm.broadcast(os.fsencode(path or ""))))
+        seen[comm.rank] = sees(path) + (sees(path) and os.access(path.parent, os.W_OK))
+        comm.sum(seen)  # each number is set by one rank
+    blind = [*np.flatnonzero(seen < 2).tolist()]
+
+    def tell() -> None:
+        if comm.rank in blind:
+            how = "may only read" if seen[comm.rank] else "does not see"
+            where = f"rank{'s' * (len(blind) > 1)} {', '.join(map(str, blind))} (host {socket.gethostname()})"
+            raise ValueError(f"output = {folder}: {where} {how} {path.parent}, where rank 0 writes; give a folder that "
+                             "all nodes share")
+
+    together(comm, tell)
+
+
+def same_as_begun(folder: Path, built: Built) -> None:
+    """Raise ValueError when the run began with other data or another network than there are now; on a machine that may
+    compute other last bits, say so in a line."""
+    _same_words(folder, built)
+    _same_weights(folder, built)
+    was, now, began = _begun_with(folder), kept(built.inventory), "when the run began"
+    if not was:  # a run of before there were inventories
+        return
+    moved = was["platform"] != now["platform"]
+    for kind in KEPT:
+        if kind != "platform" and was[kind] != now[kind] and not (moved and kind in computed(built.config)):
+            text = f"{folder}: {difference(kind, was[kind], now[kind], began)[1]}"
+            root = f" in data.root = {built.config.data.source.root}" if kind == "data" else ""
+            raise ValueError(f"{text}; put back what was{root}, or start anew with another output")
+    if moved:
+        text = difference("platform", was["platform"], now["platform"], began)[1]
+        print(f"fedlora-mpi: {folder}: {text}: from here on bits may differ from those of the same run on one machine",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+
+def _begun_with(folder: Path) -> Inventory:
+    """The inventory in the log, or in that of the newest checkpoint where there is no log; {} where none has one."""
+    homes = [folder, *(checkpoint.folder_of(folder, round_) for round_ in checkpoint.committed(folder)[-1:])]
+    found = (inventory_of(home / "log.h5") for home in homes)
+    return next((was for was in found if was.keys() >= {*KEPT}), {})
+
+
+def _same_words(folder: Path, built: Built) -> None:
     """Raise ValueError when the run began with another vocabulary than its data have now."""
     kept, source = folder / "vocabulary.json", built.config.data.source
     if built.vocabulary and kept.is_file() and kept.read_bytes() != built.vocabulary.json.encode():
@@ -70,7 +126,7 @@ def same_words(folder: Path, built: Built) -> None:
         )
 
 
-def same_weights(folder: Path, built: Built) -> None:
+def _same_weights(folder: Path, built: Built) -> None:
     """Raise ValueError when the newest checkpoint began with other files of a network than there are now."""
     origins = [origin for network in built.config.model.mix for origin in network.origins]
     rounds = checkpoint.committed(folder)
@@ -120,6 +176,7 @@ def create_log(folder: Path, built: Built) -> None:
         versions=_versions(),
         clients=len(split.train),
         beside=_beside(built),
+        inventory=json.dumps(kept(built.inventory)),
         partition={
             **ragged("train", split.train),
             **ragged("test", split.test),

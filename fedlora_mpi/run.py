@@ -18,7 +18,7 @@ from .build import Built, build, hosts
 from .comm import Comm, Fault, together
 from .config import Config
 from .federation import State
-from .folder import begun, continued, create_log, describe, fill, recorded_config, same_weights, same_words
+from .folder import begun, continued, create_log, describe, fill, need_shared, recorded_config, same_as_begun
 from .mail import Lost
 from .paths import expanded
 from .progress import Progress
@@ -63,6 +63,7 @@ def _begin(folder: Path, config: Config, source: str, comm: Comm, asked: Sequenc
 
     together(comm, refuse_existing)
     built = build(config, source, comm)
+    need_shared(folder, comm)
     with _alone(comm, lambda: created(folder, lambda draft: fill(draft, built))):
         return _loop(*_protected(built, beginning(built)), folder, asked)
 
@@ -91,7 +92,8 @@ def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
 def _go_on(folder: Path, config: Config, comm: Comm, asked: Sequence[int]) -> int:
     """Play the rounds of ``config`` that the folder does not have; returns the exit code."""
     built = build(config, str(folder / "config.yaml"), comm)
-    together(comm, lambda: (same_words(folder, built), same_weights(folder, built)) if comm.rank == 0 else None)
+    need_shared(folder, comm)
+    together(comm, lambda: same_as_begun(folder, built) if comm.rank == 0 else None)
     with _alone(comm, lambda: locked(folder)):
         found = newest(folder, built)
         together(comm, lambda: _put_back(folder, found, built) if comm.rank == 0 else None)

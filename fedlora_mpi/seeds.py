@@ -7,9 +7,11 @@ loop over clients, under ``vmap``, on a CPU and on a GPU.
 
 import hashlib
 import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -41,11 +43,18 @@ def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 @contextmanager
 def isolated(seed: int, *address: int | str) -> Iterator[None]:
-    """Give foreign code that draws from torch's global generator a stream of its own.
+    """Give foreign code that draws from the global generator of torch, numpy or Python a stream of its own.
 
-    Constructors of ``nn.Module`` know no other source. The global state is put back afterwards,
-    so nothing outside can tell that it ran.
+    Constructors of ``nn.Module`` know no other source. The global states are put back afterwards,
+    so nothing outside can tell that it ran. A generator that foreign code makes for itself is its own affair.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(key(seed, *address))
-        yield
+    number, of_python, of_numpy = key(seed, *address), random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(number)
+            random.seed(number)
+            np.random.seed((number & 0xFFFFFFFF, number >> 32))
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)

@@ -1,5 +1,7 @@
 """torchvision, also beside a CPU-only torch."""
 
+import sys
+from importlib.util import find_spec
 from types import ModuleType
 
 _kept = []  # a Library takes its definitions along when it is collected
@@ -14,8 +16,6 @@ def torchvision() -> ModuleType:
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
-        import sys
-
         from torch.library import Library
 
         for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
@@ -26,3 +26,12 @@ def torchvision() -> ModuleType:
         _kept.append(library)
         import torchvision
     return torchvision
+
+
+def mend() -> None:
+    """Make ``import torchvision`` work in the code of others, where it is installed and can work at all."""
+    if "torchvision" not in sys.modules and find_spec("torchvision"):
+        try:
+            torchvision()
+        except Exception:  # of any kind: who needs it is told by an import of their own
+            return

@@ -4,6 +4,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ..algorithm import Algorithm
+from ..foreign import imported
 
 
 def names() -> list[str]:
@@ -16,11 +17,10 @@ def find(name: str) -> type[Algorithm]:
 
     Raises ValueError when there is none.
     """
-    home, _, attribute = name.partition(":")
-    if attribute:
+    if ":" in name:
         try:
-            found = getattr(import_module(home), attribute)
-        except (ImportError, AttributeError) as error:
+            found = imported(name)
+        except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"name = {name}: cannot be imported: {error}") from error
         if not (isinstance(found, type) and issubclass(found, Algorithm)):
             raise ValueError(f"name = {name}: is not a subclass of fedlora_mpi.algorithm.Algorithm")

@@ -6,13 +6,13 @@ One with a parameter ``tokens`` is for texts: its inputs are integers below it, 
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
+from ..foreign import described, imported
 from ..seeds import isolated
 from . import huggingface
 from . import weights as files
@@ -188,8 +188,8 @@ def _module(
             elif padding:
                 raise ValueError(f"it takes 0 for padding, data.text.tokenizer {padding}; give it a parameter padding")
         module = builder(**given, **options)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"name = {name}: cannot be built: {error}") from error
+    except (Exception, SystemExit) as error:  # a builder of the user's may raise anything
+        raise ValueError(f"name = {name}: cannot be built: {described(error)}") from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"name = {name}: returned {type(module).__name__}, not a torch.nn.Module")
     return module
@@ -200,7 +200,7 @@ def _builder(name: str) -> Callable[..., nn.Module]:
     home, _, attribute = name.partition(":")
     if home == "torchvision":
         return partial(_torchvision, attribute)
-    return NAMES[name] if name in NAMES else getattr(import_module(home), attribute)
+    return NAMES[name] if name in NAMES else imported(name)
 
 
 def _takes(builder: Callable, parameter: str) -> bool:

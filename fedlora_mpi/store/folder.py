@@ -18,7 +18,7 @@ def created(folder: Path, fill: Callable[[Path], None]) -> Iterator[None]:
     Raises StoreError when it cannot be made, is there, or is about to be made by another process; Unwritable.
     """
     draft = folder.with_name(f".{folder.name}.new")
-    with _creating(folder):
+    with creating(folder):
         draft.mkdir(parents=True, exist_ok=True)
     with locked(draft):
         try:
@@ -27,7 +27,7 @@ def created(folder: Path, fill: Callable[[Path], None]) -> Iterator[None]:
                     if left.name != ".lock":
                         left.unlink()
                 fill(draft)
-            with _creating(folder):
+            with creating(folder):
                 draft.rename(folder)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
@@ -38,7 +38,7 @@ def created(folder: Path, fill: Callable[[Path], None]) -> Iterator[None]:
 
 
 @contextmanager
-def _creating(folder: Path) -> Iterator[None]:
+def creating(folder: Path) -> Iterator[None]:
     """What the system refuses inside becomes one line."""
     try:
         yield

@@ -57,10 +57,11 @@ class Log:
         clients: int,
         partition: Mapping[str, np.ndarray | str],
         beside: Mapping[str, str] | None = None,
+        inventory: str = "",
     ) -> "Log":
         """A new log without rows; ``partition`` as ``/partition`` holds it (see ``ragged``).
 
-        beside: the texts of the files in the folder whose checksums it keeps, by name.
+        beside: the texts of the files in the folder whose checksums it keeps, by name; inventory: see ``inventory_of``.
 
         Raises StoreError when there is one already.
         """
@@ -77,6 +78,8 @@ class Log:
                     group.attrs[name] = value
                 else:
                     hdf5.write(group, name, value, PARTITION_AXES.get(name.rpartition("_")[2], ()))
+            if inventory:
+                file.attrs["inventory"] = inventory
             file.attrs["beside"] = json.dumps({name: checksum(text) for name, text in (beside or {}).items()})
             seals = file.create_dataset(seal.ROWS, (0,), np.int64, maxshape=(None,), chunks=(256,), fletcher32=True)
             hdf5.label(seals, ["round"])
@@ -194,6 +197,18 @@ class Log:
             (unit for pattern, unit in UNITS.items() if fnmatchcase(name, pattern)), ""
         )
         return hdf5.label(column, ("round", group.removesuffix("s")))
+
+
+def inventory_of(path: Path) -> dict[str, dict[str, str]]:
+    """The digests of what the run of a log began with: kind, item, digest; {} of a log without, and where none can be
+    read."""
+    try:
+        with hdf5.open_file(path) as file:
+            found = json.loads(file.attrs.get("inventory", "{}"))
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError):  # StoreError is one; RecursionError, of deep JSON
+        return {}
+    texts = lambda part: isinstance(part, dict) and all(isinstance(value, str) for value in part.values())
+    return found if isinstance(found, dict) and all(map(texts, found.values())) else {}
 
 
 def ragged(name: str, lists: Sequence[np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,0 +1,47 @@
+"""Parts of the user's own: the one place where a module that a config names is imported."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from . import vision
+from .seeds import isolated
+
+
+def imported(name: str) -> Any:
+    """What ``your.module:Name`` names.
+
+    The module may import torchvision, also beside a CPU-only torch; what it draws from global generators while it is
+    imported is the same in every process, and whether it was imported before moves no other draw. Raises
+    ImportError and AttributeError as Python does, ValueError for whatever else the module raises.
+    """
+    home, _, attribute = name.partition(":")
+    vision.mend()
+    try:
+        with isolated(0, "import", home):
+            module = import_module(home)
+    except ImportError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(described(error)) from error
+    return getattr(module, attribute)
+
+
+def source(name: str) -> bytes:
+    """The text of the module that ``imported(name)`` has imported; nothing where it has none."""
+    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    return Path(file).read_bytes() if file and Path(file).is_file() else b""
+
+
+def described(error: BaseException) -> str:
+    """An exception of foreign code in one line: its kind where the text alone would say too little, its text, and
+    where it was raised."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ImportError | AttributeError | TypeError | ValueError) and not isinstance(error, UnicodeError):
+        return text
+    at = error.__traceback__
+    while at and at.tb_next:
+        at = at.tb_next
+    place = f" ({Path(at.tb_frame.f_code.co_filename).name}, line {at.tb_lineno})" if at else ""
+    return f"{type(error).__name__}{': ' if text else ''}{text}{place}"

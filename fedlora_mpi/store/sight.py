@@ -1,0 +1,53 @@
+"""Whether several processes, on nodes of their own, see one and the same folder."""
+
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..writing import writing
+from .folder import creating
+
+PATIENCE = 2.0  # seconds in which a file of another node must show
+
+
+@contextmanager
+def token(run: Path) -> Iterator[Path]:
+    """An empty file of a name that no file had before, in the folder ``run`` or, where that is to be made, in its parent.
+
+    It is gone after the block; so are the folders that were made for it, when the block fails. Raises StoreError,
+    Unwritable.
+    """
+    home = run if run.is_dir() else run.parent
+    path, made = home / f".fedlora-mpi.{secrets.token_hex(8)}", []
+    try:
+        with creating(run):
+            for folder in reversed((home, *home.parents)):
+                if not folder.exists():
+                    folder.mkdir(exist_ok=True)
+                    made.append(folder)
+        with writing(run) if home == run else creating(run):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+    except BaseException:
+        for folder in reversed(made):
+            with suppress(OSError):  # somebody has put something there
+                folder.rmdir()
+        raise
+
+
+def sees(path: Path) -> bool:
+    """Whether a file shows here, soon."""
+    until = time.monotonic() + PATIENCE
+    while not os.path.isfile(path):
+        if time.monotonic() > until:
+            return False
+        with suppress(OSError):  # NFS asks its server when a folder is opened
+            os.close(os.open(path.parent, os.O_RDONLY))
+        time.sleep(0.05)
+    return True
