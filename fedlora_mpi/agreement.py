@@ -15,7 +15,9 @@ from .comm import Comm, together
 from .config import Config
 from .data.datasets import Data
 from .data.partition import Split
-from .inventory import COMPUTED, KINDS, Inventory, Items, bytes_of, computed, difference, inventory, number
+from .inventory import (
+    COMPUTED, KINDS, Inventory, Items, bytes_of, computed, difference, inventory, number, unlike,
+)  # fmt: skip
 from .models.network import Model
 from .tree import Tree
 
@@ -78,7 +80,7 @@ def _warn(comm: Comm, ranks: Collection[int], mine: Items) -> None:
     """One line about ranks on other machines than rank 0's."""
     theirs = json.loads(comm.broadcast(json.dumps(mine).encode()))
     if comm.rank == min(ranks):
-        _, text = difference("platform", theirs, mine, "on rank 0")
+        text = unlike(theirs, mine, "on rank 0")
         line = f"{_where(sorted(ranks))}: {text}: bits may differ from those of ranks that are all alike"
         print(f"fedlora-mpi: {line}", file=sys.stderr, flush=True)
 

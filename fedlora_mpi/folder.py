@@ -19,7 +19,7 @@ from . import config as configs
 from .build import Built
 from .comm import Comm, together
 from .config import Config
-from .inventory import KEPT, Inventory, computed, difference, kept
+from .inventory import KEPT, Inventory, computed, difference, kept, unlike
 from .store import checkpoint
 from .store.files import StoreError, write_atomic
 from .store.log import Log, inventory_of, ragged
@@ -66,21 +66,20 @@ def need_shared(folder: Path, comm: Comm) -> None:
     if comm.size == 1:
         return
     seen = np.zeros(comm.size, np.int64)
+
+    def tell() -> None:
+        blind = np.flatnonzero(seen < 2).tolist()
+        if comm.rank in blind:
+            ranks = f"rank{'s' * (len(blind) > 1)} {', '.join(map(str, blind))} (host {socket.gethostname()})"
+            how = f"{'may only read' if seen[comm.rank] else 'does not see'} {path.parent}, where rank 0 writes"
+            raise ValueError(f"output = {folder}: {ranks} {how}; give a folder that all nodes share")
+
     with ExitStack() as stack:
         path = together(comm, lambda: stack.enter_context(token(folder)) if comm.rank == 0 else None)
         path = Path(os.fsdecode(comm.broadcast(os.fsencode(path or ""))))
-        seen[comm.rank] = sees(path) + (sees(path) and os.access(path.parent, os.W_OK))
+        seen[comm.rank] = sees(path) and 1 + os.access(path.parent, os.W_OK)
         comm.sum(seen)  # each number is set by one rank
-    blind = [*np.flatnonzero(seen < 2).tolist()]
-
-    def tell() -> None:
-        if comm.rank in blind:
-            how = "may only read" if seen[comm.rank] else "does not see"
-            where = f"rank{'s' * (len(blind) > 1)} {', '.join(map(str, blind))} (host {socket.gethostname()})"
-            raise ValueError(f"output = {folder}: {where} {how} {path.parent}, where rank 0 writes; give a folder that "
-                             "all nodes share")
-
-    together(comm, tell)
+        together(comm, tell)
 
 
 def same_as_begun(folder: Path, built: Built) -> None:
@@ -91,16 +90,15 @@ def same_as_begun(folder: Path, built: Built) -> None:
     was, now, began = _begun_with(folder), kept(built.inventory), "when the run began"
     if not was:  # a run of before there were inventories
         return
-    moved = was["platform"] != now["platform"]
+    moved = unlike(was["platform"], now["platform"], began)
     for kind in KEPT:
         if kind != "platform" and was[kind] != now[kind] and not (moved and kind in computed(built.config)):
             text = f"{folder}: {difference(kind, was[kind], now[kind], began)[1]}"
             root = f" in data.root = {built.config.data.source.root}" if kind == "data" else ""
             raise ValueError(f"{text}; put back what was{root}, or start anew with another output")
     if moved:
-        text = difference("platform", was["platform"], now["platform"], began)[1]
-        print(f"fedlora-mpi: {folder}: {text}: from here on bits may differ from those of the same run on one machine",
-              file=sys.stderr, flush=True)  # fmt: skip
+        line = f"{folder}: {moved}: from here on bits may differ from those of this run on the machine it began on"
+        print(f"fedlora-mpi: {line}", file=sys.stderr, flush=True)
 
 
 def _begun_with(folder: Path) -> Inventory:

@@ -108,9 +108,15 @@ def difference(kind: str, was: Items, now: Items, base: str) -> tuple[str, str]:
         first, item = next((a, b) for a, b in zip(was, now) if a != b)
         return item, f"{before}{item} comes where {first} does {base}: registered in another order"
     item = next(name for name in now if was[name] != now[name])
-    if kind in ("package", "settings", "structure", "platform"):
+    if kind in ("package", "settings", "structure"):
         return item, f"{item} is {now[item]}, {base} {_printable(was[item])}"
     return item, f"{before}{item}: not the same as {base}"
+
+
+def unlike(was: Items, now: Items, base: str) -> str:
+    """All that differs between two platforms, in words; nothing when they are alike."""
+    names = [name for name in now if was.get(name, now[name]) != now[name]]
+    return ", ".join(f"{name} is {now[name]} ({_printable(was[name])} {base})" for name in names)
 
 
 def _printable(text: str) -> str:

@@ -1,21 +1,28 @@
 """Ranks that have built different things do not begin, in one line; nor does a run go on with other data or weights."""
 
 import itertools
+import json
+import os
 import random
+import sys
 import threading
 from dataclasses import dataclass
 
+import h5py
 import numpy as np
 import pytest
 import torch
-from runs import TINY, on_ranks, tiny
+from runs import TESTS, TINY, command, finished, mpirun, on_ranks, said, tiny
 from torch import nn
 
-from fedlora_mpi import agreement, build, inventory
+from fedlora_mpi import agreement, build, folder, inventory
 from fedlora_mpi.algorithm import Algorithm, Vars
 from fedlora_mpi.build import build as build_run
+from fedlora_mpi.cli import main
 from fedlora_mpi.comm import Refused, Solo
 from fedlora_mpi.data.datasets import Samples
+from fedlora_mpi.store import seal, sight
+from fedlora_mpi.store.log import inventory_of
 
 TURN = itertools.count()  # of this process; a builder that looks at it gives each rank another network
 ODD = threading.local()  # ``ODD.rank`` of the thread that plays a rank
@@ -93,21 +100,21 @@ class Drawing(Algorithm):
         return Vars(dict(model.initial), {"gate": own})
 
 
-def refused(*overrides, ranks=3, **how):
+def refused(*overrides, ranks=3):
     """The line with which a run on so many ranks is refused, the same on all; nothing but the set-up is tried."""
-    said = []
+    lines = []
 
-    def main(comm):
+    def play(comm):
         ODD.rank = comm.rank
         try:
-            return build_run(tiny(*overrides), str(TINY), comm)
+            build_run(tiny(*overrides), str(TINY), comm)
         except Refused as error:
-            said.append(str(error))
+            lines.append(str(error))
 
-    on_ranks(ranks, main)
-    assert len(said) == ranks and len({*said}) == 1, said
-    assert "\n" not in said[0]
-    return said[0]
+    on_ranks(ranks, play)
+    assert len(lines) == ranks and len({*lines}) == 1, lines
+    assert "\n" not in lines[0]
+    return lines[0]
 
 
 @pytest.mark.parametrize(
@@ -142,9 +149,9 @@ def test_weights_of_the_global_generators_are_those_of_the_seed_and_move_none():
         assert global_states() == before
         random.random(), np.random.random()
     other = build_run(tiny("model=test_agreement:from_global", "seed=2"), str(TINY), Solo()).run
-    of = lambda run, leaf: run.trainer.model.initial[leaf]
+    one, two, three = (run.trainer.model.initial for run in (*runs, other))
     for leaf in ("3.weight", "3.bias"):
-        assert torch.equal(of(runs[0], leaf), of(runs[1], leaf)) and not torch.equal(of(runs[0], leaf), of(other, leaf))
+        assert torch.equal(one[leaf], two[leaf]) and not torch.equal(one[leaf], three[leaf])
     on_ranks(3, lambda comm: build_run(tiny("model=test_agreement:from_global"), str(TINY), comm))
 
 
@@ -177,9 +184,6 @@ def test_another_label_and_a_missing_sample_are_told(monkeypatch):
 
 
 def test_another_version_on_one_rank_is_refused(monkeypatch):
-    class Other(str):
-        pass
-
     found = inventory.inventory
     monkeypatch.setattr(
         agreement,
@@ -208,20 +212,20 @@ def on_other_machines(monkeypatch, ranks):
 
 def test_other_machines_are_told_of_and_take_the_first_weights_of_rank_0(monkeypatch, capsys):
     on_other_machines(monkeypatch, {1, 2})
-    monkeypatch.setattr("test_agreement.TURN", itertools.count())
 
-    def main(comm):
+    def play(comm):
         ODD.rank = comm.rank
         return build_run(tiny("model=test_agreement:unseeded", "algorithm=fedlora"), str(TINY), comm).run
 
-    runs = on_ranks(3, main)
+    runs = on_ranks(3, play)
     for run in runs[1:]:
         assert torch.equal(run.trainer.model.initial["3.weight"], runs[0].trainer.model.initial["3.weight"])
         for part in ("shared", "personal"):
             a, b = getattr(run.kinds[0].first, part), getattr(runs[0].kinds[0].first, part)
             assert list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
+    level = torch.backends.cpu.get_cpu_capability()
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and "ranks 1, 2 (host" in lines[0] and "CPU level is DEFAULT, on rank 0" in lines[0]
+    assert len(lines) == 1 and "ranks 1, 2 (host" in lines[0] and "CPU level is DEFAULT (AVX512 on rank 0)".replace("AVX512", level) in lines[0]
     assert "bits may differ" in lines[0]
 
 
@@ -231,10 +235,7 @@ def test_a_rank_like_rank_0_is_not_excused_by_another_machine(monkeypatch, capsy
 
 
 def test_equal_ranks_say_nothing(capsys):
-    def main(comm):
-        return build_run(tiny(), str(TINY), comm).inventory
-
-    first, *rest = on_ranks(3, main)
+    first, *rest = on_ranks(3, lambda comm: build_run(tiny(), str(TINY), comm).inventory)
     assert all(found == first for found in rest) and list(first) == list(inventory.KINDS)
     assert capsys.readouterr().err == ""
 
@@ -260,3 +261,221 @@ def test_a_digest_in_pieces_is_that_of_the_whole(monkeypatch):
     whole = inventory.of_tensor(value)
     monkeypatch.setattr(inventory, "_AT_ONCE", 40)
     assert inventory.of_tensor(value) == whole != inventory.of_tensor(value.flip(0))
+
+
+# On a resume.
+
+
+def picture_folder(home, other=None):
+    """Images of two classes, 6 and 3 each; ``other``: the file that has another pixel."""
+    from PIL import Image
+
+    for side, number in (("train", 6), ("test", 3)):
+        for label in ("cat", "dog"):
+            (home / side / label).mkdir(parents=True, exist_ok=True)
+            for n in range(number):
+                pixels = np.random.RandomState(n + 10 * (label == "cat")).randint(0, 256, (8, 8, 3), np.uint8)
+                name = f"{side}/{label}/{n}.png"
+                pixels[0, 0] += name == other
+                Image.fromarray(pixels).save(home / name)
+    return home
+
+
+PICTURES = ["data.dataset=folder", "data.partition={kind: dirichlet_class, alpha: 100, clients: 2, minimum: 1}", "algorithm=fedavg", "rounds=1"]
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """A finished run on an image folder, and the folder; the working folder holds both."""
+    monkeypatch.chdir(tmp_path)
+    picture_folder(tmp_path / "data")
+    assert main(["run", str(TINY), *PICTURES, "data.root=data", "output=out"]) == 0
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("command", [["resume", "out", "rounds=2"], ["run", str(TINY), *PICTURES, "data.root=data", "rounds=2", "output=out", "--resume"]])  # fmt: skip
+def test_images_replaced_between_run_and_resume_are_refused(pictures, command, capsys):
+    picture_folder(pictures.parent / "data", "train/dog/3.png")
+    before = sorted(pictures.rglob("*"))
+    assert main(command) == 2
+    (line,) = said(capsys.readouterr().err)
+    assert line.startswith("fedlora-mpi: out: training samples: not the same as when the run began; put back what was")
+    assert sorted(pictures.rglob("*")) == before
+    picture_folder(pictures.parent / "data")
+    assert main(command) == 0
+
+
+def test_a_moved_but_equal_data_folder_goes_on(pictures):
+    (pictures.parent / "data").rename(pictures.parent / "elsewhere")
+    assert main(["resume", "out", "rounds=2", "data.root=elsewhere"]) == 0
+
+
+def test_other_data_are_seen_where_the_log_is_lost(pictures, capsys):
+    (pictures / "log.h5").unlink()
+    picture_folder(pictures.parent / "data", "test/cat/0.png")
+    assert main(["resume", "out", "rounds=2"]) == 2
+    assert "test samples: not the same" in capsys.readouterr().err
+    picture_folder(pictures.parent / "data")
+    assert main(["resume", "out", "rounds=2"]) == 0
+
+
+def test_shuffled_texts_with_the_same_labels_and_words_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("tokenizers")
+    texts = [f"word{n % 3} word{n % 5} word{n % 7}" for n in range(24)]
+
+    def write(order):
+        (tmp_path / "csv").mkdir(exist_ok=True)
+        rows = [f'{n % 2 + 1},"{texts[at]}"' for n, at in enumerate(order)]
+        for name in ("train.csv", "test.csv"):
+            (tmp_path / "csv" / name).write_text("\n".join(["label,text", *rows]) + "\n")
+
+    write(range(24))
+    options = ["data.dataset=csv", "data.root=csv", "data.partition={kind: dirichlet_class, alpha: 100, clients: 2, minimum: 1}", "rounds=1"]
+    options += ["model={name: transformer, width: 4, heads: 1, layers: 1, feedforward: 4}", "algorithm=fedavg"]
+    assert main(["run", str(TINY), *options, "output=out"]) == 0, capsys.readouterr().err
+    write([*range(2, 24), 0, 1])
+    assert main(["resume", "out", "rounds=2"]) == 2
+    assert "training samples: not the same as when the run began" in capsys.readouterr().err
+
+
+def test_a_network_of_other_first_weights_or_of_another_kind_is_refused_on_a_resume(tmp_path, monkeypatch, capsys):
+    for model, text in (("unseeded", "initial weights of 3.weight: not"), ("counted", "constant offset: not"),
+                        ("wider", "1.weight is ["), ("of_a_set", "registered in another order")):  # fmt: skip
+        monkeypatch.setattr("test_agreement.TURN", itertools.count())
+        assert main(["run", str(TINY), f"model=test_agreement:{model}", "rounds=1", f"output={tmp_path / model}"]) == 0
+        capsys.readouterr()
+        assert main(["resume", str(tmp_path / model), "rounds=2"]) == 2
+        (line,) = said(capsys.readouterr().err)
+        assert text in line and "start anew with another output" in line
+
+
+def without_inventory(log):
+    """Make a log one of before there were inventories."""
+    with h5py.File(log, "r+") as file:
+        del file.attrs["inventory"]
+        file.attrs[seal.HEAD] = seal.head(file)
+
+
+@pytest.mark.parametrize("inventory_", [None, "no JSON", "[3]", '{"data": 3}', '{"data": {"x": 3}}', "[" * 100_000])
+def test_a_folder_without_a_usable_inventory_goes_on(tmp_path, inventory_):
+    out = tmp_path / "out"
+    assert main(["run", str(TINY), "rounds=1", f"output={out}"]) == 0
+    for log in (out / "log.h5", out / "checkpoints/000001/log.h5"):
+        without_inventory(log)
+    (out / "checkpoints/000001/log.h5").unlink()
+    if inventory_ is not None:
+        with h5py.File(out / "log.h5", "r+") as file:
+            file.attrs["inventory"] = inventory_
+    assert inventory_of(out / "log.h5") == {}
+    assert folder._begun_with(out) == {}
+
+
+def test_a_run_of_before_there_were_inventories_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "kept", lambda found: {})
+    assert main(["run", str(TINY), "rounds=1", f"output={tmp_path / 'out'}"]) == 0
+    monkeypatch.undo()
+    assert main(["resume", str(tmp_path / "out"), "rounds=2"]) == 0
+
+
+def test_a_resume_on_another_cpu_level_warns_in_one_line(tmp_path):
+    assert main(["run", str(TINY), "rounds=1", f"output={tmp_path / 'out'}"]) == 0
+    level = torch.backends.cpu.get_cpu_capability()
+    if level == "DEFAULT":
+        pytest.skip("this CPU has no other level")
+    ended = finished(command("resume", "out", "rounds=2"), tmp_path, ATEN_CPU_CAPABILITY="default")
+    assert ended.returncode == 0, ended.stderr
+    (line,) = said(ended.stderr)
+    assert f"out: CPU level is DEFAULT ({level} when the run began): from here on bits may differ" in line
+
+
+# A run folder that ranks do not share.
+
+
+def test_a_folder_that_a_rank_does_not_see_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(sight, "PATIENCE", 0.1)
+    lines = []
+
+    def play(comm):
+        ODD.home = tmp_path / ("other" if comm.rank in (1, 2) else "home")
+        try:
+            folder.need_shared(tmp_path / "home/runs/a", comm)
+        except Refused as error:
+            lines.append(str(error))
+
+    monkeypatch.setattr(folder, "sees", lambda path: sight.sees(ODD.home / path.relative_to(tmp_path / "home")))
+    (tmp_path / "home").mkdir()
+    on_ranks(3, play)
+    assert len({*lines}) == 1 and len(lines) == 3
+    assert "ranks 1, 2 (host" in lines[0] and f"does not see {tmp_path / 'home/runs'}" in lines[0] and "share" in lines[0]
+    assert [*tmp_path.rglob("*")] == [tmp_path / "home"]
+
+
+def test_a_shared_folder_is_as_it_was_after_the_check(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/file").touch()
+    on_ranks(3, lambda comm: folder.need_shared(tmp_path / "run", comm))
+    on_ranks(3, lambda comm: folder.need_shared(tmp_path / "new", comm))
+    assert {*tmp_path.rglob("*")} == {tmp_path / "run", tmp_path / "run/file"}
+
+
+def test_a_file_that_shows_late_is_waited_for(tmp_path):
+    threading.Timer(0.2, (tmp_path / "token").touch).start()
+    assert sight.sees(tmp_path / "token")
+
+
+def test_a_parent_that_cannot_be_made_is_one_line_on_all_ranks(tmp_path):
+    (tmp_path / "file").touch()
+    lines = []
+
+    def play(comm):
+        with pytest.raises(Refused, match="cannot be created: .*; choose another") as error:
+            folder.need_shared(tmp_path / "file/run", comm)
+        lines.append(str(error.value))
+
+    on_ranks(2, play)
+    assert len({*lines}) == 1
+
+
+# Real ranks.
+
+
+def test_real_ranks_that_differ_end_in_a_line_each_and_leave_no_folder(tmp_path):
+    models = ("unseeded", "of_a_text_set", "wide_on_rank_1")
+    runs = [["run", str(TINY), f"model=test_agreement:{name}", f"output={name}"] for name in models]
+    line = [*mpirun(3), sys.executable, str(TESTS / "several.py"), "codes", json.dumps(runs)]
+    ended = finished(line, tmp_path, OMPI_MCA_mpi_show_mca_params="")
+    assert ended.returncode == 2, ended.stderr
+    assert [json.loads((tmp_path / f"codes-{rank}").read_text()) for rank in range(3)] == [[2, 2, 2]] * 3
+    lines = said(ended.stderr)
+    assert len(lines) == 3 and "Traceback" not in ended.stderr
+    assert "ranks 1, 2 (host" in lines[0] and "initial weights of 3.weight" in lines[0]
+    assert "rank" in lines[1] and "generator of its own or goes through a set" in lines[1]
+    assert "rank 1 (host" in lines[2] and "1.weight is [16, 64] float32 body, on rank 0 [8, 64]" in lines[2]
+    assert sorted(f.name for f in tmp_path.iterdir()) == [f"codes-{rank}" for rank in range(3)]
+
+
+def of_a_text_set(classes, shape):
+    """Modules in the order of a set of texts, which is another one in each process."""
+    names = {f"part{n}" for n in range(20)}
+    return Named(names, shape[0] * shape[1] * shape[2], classes)
+
+
+def wide_on_rank_1(classes, shape):
+    """A wider network on rank 1."""
+    return flat(classes, shape, 16 if os.environ.get("OMPI_COMM_WORLD_RANK") == "1" else 8)
+
+
+def test_real_ranks_in_other_folders_and_of_another_cpu_level(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir(), there.mkdir()
+    first, *options = mpirun(2)
+    more = ["env", "ATEN_CPU_CAPABILITY=default"]
+    run = command("run", TINY, "output=runs/out", "rounds=1")
+    ended = finished([first, *options, "--wdir", str(here), *run, ":", "-n", "1", "--wdir", str(there), *more, *run], tmp_path)
+    assert ended.returncode == 2, ended.stderr
+    *warned, line = said(ended.stderr)
+    assert "output = runs/out: rank 2 (host" in line and "does not see" in line
+    assert not [*here.iterdir()] and not [*there.iterdir()]
+    if torch.backends.cpu.get_cpu_capability() != "DEFAULT":
+        assert len(warned) == 1 and "rank 2 (host" in warned[0] and "CPU level is DEFAULT" in warned[0]

@@ -207,8 +207,10 @@ def inventory_of(path: Path) -> dict[str, dict[str, str]]:
             found = json.loads(file.attrs.get("inventory", "{}"))
     except (OSError, RuntimeError, ValueError, TypeError, KeyError):  # StoreError is one; RecursionError, of deep JSON
         return {}
-    texts = lambda part: isinstance(part, dict) and all(isinstance(value, str) for value in part.values())
-    return found if isinstance(found, dict) and all(map(texts, found.values())) else {}
+    parts = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(part, dict) and all(isinstance(v, str) for v in part.values()) for part in parts):
+        return {}
+    return found
 
 
 def ragged(name: str, lists: Sequence[np.ndarray]) -> dict[str, np.ndarray]:

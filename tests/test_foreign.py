@@ -1,0 +1,109 @@
+"""Modules of the user's own: they may import torchvision, raise anything, and draw from global generators."""
+
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from runs import TINY, command, finished, said
+
+from fedlora_mpi import foreign
+from fedlora_mpi.cli import main
+
+MODEL = """
+from torch import nn
+
+def net(classes, shape):
+    {line}
+    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], classes))
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes a module that can be imported; the working folder is that of the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(name, text):
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    yield write
+    for name in ("mine_own", "my_method"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    "line, text",
+    [
+        ("raise RuntimeError('no weights\\n  here')", "RuntimeError: no weights here (mine_own.py, line 5)"),
+        ("raise KeyError('width')", "KeyError: 'width' (mine_own.py, line 5)"),
+        ("open('nowhere')", "FileNotFoundError: [Errno 2] No such file or directory: 'nowhere' (mine_own.py, line 5)"),
+        ("import nowhere", "No module named 'nowhere'"),
+        ("[][3]", "IndexError: list index out of range (mine_own.py, line 5)"),
+        ("assert False", "AssertionError (mine_own.py, line 5)"),
+        ("exit(3)", "SystemExit: 3 ("),
+        ("1 / 0", "ZeroDivisionError: division by zero (mine_own.py, line 5)"),
+        ("return net(classes, shape)", "RecursionError: maximum recursion depth exceeded"),
+        ("raise ValueError('width = 3: must be 5')", "cannot be built: width = 3: must be 5"),
+    ],
+)
+def test_whatever_a_builder_raises_is_one_line(module, capsys, tmp_path, line, text):
+    module("mine_own", MODEL.format(line=line))
+    assert main(["run", str(TINY), "model=mine_own:net", "output=out"]) == 2
+    (told,) = said(capsys.readouterr().err)
+    assert f"{TINY}: model.name = mine_own:net: cannot be built: " in told and text in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("x = ", "SyntaxError: invalid syntax (my_method.py, line 1)"),
+        ("raise RuntimeError('torch is too old')", "RuntimeError: torch is too old (my_method.py, line 1)"),
+        ("raise SystemExit", "SystemExit (my_method.py, line 1)"),
+        ("undefined", "NameError: name 'undefined' is not defined (my_method.py, line 1)"),
+        ("import nowhere", "No module named 'nowhere'"),
+        ("x = 3", "has no attribute 'Mine'"),
+    ],
+)
+@pytest.mark.parametrize("key", ["algorithm", "model"])
+def test_whatever_a_module_raises_when_it_is_imported_is_one_line(module, capsys, key, text, told):
+    module("my_method", text)
+    assert main(["run", str(TINY), f"{key}=my_method:Mine", "output=out"]) == 2
+    (line,) = said(capsys.readouterr().err)
+    assert f"{key}.name = my_method:Mine: cannot be " in line and told in line
+
+
+def test_modules_of_the_users_may_import_torchvision(module, tmp_path):
+    module("mine_own", f"import torchvision\n{MODEL.format(line='import torchvision.ops')}")
+    module("my_method", "from torchvision.models import resnet18\nfrom fedlora_mpi.algorithms.fedavg import FedAvg as Mine\n")
+    line = ["run", TINY, "rounds=1", "model=mine_own:net", "algorithm=fedavg", "output=out"]
+    ended = finished(command(*line), tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    code = "from fedlora_mpi.algorithms import find; find('my_method:Mine')"
+    ended = finished([sys.executable, "-c", code], tmp_path)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_torchvision_is_not_imported_without_a_module_of_the_users():
+    code = (
+        "import sys; from fedlora_mpi.cli import main; from fedlora_mpi.config import read;"
+        f"from fedlora_mpi.build import build; from fedlora_mpi.comm import Solo; build(read({str(TINY)!r}), 'x', Solo());"
+        "sys.exit('torchvision' in sys.modules)"
+    )
+    assert finished([sys.executable, "-c", code], TINY.parent).returncode == 0
+
+
+def test_what_a_module_draws_at_its_import_is_the_same_everywhere_and_moves_no_draw(module):
+    text = "import random, numpy, torch\nDRAWN = [random.random(), numpy.random.rand(), float(torch.rand(()))]\n"
+    found = []
+    for seed in (3, 5):
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+        module("mine_own", text)
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        found.append(foreign.imported("mine_own:DRAWN"))
+        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert found[0] == found[1]
