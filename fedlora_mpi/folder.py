@@ -88,7 +88,8 @@ def same_as_begun(folder: Path, built: Built) -> None:
     _same_words(folder, built)
     _same_weights(folder, built)
     was, now, began = _begun_with(folder), kept(built.inventory), "when the run began"
-    if not was:  # a run of before there were inventories
+    of_config = (configs.digest(config) for config in (recorded_config(folder, ()), built.config))
+    if not was or len({*of_config}) > 1:  # a run of before there were inventories; ``newest`` tells of another config
         return
     moved = unlike(was["platform"], now["platform"], began)
     for kind in KEPT:
