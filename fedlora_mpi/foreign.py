@@ -14,7 +14,8 @@ def imported(name: str) -> Any:
 
     The module may import torchvision, also beside a CPU-only torch; what it draws from global generators while it is
     imported is the same in every process, and whether it was imported before moves no other draw. Raises
-    ImportError and AttributeError as Python does, ValueError for whatever else the module raises.
+    ImportError and AttributeError as Python does, ValueError for whatever else the module raises, and where a
+    library hides the user's file.
     """
     home, _, attribute = name.partition(":")
     vision.mend()
@@ -25,6 +26,9 @@ def imported(name: str) -> Any:
         raise
     except (Exception, SystemExit) as error:
         raise ValueError(described(error)) from error
+    own = Path(home.partition(".")[0] + ".py")
+    if not hasattr(module, attribute) and own.is_file() and own.resolve() != Path(getattr(module, "__file__", "")).resolve():
+        raise ValueError(f"{own.stem} is a module of Python or of a library, which comes before {own.resolve()}; rename that")
     return getattr(module, attribute)
 
 

@@ -107,3 +107,12 @@ def test_what_a_module_draws_at_its_import_is_the_same_everywhere_and_moves_no_d
         found.append(foreign.imported("mine_own:DRAWN"))
         assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["random", "copy", "yaml"])
+def test_a_file_that_a_library_hides_is_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    (tmp_path / f"{name}.py").write_text("def net(classes, shape): ...")
+    with pytest.raises(ValueError, match=f"{name} is a module of Python or of a library, which comes before .*{name}.py; rename"):
+        foreign.imported(f"{name}:net")
