@@ -58,3 +58,9 @@ def isolated(seed: int, *address: int | str) -> Iterator[None]:
     finally:
         random.setstate(of_python)
         np.random.set_state(of_numpy)
+
+
+def global_states() -> dict[str, object]:
+    """The states of the global generators, to compare: nothing of ours moves them."""
+    numpy = tuple(repr(part) if not isinstance(part, np.ndarray) else part.tobytes() for part in np.random.get_state())
+    return {"torch's": torch.get_rng_state().numpy().tobytes(), "numpy's": numpy, "Python's": random.getstate()}

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..batch import Batch
+from ..seeds import isolated
 from ..tree import Tree
+from . import counting
+from .purity import Effects, check_function, effects
 from .substitutes import Substitutes
+from .unwrapping import duplicate, refusing, unmade, unwrap
 
 Role = Literal["body", "head", "norm", "stats"]
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -55,14 +58,15 @@ class Model:
     modules: tuple[nn.Module, nn.Module]  # the skeleton in evaluation and in training mode
     bodies: tuple[nn.Module, nn.Module]  # the same with an identity for a head
     head: str  # name of the classifier among the modules
+    effects: Effects = Effects()  # of a pass, beside its logits and BatchNorm's statistics
 
     def __call__(self, tree: Tree, x: Tensor) -> Tensor:
-        return functional_call(self.modules[self.training], {**self.constants, **tree}, (x,))
+        return self._run(self.modules[self.training], {**self.constants, **tree}, x, self.effects)
 
     def features(self, tree: Tree, x: Tensor) -> Tensor:
         """What enters the head, [B, width]; needs no leaf of the head."""
         body = {n: v for n, v in {**self.constants, **tree}.items() if not n.startswith(f"{self.head}.")}
-        return functional_call(self.bodies[self.training], body, (x,))
+        return self._run(self.bodies[self.training], body, x, self.effects)
 
     def classify(self, tree: Tree, z: Tensor) -> Tensor:
         """The head on features [B, width]: logits [B, classes]; needs only leaves of the head.
@@ -70,7 +74,12 @@ class Model:
         ``model(tree, x)`` equals ``classify(tree, features(tree, x))`` where the head comes last.
         """
         head = {n.removeprefix(f"{self.head}."): v for n, v in tree.items() if n.startswith(f"{self.head}.")}
-        return functional_call(self.modules[self.training].get_submodule(self.head), head, (z,))
+        return self._run(self.modules[self.training].get_submodule(self.head), head, z, self.effects.within(self.head))
+
+    def _run(self, module: nn.Module, values: Tree, x: Tensor, effects: Effects) -> Tensor:
+        if effects == Effects():
+            return functional_call(module, values, (x,))
+        return effects.call(module, values, x, self.training)
 
     def zeros(self, samples: int) -> Tensor:
         """Inputs that say nothing, [samples, *shape]."""
@@ -86,11 +95,14 @@ class Model:
     def frozen(self, tree: Tree) -> Tree:
         """``tree`` detached, its statistics copied: for a forward pass that must leave no trace, such
         as a teacher's."""
-        return {n: v.detach().clone() if self.role(n) == "stats" else v.detach() for n, v in tree.items()}
+        return {n: v.detach().clone() if self._written(n) else v.detach() for n, v in tree.items()}
 
     def traceless(self, tree: Tree) -> Tree:
         """``tree`` with its statistics copied: for a further forward pass that trains, too."""
-        return {n: v.clone() if self.role(n) == "stats" else v for n, v in tree.items()}
+        return {n: v.clone() if self._written(n) else v for n, v in tree.items()}
+
+    def _written(self, leaf: str) -> bool:
+        return self.role(leaf) == "stats" or leaf in self.effects.parameters
 
     def evaluating(self) -> "Model":
         """The same network in evaluation mode."""
@@ -128,20 +140,24 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
     """The model of ``module``, whose present parameters become the initial values.
 
     ``shape``: of one input, without the batch axis; ``tokens``: as in ``Model``. Raises ValueError when the module does not map
-    [B, *shape] to [B, classes] or counts batches instead of using a momentum.
+    [B, *shape] to [B, classes], counts batches instead of using a momentum, or is not a function of its parameters, buffers
+    and inputs (see ``purity``).
     """
+    module = unwrap(module)
+    _make(module, _zeros(2, shape, tokens))
     for name, layer in module.named_modules():
         if isinstance(layer, _NormBase) and layer.track_running_stats:
             if layer.momentum is None:
                 raise ValueError(f"name: layer {name} has momentum None (a cumulative average)")
             layer.num_batches_tracked = None
-    traits = _trial(module, classes, shape, tokens)
+    traits = _trial(duplicate(module), classes, shape, tokens)
+    found = effects(module, _zeros(2, shape, tokens), tokens)
     leaves, initial, constants = _leaves(module)
     skeleton = copy.deepcopy(module).to("meta")
     head = next((n for n, m in module.named_modules() if m is _head(module)), "")
     modules = (skeleton.eval(), copy.deepcopy(skeleton).train())
     bodies = tuple(_beheaded(copy.deepcopy(m), head) for m in modules)
-    return Model(
+    model = Model(
         leaves,
         initial,
         constants,
@@ -153,7 +169,22 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
         modules=modules,
         bodies=bodies,
         head=head,
+        effects=found,
     )
+    check_function(module, model, tokens)
+    return model
+
+
+def _make(module: nn.Module, zeros: Tensor) -> None:
+    """Let a network that makes layers in its first pass (LazyLinear, or its own ``hasattr``) make them."""
+    with torch.no_grad(), refusing(zeros.shape[1:]):
+        if not unmade(module):
+            twin = duplicate(module)
+            with isolated(0, "trial"):
+                twin.eval()(zeros)
+            if len(list(twin.parameters())) == len(list(module.parameters())):
+                return
+        module.eval()(zeros)
 
 
 def _beheaded(module: nn.Module, head: str) -> nn.Module:
@@ -169,28 +200,21 @@ def _zeros(samples: int, shape: tuple[int, ...], tokens: int) -> Tensor:
 
 
 def _trial(module: nn.Module, classes: int, shape: tuple[int, ...], tokens: int) -> dict:
-    """Run the module once in each mode, and report what it does."""
+    """Run the module in each mode, and report what it does."""
     x = _zeros(2, shape, tokens)
     watch = Substitutes(None, torch.tensor(0))
-    with torch.no_grad(), watch:
-        before = {n: b.clone() for n, b in module.named_buffers()}
-        try:
-            unused = torch.get_rng_state()
-            outputs = [module.train()(x)]
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise ValueError(f"name: the model refuses inputs of shape {list(shape)}: {error}") from error
-        for n, b in module.named_buffers():
-            b.copy_(before[n])
-        with FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), isolated(0, "trial"):
+        with refusing(shape):
+            with watch:
+                outputs = [module.train()(x)]
             outputs.append(module.eval()(x))
-    if not torch.equal(unused, torch.get_rng_state()):
-        raise ValueError("name: the model draws random numbers other than by dropout, from a global generator")
+        flops = counting.of_forward(module, x)
     for logits in outputs:
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         if found != [2, classes]:
             raise ValueError(f"name: the model gives {found} for 2 samples, not [2, {classes}]")
     return {
-        "flops": counter.get_total_flops() // 2,
+        "flops": flops // 2,
         "batch_statistics": watch.met_batch_norm,
         "noisy": watch.met_noise,
     }

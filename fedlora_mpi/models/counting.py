@@ -1,0 +1,36 @@
+"""Floating-point operations, counted as they happen; a multiply-add is 2."""
+
+import sys
+from contextlib import nullcontext
+
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .unwrapping import brief
+
+
+class _NoModules(nullcontext):
+    """In the place of torch's tracker of modules, whose hooks raise "A leaf node was passed" where a parameter is a
+    module's input, as in every parametrization."""
+
+    parents = frozenset({"Global"})
+
+
+class FlopCounter(FlopCounterMode):
+    """torch's counter of matrix products and convolutions, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+        self.mod_tracker = _NoModules()
+
+
+def of_forward(module: nn.Module, x: Tensor) -> int:
+    """FLOPs of ``module(x)``; where torch cannot count them 2 for each parameter and sample, and a hint."""
+    try:
+        with FlopCounter() as counter:
+            module(x)
+        return counter.get_total_flops()
+    except Exception as error:
+        print(f"hint: model: FLOPs cannot be counted ({brief(error)}); taken as 2 for each parameter and sample",
+              file=sys.stderr, flush=True)
+        return 2 * len(x) * sum(v.numel() for v in module.parameters())

@@ -1,0 +1,292 @@
+"""Whether a network is a function of its leaves, its input and the key of its noise; tried at the build.
+
+A run gives each client's leaves to one skeleton, in any order, on any rank, and again after a resume. So a pass may
+write to float buffers and to parameters, and nothing else that it leaves behind may reach another pass.
+"""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..seeds import global_states, isolated, rng, uniform
+from ..tree import Tree
+from .state import Memory, forgetting, remembered
+from .substitutes import Substitutes
+from .unwrapping import brief, duplicate, refusing
+
+_KEYED = "nn.Dropout, functional.dropout with training=self.training, and Tensor.bernoulli_ in training draw from the run's seed"
+_ROUNDING = 1e-5  # of the largest logit
+_FLOAT_BUFFER = "make it a float buffer that training passes write to in place, such as self.{0}.add_(1), or leave it out"
+
+
+class Effects(NamedTuple):
+    """What passes do beside giving logits; nothing in an ordinary network."""
+
+    assigned: frozenset[str] = frozenset()  # float buffers that are replaced, where BatchNorm writes in place
+    parameters: frozenset[str] = frozenset()  # that are written to in any mode
+    evaluation: frozenset[str] = frozenset()  # leaves that a pass in evaluation mode writes to
+    modules: frozenset[str] = frozenset()  # submodules whose plain attributes change
+    input: bool = False  # it is written to
+
+    def call(self, module: nn.Module, values: Tree, x: Tensor, training: bool) -> Tensor:
+        """Logits of ``module`` with the leaves ``values``, into which only training writes."""
+        given, names = dict(values), self.modules.intersection(name for name, _ in module.named_modules())
+        if not training:
+            given |= {name: _copied(v, x) for name, v in values.items() if name in self.evaluation}
+        passed = dict(given)
+        with forgetting(module, names):
+            logits = functional_call(module, passed, (x.clone() if self.input else x,))
+        with torch.no_grad():
+            for name in self.assigned.intersection(given) if training else ():
+                if passed[name] is not given[name]:  # functional_call says so
+                    given[name].copy_(passed[name])
+        return logits
+
+    def within(self, submodule: str) -> "Effects":
+        """Those of a submodule alone, by its own names."""
+        own = lambda names: frozenset(
+            name.removeprefix(submodule).removeprefix(".") for name in names if f"{name}.".startswith(f"{submodule}.")
+        )
+        return Effects(own(self.assigned), own(self.parameters), own(self.evaluation), own(self.modules), self.input)
+
+
+def _copied(v: Tensor, x: Tensor) -> Tensor:
+    """A copy that a pass on ``x`` may write to: under vmap for each client of ``x``."""
+    return v + x.new_zeros((), dtype=v.dtype)
+
+
+class _Pass(NamedTuple):
+    """What was seen of a forward pass."""
+
+    training: bool
+    logits: Tensor
+    before: Memory
+    after: Memory
+    written: frozenset[str]  # leaves with other numbers afterwards
+    assigned: frozenset[str]  # leaves that are other tensors afterwards
+    input: bool
+
+
+class _Leaves:
+    """The parameters and float buffers of a module, as they were."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._names = self._present()
+        self._places = [
+            (own, name, value, value.detach().clone())
+            for layer in module.modules()
+            for own in (layer._parameters, layer._buffers)
+            for name, value in own.items()
+            if value is not None and (own is layer._parameters or value.is_floating_point())
+        ]
+        named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+        self._called = {id(value): name for name, value in reversed(named)}
+
+    def put_back(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Undo what a pass did. The names of leaves with other numbers, and of those that are other tensors."""
+        if changed := self._names ^ self._present():
+            raise ValueError(f"name: a forward pass adds or removes {min(changed)}; make all parameters and buffers in __init__")
+        written, assigned = set(), set()
+        for own, name, value, initial in self._places:
+            called, now = self._called[id(value)], own[name]
+            if now is not value:
+                self._check(called, isinstance(value, nn.Parameter), initial, now)
+                assigned.add(called)
+            if not _same(now, initial) or not _same(value, initial):
+                written.add(called)
+                value.data.copy_(initial)
+            own[name] = value
+        return frozenset(written), frozenset(assigned)
+
+    def named(self) -> list[tuple[str, Tensor]]:
+        """Parameters and buffers as they are now, each under all its names."""
+        parts = self._module.named_parameters, self._module.named_buffers
+        return [(name, v.detach()) for part in parts for name, v in part(remove_duplicate=False)]
+
+    def move(self) -> None:
+        """Give every leaf other numbers."""
+        for number, value in enumerate({id(value): value for _, _, value, _ in self._places}.values()):
+            value.data.copy_(_moved(value.detach(), isinstance(value, nn.Parameter), number))
+
+    def _present(self) -> set[str]:
+        return {name for name, _ in self.named()}
+
+    @staticmethod
+    def _check(name: str, parameter: bool, initial: Tensor, now: Tensor) -> None:
+        """Raise ValueError where what a pass assigned cannot take the leaf's place."""
+        at = name.rpartition(".")[2]
+        if parameter:
+            raise ValueError(f"name: a forward pass replaces parameter {name}; write to it in place under "
+                             f"torch.no_grad(), such as self.{at}.copy_(...)")
+        if (now.shape, now.dtype) != (initial.shape, initial.dtype):
+            was, is_ = (f"{list(v.shape)} {str(v.dtype).removeprefix('torch.')}" for v in (initial, now))
+            raise ValueError(f"name: a forward pass turns buffer {name} from {was} into {is_}; give it its shape and "
+                             "type in __init__, or hold what is only cached in a plain attribute")
+
+
+def effects(module: nn.Module, zeros: Tensor, tokens: int) -> Effects:
+    """What passes of ``module`` leave behind, which is not changed; ``zeros``: two inputs, ``tokens``: as in ``Model``.
+
+    Raises ValueError where a pass draws from a global generator, or earlier passes may change its result.
+    """
+    twin = duplicate(module)
+    leaves, (x, other) = _Leaves(twin), _inputs(module, zeros, tokens)
+    train, evaluate = partial(_watched, twin, leaves, True), partial(_watched, twin, leaves, False)
+    with torch.no_grad(), isolated(0, "trial"):
+        first, *trained, last = evaluate(x), *map(train, (x, other, other, x)), evaluate(x)
+        passes = (first, *trained, evaluate(other), evaluate(other), last)
+    for one, again in ((trained[0], trained[3]), (trained[1], trained[2]), (first, last), passes[5:7]):
+        _compare(one, again)
+    in_evaluation = frozenset().union(*(each.written | each.assigned for each in passes if not each.training))
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    return Effects(
+        assigned=frozenset().union(*(each.assigned for each in passes)),
+        parameters=frozenset().union(*(each.written for each in passes)) & parameters,
+        evaluation=in_evaluation,
+        modules=_owners(module, {name for each in passes for name in _changed(first.before, each.after)}),
+        input=any(each.input for each in passes),
+    )
+
+
+def check_function(module: nn.Module, model, tokens: int) -> None:
+    """Raise ValueError where ``model`` with other leaves than the initial ones does not what ``module`` does with them.
+
+    By other leaves shows a weight that a pass takes from elsewhere. ``module`` is as before afterwards.
+    """
+    leaves, (x, _) = _Leaves(module), _inputs(module, model.zeros(2), tokens)
+    with torch.no_grad(), isolated(0, "trial"), forgetting(module, model.effects.modules):
+        for training in (False, True):
+            leaves.move()
+            tree = {name: v.clone() for name, v in leaves.named() if name in (model.initial | model.constants)}
+            try:
+                with _noise(training):
+                    ours = (model if training else model.evaluating())(tree, x.clone())
+            except Exception as error:
+                raise ValueError("name: the model cannot run with weights that torch.func.functional_call gives it: "
+                                 f"{brief(error)}") from error
+            with _noise(training):
+                theirs = module.train(training)(x.clone())
+            after = dict(leaves.named()) if training else {}
+            same = _near(ours, theirs) and all(_near(tree[n], after[n]) for n in after if model.role(n) == "stats")
+            leaves.put_back()
+            if not same:
+                raise ValueError(f"name: {_elsewhere(module)}")
+
+
+def _inputs(module: nn.Module, zeros: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Two batches of different numbers; zeros where the network does not take them."""
+    draw = rng(0, "trial")
+    found = []
+    for _ in range(2):
+        if tokens:
+            found.append(torch.randint(tokens, zeros.shape, generator=draw))
+        else:
+            found.append(torch.randn(zeros.shape, generator=draw))
+    twin = duplicate(module)
+    try:
+        with torch.no_grad(), isolated(0, "trial"), _noise(True):
+            for x in found:
+                twin.train()(x.clone())
+    except Exception:
+        return zeros, zeros
+    return tuple(found)
+
+
+def _noise(training: bool) -> AbstractContextManager:
+    """What a pass runs under: in a run, too, evaluation knows no noise."""
+    return Substitutes(None, torch.tensor(0)) if training else nullcontext()
+
+
+def _watched(module: nn.Module, leaves: _Leaves, training: bool, x: Tensor) -> _Pass:
+    """A forward pass, whose writing to leaves is undone. Raises ValueError when it draws from a global generator."""
+    given, before, states = x.clone(), remembered(module), global_states()
+    with refusing(x.shape[1:]), _noise(training):
+        logits = module.train(training)(given).clone()
+    for owner, state in global_states().items():
+        if state != states[owner]:
+            mode = "training" if training else "evaluation"
+            raise ValueError(f"name: a forward pass in {mode} draws random numbers from {owner} global generator, which "
+                             f"other ranks and a resume have in another state; {_KEYED}")
+    return _Pass(training, logits, before, remembered(module), *leaves.put_back(), not _same(given, x))
+
+
+def _compare(one: _Pass, again: _Pass) -> None:
+    """Raise ValueError unless two passes on the same leaves and input did the same."""
+    mode = "training" if one.training else "evaluation"
+    changed = _changed(one.after, again.after)
+    for name in changed:
+        kinds = {memory[name].kind for memory in (one.after, again.after) if name in memory}
+        at = name.rpartition(" ")[2].rpartition(".")[2]
+        if "generator" in kinds:
+            raise ValueError(f"name: a forward pass in {mode} draws random numbers from {name}, a generator of its own, "
+                             f"which other ranks and a resume have in another state; {_KEYED}")
+        if "number" in kinds:
+            raise ValueError(f"name: a forward pass in {mode} changes {name} each time, which counts differently on "
+                             f"other ranks and after a resume; {_FLOAT_BUFFER.format(at)}")
+    if not _near(one.logits, again.logits):
+        found = [*changed, *_changed(one.before, again.before)]
+        if found:
+            at = found[0].rpartition(" ")[2].rpartition(".")[2]
+            raise ValueError(f"name: a forward pass in {mode} depends on {found[0]}, which earlier passes change; "
+                             f"register_buffer {at!r} as floats and write to it in place in training (self.{at}.copy_(...)), "
+                             "or leave it out")
+        raise ValueError(f"name: two forward passes in {mode} with the same weights on the same input give different "
+                         "results, as of a clock or of random numbers of its own; " + _KEYED)
+
+
+def _changed(one: Memory, other: Memory) -> list[str]:
+    """What differs, by name."""
+    return [name for name in (one | other) if one.get(name) != other.get(name)]
+
+
+def _owners(module: nn.Module, names: Iterable[str]) -> frozenset[str]:
+    """The submodules to which these attributes belong."""
+    layers, found = dict(module.named_modules()), set()
+    for name in names:
+        kind, _, path = name.partition(" ")
+        while kind == "attribute" and path:
+            path = path.rpartition(".")[0]
+            if path in layers:
+                found.add(path)
+                break
+    return frozenset(found)
+
+
+def _moved(value: Tensor, parameter: bool, number: int) -> Tensor:
+    """Other numbers than ``value``: of a parameter about it, of a buffer a little nearer to zero."""
+    share = uniform(torch.tensor(number), tuple(value.shape)).to(value.dtype)
+    return value * (1 + 0.1 * share) + 0.01 * share if parameter else value * (1 - 0.1 * share)
+
+
+def _elsewhere(module: nn.Module) -> str:
+    """Why a pass has other weights than those it is given."""
+    own = {id(v): name for name, v in module.named_parameters()}
+    for path, layer in module.named_modules():
+        for name, value in vars(layer).items():
+            held = value.values() if isinstance(value, dict) else value
+            if name.startswith("_") and name in ("_parameters", "_buffers", "_modules"):
+                continue
+            for tensor in held if isinstance(held, list | tuple | type({}.values())) else [held]:
+                if id(tensor) in own:
+                    where = f"{path}.{name}".lstrip(".")
+                    return (f"attribute {where} holds parameter {own[id(tensor)]} a second time, which then does not "
+                            "follow the clients' weights; use nn.ParameterList, nn.ParameterDict, or the parameter's own name")
+    return ("a forward pass takes weights from elsewhere than the module's parameters and buffers (a function made in "
+            "__init__ that holds a layer, a copy of a parameter?), so that it does not follow the clients' weights; "
+            "read them as self.NAME in forward")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    """Equal but for the last bits."""
+    top = b.nan_to_num(0, 0, 0).abs().max()
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=_ROUNDING * float(top), equal_nan=True)

@@ -1,0 +1,100 @@
+"""The plain network inside what a builder returned: no wrapper of one machine, on the CPU, every layer made."""
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """``module`` without DataParallel, DistributedDataParallel and torch.compile, on the CPU.
+
+    Raises ValueError for scripted modules and for weights on the meta device.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise ValueError(f"name: {_called(name)} is a scripted or traced module (torch.jit), whose weights cannot "
+                             "be given from outside; return the nn.Module that it was made from")
+    module = _inside(module)
+    for layer in module.modules():
+        for name, child in layer._modules.items():
+            layer._modules[name] = _inside(child)
+        layer._compiled_call_impl = None  # of ``layer.compile()``
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if value.is_meta:
+            raise ValueError(f"name: {name} is on device meta and has no numbers; build the model on the CPU")
+        if value.device.type != "cpu":
+            module = module.cpu()
+            break
+    for layer in module.modules():
+        _detach(layer)
+    return module
+
+
+def unmade(module: nn.Module) -> bool:
+    """Whether some layer, such as LazyLinear, gets its shape in the first pass."""
+    return any(map(nn.parameter.is_lazy, (*module.parameters(), *module.buffers())))
+
+
+def duplicate(module: nn.Module) -> nn.Module:
+    """A deep copy. Raises ValueError that names what cannot be copied."""
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:
+        name = next(_uncopied(module), "it")
+        raise ValueError(f"name: {name} cannot be copied by copy.deepcopy ({brief(error)}); "
+                         "keep it out of the module") from error
+
+
+def brief(error: BaseException) -> str:
+    """What an exception says, on one line; with its type, unless that says nothing."""
+    said = " ".join(str(error).split())
+    if not said or type(error) not in (RuntimeError, ValueError, AssertionError):
+        said = f"{type(error).__name__}: {said}".removesuffix(": ")
+    return said if len(said) <= 300 else f"{said[:297]}..."
+
+
+@contextmanager
+def refusing(shape: Iterable[int]) -> Iterator[None]:
+    """Turn what a forward pass of a user's network raises into a ValueError."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"name: the model refuses inputs of shape {list(shape)}: {brief(error)}") from error
+
+
+def _called(name: str) -> str:
+    return f"layer {name}" if name else "the model"
+
+
+def _inside(module: nn.Module | None) -> nn.Module | None:
+    while True:
+        if isinstance(module, _PARALLEL):
+            module = module.module
+        elif module is not None and "_orig_mod" in module._modules:  # of torch.compile(module)
+            module = module._orig_mod
+        else:
+            return module
+
+
+def _detach(layer: nn.Module) -> None:
+    """Cut attributes off the graph that made them, as of torch.nn.utils.weight_norm: else none can be copied."""
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor) and not value.is_leaf:
+            vars(layer)[name] = value.detach()
+
+
+def _uncopied(module: nn.Module) -> Iterator[str]:
+    """Names of attributes that cannot be copied."""
+    for path, layer in module.named_modules():
+        for name, value in vars(layer).items():
+            if name == "_modules":
+                continue
+            try:
+                copy.deepcopy(value)
+            except Exception:
+                yield f"{path}.{name}".lstrip(".")
