@@ -24,13 +24,13 @@ class FlopCounter(FlopCounterMode):
         self.mod_tracker = _NoModules()
 
 
-def of_forward(module: nn.Module, x: Tensor) -> int:
-    """FLOPs of ``module(x)``; where torch cannot count them 2 for each parameter and sample, and a hint."""
+def of_forward(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    """``module(x)`` and its FLOPs; where torch cannot count them 2 for each parameter and sample, and a hint."""
     try:
         with FlopCounter() as counter:
-            module(x)
-        return counter.get_total_flops()
+            return module(x), counter.get_total_flops()
     except Exception as error:
+        logits = module(x)  # raises it again where it is the module's own
         print(f"hint: model: FLOPs cannot be counted ({brief(error)}); taken as 2 for each parameter and sample",
               file=sys.stderr, flush=True)
-        return 2 * len(x) * sum(v.numel() for v in module.parameters())
+        return logits, 2 * len(x) * sum(v.numel() for v in module.parameters())

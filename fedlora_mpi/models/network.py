@@ -20,8 +20,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..batch import Batch
 from ..seeds import isolated
 from ..tree import Tree
-from . import counting
-from .purity import Effects, check_function, effects
+from .counting import of_forward
+from .purity import Effects, check_function, effects, inputs
 from .substitutes import Substitutes
 from .unwrapping import duplicate, refusing, unmade, unwrap
 
@@ -143,15 +143,16 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
     [B, *shape] to [B, classes], counts batches instead of using a momentum, or is not a function of its parameters, buffers
     and inputs (see ``purity``).
     """
-    module = unwrap(module)
-    _make(module, _zeros(2, shape, tokens))
+    module, zeros = unwrap(module), _zeros(2, shape, tokens)
+    _make(module, zeros)
     for name, layer in module.named_modules():
         if isinstance(layer, _NormBase) and layer.track_running_stats:
             if layer.momentum is None:
                 raise ValueError(f"name: layer {name} has momentum None (a cumulative average)")
             layer.num_batches_tracked = None
-    traits = _trial(duplicate(module), classes, shape, tokens)
-    found = effects(module, _zeros(2, shape, tokens), tokens)
+    traits = _trial(duplicate(module), classes, zeros)
+    x, other = inputs(module, zeros, tokens)
+    found = effects(module, x, other)
     leaves, initial, constants = _leaves(module)
     skeleton = copy.deepcopy(module).to("meta")
     head = next((n for n, m in module.named_modules() if m is _head(module)), "")
@@ -171,7 +172,7 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
         head=head,
         effects=found,
     )
-    check_function(module, model, tokens)
+    check_function(module, model, x)
     return model
 
 
@@ -199,16 +200,14 @@ def _zeros(samples: int, shape: tuple[int, ...], tokens: int) -> Tensor:
     return torch.zeros(samples, *shape, dtype=torch.int64 if tokens else torch.float32)
 
 
-def _trial(module: nn.Module, classes: int, shape: tuple[int, ...], tokens: int) -> dict:
-    """Run the module in each mode, and report what it does."""
-    x = _zeros(2, shape, tokens)
+def _trial(module: nn.Module, classes: int, x: Tensor) -> dict:
+    """Run the module in each mode on two samples, and report what it does."""
     watch = Substitutes(None, torch.tensor(0))
-    with torch.no_grad(), isolated(0, "trial"):
-        with refusing(shape):
-            with watch:
-                outputs = [module.train()(x)]
-            outputs.append(module.eval()(x))
-        flops = counting.of_forward(module, x)
+    with torch.no_grad(), isolated(0, "trial"), refusing(x.shape[1:]):
+        with watch:
+            outputs = [module.train()(x)]
+        logits, flops = of_forward(module.eval(), x)
+        outputs.append(logits)
     for logits in outputs:
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         if found != [2, classes]:

@@ -4,7 +4,7 @@ A run gives each client's leaves to one skeleton, in any order, on any rank, and
 write to float buffers and to parameters, and nothing else that it leaves behind may reach another pass.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..seeds import global_states, isolated, rng, uniform
+from ..seeds import global_states, isolated, rng
 from ..tree import Tree
 from .state import Memory, forgetting, remembered
 from .substitutes import Substitutes
 from .unwrapping import brief, duplicate, refusing
 
 _KEYED = "nn.Dropout, functional.dropout with training=self.training, and Tensor.bernoulli_ in training draw from the run's seed"
-_ROUNDING = 1e-5  # of the largest logit
+_ROUNDING = 1e-3  # of the largest number, through many layers
 _FLOAT_BUFFER = "make it a float buffer that training passes write to in place, such as self.{0}.add_(1), or leave it out"
 
 
@@ -130,19 +130,20 @@ class _Leaves:
                              "type in __init__, or hold what is only cached in a plain attribute")
 
 
-def effects(module: nn.Module, zeros: Tensor, tokens: int) -> Effects:
-    """What passes of ``module`` leave behind, which is not changed; ``zeros``: two inputs, ``tokens``: as in ``Model``.
+def effects(module: nn.Module, x: Tensor, other: Tensor) -> Effects:
+    """What passes of ``module``, which is not changed, leave behind; two inputs [2, ...] to try.
 
     Raises ValueError where a pass draws from a global generator, or earlier passes may change its result.
     """
-    twin = duplicate(module)
-    leaves, (x, other) = _Leaves(twin), _inputs(module, zeros, tokens)
-    train, evaluate = partial(_watched, twin, leaves, True), partial(_watched, twin, leaves, False)
     with torch.no_grad(), isolated(0, "trial"):
-        first, *trained, last = evaluate(x), *map(train, (x, other, other, x)), evaluate(x)
-        passes = (first, *trained, evaluate(other), evaluate(other), last)
-    for one, again in ((trained[0], trained[3]), (trained[1], trained[2]), (first, last), passes[5:7]):
-        _compare(one, again)
+        train, evaluate = _passes(duplicate(module))
+        passes = [evaluate(x), *map(train, (x, other, other, x)), *map(evaluate, (other, other, x))]
+        fresh = _passes(duplicate(module))[0](other)  # what the first pass has set was of ``x``
+    for one, again in ((1, 4), (2, 3), (0, 7), (5, 6)):
+        _compare(passes[one], passes[again])
+    if not _same(fresh.logits, passes[2].logits):
+        _compare(fresh, passes[2])
+    first = passes[0]
     in_evaluation = frozenset().union(*(each.written | each.assigned for each in passes if not each.training))
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     return Effects(
@@ -154,48 +155,55 @@ def effects(module: nn.Module, zeros: Tensor, tokens: int) -> Effects:
     )
 
 
-def check_function(module: nn.Module, model, tokens: int) -> None:
+def check_function(module: nn.Module, model, x: Tensor) -> None:
     """Raise ValueError where ``model`` with other leaves than the initial ones does not what ``module`` does with them.
 
     By other leaves shows a weight that a pass takes from elsewhere. ``module`` is as before afterwards.
     """
-    leaves, (x, _) = _Leaves(module), _inputs(module, model.zeros(2), tokens)
+    leaves = _Leaves(module)
     with torch.no_grad(), isolated(0, "trial"), forgetting(module, model.effects.modules):
         for training in (False, True):
             leaves.move()
             tree = {name: v.clone() for name, v in leaves.named() if name in (model.initial | model.constants)}
+            leaves.put_back()  # so that a weight from there is another than in ``tree``
             try:
                 with _noise(training):
                     ours = (model if training else model.evaluating())(tree, x.clone())
             except Exception as error:
                 raise ValueError("name: the model cannot run with weights that torch.func.functional_call gives it: "
                                  f"{brief(error)}") from error
+            leaves.move()
             with _noise(training):
                 theirs = module.train(training)(x.clone())
-            after = dict(leaves.named()) if training else {}
-            same = _near(ours, theirs) and all(_near(tree[n], after[n]) for n in after if model.role(n) == "stats")
+            after = {n: v for n, v in leaves.named() if training and model.role(n) == "stats"}
+            same = _near(ours, theirs) and all(_near(tree[name], v) for name, v in after.items())
             leaves.put_back()
             if not same:
                 raise ValueError(f"name: {_elsewhere(module)}")
 
 
-def _inputs(module: nn.Module, zeros: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Two batches of different numbers; zeros where the network does not take them."""
+def _passes(module: nn.Module) -> tuple[Callable[[Tensor], _Pass], Callable[[Tensor], _Pass]]:
+    """Forward passes of ``module`` in training and in evaluation, from the same leaves: other than the initial ones, for
+    a head of zeros would hide all before it."""
+    _Leaves(module).move()
+    leaves = _Leaves(module)
+    return partial(_watched, module, leaves, True), partial(_watched, module, leaves, False)
+
+
+def inputs(module: nn.Module, zeros: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Two inputs of different numbers, like ``zeros``; zeros where the network does not take others.
+
+    tokens: as in ``Model``.
+    """
     draw = rng(0, "trial")
-    found = []
-    for _ in range(2):
-        if tokens:
-            found.append(torch.randint(tokens, zeros.shape, generator=draw))
-        else:
-            found.append(torch.randn(zeros.shape, generator=draw))
-    twin = duplicate(module)
+    numbers = partial(torch.randint, tokens) if tokens else torch.randn
+    x, other = (numbers(zeros.shape, generator=draw) for _ in range(2))
     try:
         with torch.no_grad(), isolated(0, "trial"), _noise(True):
-            for x in found:
-                twin.train()(x.clone())
+            duplicate(module).train()(x.clone())
     except Exception:
         return zeros, zeros
-    return tuple(found)
+    return x, other
 
 
 def _noise(training: bool) -> AbstractContextManager:
@@ -229,7 +237,7 @@ def _compare(one: _Pass, again: _Pass) -> None:
         if "number" in kinds:
             raise ValueError(f"name: a forward pass in {mode} changes {name} each time, which counts differently on "
                              f"other ranks and after a resume; {_FLOAT_BUFFER.format(at)}")
-    if not _near(one.logits, again.logits):
+    if not _same(one.logits, again.logits):
         found = [*changed, *_changed(one.before, again.before)]
         if found:
             at = found[0].rpartition(" ")[2].rpartition(".")[2]
@@ -260,7 +268,7 @@ def _owners(module: nn.Module, names: Iterable[str]) -> frozenset[str]:
 
 def _moved(value: Tensor, parameter: bool, number: int) -> Tensor:
     """Other numbers than ``value``: of a parameter about it, of a buffer a little nearer to zero."""
-    share = uniform(torch.tensor(number), tuple(value.shape)).to(value.dtype)
+    share = torch.linspace(0, 1, value.numel(), dtype=value.dtype).roll(7919 * number).view(value.shape)
     return value * (1 + 0.1 * share) + 0.01 * share if parameter else value * (1 - 0.1 * share)
 
 
@@ -287,6 +295,6 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
-    """Equal but for the last bits."""
-    top = b.nan_to_num(0, 0, 0).abs().max()
+    """Equal but for rounding."""
+    top = b.nan_to_num(0, 0, 0).abs().max() if b.numel() else 0
     return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=_ROUNDING * float(top), equal_nan=True)

@@ -60,7 +60,7 @@ def remembered(module: nn.Module) -> Memory:
                 if isinstance(value, _PLAIN):
                     _add(found, f"class attribute {kind.__name__}.{name}", value, seen, 0)
     for function in functions:
-        for name, value in _variables(function):
+        for name, value in _variables(function, seen):
             if isinstance(value, _PLAIN):
                 _add(found, f"variable {name}", value, seen, 0)
     return found
@@ -167,17 +167,29 @@ def _digest(array: np.ndarray) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(array), digest_size=16).digest()
 
 
-def _variables(function: object) -> Iterator[tuple[str, object]]:
-    """The global and enclosing variables that a function of the user's names."""
+def _variables(function: object, seen: set[int]) -> Iterator[tuple[str, object]]:
+    """The global and enclosing variables that a function of the user's names, and those of the functions among them."""
     function = getattr(function, "__func__", function)
     if not isinstance(function, FunctionType) or (function.__module__ or "").partition(".")[0] in _LIBRARIES:
         return
+    if id(function) in seen:
+        return
+    seen.add(id(function))
+    for name, value in (*_globals(function), *_enclosing(function)):
+        yield name, value
+        yield from _variables(value, seen)
+
+
+def _globals(function: FunctionType) -> Iterator[tuple[str, object]]:
     names, waiting = set(), [function.__code__]
     while waiting:
         code = waiting.pop()
         names.update(code.co_names)
         waiting += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
     yield from ((name, function.__globals__[name]) for name in sorted(names & function.__globals__.keys()))
+
+
+def _enclosing(function: FunctionType) -> Iterator[tuple[str, object]]:
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
         try:
             yield name, cell.cell_contents
