@@ -98,7 +98,7 @@ class Run:
     @cached_property
     def flops(self) -> tuple[Flops, ...]:
         """What the clients of each kind compute."""
-        return tuple(Flops(kind.trainer, kind.arrived, self.comm.pulse.beat) for kind in self.kinds)
+        return tuple(Flops(kind.trainer, kind.arrived, self.comm.pulse.beat, self.comm.rank == 0) for kind in self.kinds)
 
     @cached_property
     def compared(self) -> tuple[slice, ...]:

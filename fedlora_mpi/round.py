@@ -14,6 +14,7 @@ from .algorithm import Algorithm, Cohort
 from .clock import STAGES
 from .comm import Fault
 from .decomposition import right_vectors
+from .engine.flops import UNCOUNTED
 from .federation import Run, State
 from .mixing import Packed
 from .privacy.clipping import contribution, of_server
@@ -319,10 +320,13 @@ def _bytes(run: Run, shared: Tree, chosen: frozenset[int], sent: int, message: i
 
 
 def _flops(run: Run, chosen: frozenset[int], round_: int) -> int:
-    """Floating-point operations of the cohort's local training. ``run``: the whole one, whose counts last."""
+    """Floating-point operations of the cohort's local training, or UNCOUNTED. ``run``: the whole one, whose counts last."""
     sizes = run.of_round(round_).sizes
     alike = Counter((run.kind_of[c], sizes[c]) for c in chosen)
-    return sum(count * run.flops[kind].of_round(size, round_) for (kind, size), count in alike.items())
+    each = {of: run.flops[of[0]].of_round(of[1], round_) for of in alike}
+    if UNCOUNTED in each.values():
+        return UNCOUNTED
+    return sum(count * each[of] for of, count in alike.items())
 
 
 def _broken(run: Run, round_: int, broken: list[int]) -> frozenset[int]:

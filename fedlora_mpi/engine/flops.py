@@ -6,34 +6,56 @@ samples, exactly, so the cost of any client's round follows without playing it. 
 odd n above 1 apart: a method may train on halves of a batch, and a half of one sample is that sample.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..algorithm import Batch, Phase, Step, Vars
+from ..models.counting import FlopCounter
 from ..models.network import Model
+from ..models.unwrapping import brief
 from ..tree import tmap
 from .train import Trainer
 from .walk import Walk
+
+UNCOUNTED = -1
+
+
+class _Uncountable(Exception):
+    """A step that cannot be counted."""
 
 
 @dataclass(frozen=True)
 class Flops:
     """What the clients of one kind compute; ``first``: the variables of any of them in round 1, as they arrive;
-    ``beat`` is called before every count."""
+    ``beat`` is called before every count; ``tells``: whether the user hears of what cannot be counted."""
 
     trainer: Trainer
     first: Vars
     beat: Callable[[], None] = lambda: None
+    tells: bool = True
     _known: dict[tuple, int] = field(default_factory=dict)  # what was counted
+    _failed: list[Exception] = field(default_factory=list)  # why nothing more is
 
     def of_round(self, samples: int, round_: int) -> int:
-        """FLOPs of one client with so many training samples in round ``round_`` (from 0).
+        """FLOPs of one client with so many training samples in round ``round_`` (from 0); UNCOUNTED where a step cannot
+        be counted, for a figure in the log is no reason to end a run.
 
         Equal steps are counted once for all rounds; epochs and samples are those of the round.
         """
+        if not self._failed:
+            try:
+                return self._of_round(samples, round_)
+            except _Uncountable as error:
+                self._failed.append(error)
+                if self.tells:
+                    print(f"hint: FLOPs cannot be counted ({error}); the log has {UNCOUNTED} for them",
+                          file=sys.stderr, flush=True)
+        return UNCOUNTED
+
+    def _of_round(self, samples: int, round_: int) -> int:
         algorithm, settings = self.trainer.algorithm, self.trainer.settings
         phases, total = algorithm.phases(self._model, settings, round_), 0
         for number, phase in enumerate(phases):
@@ -101,6 +123,9 @@ class Flops:
 
     @staticmethod
     def _counted(compute: Callable, *given) -> int:
-        with FlopCounterMode(display=False) as counter:
-            compute(*given)
+        try:
+            with FlopCounter() as counter:
+                compute(*given)
+        except Exception as error:
+            raise _Uncountable(brief(error)) from error
         return counter.get_total_flops()

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ..batch import Batch
 from ..seeds import isolated
@@ -27,6 +29,8 @@ from .unwrapping import duplicate, refusing, unmade, unwrap
 
 Role = Literal["body", "head", "norm", "stats"]
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+
+_RESHAPING = (WeightNorm, SpectralNorm)  # whose parameters are no weights: the layer's weight is computed from them
 
 
 class Leaf(NamedTuple):
@@ -228,12 +232,15 @@ def _leaves(module: nn.Module) -> tuple[dict[str, Leaf], Tree, Tree]:
         if not value.is_floating_point():
             constants[name] = value.detach().clone()
             continue
-        owner = module.get_submodule(name.rpartition(".")[0])
+        layer, parametrized, _ = name.partition(".parametrizations.")  # of torch.nn.utils.parametrize: part of its layer
+        owner = module.get_submodule(layer if parametrized else name.rpartition(".")[0])
+        weighs = not parametrized and not any(isinstance(hook, _RESHAPING) for hook in owner._forward_pre_hooks.values())
         if name not in parameters:
             role = "stats"
         else:
             role = "norm" if isinstance(owner, _NORMS) else "head" if owner is head else "body"
-        leaves[name] = Leaf(tuple(value.shape), role, _matrix(owner, value) if role in ("body", "head") else "")
+        matrix = _matrix(owner, value) if role in ("body", "head") and weighs else ""
+        leaves[name] = Leaf(tuple(value.shape), role, matrix)
         initial[name] = value.detach().clone()
     return leaves, initial, constants
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from ..seeds import global_states, isolated, rng
 from ..tree import Tree
@@ -32,6 +33,7 @@ class Effects(NamedTuple):
     evaluation: frozenset[str] = frozenset()  # leaves that a pass in evaluation mode writes to
     modules: frozenset[str] = frozenset()  # submodules whose plain attributes change
     input: bool = False  # it is written to
+    out: bool = False  # some function has an argument out, which torch.func.vmap refuses
 
     def call(self, module: nn.Module, values: Tree, x: Tensor, training: bool) -> Tensor:
         """Logits of ``module`` with the leaves ``values``, into which only training writes."""
@@ -39,7 +41,7 @@ class Effects(NamedTuple):
         if not training:
             given |= {name: _copied(v, x) for name, v in values.items() if name in self.evaluation}
         passed = dict(given)
-        with forgetting(module, names):
+        with forgetting(module, names), Copying() if self.out else nullcontext():
             logits = functional_call(module, passed, (x.clone() if self.input else x,))
         with torch.no_grad():
             for name in self.assigned.intersection(given) if training else ():
@@ -52,7 +54,24 @@ class Effects(NamedTuple):
         own = lambda names: frozenset(
             name.removeprefix(submodule).removeprefix(".") for name in names if f"{name}.".startswith(f"{submodule}.")
         )
-        return Effects(own(self.assigned), own(self.parameters), own(self.evaluation), own(self.modules), self.input)
+        return Effects(own(self.assigned), own(self.parameters), own(self.evaluation), own(self.modules), self.input, self.out)
+
+
+class Copying(TorchFunctionMode):
+    """Gives functions no argument ``out``, as spectral_norm does, and copies their results there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        out = kwargs.pop("out", None)
+        result = func(*args, **kwargs)
+        if not isinstance(out, Tensor):
+            return result if out is None else func(*args, out=out, **kwargs)
+        self.met = True
+        return out.copy_(result) if out.shape == result.shape else func(*args, out=out, **kwargs)
 
 
 def _copied(v: Tensor, x: Tensor) -> Tensor:
@@ -70,6 +89,7 @@ class _Pass(NamedTuple):
     written: frozenset[str]  # leaves with other numbers afterwards
     assigned: frozenset[str]  # leaves that are other tensors afterwards
     input: bool
+    out: bool
 
 
 class _Leaves:
@@ -152,6 +172,7 @@ def effects(module: nn.Module, x: Tensor, other: Tensor) -> Effects:
         evaluation=in_evaluation,
         modules=_owners(module, {name for each in passes for name in _changed(first.before, each.after)}),
         input=any(each.input for each in passes),
+        out=any(each.out for each in passes),
     )
 
 
@@ -214,14 +235,14 @@ def _noise(training: bool) -> AbstractContextManager:
 def _watched(module: nn.Module, leaves: _Leaves, training: bool, x: Tensor) -> _Pass:
     """A forward pass, whose writing to leaves is undone. Raises ValueError when it draws from a global generator."""
     given, before, states = x.clone(), remembered(module), global_states()
-    with refusing(x.shape[1:]), _noise(training):
+    with refusing(x.shape[1:]), _noise(training), Copying() as copying:
         logits = module.train(training)(given).clone()
     for owner, state in global_states().items():
         if state != states[owner]:
             mode = "training" if training else "evaluation"
             raise ValueError(f"name: a forward pass in {mode} draws random numbers from {owner} global generator, which "
                              f"other ranks and a resume have in another state; {_KEYED}")
-    return _Pass(training, logits, before, remembered(module), *leaves.put_back(), not _same(given, x))
+    return _Pass(training, logits, before, remembered(module), *leaves.put_back(), not _same(given, x), copying.met)
 
 
 def _compare(one: _Pass, again: _Pass) -> None:
