@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import small
 from fedlora_mpi.models.network import from_module
@@ -209,6 +210,13 @@ REFUSED = {
     "a parameter in a list": (
         lambda self, z: z @ self.own[0], lambda self: self.own.append(self.square),
         "attribute own holds parameter square a second time"),
+    "a hook that holds the model": (
+        lambda self, z: z + self.kept["z"],
+        lambda self: (vars(self).update(kept={}), self.body.register_forward_hook(lambda m, i, o: self.kept.update(z=o))),
+        "a copy of the model fails.*'z'.*make it a method"),
+    "gradient checkpointing": (
+        lambda self, z: checkpoint(self.more, z, use_reentrant=False), lambda self: setattr(self, "more", nn.Linear(WIDTH, WIDTH)),
+        "cannot run with weights that.*gradient checkpointing"),
     "a parameter in a function": (
         lambda self, z: self.read(z), lambda self: vars(self).update(read=lambda z: z @ self.body.weight @ self.body.weight.T),
         "takes weights from elsewhere"),
@@ -256,6 +264,12 @@ def logged(self, z):
     return z
 
 
+def made_buffer(self, z):
+    if self.table is None:
+        self.table = torch.cos(torch.arange(z.shape[1]))
+    return z * self.table
+
+
 def positions(self, z):
     self.at = torch.arange(z.shape[1])
     return z * self.at
@@ -267,6 +281,8 @@ ALLOWED = {
     "what is only written": (recorded, setting()),
     "a list that is only written": (logged, setting(seen=[])),
     "an integer buffer made again": (positions, buffering(at=torch.zeros(0, dtype=torch.int64))),
+    "a buffer that is None until a pass makes it": (
+        made_buffer, lambda self: self.register_buffer("table", None, persistent=False)),
     "a cache that was made before": (lambda self, z: z * self.scale, setting(scale=torch.arange(5.0))),
     "keyed noise": (lambda self, z: F.dropout(z, 0.5, self.training) + (torch.empty(WIDTH).bernoulli_(0.5) if self.training else 0), setting()),
 }

@@ -25,7 +25,7 @@ from ..tree import Tree
 from .counting import of_forward
 from .purity import Effects, check_function, effects, inputs
 from .substitutes import Substitutes
-from .unwrapping import duplicate, refusing, unmade, unwrap
+from .unwrapping import brief, duplicate, refusing, unmade, unwrap
 
 Role = Literal["body", "head", "norm", "stats"]
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -181,15 +181,25 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
 
 
 def _make(module: nn.Module, zeros: Tensor) -> None:
-    """Let a network that makes layers in its first pass (LazyLinear, or its own ``hasattr``) make them."""
-    with torch.no_grad(), refusing(zeros.shape[1:]):
+    """Let a network that makes layers in its first pass (LazyLinear, or its own ``hasattr``) make them.
+
+    Raises ValueError where it refuses such inputs, or a copy of it does.
+    """
+    with torch.no_grad():
         if not unmade(module):
             twin = duplicate(module)
-            with isolated(0, "trial"):
-                twin.eval()(zeros)
+            try:
+                with isolated(0, "trial"):
+                    twin.eval()(zeros)
+            except Exception as error:
+                with refusing(zeros.shape[1:]):
+                    module.eval()(zeros)
+                raise ValueError(f"name: a copy of the model fails where the model does not: {brief(error)}; a hook or "
+                                 "function made in __init__ holds the model or what is its own; make it a method") from error
             if len(list(twin.parameters())) == len(list(module.parameters())):
                 return
-        module.eval()(zeros)
+        with refusing(zeros.shape[1:]):
+            module.eval()(zeros)
 
 
 def _beheaded(module: nn.Module, head: str) -> nn.Module:

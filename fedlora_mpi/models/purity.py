@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..seeds import global_states, isolated, rng
 from ..tree import Tree
-from .state import Memory, forgetting, remembered
+from .state import Memory, forgetting, remembered, unset
 from .substitutes import Substitutes
 from .unwrapping import brief, duplicate, refusing
 
@@ -96,7 +96,7 @@ class _Leaves:
     """The parameters and float buffers of a module, as they were."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        self._module, self.unset = module, unset(module)
         self._names = self._present()
         self._places = [
             (own, name, value, value.detach().clone())
@@ -110,7 +110,7 @@ class _Leaves:
 
     def put_back(self) -> tuple[frozenset[str], frozenset[str]]:
         """Undo what a pass did. The names of leaves with other numbers, and of those that are other tensors."""
-        if changed := self._names ^ self._present():
+        if changed := (self._names ^ self._present()) - self.unset:
             raise ValueError(f"name: a forward pass adds or removes {min(changed)}; make all parameters and buffers in __init__")
         written, assigned = set(), set()
         for own, name, value, initial in self._places:
@@ -188,11 +188,10 @@ def check_function(module: nn.Module, model, x: Tensor) -> None:
             tree = {name: v.clone() for name, v in leaves.named() if name in (model.initial | model.constants)}
             leaves.put_back()  # so that a weight from there is another than in ``tree``
             try:
-                with _noise(training):
-                    ours = (model if training else model.evaluating())(tree, x.clone())
+                ours = _trained(model, tree, x.clone()) if training else model.evaluating()(tree, x.clone())
             except Exception as error:
                 raise ValueError("name: the model cannot run with weights that torch.func.functional_call gives it: "
-                                 f"{brief(error)}") from error
+                                 f"{brief(error)}; gradient checkpointing, for one, cannot") from error
             leaves.move()
             with _noise(training):
                 theirs = module.train(training)(x.clone())
@@ -201,6 +200,16 @@ def check_function(module: nn.Module, model, x: Tensor) -> None:
             leaves.put_back()
             if not same:
                 raise ValueError(f"name: {_elsewhere(module)}")
+
+
+def _trained(model, tree: Tree, x: Tensor) -> Tensor:
+    """Logits of a pass in training, after a backward pass."""
+    given = {name: v.requires_grad_() for name, v in tree.items() if model.role(name) not in ("stats", None)}
+    with torch.enable_grad(), _noise(True):
+        logits = model(tree, x)
+        if logits.requires_grad:
+            torch.autograd.grad(logits.sum(), given.values(), allow_unused=True)
+    return logits.detach()
 
 
 def _passes(module: nn.Module) -> tuple[Callable[[Tensor], _Pass], Callable[[Tensor], _Pass]]:
@@ -234,7 +243,7 @@ def _noise(training: bool) -> AbstractContextManager:
 
 def _watched(module: nn.Module, leaves: _Leaves, training: bool, x: Tensor) -> _Pass:
     """A forward pass, whose writing to leaves is undone. Raises ValueError when it draws from a global generator."""
-    given, before, states = x.clone(), remembered(module), global_states()
+    given, before, states = x.clone(), remembered(module, leaves.unset), global_states()
     with refusing(x.shape[1:]), _noise(training), Copying() as copying:
         logits = module.train(training)(given).clone()
     for owner, state in global_states().items():
@@ -242,7 +251,8 @@ def _watched(module: nn.Module, leaves: _Leaves, training: bool, x: Tensor) -> _
             mode = "training" if training else "evaluation"
             raise ValueError(f"name: a forward pass in {mode} draws random numbers from {owner} global generator, which "
                              f"other ranks and a resume have in another state; {_KEYED}")
-    return _Pass(training, logits, before, remembered(module), *leaves.put_back(), not _same(given, x), copying.met)
+    after = remembered(module, leaves.unset)
+    return _Pass(training, logits, before, after, *leaves.put_back(), not _same(given, x), copying.met)
 
 
 def _compare(one: _Pass, again: _Pass) -> None:
@@ -279,7 +289,7 @@ def _owners(module: nn.Module, names: Iterable[str]) -> frozenset[str]:
     layers, found = dict(module.named_modules()), set()
     for name in names:
         kind, _, path = name.partition(" ")
-        while kind == "attribute" and path:
+        while kind in ("attribute", "buffer") and path:
             path = path.rpartition(".")[0]
             if path in layers:
                 found.add(path)

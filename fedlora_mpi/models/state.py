@@ -1,7 +1,7 @@
 """What a network can remember from pass to pass beside its float parameters and buffers, as values to compare.
 
-That is: plain attributes of its modules and of their classes, integer buffers, and the global and enclosing variables
-that their functions name.
+That is: plain attributes of its modules and of their classes, integer buffers, those that are None until a pass makes
+them, and the global and enclosing variables that their functions name.
 """
 
 import hashlib
@@ -36,8 +36,14 @@ class Value(NamedTuple):
 Memory = dict[str, Value]  # by what the user calls it
 
 
-def remembered(module: nn.Module) -> Memory:
-    """What ``module`` holds now."""
+def unset(module: nn.Module) -> frozenset[str]:
+    """Names of buffers that are None."""
+    named = module.named_modules()
+    return frozenset(f"{path}.{n}".lstrip(".") for path, layer in named for n, v in layer._buffers.items() if v is None)
+
+
+def remembered(module: nn.Module, made: frozenset[str] = frozenset()) -> Memory:
+    """What ``module`` holds now; ``made``: names of buffers that were None."""
     found: Memory = {}
     seen = {id(layer) for layer in module.modules()}
     classes, functions = {}, []
@@ -48,7 +54,9 @@ def remembered(module: nn.Module) -> Memory:
                 _add(found, f"attribute {at}{name}", value, seen, 0)
                 functions.append(value)
         for name, value in layer._buffers.items():
-            if value is not None and not value.is_floating_point():
+            if f"{at}{name}" in made:
+                found[f"buffer {at}{name}"] = Value("", _content(value, seen, 0))
+            elif value is not None and not value.is_floating_point():
                 found[f"buffer {at}{name}"] = Value("number", _content(value, seen, 0))
         for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
             functions += hooks.values()
@@ -74,11 +82,12 @@ def forgetting(module: nn.Module, names: frozenset[str]) -> Iterator[None]:
     for name in names:
         layer = module.get_submodule(name)
         own = {key: (value, _shallow(value)) for key, value in vars(layer).items() if key not in _OWN}
-        before.append((layer, own))
+        before.append((layer, own, [key for key, value in layer._buffers.items() if value is None]))
     try:
         yield
     finally:
-        for layer, own in before:
+        for layer, own, empty in before:
+            layer._buffers.update(dict.fromkeys(empty))
             for key in [key for key in vars(layer) if key not in _OWN and key not in own]:
                 del vars(layer)[key]
             for key, (value, inside) in own.items():
