@@ -62,5 +62,6 @@ def isolated(seed: int, *address: int | str) -> Iterator[None]:
 
 def global_states() -> dict[str, object]:
     """The states of the global generators, to compare: nothing of ours moves them."""
-    numpy = tuple(repr(part) if not isinstance(part, np.ndarray) else part.tobytes() for part in np.random.get_state())
-    return {"torch's": torch.get_rng_state().numpy().tobytes(), "numpy's": numpy, "Python's": random.getstate()}
+    numpy = tuple(part.tobytes() if isinstance(part, np.ndarray) else part for part in np.random.get_state())
+    torch_s = torch.get_rng_state().numpy().tobytes()
+    return {"torch's": torch_s, "numpy's": numpy, "Python's": random.getstate()}

@@ -40,8 +40,8 @@ class Flops:
     _failed: list[Exception] = field(default_factory=list)  # why nothing more is
 
     def of_round(self, samples: int, round_: int) -> int:
-        """FLOPs of one client with so many training samples in round ``round_`` (from 0); UNCOUNTED where a step cannot
-        be counted, for a figure in the log is no reason to end a run.
+        """FLOPs of one client with so many training samples in round ``round_`` (from 0); UNCOUNTED
+        where a step cannot be counted, for a figure in the log is no reason to end a run.
 
         Equal steps are counted once for all rounds; epochs and samples are those of the round.
         """

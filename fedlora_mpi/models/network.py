@@ -23,14 +23,15 @@ from ..batch import Batch
 from ..seeds import isolated
 from ..tree import Tree
 from .counting import of_forward
-from .purity import Effects, check_function, effects, inputs
+from .effects import Effects
+from .purity import check_function, effects, inputs
 from .substitutes import Substitutes
 from .unwrapping import brief, duplicate, refusing, unmade, unwrap
 
 Role = Literal["body", "head", "norm", "stats"]
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
-_RESHAPING = (WeightNorm, SpectralNorm)  # whose parameters are no weights: the layer's weight is computed from them
+_RESHAPING = (WeightNorm, SpectralNorm)  # they compute a layer's weight from parameters that are none
 
 
 class Leaf(NamedTuple):
@@ -78,7 +79,8 @@ class Model:
         ``model(tree, x)`` equals ``classify(tree, features(tree, x))`` where the head comes last.
         """
         head = {n.removeprefix(f"{self.head}."): v for n, v in tree.items() if n.startswith(f"{self.head}.")}
-        return self._run(self.modules[self.training].get_submodule(self.head), head, z, self.effects.within(self.head))
+        module = self.modules[self.training].get_submodule(self.head)
+        return self._run(module, head, z, self.effects.within(self.head))
 
     def _run(self, module: nn.Module, values: Tree, x: Tensor, effects: Effects) -> Tensor:
         if effects == Effects():
@@ -143,9 +145,9 @@ class Model:
 def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens: int = 0) -> Model:
     """The model of ``module``, whose present parameters become the initial values.
 
-    ``shape``: of one input, without the batch axis; ``tokens``: as in ``Model``. Raises ValueError when the module does not map
-    [B, *shape] to [B, classes], counts batches instead of using a momentum, or is not a function of its parameters, buffers
-    and inputs (see ``purity``).
+    ``shape``: of one input, without the batch axis; ``tokens``: as in ``Model``. Raises ValueError when the
+    module does not map [B, *shape] to [B, classes], counts batches instead of using a momentum, or is not a
+    function of its parameters, buffers and inputs (see ``purity``).
     """
     module, zeros = unwrap(module), _zeros(2, shape, tokens)
     _make(module, zeros)
@@ -194,8 +196,9 @@ def _make(module: nn.Module, zeros: Tensor) -> None:
             except Exception as error:
                 with refusing(zeros.shape[1:]):
                     module.eval()(zeros)
-                raise ValueError(f"name: a copy of the model fails where the model does not: {brief(error)}; a hook or "
-                                 "function made in __init__ holds the model or what is its own; make it a method") from error
+                raise ValueError(f"name: a copy of the model fails where the model does not: {brief(error)}; a "
+                                 "hook or function made in __init__ holds the model or what is its own; make it "
+                                 "a method") from error
             if len(list(twin.parameters())) == len(list(module.parameters())):
                 return
         with refusing(zeros.shape[1:]):
@@ -242,9 +245,10 @@ def _leaves(module: nn.Module) -> tuple[dict[str, Leaf], Tree, Tree]:
         if not value.is_floating_point():
             constants[name] = value.detach().clone()
             continue
-        layer, parametrized, _ = name.partition(".parametrizations.")  # of torch.nn.utils.parametrize: part of its layer
+        layer, parametrized, _ = name.partition(".parametrizations.")  # of torch.nn.utils.parametrize
         owner = module.get_submodule(layer if parametrized else name.rpartition(".")[0])
-        weighs = not parametrized and not any(isinstance(hook, _RESHAPING) for hook in owner._forward_pre_hooks.values())
+        reshaped = any(isinstance(hook, _RESHAPING) for hook in owner._forward_pre_hooks.values())
+        weighs = not parametrized and not reshaped
         if name not in parameters:
             role = "stats"
         else:

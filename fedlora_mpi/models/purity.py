@@ -1,7 +1,8 @@
 """Whether a network is a function of its leaves, its input and the key of its noise; tried at the build.
 
-A run gives each client's leaves to one skeleton, in any order, on any rank, and again after a resume. So a pass may
-write to float buffers and to parameters, and nothing else that it leaves behind may reach another pass.
+A run gives each client's leaves to one skeleton, in any order, on any rank, and again after a
+resume. So a pass may write to float buffers and to parameters, and nothing else that it leaves
+behind may reach another pass.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,72 +12,23 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
 from ..seeds import global_states, isolated, rng
 from ..tree import Tree
+from .effects import Copying, Effects
 from .state import Memory, forgetting, remembered, unset
 from .substitutes import Substitutes
 from .unwrapping import brief, duplicate, refusing
 
-_KEYED = "nn.Dropout, functional.dropout with training=self.training, and Tensor.bernoulli_ in training draw from the run's seed"
+_ELSEWHERE = "which other ranks and a resume have in another state"
+_KEYED = (
+    "in training nn.Dropout, functional.dropout with training=self.training, and Tensor.bernoulli_ draw from "
+    "the run's seed"
+)
 _ROUNDING = 1e-3  # of the largest number, through many layers
-_FLOAT_BUFFER = "make it a float buffer that training passes write to in place, such as self.{0}.add_(1), or leave it out"
-
-
-class Effects(NamedTuple):
-    """What passes do beside giving logits; nothing in an ordinary network."""
-
-    assigned: frozenset[str] = frozenset()  # float buffers that are replaced, where BatchNorm writes in place
-    parameters: frozenset[str] = frozenset()  # that are written to in any mode
-    evaluation: frozenset[str] = frozenset()  # leaves that a pass in evaluation mode writes to
-    modules: frozenset[str] = frozenset()  # submodules whose plain attributes change
-    input: bool = False  # it is written to
-    out: bool = False  # some function has an argument out, which torch.func.vmap refuses
-
-    def call(self, module: nn.Module, values: Tree, x: Tensor, training: bool) -> Tensor:
-        """Logits of ``module`` with the leaves ``values``, into which only training writes."""
-        given, names = dict(values), self.modules.intersection(name for name, _ in module.named_modules())
-        if not training:
-            given |= {name: _copied(v, x) for name, v in values.items() if name in self.evaluation}
-        passed = dict(given)
-        with forgetting(module, names), Copying() if self.out else nullcontext():
-            logits = functional_call(module, passed, (x.clone() if self.input else x,))
-        with torch.no_grad():
-            for name in self.assigned.intersection(given) if training else ():
-                if passed[name] is not given[name]:  # functional_call says so
-                    given[name].copy_(passed[name])
-        return logits
-
-    def within(self, submodule: str) -> "Effects":
-        """Those of a submodule alone, by its own names."""
-        own = lambda names: frozenset(
-            name.removeprefix(submodule).removeprefix(".") for name in names if f"{name}.".startswith(f"{submodule}.")
-        )
-        return Effects(own(self.assigned), own(self.parameters), own(self.evaluation), own(self.modules), self.input, self.out)
-
-
-class Copying(TorchFunctionMode):
-    """Gives functions no argument ``out``, as spectral_norm does, and copies their results there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.met = False
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        out = kwargs.pop("out", None)
-        result = func(*args, **kwargs)
-        if not isinstance(out, Tensor):
-            return result if out is None else func(*args, out=out, **kwargs)
-        self.met = True
-        return out.copy_(result) if out.shape == result.shape else func(*args, out=out, **kwargs)
-
-
-def _copied(v: Tensor, x: Tensor) -> Tensor:
-    """A copy that a pass on ``x`` may write to: under vmap for each client of ``x``."""
-    return v + x.new_zeros((), dtype=v.dtype)
+_FLOAT_BUFFER = (
+    "make it a float buffer that training passes write to in place, such as self.{0}.add_(1), or leave it out"
+)
 
 
 class _Pass(NamedTuple):
@@ -105,13 +57,14 @@ class _Leaves:
             for name, value in own.items()
             if value is not None and (own is layer._parameters or value.is_floating_point())
         ]
-        named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-        self._called = {id(value): name for name, value in reversed(named)}
+        named = (*module.named_parameters(), *module.named_buffers())
+        self._called = {id(value): name for name, value in named}
 
     def put_back(self) -> tuple[frozenset[str], frozenset[str]]:
         """Undo what a pass did. The names of leaves with other numbers, and of those that are other tensors."""
         if changed := (self._names ^ self._present()) - self.unset:
-            raise ValueError(f"name: a forward pass adds or removes {min(changed)}; make all parameters and buffers in __init__")
+            raise ValueError(f"name: a forward pass adds or removes {min(changed)}; make all parameters and "
+                             "buffers in __init__")
         written, assigned = set(), set()
         for own, name, value, initial in self._places:
             called, now = self._called[id(value)], own[name]
@@ -177,7 +130,7 @@ def effects(module: nn.Module, x: Tensor, other: Tensor) -> Effects:
 
 
 def check_function(module: nn.Module, model, x: Tensor) -> None:
-    """Raise ValueError where ``model`` with other leaves than the initial ones does not what ``module`` does with them.
+    """Raise ValueError where ``model`` does not what ``module`` does, with other leaves than the initial ones.
 
     By other leaves shows a weight that a pass takes from elsewhere. ``module`` is as before afterwards.
     """
@@ -185,7 +138,7 @@ def check_function(module: nn.Module, model, x: Tensor) -> None:
     with torch.no_grad(), isolated(0, "trial"), forgetting(module, model.effects.modules):
         for training in (False, True):
             leaves.move()
-            tree = {name: v.clone() for name, v in leaves.named() if name in (model.initial | model.constants)}
+            tree = {n: v.clone() for n, v in leaves.named() if n in model.initial or n in model.constants}
             leaves.put_back()  # so that a weight from there is another than in ``tree``
             try:
                 ours = _trained(model, tree, x.clone()) if training else model.evaluating()(tree, x.clone())
@@ -213,8 +166,8 @@ def _trained(model, tree: Tree, x: Tensor) -> Tensor:
 
 
 def _passes(module: nn.Module) -> tuple[Callable[[Tensor], _Pass], Callable[[Tensor], _Pass]]:
-    """Forward passes of ``module`` in training and in evaluation, from the same leaves: other than the initial ones, for
-    a head of zeros would hide all before it."""
+    """Forward passes of ``module`` in training and in evaluation, from the same leaves: other than the
+    initial ones, for a head of zeros would hide all before it."""
     _Leaves(module).move()
     leaves = _Leaves(module)
     return partial(_watched, module, leaves, True), partial(_watched, module, leaves, False)
@@ -242,15 +195,18 @@ def _noise(training: bool) -> AbstractContextManager:
 
 
 def _watched(module: nn.Module, leaves: _Leaves, training: bool, x: Tensor) -> _Pass:
-    """A forward pass, whose writing to leaves is undone. Raises ValueError when it draws from a global generator."""
+    """A forward pass, whose writing to leaves is undone.
+
+    Raises ValueError when it draws from a global generator.
+    """
     given, before, states = x.clone(), remembered(module, leaves.unset), global_states()
     with refusing(x.shape[1:]), _noise(training), Copying() as copying:
         logits = module.train(training)(given).clone()
     for owner, state in global_states().items():
         if state != states[owner]:
             mode = "training" if training else "evaluation"
-            raise ValueError(f"name: a forward pass in {mode} draws random numbers from {owner} global generator, which "
-                             f"other ranks and a resume have in another state; {_KEYED}")
+            raise ValueError(f"name: a forward pass in {mode} draws random numbers from {owner} global "
+                             f"generator, {_ELSEWHERE}; {_KEYED}")
     after = remembered(module, leaves.unset)
     return _Pass(training, logits, before, after, *leaves.put_back(), not _same(given, x), copying.met)
 
@@ -263,20 +219,20 @@ def _compare(one: _Pass, again: _Pass) -> None:
         kinds = {memory[name].kind for memory in (one.after, again.after) if name in memory}
         at = name.rpartition(" ")[2].rpartition(".")[2]
         if "generator" in kinds:
-            raise ValueError(f"name: a forward pass in {mode} draws random numbers from {name}, a generator of its own, "
-                             f"which other ranks and a resume have in another state; {_KEYED}")
+            raise ValueError(f"name: a forward pass in {mode} draws random numbers from {name}, a generator of "
+                             f"its own, {_ELSEWHERE}; {_KEYED}")
         if "number" in kinds:
-            raise ValueError(f"name: a forward pass in {mode} changes {name} each time, which counts differently on "
-                             f"other ranks and after a resume; {_FLOAT_BUFFER.format(at)}")
+            raise ValueError(f"name: a forward pass in {mode} changes {name} each time, which counts differently "
+                             f"on other ranks and after a resume; {_FLOAT_BUFFER.format(at)}")
     if not _same(one.logits, again.logits):
         found = [*changed, *_changed(one.before, again.before)]
         if found:
             at = found[0].rpartition(" ")[2].rpartition(".")[2]
             raise ValueError(f"name: a forward pass in {mode} depends on {found[0]}, which earlier passes change; "
-                             f"register_buffer {at!r} as floats and write to it in place in training (self.{at}.copy_(...)), "
-                             "or leave it out")
-        raise ValueError(f"name: two forward passes in {mode} with the same weights on the same input give different "
-                         "results, as of a clock or of random numbers of its own; " + _KEYED)
+                             f"register_buffer {at!r} as floats and write to it in place in training "
+                             f"(self.{at}.copy_(...)), or leave it out")
+        raise ValueError(f"name: two forward passes in {mode} with the same weights on the same input give "
+                         f"different results, as of a clock or of random numbers of its own; {_KEYED}")
 
 
 def _changed(one: Memory, other: Memory) -> list[str]:
@@ -314,11 +270,12 @@ def _elsewhere(module: nn.Module) -> str:
             for tensor in held if isinstance(held, list | tuple | type({}.values())) else [held]:
                 if id(tensor) in own:
                     where = f"{path}.{name}".lstrip(".")
-                    return (f"attribute {where} holds parameter {own[id(tensor)]} a second time, which then does not "
-                            "follow the clients' weights; use nn.ParameterList, nn.ParameterDict, or the parameter's own name")
-    return ("a forward pass takes weights from elsewhere than the module's parameters and buffers (a function made in "
-            "__init__ that holds a layer, a copy of a parameter?), so that it does not follow the clients' weights; "
-            "read them as self.NAME in forward")
+                    return (f"attribute {where} holds parameter {own[id(tensor)]} a second time, which then does "
+                            "not follow the clients' weights; use nn.ParameterList, nn.ParameterDict, or the "
+                            "parameter's own name")
+    return ("a forward pass takes weights from elsewhere than the module's parameters and buffers (a function "
+            "made in __init__ that holds a layer, a copy of a parameter?), so that it does not follow the "
+            "clients' weights; read them as self.NAME in forward")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

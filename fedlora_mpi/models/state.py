@@ -1,7 +1,8 @@
-"""What a network can remember from pass to pass beside its float parameters and buffers, as values to compare.
+"""What a network can remember from pass to pass, as values to compare.
 
-That is: plain attributes of its modules and of their classes, integer buffers, those that are None until a pass makes
-them, and the global and enclosing variables that their functions name.
+That is, beside its parameters and float buffers: plain attributes of its modules and of their
+classes, integer buffers, those that are None until a pass makes them, and the global and enclosing
+variables that their functions name.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import random
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import CodeType, FunctionType, MethodType
 from typing import NamedTuple
 
@@ -23,7 +25,8 @@ _NUMBERS = (bool, int, float, complex, np.generic)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _CONTAINERS = (list, dict, deque, set)
 _PLAIN = (*_NUMBERS, *_GENERATORS, *_CONTAINERS, Tensor, np.ndarray, itertools.count)
-_DEPTH = 6
+_WORDS = (str, bytes, torch.dtype, torch.device, itertools.count)
+_DEPTH = 6  # of containers and objects in one another
 
 
 class Value(NamedTuple):
@@ -38,8 +41,9 @@ Memory = dict[str, Value]  # by what the user calls it
 
 def unset(module: nn.Module) -> frozenset[str]:
     """Names of buffers that are None."""
-    named = module.named_modules()
-    return frozenset(f"{path}.{n}".lstrip(".") for path, layer in named for n, v in layer._buffers.items() if v is None)
+    layers = module.named_modules()
+    every = ((f"{path}.{name}", value) for path, layer in layers for name, value in layer._buffers.items())
+    return frozenset(name.lstrip(".") for name, value in every if value is None)
 
 
 def remembered(module: nn.Module, made: frozenset[str] = frozenset()) -> Memory:
@@ -76,8 +80,8 @@ def remembered(module: nn.Module, made: frozenset[str] = frozenset()) -> Memory:
 
 @contextmanager
 def forgetting(module: nn.Module, names: frozenset[str]) -> Iterator[None]:
-    """Put the attributes of these submodules back afterwards, so that no pass finds what another has left: a tensor of
-    another client, of a recording or of a transform that has ended."""
+    """Put the attributes of these submodules back afterwards, so that no pass finds what another has
+    left: a tensor of another client, of a recording or of a transform that has ended."""
     before = []
     for name in names:
         layer = module.get_submodule(name)
@@ -96,7 +100,10 @@ def forgetting(module: nn.Module, names: frozenset[str]) -> Iterator[None]:
 
 
 def _shallow(value: object) -> object:
-    return type(value)(value) if type(value) in (list, dict, set) else list(value) if type(value) is deque else None
+    """What is inside a container; None for anything else."""
+    if type(value) in (list, dict, set):
+        return type(value)(value)
+    return list(value) if type(value) is deque else None
 
 
 def _refill(value: object, inside: object) -> None:
@@ -147,11 +154,11 @@ def _content(value: object, seen: set[int], depth: int) -> object:
         return tuple(value.shape), str(value.dtype), _bits(value)
     if isinstance(value, np.ndarray):
         return value.shape, value.dtype.str, _digest(value) if not value.dtype.hasobject else None
-    if isinstance(value, str | bytes | None | torch.dtype | torch.device | itertools.count) or isinstance(value, _NUMBERS):
+    if value is None or isinstance(value, (*_NUMBERS, *_WORDS)):
         return repr(value)
     if depth >= _DEPTH:
         return type(value).__name__
-    inside = lambda v: _content(v, seen, depth + 1)
+    inside = partial(_content, seen=seen, depth=depth + 1)
     if isinstance(value, list | tuple | deque):
         return tuple(map(inside, value))
     if isinstance(value, set | frozenset):
@@ -177,7 +184,8 @@ def _digest(array: np.ndarray) -> bytes:
 
 
 def _variables(function: object, seen: set[int]) -> Iterator[tuple[str, object]]:
-    """The global and enclosing variables that a function of the user's names, and those of the functions among them."""
+    """The global and enclosing variables that a function of the user's names, and those of the
+    functions among them."""
     function = getattr(function, "__func__", function)
     if not isinstance(function, FunctionType) or (function.__module__ or "").partition(".")[0] in _LIBRARIES:
         return

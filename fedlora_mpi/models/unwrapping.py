@@ -1,4 +1,4 @@
-"""The plain network inside what a builder returned: no wrapper of one machine, on the CPU, every layer made."""
+"""The plain network inside what a builder returned, and what a user's network says when it fails."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -17,8 +17,8 @@ def unwrap(module: nn.Module) -> nn.Module:
     """
     for name, layer in module.named_modules():
         if isinstance(layer, torch.jit.ScriptModule):
-            raise ValueError(f"name: {_called(name)} is a scripted or traced module (torch.jit), whose weights cannot "
-                             "be given from outside; return the nn.Module that it was made from")
+            raise ValueError(f"name: {_called(name)} is a scripted or traced module (torch.jit), whose weights "
+                             "cannot be given from outside; return the nn.Module that it was made from")
     module = _inside(module)
     for layer in module.modules():
         for name, child in layer._modules.items():
