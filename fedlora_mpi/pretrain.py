@@ -7,6 +7,7 @@ vocabulary of the config's data gives them; a run on the same data (and ``data.t
 """
 
 import os
+import sys
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import replace
@@ -57,7 +58,10 @@ def pretrain(
     block = ModelBlock((networks[network],))
     trainer, tree = _begun(replace(config, model=block, algorithm=FedAvg()), source, classes)
     _make_folder(to)
-    for epoch, (tree, loss, accuracy, seconds) in enumerate(_epochs(trainer, tree, epochs), 1):
+    for epoch, (tree, loss, accuracy, nan, seconds) in enumerate(_epochs(trainer, tree, epochs), 1):
+        if nan:
+            said = f"epoch {epoch}: logits of {nan:.2%} of the test samples are no numbers (nan); these count as wrong"
+            print(f"fedlora-mpi: {said}", file=sys.stderr, flush=True)
         print(
             f"epoch {epoch}/{epochs} · test accuracy {accuracy:.2%} · train loss {loss:.4f} · {duration(seconds)}",
             flush=True,
@@ -105,15 +109,16 @@ def _begun(config: Config, source: str, classes: str | None) -> tuple[Trainer, T
     return trainer, config.algorithm.init(model, rng(config.seed, "init")).shared
 
 
-def _epochs(trainer: Trainer, tree: Tree, epochs: int) -> Iterator[tuple[Tree, float, float, float]]:
-    """(leaves, training loss, test accuracy as a fraction, seconds) of every epoch. Raises Fault."""
+def _epochs(trainer: Trainer, tree: Tree, epochs: int) -> Iterator[tuple[Tree, float, float, float, float]]:
+    """(leaves, training loss, test accuracy and test samples with nan for a logit as fractions, seconds) of every epoch.
+    Raises Fault."""
     for epoch in range(epochs):
         begin = time.perf_counter()
         (done,) = trainer.train([0], tree, {}, epoch, evaluate=True)
         tree = done.end.shared
         if not all(torch.isfinite(v).all() for v in (done.loss, *tree.values())):
             raise Fault(f"epoch {epoch + 1}: the loss or a weight is not finite; nothing was written. Lower train.lr")
-        yield tree, float(done.loss), float(done.score[0]), time.perf_counter() - begin
+        yield tree, float(done.loss), float(done.score[0]), float(done.nan_predictions), time.perf_counter() - begin
 
 
 def _make_folder(to: Path) -> None:

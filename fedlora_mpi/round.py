@@ -24,7 +24,7 @@ from .tree import Tree
 from .uplink import gathered
 
 _METRICS = ("loss", "clients", "spread", "broken", "stop", "sent")  # travel behind the upload, in the same buffer
-_SCORES = ("accuracy", "loss", "accuracy_aggregated", "accuracy_trained")  # of each client
+_SCORES = ("accuracy", "loss", "accuracy_aggregated", "accuracy_trained", "nan_predictions")  # of each client
 
 
 class Learned(NamedTuple):
@@ -33,7 +33,7 @@ class Learned(NamedTuple):
     broken: list[int]  # clients whose loss or upload is not finite, or too large to be summed
     sent: list[int]  # numbers that each client has sent, by its own account
     offers: dict[int, Packed]
-    scores: dict[int, Tensor]  # [2] of each client's own model after training
+    scores: dict[int, Tensor]  # [3] of each client's own model after training, as ``Trainer.judge`` has them
     uploads: dict[int, Tensor]  # as they travel where the run ``gathers``
 
 
@@ -154,7 +154,7 @@ def _train(
             if offer:
                 learned.offers[done.client] = offer
             if done.score is not None:
-                learned.scores[done.client] = done.score
+                learned.scores[done.client] = torch.cat([done.score, done.nan_predictions[None]])
             _keep(run, state.personal, done.client, done.kept)
         seconds = time.perf_counter() - began
         run.pace.add(run.kind_of[members[0]], seconds, sum(run.sizes[c] for c in members))
@@ -268,12 +268,12 @@ def _evaluate(
     """Columns [N] of ``_SCORES`` on every rank: the own model of each of ``clients`` on its own test data, NaN for the
     others; and the seconds of each rank [R] by stage, which travel in the same message.
 
-    ``accuracy`` and ``loss`` are those of the method's moment. A client outside the cohort was not
+    ``accuracy``, ``loss`` and ``nan_predictions`` are those of the method's moment. A client outside the cohort was not
     trained: NaN after training, and its model after aggregation counts at either moment. One without a
     test sample of the classes so far: NaN at both.
     """
     everyone = len(run.weight_N)
-    table = np.zeros((everyone + run.comm.size, len(STAGES)))  # scores of the clients, then seconds of the ranks
+    table = np.zeros((everyone + run.comm.size, 6))  # scores of the clients at two moments, then seconds of the ranks
     for group in ([c for c in group if c in clients] for group in run.here()):
         if not group:
             continue
@@ -281,19 +281,20 @@ def _evaluate(
         for members in run.stacks(group, trainer.judged_at_once(group, state.round)):
             run.comm.pulse.at("the evaluation", members)
             rows_C = _rows(run, state.personal, members)
-            table[members, :2] = trainer.evaluate(members, state.shared, rows_C, state.round).numpy()
-            table[members, 2:4] = [trained[c].tolist() if c in trained else (np.nan, np.nan) for c in members]
+            table[members, :3] = trainer.judge(members, state.shared, rows_C, state.round).numpy()
+            table[members, 3:] = [trained[c].tolist() if c in trained else [np.nan] * 3 for c in members]
     run.clock.lap("evaluate", run.comm.pulse.waited)
-    table[everyone + run.comm.rank] = run.clock.taken()
+    table[everyone + run.comm.rank, : len(STAGES)] = run.clock.taken()
     run.comm.sum(table)  # each row is set by one rank, so no rounding
     others = np.arange(len(table)) < everyone
     others[list(clients)] = False
     table[others] = np.nan
-    received, after = table[:everyone, :2], table[:everyone, 2:4]
+    received, after = table[:everyone, :3], table[:everyone, 3:]
     judged = received
     if run.algorithm.evaluates == "after_training":
-        judged = np.where(np.isnan(after), received, after)
-    scores_N = dict(zip(_SCORES, (*judged.T, received[:, 0], after[:, 0])))
+        judged = np.where(np.isnan(after[:, :1]), received, after)  # by the accuracy: a loss may be nan
+    accuracy, loss, nan = judged.T
+    scores_N = dict(zip(_SCORES, (accuracy, loss, received[:, 0], after[:, 0], nan)))
     return scores_N, dict(zip(STAGES, table[everyone:].T))
 
 

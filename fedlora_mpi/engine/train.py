@@ -16,6 +16,7 @@ from torch.func import vmap
 from ..algorithm import Algorithm, Batch, Phase, Train, Vars
 from ..models.network import Model
 from ..models.pooling import LARGE, Pooling
+from ..placement import equal_parts
 from ..transfer import to_device, to_host
 from ..tree import Tree, tmap
 from .compiled import Compiled
@@ -37,6 +38,7 @@ class Trained(NamedTuple):
     loss: Tensor  # [] mean training loss of the last epoch, on the host
     score: Tensor | None  # [2] test accuracy and loss of the client's own model at this moment, on the host
     kept: Tree  # ``end.personal`` on the host
+    nan_predictions: Tensor | None = None  # [] fraction of its test samples with a logit that is no number, on the host
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Trainer:
 
         Nothing given is written to. The results of a stack are views into it.
         """
-        phases = self.algorithm.phases(self.model, self.settings, round_)
+        phases = self.phases(round_)
 
         def trained(members: Sequence[int]) -> tuple[Vars, Vars, list[Tensor]]:
             ids = [clients[c] for c in members]
@@ -76,16 +78,21 @@ class Trainer:
             score_C = kept.pop() if evaluate else None
             for row, client in enumerate(clients[c] for c in members):
                 one = (lambda v: v[row]) if self.stacked else (lambda v: v)
-                score = None if score_C is None else score_C[row]
+                score, nan = (None, None) if score_C is None else (score_C[row, :2], score_C[row, 2])
                 own = dict(zip(end.personal, map(one, kept)))
-                yield Trained(client, tmap_vars(one, start), tmap_vars(one, end), loss_C[row], score, own)
+                yield Trained(client, tmap_vars(one, start), tmap_vars(one, end), loss_C[row], score, own, nan)
 
     def evaluate(self, clients: Sequence[int], shared: Tree, personal_C: Tree, round_: int = 0) -> Tensor:
-        """Test accuracy (fraction) and mean loss of each client's own model, float64 [C, 2] on the host.
+        """Test accuracy (fraction) and mean loss of each client's own model, float64 [C, 2] on the host; see ``judge``."""
+        return self.judge(clients, shared, personal_C, round_)[:, :2]
+
+    def judge(self, clients: Sequence[int], shared: Tree, personal_C: Tree, round_: int = 0) -> Tensor:
+        """Test accuracy (fraction), mean loss, and fraction of the test samples with a logit that is no number, of each
+        client's own model, float64 [C, 3] on the host.
 
         Clients as in ``train``. NaN without test samples; without training samples nothing is tuned.
         """
-        phases = self.algorithm.tune(self.model, self.settings, round_)
+        phases = self.tuning(round_)
 
         def scored(members: Sequence[int]) -> Tensor:
             ids = [clients[c] for c in members]
@@ -99,11 +106,19 @@ class Trainer:
             return self._scores(ids, v, shared_axis=None)
 
         scores = [score_C for _, score_C in self._in_parts(len(clients), scored)]
-        return torch.cat(to_host(scores)) if scores else torch.zeros(0, 2, dtype=torch.float64)
+        return torch.cat(to_host(scores)) if scores else torch.zeros(0, 3, dtype=torch.float64)
+
+    def phases(self, round_: int) -> Sequence[Phase]:
+        """Local training of a round."""
+        return self.algorithm.phases(self.model, self.settings, round_)
+
+    def tuning(self, round_: int) -> Sequence[Phase]:
+        """What is trained on a copy before an evaluation."""
+        return self.algorithm.tune(self.model, self.settings, round_)
 
     def judged_at_once(self, clients: Sequence[int], round_: int) -> int:
         """Clients in a stack of ``evaluate``: more than train together where they have few test samples."""
-        if not self.stacked or self.algorithm.tune(self.model, self.settings, round_):
+        if not self.stacked or self.tuning(round_):
             return 1
         return min(_JUDGED, _TEST_BATCH // max(1, *map(self.feed.test_size, clients)))
 
@@ -125,26 +140,39 @@ class Trainer:
 
     @torch.no_grad()
     def _scores(self, ids: Sequence[int], v: Vars, shared_axis: int | None = 0) -> Tensor:
-        """[C, 2]: accuracy and loss. ``v``: stacked, but for ``v.shared`` where ``shared_axis`` is None."""
+        """[C, 3] as ``judge`` has it. ``v``: stacked, but for ``v.shared`` where ``shared_axis`` is None."""
         model = self.model.evaluating()
 
-        def one(shared: Tree, personal: Tree, x: Tensor, y: Tensor) -> Tensor:
-            logits = self.algorithm.logits(model, Vars(shared, personal), x)
-            loss = torch.nn.functional.cross_entropy(logits, y, reduction="none")
-            return torch.stack([(logits.argmax(1) == y).double(), loss.double()], 1)  # [B, 2]
+        def one(shared: Tree, personal: Tree, *batch: Tensor | None) -> Tensor:
+            v, batch = Vars(shared, personal), Batch(*batch)
+            with model.judged(batch):
+                logits = self.algorithm.logits(model, tmap_vars(torch.clone, v) if model.writes else v, batch.x)
+            loss = torch.nn.functional.cross_entropy(logits, batch.y, reduction="none")
+            nan = logits.isnan().any(1)  # of which argmax makes a class
+            hit = (logits.argmax(1) == batch.y) & ~nan
+            return torch.stack([hit.double(), loss.double(), nan.double()], 1)  # [B, 3]
 
-        each = vmap(one, in_dims=(shared_axis, 0, 0, 0)) if self.stacked else None
         sizes = torch.tensor([self.feed.test_size(c) for c in ids])
-        total = torch.zeros(len(ids), 2, dtype=torch.float64, device=self.device)
-        width = max(1, _TEST_BATCH // len(ids))
-        for first in range(0, int(sizes.max()), width):
-            batch = self.feed.test(ids, first, min(width, int(sizes.max()) - first))
-            given = (v.shared, v.personal)
-            score = each(*given, batch.x, batch.y) if each else one(*given, batch.x[0], batch.y[0])[None]
+        total = torch.zeros(len(ids), 3, dtype=torch.float64, device=self.device)
+        for part in self._test_batches(int(sizes.max()), len(ids)):
+            batch = self.feed.test(ids, part.start, len(part))
+            if self.stacked:
+                axes = tuple(None if value is None else 0 for value in batch)
+                score = vmap(one, in_dims=(shared_axis, 0, *axes))(v.shared, v.personal, *batch)
+            else:
+                score = one(v.shared, v.personal, *(value if value is None else value[0] for value in batch))[None]
             if batch.real is not None:
                 score = score * batch.real.unsqueeze(-1)
             total += score.sum(1)
         return total / to_device(sizes, self.device).unsqueeze(1)
+
+    def _test_batches(self, most: int, clients: int) -> Sequence[range]:
+        """How so many test samples are cut. Where a network's results depend on the cut, in equal parts, so that none
+        is a remainder of one."""
+        if self.model.couples:
+            return equal_parts(range(most), _TEST_BATCH)
+        width = max(1, _TEST_BATCH // clients)
+        return [range(most)[first : first + width] for first in range(0, most, width)]
 
     @torch.no_grad()
     def _arrived(self, ids: Sequence[int], shared: Tree, personal_C: Tree, members: Sequence[int]) -> Vars:
@@ -174,11 +202,12 @@ class Trainer:
         return vmap(lambda v, d: hook(*v, Batch(*d)), in_dims=axes)(tuple(variables), tuple(data))
 
     def _spread(self, shared: Tree, personal_C: Tree, members: Sequence[int]) -> Vars:
-        """The variables of these clients, [C, ...] in a stack; nothing is copied."""
+        """The variables of these clients, [C, ...] in a stack; copies where a network writes to what it is given."""
         shared = self.algorithm.download(self._to_device(shared))
         if self.stacked:
             shared = tmap(lambda v: v.expand(len(members), *v.shape), shared)
-        return Vars(shared, self._rows(personal_C, members))
+        v = Vars(shared, self._rows(personal_C, members))
+        return tmap_vars(torch.clone, v) if self.model.writes else v
 
     def _rows(self, personal_C: Tree, members: Sequence[int]) -> Tree:
         """The personal variables of these clients, [C, ...] in a stack."""

@@ -113,7 +113,8 @@ class Walk:
         """One step on ``view``, in place; the losses before it [count]."""
         loss_C = self._losses(step.loss, view, batch_C)
         grads = torch.autograd.grad(loss_C.sum(), view.leaves, allow_unused=True, materialize_grads=True)
-        sgd_step(view.leaves, grads, view.momenta, sgd, step.clamp)
+        dense = [grad if grad.layout == torch.strided else grad.to_dense() for grad in grads]
+        sgd_step(view.leaves, dense, view.momenta, sgd, step.clamp)
         return loss_C.detach()
 
     def _fused(self, number: int, names: Names, now: Vars, start: Vars, momenta: list[Tensor]) -> Callable:

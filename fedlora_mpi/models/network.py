@@ -64,6 +64,8 @@ class Model:
     bodies: tuple[nn.Module, nn.Module]  # the same with an identity for a head
     head: str  # name of the classifier among the modules
     effects: Effects = Effects()  # of a pass, beside its logits and BatchNorm's statistics
+    couples: bool = False  # what it makes of an example depends on the others of the batch, padding among them
+    writes: bool = False  # a pass changes leaves: in training others than statistics, or any in evaluation
 
     def __call__(self, tree: Tree, x: Tensor) -> Tensor:
         return self._run(self.modules[self.training], {**self.constants, **tree}, x, self.effects)
@@ -97,6 +99,11 @@ class Model:
         odd = batch.real is not None or len(batch.y) == 1  # padded, or too small for BatchNorm
         needed = self.noisy or (odd and self.batch_statistics)
         return Substitutes(batch.real, batch.key) if needed else nullcontext()
+
+    def judged(self, batch: Batch) -> AbstractContextManager:
+        """What the evaluation of a mini-batch of one client runs under: Substitutes, where a batch of one example has
+        to be normalised by itself."""
+        return Substitutes(batch.real, batch.key) if self.couples else nullcontext()
 
     def frozen(self, tree: Tree) -> Tree:
         """``tree`` detached, its statistics copied: for a forward pass that must leave no trace, such

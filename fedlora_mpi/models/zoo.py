@@ -5,6 +5,7 @@ One with a parameter ``tokens`` is for texts: its inputs are integers below it, 
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..foreign import described, imported
 from ..seeds import isolated
 from . import huggingface
 from . import weights as files
+from .coupling import traits
 from .network import Model, from_module
 from .resnet import ResNet
 from .transformer import Transformer
@@ -146,12 +148,19 @@ def build(
     with isolated(seed, "model"):
         module = _module(name, dict(options), classes, shape, tokens, padding)
         model = from_module(module, classes, shape, tokens)
+        if foreign(name) and not name.startswith("torchvision:"):
+            model = replace(model, **traits(model, seed)._asdict())
     if weights is None:
         return model
     try:
         return files.load(model, files.read(*files.find(name, weights)))
     except ValueError as error:
         raise ValueError(f"weights = {weights}: {error}") from error
+
+
+def foreign(name: str) -> bool:
+    """Whether a network, or a method, comes from a module outside this package."""
+    return ":" in name
 
 
 class Origin(NamedTuple):

@@ -20,7 +20,8 @@ from . import hdf5, seal
 from .disk import Disk
 from .files import StoreError, checksum
 
-UNITS = {"seconds_*": "seconds", "bytes_*": "bytes", "*accuracy*": "fraction", "*flops*": "FLOP"}
+UNITS = {"seconds_*": "seconds", "bytes_*": "bytes", "*accuracy*": "fraction", "nan_*": "fraction", "*flops*": "FLOP"}
+_YOUNG = {"rounds/nan_predictions", "clients/nan_predictions"}  # columns that a log of before there were any goes on without
 GROUPS = ("rounds", "clients", "ranks")
 PARTITION_AXES = {"indices": ["sample"], "offsets": ["boundary"], "counts": ["client", "class"]}
 
@@ -109,6 +110,8 @@ class Log:
         if not self._columns:
             self._columns.update({name: self._column(name, value) for name, value in row.items()})
         row |= self._of_ranks(ranks or {})
+        for name in _YOUNG - self._columns.keys():
+            row.pop(name, None)
         assert row.keys() == self._columns.keys(), (
             f"not in every row: {sorted(row.keys() ^ self._columns.keys())}"
         )

@@ -1,0 +1,121 @@
+"""Whether a network treats the examples of a batch apart from one another: tried, for no layer says so.
+
+Padding, the cut of a test set into batches and clients of unequal size in one stack leave the results of such a network
+as they are. Normalisation by the batch at hand, a sort, softmax or attention over the batch do not.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from ..batch import Batch
+from ..seeds import rng
+from ..tree import Tree
+from .network import Model
+
+_CUTS = ((5, 3), (40, 33))  # examples of a batch, and of these in its first part; the second where it is cheap
+_CHEAP = 2e7  # FLOP of one example
+_LARGE = 2**24  # numbers of a network of which no copy in double precision is made
+_LOUD = 10.0  # how much larger the other examples are
+_NEAR = {torch.float64: 1e-4, torch.float32: 1e-3}  # of the largest number: kernels differ less, couplings more
+
+
+class Traits(NamedTuple):
+    """What ``Model`` has under the same names."""
+
+    couples: bool
+    writes: bool
+
+
+def traits(model: Model, seed: int) -> Traits:
+    """What shows when batches are cut and padded, with weights at random around the initial ones: a gate that begins at
+    zero must hide nothing. A network that refuses such batches counts as coupling them."""
+    apart = replace(model, modules=copy.deepcopy(model.modules))  # what a network remembers of a pass is thrown away
+    large = sum(v.numel() for v in model.initial.values()) > _LARGE
+    for dtype in (torch.float32,) if large else (torch.float64, torch.float32):
+        try:
+            return _tried(apart, seed, dtype)
+        except Exception:  # a user's module may raise anything, and may know one precision only
+            continue
+    return Traits(couples=True, writes=True)
+
+
+@torch.no_grad()
+def _tried(model: Model, seed: int, dtype: torch.dtype) -> Traits:
+    generator, couples, writes = rng(seed, "coupling"), False, False
+    tree = {n: _moved(v, model.role(n) == "stats", generator).to(dtype) for n, v in model.initial.items()}
+    for whole, part in _CUTS[: 2 if model.flops < _CHEAP else 1]:
+        x = _inputs(model, whole, part, generator)
+        x = x.to(dtype) if x.is_floating_point() else x
+        for look in (_evaluated, _trained):
+            mixed, wrote = look(model, tree, x, part, _NEAR[dtype])
+            couples, writes = couples or mixed, writes or wrote
+    return Traits(couples, writes)
+
+
+def _moved(v: Tensor, positive: bool, generator: Generator) -> Tensor:
+    """``v`` with noise as large as it is, or as weights of its shape are; that of statistics is positive."""
+    usual = v[0].numel() ** -0.5 if v.dim() > 1 and v.numel() else 1.0
+    size = max(usual, float(v.double().square().mean().sqrt())) if v.numel() else 0.0
+    noise = torch.randn(v.shape, generator=generator) * size / 2
+    return v + (noise.abs() if positive else noise)
+
+
+def _inputs(model: Model, whole: int, part: int, generator: Generator) -> Tensor:
+    """Inputs at random, [whole, *shape], which are larger from ``part`` on; of texts, longer."""
+    if not model.tokens:
+        x = torch.randn(whole, *model.shape, generator=generator)
+        return torch.cat([x[:part], _LOUD * x[part:]])
+    x = torch.randint(0, model.tokens, (whole, *model.shape), generator=generator)
+    length = model.shape[-1]
+    ends = torch.randint(1, max(2, length // 2 + 1), (whole, 1), generator=generator)
+    ends[part:] = length
+    first = x[:, :1].clamp(min=min(1, model.tokens - 1))  # a text has a word
+    return torch.cat([first, torch.where(torch.arange(1, length) < ends, x[:, 1:], 0)], 1)
+
+
+def _evaluated(model: Model, tree: Tree, x: Tensor, part: int, near: float) -> tuple[bool, bool]:
+    """Whether a batch as a whole gives what its parts give, and whether a pass writes to a leaf."""
+    run = _pass(model.evaluating(), tree)
+    (logits, after), first, second = run(x), run(x[:part]), run(x[part:])
+    mixed = not _alike(torch.cat([first[0], second[0]]), logits, near)
+    return mixed, any(not _same(after[n], v) for n, v in tree.items())
+
+
+def _trained(model: Model, tree: Tree, x: Tensor, part: int, near: float) -> tuple[bool, bool]:
+    """Whether padding changes the logits of the others or what is written to the leaves, and whether a pass writes to
+    any but statistics."""
+    run, real = _pass(model, tree), torch.arange(len(x), device=x.device) < part
+    (alone, after), (padded, after_padded) = run(x[:part]), run(x, real)
+    mixed = not _alike(padded[:part], alone, near)
+    mixed = mixed or not all(_alike(after_padded[n], v, near) for n, v in after.items())
+    return mixed, any(not _same(after[n], v) for n, v in tree.items() if model.role(n) != "stats")
+
+
+def _pass(model: Model, tree: Tree) -> Callable[..., tuple[Tensor, Tree]]:
+    """A function of inputs, of which some are real: the logits, and the leaves as they are afterwards."""
+
+    def run(x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tree]:
+        batch = Batch(x, x.new_zeros(len(x), dtype=torch.int64), real, torch.tensor(1), torch.zeros(model.classes))
+        leaves = {n: v.clone() for n, v in tree.items()}
+        with model.prepared(batch):
+            return model(leaves, x), leaves
+
+    return run
+
+
+def _alike(a: Tensor, b: Tensor, near: float) -> bool:
+    """Whether two tensors agree but for last bits, infinities and nan included."""
+    finite = a.isfinite() & b.isfinite()
+    if not torch.equal(torch.where(finite, 0, a).nan_to_num(nan=1.0), torch.where(finite, 0, b).nan_to_num(nan=1.0)):
+        return False
+    a, b = a[finite], b[finite]
+    return not len(a) or float((a - b).abs().max()) <= near * float(b.abs().max())
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.nan_to_num(nan=1.0), b.nan_to_num(nan=1.0))
