@@ -21,6 +21,7 @@ from .data.texts import Vocabulary
 from .engine.compiled import Compiled, need_compiler
 from .engine.device import bind, decide, keep_memory, memory_of
 from .engine.graphs import Graphs
+from .engine.rehearsal import rehearsed
 from .engine.settings import Engine
 from .engine.train import Trainer
 from .engine.trial import Tried, fastest, measured, told
@@ -30,6 +31,7 @@ from .layout import Layout
 from .mixing import Mixing
 from .models.network import Model
 from .models.zoo import build as build_model
+from .models.zoo import foreign
 from .paths import expanded
 from .placement import assign, groups
 from .privacy.check import check_run
@@ -71,7 +73,7 @@ def build(config: Config, source: str, comm: Comm) -> Built:
         tell_hints(parts.data, source)
     models, firsts, found = agreed(comm, config, source, parts.data, parts.models, parts.split, parts.firsts)
     parts = parts._replace(models=models, firsts=firsts)
-    engine = _engine(parts, config, comm, workers, memory)
+    engine = _engine(parts, config, source, comm, workers, memory)
     built = together(comm, lambda: _build(parts, replace(config, engine=engine), source, comm, workers))
     return replace(built, inventory=found)
 
@@ -193,6 +195,17 @@ class _Parts(NamedTuple):
             found.setdefault(kind.network, (kind.trainer, kind.first, largest[:together]))
         return list(found.values())
 
+    def rehearsed(self, config: Config, source: str, engine: Engine) -> Engine:
+        """``engine``, or the loop, as ``rehearsal.rehearsed`` finds; what this package brings needs no trial."""
+        names, method = [network.name for network in config.model.mix], configs.algorithm_name(config.algorithm)
+        if not any(map(foreign, (*names, method, getattr(config.algorithm, "small", "")))):
+            return engine
+        kinds = {kind.network: kind for kind in self.kinds(config.train, replace(engine, path="loop", compile=False))}
+        try:
+            return rehearsed(engine, config.engine, [(names[at], kind.trainer, kind.first) for at, kind in kinds.items()])
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
 
 def _parts(
     config: Config, source: str, hosting: bool, device: torch.device, beat: Callable[[], None]
@@ -218,21 +231,24 @@ def _parts(
     return _Parts(data, models, split, feed, variants, kind_of, firsts, device)
 
 
-def _engine(parts: _Parts, config: Config, comm: Comm, workers: Sequence[int], memory: int) -> Engine:
-    """The engine, with everything decided: by rule, or as the first worker has measured it for all."""
-    if config.engine.path != "measure":
-        return decided(config, parts.models, config.engine.device, memory)
+def _engine(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequence[int], memory: int) -> Engine:
+    """The engine, with everything decided: by rule or as the first worker has measured it, and tried there for all."""
 
-    def measure() -> Engine | None:
+    def choose() -> Engine | None:
         if comm.rank != workers[0]:
             return None
+        if config.engine.path != "measure":
+            return parts.rehearsed(config, source, decided(config, parts.models, config.engine.device, memory))
+        engine = parts.rehearsed(config, source, replace(config.engine, path="stack"))
+        if engine.path == "loop":
+            return engine
         most = -(-_cohort(config) // max(2, len(workers)))  # so that every worker has something to do
         samples = config.rounds * config.participation * config.train.epochs * sum(map(len, parts.split.train))
         speeds = measured(config.engine, most, samples, lambda engine: parts.tried(config.train, engine))
         print(told(speeds, best := fastest(speeds, samples)), file=sys.stderr, flush=True)
         return best.engine
 
-    found, chosen = together(comm, measure), np.zeros(3, np.int64)
+    found, chosen = together(comm, choose), np.zeros(3, np.int64)
     if found:
         chosen[:] = found.path == "stack", found.group_size, found.compile
     comm.sum(chosen)

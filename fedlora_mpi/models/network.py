@@ -221,7 +221,9 @@ def _beheaded(module: nn.Module, head: str) -> nn.Module:
 
 
 def _zeros(samples: int, shape: tuple[int, ...], tokens: int) -> Tensor:
-    return torch.zeros(samples, *shape, dtype=torch.int64 if tokens else torch.float32)
+    if tokens:  # words one after the other: a text of padding alone has no length, which packed sequences refuse
+        return (torch.arange(1, 1 + shape[-1]) % tokens).expand(samples, *shape).contiguous()
+    return torch.zeros(samples, *shape)
 
 
 def _trial(module: nn.Module, classes: int, x: Tensor) -> dict:
