@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -279,3 +280,13 @@ def _allowed(want: Any) -> list[str]:
 
 def _either(words: list[str]) -> str:
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+@contextmanager
+def naming(source: str, block: str = "") -> Iterator[None]:
+    """Put file and block before what a part says of "key = value"."""
+    block = f"{block}." if block else ""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {block}{str(error).removeprefix(block)}") from error

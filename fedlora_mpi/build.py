@@ -1,8 +1,7 @@
 """The parts of a run from its config, equal on every rank."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 from . import config as configs
 from .agreement import agreed
 from .algorithm import Algorithm, Train, Vars
+from .blocks import naming
 from .comm import Comm, together
 from .config import Config
 from .data.datasets import Data, load
@@ -40,6 +40,7 @@ from .rows import InMemory, OnDisk
 from .seeds import rng
 from .store.sinks import need_tensorboard
 from .tree import numel
+from .uplink import gathers
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Built:
     inventory: Inventory | None = None  # of what this rank has built
 
 
-def build(config: Config, source: str, comm: Comm) -> Built:
-    """Data, model, algorithm and groups; ``source`` names the config in messages.
+def build(config: Config, source: str, comm: Comm, asked: str = "") -> Built:
+    """Data, model, algorithm and groups; ``source`` names the config in messages; asked: the ``engine.path`` that the
+    user gave where ``config`` has another.
 
     Raises Refused on all ranks for the user's mistakes. Rank 0 downloads while the others wait.
     """
@@ -73,7 +75,7 @@ def build(config: Config, source: str, comm: Comm) -> Built:
         tell_hints(parts.data, source)
     models, firsts, found = agreed(comm, config, source, parts.data, parts.models, parts.split, parts.firsts)
     parts = parts._replace(models=models, firsts=firsts)
-    engine = _engine(parts, config, source, comm, workers, memory)
+    engine = _engine(parts, config, source, comm, workers, memory, asked)
     built = together(comm, lambda: _build(parts, replace(config, engine=engine), source, comm, workers))
     return replace(built, inventory=found)
 
@@ -126,15 +128,6 @@ def decided(config: Config, models: Sequence[Model], device: str, memory: int = 
 def _cohort(config: Config) -> int:
     """Clients of a round, about."""
     return max(1, round(config.participation * config.data.partition.clients))
-
-
-@contextmanager
-def naming(source: str, block: str) -> Iterator[None]:
-    """Put file and block before what a part says of "key = value"."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{source}: {block}.{str(error).removeprefix(f'{block}.')}") from error
 
 
 def _need(workers: Sequence[int], source: str) -> None:
@@ -195,16 +188,14 @@ class _Parts(NamedTuple):
             found.setdefault(kind.network, (kind.trainer, kind.first, largest[:together]))
         return list(found.values())
 
-    def rehearsed(self, config: Config, source: str, engine: Engine) -> Engine:
+    def rehearsed(self, config: Config, source: str, engine: Engine, asked: Engine) -> Engine:
         """``engine``, or the loop, as ``rehearsal.rehearsed`` finds; what this package brings needs no trial."""
         names, method = [network.name for network in config.model.mix], configs.algorithm_name(config.algorithm)
         if not any(map(foreign, (*names, method, getattr(config.algorithm, "small", "")))):
             return engine
         kinds = {kind.network: kind for kind in self.kinds(config.train, replace(engine, path="loop", compile=False))}
-        try:
-            return rehearsed(engine, config.engine, [(names[at], kind.trainer, kind.first) for at, kind in kinds.items()])
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+        with naming(source):
+            return rehearsed(engine, asked, [(names[at], kind.trainer, kind.first) for at, kind in kinds.items()])
 
 
 def _parts(
@@ -231,15 +222,18 @@ def _parts(
     return _Parts(data, models, split, feed, variants, kind_of, firsts, device)
 
 
-def _engine(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequence[int], memory: int) -> Engine:
+def _engine(
+    parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequence[int], memory: int, asked: str
+) -> Engine:
     """The engine, with everything decided: by rule or as the first worker has measured it, and tried there for all."""
 
     def choose() -> Engine | None:
         if comm.rank != workers[0]:
             return None
         if config.engine.path != "measure":
-            return parts.rehearsed(config, source, decided(config, parts.models, config.engine.device, memory))
-        engine = parts.rehearsed(config, source, replace(config.engine, path="stack"))
+            engine = decided(config, parts.models, config.engine.device, memory)
+            return parts.rehearsed(config, source, engine, replace(config.engine, path=asked or config.engine.path))
+        engine = parts.rehearsed(config, source, replace(config.engine, path="stack"), config.engine)
         if engine.path == "loop":
             return engine
         most = -(-_cohort(config) // max(2, len(workers)))  # so that every worker has something to do
@@ -265,6 +259,10 @@ def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequ
     costs = tuple(float(sum(sizes[c] for c in group) * kinds[kind_of[group[0]]].trainer.model.flops) for group in grouped)
     host = assign(costs, workers)
     rank_of = {c: rank for group, rank in zip(grouped, host) for c in group}
+
+    def uploads() -> float:
+        return config.participation * sum(numel(kinds[kind].upload) for kind in kind_of)
+
     run = Run(
         algorithm=algorithm,
         kinds=kinds,
@@ -281,7 +279,7 @@ def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequ
         participation=config.participation,
         reduce=config.reduce,
         upload=Layout.of(kinds[0].term),
-        gathers=_gathers(config, algorithm, kinds, kind_of),
+        gathers=config.privacy == Privacy() and gathers(config.uplink, algorithm, uploads, numel(kinds[0].term), config.reduce),
         skips=config.faults.non_finite == "skip",
         judges_cohort=config.evaluate.clients == "cohort",
         rows=OnDisk(expanded(config.output)) if config.engine.personal == "disk" else InMemory(),
@@ -326,20 +324,6 @@ def variants_of(config: Config) -> tuple[list[tuple[int, Algorithm]], tuple[int,
     of = [(network, config.algorithm.of_client(client, clients)) for client, network in enumerate(network_of)]
     variants = sorted(dict.fromkeys(of), key=lambda variant: variant[0])
     return variants, tuple(map(variants.index, of))
-
-
-def _gathers(config: Config, algorithm: Algorithm, kinds: Sequence[Kind], kind_of: Sequence[int]) -> bool:
-    """Whether uploads travel as they are, for every rank to expand those of all. ``auto``: when fewer bytes then
-    reach a rank than by the sum of what they stand for, which an allreduce sends about twice."""
-    if config.privacy != Privacy():
-        return False
-    if config.uplink != "auto":
-        return config.uplink == "gather"
-    if type(algorithm).expand is Algorithm.expand:
-        return False
-    cohort = config.participation * sum(numel(kinds[kind].upload) for kind in kind_of)
-    size = numel(kinds[0].term)
-    return 4 * cohort < 2 * {"exact": 16, "fast": 4}[config.reduce] * size
 
 
 def _begun(config: Config, variants: Sequence[tuple[int, Algorithm]], models: Sequence[Model]) -> list[Vars]:

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .algorithm import Vars
 from .algorithms.fedavg import FedAvg
+from .blocks import naming
 from .build import load_data, load_models, tell_hints
 from .comm import Fault
 from .config import Config
@@ -24,9 +26,12 @@ from .data.datasets import Data
 from .data.feed import Feed
 from .data.partition import Split
 from .engine.device import bind, keep_memory
+from .engine.rehearsal import rehearsed
+from .engine.settings import Engine
 from .engine.train import Trainer
 from .experiment import ModelBlock
 from .models.weights import packed
+from .models.zoo import foreign
 from .seeds import rng
 from .store.files import write_atomic
 from .tree import Tree, numel
@@ -57,6 +62,9 @@ def pretrain(
     packed({})  # refuses without the library
     block = ModelBlock((networks[network],))
     trainer, tree = _begun(replace(config, model=block, algorithm=FedAvg()), source, classes)
+    if foreign(networks[network].name):
+        with naming(source):
+            rehearsed(Engine(path="loop"), config.engine, [(networks[network].name, trainer, Vars(tree, {}))])
     _make_folder(to)
     for epoch, (tree, loss, accuracy, nan, seconds) in enumerate(_epochs(trainer, tree, epochs), 1):
         if nan:

@@ -1,10 +1,11 @@
 """Uploads that travel as they are, of different sizes, where the sum of what they stand for would be larger."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from .algorithm import Algorithm
 from .comm import Comm
 from .layout import Layout
 from .tree import Tree
@@ -25,3 +26,15 @@ def gathered(
     parts = dict(zip(ordered, received.split([layouts[c].size for c in ordered])))
     device = next((u.device for u in uploads.values()), torch.device("cpu"))
     return {c: layouts[c].unpack(part.to(device)) for c, part in parts.items() if rank_of[c] != comm.rank}
+
+
+def gathers(asked: str, algorithm: Algorithm, uploads: Callable[[], float], term: int, reduce: str) -> bool:
+    """Whether uploads travel as they are, for every rank to expand those of all. ``auto``: when fewer bytes then
+    reach a rank than by the sum of what they stand for, which an allreduce sends about twice.
+
+    uploads: numbers that a cohort sends; term: numbers of what one stands for.
+    """
+    if asked != "auto":
+        return asked == "gather"
+    expands = type(algorithm).expand is not Algorithm.expand
+    return expands and 4 * uploads() < 2 * {"exact": 16, "fast": 4}[reduce] * term

@@ -55,14 +55,14 @@ def estimate(
     for name, value in (("bandwidth", bandwidth), ("latency", latency)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} = {value:g}: must be positive")
-    gpu = device(gpus) if gpus else None
+    gpu, asked = device(gpus) if gpus else None, config.engine.path
     workers = hosts(config, ranks)
     if not workers:
         raise ValueError(f"--ranks = {ranks}: server_hosts_clients = false needs at least 2")
     if gpus:
         path = "stack" if gpu and config.engine.path != "loop" else config.engine.path
         config = replace(config, engine=replace(config.engine, device="cpu", path=path))
-    built = build(config, source, Solo())
+    built = build(config, source, Solo(), asked)
     cores = os.cpu_count() or 1
     others = 0 if gpus else min(len(workers), cores // config.engine.threads) - 1
     costs, client = measured(built, gpu, max(0, others))
