@@ -50,7 +50,7 @@ def memory_of(device: torch.device, workers: int) -> int:
 def decide(
     engine: Engine, device: str, model: Model, batch_size: int, cohort: int, memory: int = 0
 ) -> tuple[str, int]:
-    """(path, group size) for ``auto``; a pure function of the workload and of a worker's part of the ``memory`` of a
+    """(path, group size) for ``auto``, before any trial of them; a pure function of the workload and of a worker's part of the ``memory`` of a
     GPU (bytes, 0: unknown).
 
     On a CPU a stack wins while a step is bound by the number of operations, and loses once one

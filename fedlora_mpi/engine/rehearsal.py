@@ -8,7 +8,8 @@ data, and some operations, such as an embedding with ``padding_idx``, have other
 import copy
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -164,7 +165,7 @@ def _outcome(trainer: Trainer, first: Vars, clients: Sequence[int]) -> _Outcome:
     """What these clients make of a round that begins with ``first``."""
     rows = {name: v.expand(len(clients), *v.shape).clone() for name, v in first.personal.items()}
     shared, found = tmap(torch.clone, first.shared), _Outcome([], [], [])
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _whole_products():
         warnings.simplefilter("ignore")
         for done in trainer.train(clients, shared, rows, 0, evaluate=True):
             for start, end in zip(done.start[:2], done.end[:2]):
@@ -173,6 +174,20 @@ def _outcome(trainer: Trainer, first: Vars, clients: Sequence[int]) -> _Outcome:
             found.losses.extend((done.loss, done.score[1]))
         found.losses.append(trainer.evaluate(clients, shared, rows)[:, 1])
     return found
+
+
+@contextmanager
+def _whole_products() -> Iterator[None]:
+    """Without tf32, whose rounding would hide what differs."""
+    places = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = False
+        yield
+    finally:
+        for place, allowed in zip(places, before):
+            place.allow_tf32 = allowed
 
 
 def _largest(v: Tensor) -> float:

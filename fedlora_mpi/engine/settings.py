@@ -11,7 +11,8 @@ class Engine:
     """``auto`` is decided once at the start of a run and kept on resume, for it changes rounding.
 
     path: one by one (``loop``) or in a stack; ``auto`` follows a rule that knows only the workload, so that the same
-    config always gives the same bits, ``measure`` tries both and several sizes at the start and takes the fastest.
+    config always gives the same bits, ``measure`` tries both and several sizes at the start and takes the fastest. All but
+    ``loop`` give way to it where a network of the user's wants that (see ``rehearsal.py``).
 
     personal: where the personal leaves of clients wait for their turn: in ``memory``, or in files of the run folder
     (``disk``), of which memory holds those of the cohort. group_size: clients trained together; threads: CPU threads of a worker; compile: let torch compile the steps of
