@@ -24,7 +24,7 @@ from .tree import Tree
 from .uplink import gathered
 
 _METRICS = ("loss", "clients", "spread", "broken", "stop", "sent")  # travel behind the upload, in the same buffer
-_SCORES = ("accuracy", "loss", "accuracy_aggregated", "accuracy_trained", "nan_predictions")  # of each client
+_SCORES = ("accuracy", "loss", "accuracy_aggregated", "accuracy_trained")  # of each client
 
 
 class Learned(NamedTuple):
@@ -45,6 +45,7 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     ``drift`` of the row: how far the clients have trained the shared parameters apart, see ``_drift``.
     A client whose loss or upload is not finite raises Fault on all ranks, or, where the run ``skips``, is left out:
     its personal leaves stay, the mean and the mixes are those of the others; ``skipped`` of the row holds such ids.
+    ``nan_clients`` of the row: those with test samples whose logits are no numbers.
     ``seconds_ranks`` of an evaluated round: {stage: [R] seconds since the last such round} (see ``Stopwatch``; what
     came after its message counts to this one), of another round {}.
     """
@@ -93,14 +94,15 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     row |= {"skipped": sorted(drawn - chosen)} if run.skips else {}
     unknown = np.full(len(run.weight_N), np.nan)
     judged = drawn if run.judges_cohort else range(len(run.weight_N))
-    scores_N, seconds = dict.fromkeys(_SCORES, unknown), {}
+    scores_N, nan_N, seconds = dict.fromkeys(_SCORES, unknown), unknown, {}
     run.clock.lap("other", run.comm.pulse.waited)  # FLOPs are counted once
     if evaluate:
-        scores_N, seconds = _evaluate(run, state, judged, learned.scores)
+        scores_N, nan_N, seconds = _evaluate(run, state, judged, learned.scores)
     run.rows.release()
     clock.append(time.perf_counter())
     row |= {"accuracy_worst": np.fmin.reduce(scores_N["accuracy"])}
     row |= {name: _nanmean(column) for name, column in scores_N.items()}
+    row |= {"nan_predictions": _nanmean(nan_N), "nan_clients": np.flatnonzero(nan_N > 0).tolist()}
     row |= {f"seconds_{name}": t for name, t in zip(("train", "exchange", "evaluate"), np.diff(clock))}
     row |= {"seconds_ranks": seconds}
     return state, row, scores_N
@@ -264,11 +266,12 @@ def _served(run: Run, state: State, mean: Tree, cohort: Cohort) -> State:
 
 def _evaluate(
     run: Run, state: State, clients: Collection[int], trained: dict[int, Tensor]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
     """Columns [N] of ``_SCORES`` on every rank: the own model of each of ``clients`` on its own test data, NaN for the
-    others; and the seconds of each rank [R] by stage, which travel in the same message.
+    others; the fraction [N] of these whose logits are no numbers; and the seconds of each rank [R] by stage, which travel
+    in the same message.
 
-    ``accuracy``, ``loss`` and ``nan_predictions`` are those of the method's moment. A client outside the cohort was not
+    ``accuracy``, ``loss`` and that fraction are those of the method's moment. A client outside the cohort was not
     trained: NaN after training, and its model after aggregation counts at either moment. One without a
     test sample of the classes so far: NaN at both.
     """
@@ -294,8 +297,8 @@ def _evaluate(
     if run.algorithm.evaluates == "after_training":
         judged = np.where(np.isnan(after[:, :1]), received, after)  # by the accuracy: a loss may be nan
     accuracy, loss, nan = judged.T
-    scores_N = dict(zip(_SCORES, (accuracy, loss, received[:, 0], after[:, 0], nan)))
-    return scores_N, dict(zip(STAGES, table[everyone:].T))
+    scores_N = dict(zip(_SCORES, (accuracy, loss, received[:, 0], after[:, 0])))
+    return scores_N, nan, dict(zip(STAGES, table[everyone:].T))
 
 
 def _nanmean(column: np.ndarray) -> float:

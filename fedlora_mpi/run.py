@@ -224,7 +224,7 @@ def _tell(
             print(f"fedlora-mpi: round {round_}: skipped client {ids}: loss or upload is not finite{rest}", file=sys.stderr)
         if "skipped" in row:
             row["skipped"] = len(skipped)
-        if (ids := np.flatnonzero(clients["nan_predictions"] > 0)).size:
+        if ids := row.pop("nan_clients"):
             few, rest = ", ".join(map(str, ids[:10])), f" and {len(ids) - 10} more" if len(ids) > 10 else ""
             print(f"fedlora-mpi: round {round_}: client {few}{rest}: logits of test samples are no numbers (nan); these "
                   "samples count as wrong, see nan_predictions of the log", file=sys.stderr)

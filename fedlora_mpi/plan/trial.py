@@ -31,6 +31,7 @@ from .forecast import Costs, Unit
 from .line import Line, limits
 
 _SECONDS = 4.0  # that the trial of a kind may take, about; it always takes two rounds of each size
+_LISTS = ("stop", "skipped", "nan_clients", "seconds_ranks")  # of a row, which are no columns
 _TIMES = 5  # rounds of each size where they are short
 
 
@@ -135,7 +136,7 @@ class _Trial:
         wall, cpu = time.perf_counter(), time.process_time()
         _, row, clients_N = play(run, state, judged, False)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        row = {name: value for name, value in row.items() if name not in ("stop", "skipped", "seconds_ranks")}
+        row = {name: value for name, value in row.items() if name not in _LISTS}
         self.row = row, clients_N
         if keep:
             own = min(1.0, cpu / wall) if self._config.engine.threads == 1 and device.type == "cpu" else 1.0

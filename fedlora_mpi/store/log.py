@@ -21,7 +21,7 @@ from .disk import Disk
 from .files import StoreError, checksum
 
 UNITS = {"seconds_*": "seconds", "bytes_*": "bytes", "*accuracy*": "fraction", "nan_*": "fraction", "*flops*": "FLOP"}
-_YOUNG = {"rounds/nan_predictions", "clients/nan_predictions"}  # columns that a log of before there were any goes on without
+_YOUNG = {"rounds/nan_predictions"}  # columns that a log of before there were any goes on without
 GROUPS = ("rounds", "clients", "ranks")
 PARTITION_AXES = {"indices": ["sample"], "offsets": ["boundary"], "counts": ["client", "class"]}
 
