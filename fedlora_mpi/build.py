@@ -57,8 +57,7 @@ class Built:
 
 
 def build(config: Config, source: str, comm: Comm, asked: str = "") -> Built:
-    """Data, model, algorithm and groups; ``source`` names the config in messages; asked: the ``engine.path`` that the
-    user gave where ``config`` has another.
+    """Data, model, algorithm and groups; source: the config in messages; asked: the user's engine.path, if another.
 
     Raises Refused on all ranks for the user's mistakes. Rank 0 downloads while the others wait.
     """
@@ -233,8 +232,7 @@ def _engine(
         if config.engine.path != "measure":
             engine = decided(config, parts.models, config.engine.device, memory)
             return parts.rehearsed(config, source, engine, replace(config.engine, path=asked or config.engine.path))
-        engine = parts.rehearsed(config, source, replace(config.engine, path="stack"), config.engine)
-        if engine.path == "loop":
+        if (engine := parts.rehearsed(config, source, replace(config.engine, path="stack"), config.engine)).path == "loop":
             return engine
         most = -(-_cohort(config) // max(2, len(workers)))  # so that every worker has something to do
         samples = config.rounds * config.participation * config.train.epochs * sum(map(len, parts.split.train))
@@ -259,10 +257,7 @@ def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequ
     costs = tuple(float(sum(sizes[c] for c in group) * kinds[kind_of[group[0]]].trainer.model.flops) for group in grouped)
     host = assign(costs, workers)
     rank_of = {c: rank for group, rank in zip(grouped, host) for c in group}
-
-    def uploads() -> float:
-        return config.participation * sum(numel(kinds[kind].upload) for kind in kind_of)
-
+    uploads = lambda: config.participation * sum(numel(kinds[kind].upload) for kind in kind_of)
     run = Run(
         algorithm=algorithm,
         kinds=kinds,
