@@ -120,13 +120,8 @@ def split_data(config: Config, source: str, data: Data) -> Split:
 def decided(config: Config, models: Sequence[Model], device: str, memory: int = 0) -> Engine:
     """The engine with its path and group size decided by rule, for the largest network and the ``memory`` of a GPU, bytes."""
     largest = max(models, key=lambda model: model.flops)
-    path, size = decide(config.engine, device, largest, config.train.batch_size, _cohort(config), memory)
+    path, size = decide(config.engine, device, largest, config.train.batch_size, config.cohort, memory)
     return replace(config.engine, device=device, path=path, group_size=size)
-
-
-def _cohort(config: Config) -> int:
-    """Clients of a round, about."""
-    return max(1, round(config.participation * config.data.partition.clients))
 
 
 def _need(workers: Sequence[int], source: str) -> None:
@@ -234,7 +229,7 @@ def _engine(
             return parts.rehearsed(config, source, engine, replace(config.engine, path=asked or config.engine.path))
         if (engine := parts.rehearsed(config, source, replace(config.engine, path="stack"), config.engine)).path == "loop":
             return engine
-        most = -(-_cohort(config) // max(2, len(workers)))  # so that every worker has something to do
+        most = -(-config.cohort // max(2, len(workers)))  # so that every worker has something to do
         samples = config.rounds * config.participation * config.train.epochs * sum(map(len, parts.split.train))
         speeds = measured(config.engine, most, samples, lambda engine: parts.tried(config.train, engine))
         print(told(speeds, best := fastest(speeds, samples)), file=sys.stderr, flush=True)
@@ -257,7 +252,8 @@ def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequ
     costs = tuple(float(sum(sizes[c] for c in group) * kinds[kind_of[group[0]]].trainer.model.flops) for group in grouped)
     host = assign(costs, workers)
     rank_of = {c: rank for group, rank in zip(grouped, host) for c in group}
-    uploads = lambda: config.participation * sum(numel(kinds[kind].upload) for kind in kind_of)
+    numbers = [numel(kind.upload) for kind in kinds]
+    sent, term = config.participation * sum(numbers[kind] for kind in kind_of), numel(kinds[0].term)
     run = Run(
         algorithm=algorithm,
         kinds=kinds,
@@ -274,7 +270,7 @@ def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequ
         participation=config.participation,
         reduce=config.reduce,
         upload=Layout.of(kinds[0].term),
-        gathers=config.privacy == Privacy() and gathers(config.uplink, algorithm, uploads, numel(kinds[0].term), config.reduce),
+        gathers=config.privacy == Privacy() and gathers(config.uplink, algorithm, sent, term, config.reduce),
         skips=config.faults.non_finite == "skip",
         judges_cohort=config.evaluate.clients == "cohort",
         rows=OnDisk(expanded(config.output)) if config.engine.personal == "disk" else InMemory(),

@@ -163,3 +163,8 @@ class Config:
         if not self.output.strip() or not self.output.isprintable():
             raise ValueError(f"output = {self.output!r}: must be the name of a folder")
         require_path("output", self.output)
+
+    @property
+    def cohort(self) -> int:
+        """Clients of a round, about."""
+        return max(1, round(self.participation * self.data.partition.clients))

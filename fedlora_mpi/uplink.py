@@ -1,6 +1,6 @@
 """Uploads that travel as they are, of different sizes, where the sum of what they stand for would be larger."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def gathered(
     return {c: layouts[c].unpack(part.to(device)) for c, part in parts.items() if rank_of[c] != comm.rank}
 
 
-def gathers(asked: str, algorithm: Algorithm, uploads: Callable[[], float], term: int, reduce: str) -> bool:
+def gathers(asked: str, algorithm: Algorithm, uploads: float, term: int, reduce: str) -> bool:
     """Whether uploads travel as they are, for every rank to expand those of all. ``auto``: when fewer bytes then
     reach a rank than by the sum of what they stand for, which an allreduce sends about twice.
 
@@ -37,4 +37,4 @@ def gathers(asked: str, algorithm: Algorithm, uploads: Callable[[], float], term
     if asked != "auto":
         return asked == "gather"
     expands = type(algorithm).expand is not Algorithm.expand
-    return expands and 4 * uploads() < 2 * {"exact": 16, "fast": 4}[reduce] * term
+    return expands and 4 * uploads < 2 * {"exact": 16, "fast": 4}[reduce] * term

@@ -19,7 +19,7 @@ from fedlora_mpi.build import build
 from fedlora_mpi.comm import Refused, Solo
 from fedlora_mpi.engine.rehearsal import objection
 from fedlora_mpi.models import zoo
-from fedlora_mpi.models.coupling import traits
+from fedlora_mpi.models.coupling import couples
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.store.log import Log
 
@@ -80,8 +80,7 @@ globals().update(COUPLED | APART)  # a config names them
 @pytest.mark.parametrize("name", [*COUPLED, *APART])
 def test_a_network_that_computes_across_its_batch_is_known(name):
     torch.manual_seed(0)
-    found = traits(from_module((COUPLED | APART)[name](4, SHAPE), 4, SHAPE), 1)
-    assert found == (name in COUPLED, False)
+    assert couples(from_module((COUPLED | APART)[name](4, SHAPE), 4, SHAPE), 1) == (name in COUPLED)
 
 
 def test_what_this_package_brings_computes_of_each_example_apart():
@@ -89,7 +88,7 @@ def test_what_this_package_brings_computes_of_each_example_apart():
         texts = name == "transformer"
         shape, tokens = ((5,), 11) if texts else ((3, 8, 8), 0)
         model = zoo.build(name, {"dropout": 0.1} if texts else {}, 3, shape, 1, tokens)
-        assert traits(model, 1) == (False, False), name
+        assert not couples(model, 1), name
 
 
 def test_the_trial_reads_no_global_generator():
@@ -135,7 +134,7 @@ def test_a_coupled_batch_is_judged_in_equal_parts(tests, monkeypatch):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(105, track_running_stats=False), nn.Linear(105, small.CLASSES))
     model = from_module(net, small.CLASSES, small.SHAPE)
-    made = replace(made, model=replace(model, **traits(model, 1)._asdict()))
+    made = replace(made, model=replace(model, couples=couples(model, 1)))
     assert made.model.couples
     (score,) = made.evaluate([0], model.initial, {})
     n = tests[0]
@@ -242,7 +241,7 @@ def item(classes, shape, tokens):
     return Item(classes, tokens)
 
 
-FAILING = ("lstm", "gru", "packed", "nested", "sparse", "bounded", "branching", "item")
+FAILING = ("lstm", "gru", "packed", "nested", "sparse", "branching", "item")
 CONFIG = """
 seed: 1
 rounds: 2
@@ -342,7 +341,7 @@ def test_all_ranks_take_the_loop(name, texts, capsys):
 def test_a_network_that_writes_to_its_weights_leaves_those_of_others(texts):
     built = build(configs.read("c.yaml", [f"model={HERE}:bounded"]), "c.yaml", Solo())
     trainer, first = built.run.trainer, built.run.kinds[0].first
-    assert trainer.model.writes
+    assert trainer.model.effects.parameters
     shared = {n: 3 * v for n, v in first.shared.items()}
     before = runs.copied(shared)
     trainer.evaluate([0, 1], shared, {})
@@ -352,7 +351,7 @@ def test_a_network_that_writes_to_its_weights_leaves_those_of_others(texts):
 
 
 class Stubborn(torch.autograd.Function):
-    """Has no gradient."""
+    """Has no gradient of a batch of more than a few."""
 
     @staticmethod
     def forward(ctx, x):
@@ -360,7 +359,9 @@ class Stubborn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        raise RuntimeError("no gradient\nof this")
+        if len(grad) > 4:
+            raise RuntimeError("no gradient\nof this")
+        return grad
 
 
 def stubborn(classes, shape):

@@ -79,8 +79,9 @@ def rehearsed(engine: Engine, asked: Engine, tried: Sequence[tuple[str, Trainer,
 
 def alone(trainer: Trainer, first: Vars) -> None:
     """Train and evaluate one client a little. Raises ValueError where that fails."""
+    size = min(_BATCH, trainer.settings.batch_size)
     try:
-        _outcome(_made(trainer, (2, 2), (1, 1), torch.float32, stacked=False), first, [0])
+        _outcome(_made(trainer, (size, size), (1, 1), torch.float32, stacked=False), first, [0])
     except Exception as error:  # a user's module may raise anything
         raise _failed(error) from error
 

@@ -146,7 +146,7 @@ class Trainer:
         def one(shared: Tree, personal: Tree, *batch: Tensor | None) -> Tensor:
             v, batch = Vars(shared, personal), Batch(*batch)
             with model.judged(batch):
-                logits = self.algorithm.logits(model, tmap_vars(torch.clone, v) if model.writes else v, batch.x)
+                logits = self.algorithm.logits(model, v, batch.x)
             loss = torch.nn.functional.cross_entropy(logits, batch.y, reduction="none")
             nan = logits.isnan().any(1)  # of which argmax makes a class
             hit = (logits.argmax(1) == batch.y) & ~nan
@@ -207,7 +207,7 @@ class Trainer:
         if self.stacked:
             shared = tmap(lambda v: v.expand(len(members), *v.shape), shared)
         v = Vars(shared, self._rows(personal_C, members))
-        return tmap_vars(torch.clone, v) if self.model.writes else v
+        return tmap_vars(torch.clone, v) if self.model.effects.parameters else v
 
     def _rows(self, personal_C: Tree, members: Sequence[int]) -> Tree:
         """The personal variables of these clients, [C, ...] in a stack."""

@@ -7,7 +7,6 @@ as they are. Normalisation by the batch at hand, a sort, softmax or attention ov
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -24,16 +23,9 @@ _LOUD = 10.0  # how much larger the other examples are
 _NEAR = {torch.float64: 1e-4, torch.float32: 1e-3}  # of the largest number: kernels differ less, couplings more
 
 
-class Traits(NamedTuple):
-    """What ``Model`` has under the same names."""
-
-    couples: bool
-    writes: bool
-
-
-def traits(model: Model, seed: int) -> Traits:
-    """What shows when batches are cut and padded, with weights at random around the initial ones: a gate that begins at
-    zero must hide nothing. A network that refuses such batches counts as coupling them."""
+def couples(model: Model, seed: int) -> bool:
+    """Whether results change when batches are cut and padded, with weights at random around the initial ones: a gate
+    that begins at zero must hide nothing. A network that refuses such batches counts as coupling them."""
     apart = replace(model, modules=copy.deepcopy(model.modules))  # what a network remembers of a pass is thrown away
     large = sum(v.numel() for v in model.initial.values()) > _LARGE
     for dtype in (torch.float32,) if large else (torch.float64, torch.float32):
@@ -41,20 +33,19 @@ def traits(model: Model, seed: int) -> Traits:
             return _tried(apart, seed, dtype)
         except Exception:  # a user's module may raise anything, and may know one precision only
             continue
-    return Traits(couples=True, writes=True)
+    return True
 
 
 @torch.no_grad()
-def _tried(model: Model, seed: int, dtype: torch.dtype) -> Traits:
-    generator, couples, writes = rng(seed, "coupling"), False, False
+def _tried(model: Model, seed: int, dtype: torch.dtype) -> bool:
+    generator = rng(seed, "coupling")
     tree = {n: _moved(v, model.role(n) == "stats", generator).to(dtype) for n, v in model.initial.items()}
     for whole, part in _CUTS[: 2 if model.flops < _CHEAP else 1]:
         x = _inputs(model, whole, part, generator)
         x = x.to(dtype) if x.is_floating_point() else x
-        for look in (_evaluated, _trained):
-            mixed, wrote = look(model, tree, x, part, _NEAR[dtype])
-            couples, writes = couples or mixed, writes or wrote
-    return Traits(couples, writes)
+        if any(changes(model, tree, x, part, _NEAR[dtype]) for changes in (_evaluated, _trained)):
+            return True
+    return False
 
 
 def _moved(v: Tensor, positive: bool, generator: Generator) -> Tensor:
@@ -78,22 +69,18 @@ def _inputs(model: Model, whole: int, part: int, generator: Generator) -> Tensor
     return torch.cat([first, torch.where(torch.arange(1, length) < ends, x[:, 1:], 0)], 1)
 
 
-def _evaluated(model: Model, tree: Tree, x: Tensor, part: int, near: float) -> tuple[bool, bool]:
-    """Whether a batch as a whole gives what its parts give, and whether a pass writes to a leaf."""
+def _evaluated(model: Model, tree: Tree, x: Tensor, part: int, near: float) -> bool:
+    """Whether a batch as a whole gives something else than its parts."""
     run = _pass(model.evaluating(), tree)
-    (logits, after), first, second = run(x), run(x[:part]), run(x[part:])
-    mixed = not _alike(torch.cat([first[0], second[0]]), logits, near)
-    return mixed, any(not _same(after[n], v) for n, v in tree.items())
+    (logits, _), (first, _), (second, _) = run(x), run(x[:part]), run(x[part:])
+    return not _alike(torch.cat([first, second]), logits, near)
 
 
-def _trained(model: Model, tree: Tree, x: Tensor, part: int, near: float) -> tuple[bool, bool]:
-    """Whether padding changes the logits of the others or what is written to the leaves, and whether a pass writes to
-    any but statistics."""
+def _trained(model: Model, tree: Tree, x: Tensor, part: int, near: float) -> bool:
+    """Whether padding changes the logits of the others or what is written to the leaves."""
     run, real = _pass(model, tree), torch.arange(len(x), device=x.device) < part
     (alone, after), (padded, after_padded) = run(x[:part]), run(x, real)
-    mixed = not _alike(padded[:part], alone, near)
-    mixed = mixed or not all(_alike(after_padded[n], v, near) for n, v in after.items())
-    return mixed, any(not _same(after[n], v) for n, v in tree.items() if model.role(n) != "stats")
+    return not (_alike(padded[:part], alone, near) and all(_alike(after_padded[n], v, near) for n, v in after.items()))
 
 
 def _pass(model: Model, tree: Tree) -> Callable[..., tuple[Tensor, Tree]]:
@@ -115,7 +102,3 @@ def _alike(a: Tensor, b: Tensor, near: float) -> bool:
         return False
     a, b = a[finite], b[finite]
     return not len(a) or float((a - b).abs().max()) <= near * float(b.abs().max())
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.nan_to_num(nan=1.0), b.nan_to_num(nan=1.0))

@@ -65,7 +65,6 @@ class Model:
     head: str  # name of the classifier among the modules
     effects: Effects = Effects()  # of a pass, beside its logits and BatchNorm's statistics
     couples: bool = False  # what it makes of an example depends on the others of the batch, padding among them
-    writes: bool = False  # a pass changes leaves: in training others than statistics, or any in evaluation
 
     def __call__(self, tree: Tree, x: Tensor) -> Tensor:
         return self._run(self.modules[self.training], {**self.constants, **tree}, x, self.effects)

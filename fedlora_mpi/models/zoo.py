@@ -17,7 +17,7 @@ from ..foreign import described, imported
 from ..seeds import isolated
 from . import huggingface
 from . import weights as files
-from .coupling import traits
+from .coupling import couples
 from .network import Model, from_module
 from .resnet import ResNet
 from .transformer import Transformer
@@ -149,7 +149,7 @@ def build(
         module = _module(name, dict(options), classes, shape, tokens, padding)
         model = from_module(module, classes, shape, tokens)
         if foreign(name) and not name.startswith("torchvision:"):
-            model = replace(model, **traits(model, seed)._asdict())
+            model = replace(model, couples=couples(model, seed))
     if weights is None:
         return model
     try:
