@@ -26,7 +26,7 @@ from .engine.train import Trainer
 from .engine.trial import Tried, fastest, measured, told
 from .federation import Kind, Pace, Run
 from .inventory import Inventory, run_digest
-from .layout import Layout
+from .layout import Layout, joint
 from .mixing import Mixing
 from .models.network import Model
 from .models.zoo import build as build_model
@@ -37,7 +37,6 @@ from .privacy.settings import Privacy
 from .rows import InMemory, OnDisk
 from .seeds import rng
 from .store.sinks import need_tensorboard
-from .tree import numel
 
 
 @dataclass(frozen=True)
@@ -321,9 +320,10 @@ def _gathers(config: Config, algorithm: Algorithm, kinds: Sequence[Kind], kind_o
         return config.uplink == "gather"
     if type(algorithm).expand is Algorithm.expand:
         return False
-    cohort = config.participation * sum(numel(kinds[kind].upload) for kind in kind_of)
-    size = numel(kinds[0].term)
-    return 4 * cohort < 2 * {"exact": 16, "fast": 4}[config.reduce] * size
+    uploads, term = [Layout.of(kind.upload) for kind in kinds], Layout.of(kinds[0].term)
+    cohort = config.participation * sum(uploads[kind].size for kind in kind_of)
+    unit = {"exact": 16, "fast": term.dtype.itemsize}[config.reduce]
+    return joint([upload.dtype for upload in uploads]).itemsize * cohort < 2 * unit * term.size
 
 
 def _begun(config: Config, variants: Sequence[tuple[int, Algorithm]], models: Sequence[Model]) -> list[Vars]:
@@ -343,11 +343,11 @@ def _begun(config: Config, variants: Sequence[tuple[int, Algorithm]], models: Se
                              "and so has the network; rename that part of the network")
     offers = [algorithm.offer(first, first) for first in firsts]
     for part, trees in (("shares", [v.shared for v in firsts]), ("mixes", [o.rows if o else {} for o in offers])):
-        layouts = [Layout.of(tree).shapes for tree in trees]
+        layouts = [Layout.of(tree).described for tree in trees]
         for name, layout in zip(names, layouts):
             if layout != layouts[0]:
                 leaf = next(n for n in layouts[0] | layout if layouts[0].get(n) != layout.get(n))
-                shapes = " and ".join(str(list(at[leaf])) if leaf in at else "none" for at in (layouts[0], layout))
+                shapes = " and ".join(at.get(leaf, "none") for at in (layouts[0], layout))
                 raise ValueError(
                     f"name = {configs.algorithm_name(algorithm)}: {part} {leaf}, which networks {names[0]} and "
                     f"{name} have in different shapes ({shapes}); for a mix of networks choose a method that "

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .comm import Comm
-from .layout import Layout
+from .layout import Layout, joint
 from .tree import Tree
 
 
@@ -15,12 +15,15 @@ def gathered(
 ) -> dict[int, Tree]:
     """{client: upload} of the clients on other ranks, views into one buffer.
 
-    uploads: this rank's, flat float32; layouts: of all clients that take part, in the same order on every rank.
+    uploads: this rank's, flat; layouts: of all clients that take part, in the same order on every rank. Numbers travel
+    as float32, or, where any leaf is float64, as two such words each.
     """
     there = {rank: [c for c in layouts if rank_of[c] == rank] for rank in range(comm.size)}
-    counts = [sum(layouts[c].size for c in clients) for clients in there.values()]
-    own = [uploads[c].cpu().float() for c in there[comm.rank]]
-    received = torch.from_numpy(comm.gather((torch.cat(own) if own else torch.zeros(0)).numpy(), counts))
+    dtype = joint([layout.dtype for layout in layouts.values()])
+    words = dtype.itemsize // 4
+    counts = [words * sum(layouts[c].size for c in clients) for clients in there.values()]
+    own = torch.cat([torch.zeros(0, dtype=dtype), *(uploads[c].cpu().to(dtype) for c in there[comm.rank])])
+    received = torch.from_numpy(comm.gather(own.view(torch.float32).numpy(), counts)).view(dtype)
     ordered = [c for clients in there.values() for c in clients]
     parts = dict(zip(ordered, received.split([layouts[c].size for c in ordered])))
     device = next((u.device for u in uploads.values()), torch.device("cpu"))

@@ -17,6 +17,7 @@ from ..build import Built, build, hosts
 from ..comm import Solo
 from ..config import Config
 from ..federation import Kind, Run
+from ..layout import Layout, bytes_of, joint
 from ..placement import assign
 from ..tree import Tree, nbytes, numel, tmap
 from ..units import duration, size
@@ -118,11 +119,12 @@ def _sizes(built: Built, ranks: int) -> list[tuple[str, str]]:
     second = _second(run)
     traffic = [_traffic(run, kind, second) for kind in run.kinds]
     up, down = zip(*(traffic[kind] for kind in run.kind_of))
-    message, how = {"exact": 16, "fast": 4}[config.reduce] * run.upload.size, "an allreduce"
+    message, how = run.unit * run.upload.size, "an allreduce"
     if run.gathers:
-        message, how = 4 * sum(numel(run.kinds[kind].upload) for kind in run.kind_of) * cohort // clients, "a gather"
+        width = joint([layout.dtype for layout in run.layouts]).itemsize
+        message, how = width * sum(run.layouts[kind].size for kind in run.kind_of) * cohort // clients, "a gather"
     own = [numel(run.kinds[kind].first.personal) for kind in run.kind_of]
-    total, comma = 4 * sum(own), "{:,}".format
+    total, comma = sum(nbytes(run.kinds[kind].first.personal) for kind in run.kind_of), "{:,}".format
     return [
         *(("model", _model(run, n, config.model.mix[n].name)) for n in sorted({kind.network for kind in run.kinds})),
         ("shared", f"{numel(first.shared):,} numbers; {_range(up, size)} up, {_range(down, size)} down per client and round"),
@@ -152,8 +154,9 @@ def _traffic(run: Run, kind: Kind, second: Tree) -> tuple[int, int]:
     """The most bytes that such a client sends and receives in a round; ``second``: what ``_second`` says."""
     ones = lambda tree: tmap(torch.ones_like, tree)  # of a method that sends by class: all classes
     full, first = Vars(*map(ones, kind.arrived[:2])), kind.first.shared
-    up = 4 * max(int(kind.algorithm.sent(v, v)) for v in (kind.arrived, full))
-    down = 4 * max(int(kind.algorithm.received(shared)) for shared in (first, ones(first), second))
+    sent = max(int(kind.algorithm.sent(v, v)) for v in (kind.arrived, full))
+    up = bytes_of(sent, [Layout.of(kind.upload)])
+    down = max(kind.received(shared) for shared in (first, ones(first), second))
     return (up + run.mixing.bytes_up, down + run.mixing.bytes_down) if run.mixing else (up, down)
 
 
