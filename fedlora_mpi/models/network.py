@@ -3,7 +3,11 @@
 Roles come from module TYPES, never from names: ``norm`` and ``stats`` are the parameters and the
 running statistics of normalisation layers, ``head`` is the classifier (the last Linear, else the
 last Conv2d, in registration order), ``body`` is the rest. Integer buffers are constants: they
-belong to no client and never travel.
+belong to no client and never travel. So are parameters that the builder has frozen (``requires_grad``
+is False): they stay as they are, whatever the method.
+
+A parameter or buffer in several places (tied weights) is one leaf, with the name and the role of the
+first; it is ``body`` where any of them is outside of the classifier.
 """
 
 import copy
@@ -45,6 +49,7 @@ class Model:
     leaves: dict[str, Leaf]
     initial: Tree
     constants: Tree
+    locked: dict[str, Leaf]  # the frozen ones among the constants, as a low-rank part beside them has to know them
     shape: tuple[int, ...]  # of one input, without the batch axis
     tokens: int  # inputs are integers below it; 0: they are floats
     classes: int
@@ -55,22 +60,35 @@ class Model:
     modules: tuple[nn.Module, nn.Module]  # the skeleton in evaluation and in training mode
     bodies: tuple[nn.Module, nn.Module]  # the same with an identity for a head
     head: str  # name of the classifier among the modules
+    ties: dict[str, str]  # further names of leaves and constants that have several places
+    places: tuple[dict[str, str], ...]  # {name there: leaf} of the network, its body and its head
 
     def __call__(self, tree: Tree, x: Tensor) -> Tensor:
-        return functional_call(self.modules[self.training], {**self.constants, **tree}, (x,))
+        return self._call(self.modules[self.training], self.places[0], tree, x)
 
     def features(self, tree: Tree, x: Tensor) -> Tensor:
         """What enters the head, [B, width]; needs no leaf of the head."""
-        body = {n: v for n, v in {**self.constants, **tree}.items() if not n.startswith(f"{self.head}.")}
-        return functional_call(self.bodies[self.training], body, (x,))
+        return self._call(self.bodies[self.training], self.places[1], tree, x)
 
     def classify(self, tree: Tree, z: Tensor) -> Tensor:
         """The head on features [B, width]: logits [B, classes]; needs only leaves of the head.
 
         ``model(tree, x)`` equals ``classify(tree, features(tree, x))`` where the head comes last.
         """
-        head = {n.removeprefix(f"{self.head}."): v for n, v in tree.items() if n.startswith(f"{self.head}.")}
-        return functional_call(self.modules[self.training].get_submodule(self.head), head, (z,))
+        head = self.modules[self.training].get_submodule(self.head)
+        return self._call(head, self.places[2], tree, z)
+
+    def _call(self, module: nn.Module, places: dict[str, str], tree: Tree, x: Tensor) -> Tensor:
+        """``module`` with its leaves from ``tree``. Raises ValueError for one that is not there: the skeleton has none."""
+        values = {**self.constants, **tree}
+        try:
+            given = {place: values[leaf] for place, leaf in places.items()}
+        except KeyError as error:
+            raise ValueError(
+                f"{error.args[0]} of the network has no value: what a method's weights_of returns must hold every leaf "
+                "of model.leaves"
+            ) from None
+        return functional_call(module, given, (x,))
 
     def zeros(self, samples: int) -> Tensor:
         """Inputs that say nothing, [samples, *shape]."""
@@ -115,11 +133,21 @@ class Model:
         """Role of a leaf; None for names that are not the network's (an algorithm's own)."""
         return self.leaves[leaf].role if leaf in self.leaves else None
 
+    @property
+    def described(self) -> dict[str, Leaf]:
+        """``leaves`` and the frozen ones."""
+        return self.leaves | self.locked
+
+    @property
+    def values(self) -> Tree:
+        """``initial`` and the frozen ones."""
+        return self.initial | {n: self.constants[n] for n in self.locked}
+
     def module(self, tree: Tree) -> nn.Module:
         """An ordinary nn.Module in evaluation mode that holds a copy of ``tree``."""
-        module = copy.deepcopy(self.modules[False]).to_empty(device="cpu")
+        module = _tied(copy.deepcopy(self.modules[False]).to_empty(device="cpu"), self.ties)
         values = {**self.constants, **tree}
-        for name, place in (*module.named_parameters(), *module.named_buffers()):
+        for name, place in _tensors(module).items():
             place.data.copy_(values[name])
         return module
 
@@ -128,7 +156,7 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
     """The model of ``module``, whose present parameters become the initial values.
 
     ``shape``: of one input, without the batch axis; ``tokens``: as in ``Model``. Raises ValueError when the module does not map
-    [B, *shape] to [B, classes] or counts batches instead of using a momentum.
+    [B, *shape] to [B, classes], counts batches instead of using a momentum, or has a parameter that cannot be trained.
     """
     for name, layer in module.named_modules():
         if isinstance(layer, _NormBase) and layer.track_running_stats:
@@ -136,8 +164,9 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
                 raise ValueError(f"name: layer {name} has momentum None (a cumulative average)")
             layer.num_batches_tracked = None
     traits = _trial(module, classes, shape, tokens)
-    leaves, initial, constants = _leaves(module)
-    skeleton = copy.deepcopy(module).to("meta")
+    ties = _ties(module)
+    leaves, locked, initial, constants = _leaves(module)
+    skeleton = _tied(copy.deepcopy(module).to("meta"), ties)
     head = next((n for n, m in module.named_modules() if m is _head(module)), "")
     modules = (skeleton.eval(), copy.deepcopy(skeleton).train())
     bodies = tuple(_beheaded(copy.deepcopy(m), head) for m in modules)
@@ -145,6 +174,7 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
         leaves,
         initial,
         constants,
+        locked,
         tuple(shape),
         tokens,
         classes,
@@ -153,6 +183,8 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
         modules=modules,
         bodies=bodies,
         head=head,
+        ties=ties,
+        places=_places(modules[0], bodies[0], head, ties),
     )
 
 
@@ -160,7 +192,54 @@ def _beheaded(module: nn.Module, head: str) -> nn.Module:
     """``module`` with an identity in the place of its head."""
     if not head:  # the module is its own head
         return nn.Identity()
-    module.set_submodule(head, nn.Identity())
+    same, empty = module.get_submodule(head), nn.Identity()
+    for name in [n for n, m in module.named_modules(remove_duplicate=False) if m is same]:
+        module.set_submodule(name, empty)
+    return module
+
+
+def _places(whole: nn.Module, body: nn.Module, head: str, ties: dict[str, str]) -> tuple[dict[str, str], ...]:
+    """See ``Model``."""
+    above = f"{head}." if head else ""
+    return (
+        {n: ties.get(n, n) for n in _tensors(whole)},
+        {n: ties.get(n, n) for n in _tensors(body)},
+        {n: ties.get(above + n, above + n) for n in _tensors(whole.get_submodule(head))},
+    )
+
+
+def _tensors(module: nn.Module, again: bool = False) -> Tree:
+    """Parameters and buffers by name; those in several places by their first, or, ``again``, by each."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    every = parameters | dict(module.named_buffers(remove_duplicate=False))
+    first = {id(v): n for n, v in reversed(every.items())}
+    return {n: v for n, v in every.items() if again or first[id(v)] == n}
+
+
+def _ties(module: nn.Module) -> dict[str, str]:
+    """{further name: first name} of parameters and buffers in several places. Raises ValueError for two in one memory of
+    which one is trained: a step would move the other, too."""
+    once = _tensors(module)
+    memory: dict[int, str] = {}
+    for name, value in once.items():
+        other = memory.setdefault(value.data_ptr(), name) if value.numel() else name
+        if other != name and (value.requires_grad or once[other].requires_grad):
+            raise ValueError(
+                f"name: {other} and {name} of the network are two tensors in one memory; register one and the same "
+                "nn.Parameter in both places to tie them, or clone() it"
+            )
+    first = {id(v): n for n, v in once.items()}
+    return {n: first[id(v)] for n, v in _tensors(module, again=True).items() if first[id(v)] != n}
+
+
+def _tied(module: nn.Module, ties: dict[str, str]) -> nn.Module:
+    """``module`` with its ties, which moving it to another device has undone."""
+    values = _tensors(module, again=True)
+    for name, first in ties.items():
+        owner, _, place = name.rpartition(".")
+        owner = module.get_submodule(owner)
+        kind = owner._parameters if place in owner._parameters else owner._buffers
+        kind[place] = values[first]
     return module
 
 
@@ -196,23 +275,40 @@ def _trial(module: nn.Module, classes: int, shape: tuple[int, ...], tokens: int)
     }
 
 
-def _leaves(module: nn.Module) -> tuple[dict[str, Leaf], Tree, Tree]:
-    """Every leaf, its initial value, and the constants."""
-    leaves, initial, constants = {}, {}, {}
-    head = _head(module)
-    parameters = dict(module.named_parameters())
-    for name, value in (*parameters.items(), *module.named_buffers()):
+def _leaves(module: nn.Module) -> tuple[dict[str, Leaf], dict[str, Leaf], Tree, Tree]:
+    """What is known of every leaf, and of those that are frozen; initial values, constants."""
+    leaves, locked, initial, constants = {}, {}, {}, {}
+    head, owners, parameters = _head(module), _owners(module), {*map(id, module.parameters())}
+    for name, value in _tensors(module).items():
+        trained = id(value) in parameters and value.requires_grad
         if not value.is_floating_point():
+            if trained:
+                raise ValueError(
+                    f"name: parameter {name} of the network is {value.dtype}, which no method trains; hold its real and "
+                    "imaginary part as two parameters (torch.complex joins them), or freeze it by requires_grad_(False)"
+                )
             constants[name] = value.detach().clone()
             continue
-        owner = module.get_submodule(name.rpartition(".")[0])
-        if name not in parameters:
+        if id(value) not in parameters:
             role = "stats"
+        elif isinstance(owners[name][0], _NORMS):
+            role = "norm"
         else:
-            role = "norm" if isinstance(owner, _NORMS) else "head" if owner is head else "body"
-        leaves[name] = Leaf(tuple(value.shape), role, _matrix(owner, value) if role in ("body", "head") else "")
-        initial[name] = value.detach().clone()
-    return leaves, initial, constants
+            role = "head" if all(owner is head for owner in owners[name]) else "body"
+        matrices = (_matrix(owner, value) for owner in owners[name]) if role in ("body", "head") else ()
+        leaf = Leaf(tuple(value.shape), role, next(filter(None, matrices), ""))
+        frozen = role != "stats" and not trained
+        (locked if frozen else leaves)[name] = leaf
+        (constants if frozen else initial)[name] = value.detach().clone()
+    return leaves, locked, initial, constants
+
+
+def _owners(module: nn.Module) -> dict[str, list[nn.Module]]:
+    """The modules that have each parameter or buffer, by its first name."""
+    ties, found = _ties(module), {}
+    for name in _tensors(module, again=True):
+        found.setdefault(ties.get(name, name), []).append(module.get_submodule(name.rpartition(".")[0]))
+    return found
 
 
 def _head(module: nn.Module) -> nn.Module | None:

@@ -180,8 +180,11 @@ def _model(run: Run, number: int, name: str) -> str:
     having = [k for k, kind in enumerate(run.kinds) if kind.network == number]
     model, clients = run.kinds[having[0]].trainer.model, sum(kind in having for kind in run.kind_of)
     statistics = sum(v.numel() for n, v in model.initial.items() if model.role(n) == "stats")
+    frozen = numel(model.values) - numel(model.initial)
     return (
-        f"{name}: {numel(model.initial) - statistics:,} parameters, {statistics:,} running statistics, "
+        f"{name}: {numel(model.initial) - statistics:,} parameters, "
+        + (f"{frozen:,} frozen ones, " if frozen else "")
+        + f"{statistics:,} running statistics, "
         f"{model.flops / 1e6:.1f} MFLOP forward per sample" + (f"; {clients} clients" if clients < len(run.kind_of) else "")
     )
 
