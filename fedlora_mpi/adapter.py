@@ -71,6 +71,7 @@ class Adapter:
         if self.place == "conv":
             return model(self.merged(model, tree, adapter), x)
         z = model.features(tree, x) if z is None else z
+        adapter = {n: v.to(z.dtype) for n, v in adapter.items()}
         if self.place == "matrix":
             return model.classify(tree, z) + self.scale * (z @ adapter["A"].T) @ adapter["B"].T
-        return model.classify(tree, z + self.scale * (x.flatten(1) @ adapter["A"].T) @ adapter["B"].T)
+        return model.classify(tree, z + self.scale * (x.flatten(1).to(z.dtype) @ adapter["A"].T) @ adapter["B"].T)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -178,10 +179,10 @@ class Mixing:
 
 def _exchanged(comm: Comm, send: Tensor, counts: Sequence[int], arriving: Sequence[int]) -> Tensor:
     """What ``comm.exchange`` does, with numbers of the dtype of ``send``: one of float64 travels as two words."""
-    words = send.dtype.itemsize // 4
-    times = lambda numbers: [words * number for number in numbers]
-    arrived = comm.exchange(send.view(torch.float32).numpy(), times(counts), times(arriving))
-    return torch.from_numpy(arrived).view(send.dtype)
+    numbers, words = send.numpy(), send.dtype.itemsize // 4
+    times = lambda of: [words * number for number in of]
+    arrived = comm.exchange(numbers.view(np.float32), times(counts), times(arriving))
+    return torch.from_numpy(arrived.view(numbers.dtype))
 
 
 def _blocks(rows: Tensor) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +23,8 @@ def gathered(
     dtype = joint([layout.dtype for layout in layouts.values()])
     words = dtype.itemsize // 4
     counts = [words * sum(layouts[c].size for c in clients) for clients in there.values()]
-    own = torch.cat([torch.zeros(0, dtype=dtype), *(uploads[c].cpu().to(dtype) for c in there[comm.rank])])
-    received = torch.from_numpy(comm.gather(own.view(torch.float32).numpy(), counts)).view(dtype)
+    own = torch.cat([torch.zeros(0, dtype=dtype), *(uploads[c].cpu().to(dtype) for c in there[comm.rank])]).numpy()
+    received = torch.from_numpy(comm.gather(own.view(np.float32), counts).view(own.dtype))
     ordered = [c for clients in there.values() for c in clients]
     parts = dict(zip(ordered, received.split([layouts[c].size for c in ordered])))
     device = next((u.device for u in uploads.values()), torch.device("cpu"))
