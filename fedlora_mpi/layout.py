@@ -53,6 +53,10 @@ class Layout:
         half = vector.is_floating_point() and vector.dtype.itemsize < 4
         return vector.float() if half else vector
 
+    def cast(self, tree: Tree) -> Tree:
+        """These leaves of ``tree`` as they come out of a vector: in the layout's dtypes."""
+        return {n: tree[n].to(self._dtype(n)) for n in self.shapes}
+
     def unpack(self, vector: Tensor) -> Tree:
         """The leaves of ``vector`` [D], each in its own dtype: views into it where that is the vector's."""
         converted = {dtype: vector.to(dtype) for dtype in {*map(self._dtype, self.shapes)}}

@@ -150,6 +150,13 @@ def sides(leaf: Leaf) -> tuple[int, int]:
 def matching(model: Model, patterns: Iterable[str]) -> list[str]:
     """The weights that a low-rank part can have and whose names a pattern matches; none that the network's builder has
     frozen. Raises ValueError when one matches none."""
+    for pattern in patterns:
+        frozen = [n for n, leaf in model.locked.items() if leaf.matrix and fnmatchcase(n, pattern)]
+        if frozen and not any(leaf.matrix and fnmatchcase(n, pattern) for n, leaf in model.leaves.items()):
+            raise ValueError(
+                f"layers = {pattern}: matches only weights that are frozen, such as {frozen[0]}, which this method leaves "
+                "as they are; fedit and its kin train low-rank parts beside such weights"
+            )
     return matched(model.leaves, patterns)
 
 

@@ -136,6 +136,8 @@ def _train(
                 learned.broken.append(done.client)
                 continue
             upload = trainer.algorithm.upload(done.start, done.end)
+            if run.gathers:  # other ranks have it as it travels, and so must this one
+                upload = run.layouts[run.kind_of[done.client]].cast(upload)
             vector = run.upload.pack(trainer.algorithm.expand(upload, state.shared, run.weight_N[done.client]))
             offer = run.mixing and run.mixing.pack(trainer.algorithm.offer(done.start, done.end))
             fits = all(v.abs().sum() < bound for v in (done.loss, vector))  # nor is it where one is not finite
