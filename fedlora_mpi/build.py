@@ -11,7 +11,7 @@ import torch
 
 from . import config as configs
 from .agreement import agreed
-from .algorithm import Algorithm, Train, Vars
+from .algorithm import Algorithm, Train, Vars, check_trains
 from .comm import Comm, together
 from .config import Config
 from .data.datasets import Data, load
@@ -208,7 +208,8 @@ def _parts(
     variants, kind_of = variants_of(config)
     with naming(source, "algorithm"):
         firsts = _begun(config, variants, models)
-        _need_training(config, variants, models, firsts)
+        for (number, method), first in zip(variants, firsts):
+            check_trains(configs.algorithm_name(method), method, config.model.mix[number].name, models[number], config.train, first)
     if config.engine.compile:
         with naming(source, "engine"):
             need_compiler()
@@ -355,18 +356,3 @@ def _begun(config: Config, variants: Sequence[tuple[int, Algorithm]], models: Se
                     "shares only what they have in common, such as pfedlora"
                 )
     return [first._replace(shared=firsts[0].shared) for first in firsts]
-
-
-def _need_training(config: Config, variants: Sequence[tuple[int, Algorithm]], models: Sequence[Model], firsts: Sequence[Vars]) -> None:
-    """Raise ValueError where a method would train nothing, since every parameter of a network is frozen."""
-    for (number, method), first in zip(variants, firsts):
-        model, steps = models[number], []
-        for round_ in (0, 1):
-            steps += [step for phase in method.phases(model, config.train, round_) for step in phase.steps]
-        names = [n for half in first[:2] for n in half if model.role(n) != "stats"]
-        if model.locked and not any(step.trains(n) for step in steps for n in names):
-            raise ValueError(
-                f"name = {configs.algorithm_name(config.algorithm)}: trains nothing, for all parameters of network "
-                f"{config.model.mix[number].name} are frozen (requires_grad is False, as of {next(iter(model.locked))}); "
-                "leave some to be trained, or choose a method that trains low-rank parts beside them, such as fedit"
-            )

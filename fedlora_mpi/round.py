@@ -19,7 +19,7 @@ from .layout import bytes_of, joint
 from .mixing import Packed
 from .privacy.clipping import contribution, of_server
 from .privacy.masks import letters
-from .sums import LIMIT, SUMS, ExactSum, FastSum
+from .sums import LIMIT, SUMS, ExactSum, FastSum, settle
 from .tree import Tree
 from .uplink import gathered
 
@@ -253,15 +253,7 @@ def _mean(run: Run, shared: Tree, sums: Tensor, total: float, away: float) -> Tr
         sums, total = sums + away * run.upload.pack(shared).double(), total + away
     like = next(iter(shared.values()), sums)
     mean = run.upload.unpack((sums / total).to(like.device))
-    return {n: _settled(v, shared.get(n)) for n, v in mean.items()}
-
-
-def _settled(mean: Tensor, before: Tensor | None) -> Tensor:
-    """``mean`` of a leaf; of float64 what was there ``before`` where they differ by rounding alone, so that the mean of
-    numbers that nobody has moved is these numbers, as it is of coarser ones."""
-    if mean.dtype != torch.float64 or before is None or before.shape != mean.shape:
-        return mean
-    return torch.where((mean - before).abs() <= 2**-50 * before.abs(), before, mean)
+    return {n: settle(v, shared.get(n)) for n, v in mean.items()}
 
 
 def _served(run: Run, state: State, mean: Tree, cohort: Cohort) -> State:

@@ -188,6 +188,21 @@ def test_two_parameters_in_one_memory_are_refused():
         made(Shares)
 
 
+@pytest.mark.parametrize("way", ["a list", "a function"])
+def test_a_parameter_that_is_read_past_its_module_is_refused(way):
+    class Reads(Linears):
+        def __init__(self):
+            super().__init__()
+            self.past = [self.head.weight] if way == "a list" else lambda: self.head.weight
+
+        def forward(self, x):
+            z = super().forward(x)
+            return z + linear(x.flatten(1), self.past[0] if way == "a list" else self.past())
+
+    with pytest.raises(ValueError, match="name: the network reads head.weight past the module that has it"):
+        made(Reads)
+
+
 def test_two_buffers_in_one_memory_are_none_of_our_business():
     class Means(Linears):
         def __init__(self):

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..batch import Batch
 from ..tree import Tree
 from .substitutes import Substitutes
+from .ties import check_references, find_places, find_ties, tensors, tie
 
 Role = Literal["body", "head", "norm", "stats"]
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -145,9 +146,9 @@ class Model:
 
     def module(self, tree: Tree) -> nn.Module:
         """An ordinary nn.Module in evaluation mode that holds a copy of ``tree``."""
-        module = _tied(copy.deepcopy(self.modules[False]).to_empty(device="cpu"), self.ties)
+        module = tie(copy.deepcopy(self.modules[False]).to_empty(device="cpu"), self.ties)
         values = {**self.constants, **tree}
-        for name, place in _tensors(module).items():
+        for name, place in tensors(module).items():
             place.data.copy_(values[name])
         return module
 
@@ -164,9 +165,10 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
                 raise ValueError(f"name: layer {name} has momentum None (a cumulative average)")
             layer.num_batches_tracked = None
     traits = _trial(module, classes, shape, tokens)
-    ties = _ties(module)
+    ties = find_ties(module)
     leaves, locked, initial, constants = _leaves(module)
-    skeleton = _tied(copy.deepcopy(module).to("meta"), ties)
+    check_references(module, ties, initial | constants, _zeros(2, shape, tokens))
+    skeleton = tie(copy.deepcopy(module).to("meta"), ties)
     head = next((n for n, m in module.named_modules() if m is _head(module)), "")
     modules = (skeleton.eval(), copy.deepcopy(skeleton).train())
     bodies = tuple(_beheaded(copy.deepcopy(m), head) for m in modules)
@@ -184,7 +186,7 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
         bodies=bodies,
         head=head,
         ties=ties,
-        places=_places(modules[0], bodies[0], head, ties),
+        places=find_places(modules[0], bodies[0], head, ties),
     )
 
 
@@ -195,51 +197,6 @@ def _beheaded(module: nn.Module, head: str) -> nn.Module:
     same, empty = module.get_submodule(head), nn.Identity()
     for name in [n for n, m in module.named_modules(remove_duplicate=False) if m is same]:
         module.set_submodule(name, empty)
-    return module
-
-
-def _places(whole: nn.Module, body: nn.Module, head: str, ties: dict[str, str]) -> tuple[dict[str, str], ...]:
-    """See ``Model``."""
-    above = f"{head}." if head else ""
-    return (
-        {n: ties.get(n, n) for n in _tensors(whole)},
-        {n: ties.get(n, n) for n in _tensors(body)},
-        {n: ties.get(above + n, above + n) for n in _tensors(whole.get_submodule(head))},
-    )
-
-
-def _tensors(module: nn.Module, again: bool = False) -> Tree:
-    """Parameters and buffers by name; those in several places by their first, or, ``again``, by each."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    every = parameters | dict(module.named_buffers(remove_duplicate=False))
-    first = {id(v): n for n, v in reversed(every.items())}
-    return {n: v for n, v in every.items() if again or first[id(v)] == n}
-
-
-def _ties(module: nn.Module) -> dict[str, str]:
-    """{further name: first name} of parameters and buffers in several places. Raises ValueError for two in one memory of
-    which one is trained: a step would move the other, too."""
-    once = _tensors(module)
-    memory: dict[int, str] = {}
-    for name, value in once.items():
-        other = memory.setdefault(value.data_ptr(), name) if value.numel() else name
-        if other != name and (value.requires_grad or once[other].requires_grad):
-            raise ValueError(
-                f"name: {other} and {name} of the network are two tensors in one memory; register one and the same "
-                "nn.Parameter in both places to tie them, or clone() it"
-            )
-    first = {id(v): n for n, v in once.items()}
-    return {n: first[id(v)] for n, v in _tensors(module, again=True).items() if first[id(v)] != n}
-
-
-def _tied(module: nn.Module, ties: dict[str, str]) -> nn.Module:
-    """``module`` with its ties, which moving it to another device has undone."""
-    values = _tensors(module, again=True)
-    for name, first in ties.items():
-        owner, _, place = name.rpartition(".")
-        owner = module.get_submodule(owner)
-        kind = owner._parameters if place in owner._parameters else owner._buffers
-        kind[place] = values[first]
     return module
 
 
@@ -279,7 +236,7 @@ def _leaves(module: nn.Module) -> tuple[dict[str, Leaf], dict[str, Leaf], Tree, 
     """What is known of every leaf, and of those that are frozen; initial values, constants."""
     leaves, locked, initial, constants = {}, {}, {}, {}
     head, owners, parameters = _head(module), _owners(module), {*map(id, module.parameters())}
-    for name, value in _tensors(module).items():
+    for name, value in tensors(module).items():
         trained = id(value) in parameters and value.requires_grad
         if not value.is_floating_point():
             if trained:
@@ -305,8 +262,8 @@ def _leaves(module: nn.Module) -> tuple[dict[str, Leaf], dict[str, Leaf], Tree, 
 
 def _owners(module: nn.Module) -> dict[str, list[nn.Module]]:
     """The modules that have each parameter or buffer, by its first name."""
-    ties, found = _ties(module), {}
-    for name in _tensors(module, again=True):
+    ties, found = find_ties(module), {}
+    for name in tensors(module, again=True):
         found.setdefault(ties.get(name, name), []).append(module.get_submodule(name.rpartition(".")[0]))
     return found
 

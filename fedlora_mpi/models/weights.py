@@ -92,7 +92,7 @@ def load(model: Model, tree: Tree) -> Model:
     found = {n: tree[n].to(values[n].dtype) for n in here if n in tree and n not in kept}
     for name, value in found.items():
         if not value.isfinite().all():
-            raise ValueError(f"{name} has numbers that are beyond {value.dtype}, which it is in the network")
+            raise ValueError(f"{name} has numbers that are not finite as {value.dtype}")
     constants = model.constants | {n: v for n, v in found.items() if n in model.locked}
     return replace(model, initial=model.initial | {n: found[n] for n in model.leaves if n in found}, constants=constants)
 
