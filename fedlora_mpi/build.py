@@ -209,7 +209,8 @@ def _parts(
     with naming(source, "algorithm"):
         firsts = _begun(config, variants, models)
         for (number, method), first in zip(variants, firsts):
-            check_trains(configs.algorithm_name(method), method, config.model.mix[number].name, models[number], config.train, first)
+            network = config.model.mix[number].name
+            check_trains(configs.algorithm_name(method), method, network, models[number], config.train, first)
     if config.engine.compile:
         with naming(source, "engine"):
             need_compiler()
