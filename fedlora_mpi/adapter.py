@@ -39,7 +39,7 @@ class Adapter:
         if self.place == "side" and model.tokens:
             raise ValueError("adapter = side: needs images, not texts, whose numbers are names of words")
         kind = "conv" if self.place == "conv" else "linear"
-        fit = [n for n, leaf in model.leaves.items() if leaf.matrix == kind and (kind == "conv" or leaf.role == "head")]
+        fit = [n for n, leaf in model.described.items() if leaf.matrix == kind and (kind == "conv" or leaf.role == "head")]
         if not fit:
             wanted = "a convolution" if kind == "conv" else "a Linear at its end"
             raise ValueError(f"adapter = {self.place}: needs a network with {wanted}")
@@ -47,7 +47,7 @@ class Adapter:
 
     def init(self, model: Model, rng: Generator) -> Tree:
         """{"A", "B"} before the first round."""
-        outside, *inside = model.leaves[self.beside(model)].shape
+        outside, *inside = model.described[self.beside(model)].shape
         if self.place == "side":
             outside, inside = inside[0], [torch.Size(model.shape).numel()]
         width = torch.Size(inside).numel()
@@ -60,7 +60,8 @@ class Adapter:
             return tree
         name = self.beside(model)
         delta = self.scale * adapter["B"] @ adapter["A"].flatten(1)
-        return tree | {name: tree[name] + delta.view(tree[name].shape)}
+        weight = tree[name] if name in tree else model.constants[name]
+        return tree | {name: weight + delta.view(weight.shape).to(weight.dtype)}
 
     def logits(self, model: Model, tree: Tree, adapter: Tree, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Of the network with the adapter: [B, ...] -> [B, classes].
@@ -70,6 +71,7 @@ class Adapter:
         if self.place == "conv":
             return model(self.merged(model, tree, adapter), x)
         z = model.features(tree, x) if z is None else z
+        adapter = {n: v.to(z.dtype) for n, v in adapter.items()}
         if self.place == "matrix":
             return model.classify(tree, z) + self.scale * (z @ adapter["A"].T) @ adapter["B"].T
-        return model.classify(tree, z + self.scale * (x.flatten(1) @ adapter["A"].T) @ adapter["B"].T)
+        return model.classify(tree, z + self.scale * (x.flatten(1).to(z.dtype) @ adapter["A"].T) @ adapter["B"].T)

@@ -246,3 +246,16 @@ class Algorithm:
     def tune(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         """Training on a copy before an evaluation in front of round ``round_``, on training data. Default: none."""
         return ()
+
+
+def check_trains(name: str, method: Algorithm, network: str, model: Model, train: Train, first: Vars) -> None:
+    """Raise ValueError where ``method``, with these variables before round 1, trains nothing of a ``network`` of which
+    parameters are frozen."""
+    steps = [step for round_ in (0, 1) for phase in method.phases(model, train, round_) for step in phase.steps]
+    names = [n for half in first[:2] for n in half if model.role(n) != "stats"]
+    if model.locked and not any(step.trains(n) for step in steps for n in names):
+        raise ValueError(
+            f"name = {name}: trains nothing, for all parameters of network {network} are frozen (requires_grad is False, as "
+            f"of {next(iter(model.locked))}); leave some to be trained, or choose a method that trains low-rank parts beside "
+            "them, such as fedit"
+        )

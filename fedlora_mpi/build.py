@@ -10,7 +10,7 @@ import torch
 
 from . import config as configs
 from .agreement import agreed
-from .algorithm import Algorithm, Train, Vars
+from .algorithm import Algorithm, Train, Vars, check_trains
 from .blocks import naming
 from .comm import Comm, together
 from .config import Config
@@ -27,7 +27,7 @@ from .engine.train import Trainer
 from .engine.trial import Tried, fastest, measured, told
 from .federation import Kind, Pace, Run
 from .inventory import Inventory, run_digest
-from .layout import Layout
+from .layout import Layout, joint
 from .mixing import Mixing
 from .models.network import Model
 from .models.zoo import build as build_model
@@ -39,7 +39,6 @@ from .privacy.settings import Privacy
 from .rows import InMemory, OnDisk
 from .seeds import rng
 from .store.sinks import need_tensorboard
-from .tree import numel
 from .uplink import gathers
 
 
@@ -207,6 +206,9 @@ def _parts(
     variants, kind_of = variants_of(config)
     with naming(source, "algorithm"):
         firsts = _begun(config, variants, models)
+        for (number, method), first in zip(variants, firsts):
+            network = config.model.mix[number].name
+            check_trains(configs.algorithm_name(method), method, network, models[number], config.train, first)
     if config.engine.compile:
         with naming(source, "engine"):
             need_compiler()
@@ -252,8 +254,8 @@ def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequ
     costs = tuple(float(sum(sizes[c] for c in group) * kinds[kind_of[group[0]]].trainer.model.flops) for group in grouped)
     host = assign(costs, workers)
     rank_of = {c: rank for group, rank in zip(grouped, host) for c in group}
-    numbers = [numel(kind.upload) for kind in kinds]
-    sent, term = config.participation * sum(numbers[kind] for kind in kind_of), numel(kinds[0].term)
+    uploads, term = [Layout.of(kind.upload) for kind in kinds], Layout.of(kinds[0].term)
+    sent = config.participation * sum(uploads[kind].size for kind in kind_of) * joint([u.dtype for u in uploads]).itemsize
     run = Run(
         algorithm=algorithm,
         kinds=kinds,
@@ -269,7 +271,7 @@ def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequ
         seed=config.seed,
         participation=config.participation,
         reduce=config.reduce,
-        upload=Layout.of(kinds[0].term),
+        upload=term,
         gathers=config.privacy == Privacy() and gathers(config.uplink, algorithm, sent, term, config.reduce),
         skips=config.faults.non_finite == "skip",
         judges_cohort=config.evaluate.clients == "cohort",
@@ -334,11 +336,11 @@ def _begun(config: Config, variants: Sequence[tuple[int, Algorithm]], models: Se
                              "and so has the network; rename that part of the network")
     offers = [algorithm.offer(first, first) for first in firsts]
     for part, trees in (("shares", [v.shared for v in firsts]), ("mixes", [o.rows if o else {} for o in offers])):
-        layouts = [Layout.of(tree).shapes for tree in trees]
+        layouts = [Layout.of(tree).described for tree in trees]
         for name, layout in zip(names, layouts):
             if layout != layouts[0]:
                 leaf = next(n for n in layouts[0] | layout if layouts[0].get(n) != layout.get(n))
-                shapes = " and ".join(str(list(at[leaf])) if leaf in at else "none" for at in (layouts[0], layout))
+                shapes = " and ".join(at.get(leaf, "none") for at in (layouts[0], layout))
                 raise ValueError(
                     f"name = {configs.algorithm_name(algorithm)}: {part} {leaf}, which networks {names[0]} and "
                     f"{name} have in different shapes ({shapes}); for a mix of networks choose a method that "

@@ -1,10 +1,10 @@
 """Singular vectors of the server's matrices, each computed once, on the ranks in turn where that pays."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .comm import Comm
+from .layout import joint
 from .lowrank import right
 from .placement import assign
 from .tree import Tree
@@ -26,13 +26,12 @@ def right_vectors(comm: Comm, matrices: dict[str, tuple[Tensor, int]]) -> Tree:
     if not shared:
         return found
     sizes = [rows * matrix.shape[1] for matrix, rows in matrices.values()]
-    buffer = np.zeros(sum(sizes), np.float32)
-    parts = dict(zip(names, torch.from_numpy(buffer).split(sizes)))
+    buffer = torch.zeros(sum(sizes), dtype=joint([matrix.dtype for matrix, _ in matrices.values()]))
+    parts = dict(zip(names, buffer.split(sizes)))
     for name, vectors in found.items():
         parts[name].copy_(vectors.flatten())
-    comm.sum(buffer)  # each number is set by one rank
-    like = next(iter(matrices.values()))[0]
-    return {name: part.to(like.device).view(-1, matrices[name][0].shape[1]) for name, part in parts.items()}
+    comm.sum(buffer.numpy())  # each number is set by one rank
+    return {n: part.to(matrices[n][0]).view(-1, matrices[n][0].shape[1]) for n, part in parts.items()}
 
 
 def _decomposed(matrices: dict[str, tuple[Tensor, int]]) -> Tree:

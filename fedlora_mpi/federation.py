@@ -14,7 +14,7 @@ from .clock import Stopwatch
 from .comm import Comm
 from .engine.flops import Flops
 from .engine.train import Trainer
-from .layout import Layout
+from .layout import Layout, bytes_of
 from .mixing import Mixing
 from .placement import Group, cohort, equal_parts
 from .privacy.accountant import epsilon
@@ -53,6 +53,10 @@ class Kind(NamedTuple):
     def term(self) -> Tree:
         """What that would stand for in the mean."""
         return self.algorithm.expand(self.upload, self.first.shared, 1)
+
+    def received(self, shared: Tree) -> int:
+        """Bytes that such a client would receive of the server's variables."""
+        return bytes_of(int(self.algorithm.received(shared)), [Layout.of(self.algorithm.download(shared))])
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,11 @@ class Run:
         kind = self.kinds[0]
         personal = tmap(lambda v: v.to(self.trainer.device), kind.first.personal)
         return untrained(kind.algorithm, Vars(shared, personal), shared)
+
+    @property
+    def unit(self) -> int:
+        """Bytes of each number of the message that is summed."""
+        return {"exact": 16, "fast": self.upload.dtype.itemsize}[self.reduce]
 
     def room(self) -> Tree:
         """Room for the personal leaves of this rank's clients, with any numbers in it."""

@@ -36,7 +36,7 @@ def cuts(model: Model, blocks: int) -> dict[str, Cut]:
         size = torch.Size(leaf.shape).numel()
         length = -(-size // min(blocks, size))
         sizes = tuple(min(length, size - at) for at in range(0, size, length))
-        owner = model.leaves.get(name.rpartition(".")[0] + ".weight")
+        owner = model.described.get(name.rpartition(".")[0] + ".weight")
         found[name] = Cut(first, len(sizes), length, sizes, bool(owner) and owner.matrix == "linear")
         first += len(sizes)
     return found
@@ -53,7 +53,7 @@ def scaled(theta: Tree, found: dict[str, Cut], M: Tensor) -> Tree:
     for leaf, cut in found.items():
         each = M[cut.first : cut.first + cut.count, None].expand(cut.count, cut.length)
         wide[leaf] = each.flatten()[: sum(cut.sizes)].view(theta[leaf].shape)
-    return theta | {leaf: theta[leaf] * factor for leaf, factor in wide.items()}
+    return theta | {leaf: theta[leaf] * factor.to(theta[leaf].dtype) for leaf, factor in wide.items()}
 
 
 def new_gate(shape: tuple[int, ...], L: int, rng: Generator) -> Tree:

@@ -5,7 +5,7 @@ The part of leaf ``w`` has the factors ``w.A`` [r, in side] and ``w.B`` [out sid
 as the official FedDecomp code does; a Linear or attention weight [O, I] is its own matrix.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -96,7 +96,7 @@ class LowRank:
         """theta = sigma + tau, eq. (2), wherever the two live."""
         factors, sigma = split(v.shared | v.personal, is_factor)
         tau = v.constant or self.tau(model, factors)
-        return {n: w + tau[n] if n in tau else w for n, w in sigma.items()}
+        return {n: w + tau[n].to(w.dtype) if n in tau else w for n, w in sigma.items()}
 
     def ranks(self, model: Model) -> dict[str, int]:
         """Rank r of every decomposed weight. Raises ValueError when ``layers`` matches none."""
@@ -148,12 +148,24 @@ def sides(leaf: Leaf) -> tuple[int, int]:
 
 
 def matching(model: Model, patterns: Iterable[str]) -> list[str]:
-    """The weights that a low-rank part can have and whose names a pattern matches. Raises ValueError when one
-    matches none."""
-    matrices = [n for n, leaf in model.leaves.items() if leaf.matrix]
+    """The weights that a low-rank part can have and whose names a pattern matches; none that the network's builder has
+    frozen. Raises ValueError when one matches none."""
+    for pattern in patterns:
+        frozen = [n for n, leaf in model.locked.items() if leaf.matrix and fnmatchcase(n, pattern)]
+        if frozen and not any(leaf.matrix and fnmatchcase(n, pattern) for n, leaf in model.leaves.items()):
+            raise ValueError(
+                f"layers = {pattern}: matches only weights that are frozen, such as {frozen[0]}, which this method leaves "
+                "as they are; fedit and its kin train low-rank parts beside such weights"
+            )
+    return matched(model.leaves, patterns)
+
+
+def matched(leaves: Mapping[str, Leaf], patterns: Iterable[str]) -> list[str]:
+    """``matching`` among these leaves."""
+    matrices = [n for n, leaf in leaves.items() if leaf.matrix]
     for pattern in patterns:
         if not any(fnmatchcase(n, pattern) for n in matrices):
-            raise ValueError(f"layers = {pattern}: matches no weight; there are {', '.join(matrices)}")
+            raise ValueError(f"layers = {pattern}: matches no weight; there are {', '.join(matrices) or 'none'}")
     return [n for n in matrices if any(fnmatchcase(n, pattern) for pattern in patterns)]
 
 

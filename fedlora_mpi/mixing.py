@@ -7,7 +7,7 @@ coordinates of ALL clients, works on them, and sends the mixed ones back. By the
 arithmetic goes by fixed blocks of coordinates, so both give the same bits on any number of ranks.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .algorithm import Algorithm, Offer, Vars
 from .comm import Comm
-from .layout import Layout
+from .layout import Layout, joint
 from .sums import LIMIT, ExactSum
 from .transfer import to_host
 from .tree import Tree, tmap
@@ -27,7 +27,7 @@ ROOT_BYTES = 2**30  # all vectors together, up to which ``auto`` takes them to r
 
 
 class Packed(NamedTuple):
-    """A client's offer as flat float32 vectors in memory of their own."""
+    """A client's offer as flat vectors in memory of their own: float64 where any of its leaves is, else float32."""
 
     rows: Tensor  # [D]
     key: Tensor  # [K]; the rows themselves when the offer has no key
@@ -45,6 +45,7 @@ class Mixing:
 
     rows: Layout
     keys: int  # numbers of a key; 0: the rows are the key
+    key_dtype: torch.dtype  # in which they travel
     aux: int
     bytes_up: int  # what one client sends for the mix, beside its upload
     rank_of: tuple[int, ...]  # where each client lives
@@ -65,27 +66,30 @@ class Mixing:
         if offer is None:
             return None
         rows, rank_of = Layout.of(offer.rows), tuple(rank_of)
-        spread = route == "spread" or (route == "auto" and 4 * rows.size * len(rank_of) > ROOT_BYTES)
+        whole = rows.dtype.itemsize * rows.size * len(rank_of)
+        spread = route == "spread" or (route == "auto" and whole > ROOT_BYTES)
         keys, aux = (0 if part is None else part.numel() for part in (offer.key, offer.aux))
+        key_dtype = rows.dtype if offer.key is None else joint([offer.key.dtype])
         up = _bytes_up(offer, algorithm.upload(first, first))
-        return cls(rows, keys, aux, up, rank_of, tuple(workers) if spread else (0,))
+        return cls(rows, keys, key_dtype, aux, up, rank_of, tuple(workers) if spread else (0,))
 
     @property
     def bytes_down(self) -> int:
         """What one client receives of the mix."""
-        return 4 * self.rows.size
+        return self.rows.nbytes
 
     def bytes_mpi(self, clients: int, ranks: int) -> int:
         """What all ranks together hand to MPI for a cohort of ``clients``."""
-        vectors = 4 * clients * (2 * self.rows.size + self.keys)
+        vectors = clients * (2 * self.rows.dtype.itemsize * self.rows.size + self.key_dtype.itemsize * self.keys)
         return vectors + ranks * ExactSum(clients * (clients + self.aux)).buffer.nbytes
 
     def pack(self, offer: Offer) -> Packed:
         """A copy of the offer, which may be a view of what goes on changing."""
         key, aux = (torch.zeros(0) if part is None else part for part in (offer.key, offer.aux))
         rows, key, aux = to_host([self.rows.pack(offer.rows).detach(), key.detach(), aux.detach()])
-        flat = lambda part: part.flatten().to(torch.float32, copy=True)
-        return Packed(rows, flat(key) if self.keys else rows, flat(aux))
+        flat = lambda part, dtype: part.flatten().to(dtype, copy=True)
+        rows = flat(rows, self.rows.dtype)
+        return Packed(rows, flat(key, self.key_dtype) if self.keys else rows, flat(aux, joint([aux.dtype])))
 
     def mix(
         self,
@@ -97,10 +101,10 @@ class Mixing:
     ) -> dict[int, Tree]:
         """The mixed rows of this rank's clients. ``offers``: of this rank's part of ``chosen``."""
         ids = sorted(chosen)
-        rows = self._gathered(comm, {c: o.rows for c, o in offers.items()}, ids, self.rows.size)
+        rows = self._gathered(comm, {c: o.rows for c, o in offers.items()}, ids, self.rows.size, self.rows.dtype)
         keys = rows
         if self.keys:
-            keys = self._gathered(comm, {c: o.key for c, o in offers.items()}, ids, self.keys)
+            keys = self._gathered(comm, {c: o.key for c, o in offers.items()}, ids, self.keys, self.key_dtype)
         gram, aux = self._gram(comm, algorithm.centred, keys, offers, ids)
         weights = algorithm.mix(gram, aux, round_) if len(ids) > 1 else torch.ones_like(gram)
         assert weights.shape == (len(ids), len(ids)), f"mix gave {list(weights.shape)} for {len(ids)} clients"
@@ -137,18 +141,21 @@ class Mixing:
         order = [ids.index(c) for clients in living for c in clients]
         return living, slice(None) if order == sorted(order) else order  # a slice copies nothing
 
-    def _gathered(self, comm: Comm, vectors: Mapping[int, Tensor], ids: list[int], size: int) -> Tensor:
+    def _gathered(
+        self, comm: Comm, vectors: Mapping[int, Tensor], ids: list[int], size: int, dtype: torch.dtype
+    ) -> Tensor:
         """This rank's coordinates of all clients, [n, width], rows as in ``ids``."""
         ranges, (living, order) = self._ranges(comm, size), self._living(comm, ids)
         mine = [vectors[c] for c in living[comm.rank]]
         send = [v[first:last] for first, last in ranges for v in mine]
         first, last = ranges[comm.rank]
-        arrived = comm.exchange(
-            torch.cat(send).numpy() if send else np.empty(0, np.float32),
+        arrived = _exchanged(
+            comm,
+            torch.cat([torch.zeros(0, dtype=dtype), *send]),
             [(b - a) * len(mine) for a, b in ranges],
             [(last - first) * len(clients) for clients in living],
         )
-        rows = torch.from_numpy(arrived).view(len(ids), last - first)
+        rows = arrived.view(len(ids), last - first)
         return (
             rows
             if isinstance(order, slice)
@@ -159,14 +166,23 @@ class Mixing:
         """The whole vector of each of this rank's clients: undoes ``_gathered``."""
         ranges, (living, order) = self._ranges(comm, size), self._living(comm, ids)
         width, mine = mixed.shape[1], living[comm.rank]
-        arrived = comm.exchange(
-            mixed[order].numpy().reshape(-1),
+        arrived = _exchanged(
+            comm,
+            mixed[order].reshape(-1),
             [width * len(clients) for clients in living],
             [(b - a) * len(mine) for a, b in ranges],
         )
-        parts = torch.from_numpy(arrived).split([(b - a) * len(mine) for a, b in ranges])
+        parts = arrived.split([(b - a) * len(mine) for a, b in ranges])
         whole = torch.cat([p.view(len(mine), b - a) for p, (a, b) in zip(parts, ranges)], 1) if mine else []
         return dict(zip(mine, whole))
+
+
+def _exchanged(comm: Comm, send: Tensor, counts: Sequence[int], arriving: Sequence[int]) -> Tensor:
+    """What ``comm.exchange`` does, with numbers of the dtype of ``send``: one of float64 travels as two words."""
+    numbers, words = send.numpy(), send.dtype.itemsize // 4
+    times = lambda of: [words * number for number in of]
+    arrived = comm.exchange(numbers.view(np.float32), times(counts), times(arriving))
+    return torch.from_numpy(arrived.view(numbers.dtype))
 
 
 def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
@@ -175,11 +191,8 @@ def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def _bytes_up(offer: Offer, upload: Tree) -> int:
-    """Bytes of an offer: float32, a bit for a bool, nothing for a leaf that is uploaded anyway."""
+    """Bytes of an offer: a bit for a bool, nothing for a leaf that is uploaded anyway."""
     own = [v for v in offer.rows.values() if all(v is not u for u in upload.values())]
-    numbers = sum(v.numel() for v in own) + (0 if offer.aux is None else offer.aux.numel())
-    if offer.key is None:
-        return 4 * numbers
-    return 4 * numbers + (
-        -(-offer.key.numel() // 8) if offer.key.dtype == torch.bool else 4 * offer.key.numel()
-    )
+    bits = offer.key.numel() if offer.key is not None and offer.key.dtype == torch.bool else 0
+    parts = [*own, offer.aux, None if bits else offer.key]
+    return Layout.of({str(at): v for at, v in enumerate(parts) if v is not None}).nbytes - (-bits // 8)

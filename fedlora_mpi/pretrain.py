@@ -74,6 +74,7 @@ def pretrain(
             f"epoch {epoch}/{epochs} · test accuracy {accuracy:.2%} · train loss {loss:.4f} · {duration(seconds)}",
             flush=True,
         )
+    tree |= {n: trainer.model.constants[n] for n in trainer.model.locked}
     write_atomic(to, packed(tree))
     print(f"{to}: {networks[network].name}, {numel(tree):,} numbers; a run takes it as model.weights={to}", flush=True)
 
@@ -110,6 +111,8 @@ def _begun(config: Config, source: str, classes: str | None) -> tuple[Trainer, T
     data = load_data(config, source)
     tell_hints(data, source)
     (model,) = load_models(config, source, data)
+    name, nothing = config.model.mix[0].name, all(model.role(n) == "stats" for n in model.leaves)
+    _need(not nothing, f"model.name = {name}", "all its parameters are frozen (requires_grad is False); leave some to be trained")
     split = pooled(data, chosen(classes, data.classes))
     feed = Feed(data, split, seed=config.seed, shift="none", device=device, augment=True)
     settings = replace(config.train, epochs=1)

@@ -16,10 +16,11 @@ from .comm import Fault
 from .decomposition import right_vectors
 from .engine.flops import UNCOUNTED
 from .federation import Run, State
+from .layout import bytes_of, joint
 from .mixing import Packed
 from .privacy.clipping import contribution, of_server
 from .privacy.masks import letters
-from .sums import LIMIT, SUMS, ExactSum, FastSum
+from .sums import LIMIT, SUMS, ExactSum, FastSum, settle
 from .tree import Tree
 from .uplink import gathered
 
@@ -55,7 +56,7 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     chosen = drawn = run.chosen(state.round)
     run.comm.pulse.at("the training", round_=state.round + 1)
     total, size = run.total(chosen), run.upload.size
-    message = SUMS[run.reduce](size + len(_METRICS))
+    message = SUMS[run.reduce](size + len(_METRICS), run.upload.dtype)
     here = _packed(run, state.shared)
     learned = _train(run, state, chosen, here, message, LIMIT / max(total, len(chosen)), evaluate)
     clock.append(time.perf_counter())
@@ -138,6 +139,8 @@ def _train(
                 learned.broken.append(done.client)
                 continue
             upload = trainer.algorithm.upload(done.start, done.end)
+            if run.gathers:  # other ranks have it as it travels, and so must this one
+                upload = run.layouts[run.kind_of[done.client]].cast(upload)
             vector = run.upload.pack(trainer.algorithm.expand(upload, state.shared, run.weight_N[done.client]))
             offer = run.mixing and run.mixing.pack(trainer.algorithm.offer(done.start, done.end))
             fits = all(v.abs().sum() < bound for v in (done.loss, vector))  # nor is it where one is not finite
@@ -219,7 +222,7 @@ def _keep(run: Run, personal: Tree, client: int, leaves: Tree) -> None:
 def _moved(run: Run, vector: Tensor, here: Tensor) -> Tensor:
     """Squared distance of an upload [D] from the shared variables [D] of the round, [] float64, over the
     parameters of the network (where it shares none, over all that uploads and shared variables hold)."""
-    gap = vector.double().sub_(here)
+    gap = vector.double() - here
     return sum((gap[at] @ gap[at] for at in run.compared), torch.zeros((), dtype=torch.float64, device=gap.device))
 
 
@@ -251,9 +254,9 @@ def _mean(run: Run, shared: Tree, sums: Tensor, total: float, away: float) -> Tr
         total = 1
     if run.algorithm.absent == "stale" and away > 0:
         sums, total = sums + away * run.upload.pack(shared).double(), total + away
-    mean = (sums / total).float()
-    like = next(iter(shared.values()), mean)
-    return run.upload.unpack(mean.to(like.device))
+    like = next(iter(shared.values()), sums)
+    mean = run.upload.unpack((sums / total).to(like.device))
+    return {n: settle(v, shared.get(n)) for n, v in mean.items()}
 
 
 def _served(run: Run, state: State, mean: Tree, cohort: Cohort) -> State:
@@ -308,15 +311,15 @@ def _nanmean(column: np.ndarray) -> float:
 
 
 def _bytes(run: Run, shared: Tree, chosen: frozenset[int], sent: int, message: int) -> dict[str, int]:
-    """Bytes of the round: what a real federation would send (float32), and what MPI was handed.
+    """Bytes of the round: what a real federation would send, each number in its leaf's dtype, and what MPI was handed.
 
     sent: numbers of all uploads together.
     """
-    received = [int(kind.algorithm.received(shared)) for kind in run.kinds]
-    up, down = 4 * sent, 4 * sum(received[run.kind_of[c]] for c in chosen)
+    layouts, received = [run.layouts[run.kind_of[c]] for c in chosen], [kind.received(shared) for kind in run.kinds]
+    up, down = bytes_of(sent, layouts), sum(received[run.kind_of[c]] for c in chosen)
     moved = message * run.comm.size
     if run.gathers:
-        moved += 4 * sum(run.layouts[run.kind_of[c]].size for c in chosen)
+        moved += joint([layout.dtype for layout in layouts]).itemsize * sum(layout.size for layout in layouts)
     if run.mixing:
         up, down = up + run.mixing.bytes_up * len(chosen), down + run.mixing.bytes_down * len(chosen)
         moved += run.mixing.bytes_mpi(len(chosen), run.comm.size)

@@ -62,7 +62,7 @@ def loaded(found: Checkpoint, built: Built) -> State:
     run = built.run
     first, device, personal = run.kinds[0].first.shared, run.trainer.device, run.room()
     blank = run.algorithm.server(run.trainer.model, first)
-    in_order = lambda leaves, like: {name: torch.from_numpy(leaves[name]).to(device) for name in like}
+    in_order = lambda leaves, like: {n: torch.from_numpy(leaves[n]).to(device, v.dtype) for n, v in like.items()}
     for kind, ids in zip(run.kinds, run.by_kind):
         few = max(1, _READ // max(1, nbytes(kind.first.personal)))
         for at in range(0, len(ids), few):
@@ -89,5 +89,6 @@ def newest(folder: Path, built: Built) -> Checkpoint | None:
 
 
 def _arrays(tree: Tree) -> Mapping[str, np.ndarray]:
-    """Leaves as numpy arrays, without a copy on the CPU."""
-    return {n: v.detach().cpu().numpy() for n, v in tree.items()}
+    """Leaves as numpy arrays, without a copy on the CPU; of bfloat16, which numpy has not, as float32."""
+    known = lambda v: v.float() if v.dtype == torch.bfloat16 else v
+    return {n: known(v.detach()).cpu().numpy() for n, v in tree.items()}

@@ -25,7 +25,7 @@ class ExactSum:
     GPU is added up there, and comes to the host when somebody asks for ``buffer``.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
         self._here = torch.zeros(2, size, dtype=torch.int64)
         self._there: Tensor | None = None  # the rest of the sum, on a GPU
 
@@ -33,7 +33,7 @@ class ExactSum:
     def buffer(self) -> np.ndarray:
         """[2, size] on the host, to be written to: what one allreduce has to add up."""
         if self._there is not None:
-            self._here = to_host([self._there])[0].add_(self._here)
+            self._here = self._here + to_host([self._there])[0]
             self._there = None
         return self._here.numpy()
 
@@ -62,10 +62,11 @@ class ExactSum:
 
 
 class FastSum:
-    """float32 [size]: a quarter of the exact sum's bytes, another last bit on other ranks."""
+    """float32 [size]: a quarter of the exact sum's bytes, another last bit on other ranks. Of numbers of float64 it is
+    float64."""
 
-    def __init__(self, size: int) -> None:
-        self.buffer = np.zeros(size, np.float32)
+    def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
+        self.buffer = torch.zeros(size, dtype=dtype).numpy()
 
     def add(self, vector: Tensor, weight: float, at: int = 0) -> None:
         """Add weight * vector [n] to the numbers from position ``at`` on."""
@@ -74,6 +75,14 @@ class FastSum:
     def total(self, at: int = 0, device: torch.device = CPU) -> Tensor:
         """The sum of the numbers from position ``at`` on, float64 [size - at], on ``device``."""
         return to_device(torch.from_numpy(self.buffer[at:]), device).double()
+
+
+def settle(mean: Tensor, before: Tensor | None) -> Tensor:
+    """``mean`` of a leaf; of float64 what was there ``before`` where they differ by rounding alone, so that the mean of
+    numbers that nobody has moved is these numbers, as it is of coarser ones."""
+    if mean.dtype != torch.float64 or before is None or before.shape != mean.shape:
+        return mean
+    return torch.where((mean - before).abs() <= 2**-50 * before.abs(), before, mean)
 
 
 SUMS = {"exact": ExactSum, "fast": FastSum}

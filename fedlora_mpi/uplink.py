@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .algorithm import Algorithm
 from .comm import Comm
-from .layout import Layout
+from .layout import Layout, joint
 from .tree import Tree
 
 
@@ -16,25 +17,28 @@ def gathered(
 ) -> dict[int, Tree]:
     """{client: upload} of the clients on other ranks, views into one buffer.
 
-    uploads: this rank's, flat float32; layouts: of all clients that take part, in the same order on every rank.
+    uploads: this rank's, flat; layouts: of all clients that take part, in the same order on every rank. Numbers travel
+    as float32, or, where any leaf is float64, as two such words each.
     """
     there = {rank: [c for c in layouts if rank_of[c] == rank] for rank in range(comm.size)}
-    counts = [sum(layouts[c].size for c in clients) for clients in there.values()]
-    own = [uploads[c].cpu().float() for c in there[comm.rank]]
-    received = torch.from_numpy(comm.gather((torch.cat(own) if own else torch.zeros(0)).numpy(), counts))
+    dtype = joint([layout.dtype for layout in layouts.values()])
+    words = dtype.itemsize // 4
+    counts = [words * sum(layouts[c].size for c in clients) for clients in there.values()]
+    own = torch.cat([torch.zeros(0, dtype=dtype), *(uploads[c].cpu().to(dtype) for c in there[comm.rank])]).numpy()
+    received = torch.from_numpy(comm.gather(own.view(np.float32), counts).view(own.dtype))
     ordered = [c for clients in there.values() for c in clients]
     parts = dict(zip(ordered, received.split([layouts[c].size for c in ordered])))
     device = next((u.device for u in uploads.values()), torch.device("cpu"))
     return {c: layouts[c].unpack(part.to(device)) for c, part in parts.items() if rank_of[c] != comm.rank}
 
 
-def gathers(asked: str, algorithm: Algorithm, uploads: float, term: int, reduce: str) -> bool:
+def gathers(asked: str, algorithm: Algorithm, sent: float, term: Layout, reduce: str) -> bool:
     """Whether uploads travel as they are, for every rank to expand those of all. ``auto``: when fewer bytes then
     reach a rank than by the sum of what they stand for, which an allreduce sends about twice.
 
-    uploads: numbers that a cohort sends; term: numbers of what one stands for.
+    sent: bytes of a cohort's uploads; term: what one of them stands for.
     """
     if asked != "auto":
         return asked == "gather"
     expands = type(algorithm).expand is not Algorithm.expand
-    return expands and 4 * uploads < 2 * {"exact": 16, "fast": 4}[reduce] * term
+    return expands and sent < 2 * {"exact": 16, "fast": term.dtype.itemsize}[reduce] * term.size

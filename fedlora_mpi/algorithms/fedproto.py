@@ -53,12 +53,12 @@ class FedProto(Algorithm):
         bounded(self, lam="[0, inf)")
 
     def check(self, model: Model, train: Train) -> None:
-        head = model.leaves.get(f"{model.head}.weight")
+        head = model.described.get(f"{model.head}.weight")
         if head is None or head.matrix != "linear":
             raise ValueError("name = fedproto: needs a network with a body and a Linear classifier")
 
     def init(self, model: Model, rng: Generator) -> Vars:
-        means = torch.zeros(model.leaves[f"{model.head}.weight"].shape)  # [classes, d]
+        means = torch.zeros(model.described[f"{model.head}.weight"].shape)  # [classes, d]
         return Vars({"class.means": means, "class.shares": means[:, 0]}, model.initial | {"own.classes": means[:, 0]})
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:

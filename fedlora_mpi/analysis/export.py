@@ -52,8 +52,9 @@ def _shared(run: RunView) -> tuple[dict[str, torch.Tensor], str]:
     if not leaves:
         name = run.config["algorithm"]["name"]
         raise ValueError(f"{run.path}: {name} shares nothing, so there is no shared model; give --client")
-    network = run.networks[0].leaves
-    missing = [name for name in network if name not in leaves]
+    network = run.networks[0]
+    leaves |= {name: v for name, v in network.constants.items() if name in network.locked and not v.is_meta}
+    missing = [name for name in network.described if name not in leaves]
     part = f"; {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} of the network not, each client has its own" if missing else ""
     return leaves, f" that clients share after round {run.checkpoint.round}{part}"
 

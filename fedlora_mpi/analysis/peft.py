@@ -57,7 +57,7 @@ def content(network: Model, pairs: Mapping[str, Pair], others: Tree, values: Tre
     itself takes some) and what its folder does not have.
     """
     for name in pairs:
-        if network.leaves[name].matrix != "linear" or not name.endswith(".weight"):
+        if network.described[name].matrix != "linear" or not name.endswith(".weight"):
             raise ValueError(f"{name}: is no weight of a Linear, and no other is exported; choose other layers")
     module = network.modules[False]
     hf = module if isinstance(module, HuggingFace) else None

@@ -192,7 +192,9 @@ class RunView:
             self._files.text(kept.name)  # is it whole?
         options = {**network.options, "folder": str(kept)} if kept.is_file() else network.options
         model = build(network.name, options, *inputs)
-        return replace(model, initial={n: v.to("meta") for n, v in model.initial.items()})
+        gone = {n: v.to("meta") for n, v in model.values.items()}
+        constants = {n: gone.get(n, v) for n, v in model.constants.items()}
+        return replace(model, initial={n: gone[n] for n in model.initial}, constants=constants)
 
     @cached_property
     def vocabulary(self) -> "Vocabulary":
@@ -268,7 +270,9 @@ class ClientView:
 
         from ..algorithm import Vars
 
-        tensors = lambda leaves: {name: torch.from_numpy(value) for name, value in leaves.items()}
+        initial = self.network.initial
+        as_there = lambda name, v: v.to(initial[name].dtype) if name in initial else v  # a file has no bfloat16
+        tensors = lambda leaves: {n: as_there(n, torch.from_numpy(value)) for n, value in leaves.items()}
         personal = {n: _only(rows) for n, rows in self.checkpoint.personal([self.id]).items()}
         shared = tensors(self.checkpoint.shared())
         with torch.no_grad():
@@ -277,17 +281,18 @@ class ClientView:
 
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:
-        """Every parameter and statistic of the client's own model, the one that was evaluated."""
+        """Every parameter and statistic of the client's own model, the one that was evaluated; bfloat16 as float32, which
+        numpy knows."""
         import torch
 
         v = self.variables
-        for leaf, initial in self.network.initial.items():
+        for leaf, initial in self.network.values.items():
             if initial.is_meta and not (leaf in v.shared or leaf in v.personal):  # frozen: no checkpoint has it
                 where = " or ".join(f"model.{origin.key} = {origin.given}" for origin in self.network_block.origins)
                 raise ValueError(f"{self.run.path}: {leaf} is in {where} alone, which is gone; put it back")
         with torch.no_grad():
-            tree = self.algorithm.weights_of(self.network, v)
-        return {name: value.numpy() for name, value in tree.items()}
+            tree = self.network.values | self.algorithm.weights_of(self.network, v)
+        return {n: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for n, v in tree.items()}
 
     @cached_property
     def model(self) -> "nn.Module":

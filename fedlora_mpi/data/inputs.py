@@ -36,7 +36,7 @@ class Images(NamedTuple):
             images = flat.view(-1, height, width, channels)
             images, shown = warp(images, **{name: value.flatten(0, 1) for name, value in warps.items()})
             flat = images.flatten(1)
-        x = flat.to(torch.float32).mul_(self.scale).add_(self.offset)
+        x = flat.to(torch.float32, copy=True).mul_(self.scale).add_(self.offset)
         if shown is not None:
             x.mul_(shown.flatten(1).repeat_interleave(channels, 1))
         return x.view(*rows.shape, height, width, channels).permute(0, 1, 4, 2, 3), self.labels[rows]

@@ -27,7 +27,8 @@ from .walk import Epoch, tmap_vars
 _BATCH = 8  # training samples of a step, at most
 _TESTS = 5, 3
 _LARGE = 2**24  # numbers of a client of which no copies in double precision are made
-_NEAR = {torch.float64: 1e-4, torch.float32: 1e-2}  # of the largest step of a leaf; losses are float32
+# Of the largest step of a leaf, by the least precise of all leaves; losses are float32.
+_NEAR = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 3e-1, torch.float16: 1e-1}
 _TEXT = 160  # letters of torch's message that are told
 
 
@@ -48,7 +49,7 @@ def objection(trainer: Trainer, first: Vars) -> Objection | None:
         across = Objection("computes across the examples of a batch, where padding would enter", fails=False)
         return found if found and found.fails else across
     large = numel(first.shared) + numel(first.personal) > _LARGE
-    for dtype in (torch.float32,) if large else (torch.float64, torch.float32):
+    for dtype in (torch.float32,) if large or _least_precise(first) != torch.float32 else (torch.float64, torch.float32):
         found = _compared(trainer, first, dtype)
         if not (found and found.fails):  # a module may know one precision only
             return found
@@ -92,11 +93,22 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {text if len(text) <= _TEXT else f'{text[:_TEXT]} ...'}"
 
 
+def _least_precise(v: Vars) -> torch.dtype:
+    """The type of the leaves with the fewest digits."""
+    kinds = {leaf.dtype for half in v[:2] for leaf in half.values() if leaf.is_floating_point()}
+    return min(kinds, key=lambda kind: kind.itemsize, default=torch.float32)
+
+
+def _precise(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """``v`` in double precision where that is asked for, else as it is."""
+    return v.double() if dtype == torch.float64 and v.is_floating_point() else v
+
+
 def _compared(trainer: Trainer, first: Vars, dtype: torch.dtype) -> Objection | None:
-    """What ``objection`` says by steps in this precision."""
+    """What ``objection`` says by steps in double precision, or by those of a run."""
     batch_size = min(_BATCH, trainer.settings.batch_size)
     sizes = 2 * batch_size, max(1, batch_size - 2)  # the second client's batch is padded
-    first = tmap_vars(lambda v: v.to(dtype) if v.is_floating_point() else v, first)
+    first = tmap_vars(lambda v: _precise(v, dtype), first)
     loop, stack = (_made(trainer, sizes, _TESTS, dtype, stacked) for stacked in (False, True))
     try:
         apart = _outcome(loop, first, [0, 1])
@@ -108,7 +120,7 @@ def _compared(trainer: Trainer, first: Vars, dtype: torch.dtype) -> Objection | 
         together = _outcome(stack, first, [0, 1])
     except Exception as error:
         return Objection(f"cannot train in a stack ({said(error)})", fails=True)
-    if apart.like(together, _NEAR[dtype]):
+    if apart.like(together, _NEAR[_least_precise(first)]):
         return None
     return Objection("has other gradients or results in a stack than one by one", fails=False)
 
@@ -140,7 +152,7 @@ def _made(
 def _apart(model: Model, dtype: torch.dtype) -> Model:
     """The network in this precision; what its modules remember of a pass is thrown away with it."""
     modules, bodies = copy.deepcopy((model.modules, model.bodies))
-    initial = tmap(lambda v: v.to(dtype) if v.is_floating_point() else v, model.initial)
+    initial = tmap(lambda v: _precise(v, dtype), model.initial)
     return replace(model, initial=initial, modules=modules, bodies=bodies)
 
 
@@ -214,7 +226,7 @@ class _Cast:
         return self._cast(self._feed.survey(clients, whole))
 
     def _cast(self, batch: Batch) -> Batch:
-        return batch._replace(x=batch.x.to(self._dtype)) if batch.x.is_floating_point() else batch
+        return batch._replace(x=_precise(batch.x, self._dtype))
 
 
 class _Store:
@@ -225,4 +237,4 @@ class _Store:
 
     def read(self, rows: Tensor, warps: Tree) -> tuple[Tensor, Tensor]:
         x, y = self._store.read(rows, warps)
-        return (x.to(self._dtype) if x.is_floating_point() else x), y
+        return _precise(x, self._dtype), y

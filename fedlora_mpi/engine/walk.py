@@ -62,6 +62,7 @@ class Walk:
         if not firsts:
             return
         losses = pad_sequence([self.play(batch_C, count) for count, batch_C in epoch.batches(firsts)], batch_first=True)
+        losses = losses.float() if losses.dtype.itemsize < 4 else losses  # sums of half numbers are none
         begun = torch.arange(firsts.start, firsts.stop, firsts.step, device=losses.device)
         examples = (epoch.lengths[: losses.shape[1]] - begun[:, None]).clamp(0, firsts.step)  # [steps, C]
         sums[:, : losses.shape[1]] += torch.stack([losses * examples, examples]).sum(1)
@@ -112,9 +113,10 @@ class Walk:
     def _step(self, step: Step, sgd: Sgd, view: _View, batch_C: Batch) -> Tensor:
         """One step on ``view``, in place; the losses before it [count]."""
         loss_C = self._losses(step.loss, view, batch_C)
-        grads = torch.autograd.grad(loss_C.sum(), view.leaves, allow_unused=True, materialize_grads=True)
-        dense = [grad if grad.layout == torch.strided else grad.to_dense() for grad in grads]
-        sgd_step(view.leaves, dense, view.momenta, sgd, step.clamp)
+        if view.leaves:
+            grads = torch.autograd.grad(loss_C.sum(), view.leaves, allow_unused=True, materialize_grads=True)
+            dense = [grad if grad.layout == torch.strided else grad.to_dense() for grad in grads]
+            sgd_step(view.leaves, dense, view.momenta, sgd, step.clamp)
         return loss_C.detach()
 
     def _fused(self, number: int, names: Names, now: Vars, start: Vars, momenta: list[Tensor]) -> Callable:

@@ -4,7 +4,8 @@ Every decomposed weight is W_0 + W + s_k B_k A_k: W_0 the network's initial valu
 W a dense update that some methods keep, on the server alone or for everybody; A_k [r_k, in side] and B_k
 [out side, r_k] the factors that client k trains. The server's factors have the largest rank R; client k gets the
 first r_k components. At the start A ~ U(-1, 1) / sqrt(in side), B = 0. Leaves of the roles in ``full`` are trained
-and averaged as they are. A layer of fewer sides than a rank has that many components.
+and averaged as they are, but for those that the network's builder has frozen: these stay, and bear factors where their
+role is not in ``full``. A layer of fewer sides than a rank has that many components.
 
 A method says what its uploads stand for (``term``), by what they are weighted (``weight``) and what the server
 makes of their mean (``aggregate``), and what is to be known of the last cohort (``counted``); ``FineTuning`` has the
@@ -20,7 +21,7 @@ from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Cohort, Phase, Step, Train, Vars
 from ..bounds import bounded
-from ..lowrank import is_factor, kaiming, matching, sides
+from ..lowrank import is_factor, kaiming, matched, sides
 from ..models.network import Model
 from ..tree import Tree, prefixed, under
 
@@ -105,10 +106,10 @@ class FineTuning(Algorithm):
 
     def adapted(self, model: Model) -> dict[str, tuple[int, int]]:
         """{weight: (out side, in side)} of what is decomposed. Raises ValueError when ``layers`` matches nothing."""
-        chosen = [n for n in matching(model, self.layers) if model.role(n) not in self.full]
+        chosen = [n for n in matched(model.described, self.layers) if model.described[n].role not in self.full]
         if not chosen:
             raise ValueError(f"layers = {list(self.layers)}: match only what is trained in full = {list(self.full)}")
-        return {n: sides(model.leaves[n]) for n in chosen}
+        return {n: sides(model.described[n]) for n in chosen}
 
     # The client.
 
@@ -146,9 +147,9 @@ class FineTuning(Algorithm):
         return {n: v for n, v in end.shared.items() if not n.endswith(".W")}
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
-        delta = self.delta(v.shared)
-        full = {n: w for n, w in v.shared.items() if n in model.leaves}
-        return model.initial | full | {n: model.initial[n] + d.view(model.leaves[n].shape) for n, d in delta.items()}
+        full, tree = {n: w for n, w in v.shared.items() if n in model.leaves}, model.values
+        moved = {n: d.view(tree[n].shape).to(tree[n].dtype) for n, d in self.delta(v.shared).items()}
+        return tree | full | {n: tree[n] + d for n, d in moved.items()}
 
     def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:
         network = model if "norm" in self.full or not model.training else model.fixed

@@ -20,7 +20,8 @@ _CUTS = ((5, 3), (40, 33))  # examples of a batch, and of these in its first par
 _CHEAP = 2e7  # FLOP of one example
 _LARGE = 2**24  # numbers of a network of which no copy in double precision is made
 _LOUD = 10.0  # how much larger the other examples are
-_NEAR = {torch.float64: 1e-4, torch.float32: 1e-3}  # of the largest number: kernels differ less, couplings more
+# Of the largest number: kernels differ less, couplings more. In half precision both come close.
+_NEAR = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 
 
 def couples(model: Model, seed: int) -> bool:
@@ -28,7 +29,8 @@ def couples(model: Model, seed: int) -> bool:
     that begins at zero must hide nothing. A network that refuses such batches counts as coupling them."""
     apart = replace(model, modules=copy.deepcopy(model.modules))  # what a network remembers of a pass is thrown away
     large = sum(v.numel() for v in model.initial.values()) > _LARGE
-    for dtype in (torch.float32,) if large else (torch.float64, torch.float32):
+    as_it_is = min((v.dtype for v in model.initial.values()), key=lambda dtype: dtype.itemsize, default=torch.float32)
+    for dtype in (as_it_is,) if large or as_it_is != torch.float32 else (torch.float64, torch.float32):
         try:
             return _tried(apart, seed, dtype)
         except Exception:  # a user's module may raise anything, and may know one precision only
@@ -39,10 +41,12 @@ def couples(model: Model, seed: int) -> bool:
 @torch.no_grad()
 def _tried(model: Model, seed: int, dtype: torch.dtype) -> bool:
     generator = rng(seed, "coupling")
-    tree = {n: _moved(v, model.role(n) == "stats", generator).to(dtype) for n, v in model.initial.items()}
+    tree = {n: _moved(v, model.role(n) == "stats", generator) for n, v in model.initial.items()}
+    if dtype == torch.float64:
+        tree = {n: v.double() for n, v in tree.items()}
     for whole, part in _CUTS[: 2 if model.flops < _CHEAP else 1]:
         x = _inputs(model, whole, part, generator)
-        x = x.to(dtype) if x.is_floating_point() else x
+        x = x.double() if x.is_floating_point() and dtype == torch.float64 else x
         if any(changes(model, tree, x, part, _NEAR[dtype]) for changes in (_evaluated, _trained)):
             return True
     return False
@@ -52,7 +56,7 @@ def _moved(v: Tensor, positive: bool, generator: Generator) -> Tensor:
     """``v`` with noise as large as it is, or as weights of its shape are; that of statistics is positive."""
     usual = v[0].numel() ** -0.5 if v.dim() > 1 and v.numel() else 1.0
     size = max(usual, float(v.double().square().mean().sqrt())) if v.numel() else 0.0
-    noise = torch.randn(v.shape, generator=generator) * size / 2
+    noise = (torch.randn(v.shape, generator=generator) * size / 2).to(v.dtype)
     return v + (noise.abs() if positive else noise)
 
 

@@ -3,7 +3,11 @@
 Roles come from module TYPES, never from names: ``norm`` and ``stats`` are the parameters and the
 running statistics of normalisation layers, ``head`` is the classifier (the last Linear, else the
 last Conv2d, in registration order), ``body`` is the rest. Integer buffers are constants: they
-belong to no client and never travel.
+belong to no client and never travel. So are parameters that the builder has frozen (``requires_grad``
+is False): they stay as they are, whatever the method.
+
+A parameter or buffer in several places (tied weights) is one leaf, with the name and the role of the
+first; it is ``body`` where any of them is outside of the classifier.
 """
 
 import copy
@@ -26,12 +30,13 @@ from .counting import of_forward
 from .effects import Effects
 from .purity import check_function, effects, inputs
 from .substitutes import Substitutes
+from .ties import find_places, find_ties, tensors, tie
 from .unwrapping import brief, duplicate, refusing, unmade, unwrap
 
 Role = Literal["body", "head", "norm", "stats"]
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
-
 _RESHAPING = (WeightNorm, SpectralNorm)  # they compute a layer's weight from parameters that are none
+_PARAMETRIZED = ".parametrizations."  # in the names of torch.nn.utils.parametrize
 
 
 class Leaf(NamedTuple):
@@ -53,6 +58,7 @@ class Model:
     leaves: dict[str, Leaf]
     initial: Tree
     constants: Tree
+    locked: dict[str, Leaf]  # the frozen ones among the constants, as a low-rank part beside them has to know them
     shape: tuple[int, ...]  # of one input, without the batch axis
     tokens: int  # inputs are integers below it; 0: they are floats
     classes: int
@@ -63,30 +69,39 @@ class Model:
     modules: tuple[nn.Module, nn.Module]  # the skeleton in evaluation and in training mode
     bodies: tuple[nn.Module, nn.Module]  # the same with an identity for a head
     head: str  # name of the classifier among the modules
+    ties: dict[str, str]  # further names of leaves and constants that have several places
+    places: tuple[dict[str, str], ...]  # {name there: leaf} of the network, its body and its head
     effects: Effects = Effects()  # of a pass, beside its logits and BatchNorm's statistics
     couples: bool = False  # what it makes of an example depends on the others of the batch, padding among them
 
     def __call__(self, tree: Tree, x: Tensor) -> Tensor:
-        return self._run(self.modules[self.training], {**self.constants, **tree}, x, self.effects)
+        return self._call(self.modules[self.training], self.places[0], tree, x, self.effects)
 
     def features(self, tree: Tree, x: Tensor) -> Tensor:
         """What enters the head, [B, width]; needs no leaf of the head."""
-        body = {n: v for n, v in {**self.constants, **tree}.items() if not n.startswith(f"{self.head}.")}
-        return self._run(self.bodies[self.training], body, x, self.effects)
+        return self._call(self.bodies[self.training], self.places[1], tree, x, self.effects)
 
     def classify(self, tree: Tree, z: Tensor) -> Tensor:
         """The head on features [B, width]: logits [B, classes]; needs only leaves of the head.
 
         ``model(tree, x)`` equals ``classify(tree, features(tree, x))`` where the head comes last.
         """
-        head = {n.removeprefix(f"{self.head}."): v for n, v in tree.items() if n.startswith(f"{self.head}.")}
-        module = self.modules[self.training].get_submodule(self.head)
-        return self._run(module, head, z, self.effects.within(self.head))
+        head = self.modules[self.training].get_submodule(self.head)
+        return self._call(head, self.places[2], tree, z, self.effects.within(self.head))
 
-    def _run(self, module: nn.Module, values: Tree, x: Tensor, effects: Effects) -> Tensor:
+    def _call(self, module: nn.Module, places: dict[str, str], tree: Tree, x: Tensor, effects: Effects) -> Tensor:
+        """``module`` with its leaves from ``tree``. Raises ValueError for one that is not there: the skeleton has none."""
+        values = {**self.constants, **tree}
+        try:
+            given = {place: values[leaf] for place, leaf in places.items()}
+        except KeyError as error:
+            raise ValueError(
+                f"{error.args[0]} of the network has no value: what a method's weights_of returns must hold every leaf "
+                "of model.leaves"
+            ) from None
         if effects == Effects():
-            return functional_call(module, values, (x,))
-        return effects.call(module, values, x, self.training)
+            return functional_call(module, given, (x,))
+        return effects.call(module, given, x, self.training)
 
     def zeros(self, samples: int) -> Tensor:
         """Inputs that say nothing, [samples, *shape]."""
@@ -139,11 +154,21 @@ class Model:
         """Role of a leaf; None for names that are not the network's (an algorithm's own)."""
         return self.leaves[leaf].role if leaf in self.leaves else None
 
+    @property
+    def described(self) -> dict[str, Leaf]:
+        """``leaves`` and the frozen ones."""
+        return self.leaves | self.locked
+
+    @property
+    def values(self) -> Tree:
+        """``initial`` and the frozen ones."""
+        return self.initial | {n: self.constants[n] for n in self.locked}
+
     def module(self, tree: Tree) -> nn.Module:
         """An ordinary nn.Module in evaluation mode that holds a copy of ``tree``."""
-        module = copy.deepcopy(self.modules[False]).to_empty(device="cpu")
+        module = tie(copy.deepcopy(self.modules[False]).to_empty(device="cpu"), self.ties)
         values = {**self.constants, **tree}
-        for name, place in (*module.named_parameters(), *module.named_buffers()):
+        for name, place in tensors(module).items():
             place.data.copy_(values[name])
         return module
 
@@ -152,8 +177,8 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
     """The model of ``module``, whose present parameters become the initial values.
 
     ``shape``: of one input, without the batch axis; ``tokens``: as in ``Model``. Raises ValueError when the
-    module does not map [B, *shape] to [B, classes], counts batches instead of using a momentum, or is not a
-    function of its parameters, buffers and inputs (see ``purity``).
+    module does not map [B, *shape] to [B, classes], counts batches instead of using a momentum, has a parameter
+    that cannot be trained, or is not a function of its parameters, buffers and inputs (see ``purity``).
     """
     module, zeros = unwrap(module), _zeros(2, shape, tokens)
     _make(module, zeros)
@@ -164,9 +189,9 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
             layer.num_batches_tracked = None
     traits = _trial(duplicate(module), classes, zeros)
     x, other = inputs(module, zeros, tokens)
-    found = effects(module, x, other)
-    leaves, initial, constants = _leaves(module)
-    skeleton = copy.deepcopy(module).to("meta")
+    found, ties = effects(module, x, other), find_ties(module)
+    leaves, locked, initial, constants = _leaves(module)
+    skeleton = tie(copy.deepcopy(module).to("meta"), ties)
     head = next((n for n, m in module.named_modules() if m is _head(module)), "")
     modules = (skeleton.eval(), copy.deepcopy(skeleton).train())
     bodies = tuple(_beheaded(copy.deepcopy(m), head) for m in modules)
@@ -174,6 +199,7 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
         leaves,
         initial,
         constants,
+        locked,
         tuple(shape),
         tokens,
         classes,
@@ -182,6 +208,8 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
         modules=modules,
         bodies=bodies,
         head=head,
+        ties=ties,
+        places=find_places(modules[0], bodies[0], head, ties),
         effects=found,
     )
     check_function(module, model, x)
@@ -215,7 +243,9 @@ def _beheaded(module: nn.Module, head: str) -> nn.Module:
     """``module`` with an identity in the place of its head."""
     if not head:  # the module is its own head
         return nn.Identity()
-    module.set_submodule(head, nn.Identity())
+    same, empty = module.get_submodule(head), nn.Identity()
+    for name in [n for n, m in module.named_modules(remove_duplicate=False) if m is same]:
+        module.set_submodule(name, empty)
     return module
 
 
@@ -244,27 +274,48 @@ def _trial(module: nn.Module, classes: int, x: Tensor) -> dict:
     }
 
 
-def _leaves(module: nn.Module) -> tuple[dict[str, Leaf], Tree, Tree]:
-    """Every leaf, its initial value, and the constants."""
-    leaves, initial, constants = {}, {}, {}
-    head = _head(module)
-    parameters = dict(module.named_parameters())
-    for name, value in (*parameters.items(), *module.named_buffers()):
+def _leaves(module: nn.Module) -> tuple[dict[str, Leaf], dict[str, Leaf], Tree, Tree]:
+    """What is known of every leaf, and of those that are frozen; initial values, constants."""
+    leaves, locked, initial, constants = {}, {}, {}, {}
+    head, owners, parameters = _head(module), _owners(module), {*map(id, module.parameters())}
+    for name, value in tensors(module).items():
+        trained = id(value) in parameters and value.requires_grad
         if not value.is_floating_point():
+            if trained:
+                raise ValueError(
+                    f"name: parameter {name} of the network is {value.dtype}, which no method trains; hold its real and "
+                    "imaginary part as two parameters (torch.complex joins them), or freeze it by requires_grad_(False)"
+                )
             constants[name] = value.detach().clone()
             continue
-        layer, parametrized, _ = name.partition(".parametrizations.")  # of torch.nn.utils.parametrize
-        owner = module.get_submodule(layer if parametrized else name.rpartition(".")[0])
-        reshaped = any(isinstance(hook, _RESHAPING) for hook in owner._forward_pre_hooks.values())
-        weighs = not parametrized and not reshaped
-        if name not in parameters:
+        if id(value) not in parameters:
             role = "stats"
+        elif isinstance(owners[name][0], _NORMS):
+            role = "norm"
         else:
-            role = "norm" if isinstance(owner, _NORMS) else "head" if owner is head else "body"
-        matrix = _matrix(owner, value) if role in ("body", "head") and weighs else ""
-        leaves[name] = Leaf(tuple(value.shape), role, matrix)
-        initial[name] = value.detach().clone()
-    return leaves, initial, constants
+            role = "head" if all(owner is head for owner in owners[name]) else "body"
+        weighs = role in ("body", "head") and not _is_reshaped(name, owners[name][0])
+        matrices = [_matrix(owner, value) for owner in owners[name]] if weighs else []
+        leaf = Leaf(tuple(value.shape), role, next(filter(None, matrices), ""))
+        frozen = role != "stats" and not trained
+        (locked if frozen else leaves)[name] = leaf
+        (constants if frozen else initial)[name] = value.detach().clone()
+    return leaves, locked, initial, constants
+
+
+def _owners(module: nn.Module) -> dict[str, list[nn.Module]]:
+    """The layers that have each parameter or buffer, by its first name; of a parametrization that of its result."""
+    ties, found = find_ties(module), {}
+    for name in tensors(module, again=True):
+        layer, parametrized, _ = name.partition(_PARAMETRIZED)
+        owner = module.get_submodule(layer if parametrized else name.rpartition(".")[0])
+        found.setdefault(ties.get(name, name), []).append(owner)
+    return found
+
+
+def _is_reshaped(name: str, owner: nn.Module) -> bool:
+    """Whether a layer computes its weight from this parameter, as weight_norm does."""
+    return _PARAMETRIZED in name or any(isinstance(hook, _RESHAPING) for hook in owner._forward_pre_hooks.values())
 
 
 def _head(module: nn.Module) -> nn.Module | None:

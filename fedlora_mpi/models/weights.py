@@ -44,9 +44,10 @@ def find(network: str, given: str) -> File:
     return File(Path(torch.hub.get_dir(), "checkpoints", posixpath.basename(url)), url)
 
 
-def read(path: Path, url: str = "") -> Tree:
+def read(path: Path, url: str = "", fine: bool = False) -> Tree:
     """The leaves of a file as float32: of safetensors, or of a state dict as torch has saved it, by itself or under
-    "state_dict" or "model". What is no floating-point number, such as a count of batches, is left out.
+    "state_dict" or "model". What is no floating-point number, such as a count of batches, is left out. ``fine``: those
+    of float64 stay that.
 
     url: the SHA-256 of the file must begin as the name there says. Nothing is downloaded, and nothing in a
     file is executed. Raises ValueError when it is not there, damaged, or holds anything but finite numbers.
@@ -62,22 +63,24 @@ def read(path: Path, url: str = "") -> Tree:
         if not isinstance(value, Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
             raise ValueError(f"{name} is no dense tensor there; save the state_dict() of the network")
         if value.is_floating_point():
-            tree[name] = value.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            dtype = value.dtype if fine and value.dtype == torch.float64 else torch.float32
+            tree[name] = value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
             if not tree[name].isfinite().all():
                 raise ValueError(f"{name} has numbers that are not finite")
     return tree
 
 
 def load(model: Model, tree: Tree) -> Model:
-    """The same network with the leaves of ``tree`` for its initial values.
+    """The same network with the leaves of ``tree`` for its initial values, frozen ones included, each in its own dtype.
 
     A head that is not there as a whole, in its shapes (other classes), keeps its own. So does a buffer that
     is no part of a state dict. Raises ValueError for the first leaf that does not fit.
     """
     saved = model.modules[False].state_dict().keys()  # also the further names of what bears several
-    head = [n for n in model.leaves if model.role(n) == "head"]
-    here = {n: list(leaf.shape) for n, leaf in model.leaves.items() if n in saved or n in tree}
-    there = {n: list(value.shape) for n, value in tree.items() if n in model.leaves or n not in saved}
+    leaves, tree = model.described, _named(model, tree)
+    head = [n for n, leaf in leaves.items() if leaf.role == "head"]
+    here = {n: list(leaf.shape) for n, leaf in leaves.items() if n in saved or n in tree}
+    there = {n: list(value.shape) for n, value in tree.items() if n in leaves or n not in saved}
     same = lambda n: here.get(n) == there.get(n)
     for name in here | there:
         if not same(name) and name not in head:
@@ -85,8 +88,22 @@ def load(model: Model, tree: Tree) -> Model:
                 f"{name} is {there.get(name, 'absent')} in the file, {here.get(name, 'absent')} in the network; "
                 "only the head may differ"
             )
-    kept = () if all(map(same, head)) else head
-    return replace(model, initial=model.initial | {n: tree[n] for n in here if n in tree and n not in kept})
+    kept, values = () if all(map(same, head)) else head, model.values
+    found = {n: tree[n].to(values[n].dtype) for n in here if n in tree and n not in kept}
+    for name, value in found.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} has numbers that are not finite as {value.dtype}")
+    constants = model.constants | {n: v for n, v in found.items() if n in model.locked}
+    return replace(model, initial=model.initial | {n: found[n] for n in model.leaves if n in found}, constants=constants)
+
+
+def _named(model: Model, tree: Tree) -> Tree:
+    """``tree`` with leaves that have several names under the first. Raises ValueError where they differ."""
+    named = {n: v for n, v in tree.items() if n not in model.ties}
+    for name, first in model.ties.items():
+        if name in tree and first in model.described and not torch.equal(named.setdefault(first, tree[name]), tree[name]):
+            raise ValueError(f"{first} and {name} differ in the file, and are one and the same in the network")
+    return named
 
 
 def packed(tree: Tree) -> bytes:

@@ -153,7 +153,7 @@ def build(
     if weights is None:
         return model
     try:
-        return files.load(model, files.read(*files.find(name, weights)))
+        return files.load(model, files.read(*files.find(name, weights), fine=True))
     except ValueError as error:
         raise ValueError(f"weights = {weights}: {error}") from error
 

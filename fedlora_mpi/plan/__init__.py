@@ -17,6 +17,7 @@ from ..build import Built, build, hosts
 from ..comm import Solo
 from ..config import Config
 from ..federation import Kind, Run
+from ..layout import Layout, bytes_of, joint
 from ..placement import assign
 from ..tree import Tree, nbytes, numel, tmap
 from ..units import duration, size
@@ -118,11 +119,12 @@ def _sizes(built: Built, ranks: int) -> list[tuple[str, str]]:
     second = _second(run)
     traffic = [_traffic(run, kind, second) for kind in run.kinds]
     up, down = zip(*(traffic[kind] for kind in run.kind_of))
-    message, how = {"exact": 16, "fast": 4}[config.reduce] * run.upload.size, "an allreduce"
+    message, how = run.unit * run.upload.size, "an allreduce"
     if run.gathers:
-        message, how = 4 * sum(numel(run.kinds[kind].upload) for kind in run.kind_of) * cohort // clients, "a gather"
+        width = joint([layout.dtype for layout in run.layouts]).itemsize
+        message, how = width * sum(run.layouts[kind].size for kind in run.kind_of) * cohort // clients, "a gather"
     own = [numel(run.kinds[kind].first.personal) for kind in run.kind_of]
-    total, comma = 4 * sum(own), "{:,}".format
+    total, comma = sum(nbytes(run.kinds[kind].first.personal) for kind in run.kind_of), "{:,}".format
     return [
         *(("model", _model(run, n, config.model.mix[n].name)) for n in sorted({kind.network for kind in run.kinds})),
         ("shared", f"{numel(first.shared):,} numbers; {_range(up, size)} up, {_range(down, size)} down per client and round"),
@@ -152,8 +154,9 @@ def _traffic(run: Run, kind: Kind, second: Tree) -> tuple[int, int]:
     """The most bytes that such a client sends and receives in a round; ``second``: what ``_second`` says."""
     ones = lambda tree: tmap(torch.ones_like, tree)  # of a method that sends by class: all classes
     full, first = Vars(*map(ones, kind.arrived[:2])), kind.first.shared
-    up = 4 * max(int(kind.algorithm.sent(v, v)) for v in (kind.arrived, full))
-    down = 4 * max(int(kind.algorithm.received(shared)) for shared in (first, ones(first), second))
+    sent = max(int(kind.algorithm.sent(v, v)) for v in (kind.arrived, full))
+    up = bytes_of(sent, [Layout.of(kind.upload)])
+    down = max(kind.received(shared) for shared in (first, ones(first), second))
     return (up + run.mixing.bytes_up, down + run.mixing.bytes_down) if run.mixing else (up, down)
 
 
@@ -177,8 +180,11 @@ def _model(run: Run, number: int, name: str) -> str:
     having = [k for k, kind in enumerate(run.kinds) if kind.network == number]
     model, clients = run.kinds[having[0]].trainer.model, sum(kind in having for kind in run.kind_of)
     statistics = sum(v.numel() for n, v in model.initial.items() if model.role(n) == "stats")
+    frozen = numel(model.values) - numel(model.initial)
     return (
-        f"{name}: {numel(model.initial) - statistics:,} parameters, {statistics:,} running statistics, "
+        f"{name}: {numel(model.initial) - statistics:,} parameters, "
+        + (f"{frozen:,} frozen ones, " if frozen else "")
+        + f"{statistics:,} running statistics, "
         f"{model.flops / 1e6:.1f} MFLOP forward per sample" + (f"; {clients} clients" if clients < len(run.kind_of) else "")
     )
 

@@ -153,7 +153,6 @@ def _exchange(
     run: Run, costs: Costs, chosen: frozenset[int], ranks: int, workers: int, machine: Machine, crowd: float
 ) -> float:
     """Seconds between the last client's training and the evaluation."""
-    unit = {"exact": 16, "fast": 4}[run.reduce]
     own, several = costs.close * crowd, ranks > 1
     own += costs.vectors * (crowd / ranks if several else 1.0)
     if run.gathers and several:
@@ -161,7 +160,7 @@ def _exchange(
         others = sum(costs.units[run.kind_of[c]].add for c in chosen)  # the server, which has none of its own
         own += allgather(sent, ranks, machine) + others * crowd
     elif several:
-        message = unit * run.upload.size
+        message = run.unit * run.upload.size
         own += allreduce(message, ranks, machine) + (ranks - 1) / ranks * message * costs.add_byte * crowd
     if run.mixing:
         each, pair = costs.mix
