@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Cohort, Phase, Step, Train, Vars
 from ..bounds import bounded
-from ..lowrank import is_factor, kaiming, matching, sides
+from ..lowrank import as_weight, is_factor, kaiming, matching, sides
 from ..models.network import Model
 from ..tree import Tree, prefixed, under
 
@@ -110,6 +110,9 @@ class FineTuning(Algorithm):
             raise ValueError(f"layers = {list(self.layers)}: match only what is trained in full = {list(self.full)}")
         return {n: sides(model.leaves[n]) for n in chosen}
 
+    def low_rank(self, model: Model) -> dict[str, int]:
+        return {n: min(max(self.lora_ranks), *of) for n, of in self.adapted(model).items()}
+
     # The client.
 
     def init(self, model: Model, rng: Generator) -> Vars:
@@ -148,7 +151,7 @@ class FineTuning(Algorithm):
     def weights_of(self, model: Model, v: Vars) -> Tree:
         delta = self.delta(v.shared)
         full = {n: w for n, w in v.shared.items() if n in model.leaves}
-        return model.initial | full | {n: model.initial[n] + d.view(model.leaves[n].shape) for n, d in delta.items()}
+        return model.initial | full | {n: model.initial[n] + as_weight(d, model.leaves[n]) for n, d in delta.items()}
 
     def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:
         network = model if "norm" in self.full or not model.training else model.fixed

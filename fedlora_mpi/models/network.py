@@ -1,9 +1,9 @@
 """A network as a pure function of a tree, with the role of every leaf.
 
-Roles come from module TYPES, never from names: ``norm`` and ``stats`` are the parameters and the
-running statistics of normalisation layers, ``head`` is the classifier (the last Linear, else the
-last Conv2d, in registration order), ``body`` is the rest. Integer buffers are constants: they
-belong to no client and never travel.
+Roles come from module TYPES and from what a forward pass does, never from names: ``norm`` and ``stats``
+are the parameters and the running statistics of normalisation layers, ``head`` is the classifier (the
+last product with a weight on the way to the logits, see ``watching.py``), ``body`` is the rest. Integer
+buffers are constants: they belong to no client and never travel.
 """
 
 import copy
@@ -16,22 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from ..batch import Batch
-from ..seeds import isolated
+from ..seeds import isolated, rng
 from ..tree import Tree
 from .counting import of_forward
 from .effects import Effects
+from .matrices import matrix_of, why_none
 from .purity import check_function, effects, inputs
 from .substitutes import Substitutes
 from .unwrapping import brief, duplicate, refusing, unmade, unwrap
+from .watching import Matrix, Watched, owner_of, watch
 
 Role = Literal["body", "head", "norm", "stats"]
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
-_RESHAPING = (WeightNorm, SpectralNorm)  # they compute a layer's weight from parameters that are none
 
 
 class Leaf(NamedTuple):
@@ -39,7 +38,7 @@ class Leaf(NamedTuple):
 
     shape: tuple[int, ...]
     role: Role
-    matrix: Literal["conv", "linear", ""]  # how a low-rank part reads it; "" when it has none
+    matrix: Matrix  # how a low-rank part reads it; "" when it has none
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Model:
     training: bool
     modules: tuple[nn.Module, nn.Module]  # the skeleton in evaluation and in training mode
     bodies: tuple[nn.Module, nn.Module]  # the same with an identity for a head
-    head: str  # name of the classifier among the modules
+    head: str  # name of the classifier among the modules; "" where there is none, or where it is the network
     effects: Effects = Effects()  # of a pass, beside its logits and BatchNorm's statistics
     couples: bool = False  # what it makes of an example depends on the others of the batch, padding among them
 
@@ -71,7 +70,7 @@ class Model:
 
     def features(self, tree: Tree, x: Tensor) -> Tensor:
         """What enters the head, [B, width]; needs no leaf of the head."""
-        body = {n: v for n, v in {**self.constants, **tree}.items() if not n.startswith(f"{self.head}.")}
+        body = {n: v for n, v in {**self.constants, **tree}.items() if not n.startswith(self._in_head)}
         return self._run(self.bodies[self.training], body, x, self.effects)
 
     def classify(self, tree: Tree, z: Tensor) -> Tensor:
@@ -79,7 +78,7 @@ class Model:
 
         ``model(tree, x)`` equals ``classify(tree, features(tree, x))`` where the head comes last.
         """
-        head = {n.removeprefix(f"{self.head}."): v for n, v in tree.items() if n.startswith(f"{self.head}.")}
+        head = {n.removeprefix(self._in_head): v for n, v in tree.items() if n.startswith(self._in_head)}
         module = self.modules[self.training].get_submodule(self.head)
         return self._run(module, head, z, self.effects.within(self.head))
 
@@ -87,6 +86,29 @@ class Model:
         if effects == Effects():
             return functional_call(module, values, (x,))
         return effects.call(module, values, x, self.training)
+
+    @property
+    def _in_head(self) -> str:
+        """How the names of the head's leaves begin."""
+        return f"{self.head}." if self.head else ""
+
+    @cached_property
+    def ends_in_linear(self) -> bool:
+        """Whether the head is one plain Linear that comes last: features [B, width] enter it, and what it makes of
+        them are the logits."""
+        head = self.modules[False].get_submodule(self.head)
+        mine, plain = {n for n, leaf in self.leaves.items() if leaf.role == "head"}, f"{self._in_head}weight"
+        if not isinstance(head, nn.Linear) or not {plain} <= mine <= {plain, f"{self._in_head}bias"}:
+            return False
+        size, draw, judged = (2, *self.shape), rng(0, "head"), self.evaluating().to(torch.device("cpu"))
+        x = torch.randint(self.tokens, size, generator=draw) if self.tokens else torch.randn(size, generator=draw)
+        tree = judged.frozen(judged.initial)
+        with torch.no_grad(), Substitutes(None, torch.tensor(0)):
+            try:
+                z = judged.features(tree, x)
+                return z.dim() == 2 and torch.allclose(judged.classify(tree, z), judged(tree, x), 1e-4, 1e-5, True)
+            except (RuntimeError, AttributeError):  # the network does more with its head than to call it
+                return False
 
     def zeros(self, samples: int) -> Tensor:
         """Inputs that say nothing, [samples, *shape]."""
@@ -139,6 +161,11 @@ class Model:
         """Role of a leaf; None for names that are not the network's (an algorithm's own)."""
         return self.leaves[leaf].role if leaf in self.leaves else None
 
+    def why_none(self, leaf: str) -> str:
+        """Why a leaf is read as no matrix; "" where it is."""
+        shape, role, matrix = self.leaves[leaf]
+        return "" if matrix else why_none(self.modules[False], leaf, shape, role)
+
     def module(self, tree: Tree) -> nn.Module:
         """An ordinary nn.Module in evaluation mode that holds a copy of ``tree``."""
         module = copy.deepcopy(self.modules[False]).to_empty(device="cpu")
@@ -165,9 +192,10 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
     traits = _trial(duplicate(module), classes, zeros)
     x, other = inputs(module, zeros, tokens)
     found = effects(module, x, other)
-    leaves, initial, constants = _leaves(module)
+    watched = watch(module, zeros, classes)
+    leaves, initial, constants = _leaves(module, watched)
     skeleton = copy.deepcopy(module).to("meta")
-    head = next((n for n, m in module.named_modules() if m is _head(module)), "")
+    head = watched.head
     modules = (skeleton.eval(), copy.deepcopy(skeleton).train())
     bodies = tuple(_beheaded(copy.deepcopy(m), head) for m in modules)
     model = Model(
@@ -244,42 +272,20 @@ def _trial(module: nn.Module, classes: int, x: Tensor) -> dict:
     }
 
 
-def _leaves(module: nn.Module) -> tuple[dict[str, Leaf], Tree, Tree]:
+def _leaves(module: nn.Module, watched: Watched) -> tuple[dict[str, Leaf], Tree, Tree]:
     """Every leaf, its initial value, and the constants."""
     leaves, initial, constants = {}, {}, {}
-    head = _head(module)
     parameters = dict(module.named_parameters())
     for name, value in (*parameters.items(), *module.named_buffers()):
         if not value.is_floating_point():
             constants[name] = value.detach().clone()
             continue
-        layer, parametrized, _ = name.partition(".parametrizations.")  # of torch.nn.utils.parametrize
-        owner = module.get_submodule(layer if parametrized else name.rpartition(".")[0])
-        reshaped = any(isinstance(hook, _RESHAPING) for hook in owner._forward_pre_hooks.values())
-        weighs = not parametrized and not reshaped
+        owner = module.get_submodule(owner_of(name))
         if name not in parameters:
             role = "stats"
         else:
-            role = "norm" if isinstance(owner, _NORMS) else "head" if owner is head else "body"
-        matrix = _matrix(owner, value) if role in ("body", "head") and weighs else ""
+            role = "norm" if isinstance(owner, _NORMS) else "head" if name in watched.leaves else "body"
+        matrix = matrix_of(module, name, value, watched.matrices) if role in ("body", "head") else ""
         leaves[name] = Leaf(tuple(value.shape), role, matrix)
         initial[name] = value.detach().clone()
     return leaves, initial, constants
-
-
-def _head(module: nn.Module) -> nn.Module | None:
-    """The classifier: the last Linear, else the last Conv2d."""
-    for kind in (nn.Linear, nn.Conv2d):
-        found = [m for m in module.modules() if isinstance(m, kind)]
-        if found:
-            return found[-1]
-    return None
-
-
-def _matrix(owner: nn.Module, value: Tensor) -> Literal["conv", "linear", ""]:
-    """How a low-rank part reads this weight: Conv2d [O, I, K, K], Linear and attention [O, I]."""
-    if isinstance(owner, nn.Conv2d) and value.dim() == 4:
-        return "conv"
-    if isinstance(owner, nn.Linear | nn.MultiheadAttention) and value.dim() == 2:
-        return "linear"
-    return ""
