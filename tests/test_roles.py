@@ -290,5 +290,5 @@ def test_what_is_left_out_has_a_reason():
     assert left_out(network, {}, ("head",))[names[1]] == "trained in full"
     raw = model("Raw")
     assert left_out(raw, {"w": 2})["hidden"] == "not in layers"
-    assert left_out(raw, LowRank().ranks(raw)) == {"shift": "enters no matrix product or convolution"}
+    assert left_out(raw, LowRank().ranks(raw)) == {"shift": "one row"}
     assert replace(raw).why_none("w") == ""

@@ -1,5 +1,7 @@
 """Weights as matrices: which leaf of a network a low-rank part can be added to, and why others have none."""
 
+import math
+
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -23,7 +25,7 @@ def matrix_of(module: nn.Module, name: str, value: Tensor, products: dict[str, M
         return "transposed" if isinstance(owner, _ConvTransposeNd) else "conv"
     if isinstance(owner, _WEIGHTS) and (dims == 2 or isinstance(owner, nn.Bilinear)):
         return "linear"
-    return products.get(name, "")
+    return products.get(name, "") if value.numel() > max(value.shape) else ""
 
 
 def why_none(module: nn.Module, name: str, shape: tuple[int, ...], role: str) -> str:
@@ -35,8 +37,9 @@ def why_none(module: nn.Module, name: str, shape: tuple[int, ...], role: str) ->
     owner = module.get_submodule(owner_of(name))
     if isinstance(owner, _TABLES):
         return "an embedding, a table of rows"
-    computed = _computed(owner, name)
-    return "what a layer computes its weight from" if computed else "enters no matrix product or convolution"
+    if _computed(owner, name):
+        return "what a layer computes its weight from"
+    return "one row" if math.prod(shape) == max(shape) else "enters no matrix product or convolution"
 
 
 def _computed(owner: nn.Module, name: str) -> bool:

@@ -81,6 +81,7 @@ class _Watching(TorchFunctionMode):
         self._name_at: dict[tuple[int, int], str] = {}
         for name, parameter in module.named_parameters():
             self._remember(name, parameter)
+        self._own = frozenset(self._name_at)
         for name, part in module.named_modules():
             part.register_forward_pre_hook(lambda part, args, name=name: self._running.append(name))
             part.register_forward_hook(lambda part, args, output: self._leave(), always_call=True)
@@ -102,9 +103,11 @@ class _Watching(TorchFunctionMode):
         kwargs = kwargs or {}
         output, name = func(*args, **kwargs), getattr(func, "__name__", "")
         if name in _PRODUCTS and isinstance(output, Tensor):
-            parameters = self._names((args, kwargs))
+            weights = (args[1:], kwargs) if name in _LAYERS else (args, kwargs)  # not what enters a layer
+            parameters = self._names(weights)
             module = self._running[-1] if self._running and self._is_layer(name) else ""
             if parameters or module:
+                self._note(_PRODUCTS[name], weights)
                 return self._cut(_PRODUCTS[name], parameters, module, output)
         elif name in _BLOCKS:
             return tree_map(self._cut_block, output)
@@ -117,9 +120,13 @@ class _Watching(TorchFunctionMode):
         part = self._parts[self._running[-1]]
         return isinstance(part, PRODUCT_LAYERS) or name in _LAYERS and not any(part.children()) and any(part.parameters())
 
+    def _note(self, kind: Matrix, weights: Any) -> None:
+        """How a product uses the parameters that enter it as they are."""
+        for tensor in tree_leaves(weights):
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided and _place(tensor) in self._own:
+                self.matrices.setdefault(self._name_at[_place(tensor)], kind)
+
     def _cut(self, kind: Matrix, parameters: list[str], module: str, output: Tensor) -> Tensor:
-        for parameter in parameters:
-            self.matrices.setdefault(parameter, kind)
         axis = 1 if kind != "linear" and output.dim() > 1 else -1
         channels = output.shape[axis] if output.dim() else 1
         cut = output.detach().requires_grad_(output.is_floating_point())
