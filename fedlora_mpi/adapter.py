@@ -1,9 +1,9 @@
 """A small low-rank adapter of one shape beside networks of any shape.
 
 A ``matrix`` adapter is beside the head, W [classes, d]: y = W z + b + s B (A z), with the factors
-A [r, d], B [classes, r]. A ``conv`` adapter is beside the first convolution, W [O, I, K1, K2]: a
-convolution A [r, I, K1, K2] with r channels, then a 1x1 convolution B [O, r]. Both are linear, so that
-they are the same as adding s B A to W. A ``side`` adapter is a network of its own from the input to
+A [r, d], B [classes, r]. A ``conv`` adapter is beside the first convolution, W [O, I, K1, K2] (or of
+one or three kernel sides): a convolution A [r, I, K1, K2] with r channels, then a 1x1 convolution B [O, r].
+Both are linear, so that they are the same as adding s B A to W. A ``side`` adapter is a network of its own from the input to
 the features that enter the head: z + s B (A x), A [r, numbers of x], B [d, r].
 
 A ~ U(-1, 1) / sqrt(inputs), as torch's Linear (Kaiming with a = sqrt 5), and B = 0: an adapter
@@ -40,6 +40,7 @@ class Adapter:
             raise ValueError("adapter = side: needs images, not texts, whose numbers are names of words")
         kind = "conv" if self.place == "conv" else "linear"
         fit = [n for n, leaf in model.described.items() if leaf.matrix == kind and (kind == "conv" or leaf.role == "head")]
+        fit = fit if kind == "conv" or model.ends_in_linear else []
         if not fit:
             wanted = "a convolution" if kind == "conv" else "a Linear at its end"
             raise ValueError(f"adapter = {self.place}: needs a network with {wanted}")

@@ -134,6 +134,11 @@ class Algorithm:
     def check(self, model: Model, train: Train) -> None:
         """Raise ValueError when the fields do not go together with the model or the training."""
 
+    def low_rank(self, model: Model) -> dict[str, int]:
+        """{weight: rank} of the leaves that have a low-rank part, for those who want to know: ``plan`` lists them.
+        Default: none."""
+        return {}
+
     def of_client(self, client: int, clients: int) -> "Algorithm":
         """The method as that client has it, where hyper-parameters differ between clients, such as the rank
         of low-rank parts. What the server does is asked of the method itself. Default: the same for all."""

@@ -2,10 +2,19 @@
 
 The part of leaf ``w`` has the factors ``w.A`` [r, in side] and ``w.B`` [out side, r]. A convolution
 [O, I, K1, K2] counts as the matrix [O K1, I K2], cut row by row (``view``) into the weight's shape,
-as the official FedDecomp code does; a Linear or attention weight [O, I] is its own matrix.
+as the official FedDecomp code does; a Linear, attention, or recurrent weight [O, I] is its own matrix.
+
+Other convolutions are read in the same way: one with three kernel sides as [O K1, I K2 K3]; one with one as
+[O, I K], as it is a Conv2d [O, I, 1, K] of images of height one. Of a grouped convolution I counts the inputs
+of one group, so a depthwise one [O, 1, 3, 3] is the matrix [3 O, 3]. A transposed convolution has its weight
+as [I, O, K1, ...], in and out exchanged: its matrix is that of [I, O, K1, ...], turned, [O K2 ..., I K1].
+A weight of more sides in another product is [d1, d2 d3 ...]. At full rank every weight can be any matrix:
+Conv1d [8, 3, 5] is [8, 15], rank 8; Conv3d [4, 2, 3, 3, 3] is [12, 18], rank 12; ConvTranspose2d [6, 4, 2, 2]
+is [8, 12], rank 8; an LSTM of 5 inputs and 7 states has [28, 5], rank 5, and [28, 7], rank 7.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -39,12 +48,16 @@ class LowRank:
     field     paper                           official
     ========  ==============================  ===========================
     rank of   conv_rank min(I, O) K, rounded  int(conv_rank O) K
-    a conv
+    a conv    (at most the smaller side)
     rank of   linear_rank min(I, O), rounded  linear_rank, an integer
     a Linear
     scale s   one: 1                          official: 1 / int(conv_rank O), without the
                                               factor K, and 1 / linear_rank
     ========  ==============================  ===========================
+
+    K is the first side of a kernel, 1 where a convolution has one side. The paper knows square kernels, for which
+    min(I, O) K is the smaller side of the matrix; of any convolution but a Conv2d the rank is conv_rank of that side.
+    Every other matrix counts as a Linear.
 
     A ~ U(-1, 1) / sqrt(in side) (Kaiming with a = sqrt 5, as the official code; the paper says
     Gaussian and gives no variance), B = 0, so that tau starts at zero.
@@ -120,53 +133,89 @@ class LowRank:
         for name in (leaf.removesuffix(".B") for leaf in factors if leaf.endswith(".B")):
             leaf = model.leaves[name]
             product = (factors[f"{name}.B"] * self._scale(leaf)) @ factors[f"{name}.A"]
-            low[name] = product.view(leaf.shape)
+            low[name] = as_weight(product, leaf)
         return low
 
+    def low_rank(self, model: Model) -> dict[str, int]:
+        return self.ranks(model)
+
     def _rank(self, leaf: Leaf) -> int:
-        outside, inside = leaf.shape[:2]
-        if leaf.matrix == "conv":
-            official = self.rank_rule == "official"
-            r = int(self.conv_rank * outside) if official else self.conv_rank * min(inside, outside)
-            return max(1, round(r * leaf.shape[2]))
+        full = min(sides(leaf))
+        if leaf.matrix == "linear":
+            return int(self.linear_rank) if self.rank_rule == "official" else max(1, round(self.linear_rank * full))
+        outside, inside = _channels(leaf)
         if self.rank_rule == "official":
-            return int(self.linear_rank)
-        return max(1, round(self.linear_rank * min(inside, outside)))
+            return max(1, int(self.conv_rank * outside) * _height(leaf))
+        if len(leaf.shape) == 4 and leaf.matrix == "conv":
+            return max(1, min(full, round(self.conv_rank * min(inside, outside) * leaf.shape[2])))
+        return max(1, round(self.conv_rank * full))
 
     def _scale(self, leaf: Leaf) -> float:
         if self.scale == "one":
             return 1.0
-        if leaf.matrix == "conv":
-            return 1 / max(1, int(self.conv_rank * leaf.shape[0]))
-        return 1 / self._rank(leaf)
+        if leaf.matrix == "linear":
+            return 1 / self._rank(leaf)
+        return 1 / max(1, int(self.conv_rank * _channels(leaf)[0]))
 
 
 def sides(leaf: Leaf) -> tuple[int, int]:
     """(out side, in side) of the matrix that a weight is read as."""
-    outside, inside, *kernel = leaf.shape
-    return (outside * kernel[0], inside * kernel[1]) if kernel else (outside, inside)
+    first, second, *kernel = leaf.shape
+    if leaf.matrix == "linear":
+        return first, second * math.prod(kernel)
+    rows, columns = first * _height(leaf), second * math.prod(kernel) // _height(leaf)
+    return (columns, rows) if leaf.matrix == "transposed" else (rows, columns)
 
 
-def matching(model: Model, patterns: Iterable[str]) -> list[str]:
-    """The weights that a low-rank part can have and whose names a pattern matches; none that the network's builder has
-    frozen. Raises ValueError when one matches none."""
+def as_weight(matrix: Tensor, leaf: Leaf) -> Tensor:
+    """``matrix`` [out side, in side] in the shape of the weight that is read as it."""
+    return matrix.mT.reshape(leaf.shape) if leaf.matrix == "transposed" else matrix.view(leaf.shape)
+
+
+def _channels(leaf: Leaf) -> tuple[int, int]:
+    """(out, in) of a convolution, those of one group where it has groups and a weight that says so."""
+    first, second = leaf.shape[:2]
+    return (second, first) if leaf.matrix == "transposed" else (first, second)
+
+
+def _height(leaf: Leaf) -> int:
+    """The side of a convolution's kernel that counts with its first axis; 1 of a kernel of one side."""
+    return leaf.shape[2] if len(leaf.shape) > 3 else 1
+
+
+def matching(model: Model, patterns: Iterable[str], frozen: bool = False) -> list[str]:
+    """The weights that a low-rank part can have and whose names a pattern matches; ``frozen``: also of those that the
+    network's builder has frozen. Raises ValueError when a pattern matches none."""
+    matrices = [n for n, leaf in (model.described if frozen else model.leaves).items() if leaf.matrix]
     for pattern in patterns:
-        frozen = [n for n, leaf in model.locked.items() if leaf.matrix and fnmatchcase(n, pattern)]
-        if frozen and not any(leaf.matrix and fnmatchcase(n, pattern) for n, leaf in model.leaves.items()):
+        if any(fnmatchcase(n, pattern) for n in matrices):
+            continue
+        if locked := [n for n, leaf in model.locked.items() if leaf.matrix and fnmatchcase(n, pattern)]:
             raise ValueError(
-                f"layers = {pattern}: matches only weights that are frozen, such as {frozen[0]}, which this method leaves "
+                f"layers = {pattern}: matches only weights that are frozen, such as {locked[0]}, which this method leaves "
                 "as they are; fedit and its kin train low-rank parts beside such weights"
             )
-    return matched(model.leaves, patterns)
-
-
-def matched(leaves: Mapping[str, Leaf], patterns: Iterable[str]) -> list[str]:
-    """``matching`` among these leaves."""
-    matrices = [n for n, leaf in leaves.items() if leaf.matrix]
-    for pattern in patterns:
-        if not any(fnmatchcase(n, pattern) for n in matrices):
-            raise ValueError(f"layers = {pattern}: matches no weight; there are {', '.join(matrices) or 'none'}")
+        met = [f"{n}: {model.why_none(n)}" for n in model.described if fnmatchcase(n, pattern)]
+        why = f" that can be decomposed ({first_few(met)})" if met else ""
+        raise ValueError(f"layers = {pattern}: matches no weight{why}; there are {', '.join(matrices) or 'none'}")
     return [n for n in matrices if any(fnmatchcase(n, pattern) for pattern in patterns)]
+
+
+def left_out(model: Model, low_rank: Mapping[str, int], full: Collection[str] = ()) -> dict[str, str]:
+    """{weight of two and more dimensions that is not in ``low_rank`` {weight: rank}: why}; ``full``: roles that are
+    trained as they are."""
+    found = {}
+    for name, leaf in model.described.items():
+        if len(leaf.shape) < 2 or leaf.role == "stats" or name in low_rank:
+            continue
+        chosen = "trained in full" if leaf.role in full else "frozen" if name in model.locked else ""
+        found[name] = chosen or model.why_none(name) or "not in layers"
+    return found
+
+
+def first_few(words: Sequence[str], most: int = 5) -> str:
+    """The first ones, and how many more there are."""
+    return ", ".join(words[:most]) + f" and {len(words) - most} more" * (len(words) > most)
 
 
 def kaiming(rows: int, in_side: int, rng: Generator) -> Tensor:

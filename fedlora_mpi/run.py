@@ -19,6 +19,7 @@ from .comm import Comm, Fault, together
 from .config import Config
 from .federation import State
 from .folder import begun, continued, create_log, describe, fill, need_shared, recorded_config, same_as_begun
+from .lowrank import first_few, left_out
 from .mail import Lost
 from .paths import expanded
 from .progress import Progress
@@ -236,7 +237,7 @@ def _tell(
 
 
 def hints(built: Built) -> list[str]:
-    """What would make this run faster on this node, for the user to decide."""
+    """What would make this run faster on this node, for the user to decide, and what its low-rank parts leave out."""
     comm, engine, found = built.run.comm, built.config.engine, []
     workers = len(set(built.run.host))
     if workers < (possible := len(hosts(built.config, comm.size))):
@@ -250,6 +251,25 @@ def hints(built: Built) -> list[str]:
         found.append(f"{here} workers with {engine.threads} thread(s) share {cores} cores; start fewer ranks")
     elif engine.device == "cpu" and busy <= cores // 2 and possible < len(built.run.groups):
         found.append(f"{busy} of {cores} cores are busy; mpirun -n {cores // engine.threads + 1} would use them all")
+    return found + _undecomposed(built)
+
+
+def _undecomposed(built: Built) -> list[str]:
+    """Which weights have no low-rank part, where the config asks for one in all."""
+    algorithm, found = built.run.algorithm, []
+    full = getattr(algorithm, "full", ())
+    if "*" not in getattr(algorithm, "layers", ()):
+        return found
+    for network in sorted({kind.network for kind in built.run.kinds}):
+        model = next(kind.trainer.model for kind in built.run.kinds if kind.network == network)
+        low_rank = algorithm.low_rank(model)
+        rest = left_out(model, low_rank, full)
+        rest = [f"{name} ({why})" for name, why in rest.items() if model.role(name) not in full]
+        if low_rank and rest:
+            found.append(
+                f"{configs.algorithm_name(algorithm)} decomposes {len(low_rank)} of {len(low_rank) + len(rest)} "
+                f"weights; not decomposed: {first_few(rest)}; 'fedlora-mpi plan' lists them"
+            )
     return found
 
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Batch, Cohort, Vars
+from ..algorithm import Batch, Cohort, Train, Vars
 from ..finetuning.calibrated import Calibrated
 from ..models.network import Model
 from ..tree import Tree, prefixed, under
@@ -38,6 +38,14 @@ from ..tree import Tree, prefixed, under
 class FedTaLoRA(Calibrated):
     """Further shared leaves: "seen.<leaf>" [classes], 1 for a row that somebody has owned, for each leaf of the
     classifier. A client has "own.<leaf>" beside, 1 for its own classes, and these count as seen for it."""
+
+    def check(self, model: Model, train: Train) -> None:
+        super().check(model, train)
+        for name, leaf in model.leaves.items():
+            if leaf.role == "head" and leaf.shape[:1] != (model.classes,):
+                raise ValueError(
+                    f"name = fed_talora: needs a head with a row for each class; {name} is {list(leaf.shape)}"
+                )
 
     def init(self, model: Model, rng: Generator) -> Vars:
         shared, personal = super().init(model, rng)[:2]

@@ -51,8 +51,9 @@ class FedKD(Companion):
     def check(self, model: Model, train: Train) -> None:
         super().check(model, train)
         for which, network in (("name = fedkd", model), (f"small = {self.small}", self.g(model))):
-            if not _linear(network):
-                raise ValueError(f"{which}: needs a network that ends in a Linear; {network.head or 'this'} is none")
+            if not (network.head and network.ends_in_linear):
+                raise ValueError(f"{which}: needs a network that ends in a Linear; {network.head or 'this'} is none, "
+                                 "or not alone and last")
 
     def init(self, model: Model, rng: Generator) -> Vars:
         shared, personal = super().init(model, rng)[:2]
@@ -108,8 +109,3 @@ class FedKD(Companion):
                     tree[name] = before + update
                 numbers = numbers + count
         return tree | {"svd.round": round_, "svd.numbers": numbers}
-
-
-def _linear(network: Model) -> bool:
-    """Whether features enter a Linear at the end."""
-    return any(leaf.role == "head" and leaf.matrix == "linear" for leaf in network.leaves.values())

@@ -54,9 +54,8 @@ class FedPAC(Algorithm):
         bounded(self, lam="[0, inf)", head_epochs="[0, inf)", head_lr="(0, inf)")
 
     def check(self, model: Model, train: Train) -> None:
-        head = model.leaves.get(f"{model.head}.weight")
-        if head is None or head.matrix != "linear":
-            raise ValueError("name = fedpac: needs a model with a body and a Linear classifier")
+        if not (model.head and model.ends_in_linear):
+            raise ValueError("name = fedpac: needs a model with a body and a Linear classifier at its end")
 
     def init(self, model: Model, rng: Generator) -> Vars:
         head, body = split(model.initial, lambda leaf: model.role(leaf) == "head")

@@ -53,9 +53,8 @@ class FedProto(Algorithm):
         bounded(self, lam="[0, inf)")
 
     def check(self, model: Model, train: Train) -> None:
-        head = model.described.get(f"{model.head}.weight")
-        if head is None or head.matrix != "linear":
-            raise ValueError("name = fedproto: needs a network with a body and a Linear classifier")
+        if not (model.head and model.ends_in_linear):
+            raise ValueError("name = fedproto: needs a network with a body and a Linear classifier at its end")
 
     def init(self, model: Model, rng: Generator) -> Vars:
         means = torch.zeros(model.described[f"{model.head}.weight"].shape)  # [classes, d]

@@ -36,8 +36,9 @@ class LGFedAvg(Algorithm):
     absent: Literal["exclude", "stale"] = "exclude"
 
     def check(self, model: Model, train: Train) -> None:
-        if not model.head:
-            raise ValueError("name = lg_fedavg: needs a network with a body and a head")
+        head = [n for n in model.leaves if model.role(n) == "head"]
+        if not model.head or not all(n.startswith(f"{model.head}.") for n in head):
+            raise ValueError("name = lg_fedavg: needs a network with a body and a head, which is one layer")
 
     def init(self, model: Model, rng: Generator) -> Vars:
         head, body = split(model.initial, lambda leaf: model.role(leaf) == "head")

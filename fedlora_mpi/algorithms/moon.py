@@ -44,9 +44,10 @@ class MOON(Algorithm):
         bounded(self, mu="[0, inf)", tau="(0, inf)")
 
     def check(self, model: Model, train: Train) -> None:
-        if not any(leaf.role == "head" and leaf.matrix == "linear" for leaf in model.described.values()):
+        if not model.ends_in_linear:
             raise ValueError(
-                f"name = moon: needs a network that ends in a Linear; {model.head or 'the last layer'} is none"
+                f"name = moon: needs a network that ends in a Linear; {model.head or 'the last layer'} is none, "
+                "or not alone and last"
             )
 
     def init(self, model: Model, rng: Generator) -> Vars:

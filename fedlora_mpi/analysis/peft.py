@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import algorithm_name
 from ..models.huggingface import HuggingFace
@@ -57,7 +57,8 @@ def content(network: Model, pairs: Mapping[str, Pair], others: Tree, values: Tre
     itself takes some) and what its folder does not have.
     """
     for name in pairs:
-        if network.described[name].matrix != "linear" or not name.endswith(".weight"):
+        layer, _, own = name.rpartition(".")
+        if own != "weight" or not isinstance(network.modules[False].get_submodule(layer), nn.Linear):
             raise ValueError(f"{name}: is no weight of a Linear, and no other is exported; choose other layers")
     module = network.modules[False]
     hf = module if isinstance(module, HuggingFace) else None

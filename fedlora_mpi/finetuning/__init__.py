@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Cohort, Phase, Step, Train, Vars
 from ..bounds import bounded
-from ..lowrank import is_factor, kaiming, matched, sides
+from ..lowrank import as_weight, is_factor, kaiming, matching, sides
 from ..models.network import Model
 from ..tree import Tree, prefixed, under
 
@@ -106,10 +106,13 @@ class FineTuning(Algorithm):
 
     def adapted(self, model: Model) -> dict[str, tuple[int, int]]:
         """{weight: (out side, in side)} of what is decomposed. Raises ValueError when ``layers`` matches nothing."""
-        chosen = [n for n in matched(model.described, self.layers) if model.described[n].role not in self.full]
+        chosen = [n for n in matching(model, self.layers, frozen=True) if model.described[n].role not in self.full]
         if not chosen:
             raise ValueError(f"layers = {list(self.layers)}: match only what is trained in full = {list(self.full)}")
         return {n: sides(model.described[n]) for n in chosen}
+
+    def low_rank(self, model: Model) -> dict[str, int]:
+        return {n: min(max(self.lora_ranks), *of) for n, of in self.adapted(model).items()}
 
     # The client.
 
@@ -148,7 +151,7 @@ class FineTuning(Algorithm):
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
         full, tree = {n: w for n, w in v.shared.items() if n in model.leaves}, model.values
-        moved = {n: d.view(tree[n].shape).to(tree[n].dtype) for n, d in self.delta(v.shared).items()}
+        moved = {n: as_weight(d, model.described[n]).to(tree[n].dtype) for n, d in self.delta(v.shared).items()}
         return tree | full | {n: tree[n] + d for n, d in moved.items()}
 
     def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """A network as a pure function of a tree, with the role of every leaf.
 
-Roles come from module TYPES, never from names: ``norm`` and ``stats`` are the parameters and the
-running statistics of normalisation layers, ``head`` is the classifier (the last Linear, else the
-last Conv2d, in registration order), ``body`` is the rest. Integer buffers are constants: they
-belong to no client and never travel. So are parameters that the builder has frozen (``requires_grad``
-is False): they stay as they are, whatever the method.
+Roles come from module TYPES and from what a forward pass does, never from names: ``norm`` and ``stats``
+are the parameters and the running statistics of normalisation layers, ``head`` is the classifier (the
+last product with a weight on the way to the logits, see ``watching.py``), ``body`` is the rest. Integer
+buffers are constants: they belong to no client and never travel. So are parameters that the builder has
+frozen (``requires_grad`` is False): they stay as they are, whatever the method.
 
 A parameter or buffer in several places (tied weights) is one leaf, with the name and the role of the
 first; it is ``body`` where any of them is outside of the classifier.
@@ -20,23 +20,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from ..batch import Batch
-from ..seeds import isolated
+from ..seeds import isolated, rng
 from ..tree import Tree
 from .counting import of_forward
 from .effects import Effects
+from .matrices import matrix_of, why_none
 from .purity import check_function, effects, inputs
 from .substitutes import Substitutes
 from .ties import find_places, find_ties, tensors, tie
 from .unwrapping import brief, duplicate, refusing, unmade, unwrap
+from .watching import Matrix, Watched, owner_of, watch
 
 Role = Literal["body", "head", "norm", "stats"]
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
-_RESHAPING = (WeightNorm, SpectralNorm)  # they compute a layer's weight from parameters that are none
-_PARAMETRIZED = ".parametrizations."  # in the names of torch.nn.utils.parametrize
 
 
 class Leaf(NamedTuple):
@@ -44,7 +42,7 @@ class Leaf(NamedTuple):
 
     shape: tuple[int, ...]
     role: Role
-    matrix: Literal["conv", "linear", ""]  # how a low-rank part reads it; "" when it has none
+    matrix: Matrix  # how a low-rank part reads it; "" when it has none
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Model:
     training: bool
     modules: tuple[nn.Module, nn.Module]  # the skeleton in evaluation and in training mode
     bodies: tuple[nn.Module, nn.Module]  # the same with an identity for a head
-    head: str  # name of the classifier among the modules
+    head: str  # name of the classifier among the modules; "" where there is none, or where it is the network
     ties: dict[str, str]  # further names of leaves and constants that have several places
     places: tuple[dict[str, str], ...]  # {name there: leaf} of the network, its body and its head
     effects: Effects = Effects()  # of a pass, beside its logits and BatchNorm's statistics
@@ -102,6 +100,24 @@ class Model:
         if effects == Effects():
             return functional_call(module, given, (x,))
         return effects.call(module, given, x, self.training)
+
+    @cached_property
+    def ends_in_linear(self) -> bool:
+        """Whether the head is one plain Linear that comes last: features [B, width] enter it, and what it makes of
+        them are the logits."""
+        head = self.modules[False].get_submodule(self.head)
+        mine, above = {n for n, leaf in self.described.items() if leaf.role == "head"}, f"{self.head}." if self.head else ""
+        if not isinstance(head, nn.Linear) or not {f"{above}weight"} <= mine <= {f"{above}weight", f"{above}bias"}:
+            return False
+        size, draw, judged = (2, *self.shape), rng(0, "head"), self.evaluating().to(torch.device("cpu"))
+        x = torch.randint(self.tokens, size, generator=draw) if self.tokens else torch.randn(size, generator=draw)
+        tree = judged.frozen(judged.initial)
+        with torch.no_grad(), Substitutes(None, torch.tensor(0)):
+            try:
+                z = judged.features(tree, x)
+                return z.dim() == 2 and torch.allclose(judged.classify(tree, z), judged(tree, x), 1e-4, 1e-5, True)
+            except (RuntimeError, AttributeError, ValueError):  # the network does more with its head than to call it
+                return False
 
     def zeros(self, samples: int) -> Tensor:
         """Inputs that say nothing, [samples, *shape]."""
@@ -164,6 +180,11 @@ class Model:
         """``initial`` and the frozen ones."""
         return self.initial | {n: self.constants[n] for n in self.locked}
 
+    def why_none(self, leaf: str) -> str:
+        """Why a leaf, or a frozen one, is read as no matrix; "" where it is."""
+        shape, role, matrix = self.described[leaf]
+        return "" if matrix else why_none(self.modules[False], leaf, shape, role)
+
     def module(self, tree: Tree) -> nn.Module:
         """An ordinary nn.Module in evaluation mode that holds a copy of ``tree``."""
         module = tie(copy.deepcopy(self.modules[False]).to_empty(device="cpu"), self.ties)
@@ -190,9 +211,10 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
     traits = _trial(duplicate(module), classes, zeros)
     x, other = inputs(module, zeros, tokens)
     found, ties = effects(module, x, other), find_ties(module)
-    leaves, locked, initial, constants = _leaves(module)
+    watched = watch(module, zeros, classes)
+    leaves, locked, initial, constants = _leaves(module, watched)
     skeleton = tie(copy.deepcopy(module).to("meta"), ties)
-    head = next((n for n, m in module.named_modules() if m is _head(module)), "")
+    head = watched.head
     modules = (skeleton.eval(), copy.deepcopy(skeleton).train())
     bodies = tuple(_beheaded(copy.deepcopy(m), head) for m in modules)
     model = Model(
@@ -274,10 +296,11 @@ def _trial(module: nn.Module, classes: int, x: Tensor) -> dict:
     }
 
 
-def _leaves(module: nn.Module) -> tuple[dict[str, Leaf], dict[str, Leaf], Tree, Tree]:
+def _leaves(module: nn.Module, watched: Watched) -> tuple[dict[str, Leaf], dict[str, Leaf], Tree, Tree]:
     """What is known of every leaf, and of those that are frozen; initial values, constants."""
     leaves, locked, initial, constants = {}, {}, {}, {}
-    head, owners, parameters = _head(module), _owners(module), {*map(id, module.parameters())}
+    places, parameters = _names_of(module), {*map(id, module.parameters())}
+    of_head = {_place(module, name) for name in watched.leaves}
     for name, value in tensors(module).items():
         trained = id(value) in parameters and value.requires_grad
         if not value.is_floating_point():
@@ -290,12 +313,12 @@ def _leaves(module: nn.Module) -> tuple[dict[str, Leaf], dict[str, Leaf], Tree, 
             continue
         if id(value) not in parameters:
             role = "stats"
-        elif isinstance(owners[name][0], _NORMS):
+        elif isinstance(module.get_submodule(owner_of(name)), _NORMS):
             role = "norm"
         else:
-            role = "head" if all(owner is head for owner in owners[name]) else "body"
-        weighs = role in ("body", "head") and not _is_reshaped(name, owners[name][0])
-        matrices = [_matrix(owner, value) for owner in owners[name]] if weighs else []
+            role = "head" if of_head.issuperset(_place(module, n) for n in places[name]) else "body"
+        weighs = places[name] if role in ("body", "head") else ()
+        matrices = (matrix_of(module, n, value, watched.matrices) for n in weighs)
         leaf = Leaf(tuple(value.shape), role, next(filter(None, matrices), ""))
         frozen = role != "stats" and not trained
         (locked if frozen else leaves)[name] = leaf
@@ -303,34 +326,15 @@ def _leaves(module: nn.Module) -> tuple[dict[str, Leaf], dict[str, Leaf], Tree, 
     return leaves, locked, initial, constants
 
 
-def _owners(module: nn.Module) -> dict[str, list[nn.Module]]:
-    """The layers that have each parameter or buffer, by its first name; of a parametrization that of its result."""
+def _names_of(module: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter and buffer, by the first."""
     ties, found = find_ties(module), {}
     for name in tensors(module, again=True):
-        layer, parametrized, _ = name.partition(_PARAMETRIZED)
-        owner = module.get_submodule(layer if parametrized else name.rpartition(".")[0])
-        found.setdefault(ties.get(name, name), []).append(owner)
+        found.setdefault(ties.get(name, name), []).append(name)
     return found
 
 
-def _is_reshaped(name: str, owner: nn.Module) -> bool:
-    """Whether a layer computes its weight from this parameter, as weight_norm does."""
-    return _PARAMETRIZED in name or any(isinstance(hook, _RESHAPING) for hook in owner._forward_pre_hooks.values())
-
-
-def _head(module: nn.Module) -> nn.Module | None:
-    """The classifier: the last Linear, else the last Conv2d."""
-    for kind in (nn.Linear, nn.Conv2d):
-        found = [m for m in module.modules() if isinstance(m, kind)]
-        if found:
-            return found[-1]
-    return None
-
-
-def _matrix(owner: nn.Module, value: Tensor) -> Literal["conv", "linear", ""]:
-    """How a low-rank part reads this weight: Conv2d [O, I, K, K], Linear and attention [O, I]."""
-    if isinstance(owner, nn.Conv2d) and value.dim() == 4:
-        return "conv"
-    if isinstance(owner, nn.Linear | nn.MultiheadAttention) and value.dim() == 2:
-        return "linear"
-    return ""
+def _place(module: nn.Module, name: str) -> tuple[int, str]:
+    """Where a parameter is, whatever the layer that has it is called."""
+    owner, _, own = name.rpartition(".")
+    return id(module.get_submodule(owner)), own

@@ -24,6 +24,7 @@ from ..units import duration, size
 from .counted import fits
 from .devices import BANDWIDTH, CONTEXT, LATENCY, OF_BANDWIDTH, OF_PEAK, device
 from .forecast import Costs, Machine, Seconds, forecast
+from .roles import decomposition, roles
 from .trial import measured
 
 _COLUMNS = 20  # of the log, about
@@ -126,7 +127,7 @@ def _sizes(built: Built, ranks: int) -> list[tuple[str, str]]:
     own = [numel(run.kinds[kind].first.personal) for kind in run.kind_of]
     total, comma = sum(nbytes(run.kinds[kind].first.personal) for kind in run.kind_of), "{:,}".format
     return [
-        *(("model", _model(run, n, config.model.mix[n].name)) for n in sorted({kind.network for kind in run.kinds})),
+        *(line for n in sorted({kind.network for kind in run.kinds}) for line in _network(run, n, config.model.mix[n].name)),
         ("shared", f"{numel(first.shared):,} numbers; {_range(up, size)} up, {_range(down, size)} down per client and round"),
         ("personal", f"{_range(own, comma)} numbers per client; {size(total)} in a checkpoint"),
         ("round", f"{cohort} of {clients} clients: {size(sum(up) * cohort // clients)} up, {size(sum(down) * cohort // clients)} down; "
@@ -175,8 +176,15 @@ def _range(numbers: Sequence[int], said: Callable[[int], str]) -> str:
     return said(most) if least == most else f"{said(least)} to {said(most)}"
 
 
+def _network(run: Run, number: int, name: str) -> list[tuple[str, str]]:
+    """What is known of a network, and what its parts are to the method."""
+    having = [k for k, kind in enumerate(run.kinds) if kind.network == number]
+    model = run.kinds[having[0]].trainer.model
+    return [("model", _model(run, number, name)), *roles(model), *decomposition(model, run.algorithm)]
+
+
 def _model(run: Run, number: int, name: str) -> str:
-    """What is known of a network."""
+    """The size of a network."""
     having = [k for k, kind in enumerate(run.kinds) if kind.network == number]
     model, clients = run.kinds[having[0]].trainer.model, sum(kind in having for kind in run.kind_of)
     statistics = sum(v.numel() for n, v in model.initial.items() if model.role(n) == "stats")
