@@ -25,7 +25,10 @@ from torch import Generator
 
 from ..algorithm import Algorithm, Train, Vars
 from ..models.network import Model
+from ..names import own_name
 from ..tree import Tree, prefixed, split, under
+
+_HEAD = own_name("head")
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class LGFedAvg(Algorithm):
 
     def init(self, model: Model, rng: Generator) -> Vars:
         head, body = split(model.initial, lambda leaf: model.role(leaf) == "head")
-        return Vars(shared=prefixed(under(head, f"{model.head}."), "head."), personal=body)
+        return Vars(shared=prefixed(under(head, f"{model.head}."), _HEAD), personal=body)
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
-        return v.personal | prefixed(under(v.shared, "head."), f"{model.head}.")
+        return v.personal | prefixed(under(v.shared, _HEAD), f"{model.head}.")
