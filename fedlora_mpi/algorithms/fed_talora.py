@@ -62,10 +62,10 @@ class FedTaLoRA(Calibrated):
         return {n: v for n, v in super().upload(start, end).items() if not n.startswith(_SEEN)}
 
     def sent(self, start: Vars, end: Vars) -> Tensor | int:
-        return _numbers(self.upload(start, end), "own.")
+        return _numbers(self.upload(start, end), _OWN)
 
     def received(self, shared: Tree) -> Tensor | int:
-        return _numbers(self.download(shared), "seen.") + self.residual(shared)
+        return _numbers(self.download(shared), _SEEN) + self.residual(shared)
 
     def expand(self, upload: Tree, shared: Tree, count: int) -> Tree:
         """A row that the client does not own counts as it was."""
