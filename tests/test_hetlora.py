@@ -145,7 +145,7 @@ def test_the_penalty_has_the_gradient_of_its_formula():
 def test_where_a_norm_is_zero_the_gradient_is_finite(zero, stacked):
     algorithm = HetLoRA(gamma=0.5)
     tree = {n: 0 * v if n[-1] in zero else v for n, v in pair(4, 3, 5).items()}
-    gradient = grad(lambda t, r: algorithm.tail(Vars(t, {"lora_rank": r})))
+    gradient = grad(lambda t, r: algorithm.tail(Vars(t, {".lora_rank.": r})))
     rank = torch.tensor(4.0)
     found = gradient(tree, rank)
     if stacked:
@@ -194,7 +194,7 @@ def test_clients_of_a_stack_prune_each_for_itself():
     ends = [tmap(lambda v, f=f: f * v, tree) for f, tree in zip((0.9, 1.1, 0.9), starts)]
     stack = lambda trees: {n: torch.stack([t[n] for t in trees]) for n in trees[0]}
     ranks = torch.tensor([4.0, 4.0, 3.0], dtype=torch.float64)
-    finish = lambda s, e, r: algorithm.finish(None, None, Vars(s, {"lora_rank": r}), Vars(e, {"lora_rank": r}), None)[:2]
+    finish = lambda s, e, r: algorithm.finish(None, None, Vars(s, {".lora_rank.": r}), Vars(e, {".lora_rank.": r}), None)[:2]
     shared, personal = vmap(finish)(stack(starts), stack(ends), ranks)
     assert personal[".lora_rank."].tolist() == [2, 4, 1]
     for row, (end, r) in enumerate(zip(ends, (2, 4, 1))):

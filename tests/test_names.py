@@ -2,14 +2,13 @@
 
 import ast
 import shutil
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from runs import played, same, tiny
+from runs import TINY, played, same, tiny
 from torch import nn
 
 from fedlora_mpi import algorithms, open_run
@@ -160,3 +159,65 @@ def same_results(name, head, monkeypatch):
 @pytest.mark.parametrize("name", algorithms.names())
 def test_names_of_layers_do_not_change_what_a_method_does(name, monkeypatch):
     same_results(name, head_of(name), monkeypatch)
+
+
+@pytest.mark.parametrize("name", algorithms.names())
+def test_what_a_method_adds_has_a_name_that_no_network_can_have(name):
+    assert all(is_own(leaf) for leaf in own_leaves(name))
+
+
+def test_torch_refuses_the_names_that_methods_use():
+    module = nn.Module()
+    for name in ("", ".own", "a..b", "a.", "."):
+        with pytest.raises(KeyError):
+            module.register_parameter(name, nn.Parameter(torch.zeros(1)))
+        with pytest.raises(KeyError):
+            module.add_module(name, nn.Identity())
+
+
+def test_names_tell_words_from_factors_and_weights():
+    names = [own_name("last", "A"), factor("last", "A"), "last.A", own_name("own", factor("w", "B")), own_name("fresh")]
+    assert len(set(names)) == 5 and [is_own(n) for n in names] == [True, True, False, True, True]
+    assert [is_factor(n) for n in names] == [False, True, False, False, False]
+    assert weight_of(factor("last.A", "W")) == "last.A" and is_factor(factor("w", "W"), "W")
+    assert [plain_name(n) for n in names] == ["last.A", "last.A", "last.A", "own.w.B", "fresh"]
+
+
+def test_in_a_file_names_are_plain_unless_two_leaves_would_share_one():
+    assert names_in_files([factor("w", "A"), own_name("c", "w"), own_name("fresh"), "w"]) == {
+        "w..A": "w.A", ".c.w": "c.w", ".fresh.": "fresh", "w": "w",
+    }
+    names = ["last.A", own_name("last", "A"), factor("last", "A"), factor("a/b.%", "B")]
+    assert list(names_in_files(names).values()) == ["last.A", ".last.A", "last..A", "a/b.%.B"]
+
+
+def test_no_method_tells_leaves_apart_by_a_literal():
+    """Only by ``names.py``, or by a prefix that comes from it."""
+    root = Path(algorithms.__file__).parent
+    asked = {"startswith", "endswith", "removeprefix", "removesuffix"}
+    for path in (*root.glob("[!_]*.py"), *(root.parent / "finetuning").glob("*.py"), root.parent / "lowrank.py"):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            if isinstance(call.func, ast.Attribute) and call.func.attr in asked:
+                said = [n for argument in call.args for n in ast.walk(argument) if isinstance(n, ast.Constant)]
+                assert not said, f"{path.name}:{call.lineno}"
+
+
+@pytest.mark.parametrize("name", ["fedhl", "fedala", "pfedgate", "fedlora"])
+def test_a_run_of_such_a_network_resumes_in_the_same_bits_and_is_read(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(round_, "_flops", lambda *_: 0)
+    model = f"model={{name: 'test_names:hostile', head: {head_of(name)}}}"
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    how = [str(TINY), *of(name), model, "checkpoint.every=1"]
+    assert main(["run", *how, f"output={whole}"]) == 0
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints/000002")
+    assert main(["resume", str(cut)]) == 0
+    run = open_run(cut)
+    assert run.digest() == open_run(whole).digest()
+    moment = played.__wrapped__(*of(name), model)[0][-1]
+    assert len(run.shared) == len(moment.shared) and len(run.client(1).personal) == len(moment.personal)
+    for leaf, value in run.by_leaf(run.shared).items():
+        assert np.array_equal(value, moment.shared[leaf].numpy())
+    view = run.client(1)
+    assert set(view.weights) == set(view.network.leaves)
+    assert all(np.array_equal(view.weights[n], v.numpy()) for n, v in view.model.state_dict().items() if n in view.weights)

@@ -21,7 +21,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ..batch import Batch
 from ..seeds import isolated
-from ..tree import Tree
+from ..tree import Tree, under
 from .counting import of_forward
 from .effects import Effects
 from .purity import check_function, effects, inputs
@@ -71,7 +71,7 @@ class Model:
 
     def features(self, tree: Tree, x: Tensor) -> Tensor:
         """What enters the head, [B, width]; needs no leaf of the head."""
-        body = {n: v for n, v in {**self.constants, **tree}.items() if not n.startswith(f"{self.head}.")}
+        body = {n: v for n, v in {**self.constants, **tree}.items() if not n.startswith(self._in_head)}
         return self._run(self.bodies[self.training], body, x, self.effects)
 
     def classify(self, tree: Tree, z: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Model:
 
         ``model(tree, x)`` equals ``classify(tree, features(tree, x))`` where the head comes last.
         """
-        head = {n.removeprefix(f"{self.head}."): v for n, v in tree.items() if n.startswith(f"{self.head}.")}
+        head = under(tree, self._in_head)
         module = self.modules[self.training].get_submodule(self.head)
         return self._run(module, head, z, self.effects.within(self.head))
 
@@ -87,6 +87,11 @@ class Model:
         if effects == Effects():
             return functional_call(module, values, (x,))
         return effects.call(module, values, x, self.training)
+
+    @property
+    def _in_head(self) -> str:
+        """What the names of the head's leaves begin with; of a network that is its own head, all names."""
+        return f"{self.head}." if self.head else ""
 
     def zeros(self, samples: int) -> Tensor:
         """Inputs that say nothing, [samples, *shape]."""
