@@ -105,7 +105,7 @@ def test_the_gradient_of_a_weight_is_the_gap_times_the_gradient_of_the_mix(netwo
     v = v._replace(personal={n: w.requires_grad_(n.startswith(".A.")) for n, w in v.personal.items()})
     names = TOP[network]
     grads = torch.autograd.grad(step.loss(v, v, batch(made)), [v.personal[f".A.{n}"] for n in names])
-    own, weight = ({n: v.personal[f"{kind}.{n}"].detach() for n in names} for kind in ("own", "A"))
+    own, weight = ({n: v.personal[f".{kind}.{n}"].detach() for n in names} for kind in ("own", "A"))
     mix = {n: (own[n] + (v.shared[n] - own[n]) * weight[n]).requires_grad_() for n in names}
     plain = FedAvg().loss(model)(Vars(model.frozen(v.shared) | mix, {}), v, batch(made))
     for name, grad, outer in zip(names, grads, torch.autograd.grad(plain, mix.values())):
@@ -117,7 +117,7 @@ def test_the_gradient_of_a_weight_is_the_gap_times_the_gradient_of_the_mix(netwo
 def aggregated(made, v, client, round_, used):
     """(A, mix) of one client after plain clipped steps of 30 on its first ``used`` samples."""
     own, weight = (
-        {n: v.personal[f"{kind}.{n}"] for n in made.algorithm.top(made.model)} for kind in ("own", "A")
+        {n: v.personal[f".{kind}.{n}"] for n in made.algorithm.top(made.model)} for kind in ("own", "A")
     )
     mixed = lambda weight: {n: o + (v.shared[n] - o) * weight[n] for n, o in own.items()}
     epoch, width = made.feed.epoch([client], round_, "aggregation 0"), made.settings.batch_size
@@ -246,7 +246,7 @@ def test_participants_keep_their_trained_top_and_others_what_they_had(network, s
 def test_weights_and_own_tops_never_travel(network):
     run, state = small.experiment(FedALA(), network)
     assert list(run.upload.shapes) == list(state.shared) == list(run.trainer.model.leaves)
-    assert list(state.personal) == [f"{kind}.{n}" for kind in ("own", "A") for n in TOP[network]]
+    assert list(state.personal) == [f".{kind}.{n}" for kind in ("own", "A") for n in TOP[network]]
     _, row, _ = play(run, state, evaluate=False, stop=False)
     assert row["bytes_up"] == row["bytes_down"] == 5 * 4 * numel(run.trainer.model.initial)
 

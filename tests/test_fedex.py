@@ -129,7 +129,7 @@ def test_a_client_trains_factors_and_head_on_a_frozen_W(cls):
     algorithm = cls(lora_ranks=EQUAL)
     _, shared = round_of(algorithm, beginning(algorithm))
     own, start, end = trained(algorithm, shared, 0)
-    factors = {f"{n}.{letter}" for n in dense(shared) for letter in "AB"}
+    factors = {f"{n}..{letter}" for n in dense(shared) for letter in "AB"}
     assert set(filter(own.trains(NET), start.shared)) == factors.union(HEAD)
     weights = own.weights_of(NET, end)
     for name, W in dense(shared).items():
