@@ -206,15 +206,9 @@ class RunView:
         return {leaf_of.get(name, name): value for name, value in stored.items()}
 
     def _begun(self, algorithm: "Algorithm", network: int) -> "Vars":
-        """The variables before round 1, of which the names count: where initial weights are gone they are zeros."""
-        import torch
+        from .leaves import first_variables
 
-        from ..seeds import rng
-
-        model = self.networks[network]
-        values = {n: torch.zeros(v.shape) if v.is_meta else v for n, v in model.initial.items()}
-        with torch.no_grad():
-            return algorithm.init(replace(model, initial=values), rng(self._parsed.seed, "init"))
+        return first_variables(algorithm, self.networks[network], self._parsed.seed)
 
     @cached_property
     def vocabulary(self) -> "Vocabulary":
