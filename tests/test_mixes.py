@@ -522,7 +522,7 @@ def test_statistics_of_fedcac_stay_or_are_averaged():
         state = small.played(run, state, 1)
         assert stats <= set(state.shared if bn_stats == "mean" else state.personal) and len(stats) == 12
         assert (stats & set(run.upload.shapes)) == (stats if bn_stats == "mean" else set())
-        assert not any(f"{prefix}.{n}" in state.personal for n in stats for prefix in ("own", "critical"))
+        assert not any(f".{prefix}.{n}" in state.personal for n in stats for prefix in ("own", "critical"))
         if bn_stats == "local":
             assert all((state.personal[n][0] != state.personal[n][1]).any() for n in stats)
 
