@@ -41,8 +41,8 @@ def upload(layers: int, rank: int, client: int) -> dict[str, torch.Tensor]:
     """The factors of a client."""
     draw, tree = rng(1, "client", client), {}
     for name, (out_side, in_side) in shapes(layers).items():
-        tree[f"{name}.A"] = torch.randn(rank, in_side, generator=draw) / in_side**0.5
-        tree[f"{name}.B"] = torch.randn(out_side, rank, generator=draw) / 100
+        tree[f"{name}..A"] = torch.randn(rank, in_side, generator=draw) / in_side**0.5
+        tree[f"{name}..B"] = torch.randn(out_side, rank, generator=draw) / 100
     return tree
 
 
@@ -50,8 +50,8 @@ def shared(layers: int) -> dict[str, torch.Tensor]:
     """The server's variables after some rounds: an update of full rank."""
     draw, tree = rng(1, "server"), {}
     for name, (out_side, in_side) in shapes(layers).items():
-        tree[f"{name}.W"] = torch.randn(out_side, in_side, generator=draw) / 1000
-        tree |= {f"{name}.A": torch.zeros(max(RANKS), in_side), f"{name}.B": torch.zeros(out_side, max(RANKS))}
+        tree[f"{name}..W"] = torch.randn(out_side, in_side, generator=draw) / 1000
+        tree |= {f"{name}..A": torch.zeros(max(RANKS), in_side), f"{name}..B": torch.zeros(out_side, max(RANKS))}
     return tree
 
 

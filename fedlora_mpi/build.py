@@ -29,6 +29,7 @@ from .federation import Kind, Pace, Run
 from .inventory import Inventory, run_digest
 from .layout import Layout, joint
 from .mixing import Mixing
+from .names import plain_name
 from .models.network import Model
 from .models.zoo import build as build_model
 from .models.zoo import foreign
@@ -332,7 +333,7 @@ def _begun(config: Config, variants: Sequence[tuple[int, Algorithm]], models: Se
     ]
     for first in firsts:
         if both := first.shared.keys() & first.personal.keys():
-            raise ValueError(f"name = {configs.algorithm_name(algorithm)}: has a leaf {min(both)} of its own, "
+            raise ValueError(f"name = {configs.algorithm_name(algorithm)}: has a leaf {plain_name(min(both))} of its own, "
                              "and so has the network; rename that part of the network")
     offers = [algorithm.offer(first, first) for first in firsts]
     for part, trees in (("shares", [v.shared for v in firsts]), ("mixes", [o.rows if o else {} for o in offers])):
@@ -342,7 +343,7 @@ def _begun(config: Config, variants: Sequence[tuple[int, Algorithm]], models: Se
                 leaf = next(n for n in layouts[0] | layout if layouts[0].get(n) != layout.get(n))
                 shapes = " and ".join(at.get(leaf, "none") for at in (layouts[0], layout))
                 raise ValueError(
-                    f"name = {configs.algorithm_name(algorithm)}: {part} {leaf}, which networks {names[0]} and "
+                    f"name = {configs.algorithm_name(algorithm)}: {part} {plain_name(leaf)}, which networks {names[0]} and "
                     f"{name} have in different shapes ({shapes}); for a mix of networks choose a method that "
                     "shares only what they have in common, such as pfedlora"
                 )

@@ -13,7 +13,10 @@ from .algorithm import Algorithm, Train, Vars
 from .batch import Batch
 from .models.network import Model
 from .models.zoo import build
+from .names import own_name
 from .tree import Tree, prefixed, under
+
+SMALL = own_name("small")
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Companion(Algorithm):
     def init(self, model: Model, rng: Generator) -> Vars:
         seed = int(torch.randint(2**62, (), generator=rng))
         g = build(self.small, {}, model.classes, model.shape, seed)
-        return Vars(shared=prefixed(g.initial, "small."), personal=model.initial)
+        return Vars(shared=prefixed(g.initial, SMALL), personal=model.initial)
 
     def g(self, model: Model) -> Model:
         """The small network for the inputs and classes of ``model``, in its mode."""
@@ -45,7 +48,7 @@ class Companion(Algorithm):
 
     def of_g(self, v: Vars) -> Tree:
         """The leaves of g, under its own names."""
-        return under(v.shared, "small.")
+        return under(v.shared, SMALL)
 
     def prepared(self, model: Model, batch: Batch) -> AbstractContextManager:
         """What g runs under in training. It draws other noise than F, of which the engine takes care."""
@@ -60,7 +63,7 @@ class Companion(Algorithm):
     def trains(self, model: Model, *more: str) -> Callable[[str], bool]:
         """Whether a leaf is trained: the parameters of F and of g, and ``more``."""
         g = self.g(model)
-        small = {f"small.{n}" for n in g.leaves if g.role(n) != "stats"}
+        small = {SMALL + n for n in g.leaves if g.role(n) != "stats"}
         return {*model.leaves, *small, *more}.__contains__
 
 

@@ -12,8 +12,10 @@ import torch
 from torch import Generator, Tensor
 
 from .models.network import Model
+from .names import own_name
 from .tree import Tree, prefixed, under
 
+GATE, SEEN = own_name("gate"), own_name("seen")
 _EPS = 1e-5
 
 
@@ -36,7 +38,8 @@ def cuts(model: Model, blocks: int) -> dict[str, Cut]:
         size = torch.Size(leaf.shape).numel()
         length = -(-size // min(blocks, size))
         sizes = tuple(min(length, size - at) for at in range(0, size, length))
-        owner = model.described.get(name.rpartition(".")[0] + ".weight")
+        path, dot, _ = name.rpartition(".")
+        owner = model.described.get(f"{path}{dot}weight")
         found[name] = Cut(first, len(sizes), length, sizes, bool(owner) and owner.matrix == "linear")
         first += len(sizes)
     return found
@@ -64,7 +67,7 @@ def new_gate(shape: tuple[int, ...], L: int, rng: Generator) -> Tree:
     gate |= {"out.weight": torch.ones(L), "out.bias": torch.zeros(L)}
     seen = {"in.mean": torch.zeros(channels), "in.var": torch.zeros(channels)}
     seen |= {"out.mean": torch.zeros(L), "out.var": torch.ones(L)}
-    return prefixed(gate, "gate.") | prefixed(seen, "seen.")
+    return prefixed(gate, GATE) | prefixed(seen, SEEN)
 
 
 def open_gate(leaves: Tree, x: Tensor, real: Tensor | None, training: bool) -> Tensor:
@@ -74,7 +77,7 @@ def open_gate(leaves: Tree, x: Tensor, real: Tensor | None, training: bool) -> T
 
     Padding, where real [B] is False, does not count. In training the statistics move, in place.
     """
-    gate, seen = under(leaves, "gate."), under(leaves, "seen.")
+    gate, seen = under(leaves, GATE), under(leaves, SEEN)
     real = torch.ones_like(x[:, 0, 0, 0]) if real is None else real.to(x)
     each = (real / real.sum())[:, None]  # [B, 1], sums to 1
     x = _switch_norm(gate, seen, x.flatten(2), each, training)

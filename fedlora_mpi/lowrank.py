@@ -25,12 +25,8 @@ from torch import Generator, Tensor
 from .algorithm import Loss, Phase, Step, Train, Vars
 from .bounds import bounded
 from .models.network import Leaf, Model
+from .names import factor, factors_of, is_factor
 from .tree import Tree, split
-
-
-def is_factor(leaf: str) -> bool:
-    """Whether a leaf of an algorithm's variables is a low-rank factor."""
-    return leaf.endswith((".A", ".B"))
 
 
 def is_not_factor(leaf: str) -> bool:
@@ -124,15 +120,16 @@ class LowRank:
         tree = {}
         for name, r in self.ranks(model).items():
             out_side, in_side = sides(model.leaves[name])
-            tree |= {f"{name}.A": kaiming(r, in_side, rng), f"{name}.B": torch.zeros(out_side, r)}
+            tree[factor(name, "A")] = kaiming(r, in_side, rng)
+            tree[factor(name, "B")] = torch.zeros(out_side, r)
         return tree
 
     def tau(self, model: Model, factors: Tree) -> Tree:
         """{weight: s B A in the weight's shape}. Costs as much as a matrix product per weight."""
         low = {}
-        for name in (leaf.removesuffix(".B") for leaf in factors if leaf.endswith(".B")):
+        for name, B in factors_of(factors, "B").items():
             leaf = model.leaves[name]
-            product = (factors[f"{name}.B"] * self._scale(leaf)) @ factors[f"{name}.A"]
+            product = (B * self._scale(leaf)) @ factors[factor(name, "A")]
             low[name] = as_weight(product, leaf)
         return low
 

@@ -18,8 +18,11 @@ from torch import Tensor
 from .algorithm import Vars
 from .batch import Batch, mean
 from .models.network import Model
+from .names import own_name
 from .tree import Tree
 
+MEANS, SHARES = own_name("class", "means"), own_name("class", "shares")
+OWN_MEANS = own_name("own", "means")
 _CHUNK = 250  # samples whose features are computed together
 
 
@@ -54,7 +57,7 @@ def _sums(of: Callable[[Tensor], Tensor], data: Batch) -> tuple[Tensor, Tensor]:
 def shown(model: Model, weights: Tree, data: Batch) -> Tree:
     """A client's part of ``class.means`` and ``class.shares``: h_i and pi_i."""
     means, _ = statistics(model, weights, data)
-    return {"class.means": means, "class.shares": data.counts / data.counts.sum()}
+    return {MEANS: means, SHARES: data.counts / data.counts.sum()}
 
 
 def class_means(v: Vars, batch: Batch) -> Tensor:
@@ -63,14 +66,14 @@ def class_means(v: Vars, batch: Batch) -> Tensor:
     Zero where the client has not had it either. Of ``batch`` only ``counts`` is read.
     """
     means, known = prototypes(v.shared)
-    own = v.personal["own.means"] * batch.counts.sum() / batch.counts.clamp(min=1)[:, None]
+    own = v.personal[OWN_MEANS] * batch.counts.sum() / batch.counts.clamp(min=1)[:, None]
     return torch.where(known[:, None], means, own)
 
 
 def prototypes(shared: Tree) -> tuple[Tensor, Tensor]:
     """c [classes, d] over all clients, and which classes are known [classes]; the others' c is zero."""
-    shares = shared["class.shares"]
-    return shared["class.means"] / shares.clamp(min=1e-30)[:, None], shares > 0
+    shares = shared[SHARES]
+    return shared[MEANS] / shares.clamp(min=1e-30)[:, None], shares > 0
 
 
 def pull(z: Tensor, means: Tensor, batch: Batch, known: Tensor | None = None) -> Tensor:

@@ -10,7 +10,9 @@ import torch
 from .build import Built
 from .comm import together
 from .federation import State
+from .names import names_in_files
 from .store import checkpoint
+from .store.files import StoreError
 from .store.manifest import Shard, worker_file
 from .store.snapshot import Checkpoint
 from .tree import Tree, nbytes, tmap
@@ -62,14 +64,16 @@ def loaded(found: Checkpoint, built: Built) -> State:
     run = built.run
     first, device, personal = run.kinds[0].first.shared, run.trainer.device, run.room()
     blank = run.algorithm.server(run.trainer.model, first)
-    in_order = lambda leaves, like: {n: torch.from_numpy(leaves[n]).to(device, v.dtype) for n, v in like.items()}
     for kind, ids in zip(run.kinds, run.by_kind):
         few = max(1, _READ // max(1, nbytes(kind.first.personal)))
         for at in range(0, len(ids), few):
-            for name, rows in found.personal(ids[at : at + few]).items():
-                personal[kind.prefix + name][at : at + few] = torch.from_numpy(rows)
+            rows = _leaves(found, found.personal(ids[at : at + few]), kind.first.personal)
+            for name, value in rows.items():
+                personal[kind.prefix + name][at : at + few] = value
     run.rows.release()
-    return State(found.round, in_order(found.server(), blank), in_order(found.shared(), first), personal)
+    server, shared = _leaves(found, found.server(), blank), _leaves(found, found.shared(), first)
+    to_device = lambda tree: tmap(lambda v: v.to(device), tree)
+    return State(found.round, to_device(server), to_device(shared), personal)
 
 
 def newest(folder: Path, built: Built) -> Checkpoint | None:
@@ -89,6 +93,16 @@ def newest(folder: Path, built: Built) -> Checkpoint | None:
 
 
 def _arrays(tree: Tree) -> Mapping[str, np.ndarray]:
-    """Leaves as numpy arrays, without a copy on the CPU; of bfloat16, which numpy has not, as float32."""
-    known = lambda v: v.float() if v.dtype == torch.bfloat16 else v
-    return {n: known(v.detach()).cpu().numpy() for n, v in tree.items()}
+    """Leaves as numpy arrays by their names in files, without a copy on the CPU; of bfloat16, which numpy has not, as
+    float32."""
+    known = {n: v.detach().float() if v.dtype == torch.bfloat16 else v.detach() for n, v in tree.items()}
+    return {name: known[n].cpu().numpy() for n, name in names_in_files(tree).items()}
+
+
+def _leaves(found: Checkpoint, arrays: Mapping[str, np.ndarray], like: Tree) -> Tree:
+    """The leaves that ``like`` has, in its order, of the arrays of a checkpoint. Raises StoreError: one is missing."""
+    names = names_in_files(like)
+    for name in names.values():
+        if name not in arrays:
+            raise StoreError(f"{found.path}: has no leaf {name}: it is of another version of fedlora_mpi; start anew")
+    return {n: torch.from_numpy(arrays[name]).to(like[n].dtype) for n, name in names.items()}

@@ -78,7 +78,7 @@ def by_torch(made, v, data, formula, frozen):
     real = slice(None) if data.real is None else data.real
     x, y = data.x.double()[real], data.y[real]
     own = {n: w for n, w in now.personal.items() if n in made.model.leaves}
-    f, s = parts(made.model, own, x), parts(made.algorithm.g(made.model), under(now.shared, "small."), x)
+    f, s = parts(made.model, own, x), parts(made.algorithm.g(made.model), under(now.shared, ".small."), x)
     if not frozen:
         loss = sum(formula(f, s, y, now.personal))
         return dict(zip(mine, torch.autograd.grad(loss, mine.values()))), loss.detach()
@@ -128,7 +128,7 @@ def test_what_is_shared_is_one_small_network_for_all_models(method):
     firsts = [algorithm.init(small.model(n), rng(1, "init")) for n in ("bn_net", "noisy_net", "cnn")]
     assert all(small.equal(v.shared, firsts[0].shared) for v in firsts)
     other = algorithm.init(small.model(), rng(2, "init")).shared
-    assert not any(torch.equal(v, other[n]) for n, v in firsts[0].shared.items() if n.startswith("small."))
+    assert not any(torch.equal(v, other[n]) for n, v in firsts[0].shared.items() if n.startswith(".small."))
     assert not set(firsts[0].shared) & {n for v in firsts for n in v.personal}
 
 
@@ -155,9 +155,9 @@ def test_everything_of_both_networks_trains_and_statistics_are_counted_once(meth
     run, state = small.experiment(method(**WITH_BN), "bn_net", stacked=stacked)
     g = run.algorithm.g(run.trainer.model)
     for done in run.trainer.train(run.hosted, state.shared, state.personal, 1):
-        names = [n for n in done.start.shared if n.startswith("small.")]
+        names = [n for n in done.start.shared if n.startswith(".small.")]
         moved = [not torch.equal(done.start.shared[n], done.end.shared[n]) for n in names]
-        moved += [not torch.equal(v, done.end.personal[n]) for n, v in done.start.personal.items() if n != "mix.w"]
+        moved += [not torch.equal(v, done.end.personal[n]) for n, v in done.start.personal.items() if n != ".mix.w"]
         assert all(moved)
     # One step without a learning rate leaves a tenth of the batch's mean in the statistics, not more.
     still = replace(small.TRAIN, epochs=1, lr=1e-30, batch_size=11)
@@ -166,7 +166,7 @@ def test_everything_of_both_networks_trains_and_statistics_are_counted_once(meth
     v = small.first(made)
     (done, *_) = made.train([0], v.shared, small.rows(v.personal, 1), 0)
     plain = small.trainer(FedAvg(), "bn_net", train=still)
-    for tree, begin in ((done.end.personal, v.personal), (under(done.end.shared, "small."), under(v.shared, "small."))):
+    for tree, begin in ((done.end.personal, v.personal), (under(done.end.shared, ".small."), under(v.shared, ".small."))):
         (once,) = plain.train([0], {n: begin[n] for n in g.leaves}, {}, 0)
         for n in g.leaves:
             if g.role(n) == "stats":
@@ -189,7 +189,7 @@ def test_loop_and_stack_train_alike(method, own, shared):
 def test_noise_is_that_of_the_batch_and_differs_between_the_networks():
     made = small.trainer(FML(small="small:noisy_net"), "noisy_net")
     v = small.first(made)
-    v = Vars(prefixed(v.personal, "small."), v.personal)  # g is F
+    v = Vars(prefixed(v.personal, ".small."), v.personal)  # g is F
     data = batch(made)
 
     def outputs(data):
@@ -216,8 +216,8 @@ def test_fml_without_teachers_is_local_beside_fedavg(stacked, own, shared, parti
     assert small.equal(both.personal, alone.personal)
     how.pop("rounds")
     run, state = small.experiment(FedAvg(weights="uniform"), shared, **how)
-    averaged = small.played(run, state._replace(shared=under(first.shared, "small.")), 3)
-    assert small.equal(under(both.shared, "small."), averaged.shared)
+    averaged = small.played(run, state._replace(shared=under(first.shared, ".small.")), 3)
+    assert small.equal(under(both.shared, ".small."), averaged.shared)
     _, taught = outcome(replace(mutual, alpha=0.5, beta=0.5), own, rounds=3, **how)
     assert not any(torch.equal(v, taught.personal[n]) for n, v in alone.personal.items())
     assert not any(torch.equal(v, taught.shared[n]) for n, v in both.shared.items())
@@ -239,12 +239,12 @@ def test_the_gradients_of_fml_are_those_of_its_losses(alpha, beta, padding, own,
 def test_equal_networks_teach_each_other_nothing():
     made = small.trainer(FML(small="small:cnn", alpha=0.3, beta=0.2))
     v = trained(made, small.first(made))
-    v = Vars(prefixed(v.personal, "small."), v.personal)
+    v = Vars(prefixed(v.personal, ".small."), v.personal)
     grads, loss = gradients(made, v, batch(made))
     plain, fit = gradients(small.trainer(replace(made.algorithm, alpha=1.0, beta=1.0)), v, batch(made))
     assert loss == pytest.approx(0.25 * fit.item(), rel=1e-12)
     for name, value in grads.items():
-        share = 0.2 if name.startswith("small.") else 0.3
+        share = 0.2 if name.startswith(".small.") else 0.3
         assert torch.allclose(value, share * plain[name], atol=1e-12), name
 
 
@@ -267,7 +267,7 @@ def test_the_gradients_of_fedkd_are_those_of_its_losses(padding, own, shared, de
 
     def formula(t, s, y, own):
         D = held(F.cross_entropy(t[1], y) + F.cross_entropy(s[1], y))
-        hidden = F.mse_loss(F.linear(s[0], own["hidden.W_h"]), t[0])
+        hidden = F.mse_loss(F.linear(s[0], own[".hidden.W_h"]), t[0])
         L_t = F.cross_entropy(t[1], y) + kl(held(s[1]), t[1]) / D + hidden / D
         return L_t, F.cross_entropy(s[1], y) + kl(held(t[1]), s[1]) / D + hidden / D
 
@@ -370,11 +370,11 @@ def test_fedkd_at_full_energy_is_mutual_distillation_with_fedavg(stacked):
     full = {"energy_start": 1.0, "energy_end": 1.0, **WITH_BN}
     how = {"network": "bn_net", "stacked": stacked, "rounds": 3, "participation": 0.6}
     (_, a), (_, b) = (outcome(method(**full), **how) for method in (FedKD, Whole))
-    g = under(a.shared, "small.")
-    small.assert_near(g, under(b.shared, "small."))
+    g = under(a.shared, ".small.")
+    small.assert_near(g, under(b.shared, ".small."))
     small.assert_near(a.personal, b.personal)
     _, less = outcome(FedKD(energy_start=0.5, energy_end=0.5, **WITH_BN), **how)
-    assert any((v - under(less.shared, "small.")[n]).abs().max() > 1e-3 for n, v in g.items())
+    assert any((v - under(less.shared, ".small.")[n]).abs().max() > 1e-3 for n, v in g.items())
 
 
 def ranks_of(old, new, energy):
@@ -402,21 +402,21 @@ def test_the_messages_of_fedkd_and_their_bytes_are_those_of_the_ranks(stacked):
     settings = {"energy_start": 0.5, "energy_end": 0.9, "energy_rounds": 4, **WITH_BN}
     run, state = small.experiment(FedKD(**settings), stacked=stacked)
     whole, _ = small.experiment(Whole(**settings), stacked=stacked)
-    down = numel(under(state.shared, "small."))
+    down = numel(under(state.shared, ".small."))
     for round_, energy in enumerate((0.6, 0.7, 0.8, 0.9, 0.9)):
-        old, uploads, ups = under(small.copy(state.shared), "small."), [], 0
+        old, uploads, ups = under(small.copy(state.shared), ".small."), [], 0
         for done in whole.trainer.train(run.hosted, state.shared, small.copy(state.personal), round_):
-            new = under(small.copy(done.end.shared), "small.")
+            new = under(small.copy(done.end.shared), ".small.")
             uploads.append(shortened(old, new, energy))
             ups += ranks_of(old, new, energy)
         for done, upload in zip(run.trainer.train(run.hosted, state.shared, state.personal, round_), uploads):
-            small.assert_near(under(run.algorithm.upload(done.start, done.end), "small."), upload)
+            small.assert_near(under(run.algorithm.upload(done.start, done.end), ".small."), upload)
         mean = {n: (sum(upload[n].double() for upload in uploads) / 5).float() for n in old}
         state, row, _ = play(run, state, evaluate=False, stop=False)
         assert (row["bytes_up"], row["bytes_down"]) == (4 * ups, 4 * 5 * down), round_
         down = ranks_of(old, mean, energy)
-        assert state.shared["svd.numbers"] == down and state.shared["svd.round"] == round_ + 1
-        small.assert_near(under(state.shared, "small."), shortened(old, mean, energy))
+        assert state.shared[".svd.numbers"] == down and state.shared[".svd.round"] == round_ + 1
+        small.assert_near(under(state.shared, ".small."), shortened(old, mean, energy))
 
 
 @PATHS
@@ -445,7 +445,7 @@ def test_a_client_of_fedkd_that_diverges_is_reported(stacked):
 def test_the_gradients_of_fedapen_are_those_of_its_losses(padding, own, shared):
     made = small.trainer(FedAPEN(small=f"small:{shared}"), own)
     v = trained(made, small.first(made))
-    v.personal["mix.w"] = torch.tensor(0.3, dtype=torch.float64)
+    v.personal[".mix.w"] = torch.tensor(0.3, dtype=torch.float64)
 
     def formula(p, s, y, own):
         mixed = F.cross_entropy(0.3 * p[1] + 0.7 * s[1], y)
@@ -459,8 +459,8 @@ def test_the_mixture_is_the_private_network_at_1_and_the_shared_one_at_0():
     made = small.trainer(FedAPEN(**WITH_BN))
     model, v, x = made.model.evaluating(), small.first(made), batch(made).x
     g = made.algorithm.g(model)
-    p, s = model(model.initial, x), g(under(v.shared, "small."), x)
-    at = lambda w: made.algorithm.logits(model, v._replace(personal=v.personal | {"mix.w": torch.tensor(w)}), x)
+    p, s = model(model.initial, x), g(under(v.shared, ".small."), x)
+    at = lambda w: made.algorithm.logits(model, v._replace(personal=v.personal | {".mix.w": torch.tensor(w)}), x)
     assert torch.equal(at(1.0), p) and torch.equal(at(0.0), s)
     assert torch.allclose(at(0.25), 0.25 * p + 0.75 * s) and not torch.allclose(at(0.25), 0.75 * p + 0.25 * s)
 
@@ -470,9 +470,9 @@ def test_the_mixture_is_the_private_network_at_1_and_the_shared_one_at_0():
 def test_w_is_learned_as_torch_would_on_the_samples_held_out(stacked, lr):
     algorithm = FedAPEN(held_out=0.3, w_lr=lr, **WITH_BN)
     run, state = small.experiment(algorithm, stacked=stacked, sizes=(11, 7, 3))
-    assert state.personal["mix.w"].tolist() == [0.5] * 3
+    assert state.personal[".mix.w"].tolist() == [0.5] * 3
     state = small.played(run, state, 1)
-    assert state.personal["mix.w"].tolist() == [0.5] * 3
+    assert state.personal[".mix.w"].tolist() == [0.5] * 3
     model, expected = run.trainer.model.evaluating(), []
     rows, shared = small.copy(state.personal), small.copy(state.shared)
     for row, client in enumerate(run.hosted):
@@ -485,19 +485,19 @@ def test_w_is_learned_as_torch_would_on_the_samples_held_out(stacked, lr):
             assert count == {11: 3, 7: 2, 3: 1}[run.sizes[client]]
             data = held.batch(1, 0, count)
             optimizer.zero_grad()
-            logits = algorithm.logits(model, v._replace(personal=v.personal | {"mix.w": w}), data.x[0])
+            logits = algorithm.logits(model, v._replace(personal=v.personal | {".mix.w": w}), data.x[0])
             F.cross_entropy(logits, data.y[0]).backward()
             optimizer.step()
             w.data.clamp_(0, 1)
         expected.append(w.item())
     judged = run.trainer.evaluate(run.hosted, state.shared, state.personal, 1)
-    with_w = lambda w: rows | {"mix.w": torch.tensor(w)}
+    with_w = lambda w: rows | {".mix.w": torch.tensor(w)}
     fixed = small.trainer(FedAPEN(equal=True, **WITH_BN), samples=run.trainer.feed, stacked=stacked)
     assert torch.allclose(judged, fixed.evaluate(run.hosted, shared, with_w(expected), 1), atol=1e-6)
     if lr > 1e-2:
         assert not torch.allclose(judged, fixed.evaluate(run.hosted, shared, with_w([0.5] * 3), 1), atol=1e-6)
     assert small.equal(rows, state.personal)  # an evaluation changes nothing
-    learned = small.played(run, state, 1).personal["mix.w"]
+    learned = small.played(run, state, 1).personal[".mix.w"]
     assert learned.tolist() == pytest.approx(expected, abs=1e-6) and learned.tolist() != [0.5] * 3
     assert lr < 1e3 or set(learned.tolist()) <= {0.0, 1.0}
 
@@ -516,13 +516,13 @@ def test_learning_w_moves_w_alone(stacked):
     v = small.first(made)
     for done in made.train(range(5), v.shared, small.rows(v.personal, 5), 3):
         assert small.equal(done.end.shared, v.shared)
-        assert [n for n, w in done.end.personal.items() if not torch.equal(w, v.personal[n])] == ["mix.w"]
+        assert [n for n, w in done.end.personal.items() if not torch.equal(w, v.personal[n])] == [".mix.w"]
 
 
 def test_equal_weights_stay():
     how = {"network": "bn_net", "rounds": 3}
     run, fixed = outcome(FedAPEN(equal=True, **WITH_BN), **how)
-    assert fixed.personal["mix.w"].tolist() == [0.5] * 5 and not run.algorithm.tune(run.trainer.model, small.TRAIN, 1)
+    assert fixed.personal[".mix.w"].tolist() == [0.5] * 5 and not run.algorithm.tune(run.trainer.model, small.TRAIN, 1)
     _, still = outcome(FedAPEN(w_epochs=0, **WITH_BN), **how)
     assert small.equal(still.shared, fixed.shared) and small.equal(still.personal, fixed.personal)
     _, whole = outcome(FedAPEN(equal=True, held_out=0.0, **WITH_BN), **how)
@@ -533,7 +533,7 @@ def test_equal_weights_stay():
 
 def test_a_client_with_one_sample_keeps_its_w():
     run, state = outcome(FedAPEN(**WITH_BN), sizes=(9, 2, 1), stacked=True)
-    w = dict(zip(run.hosted, state.personal["mix.w"].tolist()))
+    w = dict(zip(run.hosted, state.personal[".mix.w"].tolist()))
     assert w[2] == 0.5 and w[0] != 0.5 and w[1] != 0.5
     _, loop = outcome(FedAPEN(**WITH_BN), sizes=(9, 2, 1))
     small.assert_near(state.shared, loop.shared, rtol=1e-4)

@@ -54,7 +54,7 @@ def slopes(made, loss, now, start):
 
 
 def statistic(made, leaf):
-    return made.model.role(leaf.removeprefix("own.")) == "stats"
+    return made.model.role(leaf.removeprefix(".own.")) == "stats"
 
 
 def parameters(made, tree):
@@ -62,7 +62,7 @@ def parameters(made, tree):
 
 
 def owned(tree):
-    return {n.removeprefix("own."): v for n, v in tree.items()}
+    return {n.removeprefix(".own."): v for n, v in tree.items()}
 
 
 def gap(a, b):
@@ -103,7 +103,7 @@ def test_a_penalty_has_the_gradient_of_half_a_square(algorithm):
     assert float(value - without) == pytest.approx(
         0.35 * sum(float((d**2).sum()) for d in delta.values()), rel=1e-12
     )
-    prefix = "" if isinstance(algorithm, FedProx) else "own."
+    prefix = "" if isinstance(algorithm, FedProx) else ".own."
     pull = {n: grads[n] - grads_without[n] for n in grads}
     assert gap({n: pull.pop(prefix + n) for n in delta}, {n: 0.7 * d for n, d in delta.items()}) < 1e-12
     assert not any(v.any() for v in pull.values())
@@ -177,11 +177,11 @@ def test_the_correction_has_the_gradient_c_minus_c_i():
         for m, v in ((made, now), (plain, Vars({n: now.shared[n] for n in made.model.leaves}, {})))
     )
     difference = {
-        n: start.shared[f"c.{n}"] - start.personal[f"c_i.{n}"] for n in parameters(made, now.shared)
+        n: start.shared[f".c.{n}"] - start.personal[f".c_i.{n}"] for n in parameters(made, now.shared)
     }
     assert gap({n: grads[n] - expected[n] for n in difference}, difference) < 1e-12
     assert abs(value - without) > 1e-3
-    assert not any(grads[n].any() for n in grads if n.startswith(("c.", "c_i.")))
+    assert not any(grads[n].any() for n in grads if n.startswith((".c.", ".c_i.")))
 
 
 @PATHS
@@ -189,7 +189,7 @@ def test_a_control_variate_is_the_mean_gradient_of_the_clients_steps(stacked):
     """Under option II, eqs. (3) and (4) give c_i+ = (1/K) sum_k grad f_i(y_k), whatever c and c_i were."""
     made = small.trainer(Scaffold(), train=replace(PLAIN, epochs=2), stacked=stacked)
     v = small.first(made)
-    shared = v.shared | {n: 0.1 * numbers(*w.shape) for n, w in v.shared.items() if n.startswith("c.")}
+    shared = v.shared | {n: 0.1 * numbers(*w.shape) for n, w in v.shared.items() if n.startswith(".c.")}
     rows = {n: 0.1 * numbers(*w.shape, at=1) for n, w in small.rows(v.personal, 5).items()}
     for done in made.train(range(5), shared, rows, 0):
         y, total, steps = {n: w.clone() for n, w in parameters(made, shared).items()}, {}, 0
@@ -202,10 +202,10 @@ def test_a_control_variate_is_the_mean_gradient_of_the_clients_steps(stacked):
                 for n, g in zip(leaves, torch.autograd.grad(loss, list(leaves.values()))):
                     g = g + 0.01 * y[n]  # weight decay is part of f_i
                     total[n] = total.get(n, 0) + g
-                    y[n] = y[n] - 0.05 * (g - rows[f"c_i.{n}"][done.client] + shared[f"c.{n}"])
+                    y[n] = y[n] - 0.05 * (g - rows[f".c_i.{n}"][done.client] + shared[f".c.{n}"])
                 steps += 1
         small.assert_near(
-            {n: done.end.personal[f"c_i.{n}"] for n in total},
+            {n: done.end.personal[f".c_i.{n}"] for n in total},
             {n: t / steps for n, t in total.items()},
             rtol=1e-4,
         )
@@ -220,7 +220,7 @@ def test_c_is_the_mean_of_all_c_i_at_any_participation(stacked, participation):
         before = small.copy(state.personal)
         chosen = run.chosen(state.round)
         state = small.played(run, state, 1)
-        mean = {n.replace("c_i.", "c."): v.mean(0) for n, v in state.personal.items()}
+        mean = {n.replace(".c_i.", ".c."): v.mean(0) for n, v in state.personal.items()}
         assert max(float(v.abs().max()) for v in mean.values()) > 1e-2
         assert gap(state.shared, mean) < 1e-6
         for client in range(5):
@@ -307,7 +307,7 @@ def test_scaffold_reaches_the_optimum_of_heterogeneous_quadratics_where_fedavg_s
 @NETWORKS
 def test_scaffold_agrees_on_loop_and_stack(network):
     """c and c_i are differences of parameters over K lr >= 0.15, which magnifies rounding: in float64."""
-    variate = lambda leaf: leaf.startswith(("c.", "personal"))
+    variate = lambda leaf: leaf.startswith((".c.", "personal"))
     loop, stack = loop_and_stack(Scaffold(server_lr=1.3), network, train=PLAIN)
     small.assert_near(split(stack, variate)[1], split(loop, variate)[1])
     loop, stack = loop_and_stack(Scaffold(server_lr=1.3), network, train=PLAIN, fine=True)
@@ -340,7 +340,7 @@ def test_ditto_without_lam_is_local_and_with_it_is_not(network, stacked):
         for a in (Local(), Ditto(lam=0.0), Ditto(lam=0.7))
     )
     assert small.equal(owned(off), local)
-    assert all(gap({"": on[f"own.{n}"]}, {"": v}) > 1e-5 for n, v in local.items() if v.dim() > 2)
+    assert all(gap({"": on[f".own.{n}"]}, {"": v}) > 1e-5 for n, v in local.items() if v.dim() > 2)
 
 
 def test_ditto_far_from_everyone_is_drawn_to_the_received_model():

@@ -33,7 +33,7 @@ def met(made, at=0):
     v = small.first(made)
     change = lambda n, w: w.clone().fill_(0.5) + 0.1 * numbers(*w.shape, at=at).clamp(-4, 4)
     apart = {
-        n: change(n, w) if n.startswith("A.") else w + 0.3 * numbers(*w.shape) for n, w in v.personal.items()
+        n: change(n, w) if n.startswith(".A.") else w + 0.3 * numbers(*w.shape) for n, w in v.personal.items()
     }
     return v._replace(personal=apart)
 
@@ -52,7 +52,7 @@ def test_weights_that_do_not_learn_are_fedavg(network, stacked, participation):
     for _ in range(3):
         state, plain = small.played(run, state, 1), small.played(plain_run, plain, 1)
         assert small.equal(state.shared, plain.shared)
-    assert all((v == 1).all() for n, v in state.personal.items() if n.startswith("A."))
+    assert all((v == 1).all() for n, v in state.personal.items() if n.startswith(".A."))
 
 
 @NETWORKS
@@ -61,7 +61,7 @@ def test_round_1_is_fedavg_and_round_2_is_not(network):
     plain_run, plain = small.experiment(FedAvg(), network)
     state, plain = small.played(run, state, 1), small.played(plain_run, plain, 1)
     assert small.equal(state.shared, plain.shared)
-    weights, _ = split(state.personal, lambda n: n.startswith("A."))
+    weights, _ = split(state.personal, lambda n: n.startswith(".A."))
     assert all((v == 1).all() for v in weights.values())
     state, plain = small.played(run, state, 1), small.played(plain_run, plain, 1)
     assert not any(torch.equal(v, plain.shared[n]) for n, v in state.shared.items())
@@ -88,10 +88,10 @@ def test_weights_of_zero_keep_the_head_personal(network, stacked, participation)
     run, state = small.experiment(FedALA(eta=0.0), **how)
     plain_run, plain = small.experiment(PersonalHead(), **how)
     for name in TOP[network]:
-        state.personal[f"A.{name}"].zero_()
+        state.personal[f".A.{name}"].zero_()
     state, plain = small.played(run, state, 3), small.played(plain_run, plain, 3)
     for name in TOP[network]:
-        assert torch.equal(state.personal[f"own.{name}"], plain.personal[name])
+        assert torch.equal(state.personal[f".own.{name}"], plain.personal[name])
     assert small.equal({n: state.shared[n] for n in plain.shared}, plain.shared)
 
 
@@ -102,10 +102,10 @@ def test_weights_of_zero_keep_the_head_personal(network, stacked, participation)
 def test_the_gradient_of_a_weight_is_the_gap_times_the_gradient_of_the_mix(network):
     made = small.trainer(FedALA(), network)
     v, model, (step,) = met(made), made.model, made.algorithm.aggregation(made.model, 1).steps
-    v = v._replace(personal={n: w.requires_grad_(n.startswith("A.")) for n, w in v.personal.items()})
+    v = v._replace(personal={n: w.requires_grad_(n.startswith(".A.")) for n, w in v.personal.items()})
     names = TOP[network]
-    grads = torch.autograd.grad(step.loss(v, v, batch(made)), [v.personal[f"A.{n}"] for n in names])
-    own, weight = ({n: v.personal[f"{kind}.{n}"].detach() for n in names} for kind in ("own", "A"))
+    grads = torch.autograd.grad(step.loss(v, v, batch(made)), [v.personal[f".A.{n}"] for n in names])
+    own, weight = ({n: v.personal[f".{kind}.{n}"].detach() for n in names} for kind in ("own", "A"))
     mix = {n: (own[n] + (v.shared[n] - own[n]) * weight[n]).requires_grad_() for n in names}
     plain = FedAvg().loss(model)(Vars(model.frozen(v.shared) | mix, {}), v, batch(made))
     for name, grad, outer in zip(names, grads, torch.autograd.grad(plain, mix.values())):
@@ -117,7 +117,7 @@ def test_the_gradient_of_a_weight_is_the_gap_times_the_gradient_of_the_mix(netwo
 def aggregated(made, v, client, round_, used):
     """(A, mix) of one client after plain clipped steps of 30 on its first ``used`` samples."""
     own, weight = (
-        {n: v.personal[f"{kind}.{n}"] for n in made.algorithm.top(made.model)} for kind in ("own", "A")
+        {n: v.personal[f".{kind}.{n}"] for n in made.algorithm.top(made.model)} for kind in ("own", "A")
     )
     mixed = lambda weight: {n: o + (v.shared[n] - o) * weight[n] for n, o in own.items()}
     epoch, width = made.feed.epoch([client], round_, "aggregation 0"), made.settings.batch_size
@@ -142,7 +142,7 @@ def test_weights_take_plain_clipped_steps_on_their_share_of_the_data(network, st
     ends = {done.client: done.end for done in made.train(range(5), v.shared, small.rows(v.personal, 5), 7)}
     for client, used in enumerate((6, 4, 4, 1, 1)):  # 60 % of 11, 7, 7, 3 and 2, and never none
         weight, mix = aggregated(made, v, client, 7, used)
-        found = {n: ends[client].personal[f"A.{n}"] for n in weight}
+        found = {n: ends[client].personal[f".A.{n}"] for n in weight}
         small.assert_near(found, weight)
         assert {0.0, 1.0} < set(torch.cat([w.flatten() for w in found.values()]).tolist())
         top, below = split(ends[client].shared, mix.__contains__)
@@ -235,10 +235,10 @@ def test_participants_keep_their_trained_top_and_others_what_they_had(network, s
     assert 0 < len(chosen) < 5 and set(trained) == chosen
     for row, client in enumerate(run.hosted):
         for name in TOP[network]:
-            now = state.personal[f"own.{name}"][row]
-            kept = before[f"own.{name}"][row] if row not in rows else trained[client].shared[name]
+            now = state.personal[f".own.{name}"][row]
+            kept = before[f".own.{name}"][row] if row not in rows else trained[client].shared[name]
             assert torch.equal(now, kept)
-            same = torch.equal(state.personal[f"A.{name}"][row], before[f"A.{name}"][row])
+            same = torch.equal(state.personal[f".A.{name}"][row], before[f".A.{name}"][row])
             assert row in rows or same
 
 
@@ -246,7 +246,7 @@ def test_participants_keep_their_trained_top_and_others_what_they_had(network, s
 def test_weights_and_own_tops_never_travel(network):
     run, state = small.experiment(FedALA(), network)
     assert list(run.upload.shapes) == list(state.shared) == list(run.trainer.model.leaves)
-    assert list(state.personal) == [f"{kind}.{n}" for kind in ("own", "A") for n in TOP[network]]
+    assert list(state.personal) == [f".{kind}.{n}" for kind in ("own", "A") for n in TOP[network]]
     _, row, _ = play(run, state, evaluate=False, stop=False)
     assert row["bytes_up"] == row["bytes_down"] == 5 * 4 * numel(run.trainer.model.initial)
 

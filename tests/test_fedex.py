@@ -97,7 +97,7 @@ def test_the_next_update_is_the_mean_of_what_was_trained(cls, ranks):
         products = averaged([algorithm.of_client(k, 3).products(end) for k, end in enumerate(ends)])
         assert_near(algorithm.delta(shared), {n: W[n] + p for n, p in products.items()})
         assert_near(algorithm.delta(shared), averaged([algorithm.delta(end) for end in ends]))
-        assert all(shared[f"{n}.W"].shape[0] != shared[f"{n}.W"].shape[1] for n in W)  # so a transposed one would not fit
+        assert all(shared[f"{n}..W"].shape[0] != shared[f"{n}..W"].shape[1] for n in W)  # so a transposed one would not fit
 
 
 def test_the_mean_of_fedit_is_another_one():
@@ -129,11 +129,11 @@ def test_a_client_trains_factors_and_head_on_a_frozen_W(cls):
     algorithm = cls(lora_ranks=EQUAL)
     _, shared = round_of(algorithm, beginning(algorithm))
     own, start, end = trained(algorithm, shared, 0)
-    factors = {f"{n}.{letter}" for n in dense(shared) for letter in "AB"}
+    factors = {f"{n}..{letter}" for n in dense(shared) for letter in "AB"}
     assert set(filter(own.trains(NET), start.shared)) == factors.union(HEAD)
     weights = own.weights_of(NET, end)
     for name, W in dense(shared).items():
-        update = W + own.s * end.shared[f"{name}.B"] @ end.shared[f"{name}.A"]
+        update = W + own.s * end.shared[f"{name}..B"] @ end.shared[f"{name}..A"]
         torch.testing.assert_close(weights[name], NET.initial[name] + update.view(NET.leaves[name].shape))
     assert not any(n.endswith(".W") for n in own.upload(start, end))
 
@@ -175,8 +175,8 @@ def test_the_residual_is_the_covariance_of_the_factors(cls, ranks):
         wide = {n: v for n, v in shared.items() if n.startswith(name)}
         padded = [FedIT(lora_ranks=ranks).term({n: end[n] for n in wide if n[-1] in "AB"}, shared) for end in ends]
         mean = averaged(padded)
-        A, B = mean[f"{name}.A"], mean[f"{name}.B"]
-        terms = [(p[f"{name}.B"] - B) @ (p[f"{name}.A"] - A) for p in padded]
+        A, B = mean[f"{name}..A"], mean[f"{name}..B"]
+        terms = [(p[f"{name}..B"] - B) @ (p[f"{name}..A"] - A) for p in padded]
         expected = sum(k * term for k, term in zip(COUNTS, terms)) / sum(COUNTS) * algorithm.s
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
@@ -231,9 +231,9 @@ def test_a_client_of_a_lower_rank_gets_the_first_components_and_all_of_W(cls):
     for client, rank in enumerate(MIXED):
         got = algorithm.of_client(client, 3).download(shared)
         for name, W in dense(shared).items():
-            assert torch.equal(got[f"{name}.A"], shared[f"{name}.A"][:rank])
-            assert torch.equal(got[f"{name}.B"], shared[f"{name}.B"][:, :rank])
-            assert torch.equal(got[f"{name}.W"], W)
+            assert torch.equal(got[f"{name}..A"], shared[f"{name}..A"][:rank])
+            assert torch.equal(got[f"{name}..B"], shared[f"{name}..B"][:, :rank])
+            assert torch.equal(got[f"{name}..W"], W)
 
 
 def test_with_one_client_a_round_fedex_is_fedit():
@@ -275,7 +275,7 @@ def test_what_a_plan_says_of_a_cohort_is_what_its_rounds_count(line):
 def most_up(common):
     """Numbers that a client sends that has all classes."""
     run = built(*common).run
-    return numel({n: v for n, v in run.kinds[0].upload.items() if not n.startswith("own.")})
+    return numel({n: v for n, v in run.kinds[0].upload.items() if not n.startswith(".own.")})
 
 
 # FLoRA
@@ -284,8 +284,8 @@ def most_up(common):
 def stacks(ends, name, p_on_A, p_on_B):
     """B A of the clients' stacked factors, each with its p_k where it is said to be."""
     p = [k / sum(COUNTS) for k in COUNTS]
-    A = torch.cat([p[k] ** p_on_A * end[f"{name}.A"] for k, end in enumerate(ends)])
-    B = torch.cat([p[k] ** p_on_B * end[f"{name}.B"] for k, end in enumerate(ends)], 1)
+    A = torch.cat([p[k] ** p_on_A * end[f"{name}..A"] for k, end in enumerate(ends)])
+    B = torch.cat([p[k] ** p_on_B * end[f"{name}..B"] for k, end in enumerate(ends)], 1)
     return B @ A
 
 
@@ -296,7 +296,7 @@ def test_flora_adds_the_product_of_the_stacks_with_p_on_one_of_them(ranks):
     for _ in range(2):
         before, (ends, shared) = shared, round_of(algorithm, shared)
         for name, W in dense(shared).items():
-            added = W - before[f"{name}.W"]
+            added = W - before[f"{name}..W"]
             torch.testing.assert_close(added, 5 / max(ranks) * stacks(ends, name, 1, 0), rtol=0, atol=1e-12)
             torch.testing.assert_close(added, 5 / max(ranks) * stacks(ends, name, 0, 1), rtol=0, atol=1e-12)
             assert (added - 5 / max(ranks) * stacks(ends, name, 1, 1)).norm() > 0.1 * added.norm()  # p^2
@@ -321,12 +321,12 @@ def test_every_round_of_flora_begins_with_new_factors():
     names = list(dense(moments[0].shared))
     for low, high in drawn:
         for name in names:
-            assert not low[f"{name}.B"].any() and not high[f"{name}.B"].any()
-            assert torch.equal(low[f"{name}.A"], high[f"{name}.A"][:1])  # the first of the same draw
-            assert len(high[f"{name}.A"]) == 3
+            assert not low[f"{name}..B"].any() and not high[f"{name}..B"].any()
+            assert torch.equal(low[f"{name}..A"], high[f"{name}..A"][:1])  # the first of the same draw
+            assert len(high[f"{name}..A"]) == 3
     for before, after in pairwise(drawn):
-        assert not any((before[1][f"{n}.A"] == after[1][f"{n}.A"]).any() for n in names)
-    heads = [drawn[0][1][f"{n}.A"].flatten()[:3] * drawn[0][1][f"{n}.A"].shape[1] ** 0.5 for n in names]
+        assert not any((before[1][f"{n}..A"] == after[1][f"{n}..A"]).any() for n in names)
+    heads = [drawn[0][1][f"{n}..A"].flatten()[:3] * drawn[0][1][f"{n}..A"].shape[1] ** 0.5 for n in names]
     assert not any(torch.isclose(a, b).any() for a, b in pairwise(heads))  # of each weight another
 
 
@@ -335,7 +335,7 @@ def test_the_new_factors_of_flora_are_kaiming_uniform():
     shared = algorithm.init(NET, rng(1, "init")).shared
     draws = [algorithm.download(shared | {"fresh": torch.tensor(float(at))}) for at in range(300)]
     for name in dense(shared):
-        unit = torch.stack([draw[f"{name}.A"] for draw in draws])
+        unit = torch.stack([draw[f"{name}..A"] for draw in draws])
         unit = unit * unit.shape[-1] ** 0.5
         assert unit.abs().max() <= 1 and abs(unit.mean()) < 0.02
         assert abs(unit.square().mean() - 1 / 3) < 0.02
@@ -415,7 +415,7 @@ def test_classes_become_seen_and_stay_so():
     for held, seen in (((1, 2, 2), 2), ((1, 1, 1), 2), ((0, 4, 1), 4)):
         ends, shared = by_classes(algorithm, shared, held)
         for n in HEAD:
-            assert shared[f"seen.{n}"].tolist() == [1.0] * seen + [0.0] * (CLASSES - seen)
+            assert shared[f".seen.{n}"].tolist() == [1.0] * seen + [0.0] * (CLASSES - seen)
 
 
 def test_the_residual_of_fed_talora_does_not_depend_on_who_has_which_class():
@@ -429,7 +429,7 @@ def test_a_client_trains_with_the_classes_seen_and_its_own():
     algorithm = FedTaLoRA(lora_ranks=EQUAL)
     shared = {n: v.float() for n, v in beginning(algorithm).items()}
     seen = torch.tensor([0, 0, 0, 0, 1.0, 0])
-    shared |= {f"seen.{n}": seen for n in HEAD}
+    shared |= {f".seen.{n}": seen for n in HEAD}
     own = everything(2)._replace(counts=torch.tensor([2.0, 1, 0, 0, 0, 0]))
     start = algorithm.begin(NET, Vars(algorithm.download(shared), {}), own)
     now = Vars({n: v.clone().requires_grad_(n in HEAD) for n, v in start.shared.items()}, {})
@@ -449,7 +449,7 @@ def test_no_class_is_predicted_that_was_not_seen_once_there_are_any():
     x = torch.randn(40, 3, 7, 5, generator=rng(1, "x"))
     plain = FedExLoRA(lora_ranks=EQUAL).logits(NET, Vars(shared, {}), x)
     assert torch.equal(algorithm.logits(NET, Vars(shared, {}), x), plain)
-    shared |= {f"seen.{n}": torch.tensor([1.0, 0, 0, 1, 0, 0]) for n in HEAD}
+    shared |= {f".seen.{n}": torch.tensor([1.0, 0, 0, 1, 0, 0]) for n in HEAD}
     masked = algorithm.logits(NET, Vars(shared, {}), x)
     assert set(masked.argmax(1).tolist()) <= {0, 3} < set(plain.argmax(1).tolist()) | {0, 3}
     assert torch.equal(masked[:, [0, 3]], plain[:, [0, 3]])
@@ -485,7 +485,7 @@ def test_rounds_of_fed_talora_count_the_rows_of_own_and_of_seen_classes():
         R = sum(a * b for a, b in sides) if round_ else 0
         assert moment.row["bytes_down"] == 4 * len(chosen) * (factors + seen.sum() * row + R)
         seen |= held.any(0)
-        assert all((moment.shared[n] > 0).equal(seen) for n in moment.shared if n.startswith("seen."))
+        assert all((moment.shared[n] > 0).equal(seen) for n in moment.shared if n.startswith(".seen."))
 
 
 def test_without_a_head_that_is_trained_in_full_fed_talora_is_fedex():

@@ -105,8 +105,8 @@ def test_ranks_and_scales_of_a_linear(how, rank):
     assert how.ranks(model) == {"1.weight": rank}  # 0.4 * 6 = 2.4
     factors = {n: torch.ones_like(v) for n, v in how.factors(model, rng(1)).items()}
     assert {n: tuple(v.shape) for n, v in factors.items()} == {
-        "1.weight.A": (rank, 105),
-        "1.weight.B": (6, rank),
+        "1.weight..A": (rank, 105),
+        "1.weight..B": (6, rank),
     }
     assert (how.tau(model, factors)["1.weight"] == rank).all()
     assert replace(how, scale="official").tau(model, factors)["1.weight"].unique() == pytest.approx(
@@ -121,7 +121,7 @@ def test_ranks_and_scales_of_a_linear(how, rank):
 def test_a_convolution_is_cut_row_by_row(outside, inside, kernel):
     model, how = one_conv(outside, inside, kernel), LowRank()
     factors = {n: numbers(*v.shape, at=1) for n, v in how.factors(model, rng(1)).items()}
-    matrix = factors["0.weight.B"] @ factors["0.weight.A"]
+    matrix = factors["0.weight..B"] @ factors["0.weight..A"]
     tau = how.tau(model, factors)["0.weight"]
     high, wide = kernel
     assert matrix.shape == (outside * high, inside * wide) and tau.shape == (outside, inside, high, wide)
@@ -158,8 +158,8 @@ def test_tau_starts_at_zero_and_a_is_kaiming_uniform():
     factors = how.factors(model, rng(1, "init"))
     assert not any(v.any() for v in how.tau(model, factors).values())
     for name in how.ranks(model):
-        a, bound = factors[f"{name}.A"], sides(model.leaves[name])[1] ** -0.5
-        assert a.abs().max() <= bound and not factors[f"{name}.B"].any()
+        a, bound = factors[f"{name}..A"], sides(model.leaves[name])[1] ** -0.5
+        assert a.abs().max() <= bound and not factors[f"{name}..B"].any()
         if a.numel() > 1000:
             assert a.abs().max() > 0.99 * bound and a.mean().abs() < 0.1 * bound
             assert a.std() == pytest.approx(bound / 3**0.5, rel=0.1)
@@ -201,7 +201,7 @@ def test_patterns_choose_the_decomposed_layers():
     assert LowRank().ranks(model).keys() == names and len(names) == 7
     chosen = LowRank(layers=("fc.*", "layers.*.conv?.weight"))
     assert chosen.ranks(model).keys() == {n for n in names if n.startswith("fc") or ".conv" in n}
-    assert {n[:-2] for n in chosen.factors(model, rng(1))} == chosen.ranks(model).keys()
+    assert {n[:-3] for n in chosen.factors(model, rng(1))} == chosen.ranks(model).keys()
     for pattern in ("bn1.weight", "Fc.*", "fc.bias"):
         with pytest.raises(ValueError, match=f"layers = {pattern.replace('*', '.')}.*there are conv1.weight"):
             FedLoRA(layers=("fc.*", pattern)).check(model, Train())
@@ -226,7 +226,7 @@ def test_tau_of_a_convolution_passes_gradcheck():
 
     def loss(a, b):
         return (
-            F.conv2d(x, how.tau(model, {"0.weight.A": a, "0.weight.B": b})["0.weight"]).square().sum((2, 3))
+            F.conv2d(x, how.tau(model, {"0.weight..A": a, "0.weight..B": b})["0.weight"]).square().sum((2, 3))
         )
 
     assert torch.autograd.gradcheck(loss, [v.requires_grad_() for v in factors])
@@ -288,7 +288,7 @@ def test_fedlora_with_lora_epochs_alone_is_isolation_when_statistics_stay_home(n
     state, alone = small.played(run, state, 2), small.played(alone_run, alone, 2)
     assert small.equal(state.shared, begin) and small.equal(alone.shared, begin)
     assert small.equal({n: v[:1] for n, v in state.personal.items()}, alone.personal)
-    assert state.personal["fc.weight.B" if network == "bn_net" else "9.weight.B"].any()
+    assert state.personal["fc.weight..B" if network == "bn_net" else "9.weight..B"].any()
 
 
 def test_averaged_statistics_end_the_isolation():
@@ -319,8 +319,8 @@ def alternating(made, rounds, scale):
                 for at in range(0, made.feed.train_size(0), settings.batch_size):
                     data = samples.batch(1, at, min(settings.batch_size, made.feed.train_size(0) - at))
                     theta = dict(sigma)
-                    for name in {n[:-2] for n in factors}:
-                        product = factors[f"{name}.B"] @ factors[f"{name}.A"] * scale(sigma[name])
+                    for name in {n[:-3] for n in factors}:
+                        product = factors[f"{name}..B"] @ factors[f"{name}..A"] * scale(sigma[name])
                         theta[name] = sigma[name] + product.reshape(sigma[name].shape)
                     optimizer.zero_grad()
                     F.cross_entropy(functional_call(module, theta, (data.x[0],)), data.y[0]).backward()

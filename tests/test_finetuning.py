@@ -30,12 +30,12 @@ def shared_of(algorithm, server=True, rank=None):
     for number, (name, (out, inside)) in enumerate(SIDES.items()):
         rows = min(max(algorithm.lora_ranks), out, inside)
         if isinstance(algorithm, FedIT):
-            tree |= {f"{name}.A": matrix(10 + number, rows, inside), f"{name}.B": matrix(20 + number, out, rows)}
+            tree |= {f"{name}..A": matrix(10 + number, rows, inside), f"{name}..B": matrix(20 + number, out, rows)}
             continue
         W = matrix(2 + number, out, inside)
         if rank is not None:
             W = matrix(30, out, rank) @ matrix(31, rank, inside)
-        tree |= {f"{name}.A": W.new_zeros(rows, inside), f"{name}.B": W.new_zeros(out, rows), f"{name}.W": W}
+        tree |= {f"{name}..A": W.new_zeros(rows, inside), f"{name}..B": W.new_zeros(out, rows), f"{name}..W": W}
     if isinstance(algorithm, FedIT):
         return tree
     return handed_out(algorithm, tree)
@@ -165,11 +165,11 @@ def test_fedit_pads_with_zeros_and_averages():
     shared = shared_of(method)
     new, uploads = next_round(method, shared)
     for name in SIDES:
-        expected = torch.zeros_like(shared[f"{name}.A"])
+        expected = torch.zeros_like(shared[f"{name}..A"])
         for client, count in enumerate(COUNTS):
-            A = uploads[client][f"{name}.A"]
+            A = uploads[client][f"{name}..A"]
             expected[: len(A)] += count / 100 * A
-        near(new[f"{name}.A"], expected)
+        near(new[f"{name}..A"], expected)
     near(new["head"], sum(count / 100 * uploads[k]["head"] for k, count in enumerate(COUNTS)))
 
 
@@ -180,13 +180,13 @@ def test_the_mean_of_products_is_not_the_product_of_means():
     new, uploads = next_round(method, shared)
     square = 0.0
     for name in SIDES:
-        A, B = new[f"{name}.A"], new[f"{name}.B"]
+        A, B = new[f"{name}..A"], new[f"{name}..B"]
         p = [count / 100 for count in COUNTS]
-        gap = sum(w * (u[f"{name}.B"] - B) @ (u[f"{name}.A"] - A) for w, u in zip(p, uploads.values()))
+        gap = sum(w * (u[f"{name}..B"] - B) @ (u[f"{name}..A"] - A) for w, u in zip(p, uploads.values()))
         square += gap.square().sum()
-    near(new["told.lora_bias"], square.sqrt(), atol=1e-10)
-    near(new["told.lora_update_bias"], square.sqrt(), atol=1e-10)
-    assert new["told.lora_truncation"] == 0
+    near(new[".told.lora_bias"], square.sqrt(), atol=1e-10)
+    near(new[".told.lora_update_bias"], square.sqrt(), atol=1e-10)
+    assert new[".told.lora_truncation"] == 0
     told = method.told(new, 3)
     assert told["effective_clients"] == pytest.approx(1 / sum((count / 100) ** 2 for count in COUNTS))
 
@@ -199,7 +199,7 @@ def test_flexlora_keeps_the_mean_of_the_products():
     new, uploads = next_round(method, shared_of(method))
     made = products(method, uploads)
     for name in SIDES:
-        near(new[f"{name}.W"], sum(count / 100 * made[k][name] for k, count in enumerate(COUNTS)))
+        near(new[f"{name}..W"], sum(count / 100 * made[k][name] for k, count in enumerate(COUNTS)))
 
 
 def test_a_client_gets_the_best_approximation_of_its_rank():
@@ -210,16 +210,16 @@ def test_a_client_gets_the_best_approximation_of_its_rank():
         arrived = own.download(shared)
         assert not any(n.endswith(".W") for n in arrived)
         for name, product in own.products(arrived).items():
-            U, S, V = torch.linalg.svd(shared[f"{name}.W"], full_matrices=False)
+            U, S, V = torch.linalg.svd(shared[f"{name}..W"], full_matrices=False)
             near(product, U[:, :r] * S[:r] @ V[:r], atol=1e-10)
-            assert arrived[f"{name}.A"].shape[0] == arrived[f"{name}.B"].shape[1] == min(r, *SIDES[name])
+            assert arrived[f"{name}..A"].shape[0] == arrived[f"{name}..B"].shape[1] == min(r, *SIDES[name])
 
 
 def test_without_training_flexlora_shrinks():
     method = FlexLoRA(lora_ranks=RANKS)
     shared = shared_of(method)
     new, _ = next_round(method, shared, far=0.0)
-    assert all(new[f"{n}.W"].norm() < 0.99 * shared[f"{n}.W"].norm() for n in SIDES)
+    assert all(new[f"{n}..W"].norm() < 0.99 * shared[f"{n}..W"].norm() for n in SIDES)
 
 
 # FedHL (spec 4.5).
@@ -230,14 +230,14 @@ def test_without_training_fedhl_stays_where_it_is(mode):
     method = FedHL(lora_ranks=RANKS, weight_mode=mode)
     shared = shared_of(method)
     new, _ = next_round(method, shared, far=0.0)
-    assert all(torch.equal(new[f"{n}.W"], shared[f"{n}.W"]) for n in SIDES)
+    assert all(torch.equal(new[f"{n}..W"], shared[f"{n}..W"]) for n in SIDES)
 
 
 def test_with_equal_ranks_that_hold_all_of_W_fedhl_is_flexlora_with_uniform_weights():
     flex, hl = FlexLoRA(lora_ranks=(9,)), FedHL(lora_ranks=(9,))
     ends = [next_round(method, shared_of(method), counts=(5, 5, 5))[0] for method in (flex, hl)]
     for name in SIDES:
-        near(ends[0][f"{name}.W"], ends[1][f"{name}.W"], atol=1e-10)
+        near(ends[0][f"{name}..W"], ends[1][f"{name}..W"], atol=1e-10)
 
 
 @pytest.mark.parametrize("mode", ["paper", "uniform", "samples", "both"])
@@ -248,8 +248,8 @@ def test_fedhl_is_its_mean_of_products_plus_what_truncation_took(mode):
     p = weights(method, shared, uploads)
     made = products(method, uploads)
     for name in SIDES:
-        W, got = shared[f"{name}.W"], [method.of_client(k, 3).delta(method.of_client(k, 3).download(shared))[name] for k in range(3)]
-        near(new[f"{name}.W"], sum(w * (made[k][name] + W - got[k]) for k, w in enumerate(p)), atol=1e-10)
+        W, got = shared[f"{name}..W"], [method.of_client(k, 3).delta(method.of_client(k, 3).download(shared))[name] for k in range(3)]
+        near(new[f"{name}..W"], sum(w * (made[k][name] + W - got[k]) for k, w in enumerate(p)), atol=1e-10)
 
 
 def weights(method, shared, uploads, counts=COUNTS):
@@ -262,7 +262,7 @@ def lost(shared, r):
     """t_k from its definition: ||W - W^r||^2 over the layers."""
     total = 0.0
     for name in SIDES:
-        S = torch.linalg.svdvals(shared[f"{name}.W"])
+        S = torch.linalg.svdvals(shared[f"{name}..W"])
         total += float(S[r:].square().sum())
     return total
 
@@ -285,7 +285,7 @@ def test_other_weights():
     assert at(weight_mode="samples") == pytest.approx([0.1, 0.2, 0.7])
     both = [count / (lost(shared, r) ** 2 + 0.5) for r, count in zip(RANKS, COUNTS)]
     assert at(weight_mode="both") == pytest.approx([w / sum(both) for w in both])
-    whole = sum(float(shared[f"{n}.W"].square().sum()) for n in SIDES)
+    whole = sum(float(shared[f"{n}..W"].square().sum()) for n in SIDES)
     eased = [1 / (lost(shared, r) ** 2 + 0.5 + 0.2 * whole**2) for r in RANKS]
     assert at(eps_relative=0.2) == pytest.approx([w / sum(eased) for w in eased])
 
@@ -294,7 +294,7 @@ def test_a_layer_may_have_weights_of_its_own():
     method = FedHL(lora_ranks=RANKS, eps=0.5, per_layer=True)
     shared = shared_of(method)
     _, uploads = next_round(method, shared)
-    tails = [float(torch.linalg.svdvals(shared["u.W"])[r:].square().sum()) for r in RANKS]
+    tails = [float(torch.linalg.svdvals(shared["u..W"])[r:].square().sum()) for r in RANKS]
     raw = [1 / (t**2 + 0.5) for t in tails]
     assert weights(method, shared, uploads) == pytest.approx([w / sum(raw) for w in raw])
 
@@ -308,7 +308,7 @@ def test_equal_ranks_are_equal_weights_whatever_the_samples():
 def test_what_truncation_takes_falls_with_the_rank_and_is_that_of_the_matrices():
     shared = shared_of(FedHL(lora_ranks=(5,)))
     for name, (out, inside) in SIDES.items():
-        tail, W = shared[f"tail.{name}"], shared[f"{name}.W"]
+        tail, W = shared[f".tail.{name}"], shared[f"{name}..W"]
         assert len(tail) == min(5, out, inside) + 1 and bool((tail.diff() <= 0).all())
         for r in range(len(tail)):
             A = right(W, max(r, 1))[:r]
@@ -319,12 +319,12 @@ def test_the_diagnosis_of_fedhl_is_what_it_says():
     method = FedHL(lora_ranks=RANKS, diagnose=True, weight_mode="samples")
     shared = shared_of(method)
     new, uploads = next_round(method, shared)
-    assert float(new["told.lora_truncation"]) == pytest.approx(sum(lost(shared, r) for r in RANKS) / 3)
-    assert float(new["told.lora_update_bias"]) == pytest.approx(0, abs=1e-10)  # its update is the mean of theirs
+    assert float(new[".told.lora_truncation"]) == pytest.approx(sum(lost(shared, r) for r in RANKS) / 3)
+    assert float(new[".told.lora_update_bias"]) == pytest.approx(0, abs=1e-10)  # its update is the mean of theirs
     made, square = products(method, uploads), 0.0
     for name in SIDES:
-        square += (new[f"{name}.W"] - sum(n / 100 * made[k][name] for k, n in enumerate(COUNTS))).square().sum()
-    near(new["told.lora_bias"], square.sqrt(), atol=1e-10)
+        square += (new[f"{name}..W"] - sum(n / 100 * made[k][name] for k, n in enumerate(COUNTS))).square().sum()
+    near(new[".told.lora_bias"], square.sqrt(), atol=1e-10)
     uniform = replace(method, weight_mode="uniform")
     assert uniform.told(next_round(uniform, shared)[0], 3)["effective_clients"] == pytest.approx(3)
 
@@ -333,8 +333,8 @@ def test_the_weights_of_round_1_are_uniform_and_every_b_has_a_gradient():
     moments = played("algorithm=fedhl", NORM, "algorithm.lora_ranks=[1,2,4]", "algorithm.alpha=2", "algorithm.diagnose=true")[0]
     assert moments[1].row["effective_clients"] == pytest.approx(4)
     begin = moments[0].shared
-    assert not begin["conv.weight.B"].any() and begin["conv.weight.A"].norm(dim=1).min() > 0
-    assert moments[1].shared["conv.weight.W"].norm() > 0
+    assert not begin["conv.weight..B"].any() and begin["conv.weight..A"].norm(dim=1).min() > 0
+    assert moments[1].shared["conv.weight..W"].norm() > 0
 
 
 # Whole runs.
@@ -396,10 +396,10 @@ def test_a_vision_transformer_is_tuned_in_its_attention_alike_in_loop_and_stack(
     stack, loop = (played(*how, "model=user_parts:small_vit", f"engine.path={p}")[0] for p in ("stack", "loop"))
     block = "encoder.layers.encoder_layer_0"
     sides = {n: v.shape for n, v in stack[-1].shared.items() if n.endswith((".A", ".B"))}
-    assert sides[f"{block}.self_attention.in_proj_weight.A"] == (6, 12)
-    assert sides[f"{block}.self_attention.in_proj_weight.B"] == (36, 6)
+    assert sides[f"{block}.self_attention.in_proj_weight..A"] == (6, 12)
+    assert sides[f"{block}.self_attention.in_proj_weight..B"] == (36, 6)
     assert {n.removeprefix(f"{block}.") for n in sides if n.endswith(".A")} == {
-        f"{layer}.A" for layer in ("self_attention.in_proj_weight", "self_attention.out_proj.weight", "mlp.0.weight", "mlp.3.weight")
+        f"{layer}..A" for layer in ("self_attention.in_proj_weight", "self_attention.out_proj.weight", "mlp.0.weight", "mlp.3.weight")
     }
     for leaf, value in stack[-1].shared.items():
         torch.testing.assert_close(value, loop[-1].shared[leaf], rtol=0, atol=1e-4, msg=lambda m, n=leaf: f"{n}: {m}")
@@ -410,5 +410,5 @@ def test_a_resnet_of_torchvision_is_tuned_with_the_statistics_it_came_with():
     how = ("algorithm={name: flexlora, lora_ranks: [3, 1], layers: ['layer1.*', '*.downsample.0.weight']}", *COLOURS)
     begin, *_, end = played(*how, "model=user_parts:small_resnet", "rounds=1")[0]
     moved = {n for n, v in end.shared.items() if not torch.equal(v, begin.shared[n])}
-    assert "layer2.0.downsample.0.weight.W" in moved and "layer1.0.conv1.weight.W" in moved
+    assert "layer2.0.downsample.0.weight..W" in moved and "layer1.0.conv1.weight..W" in moved
     assert not any("running" in n or ".bn" in n for n in end.shared)

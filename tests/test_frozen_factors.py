@@ -77,7 +77,7 @@ def test_the_factor_that_does_not_train_keeps_its_bits_on_server_and_clients(nam
         if name != "fed_rac_lora":
             assert all(torch.equal(before[n], after[n]) for n in still)
             assert not any(torch.equal(before[n], after[n]) for n in before if n.endswith(f".{letter}"))
-        assert after["turn.round"] == round_ + 1
+        assert after[".turn.round"] == round_ + 1
 
 
 @NAMES
@@ -101,7 +101,7 @@ def test_a_layer_of_fewer_sides_than_the_rank_is_counted_by_its_components(name)
     parts, row = built(f"algorithm={name}", CNN, *many), played(f"algorithm={name}", CNN, *many)[0][1].row
     assert row["bytes_up"] == 4 * 4 * (36 + 3 * 12 + 12 * 24 + 8 * 8)
     first = parts.run.kinds[0].first.shared
-    assert [tuple(first[f"{n}.A"].shape) for n in ("0.weight", "3.weight", "7.weight")] == [(3, 3), (12, 12), (8, 32)]
+    assert [tuple(first[f"{n}..A"].shape) for n in ("0.weight", "3.weight", "7.weight")] == [(3, 3), (12, 12), (8, 32)]
 
 
 @NAMES
@@ -137,7 +137,7 @@ def test_ffa_is_fedit_with_a_held_still_among_clients_of_one_rank(model):
     common = model, "algorithm.lora_ranks=[3]", "algorithm.alpha=3", "train.weight_decay=0.01"
     ffa, fedit = (played(f"algorithm={n}", *common)[0] for n in ("ffa_lora", "test_frozen_factors:OnlyB"))
     for a, b in zip(ffa, fedit, strict=True):
-        assert equal({n: v for n, v in a.shared.items() if n != "turn.round"}, b.shared)
+        assert equal({n: v for n, v in a.shared.items() if n != ".turn.round"}, b.shared)
     mixed = played("algorithm=test_frozen_factors:OnlyB", model, *MIXED)[0]  # zeros enter its mean of A
     assert not any(torch.equal(v, mixed[0].shared[n]) for n, v in mixed[1].shared.items() if n.endswith(".A"))
 
@@ -145,7 +145,7 @@ def test_ffa_is_fedit_with_a_held_still_among_clients_of_one_rank(model):
 def test_the_mean_of_bs_alone_is_that_of_the_products_only_under_one_a():
     algorithm = FFALoRA(**HOW)
     (before, ends, after), *_ = rounds_of(algorithm)
-    ends[0][1].shared["7.weight.A"] += 1.0  # a client whose seed was another
+    ends[0][1].shared["7.weight..A"] += 1.0  # a client whose seed was another
     deltas = [c.delta(end.shared)["7.weight"] for c, (_, end) in zip(clients(algorithm), ends)]
     mean = sum(w * d for w, d in zip(COUNTS, deltas)) / sum(COUNTS)
     assert (algorithm.delta(served(algorithm, before, ends))["7.weight"] - mean).norm() > 0.1
@@ -184,7 +184,7 @@ def test_all_clients_have_the_first_components_of_one_sketch_which_changes_with_
         layers = list(sketches[0].values())
         assert not torch.isin(layers[1].flatten()[:20], layers[2]).any()
         shared, _, _ = rounds_of(algorithm)[0]
-        again, other = (algorithm.begun(shared | {"turn.seed": shared["turn.seed"] + k}) for k in (0, 1))
+        again, other = (algorithm.begun(shared | {".turn.seed": shared[".turn.seed"] + k}) for k in (0, 1))
         assert equal(again, {n: shared[n] for n in again}) and not any(torch.equal(other[n], shared[n]) for n in sketches[0])
 
 
@@ -228,7 +228,7 @@ class OnlyA(FFALoRA):
 def test_the_rank_of_the_sum_grows_by_that_of_the_sketch(factor):
     algorithm = FedRACLoRA(lora_ranks=(1, 2, 2), alpha=2.0, factor=factor)
     for done, (_, _, after) in enumerate(rounds_of(algorithm), start=1):
-        rank = {n: int(torch.linalg.matrix_rank(after[f"{n}.W"])) for n in ("3.weight", "7.weight")}
+        rank = {n: int(torch.linalg.matrix_rank(after[f"{n}..W"])) for n in ("3.weight", "7.weight")}
         assert rank == {"3.weight": min(9, 2 * done), "7.weight": min(5, 2 * done)}  # [18, 9] and [5, 6]
     ffa = FFALoRA(lora_ranks=(1, 2, 2), alpha=2.0)
     *_, (_, _, after) = rounds_of(ffa)
@@ -248,7 +248,7 @@ def full_gradient(made, algorithm, shared, client):
     loss = torch.nn.functional.cross_entropy(logits, data.y[0])
     names = list(algorithm.adapted(made.model))
     found = torch.autograd.grad(loss, [weights[n] for n in names])
-    return {n: g.reshape(shared[f"{n}.W"].shape) for n, g in zip(names, found)}
+    return {n: g.reshape(shared[f"{n}..W"].shape) for n, g in zip(names, found)}
 
 
 @SKETCHED
@@ -262,14 +262,14 @@ def test_a_step_on_the_whole_batch_is_one_of_the_full_gradient_in_the_space_of_t
         for name in (n for n in shared if n.endswith(f".{factor}")):
             wide = shared[name].shape[1] > shared[name].shape[0]
             shared[name] = torch.linalg.qr(shared[name].T)[0].T if wide else torch.linalg.qr(shared[name])[0]
-    shared |= {f"{n}.W": 0.1 * numbers(*shared[f"{n}.W"].shape) for n in algorithm.adapted(made.model)}
+    shared |= {f"{n}..W": 0.1 * numbers(*shared[f"{n}..W"].shape) for n in algorithm.adapted(made.model)}
     (done,) = made.train([0], shared, {}, 0)
     upload = algorithm.upload(done.start, done.end)
     after = algorithm.serve({}, shared, algorithm.expand(upload, shared, 11), Cohort(1.0, 11))[1]
     for name, gradient in full_gradient(made, algorithm, shared, 0).items():
         S = shared[f"{name}.{factor}"]
         projected = S @ S.T @ gradient if factor == "B" else gradient @ S.T @ S
-        torch.testing.assert_close(after[f"{name}.W"], shared[f"{name}.W"] - LR * 2**2 * projected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(after[f"{name}..W"], shared[f"{name}..W"] - LR * 2**2 * projected, rtol=1e-10, atol=1e-10)
         if orthogonal and (factor == "B" or name == "0.weight"):  # r = n
             torch.testing.assert_close(projected, gradient, rtol=1e-10, atol=1e-10)
 
@@ -281,7 +281,7 @@ def test_the_dense_update_does_not_train_nor_decay_nor_travel():
     kind = parts.run.kinds[0]
     for done in kind.trainer.train(parts.run.by_kind[0], before, {}, 2):
         assert all(torch.equal(done.end.shared[n], v) for n, v in before.items() if n.endswith(".W"))
-        assert not any(n.endswith(".W") or n.startswith("turn.") for n in kind.algorithm.upload(done.start, done.end))
+        assert not any(n.endswith(".W") or n.startswith(".turn.") for n in kind.algorithm.upload(done.start, done.end))
 
 
 def test_between_rounds_all_clients_have_the_servers_model():

@@ -128,7 +128,7 @@ def test_evaluation_is_of_the_shared_part_with_each_clients_own(algorithm):
         tests = run.trainer.feed.test([client], 0, run.trainer.feed.test_size(client))
         if isinstance(algorithm, FedRoD):
             z = model.features(state.shared, tests.x[0])
-            own = {n.removeprefix("own."): v for n, v in own.items()}
+            own = {n.removeprefix(".own."): v for n, v in own.items()}
             logits = model.classify(state.shared, z) + model.classify(own, z)
         else:
             logits = model(state.shared | own, tests.x[0])
@@ -300,7 +300,7 @@ def test_the_gradients_of_fedrod_are_those_of_its_two_losses(personal_trains_bod
     data = data._replace(counts=torch.tensor([3.0, 1, 4, 1, 5, 9]))
     grads, loss = gradients(made, v, data)
     net = {n: w.clone().requires_grad_() for n, w in v.shared.items()}
-    phi = {n.removeprefix("own."): w.clone().requires_grad_() for n, w in v.personal.items()}
+    phi = {n.removeprefix(".own."): w.clone().requires_grad_() for n, w in v.personal.items()}
     z = made.model.features(net, data.x)
     g, p = made.model.classify(net, z), made.model.classify(phi, z)
     generic = F.cross_entropy(g + 0.7 * data.counts.log(), data.y)
@@ -309,12 +309,12 @@ def test_the_gradients_of_fedrod_are_those_of_its_two_losses(personal_trains_bod
     expected, leaked = derived(generic, net), derived(personal, net)
     if personal_trains_body:
         expected = {n: v + leaked[n] for n, v in expected.items()}
-    expected |= {f"own.{n}": v for n, v in derived(personal, phi).items()}
+    expected |= {f".own.{n}": v for n, v in derived(personal, phi).items()}
     small.assert_near(grads, expected)
     body = [n for n in net if made.model.role(n) == "body"]
     assert all(leaked[n].any() for n in body) and not leaked["9.weight"].any()
     error = (g + p).softmax(1) - F.one_hot(data.y, small.CLASSES)  # the closed form for phi
-    torch.testing.assert_close(grads["own.9.weight"], (error.T @ z / len(z)).detach())
+    torch.testing.assert_close(grads[".own.9.weight"], (error.T @ z / len(z)).detach())
 
 
 def test_a_class_that_a_client_lacks_gets_no_gradient_in_the_generic_head():
@@ -326,7 +326,7 @@ def test_a_class_that_a_client_lacks_gets_no_gradient_in_the_generic_head():
         grads, loss = gradients(made, v, given)
         assert torch.isfinite(loss) and all(torch.isfinite(g).all() for g in grads.values())
         assert not grads["9.weight"][absent].any() and not grads["9.bias"][absent].any()
-        assert grads["own.9.bias"].all()
+        assert grads[".own.9.bias"].all()
     assert one_class.counts.count_nonzero() == 1
 
 
@@ -348,7 +348,7 @@ def test_the_first_prediction_of_fedrod_is_the_generic_one_or_its_double(head, f
     v, x = small.first(made), batch(made).x
     model = made.model.evaluating()
     torch.testing.assert_close(made.algorithm.logits(model, v, x), factor * model(v.shared, x))
-    assert made.model.initial["fc.weight"].data_ptr() != v.personal["own.fc.weight"].data_ptr()
+    assert made.model.initial["fc.weight"].data_ptr() != v.personal[".own.fc.weight"].data_ptr()
 
 
 def test_fedrod_refuses_a_network_that_does_not_end_in_a_linear():

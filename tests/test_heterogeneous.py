@@ -103,7 +103,7 @@ def taught(algorithm, network="bn_net", lacking=(2,)):
     made = small.trainer(algorithm, network)
     v = small.first(made)
     shared = {n: numbers(*w.shape, at=7, dtype=torch.float64).abs() + 0.1 for n, w in v.shared.items()}
-    count = "class.shares" if isinstance(algorithm, FedProto) else "class.holders"
+    count = ".class.shares" if isinstance(algorithm, FedProto) else ".class.holders"
     shared[count] = torch.full((small.CLASSES,), 2.0, dtype=torch.float64)
     shared[count][list(lacking)] = 0
     return made, Vars(shared, double(v.personal))
@@ -241,14 +241,14 @@ def test_lg_fedavg_with_one_network_is_fedper_that_keeps_the_body(stacked, parti
         mine = small.played(*small.experiment(LGFedAvg(**fields), **how), 2)
         other = small.played(*small.experiment(FedPer(personal=body, **fields), **how), 2)
         assert small.equal(mine.personal, other.personal)
-        assert small.equal({n.replace("head.", "fc."): v for n, v in mine.shared.items()}, other.shared)
+        assert small.equal({n.replace(".head.", "fc."): v for n, v in mine.shared.items()}, other.shared)
 
 
 @PATHS
 def test_lg_fedavg_of_one_client_is_fedavg(stacked):
     how = {"network": "bn_net", "sizes": (12,), "stacked": stacked}
     mine, plain = (small.played(*small.experiment(a, **how), 2) for a in (LGFedAvg(), FedAvg()))
-    whole = {n: v[0] for n, v in mine.personal.items()} | {n.replace("head.", "fc."): v for n, v in mine.shared.items()}
+    whole = {n: v[0] for n, v in mine.personal.items()} | {n.replace(".head.", "fc."): v for n, v in mine.shared.items()}
     assert small.equal({n: whole[n] for n in plain.shared}, plain.shared)
 
 
@@ -257,7 +257,7 @@ def test_the_heads_of_different_networks_are_averaged_and_their_bodies_are_not(w
     run, state = small.experiment(LGFedAvg(weights=weights), MIXED, participation=0.8)
     begin, done = state.shared, trained(run, state)
     after = small.played(run, state, 1)
-    assert list(after.shared) == ["head.weight", "head.bias"] and len(done) == 4
+    assert list(after.shared) == [".head.weight", ".head.bias"] and len(done) == 4
     share = {c: run.weight_N[c] / sum(run.weight_N[k] for k in done) for c in done}
     assert len(set(share.values())) == (1 if weights == "uniform" else 3)
     for name, value in after.shared.items():
@@ -270,14 +270,14 @@ def test_the_heads_of_different_networks_are_averaged_and_their_bodies_are_not(w
         assert set(d.end.personal) == {n for n in model.leaves if model.role(n) != "head"}
         w = run.algorithm.weights_of(model, Vars(after.shared, d.end.personal))
         assert list(w) == list(model.initial) or set(w) == set(model.initial)
-        assert torch.equal(w[f"{model.head}.weight"], after.shared["head.weight"])
+        assert torch.equal(w[f"{model.head}.weight"], after.shared[".head.weight"])
 
 
 def test_all_networks_begin_with_the_head_of_the_first():
     run, state = small.experiment(LGFedAvg(), MIXED)
-    assert torch.equal(state.shared["head.weight"], small.model("cnn").initial["9.weight"])
+    assert torch.equal(state.shared[".head.weight"], small.model("cnn").initial["9.weight"])
     done = trained(run, state)
-    assert all(torch.equal(d.start.shared["head.weight"], state.shared["head.weight"]) for d in done.values())
+    assert all(torch.equal(d.start.shared[".head.weight"], state.shared[".head.weight"]) for d in done.values())
 
 
 def test_lg_fedavg_sends_the_head_up_and_down():
@@ -341,7 +341,7 @@ def test_the_pull_of_fedproto_has_the_gradient_of_its_closed_form(network, lam):
     made, v, batch, grads, value = term_alone(FedProto(), network, lam=lam)
     leaves = {n: v.personal[n].clone().requires_grad_(n in grads) for n in made.model.initial}
     z = made.model.features(leaves, batch.x)
-    P = v.shared["class.means"] / 2  # the shares are 2
+    P = v.shared[".class.means"] / 2  # the shares are 2
     gap = torch.stack([(z[b] - P[y]) * (y != 2) for b, y in enumerate(batch.y.tolist())]).detach()
     assert value == pytest.approx(lam * gap.square().sum().item() / (5 * 5))
     how = {"allow_unused": True, "materialize_grads": True}  # the head has no part in it
@@ -357,7 +357,7 @@ def test_the_distillation_of_fd_has_the_gradient_of_its_closed_form(network, fie
     made, v, batch, grads, value = term_alone(FD(), network, **fields)
     leaves = {n: v.personal[n].clone().requires_grad_(n in grads) for n in made.model.initial}
     o = made.model(leaves, batch.x)
-    zhat = v.shared["class.outputs"] / 2  # two other holders
+    zhat = v.shared[".class.outputs"] / 2  # two other holders
     zhat = zhat.softmax(1) if "outputs" in fields else zhat
     q = torch.stack([zhat[y] * (y != 2) for y in batch.y.tolist()])
     assert value == pytest.approx(-fields["gamma"] * (q * o.log_softmax(1)).sum().item() / 5)
@@ -471,8 +471,8 @@ def judged(among, own, known=(1, 1, 1, 0, 1, 0)):
     model, x = made.model.evaluating(), numbers(40, *small.SHAPE)
     z = model.features(model.initial, x)
     P = z[:6] * torch.tensor(known)[:, None]
-    shared = {"class.means": P * shares[:, None], "class.shares": shares}
-    v = Vars(shared, v.personal | {"own.classes": torch.tensor(own).float()})
+    shared = {".class.means": P * shares[:, None], ".class.shares": shares}
+    v = Vars(shared, v.personal | {".own.classes": torch.tensor(own).float()})
     return algorithm.logits(model, v, x), -(z[:, None] - P).square().mean(2)
 
 
@@ -506,7 +506,7 @@ def test_a_round_judges_by_the_new_prototypes_and_right_after_training_by_the_cl
         model, tests = trainer.model.evaluating(), trainer.feed.test([client], 0, trainer.feed.test_size(client))
         z = model.features({n: w for n, w in d.end.personal.items() if n in model.leaves}, tests.x[0])
         mine = sorted(held(run, client))
-        assert torch.equal(d.end.personal["own.classes"].nonzero().flatten(), torch.tensor(mine))
+        assert torch.equal(d.end.personal[".own.classes"].nonzero().flatten(), torch.tensor(mine))
         for shared, column in ((state.shared, "accuracy_aggregated"), (d.end.shared, "accuracy_trained")):
             P, _ = prototypes(shared)
             right = torch.tensor(mine)[torch.cdist(z, P[mine]).argmin(1)] == tests.y[0]
@@ -538,7 +538,7 @@ def test_a_client_learns_from_the_mean_output_of_the_others(outputs, what, parti
             counts = kind.trainer.feed.survey([client], whole=True).counts[0]
             zhat, holders = run.algorithm.others(Vars(state.shared, own), counts, round_)
             sat_out += client not in done
-            came_back += client not in done and bool(own["own.round"])
+            came_back += client not in done and bool(own[".own.round"])
             for label in range(6):
                 others = [c for c in done if c != client and label in held(run, c)]
                 assert holders[label] == len(others)
@@ -574,11 +574,11 @@ def test_fd_of_one_client_is_local(stacked):
 def test_the_outputs_of_alike_clients_are_those_of_each():
     run, state = small.experiment(FD(), "cnn", sizes=(6, 6, 6), same_sample=True)
     done, state = trained(run, state), small.played(run, state, 1)
-    total = 3 * done[0].end.shared["class.outputs"]
-    torch.testing.assert_close(state.shared["class.outputs"], total)
-    rows = state.shared["class.outputs"].sum(1)
-    torch.testing.assert_close(rows, state.shared["class.holders"])  # probabilities add up to one
-    assert state.shared["class.holders"].sum() == 3
+    total = 3 * done[0].end.shared[".class.outputs"]
+    torch.testing.assert_close(state.shared[".class.outputs"], total)
+    rows = state.shared[".class.outputs"].sum(1)
+    torch.testing.assert_close(rows, state.shared[".class.holders"])  # probabilities add up to one
+    assert state.shared[".class.holders"].sum() == 3
 
 
 @pytest.mark.parametrize("participation", [1.0, 0.6])

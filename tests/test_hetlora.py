@@ -29,11 +29,11 @@ def ranks_of(moment):
 def pair(*rank_and_sides, at=0):
     """{leaf: float64} of one layer: A [r, d_in], B [d_out, r]."""
     r, d_out, d_in = rank_and_sides
-    return {"w.A": numbers(r, d_in, at=f"A{at}"), "w.B": numbers(d_out, r, at=f"B{at}")}
+    return {"w..A": numbers(r, d_in, at=f"A{at}"), "w..B": numbers(d_out, r, at=f"B{at}")}
 
 
 def of_rank(r, tree):
-    return Vars(tree, {"lora_rank": torch.tensor(float(r), dtype=torch.float64)})
+    return Vars(tree, {".lora_rank.": torch.tensor(float(r), dtype=torch.float64)})
 
 
 # The mean
@@ -82,7 +82,7 @@ def test_clients_of_equal_ranks_and_norms_and_samples_are_those_of_fedit():
     before, ends, after = one_round(HetLoRA(**how), alike, counts=(4, 4, 4))
     near(after, served(FedIT(**how), before, ends, counts=(4, 4, 4)))
     _, ends, other = one_round(HetLoRA(**how), counts=(4, 4, 4))
-    assert (other["7.weight.A"] - served(FedIT(**how), before, ends, counts=(4, 4, 4))["7.weight.A"]).norm() > 1e-3
+    assert (other["7.weight..A"] - served(FedIT(**how), before, ends, counts=(4, 4, 4))["7.weight..A"]).norm() > 1e-3
 
 
 def test_clients_without_any_product_count_alike():
@@ -102,7 +102,7 @@ def test_a_client_without_a_product_counts_for_nothing_beside_others():
         return [(start, end._replace(shared=end.shared | {n: 0 * v for n, v in end.shared.items() if n.endswith(".B")})), *others]
 
     _, ends, after = one_round(HetLoRA(**HOW), first_still)
-    assert (after["7.weight.A"][2].norm() / ends[0][1].shared["7.weight.A"][2].norm()) < 1e-6  # it alone has the third
+    assert (after["7.weight..A"][2].norm() / ends[0][1].shared["7.weight..A"][2].norm()) < 1e-6  # it alone has the third
 
 
 def test_the_first_components_of_padded_factors_are_the_factors():
@@ -145,13 +145,13 @@ def test_the_penalty_has_the_gradient_of_its_formula():
 def test_where_a_norm_is_zero_the_gradient_is_finite(zero, stacked):
     algorithm = HetLoRA(gamma=0.5)
     tree = {n: 0 * v if n[-1] in zero else v for n, v in pair(4, 3, 5).items()}
-    gradient = grad(lambda t, r: algorithm.tail(Vars(t, {"lora_rank": r})))
+    gradient = grad(lambda t, r: algorithm.tail(Vars(t, {".lora_rank.": r})))
     rank = torch.tensor(4.0)
     found = gradient(tree, rank)
     if stacked:
         found = {n: v[0] for n, v in vmap(gradient)(tmap(lambda v: v[None], tree), rank[None]).items()}
     assert all(torch.isfinite(v).all() for v in found.values())
-    other = {"A": "w.B", "B": "w.A"}.get(zero)
+    other = {"A": "w..B", "B": "w..A"}.get(zero)
     assert all((v == 0).all() for n, v in found.items() if n == other or zero == "AB")
 
 
@@ -179,14 +179,14 @@ def test_a_client_prunes_when_its_tail_has_become_smaller_and_then_alone():
     start = pair(4, 3, 5)
     for factor, kept in ((0.9, 2), (1.0, 4), (1.1, 4)):
         end = {n: v.clone() for n, v in start.items()}
-        end["w.A"][2:4] *= factor
-        end["w.A"][:2] /= factor  # what is not the tail has no say
+        end["w..A"][2:4] *= factor
+        end["w..A"][:2] /= factor  # what is not the tail has no say
         done = algorithm.finish(None, None, of_rank(4, start), of_rank(4, end), None)
-        assert done.personal["lora_rank"] == kept
+        assert done.personal[".lora_rank."] == kept
         assert equal(done.shared, components(end, 0, kept))
-    assert (components(start, 0, 2)["w.A"][2:] == 0).all() and (components(start, 0, 2)["w.B"][:, 2:] == 0).all()
-    assert torch.equal(components(start, 0, 2)["w.A"][:2], start["w.A"][:2])
-    assert torch.equal(components(start, 0, 2)["w.B"][:, :2], start["w.B"][:, :2])
+    assert (components(start, 0, 2)["w..A"][2:] == 0).all() and (components(start, 0, 2)["w..B"][:, 2:] == 0).all()
+    assert torch.equal(components(start, 0, 2)["w..A"][:2], start["w..A"][:2])
+    assert torch.equal(components(start, 0, 2)["w..B"][:, :2], start["w..B"][:, :2])
 
 
 def test_clients_of_a_stack_prune_each_for_itself():
@@ -194,9 +194,9 @@ def test_clients_of_a_stack_prune_each_for_itself():
     ends = [tmap(lambda v, f=f: f * v, tree) for f, tree in zip((0.9, 1.1, 0.9), starts)]
     stack = lambda trees: {n: torch.stack([t[n] for t in trees]) for n in trees[0]}
     ranks = torch.tensor([4.0, 4.0, 3.0], dtype=torch.float64)
-    finish = lambda s, e, r: algorithm.finish(None, None, Vars(s, {"lora_rank": r}), Vars(e, {"lora_rank": r}), None)[:2]
+    finish = lambda s, e, r: algorithm.finish(None, None, Vars(s, {".lora_rank.": r}), Vars(e, {".lora_rank.": r}), None)[:2]
     shared, personal = vmap(finish)(stack(starts), stack(ends), ranks)
-    assert personal["lora_rank"].tolist() == [2, 4, 1]
+    assert personal[".lora_rank."].tolist() == [2, 4, 1]
     for row, (end, r) in enumerate(zip(ends, (2, 4, 1))):
         assert equal({n: v[row] for n, v in shared.items()}, components(end, 0, r))
 
@@ -216,10 +216,10 @@ def test_ranks_never_rise_nor_fall_below_the_minimum_and_pruned_components_stay_
         members = parts.run.by_kind[number]
         rows = {n: moments[-1].personal[kind.prefix + n] for n in kind.first.personal}
         for row, done in enumerate(kind.trainer.train(members, moments[-1].shared, rows, 6)):
-            r = int(rows["lora_rank"][row])  # before the round
+            r = int(rows[".lora_rank."][row])  # before the round
             for v in (done.start, done.end):
                 assert equal(v.shared, components(v.shared, 0, r))
-            trained = components(done.end.shared, 0, int(done.end.personal["lora_rank"]))
+            trained = components(done.end.shared, 0, int(done.end.personal[".lora_rank."]))
             assert equal(done.end.shared, trained)
             assert all((v != 0).any() for n, v in trained.items() if is_factor(n))
 
@@ -255,7 +255,7 @@ def test_a_stack_with_pruned_clients_equals_the_loop():
 
 def test_a_rank_is_at_most_the_components_of_the_largest_layer():
     model, first = begun(HetLoRA(lora_ranks=(50,)))
-    assert first.personal["lora_rank"] == 9 == max(len(v) for n, v in first.shared.items() if n.endswith(".A"))
+    assert first.personal[".lora_rank."] == 9 == max(len(v) for n, v in first.shared.items() if n.endswith(".A"))
 
 
 # The client's own model

@@ -45,7 +45,7 @@ def slope(made, w, data):
 
 
 def owned(tree):
-    return {n.removeprefix("own."): v for n, v in tree.items() if n.startswith("own.")}
+    return {n.removeprefix(".own."): v for n, v in tree.items() if n.startswith(".own.")}
 
 
 def gap(a, b):
@@ -62,7 +62,7 @@ def moved_rows(made, scale=0.05):
     v = small.first(made)
     rows = small.rows(v.personal, 5)
     return v.shared, {
-        n: w + scale * numbers(*w.shape).abs() if n != "mix.alpha" else w for n, w in rows.items()
+        n: w + scale * numbers(*w.shape).abs() if n != ".mix.alpha" else w for n, w in rows.items()
     }
 
 
@@ -99,7 +99,7 @@ def test_apfl_with_alpha_zero_predicts_by_the_shared_model_and_moves_no_paramete
     begin = small.copy(state.personal)
     state = small.played(run, state, 2)
     for n, v in parameters(run.trainer, state.shared).items():
-        assert torch.equal(state.personal[f"own.{n}"], begin[f"own.{n}"])
+        assert torch.equal(state.personal[f".own.{n}"], begin[f".own.{n}"])
         mine = Vars(state.shared, {m: w[1] for m, w in state.personal.items()})
         assert torch.equal(run.algorithm.weights_of(run.trainer.model, mine)[n], v)
 
@@ -107,13 +107,13 @@ def test_apfl_with_alpha_zero_predicts_by_the_shared_model_and_moves_no_paramete
 def test_the_gradients_of_alpha_and_v_are_those_of_the_paper():
     made = small.trainer(APFL(alpha=0.3))
     v = small.first(made)
-    alpha = {"mix.alpha": torch.tensor(0.3).double()}
+    alpha = {".mix.alpha": torch.tensor(0.3).double()}
     now = Vars(
         doubles(v.shared, 1), doubles({n: w for n, w in v.personal.items() if n not in alpha}, 2) | alpha
     )
     own, data = owned(now.personal), batch(made)
     vbar = {
-        n: now.personal["mix.alpha"] * own[n] + (1 - now.personal["mix.alpha"]) * w
+        n: now.personal[".mix.alpha"] * own[n] + (1 - now.personal[".mix.alpha"]) * w
         for n, w in now.shared.items()
     }
     g = slope(made, vbar, data)
@@ -125,11 +125,11 @@ def test_the_gradients_of_alpha_and_v_are_those_of_the_paper():
         found = dict(zip(leaves, torch.autograd.grad(step.loss(now, now, data), list(leaves.values()))))
         for leaf in leaves.values():
             leaf.requires_grad_(False)
-        if "mix.alpha" in found:
+        if ".mix.alpha" in found:
             expected = sum(((own[n] - now.shared[n]) * g[n]).sum() for n in g)
-            assert list(found) == ["mix.alpha"] and abs(found["mix.alpha"] - expected) < 1e-12
+            assert list(found) == [".mix.alpha"] and abs(found[".mix.alpha"] - expected) < 1e-12
         else:
-            assert gap(owned(found), {n: now.personal["mix.alpha"] * w for n, w in g.items()}) < 1e-12
+            assert gap(owned(found), {n: now.personal[".mix.alpha"] * w for n, w in g.items()}) < 1e-12
 
 
 @PATHS
@@ -145,7 +145,7 @@ def test_alpha_moves_once_a_round_on_one_batch_of_its_own(stacked, decay):
         g = slope(made, {n: 0.5 * own[n] + 0.5 * shared[n] for n in own}, data)
         along = float(sum(((own[n] - shared[n]) * g[n]).sum() for n in g)) + decay * 0.5
         assert abs(0.05 * along) > 1e-5
-        assert float(done.end.personal["mix.alpha"]) == pytest.approx(0.5 - 0.05 * along, abs=1e-6)
+        assert float(done.end.personal[".mix.alpha"]) == pytest.approx(0.5 - 0.05 * along, abs=1e-6)
 
 
 @PATHS
@@ -159,7 +159,7 @@ def test_alpha_goes_to_the_better_model_and_stays_between_zero_and_one(stacked):
         for n, g in slope(
             made, v.shared, batch(made, client, "alpha 0", width=width, dtype=torch.float32)
         ).items():
-            rows[f"own.{n}"][client] -= (-1) ** client * 0.05 * g
+            rows[f".own.{n}"][client] -= (-1) ** client * 0.05 * g
 
     @dataclass(frozen=True)
     class Mixing(APFL):
@@ -167,7 +167,7 @@ def test_alpha_goes_to_the_better_model_and_stays_between_zero_and_one(stacked):
             return (mixing,)
 
     ends = replace(made, algorithm=Mixing()).train(CLIENTS, v.shared, rows, 0)
-    assert [float(done.end.personal["mix.alpha"]) for done in ends] == [1.0, 0.0, 1.0, 0.0, 1.0]
+    assert [float(done.end.personal[".mix.alpha"]) for done in ends] == [1.0, 0.0, 1.0, 0.0, 1.0]
 
 
 @PATHS
@@ -176,7 +176,7 @@ def test_the_step_on_alpha_moves_no_statistics(stacked):
     one, other = (ended(APFL(adaptive=a), "bn_net", 1, stacked=stacked).personal for a in (True, False))
     assert small.equal(one, other)
     one, other = (ended(APFL(adaptive=a), "bn_net", 3, stacked=stacked).personal for a in (True, False))
-    assert len(set(one["mix.alpha"].tolist())) == 5 and set(other["mix.alpha"].tolist()) == {0.5}
+    assert len(set(one[".mix.alpha"].tolist())) == 5 and set(other[".mix.alpha"].tolist()) == {0.5}
 
 
 def test_v_and_w_step_at_the_same_time():
@@ -236,7 +236,7 @@ def test_the_pull_of_pfedme_has_the_gradient_of_half_a_square():
         values = [step.loss(now, now, batch(m)) for step in (inner, outer)]
         found.append([torch.autograd.grad(value, list(half.values())) for value, half in zip(values, rows)])
         names = list(rows[1])
-    delta = {n: (now.personal[f"own.{n}"] - now.shared[n]).detach() for n in names}
+    delta = {n: (now.personal[f".own.{n}"] - now.shared[n]).detach() for n in names}
     inner, outer = ([a - b for a, b in zip(*pair)] for pair in zip(*found))
     assert gap(dict(zip(names, inner)), {n: 0.7 * d for n, d in delta.items()}) < 1e-12
     assert gap(dict(zip(names, outer)), {n: -0.7 * d for n, d in delta.items()}) < 1e-12
@@ -438,7 +438,7 @@ def test_a_client_outside_the_cohort_keeps_what_it_has(algorithm, stacked):
         moved = [
             not torch.equal(v[client], before[n][client])
             for n, v in state.personal.items()
-            if n != "mix.alpha"
+            if n != ".mix.alpha"
         ]
         assert all(moved) if client in chosen else not any(moved)
 

@@ -157,8 +157,8 @@ def test_likeness_is_that_of_the_keys_themselves():
 
 
 def test_leaves_under_a_prefix_are_those_that_were_put_there():
-    w = {"a": numbers(3), "own.a": numbers(5)}  # a network may have a layer of that name
-    assert small.equal(under({"b": w["a"]} | prefixed(w, "own."), "own."), w)
+    w = {"a": numbers(3), ".own.a": numbers(5)}  # a network may have a layer of that name
+    assert small.equal(under({"b": w["a"]} | prefixed(w, ".own."), ".own."), w)
 
 
 # FedAMP
@@ -292,10 +292,10 @@ def test_the_cloud_models_are_the_mix_of_the_trained_parameters(stacked, how):
     xi = direct_xi(rows, algorithm, 1)
     assert (xi - torch.eye(5)).abs().max() > 0.05
     for client, at in run.row_of.items():
-        cloud = {n.removeprefix("cloud."): v[at] for n, v in after.personal.items() if n.startswith("cloud.")}
+        cloud = {n.removeprefix(".cloud."): v[at] for n, v in after.personal.items() if n.startswith(".cloud.")}
         assert list(cloud) == list(parameters(run.trainer))  # no statistics
         torch.testing.assert_close(flat(cloud), (xi[client] @ rows.double()).float(), rtol=1e-6, atol=1e-8)
-        own = {n: v[at] for n, v in after.personal.items() if not n.startswith("cloud.")}
+        own = {n: v[at] for n, v in after.personal.items() if not n.startswith(".cloud.")}
         assert small.equal(own, {n: done[client].end.personal[n] for n in own})  # own start: w stays
 
 
@@ -304,7 +304,7 @@ def test_the_cloud_model_stays_where_it_is_while_its_client_trains(stacked):
     run, state = small.experiment(FedAMP(alpha=0.5), "bn_net", stacked=stacked)
     for done in trained(run, small.played(run, state, 1)).values():
         for name in parameters(run.trainer):
-            assert torch.equal(done.end.personal[f"cloud.{name}"], done.start.personal[f"cloud.{name}"])
+            assert torch.equal(done.end.personal[f".cloud.{name}"], done.start.personal[f".cloud.{name}"])
             assert not torch.equal(done.end.personal[name], done.start.personal[name])
 
 
@@ -313,7 +313,7 @@ def test_identical_clients_of_fedamp_are_their_own_cloud(how):
     run, state = small.experiment(FedAMP(**how), sizes=(6, 6, 6), same_sample=True, group_size=1)
     state = small.played(run, state, 2)
     for name, value in parameters(run.trainer).items():
-        assert torch.equal(state.personal[f"cloud.{name}"], state.personal[name])
+        assert torch.equal(state.personal[f".cloud.{name}"], state.personal[name])
         assert not torch.equal(state.personal[name][0], value)
 
 
@@ -328,9 +328,9 @@ def test_training_starts_at_the_own_model_or_at_the_cloud(stacked):
         for client, done in trained(run, state).items():
             at = run.row_of[client]
             for name in run.trainer.model.initial:
-                there = f"cloud.{name}" if start == "cloud" and f"cloud.{name}" in before else name
+                there = f".cloud.{name}" if start == "cloud" and f".cloud.{name}" in before else name
                 assert torch.equal(done.start.personal[name], before[there][at])
-        assert any((before[f"cloud.{n}"] != before[n]).any() for n in parameters(run.trainer))
+        assert any((before[f".cloud.{n}"] != before[n]).any() for n in parameters(run.trainer))
 
 
 def test_fedamp_sends_its_parameters_up_and_receives_as_many():
@@ -443,10 +443,10 @@ def test_with_all_entries_critical_the_mix_is_the_uniform_mean():
     for name, value in after.shared.items():
         w = torch.stack([done[c].end.shared[name] for c in range(5)]).double()
         uniform = w.mean(0).float()
-        torch.testing.assert_close(after.personal[f"own.{name}"], uniform.expand_as(w), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(after.personal[f".own.{name}"], uniform.expand_as(w), rtol=1e-6, atol=1e-8)
         p = torch.tensor([11, 7, 6, 5, 3]).double().view(5, *[1] * (w.dim() - 1)) / 32
         torch.testing.assert_close(value, (p * w).sum(0).float(), rtol=1e-6, atol=1e-8)
-        assert after.personal[f"critical.{name}"].all()
+        assert after.personal[f".critical.{name}"].all()
 
 
 @PATHS
@@ -501,7 +501,7 @@ def test_beyond_beta_critical_entries_are_the_clients_own():
     begun = trained(run, after)
     for c in range(5):
         for name in parameters(run.trainer):
-            mask = after.personal[f"critical.{name}"][run.row_of[c]]
+            mask = after.personal[f".critical.{name}"][run.row_of[c]]
             start = begun[c].start.shared[name]
             assert torch.equal(start[mask], done[c].end.shared[name][mask])
             assert torch.equal(start[~mask], after.shared[name][~mask])
@@ -522,7 +522,7 @@ def test_statistics_of_fedcac_stay_or_are_averaged():
         state = small.played(run, state, 1)
         assert stats <= set(state.shared if bn_stats == "mean" else state.personal) and len(stats) == 12
         assert (stats & set(run.upload.shapes)) == (stats if bn_stats == "mean" else set())
-        assert not any(f"{prefix}.{n}" in state.personal for n in stats for prefix in ("own", "critical"))
+        assert not any(f".{prefix}.{n}" in state.personal for n in stats for prefix in ("own", "critical"))
         if bn_stats == "local":
             assert all((state.personal[n][0] != state.personal[n][1]).any() for n in stats)
 
@@ -620,8 +620,8 @@ def test_the_pull_has_gradient_two_times_the_gap_over_its_numbers(padded):
 def test_the_pull_reaches_the_body_and_not_the_head():
     made = small.trainer(FedPAC(lam=2.0), "bn_net")
     start = small.first(made)
-    means, shares = numbers(*start.personal["own.means"].shape), torch.full((small.CLASSES,), 0.1)
-    now = Vars(start.shared | {"class.means": means, "class.shares": shares}, start.personal)
+    means, shares = numbers(*start.personal[".own.means"].shape), torch.full((small.CLASSES,), 0.1)
+    now = Vars(start.shared | {".class.means": means, ".class.shares": shares}, start.personal)
     grads, values = {}, {}
     for lam in (0.0, 2.0):
         phase = FedPAC(lam=lam).phases(made.model, made.settings, 1)[1]
@@ -661,9 +661,9 @@ def test_h_and_v_are_those_of_the_paper(network, stacked):
         v = Vars(state.shared, row(state.personal, run.row_of[client]))
         h, variance = direct_statistics(model, run.algorithm.weights_of(model, v), data.x[0], data.y[0], 6)
         found = done.start.personal
-        torch.testing.assert_close(found["own.means"].double(), h, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(found["own.variance"][0].double(), variance, rtol=1e-4, atol=1e-7)
-        assert torch.equal(done.end.personal["own.means"], found["own.means"])  # before training, not after
+        torch.testing.assert_close(found[".own.means"].double(), h, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[".own.variance"][0].double(), variance, rtol=1e-4, atol=1e-7)
+        assert torch.equal(done.end.personal[".own.means"], found[".own.means"])  # before training, not after
         assert variance > 0
 
 
@@ -690,15 +690,15 @@ def test_the_class_means_are_those_of_all_samples_of_the_cohort(participation):
         labels.append(data.y[0])
     z, y = torch.cat(features), torch.cat(labels)
     batch = Batch(None, None, None, None, torch.tensor([0, 3, 0, 5, 2, 1.0]))
-    own = numbers(*after.shared["class.means"].shape, at=5)
-    found = class_means(Vars(after.shared, {"own.means": own}), batch)
+    own = numbers(*after.shared[".class.means"].shape, at=5)
+    found = class_means(Vars(after.shared, {".own.means": own}), batch)
     for k in range(6):
         if (y == k).any():
             torch.testing.assert_close(found[k], z[y == k].mean(0), rtol=1e-5, atol=1e-6)
         elif batch.counts[k]:
             torch.testing.assert_close(found[k], own[k] * 11 / batch.counts[k])
     nobody = class_means(
-        Vars({n: torch.zeros_like(v) for n, v in after.shared.items()}, {"own.means": own}), batch
+        Vars({n: torch.zeros_like(v) for n, v in after.shared.items()}, {".own.means": own}), batch
     )
     torch.testing.assert_close(nobody[3], own[3] * 11 / 5)
     assert torch.isfinite(nobody).all() and len(y.unique()) >= 4
@@ -783,7 +783,7 @@ def test_identical_clients_share_heads_evenly():
     run, state = small.experiment(FedPAC(), "bn_net", sizes=(6, 6, 6), same_sample=True, group_size=1)
     state = small.played(run, state, 2)
     assert all(torch.equal(v[0], v[1]) and torch.equal(v[0], v[2]) for v in state.personal.values())
-    h, variance = state.personal["own.means"].flatten(1), state.personal["own.variance"]
+    h, variance = state.personal[".own.means"].flatten(1), state.personal[".own.variance"]
     weights = FedPAC().mix(gram_of(h - h.mean(0)), variance.double(), 0)
     torch.testing.assert_close(weights, torch.full((3, 3), 1 / 3).double(), rtol=1e-6, atol=0)
 

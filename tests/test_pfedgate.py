@@ -48,7 +48,7 @@ class Open(PFedGate):
     """A gate that multiplies by one."""
 
     def multipliers(self, model, personal, batch):
-        return torch.ones_like(personal["seen.M"])
+        return torch.ones_like(personal[".seen.M"])
 
 
 @NETWORKS
@@ -70,7 +70,7 @@ def test_a_gate_that_learns_is_not_fedavg_and_differs_between_clients(stacked, s
         run, state = small.experiment(algorithm, "bn_net", stacked=stacked)
         ends.append(small.played(run, state, 2))
     assert min((v - ends[0].shared[n]).abs().max() for n, v in ends[1].shared.items()) > 1e-4
-    for name in ("gate.weight", "gate.out.bias", "seen.M", "seen.in.mean", "seen.out.var"):
+    for name in (".gate.weight", ".gate.out.bias", ".seen.M", ".seen.in.mean", ".seen.out.var"):
         gaps = [
             (ends[0].personal[name][a] - ends[0].personal[name][b]).abs().max()
             for a in range(5)
@@ -197,14 +197,14 @@ class Reference(nn.Module):
 
 
 def reference(v):
-    gate = Reference(3, 105, len(v.personal["seen.M"]))
+    gate = Reference(3, 105, len(v.personal[".seen.M"]))
     p = v.personal
     with torch.no_grad():
-        gate.weight.copy_(p["gate.in.weight"]), gate.means.copy_(p["gate.in.means"])
-        gate.vars.copy_(p["gate.in.vars"]), gate.linear.weight.copy_(p["gate.weight"])
-        gate.norm.weight.copy_(p["gate.out.weight"]), gate.norm.bias.copy_(p["gate.out.bias"])
-        gate.mean.copy_(p["seen.in.mean"]), gate.var.copy_(p["seen.in.var"])
-        gate.norm.running_mean.copy_(p["seen.out.mean"]), gate.norm.running_var.copy_(p["seen.out.var"])
+        gate.weight.copy_(p[".gate.in.weight"]), gate.means.copy_(p[".gate.in.means"])
+        gate.vars.copy_(p[".gate.in.vars"]), gate.linear.weight.copy_(p[".gate.weight"])
+        gate.norm.weight.copy_(p[".gate.out.weight"]), gate.norm.bias.copy_(p[".gate.out.bias"])
+        gate.mean.copy_(p[".seen.in.mean"]), gate.var.copy_(p[".seen.in.var"])
+        gate.norm.running_mean.copy_(p[".seen.out.mean"]), gate.norm.running_var.copy_(p[".seen.out.var"])
     return gate  # its linear.bias is not ours: it must change nothing in training
 
 
@@ -213,25 +213,25 @@ def test_the_gate_is_the_official_one_in_training_with_its_gradients_and_statist
     v, x = moving(made), 1 + 2 * numbers(6, *small.SHAPE)
     gate, ours = (
         reference(v),
-        {n: w.clone().requires_grad_(n.startswith("gate.")) for n, w in v.personal.items()},
+        {n: w.clone().requires_grad_(n.startswith(".gate.")) for n, w in v.personal.items()},
     )
     M, expected = open_gate(ours, x, None, True), gate.train()(x)
     torch.testing.assert_close(M, expected, rtol=1e-4, atol=1e-6)
     weights = numbers(len(M), at=3)
-    learnt = [n for n in ours if n.startswith("gate.")]
+    learnt = [n for n in ours if n.startswith(".gate.")]
     grads = dict(zip(learnt, torch.autograd.grad((weights * M).sum(), [ours[n] for n in learnt])))
     (weights * expected).sum().backward()
     pairs = {
-        "gate.weight": gate.linear.weight, "gate.in.weight": gate.weight, "gate.in.means": gate.means,
-        "gate.in.vars": gate.vars, "gate.out.weight": gate.norm.weight, "gate.out.bias": gate.norm.bias,
+        ".gate.weight": gate.linear.weight, ".gate.in.weight": gate.weight, ".gate.in.means": gate.means,
+        ".gate.in.vars": gate.vars, ".gate.out.weight": gate.norm.weight, ".gate.out.bias": gate.norm.bias,
     }  # fmt: skip
     assert set(pairs) == set(learnt)
     for name, value in pairs.items():
         torch.testing.assert_close(
             grads[name], value.grad, rtol=1e-3, atol=1e-4 * value.grad.abs().max().item()
         )
-    moved = {"seen.in.mean": gate.mean, "seen.in.var": gate.var, "seen.out.var": gate.norm.running_var}
-    moved["seen.out.mean"] = gate.norm.running_mean - 0.1 * gate.linear.bias
+    moved = {".seen.in.mean": gate.mean, ".seen.in.var": gate.var, ".seen.out.var": gate.norm.running_var}
+    moved[".seen.out.mean"] = gate.norm.running_mean - 0.1 * gate.linear.bias
     for name, value in moved.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
     assert gate.linear.bias.grad.abs().max() < 1e-6  # why there is none here
@@ -259,9 +259,9 @@ def test_padding_neither_opens_nor_moves_the_gate(training, real):
     for name, value in cut.items():
         torch.testing.assert_close(padded[name], value, rtol=1e-5, atol=1e-5)
     if training:
-        assert torch.equal(padded["seen.out.var"], v.personal["seen.out.var"]) == (real == 1)
+        assert torch.equal(padded[".seen.out.var"], v.personal[".seen.out.var"]) == (real == 1)
         if real == 1:
-            torch.testing.assert_close(found, v.personal["gate.out.bias"].sigmoid())
+            torch.testing.assert_close(found, v.personal[".gate.out.bias"].sigmoid())
 
 
 @PATHS
@@ -278,7 +278,7 @@ def test_the_gate_learns_at_its_own_rate(stacked):
             {n: v - done.start.personal[n] for n, v in done.end.personal.items()},
             done.end.shared,
         )
-    for name in ("gate.weight", "gate.in.weight", "gate.in.means", "gate.out.weight", "gate.out.bias"):
+    for name in (".gate.weight", ".gate.in.weight", ".gate.in.means", ".gate.out.weight", ".gate.out.bias"):
         torch.testing.assert_close(moves[0.1][0][name], 2 * moves[0.05][0][name], rtol=1e-3, atol=1e-6)
         assert moves[0.1][0][name].any()
     assert small.equal(moves[0.1][1], moves[0.05][1])  # theta's first step is of its own rate
@@ -293,7 +293,7 @@ def test_what_the_gate_keeps_of_the_data_does_not_decay(stacked):
         v = moving(made)
         (done,) = made.train([0], v.shared, small.rows(v.personal, 1), 0)
         kept.append(
-            {n: w.clone() for n, w in done.end.personal.items() if n.startswith("seen.") and n != "seen.M"}
+            {n: w.clone() for n, w in done.end.personal.items() if n.startswith(".seen.") and n != ".seen.M"}
         )
         assert not any(torch.equal(w, v.personal[n]) for n, w in kept[-1].items())
     assert small.equal(*kept) and len(kept[0]) == 4
@@ -306,7 +306,7 @@ def test_one_client_trains_as_with_two_torch_optimizers(stacked):
     made = small.trainer(algorithm, "bn_net", train=settings, samples=small.feed((10,)))
     v = small.first(made)
     theta = {n: w.clone().requires_grad_(made.model.role(n) != "stats") for n, w in v.shared.items()}
-    own = {n: w.clone().requires_grad_(n.startswith("gate.")) for n, w in v.personal.items()}
+    own = {n: w.clone().requires_grad_(n.startswith(".gate.")) for n, w in v.personal.items()}
     parts = [[w for w in tree.values() if w.requires_grad] for tree in (theta, own)]
     optimizers = [torch.optim.SGD(part, lr, momentum=0.9) for part, lr in zip(parts, (settings.lr, 0.2))]
     for epoch in range(2):
@@ -323,7 +323,7 @@ def test_one_client_trains_as_with_two_torch_optimizers(stacked):
                 optimizer.step()
     state = small.played(run, state, 1)
     small.assert_near(state.shared, {n: w.detach() for n, w in theta.items()})
-    found = {n: w[0] for n, w in state.personal.items() if n != "seen.M"}
+    found = {n: w[0] for n, w in state.personal.items() if n != ".seen.M"}
     small.assert_near(found, {n: own[n].detach() for n in found})
 
 
@@ -337,7 +337,7 @@ def test_a_client_predicts_with_the_multipliers_of_its_training_samples(stacked,
     for client, at in run.row_of.items():
         own = {n: v[at] for n, v in state.personal.items()}
         M = algorithm.multipliers(model, own, everything(run.trainer, client))
-        torch.testing.assert_close(own["seen.M"], M, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(own[".seen.M"], M, rtol=1e-5, atol=1e-6)
         v = Vars(state.shared, own)
         tests = run.trainer.feed.test([client], 0, run.trainer.feed.test_size(client))
         both = algorithm.logits(model, v, tests.x[0])
@@ -408,15 +408,15 @@ def test_dropped_runs_are_zero_and_the_others_as_without_a_budget(straight_throu
     algorithm = PFedGate(sparsity=0.5, straight_through=straight_through)
     made = small.trainer(algorithm, "bn_net")
     v, batch = moving(made), batch_of(made)
-    spread = {"gate.out.bias": 2 * numbers(len(v.personal["seen.M"])) - 1}
-    own = {n: w.clone().requires_grad_(n.startswith("gate.")) for n, w in (v.personal | spread).items()}
+    spread = {".gate.out.bias": 2 * numbers(len(v.personal[".seen.M"])) - 1}
+    own = {n: w.clone().requires_grad_(n.startswith(".gate.")) for n, w in (v.personal | spread).items()}
     sparse = algorithm.multipliers(made.model, own, batch)
     whole = PFedGate().multipliers(made.model, own, batch)
     stays = within_budget(cuts(made.model, 5), whole.detach().clamp(min=0.2), 0.3)
     assert 0 < stays.sum() < len(stays) and (whole[stays] < 0.2).any()  # first runs stay whatever their M
     assert torch.equal(sparse, whole * stays)
-    (grad,) = torch.autograd.grad(sparse.sum(), own["gate.out.bias"])
-    (plain,) = torch.autograd.grad(whole.sum(), own["gate.out.bias"])
+    (grad,) = torch.autograd.grad(sparse.sum(), own[".gate.out.bias"])
+    (plain,) = torch.autograd.grad(whole.sum(), own[".gate.out.bias"])
     passes = 1 + whole * (whole > 0.2) if straight_through else torch.ones_like(whole)
     torch.testing.assert_close(grad, (plain * passes * stays).detach(), rtol=1e-5, atol=1e-7)
 
@@ -441,8 +441,8 @@ def test_the_gate_does_not_travel(sparsity):
     run, state = small.experiment(PFedGate(sparsity=sparsity), "bn_net")
     initial = run.trainer.model.initial
     assert set(run.upload.shapes) == set(initial) == set(state.shared) and run.mixing is None
-    assert all(n.startswith(("gate.", "seen.")) for n in state.personal)
-    runs = len(state.personal["seen.M"][0])
+    assert all(n.startswith((".gate.", ".seen.")) for n in state.personal)
+    runs = len(state.personal[".seen.M"][0])
     assert numel({n: v[0] for n, v in state.personal.items()}) == runs * 105 + 5 * runs + 3 * 3 + 6
     _, metrics, _ = play(run, state, evaluate=False, stop=False)
     assert metrics["bytes_up"] == metrics["bytes_down"] == 5 * 4 * numel(initial)

@@ -35,8 +35,8 @@ def of(place="matrix", **fields):
 
 def woken(v, scale=0.3):
     """The same variables with an adapter that does something: B is not 0."""
-    B = v.shared["adapter.B"]
-    return v._replace(shared=v.shared | {"adapter.B": scale * torch.randn(B.shape, generator=rng(5, "B"))})
+    B = v.shared[".adapter..B"]
+    return v._replace(shared=v.shared | {".adapter..B": scale * torch.randn(B.shape, generator=rng(5, "B"))})
 
 
 def batch(made, client=0, width=5):
@@ -103,7 +103,7 @@ def test_the_first_phase_moves_the_network_alone_and_the_second_the_adapter_alon
         start, end = trained(replace(made, algorithm=OnePhase(phase)), v)
         halves.append((moved(start.shared, end.shared), moved(start.personal, end.personal)))
     assert halves[0][0] == set() and halves[0][1] == set(made.model.leaves)
-    assert halves[1] == ({"adapter.A", "adapter.B"}, set())
+    assert halves[1] == ({".adapter..A", ".adapter..B"}, set())
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def test_losses_and_gradients_of_both_phases_are_those_of_plain_torch(place, mu_
     leaves = {n: t.detach().clone().requires_grad_() for n, t in (v.shared | v.personal).items()}
     now = Vars({n: leaves[n] for n in v.shared}, {n: leaves[n] for n in v.personal})
     ours = [first(now, now, data), second(now, now, data)]
-    theta, nothing = under(leaves, "adapter."), {n: torch.zeros_like(t) for n, t in under(leaves, "adapter.").items()}
+    theta, nothing = under(leaves, ".adapter.."), {n: torch.zeros_like(t) for n, t in under(leaves, ".adapter..").items()}
     combined = F.cross_entropy(plain(place, model, leaves, theta, data, 0.7), data.y)
     alone = F.cross_entropy(plain(place, model, leaves, nothing, data, 0.7), data.y)
     theirs = [(1 - share) * alone + share * combined, combined]
@@ -238,7 +238,7 @@ def test_one_step_of_each_phase_is_a_step_of_plain_sgd():
     _, end = trained(made, v, client=1)
     data = [Batch(*(t if t is None else t[0] for t in made.feed.epoch([1], 0, e).batch(1, 0, 7))) for e in (0, 1)]
     w = {n: t.clone().requires_grad_() for n, t in v.personal.items()}
-    theta = {n: t.clone().requires_grad_() for n, t in under(v.shared, "adapter.").items()}
+    theta = {n: t.clone().requires_grad_() for n, t in under(v.shared, ".adapter..").items()}
     nothing = {n: torch.zeros_like(t) for n, t in theta.items()}
     ce = lambda w, theta, d: F.cross_entropy(plain("matrix", model, w, theta, d), d.y)
     loss = 0.6 * ce(w, nothing, data[0]) + 0.4 * ce(w, theta, data[0])
@@ -246,7 +246,7 @@ def test_one_step_of_each_phase_is_a_step_of_plain_sgd():
     grads = torch.autograd.grad(ce(w, theta, data[1]), list(theta.values()))
     theta = {n: t - 0.05 * g for (n, t), g in zip(theta.items(), grads)}
     small.assert_near(end.personal, w)
-    small.assert_near(under(end.shared, "adapter."), {n: t.detach() for n, t in theta.items()})
+    small.assert_near(under(end.shared, ".adapter.."), {n: t.detach() for n, t in theta.items()})
 
 
 @pytest.mark.parametrize("place", ["matrix", "conv"])
@@ -291,7 +291,7 @@ def test_mu_rises_by_its_schedule():
         v, data = woken(small.first(made)), batch(made)
         loss = made.algorithm.phases(made.model, made.settings, round_)[0].steps[0].loss(v, v, data)
         alone = F.cross_entropy(made.model(v.personal, data.x), data.y)
-        theta = under(v.shared, "adapter.")
+        theta = under(v.shared, ".adapter..")
         combined = F.cross_entropy(Adapter("matrix", 2).logits(made.model, v.personal, theta, data.x), data.y)
         return float((loss - alone) / (combined - alone))
 
@@ -310,7 +310,7 @@ def test_the_judged_model_is_the_network_with_or_without_the_adapter(place, infe
     algorithm = of(place, inference=inference, scale=0.8)
     made = small.trainer(algorithm)
     v, data = woken(small.first(made)), batch(made)
-    theta = under(v.shared, "adapter.")
+    theta = under(v.shared, ".adapter..")
     nothing = {n: torch.zeros_like(t) for n, t in theta.items()}
     expected = plain(place, made.model, v.personal, theta if inference == "combined" else nothing, data, 0.8)
     torch.testing.assert_close(algorithm.logits(made.model.evaluating(), v, data.x), expected, rtol=1e-4, atol=1e-5)

@@ -262,7 +262,7 @@ def test_control_variates_are_clipped_around_zero():
     moments = played(*settings)[0]
     assert all((flat(moment.shared) - flat(moments[0].shared)).norm() < 1e-7 for moment in moments)
     wide = played(*settings[:-2], "privacy.clip=1.0", "participation=1.0")[0][1].shared  # c moves in round 1 ...
-    assert flat({n: v for n, v in wide.items() if n.startswith("c.")}).norm() > 0.01
+    assert flat({n: v for n, v in wide.items() if n.startswith(".c.")}).norm() > 0.01
 
 
 # --- noise: of updates that are clipped to nothing
@@ -353,7 +353,7 @@ def test_the_mean_is_over_those_who_are_expected(name, more):
     assert drawn[1].row["clients"] == 7
     start, ratio = plain[0].shared, {"fedlora": 1, "scaffold": 7 / 6.3}[name]  # stale: absent or not, all 7 count
     for leaf, value in plain[1].shared.items():
-        own = 1 if leaf.startswith("c.") else ratio  # c <- c + |S| / N times the mean: the sum over N
+        own = 1 if leaf.startswith(".c.") else ratio  # c <- c + |S| / N times the mean: the sum over N
         torch.testing.assert_close(drawn[1].shared[leaf], start[leaf] + own * (value - start[leaf]), rtol=1e-4, atol=1e-5)
 
 

@@ -19,6 +19,7 @@ from fedlora_mpi.cli import main
 from fedlora_mpi.lowrank import LowRank, as_weight, left_out, sides
 from fedlora_mpi.models.network import Leaf, from_module
 from fedlora_mpi.models.zoo import build
+from fedlora_mpi.names import factor, factors_of
 from fedlora_mpi.seeds import isolated, rng
 
 
@@ -167,7 +168,7 @@ def test_a_part_of_full_rank_is_any_matrix(name):
         leaf, W = network.leaves[n], torch.randn(network.leaves[n].shape, generator=rng(1, n))
         assert r == min(sides(leaf)), n
         U, s, V = torch.linalg.svd(_matrix(W, leaf).double(), full_matrices=False)
-        factors = {f"{n}.A": V[:r].float(), f"{n}.B": (U * s)[:, :r].float()}
+        factors = {factor(n, "A"): V[:r].float(), factor(n, "B"): (U * s)[:, :r].float()}
         assert torch.allclose(how.tau(network, factors)[n], W, atol=1e-5), n
 
 
@@ -223,8 +224,8 @@ def test_every_decomposed_weight_moves_in_a_run(name, algorithm, tmp_path, monke
 
     before = model(name)
     done = open_run(tmp_path / "run").client(0).variables
-    factors = {n: v for n, v in (done.shared | done.personal).items() if n.endswith(".B")}
-    assert {n.removesuffix(".B") for n in factors} == set(MATRICES[name]) == set(LowRank().ranks(before))
+    factors = factors_of(done.shared | done.personal, "B")
+    assert set(factors) == set(MATRICES[name]) == set(LowRank().ranks(before))
     assert all(v.any() for v in factors.values())
 
 

@@ -48,8 +48,8 @@ def batch(made, client=0, width=5):
 def taught(made):
     """Variables of a client whose teacher is another network than the one it received."""
     v = small.first(made)
-    own = {n: w + 0.1 * numbers(*w.shape).abs() for n, w in v.personal.items() if n != "taught"}
-    return v._replace(personal=own | {n: torch.ones_like(w) for n, w in v.personal.items() if n == "taught"})
+    own = {n: w + 0.1 * numbers(*w.shape).abs() for n, w in v.personal.items() if n != ".taught."}
+    return v._replace(personal=own | {n: torch.ones_like(w) for n, w in v.personal.items() if n == ".taught."})
 
 
 def gradients(made, v, data, start=None):
@@ -63,7 +63,7 @@ def gradients(made, v, data, start=None):
 
 def last(state, row):
     """The last model of the client in ``row``, under the network's names."""
-    return {n.removeprefix("own."): v[row] for n, v in state.personal.items() if n != "taught"}
+    return {n.removeprefix(".own."): v[row] for n, v in state.personal.items() if n != ".taught."}
 
 
 # Both
@@ -119,8 +119,8 @@ def test_the_teacher_is_what_a_participant_trained_last(algorithm, stacked):
             assert small.equal(teacher, {n: ends[client][n] for n in teacher}), client
         else:
             assert all(torch.equal(v[row], before[n][row]) for n, v in state.personal.items()), client
-        if "taught" in state.personal:
-            assert state.personal["taught"][row] == (client in chosen)
+        if ".taught." in state.personal:
+            assert state.personal[".taught."][row] == (client in chosen)
 
 
 @METHODS
@@ -175,7 +175,7 @@ def test_the_first_participation_in_pfedsd_is_fedavg_in_any_round(stacked, netwo
     v = taught(small.trainer(algorithm, network))
     for flag in (0.0, 1.0):
         made = small.trainer(algorithm, network, stacked=stacked)
-        personal = v.personal | {"taught": torch.tensor(flag)}
+        personal = v.personal | {".taught.": torch.tensor(flag)}
         done = list(made.train(range(5), v.shared, small.rows(personal, 5), 4))
         ends[flag] = [small.copy(d.end.shared) for d in done]
     made = small.trainer(FedAvg(), network, stacked=stacked)
@@ -207,7 +207,7 @@ def test_the_gradient_of_pfedsd_is_that_of_both_terms(teacher_bn):
     v, data = taught(made), batch(made)
     grads, loss = gradients(made, v, data)
     net = {n: w.clone().requires_grad_(n in grads) for n, w in v.shared.items()}
-    own = {n.removeprefix("own."): w.clone() for n, w in v.personal.items() if n != "taught"}
+    own = {n.removeprefix(".own."): w.clone() for n, w in v.personal.items() if n != ".taught."}
     mode = made.model if teacher_bn == "batch" else made.model.evaluating()
     q, o = (mode(own, data.x) / 2).softmax(1), made.model(net, data.x)
     term = 0.7 * 4 * F.kl_div((o / 2).log_softmax(1), q, reduction="batchmean")
@@ -271,7 +271,7 @@ def test_the_gradient_of_moon_is_that_of_both_terms():
     moved = v._replace(shared={n: w + 0.1 * numbers(*w.shape, at=3).abs() for n, w in v.shared.items()})
     grads, loss = gradients(made, moved, data, start=v)
     net = {n: w.clone().requires_grad_(n in grads) for n, w in moved.shared.items()}
-    own = {n.removeprefix("own."): w for n, w in v.personal.items()}
+    own = {n.removeprefix(".own."): w for n, w in v.personal.items()}
     judge = made.model.evaluating()
     z = made.model.features(net, data.x)
     likeness = [F.cosine_similarity(z, judge.features(tree, data.x)) / 0.5 for tree in (v.shared, own)]

@@ -29,7 +29,11 @@ from ..algorithm import Algorithm, Batch, Phase, Sgd, Step, Train, Vars
 from ..batch import cross_entropy
 from ..bounds import bounded
 from ..models.network import Model
+from ..names import own_name
 from ..tree import Tree, prefixed
+
+_MIX_ALPHA = own_name("mix", "alpha")
+_OWN = own_name("own")
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,12 @@ class APFL(Algorithm):
         bounded(self, alpha="[0, 1]", alpha_decay="[0, inf)")
 
     def init(self, model: Model, rng: Generator) -> Vars:
-        v = prefixed(model.initial, "own.")
-        return Vars(shared=model.initial, personal=v | {"mix.alpha": torch.tensor(self.alpha)})
+        v = prefixed(model.initial, _OWN)
+        return Vars(shared=model.initial, personal=v | {_MIX_ALPHA: torch.tensor(self.alpha)})
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         parameters = {n for n in model.leaves if model.role(n) != "stats"}
-        owned = {f"own.{n}" for n in parameters}
+        owned = {_OWN + n for n in parameters}
 
         def mixed(now: Vars, start: Vars, batch: Batch) -> Tensor:
             vbar = model.traceless(self.weights_of(model, now))
@@ -61,7 +65,7 @@ class APFL(Algorithm):
             return cross_entropy(model(now.shared, batch.x), batch)
 
         plain = lambda sgd: Sgd(sgd.lr, weight_decay=self.alpha_decay)
-        once = Step(mixed, "mix.alpha".__eq__, plain, clamp=(0.0, 1.0))
+        once = Step(mixed, _MIX_ALPHA.__eq__, plain, clamp=(0.0, 1.0))
         # v_i first: its loss reads w_i as it is before the step, and that of w_i reads no v_i.
         steps = Step(self.loss(model), owned.__contains__), Step(shared, parameters.__contains__)
         mixing = Phase(int(self.adaptive), (once,), stream="alpha", limit=lambda samples: train.batch_size)
@@ -69,9 +73,9 @@ class APFL(Algorithm):
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
         """vbar_i, with statistics of its own."""
-        alpha = v.personal["mix.alpha"]
+        alpha = v.personal[_MIX_ALPHA]
         vbar = {}
         for n in model.leaves:
-            own = v.personal[f"own.{n}"]
+            own = v.personal[_OWN + n]
             vbar[n] = own if model.role(n) == "stats" else alpha * own + (1 - alpha) * v.shared[n]
         return vbar

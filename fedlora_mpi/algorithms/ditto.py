@@ -24,7 +24,10 @@ from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
 from ..batch import cross_entropy
 from ..bounds import bounded
 from ..models.network import Model
+from ..names import own_name
 from ..tree import Tree, prefixed, sq_dist, under
+
+_OWN = own_name("own")
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,12 @@ class Ditto(Algorithm):
         bounded(self, lam="[0, inf)")
 
     def init(self, model: Model, rng: Generator) -> Vars:
-        return Vars(shared=model.initial, personal=prefixed(model.initial, "own."))
+        return Vars(shared=model.initial, personal=prefixed(model.initial, _OWN))
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         own = self.loss(model)
         parameters = [n for n in model.leaves if model.role(n) != "stats"]
-        owned = {f"own.{n}" for n in parameters}
+        owned = {_OWN + n for n in parameters}
 
         def personal(now: Vars, start: Vars, batch: Batch) -> Tensor:
             pull = sq_dist(self.weights_of(model, now), start.shared, parameters)
@@ -58,4 +61,4 @@ class Ditto(Algorithm):
         return (Phase(train.epochs, steps),)
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
-        return under(v.personal, "own.")
+        return under(v.personal, _OWN)

@@ -29,8 +29,14 @@ from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
 from ..batch import cross_entropy, mean
 from ..bounds import bounded
 from ..models.network import Model
+from ..names import own_name
 from ..prototypes import own_means
 from ..tree import Tree
+
+_OWN_OUTPUTS = own_name("own", "outputs")
+_OWN_ROUND = own_name("own", "round")
+_CLASS_OUTPUTS = own_name("class", "outputs")
+_CLASS_HOLDERS = own_name("class", "holders")
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,8 @@ class FD(Algorithm):
 
     def init(self, model: Model, rng: Generator) -> Vars:
         none = torch.zeros(model.classes, model.classes)
-        own = {"own.outputs": none, "own.round": torch.zeros(1)}
-        return Vars({"class.outputs": none, "class.holders": none[0]}, model.initial | own)
+        own = {_OWN_OUTPUTS: none, _OWN_ROUND: torch.zeros(1)}
+        return Vars({_CLASS_OUTPUTS: none, _CLASS_HOLDERS: none[0]}, model.initial | own)
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         gamma = self.gamma if round_ else 0.0
@@ -61,28 +67,28 @@ class FD(Algorithm):
             return fit + gamma * distill(logits, *self.others(start, batch.counts, round_), batch) if gamma else fit
 
         def signed(v: Vars) -> Vars:
-            return v._replace(personal=v.personal | {"own.round": torch.full_like(v.personal["own.round"], round_ + 1)})
+            return v._replace(personal=v.personal | {_OWN_ROUND: torch.full_like(v.personal[_OWN_ROUND], round_ + 1)})
 
         return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),), after=signed),)
 
     def others(self, v: Vars, counts: Tensor, round_: int) -> tuple[Tensor, Tensor]:
         """zhat [classes, classes], a row for each class, and how many other clients hold the class [classes]."""
-        mine = ((v.personal["own.round"] == round_) & (counts > 0)).to(counts)  # what the sums hold of this client
-        holders = v.shared["class.holders"] - mine
-        zhat = (v.shared["class.outputs"] - mine[:, None] * v.personal["own.outputs"]) / holders.clamp(min=1)[:, None]
+        mine = ((v.personal[_OWN_ROUND] == round_) & (counts > 0)).to(counts)  # what the sums hold of this client
+        holders = v.shared[_CLASS_HOLDERS] - mine
+        zhat = (v.shared[_CLASS_OUTPUTS] - mine[:, None] * v.personal[_OWN_OUTPUTS]) / holders.clamp(min=1)[:, None]
         return (zhat if self.outputs == "probabilities" else zhat.softmax(1)), holders
 
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
         judge, w = model.evaluating(), self.weights_of(model, end)
         z = own_means(lambda x: judge(w, x).softmax(1) if self.outputs == "probabilities" else judge(w, x), data)
-        shown = {"class.outputs": z, "class.holders": (data.counts > 0).to(z)}
-        return Vars(shown, end.personal | {"own.outputs": z})
+        shown = {_CLASS_OUTPUTS: z, _CLASS_HOLDERS: (data.counts > 0).to(z)}
+        return Vars(shown, end.personal | {_OWN_OUTPUTS: z})
 
     def sent(self, start: Vars, end: Vars) -> Tensor:
         return self.received(end.shared)
 
     def received(self, shared: Tree) -> Tensor:
-        return (shared["class.holders"] > 0).sum() * len(shared["class.holders"])
+        return (shared[_CLASS_HOLDERS] > 0).sum() * len(shared[_CLASS_HOLDERS])
 
 
 def distill(logits: Tensor, zhat: Tensor, holders: Tensor, batch: Batch) -> Tensor:

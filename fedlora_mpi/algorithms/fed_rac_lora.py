@@ -31,9 +31,9 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Vars
-from ..finetuning.one_factor import OneFactor
-from ..lowrank import is_factor
+from ..finetuning.one_factor import ROUND, SEED, OneFactor
 from ..models.network import Model
+from ..names import factor, is_factor, plain_name
 from ..seeds import key, uniform
 from ..tree import Tree, tmap
 
@@ -52,24 +52,24 @@ class FedRACLoRA(OneFactor):
 
     def init(self, model: Model, rng: Generator) -> Vars:
         shared, personal = super().init(model, rng)[:2]
-        shared |= {f"{n}.W": torch.zeros(*size) for n, size in self.adapted(model).items()}
-        shared |= {"turn.seed": torch.randint(2**24, (), generator=rng).float()}  # float32 holds it exactly
+        shared |= {factor(n, "W"): torch.zeros(*size) for n, size in self.adapted(model).items()}
+        shared |= {SEED: torch.randint(2**24, (), generator=rng).float()}  # float32 holds it exactly
         return Vars(shared | self.begun(shared), personal)
 
     def received(self, shared: Tree) -> int:
-        return self.numbers(shared, int(shared["turn.round"]) - 1) + 1
+        return self.numbers(shared, int(shared[ROUND]) - 1) + 1
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
         found = super().aggregate(shared, mean)
         fine = tmap(Tensor.double, shared | found)  # so that a server without a GPU rounds to the workers' bits
-        merged = {f"{n}.W": update.to(shared[f"{n}.W"].dtype) for n, update in self.delta(fine).items()}
+        merged = {factor(n, "W"): update.to(shared[factor(n, "W")].dtype) for n, update in self.delta(fine).items()}
         return found | merged | self.begun(shared | found)
 
     def begun(self, shared: Tree) -> Tree:
         """The factors at the start of the round: one is zero, the other a function of seed, round and name alone."""
-        seed, round_ = int(shared["turn.seed"]), int(shared["turn.round"])
-        drawn = lambda n, v: self.drawn(key(seed, "sketch", round_, n), v.shape).to(v)
-        start = lambda n, v: torch.zeros_like(v) if n.endswith(self.active(round_)) else drawn(n, v)
+        seed, round_ = int(shared[SEED]), int(shared[ROUND])
+        drawn = lambda n, v: self.drawn(key(seed, "sketch", round_, plain_name(n)), v.shape).to(v)
+        start = lambda n, v: torch.zeros_like(v) if is_factor(n, self.active(round_)) else drawn(n, v)
         return {n: start(n, v) for n, v in shared.items() if is_factor(n)}
 
     def drawn(self, number: int, shape: tuple[int, ...]) -> Tensor:

@@ -31,7 +31,11 @@ from torch import Generator, Tensor
 from ..algorithm import Batch, Cohort, Train, Vars
 from ..finetuning.calibrated import Calibrated
 from ..models.network import Model
+from ..names import is_factor, own_name
 from ..tree import Tree, prefixed, under
+
+_SEEN = own_name("seen")
+_OWN = own_name("own")
 
 
 @dataclass(frozen=True)
@@ -50,45 +54,45 @@ class FedTaLoRA(Calibrated):
     def init(self, model: Model, rng: Generator) -> Vars:
         shared, personal = super().init(model, rng)[:2]
         rows = [n for n in shared if model.role(n) == "head"]
-        return Vars(shared | {f"seen.{n}": torch.zeros(model.classes) for n in rows}, personal)
+        return Vars(shared | {_SEEN + n: torch.zeros(model.classes) for n in rows}, personal)
 
     def download(self, shared: Tree) -> Tree:
-        own = {n: torch.zeros_like(v) for n, v in under(shared, "seen.").items()}
-        return super().download(shared) | prefixed(own, "own.")
+        own = {n: torch.zeros_like(v) for n, v in under(shared, _SEEN).items()}
+        return super().download(shared) | prefixed(own, _OWN)
 
     def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
         shared, own = v.shared, (data.counts > 0).to(data.counts)
-        for n, seen in under(v.shared, "seen.").items():
-            shared = shared | {f"own.{n}": own, f"seen.{n}": torch.maximum(seen, own)}
+        for n, seen in under(v.shared, _SEEN).items():
+            shared = shared | {_OWN + n: own, _SEEN + n: torch.maximum(seen, own)}
         return v._replace(shared=shared)
 
     def upload(self, start: Vars, end: Vars) -> Tree:
-        return {n: v for n, v in super().upload(start, end).items() if not n.startswith("seen.")}
+        return {n: v for n, v in super().upload(start, end).items() if not n.startswith(_SEEN)}
 
     def sent(self, start: Vars, end: Vars) -> Tensor | int:
-        return _numbers(self.upload(start, end), "own.")
+        return _numbers(self.upload(start, end), _OWN)
 
     def received(self, shared: Tree) -> Tensor | int:
-        return _numbers(self.download(shared), "seen.") + self.residual(shared)
+        return _numbers(self.download(shared), _SEEN) + self.residual(shared)
 
     def expand(self, upload: Tree, shared: Tree, count: int) -> Tree:
         """A row that the client does not own counts as it was."""
-        own = under(upload, "own.")
+        own = under(upload, _OWN)
         rows = {n: torch.where(_beside(o, shared[n]) > 0, upload[n], shared[n]) for n, o in own.items()}
         return super().expand(upload | rows, shared, count)
 
     def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
         server, new = super().serve(server, shared, mean, cohort)
-        for n, owners in under(mean, "own.").items():
+        for n, owners in under(mean, _OWN).items():
             p = _beside(owners, shared[n])  # of the owners of each row
             moved = (mean[n] - (1 - p) * shared[n]) / p  # without those rows that count as they were
             new |= {n: torch.where(p > 0, moved, shared[n])}
-            new |= {f"seen.{n}": torch.where(owners > 0, 1, shared[f"seen.{n}"])}
+            new |= {_SEEN + n: torch.where(owners > 0, 1, shared[_SEEN + n])}
         return server, new
 
     def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:
         logits = super().logits(model, v, x)
-        for seen in list(under(v.shared, "seen.").values())[:1]:  # all leaves of the classifier have the same
+        for seen in list(under(v.shared, _SEEN).values())[:1]:  # all leaves of the classifier have the same
             rest = logits.detach().amin(1, keepdim=True) - 100  # e^-100 of a softmax, and no inf where it is the label's
             logits = torch.where((seen > 0) | (seen == 0).all(), logits, rest)
         return logits
@@ -98,7 +102,7 @@ def _numbers(tree: Tree, marks: str) -> Tensor | int:
     """How many numbers of ``tree`` travel: all but W and the marks, of the classifier the rows that are marked."""
     marked, total = under(tree, marks), 0
     for n, v in tree.items():
-        if not n.startswith(("own.", "seen.")) and not n.endswith(".W"):
+        if not n.startswith((_OWN, _SEEN)) and not is_factor(n, "W"):
             total += marked[n].sum().long() * v[0].numel() if n in marked else v.numel()
     return total
 

@@ -29,7 +29,11 @@ from ..algorithm import Algorithm, Batch, Phase, Sgd, Step, Train, Vars
 from ..batch import cross_entropy
 from ..bounds import bounded
 from ..models.network import Model
+from ..names import own_name
 from ..tree import Tree
+
+_OWN = own_name("own")
+_A = own_name("A")
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ class FedALA(Algorithm):
         return [n for n in owner if owner[n] in layers[-self.p :]]
 
     def init(self, model: Model, rng: Generator) -> Vars:
-        own = {f"own.{n}": model.initial[n] for n in self.top(model)}
-        ones = {f"A.{n}": torch.ones_like(model.initial[n]) for n in self.top(model)}
+        own = {_OWN + n: model.initial[n] for n in self.top(model)}
+        ones = {_A + n: torch.ones_like(model.initial[n]) for n in self.top(model)}
         return Vars(model.initial, own | ones)
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
@@ -69,19 +73,19 @@ class FedALA(Algorithm):
         top = self.top(model)
 
         def mixed(v: Vars) -> Tree:
-            return {n: torch.lerp(v.personal[f"own.{n}"], v.shared[n], v.personal[f"A.{n}"]) for n in top}
+            return {n: torch.lerp(v.personal[_OWN + n], v.shared[n], v.personal[_A + n]) for n in top}
 
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             return cross_entropy(model(model.frozen(now.shared) | mixed(now), batch.x), batch)
 
-        learn = Step(loss, {f"A.{n}" for n in top}.__contains__, lambda _: Sgd(self.eta), clamp=(0.0, 1.0))
+        learn = Step(loss, {_A + n for n in top}.__contains__, lambda _: Sgd(self.eta), clamp=(0.0, 1.0))
         share = lambda size: max(1, int(size * self.s / 100))
         mix = lambda v: v._replace(shared=v.shared | mixed(v))
         epochs = self.start_epochs if round_ == 1 else 1
         return Phase(epochs, (learn,), stream="aggregation", limit=share, after=mix)
 
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
-        return end._replace(personal=end.personal | {f"own.{n}": end.shared[n] for n in self.top(model)})
+        return end._replace(personal=end.personal | {_OWN + n: end.shared[n] for n in self.top(model)})
 
     def tune(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         return (self.aggregation(model, round_),)

@@ -28,8 +28,11 @@ from torch import Generator, Tensor
 from ..algorithm import Algorithm, Batch, Offer, Phase, Step, Train, Vars
 from ..bounds import bounded
 from ..models.network import Model
+from ..names import own_name
 from ..similarity import cosines, distances
 from ..tree import sq_dist, under
+
+_CLOUD = own_name("cloud")
 
 
 @dataclass(frozen=True)
@@ -68,23 +71,23 @@ class FedAMP(Algorithm):
         return max(self.alpha_min, self.alpha * self.decay ** (round_ // self.decay_every))
 
     def init(self, model: Model, rng: Generator) -> Vars:
-        cloud = {f"cloud.{n}": w for n, w in model.initial.items() if model.role(n) != "stats"}
+        cloud = {_CLOUD + n: w for n, w in model.initial.items() if model.role(n) != "stats"}
         return Vars(shared={}, personal=model.initial | cloud)
 
     def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
-        return v if self.start == "own" else v._replace(personal=v.personal | under(v.personal, "cloud."))
+        return v if self.start == "own" else v._replace(personal=v.personal | under(v.personal, _CLOUD))
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         fit, strength = self.loss(model), self.lam / (2 * self.alpha_of(round_))
 
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            u = under(now.personal, "cloud.")
+            u = under(now.personal, _CLOUD)
             return fit(now, start, batch) + strength * sq_dist(now.personal, u, u)
 
         return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),)),)
 
     def offer(self, start: Vars, end: Vars) -> Offer:
-        return Offer({f"cloud.{n}": end.personal[n] for n in under(end.personal, "cloud.")})
+        return Offer({_CLOUD + n: end.personal[n] for n in under(end.personal, _CLOUD)})
 
     def mix(self, gram: Tensor, aux: Tensor, round_: int) -> Tensor:
         if self.heuristic:

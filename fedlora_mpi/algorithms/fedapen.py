@@ -29,6 +29,9 @@ from ..batch import cross_entropy, divergence, mean
 from ..bounds import bounded
 from ..companion import Companion
 from ..models.network import Model
+from ..names import own_name
+
+_MIX_W = own_name("mix", "w")
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,12 @@ class FedAPEN(Companion):
 
     def init(self, model: Model, rng: Generator) -> Vars:
         shared, personal = super().init(model, rng)[:2]
-        return Vars(shared, personal | {"mix.w": torch.tensor(0.5)})
+        return Vars(shared, personal | {_MIX_W: torch.tensor(0.5)})
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             p, s = self.logits_of_both(model, now, batch)
-            w = now.personal["mix.w"]
+            w = now.personal[_MIX_W]
             apart = mean(divergence(s.detach(), p) + divergence(p.detach(), s), batch)
             mixed = cross_entropy(w * p + (1 - w) * s.detach(), batch)
             mixed = mixed + cross_entropy(w * p.detach() + (1 - w) * s, batch)
@@ -68,9 +71,9 @@ class FedAPEN(Companion):
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             return cross_entropy(self.logits(judged, now, batch.x), batch)
 
-        step = Step(loss, "mix.w".__eq__, lambda _: Sgd(self.w_lr), clamp=(0.0, 1.0))
+        step = Step(loss, _MIX_W.__eq__, lambda _: Sgd(self.w_lr), clamp=(0.0, 1.0))
         return (Phase(self.w_epochs * (round_ > 0), (step,), stream="adaptability", held_out=True),)
 
     def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:
-        w, s = v.personal["mix.w"], self.g(model).to(x.device)(self.of_g(v), x)
+        w, s = v.personal[_MIX_W], self.g(model).to(x.device)(self.of_g(v), x)
         return w * super().logits(model, v, x) + (1 - w) * s

@@ -29,8 +29,12 @@ from ..algorithm import Algorithm, Batch, Offer, Phase, Step, Train, Vars
 from ..batch import cross_entropy
 from ..bounds import bounded
 from ..models.network import Model
+from ..names import own_name
 from ..similarity import distances
 from ..tree import Tree, prefixed, split, under
+
+_OWN = own_name("own")
+_CRITICAL = own_name("critical")
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class FedCAC(Algorithm):
         w = {n: v for n, v in model.initial.items() if model.role(n) != "stats"}
         masks = {n: torch.zeros_like(v, dtype=torch.bool) for n, v in w.items()}
         kept, shared = split(model.initial, lambda leaf: self.bn_stats == "local" and leaf not in w)
-        return Vars(shared, kept | prefixed(w, "own.") | prefixed(masks, "critical."))
+        return Vars(shared, kept | prefixed(w, _OWN) | prefixed(masks, _CRITICAL))
 
     def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
         return v._replace(shared={n: w for n, w in self.weights_of(model, v).items() if n in v.shared})
@@ -63,13 +67,13 @@ class FedCAC(Algorithm):
         return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),)),)
 
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
-        w = {n: end.shared[n] for n in under(end.personal, "own.")}
+        w = {n: end.shared[n] for n in under(end.personal, _OWN)}
         masks = {n: critical(start.shared[n], v, self.tau) for n, v in w.items()}
-        return end._replace(personal=end.personal | prefixed(w, "own.") | prefixed(masks, "critical."))
+        return end._replace(personal=end.personal | prefixed(w, _OWN) | prefixed(masks, _CRITICAL))
 
     def offer(self, start: Vars, end: Vars) -> Offer:
-        masks = under(end.personal, "critical.")
-        rows = {f"own.{n}": end.shared[n] for n in masks}
+        masks = under(end.personal, _CRITICAL)
+        rows = {_OWN + n: end.shared[n] for n in masks}
         return Offer(rows, key=torch.cat([m.flatten() for m in masks.values()]))
 
     def mix(self, gram: Tensor, aux: Tensor, round_: int) -> Tensor:
@@ -81,7 +85,7 @@ class FedCAC(Algorithm):
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
         """w_i; right after training, what was trained, of which critical entries have a copy."""
-        m, own = under(v.personal, "critical."), under(v.personal, "own.")
+        m, own = under(v.personal, _CRITICAL), under(v.personal, _OWN)
         return super().weights_of(model, v) | {n: torch.where(m[n], w, v.shared[n]) for n, w in own.items()}
 
 

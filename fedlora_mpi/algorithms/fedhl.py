@@ -30,7 +30,10 @@ from ..algorithm import Vars
 from ..bounds import bounded
 from ..finetuning.redistributed import Redistributed
 from ..models.network import Model
+from ..names import factor, own_name
 from ..tree import Tree, prefixed, under
+
+_TAIL = own_name("tail")
 
 
 @dataclass(frozen=True)
@@ -48,20 +51,20 @@ class FedHL(Redistributed):
 
     def init(self, model: Model, rng: Generator) -> Vars:
         shared, personal = super().init(model, rng)[:2]
-        rows = {n: len(shared[f"{n}.A"]) for n in self.adapted(model)}
-        return Vars(shared | {f"tail.{n}": torch.zeros(r + 1) for n, r in rows.items()}, personal)
+        rows = {n: len(shared[factor(n, "A")]) for n in self.adapted(model)}
+        return Vars(shared | {_TAIL + n: torch.zeros(r + 1) for n, r in rows.items()}, personal)
 
     def download(self, shared: Tree) -> Tree:
-        return super().download({n: v for n, v in shared.items() if not n.startswith("tail.")})
+        return super().download({n: v for n, v in shared.items() if not n.startswith(_TAIL)})
 
     def term(self, upload: Tree, shared: Tree) -> Tree:
         """W_k - W^{r_k}."""
         got = self.products(self.download(shared))
-        return {f"{n}.W": p - got[n] for n, p in self.products(upload).items()}
+        return {factor(n, "W"): p - got[n] for n, p in self.products(upload).items()}
 
     def weight(self, upload: Tree, shared: Tree, count: int) -> Tree:
         """p_k times a number that all clients have in common: at most 1, or n_k."""
-        tails, r = under(shared, "tail."), max(self.lora_ranks)
+        tails, r = under(shared, _TAIL), max(self.lora_ranks)
         parts = {n: torch.stack([tail[min(r, len(tail) - 1)], tail[-1], tail[0]]) for n, tail in tails.items()}
         if not self.per_layer:
             parts = dict.fromkeys(parts, sum(parts.values()))
@@ -79,7 +82,8 @@ class FedHL(Redistributed):
 
     def handed_out(self, shared: Tree, right: Tree) -> Tree:
         shared = super().handed_out(shared, right)
-        return shared | prefixed({n: _tail(shared[f"{n}.W"], shared[f"{n}.B"]) for n in right}, "tail.")
+        tails = {n: _tail(shared[factor(n, "W")], shared[factor(n, "B")]) for n in right}
+        return shared | prefixed(tails, _TAIL)
 
 
 def _tail(W: Tensor, B: Tensor) -> Tensor:

@@ -30,10 +30,15 @@ from torch import Generator, Tensor
 from ..algorithm import Batch, Cohort, Phase, Step, Train, Vars
 from ..batch import cross_entropy, divergence, mean
 from ..bounds import bounded
-from ..companion import Companion
+from ..companion import SMALL, Companion
 from ..lowrank import truncated
 from ..models.network import Model
+from ..names import own_name
 from ..tree import Tree
+
+_ROUND = own_name("svd", "round")
+_NUMBERS = own_name("svd", "numbers")
+_W_H = own_name("hidden", "W_h")
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class FedKD(Companion):
         (d_t,), (d_s,) = (network.leaves[f"{network.head}.weight"].shape[1:] for network in (model, self.g(model)))
         W_h = (torch.rand(d_t, d_s, generator=rng) * 2 - 1) / d_s**0.5
         sizes = torch.tensor(float(sum(v.numel() for v in shared.values())))
-        return Vars(shared | {"svd.round": torch.tensor(0.0), "svd.numbers": sizes}, personal | {"hidden.W_h": W_h})
+        return Vars(shared | {_ROUND: torch.tensor(0.0), _NUMBERS: sizes}, personal | {_W_H: W_h})
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         g, held = self.g(model), Tensor.detach if self.detached else lambda v: v
@@ -73,39 +78,39 @@ class FedKD(Companion):
             o_t, o_s = model.classify(t, h_t), g.classify(s, h_s)
             fit = cross_entropy(o_t, batch) + cross_entropy(o_s, batch)
             gap = divergence(held(o_s), o_t) + divergence(held(o_t), o_s)
-            hidden = (h_t - h_s @ now.personal["hidden.W_h"].T).square().mean(1)
+            hidden = (h_t - h_s @ now.personal[_W_H].T).square().mean(1)
             return fit + mean(gap + 2 * hidden, batch) / held(fit)  # L_t + L_s
 
-        return (Phase(train.epochs, (Step(loss, self.trains(model, "hidden.W_h")),)),)
+        return (Phase(train.epochs, (Step(loss, self.trains(model, _W_H)),)),)
 
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
         """What the server will make of the client's message."""
         return end._replace(shared=self.compressed(start.shared, end.shared))
 
     def upload(self, start: Vars, end: Vars) -> Tree:
-        return {n: v for n, v in end.shared.items() if n.startswith("small.")}
+        return {n: v for n, v in end.shared.items() if n.startswith(SMALL)}
 
     def sent(self, start: Vars, end: Vars) -> Tensor:
-        return end.shared["svd.numbers"]
+        return end.shared[_NUMBERS]
 
     def received(self, shared: Tree) -> Tensor:
-        return shared["svd.numbers"]
+        return shared[_NUMBERS]
 
     def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
         shared = self.compressed(shared, mean)
-        return server, shared | {"svd.round": shared["svd.round"] + 1}
+        return server, shared | {_ROUND: shared[_ROUND] + 1}
 
     def compressed(self, old: Tree, new: Tree) -> Tree:
         """old + C(new - old) for the leaves of g, with the numbers of the message that says so."""
-        round_ = old["svd.round"]
+        round_ = old[_ROUND]
         share = ((round_.double() + 1) / self.energy_rounds).clamp(max=1)
         energy = self.energy_start + share * (self.energy_end - self.energy_start)  # T_t
         tree, numbers = {}, torch.zeros_like(round_)
         for name, before in old.items():
-            if name.startswith("small."):
+            if name.startswith(SMALL):
                 tree[name], count = new[name], before.numel()
                 if before.dim() > 1:
                     update, count = truncated(new[name] - before, energy)
                     tree[name] = before + update
                 numbers = numbers + count
-        return tree | {"svd.round": round_, "svd.numbers": numbers}
+        return tree | {_ROUND: round_, _NUMBERS: numbers}

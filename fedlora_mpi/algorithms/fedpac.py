@@ -34,9 +34,12 @@ from ..algorithm import Algorithm, Batch, Offer, Phase, Step, Train, Vars
 from ..batch import cross_entropy
 from ..bounds import bounded
 from ..models.network import Model
-from ..prototypes import class_means, pull, shown, statistics
+from ..names import own_name
+from ..prototypes import MEANS, OWN_MEANS, SHARES, class_means, pull, shown, statistics
 from ..simplex import best_weights
 from ..tree import split
+
+_OWN_VARIANCE = own_name("own", "variance")
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,13 @@ class FedPAC(Algorithm):
     def init(self, model: Model, rng: Generator) -> Vars:
         head, body = split(model.initial, lambda leaf: model.role(leaf) == "head")
         means = torch.zeros(model.leaves[f"{model.head}.weight"].shape)  # [classes, d]
-        own = {"own.means": means, "own.variance": torch.zeros(1)}  # h_i and V_i
-        return Vars(body | {"class.means": means, "class.shares": means[:, 0]}, head | own)
+        own = {OWN_MEANS: means, _OWN_VARIANCE: torch.zeros(1)}  # h_i and V_i
+        return Vars(body | {MEANS: means, SHARES: means[:, 0]}, head | own)
 
     def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
         h, energy = statistics(model.evaluating(), self.weights_of(model, v), data)
         variance = ((energy - h.square().sum()).clamp(min=0) / data.counts.sum())[None]
-        return v._replace(personal=v.personal | {"own.means": h, "own.variance": variance})
+        return v._replace(personal=v.personal | {OWN_MEANS: h, _OWN_VARIANCE: variance})
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         lam = self.lam if round_ else 0.0
@@ -85,8 +88,8 @@ class FedPAC(Algorithm):
         return end._replace(shared=end.shared | shown(model.evaluating(), self.weights_of(model, end), data))
 
     def offer(self, start: Vars, end: Vars) -> Offer:
-        own, head = split(end.personal, {"own.means", "own.variance"}.__contains__)
-        return Offer(head, key=own["own.means"], aux=own["own.variance"])
+        own, head = split(end.personal, {OWN_MEANS, _OWN_VARIANCE}.__contains__)
+        return Offer(head, key=own[OWN_MEANS], aux=own[_OWN_VARIANCE])
 
     def mix(self, gram: Tensor, aux: Tensor, round_: int) -> Tensor:
         alpha = best_weights(gram, aux[:, 0])

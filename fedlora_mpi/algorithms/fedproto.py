@@ -33,8 +33,11 @@ from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
 from ..batch import cross_entropy
 from ..bounds import bounded
 from ..models.network import Model
-from ..prototypes import own_means, prototypes, pull
+from ..names import own_name
+from ..prototypes import MEANS, SHARES, own_means, prototypes, pull
 from ..tree import Tree
+
+_OWN_CLASSES = own_name("own", "classes")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class FedProto(Algorithm):
 
     def init(self, model: Model, rng: Generator) -> Vars:
         means = torch.zeros(model.described[f"{model.head}.weight"].shape)  # [classes, d]
-        return Vars({"class.means": means, "class.shares": means[:, 0]}, model.initial | {"own.classes": means[:, 0]})
+        return Vars({MEANS: means, SHARES: means[:, 0]}, model.initial | {_OWN_CLASSES: means[:, 0]})
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         lam = self.lam if round_ else 0.0
@@ -76,21 +79,21 @@ class FedProto(Algorithm):
         w, held = self.weights_of(model, end), (data.counts > 0).to(data.counts)
         share = held if self.weights == "uniform" else data.counts / data.counts.sum()
         means = own_means(lambda x: model.evaluating().features(w, x), data)
-        shown = {"class.means": share[:, None] * means, "class.shares": share}
-        return Vars(shown, end.personal | {"own.classes": held})
+        shown = {MEANS: share[:, None] * means, SHARES: share}
+        return Vars(shown, end.personal | {_OWN_CLASSES: held})
 
     def sent(self, start: Vars, end: Vars) -> Tensor:
         return self.received(end.shared)
 
     def received(self, shared: Tree) -> Tensor:
-        return (shared["class.shares"] > 0).sum() * shared["class.means"].shape[1]
+        return (shared[SHARES] > 0).sum() * shared[MEANS].shape[1]
 
     def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:
         """By prototypes: - mean_d (z - P_c)^2, without its term in z alone, which all classes have in common."""
         if self.inference == "classifier":
             return super().logits(model, v, x)
         P, known = prototypes(v.shared)
-        own = known & (v.personal["own.classes"] > 0)
+        own = known & (v.personal[_OWN_CLASSES] > 0)
         meant = torch.where(own.any(), own, known) if self.among == "own" else known
         z = model.features(self.weights_of(model, v), x)
         near = (2 * z @ P.T - P.square().sum(1)) / P.shape[1]  # [B, classes]

@@ -27,7 +27,10 @@ from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
 from ..batch import cross_entropy
 from ..bounds import bounded
 from ..models.network import Model
+from ..names import own_name
 from ..tree import Tree, prefixed, under
+
+_OWN = own_name("own")
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,13 @@ class FedRoD(Algorithm):
     def init(self, model: Model, rng: Generator) -> Vars:
         start = 1.0 if self.head == "copy" else 0.0
         phi = {n: v * start for n, v in model.initial.items() if model.role(n) == "head"}
-        return Vars(shared=model.initial, personal=prefixed(phi, "own."))
+        return Vars(shared=model.initial, personal=prefixed(phi, _OWN))
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             z = model.features(now.shared, batch.x)
             g = model.classify(now.shared, z)
-            p = g.detach() + model.classify(under(now.personal, "own."), z if self.personal_trains_body else z.detach())
+            p = g.detach() + model.classify(under(now.personal, _OWN), z if self.personal_trains_body else z.detach())
             prior = torch.xlogy(self.gamma, batch.counts)  # -inf for a class that the client does not have
             return cross_entropy(g + prior, batch) + cross_entropy(p, batch)
 
@@ -67,4 +70,4 @@ class FedRoD(Algorithm):
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
         """Both heads are linear, so their sum is one: psi(z) + phi_i(z) = (psi + phi_i)(z)."""
-        return v.shared | {n: v.shared[n] + w for n, w in under(v.personal, "own.").items()}
+        return v.shared | {n: v.shared[n] + w for n, w in under(v.personal, _OWN).items()}

@@ -27,10 +27,12 @@ from torch import Generator, Tensor
 
 from ..algorithm import Cohort, Vars
 from ..finetuning import FineTuning, dense
-from ..lowrank import is_factor
 from ..models.network import Model
+from ..names import factor, factors_of, is_factor, own_name
 from ..seeds import uniform
 from ..tree import Tree, numel
+
+_FRESH, _LAST = own_name("fresh"), own_name("last")
 
 
 @dataclass(frozen=True)
@@ -43,32 +45,33 @@ class FLoRA(FineTuning):
     def init(self, model: Model, rng: Generator) -> Vars:
         shared = {n: v for n, v in super().init(model, rng).shared.items() if not is_factor(n)}
         for name, size in self.adapted(model).items():
-            shared |= {f"{name}.W": torch.zeros(*size), f"last.{name}": torch.tensor(0.0)}
+            shared |= {factor(name, "W"): torch.zeros(*size), _LAST + name: torch.tensor(0.0)}
         number = torch.randint(2**23, (), generator=rng)  # so many more are exact in float32
-        return Vars(shared | {"fresh": number.float()}, {})
+        return Vars(shared | {_FRESH: number.float()}, {})
 
     def download(self, shared: Tree) -> Tree:
-        own, r = {n: v for n, v in super().download(shared).items() if n != "fresh"}, max(self.lora_ranks)
+        own, r = {n: v for n, v in super().download(shared).items() if n != _FRESH}, max(self.lora_ranks)
         for number, (name, W) in enumerate(dense(shared).items()):
             rows, in_side = min(r, *W.shape), W.shape[1]
-            draw = uniform(shared["fresh"].long() * 2**16 + number, (rows, in_side))
-            own |= {f"{name}.A": (draw * 2 - 1).to(W) / in_side**0.5, f"{name}.B": W.new_zeros(len(W), rows)}
+            draw = uniform(shared[_FRESH].long() * 2**16 + number, (rows, in_side))
+            own[factor(name, "A")] = (draw * 2 - 1).to(W) / in_side**0.5
+            own[factor(name, "B")] = W.new_zeros(len(W), rows)
         return own
 
     def received(self, shared: Tree) -> Tensor | int:
-        full = {n: v for n, v in self.download(shared).items() if not n.endswith((".A", ".B", ".W"))}
-        return sum(shared[f"last.{n}"].long() * sum(W.shape) for n, W in dense(shared).items()) + numel(full)
+        full = {n: v for n, v in self.download(shared).items() if not is_factor(n, "ABW")}
+        return sum(shared[_LAST + n].long() * sum(W.shape) for n, W in dense(shared).items()) + numel(full)
 
     def term(self, upload: Tree, shared: Tree) -> Tree:
         """p_k s B_k A_k, summed over k, is the product of the stacks."""
-        return {f"{n}.W": p for n, p in self.products(upload).items()}
+        return {factor(n, "W"): p for n, p in self.products(upload).items()}
 
     def counted(self, upload: Tree) -> dict[str, int]:
-        return {n.removesuffix(".A"): len(v) for n, v in upload.items() if n.endswith(".A")}
+        return {n: len(A) for n, A in factors_of(upload, "A").items()}
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
         return {n: shared[n] + v for n, v in mean.items()}
 
     def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
         server, new = super().serve(server, shared, mean, cohort)
-        return server, new | {"fresh": shared["fresh"] + 1}
+        return server, new | {_FRESH: shared[_FRESH] + 1}

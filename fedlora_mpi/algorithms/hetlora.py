@@ -32,7 +32,10 @@ from ..bounds import bounded
 from ..finetuning import FineTuning
 from ..lowrank import is_not_factor
 from ..models.network import Model
+from ..names import factor, factors_of, own_name
 from ..tree import Tree, numel, split
+
+_RANK, _NORM = own_name("lora_rank"), own_name("norm")
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,14 @@ class HetLoRA(FineTuning):
     def init(self, model: Model, rng: Generator) -> Vars:
         shared = super().init(model, rng).shared
         most = max(len(A) for A, _ in pairs(shared).values())
-        return Vars(shared, {"lora_rank": torch.tensor(float(most))})
+        return Vars(shared, {_RANK: torch.tensor(float(most))})
 
     def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
         return self.own(v)
 
     def own(self, v: Vars) -> Vars:
         """``v`` with the first r_k components alone."""
-        return v._replace(shared=components(v.shared, 0, v.personal["lora_rank"]))
+        return v._replace(shared=components(v.shared, 0, v.personal[_RANK]))
 
     def loss(self, model: Model) -> Loss:
         fit = super().loss(model)
@@ -70,7 +73,7 @@ class HetLoRA(FineTuning):
 
     def tail(self, v: Vars) -> Tensor:
         """T, [], of the components that pruning would take."""
-        r = v.personal["lora_rank"]
+        r = v.personal[_RANK]
         norm = torch.linalg.vector_norm  # its gradient at zero is zero
         return sum(norm(A) * norm(B) for A, B in pairs(components(v.shared, self.lower(r), r)).values())
 
@@ -80,15 +83,15 @@ class HetLoRA(FineTuning):
         return rank.clamp(min=self.lora_rank_min).minimum(r)
 
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
-        r = start.personal["lora_rank"]
+        r = start.personal[_RANK]
         r = torch.where(self.tail(end) < self.tail(start), self.lower(r), r)
-        return end._replace(shared=components(end.shared, 0, r), personal={"lora_rank": r})
+        return end._replace(shared=components(end.shared, 0, r), personal={_RANK: r})
 
     def upload(self, start: Vars, end: Vars) -> Tree:
-        return super().upload(start, end) | {"norm": norm_of_products(end.shared)}
+        return super().upload(start, end) | {_NORM: norm_of_products(end.shared)}
 
     def sent(self, start: Vars, end: Vars) -> int:
-        upload, r = self.upload(start, end), int(end.personal["lora_rank"])
+        upload, r = self.upload(start, end), int(end.personal[_RANK])
         held = sum(min(r, len(A)) * (A.shape[1] + len(B)) for A, B in pairs(upload).values())
         return held + numel(split(upload, is_not_factor)[0])
 
@@ -100,13 +103,12 @@ class HetLoRA(FineTuning):
         return super().adapter(model, self.own(v))
 
     def weight(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        return dict.fromkeys(pairs(upload), upload["norm"].clamp(min=1e-8))  # alike where all are zero
+        return dict.fromkeys(pairs(upload), upload[_NORM].clamp(min=1e-8))  # alike where all are zero
 
 
 def pairs(tree: Tree) -> dict[str, tuple[Tensor, Tensor]]:
     """{weight: (A, B)} of all factors in ``tree``."""
-    names = [n.removesuffix(".A") for n in tree if n.endswith(".A")]
-    return {n: (tree[f"{n}.A"], tree[f"{n}.B"]) for n in names}
+    return {n: (A, tree[factor(n, "B")]) for n, A in factors_of(tree, "A").items()}
 
 
 def components(tree: Tree, first: Tensor | int, past: Tensor) -> Tree:
@@ -115,7 +117,8 @@ def components(tree: Tree, first: Tensor | int, past: Tensor) -> Tree:
     for name, (A, B) in pairs(tree).items():
         at = torch.arange(len(A), device=A.device)
         here = (first <= at) & (at < past)  # [r]
-        kept |= {f"{name}.A": torch.where(here[:, None], A, 0.0), f"{name}.B": torch.where(here, B, 0.0)}
+        kept[factor(name, "A")] = torch.where(here[:, None], A, 0.0)
+        kept[factor(name, "B")] = torch.where(here, B, 0.0)
     return tree | kept
 
 

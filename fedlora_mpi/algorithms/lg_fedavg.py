@@ -25,7 +25,10 @@ from torch import Generator
 
 from ..algorithm import Algorithm, Train, Vars
 from ..models.network import Model
+from ..names import own_name
 from ..tree import Tree, prefixed, split, under
+
+_HEAD = own_name("head")
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,13 @@ class LGFedAvg(Algorithm):
     absent: Literal["exclude", "stale"] = "exclude"
 
     def check(self, model: Model, train: Train) -> None:
-        head = [n for n in model.leaves if model.role(n) == "head"]
-        if not model.head or not all(n.startswith(f"{model.head}.") for n in head):
+        head = split(model.initial, lambda leaf: model.role(leaf) == "head")[0]
+        if not model.head or len(under(head, f"{model.head}.")) < len(head):
             raise ValueError("name = lg_fedavg: needs a network with a body and a head, which is one layer")
 
     def init(self, model: Model, rng: Generator) -> Vars:
         head, body = split(model.initial, lambda leaf: model.role(leaf) == "head")
-        return Vars(shared=prefixed(under(head, f"{model.head}."), "head."), personal=body)
+        return Vars(shared=prefixed(under(head, f"{model.head}."), _HEAD), personal=body)
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
-        return v.personal | prefixed(under(v.shared, "head."), f"{model.head}.")
+        return v.personal | prefixed(under(v.shared, _HEAD), f"{model.head}.")

@@ -28,7 +28,10 @@ from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
 from ..batch import cross_entropy
 from ..bounds import bounded
 from ..models.network import Model
+from ..names import own_name
 from ..tree import Tree, prefixed, under
+
+_OWN = own_name("own")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class MOON(Algorithm):
 
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             z = model.features(now.shared, batch.x)
-            last = under(start.personal, "own.")
+            last = under(start.personal, _OWN)
             z_glob, z_prev = (teacher.features(tree, batch.x) for tree in (start.shared, last))
             fit = cross_entropy(model.classify(now.shared, z), batch)
             return fit + self.mu * self.contrast(z, z_glob, z_prev, batch)
@@ -76,4 +79,4 @@ class MOON(Algorithm):
 
 def _body(model: Model, tree: Tree) -> Tree:
     """What features need of ``tree``, under the names of the client's last model."""
-    return prefixed({n: v for n, v in tree.items() if model.role(n) != "head"}, "own.")
+    return prefixed({n: v for n, v in tree.items() if model.role(n) != "head"}, _OWN)

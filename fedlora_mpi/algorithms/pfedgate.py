@@ -32,9 +32,11 @@ from torch import Generator, Tensor
 from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
 from ..batch import cross_entropy
 from ..bounds import bounded
-from ..gating import cuts, new_gate, open_gate, runs, scaled, within_budget
+from ..gating import GATE, SEEN, cuts, new_gate, open_gate, runs, scaled, within_budget
 from ..models.network import Model
 from ..tree import Tree
+
+_M = SEEN + "M"
 
 
 @dataclass(frozen=True)
@@ -59,25 +61,25 @@ class PFedGate(Algorithm):
 
     def init(self, model: Model, rng: Generator) -> Vars:
         L = runs(cuts(model, self.blocks))
-        return Vars(model.initial, new_gate(model.shape, L, rng) | {"seen.M": torch.full((L,), 0.5)})
+        return Vars(model.initial, new_gate(model.shape, L, rng) | {_M: torch.full((L,), 0.5)})
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         faster = self.gate_lr / train.lr
         hurried = lambda w: w.detach() + faster * (w - w.detach())  # w with that many times its gradient
 
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            own = {n: hurried(w) if n.startswith("gate.") else w for n, w in now.personal.items()}
+            own = {n: hurried(w) if n.startswith(GATE) else w for n, w in now.personal.items()}
             theta = self.adapted(model, now.shared, self.multipliers(model, own, batch))
             return cross_entropy(model(theta, batch.x), batch)
 
-        return (Phase(train.epochs, (Step(loss, lambda leaf: not leaf.startswith("seen.")),)),)
+        return (Phase(train.epochs, (Step(loss, lambda leaf: not leaf.startswith(SEEN)),)),)
 
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
         M = self.multipliers(model.evaluating(), end.personal, data)
-        return end._replace(personal=end.personal | {"seen.M": M})
+        return end._replace(personal=end.personal | {_M: M})
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
-        return self.adapted(model, v.shared, v.personal["seen.M"])
+        return self.adapted(model, v.shared, v.personal[_M])
 
     def adapted(self, model: Model, theta: Tree, M: Tensor) -> Tree:
         """theta_i: every run of every tensor times its number of M [L]."""

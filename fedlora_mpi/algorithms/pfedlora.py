@@ -31,7 +31,10 @@ from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
 from ..batch import cross_entropy
 from ..bounds import bounded
 from ..models.network import Model
+from ..names import own_name
 from ..tree import Tree, prefixed, under
+
+_ADAPTER = own_name("adapter", ".")  # its factors are A and B
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class PFedLoRA(Algorithm):
 
     def init(self, model: Model, rng: Generator) -> Vars:
         theta = self.beside.init(model, rng)
-        return Vars(shared=prefixed(theta, "adapter."), personal=model.initial)
+        return Vars(shared=prefixed(theta, _ADAPTER), personal=model.initial)
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         mu = self.mu if self.mu_schedule == "constant" else min(self.mu, round_ / self.mu_rounds)
@@ -80,10 +83,10 @@ class PFedLoRA(Algorithm):
 
         def combined(now: Vars, z: Tensor | None, batch: Batch) -> Tensor:
             w = model.traceless(now.personal)  # the statistics are those of F alone
-            return cross_entropy(self.beside.logits(model, w, under(now.shared, "adapter."), batch.x, z), batch)
+            return cross_entropy(self.beside.logits(model, w, under(now.shared, _ADAPTER), batch.x, z), batch)
 
         alone = Step(both, model.leaves.__contains__)
-        adapter = Step(lambda now, start, batch: combined(now, None, batch), {"adapter.A", "adapter.B"}.__contains__)
+        adapter = Step(lambda now, start, batch: combined(now, None, batch), {_ADAPTER + "A", _ADAPTER + "B"}.__contains__)
         return Phase(train.epochs, (alone,)), Phase(self.adapter_epochs, (adapter,))
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
@@ -92,9 +95,9 @@ class PFedLoRA(Algorithm):
         if self.adapter == "side":
             raise ValueError("adapter = side: with inference = combined the judged model is the network and the "
                              "adapter beside it; no weights of the network alone are that model")
-        return self.beside.merged(model, v.personal, under(v.shared, "adapter."))
+        return self.beside.merged(model, v.personal, under(v.shared, _ADAPTER))
 
     def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:
         if self.inference == "combined" and self.adapter == "side":
-            return self.beside.logits(model, v.personal, under(v.shared, "adapter."), x)
+            return self.beside.logits(model, v.personal, under(v.shared, _ADAPTER), x)
         return super().logits(model, v, x)

@@ -29,7 +29,10 @@ from torch import Generator, Tensor
 from ..algorithm import Algorithm, Batch, Phase, Sgd, Step, Train, Vars
 from ..bounds import bounded
 from ..models.network import Model
+from ..names import own_name
 from ..tree import Tree, prefixed, sq_dist, under
+
+_OWN = own_name("own")
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,15 @@ class PFedMe(Algorithm):
 
     def init(self, model: Model, rng: Generator) -> Vars:
         theta = {n: v for n, v in model.initial.items() if model.role(n) != "stats"}
-        return Vars(shared=model.initial, personal=prefixed(theta, "own."))
+        return Vars(shared=model.initial, personal=prefixed(theta, _OWN))
 
     def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
-        return Vars(v.shared, prefixed({n: v.shared[n] for n in under(v.personal, "own.")}, "own."))
+        return Vars(v.shared, prefixed({n: v.shared[n] for n in under(v.personal, _OWN)}, _OWN))
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         own = self.loss(model)
         parameters = [n for n in model.leaves if model.role(n) != "stats"]
-        owned = {f"own.{n}" for n in parameters}
+        owned = {_OWN + n for n in parameters}
 
         def envelope(now: Vars, start: Vars, batch: Batch) -> Tensor:
             return self.lam / 2 * sq_dist(self.weights_of(model, now), now.shared, parameters)
@@ -80,9 +83,9 @@ class PFedMe(Algorithm):
 
     def upload(self, start: Vars, end: Vars) -> Tree:
         """(1 - beta) x + beta w_i, and the statistics as they are."""
-        mixed = lambda n, w: torch.lerp(start.shared[n], w, self.beta) if f"own.{n}" in end.personal else w
+        mixed = lambda n, w: torch.lerp(start.shared[n], w, self.beta) if _OWN + n in end.personal else w
         return {n: mixed(n, w) for n, w in end.shared.items()}
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
         """theta_i, with the statistics of its training."""
-        return v.shared | under(v.personal, "own.")
+        return v.shared | under(v.personal, _OWN)

@@ -29,7 +29,10 @@ from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
 from ..batch import cross_entropy, divergence, mean
 from ..bounds import bounded
 from ..models.network import Model
+from ..names import own_name
 from ..tree import prefixed, under
+
+_OWN, _TAUGHT = own_name("own"), own_name("taught")
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,16 @@ class PFedSD(Algorithm):
         bounded(self, lam="[0, inf)", temperature="(0, inf)")
 
     def init(self, model: Model, rng: Generator) -> Vars:
-        return Vars(shared=model.initial, personal=prefixed(model.initial, "own.") | {"taught": torch.tensor(0.0)})
+        return Vars(shared=model.initial, personal=prefixed(model.initial, _OWN) | {_TAUGHT: torch.tensor(0.0)})
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         teacher = model if self.teacher_bn == "batch" else model.evaluating()
 
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             o = model(now.shared, batch.x)  # before the teacher's, so that it keeps FedAvg's noise
-            v = under(start.personal, "own.")
+            v = under(start.personal, _OWN)
             gap = self.divergence(teacher(model.frozen(v), batch.x), o, batch)
-            return cross_entropy(o, batch) + start.personal["taught"] * self.lam * gap
+            return cross_entropy(o, batch) + start.personal[_TAUGHT] * self.lam * gap
 
         return (Phase(train.epochs, (Step(loss, lambda leaf: model.role(leaf) is not None),)),)
 
@@ -66,4 +69,4 @@ class PFedSD(Algorithm):
         return mean(self.temperature**2 * each, batch)
 
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
-        return Vars(end.shared, prefixed(end.shared, "own.") | {"taught": torch.ones_like(start.personal["taught"])})
+        return Vars(end.shared, prefixed(end.shared, _OWN) | {_TAUGHT: torch.ones_like(start.personal[_TAUGHT])})

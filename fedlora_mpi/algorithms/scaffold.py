@@ -25,7 +25,11 @@ from torch import Generator, Tensor
 from ..algorithm import Algorithm, Batch, Cohort, Phase, Step, Train, Vars
 from ..bounds import bounded
 from ..models.network import Model
-from ..tree import Tree, prefixed
+from ..names import own_name
+from ..tree import Tree, prefixed, under
+
+_C = own_name("c")
+_C_I = own_name("c_i")
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,14 @@ class Scaffold(Algorithm):
 
     def init(self, model: Model, rng: Generator) -> Vars:
         zeros = {n: torch.zeros_like(v) for n, v in model.initial.items() if model.role(n) != "stats"}
-        return Vars(shared=model.initial | prefixed(zeros, "c."), personal=prefixed(zeros, "c_i."))
+        return Vars(shared=model.initial | prefixed(zeros, _C), personal=prefixed(zeros, _C_I))
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         own = self.loss(model)
 
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             drift = sum(
-                ((start.shared[f"c.{n}"] - start.personal[f"c_i.{n}"]) * (now.shared[n] - start.shared[n])).sum()
+                ((start.shared[_C + n] - start.personal[_C_I + n]) * (now.shared[n] - start.shared[n])).sum()
                 for n in _parameters(start.shared)
             )
             return own(now, start, batch) + drift  # eq. (3)
@@ -65,23 +69,23 @@ class Scaffold(Algorithm):
         K = train.epochs * (data.counts.sum() / train.batch_size).ceil()
         x, y = start.shared, end.shared
         c_i = {
-            f"c_i.{n}": start.personal[f"c_i.{n}"] - x[f"c.{n}"] + (x[n] - y[n]) / (K * train.lr)  # eq. (4)
+            _C_I + n: start.personal[_C_I + n] - x[_C + n] + (x[n] - y[n]) / (K * train.lr)  # eq. (4)
             for n in _parameters(x)
         }
         return Vars(y, c_i)
 
     def upload(self, start: Vars, end: Vars) -> Tree:
         """y_i, its statistics, and c_i+ - c_i."""
-        moved = {n: end.personal[f"c_i.{n}"] - start.personal[f"c_i.{n}"] for n in _parameters(start.shared)}
-        return end.shared | {f"c.{n}": v for n, v in moved.items()}
+        moved = {n: end.personal[_C_I + n] - start.personal[_C_I + n] for n in _parameters(start.shared)}
+        return end.shared | {_C + n: v for n, v in moved.items()}
 
     def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
         parameters = _parameters(shared)
         x = {n: torch.lerp(shared[n], mean[n], self.server_lr) for n in parameters}  # the mean itself at 1
-        c = {f"c.{n}": shared[f"c.{n}"] + cohort.share * mean[f"c.{n}"] for n in parameters}
+        c = {_C + n: shared[_C + n] + cohort.share * mean[_C + n] for n in parameters}
         return server, mean | x | c  # eq. (5)
 
 
 def _parameters(shared: Tree) -> list[str]:
     """The leaves that have a control variate: all but running statistics."""
-    return [n.removeprefix("c.") for n in shared if n.startswith("c.") and n.removeprefix("c.") in shared]
+    return list(under(shared, _C))

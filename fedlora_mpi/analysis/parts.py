@@ -3,14 +3,16 @@
 torch is imported where the method has low-rank factors, for their scale s.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from ..names import is_own, plain_name
 from ..store.snapshot import Checkpoint, folder_of
 from .run import RunView
 
+T = TypeVar("T")
 CLIENTS = 100  # at most so many are looked at, evenly spread over their numbers
 BLOCK = 1 << 24  # numbers of a matrix [clients, coordinates] held at a time
 
@@ -76,6 +78,8 @@ def low_rank(run: RunView, parts: Held) -> LowRank | None:
         for client, own in zip(parts.clients, parts.personal, strict=True)
     ]
     layers = tuple(dict.fromkeys(layer for of in found for layer in of))
+    if not layers:
+        return None
     table = np.full((3, len(layers), len(found)), np.nan)
     for column, of in enumerate(found):
         for row, layer in enumerate(layers):
@@ -112,9 +116,12 @@ def alike(run: RunView, parts: Held) -> Alike | None:
     if len(chosen) < 3 or not most:
         return None
     own, clients = [parts.personal[at] for at in chosen], [parts.clients[at] for at in chosen]
-    in_factors = _with_factors(name for name, _ in most)
+    found = []
+    if _with_factors(name for name, _ in most):
+        found = [dict(_factors(run, client, of, {})) for client, of in zip(clients, own, strict=True)]
+    in_factors = bool(found and found[0])
     gram = np.zeros((len(chosen), len(chosen)))
-    blocks = _products(run, clients, own) if in_factors else _rows(own)
+    blocks = _products(found) if in_factors else _rows(own)
     for block in blocks:
         gram += block @ block.T
     similar = _cosine(gram)
@@ -162,6 +169,7 @@ def leaf_order(similar: np.ndarray) -> np.ndarray:
 
 
 def _with_factors(leaves: Iterable[str]) -> bool:
+    """Whether there may be factors among leaves of these names in a file."""
     return any(name.endswith(".B") for name in leaves)
 
 
@@ -171,16 +179,24 @@ def _factors(
     """(layer, (B [out, r], A [r, in], s)) of one client."""
     import torch
 
-    variant = run.variants[client]
-    factors = {name: value for name, value in own.items() if name.endswith((".A", ".B"))}
-    if not factors:
+    network = run.networks[run.network_of[client]].leaves
+    factors = _pairs(run.by_leaf(own, client), network)
+    if shared and not factors:
         with torch.no_grad():
-            arrived = variant.download({name: torch.from_numpy(value) for name, value in shared.items()})
-        factors = {name: value.numpy() for name, value in arrived.items() if name.endswith((".A", ".B"))}
-    scales = _scales(run, client)
-    for name in (name.removesuffix(".B") for name in factors if name.endswith(".B")):
-        A = factors[f"{name}.A"]
-        yield name, (factors[f"{name}.B"], A.reshape(len(A), -1), scales.get(name, scales.get("", 1.0)))
+            tensors = {name: torch.from_numpy(value) for name, value in run.by_leaf(shared).items()}
+            arrived = run.variants[client].download(tensors)
+        factors = _pairs({name: value.numpy() for name, value in arrived.items()}, network)
+    scales = _scales(run, client) if factors else {}
+    for layer, (B, A) in factors.items():
+        yield layer, (B, A.reshape(len(A), -1), scales.get(layer, scales.get("", 1.0)))
+
+
+def _pairs(tree: Mapping[str, T], network: Container[str]) -> dict[str, tuple[T, T]]:
+    """{layer: (B, A)} of the factors in ``tree``; a user's method may call them by plain names, which its own network
+    has not."""
+    plain = {plain_name(n): v for n, v in tree.items() if n[-3:-1] == ".." or not (is_own(n) or n in network)}
+    layers = [n.removesuffix(".B") for n in plain if n.endswith(".B")]
+    return {layer: (plain[f"{layer}.B"], plain[f"{layer}.A"]) for layer in layers if f"{layer}.A" in plain}
 
 
 def _scales(run: RunView, client: int) -> dict[str, float]:
@@ -194,9 +210,8 @@ def _scales(run: RunView, client: int) -> dict[str, float]:
     return {"": s if isinstance(s, int | float) else 1.0}
 
 
-def _products(run: RunView, clients: Sequence[int], own: Sequence[Mapping[str, np.ndarray]]) -> Iterator[np.ndarray]:
+def _products(found: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray, float]]]) -> Iterator[np.ndarray]:
     """s B A of all layers and clients, [n, coordinates], a block of rows of B at a time."""
-    found = [dict(_factors(run, client, of, {})) for client, of in zip(clients, own, strict=True)]
     for layer in found[0]:
         B, A = (np.stack([of[layer][at] for of in found]) for at in (0, 1))
         s = np.array([of[layer][2] for of in found])[:, None, None]

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from ..data.partition import Split
+from ..names import names_in_files
 from ..paths import expanded
 from ..store.reader import RunFiles
 from ..store.snapshot import Checkpoint
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from ..data.texts import Vocabulary
     from ..experiment import Network
     from ..models.network import Model
+
+T = TypeVar("T")
 
 
 def open_run(path: str | Path) -> "RunView":
@@ -74,6 +77,7 @@ class RunView:
         self._files = RunFiles(path)
         # Verifying reads every byte of a checkpoint: once for each, not for each client.
         self._newest = lru_cache(1)(lambda committed: self._files.checkpoint())
+        self._first = lru_cache(None)(self._begun)  # once for each kind of clients
 
     @property
     def config(self) -> dict[str, Any]:
@@ -196,6 +200,18 @@ class RunView:
         constants = {n: gone.get(n, v) for n, v in model.constants.items()}
         return replace(model, initial={n: gone[n] for n in model.initial}, constants=constants)
 
+    def by_leaf(self, stored: Mapping[str, T], client: int | None = None) -> dict[str, T]:
+        """What is stored of the shared leaves or of a client's own, by the names that the method has for them."""
+        network = min(self.network_of) if client is None else self.network_of[client]
+        first = self._first(self._parsed.algorithm if client is None else self.variants[client], network)
+        leaf_of = {name: n for n, name in names_in_files(first.shared if client is None else first.personal).items()}
+        return {leaf_of.get(name, name): value for name, value in stored.items()}
+
+    def _begun(self, algorithm: "Algorithm", network: int) -> "Vars":
+        from .leaves import first_variables
+
+        return first_variables(algorithm, self.networks[network], self._parsed.seed)
+
     @cached_property
     def vocabulary(self) -> "Vocabulary":
         """What turns texts into the inputs of the clients' models. Raises ValueError where there is none."""
@@ -273,11 +289,11 @@ class ClientView:
         initial = self.network.initial
         as_there = lambda name, v: v.to(initial[name].dtype) if name in initial else v  # a file has no bfloat16
         tensors = lambda leaves: {n: as_there(n, torch.from_numpy(value)) for n, value in leaves.items()}
-        personal = {n: _only(rows) for n, rows in self.checkpoint.personal([self.id]).items()}
-        shared = tensors(self.checkpoint.shared())
+        rows = self.run.by_leaf(self.checkpoint.personal([self.id]), self.id)
+        shared = tensors(self.run.by_leaf(self.checkpoint.shared()))
         with torch.no_grad():
             arrived = shared if self.algorithm.judges == "server" else self.algorithm.download(shared)
-        return Vars(arrived, tensors(personal))
+        return Vars(arrived, tensors({n: _only(row) for n, row in rows.items()}))
 
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:

@@ -21,12 +21,17 @@ from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Cohort, Phase, Step, Train, Vars
 from ..bounds import bounded
-from ..lowrank import as_weight, is_factor, kaiming, matching, sides
+from ..lowrank import as_weight, kaiming, matching, sides
 from ..models.network import Model
+from ..names import factor, factors_of, is_factor, own_name, weight_of
 from ..tree import Tree, prefixed, under
 
 Role = Literal["head", "norm"]
-_TOLD = ("effective_clients", "lora_truncation", "lora_bias", "lora_update_bias")
+_FIGURES = ("effective_clients", "lora_truncation", "lora_bias", "lora_update_bias")
+_TOLD, _LAST = own_name("told"), own_name("last")  # shared leaves
+_TERM, _WEIGHT = own_name("term"), own_name("weight")  # of what an upload stands for
+_DIAGNOSIS, _FIRST, _SECOND = own_name("diagnosis"), own_name("first"), own_name("second")
+_END, _CHANGE = own_name("end"), own_name("change")
 
 
 @dataclass(frozen=True)
@@ -120,9 +125,10 @@ class FineTuning(Algorithm):
         factors, r = {}, max(self.lora_ranks)
         for name, (out_side, in_side) in self.adapted(model).items():
             rows = min(r, out_side, in_side)
-            factors |= {f"{name}.A": kaiming(rows, in_side, rng), f"{name}.B": torch.zeros(out_side, rows)}
+            factors[factor(name, "A")] = kaiming(rows, in_side, rng)
+            factors[factor(name, "B")] = torch.zeros(out_side, rows)
         full = {n: v for n, v in model.initial.items() if self.is_full(model, n)}
-        told = prefixed(dict.fromkeys(_TOLD, torch.tensor(0.0)), "told.") if self.diagnose else {}
+        told = prefixed(dict.fromkeys(_FIGURES, torch.tensor(0.0)), _TOLD) if self.diagnose else {}
         return Vars(full | factors | told, {})
 
     def is_full(self, model: Model, leaf: str) -> bool:
@@ -131,12 +137,12 @@ class FineTuning(Algorithm):
         return ("norm" if role == "stats" else role) in self.full
 
     def download(self, shared: Tree) -> Tree:
-        return self.first_components({n: v for n, v in shared.items() if not n.startswith(("told.", "last."))})
+        return self.first_components({n: v for n, v in shared.items() if not n.startswith((_TOLD, _LAST))})
 
     def first_components(self, tree: Tree) -> Tree:
         """``tree`` with factors of this client's rank."""
         r = max(self.lora_ranks)
-        cut = lambda n, v: v[:r] if n.endswith(".A") else v[:, :r] if n.endswith(".B") else v
+        cut = lambda n, v: v[:r] if is_factor(n, "A") else v[:, :r] if is_factor(n, "B") else v
         return {n: cut(n, v) for n, v in tree.items()}
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
@@ -147,7 +153,7 @@ class FineTuning(Algorithm):
         return lambda leaf: is_factor(leaf) or self.is_full(model, leaf)
 
     def upload(self, start: Vars, end: Vars) -> Tree:
-        return {n: v for n, v in end.shared.items() if not n.endswith(".W")}
+        return {n: v for n, v in end.shared.items() if not is_factor(n, "W")}
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
         full, tree = {n: w for n, w in v.shared.items() if n in model.leaves}, model.values
@@ -163,16 +169,14 @@ class FineTuning(Algorithm):
 
         Raises ValueError where the model holds a dense update beside.
         """
-        if any(n.endswith(".W") for n in v.shared):
+        if dense(v.shared):
             raise ValueError("the model holds a dense update of the frozen weights beside the factors")
-        names = [n.removesuffix(".B") for n in v.shared if n.endswith(".B")]
-        factors = {n: (v.shared[f"{n}.A"], v.shared[f"{n}.B"], self.s) for n in names}
+        factors = {n: (v.shared[factor(n, "A")], B, self.s) for n, B in factors_of(v.shared, "B").items()}
         return factors, {n: w for n, w in v.shared.items() if n in model.leaves}
 
     def products(self, tree: Tree) -> Tree:
         """{weight: s B A} of all factors in ``tree``, [out side, in side]."""
-        names = [n.removesuffix(".B") for n in tree if n.endswith(".B")]
-        return {n: self.s * tree[f"{n}.B"] @ tree[f"{n}.A"] for n in names}
+        return {n: self.s * B @ tree[factor(n, "A")] for n, B in factors_of(tree, "B").items()}
 
     def delta(self, shared: Tree) -> Tree:
         """{weight: its update W + s B A}, [out side, in side], of a client's or the server's shared variables."""
@@ -187,11 +191,11 @@ class FineTuning(Algorithm):
         tree, terms = {n: v for n, v in upload.items() if not is_factor(n)}, self.term(upload, shared)
         if weight := self.weight(upload, shared, count):
             ratio = {n: w / count for n, w in weight.items()}
-            terms = {n: v * ratio[n.rpartition(".")[0]] for n, v in terms.items()}
-            tree |= prefixed(ratio, "weight.")
+            terms = {n: v * ratio[weight_of(n)] for n, v in terms.items()}
+            tree |= prefixed(ratio, _WEIGHT)
         number = next(iter(upload.values())).new_full  # computed there, where nothing waits for a copy from the host
-        tree |= prefixed({n: number((), v / count) for n, v in self.counted(upload).items()}, "last.")
-        tree |= prefixed(terms, "term.")
+        tree |= prefixed({n: number((), v / count) for n, v in self.counted(upload).items()}, _LAST)
+        tree |= prefixed(terms, _TERM)
         return tree | (self.diagnosis(upload, shared, count) if self.diagnose else {})
 
     def term(self, upload: Tree, shared: Tree) -> Tree:
@@ -199,7 +203,7 @@ class FineTuning(Algorithm):
         to the server's rank."""
         pad = lambda n, v: torch.cat([v, v.new_zeros(shared[n].shape[0] - len(v), v.shape[1])])
         wide = lambda n, v: torch.cat([v, v.new_zeros(len(v), shared[n].shape[1] - v.shape[1])], 1)
-        return {n: (pad if n.endswith(".A") else wide)(n, v) for n, v in upload.items() if is_factor(n)}
+        return {n: (pad if is_factor(n, "A") else wide)(n, v) for n, v in upload.items() if is_factor(n)}
 
     def weight(self, upload: Tree, shared: Tree, count: int) -> Tree:
         """{weight: []} by what the terms of a weight count; {}: by ``count``, the number of samples n_k."""
@@ -211,10 +215,10 @@ class FineTuning(Algorithm):
 
     def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
         full = {n: v for n, v in mean.items() if n in shared}
-        last = {n: (v * cohort.weight).round() for n, v in full.items() if n.startswith("last.")}
-        terms, weights = under(mean, "term."), under(mean, "weight.")
+        last = {n: (v * cohort.weight).round() for n, v in full.items() if n.startswith(_LAST)}
+        terms, weights = under(mean, _TERM), under(mean, _WEIGHT)
         if weights:
-            terms = {n: v / weights[n.rpartition(".")[0]] for n, v in terms.items()}
+            terms = {n: v / weights[weight_of(n)] for n, v in terms.items()}
         new = shared | full | last | self.aggregate(shared, terms)
         return server, new | (self.diagnosed(shared, new, mean) if self.diagnose else {})
 
@@ -231,14 +235,14 @@ class FineTuning(Algorithm):
         truncation = sum((before[name] - d).square().sum() for name, d in got.items())
         tree = {"one": 1 / n, "truncation": truncation / n}
         for name, w in (self.weight(upload, shared, count) or {"all": n}).items():
-            tree |= {f"first.{name}": w / n, f"second.{name}": w.square() / n}
+            tree |= {_FIRST + name: w / n, _SECOND + name: w.square() / n}
         change = {name: d - got[name] for name, d in end.items()}
-        return prefixed(tree | prefixed(end, "end.") | prefixed(change, "change."), "diagnosis.")
+        return prefixed(tree | prefixed(end, _END) | prefixed(change, _CHANGE), _DIAGNOSIS)
 
     def diagnosed(self, shared: Tree, new: Tree, mean: Tree) -> Tree:
         """The numbers of ``diagnose``; instead of the effective clients, their share of the cohort."""
-        mean = under(mean, "diagnosis.")
-        first, second = under(mean, "first."), under(mean, "second.")
+        mean = under(mean, _DIAGNOSIS)
+        first, second = under(mean, _FIRST), under(mean, _SECOND)
         shares = [w.square() / (second[n] * mean["one"]) for n, w in first.items()]
         before, after = self.delta(shared), self.delta(new)
         away = lambda exact, of: sum((of[n] - v).square().sum() for n, v in exact.items()).sqrt()
@@ -246,16 +250,16 @@ class FineTuning(Algorithm):
         found = (
             sum(shares) / len(shares),
             mean["truncation"] / mean["one"],
-            away(under(mean, "end."), after),
-            away(under(mean, "change."), change),
+            away(under(mean, _END), after),
+            away(under(mean, _CHANGE), change),
         )
-        return prefixed(dict(zip(_TOLD, found)), "told.")
+        return prefixed(dict(zip(_FIGURES, found)), _TOLD)
 
     def told(self, shared: Tree, clients: int) -> dict[str, float]:
-        told = {n: float(v) for n, v in under(shared, "told.").items()}
+        told = {n: float(v) for n, v in under(shared, _TOLD).items()}
         return told | {"effective_clients": told["effective_clients"] * clients} if told else {}
 
 
 def dense(tree: Tree) -> Tree:
     """{weight: its W} of all that there are."""
-    return {n.removesuffix(".W"): v for n, v in tree.items() if n.endswith(".W")}
+    return factors_of(tree, "W")

@@ -8,8 +8,11 @@ from torch import Generator, Tensor
 
 from ..algorithm import Vars
 from ..models.network import Model
+from ..names import factor, is_factor, own_name
 from ..tree import Tree, numel
 from . import FineTuning, dense
+
+_CLIENTS = own_name("last", "clients")
 
 
 @dataclass(frozen=True)
@@ -31,26 +34,26 @@ class Calibrated(FineTuning):
 
     def init(self, model: Model, rng: Generator) -> Vars:
         shared, personal = super().init(model, rng)[:2]
-        W = {f"{n}.W": torch.zeros(*size) for n, size in self.adapted(model).items()}
-        return Vars(shared | W | {"last.clients": torch.tensor(0.0)}, personal)
+        W = {factor(n, "W"): torch.zeros(*size) for n, size in self.adapted(model).items()}
+        return Vars(shared | W | {_CLIENTS: torch.tensor(0.0)}, personal)
 
     def received(self, shared: Tree) -> Tensor | int:
-        return numel({n: v for n, v in self.download(shared).items() if not n.endswith(".W")}) + self.residual(shared)
+        return numel({n: v for n, v in self.download(shared).items() if not is_factor(n, "W")}) + self.residual(shared)
 
     def residual(self, shared: Tree) -> Tensor | int:
         """How many numbers the R of the last round comes to; none before round 1."""
-        clients, total = shared["last.clients"].long(), 0
+        clients, total = shared[_CLIENTS].long(), 0
         for name, W in dense(shared).items():
-            factored = (clients - 1).clamp(min=0) * len(shared[f"{name}.A"]) * sum(W.shape)
+            factored = (clients - 1).clamp(min=0) * len(shared[factor(name, "A")]) * sum(W.shape)
             total += (clients > 0) * W.numel() if self.downlink == "dense" else factored
         return total
 
     def term(self, upload: Tree, shared: Tree) -> Tree:
-        return super().term(upload, shared) | {f"{n}.W": p for n, p in self.products(upload).items()}
+        return super().term(upload, shared) | {factor(n, "W"): p for n, p in self.products(upload).items()}
 
     def counted(self, upload: Tree) -> dict[str, int]:
         return {"clients": 1}
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
         of_means = self.products(mean)
-        return mean | {f"{n}.W": W + mean[f"{n}.W"] - of_means[n] for n, W in dense(shared).items()}
+        return mean | {factor(n, "W"): W + mean[factor(n, "W")] - of_means[n] for n, W in dense(shared).items()}

@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 
 from ..algorithm import Vars
 from ..models.network import Model
+from ..names import factor, is_factor
 from ..tree import Tree
 from . import FineTuning, dense
 
@@ -31,21 +32,22 @@ class Redistributed(FineTuning):
 
     def init(self, model: Model, rng: Generator) -> Vars:
         shared, personal = super().init(model, rng)[:2]
-        return Vars(shared | {f"{n}.W": torch.zeros(*size) for n, size in self.adapted(model).items()}, personal)
+        return Vars(shared | {factor(n, "W"): torch.zeros(*size) for n, size in self.adapted(model).items()}, personal)
 
     def download(self, shared: Tree) -> Tree:
-        own = super().download({n: v for n, v in shared.items() if not n.endswith(".W")})
-        return {n: v / self.s if n.endswith(".B") else v for n, v in own.items()}
+        own = super().download({n: v for n, v in shared.items() if not is_factor(n, "W")})
+        return {n: v / self.s if is_factor(n, "B") else v for n, v in own.items()}
 
     def delta(self, shared: Tree) -> Tree:
         """A client's s B A; what the server has is W itself."""
         return dense(shared) or super().delta(shared)
 
     def term(self, upload: Tree, shared: Tree) -> Tree:
-        return {f"{n}.W": p for n, p in self.products(upload).items()}
+        return {factor(n, "W"): p for n, p in self.products(upload).items()}
 
     def decomposed(self, shared: Tree) -> dict[str, tuple[Tensor, int]]:
-        return {n: (shared[f"{n}.W"], len(shared[f"{n}.A"])) for n in self.delta(shared)}
+        return {n: (shared[factor(n, "W")], len(shared[factor(n, "A")])) for n in self.delta(shared)}
 
     def handed_out(self, shared: Tree, right: Tree) -> Tree:
-        return shared | {f"{n}.A": V for n, V in right.items()} | {f"{n}.B": shared[f"{n}.W"] @ V.T for n, V in right.items()}
+        A = {factor(n, "A"): V for n, V in right.items()}
+        return shared | A | {factor(n, "B"): shared[factor(n, "W")] @ V.T for n, V in right.items()}

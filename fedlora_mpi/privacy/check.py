@@ -7,6 +7,7 @@ import torch
 from ..algorithm import Algorithm, Train, Vars
 from ..layout import Layout
 from ..models.network import Model
+from ..names import plain_name
 from ..tree import Tree, tmap
 from .accountant import need_library
 from .masks import LEAST
@@ -90,5 +91,5 @@ def _unfit(method: Algorithm, model: Model, first: Vars, train: Train) -> str | 
     changes = method.upload(ones, ones)  # zero from an untrained client, whatever the variables are
     for leaf in upload:
         if not any(step.trains(leaf) for step in steps) and changes[leaf].any():
-            return f"sends {leaf}, which SGD has not moved from what the server sent: there is no update to clip"
+            return f"sends {plain_name(leaf)}, which SGD has not moved from what the server sent: there is no update to clip"
     return None

@@ -1,0 +1,16 @@
+"""What a method starts from, so that it is known by which names it has the leaves of a run folder."""
+
+from dataclasses import replace
+
+import torch
+
+from ..algorithm import Algorithm, Vars
+from ..models.network import Model
+from ..seeds import rng
+
+
+@torch.no_grad()
+def first_variables(algorithm: Algorithm, model: Model, seed: int) -> Vars:
+    """The variables before round 1, of which the names count: where initial weights are gone they are zeros."""
+    values = {n: torch.zeros(v.shape) if v.is_meta else v for n, v in model.initial.items()}
+    return algorithm.init(replace(model, initial=values), rng(seed, "init"))

@@ -1,0 +1,223 @@
+"""Whatever the parts of a user's network are called, no method mistakes a leaf of it for one of its own."""
+
+import ast
+import shutil
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import TINY, played, same, tiny
+from torch import nn
+
+from fedlora_mpi import algorithms, open_run
+from fedlora_mpi import round as round_
+from fedlora_mpi.algorithm import Vars
+from fedlora_mpi.algorithms import fed_rac_lora
+from fedlora_mpi.cli import main
+from fedlora_mpi.finetuning import FineTuning
+from fedlora_mpi.models import zoo
+from fedlora_mpi.names import factor, is_factor, is_own, names_in_files, own_name, plain_name, weight_of
+from fedlora_mpi.seeds import key, rng
+
+CLASSES, SHAPE = 4, (1, 8, 8)  # those of tiny.yaml
+CORE = "core"  # a layer that the names of methods are put in front of
+SMALL = ("rounds=2", "train.epochs=1", "train.lr=0.01", "data.synthetic.train=24", "data.synthetic.test=8",
+         "data.partition.clients=2", "data.partition.minimum=2", "participation=1", "train.batch_size=12")
+SETTINGS = {
+    **dict.fromkeys(("fml", "fedkd", "fedapen"), ("algorithm.small=user_parts:wide",)),
+    **dict.fromkeys(("scaffold", "pfedme"), ("train.momentum=0",)),
+    "fedrep": ("algorithm.head_epochs=0",),
+    **dict.fromkeys(("fedlora", "local_lora", "fedavg_lora"), ("algorithm.order=simultaneous",)),
+    "fedala": ("algorithm.start_epochs=1",),
+    "pfedgate": ("algorithm.sparsity=0.5",),
+    "moon": ("algorithm.mu=0.1",),
+}
+
+
+def of(name):
+    """Overrides of tiny.yaml for a method."""
+    more = (*SETTINGS.get(name, ()), *SMALL)
+    if issubclass(algorithms.find(name), FineTuning):
+        more += ("algorithm.diagnose=true", "algorithm.lora_ranks=[2,1]" if name != "fed_rac_lora" else "algorithm.factor=both")
+    return (f"algorithm={name}", *more)
+
+
+def own_leaves(name):
+    """The names of what a method adds to a network: on clients, in messages and on the server."""
+    algorithm = tiny(*of(name)).algorithm
+    net = zoo.build("cnn", {"width": 4, "hidden": 8}, CLASSES, SHAPE, 1)
+    shared, personal = algorithm.init(net, rng(1, "init"))[:2]
+    client = algorithm.of_client(0, 3)
+    v = Vars(client.download(shared), personal)
+    upload = client.upload(v, v)
+    term = client.expand(upload, shared, 1)
+    trees = (shared, personal, v.shared, upload, term)
+    return {leaf for tree in trees for leaf in tree if leaf not in net.leaves}
+
+
+@cache
+def plain_names():
+    """What all methods add, as it would be called without dots of its own: ({words in front of a layer}, {others})."""
+    net = zoo.build("cnn", {"width": 4, "hidden": 8}, CLASSES, SHAPE, 1)
+    words, others = {}, {}
+    for leaf in (leaf for name in algorithms.names() for leaf in sorted(own_leaves(name))):
+        plain = plain_name(leaf)
+        layer = next((n for n in net.leaves if n in plain), None)
+        if layer:
+            words |= dict.fromkeys(word for word in plain.replace(layer, ".").split(".") if word)
+        else:
+            others[plain] = None
+    return (*words,), (*others,)
+
+
+def tops():
+    """Words with which names of methods begin."""
+    words, others = plain_names()
+    return (*dict.fromkeys((CORE, *words, *(name.partition(".")[0] for name in others if "." in name))),)
+
+
+class Net(nn.Module):
+    """Layers of 4 features one after the other, some inside others, each with further parameters.
+
+    called: what a part is called that has some name of a method.
+    """
+
+    def __init__(self, classes, shape, head, called):
+        super().__init__()
+        self._called, self._layers, self._factors = called, [], []
+        conv, norm, *others = [word for word in tops() if word != head]
+        self._ends = called(conv), called(norm), called(head)
+        self.add_module(called(conv), nn.Conv2d(shape[0], 4, 3, 2))
+        self.add_module(called(norm), nn.BatchNorm2d(4))
+        for word in others:
+            self._add(f"{word}.weight"), self._add(f"{word}.{CORE}.weight")
+        for letter in "ABW":
+            self._add(f"{CORE}.{letter}")
+        for leaf in plain_names()[1]:
+            if leaf.partition(".")[0] not in (conv, norm, head):
+                self._add(leaf)
+        self.add_module(called(head), nn.Linear(4, classes))
+
+    def _add(self, leaf):
+        """A parameter of this name, in layers that have weights, too."""
+        *home, name = leaf.split(".")
+        inside, path = self, ""
+        for word in map(self._called, home):
+            path = f"{path}.{word}".strip(".")
+            if word not in inside._modules:
+                inside.add_module(word, nn.Linear(4, 4))
+                self._layers.append(path)
+            inside = inside._modules[word]
+        name = name if name in ("weight", "bias") and home else self._called(name)
+        if name not in inside._parameters and name not in inside._modules:
+            inside.register_parameter(name, nn.Parameter(torch.randn(4, 4) / 10))
+            self._factors.append((path, name))
+
+    def forward(self, x):
+        conv, norm, head = (self._modules[name] for name in self._ends)
+        x = norm(conv(x)).amax((2, 3))
+        for path in self._layers:
+            x = x + 0.1 * self.get_submodule(path)(x)
+        for path, name in self._factors:
+            x = x + 0.1 * x @ self.get_submodule(path)._parameters[name]
+        return head(x)
+
+
+def hostile(classes, shape, head):
+    return Net(classes, shape, head, str)
+
+
+def neutral(classes, shape, head):
+    words = sorted({word for name in (*tops(), *plain_names()[1], "A", "B", "W") for word in name.split(".")})
+    return Net(classes, shape, head, lambda word: f"layer{words.index(word)}")
+
+
+def head_of(name):
+    """The word that the classifier is called by in the test of a method: another for each."""
+    words = tops()[3:]  # the first ones are other layers
+    return words[algorithms.names().index(name) % len(words)]
+
+
+def same_results(name, head, monkeypatch):
+    if name == "fed_rac_lora":  # sketches follow from the names of weights
+        monkeypatch.setattr(fed_rac_lora, "key", lambda *address: key(*address[:-1]))
+    monkeypatch.setattr(round_, "_flops", lambda *_: 0)  # counting them takes most of the time
+    ours, plain = (
+        played.__wrapped__(*of(name), f"model={{name: 'test_names:{net}', head: {head}}}")[0]
+        for net in ("hostile", "neutral")
+    )
+    for a, b in zip(ours, plain, strict=True):
+        for mine, other in ((a.shared, b.shared), (a.personal, b.personal)):
+            for (leaf, u), v in zip(mine.items(), other.values(), strict=True):
+                assert torch.equal(u, v), leaf
+        assert same(a._replace(shared={}, personal={}), b._replace(shared={}, personal={}))
+    return ours
+
+
+@pytest.mark.parametrize("name", algorithms.names())
+def test_names_of_layers_do_not_change_what_a_method_does(name, monkeypatch):
+    same_results(name, head_of(name), monkeypatch)
+
+
+@pytest.mark.parametrize("name", algorithms.names())
+def test_what_a_method_adds_has_a_name_that_no_network_can_have(name):
+    assert all(is_own(leaf) for leaf in own_leaves(name))
+
+
+def test_torch_refuses_the_names_that_methods_use():
+    module = nn.Module()
+    for name in ("", ".own", "a..b", "a.", "."):
+        with pytest.raises(KeyError):
+            module.register_parameter(name, nn.Parameter(torch.zeros(1)))
+        with pytest.raises(KeyError):
+            module.add_module(name, nn.Identity())
+
+
+def test_names_tell_words_from_factors_and_weights():
+    names = [own_name("last", "A"), factor("last", "A"), "last.A", own_name("own", factor("w", "B")), own_name("fresh")]
+    assert len(set(names)) == 5 and [is_own(n) for n in names] == [True, True, False, True, True]
+    assert [is_factor(n) for n in names] == [False, True, False, False, False]
+    assert weight_of(factor("last.A", "W")) == "last.A" and is_factor(factor("w", "W"), "W")
+    assert [plain_name(n) for n in names] == ["last.A", "last.A", "last.A", "own.w.B", "fresh"]
+
+
+def test_in_a_file_names_are_plain_unless_two_leaves_would_share_one():
+    assert names_in_files([factor("w", "A"), own_name("c", "w"), own_name("fresh"), "w"]) == {
+        "w..A": "w.A", ".c.w": "c.w", ".fresh.": "fresh", "w": "w",
+    }
+    names = ["last.A", own_name("last", "A"), factor("last", "A"), factor("a/b.%", "B")]
+    assert list(names_in_files(names).values()) == ["last.A", ".last.A", "last..A", "a/b.%.B"]
+
+
+def test_no_method_tells_leaves_apart_by_a_literal():
+    """Only by ``names.py``, or by a prefix that comes from it."""
+    root = Path(algorithms.__file__).parent
+    asked = {"startswith", "endswith", "removeprefix", "removesuffix"}
+    for path in (*root.glob("[!_]*.py"), *(root.parent / "finetuning").glob("*.py"), root.parent / "lowrank.py"):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            if isinstance(call.func, ast.Attribute) and call.func.attr in asked:
+                said = [n for argument in call.args for n in ast.walk(argument) if isinstance(n, ast.Constant)]
+                assert not said, f"{path.name}:{call.lineno}"
+
+
+@pytest.mark.parametrize("name", ["fedhl", "fedala", "pfedgate", "fedlora"])
+def test_a_run_of_such_a_network_resumes_in_the_same_bits_and_is_read(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(round_, "_flops", lambda *_: 0)
+    model = f"model={{name: 'test_names:hostile', head: {head_of(name)}}}"
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    how = [str(TINY), *of(name), model, "checkpoint.every=1"]
+    assert main(["run", *how, f"output={whole}"]) == 0
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints/000002")
+    assert main(["resume", str(cut)]) == 0
+    run = open_run(cut)
+    assert run.digest() == open_run(whole).digest()
+    moment = played.__wrapped__(*of(name), model)[0][-1]
+    assert len(run.shared) == len(moment.shared) and len(run.client(1).personal) == len(moment.personal)
+    for leaf, value in run.by_leaf(run.shared).items():
+        assert np.array_equal(value, moment.shared[leaf].numpy())
+    view = run.client(1)
+    assert set(view.weights) == set(view.network.leaves)
+    assert all(np.array_equal(view.weights[n], v.numpy()) for n, v in view.model.state_dict().items() if n in view.weights)
