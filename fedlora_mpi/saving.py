@@ -10,7 +10,9 @@ import torch
 from .build import Built
 from .comm import together
 from .federation import State
+from .escapes import one_line
 from .store import checkpoint
+from .store.files import StoreError
 from .store.manifest import Shard, worker_file
 from .store.snapshot import Checkpoint
 from .tree import Tree, nbytes, tmap
@@ -62,6 +64,7 @@ def loaded(found: Checkpoint, built: Built) -> State:
     run = built.run
     first, device, personal = run.kinds[0].first.shared, run.trainer.device, run.room()
     blank = run.algorithm.server(run.trainer.model, first)
+    _check_leaves(found, built, blank)
     in_order = lambda leaves, like: {name: torch.from_numpy(leaves[name]).to(device) for name in like}
     for kind, ids in zip(run.kinds, run.by_kind):
         few = max(1, _READ // max(1, nbytes(kind.first.personal)))
@@ -70,6 +73,17 @@ def loaded(found: Checkpoint, built: Built) -> State:
                 personal[kind.prefix + name][at : at + few] = torch.from_numpy(rows)
     run.rows.release()
     return State(found.round, in_order(found.server(), blank), in_order(found.shared(), first), personal)
+
+
+def _check_leaves(found: Checkpoint, built: Built, blank: Tree) -> None:
+    """Raise StoreError unless the checkpoint has the leaves of this network and method."""
+    kinds = [(found.leaf_shapes(ids), kind.first.personal) for kind, ids in zip(built.run.kinds, built.run.by_kind) if ids]
+    for stored, like in ((found.shapes("shared"), built.run.kinds[0].first.shared), (found.shapes("server"), blank), *kinds):
+        for name, value in like.items():
+            wanted = tuple(value.shape), value.detach().cpu().numpy().dtype
+            if stored.get(name) != wanted:
+                said = f"{wanted[1]} {list(wanted[0])}"
+                raise StoreError(f"{found.path}: has no leaf {name!r} of {said}; it is damaged, or of another experiment")
 
 
 def newest(folder: Path, built: Built) -> Checkpoint | None:
@@ -81,7 +95,7 @@ def newest(folder: Path, built: Built) -> Checkpoint | None:
             return 0
         found, skipped = checkpoint.newest(folder, run_digest=built.digest)
         for line in (*(f"skipped {line}" for line in skipped), f"resuming {folder} after round {found.round}"):
-            print(line, file=sys.stderr, flush=True)
+            print(one_line(line), file=sys.stderr, flush=True)
         return found.round
 
     round_ = int(comm.broadcast(str(together(comm, find)).encode()))
