@@ -148,7 +148,7 @@ def _cut(line: Line, width: int) -> Line:
 def _title(seen: Seen) -> Line:
     config = seen.config
     clients = config["data"]["partition"].get("clients", "?")
-    return [(str(seen.path), "bold"), (f"  {config['algorithm']['name']} on {config['data']['dataset']}, {clients} clients", "")]
+    return [(str(seen.path), "bold"), (f"  {config['algorithm']['name']} on {config['data'].get('dataset', '?')}, {clients} clients", "")]
 
 
 def _status(seen: Seen) -> Line:

@@ -22,12 +22,14 @@ _DTYPES = {np.dtype(name) for name in ("bool", "i1", "i2", "i4", "i8", "u1", "u2
 _DEEP = 50  # blocks of a JSON inside each other
 _TEXTS = 10_000  # of a list that is an attribute
 LARGEST = 2**53  # of an integer
-_PEOPLE = 10**8  # clients
 _TYPES = {dict: "a block", str: "text", int: "an integer", list: "a list"}
-# What those who analyse a run ask of its config, by dotted key.
+# What those who analyse a run ask of its config, by dotted key; of some only when they are there.
 _SETTINGS = {
-    "seed": int, "rounds": int, "algorithm": dict, "algorithm.name": str, "data": dict, "data.dataset": str,
-    "data.partition": dict, "data.partition.kind": str, "data.partition.seed": int, "evaluate": dict, "evaluate.every": int,
+    "seed": int, "rounds": int, "algorithm": dict, "algorithm.name": str, "data": dict, "data.partition": dict,
+    "data.partition.seed": int,
+}  # fmt: skip
+_MAYBE = {
+    "data.dataset": str, "data.partition.kind": str, "data.partition.clients": int, "evaluate": dict, "evaluate.every": int,
 }  # fmt: skip
 
 
@@ -206,14 +208,14 @@ def member(block: Mapping[str, Any], key: str, kind: type, least: int | None = N
 
 def check_settings(config: Mapping[str, Any]) -> None:
     """Raise StoreError unless the config says what the analysis of a run asks."""
-    for key, kind in _SETTINGS.items():
+    for key, kind in (_SETTINGS | _MAYBE).items():
         *blocks, name = key.split(".")
         block = config
         for part in blocks:
-            block = block[part]
+            block = block.get(part, {})
+        if key in _MAYBE and name not in block:
+            continue
         try:
-            member(block, name, kind, **({"least": key == "evaluate.every"} if kind is int else {}))
+            member(block, name, kind, **({"least": int(key in _MAYBE)} if kind is int else {}))
         except StoreError as why:
             raise StoreError(f"config: {'.'.join([*blocks, ''])}{why}") from why
-    if "clients" in config["data"]["partition"]:
-        member(config["data"]["partition"], "clients", int, 1, _PEOPLE)
