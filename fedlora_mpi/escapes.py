@@ -33,8 +33,8 @@ def tex(text: object) -> str:
 
 
 def markdown(text: object) -> str:
-    """A text of one line that is neither HTML nor the end of a cell in Markdown."""
-    return one_line(text).replace("|", "\\|").replace("<", "&lt;")
+    """A text of one line that does not end a cell in Markdown."""
+    return one_line(text).replace("|", "\\|")
 
 
 def html_text(text: object) -> str:

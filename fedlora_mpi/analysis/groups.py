@@ -54,7 +54,7 @@ class Logged:
     def read(cls, path: Path) -> "Logged":
         """Raises StoreError (a ValueError) when ``path`` is no run folder."""
         files = RunFiles(path)
-        rows = files.measured("bytes_up", "clients", "accuracy", "accuracy_worst", "train_loss")
+        rows = files.measured()
         return cls(Path(path), files.settings, rows["rounds"], rows["clients"], files.partition(), rows["ranks"])
 
     @cached_property

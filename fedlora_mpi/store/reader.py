@@ -86,6 +86,8 @@ class RunFiles:
         found = self.rows()
         if len(found["rounds"]["round"]) and (missing := [name for name in names if name not in found["rounds"]]):
             raise StoreError(f"{self.path / 'log.h5'}: has no column rounds/{missing[0]}")
+        if "accuracy" in found["rounds"] and "accuracy" not in found["clients"]:
+            raise StoreError(f"{self.path / 'log.h5'}: has no column clients/accuracy")
         return found
 
     def axes(self, path: str) -> tuple[str, ...]:

@@ -235,7 +235,7 @@ def _earlier(folder: Path) -> list[str]:
 def _ours(name: str) -> bool:
     """Whether a report writes files of this name."""
     where, _, file = name.partition("/")
-    return file.rpartition(".")[2] in _KINDS.get(where, ()) and plain_name(file) == file
+    return where in _KINDS and plain_name(file) == file and file.rpartition(".")[2] in _KINDS[where]
 
 
 def _put(folder: Path, files: dict[str, bytes], old: Sequence[str]) -> None:
