@@ -226,10 +226,11 @@ def _resume(asked: argparse.Namespace, comm) -> int:
 def _plan(asked: argparse.Namespace, comm) -> int:
     from .comm import together
     from .config import read
+    from .escapes import lines
     from .plan import plan
 
     there = asked.gpus, asked.bandwidth, asked.latency
-    print(together(comm, lambda: plan(read(asked.config, asked.overrides), asked.config, asked.ranks, *there)))
+    print(lines(together(comm, lambda: plan(read(asked.config, asked.overrides), asked.config, asked.ranks, *there))))
     return 0
 
 
@@ -250,6 +251,7 @@ def _partition(asked: argparse.Namespace, comm) -> int:
     from .build import load_data, split_data, tell_hints
     from .comm import together
     from .config import read
+    from .escapes import lines, one_line
 
     def show() -> None:
         config = read(asked.config, asked.overrides)
@@ -259,12 +261,12 @@ def _partition(asked: argparse.Namespace, comm) -> int:
         tell_hints(data, asked.config)
         split = split_data(config, asked.config, data)
         if asked.to:
-            print(write_folder(config, data, split, Path(asked.to[1])))
+            print(one_line(write_folder(config, data, split, Path(asked.to[1]))))
             return
         picture = asked.picture or Path(f"partition-{Path(asked.config).stem}.png")
-        print(table(split, data.names))
+        print(lines(table(split, data.names)))
         draw(split, picture, data.names)
-        print(f"\npicture: {picture}")
+        print(f"\npicture: {one_line(picture)}")
 
     together(comm, show)
     return 0
@@ -272,12 +274,13 @@ def _partition(asked: argparse.Namespace, comm) -> int:
 
 def _report(asked: argparse.Namespace, comm) -> int:
     from .comm import together
+    from .escapes import one_line
 
     def tell() -> str:
         if asked.output:
             from .analysis.page.write import write
 
-            return write(asked.runs, asked.output)
+            return one_line(write(asked.runs, asked.output))
         from .analysis.report import table
 
         return table(asked.runs)
@@ -308,8 +311,9 @@ def _export(asked: argparse.Namespace, comm) -> int:
     from .analysis.export import export
     from .analysis.run import open_run
     from .comm import together
+    from .escapes import one_line
 
-    print(together(comm, lambda: export(open_run(asked.run), asked.client, asked.to)))
+    print(one_line(together(comm, lambda: export(open_run(asked.run), asked.client, asked.to))))
     return 0
 
 
@@ -340,13 +344,14 @@ def _doctor(asked: argparse.Namespace, comm) -> int:
 
 def _digest(asked: argparse.Namespace, comm) -> int:
     from .comm import together
+    from .escapes import one_line
     from .store.reader import RunFiles
 
     def show() -> None:
         for folder in asked.runs:
             found = RunFiles(folder).checkpoint()
             sums = found.digest()
-            print(f"{folder} round {found.round} shared {sums['shared']} personal {sums['personal']}", flush=True)
+            print(f"{one_line(folder)} round {found.round} shared {sums['shared']} personal {sums['personal']}", flush=True)
 
     together(comm, show)
     return 0

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from .escapes import one_line
 from .launch import expected_ranks, is_launched
 from .mail import Lost, Mail
 from .paths import describe, is_mistake
@@ -343,7 +344,7 @@ def together(comm: Comm, stage: Callable[[], T]) -> T:
     try:
         result = stage()
     except (ValueError, Unwritable) as error:
-        text, end = _bytes(str(error)), 1 + isinstance(error, Unwritable)
+        text, end = _bytes(str(error)), 1 + (not isinstance(error, ValueError))
     except OSError as error:
         if not is_mistake(error):
             raise
@@ -379,7 +380,7 @@ def guarded(comm: Comm, main: Callable[[], int]) -> int:
         print(_said(lost), file=sys.stderr, flush=True)
         comm.abort()
     except Unwritable as error:
-        print(f"fedlora-mpi: {error}", file=sys.stderr, flush=True)
+        print(_said(error), file=sys.stderr, flush=True)
         comm.abort()
     except BrokenPipeError:
         raise  # nobody reads the output, which is no fault
@@ -393,4 +394,4 @@ def guarded(comm: Comm, main: Callable[[], int]) -> int:
 
 def _said(error: Exception) -> str:
     """One line, with the way out where one was noted."""
-    return "; ".join([f"fedlora-mpi: {error}", *getattr(error, "__notes__", ())])
+    return one_line("; ".join([f"fedlora-mpi: {error}", *getattr(error, "__notes__", ())]))

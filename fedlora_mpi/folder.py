@@ -22,6 +22,7 @@ from .config import Config
 from .inventory import KEPT, Inventory, computed, difference, kept, unlike
 from .store import checkpoint
 from .store.files import StoreError, write_atomic
+from .store.folder import check
 from .store.log import Log, inventory_of, ragged
 from .store.sight import sees, token
 from .store.snapshot import Checkpoint
@@ -31,6 +32,7 @@ def recorded_config(folder: Path, overrides: Sequence[str]) -> Config:
     """The config of a run folder."""
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder}: not a run folder, it has no config.yaml; give the output of a run")
+    check(folder)
     return replace(configs.recorded(folder / "config.yaml", overrides), output=str(folder))
 
 

@@ -30,6 +30,7 @@ from .engine.rehearsal import rehearsed
 from .engine.settings import Engine
 from .engine.train import Trainer
 from .experiment import ModelBlock
+from .escapes import one_line
 from .models.weights import packed
 from .models.zoo import foreign
 from .seeds import rng
@@ -58,7 +59,7 @@ def pretrain(
     _need(epochs >= 1, f"--epochs = {epochs}", "must be an integer of at least 1")
     _need(0 <= network < len(networks), f"--network = {network}", f"must be from 0 to {len(networks) - 1}, as in model.mix")
     _need(to.suffix == ".safetensors", f"--to = {to}", "must be a file .safetensors")
-    _need(not to.exists(), f"--to = {to}", "the file exists; remove it or choose another")
+    _need(not os.path.lexists(to), f"--to = {to}", "the file exists; remove it or choose another")
     packed({})  # refuses without the library
     block = ModelBlock((networks[network],))
     trainer, tree = _begun(replace(config, model=block, algorithm=FedAvg()), source, classes)
@@ -76,7 +77,7 @@ def pretrain(
         )
     tree |= {n: trainer.model.constants[n] for n in trainer.model.locked}
     write_atomic(to, packed(tree))
-    print(f"{to}: {networks[network].name}, {numel(tree):,} numbers; a run takes it as model.weights={to}", flush=True)
+    print(f"{one_line(to)}: {one_line(networks[network].name)}, {numel(tree):,} numbers; a run takes it as model.weights={one_line(to)}", flush=True)
 
 
 def chosen(text: str | None, classes: int) -> list[int]:

@@ -17,6 +17,7 @@ from .balance import balanced, due
 from .build import Built, build, hosts
 from .comm import Comm, Fault, together
 from .config import Config
+from .escapes import one_line
 from .federation import State
 from .folder import begun, continued, create_log, describe, fill, need_shared, recorded_config, same_as_begun
 from .lowrank import first_few, left_out
@@ -26,6 +27,7 @@ from .progress import Progress
 from .recovery import going_on, keeping, lasting, left, without
 from .round import play
 from .saving import beginning, loaded, newest, save
+from .store import nolinks
 from .store.folder import created
 from .store.lock import locked
 from .store.log import Log
@@ -56,7 +58,7 @@ def _begin(folder: Path, config: Config, source: str, comm: Comm, asked: Sequenc
     """Play all rounds into a new run folder; returns the exit code."""
 
     def refuse_existing() -> None:
-        if comm.rank == 0 and folder.exists():
+        if comm.rank == 0 and os.path.lexists(folder):
             raise ValueError(
                 f"{source}: output = {folder}: the folder exists; continue it with "
                 f"'fedlora-mpi resume {folder}' or choose another with output=..."
@@ -109,7 +111,7 @@ def _put_back(folder: Path, found: Checkpoint | None, built: Built) -> None:
         if found:
             found.restore_log(folder / "log.h5")
         else:
-            (folder / "log.h5").unlink(missing_ok=True)
+            nolinks.remove(folder / "log.h5")
             create_log(folder, built)
 
 
@@ -150,13 +152,8 @@ def _loop(built: Built, state: State, folder: Path, asked: Sequence[int]) -> int
     """Play the rounds that are left, or until somebody ``asked`` to stop; returns the exit code."""
     config, comm = built.config, built.run.comm
     with ExitStack() as stack:
-        log, too = None, []
-        if comm.rank == 0:
-            too = opened(folder, csv=config.log.csv, tensorboard=config.log.tensorboard)
-            for sink in too:
-                stack.enter_context(closing(sink))
-            log = stack.enter_context(Log.append_to(folder / "log.h5"))
-            log.describe(configs.sealed_yaml(config), json.dumps(configs.resolved_dict(config)))
+        log, too = together(comm, lambda: _opened(config, folder, stack) if comm.rank == 0 else (None, []))
+        if log:
             for hint in hints(built):
                 print(f"hint: {hint}", file=sys.stderr)
             if comm.dead:
@@ -164,9 +161,19 @@ def _loop(built: Built, state: State, folder: Path, asked: Sequence[int]) -> int
         state = _rounds(built, state, folder, asked, log, too)
     done = state.round >= config.rounds
     if log:
-        print(f"{folder}: " + ("done" if done else f"stopped after round {state.round}; continue with "
-              f"'fedlora-mpi resume {folder}'"), flush=True)
+        print(f"{one_line(folder)}: " + ("done" if done else f"stopped after round {state.round}; continue with "
+              f"'fedlora-mpi resume {one_line(folder)}'"), flush=True)
     return 0 if done else STOPPED
+
+
+def _opened(config: Config, folder: Path, stack: ExitStack) -> tuple[Log, list[Sink]]:
+    """The log and what is written beside it, until the ``stack`` ends. Raises ValueError, Unwritable."""
+    too = opened(folder, csv=config.log.csv, tensorboard=config.log.tensorboard)
+    for sink in too:
+        stack.enter_context(closing(sink))
+    log = stack.enter_context(Log.append_to(folder / "log.h5"))
+    log.describe(configs.sealed_yaml(config), json.dumps(configs.resolved_dict(config)))
+    return log, too
 
 
 def _rounds(

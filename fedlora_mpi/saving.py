@@ -10,6 +10,7 @@ import torch
 from .build import Built
 from .comm import together
 from .federation import State
+from .escapes import one_line
 from .names import names_in_files
 from .store import checkpoint
 from .store.files import StoreError
@@ -64,16 +65,27 @@ def loaded(found: Checkpoint, built: Built) -> State:
     run = built.run
     first, device, personal = run.kinds[0].first.shared, run.trainer.device, run.room()
     blank = run.algorithm.server(run.trainer.model, first)
+    _check_leaves(found, built, blank)
     for kind, ids in zip(run.kinds, run.by_kind):
         few = max(1, _READ // max(1, nbytes(kind.first.personal)))
         for at in range(0, len(ids), few):
-            rows = _leaves(found, found.personal(ids[at : at + few]), kind.first.personal)
+            rows = _leaves(found.personal(ids[at : at + few]), kind.first.personal)
             for name, value in rows.items():
                 personal[kind.prefix + name][at : at + few] = value
     run.rows.release()
-    server, shared = _leaves(found, found.server(), blank), _leaves(found, found.shared(), first)
+    server, shared = _leaves(found.server(), blank), _leaves(found.shared(), first)
     to_device = lambda tree: tmap(lambda v: v.to(device), tree)
     return State(found.round, to_device(server), to_device(shared), personal)
+
+
+def _check_leaves(found: Checkpoint, built: Built, blank: Tree) -> None:
+    """Raise StoreError unless the checkpoint has the leaves of this network and method."""
+    kinds = [(found.leaf_shapes(ids), kind.first.personal) for kind, ids in zip(built.run.kinds, built.run.by_kind) if ids]
+    for stored, like in ((found.shapes("shared"), built.run.kinds[0].first.shared), (found.shapes("server"), blank), *kinds):
+        for name, array in _arrays(like).items():
+            if stored.get(name) != (array.shape, array.dtype):
+                said = f"{array.dtype} {list(array.shape)}"
+                raise StoreError(f"{found.path}: has no leaf {name!r} of {said}; it is damaged, or of another experiment")
 
 
 def newest(folder: Path, built: Built) -> Checkpoint | None:
@@ -85,7 +97,7 @@ def newest(folder: Path, built: Built) -> Checkpoint | None:
             return 0
         found, skipped = checkpoint.newest(folder, run_digest=built.digest)
         for line in (*(f"skipped {line}" for line in skipped), f"resuming {folder} after round {found.round}"):
-            print(line, file=sys.stderr, flush=True)
+            print(one_line(line), file=sys.stderr, flush=True)
         return found.round
 
     round_ = int(comm.broadcast(str(together(comm, find)).encode()))
@@ -99,10 +111,6 @@ def _arrays(tree: Tree) -> Mapping[str, np.ndarray]:
     return {name: known[n].cpu().numpy() for n, name in names_in_files(tree).items()}
 
 
-def _leaves(found: Checkpoint, arrays: Mapping[str, np.ndarray], like: Tree) -> Tree:
-    """The leaves that ``like`` has, in its order, of the arrays of a checkpoint. Raises StoreError: one is missing."""
-    names = names_in_files(like)
-    for name in names.values():
-        if name not in arrays:
-            raise StoreError(f"{found.path}: has no leaf {name}: it is of another version of fedlora_mpi; start anew")
-    return {n: torch.from_numpy(arrays[name]).to(like[n].dtype) for n, name in names.items()}
+def _leaves(arrays: Mapping[str, np.ndarray], like: Tree) -> Tree:
+    """The leaves that ``like`` has, in its order, of the arrays of a checkpoint."""
+    return {n: torch.from_numpy(arrays[name]).to(like[n].dtype) for n, name in names_in_files(like).items()}

@@ -16,6 +16,7 @@ from pathlib import Path
 from . import config as configs
 from .bounds import bounded
 from .config import Config
+from .escapes import one_line
 from .paths import expanded
 from .run import STOPPED
 
@@ -132,7 +133,7 @@ def submit(config_file: str, overrides: Sequence[str], dry_run: bool, **given: s
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise ValueError(f"{sbatch} refused the job: {said}")
     number = done.stdout.strip().partition(";")[0]
-    return f"job {number}: {job.ranks} ranks on {job.nodes} node(s), output in {job.log.replace('%j', number)}"
+    return one_line(f"job {number}: {job.ranks} ranks on {job.nodes} node(s), output in {job.log.replace('%j', number)}")
 
 
 def _directives(job: Job) -> str:

@@ -10,7 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .comm import Comm
-from .store.files import write_atomic
+from .store import nolinks
+from .store.files import StoreError, opened_file, write_atomic
 
 
 @contextmanager
@@ -79,11 +80,11 @@ class Signs:
         now = time.monotonic()
         if self._comm.size == 1 or now - self._given < self._timeout / 4 or not self._folder.parent.is_dir():
             return []
-        self._folder.mkdir(exist_ok=True)
         self._given, self._number = now, self._number + 1
-        pulse = self._comm.pulse
+        pulse, run = self._comm.pulse, self._folder.parent
         sign = f"{self._number} {pulse.moves} {'waits' if pulse.waits else 'works'} {pulse}"
-        write_atomic(self._folder / str(self._comm.rank), sign.encode())
+        with nolinks.opened_folder(self._folder, run, make=True):
+            write_atomic(self._folder / str(self._comm.rank), sign.encode(), run)
         return [found for rank in self._watched if (found := self._look(rank, now))]
 
     def all_waiting(self) -> str:
@@ -103,8 +104,7 @@ class Signs:
     def remove(self) -> None:
         """No more signs: the rank leaves in good order."""
         with suppress(OSError):
-            (self._folder / str(self._comm.rank)).unlink(missing_ok=True)
-            self._folder.rmdir()  # by the last
+            nolinks.clear(self._folder, str(self._comm.rank).__eq__, self._folder.parent)  # the folder by the last
 
     def _look(self, rank: int, now: float) -> tuple[int, str] | None:
         text = self._sign(rank)
@@ -117,6 +117,6 @@ class Signs:
 
     def _sign(self, rank: int) -> str:
         """What a rank's file holds."""
-        with suppress(OSError):
-            return (self._folder / str(rank)).read_text(encoding="utf-8")
+        with suppress(OSError, StoreError), opened_file(self._folder / str(rank), self._folder.parent) as file:
+            return file.read(1000).decode()
         return "0 0 works the set-up"

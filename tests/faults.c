@@ -41,6 +41,13 @@ static char *path_of(int fd) {
     return path;
 }
 
+static char *joined(int home, const char *name) {
+    char *path = path_of(home);
+    size_t n = strlen(path);
+    snprintf(path + n, PATH_MAX - n, "/%s", name);
+    return path;
+}
+
 enum { GO_ON, HALF, DIE_AFTER, FAIL };
 
 static int meet(const char *name, const char *path, int needs_room) {
@@ -75,6 +82,12 @@ static int meet(const char *name, const char *path, int needs_room) {
     if (!(flags & O_CREAT)) return real(path, flags, mode); \
     CALL("create", path, 1, (void)0, real(path, flags, mode)); }
 
+#define AT(home, path) (path[0] == '/' ? path : joined(home, path))
+#define OPENAT(name) int name(int home, const char *path, int flags, ...) { \
+    REAL(name); va_list more; va_start(more, flags); mode_t mode = va_arg(more, mode_t); va_end(more); \
+    if (!(flags & O_CREAT)) return real(home, path, flags, mode); \
+    CALL("create", AT(home, path), 1, (void)0, real(home, path, flags, mode)); }
+
 WRITE(write)
 PWRITE(pwrite, off_t)
 PWRITE(pwrite64, off64_t)
@@ -86,12 +99,16 @@ CUT(ftruncate, off_t)
 CUT(ftruncate64, off64_t)
 OPEN(open)
 OPEN(open64)
+OPENAT(openat)
+OPENAT(openat64)
 
 int rename(const char *from, const char *to) { REAL(rename); CALL("rename", to, 0, (void)0, real(from, to)); }
 int unlink(const char *path) { REAL(unlink); CALL("unlink", path, 0, (void)0, real(path)); }
 int rmdir(const char *path) { REAL(rmdir); CALL("unlink", path, 0, (void)0, real(path)); }
 int mkdir(const char *path, mode_t mode) { REAL(mkdir); CALL("mkdir", path, 1, (void)0, real(path, mode)); }
 int unlinkat(int home, const char *path, int flags) {
-    REAL(unlinkat);
-    CALL("unlink", path[0] == '/' ? path : path_of(home), 0, (void)0, real(home, path, flags));
-}
+    REAL(unlinkat); CALL("unlink", AT(home, path), 0, (void)0, real(home, path, flags)); }
+int mkdirat(int home, const char *path, mode_t mode) {
+    REAL(mkdirat); CALL("mkdir", AT(home, path), 1, (void)0, real(home, path, mode)); }
+int renameat(int home, const char *from, int there, const char *to) {
+    REAL(renameat); CALL("rename", AT(there, to), 0, (void)0, real(home, from, there, to)); }

@@ -350,7 +350,7 @@ def test_a_file_is_on_disk_before_its_name_and_the_name_before_anything_else(tmp
     calls = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args)))
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real, **at: (calls.append(name), real(*args, **at)))
     files.write_atomic(tmp_path / "x", b"new")
     assert calls == ["fsync", "replace", "fsync"] and (tmp_path / "x").read_bytes() == b"new"
 
@@ -358,7 +358,7 @@ def test_a_file_is_on_disk_before_its_name_and_the_name_before_anything_else(tmp
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
     (tmp_path / "x").write_bytes(b"old")
     with pytest.raises(KeyError), files.replacing(tmp_path / "x") as temporary:
-        temporary.write_bytes(b"ne")
+        temporary.write(b"ne")
         raise KeyError
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"old")]
 

@@ -1,6 +1,7 @@
 """A run for other programs: a client's model, the shared part, its low-rank part for peft, its results for PFLlib."""
 
 import io
+import os
 from collections import OrderedDict
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def export(run: RunView, client: int | None, to: Path) -> str:
             files = ", ".join((*MODELS, *RESULTS))
             raise ValueError(f"--to {to}: a folder is for peft's adapter of one client; give --client, or name a file {files}")
         return str(peft.export(run, client, to))
-    if to.exists():
+    if os.path.lexists(to):
         raise ValueError(f"--to {to}: is there already; choose another")
     try:
         if kind in RESULTS:

@@ -54,8 +54,8 @@ class Logged:
     def read(cls, path: Path) -> "Logged":
         """Raises StoreError (a ValueError) when ``path`` is no run folder."""
         files = RunFiles(path)
-        rows = files.rows()
-        return cls(Path(path), files.config, rows["rounds"], rows["clients"], files.partition(), rows["ranks"])
+        rows = files.measured()
+        return cls(Path(path), files.settings, rows["rounds"], rows["clients"], files.partition(), rows["ranks"])
 
     @cached_property
     def settings(self) -> dict[str, Any]:

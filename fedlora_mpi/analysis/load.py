@@ -24,7 +24,7 @@ def load(ranks: Mapping[str, np.ndarray], config: Mapping[str, Any], rows: slice
     measured = np.flatnonzero(numbers)
     if not len(measured):
         return None
-    covered = np.minimum(np.diff(measured, prepend=-1), config["evaluate"]["every"])
+    covered = np.minimum(np.diff(measured, prepend=-1), config.get("evaluate", {}).get("every", 1))
     kept = np.isin(measured, np.arange(len(numbers))[rows])
     measured, covered = measured[kept], covered[kept]
     if not len(measured):

@@ -39,8 +39,8 @@ def draw(split: Split, picture: Path, names: Sequence[str] = ()) -> None:
     """Write ``figure(split, names)`` as a PNG. Raises ValueError where it cannot be written."""
     drawn = figure(split, names)
     try:
-        with replacing(picture) as temporary:
-            drawn.savefig(temporary, format="png", dpi=150)
+        with replacing(picture) as file:
+            drawn.savefig(file, format="png", dpi=150)
     except OSError as error:
         why = f"picture = {picture}: cannot be written: {error.strerror}"
         raise ValueError(f"{why}; choose another with --picture") from error

@@ -14,7 +14,7 @@ from ..data.datasets import Data
 from ..data.feed import Feed
 from ..data.partition import Split
 from ..paths import expanded
-from ..store import hdf5
+from ..store import hdf5, nolinks
 from ..store.files import replacing, write_atomic
 from .run import RunView
 
@@ -36,13 +36,14 @@ def write_folder(config: Config, data: Data, split: Split, folder: Path) -> str:
     counts = np.zeros((len(split.train), data.classes), int)
     try:
         for name in ("train", "test"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+            with nolinks.opened_folder(folder / name, folder, make=True):
+                pass
             for client in range(len(split.train)):
                 seen = feed.survey([client], True) if name == "train" else feed.test([client], 0, feed.test_size(client))
                 arrays = {"x": seen.x[0].numpy(), "y": seen.y[0].numpy()}
                 counts[client] += np.bincount(arrays["y"], minlength=data.classes)
-                with replacing(folder / name / f"{client}.npz") as file, open(file, "wb") as handle:
-                    np.savez_compressed(handle, data=np.array(arrays, dtype=object))
+                with replacing(folder / name / f"{client}.npz", folder) as file:
+                    np.savez_compressed(file, data=np.array(arrays, dtype=object))
         write_atomic(folder / "config.json", json.dumps(_about(config, data, counts), indent=1).encode())
     except OSError as error:
         raise ValueError(f"--to pfllib {folder}: cannot be written: {error.strerror}; choose another") from error

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..escapes import one_line
 from ..store.reader import RunFiles
 from ..units import size
 
@@ -32,7 +33,8 @@ def table(runs: Sequence[Path]) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
-    """Rows of cells as lines with aligned columns, to the right but for the columns ``left``."""
+    """Rows of cells as lines with aligned columns, to the right but for the columns ``left``; a cell may be foreign."""
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = ["<" if column in left else ">" for column in range(len(widths))]
     lines = ("  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)) for row in rows)
@@ -55,7 +57,7 @@ class _Result:
     @classmethod
     def read(cls, path: Path) -> "_Result":
         files = RunFiles(path)
-        config, rounds = files.config, files.rounds()
+        config, rounds = files.settings, files.measured("bytes_up", "clients", "accuracy", "accuracy_worst")["rounds"]
         done = len(rounds["round"])
         numbers, best_round = np.full(5, np.nan), None
         if done:

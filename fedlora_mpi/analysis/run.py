@@ -5,6 +5,7 @@ pandas only when a table is.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from ..data.partition import Split
 from ..names import names_in_files
 from ..paths import expanded
+from ..store import schema
 from ..store.reader import RunFiles
 from ..store.snapshot import Checkpoint
 
@@ -134,7 +136,8 @@ class RunView:
     def partition(self) -> Split:
         """Who holds which samples."""
         at = self._files.partition()
-        return Split(tuple(at["train"]), tuple(at["test"]), at["train_counts"], at["test_counts"])
+        with schema.reading(self.path / "log.h5"):
+            return Split(tuple(at["train"]), tuple(at["test"]), at["train_counts"], at["test_counts"])
 
     @property
     def checkpoints(self) -> list[int]:
@@ -291,7 +294,7 @@ class ClientView:
         tensors = lambda leaves: {n: as_there(n, torch.from_numpy(value)) for n, value in leaves.items()}
         rows = self.run.by_leaf(self.checkpoint.personal([self.id]), self.id)
         shared = tensors(self.run.by_leaf(self.checkpoint.shared()))
-        with torch.no_grad():
+        with self._fitting, torch.no_grad():
             arrived = shared if self.algorithm.judges == "server" else self.algorithm.download(shared)
         return Vars(arrived, tensors({n: _only(row) for n, row in rows.items()}))
 
@@ -306,7 +309,7 @@ class ClientView:
             if initial.is_meta and not (leaf in v.shared or leaf in v.personal):  # frozen: no checkpoint has it
                 where = " or ".join(f"model.{origin.key} = {origin.given}" for origin in self.network_block.origins)
                 raise ValueError(f"{self.run.path}: {leaf} is in {where} alone, which is gone; put it back")
-        with torch.no_grad():
+        with self._fitting, torch.no_grad():
             tree = self.network.values | self.algorithm.weights_of(self.network, v)
         return {n: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for n, v in tree.items()}
 
@@ -315,7 +318,14 @@ class ClientView:
         """The client's own model, in evaluation mode, on the CPU."""
         import torch
 
-        return self.network.module({name: torch.from_numpy(value) for name, value in self.weights.items()})
+        weights = {name: torch.from_numpy(value) for name, value in self.weights.items()}
+        with self._fitting:
+            return self.network.module(weights)
+
+    @property
+    def _fitting(self) -> AbstractContextManager:
+        """Leaves that are not those of the network are told as damage of the checkpoint, a StoreError."""
+        return schema.reading(self.checkpoint.path)
 
 
 @dataclass(frozen=True)

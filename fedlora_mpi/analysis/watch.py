@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..escapes import one_line
 from ..store.files import StoreError
 from ..store.reader import RunFiles
 from ..units import duration
@@ -40,10 +41,11 @@ class Seen:
     def read(cls, path: Path) -> "Seen":
         """Raises StoreError (a ValueError)."""
         files = RunFiles(path)
-        rounds, ranks = files.rounds(), files.ranks()
-        recent = load(ranks, files.config, slice(-_LAST, None)) if ranks else None
+        rows = files.measured("train_loss")
+        rounds, ranks = rows["rounds"], rows["ranks"]
+        recent = load(ranks, files.settings, slice(-_LAST, None)) if ranks else None
         quiet = max(0.0, time.time() - (path / "log.h5").stat().st_mtime)
-        return cls(path, files.config, rounds, recent, quiet)
+        return cls(path, files.settings, rounds, recent, quiet)
 
     @property
     def round(self) -> int:
@@ -133,11 +135,12 @@ def curve(x: np.ndarray, y: np.ndarray, span: tuple[float, float], width: int, h
 
 def plain(lines: Sequence[Line]) -> str:
     """As text without colours."""
-    return "\n".join("".join(text for text, _ in line).rstrip() for line in lines)
+    return "\n".join("".join(one_line(text) for text, _ in line).rstrip() for line in lines)
 
 
 def _cut(line: Line, width: int) -> Line:
-    """The first ``width`` letters."""
+    """The first ``width`` letters, as a terminal shows them."""
+    line = [(one_line(text), style) for text, style in line]
     ends = np.cumsum([0, *(len(text) for text, _ in line)])
     return [(text[: max(0, width - end)], style) for (text, style), end in zip(line, ends, strict=False)]
 
@@ -145,7 +148,7 @@ def _cut(line: Line, width: int) -> Line:
 def _title(seen: Seen) -> Line:
     config = seen.config
     clients = config["data"]["partition"].get("clients", "?")
-    return [(str(seen.path), "bold"), (f"  {config['algorithm']['name']} on {config['data']['dataset']}, {clients} clients", "")]
+    return [(str(seen.path), "bold"), (f"  {config['algorithm']['name']} on {config['data'].get('dataset', '?')}, {clients} clients", "")]
 
 
 def _status(seen: Seen) -> Line:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..escapes import one_line
 from ..launch import function
 from .checks import CHECKS, facts, recorded
 from .finding import Case, Finding, ended
@@ -22,7 +23,7 @@ def examine(target: Path | None, overrides: Sequence[str], say: Callable[[str], 
     def tell(name: str, found: Finding) -> None:
         levels.append(found.level)
         text = f"{found.level:<8} {name:<12} {found.text}" + (f"; {found.remedy}" if found.remedy else "")
-        say(" ".join(text.splitlines()))
+        say(one_line(" ".join(text.splitlines())))
 
     if target is not None:
         source = target / "config.yaml" if target.is_dir() else target

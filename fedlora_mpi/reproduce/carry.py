@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import launch, slurm
+from ..store import nolinks
 from ..units import duration
 from .grid import Job
 
@@ -78,7 +79,7 @@ def _run(job: Job) -> list[str]:
 
 def _start(task: Task, more: Mapping[str, str]) -> subprocess.Popen:
     env = {name: value for name, value in os.environ.items() if name != "SLURM_NTASKS"} | more  # not one of its tasks
-    with open(task.log, "ab") as log:
+    with open(nolinks.opened(task.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as log:
         return subprocess.Popen(task.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env)
 
 

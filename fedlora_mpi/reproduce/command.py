@@ -10,9 +10,11 @@ from pathlib import Path
 
 from ..config import resolved_yaml
 from ..data.datasets import load
+from ..escapes import one_line
 from ..pretrain import pretrain
 from ..run import STOPPED
-from ..store.files import write_atomic
+from ..store import nolinks
+from ..store.files import opened_file, write_atomic
 from . import carry, fedhl, sheet
 from .grid import Case, Job, job
 from .pfedlora import OURS
@@ -112,8 +114,8 @@ def _listed(asked: Request, missing: Sequence[Job]) -> Iterator[str]:
     lines = carry.lines(missing, asked.ranks)
     listed, script = asked.folder / "jobs.txt", asked.folder / "array.sbatch"
     text = carry.array(f"fedlora-{asked.table}", len(missing), asked.ranks, listed, asked.folder)
-    write_atomic(listed, "".join(f"{line}\n" for line in lines).encode())
-    write_atomic(script, text.encode())
+    write_atomic(listed, "".join(f"{line}\n" for line in lines).encode(), asked.out)
+    write_atomic(script, text.encode(), asked.out)
     yield from lines
     yield f"\n# {script}\n{text}"
     yield f"# submit: sbatch {script}; when it has ended, the same command without --print-jobs prints the table"
@@ -130,10 +132,12 @@ def _write_configs(asked: Request, runs: Sequence[Job]) -> None:
             f"# {TABLES[asked.table].title}: {run.entry.label}, {run.case.said}, seed {run.seed}.\n"
             f"# Made by `fedlora-mpi reproduce {asked.table} --scale {asked.scale}`. In the paper: {expected}.\n"
         )
-        run.folder.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(run.beside(".yaml"), (head + resolved_yaml(run.config)).encode())
+        with nolinks.opened_folder(run.folder.parent, asked.out, make=True) as home:
+            nolinks.is_there(home, run.beside(".log"))
+        write_atomic(run.beside(".yaml"), (head + resolved_yaml(run.config)).encode(), asked.out)
 
 
 def _last_line(log: Path) -> str:
-    said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return said[-1] if said else "no output"
+    with opened_file(log) as file:
+        said = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    return one_line(said[-1]) if said else "no output"

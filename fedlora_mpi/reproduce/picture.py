@@ -22,10 +22,10 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
 OTHERS = (BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#BCA600", GREY)
 
 
-def save(figure: "Figure", path: Path) -> None:
-    """Write a figure as a PNG."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", pad_inches=0.1)
+def save(figure: "Figure", path: Path, below: Path | None = None) -> None:
+    """Write a figure as a PNG; ``below``: see ``replacing``."""
+    with replacing(path, below) as file:
+        figure.savefig(file, format="png", dpi=150, bbox_inches="tight", pad_inches=0.1)
 
 
 def ranks(cells: Sequence[Cell], title: str) -> "Figure":

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import escapes
 from ..analysis.report import aligned
 from . import paper
 from .grid import Entry, Table
@@ -51,7 +52,7 @@ class Sheet:
 
     def markdown(self) -> str:
         """A table of GitHub's Markdown."""
-        header, *rows = ("| " + " | ".join(cell.strip() for cell in row) + " |" for row in self.rows)
+        header, *rows = ("| " + " | ".join(escapes.markdown(cell.strip()) for cell in row) + " |" for row in self.rows)
         rule = "|---|" + "---:|" * (len(self.rows[0]) - 1)
         head = [f"### {self.title}", "", *([f"**{self.caution}**", ""] if self.caution else [])]
         return "\n".join([*head, header, rule, *rows, "", *(f"- {note}" for note in self.notes), ""])
@@ -62,7 +63,7 @@ class Sheet:
         writer = csv.DictWriter(file, self.records[0], lineterminator="\n")
         writer.writeheader()
         empty = lambda value: isinstance(value, float) and np.isnan(value)
-        writer.writerows({name: "" if empty(v) else v for name, v in row.items()} for row in self.records)
+        writer.writerows({name: "" if empty(v) else escapes.cell(v) for name, v in row.items()} for row in self.records)
         return file.getvalue()
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..store import nolinks
 from ..store.files import write_atomic
 from . import costs, fedhl, picture, sheet
 from .grid import Case, Job
@@ -41,16 +42,17 @@ def show(asked: Request, case: Case, found: Found) -> None:
         _write(asked, case.name + end, made)
     if any(found.results.values()):
         for end, figure in _pictures(asked.table, title, *found).items():
-            print(f"- drawn as {_draw(figure, asked.folder / f'{case.name}{end}.png')}")
+            print(f"- drawn as {_draw(figure, asked.folder / f'{case.name}{end}.png', asked.out)}")
     print()
 
 
 def _write(asked: Request, name: str, made: Sheet) -> None:
     """Print a table and write it in all forms."""
     stem = asked.folder / name
-    asked.folder.mkdir(parents=True, exist_ok=True)
+    with nolinks.opened_folder(asked.folder, asked.out, make=True):
+        pass
     for suffix, text in ((".txt", made.text() + "\n"), (".md", made.markdown()), (".csv", made.csv())):
-        write_atomic(stem.with_name(stem.name + suffix), text.encode())
+        write_atomic(stem.with_name(stem.name + suffix), text.encode(), asked.out)
     print(made.text())
     print(f"- also as {stem}.txt, .md, .csv\n")
 
@@ -126,10 +128,10 @@ def _pictures(
     return {"": figures[table]} if table in figures else {}
 
 
-def _draw(figure: "Callable[[], Figure]", path: Path) -> str:
+def _draw(figure: "Callable[[], Figure]", path: Path, below: Path) -> str:
     """The file of the picture, or why there is none."""
     try:
-        picture.save(figure(), path)
+        picture.save(figure(), path, below)
     except ValueError as error:
         return f"nothing ({error})"
     return str(path)

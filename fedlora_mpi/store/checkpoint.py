@@ -4,28 +4,36 @@ Writing: rank 0 ``begin``s, every worker ``write_clients``, rank 0 ``write_serve
 all have returned, ``commit``s. Until then the folder does not count, and nothing in it is looked at.
 """
 
+import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from ..writing import writing
-from . import hdf5, manifest
-from .files import StoreError, copy_atomic, fsync
+from . import hdf5, manifest, nolinks
+from .files import StoreError, copy_atomic
 from .hdf5 import escape
-from .manifest import Manifest, Shard, is_worker_file, worker_file
+from .manifest import Manifest, Shard, is_ours, is_worker_file, run_of, worker_file
 from .snapshot import Checkpoint, folder_of
 
 Leaves = Mapping[str, np.ndarray]
 
 
 def _folders(run: Path) -> dict[int, Path]:
-    """Every folder of a round, committed or not, in the order of rounds."""
-    found = [path for path in (Path(run) / "checkpoints").glob("*") if re.fullmatch(r"\d{6,}", path.name)]
-    return {int(path.name): path for path in sorted(found, key=lambda path: int(path.name))}
+    """Every folder of a round, committed or not, in the order of rounds. Raises StoreError where a link is in the way."""
+    home = Path(run) / "checkpoints"
+    try:
+        with nolinks.opened_folder(home, Path(run)) as handle:
+            names = [name for name in os.listdir(handle) if re.fullmatch(r"\d{6}|[1-9]\d{6,17}", name, re.ASCII)]
+    except FileNotFoundError:
+        return {}
+    except OSError as why:
+        raise StoreError(str(why) if isinstance(why, nolinks.Misplaced) else f"{home}: {why.strerror}") from why
+    return {round_: folder_of(run, round_) for round_ in sorted(map(int, names))}
 
 
 def committed(run: Path) -> list[int]:
@@ -37,8 +45,8 @@ def begin(run: Path, round_: int) -> Path:
     """An empty folder for the checkpoint of this round; an uncommitted leftover of it is removed.
 
     Committed rounds at or after this one are those that a resume has skipped: they are set aside as
-    ``000010.aside``, lest ``prune`` keep them instead of good ones. Raises StoreError when this round is
-    committed and intact.
+    ``000010.aside``, lest ``prune`` keep them instead of good ones; likewise a leftover with files that are not ours.
+    Raises StoreError when this round is committed and intact, Unwritable.
     """
     folder = folder_of(run, round_)
     for other in committed(run):
@@ -46,17 +54,22 @@ def begin(run: Path, round_: int) -> Path:
         if other == round_ and _intact(path):
             raise StoreError(f"{path}: this round is committed already; resume from it, or move it away")
         if other >= round_:
-            aside = path.with_name(f"{path.name}.aside")
-            shutil.rmtree(aside, ignore_errors=True)
-            with writing(aside):
-                path.rename(aside)
+            _set_aside(path)
     with writing(folder):
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        for parent in (folder.parent, folder.parent.parent):
-            fsync(parent)
-    return folder
+        if os.path.lexists(folder) and not nolinks.clear(folder, is_ours, run):
+            _set_aside(folder)
+        with nolinks.opened_folder(folder, run, make=True):
+            return folder
+
+
+def _set_aside(folder: Path) -> None:
+    """Give a folder the name ``000010.aside``, or ``000010.aside-2``, ...; an earlier one of only our files goes."""
+    for number in count(1):
+        aside = folder.with_name(f"{folder.name}.aside{f'-{number}' if number > 1 else ''}")
+        with writing(aside), nolinks.opened_folder(folder.parent, run_of(folder)) as home:
+            if not nolinks.is_there(home, aside, "a folder") or nolinks.clear(aside, is_ours, run_of(folder)):
+                os.rename(folder.name, aside.name, src_dir_fd=home, dst_dir_fd=home)
+                return
 
 
 def write_clients(
@@ -70,7 +83,7 @@ def write_clients(
     ids = np.asarray(client_ids, np.int64)
     assert len(np.unique(ids)) == len(ids), f"twice in one shard: {ids}"
     path, order = folder / worker_file(worker, kind), np.argsort(ids)
-    with hdf5.create(path) as file:
+    with hdf5.create(path, run_of(folder)) as file:
         hdf5.write(file, "client_id", ids[order], ["client"])
         group = file.create_group("personal", track_order=True)
         for leaf, rows in personal.items():
@@ -89,7 +102,7 @@ def write_server(
 ) -> Shard:
     """Write what is not a client's: the shared leaves, the server's own, and a few attributes."""
     path = folder / "server.h5"
-    with hdf5.create(path) as file:
+    with hdf5.create(path, run_of(folder)) as file:
         file.attrs.update({"round": round_, **(extra_attrs or {})})
         for name, leaves in {"shared": shared, "server": server}.items():
             group = file.create_group(name, track_order=True)
@@ -100,7 +113,7 @@ def write_server(
 
 def copy_log(folder: Path, log_path: Path) -> Shard:
     """Keep the log as it is at this round: a resume puts it back, so no row is lost or doubled."""
-    copy_atomic(log_path, folder / "log.h5")
+    copy_atomic(log_path, folder / "log.h5", run_of(folder))
     return Shard.of(folder / "log.h5")
 
 
@@ -123,7 +136,7 @@ def _join(folder: Path, names: Sequence[str], clients: int) -> Shard:
     """
     kinds: dict[tuple, dict[str, np.ndarray]] = {}  # leaves and shapes -> file -> ids
     for name in names:
-        with hdf5.open_file(folder / name) as file:
+        with hdf5.open_file(folder / name, below=run_of(folder)) as file:
             if len(ids := file["client_id"][()]):
                 spec = tuple((leaf, ds.shape[1:], ds.dtype) for leaf, ds in file["personal"].items())
                 kinds.setdefault(spec, {})[name] = ids
@@ -132,7 +145,7 @@ def _join(folder: Path, names: Sequence[str], clients: int) -> Shard:
     found = np.sort(np.concatenate(everyone)) if everyone else np.arange(0)
     assert np.array_equal(found, np.arange(clients)), f"{folder}: not each of {clients} clients once: {found}"
     path = folder / "personal.h5"
-    with hdf5.create(path) as file:
+    with hdf5.create(path, run_of(folder)) as file:
         for number, ((spec, owned), ids) in enumerate(zip(kinds.items(), everyone)):
             home = file
             if len(kinds) > 1:
@@ -169,16 +182,14 @@ def _selection(ids: np.ndarray) -> slice | np.ndarray:
 def prune(run: Path, keep: int) -> None:
     """Remove the oldest committed checkpoints beyond ``keep``, and uncommitted leftovers before the newest.
 
-    A manifest goes first, and durably, so that a half-removed folder is no checkpoint.
+    A manifest goes first, and durably, so that a half-removed folder is no checkpoint. Files that are not ours stay.
     """
     assert keep >= 1, f"keep = {keep} would remove what a resume needs"
     kept = committed(run)[-keep:]
     for round_, folder in _folders(run).items():
         if kept and round_ < kept[-1] and round_ not in kept:
             with writing(folder):
-                (folder / manifest.NAME).unlink(missing_ok=True)
-                fsync(folder)
-                shutil.rmtree(folder)
+                nolinks.clear(folder, is_ours, run, first=manifest.NAME)
 
 
 def newest(run: Path, *, run_digest: str | None = None) -> tuple[Checkpoint, list[str]]:

@@ -1,18 +1,17 @@
 """The file under an HDF5 file that is being written: HDF5 2.0 crashes when a write fails, so it sees none fail."""
 
 import os
-from pathlib import Path
 
 
 class Disk:
-    """A file object for h5py over ``path``, new or, with ``new=False``, as it is.
+    """A file object for h5py over the file with this ``handle``, which it closes.
 
     After the first write that fails, ``failed`` is its OSError, and what there is and comes is in memory only; the
     file is not to be used then.
     """
 
-    def __init__(self, path: Path, new: bool) -> None:
-        self._handle = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_TRUNC if new else 0), 0o644)
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
         self._at = 0
         self.failed: OSError | None = None
 

@@ -2,12 +2,14 @@
 
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from shutil import copyfileobj
+from typing import BinaryIO
 
 from ..writing import writing
+from . import nolinks
 
 FORMAT_VERSION = 1
 
@@ -30,35 +32,52 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, which takes its place, durably, when the block ends well.
+def replacing(path: Path, below: Path | None = None) -> Iterator[BinaryIO]:
+    """An empty file beside ``path``, which takes its place, durably, when the block ends well.
 
-    Raises Unwritable when the disk is full, for instance.
+    below: from where on no folder may be a link, see ``nolinks``. Raises Unwritable when the disk is full, for instance,
+    and where ``path`` is no file.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
+    with writing(path), nolinks.opened_folder(path.parent, below) as home:
+        nolinks.is_there(home, path)
+        if nolinks.is_there(home, temporary):  # what a kill has left
+            os.unlink(temporary.name, dir_fd=home)
+        handle = os.open(temporary.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=home)
         try:
-            temporary.unlink(missing_ok=True)  # what a kill has left, or a link that leads out of the folder
-            yield temporary
-            fsync(temporary)
-            os.replace(temporary, path)
+            with open(handle, "w+b") as file:
+                yield file
+                file.flush()
+                os.fsync(handle)
+            os.replace(temporary.name, path.name, src_dir_fd=home, dst_dir_fd=home)
         except BaseException:
             with suppress(OSError):  # on a file system that has become read-only nothing can be removed
-                temporary.unlink(missing_ok=True)
+                os.unlink(temporary.name, dir_fd=home)
             raise
-        fsync(path.parent)
+        os.fsync(home)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes, below: Path | None = None) -> None:
     """Make ``content`` the file ``path``; a crash leaves what was there before."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    with replacing(path, below) as file:
+        file.write(content)
 
 
-def copy_atomic(source: Path, target: Path) -> None:
-    """Make ``target`` a copy of ``source``; a crash leaves what was there before."""
-    with replacing(target) as temporary:
-        shutil.copyfile(source, temporary)
+def copy_atomic(source: Path, target: Path, below: Path | None = None) -> None:
+    """Make ``target`` a copy of ``source``; a crash leaves what was there before. ``below`` holds for both.
+
+    Raises StoreError when ``source`` is no file.
+    """
+    with opened_file(source, below) as file, replacing(target, below) as copy:
+        copyfileobj(file, copy, 1 << 20)
+
+
+def opened_file(path: Path, below: Path | None = None) -> BinaryIO:
+    """A file of ours, open for reading. Raises StoreError when it is something else, OSError when it is not there."""
+    try:
+        return open(nolinks.opened(path, os.O_RDONLY, below), "rb")
+    except nolinks.Misplaced as why:
+        raise StoreError(str(why)) from why
 
 
 def checksum(text: str) -> str:
@@ -66,10 +85,10 @@ def checksum(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def digest(path: Path) -> str:
-    """The file's 16-byte BLAKE2b checksum in hexadecimal, read as a stream."""
+def digest(path: Path, below: Path | None = None) -> str:
+    """The file's 16-byte BLAKE2b checksum in hexadecimal, read as a stream. Raises StoreError, OSError."""
     found = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
+    with opened_file(path, below) as file:
         while block := file.read(1 << 20):
             found.update(block)
     return found.hexdigest()

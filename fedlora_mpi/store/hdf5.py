@@ -5,6 +5,7 @@ of a running log. ``lock.py`` guards the folder instead.
 """
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -13,52 +14,47 @@ import h5py
 import numpy as np
 
 from .disk import Disk
-from .files import FORMAT_VERSION, StoreError, check_format, replacing
+from . import schema
+from .files import FORMAT_VERSION, StoreError, check_format, opened_file, replacing
 
 CHUNK_BYTES = 64 << 10  # smaller chunks cost more in bookkeeping than in transfer
 BLOCK_BYTES = 16 << 20  # what a write or a read may hold beside the caller's array
 
 
 @contextmanager
-def create(path: Path) -> Iterator[h5py.File]:
-    """A new file to fill, which appears as ``path`` when the block ends well."""
-    with replacing(path) as temporary, closing(Disk(temporary, new=True)) as disk:
+def create(path: Path, below: Path | None = None) -> Iterator[h5py.File]:
+    """A new file to fill, which appears as ``path`` when the block ends well; ``below``: see ``replacing``."""
+    with replacing(path, below) as file, closing(Disk(os.dup(file.fileno()))) as disk:
         with h5py.File(disk, "w", locking=False) as file:
             file.attrs["format_version"] = FORMAT_VERSION
             yield file
         disk.sync()
 
 
-def open_file(path: Path, disk: Disk | None = None) -> h5py.File:
+def open_file(path: Path, disk: Disk | None = None, below: Path | None = None) -> h5py.File:
     """An existing file of ours, open for reading, or, with its ``disk``, for writing. Raises StoreError."""
     try:
-        file = h5py.File(disk or path, "r+" if disk else "r", locking=False)
+        file = h5py.File(disk, "r+", locking=False) if disk else _reading(path, below)
     except OSError as why:
         raise StoreError(f"{path}: missing or not HDF5 ({why})") from why
     try:
-        check_format(path, file.attrs.get("format_version"))
-        _check_inside(path, file)
+        with schema.reading(path):
+            check_format(path, schema.attribute(file, "format_version"))
+            schema.check_file(path, file)
     except BaseException:
         file.close()
         raise
     return file
 
 
-def _check_inside(path: Path, file: h5py.File) -> None:
-    """Raise StoreError when anything in the file is somewhere else: in another file, by whatever of HDF5's ways."""
-    ahead = [(file, 0)]
-    while ahead:
-        group, depth = ahead.pop()
-        if depth > 3:  # a damaged file may hold itself
-            raise StoreError(f"{path}: {group.name}: is deeper than any file of a run")
-        for name in group:
-            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                raise StoreError(f"{path}: {group.name}: {name} is a link; a file of a run may not point elsewhere")
-            item = group[name]
-            if isinstance(item, h5py.Dataset) and (item.external or item.is_virtual):
-                raise StoreError(f"{path}: {item.name} is in another file; a file of a run may not point elsewhere")
-            if isinstance(item, h5py.Group):
-                ahead.append((item, depth + 1))
+def _reading(path: Path, below: Path | None) -> h5py.File:
+    """The file, opened by its name, as HDF5 is fastest, and the same that was found there without following a link."""
+    with opened_file(path, below) as found:
+        file = h5py.File(path, "r", locking=False)
+        if not os.path.sameopenfile(found.fileno(), file.id.get_vfd_handle()):
+            file.close()
+            raise StoreError(f"{path}: has just been replaced; try again")
+    return file
 
 
 def escape(leaf: str) -> str:

@@ -10,20 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..writing import writing
+from . import nolinks
 from .files import StoreError
 
 UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre mounted without flock, some NFS
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Hold ``RUN/.lock`` during the block; where the file system has no locks, warn and go on.
+def locked(run: Path, below: Path | None = None) -> Iterator[None]:
+    """Hold ``RUN/.lock`` during the block; where the file system has no locks, warn and go on. ``below``: see ``nolinks``.
 
     Raises StoreError, with host and pid, when another process holds it.
     """
     path = Path(run) / ".lock"
     with writing(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        handle = nolinks.opened(path, os.O_RDWR | os.O_CREAT, below)
     try:
         _take(path, handle)
         with writing(path):

@@ -10,13 +10,14 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from fnmatch import fnmatchcase
+from os import O_RDWR
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from ..writing import Unwritable, writing
-from . import hdf5, seal
+from . import hdf5, nolinks, schema, seal
 from .disk import Disk
 from .files import StoreError, checksum
 
@@ -35,17 +36,18 @@ class Log:
         Raises StoreError, Unwritable.
         """
         with writing(path):
-            self._disk = Disk(path, new=False)
+            self._disk = Disk(nolinks.opened(path, O_RDWR))
         self._path, self._file = path, hdf5.open_file(path, self._disk)
         file = self._file
-        self._columns = {
-            f"{group}/{name}": ds for group in GROUPS for name, ds in file.require_group(group).items()
-        }
-        self._seals = file.get(seal.ROWS)  # None: a log of before there were any
-        every = [*self._columns.values(), *([] if self._seals is None else [self._seals])]
-        rows = min(map(len, every), default=0)
-        for column in every:
-            column.resize(rows, axis=0)
+        with schema.reading(path):
+            columns = {group: dict(file.require_group(group).items()) for group in GROUPS}
+            schema.check_columns(columns, schema.member({"clients": schema.attribute(file, "clients")}, "clients", int, 1))
+            self._columns = {f"{group}/{name}": ds for group, found in columns.items() for name, ds in found.items()}
+            self._seals = schema.table(file, seal.ROWS, 1) if seal.ROWS in file else None  # None: older than they are
+            every = [*self._columns.values(), *([] if self._seals is None else [self._seals])]
+            rows = min(map(len, every), default=0)
+            for column in every:
+                column.resize(rows, axis=0)
 
     @classmethod
     def create(
@@ -157,7 +159,7 @@ class Log:
 
     def lost(self, text: str) -> None:
         """Keep a line about ranks that have died in the attribute ``lost``, an array of lines."""
-        self._file.attrs["lost"] = [*self._file.attrs.get("lost", ()), text]
+        self._file.attrs["lost"] = [*schema.attribute(self._file, "lost", []), text]
         self._seal()
         self._file.flush()
 
@@ -207,7 +209,7 @@ def inventory_of(path: Path) -> dict[str, dict[str, str]]:
     read."""
     try:
         with hdf5.open_file(path) as file:
-            found = json.loads(file.attrs.get("inventory", "{}"))
+            found = json.loads(schema.attribute(file, "inventory", "{}"))
     except (OSError, RuntimeError, ValueError, TypeError, KeyError):  # StoreError is one; RecursionError, of deep JSON
         return {}
     parts = found.values() if isinstance(found, dict) else [None]

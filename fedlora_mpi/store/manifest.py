@@ -1,15 +1,18 @@
 """``manifest.json``, whose presence makes a folder a checkpoint: what the other files must be to be used."""
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from . import files
+from . import files, schema
 from .files import StoreError
 
 NAME = "manifest.json"
+_LARGEST = 64 << 20  # bytes; each worker has a hundred
+_FILES = r"(manifest\.json|(server|log|personal|worker-\d{4,}(-\d+)?)\.h5)"
 
 
 def worker_file(worker: int, kind: int = 0) -> str:
@@ -22,6 +25,16 @@ def is_worker_file(name: str) -> bool:
     return name.startswith("worker-")
 
 
+def is_ours(name: str) -> bool:
+    """Whether a file of this name is one that a checkpoint has, or that a killed writer has left of one."""
+    return bool(re.fullmatch(rf"{_FILES}|\.({_FILES})\.tmp", name))
+
+
+def run_of(folder: Path) -> Path:
+    """The run folder of a checkpoint's."""
+    return folder.parent.parent
+
+
 @dataclass(frozen=True)
 class Shard:
     """What the manifest records of one file: its name in the folder, bytes, and BLAKE2b checksum."""
@@ -31,9 +44,17 @@ class Shard:
     digest: str
 
     @classmethod
+    def read(cls, block: object) -> "Shard":
+        """The record of a file in the manifest. Raises StoreError."""
+        if not isinstance(block, dict):
+            raise StoreError(f"files: each must be a block, here is {type(block).__name__}")
+        name, digest = files.plain_name(schema.member(block, "name", str)), schema.member(block, "digest", str)
+        return cls(name, schema.member(block, "size", int, 0), digest)
+
+    @classmethod
     def of(cls, path: Path) -> "Shard":
         """The record of the file as it is now."""
-        return cls(path.name, path.stat().st_size, files.digest(path))
+        return cls(path.name, path.stat().st_size, files.digest(path, run_of(path.parent)))
 
     def numbers(self) -> np.ndarray:
         """[3] int64, size and checksum, for a gather of buffers; ``from_numbers`` undoes it."""
@@ -53,7 +74,7 @@ class Shard:
             raise StoreError(
                 f"{path}: size differs ({path.stat().st_size} bytes, the manifest says {self.size})"
             )
-        if files.digest(path) != self.digest:
+        if files.digest(path, run_of(folder)) != self.digest:
             raise StoreError(f"{path}: checksum differs, the file is damaged")
 
 
@@ -69,23 +90,25 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Commit ``folder``: the rename inside is the moment at which it becomes a checkpoint."""
         text = json.dumps({"format_version": files.FORMAT_VERSION, **asdict(self)}, indent=1)
-        files.write_atomic(folder / NAME, text.encode())
+        files.write_atomic(folder / NAME, text.encode(), run_of(folder))
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
         """The manifest of ``folder``. Raises StoreError: missing, damaged, newer, or pointing elsewhere."""
         path = folder / NAME
-        try:
-            fields = json.loads(path.read_bytes())
-            files.check_format(path, fields.pop("format_version", None))
-            shards = tuple(Shard(**shard) for shard in fields.pop("files"))
-            manifest = cls(**fields, files=shards)
-            for shard in shards:
-                files.plain_name(shard.name)
-        except StoreError as why:
-            raise StoreError(str(why) if str(path) in str(why) else f"{path}: {why}") from why
-        except (OSError, ValueError, TypeError, AttributeError, KeyError) as why:
-            raise StoreError(f"{path}: missing or damaged ({why!r})") from why
+        with schema.reading(path):
+            with files.opened_file(path, run_of(folder)) as file:
+                text = file.read(_LARGEST + 1)
+            if len(text) > _LARGEST:
+                raise StoreError(f"is larger than {_LARGEST} bytes")
+            fields = schema.json_block(text, "the file")
+            files.check_format(path, fields.get("format_version"))
+            shards = tuple(Shard.read(shard) for shard in schema.member(fields, "files", list))
+            names = [shard.name for shard in shards]
+            if twice := sorted({name for name in names if names.count(name) > 1}) if len({*names}) < len(names) else []:
+                raise StoreError(f"lists {twice[0]} twice")
+            numbers = [schema.member(fields, key, int, 0) for key in ("round", "clients")]
+            manifest = cls(numbers[0], schema.member(fields, "run_digest", str), numbers[1], shards)
         if folder.name != f"{manifest.round:06d}":
             raise StoreError(f"{path}: of round {manifest.round}, in the folder of another")
         if absent := {"server.h5", "log.h5", "personal.h5"} - {shard.name for shard in shards}:

@@ -6,7 +6,7 @@ from hashlib import blake2b
 import h5py
 import numpy as np
 
-from . import hdf5
+from . import hdf5, schema
 from .files import StoreError
 
 HEAD, ROWS = "seal", "row_seal"  # an attribute of the file; a data set [T] int64
@@ -16,8 +16,9 @@ def head(log: h5py.File) -> str:
     """The checksum of all that is no row: the attributes of the file, ``/versions`` and ``/partition``."""
     checksum = blake2b(digest_size=16)
     for name, group in {"": log, "versions": log["versions"], "partition": log["partition"]}.items():
-        for key, value in sorted(group.attrs.items()):
+        for key, value in sorted(schema.attributes(group).items()):
             if key != HEAD:
+                value = np.array(value, object) if isinstance(value, list) else value  # as h5py gives it, and old seals have it
                 checksum.update(f"{name}@{key}={value}\0".encode())
     for name, dataset in sorted(log["partition"].items()):
         value = hdf5.read(dataset)
@@ -48,7 +49,7 @@ def verify(log: h5py.File, columns: Mapping[str, np.ndarray]) -> None:
     """Raise StoreError unless the log, whose rows are ``columns``, is as it was written; an old one has no seals."""
     if HEAD not in log.attrs:
         return
-    if log.attrs[HEAD] != head(log):
+    if schema.attribute(log, HEAD) != head(log):
         raise StoreError("its checksum differs")
     first = next(iter(columns.values()), np.empty(0))
     wrong = np.flatnonzero(hdf5.read(log[ROWS], len(first)) != rows(columns))

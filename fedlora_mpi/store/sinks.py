@@ -14,7 +14,9 @@ from typing import Protocol
 
 import numpy as np
 
+from ..escapes import cell
 from ..writing import writing
+from . import nolinks
 from .files import write_atomic
 from .reader import RunFiles
 
@@ -50,13 +52,14 @@ class Csv:
         names = list(rounds) if len(rounds["round"]) else []
         rows = [_line(column[at] for column in rounds.values()) for at in range(len(rounds["round"]))]
         write_atomic(path, "".join([_line(names), *rows] if names else []).encode())
-        self._file, self._names = open(path, "ab", buffering=0), names
+        handle = nolinks.opened(path, os.O_WRONLY | os.O_APPEND)
+        self._path, self._file, self._names = path, open(handle, "ab", buffering=0), names
 
     def append(self, round_: int, rounds: Numbers, clients: Columns, ranks: Columns) -> None:
         row = {"round": round_, **rounds}
         head = "" if self._names else _line(row)
         self._names = self._names or list(row)
-        with writing(Path(self._file.name)):
+        with writing(self._path):
             self._file.write((head + _line(row[name] for name in self._names)).encode())  # at once
             os.fsync(self._file.fileno())
 
@@ -70,8 +73,9 @@ class TensorBoard:
     def __init__(self, folder: Path, rounds: Columns, clients: Columns) -> None:
         """Begin a file with the rounds so far. TensorBoard forgets those of earlier files, which stay: one that is
         looking on would not go on to the new file if its own were gone."""
-        old = folder.glob("events*")  # their names count seconds, and the new one must come last
-        suffix = f".{max((int(file.suffix[1:]) for file in old if file.suffix[1:].isdigit()), default=0) + 1}"
+        with writing(folder), nolinks.opened_folder(folder, folder.parent, make=True):
+            old = [*folder.glob("events*")]  # their names count seconds; the new one must come last, and be new
+        suffix = f".{max((int(file.suffix[1:]) for file in old if file.suffix[1:].isdecimal()), default=0) + 1}"
         self._writer = need_tensorboard().SummaryWriter(str(folder), purge_step=0, filename_suffix=suffix)
         seconds = sum((column for name, column in rounds.items() if name.startswith("seconds_")), np.zeros(len(rounds["round"])))
         ago = np.cumsum(seconds[::-1])[::-1] - seconds
@@ -108,5 +112,5 @@ def need_tensorboard():
 def _line(cells) -> str:
     """A row of the file; what is no number is empty."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow("" if cell != cell else cell for cell in cells)
+    csv.writer(text, lineterminator="\n").writerow("" if value != value else cell(value) for value in cells)
     return text.getvalue()

@@ -7,12 +7,13 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
+import h5py
 import numpy as np
 
-from . import hdf5, manifest
+from . import hdf5, manifest, schema
 from .files import StoreError, copy_atomic
 from .hdf5 import escape, unescape
-from .manifest import Manifest, is_worker_file
+from .manifest import Manifest, is_worker_file, run_of
 
 
 def folder_of(run: Path, round_: int) -> Path:
@@ -44,7 +45,7 @@ class Checkpoint:
 
     def restore_log(self, log_path: Path) -> None:
         """Put the log back to this round."""
-        copy_atomic(self.log_path, Path(log_path))
+        copy_atomic(self.log_path, Path(log_path), run_of(self.path))
 
     def verify(self, run_digest: str | None = None) -> None:
         """Raise StoreError unless every file is as recorded and, when given, the config is this one."""
@@ -52,15 +53,23 @@ class Checkpoint:
             raise StoreError(f"{self.path}: of another config ({self.manifest.run_digest}, not {run_digest})")
         for shard in self.manifest.files:
             shard.verify(self.path)
-        held = sorted(np.concatenate([np.arange(0), *self._owned.values()]).tolist())
-        if held != self.client_ids():
+        held = np.sort(np.concatenate([np.arange(0), *self._owned.values()]))
+        if len(held) != self.manifest.clients or (held != np.arange(len(held))).any():
             here = f"{self.manifest.clients} clients, its files hold {len(held)}"
             raise StoreError(f"{self.path / manifest.NAME}: {here}")
+        self._held  # noqa: B018  # have the files the leaves that they must have?
+        if (written := self.attrs().get("round")) != self.round:
+            raise StoreError(f"{self.path / 'server.h5'}: of round {written}, in a checkpoint of round {self.round}")
+        self.shapes("shared"), self.shapes("server")
+
+    def _open(self, name: str) -> h5py.File:
+        """One of its files. Raises StoreError."""
+        return hdf5.open_file(self.path / name, below=run_of(self.path))
 
     def attrs(self) -> dict[str, str | int | float]:
         """The attributes given to ``write_server``, the round among them."""
-        with hdf5.open_file(self.path / "server.h5") as file:
-            return {name: getattr(value, "item", lambda v=value: v)() for name, value in file.attrs.items()}
+        with self._open("server.h5") as file:
+            return schema.attributes(file)
 
     def shared(self) -> dict[str, np.ndarray]:
         """The shared leaves, in the order in which they were written."""
@@ -71,8 +80,15 @@ class Checkpoint:
         return self._server_group("server")
 
     def _server_group(self, group: str) -> dict[str, np.ndarray]:
-        with hdf5.open_file(self.path / "server.h5") as file:
-            return {unescape(name): np.asarray(dataset[()]) for name, dataset in file[group].items()}
+        with self._open("server.h5") as file:
+            return {unescape(name): hdf5.read(schema.table(file[group], name, 0)) for name in schema.group_of(file, group)}
+
+    def shapes(self, group: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and type of the leaves ``shared``, or those of the ``server``, by name. Raises StoreError."""
+        with self._open("server.h5") as file:
+            leaves = schema.group_of(file, group)
+            tables = {unescape(name): schema.table(leaves, name, 0) for name in leaves}
+            return {name: (dataset.shape, dataset.dtype) for name, dataset in tables.items()}
 
     def client_ids(self) -> list[int]:
         """The clients whose personal leaves are stored: 0 .. N - 1."""
@@ -83,30 +99,39 @@ class Checkpoint:
         which they were written. Raises StoreError for a client that is not stored."""
         return list(self._shapes(np.asarray(client_ids, np.int64)))
 
+    def leaf_shapes(self, client_ids: Sequence[int]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape for one client and type of each of ``leaf_names``. Raises StoreError."""
+        return self._shapes(np.asarray(client_ids, np.int64))
+
     @cached_property
     def _owned(self) -> dict[str, np.ndarray]:
         """Per shard the ids it holds, ascending: row r is client ids[r]."""
         names = [shard.name for shard in self.manifest.files if is_worker_file(shard.name)]
         owned = {}
         for name in names:
-            with hdf5.open_file(self.path / name) as file:
-                if len(ids := file["client_id"][()]):
-                    owned[name] = ids
+            with self._open(name) as file:
+                ids = hdf5.read(schema.table(file, "client_id", 1, whole=True))
+                if ids.ndim != 1 or (np.diff(ids) <= 0).any():
+                    raise StoreError(f"{self.path / name}: client_id is no list of ascending numbers")
+                if len(ids):
+                    owned[name] = ids.astype(np.int64)
         return owned
 
     @cached_property
     def _held(self) -> dict[str, dict[str, tuple[tuple[int, ...], np.dtype]]]:
         """Per shard each leaf's shape for one client, and dtype."""
         held = {}
-        for name in self._owned:
-            with hdf5.open_file(self.path / name) as file:
-                held[name] = {unescape(leaf): (ds.shape[1:], ds.dtype) for leaf, ds in file["personal"].items()}
+        for name, ids in self._owned.items():
+            with self._open(name) as file:
+                leaves = schema.group_of(file, "personal")
+                tables = {leaf: schema.table(leaves, leaf, 1, len(ids)) for leaf in leaves}
+                held[name] = {unescape(leaf): (ds.shape[1:], ds.dtype) for leaf, ds in tables.items()}
         return held
 
     def _shapes(self, wanted: np.ndarray) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """The leaves that all these clients have in the same shape."""
-        if strange := sorted({*wanted.tolist()} - {*self.client_ids()}):
-            raise StoreError(f"{self.path}: holds no client or leaf {strange[0]!r}; it is of another experiment")
+        if len(strange := wanted[(wanted < 0) | (wanted >= self.manifest.clients)]):
+            raise StoreError(f"{self.path}: holds no client or leaf {strange.min()}; it is of another experiment")
         involved = lambda ids: not len(wanted) or np.isin(ids, wanted).any()
         held = [self._held[name].items() for name, ids in self._owned.items() if involved(ids)]
         return {leaf: v for leaf, v in held[0] if all((leaf, v) in other for other in held)} if held else {}
@@ -130,7 +155,7 @@ class Checkpoint:
             if not len(places):
                 continue
             rows = np.searchsorted(ids, wanted[places])
-            with hdf5.open_file(self.path / name) as file:
+            with self._open(name) as file:
                 for leaf in leaves:
                     hdf5.read_rows(file["personal"][escape(leaf)], rows, out[leaf], places)
         return out

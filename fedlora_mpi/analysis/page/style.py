@@ -35,6 +35,7 @@ SETTINGS = {
     "figure.constrained_layout.w_pad": 0.12,  # inches; ticks may get a digit when their plot gets its place
     "pdf.fonttype": 42,  # what publishers ask for
     "text.hinting": "none",  # so that text is as wide at any resolution
+    "text.parse_math": False,  # a name with a $ is no formula
     "svg.hashsalt": "fedlora_mpi",  # the same figure, the same bytes
 }
 _LINE = 11.5 / 72  # inches between two labels

@@ -4,14 +4,12 @@ import csv
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ... import escapes
 from ..groups import Stat
-
-_LATEX = str.maketrans({c: f"\\{c}" for c in "%_&#${}"} | {"±": "$\\pm$", "~": "\\textasciitilde{}", "→": "$\\to$"})
 
 
 class Column(NamedTuple):
@@ -38,32 +36,31 @@ class Table:
         """Numbers unrounded; a Stat is two columns; what is unknown is empty."""
         file = io.StringIO()
         records = [dict(self._record(row)) for row in self.rows]
-        writer = csv.DictWriter(file, records[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({n: "" if _unknown(v) else v for n, v in record.items()} for record in records)
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(map(escapes.cell, records[0]))
+        writer.writerows(["" if _unknown(v) else escapes.cell(v) for v in record.values()] for record in records)
         return file.getvalue()
 
     def markdown(self) -> str:
         """A table of GitHub's Markdown."""
-        line = lambda cells: "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        line = lambda cells: "| " + " | ".join(map(escapes.markdown, cells)) + " |"
         rule = "|" + "|".join("---" if left else "---:" for left in self._left) + "|"
         rows = [line(f"**{t}**" if bold else t for t, bold in row) for row in self._cells()]
-        head = [f"### {self.title}", "", line(column.title for column in self.columns), rule]
-        return "\n".join([*head, *rows, "", self.note, ""])
+        head = [f"### {escapes.markdown(self.title)}", "", line(column.title for column in self.columns), rule]
+        return "\n".join([*head, *rows, "", escapes.markdown(self.note), ""])
 
     def latex(self) -> str:
         """A tabular for the package booktabs."""
         line = lambda cells: " & ".join(cells) + r" \\"
-        tex = lambda text: text.replace("\\", "\\textbackslash ").translate(_LATEX)
-        rows = [line(rf"\textbf{{{tex(t)}}}" if bold else tex(t) for t, bold in row) for row in self._cells()]
+        rows = [line(rf"\textbf{{{escapes.tex(t)}}}" if bold else escapes.tex(t) for t, bold in row) for row in self._cells()]
         sides = "".join("l" if left else "r" for left in self._left)
         head = [
-            f"% {self.title}. {self.note}",
+            escapes.one_line(f"% {self.title}. {self.note}"),
             r"% \usepackage{booktabs}",
             rf"\begin{{tabular}}{{{sides}}}",
             r"\toprule",
         ]
-        titles = line(tex(column.title) for column in self.columns)
+        titles = line(escapes.tex(column.title) for column in self.columns)
         return "\n".join([*head, titles, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", ""])
 
     def html(self) -> str:
@@ -73,11 +70,11 @@ class Table:
             f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)
         )
         rows = [
-            line("td", (f"<b>{escape(t)}</b>" if bold else escape(t) for t, bold in row)) for row in self._cells()
+            line("td", (f"<b>{escapes.html_text(t)}</b>" if bold else escapes.html_text(t) for t, bold in row)) for row in self._cells()
         ]
         body = "".join(f"<tr>{row}</tr>\n" for row in rows)
-        head = line("th", (escape(column.title) for column in self.columns))
-        caption = f"<caption><b>{escape(self.title)}.</b> {escape(self.note)}</caption>"
+        head = line("th", (escapes.html_text(column.title) for column in self.columns))
+        caption = f"<caption><b>{escapes.html_text(self.title)}.</b> {escapes.html_text(self.note)}</caption>"
         return f'<div class="t"><table>{caption}<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
 
     @property

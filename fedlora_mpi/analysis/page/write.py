@@ -1,14 +1,15 @@
 """A folder with one self-contained page, its figures as PNG and PDF, its tables as CSV, Markdown and LaTeX."""
 
+import os
 import re
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from ... import __version__
-from ...store.files import plain_name, write_atomic
+from ... import __version__, escapes
+from ...store import nolinks
+from ...store.files import opened_file, plain_name, write_atomic
 from ...units import size
 from ..groups import Found, Group, Logged, Stat, grouped, shown
 from ..runs import of_all_clients, of_rounds
@@ -18,6 +19,7 @@ from .style import Drawn, files_of, styled
 from .table import Table, percent
 
 PAGE, FIGURES, TABLES = "report.html", "figures", "tables"
+_KINDS = {FIGURES: ("png", "pdf"), TABLES: ("csv", "md", "tex")}
 _MARK = '<meta name="fedlora-mpi" content="{}">'  # of our pages: the names of the files beside them
 
 
@@ -46,8 +48,8 @@ def write(paths: Sequence[Path], folder: Path) -> str:
     for table in content.tables:
         for kind, text in (("csv", table.csv()), ("md", table.markdown()), ("tex", table.latex())):
             files[f"{TABLES}/{table.name}.{kind}"] = text.encode()
-    files[f"{TABLES}/rounds.csv"] = of_rounds(logs).to_csv(index=False, lineterminator="\n").encode()
-    files[f"{TABLES}/clients.csv"] = _last(logs).to_csv(index=False, lineterminator="\n").encode()
+    files[f"{TABLES}/rounds.csv"] = _csv(of_rounds(logs))
+    files[f"{TABLES}/clients.csv"] = _csv(_last(logs))
     page = html(content, pictures, sorted(files)).encode()
     _put(folder, files | {PAGE: page}, old)
     counts = f"{len(content.figures)} figures and {len(content.tables)} tables of {len(logs)} runs"
@@ -101,7 +103,8 @@ def gathered(logs: Sequence[Logged]) -> Content:
     notes = list(_cautions(found))
     if parts.left_out:
         notes.append(f"Low-rank and personal parts that are not shown: {'; '.join(parts.left_out)}.")
-    return Content(found, [table for table in maybe if table], [drawn for drawn in figures if drawn], notes)
+    named = [drawn._replace(name=escapes.file_name(drawn.name)) for drawn in figures if drawn]
+    return Content(found, [table for table in maybe if table], named, notes)
 
 
 def html(content: Content, pictures: dict[str, bytes], files: Sequence[str]) -> str:
@@ -111,16 +114,16 @@ def html(content: Content, pictures: dict[str, bytes], files: Sequence[str]) -> 
     sections = [(f"table-{headline.name}", headline.title, headline.html())]
     for figure in content.figures:
         picture = b64encode(pictures[figure.name]).decode()
-        image = f'<img alt="{escape(figure.title)}" src="data:image/svg+xml;base64,{picture}">'
+        image = f'<img alt="{escapes.html_text(figure.title)}" src="data:image/svg+xml;base64,{picture}">'
         inches = figure.figure.get_size_inches()
-        said = f"<figcaption>{escape(figure.caption)}</figcaption>"
+        said = f"<figcaption>{escapes.html_text(figure.caption)}</figcaption>"
         body = f'<figure style="max-width:{inches[0] * 1.25:.1f}in">{image}{said}</figure>'
-        sections.append((f"figure-{figure.name}", figure.title, f"<h2>{escape(figure.title)}</h2>{body}"))
+        sections.append((f"figure-{figure.name}", figure.title, f"<h2>{escapes.html_text(figure.title)}</h2>{body}"))
     sections += [(f"table-{table.name}", table.title, table.html()) for table in others]
     first: dict[str, str] = {}  # of several figures of a kind
     for name, title, _ in sections:
         first.setdefault(re.split(": |, split ", title)[0], name)
-    contents = " · ".join(f'<a href="#{name}">{escape(title)}</a>' for title, name in first.items())
+    contents = " · ".join(f'<a href="#{name}">{escapes.html_text(title)}</a>' for title, name in first.items())
     runs = sum(len(group.runs) for group in groups)
     title = f"{runs} runs, {len(groups)} settings" if len(groups) > 1 else f"{groups[0].label}, {runs} runs"
     return "\n".join(
@@ -128,11 +131,11 @@ def html(content: Content, pictures: dict[str, bytes], files: Sequence[str]) -> 
             "<!DOCTYPE html>",
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            _MARK.format(escape(" ".join(files))),
-            f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
-            f"<h1>{escape(title)}</h1>",
-            f"<p>{escape(summary(groups))}</p>",
-            *(f'<p class="note">{escape(note)}</p>' for note in content.notes),
+            _MARK.format(escapes.html_text(" ".join(files))),
+            f"<title>{escapes.html_text(title)}</title><style>{_STYLE}</style></head><body>",
+            f"<h1>{escapes.html_text(title)}</h1>",
+            f"<p>{escapes.html_text(summary(groups))}</p>",
+            *(f'<p class="note">{escapes.html_text(note)}</p>' for note in content.notes),
             f"<nav>{contents}</nav>",
             *(f'<section id="{name}">{body}</section>' for name, _, body in sections),
             _common(groups),
@@ -194,7 +197,7 @@ def _common(groups: Sequence[Group]) -> str:
     """The settings that all runs share, folded away."""
     every = [run.settings for group in groups for run in group.runs]
     same = {key: value for key, value in every[0].items() if all(of.get(key, of) == value for of in every)}
-    rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(shown(value))}</td></tr>" for key, value in same.items())
+    rows = "".join(f"<tr><td>{escapes.html_text(key)}</td><td>{escapes.html_text(shown(value))}</td></tr>" for key, value in same.items())
     return f"<details><summary>{len(same)} settings that all runs share</summary><table>{rows}</table></details>"
 
 
@@ -204,14 +207,26 @@ def _last(logs: Sequence[Logged]):
     return table[table["round"] == table.groupby("path")["round"].transform("max")]
 
 
+def _csv(table) -> bytes:
+    """A table of pandas, in which no text is a formula."""
+    texts = table.select_dtypes(exclude="number").columns
+    safe = table.assign(**{name: table[name].map(escapes.cell) for name in texts}).rename(columns=escapes.cell)
+    return safe.to_csv(index=False, lineterminator="\n").encode()
+
+
 def _earlier(folder: Path) -> list[str]:
     """The files of an earlier report in ``folder``. Raises ValueError where it has other content."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return []
     if not folder.is_dir():
         raise ValueError(f"{folder}: is a file; give a folder with -o")
-    page = folder / PAGE
-    head = page.read_text(encoding="utf-8", errors="replace")[:100_000] if page.is_file() else ""
+    nolinks.check(folder, {PAGE, f".{PAGE}.tmp"}.__contains__)
+    for name in (FIGURES, TABLES):
+        nolinks.check(folder / name, lambda file: _ours(f"{name}/{file.removesuffix('.tmp')}"), folder)  # noqa: B023
+    head = ""
+    if os.path.lexists(page := folder / PAGE):
+        with opened_file(page) as file:
+            head = file.read(100_000).decode(errors="replace")
     if not (found := re.search(_MARK.format('([^"]*)'), head)):
         raise ValueError(f"{folder}: has other files and no report of ours; give a new folder with -o")
     return [name for name in found[1].split() if _ours(name)]
@@ -220,20 +235,21 @@ def _earlier(folder: Path) -> list[str]:
 def _ours(name: str) -> bool:
     """Whether a report writes files of this name."""
     where, _, file = name.partition("/")
-    return where in (FIGURES, TABLES) and plain_name(file) == file
+    return where in _KINDS and plain_name(file) == file and file.rpartition(".")[2] in _KINDS[where]
 
 
 def _put(folder: Path, files: dict[str, bytes], old: Sequence[str]) -> None:
     """Write the files, the page last; then what only the earlier report had goes. Raises ValueError."""
     try:
         for name in (FIGURES, TABLES):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+            with nolinks.opened_folder(folder / name, folder, make=True):
+                pass
         for name, content in files.items():
-            write_atomic(folder / name, content)
+            write_atomic(folder / name, content, folder)
+        for name in set(old) - set(files):
+            nolinks.remove(folder / name, folder)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written: {error.strerror}; give another folder with -o") from error
-    for name in set(old) - set(files):
-        (folder / name).unlink(missing_ok=True)
 
 
 _STYLE = """
