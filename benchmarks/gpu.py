@@ -25,7 +25,8 @@ from report import MPIRUN, arguments, table, tell
 from throughput import bare_loop
 
 from fedlora_mpi.build import Built, build
-from fedlora_mpi.comm import Solo, connect, guarded
+from fedlora_mpi.comm import Solo, connect
+from fedlora_mpi.ending import guarded
 from fedlora_mpi.config import from_dict
 from fedlora_mpi.engine.memory import Room
 from fedlora_mpi.engine.train import Trainer

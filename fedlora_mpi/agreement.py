@@ -11,12 +11,22 @@ import numpy as np
 import torch
 
 from .algorithm import Vars
-from .comm import Comm, together
+from .comm import Comm
 from .config import Config
 from .data.datasets import Data
 from .data.partition import Split
+from .ending import together
 from .inventory import (
-    COMPUTED, KINDS, Inventory, Items, bytes_of, computed, difference, inventory, number, unlike,
+    COMPUTED,
+    KINDS,
+    Inventory,
+    Items,
+    bytes_of,
+    computed,
+    difference,
+    inventory,
+    number,
+    unlike,
 )  # fmt: skip
 from .models.network import Model
 from .tree import Tree

@@ -12,12 +12,13 @@ from . import config as configs
 from .agreement import agreed
 from .algorithm import Algorithm, Train, Vars, check_trains
 from .blocks import naming
-from .comm import Comm, together
+from .comm import Comm
 from .config import Config
 from .data.datasets import Data, load
 from .data.feed import Feed
 from .data.partition import Split
 from .data.texts import Vocabulary
+from .ending import together
 from .engine.compiled import Compiled, need_compiler
 from .engine.device import bind, decide, keep_memory, memory_of
 from .engine.graphs import Graphs
@@ -29,10 +30,10 @@ from .federation import Kind, Pace, Run
 from .inventory import Inventory, run_digest
 from .layout import Layout, joint
 from .mixing import Mixing
-from .names import plain_name
 from .models.network import Model
 from .models.zoo import build as build_model
 from .models.zoo import foreign
+from .names import plain_name
 from .paths import expanded
 from .placement import assign, groups
 from .privacy.check import check_run

@@ -72,7 +72,8 @@ def _play(asked: argparse.Namespace) -> int:
     """Carry out one command; returns the exit code."""
     if asked.imports and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # behind all libraries: a file of the user's takes the place of none
-    from .comm import Solo, connect, guarded
+    from .comm import Solo, connect
+    from .ending import guarded
     from .launch import is_launched, starting
 
     try:
@@ -224,8 +225,8 @@ def _resume(asked: argparse.Namespace, comm) -> int:
 
 
 def _plan(asked: argparse.Namespace, comm) -> int:
-    from .comm import together
     from .config import read
+    from .ending import together
     from .escapes import lines
     from .plan import plan
 
@@ -235,8 +236,8 @@ def _plan(asked: argparse.Namespace, comm) -> int:
 
 
 def _pretrain(asked: argparse.Namespace, comm) -> int:
-    from .comm import together
     from .config import read
+    from .ending import together
     from .pretrain import pretrain
 
     named = ("to", "classes", "epochs", "network")
@@ -249,8 +250,8 @@ def _partition(asked: argparse.Namespace, comm) -> int:
     from .analysis.partition import draw, table
     from .analysis.pfllib import write_folder
     from .build import load_data, split_data, tell_hints
-    from .comm import together
     from .config import read
+    from .ending import together
     from .escapes import lines, one_line
 
     def show() -> None:
@@ -273,7 +274,7 @@ def _partition(asked: argparse.Namespace, comm) -> int:
 
 
 def _report(asked: argparse.Namespace, comm) -> int:
-    from .comm import together
+    from .ending import together
     from .escapes import one_line
 
     def tell() -> str:
@@ -291,7 +292,7 @@ def _report(asked: argparse.Namespace, comm) -> int:
 
 def _watch(asked: argparse.Namespace, comm) -> int:
     from .analysis.watch import watch
-    from .comm import together
+    from .ending import together
 
     together(comm, lambda: watch(asked.run, asked.every, asked.once))
     return 0
@@ -299,7 +300,7 @@ def _watch(asked: argparse.Namespace, comm) -> int:
 
 def _status(asked: argparse.Namespace, comm) -> int:
     from .analysis.status import rounds_of
-    from .comm import together
+    from .ending import together
     from .run import STOPPED
 
     folder, saved, rounds = together(comm, lambda: rounds_of(asked.target, asked.overrides))
@@ -310,7 +311,7 @@ def _status(asked: argparse.Namespace, comm) -> int:
 def _export(asked: argparse.Namespace, comm) -> int:
     from .analysis.export import export
     from .analysis.run import open_run
-    from .comm import together
+    from .ending import together
     from .escapes import one_line
 
     print(one_line(together(comm, lambda: export(open_run(asked.run), asked.client, asked.to))))
@@ -318,7 +319,7 @@ def _export(asked: argparse.Namespace, comm) -> int:
 
 
 def _reproduce(asked: argparse.Namespace, comm) -> int:
-    from .comm import together
+    from .ending import together
     from .reproduce.command import reproduce
     from .reproduce.request import Request
 
@@ -327,7 +328,7 @@ def _reproduce(asked: argparse.Namespace, comm) -> int:
 
 
 def _submit(asked: argparse.Namespace, comm) -> int:
-    from .comm import together
+    from .ending import together
     from .slurm import submit
 
     given = {name: value for name, value in vars(asked).items() if name not in (*_OF_COMMANDS, "config")}
@@ -336,14 +337,14 @@ def _submit(asked: argparse.Namespace, comm) -> int:
 
 
 def _doctor(asked: argparse.Namespace, comm) -> int:
-    from .comm import together
     from .doctor.command import examine
+    from .ending import together
 
     return together(comm, lambda: examine(asked.target, asked.overrides))
 
 
 def _digest(asked: argparse.Namespace, comm) -> int:
-    from .comm import together
+    from .ending import together
     from .escapes import one_line
     from .store.reader import RunFiles
 

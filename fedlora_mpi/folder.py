@@ -17,8 +17,9 @@ import torch
 from . import __version__
 from . import config as configs
 from .build import Built
-from .comm import Comm, together
+from .comm import Comm
 from .config import Config
+from .ending import together
 from .inventory import KEPT, Inventory, computed, difference, kept, unlike
 from .store import checkpoint
 from .store.files import StoreError, write_atomic

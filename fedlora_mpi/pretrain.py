@@ -20,17 +20,17 @@ from .algorithm import Vars
 from .algorithms.fedavg import FedAvg
 from .blocks import naming
 from .build import load_data, load_models, tell_hints
-from .comm import Fault
 from .config import Config
 from .data.datasets import Data
 from .data.feed import Feed
 from .data.partition import Split
+from .ending import Fault
 from .engine.device import bind, keep_memory
 from .engine.rehearsal import rehearsed
 from .engine.settings import Engine
 from .engine.train import Trainer
-from .experiment import ModelBlock
 from .escapes import one_line
+from .experiment import ModelBlock
 from .models.weights import packed
 from .models.zoo import foreign
 from .seeds import rng

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .comm import Comm, Everywhere, Mpi, Orphaned, together
+from .comm import Comm, Mpi
+from .ending import Everywhere, Orphaned, together
 from .experiment import Faults
 from .federation import Run, State
 from .journal import Journal, Words, guard, size, split, unpack

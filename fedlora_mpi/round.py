@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .algorithm import Algorithm, Cohort
 from .clock import STAGES
-from .comm import Fault
 from .decomposition import right_vectors
+from .ending import Fault
 from .engine.flops import UNCOUNTED
 from .federation import Run, State
 from .layout import bytes_of, joint

@@ -15,8 +15,9 @@ import numpy as np
 from . import config as configs
 from .balance import balanced, due
 from .build import Built, build, hosts
-from .comm import Comm, Fault, together
+from .comm import Comm
 from .config import Config
+from .ending import Fault, together
 from .escapes import one_line
 from .federation import State
 from .folder import begun, continued, create_log, describe, fill, need_shared, recorded_config, same_as_begun

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from .build import Built
-from .comm import together
-from .federation import State
+from .ending import together
 from .escapes import one_line
+from .federation import State
 from .names import names_in_files
 from .store import checkpoint
 from .store.files import StoreError

@@ -150,7 +150,7 @@ def _command(arguments: Sequence[str], ranks: int = 1) -> int:
     from runs import on_ranks
 
     from fedlora_mpi import config, run
-    from fedlora_mpi.comm import guarded
+    from fedlora_mpi.ending import guarded
 
     run._stop_signals = list  # only the main thread may ask for signals
     source, *overrides = (text for text in arguments[1:] if text != "--resume")

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from fedlora_mpi.algorithm import Train
-from fedlora_mpi.federation import Pace
 from fedlora_mpi.build import Built
 from fedlora_mpi.comm import Solo
 from fedlora_mpi.data.datasets import Data, Samples
@@ -13,12 +12,12 @@ from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.data.inputs import Images
 from fedlora_mpi.data.partition import Split
 from fedlora_mpi.engine.train import Trainer
+from fedlora_mpi.federation import Kind, Pace, Run
 from fedlora_mpi.layout import Layout
 from fedlora_mpi.mixing import Mixing
 from fedlora_mpi.models import zoo
 from fedlora_mpi.models.resnet import ResNet
 from fedlora_mpi.placement import groups
-from fedlora_mpi.federation import Kind, Run
 from fedlora_mpi.round import play
 from fedlora_mpi.saving import beginning
 from fedlora_mpi.seeds import rng

@@ -19,8 +19,9 @@ from fedlora_mpi import agreement, build, folder, inventory
 from fedlora_mpi.algorithm import Algorithm, Vars
 from fedlora_mpi.build import build as build_run
 from fedlora_mpi.cli import main
-from fedlora_mpi.comm import Refused, Solo
+from fedlora_mpi.comm import Solo
 from fedlora_mpi.data.datasets import Samples
+from fedlora_mpi.ending import Refused
 from fedlora_mpi.store import seal, sight
 from fedlora_mpi.store.log import inventory_of
 

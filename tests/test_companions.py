@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import small
 import torch
 import torch.nn.functional as F
 from runs import TINY, assert_same_run, on_ranks, tiny
 
-import small
 from fedlora_mpi.algorithm import Batch, Vars
 from fedlora_mpi.algorithms.fedapen import FedAPEN
 from fedlora_mpi.algorithms.fedavg import FedAvg
@@ -18,8 +18,9 @@ from fedlora_mpi.algorithms.fml import FML
 from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.batch import divergence
 from fedlora_mpi.build import build
-from fedlora_mpi.comm import Fault, Solo
+from fedlora_mpi.comm import Solo
 from fedlora_mpi.config import read
+from fedlora_mpi.ending import Fault
 from fedlora_mpi.lowrank import truncated
 from fedlora_mpi.round import play
 from fedlora_mpi.run import resume, start

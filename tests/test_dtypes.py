@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import TINY, assert_same_run, on_ranks, played, same
 from torch import nn
 
 import fedlora_mpi
@@ -14,7 +15,6 @@ from fedlora_mpi.cli import main
 from fedlora_mpi.decomposition import right_vectors
 from fedlora_mpi.layout import Layout, bytes_of
 from fedlora_mpi.models import weights, zoo
-from runs import TINY, assert_same_run, on_ranks, played, same
 
 METHODS = ("fedavg", "fedlora", "fedprox", "scaffold", "fedamp", "fedbn", "fedadam", "fedit", "pfedlora")
 

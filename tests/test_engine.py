@@ -3,10 +3,10 @@
 from dataclasses import dataclass, replace
 
 import pytest
+import small
 import torch
 import torch.nn.functional as F
 
-import small
 from fedlora_mpi.algorithm import Algorithm, Phase, Sgd, Step, Train, Vars
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedlora import FedLoRA

@@ -13,7 +13,6 @@ from fedlora_mpi import open_run
 from fedlora_mpi.build import load_data, split_data
 from fedlora_mpi.cli import main
 
-
 CLIENTS = 3
 
 

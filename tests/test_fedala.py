@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 
 import pytest
+import small
 import torch
 
-import small
 from fedlora_mpi.algorithm import Batch, Train, Vars
 from fedlora_mpi.algorithms.fedala import FedALA
 from fedlora_mpi.algorithms.fedavg import FedAvg

@@ -3,19 +3,19 @@
 from dataclasses import replace
 
 import pytest
+import small
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-import small
 from fedlora_mpi.algorithm import Batch, Train, Vars
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedavg_lora import FedAvgLoRA
 from fedlora_mpi.algorithms.fedlora import FedLoRA
 from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.algorithms.local_lora import LocalLoRA
-from fedlora_mpi.comm import Fault
+from fedlora_mpi.ending import Fault
 from fedlora_mpi.lowrank import LowRank, is_factor, is_not_factor, sides
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.models.zoo import build

@@ -7,8 +7,8 @@ import pytest
 import torch
 from runs import NORM, TINY, built, on_ranks, played, same
 
-from fedlora_mpi.algorithm import Cohort
 from fedlora_mpi import config as configs
+from fedlora_mpi.algorithm import Cohort
 from fedlora_mpi.algorithms.fedhl import FedHL
 from fedlora_mpi.algorithms.fedit import FedIT
 from fedlora_mpi.algorithms.flexlora import FlexLoRA

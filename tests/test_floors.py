@@ -15,6 +15,7 @@ FLOOR = {  # top-level file or folder -> floor; the package's own __init__ is it
     **dict.fromkeys(("adapter", "companion", "lowrank", "server_step", "similarity", "simplex", "prototypes", "gating"), 3),
     "finetuning": 4,
     **dict.fromkeys(("algorithms", "data", "engine", "privacy", "comm", "store", "blocks"), 5),
+    "ending": 5.5,
     **dict.fromkeys(("experiment", "mixing", "uplink", "decomposition", "progress", "watchdog"), 6),
     **dict.fromkeys(("config", "federation"), 7),
     **dict.fromkeys(("round", "journal", "inventory"), 8),

@@ -1,19 +1,19 @@
 """FLOPs of networks that torch's own counter cannot count, and what happens where nobody can."""
 
 import pytest
+import small
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
-import small
 from fedlora_mpi.algorithms.fedavg import FedAvg
-from fedlora_mpi.store.reader import RunFiles
 from fedlora_mpi.cli import main
 from fedlora_mpi.engine.flops import UNCOUNTED, Flops
 from fedlora_mpi.engine.memory import fitting
 from fedlora_mpi.models.counting import FlopCounter
 from fedlora_mpi.models.zoo import build
+from fedlora_mpi.store.reader import RunFiles
 
 TINY = """
 seed: 1

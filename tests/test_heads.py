@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import pytest
+import small
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import small
 from fedlora_mpi.algorithm import Batch, Phase, Step, Train, Vars
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedbn import FedBN

@@ -18,12 +18,13 @@ from fedlora_mpi.algorithms.fedproto import FedProto
 from fedlora_mpi.algorithms.lg_fedavg import LGFedAvg
 from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.build import build
-from fedlora_mpi.comm import Refused, Solo
+from fedlora_mpi.comm import Solo
 from fedlora_mpi.config import read
+from fedlora_mpi.ending import Refused
+from fedlora_mpi.federation import Run
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.plan import plan
 from fedlora_mpi.prototypes import own_means, prototypes, pull
-from fedlora_mpi.federation import Run
 from fedlora_mpi.round import play
 from fedlora_mpi.run import resume, start
 from fedlora_mpi.seeds import rng

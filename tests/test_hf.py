@@ -21,9 +21,10 @@ from fedlora_mpi.batch import Batch
 from fedlora_mpi.blocks import ConfigError
 from fedlora_mpi.build import build as build_run
 from fedlora_mpi.cli import main
-from fedlora_mpi.comm import Refused, Solo
+from fedlora_mpi.comm import Solo
 from fedlora_mpi.config import read
 from fedlora_mpi.data.texts import Text, Vocabulary
+from fedlora_mpi.ending import Refused
 from fedlora_mpi.models import huggingface, weights, zoo
 from fedlora_mpi.run import resume, start
 from fedlora_mpi.seeds import isolated, rng

@@ -8,6 +8,7 @@ from hashlib import sha256
 import h5py
 import numpy as np
 import pytest
+import small
 import torch
 from runs import (
     TINY,
@@ -26,7 +27,6 @@ from runs import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-import small
 from fedlora_mpi import open_run
 from fedlora_mpi.algorithm import Phase, Step
 from fedlora_mpi.algorithms.fedala import FedALA

@@ -15,7 +15,8 @@ from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedcac import FedCAC
 from fedlora_mpi.algorithms.fedpac import FedPAC
 from fedlora_mpi.build import Built
-from fedlora_mpi.comm import Fault, Solo
+from fedlora_mpi.comm import Solo
+from fedlora_mpi.ending import Fault
 from fedlora_mpi.mixing import BLOCK, Mixing
 from fedlora_mpi.round import play
 from fedlora_mpi.saving import beginning

@@ -1,12 +1,12 @@
 """Networks as functions of a tree: their counts, the roles of their leaves, and the stand-ins for layers."""
 
 import pytest
+import small
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import vmap
 
-import small
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.models.substitutes import Substitutes
 from fedlora_mpi.models.zoo import build

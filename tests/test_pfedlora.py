@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import small
 import torch
 import torch.nn.functional as F
 from runs import TINY, built, played
 
-import small
 from fedlora_mpi import open_run
 from fedlora_mpi.adapter import Adapter
 from fedlora_mpi.algorithm import Algorithm, Batch, Phase, Vars

@@ -3,10 +3,10 @@
 import itertools
 
 import pytest
-import torch
-
 import small
+import torch
 from runs import assert_near, built, played, same
+
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.placement import assign, cohort, groups
 from fedlora_mpi.seeds import rng

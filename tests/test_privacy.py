@@ -9,13 +9,27 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from runs import NORM, TESTS, TINY, assert_near, assert_same_run, built, equal, finished, mpirun, played, same, tiny
+from runs import (
+    NORM,
+    TESTS,
+    TINY,
+    assert_near,
+    assert_same_run,
+    built,
+    equal,
+    finished,
+    mpirun,
+    played,
+    same,
+    tiny,
+)
 
 from fedlora_mpi import config as configs
-from fedlora_mpi.cli import main
-from fedlora_mpi.comm import Fault, Solo
-from fedlora_mpi.config import ConfigError
 from fedlora_mpi.algorithms.fedavg import FedAvg
+from fedlora_mpi.cli import main
+from fedlora_mpi.comm import Solo
+from fedlora_mpi.config import ConfigError
+from fedlora_mpi.ending import Fault
 from fedlora_mpi.privacy import accountant, masks
 from fedlora_mpi.privacy.check import check_run
 from fedlora_mpi.privacy.clipping import clipped

@@ -7,12 +7,12 @@ import time
 
 import numpy as np
 import pytest
+import small
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import small
 from fedlora_mpi.models.effects import Effects
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.models.zoo import build

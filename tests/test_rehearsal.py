@@ -16,7 +16,8 @@ from fedlora_mpi import cli
 from fedlora_mpi import config as configs
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.build import build
-from fedlora_mpi.comm import Refused, Solo
+from fedlora_mpi.comm import Solo
+from fedlora_mpi.ending import Refused
 from fedlora_mpi.engine.rehearsal import objection
 from fedlora_mpi.models import zoo
 from fedlora_mpi.models.coupling import couples

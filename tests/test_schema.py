@@ -17,8 +17,7 @@ import pytest
 from runs import TESTS
 
 from fedlora_mpi.cli import main
-from fedlora_mpi.analysis.run import open_run
-from fedlora_mpi.store import checkpoint, seal
+from fedlora_mpi.store import seal
 from fedlora_mpi.store.manifest import Manifest, Shard
 from fedlora_mpi.store.snapshot import folder_of
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import h5py
 import numpy as np
 import pytest
+import small
 import torch
 
-import small
 from fedlora_mpi import open_run
 from fedlora_mpi.algorithm import Algorithm, Cohort
 from fedlora_mpi.algorithms.fedadagrad import FedAdagrad

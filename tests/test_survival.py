@@ -40,18 +40,19 @@ from runs import (
 )
 
 from fedlora_mpi import config as configs
+from fedlora_mpi import run as run_module
 from fedlora_mpi import watchdog
 from fedlora_mpi.build import build
 from fedlora_mpi.cli import main
-from fedlora_mpi.comm import Fault, Mpi, Refused, Solo
+from fedlora_mpi.comm import Mpi, Solo
 from fedlora_mpi.data.inputs import Images
+from fedlora_mpi.ending import Fault, Refused
 from fedlora_mpi.experiment import Faults
 from fedlora_mpi.federation import Run
 from fedlora_mpi.mail import Lost
 from fedlora_mpi.placement import assign
 from fedlora_mpi.recovery import lasting
 from fedlora_mpi.round import play
-from fedlora_mpi import run as run_module
 from fedlora_mpi.run import start
 from fedlora_mpi.saving import beginning
 from fedlora_mpi.store.reader import RunFiles

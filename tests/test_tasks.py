@@ -15,10 +15,11 @@ from runs import NORM, TINY, assert_near, assert_same_run, built, played, same, 
 from fedlora_mpi.algorithm import Phase, Vars
 from fedlora_mpi.blocks import ConfigError
 from fedlora_mpi.build import build, load_data
-from fedlora_mpi.comm import Refused, Solo
+from fedlora_mpi.comm import Solo
 from fedlora_mpi.config import digest, flat, from_dict, read, resolved_dict, resolved_yaml
 from fedlora_mpi.data.feed import Epoch
 from fedlora_mpi.data.tasks import Tasks
+from fedlora_mpi.ending import Refused
 from fedlora_mpi.engine.flops import Flops
 from fedlora_mpi.plan import plan
 from fedlora_mpi.round import play

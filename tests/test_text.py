@@ -15,12 +15,13 @@ from fedlora_mpi.analysis.run import open_run
 from fedlora_mpi.batch import Batch
 from fedlora_mpi.blocks import ConfigError
 from fedlora_mpi.build import build as build_run
-from fedlora_mpi.comm import Refused, Solo
+from fedlora_mpi.comm import Solo
 from fedlora_mpi.config import read
 from fedlora_mpi.data.datasets import Source, load
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.data.partition import Iid
 from fedlora_mpi.data.texts import Text, Vocabulary
+from fedlora_mpi.ending import Refused
 from fedlora_mpi.models import zoo
 from fedlora_mpi.run import resume, start
 from fedlora_mpi.seeds import rng

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import TINY, built, played, same
 from torch import nn
 from torch.nn.functional import linear
 
@@ -15,7 +16,6 @@ from fedlora_mpi.models import zoo
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.names import factor, is_factor
 from fedlora_mpi.seeds import isolated
-from runs import TINY, built, played, same
 
 SHAPE, CLASSES, WIDE = (1, 8, 8), 4, 64
 

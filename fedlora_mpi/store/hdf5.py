@@ -13,8 +13,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from .disk import Disk
 from . import schema
+from .disk import Disk
 from .files import FORMAT_VERSION, StoreError, check_format, opened_file, replacing
 
 CHUNK_BYTES = 64 << 10  # smaller chunks cost more in bookkeeping than in transfer
