@@ -11,9 +11,11 @@ import pytest
 from runs import SLOW, TINY, built, command, environment, finished
 
 from fedlora_mpi.cli import main
+from fedlora_mpi.doctor.checks import CHECKS
+from fedlora_mpi.doctor.finding import Case
 from fedlora_mpi.plan import storage
 
-NAMES = "config Python launch GPUs threads HDF5 locks space torchvision Slurm ULFM".split()
+NAMES = "config Python environment launch GPUs threads HDF5 locks space torchvision Slurm ULFM".split()
 LINE = re.compile(r"(ok|warning|failure) +(\w+) +(\S.*)")
 
 
@@ -120,6 +122,24 @@ def test_root_is_told_what_open_mpi_wants_and_a_mistake_in_the_config_stops_noth
     config, *rest = done.stdout.splitlines()
     assert config.startswith("failure  config       command line: train.lr = -1.0: must be a number above 0; ")
     assert len(rest) == len(NAMES) and "it refuses root; export OMPI_ALLOW_RUN_AS_ROOT=1 " in done.stdout
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"PMIX_RANK": "0", "PMIX_NAMESPACE": "gone"}, "of a job that has ended"),
+        ({"SLURM_NTASKS": "3"}, "SLURM_NTASKS = 3: run and resume want to be started as so many ranks"),
+        ({}, "no variables of another MPI or Slurm job"),
+    ],
+)
+def test_variables_of_other_jobs_are_told(given, said, monkeypatch):
+    for name in (*os.environ,):
+        if name.startswith(("PMI", "OMPI_COMM", "SLURM")):
+            monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    found = CHECKS["environment"].find(Case(os.getcwd()))
+    assert said in found.text and (found.level == "warning") == bool(given)
 
 
 def test_the_space_that_a_run_needs_is_what_it_takes(tmp_path):
