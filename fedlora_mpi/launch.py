@@ -4,13 +4,16 @@ import faulthandler
 import os
 import select
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # each has the number of ranks
 _SIZES = (*_LAUNCHERS, "SLURM_NTASKS")
+_PROGRAMS = ("prterun", "mpirun", "orterun", "mpiexec", "mpiexec.hydra")
 
 
 def is_launched() -> bool:
@@ -70,6 +73,45 @@ def _tell_unless_closed(pipe: int, seconds: float) -> None:
             os.write(2, f"{line}out of reach; start again\n".encode())
     finally:
         os._exit(0)
+
+
+def end_launcher(seconds: float) -> None:
+    """Let a child end the mpirun that has started this process, unless that ends by itself within ``seconds``.
+
+    mpirun waits for the daemons of all nodes, also for one behind a link that is down, whatever its ranks ask for.
+    """
+    launcher = os.getppid()
+    began = _began(launcher)
+    if _name_of(launcher) not in _PROGRAMS or os.fork() > 0:
+        return
+    try:
+        os.setsid()
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for stream in range(3):
+            os.dup2(nowhere, stream)
+        for _ in range(3):  # the second signal is the one that it takes for urgent
+            time.sleep(seconds)
+            if _began(launcher) != began:
+                break
+            os.kill(launcher, signal.SIGTERM)
+    finally:
+        os._exit(0)
+
+
+def _name_of(process: int) -> str:
+    """The program of a process, as Linux tells it; "" where it does not."""
+    try:
+        return Path(f"/proc/{process}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _began(process: int) -> str:
+    """What tells a process from a later one with its number; "" where it is gone."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 def mpirun() -> str | None:

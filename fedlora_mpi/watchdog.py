@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .comm import Comm
+from .launch import end_launcher
 from .store import nolinks
 from .store.files import StoreError, opened_file, write_atomic
 
@@ -57,6 +58,7 @@ def _end(comm: Comm, what: str, timeout: float, where: str, way_out: str) -> Non
         line = f"\nfedlora-mpi: {what} for {timeout:g} s (faults.timeout) in {where}; {way_out}"
         print(line, file=sys.__stderr__, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__)
+    end_launcher(10)
     signal.setitimer(signal.ITIMER_REAL, 10)  # SIGALRM ends the process where the lock of MPI is not to be had
     comm.abort()
 
