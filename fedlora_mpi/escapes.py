@@ -22,6 +22,14 @@ def one_line(text: object) -> str:
     return "".join(_escaped(c) if unicodedata.category(c) in _ACTING else c for c in text)
 
 
+def brief(error: BaseException) -> str:
+    """What an exception says, on one line; with its type, unless that adds nothing."""
+    said = " ".join(str(error).split())
+    if not said or type(error) not in (RuntimeError, ValueError, AssertionError, OSError):
+        said = f"{type(error).__name__}: {said}".removesuffix(": ")
+    return said if len(said) <= 300 else f"{said[:297]}..."
+
+
 def lines(text: object) -> str:
     """The same of several lines."""
     return "\n".join(map(one_line, str(text).split("\n")))

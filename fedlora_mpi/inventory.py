@@ -17,6 +17,7 @@ from .config import Config
 from .data.datasets import Data
 from .data.partition import Split
 from .data.texts import Vocabulary
+from .escapes import one_line
 from .foreign import source
 from .models.network import Model
 from .models.weights import digest as of_files
@@ -103,25 +104,20 @@ def difference(kind: str, was: Items, now: Items, base: str) -> tuple[str, str]:
     if sorted(was) != sorted(now):
         item = next(name for name in (*now, *was) if (name in now) != (name in was))
         text = f"is there, but not {base}" if item in now else f"is not there, but {base}"
-        return item, f"{before}{_printable(item)} {text}"
+        return item, f"{before}{one_line(item)} {text}"
     if list(was) != list(now):
         first, item = next((a, b) for a, b in zip(was, now) if a != b)
         return item, f"{before}{item} comes where {first} does {base}: registered in another order"
     item = next(name for name in now if was[name] != now[name])
     if kind in ("package", "settings", "structure"):
-        return item, f"{item} is {now[item]}, {base} {_printable(was[item])}"
+        return item, f"{item} is {now[item]}, {base} {one_line(was[item])}"
     return item, f"{before}{item}: not the same as {base}"
 
 
 def unlike(was: Items, now: Items, base: str) -> str:
     """All that differs between two platforms, in words; nothing when they are alike."""
     names = [name for name in now if was.get(name, now[name]) != now[name]]
-    return ", ".join(f"{name} is {now[name]} ({_printable(was[name])} {base})" for name in names)
-
-
-def _printable(text: str) -> str:
-    """Text from a file, for a terminal."""
-    return ascii(text)[1:-1] if len(text) < 100 else f"{ascii(text[:97])[1:-1]}..."
+    return ", ".join(f"{name} is {now[name]} ({one_line(was[name])} {base})" for name in names)
 
 
 def of_tensor(value: Tensor, beat: Callable[[], None] = lambda: None) -> str:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..algorithm import Batch, Phase, Step, Vars
+from ..escapes import brief
 from ..models.counting import FlopCounter
 from ..models.network import Model
-from ..models.unwrapping import brief
 from ..tree import tmap
 from .train import Trainer
 from .walk import Walk

@@ -22,6 +22,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..batch import Batch
+from ..escapes import brief
 from ..seeds import isolated, rng
 from ..tree import Tree
 from .counting import of_forward
@@ -30,7 +31,7 @@ from .matrices import matrix_of, why_none
 from .purity import check_function, effects, inputs
 from .substitutes import Substitutes
 from .ties import find_places, find_ties, tensors, tie
-from .unwrapping import brief, duplicate, refusing, unmade, unwrap
+from .unwrapping import duplicate, refusing, unmade, unwrap
 from .watching import Matrix, Watched, owner_of, watch
 
 Role = Literal["body", "head", "norm", "stats"]

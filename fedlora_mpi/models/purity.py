@@ -13,12 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..escapes import brief
 from ..seeds import global_states, isolated, rng
 from ..tree import Tree
 from .effects import Copying, Effects
 from .state import Memory, forgetting, remembered, unset
 from .substitutes import Substitutes
-from .unwrapping import brief, duplicate, refusing
+from .unwrapping import duplicate, refusing
 
 _ELSEWHERE = "which other ranks and a resume have in another state"
 _KEYED = (

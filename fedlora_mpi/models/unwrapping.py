@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..escapes import brief
+
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -48,14 +50,6 @@ def duplicate(module: nn.Module) -> nn.Module:
         name = next(_uncopied(module), "it")
         raise ValueError(f"name: {name} cannot be copied by copy.deepcopy ({brief(error)}); "
                          "keep it out of the module") from error
-
-
-def brief(error: BaseException) -> str:
-    """What an exception says, on one line; with its type, unless that says nothing."""
-    said = " ".join(str(error).split())
-    if not said or type(error) not in (RuntimeError, ValueError, AssertionError):
-        said = f"{type(error).__name__}: {said}".removesuffix(": ")
-    return said if len(said) <= 300 else f"{said[:297]}..."
 
 
 @contextmanager

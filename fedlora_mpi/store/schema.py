@@ -14,6 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from ..escapes import brief
 from .files import StoreError
 
 _SLACK = 1 << 20  # bytes that a file may claim without having them: what is not written yet is filled in
@@ -44,11 +45,6 @@ def reading(path: Path) -> Iterator[None]:
         raise StoreError(f"{path}: damaged, it has no {why}") from why
     except (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as why:
         raise StoreError(f"{path}: missing or damaged ({brief(why)})") from why
-
-
-def brief(why: Exception) -> str:
-    """An exception in up to 200 letters of one line."""
-    return " ".join(f"{why or type(why).__name__}".split())[:200]
 
 
 # --- HDF5
