@@ -46,7 +46,7 @@ OVERRIDES = "settings of the config by their dotted names, for instance train.lr
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    from .streams import UNREAD, unread_allowed, usable_streams
+    from .streams import UNREAD, Unprintable, unread_allowed, usable_streams
 
     try:
         with usable_streams():
@@ -55,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _play(asked)
     except BrokenPipeError:
         return UNREAD
+    except Unprintable as error:
+        print(f"fedlora-mpi: {error}", file=sys.stderr)
+        return 1
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -300,11 +303,12 @@ def _watch(asked: argparse.Namespace, comm) -> int:
 
 def _status(asked: argparse.Namespace, comm) -> int:
     from .analysis.status import rounds_of
+    from .escapes import one_line
     from .ending import together
     from .run import STOPPED
 
     folder, saved, rounds = together(comm, lambda: rounds_of(asked.target, asked.overrides))
-    print(f"{folder}: {'done' if saved >= rounds else f'{saved} of {rounds} rounds'}")
+    print(one_line(f"{folder}: {'done' if saved >= rounds else f'{saved} of {rounds} rounds'}"))
     return 0 if saved >= rounds else STOPPED
 
 

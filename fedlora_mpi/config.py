@@ -149,6 +149,18 @@ def recorded(path: Path, overrides: Sequence[str] = ()) -> Config:
     return _read(path, overrides)[0]
 
 
+def recorded_rounds(path: Path, overrides: Sequence[str] = ()) -> int:
+    """``rounds`` of a config in a run folder, for which nothing of the user's is imported; ``rounds=N`` alone may override
+    it. Raises ConfigError."""
+    given = [text.partition("=") for text in overrides]
+    if other := [key for key, _, _ in given if key != "rounds"]:
+        raise ConfigError(f"{COMMAND_LINE}: {other[0]}: of a run folder only rounds may be asked otherwise")
+    value = _parse(given[-1][2], f"{COMMAND_LINE}: rounds") if given else _load(path).get("rounds")
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{path}: rounds = {value}: must be an integer of at least 1")
+    return value
+
+
 def digest(config: Config) -> str:
     """32 hexadecimal digits that two configs share when they differ in FREE_ON_RESUME at most."""
     tree = resolved_dict(config)

@@ -1,5 +1,6 @@
 """How ranks end: together by a refusal or a fault that all of them reach, or all of them at once by the fault of one."""
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable
@@ -91,11 +92,21 @@ def guarded(comm: Comm, main: Callable[[], int]) -> int:
         comm.abort()
     except BrokenPipeError:
         raise  # nobody reads the output, which is no fault
+    except OSError as error:
+        if comm.size == 1 and error.filename is None and error.errno == errno.ENOSPC:
+            raise  # nor is a full disk behind it
+        return _stopped(comm)
     except Exception:
-        print(f"[rank {comm.rank} of {comm.size}] stopped all ranks:", file=sys.stderr)
-        traceback.print_exc()
-        if comm.size > 1:
-            comm.abort()
+        return _stopped(comm)
+    return 1
+
+
+def _stopped(comm: Comm) -> int:
+    """Show the exception at hand, and end all ranks."""
+    print(f"[rank {comm.rank} of {comm.size}] stopped all ranks:", file=sys.stderr)
+    traceback.print_exc()
+    if comm.size > 1:
+        comm.abort()
     return 1
 
 

@@ -34,7 +34,12 @@ def recorded_config(folder: Path, overrides: Sequence[str]) -> Config:
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder}: not a run folder, it has no config.yaml; give the output of a run")
     check(folder)
-    return replace(configs.recorded(folder / "config.yaml", overrides), output=str(folder))
+    return replace(configs.recorded(folder / "config.yaml", overrides), output=_as_output(folder))
+
+
+def _as_output(folder: Path) -> str:
+    """A folder as ``output`` names it; one called ``~x`` is nobody's home."""
+    return str(folder.absolute() if str(folder).startswith("~") else folder)
 
 
 def begun(folder: Path, comm: Comm) -> bool:
@@ -53,7 +58,7 @@ def continued(config: Config, source: str, folder: Path) -> Config:
     if config.engine.path == "measure":
         auto.append("compile")
     engine = replace(config.engine, **{name: getattr(recorded.engine, name) for name in auto})
-    config = replace(config, engine=engine, output=str(folder))
+    config = replace(config, engine=engine, output=_as_output(folder))
     if configs.digest(config) != configs.digest(recorded):
         was, now = configs.flat(recorded), configs.flat(config)
         key = next(k for k in was | now if was.get(k) != now.get(k) and not k.startswith(configs.FREE_ON_RESUME))

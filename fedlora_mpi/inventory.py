@@ -20,11 +20,12 @@ from .data.texts import Vocabulary
 from .escapes import one_line
 from .foreign import source
 from .models.network import Model
+from .models.state import attributes_of
 from .models.weights import digest as of_files
 
-KINDS = ("package", "settings", "data", "split", "structure", "constants", "weights", "variables", "code", "platform")
-COMPUTED = ("weights", "variables")  # by arithmetic, whose last bits depend on the platform
-KEPT = ("data", "structure", "constants", "weights", "variables", "platform")  # in a run folder
+KINDS = ("package", "settings", "data", "split", "structure", "constants", "attributes", "weights", "variables", "code", "platform")
+COMPUTED = ("attributes", "weights", "variables")  # by arithmetic or a library, whose last bits and version are the platform's
+KEPT = ("data", "structure", "constants", "attributes", "weights", "variables", "platform")  # in a run folder
 Items = Mapping[str, str]  # name -> digest or, where that is short, the value
 Inventory = Mapping[str, Items]  # by kind
 _AT_ONCE = 2**24  # bytes
@@ -58,6 +59,7 @@ def inventory(
         "split": {"who holds which samples": split.digest()},
         "structure": {n: _form(v) + roles.get(n, "") for n, v in (*leaves, *constants, *variables)},
         "constants": {n: digest(v) for n, v in constants},
+        "attributes": {at + n: v for at, model in networks for n, v in attributes_of(model.modules[True]).items()},
         "weights": {n: digest(v) for n, v in leaves},
         "variables": {n: digest(v) for n, v in variables},
         "code": _of_code(config),

@@ -5,6 +5,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -26,9 +27,22 @@ def is_launched() -> bool:
 
 def has_leftovers() -> bool:
     """Whether PMIx variables are of a job that has ended: Open MPI would crash at the end of this process."""
-    server = os.environ.get("PMIX_SERVER_TMPDIR")
-    alive = "SLURM_STEP_ID" in os.environ or server is not None and Path(server).is_dir()
-    return not alive and any(name in os.environ for name in ("PMIX_RANK", "PMIX_NAMESPACE"))
+    if not any(name in os.environ for name in ("PMIX_RANK", "PMIX_NAMESPACE")):
+        return False
+    return not any(_answers(value) for name, value in os.environ.items() if name.startswith("PMIX_SERVER_URI"))
+
+
+def _answers(uri: str) -> bool:
+    """Whether the PMIx server of ``NAMESPACE.RANK;tcp4://HOST:PORT`` is there; one of another kind is taken to be."""
+    kind, _, place = uri.rpartition(";")[2].partition("://")
+    host, _, port = place.rpartition(":")
+    if not (kind.startswith("tcp") and port.isdecimal()):
+        return True
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def expected_ranks() -> tuple[int, str]:

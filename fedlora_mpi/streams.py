@@ -10,6 +10,10 @@ UNREAD = 141  # exit code of a command whose reader has left: what a shell repor
 _PLAIN = {"·": "|", "±": "+-", "×": "x", "–": "-", "—": "-", "…": "...", "→": "->", "≥": ">=", "≤": "<="}
 
 
+class Unprintable(Exception):
+    """Standard output takes nothing, in one line."""
+
+
 def _plain(error: UnicodeError) -> tuple[str, int]:
     """Replace what a stream cannot encode: by a similar sign, else by its escape."""
     if not isinstance(error, UnicodeEncodeError):
@@ -22,8 +26,8 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 def usable_streams() -> Iterator[None]:
     """Inside, the three standard streams are open and print any text.
 
-    A command whose output has lost its reader (``report | head -1``) leaves by BrokenPipeError, after which
-    nothing is left to be flushed.
+    A command whose output has lost its reader (``report | head -1``) leaves by BrokenPipeError, one whose output goes to
+    a full disk by Unprintable, and nothing is left to be flushed.
     """
     codecs.register_error("fedlora_mpi", _plain)
     _open_closed()
@@ -39,6 +43,11 @@ def usable_streams() -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             _discard(stream)
         raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        _discard(sys.stdout)
+        raise Unprintable(f"standard output cannot be written: {error.strerror}") from error
 
 
 @contextmanager

@@ -174,18 +174,24 @@ REFUSED = {
     "an integer buffer, assigned": (
         lambda self, z: (setattr(self, "calls", self.calls + 1), z)[1],
         buffering(calls=torch.tensor([0])), "buffer calls"),
+    "a warm-up that counts in a tensor": (
+        lambda self, z: z if self.steps.add_(1) < 40 else -z,
+        setting(steps=torch.zeros(())), "changes attribute steps each time"),
+    "a default that is made once": (
+        lambda self, z, memo=[0]: z if memo.append(memo.pop() + 1) or memo[0] < 40 else -z,
+        setting(), "changes variable memo"),
     "the features of the pass before": (previous, setting(last=None), "depends on attribute last"),
     "how far they moved": (difference, setting(last=None), "depends on attribute last"),
     "a scale of the first batch": (
         first_sets_the_scale,
-        setting(ready=False), "depends on attribute (ready|scale)"),
+        setting(ready=False), "(depends on|changes) attribute (ready|scale)"),
     "a toggle": (toggled, setting(flag=False), "attribute flag"),
     "a queue": (
         lambda self, z: z + (self.queue.append(z.detach()) or torch.stack([q.mean() for q in self.queue]).mean()),
         setting(queue=[]), "depends on attribute queue"),
     "an average in a tensor": (
         lambda self, z: z + self.mean.mul_(0.9).add_(z.mean()),
-        setting(mean=torch.zeros(())), "depends on attribute mean"),
+        setting(mean=torch.zeros(())), "(depends on|changes) attribute mean"),
     "Python's generator": (
         adding(lambda self, z: random.random()),
         setting(), "from Python's global generator"),
@@ -195,9 +201,9 @@ REFUSED = {
     "torch.randn_like": (
         adding(lambda self, z: torch.randn_like(z)),
         setting(), "training draws|evaluation draws"),
-    "torch.rand in training": (
-        adding(lambda self, z: torch.rand(z.shape) if self.training else 0),
-        setting(), "in training draws random numbers from torch's"),
+    "torch.rand in evaluation": (
+        adding(lambda self, z: 0 if self.training else torch.rand(z.shape)),
+        setting(), "in evaluation draws random numbers from torch's"),
     "torch.randperm in training": (
         lambda self, z: z[:, torch.randperm(WIDTH)] if self.training else z,
         setting(), "from torch's global generator"),

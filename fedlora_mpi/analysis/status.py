@@ -4,20 +4,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import config as configs
+from ..folder import continued
 from ..paths import expanded
-from ..store.reader import RunFiles
+from ..store import checkpoint
+from ..store.files import StoreError
 
 
 def rounds_of(target: Path, overrides: Sequence[str]) -> tuple[Path, int, int]:
-    """(run folder, rounds that a checkpoint holds, rounds in all) of a run folder, or of the run of a config.
+    """(run folder, rounds that a whole checkpoint holds, rounds in all) of a run folder, or of the run of a config.
 
-    A config's run that has not begun has 0. Raises ValueError where ``target`` is neither.
+    A run folder is read without its classes. A config's run that has not begun has 0. Raises ValueError where ``target``
+    is neither, or where the run in the folder has other settings than the config.
     """
     if target.is_dir():
-        config = configs.recorded(target / "config.yaml", overrides)
-        folder = target
-    else:
-        config = configs.read(target, overrides)
-        folder = expanded(config.output)
-    saved = RunFiles(folder).checkpoints() if (folder / "config.yaml").is_file() else []
-    return folder, max(saved, default=0), config.rounds
+        return target, _saved(target), configs.recorded_rounds(target / "config.yaml", overrides)
+    config = configs.read(target, overrides)
+    folder = expanded(config.output)
+    if not (folder / "config.yaml").is_file():
+        return folder, 0, config.rounds
+    return folder, _saved(folder), continued(config, str(target), folder).rounds
+
+
+def _saved(folder: Path) -> int:
+    """The rounds of the newest checkpoint whose checksums hold."""
+    if not checkpoint.committed(folder):
+        return 0
+    try:
+        return checkpoint.newest(folder)[0].round
+    except StoreError:  # a resume says what is wrong with each
+        return 0

@@ -159,7 +159,9 @@ def _to_rgb(opened: Opened, path: str) -> "Image":
 
 
 def _is_constant(image: "Image") -> bool:
-    return all(low == high for low, high in image.getextrema())
+    extrema = image.getextrema()  # of one channel a pair, of several a pair each
+    pairs = extrema if isinstance(extrema[0], tuple) else (extrema,)
+    return all(low == high for low, high in pairs)
 
 
 def _measure(image: "Image", side: int, row: int, path: str) -> Wide:

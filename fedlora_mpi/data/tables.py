@@ -22,6 +22,11 @@ class Row(NamedTuple):
     line: int  # its first
     fields: list[str]
 
+    @property
+    def has_several_lines(self) -> bool:
+        """Whether the end of a line stands within a text."""
+        return any("\n" in field or "\r" in field for field in self.fields)
+
 
 class Table(NamedTuple):
     """The rows of a file, without the names of its columns."""
@@ -35,16 +40,21 @@ class Table(NamedTuple):
 def read_ag_news(folder: str, settings: Text) -> Reading:
     """The files of Zhang et al. (NIPS 2015), as torchtext has them: class, title, description."""
 
+    hints, labels = [], {"1", "2", "3", "4"}
+
     def side(key: str) -> Labelled:
+        name, long = getattr(settings, key), []
         found = Labelled([], [])
-        for where, _, fields in _rows(folder, key, getattr(settings, key)):
-            if len(fields) != 3 or fields[0] not in ("1", "2", "3", "4"):
-                raise ValueError(f"{where}: must be a class from 1 to 4, a title and a description")
-            found.y.append(int(fields[0]) - 1)
-            found.texts.append(" ".join(fields[1:]))
+        for row in _rows(folder, key, name):
+            if len(row.fields) != 3 or row.fields[0] not in labels:
+                raise ValueError(f"{row.where}: must be a class from 1 to 4, a title and a description")
+            found.y.append(int(row.fields[0]) - 1)
+            found.texts.append(" ".join(row.fields[1:]))
+            long += [row] if row.has_several_lines else []
+        hints.extend(f"text.{key} = {name}: {hint}" for hint in _hint_of_swallowed(long, 3, 0, labels))
         return found
 
-    return Reading(side("train"), side("test"), 4, _AG_NEWS)
+    return Reading(side("train"), side("test"), 4, _AG_NEWS, tuple(hints))
 
 
 def read_csv(folder: str, settings: Text) -> Reading:
@@ -92,7 +102,7 @@ def _read_table(folder: str, key: str, settings: Text) -> Table:
         texts.append(" ".join(row.fields[i] for i in at))
         labels.append(mine)
         lines.append(row.line)
-        if any("\n" in field or "\r" in field for field in row.fields):
+        if row.has_several_lines:
             long.append(row)
     if not texts:
         raise ValueError(f"text.{key} = {name}: has no row under the names of the columns")

@@ -114,9 +114,11 @@ class Walk:
         """One step on ``view``, in place; the losses before it [count]."""
         loss_C = self._losses(step.loss, view, batch_C)
         if view.leaves:
-            grads = torch.autograd.grad(loss_C.sum(), view.leaves, allow_unused=True, materialize_grads=True)
-            dense = [grad if grad.layout == torch.strided else grad.to_dense() for grad in grads]
-            sgd_step(view.leaves, dense, view.momenta, sgd, step.clamp)
+            grads = torch.autograd.grad(loss_C.sum(), view.leaves, allow_unused=True)
+            used = [at for at, grad in enumerate(grads) if grad is not None]  # as torch.optim.SGD leaves the others
+            dense = [g if (g := grads[at]).layout == torch.strided else g.to_dense() for at in used]
+            leaves, momenta = ([half[at] for at in used] for half in (view.leaves, view.momenta))
+            sgd_step(leaves, dense, momenta, sgd, step.clamp)
         return loss_C.detach()
 
     def _fused(self, number: int, names: Names, now: Vars, start: Vars, momenta: list[Tensor]) -> Callable:

@@ -23,8 +23,8 @@ from .unwrapping import duplicate, refusing
 
 _ELSEWHERE = "which other ranks and a resume have in another state"
 _KEYED = (
-    "in training nn.Dropout, functional.dropout with training=self.training, and Tensor.bernoulli_ draw from "
-    "the run's seed"
+    "in training nn.Dropout, functional.dropout with training=self.training, torch.rand, randn, rand_like, randn_like "
+    "and Tensor.bernoulli_ draw from the run's seed"
 )
 _ROUNDING = 1e-3  # of the largest number, through many layers
 _FLOAT_BUFFER = (
@@ -216,13 +216,14 @@ def _compare(one: _Pass, again: _Pass) -> None:
     """Raise ValueError unless two passes on the same leaves and input did the same."""
     mode = "training" if one.training else "evaluation"
     changed = _changed(one.after, again.after)
-    for name in changed:
+    own = {name for each in (one, again) for name in _changed(each.before, each.after)}
+    for name in (name for name in changed if name in own and name in one.after and name in again.after):
         kinds = {memory[name].kind for memory in (one.after, again.after) if name in memory}
         at = name.rpartition(" ")[2].rpartition(".")[2]
         if "generator" in kinds:
             raise ValueError(f"name: a forward pass in {mode} draws random numbers from {name}, a generator of "
                              f"its own, {_ELSEWHERE}; {_KEYED}")
-        if "number" in kinds:
+        if kinds & {"number", "array"}:
             raise ValueError(f"name: a forward pass in {mode} changes {name} each time, which counts differently "
                              f"on other ranks and after a resume; {_FLOAT_BUFFER.format(at)}")
     if not _same(one.logits, again.logits):

@@ -27,16 +27,32 @@ _CONTAINERS = (list, dict, deque, set)
 _PLAIN = (*_NUMBERS, *_GENERATORS, *_CONTAINERS, Tensor, np.ndarray, itertools.count)
 _WORDS = (str, bytes, torch.dtype, torch.device, itertools.count)
 _DEPTH = 6  # of containers and objects in one another
+_FEW = 16  # items of a list that are named one by one
 
 
 class Value(NamedTuple):
     """Something remembered, at one moment."""
 
-    kind: str  # "number", "generator" or ""
+    kind: str  # "number", "array", "generator" or ""
     content: object  # equal where it is the same
 
 
 Memory = dict[str, Value]  # by what the user calls it
+
+
+def attributes_of(module: nn.Module) -> dict[str, str]:
+    """{attribute: digest} of the plain attributes of all layers, equal in every process that has built the same."""
+    found = remembered(module)
+    return {n: hashlib.blake2b(_stable(v).encode(), digest_size=8).hexdigest() for n, v in found.items() if n.startswith("attribute ")}
+
+
+def _stable(value: object) -> str:
+    """A text that does not depend on the order of a set."""
+    if isinstance(value, frozenset):
+        return f"{{{', '.join(sorted(map(_stable, value)))}}}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_stable, value))})"
+    return repr(value)
 
 
 def unset(module: nn.Module) -> frozenset[str]:
@@ -119,6 +135,12 @@ def _add(found: Memory, name: str, value: object, seen: set[int], depth: int) ->
         found[name] = Value("number", repr(value))
     elif isinstance(value, _GENERATORS):
         found[name] = Value("generator", _content(value, seen, depth))
+    elif isinstance(value, Tensor | np.ndarray):
+        found[name] = Value("array", _content(value, seen, depth))
+    elif depth < _DEPTH and isinstance(value, list | tuple) and len(value) <= _FEW:
+        found[name] = Value("", len(value))
+        for at, inside in enumerate(value):
+            _add(found, f"{name}[{at}]", inside, seen, depth + 1)
     elif depth < _DEPTH and isinstance(value, dict):
         found[name] = Value("", tuple(map(repr, value)))
         for key, inside in list(value.items()):
@@ -168,7 +190,7 @@ def _content(value: object, seen: set[int], depth: int) -> object:
     if (parts := _parts(value)) is not None and id(value) not in seen:
         seen.add(id(value))
         return tuple((key, inside(v)) for key, v in parts.items())
-    return type(value).__name__
+    return getattr(value, "__qualname__", type(value).__name__)
 
 
 def _bits(value: Tensor) -> object:
@@ -192,7 +214,7 @@ def _variables(function: object, seen: set[int]) -> Iterator[tuple[str, object]]
     if id(function) in seen:
         return
     seen.add(id(function))
-    for name, value in (*_globals(function), *_enclosing(function)):
+    for name, value in (*_globals(function), *_enclosing(function), *_defaults(function)):
         yield name, value
         yield from _variables(value, seen)
 
@@ -204,6 +226,14 @@ def _globals(function: FunctionType) -> Iterator[tuple[str, object]]:
         names.update(code.co_names)
         waiting += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
     yield from ((name, function.__globals__[name]) for name in sorted(names & function.__globals__.keys()))
+
+
+def _defaults(function: FunctionType) -> Iterator[tuple[str, object]]:
+    """What arguments that nobody gives are, which are made once for all calls."""
+    count = function.__code__.co_argcount
+    given = function.__defaults__ or ()
+    yield from zip(function.__code__.co_varnames[count - len(given) : count], given)
+    yield from (function.__kwdefaults__ or {}).items()
 
 
 def _enclosing(function: FunctionType) -> Iterator[tuple[str, object]]:

@@ -1,7 +1,8 @@
 """Stand-ins for the layers whose plain form would be wrong in a padded or keyed batch.
 
 ``with Substitutes(real, key): loss(...)`` replaces, inside any module, BatchNorm in training mode
-by one that ignores padding, and random draws (dropout, stochastic depth) by functions of ``key``.
+by one that ignores padding, and random draws (dropout, also between the levels of a recurrent layer,
+stochastic depth, ``torch.rand`` and ``randn``) by functions of ``key``.
 Without padding and without noise the engine does not enter it, and the plain layers run.
 """
 
@@ -14,6 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..seeds import uniform
 
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+_UNIFORM = {torch.rand: False, torch.rand_like: True}  # whether the shape is that of the first argument
+_NORMAL = {torch.randn: False, torch.randn_like: True}
 _DROPOUTS = {F.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
 
 # nn.MultiheadAttention's function without the question that hands it to the mode again, for ever.
@@ -43,6 +47,12 @@ class Substitutes(TorchFunctionMode):
             return self._dropout(_DROPOUTS[func], *args, **kwargs)
         if func is torch.Tensor.bernoulli_:
             return self._bernoulli(*args, **kwargs)
+        if func in _RECURRENT:
+            return self._recurrent(func, *args, **kwargs)
+        if func in _UNIFORM or func in _NORMAL:
+            return self._draw(func, *args, **kwargs)
+        if func is F.gumbel_softmax:
+            return self._gumbel_softmax(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         if func is F.multi_head_attention_forward:
@@ -64,6 +74,45 @@ class Substitutes(TorchFunctionMode):
             return x
         kept = self._uniform(x.shape[: x.dim() - spatial]) >= p
         return x * kept.view(*kept.shape, *[1] * spatial) / max(1 - p, 2**-24)  # p = 1 keeps nothing
+
+    def _draw(self, func, *args, generator=None, **kwargs):
+        """Uniform or normal numbers of the run's key in the place of those of a global generator."""
+        like = (_UNIFORM | _NORMAL)[func]
+        if generator is not None:  # one of the network's own, which is told of
+            return func(*args, generator=generator, **kwargs)
+        given = torch.empty_like(*args, **kwargs) if like else torch.empty(*args, **kwargs)
+        numbers = self._uniform(given.shape)
+        if func in _NORMAL:  # Box and Muller 1958
+            numbers = (-2 * torch.log1p(-numbers)).sqrt() * torch.cos(2 * torch.pi * self._uniform(given.shape))
+        return numbers.to(given.device, given.dtype)
+
+    def _gumbel_softmax(self, logits, tau=1.0, hard=False, eps=1e-10, dim=-1):
+        """As torch's, of keyed noise: a sample near a corner, or, ``hard``, in one with the gradient of the soft one."""
+        noise = -(-torch.log1p(-self._uniform(logits.shape))).clamp(min=2**-24).log()
+        soft = ((logits + noise.to(logits.dtype)) / tau).softmax(dim)
+        if not hard:
+            return soft
+        corner = torch.zeros_like(logits).scatter(dim, soft.max(dim, keepdim=True)[1], 1.0)
+        return corner - soft.detach() + soft
+
+    def _recurrent(self, func, *args):
+        """A recurrent layer of several levels: one level after the other, with keyed dropout between them."""
+        packed = isinstance(args[3], list | tuple)  # data, batch_sizes, hx, weights, ...; else input, hx, weights, ...
+        start, rest = args[: 1 + packed], args[8 + packed :]
+        hx, weights, biases, levels, dropout, train, both = args[1 + packed : 8 + packed]
+        if not (train and dropout and levels > 1):
+            return func(*args)
+        x, *sizes = start
+        ways, each, ends = 1 + both, len(weights) // levels, []
+        for level in range(levels):
+            at = slice(level * ways, (level + 1) * ways)
+            first = [h[at] for h in hx] if isinstance(hx, list | tuple) else hx[at]
+            own = weights[level * each : (level + 1) * each]
+            x, *end = func(x, *sizes, first, own, biases, 1, 0.0, train, both, *rest)
+            ends.append(end)
+            if level + 1 < levels:
+                x = self._dropout(0, x, dropout)
+        return x, *(torch.cat(halves) for halves in zip(*ends, strict=True))
 
     def _attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **more):
         """softmax(Q K^T s + mask) V with keyed dropout on the attention weights."""

@@ -26,6 +26,8 @@ def locked(run: Path, below: Path | None = None) -> Iterator[None]:
     with writing(path):
         handle = nolinks.opened(path, os.O_RDWR | os.O_CREAT, below)
     try:
+        if os.fstat(handle).st_nlink > 1:
+            raise StoreError(f"{path}: is one file with another name (a hard link), which a run would write to; remove it")
         _take(path, handle)
         with writing(path):
             os.ftruncate(handle, 0)
