@@ -303,8 +303,8 @@ def _watch(asked: argparse.Namespace, comm) -> int:
 
 def _status(asked: argparse.Namespace, comm) -> int:
     from .analysis.status import rounds_of
-    from .escapes import one_line
     from .ending import together
+    from .escapes import one_line
     from .run import STOPPED
 
     folder, saved, rounds = together(comm, lambda: rounds_of(asked.target, asked.overrides))

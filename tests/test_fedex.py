@@ -333,7 +333,7 @@ def test_every_round_of_flora_begins_with_new_factors():
 def test_the_new_factors_of_flora_are_kaiming_uniform():
     algorithm = FLoRA(lora_ranks=(24,))
     shared = algorithm.init(NET, rng(1, "init")).shared
-    draws = [algorithm.download(shared | {"fresh": torch.tensor(float(at))}) for at in range(300)]
+    draws = [algorithm.download(shared | {".fresh.": torch.tensor(float(at))}) for at in range(300)]
     for name in dense(shared):
         unit = torch.stack([draw[f"{name}..A"] for draw in draws])
         unit = unit * unit.shape[-1] ** 0.5

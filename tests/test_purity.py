@@ -4,6 +4,7 @@ import copy
 import itertools
 import random
 import time
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -482,13 +483,19 @@ def plain(classes, shape):
     return nn.Sequential(nn.Flatten(), nn.Linear(6, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, classes))
 
 
+def data_parallel(module):
+    """``module`` for all GPUs, of which there are none, whatever device other tests have made up."""
+    with patch("torch.nn.parallel.data_parallel._get_available_device_type", lambda: None):
+        return nn.DataParallel(module)
+
+
 def parallel(classes, shape):
-    return nn.DataParallel(plain(classes, shape))
+    return data_parallel(plain(classes, shape))
 
 
 def parallel_inside(classes, shape):
     module = plain(classes, shape)
-    module[1] = nn.DataParallel(module[1])
+    module[1] = data_parallel(module[1])
     return module
 
 

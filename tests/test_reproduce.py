@@ -361,7 +361,7 @@ def test_a_picture_is_written(table, tmp_path):
     made = {e.key: [replace(result(e.key, 1, [50.0]), job=Job(e, AT, 1, None))] for e in entries(table, AT, SMALL)}
     cells = [sheet.Cell.of(found[0].job.entry, found) for found in made.values()]
     (figure,) = showing._pictures(table, "Title", cells, made).values()
-    assert showing._draw(figure, tmp_path / "figure.png") == str(tmp_path / "figure.png")
+    assert showing._draw(figure, tmp_path / "figure.png", tmp_path) == str(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 

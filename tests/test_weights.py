@@ -344,7 +344,7 @@ def test_weights_go_when_the_name_of_the_network_changes(here):
 @pytest.mark.parametrize("value", ["3", "[a.pt]", "true"])
 def test_weights_are_text(value):
     with pytest.raises(configs.ConfigError, match=r"^command line: model.weights = .*: must be text or null$"):
-        configs.read(TINY, [f"model.weights={value}"])
+        configs.read(TINY, [f"model={{name: cnn, weights: {value}}}"])
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])

@@ -157,8 +157,9 @@ class FineTuning(Algorithm):
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
         full, tree = {n: w for n, w in v.shared.items() if n in model.leaves}, model.values
-        moved = {n: as_weight(d, model.described[n]).to(tree[n].dtype) for n, d in self.delta(v.shared).items()}
-        return tree | full | {n: tree[n] + d for n, d in moved.items()}
+        moved = {n: as_weight(d, model.described[n]) for n, d in self.delta(v.shared).items()}
+        halves = {n: d.to(tree[n].dtype) for n, d in moved.items() if tree[n].dtype.itemsize < 4}
+        return tree | full | {n: tree[n] + d for n, d in (moved | halves).items()}
 
     def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:
         network = model if "norm" in self.full or not model.training else model.fixed
