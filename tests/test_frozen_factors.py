@@ -267,7 +267,7 @@ def test_a_step_on_the_whole_batch_is_one_of_the_full_gradient_in_the_space_of_t
     upload = algorithm.upload(done.start, done.end)
     after = algorithm.serve({}, shared, algorithm.expand(upload, shared, 11), Cohort(1.0, 11))[1]
     for name, gradient in full_gradient(made, algorithm, shared, 0).items():
-        S = shared[f"{name}.{factor}"]
+        S = shared[f"{name}..{factor}"]
         projected = S @ S.T @ gradient if factor == "B" else gradient @ S.T @ S
         torch.testing.assert_close(after[f"{name}..W"], shared[f"{name}..W"] - LR * 2**2 * projected, rtol=1e-10, atol=1e-10)
         if orthogonal and (factor == "B" or name == "0.weight"):  # r = n

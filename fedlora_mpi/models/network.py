@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..batch import Batch
 from ..escapes import brief
-from ..seeds import isolated, rng
+from ..seeds import isolated
 from ..tree import Tree
 from .counting import of_forward
 from .effects import Effects
@@ -72,6 +72,7 @@ class Model:
     places: tuple[dict[str, str], ...]  # {name there: leaf} of the network, its body and its head
     effects: Effects = Effects()  # of a pass, beside its logits and BatchNorm's statistics
     couples: bool = False  # what it makes of an example depends on the others of the batch, padding among them
+    ends_in_linear: bool = False  # features [B, width] enter one plain Linear, the head, and what that makes are the logits
 
     def __call__(self, tree: Tree, x: Tensor) -> Tensor:
         return self._call(self.modules[self.training], self.places[0], tree, x, self.effects)
@@ -101,24 +102,6 @@ class Model:
         if effects == Effects():
             return functional_call(module, given, (x,))
         return effects.call(module, given, x, self.training)
-
-    @cached_property
-    def ends_in_linear(self) -> bool:
-        """Whether the head is one plain Linear that comes last: features [B, width] enter it, and what it makes of
-        them are the logits."""
-        head = self.modules[False].get_submodule(self.head)
-        mine, above = {n for n, leaf in self.described.items() if leaf.role == "head"}, f"{self.head}." if self.head else ""
-        if not isinstance(head, nn.Linear) or not {f"{above}weight"} <= mine <= {f"{above}weight", f"{above}bias"}:
-            return False
-        size, draw, judged = (2, *self.shape), rng(0, "head"), self.evaluating().to(torch.device("cpu"))
-        x = torch.randint(self.tokens, size, generator=draw) if self.tokens else torch.randn(size, generator=draw)
-        tree = judged.frozen(judged.initial)
-        with torch.no_grad(), Substitutes(None, torch.tensor(0)):
-            try:
-                z = judged.features(tree, x)
-                return z.dim() == 2 and torch.allclose(judged.classify(tree, z), judged(tree, x), 1e-4, 1e-5, True)
-            except (RuntimeError, AttributeError, ValueError):  # the network does more with its head than to call it
-                return False
 
     def zeros(self, samples: int) -> Tensor:
         """Inputs that say nothing, [samples, *shape]."""
@@ -236,7 +219,22 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
         effects=found,
     )
     check_function(module, model, x)
-    return model
+    return replace(model, ends_in_linear=_ends_in_linear(model, x))
+
+
+def _ends_in_linear(model: Model, x: Tensor) -> bool:
+    """What ``Model.ends_in_linear`` says, tried on inputs x."""
+    head, above = model.modules[False].get_submodule(model.head), f"{model.head}." if model.head else ""
+    mine = {n for n, leaf in model.described.items() if leaf.role == "head"}
+    if not isinstance(head, nn.Linear) or not {f"{above}weight"} <= mine <= {f"{above}weight", f"{above}bias"}:
+        return False
+    judged, tree = model.evaluating(), model.frozen(model.initial)
+    with torch.no_grad(), isolated(0, "trial"), Substitutes(None, torch.tensor(0)):
+        try:
+            z = judged.features(tree, x.clone())
+            return z.dim() == 2 and torch.allclose(judged.classify(tree, z), judged(tree, x.clone()), 1e-4, 1e-5, True)
+        except (RuntimeError, AttributeError, ValueError):  # the network does more with its head than to call it
+            return False
 
 
 def _make(module: nn.Module, zeros: Tensor) -> None:
