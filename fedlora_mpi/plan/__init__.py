@@ -4,6 +4,7 @@ Sizes follow from the model and the partition. Time and memory follow from unit 
 of each kind of clients plays a few batches, and ``forecast`` adds up what each rank of the real placement would do.
 """
 
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from ..build import Built, build, hosts
 from ..comm import Solo
 from ..config import Config
 from ..federation import Kind, Run
+from ..inventory import kept
 from ..layout import Layout, bytes_of, joint
 from ..placement import assign
 from ..tree import Tree, nbytes, numel, tmap
@@ -109,6 +111,7 @@ def storage(built: Built) -> int:
     state = _FILES + personal + nbytes(first) + nbytes(run.algorithm.server(run.trainer.model, first))
     samples = sum(map(len, (*split.train, *split.test)))
     log = _LOG + 8 * (samples + config.rounds * (_COLUMNS + 2 * len(run.weight_N)))
+    log += len(json.dumps(kept(built.inventory))) if built.inventory else 0
     copies = config.checkpoint.keep + 1
     return copies * state + (copies + 1) * log + (personal if config.engine.personal == "disk" else 0)
 
