@@ -1,5 +1,5 @@
 # make run    set up .venv, then the quick start: FedLoRA, FedAvg and Local on bundled real data
-# make test   set up .venv, then the tests, two files at a time (JOBS=4: four)
+# make test   set up .venv, then the tests that everybody runs before a commit: 8 minutes on 2 cores (JOBS=4: on 4)
 # make docs   set up .venv, then the site: build/docs/index.html
 # Both work first thing in a fresh clone; a second call installs nothing.
 # The tests of pre-trained models are skipped until: .venv/bin/pip install -e '.[hf]' peft
@@ -17,7 +17,7 @@ JOBS ?= 2
 STAMP := $(shell date +%Y%m%d-%H%M%S)
 QUICK = mpirun -n 3 --bind-to none fedlora-mpi run configs/quickstart.yaml output=runs/quickstart-$(STAMP)/{algorithm}
 
-.PHONY: install run test test-slow docs
+.PHONY: install run test test-all test-slow coverage mutants docs
 install: .venv/installed
 
 .venv/installed: setup.py constraints.txt
@@ -35,11 +35,26 @@ run: install
 	  '  .venv/bin/fedlora-mpi plan configs/cifar10.yaml           # what the paper'"'"'s run would cost here' \
 	  '  .venv/bin/fedlora-mpi run configs/quickstart.yaml algorithm.lora_epochs=3 output=runs/mine'
 
+PYTEST = .venv/bin/python -m pytest
+SIDE_BY_SIDE = -n $(JOBS) --dist worksteal
+
 test: install
-	@.venv/bin/python -m pytest -n $(JOBS) --dist loadfile
+	@$(PYTEST) $(SIDE_BY_SIDE)
+
+test-all: install
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "thorough and not slow" --durations=10
 
 test-slow: install
-	@.venv/bin/python -m pytest -m slow
+	@$(PYTEST) -m slow
+
+coverage: install
+	@.venv/bin/python -m coverage erase
+	@$(PYTEST) $(SIDE_BY_SIDE) --cov --cov-report=
+	@.venv/bin/python -m coverage report --format=total
+	@$(PYTEST) $(SIDE_BY_SIDE) --cov --cov-append --cov-report=term:skip-covered -m "thorough and not slow"
+
+mutants: install
+	@.venv/bin/python tests/mutants/run.py $(ONLY)
 
 docs: install
 	@.venv/bin/python -m sphinx -W --keep-going -q -d build/doctrees docs build/docs

@@ -15,7 +15,7 @@ extras = {
     "privacy": ["dp-accounting>=0.6,<0.7"],  # see privacy/accountant.py before another
     "analysis": ["matplotlib>=3.8", "pandas>=2.1", "rich>=13.7"],
     "tensorboard": ["tensorboardX>=2.6"],
-    "test": ["pytest>=8.0", "pytest-xdist>=3.6", "hypothesis>=6.100"],
+    "test": ["pytest>=8.0", "pytest-cov>=7.0", "pytest-xdist>=3.6", "hypothesis>=6.100"],
     "docs": ["sphinx>=8.2", "myst-parser>=5.0", "furo>=2025.9.25", "nbclient>=0.10", "ipykernel>=7.0"],
 }
 apart = {  # what few need: not in "all"

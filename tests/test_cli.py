@@ -19,19 +19,6 @@ from fedlora_mpi.store.reader import RunFiles
 COMMANDS = ("run", "resume", "plan", "partition", "report", "pretrain", "submit", "doctor", "export", "watch", "digest", "status")
 
 
-@pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """A command in a folder of its own: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])  # commands put the folder in front
-
-    def called(*arguments) -> tuple[int, str, str]:
-        code = main([str(a) for a in arguments])
-        return code, *capsys.readouterr()
-
-    return called
-
-
 @pytest.fixture(scope="module")
 def six(tmp_path_factory):
     """A finished run of six rounds with checkpoints of 2, 4 and 6. Only to be copied or read."""

@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 import torch
+from methods import SETTINGS
 from runs import NORM, assert_near, played, same
-from test_conformance import SETTINGS
 
 from fedlora_mpi import algorithms
 from fedlora_mpi.cli import main

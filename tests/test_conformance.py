@@ -12,6 +12,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 import torch
+from methods import of
 from runs import NORM, TINY, assert_near, assert_same_run, built, copied, played, same, tiny
 
 from fedlora_mpi import algorithms
@@ -43,25 +44,6 @@ def case(name: str, label: str):
 both_models = pytest.mark.parametrize(
     "name, model", [case(name, label) for name in NAMES for label in MODELS]
 )
-
-# Settings that the tiny experiment needs for a method: its default does not fit three epochs with momentum.
-SETTINGS = {
-    "fedavg_ft": ("algorithm.ft_epochs=1", "train.lr=0.01"),  # by 0.05 it is right at once
-    "fd": ("algorithm.gamma=0.1",),  # the entropy of what is taught counts in the loss, from round 2 on
-    "fed_talora": ("train.lr=0.02",),  # as fedex_lora
-    "fedapen": ("algorithm.small=user_parts:with_norm",),
-    "fedex_lora": ("train.lr=0.02",),  # W and factors that all move: by 0.05 the cnn diverges
-    "fedhl": ("train.lr=0.02",),  # as fedex_lora
-    "fedit": ("train.lr=0.02",),  # as fedex_lora
-    "fedkd": ("algorithm.small=user_parts:with_norm", "train.lr=0.02"),  # its division by D makes it steep
-    "fedrep": ("algorithm.head_epochs=1",),
-    "flexlora": ("train.lr=0.02",),  # as fedex_lora
-    "fml": ("algorithm.small=user_parts:with_norm",),
-    "hetlora": ("train.lr=0.02",),  # by 0.05 a client now and then diverges, and its norm takes all the weight
-    "moon": ("algorithm.mu=0.1",),
-    "pfedme": ("train.momentum=0", "train.lr=0.1"),
-    "scaffold": ("train.momentum=0", "train.lr=0.1"),
-}
 
 # Singular vectors of small singular values move more than what they are of.
 NEAR = {"fedhl": 1e-4, "flexlora": 1e-4}
@@ -97,11 +79,6 @@ ALTERNATIVES = {
 def run(name: str, *overrides: str, ranks: int = 1):
     """The moments of rank 0."""
     return played(*of(name), *overrides, ranks=ranks)[0]
-
-
-def of(name: str) -> tuple[str, ...]:
-    """The overrides that choose an algorithm."""
-    return f"algorithm={name}", *SETTINGS.get(name, ())
 
 
 def together(name: str, model: str):

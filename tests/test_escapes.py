@@ -10,8 +10,8 @@ from pathlib import Path
 
 import h5py
 import pytest
+from folders import sealed
 from runs import TESTS
-from test_schema import sealed
 
 from fedlora_mpi import escapes
 from fedlora_mpi.cli import main

@@ -11,8 +11,8 @@ import far
 import pytest
 import small
 import torch
+from methods import SETTINGS
 from runs import NORM, played, same, tiny
-from test_conformance import SETTINGS
 
 from fedlora_mpi import algorithms
 from fedlora_mpi import config as configs

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 
 import pytest
 from runs import TINY
@@ -20,19 +19,6 @@ COMMANDS = (
     ("run",), ("plan",), ("partition",), ("pretrain", "--to", "x.safetensors"), ("submit", "--dry-run"), ("resume",),
     ("report",), ("digest",), ("watch", "--once"), ("export", "--to", "x.pt"),
 )  # fmt: skip
-
-
-@pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """A command in a folder of its own: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-
-    def called(*arguments) -> tuple[int, str, str]:
-        code = main([str(a) for a in arguments])
-        return code, *capsys.readouterr()
-
-    return called
 
 
 @pytest.fixture(scope="module")

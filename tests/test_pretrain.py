@@ -10,25 +10,11 @@ import torch
 from runs import TINY, command, equal, finished, mpirun, said, tiny
 
 from fedlora_mpi.build import load_data
-from fedlora_mpi.cli import main
 from fedlora_mpi.models import weights, zoo
 from fedlora_mpi.pretrain import chosen, pooled
 from fedlora_mpi.store.reader import RunFiles
 
 LINE = re.compile(r"epoch (\d+)/(\d+) · test accuracy ([\d.]+)% · train loss ([\d.]+) · ")
-
-
-@pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """A command in a folder of its own: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-
-    def called(*arguments) -> tuple[int, str, str]:
-        code = main([str(a) for a in arguments])
-        return code, *capsys.readouterr()
-
-    return called
 
 
 def pretrained(call, *arguments, to="net.safetensors"):

@@ -3,9 +3,8 @@
 import h5py
 import numpy as np
 import pytest
+from folders import CLIENTS, append, found_of, logged, new_log, rows_of
 from runs import TINY, assert_same_run, command, finished, mpirun
-from test_report import found_of, logged, rows_of
-from test_store import CLIENTS, append, new_log
 
 from fedlora_mpi import clock, open_run
 from fedlora_mpi.analysis import load as loads

@@ -1,8 +1,6 @@
 """Several runs are grouped by what differs; a report has the numbers of their logs, its page needs nothing else."""
 
-import csv
 import doctest
-import json
 import re
 import shutil
 import subprocess
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from folders import found_of, logged, rows_of
 from runs import TINY, environment
 
 from fedlora_mpi import open_run, open_runs
@@ -26,70 +25,8 @@ from fedlora_mpi.analysis.page.style import apart, files_of, looks, styled
 from fedlora_mpi.analysis.page.table import Column, Table, percent
 from fedlora_mpi.analysis.run import RunView
 from fedlora_mpi.cli import main
-from fedlora_mpi.store.log import Log, ragged
 
 CLIENTS = 7  # of tiny.yaml
-
-
-# --- logs without training
-
-
-def logged(
-    folder,
-    *rows,
-    seed=1,
-    rounds=None,
-    algorithm="fedavg",
-    model="cnn",
-    digest="x",
-    column=None,
-    dataset="digits",
-    **settings,
-):
-    """A run folder whose 3 clients had these accuracies, round by round. ``settings``: of the ``train`` block."""
-    folder.mkdir(parents=True)
-    algorithm = {"name": algorithm} if isinstance(algorithm, str) else algorithm
-    config = {
-        "seed": seed,
-        "rounds": rounds or max(1, len(rows)),
-        "output": str(folder),
-        "data": {"dataset": dataset, "partition": {"kind": "iid", "seed": seed}},
-        "model": {"name": model},
-        "algorithm": algorithm,
-        "train": {"lr": 0.1, **settings},
-        "engine": {"group_size": 3},
-    }
-    counts = np.array([[4, 0], [1, 3], [0, 4]])
-    index = [np.arange(4)] * 3
-    held = {
-        "train_counts": counts,
-        "test_counts": counts,
-        "digest": digest,
-        **ragged("train", index),
-        **ragged("test", index),
-    }
-    log = Log.create(
-        folder / "log.h5", config_yaml="", config_json=json.dumps(config), versions={}, clients=3, partition=held
-    )
-    for round_, accuracies in enumerate(rows, 1):
-        accuracies = np.array(accuracies, float)
-        row = {
-            "accuracy": np.nanmean(accuracies) if not np.isnan(accuracies).all() else np.nan,
-            "train_loss": 1 / round_,
-        }
-        row |= {"clients": 3, "bytes_up": 3000, "bytes_down": 6000, "flops": 2e12, "drift": 0.5, "seconds_train": 1.5}
-        row |= {"seconds_exchange": 0.5} | ({column: 7.0 * round_} if column else {})
-        log.append(round_, row, {"accuracy": accuracies, "loss": accuracies})
-    log.close()
-    return folder
-
-
-def found_of(*folders):
-    return grouped([Logged.read(folder) for folder in folders])
-
-
-def rows_of(table, kind="csv"):
-    return list(csv.DictReader(getattr(table, kind)().splitlines()))
 
 
 def test_runs_that_differ_in_seeds_and_folders_only_are_one_group(tmp_path):

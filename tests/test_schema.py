@@ -14,10 +14,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from folders import sealed
 from runs import TESTS
 
 from fedlora_mpi.cli import main
-from fedlora_mpi.store import seal
 from fedlora_mpi.store.manifest import Manifest, Shard
 from fedlora_mpi.store.snapshot import folder_of
 
@@ -194,19 +194,6 @@ def hdf5_changes(path: Path):
                     file[home].attrs[key] = value
 
             yield f"{home}@{key}: {what}", change
-
-
-def sealed(path: Path) -> None:
-    """Make the seals of a log right again, as far as they can be: who changes a file can do that too."""
-    try:
-        with h5py.File(path, "r+") as file:
-            columns = {f"{g}/{n}": d[()] for g in ("rounds", "clients", "ranks") for n, d in file[g].items()}
-            file.attrs[seal.HEAD] = seal.head(file)
-            found = seal.rows(columns)
-            del file[seal.ROWS]
-            file.create_dataset(seal.ROWS, data=found, maxshape=(None,), chunks=(256,))
-    except Exception:  # what cannot be sealed is refused for another reason
-        return
 
 
 def recorded(folder: Path, **more) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from folders import CLIENTS, flip_bit, new_log, save
 from runs import TINY
-from test_store import CLIENTS, flip_bit, new_log, save
 
 from fedlora_mpi import store
 from fedlora_mpi.cli import main

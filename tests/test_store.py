@@ -11,76 +11,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from folders import CLIENTS, ODD_WORKERS, ONE_WORKER, SHARED, append, flip_bit, new_log, personal_of_all, save
 
 from fedlora_mpi.store import checkpoint, files, hdf5, manifest
 from fedlora_mpi.store.lock import locked
-from fedlora_mpi.store.log import Log, ragged
+from fedlora_mpi.store.log import Log
 from fedlora_mpi.store.reader import RunFiles
 
 ROOT = Path(files.__file__).parents[2]
-CLIENTS = 7
-ONE_WORKER = [[0, 1, 2, 3, 4, 5, 6]]
-ODD_WORKERS = [[5, 0, 3], [], [6], [2, 4, 1]]
-
-
-def personal_of_all(seed=0):
-    """Leaves [N, ...] of all clients: odd names, a scalar per client, an empty leaf, integers."""
-    rng = np.random.default_rng(seed)
-    return {
-        "layer2.0.conv1.weight.A": rng.standard_normal((CLIENTS, 3, 5), np.float32),
-        "head/bias~1%b": rng.standard_normal((CLIENTS, 2)),
-        "a.scale": rng.standard_normal(CLIENTS, np.float32),
-        "nothing": np.zeros((CLIENTS, 0), np.float32),
-        "steps": rng.integers(0, 9, (CLIENTS, 1)),
-    }
-
-
-SHARED = {
-    "z.weight": np.arange(15, dtype=np.float32).reshape(3, 5).T,
-    "a.count": np.array(3),
-    "flag": np.array([True]),
-}
-
-
-def new_log(run):
-    partition = {
-        **ragged("train", [np.arange(n, 2 * n) for n in range(CLIENTS)]),
-        **ragged("test", [np.array([n]) for n in range(CLIENTS)]),
-        "train_counts": np.eye(CLIENTS, 3, dtype=np.int64),
-        "digest": "cafe",
-    }
-    return Log.create(
-        run / "log.h5",
-        config_yaml="seed: 1\n",
-        config_json='{"seed": 1}',
-        versions={"numpy": np.__version__},
-        clients=CLIENTS,
-        partition=partition,
-    )
-
-
-def append(log, round_):
-    log.append(
-        round_,
-        {"train_loss": 1 / (1 + round_), "seconds_train": 2.0, "bytes_up": 12, "accuracy": 0.5},
-        {"accuracy": np.full(CLIENTS, round_, np.float32), "loss": np.nan},
-    )
-
-
-def save(run, round_, workers=ODD_WORKERS, personal=None, shared=SHARED, run_digest="mine"):
-    """Write and commit a checkpoint of ``personal`` [N, ...], spread over workers as listed."""
-    personal = personal_of_all(round_) if personal is None else personal
-    folder = checkpoint.begin(run, round_)
-    shards = [
-        checkpoint.write_clients(folder, worker, ids, {name: leaf[ids] for name, leaf in personal.items()})
-        for worker, ids in enumerate(workers)
-    ]
-    shards.append(
-        checkpoint.write_server(folder, round_=round_, shared=shared, server={}, extra_attrs={"note": "x"})
-    )
-    shards.append(checkpoint.copy_log(folder, run / "log.h5"))
-    checkpoint.commit(folder, shards, run_digest=run_digest, clients=CLIENTS)
-    return folder
 
 
 @pytest.fixture
@@ -203,12 +141,6 @@ def test_a_shard_record_survives_a_buffer(run):
 def edit_manifest(folder, **changes):
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def flip_bit(folder):
-    content = bytearray((folder / "worker-0000.h5").read_bytes())
-    content[len(content) // 2] ^= 4
-    (folder / "worker-0000.h5").write_bytes(content)
 
 
 DAMAGE = {

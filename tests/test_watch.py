@@ -11,8 +11,8 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+from folders import logged
 from runs import command, environment
-from test_report import logged
 
 from fedlora_mpi.analysis import watch
 from fedlora_mpi.cli import main
