@@ -26,24 +26,27 @@ from fedlora_mpi.names import plain_name
 from fedlora_mpi.run import resume, start
 
 NAMES = algorithms.names()
-FIELDS = [(name, field.name) for name in NAMES for field in dataclasses.fields(algorithms.find(name))]
 every_algorithm = pytest.mark.parametrize("name", NAMES)
 
-# `make test` checks every algorithm on the network that has leaves of every role, and these on a deeper one
-# without BatchNorm too; `make test-slow` has that of all others.
-BOTH = ("fedavg", "fedlora", "local", "local_lora", "fedavg_lora")
-MODELS = {"norm": NORM, "cnn": "model.width=4"}  # the cnn of tiny.yaml
+# `make test` checks every algorithm on the network that has leaves of every role; `make test-all` on a deeper one
+# without BatchNorm too: the cnn of tiny.yaml.
+MODELS = {"norm": NORM, "cnn": "model.width=4"}
 
 
-def case(name: str, label: str):
-    """The parameters of an algorithm on one of the models."""
-    marks = [] if label == "norm" or name in BOTH else [pytest.mark.slow]
-    return pytest.param(name, MODELS[label], id=f"{name}-{label}", marks=marks)
+def case(*values: object, id: str, thorough: bool):
+    """The parameters of a test, in ``make test`` or in ``make test-all``."""
+    return pytest.param(*values, id=id, marks=[pytest.mark.thorough] if thorough else [])
 
 
 both_models = pytest.mark.parametrize(
-    "name, model", [case(name, label) for name in NAMES for label in MODELS]
+    "name, model",
+    [case(name, MODELS[of], id=f"{name}-{of}", thorough=of != "norm") for name in NAMES for of in MODELS],
 )
+
+ONE_STACK = "engine.group_size=7"  # half as long, where a test does not ask how clients are grouped
+
+# Methods whose messages differ from each other's.
+MESSAGES = ("fedavg", "fedlora", "fedpac", "fedkd", "hetlora", "local")
 
 # Singular vectors of small singular values move more than what they are of.
 NEAR = {"fedhl": 1e-4, "flexlora": 1e-4}
@@ -84,7 +87,7 @@ def run(name: str, *overrides: str, ranks: int = 1):
 def together(name: str, model: str):
     """The moments of rounds in which all clients take part."""
     rounds = 20 if name == "pfedgate" else 6  # its gates start half closed
-    return run(name, model, "participation=1.0", f"rounds={rounds}")
+    return run(name, model, "participation=1.0", f"rounds={rounds}", ONE_STACK)
 
 
 def test_the_tiny_experiment_is_ragged_and_four_of_seven_clients_take_part():
@@ -112,14 +115,14 @@ def test_training_lowers_the_loss(name, model):
 
 
 @both_models
-@pytest.mark.parametrize("ranks", [2, 4, 6])
+@pytest.mark.parametrize("ranks", [case(n, id=str(n), thorough=n != 4) for n in (2, 4, 6)])  # 4: workers host 2+1, 2, 2
 def test_the_spread_over_ranks_moves_no_bit(name, model, ranks):
     alone = run(name, model)
     for moments in played(*of(name), model, "rounds=2", ranks=ranks):
         assert all(same(a, b) for a, b in zip(alone[1:3], moments[1:], strict=True))
 
 
-@every_algorithm
+@pytest.mark.parametrize("name", [case(name, id=name, thorough=name not in MESSAGES) for name in NAMES])
 def test_a_server_that_hosts_clients_moves_no_bit(name):
     alone, moments = run(name, NORM), run(name, NORM, "rounds=2", "server_hosts_clients=true", ranks=3)
     assert all(same(a, b) for a, b in zip(alone[1:3], moments[1:], strict=True))
@@ -128,10 +131,10 @@ def test_a_server_that_hosts_clients_moves_no_bit(name):
 @both_models
 def test_a_resume_moves_no_bit(name, model, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    config = read(TINY, [*of(name), model, f"output={whole}"])
+    config = read(TINY, [*of(name), model, "rounds=3", "checkpoint.every=1", f"output={whole}"])
     assert start(config, str(TINY), Solo()) == 0
     shutil.copytree(whole, cut)
-    shutil.rmtree(cut / "checkpoints/000004")  # as if killed just before it was committed
+    shutil.rmtree(cut / "checkpoints/000003")  # as if killed just before it was committed
     assert resume(cut, [], Solo()) == 0
     assert_same_run(whole, cut)
 
@@ -178,7 +181,7 @@ WHOLE = {
 def test_renumbering_the_clients_renumbers_the_results(name, model, monkeypatch):
     # One batch an epoch and the whole cohort: nothing is left that randomness, keyed by client, could choose.
     monkeypatch.setitem(KINDS, "renumbered", Renumbered)
-    common = (model, "participation=1.0", "train.batch_size=200", "rounds=2")
+    common = (model, "participation=1.0", "train.batch_size=200", "rounds=2", ONE_STACK)
     common = (*common, "data.partition.kind=renumbered", *KEPT, *WHOLE.get(name, ()))
     plain = run(name, *common)[-1]
     other = run(name, *common, f"data.partition.order={list(ORDER)}")[-1]
@@ -209,13 +212,26 @@ def alternatives(name: str, field: str) -> tuple[tuple[str, ...], list[str]]:
     return common, [value]
 
 
-@pytest.mark.parametrize("name, field", FIELDS)
+def fields() -> list:
+    """Each hyper-parameter of each method; one that several have by inheritance or by convention is quick once."""
+    seen, cases = {"weights", "absent"}, []
+    for name in NAMES:
+        cls = algorithms.find(name)
+        for field in dataclasses.fields(cls):
+            home = next(base for base in reversed(cls.__mro__) if field.name in inspect.get_annotations(base))
+            known = {field.name, (home, field.name)} & seen and name != "fedavg"
+            seen.add((home, field.name))
+            cases.append(case(name, field.name, id=f"{name}-{field.name}", thorough=bool(known)))
+    return cases
+
+
+@pytest.mark.parametrize("name, field", fields())
 def test_every_hyper_parameter_has_an_effect(name, field):
     common, others = alternatives(name, field)
-    before = run(name, NORM, "rounds=2", *common)[-1] if common else run(name, NORM)[2]
+    before = run(name, NORM, "rounds=2", ONE_STACK, *common)[-1]
     assert others, f"{name}.{field} has one value only"
     for other in others:
-        after = run(name, NORM, "rounds=2", *common, f"algorithm.{field}={other}")[-1]
+        after = run(name, NORM, "rounds=2", ONE_STACK, *common, f"algorithm.{field}={other}")[-1]
         assert not same(before, after), f"{name}.{field}={other} changes nothing"
 
 
@@ -374,8 +390,9 @@ def size(tensors: Iterable[torch.Tensor | None]) -> int:
 
 @every_algorithm
 def test_the_seed_decides_the_bits(name):
-    once, other = run(name, NORM)[:3], run(name, NORM, "seed=6", "rounds=2")
-    again = played.__wrapped__(*of(name), NORM, "rounds=2")[0]  # not the cached one
+    how = NORM, "rounds=2", ONE_STACK
+    once, other = run(name, *how), run(name, *how, "seed=6")
+    again = played.__wrapped__(*of(name), *how)[0]  # not the cached one
     assert all(same(a, b) for a, b in zip(once[1:], again[1:], strict=True))
     for a, b in ((once[0], other[0]), (once[-1], other[-1])):
         for leaf, value in (a.shared | a.personal).items():
