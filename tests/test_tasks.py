@@ -23,7 +23,7 @@ from fedlora_mpi.ending import Refused
 from fedlora_mpi.engine.flops import Flops
 from fedlora_mpi.plan import plan
 from fedlora_mpi.round import play
-from fedlora_mpi.run import resume, start
+from fedlora_mpi.run import resume
 from fedlora_mpi.saving import beginning
 
 EACH = ("data.tasks.classes=1", "data.tasks.rounds=1")
@@ -39,7 +39,11 @@ METHODS = {
     "fedapen": ("algorithm=fedapen", "algorithm.small=user_parts:with_norm", NORM),
     "pfedlora": MIX,
 }
-methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+TELLING = ("fedlora", "fedapen")  # in ``make test``
+thorough = pytest.mark.thorough
+methods = pytest.mark.parametrize(
+    "method", [pytest.param(more, id=name, marks=() if name in TELLING else thorough) for name, more in METHODS.items()]
+)
 
 
 def counts(side="train"):
@@ -238,24 +242,21 @@ def test_who_holds_no_sample_holds_none_out_and_uses_none():
 
 
 @methods
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=thorough), 3])
 def test_the_spread_over_ranks_moves_no_bit(method, ranks):
     alone = played(*method, *EACH)[0]
     for moments in played(*method, *EACH, ranks=ranks):
         assert all(same(a, b) for a, b in zip(alone[1:], moments[1:], strict=True))
 
 
-def test_a_resume_within_a_task_or_at_its_end_moves_no_bit(tmp_path):
-    whole = tmp_path / "whole"
+@pytest.mark.parametrize("done", [1, 2, pytest.param(3, marks=thorough)])
+def test_a_resume_within_a_task_or_at_its_end_moves_no_bit(trained, copied, done):
     settings = (*METHODS["fedlora"], *PAIRS, "checkpoint.every=1", "checkpoint.keep=9")
-    assert start(read(TINY, [*settings, f"output={whole}"]), str(TINY), Solo()) == 0
-    for done in (1, 2, 3):
-        cut = tmp_path / f"after-{done}"
-        shutil.copytree(whole, cut)
-        for later in range(done + 1, 5):
-            shutil.rmtree(cut / f"checkpoints/{later:06d}")
-        assert resume(cut, [], Solo()) == 0
-        assert_same_run(whole, cut)
+    cut = copied(*settings)
+    for later in range(done + 1, 5):
+        shutil.rmtree(cut / f"checkpoints/{later:06d}")
+    assert resume(cut, [], Solo()) == 0
+    assert_same_run(trained(*settings), cut)
 
 
 @methods
