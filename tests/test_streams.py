@@ -22,10 +22,14 @@ def home(trained):
     return trained("rounds=2").parent
 
 
+HEAVY = ("run", "plan", "partition", "doctor")  # commands that import torch, which takes seconds
+
+
 def first_and(others):
-    """The first of several cases, and the others in the thorough tests alone: each is a process of its own."""
+    """The first of several cases, and the others in the thorough tests alone, but for commands that are quick."""
     first, *more = others
-    return [first, *(pytest.param(each, marks=thorough) for each in more)]
+    quick = lambda each: isinstance(each, tuple) and each[0] not in HEAVY
+    return [first, *(each if quick(each) else pytest.param(each, marks=thorough) for each in more)]
 
 
 def shell(line: str, folder, **environment: str) -> subprocess.CompletedProcess:
@@ -57,8 +61,7 @@ def test_a_run_whose_lines_nobody_reads_goes_on(where, tmp_path):
     assert RunFiles(tmp_path / "run").checkpoints()[-1] == 3
 
 
-@thorough
-@pytest.mark.parametrize("arguments", READING, ids=lambda arguments: arguments[0])
+@pytest.mark.parametrize("arguments", first_and(READING), ids=lambda arguments: arguments[0])
 def test_an_ascii_terminal_shows_everything(arguments, home):
     done = shell(f"F {' '.join(arguments)}", home, PYTHONIOENCODING="ascii", LC_ALL="C")
     assert done.returncode == 0 and "codec" not in done.stderr and done.stdout.isascii(), done.stderr

@@ -39,11 +39,16 @@ METHODS = {
     "fedapen": ("algorithm=fedapen", "algorithm.small=user_parts:with_norm", NORM),
     "pfedlora": MIX,
 }
-TELLING = ("fedlora", "fedapen")  # in ``make test``
 thorough = pytest.mark.thorough
-methods = pytest.mark.parametrize(
-    "method", [pytest.param(more, id=name, marks=() if name in TELLING else thorough) for name, more in METHODS.items()]
-)
+
+
+def each_method(*telling):
+    """A test of every method; in ``make test`` of these alone."""
+    given = [pytest.param(more, id=name, marks=() if name in telling else thorough) for name, more in METHODS.items()]
+    return pytest.mark.parametrize("method", given)
+
+
+methods = each_method("fedlora", "fedapen")
 
 
 def counts(side="train"):
@@ -241,7 +246,7 @@ def test_who_holds_no_sample_holds_none_out_and_uses_none():
 # What it leaves alone
 
 
-@methods
+@each_method("fedlora")
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=thorough), 3])
 def test_the_spread_over_ranks_moves_no_bit(method, ranks):
     alone = played(*method, *EACH)[0]
@@ -269,7 +274,7 @@ def test_a_stack_equals_the_loop(method):
         np.testing.assert_allclose(a.clients["loss"], b.clients["loss"], rtol=1e-3)
 
 
-@methods
+@each_method("fedlora")
 def test_one_task_of_all_classes_is_none(method):
     plain, one = (played(*method, *more)[0] for more in ((), ("data.tasks.classes=4", "data.tasks.rounds=1")))
     assert all(same(a, b) for a, b in zip(plain, one, strict=True))
