@@ -359,12 +359,11 @@ def without_inventory(log):
 
 
 @pytest.mark.parametrize("inventory_", [None, "no JSON", "[3]", '{"data": 3}', '{"data": {"x": 3}}', "[" * 100_000])
-def test_a_folder_without_a_usable_inventory_goes_on(tmp_path, inventory_):
-    out = tmp_path / "out"
-    assert main(["run", str(TINY), "rounds=1", f"output={out}"]) == 0
-    for log in (out / "log.h5", out / "checkpoints/000001/log.h5"):
-        without_inventory(log)
-    (out / "checkpoints/000001/log.h5").unlink()
+def test_a_folder_without_a_usable_inventory_goes_on(copied, inventory_):
+    out = copied()
+    without_inventory(out / "log.h5")
+    for log in out.glob("checkpoints/*/log.h5"):
+        log.unlink()
     if inventory_ is not None:
         with h5py.File(out / "log.h5", "r+") as file:
             file.attrs["inventory"] = inventory_
@@ -379,6 +378,15 @@ def test_a_run_of_before_there_were_inventories_resumes(tmp_path, monkeypatch):
     assert main(["resume", str(tmp_path / "out"), "rounds=2"]) == 0
 
 
+def test_a_resume_on_another_machine_warns_in_one_line(copied, monkeypatch, capsys):
+    out, here = copied(to="out"), inventory.platform_here()
+    monkeypatch.setattr(inventory, "platform_here", lambda: here | {"CPU level": "OTHER"})
+    assert main(["resume", str(out), "rounds=5"]) == 0
+    (line,) = said(capsys.readouterr().err)
+    assert f"out: CPU level is OTHER ({here['CPU level']} when the run began): from here on bits may differ" in line
+
+
+@pytest.mark.thorough
 def test_a_resume_on_another_cpu_level_warns_in_one_line(tmp_path):
     assert main(["run", str(TINY), "rounds=1", f"output={tmp_path / 'out'}"]) == 0
     level = torch.backends.cpu.get_cpu_capability()
@@ -441,6 +449,7 @@ def test_a_parent_that_cannot_be_made_is_one_line_on_all_ranks(tmp_path):
 # Real ranks.
 
 
+@pytest.mark.thorough
 def test_real_ranks_that_differ_end_in_a_line_each_and_leave_no_folder(tmp_path):
     models = ("unseeded", "of_a_text_set", "wide_on_rank_1")
     runs = [["run", str(TINY), f"model=test_agreement:{name}", f"output={name}"] for name in models]
@@ -467,6 +476,7 @@ def wide_on_rank_1(classes, shape):
     return flat(classes, shape, 16 if os.environ.get("OMPI_COMM_WORLD_RANK") == "1" else 8)
 
 
+@pytest.mark.thorough
 def test_real_ranks_in_other_folders_and_of_another_cpu_level(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir(), there.mkdir()

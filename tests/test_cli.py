@@ -20,11 +20,9 @@ COMMANDS = ("run", "resume", "plan", "partition", "report", "pretrain", "submit"
 
 
 @pytest.fixture(scope="module")
-def six(tmp_path_factory):
+def six(trained):
     """A finished run of six rounds with checkpoints of 2, 4 and 6. Only to be copied or read."""
-    folder = tmp_path_factory.mktemp("cli") / "six"
-    assert main(["run", str(TINY), "rounds=6", "checkpoint.keep=3", f"output={folder}"]) == 0
-    return folder
+    return trained("rounds=6", "checkpoint.keep=3")
 
 
 @pytest.fixture
@@ -165,6 +163,15 @@ def test_an_existing_folder_is_refused_and_left_as_it_is(call, tmp_path):
 def test_a_mistake_is_one_line_and_leaves_no_folder(call, tmp_path, arguments, parts):
     assert_refused(call("run", *arguments), *parts)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_with_round_and_clients(call, tmp_path):
+    code, out, err = call("run", TINY, "train.lr=1e30", "output=run")
+    (line,) = [line for line in err.splitlines() if line.startswith("fedlora-mpi: ")]
+    assert (code, out) == (1, "") and "Traceback" not in err
+    assert re.search(r"round 1: the loss or upload of client \d(, \d)* is not finite", line)
+    run = RunFiles(tmp_path / "run")
+    assert not run.checkpoints() and not len(run.rounds()["round"])
 
 
 def test_a_folder_that_cannot_be_made_is_refused(call, tmp_path):

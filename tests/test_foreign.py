@@ -77,24 +77,36 @@ def test_whatever_a_module_raises_when_it_is_imported_is_one_line(module, capsys
     assert f"{key}.name = my_method:Mine: cannot be " in line and told in line
 
 
-def test_modules_of_the_users_may_import_torchvision(module, tmp_path):
+METHOD = "from torchvision.models import resnet18\nfrom fedlora_mpi.algorithms.fedavg import FedAvg as Mine\n"
+
+
+@pytest.mark.thorough
+def test_a_run_of_modules_that_import_torchvision(module, tmp_path):
     module("mine_own", f"import torchvision\n{MODEL.format(line='import torchvision.ops')}")
-    module("my_method", "from torchvision.models import resnet18\nfrom fedlora_mpi.algorithms.fedavg import FedAvg as Mine\n")
+    module("my_method", METHOD)
     line = ["run", TINY, "rounds=1", "model=mine_own:net", "algorithm=fedavg", "output=out"]
     ended = finished(command(*line), tmp_path)
     assert ended.returncode == 0, ended.stderr
-    code = "from fedlora_mpi.algorithms import find; find('my_method:Mine')"
+
+
+def test_modules_of_the_users_may_import_torchvision_and_nothing_else_does(module, tmp_path):
+    module("my_method", METHOD)
+    code = (
+        "import sys; from fedlora_mpi.cli import main; from fedlora_mpi.config import read;"
+        f"from fedlora_mpi.build import build; from fedlora_mpi.comm import Solo; build(read({str(TINY)!r}), 'x', Solo());"
+        "assert 'torchvision' not in sys.modules;"
+        "from fedlora_mpi.algorithms import find; find('my_method:Mine'); assert 'torchvision' in sys.modules"
+    )
     ended = finished([sys.executable, "-c", code], tmp_path)
     assert ended.returncode == 0, ended.stderr
 
 
-def test_torchvision_is_not_imported_without_a_module_of_the_users():
-    code = (
-        "import sys; from fedlora_mpi.cli import main; from fedlora_mpi.config import read;"
-        f"from fedlora_mpi.build import build; from fedlora_mpi.comm import Solo; build(read({str(TINY)!r}), 'x', Solo());"
-        "sys.exit('torchvision' in sys.modules)"
-    )
-    assert finished([sys.executable, "-c", code], TINY.parent).returncode == 0
+@pytest.mark.thorough
+def test_a_module_that_imports_torchvision_may_be_the_first(module, tmp_path):
+    module("my_method", METHOD)
+    code = "from fedlora_mpi.algorithms import find; find('my_method:Mine')"
+    ended = finished([sys.executable, "-c", code], tmp_path)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_what_a_module_draws_at_its_import_is_the_same_everywhere_and_moves_no_draw(module):

@@ -54,13 +54,16 @@ NETWORKS = "user_parts:wide", CNN, "user_parts:normed"  # 8 features each; the l
 MIX = f"model={{mix: [{', '.join(NETWORKS)}]}}"
 PFEDLORA = "algorithm=pfedlora", MIX
 KIND_OF = tuple(client % 3 for client in range(7))
+thorough = pytest.mark.thorough
 
 
 # --- the same bits
 
 
-@pytest.mark.parametrize("how", [(), ("engine.path=loop",), ("algorithm.adapter=side",)], ids=str)
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(
+    "how", [(), *(pytest.param((more,), marks=thorough) for more in ("engine.path=loop", "algorithm.adapter=side"))], ids=str
+)
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=thorough), 3])
 def test_a_mixed_federation_has_the_same_bits_on_any_number_of_ranks(how, ranks):
     alone = played(*PFEDLORA, *how)[0]
     for moments in played(*PFEDLORA, *how, ranks=ranks):
@@ -71,14 +74,12 @@ def test_a_mixed_federation_has_the_same_bits_on_any_number_of_ranks(how, ranks)
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory):
+def mixed(trained):
     """A finished run of four rounds with checkpoints of 2 and 4, made in this process."""
-    folder = tmp_path_factory.mktemp("kinds") / "mixed"
-    assert main(["run", str(TINY), *PFEDLORA, f"output={folder}"]) == 0
-    return folder
+    return trained(*PFEDLORA)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=thorough), 2, pytest.param(3, marks=thorough)])
 def test_a_mixed_run_goes_on_from_a_checkpoint_on_another_number_of_ranks(mixed, ranks):
     def go_on(comm):
         parts = build(tiny(*PFEDLORA), str(TINY), comm)
@@ -93,7 +94,7 @@ def test_a_mixed_run_goes_on_from_a_checkpoint_on_another_number_of_ranks(mixed,
     assert equal(in_order([run for run, _ in found], [state.personal for _, state in found]), whole.personal)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=thorough), 3])
 def test_a_checkpoint_of_a_mixed_run_has_one_digest_and_one_joined_file_on_any_number_of_ranks(mixed, ranks, tmp_path):
     (tmp_path / "log.h5").write_bytes((mixed / "log.h5").read_bytes())
 
@@ -117,6 +118,7 @@ def joined(folder):
     return found
 
 
+@thorough
 def test_under_mpirun_and_after_a_resume_in_one_process_there_are_the_bits_of_one_process(mixed, tmp_path):
     line = command("run", TINY, *PFEDLORA, "rounds=2", "output=run")
     ended = finished([*mpirun(3), *line], tmp_path)
@@ -180,17 +182,17 @@ def test_leaves_of_several_kinds_are_read_together_where_all_have_them(mixed):
         found.personal([0, 1], ["4.weight"])
 
 
-@pytest.mark.parametrize("algorithm", ["fedlora", "fedavg", "local"])
-def test_the_digest_of_a_run_with_one_network_is_that_of_its_leaves_by_name_over_all_clients(algorithm, tmp_path):
-    assert main(["run", str(TINY), f"algorithm={algorithm}", "rounds=1", f"output={tmp_path / 'run'}"]) == 0
-    folder, hashes = folder_of(tmp_path / "run", 1), {"shared": sha256(), "personal": sha256()}
+@pytest.mark.parametrize("more", [(), ("algorithm=fedavg",), ("algorithm=local",)], ids=str)
+def test_the_digest_of_a_run_with_one_network_is_that_of_its_leaves_by_name_over_all_clients(more, trained):
+    run = trained(*more)
+    folder, hashes = folder_of(run, 4), {"shared": sha256(), "personal": sha256()}
     for name, file in (("shared", "server.h5"), ("personal", "personal.h5")):
         with h5py.File(folder / file, locking=False) as opened:
             for leaf, dataset in sorted(opened[name].items()):
                 value = dataset[()]
                 hashes[name].update(f"{leaf}\0{value.dtype.str}\0{value.shape}\0".encode() + value.tobytes())
-    assert open_run(tmp_path / "run").digest() == {name: h.hexdigest() for name, h in hashes.items()}
-    assert outcome(tmp_path / "run")["round"] == 1
+    assert open_run(run).digest() == {name: h.hexdigest() for name, h in hashes.items()}
+    assert outcome(run)["round"] == 4
 
 
 # --- configs
@@ -329,7 +331,9 @@ def test_networks_that_differ_in_names_alone_are_named(capsys):
     )
 
 
-@pytest.mark.parametrize("algorithm", ["fedavg", "fedlora", "pfedlora", "fedamp", "local"])
+@pytest.mark.parametrize(
+    "algorithm", ["fedlora", "fedamp", *(pytest.param(name, marks=thorough) for name in ("fedavg", "pfedlora", "local"))]
+)
 def test_equal_networks_in_a_mix_are_one_network(algorithm):
     how = f"algorithm={algorithm}", "engine.path=loop"
     plain, mix = played(*how)[0], played(*how, f"model={{mix: [{CNN}, {CNN}]}}", ranks=2)[0]
@@ -349,7 +353,7 @@ def test_a_network_of_the_mix_that_no_client_has_changes_nothing():
     plain, mix = played("algorithm=pfedlora")[0], played("algorithm=pfedlora", each, ranks=2)[0]
     assert equal(plain[-1].shared, mix[-1].shared)
     assert equal(plain[-1].personal, mix[-1].personal)
-    assert "7 clients" in plan(tiny("algorithm=pfedlora", each), str(TINY), 2)
+    assert "7 clients" in plan(tiny("algorithm=pfedlora", each, "train.epochs=1"), str(TINY), 2)
 
 
 # --- placement
@@ -397,17 +401,18 @@ METHODS = [
     FedALA(p=2, start_epochs=4),
     PerFedAvg(),
     PerFedAvg(variant="hf"),
-    PFedMe(lam=3.0),
+    PFedMe(lam=3.0, inner_steps=2),
     FedPAC(),
 ]
+NAMES = [f"{method.__class__.__name__}-{number}" for number, method in enumerate(METHODS)]
 
 
-@pytest.mark.parametrize("network", ["cnn", "bn_net"])
-@pytest.mark.parametrize("algorithm", METHODS, ids=repr)
-def test_flops_are_those_that_happen(algorithm, network):
+@pytest.mark.parametrize("network, sizes", [("cnn", (11, 2)), pytest.param("bn_net", small.SIZES, marks=thorough)])
+@pytest.mark.parametrize("algorithm", METHODS, ids=NAMES)
+def test_flops_are_those_that_happen(algorithm, network, sizes):
     made = small.trainer(algorithm, network)
     flops = Flops(made, small.first(made))
-    for client, size in enumerate(small.SIZES):  # 11, 7, 3 and 2 in batches of 5
+    for client, size in ((c, s) for c, s in enumerate(small.SIZES) if s in sizes):  # in batches of 5
         for round_ in (0, 1):
             assert flops.of_round(size, round_) == counted(made, client, round_), f"{size} samples, round {round_}"
 
@@ -477,7 +482,7 @@ def test_the_five_networks_say_which_images_are_too_small():
 
 
 def test_plan_has_a_line_for_every_network(capsys):
-    assert main(["plan", str(TINY), *PFEDLORA, "--ranks", "3"]) == 0
+    assert main(["plan", str(TINY), *PFEDLORA, "train.epochs=1", "--ranks", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     models = [line for line in lines if line.startswith("  model ")]
     assert [re.sub(r", [\d.]+ MFLOP forward per sample", "", line.split(None, 1)[1]) for line in models] == [

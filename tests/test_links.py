@@ -98,8 +98,13 @@ READS = {
 }
 
 
-def test_a_link_in_the_place_of_any_path_of_a_run_is_refused_and_what_it_leads_to_stays(good, tmp_path, told):
-    for number, path in enumerate(paths_of(good)):
+some_or_all = pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.thorough)])  # of the paths, one in so many
+
+
+@some_or_all
+def test_a_link_in_the_place_of_any_path_of_a_run_is_refused_and_what_it_leads_to_stays(good, tmp_path, told, every):
+    paths = paths_of(good)[::every]
+    for number, path in enumerate(paths + [Path("log.h5"), Path("checkpoints")] * (every > 1)):
         home = tmp_path / str(number)
         shutil.copytree(good, home / "run")
         lead_away(home / "run" / path, home / "outside")
@@ -151,8 +156,9 @@ def strange(path: Path, kind: str):
     yield
 
 
-def test_what_is_no_file_in_the_place_of_one_is_refused_without_waiting(good, tmp_path, told):
-    files = [path for path in paths_of(good) if not (good / path).is_dir()]
+@some_or_all
+def test_what_is_no_file_in_the_place_of_one_is_refused_without_waiting(good, tmp_path, told, every):
+    files = [path for path in paths_of(good) if not (good / path).is_dir()][::every]
     for number, (path, kind) in enumerate(zip(files, cycle(["a FIFO", "a folder", "a socket", "a FIFO"]))):
         home = tmp_path / str(number)
         shutil.copytree(good, home / "run")
@@ -179,7 +185,10 @@ OUTPUTS = {  # what they make is called out
 }
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
+TELLING = ("run", "export .pt", "partition --to")  # a folder with a draft, a file, a plain folder
+
+
+@pytest.mark.parametrize("name", [n if n in TELLING else pytest.param(n, marks=pytest.mark.thorough) for n in OUTPUTS])
 def test_a_link_in_the_place_of_any_path_that_a_command_makes_is_refused(good, tmp_path, told, name):
     whole = tmp_path / "whole"
     whole.mkdir()

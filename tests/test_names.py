@@ -36,7 +36,7 @@ SETTINGS = {
 }
 
 
-def of(name):
+def settings(name):
     """Overrides of tiny.yaml for a method."""
     more = (*SETTINGS.get(name, ()), *SMALL)
     if issubclass(algorithms.find(name), FineTuning):
@@ -46,7 +46,7 @@ def of(name):
 
 def own_leaves(name):
     """The names of what a method adds to a network: on clients, in messages and on the server."""
-    algorithm = tiny(*of(name)).algorithm
+    algorithm = tiny(*settings(name)).algorithm
     net = zoo.build("cnn", {"width": 4, "hidden": 8}, CLASSES, SHAPE, 1)
     shared, personal = algorithm.init(net, rng(1, "init"))[:2]
     client = algorithm.of_client(0, 3)
@@ -58,11 +58,12 @@ def own_leaves(name):
 
 
 @cache
-def plain_names():
-    """What all methods add, as it would be called without dots of its own: ({words in front of a layer}, {others})."""
+def plain_names(of):
+    """What a method adds ("": what all methods add), as it would be called without dots of its own: ({words in front
+    of a layer}, {others})."""
     net = zoo.build("cnn", {"width": 4, "hidden": 8}, CLASSES, SHAPE, 1)
     words, others = {}, {}
-    for leaf in (leaf for name in algorithms.names() for leaf in sorted(own_leaves(name))):
+    for leaf in (leaf for name in ([of] if of else algorithms.names()) for leaf in sorted(own_leaves(name))):
         plain = plain_name(leaf)
         layer = next((n for n in net.leaves if n in plain), None)
         if layer:
@@ -72,22 +73,22 @@ def plain_names():
     return (*words,), (*others,)
 
 
-def tops():
-    """Words with which names of methods begin."""
-    words, others = plain_names()
-    return (*dict.fromkeys((CORE, *words, *(name.partition(".")[0] for name in others if "." in name))),)
+def tops(of):
+    """Words with which names of a method ("": of all methods) begin, and those that factors end with."""
+    words, others = plain_names(of)
+    return (*dict.fromkeys((CORE, "A", "B", *words, *(name.partition(".")[0] for name in others if "." in name))),)
 
 
 class Net(nn.Module):
     """Layers of 4 features one after the other, some inside others, each with further parameters.
 
-    called: what a part is called that has some name of a method.
+    called: what a part is called that has some name of a method; of: the method, "" for all of them.
     """
 
-    def __init__(self, classes, shape, head, called):
+    def __init__(self, classes, shape, head, of, called):
         super().__init__()
         self._called, self._layers, self._factors = called, [], []
-        conv, norm, *others = [word for word in tops() if word != head]
+        conv, norm, *others = [word for word in tops(of) if word != head]
         self._ends = called(conv), called(norm), called(head)
         self.add_module(called(conv), nn.Conv2d(shape[0], 4, 3, 2))
         self.add_module(called(norm), nn.BatchNorm2d(4))
@@ -95,7 +96,7 @@ class Net(nn.Module):
             self._add(f"{word}.weight"), self._add(f"{word}.{CORE}.weight")
         for letter in "ABW":
             self._add(f"{CORE}.{letter}")
-        for leaf in plain_names()[1]:
+        for leaf in plain_names(of)[1]:
             if leaf.partition(".")[0] not in (conv, norm, head):
                 self._add(leaf)
         self.add_module(called(head), nn.Linear(4, classes))
@@ -125,27 +126,27 @@ class Net(nn.Module):
         return head(x)
 
 
-def hostile(classes, shape, head):
-    return Net(classes, shape, head, str)
+def hostile(classes, shape, head, of=""):
+    return Net(classes, shape, head, of, str)
 
 
-def neutral(classes, shape, head):
-    words = sorted({word for name in (*tops(), *plain_names()[1], "A", "B", "W") for word in name.split(".")})
-    return Net(classes, shape, head, lambda word: f"layer{words.index(word)}")
+def neutral(classes, shape, head, of=""):
+    words = sorted({word for name in (*tops(of), *plain_names(of)[1], "A", "B", "W") for word in name.split(".")})
+    return Net(classes, shape, head, of, lambda word: f"layer{words.index(word)}")
 
 
-def head_of(name):
+def head_of(name, of=""):
     """The word that the classifier is called by in the test of a method: another for each."""
-    words = tops()[3:]  # the first ones are other layers
+    words = tops(of)[2:]  # the first ones are other layers
     return words[algorithms.names().index(name) % len(words)]
 
 
-def same_results(name, head, monkeypatch):
+def same_results(name, of, monkeypatch):
     if name == "fed_rac_lora":  # sketches follow from the names of weights
         monkeypatch.setattr(fed_rac_lora, "key", lambda *address: key(*address[:-1]))
     monkeypatch.setattr(round_, "_flops", lambda *_: 0)  # counting them takes most of the time
     ours, plain = (
-        played.__wrapped__(*of(name), f"model={{name: 'test_names:{net}', head: {head}}}")[0]
+        played.__wrapped__(*settings(name), f"model={{name: 'test_names:{net}', head: {head_of(name, of)}, of: '{of}'}}")[0]
         for net in ("hostile", "neutral")
     )
     for a, b in zip(ours, plain, strict=True):
@@ -156,9 +157,19 @@ def same_results(name, head, monkeypatch):
     return ours
 
 
+# Factors of the weights and of the head, leaves of clients and of the server, other networks, mixes.
+TELLING = ("fedlora", "fedit", "fedhl", "fed_rac_lora", "fedala", "pfedgate", "ditto", "apfl", "scaffold", "fedadam", "fedkd", "fedamp")
+
+
+@pytest.mark.parametrize("name", TELLING)
+def test_layers_called_as_what_a_method_adds_do_not_change_what_it_does(name, monkeypatch):
+    same_results(name, name, monkeypatch)
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", algorithms.names())
 def test_names_of_layers_do_not_change_what_a_method_does(name, monkeypatch):
-    same_results(name, head_of(name), monkeypatch)
+    same_results(name, "", monkeypatch)
 
 
 @pytest.mark.parametrize("name", algorithms.names())
@@ -202,19 +213,23 @@ def test_no_method_tells_leaves_apart_by_a_literal():
                 assert not said, f"{path.name}:{call.lineno}"
 
 
-@pytest.mark.parametrize("name", ["fedhl", "fedala", "pfedgate", "fedlora"])
-def test_a_run_of_such_a_network_resumes_in_the_same_bits_and_is_read(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, of_all", [
+    ("fedala", False), ("fedlora", False),
+    *(pytest.param(name, True, marks=pytest.mark.thorough) for name in ("fedhl", "fedala", "pfedgate", "fedlora")),
+])  # fmt: skip
+def test_a_run_of_such_a_network_resumes_in_the_same_bits_and_is_read(name, of_all, tmp_path, monkeypatch):
     monkeypatch.setattr(round_, "_flops", lambda *_: 0)
-    model = f"model={{name: 'test_names:hostile', head: {head_of(name)}}}"
+    of = "" if of_all else name
+    model = f"model={{name: 'test_names:hostile', head: {head_of(name, of)}, of: '{of}'}}"
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    how = [str(TINY), *of(name), model, "checkpoint.every=1"]
+    how = [str(TINY), *settings(name), model, "checkpoint.every=1"]
     assert main(["run", *how, f"output={whole}"]) == 0
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "checkpoints/000002")
     assert main(["resume", str(cut)]) == 0
     run = open_run(cut)
     assert run.digest() == open_run(whole).digest()
-    moment = played.__wrapped__(*of(name), model)[0][-1]
+    moment = played.__wrapped__(*settings(name), model)[0][-1]
     assert len(run.shared) == len(moment.shared) and len(run.client(1).personal) == len(moment.personal)
     for leaf, value in run.by_leaf(run.shared).items():
         assert np.array_equal(value, moment.shared[leaf].numpy())

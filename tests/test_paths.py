@@ -14,6 +14,7 @@ TRAPS = (
     "1", "1e5", "0o7", "1:30", ".5", "true", "null", "x ~", "a: b", "x:", ":", "@x", "`x", "%TAG", "!t", "&a", "*a", "|", ">",
     "?", "-", "- a", "[1]", "{foo}", "{seed}", "#h", "d #1", "it's", '"', "a b", " x", "a=b", "=", "2020-01-01", "a\\b",
 )  # fmt: skip
+TELLING = ("1", "true", "a: b", "-", "{seed}", "#h", " x")  # a number, a word, YAML's signs, an option, a placeholder, a comment
 LONG = ("x" * 300, "x/" * 3000)
 COMMANDS = (
     ("run",), ("plan",), ("partition",), ("pretrain", "--to", "x.safetensors"), ("submit", "--dry-run"), ("resume",),
@@ -35,7 +36,7 @@ def test_a_path_on_the_command_line_is_taken_letter_by_letter(name):
     assert config.output == config.data.source.root == name
 
 
-@pytest.mark.parametrize("name", TRAPS)
+@pytest.mark.parametrize("name", [n if n in TELLING else pytest.param(n, marks=pytest.mark.thorough) for n in TRAPS])
 def test_a_run_folder_goes_on_under_any_name(name, run, call, tmp_path):
     shutil.copytree(run, tmp_path / name)
     if name != "-":

@@ -9,6 +9,7 @@ import pytest
 import torch
 from runs import TINY, command, equal, finished, mpirun, said, tiny
 
+from fedlora_mpi import comm
 from fedlora_mpi.build import load_data
 from fedlora_mpi.models import weights, zoo
 from fedlora_mpi.pretrain import chosen, pooled
@@ -199,7 +200,18 @@ def test_the_folder_is_made(call, tmp_path):
     assert [f.name for f in (tmp_path / "nets/small").iterdir()] == ["net.safetensors"]
 
 
-def test_several_ranks_are_refused_in_one_line(tmp_path):
+def test_several_ranks_are_refused_in_one_line(monkeypatch, call, tmp_path):
+    class Two(comm.Solo):
+        size = 2
+
+    monkeypatch.setattr(comm, "Solo", Two)
+    refused = call("pretrain", TINY, "--to", "net.safetensors")
+    assert refused == (2, "", "fedlora-mpi: 2 ranks: pretrain takes one; start it without mpirun (engine.threads gives it cores)\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.thorough
+def test_several_real_ranks_are_refused_in_one_line(tmp_path):
     ended = finished([*mpirun(2), *command("pretrain", TINY, "--to", "net.safetensors")], tmp_path)
     assert ended.returncode == 2
     assert said(ended.stderr) == ["fedlora-mpi: 2 ranks: pretrain takes one; start it without mpirun (engine.threads gives it cores)"]

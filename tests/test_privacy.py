@@ -41,6 +41,7 @@ from fedlora_mpi.seeds import rng
 from fedlora_mpi.store.reader import RunFiles
 from fedlora_mpi.sums import ExactSum
 
+thorough = pytest.mark.thorough
 SECURE = "privacy.secure_aggregation=true"
 FEDAVG = ("algorithm=fedavg", "algorithm.weights=uniform")
 METHODS = {
@@ -65,7 +66,9 @@ def flat(tree):
 # --- secure aggregation
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("fedavg", "scaffold", "fd") else pytest.param(name, marks=thorough) for name in METHODS]
+)
 def test_masks_leave_the_mean_to_the_bit(name):
     plain, secure = played(*how(name))[0], played(*how(name), SECURE)[0]
     assert all(same(a, b) for a, b in zip(plain, secure, strict=True))
@@ -73,15 +76,16 @@ def test_masks_leave_the_mean_to_the_bit(name):
 
 @pytest.mark.parametrize("name, ranks, more", [
     ("fedavg", 3, ()),
-    ("fedavg", 2, ("privacy.neighbours=2",)),
     ("fedlora", 3, ("privacy.neighbours=2",)),
-    ("scaffold", 2, ()),
+    pytest.param("fedavg", 2, ("privacy.neighbours=2",), marks=thorough),
+    pytest.param("scaffold", 2, (), marks=thorough),
 ])
 def test_masks_cancel_over_ranks(name, ranks, more):
     plain, secure = played(*how(name))[0], played(*how(name), SECURE, *more, ranks=ranks)
     assert all(same(plain[-1], moments[-1]) for moments in secure)
 
 
+@thorough
 def test_masks_cancel_under_mpirun(tmp_path):
     runs = [["run", str(TINY), "algorithm=fedavg", "rounds=2", f"output={name}", *more]
             for name, more in (("plain", ()), ("masked", (SECURE,)))]
@@ -180,13 +184,13 @@ def test_neighbours_are_mutual_and_equally_many(clients, number):
 BREAKS = ("algorithm=user_parts:Breaks", "algorithm.weights=uniform", "participation=1.0", "rounds=2")
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=thorough), 3])
 def test_one_client_that_breaks_is_named_under_masks(ranks):
     with pytest.raises(Fault, match="round 1: the loss or upload of client 2 is not finite"):
         played(*BREAKS, SECURE, ranks=ranks)
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=thorough), 3])
 def test_one_client_that_is_skipped_leaves_no_mask(ranks):
     skip = "faults.non_finite=skip"
     plain, secure = played(*BREAKS, skip)[0], played(*BREAKS, skip, SECURE, ranks=ranks)[0]
@@ -238,8 +242,8 @@ def test_shorter_updates_are_untouched_to_the_bit():
 @pytest.mark.parametrize("name, more", [
     ("fedavg", ("algorithm.weights=uniform",)),
     ("fedlora", ()),
-    ("fedlora", ("algorithm.bn_stats=local", NORM)),
-    ("scaffold", ("train.momentum=0", "train.lr=0.1")),
+    pytest.param("fedlora", ("algorithm.bn_stats=local", NORM), marks=thorough),
+    pytest.param("scaffold", ("train.momentum=0", "train.lr=0.1"), marks=thorough),
 ])
 def test_a_wide_clip_without_noise_is_the_method_with_equal_weights(name, more):
     settings = (f"algorithm={name}", *more)
@@ -248,7 +252,7 @@ def test_a_wide_clip_without_noise_is_the_method_with_equal_weights(name, more):
     assert all(equal(a.shared, b.shared) and equal(a.personal, b.personal) for a, b in zip(plain, wide, strict=True))
 
 
-@pytest.mark.parametrize("name", ["fedit", "ffa_lora", "rolora"])
+@pytest.mark.parametrize("name", ["fedit", *(pytest.param(name, marks=thorough) for name in ("ffa_lora", "rolora"))])
 def test_a_wide_clip_leaves_methods_of_factors_too(name):
     equal_sizes = "data.partition={kind: iid, clients: 7, train: 30, test: 15}"
     settings = (f"algorithm={name}", "algorithm.lora_ranks=[3]", "train.lr=0.02", equal_sizes)
@@ -309,14 +313,16 @@ def test_the_noise_has_its_deviation_and_is_new_in_each_round(of):
 
 
 @counted
-@pytest.mark.parametrize("of, ranks", [("server", 3), ("fixed", 2), ("clients", 2), ("clients", 3)])
+@pytest.mark.parametrize(
+    "of, ranks", [("server", 3), ("clients", 3), *(pytest.param(of, 2, marks=thorough) for of in ("fixed", "clients"))]
+)
 def test_the_noise_is_the_same_on_any_number_of_ranks(of, ranks):
     one, several = played(*FEDAVG, *DRAWS[of])[0], played(*FEDAVG, *DRAWS[of], ranks=ranks)
     assert all(same(one[-1], moments[-1]) for moments in several)
 
 
 @counted
-@pytest.mark.parametrize("more", [(), ("privacy.sampling=fixed", "privacy.noise=clients")])
+@pytest.mark.parametrize("more", [pytest.param((), marks=thorough), ("privacy.sampling=fixed", "privacy.noise=clients")])
 def test_a_resume_goes_on_with_noise_and_epsilon(tmp_path, more):
     settings = [*FEDAVG, "privacy.clip=1.0", "privacy.noise_multiplier=0.5", *more]
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -25,6 +25,7 @@ from fedlora_mpi.models.network import from_module
 from fedlora_mpi.store.log import Log
 
 HERE = "test_rehearsal"
+thorough = pytest.mark.thorough
 SHAPE = (1, 8, 8)
 
 
@@ -109,7 +110,7 @@ def same(a, b):
     return runs.equal(a[0], b[0]) and all(np.array_equal(x, y, equal_nan=True) for x, y in zip(a[1:], b[1:]))
 
 
-@pytest.mark.parametrize("name", ["batch_statistics", "centred", "softmax"])
+@pytest.mark.parametrize("name", ["batch_statistics", *(pytest.param(n, marks=thorough) for n in ("centred", "softmax"))])
 def test_no_padding_enters_a_network_that_computes_across_its_batch(name, capsys):
     model = f"model={HERE}:{name}"
     one = ends(model, "engine.path=loop", "engine.group_size=1")
@@ -120,7 +121,9 @@ def test_no_padding_enters_a_network_that_computes_across_its_batch(name, capsys
     assert "across the examples of a batch" in said[0]
 
 
-@pytest.mark.parametrize("method", [("fml", "centred"), ("fedapen", "batch_statistics")], ids=lambda m: m[0])
+@pytest.mark.parametrize(
+    "method", [pytest.param(("fml", "centred"), marks=thorough), ("fedapen", "batch_statistics")], ids=("fml", "fedapen")
+)
 def test_padding_enters_no_companion_either(method, capsys):
     name, small = method
     given = [f"algorithm={{name: {name}, small: '{HERE}:{small}'}}", "train.lr=0.02"]
@@ -275,7 +278,7 @@ def ran(texts, name, *overrides):
     return outcome(folder)
 
 
-@pytest.mark.parametrize("name", FAILING)
+@pytest.mark.parametrize("name", [n if n in ("lstm", "item") else pytest.param(n, marks=thorough) for n in FAILING])
 def test_a_network_that_no_stack_can_train_takes_the_loop_with_one_hint(name, texts, capsys):
     loop = ran(texts, name, "engine.path=loop")
     assert "engine.path" not in capsys.readouterr().err
@@ -311,7 +314,7 @@ def test_measuring_takes_the_loop_and_says_so_once(texts, capsys):
     assert said.count("hint: engine.path = measure: ") == 1 and "samples per second" not in said
 
 
-@pytest.mark.parametrize("more", [[], ["--gpus", "h200"]])
+@pytest.mark.parametrize("more", [[], pytest.param(["--gpus", "h200"], marks=thorough)])
 def test_plan_says_it_too(more, texts, capsys):
     assert cli.main(["plan", "c.yaml", f"model={HERE}:lstm", *more]) == 0
     said = capsys.readouterr()
@@ -323,7 +326,7 @@ def test_sparse_gradients_train_as_dense_ones(texts):
     assert sparse["shared"] == dense["shared"]
 
 
-@pytest.mark.parametrize("name", ["lstm", "bounded"])
+@pytest.mark.parametrize("name", [pytest.param("lstm", marks=thorough), "bounded"])
 def test_all_ranks_take_the_loop(name, texts, capsys):
     config = configs.read("c.yaml", [f"model={HERE}:{name}", "engine.group_size=2"])
 
@@ -420,7 +423,7 @@ def infinite(classes, shape):
     return net
 
 
-@pytest.mark.parametrize("path", ["loop", "stack"])
+@pytest.mark.parametrize("path", [pytest.param("loop", marks=thorough), "stack"])
 def test_a_prediction_that_is_no_number_is_wrong(path, tmp_path, capsys):
     given = [f"model={HERE}:undefined", "algorithm=fedavg", f"engine.path={path}", "rounds=1"]
     assert cli.main(["run", str(TINY), *given, f"output={tmp_path / 'run'}"]) == 0

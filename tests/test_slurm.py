@@ -130,31 +130,28 @@ def test_a_mistake_in_the_config_shows_before_anything_is_queued(capsys):
     assert "command line: train.lr = -1" in capsys.readouterr().err
 
 
-def test_without_slurm_submit_says_so_in_one_line(tmp_path):
-    done = submitted(TINY, env=environment(PATH=str(tmp_path)), cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "") and not list(tmp_path.iterdir())
-    assert done.stderr.startswith("fedlora-mpi: no sbatch on PATH: ") and done.stderr.count("\n") == 1
+def test_without_slurm_submit_says_so_in_one_line(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, out, err = call("submit", TINY)
+    assert (code, out) == (2, "") and not list(tmp_path.iterdir())
+    assert err.startswith("fedlora-mpi: no sbatch on PATH: ") and err.count("\n") == 1
 
 
 # --- run --resume
 
 
-def test_run_resume_starts_goes_on_and_then_has_nothing_to_do(tmp_path, capsys):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert main(["run", str(TINY), f"output={whole}"]) == 0
+def test_run_resume_starts_goes_on_and_then_has_nothing_to_do(trained, tmp_path, capsys):
+    parts = tmp_path / "parts"
     for rounds in (2, 4, 4):
         assert main(["run", "--resume", str(TINY), f"output={parts}", f"rounds={rounds}"]) == 0
     assert f"resuming {parts} after round 2" in capsys.readouterr().err
-    assert_same_run(whole, parts)
+    assert_same_run(trained(), parts)
 
 
-def test_run_resume_refuses_a_folder_with_other_settings(tmp_path, capsys):
-    folder = tmp_path / "run"
-    assert main(["run", str(TINY), "rounds=2", f"output={folder}"]) == 0
-    capsys.readouterr()
-    assert main(["run", "--resume", str(TINY), f"output={folder}", "train.lr=0.1"]) == 2
+def test_run_resume_refuses_a_folder_with_other_settings(copied, call):
+    folder = copied()
     said = f"fedlora-mpi: {TINY}: train.lr = 0.1: the run in {folder} has 0.05; choose another output\n"
-    assert capsys.readouterr().err == said
+    assert call("run", "--resume", TINY, f"output={folder}", "train.lr=0.1") == (2, "", said)
 
 
 # --- a real cluster

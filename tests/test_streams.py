@@ -11,16 +11,25 @@ from runs import TINY, command
 from fedlora_mpi.cli import main
 from fedlora_mpi.store.reader import RunFiles
 
+thorough = pytest.mark.thorough
 READING = (("report", "run"), ("digest", "run"), ("partition", str(TINY)), ("watch", "run", "--once"), ("--help",),
            ("submit", str(TINY), "--dry-run"))  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
+@pytest.fixture
+def home(trained):
     """A folder with a finished run of two rounds in ``run``."""
-    folder = tmp_path_factory.mktemp("streams")
-    assert main(["run", str(TINY), "rounds=2", f"output={folder / 'run'}"]) == 0
-    return folder
+    return trained("rounds=2").parent
+
+
+HEAVY = ("run", "plan", "partition", "doctor")  # commands that import torch, which takes seconds
+
+
+def first_and(others):
+    """The first of several cases, and the others in the thorough tests alone, but for commands that are quick."""
+    first, *more = others
+    quick = lambda each: isinstance(each, tuple) and each[0] not in HEAVY
+    return [first, *(each if quick(each) else pytest.param(each, marks=thorough) for each in more)]
 
 
 def shell(line: str, folder, **environment: str) -> subprocess.CompletedProcess:
@@ -31,20 +40,20 @@ def shell(line: str, folder, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", first_and(["<&- >&- 2>&-", "2>&-", ">&-", "<&-"]))
 def test_a_run_does_not_need_its_streams(closed, home, tmp_path):
     done = shell(f"F run {TINY} rounds=2 output=run {closed}", tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert RunFiles(tmp_path / "run").checkpoint().digest() == RunFiles(home / "run").checkpoint().digest()
 
 
-@pytest.mark.parametrize("arguments", [*READING, ("plan", str(TINY))], ids=lambda arguments: arguments[0])
+@pytest.mark.parametrize("arguments", first_and([*READING, ("plan", str(TINY))]), ids=lambda arguments: arguments[0])
 def test_a_reader_that_leaves_ends_a_command_without_a_word(arguments, home):
     done = shell(f"F {' '.join(arguments)} | true; echo ${{PIPESTATUS[0]}}", home)
     assert done.stdout.strip() in ("141", "0") and done.stderr == "", done.stderr
 
 
-@pytest.mark.parametrize("where", ["2>&1", "2>/dev/full >/dev/full;"])
+@pytest.mark.parametrize("where", first_and(["2>&1", "2>/dev/full >/dev/full;"]))
 def test_a_run_whose_lines_nobody_reads_goes_on(where, tmp_path):
     rest = "| true; echo ${PIPESTATUS[0]}" if where == "2>&1" else "echo $?"
     done = shell(f"F run {TINY} rounds=3 output=run {where} {rest}", tmp_path)
@@ -52,7 +61,7 @@ def test_a_run_whose_lines_nobody_reads_goes_on(where, tmp_path):
     assert RunFiles(tmp_path / "run").checkpoints()[-1] == 3
 
 
-@pytest.mark.parametrize("arguments", READING, ids=lambda arguments: arguments[0])
+@pytest.mark.parametrize("arguments", first_and(READING), ids=lambda arguments: arguments[0])
 def test_an_ascii_terminal_shows_everything(arguments, home):
     done = shell(f"F {' '.join(arguments)}", home, PYTHONIOENCODING="ascii", LC_ALL="C")
     assert done.returncode == 0 and "codec" not in done.stderr and done.stdout.isascii(), done.stderr
@@ -66,7 +75,7 @@ def test_a_run_on_an_ascii_terminal_tells_its_progress(tmp_path):
 STRAYS = ("h5py", "random", "copy", "numpy", "torch", "typing", "argparse", "fedlora")
 
 
-@pytest.mark.parametrize("arguments", [*READING[:3], ("run", str(TINY), "rounds=1", "output=new"), ("doctor", "run")],
+@pytest.mark.parametrize("arguments", first_and([("run", str(TINY), "rounds=1", "output=new"), *READING[:3], ("doctor", "run")]),
                          ids=lambda arguments: arguments[0])  # fmt: skip
 def test_a_file_in_the_working_folder_takes_the_place_of_no_library(arguments, home, tmp_path):
     (tmp_path / "run").symlink_to(home / "run")

@@ -23,7 +23,7 @@ from fedlora_mpi.ending import Refused
 from fedlora_mpi.engine.flops import Flops
 from fedlora_mpi.plan import plan
 from fedlora_mpi.round import play
-from fedlora_mpi.run import resume, start
+from fedlora_mpi.run import resume
 from fedlora_mpi.saving import beginning
 
 EACH = ("data.tasks.classes=1", "data.tasks.rounds=1")
@@ -39,7 +39,16 @@ METHODS = {
     "fedapen": ("algorithm=fedapen", "algorithm.small=user_parts:with_norm", NORM),
     "pfedlora": MIX,
 }
-methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+thorough = pytest.mark.thorough
+
+
+def each_method(*telling):
+    """A test of every method; in ``make test`` of these alone."""
+    given = [pytest.param(more, id=name, marks=() if name in telling else thorough) for name, more in METHODS.items()]
+    return pytest.mark.parametrize("method", given)
+
+
+methods = each_method("fedlora", "fedapen")
 
 
 def counts(side="train"):
@@ -237,25 +246,22 @@ def test_who_holds_no_sample_holds_none_out_and_uses_none():
 # What it leaves alone
 
 
-@methods
-@pytest.mark.parametrize("ranks", [2, 3])
+@each_method("fedlora")
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=thorough), 3])
 def test_the_spread_over_ranks_moves_no_bit(method, ranks):
     alone = played(*method, *EACH)[0]
     for moments in played(*method, *EACH, ranks=ranks):
         assert all(same(a, b) for a, b in zip(alone[1:], moments[1:], strict=True))
 
 
-def test_a_resume_within_a_task_or_at_its_end_moves_no_bit(tmp_path):
-    whole = tmp_path / "whole"
+@pytest.mark.parametrize("done", [1, 2, pytest.param(3, marks=thorough)])
+def test_a_resume_within_a_task_or_at_its_end_moves_no_bit(trained, copied, done):
     settings = (*METHODS["fedlora"], *PAIRS, "checkpoint.every=1", "checkpoint.keep=9")
-    assert start(read(TINY, [*settings, f"output={whole}"]), str(TINY), Solo()) == 0
-    for done in (1, 2, 3):
-        cut = tmp_path / f"after-{done}"
-        shutil.copytree(whole, cut)
-        for later in range(done + 1, 5):
-            shutil.rmtree(cut / f"checkpoints/{later:06d}")
-        assert resume(cut, [], Solo()) == 0
-        assert_same_run(whole, cut)
+    cut = copied(*settings)
+    for later in range(done + 1, 5):
+        shutil.rmtree(cut / f"checkpoints/{later:06d}")
+    assert resume(cut, [], Solo()) == 0
+    assert_same_run(trained(*settings), cut)
 
 
 @methods
@@ -268,7 +274,7 @@ def test_a_stack_equals_the_loop(method):
         np.testing.assert_allclose(a.clients["loss"], b.clients["loss"], rtol=1e-3)
 
 
-@methods
+@each_method("fedlora")
 def test_one_task_of_all_classes_is_none(method):
     plain, one = (played(*method, *more)[0] for more in ((), ("data.tasks.classes=4", "data.tasks.rounds=1")))
     assert all(same(a, b) for a, b in zip(plain, one, strict=True))

@@ -393,7 +393,7 @@ def test_the_spread_over_ranks_moves_no_bit(root):
             assert equal(a.shared, b.shared) and equal(a.personal, b.personal)
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedper", "fedrod", "fedlora"])
+@pytest.mark.parametrize("name", ["fedlora", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("fedavg", "fedper", "fedrod"))])
 def test_a_stack_trains_as_the_loop(yaml, root, name):
     end = {}
     for path in ("stack", "loop"):

@@ -18,6 +18,7 @@ from fedlora_mpi.names import factor, is_factor
 from fedlora_mpi.seeds import isolated
 
 SHAPE, CLASSES, WIDE = (1, 8, 8), 4, 64
+thorough = pytest.mark.thorough
 
 
 class Linears(nn.Module):
@@ -246,7 +247,7 @@ def test_a_method_that_forgets_a_leaf_is_told_so(tmp_path, monkeypatch, capsys):
     assert "b.bias of the network has no value" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedlora", "fedper", "fedamp"])
+@pytest.mark.parametrize("method", ["fedlora", *(pytest.param(n, marks=thorough) for n in ("fedavg", "fedper", "fedamp"))])
 def test_a_run_of_a_tied_network_has_one_leaf_on_any_ranks(method):
     overrides = (f"algorithm={method}", "model=test_tied_and_frozen:linears", "rounds=2", "train.lr=0.01")
     alone, together = played(*overrides)[0], played(*overrides, ranks=2)[0]
@@ -314,7 +315,10 @@ def of(method, network="backbone", *more):
 
 @pytest.mark.parametrize(
     "method",
-    ("fedavg", "fedlora", "fedprox", "scaffold", "fedadam", "ditto", "fedamp", "fedit", "fedbn", "pfedlora", "fedala", "moon"),
+    (
+        *("fedavg", "fedlora", "scaffold", "fedit"),
+        *(pytest.param(n, marks=thorough) for n in ("fedprox", "fedadam", "ditto", "fedamp", "fedbn", "pfedlora", "fedala", "moon")),
+    ),
 )
 def test_frozen_parameters_are_nobodys_variables(method):
     run, end = built(*of(method)).run, played(*of(method))[0][-1]
@@ -331,7 +335,7 @@ def test_frozen_parameters_are_not_sent():
     assert row["bytes_up"] == row["bytes_down"] == 4 * 4 * (8 + 64 * 8 + 8 + 8 * CLASSES + CLASSES)
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedlora", "fedit"])
+@pytest.mark.parametrize("method", ["fedavg", pytest.param("fedlora", marks=thorough), "fedit"])
 def test_frozen_parameters_end_as_they_began_and_are_in_every_file(tmp_path, monkeypatch, method):
     monkeypatch.chdir(tmp_path)
     assert main(["run", str(TINY), *of(method), "output=a"]) == 0
