@@ -235,6 +235,13 @@ def test_a_rank_like_rank_0_is_not_excused_by_another_machine(monkeypatch, capsy
     assert "rank 2 (host" in refused("model=test_agreement:unseeded")
 
 
+def test_another_machine_excuses_no_other_sample(monkeypatch, capsys):
+    on_other_machines(monkeypatch, {2})
+    monkeypatch.setattr(agreement, "computed", lambda config: inventory.COMPUTED)  # as of data that are read from files
+    changed_on_rank_2(monkeypatch, lambda data: data._replace(train=Samples(data.train.x, data.train.y.flip(0))))
+    assert "rank 2 (host" in (line := refused()) and "training labels: not the same as on rank 0" in line
+
+
 def test_equal_ranks_say_nothing(capsys):
     first, *rest = on_ranks(3, lambda comm: build_run(tiny(), str(TINY), comm).inventory)
     assert all(found == first for found in rest) and list(first) == list(inventory.KINDS)
