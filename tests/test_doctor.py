@@ -129,6 +129,7 @@ def test_root_is_told_what_open_mpi_wants_and_a_mistake_in_the_config_stops_noth
     [
         ({"PMIX_RANK": "0", "PMIX_NAMESPACE": "gone"}, "of a job that has ended"),
         ({"SLURM_NTASKS": "3"}, "SLURM_NTASKS = 3: run and resume want to be started as so many ranks"),
+        ({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_NTASKS": "3"}, "SLURM_NTASKS = 3: "),  # the most that any says
         ({}, "no variables of another MPI or Slurm job"),
     ],
 )

@@ -32,6 +32,7 @@ from runs import (
 )
 
 from fedlora_mpi.cli import main
+from fedlora_mpi.comm import connect
 from fedlora_mpi.store.reader import RunFiles
 
 LONG = ["rounds=10", "checkpoint.every=1", SLOW]
@@ -225,6 +226,12 @@ def test_a_process_that_finds_no_other_of_its_job_is_refused(tmp_path):
         assert ended.returncode == 2 and said(ended.stderr) == ended.stderr.splitlines(), ended.stderr
         assert f"{name} = 3, but this process finds none of the others" in ended.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_process_alone_of_two_is_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(ValueError, match="SLURM_NTASKS = 2, but this process finds none of the others"):
+        connect()
 
 
 def test_variables_of_a_job_that_has_ended_do_no_harm(tmp_path):

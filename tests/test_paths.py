@@ -75,12 +75,6 @@ def test_a_path_that_cannot_be_is_one_line(command, path, call, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_loop_of_links_is_one_line(call, tmp_path):
-    (tmp_path / "loop").symlink_to("loop")
-    code, out, err = call("run", TINY, "output=loop/run")
-    assert code == 2 and out == "" and err.startswith("fedlora-mpi: ") and err.count("\n") == 1, err
-
-
 @pytest.mark.parametrize("path", [*LONG, "~nobody-at-all/x", os.fsdecode(b"\xff")])
 @pytest.mark.parametrize("key", ["output", "data.root", "model.weights"])
 def test_a_setting_that_cannot_be_a_path_is_one_line(key, path, call, tmp_path):
