@@ -21,7 +21,7 @@ from fedlora_mpi.build import build as build_run
 from fedlora_mpi.cli import main
 from fedlora_mpi.comm import Solo
 from fedlora_mpi.data.datasets import Samples
-from fedlora_mpi.ending import Refused
+from fedlora_mpi.ending import Refused, together
 from fedlora_mpi.store import seal, sight
 from fedlora_mpi.store.log import inventory_of
 
@@ -233,6 +233,22 @@ def test_other_machines_are_told_of_and_take_the_first_weights_of_rank_0(monkeyp
 def test_a_rank_like_rank_0_is_not_excused_by_another_machine(monkeypatch, capsys):
     on_other_machines(monkeypatch, {1})
     assert "rank 2 (host" in refused("model=test_agreement:unseeded")
+
+
+def test_of_several_ranks_that_refuse_the_lowest_speaks():
+    def stage(rank):
+        if rank:
+            raise ValueError(f"said by rank {rank}")
+
+    with pytest.raises(Refused, match="said by rank 1"):
+        on_ranks(3, lambda comm: together(comm, lambda: stage(comm.rank)))
+
+
+def test_another_machine_excuses_no_other_sample(monkeypatch, capsys):
+    on_other_machines(monkeypatch, {2})
+    monkeypatch.setattr(agreement, "computed", lambda config: inventory.COMPUTED)  # as of data that are read from files
+    changed_on_rank_2(monkeypatch, lambda data: data._replace(train=Samples(data.train.x, data.train.y.flip(0))))
+    assert "rank 2 (host" in (line := refused()) and "training labels: not the same as on rank 0" in line
 
 
 def test_equal_ranks_say_nothing(capsys):

@@ -206,6 +206,8 @@ def test_status_says_whether_a_run_is_done(call, copy, tmp_path):
     assert call("status", copy, "rounds=9") == (75, f"{copy}: 6 of 9 rounds\n", "")
     assert call("status", TINY, f"output={copy}", "rounds=6") == (0, f"{copy}: done\n", "")
     assert call("status", TINY, "output=none") == (75, "none: 0 of 4 rounds\n", "")
+    damage(copy / "checkpoints/000006/server.h5")
+    assert call("status", copy) == (75, f"{copy}: 4 of 6 rounds\n", "")
     shutil.rmtree(copy / "checkpoints/000006")
     assert call("status", copy) == (75, f"{copy}: 4 of 6 rounds\n", "")
     assert_refused(call("status", tmp_path), "config.yaml")

@@ -436,6 +436,10 @@ def test_noise_keys_are_those_of_client_round_epoch_and_step():
     assert len(set(keys)) == 24 and min(keys) >= 0
 
 
+def test_the_numbers_of_an_address_do_not_run_into_each_other():
+    assert len({key(*address) for address in ((1, 2, 34), (1, 23, 4), (12, 3, 4), (1234,), (1, "2", 34))}) == 5
+
+
 def test_noise_of_two_steps_is_not_the_same_row_moved_along():
     epoch = feed().epoch([0], 1, 0)
     a, b = (set(uniform(epoch.batch(1, first, 2).key[0], (4000,)).tolist()) for first in (0, 2))

@@ -12,7 +12,8 @@ from runs import SLOW, TINY, built, command, environment, finished
 
 from fedlora_mpi.cli import main
 from fedlora_mpi.doctor.checks import CHECKS
-from fedlora_mpi.doctor.finding import Case
+from fedlora_mpi.doctor.command import examine
+from fedlora_mpi.doctor.finding import Case, Finding
 from fedlora_mpi.plan import storage
 
 NAMES = "config Python environment launch GPUs threads HDF5 locks space torchvision Slurm ULFM".split()
@@ -129,6 +130,7 @@ def test_root_is_told_what_open_mpi_wants_and_a_mistake_in_the_config_stops_noth
     [
         ({"PMIX_RANK": "0", "PMIX_NAMESPACE": "gone"}, "of a job that has ended"),
         ({"SLURM_NTASKS": "3"}, "SLURM_NTASKS = 3: run and resume want to be started as so many ranks"),
+        ({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_NTASKS": "3"}, "SLURM_NTASKS = 3: "),  # the most that any says
         ({}, "no variables of another MPI or Slurm job"),
     ],
 )
@@ -140,6 +142,15 @@ def test_variables_of_other_jobs_are_told(given, said, monkeypatch):
         monkeypatch.setenv(name, value)
     found = CHECKS["environment"].find(Case(os.getcwd()))
     assert said in found.text and (found.level == "warning") == bool(given)
+
+
+@pytest.mark.parametrize("level, code", [("ok", 0), ("warning", 0), ("failure", 1)])
+def test_one_failure_alone_is_code_1(level, code, monkeypatch):
+    def found(name, case):
+        return Finding(level if name == "HDF5" else "ok", "so"), {}
+
+    monkeypatch.setattr("fedlora_mpi.doctor.command._asked", found)
+    assert examine(None, (), lambda line: None) == code
 
 
 def test_the_space_that_a_run_needs_is_what_it_takes(tmp_path):

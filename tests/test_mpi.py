@@ -35,6 +35,7 @@ from runs import (
 
 from fedlora_mpi import comm
 from fedlora_mpi.cli import main
+from fedlora_mpi.comm import connect
 from fedlora_mpi.launch import has_leftovers, is_launched
 from fedlora_mpi.store.reader import RunFiles
 
@@ -288,6 +289,12 @@ def test_variables_of_a_job_are_those_of_one_that_has_ended_when_its_server_is_g
         monkeypatch.setenv("PMIX_SERVER_URI41", f"prterun.0;tcp4://127.0.0.1:{server.getsockname()[1]}")
         assert is_launched() and not has_leftovers()
     assert not is_launched() and has_leftovers()
+
+
+def test_a_process_alone_of_two_is_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(ValueError, match="SLURM_NTASKS = 2, but this process finds none of the others"):
+        connect()
 
 
 @thorough

@@ -262,6 +262,11 @@ def test_apportioned_numbers_add_up():
     assert list(apportioned(7, np.array([0.0, 0.5, 0.25]))) == [0, 5, 2]
 
 
+def test_who_gives_keeps_the_minimum():
+    counts = np.array([[2, 0], [0, 0], [0, 4]])  # the first has just enough of the pool that the second likes best
+    assert topped_up(counts, 2, np.array([[1.0, 0.0]] * 3)).tolist() == [[2, 0], [0, 2], [0, 2]]
+
+
 def test_topping_up_takes_the_best_liked_class_from_its_largest_holder():
     counts = np.array([[9, 5], [2, 7], [0, 0]])
     moved = topped_up(counts, 2, np.array([[0, 0], [0, 0], [0.1, 0.9]]))

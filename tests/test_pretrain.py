@@ -11,6 +11,7 @@ from runs import TINY, command, equal, finished, mpirun, said, tiny
 
 from fedlora_mpi import comm
 from fedlora_mpi.build import load_data
+from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.models import weights, zoo
 from fedlora_mpi.pretrain import chosen, pooled
 from fedlora_mpi.store.reader import RunFiles
@@ -74,6 +75,18 @@ def test_the_file_is_a_pure_function_of_the_seed(call):
     for number, ignored in enumerate(("data.partition.seed=2", "data.partition.clients=3", "algorithm=local", "data.shift=rotate", "engine.path=loop")):
         assert written(f"same{number}.safetensors", ignored) == one, ignored
     assert written("4.safetensors", "data.augment=[flip]") != one
+
+
+def test_every_epoch_has_an_order_of_its_own(call, monkeypatch):
+    orders, ordered = [], Feed.epoch
+
+    def watched(feed, clients, round_, epoch, *more):
+        orders.append((round_, epoch))
+        return ordered(feed, clients, round_, epoch, *more)
+
+    monkeypatch.setattr(Feed, "epoch", watched)
+    pretrained(call, "--epochs", 3)
+    assert len(orders) == len(set(orders)) == 3
 
 
 def test_the_partition_need_not_be_possible(call):

@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 import pytest
 from folders import CLIENTS, append, found_of, logged, new_log, rows_of
-from runs import TINY, assert_same_run, command, finished, mpirun
+from runs import TINY, assert_same_run, command, finished, mpirun, on_ranks, tiny
 
 from fedlora_mpi import clock, open_run
 from fedlora_mpi.analysis import load as loads
@@ -13,6 +13,9 @@ from fedlora_mpi.analysis.page import ranks as page
 from fedlora_mpi.analysis.page import tables
 from fedlora_mpi.analysis.page.crowd import looks_of
 from fedlora_mpi.analysis.page.style import styled
+from fedlora_mpi.build import build
+from fedlora_mpi.round import play
+from fedlora_mpi.saving import beginning
 from fedlora_mpi.store.log import Log
 from fedlora_mpi.store.reader import RunFiles
 
@@ -77,6 +80,14 @@ def on_three(tmp_path_factory):
         done = finished(line, home)
         assert done.returncode == 0, done.stderr
     return home
+
+
+def test_all_ranks_stop_where_one_is_asked_to():
+    def main(comm):
+        parts = build(tiny("rounds=1"), str(TINY), comm)
+        return play(parts.run, beginning(parts), evaluate=False, stop=comm.rank == 2)[1]["stop"]
+
+    assert on_ranks(3, main) == [True] * 3
 
 
 def test_what_ranks_tell_of_their_seconds_moves_no_number(on_three):

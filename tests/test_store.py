@@ -58,6 +58,11 @@ def test_shared_leaves_and_attributes_come_back_exactly(run):
     assert found.attrs() == {"format_version": 1, "round": 3, "note": "x"}
 
 
+@pytest.mark.parametrize("leaf", ["a/b", "100%", "~1", "~01", "/~2%"])
+def test_every_name_of_a_leaf_comes_back(leaf):
+    assert hdf5.unescape(found := hdf5.escape(leaf)) == leaf and not set(found) & set("/%")
+
+
 def test_the_virtual_file_joins_the_shards_from_any_directory(run, monkeypatch, tmp_path_factory):
     moved = tmp_path_factory.mktemp("elsewhere") / "000003"
     shutil.move(save(run, 3), moved)

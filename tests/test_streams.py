@@ -97,6 +97,13 @@ def test_commands_that_read_a_run_do_not_look_for_code_in_the_working_folder(nam
     assert main(["partition", str(TINY)]) == 0 and sys.path[-1] == str(tmp_path)
 
 
+def test_an_output_on_a_full_disk_is_one_line(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["submit", str(TINY), "--dry-run"]) == 1
+    assert capsys.readouterr().err == "fedlora-mpi: standard output cannot be written: No space left on device\n"
+
+
 def test_a_command_works_in_a_thread(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     codes = []
