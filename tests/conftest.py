@@ -71,3 +71,9 @@ def call(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
         return code, *capsys.readouterr()
 
     return called
+
+
+@pytest.fixture
+def short_trials(monkeypatch):
+    """``plan`` measures no longer than it must: for tests of what it counts."""
+    monkeypatch.setattr("fedlora_mpi.plan.trial._SECONDS", 0.0)

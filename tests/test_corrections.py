@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import small
 import torch
+from tiers import STACK_FIRST, thorough
 
 from fedlora_mpi.algorithm import Batch, Train, Vars
 from fedlora_mpi.algorithms.ditto import Ditto
@@ -17,7 +18,7 @@ from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import numel, split
 
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
-NETWORKS = pytest.mark.parametrize("network", ["cnn", "bn_net", "noisy_net"])
+NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net", thorough("noisy_net")])
 PLAIN = replace(small.TRAIN, momentum=0.0, weight_decay=0.01)
 
 
@@ -80,7 +81,7 @@ def loop_and_stack(algorithm, network, **how):
 # FedProx
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
 def test_fedprox_without_mu_is_fedavg(network, stacked):
     ends = [
@@ -156,7 +157,7 @@ def test_fedprox_and_ditto_agree_on_loop_and_stack(algorithm, network):
 # SCAFFOLD
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
 def test_scaffolds_first_round_is_fedavg_and_its_second_is_not(network, stacked):
     how = {"network": network, "stacked": stacked, "train": PLAIN}
@@ -211,8 +212,8 @@ def test_a_control_variate_is_the_mean_gradient_of_the_clients_steps(stacked):
         )
 
 
-@PATHS
-@pytest.mark.parametrize("participation", [1.0, 0.4])
+@STACK_FIRST
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.4])
 def test_c_is_the_mean_of_all_c_i_at_any_participation(stacked, participation):
     how = {"stacked": stacked, "participation": participation, "train": PLAIN}
     run, state = small.experiment(Scaffold(), "bn_net", **how)
@@ -228,14 +229,14 @@ def test_c_is_the_mean_of_all_c_i_at_any_participation(stacked, participation):
             assert all(moved) if client in chosen else not any(moved)
 
 
-@PATHS
+@STACK_FIRST
 def test_scaffold_on_identical_clients_is_fedavg(stacked):
     how = {"network": "bn_net", "sizes": (7, 7, 7), "same_sample": True, "stacked": stacked, "train": PLAIN}
     scaffold, fedavg = (small.played(*small.experiment(a, **how), 3).shared for a in (Scaffold(), FedAvg()))
     small.assert_near({n: scaffold[n] for n in fedavg}, fedavg, rtol=2e-5)
 
 
-@PATHS
+@STACK_FIRST
 def test_the_server_goes_its_own_way_with_parameters_and_takes_the_mean_of_statistics(stacked):
     how = {"network": "bn_net", "stacked": stacked, "train": PLAIN}
     run, state = small.experiment(Scaffold(), **how)
@@ -281,7 +282,7 @@ class FlatFedAvg(Flat, FedAvg):
     pass
 
 
-@pytest.mark.parametrize("participation", [1.0, 0.6])
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 def test_scaffold_reaches_the_optimum_of_heterogeneous_quadratics_where_fedavg_stalls(participation):
     sizes = (11, 9, 6, 3, 2)  # 9, 6, 6, 3 and 3 local steps
     a, b = quadratic(torch.tensor(sizes, dtype=torch.float64))
@@ -323,16 +324,16 @@ def test_scaffold_refuses_momentum():
 # Ditto
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
-@pytest.mark.parametrize("lam", [0.0, 0.7])
+@pytest.mark.parametrize("lam", [thorough(0.0), 0.7])
 def test_dittos_shared_model_is_fedavg_whatever_lam(network, stacked, lam):
     how = {"network": network, "stacked": stacked, "participation": 0.6}
     ditto, fedavg = (small.played(*small.experiment(a, **how), 3) for a in (Ditto(lam=lam), FedAvg()))
     assert small.equal(ditto.shared, fedavg.shared)
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
 def test_ditto_without_lam_is_local_and_with_it_is_not(network, stacked):
     local, off, on = (

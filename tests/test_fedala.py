@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import small
 import torch
+from tiers import STACK_FIRST, thorough
 
 from fedlora_mpi.algorithm import Batch, Train, Vars
 from fedlora_mpi.algorithms.fedala import FedALA
@@ -16,7 +17,7 @@ from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import numel, split
 
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
-NETWORKS = pytest.mark.parametrize("network", ["cnn", "bn_net"])
+NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
 TOP = {"cnn": ["9.weight", "9.bias"], "bn_net": ["fc.weight", "fc.bias"], "noisy_net": ["5.weight", "5.bias"]}
 
 
@@ -41,9 +42,9 @@ def met(made, at=0):
 # Degenerate cases
 
 
-@PATHS
-@pytest.mark.parametrize("network", ["cnn", "bn_net", "noisy_net"])
-@pytest.mark.parametrize("participation", [1.0, 0.6])
+@STACK_FIRST
+@pytest.mark.parametrize("network", [thorough("cnn"), "bn_net", thorough("noisy_net")])
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 def test_weights_that_do_not_learn_are_fedavg(network, stacked, participation):
     how = {"network": network, "stacked": stacked, "participation": participation}
     how |= {"train": replace(small.TRAIN, weight_decay=0.01)}
@@ -80,9 +81,9 @@ class PersonalHead(FedAvg):
         return v.shared | v.personal
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
-@pytest.mark.parametrize("participation", [1.0, 0.6])
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 def test_weights_of_zero_keep_the_head_personal(network, stacked, participation):
     how = {"network": network, "stacked": stacked, "participation": participation}
     run, state = small.experiment(FedALA(eta=0.0), **how)

@@ -6,6 +6,7 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
+from tiers import STACK_FIRST, thorough
 from torch import nn
 from torch.func import functional_call
 
@@ -24,7 +25,7 @@ from fedlora_mpi.seeds import isolated, rng
 from fedlora_mpi.tree import numel, split
 
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
-NETWORKS = pytest.mark.parametrize("network", ["cnn", "bn_net"])
+NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
 
 
 def numbers(*shape, at=0):
@@ -263,9 +264,9 @@ def test_a_tau_formed_once_gives_the_same_loss_and_gradient(network):
 # Degenerate cases
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
-@pytest.mark.parametrize("participation", [1.0, 0.6])
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 def test_fedlora_without_lora_epochs_is_fedavg(network, stacked, participation):
     how = {"network": network, "stacked": stacked, "participation": participation}
     run, state = small.experiment(FedLoRA(lora_epochs=0), **how)
@@ -278,7 +279,7 @@ def test_fedlora_without_lora_epochs_is_fedavg(network, stacked, participation):
     assert not any(v.any() for n, v in state.personal.items() if n.endswith(".B"))
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
 def test_fedlora_with_lora_epochs_alone_is_isolation_when_statistics_stay_home(network, stacked):
     algorithm = FedLoRA(lora_epochs=3, bn_stats="local")
@@ -345,7 +346,7 @@ def test_one_client_trains_as_alternating_torch_optimizers(stacked, rule):
     small.assert_near({n: v[0] for n, v in state.personal.items()}, factors)
 
 
-@PATHS
+@STACK_FIRST
 def test_identical_clients_keep_identical_parts_and_the_mean_is_theirs(stacked):
     how = {"same_sample": True, "stacked": stacked, "group_size": 1}
     run, state = small.experiment(FedLoRA(), sizes=(6, 6, 6), **how)

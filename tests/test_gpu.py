@@ -13,6 +13,7 @@ import small
 import torch
 from methods import SETTINGS
 from runs import NORM, played, same, tiny
+from tiers import thorough
 
 from fedlora_mpi import algorithms
 from fedlora_mpi import config as configs
@@ -30,6 +31,8 @@ from fedlora_mpi.sums import ExactSum, FastSum
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("fedavg", "fedlora", "scaffold", "fedamp", "moon", "pfedgate")
+STEPS = [("fedlora", False), ("fedlora", True), ("moon", True)]  # each method's steps, of which these are the most unlike
+STEPS += [thorough(name, True) for name in METHODS if name not in ("fedlora", "moon")]
 OTHERS = [pytest.param(name, True, marks=pytest.mark.slow) for name in algorithms.names() if name not in METHODS]
 
 
@@ -90,21 +93,17 @@ def equal(a, b):
 # On a device that is not the host
 
 
-@pytest.mark.parametrize("name, stacked", [("fedlora", False), *((name, True) for name in METHODS), *OTHERS])
-def test_a_round_on_a_device_has_the_bits_of_one_on_the_host(name, stacked, machine):
+@pytest.mark.parametrize("name, stacked", [*STEPS, *OTHERS])
+def test_a_round_on_a_device_has_the_bits_of_one_on_the_host_and_waits_not_inside_local_training(
+    name, stacked, machine, monkeypatch
+):
     if name in ("fedapen", "fedkd", "fml"):
         pytest.skip("needs a second network of the settings")
-    assert equal(ends(*made(name, stacked, device=far.DEVICE), 1), ends(*made(name, stacked), 1))
-    assert machine.waits
-
-
-@pytest.mark.parametrize("name, stacked", [("fedlora", False), *((name, True) for name in METHODS)])
-def test_nothing_waits_for_the_device_inside_local_training(name, stacked, machine, monkeypatch):
     run, state = made(name, stacked, device=far.DEVICE)
     whole, passes = type(run.trainer)._train, []
 
     def strict(self, *given):
-        machine.strict = True
+        machine.strict = name in METHODS
         try:
             return whole(self, *given)
         finally:
@@ -112,8 +111,10 @@ def test_nothing_waits_for_the_device_inside_local_training(name, stacked, machi
             passes.append(1)
 
     monkeypatch.setattr(type(run.trainer), "_train", strict)
-    small.played(run, state, 1)
+    there = ends(run, state, 1)
     assert len(passes) == (1 if stacked else len(small.SIZES))
+    assert machine.waits
+    assert equal(there, ends(*made(name, stacked), 1))
 
 
 def test_a_stack_waits_once_for_its_clients_and_once_for_each_upload(machine):
@@ -145,7 +146,7 @@ def test_a_sum_of_vectors_here_and_there_is_that_of_all(cls, machine):
 # Recordings
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["fedlora", "moon", *(thorough(n) for n in METHODS if n not in ("fedlora", "moon"))])
 def test_epochs_that_are_played_again_have_the_bits_of_the_steps(name, monkeypatch):
     made, whole = [], recording._Place.play
     monkeypatch.setattr(recording._Place, "play", lambda self, epoch: made.append(1) or whole(self, epoch))
@@ -158,7 +159,7 @@ def test_epochs_that_are_played_again_have_the_bits_of_the_steps(name, monkeypat
 SLOW = [pytest.param(name, True, marks=pytest.mark.slow) for name in METHODS[2:]]
 
 
-@pytest.mark.parametrize("name, stacked", [("fedlora", False), ("fedavg", True), ("fedlora", True), *SLOW])
+@pytest.mark.parametrize("name, stacked", [("fedlora", False), ("fedavg", True), thorough("fedlora", True), *SLOW])
 def test_a_recording_of_a_gpu_has_the_bits_of_the_steps(name, stacked, machine, monkeypatch, capsys):
     far.as_cuda(machine, monkeypatch)
     plain = ends(*made(name, stacked))
@@ -249,7 +250,7 @@ def test_the_setting_stays_out_of_a_config_that_does_not_name_it():
 # Precision
 
 
-@pytest.mark.parametrize("name, stacked", [("fedlora", False), *((name, True) for name in METHODS)])
+@pytest.mark.parametrize("name, stacked", STEPS)
 def test_bfloat16_is_near_float32_and_leaves_weights_in_float32(name, stacked):
     runs = [made(name, stacked) for _ in range(2)]
     (kind,) = runs[0][0].kinds

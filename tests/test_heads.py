@@ -6,6 +6,7 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
+from tiers import STACK_FIRST, thorough
 from torch import nn
 
 from fedlora_mpi.algorithm import Batch, Phase, Step, Train, Vars
@@ -78,7 +79,7 @@ def derived(loss, leaves):
 
 
 @METHODS
-@pytest.mark.parametrize("network", ["cnn", "bn_net"])
+@pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
 def test_loop_and_stack_train_alike(algorithm, network):
     (_, loop), (_, stack) = (
         outcome(algorithm, network, rounds=1, stacked=stacked) for stacked in (False, True)
@@ -151,16 +152,16 @@ def test_impossible_fields_are_refused(make, text):
 # FedPer
 
 
-@PATHS
-@pytest.mark.parametrize("participation", [1.0, 0.6])
+@STACK_FIRST
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 def test_fedper_that_keeps_nothing_is_fedavg(stacked, participation):
     how = {"stacked": stacked, "participation": participation}
     (_, state), (_, plain) = outcome(FedPer(personal=()), **how), outcome(FedAvg(), **how)
     assert small.equal(state.shared, plain.shared) and not state.personal
 
 
-@PATHS
-@pytest.mark.parametrize("participation", [1.0, 0.6])
+@STACK_FIRST
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 def test_fedper_that_keeps_everything_is_local(stacked, participation):
     how = {"stacked": stacked, "participation": participation}
     (run, state), (_, plain) = outcome(FedPer(personal=("*",)), **how), outcome(Local(), **how)
@@ -233,8 +234,8 @@ def test_fedrep_is_neither_fedper_nor_its_own_reverse():
 # FedBN
 
 
-@PATHS
-@pytest.mark.parametrize("participation", [1.0, 0.6])
+@STACK_FIRST
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 def test_fedbn_without_normalisation_is_fedavg(stacked, participation):
     how = {"network": "cnn", "stacked": stacked, "participation": participation}
     (_, state), (_, plain) = outcome(FedBN(), **how), outcome(FedAvg(weights="uniform"), **how)
@@ -263,9 +264,9 @@ def test_fedbn_moves_statistics_and_affine_parameters_at_home(stacked):
 # FedRoD
 
 
-@PATHS
+@STACK_FIRST
 @pytest.mark.parametrize("head", ["copy", "zero"])
-@pytest.mark.parametrize("network, participation", [("bn_net", 1.0), ("bn_net", 0.6), ("noisy_net", 1.0)])
+@pytest.mark.parametrize("network, participation", [thorough("bn_net", 1.0), ("bn_net", 0.6), thorough("noisy_net", 1.0)])
 def test_the_generic_part_of_fedrod_without_gamma_is_fedavg(stacked, head, network, participation):
     how = {"network": network, "stacked": stacked, "participation": participation}
     (_, state), (_, plain) = outcome(FedRoD(gamma=0.0, head=head), **how), outcome(FedAvg(), **how)

@@ -6,6 +6,7 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
+from tiers import STACK_FIRST, thorough
 from torch import nn
 
 from fedlora_mpi.algorithm import Algorithm, Batch, Phase, Step, Train, Vars
@@ -24,7 +25,7 @@ from fedlora_mpi.simplex import best_weights, on_simplex
 from fedlora_mpi.tree import numel, prefixed, split, under
 
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
-NETWORKS = pytest.mark.parametrize("network", ["cnn", "bn_net"])
+NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
 ALL = pytest.mark.parametrize(
     "algorithm", [FedAMP(alpha=0.5), FedCAC(), FedPAC()], ids=lambda a: type(a).__name__
 )
@@ -174,7 +175,7 @@ def test_fedamp_without_penalty_is_local(network, stacked):
     assert all(torch.equal(v, ends[0][n]) for n, v in ends[1].items())
 
 
-@PATHS
+@STACK_FIRST
 @pytest.mark.parametrize("how", [{}, {"heuristic": True, "sigma": 25.0}])
 def test_fedamp_is_not_local(stacked, how):
     ends = []
@@ -278,7 +279,7 @@ def test_the_key_of_fedamp_is_centred_for_distances_alone():
     assert FedAMP().centred and not FedAMP(heuristic=True).centred
 
 
-@PATHS
+@STACK_FIRST
 @pytest.mark.parametrize("how", [{}, {"heuristic": True, "sigma": 2.0}])
 def test_the_cloud_models_are_the_mix_of_the_trained_parameters(stacked, how):
     algorithm = FedAMP(**{"alpha": 30, "sigma": 20, **how})
@@ -317,7 +318,7 @@ def test_identical_clients_of_fedamp_are_their_own_cloud(how):
         assert not torch.equal(state.personal[name][0], value)
 
 
-@PATHS
+@STACK_FIRST
 def test_training_starts_at_the_own_model_or_at_the_cloud(stacked):
     for start in ("own", "cloud"):
         run, state = small.experiment(
@@ -343,8 +344,8 @@ def test_fedamp_sends_its_parameters_up_and_receives_as_many():
 # FedCAC
 
 
-@PATHS
-@pytest.mark.parametrize("weights", ["samples", "uniform"])
+@STACK_FIRST
+@pytest.mark.parametrize("weights", ["samples", thorough("uniform")])
 def test_fedcac_without_critical_entries_is_fedavg(stacked, weights):
     ends = []
     for algorithm in (FedCAC(tau=0, bn_stats="mean", weights=weights), FedAvg(weights=weights)):
@@ -354,7 +355,7 @@ def test_fedcac_without_critical_entries_is_fedavg(stacked, weights):
     assert (ends[0][2]["accuracy"] == ends[1][2]["accuracy"]).all()
 
 
-@PATHS
+@STACK_FIRST
 def test_fedcac_is_not_fedavg(stacked):
     ends = []
     for algorithm in (FedCAC(bn_stats="mean"), FedAvg()):
@@ -479,7 +480,7 @@ def test_the_next_start_is_the_mix_where_critical_and_the_mean_elsewhere(stacked
         assert all(torch.equal(ended[n], done[c].end.shared[n]) for n in names)
 
 
-@PATHS
+@STACK_FIRST
 @pytest.mark.parametrize("bn_stats", ["local", "mean"])
 def test_fedcac_trains_all_entries_as_fedavg_does_from_the_same_start(stacked, bn_stats):
     run, state = small.experiment(FedCAC(bn_stats=bn_stats), "bn_net", stacked=stacked)

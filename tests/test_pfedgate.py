@@ -7,6 +7,7 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
+from tiers import STACK_FIRST, thorough
 from torch import nn
 
 from fedlora_mpi.algorithm import Batch, Train, Vars
@@ -20,7 +21,7 @@ from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import numel
 
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
-NETWORKS = pytest.mark.parametrize("network", ["cnn", "bn_net"])
+NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
 ROOMY = (10, 9, 8, 8, 4)  # no batch of two: BatchNorm of two close numbers magnifies the last digit
 
 
@@ -52,7 +53,7 @@ class Open(PFedGate):
 
 
 @NETWORKS
-@PATHS
+@STACK_FIRST
 def test_an_open_gate_is_fedavg(network, stacked):
     ends = []
     for algorithm in (Open(absent="exclude"), FedAvg()):
@@ -62,7 +63,7 @@ def test_an_open_gate_is_fedavg(network, stacked):
     assert all(np.array_equal(ends[0][2][n], ends[1][2][n], equal_nan=True) for n in ("accuracy_trained",))
 
 
-@PATHS
+@STACK_FIRST
 @pytest.mark.parametrize("sparsity", [1.0, 0.5])
 def test_a_gate_that_learns_is_not_fedavg_and_differs_between_clients(stacked, sparsity):
     ends = []
@@ -327,7 +328,7 @@ def test_one_client_trains_as_with_two_torch_optimizers(stacked):
     small.assert_near(found, {n: own[n].detach() for n in found})
 
 
-@PATHS
+@STACK_FIRST
 @pytest.mark.parametrize("sparsity", [1.0, 0.5])
 def test_a_client_predicts_with_the_multipliers_of_its_training_samples(stacked, sparsity):
     algorithm = PFedGate(sparsity=sparsity)

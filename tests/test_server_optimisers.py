@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import small
 import torch
+from tiers import STACK_FIRST, thorough
 
 from fedlora_mpi import open_run
 from fedlora_mpi.algorithm import Algorithm, Cohort
@@ -22,7 +23,7 @@ from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import numel
 
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
-NETWORKS = pytest.mark.parametrize("network", ["cnn", "bn_net"])
+NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
 NAME = {"ids": lambda a: type(a).__name__ if isinstance(a, Algorithm) else None}
 ALL = pytest.mark.parametrize("algorithm", [FedAvgM(), FedAdagrad(), FedAdam(), FedYogi()], **NAME)
 BETA2 = 0.99
@@ -48,10 +49,10 @@ def served(algorithm, deltas, start):
 # Degenerate cases
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
-@pytest.mark.parametrize("participation", [1.0, 0.6])
-@pytest.mark.parametrize("weights", ["samples", "uniform"])
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
+@pytest.mark.parametrize("weights", ["samples", thorough("uniform")])
 def test_a_whole_step_without_momentum_is_fedavg(network, stacked, participation, weights):
     how = {"network": network, "stacked": stacked, "participation": participation}
     run, state = small.experiment(FedAvgM(eta=1.0, beta=0.0, weights=weights), **how)

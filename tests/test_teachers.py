@@ -6,6 +6,7 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
+from tiers import STACK_FIRST, thorough
 from torch import nn
 
 from fedlora_mpi.algorithm import Batch, Train, Vars
@@ -70,15 +71,15 @@ def last(state, row):
 
 
 @OFF
-@PATHS
-@pytest.mark.parametrize("network, participation", [("bn_net", 1.0), ("bn_net", 0.6), ("noisy_net", 1.0)])
+@STACK_FIRST
+@pytest.mark.parametrize("network, participation", [thorough("bn_net", 1.0), ("bn_net", 0.6), thorough("noisy_net", 1.0)])
 def test_without_its_term_the_method_is_fedavg(algorithm, stacked, network, participation):
     how = {"network": network, "stacked": stacked, "participation": participation, "rounds": 3}
     assert small.equal(outcome(algorithm, **how)[1].shared, plain(algorithm, **how).shared)
 
 
 @METHODS
-@PATHS
+@STACK_FIRST
 def test_the_term_acts_from_round_2_on(algorithm, stacked):
     how = {"rounds": 1, "stacked": stacked, "fine": True}
     small.assert_near(outcome(algorithm, **how)[1].shared, plain(algorithm, **how).shared, rtol=1e-6)
@@ -88,7 +89,7 @@ def test_the_term_acts_from_round_2_on(algorithm, stacked):
 
 
 @METHODS
-@pytest.mark.parametrize("network", ["cnn", "bn_net", "noisy_net"])
+@pytest.mark.parametrize("network", [thorough("cnn"), "bn_net", thorough("noisy_net")])
 def test_loop_and_stack_train_alike(algorithm, network):
     v = taught(small.trainer(algorithm, network))
     ends = []
