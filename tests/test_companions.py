@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -29,7 +30,6 @@ from fedlora_mpi.saving import beginning
 from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import numel, prefixed, tmap, under
 
-PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
 METHODS = pytest.mark.parametrize("method", [FML, FedKD, FedAPEN])
 WITH_BN = {"small": "small:bn_net"}
 
@@ -38,8 +38,9 @@ def numbers(*shape, at=0):
     return torch.randn(*shape, generator=rng(1, "test", *shape, at))
 
 
+@cache
 def outcome(algorithm, network="cnn", rounds=2, **how):
-    """(Run, State) after ``rounds`` rounds."""
+    """(Run, State) after ``rounds`` rounds. Cached: change nothing in it, and play no further."""
     run, state = small.experiment(algorithm, network, **how)
     return run, small.played(run, state, rounds)
 
@@ -430,7 +431,7 @@ def test_more_energy_is_a_longer_message(stacked):
     assert sent == sorted(sent) and len(set(sent)) == 4
 
 
-@PATHS
+@STACK_FIRST
 def test_a_client_of_fedkd_that_diverges_is_reported(stacked):
     run, state = small.experiment(
         FedKD(**WITH_BN), stacked=stacked, train=replace(small.TRAIN, lr=1e30, epochs=5), sizes=(11, 7)
@@ -512,7 +513,7 @@ class OnlyW(FedAPEN):
         return self.tune(model, train, round_)
 
 
-@PATHS
+@STACK_FIRST
 def test_learning_w_moves_w_alone(stacked):
     made = small.trainer(OnlyW(**WITH_BN), "bn_net", stacked=stacked)
     v = small.first(made)

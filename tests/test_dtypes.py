@@ -201,7 +201,7 @@ def no_buffer(classes, shape):
 # --- files
 
 
-@pytest.mark.parametrize("network, method", [("fine", "fedbn"), ("brain", "ditto"), thorough("half", "fedavg")])
+@pytest.mark.parametrize("network, method", [("fine", "fedbn"), thorough("brain", "ditto"), thorough("half", "fedavg")])
 def test_a_resumed_run_ends_in_the_same_bits_and_its_models_have_their_dtypes(tmp_path, monkeypatch, network, method):
     monkeypatch.chdir(tmp_path)
     overrides = [*of(method, network), "checkpoint.every=1"]

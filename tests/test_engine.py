@@ -426,7 +426,7 @@ def test_impossible_training_settings_are_refused(fields):
 
 @pytest.mark.parametrize("network", ["cnn", "bn_net"])
 def test_the_defaults_of_an_algorithm_are_fedavg(network):
-    plain, fedavg = (small.played(*small.experiment(a, network), 2) for a in (Algorithm(), FedAvg()))
+    plain, fedavg = (small.ended(a, network) for a in (Algorithm(), FedAvg()))
     assert small.equal(plain.shared, fedavg.shared) and not plain.personal
 
 

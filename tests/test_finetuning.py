@@ -407,6 +407,7 @@ def test_a_vision_transformer_is_tuned_in_its_attention_alike_in_loop_and_stack(
     assert not same(stack[0], stack[-1])
 
 
+@pytest.mark.thorough
 def test_a_resnet_of_torchvision_is_tuned_with_the_statistics_it_came_with():
     how = ("algorithm={name: flexlora, lora_ranks: [3, 1], layers: ['layer1.*', '*.downsample.0.weight']}", *COLOURS)
     begin, *_, end = played(*how, "model=user_parts:small_resnet", "rounds=1")[0]

@@ -156,14 +156,15 @@ def test_epochs_that_are_played_again_have_the_bits_of_the_steps(name, monkeypat
     assert made
 
 
-SLOW = [pytest.param(name, True, marks=pytest.mark.slow) for name in METHODS[2:]]
+RECORDED = [("fedlora", False, "cnn"), ("fedavg", True, "bn_net"), thorough("fedlora", False, "bn_net"), thorough("fedlora", True, "bn_net")]
+RECORDED += [pytest.param(name, True, "bn_net", marks=pytest.mark.slow) for name in METHODS[2:]]
 
 
-@pytest.mark.parametrize("name, stacked", [("fedlora", False), ("fedavg", True), thorough("fedlora", True), *SLOW])
-def test_a_recording_of_a_gpu_has_the_bits_of_the_steps(name, stacked, machine, monkeypatch, capsys):
+@pytest.mark.parametrize("name, stacked, network", RECORDED)
+def test_a_recording_of_a_gpu_has_the_bits_of_the_steps(name, stacked, network, machine, monkeypatch, capsys):
     far.as_cuda(machine, monkeypatch)
-    plain = ends(*made(name, stacked))
-    run, state = made(name, stacked, device=far.DEVICE)
+    plain = ends(*made(name, stacked, network))
+    run, state = made(name, stacked, network, far.DEVICE)
     run = recorded(run, CudaGraph)
     assert equal(ends(run, state), plain)
     walks = [walk for walk, _ in run.trainer.graphs._walks.values()]
@@ -186,8 +187,8 @@ class Asking(FedAvg):
 def test_what_waits_is_not_recorded_and_trains_all_the_same(machine, monkeypatch, capsys):
     far.as_cuda(machine, monkeypatch)
     monkeypatch.setattr(algorithms, "find", lambda name: Asking)
-    plain = ends(*made("asking", stacked=False))
-    run, state = made("asking", stacked=False, device=far.DEVICE)
+    plain = ends(*made("asking", False, "cnn"))
+    run, state = made("asking", False, "cnn", far.DEVICE)
     assert equal(ends(recorded(run, CudaGraph), state), plain)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("hint: engine.graphs: a synchronizing operation") and not machine.strict
@@ -197,23 +198,23 @@ def test_a_recording_that_goes_wrong_is_not_used(machine, monkeypatch, capsys):
     far.as_cuda(machine, monkeypatch)
     whole = machine.play
     monkeypatch.setattr(machine, "play", lambda tape: whole(tape[: len(tape) // 2]))
-    plain = ends(*made("fedavg"))
-    run, state = made("fedavg", device=far.DEVICE)
+    plain = ends(*made("fedavg", True, "cnn"))
+    run, state = made("fedavg", True, "cnn", far.DEVICE)
     assert equal(ends(recorded(run, CudaGraph), state), plain)
     assert "gave other numbers than its steps" in capsys.readouterr().err
 
 
 def test_long_epochs_are_several_recordings_and_the_oldest_give_way(monkeypatch):
     monkeypatch.setattr(recording, "_STEPS", 2)
-    run, state = made("fedlora")
+    run, state = made("fedlora", True, "cnn")
     held = recorded(run)
-    assert equal(ends(held, state), ends(*made("fedlora")))
+    assert equal(ends(held, state), ends(*made("fedlora", True, "cnn")))
     (walk, _), *_ = held.trainer.graphs._walks.values()
     assert [len(place._graphs) for place in walk._epochs.values()] == [2]  # three batches
     for most in ("_WALKS", "_EPOCHS"):
         monkeypatch.setattr(recording, most, 1)
     held = recorded(run)
-    assert equal(ends(held, made("fedlora")[1]), ends(*made("fedlora")))
+    assert equal(ends(held, made("fedlora", True, "cnn")[1]), ends(*made("fedlora", True, "cnn")))
     assert len(held.trainer.graphs._walks) == 1
     held.trainer.graphs.clear()
     assert not held.trainer.graphs._walks
@@ -284,7 +285,7 @@ class Small:
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_stack_that_does_not_fit_is_split_and_computed_anew(graphs, monkeypatch, capsys):
-    four = {"sizes": small.SIZES[:4]}
+    four = {"sizes": small.SIZES[:4], "network": "cnn"}
     run, state = made("fedlora", **four)
     halves = ends(replace(run, group_size=2), state)
     short = Small(monkeypatch, 2)

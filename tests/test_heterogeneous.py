@@ -131,7 +131,7 @@ def gradients(made, v, batch, round_=1):
 @pytest.mark.parametrize("network", [thorough("cnn"), pytest.param(MIXED, id="mixed")])
 def test_loop_and_stack_train_alike(algorithm, network):
     loop, stack = (
-        small.played(*small.experiment(algorithm, network, stacked=stacked), 2) for stacked in (False, True)
+        small.ended(algorithm, network, stacked=stacked) for stacked in (False, True)
     )
     small.assert_near(stack.shared, loop.shared)
     small.assert_near(stack.personal, loop.personal)
@@ -246,16 +246,16 @@ def test_lg_fedavg_with_one_network_is_fedper_that_keeps_the_body(stacked, parti
     how = {"network": "bn_net", "stacked": stacked, "participation": participation}
     for weights in ("samples", "uniform"):
         fields = {"weights": weights, "absent": absent}
-        mine = small.played(*small.experiment(LGFedAvg(**fields), **how), 2)
-        other = small.played(*small.experiment(FedPer(personal=body, **fields), **how), 2)
+        mine = small.ended(LGFedAvg(**fields), **how)
+        other = small.ended(FedPer(personal=body, **fields), **how)
         assert small.equal(mine.personal, other.personal)
         assert small.equal({n.replace(".head.", "fc."): v for n, v in mine.shared.items()}, other.shared)
 
 
-@PATHS
+@STACK_FIRST
 def test_lg_fedavg_of_one_client_is_fedavg(stacked):
     how = {"network": "bn_net", "sizes": (12,), "stacked": stacked}
-    mine, plain = (small.played(*small.experiment(a, **how), 2) for a in (LGFedAvg(), FedAvg()))
+    mine, plain = (small.ended(a, **how) for a in (LGFedAvg(), FedAvg()))
     whole = {n: v[0] for n, v in mine.personal.items()} | {n.replace(".head.", "fc."): v for n, v in mine.shared.items()}
     assert small.equal({n: whole[n] for n in plain.shared}, plain.shared)
 
@@ -304,15 +304,15 @@ def test_lg_fedavg_sends_the_head_up_and_down():
 @STACK_FIRST
 def test_without_its_term_a_method_is_local_to_the_bit(algorithm, network, stacked):
     how = {"network": network, "stacked": stacked, "participation": 0.6}
-    mine, plain = (small.played(*small.experiment(a, **how), 3) for a in (off(algorithm), Local()))
+    mine, plain = (small.ended(a, rounds=3, **how) for a in (off(algorithm), Local()))
     assert small.equal({n: mine.personal[n] for n in plain.personal}, plain.personal)
     assert any(v.any() for v in mine.shared.values())
 
 
 @FEW_TERMS
 def test_with_its_term_a_method_is_local_in_round_1_and_not_in_round_2(algorithm):
-    once, twice = (small.played(*small.experiment(algorithm, MIXED), rounds) for rounds in (1, 2))
-    (first, second) = (small.played(*small.experiment(Local(), MIXED), rounds) for rounds in (1, 2))
+    once, twice = (small.ended(algorithm, MIXED, rounds) for rounds in (1, 2))
+    (first, second) = (small.ended(Local(), MIXED, rounds) for rounds in (1, 2))
     assert small.equal({n: once.personal[n] for n in first.personal}, first.personal)
     model = small.model("bn_net")
     moved = [n for n in second.personal if "fc.bias" in n or "9.bias" in n]
@@ -572,10 +572,10 @@ def test_a_class_that_no_other_client_holds_is_not_distilled():
     assert {label for label in range(6) if not logits.grad[label].any()} == only
 
 
-@PATHS
+@STACK_FIRST
 def test_fd_of_one_client_is_local(stacked):
     how = {"sizes": (12,), "stacked": stacked, "network": "bn_net"}
-    mine, plain = (small.played(*small.experiment(a, **how), 3) for a in (FD(), Local()))
+    mine, plain = (small.ended(a, rounds=3, **how) for a in (FD(), Local()))
     assert small.equal({n: mine.personal[n] for n in plain.personal}, plain.personal)
 
 

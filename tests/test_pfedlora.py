@@ -80,7 +80,7 @@ def test_without_mu_and_adapter_epochs_its_rounds_are_those_of_local():
 
 
 @every_place
-@pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
+@pytest.mark.parametrize("network", ["cnn", thorough("bn_net")])
 def test_an_adapter_that_never_trains_makes_both_losses_one_whatever_mu(place, network):
     ends = []
     for mu in (0.0, 0.3, 1.0):
@@ -93,7 +93,7 @@ def test_an_adapter_that_never_trains_makes_both_losses_one_whatever_mu(place, n
 # --- who moves
 
 
-@PATHS
+@STACK_FIRST
 @every_place
 @pytest.mark.parametrize("network", NETS)
 def test_the_first_phase_moves_the_network_alone_and_the_second_the_adapter_alone(place, network, stacked):
@@ -357,7 +357,7 @@ def test_a_side_adapter_judged_with_the_network_has_no_weights_of_its_own_and_sa
 
 
 @every_place
-@pytest.mark.parametrize("network", NETS)
+@pytest.mark.parametrize("network", ["cnn", thorough("bn_net"), thorough("noisy_net")])
 def test_the_loop_is_the_stack(place, network):
     ends = []
     for stacked in (False, True):

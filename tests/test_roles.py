@@ -216,7 +216,7 @@ def test_every_factor_has_a_gradient(name, official):
 
 
 @pytest.mark.parametrize("algorithm", ["fedlora", thorough("{name: fedit, full: []}")])
-@pytest.mark.parametrize("name", ["Sounds", "Volumes"])
+@pytest.mark.parametrize("name", ["Sounds", thorough("Volumes")])
 def test_every_decomposed_weight_moves_in_a_run(name, algorithm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     which = (f"algorithm={algorithm}", f"model=odd_networks:{name}")
