@@ -266,7 +266,7 @@ def test_fedex_counts_factors_head_and_the_last_residual(network, downlink, part
 
 
 @pytest.mark.parametrize("line", ["fedex_lora", thorough("fedex_lora downlink=factored"), "flora", thorough("fed_talora")])
-def test_what_a_plan_says_of_a_cohort_is_what_its_rounds_count(line, short_trials):
+def test_what_a_plan_says_of_a_cohort_is_what_its_rounds_count(line, unmeasured):
     name, *more = line.split()
     common = (f"algorithm={name}", *TRAINED, *(f"algorithm.{setting}" for setting in more), "participation=1.0")
     row = played(*common)[0][-1].row

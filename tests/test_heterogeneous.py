@@ -602,7 +602,7 @@ def test_fd_sends_what_is_held_and_receives_what_is_known(participation):
 
 
 @pytest.mark.parametrize("name, numbers_", [("fd", 4 * 4), ("fedproto", 4 * 8), ("lg_fedavg", 4 * 8 + 4)])
-def test_a_plan_tells_the_most_that_is_sent(name, numbers_, short_trials):
+def test_a_plan_tells_the_most_that_is_sent(name, numbers_, unmeasured):
     text = plan(tiny(*of((name,))), str(TINY), 1)
     assert f" {4 * numbers_} B up, {4 * numbers_} B down per client and round" in text
 

@@ -241,7 +241,7 @@ def said(capsys, *given):
     return [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_a_plan_shows_roles_and_ranks(capsys, short_trials):
+def test_a_plan_shows_roles_and_ranks(capsys, unmeasured):
     lines = said(capsys, "model=odd_networks:Volumes")
     shown = dict(line for line in lines if len(line) == 2)
     assert "deep" in shown["body"] and shown["head"] == "44 numbers in fc" and shown["norm"] == "20 numbers in norm"
@@ -252,7 +252,7 @@ def test_a_plan_shows_roles_and_ranks(capsys, short_trials):
     )
 
 
-def test_a_plan_of_any_method_shows_roles(capsys, short_trials):
+def test_a_plan_of_any_method_shows_roles(capsys, unmeasured):
     lines = dict(line for line in said(capsys, "model=odd_networks:Net", "algorithm=fedper") if len(line) == 2)
     assert lines["head"] == "28 numbers in fc" and lines["body"] == "390 numbers in hidden" and "low-rank" not in lines
 
