@@ -26,8 +26,8 @@ def traced(monkeypatch):
     return made
 
 
-FEW = ("fedlora", "moon", "pfedgate")  # factors formed once, a teacher, a step that writes statistics of its own
-UNLIKE = (*FEW, "scaffold", "fedrep", "fedkd", "fedhl", "fedala")  # in what their steps do
+FEW = ("fedlora", "moon")  # a product formed once a phase, a teacher
+UNLIKE = (*FEW, "scaffold", "fedrep", "pfedgate", "fedkd", "fedhl", "fedala")  # in what their steps do
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in algorithms.names() if name not in UNLIKE]
 
 

@@ -31,8 +31,7 @@ from fedlora_mpi.sums import ExactSum, FastSum
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("fedavg", "fedlora", "scaffold", "fedamp", "moon", "pfedgate")
-STEPS = [("fedlora", False), ("fedlora", True), ("moon", True)]  # each method's steps, of which these are the most unlike
-STEPS += [thorough(name, True) for name in METHODS if name not in ("fedlora", "moon")]
+STEPS = [("fedlora", False), ("fedlora", True), *(thorough(name, True) for name in METHODS if name != "fedlora")]
 OTHERS = [pytest.param(name, True, marks=pytest.mark.slow) for name in algorithms.names() if name not in METHODS]
 
 

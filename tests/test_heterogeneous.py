@@ -192,6 +192,7 @@ def test_mixed_networks_on_one_and_three_ranks_are_equal_to_the_bit(name):
             assert all(a.row[n] == b.row[n] for n in ("train_loss", "bytes_up", "bytes_down") if a.row)
 
 
+@pytest.mark.thorough
 @NAMES
 def test_a_resume_of_mixed_networks_moves_no_bit(name, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
