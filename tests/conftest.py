@@ -71,3 +71,16 @@ def call(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
         return code, *capsys.readouterr()
 
     return called
+
+
+@pytest.fixture
+def unmeasured(monkeypatch) -> None:
+    """``plan`` without its trials: whatever is measured is one. For tests of what it counts."""
+    from fedlora_mpi.plan.forecast import Costs, Unit
+    from fedlora_mpi.plan.line import Line
+
+    def ones(built, *_):
+        unit = Unit(Line(1.0, 1.0, 1.0), Line(1.0, 1.0, 1.0), Line(1.0, 1.0, 1.0), 1.0)
+        return Costs(dict.fromkeys(built.run.kind_of, unit), 1.0, 1.0, 1.0, (1.0, 1.0), 1.0, 1.0, 1.0, 1.0, 1.0, 1), 0.0
+
+    monkeypatch.setattr("fedlora_mpi.plan.measured", ones)

@@ -1,5 +1,8 @@
 """What several test files share: ragged clients, tiny networks, one way to play rounds."""
 
+from copy import deepcopy
+from functools import cache
+
 import numpy as np
 import torch
 from torch import nn
@@ -65,7 +68,12 @@ def conv_net(classes, shape):
 
 
 def model(network="cnn", classes=CLASSES, shape=SHAPE, seed=1):
-    """One of the networks above, or any that the zoo knows."""
+    """One of the networks above, or any that the zoo knows; the caller's own, also where ranks are threads."""
+    return deepcopy(_model(network, classes, tuple(shape), seed))
+
+
+@cache
+def _model(network, classes, shape, seed):
     name = f"small:{network}" if network in globals() else network
     return zoo.build(name, {}, classes, shape, seed)
 
@@ -170,6 +178,12 @@ def played(run, state, rounds):
     for _ in range(rounds):
         state, _, _ = play(run, state, evaluate=False, stop=False)
     return state
+
+
+@cache
+def ended(algorithm, network="cnn", rounds=2, **how):
+    """The state of that ``experiment`` after some rounds. Cached: change nothing in it."""
+    return played(*experiment(algorithm, network, **how), rounds)
 
 
 def copy(tree):

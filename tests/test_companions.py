@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import small
 import torch
 import torch.nn.functional as F
 from runs import TINY, assert_same_run, on_ranks, tiny
+from tiers import STACK_FIRST, thorough
 
 from fedlora_mpi.algorithm import Batch, Vars
 from fedlora_mpi.algorithms.fedapen import FedAPEN
@@ -28,7 +30,6 @@ from fedlora_mpi.saving import beginning
 from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import numel, prefixed, tmap, under
 
-PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
 METHODS = pytest.mark.parametrize("method", [FML, FedKD, FedAPEN])
 WITH_BN = {"small": "small:bn_net"}
 
@@ -37,8 +38,9 @@ def numbers(*shape, at=0):
     return torch.randn(*shape, generator=rng(1, "test", *shape, at))
 
 
+@cache
 def outcome(algorithm, network="cnn", rounds=2, **how):
-    """(Run, State) after ``rounds`` rounds."""
+    """(Run, State) after ``rounds`` rounds. Cached: change nothing in it, and play no further."""
     run, state = small.experiment(algorithm, network, **how)
     return run, small.played(run, state, rounds)
 
@@ -151,7 +153,7 @@ def test_an_impossible_small_network_is_refused(method, name, said):
 
 
 @METHODS
-@PATHS
+@STACK_FIRST
 def test_everything_of_both_networks_trains_and_statistics_are_counted_once(method, stacked):
     run, state = small.experiment(method(**WITH_BN), "bn_net", stacked=stacked)
     g = run.algorithm.g(run.trainer.model)
@@ -175,7 +177,7 @@ def test_everything_of_both_networks_trains_and_statistics_are_counted_once(meth
 
 
 @METHODS
-@pytest.mark.parametrize("own, shared", [("cnn", "bn_net"), ("bn_net", "cnn"), ("noisy_net", "noisy_net")])
+@pytest.mark.parametrize("own, shared", [("cnn", "bn_net"), thorough("bn_net", "cnn"), thorough("noisy_net", "noisy_net")])
 def test_loop_and_stack_train_alike(method, own, shared):
     ends = []
     for stacked in (False, True):
@@ -205,9 +207,9 @@ def test_noise_is_that_of_the_batch_and_differs_between_the_networks():
 # FML
 
 
-@PATHS
-@pytest.mark.parametrize("own, shared", [("cnn", "bn_net"), ("bn_net", "cnn")])
-@pytest.mark.parametrize("participation", [1.0, 0.6])
+@STACK_FIRST
+@pytest.mark.parametrize("own, shared", [("cnn", "bn_net"), thorough("bn_net", "cnn")])
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 def test_fml_without_teachers_is_local_beside_fedavg(stacked, own, shared, participation):
     how = {"stacked": stacked, "participation": participation, "rounds": 3}
     mutual = FML(small=f"small:{shared}", alpha=1.0, beta=1.0)
@@ -366,7 +368,7 @@ class Whole(FedKD):
         return server, shared | mean
 
 
-@PATHS
+@STACK_FIRST
 def test_fedkd_at_full_energy_is_mutual_distillation_with_fedavg(stacked):
     full = {"energy_start": 1.0, "energy_end": 1.0, **WITH_BN}
     how = {"network": "bn_net", "stacked": stacked, "rounds": 3, "participation": 0.6}
@@ -398,7 +400,7 @@ def shortened(old, new, energy):
     return {n: v if v.dim() == 1 else old[n] + truncated(v - old[n], energy)[0] for n, v in new.items()}
 
 
-@PATHS
+@STACK_FIRST
 def test_the_messages_of_fedkd_and_their_bytes_are_those_of_the_ranks(stacked):
     settings = {"energy_start": 0.5, "energy_end": 0.9, "energy_rounds": 4, **WITH_BN}
     run, state = small.experiment(FedKD(**settings), stacked=stacked)
@@ -420,7 +422,7 @@ def test_the_messages_of_fedkd_and_their_bytes_are_those_of_the_ranks(stacked):
         small.assert_near(under(state.shared, ".small."), shortened(old, mean, energy))
 
 
-@PATHS
+@STACK_FIRST
 def test_more_energy_is_a_longer_message(stacked):
     sent = []
     for energy in (0.2, 0.6, 0.9, 1.0):
@@ -429,7 +431,7 @@ def test_more_energy_is_a_longer_message(stacked):
     assert sent == sorted(sent) and len(set(sent)) == 4
 
 
-@PATHS
+@STACK_FIRST
 def test_a_client_of_fedkd_that_diverges_is_reported(stacked):
     run, state = small.experiment(
         FedKD(**WITH_BN), stacked=stacked, train=replace(small.TRAIN, lr=1e30, epochs=5), sizes=(11, 7)
@@ -466,8 +468,8 @@ def test_the_mixture_is_the_private_network_at_1_and_the_shared_one_at_0():
     assert torch.allclose(at(0.25), 0.25 * p + 0.75 * s) and not torch.allclose(at(0.25), 0.75 * p + 0.25 * s)
 
 
-@PATHS
-@pytest.mark.parametrize("lr", [1e-3, 0.3, 1e3])
+@STACK_FIRST
+@pytest.mark.parametrize("lr", [thorough(1e-3), 0.3, 1e3])
 def test_w_is_learned_as_torch_would_on_the_samples_held_out(stacked, lr):
     algorithm = FedAPEN(held_out=0.3, w_lr=lr, **WITH_BN)
     run, state = small.experiment(algorithm, stacked=stacked, sizes=(11, 7, 3))
@@ -511,7 +513,7 @@ class OnlyW(FedAPEN):
         return self.tune(model, train, round_)
 
 
-@PATHS
+@STACK_FIRST
 def test_learning_w_moves_w_alone(stacked):
     made = small.trainer(OnlyW(**WITH_BN), "bn_net", stacked=stacked)
     v = small.first(made)
@@ -521,7 +523,7 @@ def test_learning_w_moves_w_alone(stacked):
 
 
 def test_equal_weights_stay():
-    how = {"network": "bn_net", "rounds": 3}
+    how = {"network": "bn_net", "rounds": 2}
     run, fixed = outcome(FedAPEN(equal=True, **WITH_BN), **how)
     assert fixed.personal[".mix.w"].tolist() == [0.5] * 5 and not run.algorithm.tune(run.trainer.model, small.TRAIN, 1)
     _, still = outcome(FedAPEN(w_epochs=0, **WITH_BN), **how)
@@ -565,7 +567,7 @@ def mixed(name, ranks):
     return on_ranks(ranks, main)
 
 
-@pytest.mark.parametrize("name", ["fml", "fedkd", "fedapen"])
+@pytest.mark.parametrize("name", [thorough("fml"), "fedkd", thorough("fedapen")])
 def test_clients_of_two_architectures_have_the_same_bits_on_any_ranks(name):
     ((shared, personal, row, scores),) = mixed(name, 1)
     kinds = [{n.partition("/")[0] for n in personal[client]} for client in range(7)]
@@ -580,6 +582,7 @@ def test_clients_of_two_architectures_have_the_same_bits_on_any_ranks(name):
     assert met == set(range(7))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["fml", "fedkd", "fedapen"])
 def test_clients_of_two_architectures_resume_to_the_bit(name, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from methods import SETTINGS
 from runs import NORM, assert_near, played, same
+from tiers import thorough
 
 from fedlora_mpi import algorithms
 from fedlora_mpi.cli import main
@@ -25,11 +26,12 @@ def traced(monkeypatch):
     return made
 
 
-UNLIKE = ("fedlora", "moon", "scaffold", "fedrep", "pfedgate", "fedkd", "fedhl", "fedala")  # in what their steps do
+FEW = ("fedlora", "moon")  # a product formed once a phase, a teacher
+UNLIKE = (*FEW, "scaffold", "fedrep", "pfedgate", "fedkd", "fedhl", "fedala")  # in what their steps do
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in algorithms.names() if name not in UNLIKE]
 
 
-@pytest.mark.parametrize("name", [*UNLIKE, *OTHERS])
+@pytest.mark.parametrize("name", [*FEW, *map(thorough, UNLIKE[len(FEW):]), *OTHERS])
 def test_a_traced_step_has_the_bits_of_the_step(name, traced):
     how = (f"algorithm={name}", NORM, *SOME, *SETTINGS.get(name, ()))
     plain = played(*how, "engine.compile=false")[0]
@@ -38,7 +40,7 @@ def test_a_traced_step_has_the_bits_of_the_step(name, traced):
     assert traced
 
 
-@pytest.mark.parametrize("path", KINDS)
+@pytest.mark.parametrize("path", [thorough("loop"), "stack"])
 def test_a_graph_serves_all_rounds(path, traced):
     played("algorithm=fedlora", NORM, "rounds=2", "engine.compile=true", f"engine.path={path}", "checkpoint.keep=4")
     few = len(traced)
@@ -46,6 +48,7 @@ def test_a_graph_serves_all_rounds(path, traced):
     assert 0 < few and len(traced) - few <= few + 2  # a stack of another width may come later
 
 
+@pytest.mark.thorough  # two real compilations
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 @pytest.mark.parametrize("path", KINDS)
 def test_a_compiled_step_gives_the_numbers_of_the_step(path):

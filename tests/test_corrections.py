@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import small
 import torch
+from tiers import STACK_FIRST, thorough
 
 from fedlora_mpi.algorithm import Batch, Train, Vars
 from fedlora_mpi.algorithms.ditto import Ditto
@@ -16,8 +17,7 @@ from fedlora_mpi.batch import cross_entropy
 from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import numel, split
 
-PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
-NETWORKS = pytest.mark.parametrize("network", ["cnn", "bn_net", "noisy_net"])
+NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net", thorough("noisy_net")])
 PLAIN = replace(small.TRAIN, momentum=0.0, weight_decay=0.01)
 
 
@@ -73,18 +73,18 @@ def gap(a, b):
 def loop_and_stack(algorithm, network, **how):
     """State of both paths after two rounds of a ragged cohort, as one tree each."""
     for stacked in (False, True):
-        end = small.played(*small.experiment(algorithm, network, stacked=stacked, **how), 2)
+        end = small.ended(algorithm, network, stacked=stacked, **how)
         yield end.shared | {f"personal {n}": v for n, v in end.personal.items()}
 
 
 # FedProx
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
 def test_fedprox_without_mu_is_fedavg(network, stacked):
     ends = [
-        small.played(*small.experiment(algorithm, network, stacked=stacked, participation=0.6), 3)
+        small.ended(algorithm, network, 3, stacked=stacked, participation=0.6)
         for algorithm in (FedProx(mu=0.0), FedAvg())
     ]
     assert small.equal(ends[0].shared, ends[1].shared)
@@ -109,7 +109,7 @@ def test_a_penalty_has_the_gradient_of_half_a_square(algorithm):
     assert not any(v.any() for v in pull.values())
 
 
-@PATHS
+@STACK_FIRST
 @pytest.mark.parametrize("algorithm", [FedProx(mu=20.0), Ditto(lam=20.0)], ids=lambda a: type(a).__name__)
 def test_with_lr_times_mu_one_every_step_starts_over_from_the_received_model(algorithm, stacked):
     settings = Train(2, 12, lr=0.05, momentum=0.0)
@@ -136,7 +136,7 @@ def test_with_lr_times_mu_one_every_step_starts_over_from_the_received_model(alg
 def test_fedprox_with_mu_stays_nearer_to_where_it_started(network):
     run, state = small.experiment(FedProx(mu=1.0), network)
     (_, prox), (_, avg) = (
-        small.played(*small.experiment(algorithm, network), 1)[1:3]
+        small.ended(algorithm, network, 1)[1:3]
         for algorithm in (FedProx(mu=1.0), FedAvg())
     )
     way = [
@@ -146,7 +146,7 @@ def test_fedprox_with_mu_stays_nearer_to_where_it_started(network):
     assert way[0] < 0.9 * way[1]
 
 
-@NETWORKS
+@pytest.mark.parametrize("network", ["cnn", thorough("bn_net"), thorough("noisy_net")])
 @pytest.mark.parametrize("algorithm", [FedProx(mu=0.5), Ditto(lam=0.5)], ids=lambda a: type(a).__name__)
 def test_fedprox_and_ditto_agree_on_loop_and_stack(algorithm, network):
     loop, stack = loop_and_stack(algorithm, network)
@@ -156,7 +156,7 @@ def test_fedprox_and_ditto_agree_on_loop_and_stack(algorithm, network):
 # SCAFFOLD
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
 def test_scaffolds_first_round_is_fedavg_and_its_second_is_not(network, stacked):
     how = {"network": network, "stacked": stacked, "train": PLAIN}
@@ -184,7 +184,7 @@ def test_the_correction_has_the_gradient_c_minus_c_i():
     assert not any(grads[n].any() for n in grads if n.startswith((".c.", ".c_i.")))
 
 
-@PATHS
+@STACK_FIRST
 def test_a_control_variate_is_the_mean_gradient_of_the_clients_steps(stacked):
     """Under option II, eqs. (3) and (4) give c_i+ = (1/K) sum_k grad f_i(y_k), whatever c and c_i were."""
     made = small.trainer(Scaffold(), train=replace(PLAIN, epochs=2), stacked=stacked)
@@ -211,8 +211,8 @@ def test_a_control_variate_is_the_mean_gradient_of_the_clients_steps(stacked):
         )
 
 
-@PATHS
-@pytest.mark.parametrize("participation", [1.0, 0.4])
+@STACK_FIRST
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.4])
 def test_c_is_the_mean_of_all_c_i_at_any_participation(stacked, participation):
     how = {"stacked": stacked, "participation": participation, "train": PLAIN}
     run, state = small.experiment(Scaffold(), "bn_net", **how)
@@ -228,19 +228,19 @@ def test_c_is_the_mean_of_all_c_i_at_any_participation(stacked, participation):
             assert all(moved) if client in chosen else not any(moved)
 
 
-@PATHS
+@STACK_FIRST
 def test_scaffold_on_identical_clients_is_fedavg(stacked):
     how = {"network": "bn_net", "sizes": (7, 7, 7), "same_sample": True, "stacked": stacked, "train": PLAIN}
-    scaffold, fedavg = (small.played(*small.experiment(a, **how), 3).shared for a in (Scaffold(), FedAvg()))
+    scaffold, fedavg = (small.ended(a, rounds=3, **how).shared for a in (Scaffold(), FedAvg()))
     small.assert_near({n: scaffold[n] for n in fedavg}, fedavg, rtol=2e-5)
 
 
-@PATHS
+@STACK_FIRST
 def test_the_server_goes_its_own_way_with_parameters_and_takes_the_mean_of_statistics(stacked):
     how = {"network": "bn_net", "stacked": stacked, "train": PLAIN}
     run, state = small.experiment(Scaffold(), **how)
     x = small.copy(state.shared)
-    one, far = (small.played(*small.experiment(Scaffold(server_lr=lr), **how), 1).shared for lr in (1.0, 1.7))
+    one, far = (small.ended(Scaffold(server_lr=lr), rounds=1, **how).shared for lr in (1.0, 1.7))
     expected = {n: x[n] + 1.7 * (one[n] - x[n]) for n in parameters(run.trainer, x)}
     assert gap(far, expected) < 1e-6
     others = [n for n in x if n not in expected]
@@ -281,7 +281,7 @@ class FlatFedAvg(Flat, FedAvg):
     pass
 
 
-@pytest.mark.parametrize("participation", [1.0, 0.6])
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 def test_scaffold_reaches_the_optimum_of_heterogeneous_quadratics_where_fedavg_stalls(participation):
     sizes = (11, 9, 6, 3, 2)  # 9, 6, 6, 3 and 3 local steps
     a, b = quadratic(torch.tensor(sizes, dtype=torch.float64))
@@ -304,7 +304,7 @@ def test_scaffold_reaches_the_optimum_of_heterogeneous_quadratics_where_fedavg_s
     )  # its cohorts pass near the optimum by chance
 
 
-@NETWORKS
+@pytest.mark.parametrize("network", ["cnn", thorough("bn_net"), thorough("noisy_net")])
 def test_scaffold_agrees_on_loop_and_stack(network):
     """c and c_i are differences of parameters over K lr >= 0.15, which magnifies rounding: in float64."""
     variate = lambda leaf: leaf.startswith((".c.", "personal"))
@@ -323,20 +323,20 @@ def test_scaffold_refuses_momentum():
 # Ditto
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
-@pytest.mark.parametrize("lam", [0.0, 0.7])
+@pytest.mark.parametrize("lam", [thorough(0.0), 0.7])
 def test_dittos_shared_model_is_fedavg_whatever_lam(network, stacked, lam):
     how = {"network": network, "stacked": stacked, "participation": 0.6}
-    ditto, fedavg = (small.played(*small.experiment(a, **how), 3) for a in (Ditto(lam=lam), FedAvg()))
+    ditto, fedavg = (small.ended(a, rounds=3, **how) for a in (Ditto(lam=lam), FedAvg()))
     assert small.equal(ditto.shared, fedavg.shared)
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
 def test_ditto_without_lam_is_local_and_with_it_is_not(network, stacked):
     local, off, on = (
-        small.played(*small.experiment(a, network, stacked=stacked), 3).personal
+        small.ended(a, network, 3, stacked=stacked).personal
         for a in (Local(), Ditto(lam=0.0), Ditto(lam=0.7))
     )
     assert small.equal(owned(off), local)
@@ -354,7 +354,7 @@ def test_ditto_far_from_everyone_is_drawn_to_the_received_model():
         assert gap(start, parameters(made, v.shared)) > 1
 
 
-@PATHS
+@STACK_FIRST
 def test_ditto_judges_and_keeps_what_is_the_clients_own(stacked):
     run, state = small.experiment(Ditto(), "bn_net", participation=0.6, stacked=stacked)
     state, chosen = small.played(run, state, 1), run.chosen(1)

@@ -6,6 +6,7 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
+from tiers import thorough
 
 from fedlora_mpi.algorithm import Algorithm, Phase, Sgd, Step, Train, Vars
 from fedlora_mpi.algorithms.fedavg import FedAvg
@@ -60,7 +61,7 @@ class Phased(FedAvg):
 # The two paths
 
 
-@pytest.mark.parametrize("network", ["cnn", "bn_net", "noisy_net"])
+@pytest.mark.parametrize("network", [thorough("cnn"), "bn_net", "noisy_net"])
 @pytest.mark.parametrize(
     "algorithm", [FedAvg(), FedLoRA(bn_stats="local"), Local()], ids=lambda a: type(a).__name__
 )
@@ -77,7 +78,7 @@ def test_loop_and_stack_train_alike(network, algorithm):
     assert not torch.equal(loop[0][some], loop[1][some])
 
 
-@pytest.mark.parametrize("network", ["cnn", "bn_net", "noisy_net"])
+@pytest.mark.parametrize("network", [thorough("cnn"), "bn_net", "noisy_net"])
 def test_loop_and_stack_evaluate_alike(network):
     tests = (304, 9, 251, 5, 407)  # a stack of five tests 200 samples of each at a time
     tables = []
@@ -425,7 +426,7 @@ def test_impossible_training_settings_are_refused(fields):
 
 @pytest.mark.parametrize("network", ["cnn", "bn_net"])
 def test_the_defaults_of_an_algorithm_are_fedavg(network):
-    plain, fedavg = (small.played(*small.experiment(a, network), 2) for a in (Algorithm(), FedAvg()))
+    plain, fedavg = (small.ended(a, network) for a in (Algorithm(), FedAvg()))
     assert small.equal(plain.shared, fedavg.shared) and not plain.personal
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import small
 import torch
+from tiers import STACK_FIRST, thorough
 
 from fedlora_mpi.algorithm import Batch, Train, Vars
 from fedlora_mpi.algorithms.fedala import FedALA
@@ -15,8 +16,7 @@ from fedlora_mpi.round import play
 from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import numel, split
 
-PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
-NETWORKS = pytest.mark.parametrize("network", ["cnn", "bn_net"])
+NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
 TOP = {"cnn": ["9.weight", "9.bias"], "bn_net": ["fc.weight", "fc.bias"], "noisy_net": ["5.weight", "5.bias"]}
 
 
@@ -41,9 +41,9 @@ def met(made, at=0):
 # Degenerate cases
 
 
-@PATHS
-@pytest.mark.parametrize("network", ["cnn", "bn_net", "noisy_net"])
-@pytest.mark.parametrize("participation", [1.0, 0.6])
+@STACK_FIRST
+@pytest.mark.parametrize("network", [thorough("cnn"), "bn_net", thorough("noisy_net")])
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 def test_weights_that_do_not_learn_are_fedavg(network, stacked, participation):
     how = {"network": network, "stacked": stacked, "participation": participation}
     how |= {"train": replace(small.TRAIN, weight_decay=0.01)}
@@ -80,9 +80,9 @@ class PersonalHead(FedAvg):
         return v.shared | v.personal
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
-@pytest.mark.parametrize("participation", [1.0, 0.6])
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 def test_weights_of_zero_keep_the_head_personal(network, stacked, participation):
     how = {"network": network, "stacked": stacked, "participation": participation}
     run, state = small.experiment(FedALA(eta=0.0), **how)
@@ -133,7 +133,7 @@ def aggregated(made, v, client, round_, used):
     return weight, mixed(weight)
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
 def test_weights_take_plain_clipped_steps_on_their_share_of_the_data(network, stacked):
     settings = replace(small.TRAIN, momentum=0.9, weight_decay=0.1)  # of training, not of the weights
@@ -158,7 +158,7 @@ class Started(FedALA):
         return super().phases(model, train, round_)[:1]
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_evaluation_is_of_the_model_with_which_the_next_round_starts(network, stacked, rounds):
@@ -217,7 +217,7 @@ def test_p_counts_layers_from_the_end(p, tops):
 # What is kept, what travels
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
 def test_participants_keep_their_trained_top_and_others_what_they_had(network, stacked):
     how = {"network": network, "participation": 0.6, "stacked": stacked, "group_size": 2}
@@ -282,7 +282,7 @@ def test_impossible_fields_are_refused(kind, fields):
 # FedAvg with fine-tuning
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
 def test_fine_tuning_leaves_no_trace_in_the_state(network, stacked):
     how = {"network": network, "stacked": stacked, "participation": 0.6}
@@ -298,7 +298,7 @@ def test_fine_tuning_leaves_no_trace_in_the_state(network, stacked):
     )
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
 def test_fine_tuning_as_long_as_training_is_the_next_rounds_training(network, stacked):
     run, state = small.experiment(FedAvgFT(ft_epochs=small.TRAIN.epochs), network, stacked=stacked)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from runs import NORM, TINY, built, equal, played, tiny
 from small import CLASSES, model
+from tiers import thorough
 
 from fedlora_mpi.algorithm import Cohort, Vars
 from fedlora_mpi.algorithms.fed_talora import FedTaLoRA
@@ -24,7 +25,7 @@ HEAD = tuple(n for n in NET.leaves if NET.role(n) == "head")
 COUNTS = (7, 1, 3)
 EQUAL, MIXED = (2,), (1, 3, 2)
 TRAINED = ("train.lr=0.02", "algorithm.alpha=4")  # what all of them train well with
-NAMES = pytest.mark.parametrize("name", ["fedex_lora", "fed_talora", "flora"])
+NAMES = pytest.mark.parametrize("name", ["fedex_lora", thorough("fed_talora"), thorough("flora")])
 EXACT = pytest.mark.parametrize("cls", [FedExLoRA, FedTaLoRA, FLoRA])
 CALIBRATED = pytest.mark.parametrize("cls", [FedExLoRA, FedTaLoRA])
 RANKS = pytest.mark.parametrize("ranks", [EQUAL, MIXED])
@@ -245,9 +246,9 @@ def test_with_one_client_a_round_fedex_is_fedit():
         assert all(W.abs().max() < 1e-6 for W in dense(a.shared).values())
 
 
-@pytest.mark.parametrize("network", [NORM, "model.width=4"], ids=["norm", "cnn"])
+@pytest.mark.parametrize("network", [NORM, thorough("model.width=4")], ids=["norm", "cnn"])
 @pytest.mark.parametrize("downlink", ["dense", "factored"])
-@pytest.mark.parametrize("participation, cohort", [("0.6", 4), ("0.15", 1)])
+@pytest.mark.parametrize("participation, cohort", [("0.6", 4), thorough("0.15", 1)])
 def test_fedex_counts_factors_head_and_the_last_residual(network, downlink, participation, cohort):
     common = (network, *TRAINED, f"algorithm.downlink={downlink}", f"participation={participation}")
     common = ("algorithm=fedex_lora", *common, "algorithm.lora_ranks=[1,2]", "algorithm.full=[head,norm]")
@@ -264,8 +265,8 @@ def test_fedex_counts_factors_head_and_the_last_residual(network, downlink, part
         assert moment.row["bytes_down"] == 4 * (up + (cohort * R if round_ else 0))
 
 
-@pytest.mark.parametrize("line", ["fedex_lora", "fedex_lora downlink=factored", "flora", "fed_talora"])
-def test_what_a_plan_says_of_a_cohort_is_what_its_rounds_count(line):
+@pytest.mark.parametrize("line", ["fedex_lora", thorough("fedex_lora downlink=factored"), "flora", thorough("fed_talora")])
+def test_what_a_plan_says_of_a_cohort_is_what_its_rounds_count(line, unmeasured):
     name, *more = line.split()
     common = (f"algorithm={name}", *TRAINED, *(f"algorithm.{setting}" for setting in more), "participation=1.0")
     row = played(*common)[0][-1].row
@@ -356,8 +357,8 @@ def test_the_model_of_a_flora_client_that_has_not_trained_is_the_servers():
         assert_near(own.weights_of(NET, Vars(own.download(shared), {})), weights)
 
 
-@pytest.mark.parametrize("network", [NORM, "model.width=4"], ids=["norm", "cnn"])
-@pytest.mark.parametrize("ranks", ["[2]", "[1,2]", "[8]"])
+@pytest.mark.parametrize("network", [thorough(NORM), "model.width=4"], ids=["norm", "cnn"])
+@pytest.mark.parametrize("ranks", [thorough("[2]"), "[1,2]", "[8]"])
 def test_flora_counts_its_factors_up_and_the_stack_of_the_last_round_down(network, ranks):
     common = ("algorithm=flora", network, *TRAINED, f"algorithm.lora_ranks={ranks}")
     run = built(*common).run

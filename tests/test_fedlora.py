@@ -6,6 +6,7 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
+from tiers import STACK_FIRST, thorough
 from torch import nn
 from torch.func import functional_call
 
@@ -23,8 +24,7 @@ from fedlora_mpi.round import play
 from fedlora_mpi.seeds import isolated, rng
 from fedlora_mpi.tree import numel, split
 
-PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
-NETWORKS = pytest.mark.parametrize("network", ["cnn", "bn_net"])
+NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
 
 
 def numbers(*shape, at=0):
@@ -60,7 +60,7 @@ def of_role(made, tree, *roles):
     [
         ("resnet8", 10, 0.6, 4, 1_826_938, 1_348_281),
         ("resnet10", 100, 0.8, 40, 9_374_121, 7_168_517),
-        ("resnet10", 200, 0.8, 80, 9_406_601, 7_200_997),
+        thorough("resnet10", 200, 0.8, 80, 9_406_601, 7_200_997),
     ],
 )
 def test_factors_have_their_published_sizes(network, classes, conv, linear, official, paper):
@@ -263,9 +263,9 @@ def test_a_tau_formed_once_gives_the_same_loss_and_gradient(network):
 # Degenerate cases
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
-@pytest.mark.parametrize("participation", [1.0, 0.6])
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 def test_fedlora_without_lora_epochs_is_fedavg(network, stacked, participation):
     how = {"network": network, "stacked": stacked, "participation": participation}
     run, state = small.experiment(FedLoRA(lora_epochs=0), **how)
@@ -278,7 +278,7 @@ def test_fedlora_without_lora_epochs_is_fedavg(network, stacked, participation):
     assert not any(v.any() for n, v in state.personal.items() if n.endswith(".B"))
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
 def test_fedlora_with_lora_epochs_alone_is_isolation_when_statistics_stay_home(network, stacked):
     algorithm = FedLoRA(lora_epochs=3, bn_stats="local")
@@ -329,7 +329,7 @@ def alternating(made, rounds, scale):
     return {n: state[n] for n in start.shared}, {n: v.detach() for n, v in factors.items()}
 
 
-@PATHS
+@STACK_FIRST
 @pytest.mark.parametrize("rule", ["paper", "official"])
 def test_one_client_trains_as_alternating_torch_optimizers(stacked, rule):
     if rule == "paper":
@@ -345,7 +345,7 @@ def test_one_client_trains_as_alternating_torch_optimizers(stacked, rule):
     small.assert_near({n: v[0] for n, v in state.personal.items()}, factors)
 
 
-@PATHS
+@STACK_FIRST
 def test_identical_clients_keep_identical_parts_and_the_mean_is_theirs(stacked):
     how = {"same_sample": True, "stacked": stacked, "group_size": 1}
     run, state = small.experiment(FedLoRA(), sizes=(6, 6, 6), **how)
@@ -360,7 +360,7 @@ def test_identical_clients_keep_identical_parts_and_the_mean_is_theirs(stacked):
 
 
 @NETWORKS
-@PATHS
+@STACK_FIRST
 def test_the_lowrank_phase_moves_factors_and_statistics_alone(network, stacked):
     made = small.trainer(FedLoRA(lora_epochs=3), network, stacked=stacked)
     shared, personal_C = begun(made, 5)
@@ -373,7 +373,7 @@ def test_the_lowrank_phase_moves_factors_and_statistics_alone(network, stacked):
 
 
 @NETWORKS
-@PATHS
+@STACK_FIRST
 def test_the_sigma_phase_leaves_the_factors(network, stacked):
     made = small.trainer(FedLoRA(lora_epochs=0), network, stacked=stacked)
     v = moving(made)
@@ -466,7 +466,7 @@ def test_fedlora_counts_absent_clients_by_default():
     assert FedLoRA().absent == FedAvgLoRA().absent == "stale" and FedLoRA().weights == "uniform"
 
 
-@PATHS
+@STACK_FIRST
 @pytest.mark.parametrize("lora_epochs", [0, 2])
 def test_personal_parts_move_for_participants_with_lora_epochs_alone(stacked, lora_epochs):
     run, state = small.experiment(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from runs import NORM, TINY, built, on_ranks, played, same
+from tiers import thorough
 
 from fedlora_mpi import config as configs
 from fedlora_mpi.algorithm import Cohort
@@ -340,8 +341,8 @@ def test_the_weights_of_round_1_are_uniform_and_every_b_has_a_gradient():
 # Whole runs.
 
 
-@pytest.mark.parametrize("name", ["fedit", "flexlora", "fedhl"])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("name", [thorough("fedit"), "flexlora", thorough("fedhl")])
+@pytest.mark.parametrize("ranks", [thorough(1), thorough(2), 3])
 def test_gathered_uploads_give_the_bits_of_summed_ones(name, ranks):
     common = (f"algorithm={name}", NORM, "algorithm.lora_ranks=[1,2,4]", "algorithm.alpha=2", "rounds=2")
     by_sum = played(*common, "uplink=sum")[0][1:]
@@ -390,7 +391,7 @@ def test_a_rank_is_part_of_the_config_that_a_resume_must_have():
 COLOURS = ("data.synthetic.channels=3", "train.epochs=1", "rounds=2")
 
 
-@pytest.mark.parametrize("name", ["fedit", "fedhl"])
+@pytest.mark.parametrize("name", ["fedit", thorough("fedhl")])
 def test_a_vision_transformer_is_tuned_in_its_attention_alike_in_loop_and_stack(name):
     how = (f"algorithm={{name: {name}, lora_ranks: [6, 2], layers: ['*.self_attention.*', '*.mlp.*']}}", *COLOURS)
     stack, loop = (played(*how, "model=user_parts:small_vit", f"engine.path={p}")[0] for p in ("stack", "loop"))
@@ -406,6 +407,7 @@ def test_a_vision_transformer_is_tuned_in_its_attention_alike_in_loop_and_stack(
     assert not same(stack[0], stack[-1])
 
 
+@pytest.mark.thorough
 def test_a_resnet_of_torchvision_is_tuned_with_the_statistics_it_came_with():
     how = ("algorithm={name: flexlora, lora_ranks: [3, 1], layers: ['layer1.*', '*.downsample.0.weight']}", *COLOURS)
     begin, *_, end = played(*how, "model=user_parts:small_resnet", "rounds=1")[0]

@@ -13,6 +13,7 @@ import small
 import torch
 from methods import SETTINGS
 from runs import NORM, played, same, tiny
+from tiers import thorough
 
 from fedlora_mpi import algorithms
 from fedlora_mpi import config as configs
@@ -30,6 +31,7 @@ from fedlora_mpi.sums import ExactSum, FastSum
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("fedavg", "fedlora", "scaffold", "fedamp", "moon", "pfedgate")
+STEPS = [("fedlora", False), ("fedlora", True), *(thorough(name, True) for name in METHODS if name != "fedlora")]
 OTHERS = [pytest.param(name, True, marks=pytest.mark.slow) for name in algorithms.names() if name not in METHODS]
 
 
@@ -90,21 +92,17 @@ def equal(a, b):
 # On a device that is not the host
 
 
-@pytest.mark.parametrize("name, stacked", [("fedlora", False), *((name, True) for name in METHODS), *OTHERS])
-def test_a_round_on_a_device_has_the_bits_of_one_on_the_host(name, stacked, machine):
+@pytest.mark.parametrize("name, stacked", [*STEPS, *OTHERS])
+def test_a_round_on_a_device_has_the_bits_of_one_on_the_host_and_waits_not_inside_local_training(
+    name, stacked, machine, monkeypatch
+):
     if name in ("fedapen", "fedkd", "fml"):
         pytest.skip("needs a second network of the settings")
-    assert equal(ends(*made(name, stacked, device=far.DEVICE), 1), ends(*made(name, stacked), 1))
-    assert machine.waits
-
-
-@pytest.mark.parametrize("name, stacked", [("fedlora", False), *((name, True) for name in METHODS)])
-def test_nothing_waits_for_the_device_inside_local_training(name, stacked, machine, monkeypatch):
     run, state = made(name, stacked, device=far.DEVICE)
     whole, passes = type(run.trainer)._train, []
 
     def strict(self, *given):
-        machine.strict = True
+        machine.strict = name in METHODS
         try:
             return whole(self, *given)
         finally:
@@ -112,8 +110,10 @@ def test_nothing_waits_for_the_device_inside_local_training(name, stacked, machi
             passes.append(1)
 
     monkeypatch.setattr(type(run.trainer), "_train", strict)
-    small.played(run, state, 1)
+    there = ends(run, state, 1)
     assert len(passes) == (1 if stacked else len(small.SIZES))
+    assert machine.waits
+    assert equal(there, ends(*made(name, stacked), 1))
 
 
 def test_a_stack_waits_once_for_its_clients_and_once_for_each_upload(machine):
@@ -145,7 +145,7 @@ def test_a_sum_of_vectors_here_and_there_is_that_of_all(cls, machine):
 # Recordings
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["fedlora", "moon", *(thorough(n) for n in METHODS if n not in ("fedlora", "moon"))])
 def test_epochs_that_are_played_again_have_the_bits_of_the_steps(name, monkeypatch):
     made, whole = [], recording._Place.play
     monkeypatch.setattr(recording._Place, "play", lambda self, epoch: made.append(1) or whole(self, epoch))
@@ -155,14 +155,15 @@ def test_epochs_that_are_played_again_have_the_bits_of_the_steps(name, monkeypat
     assert made
 
 
-SLOW = [pytest.param(name, True, marks=pytest.mark.slow) for name in METHODS[2:]]
+RECORDED = [("fedlora", False, "cnn"), ("fedavg", True, "bn_net"), thorough("fedlora", False, "bn_net"), thorough("fedlora", True, "bn_net")]
+RECORDED += [pytest.param(name, True, "bn_net", marks=pytest.mark.slow) for name in METHODS[2:]]
 
 
-@pytest.mark.parametrize("name, stacked", [("fedlora", False), ("fedavg", True), ("fedlora", True), *SLOW])
-def test_a_recording_of_a_gpu_has_the_bits_of_the_steps(name, stacked, machine, monkeypatch, capsys):
+@pytest.mark.parametrize("name, stacked, network", RECORDED)
+def test_a_recording_of_a_gpu_has_the_bits_of_the_steps(name, stacked, network, machine, monkeypatch, capsys):
     far.as_cuda(machine, monkeypatch)
-    plain = ends(*made(name, stacked))
-    run, state = made(name, stacked, device=far.DEVICE)
+    plain = ends(*made(name, stacked, network))
+    run, state = made(name, stacked, network, far.DEVICE)
     run = recorded(run, CudaGraph)
     assert equal(ends(run, state), plain)
     walks = [walk for walk, _ in run.trainer.graphs._walks.values()]
@@ -185,8 +186,8 @@ class Asking(FedAvg):
 def test_what_waits_is_not_recorded_and_trains_all_the_same(machine, monkeypatch, capsys):
     far.as_cuda(machine, monkeypatch)
     monkeypatch.setattr(algorithms, "find", lambda name: Asking)
-    plain = ends(*made("asking", stacked=False))
-    run, state = made("asking", stacked=False, device=far.DEVICE)
+    plain = ends(*made("asking", False, "cnn"))
+    run, state = made("asking", False, "cnn", far.DEVICE)
     assert equal(ends(recorded(run, CudaGraph), state), plain)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("hint: engine.graphs: a synchronizing operation") and not machine.strict
@@ -196,23 +197,23 @@ def test_a_recording_that_goes_wrong_is_not_used(machine, monkeypatch, capsys):
     far.as_cuda(machine, monkeypatch)
     whole = machine.play
     monkeypatch.setattr(machine, "play", lambda tape: whole(tape[: len(tape) // 2]))
-    plain = ends(*made("fedavg"))
-    run, state = made("fedavg", device=far.DEVICE)
+    plain = ends(*made("fedavg", True, "cnn"))
+    run, state = made("fedavg", True, "cnn", far.DEVICE)
     assert equal(ends(recorded(run, CudaGraph), state), plain)
     assert "gave other numbers than its steps" in capsys.readouterr().err
 
 
 def test_long_epochs_are_several_recordings_and_the_oldest_give_way(monkeypatch):
     monkeypatch.setattr(recording, "_STEPS", 2)
-    run, state = made("fedlora")
+    run, state = made("fedlora", True, "cnn")
     held = recorded(run)
-    assert equal(ends(held, state), ends(*made("fedlora")))
+    assert equal(ends(held, state), ends(*made("fedlora", True, "cnn")))
     (walk, _), *_ = held.trainer.graphs._walks.values()
     assert [len(place._graphs) for place in walk._epochs.values()] == [2]  # three batches
     for most in ("_WALKS", "_EPOCHS"):
         monkeypatch.setattr(recording, most, 1)
     held = recorded(run)
-    assert equal(ends(held, made("fedlora")[1]), ends(*made("fedlora")))
+    assert equal(ends(held, made("fedlora", True, "cnn")[1]), ends(*made("fedlora", True, "cnn")))
     assert len(held.trainer.graphs._walks) == 1
     held.trainer.graphs.clear()
     assert not held.trainer.graphs._walks
@@ -249,7 +250,7 @@ def test_the_setting_stays_out_of_a_config_that_does_not_name_it():
 # Precision
 
 
-@pytest.mark.parametrize("name, stacked", [("fedlora", False), *((name, True) for name in METHODS)])
+@pytest.mark.parametrize("name, stacked", STEPS)
 def test_bfloat16_is_near_float32_and_leaves_weights_in_float32(name, stacked):
     runs = [made(name, stacked) for _ in range(2)]
     (kind,) = runs[0][0].kinds
@@ -283,7 +284,7 @@ class Small:
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_stack_that_does_not_fit_is_split_and_computed_anew(graphs, monkeypatch, capsys):
-    four = {"sizes": small.SIZES[:4]}
+    four = {"sizes": small.SIZES[:4], "network": "cnn"}
     run, state = made("fedlora", **four)
     halves = ends(replace(run, group_size=2), state)
     short = Small(monkeypatch, 2)

@@ -1,11 +1,13 @@
 """Methods that share a body: FedPer, FedRep, FedBN and FedRoD against FedAvg, Local, torch and closed forms."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import small
 import torch
 import torch.nn.functional as F
+from tiers import STACK_FIRST, thorough
 from torch import nn
 
 from fedlora_mpi.algorithm import Batch, Phase, Step, Train, Vars
@@ -20,7 +22,6 @@ from fedlora_mpi.round import play
 from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import numel
 
-PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
 ALL = [
     FedPer(),
     FedRep(head_epochs=2),
@@ -42,8 +43,9 @@ class Turns(FedAvg):
         return tuple(Phase(epochs, (Step(loss, trains),)) for epochs, trains in parts)
 
 
+@cache
 def outcome(algorithm, network="bn_net", rounds=2, **how):
-    """(Run, State) after ``rounds`` rounds."""
+    """(Run, State) after ``rounds`` rounds. Cached: change nothing in it, and play no further."""
     run, state = small.experiment(algorithm, network, **how)
     return run, small.played(run, state, rounds)
 
@@ -78,7 +80,7 @@ def derived(loss, leaves):
 
 
 @METHODS
-@pytest.mark.parametrize("network", ["cnn", "bn_net"])
+@pytest.mark.parametrize("network", ["cnn", thorough("bn_net")])
 def test_loop_and_stack_train_alike(algorithm, network):
     (_, loop), (_, stack) = (
         outcome(algorithm, network, rounds=1, stacked=stacked) for stacked in (False, True)
@@ -151,23 +153,23 @@ def test_impossible_fields_are_refused(make, text):
 # FedPer
 
 
-@PATHS
-@pytest.mark.parametrize("participation", [1.0, 0.6])
+@STACK_FIRST
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 def test_fedper_that_keeps_nothing_is_fedavg(stacked, participation):
     how = {"stacked": stacked, "participation": participation}
     (_, state), (_, plain) = outcome(FedPer(personal=()), **how), outcome(FedAvg(), **how)
     assert small.equal(state.shared, plain.shared) and not state.personal
 
 
-@PATHS
-@pytest.mark.parametrize("participation", [1.0, 0.6])
+@STACK_FIRST
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 def test_fedper_that_keeps_everything_is_local(stacked, participation):
     how = {"stacked": stacked, "participation": participation}
     (run, state), (_, plain) = outcome(FedPer(personal=("*",)), **how), outcome(Local(), **how)
     assert small.equal(state.personal, plain.personal) and not state.shared and run.upload.size == 0
 
 
-@PATHS
+@STACK_FIRST
 def test_fedper_of_one_client_is_fedavg(stacked):
     how = {"sizes": (12,), "stacked": stacked}
     (_, state), (_, plain) = outcome(FedPer(), **how), outcome(FedAvg(), **how)
@@ -188,7 +190,7 @@ def test_fedper_keeps_what_its_patterns_match():
 # FedRep
 
 
-@PATHS
+@STACK_FIRST
 def test_fedrep_of_one_client_is_fedavg_with_both_phases(stacked):
     how = {"sizes": (12,), "stacked": stacked}
     (_, state), (_, plain) = outcome(FedRep(head_epochs=2), **how), outcome(Turns(), **how)
@@ -196,7 +198,7 @@ def test_fedrep_of_one_client_is_fedavg_with_both_phases(stacked):
     assert small.equal({n: whole[n] for n in plain.shared}, plain.shared)
 
 
-@PATHS
+@STACK_FIRST
 def test_fedrep_trains_one_part_at_a_time(stacked):
     begin = small.model("bn_net").initial
     run, state = outcome(FedRep(head_epochs=0), stacked=stacked)
@@ -233,8 +235,8 @@ def test_fedrep_is_neither_fedper_nor_its_own_reverse():
 # FedBN
 
 
-@PATHS
-@pytest.mark.parametrize("participation", [1.0, 0.6])
+@STACK_FIRST
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 def test_fedbn_without_normalisation_is_fedavg(stacked, participation):
     how = {"network": "cnn", "stacked": stacked, "participation": participation}
     (_, state), (_, plain) = outcome(FedBN(), **how), outcome(FedAvg(weights="uniform"), **how)
@@ -251,7 +253,7 @@ def test_fedbn_keeps_every_normalisation_layer_whatever_its_name():
     assert set(FedBN().init(model, rng(1)).personal) == {"1.weight", "1.bias", "3.weight", "3.bias"}
 
 
-@PATHS
+@STACK_FIRST
 def test_fedbn_moves_statistics_and_affine_parameters_at_home(stacked):
     run, state = outcome(FedBN(), stacked=stacked)
     begin = run.trainer.model.initial
@@ -263,16 +265,16 @@ def test_fedbn_moves_statistics_and_affine_parameters_at_home(stacked):
 # FedRoD
 
 
-@PATHS
+@STACK_FIRST
 @pytest.mark.parametrize("head", ["copy", "zero"])
-@pytest.mark.parametrize("network, participation", [("bn_net", 1.0), ("bn_net", 0.6), ("noisy_net", 1.0)])
+@pytest.mark.parametrize("network, participation", [thorough("bn_net", 1.0), ("bn_net", 0.6), thorough("noisy_net", 1.0)])
 def test_the_generic_part_of_fedrod_without_gamma_is_fedavg(stacked, head, network, participation):
     how = {"network": network, "stacked": stacked, "participation": participation}
     (_, state), (_, plain) = outcome(FedRoD(gamma=0.0, head=head), **how), outcome(FedAvg(), **how)
     assert small.equal(state.shared, plain.shared)
 
 
-@PATHS
+@STACK_FIRST
 def test_equal_counts_make_the_generic_loss_plain(stacked):
     run, state = small.experiment(FedRoD(), "bn_net", stacked=stacked, fine=True)
     run.trainer.feed._counts.fill_(7.0)

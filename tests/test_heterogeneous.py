@@ -8,6 +8,7 @@ import small
 import torch
 import torch.nn.functional as F
 from runs import TINY, assert_same_run, equal, played, tiny
+from tiers import STACK_FIRST, thorough
 from torch import nn
 
 from fedlora_mpi.algorithm import Batch, Train, Vars
@@ -31,11 +32,16 @@ from fedlora_mpi.seeds import rng
 
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
 MIXED = ("cnn", "bn_net", "wide_cnn")  # three networks with five features each
-NETWORKS = pytest.mark.parametrize("network", ["cnn", "bn_net", MIXED], ids=["cnn", "bn_net", "mixed"])
-ALL = [LGFedAvg(), FD(), FD(outputs="logits"), FedProto(), FedProto(weights="samples")]
+NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), thorough("bn_net"), pytest.param(MIXED, id="mixed")])
+ALL = [LGFedAvg(), FD(), thorough(FD(outputs="logits")), thorough(FedProto()), FedProto(weights="samples")]
 METHODS = pytest.mark.parametrize("algorithm", ALL, ids=str)
 TERMS = pytest.mark.parametrize(
     "algorithm", [FD(), FD(outputs="logits"), FedProto(), FedProto(weights="samples", absent="stale")], ids=str
+)
+FEW_TERMS = pytest.mark.parametrize(
+    "algorithm",
+    [FD(), thorough(FD(outputs="logits")), thorough(FedProto()), FedProto(weights="samples", absent="stale")],
+    ids=str,
 )
 
 
@@ -122,10 +128,10 @@ def gradients(made, v, batch, round_=1):
 
 
 @METHODS
-@pytest.mark.parametrize("network", ["cnn", MIXED], ids=["cnn", "mixed"])
+@pytest.mark.parametrize("network", [thorough("cnn"), pytest.param(MIXED, id="mixed")])
 def test_loop_and_stack_train_alike(algorithm, network):
     loop, stack = (
-        small.played(*small.experiment(algorithm, network, stacked=stacked), 2) for stacked in (False, True)
+        small.ended(algorithm, network, stacked=stacked) for stacked in (False, True)
     )
     small.assert_near(stack.shared, loop.shared)
     small.assert_near(stack.personal, loop.personal)
@@ -165,8 +171,9 @@ MIX = (
     "model={mix: [{name: cnn, width: 4, hidden: 8}, {name: 'user_parts:normed'}, "
     "{name: cnn, width: 2, hidden: 8}]}"
 )
+PROTOTYPES = "fedproto", "algorithm.inference=prototypes"
 NAMES = pytest.mark.parametrize(
-    "name", [("lg_fedavg",), ("fd",), ("fedproto", "algorithm.inference=prototypes")], ids=lambda n: n[0]
+    "name", [thorough(("lg_fedavg",)), thorough(("fd",)), pytest.param(PROTOTYPES)], ids=lambda n: n[0]
 )
 
 
@@ -185,6 +192,7 @@ def test_mixed_networks_on_one_and_three_ranks_are_equal_to_the_bit(name):
             assert all(a.row[n] == b.row[n] for n in ("train_loss", "bytes_up", "bytes_down") if a.row)
 
 
+@pytest.mark.thorough
 @NAMES
 def test_a_resume_of_mixed_networks_moves_no_bit(name, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -231,24 +239,24 @@ def test_networks_without_what_is_shared_are_refused():
 # LG-FedAvg
 
 
-@PATHS
-@pytest.mark.parametrize("participation", [1.0, 0.6])
+@STACK_FIRST
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 @pytest.mark.parametrize("absent", ["exclude", "stale"])
 def test_lg_fedavg_with_one_network_is_fedper_that_keeps_the_body(stacked, participation, absent):
     body = tuple(n for n in small.model("bn_net").initial if not n.startswith("fc."))
     how = {"network": "bn_net", "stacked": stacked, "participation": participation}
     for weights in ("samples", "uniform"):
         fields = {"weights": weights, "absent": absent}
-        mine = small.played(*small.experiment(LGFedAvg(**fields), **how), 2)
-        other = small.played(*small.experiment(FedPer(personal=body, **fields), **how), 2)
+        mine = small.ended(LGFedAvg(**fields), **how)
+        other = small.ended(FedPer(personal=body, **fields), **how)
         assert small.equal(mine.personal, other.personal)
         assert small.equal({n.replace(".head.", "fc."): v for n, v in mine.shared.items()}, other.shared)
 
 
-@PATHS
+@STACK_FIRST
 def test_lg_fedavg_of_one_client_is_fedavg(stacked):
     how = {"network": "bn_net", "sizes": (12,), "stacked": stacked}
-    mine, plain = (small.played(*small.experiment(a, **how), 2) for a in (LGFedAvg(), FedAvg()))
+    mine, plain = (small.ended(a, **how) for a in (LGFedAvg(), FedAvg()))
     whole = {n: v[0] for n, v in mine.personal.items()} | {n.replace(".head.", "fc."): v for n, v in mine.shared.items()}
     assert small.equal({n: whole[n] for n in plain.shared}, plain.shared)
 
@@ -292,20 +300,20 @@ def test_lg_fedavg_sends_the_head_up_and_down():
 # The terms of FD and FedProto
 
 
-@TERMS
+@FEW_TERMS
 @NETWORKS
-@PATHS
+@STACK_FIRST
 def test_without_its_term_a_method_is_local_to_the_bit(algorithm, network, stacked):
     how = {"network": network, "stacked": stacked, "participation": 0.6}
-    mine, plain = (small.played(*small.experiment(a, **how), 3) for a in (off(algorithm), Local()))
+    mine, plain = (small.ended(a, rounds=3, **how) for a in (off(algorithm), Local()))
     assert small.equal({n: mine.personal[n] for n in plain.personal}, plain.personal)
     assert any(v.any() for v in mine.shared.values())
 
 
-@TERMS
+@FEW_TERMS
 def test_with_its_term_a_method_is_local_in_round_1_and_not_in_round_2(algorithm):
-    once, twice = (small.played(*small.experiment(algorithm, MIXED), rounds) for rounds in (1, 2))
-    (first, second) = (small.played(*small.experiment(Local(), MIXED), rounds) for rounds in (1, 2))
+    once, twice = (small.ended(algorithm, MIXED, rounds) for rounds in (1, 2))
+    (first, second) = (small.ended(Local(), MIXED, rounds) for rounds in (1, 2))
     assert small.equal({n: once.personal[n] for n in first.personal}, first.personal)
     model = small.model("bn_net")
     moved = [n for n in second.personal if "fc.bias" in n or "9.bias" in n]
@@ -392,8 +400,8 @@ def test_nothing_known_is_nothing_learned(algorithm):
 
 
 @pytest.mark.parametrize("weights", ["uniform", "samples"])
-@pytest.mark.parametrize("participation", [1.0, 0.6])
-@PATHS
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
+@STACK_FIRST
 def test_a_prototype_is_the_mean_over_the_clients_that_hold_the_class(weights, participation, stacked):
     run, state = small.experiment(FedProto(weights=weights), MIXED, participation=participation, stacked=stacked)
     unequal = False
@@ -526,8 +534,8 @@ def test_the_classifier_is_judged_the_same_before_and_after_aggregation():
 
 
 @pytest.mark.parametrize("outputs, what", [("probabilities", probabilities), ("logits", logits_of)])
-@pytest.mark.parametrize("participation", [1.0, 0.6])
-@PATHS
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
+@STACK_FIRST
 def test_a_client_learns_from_the_mean_output_of_the_others(outputs, what, participation, stacked):
     run, state = small.experiment(FD(outputs=outputs), MIXED, participation=participation, stacked=stacked)
     sat_out = came_back = 0
@@ -565,10 +573,10 @@ def test_a_class_that_no_other_client_holds_is_not_distilled():
     assert {label for label in range(6) if not logits.grad[label].any()} == only
 
 
-@PATHS
+@STACK_FIRST
 def test_fd_of_one_client_is_local(stacked):
     how = {"sizes": (12,), "stacked": stacked, "network": "bn_net"}
-    mine, plain = (small.played(*small.experiment(a, **how), 3) for a in (FD(), Local()))
+    mine, plain = (small.ended(a, rounds=3, **how) for a in (FD(), Local()))
     assert small.equal({n: mine.personal[n] for n in plain.personal}, plain.personal)
 
 
@@ -595,7 +603,7 @@ def test_fd_sends_what_is_held_and_receives_what_is_known(participation):
 
 
 @pytest.mark.parametrize("name, numbers_", [("fd", 4 * 4), ("fedproto", 4 * 8), ("lg_fedavg", 4 * 8 + 4)])
-def test_a_plan_tells_the_most_that_is_sent(name, numbers_):
+def test_a_plan_tells_the_most_that_is_sent(name, numbers_, unmeasured):
     text = plan(tiny(*of((name,))), str(TINY), 1)
     assert f" {4 * numbers_} B up, {4 * numbers_} B down per client and round" in text
 

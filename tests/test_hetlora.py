@@ -6,6 +6,7 @@ import pytest
 import torch
 from finetuned import COUNTS, MIXED, RANKS, begun, clients, fine, near, numbers, served, trained
 from runs import NORM, assert_near, built, equal, played, same
+from tiers import thorough
 from torch.func import grad, vmap
 
 from fedlora_mpi.algorithm import Batch, Vars
@@ -201,7 +202,7 @@ def test_clients_of_a_stack_prune_each_for_itself():
         assert equal({n: v[row] for n, v in shared.items()}, components(end, 0, r))
 
 
-@pytest.mark.parametrize("path", ["stack", "loop"])
+@pytest.mark.parametrize("path", ["stack", thorough("loop")])
 def test_ranks_never_rise_nor_fall_below_the_minimum_and_pruned_components_stay_zero(path):
     how = (*PRUNES, "algorithm.lora_rank_min=2", "rounds=6", f"engine.path={path}")
     parts, moments = built(*how), played(*how)[0]
@@ -278,7 +279,7 @@ def test_the_own_model_has_the_present_components_and_the_servers_all():
 # On ranks
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [thorough(2), 3])
 def test_gathered_uploads_give_the_bits_of_the_sum(ranks):
     summed, gathered = (played(*PRUNES, f"uplink={how}", ranks=ranks) for how in ("sum", "gather"))
     for a, b in zip(summed, gathered, strict=True):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import small
 import torch
+from tiers import STACK_FIRST, thorough
 
 from fedlora_mpi.algorithm import Batch, Phase, Step, Train, Vars
 from fedlora_mpi.algorithms.apfl import APFL
@@ -16,8 +17,7 @@ from fedlora_mpi.batch import cross_entropy, halves
 from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import numel
 
-PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
-NETWORKS = pytest.mark.parametrize("network", ["cnn", "bn_net", "noisy_net"])
+NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net", thorough("noisy_net")])
 PLAIN = replace(small.TRAIN, momentum=0.0)
 CLIENTS = range(5)
 
@@ -67,13 +67,13 @@ def moved_rows(made, scale=0.05):
 
 
 def ended(algorithm, network="cnn", rounds=3, **how):
-    return small.played(*small.experiment(algorithm, network, **how), rounds)
+    return small.ended(algorithm, network, rounds, **how)
 
 
 # APFL
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
 @pytest.mark.parametrize("adaptive", [False, True], ids=["fixed", "adaptive"])
 def test_apfls_shared_model_is_fedavg(network, stacked, adaptive):
@@ -82,7 +82,7 @@ def test_apfls_shared_model_is_fedavg(network, stacked, adaptive):
     assert small.equal(apfl.shared, fedavg.shared)
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
 def test_apfl_with_alpha_one_is_local(network, stacked):
     apfl = ended(APFL(alpha=1.0, adaptive=False), network, stacked=stacked)
@@ -92,7 +92,7 @@ def test_apfl_with_alpha_one_is_local(network, stacked):
     assert gap(owned(half.personal), local.personal) > 1e-3
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
 def test_apfl_with_alpha_zero_predicts_by_the_shared_model_and_moves_no_parameter(network, stacked):
     run, state = small.experiment(APFL(alpha=0.0, adaptive=False), network, stacked=stacked)
@@ -132,7 +132,7 @@ def test_the_gradients_of_alpha_and_v_are_those_of_the_paper():
             assert gap(owned(found), {n: now.personal[".mix.alpha"] * w for n, w in g.items()}) < 1e-12
 
 
-@PATHS
+@STACK_FIRST
 @pytest.mark.parametrize("decay", [0.0, 0.02])
 def test_alpha_moves_once_a_round_on_one_batch_of_its_own(stacked, decay):
     made = small.trainer(APFL(alpha=0.5, alpha_decay=decay), stacked=stacked)
@@ -148,7 +148,7 @@ def test_alpha_moves_once_a_round_on_one_batch_of_its_own(stacked, decay):
         assert float(done.end.personal[".mix.alpha"]) == pytest.approx(0.5 - 0.05 * along, abs=1e-6)
 
 
-@PATHS
+@STACK_FIRST
 def test_alpha_goes_to_the_better_model_and_stays_between_zero_and_one(stacked):
     """v_i is a step down the loss from w for even clients, and a step up for odd ones."""
     made = small.trainer(APFL(), train=Train(1, 5, lr=1e4, momentum=0.0), stacked=stacked)
@@ -170,12 +170,12 @@ def test_alpha_goes_to_the_better_model_and_stays_between_zero_and_one(stacked):
     assert [float(done.end.personal[".mix.alpha"]) for done in ends] == [1.0, 0.0, 1.0, 0.0, 1.0]
 
 
-@PATHS
+@STACK_FIRST
 def test_the_step_on_alpha_moves_no_statistics(stacked):
     """In round 1 v_i = w, so alpha_i has no gradient, and all else must be as without the step."""
     one, other = (ended(APFL(adaptive=a), "bn_net", 1, stacked=stacked).personal for a in (True, False))
     assert small.equal(one, other)
-    one, other = (ended(APFL(adaptive=a), "bn_net", 3, stacked=stacked).personal for a in (True, False))
+    one, other = (ended(APFL(adaptive=a), "bn_net", 2, stacked=stacked).personal for a in (True, False))
     assert len(set(one[".mix.alpha"].tolist())) == 5 and set(other[".mix.alpha"].tolist()) == {0.5}
 
 
@@ -205,7 +205,7 @@ def by_hand(made, w, steps, lam, inner, outer, data):
     return theta, w
 
 
-@PATHS
+@STACK_FIRST
 def test_pfedme_is_algorithm_1(stacked):
     """Two batches: theta goes on from batch to batch, and starts at the received model, not where it was."""
     settings = Train(1, 6, lr=0.04, momentum=0.0)
@@ -243,7 +243,7 @@ def test_the_pull_of_pfedme_has_the_gradient_of_half_a_square():
     assert set(names) == set(parameters(made, v.shared))
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
 def test_pfedme_with_one_step_and_eta_lam_one_is_fedavg(network, stacked):
     """In float64: w - (w - theta) is theta only up to a unit in the last place of w."""
@@ -255,7 +255,7 @@ def test_pfedme_with_one_step_and_eta_lam_one_is_fedavg(network, stacked):
     assert small.equal(pfedme.shared, fedavg.shared)
 
 
-@PATHS
+@STACK_FIRST
 def test_pfedme_without_beta_leaves_the_global_parameters_and_trains_theta(stacked):
     run, state = small.experiment(PFedMe(beta=0.0), "bn_net", train=PLAIN, stacked=stacked)
     begin = small.copy(state.shared)
@@ -265,14 +265,14 @@ def test_pfedme_without_beta_leaves_the_global_parameters_and_trains_theta(stack
     assert gap(owned({n: v[1] for n, v in state.personal.items()}), parameters(run.trainer, begin)) > 1e-3
 
 
-@PATHS
+@STACK_FIRST
 def test_pfedme_without_lam_leaves_w_where_it_was(stacked):
     run, state = small.experiment(PFedMe(lam=0.0), train=PLAIN, stacked=stacked)
     begin = small.copy(state.shared)
     assert small.equal(small.played(run, state, 2).shared, begin)
 
 
-@PATHS
+@STACK_FIRST
 def test_beta_carries_parameters_beyond_the_mean_but_not_statistics(stacked):
     how = {"train": PLAIN, "stacked": stacked}
     run, state = small.experiment(PFedMe(), "bn_net", **how)
@@ -313,7 +313,7 @@ class SecondHalves(FedAvg):
         return (Phase(train.epochs, (Step(loss),)),)
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
 def test_perfedavg_without_alpha_is_fedavg_on_the_second_halves(network, stacked):
     algorithms = PerFedAvg(alpha=0.0), PerFedAvg(alpha=0.0, variant="hf"), SecondHalves()
@@ -372,7 +372,7 @@ def test_halves_share_out_the_real_examples(width, real, first, second):
     assert parts[0].key != parts[1].key
 
 
-@PATHS
+@STACK_FIRST
 def test_perfedavg_is_judged_after_one_step_on_training_data(stacked):
     made = small.trainer(PerFedAvg(alpha=0.2), stacked=stacked)
     shared = small.first(made).shared
@@ -389,7 +389,7 @@ def test_perfedavg_is_judged_after_one_step_on_training_data(stacked):
         assert abs(expected - before) > 1e-3
 
 
-@PATHS
+@STACK_FIRST
 def test_the_step_before_a_test_sees_training_samples_alone(stacked):
     """One batch holds all of a client's samples, so ``survey`` says what they are without ``epoch``."""
     made = small.trainer(PerFedAvg(alpha=0.2), train=replace(PLAIN, batch_size=12), stacked=stacked)
@@ -415,7 +415,7 @@ def test_the_step_before_a_test_changes_nothing_that_lasts():
 # All three
 
 
-@NETWORKS
+@pytest.mark.parametrize("network", ["cnn", thorough("bn_net"), thorough("noisy_net")])
 @pytest.mark.parametrize(
     "algorithm",
     [APFL(), PFedMe(), PerFedAvg(alpha=0.1), PerFedAvg(alpha=0.1, variant="hf")],
@@ -427,7 +427,7 @@ def test_the_three_agree_on_loop_and_stack(algorithm, network):
     small.assert_near(stack, loop)
 
 
-@PATHS
+@STACK_FIRST
 @pytest.mark.parametrize("algorithm", [APFL(), PFedMe()], ids=["apfl", "pfedme"])
 def test_a_client_outside_the_cohort_keeps_what_it_has(algorithm, stacked):
     run, state = small.experiment(algorithm, participation=0.6, stacked=stacked, train=PLAIN)

@@ -6,6 +6,7 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
+from tiers import STACK_FIRST, thorough
 from torch import nn
 
 from fedlora_mpi.algorithm import Algorithm, Batch, Phase, Step, Train, Vars
@@ -23,8 +24,7 @@ from fedlora_mpi.similarity import cosines, distances
 from fedlora_mpi.simplex import best_weights, on_simplex
 from fedlora_mpi.tree import numel, prefixed, split, under
 
-PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
-NETWORKS = pytest.mark.parametrize("network", ["cnn", "bn_net"])
+NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
 ALL = pytest.mark.parametrize(
     "algorithm", [FedAMP(alpha=0.5), FedCAC(), FedPAC()], ids=lambda a: type(a).__name__
 )
@@ -81,7 +81,7 @@ def gradient(made, phase, now, batch):
 
 
 @ALL
-@NETWORKS
+@pytest.mark.parametrize("network", ["cnn", thorough("bn_net")])
 def test_loop_and_stack_play_alike(algorithm, network):
     outcomes = []
     for stacked in (False, True):
@@ -92,7 +92,7 @@ def test_loop_and_stack_play_alike(algorithm, network):
 
 
 @ALL
-@PATHS
+@STACK_FIRST
 def test_nothing_of_an_absent_client_changes(algorithm, stacked):
     run, state = small.experiment(algorithm, "bn_net", participation=0.6, stacked=stacked, group_size=2)
     state = small.played(run, state, 1)
@@ -165,7 +165,7 @@ def test_leaves_under_a_prefix_are_those_that_were_put_there():
 
 
 @NETWORKS
-@PATHS
+@STACK_FIRST
 def test_fedamp_without_penalty_is_local(network, stacked):
     ends = []
     for algorithm in (FedAMP(lam=0), Local()):
@@ -174,7 +174,7 @@ def test_fedamp_without_penalty_is_local(network, stacked):
     assert all(torch.equal(v, ends[0][n]) for n, v in ends[1].items())
 
 
-@PATHS
+@STACK_FIRST
 @pytest.mark.parametrize("how", [{}, {"heuristic": True, "sigma": 25.0}])
 def test_fedamp_is_not_local(stacked, how):
     ends = []
@@ -278,7 +278,7 @@ def test_the_key_of_fedamp_is_centred_for_distances_alone():
     assert FedAMP().centred and not FedAMP(heuristic=True).centred
 
 
-@PATHS
+@STACK_FIRST
 @pytest.mark.parametrize("how", [{}, {"heuristic": True, "sigma": 2.0}])
 def test_the_cloud_models_are_the_mix_of_the_trained_parameters(stacked, how):
     algorithm = FedAMP(**{"alpha": 30, "sigma": 20, **how})
@@ -299,7 +299,7 @@ def test_the_cloud_models_are_the_mix_of_the_trained_parameters(stacked, how):
         assert small.equal(own, {n: done[client].end.personal[n] for n in own})  # own start: w stays
 
 
-@PATHS
+@STACK_FIRST
 def test_the_cloud_model_stays_where_it_is_while_its_client_trains(stacked):
     run, state = small.experiment(FedAMP(alpha=0.5), "bn_net", stacked=stacked)
     for done in trained(run, small.played(run, state, 1)).values():
@@ -317,7 +317,7 @@ def test_identical_clients_of_fedamp_are_their_own_cloud(how):
         assert not torch.equal(state.personal[name][0], value)
 
 
-@PATHS
+@STACK_FIRST
 def test_training_starts_at_the_own_model_or_at_the_cloud(stacked):
     for start in ("own", "cloud"):
         run, state = small.experiment(
@@ -343,8 +343,8 @@ def test_fedamp_sends_its_parameters_up_and_receives_as_many():
 # FedCAC
 
 
-@PATHS
-@pytest.mark.parametrize("weights", ["samples", "uniform"])
+@STACK_FIRST
+@pytest.mark.parametrize("weights", ["samples", thorough("uniform")])
 def test_fedcac_without_critical_entries_is_fedavg(stacked, weights):
     ends = []
     for algorithm in (FedCAC(tau=0, bn_stats="mean", weights=weights), FedAvg(weights=weights)):
@@ -354,7 +354,7 @@ def test_fedcac_without_critical_entries_is_fedavg(stacked, weights):
     assert (ends[0][2]["accuracy"] == ends[1][2]["accuracy"]).all()
 
 
-@PATHS
+@STACK_FIRST
 def test_fedcac_is_not_fedavg(stacked):
     ends = []
     for algorithm in (FedCAC(bn_stats="mean"), FedAvg()):
@@ -449,7 +449,7 @@ def test_with_all_entries_critical_the_mix_is_the_uniform_mean():
         assert after.personal[f".critical.{name}"].all()
 
 
-@PATHS
+@STACK_FIRST
 def test_the_next_start_is_the_mix_where_critical_and_the_mean_elsewhere(stacked):
     algorithm = FedCAC(tau=0.3, beta=20)
     run, state = small.experiment(algorithm, "bn_net", stacked=stacked)
@@ -479,7 +479,7 @@ def test_the_next_start_is_the_mix_where_critical_and_the_mean_elsewhere(stacked
         assert all(torch.equal(ended[n], done[c].end.shared[n]) for n in names)
 
 
-@PATHS
+@STACK_FIRST
 @pytest.mark.parametrize("bn_stats", ["local", "mean"])
 def test_fedcac_trains_all_entries_as_fedavg_does_from_the_same_start(stacked, bn_stats):
     run, state = small.experiment(FedCAC(bn_stats=bn_stats), "bn_net", stacked=stacked)
@@ -566,7 +566,7 @@ class OwnHeads(FedPAC):
 
 
 @NETWORKS
-@PATHS
+@STACK_FIRST
 def test_fedpac_without_pull_and_mix_is_alternating_training(network, stacked):
     ends = []
     for algorithm in (OwnHeads(lam=0), Alternating()):
@@ -577,7 +577,7 @@ def test_fedpac_without_pull_and_mix_is_alternating_training(network, stacked):
         assert all(torch.equal(found[n], v) for n, v in expected.items())
 
 
-@PATHS
+@STACK_FIRST
 def test_the_pull_begins_in_round_2(stacked):
     ends = {}
     for lam in (0.0, 1.0):
@@ -651,7 +651,7 @@ def direct_statistics(model, weights, x, y, classes):
 
 
 @NETWORKS
-@PATHS
+@STACK_FIRST
 def test_h_and_v_are_those_of_the_paper(network, stacked):
     run, state = small.experiment(FedPAC(), network, stacked=stacked)
     state = small.played(run, state, 1)
@@ -788,7 +788,7 @@ def test_identical_clients_share_heads_evenly():
     torch.testing.assert_close(weights, torch.full((3, 3), 1 / 3).double(), rtol=1e-6, atol=0)
 
 
-@PATHS
+@STACK_FIRST
 def test_each_phase_of_fedpac_moves_its_part_alone(stacked):
     roles = {"head": ("head", "stats"), "body": ("body", "norm", "stats")}
     for phase, parts in roles.items():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import small
 import torch
+from tiers import thorough
 
 from fedlora_mpi import mixing
 from fedlora_mpi.algorithm import Algorithm, Offer, Vars
@@ -356,8 +357,8 @@ def rounds(made, count=2):
     )
 
 
-@pytest.mark.parametrize("algorithm", [FedAMP(), FedCAC(), FedPAC()], ids=lambda a: type(a).__name__)
-@pytest.mark.parametrize("participation", [1.0, 0.6])
+@pytest.mark.parametrize("algorithm", [thorough(FedAMP()), thorough(FedCAC()), FedPAC()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 def test_whole_rounds_give_the_same_bits_on_any_number_of_ranks(algorithm, participation):
     shared, personal, (rows,) = rounds(federation(algorithm, 1, "root", False, participation))
     for ranks, route, server in ((2, "root", True), (3, "spread", False), (3, "root", True)):

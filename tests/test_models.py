@@ -4,6 +4,7 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
+from tiers import thorough
 from torch import nn
 from torch.func import vmap
 
@@ -35,11 +36,11 @@ def made(*layers, classes=6, shape=(3, 7, 5)):
     "name, classes, parameters, statistics",
     [
         ("resnet8", 10, 1_235_274, 2_688),
-        ("resnet8", 100, 1_235_274 + 90 * 257, 2_688),
-        ("resnet8", 200, 1_235_274 + 190 * 257, 2_688),
-        ("resnet10", 10, 4_957_092 - 90 * 513, 5_760),
+        thorough("resnet8", 100, 1_235_274 + 90 * 257, 2_688),
+        thorough("resnet8", 200, 1_235_274 + 190 * 257, 2_688),
+        thorough("resnet10", 10, 4_957_092 - 90 * 513, 5_760),
         ("resnet10", 100, 4_957_092, 5_760),
-        ("resnet10", 200, 5_008_392, 5_760),
+        thorough("resnet10", 200, 5_008_392, 5_760),
         ("cifar_resnet8", 10, 78_042, 672),  # 2 (3 * 16 + 3 * 32 + 3 * 64) with those of two skips
     ],
 )
@@ -62,7 +63,7 @@ def test_resnet8_splits_into_the_published_parts():
 
 @pytest.mark.parametrize(
     "name, side, classes, mmac",
-    [("resnet8", 32, 10, 14.47), ("resnet10", 32, 100, 18.19), ("resnet10", 64, 200, 72.65)],
+    [("resnet8", 32, 10, 14.47), ("resnet10", 32, 100, 18.19), thorough("resnet10", 64, 200, 72.65)],
 )
 def test_a_forward_pass_costs_the_published_multiply_adds(name, side, classes, mmac):
     assert build(name, {}, classes, (3, side, side), 1).flops / 2e6 == pytest.approx(mmac, abs=0.005)
@@ -158,7 +159,7 @@ def test_attention_weights_count_as_linear_matrices():
 # Building
 
 
-@pytest.mark.parametrize("name", ["squeezenet1_0", "mobilenet_v3_small", "resnet18"])
+@pytest.mark.parametrize("name", [thorough("squeezenet1_0"), "mobilenet_v3_small", thorough("resnet18")])
 def test_torchvision_models_train_under_substitutes(name):
     model = build(f"torchvision:{name}", {}, 6, (3, 64, 64), 1)
     assert model.noisy == (name != "resnet18") and model.batch_statistics == (name != "squeezenet1_0")

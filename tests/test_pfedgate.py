@@ -7,6 +7,7 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
+from tiers import STACK_FIRST, thorough
 from torch import nn
 
 from fedlora_mpi.algorithm import Batch, Train, Vars
@@ -19,8 +20,7 @@ from fedlora_mpi.round import play
 from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import numel
 
-PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
-NETWORKS = pytest.mark.parametrize("network", ["cnn", "bn_net"])
+NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
 ROOMY = (10, 9, 8, 8, 4)  # no batch of two: BatchNorm of two close numbers magnifies the last digit
 
 
@@ -52,7 +52,7 @@ class Open(PFedGate):
 
 
 @NETWORKS
-@PATHS
+@STACK_FIRST
 def test_an_open_gate_is_fedavg(network, stacked):
     ends = []
     for algorithm in (Open(absent="exclude"), FedAvg()):
@@ -62,7 +62,7 @@ def test_an_open_gate_is_fedavg(network, stacked):
     assert all(np.array_equal(ends[0][2][n], ends[1][2][n], equal_nan=True) for n in ("accuracy_trained",))
 
 
-@PATHS
+@STACK_FIRST
 @pytest.mark.parametrize("sparsity", [1.0, 0.5])
 def test_a_gate_that_learns_is_not_fedavg_and_differs_between_clients(stacked, sparsity):
     ends = []
@@ -79,7 +79,7 @@ def test_a_gate_that_learns_is_not_fedavg_and_differs_between_clients(stacked, s
         assert min(gaps) > 1e-6, name
 
 
-@NETWORKS
+@pytest.mark.parametrize("network", ["cnn", thorough("bn_net")])
 @pytest.mark.parametrize("sparsity", [1.0, 0.5])
 def test_loop_and_stack_play_alike(network, sparsity):
     outcomes = []
@@ -90,7 +90,7 @@ def test_loop_and_stack_play_alike(network, sparsity):
     small.assert_near(outcomes[1].personal, outcomes[0].personal)
 
 
-@PATHS
+@STACK_FIRST
 def test_nothing_of_an_absent_client_changes_and_theta_is_damped(stacked):
     how = {"participation": 0.6, "stacked": stacked, "group_size": 2}
     states = {}
@@ -264,7 +264,7 @@ def test_padding_neither_opens_nor_moves_the_gate(training, real):
             torch.testing.assert_close(found, v.personal[".gate.out.bias"].sigmoid())
 
 
-@PATHS
+@STACK_FIRST
 def test_the_gate_learns_at_its_own_rate(stacked):
     train = replace(small.TRAIN, momentum=0.9, batch_size=20, epochs=2)
     moves = {}
@@ -284,7 +284,7 @@ def test_the_gate_learns_at_its_own_rate(stacked):
     assert small.equal(moves[0.1][1], moves[0.05][1])  # theta's first step is of its own rate
 
 
-@PATHS
+@STACK_FIRST
 def test_what_the_gate_keeps_of_the_data_does_not_decay(stacked):
     kept = []
     for weight_decay in (0.0, 0.5):
@@ -299,7 +299,7 @@ def test_what_the_gate_keeps_of_the_data_does_not_decay(stacked):
     assert small.equal(*kept) and len(kept[0]) == 4
 
 
-@PATHS
+@STACK_FIRST
 def test_one_client_trains_as_with_two_torch_optimizers(stacked):
     algorithm, settings = PFedGate(gate_lr=0.2), replace(small.TRAIN, epochs=2)
     run, state = small.experiment(algorithm, "bn_net", sizes=(10,), train=settings, stacked=stacked)
@@ -327,7 +327,7 @@ def test_one_client_trains_as_with_two_torch_optimizers(stacked):
     small.assert_near(found, {n: own[n].detach() for n in found})
 
 
-@PATHS
+@STACK_FIRST
 @pytest.mark.parametrize("sparsity", [1.0, 0.5])
 def test_a_client_predicts_with_the_multipliers_of_its_training_samples(stacked, sparsity):
     algorithm = PFedGate(sparsity=sparsity)

@@ -1,6 +1,7 @@
 """pFedLoRA against Local, plain autograd and closed forms: who moves what, what travels, what is judged."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import small
 import torch
 import torch.nn.functional as F
 from runs import TINY, built, played
+from tiers import STACK_FIRST, thorough
 
 from fedlora_mpi import open_run
 from fedlora_mpi.adapter import Adapter
@@ -24,7 +26,7 @@ from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import numel, under
 
 PLACES = ("matrix", "conv", "side")
-NETS = ("cnn", "bn_net", "noisy_net")
+NETS = (thorough("cnn"), "bn_net", thorough("noisy_net"))
 every_place = pytest.mark.parametrize("place", PLACES)
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
 
@@ -58,7 +60,7 @@ def moved(before, after):
 
 @every_place
 @pytest.mark.parametrize("network", NETS)
-@pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
+@STACK_FIRST
 def test_without_mu_and_without_adapter_epochs_it_is_local_to_the_bit(place, network, stacked):
     ends = []
     for algorithm in (of(place, mu=0.0, adapter_epochs=0), Local()):
@@ -78,7 +80,7 @@ def test_without_mu_and_adapter_epochs_its_rounds_are_those_of_local():
 
 
 @every_place
-@pytest.mark.parametrize("network", ["cnn", "bn_net"])
+@pytest.mark.parametrize("network", ["cnn", thorough("bn_net")])
 def test_an_adapter_that_never_trains_makes_both_losses_one_whatever_mu(place, network):
     ends = []
     for mu in (0.0, 0.3, 1.0):
@@ -91,7 +93,7 @@ def test_an_adapter_that_never_trains_makes_both_losses_one_whatever_mu(place, n
 # --- who moves
 
 
-@PATHS
+@STACK_FIRST
 @every_place
 @pytest.mark.parametrize("network", NETS)
 def test_the_first_phase_moves_the_network_alone_and_the_second_the_adapter_alone(place, network, stacked):
@@ -144,13 +146,19 @@ def test_training_another_client_leaves_an_upload_alone(place, stacked):
 # --- what travels
 
 
+@cache
+def large(name, classes):
+    """A network of the zoo for images of CIFAR's size; change nothing in it."""
+    return zoo.build(name, {}, classes, (3, 32, 32), 1)
+
+
 @pytest.mark.parametrize("classes", [10, 100])
 @pytest.mark.parametrize("place, numbers", [("matrix", lambda c: 8 * (500 + c)), ("conv", lambda c: 75 * 8 + 16 * 8),
                                             ("side", lambda c: 8 * 3072 + 500 * 8)])  # fmt: skip
 def test_all_five_networks_send_an_adapter_of_one_shape(place, numbers, classes):
     algorithm, shapes = PFedLoRA(adapter=place), []
     for name in ("cnn1", "cnn2", "cnn3", "cnn4", "cnn5"):
-        model = zoo.build(name, {}, classes, (3, 32, 32), 1)
+        model = large(name, classes)
         v = algorithm.init(model, rng(1, "init"))
         assert numel(algorithm.upload(v, v)) == algorithm.sent(v, v) == algorithm.received(v.shared) == numbers(classes)
         assert numel(v.personal) == numel(model.initial)
@@ -317,11 +325,11 @@ def test_the_judged_model_is_the_network_with_or_without_the_adapter(place, infe
 
 
 @pytest.mark.parametrize(
-    "place, inference", [("matrix", "combined"), ("conv", "combined"), ("side", "model"), ("matrix", "model")]
+    "place, inference", [("matrix", "combined"), thorough("conv", "combined"), ("side", "model"), thorough("matrix", "model")]
 )
 def test_a_clients_model_of_a_run_has_the_accuracy_after_aggregation(place, inference, tmp_path):
     how = f"algorithm={{name: pfedlora, adapter: {place}, inference: {inference}, adapter_epochs: 2}}"
-    assert main(["run", str(TINY), how, f"output={tmp_path / 'run'}"]) == 0
+    assert main(["run", str(TINY), how, "rounds=2", f"output={tmp_path / 'run'}"]) == 0
     run = open_run(tmp_path / "run")
     config = from_dict(run.config, "log")
     data, device = load_data(config, "log"), torch.device("cpu")
@@ -349,7 +357,7 @@ def test_a_side_adapter_judged_with_the_network_has_no_weights_of_its_own_and_sa
 
 
 @every_place
-@pytest.mark.parametrize("network", NETS)
+@pytest.mark.parametrize("network", ["cnn", thorough("bn_net"), thorough("noisy_net")])
 def test_the_loop_is_the_stack(place, network):
     ends = []
     for stacked in (False, True):

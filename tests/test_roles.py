@@ -7,6 +7,7 @@ import pytest
 import torch
 from odd_networks import CLASSES, SHAPE
 from runs import TINY
+from tiers import thorough
 from torch import nn
 
 from fedlora_mpi.algorithm import Train
@@ -214,8 +215,8 @@ def test_every_factor_has_a_gradient(name, official):
         assert gradient.abs().max() > 0, n
 
 
-@pytest.mark.parametrize("algorithm", ["fedlora", "{name: fedit, full: []}"])
-@pytest.mark.parametrize("name", ["Sounds", "Volumes"])
+@pytest.mark.parametrize("algorithm", ["fedlora", thorough("{name: fedit, full: []}")])
+@pytest.mark.parametrize("name", ["Sounds", thorough("Volumes")])
 def test_every_decomposed_weight_moves_in_a_run(name, algorithm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     which = (f"algorithm={algorithm}", f"model=odd_networks:{name}")
@@ -240,7 +241,7 @@ def said(capsys, *given):
     return [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_a_plan_shows_roles_and_ranks(capsys):
+def test_a_plan_shows_roles_and_ranks(capsys, unmeasured):
     lines = said(capsys, "model=odd_networks:Volumes")
     shown = dict(line for line in lines if len(line) == 2)
     assert "deep" in shown["body"] and shown["head"] == "44 numbers in fc" and shown["norm"] == "20 numbers in norm"
@@ -251,7 +252,7 @@ def test_a_plan_shows_roles_and_ranks(capsys):
     )
 
 
-def test_a_plan_of_any_method_shows_roles(capsys):
+def test_a_plan_of_any_method_shows_roles(capsys, unmeasured):
     lines = dict(line for line in said(capsys, "model=odd_networks:Net", "algorithm=fedper") if len(line) == 2)
     assert lines["head"] == "28 numbers in fc" and lines["body"] == "390 numbers in hidden" and "low-rank" not in lines
 
@@ -261,10 +262,10 @@ def test_a_plan_of_any_method_shows_roles(capsys):
     [
         ("odd_networks:Volumes", "fedlora", "fedlora decomposes 11 of 14 weights; not decomposed: table.weight (an"),
         ("odd_networks:Volumes", "{name: fedit, full: [head, norm]}", "fedit decomposes 10 of 11 weights; not dec"),
-        ("odd_networks:Sounds", "fedlora", ""),
+        thorough("odd_networks:Sounds", "fedlora", ""),
         ("odd_networks:Volumes", "fedavg", ""),
         ("odd_networks:Volumes", "{name: fedlora, layers: ['deep.*', 'fc.*']}", ""),
-        ("{name: cnn, width: 4, hidden: 8}", "{name: fedit, lora_ranks: [2]}", ""),
+        thorough("{name: cnn, width: 4, hidden: 8}", "{name: fedit, lora_ranks: [2]}", ""),
     ],
 )
 def test_a_run_says_once_what_its_low_rank_parts_leave_out(name, algorithm, hint, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import small
 import torch
+from tiers import STACK_FIRST, thorough
 
 from fedlora_mpi import open_run
 from fedlora_mpi.algorithm import Algorithm, Cohort
@@ -21,8 +22,7 @@ from fedlora_mpi.round import play
 from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import numel
 
-PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
-NETWORKS = pytest.mark.parametrize("network", ["cnn", "bn_net"])
+NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
 NAME = {"ids": lambda a: type(a).__name__ if isinstance(a, Algorithm) else None}
 ALL = pytest.mark.parametrize("algorithm", [FedAvgM(), FedAdagrad(), FedAdam(), FedYogi()], **NAME)
 BETA2 = 0.99
@@ -48,10 +48,10 @@ def served(algorithm, deltas, start):
 # Degenerate cases
 
 
-@PATHS
+@STACK_FIRST
 @NETWORKS
-@pytest.mark.parametrize("participation", [1.0, 0.6])
-@pytest.mark.parametrize("weights", ["samples", "uniform"])
+@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
+@pytest.mark.parametrize("weights", ["samples", thorough("uniform")])
 def test_a_whole_step_without_momentum_is_fedavg(network, stacked, participation, weights):
     how = {"network": network, "stacked": stacked, "participation": participation}
     run, state = small.experiment(FedAvgM(eta=1.0, beta=0.0, weights=weights), **how)
@@ -76,8 +76,7 @@ TAU = 1e4  # so large that no change moves v off tau^2
 )
 def test_without_adaptation_or_momentum_is_fedavg(network, algorithm, rounds):
     run, state = small.experiment(algorithm, network)
-    plain_run, plain = small.experiment(FedAvg(), network)
-    state, plain = small.played(run, state, rounds), small.played(plain_run, plain, rounds)
+    state, plain = small.played(run, state, rounds), small.ended(FedAvg(), network, rounds)
     small.assert_near(state.shared, plain.shared, rtol=1e-6)
 
 
@@ -86,8 +85,7 @@ def test_without_adaptation_or_momentum_is_fedavg(network, algorithm, rounds):
 def test_the_first_round_differs_from_fedavg_in_all_but_the_statistics(network, algorithm):
     algorithm = replace(algorithm, eta=0.5) if isinstance(algorithm, FedAvgM) else algorithm
     run, state = small.experiment(algorithm, network)
-    plain_run, plain = small.experiment(FedAvg(), network)
-    state, plain = small.played(run, state, 1), small.played(plain_run, plain, 1)
+    state, plain = small.played(run, state, 1), small.ended(FedAvg(), network, 1)
     role = run.trainer.model.role
     same = {n: torch.equal(v, plain.shared[n]) for n, v in state.shared.items()}
     assert same == {n: role(n) == "stats" for n in same}
@@ -215,11 +213,12 @@ def test_only_the_model_travels(algorithm):
     assert row["bytes_up"] == row["bytes_down"] == 3 * 4 * numel(run.trainer.model.initial)
 
 
+@pytest.mark.parametrize("network", ["cnn", thorough("bn_net")])
 @ALL
-def test_loop_and_stack_agree(algorithm):
+def test_loop_and_stack_agree(algorithm, network):
     states = []
     for stacked in (False, True):
-        run, state = small.experiment(algorithm, "bn_net", stacked=stacked)
+        run, state = small.experiment(algorithm, network, stacked=stacked)
         states.append(small.played(run, state, 2))
     loop, stack = states
     small.assert_near(stack.shared, loop.shared)

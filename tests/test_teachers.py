@@ -1,11 +1,13 @@
 """Methods with a model of the past as a teacher: pFedSD and MOON against FedAvg and closed forms."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import small
 import torch
 import torch.nn.functional as F
+from tiers import STACK_FIRST, thorough
 from torch import nn
 
 from fedlora_mpi.algorithm import Batch, Train, Vars
@@ -17,12 +19,11 @@ from fedlora_mpi.round import play
 from fedlora_mpi.seeds import rng
 from fedlora_mpi.tree import numel
 
-PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
 METHODS = pytest.mark.parametrize(
-    "algorithm", [PFedSD(), PFedSD(teacher_bn="running"), MOON()], ids=["pFedSD", "pFedSD running", "MOON"]
+    "algorithm", [PFedSD(), thorough(PFedSD(teacher_bn="running")), MOON()], ids=["pFedSD", "pFedSD running", "MOON"]
 )
 OFF = pytest.mark.parametrize(
-    "algorithm", [PFedSD(lam=0.0), PFedSD(lam=0.0, teacher_bn="running"), MOON(mu=0.0)], ids=str
+    "algorithm", [PFedSD(lam=0.0), thorough(PFedSD(lam=0.0, teacher_bn="running")), MOON(mu=0.0)], ids=str
 )
 
 
@@ -30,8 +31,9 @@ def numbers(*shape, at=0):
     return torch.randn(*shape, generator=rng(1, "test", *shape, at))
 
 
+@cache
 def outcome(algorithm, network="bn_net", rounds=2, **how):
-    """(Run, State) after ``rounds`` rounds."""
+    """(Run, State) after ``rounds`` rounds. Cached: change nothing in it, and play no further."""
     run, state = small.experiment(algorithm, network, **how)
     return run, small.played(run, state, rounds)
 
@@ -70,15 +72,15 @@ def last(state, row):
 
 
 @OFF
-@PATHS
-@pytest.mark.parametrize("network, participation", [("bn_net", 1.0), ("bn_net", 0.6), ("noisy_net", 1.0)])
+@STACK_FIRST
+@pytest.mark.parametrize("network, participation", [thorough("bn_net", 1.0), ("bn_net", 0.6), thorough("noisy_net", 1.0)])
 def test_without_its_term_the_method_is_fedavg(algorithm, stacked, network, participation):
     how = {"network": network, "stacked": stacked, "participation": participation, "rounds": 3}
     assert small.equal(outcome(algorithm, **how)[1].shared, plain(algorithm, **how).shared)
 
 
 @METHODS
-@PATHS
+@STACK_FIRST
 def test_the_term_acts_from_round_2_on(algorithm, stacked):
     how = {"rounds": 1, "stacked": stacked, "fine": True}
     small.assert_near(outcome(algorithm, **how)[1].shared, plain(algorithm, **how).shared, rtol=1e-6)
@@ -88,7 +90,7 @@ def test_the_term_acts_from_round_2_on(algorithm, stacked):
 
 
 @METHODS
-@pytest.mark.parametrize("network", ["cnn", "bn_net", "noisy_net"])
+@pytest.mark.parametrize("network", ["cnn", thorough("bn_net"), thorough("noisy_net")])
 def test_loop_and_stack_train_alike(algorithm, network):
     v = taught(small.trainer(algorithm, network))
     ends = []
@@ -101,7 +103,7 @@ def test_loop_and_stack_train_alike(algorithm, network):
 
 
 @METHODS
-@PATHS
+@STACK_FIRST
 def test_the_teacher_is_what_a_participant_trained_last(algorithm, stacked):
     run, state = small.experiment(algorithm, "bn_net", participation=0.6, stacked=stacked)
     before, chosen, ends = small.copy(state.personal), run.chosen(0), {}
@@ -124,7 +126,7 @@ def test_the_teacher_is_what_a_participant_trained_last(algorithm, stacked):
 
 
 @METHODS
-@PATHS
+@STACK_FIRST
 def test_a_teacher_leaves_no_trace(algorithm, stacked):
     made = small.trainer(algorithm, "bn_net", stacked=stacked)
     v = taught(made)
@@ -168,7 +170,7 @@ def test_impossible_fields_are_refused(make, text):
 # pFedSD
 
 
-@PATHS
+@STACK_FIRST
 @pytest.mark.parametrize("network", ["bn_net", "noisy_net"])
 def test_the_first_participation_in_pfedsd_is_fedavg_in_any_round(stacked, network):
     algorithm, ends = PFedSD(), {}

@@ -1,0 +1,15 @@
+"""Parameters of a test that ``make test`` leaves to ``make test-all``."""
+
+from typing import Any
+
+import pytest
+
+
+def thorough(*values: Any, id: str | None = None) -> Any:
+    """A set of parameters that is a repetition of another one: only ``make test-all`` runs it."""
+    return pytest.param(*values, marks=pytest.mark.thorough, id=id)
+
+
+# Of a federation whose clients train one by one or together: together in `make test`. For facts of which a test that
+# loop and stack train alike, which is in `make test`, has the other half.
+STACK_FIRST = pytest.mark.parametrize("stacked", [thorough(False, id="loop"), pytest.param(True, id="stack")])
