@@ -24,7 +24,7 @@ from fedlora_mpi.comm import Solo
 from fedlora_mpi.federation import Run
 from fedlora_mpi.pulse import Pulse
 from fedlora_mpi.round import play
-from fedlora_mpi.run import _begin as begin_run  # ``start`` takes the signals of the process, which threads may not
+from fedlora_mpi.run import _begin
 from fedlora_mpi.saving import beginning
 from fedlora_mpi.store.reader import RunFiles
 
@@ -135,9 +135,12 @@ def built(*overrides: str) -> Built:
 
 
 def run_on(ranks: int, folder: Path, *overrides: str) -> Path:
-    """The new run folder of tiny.yaml with overrides, as ``mpirun`` would make it, by simulated ranks."""
+    """The new run folder of tiny.yaml with overrides, as ``mpirun`` would make it, by simulated ranks.
+
+    Not by ``start``, which takes the signals of the process: threads may not.
+    """
     config = configs.read(TINY, [*overrides, f"output={folder}"])
-    assert on_ranks(ranks, lambda comm: begin_run(folder, config, str(TINY), comm, [])) == [0] * ranks
+    assert on_ranks(ranks, lambda comm: _begin(folder, config, str(TINY), comm, [])) == [0] * ranks
     return folder
 
 

@@ -427,11 +427,11 @@ def test_of_many_settings_the_best_and_worst_are_named_and_the_others_pale(tmp_p
 
 
 def test_of_several_tasks_each_has_its_best_among_the_named(tmp_path):
-    folders = [logged(tmp_path / f"a{at:02}", [0.9] * 3, lr=at + 1, dataset="mnist") for at in range(20)]
-    folders += [logged(tmp_path / f"b{at:02}", [0.1 + at / 100] * 3, lr=at + 1, dataset="cifar10") for at in range(20)]
+    folders = [logged(tmp_path / f"a{at:02}", [0.9] * 3, lr=at + 1, dataset="mnist") for at in range(13)]
+    folders += [logged(tmp_path / f"b{at:02}", [0.1 + at / 100] * 3, lr=at + 1, dataset="cifar10") for at in range(13)]
     named = [group.settings["data.dataset"] for group in few_of(found_of(*folders).groups)]
     assert named.count("mnist") == named.count("cifar10") == 6
-    blank = [logged(tmp_path / f"c{at:02}", [np.nan] * 3, lr=at + 1) for at in range(30)]
+    blank = [logged(tmp_path / f"c{at:02}", [np.nan] * 3, lr=at + 1) for at in range(25)]
     assert sum(look.named for look in looks_of(found_of(*blank).groups).values()) == 12
 
 
@@ -542,7 +542,7 @@ def test_a_report_again_leaves_nothing_of_the_one_before_and_has_the_users_setti
         assert main(["report", str(four / "runs/b-1"), "-o", str(out)]) == 0
         assert matplotlib.rcParams["font.size"] == 30
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{out / 'report.html'}: {len(ALONE)} figures and 4 tables of 1 runs, ")
+    assert line.startswith(f"{out / 'report.html'}: {len(ALONE)} figures and 3 tables of 1 runs, ")
     assert {path.stem for path in (out / "figures").iterdir()} == ALONE | {"mine"}
     assert files(out, but=["mine.txt"]) == files(small_page)
 
@@ -558,13 +558,13 @@ def test_a_large_report_again_is_the_same(page, small_page, four, tmp_path, caps
 
 
 def test_figures_are_the_same_drawn_on_one_core_and_on_three(tmp_path, monkeypatch):
-    files = []
+    drawn = []
     for cores in (1, 3):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         with styled():
             figures = write.gathered(write.read([logged(tmp_path / str(cores) / "a", [0.2] * 3, [0.5] * 3)])).figures
-            files.append(files_of(figures))
-    assert len(files[0]) == len(figures) > 3 and files[0] == files[1]
+            drawn.append(files_of(figures[:4]))
+    assert len(drawn[0]) == 4 and drawn[0] == drawn[1]
 
 
 def test_a_page_says_what_a_reader_must_know(tmp_path):
