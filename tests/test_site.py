@@ -33,7 +33,7 @@ def site(tmp_path_factory) -> Path:
         pytest.importorskip(library, reason="the extra [docs] is not installed: pip install 'fedlora-mpi[docs]'")
     folder = tmp_path_factory.mktemp("site")
     line = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", folder / "doctrees", DOCS, folder / "html"]
-    ended = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=400)
+    ended = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=1800)
     assert ended.returncode == 0, ended.stderr
     return folder / "html"
 
