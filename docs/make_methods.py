@@ -169,9 +169,9 @@ def symbols(model: Model) -> dict[str, tuple[int, str]]:
     }
 
 
-def computed(said: Bytes, model: Model) -> Bytes:
-    """The formulas of ``said`` in numbers."""
-    known = {letter: number for letter, (number, _) in symbols(model).items()}
+def computed(said: Bytes, letters: dict[str, tuple[int, str]]) -> Bytes:
+    """The formulas of ``said`` in numbers, by the ``symbols`` of a network."""
+    known = {letter: number for letter, (number, _) in letters.items()}
     return Bytes(*(eval(formula, {"ceil": ceil, "max": max}, known) for formula in said))
 
 

@@ -2,8 +2,10 @@
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import far  # noqa: F401  registers its device: autograd counts devices once, in the first backward pass of a process
 import pytest
@@ -11,6 +13,7 @@ import torch
 from runs import TINY
 
 from fedlora_mpi.cli import main
+from fedlora_mpi.reproduce import carry
 
 torch.set_num_threads(1)  # the engine's default; sums in another order have other last bits
 
@@ -58,6 +61,19 @@ def copied(trained, tmp_path) -> Callable[..., Path]:
         return Path(shutil.copytree(trained(*overrides, config=config), tmp_path / to))
 
     return copy
+
+
+@pytest.fixture(params=["here", pytest.param("apart", marks=pytest.mark.thorough)])
+def carried(request, monkeypatch) -> None:
+    """The runs of ``reproduce`` are carried out in this process, and by ``make test-all`` each in its own, as it does."""
+
+    def start(task: carry.Task, more: Mapping[str, str]) -> SimpleNamespace:
+        with open(task.log, "a") as log, redirect_stdout(log), redirect_stderr(log):
+            code = main(list(task.command[3:]))  # after "python -m fedlora_mpi"
+        return SimpleNamespace(poll=lambda: code)
+
+    if request.param == "here":
+        monkeypatch.setattr(carry, "_start", start)
 
 
 @pytest.fixture

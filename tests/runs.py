@@ -24,6 +24,7 @@ from fedlora_mpi.comm import Solo
 from fedlora_mpi.federation import Run
 from fedlora_mpi.pulse import Pulse
 from fedlora_mpi.round import play
+from fedlora_mpi.run import _begin
 from fedlora_mpi.saving import beginning
 from fedlora_mpi.store.reader import RunFiles
 
@@ -91,11 +92,12 @@ class Rank:
         return everything
 
     def _meet(self) -> None:
-        self._baton.release()
-        try:
-            self._barrier.wait(60)
-        finally:
-            self._baton.acquire()
+        with self.pulse.waiting():
+            self._baton.release()
+            try:
+                self._barrier.wait(60)
+            finally:
+                self._baton.acquire()
 
     def play(self, main: "Callable[[Rank], T]") -> T:
         """``main(self)`` with the baton; its exception frees those who wait for this rank."""
@@ -130,6 +132,16 @@ def tiny(*overrides: str) -> configs.Config:
 def built(*overrides: str) -> Built:
     """The parts of that run in one process."""
     return build(tiny(*overrides), str(TINY), Solo())
+
+
+def run_on(ranks: int, folder: Path, *overrides: str) -> Path:
+    """The new run folder of tiny.yaml with overrides, as ``mpirun`` would make it, by simulated ranks.
+
+    Not by ``start``, which takes the signals of the process: threads may not.
+    """
+    config = configs.read(TINY, [*overrides, f"output={folder}"])
+    assert on_ranks(ranks, lambda comm: _begin(folder, config, str(TINY), comm, [])) == [0] * ranks
+    return folder
 
 
 @cache

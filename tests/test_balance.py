@@ -34,7 +34,12 @@ def balanced_run(ranks: int, taken: list[float], *asked: str, samples: float = 1
     return found[0][1], runs[0], moment
 
 
-@pytest.mark.parametrize("asked", [(), ("uplink=gather",), ("evaluate.clients=cohort",)], ids=["sum", "gather", "cohort"])
+FURTHER = (("uplink=gather",), ("evaluate.clients=cohort",))
+
+
+@pytest.mark.parametrize(
+    "asked", [(), *(pytest.param(asked, marks=pytest.mark.thorough) for asked in FURTHER)], ids=["sum", "gather", "cohort"]
+)
 def test_clients_that_move_keep_their_numbers(asked):
     before, run, moment = balanced_run(3, [9.0, 1.0, 1.0], *asked)
     assert run.host != before
@@ -45,7 +50,7 @@ def test_clients_that_move_keep_their_numbers(asked):
 
 
 def test_groups_lie_as_the_seconds_say():
-    _, run, _ = balanced_run(3, [1000.0, 1.0, 1.0])
+    _, run, _ = balanced_run(3, [1000.0, 1.0, 1.0], "rounds=2")
     slow = [sum(run.sizes[c] for g, h in zip(run.groups, run.host) for c in g if h == w and run.kind_of[c] == 0) for w in (1, 2)]
     sizes = sorted(run.sizes[c] for c in range(7) if run.kind_of[c] == 0)
     assert max(slow) == max(sizes[-1], sizes[0] + sizes[1])  # the slow kind alone decides: three clients on two workers
@@ -55,7 +60,7 @@ def test_groups_lie_as_the_seconds_say():
 def test_nobody_moves_where_little_is_gained_or_a_kind_is_unknown():
     flops = [kind.trainer.model.flops for kind in built(*MIXED).run.kinds]
     for taken, samples in (([float(f) for f in flops], 1.0), ([9.0, 1.0, 0.0], 0.0)):
-        before, run, _ = balanced_run(3, taken, samples=samples)
+        before, run, _ = balanced_run(3, taken, "rounds=2", samples=samples)
         assert run.host == before
 
 

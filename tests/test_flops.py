@@ -57,8 +57,13 @@ def test_a_forward_pass_is_counted_where_a_parameter_is_a_layers_input(how):
     assert least < flops < 40 * least if more else flops == least
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("path", ["loop", "stack"])
+FEW = (("as_input", "loop"), ("spectral", "stack"), ("old_weight", "stack"))  # what goes through the whole run in make test
+
+
+@pytest.mark.parametrize(
+    "how, path",
+    [pytest.param(h, p, marks=() if (h, p) in FEW else pytest.mark.thorough) for p in ("loop", "stack") for h in HOW],
+)
 def test_such_networks_run_and_are_planned(how, path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text(TINY)

@@ -252,6 +252,7 @@ def test_others_compute_meanwhile_and_are_gone_after(tmp_path):
 @pytest.mark.parametrize("ranks, gpus, cores, others", [(1, None, 8, 0), (3, None, 8, 1), (9, None, 4, 3), (9, "a100", 8, 0)])
 def test_a_trial_is_made_beside_as_many_as_will_work_here(ranks, gpus, cores, others, monkeypatch):
     given = []
+    monkeypatch.setattr("fedlora_mpi.plan.trial._SECONDS", 0.0)  # each size is tried twice, no more
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     monkeypatch.setattr("fedlora_mpi.plan.trial._beside", lambda n, work: given.append(n) or contextlib.nullcontext())
     estimate(read(TINY, []), str(TINY), ranks, gpus)

@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 import pytest
 from folders import CLIENTS, append, found_of, logged, new_log, rows_of
-from runs import TINY, assert_same_run, command, finished, mpirun, on_ranks, tiny
+from runs import TINY, assert_same_run, command, finished, mpirun, on_ranks, run_on, tiny
 
 from fedlora_mpi import clock, open_run
 from fedlora_mpi.analysis import load as loads
@@ -71,15 +71,18 @@ def test_a_log_of_before_ranks_were_measured_goes_on(tmp_path):
     assert open_run(tmp_path).ranks.to_dict("list") == {"round": [2], "rank": [0], "seconds_train": [4.0]}
 
 
-@pytest.fixture(scope="module")
-def on_three(tmp_path_factory):
-    """A run on 3 ranks, evaluated every second round, beside the same on one."""
+SELDOM = "evaluate.every=2"
+
+
+@pytest.fixture(scope="module", params=["simulated", pytest.param("mpirun", marks=pytest.mark.thorough)])
+def on_three(request, tmp_path_factory):
+    """A run on 3 ranks, evaluated every second round."""
     home = tmp_path_factory.mktemp("ranks")
-    for name, launcher in (("three", mpirun(3)), ("one", [])):
-        line = [*launcher, *command("run", TINY, f"output={home / name}", "evaluate.every=2")]
-        done = finished(line, home)
-        assert done.returncode == 0, done.stderr
-    return home
+    if request.param == "simulated":
+        return run_on(3, home / "run", SELDOM)
+    done = finished([*mpirun(3), *command("run", TINY, "output=run", SELDOM)], home)
+    assert done.returncode == 0, done.stderr
+    return home / "run"
 
 
 def test_all_ranks_stop_where_one_is_asked_to():
@@ -90,12 +93,12 @@ def test_all_ranks_stop_where_one_is_asked_to():
     assert on_ranks(3, main) == [True] * 3
 
 
-def test_what_ranks_tell_of_their_seconds_moves_no_number(on_three):
-    assert_same_run(on_three / "three", on_three / "one")
+def test_what_ranks_tell_of_their_seconds_moves_no_number(on_three, trained):
+    assert_same_run(on_three, trained(SELDOM))
 
 
 def test_every_rank_tells_all_its_seconds_by_stage(on_three):
-    run = open_run(on_three / "three")
+    run = open_run(on_three)
     table = run.ranks.set_index(["round", "rank"])
     assert list(table.index) == [(t, rank) for t in (2, 4) for rank in range(3)]
     assert list(table.columns) == [f"seconds_{stage}" for stage in clock.STAGES]
@@ -111,15 +114,15 @@ def test_every_rank_tells_all_its_seconds_by_stage(on_three):
 
 
 def test_scores_that_travel_with_the_seconds_are_whole_numbers_of_samples(on_three):
-    run = open_run(on_three / "three")
+    run = open_run(on_three)
     sizes = np.array([len(rows) for rows in run.partition.test])
     for score in ("accuracy", "accuracy_aggregated", "accuracy_trained"):
         right = run.array(f"clients/{score}")[[1, 3]] * sizes
         assert np.isfinite(right).any() and np.nanmax(np.abs(right - right.round())) < 1e-4, score
 
 
-def test_one_process_never_waits(on_three):
-    table = open_run(on_three / "one").ranks
+def test_one_process_never_waits(trained):
+    table = open_run(trained(SELDOM)).ranks
     assert table["rank"].tolist() == [0, 0] and (table["seconds_waiting"] == 0).all()
     assert (table["seconds_train"] > 0).all()
 

@@ -141,7 +141,7 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_a_backbone_is_made_once_and_every_method_begins_with_it(root, monkeypatch, capsys):
+def test_a_backbone_is_made_once_and_every_method_begins_with_it(carried, root, monkeypatch, capsys):
     pytest.importorskip("tokenizers")
     pytest.importorskip("safetensors")
     monkeypatch.setattr(fedhl, "SMALL", fedhl.SMALL._replace(clients=3, train=10, test=5, batch_size=5))

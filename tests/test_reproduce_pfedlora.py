@@ -265,7 +265,7 @@ def tiny(folder, case, key):
     return made
 
 
-def test_from_runs_to_tables_and_pictures_and_nothing_is_run_twice(tmp_path, capsys):
+def test_from_runs_to_tables_and_pictures_and_nothing_is_run_twice(carried, tmp_path, capsys):
     grid = [(case, [tiny(tmp_path, case, key) for key in ("local", OURS)]) for case in (Crowd("cifar10", 10), Crowd("cifar10", 50))]
     asked = Request(OURS, output=tmp_path, jobs=2)
     assert fulfil(asked, grid) == 0

@@ -129,7 +129,7 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_the_command_reads_the_training_texts_that_are_named(root, monkeypatch, capsys):
+def test_the_command_reads_the_training_texts_that_are_named(carried, root, monkeypatch, capsys):
     pytest.importorskip("tokenizers")
     monkeypatch.setattr(agnews, "SMALL", agnews.SMALL._replace(clients=3, train=10, test=5, batch_size=5))
     alone = ["--text-train", "part.csv", "--root", str(root), "-o", str(root / "out"), "--methods", "fedlora"]

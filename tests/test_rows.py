@@ -4,8 +4,9 @@ import gc
 import resource
 
 import numpy as np
+import pytest
 import torch
-from runs import TINY, assert_same_run, command, finished, mpirun, outcome
+from runs import TINY, assert_same_run, command, finished, mpirun, outcome, run_on
 
 from fedlora_mpi import cli, open_run
 from fedlora_mpi.rows import OnDisk
@@ -51,31 +52,31 @@ def _resident() -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def test_a_run_on_disk_has_the_bits_of_one_in_memory(tmp_path):
-    end = finished([*mpirun(3), *command("run", TINY, f"output={tmp_path / 'disk'}", DISK)], tmp_path)
-    assert end.returncode == 0, end.stderr
-    assert cli.main(["run", str(TINY), f"output={tmp_path / 'memory'}"]) == 0
-    assert_same_run(tmp_path / "disk", tmp_path / "memory")
+@pytest.mark.parametrize("ranks", ["simulated", pytest.param("mpirun", marks=pytest.mark.thorough)])
+def test_a_run_on_disk_has_the_bits_of_one_in_memory(ranks, trained, tmp_path):
+    if ranks == "simulated":
+        run_on(3, tmp_path / "disk", DISK)
+    else:
+        end = finished([*mpirun(3), *command("run", TINY, f"output={tmp_path / 'disk'}", DISK)], tmp_path)
+        assert end.returncode == 0, end.stderr
+    assert_same_run(tmp_path / "disk", trained())
     assert not list((tmp_path / "disk").glob("tmp*"))
 
 
-def test_a_run_goes_on_from_disk_to_memory_and_back(tmp_path):
-    ask = lambda name, *more: cli.main(["run", str(TINY), f"output={tmp_path / name}", "checkpoint.every=1", *more])
-    assert ask("whole", "rounds=3") == 0
-    assert ask("parts", "rounds=1", DISK) == 0
-    assert ask("parts", "rounds=2", "--resume") == 0
-    assert ask("parts", "rounds=3", DISK, "--resume") == 0
-    a, b = outcome(tmp_path / "whole"), outcome(tmp_path / "parts")
-    np.testing.assert_equal(a, b)
+def test_a_run_goes_on_from_disk_to_memory_and_back(trained, tmp_path):
+    ask = lambda *more: cli.main(["run", str(TINY), f"output={tmp_path / 'parts'}", "checkpoint.every=1", *more])
+    assert ask("rounds=1", DISK) == 0
+    assert ask("rounds=2", "--resume") == 0
+    assert ask("rounds=4", DISK, "--resume") == 0
+    assert_same_run(tmp_path / "parts", trained())
 
 
-def test_of_the_cohort_alone_is_judged_nobody_else(tmp_path):
-    for name, more in (("all", []), ("cohort", ["evaluate.clients=cohort"])):
-        assert cli.main(["run", str(TINY), "rounds=3", f"output={tmp_path / name}", *more]) == 0
-    all_, cohort = (open_run(tmp_path / name).array("clients/accuracy") for name in ("all", "cohort"))
+def test_of_the_cohort_alone_is_judged_nobody_else(trained):
+    everybody, judged = trained(), trained("evaluate.clients=cohort")
+    all_, cohort = (open_run(run).array("clients/accuracy") for run in (everybody, judged))
     there = ~np.isnan(np.asarray(cohort))
     assert (there.sum(1) == 4).all() and not np.isnan(np.asarray(all_)).any()
     np.testing.assert_array_equal(np.asarray(cohort)[there], np.asarray(all_)[there])
-    means = open_run(tmp_path / "cohort").rounds["accuracy"]
+    means = open_run(judged).rounds["accuracy"]
     np.testing.assert_allclose(means, np.nanmean(np.asarray(cohort), 1))
-    assert outcome(tmp_path / "all")["personal"] == outcome(tmp_path / "cohort")["personal"]
+    assert outcome(everybody)["personal"] == outcome(judged)["personal"]

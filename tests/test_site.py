@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import h5py
 import pytest
-from runs import TESTS, command, environment, finished
+from runs import TESTS, environment
 
 from fedlora_mpi import algorithms, blocks, config
 from fedlora_mpi.data.datasets import Source
@@ -33,7 +33,7 @@ def site(tmp_path_factory) -> Path:
         pytest.importorskip(library, reason="the extra [docs] is not installed: pip install 'fedlora-mpi[docs]'")
     folder = tmp_path_factory.mktemp("site")
     line = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", folder / "doctrees", DOCS, folder / "html"]
-    ended = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=400)
+    ended = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=1800)
     assert ended.returncode == 0, ended.stderr
     return folder / "html"
 
@@ -62,10 +62,12 @@ def pages(site) -> dict[Path, Page]:
     return {path: Page(path) for path in site.glob("*.html")}
 
 
+@pytest.mark.thorough
 def test_every_page_is_built(pages):
     assert {path.stem for path in pages} >= {path.stem for pattern in ("*.md", "*.ipynb") for path in DOCS.glob(pattern)}
 
 
+@pytest.mark.thorough
 def test_links_lead_to_files_and_anchors(pages):
     count = 0
     for path, page in pages.items():
@@ -82,6 +84,7 @@ def test_links_lead_to_files_and_anchors(pages):
     assert count > 500
 
 
+@pytest.mark.thorough
 def test_nothing_comes_from_the_network(site, pages):
     for path, page in pages.items():
         for source in page.loads:
@@ -91,6 +94,7 @@ def test_nothing_comes_from_the_network(site, pages):
         assert not found, f"{style.name} loads {found}"
 
 
+@pytest.mark.thorough
 def test_the_notebook_is_kept_without_outputs_and_shown_with_them(site):
     assert '"outputs": []' in (text := (DOCS / "read_a_run.ipynb").read_text(encoding="utf-8"))
     assert text.count('"outputs": []') == text.count('"outputs"') == text.count('"execution_count": null')
@@ -178,13 +182,10 @@ def test_the_page_of_the_config_has_every_partition_and_network():
 # --- the files of a run
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+@pytest.fixture
+def run(trained) -> Path:
     """A run of a method that keeps something on the server and something at the clients."""
-    folder = tmp_path_factory.mktemp("formats")
-    ended = finished(command("run", TESTS / "tiny.yaml", "rounds=2", "output=run"), folder)
-    assert ended.returncode == 0, ended.stderr
-    return folder / "run"
+    return trained()
 
 
 def there(path: Path) -> dict[str, list[str]]:
