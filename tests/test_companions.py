@@ -277,6 +277,12 @@ def test_the_gradients_of_fedkd_are_those_of_its_losses(padding, own, shared, de
     assert_gradients(made, trained(made, small.first(made)), batch(made, padding=padding), formula, frozen=False)
 
 
+def test_w_h_begins_with_the_bounds_of_torchs_linear():
+    made = small.trainer(FedKD(small="small:cnn"), "linear_net")
+    W_h = small.first(made).personal[".hidden.W_h"]
+    assert W_h.shape == (105, 5) and 0.95 < W_h.abs().max() * 5**0.5 <= 1 and W_h.mean().abs() < 0.05
+
+
 def test_a_network_without_a_linear_head_is_refused_by_fedkd():
     with pytest.raises(ValueError, match="^small = test_companions:all_convolution: needs a network that ends in a"):
         FedKD(small="test_companions:all_convolution").check(small.model(), small.TRAIN)

@@ -106,6 +106,20 @@ def test_the_file_says_what_it_computes(name):
     assert "BatchNorm: " in text and "Bytes per client and round: " in text
 
 
+# The sources' formulas: sum_k (n_k / n) in all files but those that write (1/N) sum_k, or a sum; absent clients do not
+# count, and accuracy is that of the next round's start, where the file says nothing else.
+COUNT_ALIKE = "fd fedapen fedavg_lora fedbn fedkd fedlora fedproto fml pfedsd scaffold"
+ABSENT_COUNT = "fedavg_lora fedlora pfedgate"
+JUDGED_TRAINED = "fedamp fedpac pfedgate pfedlora pfedme pfedsd"
+
+
+def test_defaults_of_the_mean_and_of_the_judged_model_are_those_of_the_sources():
+    made = {name: algorithms.find(name)() for name in NAMES}
+    assert " ".join(name for name, it in made.items() if it.weights == "uniform") == COUNT_ALIKE
+    assert " ".join(name for name, it in made.items() if it.absent == "stale") == ABSENT_COUNT
+    assert " ".join(name for name, it in made.items() if it.evaluates == "after_training") == JUDGED_TRAINED
+
+
 @both_models
 def test_training_lowers_the_loss(name, model):
     _, first, *_, last = together(name, model)

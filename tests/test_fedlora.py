@@ -428,6 +428,12 @@ def test_local_lora_shares_nothing_and_fedavg_lora_everything():
     assert not any(torch.equal(after.shared[n], v) for n, v in state.shared.items())
 
 
+def test_of_one_client_both_controls_are_fedlora():
+    states = [small.played(*small.experiment(a, sizes=(7,)), 1) for a in (FedLoRA(), LocalLoRA(), FedAvgLoRA())]
+    all_of = [s.shared | {n: v[0] for n, v in s.personal.items()} for s in states]
+    assert small.equal(all_of[0], all_of[1]) and small.equal(all_of[0], all_of[2])
+
+
 def test_local_lora_without_lora_epochs_is_local():
     run, state = small.experiment(LocalLoRA(lora_epochs=0), "bn_net")
     plain_run, plain = small.experiment(Local(), "bn_net")

@@ -558,8 +558,9 @@ def test_a_client_learns_from_the_mean_output_of_the_others(outputs, what, parti
     assert participation == 1.0 or (sat_out and came_back)
 
 
-def test_a_class_that_no_other_client_holds_is_not_distilled():
-    run, state = small.experiment(FD(), ("bn_net", "cnn"), sizes=(11, 3))
+@pytest.mark.parametrize("outputs", ["probabilities", "logits"])
+def test_a_class_that_no_other_client_holds_is_not_distilled(outputs):
+    run, state = small.experiment(FD(outputs=outputs), ("bn_net", "cnn"), sizes=(11, 3))
     only = held(run, 0) - held(run, 1)
     state = small.played(run, state, 1)
     own = {n: state.personal[f"kind-0/{n}"][0] for n in run.kinds[0].first.personal}

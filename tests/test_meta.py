@@ -194,13 +194,13 @@ def test_v_and_w_step_at_the_same_time():
 # pFedMe
 
 
-def by_hand(made, w, steps, lam, inner, outer, data):
-    """(theta, w) after Algorithm 1's loop over the batches ``data``, theta from w."""
+def by_hand(made, w, steps, lam, inner, outer, data, decay=0.0):
+    """(theta, w) after Algorithm 1's loop over the batches ``data``, theta from w; ``decay``: of theta's weights."""
     theta = small.copy(w)
     for one in data:
         for _ in range(steps):
             g = slope(made, theta, one)
-            theta = {n: t - inner * (g[n] + lam * (t - w[n])) for n, t in theta.items()}
+            theta = {n: t - inner * (g[n] + lam * (t - w[n]) + decay * t) for n, t in theta.items()}
         w = {n: v - outer * lam * (v - theta[n]) for n, v in w.items()}
     return theta, w
 
@@ -220,6 +220,14 @@ def test_pfedme_is_algorithm_1(stacked):
     assert gap(owned(done.end.personal), theta) < 1e-6 and gap(done.end.shared, w) < 1e-6
     again, _ = by_hand(made, w, 3, 7.0, 0.06, 0.04, data)
     assert gap(theta, w) > 1e-4 and gap(again, theta) > 1e-4
+
+
+def test_the_weight_decay_of_pfedme_is_of_theta_alone():
+    made = small.trainer(PFedMe(lam=7.0, inner_steps=2), train=Train(1, 12, lr=0.04, momentum=0.0, weight_decay=0.5))
+    v = small.first(made)
+    (done,) = made.train([0], v.shared, small.rows(v.personal, 1), 0)
+    theta, w = by_hand(made, v.shared, 2, 7.0, 0.09, 0.04, [batch(made, width=11, dtype=torch.float32)], 0.5)
+    assert gap(owned(done.end.personal), theta) < 1e-6 and gap(done.end.shared, w) < 1e-6
 
 
 def test_the_pull_of_pfedme_has_the_gradient_of_half_a_square():

@@ -126,6 +126,8 @@ def test_running_statistics_are_those_of_the_network_without_the_adapter():
         ends.append({n: t for n, t in end.personal.items() if made.model.role(n) == "stats"})
     assert len(ends[0]) >= 4
     small.assert_near(*ends)
+    _, local = trained(replace(made, algorithm=Local()), Vars({}, small.first(made).personal))
+    small.assert_near(ends[0], {n: local.personal[n] for n in ends[0]})  # as often as without an adapter, too
 
 
 @PATHS
