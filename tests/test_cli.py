@@ -96,6 +96,7 @@ def test_an_incomplete_command_line_shows_the_usage(arguments, capsys):
     assert end.value.code == 2 and capsys.readouterr().err.startswith("usage: fedlora-mpi")
 
 
+@pytest.mark.thorough  # four processes
 def test_the_module_and_the_entry_point_are_the_same_command(tmp_path):
     module, function = re.search(
         r'"fedlora-mpi = ([\w.]+):(\w+)"', (TESTS.parent / "setup.py").read_text()

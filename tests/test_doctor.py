@@ -72,6 +72,7 @@ def program(folder: Path, name: str, text: str) -> str:
     return str(folder / name)
 
 
+@pytest.mark.thorough  # two ranks and a process for each check
 def test_a_machine_that_works_has_no_failure(tmp_path):
     done = finished(command("doctor", TINY, "output=runs/a"), tmp_path)
     code, found = read(done.returncode, done.stdout, done.stderr)

@@ -1,6 +1,7 @@
 """A file imports only from lower floors, outside libraries have one home, and nothing draws unaddressed."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,7 @@ def climbs(parts, tree):
             yield ".".join(other)
 
 
+@cache
 def parsed():
     return {parts: ast.parse(path.read_text()) for parts, path in FILES.items() if parts != ("__init__",)}
 

@@ -67,6 +67,7 @@ def test_an_ascii_terminal_shows_everything(arguments, home):
     assert done.returncode == 0 and "codec" not in done.stderr and done.stdout.isascii(), done.stderr
 
 
+@pytest.mark.thorough  # a process
 def test_a_run_on_an_ascii_terminal_tells_its_progress(tmp_path):
     done = shell(f"F run {TINY} rounds=1 output=ä", tmp_path, PYTHONIOENCODING="ascii", LC_ALL="C")
     assert done.returncode == 0 and "round 1/1 | accuracy" in done.stderr and done.stdout == "\\xe4: done\n"
