@@ -65,9 +65,10 @@ def mutants() -> list[Mutant]:
     return [Mutant(**entry | {"tests": tuple(entry["tests"])}) for entry in entries]
 
 
-def pytest(tree: Path, tier: str, tests: Sequence[str]) -> tuple[int, str]:
+def pytest(tree: Path, tier: str, tests: Sequence[str], jobs: int = 1) -> tuple[int, str]:
     """(exit code, first failed test) of these tests in a tree, as far as the first failure."""
     line = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", TIERS[tier], "--no-header", "-rfE", *tests]
+    line += ["-n", str(jobs), "--dist", "worksteal"] if jobs > 1 else []
     path = os.pathsep.join([str(tree), str(tree / "tests")])
     done = subprocess.run(line, cwd=tree, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
     failed = [text for text in done.stdout.splitlines() if text.startswith(("FAILED ", "ERROR "))]
@@ -103,7 +104,7 @@ def verdicts(chosen: Sequence[Mutant], jobs: int) -> Iterator[Verdict]:
             trees.put(Path(shutil.copytree(ROOT, Path(home) / str(job), ignore=LEFT_OUT)))
         healthy = list(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
         for tier in TIERS:
-            code, name = pytest(Path(home) / "0", tier, healthy)
+            code, name = pytest(Path(home) / "0", tier, healthy, jobs)
             if code not in (0, NOTHING_RAN):
                 raise RuntimeError(f"without any mutant {name} fails")
         with ThreadPoolExecutor(jobs) as pool:
