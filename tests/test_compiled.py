@@ -28,7 +28,7 @@ def traced(monkeypatch):
 
 FEW = ("fedlora", "moon")  # a product formed once a phase, a teacher
 UNLIKE = (*FEW, "scaffold", "fedrep", "pfedgate", "fedkd", "fedhl", "fedala")  # in what their steps do
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in algorithms.names() if name not in UNLIKE]
+OTHERS = [thorough(name, id=name) for name in algorithms.names() if name not in UNLIKE]
 
 
 @pytest.mark.parametrize("name", [*FEW, *map(thorough, UNLIKE[len(FEW):]), *OTHERS])

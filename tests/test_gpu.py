@@ -32,7 +32,7 @@ from fedlora_mpi.sums import ExactSum, FastSum
 ROOT = Path(__file__).parent.parent
 METHODS = ("fedavg", "fedlora", "scaffold", "fedamp", "moon", "pfedgate")
 STEPS = [("fedlora", False), ("fedlora", True), *(thorough(name, True) for name in METHODS if name != "fedlora")]
-OTHERS = [pytest.param(name, True, marks=pytest.mark.slow) for name in algorithms.names() if name not in METHODS]
+OTHERS = [thorough(name, True) for name in algorithms.names() if name not in METHODS]
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_epochs_that_are_played_again_have_the_bits_of_the_steps(name, monkeypat
 
 
 RECORDED = [("fedlora", False, "cnn"), ("fedavg", True, "bn_net"), thorough("fedlora", False, "bn_net"), thorough("fedlora", True, "bn_net")]
-RECORDED += [pytest.param(name, True, "bn_net", marks=pytest.mark.slow) for name in METHODS[2:]]
+RECORDED += [thorough(name, True, "bn_net") for name in METHODS[2:]]
 
 
 @pytest.mark.parametrize("name, stacked, network", RECORDED)
