@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from .federation import Run, State
 from .journal import packed
-from .placement import assign
 from .recovery import carried, keeping, rehomed
+from .scheduling import assign
 
 _WORTH = 0.9  # of the time of the slowest worker, below which moving pays
 

@@ -35,10 +35,11 @@ from .models.zoo import build as build_model
 from .models.zoo import foreign
 from .names import plain_name
 from .paths import expanded
-from .placement import assign, groups
+from .placement import groups
 from .privacy.check import check_run
 from .privacy.settings import Privacy
 from .rows import InMemory, OnDisk
+from .scheduling import assign
 from .seeds import rng
 from .store.sinks import need_tensorboard
 from .uplink import gathers

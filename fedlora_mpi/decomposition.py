@@ -6,7 +6,7 @@ from torch import Tensor
 from .comm import Comm
 from .layout import joint
 from .lowrank import right
-from .placement import assign
+from .scheduling import assign
 from .tree import Tree
 
 _WORTH = 2e9  # FLOP of all matrices together, about a tenth of a second of a core, from which ranks share them

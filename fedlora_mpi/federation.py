@@ -16,11 +16,12 @@ from .engine.flops import Flops
 from .engine.train import Trainer
 from .layout import Layout, bytes_of
 from .mixing import Mixing
-from .placement import Group, cohort, equal_parts
+from .placement import Group, cohort
 from .privacy.accountant import epsilon
 from .privacy.check import untrained
 from .privacy.settings import Privacy
 from .rows import InMemory, Rows
+from .scheduling import equal_parts
 from .seeds import rng
 from .tree import Tree, tmap
 

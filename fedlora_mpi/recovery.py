@@ -14,7 +14,7 @@ from .federation import Run, State
 from .journal import Journal, Words, guard, size, split, unpack
 from .mail import Lost
 from .mixing import Mixing
-from .placement import assign
+from .scheduling import assign
 from .tree import Tree
 from .watchdog import watching
 

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "fedlora_mpi"
 FLOOR = {  # top-level file or folder -> floor; the package's own __init__ is its face, on no floor
     **dict.fromkeys(("tree", "names", "batch", "bounds", "clock", "seeds", "vision", "units", "launch", "pulse", "transfer",
-                     "paths", "streams", "escapes"), 0),
+                     "paths", "streams", "escapes", "scheduling"), 0),
     "foreign": 0.5,
     **dict.fromkeys(("layout", "sums", "placement", "models", "writing", "mail"), 1),
     **dict.fromkeys(("algorithm", "rows"), 2),

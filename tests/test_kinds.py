@@ -42,10 +42,11 @@ from fedlora_mpi.config import ModelBlock, Network, digest, from_dict, read, res
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.engine.flops import Flops
 from fedlora_mpi.models import zoo
-from fedlora_mpi.placement import assign, groups
+from fedlora_mpi.placement import groups
 from fedlora_mpi.plan import plan
 from fedlora_mpi.round import play
 from fedlora_mpi.saving import loaded, save
+from fedlora_mpi.scheduling import assign
 from fedlora_mpi.store.reader import RunFiles
 from fedlora_mpi.store.snapshot import Checkpoint, folder_of
 

@@ -8,7 +8,8 @@ import torch
 from runs import assert_near, built, played, same
 
 from fedlora_mpi.algorithms.fedavg import FedAvg
-from fedlora_mpi.placement import assign, cohort, groups
+from fedlora_mpi.placement import cohort, groups
+from fedlora_mpi.scheduling import assign
 from fedlora_mpi.seeds import rng
 
 

@@ -15,13 +15,13 @@ from fedlora_mpi.build import build
 from fedlora_mpi.cli import main
 from fedlora_mpi.comm import Solo
 from fedlora_mpi.config import read
-from fedlora_mpi.placement import assign
 from fedlora_mpi.plan import estimate
 from fedlora_mpi.plan.counted import OnGpu, _count, fits
 from fedlora_mpi.plan.devices import CONTEXT, GPUS, Device, device
 from fedlora_mpi.plan.forecast import Costs, Machine, Unit, allgather, allreduce, forecast
 from fedlora_mpi.plan.line import Line, limits
 from fedlora_mpi.plan.trial import _beside, measured
+from fedlora_mpi.scheduling import assign
 
 HERE = Machine(math.inf, 1e9, 1e-5)
 UNIT = Unit(Line(0.5, 0.25, 0.125), Line(0, 0, 0), Line(0, 0, 0.0625), 2.0)

@@ -51,11 +51,11 @@ from fedlora_mpi.ending import Fault, Refused
 from fedlora_mpi.experiment import Faults
 from fedlora_mpi.federation import Run
 from fedlora_mpi.mail import Lost
-from fedlora_mpi.placement import assign
 from fedlora_mpi.recovery import lasting
 from fedlora_mpi.round import play
 from fedlora_mpi.run import start
 from fedlora_mpi.saving import beginning
+from fedlora_mpi.scheduling import assign
 from fedlora_mpi.store.reader import RunFiles
 
 METHODS = {

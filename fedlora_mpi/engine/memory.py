@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..batch import Batch, cross_entropy
 from ..models.network import Model
-from ..placement import equal_parts
+from ..scheduling import equal_parts
 from ..tree import nbytes
 
 T = TypeVar("T")

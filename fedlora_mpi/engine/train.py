@@ -16,7 +16,7 @@ from torch.func import vmap
 from ..algorithm import Algorithm, Batch, Phase, Train, Vars
 from ..models.network import Model
 from ..models.pooling import LARGE, Pooling
-from ..placement import equal_parts
+from ..scheduling import equal_parts
 from ..transfer import to_device, to_host
 from ..tree import Tree, tmap
 from .compiled import Compiled

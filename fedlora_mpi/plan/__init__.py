@@ -20,7 +20,7 @@ from ..config import Config
 from ..federation import Kind, Run
 from ..inventory import kept
 from ..layout import Layout, bytes_of, joint
-from ..placement import assign
+from ..scheduling import assign
 from ..tree import Tree, nbytes, numel, tmap
 from ..units import duration, size
 from .counted import fits

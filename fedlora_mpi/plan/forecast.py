@@ -8,7 +8,7 @@ import numpy as np
 
 from ..build import Built
 from ..federation import Run
-from ..placement import assign
+from ..scheduling import assign
 from ..tree import nbytes, numel
 
 _ROUNDS = 16  # cohorts that are drawn to know the slowest worker of a small one
