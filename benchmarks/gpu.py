@@ -24,15 +24,15 @@ import torch
 from report import MPIRUN, arguments, table, tell
 from throughput import bare_loop
 
-from fedlora_mpi.build import Built, build
-from fedlora_mpi.comm import Solo, connect
-from fedlora_mpi.ending import guarded
 from fedlora_mpi.config import from_dict
 from fedlora_mpi.engine.memory import Room
 from fedlora_mpi.engine.train import Trainer
-from fedlora_mpi.federation import State
-from fedlora_mpi.round import play
-from fedlora_mpi.saving import beginning
+from fedlora_mpi.federation.federation import State
+from fedlora_mpi.federation.round import play
+from fedlora_mpi.mpi.comm import Solo, connect
+from fedlora_mpi.mpi.ending import guarded
+from fedlora_mpi.run.assembly import Built, build
+from fedlora_mpi.run.checkpointing import beginning
 
 FULL = {"model": "resnet8", "clients": 40, "train": 500, "test": 100, "side": 32, "batch": 100, "epochs": 5}
 QUICK = {"model": "cifar_resnet8", "clients": 4, "train": 20, "test": 5, "side": 8, "batch": 10, "epochs": 4}

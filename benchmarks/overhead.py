@@ -18,10 +18,10 @@ from report import arguments, tell
 from throughput import WORKLOADS, prepare
 
 from fedlora_mpi.algorithm import Batch, Vars
+from fedlora_mpi.core.tree import Tree
 from fedlora_mpi.engine.train import Trainer, Walk
-from fedlora_mpi.federation import State
-from fedlora_mpi.round import play
-from fedlora_mpi.tree import Tree
+from fedlora_mpi.federation.federation import State
+from fedlora_mpi.federation.round import play
 
 SMALL = {
     "50 clients, 28x28": (

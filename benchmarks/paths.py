@@ -11,8 +11,8 @@ import time
 from report import arguments, tell
 from throughput import prepare
 
-from fedlora_mpi.federation import State
-from fedlora_mpi.round import play
+from fedlora_mpi.federation.federation import State
+from fedlora_mpi.federation.round import play
 
 CASES = [(8, 1, 10, width) for width in (8, 16, 32, 64)] + [(8, 1, 50, width) for width in (8, 16, 32)]
 CASES += [(28, 1, 10, width) for width in (8, 16, 32)] + [(32, 3, 10, width) for width in (4, 8, 16)]

@@ -27,13 +27,13 @@ from pathlib import Path
 import torch
 from report import arguments, tell
 
-from fedlora_mpi.build import build
-from fedlora_mpi.comm import Solo
 from fedlora_mpi.config import from_dict
-from fedlora_mpi.federation import State
+from fedlora_mpi.federation.federation import State
+from fedlora_mpi.federation.round import play
 from fedlora_mpi.models import zoo
-from fedlora_mpi.round import play
-from fedlora_mpi.saving import beginning
+from fedlora_mpi.mpi.comm import Solo
+from fedlora_mpi.run.assembly import build
+from fedlora_mpi.run.checkpointing import beginning
 
 HERE = Path(__file__).parent
 PEERS = {"flwr": HERE / "peer" / "flower.py", "pfl": HERE / "peer" / "apple.py"}

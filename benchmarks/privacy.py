@@ -11,12 +11,12 @@ from pathlib import Path
 
 from report import arguments, tell
 
-from fedlora_mpi.build import build
-from fedlora_mpi.comm import Solo
 from fedlora_mpi.config import read
-from fedlora_mpi.round import play
-from fedlora_mpi.saving import beginning
-from fedlora_mpi.tree import Tree
+from fedlora_mpi.core.tree import Tree
+from fedlora_mpi.federation.round import play
+from fedlora_mpi.mpi.comm import Solo
+from fedlora_mpi.run.assembly import build
+from fedlora_mpi.run.checkpointing import beginning
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 WAYS = {

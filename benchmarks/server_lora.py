@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from report import MPIRUN, arguments, tell
 
+from fedlora_mpi.aggregation.exact_sum import SUMS
+from fedlora_mpi.aggregation.flat_layout import Layout
+from fedlora_mpi.aggregation.gathered import gathered
+from fedlora_mpi.aggregation.svd import right_vectors
 from fedlora_mpi.algorithms.flexlora import FlexLoRA
-from fedlora_mpi.comm import Solo, connect
-from fedlora_mpi.decomposition import right_vectors
-from fedlora_mpi.layout import Layout
-from fedlora_mpi.sums import SUMS
-from fedlora_mpi.seeds import rng
-from fedlora_mpi.uplink import gathered
+from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.mpi.comm import Solo, connect
 
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
 

@@ -14,12 +14,12 @@ import torch
 from report import arguments, tell
 from torch import nn
 
-from fedlora_mpi.build import build
-from fedlora_mpi.comm import Solo
 from fedlora_mpi.config import from_dict
-from fedlora_mpi.federation import State
-from fedlora_mpi.round import play
-from fedlora_mpi.saving import beginning
+from fedlora_mpi.federation.federation import State
+from fedlora_mpi.federation.round import play
+from fedlora_mpi.mpi.comm import Solo
+from fedlora_mpi.run.assembly import build
+from fedlora_mpi.run.checkpointing import beginning
 
 WORKLOADS = {  # name: (data, model, train, group size, target ratio)
     "cifar_resnet8": (

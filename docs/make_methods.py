@@ -19,15 +19,15 @@ from typing import NamedTuple
 import torch
 
 from fedlora_mpi import algorithms
+from fedlora_mpi.aggregation.client_mix import Mixing
 from fedlora_mpi.algorithm import Algorithm, Cohort, Vars
-from fedlora_mpi.finetuning import FineTuning
-from fedlora_mpi.gating import cuts
-from fedlora_mpi.lowrank import LowRank, sides
-from fedlora_mpi.mixing import Mixing
+from fedlora_mpi.components.gating import cuts
+from fedlora_mpi.components.lora import FineTuning
+from fedlora_mpi.components.lowrank import LowRank, sides
+from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.core.tree import Tree, nbytes, numel, tmap
 from fedlora_mpi.models.network import Model
 from fedlora_mpi.models.zoo import build
-from fedlora_mpi.seeds import rng
-from fedlora_mpi.tree import Tree, nbytes, numel, tmap
 
 PAGE = Path(__file__).with_name("methods.md")
 GUIDE = PAGE.with_name("add_a_method.md")

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str):
     if name == "open_run":  # imported late: pandas and h5py are not needed to train
-        from .analysis.run import open_run
+        from .analysis.run_view import open_run
 
         return open_run
     if name == "open_runs":

@@ -10,10 +10,10 @@ from typing import ClassVar, Literal, NamedTuple
 
 from torch import Generator, Tensor
 
-from .batch import Batch, cross_entropy
-from .bounds import bounded
+from .core.batch import Batch, cross_entropy
+from .core.bounds import bounded
+from .core.tree import Tree, numel
 from .models.network import Model
-from .tree import Tree, numel
 
 
 class Vars(NamedTuple):

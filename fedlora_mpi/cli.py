@@ -46,7 +46,7 @@ OVERRIDES = "settings of the config by their dotted names, for instance train.lr
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    from .streams import UNREAD, Unprintable, unread_allowed, usable_streams
+    from .core.streams import UNREAD, Unprintable, unread_allowed, usable_streams
 
     try:
         with usable_streams():
@@ -75,9 +75,9 @@ def _play(asked: argparse.Namespace) -> int:
     """Carry out one command; returns the exit code."""
     if asked.imports and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # behind all libraries: a file of the user's takes the place of none
-    from .comm import Solo, connect
-    from .ending import guarded
-    from .launch import is_launched, starting
+    from .mpi.comm import Solo, connect
+    from .mpi.ending import guarded
+    from .mpi.launch import is_launched, starting
 
     try:
         with starting(_patience(asked)) if asked.parallel and is_launched() else nullcontext():
@@ -214,7 +214,8 @@ def _grid_of(sub: argparse.ArgumentParser) -> None:
 
 
 def _run(asked: argparse.Namespace, comm) -> int:
-    from . import config, run
+    from . import config
+    from .run import loop as run
 
     begin = run.start_or_resume if asked.resume else run.start
     settings, comm = run.receive(comm, lambda: config.read(asked.config, asked.overrides))
@@ -222,15 +223,15 @@ def _run(asked: argparse.Namespace, comm) -> int:
 
 
 def _resume(asked: argparse.Namespace, comm) -> int:
-    from .run import resume
+    from .run.loop import resume
 
     return resume(asked.run, asked.overrides, comm)
 
 
 def _plan(asked: argparse.Namespace, comm) -> int:
     from .config import read
-    from .ending import together
-    from .escapes import lines
+    from .core.escapes import lines
+    from .mpi.ending import together
     from .plan import plan
 
     there = asked.gpus, asked.bandwidth, asked.latency
@@ -240,8 +241,8 @@ def _plan(asked: argparse.Namespace, comm) -> int:
 
 def _pretrain(asked: argparse.Namespace, comm) -> int:
     from .config import read
-    from .ending import together
-    from .pretrain import pretrain
+    from .mpi.ending import together
+    from .run.pretrain import pretrain
 
     named = ("to", "classes", "epochs", "network")
     given = {name: value for name, value in vars(asked).items() if name in named}
@@ -250,12 +251,12 @@ def _pretrain(asked: argparse.Namespace, comm) -> int:
 
 
 def _partition(asked: argparse.Namespace, comm) -> int:
-    from .analysis.partition import draw, table
-    from .analysis.pfllib import write_folder
-    from .build import load_data, split_data, tell_hints
+    from .analysis.partition_table import draw, table
+    from .analysis.pfllib_export import write_folder
     from .config import read
-    from .ending import together
-    from .escapes import lines, one_line
+    from .core.escapes import lines, one_line
+    from .mpi.ending import together
+    from .run.assembly import load_data, split_data, tell_hints
 
     def show() -> None:
         config = read(asked.config, asked.overrides)
@@ -277,8 +278,8 @@ def _partition(asked: argparse.Namespace, comm) -> int:
 
 
 def _report(asked: argparse.Namespace, comm) -> int:
-    from .ending import together
-    from .escapes import one_line
+    from .core.escapes import one_line
+    from .mpi.ending import together
 
     def tell() -> str:
         if asked.output:
@@ -295,7 +296,7 @@ def _report(asked: argparse.Namespace, comm) -> int:
 
 def _watch(asked: argparse.Namespace, comm) -> int:
     from .analysis.watch import watch
-    from .ending import together
+    from .mpi.ending import together
 
     together(comm, lambda: watch(asked.run, asked.every, asked.once))
     return 0
@@ -303,9 +304,9 @@ def _watch(asked: argparse.Namespace, comm) -> int:
 
 def _status(asked: argparse.Namespace, comm) -> int:
     from .analysis.status import rounds_of
-    from .ending import together
-    from .escapes import one_line
-    from .run import STOPPED
+    from .core.escapes import one_line
+    from .mpi.ending import together
+    from .run.loop import STOPPED
 
     folder, saved, rounds = together(comm, lambda: rounds_of(asked.target, asked.overrides))
     print(one_line(f"{folder}: {'done' if saved >= rounds else f'{saved} of {rounds} rounds'}"))
@@ -314,17 +315,17 @@ def _status(asked: argparse.Namespace, comm) -> int:
 
 def _export(asked: argparse.Namespace, comm) -> int:
     from .analysis.export import export
-    from .analysis.run import open_run
-    from .ending import together
-    from .escapes import one_line
+    from .analysis.run_view import open_run
+    from .core.escapes import one_line
+    from .mpi.ending import together
 
     print(one_line(together(comm, lambda: export(open_run(asked.run), asked.client, asked.to))))
     return 0
 
 
 def _reproduce(asked: argparse.Namespace, comm) -> int:
-    from .ending import together
-    from .reproduce.command import reproduce
+    from .mpi.ending import together
+    from .reproduce.carrying_out import reproduce
     from .reproduce.request import Request
 
     given = {name: value for name, value in vars(asked).items() if name not in _OF_COMMANDS}
@@ -332,8 +333,8 @@ def _reproduce(asked: argparse.Namespace, comm) -> int:
 
 
 def _submit(asked: argparse.Namespace, comm) -> int:
-    from .ending import together
-    from .slurm import submit
+    from .mpi.ending import together
+    from .run.slurm import submit
 
     given = {name: value for name, value in vars(asked).items() if name not in (*_OF_COMMANDS, "config")}
     print(together(comm, lambda: submit(asked.config, **given)))
@@ -341,15 +342,15 @@ def _submit(asked: argparse.Namespace, comm) -> int:
 
 
 def _doctor(asked: argparse.Namespace, comm) -> int:
-    from .doctor.command import examine
-    from .ending import together
+    from .doctor.examination import examine
+    from .mpi.ending import together
 
     return together(comm, lambda: examine(asked.target, asked.overrides))
 
 
 def _digest(asked: argparse.Namespace, comm) -> int:
-    from .ending import together
-    from .escapes import one_line
+    from .core.escapes import one_line
+    from .mpi.ending import together
     from .store.reader import RunFiles
 
     def show() -> None:

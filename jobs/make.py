@@ -1,8 +1,8 @@
-"""Write this folder's scripts: ``python jobs/make.py`` after a change of ``fedlora_mpi/slurm.py``."""
+"""Write this folder's scripts: ``python jobs/make.py`` after a change of ``fedlora_mpi/run/slurm.py``."""
 
 from pathlib import Path
 
-from fedlora_mpi.slurm import Job, is_done, program, script, task_of
+from fedlora_mpi.run.slurm import Job, is_done, program, script, task_of
 
 HERE = Path(__file__).parent
 EDIT = """\

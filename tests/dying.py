@@ -12,9 +12,12 @@ import sys
 import time
 from collections import Counter
 
-from fedlora_mpi import balance, comm, run, saving
-from fedlora_mpi import round as rounds
 from fedlora_mpi.cli import main
+from fedlora_mpi.federation import round as rounds
+from fedlora_mpi.mpi import comm
+from fedlora_mpi.resilience import rebalancing as balance
+from fedlora_mpi.run import checkpointing as saving
+from fedlora_mpi.run import loop as run
 
 PLAN = [tuple(fault) for fault in json.loads(sys.argv[1])]
 RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))

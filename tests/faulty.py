@@ -85,7 +85,7 @@ def _warm() -> None:
         config = str(Path(__file__).with_name("faulty.yaml"))
         for line in (["run", config, f"output={folder}"], ["report", folder], ["digest", folder]):
             _command(line)
-        from fedlora_mpi.analysis.run import open_run
+        from fedlora_mpi.analysis.run_view import open_run
 
         open_run(folder).client(0).model  # noqa: B018
 
@@ -149,8 +149,9 @@ def _command(arguments: Sequence[str], ranks: int = 1) -> int:
         return main(arguments)
     from runs import on_ranks
 
-    from fedlora_mpi import config, run
-    from fedlora_mpi.ending import guarded
+    from fedlora_mpi import config
+    from fedlora_mpi.mpi.ending import guarded
+    from fedlora_mpi.run import loop as run
 
     run._stop_signals = list  # only the main thread may ask for signals
     source, *overrides = (text for text in arguments[1:] if text != "--resume")
@@ -162,7 +163,7 @@ def _opened(folder: Path) -> int:
     """Whatever ``open_run`` offers, said as text; a mistake is one line and code 2, as a command has it."""
     import numpy as np
 
-    from fedlora_mpi.analysis.run import open_run
+    from fedlora_mpi.analysis.run_view import open_run
 
     try:
         run = open_run(folder)

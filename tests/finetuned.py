@@ -6,8 +6,8 @@ import small
 import torch
 
 from fedlora_mpi.algorithm import Cohort, Vars
-from fedlora_mpi.seeds import rng
-from fedlora_mpi.tree import Tree, tmap
+from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.core.tree import Tree, tmap
 
 RANKS = (3, 1, 2)  # of clients 0, 1, 2
 COUNTS = (5, 1, 8)  # their samples

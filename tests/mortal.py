@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from fedlora_mpi.mail import Lost
-from fedlora_mpi.pulse import Pulse
+from fedlora_mpi.mpi.heartbeat import Pulse
+from fedlora_mpi.mpi.pending import Lost
 
 
 class Killed(BaseException):

@@ -19,13 +19,13 @@ import pytest
 import torch
 
 from fedlora_mpi import config as configs
-from fedlora_mpi.build import Built, build
-from fedlora_mpi.comm import Solo
-from fedlora_mpi.federation import Run
-from fedlora_mpi.pulse import Pulse
-from fedlora_mpi.round import play
-from fedlora_mpi.run import _begin
-from fedlora_mpi.saving import beginning
+from fedlora_mpi.federation.federation import Run
+from fedlora_mpi.federation.round import play
+from fedlora_mpi.mpi.comm import Solo
+from fedlora_mpi.mpi.heartbeat import Pulse
+from fedlora_mpi.run.assembly import Built, build
+from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.loop import _begin
 from fedlora_mpi.store.reader import RunFiles
 
 T = TypeVar("T")

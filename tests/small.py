@@ -7,24 +7,24 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedlora_mpi.aggregation.client_mix import Mixing
+from fedlora_mpi.aggregation.flat_layout import Layout
 from fedlora_mpi.algorithm import Train
-from fedlora_mpi.build import Built
-from fedlora_mpi.comm import Solo
+from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.core.tree import tmap
 from fedlora_mpi.data.datasets import Data, Samples
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.data.inputs import Images
 from fedlora_mpi.data.partition import Split
 from fedlora_mpi.engine.train import Trainer
-from fedlora_mpi.federation import Kind, Pace, Run
-from fedlora_mpi.layout import Layout
-from fedlora_mpi.mixing import Mixing
+from fedlora_mpi.federation.cohorts import groups
+from fedlora_mpi.federation.federation import Kind, Pace, Run
+from fedlora_mpi.federation.round import play
 from fedlora_mpi.models import zoo
 from fedlora_mpi.models.resnet import ResNet
-from fedlora_mpi.placement import groups
-from fedlora_mpi.round import play
-from fedlora_mpi.saving import beginning
-from fedlora_mpi.seeds import rng
-from fedlora_mpi.tree import tmap
+from fedlora_mpi.mpi.comm import Solo
+from fedlora_mpi.run.assembly import Built
+from fedlora_mpi.run.checkpointing import beginning
 
 torch.set_num_threads(1)  # the engine's default; sums in another order have other last bits
 

@@ -15,13 +15,16 @@ import torch
 from runs import TESTS, TINY, command, finished, mpirun, on_ranks, said, tiny
 from torch import nn
 
-from fedlora_mpi import agreement, build, folder, inventory
 from fedlora_mpi.algorithm import Algorithm, Vars
-from fedlora_mpi.build import build as build_run
 from fedlora_mpi.cli import main
-from fedlora_mpi.comm import Solo
 from fedlora_mpi.data.datasets import Samples
-from fedlora_mpi.ending import Refused, together
+from fedlora_mpi.mpi.comm import Solo
+from fedlora_mpi.mpi.ending import Refused, together
+from fedlora_mpi.run import agreement
+from fedlora_mpi.run import assembly as build
+from fedlora_mpi.run import fingerprint as inventory
+from fedlora_mpi.run import output as folder
+from fedlora_mpi.run.assembly import build as build_run
 from fedlora_mpi.store import seal, sight
 from fedlora_mpi.store.log import inventory_of
 

@@ -15,8 +15,9 @@ import torch
 
 from fedlora_mpi import config as configs
 from fedlora_mpi import open_run
-from fedlora_mpi.analysis import partition, report
-from fedlora_mpi.analysis import run as one
+from fedlora_mpi.analysis import partition_table as partition
+from fedlora_mpi.analysis import report
+from fedlora_mpi.analysis import run_view as one
 from fedlora_mpi.cli import main
 from fedlora_mpi.data.datasets import load
 from fedlora_mpi.data.feed import Feed

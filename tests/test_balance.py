@@ -5,10 +5,10 @@ import pytest
 import torch
 from runs import MIXED, TINY, Moment, built, copied, in_order, on_ranks, played, tiny
 
-from fedlora_mpi.balance import balanced, due
-from fedlora_mpi.build import build, hosts
-from fedlora_mpi.round import play
-from fedlora_mpi.saving import beginning
+from fedlora_mpi.federation.round import play
+from fedlora_mpi.resilience.rebalancing import balanced, due
+from fedlora_mpi.run.assembly import build, hosts
+from fedlora_mpi.run.checkpointing import beginning
 
 
 def balanced_run(ranks: int, taken: list[float], *asked: str, samples: float = 1.0):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from fedlora_mpi.bounds import bounded
+from fedlora_mpi.core.bounds import bounded
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,17 +18,17 @@ from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedkd import FedKD
 from fedlora_mpi.algorithms.fml import FML
 from fedlora_mpi.algorithms.local import Local
-from fedlora_mpi.batch import divergence
-from fedlora_mpi.build import build
-from fedlora_mpi.comm import Solo
+from fedlora_mpi.components.lowrank import truncated
 from fedlora_mpi.config import read
-from fedlora_mpi.ending import Fault
-from fedlora_mpi.lowrank import truncated
-from fedlora_mpi.round import play
-from fedlora_mpi.run import resume, start
-from fedlora_mpi.saving import beginning
-from fedlora_mpi.seeds import rng
-from fedlora_mpi.tree import numel, prefixed, tmap, under
+from fedlora_mpi.core.batch import divergence
+from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.core.tree import numel, prefixed, tmap, under
+from fedlora_mpi.federation.round import play
+from fedlora_mpi.mpi.comm import Solo
+from fedlora_mpi.mpi.ending import Fault
+from fedlora_mpi.run.assembly import build
+from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.loop import resume, start
 
 METHODS = pytest.mark.parametrize("method", [FML, FedKD, FedAPEN])
 WITH_BN = {"small": "small:bn_net"}

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import pytest
 
-from fedlora_mpi.blocks import ConfigError, Origin, build
 from fedlora_mpi.config import digest, from_dict, read, resolved_dict, resolved_yaml
+from fedlora_mpi.config.blocks import ConfigError, Origin, build
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 GOOD = """\

@@ -18,14 +18,14 @@ from tiers import case
 
 from fedlora_mpi import algorithms
 from fedlora_mpi.algorithm import Algorithm, Vars
-from fedlora_mpi.build import load_data
-from fedlora_mpi.comm import Solo
+from fedlora_mpi.components.lora import FineTuning
 from fedlora_mpi.config import read
+from fedlora_mpi.core.names import plain_name
 from fedlora_mpi.data.partition import KINDS, DirichletClass
-from fedlora_mpi.finetuning import FineTuning
-from fedlora_mpi.names import plain_name
-from fedlora_mpi.run import resume, start
-from fedlora_mpi.saving import beginning
+from fedlora_mpi.mpi.comm import Solo
+from fedlora_mpi.run.assembly import load_data
+from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.loop import resume, start
 
 NAMES = algorithms.names()
 every_algorithm = pytest.mark.parametrize("name", NAMES)

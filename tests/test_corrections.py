@@ -13,9 +13,9 @@ from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedprox import FedProx
 from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.algorithms.scaffold import Scaffold
-from fedlora_mpi.batch import cross_entropy
-from fedlora_mpi.seeds import rng
-from fedlora_mpi.tree import numel, split
+from fedlora_mpi.core.batch import cross_entropy
+from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.core.tree import numel, split
 
 NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net", thorough("noisy_net")])
 PLAIN = replace(small.TRAIN, momentum=0.0, weight_decay=0.01)

@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from fedlora_mpi.algorithm import held_out
+from fedlora_mpi.core.seeds import isolated, key, rng, uniform
+from fedlora_mpi.core.vision import torchvision
 from fedlora_mpi.data import transforms
 from fedlora_mpi.data.datasets import Data, Samples, Source, Synthetic, load
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.data.inputs import Images
 from fedlora_mpi.data.partition import Iid, Split
-from fedlora_mpi.seeds import isolated, key, rng, uniform
-from fedlora_mpi.vision import torchvision
 
 CPU = torch.device("cpu")
 SIZES = (11, 7, 7, 3, 2)  # ragged clients, in decreasing order

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from runs import SLOW, TINY, built, command, finished
 
-from fedlora_mpi.doctor import command as doctor
+from fedlora_mpi.doctor import examination as doctor
 from fedlora_mpi.doctor.checks import CHECKS
-from fedlora_mpi.doctor.command import examine
+from fedlora_mpi.doctor.examination import examine
 from fedlora_mpi.doctor.finding import Case, Finding
 from fedlora_mpi.plan import storage
 
@@ -192,7 +192,7 @@ def test_one_failure_alone_is_code_1(level, code, monkeypatch):
     def found(name, case):
         return Finding(level if name == "HDF5" else "ok", "so"), {}
 
-    monkeypatch.setattr("fedlora_mpi.doctor.command._asked", found)
+    monkeypatch.setattr("fedlora_mpi.doctor.examination._asked", found)
     assert examine(None, (), lambda line: None) == code
 
 

@@ -11,10 +11,10 @@ from tiers import thorough
 from torch import nn
 
 import fedlora_mpi
-from fedlora_mpi.analysis.run import open_run
+from fedlora_mpi.aggregation.flat_layout import Layout, bytes_of
+from fedlora_mpi.aggregation.svd import right_vectors
+from fedlora_mpi.analysis.run_view import open_run
 from fedlora_mpi.cli import main
-from fedlora_mpi.decomposition import right_vectors
-from fedlora_mpi.layout import Layout, bytes_of
 from fedlora_mpi.models import weights, zoo
 
 METHODS = ("fedavg", "fedlora", "fedprox", "scaffold", "fedamp", "fedbn", "fedadam", "fedit", "pfedlora")
@@ -232,7 +232,7 @@ def test_weights_from_a_file_keep_the_networks_dtypes(tmp_path):
 
 
 def test_vectors_that_ranks_share_out_are_those_of_one(monkeypatch):
-    monkeypatch.setattr("fedlora_mpi.decomposition._WORTH", 0)
+    monkeypatch.setattr("fedlora_mpi.aggregation.svd._WORTH", 0)
     matrices = {
         str(kind): (torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(kind), 2)
         for kind in (torch.float32, torch.float64)

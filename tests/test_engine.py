@@ -12,11 +12,11 @@ from fedlora_mpi.algorithm import Algorithm, Phase, Sgd, Step, Train, Vars
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedlora import FedLoRA
 from fedlora_mpi.algorithms.local import Local
+from fedlora_mpi.core.seeds import isolated, rng
 from fedlora_mpi.engine.device import bind, decide
 from fedlora_mpi.engine.flops import Flops
 from fedlora_mpi.engine.settings import Engine
 from fedlora_mpi.engine.walk import sgd_step
-from fedlora_mpi.seeds import isolated, rng
 
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
 CLIENTS = range(len(small.SIZES))

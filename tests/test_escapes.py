@@ -13,10 +13,10 @@ import pytest
 from folders import sealed
 from runs import TESTS
 
-from fedlora_mpi import escapes
 from fedlora_mpi.cli import main
-from fedlora_mpi.comm import Solo
-from fedlora_mpi.ending import guarded, together
+from fedlora_mpi.core import escapes
+from fedlora_mpi.mpi.comm import Solo
+from fedlora_mpi.mpi.ending import guarded, together
 
 CONFIG = str(TESTS / "faulty.yaml")
 HOSTILE = "=1+1\x1b]0;owned\x07\n\u202e\x9b2J<script>^~\\{}_%$#&|/../../\u2028é"

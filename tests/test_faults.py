@@ -14,8 +14,8 @@ import torch
 from faulty import AFTER, BEFORE, FAIL, WITHIN, Ended, machine
 from runs import TESTS, command, environment, finished, kill_all, launched, mpirun
 
-from fedlora_mpi.rows import OnDisk
-from fedlora_mpi.writing import Unwritable
+from fedlora_mpi.core.disk_errors import Unwritable
+from fedlora_mpi.federation.client_rows import OnDisk
 
 CONFIG = TESTS / "faulty.yaml"
 RESUME = ["run", "--resume", CONFIG, "output=victim"]  # keeps one checkpoint, so that another is removed

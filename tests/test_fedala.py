@@ -11,10 +11,10 @@ from fedlora_mpi.algorithm import Batch, Train, Vars
 from fedlora_mpi.algorithms.fedala import FedALA
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedavg_ft import FedAvgFT
+from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.core.tree import numel, split
+from fedlora_mpi.federation.round import play
 from fedlora_mpi.models.substitutes import Substitutes
-from fedlora_mpi.round import play
-from fedlora_mpi.seeds import rng
-from fedlora_mpi.tree import numel, split
 
 NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
 TOP = {"cnn": ["9.weight", "9.bias"], "bn_net": ["fc.weight", "fc.bias"], "noisy_net": ["5.weight", "5.bias"]}

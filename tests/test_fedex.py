@@ -13,12 +13,12 @@ from fedlora_mpi.algorithms.fed_talora import FedTaLoRA
 from fedlora_mpi.algorithms.fedex_lora import FedExLoRA
 from fedlora_mpi.algorithms.fedit import FedIT
 from fedlora_mpi.algorithms.flora import FLoRA
-from fedlora_mpi.batch import Batch
-from fedlora_mpi.finetuning import dense
+from fedlora_mpi.components.lora import dense
+from fedlora_mpi.core.batch import Batch
+from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.core.tree import numel
+from fedlora_mpi.core.units import size
 from fedlora_mpi.plan import plan
-from fedlora_mpi.seeds import rng
-from fedlora_mpi.tree import numel
-from fedlora_mpi.units import size
 
 NET = model("wide_cnn")  # convolutions of 12 x 9 and 24 x 12, a Linear of 5 x 8, a head of 6 x 5
 HEAD = tuple(n for n in NET.leaves if NET.role(n) == "head")

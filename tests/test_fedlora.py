@@ -16,13 +16,13 @@ from fedlora_mpi.algorithms.fedavg_lora import FedAvgLoRA
 from fedlora_mpi.algorithms.fedlora import FedLoRA
 from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.algorithms.local_lora import LocalLoRA
-from fedlora_mpi.ending import Fault
-from fedlora_mpi.lowrank import LowRank, is_factor, is_not_factor, sides
+from fedlora_mpi.components.lowrank import LowRank, is_factor, is_not_factor, sides
+from fedlora_mpi.core.seeds import isolated, rng
+from fedlora_mpi.core.tree import numel, split
+from fedlora_mpi.federation.round import play
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.models.zoo import build
-from fedlora_mpi.round import play
-from fedlora_mpi.seeds import isolated, rng
-from fedlora_mpi.tree import numel, split
+from fedlora_mpi.mpi.ending import Fault
 
 NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
 

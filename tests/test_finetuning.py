@@ -9,12 +9,12 @@ from runs import NORM, TINY, built, on_ranks, played, same
 from tiers import thorough
 
 from fedlora_mpi import config as configs
+from fedlora_mpi.aggregation.svd import right_vectors
 from fedlora_mpi.algorithm import Cohort
 from fedlora_mpi.algorithms.fedhl import FedHL
 from fedlora_mpi.algorithms.fedit import FedIT
 from fedlora_mpi.algorithms.flexlora import FlexLoRA
-from fedlora_mpi.decomposition import right_vectors
-from fedlora_mpi.lowrank import right
+from fedlora_mpi.components.lowrank import right
 
 RANKS = (1, 2, 4)
 SIDES = {"u": (3, 5), "v": (7, 6)}  # out side, in side

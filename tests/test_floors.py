@@ -8,29 +8,25 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "fedlora_mpi"
 FLOOR = {  # top-level file or folder -> floor; the package's own __init__ is its face, on no floor
-    **dict.fromkeys(("tree", "names", "batch", "bounds", "clock", "seeds", "vision", "units", "launch", "pulse", "transfer",
-                     "paths", "streams", "escapes", "scheduling"), 0),
-    "foreign": 0.5,
-    **dict.fromkeys(("layout", "sums", "placement", "models", "writing", "mail"), 1),
-    **dict.fromkeys(("algorithm", "rows"), 2),
-    **dict.fromkeys(("adapter", "companion", "lowrank", "server_step", "similarity", "simplex", "prototypes", "gating"), 3),
-    "finetuning": 4,
-    **dict.fromkeys(("algorithms", "data", "engine", "privacy", "comm", "store", "blocks"), 5),
-    "ending": 5.5,
-    **dict.fromkeys(("experiment", "mixing", "uplink", "decomposition", "progress", "watchdog"), 6),
-    **dict.fromkeys(("config", "federation"), 7),
-    **dict.fromkeys(("round", "journal", "inventory"), 8),
-    "agreement": 8.5,
-    **dict.fromkeys(("build", "recovery"), 9),
-    **dict.fromkeys(("balance", "saving", "folder"), 10),
-    **dict.fromkeys(("run", "plan", "pretrain", "analysis"), 11),
-    **dict.fromkeys(("slurm", "doctor"), 12),
-    "reproduce": 13,
+    "core": 0,  # no federated meaning
+    "models": 1,
+    "algorithm": 2,  # the contract
+    "components": 3,  # formulas that several methods share
+    **dict.fromkeys(("algorithms", "data", "store"), 4),
+    "mpi": 5,
+    "engine": 6,
+    "aggregation": 7,
+    "privacy": 8,
+    **dict.fromkeys(("config", "federation"), 9),
+    "resilience": 10,
+    "run": 11,
+    **dict.fromkeys(("analysis", "plan"), 12),
+    **dict.fromkeys(("doctor", "reproduce"), 13),
     "cli": 14,
     "__main__": 15,
 }
 HOME = {
-    "mpi4py": "comm",
+    "mpi4py": "mpi",
     "h5py": "store",
     "yaml": "config",
     "tokenizers": "data",
@@ -106,31 +102,11 @@ def test_algorithms_see_nothing_that_runs_them():
     for parts, tree in parsed().items():
         if parts[0] == "algorithms":
             above = {other[0] for other in own_imports(parts, tree) if other}
-            assert above <= {
-                "foreign",
-                "names",
-                "tree",
-                "seeds",
-                "layout",
-                "models",
-                "adapter",
-                "algorithm",
-                "batch",
-                "bounds",
-                "companion",
-                "lowrank",
-                "server_step",
-                "similarity",
-                "simplex",
-                "prototypes",
-                "gating",
-                "finetuning",
-                "algorithms",
-            }, parts
+            assert above <= {"core", "models", "algorithm", "components", "algorithms"}, parts
 
 
 def test_a_run_never_imports_the_analysis():
-    trees, met, ahead = parsed(), set(), [("run",), ("build",), ("round",), ("plan", "__init__")]
+    trees, met, ahead = parsed(), set(), [("run", "loop"), ("run", "assembly"), ("federation", "round"), ("plan", "__init__")]
     while ahead:
         parts = ahead.pop()
         met.add(parts)
@@ -144,14 +120,14 @@ def test_a_run_never_imports_the_analysis():
 @pytest.mark.parametrize(
     "parts, source",
     [
-        (("seeds",), "from .layout import Layout"),
-        (("seeds",), "def f():\n    from . import round"),
+        (("core", "seeds"), "from ..aggregation.flat_layout import Layout"),
+        (("core", "seeds"), "def f():\n    from ..federation import round"),
         (("data", "feed"), "from ..engine.train import Trainer"),
-        (("data", "feed"), "import fedlora_mpi.round"),
+        (("data", "feed"), "import fedlora_mpi.federation.round"),
         (("algorithms", "fedlora"), "from .fedavg import FedAvg"),
         (("algorithms", "fedlora"), "from . import fedavg"),
-        (("algorithms", "fedlora"), "from fedlora_mpi.comm import Solo"),
-        (("mixing",), "from .config import Config"),
+        (("algorithms", "fedlora"), "from fedlora_mpi.mpi.comm import Solo"),
+        (("aggregation", "client_mix"), "from ..config import Config"),
     ],
 )
 def test_an_import_that_climbs_is_seen(parts, source):
@@ -224,7 +200,7 @@ def unaddressed(tree):
 
 def test_nothing_draws_from_a_global_generator():
     found = {".".join(parts): list(unaddressed(ast.parse(path.read_text()))) for parts, path in FILES.items()}
-    assert set(found.pop("seeds")) == ISOLATING
+    assert set(found.pop("core.seeds")) == ISOLATING
     assert {name: calls for name, calls in found.items() if calls} == {}
 
 

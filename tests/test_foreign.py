@@ -8,8 +8,8 @@ import pytest
 import torch
 from runs import TINY, command, finished, said
 
-from fedlora_mpi import foreign
 from fedlora_mpi.cli import main
+from fedlora_mpi.core import user_code as foreign
 
 MODEL = """
 from torch import nn
@@ -92,8 +92,8 @@ def test_a_run_of_modules_that_import_torchvision(module, tmp_path):
 def test_modules_of_the_users_may_import_torchvision_and_nothing_else_does(module, tmp_path):
     module("my_method", METHOD)
     code = (
-        "import sys; from fedlora_mpi.cli import main; from fedlora_mpi.config import read;"
-        f"from fedlora_mpi.build import build; from fedlora_mpi.comm import Solo; build(read({str(TINY)!r}), 'x', Solo());"
+        "import sys; from fedlora_mpi.cli import main; from fedlora_mpi.config.reading import read;"
+        f"from fedlora_mpi.run.assembly import build; from fedlora_mpi.mpi.comm import Solo; build(read({str(TINY)!r}), 'x', Solo());"
         "assert 'torchvision' not in sys.modules;"
         "from fedlora_mpi.algorithms import find; find('my_method:Mine'); assert 'torchvision' in sys.modules"
     )

@@ -15,7 +15,7 @@ from fedlora_mpi.algorithms.fed_rac_lora import FedRACLoRA
 from fedlora_mpi.algorithms.fedit import FedIT
 from fedlora_mpi.algorithms.ffa_lora import FFALoRA
 from fedlora_mpi.algorithms.rolora import RoLoRA
-from fedlora_mpi.lowrank import is_factor
+from fedlora_mpi.components.lowrank import is_factor
 
 HOW = {"lora_ranks": RANKS, "alpha": 6.0}
 ALL = [FFALoRA(**HOW), RoLoRA(**HOW), *(FedRACLoRA(factor=f, **HOW) for f in ("A", "B", "both"))]

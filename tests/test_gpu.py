@@ -17,9 +17,10 @@ from tiers import thorough
 
 from fedlora_mpi import algorithms
 from fedlora_mpi import config as configs
+from fedlora_mpi.aggregation.exact_sum import ExactSum, FastSum
 from fedlora_mpi.algorithm import Phase, Step
 from fedlora_mpi.algorithms.fedavg import FedAvg
-from fedlora_mpi.batch import cross_entropy
+from fedlora_mpi.core.batch import cross_entropy
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.engine import graphs as recording
 from fedlora_mpi.engine.device import decide
@@ -27,7 +28,6 @@ from fedlora_mpi.engine.graphs import CudaGraph, Graphs
 from fedlora_mpi.engine.memory import Room, fitting
 from fedlora_mpi.engine.settings import Engine
 from fedlora_mpi.engine.walk import Walk
-from fedlora_mpi.sums import ExactSum, FastSum
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("fedavg", "fedlora", "scaffold", "fedamp", "moon", "pfedgate")

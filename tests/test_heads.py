@@ -17,10 +17,10 @@ from fedlora_mpi.algorithms.fedper import FedPer
 from fedlora_mpi.algorithms.fedrep import FedRep
 from fedlora_mpi.algorithms.fedrod import FedRoD
 from fedlora_mpi.algorithms.local import Local
+from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.core.tree import numel
+from fedlora_mpi.federation.round import play
 from fedlora_mpi.models.network import from_module
-from fedlora_mpi.round import play
-from fedlora_mpi.seeds import rng
-from fedlora_mpi.tree import numel
 
 ALL = [
     FedPer(),

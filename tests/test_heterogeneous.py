@@ -18,17 +18,17 @@ from fedlora_mpi.algorithms.fedper import FedPer
 from fedlora_mpi.algorithms.fedproto import FedProto
 from fedlora_mpi.algorithms.lg_fedavg import LGFedAvg
 from fedlora_mpi.algorithms.local import Local
-from fedlora_mpi.build import build
-from fedlora_mpi.comm import Solo
+from fedlora_mpi.components.prototypes import own_means, prototypes, pull
 from fedlora_mpi.config import read
-from fedlora_mpi.ending import Refused
-from fedlora_mpi.federation import Run
+from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.federation.federation import Run
+from fedlora_mpi.federation.round import play
 from fedlora_mpi.models.network import from_module
+from fedlora_mpi.mpi.comm import Solo
+from fedlora_mpi.mpi.ending import Refused
 from fedlora_mpi.plan import plan
-from fedlora_mpi.prototypes import own_means, prototypes, pull
-from fedlora_mpi.round import play
-from fedlora_mpi.run import resume, start
-from fedlora_mpi.seeds import rng
+from fedlora_mpi.run.assembly import build
+from fedlora_mpi.run.loop import resume, start
 
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
 MIXED = ("cnn", "bn_net", "wide_cnn")  # three networks with five features each
@@ -617,7 +617,7 @@ def test_class_means_are_zero_where_there_is_no_sample_and_skip_padding(monkeypa
     batch = Batch(x, y, torch.arange(7) < 5, None, torch.tensor([2.0, 0, 3, 0]))
     right = torch.stack([x[[0, 3]].mean(0), torch.zeros(3), x[[1, 2, 4]].mean(0), torch.zeros(3)])
     torch.testing.assert_close(own_means(lambda x: x, batch), right)
-    monkeypatch.setattr("fedlora_mpi.prototypes._CHUNK", 2)
+    monkeypatch.setattr("fedlora_mpi.components.prototypes._CHUNK", 2)
     torch.testing.assert_close(own_means(lambda x: x, batch), right)
 
 

@@ -12,8 +12,8 @@ from torch.func import grad, vmap
 from fedlora_mpi.algorithm import Batch, Vars
 from fedlora_mpi.algorithms.fedit import FedIT
 from fedlora_mpi.algorithms.hetlora import HetLoRA, components, norm_of_products
-from fedlora_mpi.lowrank import is_factor
-from fedlora_mpi.tree import tmap
+from fedlora_mpi.components.lowrank import is_factor
+from fedlora_mpi.core.tree import tmap
 
 HOW = {"lora_ranks": RANKS, "alpha": 6.0}
 CNN = "model.width=4"

@@ -16,19 +16,19 @@ from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy
 
 from fedlora_mpi import algorithms
-from fedlora_mpi.analysis.run import open_run
-from fedlora_mpi.batch import Batch
-from fedlora_mpi.blocks import ConfigError
-from fedlora_mpi.build import build as build_run
+from fedlora_mpi.analysis.run_view import open_run
 from fedlora_mpi.cli import main
-from fedlora_mpi.comm import Solo
 from fedlora_mpi.config import read
+from fedlora_mpi.config.blocks import ConfigError
+from fedlora_mpi.core.batch import Batch
+from fedlora_mpi.core.seeds import isolated, rng
+from fedlora_mpi.core.vision import torchvision
 from fedlora_mpi.data.texts import Text, Vocabulary
-from fedlora_mpi.ending import Refused
 from fedlora_mpi.models import huggingface, weights, zoo
-from fedlora_mpi.run import resume, start
-from fedlora_mpi.seeds import isolated, rng
-from fedlora_mpi.vision import torchvision
+from fedlora_mpi.mpi.comm import Solo
+from fedlora_mpi.mpi.ending import Refused
+from fedlora_mpi.run.assembly import build as build_run
+from fedlora_mpi.run.loop import resume, start
 
 torchvision()  # see there: transformers imports it
 transformers = pytest.importorskip("transformers")

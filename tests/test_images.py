@@ -10,8 +10,8 @@ from PIL import Image
 from runs import TINY
 
 from fedlora_mpi.cli import main
+from fedlora_mpi.core.vision import torchvision
 from fedlora_mpi.data.datasets import Source, load
-from fedlora_mpi.vision import torchvision
 
 CLASSES = ("ant", "bee")
 

@@ -36,17 +36,17 @@ from fedlora_mpi.algorithms.fedpac import FedPAC
 from fedlora_mpi.algorithms.perfedavg import PerFedAvg
 from fedlora_mpi.algorithms.pfedlora import PFedLoRA
 from fedlora_mpi.algorithms.pfedme import PFedMe
-from fedlora_mpi.build import build, load_data
 from fedlora_mpi.cli import main
 from fedlora_mpi.config import ModelBlock, Network, digest, from_dict, read, resolved_dict, resolved_yaml
+from fedlora_mpi.core.scheduling import assign
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.engine.flops import Flops
+from fedlora_mpi.federation.cohorts import groups
+from fedlora_mpi.federation.round import play
 from fedlora_mpi.models import zoo
-from fedlora_mpi.placement import groups
 from fedlora_mpi.plan import plan
-from fedlora_mpi.round import play
-from fedlora_mpi.saving import loaded, save
-from fedlora_mpi.scheduling import assign
+from fedlora_mpi.run.assembly import build, load_data
+from fedlora_mpi.run.checkpointing import loaded, save
 from fedlora_mpi.store.reader import RunFiles
 from fedlora_mpi.store.snapshot import Checkpoint, folder_of
 

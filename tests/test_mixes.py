@@ -15,14 +15,14 @@ from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedcac import FedCAC, critical
 from fedlora_mpi.algorithms.fedpac import FedPAC
 from fedlora_mpi.algorithms.local import Local
+from fedlora_mpi.components.prototypes import class_means, pull, statistics
+from fedlora_mpi.components.similarity import cosines, distances
+from fedlora_mpi.components.simplex import best_weights, on_simplex
+from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.core.tree import numel, prefixed, split, under
+from fedlora_mpi.federation.round import play
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.models.zoo import build
-from fedlora_mpi.prototypes import class_means, pull, statistics
-from fedlora_mpi.round import play
-from fedlora_mpi.seeds import rng
-from fedlora_mpi.similarity import cosines, distances
-from fedlora_mpi.simplex import best_weights, on_simplex
-from fedlora_mpi.tree import numel, prefixed, split, under
 
 NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
 ALL = pytest.mark.parametrize(
@@ -671,7 +671,7 @@ def test_features_in_pieces_are_the_features(monkeypatch):
     made = small.trainer(FedPAC(), "bn_net")
     data = Batch(*(v if v is None else v[0] for v in made.feed.survey([0], whole=True)))
     whole = statistics(made.model.evaluating(), made.model.initial, data)
-    monkeypatch.setattr("fedlora_mpi.prototypes._CHUNK", 4)
+    monkeypatch.setattr("fedlora_mpi.components.prototypes._CHUNK", 4)
     pieces = statistics(made.model.evaluating(), made.model.initial, data)
     for a, b in zip(pieces, whole):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)

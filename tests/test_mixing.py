@@ -9,20 +9,20 @@ import small
 import torch
 from tiers import thorough
 
-from fedlora_mpi import mixing
+from fedlora_mpi.aggregation import client_mix as mixing
+from fedlora_mpi.aggregation.client_mix import BLOCK, Mixing
+from fedlora_mpi.aggregation.exact_sum import LIMIT
 from fedlora_mpi.algorithm import Algorithm, Offer, Vars
 from fedlora_mpi.algorithms.fedamp import FedAMP
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedcac import FedCAC
 from fedlora_mpi.algorithms.fedpac import FedPAC
-from fedlora_mpi.build import Built
-from fedlora_mpi.comm import Solo
-from fedlora_mpi.ending import Fault
-from fedlora_mpi.mixing import BLOCK, Mixing
-from fedlora_mpi.round import play
-from fedlora_mpi.saving import beginning
-from fedlora_mpi.seeds import rng
-from fedlora_mpi.sums import LIMIT
+from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.federation.round import play
+from fedlora_mpi.mpi.comm import Solo
+from fedlora_mpi.mpi.ending import Fault
+from fedlora_mpi.run.assembly import Built
+from fedlora_mpi.run.checkpointing import beginning
 
 
 class Thread(Solo):

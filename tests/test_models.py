@@ -8,12 +8,12 @@ from tiers import thorough
 from torch import nn
 from torch.func import vmap
 
+from fedlora_mpi.core.seeds import isolated, rng
+from fedlora_mpi.core.tree import numel
+from fedlora_mpi.core.vision import torchvision
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.models.substitutes import Substitutes
 from fedlora_mpi.models.zoo import build
-from fedlora_mpi.seeds import isolated, rng
-from fedlora_mpi.tree import numel
-from fedlora_mpi.vision import torchvision
 
 
 def numbers(*shape, at=0, dtype=torch.float32):

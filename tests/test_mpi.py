@@ -33,10 +33,10 @@ from runs import (
     until,
 )
 
-from fedlora_mpi import comm
 from fedlora_mpi.cli import main
-from fedlora_mpi.comm import connect
-from fedlora_mpi.launch import has_leftovers, is_launched
+from fedlora_mpi.mpi import comm
+from fedlora_mpi.mpi.comm import connect
+from fedlora_mpi.mpi.launch import has_leftovers, is_launched
 from fedlora_mpi.store.reader import RunFiles
 
 LONG = ("rounds=10", "checkpoint.every=1", SLOW)

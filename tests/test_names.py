@@ -12,14 +12,14 @@ from runs import TINY, played, same, tiny
 from torch import nn
 
 from fedlora_mpi import algorithms, open_run
-from fedlora_mpi import round as round_
 from fedlora_mpi.algorithm import Vars
 from fedlora_mpi.algorithms import fed_rac_lora
 from fedlora_mpi.cli import main
-from fedlora_mpi.finetuning import FineTuning
+from fedlora_mpi.components.lora import FineTuning
+from fedlora_mpi.core.names import factor, is_factor, is_own, names_in_files, own_name, plain_name, weight_of
+from fedlora_mpi.core.seeds import key, rng
+from fedlora_mpi.federation import round as round_
 from fedlora_mpi.models import zoo
-from fedlora_mpi.names import factor, is_factor, is_own, names_in_files, own_name, plain_name, weight_of
-from fedlora_mpi.seeds import key, rng
 
 CLASSES, SHAPE = 4, (1, 8, 8)  # those of tiny.yaml
 CORE = "core"  # a layer that the names of methods are put in front of
@@ -206,7 +206,7 @@ def test_no_method_tells_leaves_apart_by_a_literal():
     """Only by ``names.py``, or by a prefix that comes from it."""
     root = Path(algorithms.__file__).parent
     asked = {"startswith", "endswith", "removeprefix", "removesuffix"}
-    for path in (*root.glob("[!_]*.py"), *(root.parent / "finetuning").glob("*.py"), root.parent / "lowrank.py"):
+    for path in (*root.glob("[!_]*.py"), *(root.parent / "components/lora").glob("*.py"), root.parent / "components/lowrank.py"):
         for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
             if isinstance(call.func, ast.Attribute) and call.func.attr in asked:
                 said = [n for argument in call.args for n in ast.walk(argument) if isinstance(n, ast.Constant)]

@@ -13,12 +13,12 @@ from torch import nn
 from fedlora_mpi.algorithm import Batch, Train, Vars
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.pfedgate import PFedGate
-from fedlora_mpi.gating import cuts, greedy, open_gate, within_budget
+from fedlora_mpi.components.gating import cuts, greedy, open_gate, within_budget
+from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.core.tree import numel
+from fedlora_mpi.federation.round import play
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.models.zoo import build
-from fedlora_mpi.round import play
-from fedlora_mpi.seeds import rng
-from fedlora_mpi.tree import numel
 
 NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
 ROOMY = (10, 9, 8, 8, 4)  # no batch of two: BatchNorm of two close numbers magnifies the last digit

@@ -12,18 +12,18 @@ from runs import TINY, built, played
 from tiers import STACK_FIRST, thorough
 
 from fedlora_mpi import open_run
-from fedlora_mpi.adapter import Adapter
 from fedlora_mpi.algorithm import Algorithm, Batch, Phase, Vars
 from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.algorithms.pfedlora import PFedLoRA
-from fedlora_mpi.build import load_data
 from fedlora_mpi.cli import main
+from fedlora_mpi.components.adapter import Adapter
 from fedlora_mpi.config import from_dict
+from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.core.tree import numel, under
 from fedlora_mpi.data.feed import Feed
+from fedlora_mpi.federation.round import play
 from fedlora_mpi.models import zoo
-from fedlora_mpi.round import play
-from fedlora_mpi.seeds import rng
-from fedlora_mpi.tree import numel, under
+from fedlora_mpi.run.assembly import load_data
 
 PLACES = ("matrix", "conv", "side")
 NETS = (thorough("cnn"), "bn_net", thorough("noisy_net"))

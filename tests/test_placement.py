@@ -8,9 +8,9 @@ import torch
 from runs import assert_near, built, played, same
 
 from fedlora_mpi.algorithms.fedavg import FedAvg
-from fedlora_mpi.placement import cohort, groups
-from fedlora_mpi.scheduling import assign
-from fedlora_mpi.seeds import rng
+from fedlora_mpi.core.scheduling import assign
+from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.federation.cohorts import cohort, groups
 
 
 def sizes(count):

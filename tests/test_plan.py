@@ -11,17 +11,17 @@ import torch
 from runs import MIXED, TINY
 from torch.nn import functional as F
 
-from fedlora_mpi.build import build
 from fedlora_mpi.cli import main
-from fedlora_mpi.comm import Solo
 from fedlora_mpi.config import read
+from fedlora_mpi.core.scheduling import assign
+from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.plan import estimate
 from fedlora_mpi.plan.counted import OnGpu, _count, fits
 from fedlora_mpi.plan.devices import CONTEXT, GPUS, Device, device
 from fedlora_mpi.plan.forecast import Costs, Machine, Unit, allgather, allreduce, forecast
 from fedlora_mpi.plan.line import Line, limits
-from fedlora_mpi.plan.trial import _beside, measured
-from fedlora_mpi.scheduling import assign
+from fedlora_mpi.plan.unit_costs import _beside, measured
+from fedlora_mpi.run.assembly import build
 
 HERE = Machine(math.inf, 1e9, 1e-5)
 UNIT = Unit(Line(0.5, 0.25, 0.125), Line(0, 0, 0), Line(0, 0, 0.0625), 2.0)
@@ -252,8 +252,8 @@ def test_others_compute_meanwhile_and_are_gone_after(tmp_path):
 @pytest.mark.parametrize("ranks, gpus, cores, others", [(1, None, 8, 0), (3, None, 8, 1), (9, None, 4, 3), (9, "a100", 8, 0)])
 def test_a_trial_is_made_beside_as_many_as_will_work_here(ranks, gpus, cores, others, monkeypatch):
     given = []
-    monkeypatch.setattr("fedlora_mpi.plan.trial._SECONDS", 0.0)  # each size is tried twice, no more
+    monkeypatch.setattr("fedlora_mpi.plan.unit_costs._SECONDS", 0.0)  # each size is tried twice, no more
     monkeypatch.setattr("os.cpu_count", lambda: cores)
-    monkeypatch.setattr("fedlora_mpi.plan.trial._beside", lambda n, work: given.append(n) or contextlib.nullcontext())
+    monkeypatch.setattr("fedlora_mpi.plan.unit_costs._beside", lambda n, work: given.append(n) or contextlib.nullcontext())
     estimate(read(TINY, []), str(TINY), ranks, gpus)
     assert given == [others]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from runs import TINY, command, equal, finished, mpirun, said, tiny
 
-from fedlora_mpi import comm
-from fedlora_mpi.build import load_data
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.models import weights, zoo
-from fedlora_mpi.pretrain import chosen, pooled
+from fedlora_mpi.mpi import comm
+from fedlora_mpi.run.assembly import load_data
+from fedlora_mpi.run.pretrain import chosen, pooled
 from fedlora_mpi.store.reader import RunFiles
 
 LINE = re.compile(r"epoch (\d+)/(\d+) · test accuracy ([\d.]+)% · train loss ([\d.]+) · ")

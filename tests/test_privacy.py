@@ -25,21 +25,21 @@ from runs import (
 )
 
 from fedlora_mpi import config as configs
+from fedlora_mpi.aggregation.exact_sum import ExactSum
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.cli import main
-from fedlora_mpi.comm import Solo
 from fedlora_mpi.config import ConfigError
-from fedlora_mpi.ending import Fault
+from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.federation.round import play
+from fedlora_mpi.mpi.comm import Solo
+from fedlora_mpi.mpi.ending import Fault
 from fedlora_mpi.privacy import accountant, masks
 from fedlora_mpi.privacy.check import check_run
 from fedlora_mpi.privacy.clipping import clipped
 from fedlora_mpi.privacy.settings import Privacy
-from fedlora_mpi.round import play
-from fedlora_mpi.run import resume, start
-from fedlora_mpi.saving import beginning
-from fedlora_mpi.seeds import rng
+from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.loop import resume, start
 from fedlora_mpi.store.reader import RunFiles
-from fedlora_mpi.sums import ExactSum
 
 thorough = pytest.mark.thorough
 SECURE = "privacy.secure_aggregation=true"

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fedlora_mpi.core.seeds import global_states, isolated, rng
 from fedlora_mpi.models.effects import Effects
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.models.zoo import build
-from fedlora_mpi.seeds import global_states, isolated, rng
 
 WIDTH, CLASSES, SHAPE = 5, 3, (1, 2, 3)
 
@@ -342,7 +342,7 @@ def test_caches_and_records_do_no_harm(what, training):
 
 
 def small_batch(x):
-    from fedlora_mpi.batch import Batch
+    from fedlora_mpi.core.batch import Batch
 
     return Batch(x[0], torch.zeros(4, dtype=torch.int64), None, torch.tensor(7), torch.zeros(CLASSES))
 

@@ -6,16 +6,17 @@ import pytest
 from folders import CLIENTS, append, found_of, logged, new_log, rows_of
 from runs import TINY, assert_same_run, command, finished, mpirun, on_ranks, run_on, tiny
 
-from fedlora_mpi import clock, open_run
+from fedlora_mpi import open_run
 from fedlora_mpi.analysis import load as loads
 from fedlora_mpi.analysis.groups import Logged
 from fedlora_mpi.analysis.page import ranks as page
 from fedlora_mpi.analysis.page import tables
 from fedlora_mpi.analysis.page.crowd import looks_of
 from fedlora_mpi.analysis.page.style import styled
-from fedlora_mpi.build import build
-from fedlora_mpi.round import play
-from fedlora_mpi.saving import beginning
+from fedlora_mpi.core import clock
+from fedlora_mpi.federation.round import play
+from fedlora_mpi.run.assembly import build
+from fedlora_mpi.run.checkpointing import beginning
 from fedlora_mpi.store.log import Log
 from fedlora_mpi.store.reader import RunFiles
 

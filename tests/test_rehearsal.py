@@ -15,13 +15,13 @@ from torch import nn
 from fedlora_mpi import cli
 from fedlora_mpi import config as configs
 from fedlora_mpi.algorithms.fedavg import FedAvg
-from fedlora_mpi.build import build
-from fedlora_mpi.comm import Solo
-from fedlora_mpi.ending import Refused
 from fedlora_mpi.engine.rehearsal import objection
 from fedlora_mpi.models import zoo
 from fedlora_mpi.models.coupling import couples
 from fedlora_mpi.models.network import from_module
+from fedlora_mpi.mpi.comm import Solo
+from fedlora_mpi.mpi.ending import Refused
+from fedlora_mpi.run.assembly import build
 from fedlora_mpi.store.log import Log
 
 HERE = "test_rehearsal"
@@ -382,7 +382,7 @@ def test_a_network_that_never_trains_is_refused_in_one_line(path, tmp_path, caps
 
 
 def test_a_network_that_is_known_needs_no_trial(monkeypatch):
-    monkeypatch.setattr("fedlora_mpi.build.rehearsed", lambda *given: pytest.fail("tried"))
+    monkeypatch.setattr("fedlora_mpi.run.assembly.rehearsed", lambda *given: pytest.fail("tried"))
     build(tiny(), str(TINY), Solo())
     with pytest.raises(pytest.fail.Exception):
         build(tiny("model=user_parts:wide"), str(TINY), Solo())

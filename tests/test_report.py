@@ -23,7 +23,7 @@ from fedlora_mpi.analysis.page import clients, curves, personal, sweeps, tables,
 from fedlora_mpi.analysis.page.crowd import PALE, few_of, looks_of
 from fedlora_mpi.analysis.page.style import apart, files_of, looks, styled
 from fedlora_mpi.analysis.page.table import Column, Table, percent
-from fedlora_mpi.analysis.run import RunView
+from fedlora_mpi.analysis.run_view import RunView
 from fedlora_mpi.cli import main
 
 CLIENTS = 7  # of tiny.yaml

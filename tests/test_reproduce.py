@@ -18,15 +18,15 @@ from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedlora import FedLoRA
 from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.cli import main
+from fedlora_mpi.federation.round import play
 from fedlora_mpi.reproduce import carry, paper, picture, sheet, showing
-from fedlora_mpi.reproduce.command import fulfil
-from fedlora_mpi.reproduce.fedlora import DATA, FULL, SMALL, TABLES, Alpha
+from fedlora_mpi.reproduce.carrying_out import fulfil
+from fedlora_mpi.reproduce.fedlora_tables import DATA, FULL, SMALL, TABLES, Alpha
 from fedlora_mpi.reproduce.grid import Entry, Job, job
 from fedlora_mpi.reproduce.paper import V
+from fedlora_mpi.reproduce.registry import entries
 from fedlora_mpi.reproduce.request import Request
 from fedlora_mpi.reproduce.results import Result, Shelf, refuse_others
-from fedlora_mpi.reproduce.tables import entries
-from fedlora_mpi.round import play
 
 # The paper.
 

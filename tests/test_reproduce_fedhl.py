@@ -10,13 +10,13 @@ import pytest
 
 from fedlora_mpi import config as configs
 from fedlora_mpi.cli import main
-from fedlora_mpi.reproduce import fedhl
-from fedlora_mpi.reproduce.fedhl import BACKBONES, OURS, RANKS, TOLD, WIDTHS, Tuning
+from fedlora_mpi.reproduce import fedhl_table as fedhl
+from fedlora_mpi.reproduce.fedhl_table import BACKBONES, OURS, RANKS, TOLD, WIDTHS, Tuning
 from fedlora_mpi.reproduce.grid import job
+from fedlora_mpi.reproduce.registry import entries
 from fedlora_mpi.reproduce.request import Request
 from fedlora_mpi.reproduce.results import Result
 from fedlora_mpi.reproduce.sheet import Cell
-from fedlora_mpi.reproduce.tables import entries
 
 OUT = Path("/out/fedhl")
 CASES = [(data, width) for data in BACKBONES for width in WIDTHS]

@@ -11,16 +11,16 @@ from fedlora_mpi import config as configs
 from fedlora_mpi.cli import main
 from fedlora_mpi.data.partition import Shares
 from fedlora_mpi.reproduce import costs, picture, showing
-from fedlora_mpi.reproduce.command import fulfil
+from fedlora_mpi.reproduce.carrying_out import fulfil
 from fedlora_mpi.reproduce.costs import Curve, Spent
-from fedlora_mpi.reproduce.fedlora import Alpha
+from fedlora_mpi.reproduce.fedlora_tables import Alpha
 from fedlora_mpi.reproduce.grid import Entry, Job, job
-from fedlora_mpi.reproduce.pfedlora import LABELS, OURS, Crowd
+from fedlora_mpi.reproduce.pfedlora_table import LABELS, OURS, Crowd
+from fedlora_mpi.reproduce.registry import TABLES as ALL
+from fedlora_mpi.reproduce.registry import entries
 from fedlora_mpi.reproduce.request import Request
 from fedlora_mpi.reproduce.results import Result
 from fedlora_mpi.reproduce.sheet import Cell
-from fedlora_mpi.reproduce.tables import TABLES as ALL
-from fedlora_mpi.reproduce.tables import entries
 
 CASES = [(data, clients) for data in ("cifar10", "cifar100") for clients in (10, 50, 100)]
 

@@ -10,12 +10,13 @@ import pytest
 
 from fedlora_mpi import config as configs
 from fedlora_mpi.cli import main
-from fedlora_mpi.reproduce import agnews, paper, showing
-from fedlora_mpi.reproduce.agnews import DATA, LABELS, OURS, Texts
+from fedlora_mpi.reproduce import agnews_row as agnews
+from fedlora_mpi.reproduce import paper, showing
+from fedlora_mpi.reproduce.agnews_row import DATA, LABELS, OURS, Texts
 from fedlora_mpi.reproduce.grid import job
+from fedlora_mpi.reproduce.registry import TABLES, entries
 from fedlora_mpi.reproduce.request import Request
 from fedlora_mpi.reproduce.sheet import Cell, compare
-from fedlora_mpi.reproduce.tables import TABLES, entries
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SIZES = ("full", "small")

@@ -17,11 +17,11 @@ from fedlora_mpi.algorithms.fedper import FedPer
 from fedlora_mpi.algorithms.lg_fedavg import LGFedAvg
 from fedlora_mpi.algorithms.moon import MOON
 from fedlora_mpi.cli import main
-from fedlora_mpi.lowrank import LowRank, as_weight, left_out, sides
+from fedlora_mpi.components.lowrank import LowRank, as_weight, left_out, sides
+from fedlora_mpi.core.names import factor, factors_of
+from fedlora_mpi.core.seeds import isolated, rng
 from fedlora_mpi.models.network import Leaf, from_module
 from fedlora_mpi.models.zoo import build
-from fedlora_mpi.names import factor, factors_of
-from fedlora_mpi.seeds import isolated, rng
 
 
 def model(name):

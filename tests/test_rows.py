@@ -9,7 +9,7 @@ import torch
 from runs import TINY, assert_same_run, command, finished, mpirun, outcome, run_on
 
 from fedlora_mpi import cli, open_run
-from fedlora_mpi.rows import OnDisk
+from fedlora_mpi.federation.client_rows import OnDisk
 
 DISK = "engine.personal=disk"
 

@@ -15,6 +15,7 @@ from runs import TINY
 from fedlora_mpi import store
 from fedlora_mpi.cli import main
 from fedlora_mpi.config import ConfigError, read, recorded, sealed_yaml
+from fedlora_mpi.core.disk_errors import Unwritable
 from fedlora_mpi.models import huggingface
 from fedlora_mpi.store import checkpoint, hdf5
 from fedlora_mpi.store.files import StoreError, write_atomic
@@ -22,7 +23,6 @@ from fedlora_mpi.store.lock import locked
 from fedlora_mpi.store.log import Log
 from fedlora_mpi.store.manifest import Manifest, Shard
 from fedlora_mpi.store.reader import RunFiles
-from fedlora_mpi.writing import Unwritable
 
 PACKAGE = Path(store.__file__).parents[1]
 UNPICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -18,9 +18,9 @@ from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedavgm import FedAvgM
 from fedlora_mpi.algorithms.fedyogi import FedYogi
 from fedlora_mpi.cli import main
-from fedlora_mpi.round import play
-from fedlora_mpi.seeds import rng
-from fedlora_mpi.tree import numel
+from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.core.tree import numel
+from fedlora_mpi.federation.round import play
 
 NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
 NAME = {"ids": lambda a: type(a).__name__ if isinstance(a, Algorithm) else None}

@@ -15,11 +15,12 @@ import h5py
 import pytest
 from runs import TESTS, environment
 
-from fedlora_mpi import algorithms, blocks, config
+from fedlora_mpi import algorithms, config
+from fedlora_mpi.config import blocks
+from fedlora_mpi.config.experiment import Config, ModelBlock, Network
 from fedlora_mpi.data.datasets import Source
 from fedlora_mpi.data.partition import KINDS
 from fedlora_mpi.data.tasks import Tasks
-from fedlora_mpi.experiment import Config, ModelBlock, Network
 from fedlora_mpi.models import zoo
 
 DOCS = TESTS.parent / "docs"

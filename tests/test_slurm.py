@@ -12,7 +12,7 @@ from runs import SLOW, TESTS, TINY, assert_same_run, command, committed, environ
 
 from fedlora_mpi.cli import main
 from fedlora_mpi.reproduce import carry
-from fedlora_mpi.slurm import Job, script
+from fedlora_mpi.run.slurm import Job, script
 
 ROOT = TESTS.parent
 MAKE = runpy.run_path(str(ROOT / "jobs/make.py"))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora_mpi import sums
-from fedlora_mpi.layout import Layout
-from fedlora_mpi.seeds import rng
-from fedlora_mpi.sums import LIMIT, SUMS, ExactSum, FastSum
+from fedlora_mpi.aggregation import exact_sum as sums
+from fedlora_mpi.aggregation.exact_sum import LIMIT, SUMS, ExactSum, FastSum
+from fedlora_mpi.aggregation.flat_layout import Layout
+from fedlora_mpi.core.seeds import rng
 
 
 def vectors(count, size, low=-12, high=3):

@@ -41,21 +41,21 @@ from runs import (
 )
 
 from fedlora_mpi import config as configs
-from fedlora_mpi import run as run_module
-from fedlora_mpi import watchdog
-from fedlora_mpi.build import build
 from fedlora_mpi.cli import main
-from fedlora_mpi.comm import Mpi, Solo
+from fedlora_mpi.config.experiment import Faults
+from fedlora_mpi.core.scheduling import assign
 from fedlora_mpi.data.inputs import Images
-from fedlora_mpi.ending import Fault, Refused
-from fedlora_mpi.experiment import Faults
-from fedlora_mpi.federation import Run
-from fedlora_mpi.mail import Lost
-from fedlora_mpi.recovery import lasting
-from fedlora_mpi.round import play
-from fedlora_mpi.run import start
-from fedlora_mpi.saving import beginning
-from fedlora_mpi.scheduling import assign
+from fedlora_mpi.federation.federation import Run
+from fedlora_mpi.federation.round import play
+from fedlora_mpi.mpi import watchdog
+from fedlora_mpi.mpi.comm import Mpi, Solo
+from fedlora_mpi.mpi.ending import Fault, Refused
+from fedlora_mpi.mpi.pending import Lost
+from fedlora_mpi.resilience.recovery import lasting
+from fedlora_mpi.run import loop as run_module
+from fedlora_mpi.run.assembly import build
+from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.loop import start
 from fedlora_mpi.store.reader import RunFiles
 
 METHODS = {
@@ -366,7 +366,7 @@ def test_ranks_that_all_wait_for_each_other_end(who, tmp_path, monkeypatch):
 
 
 def test_a_rank_that_waits_for_mpi_to_start_ends_with_a_line_though_it_holds_pythons_lock(tmp_path):
-    lock = "import ctypes; from fedlora_mpi.launch import starting"
+    lock = "import ctypes; from fedlora_mpi.mpi.launch import starting"
     for seconds, code in ((0.3, 1), (60, 0), (0, 0)):
         ended = finished([sys.executable, "-c", f"{lock}\nwith starting({seconds}): ctypes.PyDLL(None).sleep(2)"], tmp_path)
         assert ended.returncode == code
@@ -377,7 +377,7 @@ def test_a_rank_that_waits_for_mpi_to_start_ends_with_a_line_though_it_holds_pyt
 @pytest.mark.parametrize("name, code", [("mpirun", -signal.SIGTERM), ("somebody", 7)])
 def test_an_mpirun_that_does_not_end_by_itself_is_ended_and_nobody_else(name, code, tmp_path):
     (tmp_path / name).symlink_to("/bin/bash")
-    rank = "from fedlora_mpi.launch import end_launcher; end_launcher(0.2)"
+    rank = "from fedlora_mpi.mpi.launch import end_launcher; end_launcher(0.2)"
     ended = finished([str(tmp_path / name), "-c", f'{sys.executable} -c "{rank}"; sleep 1; exit 7'], tmp_path)
     assert ended.returncode == code
 

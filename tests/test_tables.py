@@ -4,9 +4,9 @@ import pytest
 from runs import TINY
 
 from fedlora_mpi.cli import main
+from fedlora_mpi.data.csv_texts import read_csv
 from fedlora_mpi.data.datasets import Source, load
 from fedlora_mpi.data.labels import alike
-from fedlora_mpi.data.tables import read_csv
 from fedlora_mpi.data.texts import Text
 
 pytest.importorskip("tokenizers")

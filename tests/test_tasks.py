@@ -13,18 +13,18 @@ import torch
 from runs import NORM, TINY, assert_near, assert_same_run, built, played, same, tiny
 
 from fedlora_mpi.algorithm import Phase, Vars
-from fedlora_mpi.blocks import ConfigError
-from fedlora_mpi.build import build, load_data
-from fedlora_mpi.comm import Solo
 from fedlora_mpi.config import digest, flat, from_dict, read, resolved_dict, resolved_yaml
+from fedlora_mpi.config.blocks import ConfigError
 from fedlora_mpi.data.feed import Epoch
 from fedlora_mpi.data.tasks import Tasks
-from fedlora_mpi.ending import Refused
 from fedlora_mpi.engine.flops import Flops
+from fedlora_mpi.federation.round import play
+from fedlora_mpi.mpi.comm import Solo
+from fedlora_mpi.mpi.ending import Refused
 from fedlora_mpi.plan import plan
-from fedlora_mpi.round import play
-from fedlora_mpi.run import resume
-from fedlora_mpi.saving import beginning
+from fedlora_mpi.run.assembly import build, load_data
+from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.loop import resume
 
 EACH = ("data.tasks.classes=1", "data.tasks.rounds=1")
 PAIRS = ("data.tasks.classes=2", "data.tasks.rounds=2")

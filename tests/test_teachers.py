@@ -14,10 +14,10 @@ from fedlora_mpi.algorithm import Batch, Train, Vars
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.moon import MOON
 from fedlora_mpi.algorithms.pfedsd import PFedSD
+from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.core.tree import numel
+from fedlora_mpi.federation.round import play
 from fedlora_mpi.models.network import from_module
-from fedlora_mpi.round import play
-from fedlora_mpi.seeds import rng
-from fedlora_mpi.tree import numel
 
 METHODS = pytest.mark.parametrize(
     "algorithm", [PFedSD(), thorough(PFedSD(teacher_bn="running")), MOON()], ids=["pFedSD", "pFedSD running", "MOON"]

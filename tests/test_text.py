@@ -11,20 +11,20 @@ from runs import assert_same_run, equal, played
 from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy
 
-from fedlora_mpi.analysis.run import open_run
-from fedlora_mpi.batch import Batch
-from fedlora_mpi.blocks import ConfigError
-from fedlora_mpi.build import build as build_run
-from fedlora_mpi.comm import Solo
+from fedlora_mpi.analysis.run_view import open_run
 from fedlora_mpi.config import read
+from fedlora_mpi.config.blocks import ConfigError
+from fedlora_mpi.core.batch import Batch
+from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.data.datasets import Source, load
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.data.partition import Iid
 from fedlora_mpi.data.texts import Text, Vocabulary
-from fedlora_mpi.ending import Refused
 from fedlora_mpi.models import zoo
-from fedlora_mpi.run import resume, start
-from fedlora_mpi.seeds import rng
+from fedlora_mpi.mpi.comm import Solo
+from fedlora_mpi.mpi.ending import Refused
+from fedlora_mpi.run.assembly import build as build_run
+from fedlora_mpi.run.loop import resume, start
 
 pytest.importorskip("tokenizers")
 

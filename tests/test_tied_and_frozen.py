@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn.functional import linear
 
 from fedlora_mpi.algorithms.fedavg import FedAvg
-from fedlora_mpi.analysis.run import open_run
+from fedlora_mpi.analysis.run_view import open_run
 from fedlora_mpi.cli import main
+from fedlora_mpi.core.names import factor, is_factor
+from fedlora_mpi.core.seeds import isolated
 from fedlora_mpi.models import zoo
 from fedlora_mpi.models.network import from_module
-from fedlora_mpi.names import factor, is_factor
-from fedlora_mpi.seeds import isolated
 
 SHAPE, CLASSES, WIDE = (1, 8, 8), 4, 64
 thorough = pytest.mark.thorough

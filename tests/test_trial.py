@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 from runs import TINY, built, on_ranks, tiny
 
-from fedlora_mpi import build as building
 from fedlora_mpi import cli
 from fedlora_mpi import config as configs
-from fedlora_mpi.engine import trial
+from fedlora_mpi.engine import speed as trial
 from fedlora_mpi.engine.settings import Engine
-from fedlora_mpi.engine.trial import Speed, candidates, fastest, measured, speed
+from fedlora_mpi.engine.speed import Speed, candidates, fastest, measured, speed
+from fedlora_mpi.run import assembly as building
 
 MEASURE = Engine(device="cpu", path="measure")
 loop, stack = (lambda: Engine(path="loop", group_size=1)), (lambda size: Engine(path="stack", group_size=size))

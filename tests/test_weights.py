@@ -16,11 +16,11 @@ from user_parts import with_norm
 from fedlora_mpi import config as configs
 from fedlora_mpi.algorithm import Vars
 from fedlora_mpi.algorithms.fedavg import FedAvg
-from fedlora_mpi.analysis.run import open_run
+from fedlora_mpi.analysis.run_view import open_run
 from fedlora_mpi.cli import main
+from fedlora_mpi.core.tree import split
+from fedlora_mpi.core.vision import torchvision
 from fedlora_mpi.models import weights, zoo
-from fedlora_mpi.tree import split
-from fedlora_mpi.vision import torchvision
 
 SHAPE, OPTIONS = (1, 8, 8), {"width": 3, "hidden": 5}
 SQUEEZE, IMAGE = "torchvision:squeezenet1_1", (3, 32, 32)

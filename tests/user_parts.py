@@ -138,7 +138,7 @@ class FrozenLora(Algorithm):
 
 def small_vit(classes: int, shape: tuple[int, ...]) -> nn.Module:
     """torchvision's Vision Transformer with one block of 12 features, on 4 patches."""
-    from fedlora_mpi.vision import torchvision
+    from fedlora_mpi.core.vision import torchvision
 
     side = shape[1]
     return torchvision().models.VisionTransformer(side, side // 2, 1, 2, 12, 20, num_classes=classes)
@@ -146,7 +146,7 @@ def small_vit(classes: int, shape: tuple[int, ...]) -> nn.Module:
 
 def small_resnet(classes: int, shape: tuple[int, ...]) -> nn.Module:
     """torchvision's ResNet with one block a stage."""
-    from fedlora_mpi.vision import torchvision
+    from fedlora_mpi.core.vision import torchvision
 
     models = torchvision().models
     return models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=classes, width_per_group=64)

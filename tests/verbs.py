@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 
-from fedlora_mpi import comm as comms
+from fedlora_mpi.mpi import comm as comms
 
 comms._MOST = int(sys.argv[1])
 comm = comms.Mpi()

@@ -4,7 +4,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ..algorithm import Algorithm
-from ..foreign import imported
+from ..core.user_code import imported
 
 
 def names() -> list[str]:

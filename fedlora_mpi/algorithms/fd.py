@@ -26,12 +26,12 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..batch import cross_entropy, mean
-from ..bounds import bounded
+from ..components.prototypes import own_means
+from ..core.batch import cross_entropy, mean
+from ..core.bounds import bounded
+from ..core.names import own_name
+from ..core.tree import Tree
 from ..models.network import Model
-from ..names import own_name
-from ..prototypes import own_means
-from ..tree import Tree
 
 _OWN_OUTPUTS = own_name("own", "outputs")
 _OWN_ROUND = own_name("own", "round")

@@ -31,11 +31,11 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Vars
-from ..finetuning.one_factor import ROUND, SEED, OneFactor
+from ..components.lora.one_factor import ROUND, SEED, OneFactor
+from ..core.names import factor, is_factor, plain_name
+from ..core.seeds import key, uniform
+from ..core.tree import Tree, tmap
 from ..models.network import Model
-from ..names import factor, is_factor, plain_name
-from ..seeds import key, uniform
-from ..tree import Tree, tmap
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Batch, Cohort, Train, Vars
-from ..finetuning.calibrated import Calibrated
+from ..components.lora.calibrated import Calibrated
+from ..core.names import is_factor, own_name
+from ..core.tree import Tree, prefixed, under
 from ..models.network import Model
-from ..names import is_factor, own_name
-from ..tree import Tree, prefixed, under
 
 _SEEN = own_name("seen")
 _OWN = own_name("own")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..algorithm import Algorithm
-from ..server_step import Adaptive
+from ..components.server_optimisers import Adaptive
 
 
 @dataclass(frozen=True)

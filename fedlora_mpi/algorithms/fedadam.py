@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..algorithm import Algorithm
-from ..bounds import bounded
-from ..server_step import Adaptive
+from ..components.server_optimisers import Adaptive
+from ..core.bounds import bounded
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Offer, Phase, Step, Train, Vars
-from ..bounds import bounded
+from ..components.similarity import cosines, distances
+from ..core.bounds import bounded
+from ..core.names import own_name
+from ..core.tree import sq_dist, under
 from ..models.network import Model
-from ..names import own_name
-from ..similarity import cosines, distances
-from ..tree import sq_dist, under
 
 _CLOUD = own_name("cloud")
 

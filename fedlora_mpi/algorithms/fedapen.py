@@ -25,11 +25,11 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Batch, Phase, Sgd, Step, Train, Vars
-from ..batch import cross_entropy, divergence, mean
-from ..bounds import bounded
-from ..companion import Companion
+from ..components.companion import Companion
+from ..core.batch import cross_entropy, divergence, mean
+from ..core.bounds import bounded
+from ..core.names import own_name
 from ..models.network import Model
-from ..names import own_name
 
 _MIX_W = own_name("mix", "w")
 

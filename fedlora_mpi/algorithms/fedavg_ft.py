@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..algorithm import Algorithm, Phase, Step, Train
-from ..bounds import bounded
+from ..core.bounds import bounded
 from ..models.network import Model
 
 

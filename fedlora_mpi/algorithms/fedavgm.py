@@ -19,10 +19,10 @@ from typing import Literal
 from torch import Tensor
 
 from ..algorithm import Algorithm, Cohort
-from ..bounds import bounded
+from ..components.server_optimisers import moments, stepped
+from ..core.bounds import bounded
+from ..core.tree import Tree
 from ..models.network import Model
-from ..server_step import moments, stepped
-from ..tree import Tree
 
 
 @dataclass(frozen=True)

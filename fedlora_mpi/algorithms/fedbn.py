@@ -17,8 +17,8 @@ from typing import Literal
 from torch import Generator
 
 from ..algorithm import Algorithm, Vars
+from ..core.tree import split
 from ..models.network import Model
-from ..tree import split
 
 
 @dataclass(frozen=True)

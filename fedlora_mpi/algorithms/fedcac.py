@@ -26,12 +26,12 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Offer, Phase, Step, Train, Vars
-from ..batch import cross_entropy
-from ..bounds import bounded
+from ..components.similarity import distances
+from ..core.batch import cross_entropy
+from ..core.bounds import bounded
+from ..core.names import own_name
+from ..core.tree import Tree, prefixed, split, under
 from ..models.network import Model
-from ..names import own_name
-from ..similarity import distances
-from ..tree import Tree, prefixed, split, under
 
 _OWN = own_name("own")
 _CRITICAL = own_name("critical")

@@ -24,7 +24,7 @@ absent would need R of all rounds since; counted is the last.
 
 from dataclasses import dataclass
 
-from ..finetuning.calibrated import Calibrated
+from ..components.lora.calibrated import Calibrated
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Vars
-from ..bounds import bounded
-from ..finetuning.redistributed import Redistributed
+from ..components.lora.redistributed import Redistributed
+from ..core.bounds import bounded
+from ..core.names import factor, own_name
+from ..core.tree import Tree, prefixed, under
 from ..models.network import Model
-from ..names import factor, own_name
-from ..tree import Tree, prefixed, under
 
 _TAIL = own_name("tail")
 

@@ -17,7 +17,7 @@ Deviations: the head is trained in full and averaged with the factors; the paper
 
 from dataclasses import dataclass
 
-from ..finetuning import FineTuning
+from ..components.lora import FineTuning
 
 
 @dataclass(frozen=True)

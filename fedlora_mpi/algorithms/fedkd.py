@@ -28,13 +28,13 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Batch, Cohort, Phase, Step, Train, Vars
-from ..batch import cross_entropy, divergence, mean
-from ..bounds import bounded
-from ..companion import SMALL, Companion
-from ..lowrank import truncated
+from ..components.companion import SMALL, Companion
+from ..components.lowrank import truncated
+from ..core.batch import cross_entropy, divergence, mean
+from ..core.bounds import bounded
+from ..core.names import own_name
+from ..core.tree import Tree
 from ..models.network import Model
-from ..names import own_name
-from ..tree import Tree
 
 _ROUND = own_name("svd", "round")
 _NUMBERS = own_name("svd", "numbers")

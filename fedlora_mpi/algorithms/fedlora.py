@@ -25,9 +25,9 @@ from typing import ClassVar, Literal
 from torch import Generator
 
 from ..algorithm import Algorithm, Phase, Train, Vars
-from ..lowrank import LowRank
+from ..components.lowrank import LowRank
+from ..core.tree import Tree, split
 from ..models.network import Model
-from ..tree import Tree, split
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,13 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Offer, Phase, Step, Train, Vars
-from ..batch import cross_entropy
-from ..bounds import bounded
+from ..components.prototypes import MEANS, OWN_MEANS, SHARES, class_means, pull, shown, statistics
+from ..components.simplex import best_weights
+from ..core.batch import cross_entropy
+from ..core.bounds import bounded
+from ..core.names import own_name
+from ..core.tree import split
 from ..models.network import Model
-from ..names import own_name
-from ..prototypes import MEANS, OWN_MEANS, SHARES, class_means, pull, shown, statistics
-from ..simplex import best_weights
-from ..tree import split
 
 _OWN_VARIANCE = own_name("own", "variance")
 

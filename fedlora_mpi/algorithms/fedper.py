@@ -21,8 +21,8 @@ from typing import Literal
 from torch import Generator
 
 from ..algorithm import Algorithm, Train, Vars
+from ..core.tree import split
 from ..models.network import Model
-from ..tree import split
 
 
 @dataclass(frozen=True)

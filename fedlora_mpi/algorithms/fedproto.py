@@ -30,12 +30,12 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..batch import cross_entropy
-from ..bounds import bounded
+from ..components.prototypes import MEANS, SHARES, own_means, prototypes, pull
+from ..core.batch import cross_entropy
+from ..core.bounds import bounded
+from ..core.names import own_name
+from ..core.tree import Tree
 from ..models.network import Model
-from ..names import own_name
-from ..prototypes import MEANS, SHARES, own_means, prototypes, pull
-from ..tree import Tree
 
 _OWN_CLASSES = own_name("own", "classes")
 

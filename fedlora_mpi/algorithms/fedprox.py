@@ -19,9 +19,9 @@ from typing import Literal
 from torch import Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..bounds import bounded
+from ..core.bounds import bounded
+from ..core.tree import sq_dist
 from ..models.network import Model
-from ..tree import sq_dist
 
 
 @dataclass(frozen=True)

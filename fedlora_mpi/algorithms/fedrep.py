@@ -22,9 +22,9 @@ from typing import Literal
 from torch import Generator
 
 from ..algorithm import Algorithm, Phase, Step, Train, Vars
-from ..bounds import bounded
+from ..core.bounds import bounded
+from ..core.tree import split
 from ..models.network import Model
-from ..tree import split
 
 
 @dataclass(frozen=True)

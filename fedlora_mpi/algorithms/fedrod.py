@@ -24,11 +24,11 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..batch import cross_entropy
-from ..bounds import bounded
+from ..core.batch import cross_entropy
+from ..core.bounds import bounded
+from ..core.names import own_name
+from ..core.tree import Tree, prefixed, under
 from ..models.network import Model
-from ..names import own_name
-from ..tree import Tree, prefixed, under
 
 _OWN = own_name("own")
 

@@ -16,7 +16,7 @@ at its first value. A client that missed rounds is counted as if it had followed
 
 from dataclasses import dataclass
 
-from ..finetuning.one_factor import OneFactor
+from ..components.lora.one_factor import OneFactor
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ Deviations: the head is trained in full and averaged by n_k.
 
 from dataclasses import dataclass
 
-from ..finetuning.redistributed import Redistributed
+from ..components.lora.redistributed import Redistributed
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Cohort, Vars
-from ..finetuning import FineTuning, dense
+from ..components.lora import FineTuning, dense
+from ..core.names import factor, factors_of, is_factor, own_name
+from ..core.seeds import uniform
+from ..core.tree import Tree, numel
 from ..models.network import Model
-from ..names import factor, factors_of, is_factor, own_name
-from ..seeds import uniform
-from ..tree import Tree, numel
 
 _FRESH, _LAST = own_name("fresh"), own_name("last")
 

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..algorithm import Batch, Phase, Step, Train, Vars
-from ..batch import cross_entropy, divergence, mean
-from ..bounds import bounded
-from ..companion import Companion
+from ..components.companion import Companion
+from ..core.batch import cross_entropy, divergence, mean
+from ..core.bounds import bounded
 from ..models.network import Model
 
 

@@ -28,12 +28,12 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Batch, Loss, Train, Vars
-from ..bounds import bounded
-from ..finetuning import FineTuning
-from ..lowrank import is_not_factor
+from ..components.lora import FineTuning
+from ..components.lowrank import is_not_factor
+from ..core.bounds import bounded
+from ..core.names import factor, factors_of, own_name
+from ..core.tree import Tree, numel, split
 from ..models.network import Model
-from ..names import factor, factors_of, own_name
-from ..tree import Tree, numel, split
 
 _RANK, _NORM = own_name("lora_rank"), own_name("norm")
 

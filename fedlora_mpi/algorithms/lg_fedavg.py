@@ -24,9 +24,9 @@ from typing import Literal
 from torch import Generator
 
 from ..algorithm import Algorithm, Train, Vars
+from ..core.names import own_name
+from ..core.tree import Tree, prefixed, split, under
 from ..models.network import Model
-from ..names import own_name
-from ..tree import Tree, prefixed, split, under
 
 _HEAD = own_name("head")
 

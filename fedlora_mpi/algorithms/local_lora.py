@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from torch import Generator
 
 from ..algorithm import Algorithm, Phase, Train, Vars
-from ..lowrank import LowRank
+from ..components.lowrank import LowRank
+from ..core.tree import Tree
 from ..models.network import Model
-from ..tree import Tree
 
 
 @dataclass(frozen=True)

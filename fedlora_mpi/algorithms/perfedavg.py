@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Sgd, Step, Train, Vars
-from ..batch import halves
-from ..bounds import bounded
+from ..core.batch import halves
+from ..core.bounds import bounded
+from ..core.tree import Tree, split, tmap
 from ..models.network import Model
-from ..tree import Tree, split, tmap
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,11 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..batch import cross_entropy
-from ..bounds import bounded
-from ..gating import GATE, SEEN, cuts, new_gate, open_gate, runs, scaled, within_budget
+from ..components.gating import GATE, SEEN, cuts, new_gate, open_gate, runs, scaled, within_budget
+from ..core.batch import cross_entropy
+from ..core.bounds import bounded
+from ..core.tree import Tree
 from ..models.network import Model
-from ..tree import Tree
 
 _M = SEEN + "M"
 

@@ -26,13 +26,13 @@ from typing import ClassVar, Literal
 
 from torch import Generator, Tensor
 
-from ..adapter import Adapter, Place
 from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..batch import cross_entropy
-from ..bounds import bounded
+from ..components.adapter import Adapter, Place
+from ..core.batch import cross_entropy
+from ..core.bounds import bounded
+from ..core.names import own_name
+from ..core.tree import Tree, prefixed, under
 from ..models.network import Model
-from ..names import own_name
-from ..tree import Tree, prefixed, under
 
 _ADAPTER = own_name("adapter", ".")  # its factors are A and B
 

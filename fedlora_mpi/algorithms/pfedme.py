@@ -27,10 +27,10 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Sgd, Step, Train, Vars
-from ..bounds import bounded
+from ..core.bounds import bounded
+from ..core.names import own_name
+from ..core.tree import Tree, prefixed, sq_dist, under
 from ..models.network import Model
-from ..names import own_name
-from ..tree import Tree, prefixed, sq_dist, under
 
 _OWN = own_name("own")
 

@@ -26,11 +26,11 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..batch import cross_entropy, divergence, mean
-from ..bounds import bounded
+from ..core.batch import cross_entropy, divergence, mean
+from ..core.bounds import bounded
+from ..core.names import own_name
+from ..core.tree import prefixed, under
 from ..models.network import Model
-from ..names import own_name
-from ..tree import prefixed, under
 
 _OWN, _TAUGHT = own_name("own"), own_name("taught")
 

@@ -19,7 +19,7 @@ if it had followed.
 from dataclasses import dataclass
 from typing import Literal
 
-from ..finetuning.one_factor import OneFactor
+from ..components.lora.one_factor import OneFactor
 
 
 @dataclass(frozen=True)

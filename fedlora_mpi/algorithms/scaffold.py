@@ -23,10 +23,10 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, Cohort, Phase, Step, Train, Vars
-from ..bounds import bounded
+from ..core.bounds import bounded
+from ..core.names import own_name
+from ..core.tree import Tree, prefixed, under
 from ..models.network import Model
-from ..names import own_name
-from ..tree import Tree, prefixed, under
 
 _C = own_name("c")
 _C_I = own_name("c_i")

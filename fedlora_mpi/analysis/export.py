@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
+from ..core.paths import expanded
 from ..models.weights import packed
-from ..paths import expanded
 from ..store.files import write_atomic
-from . import peft, pfllib
-from .run import RunView
+from . import peft
+from . import pfllib_export as pfllib
+from .run_view import RunView
 
 MODELS, RESULTS = (".pt", ".pth", ".safetensors"), (".h5", ".hdf5")
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from ..algorithm import Algorithm, Vars
+from ..core.seeds import rng
 from ..models.network import Model
-from ..seeds import rng
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from ..names import is_own, plain_name
+from ..core.names import is_own, plain_name
 from ..store.snapshot import Checkpoint, folder_of
-from .run import RunView
+from .run_view import RunView
 
 T = TypeVar("T")
 CLIENTS = 100  # at most so many are looked at, evenly spread over their numbers

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config import algorithm_name
+from ..core.paths import expanded
+from ..core.tree import Tree
 from ..models.huggingface import HuggingFace
 from ..models.network import Model
 from ..models.weights import packed
-from ..paths import expanded
 from ..store.files import write_atomic
-from ..tree import Tree
-from .run import ClientView, RunView
+from .run_view import ClientView, RunView
 
 Pair = tuple[Tensor, Tensor, float]  # A, B, s
 

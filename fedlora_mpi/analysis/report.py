@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ..escapes import one_line
+from ..core.escapes import one_line
+from ..core.units import size
 from ..store.reader import RunFiles
-from ..units import size
 
 _HEADER = ("algorithm", "rounds", "seed", "final", "best", "worst client", "up/client", "s/round", "run")
 _SEEDS = ("seed", "data.partition.seed")

@@ -5,9 +5,9 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..paths import expanded
+from ..core.paths import expanded
 from .groups import SEEDS, Found, Logged, grouped, short
-from .run import RunView, imported_pandas, of_clients
+from .run_view import RunView, imported_pandas, of_clients
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import config as configs
-from ..folder import continued
-from ..paths import expanded
+from ..core.paths import expanded
+from ..run.output import continued
 from ..store import checkpoint
 from ..store.files import StoreError
 

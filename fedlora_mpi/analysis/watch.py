@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ..escapes import one_line
+from ..core.escapes import one_line
+from ..core.units import duration
 from ..store.files import StoreError
 from ..store.reader import RunFiles
-from ..units import duration
 from .load import Load, load
 
 Line = list[tuple[str, str]]  # parts of a line: text, and how rich shows it

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..bounds import bounded
-from ..paths import expanded, require_path
-from ..seeds import rng
-from ..vision import torchvision
+from ..core.bounds import bounded
+from ..core.paths import expanded, require_path
+from ..core.seeds import rng
+from ..core.vision import torchvision
 from . import pfllib
+from .csv_texts import read_ag_news, read_csv
 from .folders import read_folder, read_tiny_imagenet
 from .samples import Reading, Samples, to_samples
-from .tables import read_ag_news, read_csv
 from .texts import Text, Vocabulary
 
 

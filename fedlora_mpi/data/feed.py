@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..algorithm import Batch, held_out
-from ..seeds import key, rng
-from ..transfer import to_device
+from ..core.seeds import key, rng
+from ..core.transfer import to_device
 from .datasets import Data
 from .inputs import Images, Texts, stored
 from .partition import Split

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..paths import expanded
+from ..core.paths import expanded
 from .images import decode
 from .labels import hint_of_alike
 from .samples import Reading, to_samples

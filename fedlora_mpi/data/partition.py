@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.random import RandomState
 
-from ..bounds import bounded
+from ..core.bounds import bounded
 from .apportion import dealt, limited, rounded, topped_up
 
 

@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
-from ..paths import expanded
+from ..core.paths import expanded
 
 _ARRAYS = {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
 _ARRAYS |= {("numpy", "ndarray"), ("numpy", "dtype")}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bounds import bounded
+from ..core.bounds import bounded
 from .partition import Split
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..bounds import bounded
-from ..paths import expanded
+from ..core.bounds import bounded
+from ..core.paths import expanded
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -13,9 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..launch import expected_ranks, function, has_leftovers, mpirun
-from ..paths import expanded
-from ..units import size
+from ..core.paths import expanded
+from ..core.units import size
+from ..mpi.launch import expected_ranks, function, has_leftovers, mpirun
 from .finding import Case, Check, Finding, ended
 
 LIBRARIES = ("torch", "torchvision", "numpy", "h5py", "mpi4py", "PyYAML")
@@ -180,9 +180,9 @@ def _space(case: Case) -> Finding:
         text = f"{size(free)} free in {_there(case.folder)}"
         return Finding(level, text, "" if level == "ok" else CHECKS["space"].remedy)
     from .. import config as configs
-    from ..build import build
-    from ..comm import Solo
+    from ..mpi.comm import Solo
     from ..plan import storage
+    from ..run.assembly import build
 
     read = configs.read(case.source, case.overrides)
     need = storage(build(read, case.source, Solo()))
@@ -192,7 +192,7 @@ def _space(case: Case) -> Finding:
 
 
 def _torchvision(case: Case) -> Finding:
-    from ..vision import torchvision
+    from ..core.vision import torchvision
 
     module = torchvision()
     assert module.models.resnet18, module.datasets.CIFAR10
@@ -227,7 +227,7 @@ CHECKS = {
 
 
 def _ranks(launcher: str, name: str, *options: str) -> list[str]:
-    return [launcher, *options, "-n", "2", *function(f"{__package__}.ranks", name)]
+    return [launcher, *options, "-n", "2", *function(f"{__package__}.mpi_probe", name)]
 
 
 def _numbers(text: str) -> tuple[int, ...]:

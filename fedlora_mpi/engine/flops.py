@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..algorithm import Batch, Phase, Step, Vars
-from ..escapes import brief
+from ..core.escapes import brief
+from ..core.tree import tmap
 from ..models.counting import FlopCounter
 from ..models.network import Model
-from ..tree import tmap
 from .train import Trainer
 from .walk import Walk
 

@@ -9,10 +9,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..batch import Batch, cross_entropy
+from ..core.batch import Batch, cross_entropy
+from ..core.scheduling import equal_parts
+from ..core.tree import nbytes
 from ..models.network import Model
-from ..scheduling import equal_parts
-from ..tree import nbytes
 
 T = TypeVar("T")
 _COPIES = 8  # of a client's variables: start, trained, momenta, gradients, what a method adds; and the epoch's before

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..algorithm import Phase, Vars
-from ..batch import Batch
+from ..core.batch import Batch
+from ..core.tree import Tree, numel, tmap
 from ..models.network import Model
-from ..tree import Tree, numel, tmap
 from .settings import Engine
 from .train import Trainer
 from .walk import Epoch, tmap_vars

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.func import vmap
 
 from ..algorithm import Algorithm, Batch, Phase, Train, Vars
+from ..core.scheduling import equal_parts
+from ..core.transfer import to_device, to_host
+from ..core.tree import Tree, tmap
 from ..models.network import Model
 from ..models.pooling import LARGE, Pooling
-from ..scheduling import equal_parts
-from ..transfer import to_device, to_host
-from ..tree import Tree, tmap
 from .compiled import Compiled
 from .graphs import Graphs
 from .memory import Room

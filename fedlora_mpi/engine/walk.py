@@ -9,7 +9,7 @@ from torch.func import vmap
 from torch.nn.utils.rnn import pad_sequence
 
 from ..algorithm import Batch, Loss, Phase, Sgd, Step, Vars
-from ..tree import Tree, tmap
+from ..core.tree import Tree, tmap
 
 Trainer = object  # an ``engine.train.Trainer``
 Epoch = object  # a ``data.feed.Epoch``

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..escapes import brief
+from ..core.escapes import brief
 
 
 class _NoModules(nullcontext):

@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Generator, Tensor
 
-from ..batch import Batch
-from ..seeds import rng
-from ..tree import Tree
+from ..core.batch import Batch
+from ..core.seeds import rng
+from ..core.tree import Tree
 from .network import Model
 
 _CUTS = ((5, 3), (40, 33))  # examples of a batch, and of these in its first part; the second where it is cheap

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from ..tree import Tree
+from ..core.tree import Tree
 from .state import forgetting
 
 

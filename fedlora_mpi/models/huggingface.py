@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..paths import expanded
-from ..tree import Tree
-from ..vision import torchvision
+from ..core.paths import expanded
+from ..core.tree import Tree
+from ..core.vision import torchvision
 from . import weights
 
 

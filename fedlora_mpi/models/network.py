@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..batch import Batch
-from ..escapes import brief
-from ..seeds import isolated
-from ..tree import Tree
+from ..core.batch import Batch
+from ..core.escapes import brief
+from ..core.seeds import isolated
+from ..core.tree import Tree
 from .counting import of_forward
 from .effects import Effects
 from .matrices import matrix_of, why_none

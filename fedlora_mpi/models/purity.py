@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..escapes import brief
-from ..seeds import global_states, isolated, rng
-from ..tree import Tree
+from ..core.escapes import brief
+from ..core.seeds import global_states, isolated, rng
+from ..core.tree import Tree
 from .effects import Copying, Effects
 from .state import Memory, forgetting, remembered, unset
 from .substitutes import Substitutes

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..seeds import uniform
+from ..core.seeds import uniform
 
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 _UNIFORM = {torch.rand: False, torch.rand_like: True}  # whether the shape is that of the first argument

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..tree import Tree
+from ..core.tree import Tree
 
 
 def find_places(whole: nn.Module, body: nn.Module, head: str, ties: dict[str, str]) -> tuple[dict[str, str], ...]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..escapes import brief
+from ..core.escapes import brief
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..seeds import isolated
+from ..core.seeds import isolated
 from .substitutes import Substitutes
 from .unwrapping import duplicate
 

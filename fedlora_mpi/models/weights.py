@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..paths import expanded
-from ..tree import Tree
-from ..vision import torchvision
+from ..core.paths import expanded
+from ..core.tree import Tree
+from ..core.vision import torchvision
 from .network import Model
 
 FILES = (".safetensors", ".pt", ".pth")

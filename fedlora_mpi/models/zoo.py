@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..foreign import described, imported
-from ..seeds import isolated
+from ..core.seeds import isolated
+from ..core.user_code import described, imported
 from . import huggingface
 from . import weights as files
 from .coupling import couples
@@ -221,6 +221,6 @@ def _takes(builder: Callable, parameter: str) -> bool:
 
 
 def _torchvision(model: str, classes: int, shape: tuple[int, ...], **options) -> nn.Module:
-    from ..vision import torchvision
+    from ..core.vision import torchvision
 
     return torchvision().models.get_model(model, weights=None, num_classes=classes, **options)

@@ -13,21 +13,21 @@ from typing import NamedTuple
 
 import torch
 
+from ..aggregation.flat_layout import Layout, bytes_of, joint
 from ..algorithm import Cohort, Vars
-from ..build import Built, build, hosts
-from ..comm import Solo
 from ..config import Config
-from ..federation import Kind, Run
-from ..inventory import kept
-from ..layout import Layout, bytes_of, joint
-from ..scheduling import assign
-from ..tree import Tree, nbytes, numel, tmap
-from ..units import duration, size
+from ..core.scheduling import assign
+from ..core.tree import Tree, nbytes, numel, tmap
+from ..core.units import duration, size
+from ..federation.federation import Kind, Run
+from ..mpi.comm import Solo
+from ..run.assembly import Built, build, hosts
+from ..run.fingerprint import kept
 from .counted import fits
 from .devices import BANDWIDTH, CONTEXT, LATENCY, OF_BANDWIDTH, OF_PEAK, device
 from .forecast import Costs, Machine, Seconds, forecast
 from .roles import decomposition, roles
-from .trial import measured
+from .unit_costs import measured
 
 _COLUMNS = 20  # of the log, about
 _LOG, _FILES = 120_000, 60_000  # bytes of a log and of a checkpoint's files beside the numbers in them

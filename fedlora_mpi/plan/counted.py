@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ..core.tree import Tree, nbytes
+from ..engine.speed import Short
 from ..engine.train import Trainer
-from ..engine.trial import Short
-from ..federation import Kind
-from ..tree import Tree, nbytes
+from ..federation.federation import Kind
 from .devices import CONTEXT, OF_BANDWIDTH, OF_PEAK, Device
 from .line import Line, limits
 

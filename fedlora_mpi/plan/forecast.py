@@ -6,10 +6,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ..build import Built
-from ..federation import Run
-from ..scheduling import assign
-from ..tree import nbytes, numel
+from ..core.scheduling import assign
+from ..core.tree import nbytes, numel
+from ..federation.federation import Run
+from ..run.assembly import Built
 
 _ROUNDS = 16  # cohorts that are drawn to know the slowest worker of a small one
 _POLL = 1e-3  # seconds by which a wait oversleeps a message, see ``comm.Mpi``

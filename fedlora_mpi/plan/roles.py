@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 from ..algorithm import Algorithm
-from ..lowrank import left_out, sides
+from ..components.lowrank import left_out, sides
 from ..models.network import Model
 
 _FULL = 16  # more names of modules than that are shortened: digits that count layers become *

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
+from ..aggregation.flat_layout import Layout
 from ..algorithm import Algorithm, Train, Vars
-from ..layout import Layout
+from ..core.names import plain_name
+from ..core.tree import Tree, tmap
 from ..models.network import Model
-from ..names import plain_name
-from ..tree import Tree, tmap
 from .accountant import need_library
 from .masks import LEAST
 from .settings import Privacy

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..seeds import rng
+from ..core.seeds import rng
 from .settings import Privacy
 
 

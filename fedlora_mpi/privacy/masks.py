@@ -16,8 +16,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import numpy as np
 import torch
 
-from ..seeds import key, rng
-from ..sums import ExactSum, FastSum
+from ..aggregation.exact_sum import ExactSum, FastSum
+from ..core.seeds import key, rng
 from .settings import Privacy
 
 LEAST = 3  # clients of a cohort: of two, each can read the other's upload off the sum

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ..bounds import bounded
+from ..core.bounds import bounded
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import launch, slurm
+from ..core.units import duration
+from ..mpi import launch
+from ..run import slurm
 from ..store import nolinks
-from ..units import duration
 from .grid import Job
 
 

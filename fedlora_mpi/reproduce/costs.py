@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .paper import PFEDLORA
-from .pfedlora import OURS
+from .pfedlora_table import OURS
 from .results import Result
 from .sheet import METRIC, Cell, Sheet, by_client, record, show, signed, spread
 

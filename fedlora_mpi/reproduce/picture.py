@@ -9,7 +9,7 @@ import numpy as np
 
 from ..store.files import replacing
 from . import costs
-from .pfedlora import OURS
+from .pfedlora_table import OURS
 from .results import Result
 from .sheet import Cell, by_client, drift_of
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from ..paths import expanded
-from . import agnews, fedhl
-from .fedlora import DATA, Alpha
+from ..core.paths import expanded
+from . import agnews_row as agnews
+from . import fedhl_table as fedhl
+from .fedlora_tables import DATA, Alpha
 from .grid import Case
-from .pfedlora import OURS, PARTICIPATION, Crowd
+from .pfedlora_table import OURS, PARTICIPATION, Crowd
 
 
 @dataclass(frozen=True)

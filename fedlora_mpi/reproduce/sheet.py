@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import escapes
 from ..analysis.report import aligned
+from ..core import escapes
 from . import paper
 from .grid import Entry, Table
 from .paper import V

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..store import nolinks
 from ..store.files import write_atomic
-from . import costs, fedhl, picture, sheet
+from . import costs, picture, sheet
+from . import fedhl_table as fedhl
 from .grid import Case, Job
 from .paper import CLAIMS
-from .pfedlora import OURS, TARGET
+from .pfedlora_table import OURS, TARGET
+from .registry import TABLES
 from .request import Request
 from .results import Result, Shelf
 from .sheet import Cell, Sheet
-from .tables import TABLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

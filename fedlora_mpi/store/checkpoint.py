@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ..writing import writing
+from ..core.disk_errors import writing
 from . import hdf5, manifest, nolinks
 from .files import StoreError, copy_atomic
 from .hdf5 import escape

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from shutil import copyfileobj
 from typing import BinaryIO
 
-from ..writing import writing
+from ..core.disk_errors import writing
 from . import nolinks
 
 FORMAT_VERSION = 1

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..writing import writing
+from ..core.disk_errors import writing
 from . import nolinks
 from .files import StoreError
 

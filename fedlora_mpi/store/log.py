@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ..writing import Unwritable, writing
+from ..core.disk_errors import Unwritable, writing
 from . import hdf5, nolinks, schema, seal
 from .disk import Disk
 from .files import StoreError, checksum

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import h5py
 import numpy as np
 
-from ..escapes import one_line
+from ..core.escapes import one_line
 from . import checkpoint, hdf5, schema, seal, snapshot
 from .files import FormatError, StoreError, checksum, opened_file
 from .log import GROUPS

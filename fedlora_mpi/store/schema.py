@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ..escapes import brief
+from ..core.escapes import brief
 from .files import StoreError
 
 _SLACK = 1 << 20  # bytes that a file may claim without having them: what is not written yet is filled in

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..writing import writing
-from .folder import creating
+from ..core.disk_errors import writing
+from .run_folder import creating
 
 PATIENCE = 2.0  # seconds in which a file of another node must show
 

@@ -14,8 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ..escapes import cell
-from ..writing import writing
+from ..core.disk_errors import writing
+from ..core.escapes import cell
 from . import nolinks
 from .files import write_atomic
 from .reader import RunFiles

@@ -7,7 +7,7 @@ import numpy as np
 
 from ...data.partition import Split
 from ..groups import Group, Logged
-from ..partition import figure as dots
+from ..partition_table import figure as dots
 from .crowd import named, note
 from .curves import Looks
 from .style import GREY, WIDTH, Drawn, figure, panels, wrapped

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..groups import Group
 from ..parts import Alike, LowRank, agreement, alike, factored, held, low_rank, size
-from ..run import RunView
+from ..run_view import RunView
 from .style import WIDTH, Drawn, figure
 
 GROUPS = 4  # at most so many are drawn

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ... import escapes
+from ...core import escapes
 from ..groups import Stat
 
 

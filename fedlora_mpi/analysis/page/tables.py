@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ...units import duration, size
+from ...core.units import duration, size
 from ..groups import Found, Group, Stat, shown
 from ..parts import LowRank
 from ..runs import column

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ... import __version__, escapes
+from ... import __version__
+from ...core import escapes
+from ...core.units import size
 from ...store import nolinks
 from ...store.files import opened_file, plain_name, write_atomic
-from ...units import size
 from ..groups import Found, Group, Logged, Stat, grouped, shown
 from ..runs import of_all_clients, of_rounds
 from . import clients, curves, personal, ranks, sweeps, tables

@@ -1,0 +1,361 @@
+"""A run folder for analysis: metrics as tables and arrays, and the model of every client.
+
+Reads while the run is still going. torch is imported only when weights or a model are asked for,
+pandas only when a table is.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from ..core.names import names_in_files
+from ..core.paths import expanded
+from ..data.partition import Split
+from ..store import schema
+from ..store.reader import RunFiles
+from ..store.snapshot import Checkpoint
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from torch import nn
+
+    from ..algorithm import Algorithm, Vars
+    from ..config import Config
+    from ..config.experiment import Network
+    from ..data.texts import Vocabulary
+    from ..models.network import Model
+
+T = TypeVar("T")
+
+
+def open_run(path: str | Path) -> "RunView":
+    """The run in the folder ``path``. Raises ValueError when it is none.
+
+    >>> import fedlora_mpi
+    >>> run = fedlora_mpi.open_run("runs/tiny-1")  # FedLoRA, 3 rounds, 5 clients, 3 classes, evaluated in 2 and 3
+    >>> run.rounds[["train_loss", "accuracy"]].shape  # pandas
+    (3, 2)
+    >>> run.clients.groupby("round")["accuracy"].count().to_dict()  # of each client's own model
+    {2: 5, 3: 5}
+    >>> run.array("clients/accuracy").shape, run.axes("clients/accuracy")  # numpy, NaN in round 1
+    ((3, 5), ('round', 'client'))
+    >>> run.ranks.columns[2:4].tolist()  # where the seconds of each rank went; a row a round and rank
+    ['seconds_train', 'seconds_exchange']
+    >>> run.partition.train_counts.shape  # samples of each client and class
+    (5, 3)
+    >>> client = run.client(3)
+    >>> client.personal["0.weight.A"].shape  # its low-rank factor; what never leaves it
+    (4, 6)
+    >>> import torch
+    >>> client.model(torch.zeros(4, 2, 8, 8)).shape  # its own model, an nn.Module
+    torch.Size([4, 3])
+    >>> sorted(client.model.state_dict()) == sorted(client.weights)  # the same as numpy arrays
+    True
+
+    Of texts: ``run.client(7).model(run.vocabulary.encode(["a text", "another"]))``.
+    """
+    return RunView(expanded(path))
+
+
+def of_clients(rounds: Mapping[str, np.ndarray], clients: Mapping[str, np.ndarray]) -> "DataFrame":
+    """``RunView.clients`` of the columns [T] of the rounds and [T, N] of the clients."""
+    pandas = imported_pandas()
+    count = next(iter(clients.values()), np.empty((0, 0))).shape[1]
+    index = pandas.MultiIndex.from_product([rounds["round"], range(count)], names=["round", "client"])
+    table = pandas.DataFrame({name: column.ravel() for name, column in clients.items()}, index)
+    return table.dropna(how="all").reset_index()
+
+
+class RunView:
+    """One run. Metrics are read anew on every access; leaves are those of the newest valid checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files = RunFiles(path)
+        # Verifying reads every byte of a checkpoint: once for each, not for each client.
+        self._newest = lru_cache(1)(lambda committed: self._files.checkpoint())
+        self._first = lru_cache(None)(self._begun)  # once for each kind of clients
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved config, every key written out."""
+        return self._files.config
+
+    @property
+    def rounds(self) -> "DataFrame":
+        """One row a round, indexed by round: train_loss, accuracy (fraction), seconds_*, bytes_* ...
+
+        Metrics of the clients' own models are NaN in rounds that were not evaluated.
+        """
+        return imported_pandas().DataFrame(self._files.rounds()).set_index("round")
+
+    @property
+    def clients(self) -> "DataFrame":
+        """One row for each evaluated round and client: round, client, accuracy (fraction), loss."""
+        rows = self._files.rows()
+        return of_clients(rows["rounds"], rows["clients"])
+
+    @property
+    def ranks(self) -> "DataFrame":
+        """One row for each evaluated round and rank: round, rank, and seconds_* of its stages since the one before.
+
+        seconds_waiting: in messages, so for other ranks; the other stages are without it. Together they are all the
+        time that passed. Empty for a run of before they were measured.
+        """
+        pandas = imported_pandas()
+        rows = self._files.rows()
+        columns, rounds = rows["ranks"], rows["rounds"]["round"]
+        numbers = columns.pop("ranks", np.zeros(0, int))
+        seconds = {name: [column[row, :n] for row, n in enumerate(numbers)] for name, column in columns.items()}
+        whole = {"round": np.repeat(rounds[: len(numbers)], numbers), "rank": [r for n in numbers for r in range(n)]}
+        return pandas.DataFrame(whole | {name: np.concatenate(rows) for name, rows in seconds.items()})
+
+    def array(self, name: str) -> np.ndarray:
+        """A column: ``accuracy`` [T] of the rounds, ``clients/accuracy`` [T, N], ``ranks/seconds_train`` [T, R].
+
+        Raises ValueError.
+        """
+        rows = self._files.rows()
+        columns = rows["rounds"]
+        for group in ("clients", "ranks"):
+            columns |= {f"{group}/{name}": column for name, column in rows[group].items()}
+        if name not in columns:
+            raise ValueError(f"{self.path}: there is no column {name!r}; there are {', '.join(columns)}")
+        return columns[name]
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """The names of the axes of ``array(name)``: ("round",), ("round", "client") or ("round", "rank")."""
+        return self._files.axes(name if "/" in name else f"rounds/{name}")
+
+    @cached_property
+    def partition(self) -> Split:
+        """Who holds which samples."""
+        at = self._files.partition()
+        with schema.reading(self.path / "log.h5"):
+            return Split(tuple(at["train"]), tuple(at["test"]), at["train_counts"], at["test_counts"])
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """The rounds that have a committed checkpoint, ascending."""
+        return self._files.checkpoints()
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The newest valid checkpoint. Raises StoreError (a ValueError) when there is none."""
+        return self._newest(tuple(self.checkpoints))
+
+    @property
+    def shared(self) -> Mapping[str, np.ndarray]:
+        """The shared leaves."""
+        return self.checkpoint.shared()
+
+    def digest(self) -> dict[str, str]:
+        """SHA-256 of the ``shared`` and ``personal`` leaves: equal for runs that are equal to the bit."""
+        return self.checkpoint.digest()
+
+    @cached_property
+    def network_of(self) -> tuple[int, ...]:
+        """Which network of ``model.mix`` each client has, [N]; zeros where there is one."""
+        return self._parsed.model.of_clients(len(self.partition.train))
+
+    def client(self, id: int) -> "ClientView":
+        """One client, by its number from 0. Raises ValueError."""
+        clients = len(self.partition.train)
+        if not 0 <= id < clients:
+            raise ValueError(f"{self.path}: there is no client {id}; there are 0 to {clients - 1}")
+        return ClientView(self, id)
+
+    @cached_property
+    def variants(self) -> "tuple[Algorithm, ...]":
+        """The method as each client has it, [N]: of its own rank, for instance."""
+        clients = len(self.partition.train)
+        return tuple(self._parsed.algorithm.of_client(client, clients) for client in range(clients))
+
+    @cached_property
+    def networks(self) -> "tuple[Model, ...]":
+        """The networks of ``model.mix`` with their initial weights, from the config; needs no data set.
+
+        Where what ``model.weights`` or ``model.folder`` names is gone, the initial weights are on the device
+        "meta": shapes without numbers. Whether it has changed is not looked at.
+        """
+        return tuple(self._network(*numbered) for numbered in enumerate(self._parsed.model.mix))
+
+    def _network(self, number: int, network: "Network") -> "Model":
+        from ..models.zoo import build
+
+        found, config = self._files.partition(), self._parsed
+        shape = tuple(found["input_shape"].tolist())
+        of_texts = [int(found.get(name, [0])[0]) for name in ("input_tokens", "input_padding")]
+        inputs = (self.partition.train_counts.shape[1], shape, config.seed, *of_texts)
+        if all(file.is_file() for origin in network.origins for file in origin.files):
+            return build(network.name, network.options, *inputs, weights=network.weights)
+        kept = self.path / f"network-{number}.json"
+        if kept.is_file():
+            self._files.text(kept.name)  # is it whole?
+        options = {**network.options, "folder": str(kept)} if kept.is_file() else network.options
+        model = build(network.name, options, *inputs)
+        gone = {n: v.to("meta") for n, v in model.values.items()}
+        constants = {n: gone.get(n, v) for n, v in model.constants.items()}
+        return replace(model, initial={n: gone[n] for n in model.initial}, constants=constants)
+
+    def by_leaf(self, stored: Mapping[str, T], client: int | None = None) -> dict[str, T]:
+        """What is stored of the shared leaves or of a client's own, by the names that the method has for them."""
+        network = min(self.network_of) if client is None else self.network_of[client]
+        first = self._first(self._parsed.algorithm if client is None else self.variants[client], network)
+        leaf_of = {name: n for n, name in names_in_files(first.shared if client is None else first.personal).items()}
+        return {leaf_of.get(name, name): value for name, value in stored.items()}
+
+    def _begun(self, algorithm: "Algorithm", network: int) -> "Vars":
+        from .leaves import first_variables
+
+        return first_variables(algorithm, self.networks[network], self._parsed.seed)
+
+    @cached_property
+    def vocabulary(self) -> "Vocabulary":
+        """What turns texts into the inputs of the clients' models. Raises ValueError where there is none."""
+        from ..data.texts import Vocabulary
+
+        path = self.path / "vocabulary.json"
+        if not path.is_file():
+            raise ValueError(f"{self.path}: has no vocabulary.json, so its data are images or the run is incomplete")
+        return Vocabulary(self._files.text(path.name))
+
+    @cached_property
+    def _parsed(self) -> "Config":
+        from ..config import from_dict
+
+        return from_dict(self.config, str(self.path / "log.h5"))
+
+
+@dataclass(frozen=True, eq=False)
+class ClientView:
+    """One client of a run. All its leaves are of one checkpoint, the newest when first asked for.
+
+    While the run goes on that checkpoint is pruned some day; ``run.client(id)`` gives a new view.
+    """
+
+    run: RunView
+    id: int
+
+    @property
+    def train_indices(self) -> np.ndarray:
+        """[n] indices into the data set's training samples."""
+        return self.run.partition.train[self.id]
+
+    @property
+    def test_indices(self) -> np.ndarray:
+        """[m] indices into the data set's test samples."""
+        return self.run.partition.test[self.id]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """[classes] training samples of each class."""
+        return self.run.partition.train_counts[self.id]
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """Where the leaves come from. Raises StoreError (a ValueError) when there is none yet."""
+        return self.run.checkpoint
+
+    @property
+    def personal(self) -> Mapping[str, np.ndarray]:
+        """The leaves that never leave the client; each is read when it is asked for."""
+        return _Personal(self.checkpoint, self.id)
+
+    @cached_property
+    def network(self) -> "Model":
+        """The client's network, with its initial weights."""
+        return self.run.networks[self.run.network_of[self.id]]
+
+    @property
+    def network_block(self) -> "Network":
+        """What the config says of the client's network."""
+        return self.run._parsed.model.mix[self.run.network_of[self.id]]
+
+    @property
+    def algorithm(self) -> "Algorithm":
+        """The method as this client has it."""
+        return self.run.variants[self.id]
+
+    @cached_property
+    def variables(self) -> "Vars":
+        """What the client's own model is made of: tensors, the shared ones as they arrive there, and its own."""
+        import torch
+
+        from ..algorithm import Vars
+
+        initial = self.network.initial
+        as_there = lambda name, v: v.to(initial[name].dtype) if name in initial else v  # a file has no bfloat16
+        tensors = lambda leaves: {n: as_there(n, torch.from_numpy(value)) for n, value in leaves.items()}
+        rows = self.run.by_leaf(self.checkpoint.personal([self.id]), self.id)
+        shared = tensors(self.run.by_leaf(self.checkpoint.shared()))
+        with self._fitting, torch.no_grad():
+            arrived = shared if self.algorithm.judges == "server" else self.algorithm.download(shared)
+        return Vars(arrived, tensors({n: _only(row) for n, row in rows.items()}))
+
+    @cached_property
+    def weights(self) -> dict[str, np.ndarray]:
+        """Every parameter and statistic of the client's own model, the one that was evaluated; bfloat16 as float32, which
+        numpy knows."""
+        import torch
+
+        v = self.variables
+        for leaf, initial in self.network.values.items():
+            if initial.is_meta and not (leaf in v.shared or leaf in v.personal):  # frozen: no checkpoint has it
+                where = " or ".join(f"model.{origin.key} = {origin.given}" for origin in self.network_block.origins)
+                raise ValueError(f"{self.run.path}: {leaf} is in {where} alone, which is gone; put it back")
+        with self._fitting, torch.no_grad():
+            tree = self.network.values | self.algorithm.weights_of(self.network, v)
+        return {n: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for n, v in tree.items()}
+
+    @cached_property
+    def model(self) -> "nn.Module":
+        """The client's own model, in evaluation mode, on the CPU."""
+        import torch
+
+        weights = {name: torch.from_numpy(value) for name, value in self.weights.items()}
+        with self._fitting:
+            return self.network.module(weights)
+
+    @property
+    def _fitting(self) -> AbstractContextManager:
+        """Leaves that are not those of the network are told as damage of the checkpoint, a StoreError."""
+        return schema.reading(self.checkpoint.path)
+
+
+@dataclass(frozen=True)
+class _Personal(Mapping):
+    """The personal leaves of one client."""
+
+    checkpoint: Checkpoint
+    id: int
+
+    def __getitem__(self, leaf: str) -> np.ndarray:
+        if leaf not in self.checkpoint.leaf_names([self.id]):
+            raise KeyError(f"{leaf}: no personal leaf; there are {', '.join(self) or 'none'}")
+        return _only(self.checkpoint.personal([self.id], [leaf])[leaf])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoint.leaf_names([self.id]))
+
+    def __len__(self) -> int:
+        return len(self.checkpoint.leaf_names([self.id]))
+
+
+def _only(rows: np.ndarray) -> np.ndarray:
+    """The one row of [1, ...], an array even when the row is a number."""
+    return rows.reshape(rows.shape[1:])
+
+
+def imported_pandas():
+    """The library. Raises ValueError where it is missing."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise ValueError("tables need pandas: pip install 'fedlora-mpi[analysis]', or use array()") from error
+    return pandas

@@ -1,0 +1,257 @@
+"""Low-rank parts of weights: factors, the matrix they stand for, and the best ones for a matrix.
+
+The part of leaf ``w`` has the factors ``w.A`` [r, in side] and ``w.B`` [out side, r]. A convolution
+[O, I, K1, K2] counts as the matrix [O K1, I K2], cut row by row (``view``) into the weight's shape,
+as the official FedDecomp code does; a Linear, attention, or recurrent weight [O, I] is its own matrix.
+
+Other convolutions are read in the same way: one with three kernel sides as [O K1, I K2 K3]; one with one as
+[O, I K], as it is a Conv2d [O, I, 1, K] of images of height one. Of a grouped convolution I counts the inputs
+of one group, so a depthwise one [O, 1, 3, 3] is the matrix [3 O, 3]. A transposed convolution has its weight
+as [I, O, K1, ...], in and out exchanged: its matrix is that of [I, O, K1, ...], turned, [O K2 ..., I K1].
+A weight of more sides in another product is [d1, d2 d3 ...]. At full rank every weight can be any matrix:
+Conv1d [8, 3, 5] is [8, 15], rank 8; Conv3d [4, 2, 3, 3, 3] is [12, 18], rank 12; ConvTranspose2d [6, 4, 2, 2]
+is [8, 12], rank 8; an LSTM of 5 inputs and 7 states has [28, 5], rank 5, and [28, 7], rank 7.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from ..algorithm import Loss, Phase, Step, Train, Vars
+from ..core.bounds import bounded
+from ..core.names import factor, factors_of, is_factor
+from ..core.tree import Tree, split
+from ..models.network import Leaf, Model
+
+
+def is_not_factor(leaf: str) -> bool:
+    """Whether a leaf belongs to sigma."""
+    return not is_factor(leaf)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The low-rank part tau of a model: tau = s B A for each decomposed weight.
+
+    FedLoRA (Wu et al.), eqs. (3)-(5), and the rule of its official code where it differs:
+
+    ========  ==============================  ===========================
+    field     paper                           official
+    ========  ==============================  ===========================
+    rank of   conv_rank min(I, O) K, rounded  int(conv_rank O) K
+    a conv    (at most the smaller side)
+    rank of   linear_rank min(I, O), rounded  linear_rank, an integer
+    a Linear
+    scale s   one: 1                          official: 1 / int(conv_rank O), without the
+                                              factor K, and 1 / linear_rank
+    ========  ==============================  ===========================
+
+    K is the first side of a kernel, 1 where a convolution has one side. The paper knows square kernels, for which
+    min(I, O) K is the smaller side of the matrix; of any convolution but a Conv2d the rank is conv_rank of that side.
+    Every other matrix counts as a Linear.
+
+    A ~ U(-1, 1) / sqrt(in side) (Kaiming with a = sqrt 5, as the official code; the paper says
+    Gaussian and gives no variance), B = 0, so that tau starts at zero.
+
+    The parts train in turn, tau for ``lora_epochs`` of the ``train.epochs`` and then sigma, or
+    together (``order: simultaneous``) in all of them.
+    """
+
+    conv_rank: float = 0.6
+    linear_rank: float | int = 0.6
+    rank_rule: Literal["paper", "official"] = "paper"
+    scale: Literal["one", "official"] = "one"
+    layers: tuple[str, ...] = ("*",)  # which weights are decomposed: patterns of leaf names
+    lora_epochs: int = 2
+    order: Literal["alternating", "simultaneous"] = "alternating"
+
+    def __post_init__(self) -> None:
+        bounded(self, lora_epochs="[0, inf)", conv_rank="(0, 1]")
+        if self.rank_rule == "paper" and not 0 < self.linear_rank <= 1:
+            raise ValueError(
+                f"linear_rank = {self.linear_rank}: must be a ratio above 0 and at most 1 under "
+                "rank_rule paper (an absolute rank needs rank_rule official)"
+            )
+        if self.rank_rule == "official" and (self.linear_rank < 1 or self.linear_rank != int(self.linear_rank)):
+            raise ValueError(
+                f"linear_rank = {self.linear_rank}: must be an integer of at least 1 under rank_rule "
+                "official (for CIFAR-10 the authors use 4, for CIFAR-100 40)"
+            )
+
+    def check(self, model: Model, train: Train) -> None:
+        self.ranks(model)
+        if self.order == "alternating" and self.lora_epochs > train.epochs:
+            raise ValueError(
+                f"lora_epochs = {self.lora_epochs}: must be at most train.epochs = {train.epochs}, "
+                "of which it is a part"
+            )
+
+    def turns(self, model: Model, train: Train, loss: Loss) -> tuple[Phase, ...]:
+        """Local training of both parts, eqs. (6) and (7)."""
+        if self.order == "simultaneous":
+            return (Phase(train.epochs, (Step(loss),)),)
+        tau = lambda v: self.tau(model, v.shared | v.personal)  # constant while sigma trains
+        return (
+            Phase(self.lora_epochs, (Step(loss, is_factor),)),
+            Phase(train.epochs - self.lora_epochs, (Step(loss, is_not_factor),), constant=tau),
+        )
+
+    def theta(self, model: Model, v: Vars) -> Tree:
+        """theta = sigma + tau, eq. (2), wherever the two live."""
+        factors, sigma = split(v.shared | v.personal, is_factor)
+        tau = v.constant or self.tau(model, factors)
+        return {n: w + tau[n].to(w.dtype) if n in tau else w for n, w in sigma.items()}
+
+    def ranks(self, model: Model) -> dict[str, int]:
+        """Rank r of every decomposed weight. Raises ValueError when ``layers`` matches none."""
+        return {name: self._rank(model.leaves[name]) for name in matching(model, self.layers)}
+
+    def scales(self, model: Model) -> dict[str, float]:
+        """s of every decomposed weight."""
+        return {name: self._scale(model.leaves[name]) for name in self.ranks(model)}
+
+    def factors(self, model: Model, rng: Generator) -> Tree:
+        """A and B of every decomposed weight before the first round."""
+        tree = {}
+        for name, r in self.ranks(model).items():
+            out_side, in_side = sides(model.leaves[name])
+            tree[factor(name, "A")] = kaiming(r, in_side, rng)
+            tree[factor(name, "B")] = torch.zeros(out_side, r)
+        return tree
+
+    def tau(self, model: Model, factors: Tree) -> Tree:
+        """{weight: s B A in the weight's shape}. Costs as much as a matrix product per weight."""
+        low = {}
+        for name, B in factors_of(factors, "B").items():
+            leaf = model.leaves[name]
+            product = (B * self._scale(leaf)) @ factors[factor(name, "A")]
+            low[name] = as_weight(product, leaf)
+        return low
+
+    def low_rank(self, model: Model) -> dict[str, int]:
+        return self.ranks(model)
+
+    def _rank(self, leaf: Leaf) -> int:
+        full = min(sides(leaf))
+        if leaf.matrix == "linear":
+            return int(self.linear_rank) if self.rank_rule == "official" else max(1, round(self.linear_rank * full))
+        outside, inside = _channels(leaf)
+        if self.rank_rule == "official":
+            return max(1, int(self.conv_rank * outside) * _height(leaf))
+        if len(leaf.shape) == 4 and leaf.matrix == "conv":
+            return max(1, min(full, round(self.conv_rank * min(inside, outside) * leaf.shape[2])))
+        return max(1, round(self.conv_rank * full))
+
+    def _scale(self, leaf: Leaf) -> float:
+        if self.scale == "one":
+            return 1.0
+        if leaf.matrix == "linear":
+            return 1 / self._rank(leaf)
+        return 1 / max(1, int(self.conv_rank * _channels(leaf)[0]))
+
+
+def sides(leaf: Leaf) -> tuple[int, int]:
+    """(out side, in side) of the matrix that a weight is read as."""
+    first, second, *kernel = leaf.shape
+    if leaf.matrix == "linear":
+        return first, second * math.prod(kernel)
+    rows, columns = first * _height(leaf), second * math.prod(kernel) // _height(leaf)
+    return (columns, rows) if leaf.matrix == "transposed" else (rows, columns)
+
+
+def as_weight(matrix: Tensor, leaf: Leaf) -> Tensor:
+    """``matrix`` [out side, in side] in the shape of the weight that is read as it."""
+    return matrix.mT.reshape(leaf.shape) if leaf.matrix == "transposed" else matrix.view(leaf.shape)
+
+
+def _channels(leaf: Leaf) -> tuple[int, int]:
+    """(out, in) of a convolution, those of one group where it has groups and a weight that says so."""
+    first, second = leaf.shape[:2]
+    return (second, first) if leaf.matrix == "transposed" else (first, second)
+
+
+def _height(leaf: Leaf) -> int:
+    """The side of a convolution's kernel that counts with its first axis; 1 of a kernel of one side."""
+    return leaf.shape[2] if len(leaf.shape) > 3 else 1
+
+
+def matching(model: Model, patterns: Iterable[str], frozen: bool = False) -> list[str]:
+    """The weights that a low-rank part can have and whose names a pattern matches; ``frozen``: also of those that the
+    network's builder has frozen. Raises ValueError when a pattern matches none."""
+    matrices = [n for n, leaf in (model.described if frozen else model.leaves).items() if leaf.matrix]
+    for pattern in patterns:
+        if any(fnmatchcase(n, pattern) for n in matrices):
+            continue
+        if locked := [n for n, leaf in model.locked.items() if leaf.matrix and fnmatchcase(n, pattern)]:
+            raise ValueError(
+                f"layers = {pattern}: matches only weights that are frozen, such as {locked[0]}, which this method leaves "
+                "as they are; fedit and its kin train low-rank parts beside such weights"
+            )
+        met = [f"{n}: {model.why_none(n)}" for n in model.described if fnmatchcase(n, pattern)]
+        why = f" that can be decomposed ({first_few(met)})" if met else ""
+        raise ValueError(f"layers = {pattern}: matches no weight{why}; there are {', '.join(matrices) or 'none'}")
+    return [n for n in matrices if any(fnmatchcase(n, pattern) for pattern in patterns)]
+
+
+def left_out(model: Model, low_rank: Mapping[str, int], full: Collection[str] = ()) -> dict[str, str]:
+    """{weight of two and more dimensions that is not in ``low_rank`` {weight: rank}: why}; ``full``: roles that are
+    trained as they are."""
+    found = {}
+    for name, leaf in model.described.items():
+        if len(leaf.shape) < 2 or leaf.role == "stats" or name in low_rank:
+            continue
+        chosen = "trained in full" if leaf.role in full else "frozen" if name in model.locked else ""
+        found[name] = chosen or model.why_none(name) or "not in layers"
+    return found
+
+
+def first_few(words: Sequence[str], most: int = 5) -> str:
+    """The first ones, and how many more there are."""
+    return ", ".join(words[:most]) + f" and {len(words) - most} more" * (len(words) > most)
+
+
+def kaiming(rows: int, in_side: int, rng: Generator) -> Tensor:
+    """A factor A before the first round, [rows, in side]: U(-1, 1) / sqrt(in side)."""
+    return (torch.rand(rows, in_side, generator=rng) * 2 - 1) / in_side**0.5
+
+
+def right(matrix: Tensor, rows: int) -> Tensor:
+    """V' [..., rows, d2] of ``matrix`` [..., d1, d2] = U S V': orthonormal, the largest singular values first.
+
+    ``matrix`` V V' is its best approximation of this rank. A matrix of lower rank is completed by directions that
+    it does not have, so that A = V' and B = ``matrix`` V make no dead factor: where B is zero, A is not. By an
+    eigendecomposition of the smaller Gram matrix in float64, several times as fast as an SVD; singular values
+    below 1e-8 of the largest are lost, as they are in float32 numbers anyway. rows <= min(d1, d2).
+    """
+    W = matrix.double()
+    tall, basis = W, None
+    if W.shape[-1] > W.shape[-2]:
+        basis, corner = torch.linalg.qr(W.mT)  # W = corner' basis'
+        tall = corner.mT
+    _, V = torch.linalg.eigh(tall.mT @ tall)  # ascending
+    V = V[..., -rows:].flip(-1)
+    return (V if basis is None else basis @ V).mT.to(matrix.dtype)
+
+
+def truncated(update: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
+    """``update`` [d1, ...] as the receiver of its largest singular values has it, and the number n (d1 + d2 + 1) of
+    what is sent, [].
+
+    As a matrix [d1, d2] it is sum_j s_j u_j v_j'; sent are s_j, u_j, v_j for j <= n, n >= 1 the smallest
+    number with sum_{j <= n} s_j^2 >= energy sum_j s_j^2. energy: [] float64. In float64 a value below 1e-8 s_1,
+    of a matrix without full rank, is lost in the sum, so n is at most the rank. What is not finite
+    comes back as it is.
+    """
+    matrix = update.flatten(1).double()
+    finite = matrix.isfinite().all()
+    U, s, V = torch.linalg.svd(torch.where(finite, matrix, 0.0), full_matrices=False)  # refuses nan
+    held = s.square().cumsum(0)
+    enough = held[:-1] >= energy * held[-1]  # without the next ones
+    kept = torch.cat([torch.ones_like(finite)[None], ~enough])  # a mask: in a stack every client has its own n
+    rest = torch.where(finite, (U * (s * kept)) @ V, matrix)
+    return rest.to(update.dtype).view(update.shape), kept.sum() * (sum(matrix.shape) + 1)

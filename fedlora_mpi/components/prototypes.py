@@ -1,0 +1,85 @@
+"""The mean feature of each class: what a client knows of it, its mean over clients, the pull towards it.
+
+Features z [d] are what enters the head. A client with n_i samples, of which a share pi_ik has class k,
+shows h_ik = pi_ik mean_i(z | k) and pi_ik. Both are linear in the samples, so the quotient of their means
+over clients, weighted by samples, is the mean over the samples of all clients:
+
+    c_k = sum_i n_i h_ik / sum_i n_i pi_ik = sum_i n_ik mean_i(z | k) / sum_i n_ik
+
+The means over clients are the shared leaves ``class.means`` [classes, d] and ``class.shares`` [classes],
+a client's own h_i is its personal leaf ``own.means`` [classes, d].
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..algorithm import Vars
+from ..core.batch import Batch, mean
+from ..core.names import own_name
+from ..core.tree import Tree
+from ..models.network import Model
+
+MEANS, SHARES = own_name("class", "means"), own_name("class", "shares")
+OWN_MEANS = own_name("own", "means")
+_CHUNK = 250  # samples whose features are computed together
+
+
+def statistics(model: Model, weights: Tree, data: Batch) -> tuple[Tensor, Tensor]:
+    """h_i = [pi_k mean(z | k)]_k [classes, d] and mean ||z||^2 [] over all samples of a client.
+
+    In the model's mode: in evaluation mode a sample's features do not depend on its neighbours.
+    """
+    sums, energy = _sums(lambda x: model.features(weights, x), data)
+    return sums / data.counts.sum(), energy / data.counts.sum()
+
+
+def own_means(of: Callable[[Tensor], Tensor], data: Batch) -> Tensor:
+    """[classes, m]: the mean of ``of(x)`` [B, m] over a client's samples of each class; zero where it has none."""
+    sums, _ = _sums(of, data)
+    return sums / data.counts.clamp(min=1)[:, None]
+
+
+def _sums(of: Callable[[Tensor], Tensor], data: Batch) -> tuple[Tensor, Tensor]:
+    """Over all samples of a client: the sum of z = of(x) by class [classes, m], and that of ||z||^2 []."""
+    classes = len(data.counts)
+    real = torch.ones_like(data.y) if data.real is None else data.real
+    one_hot = (data.y[:, None] == torch.arange(classes, device=data.y.device)) * real[:, None]  # [n, classes]
+    sums, energy = 0.0, 0.0
+    for x, which, is_real in zip(data.x.split(_CHUNK), one_hot.split(_CHUNK), real.split(_CHUNK)):
+        z = of(x)
+        sums = sums + which.to(z).T @ z
+        energy = energy + (z.square().sum(1) * is_real).sum()
+    return sums, energy
+
+
+def shown(model: Model, weights: Tree, data: Batch) -> Tree:
+    """A client's part of ``class.means`` and ``class.shares``: h_i and pi_i."""
+    means, _ = statistics(model, weights, data)
+    return {MEANS: means, SHARES: data.counts / data.counts.sum()}
+
+
+def class_means(v: Vars, batch: Batch) -> Tensor:
+    """c [classes, d]: over all clients, or the client's own mean where none had the class.
+
+    Zero where the client has not had it either. Of ``batch`` only ``counts`` is read.
+    """
+    means, known = prototypes(v.shared)
+    own = v.personal[OWN_MEANS] * batch.counts.sum() / batch.counts.clamp(min=1)[:, None]
+    return torch.where(known[:, None], means, own)
+
+
+def prototypes(shared: Tree) -> tuple[Tensor, Tensor]:
+    """c [classes, d] over all clients, and which classes are known [classes]; the others' c is zero."""
+    shares = shared[SHARES]
+    return shared[MEANS] / shares.clamp(min=1e-30)[:, None], shares > 0
+
+
+def pull(z: Tensor, means: Tensor, batch: Batch, known: Tensor | None = None) -> Tensor:
+    """Mean over real examples and features of (z - c_y)^2, []; zero for an example whose class is not ``known``.
+
+    z: [B, d]; means: c [classes, d]; known: [classes], None: all.
+    """
+    each = (z - means[batch.y]).square().mean(1)
+    return mean(each if known is None else torch.where(known[batch.y], each, 0), batch)

@@ -1,0 +1,170 @@
+"""A whole experiment as frozen dataclasses: what ``config.py`` reads a YAML file into."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..algorithm import Algorithm, Train
+from ..core.bounds import bounded
+from ..core.paths import require_path
+from ..data.datasets import Source
+from ..data.partition import Partition
+from ..data.tasks import Tasks
+from ..engine.settings import Engine
+from ..models import zoo
+from ..privacy.check import check_settings
+from ..privacy.settings import Privacy
+
+
+@dataclass(frozen=True)
+class DataBlock:
+    """The ``data`` block: the pooled examples, who gets which, and when."""
+
+    source: Source
+    partition: Partition
+    tasks: Tasks | None = None  # None: all classes from the start
+
+    def __post_init__(self) -> None:
+        if self.tasks and self.source.shift == "labels":
+            raise ValueError("shift = labels: would make a task other classes for every client; choose none or rotate")
+
+
+@dataclass(frozen=True)
+class Network:
+    """What ``models.zoo.build`` takes; for its own models every option is there."""
+
+    name: str
+    options: Mapping[str, Any]
+    weights: str | None = None  # None: initial weights of the seed
+
+    @property
+    def origins(self) -> list[zoo.Origin]:
+        """The files that it is made from."""
+        return zoo.origins(self.name, self.options, self.weights)
+
+
+@dataclass(frozen=True)
+class ModelBlock:
+    """The ``model`` block: one network, or a ``mix`` of them over the clients.
+
+    Client k has network k mod len(mix); with ``clients`` the first clients[0] clients have the first,
+    the next clients[1] the second; with ``each`` client k has number each[k], from 0.
+    """
+
+    mix: tuple[Network, ...]
+    clients: tuple[int, ...] | None = None
+    each: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.mix:
+            raise ValueError("mix = []: must name at least one network")
+        if self.clients is not None and self.each is not None:
+            raise ValueError(f"each = {list(self.each)}: give either clients or each")
+        if self.clients is not None and (len(self.clients) != len(self.mix) or min(self.clients) < 1):
+            raise ValueError(f"clients = {list(self.clients)}: must be {len(self.mix)} integers of at least 1")
+        if self.each is not None and not all(0 <= number < len(self.mix) for number in self.each):
+            raise ValueError(f"each = {list(self.each)}: each item must be from 0 to {len(self.mix) - 1}")
+
+    def of_clients(self, clients: int) -> tuple[int, ...]:
+        """Which network of the mix each client has, [N]. Raises ValueError when they are not so many."""
+        field, given = ("each", clients) if self.clients is None else ("clients", sum(self.clients))
+        if self.each is not None:
+            given = len(self.each)
+        if given != clients:
+            raise ValueError(
+                f"{field} = {list(getattr(self, field))}: is for {given} clients, data.partition.clients is "
+                f"{clients}; make the two agree"
+            )
+        if self.clients is not None:
+            return tuple(number for number, count in enumerate(self.clients) for _ in range(count))
+        return tuple(client % len(self.mix) for client in range(clients)) if self.each is None else self.each
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """The ``evaluate`` block, in rounds. clients: who is judged; of ``cohort``, those of the round, the others have no
+    accuracy in it, and a round costs the same however many they are."""
+
+    every: int = 1
+    clients: Literal["all", "cohort"] = "all"
+
+    def __post_init__(self) -> None:
+        bounded(self, every="[1, inf)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The ``checkpoint`` block: one ``every`` so many rounds; the newest ``keep`` stay."""
+
+    every: int = 10
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        bounded(self, every="[1, inf)", keep="[1, inf)")
+
+
+@dataclass(frozen=True)
+class Faults:
+    """The ``faults`` block: what to do about dead workers, hangs and numbers that are not finite.
+
+    timeout: seconds in which a rank must get on by a batch; 0 is for ever.
+    """
+
+    tolerate: bool = False
+    timeout: float = 600.0
+    non_finite: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        bounded(self, timeout="[0, inf)")
+
+
+@dataclass(frozen=True)
+class Log:
+    """The ``log`` block: what is written beside ``log.h5``."""
+
+    csv: bool = False  # RUN/rounds.csv
+    tensorboard: bool = False  # RUN/tensorboard/
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole experiment.
+
+    participation: fraction of the clients per round; output: the run folder, in which {name} (stem
+    of the file), {algorithm} and {seed} are already filled in.
+    """
+
+    seed: int = 1
+    rounds: int = 300
+    participation: float = 1.0
+    output: str = "runs/{name}"
+    data: DataBlock
+    model: ModelBlock
+    algorithm: Algorithm
+    train: Train = Train()
+    engine: Engine = Engine()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    faults: Faults = Faults()
+    log: Log = Log()
+    privacy: Privacy = Privacy()
+    reduce: Literal["exact", "fast"] = "exact"
+    mix: Literal["auto", "root", "spread"] = "auto"
+    uplink: Literal["auto", "sum", "gather"] = "auto"
+    server_hosts_clients: bool = False
+
+    def __post_init__(self) -> None:
+        bounded(self, seed="[0, inf)", rounds="[1, inf)", participation="(0, 1]")
+        try:
+            self.model.of_clients(self.data.partition.clients)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
+        check_settings(self.privacy, self.participation, self.reduce, self.uplink, bool(self.data.tasks))
+        if not self.output.strip() or not self.output.isprintable():
+            raise ValueError(f"output = {self.output!r}: must be the name of a folder")
+        require_path("output", self.output)
+
+    @property
+    def cohort(self) -> int:
+        """Clients of a round, about."""
+        return max(1, round(self.participation * self.data.partition.clients))

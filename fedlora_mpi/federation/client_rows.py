@@ -1,0 +1,55 @@
+"""Where the personal leaves of a rank's clients live, stacked: in memory, or in files of which memory holds what is used."""
+
+import mmap
+import os
+import tempfile
+from pathlib import Path
+from typing import Protocol
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from ..core.disk_errors import writing
+
+
+class Rows(Protocol):
+    """Makes the stacked leaves of a rank."""
+
+    def blank(self, clients: int, like: Tensor) -> Tensor:
+        """A tensor [clients, *like.shape] on the CPU with any numbers in it."""
+
+    def release(self) -> None:
+        """Nobody needs the rows until they are touched again."""
+
+
+class InMemory:
+    """Ordinary tensors."""
+
+    def blank(self, clients: int, like: Tensor) -> Tensor:
+        return torch.empty((clients, *like.shape), dtype=like.dtype)
+
+    def release(self) -> None:
+        pass
+
+
+class OnDisk:
+    """Tensors mapped to files without a name in ``folder``, which go with the process, however it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._maps = folder, WeakSet()
+
+    def blank(self, clients: int, like: Tensor) -> Tensor:
+        """Raises Unwritable when the disk is full: the room is taken at once."""
+        if not clients * like.numel():
+            return InMemory().blank(clients, like)
+        size = clients * like.numel() * like.element_size()
+        with writing(self._folder / "personal leaves"), tempfile.TemporaryFile(dir=self._folder) as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+            mapped = mmap.mmap(file.fileno(), size)
+        self._maps.add(mapped)
+        return torch.frombuffer(mapped, dtype=like.dtype).view(clients, *like.shape)
+
+    def release(self) -> None:
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_DONTNEED)  # of a shared map of a file: the numbers stay, in the file

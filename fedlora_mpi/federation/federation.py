@@ -1,0 +1,212 @@
+"""Who takes part in a run, on which rank, with what: all that is fixed, and all that changes."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..aggregation.client_mix import Mixing
+from ..aggregation.flat_layout import Layout, bytes_of
+from ..algorithm import Algorithm, Vars
+from ..core.clock import Stopwatch
+from ..core.scheduling import equal_parts
+from ..core.seeds import rng
+from ..core.tree import Tree, tmap
+from ..engine.flops import Flops
+from ..engine.train import Trainer
+from ..mpi.comm import Comm
+from ..privacy.accountant import epsilon
+from ..privacy.check import untrained
+from ..privacy.settings import Privacy
+from .client_rows import InMemory, Rows
+from .cohorts import Group, cohort
+
+
+class Kind(NamedTuple):
+    """Clients whose variables have the same shapes, because they have the same network and the same ranks."""
+
+    trainer: Trainer
+    first: Vars  # the variables of any of them before round 1; the shared ones are the server's, for all kinds
+    prefix: str = ""  # of their leaves among the personal ones of all kinds
+    network: int = 0  # its number in ``model.mix``
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The method as these clients have it."""
+        return self.trainer.algorithm
+
+    @property
+    def arrived(self) -> Vars:
+        """``first`` with the shared variables as such a client gets them."""
+        return self.first._replace(shared=self.algorithm.download(self.first.shared))
+
+    @property
+    def upload(self) -> Tree:
+        """What such a client would send without training."""
+        arrived = self.arrived
+        return self.algorithm.upload(arrived, arrived)
+
+    @property
+    def term(self) -> Tree:
+        """What that would stand for in the mean."""
+        return self.algorithm.expand(self.upload, self.first.shared, 1)
+
+    def received(self, shared: Tree) -> int:
+        """Bytes that such a client would receive of the server's variables."""
+        return bytes_of(int(self.algorithm.received(shared)), [Layout.of(self.algorithm.download(shared))])
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that does not change from round to round."""
+
+    algorithm: Algorithm
+    kinds: tuple[Kind, ...]
+    kind_of: tuple[int, ...]  # of each client
+    comm: Comm
+    groups: tuple[Group, ...]  # each of one kind
+    costs: tuple[float, ...]  # of each group, FLOP or any unit
+    host: tuple[int, ...]  # rank of each group
+    pace: "Pace"
+    group_size: int  # clients that compute together; so many of a group take part in a round, about
+    weight_N: tuple[int, ...]  # what a client's upload counts in the mean
+    sizes: tuple[int, ...]  # training samples of each client
+    seed: int
+    participation: float
+    reduce: str
+    upload: Layout  # of what an upload stands for in the mean
+    gathers: bool = False  # whether uploads travel as they are, not as that
+    mixing: Mixing | None = None  # how per-client mixes are exchanged; None: the method has none
+    by_task: tuple["Run", ...] = ()  # this run with what its clients hold in each task; empty: there are none
+    task_rounds: int = 1  # of each task; the last one stays
+    privacy: Privacy = Privacy()
+    skips: bool = False  # whether a client whose numbers are not finite is left out of its round; else it ends the run
+    judges_cohort: bool = False  # whether those who are judged in a round are its cohort; else everybody is
+    rows: Rows = InMemory()  # where personal leaves live
+    journal: object | None = None  # a ``journal.Journal`` where the run is to outlive a rank
+    clock: Stopwatch = field(default_factory=Stopwatch)  # of this rank
+
+    @property
+    def trainer(self) -> Trainer:
+        """That of the first kind; its network is the one that the server knows."""
+        return self.kinds[0].trainer
+
+    @cached_property
+    def hosted(self) -> tuple[int, ...]:
+        """The clients of this rank, kind after kind."""
+        return self.clients_of(self.comm.rank)
+
+    @cached_property
+    def flops(self) -> tuple[Flops, ...]:
+        """What the clients of each kind compute."""
+        return tuple(Flops(kind.trainer, kind.arrived, self.comm.pulse.beat, self.comm.rank == 0) for kind in self.kinds)
+
+    @cached_property
+    def compared(self) -> tuple[slice, ...]:
+        """Where an upload holds parameters whose drift is measured."""
+        role, names = self.trainer.model.role, self.upload.common(self.kinds[0].first.shared)
+        chosen = [n for n in names if role(n) not in (None, "stats")] or [n for n in names if role(n) != "stats"]
+        return self.upload.places(chosen)
+
+    @cached_property
+    def by_kind(self) -> tuple[tuple[int, ...], ...]:
+        """The clients of this rank of each kind, in the order of the rows of their personal leaves."""
+        return tuple(tuple(c for c in self.hosted if self.kind_of[c] == kind) for kind in range(len(self.kinds)))
+
+    @cached_property
+    def rank_of(self) -> dict[int, int]:
+        """The rank that hosts each client."""
+        return {client: rank for group, rank in zip(self.groups, self.host) for client in group}
+
+    @cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        """What a client of each kind sends."""
+        return tuple(Layout.of(kind.upload) for kind in self.kinds)
+
+    @cached_property
+    def row_of(self) -> dict[int, int]:
+        """The row of each of them."""
+        return {client: row for clients in self.by_kind for row, client in enumerate(clients)}
+
+    def here(self) -> Iterator[Group]:
+        """The groups that this rank hosts."""
+        return (group for group, rank in zip(self.groups, self.host) if rank == self.comm.rank)
+
+    def clients_of(self, rank: int) -> tuple[int, ...]:
+        """The clients that a rank hosts, kind after kind."""
+        return tuple(c for group, host in zip(self.groups, self.host) if host == rank for c in group)
+
+    def with_(self, **fields) -> "Run":
+        """This run, and what it is in each task, with other fields."""
+        return replace(self, **fields, by_task=tuple(replace(part, **fields) for part in self.by_task))
+
+    def of_round(self, round_: int) -> "Run":
+        """This run when its clients hold what they hold in a round (from 0): sizes, weights and feeds of the task."""
+        return self.by_task[min(round_ // self.task_rounds, len(self.by_task) - 1)] if self.by_task else self
+
+    def chosen(self, round_: int) -> frozenset[int]:
+        """The cohort of a round, of those who hold data: a pure function of the seed, so no rank has to be told."""
+        sizes = self.of_round(round_).sizes
+        if self.privacy.draws:
+            draw = torch.rand(len(sizes), generator=rng(self.seed, "cohort", round_), dtype=torch.float64)
+            return frozenset(client for client, number in enumerate(draw.tolist()) if number < self.participation)
+        draw = torch.randperm(len(sizes), generator=rng(self.seed, "cohort", round_)).tolist()
+        able = [client for client in draw if sizes[client]]
+        return cohort(len(able), self.participation, able)
+
+    def total(self, chosen: frozenset[int]) -> float:
+        """By what the uploads of a cohort count together; under differential privacy by what is expected of any."""
+        if self.privacy.differential:
+            return self.participation * len(self.sizes) if self.privacy.draws else len(self.chosen(0))
+        return sum(self.weight_N[client] for client in chosen)
+
+    def epsilon(self, rounds: int) -> float:
+        """What so many rounds cost in differential privacy."""
+        return epsilon(self.privacy, self.participation, len(self.chosen(0)), len(self.sizes), rounds)
+
+    def untrained(self, shared: Tree) -> Tensor:
+        """What uploads [D] are measured from where they are clipped: what any client would send without training."""
+        kind = self.kinds[0]
+        personal = tmap(lambda v: v.to(self.trainer.device), kind.first.personal)
+        return untrained(kind.algorithm, Vars(shared, personal), shared)
+
+    @property
+    def unit(self) -> int:
+        """Bytes of each number of the message that is summed."""
+        return {"exact": 16, "fast": self.upload.dtype.itemsize}[self.reduce]
+
+    def room(self) -> Tree:
+        """Room for the personal leaves of this rank's clients, with any numbers in it."""
+        leaves = {}
+        for kind, clients in zip(self.kinds, self.by_kind):
+            leaves |= {kind.prefix + n: self.rows.blank(len(clients), v) for n, v in kind.first.personal.items()}
+        return leaves
+
+    def stacks(self, clients: Iterable[int], at_once: int = 1) -> list[list[int]]:
+        """Clients of a group in the order in which a ``Trainer`` takes them, in equal parts of up to ``group_size``, or
+        ``at_once`` where that is more."""
+        order = sorted(clients, key=lambda client: -self.sizes[client])  # equal ones as the group has them
+        return equal_parts(order, max(self.group_size, at_once))
+
+
+class Pace:
+    """What the clients of this rank have taken to train, of each kind."""
+
+    def __init__(self, kinds: int) -> None:
+        self.taken = np.zeros((2, kinds))  # seconds; samples
+
+    def add(self, kind: int, seconds: float, samples: int) -> None:
+        self.taken[:, kind] += seconds, samples
+
+
+class State(NamedTuple):
+    """Everything that does change, and so all that a checkpoint holds."""
+
+    round: int  # rounds done
+    server: Tree  # the server's own, equal on all ranks
+    shared: Tree  # equal on all ranks
+    personal: Tree  # leaves of each kind [its hosted clients, ...], rows as in ``Run.by_kind``; owned, written to

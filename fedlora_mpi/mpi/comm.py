@@ -1,0 +1,303 @@
+"""The only file that knows there are ranks: few verbs, each one message of one flat buffer.
+
+``connect()`` gives the communicator of this process: ``Mpi`` under a launcher, ``Solo`` without
+one, which needs no MPI library.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import numpy as np
+
+from .heartbeat import Pulse
+from .launch import expected_ranks, is_launched
+from .pending import Lost, Mail
+
+_MOST = 2**30  # items of one message, which MPI counts in 32 bits
+_EXCHANGED = 1  # the tag of ``exchange``; the mail of ``post`` may be on its way meanwhile
+
+
+class Solo:
+    """One process: every verb is the identity."""
+
+    rank, size, local_rank, local_size, members, dead = 0, 1, 0, 1, (0,), ()
+    tolerant = False
+    moved = 0
+
+    def __init__(self) -> None:
+        self.pulse = Pulse()
+
+    def sum(self, buffer: np.ndarray) -> None:
+        """Replace ``buffer`` by its sum over ranks, on every rank."""
+
+    def broadcast(self, data: bytes) -> bytes:
+        """Rank 0's bytes, on every rank."""
+        return data
+
+    def gather(self, send: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+        """What all ranks sent, float32, in rank order, on every rank; ``counts``: numbers of each rank."""
+        return send
+
+    def exchange(self, send: np.ndarray, counts: Sequence[int], arriving: Sequence[int]) -> np.ndarray:
+        """What the other ranks sent to this one, float32, in rank order.
+
+        send: the numbers for rank 0, then those for rank 1, ...: ``counts`` of them; arriving: how
+        many come from each rank.
+        """
+        return send
+
+    def abort(self) -> None:
+        """End the process."""
+        sys.stderr.flush()
+        os._exit(1)
+
+
+class Mpi:
+    """The ranks of a communicator, at first MPI_COMM_WORLD.
+
+    Waits poll with sleeps of a quarter of the time waited, 5 ms at most: a blocking wait would spin a whole core, and a
+    server waits most of the time. ``moved`` counts the bytes this rank handed to MPI. ``members``: the number of each
+    rank in MPI_COMM_WORLD; ``dead``: the numbers that are no longer there; ``tolerant``: whether the launcher lets
+    ranks go on when one dies.
+
+    Every verb raises Lost when a rank is dead. The first to notice revokes the communicator, so that no rank waits for
+    ever. Then all that are left meet in ``agree`` exactly once, and only then leave the dead behind.
+    """
+
+    def __init__(self, world=None, pulse: Pulse | None = None) -> None:
+        self._mpi = MPI = _mpi4py()
+        self._world = MPI.COMM_WORLD if world is None else world
+        self.pulse = pulse or Pulse()
+        self.rank, self.size = self._world.rank, self._world.size
+        self.members = tuple(self._world.group.Translate_ranks(range(self.size), MPI.COMM_WORLD.group))
+        self.pulse.members = self.members
+        self.dead = tuple(rank for rank in range(MPI.COMM_WORLD.size) if rank not in self.members)
+        self.tolerant = _tolerant()
+        self.local_rank, self.local_size = self.rank, self.size
+        with suppress(MPI.Exception if self.tolerant else ()):  # a rank has died: the first verb says so
+            node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
+            self.local_rank, self.local_size = node.rank, node.size
+            node.Free()
+        self.moved = 0
+        self._open: dict = {}  # mail that is not through: MPI may write to it even when it was cut off
+
+    def sum(self, buffer: np.ndarray) -> None:
+        """Replace ``buffer`` by its sum over ranks, on every rank. Order-free for integers."""
+        self.moved += buffer.nbytes
+        for part in _parts(buffer):
+            self._do(lambda: self._world.Iallreduce(self._mpi.IN_PLACE, part), buffer)
+
+    def broadcast(self, data: bytes) -> bytes:
+        """Rank 0's bytes, on every rank."""
+        size = np.array([len(data)], np.int64)
+        self._do(lambda: self._world.Ibcast(size, root=0), size)
+        buffer = np.frombuffer(bytearray(data if self.rank == 0 else size[0]), np.uint8)
+        for part in _parts(buffer):
+            self._do(lambda: self._world.Ibcast(part, root=0), buffer)
+        return buffer.tobytes()
+
+    def gather(self, send: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+        """What all ranks sent, float32, in rank order, on every rank; ``counts``: numbers of each rank."""
+        if sum(counts) > _MOST:
+            whole, ends = np.empty(sum(counts), np.float32), np.cumsum([0, *counts])
+            for rank, (at, end) in enumerate(zip(ends, ends[1:])):
+                whole[at:end] = send if rank == self.rank else 0
+            self.sum(whole.view(np.int32))
+            return whole
+        receive = np.empty(sum(counts), np.float32)
+        self.moved += send.nbytes
+        self._do(lambda: self._world.Iallgatherv(send, [receive, counts]), send, receive)
+        return receive
+
+    def exchange(self, send: np.ndarray, counts: Sequence[int], arriving: Sequence[int]) -> np.ndarray:
+        """What the other ranks sent to this one, float32, in rank order (see ``Solo``).
+
+        Each pair of ranks knows what passes between them, but no rank what passes between all: there is no collective
+        message of a size that MPI may not be able to count.
+        """
+        receive = np.empty(sum(arriving), np.float32)
+        self.moved += send.nbytes
+        coming, going = (np.split(all_, np.cumsum(of)[:-1]) for all_, of in ((receive, arriving), (send, counts)))
+        mail, world = Mail(self, receive, send), self._world
+        receives = [partial(world.Irecv, part, rank, _EXCHANGED) for rank, some in enumerate(coming) for part in _parts(some)]
+        sends = [partial(world.Isend, part, rank, _EXCHANGED) for rank, some in enumerate(going) for part in _parts(some)]
+        self._begin(mail, *receives, *sends)
+        mail.arrive()
+        return receive
+
+    def post(self, send: np.ndarray, to: int, receive: np.ndarray, of: int) -> Mail:
+        """Begin to receive from one rank and to send to one; the arrays belong to MPI until the mail is through."""
+        mail, world = Mail(self, receive, send), self._world
+        receives = [partial(world.Irecv, part, of) for part in _parts(receive)]
+        self._begin(mail, *receives, *(partial(world.Isend, part, to) for part in _parts(send)))
+        mail.first = len(receives)
+        return mail
+
+    def agree(self) -> None:
+        """Meet all ranks; return only if none of them is dead or has met a dead one, else raise Lost on all."""
+        if not self._agreed(True):
+            raise Lost(self, agreed=True)
+
+    def without_the_dead(self, agreed: bool) -> "Mpi":
+        """The ranks that are left; ``agreed``: whether this rank has met them already."""
+        if not agreed:
+            self._agreed(False)
+        comm, left = None, self._world.Shrink()
+        while comm is None:
+            try:
+                comm = Mpi(left, self.pulse)
+            except self._mpi.Exception:  # one more
+                left.Revoke()
+                _poll(left.Iagree(np.zeros(1, np.int32)), self._mpi.Exception)
+                left = left.Shrink()
+        comm._open[None] = self._open
+        return comm
+
+    def abort(self) -> None:
+        """End all ranks."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._world.Abort(1)
+
+    def through(self, mail: Mail) -> bool:
+        """Whether the mail is through. Raises Lost."""
+        with self._surviving():
+            if self.tolerant and self._world.Is_revoked():
+                raise Lost(self)
+            requests, mail.requests = mail.requests, []  # one that has failed must not be asked again: it would say yes
+            for number, request in enumerate(requests):
+                mail.done[number] = mail.done[number] or request.Test()
+            mail.requests = requests
+        if all(mail.done):
+            self._open.pop(id(mail), None)
+        return all(mail.done)
+
+    def arrived(self, mail: Mail) -> bool:
+        """Whether what the mail brings is here, also when the communicator is no longer of use."""
+        requests, mail.requests = mail.requests, []  # as in ``through``
+        for number, request in enumerate(requests[: mail.first]):
+            with suppress(self._mpi.Exception):
+                mail.done[number] = mail.done[number] or request.Test()
+        return mail.done[: mail.first] == [True] * mail.first
+
+    def _do(self, begin: Callable, *buffers: np.ndarray) -> None:
+        """Begin a message of all ranks and wait for it."""
+        mail = Mail(self, *buffers)
+        self._begin(mail, begin)
+        mail.arrive()
+
+    def _begin(self, mail: Mail, *begins: Callable) -> None:
+        self._open[id(mail)] = mail
+        with self._surviving():
+            for begin in begins:
+                mail.requests.append(begin())
+                mail.done.append(False)
+
+    def _agreed(self, well: bool) -> bool:
+        """Whether all ranks are alive and ``well``; the same answer on all."""
+        flag = np.array([well], np.int32)
+        with self.pulse.waiting():
+            whole = _poll(self._world.Iagree(flag), self._mpi.Exception)
+        return whole and bool(flag[0])
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """What MPI says of a dead rank becomes Lost, here and on all others."""
+        try:
+            yield
+        except self._mpi.Exception as error:
+            ends = (self._mpi.ERR_PROC_FAILED, self._mpi.ERR_PROC_FAILED_PENDING, self._mpi.ERR_REVOKED)
+            if error.Get_error_class() not in ends and not self._mourned():
+                raise
+            self._world.Revoke()
+            raise Lost(self) from None
+
+    def _mourned(self) -> bool:
+        """Whether a rank turns out to be dead within seconds, when MPI has said no more than ERR_OTHER."""
+        until = time.monotonic() + 5
+        while self.tolerant and time.monotonic() < until:
+            if self._world.Is_revoked() or self._world.Get_failed().size:
+                return True
+            time.sleep(0.01)
+        return False
+
+
+def _parts(array: np.ndarray) -> list[np.ndarray]:
+    """Views of an array, one after the other, none of more items than MPI counts."""
+    assert array.flags.c_contiguous
+    flat = array.reshape(-1)
+    return [flat[at : at + _MOST] for at in range(0, len(flat), _MOST)]
+
+
+def _poll(request, failure: type[Exception]) -> bool:
+    """Wait for a request; False when it ends by ``failure``."""
+    try:
+        while not request.Test():
+            time.sleep(5e-4)
+    except failure:
+        return False
+    return True
+
+
+Comm = Solo | Mpi
+
+
+def _tolerant() -> bool:
+    """Whether the launcher lets ranks go on when one dies."""
+    return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes")
+
+
+def _mpi4py():
+    """mpi4py.MPI; the first import of it in a process starts MPI."""
+    if _tolerant():  # else MPI_Finalize begins with a barrier, in which one in four of these waits for the dead, for ever
+        os.environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
+    from mpi4py import MPI
+
+    return MPI
+
+
+def connect() -> Comm:
+    """The communicator of this process.
+
+    Raises ValueError when a launcher started it but mpi4py or its MPI library is missing, or when it does not find
+    the processes that were started with it: each of them would play the whole run.
+    """
+    try:
+        comm = Mpi() if is_launched() else Solo()
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"an MPI launcher started this process, but mpi4py does not work: {error}. Install it "
+            "(pip install 'fedlora-mpi[mpi]', or mpi4py with your cluster's MPI) or start without the launcher"
+        ) from error
+    ranks, name = expected_ranks()
+    if comm.size == 1 and ranks > 1:
+        raise ValueError(
+            f"{name} = {ranks}, but this process finds none of the others: start it as 'mpirun -n {ranks} fedlora-mpi "
+            f"...' or 'srun --mpi=pmix ...' with the MPI of mpi4py; for one process alone first 'unset {name}'"
+        )
+    return comm
+
+
+def library() -> str:
+    """Name and version of the MPI library that mpi4py has found."""
+    return _mpi4py().Get_library_version().rstrip("\0").partition("\n")[0].partition(", package")[0].strip()
+
+
+def outlives() -> bool:
+    """Whether the other ranks can go on without the last one, which dies (ULFM)."""
+    MPI = _mpi4py()
+    world = MPI.COMM_WORLD
+    world.Set_errhandler(MPI.ERRORS_RETURN)
+    if world.rank == world.size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        world.Barrier()
+    except MPI.Exception:
+        world.Revoke()
+        return world.Shrink().size == world.size - 1
+    return False

@@ -1,0 +1,195 @@
+"""Slurm: the one source of the scripts in ``jobs/``, of ``fedlora-mpi submit`` and of ``reproduce --print-jobs``.
+
+A job that is told to stop (SIGUSR1, two minutes before its time is up or by ``scancel``) ends its round,
+writes a checkpoint, leaves with STOPPED and puts itself back into the queue; its next start goes on.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import config as configs
+from ..config import Config
+from ..core.bounds import bounded
+from ..core.escapes import one_line
+from ..core.paths import expanded
+from .loop import STOPPED
+
+LEAD = 120  # seconds between SIGUSR1 and the end of a job's time: a round and a checkpoint must fit
+_PER_NODE = 9  # ranks on a node without GPUs, unless told otherwise
+_NAME = re.compile(r"[\w.,@:/+-]+")
+_TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){1,2}|\d+-\d+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a script asks of Slurm. ranks: of the whole job; gpus: per node; array: how many tasks, 0: no array."""
+
+    name: str
+    log: str
+    ranks: int
+    nodes: int = 1
+    gpus: int = 0
+    threads: int = 1
+    time: str = "12:00:00"
+    partition: str | None = None
+    account: str | None = None
+    array: int = 0
+    outlives: bool = False  # whether its run tolerates the death of a worker
+
+    def __post_init__(self) -> None:
+        bounded(self, nodes="[1, inf)", gpus="[0, inf)", ranks="[1, inf)", threads="[1, inf)", array="[0, inf)")
+        if self.ranks < self.nodes:
+            raise ValueError(f"ranks = {self.ranks}: must be at least one for each of {self.nodes} nodes")
+        if not _TIME.fullmatch(self.time):
+            raise ValueError(f"time = {self.time}: must be minutes, HH:MM:SS or D-HH:MM:SS, for instance 12:00:00")
+        for field in ("partition", "account"):
+            if (value := getattr(self, field)) is not None and not _NAME.fullmatch(value):
+                raise ValueError(f"{field} = {value!r}: must be a name that Slurm knows; sinfo and sacctmgr list them")
+
+    @property
+    def per_node(self) -> int:
+        """Ranks that each node has place for; mpirun deals them out node by node."""
+        return -(-self.ranks // self.nodes)
+
+
+def script(job: Job, body: str, *, head: str = "", path: str = "$PWD/.venv/bin", is_done: str = "true") -> str:
+    """The text of an sbatch script.
+
+    body: shell lines that end with the program, in the foreground; it must end on SIGUSR1 with code STOPPED. is_done: a
+    shell command that ends with 0 when the program has done all, and with STOPPED when some is left: mpirun says 0, too, when
+    a node was lost.
+    head: comment lines; path: the folder with python and mpirun.
+    """
+    return (
+        f"#!/bin/bash\n{head}{_directives(job)}\n"
+        f'export PATH="{path}:$PATH"\n'
+        f"{_binding(job)}{_MPS if job.gpus else ''}{body.rstrip()} &\n{_WAIT.replace('IS_DONE', is_done)}"
+    )
+
+
+def program(job: Job, arguments: str) -> str:
+    """The shell line that runs ``arguments``, already quoted, on all ranks of the job."""
+    python = f"python -m fedlora_mpi {arguments}"
+    count = '"$SLURM_NTASKS"' if job.ranks == job.nodes * job.per_node else job.ranks
+    return python if job.ranks == 1 else f"mpirun {'--with-ft ulfm ' if job.outlives else ''}-n {count} {python}"
+
+
+def is_done(arguments: str) -> str:
+    """The shell command that asks whether the run of ``run --resume ARGUMENTS``, already quoted, is done."""
+    return f"python -m fedlora_mpi status {arguments}"
+
+
+def task_of(listed: str) -> str:
+    """The shell lines that run line n of the file ``listed`` (shell-quoted) as task n of an array."""
+    return f'line=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {listed})\nbash -c "$line"'
+
+
+def job_for(config: Config, config_file: str | Path, **given: str | int | None) -> Job:
+    """The job of a config; where the ranks are not ``given``: the server and a worker per GPU, or nine
+    ranks on a node without, never more workers than clients.
+
+    Raises ValueError.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    nodes, gpus, server = given.get("nodes", 1), given.get("gpus", 0), int(not config.server_hosts_clients)
+    places = nodes * gpus + server if gpus else nodes * _PER_NODE
+    folder = expanded(config.output)
+    defaults = {
+        "name": re.sub(r"[^\w.-]", "-", Path(config_file).stem),
+        "log": f"{folder}.slurm-%j.log",  # beside the run folder, which the run makes itself
+        "ranks": max(nodes, min(places, config.data.partition.clients + server)),
+        "threads": config.engine.threads,
+        "outlives": config.faults.tolerate,
+    }
+    try:
+        return Job(**defaults | given)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+
+
+def submit(config_file: str, overrides: Sequence[str], dry_run: bool, **given: str | int | None) -> str:
+    """Queue the run of a config; returns what to tell the user, under ``dry_run`` the script.
+
+    The config is read here too: a mistake shows now, not when the job starts. Raises ValueError.
+    """
+    job = job_for(configs.read(config_file, overrides), config_file, **given)
+    arguments = shlex.join([str(config_file), *overrides])
+    home = shlex.quote(str(Path(sys.executable).parent))
+    text = script(job, program(job, f"run --resume {arguments}"), path=home, is_done=is_done(arguments))
+    if dry_run:
+        return text.rstrip()
+    sbatch = shutil.which("sbatch")
+    if sbatch is None:
+        raise ValueError("no sbatch on PATH: submit on a login node of a Slurm cluster, or look with --dry-run")
+    Path(job.log).parent.mkdir(parents=True, exist_ok=True)  # Slurm drops the output of a job without it
+    done = subprocess.run([sbatch, "--parsable"], input=text, capture_output=True, text=True)
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise ValueError(f"{sbatch} refused the job: {said}")
+    number = done.stdout.strip().partition(";")[0]
+    return one_line(f"job {number}: {job.ranks} ranks on {job.nodes} node(s), output in {job.log.replace('%j', number)}")
+
+
+def _directives(job: Job) -> str:
+    given = [f"--{name}={value}" for name in ("account", "partition") if (value := getattr(job, name))]
+    known = f"#SBATCH {' '.join(given)}" if given else "##SBATCH --account=ACCOUNT --partition=PARTITION"
+    lines = [
+        f"#SBATCH --job-name={job.name}",
+        known,
+        *([f"#SBATCH --array=1-{job.array}"] if job.array else []),
+        f"#SBATCH --nodes={job.nodes} --ntasks-per-node={job.per_node} --ntasks={job.nodes * job.per_node}"
+        f" --cpus-per-task={job.threads}",
+        *([f"#SBATCH --gpus-per-node={job.gpus}"] if job.gpus else []),
+        f"#SBATCH --time={job.time} --signal=B:USR1@{LEAD}",
+        "#SBATCH --requeue --open-mode=append",
+        f"#SBATCH --output={_word(job.log)}",
+    ]
+    return "\n".join(lines)
+
+
+def _word(text: str) -> str:
+    """One word for sbatch, which knows double quotes and backslashes."""
+    return text if re.fullmatch(r"[\w.,@:/+%-]+", text) else '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
+
+
+def _binding(job: Job) -> str:
+    """Where the ranks go: one node after the other in turn, so that all have equally many."""
+    if job.ranks == 1:
+        return ""
+    deal = "slot" if job.nodes == 1 else "node"
+    return (
+        "# Each rank on cores of its own; these are Open MPI's names, other libraries have their own.\n"
+        "export PRTE_MCA_hwloc_default_binding_policy=core\n"
+        f"export PRTE_MCA_rmaps_default_mapping_policy={deal}:pe={job.threads}\n"
+    )
+
+
+_MPS = """\
+# MPS=yes sbatch ...: NVIDIA's server lets several workers compute on a GPU at once; give it more --ntasks.
+if [ "${MPS:-no}" = yes ]; then
+  export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps-$SLURM_JOB_ID CUDA_MPS_LOG_DIRECTORY=/tmp/mps-$SLURM_JOB_ID
+  # On every node; in the foreground (-f), for Slurm ends what a finished step leaves behind.
+  srun --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 bash -c \\
+    'mkdir -p "$CUDA_MPS_PIPE_DIRECTORY" && exec nvidia-cuda-mps-control -f' &
+  sleep 10
+fi
+"""
+
+# 138: SIGUSR1 came before the program listened. ``wait`` returns early when the trap has run. mpirun ends with 0 when a
+# node's daemon was lost: such a run is not done, and goes on when it is queued again.
+_WAIT = f"""\
+launcher=$!
+trap 'kill -USR1 $launcher' USR1
+while wait $launcher; code=$?; kill -0 $launcher 2>/dev/null; do :; done
+if [ $code -eq 0 ]; then IS_DONE; code=$?; fi
+if [ $code -eq {STOPPED} ] || [ $code -eq 138 ]; then  # told to stop, or cut short: queued again, it goes on
+  scontrol requeue "${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
+fi
+exit $code
+"""
