@@ -1,18 +1,28 @@
 """Federated learning with shared and personal low-rank parts, simulated over MPI.
 
 ``open_run(path)`` reads a run folder, ``open_runs(pattern)`` several; ``fedlora-mpi --help`` lists the commands.
+A method of your own imports all that it needs from here: ``Algorithm``, ``Vars`` and the others below.
 """
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 
+_HOME = {  # name -> its module, which is imported when the name is asked for: reading a run needs no torch
+    "open_run": "analysis.run_view",
+    "open_runs": "analysis.runs",
+    **dict.fromkeys(("Algorithm", "Cohort", "Offer", "Phase", "Step", "Train", "Vars"), "algorithm"),
+    **dict.fromkeys(("Batch", "cross_entropy"), "core.batch"),
+    "bounded": "core.bounds",
+    "rng": "core.seeds",
+    **dict.fromkeys(("Tree", "split", "sq_dist", "tmap"), "core.tree"),
+    "Model": "models.network",
+}
+__all__ = [*_HOME]  # noqa: PLE0604
 
-def __getattr__(name: str):
-    if name == "open_run":  # imported late: pandas and h5py are not needed to train
-        from .analysis.run_view import open_run
 
-        return open_run
-    if name == "open_runs":
-        from .analysis.runs import open_runs
-
-        return open_runs
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

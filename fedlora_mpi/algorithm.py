@@ -1,7 +1,7 @@
 """The contract between one algorithm file and the engine.
 
 An algorithm is written for ONE client, as pure functions of that client's variables. The engine
-adds the client axis, ``comm.py`` the rank axis; nothing here, and no algorithm file, names either.
+adds the client axis, ``mpi/`` the rank axis; nothing here, and no algorithm file, names either.
 """
 
 from collections.abc import Callable

@@ -8,6 +8,7 @@ import pytest
 import torch
 from runs import TINY, command, finished, said
 
+import fedlora_mpi
 from fedlora_mpi.cli import main
 from fedlora_mpi.core import user_code as foreign
 
@@ -128,3 +129,22 @@ def test_a_file_that_a_library_hides_is_named(name, tmp_path, monkeypatch):
     (tmp_path / f"{name}.py").write_text("def net(classes, shape): ...")
     with pytest.raises(ValueError, match=f"{name} is a module of Python or of a library, which comes before .*{name}.py; rename"):
         foreign.imported(f"{name}:net")
+
+
+METHODS = {
+    "one place": "from fedlora_mpi import Algorithm, Vars, bounded, split",
+    "the modules of before": "from fedlora_mpi.algorithm import Algorithm, Vars\n"
+    "from fedlora_mpi.bounds import bounded\nfrom fedlora_mpi.tree import split",
+}
+
+
+@pytest.mark.parametrize("imports", METHODS)
+def test_a_method_may_import_from_the_documented_places(module, tmp_path, imports):
+    module("my_method", f"{METHODS[imports]}\nclass Mine(Algorithm):\n    need = Vars, bounded, split\n")
+    assert foreign.imported("my_method:Mine").__module__ == "my_method"
+
+
+def test_the_face_of_the_package_has_what_it_names():
+    assert all(hasattr(fedlora_mpi, name) for name in fedlora_mpi.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fedlora_mpi.nothing  # noqa: B018

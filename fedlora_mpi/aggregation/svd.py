@@ -13,7 +13,7 @@ _WORTH = 2e9  # FLOP of all matrices together, about a tenth of a second of a co
 
 
 def right_vectors(comm: Comm, matrices: dict[str, tuple[Tensor, int]]) -> Tree:
-    """{name: [k, d2]} of ``matrices`` {name: ([d1, d2], k)}, see ``lowrank.right``; the same bits on any number of ranks.
+    """{name: [k, d2]} of ``matrices`` {name: ([d1, d2], k)}, see ``components.lowrank.right``; the same bits on any number of ranks.
 
     On a GPU all matrices of one shape are decomposed in one call; on a CPU that gains nothing and moves bits.
     """

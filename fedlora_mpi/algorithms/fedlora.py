@@ -16,7 +16,7 @@ the statistics on the client.
 Bytes per client and round: all leaves of the model up and down, whatever the ranks; under ``bn_stats:
 local`` without the statistics.
 Deviations: the paper leaves open the variance of A, the treatment of BatchNorm and the layout of
-eq. (5); here they are those of the official code (see ``lowrank.py``).
+eq. (5); here they are those of the official code (see ``components/lowrank.py``).
 """
 
 from dataclasses import dataclass

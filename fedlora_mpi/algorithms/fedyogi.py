@@ -1,7 +1,7 @@
 """FedAvg whose server steps with Yogi along the mean change of the clients.
 
 Reddi et al., "Adaptive Federated Optimization", ICLR 2021, https://arxiv.org/abs/2003.00295,
-Algorithm 2; m and the step itself are in ``server_step.py``:
+Algorithm 2; m and the step itself are in ``components/server_optimisers.py``:
 
     v  <-  v - (1 - beta2) Delta^2 sign(v - Delta^2)
     x  <-  x + eta m / (sqrt(v) + tau)

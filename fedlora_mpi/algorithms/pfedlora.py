@@ -2,7 +2,7 @@
 
 Yi et al., "pFedLoRA: Model-Heterogeneous Personalized Federated Learning with LoRA Tuning", 2023,
 https://arxiv.org/abs/2310.13283. Client k has the network F with weights w_k of its own, and
-the adapter theta, which has one shape for all, beside one of its layers (F + theta; see ``adapter.py``):
+the adapter theta, which has one shape for all, beside one of its layers (F + theta; see ``components/adapter.py``):
 
     theta_k <- theta
     w_k     <- argmin (1 - mu) CE(F(x; w_k), y) + mu CE((F + theta)(x), y)     train.epochs, theta_k held still

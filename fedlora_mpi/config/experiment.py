@@ -1,4 +1,4 @@
-"""A whole experiment as frozen dataclasses: what ``config.py`` reads a YAML file into."""
+"""A whole experiment as frozen dataclasses: what ``reading.py`` reads a YAML file into."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -5,8 +5,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from . import vision
+from . import bounds, tree, vision
 from .seeds import isolated
+
+# Where users' files were told to import from before the modules moved.
+FORMER = {"fedlora_mpi.bounds": bounds, "fedlora_mpi.tree": tree}
 
 
 def imported(name: str) -> Any:
@@ -19,6 +22,7 @@ def imported(name: str) -> Any:
     """
     home, _, attribute = name.partition(":")
     vision.mend()
+    sys.modules.update(FORMER)
     try:
         with isolated(0, "import", home):
             module = import_module(home)

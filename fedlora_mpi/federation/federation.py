@@ -87,7 +87,7 @@ class Run:
     skips: bool = False  # whether a client whose numbers are not finite is left out of its round; else it ends the run
     judges_cohort: bool = False  # whether those who are judged in a round are its cohort; else everybody is
     rows: Rows = InMemory()  # where personal leaves live
-    journal: object | None = None  # a ``journal.Journal`` where the run is to outlive a rank
+    journal: object | None = None  # a ``replicas.Journal`` where the run is to outlive a rank
     clock: Stopwatch = field(default_factory=Stopwatch)  # of this rank
 
     @property

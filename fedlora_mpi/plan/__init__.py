@@ -1,6 +1,6 @@
 """What a config would cost, before anything is trained.
 
-Sizes follow from the model and the partition. Time and memory follow from unit costs that ``trial`` measures: a stack
+Sizes follow from the model and the partition. Time and memory follow from unit costs that ``unit_costs`` measures: a stack
 of each kind of clients plays a few batches, and ``forecast`` adds up what each rank of the real placement would do.
 """
 
