@@ -4,9 +4,6 @@
 A method of your own imports all that it needs from here: ``Algorithm``, ``Vars`` and the others below.
 """
 
-from importlib import import_module
-from typing import Any
-
 __version__ = "0.1.0"
 
 _HOME = {  # name -> its module, which is imported when the name is asked for: reading a run needs no torch
@@ -22,7 +19,9 @@ _HOME = {  # name -> its module, which is imported when the name is asked for: r
 __all__ = [*_HOME]  # noqa: PLE0604
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str):
     if name in _HOME:
+        from importlib import import_module  # not above: ``python -m`` looks for it in the working folder first
+
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,8 +22,9 @@ FLOOR = {  # top-level file or folder -> floor; the package's own __init__ is it
     "run": 11,
     **dict.fromkeys(("analysis", "plan"), 12),
     **dict.fromkeys(("doctor", "reproduce"), 13),
-    "cli": 14,
-    "__main__": 15,
+    "commands": 14,
+    "cli": 15,
+    "__main__": 16,
 }
 HOME = {
     "mpi4py": "mpi",

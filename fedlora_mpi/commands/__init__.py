@@ -1,0 +1,34 @@
+"""The commands, one file each, in the order in which ``--help`` lists them."""
+
+from . import (
+    digest,
+    doctor,
+    export,
+    partition,
+    plan,
+    pretrain,
+    report,
+    reproduce,
+    resume,
+    run,
+    status,
+    submit,
+    watch,
+)
+from .command import Command
+
+COMMANDS: dict[str, Command] = {
+    "run": run.COMMAND,
+    "resume": resume.COMMAND,
+    "plan": plan.COMMAND,
+    "partition": partition.COMMAND,
+    "report": report.COMMAND,
+    "watch": watch.COMMAND,
+    "status": status.COMMAND,
+    "digest": digest.COMMAND,
+    "export": export.COMMAND,
+    "doctor": doctor.COMMAND,
+    "pretrain": pretrain.COMMAND,
+    "submit": submit.COMMAND,
+    "reproduce": reproduce.COMMAND,
+}

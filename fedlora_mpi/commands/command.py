@@ -1,0 +1,49 @@
+"""What a file of this folder says of its command."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+OVERRIDES = "settings of the config by their dotted names, for instance train.lr=0.05 algorithm=fedavg"
+
+
+class Command(NamedTuple):
+    """A command: one line of help, its arguments, and what it does.
+
+    add_arguments: adds them to a parser; execute: (what was asked, communicator) -> exit code. parallel: also under
+    mpirun; trains: goes on when nobody reads its output; imports: a config may name classes of the working folder.
+    Imports of what a command needs stay inside ``execute``, so that ``--help`` is quick and a broken library is one line.
+    """
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    execute: Callable[[argparse.Namespace, Any], int]
+    parallel: bool = False
+    trains: bool = False
+    imports: bool = True
+
+
+def add_config(parser: argparse.ArgumentParser, help_: str = "a YAML file") -> None:
+    """A config."""
+    parser.add_argument("config", help=help_)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Settings over those of a config."""
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """One run folder."""
+    parser.add_argument("run", type=Path, help="a run folder")
+
+
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    """One or more run folders."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+
+
+def given(asked: argparse.Namespace, *left_out: str) -> dict[str, Any]:
+    """What was asked as keyword arguments, without ``left_out``."""
+    return {name: value for name, value in vars(asked).items() if name not in ("command", *left_out)}

@@ -1,0 +1,27 @@
+"""``fedlora-mpi doctor [CONFIG|RUN]``."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .command import Command, add_overrides
+
+if TYPE_CHECKING:
+    from ..mpi.comm import Comm
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``doctor``."""
+    parser.add_argument("target", nargs="?", type=Path, metavar="CONFIG|RUN", help="default: this folder")
+    add_overrides(parser)
+
+
+def execute(asked: argparse.Namespace, comm: "Comm") -> int:
+    """Check this machine."""
+    from ..doctor.examination import examine
+    from ..mpi.ending import together
+
+    return together(comm, lambda: examine(asked.target, asked.overrides))
+
+
+COMMAND = Command("Whether everything works on this machine, a line each with the remedy.", add_arguments, execute)

@@ -1,0 +1,37 @@
+"""``fedlora-mpi export RUN --to NAME``."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .command import Command, add_run
+
+if TYPE_CHECKING:
+    from ..mpi.comm import Comm
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``export``."""
+    add_run(parser)
+    own = "its number, from 0; without, a file .pt or .safetensors has what all share"
+    parser.add_argument("--client", type=int, metavar="K", help=own)
+    kinds = (
+        "NAME.pt, NAME.safetensors: a state dict; NAME.h5: accuracy and loss by round, as PFLlib keeps them; "
+        "any other: a folder for peft"
+    )
+    parser.add_argument("--to", type=Path, required=True, metavar="NAME", help=kinds)
+
+
+def execute(asked: argparse.Namespace, comm: "Comm") -> int:
+    """Write a part of a run for another program."""
+    from ..analysis.export import export
+    from ..analysis.run_view import open_run
+    from ..core.escapes import one_line
+    from ..mpi.ending import together
+
+    print(one_line(together(comm, lambda: export(open_run(asked.run), asked.client, asked.to))))
+    return 0
+
+
+HELP = "A run for others: a client's model (.pt, .safetensors), its adapter for peft (a folder), results for PFLlib (.h5)."
+COMMAND = Command(HELP, add_arguments, execute, imports=False)

@@ -1,0 +1,25 @@
+"""``fedlora-mpi resume RUN``."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from .command import Command, add_overrides, add_run
+
+if TYPE_CHECKING:
+    from ..mpi.comm import Comm
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``resume``."""
+    add_run(parser)
+    add_overrides(parser)
+
+
+def execute(asked: argparse.Namespace, comm: "Comm") -> int:
+    """Go on with a run."""
+    from ..run.loop import resume
+
+    return resume(asked.run, asked.overrides, comm)
+
+
+COMMAND = Command("Continue a run from its newest valid checkpoint.", add_arguments, execute, parallel=True, trains=True)

@@ -1,0 +1,32 @@
+"""``fedlora-mpi status CONFIG|RUN``."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .command import Command, add_overrides
+
+if TYPE_CHECKING:
+    from ..mpi.comm import Comm
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``status``."""
+    target = "a YAML file, whose output is asked for, or a run folder"
+    parser.add_argument("target", type=Path, metavar="CONFIG|RUN", help=target)
+    add_overrides(parser)
+
+
+def execute(asked: argparse.Namespace, comm: "Comm") -> int:
+    """Say whether a run is done."""
+    from ..analysis.status import rounds_of
+    from ..core.escapes import one_line
+    from ..mpi.ending import together
+    from ..run.loop import STOPPED
+
+    folder, saved, rounds = together(comm, lambda: rounds_of(asked.target, asked.overrides))
+    print(one_line(f"{folder}: {'done' if saved >= rounds else f'{saved} of {rounds} rounds'}"))
+    return 0 if saved >= rounds else STOPPED
+
+
+COMMAND = Command("Whether a run is done: exit code 0, or 75 where rounds are left. For scripts.", add_arguments, execute)

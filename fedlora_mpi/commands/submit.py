@@ -1,0 +1,35 @@
+"""``fedlora-mpi submit CONFIG``."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from .command import Command, add_config, add_overrides, given
+
+if TYPE_CHECKING:
+    from ..mpi.comm import Comm
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``submit``."""
+    add_config(parser)
+    add_overrides(parser)
+    parser.add_argument("--nodes", type=int, help="default 1")
+    ranks = "of the job (default: server and a worker per GPU; 9 on a node without)"
+    parser.add_argument("--ranks", type=int, help=ranks)
+    parser.add_argument("--gpus", type=int, metavar="G", help="per node (default 0)")
+    parser.add_argument("--time", metavar="HH:MM:SS", help="until it is queued again (default 12:00:00)")
+    parser.add_argument("--partition", help="default: the cluster's")
+    parser.add_argument("--account", help="default: yours")
+    parser.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
+
+
+def execute(asked: argparse.Namespace, comm: "Comm") -> int:
+    """Queue a run."""
+    from ..mpi.ending import together
+    from ..run.slurm import submit
+
+    print(together(comm, lambda: submit(asked.config, **given(asked, "config"))))
+    return 0
+
+
+COMMAND = Command("Queue a run as a Slurm job, which is queued again until the run is done.", add_arguments, execute)

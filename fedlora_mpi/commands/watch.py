@@ -1,0 +1,29 @@
+"""``fedlora-mpi watch RUN``."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from .command import Command, add_run
+
+if TYPE_CHECKING:
+    from ..mpi.comm import Comm
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``watch``."""
+    add_run(parser)
+    parser.add_argument("--every", type=float, default=2, metavar="SECONDS", help="between two looks (default 2)")
+    parser.add_argument("--once", action="store_true", help="print it once and leave")
+
+
+def execute(asked: argparse.Namespace, comm: "Comm") -> int:
+    """Show a run while it goes on."""
+    from ..analysis.watch import watch
+    from ..mpi.ending import together
+
+    together(comm, lambda: watch(asked.run, asked.every, asked.once))
+    return 0
+
+
+HELP = "A run in the terminal while it goes on: curve, time left, load of the ranks."
+COMMAND = Command(HELP, add_arguments, execute, imports=False)
