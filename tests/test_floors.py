@@ -93,6 +93,15 @@ def test_files_import_only_from_lower_floors():
     assert {name: up for name, up in found.items() if up} == {}
 
 
+def test_no_test_file_imports_another():
+    """What two of them need is a fixture of ``conftest.py`` or a module without ``test_``."""
+    for path in Path(__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.startswith("test_")], f"{path.name}:{node.lineno}"
+
+
 @pytest.mark.parametrize("library, home", HOME.items())
 def test_a_library_has_one_home(library, home):
     users = {parts[0] for parts, tree in parsed().items() if library in outside_imports(tree)}
