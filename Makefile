@@ -1,9 +1,10 @@
 # make run    set up .venv, then the quick start: FedLoRA, FedAvg and Local on bundled real data
 # make test   set up .venv, then the tests that everybody runs before a commit: 8 minutes on 2 cores (JOBS=4: on 4)
 # make docs   set up .venv, then the site: build/docs/index.html
-# Both work first thing in a fresh clone; a second call installs nothing.
+# Each works in a fresh clone; a second call installs nothing.
+# make test-all runs the rest of what CI runs; make coverage and make mutants: see CONTRIBUTING.md
 # The tests of pre-trained models are skipped until: .venv/bin/pip install -e '.[hf]' peft
-# make test-slow adds the tests of minutes; those on a real Slurm need: apt-get install slurm-wlm munge
+# make test-slow runs the tests of minutes; those on a real Slurm need: apt-get install slurm-wlm munge
 
 SHELL := /bin/bash
 PYTHON ?= python3

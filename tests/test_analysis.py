@@ -161,7 +161,7 @@ run = fedlora_mpi.open_run({str(run.path)!r})
 run.rounds, run.clients, run.array("accuracy"), run.shared, run.digest(), run.config, run.checkpoints
 client = run.client(2)
 client.personal["0.weight.A"], client.counts, client.train_indices
-from fedlora_mpi.analysis import partition, report
+from fedlora_mpi.analysis import partition_table as partition, report
 partition.table(run.partition), report.table([run.path])
 assert "torch" not in sys.modules
 """

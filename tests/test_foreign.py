@@ -135,6 +135,8 @@ METHODS = {
     "one place": "from fedlora_mpi import Algorithm, Vars, bounded, split",
     "the modules of before": "from fedlora_mpi.algorithm import Algorithm, Vars\n"
     "from fedlora_mpi.bounds import bounded\nfrom fedlora_mpi.tree import split",
+    "their whole names": "import fedlora_mpi.tree\nfrom fedlora_mpi.algorithm import Algorithm, Vars\n"
+    "from fedlora_mpi.bounds import bounded\nsplit = fedlora_mpi.tree.split",
 }
 
 

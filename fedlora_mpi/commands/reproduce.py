@@ -21,6 +21,7 @@ SEVERAL: dict[str, Any] = {"nargs": "+", "default": ()}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A parser for each table. What a table does not take is not shown; ``Request`` refuses it in one line."""
+    parser.description = f"{HELP} Options stand behind the table; `reproduce TABLE --help` shows them."
     tables = parser.add_subparsers(dest="table", metavar="TABLE", required=True)
     for table, about in TABLES.items():
         _add_table(tables.add_parser(table, help=about, description=about[0].upper() + about[1:] + "."), table)
@@ -33,8 +34,9 @@ def _add_table(parser: argparse.ArgumentParser, table: str) -> None:
         parser.add_argument(flag, help=help_ if table in tables else argparse.SUPPRESS, **how)
 
     sets = ("cifar10", "cifar100", "tiny_imagenet", "ag_news")
-    data = {"table6": "ag_news", "fedhl": "both of its backbones'"}.get(table, "cifar10")
-    add("--data", f"default {data}", **SEVERAL, choices=sets)
+    data = {"table6": "ag_news", "fedhl": "both"}.get(table, "cifar10")
+    some = {"table6": sets[3:], "pfedlora": sets[:2], "fedhl": (sets[0], sets[3])}.get(table, sets[:3])
+    add("--data", f"of {', '.join(some)} (default {data})", **SEVERAL, choices=sets, metavar="SET")
     alpha = {"table6": "1.0", "fedhl": "0.5"}.get(table, "0.1")
     add("--alpha", f"of the Dirichlet split (default {alpha})", (*FEDLORA, "table6", "fedhl"), **SEVERAL, type=float)
     texts = "the file of the training texts in DATA/AG_NEWS (default train.csv)"

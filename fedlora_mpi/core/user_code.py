@@ -22,7 +22,9 @@ def imported(name: str) -> Any:
     """
     home, _, attribute = name.partition(":")
     vision.mend()
-    sys.modules.update(FORMER)
+    for former, module in FORMER.items():
+        sys.modules[former] = module
+        setattr(sys.modules["fedlora_mpi"], former.rpartition(".")[2], module)
     try:
         with isolated(0, "import", home):
             module = import_module(home)
