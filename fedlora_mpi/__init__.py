@@ -21,9 +21,8 @@ __all__ = [*_HOME]  # noqa: PLE0604
 
 def __getattr__(name: str):
     if name in _HOME:
-        from importlib import (
-            import_module,  # not above: ``python -m`` looks for it in the working folder first
-        )
+        # Not above: ``python -m fedlora_mpi`` looks for it in the working folder first.
+        from importlib import import_module
 
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
