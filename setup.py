@@ -16,11 +16,18 @@ extras = {
     "analysis": ["matplotlib>=3.8", "pandas>=2.1", "rich>=13.7"],
     "tensorboard": ["tensorboardX>=2.6"],
     "test": ["pytest>=8.0", "pytest-cov>=7.0", "pytest-xdist>=3.6", "hypothesis>=6.100"],
-    "docs": ["sphinx>=8.2", "myst-parser>=5.0", "furo>=2025.9.25", "nbclient>=0.10", "ipykernel>=7.0"],
+    "docs": [
+        "sphinx>=8.2",
+        "myst-parser>=5.0",
+        "furo>=2025.9.25",
+        "nbclient>=0.10",
+        "ipykernel>=7.0",
+    ],
 }
 apart = {  # what few need: not in "all"
     "hf": ["transformers>=5.0", "safetensors>=0.5"],  # 140 MB
-    "peers": ["flwr[simulation]>=1.41", "pfl[pytorch]>=0.6"],  # other libraries, for benchmarks/peers.py
+    # other libraries, for benchmarks/peers.py
+    "peers": ["flwr[simulation]>=1.41", "pfl[pytorch]>=0.6"],
 }
 
 setup(
@@ -53,6 +60,10 @@ setup(
         "numpy>=1.26",
         "pyyaml>=6.0",
     ],
-    extras_require={**extras, **apart, "all": sorted({need for needs in extras.values() for need in needs})},
+    extras_require={
+        **extras,
+        **apart,
+        "all": sorted({need for needs in extras.values() for need in needs}),
+    },
     entry_points={"console_scripts": ["fedlora-mpi = fedlora_mpi.cli:main"]},
 )

@@ -1,10 +1,12 @@
-"""What do clients cost that are not there? Rounds of the same cohort among 1,000, 10,000 and 100,000 clients.
+"""What do clients cost that are not there? Rounds of the same cohort among 1,000, 10,000 and
+100,000 clients.
 
     python benchmarks/absent.py [--clients 1000 10000 100000] [--cohort 100] [--rounds 8]
 
-FedLoRA, 10 images of 8x8 pixels each, one process, personal parts on disk (``engine.personal: disk``), the cohort alone
-is evaluated. Seconds of a round are the median without the first; `peak` is the most memory that the process had.
-Correctness first: with the fewest clients, parts on disk and in memory end at the same bits.
+FedLoRA, 10 images of 8x8 pixels each, one process, personal parts on disk (``engine.personal:
+disk``), the cohort alone is evaluated. Seconds of a round are the median without the first; `peak`
+is the most memory that the process had. Correctness first: with the fewest clients, parts on disk
+and in memory end at the same bits.
 """
 
 import json
@@ -19,7 +21,9 @@ from report import arguments, tell
 from fedlora_mpi.store.reader import RunFiles
 
 
-def ran(folder: Path, clients: int, cohort: int, rounds: int, personal: str) -> tuple[RunFiles, float]:
+def ran(
+    folder: Path, clients: int, cohort: int, rounds: int, personal: str
+) -> tuple[RunFiles, float]:
     """A finished run, and the peak of its resident memory in MB."""
     tree = {
         "rounds": rounds,
@@ -52,15 +56,22 @@ def main() -> None:
     bits = []
     for personal in ("memory", "disk"):
         with tempfile.TemporaryDirectory() as folder:
-            bits.append(ran(Path(folder), min(asked.clients), asked.cohort, 2, personal)[0].digest())
+            bits.append(
+                ran(Path(folder), min(asked.clients), asked.cohort, 2, personal)[0].digest()
+            )
     assert bits[0] == bits[1], "other bits in memory than on disk"
     rows = []
     for clients in asked.clients:
         with tempfile.TemporaryDirectory() as folder:
             files, most = ran(Path(folder), clients, asked.cohort, asked.rounds, "disk")
             seconds = files.rounds()
-            own = {stage: median(seconds[f"seconds_{stage}"][1:]) for stage in ("train", "exchange", "evaluate")}
-        row = {"clients": clients, "cohort": asked.cohort} | {f"{stage} s": taken for stage, taken in own.items()}
+            own = {
+                stage: median(seconds[f"seconds_{stage}"][1:])
+                for stage in ("train", "exchange", "evaluate")
+            }
+        row = {"clients": clients, "cohort": asked.cohort} | {
+            f"{stage} s": taken for stage, taken in own.items()
+        }
         rows.append(row | {"peak MB": most})
         print(rows[-1], file=sys.stderr, flush=True)
     tell(asked, rows)

@@ -1,11 +1,13 @@
-"""Small cohorts of many small clients on one core: one by one, in stacks, and in stacks whose steps are compiled.
+"""Small cohorts of many small clients on one core: one by one, in stacks, and in stacks whose steps
+are compiled.
 
     python benchmarks/cross_device.py [--side 28] [--clients 1000] [--cohort 50] [--group 10] [--rounds 5]
 
-Client samples per second of `play` under FedAvg: clients of 50 images, batch 10, one epoch, the two-convolution CNN; the
-median of so many rounds, in which all ways take turns, after a first that is given apart, since there the compiler
-works. Correctness first: all ways end round 1 at the same weights, within 1e-4. `of peak`: the FLOPs of training over
-what the core does in the same time in products of 1024x1024 matrices; what a way can still gain.
+Client samples per second of `play` under FedAvg: clients of 50 images, batch 10, one epoch, the
+two-convolution CNN; the median of so many rounds, in which all ways take turns, after a first that
+is given apart, since there the compiler works. Correctness first: all ways end round 1 at the same
+weights, within 1e-4. `of peak`: the FLOPs of training over what the core does in the same time in
+products of 1024x1024 matrices; what a way can still gain.
 """
 
 import time
@@ -53,9 +55,17 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
-    data = {"dataset": "synthetic", "synthetic": {"size": asked.side, "channels": 1, "train": 50 * asked.clients, "test": 2000}}
+    data = {
+        "dataset": "synthetic",
+        "synthetic": {"size": asked.side, "channels": 1, "train": 50 * asked.clients, "test": 2000},
+    }
     data["partition"] = {"kind": "iid", "clients": asked.clients, "train": 50, "test": 2}
-    tree = {"data": data, "model": "cnn", "algorithm": "fedavg", "train": {"epochs": 1, "batch_size": 10, "lr": 0.01}}
+    tree = {
+        "data": data,
+        "model": "cnn",
+        "algorithm": "fedavg",
+        "train": {"epochs": 1, "batch_size": 10, "lr": 0.01},
+    }
     tree |= {"rounds": 1, "participation": asked.cohort / asked.clients}
     ready, first, taken = {}, {}, {way: [] for way in WAYS}
     for way, engine in WAYS.items():
@@ -73,7 +83,11 @@ def main() -> None:
     flop = built.run.flops[0].of_round(50, 0) * asked.cohort
     for way, seconds in taken.items():
         against = median(a / b for a, b in zip(taken["loop"], seconds))
-        row = {"way": way, "samples/s": 50 * asked.cohort / median(seconds), "against the loop": against}
+        row = {
+            "way": way,
+            "samples/s": 50 * asked.cohort / median(seconds),
+            "against the loop": against,
+        }
         rows.append(row | {"of peak": flop / median(seconds) / most, "s of round 1": first[way]})
     tell(asked, rows)
 

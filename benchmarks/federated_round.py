@@ -2,9 +2,10 @@
 
     python benchmarks/federated_round.py [--repeats 3] [--cases NAME ...]
 
-Seconds of `play` without evaluation, both methods in turn on one core, the median of the ratios. FedLoRA trains its
-low-rank part in 2 of 5 epochs and the shared weights in 3, FedAvg these in all 5. Targets: 1.15, and 1.5 for ResNet-10
-at ratio 0.8. Correctness first: FedLoRA without its low-rank epochs ends at FedAvg's weights.
+Seconds of `play` without evaluation, both methods in turn on one core, the median of the ratios.
+FedLoRA trains its low-rank part in 2 of 5 epochs and the shared weights in 3, FedAvg these in all
+5. Targets: 1.15, and 1.5 for ResNet-10 at ratio 0.8. Correctness first: FedLoRA without its
+low-rank epochs ends at FedAvg's weights.
 """
 
 import statistics
@@ -23,9 +24,19 @@ from fedlora_mpi.run.checkpointing import beginning
 
 OFFICIAL = {"rank_rule": "official", "scale": "official"}
 CASES = {  # name: (data, model, ranks, target)
-    "CIFAR ResNet-8": (images(2, 500), "cifar_resnet8", {"conv_rank": 0.6, "linear_rank": 4} | OFFICIAL, 1.15),
+    "CIFAR ResNet-8": (
+        images(2, 500),
+        "cifar_resnet8",
+        {"conv_rank": 0.6, "linear_rank": 4} | OFFICIAL,
+        1.15,
+    ),
     "ResNet-8": (images(2, 500), "resnet8", {"conv_rank": 0.6, "linear_rank": 4} | OFFICIAL, 1.15),
-    "ResNet-10, 64x64": (images(1, 200, size=64), "resnet10", {"conv_rank": 0.8, "linear_rank": 4} | OFFICIAL, 1.5),
+    "ResNet-10, 64x64": (
+        images(1, 200, size=64),
+        "resnet10",
+        {"conv_rank": 0.8, "linear_rank": 4} | OFFICIAL,
+        1.5,
+    ),
 }
 EPOCHS, LORA_EPOCHS = 5, 2
 
@@ -47,21 +58,35 @@ def timed(built, state: State) -> tuple[float, dict]:
     """(seconds, shared variables at the end) of a round."""
     own = {name: value.clone() for name, value in state.personal.items()}
     begin = time.perf_counter()
-    end, _, _ = play(built.run, State(0, state.server, state.shared, own), evaluate=False, stop=False)
+    end, _, _ = play(
+        built.run, State(0, state.server, state.shared, own), evaluate=False, stop=False
+    )
     return time.perf_counter() - begin, end.shared
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        default=list(CASES),
+        metavar="NAME",
+        help=", ".join(CASES),
+    )
     asked, rows = parser.parse_args(), []
     for name in asked.cases:
         data, model, ranks, target = CASES[name]
         low_rank = lambda epochs: {"name": "fedlora", "lora_epochs": epochs} | ranks
-        plain, ours, none = (prepared(data, model, a) for a in ("fedavg", low_rank(LORA_EPOCHS), low_rank(0)))
+        plain, ours, none = (
+            prepared(data, model, a) for a in ("fedavg", low_rank(LORA_EPOCHS), low_rank(0))
+        )
         (_, as_is), (_, off) = timed(*plain), timed(*none)
-        wrong = max(float((as_is[n] - v).abs().max() / v.abs().max().clamp(min=1e-3)) for n, v in off.items())
+        wrong = max(
+            float((as_is[n] - v).abs().max() / v.abs().max().clamp(min=1e-3))
+            for n, v in off.items()
+        )
         assert wrong < 1e-3, f"{name}: FedLoRA without low-rank epochs is {wrong} from FedAvg"
         timed(*ours)
         taken = [(timed(*ours)[0], timed(*plain)[0]) for _ in range(asked.repeats)]

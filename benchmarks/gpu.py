@@ -1,13 +1,16 @@
-"""What a GPU does with the paper's CIFAR-10 cell: first whether it is right, then how fast, in one command.
+"""What a GPU does with the paper's CIFAR-10 cell: first whether it is right, then how fast, in one
+command.
 
     python benchmarks/gpu.py [--minutes 8] [--json FILE]            # one GPU; several ranks on it where there is mpirun
     python benchmarks/gpu.py --device cpu --quick                   # the same code on a small task, in about a minute
 
-The cell: 40 clients of 500 images of 32x32, ResNet-8, batch 100, five epochs, on random images (what they show costs
-nothing). A row is a way to compute a round of `play` (training, mean, evaluation): the median of the rounds after the
-first two, which warm up and record and are given apart. `plain` is a loop over clients of an nn.Module in channels_last
-with torch.optim.SGD on the same device, from the same resident images, with no round around it. Checks that fail end
-the program with exit code 1 before anything is measured; a measurement for which no time is left says so.
+The cell: 40 clients of 500 images of 32x32, ResNet-8, batch 100, five epochs, on random images
+(what they show costs nothing). A row is a way to compute a round of `play` (training, mean,
+evaluation): the median of the rounds after the first two, which warm up and record and are given
+apart. `plain` is a loop over clients of an nn.Module in channels_last with torch.optim.SGD on the
+same device, from the same resident images, with no round around it. Checks that fail end the
+program with exit code 1 before anything is measured; a measurement for which no time is left says
+so.
 """
 
 import json
@@ -34,13 +37,33 @@ from fedlora_mpi.mpi.ending import guarded
 from fedlora_mpi.run.assembly import Built, build
 from fedlora_mpi.run.checkpointing import beginning
 
-FULL = {"model": "resnet8", "clients": 40, "train": 500, "test": 100, "side": 32, "batch": 100, "epochs": 5}
-QUICK = {"model": "cifar_resnet8", "clients": 4, "train": 20, "test": 5, "side": 8, "batch": 10, "epochs": 4}
+FULL = {
+    "model": "resnet8",
+    "clients": 40,
+    "train": 500,
+    "test": 100,
+    "side": 32,
+    "batch": 100,
+    "epochs": 5,
+}
+QUICK = {
+    "model": "cifar_resnet8",
+    "clients": 4,
+    "train": 20,
+    "test": 5,
+    "side": 8,
+    "batch": 10,
+    "epochs": 4,
+}
 METHODS = {
     "fedavg": {"name": "fedavg"},
     "fedlora": {
-        "name": "fedlora", "lora_epochs": 2,
-        "conv_rank": 0.6, "linear_rank": 4, "rank_rule": "official", "scale": "official",
+        "name": "fedlora",
+        "lora_epochs": 2,
+        "conv_rank": 0.6,
+        "linear_rank": 4,
+        "rank_rule": "official",
+        "scale": "official",
     },
 }
 TARGET = 1.0  # second per round of FedLoRA
@@ -72,20 +95,29 @@ def prepare(task: dict, method: str, comm=None, lr: float = 0.1, **engine) -> Bu
     holds = {"kind": "iid", "clients": clients, "train": task["train"], "test": task["test"]}
     tree = {
         "data": {"dataset": "synthetic", "synthetic": images, "partition": holds},
-        "model": task["model"], "algorithm": METHODS[method], "rounds": 1, "engine": engine,
+        "model": task["model"],
+        "algorithm": METHODS[method],
+        "rounds": 1,
+        "engine": engine,
         "train": {"epochs": task["epochs"], "batch_size": task["batch"], "lr": lr, "momentum": 0.9},
     }
     return build(from_dict(tree, "gpu.py"), "gpu.py", comm or Solo())
 
 
 def ends(built: Built, clients: int) -> dict[str, torch.Tensor]:
-    """How far local training moves all trained leaves of the first clients, [clients, ...] on the host."""
+    """How far local training moves all trained leaves of the first clients, [clients, ...] on the
+    host.
+    """
     (kind,) = built.run.kinds
     rows = {n: v.expand(clients, *v.shape).clone() for n, v in kind.first.personal.items()}
     shared = {n: v.to(kind.trainer.device) for n, v in kind.first.shared.items()}
-    done = [{**d.end.shared, **d.end.personal} for d in kind.trainer.train(range(clients), shared, rows, 0)]
+    done = [
+        {**d.end.shared, **d.end.personal}
+        for d in kind.trainer.train(range(clients), shared, rows, 0)
+    ]
     first = {**kind.first.shared, **kind.first.personal}
-    trained = [n for n in first if kind.trainer.model.role(n) != "stats"]  # statistics move far, whatever is trained
+    # statistics move far, whatever is trained
+    trained = [n for n in first if kind.trainer.model.role(n) != "stats"]
     return {n: torch.stack([tree[n].cpu() - first[n].cpu() for tree in done]) for n in trained}
 
 
@@ -102,21 +134,30 @@ def checks(task: dict, device: str) -> Iterator[dict]:
     """Rows {check, difference, at most}; raises AssertionError when one fails."""
     few = task | {"clients": 4, "epochs": 3, "train": min(200, task["train"])}
     for method in METHODS:
-        made = lambda on=device, **engine: ends(prepare(few, method, lr=0.01, device=on, **engine), 4)  # noqa: B023
+        made = lambda on=device, **engine: ends(
+            prepare(few, method, lr=0.01, device=on, **engine), 4
+        )  # noqa: B023
         host, loop = made("cpu", path="loop"), made(path="loop", graphs=False)
         stack = made(path="stack", group_size=4, graphs=False)
         again = made(path="stack", group_size=4, graphs=True)
         yield bounded(f"{method}: loop against the CPU's", apart(loop, host), 5e-2)
         yield bounded(f"{method}: stack against loop", apart(stack, loop), 5e-2)
         yield bounded(f"{method}: recorded epochs against steps", apart(again, stack), 5e-2)
-        yield bounded(f"{method}: recorded loop against loop", apart(made(path="loop", graphs=True), loop), 5e-2)
+        yield bounded(
+            f"{method}: recorded loop against loop",
+            apart(made(path="loop", graphs=True), loop),
+            5e-2,
+        )
         for precision, most in (("tf32", 0.2), ("bf16", 0.5)):
             coarse = made(path="stack", group_size=4, precision=precision)
             yield bounded(f"{method}: {precision} against float32", apart(coarse, stack), most)
         if device == "cuda":
             with unsynchronized():
                 made(path="stack", group_size=4, graphs=False)
-            yield {"check": f"{method}: nothing waits for the GPU inside local training", "passed": True}
+            yield {
+                "check": f"{method}: nothing waits for the GPU inside local training",
+                "passed": True,
+            }
             yield split_check(few, method, stack)
 
 
@@ -155,7 +196,12 @@ def split_check(few: dict, method: str, stack: dict) -> dict:
     for share in (0.75, 0.6, 0.45, 0.3):  # of what it took; convolutions make do with less
         (kind,) = built.run.kinds
         room = Room()
-        short = replace(built, run=replace(built.run, kinds=(kind._replace(trainer=replace(kind.trainer, room=room)),)))
+        short = replace(
+            built,
+            run=replace(
+                built.run, kinds=(kind._replace(trainer=replace(kind.trainer, room=room)),)
+            ),
+        )
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction((base + share * (peak - base)) / whole)
         try:
@@ -163,7 +209,11 @@ def split_check(few: dict, method: str, stack: dict) -> dict:
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         if room.most is not None:
-            return bounded(f"{method}: split to {room.most} in {share:.0%} of the memory", apart(found, stack), 5e-2)
+            return bounded(
+                f"{method}: split to {room.most} in {share:.0%} of the memory",
+                apart(found, stack),
+                5e-2,
+            )
     raise AssertionError(f"{method}: no limit of the memory split the stack")
 
 
@@ -202,7 +252,8 @@ def ways(task: dict, device: str, quick: bool) -> dict[str, dict]:
         f"stack of {clients // 2}": stack,
         "loop, graphs": {"path": "loop", "graphs": True},
         "loop": {"path": "loop", "graphs": False},
-        f"stack of {clients // 4}, graphs": stack | {"graphs": True, "group_size": max(1, clients // 4)},
+        f"stack of {clients // 4}, graphs": stack
+        | {"graphs": True, "group_size": max(1, clients // 4)},
         f"stack of {clients}, graphs": stack | {"graphs": True, "group_size": clients},
         "tf32, graphs": stack | {"graphs": True, "precision": "tf32"},
         "bf16, graphs": stack | {"graphs": True, "precision": "bf16"},
@@ -210,9 +261,17 @@ def ways(task: dict, device: str, quick: bool) -> dict[str, dict]:
         "compiled, graphs": stack | {"compile": True, "graphs": True},
         "compiled": stack | {"compile": True},
     }
-    left_out = ("compiled", "loop, graphs", f"stack of {clients // 4}", f"stack of {clients},") if quick else ()
+    left_out = (
+        ("compiled", "loop, graphs", f"stack of {clients // 4}", f"stack of {clients},")
+        if quick
+        else ()
+    )
     # What matters most comes first, what compiles last.
-    return {name: how | {"device": device} for name, how in found.items() if not name.startswith(left_out)}
+    return {
+        name: how | {"device": device}
+        for name, how in found.items()
+        if not name.startswith(left_out)
+    }
 
 
 def measured(name: str, method: str, measure: Callable[[], dict], plain: float) -> dict:
@@ -227,7 +286,8 @@ def measured(name: str, method: str, measure: Callable[[], dict], plain: float) 
         return row | {"against plain": plain / row["seconds"]} if "seconds" in row else row
     except TimeIsUp:
         return row | {"note": "no time was left"}
-    except (RuntimeError, ValueError, subprocess.SubprocessError) as error:  # the other rows are worth having
+    except (RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        # the other rows are worth having
         return row | {"note": f"{type(error).__name__}: {error}".partition("\n")[0]}
 
 
@@ -235,9 +295,25 @@ def under_mpirun(asked, workers: int, method: str, clock: Clock, engine: dict) -
     """The seconds of ``workers`` ranks that share the device, and a server."""
     if shutil.which("mpirun") is None:
         return {"note": "there is no mpirun"}
-    inside = json.dumps({"method": method, "engine": engine | {"group_size": -(-task_of(asked)["clients"] // workers)}})
-    line = [*MPIRUN[:1], "-n", str(workers + 1), *MPIRUN[1:], sys.executable, __file__, "--inside", inside]
-    line += ["--minutes", str(clock.need(20) / 60), "--repeats", str(asked.repeats)] + ["--quick"] * asked.quick
+    inside = json.dumps(
+        {
+            "method": method,
+            "engine": engine | {"group_size": -(-task_of(asked)["clients"] // workers)},
+        }
+    )
+    line = [
+        *MPIRUN[:1],
+        "-n",
+        str(workers + 1),
+        *MPIRUN[1:],
+        sys.executable,
+        __file__,
+        "--inside",
+        inside,
+    ]
+    line += ["--minutes", str(clock.need(20) / 60), "--repeats", str(asked.repeats)] + [
+        "--quick"
+    ] * asked.quick
     done = subprocess.run(line, capture_output=True, text=True, timeout=clock.need(20))
     if done.returncode:
         return {"note": (done.stderr.strip() or "mpirun failed").splitlines()[-1]}
@@ -248,7 +324,8 @@ def inside(asked) -> int:
     """One rank of ``under_mpirun``."""
     comm, what = connect(), json.loads(asked.inside)
     built = prepare(task_of(asked), what["method"], comm, **what["engine"])
-    found = rounds(built, Clock(asked.minutes + 60), asked.repeats)  # all ranks do as many; the caller keeps the time
+    # all ranks do as many; the caller keeps the time
+    found = rounds(built, Clock(asked.minutes + 60), asked.repeats)
     if comm.rank == 0:
         print(json.dumps(found), flush=True)
     return 0
@@ -279,14 +356,19 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="a small task")
     parser.add_argument("--minutes", type=float, default=7.5)
-    parser.add_argument("--repeats", type=int, help="rounds of a row after the first two; 3, of a small task 1")
+    parser.add_argument(
+        "--repeats", type=int, help="rounds of a row after the first two; 3, of a small task 1"
+    )
     parser.add_argument("--inside", help="used by this program itself")
     asked = parser.parse_args()
     asked.repeats = asked.repeats or (1 if asked.quick else 3)
     if asked.inside:
         return guarded(connect(), lambda: inside(asked))
     if asked.device == "cuda" and not torch.cuda.is_available():
-        print("gpu.py: torch sees no GPU here; --device cpu --quick tries the program out", file=sys.stderr)
+        print(
+            "gpu.py: torch sees no GPU here; --device cpu --quick tries the program out",
+            file=sys.stderr,
+        )
         return 2
     torch.set_num_threads(1)
     task, clock, checked = task_of(asked), Clock(asked.minutes), []
@@ -299,11 +381,17 @@ def main() -> int:
         return 1
     begin = {"method": "fedavg", "way": "plain"} | plain(task, asked.device, clock)
     rows = [begin]
-    both = [(method, *way) for method in ("fedlora", "fedavg") for way in ways(task, asked.device, asked.quick).items()]
+    both = [
+        (method, *way)
+        for method in ("fedlora", "fedavg")
+        for way in ways(task, asked.device, asked.quick).items()
+    ]
     for method, name, engine in both:
         if "compile" not in engine:
             measure = lambda: rounds(prepare(task, method, **engine), clock, asked.repeats)  # noqa: B023
-            rows.append(measured(name, method, lambda: clock.need() and measure(), begin["seconds"]))  # noqa: B023
+            rows.append(
+                measured(name, method, lambda: clock.need() and measure(), begin["seconds"])
+            )  # noqa: B023
     for workers in (2,) if asked.quick else (2, 4):
         engine = {"device": asked.device, "path": "stack", "graphs": True}
         share = lambda: under_mpirun(asked, workers, "fedlora", clock, engine)  # noqa: B023
@@ -311,14 +399,25 @@ def main() -> int:
     for method, name, engine in both:
         if "compile" in engine:  # takes a minute, which no clock can cut short
             measure = lambda: rounds(prepare(task, method, **engine), clock, asked.repeats)  # noqa: B023
-            rows.append(measured(name, method, lambda: clock.need(90) and measure(), begin["seconds"]))  # noqa: B023
-    if best := min((row["seconds"] for row in rows if row["method"] == "fedlora" and "seconds" in row), default=None):
-        last = {"method": "fedlora", "way": f"best; to reach: {TARGET:g} s, 20 times", "seconds": best}
+            rows.append(
+                measured(name, method, lambda: clock.need(90) and measure(), begin["seconds"])
+            )  # noqa: B023
+    if best := min(
+        (row["seconds"] for row in rows if row["method"] == "fedlora" and "seconds" in row),
+        default=None,
+    ):
+        last = {
+            "method": "fedlora",
+            "way": f"best; to reach: {TARGET:g} s, 20 times",
+            "seconds": best,
+        }
         rows.append(last | {"against plain": begin["seconds"] / best})
     print(table(checked), end="\n\n")
     tell(asked, rows)
     if asked.json:
-        asked.json.write_text(json.dumps(json.loads(asked.json.read_text()) | {"checks": checked}, indent=1) + "\n")
+        asked.json.write_text(
+            json.dumps(json.loads(asked.json.read_text()) | {"checks": checked}, indent=1) + "\n"
+        )
     if asked.device == "cuda":
         print(f"on {torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}")
     return 0

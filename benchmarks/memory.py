@@ -29,16 +29,29 @@ def main() -> None:
     parser.add_argument("--root", help="folder of CIFAR-10; without it the images are synthetic")
     parser.add_argument("--clients", type=int, default=400)
     asked = parser.parse_args()
-    data = {"dataset": "synthetic", "synthetic": {"size": 32, "channels": 3, "train": 50000, "test": 10000}}
+    data = {
+        "dataset": "synthetic",
+        "synthetic": {"size": 32, "channels": 3, "train": 50000, "test": 10000},
+    }
     if asked.root:
         data = {"dataset": "cifar10", "root": asked.root}
     data["partition"] = {"kind": "dirichlet_client", "alpha": 0.1, "clients": asked.clients}
     with tempfile.TemporaryDirectory() as folder:
         config = os.path.join(folder, "config.yaml")
         tree = {
-            "rounds": 1, "participation": 8 / asked.clients, "output": os.path.join(folder, "run"), "data": data,
-            "model": "resnet8", "train": {"epochs": 2},
-            "algorithm": {"name": "fedlora", "conv_rank": 0.6, "linear_rank": 4, "rank_rule": "official", "scale": "official"},
+            "rounds": 1,
+            "participation": 8 / asked.clients,
+            "output": os.path.join(folder, "run"),
+            "data": data,
+            "model": "resnet8",
+            "train": {"epochs": 2},
+            "algorithm": {
+                "name": "fedlora",
+                "conv_rank": 0.6,
+                "linear_rank": 4,
+                "rank_rule": "official",
+                "scale": "official",
+            },
         }
         with open(config, "w") as file:
             json.dump(tree, file)  # JSON is YAML
@@ -47,7 +60,12 @@ def main() -> None:
         number, unit = re.search(r"memory +([\d.e+]+) (\w+)", text).groups()
         planned = float(number) * {"MB": 1, "GB": 1000}[unit]
         measured = peak([*program, "run", config])[0]
-    row = {"clients": asked.clients, "planned MB": planned, "measured MB": measured, "planned / measured": planned / measured}
+    row = {
+        "clients": asked.clients,
+        "planned MB": planned,
+        "measured MB": measured,
+        "planned / measured": planned / measured,
+    }
     tell(asked, [row])
 
 

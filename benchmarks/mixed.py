@@ -1,8 +1,9 @@
 """Clients with five different networks in stacks, against the same clients trained one by one.
 
-Client samples per second of a pFedLoRA round (training, mean, no evaluation) on one core, by both paths:
-small networks on 8x8 images, where a stack wins, and the five CNNs of the pFedLoRA authors on 32x32
-images, where a batch keeps the core busy. Correctness first: both paths end at the same weights.
+Client samples per second of a pFedLoRA round (training, mean, no evaluation) on one core, by both
+paths: small networks on 8x8 images, where a stack wins, and the five CNNs of the pFedLoRA authors
+on 32x32 images, where a batch keeps the core busy. Correctness first: both paths end at the same
+weights.
 
     python benchmarks/mixed.py [--repeats 3]
 """
@@ -37,9 +38,23 @@ CLIENTS = 20
 def prepare(images: dict, networks: list, train: dict, path: str):
     """A built run and its first state."""
     each = images["train"] // CLIENTS
-    data = {"dataset": "synthetic", "synthetic": images, "partition": {"kind": "iid", "clients": CLIENTS, "train": each, "test": 10}}
-    tree = {"data": data, "model": {"mix": networks}, "algorithm": "pfedlora", "train": train, "rounds": 1}
-    built = build(from_dict(tree | {"engine": {"path": path, "group_size": 4}}, "benchmark"), "benchmark", Solo())
+    data = {
+        "dataset": "synthetic",
+        "synthetic": images,
+        "partition": {"kind": "iid", "clients": CLIENTS, "train": each, "test": 10},
+    }
+    tree = {
+        "data": data,
+        "model": {"mix": networks},
+        "algorithm": "pfedlora",
+        "train": train,
+        "rounds": 1,
+    }
+    built = build(
+        from_dict(tree | {"engine": {"path": path, "group_size": 4}}, "benchmark"),
+        "benchmark",
+        Solo(),
+    )
     return built, beginning(built)
 
 
@@ -54,17 +69,36 @@ def main() -> None:
             built, state = prepare(images, networks, train, path)
             for repeat in range(asked.repeats + 1):  # the first warms up
                 begin = time.perf_counter()
-                end, row, _ = play(built.run, State(0, *state[1:3], {n: v.clone() for n, v in state.personal.items()}), False, False)
-                speed[path].append(images["train"] * train["epochs"] / (time.perf_counter() - begin))
+                end, row, _ = play(
+                    built.run,
+                    State(0, *state[1:3], {n: v.clone() for n, v in state.personal.items()}),
+                    False,
+                    False,
+                )
+                speed[path].append(
+                    images["train"] * train["epochs"] / (time.perf_counter() - begin)
+                )
             ends[path] = end.shared
-        wrong = max(float((ends["stack"][n] - v).abs().max() / v.abs().max()) for n, v in ends["loop"].items())
+        wrong = max(
+            float((ends["stack"][n] - v).abs().max() / v.abs().max())
+            for n, v in ends["loop"].items()
+        )
         assert wrong < 1e-3, f"{name}: stack and loop differ by {wrong}"
         ratio = statistics.median(a / b for a, b in zip(speed["stack"][1:], speed["loop"][1:]))
-        rows.append({
-            "workload": name, "clients": CLIENTS, "networks": len(networks), "group size": 4,
-            **{f"{path} samples/s": statistics.median(found[1:]) for path, found in speed.items()},
-            "stack / loop": ratio, "difference": wrong,
-        })
+        rows.append(
+            {
+                "workload": name,
+                "clients": CLIENTS,
+                "networks": len(networks),
+                "group size": 4,
+                **{
+                    f"{path} samples/s": statistics.median(found[1:])
+                    for path, found in speed.items()
+                },
+                "stack / loop": ratio,
+                "difference": wrong,
+            }
+        )
     tell(asked, rows)
 
 

@@ -2,11 +2,12 @@
 
     python benchmarks/overhead.py [--seconds 60]
 
-Whole rounds of `play` under FedAvg (order of samples, batches, training, upload, exact sum, mean, evaluation) on one core.
-A clock runs within each round while the engine's steps and the evaluation's forward passes do: `overhead` is the rest,
-`with evaluation` counts those passes as overhead too. The median over rounds, of which there are at least three and as
-many as fit in `--seconds`, after one that warms up. Correctness first: the steps alone, on batches gathered one by one
-beforehand, end at the weights of the round, to the bit.
+Whole rounds of `play` under FedAvg (order of samples, batches, training, upload, exact sum, mean,
+evaluation) on one core. A clock runs within each round while the engine's steps and the
+evaluation's forward passes do: `overhead` is the rest, `with evaluation` counts those passes as
+overhead too. The median over rounds, of which there are at least three and as many as fit in
+`--seconds`, after one that warms up. Correctness first: the steps alone, on batches gathered one by
+one beforehand, end at the weights of the round, to the bit.
 """
 
 import statistics
@@ -60,7 +61,9 @@ def gathered(trainer: Trainer, clients: Sequence[int]) -> list[tuple[int, Batch]
         epoch = feed.epoch(clients, 0, number)
         for first in range(0, sizes[0], settings.batch_size):
             count = sum(size > first for size in sizes)
-            steps.append((count, epoch.batch(count, first, min(settings.batch_size, sizes[0] - first))))
+            steps.append(
+                (count, epoch.batch(count, first, min(settings.batch_size, sizes[0] - first)))
+            )
     return steps
 
 
@@ -68,9 +71,14 @@ def alone(trainer: Trainer, shared: Tree, clients: Sequence[int]) -> Tree:
     """Shared variables [C, ...] at the end of the steps of clients that compute together."""
     spread = (lambda v: v.expand(len(clients), *v.shape)) if trainer.stacked else (lambda v: v)
     form = torch.contiguous_format if trainer.stacked else torch.channels_last
-    copy = lambda v: spread(v).clone(memory_format=form if v.dim() == 4 else torch.contiguous_format)
+    copy = lambda v: spread(v).clone(
+        memory_format=form if v.dim() == 4 else torch.contiguous_format
+    )
     (phase,) = trainer.algorithm.phases(trainer.model, trainer.settings, 0)
-    start, now = Vars({n: spread(v) for n, v in shared.items()}, {}), Vars({n: copy(v) for n, v in shared.items()}, {})
+    start, now = (
+        Vars({n: spread(v) for n, v in shared.items()}, {}),
+        Vars({n: copy(v) for n, v in shared.items()}, {}),
+    )
     walk = Walk(trainer, phase, start, now, len(clients))
     for count, batch in gathered(trainer, clients):
         walk.play(batch, count)
@@ -83,7 +91,9 @@ def check(trainer: Trainer, state: State, stack: Sequence[int]) -> None:
     for row, done in enumerate(trainer.train(stack, state.shared, {}, 0)):
         for name, value in done.end.shared.items():
             own = shared[name][row] if trainer.stacked else shared[name]
-            assert torch.equal(own, value), f"client {done.client}, {name}: other weights than in a round"
+            assert torch.equal(own, value), (
+                f"client {done.client}, {name}: other weights than in a round"
+            )
 
 
 def main() -> None:
@@ -104,9 +114,16 @@ def main() -> None:
             begin = time.perf_counter()
             play(run, State(0, *state[1:]), evaluate=True, stop=False)
             whole = time.perf_counter() - begin
-            shares.append((whole, 1 - (steps.seconds + passes.seconds) / whole, 1 - steps.seconds / whole))
+            shares.append(
+                (whole, 1 - (steps.seconds + passes.seconds) / whole, 1 - steps.seconds / whole)
+            )
         whole, overhead, both = map(statistics.median, zip(*shares[1:]))
-        row = {"workload": name, "path": built.config.engine.path, "rounds": len(shares) - 1, "s/round": whole}
+        row = {
+            "workload": name,
+            "path": built.config.engine.path,
+            "rounds": len(shares) - 1,
+            "s/round": whole,
+        }
         rows.append(row | {"overhead": overhead, "with evaluation": both, "target": 0.03})
     tell(asked, rows)
 

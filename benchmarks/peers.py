@@ -1,17 +1,20 @@
-"""How fast are rounds of other libraries, written as their documentation shows, on the same clients and batches?
+"""How fast are rounds of other libraries, written as their documentation shows, on the same clients
+and batches?
 
     pip install '.[peers]'                       # flwr[simulation] and pfl[pytorch]
     python benchmarks/peers.py [--rounds 3] [--workloads NAME ...] [--peers NAME ...]
 
-FedAvg by this package, Flower (its simulation on ray) and Apple's pfl, each in processes of its own on one core (the
-affinity of all of them), one thread; this package with `engine.path: measure`, which tries loop and stacks at the start.
-Client samples per second of training rounds after the first, without evaluation.
-`reference`: 10 clients of 500 images 32x32x3, the CIFAR ResNet-8 of 78,042 parameters, batch 100, one epoch.
-`cross-device`: 50 of 1,000 clients a round, 50 images 28x28, batch 10, one epoch, a network of two convolutions.
+FedAvg by this package, Flower (its simulation on ray) and Apple's pfl, each in processes of its own
+on one core (the affinity of all of them), one thread; this package with `engine.path: measure`,
+which tries loop and stacks at the start. Client samples per second of training rounds after the
+first, without evaluation. `reference`: 10 clients of 500 images 32x32x3, the CIFAR ResNet-8 of
+78,042 parameters, batch 100, one epoch. `cross-device`: 50 of 1,000 clients a round, 50 images
+28x28, batch 10, one epoch, a network of two convolutions.
 
-Correctness first: after round 1 all hold the same parameters, within 1e-4 (BatchNorm's running statistics apart, which
-pfl does not average), for all get the same batches in the same order: those of our feed, laid one epoch behind the
-other. In `cross-device` Flower draws the cohort itself; there its training loss of round 1 must be ours within 5 %.
+Correctness first: after round 1 all hold the same parameters, within 1e-4 (BatchNorm's running
+statistics apart, which pfl does not average), for all get the same batches in the same order: those
+of our feed, laid one epoch behind the other. In `cross-device` Flower draws the cohort itself;
+there its training loss of round 1 must be ours within 5 %.
 """
 
 import json
@@ -65,13 +68,23 @@ APART = 1e-4  # of parameters, at most
 def prepared(spec: dict):
     """A built FedAvg run of a workload and its first state."""
     channels, size, _ = spec["shape"]
-    images = {"size": size, "channels": channels, "train": spec["clients"] * spec["samples"], "test": spec["clients"]}
+    images = {
+        "size": size,
+        "channels": channels,
+        "train": spec["clients"] * spec["samples"],
+        "test": spec["clients"],
+    }
     partition = {"kind": "iid", "clients": spec["clients"], "train": spec["samples"], "test": 1}
     tree = {
         "data": {"dataset": "synthetic", "synthetic": images, "partition": partition},
         "model": spec["model"],
         "algorithm": "fedavg",
-        "train": {"epochs": spec["epochs"], "batch_size": spec["batch"], "lr": spec["lr"], "momentum": 0.0},
+        "train": {
+            "epochs": spec["epochs"],
+            "batch_size": spec["batch"],
+            "lr": spec["lr"],
+            "momentum": 0.0,
+        },
         "participation": spec["cohort"] / spec["clients"],
         "rounds": 1,
         "engine": {"device": "cpu", "path": "measure"},
@@ -81,7 +94,9 @@ def prepared(spec: dict):
 
 
 def lay_out(spec: dict, folder: Path) -> None:
-    """The workload as files that every side reads: images, labels, the order of each client's epochs, first weights."""
+    """The workload as files that every side reads: images, labels, the order of each client's
+    epochs, first weights.
+    """
     built, state = prepared(spec)
     feed, clients = built.run.trainer.feed, range(spec["clients"])
     whole = feed.survey(clients, whole=True)  # in order, without augmentation
@@ -90,7 +105,10 @@ def lay_out(spec: dict, folder: Path) -> None:
         place = {int(sample): at for at, sample in enumerate(built.split.train[client])}
         rows = [feed.epoch([client], 0, epoch).rows[0] for epoch in range(spec["epochs"])]
         order[client] = torch.tensor([place[sample] for row in rows for sample in row.tolist()])
-    torch.save({"x": whole.x.contiguous(), "y": whole.y, "order": order, "start": state.shared}, folder / "workload.pt")
+    torch.save(
+        {"x": whole.x.contiguous(), "y": whole.y, "order": order, "start": state.shared},
+        folder / "workload.pt",
+    )
     cohort = sorted(built.run.chosen(0), key=lambda c: (-built.run.sizes[c], c))
     (folder / "spec.json").write_text(json.dumps(spec | {"first": cohort}))
 
@@ -125,7 +143,11 @@ def measured(line: list[str], folder: Path) -> tuple[dict, dict]:
     }
     core = min(os.sched_getaffinity(0))
     done = subprocess.run(
-        line, env=env, capture_output=True, text=True, preexec_fn=lambda: os.sched_setaffinity(0, {core})
+        line,
+        env=env,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
     )
     if done.returncode:
         raise RuntimeError(f"{line}: {done.stderr[-3000:]}")
@@ -135,14 +157,25 @@ def measured(line: list[str], folder: Path) -> tuple[dict, dict]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME", help=", ".join(PEERS))
+    parser.add_argument(
+        "--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME"
+    )
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=PEERS,
+        default=list(PEERS),
+        metavar="NAME",
+        help=", ".join(PEERS),
+    )
     parser.add_argument("--ours", type=Path, help="of this script alone: this package's side")
     asked, rows = parser.parse_args(), []
     if asked.ours:
         return ours(asked.ours, asked.rounds)
     for missing in [name for name in asked.peers if not find_spec(name)]:
-        parser.error(f"{missing} is not installed: pip install '.[peers]', or leave it out by --peers")
+        parser.error(
+            f"{missing} is not installed: pip install '.[peers]', or leave it out by --peers"
+        )
     for name in asked.workloads:
         spec = WORKLOADS[name]
         with tempfile.TemporaryDirectory() as temporary:
@@ -154,10 +187,14 @@ def main() -> None:
             expected = float("nan")  # our training loss; we come first
             parameters = dict(module(spec, {}).named_parameters()).keys()
             for side, line in lines.items():
-                told, end[side] = measured([sys.executable, *line, "--rounds", str(asked.rounds)], folder)
+                told, end[side] = measured(
+                    [sys.executable, *line, "--rounds", str(asked.rounds)], folder
+                )
                 samples = spec["cohort"] * spec["samples"] * spec["epochs"]
                 speed[side] = samples / statistics.median(told["seconds"][1:])
-                apart = max(float((end[side][n] - end["fedlora_mpi"][n]).abs().max()) for n in parameters)
+                apart = max(
+                    float((end[side][n] - end["fedlora_mpi"][n]).abs().max()) for n in parameters
+                )
                 row = {
                     "workload": name,
                     "library": side,

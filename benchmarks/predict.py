@@ -1,12 +1,14 @@
-"""Does `fedlora-mpi plan` predict the seconds of a round? Its prediction beside rounds that are then played.
+"""Does `fedlora-mpi plan` predict the seconds of a round? Its prediction beside rounds that are
+then played.
 
     python benchmarks/predict.py [--root DATA] [--cases NAME ...] [--ranks 1 3] [--times 3]
 
-Different workloads on 1 rank and on 3 (a server and two workers). Seconds of a round, log and checkpoints included,
-without the first, where everything warms up, and the last. `alone`: without the time that its cores gave to other
-programs, which is what a plan predicts; on a quiet machine it is `wall`. Plan and run so many `--times` in turn, as a
-virtual machine's speed moves; medians, and the least and the most of `planned / alone`. Correctness first: all numbers
-of ranks end at the same bits.
+Different workloads on 1 rank and on 3 (a server and two workers). Seconds of a round, log and
+checkpoints included, without the first, where everything warms up, and the last. `alone`: without
+the time that its cores gave to other programs, which is what a plan predicts; on a quiet machine it
+is `wall`. Plan and run so many `--times` in turn, as a virtual machine's speed moves; medians, and
+the least and the most of `planned / alone`. Correctness first: all numbers of ranks end at the same
+bits.
 """
 
 import json
@@ -31,7 +33,12 @@ def images(clients: int, train: int, test: int = 20, size: int = 32, channels: i
     """Synthetic images, equally many for each client."""
     return {
         "dataset": "synthetic",
-        "synthetic": {"size": size, "channels": channels, "train": clients * train, "test": clients * test},
+        "synthetic": {
+            "size": size,
+            "channels": channels,
+            "train": clients * train,
+            "test": clients * test,
+        },
         "partition": {"kind": "iid", "clients": clients, "train": train, "test": test},
     }
 
@@ -40,11 +47,21 @@ DIGITS = {"dataset": "digits", "partition": {"kind": "iid", "clients": 12, "trai
 TEXTS = {"dataset": "ag_news", "text": {"vocabulary": 20000, "length": 64}}
 CASES = {  # name: (config, rounds)
     "digits, stack": (
-        {"data": DIGITS, "model": "cnn", "algorithm": "fedavg", "train": {"epochs": 5, "batch_size": 10, "lr": 0.02}},
+        {
+            "data": DIGITS,
+            "model": "cnn",
+            "algorithm": "fedavg",
+            "train": {"epochs": 5, "batch_size": 10, "lr": 0.02},
+        },
         13,
     ),
     "digits, FedLoRA": (
-        {"data": DIGITS, "model": "cnn", "algorithm": "fedlora", "train": {"epochs": 5, "batch_size": 10, "lr": 0.02}},
+        {
+            "data": DIGITS,
+            "model": "cnn",
+            "algorithm": "fedlora",
+            "train": {"epochs": 5, "batch_size": 10, "lr": 0.02},
+        },
         13,
     ),
     "CIFAR ResNet-8, loop": (
@@ -104,7 +121,13 @@ CASES = {  # name: (config, rounds)
     "texts, Transformer": (
         {
             "data": TEXTS | {"partition": {"kind": "iid", "clients": 6, "train": 200, "test": 50}},
-            "model": {"name": "transformer", "width": 64, "heads": 4, "layers": 2, "feedforward": 128},
+            "model": {
+                "name": "transformer",
+                "width": 64,
+                "heads": 4,
+                "layers": 2,
+                "feedforward": 128,
+            },
             "algorithm": "fedlora",
             "train": {"epochs": 2, "batch_size": 50, "lr": 0.02},
         },
@@ -153,7 +176,11 @@ class Played(NamedTuple):
 def played(config: Path, output: Path, ranks: int) -> Played:
     """A run in processes of its own, from the end of its first round to the end of its last."""
     launch = [MPIRUN[0], "-n", str(ranks), *MPIRUN[1:]] if ranks > 1 else []
-    env = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     line = [*launch, sys.executable, __file__, "--play", str(config), str(output)]
     told = subprocess.run(line, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
     took = json.loads(next(line for line in told.splitlines() if line.startswith("[")))
@@ -163,7 +190,8 @@ def played(config: Path, output: Path, ranks: int) -> Played:
 def play(config: str, output: str) -> None:
     """A run of this process or rank; rank 0 prints the two numbers of ``Played``.
 
-    Alone, a round would take what the rank that computes longest computes, and the log and checkpoint behind it.
+    Alone, a round would take what the rank that computes longest computes, and the log and
+    checkpoint behind it.
     """
     from fedlora_mpi.mpi.comm import connect
     from fedlora_mpi.run import loop as run
@@ -188,17 +216,36 @@ def play(config: str, output: str) -> None:
     if comm.rank == 0:
         print(json.dumps([rounds.mean(), alone.mean()]))
         stages = RunFiles(output).rounds()
-        print({n: float(stages[f"seconds_{n}"][1:].mean()) for n in ("train", "exchange", "evaluate")}, file=sys.stderr)
+        print(
+            {
+                n: float(stages[f"seconds_{n}"][1:].mean())
+                for n in ("train", "exchange", "evaluate")
+            },
+            file=sys.stderr,
+        )
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--root", default="~/data", help="folder of AG_NEWS, for the texts (default ~/data)")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
+    parser.add_argument(
+        "--root", default="~/data", help="folder of AG_NEWS, for the texts (default ~/data)"
+    )
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        default=list(CASES),
+        metavar="NAME",
+        help=", ".join(CASES),
+    )
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 3])
     parser.add_argument("--times", type=int, default=3)
-    parser.add_argument("--play", nargs=2, help="of this script alone: a run whose rounds are timed")
-    parser.add_argument("--foretell", nargs=2, help="of this script alone: the seconds that plan expects")
+    parser.add_argument(
+        "--play", nargs=2, help="of this script alone: a run whose rounds are timed"
+    )
+    parser.add_argument(
+        "--foretell", nargs=2, help="of this script alone: the seconds that plan expects"
+    )
     asked = parser.parse_args()
     if asked.foretell:
         config, ranks = asked.foretell
@@ -225,8 +272,16 @@ def main() -> None:
                 shared.add(run.bits)
             planned, wall, alone = map(median, zip(*both))
             ratios = sorted(one / other for one, _, other in both)
-            row = {"workload": name, "ranks": ranks, "planned s": planned, "wall s": wall, "alone s": alone}
-            rows.append(row | {"planned / alone": planned / alone, "least": ratios[0], "most": ratios[-1]})
+            row = {
+                "workload": name,
+                "ranks": ranks,
+                "planned s": planned,
+                "wall s": wall,
+                "alone s": alone,
+            }
+            rows.append(
+                row | {"planned / alone": planned / alone, "least": ratios[0], "most": ratios[-1]}
+            )
             print(rows[-1], file=sys.stderr, flush=True)
         assert len(shared) == 1, f"{name}: other bits on other numbers of ranks"
     tell(asked, rows)

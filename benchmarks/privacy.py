@@ -1,10 +1,12 @@
-"""What does privacy cost in a round? The quick start, and 40 clients of 80,000 parameters, on one core.
+"""What does privacy cost in a round? The quick start, and 40 clients of 80,000 parameters, on one
+core.
 
     python benchmarks/privacy.py [--rounds 10] [--clients 40]
 
-Seconds per round (the least of some, without evaluation), FedAvg in one process: plain; updates clipped, with
-noise of the server; all pairs of the cohort masked; masks with 8 neighbours each. The second federation is the
-two-convolution CNN with about 80,000 parameters on the digits, 20 images a client, one epoch. First: masks change no bit.
+Seconds per round (the least of some, without evaluation), FedAvg in one process: plain; updates
+clipped, with noise of the server; all pairs of the cohort masked; masks with 8 neighbours each. The
+second federation is the two-convolution CNN with about 80,000 parameters on the digits, 20 images a
+client, one epoch. First: masks change no bit.
 """
 
 from pathlib import Path
@@ -28,8 +30,12 @@ WAYS = {
 
 
 def seconds(overrides: list[str], rounds: int) -> tuple[int, float, Tree]:
-    """Numbers of an upload, the least seconds of a round after the first, and the shared variables in the end."""
-    built = build(read(CONFIG, ["algorithm=fedavg", "engine.device=cpu", *overrides]), str(CONFIG), Solo())
+    """Numbers of an upload, the least seconds of a round after the first, and the shared variables
+    in the end.
+    """
+    built = build(
+        read(CONFIG, ["algorithm=fedavg", "engine.device=cpu", *overrides]), str(CONFIG), Solo()
+    )
     state, found = beginning(built), []
     for _ in range(rounds + 1):
         state, row, _ = play(built.run, state, evaluate=False, stop=False)
@@ -50,8 +56,18 @@ def main() -> None:
             size, found, end = seconds([*overrides, *block], asked.rounds)
             plain = plain or (found, end)
             if "mask" in way:
-                assert all(v.equal(plain[1][n]) for n, v in end.items()), f"{title}, {way}: other bits than without"
-            rows.append({"federation": title, "numbers": size, "way": way, "s per round": found, "of plain": found / plain[0]})
+                assert all(v.equal(plain[1][n]) for n, v in end.items()), (
+                    f"{title}, {way}: other bits than without"
+                )
+            rows.append(
+                {
+                    "federation": title,
+                    "numbers": size,
+                    "way": way,
+                    "s per round": found,
+                    "of plain": found / plain[0],
+                }
+            )
     tell(asked, rows)
 
 

@@ -1,4 +1,6 @@
-"""What all benchmarks have in common: their arguments, and their results as Markdown and JSON with what they ran on."""
+"""What all benchmarks have in common: their arguments, and their results as Markdown and JSON with
+what they ran on.
+"""
 
 import argparse
 import json
@@ -18,32 +20,46 @@ MPIRUN = ("mpirun", "--oversubscribe", "--bind-to", "none")
 
 def arguments(doc: str) -> argparse.ArgumentParser:
     """A parser that shows the script's docstring and knows ``--json FILE``."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write rows, hardware, versions, command and date there"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write rows, hardware, versions, command and date there",
     )
     return parser
 
 
 def tell(asked: argparse.Namespace, rows: Sequence[Mapping], libraries: Sequence[str] = ()) -> None:
-    """Print ``rows`` as a table of Markdown and what they were measured on; write all of it as ``asked.json``.
+    """Print ``rows`` as a table of Markdown and what they were measured on; write all of it as
+    ``asked.json``.
 
-    rows: the same keys in each, or some of them; ``libraries``: versions to name beside the usual ones.
+    rows: the same keys in each, or some of them; ``libraries``: versions to name beside the usual
+    ones.
     """
     found = surroundings(libraries) | {"rows": list(rows)}
     print(table(rows))
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     print(
-        f"\n`{found['command']}`, {found['date']}, commit {found['commit']}, {found['cores']} cores of {found['processor']}, {versions}"
+        f"\n`{found['command']}`, {found['date']}, commit {found['commit']}, {found['cores']} "
+        f"cores of {found['processor']}, {versions}"
     )
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def table(rows: Sequence[Mapping]) -> str:
-    """Rows as a table of Markdown, a column for each key of any of them, in the order in which they come."""
+    """Rows as a table of Markdown, a column for each key of any of them, in the order in which they
+    come.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, ["---"] * len(columns), *([_shown(row.get(c, "")) for c in columns] for row in rows)]
+    lines = [
+        columns,
+        ["---"] * len(columns),
+        *([_shown(row.get(c, "")) for c in columns] for row in rows),
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -79,7 +95,9 @@ def _processor() -> str:
     """Its name, by Linux where that says it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 

@@ -2,9 +2,10 @@
 
     python benchmarks/scaling.py [--rounds 5]
 
-One process that trains all clients against `mpirun -n 3` (a server and two workers), run after run. Seconds from the end
-of round 1, where everything warms up, to that of the last but one: training, message, evaluation, log. `without other
-programs`: the same of the seconds in which the cores were not taken away. Correctness first: both end at the same bits.
+One process that trains all clients against `mpirun -n 3` (a server and two workers), run after run.
+Seconds from the end of round 1, where everything warms up, to that of the last but one: training,
+message, evaluation, log. `without other programs`: the same of the seconds in which the cores were
+not taken away. Correctness first: both end at the same bits.
 """
 
 import json
@@ -15,7 +16,11 @@ from predict import DIGITS, images, played
 from report import arguments, tell
 
 LOW_RANK = {"name": "fedlora", "lora_epochs": 2, "conv_rank": 0.6, "linear_rank": 0.6}
-REFERENCE = {"data": images(8, 200), "model": "cifar_resnet8", "train": {"epochs": 5, "batch_size": 100, "lr": 0.05}}
+REFERENCE = {
+    "data": images(8, 200),
+    "model": "cifar_resnet8",
+    "train": {"epochs": 5, "batch_size": 100, "lr": 0.05},
+}
 SMALL = {"data": DIGITS, "model": "cnn", "train": {"epochs": 5, "batch_size": 10, "lr": 0.02}}
 CASES = {  # name: (config, times as many rounds)
     "CIFAR ResNet-8, FedAvg": (REFERENCE | {"algorithm": "fedavg"}, 1),
@@ -28,9 +33,19 @@ CASES = {  # name: (config, times as many rounds)
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument(
-        "--rounds", type=int, default=5, help="of the larger network (default 5); 5 times as many of the digits"
+        "--rounds",
+        type=int,
+        default=5,
+        help="of the larger network (default 5); 5 times as many of the digits",
     )
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        default=list(CASES),
+        metavar="NAME",
+        help=", ".join(CASES),
+    )
     asked, rows = parser.parse_args(), []
     for name in asked.cases:
         tree, times = CASES[name]

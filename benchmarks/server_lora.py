@@ -1,12 +1,14 @@
-"""What the server of FlexLoRA and FedHL does in a round at the size of ViT-B, beside the gather of the clients' factors.
+"""What the server of FlexLoRA and FedHL does in a round at the size of ViT-B, beside the gather of
+the clients' factors.
 
     python benchmarks/server_lora.py [--clients 100] [--layers 48]
 
-Half of the layers are 768 x 768, half 768 x 3072; clients have the ranks 64, 32, 16, 16, 8, 8, 4, 4, 4, 4 in turn. Seconds
-of the slowest rank and peak memory of the largest process, one thread per rank: the singular vectors of all layers
-(`right_vectors`) on 1 and 3 ranks, beside torch.linalg.svd of one layer of each shape; the factors of all clients by a
-gather on 3 ranks; what they stand for, added up exactly on one rank; the allreduce of that sum on 3 ranks. Correctness
-first: the singular vectors of a layer are those of torch.linalg.svd.
+Half of the layers are 768 x 768, half 768 x 3072; clients have the ranks 64, 32, 16, 16, 8, 8, 4,
+4, 4, 4 in turn. Seconds of the slowest rank and peak memory of the largest process, one thread per
+rank: the singular vectors of all layers (`right_vectors`) on 1 and 3 ranks, beside torch.linalg.svd
+of one layer of each shape; the factors of all clients by a gather on 3 ranks; what they stand for,
+added up exactly on one rank; the allreduce of that sum on 3 ranks. Correctness first: the singular
+vectors of a layer are those of torch.linalg.svd.
 """
 
 import argparse
@@ -51,7 +53,10 @@ def shared(layers: int) -> dict[str, torch.Tensor]:
     draw, tree = rng(1, "server"), {}
     for name, (out_side, in_side) in shapes(layers).items():
         tree[f"{name}..W"] = torch.randn(out_side, in_side, generator=draw) / 1000
-        tree |= {f"{name}..A": torch.zeros(max(RANKS), in_side), f"{name}..B": torch.zeros(out_side, max(RANKS))}
+        tree |= {
+            f"{name}..A": torch.zeros(max(RANKS), in_side),
+            f"{name}..B": torch.zeros(out_side, max(RANKS)),
+        }
     return tree
 
 
@@ -64,22 +69,34 @@ def timed(work) -> float:
 def vectors(comm, asked) -> dict:
     server = FlexLoRA(lora_ranks=RANKS)
     tree = shared(asked.layers)
-    return {"seconds": timed(lambda: server.handed_out(tree, right_vectors(comm, server.decomposed(tree))))}
+    return {
+        "seconds": timed(
+            lambda: server.handed_out(tree, right_vectors(comm, server.decomposed(tree)))
+        )
+    }
 
 
 def svd(comm, asked) -> dict:
     tall, wide = (torch.randn(size, generator=rng(1, "svd")) for size in ((768, 768), (768, 3072)))
     half = asked.layers / 2
-    return {"seconds": half * sum(timed(lambda m=m: torch.linalg.svd(m, full_matrices=False)) for m in (tall, wide))}
+    return {
+        "seconds": half
+        * sum(timed(lambda m=m: torch.linalg.svd(m, full_matrices=False)) for m in (tall, wide))
+    }
 
 
 def gather(comm, asked) -> dict:
     rank_of = {c: c % comm.size for c in range(asked.clients)}
-    pack = lambda c: torch.cat([v.flatten() for v in upload(asked.layers, RANKS[c % 10], c).values()])
+    pack = lambda c: torch.cat(
+        [v.flatten() for v in upload(asked.layers, RANKS[c % 10], c).values()]
+    )
     layouts = {r: Layout.of(upload(asked.layers, r, 0)) for r in set(RANKS)}
     own = {c: pack(c) for c in range(asked.clients) if rank_of[c] == comm.rank}
     of = {c: layouts[RANKS[c % 10]] for c in range(asked.clients)}
-    return {"seconds": timed(lambda: gathered(comm, own, of, rank_of)), "bytes": 4 * sum(of[c].size for c in of)}
+    return {
+        "seconds": timed(lambda: gathered(comm, own, of, rank_of)),
+        "bytes": 4 * sum(of[c].size for c in of),
+    }
 
 
 def added(comm, asked) -> dict:
@@ -138,9 +155,14 @@ def main() -> None:
         line = [*launch, sys.executable, __file__, "--part", name, "--ranks", str(ranks)]
         line += ["--clients", str(asked.clients), "--layers", str(asked.layers)]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        found = json.loads(subprocess.run(line, env=env, capture_output=True, text=True, check=True).stdout)
+        found = json.loads(
+            subprocess.run(line, env=env, capture_output=True, text=True, check=True).stdout
+        )
         sent = {"MB sent or held": found["bytes"] / 1e6} if "bytes" in found else {}
-        rows.append({"what": said, "ranks": ranks, "s": found["seconds"], "MB peak": found["peak"] / 1e6} | sent)
+        rows.append(
+            {"what": said, "ranks": ranks, "s": found["seconds"], "MB peak": found["peak"] / 1e6}
+            | sent
+        )
     tell(asked, rows)
 
 

@@ -23,20 +23,39 @@ from fedlora_mpi.run.checkpointing import beginning
 
 WORKLOADS = {  # name: (data, model, train, group size, target ratio)
     "cifar_resnet8": (
-        {"dataset": "synthetic", "synthetic": {"size": 32, "channels": 3, "train": 2000, "test": 200},
-         "partition": {"kind": "iid", "clients": 2, "train": 500, "test": 20}},
-        "cifar_resnet8", {"epochs": 5, "batch_size": 100, "lr": 0.01}, "auto", 0.95,
+        {
+            "dataset": "synthetic",
+            "synthetic": {"size": 32, "channels": 3, "train": 2000, "test": 200},
+            "partition": {"kind": "iid", "clients": 2, "train": 500, "test": 20},
+        },
+        "cifar_resnet8",
+        {"epochs": 5, "batch_size": 100, "lr": 0.01},
+        "auto",
+        0.95,
     ),
     "digits": (
-        {"dataset": "digits", "partition": {"kind": "iid", "clients": 10, "train": 140, "test": 30}},
-        "cnn", {"epochs": 5, "batch_size": 10, "lr": 0.05}, 10, 2.0,
+        {
+            "dataset": "digits",
+            "partition": {"kind": "iid", "clients": 10, "train": 140, "test": 30},
+        },
+        "cnn",
+        {"epochs": 5, "batch_size": 10, "lr": 0.05},
+        10,
+        2.0,
     ),
 }
 
 
 def prepare(data: dict, model: str | dict, train: dict, **engine):
     """A built FedAvg run and its first state."""
-    tree = {"data": data, "model": model, "algorithm": "fedavg", "train": train, "engine": engine, "rounds": 1}
+    tree = {
+        "data": data,
+        "model": model,
+        "algorithm": "fedavg",
+        "train": train,
+        "engine": engine,
+        "rounds": 1,
+    }
     built = build(from_dict(tree, "benchmark"), "benchmark", Solo())
     return built, beginning(built)
 
@@ -83,7 +102,9 @@ def main() -> None:
         wrong = check(built)
         assert wrong < 1e-3, f"{name}: engine and loop differ by {wrong}"
         clients = list(range(len(built.run.weight_N)))
-        samples = sum(built.run.trainer.feed.train_size(c) for c in clients) * built.config.train.epochs
+        samples = (
+            sum(built.run.trainer.feed.train_size(c) for c in clients) * built.config.train.epochs
+        )
         ours, theirs = [], []
         for repeat in range(asked.repeats + 1):  # the first warms up
             begin = time.perf_counter()
@@ -91,11 +112,18 @@ def main() -> None:
             ours.append(samples / (time.perf_counter() - begin))
             theirs.append(samples / bare_loop(built, clients)[0])
         ratio = statistics.median(a / b for a, b in zip(ours[1:], theirs[1:]))
-        rows.append({
-            "workload": name, "path": built.config.engine.path, "group size": built.config.engine.group_size,
-            "rounds samples/s": statistics.median(ours[1:]), "bare loop samples/s": statistics.median(theirs[1:]),
-            "ratio": ratio, "target": target, "difference": wrong,
-        })
+        rows.append(
+            {
+                "workload": name,
+                "path": built.config.engine.path,
+                "group size": built.config.engine.group_size,
+                "rounds samples/s": statistics.median(ours[1:]),
+                "bare loop samples/s": statistics.median(theirs[1:]),
+                "ratio": ratio,
+                "target": target,
+                "difference": wrong,
+            }
+        )
     tell(asked, rows)
 
 

@@ -37,7 +37,9 @@ class LowRankConv(nn.Conv2d):
     def split(self) -> None:
         r = int(RATIO * self.out_channels)
         kernel = self.kernel_size[0]
-        self.lora_A = nn.Parameter(torch.empty(r * kernel, self.in_channels * kernel).uniform_(-0.01, 0.01))
+        self.lora_A = nn.Parameter(
+            torch.empty(r * kernel, self.in_channels * kernel).uniform_(-0.01, 0.01)
+        )
         self.lora_B = nn.Parameter(torch.zeros(self.out_channels * kernel, r * kernel))
         self.scale, self.cached = 1 / r, None
 
@@ -58,7 +60,9 @@ class LowRankLinear(nn.Linear):
         self.scale, self.cached = 1 / LINEAR, None
 
     def forward(self, x):
-        return F.linear(x, self.weight + (self.cached if self.cached is not None else self.tau()), self.bias)
+        return F.linear(
+            x, self.weight + (self.cached if self.cached is not None else self.tau()), self.bias
+        )
 
     def tau(self):
         return (self.lora_B * self.scale) @ self.lora_A
@@ -79,7 +83,9 @@ def train_client(net: nn.Module, feed, client: int, cache: bool) -> None:
     rest = [p for n, p in net.named_parameters() if "lora_" not in n]
     layers = [m for m in net.modules() if hasattr(m, "lora_A")]
     net.train()
-    for phase, (trained, frozen, epochs) in enumerate(((low, rest, LORA_EPOCHS), (rest, low, EPOCHS - LORA_EPOCHS))):
+    for phase, (trained, frozen, epochs) in enumerate(
+        ((low, rest, LORA_EPOCHS), (rest, low, EPOCHS - LORA_EPOCHS))
+    ):
         for p in trained:
             p.requires_grad_(True)
         for p in frozen:
@@ -113,7 +119,8 @@ def half(rank: int, tree: dict, clients: list[int], total: torch.Tensor, rounds:
         total.zero_() if rank == 0 else None
         mine = torch.zeros_like(total)
         for client in clients:
-            net.load_state_dict({**sigma, **low[client]}, strict=False)  # BatchNorm adds its counter
+            # BatchNorm adds its counter
+            net.load_state_dict({**sigma, **low[client]}, strict=False)
             train_client(net, feed, client, cache=True)
             state = net.state_dict()
             low[client] = {n: state[n].clone() for n in low[client]}
@@ -124,13 +131,18 @@ def half(rank: int, tree: dict, clients: list[int], total: torch.Tensor, rounds:
         sigma = {n: p.view(v.shape) for (n, v), p in zip(sigma.items(), parts)}
         right = 0.0
         for client in clients:
-            net.load_state_dict({**sigma, **low[client]}, strict=False)  # BatchNorm adds its counter
+            # BatchNorm adds its counter
+            net.load_state_dict({**sigma, **low[client]}, strict=False)
             batch = feed.test([client], 0, feed.test_size(client))
             with torch.no_grad():
                 right += float((net(batch.x[0]).argmax(1) == batch.y[0]).float().mean())
         out.wait()
         if rank == 0:
-            print(f"  by hand, round {round_ + 1}: {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
+            print(
+                f"  by hand, round {round_ + 1}: {time.perf_counter() - begin:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
             seconds[round_] = time.perf_counter() - begin
 
 
@@ -141,14 +153,25 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=2)
     asked = parser.parse_args()
-    data = {"dataset": "synthetic", "synthetic": {"size": 32, "channels": 3, "train": 50000, "test": 10000}}
+    data = {
+        "dataset": "synthetic",
+        "synthetic": {"size": 32, "channels": 3, "train": 50000, "test": 10000},
+    }
     if asked.root:
         data = {"dataset": "cifar10", "root": asked.root}
     data["partition"] = {"kind": "dirichlet_client", "alpha": 0.1, "clients": asked.clients}
     tree = {
-        "rounds": asked.rounds, "data": data, "model": "resnet8",
-        "algorithm": {"name": "fedlora", "lora_epochs": LORA_EPOCHS, "conv_rank": RATIO, "linear_rank": LINEAR,
-                      "rank_rule": "official", "scale": "official"},
+        "rounds": asked.rounds,
+        "data": data,
+        "model": "resnet8",
+        "algorithm": {
+            "name": "fedlora",
+            "lora_epochs": LORA_EPOCHS,
+            "conv_rank": RATIO,
+            "linear_rank": LINEAR,
+            "rank_rule": "official",
+            "scale": "official",
+        },
         "train": {"epochs": EPOCHS, "batch_size": BATCH},
     }
     seconds = torch.zeros(asked.rounds).share_memory_()
@@ -158,7 +181,10 @@ def main() -> None:
     barrier = context.Barrier(2)
     del built
     halves = [
-        context.Process(target=half, args=(r, tree, list(range(r, asked.clients, 2)), total, asked.rounds, barrier))
+        context.Process(
+            target=half,
+            args=(r, tree, list(range(r, asked.clients, 2)), total, asked.rounds, barrier),
+        )
         for r in (0, 1)
     ]
     for process in halves:
@@ -167,7 +193,12 @@ def main() -> None:
         process.join()
     ours = framework(tree)
     ratio = ours[-1] / float(seconds[-1])
-    row = {"clients": asked.clients, "by hand s/round": float(seconds[-1]), "mpirun -n 3 s/round": ours[-1], "ratio": ratio}
+    row = {
+        "clients": asked.clients,
+        "by hand s/round": float(seconds[-1]),
+        "mpirun -n 3 s/round": ours[-1],
+        "ratio": ratio,
+    }
     tell(asked, [row])
 
 
@@ -177,12 +208,18 @@ def framework(tree: dict) -> list[float]:
         config, output = os.path.join(folder, "config.yaml"), os.path.join(folder, "run")
         with open(config, "w") as file:
             json.dump({**tree, "output": output}, file)  # JSON is YAML
-        environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        environment = {
+            **os.environ,
+            "OMPI_ALLOW_RUN_AS_ROOT": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        }
         mpirun = os.path.join(os.path.dirname(sys.executable), "mpirun")
         command = [mpirun, "-n", "3", *MPIRUN[1:], sys.executable, "-m", "fedlora_mpi"]
         subprocess.run([*command, "run", config], check=True, env=environment)
         rounds = RunFiles(output).rounds()
-        return sum(rounds[f"seconds_{stage}"] for stage in ("train", "exchange", "evaluate")).tolist()
+        return sum(
+            rounds[f"seconds_{stage}"] for stage in ("train", "exchange", "evaluate")
+        ).tolist()
 
 
 if __name__ == "__main__":

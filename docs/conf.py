@@ -1,7 +1,8 @@
-"""Sphinx's settings: ``make docs`` makes ``build/docs/index.html`` of the Markdown and the notebook in this folder.
+"""Sphinx's settings: ``make docs`` makes ``build/docs/index.html`` of the Markdown and the notebook
+in this folder.
 
-The notebook lies here without outputs and is run whenever the site is built: what a page shows of it was just
-computed. Nothing of the site comes from the network.
+The notebook lies here without outputs and is run whenever the site is built: what a page shows of
+it was just computed. Nothing of the site comes from the network.
 """
 
 import os
@@ -40,11 +41,14 @@ def read_notebook(app, name: str, source: list[str]) -> None:
 
 
 def executed(text: str) -> nbformat.NotebookNode:
-    """The notebook ``text`` with the outputs of its cells, run in a scratch copy of ``configs``. Raises CellExecutionError."""
+    """The notebook ``text`` with the outputs of its cells, run in a scratch copy of ``configs``.
+    Raises CellExecutionError.
+    """
     notebook = nbformat.reads(text, as_version=4)
     with tempfile.TemporaryDirectory() as scratch:
         shutil.copytree(HERE.parent / "configs", Path(scratch) / "configs")
-        here = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])  # `!fedlora-mpi` is that of this Python
+        # `!fedlora-mpi` is that of this Python
+        here = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
         above = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
         client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": scratch}})
         return client.execute(env=os.environ | {"PATH": here, "PYTHONPATH": above})
@@ -61,7 +65,10 @@ def _output(output: nbformat.NotebookNode) -> str:
     if output.output_type == "stream":
         return _block("text", output.text)
     if "image/png" in output.data:
-        return _block("{raw} html", f'<img alt="figure" src="data:image/png;base64,{output.data["image/png"].strip()}">')
+        return _block(
+            "{raw} html",
+            f'<img alt="figure" src="data:image/png;base64,{output.data["image/png"].strip()}">',
+        )
     if "text/html" in output.data:
         return _block("{raw} html", f'<div class="table-wrapper">{output.data["text/html"]}</div>')
     return _block("text", output.data["text/plain"])

@@ -1,9 +1,11 @@
-"""Fill the generated parts of ``methods.md`` and ``add_a_method.md`` from the code: ``python docs/make_methods.py``.
+"""Fill the generated parts of ``methods.md`` and ``add_a_method.md`` from the code: ``python
+docs/make_methods.py``.
 
-The pages are prose with marked places: ``<!-- overview -->``, ``<!-- symbols -->``, ``<!-- hooks -->`` and, under
-the heading of every method, ``<!-- facts of NAME -->``, each up to the next ``<!-- end -->``. What stands
-between is made here: numbers are measured on ``REFERENCE``, sentences are those of the docstrings. Only
-``SAID`` is typed; ``tests/test_docs.py`` compares its formulas with the measurement, and the pages with the code.
+The pages are prose with marked places: ``<!-- overview -->``, ``<!-- symbols -->``, ``<!-- hooks
+-->`` and, under the heading of every method, ``<!-- facts of NAME -->``, each up to the next ``<!--
+end -->``. What stands between is made here: numbers are measured on ``REFERENCE``, sentences are
+those of the docstrings. Only ``SAID`` is typed; ``tests/test_docs.py`` compares its formulas with
+the measurement, and the pages with the code.
 """
 
 import inspect
@@ -130,9 +132,17 @@ def measured(algorithm: Algorithm, model: Model) -> Bytes:
     mixing = Mixing.of(algorithm, first, [0], [0], "auto")
     arrived = first._replace(shared=algorithm.download(first.shared))
     ones = Vars(*(tmap(torch.ones_like, half) for half in arrived[:2]))
-    up = 4 * max(int(algorithm.sent(v, v)) for v in (arrived, ones)) + (mixing.bytes_up if mixing else 0)
-    moments = first.shared, tmap(torch.ones_like, first.shared), served_once(algorithm, model, first)
-    down = 4 * max(int(algorithm.received(shared)) for shared in moments) + (mixing.bytes_down if mixing else 0)
+    up = 4 * max(int(algorithm.sent(v, v)) for v in (arrived, ones)) + (
+        mixing.bytes_up if mixing else 0
+    )
+    moments = (
+        first.shared,
+        tmap(torch.ones_like, first.shared),
+        served_once(algorithm, model, first),
+    )
+    down = 4 * max(int(algorithm.received(shared)) for shared in moments) + (
+        mixing.bytes_down if mixing else 0
+    )
     return Bytes(up, down, nbytes(first.personal), nbytes(algorithm.server(model, first.shared)))
 
 
@@ -140,12 +150,16 @@ def served_once(algorithm: Algorithm, model: Model, first: Vars) -> Tree:
     """The shared variables after a round of one client that has learned nothing."""
     v = first._replace(shared=algorithm.download(first.shared))
     mean = algorithm.expand(algorithm.upload(v, v), first.shared, 1)
-    return algorithm.serve(algorithm.server(model, first.shared), first.shared, mean, Cohort(1.0, 1.0))[1]
+    return algorithm.serve(
+        algorithm.server(model, first.shared), first.shared, mean, Cohort(1.0, 1.0)
+    )[1]
 
 
 def symbols(model: Model) -> dict[str, tuple[int, str]]:
     """Letter of the formulas -> (its number for ``model``, what it counts)."""
-    count = lambda *roles: sum(v.numel() for n, v in model.initial.items() if model.role(n) in roles)
+    count = lambda *roles: sum(
+        v.numel() for n, v in model.initial.items() if model.role(n) in roles
+    )
     classes, width = model.leaves[f"{model.head}.weight"].shape
     ranks, adapted = LowRank().ranks(model), FineTuning().adapted(model)
     a = {n: min(8, *size) * size[1] for n, size in adapted.items()}
@@ -157,13 +171,25 @@ def symbols(model: Model) -> dict[str, tuple[int, str]]:
         "A": (count("norm"), "parameters of normalisation layers"),
         "K": (classes, "classes"),
         "d": (width, "features that enter the head"),
-        "S": (numel(build("cnn5", {}, model.classes, model.shape, 1).initial), "numbers of the small network `cnn5`"),
-        "Q": (sum(a.values()) + sum(b.values()), "numbers of A and B of rank 8 in all weights but the head"),
+        "S": (
+            numel(build("cnn5", {}, model.classes, model.shape, 1).initial),
+            "numbers of the small network `cnn5`",
+        ),
+        "Q": (
+            sum(a.values()) + sum(b.values()),
+            "numbers of A and B of rank 8 in all weights but the head",
+        ),
         "a": (sum(a.values()), "those of A alone"),
         "b": (sum(b.values()), "those of B alone"),
         "W": (sum(prod(size) for size in adapted.values()), "numbers of these weights themselves"),
-        "T": (sum(r * sum(sides(model.leaves[n])) for n, r in ranks.items()), "numbers of all A and B, default ranks"),
-        "G": (sum(cut.count for cut in cuts(model, blocks=5).values()), "runs of weights that pFedGate's gate scales"),
+        "T": (
+            sum(r * sum(sides(model.leaves[n])) for n, r in ranks.items()),
+            "numbers of all A and B, default ranks",
+        ),
+        "G": (
+            sum(cut.count for cut in cuts(model, blocks=5).values()),
+            "runs of weights that pFedGate's gate scales",
+        ),
         "x": (prod(model.shape), "numbers of one input"),
         "c": (model.shape[0], "channels of one input"),
     }
@@ -189,7 +215,9 @@ class Text(NamedTuple):
     deviations: str
 
 
-CITATION = re.compile(r' ([A-Z][^".:;()]*\.?), "(.+?),?"(?: \([^()]*\))?, (.*?), (https://\S*?)(?=[,.;]? )')
+CITATION = re.compile(
+    r' ([A-Z][^".:;()]*\.?), "(.+?),?"(?: \([^()]*\))?, (.*?), (https://\S*?)(?=[,.;]? )'
+)
 
 
 def text_of(name: str) -> Text:
@@ -198,19 +226,25 @@ def text_of(name: str) -> Text:
     sentence, rest = text.split("\n\n", 1)
     body = rest[: rest.index("BatchNorm: ")]
     batchnorm, deviations = re.search(
-        r"BatchNorm: (.*?) Bytes per client and round: .*?(?: Deviations: (.*))?$", " ".join(rest.split())
+        r"BatchNorm: (.*?) Bytes per client and round: .*?(?: Deviations: (.*))?$",
+        " ".join(rest.split()),
     ).groups()
     if other := re.search(r"\(see ``(\w+)\.py``\)", body):
         _, paper, short, *_ = text_of(other[1])
     else:
         cited = CITATION.findall(" " + " ".join(body.split()) + " ")
-        paper = "; ".join(f"{who}, [{title}]({url}), {where}" for who, title, where, url in cited) or "–"
+        paper = (
+            "; ".join(f"{who}, [{title}]({url}), {where}" for who, title, where, url in cited)
+            or "–"
+        )
         short = "; ".join(f"[{who}]({url})" for who, _, _, url in cited) or "–"
         body = re.split(r"https://\S*[,.;]\s", body)[-1]
     opening, *equations = body.strip().split("\n\n")
     opening = fill(opening[0].upper() + " ".join(opening[1:].split()), 100)
     body = "\n\n".join([opening, *equations])
-    return Text(sentence, paper, short, body, _markdown(batchnorm), _markdown(deviations or "none."))
+    return Text(
+        sentence, paper, short, body, _markdown(batchnorm), _markdown(deviations or "none.")
+    )
 
 
 def _markdown(text: str) -> str:
@@ -224,7 +258,9 @@ def judged(cls: type[Algorithm]) -> str:
     """When the accuracy is taken."""
     if cls.evaluates == "after_training":
         return "after local training"
-    return "after aggregation" + (", on a copy tuned first" if cls.tune is not Algorithm.tune else "")
+    return "after aggregation" + (
+        ", on a copy tuned first" if cls.tune is not Algorithm.tune else ""
+    )
 
 
 def mean(algorithm: Algorithm, model: Model) -> str:
@@ -234,17 +270,27 @@ def mean(algorithm: Algorithm, model: Model) -> str:
     if not algorithm.upload(first, first):
         return "none; a mix is over the clients of the round" if mixes else "none"
     settable = {field.name for field in fields(algorithm)}
-    setting = lambda key: f"`{key}: {getattr(algorithm, key)}`" + ("" if key in settable else ", fixed")
+    setting = lambda key: (
+        f"`{key}: {getattr(algorithm, key)}`" + ("" if key in settable else ", fixed")
+    )
     weight = {"samples": "clients count by their samples", "uniform": "clients count equally"}
-    away = {"exclude": "absent clients do not count", "stale": "absent clients count with the last shared values"}
-    found = f"{weight[algorithm.weights]} ({setting('weights')}); {away[algorithm.absent]} ({setting('absent')})"
+    away = {
+        "exclude": "absent clients do not count",
+        "stale": "absent clients count with the last shared values",
+    }
+    found = (
+        f"{weight[algorithm.weights]} ({setting('weights')}); {away[algorithm.absent]} "
+        f"({setting('absent')})"
+    )
     found = f"a sum; {found}" if algorithm.sums else found
     return found + ("; a mix is over the clients of the round" if mixes else "")
 
 
 def lines(name: str) -> int:
     """How many lines the method's file has."""
-    return len(Path(inspect.getfile(algorithms.find(name))).read_text(encoding="utf-8").splitlines())
+    return len(
+        Path(inspect.getfile(algorithms.find(name))).read_text(encoding="utf-8").splitlines()
+    )
 
 
 # The page.
@@ -258,7 +304,12 @@ def overview(page: str, model: Model) -> Iterator[str]:
         counted = measured(algorithms.find(name)(), model)
         anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
         cells = f"[{title}](#{anchor})", _link(name), text_of(name).short, SAID[name].shared
-        cells += f"{counted.up:,}", f"{counted.down:,}", judged(algorithms.find(name)), str(lines(name))
+        cells += (
+            f"{counted.up:,}",
+            f"{counted.down:,}",
+            judged(algorithms.find(name)),
+            str(lines(name)),
+        )
         yield f"| {' | '.join(cells)} |"
 
 
@@ -277,8 +328,14 @@ def hooks() -> Iterator[str]:
     for hook, default in vars(Algorithm).items():
         if hook.startswith("_") or not inspect.isfunction(default):
             continue
-        users = [name for name in algorithms.names() if getattr(algorithms.find(name), hook) is not default]
-        who = ", ".join(f"`{name}`" for name in users) if len(users) <= 8 else f"{len(users)} methods"
+        users = [
+            name
+            for name in algorithms.names()
+            if getattr(algorithms.find(name), hook) is not default
+        ]
+        who = (
+            ", ".join(f"`{name}`" for name in users) if len(users) <= 8 else f"{len(users)} methods"
+        )
         arguments = ", ".join(list(inspect.signature(default).parameters)[1:])
         says = _markdown(" ".join(default.__doc__.split())).replace("|", r"\|")
         yield f"| `{hook}({arguments})` | {says} | {who or 'none'} |"
@@ -288,7 +345,9 @@ def facts(name: str, model: Model) -> Iterator[str]:
     """What is known of one method."""
     cls, text, said = algorithms.find(name), text_of(name), SAID[name]
     algorithm, counted = cls(), measured(cls(), model)
-    equal = lambda kind: f"{getattr(said.bytes, kind).replace(' * ', ' ')} = {getattr(counted, kind):,}"
+    equal = lambda kind: (
+        f"{getattr(said.bytes, kind).replace(' * ', ' ')} = {getattr(counted, kind):,}"
+    )
     held = lambda words, kind: words if words == "–" else f"{words}: {equal(kind)} bytes"
     yield text.sentence
     yield ""
@@ -333,7 +392,11 @@ def made(page: str) -> str:
 
     def filled(mark: re.Match) -> str:
         kind, name = mark.groups()
-        parts = {"overview": lambda: overview(page, model), "symbols": lambda: legend(model), "hooks": hooks}
+        parts = {
+            "overview": lambda: overview(page, model),
+            "symbols": lambda: legend(model),
+            "hooks": hooks,
+        }
         new = facts(name, model) if name else parts[kind]()
         return "\n".join([f"<!-- {kind} -->", "", *new, "", "<!-- end -->"])
 

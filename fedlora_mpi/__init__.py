@@ -1,15 +1,19 @@
 """Federated learning with shared and personal low-rank parts, simulated over MPI.
 
-``open_run(path)`` reads a run folder, ``open_runs(pattern)`` several; ``fedlora-mpi --help`` lists the commands.
-A method of your own imports all that it needs from here: ``Algorithm``, ``Vars`` and the others below.
+``open_run(path)`` reads a run folder, ``open_runs(pattern)`` several; ``fedlora-mpi --help`` lists
+the commands. A method of your own imports all that it needs from here: ``Algorithm``, ``Vars`` and
+the others below.
 """
 
 __version__ = "0.1.0"
 
-_HOME = {  # name -> its module, which is imported when the name is asked for: reading a run needs no torch
+# name -> its module, which is imported when the name is asked for: reading a run needs no torch
+_HOME = {
     "open_run": "analysis.run_view",
     "open_runs": "analysis.runs",
-    **dict.fromkeys(("Algorithm", "Cohort", "Offer", "Phase", "Step", "Train", "Vars"), "algorithm"),
+    **dict.fromkeys(
+        ("Algorithm", "Cohort", "Offer", "Phase", "Step", "Train", "Vars"), "algorithm"
+    ),
     **dict.fromkeys(("Batch", "cross_entropy"), "core.batch"),
     "bounded": "core.bounds",
     "rng": "core.seeds",

@@ -1,4 +1,6 @@
-"""``python -m fedlora_mpi`` is ``fedlora-mpi``: Python puts the working folder first, where no library may come from."""
+"""``python -m fedlora_mpi`` is ``fedlora-mpi``: Python puts the working folder first, where no
+library may come from.
+"""
 
 import os
 import sys

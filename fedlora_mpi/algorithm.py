@@ -80,15 +80,19 @@ class Phase(NamedTuple):
 
     epochs: int
     steps: tuple[Step, ...]
-    constant: Callable[[Vars], Tree] | None = None  # computed once, handed to the losses as now.constant
+    # computed once, handed to the losses as now.constant
+    constant: Callable[[Vars], Tree] | None = None
     stream: str = ""
-    limit: Callable[[int], int] | None = None  # samples of an epoch that are used, from the client's number
+    # samples of an epoch that are used, from the client's number
+    limit: Callable[[int], int] | None = None
     after: Callable[[Vars], Vars] | None = None  # what the variables become at the end
     held_out: bool = False  # on the samples that ``Algorithm.held_out`` takes from all other phases
 
 
 def held_out(samples: int, fraction: float) -> int:
-    """How many of a client's training samples are held out: at least one, but never all; none of fraction 0."""
+    """How many of a client's training samples are held out: at least one, but never all; none of
+    fraction 0.
+    """
     return min(samples - 1, max(1, int(fraction * samples))) if fraction and samples else 0
 
 
@@ -96,7 +100,8 @@ class Offer(NamedTuple):
     """What a client shows to a per-client mix: the mixed leaves, and what the weights depend on."""
 
     rows: Tree  # mixed over the clients; the result replaces the personal leaves of these names
-    key: Tensor | None = None  # [K] numbers or bools whose Gram matrix decides the weights; None: the rows
+    # [K] numbers or bools whose Gram matrix decides the weights; None: the rows
+    key: Tensor | None = None
     aux: Tensor | None = None  # [k] further numbers of the client that they depend on
 
 
@@ -113,13 +118,14 @@ class Algorithm:
     Subclasses are frozen dataclasses whose fields are the hyper-parameters. The class variables may
     be fields or properties instead. ``weights``: by which number of the client its upload counts in
     the mean; ``absent``: what clients outside the cohort count for; ``evaluates``: the moment whose
-    accuracy is the method's; ``centred``: whether the mean over clients is taken off the keys before
-    their Gram matrix (distances then do not cancel); ``sums``: whether the server is given the sum of the
-    uploads in the place of their mean (absent clients are then excluded); ``surveys``: whether ``begin``
-    and ``finish`` are given all training data, in order, or the first sample alone; its ``counts`` are
-    those of all; ``held_out``: fraction of each client's training samples, the same ones in all rounds
-    (of a task), that no phase uses but those that say so, and these without augmentation; ``judges``: whether
-    every client's own model is evaluated or, on every client's test data, the one that the server has.
+    accuracy is the method's; ``centred``: whether the mean over clients is taken off the keys
+    before their Gram matrix (distances then do not cancel); ``sums``: whether the server is given
+    the sum of the uploads in the place of their mean (absent clients are then excluded);
+    ``surveys``: whether ``begin`` and ``finish`` are given all training data, in order, or the
+    first sample alone; its ``counts`` are those of all; ``held_out``: fraction of each client's
+    training samples, the same ones in all rounds (of a task), that no phase uses but those that say
+    so, and these without augmentation; ``judges``: whether every client's own model is evaluated
+    or, on every client's test data, the one that the server has.
     """
 
     weights: ClassVar[Literal["samples", "uniform"]] = "samples"
@@ -135,13 +141,16 @@ class Algorithm:
         """Raise ValueError when the fields do not go together with the model or the training."""
 
     def low_rank(self, model: Model) -> dict[str, int]:
-        """{weight: rank} of the leaves that have a low-rank part, for those who want to know: ``plan`` lists them.
-        Default: none."""
+        """{weight: rank} of the leaves that have a low-rank part, for those who want to know:
+        ``plan`` lists them. Default: none.
+        """
         return {}
 
     def of_client(self, client: int, clients: int) -> "Algorithm":
-        """The method as that client has it, where hyper-parameters differ between clients, such as the rank
-        of low-rank parts. What the server does is asked of the method itself. Default: the same for all."""
+        """The method as that client has it, where hyper-parameters differ between clients, such as
+        the rank of low-rank parts. What the server does is asked of the method itself. Default: the
+        same for all.
+        """
         return self
 
     # One client: what it has, how it trains, what it sends.
@@ -152,8 +161,9 @@ class Algorithm:
         return Vars(shared=model.initial, personal={})
 
     def download(self, shared: Tree) -> Tree:
-        """What of the server's shared variables this client gets, in its own terms (its own rank). All hooks
-        of a client see these as ``shared``. Default: all of them."""
+        """What of the server's shared variables this client gets, in its own terms (its own rank).
+        All hooks of a client see these as ``shared``. Default: all of them.
+        """
         return shared
 
     def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
@@ -161,8 +171,9 @@ class Algorithm:
         return v
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        """Local training of round ``round_`` (from 0), in order. ``model`` is in training mode. Default:
-        all leaves of the client's own model, under ``loss``."""
+        """Local training of round ``round_`` (from 0), in order. ``model`` is in training mode.
+        Default: all leaves of the client's own model, under ``loss``.
+        """
         return (Phase(train.epochs, (Step(self.loss(model)),)),)
 
     def used(self, phase: Phase, samples: int) -> int:
@@ -188,8 +199,10 @@ class Algorithm:
         return end.shared
 
     def expand(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        """What an upload stands for in the mean, in which it counts ``count``; whoever computes it has the server's
-        ``shared`` variables of the round. Its leaves have the same shapes for all clients. Default: the upload itself."""
+        """What an upload stands for in the mean, in which it counts ``count``; whoever computes it
+        has the server's ``shared`` variables of the round. Its leaves have the same shapes for all
+        clients. Default: the upload itself.
+        """
         return upload
 
     def offer(self, start: Vars, end: Vars) -> Offer | None:
@@ -197,11 +210,15 @@ class Algorithm:
         return None
 
     def sent(self, start: Vars, end: Vars) -> Tensor | int:
-        """How many numbers a client of a real federation would send for the upload. Default: all of it."""
+        """How many numbers a client of a real federation would send for the upload. Default: all of
+        it.
+        """
         return numel(self.upload(start, end))
 
     def received(self, shared: Tree) -> Tensor | int:
-        """How many numbers it would receive of the server's shared variables. Default: its download."""
+        """How many numbers it would receive of the server's shared variables. Default: its
+        download.
+        """
         return numel(self.download(shared))
 
     # The server.
@@ -216,17 +233,21 @@ class Algorithm:
         return server, mean
 
     def decomposed(self, shared: Tree) -> dict[str, tuple[Tensor, int]]:
-        """What the server needs the right singular vectors of after ``serve``: {name: (matrix [d1, d2], how
-        many)}. They are computed once each, on whichever ranks are idle. Default: nothing."""
+        """What the server needs the right singular vectors of after ``serve``: {name: (matrix [d1,
+        d2], how many)}. They are computed once each, on whichever ranks are idle. Default: nothing.
+        """
         return {}
 
     def handed_out(self, shared: Tree, right: Tree) -> Tree:
         """The shared variables completed by these vectors, {name: [k, d2]} with orthonormal rows."""
-        raise AssertionError(f"{type(self).__name__} has matrices decomposed but makes nothing of them")
+        raise AssertionError(
+            f"{type(self).__name__} has matrices decomposed but makes nothing of them"
+        )
 
     def told(self, shared: Tree, clients: int) -> dict[str, float]:
-        """Further numbers of the round for the log, from what the server has made of so many clients' uploads.
-        Default: none."""
+        """Further numbers of the round for the log, from what the server has made of so many
+        clients' uploads. Default: none.
+        """
         return {}
 
     def mix(self, gram: Tensor, aux: Tensor, round_: int) -> Tensor:
@@ -249,18 +270,28 @@ class Algorithm:
         return model(self.weights_of(model, v), x)
 
     def tune(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        """Training on a copy before an evaluation in front of round ``round_``, on training data. Default: none."""
+        """Training on a copy before an evaluation in front of round ``round_``, on training data.
+        Default: none.
+        """
         return ()
 
 
-def check_trains(name: str, method: Algorithm, network: str, model: Model, train: Train, first: Vars) -> None:
-    """Raise ValueError where ``method``, with these variables before round 1, trains nothing of a ``network`` of which
-    parameters are frozen."""
-    steps = [step for round_ in (0, 1) for phase in method.phases(model, train, round_) for step in phase.steps]
+def check_trains(
+    name: str, method: Algorithm, network: str, model: Model, train: Train, first: Vars
+) -> None:
+    """Raise ValueError where ``method``, with these variables before round 1, trains nothing of a
+    ``network`` of which parameters are frozen.
+    """
+    steps = [
+        step
+        for round_ in (0, 1)
+        for phase in method.phases(model, train, round_)
+        for step in phase.steps
+    ]
     names = [n for half in first[:2] for n in half if model.role(n) != "stats"]
     if model.locked and not any(step.trains(n) for step in steps for n in names):
         raise ValueError(
-            f"name = {name}: trains nothing, for all parameters of network {network} are frozen (requires_grad is False, as "
-            f"of {next(iter(model.locked))}); leave some to be trained, or choose a method that trains low-rank parts beside "
-            "them, such as fedit"
+            f"name = {name}: trains nothing, for all parameters of network {network} are frozen "
+            f"(requires_grad is False, as of {next(iter(model.locked))}); leave some to be "
+            "trained, or choose a method that trains low-rank parts beside them, such as fedit"
         )

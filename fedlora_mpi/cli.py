@@ -62,7 +62,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """What was asked; overrides may stand between and behind the options."""
     parser = _parser()
     asked, left = parser.parse_known_args(arguments)
-    if left and not (hasattr(asked, "overrides") and all("=" in text and text[0] != "-" for text in left)):
+    if left and not (
+        hasattr(asked, "overrides") and all("=" in text and text[0] != "-" for text in left)
+    ):
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     if left:
         asked.overrides = [*asked.overrides, *left]
@@ -72,7 +74,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _play(asked: argparse.Namespace) -> int:
     """Carry out one command; returns the exit code."""
     if asked.command.imports and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # behind all libraries: a file of the user's takes the place of none
+        # behind all libraries: a file of the user's takes the place of none
+        sys.path.append(os.getcwd())
     from .mpi.comm import Solo, connect
     from .mpi.ending import guarded
     from .mpi.launch import is_launched, starting
@@ -88,8 +91,12 @@ def _play(asked: argparse.Namespace) -> int:
 
 
 def _patience(asked: argparse.Namespace) -> float:
-    """Seconds that MPI may take to start, 0: for ever; by ``faults.timeout`` on the command line, for no config is read."""
-    given = [text.partition("=")[2] for text in asked.overrides if text.startswith("faults.timeout=")]
+    """Seconds that MPI may take to start, 0: for ever; by ``faults.timeout`` on the command line,
+    for no config is read.
+    """
+    given = [
+        text.partition("=")[2] for text in asked.overrides if text.startswith("faults.timeout=")
+    ]
     with suppress(ValueError):
         seconds = float(given[-1]) if given else _START
         return seconds and _BUSY + seconds
@@ -100,12 +107,18 @@ def _parser() -> argparse.ArgumentParser:
     """The parser of the command line, with one of its own for each command."""
     style = argparse.RawDescriptionHelpFormatter
     about = "Simulate personalised federated learning with low-rank parts, over MPI."
-    parser = argparse.ArgumentParser(prog="fedlora-mpi", description=about, epilog=EXAMPLES, formatter_class=style)
+    parser = argparse.ArgumentParser(
+        prog="fedlora-mpi", description=about, epilog=EXAMPLES, formatter_class=style
+    )
     parser.add_argument("--version", action="version", version=f"fedlora-mpi {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
-            name, help=command.help, description=command.help, epilog=EXAMPLES, formatter_class=style
+            name,
+            help=command.help,
+            description=command.help,
+            epilog=EXAMPLES,
+            formatter_class=style,
         )
         sub.set_defaults(command=command)
         command.add_arguments(sub)

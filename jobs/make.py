@@ -1,4 +1,6 @@
-"""Write this folder's scripts: ``python jobs/make.py`` after a change of ``fedlora_mpi/run/slurm.py``."""
+"""Write this folder's scripts: ``python jobs/make.py`` after a change of
+``fedlora_mpi/run/slurm.py``.
+"""
 
 from pathlib import Path
 
@@ -15,9 +17,10 @@ WHAT = {
     "cpu": "One node with CPUs: rank 0 is the server, eight ranks train.",
     "gpus": "One node with four GPUs: rank 0 is the server, each other rank has a GPU.",
     "nodes": "Two nodes with four GPUs each: rank 0 is the server, each other rank has a GPU.",
-    "array": "Runs over seeds and methods, one core each: line n of a file is task n of an array. This makes\n"
-    "# the file, and this script filled in beside it:\n"
-    "#   fedlora-mpi reproduce table1 --scale full --seeds 1 2 3 --methods fedlora fedavg --print-jobs",
+    "array": "Runs over seeds and methods, one core each: line n of a file is task n of an array. This "
+    "makes\n# the file, and this script filled in beside it:\n"
+    "#   fedlora-mpi reproduce table1 --scale full --seeds 1 2 3 --methods fedlora fedavg "
+    "--print-jobs",
 }
 JOBS = {
     "cpu": {"ranks": 9},
@@ -25,7 +28,10 @@ JOBS = {
     "nodes": {"ranks": 9, "nodes": 2, "gpus": 4},
     "array": {"ranks": 1, "array": 6},
 }
-RUN = "run=(configs/cifar10.yaml)  # with settings: run=(configs/cifar10.yaml algorithm=fedavg seed=2)"
+RUN = (
+    "run=(configs/cifar10.yaml)  # with settings: run=(configs/cifar10.yaml algorithm=fedavg "
+    "seed=2)"
+)
 LISTED = "jobs=runs/reproduce-full/table1/jobs.txt"
 
 
@@ -33,11 +39,13 @@ def made(name: str) -> str:
     """The text of ``jobs/NAME.sbatch``."""
     if name == "array":
         job = Job(name="fedlora-array", log="slurm-%x-%A_%a.log", **JOBS[name])
-        call = f'--array=1-$(wc -l < {LISTED.partition("=")[2]}) jobs/array.sbatch'
+        call = f"--array=1-$(wc -l < {LISTED.partition('=')[2]}) jobs/array.sbatch"
         return _script(job, WHAT[name], "jobs", call, LISTED, task_of('"$jobs"'))
     job = Job(name=f"fedlora-{name}", log="slurm-%x-%j.log", **JOBS[name])
     body = RUN, program(job, 'run --resume "${run[@]}"')
-    return _script(job, WHAT[name], "run", f"jobs/{name}.sbatch", *body, is_done=is_done('"${run[@]}"'))
+    return _script(
+        job, WHAT[name], "run", f"jobs/{name}.sbatch", *body, is_done=is_done('"${run[@]}"')
+    )
 
 
 def _script(job: Job, what: str, edited: str, call: str, *body: str, **more: str) -> str:

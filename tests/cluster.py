@@ -1,6 +1,7 @@
 """A real Slurm cluster of one node for the tests, in a folder of its own, gone after them.
 
-Needs Debian's ``slurm-wlm`` and ``munge`` (or their like) and two cores; it works for root and for others.
+Needs Debian's ``slurm-wlm`` and ``munge`` (or their like) and two cores; it works for root and for
+others.
 """
 
 import os
@@ -75,17 +76,28 @@ class Cluster:
 @contextmanager
 def cluster(home: Path) -> Iterator[Cluster]:
     """A cluster that answers. Skips the test, with the reason, where there can be none."""
-    programs = {name: shutil.which(name, path=SBIN) for name in ("munged", "slurmctld", "slurmd", "sbatch")}
+    programs = {
+        name: shutil.which(name, path=SBIN) for name in ("munged", "slurmctld", "slurmd", "sbatch")
+    }
     if missing := [name for name, path in programs.items() if path is None]:
         pytest.skip(f"no {', '.join(missing)}: apt-get install slurm-wlm munge")
     if (cores := len(os.sched_getaffinity(0))) < 2:
         pytest.skip("the cluster needs two cores")
-    plugins = next((p.parent for lib in ("/usr/lib", "/usr/lib64") for p in Path(lib).glob("**/auth_munge.so")), None)
+    plugins = next(
+        (
+            p.parent
+            for lib in ("/usr/lib", "/usr/lib64")
+            for p in Path(lib).glob("**/auth_munge.so")
+        ),
+        None,
+    )
     if plugins is None:
         pytest.skip("Slurm has no plugin auth_munge.so under /usr/lib")
     host = socket.gethostname().partition(".")[0]
     user = finished(["id", "-un"], home).stdout.strip()
-    conf = CONF.format(home=home, host=host, user=user, ports=_free_ports(2), cores=cores, plugins=plugins)
+    conf = CONF.format(
+        home=home, host=host, user=user, ports=_free_ports(2), cores=cores, plugins=plugins
+    )
     (home / "slurm.conf").write_text(conf)
     (home / "plugstack.conf").touch()
     key = home / "munge.key"
@@ -94,7 +106,10 @@ def cluster(home: Path) -> Iterator[Cluster]:
     for name in ("state", "spool"):
         (home / name).mkdir()
     made = Cluster(home)
-    munge = [f"--{name}={home}/munge.{name.partition('-')[0]}" for name in ("socket", "key-file", "pid-file", "log-file", "seed-file")]
+    munge = [
+        f"--{name}={home}/munge.{name.partition('-')[0]}"
+        for name in ("socket", "key-file", "pid-file", "log-file", "seed-file")
+    ]
     munge = [programs["munged"], "--force", "--foreground", "--num-threads=2", *munge]
     with ExitStack() as daemons:
         for line, there in (
@@ -103,11 +118,18 @@ def cluster(home: Path) -> Iterator[Cluster]:
             ([programs["slurmd"], "-D"], home / "slurmd.pid"),
         ):
             daemons.enter_context(_daemon(line, home, made.env, there))
-        idle = lambda: finished(["sinfo", "--noheader", "--format=%T"], home, **made.env).stdout.strip() == "idle"
+        idle = lambda: (
+            finished(["sinfo", "--noheader", "--format=%T"], home, **made.env).stdout.strip()
+            == "idle"
+        )
         _wait(idle, "the node does not become idle", home)
         yield made
         finished(["scancel", "--full", f"--user={user}"], home, **made.env)
-        _wait(lambda: not finished(["squeue", "--noheader"], home, **made.env).stdout, "jobs stay", home)
+        _wait(
+            lambda: not finished(["squeue", "--noheader"], home, **made.env).stdout,
+            "jobs stay",
+            home,
+        )
 
 
 @contextmanager

@@ -1,4 +1,6 @@
-"""What every test file has: one thread of torch, an order that suits the caches, and the fixtures that several files use."""
+"""What every test file has: one thread of torch, an order that suits the caches, and the fixtures
+that several files use.
+"""
 
 import shutil
 import sys
@@ -19,8 +21,12 @@ torch.set_num_threads(1)  # the engine's default; sums in another order have oth
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the conformance tests of one method next to each other: ``runs.played`` remembers its rounds."""
-    method = lambda item: getattr(item, "callspec", None) and str(item.callspec.params.get("name", "")) or ""
+    """Put the conformance tests of one method next to each other: ``runs.played`` remembers its
+    rounds.
+    """
+    method = lambda item: (
+        getattr(item, "callspec", None) and str(item.callspec.params.get("name", "")) or ""
+    )
     at = [k for k, item in enumerate(items) if item.path.name == "test_conformance.py"]
     for k, item in zip(at, sorted((items[k] for k in at), key=method), strict=True):
         items[k] = item
@@ -34,9 +40,11 @@ def listing(folder: Path) -> dict[Path, tuple[int, int]]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Callable[..., Path]:
-    """``trained(*overrides, config=TINY)``: the run folder of that experiment, trained once a session.
+    """``trained(*overrides, config=TINY)``: the run folder of that experiment, trained once a
+    session.
 
-    Only to be read: ``shutil.copytree`` it (or use ``copied``) where a test writes. A test that wrote is found at the end.
+    Only to be read: ``shutil.copytree`` it (or use ``copied``) where a test writes. A test that
+    wrote is found at the end.
     """
     known: dict[tuple, tuple[Path, dict]] = {}
 
@@ -55,7 +63,9 @@ def trained(tmp_path_factory) -> Callable[..., Path]:
 
 @pytest.fixture
 def copied(trained, tmp_path) -> Callable[..., Path]:
-    """``copied(*overrides, to="copy")``: a copy of ``trained(*overrides)`` in the test's own folder, to be written to."""
+    """``copied(*overrides, to="copy")``: a copy of ``trained(*overrides)`` in the test's own
+    folder, to be written to.
+    """
 
     def copy(*overrides: str, to: str = "copy", config: str | Path = TINY) -> Path:
         return Path(shutil.copytree(trained(*overrides, config=config), tmp_path / to))
@@ -65,7 +75,9 @@ def copied(trained, tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture(params=["here", pytest.param("apart", marks=pytest.mark.thorough)])
 def carried(request, monkeypatch) -> None:
-    """The runs of ``reproduce`` are carried out in this process, and by ``make test-all`` each in its own, as it does."""
+    """The runs of ``reproduce`` are carried out in this process, and by ``make test-all`` each in
+    its own, as it does.
+    """
 
     def start(task: carry.Task, more: Mapping[str, str]) -> SimpleNamespace:
         with open(task.log, "a") as log, redirect_stdout(log), redirect_stderr(log):
@@ -78,7 +90,9 @@ def carried(request, monkeypatch) -> None:
 
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """``call(*arguments)``: a command of the package in a folder of its own; (exit code, stdout, stderr)."""
+    """``call(*arguments)``: a command of the package in a folder of its own; (exit code, stdout,
+    stderr).
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])  # commands put the folder in front
 
@@ -97,6 +111,18 @@ def unmeasured(monkeypatch) -> None:
 
     def ones(built, *_):
         unit = Unit(Line(1.0, 1.0, 1.0), Line(1.0, 1.0, 1.0), Line(1.0, 1.0, 1.0), 1.0)
-        return Costs(dict.fromkeys(built.run.kind_of, unit), 1.0, 1.0, 1.0, (1.0, 1.0), 1.0, 1.0, 1.0, 1.0, 1.0, 1), 0.0
+        return Costs(
+            dict.fromkeys(built.run.kind_of, unit),
+            1.0,
+            1.0,
+            1.0,
+            (1.0, 1.0),
+            1.0,
+            1.0,
+            1.0,
+            1.0,
+            1.0,
+            1,
+        ), 0.0
 
     monkeypatch.setattr("fedlora_mpi.plan.measured", ones)

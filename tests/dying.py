@@ -1,7 +1,9 @@
-"""``mpirun ... python dying.py PLAN ARGUMENTS``: the package's command on ranks to which faults happen.
+"""``mpirun ... python dying.py PLAN ARGUMENTS``: the package's command on ranks to which faults
+happen.
 
-PLAN is JSON, [[rank, moment, count, what], ...]: when this rank of MPI_COMM_WORLD comes to this moment for this many
-times, it "dies" by SIGKILL, "hangs", hangs with Python's lock ("locks"), or, two seconds later, "stops" by SIGSTOP.
+PLAN is JSON, [[rank, moment, count, what], ...]: when this rank of MPI_COMM_WORLD comes to this
+moment for this many times, it "dies" by SIGKILL, "hangs", hangs with Python's lock ("locks"), or,
+two seconds later, "stops" by SIGSTOP.
 """
 
 import ctypes

@@ -1,8 +1,9 @@
 """A device "far" that is none: tensors that claim to be there, computed on this CPU.
 
-Inside a ``Machine`` a program for a GPU runs as on one, to the bits of the CPU: to mix tensors of both devices raises,
-each wait of the host for the device is noted, and steps can be recorded as CUDA records them: once, without effect, to be
-played again on what is then in the memory that they used.
+Inside a ``Machine`` a program for a GPU runs as on one, to the bits of the CPU: to mix tensors of
+both devices raises, each wait of the host for the device is noted, and steps can be recorded as
+CUDA records them: once, without effect, to be played again on what is then in the memory that they
+used.
 """
 
 import torch
@@ -26,7 +27,11 @@ class Far(torch.Tensor):
 
     @staticmethod
     def __new__(cls, near):
-        how = {"strides": near.stride(), "storage_offset": near.storage_offset(), "dtype": near.dtype}
+        how = {
+            "strides": near.stride(),
+            "storage_offset": near.storage_offset(),
+            "dtype": near.dtype,
+        }
         return torch.Tensor._make_wrapper_subclass(cls, near.size(), **how, device=DEVICE)
 
     def __init__(self, near):
@@ -62,7 +67,11 @@ class Machine(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         if func is aten.copy_.default:
             lands = isinstance(args[0], Far)
-        elif func is not aten._to_copy.default and far and any(v.dim() and not isinstance(v, Far) for v in given):
+        elif (
+            func is not aten._to_copy.default
+            and far
+            and any(v.dim() and not isinstance(v, Far) for v in given)
+        ):
             raise RuntimeError(f"{func}: tensors on both devices")
         if far and (func in WAITS or not lands):
             self.waits.append(str(func))
@@ -74,7 +83,11 @@ class Machine(TorchDispatchMode):
             with no_dispatch():
                 func(*args, **kwargs)  # the claimed shape
         known = {id(near(v)): v for v in given}
-        up = lambda v: known.get(id(v), Far(v) if lands and func is not WAITS[0] else v) if isinstance(v, torch.Tensor) else v
+        up = lambda v: (
+            known.get(id(v), Far(v) if lands and func is not WAITS[0] else v)
+            if isinstance(v, torch.Tensor)
+            else v
+        )
         return pytree.tree_map(up, found)
 
     def _run(self, func, given, args, kwargs):
@@ -95,7 +108,11 @@ class Machine(TorchDispatchMode):
         """Compute what was recorded, on what the memory holds now."""
         with no_dispatch():
             for func, given, args, kwargs, outputs in tape:
-                found = [v for v in pytree.tree_leaves(func(*args, **kwargs)) if isinstance(v, torch.Tensor)]
+                found = [
+                    v
+                    for v in pytree.tree_leaves(func(*args, **kwargs))
+                    if isinstance(v, torch.Tensor)
+                ]
                 for place, value in zip(outputs, found):
                     if not any(same_memory(place, v) for v in given):
                         place.copy_(value)
@@ -129,7 +146,11 @@ def as_cuda(machine, monkeypatch):
         __enter__ = __exit__ = lambda self, *_: None
 
     fakes = {
-        "CUDAGraph": CUDAGraph, "graph": graph, "Stream": Stream, "stream": stream, "current_stream": Stream,
+        "CUDAGraph": CUDAGraph,
+        "graph": graph,
+        "Stream": Stream,
+        "stream": stream,
+        "current_stream": Stream,
         "get_sync_debug_mode": lambda: 0,
         "set_sync_debug_mode": lambda mode: setattr(machine, "strict", mode == "error"),
     }

@@ -1,7 +1,9 @@
-"""Commands of the package in forked processes, killed or starved of disk at a chosen moment: ``Machine``.
+"""Commands of the package in forked processes, killed or starved of disk at a chosen moment:
+``Machine``.
 
-``python faulty.py`` is the machine itself: it imports everything once, then forks a child per line of its input, so
-that a small run costs half a second. With ``faults.c`` preloaded a child can be made to end at its n-th write.
+``python faulty.py`` is the machine itself: it imports everything once, then forks a child per line
+of its input, so that a small run costs half a second. With ``faults.c`` preloaded a child can be
+made to end at its n-th write.
 """
 
 import ctypes
@@ -21,7 +23,9 @@ BEFORE, WITHIN, AFTER, FAIL = range(4)
 
 
 class Ended(NamedTuple):
-    """code: as subprocess gives it, negative for a signal, None where the time was over; trace: the calls it met."""
+    """code: as subprocess gives it, negative for a signal, None where the time was over; trace: the
+    calls it met.
+    """
 
     code: int | None
     out: str
@@ -37,10 +41,12 @@ class Machine:
         self._process = process
 
     def __call__(self, *arguments: str | Path, ranks: int = 1, cwd: Path, **more) -> Ended:
-        """``fedlora-mpi ARGUMENTS`` in ``cwd``; ranks: simulated ones, each a thread, which die together.
+        """``fedlora-mpi ARGUMENTS`` in ``cwd``; ranks: simulated ones, each a thread, which die
+        together.
 
-        under: the name of the folder that is watched; call, phase, error: see ``faults.c``; kill: SIGKILL after so
-        many seconds; limit: seconds until it counts as hanging; user: a number to become before.
+        under: the name of the folder that is watched; call, phase, error: see ``faults.c``; kill:
+        SIGKILL after so many seconds; limit: seconds until it counts as hanging; user: a number to
+        become before.
         """
         asked = {"arguments": [*map(str, arguments)], "ranks": ranks, "cwd": str(cwd), **more}
         self._process.stdin.write(json.dumps(asked) + "\n")
@@ -50,13 +56,18 @@ class Machine:
 
 @contextmanager
 def machine(**env: str) -> Iterator[Machine]:
-    """A machine, its preloaded library compiled where there is a compiler; the caller skips where there is none."""
+    """A machine, its preloaded library compiled where there is a compiler; the caller skips where
+    there is none.
+    """
     with tempfile.TemporaryDirectory() as home:
         library = Path(home, "faults.so")
         source = Path(__file__).with_name("faults.c")
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
         process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**env, "LD_PRELOAD": str(library)},
         )
         try:
@@ -111,7 +122,9 @@ def _forked(asked: dict) -> Ended:
                 break
             else:
                 time.sleep(0.001)
-        texts = [path.read_text(errors="replace") if path.exists() else "" for path in (out, err, trace)]
+        texts = [
+            path.read_text(errors="replace") if path.exists() else "" for path in (out, err, trace)
+        ]
         return Ended(ended, *texts[:2], time.monotonic() - began, texts[2].splitlines())
 
 
@@ -156,20 +169,35 @@ def _command(arguments: Sequence[str], ranks: int = 1) -> int:
     run._stop_signals = list  # only the main thread may ask for signals
     source, *overrides = (text for text in arguments[1:] if text != "--resume")
     read = config.read(source, overrides)
-    return max(on_ranks(ranks, lambda comm: guarded(comm, lambda: run.start_or_resume(read, source, comm))))
+    return max(
+        on_ranks(ranks, lambda comm: guarded(comm, lambda: run.start_or_resume(read, source, comm)))
+    )
 
 
 def _opened(folder: Path) -> int:
-    """Whatever ``open_run`` offers, said as text; a mistake is one line and code 2, as a command has it."""
+    """Whatever ``open_run`` offers, said as text; a mistake is one line and code 2, as a command
+    has it.
+    """
     import numpy as np
 
     from fedlora_mpi.analysis.run_view import open_run
 
     try:
         run = open_run(folder)
-        said = [run.config, run.rounds.to_dict(), run.clients.to_dict(), run.partition, run.digest(), run.checkpoints]
+        said = [
+            run.config,
+            run.rounds.to_dict(),
+            run.clients.to_dict(),
+            run.partition,
+            run.digest(),
+            run.checkpoints,
+        ]
         client = run.client(1)
-        said += [client.counts, {name: value.tobytes() for name, value in client.weights.items()}, client.model]
+        said += [
+            client.counts,
+            {name: value.tobytes() for name, value in client.weights.items()},
+            client.model,
+        ]
         if "text" in run.config["data"] and (folder / "vocabulary.json").exists():
             said.append(run.vocabulary.json)
     except ValueError as error:

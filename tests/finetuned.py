@@ -1,4 +1,6 @@
-"""What tests of fine-tuning by LoRA share: a round hook by hook, in float64, and real rounds of clients' own ranks."""
+"""What tests of fine-tuning by LoRA share: a round hook by hook, in float64, and real rounds of
+clients' own ranks.
+"""
 
 from dataclasses import fields, replace
 
@@ -36,27 +38,39 @@ def trained(client, model, shared: Tree, round_: int, at: int) -> tuple[Vars, Va
     personal = tmap(torch.Tensor.double, client.init(model, rng(1, "init")).personal)
     start = client.begin(model, Vars(client.download(shared), personal), None)
     trains = client.phases(model, small.TRAIN, round_)[0].steps[0].trains
-    end = {n: numbers(*v.shape, at=f"{at} {n}") if trains(n) else v.clone() for n, v in start.shared.items()}
+    end = {
+        n: numbers(*v.shape, at=f"{at} {n}") if trains(n) else v.clone()
+        for n, v in start.shared.items()
+    }
     return start, Vars(end, start.personal)
 
 
 def served(algorithm, shared: Tree, ends, counts=COUNTS) -> Tree:
     """The server's next shared variables after what (start, end) of each client say."""
-    terms = [c.expand(c.upload(*done), shared, n) for c, done, n in zip(clients(algorithm), ends, counts)]
-    mean = {name: sum(n * term[name] for n, term in zip(counts, terms)) / sum(counts) for name in terms[0]}
+    terms = [
+        c.expand(c.upload(*done), shared, n) for c, done, n in zip(clients(algorithm), ends, counts)
+    ]
+    mean = {
+        name: sum(n * term[name] for n, term in zip(counts, terms)) / sum(counts)
+        for name in terms[0]
+    }
     return algorithm.serve({}, shared, mean, Cohort(1.0, sum(counts)))[1]
 
 
 def fine(algorithm, **how):
     """A trainer all of whose numbers are float64, those of the frozen network too."""
     made = small.trainer(algorithm, fine=True, **how)
-    return replace(made, model=replace(made.model, initial=tmap(torch.Tensor.double, made.model.initial)))
+    return replace(
+        made, model=replace(made.model, initial=tmap(torch.Tensor.double, made.model.initial))
+    )
 
 
 def near(a: Tree, b: Tree, rtol: float = 1e-12) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=rtol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            a[name], b[name], rtol=rtol, atol=rtol, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def field_names(algorithm) -> set[str]:

@@ -26,7 +26,9 @@ def logged(
     dataset="digits",
     **settings,
 ):
-    """A run folder whose 3 clients had these accuracies, round by round. ``settings``: of the ``train`` block."""
+    """A run folder whose 3 clients had these accuracies, round by round. ``settings``: of the
+    ``train`` block.
+    """
     folder.mkdir(parents=True)
     algorithm = {"name": algorithm} if isinstance(algorithm, str) else algorithm
     config = {
@@ -49,7 +51,12 @@ def logged(
         **ragged("test", index),
     }
     log = Log.create(
-        folder / "log.h5", config_yaml="", config_json=json.dumps(config), versions={}, clients=3, partition=held
+        folder / "log.h5",
+        config_yaml="",
+        config_json=json.dumps(config),
+        versions={},
+        clients=3,
+        partition=held,
     )
     for round_, accuracies in enumerate(rows, 1):
         accuracies = np.array(accuracies, float)
@@ -57,7 +64,14 @@ def logged(
             "accuracy": np.nanmean(accuracies) if not np.isnan(accuracies).all() else np.nan,
             "train_loss": 1 / round_,
         }
-        row |= {"clients": 3, "bytes_up": 3000, "bytes_down": 6000, "flops": 2e12, "drift": 0.5, "seconds_train": 1.5}
+        row |= {
+            "clients": 3,
+            "bytes_up": 3000,
+            "bytes_down": 6000,
+            "flops": 2e12,
+            "drift": 0.5,
+            "seconds_train": 1.5,
+        }
         row |= {"seconds_exchange": 0.5} | ({column: 7.0 * round_} if column else {})
         log.append(round_, row, {"accuracy": accuracies, "loss": accuracies})
     log.close()
@@ -128,11 +142,15 @@ def save(run, round_, workers=ODD_WORKERS, personal=None, shared=SHARED, run_dig
     personal = personal_of_all(round_) if personal is None else personal
     folder = checkpoint.begin(run, round_)
     shards = [
-        checkpoint.write_clients(folder, worker, ids, {name: leaf[ids] for name, leaf in personal.items()})
+        checkpoint.write_clients(
+            folder, worker, ids, {name: leaf[ids] for name, leaf in personal.items()}
+        )
         for worker, ids in enumerate(workers)
     ]
     shards.append(
-        checkpoint.write_server(folder, round_=round_, shared=shared, server={}, extra_attrs={"note": "x"})
+        checkpoint.write_server(
+            folder, round_=round_, shared=shared, server={}, extra_attrs={"note": "x"}
+        )
     )
     shards.append(checkpoint.copy_log(folder, run / "log.h5"))
     checkpoint.commit(folder, shards, run_digest=run_digest, clients=CLIENTS)
@@ -149,10 +167,16 @@ def flip_bit(folder):
 
 
 def sealed(path: Path) -> None:
-    """Make the seals of a log right again, as far as they can be: who changes a file can do that too."""
+    """Make the seals of a log right again, as far as they can be: who changes a file can do that
+    too.
+    """
     try:
         with h5py.File(path, "r+") as file:
-            columns = {f"{g}/{n}": d[()] for g in ("rounds", "clients", "ranks") for n, d in file[g].items()}
+            columns = {
+                f"{g}/{n}": d[()]
+                for g in ("rounds", "clients", "ranks")
+                for n, d in file[g].items()
+            }
             file.attrs[seal.HEAD] = seal.head(file)
             found = seal.rows(columns)
             del file[seal.ROWS]

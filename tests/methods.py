@@ -1,19 +1,23 @@
 """What each method needs beside ``algorithm=NAME`` to learn in the tiny experiment."""
 
-# Settings that the tiny experiment needs for a method: its default does not fit three epochs with momentum.
+# Settings that the tiny experiment needs for a method: its default does not fit three epochs with
+# momentum.
 SETTINGS = {
     "fedavg_ft": ("algorithm.ft_epochs=1", "train.lr=0.01"),  # by 0.05 it is right at once
-    "fd": ("algorithm.gamma=0.1",),  # the entropy of what is taught counts in the loss, from round 2 on
+    # the entropy of what is taught counts in the loss, from round 2 on
+    "fd": ("algorithm.gamma=0.1",),
     "fed_talora": ("train.lr=0.02",),  # as fedex_lora
     "fedapen": ("algorithm.small=user_parts:with_norm",),
     "fedex_lora": ("train.lr=0.02",),  # W and factors that all move: by 0.05 the cnn diverges
     "fedhl": ("train.lr=0.02",),  # as fedex_lora
     "fedit": ("train.lr=0.02",),  # as fedex_lora
-    "fedkd": ("algorithm.small=user_parts:with_norm", "train.lr=0.02"),  # its division by D makes it steep
+    # its division by D makes it steep
+    "fedkd": ("algorithm.small=user_parts:with_norm", "train.lr=0.02"),
     "fedrep": ("algorithm.head_epochs=1",),
     "flexlora": ("train.lr=0.02",),  # as fedex_lora
     "fml": ("algorithm.small=user_parts:with_norm",),
-    "hetlora": ("train.lr=0.02",),  # by 0.05 a client now and then diverges, and its norm takes all the weight
+    # by 0.05 a client now and then diverges, and its norm takes all the weight
+    "hetlora": ("train.lr=0.02",),
     "moon": ("algorithm.mu=0.1",),
     "pfedme": ("train.momentum=0", "train.lr=0.1"),
     "scaffold": ("train.momentum=0", "train.lr=0.1"),

@@ -1,7 +1,9 @@
-"""Ranks in this process, each a thread, that die at chosen moments: every verb of ``comm.Mpi``, and what MPI leaves open.
+"""Ranks in this process, each a thread, that die at chosen moments: every verb of ``comm.Mpi``, and
+what MPI leaves open.
 
-A moment is before and after each message, agreement, shrinking and copy of a rank. Where a rank has died, a message that
-it has still sent reaches some of the others and not the rest, and a copy on its way may or may not arrive: ``Fate`` draws.
+A moment is before and after each message, agreement, shrinking and copy of a rank. Where a rank has
+died, a message that it has still sent reaches some of the others and not the rest, and a copy on
+its way may or may not arrive: ``Fate`` draws.
 """
 
 import random
@@ -19,7 +21,9 @@ class Killed(BaseException):
 
 
 class Fate:
-    """Who dies when, and how what is left open turns out. One thread runs at a time, the one that holds ``turn``."""
+    """Who dies when, and how what is left open turns out. One thread runs at a time, the one that
+    holds ``turn``.
+    """
 
     def __init__(self, deaths, seed=0):
         self.turn, self.dead, self._deaths = threading.Condition(), set(), dict(deaths)
@@ -38,11 +42,20 @@ class Fate:
 
 
 class Channel:
-    """A communicator: what its members have put into each message, agreement and shrinking, by number."""
+    """A communicator: what its members have put into each message, agreement and shrinking, by
+    number.
+    """
 
     def __init__(self, members):
         self.members, self.revoked = members, False
-        self.put, self.flags, self.agreed, self.left, self.next, self.mail = {}, {}, {}, set(), None, {}
+        self.put, self.flags, self.agreed, self.left, self.next, self.mail = (
+            {},
+            {},
+            {},
+            set(),
+            None,
+            {},
+        )
 
 
 class MortalRank:
@@ -50,7 +63,11 @@ class MortalRank:
 
     def __init__(self, fate, channel, member, pulse=None):
         self._fate, self._channel, self._member = fate, channel, member
-        self.members, self.rank, self.size = channel.members, channel.members.index(member), len(channel.members)
+        self.members, self.rank, self.size = (
+            channel.members,
+            channel.members.index(member),
+            len(channel.members),
+        )
         self.local_rank, self.local_size, self.moved = self.rank, self.size, 0
         self.dead = tuple(m for m in range(max(channel.members) + 1) if m not in channel.members)
         self.pulse, self._messages, self._agreements, self._posts = pulse or Pulse(), 0, 0, 0
@@ -114,9 +131,13 @@ class MortalRank:
         flags = channel.flags.setdefault(number, {})
         flags[self._member] = well
         fate.turn.notify_all()
-        fate.wait(lambda: number in channel.agreed or flags.keys() | fate.dead >= {*channel.members})
+        fate.wait(
+            lambda: number in channel.agreed or flags.keys() | fate.dead >= {*channel.members}
+        )
         if number not in channel.agreed:
-            channel.agreed[number] = all(flags.get(m) and m not in fate.dead for m in channel.members)
+            channel.agreed[number] = all(
+                flags.get(m) and m not in fate.dead for m in channel.members
+            )
         fate.moment(self._member)
         return channel.agreed[number]
 
@@ -138,13 +159,23 @@ class MortalRank:
 
 class MortalMail:
     def __init__(self, comm, key, receive):
-        self._comm, self._key, self._receive, self._here, self._failed = comm, key, receive, False, False
+        self._comm, self._key, self._receive, self._here, self._failed = (
+            comm,
+            key,
+            receive,
+            False,
+            False,
+        )
 
     def through(self):
         if self._comm._channel.revoked or self._failed:
             raise self._comm.lost()
         sent, sender = self._comm._channel.mail, self._comm.members[self._key[0]]
-        if not self._here and sender in self._comm._fate.dead and (self._key not in sent or self._comm._fate.kind()):
+        if (
+            not self._here
+            and sender in self._comm._fate.dead
+            and (self._key not in sent or self._comm._fate.kind())
+        ):
             self._failed = True
             raise self._comm.lost()
         if not self._here and self._key in sent and self._comm._fate.kind():
@@ -157,7 +188,12 @@ class MortalMail:
             self._comm._fate.turn.wait(0.001)
 
     def arrived(self):
-        if not self._here and not self._failed and self._key in self._comm._channel.mail and self._comm._fate.kind():
+        if (
+            not self._here
+            and not self._failed
+            and self._key in self._comm._channel.mail
+            and self._comm._fate.kind()
+        ):
             self._receive[...] = self._comm._channel.mail[self._key]
             self._here = True
         self._failed = True

@@ -1,4 +1,6 @@
-"""Networks whose heads and weights are not where their names or the order of registration would have them."""
+"""Networks whose heads and weights are not where their names or the order of registration would
+have them.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +40,9 @@ class Wrapped(nn.Module):
 
 
 class Thrown(Net):
-    """An auxiliary classifier is the last to run, but nothing becomes of what it says; another is never run."""
+    """An auxiliary classifier is the last to run, but nothing becomes of what it says; another is
+    never run.
+    """
 
     def __init__(self, classes, shape):
         super().__init__(classes, shape)
@@ -114,7 +118,10 @@ class Dense(nn.Module):
 
     def __init__(self, inside, outside):
         super().__init__()
-        self.kernel, self.offset = nn.Parameter(torch.randn(inside, outside) / 9), nn.Parameter(torch.zeros(outside))
+        self.kernel, self.offset = (
+            nn.Parameter(torch.randn(inside, outside) / 9),
+            nn.Parameter(torch.zeros(outside)),
+        )
 
     def forward(self, x):
         return torch.einsum("bi,io->bo", x, self.kernel) + self.offset
@@ -161,7 +168,9 @@ class Logs(Net):
 
 
 class Sounds(nn.Module):
-    """Rows of an image as a sequence: Conv1d, a transposed one, an LSTM in both directions, a GRU, a cell."""
+    """Rows of an image as a sequence: Conv1d, a transposed one, an LSTM in both directions, a GRU,
+    a cell.
+    """
 
     def __init__(self, classes, shape):
         super().__init__()
@@ -179,7 +188,9 @@ class Sounds(nn.Module):
 
 
 class Volumes(nn.Module):
-    """Conv3d, transposed ones, grouped and depthwise ones, attention to another width, a bilinear layer."""
+    """Conv3d, transposed ones, grouped and depthwise ones, attention to another width, a bilinear
+    layer.
+    """
 
     def __init__(self, classes, shape):
         super().__init__()

@@ -1,4 +1,6 @@
-"""Small runs for the tests: in this process, over simulated ranks, or under mpirun (needs Linux's /proc)."""
+"""Small runs for the tests: in this process, over simulated ranks, or under mpirun (needs Linux's
+/proc).
+"""
 
 import os
 import re
@@ -78,8 +80,13 @@ class Rank:
         assert [len(part) for part in parts] == list(counts)
         return np.concatenate(parts)
 
-    def exchange(self, send: np.ndarray, counts: Sequence[int], arriving: Sequence[int]) -> np.ndarray:
-        parts = [np.split(mine, np.cumsum(to)[:-1])[self.rank] for mine, to in self._swap((send, list(counts)))]
+    def exchange(
+        self, send: np.ndarray, counts: Sequence[int], arriving: Sequence[int]
+    ) -> np.ndarray:
+        parts = [
+            np.split(mine, np.cumsum(to)[:-1])[self.rank]
+            for mine, to in self._swap((send, list(counts)))
+        ]
         assert [len(part) for part in parts] == list(arriving)
         return np.concatenate(parts)
 
@@ -135,7 +142,8 @@ def built(*overrides: str) -> Built:
 
 
 def run_on(ranks: int, folder: Path, *overrides: str) -> Path:
-    """The new run folder of tiny.yaml with overrides, as ``mpirun`` would make it, by simulated ranks.
+    """The new run folder of tiny.yaml with overrides, as ``mpirun`` would make it, by simulated
+    ranks.
 
     Not by ``start``, which takes the signals of the process: threads may not.
     """
@@ -148,7 +156,8 @@ def run_on(ranks: int, folder: Path, *overrides: str) -> Path:
 def played(*overrides: str, ranks: int = 1) -> list[list[Moment]]:
     """The moments of each rank, [ranks][rounds + 1]; the first is the one before round 1.
 
-    Personal rows are those of all clients (of a kind), whichever rank hosts them. Cached: change nothing in it.
+    Personal rows are those of all clients (of a kind), whichever rank hosts them. Cached: change
+    nothing in it.
     """
     config = tiny(*overrides)
 
@@ -165,12 +174,19 @@ def played(*overrides: str, ranks: int = 1) -> list[list[Moment]]:
     runs = [run for run, _ in found]
     hosted = [client for run in runs for client in run.hosted]
     assert sorted(hosted) == list(range(config.data.partition.clients)), f"hosted: {hosted}"
-    joined = [in_order(runs, [moments[at].personal for _, moments in found]) for at in range(config.rounds + 1)]
-    return [[m._replace(personal=joined[at]) for at, m in enumerate(moments)] for _, moments in found]
+    joined = [
+        in_order(runs, [moments[at].personal for _, moments in found])
+        for at in range(config.rounds + 1)
+    ]
+    return [
+        [m._replace(personal=joined[at]) for at, m in enumerate(moments)] for _, moments in found
+    ]
 
 
 def in_order(runs: Sequence[Run], personal: Sequence[dict]) -> dict[str, torch.Tensor]:
-    """The personal leaves of all ranks together: of each kind [n, ...], its clients in the order of their ids."""
+    """The personal leaves of all ranks together: of each kind [n, ...], its clients in the order of
+    their ids.
+    """
     joined = {}
     for number, kind in enumerate(runs[0].kinds):
         order = torch.tensor([client for run in runs for client in run.by_kind[number]]).argsort()
@@ -180,10 +196,15 @@ def in_order(runs: Sequence[Run], personal: Sequence[dict]) -> dict[str, torch.T
 
 
 def same(a: Moment, b: Moment) -> bool:
-    """Whether two moments agree to the bit in variables and clients' results, and in all rounds' numbers but
-    times and MPI's bytes."""
-    counted = lambda row: {n: v for n, v in row.items() if not n.startswith(("seconds_", "bytes_mpi"))}
-    alike = lambda x, y: x.keys() == y.keys() and all(np.array_equal(x[n], y[n], equal_nan=True) for n in x)
+    """Whether two moments agree to the bit in variables and clients' results, and in all rounds'
+    numbers but times and MPI's bytes.
+    """
+    counted = lambda row: {
+        n: v for n, v in row.items() if not n.startswith(("seconds_", "bytes_mpi"))
+    }
+    alike = lambda x, y: (
+        x.keys() == y.keys() and all(np.array_equal(x[n], y[n], equal_nan=True) for n in x)
+    )
     return (
         equal(a.shared, b.shared)
         and equal(a.personal, b.personal)
@@ -204,7 +225,9 @@ def equal(a: dict, b: dict) -> bool:
 def assert_near(a: dict, b: dict, atol: float = 1e-5) -> None:
     assert a.keys() == b.keys()
     for name, value in a.items():
-        torch.testing.assert_close(value, b[name], rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value, b[name], rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 # --- run folders
@@ -215,7 +238,9 @@ def outcome(run: Path) -> dict:
     files = RunFiles(run)
     checkpoint = files.checkpoint()
     rounds = {
-        n: v.tolist() for n, v in files.rounds().items() if n != "bytes_mpi" and not n.startswith("seconds_")
+        n: v.tolist()
+        for n, v in files.rounds().items()
+        if n != "bytes_mpi" and not n.startswith("seconds_")
     }
     clients = {n: v.tolist() for n, v in files.clients().items()}
     return {"round": checkpoint.round, **checkpoint.digest(), "rounds": rounds, "clients": clients}
@@ -264,7 +289,8 @@ def launched(line: Sequence[str], cwd: Path, **env: str) -> Iterator[subprocess.
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # a launcher that cleans up kills process groups, and pytest has one too
+        # a launcher that cleans up kills process groups, and pytest has one too
+        start_new_session=True,
     )
     try:
         yield process
@@ -285,7 +311,9 @@ def kill_all(launcher: subprocess.Popen) -> None:
         launcher.communicate()
 
 
-def finished(line: Sequence[str], cwd: Path, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
+def finished(
+    line: Sequence[str], cwd: Path, timeout: float = 300, **env: str
+) -> subprocess.CompletedProcess:
     """The ended process, its output as text."""
     with launched(line, cwd, **env) as process:
         out, err = process.communicate(timeout=timeout)
@@ -297,14 +325,18 @@ def said(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("fedlora-mpi:")]
 
 
-def until(fact: Callable[[], object], seconds: float = 120, process: subprocess.Popen | None = None):
+def until(
+    fact: Callable[[], object], seconds: float = 120, process: subprocess.Popen | None = None
+):
     """``fact()`` as soon as it is true; fails when ``process`` ends first or time runs out."""
     deadline = time.monotonic() + seconds
     while not (found := fact()):
         ended = process is not None and process.poll() is not None
         if ended or time.monotonic() > deadline:
             text = process.communicate()[1] if ended else ""
-            pytest.fail(f"{'the process ended' if ended else f'{seconds} s were over'} too early\n{text}")
+            pytest.fail(
+                f"{'the process ended' if ended else f'{seconds} s were over'} too early\n{text}"
+            )
         time.sleep(0.02)
     return found
 
@@ -315,7 +347,9 @@ def ranks_of(launcher: int) -> dict[int, int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                parents[int(entry.name)] = int(
+                    (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                )
             except OSError:  # it has ended since
                 continue
     for pid in parents:
@@ -324,7 +358,8 @@ def ranks_of(launcher: int) -> dict[int, int]:
             above = parents[above]
         if above == launcher:
             rank = re.search(
-                rb"\0(?:OMPI_COMM_WORLD_RANK|PMI_RANK)=(\d+)", Path(f"/proc/{pid}/environ").read_bytes()
+                rb"\0(?:OMPI_COMM_WORLD_RANK|PMI_RANK)=(\d+)",
+                Path(f"/proc/{pid}/environ").read_bytes(),
             )
             if rank:
                 found[int(rank[1])] = pid

@@ -1,4 +1,5 @@
-"""``mpirun -n 3 python several.py CODES '[["run", ...], ...]'``: commands one after another in one launch.
+"""``mpirun -n 3 python several.py CODES '[["run", ...], ...]'``: commands one after another in one
+launch.
 
 Starting Python and MPI costs more than a tiny run. Each rank writes its exit codes to CODES-<rank>.
 """

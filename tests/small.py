@@ -68,7 +68,9 @@ def conv_net(classes, shape):
 
 
 def model(network="cnn", classes=CLASSES, shape=SHAPE, seed=1):
-    """One of the networks above, or any that the zoo knows; the caller's own, also where ranks are threads."""
+    """One of the networks above, or any that the zoo knows; the caller's own, also where ranks are
+    threads.
+    """
     return deepcopy(_model(network, classes, tuple(shape), seed))
 
 
@@ -79,16 +81,22 @@ def _model(network, classes, shape, seed):
 
 
 def feed(sizes=SIZES, tests=(4, 9, 2, 5, 7), seed=1, same_sample=False):
-    """The samples of ``len(sizes)`` clients; the clients of a shorter list hold what they hold in a longer."""
+    """The samples of ``len(sizes)`` clients; the clients of a shorter list hold what they hold in a
+    longer.
+    """
     sides = []
     for number in (60, 50):
         images = torch.randint(
             0, 256, (number, *SHAPE), dtype=torch.uint8, generator=rng(seed, "images", number)
         )
         sides.append(Samples(images, torch.arange(number) * 5 % 7 % CLASSES))
-    train = tuple(np.full(n, 8) if same_sample else np.arange(n) * 3 + k for k, n in enumerate(sizes))
+    train = tuple(
+        np.full(n, 8) if same_sample else np.arange(n) * 3 + k for k, n in enumerate(sizes)
+    )
     test = tuple((np.arange(n) * 2 + k) % 50 for k, n in enumerate(tests[: len(sizes)]))
-    count = lambda side, lists: np.stack([np.bincount(side.y[rows], minlength=CLASSES) for rows in lists])
+    count = lambda side, lists: np.stack(
+        [np.bincount(side.y[rows], minlength=CLASSES) for rows in lists]
+    )
     split = Split(train, test, count(sides[0], train), count(sides[1], test))
     data = Data(*sides, CLASSES, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), ())
     return Feed(data, split, seed=seed, shift="none", device=CPU, augment=False)
@@ -103,13 +111,17 @@ class Fine(Images):
 
 
 class FineTrainer(Trainer):
-    """Trains in float64, so that two ways to the same numbers agree to the 13th digit or are not the same.
+    """Trains in float64, so that two ways to the same numbers agree to the 13th digit or are not
+    the same.
 
     Between rounds the numbers are float32, as ever.
     """
 
     def train(self, clients, shared, personal_C, round_, evaluate=False):
-        fine = (tmap(lambda v: v.double() if v.is_floating_point() else v, t) for t in (shared, personal_C))
+        fine = (
+            tmap(lambda v: v.double() if v.is_floating_point() else v, t)
+            for t in (shared, personal_C)
+        )
         return super().train(clients, *fine, round_, evaluate)
 
 
@@ -118,7 +130,9 @@ def trainer(algorithm, network="cnn", train=TRAIN, stacked=False, samples=None, 
     samples = samples or feed()
     if fine:
         samples._train = Fine(*samples._train)
-    return (FineTrainer if fine else Trainer)(algorithm, model(network), train, samples, CPU, stacked)
+    return (FineTrainer if fine else Trainer)(
+        algorithm, model(network), train, samples, CPU, stacked
+    )
 
 
 def first(made):
@@ -137,19 +151,33 @@ def wide_cnn(classes, shape):
 
 
 def experiment(
-    algorithm, network="cnn", sizes=SIZES, participation=1.0, group_size=None, same_sample=False, samples=None, **how
+    algorithm,
+    network="cnn",
+    sizes=SIZES,
+    participation=1.0,
+    group_size=None,
+    same_sample=False,
+    samples=None,
+    **how,
 ):
     """(Run, State before round 1) of a whole federation in this process.
 
     network: a name, or several; client k has number k mod their number.
     """
-    networks, samples = np.atleast_1d(network).tolist(), samples or feed(sizes, same_sample=same_sample)
+    networks, samples = (
+        np.atleast_1d(network).tolist(),
+        samples or feed(sizes, same_sample=same_sample),
+    )
     made = [trainer(algorithm, name, samples=samples, **how) for name in networks]
     start = first(made[0])
     kind_of = tuple(client % len(made) for client in range(len(sizes)))
     together = groups(sizes, group_size or len(sizes), kind_of)
     kinds = tuple(
-        Kind(each, first(each)._replace(shared=start.shared), f"kind-{number}/" if len(made) > 1 else "")
+        Kind(
+            each,
+            first(each)._replace(shared=start.shared),
+            f"kind-{number}/" if len(made) > 1 else "",
+        )
         for number, each in enumerate(made)
     )
     run = Run(

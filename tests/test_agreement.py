@@ -1,4 +1,6 @@
-"""Ranks that have built different things do not begin, in one line; nor does a run go on with other data or weights."""
+"""Ranks that have built different things do not begin, in one line; nor does a run go on with other
+data or weights.
+"""
 
 import itertools
 import json
@@ -28,28 +30,35 @@ from fedlora_mpi.run.assembly import build as build_run
 from fedlora_mpi.store import seal, sight
 from fedlora_mpi.store.log import inventory_of
 
-TURN = itertools.count()  # of this process; a builder that looks at it gives each rank another network
+# of this process; a builder that looks at it gives each rank another network
+TURN = itertools.count()
 ODD = threading.local()  # ``ODD.rank`` of the thread that plays a rank
 
 
 def flat(classes, shape, hidden=8):
     """Two Linears."""
     side = shape[0] * shape[1] * shape[2]
-    return nn.Sequential(nn.Flatten(), nn.Linear(side, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(side, hidden), nn.ReLU(), nn.Linear(hidden, classes)
+    )
 
 
 def unseeded(classes, shape):
     """Weights of a generator that the system seeds."""
     module = flat(classes, shape)
     own = np.random.default_rng()
-    module[3].weight = nn.Parameter(torch.from_numpy(own.normal(size=module[3].weight.shape)).float())
+    module[3].weight = nn.Parameter(
+        torch.from_numpy(own.normal(size=module[3].weight.shape)).float()
+    )
     return module
 
 
 def from_global(classes, shape):
     """Weights of the global generators of numpy and Python."""
     module = flat(classes, shape)
-    module[3].weight = nn.Parameter(torch.from_numpy(np.random.randn(*module[3].weight.shape)).float())
+    module[3].weight = nn.Parameter(
+        torch.from_numpy(np.random.randn(*module[3].weight.shape)).float()
+    )
     module[3].bias = nn.Parameter(torch.tensor([random.random() for _ in range(classes)]))
     return module
 
@@ -61,7 +70,9 @@ def wider(classes, shape):
 
 def more(classes, shape):
     """Another number of leaves on each rank."""
-    return nn.Sequential(flat(classes, shape), *(nn.Linear(classes, classes) for _ in range(next(TURN) % 2)))
+    return nn.Sequential(
+        flat(classes, shape), *(nn.Linear(classes, classes) for _ in range(next(TURN) % 2))
+    )
 
 
 class Named(nn.Module):
@@ -91,7 +102,9 @@ def counted(classes, shape):
 def doubled(classes, shape):
     """Another type of number on each rank."""
     module = flat(classes, shape)
-    module.register_buffer("shift", torch.zeros(3, dtype=torch.int32 if next(TURN) % 2 else torch.int64))
+    module.register_buffer(
+        "shift", torch.zeros(3, dtype=torch.int32 if next(TURN) % 2 else torch.int64)
+    )
     return module
 
 
@@ -105,7 +118,9 @@ class Drawing(Algorithm):
 
 
 def refused(*overrides, ranks=3):
-    """The line with which a run on so many ranks is refused, the same on all; nothing but the set-up is tried."""
+    """The line with which a run on so many ranks is refused, the same on all; nothing but the
+    set-up is tried.
+    """
     lines = []
 
     def play(comm):
@@ -124,13 +139,19 @@ def refused(*overrides, ranks=3):
 @pytest.mark.parametrize(
     "overrides, text",
     [
-        (["model=test_agreement:unseeded"], "initial weights of 3.weight: not the same as on rank 0"),
+        (
+            ["model=test_agreement:unseeded"],
+            "initial weights of 3.weight: not the same as on rank 0",
+        ),
         (["model=test_agreement:wider"], ", 64] float32 body, on rank 0 ["),
         (["model=test_agreement:more"], "there, but "),
         (["model=test_agreement:of_a_set"], "registered in another order"),
         (["model=test_agreement:counted"], "constant offset: not the same as on rank 0"),
         (["model=test_agreement:doubled"], "shift is [3] int"),
-        (["algorithm=test_agreement:Drawing"], "before round 1: personal gate: not the same as on rank 0"),
+        (
+            ["algorithm=test_agreement:Drawing"],
+            "before round 1: personal gate: not the same as on rank 0",
+        ),
     ],
 )
 def test_ranks_that_have_built_different_networks_are_refused(overrides, text, monkeypatch):
@@ -178,12 +199,17 @@ def test_one_other_image_on_one_rank_is_refused_with_its_number(monkeypatch):
 
     changed_on_rank_2(monkeypatch, change)
     line = refused()
-    assert "rank 2 (host " in line and "training samples: not the same as on rank 0 (the first is number 37" in line
+    assert (
+        "rank 2 (host " in line
+        and "training samples: not the same as on rank 0 (the first is number 37" in line
+    )
     assert "data.root = ~/data" in line
 
 
 def test_another_label_and_a_missing_sample_are_told(monkeypatch):
-    changed_on_rank_2(monkeypatch, lambda data: data._replace(test=Samples(data.test.x[:-1], data.test.y[:-1])))
+    changed_on_rank_2(
+        monkeypatch, lambda data: data._replace(test=Samples(data.test.x[:-1], data.test.y[:-1]))
+    )
     assert "test samples: not the same as on rank 0 (the first is number 119" in refused()
 
 
@@ -195,7 +221,11 @@ def test_another_version_on_one_rank_is_refused(monkeypatch):
         lambda *given: found(*given) | ({"package": {"fedlora_mpi": "0.0.1"}} if ODD.rank else {}),
     )
     line = refused()
-    assert "ranks 1, 2 (host" in line and "fedlora_mpi is 0.0.1, on rank 0" in line and "one version" in line
+    assert (
+        "ranks 1, 2 (host" in line
+        and "fedlora_mpi is 0.0.1, on rank 0" in line
+        and "one version" in line
+    )
 
 
 def test_another_file_of_the_users_own_on_one_rank_is_refused(monkeypatch):
@@ -210,7 +240,9 @@ def on_other_machines(monkeypatch, ranks):
     """These ranks have another CPU level, and weights that are off in their last bits."""
     here = inventory.platform_here()
     monkeypatch.setattr(
-        inventory, "platform_here", lambda: here | ({"CPU level": "DEFAULT"} if ODD.rank in ranks else {})
+        inventory,
+        "platform_here",
+        lambda: here | ({"CPU level": "DEFAULT"} if ODD.rank in ranks else {}),
     )
 
 
@@ -219,17 +251,25 @@ def test_other_machines_are_told_of_and_take_the_first_weights_of_rank_0(monkeyp
 
     def play(comm):
         ODD.rank = comm.rank
-        return build_run(tiny("model=test_agreement:unseeded", "algorithm=fedlora"), str(TINY), comm).run
+        return build_run(
+            tiny("model=test_agreement:unseeded", "algorithm=fedlora"), str(TINY), comm
+        ).run
 
     runs = on_ranks(3, play)
     for run in runs[1:]:
-        assert torch.equal(run.trainer.model.initial["3.weight"], runs[0].trainer.model.initial["3.weight"])
+        assert torch.equal(
+            run.trainer.model.initial["3.weight"], runs[0].trainer.model.initial["3.weight"]
+        )
         for part in ("shared", "personal"):
             a, b = getattr(run.kinds[0].first, part), getattr(runs[0].kinds[0].first, part)
             assert list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
     level = torch.backends.cpu.get_cpu_capability()
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and "ranks 1, 2 (host" in lines[0] and "CPU level is DEFAULT (AVX512 on rank 0)".replace("AVX512", level) in lines[0]
+    assert (
+        len(lines) == 1
+        and "ranks 1, 2 (host" in lines[0]
+        and "CPU level is DEFAULT (AVX512 on rank 0)".replace("AVX512", level) in lines[0]
+    )
     assert "bits may differ" in lines[0]
 
 
@@ -249,9 +289,15 @@ def test_of_several_ranks_that_refuse_the_lowest_speaks():
 
 def test_another_machine_excuses_no_other_sample(monkeypatch, capsys):
     on_other_machines(monkeypatch, {2})
-    monkeypatch.setattr(agreement, "computed", lambda config: inventory.COMPUTED)  # as of data that are read from files
-    changed_on_rank_2(monkeypatch, lambda data: data._replace(train=Samples(data.train.x, data.train.y.flip(0))))
-    assert "rank 2 (host" in (line := refused()) and "training labels: not the same as on rank 0" in line
+    # as of data that are read from files
+    monkeypatch.setattr(agreement, "computed", lambda config: inventory.COMPUTED)
+    changed_on_rank_2(
+        monkeypatch, lambda data: data._replace(train=Samples(data.train.x, data.train.y.flip(0)))
+    )
+    assert (
+        "rank 2 (host" in (line := refused())
+        and "training labels: not the same as on rank 0" in line
+    )
 
 
 def test_equal_ranks_say_nothing(capsys):
@@ -294,14 +340,21 @@ def picture_folder(home, other=None):
         for label in ("cat", "dog"):
             (home / side / label).mkdir(parents=True, exist_ok=True)
             for n in range(number):
-                pixels = np.random.RandomState(n + 10 * (label == "cat")).randint(0, 256, (8, 8, 3), np.uint8)
+                pixels = np.random.RandomState(n + 10 * (label == "cat")).randint(
+                    0, 256, (8, 8, 3), np.uint8
+                )
                 name = f"{side}/{label}/{n}.png"
                 pixels[0, 0] += name == other
                 Image.fromarray(pixels).save(home / name)
     return home
 
 
-PICTURES = ["data.dataset=folder", "data.partition={kind: dirichlet_class, alpha: 100, clients: 2, minimum: 1}", "algorithm=fedavg", "rounds=1"]
+PICTURES = [
+    "data.dataset=folder",
+    "data.partition={kind: dirichlet_class, alpha: 100, clients: 2, minimum: 1}",
+    "algorithm=fedavg",
+    "rounds=1",
+]
 
 
 @pytest.fixture
@@ -319,7 +372,9 @@ def test_images_replaced_between_run_and_resume_are_refused(pictures, command, c
     before = sorted(pictures.rglob("*"))
     assert main(command) == 2
     (line,) = said(capsys.readouterr().err)
-    assert line.startswith("fedlora-mpi: out: training samples: not the same as when the run began; put back what was")
+    assert line.startswith(
+        "fedlora-mpi: out: training samples: not the same as when the run began; put back what was"
+    )
     assert sorted(pictures.rglob("*")) == before
     picture_folder(pictures.parent / "data")
     assert main(command) == 0
@@ -351,19 +406,40 @@ def test_shuffled_texts_with_the_same_labels_and_words_are_refused(tmp_path, mon
             (tmp_path / "csv" / name).write_text("\n".join(["label,text", *rows]) + "\n")
 
     write(range(24))
-    options = ["data.dataset=csv", "data.root=csv", "data.partition={kind: dirichlet_class, alpha: 100, clients: 2, minimum: 1}", "rounds=1"]
-    options += ["model={name: transformer, width: 4, heads: 1, layers: 1, feedforward: 4}", "algorithm=fedavg"]
+    options = [
+        "data.dataset=csv",
+        "data.root=csv",
+        "data.partition={kind: dirichlet_class, alpha: 100, clients: 2, minimum: 1}",
+        "rounds=1",
+    ]
+    options += [
+        "model={name: transformer, width: 4, heads: 1, layers: 1, feedforward: 4}",
+        "algorithm=fedavg",
+    ]
     assert main(["run", str(TINY), *options, "output=out"]) == 0, capsys.readouterr().err
     write([*range(2, 24), 0, 1])
     assert main(["resume", "out", "rounds=2"]) == 2
     assert "training samples: not the same as when the run began" in capsys.readouterr().err
 
 
-def test_a_network_of_other_first_weights_or_of_another_kind_is_refused_on_a_resume(tmp_path, monkeypatch, capsys):
+def test_a_network_of_other_first_weights_or_of_another_kind_is_refused_on_a_resume(
+    tmp_path, monkeypatch, capsys
+):
     for model, text in (("unseeded", "initial weights of 3.weight: not"), ("counted", "constant offset: not"),
                         ("wider", "1.weight is ["), ("of_a_set", "registered in another order")):  # fmt: skip
         monkeypatch.setattr("test_agreement.TURN", itertools.count())
-        assert main(["run", str(TINY), f"model=test_agreement:{model}", "rounds=1", f"output={tmp_path / model}"]) == 0
+        assert (
+            main(
+                [
+                    "run",
+                    str(TINY),
+                    f"model=test_agreement:{model}",
+                    "rounds=1",
+                    f"output={tmp_path / model}",
+                ]
+            )
+            == 0
+        )
         capsys.readouterr()
         assert main(["resume", str(tmp_path / model), "rounds=2"]) == 2
         (line,) = said(capsys.readouterr().err)
@@ -377,7 +453,9 @@ def without_inventory(log):
         file.attrs[seal.HEAD] = seal.head(file)
 
 
-@pytest.mark.parametrize("inventory_", [None, "no JSON", "[3]", '{"data": 3}', '{"data": {"x": 3}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "inventory_", [None, "no JSON", "[3]", '{"data": 3}', '{"data": {"x": 3}}', "[" * 100_000]
+)
 def test_a_folder_without_a_usable_inventory_goes_on(copied, inventory_):
     out = copied()
     without_inventory(out / "log.h5")
@@ -402,7 +480,10 @@ def test_a_resume_on_another_machine_warns_in_one_line(copied, monkeypatch, caps
     monkeypatch.setattr(inventory, "platform_here", lambda: here | {"CPU level": "OTHER"})
     assert main(["resume", str(out), "rounds=5"]) == 0
     (line,) = said(capsys.readouterr().err)
-    assert f"out: CPU level is OTHER ({here['CPU level']} when the run began): from here on bits may differ" in line
+    assert (
+        f"out: CPU level is OTHER ({here['CPU level']} when the run began): from here on bits may "
+        "differ" in line
+    )
 
 
 @pytest.mark.thorough
@@ -414,7 +495,10 @@ def test_a_resume_on_another_cpu_level_warns_in_one_line(tmp_path):
     ended = finished(command("resume", "out", "rounds=2"), tmp_path, ATEN_CPU_CAPABILITY="default")
     assert ended.returncode == 0, ended.stderr
     (line,) = said(ended.stderr)
-    assert f"out: CPU level is DEFAULT ({level} when the run began): from here on bits may differ" in line
+    assert (
+        f"out: CPU level is DEFAULT ({level} when the run began): from here on bits may differ"
+        in line
+    )
 
 
 # A run folder that ranks do not share.
@@ -431,11 +515,17 @@ def test_a_folder_that_a_rank_does_not_see_is_refused_and_nothing_is_left(tmp_pa
         except Refused as error:
             lines.append(str(error))
 
-    monkeypatch.setattr(folder, "sees", lambda path: sight.sees(ODD.home / path.relative_to(tmp_path / "home")))
+    monkeypatch.setattr(
+        folder, "sees", lambda path: sight.sees(ODD.home / path.relative_to(tmp_path / "home"))
+    )
     (tmp_path / "home").mkdir()
     on_ranks(3, play)
     assert len({*lines}) == 1 and len(lines) == 3
-    assert "ranks 1, 2 (host" in lines[0] and f"does not see {tmp_path / 'home/runs'}" in lines[0] and "share" in lines[0]
+    assert (
+        "ranks 1, 2 (host" in lines[0]
+        and f"does not see {tmp_path / 'home/runs'}" in lines[0]
+        and "share" in lines[0]
+    )
     assert [*tmp_path.rglob("*")] == [tmp_path / "home"]
 
 
@@ -475,12 +565,17 @@ def test_real_ranks_that_differ_end_in_a_line_each_and_leave_no_folder(tmp_path)
     line = [*mpirun(3), sys.executable, str(TESTS / "several.py"), "codes", json.dumps(runs)]
     ended = finished(line, tmp_path, OMPI_MCA_mpi_show_mca_params="")
     assert ended.returncode == 2, ended.stderr
-    assert [json.loads((tmp_path / f"codes-{rank}").read_text()) for rank in range(3)] == [[2, 2, 2]] * 3
+    assert [json.loads((tmp_path / f"codes-{rank}").read_text()) for rank in range(3)] == [
+        [2, 2, 2]
+    ] * 3
     lines = said(ended.stderr)
     assert len(lines) == 3 and "Traceback" not in ended.stderr
     assert "ranks 1, 2 (host" in lines[0] and "initial weights of 3.weight" in lines[0]
     assert "rank" in lines[1] and "generator of its own or goes through a set" in lines[1]
-    assert "rank 1 (host" in lines[2] and "1.weight is [16, 64] float32 body, on rank 0 [8, 64]" in lines[2]
+    assert (
+        "rank 1 (host" in lines[2]
+        and "1.weight is [16, 64] float32 body, on rank 0 [8, 64]" in lines[2]
+    )
     assert sorted(f.name for f in tmp_path.iterdir()) == [f"codes-{rank}" for rank in range(3)]
 
 
@@ -502,10 +597,28 @@ def test_real_ranks_in_other_folders_and_of_another_cpu_level(tmp_path):
     first, *options = mpirun(2)
     more = ["env", "ATEN_CPU_CAPABILITY=default"]
     run = command("run", TINY, "output=runs/out", "rounds=1")
-    ended = finished([first, *options, "--wdir", str(here), *run, ":", "-n", "1", "--wdir", str(there), *more, *run], tmp_path)
+    ended = finished(
+        [
+            first,
+            *options,
+            "--wdir",
+            str(here),
+            *run,
+            ":",
+            "-n",
+            "1",
+            "--wdir",
+            str(there),
+            *more,
+            *run,
+        ],
+        tmp_path,
+    )
     assert ended.returncode == 2, ended.stderr
     *warned, line = said(ended.stderr)
     assert "output = runs/out: rank 2 (host" in line and "does not see" in line
     assert not [*here.iterdir()] and not [*there.iterdir()]
     if torch.backends.cpu.get_cpu_capability() != "DEFAULT":
-        assert len(warned) == 1 and "rank 2 (host" in warned[0] and "CPU level is DEFAULT" in warned[0]
+        assert (
+            len(warned) == 1 and "rank 2 (host" in warned[0] and "CPU level is DEFAULT" in warned[0]
+        )

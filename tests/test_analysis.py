@@ -1,4 +1,6 @@
-"""What is read from a run folder is what the run did: its metrics, its leaves, and each client's model."""
+"""What is read from a run folder is what the run did: its metrics, its leaves, and each client's
+model.
+"""
 
 import doctest
 import json
@@ -67,7 +69,9 @@ def test_a_clients_model_scores_exactly_what_the_run_logged(any_run):
     config = configs.from_dict(any_run.config, "log")
     shift = config.data.source.shift
     data, device = load(config.data.source), torch.device("cpu")
-    feed = Feed(data, any_run.partition, seed=config.seed, shift=shift, device=device, augment=False)
+    feed = Feed(
+        data, any_run.partition, seed=config.seed, shift=shift, device=device, augment=False
+    )
     logged = any_run.array("clients/accuracy")[-1]
     for client in range(CLIENTS):
         batch = feed.test([client], 0, feed.test_size(client))
@@ -139,11 +143,15 @@ def test_a_clients_data_are_those_of_the_partition(run):
         view = run.client(client)
         assert np.array_equal(view.train_indices, split.train[client])
         assert np.array_equal(view.test_indices, split.test[client])
-        assert np.array_equal(view.counts, np.bincount(data.train.y[view.train_indices], minlength=CLASSES))
+        assert np.array_equal(
+            view.counts, np.bincount(data.train.y[view.train_indices], minlength=CLASSES)
+        )
 
 
 def test_what_is_not_there_is_refused_with_what_is(run):
-    with pytest.raises(ValueError, match="no column 'acc'; there are round, .*accuracy, .*clients/accuracy"):
+    with pytest.raises(
+        ValueError, match="no column 'acc'; there are round, .*accuracy, .*clients/accuracy"
+    ):
         run.array("acc")
     for wrong in (-1, CLIENTS):
         with pytest.raises(ValueError, match=f"no client {wrong}; there are 0 to {CLIENTS - 1}"):
@@ -240,19 +248,28 @@ def test_a_report_holds_the_last_the_best_and_the_worst(tmp_path):
 
 
 def test_a_report_keeps_the_order_of_runs_and_aligns_columns(tmp_path):
-    paths = [logged(tmp_path / name, [0.5, 1.0], algorithm={"name": name}) for name in ("zeta_long", "alpha")]
+    paths = [
+        logged(tmp_path / name, [0.5, 1.0], algorithm={"name": name})
+        for name in ("zeta_long", "alpha")
+    ]
     lines = report.table(paths).splitlines()
     assert [line.split()[-1] for line in lines[1:]] == list(map(str, paths))
-    assert len({line.index(end) for line, end in zip(lines, ("run", *map(str, paths)), strict=True)}) == 1
+    assert (
+        len({line.index(end) for line, end in zip(lines, ("run", *map(str, paths)), strict=True)})
+        == 1
+    )
 
 
 def test_runs_that_differ_in_their_seed_only_get_a_mean(tmp_path):
-    paths = [logged(tmp_path / f"{seed}", [0.1 * seed, 0.2 * seed], seed=seed) for seed in (1, 2, 3)]
+    paths = [
+        logged(tmp_path / f"{seed}", [0.1 * seed, 0.2 * seed], seed=seed) for seed in (1, 2, 3)
+    ]
     paths += [logged(tmp_path / "other", [0.5, 0.5], seed=4, algorithm={"name": "local"})]
     paths += [logged(tmp_path / "longer", [0.5, 0.5], [0.5, 0.5], seed=5)]
     rows = cells(report.table(paths))
     assert len(rows) == 1 + 5 + 1
-    spread = ["30.00% ±15.00", "30.00% ±15.00", "20.00% ±10.00"]  # of 0.15, 0.30, 0.45; of 0.1, 0.2, 0.3
+    # of 0.15, 0.30, 0.45; of 0.1, 0.2, 0.3
+    spread = ["30.00% ±15.00", "30.00% ±15.00", "20.00% ±10.00"]
     assert rows[-1] == ["fedavg", "1", "3 seeds", *spread, "3 kB", "2", "mean ± std of 3 runs"]
 
 
@@ -262,7 +279,15 @@ def test_the_same_seed_twice_gets_no_mean(tmp_path):
 
 
 def test_a_report_of_a_run_without_rounds_has_dashes(tmp_path):
-    assert cells(report.table([logged(tmp_path / "a")]))[1][1:8] == ["0/3", "1", "-", "-", "-", "-", "-"]
+    assert cells(report.table([logged(tmp_path / "a")]))[1][1:8] == [
+        "0/3",
+        "1",
+        "-",
+        "-",
+        "-",
+        "-",
+        "-",
+    ]
 
 
 def split_of(counts):
@@ -315,14 +340,18 @@ def test_the_area_of_a_dot_is_the_number_of_samples(clients, classes):
 
 def test_a_picture_is_a_png_and_leaves_nothing_beside(tmp_path):
     labels = np.arange(300) % 5
-    partition.draw(Pathological(clients=3, train=20, test=10).split(labels, labels, 5), tmp_path / "x.png")
+    partition.draw(
+        Pathological(clients=3, train=20, test=10).split(labels, labels, 5), tmp_path / "x.png"
+    )
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
 
 
 def test_a_picture_that_cannot_be_made_is_refused_with_the_way_out(tmp_path, monkeypatch):
     split = split_of([[1, 2], [3, 4]])
-    with pytest.raises(ValueError, match="No such file or directory, .* GB free .*; choose another"):
+    with pytest.raises(
+        ValueError, match="No such file or directory, .* GB free .*; choose another"
+    ):
         partition.draw(split, tmp_path / "nowhere" / "x.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"pip install 'fedlora-mpi\[analysis\]'"):

@@ -12,7 +12,9 @@ from fedlora_mpi.run.checkpointing import beginning
 
 
 def balanced_run(ranks: int, taken: list[float], *asked: str, samples: float = 1.0):
-    """(the hosts before, the run, the last moment) of a run that moves after round 2, when kinds have taken so long."""
+    """(the hosts before, the run, the last moment) of a run that moves after round 2, when kinds
+    have taken so long.
+    """
     config = tiny(*MIXED, *asked)
 
     def main(comm):
@@ -22,7 +24,8 @@ def balanced_run(ranks: int, taken: list[float], *asked: str, samples: float = 1
             state, row, clients = play(run, state, evaluate=True, stop=False)
             if round_ == 1:
                 assert (run.pace.taken >= 0).all() and run.pace.taken[1].sum() == sum(
-                    run.sizes[c] for c in run.hosted for r in (0, 1) if c in run.chosen(r))
+                    run.sizes[c] for c in run.hosted for r in (0, 1) if c in run.chosen(r)
+                )
                 run.pace.taken[:] = np.array([taken, [1.0, 1.0, samples]])
                 run, state = balanced(run, state, hosts(config, comm.size), config.mix)
         return run, before, Moment(copied(state.shared), copied(state.personal), row, clients)
@@ -38,7 +41,9 @@ FURTHER = (("uplink=gather",), ("evaluate.clients=cohort",))
 
 
 @pytest.mark.parametrize(
-    "asked", [(), *(pytest.param(asked, marks=pytest.mark.thorough) for asked in FURTHER)], ids=["sum", "gather", "cohort"]
+    "asked",
+    [(), *(pytest.param(asked, marks=pytest.mark.thorough) for asked in FURTHER)],
+    ids=["sum", "gather", "cohort"],
 )
 def test_clients_that_move_keep_their_numbers(asked):
     before, run, moment = balanced_run(3, [9.0, 1.0, 1.0], *asked)
@@ -51,10 +56,21 @@ def test_clients_that_move_keep_their_numbers(asked):
 
 def test_groups_lie_as_the_seconds_say():
     _, run, _ = balanced_run(3, [1000.0, 1.0, 1.0], "rounds=2")
-    slow = [sum(run.sizes[c] for g, h in zip(run.groups, run.host) for c in g if h == w and run.kind_of[c] == 0) for w in (1, 2)]
+    slow = [
+        sum(
+            run.sizes[c]
+            for g, h in zip(run.groups, run.host)
+            for c in g
+            if h == w and run.kind_of[c] == 0
+        )
+        for w in (1, 2)
+    ]
     sizes = sorted(run.sizes[c] for c in range(7) if run.kind_of[c] == 0)
-    assert max(slow) == max(sizes[-1], sizes[0] + sizes[1])  # the slow kind alone decides: three clients on two workers
-    assert run.costs == tuple(1000.0 ** (run.kind_of[g[0]] == 0) * sum(run.sizes[c] for c in g) for g in run.groups)
+    # the slow kind alone decides: three clients on two workers
+    assert max(slow) == max(sizes[-1], sizes[0] + sizes[1])
+    assert run.costs == tuple(
+        1000.0 ** (run.kind_of[g[0]] == 0) * sum(run.sizes[c] for c in g) for g in run.groups
+    )
 
 
 def test_nobody_moves_where_little_is_gained_or_a_kind_is_unknown():
@@ -65,7 +81,10 @@ def test_nobody_moves_where_little_is_gained_or_a_kind_is_unknown():
 
 
 def test_it_is_looked_at_after_rounds_2_4_8_of_several_kinds_on_several_workers():
-    mixed, alone = on_ranks(3, lambda comm: build(tiny(*MIXED), str(TINY), comm).run)[0], built(*MIXED).run
+    mixed, alone = (
+        on_ranks(3, lambda comm: build(tiny(*MIXED), str(TINY), comm).run)[0],
+        built(*MIXED).run,
+    )
     assert [r for r in range(70) if due(mixed, r)] == [2, 4, 8, 16, 32, 64]
     assert not any(due(alone, r) for r in range(70))
     one_kind = on_ranks(3, lambda comm: build(tiny(), str(TINY), comm).run)[0]

@@ -31,7 +31,11 @@ def test_every_script_has_its_section_and_every_section_its_script():
 def test_a_section_has_a_question_and_the_command(name):
     section = re.split(r"^## ", README, flags=re.MULTILINE)
     own = next(part for part in section if part.startswith(f"{name}.py\n"))
-    assert re.search(r"\*\*[^*]+\?\*\*", own) and "First:" in own or name in ("two_processes", "memory"), own
+    assert (
+        re.search(r"\*\*[^*]+\?\*\*", own)
+        and "First:" in own
+        or name in ("two_processes", "memory")
+    ), own
     assert f"python benchmarks/{name}.py" in own
 
 
@@ -42,7 +46,11 @@ def test_a_script_answers_help_with_its_question(name, report, monkeypatch, caps
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(path), run_name="__main__")
     text, source = capsys.readouterr().out, path.read_text(encoding="utf-8")
-    assert end.value.code == 0 and "--json FILE" in text and source.split('"""')[1].splitlines()[0] in text
+    assert (
+        end.value.code == 0
+        and "--json FILE" in text
+        and source.split('"""')[1].splitlines()[0] in text
+    )
     assert re.search(r"\btell\(asked, ", source)
 
 
@@ -62,7 +70,9 @@ def test_a_report_says_what_it_was_measured_on(report, tmp_path, capsys, monkeyp
     report.tell(SimpleNamespace(json=file), [{"ratio": 1.5}], ["pytest"])
     out, found = capsys.readouterr().out, json.loads(file.read_text())
     assert found["rows"] == [{"ratio": 1.5}] and found["command"] == "python some.py --root 'a b'"
-    assert {"torch", "Python", "pytest"} <= found["versions"].keys() and found["cores"] == os.cpu_count()
+    assert {"torch", "Python", "pytest"} <= found["versions"].keys() and found[
+        "cores"
+    ] == os.cpu_count()
     for told in (
         "| ratio |",
         "| 1.5 |",

@@ -1,4 +1,6 @@
-"""The commands: what each prints, writes and returns, and what it refuses without touching anything."""
+"""The commands: what each prints, writes and returns, and what it refuses without touching
+anything.
+"""
 
 import hashlib
 import re
@@ -16,7 +18,20 @@ from fedlora_mpi.config import read
 from fedlora_mpi.store.lock import locked
 from fedlora_mpi.store.reader import RunFiles
 
-COMMANDS = ("run", "resume", "plan", "partition", "report", "pretrain", "submit", "doctor", "export", "watch", "digest", "status")
+COMMANDS = (
+    "run",
+    "resume",
+    "plan",
+    "partition",
+    "report",
+    "pretrain",
+    "submit",
+    "doctor",
+    "export",
+    "watch",
+    "digest",
+    "status",
+)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +116,8 @@ def test_the_module_and_the_entry_point_are_the_same_command(tmp_path):
     module, function = re.search(
         r'"fedlora-mpi = ([\w.]+):(\w+)"', (TESTS.parent / "setup.py").read_text()
     ).groups()
-    script = f"import sys; from {module} import {function}; sys.exit({function}())"  # what pip makes of it
+    # what pip makes of it
+    script = f"import sys; from {module} import {function}; sys.exit({function}())"
     for arguments, code in ((["--help"], 0), (["run", "missing.yaml"], 2)):
         one = finished(command(*arguments), tmp_path)
         other = finished([sys.executable, "-c", script, *arguments], tmp_path)
@@ -113,7 +129,9 @@ def test_the_module_and_the_entry_point_are_the_same_command(tmp_path):
 
 
 def test_a_run_tells_its_progress_and_leaves_a_folder_that_can_be_read(call, tmp_path):
-    code, out, err = call("run", TINY, "output=runs/{name}-{algorithm}-{seed}", "algorithm=fedavg", "seed=3")
+    code, out, err = call(
+        "run", TINY, "output=runs/{name}-{algorithm}-{seed}", "algorithm=fedavg", "seed=3"
+    )
     folder = tmp_path / "runs/tiny-fedavg-3"
     assert (code, out) == (0, "runs/tiny-fedavg-3: done\n")
     first, *_, last = (line for line in err.splitlines() if not line.startswith("hint: "))
@@ -133,7 +151,11 @@ def test_an_existing_folder_is_refused_and_left_as_it_is(call, tmp_path):
     (tmp_path / "mine/thesis.txt").write_text("years of work")
     refused = call("run", TINY, "output=mine")
     assert_refused(
-        refused, str(TINY), "output = mine: the folder exists", "fedlora-mpi resume mine", "output=..."
+        refused,
+        str(TINY),
+        "output = mine: the folder exists",
+        "fedlora-mpi resume mine",
+        "output=...",
     )
     assert content(tmp_path) == {"mine/thesis.txt": hashlib.sha256(b"years of work").hexdigest()}
 
@@ -150,10 +172,19 @@ def test_an_existing_folder_is_refused_and_left_as_it_is(call, tmp_path):
         ([TINY, "train.lr"], ["train.lr: must be key=value"]),
         ([TINY, "train.lr=fast"], ["train.lr = fast"]),
         ([TINY, "model=user_parts:nothing"], ["model.name = user_parts:nothing: cannot be built"]),
-        ([TINY, "algorithm={name: fedlora, layers: [head]}"], ["algorithm.layers = head: matches no weight"]),
-        ([TINY, "algorithm.lora_epochs=4"], ["algorithm.lora_epochs = 4: must be at most train.epochs = 3"]),
+        (
+            [TINY, "algorithm={name: fedlora, layers: [head]}"],
+            ["algorithm.layers = head: matches no weight"],
+        ),
+        (
+            [TINY, "algorithm.lora_epochs=4"],
+            ["algorithm.lora_epochs = 4: must be at most train.epochs = 3"],
+        ),
         ([TINY, "data.partition.minimum=100"], [str(TINY), "data.partition.clients = 7"]),
-        ([TINY, "data.root=nowhere", "data.dataset=mnist"], ["data.root = nowhere: mnist is missing"]),
+        (
+            [TINY, "data.root=nowhere", "data.dataset=mnist"],
+            ["data.root = nowhere: mnist is missing"],
+        ),
         (
             [TINY, "output=runs/{size}"],
             ["output = runs/{size}: {size} is unknown; there are {name}, {algorithm}, {seed}"],
@@ -178,7 +209,9 @@ def test_a_loss_that_is_not_finite_ends_a_run_with_round_and_clients(call, tmp_p
 def test_a_folder_that_cannot_be_made_is_refused(call, tmp_path):
     (tmp_path / "file").write_text("")
     assert_refused(
-        call("run", TINY, "output=file/run"), "output = file/run: cannot be created", "choose another"
+        call("run", TINY, "output=file/run"),
+        "output = file/run: cannot be created",
+        "choose another",
     )
 
 
@@ -188,13 +221,20 @@ def test_rounds_that_are_not_evaluated_are_rows_of_nan_and_the_last_is_evaluated
     for column in (rounds["accuracy"], rounds["accuracy_worst"], rounds["loss"]):
         assert np.isnan(column).tolist() == [True, False, False]
     for table in (clients["accuracy"], clients["loss"]):
-        assert np.isnan(table).all(axis=1).tolist() == [True, False, False] and not np.isnan(table[1:]).any()
+        assert (
+            np.isnan(table).all(axis=1).tolist() == [True, False, False]
+            and not np.isnan(table[1:]).any()
+        )
     assert np.isfinite(rounds["train_loss"]).all()
 
 
 def test_the_newest_checkpoints_are_kept(call, tmp_path):
     assert call("run", TINY, "checkpoint={every: 1, keep: 3}", "output=run")[0] == 0
-    assert sorted(f.name for f in (tmp_path / "run/checkpoints").iterdir()) == ["000002", "000003", "000004"]
+    assert sorted(f.name for f in (tmp_path / "run/checkpoints").iterdir()) == [
+        "000002",
+        "000003",
+        "000004",
+    ]
     assert call("resume", "run", "checkpoint.keep=1", "rounds=5")[0] == 0
     assert sorted(f.name for f in (tmp_path / "run/checkpoints").iterdir()) == ["000005"]
 
@@ -270,7 +310,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(call, copy, si
     code, _, err = call("resume", copy)
     assert code == 0
     first, second = err.splitlines()[:2]
-    assert first == f"skipped {copy}/checkpoints/000006/worker-0000.h5: checksum differs, the file is damaged"
+    assert (
+        first == f"skipped {copy}/checkpoints/000006/worker-0000.h5: checksum differs, the file is "
+        "damaged"
+    )
     assert second == f"resuming {copy} after round 4"
     assert_same_run(six, copy)
 
@@ -291,7 +334,9 @@ def test_a_folder_in_use_is_refused_and_left_as_it_is(call, copy):
     shutil.rmtree(copy / "checkpoints/000006")
     before = content(copy)
     with locked(copy):
-        assert_refused(call("resume", copy), f"{copy}/.lock: in use by host ", "choose another output")
+        assert_refused(
+            call("resume", copy), f"{copy}/.lock: in use by host ", "choose another output"
+        )
     assert content(copy) == before
     assert call("resume", copy)[0] == 0
 
@@ -309,13 +354,17 @@ def test_a_plan_tells_the_bytes_that_the_run_then_moves(call, six, tmp_path):
     assert "4 of 7 clients: " in lines["round"]
     assert "3 ranks" in out and "2 workers" in lines["engine"] and "for 6 rounds" in lines["time"]
     personal = RunFiles(six).checkpoint().personal([0])
-    assert f"{sum(leaf[0].size for leaf in personal.values()):,} numbers per client" in lines["personal"]
+    assert (
+        f"{sum(leaf[0].size for leaf in personal.values()):,} numbers per client"
+        in lines["personal"]
+    )
 
 
 @pytest.mark.parametrize("ranks", ["0", "-1"])
 def test_a_plan_for_no_rank_is_refused(call, ranks):
     assert_refused(
-        call("plan", TINY, f"--ranks={ranks}"), f"--ranks = {ranks}: must be an integer of at least 1"
+        call("plan", TINY, f"--ranks={ranks}"),
+        f"--ranks = {ranks}: must be an integer of at least 1",
     )
 
 
@@ -346,7 +395,12 @@ def test_a_report_has_a_row_for_each_run(call, six):
     header, *rows = out.splitlines()
     assert header.split()[:3] == ["algorithm", "rounds", "seed"] and len(rows) == 2
     for row in rows:
-        assert row.split()[:4] == ["fedlora", "6", "1", f"{RunFiles(six).rounds()['accuracy'][-1]:.2%}"]
+        assert row.split()[:4] == [
+            "fedlora",
+            "6",
+            "1",
+            f"{RunFiles(six).rounds()['accuracy'][-1]:.2%}",
+        ]
         assert row.endswith(str(six))
 
 
@@ -356,7 +410,11 @@ def test_a_digest_is_equal_for_equal_runs_and_only_for_those(call, six, copy, tm
     assert (code, err) == (0, "")
     pattern = r"(\S+) round (\d) shared ([0-9a-f]{64}) personal ([0-9a-f]{64})"
     found = [re.fullmatch(pattern, line).groups() for line in out.splitlines()]
-    assert [each[:2] for each in found] == [(str(six), "6"), (str(copy), "6"), (str(tmp_path / "two"), "2")]
+    assert [each[:2] for each in found] == [
+        (str(six), "6"),
+        (str(copy), "6"),
+        (str(tmp_path / "two"), "2"),
+    ]
     assert found[0][2:] == found[1][2:] and len({*found[0][2:], *found[2][2:]}) == 4
 
 

@@ -47,12 +47,16 @@ def outcome(algorithm, network="cnn", rounds=2, **how):
 
 def batch(made, client=0, width=5, padding=False):
     """A mini-batch; with padding, the last two examples are none."""
-    one = Batch(*(v if v is None else v[0] for v in made.feed.epoch([client], 0, 0).batch(1, 0, width)))
+    one = Batch(
+        *(v if v is None else v[0] for v in made.feed.epoch([client], 0, 0).batch(1, 0, width))
+    )
     return one._replace(real=torch.arange(width) < width - 2) if padding else one
 
 
 def trained(made, v):
-    """``v`` away from the start, in float64: two rounds of noise, the same for all leaves of a shape."""
+    """``v`` away from the start, in float64: two rounds of noise, the same for all leaves of a
+    shape.
+    """
     moved = lambda t: t.double() + 0.1 * numbers(1, *t.shape)[0].abs()
     return Vars(*(tmap(moved, half) for half in v[:2]))
 
@@ -62,7 +66,11 @@ def leaves(made, v):
     step = made.algorithm.phases(made.model, made.settings, 1)[-1].steps[0]
     copies = Vars(*(small.copy(half) for half in v[:2]))
     given = copies.shared | copies.personal
-    return copies, {n: w.requires_grad_() for n, w in given.items() if step.trains(n) and made.model.role(n) != "stats"}
+    return copies, {
+        n: w.requires_grad_()
+        for n, w in given.items()
+        if step.trains(n) and made.model.role(n) != "stats"
+    }
 
 
 def gradients(made, v, data):
@@ -75,18 +83,26 @@ def gradients(made, v, data):
 
 
 def by_torch(made, v, data, formula, frozen):
-    """The same by ``formula((features, logits) of F, those of g, y, personal leaves)``, which gives the losses of
-    F and of g: ``frozen``, the gradient of either with the other network's output as a constant, else of the sum."""
+    """The same by ``formula((features, logits) of F, those of g, y, personal leaves)``, which gives
+    the losses of F and of g: ``frozen``, the gradient of either with the other network's output as
+    a constant, else of the sum.
+    """
     now, mine = leaves(made, v)
     real = slice(None) if data.real is None else data.real
     x, y = data.x.double()[real], data.y[real]
     own = {n: w for n, w in now.personal.items() if n in made.model.leaves}
-    f, s = parts(made.model, own, x), parts(made.algorithm.g(made.model), under(now.shared, ".small."), x)
+    f, s = (
+        parts(made.model, own, x),
+        parts(made.algorithm.g(made.model), under(now.shared, ".small."), x),
+    )
     if not frozen:
         loss = sum(formula(f, s, y, now.personal))
         return dict(zip(mine, torch.autograd.grad(loss, mine.values()))), loss.detach()
     constant = lambda outputs: tuple(o.detach() for o in outputs)
-    losses = formula(f, constant(s), y, now.personal)[0], formula(constant(f), s, y, now.personal)[1]
+    losses = (
+        formula(f, constant(s), y, now.personal)[0],
+        formula(constant(f), s, y, now.personal)[1],
+    )
     found = {}
     for loss, half in zip(losses, (now.personal, now.shared)):
         part = {n: w for n, w in mine.items() if n in half}
@@ -128,24 +144,37 @@ def test_divergence_is_torchs():
 @METHODS
 def test_what_is_shared_is_one_small_network_for_all_models(method):
     algorithm = method(small="small:cnn")
-    firsts = [algorithm.init(small.model(n), rng(1, "init")) for n in ("bn_net", "noisy_net", "cnn")]
+    firsts = [
+        algorithm.init(small.model(n), rng(1, "init")) for n in ("bn_net", "noisy_net", "cnn")
+    ]
     assert all(small.equal(v.shared, firsts[0].shared) for v in firsts)
     other = algorithm.init(small.model(), rng(2, "init")).shared
-    assert not any(torch.equal(v, other[n]) for n, v in firsts[0].shared.items() if n.startswith(".small."))
+    assert not any(
+        torch.equal(v, other[n]) for n, v in firsts[0].shared.items() if n.startswith(".small.")
+    )
     assert not set(firsts[0].shared) & {n for v in firsts for n in v.personal}
 
 
 @METHODS
 def test_the_small_network_follows_the_mode_of_the_clients(method):
     model = small.model()
-    assert method(**WITH_BN).g(model).training and not method(**WITH_BN).g(model.evaluating()).training
+    assert (
+        method(**WITH_BN).g(model).training and not method(**WITH_BN).g(model.evaluating()).training
+    )
 
 
 @METHODS
-@pytest.mark.parametrize("name, said", [
-    ("cnn9", "small = cnn9: cannot be built: "),
-    ("cnn5", "small = cnn5: cannot be built: two 5x5 convolutions with 2x2 pools need images of at least 16 x 16 pixels"),
-])
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("cnn9", "small = cnn9: cannot be built: "),
+        (
+            "cnn5",
+            "small = cnn5: cannot be built: two 5x5 convolutions with 2x2 pools need images of at "
+            "least 16 x 16 pixels",
+        ),
+    ],
+)
 def test_an_impossible_small_network_is_refused(method, name, said):
     with pytest.raises(ValueError) as refusal:
         method(small=name).check(small.model(), small.TRAIN)
@@ -160,16 +189,24 @@ def test_everything_of_both_networks_trains_and_statistics_are_counted_once(meth
     for done in run.trainer.train(run.hosted, state.shared, state.personal, 1):
         names = [n for n in done.start.shared if n.startswith(".small.")]
         moved = [not torch.equal(done.start.shared[n], done.end.shared[n]) for n in names]
-        moved += [not torch.equal(v, done.end.personal[n]) for n, v in done.start.personal.items() if n != ".mix.w"]
+        moved += [
+            not torch.equal(v, done.end.personal[n])
+            for n, v in done.start.personal.items()
+            if n != ".mix.w"
+        ]
         assert all(moved)
-    # One step without a learning rate leaves a tenth of the batch's mean in the statistics, not more.
+    # One step without a learning rate leaves a tenth of the batch's mean in the statistics, not
+    # more.
     still = replace(small.TRAIN, epochs=1, lr=1e-30, batch_size=11)
     whole = {"equal": True, "held_out": 0.0} if method is FedAPEN else {}
     made = small.trainer(method(**WITH_BN, **whole), "bn_net", train=still, stacked=stacked)
     v = small.first(made)
     (done, *_) = made.train([0], v.shared, small.rows(v.personal, 1), 0)
     plain = small.trainer(FedAvg(), "bn_net", train=still)
-    for tree, begin in ((done.end.personal, v.personal), (under(done.end.shared, ".small."), under(v.shared, ".small."))):
+    for tree, begin in (
+        (done.end.personal, v.personal),
+        (under(done.end.shared, ".small."), under(v.shared, ".small.")),
+    ):
         (once,) = plain.train([0], {n: begin[n] for n in g.leaves}, {}, 0)
         for n in g.leaves:
             if g.role(n) == "stats":
@@ -177,7 +214,10 @@ def test_everything_of_both_networks_trains_and_statistics_are_counted_once(meth
 
 
 @METHODS
-@pytest.mark.parametrize("own, shared", [("cnn", "bn_net"), thorough("bn_net", "cnn"), thorough("noisy_net", "noisy_net")])
+@pytest.mark.parametrize(
+    "own, shared",
+    [("cnn", "bn_net"), thorough("bn_net", "cnn"), thorough("noisy_net", "noisy_net")],
+)
 def test_loop_and_stack_train_alike(method, own, shared):
     ends = []
     for stacked in (False, True):
@@ -244,7 +284,9 @@ def test_equal_networks_teach_each_other_nothing():
     v = trained(made, small.first(made))
     v = Vars(prefixed(v.personal, ".small."), v.personal)
     grads, loss = gradients(made, v, batch(made))
-    plain, fit = gradients(small.trainer(replace(made.algorithm, alpha=1.0, beta=1.0)), v, batch(made))
+    plain, fit = gradients(
+        small.trainer(replace(made.algorithm, alpha=1.0, beta=1.0)), v, batch(made)
+    )
     assert loss == pytest.approx(0.25 * fit.item(), rel=1e-12)
     for name, value in grads.items():
         share = 0.2 if name.startswith(".small.") else 0.3
@@ -255,7 +297,9 @@ def test_the_clients_own_model_is_the_large_one():
     for method in (FML, FedKD):
         made = small.trainer(method(**WITH_BN))
         v, x = small.first(made), batch(made).x
-        assert torch.equal(made.algorithm.logits(made.model, v, x), made.model(made.model.initial, x))
+        assert torch.equal(
+            made.algorithm.logits(made.model, v, x), made.model(made.model.initial, x)
+        )
 
 
 # FedKD
@@ -274,17 +318,23 @@ def test_the_gradients_of_fedkd_are_those_of_its_losses(padding, own, shared, de
         L_t = F.cross_entropy(t[1], y) + kl(held(s[1]), t[1]) / D + hidden / D
         return L_t, F.cross_entropy(s[1], y) + kl(held(t[1]), s[1]) / D + hidden / D
 
-    assert_gradients(made, trained(made, small.first(made)), batch(made, padding=padding), formula, frozen=False)
+    assert_gradients(
+        made, trained(made, small.first(made)), batch(made, padding=padding), formula, frozen=False
+    )
 
 
 def test_w_h_begins_with_the_bounds_of_torchs_linear():
     made = small.trainer(FedKD(small="small:cnn"), "linear_net")
     W_h = small.first(made).personal[".hidden.W_h"]
-    assert W_h.shape == (105, 5) and 0.95 < W_h.abs().max() * 5**0.5 <= 1 and W_h.mean().abs() < 0.05
+    assert (
+        W_h.shape == (105, 5) and 0.95 < W_h.abs().max() * 5**0.5 <= 1 and W_h.mean().abs() < 0.05
+    )
 
 
 def test_a_network_without_a_linear_head_is_refused_by_fedkd():
-    with pytest.raises(ValueError, match="^small = test_companions:all_convolution: needs a network that ends in a"):
+    with pytest.raises(
+        ValueError, match="^small = test_companions:all_convolution: needs a network that ends in a"
+    ):
         FedKD(small="test_companions:all_convolution").check(small.model(), small.TRAIN)
     model = small.model("test_companions:all_convolution")
     with pytest.raises(ValueError, match="^name = fedkd: needs a network that ends in a Linear"):
@@ -314,7 +364,9 @@ def test_truncation_keeps_the_fewest_singular_values_that_hold_the_energy(energy
 
 
 def test_exactly_the_energy_is_enough():
-    kept, count = truncated(torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), torch.tensor(0.5).double())
+    kept, count = truncated(
+        torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), torch.tensor(0.5).double()
+    )
     assert count == 3 + 2 + 1 and kept.square().sum() == 4
 
 
@@ -323,7 +375,11 @@ def test_truncation_at_full_energy_loses_nothing(shape):
     matrix = numbers(*shape)
     kept, count = truncated(matrix, torch.tensor(1.0).double())
     d1, d2 = matrix.flatten(1).shape
-    assert torch.allclose(kept, matrix, atol=1e-6) and kept.dtype == matrix.dtype and kept.shape == shape
+    assert (
+        torch.allclose(kept, matrix, atol=1e-6)
+        and kept.dtype == matrix.dtype
+        and kept.shape == shape
+    )
     assert count == min(d1, d2) * (d1 + d2 + 1)
     assert not torch.allclose(truncated(matrix, torch.tensor(0.3).double())[0], matrix, atol=1e-2)
 
@@ -403,7 +459,9 @@ def ranks_of(old, new, energy):
 def shortened(old, new, energy):
     """``new`` as that message tells it."""
     energy = torch.tensor(energy, dtype=torch.float64)
-    return {n: v if v.dim() == 1 else old[n] + truncated(v - old[n], energy)[0] for n, v in new.items()}
+    return {
+        n: v if v.dim() == 1 else old[n] + truncated(v - old[n], energy)[0] for n, v in new.items()
+    }
 
 
 @STACK_FIRST
@@ -414,11 +472,15 @@ def test_the_messages_of_fedkd_and_their_bytes_are_those_of_the_ranks(stacked):
     down = numel(under(state.shared, ".small."))
     for round_, energy in enumerate((0.6, 0.7, 0.8, 0.9, 0.9)):
         old, uploads, ups = under(small.copy(state.shared), ".small."), [], 0
-        for done in whole.trainer.train(run.hosted, state.shared, small.copy(state.personal), round_):
+        for done in whole.trainer.train(
+            run.hosted, state.shared, small.copy(state.personal), round_
+        ):
             new = under(small.copy(done.end.shared), ".small.")
             uploads.append(shortened(old, new, energy))
             ups += ranks_of(old, new, energy)
-        for done, upload in zip(run.trainer.train(run.hosted, state.shared, state.personal, round_), uploads):
+        for done, upload in zip(
+            run.trainer.train(run.hosted, state.shared, state.personal, round_), uploads
+        ):
             small.assert_near(under(run.algorithm.upload(done.start, done.end), ".small."), upload)
         mean = {n: (sum(upload[n].double() for upload in uploads) / 5).float() for n in old}
         state, row, _ = play(run, state, evaluate=False, stop=False)
@@ -432,7 +494,9 @@ def test_the_messages_of_fedkd_and_their_bytes_are_those_of_the_ranks(stacked):
 def test_more_energy_is_a_longer_message(stacked):
     sent = []
     for energy in (0.2, 0.6, 0.9, 1.0):
-        run, state = small.experiment(FedKD(energy_start=energy, energy_end=energy, **WITH_BN), stacked=stacked)
+        run, state = small.experiment(
+            FedKD(energy_start=energy, energy_end=energy, **WITH_BN), stacked=stacked
+        )
         sent.append(play(run, state, evaluate=False, stop=False)[1]["bytes_up"])
     assert sent == sorted(sent) and len(set(sent)) == 4
 
@@ -440,7 +504,10 @@ def test_more_energy_is_a_longer_message(stacked):
 @STACK_FIRST
 def test_a_client_of_fedkd_that_diverges_is_reported(stacked):
     run, state = small.experiment(
-        FedKD(**WITH_BN), stacked=stacked, train=replace(small.TRAIN, lr=1e30, epochs=5), sizes=(11, 7)
+        FedKD(**WITH_BN),
+        stacked=stacked,
+        train=replace(small.TRAIN, lr=1e30, epochs=5),
+        sizes=(11, 7),
     )
     with pytest.raises(Fault, match="not finite"):
         small.played(run, state, 2)
@@ -469,9 +536,13 @@ def test_the_mixture_is_the_private_network_at_1_and_the_shared_one_at_0():
     model, v, x = made.model.evaluating(), small.first(made), batch(made).x
     g = made.algorithm.g(model)
     p, s = model(model.initial, x), g(under(v.shared, ".small."), x)
-    at = lambda w: made.algorithm.logits(model, v._replace(personal=v.personal | {".mix.w": torch.tensor(w)}), x)
+    at = lambda w: made.algorithm.logits(
+        model, v._replace(personal=v.personal | {".mix.w": torch.tensor(w)}), x
+    )
     assert torch.equal(at(1.0), p) and torch.equal(at(0.0), s)
-    assert torch.allclose(at(0.25), 0.25 * p + 0.75 * s) and not torch.allclose(at(0.25), 0.75 * p + 0.25 * s)
+    assert torch.allclose(at(0.25), 0.25 * p + 0.75 * s) and not torch.allclose(
+        at(0.25), 0.75 * p + 0.25 * s
+    )
 
 
 @STACK_FIRST
@@ -494,7 +565,9 @@ def test_w_is_learned_as_torch_would_on_the_samples_held_out(stacked, lr):
             assert count == {11: 3, 7: 2, 3: 1}[run.sizes[client]]
             data = held.batch(1, 0, count)
             optimizer.zero_grad()
-            logits = algorithm.logits(model, v._replace(personal=v.personal | {".mix.w": w}), data.x[0])
+            logits = algorithm.logits(
+                model, v._replace(personal=v.personal | {".mix.w": w}), data.x[0]
+            )
             F.cross_entropy(logits, data.y[0]).backward()
             optimizer.step()
             w.data.clamp_(0, 1)
@@ -502,9 +575,13 @@ def test_w_is_learned_as_torch_would_on_the_samples_held_out(stacked, lr):
     judged = run.trainer.evaluate(run.hosted, state.shared, state.personal, 1)
     with_w = lambda w: rows | {".mix.w": torch.tensor(w)}
     fixed = small.trainer(FedAPEN(equal=True, **WITH_BN), samples=run.trainer.feed, stacked=stacked)
-    assert torch.allclose(judged, fixed.evaluate(run.hosted, shared, with_w(expected), 1), atol=1e-6)
+    assert torch.allclose(
+        judged, fixed.evaluate(run.hosted, shared, with_w(expected), 1), atol=1e-6
+    )
     if lr > 1e-2:
-        assert not torch.allclose(judged, fixed.evaluate(run.hosted, shared, with_w([0.5] * 3), 1), atol=1e-6)
+        assert not torch.allclose(
+            judged, fixed.evaluate(run.hosted, shared, with_w([0.5] * 3), 1), atol=1e-6
+        )
     assert small.equal(rows, state.personal)  # an evaluation changes nothing
     learned = small.played(run, state, 1).personal[".mix.w"]
     assert learned.tolist() == pytest.approx(expected, abs=1e-6) and learned.tolist() != [0.5] * 3
@@ -525,13 +602,17 @@ def test_learning_w_moves_w_alone(stacked):
     v = small.first(made)
     for done in made.train(range(5), v.shared, small.rows(v.personal, 5), 3):
         assert small.equal(done.end.shared, v.shared)
-        assert [n for n, w in done.end.personal.items() if not torch.equal(w, v.personal[n])] == [".mix.w"]
+        assert [n for n, w in done.end.personal.items() if not torch.equal(w, v.personal[n])] == [
+            ".mix.w"
+        ]
 
 
 def test_equal_weights_stay():
     how = {"network": "bn_net", "rounds": 2}
     run, fixed = outcome(FedAPEN(equal=True, **WITH_BN), **how)
-    assert fixed.personal[".mix.w"].tolist() == [0.5] * 5 and not run.algorithm.tune(run.trainer.model, small.TRAIN, 1)
+    assert fixed.personal[".mix.w"].tolist() == [0.5] * 5 and not run.algorithm.tune(
+        run.trainer.model, small.TRAIN, 1
+    )
     _, still = outcome(FedAPEN(w_epochs=0, **WITH_BN), **how)
     assert small.equal(still.shared, fixed.shared) and small.equal(still.personal, fixed.personal)
     _, whole = outcome(FedAPEN(equal=True, held_out=0.0, **WITH_BN), **how)
@@ -551,7 +632,11 @@ def test_a_client_with_one_sample_keeps_its_w():
 # Different networks of the clients
 
 
-MIX = ("model={mix: [cnn, 'user_parts:with_norm']}", "algorithm.small=user_parts:with_norm", "train.lr=0.02")
+MIX = (
+    "model={mix: [cnn, 'user_parts:with_norm']}",
+    "algorithm.small=user_parts:with_norm",
+    "train.lr=0.02",
+)
 
 
 def mixed(name, ranks):
@@ -566,7 +651,9 @@ def mixed(name, ranks):
         personal = {}
         for kind, clients in enumerate(parts.run.by_kind):
             for at, client in enumerate(clients):
-                mine = {n: v[at] for n, v in state.personal.items() if n.startswith(f"kind-{kind}/")}
+                mine = {
+                    n: v[at] for n, v in state.personal.items() if n.startswith(f"kind-{kind}/")
+                }
                 personal[client] = small.copy(mine)
         return small.copy(state.shared), personal, row, scores
 

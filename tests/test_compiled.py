@@ -27,11 +27,12 @@ def traced(monkeypatch):
 
 
 FEW = ("fedlora", "moon")  # a product formed once a phase, a teacher
-UNLIKE = (*FEW, "scaffold", "fedrep", "pfedgate", "fedkd", "fedhl", "fedala")  # in what their steps do
+# in what their steps do
+UNLIKE = (*FEW, "scaffold", "fedrep", "pfedgate", "fedkd", "fedhl", "fedala")
 OTHERS = [thorough(name, id=name) for name in algorithms.names() if name not in UNLIKE]
 
 
-@pytest.mark.parametrize("name", [*FEW, *map(thorough, UNLIKE[len(FEW):]), *OTHERS])
+@pytest.mark.parametrize("name", [*FEW, *map(thorough, UNLIKE[len(FEW) :]), *OTHERS])
 def test_a_traced_step_has_the_bits_of_the_step(name, traced):
     how = (f"algorithm={name}", NORM, *SOME, *SETTINGS.get(name, ()))
     plain = played(*how, "engine.compile=false")[0]
@@ -42,9 +43,23 @@ def test_a_traced_step_has_the_bits_of_the_step(name, traced):
 
 @pytest.mark.parametrize("path", [thorough("loop"), "stack"])
 def test_a_graph_serves_all_rounds(path, traced):
-    played("algorithm=fedlora", NORM, "rounds=2", "engine.compile=true", f"engine.path={path}", "checkpoint.keep=4")
+    played(
+        "algorithm=fedlora",
+        NORM,
+        "rounds=2",
+        "engine.compile=true",
+        f"engine.path={path}",
+        "checkpoint.keep=4",
+    )
     few = len(traced)
-    played("algorithm=fedlora", NORM, "rounds=6", "engine.compile=true", f"engine.path={path}", "checkpoint.keep=4")
+    played(
+        "algorithm=fedlora",
+        NORM,
+        "rounds=6",
+        "engine.compile=true",
+        f"engine.path={path}",
+        "checkpoint.keep=4",
+    )
     assert 0 < few and len(traced) - few <= few + 2  # a stack of another width may come later
 
 
@@ -61,7 +76,10 @@ def test_a_compiled_step_gives_the_numbers_of_the_step(path):
 def test_a_missing_compiler_is_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert main(["plan", "configs/quickstart.yaml", "engine.compile=true"]) == 2
-    assert "engine.compile = true: there is no C++ compiler no-such-compiler" in capsys.readouterr().err
+    assert (
+        "engine.compile = true: there is no C++ compiler no-such-compiler"
+        in capsys.readouterr().err
+    )
 
 
 # What a graph is known by.
@@ -87,8 +105,16 @@ def test_a_step_writes_to_what_it_is_given(traced):
         (times(2.0), times(3.0), False),
         (partial(times(2.0), 1), partial(times(2.0), 1), True),
         (partial(times(2.0), 1), partial(times(2.0), 2), False),
-        (times(algorithms.find("fedprox")(mu=1.0)), times(algorithms.find("fedprox")(mu=1.0)), True),
-        (times(algorithms.find("fedprox")(mu=1.0)), times(algorithms.find("fedprox")(mu=2.0)), False),
+        (
+            times(algorithms.find("fedprox")(mu=1.0)),
+            times(algorithms.find("fedprox")(mu=1.0)),
+            True,
+        ),
+        (
+            times(algorithms.find("fedprox")(mu=1.0)),
+            times(algorithms.find("fedprox")(mu=2.0)),
+            False,
+        ),
         (times({"a": [1, 2]}), times({"a": [1, 2]}), True),
         (times({"a": [1, 2]}), times({"a": [1, 3]}), False),
         (times(torch.ones(1)), times(torch.ones(1)), False),  # another tensor may be written to

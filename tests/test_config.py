@@ -1,4 +1,6 @@
-"""A config is read, merged, checked and written back; every mistake is one line that says the way out."""
+"""A config is read, merged, checked and written back; every mistake is one line that says the way
+out.
+"""
 
 import dataclasses
 import json
@@ -102,8 +104,15 @@ BAD_FILES = [
         with_line("model", "model: {name: resnet8, width: 3}"),
         "model.width = 3: resnet8 has no such field; it has weights",
     ),
-    (with_line("model", "model: {name: a.b:c, x: .nan}"), "model.x = NaN: must be plain finite data"),
-    (with_line("algorithm", "algorithm: fedlorra"), "algorithm = fedlorra: must be", "Did you mean fedlora?"),
+    (
+        with_line("model", "model: {name: a.b:c, x: .nan}"),
+        "model.x = NaN: must be plain finite data",
+    ),
+    (
+        with_line("algorithm", "algorithm: fedlorra"),
+        "algorithm = fedlorra: must be",
+        "Did you mean fedlora?",
+    ),
     (
         with_line("algorithm", "algorithm: {lora_epochs: 2}"),
         "algorithm.name: must be given: ",
@@ -114,7 +123,10 @@ BAD_FILES = [
         "algorithm.name = no_such_module:X: ",
         "No module",
     ),
-    (with_line("algorithm", "algorithm: json:loads"), "algorithm.name = json:loads: is not a subclass"),
+    (
+        with_line("algorithm", "algorithm: json:loads"),
+        "algorithm.name = json:loads: is not a subclass",
+    ),
     (
         with_line("algorithm", "algorithm: {name: fedlora, conv_rate: 0.6}"),
         "algorithm.conv_rate = 0.6: fedlora has no such field; it has ",
@@ -158,7 +170,10 @@ BAD_FILES = [
     (with_line("train", "train: {epochs: 010}"), 'train.epochs = "010": must be an integer'),
     (with_line("train", "train: {epochs: 1:30}"), 'train.epochs = "1:30": must be an integer'),
     (with_line("train", "train: {epochs: null}"), "train.epochs = null: must be an integer"),
-    (with_line("train", "train: {epochs: 2020-01-01}"), 'train.epochs = "2020-01-01": must be an integer'),
+    (
+        with_line("train", "train: {epochs: 2020-01-01}"),
+        'train.epochs = "2020-01-01": must be an integer',
+    ),
     (
         with_line("train", "trian: {lr: 0.1}"),
         "trian = {",
@@ -171,12 +186,24 @@ BAD_FILES = [
         with_line("", "engine: {group_size: 0}"),
         "engine.group_size = 0: must be an integer of at least 1, or auto",
     ),
-    (with_line("", "engine: {group_size: most}"), "engine.group_size = most: must be an integer or auto"),
+    (
+        with_line("", "engine: {group_size: most}"),
+        "engine.group_size = most: must be an integer or auto",
+    ),
     (with_line("", "engine: {threads: 0}"), "engine.threads = 0: must be an integer of at least 1"),
     (with_line("", "evaluate: {every: 0}"), "evaluate.every = 0: must be an integer of at least 1"),
-    (with_line("", "checkpoint: {keep: 0}"), "checkpoint.keep = 0: must be an integer of at least 1"),
-    (with_line("", "participation: 0"), "participation = 0.0: must be a number above 0 and at most 1"),
-    (with_line("", "participation: 1.5"), "participation = 1.5: must be a number above 0 and at most 1"),
+    (
+        with_line("", "checkpoint: {keep: 0}"),
+        "checkpoint.keep = 0: must be an integer of at least 1",
+    ),
+    (
+        with_line("", "participation: 0"),
+        "participation = 0.0: must be a number above 0 and at most 1",
+    ),
+    (
+        with_line("", "participation: 1.5"),
+        "participation = 1.5: must be a number above 0 and at most 1",
+    ),
     (with_line("rounds", "rounds: 0"), "rounds = 0: must be an integer of at least 1"),
     (with_line("", "seed: -1"), "seed = -1: must be an integer of at least 0"),
     (with_line("", "reduce: exat"), "reduce = exat: must be exact or fast. Did you mean exact?"),
@@ -216,7 +243,10 @@ BAD_OVERRIDES = [
     (["algorithm=fedlorra"], "algorithm = fedlorra: must be", "Did you mean fedlora?"),
     (["algorithm.name=fedlorra"], "algorithm.name = fedlorra: must be", "Did you mean fedlora?"),
     (["algorithm.weights=samples"], "algorithm.weights = samples: fedlora has no such field"),
-    (["algorithm.lora_epochs=3", "algorithm=fedavg"], "algorithm.lora_epochs = 3: fedavg has no such field"),
+    (
+        ["algorithm.lora_epochs=3", "algorithm=fedavg"],
+        "algorithm.lora_epochs = 3: fedavg has no such field",
+    ),
     (
         ["data.partition.kind=iid", "data.partition.alpha=1.0"],
         "data.partition.alpha = 1.0: iid has no such field",
@@ -272,7 +302,8 @@ def test_the_output_folder_is_named_by_placeholders(write):
 
 def test_numbers_keep_their_kind(write):
     config = read(
-        write(GOOD), ["train.lr=1", "algorithm.linear_rank=1", "model={name: a.b:c, n: 1, x: 1.0, on: off}"]
+        write(GOOD),
+        ["train.lr=1", "algorithm.linear_rank=1", "model={name: a.b:c, n: 1, x: 1.0, on: off}"],
     )
     assert type(config.train.lr) is float
     assert type(config.algorithm.linear_rank) is int
@@ -288,16 +319,27 @@ def test_every_form_of_a_number_is_read(write, number, lr):
 
 def test_an_override_sets_one_field(write):
     base, changed = read(write(GOOD)), read(write(GOOD), ["algorithm.conv_rank=0.5"])
-    assert changed == dataclasses.replace(base, algorithm=dataclasses.replace(base.algorithm, conv_rank=0.5))
+    assert changed == dataclasses.replace(
+        base, algorithm=dataclasses.replace(base.algorithm, conv_rank=0.5)
+    )
 
 
 def test_a_field_joins_a_bare_name(write):
-    assert dict(read(write(with_line("model", "model: cnn")), ["model.width=4"]).model.mix[0].options)["width"] == 4
+    assert (
+        dict(read(write(with_line("model", "model: cnn")), ["model.width=4"]).model.mix[0].options)[
+            "width"
+        ]
+        == 4
+    )
     path = write(with_line("algorithm", "algorithm: fedlorra"))
-    assert refused(path, ["algorithm.conv_rank=0.5"]).startswith(f"{path}: algorithm.name = fedlorra")
+    assert refused(path, ["algorithm.conv_rank=0.5"]).startswith(
+        f"{path}: algorithm.name = fedlorra"
+    )
 
 
-@pytest.mark.parametrize("override", ["algorithm=fedlora", "algorithm={name: fedlora, lora_epochs: 2}"])
+@pytest.mark.parametrize(
+    "override", ["algorithm=fedlora", "algorithm={name: fedlora, lora_epochs: 2}"]
+)
 def test_a_bare_name_brings_the_defaults_back(write, override):
     assert read(write(GOOD), [override]).algorithm.lora_epochs == 2
 
@@ -347,7 +389,9 @@ def test_a_mistake_is_told_of_the_file_that_made_it(write, tmp_path):
     write(with_line("train", "train: {lr: fast}"), "base.yaml")
     path = write("base: base.yaml\ntrain: {epochs: many}")
     assert refused(path).startswith(f"{path}: train.epochs = many")
-    assert refused(path, ["train.epochs=1"]).startswith(f"{tmp_path / 'base.yaml'}: train.lr = fast")
+    assert refused(path, ["train.epochs=1"]).startswith(
+        f"{tmp_path / 'base.yaml'}: train.lr = fast"
+    )
 
 
 def test_an_algorithm_of_ones_own_is_named_by_its_module(write, tmp_path, monkeypatch):
@@ -372,7 +416,9 @@ ROUND_TRIPS = [
     ["algorithm=fedavg", "model=cifar_resnet8"],
     ["algorithm=local", "data.partition=pathological", "participation=1"],
     ["model={name: 'torchvision:resnet18', zero_init_residual: true, width_per_group: 32}"],
-    ["model={name: a.b:c, a: 'on', b: '1e-3', c: '010', d: '2020-01-01', e: null, f: [1, {x: .5}], g: ''}"],
+    [
+        "model={name: a.b:c, a: 'on', b: '1e-3', c: '010', d: '2020-01-01', e: null, f: [1, {x: .5}], g: ''}"
+    ],
     ["train.lr=1e-9", "train.weight_decay=5e-4", "engine.group_size=8"],
     ["output='out, {seed}: #1'"],
     ["output=out/é"],
@@ -396,7 +442,10 @@ def check_round_trip(config, write):
     again = read(write(resolved_yaml(config), "there.yaml"))
     assert again == config
     assert digest(again) == digest(config)
-    assert list(tree) == [f.name for f in dataclasses.fields(config) if f.name not in ("faults", "log", "privacy")]  # none but the defaults
+    # none but the defaults
+    assert list(tree) == [
+        f.name for f in dataclasses.fields(config) if f.name not in ("faults", "log", "privacy")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -408,7 +457,13 @@ def test_the_digest_ignores_what_a_resume_may_change(write, override):
 
 @pytest.mark.parametrize(
     "override",
-    ["seed=2", "train.lr=0.2", "algorithm.conv_rank=0.5", "engine.device=cpu", "data.partition.alpha=0.2"],
+    [
+        "seed=2",
+        "train.lr=0.2",
+        "algorithm.conv_rank=0.5",
+        "engine.device=cpu",
+        "data.partition.alpha=0.2",
+    ],
 )
 def test_the_digest_sees_what_changes_the_numbers(write, override):
     assert digest(read(write(GOOD), [override])) != digest(read(write(GOOD)))
@@ -431,7 +486,10 @@ class Outer:
 
 def test_a_block_is_built_from_annotations():
     outer = build(
-        Outer, {"needed": True, "inner": {"size": 4}, "sizes": [1], "ratio": None}, "outer", Origin("f")
+        Outer,
+        {"needed": True, "inner": {"size": 4}, "sizes": [1], "ratio": None},
+        "outer",
+        Origin("f"),
     )
     assert outer == Outer(True, Inner(4), (1.0,), None)
     assert build(Outer, {"needed": False}, "outer", Origin("f")) == Outer(False, None, (1.0, 2.0))
@@ -447,15 +505,24 @@ def test_a_block_is_built_from_annotations():
             {"needed": True, "inner": {"sise": 3}},
             "f: o.inner.sise = 3: o.inner has no such field; it has size",
         ),
-        ({"needed": True, "sizes": [1, "x"]}, 'f: o.sizes = [1, "x"]: must be a list, each item a number'),
+        (
+            {"needed": True, "sizes": [1, "x"]},
+            'f: o.sizes = [1, "x"]: must be a list, each item a number',
+        ),
         (
             {"needed": True, "ratio": "aoto"},
             "f: o.ratio = aoto: must be an integer, auto or null. Did you mean auto?",
         ),
         ({"needed": True, "label": 3}, "f: o.label = 3: must be text"),
         ({"needed": True, 3: 3}, "f: o.3 = 3: o has no such field"),
-        ({"needed": True, "anything": {3: 3}}, 'f: o.anything = {"3": 3}: must be plain finite data'),
-        ({"needed": True, "label": ["a" * 99]}, "f: o.label = " + '["' + "a" * 55 + "...: must be text"),
+        (
+            {"needed": True, "anything": {3: 3}},
+            'f: o.anything = {"3": 3}: must be plain finite data',
+        ),
+        (
+            {"needed": True, "label": ["a" * 99]},
+            "f: o.label = " + '["' + "a" * 55 + "...: must be text",
+        ),
     ],
 )
 def test_a_block_refuses_what_its_annotations_do_not_take(block, message):

@@ -1,4 +1,6 @@
-"""What every algorithm owes, checked for each file of the folder ``algorithms/``: nobody registers a test."""
+"""What every algorithm owes, checked for each file of the folder ``algorithms/``: nobody registers
+a test.
+"""
 
 import dataclasses
 import inspect
@@ -30,14 +32,18 @@ from fedlora_mpi.run.loop import resume, start
 NAMES = algorithms.names()
 every_algorithm = pytest.mark.parametrize("name", NAMES)
 
-# `make test` checks every algorithm on the network that has leaves of every role; `make test-all` on a deeper one
-# without BatchNorm too: the cnn of tiny.yaml.
+# `make test` checks every algorithm on the network that has leaves of every role; `make test-all`
+# on a deeper one without BatchNorm too: the cnn of tiny.yaml.
 MODELS = {"norm": NORM, "cnn": "model.width=4"}
 
 
 both_models = pytest.mark.parametrize(
     "name, model",
-    [case(name, MODELS[of], id=f"{name}-{of}", thorough=of != "norm") for name in NAMES for of in MODELS],
+    [
+        case(name, MODELS[of], id=f"{name}-{of}", thorough=of != "norm")
+        for name in NAMES
+        for of in MODELS
+    ],
 )
 
 ONE_STACK = "engine.group_size=7"  # half as long, where a test does not ask how clients are grouped
@@ -46,17 +52,29 @@ ONE_STACK = "engine.group_size=7"  # half as long, where a test does not ask how
 MESSAGES = ("fedavg", "fedlora", "fedpac", "fedkd", "hetlora", "local")
 
 # Methods that remember different things from round to round, on clients and on the server.
-REMEMBERING = (*MESSAGES, "apfl", "fd", "fed_rac_lora", "fed_talora", "fedadam", "fedcac", "moon", "pfedgate", "scaffold")
+REMEMBERING = (
+    *MESSAGES,
+    "apfl",
+    "fd",
+    "fed_rac_lora",
+    "fed_talora",
+    "fedadam",
+    "fedcac",
+    "moon",
+    "pfedgate",
+    "scaffold",
+)
 
 # Singular vectors of small singular values move more than what they are of.
 NEAR = {"fedhl": 1e-4, "flexlora": 1e-4}
 
-# A field that is no Literal is tried with half its default (an integer: one more). Here is what needs
-# another value, or other settings in both runs: {field or method.field: (settings, value)}.
+# A field that is no Literal is tried with half its default (an integer: one more). Here is what
+# needs another value, or other settings in both runs: {field or method.field: (settings, value)}.
 ALTERNATIVES = {
     "conv_rank": ((), "0.3"),
     "linear_rank": ((), "0.25"),
-    "rank_rule": (("algorithm.linear_rank=1",), "official"),  # a ratio for one rule, a rank for the other
+    # a ratio for one rule, a rank for the other
+    "rank_rule": (("algorithm.linear_rank=1",), "official"),
     "layers": ((), "[head.*]"),
     "lora_epochs": ((), "1"),
     "small": ((), "cnn"),
@@ -106,8 +124,9 @@ def test_the_file_says_what_it_computes(name):
     assert "BatchNorm: " in text and "Bytes per client and round: " in text
 
 
-# The sources' formulas: sum_k (n_k / n) in all files but those that write (1/N) sum_k, or a sum; absent clients do not
-# count, and accuracy is that of the next round's start, where the file says nothing else.
+# The sources' formulas: sum_k (n_k / n) in all files but those that write (1/N) sum_k, or a sum;
+# absent clients do not count, and accuracy is that of the next round's start, where the file says
+# nothing else.
 COUNT_ALIKE = "fd fedapen fedavg_lora fedbn fedkd fedlora fedproto fml pfedsd scaffold"
 ABSENT_COUNT = "fedavg_lora fedlora pfedgate"
 JUDGED_TRAINED = "fedamp fedpac pfedgate pfedlora pfedme pfedsd"
@@ -117,7 +136,10 @@ def test_defaults_of_the_mean_and_of_the_judged_model_are_those_of_the_sources()
     made = {name: algorithms.find(name)() for name in NAMES}
     assert " ".join(name for name, it in made.items() if it.weights == "uniform") == COUNT_ALIKE
     assert " ".join(name for name, it in made.items() if it.absent == "stale") == ABSENT_COUNT
-    assert " ".join(name for name, it in made.items() if it.evaluates == "after_training") == JUDGED_TRAINED
+    assert (
+        " ".join(name for name, it in made.items() if it.evaluates == "after_training")
+        == JUDGED_TRAINED
+    )
 
 
 @both_models
@@ -131,7 +153,10 @@ def test_training_lowers_the_loss(name, model):
 @both_models
 @pytest.mark.parametrize(
     "ranks, rounds",
-    [case(4, 1, id="4", thorough=False), *(case(n, 2, id=f"{n}-twice", thorough=True) for n in (2, 4, 6))],
+    [
+        case(4, 1, id="4", thorough=False),
+        *(case(n, 2, id=f"{n}-twice", thorough=True) for n in (2, 4, 6)),
+    ],
 )
 def test_the_spread_over_ranks_moves_no_bit(name, model, ranks, rounds):
     """Of four ranks three are workers, which host 2 + 1, 2 and 2 clients."""
@@ -140,18 +165,30 @@ def test_the_spread_over_ranks_moves_no_bit(name, model, ranks, rounds):
         assert all(same(a, b) for a, b in zip(alone[1 : rounds + 1], moments[1:], strict=True))
 
 
-@pytest.mark.parametrize("name", [case(name, id=name, thorough=name not in MESSAGES) for name in NAMES])
+@pytest.mark.parametrize(
+    "name", [case(name, id=name, thorough=name not in MESSAGES) for name in NAMES]
+)
 def test_a_server_that_hosts_clients_moves_no_bit(name):
-    alone, moments = run(name, NORM), run(name, NORM, "rounds=2", "server_hosts_clients=true", ranks=3)
+    alone, moments = (
+        run(name, NORM),
+        run(name, NORM, "rounds=2", "server_hosts_clients=true", ranks=3),
+    )
     assert all(same(a, b) for a, b in zip(alone[1:3], moments[1:], strict=True))
 
 
-@pytest.mark.parametrize("model, name", [
-    case(MODELS[of], name, id=f"{name}-{of}", thorough=of != "norm" or name not in REMEMBERING) for name in NAMES for of in MODELS
-])
+@pytest.mark.parametrize(
+    "model, name",
+    [
+        case(MODELS[of], name, id=f"{name}-{of}", thorough=of != "norm" or name not in REMEMBERING)
+        for name in NAMES
+        for of in MODELS
+    ],
+)
 def test_a_resume_moves_no_bit(name, model, tmp_path):
     whole, cut, rounds = tmp_path / "whole", tmp_path / "cut", 2 if model == NORM else 3
-    config = read(TINY, [*of(name), model, f"rounds={rounds}", "checkpoint.every=1", f"output={whole}"])
+    config = read(
+        TINY, [*of(name), model, f"rounds={rounds}", "checkpoint.every=1", f"output={whole}"]
+    )
     assert start(config, str(TINY), Solo()) == 0
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / f"checkpoints/00000{rounds}")  # as if killed just before it was committed
@@ -174,7 +211,9 @@ ORDER = (3, 0, 6, 5, 1, 4, 2)
 
 @dataclass(frozen=True)
 class Renumbered(DirichletClass):
-    """Client i of this split is client ``order[i]`` of the plain one; ``alike``: it holds one sample, many times."""
+    """Client i of this split is client ``order[i]`` of the plain one; ``alike``: it holds one
+    sample, many times.
+    """
 
     order: tuple[int, ...] = tuple(range(len(ORDER)))
     alike: bool = False
@@ -199,7 +238,8 @@ WHOLE = {
 
 @both_models
 def test_renumbering_the_clients_renumbers_the_results(name, model, monkeypatch):
-    # One batch an epoch and the whole cohort: nothing is left that randomness, keyed by client, could choose.
+    # One batch an epoch and the whole cohort: nothing is left that randomness, keyed by client,
+    # could choose.
     monkeypatch.setitem(KINDS, "renumbered", Renumbered)
     common = (model, "participation=1.0", "train.batch_size=200", "rounds=2", ONE_STACK)
     common = (*common, "data.partition.kind=renumbered", *KEPT, *WHOLE.get(name, ()))
@@ -212,7 +252,10 @@ def test_renumbering_the_clients_renumbers_the_results(name, model, monkeypatch)
 
 
 # Another kind starts the partition's block afresh.
-KEPT = [f"data.partition.{n}={getattr(tiny().data.partition, n)}" for n in ("alpha", "clients", "minimum")]
+KEPT = [
+    f"data.partition.{n}={getattr(tiny().data.partition, n)}"
+    for n in ("alpha", "clients", "minimum")
+]
 
 
 def alternatives(name: str, field: str) -> tuple[tuple[str, ...], list[str]]:
@@ -228,17 +271,25 @@ def alternatives(name: str, field: str) -> tuple[tuple[str, ...], list[str]]:
     if value is None and default and hint in (int, float):
         value = str(default + 1 if hint is int else default / 2)
     if value is None:
-        pytest.fail(f"{name}.{field}: {hint} = {default} has no other value here; add one to ALTERNATIVES")
+        pytest.fail(
+            f"{name}.{field}: {hint} = {default} has no other value here; add one to ALTERNATIVES"
+        )
     return common, [value]
 
 
 def fields() -> list:
-    """Each hyper-parameter of each method; one that several have by inheritance or by convention is quick once."""
+    """Each hyper-parameter of each method; one that several have by inheritance or by convention is
+    quick once.
+    """
     seen, cases = {"weights", "absent"}, []
     for name in NAMES:
         cls = algorithms.find(name)
         for field in dataclasses.fields(cls):
-            home = next(base for base in reversed(cls.__mro__) if field.name in inspect.get_annotations(base))
+            home = next(
+                base
+                for base in reversed(cls.__mro__)
+                if field.name in inspect.get_annotations(base)
+            )
             known = {field.name, (home, field.name)} & seen and name != "fedavg"
             seen.add((home, field.name))
             cases.append(case(name, field.name, id=f"{name}-{field.name}", thorough=bool(known)))
@@ -259,7 +310,8 @@ def after_round_1(round_: int, cohort: set[int], known: set[int]) -> set[int]:
     return cohort if round_ else set()
 
 
-# Fine-tuning methods have common settings: clients of different ranks, and the one weight that is not the head.
+# Fine-tuning methods have common settings: clients of different ranks, and the one weight that is
+# not the head.
 SMALL = ("algorithm.alpha=2",)  # the default is for ranks of 8
 RANKS = ("algorithm.lora_ranks=[1,2]", *SMALL)
 for _name in (name for name in NAMES if issubclass(algorithms.find(name), FineTuning)):
@@ -281,23 +333,32 @@ ALTERNATIVES |= {
 }
 
 
-# A round moves every personal leaf of each client of its cohort, and nothing else. The leaves of which other
-# clients move: {method.leaf: (who, given the round (from 0), its cohort and those who took part before; None: any
-# of the cohort; why)}.
+# A round moves every personal leaf of each client of its cohort, and nothing else. The leaves of
+# which other clients move: {method.leaf: (who, given the round (from 0), its cohort and those who
+# took part before; None: any of the cohort; why)}.
 MOVERS = {
     "apfl.mix.alpha": (after_round_1, "no gradient while v_i = w"),
     "fedala.A.*": (after_round_1, "no gradient while o_i = g"),
-    "fedproto.own.classes": (lambda _, cohort, known: cohort - known, "classes that the first participation sets"),
+    "fedproto.own.classes": (
+        lambda _, cohort, known: cohort - known,
+        "classes that the first participation sets",
+    ),
     "fedapen.mix.w": (after_round_1, "learned before the training from round 2 on"),
     "fedcac.critical.*.bias": (None, "a mask of few entries may come out as it was"),
     "fedcac.critical.norm.weight": (None, "a mask of four entries may come out as it was"),
-    "pfedgate.gate.in.weight": (None, "the scale of the one channel, which BatchNorm takes off again"),
-    "pfedsd.taught": (lambda _, cohort, known: cohort - known, "a flag that the first participation sets"),
+    "pfedgate.gate.in.weight": (
+        None,
+        "the scale of the one channel, which BatchNorm takes off again",
+    ),
+    "pfedsd.taught": (
+        lambda _, cohort, known: cohort - known,
+        "a flag that the first participation sets",
+    ),
     "hetlora.lora_rank": (None, "a rank that falls now and then"),
 }
 
-# After two rounds of the whole cohort, seven clients of different data hold seven different rows of every
-# personal leaf. The leaves of which they need not: {method.leaf: why}.
+# After two rounds of the whole cohort, seven clients of different data hold seven different rows of
+# every personal leaf. The leaves of which they need not: {method.leaf: why}.
 ALIKE = {
     "fedcac.own.*": "clients with one and the same C_i hold its mean, each under a mask of its own",
     "fedcac.critical.*.bias": "four entries have six masks of two",
@@ -309,7 +370,8 @@ ALIKE = {
     "hetlora.lora_rank": "a rank, at first the same for all",
 }
 
-# After two rounds of the whole cohort every shared leaf has moved. Those that need not: {method.leaf: why}.
+# After two rounds of the whole cohort every shared leaf has moved. Those that need not:
+# {method.leaf: why}.
 STILL = {
     "ffa_lora.*.A": "the factor that never trains",
     "fed_rac_lora.*.B": "zero again, since it was merged",
@@ -334,7 +396,14 @@ UNSEEDED = {
 
 def listed(table: dict, name: str, leaf: str):
     """The entry of an exception, None where there is none."""
-    return next((entry for pattern, entry in table.items() if fnmatchcase(f"{name}.{plain_name(leaf)}", pattern)), None)
+    return next(
+        (
+            entry
+            for pattern, entry in table.items()
+            if fnmatchcase(f"{name}.{plain_name(leaf)}", pattern)
+        ),
+        None,
+    )
 
 
 @both_models
@@ -343,7 +412,9 @@ def test_absent_clients_keep_their_variables_and_the_others_train(name, model):
     for round_, (before, after) in enumerate(pairwise(run(name, model))):
         cohort, anything = built(*of(name), model).run.chosen(round_), set()
         for leaf, rows in after.personal.items():
-            moved = set((rows != before.personal[leaf]).reshape(7, -1).any(1).nonzero().flatten().tolist())
+            moved = set(
+                (rows != before.personal[leaf]).reshape(7, -1).any(1).nonzero().flatten().tolist()
+            )
             who, _ = listed(MOVERS, name, leaf) or (lambda round_, cohort, known: cohort, "")
             movers = who(round_, cohort, known) if who else moved & cohort
             assert moved == movers, f"{leaf} in round {round_ + 1}"
@@ -370,7 +441,9 @@ def distinct(*leaves: torch.Tensor) -> int:
     return len(torch.unique(torch.cat([rows.reshape(len(rows), -1) for rows in leaves], 1), dim=0))
 
 
-@pytest.mark.parametrize("table", [MOVERS, ALIKE, STILL, UNSEEDED], ids=["movers", "alike", "still", "unseeded"])
+@pytest.mark.parametrize(
+    "table", [MOVERS, ALIKE, STILL, UNSEEDED], ids=["movers", "alike", "still", "unseeded"]
+)
 def test_an_exception_is_of_a_leaf_that_there_is(table):
     for pattern in table:
         name = pattern.partition(".")[0]
@@ -416,7 +489,8 @@ def test_the_seed_decides_the_bits(name):
     assert same(once[1], again[1])
     for a, b in ((once[0], other[0]), (once[-1], other[-1])):
         for leaf, value in (a.shared | a.personal).items():
-            constant = a is once[0] and value.unique().numel() == 1  # for instance B of a low-rank part
+            # for instance B of a low-rank part
+            constant = a is once[0] and value.unique().numel() == 1
             constant = constant or listed(UNSEEDED, name, leaf)
             assert constant or not torch.equal(value, (b.shared | b.personal)[leaf]), leaf
 
@@ -431,10 +505,14 @@ def test_accuracy_is_that_of_each_clients_own_model_on_its_own_data(name, model)
     images = (data.test.x / 255 - mean) / std
     network, algorithm = parts.run.trainer.model, parts.run.trainer.algorithm
     for client, rows in enumerate(parts.split.test):
-        own = Vars(algorithm.download(last.shared), {n: v[client] for n, v in last.personal.items()})
+        own = Vars(
+            algorithm.download(last.shared), {n: v[client] for n, v in last.personal.items()}
+        )
         module = network.module(algorithm.weights_of(network, own))
         right = module(images[rows]).argmax(1) == data.test.y[rows]
-        assert last.clients["accuracy_aggregated"][client] == pytest.approx(right.double().mean().item())
+        assert last.clients["accuracy_aggregated"][client] == pytest.approx(
+            right.double().mean().item()
+        )
     assert last.row["accuracy"] == pytest.approx(last.clients["accuracy"].mean())
     assert last.row["accuracy_worst"] == last.clients["accuracy"].min()
     assert last.row["loss"] == pytest.approx(last.clients["loss"].mean())

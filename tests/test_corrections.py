@@ -50,7 +50,9 @@ def slopes(made, loss, now, start):
         leaf.requires_grad_()
     value = loss(Vars(*halves), start, batch(made))
     how = {"allow_unused": True, "materialize_grads": True}
-    return value.detach(), dict(zip(leaves, torch.autograd.grad(value, list(leaves.values()), **how)))
+    return value.detach(), dict(
+        zip(leaves, torch.autograd.grad(value, list(leaves.values()), **how))
+    )
 
 
 def statistic(made, leaf):
@@ -90,7 +92,9 @@ def test_fedprox_without_mu_is_fedavg(network, stacked):
     assert small.equal(ends[0].shared, ends[1].shared)
 
 
-@pytest.mark.parametrize("algorithm", [FedProx(mu=0.7), Ditto(lam=0.7)], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    "algorithm", [FedProx(mu=0.7), Ditto(lam=0.7)], ids=lambda a: type(a).__name__
+)
 def test_a_penalty_has_the_gradient_of_half_a_square(algorithm):
     made, off = small.trainer(algorithm, "bn_net"), small.trainer(type(algorithm)(0.0), "bn_net")
     now, start = apart(made)
@@ -105,15 +109,22 @@ def test_a_penalty_has_the_gradient_of_half_a_square(algorithm):
     )
     prefix = "" if isinstance(algorithm, FedProx) else ".own."
     pull = {n: grads[n] - grads_without[n] for n in grads}
-    assert gap({n: pull.pop(prefix + n) for n in delta}, {n: 0.7 * d for n, d in delta.items()}) < 1e-12
+    assert (
+        gap({n: pull.pop(prefix + n) for n in delta}, {n: 0.7 * d for n, d in delta.items()})
+        < 1e-12
+    )
     assert not any(v.any() for v in pull.values())
 
 
 @STACK_FIRST
-@pytest.mark.parametrize("algorithm", [FedProx(mu=20.0), Ditto(lam=20.0)], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    "algorithm", [FedProx(mu=20.0), Ditto(lam=20.0)], ids=lambda a: type(a).__name__
+)
 def test_with_lr_times_mu_one_every_step_starts_over_from_the_received_model(algorithm, stacked):
     settings = Train(2, 12, lr=0.05, momentum=0.0)
-    made = small.trainer(algorithm, train=settings, stacked=stacked, samples=small.feed(sizes=(12,)))
+    made = small.trainer(
+        algorithm, train=settings, stacked=stacked, samples=small.feed(sizes=(12,))
+    )
     v = small.first(made)
     rows = {n: w + 0.01 * numbers(*w.shape) for n, w in small.rows(v.personal, 1).items()}
     (done,) = made.train([0], v.shared, rows, 0)
@@ -121,10 +132,14 @@ def test_with_lr_times_mu_one_every_step_starts_over_from_the_received_model(alg
     def slope(w, epoch):
         data = made.feed.epoch([0], 0, epoch).batch(1, 0, 12)
         leaves = {n: x.clone().requires_grad_() for n, x in w.items()}
-        loss = cross_entropy(made.model(leaves, data.x[0]), Batch(data.x[0], data.y[0], *[None] * 3))
+        loss = cross_entropy(
+            made.model(leaves, data.x[0]), Batch(data.x[0], data.y[0], *[None] * 3)
+        )
         return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()))))
 
-    begin = v.shared if isinstance(algorithm, FedProx) else owned({n: x[0] for n, x in rows.items()})
+    begin = (
+        v.shared if isinstance(algorithm, FedProx) else owned({n: x[0] for n, x in rows.items()})
+    )
     first = {n: v.shared[n] - 0.05 * g for n, g in slope(begin, 0).items()}
     second = {n: v.shared[n] - 0.05 * g for n, g in slope(first, 1).items()}
     end = done.end.shared if isinstance(algorithm, FedProx) else owned(done.end.personal)
@@ -136,18 +151,22 @@ def test_with_lr_times_mu_one_every_step_starts_over_from_the_received_model(alg
 def test_fedprox_with_mu_stays_nearer_to_where_it_started(network):
     run, state = small.experiment(FedProx(mu=1.0), network)
     (_, prox), (_, avg) = (
-        small.ended(algorithm, network, 1)[1:3]
-        for algorithm in (FedProx(mu=1.0), FedAvg())
+        small.ended(algorithm, network, 1)[1:3] for algorithm in (FedProx(mu=1.0), FedAvg())
     )
     way = [
-        sum(float(((end[n] - v) ** 2).sum()) for n, v in parameters(run.trainer, state.shared).items())
+        sum(
+            float(((end[n] - v) ** 2).sum())
+            for n, v in parameters(run.trainer, state.shared).items()
+        )
         for end in (prox, avg)
     ]
     assert way[0] < 0.9 * way[1]
 
 
 @pytest.mark.parametrize("network", ["cnn", thorough("bn_net"), thorough("noisy_net")])
-@pytest.mark.parametrize("algorithm", [FedProx(mu=0.5), Ditto(lam=0.5)], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    "algorithm", [FedProx(mu=0.5), Ditto(lam=0.5)], ids=lambda a: type(a).__name__
+)
 def test_fedprox_and_ditto_agree_on_loop_and_stack(algorithm, network):
     loop, stack = loop_and_stack(algorithm, network)
     small.assert_near(stack, loop)
@@ -177,7 +196,8 @@ def test_the_correction_has_the_gradient_c_minus_c_i():
         for m, v in ((made, now), (plain, Vars({n: now.shared[n] for n in made.model.leaves}, {})))
     )
     difference = {
-        n: start.shared[f".c.{n}"] - start.personal[f".c_i.{n}"] for n in parameters(made, now.shared)
+        n: start.shared[f".c.{n}"] - start.personal[f".c_i.{n}"]
+        for n in parameters(made, now.shared)
     }
     assert gap({n: grads[n] - expected[n] for n in difference}, difference) < 1e-12
     assert abs(value - without) > 1e-3
@@ -186,10 +206,14 @@ def test_the_correction_has_the_gradient_c_minus_c_i():
 
 @STACK_FIRST
 def test_a_control_variate_is_the_mean_gradient_of_the_clients_steps(stacked):
-    """Under option II, eqs. (3) and (4) give c_i+ = (1/K) sum_k grad f_i(y_k), whatever c and c_i were."""
+    """Under option II, eqs. (3) and (4) give c_i+ = (1/K) sum_k grad f_i(y_k), whatever c and c_i
+    were.
+    """
     made = small.trainer(Scaffold(), train=replace(PLAIN, epochs=2), stacked=stacked)
     v = small.first(made)
-    shared = v.shared | {n: 0.1 * numbers(*w.shape) for n, w in v.shared.items() if n.startswith(".c.")}
+    shared = v.shared | {
+        n: 0.1 * numbers(*w.shape) for n, w in v.shared.items() if n.startswith(".c.")
+    }
     rows = {n: 0.1 * numbers(*w.shape, at=1) for n, w in small.rows(v.personal, 5).items()}
     for done in made.train(range(5), shared, rows, 0):
         y, total, steps = {n: w.clone() for n, w in parameters(made, shared).items()}, {}, 0
@@ -198,7 +222,9 @@ def test_a_control_variate_is_the_mean_gradient_of_the_clients_steps(stacked):
             for at in range(0, small.SIZES[done.client], 5):
                 data = order.batch(1, at, min(5, small.SIZES[done.client] - at))
                 leaves = {n: w.clone().requires_grad_() for n, w in y.items()}
-                loss = cross_entropy(made.model(leaves, data.x[0]), Batch(data.x[0], data.y[0], *[None] * 3))
+                loss = cross_entropy(
+                    made.model(leaves, data.x[0]), Batch(data.x[0], data.y[0], *[None] * 3)
+                )
                 for n, g in zip(leaves, torch.autograd.grad(loss, list(leaves.values()))):
                     g = g + 0.01 * y[n]  # weight decay is part of f_i
                     total[n] = total.get(n, 0) + g
@@ -224,13 +250,21 @@ def test_c_is_the_mean_of_all_c_i_at_any_participation(stacked, participation):
         assert max(float(v.abs().max()) for v in mean.values()) > 1e-2
         assert gap(state.shared, mean) < 1e-6
         for client in range(5):
-            moved = [not torch.equal(v[client], before[n][client]) for n, v in state.personal.items()]
+            moved = [
+                not torch.equal(v[client], before[n][client]) for n, v in state.personal.items()
+            ]
             assert all(moved) if client in chosen else not any(moved)
 
 
 @STACK_FIRST
 def test_scaffold_on_identical_clients_is_fedavg(stacked):
-    how = {"network": "bn_net", "sizes": (7, 7, 7), "same_sample": True, "stacked": stacked, "train": PLAIN}
+    how = {
+        "network": "bn_net",
+        "sizes": (7, 7, 7),
+        "same_sample": True,
+        "stacked": stacked,
+        "train": PLAIN,
+    }
     scaffold, fedavg = (small.ended(a, rounds=3, **how).shared for a in (Scaffold(), FedAvg()))
     small.assert_near({n: scaffold[n] for n in fedavg}, fedavg, rtol=2e-5)
 
@@ -249,7 +283,9 @@ def test_the_server_goes_its_own_way_with_parameters_and_takes_the_mean_of_stati
 
 @dataclass(frozen=True)
 class Flat:
-    """An algorithm whose clients minimise a_i / 2 (w - b_i)^2 instead; every client has its own a_i, b_i."""
+    """An algorithm whose clients minimise a_i / 2 (w - b_i)^2 instead; every client has its own
+    a_i, b_i.
+    """
 
     def logits(self, model, v, x):
         return x.new_zeros(len(x), small.CLASSES)  # a constant cross-entropy
@@ -260,7 +296,9 @@ class Flat:
 
         def loss(now, start, batch):
             a, b = quadratic(batch.counts.sum())
-            bowls = sum(a / 2 * ((w - b) ** 2).sum() for n, w in now.shared.items() if model.role(n))
+            bowls = sum(
+                a / 2 * ((w - b) ** 2).sum() for n, w in now.shared.items() if model.role(n)
+            )
             return step.loss(now, start, batch) + bowls
 
         return (phase._replace(steps=(step._replace(loss=loss),)),)
@@ -282,7 +320,9 @@ class FlatFedAvg(Flat, FedAvg):
 
 
 @pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
-def test_scaffold_reaches_the_optimum_of_heterogeneous_quadratics_where_fedavg_stalls(participation):
+def test_scaffold_reaches_the_optimum_of_heterogeneous_quadratics_where_fedavg_stalls(
+    participation,
+):
     sizes = (11, 9, 6, 3, 2)  # 9, 6, 6, 3 and 3 local steps
     a, b = quadratic(torch.tensor(sizes, dtype=torch.float64))
     optimum = float((a * b).sum() / a.sum())
@@ -306,7 +346,9 @@ def test_scaffold_reaches_the_optimum_of_heterogeneous_quadratics_where_fedavg_s
 
 @pytest.mark.parametrize("network", ["cnn", thorough("bn_net"), thorough("noisy_net")])
 def test_scaffold_agrees_on_loop_and_stack(network):
-    """c and c_i are differences of parameters over K lr >= 0.15, which magnifies rounding: in float64."""
+    """c and c_i are differences of parameters over K lr >= 0.15, which magnifies rounding: in
+    float64.
+    """
     variate = lambda leaf: leaf.startswith((".c.", "personal"))
     loop, stack = loop_and_stack(Scaffold(server_lr=1.3), network, train=PLAIN)
     small.assert_near(split(stack, variate)[1], split(loop, variate)[1])

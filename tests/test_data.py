@@ -1,4 +1,6 @@
-"""Data sets from tiny files, augmentation against torchvision's functions, and the stacked batches of clients."""
+"""Data sets from tiny files, augmentation against torchvision's functions, and the stacked batches
+of clients.
+"""
 
 import builtins
 
@@ -21,7 +23,13 @@ SIZES = (11, 7, 7, 3, 2)  # ragged clients, in decreasing order
 
 
 def images(number, channels=3, height=5, width=5):
-    return torch.randint(0, 256, (number, channels, height, width), dtype=torch.uint8, generator=rng(1, "test", number))
+    return torch.randint(
+        0,
+        256,
+        (number, channels, height, width),
+        dtype=torch.uint8,
+        generator=rng(1, "test", number),
+    )
 
 
 def data(channels=3, height=5, width=5, augment=()):
@@ -60,13 +68,19 @@ def tiny_imagenet(root):
             save(home / "train" / name / "images" / f"{name}_{i}.JPEG", pixels(10 * c + i, *shape))
     save(home / "val" / "images" / "val_0.JPEG", pixels(50, 64, 64, 3))
     save(home / "val" / "images" / "val_1.JPEG", pixels(51, 64, 64))
-    (home / "val" / "val_annotations.txt").write_text("val_1.JPEG\tn02\t0\t0\t9\t9\nval_0.JPEG\tn01\t0\t0\t9\t9\n")
+    (home / "val" / "val_annotations.txt").write_text(
+        "val_1.JPEG\tn02\t0\t0\t9\t9\nval_0.JPEG\tn01\t0\t0\t9\t9\n"
+    )
 
 
 def test_tiny_imagenet_reads_the_official_folder(tmp_path):
     tiny_imagenet(tmp_path)
     read = load(Source("tiny_imagenet", root=str(tmp_path)))
-    assert read.classes == 2 and read.train.x.shape == (6, 3, 64, 64) and read.train.x.dtype == torch.uint8
+    assert (
+        read.classes == 2
+        and read.train.x.shape == (6, 3, 64, 64)
+        and read.train.x.dtype == torch.uint8
+    )
     assert read.train.y.tolist() == [0, 0, 0, 1, 1, 1] and read.test.y.tolist() == [1, 0]
     assert np.array_equal(read.train.x[3].permute(1, 2, 0), pixels(0, 64, 64, 3))  # n02 is class 1
     assert np.array_equal(read.train.x[5], np.stack([pixels(2, 64, 64)] * 3))
@@ -79,7 +93,10 @@ def image_folder(root, second="val", classes=("ant", "bee"), width=6):
     for side, names in (("train", ("ant", "bee")), (second, classes)):
         for c, name in enumerate(names):
             for i in range(2):
-                save(root / side / name / f"{i}.png", pixels(c, 6, width if side == "train" else 6, 3))
+                save(
+                    root / side / name / f"{i}.png",
+                    pixels(c, 6, width if side == "train" else 6, 3),
+                )
 
 
 @pytest.mark.parametrize("second", ["val", "test"])
@@ -96,18 +113,27 @@ def test_a_folder_of_images_is_a_data_set(tmp_path, second):
 def test_images_of_a_folder_are_resized(tmp_path):
     image_folder(tmp_path, width=9)
     assert load(Source("folder", root=str(tmp_path), image_size=4)).train.x.shape == (4, 3, 4, 4)
-    with pytest.raises(ValueError, match="image_size = null: images in train and val differ in size; set data.image"):
+    with pytest.raises(
+        ValueError,
+        match="image_size = null: images in train and val differ in size; set data.image",
+    ):
         load(Source("folder", root=str(tmp_path)))
     save(tmp_path / "train" / "bee" / "9.png", pixels(9, 7, 9, 3))
-    with pytest.raises(ValueError, match="9.png is 9 x 7 pixels, the first image is 9 x 6; set data.image_size"):
+    with pytest.raises(
+        ValueError, match="9.png is 9 x 7 pixels, the first image is 9 x 6; set data.image_size"
+    ):
         load(Source("folder", root=str(tmp_path)))
 
 
 def test_a_folder_must_be_whole(tmp_path):
-    with pytest.raises(ValueError, match=r"^data.root = .*; expected are train/CLASS/\* and val/CLASS/\*"):
+    with pytest.raises(
+        ValueError, match=r"^data.root = .*; expected are train/CLASS/\* and val/CLASS/\*"
+    ):
         load(Source("folder", root=str(tmp_path)))
     image_folder(tmp_path, classes=("ant", "cow"))
-    with pytest.raises(ValueError, match="train and val must hold the same classes; they differ in bee, cow"):
+    with pytest.raises(
+        ValueError, match="train and val must hold the same classes; they differ in bee, cow"
+    ):
         load(Source("folder", root=str(tmp_path)))
 
 
@@ -136,8 +162,21 @@ def test_digits_without_sklearn_say_what_to_install(monkeypatch):
 
 def test_synthetic_data_follow_their_seed():
     spec = {"classes": 4, "train": 30, "test": 10, "size": 5, "channels": 2}
-    one, same, other = (load(Source("synthetic", synthetic=Synthetic(**spec, seed=s))) for s in (1, 1, 2))
-    assert one.train.x.shape == (30, 2, 5, 5) and one.test.y.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    one, same, other = (
+        load(Source("synthetic", synthetic=Synthetic(**spec, seed=s))) for s in (1, 1, 2)
+    )
+    assert one.train.x.shape == (30, 2, 5, 5) and one.test.y.tolist() == [
+        0,
+        1,
+        2,
+        3,
+        0,
+        1,
+        2,
+        3,
+        0,
+        1,
+    ]
     assert torch.equal(one.train.x, same.train.x) and not torch.equal(one.train.x, other.train.x)
 
 
@@ -152,8 +191,12 @@ def test_constants_of_mnist_are_read_from_its_files(tmp_path):
     folder.mkdir(parents=True)
     for name, number in (("train", 3), ("t10k", 2)):
         sizes = b"".join(n.to_bytes(4, "big") for n in (number, 28, 28))
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + sizes + bytes(range(number)) * 784)
-        (folder / f"{name}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + sizes[:4] + bytes(range(7, 7 + number)))
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(
+            b"\0\0\x08\x03" + sizes + bytes(range(number)) * 784
+        )
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(
+            b"\0\0\x08\x01" + sizes[:4] + bytes(range(7, 7 + number))
+        )
     read = load(Source("mnist", root=str(tmp_path)))
     assert read.train.x.shape == (3, 1, 28, 28) and read.test.y.tolist() == [7, 8]
     assert (read.mean, read.std, read.augment) == ((0.1307,), (0.3081,), ())
@@ -200,7 +243,9 @@ def test_crop_flip_and_rotation_are_those_of_torchvision_in_its_order():
     x = images(60, 3, 13, 9)
     drawn = transforms.draw(("crop", "flip", "rotate"), 60, rng(3), (13, 9))
     expected = []
-    for image, (down, right), flip, degrees in zip(x, drawn["crop"], drawn["flip"], drawn["rotate"], strict=True):
+    for image, (down, right), flip, degrees in zip(
+        x, drawn["crop"], drawn["flip"], drawn["rotate"], strict=True
+    ):
         image = functional.pad(image, 4)
         image = functional.crop(image, 4 + int(down), 4 + int(right), 13, 9)
         image = functional.hflip(image) if flip else image
@@ -216,7 +261,10 @@ def test_each_transform_works_alone():
     assert list(drawn) == ["flip", "rotate"]
     flipped = torch.where(drawn["flip"][:, None, None, None], x.flip(-1), x)
     assert torch.equal(warped(x, flip=drawn["flip"]), flipped)
-    turned = [functional.rotate(image, float(angle)) for image, angle in zip(x, drawn["rotate"], strict=True)]
+    turned = [
+        functional.rotate(image, float(angle))
+        for image, angle in zip(x, drawn["rotate"], strict=True)
+    ]
     assert torch.equal(warped(x, rotate=drawn["rotate"]), torch.stack(turned))
     assert torch.equal(warped(x), x)
 
@@ -225,7 +273,9 @@ def test_each_transform_works_alone():
 def test_a_quarter_turn_loses_no_pixel(size):
     x = images(6, 2, size, size)
     for quarter in range(4):
-        assert torch.equal(warped(x, turn=torch.full((6,), 90.0 * quarter)), torch.rot90(x, quarter, (2, 3)))
+        assert torch.equal(
+            warped(x, turn=torch.full((6,), 90.0 * quarter)), torch.rot90(x, quarter, (2, 3))
+        )
 
 
 def test_drawn_parameters_cover_their_ranges():
@@ -239,7 +289,9 @@ def test_rectangles_are_distributed_as_torchvision_draws_them():
     erasing = torchvision().transforms.RandomErasing
     n, size = 4000, (32, 24)
     with isolated(1, "test"):
-        theirs = [erasing.get_params(torch.zeros(3, *size), (0.04, 0.2), (0.5, 2.0)) for _ in range(n)]
+        theirs = [
+            erasing.get_params(torch.zeros(3, *size), (0.04, 0.2), (0.5, 2.0)) for _ in range(n)
+        ]
     theirs = torch.tensor([found[:4] for found in theirs]).double()
     ours = transforms.draw(("erase",), 2 * n, rng(6), size)["erase"]
     some = ours[:, 2] > 0
@@ -248,7 +300,9 @@ def test_rectangles_are_distributed_as_torchvision_draws_them():
     for column in range(4):
         a, b = (side[:, column].sort().values for side in (ours, theirs))
         grid = torch.arange(33.0)
-        gap = torch.searchsorted(a, grid, right=True) / len(a) - torch.searchsorted(b, grid, right=True) / len(b)
+        gap = torch.searchsorted(a, grid, right=True) / len(a) - torch.searchsorted(
+            b, grid, right=True
+        ) / len(b)
         assert gap.abs().max() < 1.95 * (2 / n) ** 0.5  # Kolmogorov and Smirnov, 0.1 %
     assert (ours[:, 0] + ours[:, 2]).max() <= 32 and (ours[:, 1] + ours[:, 3]).max() <= 24
     area = ours[:, 2] * ours[:, 3] / (32 * 24)
@@ -274,7 +328,9 @@ def test_erasing_and_the_border_of_mean_colour_are_those_of_torchvision_on_norma
     expected = []
     for image, *how in zip(of.train.x[split().train[0]][order], *drawn.values(), strict=True):
         (top, left, height, width), (down, right), flip = (v.tolist() for v in how)
-        image = functional.erase((image / 255 - mean) / std, top, left, height, width, torch.zeros(()))
+        image = functional.erase(
+            (image / 255 - mean) / std, top, left, height, width, torch.zeros(())
+        )
         image = functional.crop(functional.pad(image, 4), 4 + down, 4 + right, 13, 13)
         expected.append(functional.hflip(image) if flip else image)
     batch = feed(of, augment=True).epoch([0], 3, 2).batch(1, 0, 11)
@@ -283,10 +339,15 @@ def test_erasing_and_the_border_of_mean_colour_are_those_of_torchvision_on_norma
 
 
 def test_the_order_of_the_authors_has_the_same_images_under_mirrored_parameters():
-    # Flip, erase, crop is erase, crop, flip with rectangle and window mirrored, which are as probable.
+    # Flip, erase, crop is erase, crop, flip with rectangle and window mirrored, which are as
+    # probable.
     functional = torchvision().transforms.functional
     image = images(1, 3, 9, 9)[0].float()
-    moves = {"erase": torch.tensor([[2, 1, 3, 4]]), "crop_mean": torch.tensor([[1, -2]]), "flip": torch.tensor([True])}
+    moves = {
+        "erase": torch.tensor([[2, 1, 3, 4]]),
+        "crop_mean": torch.tensor([[1, -2]]),
+        "flip": torch.tensor([True]),
+    }
     theirs = functional.erase(functional.hflip(image), 2, 9 - 1 - 4, 3, 4, torch.zeros(()))
     theirs = functional.crop(functional.pad(theirs, 4), 4 + 1, 4 + 2, 9, 9)
     moved, shown = transforms.warp(image.permute(1, 2, 0)[None], **moves)
@@ -296,7 +357,9 @@ def test_the_order_of_the_authors_has_the_same_images_under_mirrored_parameters(
 def test_transforms_are_chosen_by_name():
     chosen = Source("synthetic", augment=("flip", "erase"), synthetic=Synthetic(train=9, test=9))
     assert load(chosen).augment == ("flip", "erase")
-    with pytest.raises(ValueError, match=r"^augment = \['flip', 'flip'\]: each transform works once"):
+    with pytest.raises(
+        ValueError, match=r"^augment = \['flip', 'flip'\]: each transform works once"
+    ):
         Source("digits", augment=("flip", "flip"))
     with pytest.raises(ValueError, match=r"^augment = \['crop', 'crop_mean'\]: choose crop"):
         Source("digits", augment=("crop", "crop_mean"))
@@ -314,7 +377,9 @@ def test_a_batch_is_normalised_as_by_torchvision_and_channels_last():
     from torchvision.transforms import v2
 
     of = data()
-    expected = v2.Normalize(of.mean, of.std)(v2.ToDtype(torch.float32, scale=True)(of.test.x[split().test[1].copy()]))
+    expected = v2.Normalize(of.mean, of.std)(
+        v2.ToDtype(torch.float32, scale=True)(of.test.x[split().test[1].copy()])
+    )
     batch = feed(of).test([1], 0, 7)
     assert torch.allclose(batch.x[0], expected, atol=1e-6) and batch.x.dtype == torch.float32
     assert batch.x[0].is_contiguous(memory_format=torch.channels_last)
@@ -329,7 +394,9 @@ def test_a_client_is_independent_of_its_neighbours(shift, augment):
     for c, k in enumerate([0, 3, 1, 2]):
         alone = f.epoch([k], 4, 1).batch(1, 2, 4)
         real = together.real[c]
-        assert torch.equal(together.x[c][real], alone.x[0][real]) and torch.equal(together.key[c], alone.key[0])
+        assert torch.equal(together.x[c][real], alone.x[0][real]) and torch.equal(
+            together.key[c], alone.key[0]
+        )
         assert torch.equal(together.y[c][real], alone.y[0][real])
 
 
@@ -338,7 +405,12 @@ def test_a_client_is_independent_of_its_neighbours(shift, augment):
 def test_batches_gathered_several_at_once_are_those_gathered_one_by_one(at_once, used, monkeypatch):
     monkeypatch.setattr("fedlora_mpi.data.feed._AT_ONCE", at_once)
     beats, read = [], Images.read
-    f = feed(data(augment=("crop", "flip", "rotate")), "labels", augment=True, beat=lambda: beats.append(0))
+    f = feed(
+        data(augment=("crop", "flip", "rotate")),
+        "labels",
+        augment=True,
+        beat=lambda: beats.append(0),
+    )
     epoch, gathers = f.epoch(range(5), 4, 1), []
     epoch = epoch.cut(used) if used else epoch
     monkeypatch.setattr(Images, "read", lambda *given: gathers.append(0) or read(*given))
@@ -350,7 +422,10 @@ def test_batches_gathered_several_at_once_are_those_gathered_one_by_one(at_once,
     for step, (count, batch) in enumerate(found):
         assert count == sum(size > 4 * step for size in used or SIZES)
         alone = epoch.batch(count, 4 * step, min(4, epoch.sizes[0] - 4 * step))
-        assert same(batch, alone) and (batch.x.stride(), batch.y.stride()) == (alone.x.stride(), alone.y.stride())
+        assert same(batch, alone) and (batch.x.stride(), batch.y.stride()) == (
+            alone.x.stride(),
+            alone.y.stride(),
+        )
 
 
 @pytest.mark.parametrize("augment", [False, True])
@@ -383,7 +458,9 @@ def test_the_order_is_the_keyed_permutation():
 def test_augmentation_changes_training_and_spares_the_test():
     of = data(augment=("crop", "flip", "rotate"))
     plain, augmented = feed(of), feed(of, augment=True)
-    assert not torch.equal(plain.epoch([0], 1, 0).batch(1, 0, 11).x, augmented.epoch([0], 1, 0).batch(1, 0, 11).x)
+    assert not torch.equal(
+        plain.epoch([0], 1, 0).batch(1, 0, 11).x, augmented.epoch([0], 1, 0).batch(1, 0, 11).x
+    )
     assert same(plain.test(range(5), 0, 11), augmented.test(range(5), 0, 11))
 
 
@@ -402,7 +479,8 @@ def test_shift_rotate_turns_a_clients_images_by_its_quarter():
     for k in range(5):
         for side in ("train", "test"):
             a, b = (
-                f.test([k], 0, 2) if side == "test" else f.epoch([k], 1, 0).batch(1, 0, 2) for f in (plain, shifted)
+                f.test([k], 0, 2) if side == "test" else f.epoch([k], 1, 0).batch(1, 0, 2)
+                for f in (plain, shifted)
             )
             assert torch.equal(b.x, torch.rot90(a.x, k % 4, (3, 4))) and torch.equal(a.y, b.y)
 
@@ -415,29 +493,47 @@ def test_shift_rotate_is_applied_before_the_augmentation():
 
 
 def test_shift_rotate_needs_square_images():
-    with pytest.raises(ValueError, match="^data.shift = rotate: needs square images, these are 4 x 5"):
+    with pytest.raises(
+        ValueError, match="^data.shift = rotate: needs square images, these are 4 x 5"
+    ):
         feed(data(height=4), "rotate")
 
 
 def test_shift_labels_moves_a_clients_classes():
     plain, shifted = feed(), feed(shift="labels")
     a, b = (f.test(range(5), 0, 2) for f in (plain, shifted))
-    assert torch.equal(b.y, (a.y + torch.tensor([0, 1, 2, 3, 0])[:, None]) % 6) and torch.equal(a.x, b.x)
+    assert torch.equal(b.y, (a.y + torch.tensor([0, 1, 2, 3, 0])[:, None]) % 6) and torch.equal(
+        a.x, b.x
+    )
     a, b = (f.epoch([3], 1, 0).batch(1, 0, 3) for f in (plain, shifted))
     assert torch.equal(b.y, (a.y + 3) % 6)
 
 
 def test_noise_keys_are_those_of_client_round_epoch_and_step():
     f = feed()
-    assert f.epoch([4, 2], 3, 1).batch(2, 0, 2).key.tolist() == [key(1, "noise", k, 3, 1) for k in (4, 2)]
+    assert f.epoch([4, 2], 3, 1).batch(2, 0, 2).key.tolist() == [
+        key(1, "noise", k, 3, 1) for k in (4, 2)
+    ]
     keys = [
-        int(f.epoch([k], r, e).batch(1, s, 2).key) for k in (0, 1) for r in (1, 2) for e in (0, 1) for s in (0, 2, 4)
+        int(f.epoch([k], r, e).batch(1, s, 2).key)
+        for k in (0, 1)
+        for r in (1, 2)
+        for e in (0, 1)
+        for s in (0, 2, 4)
     ]
     assert len(set(keys)) == 24 and min(keys) >= 0
 
 
 def test_the_numbers_of_an_address_do_not_run_into_each_other():
-    assert len({key(*address) for address in ((1, 2, 34), (1, 23, 4), (12, 3, 4), (1234,), (1, "2", 34))}) == 5
+    assert (
+        len(
+            {
+                key(*address)
+                for address in ((1, 2, 34), (1, 23, 4), (12, 3, 4), (1234,), (1, "2", 34))
+            }
+        )
+        == 5
+    )
 
 
 def test_noise_of_two_steps_is_not_the_same_row_moved_along():
@@ -491,12 +587,18 @@ def test_held_out_samples_are_the_same_in_all_rounds_and_never_train():
 
 def test_without_a_fraction_nothing_is_held_out():
     f = feed(data(augment=("flip",)), augment=True)
-    assert same(f.epoch(range(5), 1, 0).batch(5, 0, 11), f.epoch(range(5), 1, 0, 0.0, False).batch(5, 0, 11))
+    assert same(
+        f.epoch(range(5), 1, 0).batch(5, 0, 11), f.epoch(range(5), 1, 0, 0.0, False).batch(5, 0, 11)
+    )
 
 
 def test_held_out_samples_are_not_augmented():
     of = data(augment=("crop", "flip", "rotate"))
-    plain, augmented = (f.epoch([0], 1, 0, 0.5, True).batch(1, 0, 5) for f in (feed(of), feed(of, augment=True)))
+    plain, augmented = (
+        f.epoch([0], 1, 0, 0.5, True).batch(1, 0, 5) for f in (feed(of), feed(of, augment=True))
+    )
     assert same(plain, augmented)
-    plain, augmented = (f.epoch([0], 1, 0, 0.5, False).batch(1, 0, 6) for f in (feed(of), feed(of, augment=True)))
+    plain, augmented = (
+        f.epoch([0], 1, 0, 0.5, False).batch(1, 0, 6) for f in (feed(of), feed(of, augment=True))
+    )
     assert torch.equal(plain.y, augmented.y) and not torch.equal(plain.x, augmented.x)

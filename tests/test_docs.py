@@ -1,4 +1,6 @@
-"""``docs/methods.md`` and ``docs/add_a_method.md`` say what the code does: tables, formulas and the example."""
+"""``docs/methods.md`` and ``docs/add_a_method.md`` say what the code does: tables, formulas and the
+example.
+"""
 
 import re
 import runpy
@@ -29,14 +31,17 @@ def folder(tmp_path, monkeypatch):
 def test_every_method_has_a_heading_and_its_place():
     named = [name for _, name in MAKE["HEADING"].findall(PAGE)]
     assert sorted(named) == algorithms.names() == sorted(MAKE["SAID"]), (
-        "docs/methods.md needs a heading `### TITLE` with `<!-- facts of NAME -->` and `<!-- end -->` under it, and "
-        "docs/make_methods.py a line in SAID, for every file of fedlora_mpi/algorithms"
+        "docs/methods.md needs a heading `### TITLE` with `<!-- facts of NAME -->` and `<!-- end "
+        "-->` under it, and docs/make_methods.py a line in SAID, for every file of "
+        "fedlora_mpi/algorithms"
     )
 
 
 @pytest.fixture(params=["computed", pytest.param("measured", marks=pytest.mark.thorough)])
 def numbers(request, monkeypatch):
-    """What the page's numbers come from: by the formulas, which the next test compares with what is measured, or measured."""
+    """What the page's numbers come from: by the formulas, which the next test compares with what is
+    measured, or measured.
+    """
     letters = MAKE["symbols"](build(*MAKE["REFERENCE"]))
     of = lambda algorithm: MAKE["SAID"][type(algorithm).__module__.rpartition(".")[2]].bytes
     if request.param == "computed":
@@ -48,27 +53,39 @@ def numbers(request, monkeypatch):
 def test_the_page_is_that_of_the_code(name, numbers):
     page = MAKE[name].read_text(encoding="utf-8")
     old, new = page.splitlines(), MAKE["made"](page).splitlines()
-    changed = [f"{a}\n  is now\n{b}" for a, b in zip(old, new) if a != b] or ["lines were added or left out"]
+    changed = [f"{a}\n  is now\n{b}" for a, b in zip(old, new) if a != b] or [
+        "lines were added or left out"
+    ]
     assert old == new, f"{MAKE[name].name} is stale: {WAY_OUT}. The first change:\n{changed[0]}"
 
 
-SMALL, LARGE = ("small:bn_net", {}, 7, (1, 20, 24), 1), (MAKE["REFERENCE"], ("cifar_resnet8", {}, 7, (1, 20, 24), 1))
+SMALL, LARGE = (
+    ("small:bn_net", {}, 7, (1, 20, 24), 1),
+    (MAKE["REFERENCE"], ("cifar_resnet8", {}, 7, (1, 20, 24), 1)),
+)
 
 
 @pytest.mark.parametrize(
-    "network", [SMALL, *(pytest.param(network, marks=pytest.mark.thorough) for network in LARGE)], ids=lambda n: n[0]
+    "network",
+    [SMALL, *(pytest.param(network, marks=pytest.mark.thorough) for network in LARGE)],
+    ids=lambda n: n[0],
 )
 def test_the_formulas_give_what_is_measured(network):
     letters = MAKE["symbols"](model := build(*network))
     for name, said in MAKE["SAID"].items():
-        assert MAKE["computed"](said.bytes, letters) == MAKE["measured"](algorithms.find(name)(), model), name
+        assert MAKE["computed"](said.bytes, letters) == MAKE["measured"](
+            algorithms.find(name)(), model
+        ), name
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedamp", "fedcac", "fedpac"])
 def test_what_is_measured_is_what_a_round_logs(name):
     parts, row = built(f"algorithm={name}"), played(f"algorithm={name}", "rounds=1")[0][-1].row
     counted = MAKE["measured"](parts.config.algorithm, parts.run.trainer.model)
-    assert (row["bytes_up"], row["bytes_down"]) == (counted.up * row["clients"], counted.down * row["clients"])
+    assert (row["bytes_up"], row["bytes_down"]) == (
+        counted.up * row["clients"],
+        counted.down * row["clients"],
+    )
 
 
 @pytest.mark.parametrize("name", algorithms.names())
@@ -84,7 +101,9 @@ def test_the_number_of_methods_is_that_of_the_folder():
 
 
 def test_the_example_without_its_term_is_fedper(folder):
-    own, other = (played(f"algorithm={name}", "rounds=2")[0] for name in ("held_per:HeldPer", "fedper"))
+    own, other = (
+        played(f"algorithm={name}", "rounds=2")[0] for name in ("held_per:HeldPer", "fedper")
+    )
     plain = played("algorithm=held_per:HeldPer", "algorithm.mu=0", "rounds=2")[0]
     for mine, fedper in zip(plain, other, strict=True):
         assert equal(mine.shared, fedper.shared) and equal(mine.personal, fedper.personal)

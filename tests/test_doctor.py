@@ -17,7 +17,9 @@ from fedlora_mpi.doctor.examination import examine
 from fedlora_mpi.doctor.finding import Case, Finding
 from fedlora_mpi.plan import storage
 
-NAMES = "config Python environment launch GPUs threads HDF5 locks space torchvision Slurm ULFM".split()
+NAMES = (
+    "config Python environment launch GPUs threads HDF5 locks space torchvision Slurm ULFM".split()
+)
 LINE = re.compile(r"(ok|warning|failure) +(\w+) +(\S.*)")
 
 
@@ -37,7 +39,9 @@ def read(code: int, out: str, err: str) -> tuple[int, dict[str, tuple[str, str]]
 
 @pytest.fixture
 def examined(call, monkeypatch, capsys):
-    """``examined(*arguments)``: ``fedlora-mpi doctor`` whose checks are in this process; as ``read``."""
+    """``examined(*arguments)``: ``fedlora-mpi doctor`` whose checks are in this process; as
+    ``read``.
+    """
 
     def ended(line, limit):
         monkeypatch.setattr(sys, "argv", line[-3:])
@@ -56,7 +60,9 @@ def examined(call, monkeypatch, capsys):
 @pytest.fixture
 def leave_out(monkeypatch):
     """``leave_out(*names)``: without these checks, which another test has."""
-    return lambda *names: monkeypatch.setattr(doctor, "CHECKS", {n: check for n, check in CHECKS.items() if n not in names})
+    return lambda *names: monkeypatch.setattr(
+        doctor, "CHECKS", {n: check for n, check in CHECKS.items() if n not in names}
+    )
 
 
 def python_without_mpirun(folder: Path) -> str:
@@ -94,23 +100,37 @@ def test_a_run_folder_is_examined_where_it_is_now(copied, examined, leave_out, t
 
 
 def test_a_broken_machine_has_a_remedy_in_each_line(examined, leave_out, tmp_path, monkeypatch):
-    """No mpirun, more threads than cores, a file in the way of the run folder, an sbatch without controller."""
+    """No mpirun, more threads than cores, a file in the way of the run folder, an sbatch without
+    controller.
+    """
     leave_out("space")  # it would give this process so many threads
     (tmp_path / "file").touch()
     sbatch = program(tmp_path / "bin", "sbatch", "")
     program(tmp_path / "bin", "sinfo", "echo no route >&2; exit 1")
-    others = [at for at in os.environ["PATH"].split(os.pathsep) if not (Path(at) / "mpirun").exists()]
+    others = [
+        at for at in os.environ["PATH"].split(os.pathsep) if not (Path(at) / "mpirun").exists()
+    ]
     monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path / "bin"), *others]))
     monkeypatch.setattr(sys, "executable", python_without_mpirun(tmp_path / "bare"))
     code, found = examined(TINY, "engine.threads=4000", "output=file/run")
     assert code == 1
-    assert found["launch"] == ("failure", "no mpirun beside this Python or on PATH, so one process only; "
-                               "pip install 'fedlora-mpi[mpi]' or module load openmpi")
-    assert found["threads"][0] == "failure" and re.match(r"engine.threads = 4000 on \d+ cores; engine.threads=1", found["threads"][1])
+    assert found["launch"] == (
+        "failure",
+        "no mpirun beside this Python or on PATH, so one process only; "
+        "pip install 'fedlora-mpi[mpi]' or module load openmpi",
+    )
+    assert found["threads"][0] == "failure" and re.match(
+        r"engine.threads = 4000 on \d+ cores; engine.threads=1", found["threads"][1]
+    )
     for name in ("HDF5", "locks"):
-        assert found[name][0] == "failure" and "file" in found[name][1] and "output=" in found[name][1]
-    assert found["Slurm"] == ("warning", f"{sbatch} is there, its controller is not: no route; "
-                              "`sinfo` must work; ask the cluster's support")
+        assert (
+            found[name][0] == "failure" and "file" in found[name][1] and "output=" in found[name][1]
+        )
+    assert found["Slurm"] == (
+        "warning",
+        f"{sbatch} is there, its controller is not: no route; "
+        "`sinfo` must work; ask the cluster's support",
+    )
     assert found["ULFM"][0] == "warning" and "pip install 'fedlora-mpi[mpi]'" in found["ULFM"][1]
 
 
@@ -132,7 +152,8 @@ def test_programs_that_hang_or_start_strangers_do_not_stop_it(examined, tmp_path
     if mpi := sorted(Path(sys.prefix).glob("lib/libmpi.so.*")):
         monkeypatch.setenv("MPI4PY_LIBMPI", str(mpi[0]))
     monkeypatch.setattr(sys, "executable", python_without_mpirun(tmp_path / "bare"))
-    monkeypatch.setitem(CHECKS, "Slurm", CHECKS["Slurm"]._replace(limit=6))  # of which sinfo has one second
+    # of which sinfo has one second
+    monkeypatch.setitem(CHECKS, "Slurm", CHECKS["Slurm"]._replace(limit=6))
     code, found = examined()
     assert code == 1 and list(found) == NAMES[1:] and "free in" in found["space"][1]
     assert found["Slurm"][0] == "warning" and "no answer" in found["Slurm"][1]
@@ -150,13 +171,19 @@ def test_programs_that_hang_or_start_strangers_do_not_stop_it(examined, tmp_path
     ],
 )
 def test_a_check_that_hangs_or_crashes_is_a_failure_with_its_remedy(end, said, monkeypatch, call):
-    monkeypatch.setattr(doctor, "ended", lambda line, limit: end if line[-2] == "HDF5" else (0, '["ok", "fine", "", {}]', ""))
+    monkeypatch.setattr(
+        doctor,
+        "ended",
+        lambda line, limit: end if line[-2] == "HDF5" else (0, '["ok", "fine", "", {}]', ""),
+    )
     code, found = read(*call("doctor"))
     assert code == 1 and found.pop("HDF5") == ("failure", f"{said}; {CHECKS['HDF5'].remedy}")
     assert set(found.values()) == {("ok", "fine")} and len(found) == len(CHECKS) - 2
 
 
-def test_root_is_told_what_open_mpi_wants_and_a_mistake_in_the_config_stops_nothing(examined, monkeypatch):
+def test_root_is_told_what_open_mpi_wants_and_a_mistake_in_the_config_stops_nothing(
+    examined, monkeypatch
+):
     if os.geteuid() or not Path(sys.executable).with_name("mpirun").exists():
         pytest.skip("needs root and Open MPI")
     for name in [name for name in os.environ if name.startswith("OMPI_ALLOW")]:
@@ -164,7 +191,9 @@ def test_root_is_told_what_open_mpi_wants_and_a_mistake_in_the_config_stops_noth
     code, found = examined(TINY, "train.lr=-1")
     level, text = found["config"]
     assert code == 1 and list(found) == NAMES
-    assert level == "failure" and text.startswith("command line: train.lr = -1.0: must be a number above 0; ")
+    assert level == "failure" and text.startswith(
+        "command line: train.lr = -1.0: must be a number above 0; "
+    )
     assert "it refuses root; export OMPI_ALLOW_RUN_AS_ROOT=1 " in found["launch"][1]
 
 
@@ -172,8 +201,12 @@ def test_root_is_told_what_open_mpi_wants_and_a_mistake_in_the_config_stops_noth
     "given, said",
     [
         ({"PMIX_RANK": "0", "PMIX_NAMESPACE": "gone"}, "of a job that has ended"),
-        ({"SLURM_NTASKS": "3"}, "SLURM_NTASKS = 3: run and resume want to be started as so many ranks"),
-        ({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_NTASKS": "3"}, "SLURM_NTASKS = 3: "),  # the most that any says
+        (
+            {"SLURM_NTASKS": "3"},
+            "SLURM_NTASKS = 3: run and resume want to be started as so many ranks",
+        ),
+        # the most that any says
+        ({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_NTASKS": "3"}, "SLURM_NTASKS = 3: "),
         ({}, "no variables of another MPI or Slurm job"),
     ],
 )

@@ -1,4 +1,6 @@
-"""Leaves of other dtypes than float32: none loses its dtype or its numbers, whatever the method and the way."""
+"""Leaves of other dtypes than float32: none loses its dtype or its numbers, whatever the method and
+the way.
+"""
 
 import ast
 from pathlib import Path
@@ -17,14 +19,33 @@ from fedlora_mpi.analysis.run_view import open_run
 from fedlora_mpi.cli import main
 from fedlora_mpi.models import weights, zoo
 
-METHODS = ("fedavg", "fedlora", "fedprox", "scaffold", "fedamp", "fedbn", "fedadam", "fedit", "pfedlora")
-FEW = ("fedlora", "scaffold", "fedamp", "fedadam")  # with leaves of clients, of both, of a mix, of the server
+METHODS = (
+    "fedavg",
+    "fedlora",
+    "fedprox",
+    "scaffold",
+    "fedamp",
+    "fedbn",
+    "fedadam",
+    "fedit",
+    "pfedlora",
+)
+# with leaves of clients, of both, of a mix, of the server
+FEW = ("fedlora", "scaffold", "fedamp", "fedadam")
 
 
 class Mixed(nn.Module):
-    """A convolution, a float64 buffer that nobody moves, and a float64 parameter where ``fine``; computes in ``dtype``."""
+    """A convolution, a float64 buffer that nobody moves, and a float64 parameter where ``fine``;
+    computes in ``dtype``.
+    """
 
-    def __init__(self, classes: int, shape: tuple[int, ...], fine: bool = False, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        classes: int,
+        shape: tuple[int, ...],
+        fine: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
         self.dtype = dtype
         self.conv = nn.Conv2d(shape[0], 4, 3, stride=2, padding=1)
@@ -64,7 +85,13 @@ def brain(classes, shape):
 
 def of(method: str, network: str, *overrides: str, rounds: int = 2) -> tuple[str, ...]:
     plain = ("train.momentum=0",) if method == "scaffold" else ()
-    return (f"algorithm={method}", f"model=test_dtypes:{network}", f"rounds={rounds}", *plain, *overrides)
+    return (
+        f"algorithm={method}",
+        f"model=test_dtypes:{network}",
+        f"rounds={rounds}",
+        *plain,
+        *overrides,
+    )
 
 
 def few(*more):
@@ -81,7 +108,11 @@ def test_leaves_come_back_in_their_own_dtypes():
     layout = Layout.of(tree)
     vector = layout.pack(tree)
     back = layout.unpack(vector)
-    assert vector.dtype == torch.float64 and layout.nbytes == 2 * (4 + 8 + 2 + 2) and bytes_of(8, [layout]) == 32
+    assert (
+        vector.dtype == torch.float64
+        and layout.nbytes == 2 * (4 + 8 + 2 + 2)
+        and bytes_of(8, [layout]) == 32
+    )
     assert all(back[n].dtype == v.dtype and torch.equal(back[n], v) for n, v in tree.items())
     vector[2] = 7.0
     assert tree["torch.float64"][0, 0] == 1 / 3 and back["torch.float64"][0, 0] == 7.0
@@ -93,7 +124,10 @@ def test_coarse_numbers_travel_as_float32_or_as_whole_ones(dtype):
     layout = Layout.of(tree)
     assert layout.pack(tree).dtype == layout.dtype == torch.float32
     mean = layout.unpack(torch.full((5,), 0.5, dtype=torch.float64))["a"]
-    assert mean.dtype == (dtype if dtype.is_floating_point else torch.float32) and mean.tolist() == [0.5] * 3
+    assert (
+        mean.dtype == (dtype if dtype.is_floating_point else torch.float32)
+        and mean.tolist() == [0.5] * 3
+    )
 
 
 def test_layouts_differ_in_dtypes():
@@ -101,7 +135,9 @@ def test_layouts_differ_in_dtypes():
     assert Layout.of(one).digest() != Layout.of(other).digest()
 
 
-def test_clients_whose_networks_differ_in_a_dtype_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
+def test_clients_whose_networks_differ_in_a_dtype_are_refused_in_one_line(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     mix = "model={mix: ['test_dtypes:coarse', 'test_dtypes:fine']}"
     assert main(["run", str(TINY), "algorithm=fedavg", mix, "engine.group_size=1"]) == 2
@@ -118,7 +154,9 @@ def test_a_float64_leaf_changes_nothing_but_itself(method, network):
     """The variables are those of a network of which every leaf is float64."""
     found, exact = (played(*of(method, name, rounds=1))[0][-1] for name in (network, "double"))
     for name, value in (found.shared | found.personal).items():
-        torch.testing.assert_close(value.double(), (exact.shared | exact.personal)[name].double(), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(
+            value.double(), (exact.shared | exact.personal)[name].double(), rtol=1e-2, atol=1e-3
+        )
         if name.endswith("shift"):
             assert value.dtype == torch.float64 and (value == 0.1).all()
         if name.endswith("scale"):
@@ -143,28 +181,41 @@ def test_two_ranks_have_the_bits_of_one(method, network, more):
 
 
 def test_gathered_uploads_of_float64_are_those_that_are_summed():
-    a, b = (played(*of("fedavg", "fine", f"uplink={way}"), ranks=2)[0][-1] for way in ("gather", "sum"))
+    a, b = (
+        played(*of("fedavg", "fine", f"uplink={way}"), ranks=2)[0][-1] for way in ("gather", "sum")
+    )
     assert all(torch.equal(v, b.shared[n]) for n, v in a.shared.items())
 
 
-@pytest.mark.parametrize("method", [thorough("fedavg"), thorough("scaffold"), thorough("fedlora"), "fedadam"])
+@pytest.mark.parametrize(
+    "method", [thorough("fedavg"), thorough("scaffold"), thorough("fedlora"), "fedadam"]
+)
 def test_a_fast_sum_keeps_float64(method):
-    fast, exact = (played(*of(method, "double", f"reduce={way}"))[0][-1] for way in ("fast", "exact"))
+    fast, exact = (
+        played(*of(method, "double", f"reduce={way}"))[0][-1] for way in ("fast", "exact")
+    )
     for name, value in exact.shared.items():
         torch.testing.assert_close(fast.shared[name], value, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("network, dtype", [("half", torch.float16), ("brain", torch.bfloat16)])
-@pytest.mark.parametrize("method", ["fedlora", "fedadam", *map(thorough, ("fedavg", "fedamp", "scaffold", "fedit", "pfedlora"))])
+@pytest.mark.parametrize(
+    "method",
+    ["fedlora", "fedadam", *map(thorough, ("fedavg", "fedamp", "scaffold", "fedit", "pfedlora"))],
+)
 def test_half_numbers_come_back_as_what_they_were(method, network, dtype):
     end = played(*of(method, network))[0][-1]
     network_names = {"conv.weight", "scale", "head.weight", "head.bias"}
-    assert {v.dtype for n, v in (end.shared | end.personal).items() if n in network_names} == {dtype}
+    assert {v.dtype for n, v in (end.shared | end.personal).items() if n in network_names} == {
+        dtype
+    }
     assert end.row["accuracy"] > 0.4
 
 
 def test_loop_and_stack_agree_on_float64():
-    stack, loop = (played(*of("fedavg", "double", f"engine.path={path}"))[0][-1] for path in ("stack", "loop"))
+    stack, loop = (
+        played(*of("fedavg", "double", f"engine.path={path}"))[0][-1] for path in ("stack", "loop")
+    )
     for name, value in stack.shared.items():
         torch.testing.assert_close(loop.shared[name], value, rtol=1e-10, atol=1e-12)
 
@@ -176,7 +227,9 @@ def test_a_tiny_step_leaves_a_network_what_it_was():
 
 
 def test_bytes_follow_the_dtypes():
-    coarse, double, half = (played(*of("fedavg", n))[0][-1].row["bytes_up"] for n in ("coarse", "double", "half"))
+    coarse, double, half = (
+        played(*of("fedavg", n))[0][-1].row["bytes_up"] for n in ("coarse", "double", "half")
+    )
     numbers = (double // 8 - 4) // 4  # of each of 4 clients, beside the buffer
     assert (coarse, half) == (4 * (4 * numbers + 8), 4 * (2 * numbers + 8))
 
@@ -184,7 +237,10 @@ def test_bytes_follow_the_dtypes():
 def test_noise_and_clipping_keep_the_dtypes():
     overrides = of("fedprox", "fine", "privacy={clip: 1.0, noise_multiplier: 0.5}")
     with_buffer = played(*overrides[:1], "model=test_dtypes:no_buffer", *overrides[2:])[0][-1]
-    assert with_buffer.shared["scale"].dtype == torch.float64 and with_buffer.shared["head.bias"].dtype == torch.float32
+    assert (
+        with_buffer.shared["scale"].dtype == torch.float64
+        and with_buffer.shared["head.bias"].dtype == torch.float32
+    )
 
 
 class NoBuffer(Mixed):
@@ -201,8 +257,12 @@ def no_buffer(classes, shape):
 # --- files
 
 
-@pytest.mark.parametrize("network, method", [("fine", "fedbn"), thorough("brain", "ditto"), thorough("half", "fedavg")])
-def test_a_resumed_run_ends_in_the_same_bits_and_its_models_have_their_dtypes(tmp_path, monkeypatch, network, method):
+@pytest.mark.parametrize(
+    "network, method", [("fine", "fedbn"), thorough("brain", "ditto"), thorough("half", "fedavg")]
+)
+def test_a_resumed_run_ends_in_the_same_bits_and_its_models_have_their_dtypes(
+    tmp_path, monkeypatch, network, method
+):
     monkeypatch.chdir(tmp_path)
     overrides = [*of(method, network), "checkpoint.every=1"]
     assert main(["run", str(TINY), *overrides, "output=whole"]) == 0
@@ -211,21 +271,33 @@ def test_a_resumed_run_ends_in_the_same_bits_and_its_models_have_their_dtypes(tm
     assert_same_run(Path("whole"), Path("parts"))
     module = open_run("parts").client(1).model
     expected = globals()[network](4, (3, 8, 8))
-    assert {n: v.dtype for n, v in module.state_dict().items()} == {n: v.dtype for n, v in expected.state_dict().items()}
+    assert {n: v.dtype for n, v in module.state_dict().items()} == {
+        n: v.dtype for n, v in expected.state_dict().items()
+    }
     assert main(["export", "parts", "--client", "1", "--to", "a.pt"]) == 0
     saved = torch.load("a.pt", weights_only=True)
-    assert all(torch.equal(saved[n], v) and saved[n].dtype == v.dtype for n, v in module.state_dict().items())
+    assert all(
+        torch.equal(saved[n], v) and saved[n].dtype == v.dtype
+        for n, v in module.state_dict().items()
+    )
 
 
 def test_weights_from_a_file_keep_the_networks_dtypes(tmp_path):
-    exact = {n: v + 1 / 3 for n, v in zoo.build("test_dtypes:double", {}, 4, (3, 8, 8), 1).initial.items()}
+    exact = {
+        n: v + 1 / 3
+        for n, v in zoo.build("test_dtypes:double", {}, 4, (3, 8, 8), 1).initial.items()
+    }
     torch.save(exact, tmp_path / "a.pt")
     assert weights.read(tmp_path / "a.pt")["scale"].dtype == torch.float32
     for network in ("fine", "double", "half"):
-        model = zoo.build(f"test_dtypes:{network}", {}, 4, (3, 8, 8), 2, weights=str(tmp_path / "a.pt"))
+        model = zoo.build(
+            f"test_dtypes:{network}", {}, 4, (3, 8, 8), 2, weights=str(tmp_path / "a.pt")
+        )
         blank = zoo.build(f"test_dtypes:{network}", {}, 4, (3, 8, 8), 2)
         for name, value in model.initial.items():
-            assert value.dtype == blank.initial[name].dtype and torch.equal(value, exact[name].to(value.dtype)), name
+            assert value.dtype == blank.initial[name].dtype and torch.equal(
+                value, exact[name].to(value.dtype)
+            ), name
     torch.save(exact | {"scale": 1e6 * exact["scale"]}, tmp_path / "b.pt")
     with pytest.raises(ValueError, match="scale has numbers that are not finite as torch.float16"):
         zoo.build("test_dtypes:half", {}, 4, (3, 8, 8), 2, weights=str(tmp_path / "b.pt"))
@@ -234,10 +306,18 @@ def test_weights_from_a_file_keep_the_networks_dtypes(tmp_path):
 def test_vectors_that_ranks_share_out_are_those_of_one(monkeypatch):
     monkeypatch.setattr("fedlora_mpi.aggregation.svd._WORTH", 0)
     matrices = {
-        str(kind): (torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(kind), 2)
+        str(kind): (
+            torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
+                kind
+            ),
+            2,
+        )
         for kind in (torch.float32, torch.float64)
     }
-    alone, together = on_ranks(1, lambda comm: right_vectors(comm, matrices))[0], on_ranks(2, lambda comm: right_vectors(comm, matrices))[1]
+    alone, together = (
+        on_ranks(1, lambda comm: right_vectors(comm, matrices))[0],
+        on_ranks(2, lambda comm: right_vectors(comm, matrices))[1],
+    )
     assert all(torch.equal(alone[n], v) and v.dtype == alone[n].dtype for n, v in together.items())
 
 
@@ -245,31 +325,73 @@ def test_vectors_that_ranks_share_out_are_those_of_one(monkeypatch):
 
 
 _MAY_ALIAS = {
-    *("to", "type", "type_as", "double", "float", "half", "bfloat16", "long", "int", "bool", "cpu", "cuda", "numpy"),
-    *("contiguous", "reshape", "flatten", "ravel", "as_tensor", "asarray", "ascontiguousarray", "to_host", "to_device"),
+    *(
+        "to",
+        "type",
+        "type_as",
+        "double",
+        "float",
+        "half",
+        "bfloat16",
+        "long",
+        "int",
+        "bool",
+        "cpu",
+        "cuda",
+        "numpy",
+    ),
+    *(
+        "contiguous",
+        "reshape",
+        "flatten",
+        "ravel",
+        "as_tensor",
+        "asarray",
+        "ascontiguousarray",
+        "to_host",
+        "to_device",
+    ),
 }
 
 
 def may_alias(node: ast.AST) -> bool:
-    """Whether an expression is a conversion that gives back what it was given where there is nothing to convert."""
+    """Whether an expression is a conversion that gives back what it was given where there is
+    nothing to convert.
+    """
     if isinstance(node, ast.Subscript):
         return may_alias(node.value)
     if isinstance(node, ast.Tuple):
         return any(map(may_alias, node.elts))
     if not isinstance(node, ast.Call) or any(keyword.arg == "copy" for keyword in node.keywords):
         return False
-    return (node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")) in _MAY_ALIAS
+    return (
+        node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    ) in _MAY_ALIAS
 
 
 def overwritten(tree: ast.AST) -> list[int]:
     """The lines in which an in-place operation follows such a conversion, directly or by a name."""
     found = []
-    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.Lambda | ast.Module)):
-        made = (node for node in ast.walk(function) if isinstance(node, ast.Assign) and may_alias(node.value))
+    for function in (
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.Lambda | ast.Module)
+    ):
+        made = (
+            node
+            for node in ast.walk(function)
+            if isinstance(node, ast.Assign) and may_alias(node.value)
+        )
         single = {n.id for node in made for n in node.targets if isinstance(n, ast.Name)}
-        converted = lambda node: may_alias(node) or (isinstance(node, ast.Name) and node.id in single)
+        converted = lambda node: (
+            may_alias(node) or (isinstance(node, ast.Name) and node.id in single)
+        )
         for node in ast.walk(function):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr[-1:] == "_":
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr[-1:] == "_"
+            ):
                 at = node.func.value
             elif isinstance(node, ast.AugAssign):
                 at = node.target
@@ -281,11 +403,21 @@ def overwritten(tree: ast.AST) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("line", ["v.double().sub_(w)", "v.cpu()[1:].add_(w)", "w = v.float()\nw += 1", "w = v.to(d)\nw[0] -= 1"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "v.double().sub_(w)",
+        "v.cpu()[1:].add_(w)",
+        "w = v.float()\nw += 1",
+        "w = v.to(d)\nw[0] -= 1",
+    ],
+)
 def test_the_search_finds_it(line):
     assert overwritten(ast.parse(f"def f(v):\n    {line.replace(chr(10), chr(10) + '    ')}")) != []
 
 
 def test_no_in_place_operation_follows_a_conversion_that_may_be_none():
     files = Path(fedlora_mpi.__file__).parent.rglob("*.py")
-    assert {str(file): lines for file in files if (lines := overwritten(ast.parse(file.read_text())))} == {}
+    assert {
+        str(file): lines for file in files if (lines := overwritten(ast.parse(file.read_text())))
+    } == {}

@@ -1,4 +1,6 @@
-"""Local training and evaluation: loop against stack, both against torch.optim, and where a worker computes."""
+"""Local training and evaluation: loop against stack, both against torch.optim, and where a worker
+computes.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -41,7 +43,8 @@ def trained(made, clients=CLIENTS, round_=0):
     rows = {n: v[list(clients)] for n, v in personal_C.items()}
     results = made.train(clients, shared, rows, round_)
     return {
-        done.client: small.copy(done.end.shared | done.end.personal) | {"loss": done.loss} for done in results
+        done.client: small.copy(done.end.shared | done.end.personal) | {"loss": done.loss}
+        for done in results
     }
 
 
@@ -97,7 +100,10 @@ def test_loop_and_stack_evaluate_alike(network):
         v = Vars(shared, {n: value[client] for n, value in personal_C.items()})
         batch = made.feed.test([client], 0, tests[client])
         logits = made.algorithm.logits(made.model.evaluating(), v, batch.x[0])
-        expected = [(logits.argmax(1) == batch.y[0]).double().mean(), F.cross_entropy(logits, batch.y[0])]
+        expected = [
+            (logits.argmax(1) == batch.y[0]).double().mean(),
+            F.cross_entropy(logits, batch.y[0]),
+        ]
         assert loop[client].tolist() == pytest.approx([float(v) for v in expected], rel=1e-5)
 
 
@@ -149,9 +155,11 @@ def test_training_reads_no_global_generator(stacked):
 
 
 def by_torch(made, client, parts):
-    """FedAvg's local training of one client with an nn.Module and torch.optim.SGD; (leaves, last loss).
+    """FedAvg's local training of one client with an nn.Module and torch.optim.SGD; (leaves, last
+    loss).
 
-    parts: (epochs, names of the trained parameters or None for all, optimizer settings) of each phase.
+    parts: (epochs, names of the trained parameters or None for all, optimizer settings) of each
+    phase.
     """
     with isolated(2, "other weights"):
         module = getattr(small, "cnn" if "9.weight" in made.model.leaves else "bn_net")(
@@ -183,7 +191,9 @@ def of(settings):
 
 
 @pytest.mark.parametrize("network", ["cnn", "bn_net"])
-@pytest.mark.parametrize("momentum, weight_decay", [(0.0, 0.0), (0.9, 0.0), (0.9, 0.01), (0.0, 0.01)])
+@pytest.mark.parametrize(
+    "momentum, weight_decay", [(0.0, 0.0), (0.9, 0.0), (0.9, 0.01), (0.0, 0.01)]
+)
 def test_the_loop_is_torch_optim_to_the_bit(network, momentum, weight_decay):
     settings = Train(3, 5, 0.05, momentum, weight_decay)
     made = small.trainer(FedAvg(), network, train=settings, samples=small.feed(sizes=(12, 7, 3)))
@@ -208,7 +218,9 @@ def test_phases_train_their_leaves_with_fresh_momentum_and_their_own_settings(st
         ),
         (1, {"sgd": lambda sgd: Sgd(sgd.lr / 2)}),
     )
-    made = small.trainer(Phased(parts=parts), "bn_net", stacked=stacked, samples=small.feed(sizes=(12,)))
+    made = small.trainer(
+        Phased(parts=parts), "bn_net", stacked=stacked, samples=small.feed(sizes=(12,))
+    )
     common = {"lr": 0.05, "momentum": 0.9}
     expected, loss = by_torch(
         made,
@@ -268,7 +280,9 @@ def test_the_start_of_the_round_stays_within_reach_of_a_loss(stacked):
     )
     drift = lambda now, start, batch: sum(v.sum() for v in now.shared.values())
     parts = ((1, {"loss": drift}), (1, {"loss": pull}))
-    made = small.trainer(Phased(parts=parts), train=Train(2, 11, lr=0.5, momentum=0.0), stacked=stacked)
+    made = small.trainer(
+        Phased(parts=parts), train=Train(2, 11, lr=0.5, momentum=0.0), stacked=stacked
+    )
     for tree in trained(made).values():  # one step by -0.5, then half of the way back
         for name, value in made.model.initial.items():
             torch.testing.assert_close(tree[name], value - 0.25, rtol=0, atol=1e-6)
@@ -299,7 +313,9 @@ def test_a_constant_is_computed_once_from_each_clients_own_variables(stacked):
     assert len(seen) == (1 if stacked else len(CLIENTS))
 
 
-@pytest.mark.parametrize("settings", [Sgd(0.3), Sgd(0.3, 0.9), Sgd(0.3, 0.0, 0.1), Sgd(0.3, 0.9, 0.1)])
+@pytest.mark.parametrize(
+    "settings", [Sgd(0.3), Sgd(0.3, 0.9), Sgd(0.3, 0.0, 0.1), Sgd(0.3, 0.9, 0.1)]
+)
 def test_a_step_is_that_of_torch_optim(settings):
     ours = [numbers(3, 5), numbers(7)]
     theirs = [torch.nn.Parameter(v.clone()) for v in ours]
@@ -346,7 +362,8 @@ def deep_net(classes, shape):
 @pytest.mark.parametrize(
     "engine, device, flops, batch, clients, expected",
     [
-        (Engine(), "cpu", 79_999, 100, 5, ("stack", 3)),  # below 8 MFLOP a batch; at most half of the clients
+        # below 8 MFLOP a batch; at most half of the clients
+        (Engine(), "cpu", 79_999, 100, 5, ("stack", 3)),
         (Engine(), "cpu", 80_000, 100, 5, ("loop", 1)),
         (Engine(), "cpu", 80_000, 99, 5, ("stack", 3)),
         (Engine(), "cuda", 80_000, 100, 5, ("stack", 3)),
@@ -435,7 +452,9 @@ def test_the_defaults_of_an_algorithm_are_fedavg(network):
 
 @dataclass(frozen=True)
 class Adds(Algorithm):
-    """Adds up the inputs of its two phases: one on held-out samples (at most ``limit``), one on the others."""
+    """Adds up the inputs of its two phases: one on held-out samples (at most ``limit``), one on the
+    others.
+    """
 
     held_out: float = 0.3
     limit: int = 100
@@ -451,13 +470,17 @@ class Adds(Algorithm):
 
             return (Step(loss, name.__eq__, lambda _: Sgd(1.0)),)
 
-        return Phase(1, adding("held"), limit=lambda n: self.limit, held_out=True), Phase(2, adding("rest"))
+        return Phase(1, adding("held"), limit=lambda n: self.limit, held_out=True), Phase(
+            2, adding("rest")
+        )
 
 
 @PATHS
 @pytest.mark.parametrize("limit", [100, 1])
 def test_a_phase_sees_the_samples_that_are_held_out_or_the_others(stacked, limit):
-    made = small.trainer(Adds(limit=limit), stacked=stacked, samples=small.feed(sizes=(11, 7, 3, 1)))
+    made = small.trainer(
+        Adds(limit=limit), stacked=stacked, samples=small.feed(sizes=(11, 7, 3, 1))
+    )
     start = small.first(made)
     for done in made.train(range(4), {}, small.rows(start.personal, 4), 2):
         for name, epochs in (("held", (0,)), ("rest", (1, 2))):
@@ -465,7 +488,13 @@ def test_a_phase_sees_the_samples_that_are_held_out_or_the_others(stacked, limit
             for number in epochs:
                 epoch = made.feed.epoch([done.client], 2, number, 0.3, name == "held")
                 width = min(epoch.sizes[0], limit if name == "held" else 100)
-                assert width == {"held": min(limit, (3, 2, 1, 0)[done.client]), "rest": (8, 5, 2, 1)[done.client]}[name]
+                assert (
+                    width
+                    == {
+                        "held": min(limit, (3, 2, 1, 0)[done.client]),
+                        "rest": (8, 5, 2, 1)[done.client],
+                    }[name]
+                )
                 if width:
                     expected += epoch.batch(1, 0, width).x[0].sum(0)
             assert torch.allclose(done.end.personal[name], expected, atol=1e-4), (done.client, name)
@@ -480,5 +509,7 @@ def test_the_cost_of_a_round_is_that_of_the_samples_that_are_used():
             (phase,) = super().phases(model, train, round_)
             return phase._replace(held_out=True), phase
 
-    costs = [Flops(made, small.first(made)) for made in (small.trainer(Twice()), small.trainer(FedAvg()))]
+    costs = [
+        Flops(made, small.first(made)) for made in (small.trainer(Twice()), small.trainer(FedAvg()))
+    ]
     assert costs[0].of_round(30, 0) == costs[1].of_round(6, 0) + costs[1].of_round(24, 0)

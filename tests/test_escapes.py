@@ -1,4 +1,6 @@
-"""Names that others chose act on nothing: no terminal, no TeX, no spreadsheet, no page, no file outside the report."""
+"""Names that others chose act on nothing: no terminal, no TeX, no spreadsheet, no page, no file
+outside the report.
+"""
 
 import csv
 import json
@@ -24,12 +26,16 @@ HOSTILE = "=1+1\x1b]0;owned\x07\n\u202e\x9b2J<script>^~\\{}_%$#&|/../../\u2028é
 
 def acts(text: str) -> list[str]:
     """The characters that a terminal obeys, less the ends of lines."""
-    return [c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
+    return [
+        c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    ]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs whose configs have something hostile in the place of every text, and as the name of a setting."""
+    """Two runs whose configs have something hostile in the place of every text, and as the name of
+    a setting.
+    """
     home = tmp_path_factory.mktemp("hostile")
     assert main(["run", CONFIG, f"output={home / 'good'}"]) == 0
     for number in (1, 2):
@@ -77,16 +83,26 @@ def test_a_name_does_nothing_in_any_file_of_a_report(runs, tmp_path, monkeypatch
     assert os.listdir(tmp_path) == ["in"] and os.listdir(".") == ["page"]
     assert {path.name for path in Path("page").iterdir()} == {"report.html", "figures", "tables"}
     page = Path("page/report.html").read_text()
-    assert "<script" not in page and not acts(page) and not re.search(r'(id|href)="[^"]*[^\w.#"-][^"]*"', page)
+    assert (
+        "<script" not in page
+        and not acts(page)
+        and not re.search(r'(id|href)="[^"]*[^\w.#"-][^"]*"', page)
+    )
     for path in Path("page/tables").iterdir():
         text = path.read_text()
         if path.suffix == ".csv":
             cells = [cell for row in csv.reader(text.splitlines(keepends=True)) for cell in row]
-            assert not [c for c in cells if c[:1] in "=+-@\t\r" and c and escapes.cell(c) != c], path
+            assert not [c for c in cells if c[:1] in "=+-@\t\r" and c and escapes.cell(c) != c], (
+                path
+            )
         else:
             assert not acts(text), path
         if path.suffix == ".tex":
-            body = re.sub(r"\\[a-z]+|\\[%_&#${}]|\$\\pm\$", "", "".join(line for line in text.splitlines() if line[0] != "%"))
+            body = re.sub(
+                r"\\[a-z]+|\\[%_&#${}]|\$\\pm\$",
+                "",
+                "".join(line for line in text.splitlines() if line[0] != "%"),
+            )
             assert not set("^~#_%$") & set(body), path
     assert any("owned" in path.read_text() for path in Path("page/tables").glob("*.tex"))
 
@@ -102,4 +118,6 @@ def test_each_way_out_has_its_own_escapes():
         assert escapes.cell(text) == f"'{text}"
     for value in ("-0.5", "+1e-3", "x=1", "", -0.5, None, 3):
         assert escapes.cell(value) == value
-    assert escapes.file_name("../../etc/passwd\n") == "-.--.-etc-passwd-n" and "/" not in escapes.file_name(HOSTILE)
+    assert escapes.file_name(
+        "../../etc/passwd\n"
+    ) == "-.--.-etc-passwd-n" and "/" not in escapes.file_name(HOSTILE)

@@ -1,4 +1,6 @@
-"""A run that is killed, starved of disk or damaged anywhere: the same bits after a resume, or one line with a name."""
+"""A run that is killed, starved of disk or damaged anywhere: the same bits after a resume, or one
+line with a name.
+"""
 
 import errno
 import os
@@ -18,11 +20,14 @@ from fedlora_mpi.core.disk_errors import Unwritable
 from fedlora_mpi.federation.client_rows import OnDisk
 
 CONFIG = TESTS / "faulty.yaml"
-RESUME = ["run", "--resume", CONFIG, "output=victim"]  # keeps one checkpoint, so that another is removed
+# keeps one checkpoint, so that another is removed
+RESUME = ["run", "--resume", CONFIG, "output=victim"]
 SAID = ("fedlora-mpi: ", "round ", "hint: ", "resuming ", "skipped ")
 
 thorough = pytest.mark.thorough
-pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists() or not shutil.which("cc"), reason="needs Linux, cc")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/fd").exists() or not shutil.which("cc"), reason="needs Linux, cc"
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,9 @@ def faulty():
 
 @pytest.fixture(scope="module")
 def good(faulty, tmp_path_factory):
-    """(the folder of a finished run with two checkpoints, its digest, every call of RESUME that changes something)."""
+    """(the folder of a finished run with two checkpoints, its digest, every call of RESUME that
+    changes something).
+    """
     home = tmp_path_factory.mktemp("good")
     trace = faulty(*RESUME, cwd=home, under="victim").trace
     shutil.rmtree(home / "victim")
@@ -65,7 +72,9 @@ def resumed(faulty, home: Path, truth: str) -> Ended:
     assert digest(faulty, home) == truth
     report = faulty("report", "victim", cwd=home)
     assert report.code == 0 and report.err == "", report
-    assert sorted(path.name for path in home.iterdir()) == ["victim"], "something is left beside the run folder"
+    assert sorted(path.name for path in home.iterdir()) == ["victim"], (
+        "something is left beside the run folder"
+    )
     return ended
 
 
@@ -85,7 +94,9 @@ def kill_at(faulty, good, home: Path, calls, phases, ranks=1) -> list[float]:
             killed = faulty(*RESUME, ranks=ranks, cwd=home, under="victim", call=call, phase=phase)
             assert killed.code == -9, (call, phase, killed)
             folder = home / "victim"
-            assert not folder.exists() or {"config.yaml", "log.h5"} <= {path.name for path in folder.iterdir()}
+            assert not folder.exists() or {"config.yaml", "log.h5"} <= {
+                path.name for path in folder.iterdir()
+            }
             seconds.append(resumed(faulty, home, truth).seconds)
             shutil.rmtree(folder)
     return seconds
@@ -103,7 +114,9 @@ def test_a_run_killed_at_several_writes_ends_in_the_same_bits(faulty, good, tmp_
 
 @pytest.mark.parametrize("more", [2, pytest.param(8, marks=thorough)])
 def test_a_start_killed_anywhere_makes_a_whole_folder_or_none(faulty, good, tmp_path, more):
-    made = next(n for n, call in enumerate(good[2]) if call.startswith("rename") and call.endswith("victim"))
+    made = next(
+        n for n, call in enumerate(good[2]) if call.startswith("rename") and call.endswith("victim")
+    )
     for call in (*some(more, made), made, made + 1):
         assert faulty(*RESUME, cwd=tmp_path, under="victim", call=call, phase=BEFORE).code == -9
         assert (tmp_path / "victim").exists() == (call > made)
@@ -125,11 +138,17 @@ def test_three_ranks_that_die_at_a_write_end_in_the_same_bits(faulty, good, tmp_
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_every_write_fsync_and_rename_ends_in_the_same_bits(faulty, good, tmp_path, capsys):
-    seconds = kill_at(faulty, good, tmp_path, range(len(good[2])), [BEFORE, WITHIN])  # after one is before the next
+def test_a_run_killed_at_every_write_fsync_and_rename_ends_in_the_same_bits(
+    faulty, good, tmp_path, capsys
+):
+    # after one is before the next
+    seconds = kill_at(faulty, good, tmp_path, range(len(good[2])), [BEFORE, WITHIN])
     seconds += kill_at(faulty, good, tmp_path, [len(good[2]) - 1], [AFTER])
     with capsys.disabled():
-        print(f"\n{len(seconds)} kills at {len(good[2])} calls, resumed in {max(seconds):.2f} s at most")
+        print(
+            f"\n{len(seconds)} kills at {len(good[2])} calls, resumed in {max(seconds):.2f} s at "
+            "most"
+        )
 
 
 @pytest.mark.slow
@@ -146,11 +165,17 @@ def test_a_run_killed_at_200_random_moments_ends_in_the_same_bits(faulty, good, 
     whole = faulty(*RESUME, cwd=tmp_path).seconds
     shutil.rmtree(tmp_path / "victim")
     for moment in range(200):
-        kills = [faulty(*RESUME, cwd=tmp_path, kill=times.uniform(0, whole)).code for _ in range(1 + 2 * (moment % 2))]
+        kills = [
+            faulty(*RESUME, cwd=tmp_path, kill=times.uniform(0, whole)).code
+            for _ in range(1 + 2 * (moment % 2))
+        ]
         lost.append(resumed(faulty, tmp_path, good[1]).seconds)
         shutil.rmtree(tmp_path / "victim")
     with capsys.disabled():
-        print(f"\n200 runs of {whole:.2f} s, resumed in {max(lost):.2f} s at most; the last codes {kills}")
+        print(
+            f"\n200 runs of {whole:.2f} s, resumed in {max(lost):.2f} s at most; the last codes "
+            f"{kills}"
+        )
 
 
 @pytest.mark.slow
@@ -171,7 +196,9 @@ def test_ranks_under_mpirun_killed_at_random_moments_end_in_the_same_bits(faulty
 
 
 def fill_at(faulty, good, home: Path, calls) -> None:
-    """The disk is full from one of these calls on: one line with the file; the run goes on when there is room."""
+    """The disk is full from one of these calls on: one line with the file; the run goes on when
+    there is room.
+    """
     _, truth, trace = good
     for call in calls:
         ended = faulty(*RESUME, cwd=home, under="victim", call=call, phase=FAIL, error=errno.ENOSPC)
@@ -185,7 +212,9 @@ def fill_at(faulty, good, home: Path, calls) -> None:
 
 
 @pytest.mark.parametrize("number", [4, pytest.param(14, marks=thorough)])
-def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(faulty, good, tmp_path, number):
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
+    faulty, good, tmp_path, number
+):
     fill_at(faulty, good, tmp_path, some(number, len(good[2])))
 
 
@@ -198,7 +227,9 @@ def test_a_disk_that_is_full_from_any_write_on_is_one_line(faulty, good, tmp_pat
 def mounted(folder: Path, options: str):
     """A small file system. Skips where one may not."""
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True
+    ).returncode:
         pytest.skip("needs the right to mount")
     try:
         yield
@@ -209,7 +240,8 @@ def mounted(folder: Path, options: str):
 @thorough
 def test_a_file_system_that_fills_up_and_is_given_room(faulty, good, tmp_path):
     with mounted(tmp_path / "small", "size=420k"):
-        ended = finished(command(*RESUME[:3], "output=small/victim"), tmp_path)  # no fork: its exit too
+        # no fork: its exit too
+        ended = finished(command(*RESUME[:3], "output=small/victim"), tmp_path)
         told = Ended(ended.returncode, ended.stdout, ended.stderr, 0, [])
         assert "No space left on device, " in is_told(told, "small/victim", [1])
         subprocess.run(["mount", "-o", "remount,size=10m", tmp_path / "small"], check=True)
@@ -223,12 +255,23 @@ def test_a_file_system_that_fills_up_ends_all_ranks_with_code_1(tmp_path):
     with mounted(tmp_path / "small", "size=420k"):
         ended = finished([*mpirun(3), *command(*RESUME[:3], "output=small/victim")], tmp_path)
         assert ended.returncode == 1 and "Traceback" not in ended.stderr
-        assert len([line for line in ended.stderr.splitlines() if line.startswith("fedlora-mpi: small/victim")]) == 1
+        assert (
+            len(
+                [
+                    line
+                    for line in ended.stderr.splitlines()
+                    if line.startswith("fedlora-mpi: small/victim")
+                ]
+            )
+            == 1
+        )
 
 
 def test_personal_leaves_for_which_the_disk_has_no_room_are_one_line(tmp_path):
     with mounted(tmp_path / "small", "size=64k"):
-        with pytest.raises(Unwritable, match="small/personal leaves: cannot be written: No space left on device, "):
+        with pytest.raises(
+            Unwritable, match="small/personal leaves: cannot be written: No space left on device, "
+        ):
             OnDisk(tmp_path / "small").blank(100, torch.zeros(1000))
 
 
@@ -237,7 +280,9 @@ def test_a_file_system_that_may_only_be_read_is_one_line(faulty, good, tmp_path)
         shutil.copytree(good[0], tmp_path / "disk/victim")
         subprocess.run(["mount", "-o", "remount,ro", tmp_path / "disk"], check=True)
         for line in (["resume", "disk/victim"], ["run", "--resume", CONFIG, "output=disk/victim"]):
-            assert "Read-only file system" in is_told(faulty(*line, cwd=tmp_path), "disk/victim", [1])
+            assert "Read-only file system" in is_told(
+                faulty(*line, cwd=tmp_path), "disk/victim", [1]
+            )
         new = faulty("run", CONFIG, "output=disk/new", cwd=tmp_path)
         assert "disk/new: cannot be created: Read-only file system" in is_told(new, "disk/new", [2])
         read = faulty("report", "disk/victim", cwd=tmp_path)
@@ -251,7 +296,9 @@ def test_a_folder_of_somebody_else_is_one_line(faulty, good, tmp_path):
     for above in (tmp_path, *tmp_path.parents[:-1]):
         os.chmod(above, os.stat(above).st_mode | 0o055)
     strange = 65534
-    assert "Permission denied" in is_told(faulty("resume", "victim", cwd=tmp_path, user=strange), "victim/", [1])
+    assert "Permission denied" in is_told(
+        faulty("resume", "victim", cwd=tmp_path, user=strange), "victim/", [1]
+    )
     new = faulty("run", CONFIG, "output=new", cwd=tmp_path, user=strange)
     assert "cannot be created: Permission denied" in is_told(new, "output = new", [2])
 
@@ -277,13 +324,18 @@ def damaged(content: bytes, dice: random.Random) -> bytes:
     return bytes(changed)
 
 
-def damage(faulty, good, home: Path, times: int, seed: int, names=("*",), commands=COMMANDS) -> dict[str, int]:
-    """Damage one file of a finished run, then use the run: right, or the one before with a word, or one line.
+def damage(
+    faulty, good, home: Path, times: int, seed: int, names=("*",), commands=COMMANDS
+) -> dict[str, int]:
+    """Damage one file of a finished run, then use the run: right, or the one before with a word, or
+    one line.
 
     {how it ended: times}
     """
     folder, truth, _ = good
-    files = sorted(path.relative_to(folder) for name in names for path in folder.rglob(name) if path.is_file())
+    files = sorted(
+        path.relative_to(folder) for name in names for path in folder.rglob(name) if path.is_file()
+    )
     files = [file for file in files if file.name != ".lock"]
     dice, ends = random.Random(seed), {"right": 0, "the checkpoint before": 0, "one line": 0}
     shutil.copytree(folder, home / "victim")
@@ -332,8 +384,12 @@ def test_a_file_damaged_in_many_ways_is_named_or_does_no_harm(faulty, good, tmp_
 
 @pytest.mark.slow
 def test_a_log_damaged_in_many_ways_is_told(faulty, good, tmp_path, capsys):
-    folder = shutil.copytree(good[0], tmp_path / "alone/victim", ignore=shutil.ignore_patterns("checkpoints"))
+    folder = shutil.copytree(
+        good[0], tmp_path / "alone/victim", ignore=shutil.ignore_patterns("checkpoints")
+    )
     only = {"report": COMMANDS["report"]}
-    ends = damage(faulty, (folder, *good[1:]), tmp_path, 600, seed=3, names=("log.h5",), commands=only)
+    ends = damage(
+        faulty, (folder, *good[1:]), tmp_path, 600, seed=3, names=("log.h5",), commands=only
+    )
     with capsys.disabled():
         print(f"\n600 damaged logs: {ends}")

@@ -17,7 +17,11 @@ from fedlora_mpi.federation.round import play
 from fedlora_mpi.models.substitutes import Substitutes
 
 NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
-TOP = {"cnn": ["9.weight", "9.bias"], "bn_net": ["fc.weight", "fc.bias"], "noisy_net": ["5.weight", "5.bias"]}
+TOP = {
+    "cnn": ["9.weight", "9.bias"],
+    "bn_net": ["fc.weight", "fc.bias"],
+    "noisy_net": ["5.weight", "5.bias"],
+}
 
 
 def numbers(*shape, at=0):
@@ -25,7 +29,9 @@ def numbers(*shape, at=0):
 
 
 def batch(made, client=0):
-    return Batch(*(v if v is None else v[0] for v in made.feed.epoch([client], 0, 0).batch(1, 0, 5)))
+    return Batch(
+        *(v if v is None else v[0] for v in made.feed.epoch([client], 0, 0).batch(1, 0, 5))
+    )
 
 
 def met(made, at=0):
@@ -33,7 +39,8 @@ def met(made, at=0):
     v = small.first(made)
     change = lambda n, w: w.clone().fill_(0.5) + 0.1 * numbers(*w.shape, at=at).clamp(-4, 4)
     apart = {
-        n: change(n, w) if n.startswith(".A.") else w + 0.3 * numbers(*w.shape) for n, w in v.personal.items()
+        n: change(n, w) if n.startswith(".A.") else w + 0.3 * numbers(*w.shape)
+        for n, w in v.personal.items()
     }
     return v._replace(personal=apart)
 
@@ -102,9 +109,13 @@ def test_weights_of_zero_keep_the_head_personal(network, stacked, participation)
 def test_the_gradient_of_a_weight_is_the_gap_times_the_gradient_of_the_mix(network):
     made = small.trainer(FedALA(), network)
     v, model, (step,) = met(made), made.model, made.algorithm.aggregation(made.model, 1).steps
-    v = v._replace(personal={n: w.requires_grad_(n.startswith(".A.")) for n, w in v.personal.items()})
+    v = v._replace(
+        personal={n: w.requires_grad_(n.startswith(".A.")) for n, w in v.personal.items()}
+    )
     names = TOP[network]
-    grads = torch.autograd.grad(step.loss(v, v, batch(made)), [v.personal[f".A.{n}"] for n in names])
+    grads = torch.autograd.grad(
+        step.loss(v, v, batch(made)), [v.personal[f".A.{n}"] for n in names]
+    )
     own, weight = ({n: v.personal[f".{kind}.{n}"].detach() for n in names} for kind in ("own", "A"))
     mix = {n: (own[n] + (v.shared[n] - own[n]) * weight[n]).requires_grad_() for n in names}
     plain = FedAvg().loss(model)(Vars(model.frozen(v.shared) | mix, {}), v, batch(made))
@@ -117,7 +128,8 @@ def test_the_gradient_of_a_weight_is_the_gap_times_the_gradient_of_the_mix(netwo
 def aggregated(made, v, client, round_, used):
     """(A, mix) of one client after plain clipped steps of 30 on its first ``used`` samples."""
     own, weight = (
-        {n: v.personal[f".{kind}.{n}"] for n in made.algorithm.top(made.model)} for kind in ("own", "A")
+        {n: v.personal[f".{kind}.{n}"] for n in made.algorithm.top(made.model)}
+        for kind in ("own", "A")
     )
     mixed = lambda weight: {n: o + (v.shared[n] - o) * weight[n] for n, o in own.items()}
     epoch, width = made.feed.epoch([client], round_, "aggregation 0"), made.settings.batch_size
@@ -129,17 +141,23 @@ def aggregated(made, v, client, round_, used):
             model = Vars(made.model.frozen(v.shared) | leaves, {})
             loss = FedAvg().loss(made.model)(model, v, data)
         grads = dict(zip(leaves, torch.autograd.grad(loss, leaves.values())))
-        weight = {n: (w - 30.0 * grads[n] * (v.shared[n] - own[n])).clamp(0, 1) for n, w in weight.items()}
+        weight = {
+            n: (w - 30.0 * grads[n] * (v.shared[n] - own[n])).clamp(0, 1) for n, w in weight.items()
+        }
     return weight, mixed(weight)
 
 
 @STACK_FIRST
 @NETWORKS
 def test_weights_take_plain_clipped_steps_on_their_share_of_the_data(network, stacked):
-    settings = replace(small.TRAIN, momentum=0.9, weight_decay=0.1)  # of training, not of the weights
+    # of training, not of the weights
+    settings = replace(small.TRAIN, momentum=0.9, weight_decay=0.1)
     made = small.trainer(Started(eta=30.0, s=60.0), network, train=settings, stacked=stacked)
     v = met(made)
-    ends = {done.client: done.end for done in made.train(range(5), v.shared, small.rows(v.personal, 5), 7)}
+    ends = {
+        done.client: done.end
+        for done in made.train(range(5), v.shared, small.rows(v.personal, 5), 7)
+    }
     for client, used in enumerate((6, 4, 4, 1, 1)):  # 60 % of 11, 7, 7, 3 and 2, and never none
         weight, mix = aggregated(made, v, client, 7, used)
         found = {n: ends[client].personal[f".A.{n}"] for n in weight}
@@ -171,7 +189,9 @@ def test_evaluation_is_of_the_model_with_which_the_next_round_starts(network, st
     results = list(started.train(run.groups[0], shared, rows, rounds, evaluate=True))
     assert torch.equal(scores, torch.stack([done.score for done in results]))
     plain = replace(run.trainer, algorithm=FedAvg())
-    assert (scores[:, 1] - plain.evaluate(run.groups[0], shared, {}, rounds)[:, 1]).abs().min() > 1e-7
+    assert (
+        scores[:, 1] - plain.evaluate(run.groups[0], shared, {}, rounds)[:, 1]
+    ).abs().min() > 1e-7
 
 
 def test_evaluating_does_not_change_what_is_trained():
@@ -211,7 +231,9 @@ def test_p_counts_layers_from_the_end(p, tops):
             FedALA(p=p).check(model, Train())
         return
     FedALA(p=p).check(model, Train())
-    assert FedALA(p=p).top(model) == [f"{layer}.{leaf}" for layer in tops for leaf in ("weight", "bias")]
+    assert FedALA(p=p).top(model) == [
+        f"{layer}.{leaf}" for layer in tops for leaf in ("weight", "bias")
+    ]
 
 
 # What is kept, what travels
@@ -230,7 +252,9 @@ def test_participants_keep_their_trained_top_and_others_what_they_had(network, s
         members = [c for c in group if c in chosen]
         if members:
             rows_C = {n: v[[run.row_of[c] for c in members]] for n, v in before.items()}
-            trained |= {d.client: d.end for d in run.trainer.train(members, state.shared, rows_C, 1)}
+            trained |= {
+                d.client: d.end for d in run.trainer.train(members, state.shared, rows_C, 1)
+            }
     state = small.played(run, state, 1)
     assert 0 < len(chosen) < 5 and set(trained) == chosen
     for row, client in enumerate(run.hosted):
@@ -294,7 +318,10 @@ def test_fine_tuning_leaves_no_trace_in_the_state(network, stacked):
         assert small.equal(state.shared, plain.shared) and state.personal == plain.personal == {}
         assert not (tuned["loss"] == scores["loss"]).any()
     assert (
-        row["bytes_up"] == other["bytes_up"] == row["bytes_down"] == 3 * 4 * numel(run.trainer.model.initial)
+        row["bytes_up"]
+        == other["bytes_up"]
+        == row["bytes_down"]
+        == 3 * 4 * numel(run.trainer.model.initial)
     )
 
 
@@ -311,7 +338,9 @@ def test_fine_tuning_as_long_as_training_is_the_next_rounds_training(network, st
 def test_no_fine_tuning_is_fedavg():
     run, state = small.experiment(FedAvgFT(ft_epochs=0), "bn_net")
     plain = replace(run.trainer, algorithm=FedAvg())
-    assert torch.equal(*(t.evaluate(run.groups[0], state.shared, {}, 0) for t in (run.trainer, plain)))
+    assert torch.equal(
+        *(t.evaluate(run.groups[0], state.shared, {}, 0) for t in (run.trainer, plain))
+    )
 
 
 def test_one_epoch_of_fine_tuning_is_a_pass_of_sgd():

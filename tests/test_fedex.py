@@ -1,4 +1,6 @@
-"""Exact means of LoRA: FedEx-LoRA, FLoRA and Fed-TaLoRA. Their identities in float64, by the hooks themselves."""
+"""Exact means of LoRA: FedEx-LoRA, FLoRA and Fed-TaLoRA. Their identities in float64, by the hooks
+themselves.
+"""
 
 from itertools import pairwise
 
@@ -57,7 +59,9 @@ def trained(algorithm, shared, client, counts=COUNTS, data=None):
 
 
 def round_of(algorithm, shared, counts=COUNTS, clients=None, change=None):
-    """(the clients' shared variables after training, the server's next ones); ``change``: a client's end -> its end."""
+    """(the clients' shared variables after training, the server's next ones); ``change``: a
+    client's end -> its end.
+    """
     ends, parts = [], []
     clients = range(len(counts)) if clients is None else clients
     for client in clients:
@@ -66,7 +70,9 @@ def round_of(algorithm, shared, counts=COUNTS, clients=None, change=None):
         parts.append(own.expand(own.upload(start, end), shared, counts[client]))
         ends.append(end.shared)
     total = sum(counts[client] for client in clients)
-    mean = {n: sum(counts[c] * part[n] for c, part in zip(clients, parts)) / total for n in parts[0]}
+    mean = {
+        n: sum(counts[c] * part[n] for c, part in zip(clients, parts)) / total for n in parts[0]
+    }
     return ends, algorithm.serve({}, shared, mean, Cohort(1.0, total))[1]
 
 
@@ -77,7 +83,9 @@ def averaged(trees, counts=COUNTS):
 def assert_near(a, b, atol=1e-12):
     assert a.keys() == b.keys() and a
     for name, value in a.items():
-        torch.testing.assert_close(value, b[name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value, b[name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def minus(a, b):
@@ -98,7 +106,8 @@ def test_the_next_update_is_the_mean_of_what_was_trained(cls, ranks):
         products = averaged([algorithm.of_client(k, 3).products(end) for k, end in enumerate(ends)])
         assert_near(algorithm.delta(shared), {n: W[n] + p for n, p in products.items()})
         assert_near(algorithm.delta(shared), averaged([algorithm.delta(end) for end in ends]))
-        assert all(shared[f"{n}..W"].shape[0] != shared[f"{n}..W"].shape[1] for n in W)  # so a transposed one would not fit
+        # so a transposed one would not fit
+        assert all(shared[f"{n}..W"].shape[0] != shared[f"{n}..W"].shape[1] for n in W)
 
 
 def test_the_mean_of_fedit_is_another_one():
@@ -121,7 +130,10 @@ def test_what_is_trained_in_full_is_averaged_by_samples(cls):
 @RANKS
 def test_the_order_of_the_clients_changes_nothing(cls, ranks):
     algorithm = cls(lora_ranks=ranks)
-    one, other = (round_of(algorithm, beginning(algorithm), clients=order)[1] for order in ((0, 1, 2), (2, 0, 1)))
+    one, other = (
+        round_of(algorithm, beginning(algorithm), clients=order)[1]
+        for order in ((0, 1, 2), (2, 0, 1))
+    )
     assert_near(one, other)
 
 
@@ -135,7 +147,9 @@ def test_a_client_trains_factors_and_head_on_a_frozen_W(cls):
     weights = own.weights_of(NET, end)
     for name, W in dense(shared).items():
         update = W + own.s * end.shared[f"{name}..B"] @ end.shared[f"{name}..A"]
-        torch.testing.assert_close(weights[name], NET.initial[name] + update.view(NET.leaves[name].shape))
+        torch.testing.assert_close(
+            weights[name], NET.initial[name] + update.view(NET.leaves[name].shape)
+        )
     assert not any(n.endswith(".W") for n in own.upload(start, end))
 
 
@@ -174,7 +188,10 @@ def test_the_residual_is_the_covariance_of_the_factors(cls, ranks):
     R, ends = residual(algorithm, shared)
     for name, found in R.items():
         wide = {n: v for n, v in shared.items() if n.startswith(name)}
-        padded = [FedIT(lora_ranks=ranks).term({n: end[n] for n in wide if n[-1] in "AB"}, shared) for end in ends]
+        padded = [
+            FedIT(lora_ranks=ranks).term({n: end[n] for n in wide if n[-1] in "AB"}, shared)
+            for end in ends
+        ]
         mean = averaged(padded)
         A, B = mean[f"{name}..A"], mean[f"{name}..B"]
         terms = [(p[f"{name}..B"] - B) @ (p[f"{name}..A"] - A) for p in padded]
@@ -194,7 +211,11 @@ def all_as_the_first(part):
     """Every client ends with those leaves of client 0 whose names end in ``part``."""
 
     def change(client, end):
-        leaves = {n: v + numbers(v.shape, n, 0) - numbers(v.shape, n, client) for n, v in end.shared.items() if n.endswith(part)}
+        leaves = {
+            n: v + numbers(v.shape, n, 0) - numbers(v.shape, n, client)
+            for n, v in end.shared.items()
+            if n.endswith(part)
+        }
         return Vars(end.shared | leaves, {})
 
     return change
@@ -251,12 +272,22 @@ def test_with_one_client_a_round_fedex_is_fedit():
 @pytest.mark.parametrize("participation, cohort", [("0.6", 4), thorough("0.15", 1)])
 def test_fedex_counts_factors_head_and_the_last_residual(network, downlink, participation, cohort):
     common = (network, *TRAINED, f"algorithm.downlink={downlink}", f"participation={participation}")
-    common = ("algorithm=fedex_lora", *common, "algorithm.lora_ranks=[1,2]", "algorithm.full=[head,norm]")
+    common = (
+        "algorithm=fedex_lora",
+        *common,
+        "algorithm.lora_ranks=[1,2]",
+        "algorithm.full=[head,norm]",
+    )
     run = built(*common).run
     shared, net = run.kinds[0].first.shared, run.trainer.model
-    full = sum(numel({n: v}) for n, v in net.initial.items() if net.role(n) in ("head", "norm", "stats"))
+    full = sum(
+        numel({n: v}) for n, v in net.initial.items() if net.role(n) in ("head", "norm", "stats")
+    )
     sides = [W.shape for W in dense(shared).values()]
-    R = {"dense": sum(a * b for a, b in sides), "factored": (cohort - 1) * 2 * sum(a + b for a, b in sides)}[downlink]
+    R = {
+        "dense": sum(a * b for a, b in sides),
+        "factored": (cohort - 1) * 2 * sum(a + b for a, b in sides),
+    }[downlink]
     for round_, moment in enumerate(played(*common)[0][1:]):
         ranks = [1 + client % 2 for client in run.chosen(round_)]
         assert moment.row["clients"] == len(ranks) == cohort
@@ -265,12 +296,23 @@ def test_fedex_counts_factors_head_and_the_last_residual(network, downlink, part
         assert moment.row["bytes_down"] == 4 * (up + (cohort * R if round_ else 0))
 
 
-@pytest.mark.parametrize("line", ["fedex_lora", thorough("fedex_lora downlink=factored"), "flora", thorough("fed_talora")])
+@pytest.mark.parametrize(
+    "line",
+    ["fedex_lora", thorough("fedex_lora downlink=factored"), "flora", thorough("fed_talora")],
+)
 def test_what_a_plan_says_of_a_cohort_is_what_its_rounds_count(line, unmeasured):
     name, *more = line.split()
-    common = (f"algorithm={name}", *TRAINED, *(f"algorithm.{setting}" for setting in more), "participation=1.0")
+    common = (
+        f"algorithm={name}",
+        *TRAINED,
+        *(f"algorithm.{setting}" for setting in more),
+        "participation=1.0",
+    )
     row = played(*common)[0][-1].row
-    assert f"7 of 7 clients: {size(4 * 7 * most_up(common))} up, {size(row['bytes_down'])} down" in plan(tiny(*common), str(TINY), 1)
+    assert (
+        f"7 of 7 clients: {size(4 * 7 * most_up(common))} up, {size(row['bytes_down'])} down"
+        in plan(tiny(*common), str(TINY), 1)
+    )
 
 
 def most_up(common):
@@ -298,9 +340,14 @@ def test_flora_adds_the_product_of_the_stacks_with_p_on_one_of_them(ranks):
         before, (ends, shared) = shared, round_of(algorithm, shared)
         for name, W in dense(shared).items():
             added = W - before[f"{name}..W"]
-            torch.testing.assert_close(added, 5 / max(ranks) * stacks(ends, name, 1, 0), rtol=0, atol=1e-12)
-            torch.testing.assert_close(added, 5 / max(ranks) * stacks(ends, name, 0, 1), rtol=0, atol=1e-12)
-            assert (added - 5 / max(ranks) * stacks(ends, name, 1, 1)).norm() > 0.1 * added.norm()  # p^2
+            torch.testing.assert_close(
+                added, 5 / max(ranks) * stacks(ends, name, 1, 0), rtol=0, atol=1e-12
+            )
+            torch.testing.assert_close(
+                added, 5 / max(ranks) * stacks(ends, name, 0, 1), rtol=0, atol=1e-12
+            )
+            # p^2
+            assert (added - 5 / max(ranks) * stacks(ends, name, 1, 1)).norm() > 0.1 * added.norm()
 
 
 @RANKS
@@ -323,11 +370,14 @@ def test_every_round_of_flora_begins_with_new_factors():
     for low, high in drawn:
         for name in names:
             assert not low[f"{name}..B"].any() and not high[f"{name}..B"].any()
-            assert torch.equal(low[f"{name}..A"], high[f"{name}..A"][:1])  # the first of the same draw
+            # the first of the same draw
+            assert torch.equal(low[f"{name}..A"], high[f"{name}..A"][:1])
             assert len(high[f"{name}..A"]) == 3
     for before, after in pairwise(drawn):
         assert not any((before[1][f"{n}..A"] == after[1][f"{n}..A"]).any() for n in names)
-    heads = [drawn[0][1][f"{n}..A"].flatten()[:3] * drawn[0][1][f"{n}..A"].shape[1] ** 0.5 for n in names]
+    heads = [
+        drawn[0][1][f"{n}..A"].flatten()[:3] * drawn[0][1][f"{n}..A"].shape[1] ** 0.5 for n in names
+    ]
     assert not any(torch.isclose(a, b).any() for a, b in pairwise(heads))  # of each weight another
 
 
@@ -345,7 +395,9 @@ def test_the_new_factors_of_flora_are_kaiming_uniform():
 def test_other_seeds_draw_other_factors_for_flora():
     first = [FLoRA().download(FLoRA().init(NET, rng(seed, "init")).shared) for seed in (1, 1, 2)]
     factors = [{n: v for n, v in tree.items() if n.endswith(".A")} for tree in first]
-    assert equal(factors[0], factors[1]) and not any(torch.equal(v, factors[2][n]) for n, v in factors[0].items())
+    assert equal(factors[0], factors[1]) and not any(
+        torch.equal(v, factors[2][n]) for n, v in factors[0].items()
+    )
 
 
 def test_the_model_of_a_flora_client_that_has_not_trained_is_the_servers():
@@ -405,7 +457,11 @@ def test_a_row_of_the_classifier_is_the_mean_of_those_who_have_the_class():
     owners = [(0, 1, 2), (0, 1, 2), (1, 2), (1,), (1,), ()]
     for n in HEAD:
         for c, who in enumerate(owners):
-            rows = sum(COUNTS[k] * ends[k][n][c] for k in who) / sum(COUNTS[k] for k in who) if who else shared[n][c]
+            rows = (
+                sum(COUNTS[k] * ends[k][n][c] for k in who) / sum(COUNTS[k] for k in who)
+                if who
+                else shared[n][c]
+            )
             torch.testing.assert_close(after[n][c], rows, rtol=0, atol=1e-12)
         assert torch.equal(after[n][5], shared[n][5])  # to the bit
 
@@ -441,7 +497,14 @@ def test_a_client_trains_with_the_classes_seen_and_its_own():
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(plain, batch.y))
     for n in HEAD:
         (grad,) = torch.autograd.grad(loss, now.shared[n], retain_graph=True)
-        assert grad.isfinite().all() and [row.any().item() for row in grad] == [True, True, False, False, True, False]
+        assert grad.isfinite().all() and [row.any().item() for row in grad] == [
+            True,
+            True,
+            False,
+            False,
+            True,
+            False,
+        ]
 
 
 def test_no_class_is_predicted_that_was_not_seen_once_there_are_any():
@@ -459,7 +522,10 @@ def test_no_class_is_predicted_that_was_not_seen_once_there_are_any():
 
 def test_the_variables_of_fed_talora_do_not_grow_and_the_rows_that_travel_are_those_of_classes():
     algorithm = FedTaLoRA(lora_ranks=EQUAL, downlink="factored")
-    shared, row = beginning(algorithm), sum(shape[1] if len(shape := NET.leaves[n].shape) > 1 else 1 for n in HEAD)
+    shared, row = (
+        beginning(algorithm),
+        sum(shape[1] if len(shape := NET.leaves[n].shape) > 1 else 1 for n in HEAD),
+    )
     factors = sum(2 * sum(W.shape) for W in dense(shared).values())
     before = numel(shared)
     for held, seen in (((1, 2, 2), 0), ((1, 1, 1), 2), ((0, 4, 1), 2), ((6, 0, 0), 4)):
@@ -474,11 +540,18 @@ def test_the_variables_of_fed_talora_do_not_grow_and_the_rows_that_travel_are_th
 
 def test_rounds_of_fed_talora_count_the_rows_of_own_and_of_seen_classes():
     common = ("algorithm=fed_talora", *TRAINED, "algorithm.lora_ranks=[2]", "rounds=3")
-    common = (*common, "data.partition={kind: pathological, clients: 7, train: 20, test: 10, classes_per_client: 2}")
+    common = (
+        *common,
+        "data.partition={kind: pathological, clients: 7, train: 20, test: 10, classes_per_client: 2}",
+    )
     parts = built(*common)
     run, counts = parts.run, torch.from_numpy(parts.split.train_counts)
     sides = [W.shape for W in dense(run.kinds[0].first.shared).values()]
-    factors, row, seen = sum(2 * sum(side) for side in sides), 8 + 1, torch.zeros(4, dtype=torch.bool)
+    factors, row, seen = (
+        sum(2 * sum(side) for side in sides),
+        8 + 1,
+        torch.zeros(4, dtype=torch.bool),
+    )
     for round_, moment in enumerate(played(*common)[0][1:]):
         chosen = sorted(run.chosen(round_))
         held = counts[chosen] > 0
@@ -486,7 +559,9 @@ def test_rounds_of_fed_talora_count_the_rows_of_own_and_of_seen_classes():
         R = sum(a * b for a, b in sides) if round_ else 0
         assert moment.row["bytes_down"] == 4 * len(chosen) * (factors + seen.sum() * row + R)
         seen |= held.any(0)
-        assert all((moment.shared[n] > 0).equal(seen) for n in moment.shared if n.startswith(".seen."))
+        assert all(
+            (moment.shared[n] > 0).equal(seen) for n in moment.shared if n.startswith(".seen.")
+        )
 
 
 def test_without_a_head_that_is_trained_in_full_fed_talora_is_fedex():

@@ -35,17 +35,23 @@ def one_conv(outside, inside, kernel):
     """A model of one convolution [O, I, *kernel]."""
     pool = nn.AdaptiveAvgPool2d(1), nn.Flatten()
     with isolated(1, "test"):
-        return from_module(nn.Sequential(nn.Conv2d(inside, outside, kernel), *pool), outside, (inside, 9, 7))
+        return from_module(
+            nn.Sequential(nn.Conv2d(inside, outside, kernel), *pool), outside, (inside, 9, 7)
+        )
 
 
 def moving(made):
     """Variables whose low-rank part is not zero."""
     start = small.first(made)
-    return start._replace(personal={n: v + 0.1 * numbers(*v.shape) for n, v in start.personal.items()})
+    return start._replace(
+        personal={n: v + 0.1 * numbers(*v.shape) for n, v in start.personal.items()}
+    )
 
 
 def batch(made, client=0, width=5):
-    return Batch(*(v if v is None else v[0] for v in made.feed.epoch([client], 0, 0).batch(1, 0, width)))
+    return Batch(
+        *(v if v is None else v[0] for v in made.feed.epoch([client], 0, 0).batch(1, 0, width))
+    )
 
 
 def of_role(made, tree, *roles):
@@ -124,7 +130,12 @@ def test_a_convolution_is_cut_row_by_row(outside, inside, kernel):
     matrix = factors["0.weight..B"] @ factors["0.weight..A"]
     tau = how.tau(model, factors)["0.weight"]
     high, wide = kernel
-    assert matrix.shape == (outside * high, inside * wide) and tau.shape == (outside, inside, high, wide)
+    assert matrix.shape == (outside * high, inside * wide) and tau.shape == (
+        outside,
+        inside,
+        high,
+        wide,
+    )
     for o in range(outside):
         for i in range(inside):
             for a in range(high):
@@ -203,7 +214,9 @@ def test_patterns_choose_the_decomposed_layers():
     assert chosen.ranks(model).keys() == {n for n in names if n.startswith("fc") or ".conv" in n}
     assert {n[:-3] for n in chosen.factors(model, rng(1))} == chosen.ranks(model).keys()
     for pattern in ("bn1.weight", "Fc.*", "fc.bias"):
-        with pytest.raises(ValueError, match=f"layers = {pattern.replace('*', '.')}.*there are conv1.weight"):
+        with pytest.raises(
+            ValueError, match=f"layers = {pattern.replace('*', '.')}.*there are conv1.weight"
+        ):
             FedLoRA(layers=("fc.*", pattern)).check(model, Train())
 
 
@@ -226,7 +239,9 @@ def test_tau_of_a_convolution_passes_gradcheck():
 
     def loss(a, b):
         return (
-            F.conv2d(x, how.tau(model, {"0.weight..A": a, "0.weight..B": b})["0.weight"]).square().sum((2, 3))
+            F.conv2d(x, how.tau(model, {"0.weight..A": a, "0.weight..B": b})["0.weight"])
+            .square()
+            .sum((2, 3))
         )
 
     assert torch.autograd.gradcheck(loss, [v.requires_grad_() for v in factors])
@@ -250,14 +265,20 @@ def test_a_tau_formed_once_gives_the_same_loss_and_gradient(network):
     assert lowrank.constant is None and (lowrank.epochs, full.epochs) == (2, 1)
     results = []
     for constant in ({}, full.constant(v)):
-        sigma = {n: w.clone().requires_grad_(made.model.role(n) != "stats") for n, w in v.shared.items()}
+        sigma = {
+            n: w.clone().requires_grad_(made.model.role(n) != "stats") for n, w in v.shared.items()
+        }
         now = Vars(sigma, v.personal, constant)
         loss = full.steps[0].loss(now, v, batch(made))
-        results.append((loss, torch.autograd.grad(loss, [w for w in sigma.values() if w.requires_grad])))
+        results.append(
+            (loss, torch.autograd.grad(loss, [w for w in sigma.values() if w.requires_grad]))
+        )
     (one, grads), (two, again) = results
     assert one == two and all(torch.equal(a, b) for a, b in zip(grads, again))
     plain = made.algorithm.logits(made.model.evaluating(), Vars(v.shared, {}), batch(made).x)
-    assert not torch.allclose(plain, made.algorithm.logits(made.model.evaluating(), v, batch(made).x))
+    assert not torch.allclose(
+        plain, made.algorithm.logits(made.model.evaluating(), v, batch(made).x)
+    )
 
 
 # Degenerate cases
@@ -310,20 +331,27 @@ def alternating(made, rounds, scale):
     sigma = dict(module.named_parameters())
     settings, lora_epochs = made.settings, made.algorithm.lora_epochs
     for round_ in range(rounds):
-        for phase, epochs in ((factors, range(lora_epochs)), (sigma, range(lora_epochs, settings.epochs))):
+        for phase, epochs in (
+            (factors, range(lora_epochs)),
+            (sigma, range(lora_epochs, settings.epochs)),
+        ):
             optimizer = torch.optim.SGD(
                 phase.values(), settings.lr, settings.momentum, weight_decay=settings.weight_decay
             )
             for epoch in epochs:
                 samples = made.feed.epoch([0], round_, epoch)
                 for at in range(0, made.feed.train_size(0), settings.batch_size):
-                    data = samples.batch(1, at, min(settings.batch_size, made.feed.train_size(0) - at))
+                    data = samples.batch(
+                        1, at, min(settings.batch_size, made.feed.train_size(0) - at)
+                    )
                     theta = dict(sigma)
                     for name in {n[:-3] for n in factors}:
                         product = factors[f"{name}..B"] @ factors[f"{name}..A"] * scale(sigma[name])
                         theta[name] = sigma[name] + product.reshape(sigma[name].shape)
                     optimizer.zero_grad()
-                    F.cross_entropy(functional_call(module, theta, (data.x[0],)), data.y[0]).backward()
+                    F.cross_entropy(
+                        functional_call(module, theta, (data.x[0],)), data.y[0]
+                    ).backward()
                     optimizer.step()
     state = {n: v.detach() for n, v in module.state_dict().items() if v.is_floating_point()}
     return {n: state[n] for n in start.shared}, {n: v.detach() for n, v in factors.items()}
@@ -367,7 +395,9 @@ def test_the_lowrank_phase_moves_factors_and_statistics_alone(network, stacked):
     for done in made.train(range(5), shared, personal_C, 0):
         frozen = of_role(made, done.end.shared, "body", "head", "norm")
         assert small.equal(frozen, of_role(made, shared, "body", "head", "norm"))
-        assert not any(torch.equal(v, shared[n]) for n, v in of_role(made, done.end.shared, "stats").items())
+        assert not any(
+            torch.equal(v, shared[n]) for n, v in of_role(made, done.end.shared, "stats").items()
+        )
         assert not any(torch.equal(v, done.start.personal[n]) for n, v in done.end.personal.items())
     assert len(of_role(made, shared, "stats")) == (0 if network == "cnn" else 12)
 
@@ -393,7 +423,9 @@ def test_simultaneous_training_moves_both_in_one_phase():
         assert not any(torch.equal(value, start[n]) for n, value in now.items())
 
 
-@pytest.mark.parametrize("fields", [{}, {"conv_rank": 0.2, "linear_rank": 1.0}, {"layers": ("fc.*",)}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"conv_rank": 0.2, "linear_rank": 1.0}, {"layers": ("fc.*",)}]
+)
 def test_the_upload_is_all_of_sigma_and_no_factor_whatever_the_ranks(fields):
     run, state = small.experiment(FedLoRA(**fields), "bn_net")
     assert {n: tuple(s) for n, s in run.upload.shapes.items()} == {
@@ -429,7 +461,10 @@ def test_local_lora_shares_nothing_and_fedavg_lora_everything():
 
 
 def test_of_one_client_both_controls_are_fedlora():
-    states = [small.played(*small.experiment(a, sizes=(7,)), 1) for a in (FedLoRA(), LocalLoRA(), FedAvgLoRA())]
+    states = [
+        small.played(*small.experiment(a, sizes=(7,)), 1)
+        for a in (FedLoRA(), LocalLoRA(), FedAvgLoRA())
+    ]
     all_of = [s.shared | {n: v[0] for n, v in s.personal.items()} for s in states]
     assert small.equal(all_of[0], all_of[1]) and small.equal(all_of[0], all_of[2])
 
@@ -452,7 +487,9 @@ def test_the_next_sigma_is_the_exact_mean_of_the_uploads(algorithm):
     assert weights == ([1] * 5 if algorithm.weights == "uniform" else list(small.SIZES))
     after = small.played(run, state, 1)
     for name, value in after.shared.items():
-        uploads = torch.stack([done.end.shared[name].double() * w for done, w in zip(trained, weights)])
+        uploads = torch.stack(
+            [done.end.shared[name].double() * w for done, w in zip(trained, weights)]
+        )
         assert torch.equal(value, (uploads.sum(0) / sum(weights)).float()), name
 
 
@@ -499,9 +536,12 @@ def test_evaluation_is_of_the_new_sigma_with_each_clients_own_part():
         assert clients["accuracy"][client] == pytest.approx(
             (logits.argmax(1) == tests.y[0]).double().mean().item()
         )
-        assert clients["loss"][client] == pytest.approx(F.cross_entropy(logits, tests.y[0]).item(), rel=1e-5)
+        assert clients["loss"][client] == pytest.approx(
+            F.cross_entropy(logits, tests.y[0]).item(), rel=1e-5
+        )
     assert (
-        row["accuracy"] == clients["accuracy"].mean() and row["accuracy_worst"] == clients["accuracy"].min()
+        row["accuracy"] == clients["accuracy"].mean()
+        and row["accuracy_worst"] == clients["accuracy"].min()
     )
     assert row["loss"] == clients["loss"].mean()
 

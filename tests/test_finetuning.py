@@ -31,19 +31,28 @@ def shared_of(algorithm, server=True, rank=None):
     for number, (name, (out, inside)) in enumerate(SIDES.items()):
         rows = min(max(algorithm.lora_ranks), out, inside)
         if isinstance(algorithm, FedIT):
-            tree |= {f"{name}..A": matrix(10 + number, rows, inside), f"{name}..B": matrix(20 + number, out, rows)}
+            tree |= {
+                f"{name}..A": matrix(10 + number, rows, inside),
+                f"{name}..B": matrix(20 + number, out, rows),
+            }
             continue
         W = matrix(2 + number, out, inside)
         if rank is not None:
             W = matrix(30, out, rank) @ matrix(31, rank, inside)
-        tree |= {f"{name}..A": W.new_zeros(rows, inside), f"{name}..B": W.new_zeros(out, rows), f"{name}..W": W}
+        tree |= {
+            f"{name}..A": W.new_zeros(rows, inside),
+            f"{name}..B": W.new_zeros(out, rows),
+            f"{name}..W": W,
+        }
     if isinstance(algorithm, FedIT):
         return tree
     return handed_out(algorithm, tree)
 
 
 def handed_out(algorithm, shared):
-    return algorithm.handed_out(shared, {n: right(W, rows) for n, (W, rows) in algorithm.decomposed(shared).items()})
+    return algorithm.handed_out(
+        shared, {n: right(W, rows) for n, (W, rows) in algorithm.decomposed(shared).items()}
+    )
 
 
 def trained(download, seed, far=0.1):
@@ -52,7 +61,9 @@ def trained(download, seed, far=0.1):
 
 
 def next_round(algorithm, shared, far=0.1, counts=COUNTS):
-    """(shared after the round, {client: its uploads}) of three clients of the ranks of ``algorithm``."""
+    """(shared after the round, {client: its uploads}) of three clients of the ranks of
+    ``algorithm``.
+    """
     uploads, total = {}, sum(counts)
     mean: dict = {}
     for client, count in enumerate(counts):
@@ -66,7 +77,9 @@ def next_round(algorithm, shared, far=0.1, counts=COUNTS):
 
 def products(algorithm, uploads):
     """{client: {weight: s B A}}"""
-    return {c: algorithm.of_client(c, len(uploads)).products(upload) for c, upload in uploads.items()}
+    return {
+        c: algorithm.of_client(c, len(uploads)).products(upload) for c, upload in uploads.items()
+    }
 
 
 def near(a, b, atol=1e-12):
@@ -77,7 +90,13 @@ def near(a, b, atol=1e-12):
 
 
 def test_a_list_of_ranks_goes_round():
-    assert [FedIT(lora_ranks=RANKS).of_client(k, 5).lora_ranks for k in range(5)] == [(1,), (2,), (4,), (1,), (2,)]
+    assert [FedIT(lora_ranks=RANKS).of_client(k, 5).lora_ranks for k in range(5)] == [
+        (1,),
+        (2,),
+        (4,),
+        (1,),
+        (2,),
+    ]
 
 
 def test_shares_of_ranks_are_those_of_the_clients():
@@ -95,7 +114,9 @@ def test_a_rank_follows_the_capacity_but_is_at_least_1():
 @pytest.mark.parametrize("scale", ["common", "root"])
 def test_the_scale_is_alpha_by_the_rank(method, scale):
     clients = [method(lora_ranks=RANKS, alpha=8.0, scale=scale).of_client(k, 3) for k in range(3)]
-    over = {"common": [4.0] * 3, "root": [2.0] * 3 if method is FedIT else [1.0, 2**0.5, 2.0]}[scale]
+    over = {"common": [4.0] * 3, "root": [2.0] * 3 if method is FedIT else [1.0, 2**0.5, 2.0]}[
+        scale
+    ]
     assert [client.s for client in clients] == pytest.approx([8 / r for r in over])
 
 
@@ -108,7 +129,10 @@ def test_by_default_products_are_scaled_by_each_rank():
     [
         ("lora_ranks=[]", "lora_ranks = []: must be integers of at least 1"),
         ("lora_ranks=[0]", "lora_ranks = [0]: must be integers of at least 1"),
-        ("rank_shares=[0.5]", "rank_shares = [0.5]: must be a share above 0 for each of lora_ranks, together 1"),
+        (
+            "rank_shares=[0.5]",
+            "rank_shares = [0.5]: must be a share above 0 for each of lora_ranks, together 1",
+        ),
         ("capacities=[0.0]", "capacities = [0.0]: must be above 0, and lora_ranks one number"),
         ("layers=['nothing']", "layers = nothing: matches no weight"),
         ("layers=['head.*']", "layers = ['head.*']: match only what is trained in full"),
@@ -151,7 +175,10 @@ def test_a_stack_of_matrices_is_decomposed_one_by_one():
 
 
 def test_ranks_share_large_decompositions_and_move_no_bit():
-    matrices = {f"w{k}": (torch.randn(300 + 40 * k, 300, generator=torch.Generator().manual_seed(k)), 5) for k in range(5)}
+    matrices = {
+        f"w{k}": (torch.randn(300 + 40 * k, 300, generator=torch.Generator().manual_seed(k)), 5)
+        for k in range(5)
+    }
     matrices["last"] = torch.randn(3, 7, generator=torch.Generator().manual_seed(9)), 2
     (alone,) = on_ranks(1, lambda comm: right_vectors(comm, matrices))
     for found in on_ranks(3, lambda comm: right_vectors(comm, matrices)):
@@ -183,13 +210,17 @@ def test_the_mean_of_products_is_not_the_product_of_means():
     for name in SIDES:
         A, B = new[f"{name}..A"], new[f"{name}..B"]
         p = [count / 100 for count in COUNTS]
-        gap = sum(w * (u[f"{name}..B"] - B) @ (u[f"{name}..A"] - A) for w, u in zip(p, uploads.values()))
+        gap = sum(
+            w * (u[f"{name}..B"] - B) @ (u[f"{name}..A"] - A) for w, u in zip(p, uploads.values())
+        )
         square += gap.square().sum()
     near(new[".told.lora_bias"], square.sqrt(), atol=1e-10)
     near(new[".told.lora_update_bias"], square.sqrt(), atol=1e-10)
     assert new[".told.lora_truncation"] == 0
     told = method.told(new, 3)
-    assert told["effective_clients"] == pytest.approx(1 / sum((count / 100) ** 2 for count in COUNTS))
+    assert told["effective_clients"] == pytest.approx(
+        1 / sum((count / 100) ** 2 for count in COUNTS)
+    )
 
 
 # FlexLoRA.
@@ -213,7 +244,11 @@ def test_a_client_gets_the_best_approximation_of_its_rank():
         for name, product in own.products(arrived).items():
             U, S, V = torch.linalg.svd(shared[f"{name}..W"], full_matrices=False)
             near(product, U[:, :r] * S[:r] @ V[:r], atol=1e-10)
-            assert arrived[f"{name}..A"].shape[0] == arrived[f"{name}..B"].shape[1] == min(r, *SIDES[name])
+            assert (
+                arrived[f"{name}..A"].shape[0]
+                == arrived[f"{name}..B"].shape[1]
+                == min(r, *SIDES[name])
+            )
 
 
 def test_without_training_flexlora_shrinks():
@@ -249,13 +284,26 @@ def test_fedhl_is_its_mean_of_products_plus_what_truncation_took(mode):
     p = weights(method, shared, uploads)
     made = products(method, uploads)
     for name in SIDES:
-        W, got = shared[f"{name}..W"], [method.of_client(k, 3).delta(method.of_client(k, 3).download(shared))[name] for k in range(3)]
-        near(new[f"{name}..W"], sum(w * (made[k][name] + W - got[k]) for k, w in enumerate(p)), atol=1e-10)
+        W, got = (
+            shared[f"{name}..W"],
+            [
+                method.of_client(k, 3).delta(method.of_client(k, 3).download(shared))[name]
+                for k in range(3)
+            ],
+        )
+        near(
+            new[f"{name}..W"],
+            sum(w * (made[k][name] + W - got[k]) for k, w in enumerate(p)),
+            atol=1e-10,
+        )
 
 
 def weights(method, shared, uploads, counts=COUNTS):
     """p_k of the first layer."""
-    found = [method.of_client(k, 3).weight(uploads[k], shared, count)["u"] for k, count in enumerate(counts)]
+    found = [
+        method.of_client(k, 3).weight(uploads[k], shared, count)["u"]
+        for k, count in enumerate(counts)
+    ]
     return [float(w / sum(found)) for w in found]
 
 
@@ -320,18 +368,31 @@ def test_the_diagnosis_of_fedhl_is_what_it_says():
     method = FedHL(lora_ranks=RANKS, diagnose=True, weight_mode="samples")
     shared = shared_of(method)
     new, uploads = next_round(method, shared)
-    assert float(new[".told.lora_truncation"]) == pytest.approx(sum(lost(shared, r) for r in RANKS) / 3)
-    assert float(new[".told.lora_update_bias"]) == pytest.approx(0, abs=1e-10)  # its update is the mean of theirs
+    assert float(new[".told.lora_truncation"]) == pytest.approx(
+        sum(lost(shared, r) for r in RANKS) / 3
+    )
+    # its update is the mean of theirs
+    assert float(new[".told.lora_update_bias"]) == pytest.approx(0, abs=1e-10)
     made, square = products(method, uploads), 0.0
     for name in SIDES:
-        square += (new[f"{name}..W"] - sum(n / 100 * made[k][name] for k, n in enumerate(COUNTS))).square().sum()
+        square += (
+            (new[f"{name}..W"] - sum(n / 100 * made[k][name] for k, n in enumerate(COUNTS)))
+            .square()
+            .sum()
+        )
     near(new[".told.lora_bias"], square.sqrt(), atol=1e-10)
     uniform = replace(method, weight_mode="uniform")
     assert uniform.told(next_round(uniform, shared)[0], 3)["effective_clients"] == pytest.approx(3)
 
 
 def test_the_weights_of_round_1_are_uniform_and_every_b_has_a_gradient():
-    moments = played("algorithm=fedhl", NORM, "algorithm.lora_ranks=[1,2,4]", "algorithm.alpha=2", "algorithm.diagnose=true")[0]
+    moments = played(
+        "algorithm=fedhl",
+        NORM,
+        "algorithm.lora_ranks=[1,2,4]",
+        "algorithm.alpha=2",
+        "algorithm.diagnose=true",
+    )[0]
     assert moments[1].row["effective_clients"] == pytest.approx(4)
     begin = moments[0].shared
     assert not begin["conv.weight..B"].any() and begin["conv.weight..A"].norm(dim=1).min() > 0
@@ -344,11 +405,24 @@ def test_the_weights_of_round_1_are_uniform_and_every_b_has_a_gradient():
 @pytest.mark.parametrize("name", [thorough("fedit"), "flexlora", thorough("fedhl")])
 @pytest.mark.parametrize("ranks", [thorough(1), thorough(2), 3])
 def test_gathered_uploads_give_the_bits_of_summed_ones(name, ranks):
-    common = (f"algorithm={name}", NORM, "algorithm.lora_ranks=[1,2,4]", "algorithm.alpha=2", "rounds=2")
+    common = (
+        f"algorithm={name}",
+        NORM,
+        "algorithm.lora_ranks=[1,2,4]",
+        "algorithm.alpha=2",
+        "rounds=2",
+    )
     by_sum = played(*common, "uplink=sum")[0][1:]
     for moments in played(*common, "uplink=gather", ranks=ranks):
-        assert all(torch.equal(v, b.shared[n]) for a, b in zip(moments[1:], by_sum) for n, v in a.shared.items())
-        assert all(np.array_equal(a.clients["accuracy"], b.clients["accuracy"]) for a, b in zip(moments[1:], by_sum))
+        assert all(
+            torch.equal(v, b.shared[n])
+            for a, b in zip(moments[1:], by_sum)
+            for n, v in a.shared.items()
+        )
+        assert all(
+            np.array_equal(a.clients["accuracy"], b.clients["accuracy"])
+            for a, b in zip(moments[1:], by_sum)
+        )
 
 
 def test_the_uplink_is_what_moves_fewer_bytes():
@@ -360,7 +434,9 @@ def test_the_uplink_is_what_moves_fewer_bytes():
 
 def test_a_client_pays_for_its_own_rank():
     parts = built("algorithm=fedhl", NORM, "algorithm.lora_ranks=[1,2,4]", "algorithm.alpha=2")
-    moments = played("algorithm=fedhl", NORM, "algorithm.lora_ranks=[1,2,4]", "algorithm.alpha=2")[0]
+    moments = played("algorithm=fedhl", NORM, "algorithm.lora_ranks=[1,2,4]", "algorithm.alpha=2")[
+        0
+    ]
     conv, head = (4 * 3) + (1 * 3), 4 * 16 * 4 + 4  # sides of conv.weight [4, 1, 3, 3]; the head
     for round_, moment in enumerate(moments[1:]):
         numbers = sum(min((1, 2, 4)[c % 3], 3) * conv + head for c in parts.run.chosen(round_))
@@ -375,14 +451,23 @@ def test_a_frozen_network_keeps_its_statistics():
 
 
 def test_the_server_s_model_may_be_judged():
-    common = ("algorithm=fedhl", NORM, "algorithm.lora_ranks=[1,2]", "algorithm.alpha=2", "rounds=2")
+    common = (
+        "algorithm=fedhl",
+        NORM,
+        "algorithm.lora_ranks=[1,2]",
+        "algorithm.alpha=2",
+        "rounds=2",
+    )
     client, server = played(*common)[0][-1], played(*common, "algorithm.judged=server")[0][-1]
     assert all(torch.equal(client.shared[n], v) for n, v in server.shared.items())
     assert not np.array_equal(client.clients["loss"], server.clients["loss"])
 
 
 def test_a_rank_is_part_of_the_config_that_a_resume_must_have():
-    digests = {configs.digest(configs.read(TINY, ["algorithm=fedhl", f"algorithm.lora_ranks={r}"])) for r in ("[4]", "[4,2]")}
+    digests = {
+        configs.digest(configs.read(TINY, ["algorithm=fedhl", f"algorithm.lora_ranks={r}"]))
+        for r in ("[4]", "[4,2]")
+    }
     assert len(digests) == 2
 
 
@@ -393,23 +478,39 @@ COLOURS = ("data.synthetic.channels=3", "train.epochs=1", "rounds=2")
 
 @pytest.mark.parametrize("name", ["fedit", thorough("fedhl")])
 def test_a_vision_transformer_is_tuned_in_its_attention_alike_in_loop_and_stack(name):
-    how = (f"algorithm={{name: {name}, lora_ranks: [6, 2], layers: ['*.self_attention.*', '*.mlp.*']}}", *COLOURS)
-    stack, loop = (played(*how, "model=user_parts:small_vit", f"engine.path={p}")[0] for p in ("stack", "loop"))
+    how = (
+        f"algorithm={{name: {name}, lora_ranks: [6, 2], layers: ['*.self_attention.*', '*.mlp.*']}}",
+        *COLOURS,
+    )
+    stack, loop = (
+        played(*how, "model=user_parts:small_vit", f"engine.path={p}")[0] for p in ("stack", "loop")
+    )
     block = "encoder.layers.encoder_layer_0"
     sides = {n: v.shape for n, v in stack[-1].shared.items() if n.endswith((".A", ".B"))}
     assert sides[f"{block}.self_attention.in_proj_weight..A"] == (6, 12)
     assert sides[f"{block}.self_attention.in_proj_weight..B"] == (36, 6)
     assert {n.removeprefix(f"{block}.") for n in sides if n.endswith(".A")} == {
-        f"{layer}..A" for layer in ("self_attention.in_proj_weight", "self_attention.out_proj.weight", "mlp.0.weight", "mlp.3.weight")
+        f"{layer}..A"
+        for layer in (
+            "self_attention.in_proj_weight",
+            "self_attention.out_proj.weight",
+            "mlp.0.weight",
+            "mlp.3.weight",
+        )
     }
     for leaf, value in stack[-1].shared.items():
-        torch.testing.assert_close(value, loop[-1].shared[leaf], rtol=0, atol=1e-4, msg=lambda m, n=leaf: f"{n}: {m}")
+        torch.testing.assert_close(
+            value, loop[-1].shared[leaf], rtol=0, atol=1e-4, msg=lambda m, n=leaf: f"{n}: {m}"
+        )
     assert not same(stack[0], stack[-1])
 
 
 @pytest.mark.thorough
 def test_a_resnet_of_torchvision_is_tuned_with_the_statistics_it_came_with():
-    how = ("algorithm={name: flexlora, lora_ranks: [3, 1], layers: ['layer1.*', '*.downsample.0.weight']}", *COLOURS)
+    how = (
+        "algorithm={name: flexlora, lora_ranks: [3, 1], layers: ['layer1.*', '*.downsample.0.weight']}",
+        *COLOURS,
+    )
     begin, *_, end = played(*how, "model=user_parts:small_resnet", "rounds=1")[0]
     moved = {n for n, v in end.shared.items() if not torch.equal(v, begin.shared[n])}
     assert "layer2.0.downsample.0.weight..W" in moved and "layer1.0.conv1.weight..W" in moved

@@ -1,4 +1,6 @@
-"""A file imports only from lower floors, outside libraries have one home, and nothing draws unaddressed."""
+"""A file imports only from lower floors, outside libraries have one home, and nothing draws
+unaddressed.
+"""
 
 import ast
 from functools import cache
@@ -41,7 +43,9 @@ MODULES = {parts[:-1] if parts[-1] == "__init__" else parts for parts in FILES}
 
 
 def own_imports(parts, tree):
-    """Modules of the package, as tuples of names, that the file ``parts`` imports, also inside functions."""
+    """Modules of the package, as tuples of names, that the file ``parts`` imports, also inside
+    functions.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             base = tuple(node.module.split(".")) if node.module else ()
@@ -73,7 +77,9 @@ def climbs(parts, tree):
         if not other:  # the package itself: its version
             continue
         siblings = len(parts) > 1 and other[0] == parts[0]
-        if siblings and (parts[0] != "algorithms" or "__init__" in parts or other == ("algorithms",)):
+        if siblings and (
+            parts[0] != "algorithms" or "__init__" in parts or other == ("algorithms",)
+        ):
             continue
         if not FLOOR[other[0]] < FLOOR[parts[0]]:
             yield ".".join(other)
@@ -81,7 +87,11 @@ def climbs(parts, tree):
 
 @cache
 def parsed():
-    return {parts: ast.parse(path.read_text()) for parts, path in FILES.items() if parts != ("__init__",)}
+    return {
+        parts: ast.parse(path.read_text())
+        for parts, path in FILES.items()
+        if parts != ("__init__",)
+    }
 
 
 def test_every_file_has_a_floor():
@@ -97,9 +107,15 @@ def test_no_test_file_imports_another():
     """What two of them need is a fixture of ``conftest.py`` or a module without ``test_``."""
     for path in Path(__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import | ast.ImportFrom)
+                else []
+            )
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not [name for name in names if name.startswith("test_")], f"{path.name}:{node.lineno}"
+            assert not [name for name in names if name.startswith("test_")], (
+                f"{path.name}:{node.lineno}"
+            )
 
 
 @pytest.mark.parametrize("library, home", HOME.items())
@@ -116,7 +132,11 @@ def test_algorithms_see_nothing_that_runs_them():
 
 
 def test_a_run_never_imports_the_analysis():
-    trees, met, ahead = parsed(), set(), [("run", "loop"), ("run", "assembly"), ("federation", "round"), ("plan", "__init__")]
+    trees, met, ahead = (
+        parsed(),
+        set(),
+        [("run", "loop"), ("run", "assembly"), ("federation", "round"), ("plan", "__init__")],
+    )
     while ahead:
         parts = ahead.pop()
         met.add(parts)
@@ -163,11 +183,14 @@ ISOLATING = {  # in ``seeds.isolated``, which puts the states back
     *(f"random.{name}" for name in ("getstate", "seed", "setstate")),
     *(f"numpy.random.{name}" for name in ("get_state", "seed", "set_state")),
 }
-ADDRESSED = {"RandomState", "default_rng", "Generator", "SeedSequence", "PCG64", "Philox", "SFC64"}  # of numpy.random
+# of numpy.random
+ADDRESSED = {"RandomState", "default_rng", "Generator", "SeedSequence", "PCG64", "Philox", "SFC64"}
 
 
 def full_name(node, aliases):
-    """'torch.rand' for the callee ``t.rand`` after ``import torch as t``; None when it starts at no import."""
+    """'torch.rand' for the callee ``t.rand`` after ``import torch as t``; None when it starts at no
+    import.
+    """
     names = []
     while isinstance(node, ast.Attribute):
         names.append(node.attr)
@@ -209,7 +232,10 @@ def unaddressed(tree):
 
 
 def test_nothing_draws_from_a_global_generator():
-    found = {".".join(parts): list(unaddressed(ast.parse(path.read_text()))) for parts, path in FILES.items()}
+    found = {
+        ".".join(parts): list(unaddressed(ast.parse(path.read_text())))
+        for parts, path in FILES.items()
+    }
     assert set(found.pop("core.seeds")) == ISOLATING
     assert {name: calls for name, calls in found.items() if calls} == {}
 

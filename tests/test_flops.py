@@ -41,7 +41,11 @@ class Latent(nn.Module):
     def __init__(self, classes, shape, *, how="as_input"):
         super().__init__()
         self.body = HOW[how](nn.Linear(shape[0] * shape[1] * shape[2], 5))
-        self.latents, self.norm, self.mix = nn.Parameter(torch.randn(2, 5)), nn.LayerNorm(5), nn.Linear(5, 5)
+        self.latents, self.norm, self.mix = (
+            nn.Parameter(torch.randn(2, 5)),
+            nn.LayerNorm(5),
+            nn.Linear(5, 5),
+        )
         self.head = HOW[how](nn.Linear(5, classes))
 
     def forward(self, x):
@@ -52,22 +56,34 @@ class Latent(nn.Module):
 @pytest.mark.parametrize("how", HOW)
 def test_a_forward_pass_is_counted_where_a_parameter_is_a_layers_input(how):
     flops = build("test_flops:Latent", {"how": how}, 4, (3, 2, 2), 1).flops
-    least = 2 * (12 * 5 + 5 * 4) + 2 * 2 * 5 * 5 // 2  # of the layers; those of ``mix`` serve two samples
-    more = how == "orthogonal"  # torch's counter leaves out products with a vector, of which spectral norms are made
+    # of the layers; those of ``mix`` serve two samples
+    least = 2 * (12 * 5 + 5 * 4) + 2 * 2 * 5 * 5 // 2
+    # torch's counter leaves out products with a vector, of which spectral norms are made
+    more = how == "orthogonal"
     assert least < flops < 40 * least if more else flops == least
 
 
-FEW = (("as_input", "loop"), ("spectral", "stack"), ("old_weight", "stack"))  # what goes through the whole run in make test
+# what goes through the whole run in make test
+FEW = (("as_input", "loop"), ("spectral", "stack"), ("old_weight", "stack"))
 
 
 @pytest.mark.parametrize(
     "how, path",
-    [pytest.param(h, p, marks=() if (h, p) in FEW else pytest.mark.thorough) for p in ("loop", "stack") for h in HOW],
+    [
+        pytest.param(h, p, marks=() if (h, p) in FEW else pytest.mark.thorough)
+        for p in ("loop", "stack")
+        for h in HOW
+    ],
 )
 def test_such_networks_run_and_are_planned(how, path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text(TINY)
-    over = ["model=test_flops:Latent", f"model.how={how}", f"engine.path={path}", "algorithm=fedavg"]
+    over = [
+        "model=test_flops:Latent",
+        f"model.how={how}",
+        f"engine.path={path}",
+        "algorithm=fedavg",
+    ]
     assert main(["run", "c.yaml", *over]) == 0
     rounds = RunFiles(tmp_path / "run").rounds()
     assert (rounds["flops"] > 0).all() and rounds["train_loss"][1] < rounds["train_loss"][0]

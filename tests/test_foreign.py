@@ -1,4 +1,6 @@
-"""Modules of the user's own: they may import torchvision, raise anything, and draw from global generators."""
+"""Modules of the user's own: they may import torchvision, raise anything, and draw from global
+generators.
+"""
 
 import random
 import sys
@@ -39,9 +41,16 @@ def module(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "line, text",
     [
-        ("raise RuntimeError('no weights\\n  here')", "RuntimeError: no weights here (mine_own.py, line 5)"),
+        (
+            "raise RuntimeError('no weights\\n  here')",
+            "RuntimeError: no weights here (mine_own.py, line 5)",
+        ),
         ("raise KeyError('width')", "KeyError: 'width' (mine_own.py, line 5)"),
-        ("open('nowhere')", "FileNotFoundError: [Errno 2] No such file or directory: 'nowhere' (mine_own.py, line 5)"),
+        (
+            "open('nowhere')",
+            "FileNotFoundError: [Errno 2] No such file or directory: 'nowhere' (mine_own.py, line "
+            "5)",
+        ),
         ("import nowhere", "No module named 'nowhere'"),
         ("[][3]", "IndexError: list index out of range (mine_own.py, line 5)"),
         ("assert False", "AssertionError (mine_own.py, line 5)"),
@@ -63,7 +72,10 @@ def test_whatever_a_builder_raises_is_one_line(module, capsys, tmp_path, line, t
     "text, told",
     [
         ("x = ", "SyntaxError: invalid syntax (my_method.py, line 1)"),
-        ("raise RuntimeError('torch is too old')", "RuntimeError: torch is too old (my_method.py, line 1)"),
+        (
+            "raise RuntimeError('torch is too old')",
+            "RuntimeError: torch is too old (my_method.py, line 1)",
+        ),
         ("raise SystemExit", "SystemExit (my_method.py, line 1)"),
         ("undefined", "NameError: name 'undefined' is not defined (my_method.py, line 1)"),
         ("import nowhere", "No module named 'nowhere'"),
@@ -78,7 +90,10 @@ def test_whatever_a_module_raises_when_it_is_imported_is_one_line(module, capsys
     assert f"{key}.name = my_method:Mine: cannot be " in line and told in line
 
 
-METHOD = "from torchvision.models import resnet18\nfrom fedlora_mpi.algorithms.fedavg import FedAvg as Mine\n"
+METHOD = (
+    "from torchvision.models import resnet18\nfrom fedlora_mpi.algorithms.fedavg import FedAvg as "
+    "Mine\n"
+)
 
 
 @pytest.mark.thorough
@@ -93,10 +108,11 @@ def test_a_run_of_modules_that_import_torchvision(module, tmp_path):
 def test_modules_of_the_users_may_import_torchvision_and_nothing_else_does(module, tmp_path):
     module("my_method", METHOD)
     code = (
-        "import sys; from fedlora_mpi.cli import main; from fedlora_mpi.config.reading import read;"
-        f"from fedlora_mpi.run.assembly import build; from fedlora_mpi.mpi.comm import Solo; build(read({str(TINY)!r}), 'x', Solo());"
-        "assert 'torchvision' not in sys.modules;"
-        "from fedlora_mpi.algorithms import find; find('my_method:Mine'); assert 'torchvision' in sys.modules"
+        "import sys; from fedlora_mpi.cli import main; from fedlora_mpi.config.reading import "
+        "read;from fedlora_mpi.run.assembly import build; from fedlora_mpi.mpi.comm import Solo; "
+        f"build(read({str(TINY)!r}), 'x', Solo());assert 'torchvision' not in sys.modules;"
+        "from fedlora_mpi.algorithms import find; find('my_method:Mine'); assert 'torchvision' in "
+        "sys.modules"
     )
     ended = finished([sys.executable, "-c", code], tmp_path)
     assert ended.returncode == 0, ended.stderr
@@ -111,14 +127,25 @@ def test_a_module_that_imports_torchvision_may_be_the_first(module, tmp_path):
 
 
 def test_what_a_module_draws_at_its_import_is_the_same_everywhere_and_moves_no_draw(module):
-    text = "import random, numpy, torch\nDRAWN = [random.random(), numpy.random.rand(), float(torch.rand(()))]\n"
+    text = (
+        "import random, numpy, torch\nDRAWN = [random.random(), numpy.random.rand(), "
+        "float(torch.rand(()))]\n"
+    )
     found = []
     for seed in (3, 5):
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
         module("mine_own", text)
-        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        before = (
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            torch.get_rng_state().tolist(),
+        )
         found.append(foreign.imported("mine_own:DRAWN"))
-        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+        assert (
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            torch.get_rng_state().tolist(),
+        ) == before
     assert found[0] == found[1]
 
 
@@ -127,7 +154,10 @@ def test_a_file_that_a_library_hides_is_named(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     (tmp_path / f"{name}.py").write_text("def net(classes, shape): ...")
-    with pytest.raises(ValueError, match=f"{name} is a module of Python or of a library, which comes before .*{name}.py; rename"):
+    with pytest.raises(
+        ValueError,
+        match=f"{name} is a module of Python or of a library, which comes before .*{name}.py; rename",
+    ):
         foreign.imported(f"{name}:net")
 
 
@@ -142,7 +172,10 @@ METHODS = {
 
 @pytest.mark.parametrize("imports", METHODS)
 def test_a_method_may_import_from_the_documented_places(module, tmp_path, imports):
-    module("my_method", f"{METHODS[imports]}\nclass Mine(Algorithm):\n    need = Vars, bounded, split\n")
+    module(
+        "my_method",
+        f"{METHODS[imports]}\nclass Mine(Algorithm):\n    need = Vars, bounded, split\n",
+    )
     assert foreign.imported("my_method:Mine").__module__ == "my_method"
 
 

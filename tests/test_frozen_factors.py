@@ -5,7 +5,19 @@ from dataclasses import dataclass, replace
 import pytest
 import small
 import torch
-from finetuned import COUNTS, MIXED, RANKS, begun, clients, field_names, fine, near, numbers, served, trained
+from finetuned import (
+    COUNTS,
+    MIXED,
+    RANKS,
+    begun,
+    clients,
+    field_names,
+    fine,
+    near,
+    numbers,
+    served,
+    trained,
+)
 from runs import NORM, built, equal, played, same
 from tiers import thorough
 from torch.func import functional_call
@@ -19,9 +31,12 @@ from fedlora_mpi.components.lowrank import is_factor
 
 HOW = {"lora_ranks": RANKS, "alpha": 6.0}
 ALL = [FFALoRA(**HOW), RoLoRA(**HOW), *(FedRACLoRA(factor=f, **HOW) for f in ("A", "B", "both"))]
-METHODS = pytest.mark.parametrize("algorithm", ALL, ids=["ffa", "rolora", "rac-A", "rac-B", "rac-both"])
+METHODS = pytest.mark.parametrize(
+    "algorithm", ALL, ids=["ffa", "rolora", "rac-A", "rac-B", "rac-both"]
+)
 SKETCHED = pytest.mark.parametrize("factor", ["A", "B"])
-WHO = {"ffa_lora": "BBBB", "rolora": "BABA", "fed_rac_lora": "BBBB"}  # what trains in rounds 1, 2, ...
+# what trains in rounds 1, 2, ...
+WHO = {"ffa_lora": "BBBB", "rolora": "BABA", "fed_rac_lora": "BBBB"}
 NAMES = pytest.mark.parametrize("name", WHO)
 CNN = "model.width=4"
 
@@ -31,7 +46,10 @@ def rounds_of(algorithm, network="cnn", rounds=3):
     model, first = begun(algorithm, network)
     shared, found = first.shared, []
     for round_ in range(rounds):
-        ends = [trained(c, model, shared, round_, at=10 * round_ + k) for k, c in enumerate(clients(algorithm))]
+        ends = [
+            trained(c, model, shared, round_, at=10 * round_ + k)
+            for k, c in enumerate(clients(algorithm))
+        ]
         found.append((shared, ends, after := served(algorithm, shared, ends)))
         shared = after
     return found
@@ -48,15 +66,26 @@ def test_the_mean_is_exact_among_clients_of_different_ranks(algorithm, network):
         mean = {n: sum(w * d[n] for w, d in zip(COUNTS, deltas)) / sum(COUNTS) for n in deltas[0]}
         near(algorithm.delta(after), mean)
         head = [n for n in after if n.startswith(("9.", "fc."))]
-        near({n: after[n] for n in head}, {n: sum(w * e.shared[n] for w, (_, e) in zip(COUNTS, ends)) / 14 for n in head})
+        near(
+            {n: after[n] for n in head},
+            {n: sum(w * e.shared[n] for w, (_, e) in zip(COUNTS, ends)) / 14 for n in head},
+        )
 
 
 @METHODS
 def test_uploads_have_one_layout_in_all_rounds_and_only_what_ever_trains(algorithm):
-    ever = {name for _, ends, _ in rounds_of(algorithm) for start, end in ends[:1] for name in end.shared
-            if not torch.equal(start.shared[name], end.shared[name])}
+    ever = {
+        name
+        for _, ends, _ in rounds_of(algorithm)
+        for start, end in ends[:1]
+        for name in end.shared
+        if not torch.equal(start.shared[name], end.shared[name])
+    }
     for client in clients(algorithm):
-        layouts = [{n: v.shape for n, v in client.upload(*ends[0]).items()} for _, ends, _ in rounds_of(client)]
+        layouts = [
+            {n: v.shape for n, v in client.upload(*ends[0]).items()}
+            for _, ends, _ in rounds_of(client)
+        ]
         assert layouts[0] == layouts[1] == layouts[2] and layouts[0].keys() == ever
 
 
@@ -74,17 +103,27 @@ def test_the_factor_that_does_not_train_keeps_its_bits_on_server_and_clients(nam
             arrived = kind.algorithm.download(before)
             for done in kind.trainer.train(clients_, before, {}, round_):
                 assert all(torch.equal(done.end.shared[n], arrived[n]) for n in still)
-                assert not any(torch.equal(v, arrived[n]) for n, v in done.end.shared.items() if n.endswith(f".{letter}"))
+                assert not any(
+                    torch.equal(v, arrived[n])
+                    for n, v in done.end.shared.items()
+                    if n.endswith(f".{letter}")
+                )
         if name != "fed_rac_lora":
             assert all(torch.equal(before[n], after[n]) for n in still)
-            assert not any(torch.equal(before[n], after[n]) for n in before if n.endswith(f".{letter}"))
+            assert not any(
+                torch.equal(before[n], after[n]) for n in before if n.endswith(f".{letter}")
+            )
         assert after[".turn.round"] == round_ + 1
 
 
 @NAMES
 def test_what_a_client_sends_and_receives_is_the_active_factor_and_the_head(name):
-    parts, moments = built(f"algorithm={name}", CNN, *MIXED), played(f"algorithm={name}", CNN, *MIXED)[0]
-    weights = {"0.weight": (12, 3), "3.weight": (24, 12), "7.weight": (8, 32)}  # [out side, in side]
+    parts, moments = (
+        built(f"algorithm={name}", CNN, *MIXED),
+        played(f"algorithm={name}", CNN, *MIXED)[0],
+    )
+    # [out side, in side]
+    weights = {"0.weight": (12, 3), "3.weight": (24, 12), "7.weight": (8, 32)}
     assert parts.config.algorithm.adapted(parts.run.trainer.model) == weights
     side, head = {"B": 12 + 24 + 8, "A": 3 + 12 + 32}, 4 * 8 + 4
     for round_, letter in enumerate(WHO[name]):
@@ -99,17 +138,27 @@ def test_what_a_client_sends_and_receives_is_the_active_factor_and_the_head(name
 @NAMES
 def test_a_layer_of_fewer_sides_than_the_rank_is_counted_by_its_components(name):
     many = "algorithm.lora_ranks=[20]", "algorithm.alpha=20", "rounds=1"
-    parts, row = built(f"algorithm={name}", CNN, *many), played(f"algorithm={name}", CNN, *many)[0][1].row
+    parts, row = (
+        built(f"algorithm={name}", CNN, *many),
+        played(f"algorithm={name}", CNN, *many)[0][1].row,
+    )
     assert row["bytes_up"] == 4 * 4 * (36 + 3 * 12 + 12 * 24 + 8 * 8)
     first = parts.run.kinds[0].first.shared
-    assert [tuple(first[f"{n}..A"].shape) for n in ("0.weight", "3.weight", "7.weight")] == [(3, 3), (12, 12), (8, 32)]
+    assert [tuple(first[f"{n}..A"].shape) for n in ("0.weight", "3.weight", "7.weight")] == [
+        (3, 3),
+        (12, 12),
+        (8, 32),
+    ]
 
 
 @pytest.mark.parametrize("name", [thorough("ffa_lora"), thorough("rolora"), "fed_rac_lora"])
 @pytest.mark.parametrize("ranks", [thorough(2), 3])
 def test_gathered_uploads_give_the_bits_of_the_sum(name, ranks):
     how = (f"algorithm={name}", NORM, *MIXED)
-    summed, gathered = played(*how, "uplink=sum", ranks=ranks), played(*how, "uplink=gather", ranks=ranks)
+    summed, gathered = (
+        played(*how, "uplink=sum", ranks=ranks),
+        played(*how, "uplink=gather", ranks=ranks),
+    )
     for a, b in zip(summed, gathered, strict=True):
         assert all(same(x, y) for x, y in zip(a, b, strict=True))
 
@@ -130,17 +179,27 @@ class OnlyB(FedIT):
     """FedIT with A held still."""
 
     def phases(self, model, train, round_):
-        return (Phase(train.epochs, (Step(self.loss(model), lambda n: n.endswith(".B") or self.is_full(model, n)),)),)
+        return (
+            Phase(
+                train.epochs,
+                (Step(self.loss(model), lambda n: n.endswith(".B") or self.is_full(model, n)),),
+            ),
+        )
 
 
 @pytest.mark.parametrize("model", [NORM, thorough(CNN)], ids=["norm", "cnn"])
 def test_ffa_is_fedit_with_a_held_still_among_clients_of_one_rank(model):
     common = model, "algorithm.lora_ranks=[3]", "algorithm.alpha=3", "train.weight_decay=0.01"
-    ffa, fedit = (played(f"algorithm={n}", *common)[0] for n in ("ffa_lora", "test_frozen_factors:OnlyB"))
+    ffa, fedit = (
+        played(f"algorithm={n}", *common)[0] for n in ("ffa_lora", "test_frozen_factors:OnlyB")
+    )
     for a, b in zip(ffa, fedit, strict=True):
         assert equal({n: v for n, v in a.shared.items() if n != ".turn.round"}, b.shared)
-    mixed = played("algorithm=test_frozen_factors:OnlyB", model, *MIXED)[0]  # zeros enter its mean of A
-    assert not any(torch.equal(v, mixed[0].shared[n]) for n, v in mixed[1].shared.items() if n.endswith(".A"))
+    # zeros enter its mean of A
+    mixed = played("algorithm=test_frozen_factors:OnlyB", model, *MIXED)[0]
+    assert not any(
+        torch.equal(v, mixed[0].shared[n]) for n, v in mixed[1].shared.items() if n.endswith(".A")
+    )
 
 
 def test_the_mean_of_bs_alone_is_that_of_the_products_only_under_one_a():
@@ -157,7 +216,10 @@ def test_the_mean_of_bs_alone_is_that_of_the_products_only_under_one_a():
 
 @pytest.mark.parametrize("model", [thorough(NORM), CNN], ids=["norm", "cnn"])
 def test_rolora_that_always_trains_b_is_ffa(model):
-    always, ffa = (played(*n, model, *MIXED)[0] for n in (["algorithm=rolora", "algorithm.schedule=B"], ["algorithm=ffa_lora"]))
+    always, ffa = (
+        played(*n, model, *MIXED)[0]
+        for n in (["algorithm=rolora", "algorithm.schedule=B"], ["algorithm=ffa_lora"])
+    )
     assert all(same(a, b) for a, b in zip(always, ffa, strict=True))
 
 
@@ -177,16 +239,24 @@ def test_all_clients_have_the_first_components_of_one_sketch_which_changes_with_
                 r = client.lora_ranks[0]
                 for name in (n for n in shared if n.endswith(letter)):
                     whole = shared[name]
-                    assert torch.equal(start.shared[name], whole[:r] if letter == ".A" else whole[:, :r])
-            assert all((v == 0).all() for n, v in shared.items() if is_factor(n) and not n.endswith(letter))
+                    assert torch.equal(
+                        start.shared[name], whole[:r] if letter == ".A" else whole[:, :r]
+                    )
+            assert all(
+                (v == 0).all() for n, v in shared.items() if is_factor(n) and not n.endswith(letter)
+            )
             sketches.append({n: v for n, v in shared.items() if n.endswith(letter)})
         for a, b in ((0, 1), (1, 2), (0, 2)):
             assert not any(torch.isin(v, sketches[b][n]).any() for n, v in sketches[a].items())
         layers = list(sketches[0].values())
         assert not torch.isin(layers[1].flatten()[:20], layers[2]).any()
         shared, _, _ = rounds_of(algorithm)[0]
-        again, other = (algorithm.begun(shared | {".turn.seed": shared[".turn.seed"] + k}) for k in (0, 1))
-        assert equal(again, {n: shared[n] for n in again}) and not any(torch.equal(other[n], shared[n]) for n in sketches[0])
+        again, other = (
+            algorithm.begun(shared | {".turn.seed": shared[".turn.seed"] + k}) for k in (0, 1)
+        )
+        assert equal(again, {n: shared[n] for n in again}) and not any(
+            torch.equal(other[n], shared[n]) for n in sketches[0]
+        )
 
 
 def test_both_sketches_come_in_turn():
@@ -194,14 +264,21 @@ def test_both_sketches_come_in_turn():
     for round_, (shared, ends, after) in enumerate(rounds_of(algorithm)):
         zero, drawn = (".B", ".A") if round_ % 2 == 0 else (".A", ".B")
         assert all((v == 0).all() == n.endswith(zero) for n, v in shared.items() if is_factor(n))
-        assert all(torch.equal(end.shared[n], start.shared[n]) for start, end in ends for n in end.shared if n.endswith(drawn))
+        assert all(
+            torch.equal(end.shared[n], start.shared[n])
+            for start, end in ends
+            for n in end.shared
+            if n.endswith(drawn)
+        )
 
 
 @pytest.mark.parametrize("sketch, kurtosis", [("uniform", 1.8), ("gaussian", 3.0)])
 @pytest.mark.parametrize("shape", [(200, 500), (500, 200)])
 def test_the_entries_of_a_sketch_have_the_moments_of_their_distribution(sketch, kurtosis, shape):
     v = FedRACLoRA(sketch=sketch).drawn(7, shape).double() * (3 * 500) ** 0.5
-    assert v.shape == shape and v.mean().abs() < 0.02 and v.var().item() == pytest.approx(1, abs=0.03)
+    assert (
+        v.shape == shape and v.mean().abs() < 0.02 and v.var().item() == pytest.approx(1, abs=0.03)
+    )
     assert v.pow(4).mean().item() == pytest.approx(kurtosis, abs=0.1)
     assert torch.isfinite(v).all() and (v[0] @ v[1]).abs() / v.shape[1] < 0.3
 
@@ -209,9 +286,14 @@ def test_the_entries_of_a_sketch_have_the_moments_of_their_distribution(sketch, 
 @SKETCHED
 def test_one_round_is_that_of_ffa_with_the_same_sketch(factor):
     chain, state = small.experiment(FedRACLoRA(lora_ranks=(2,), alpha=4.0, factor=factor))
-    plain, other = small.experiment(FFALoRA(lora_ranks=(2,), alpha=4.0) if factor == "A" else OnlyA(lora_ranks=(2,), alpha=4.0))
+    plain, other = small.experiment(
+        FFALoRA(lora_ranks=(2,), alpha=4.0) if factor == "A" else OnlyA(lora_ranks=(2,), alpha=4.0)
+    )
     same_start = {n: state.shared[n] for n in other.shared}
-    state, other = small.played(chain, state, 1), small.played(plain, other._replace(shared=same_start), 1)
+    state, other = (
+        small.played(chain, state, 1),
+        small.played(plain, other._replace(shared=same_start), 1),
+    )
     small.assert_near(chain.algorithm.delta(state.shared), plain.algorithm.delta(other.shared))
     assert all(torch.equal(state.shared[n], other.shared[n]) for n in ("9.weight", "9.bias"))
 
@@ -229,8 +311,11 @@ class OnlyA(FFALoRA):
 def test_the_rank_of_the_sum_grows_by_that_of_the_sketch(factor):
     algorithm = FedRACLoRA(lora_ranks=(1, 2, 2), alpha=2.0, factor=factor)
     for done, (_, _, after) in enumerate(rounds_of(algorithm), start=1):
-        rank = {n: int(torch.linalg.matrix_rank(after[f"{n}..W"])) for n in ("3.weight", "7.weight")}
-        assert rank == {"3.weight": min(9, 2 * done), "7.weight": min(5, 2 * done)}  # [18, 9] and [5, 6]
+        rank = {
+            n: int(torch.linalg.matrix_rank(after[f"{n}..W"])) for n in ("3.weight", "7.weight")
+        }
+        # [18, 9] and [5, 6]
+        assert rank == {"3.weight": min(9, 2 * done), "7.weight": min(5, 2 * done)}
     ffa = FFALoRA(lora_ranks=(1, 2, 2), alpha=2.0)
     *_, (_, _, after) = rounds_of(ffa)
     assert int(torch.linalg.matrix_rank(ffa.delta(after)["3.weight"])) == 2
@@ -254,23 +339,36 @@ def full_gradient(made, algorithm, shared, client):
 
 @SKETCHED
 @pytest.mark.parametrize("orthogonal", [True, False])
-def test_a_step_on_the_whole_batch_is_one_of_the_full_gradient_in_the_space_of_the_sketch(factor, orthogonal):
+def test_a_step_on_the_whole_batch_is_one_of_the_full_gradient_in_the_space_of_the_sketch(
+    factor, orthogonal
+):
     # 7.weight is [5, 6]: a left sketch [5, 5], or a right one of rank 5 of 6; 0.weight is [9, 9].
-    algorithm = FedRACLoRA(lora_ranks=(9,), alpha=9.0 * 2, factor=factor, full=(), layers=("0.weight", "7.weight"))
+    algorithm = FedRACLoRA(
+        lora_ranks=(9,), alpha=9.0 * 2, factor=factor, full=(), layers=("0.weight", "7.weight")
+    )
     made = fine(algorithm, train=FULL_BATCH)
     shared = {n: v.double() for n, v in small.first(made).shared.items()}
     if orthogonal:
         for name in (n for n in shared if n.endswith(f".{factor}")):
             wide = shared[name].shape[1] > shared[name].shape[0]
-            shared[name] = torch.linalg.qr(shared[name].T)[0].T if wide else torch.linalg.qr(shared[name])[0]
-    shared |= {f"{n}..W": 0.1 * numbers(*shared[f"{n}..W"].shape) for n in algorithm.adapted(made.model)}
+            shared[name] = (
+                torch.linalg.qr(shared[name].T)[0].T if wide else torch.linalg.qr(shared[name])[0]
+            )
+    shared |= {
+        f"{n}..W": 0.1 * numbers(*shared[f"{n}..W"].shape) for n in algorithm.adapted(made.model)
+    }
     (done,) = made.train([0], shared, {}, 0)
     upload = algorithm.upload(done.start, done.end)
     after = algorithm.serve({}, shared, algorithm.expand(upload, shared, 11), Cohort(1.0, 11))[1]
     for name, gradient in full_gradient(made, algorithm, shared, 0).items():
         S = shared[f"{name}..{factor}"]
         projected = S @ S.T @ gradient if factor == "B" else gradient @ S.T @ S
-        torch.testing.assert_close(after[f"{name}..W"], shared[f"{name}..W"] - LR * 2**2 * projected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            after[f"{name}..W"],
+            shared[f"{name}..W"] - LR * 2**2 * projected,
+            rtol=1e-10,
+            atol=1e-10,
+        )
         if orthogonal and (factor == "B" or name == "0.weight"):  # r = n
             torch.testing.assert_close(projected, gradient, rtol=1e-10, atol=1e-10)
 
@@ -281,15 +379,22 @@ def test_the_dense_update_does_not_train_nor_decay_nor_travel():
     assert all(v.abs().max() > 0.01 for n, v in before.items() if n.endswith(".W"))
     kind = parts.run.kinds[0]
     for done in kind.trainer.train(parts.run.by_kind[0], before, {}, 2):
-        assert all(torch.equal(done.end.shared[n], v) for n, v in before.items() if n.endswith(".W"))
-        assert not any(n.endswith(".W") or n.startswith(".turn.") for n in kind.algorithm.upload(done.start, done.end))
+        assert all(
+            torch.equal(done.end.shared[n], v) for n, v in before.items() if n.endswith(".W")
+        )
+        assert not any(
+            n.endswith(".W") or n.startswith(".turn.")
+            for n in kind.algorithm.upload(done.start, done.end)
+        )
 
 
 def test_between_rounds_all_clients_have_the_servers_model():
     algorithm = FedRACLoRA(**HOW)
     model, first = begun(algorithm)
     *_, (_, _, after) = rounds_of(algorithm)
-    own = [c.weights_of(model, first._replace(shared=c.download(after))) for c in clients(algorithm)]
+    own = [
+        c.weights_of(model, first._replace(shared=c.download(after))) for c in clients(algorithm)
+    ]
     server = algorithm.weights_of(model, first._replace(shared=after))
     assert all(equal(weights, server) for weights in own)
     assert "judged" not in field_names(algorithm) and "judged" in field_names(FFALoRA())

@@ -17,10 +17,15 @@ FILES = [TINY, *sorted((TESTS.parent / "configs").glob("*.yaml"))]
 TREES = [yaml.safe_load(path.read_text()) for path in FILES]
 WORDS = st.sampled_from(
     [
-        *("seed rounds data model algorithm train engine name mix kind clients weights base text classes".split()),
+        *(
+            "seed rounds data model algorithm train engine name mix kind clients weights base "
+            "text classes".split()
+        ),
         *("cnn resnet8 hf fedlora fedhl pfedlora iid shares digits csv auto stack none".split()),
         *("each ~ . .. / {name} {} { x:y".split()),
-        *("torchvision:resnet18 torchvision:x no.such:thing 1e3 0x10 yes 1:30 2020-01-01 <<".split()),
+        *(
+            "torchvision:resnet18 torchvision:x no.such:thing 1e3 0x10 yes 1:30 2020-01-01 <<".split()
+        ),
     ]
 )
 EDGES = st.sampled_from([0, -1, 1, 2**31, 2**63, 2**64, 10**30, 1e308, -0.0])
@@ -28,17 +33,30 @@ NUMBERS = st.one_of(st.integers(), st.floats(), EDGES)
 SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, WORDS, st.text(max_size=8))
 VALUES = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS | st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(WORDS | st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=6,
 )
-ALWAYS = {"deadline": timedelta(seconds=5), "suppress_health_check": list(HealthCheck), "database": None}
+ALWAYS = {
+    "deadline": timedelta(seconds=5),
+    "suppress_health_check": list(HealthCheck),
+    "database": None,
+}
 FAST = settings(max_examples=150, derandomize=True, **ALWAYS)
 LONG = settings(max_examples=3000, **ALWAYS)
 
 
 def paths(tree, above=()):
     """Every place in nested dictionaries and lists."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    items = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     for name, value in items:
         yield (*above, name)
         yield from paths(value, (*above, name))
@@ -80,7 +98,9 @@ def is_read_or_refused(path: Path, overrides=()):
 
 def check_tree(folder: Path, tree):
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
+    path.write_text(
+        yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8", errors="surrogatepass"
+    )
     is_read_or_refused(path)
 
 
@@ -94,11 +114,19 @@ def check_override(key: str, value: str):
     is_read_or_refused(TINY, [f"{key}={value}"])
 
 
-LETTERS = string.ascii_lowercase + string.digits + " \n:-#&*!|>'\"%@`{}[],?~.\t\r\x00\x85\ufeff\ud7ff"
+LETTERS = (
+    string.ascii_lowercase + string.digits + " \n:-#&*!|>'\"%@`{}[],?~.\t\r\x00\x85\ufeff\ud7ff"
+)
 ALPHABET = st.text(LETTERS, max_size=120)
-RAW = st.binary(max_size=200) | ALPHABET.map(lambda text: text.encode()) | st.tuples(
-    st.sampled_from([path.read_bytes() for path in FILES]), st.integers(0, 600), st.binary(max_size=3)
-).map(lambda at: at[0][: at[1]] + at[2] + at[0][at[1] + len(at[2]) :])
+RAW = (
+    st.binary(max_size=200)
+    | ALPHABET.map(lambda text: text.encode())
+    | st.tuples(
+        st.sampled_from([path.read_bytes() for path in FILES]),
+        st.integers(0, 600),
+        st.binary(max_size=3),
+    ).map(lambda at: at[0][: at[1]] + at[2] + at[0][at[1] + len(at[2]) :])
+)
 KEYS = st.lists(WORDS | st.text(max_size=4), min_size=1, max_size=3).map(".".join)
 OVERRIDES = ALPHABET | VALUES.map(lambda value: json.dumps(value))
 
@@ -124,7 +152,12 @@ def test_a_file_that_would_exhaust_or_mislead_the_reader_is_refused(tmp_path, mo
 
 @pytest.mark.parametrize(
     "text",
-    ["seed=" + "1" * 5000, "x." * 3000 + "y=1", "seed=" + "[" * 3000, f"model={{mix: [cnn, cnn], clients: [{2**63}, 6]}}"],
+    [
+        "seed=" + "1" * 5000,
+        "x." * 3000 + "y=1",
+        "seed=" + "[" * 3000,
+        f"model={{mix: [cnn, cnn], clients: [{2**63}, 6]}}",
+    ],
     ids=range(4),
 )
 def test_an_override_that_would_exhaust_the_reader_is_refused(text):
@@ -134,7 +167,9 @@ def test_an_override_that_would_exhaust_the_reader_is_refused(text):
 
 @given(tree=mutated())
 @FAST
-def test_a_valid_config_with_places_that_are_other_is_read_or_refused_in_one_line(tmp_path_factory, tree):
+def test_a_valid_config_with_places_that_are_other_is_read_or_refused_in_one_line(
+    tmp_path_factory, tree
+):
     check_tree(tmp_path_factory.getbasetemp(), tree)
 
 

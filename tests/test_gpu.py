@@ -1,4 +1,6 @@
-"""What a GPU is asked to do, without one: by a device that is none (see ``far.py``), and by stand-ins on the CPU."""
+"""What a GPU is asked to do, without one: by a device that is none (see ``far.py``), and by
+stand-ins on the CPU.
+"""
 
 import json
 import os
@@ -31,7 +33,11 @@ from fedlora_mpi.engine.walk import Walk
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("fedavg", "fedlora", "scaffold", "fedamp", "moon", "pfedgate")
-STEPS = [("fedlora", False), ("fedlora", True), *(thorough(name, True) for name in METHODS if name != "fedlora")]
+STEPS = [
+    ("fedlora", False),
+    ("fedlora", True),
+    *(thorough(name, True) for name in METHODS if name != "fedlora"),
+]
 OTHERS = [thorough(name, True) for name in algorithms.names() if name not in METHODS]
 
 
@@ -45,7 +51,9 @@ def made(name, stacked=True, network="bn_net", device=small.CPU, sizes=small.SIZ
     """(Run, State before round 1) of ragged clients on ``device``."""
     extra = {"momentum": 0.0, "lr": 0.02} if name in ("scaffold", "pfedme") else {"lr": 0.02}
     train = replace(small.TRAIN, **extra)
-    run, state = small.experiment(algorithms.find(name)(), network, sizes, stacked=stacked, train=train)
+    run, state = small.experiment(
+        algorithms.find(name)(), network, sizes, stacked=stacked, train=train
+    )
     if device == small.CPU:
         return run, state
     (kind,) = run.kinds
@@ -75,14 +83,20 @@ def remembered(monkeypatch):
 
 def recorded(run, graph=None):
     """``run`` whose epochs are recorded."""
-    kinds = [k._replace(trainer=replace(k.trainer, graphs=Graphs(k.trainer.device, graph))) for k in run.kinds]
+    kinds = [
+        k._replace(trainer=replace(k.trainer, graphs=Graphs(k.trainer.device, graph)))
+        for k in run.kinds
+    ]
     return replace(run, kinds=tuple(kinds))
 
 
 def ends(run, state, rounds=3):
     """All variables after some rounds, on the host."""
     state = small.played(run, state, rounds)
-    return [{n: v.cpu() for n, v in tree.items()} for tree in (state.shared, state.personal, state.server)]
+    return [
+        {n: v.cpu() for n, v in tree.items()}
+        for tree in (state.shared, state.personal, state.server)
+    ]
 
 
 def equal(a, b):
@@ -121,7 +135,8 @@ def test_a_stack_waits_once_for_its_clients_and_once_for_each_upload(machine):
     (rows, start), trainer = (small.rows(run.kinds[0].first.personal, 5), state.shared), run.trainer
     machine.waits.clear()
     done = list(trainer.train(range(5), start, rows, 0, evaluate=True))
-    leaves = len(done[0].end.personal) + 2  # and the losses, and the scores; on CUDA one wait for all
+    # and the losses, and the scores; on CUDA one wait for all
+    leaves = len(done[0].end.personal) + 2
     assert machine.waits == ["aten._to_copy.default"] * leaves
     assert all(small.equal(d.kept, {n: v.cpu() for n, v in d.end.personal.items()}) for d in done)
     assert all(not isinstance(v, far.Far) for d in done for v in (d.loss, d.score))
@@ -145,22 +160,40 @@ def test_a_sum_of_vectors_here_and_there_is_that_of_all(cls, machine):
 # Recordings
 
 
-@pytest.mark.parametrize("name", ["fedlora", "moon", *(thorough(n) for n in METHODS if n not in ("fedlora", "moon"))])
+@pytest.mark.parametrize(
+    "name", ["fedlora", "moon", *(thorough(n) for n in METHODS if n not in ("fedlora", "moon"))]
+)
 def test_epochs_that_are_played_again_have_the_bits_of_the_steps(name, monkeypatch):
     made, whole = [], recording._Place.play
-    monkeypatch.setattr(recording._Place, "play", lambda self, epoch: made.append(1) or whole(self, epoch))
-    how = (f"algorithm={name}", NORM, "rounds=3", "participation=1.0", "engine.path=stack", *SETTINGS.get(name, ()))
+    monkeypatch.setattr(
+        recording._Place, "play", lambda self, epoch: made.append(1) or whole(self, epoch)
+    )
+    how = (
+        f"algorithm={name}",
+        NORM,
+        "rounds=3",
+        "participation=1.0",
+        "engine.path=stack",
+        *SETTINGS.get(name, ()),
+    )
     again, plain = played(*how, "engine.graphs=true")[0], played(*how)[0]
     assert all(same(a, b) for a, b in zip(plain, again, strict=True))
     assert made
 
 
-RECORDED = [("fedlora", False, "cnn"), ("fedavg", True, "bn_net"), thorough("fedlora", False, "bn_net"), thorough("fedlora", True, "bn_net")]
+RECORDED = [
+    ("fedlora", False, "cnn"),
+    ("fedavg", True, "bn_net"),
+    thorough("fedlora", False, "bn_net"),
+    thorough("fedlora", True, "bn_net"),
+]
 RECORDED += [thorough(name, True, "bn_net") for name in METHODS[2:]]
 
 
 @pytest.mark.parametrize("name, stacked, network", RECORDED)
-def test_a_recording_of_a_gpu_has_the_bits_of_the_steps(name, stacked, network, machine, monkeypatch, capsys):
+def test_a_recording_of_a_gpu_has_the_bits_of_the_steps(
+    name, stacked, network, machine, monkeypatch, capsys
+):
     far.as_cuda(machine, monkeypatch)
     plain = ends(*made(name, stacked, network))
     run, state = made(name, stacked, network, far.DEVICE)
@@ -254,7 +287,9 @@ def test_the_setting_stays_out_of_a_config_that_does_not_name_it():
 def test_bfloat16_is_near_float32_and_leaves_weights_in_float32(name, stacked):
     runs = [made(name, stacked) for _ in range(2)]
     (kind,) = runs[0][0].kinds
-    coarse = replace(runs[0][0], kinds=(kind._replace(trainer=replace(kind.trainer, precision="bf16")),))
+    coarse = replace(
+        runs[0][0], kinds=(kind._replace(trainer=replace(kind.trainer, precision="bf16")),)
+    )
     results = [ends(run, state, 1) for run, (_, state) in zip((coarse, runs[1][0]), runs)]
     assert all(v.dtype == torch.float32 for tree in results[0] for v in tree.values())
     assert not equal(*results)
@@ -303,7 +338,11 @@ def test_a_client_that_does_not_fit_alone_ends_the_run(monkeypatch):
 
 def test_evaluation_is_split_too(monkeypatch):
     run, state = made("fedlora")
-    rows, whole, trainer = small.rows(run.kinds[0].first.personal, 5), run.trainer.feed.test, run.trainer
+    rows, whole, trainer = (
+        small.rows(run.kinds[0].first.personal, 5),
+        run.trainer.feed.test,
+        run.trainer,
+    )
     expected = trainer.evaluate(range(5), state.shared, rows)
 
     def test(clients, first, width):
@@ -334,18 +373,38 @@ def test_a_stack_is_as_large_as_memory_and_half_a_cohort_allow():
     twenty = 20 * 10**9 // fitting(model, 10, 10**9) + 10**4  # bytes
     assert [fitting(model, 10, m) for m in (0, twenty, 2 * twenty)] == [1, 20, 40]
     assert fitting(model, 20, twenty) < 15
-    assert [decide(Engine(), "cuda", model, 10, cohort, twenty)[1] for cohort in (6, 30, 200)] == [3, 15, 20]
-    assert decide(Engine(), "cuda", model, 10, 200) == ("stack", 25) == decide(Engine(), "cpu", model, 10, 200)
+    assert [decide(Engine(), "cuda", model, 10, cohort, twenty)[1] for cohort in (6, 30, 200)] == [
+        3,
+        15,
+        20,
+    ]
+    assert (
+        decide(Engine(), "cuda", model, 10, 200)
+        == ("stack", 25)
+        == decide(Engine(), "cpu", model, 10, 200)
+    )
     assert decide(Engine(), "cuda", small.model("resnet8"), 100, 1000, 140 * 10**9)[1] > 50
 
 
 @pytest.mark.slow
 def test_the_benchmark_checks_and_measures_on_a_cpu(tmp_path):
-    line = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--quick", "--json", str(tmp_path / "gpu.json")]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    line = [
+        sys.executable,
+        "benchmarks/gpu.py",
+        "--device",
+        "cpu",
+        "--quick",
+        "--json",
+        str(tmp_path / "gpu.json"),
+    ]
+    done = subprocess.run(
+        line, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert len(found["checks"]) == 12 and all(row["passed"] for row in found["checks"])
     rows = {(row["method"], row["way"]): row for row in found["rows"]}
-    assert all(rows[method, "stack of 2, graphs"]["seconds"] > 0 for method in ("fedavg", "fedlora"))
+    assert all(
+        rows[method, "stack of 2, graphs"]["seconds"] > 0 for method in ("fedavg", "fedlora")
+    )
     assert rows["fedavg", "plain"]["seconds"] > 0 and "| method | way |" in done.stdout

@@ -1,4 +1,6 @@
-"""Methods that share a body: FedPer, FedRep, FedBN and FedRoD against FedAvg, Local, torch and closed forms."""
+"""Methods that share a body: FedPer, FedRep, FedBN and FedRoD against FedAvg, Local, torch and
+closed forms.
+"""
 
 from dataclasses import dataclass
 from functools import cache
@@ -55,7 +57,9 @@ def role(run, tree, *roles):
 
 
 def batch(made, client=0, width=5):
-    return Batch(*(v if v is None else v[0] for v in made.feed.epoch([client], 0, 0).batch(1, 0, width)))
+    return Batch(
+        *(v if v is None else v[0] for v in made.feed.epoch([client], 0, 0).batch(1, 0, width))
+    )
 
 
 def gradients(made, v, data):
@@ -65,7 +69,9 @@ def gradients(made, v, data):
         for n, w in (v.shared | v.personal).items()
         if made.model.role(n) != "stats"
     }
-    now = Vars(*({n: leaves.get(n, small.copy(half)[n]) for n in half} for half in (v.shared, v.personal)))
+    now = Vars(
+        *({n: leaves.get(n, small.copy(half)[n]) for n in half} for half in (v.shared, v.personal))
+    )
     loss = made.algorithm.phases(made.model, made.settings, 0)[0].steps[0].loss(now, v, data)
     return derived(loss, leaves), loss.detach()
 
@@ -96,7 +102,9 @@ def test_absent_clients_keep_their_own_leaves(algorithm):
     state = small.played(run, state, 1)
     assert len(chosen) == 3
     for name, value in state.personal.items():
-        moved = {run.hosted[row] for row in range(5) if not torch.equal(value[row], before[name][row])}
+        moved = {
+            run.hosted[row] for row in range(5) if not torch.equal(value[row], before[name][row])
+        }
         assert moved == chosen, name
 
 
@@ -113,7 +121,9 @@ def test_own_leaves_differ_between_clients_and_the_method_from_fedavg(algorithm)
 def test_the_message_is_what_is_shared(algorithm):
     run, state = small.experiment(algorithm, "bn_net")
     model = run.trainer.model
-    own = {FedPer: ("head",), FedRep: ("head",), FedBN: ("norm", "stats"), FedRoD: ()}[type(algorithm)]
+    own = {FedPer: ("head",), FedRep: ("head",), FedBN: ("norm", "stats"), FedRoD: ()}[
+        type(algorithm)
+    ]
     sent = {n: v for n, v in model.initial.items() if model.role(n) not in own}
     assert set(run.upload.shapes) == set(state.shared) == set(sent)
     _, row, _ = play(run, state, evaluate=False, stop=False)
@@ -134,7 +144,9 @@ def test_evaluation_is_of_the_shared_part_with_each_clients_own(algorithm):
             logits = model.classify(state.shared, z) + model.classify(own, z)
         else:
             logits = model(state.shared | own, tests.x[0])
-        assert clients["loss"][client] == pytest.approx(F.cross_entropy(logits, tests.y[0]).item(), rel=1e-5)
+        assert clients["loss"][client] == pytest.approx(
+            F.cross_entropy(logits, tests.y[0]).item(), rel=1e-5
+        )
     assert row["loss"] == clients["loss"].mean()
 
 
@@ -183,7 +195,9 @@ def test_fedper_keeps_what_its_patterns_match():
     expected = {n for n in run.trainer.model.initial if n in HEAD or n.startswith("layers.1.")}
     assert set(state.personal) == expected and len(expected) > 10
     for pattern in ("Head", "fc", "layer."):
-        with pytest.raises(ValueError, match=f"personal = {pattern}: matches no leaf; there are head and co"):
+        with pytest.raises(
+            ValueError, match=f"personal = {pattern}: matches no leaf; there are head and co"
+        ):
             FedPer(personal=("head", pattern)).check(run.trainer.model, Train())
 
 
@@ -206,7 +220,9 @@ def test_fedrep_trains_one_part_at_a_time(stacked):
     assert not any(torch.equal(v, begin[n]) for n, v in state.shared.items())
     run, state = outcome(FedRep(head_epochs=3), stacked=stacked)
     assert not any((v == begin[n]).all() for n, v in state.personal.items())
-    moved = {run.trainer.model.role(n) for n, v in state.shared.items() if not torch.equal(v, begin[n])}
+    moved = {
+        run.trainer.model.role(n) for n, v in state.shared.items() if not torch.equal(v, begin[n])
+    }
     assert moved == {"stats"}
 
 
@@ -229,7 +245,9 @@ def test_more_head_epochs_than_epochs_are_refused():
 def test_fedrep_is_neither_fedper_nor_its_own_reverse():
     (_, state), (_, together) = outcome(FedRep(head_epochs=2)), outcome(FedPer())
     (_, other) = outcome(FedRep(head_epochs=1))
-    assert not small.equal(state.shared, together.shared) and not small.equal(state.shared, other.shared)
+    assert not small.equal(state.shared, together.shared) and not small.equal(
+        state.shared, other.shared
+    )
 
 
 # FedBN
@@ -248,7 +266,13 @@ def test_fedbn_keeps_every_normalisation_layer_whatever_its_name():
     assert len(state.personal) == 6 * 4
     assert {"bn1.running_var", "layers.1.downsample.1.weight"} <= set(state.personal)
     assert set(role(run, run.trainer.model.initial, "norm", "stats")) == set(state.personal)
-    layers = nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.LayerNorm(60), nn.Linear(60, 6)
+    layers = (
+        nn.Conv2d(3, 4, 3),
+        nn.GroupNorm(2, 4),
+        nn.Flatten(),
+        nn.LayerNorm(60),
+        nn.Linear(60, 6),
+    )
     model = from_module(nn.Sequential(*layers), 6, small.SHAPE)
     assert set(FedBN().init(model, rng(1)).personal) == {"1.weight", "1.bias", "3.weight", "3.bias"}
 
@@ -267,7 +291,9 @@ def test_fedbn_moves_statistics_and_affine_parameters_at_home(stacked):
 
 @STACK_FIRST
 @pytest.mark.parametrize("head", ["copy", "zero"])
-@pytest.mark.parametrize("network, participation", [thorough("bn_net", 1.0), ("bn_net", 0.6), thorough("noisy_net", 1.0)])
+@pytest.mark.parametrize(
+    "network, participation", [thorough("bn_net", 1.0), ("bn_net", 0.6), thorough("noisy_net", 1.0)]
+)
 def test_the_generic_part_of_fedrod_without_gamma_is_fedavg(stacked, head, network, participation):
     how = {"network": network, "stacked": stacked, "participation": participation}
     (_, state), (_, plain) = outcome(FedRoD(gamma=0.0, head=head), **how), outcome(FedAvg(), **how)
@@ -283,7 +309,10 @@ def test_equal_counts_make_the_generic_loss_plain(stacked):
 
 
 def test_a_personal_head_that_trains_the_body_ends_fedavg():
-    (_, state), (_, plain) = outcome(FedRoD(gamma=0.0, personal_trains_body=True)), outcome(FedAvg())
+    (_, state), (_, plain) = (
+        outcome(FedRoD(gamma=0.0, personal_trains_body=True)),
+        outcome(FedAvg()),
+    )
     assert not any(torch.equal(v, plain.shared[n]) for n, v in state.shared.items())
 
 
@@ -337,7 +366,9 @@ def test_padding_with_a_class_that_a_client_lacks_counts_for_nothing():
     kept = data._replace(**{n: getattr(data, n)[:3] for n in ("x", "y")})
     kept = kept._replace(counts=torch.bincount(kept.y, minlength=6).float())
     padded = kept._replace(
-        x=data.x, y=torch.cat([kept.y, (kept.counts == 0).nonzero()[0].expand(2)]), real=torch.arange(5) < 3
+        x=data.x,
+        y=torch.cat([kept.y, (kept.counts == 0).nonzero()[0].expand(2)]),
+        real=torch.arange(5) < 3,
     )
     (grads, loss), (expected, plain) = (gradients(made, v, given) for given in (padded, kept))
     assert loss == pytest.approx(plain.item()) and torch.isfinite(loss)
@@ -357,5 +388,7 @@ def test_fedrod_refuses_a_network_that_does_not_end_in_a_linear():
     layers = nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     model = from_module(nn.Sequential(*layers), 6, small.SHAPE)
     FedRoD().check(small.model("bn_net"), Train())
-    with pytest.raises(ValueError, match="name = fedrod: needs a network that ends in a Linear; 0 is none"):
+    with pytest.raises(
+        ValueError, match="name = fedrod: needs a network that ends in a Linear; 0 is none"
+    ):
         FedRoD().check(model, Train())

@@ -32,15 +32,30 @@ from fedlora_mpi.run.loop import resume, start
 
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
 MIXED = ("cnn", "bn_net", "wide_cnn")  # three networks with five features each
-NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), thorough("bn_net"), pytest.param(MIXED, id="mixed")])
-ALL = [LGFedAvg(), FD(), thorough(FD(outputs="logits")), thorough(FedProto()), FedProto(weights="samples")]
+NETWORKS = pytest.mark.parametrize(
+    "network", [thorough("cnn"), thorough("bn_net"), pytest.param(MIXED, id="mixed")]
+)
+ALL = [
+    LGFedAvg(),
+    FD(),
+    thorough(FD(outputs="logits")),
+    thorough(FedProto()),
+    FedProto(weights="samples"),
+]
 METHODS = pytest.mark.parametrize("algorithm", ALL, ids=str)
 TERMS = pytest.mark.parametrize(
-    "algorithm", [FD(), FD(outputs="logits"), FedProto(), FedProto(weights="samples", absent="stale")], ids=str
+    "algorithm",
+    [FD(), FD(outputs="logits"), FedProto(), FedProto(weights="samples", absent="stale")],
+    ids=str,
 )
 FEW_TERMS = pytest.mark.parametrize(
     "algorithm",
-    [FD(), thorough(FD(outputs="logits")), thorough(FedProto()), FedProto(weights="samples", absent="stale")],
+    [
+        FD(),
+        thorough(FD(outputs="logits")),
+        thorough(FedProto()),
+        FedProto(weights="samples", absent="stale"),
+    ],
     ids=str,
 )
 
@@ -59,7 +74,9 @@ def trained(run, state):
     found, chosen = {}, run.chosen(state.round)
     for client in sorted(chosen):
         kind = run.kinds[run.kind_of[client]]
-        row = {n: state.personal[kind.prefix + n][[run.row_of[client]]] for n in kind.first.personal}
+        row = {
+            n: state.personal[kind.prefix + n][[run.row_of[client]]] for n in kind.first.personal
+        }
         (found[client],) = kind.trainer.train([client], state.shared, row, state.round)
     return found
 
@@ -97,7 +114,9 @@ def logits_of(model, weights, x):
 
 
 def batch_of(made, client=0, width=5, fine=False):
-    batch = Batch(*(v if v is None else v[0] for v in made.feed.epoch([client], 0, 0).batch(1, 0, width)))
+    batch = Batch(
+        *(v if v is None else v[0] for v in made.feed.epoch([client], 0, 0).batch(1, 0, width))
+    )
     return batch._replace(x=batch.x.double()) if fine else batch
 
 
@@ -106,10 +125,14 @@ def double(tree):
 
 
 def taught(algorithm, network="bn_net", lacking=(2,)):
-    """(Trainer, variables of a client in round 2), float64; there is something to learn for all classes but ``lacking``."""
+    """(Trainer, variables of a client in round 2), float64; there is something to learn for all
+    classes but ``lacking``.
+    """
     made = small.trainer(algorithm, network)
     v = small.first(made)
-    shared = {n: numbers(*w.shape, at=7, dtype=torch.float64).abs() + 0.1 for n, w in v.shared.items()}
+    shared = {
+        n: numbers(*w.shape, at=7, dtype=torch.float64).abs() + 0.1 for n, w in v.shared.items()
+    }
     count = ".class.shares" if isinstance(algorithm, FedProto) else ".class.holders"
     shared[count] = torch.full((small.CLASSES,), 2.0, dtype=torch.float64)
     shared[count][list(lacking)] = 0
@@ -118,8 +141,15 @@ def taught(algorithm, network="bn_net", lacking=(2,)):
 
 def gradients(made, v, batch, round_=1):
     """({leaf: gradient of the training loss}, the loss)."""
-    leaves = {n: w.clone().requires_grad_(made.model.role(n) not in (None, "stats")) for n, w in v.personal.items()}
-    loss = made.algorithm.phases(made.model, made.settings, round_)[0].steps[0].loss(Vars(v.shared, leaves), v, batch)
+    leaves = {
+        n: w.clone().requires_grad_(made.model.role(n) not in (None, "stats"))
+        for n, w in v.personal.items()
+    }
+    loss = (
+        made.algorithm.phases(made.model, made.settings, round_)[0]
+        .steps[0]
+        .loss(Vars(v.shared, leaves), v, batch)
+    )
     wanted = {n: w for n, w in leaves.items() if w.requires_grad}
     return dict(zip(wanted, torch.autograd.grad(loss, wanted.values()))), loss.detach()
 
@@ -130,9 +160,7 @@ def gradients(made, v, batch, round_=1):
 @METHODS
 @pytest.mark.parametrize("network", [thorough("cnn"), pytest.param(MIXED, id="mixed")])
 def test_loop_and_stack_train_alike(algorithm, network):
-    loop, stack = (
-        small.ended(algorithm, network, stacked=stacked) for stacked in (False, True)
-    )
+    loop, stack = (small.ended(algorithm, network, stacked=stacked) for stacked in (False, True))
     small.assert_near(stack.shared, loop.shared)
     small.assert_near(stack.personal, loop.personal)
 
@@ -156,7 +184,10 @@ def test_absent_clients_keep_their_own_leaves_and_the_others_networks_train(algo
 def test_training_writes_to_nothing_that_was_given_and_no_client_to_anothers(algorithm, stacked):
     run, state = small.experiment(algorithm, "bn_net", stacked=stacked)
     state = small.played(run, state, 1)
-    before, initial = (small.copy(state.shared), small.copy(state.personal)), small.copy(run.trainer.model.initial)
+    before, initial = (
+        (small.copy(state.shared), small.copy(state.personal)),
+        small.copy(run.trainer.model.initial),
+    )
     ends, copies = [], []
     rows = {n: v[[run.row_of[c] for c in run.groups[0]]] for n, v in state.personal.items()}
     for done in run.trainer.train(run.groups[0], state.shared, rows, 1):
@@ -173,7 +204,9 @@ MIX = (
 )
 PROTOTYPES = "fedproto", "algorithm.inference=prototypes"
 NAMES = pytest.mark.parametrize(
-    "name", [thorough(("lg_fedavg",)), thorough(("fd",)), pytest.param(PROTOTYPES)], ids=lambda n: n[0]
+    "name",
+    [thorough(("lg_fedavg",)), thorough(("fd",)), pytest.param(PROTOTYPES)],
+    ids=lambda n: n[0],
 )
 
 
@@ -188,8 +221,12 @@ def test_mixed_networks_on_one_and_three_ranks_are_equal_to_the_bit(name):
     for moments in played(*of(name), ranks=3):
         for a, b in zip(alone, moments, strict=True):
             assert equal(a.shared, b.shared) and equal(a.personal, b.personal)
-            assert all((x == b.clients[n]).all() for n, x in a.clients.items() if n in ("accuracy", "loss"))
-            assert all(a.row[n] == b.row[n] for n in ("train_loss", "bytes_up", "bytes_down") if a.row)
+            assert all(
+                (x == b.clients[n]).all() for n, x in a.clients.items() if n in ("accuracy", "loss")
+            )
+            assert all(
+                a.row[n] == b.row[n] for n in ("train_loss", "bytes_up", "bytes_down") if a.row
+            )
 
 
 @pytest.mark.thorough
@@ -203,13 +240,19 @@ def test_a_resume_of_mixed_networks_moves_no_bit(name, tmp_path):
     assert_same_run(whole, cut)
 
 
-@pytest.mark.parametrize("name, leaf", [("lg_fedavg", "head.weight"), ("fedproto", "class.means"), ("fd", None)])
+@pytest.mark.parametrize(
+    "name, leaf", [("lg_fedavg", "head.weight"), ("fedproto", "class.means"), ("fd", None)]
+)
 def test_features_of_two_widths_are_refused_where_they_matter(name, leaf):
-    config = tiny("model={mix: [{name: cnn, hidden: 8}, {name: cnn, hidden: 6}]}", f"algorithm={name}")
+    config = tiny(
+        "model={mix: [{name: cnn, hidden: 8}, {name: cnn, hidden: 6}]}", f"algorithm={name}"
+    )
     if leaf is None:
         assert len(build(config, str(TINY), Solo()).run.kinds) == 2
         return
-    with pytest.raises(Refused, match=rf"name = {name}: shares {leaf}, .* \(\[4, 8\] and \[4, 6\]\)"):
+    with pytest.raises(
+        Refused, match=rf"name = {name}: shares {leaf}, .* \(\[4, 8\] and \[4, 6\]\)"
+    ):
         build(config, str(TINY), Solo())
 
 
@@ -230,9 +273,13 @@ def test_networks_without_what_is_shared_are_refused():
     alone = nn.Linear(5, 6)
     model = from_module(by_convolution, 6, small.SHAPE)
     LGFedAvg().check(model, Train())
-    with pytest.raises(ValueError, match="name = fedproto: needs a network with a body and a Linear classifier"):
+    with pytest.raises(
+        ValueError, match="name = fedproto: needs a network with a body and a Linear classifier"
+    ):
         FedProto().check(model, Train())
-    with pytest.raises(ValueError, match="name = lg_fedavg: needs a network with a body and a head"):
+    with pytest.raises(
+        ValueError, match="name = lg_fedavg: needs a network with a body and a head"
+    ):
         LGFedAvg().check(from_module(alone, 6, (5,)), Train())
 
 
@@ -250,14 +297,18 @@ def test_lg_fedavg_with_one_network_is_fedper_that_keeps_the_body(stacked, parti
         mine = small.ended(LGFedAvg(**fields), **how)
         other = small.ended(FedPer(personal=body, **fields), **how)
         assert small.equal(mine.personal, other.personal)
-        assert small.equal({n.replace(".head.", "fc."): v for n, v in mine.shared.items()}, other.shared)
+        assert small.equal(
+            {n.replace(".head.", "fc."): v for n, v in mine.shared.items()}, other.shared
+        )
 
 
 @STACK_FIRST
 def test_lg_fedavg_of_one_client_is_fedavg(stacked):
     how = {"network": "bn_net", "sizes": (12,), "stacked": stacked}
     mine, plain = (small.ended(a, **how) for a in (LGFedAvg(), FedAvg()))
-    whole = {n: v[0] for n, v in mine.personal.items()} | {n.replace(".head.", "fc."): v for n, v in mine.shared.items()}
+    whole = {n: v[0] for n, v in mine.personal.items()} | {
+        n.replace(".head.", "fc."): v for n, v in mine.shared.items()
+    }
     assert small.equal({n: whole[n] for n in plain.shared}, plain.shared)
 
 
@@ -286,7 +337,10 @@ def test_all_networks_begin_with_the_head_of_the_first():
     run, state = small.experiment(LGFedAvg(), MIXED)
     assert torch.equal(state.shared[".head.weight"], small.model("cnn").initial["9.weight"])
     done = trained(run, state)
-    assert all(torch.equal(d.start.shared[".head.weight"], state.shared[".head.weight"]) for d in done.values())
+    assert all(
+        torch.equal(d.start.shared[".head.weight"], state.shared[".head.weight"])
+        for d in done.values()
+    )
 
 
 def test_lg_fedavg_sends_the_head_up_and_down():
@@ -319,7 +373,9 @@ def test_with_its_term_a_method_is_local_in_round_1_and_not_in_round_2(algorithm
     moved = [n for n in second.personal if "fc.bias" in n or "9.bias" in n]
     assert len(moved) == 3 and model.head == "fc"
     for name in moved:
-        assert all(not torch.equal(a, b) for a, b in zip(twice.personal[name], second.personal[name])), name
+        assert all(
+            not torch.equal(a, b) for a, b in zip(twice.personal[name], second.personal[name])
+        ), name
 
 
 @TERMS
@@ -327,12 +383,19 @@ def test_with_its_term_a_method_is_local_in_round_1_and_not_in_round_2(algorithm
 def test_the_gradient_of_the_loss_is_its_finite_difference(algorithm, network):
     made, v = taught(algorithm, network)
     batch = batch_of(made, fine=True)
-    assert set(batch.y.tolist()) & {2} and set(batch.y.tolist()) - {2}  # a class that is unknown, and others
+    # a class that is unknown, and others
+    assert set(batch.y.tolist()) & {2} and set(batch.y.tolist()) - {2}
     grads, _ = gradients(made, v, batch)
     ways = {n: numbers(*g.shape, at=3, dtype=torch.float64) for n, g in grads.items()}
-    moved = lambda h: v._replace(personal=v.personal | {n: v.personal[n] + h * w for n, w in ways.items()})
-    slope = (gradients(made, moved(1e-6), batch)[1] - gradients(made, moved(-1e-6), batch)[1]) / 2e-6
-    torch.testing.assert_close(sum((grads[n] * ways[n]).sum() for n in grads), slope, rtol=1e-5, atol=1e-7)
+    moved = lambda h: v._replace(
+        personal=v.personal | {n: v.personal[n] + h * w for n, w in ways.items()}
+    )
+    slope = (
+        gradients(made, moved(1e-6), batch)[1] - gradients(made, moved(-1e-6), batch)[1]
+    ) / 2e-6
+    torch.testing.assert_close(
+        sum((grads[n] * ways[n]).sum() for n in grads), slope, rtol=1e-5, atol=1e-7
+    )
 
 
 def term_alone(algorithm, network, batch_to=lambda batch: batch, **fields):
@@ -392,7 +455,9 @@ def test_padding_counts_for_nothing(algorithm):
 def test_nothing_known_is_nothing_learned(algorithm):
     made, v = taught(algorithm, "cnn", lacking=range(small.CLASSES))
     batch = batch_of(made, fine=True)
-    (a, loss), (b, fit) = (gradients(m, v, batch) for m in (made, replace(made, algorithm=off(algorithm))))
+    (a, loss), (b, fit) = (
+        gradients(m, v, batch) for m in (made, replace(made, algorithm=off(algorithm)))
+    )
     assert loss == fit and small.equal(a, b)
 
 
@@ -402,8 +467,12 @@ def test_nothing_known_is_nothing_learned(algorithm):
 @pytest.mark.parametrize("weights", ["uniform", "samples"])
 @pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 @STACK_FIRST
-def test_a_prototype_is_the_mean_over_the_clients_that_hold_the_class(weights, participation, stacked):
-    run, state = small.experiment(FedProto(weights=weights), MIXED, participation=participation, stacked=stacked)
+def test_a_prototype_is_the_mean_over_the_clients_that_hold_the_class(
+    weights, participation, stacked
+):
+    run, state = small.experiment(
+        FedProto(weights=weights), MIXED, participation=participation, stacked=stacked
+    )
     unequal = False
     for _ in range(2):
         done, state = trained(run, state), small.played(run, state, 1)
@@ -415,8 +484,12 @@ def test_a_prototype_is_the_mean_over_the_clients_that_hold_the_class(weights, p
                 each = torch.stack([class_mean(run, done[c], label, features) for c in holders])
                 many = torch.tensor([int((survey(run, c)[2] == label).sum()) for c in holders])
                 unequal |= len(set(many.tolist())) > 1
-                share = (many if weights == "samples" else torch.ones(len(holders))).double()[:, None]
-                torch.testing.assert_close(P[label].double(), (share * each).sum(0) / share.sum(), rtol=1e-5, atol=1e-6)
+                share = (many if weights == "samples" else torch.ones(len(holders))).double()[
+                    :, None
+                ]
+                torch.testing.assert_close(
+                    P[label].double(), (share * each).sum(0) / share.sum(), rtol=1e-5, atol=1e-6
+                )
             else:
                 assert not P[label].any()
     assert unequal  # so that the two weights differ
@@ -443,8 +516,11 @@ def test_clients_alike_share_the_prototype_of_each():
 
 
 @pytest.mark.parametrize("absent, remembered", [("exclude", False), ("stale", True)])
-def test_a_class_that_no_client_of_the_round_holds_is_forgotten_or_stale(absent, remembered, monkeypatch):
-    monkeypatch.setattr(Run, "chosen", lambda self, round_: frozenset({round_}))  # client 0, then client 1
+def test_a_class_that_no_client_of_the_round_holds_is_forgotten_or_stale(
+    absent, remembered, monkeypatch
+):
+    # client 0, then client 1
+    monkeypatch.setattr(Run, "chosen", lambda self, round_: frozenset({round_}))
     run, state = small.experiment(FedProto(absent=absent), MIXED, sizes=(11, 2), participation=0.5)
     lost = sorted(held(run, 0) - held(run, 1))
     before = small.played(run, state, 1)
@@ -499,10 +575,14 @@ def test_the_prediction_is_the_nearest_prototype_of_those_that_are_meant(among, 
     rest = [label for label in range(6) if label not in meant]
     assert torch.equal(logits.argmax(1), torch.tensor(meant)[near[:, meant].argmax(1)])
     assert len(logits.argmax(1).unique()) > 1
-    torch.testing.assert_close(logits[:, meant].log_softmax(1), near[:, meant].log_softmax(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        logits[:, meant].log_softmax(1), near[:, meant].log_softmax(1), rtol=1e-4, atol=1e-5
+    )
     assert (logits[:, rest].amax(1) <= logits[:, meant].amin(1) - 99).all()
     loss = F.cross_entropy(near[:, meant], torch.zeros(40, dtype=torch.int64)).item()
-    assert F.cross_entropy(logits, torch.full((40,), meant[0])).item() == pytest.approx(loss, rel=1e-4)
+    assert F.cross_entropy(logits, torch.full((40,), meant[0])).item() == pytest.approx(
+        loss, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("network", ["cnn", MIXED], ids=["cnn", "mixed"])
@@ -512,11 +592,19 @@ def test_a_round_judges_by_the_new_prototypes_and_right_after_training_by_the_cl
     state, _, scores = play(run, state, evaluate=True, stop=False)
     for client, d in done.items():
         trainer = run.kinds[run.kind_of[client]].trainer
-        model, tests = trainer.model.evaluating(), trainer.feed.test([client], 0, trainer.feed.test_size(client))
-        z = model.features({n: w for n, w in d.end.personal.items() if n in model.leaves}, tests.x[0])
+        model, tests = (
+            trainer.model.evaluating(),
+            trainer.feed.test([client], 0, trainer.feed.test_size(client)),
+        )
+        z = model.features(
+            {n: w for n, w in d.end.personal.items() if n in model.leaves}, tests.x[0]
+        )
         mine = sorted(held(run, client))
         assert torch.equal(d.end.personal[".own.classes"].nonzero().flatten(), torch.tensor(mine))
-        for shared, column in ((state.shared, "accuracy_aggregated"), (d.end.shared, "accuracy_trained")):
+        for shared, column in (
+            (state.shared, "accuracy_aggregated"),
+            (d.end.shared, "accuracy_trained"),
+        ):
             P, _ = prototypes(shared)
             right = torch.tensor(mine)[torch.cdist(z, P[mine]).argmin(1)] == tests.y[0]
             assert scores[column][client] == pytest.approx(right.double().mean().item())
@@ -537,7 +625,9 @@ def test_the_classifier_is_judged_the_same_before_and_after_aggregation():
 @pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 @STACK_FIRST
 def test_a_client_learns_from_the_mean_output_of_the_others(outputs, what, participation, stacked):
-    run, state = small.experiment(FD(outputs=outputs), MIXED, participation=participation, stacked=stacked)
+    run, state = small.experiment(
+        FD(outputs=outputs), MIXED, participation=participation, stacked=stacked
+    )
     sat_out = came_back = 0
     for round_ in range(1, 5):
         done, state = trained(run, state), small.played(run, state, 1)
@@ -552,7 +642,9 @@ def test_a_client_learns_from_the_mean_output_of_the_others(outputs, what, parti
                 others = [c for c in done if c != client and label in held(run, c)]
                 assert holders[label] == len(others)
                 if others:
-                    right = torch.stack([class_mean(run, done[c], label, what) for c in others]).mean(0)
+                    right = torch.stack(
+                        [class_mean(run, done[c], label, what) for c in others]
+                    ).mean(0)
                     right = right if outputs == "probabilities" else right.softmax(0)
                     torch.testing.assert_close(zhat[label].double(), right, rtol=1e-4, atol=1e-5)
     assert participation == 1.0 or (sat_out and came_back)
@@ -603,7 +695,9 @@ def test_fd_sends_what_is_held_and_receives_what_is_known(participation):
         known = set().union(*(held(run, c) for c in chosen))
 
 
-@pytest.mark.parametrize("name, numbers_", [("fd", 4 * 4), ("fedproto", 4 * 8), ("lg_fedavg", 4 * 8 + 4)])
+@pytest.mark.parametrize(
+    "name, numbers_", [("fd", 4 * 4), ("fedproto", 4 * 8), ("lg_fedavg", 4 * 8 + 4)]
+)
 def test_a_plan_tells_the_most_that_is_sent(name, numbers_, unmeasured):
     text = plan(tiny(*of((name,))), str(TINY), 1)
     assert f" {4 * numbers_} B up, {4 * numbers_} B down per client and round" in text
@@ -622,7 +716,13 @@ def test_class_means_are_zero_where_there_is_no_sample_and_skip_padding(monkeypa
 
 
 def test_a_pull_where_all_is_known_is_the_plain_one():
-    z, c, batch = numbers(5, 4), numbers(3, 4), Batch(None, torch.tensor([0, 1, 2, 0, 0]), None, None, None)
+    z, c, batch = (
+        numbers(5, 4),
+        numbers(3, 4),
+        Batch(None, torch.tensor([0, 1, 2, 0, 0]), None, None, None),
+    )
     assert torch.equal(pull(z, c, batch), pull(z, c, batch, torch.ones(3, dtype=torch.bool)))
     lacking = pull(z, c, batch, torch.tensor([True, False, True]))
-    assert lacking.item() == pytest.approx((z - c[batch.y]).square()[[0, 2, 3, 4]].sum().item() / (5 * 4))
+    assert lacking.item() == pytest.approx(
+        (z - c[batch.y]).square()[[0, 2, 3, 4]].sum().item() / (5 * 4)
+    )

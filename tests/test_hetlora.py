@@ -17,13 +17,22 @@ from fedlora_mpi.core.tree import tmap
 
 HOW = {"lora_ranks": RANKS, "alpha": 6.0}
 CNN = "model.width=4"
-PRUNES = "algorithm=hetlora", CNN, *MIXED, "algorithm.lora_ranks=[8,1,4]", "algorithm.lam=1.0", "train.weight_decay=0.01"
-LAYERS = {"0.weight": (12, 3), "3.weight": (24, 12), "7.weight": (8, 32)}  # [out side, in side] of CNN
+PRUNES = (
+    "algorithm=hetlora",
+    CNN,
+    *MIXED,
+    "algorithm.lora_ranks=[8,1,4]",
+    "algorithm.lam=1.0",
+    "train.weight_decay=0.01",
+)
+# [out side, in side] of CNN
+LAYERS = {"0.weight": (12, 3), "3.weight": (24, 12), "7.weight": (8, 32)}
 
 
 def ranks_of(moment):
     """r_k of all clients, in the order of their ids."""
-    rows = [iter(v.tolist()) for v in moment.personal.values()]  # of each kind: client k is of kind k mod 3
+    # of each kind: client k is of kind k mod 3
+    rows = [iter(v.tolist()) for v in moment.personal.values()]
     return [int(next(rows[client % len(rows)])) for client in range(7)]
 
 
@@ -53,13 +62,18 @@ def test_the_norm_of_products_is_that_of_all_layers_together():
 def one_round(algorithm, ends_of=lambda ends: ends, counts=COUNTS):
     """(shared before, (start, end) of the clients, shared after), float64."""
     model, first = begun(algorithm)
-    ends = ends_of([trained(c, model, first.shared, 0, at=k) for k, c in enumerate(clients(algorithm))])
+    ends = ends_of(
+        [trained(c, model, first.shared, 0, at=k) for k, c in enumerate(clients(algorithm))]
+    )
     return first.shared, ends, served(algorithm, first.shared, ends, counts)
 
 
 def test_factors_are_weighted_by_the_norm_and_the_head_by_samples():
     before, ends, after = one_round(HetLoRA(**HOW))
-    products = [[e.shared[n[:-1] + "B"] @ A for n, A in e.shared.items() if n.endswith(".A")] for _, e in ends]
+    products = [
+        [e.shared[n[:-1] + "B"] @ A for n, A in e.shared.items() if n.endswith(".A")]
+        for _, e in ends
+    ]
     norms = torch.stack([torch.cat([p.flatten() for p in client]).norm() for client in products])
     shares = norms / norms.sum()
     assert max(shares) > 1.5 * min(shares)
@@ -68,7 +82,8 @@ def test_factors_are_weighted_by_the_norm_and_the_head_by_samples():
             mean = torch.zeros_like(value)
             for share, (_, end) in zip(shares, ends):
                 rows, columns = end.shared[name].shape
-                mean[:rows, :columns] += share * end.shared[name]  # the others have zeros there, which count
+                # the others have zeros there, which count
+                mean[:rows, :columns] += share * end.shared[name]
         else:
             mean = sum(n * end.shared[name] for n, (_, end) in zip(COUNTS, ends)) / sum(COUNTS)
         torch.testing.assert_close(value, mean, rtol=1e-12, atol=1e-12, msg=name)
@@ -76,14 +91,18 @@ def test_factors_are_weighted_by_the_norm_and_the_head_by_samples():
 
 def test_clients_of_equal_ranks_and_norms_and_samples_are_those_of_fedit():
     def alike(ends):
-        scaled = lambda tree: tree | {n: v / norm_of_products(tree) for n, v in tree.items() if n.endswith(".B")}
+        scaled = lambda tree: (
+            tree | {n: v / norm_of_products(tree) for n, v in tree.items() if n.endswith(".B")}
+        )
         return [(start, end._replace(shared=scaled(end.shared))) for start, end in ends]
 
     how = {"lora_ranks": (3,), "alpha": 6.0}
     before, ends, after = one_round(HetLoRA(**how), alike, counts=(4, 4, 4))
     near(after, served(FedIT(**how), before, ends, counts=(4, 4, 4)))
     _, ends, other = one_round(HetLoRA(**how), counts=(4, 4, 4))
-    assert (other["7.weight..A"] - served(FedIT(**how), before, ends, counts=(4, 4, 4))["7.weight..A"]).norm() > 1e-3
+    assert (
+        other["7.weight..A"] - served(FedIT(**how), before, ends, counts=(4, 4, 4))["7.weight..A"]
+    ).norm() > 1e-3
 
 
 def test_clients_without_any_product_count_alike():
@@ -93,17 +112,29 @@ def test_clients_without_any_product_count_alike():
 
     _, ends, after = one_round(HetLoRA(lora_ranks=(3,)), still)
     for name in (n for n in after if n.endswith(".A")):
-        torch.testing.assert_close(after[name], sum(end.shared[name] for _, end in ends) / 3, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            after[name], sum(end.shared[name] for _, end in ends) / 3, rtol=1e-9, atol=1e-9
+        )
     assert all((v == 0).all() for n, v in after.items() if n.endswith(".B"))
 
 
 def test_a_client_without_a_product_counts_for_nothing_beside_others():
     def first_still(ends):
         (start, end), *others = ends
-        return [(start, end._replace(shared=end.shared | {n: 0 * v for n, v in end.shared.items() if n.endswith(".B")})), *others]
+        return [
+            (
+                start,
+                end._replace(
+                    shared=end.shared
+                    | {n: 0 * v for n, v in end.shared.items() if n.endswith(".B")}
+                ),
+            ),
+            *others,
+        ]
 
     _, ends, after = one_round(HetLoRA(**HOW), first_still)
-    assert (after["7.weight..A"][2].norm() / ends[0][1].shared["7.weight..A"][2].norm()) < 1e-6  # it alone has the third
+    # it alone has the third
+    assert (after["7.weight..A"][2].norm() / ends[0][1].shared["7.weight..A"][2].norm()) < 1e-6
 
 
 def test_the_first_components_of_padded_factors_are_the_factors():
@@ -128,7 +159,14 @@ def test_the_penalty_has_the_gradient_of_its_formula():
     batch = Batch(data.x[0], data.y[0], None, data.key, data.counts[0])
     leaves = {n: w.clone().requires_grad_() for n, w in v.shared.items()}
     plain, whole = (
-        dict(zip(leaves, torch.autograd.grad(loss(v._replace(shared=leaves), v, batch), list(leaves.values()))))
+        dict(
+            zip(
+                leaves,
+                torch.autograd.grad(
+                    loss(v._replace(shared=leaves), v, batch), list(leaves.values())
+                ),
+            )
+        )
         for loss in (super(HetLoRA, made.algorithm).loss(model), made.algorithm.loss(model))
     )
     for name in (n for n in shared if n.endswith(".A")):
@@ -136,7 +174,9 @@ def test_the_penalty_has_the_gradient_of_its_formula():
         of_a, of_b = torch.zeros_like(shared[name]), torch.zeros_like(shared[f"{name[:-1]}B"])
         of_a[low:r], of_b[:, low:r] = B.norm() * A / A.norm(), A.norm() * B / B.norm()
         for leaf, expected in ((name, of_a), (f"{name[:-1]}B", of_b)):
-            torch.testing.assert_close(whole[leaf] - plain[leaf], 0.7 * expected, rtol=1e-9, atol=1e-10, msg=leaf)
+            torch.testing.assert_close(
+                whole[leaf] - plain[leaf], 0.7 * expected, rtol=1e-9, atol=1e-10, msg=leaf
+            )
     for name in ("9.weight", "9.bias"):
         assert torch.equal(whole[name], plain[name])
 
@@ -150,7 +190,9 @@ def test_where_a_norm_is_zero_the_gradient_is_finite(zero, stacked):
     rank = torch.tensor(4.0)
     found = gradient(tree, rank)
     if stacked:
-        found = {n: v[0] for n, v in vmap(gradient)(tmap(lambda v: v[None], tree), rank[None]).items()}
+        found = {
+            n: v[0] for n, v in vmap(gradient)(tmap(lambda v: v[None], tree), rank[None]).items()
+        }
     assert all(torch.isfinite(v).all() for v in found.values())
     other = {"A": "w..B", "B": "w..A"}.get(zero)
     assert all((v == 0).all() for n, v in found.items() if n == other or zero == "AB")
@@ -185,7 +227,9 @@ def test_a_client_prunes_when_its_tail_has_become_smaller_and_then_alone():
         done = algorithm.finish(None, None, of_rank(4, start), of_rank(4, end), None)
         assert done.personal[".lora_rank."] == kept
         assert equal(done.shared, components(end, 0, kept))
-    assert (components(start, 0, 2)["w..A"][2:] == 0).all() and (components(start, 0, 2)["w..B"][:, 2:] == 0).all()
+    assert (components(start, 0, 2)["w..A"][2:] == 0).all() and (
+        components(start, 0, 2)["w..B"][:, 2:] == 0
+    ).all()
     assert torch.equal(components(start, 0, 2)["w..A"][:2], start["w..A"][:2])
     assert torch.equal(components(start, 0, 2)["w..B"][:, :2], start["w..B"][:, :2])
 
@@ -195,7 +239,9 @@ def test_clients_of_a_stack_prune_each_for_itself():
     ends = [tmap(lambda v, f=f: f * v, tree) for f, tree in zip((0.9, 1.1, 0.9), starts)]
     stack = lambda trees: {n: torch.stack([t[n] for t in trees]) for n in trees[0]}
     ranks = torch.tensor([4.0, 4.0, 3.0], dtype=torch.float64)
-    finish = lambda s, e, r: algorithm.finish(None, None, Vars(s, {".lora_rank.": r}), Vars(e, {".lora_rank.": r}), None)[:2]
+    finish = lambda s, e, r: algorithm.finish(
+        None, None, Vars(s, {".lora_rank.": r}), Vars(e, {".lora_rank.": r}), None
+    )[:2]
     shared, personal = vmap(finish)(stack(starts), stack(ends), ranks)
     assert personal[".lora_rank."].tolist() == [2, 4, 1]
     for row, (end, r) in enumerate(zip(ends, (2, 4, 1))):
@@ -244,7 +290,9 @@ def test_without_a_tail_there_is_no_penalty_and_ranks_stay():
 
 
 def test_a_penalty_lowers_more_ranks_than_none():
-    with_it, without = (ranks_of(played(*PRUNES, f"algorithm.lam={lam}", "rounds=6")[0][-1]) for lam in (1.0, 0.0))
+    with_it, without = (
+        ranks_of(played(*PRUNES, f"algorithm.lam={lam}", "rounds=6")[0][-1]) for lam in (1.0, 0.0)
+    )
     assert sum(with_it) < sum(without)
 
 
@@ -256,7 +304,11 @@ def test_a_stack_with_pruned_clients_equals_the_loop():
 
 def test_a_rank_is_at_most_the_components_of_the_largest_layer():
     model, first = begun(HetLoRA(lora_ranks=(50,)))
-    assert first.personal[".lora_rank."] == 9 == max(len(v) for n, v in first.shared.items() if n.endswith(".A"))
+    assert (
+        first.personal[".lora_rank."]
+        == 9
+        == max(len(v) for n, v in first.shared.items() if n.endswith(".A"))
+    )
 
 
 # The client's own model
@@ -268,11 +320,19 @@ def test_the_own_model_has_the_present_components_and_the_servers_all():
     shared = {n: numbers(*v.shape, at=n) if is_factor(n) else v for n, v in first.shared.items()}
     v = of_rank(1, shared)
     one = FedIT(lora_ranks=(1,), alpha=2.0).first_components(shared)  # the same s
-    near(algorithm.weights_of(model, v), FedIT(lora_ranks=(1,), alpha=2.0).weights_of(model, Vars(one, {})))
+    near(
+        algorithm.weights_of(model, v),
+        FedIT(lora_ranks=(1,), alpha=2.0).weights_of(model, Vars(one, {})),
+    )
     server = replace(algorithm, judged="server")
-    assert equal(server.weights_of(model, v), FedIT(lora_ranks=(3,), alpha=6.0).weights_of(model, Vars(shared, {})))
+    assert equal(
+        server.weights_of(model, v),
+        FedIT(lora_ranks=(3,), alpha=6.0).weights_of(model, Vars(shared, {})),
+    )
     factors, full = algorithm.adapter(model, v)
-    assert all((A[1:] == 0).all() and (B[:, 1:] == 0).all() and s == 2.0 for A, B, s in factors.values())
+    assert all(
+        (A[1:] == 0).all() and (B[:, 1:] == 0).all() and s == 2.0 for A, B, s in factors.values()
+    )
     assert full.keys() == {"9.weight", "9.bias"}
 
 

@@ -1,4 +1,5 @@
-"""Pre-trained models of Hugging Face: their logits, their tokens, training in loop and stack, and the way back to peft.
+"""Pre-trained models of Hugging Face: their logits, their tokens, training in loop and stack, and
+the way back to peft.
 
 The models are tiny and random; they are made in a temporary folder. Skipped without transformers.
 """
@@ -37,7 +38,10 @@ import tokenizers  # noqa: E402
 
 WORDS = "the a of and wave tide salt boat rock path snow goat road shop tram".split()
 TOPICS = {"sea": WORDS[4:8], "hill": WORDS[8:12], "town": WORDS[12:]}
-SPECIAL = {"roberta": ("<s>", "<pad>", "</s>", "<unk>"), "bert": ("[PAD]", "[UNK]", "[CLS]", "[SEP]")}
+SPECIAL = {
+    "roberta": ("<s>", "<pad>", "</s>", "<unk>"),
+    "bert": ("[PAD]", "[UNK]", "[CLS]", "[SEP]"),
+}
 SPECIAL["distilbert"] = SPECIAL["bert"]
 FAMILIES = tuple(SPECIAL)
 LENGTH, CLASSES, TOKENS = 8, 3, 4 + len(WORDS)
@@ -50,9 +54,17 @@ def config_of(family, labels=CLASSES, dropout=0.0):
         sizes = {"dim": 12, "hidden_dim": 20, "n_layers": 2, "n_heads": 2}
         noise = {"dropout": dropout, "attention_dropout": dropout, "seq_classif_dropout": dropout}
     else:
-        sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+        sizes = {
+            "hidden_size": 12,
+            "intermediate_size": 20,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
         noise = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    given = {"pad_token_id": SPECIAL[family].index("<pad>" if family == "roberta" else "[PAD]"), "num_labels": labels}
+    given = {
+        "pad_token_id": SPECIAL[family].index("<pad>" if family == "roberta" else "[PAD]"),
+        "num_labels": labels,
+    }
     given |= {"initializer_range": 0.3}  # far enough from zero for a mask to be seen
     given |= {"vocab_size": 24, "max_position_embeddings": 16}
     return transformers.AutoConfig.for_model(family, **sizes, **noise, **given)
@@ -61,7 +73,9 @@ def config_of(family, labels=CLASSES, dropout=0.0):
 def saved(folder, family, auto="SequenceClassification", **options):
     """The folder of a tiny random model with its tokenizer."""
     with isolated(7, family):
-        model = getattr(transformers, f"AutoModelFor{auto}").from_config(config_of(family, **options))
+        model = getattr(transformers, f"AutoModelFor{auto}").from_config(
+            config_of(family, **options)
+        )
     model.save_pretrained(folder)
     tokenizer_of(family).save(str(folder / "tokenizer.json"))
     return folder
@@ -76,7 +90,9 @@ def tokenizer_of(family):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     ends = [(token, vocabulary[token]) for token in (first, last)]
     single = f"{first} $A {last}"
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=ends)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=single, special_tokens=ends
+    )
     tokenizer.add_special_tokens(list(special))
     return tokenizer
 
@@ -96,12 +112,16 @@ def padding_of(family):
 
 
 def network(folder, family, classes=CLASSES, seed=1, length=LENGTH):
-    return zoo.build("hf", {"folder": str(folder)}, classes, (length,), seed, TOKENS, padding_of(family))
+    return zoo.build(
+        "hf", {"folder": str(folder)}, classes, (length,), seed, TOKENS, padding_of(family)
+    )
 
 
 def plain(folder):
     """The model as transformers itself loads it."""
-    return transformers.AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True).eval()
+    return transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, local_files_only=True
+    ).eval()
 
 
 def ids(family, *lengths, seed=3):
@@ -116,7 +136,10 @@ def ids(family, *lengths, seed=3):
 def test_the_logits_are_those_of_transformers_with_its_mask(folder, family):
     model, x = network(folder, family), ids(family, 8, 5, 2, 1)
     mask = (x != padding_of(family)).long()
-    for theirs in (plain(folder), transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()):
+    for theirs in (
+        plain(folder),
+        transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval(),
+    ):
         with torch.no_grad():
             ours = model.evaluating()(model.initial, x)
             torch.testing.assert_close(ours, theirs(x, mask).logits, rtol=1e-5, atol=1e-6)
@@ -125,20 +148,33 @@ def test_the_logits_are_those_of_transformers_with_its_mask(folder, family):
 
 def test_padding_changes_no_logit(folder, family):
     model, x = network(folder, family).evaluating(), ids(family, 4, 1, 3)
-    torch.testing.assert_close(model(model.initial, x[:, :4]), model(model.initial, x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        model(model.initial, x[:, :4]), model(model.initial, x), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_the_head_is_the_last_linear_and_the_low_rank_names_match(folder, family):
     model = network(folder, family)
     head = "model.classifier.out_proj" if family == "roberta" else "model.classifier"
     assert model.head == head and not model.noisy and model.flops > 0
-    assert {n for n, leaf in model.leaves.items() if leaf.role == "head"} == {f"{head}.weight", f"{head}.bias"}
+    assert {n for n, leaf in model.leaves.items() if leaf.role == "head"} == {
+        f"{head}.weight",
+        f"{head}.bias",
+    }
     assert all("norm" in n.lower() for n, leaf in model.leaves.items() if leaf.role == "norm")
     names = LOW[family == "distilbert"]
     for name in names:
-        assert sum(n.endswith(f".{name}.weight") and leaf.matrix == "linear" for n, leaf in model.leaves.items()) == 2
+        assert (
+            sum(
+                n.endswith(f".{name}.weight") and leaf.matrix == "linear"
+                for n, leaf in model.leaves.items()
+            )
+            == 2
+        )
     x = ids(family, 8, 3)
-    assert torch.equal(model.classify(model.initial, model.features(model.initial, x)), model(model.initial, x))
+    assert torch.equal(
+        model.classify(model.initial, model.features(model.initial, x)), model(model.initial, x)
+    )
 
 
 @pytest.mark.filterwarnings("error")  # torch warns where it has no batching rule
@@ -152,9 +188,13 @@ def test_a_stack_has_the_gradients_of_the_loop(tmp_path, family, dropout):
 
     def loss(tree, x, y, real, key):
         with model.prepared(batch := Batch(x, y, real, key, torch.ones(3))):
-            return (cross_entropy(model(tree, batch.x), batch.y, reduction="none") * batch.real).sum()
+            return (
+                cross_entropy(model(tree, batch.x), batch.y, reduction="none") * batch.real
+            ).sum()
 
-    trees = {n: v + 0.1 * torch.randn(4, *v.shape, generator=rng(1, n)) for n, v in model.initial.items()}
+    trees = {
+        n: v + 0.1 * torch.randn(4, *v.shape, generator=rng(1, n)) for n, v in model.initial.items()
+    }
     stack = vmap(grad(loss))(trees, x, y, real, keys)
     for c in range(4):
         alone = grad(loss)({n: v[c] for n, v in trees.items()}, x[c], y[c], real[c], keys[c])
@@ -175,7 +215,11 @@ def test_dropout_follows_the_key_alone(tmp_path, family):
 
 
 def test_with_other_classes_the_last_layer_is_new_and_of_the_seed(folder, family):
-    model, other, again = network(folder, family, 5), network(folder, family, 5, seed=2), network(folder, family, 5)
+    model, other, again = (
+        network(folder, family, 5),
+        network(folder, family, 5, seed=2),
+        network(folder, family, 5),
+    )
     theirs = plain(folder).state_dict()
     assert model(model.initial, ids(family, 8, 5)).shape == (2, 5)
     for name, value in model.initial.items():
@@ -190,7 +234,11 @@ def test_of_a_language_model_what_classifies_is_new(tmp_path, family):
     folder = saved(tmp_path / family, family, auto="MaskedLM")
     model = network(folder, family)
     fresh = {n for n in model.modules[0].fresh}
-    parts = {"roberta": {"classifier"}, "bert": {"classifier", "bert"}, "distilbert": {"classifier", "pre_classifier"}}
+    parts = {
+        "roberta": {"classifier"},
+        "bert": {"classifier", "bert"},
+        "distilbert": {"classifier", "pre_classifier"},
+    }
     assert {n.partition(".")[0] for n in fresh} == parts[family]
     assert all("pooler" in n for n in fresh if n.startswith("bert."))
 
@@ -199,13 +247,18 @@ def test_a_new_head_does_not_depend_on_the_process(tmp_path):
     folder, family = saved(tmp_path / "roberta", "roberta", auto="MaskedLM"), "roberta"
     code = (
         "import sys; from test_hf import network, torch; "
-        "print(sum(v.double().abs().sum() for v in network(*sys.argv[1:], 5).initial.values()).item().hex())"
+        "print(sum(v.double().abs().sum() for v in network(*sys.argv[1:], "
+        "5).initial.values()).item().hex())"
     )
-    run = lambda seed: subprocess.run(
-        [sys.executable, "-c", code, str(folder), family],
-        env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"},
-        capture_output=True, text=True, check=True,
-    ).stdout
+    run = lambda seed: (
+        subprocess.run(
+            [sys.executable, "-c", code, str(folder), family],
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
     assert run("1") == run("2") != ""
 
 
@@ -218,13 +271,18 @@ def bert(tmp_path):
 
 
 def refused(folder, match, family="bert", tokens=TOKENS, padding=0, length=LENGTH, classes=CLASSES):
-    with pytest.raises(ValueError, match=f"^name = hf: cannot be built: folder = .*: {match}") as error:
+    with pytest.raises(
+        ValueError, match=f"^name = hf: cannot be built: folder = .*: {match}"
+    ) as error:
         zoo.build("hf", {"folder": str(folder)}, classes, (length,), 1, tokens, padding)
     assert "\n" not in str(error.value)
 
 
 def test_a_folder_that_is_none_is_refused(bert, tmp_path):
-    refused(tmp_path / "no", "has no config.json; give the folder of a model of Hugging Face on this machine")
+    refused(
+        tmp_path / "no",
+        "has no config.json; give the folder of a model of Hugging Face on this machine",
+    )
     (bert / "model.safetensors").rename(bert / "pytorch_model.bin")
     refused(bert, "has no model.safetensors; give")
     (bert / "model.safetensors").write_bytes(b"\x00" * 40)
@@ -233,13 +291,20 @@ def test_a_folder_that_is_none_is_refused(bert, tmp_path):
     (bert / "config.json").write_text("{")
     refused(bert / "config.json", "transformers cannot read it: ")
     (bert / "config.json").write_text('{"model_type": "vit"}')
-    refused(bert / "config.json", "transformers cannot read it: it has no sequence classifier of the kind vit$")
+    refused(
+        bert / "config.json",
+        "transformers cannot read it: it has no sequence classifier of the kind vit$",
+    )
 
 
 def test_weights_that_do_not_fit_are_refused(bert):
     config = json.loads((bert / "config.json").read_text())
     (bert / "config.json").write_text(json.dumps(config | {"intermediate_size": 21}))
-    refused(bert, "model.safetensors does not fit config.json: bert.encoder.layer.0.intermediate.dense.* is .*, and 5")
+    refused(
+        bert,
+        "model.safetensors does not fit config.json: bert.encoder.layer.0.intermediate.dense.* is "
+        ".*, and 5",
+    )
     (bert / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     refused(bert, "model.safetensors does not fit config.json: bert.encoder.layer.2.attention")
 
@@ -262,19 +327,28 @@ def test_weights_may_be_in_several_files_of_which_none_may_be_gone(tmp_path, fam
     parts[1].unlink()
     refused(folder, f"has no {parts[1].name}; give", family, padding=padding_of(family))
     (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
-    refused(folder, "model.safetensors.index.json names no files of weights$", family, padding=padding_of(family))
+    refused(
+        folder,
+        "model.safetensors.index.json names no files of weights$",
+        family,
+        padding=padding_of(family),
+    )
 
 
 def test_old_names_of_leaves_are_known(bert):
     model, tree = network(bert, "bert"), weights.read(bert / "model.safetensors")
-    old = lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    old = lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+        "LayerNorm.bias", "LayerNorm.beta"
+    )
     (bert / "model.safetensors").write_bytes(weights.packed({old(n): v for n, v in tree.items()}))
     assert equal(network(bert, "bert").initial, model.initial)
 
 
 def test_an_adapter_in_the_folder_is_left_alone(bert):
     model = network(bert, "bert")
-    (bert / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "elsewhere"}')
+    (bert / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "elsewhere"}'
+    )
     (bert / "adapter_model.safetensors").write_bytes(weights.packed({"a": torch.ones(3)}))
     assert equal(network(bert, "bert").initial, model.initial)
 
@@ -295,8 +369,16 @@ def test_code_of_the_folder_does_not_run(bert):
 
 
 def test_tokens_that_are_not_the_models_are_refused(bert):
-    refused(bert, "knows 24 tokens, 0 for padding; data.text.tokenizer has 25, 0 for padding; give the", tokens=25)
-    refused(bert, "knows 24 tokens, 0 for padding; data.text.tokenizer has 19, 1 for padding; give the", padding=1)
+    refused(
+        bert,
+        "knows 24 tokens, 0 for padding; data.text.tokenizer has 25, 0 for padding; give the",
+        tokens=25,
+    )
+    refused(
+        bert,
+        "knows 24 tokens, 0 for padding; data.text.tokenizer has 19, 1 for padding; give the",
+        padding=1,
+    )
 
 
 def test_texts_longer_than_the_positions_are_refused(tmp_path, family):
@@ -309,26 +391,41 @@ def test_texts_longer_than_the_positions_are_refused(tmp_path, family):
 
 def test_a_decoder_is_refused(tmp_path):
     config = transformers.GPT2Config(
-        vocab_size=24, n_positions=16, n_embd=12, n_layer=2, n_head=2, initializer_range=0.3, num_labels=3,
+        vocab_size=24,
+        n_positions=16,
+        n_embd=12,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.3,
+        num_labels=3,
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
     )
     with isolated(1, "gpt2"):
         transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "gpt2")
-    refused(tmp_path / "gpt2", "a gpt2 hides padding in a way of its own; roberta, bert and distilbert do not")
+    refused(
+        tmp_path / "gpt2",
+        "a gpt2 hides padding in a way of its own; roberta, bert and distilbert do not",
+    )
 
 
 def test_it_is_not_for_images(bert):
-    with pytest.raises(ValueError, match="^name = hf: cannot be built: it is for texts, the data are images"):
+    with pytest.raises(
+        ValueError, match="^name = hf: cannot be built: it is for texts, the data are images"
+    ):
         zoo.build("hf", {"folder": str(bert)}, 3, (1, 8, 8), 1)
 
 
 def test_a_network_that_takes_0_for_padding_is_told():
-    with pytest.raises(ValueError, match="built: it takes 0 for padding, data.text.tokenizer 1; give it a param"):
+    with pytest.raises(
+        ValueError, match="built: it takes 0 for padding, data.text.tokenizer 1; give it a param"
+    ):
         zoo.build("test_hf:takes_no_padding", {}, 3, (8,), 1, 19, 1)
     options = {"width": 6, "heads": 2, "layers": 1, "feedforward": 10}
     model = zoo.build("transformer", options, 3, (8,), 1, 19, 1).evaluating()
     x = ids("roberta", 4, 2)
-    torch.testing.assert_close(model(model.initial, x[:, :4]), model(model.initial, x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        model(model.initial, x[:, :4]), model(model.initial, x), rtol=1e-5, atol=1e-6
+    )
 
 
 def takes_no_padding(classes, shape, tokens):
@@ -340,14 +437,19 @@ def takes_no_padding(classes, shape, tokens):
 
 def test_a_tokenizer_is_used_as_it_is(folder, family):
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), pad_token="<pad>" if family == "roberta" else "[PAD]"
+        tokenizer_file=str(folder / "tokenizer.json"),
+        pad_token="<pad>" if family == "roberta" else "[PAD]",
     )
     texts = ["the boat", "", "zebra and salt", " ".join(WORDS)]
     theirs = tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH)["input_ids"]
     for given in (str(folder), str(folder / "tokenizer.json")):
         vocabulary = Vocabulary.given(Text(length=LENGTH, tokenizer=given))
         assert vocabulary.encode(texts).tolist() == theirs
-        assert (vocabulary.size, vocabulary.padding, vocabulary.length) == (TOKENS, padding_of(family), LENGTH)
+        assert (vocabulary.size, vocabulary.padding, vocabulary.length) == (
+            TOKENS,
+            padding_of(family),
+            LENGTH,
+        )
         again = Vocabulary(vocabulary.json)
         assert again.encode(texts).tolist() == theirs and again.padding == vocabulary.padding
 
@@ -370,9 +472,17 @@ def test_what_is_wrong_with_a_tokenizer_is_said(tmp_path):
     tokenizer_of("bert").save(str(tmp_path / "bert.json"))
     for name, length, message in (
         ("", 8, r"text.tokenizer = .*tokenizer.json is no tokenizer.json \("),
-        ("no.json", 8, r"text.tokenizer = .*no.json cannot be read \(No such file or directory\); give a tok"),
+        (
+            "no.json",
+            8,
+            r"text.tokenizer = .*no.json cannot be read \(No such file or directory\); give a tok",
+        ),
         ("empty", 8, r"text.tokenizer = .*empty/tokenizer.json cannot be read"),
-        ("unpadded.json", 8, r"text.tokenizer = .*has no token for padding; there is neither \[PAD\] nor <pad>"),
+        (
+            "unpadded.json",
+            8,
+            r"text.tokenizer = .*has no token for padding; there is neither \[PAD\] nor <pad>",
+        ),
         ("bert.json", 2, r"text.length = 2: must be more than the 2 special tokens of every text"),
     ):
         with pytest.raises(ValueError, match=f"^{message}") as error:
@@ -381,7 +491,9 @@ def test_what_is_wrong_with_a_tokenizer_is_said(tmp_path):
 
 
 def test_a_tokenizer_has_its_own_vocabulary(tmp_path):
-    with pytest.raises(ValueError, match="^vocabulary = 300: a tokenizer has its own; leave it out"):
+    with pytest.raises(
+        ValueError, match="^vocabulary = 300: a tokenizer has its own; leave it out"
+    ):
         Text(vocabulary=300, tokenizer=str(tmp_path))
 
 
@@ -445,7 +557,11 @@ def test_a_stack_trains_as_the_loop(tmp_path, family, name):
             other = torch.from_numpy(loop.client(k).weights[leaf])
             torch.testing.assert_close(torch.from_numpy(value), other, rtol=1e-4, atol=1e-5)
     first = network(tmp_path / family, family).initial
-    moved = {n for n, v in first.items() if not torch.equal(v, torch.from_numpy(stack.client(0).weights[n]))}
+    moved = {
+        n
+        for n, v in first.items()
+        if not torch.equal(v, torch.from_numpy(stack.client(0).weights[n]))
+    }
     assert {n for n in first if "word_embeddings" in n or "classifier" in n} <= moved
 
 
@@ -464,7 +580,8 @@ def test_a_resume_moves_no_bit_and_needs_the_same_model(tmp_path):
     assert resume(cut.path, ["rounds=2"], Solo()) == 0
     assert_same_run(whole.path, cut.path)
     changed = r"cut/config.yaml: model.folder = .*/bert: has changed since the run began: put back what was, or start"
-    for options in ({"dropout": 0.2}, {"dropout": 0.1, "auto": "MaskedLM"}):  # equal weights, equal settings
+    # equal weights, equal settings
+    for options in ({"dropout": 0.2}, {"dropout": 0.1, "auto": "MaskedLM"}):
         saved(tmp_path / "bert", "bert", **options)
         with pytest.raises(Refused, match=changed):
             resume(cut.path, ["rounds=3"], Solo())
@@ -484,9 +601,15 @@ def test_a_run_is_read_without_its_folder_where_a_checkpoint_has_every_leaf(tmp_
     logits = there.model(x)
     (tmp_path / family).rename(tmp_path / "moved")
     gone = open_run(whole.path).client(3)
-    assert all(v.is_meta for v in gone.network.initial.values()) and gone.network.leaves == there.network.leaves
+    assert (
+        all(v.is_meta for v in gone.network.initial.values())
+        and gone.network.leaves == there.network.leaves
+    )
     assert torch.equal(gone.model(x), logits)
-    message = f"^.*frozen: model.*weight is in model.folder = .*/{family} alone, which is gone; put it back$"
+    message = (
+        f"^.*frozen: model.*weight is in model.folder = .*/{family} alone, which is gone; put it "
+        "back$"
+    )
     with pytest.raises(ValueError, match=message):
         open_run(frozen.path).client(3).weights
     (tmp_path / "moved").rename(tmp_path / family)
@@ -503,10 +626,15 @@ def test_the_folder_and_a_file_of_weights_both_belong_to_the_run(tmp_path, monke
     assert equal(run.client(0).network.initial, given)
     assert not equal(given, network(tmp_path / "bert", "bert").initial)
     other = weights.packed(given | {"model.classifier.bias": torch.zeros(3)})
-    for key, changed, content in (("folder", tmp_path / "bert/config.json", None), ("weights", file, other)):
+    for key, changed, content in (
+        ("folder", tmp_path / "bert/config.json", None),
+        ("weights", file, other),
+    ):
         kept = changed.read_bytes()
         changed.write_bytes(content or kept + b" ")
-        with pytest.raises(Refused, match=f"config.yaml: model.{key} = .*: has changed since the run began"):
+        with pytest.raises(
+            Refused, match=f"config.yaml: model.{key} = .*: has changed since the run began"
+        ):
             resume(run.path, ["rounds=2"], Solo())
         changed.write_bytes(kept)
     assert resume(run.path, ["rounds=2"], Solo()) == 0
@@ -514,13 +642,21 @@ def test_the_folder_and_a_file_of_weights_both_belong_to_the_run(tmp_path, monke
 
 def test_mistakes_in_a_config_name_file_and_key(tmp_path):
     path = config_file(tmp_path, "bert")
-    with pytest.raises(Refused, match=r"bert.yaml: data.text.tokenizer = null: network hf reads the tokens of its own"):
+    with pytest.raises(
+        Refused,
+        match=r"bert.yaml: data.text.tokenizer = null: network hf reads the tokens of its own",
+    ):
         build_run(read(path, ["data.text.tokenizer=null"]), str(path), Solo())
-    with pytest.raises(Refused, match=r"bert.yaml: model.name = hf: cannot be built: folder = no: has no config.json"):
+    with pytest.raises(
+        Refused,
+        match=r"bert.yaml: model.name = hf: cannot be built: folder = no: has no config.json",
+    ):
         build_run(read(path, ["model.folder=no"]), str(path), Solo())
     with pytest.raises(Refused, match=r"bert.yaml: data.text.tokenizer = no: no cannot be read"):
         build_run(read(path, ["data.text.tokenizer=no"]), str(path), Solo())
-    with pytest.raises(ConfigError, match=r"data.text.vocabulary = 9: a tokenizer has its own; leave it out"):
+    with pytest.raises(
+        ConfigError, match=r"data.text.vocabulary = 9: a tokenizer has its own; leave it out"
+    ):
         read(path, ["data.text.vocabulary=9"])
     with pytest.raises(ConfigError, match=r"model.folder: must be given"):
         read(path, ["model=hf"])
@@ -542,7 +678,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     assert "has no config.json; give the folder" in told("model.folder=nowhere", "plan")
     assert "refuses texts of data.text.length = 17 tokens" in told("data.text.length=17")
     (tmp_path / "vit.json").write_text('{"model_type": "vit"}')
-    assert "it has no sequence classifier of the kind vit" in told(f"model.folder={tmp_path}/vit.json")
+    assert "it has no sequence classifier of the kind vit" in told(
+        f"model.folder={tmp_path}/vit.json"
+    )
     file = tmp_path / "bert/model.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
     assert "model.safetensors is no safetensors file, or damaged" in told("rounds=1")
@@ -583,7 +721,9 @@ def test_peft_gives_the_logits_of_the_client(tmp_path, family, auto, labels, exp
     run = trained(path, FROZEN, f"output={tmp_path}/frozen")
     assert export(run, 3, "adapter") == (0, f"{tmp_path}/adapter\n", "")
     said = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert said["base_model_name_or_path"] == str(tmp_path / family) and said["task_type"] == "SEQ_CLS"
+    assert (
+        said["base_model_name_or_path"] == str(tmp_path / family) and said["task_type"] == "SEQ_CLS"
+    )
     assert len(said["target_modules"]) == 4 and said["rank_pattern"] and said["alpha_pattern"]
     base = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / family, num_labels=3, ignore_mismatched_sizes=True, local_files_only=True
@@ -598,7 +738,9 @@ def test_peft_gives_the_logits_of_the_client(tmp_path, family, auto, labels, exp
     assert {f"model.{module}.weight" for module in said["target_modules"]} == names
 
 
-ADAPTED = [name for name in algorithms.names() if callable(getattr(algorithms.find(name), "adapter", None))]
+ADAPTED = [
+    name for name in algorithms.names() if callable(getattr(algorithms.find(name), "adapter", None))
+]
 
 
 @pytest.mark.parametrize("method", ADAPTED)
@@ -613,60 +755,100 @@ def test_peft_gives_the_logits_under_every_method_with_an_adapter(tmp_path, meth
             assert_refused(result, "holds a dense update of the frozen weights")
             continue
         assert json.loads((tmp_path / f"{client}/adapter_config.json").read_text())["r"] == rank
-        base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "roberta", num_labels=3)
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / "roberta", num_labels=3
+        )
         model = peft.PeftModel.from_pretrained(base, str(tmp_path / str(client))).eval()
         x = run.vocabulary.encode(["the boat and the tide", "tram"]).long()
-        torch.testing.assert_close(model(x, (x != 1).long()).logits, run.client(client).model(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model(x, (x != 1).long()).logits, run.client(client).model(x), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_a_base_on_other_weights_is_not_that_of_the_folder(tmp_path, export):
     path = config_file(tmp_path, "bert")
-    (tmp_path / "net.safetensors").write_bytes(weights.packed(network(tmp_path / "bert", "bert", seed=2).initial))
+    (tmp_path / "net.safetensors").write_bytes(
+        weights.packed(network(tmp_path / "bert", "bert", seed=2).initial)
+    )
     for number, given in enumerate(("weights={}/net.safetensors", "folder={}/bert/config.json")):
         given = f"model.{given.format(tmp_path)}"
         run = trained(path, "rounds=1", FROZEN, given, f"output={tmp_path}/run{number}")
         assert export(run, to=f"{number}") == (0, f"{tmp_path}/{number}\n", "")
-        assert json.loads((tmp_path / f"{number}/adapter_config.json").read_text())["base_model_name_or_path"] is None
+        assert (
+            json.loads((tmp_path / f"{number}/adapter_config.json").read_text())[
+                "base_model_name_or_path"
+            ]
+            is None
+        )
 
 
 def test_a_low_rank_part_of_the_head_is_written_into_it(tmp_path, export):
     peft = pytest.importorskip("peft")
     path = config_file(tmp_path, "roberta")
     layers = "algorithm.layers=['*.query.weight','*.classifier.dense.weight']"
-    run = trained(path, FROZEN, layers, "algorithm.head=['*.out_proj.*']", f"output={tmp_path}/frozen")
+    run = trained(
+        path, FROZEN, layers, "algorithm.head=['*.out_proj.*']", f"output={tmp_path}/frozen"
+    )
     export(run, 1, "adapter")
-    client = peft.PeftModel.from_pretrained(plain(tmp_path / "roberta"), str(tmp_path / "adapter")).eval()
+    client = peft.PeftModel.from_pretrained(
+        plain(tmp_path / "roberta"), str(tmp_path / "adapter")
+    ).eval()
     x = run.vocabulary.encode(["the boat and the tide", "tram"]).long()
-    torch.testing.assert_close(client(x, (x != 1).long()).logits, run.client(1).model(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        client(x, (x != 1).long()).logits, run.client(1).model(x), rtol=1e-5, atol=1e-5
+    )
     only = trained(path, FROZEN, layers.replace("'*.query.weight',", ""), f"output={tmp_path}/only")
-    assert_refused(export(only), "no low-rank part is outside of what is written whole (classifier)")
+    assert_refused(
+        export(only), "no low-rank part is outside of what is written whole (classifier)"
+    )
 
 
 def test_what_has_no_adapter_is_refused(tmp_path, export):
     path = config_file(tmp_path, "bert")
     run = trained(path, "rounds=1")
     assert_refused(export(run), "run: algorithm fedlora has no adapter that stands alone")
-    other = trained(path, "rounds=1", "algorithm=pfedlora", f"output={tmp_path}/other")  # has a field ``adapter``
+    # has a field ``adapter``
+    other = trained(path, "rounds=1", "algorithm=pfedlora", f"output={tmp_path}/other")
     assert_refused(export(other), "other: algorithm pfedlora has no adapter that stands alone")
     dense = trained(path, "rounds=1", FROZEN, "algorithm.dense=true", f"output={tmp_path}/dense")
     assert_refused(export(dense), "the server has changed the frozen weights themselves")
     assert_refused(export(dense, 5), "there is no client 5; there are 0 to 4")
     frozen = trained(path, "rounds=1", FROZEN, f"output={tmp_path}/frozen")
-    assert_refused(export(frozen, to="bert"), "bert: cannot be created: File exists; choose another")
+    assert_refused(
+        export(frozen, to="bert"), "bert: cannot be created: File exists; choose another"
+    )
 
 
 def test_other_networks_keep_their_names_and_convolutions_are_refused(tmp_path, export):
     from safetensors.torch import load_file
 
     settings = [FROZEN, "model=cnn", "rounds=1"]
-    linear = ["algorithm.layers=['7.weight']", "algorithm.head=['9.*']", f"output={tmp_path}/linear"]
+    linear = [
+        "algorithm.layers=['7.weight']",
+        "algorithm.head=['9.*']",
+        f"output={tmp_path}/linear",
+    ]
     run = trained(TESTS / "tiny.yaml", *settings, *linear)
     export(run, 2, "adapter")
     found = load_file(tmp_path / "adapter/adapter_model.safetensors")
     base = "base_model.model"
-    assert set(found) == {f"{base}.7.lora_A.weight", f"{base}.7.lora_B.weight", f"{base}.9.weight", f"{base}.9.bias"}
-    assert torch.equal(found[f"{base}.9.weight"], torch.from_numpy(run.client(2).personal["9.weight"]))
+    assert set(found) == {
+        f"{base}.7.lora_A.weight",
+        f"{base}.7.lora_B.weight",
+        f"{base}.9.weight",
+        f"{base}.9.bias",
+    }
+    assert torch.equal(
+        found[f"{base}.9.weight"], torch.from_numpy(run.client(2).personal["9.weight"])
+    )
     said = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert (said["r"], said["lora_alpha"], said["target_modules"], said["modules_to_save"]) == (1, 1, ["7"], ["9"])
-    conv = trained(TESTS / "tiny.yaml", *settings, "algorithm.layers=['3.weight']", f"output={tmp_path}/conv")
+    assert (said["r"], said["lora_alpha"], said["target_modules"], said["modules_to_save"]) == (
+        1,
+        1,
+        ["7"],
+        ["9"],
+    )
+    conv = trained(
+        TESTS / "tiny.yaml", *settings, "algorithm.layers=['3.weight']", f"output={tmp_path}/conv"
+    )
     assert_refused(export(conv), "3.weight: is no weight of a Linear, and no other is exported")

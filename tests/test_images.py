@@ -1,4 +1,6 @@
-"""Folders of image files: every kind is read by one range for all files, or refused with the file's name."""
+"""Folders of image files: every kind is read by one range for all files, or refused with the file's
+name.
+"""
 
 import io
 import struct
@@ -50,9 +52,16 @@ def png16(path, values):
     """A PNG with 16 bits a channel, [H, W, 3], which Pillow cannot write."""
     height, width, _ = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    part = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    part = lambda kind, body: (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    )
     head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", zlib.compress(rows)) + part(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + part(b"IHDR", head)
+        + part(b"IDAT", zlib.compress(rows))
+        + part(b"IEND", b"")
+    )
 
 
 # --- Of 8 bits: as before, as torchvision and Pillow read them
@@ -106,17 +115,28 @@ WIDE = {
 
 @pytest.mark.parametrize("ending, of_bytes", WIDE.values(), ids=WIDE)
 def test_an_image_of_more_bits_is_that_of_8_bits(tmp_path, ending, of_bytes):
-    write(tmp_path, lambda path, number: Image.fromarray(of_bytes(pixels(number, 16, 16))).save(path), ending)
+    write(
+        tmp_path,
+        lambda path, number: Image.fromarray(of_bytes(pixels(number, 16, 16))).save(path),
+        ending,
+    )
     found = read(tmp_path)
     for row, number in enumerate((0, 1, 10, 11)):
-        assert np.array_equal(found.train.x[row], np.stack([pixels(number, 16, 16)] * 3)), "to the bit"
-    assert len(found.hints) == 1 and " became 0..255 in 8 of the files, which have more than 8 " in found.hints[0]
+        assert np.array_equal(found.train.x[row], np.stack([pixels(number, 16, 16)] * 3)), (
+            "to the bit"
+        )
+    assert (
+        len(found.hints) == 1
+        and " became 0..255 in 8 of the files, which have more than 8 " in found.hints[0]
+    )
     assert read(tmp_path, image_size=3).train.x.shape == (4, 3, 3, 3)
 
 
 def test_a_portable_grey_map_of_16_bits_is_read(tmp_path):
     def save(path, number):
-        path.write_bytes(b"P5 5 6 65535\n" + (pixels(number).astype(">u2") * 257).astype(">u2").tobytes())
+        path.write_bytes(
+            b"P5 5 6 65535\n" + (pixels(number).astype(">u2") * 257).astype(">u2").tobytes()
+        )
 
     write(tmp_path, save, "pgm")
     assert np.array_equal(read(tmp_path).train.x[2], grey(10))
@@ -132,7 +152,12 @@ def test_no_image_is_stretched_by_its_own_extremes(tmp_path):
 
 
 def test_a_wide_test_image_sets_the_range_of_both_sides(tmp_path):
-    write(tmp_path, lambda path, n: Image.fromarray(pixels(n).astype(np.uint16) * (257 if n >= 100 else 10)).save(path))
+    write(
+        tmp_path,
+        lambda path, n: Image.fromarray(
+            pixels(n).astype(np.uint16) * (257 if n >= 100 else 10)
+        ).save(path),
+    )
     assert np.array_equal(read(tmp_path).train.x[0, 0], np.rint(pixels(0) * 10.0 / 257))
 
 
@@ -141,7 +166,11 @@ BEYOND = {
     "32 bits": (np.int32, lambda x: x.astype(np.int32) * 2**23, "values from 0 to 2"),
     "floats above 1": (np.float32, lambda x: x.astype(np.float32) / 200, "not whole numbers"),
     "z-scores": (np.float32, lambda x: (x.astype(np.float32) - 128) / 70, "not whole numbers"),
-    "not a number": (np.float32, lambda x: np.where(x == x.max(), np.nan, x / 255), "from nan to nan"),
+    "not a number": (
+        np.float32,
+        lambda x: np.where(x == x.max(), np.nan, x / 255),
+        "from nan to nan",
+    ),
     "infinity": (np.float32, lambda x: np.where(x == x.max(), np.inf, x), "to inf"),
 }
 
@@ -149,25 +178,46 @@ BEYOND = {
 @pytest.mark.parametrize("dtype, spoil, why", BEYOND.values(), ids=BEYOND)
 def test_values_without_a_place_in_a_byte_are_refused_with_the_file(tmp_path, dtype, spoil, why):
     base = lambda number: np.where(np.arange(30).reshape(6, 5) == 0, 0, pixels(number))
-    write(tmp_path, lambda path, n: Image.fromarray((spoil(base(n)) if n == 11 else base(n)).astype(dtype)).save(path), "tif")
+    write(
+        tmp_path,
+        lambda path, n: Image.fromarray(
+            (spoil(base(n)) if n == 11 else base(n)).astype(dtype)
+        ).save(path),
+        "tif",
+    )
     line = refused(tmp_path)
-    assert why in line and "train/bee/1.tif has" in line and line.endswith("save it with 8 bits a channel")
+    assert (
+        why in line
+        and "train/bee/1.tif has" in line
+        and line.endswith("save it with 8 bits a channel")
+    )
 
 
 def test_fractions_beside_larger_numbers_are_refused(tmp_path):
     values = lambda n: pixels(n) / np.float32(1 if n == 11 else 255)
     write(tmp_path, lambda path, n: Image.fromarray(values(n).astype(np.float32)).save(path), "tif")
-    assert "train/ant/0.tif has floats from 0 to 1, " in (line := refused(tmp_path)) and "train/bee/1.tif" in line
+    assert (
+        "train/ant/0.tif has floats from 0 to 1, " in (line := refused(tmp_path))
+        and "train/bee/1.tif" in line
+    )
 
 
 def test_an_image_that_would_become_constant_is_refused(tmp_path):
-    dim = lambda n: pixels(n).astype(np.uint16) * 257 if n != 11 else pixels(n).astype(np.uint16) // 4
+    dim = lambda n: (
+        pixels(n).astype(np.uint16) * 257 if n != 11 else pixels(n).astype(np.uint16) // 4
+    )
     write(tmp_path, lambda path, n: Image.fromarray(dim(n)).save(path))
-    assert "train/bee/1.png has values from " in (line := refused(tmp_path)) and "which are one in the 256 steps" in line
+    assert (
+        "train/bee/1.png has values from " in (line := refused(tmp_path))
+        and "which are one in the 256 steps" in line
+    )
 
 
 def test_a_constant_image_stays_what_it_is(tmp_path):
-    write(tmp_path, lambda path, n: Image.fromarray(np.full((6, 5), 257 * (n + 9), np.uint16)).save(path))
+    write(
+        tmp_path,
+        lambda path, n: Image.fromarray(np.full((6, 5), 257 * (n + 9), np.uint16)).save(path),
+    )
     assert read(tmp_path).train.x[:, 0, 0, 0].tolist() == [9, 10, 19, 20]
     write(tmp_path, lambda path, n: Image.new("RGBA", (5, 6), (n, 2, 3, 255)).save(path))
     assert read(tmp_path).train.x[:, 0, 0, 0].tolist() == [0, 1, 10, 11]
@@ -176,7 +226,9 @@ def test_a_constant_image_stays_what_it_is(tmp_path):
 def test_what_only_transparency_shows_is_refused(tmp_path):
     shape = lambda n: np.dstack([np.zeros((6, 5, 3), np.uint8), pixels(n)])
     write(tmp_path, lambda path, n: Image.fromarray(shape(n), "RGBA").save(path))
-    assert "train/ant/0.png shows something as RGBA, of which RGB has one colour" in refused(tmp_path)
+    assert "train/ant/0.png shows something as RGBA, of which RGB has one colour" in refused(
+        tmp_path
+    )
     write(tmp_path, lambda path, n: Image.fromarray(shape(n)[:, :, 2:], "LA").save(path))
     assert "train/ant/0.png shows something as LA" in refused(tmp_path)
 
@@ -213,9 +265,15 @@ def test_orientation_of_16_bits_and_of_a_jpeg_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     stored = lambda n: np.rot90(pixels(n)).astype(np.uint16) * 257
-    write(tmp_path, lambda path, n: Image.fromarray(np.ascontiguousarray(stored(n))).save(path, exif=exif))
+    write(
+        tmp_path,
+        lambda path, n: Image.fromarray(np.ascontiguousarray(stored(n))).save(path, exif=exif),
+    )
     assert np.array_equal(read(tmp_path).train.x[1], grey(1))
-    write(tmp_path, lambda path, n: Image.fromarray(pixels(n, 5, 6)).save(path, format="JPEG", exif=exif))
+    write(
+        tmp_path,
+        lambda path, n: Image.fromarray(pixels(n, 5, 6)).save(path, format="JPEG", exif=exif),
+    )
     assert read(tmp_path).train.x.shape == (4, 3, 6, 5)
 
 
@@ -234,11 +292,19 @@ def test_damaged_notes_beside_whole_pixels_do_no_harm(tmp_path, recwarn, ending,
     assert read(tmp_path).train.x.shape == (4, 3, 6, 5) and not recwarn.list
 
 
-@pytest.mark.parametrize("ending, kind", [("png", "GIF"), ("webp", "WEBP"), ("tif", "TIFF"), ("png", "PNG")])
+@pytest.mark.parametrize(
+    "ending, kind", [("png", "GIF"), ("webp", "WEBP"), ("tif", "TIFF"), ("png", "PNG")]
+)
 def test_of_several_images_in_a_file_the_first_is_read_and_that_is_said(tmp_path, ending, kind):
     def save(path, number):
         first, more = (Image.fromarray(pixels(n)) for n in (number, 7))
-        first.save(path, kind, save_all=True, append_images=[more], **({"lossless": True} if kind == "WEBP" else {}))
+        first.save(
+            path,
+            kind,
+            save_all=True,
+            append_images=[more],
+            **({"lossless": True} if kind == "WEBP" else {}),
+        )
 
     write(tmp_path, save, ending)
     found = read(tmp_path)
@@ -323,7 +389,9 @@ def test_a_class_without_images_is_refused(tmp_path, side):
     for name in ("train", "test"):
         (tmp_path / name / "cow").mkdir()
         (tmp_path / name / "cow" / "0.gif").touch()
-    Image.fromarray(pixels(1)).save(tmp_path / ("test" if side == "train" else "train") / "cow" / "0.png")
+    Image.fromarray(pixels(1)).save(
+        tmp_path / ("test" if side == "train" else "train") / "cow" / "0.png"
+    )
     assert f"{side}/cow holds no image; each folder in " in refused(tmp_path)
 
 
@@ -334,20 +402,34 @@ def test_a_folder_without_classes_is_refused(tmp_path):
     assert "train holds no folder of a class; expected are " in refused(tmp_path)
 
 
-@pytest.mark.parametrize("pair", [("Cat", "cat"), ("01", "1"), ("cat", "cat "), ("e\u0301", "\u00e9"), ("a_b", "a b")])
+@pytest.mark.parametrize(
+    "pair", [("Cat", "cat"), ("01", "1"), ("cat", "cat "), ("e\u0301", "\u00e9"), ("a_b", "a b")]
+)
 def test_classes_that_look_alike_are_told(tmp_path, pair):
     write(tmp_path, lambda path, n: Image.fromarray(pixels(n)).save(path), classes=pair)
     found = read(tmp_path)
     assert found.classes == 2
     names = " and ".join(map(repr, sorted(pair)))
-    assert found.hints == (f"data.root = {tmp_path}: {names} are different classes; write them alike where they are one",)
+    assert found.hints == (
+        f"data.root = {tmp_path}: {names} are different classes; write them alike where they are "
+        "one",
+    )
 
 
 def test_partition_and_run_name_the_classes_and_say_what_is_odd(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "mine", lambda path, n: Image.fromarray(pixels(n, 8, 8)).save(path), classes=("Cat", "cat"), each=8)
+    write(
+        tmp_path / "mine",
+        lambda path, n: Image.fromarray(pixels(n, 8, 8)).save(path),
+        classes=("Cat", "cat"),
+        each=8,
+    )
     (tmp_path / "mine" / "train" / "Cat" / "a.heic").touch()
-    mine = ["data.dataset=folder", "data.root=mine", "data.partition={kind: iid, clients: 2, train: 0, test: 0}"]
+    mine = [
+        "data.dataset=folder",
+        "data.root=mine",
+        "data.partition={kind: iid, clients: 2, train: 0, test: 0}",
+    ]
     assert main(["partition", str(TINY), *mine]) == 0
     told = capsys.readouterr()
     assert told.out.splitlines()[-3] == "classes: 0 Cat, 1 cat"
@@ -377,12 +459,18 @@ def test_hidden_files_are_no_part_of_tiny_imagenet(tmp_path):
     (home / "train" / ".git").mkdir()
     (home / "train" / "n1" / "images" / "._0.png").write_bytes(b"\0")
     found = load(Source("tiny_imagenet", root=str(tmp_path)))
-    assert found.names == ("n1", "n2") and found.train.y.tolist() == [0, 0, 1, 1] and found.test.y.tolist() == [1]
+    assert (
+        found.names == ("n1", "n2")
+        and found.train.y.tolist() == [0, 0, 1, 1]
+        and found.test.y.tolist() == [1]
+    )
 
 
 @pytest.mark.parametrize("line", ["v.png\tn3\n", "v.png\n", "\n"])
 def test_a_line_of_the_annotations_is_named(tmp_path, line):
     home = tiny(tmp_path)
     (home / "val" / "val_annotations.txt").write_text("v.png\tn1\n" + line)
-    with pytest.raises(ValueError, match="val_annotations.txt: line 2: must name an image and a class of train/"):
+    with pytest.raises(
+        ValueError, match="val_annotations.txt: line 2: must name an image and a class of train/"
+    ):
         load(Source("tiny_imagenet", root=str(tmp_path)))

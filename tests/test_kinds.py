@@ -1,4 +1,6 @@
-"""Clients with different networks: the same bits wherever they are, each its own leaves, one line for each mistake."""
+"""Clients with different networks: the same bits wherever they are, each its own leaves, one line
+for each mistake.
+"""
 
 import re
 from collections import Counter
@@ -37,7 +39,15 @@ from fedlora_mpi.algorithms.perfedavg import PerFedAvg
 from fedlora_mpi.algorithms.pfedlora import PFedLoRA
 from fedlora_mpi.algorithms.pfedme import PFedMe
 from fedlora_mpi.cli import main
-from fedlora_mpi.config import ModelBlock, Network, digest, from_dict, read, resolved_dict, resolved_yaml
+from fedlora_mpi.config import (
+    ModelBlock,
+    Network,
+    digest,
+    from_dict,
+    read,
+    resolved_dict,
+    resolved_yaml,
+)
 from fedlora_mpi.core.scheduling import assign
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.engine.flops import Flops
@@ -62,7 +72,15 @@ thorough = pytest.mark.thorough
 
 
 @pytest.mark.parametrize(
-    "how", [(), *(pytest.param((more,), marks=thorough) for more in ("engine.path=loop", "algorithm.adapter=side"))], ids=str
+    "how",
+    [
+        (),
+        *(
+            pytest.param((more,), marks=thorough)
+            for more in ("engine.path=loop", "algorithm.adapter=side")
+        ),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=thorough), 3])
 def test_a_mixed_federation_has_the_same_bits_on_any_number_of_ranks(how, ranks):
@@ -80,7 +98,9 @@ def mixed(trained):
     return trained(*PFEDLORA)
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=thorough), 2, pytest.param(3, marks=thorough)])
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(1, marks=thorough), 2, pytest.param(3, marks=thorough)]
+)
 def test_a_mixed_run_goes_on_from_a_checkpoint_on_another_number_of_ranks(mixed, ranks):
     def go_on(comm):
         parts = build(tiny(*PFEDLORA), str(TINY), comm)
@@ -92,11 +112,15 @@ def test_a_mixed_run_goes_on_from_a_checkpoint_on_another_number_of_ranks(mixed,
     found = on_ranks(ranks, go_on)
     whole = played(*PFEDLORA)[0][-1]
     assert equal(found[0][1].shared, whole.shared)
-    assert equal(in_order([run for run, _ in found], [state.personal for _, state in found]), whole.personal)
+    assert equal(
+        in_order([run for run, _ in found], [state.personal for _, state in found]), whole.personal
+    )
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=thorough), 3])
-def test_a_checkpoint_of_a_mixed_run_has_one_digest_and_one_joined_file_on_any_number_of_ranks(mixed, ranks, tmp_path):
+def test_a_checkpoint_of_a_mixed_run_has_one_digest_and_one_joined_file_on_any_number_of_ranks(
+    mixed, ranks, tmp_path
+):
     (tmp_path / "log.h5").write_bytes((mixed / "log.h5").read_bytes())
 
     def write(comm):
@@ -114,13 +138,17 @@ def joined(folder):
     """{name in personal.h5: bytes}."""
     found = {}
     with h5py.File(folder / "personal.h5", locking=False) as file:
-        keep = lambda name, item: isinstance(item, h5py.Dataset) and found.update({name: item[()].tobytes()})
+        keep = lambda name, item: (
+            isinstance(item, h5py.Dataset) and found.update({name: item[()].tobytes()})
+        )
         file.visititems(lambda name, item: keep(name, item) and None)
     return found
 
 
 @thorough
-def test_under_mpirun_and_after_a_resume_in_one_process_there_are_the_bits_of_one_process(mixed, tmp_path):
+def test_under_mpirun_and_after_a_resume_in_one_process_there_are_the_bits_of_one_process(
+    mixed, tmp_path
+):
     line = command("run", TINY, *PFEDLORA, "rounds=2", "output=run")
     ended = finished([*mpirun(3), *line], tmp_path)
     assert ended.returncode == 0, ended.stderr
@@ -139,7 +167,11 @@ def test_every_worker_has_a_file_for_every_kind_of_network_that_it_hosts(mixed):
         "worker-0000.h5",
     ]
     with h5py.File(folder / "worker-0000-1.h5", locking=False) as file:
-        assert file["client_id"][()].tolist() == [1, 4] and file["personal/9.weight"].shape == (2, 4, 8)
+        assert file["client_id"][()].tolist() == [1, 4] and file["personal/9.weight"].shape == (
+            2,
+            4,
+            8,
+        )
 
 
 def test_the_joined_file_has_a_group_for_every_kind_with_the_clients_of_its_rows(mixed):
@@ -164,8 +196,12 @@ def test_every_client_of_a_mixed_run_has_its_own_network_and_the_accuracy_that_w
     assert run.network_of == KIND_OF
     for client in range(7):
         view, first = run.client(client), built(*PFEDLORA).run.kinds[KIND_OF[client]].first
-        assert {n: v.shape for n, v in view.personal.items()} == {n: v.shape for n, v in first.personal.items()}
-        assert {n: v.shape for n, v in view.weights.items()} == {n: v.shape for n, v in view.network.initial.items()}
+        assert {n: v.shape for n, v in view.personal.items()} == {
+            n: v.shape for n, v in first.personal.items()
+        }
+        assert {n: v.shape for n, v in view.weights.items()} == {
+            n: v.shape for n, v in view.network.initial.items()
+        }
         batch = feed.test([client], 0, feed.test_size(client))
         with torch.no_grad():
             right = view.model(batch.x[0]).argmax(1) == batch.y[0]
@@ -178,20 +214,27 @@ def test_leaves_of_several_kinds_are_read_together_where_all_have_them(mixed):
     assert found.leaf_names() == ["0.weight", "0.bias"]  # three first convolutions of one shape
     assert found.leaf_names([1, 2]) == ["0.weight", "0.bias"]
     rows = found.personal([5, 0, 1])["0.weight"]
-    assert all(np.array_equal(row, open_run(mixed).client(c).personal["0.weight"]) for row, c in zip(rows, (5, 0, 1)))
+    assert all(
+        np.array_equal(row, open_run(mixed).client(c).personal["0.weight"])
+        for row, c in zip(rows, (5, 0, 1))
+    )
     with pytest.raises(ValueError, match=r"holds no client or leaf '4\.weight'"):
         found.personal([0, 1], ["4.weight"])
 
 
 @pytest.mark.parametrize("more", [(), ("algorithm=fedavg",), ("algorithm=local",)], ids=str)
-def test_the_digest_of_a_run_with_one_network_is_that_of_its_leaves_by_name_over_all_clients(more, trained):
+def test_the_digest_of_a_run_with_one_network_is_that_of_its_leaves_by_name_over_all_clients(
+    more, trained
+):
     run = trained(*more)
     folder, hashes = folder_of(run, 4), {"shared": sha256(), "personal": sha256()}
     for name, file in (("shared", "server.h5"), ("personal", "personal.h5")):
         with h5py.File(folder / file, locking=False) as opened:
             for leaf, dataset in sorted(opened[name].items()):
                 value = dataset[()]
-                hashes[name].update(f"{leaf}\0{value.dtype.str}\0{value.shape}\0".encode() + value.tobytes())
+                hashes[name].update(
+                    f"{leaf}\0{value.dtype.str}\0{value.shape}\0".encode() + value.tobytes()
+                )
     assert open_run(run).digest() == {name: h.hexdigest() for name, h in hashes.items()}
     assert outcome(run)["round"] == 4
 
@@ -204,7 +247,10 @@ def refusal(tmp_path):
     """The one line about tiny.yaml with another model block and these overrides."""
 
     def of(block: str, *overrides: str) -> str:
-        lines = [f"model: {block}" if line.startswith("model:") else line for line in TINY.read_text().splitlines()]
+        lines = [
+            f"model: {block}" if line.startswith("model:") else line
+            for line in TINY.read_text().splitlines()
+        ]
         (tmp_path / "x.yaml").write_text("\n".join(lines))
         with pytest.raises(ValueError) as error:
             read(tmp_path / "x.yaml", overrides)
@@ -222,22 +268,38 @@ TWO = "[cnn, user_parts:wide]"
     "block, said",
     [
         ("{mix: []}", "/x.yaml: model.mix = []: must name at least one network"),
-        ("{mix: cnn}", "/x.yaml: model.mix = cnn: must be a list of networks, each a name or a block with a name"),
+        (
+            "{mix: cnn}",
+            "/x.yaml: model.mix = cnn: must be a list of networks, each a name or a block with a "
+            "name",
+        ),
         (
             f"{{mix: {TWO}, clients: [3, 5]}}",
-            "/x.yaml: model.clients = [3, 5]: is for 8 clients, data.partition.clients is 7; make the two agree",
+            "/x.yaml: model.clients = [3, 5]: is for 8 clients, data.partition.clients is 7; make "
+            "the two agree",
         ),
         (
             f"{{mix: {TWO}, each: [0, 1, 0]}}",
-            "/x.yaml: model.each = [0, 1, 0]: is for 3 clients, data.partition.clients is 7; make the two agree",
+            "/x.yaml: model.each = [0, 1, 0]: is for 3 clients, data.partition.clients is 7; make "
+            "the two agree",
         ),
         (
             f"{{mix: {TWO}, each: []}}",
-            "/x.yaml: model.each = []: is for 0 clients, data.partition.clients is 7; make the two agree",
+            "/x.yaml: model.each = []: is for 0 clients, data.partition.clients is 7; make the "
+            "two agree",
         ),
-        (f"{{mix: {TWO}, clients: [7]}}", "/x.yaml: model.clients = [7]: must be 2 integers of at least 1"),
-        (f"{{mix: {TWO}, clients: [7, 0]}}", "/x.yaml: model.clients = [7, 0]: must be 2 integers of at least 1"),
-        (f"{{mix: {TWO}, clients: 7}}", "/x.yaml: model.clients = 7: must be a list, each item an integer or null"),
+        (
+            f"{{mix: {TWO}, clients: [7]}}",
+            "/x.yaml: model.clients = [7]: must be 2 integers of at least 1",
+        ),
+        (
+            f"{{mix: {TWO}, clients: [7, 0]}}",
+            "/x.yaml: model.clients = [7, 0]: must be 2 integers of at least 1",
+        ),
+        (
+            f"{{mix: {TWO}, clients: 7}}",
+            "/x.yaml: model.clients = 7: must be a list, each item an integer or null",
+        ),
         (
             f"{{mix: {TWO}, each: [0, 1, 2, 0, 1, 0, 1]}}",
             "/x.yaml: model.each = [0, 1, 2, 0, 1, 0, 1]: each item must be from 0 to 1",
@@ -253,11 +315,23 @@ TWO = "[cnn, user_parts:wide]"
         ("{mix: [cnn, cnn6]}", "/x.yaml: model.mix[1] = cnn6: must be resnet8,"),
         ("{mix: [cnn, {name: cnn6}]}", "/x.yaml: model.mix[1].name = cnn6: must be resnet8,"),
         ("{mix: [cnn, {width: 3}]}", "/x.yaml: model.mix[1].name: must be given: resnet8,"),
-        ("{mix: [cnn, {name: cnn, widht: 3}]}", "/x.yaml: model.mix[1].widht = 3: cnn has no such field; it has width"),
+        (
+            "{mix: [cnn, {name: cnn, widht: 3}]}",
+            "/x.yaml: model.mix[1].widht = 3: cnn has no such field; it has width",
+        ),
         ("{mix: [cnn, 3]}", "/x.yaml: model.mix[1] = 3: must be resnet8,"),
-        ("{mix: [cnn], name: cnn}", "/x.yaml: model.name = cnn: a mix of networks has no such field; it has mix,"),
-        ("{mix: [cnn], width: 3}", "/x.yaml: model.width = 3: a mix of networks has no such field; it has mix,"),
-        ("{name: cnn, clients: [7]}", "/x.yaml: model.clients = [7]: cnn has no such field; it has width, hidden"),
+        (
+            "{mix: [cnn], name: cnn}",
+            "/x.yaml: model.name = cnn: a mix of networks has no such field; it has mix,",
+        ),
+        (
+            "{mix: [cnn], width: 3}",
+            "/x.yaml: model.width = 3: a mix of networks has no such field; it has mix,",
+        ),
+        (
+            "{name: cnn, clients: [7]}",
+            "/x.yaml: model.clients = [7]: cnn has no such field; it has width, hidden",
+        ),
     ],
 )
 def test_a_mistake_in_a_mix_is_one_line_with_file_key_value_and_way_out(refusal, block, said):
@@ -265,12 +339,18 @@ def test_a_mistake_in_a_mix_is_one_line_with_file_key_value_and_way_out(refusal,
 
 
 def test_a_mistake_on_the_command_line_is_said_to_be_there(refusal):
-    assert refusal(f"{{mix: {TWO}}}", "model.clients=[1, 1]").startswith("command line: model.clients = [1, 1]: is for 2")
-    assert refusal("cnn", "model={mix: [cnn, cnm]}").startswith("command line: model.mix[1] = cnm: must be")
+    assert refusal(f"{{mix: {TWO}}}", "model.clients=[1, 1]").startswith(
+        "command line: model.clients = [1, 1]: is for 2"
+    )
+    assert refusal("cnn", "model={mix: [cnn, cnm]}").startswith(
+        "command line: model.mix[1] = cnm: must be"
+    )
 
 
 def test_a_network_on_the_command_line_replaces_a_mix_and_a_mix_a_network(tmp_path):
-    text = TINY.read_text().replace("{name: cnn, width: 4, hidden: 8}", f"{{mix: {TWO}, clients: [3, 4]}}")
+    text = TINY.read_text().replace(
+        "{name: cnn, width: 4, hidden: 8}", f"{{mix: {TWO}, clients: [3, 4]}}"
+    )
     (tmp_path / "x.yaml").write_text(text)
     model = lambda *overrides: read(tmp_path / "x.yaml", overrides).model
     one = ModelBlock((Network("cnn", {"width": 16, "hidden": 64}),))
@@ -282,7 +362,15 @@ def test_a_network_on_the_command_line_replaces_a_mix_and_a_mix_a_network(tmp_pa
     mix = f"model={{mix: {TWO}}}"
     assert tiny(mix).model.of_clients(5) == (0, 1, 0, 1, 0) and len(tiny(mix).model.mix) == 2
     assert tiny(f"model.mix={TWO}") == tiny(mix)
-    assert tiny(f"model.mix={TWO}", "model.each=[1, 1, 0, 0, 0, 0, 0]").model.of_clients(7) == (1, 1, 0, 0, 0, 0, 0)
+    assert tiny(f"model.mix={TWO}", "model.each=[1, 1, 0, 0, 0, 0, 0]").model.of_clients(7) == (
+        1,
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -310,30 +398,49 @@ def test_a_mix_that_is_written_out_reads_equal(model, tmp_path):
 @pytest.mark.parametrize(
     "algorithm, said",
     [
-        ("fedavg", "name = fedavg: shares 0.weight, which networks cnn and user_parts:wide have in different shapes "
-                   "([3, 1, 3, 3] and [4, 1, 3, 3]); for a mix"),
-        ("fedamp", "name = fedamp: mixes cloud.0.weight, which networks cnn and user_parts:wide have in different shapes"),
-        ("pfedlora", "name = pfedlora: shares adapter.A, which networks cnn and user_parts:wide have in different "
-                     "shapes ([8, 5] and [8, 8])"),
+        ("fedavg", 
+            "name = fedavg: shares 0.weight, which networks cnn and user_parts:wide have in "
+            "different shapes ([3, 1, 3, 3] and [4, 1, 3, 3]); for a mix"),
+        ("fedamp", 
+            "name = fedamp: mixes cloud.0.weight, which networks cnn and user_parts:wide have in "
+            "different shapes"),
+        ("pfedlora", 
+            "name = pfedlora: shares adapter.A, which networks cnn and user_parts:wide have in "
+            "different shapes ([8, 5] and [8, 8])"),
     ],
 )  # fmt: skip
-def test_what_networks_do_not_have_in_common_cannot_be_shared_or_mixed(algorithm, said, tmp_path, capsys):
+def test_what_networks_do_not_have_in_common_cannot_be_shared_or_mixed(
+    algorithm, said, tmp_path, capsys
+):
     mix = "model={mix: [{name: cnn, width: 3, hidden: 5}, user_parts:wide]}"
-    assert main(["run", str(TINY), f"algorithm={algorithm}", mix, f"output={tmp_path / 'run'}"]) == 2
+    assert (
+        main(["run", str(TINY), f"algorithm={algorithm}", mix, f"output={tmp_path / 'run'}"]) == 2
+    )
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1) and not (tmp_path / "run").exists()
     assert f"{TINY}: algorithm." in err and said in err
 
 
 def test_networks_that_differ_in_names_alone_are_named(capsys):
-    assert main(["plan", str(TINY), "algorithm=fedavg", f"model={{mix: [{CNN}, user_parts:with_norm]}}"]) == 2
-    assert "shares 0.weight, which networks cnn and user_parts:with_norm have in different shapes ([4, 1, 3, 3] and none)" in (
-        capsys.readouterr().err
+    assert (
+        main(
+            ["plan", str(TINY), "algorithm=fedavg", f"model={{mix: [{CNN}, user_parts:with_norm]}}"]
+        )
+        == 2
+    )
+    assert (
+        "shares 0.weight, which networks cnn and user_parts:with_norm have in different shapes "
+        "([4, 1, 3, 3] and none)" in (capsys.readouterr().err)
     )
 
 
 @pytest.mark.parametrize(
-    "algorithm", ["fedlora", "fedamp", *(pytest.param(name, marks=thorough) for name in ("fedavg", "pfedlora", "local"))]
+    "algorithm",
+    [
+        "fedlora",
+        "fedamp",
+        *(pytest.param(name, marks=thorough) for name in ("fedavg", "pfedlora", "local")),
+    ],
 )
 def test_equal_networks_in_a_mix_are_one_network(algorithm):
     how = f"algorithm={algorithm}", "engine.path=loop"
@@ -343,8 +450,11 @@ def test_equal_networks_in_a_mix_are_one_network(algorithm):
         for name, rows in a.personal.items():
             assert torch.equal(rows[0::2], b.personal[f"kind-0/{name}"])
             assert torch.equal(rows[1::2], b.personal[f"kind-1/{name}"])
-        assert {n: v for n, v in a.row.items() if n[:7] not in ("seconds", "bytes_m", "nan_cli")} == pytest.approx(
-            {n: v for n, v in b.row.items() if n[:7] not in ("seconds", "bytes_m", "nan_cli")}, nan_ok=True
+        assert {
+            n: v for n, v in a.row.items() if n[:7] not in ("seconds", "bytes_m", "nan_cli")
+        } == pytest.approx(
+            {n: v for n, v in b.row.items() if n[:7] not in ("seconds", "bytes_m", "nan_cli")},
+            nan_ok=True,
         )
         assert all(np.array_equal(a.clients[n], b.clients[n], equal_nan=True) for n in a.clients)
 
@@ -408,14 +518,19 @@ METHODS = [
 NAMES = [f"{method.__class__.__name__}-{number}" for number, method in enumerate(METHODS)]
 
 
-@pytest.mark.parametrize("network, sizes", [("cnn", (11, 2)), pytest.param("bn_net", small.SIZES, marks=thorough)])
+@pytest.mark.parametrize(
+    "network, sizes", [("cnn", (11, 2)), pytest.param("bn_net", small.SIZES, marks=thorough)]
+)
 @pytest.mark.parametrize("algorithm", METHODS, ids=NAMES)
 def test_flops_are_those_that_happen(algorithm, network, sizes):
     made = small.trainer(algorithm, network)
     flops = Flops(made, small.first(made))
-    for client, size in ((c, s) for c, s in enumerate(small.SIZES) if s in sizes):  # in batches of 5
+    # in batches of 5
+    for client, size in ((c, s) for c, s in enumerate(small.SIZES) if s in sizes):
         for round_ in (0, 1):
-            assert flops.of_round(size, round_) == counted(made, client, round_), f"{size} samples, round {round_}"
+            assert flops.of_round(size, round_) == counted(made, client, round_), (
+                f"{size} samples, round {round_}"
+            )
 
 
 def test_every_count_of_flops_is_a_sign_of_life():
@@ -433,14 +548,19 @@ class Changes(FedAvg):
 
     def phases(self, model, train, round_):
         loss = self.loss(model)
-        return (Phase(train.epochs, (Step(loss, lambda n: round_ > 0 or model.role(n) == "head"),)),)
+        return (
+            Phase(train.epochs, (Step(loss, lambda n: round_ > 0 or model.role(n) == "head"),)),
+        )
 
 
 def test_flops_of_a_phase_that_changes_with_the_round():
     made = small.trainer(Changes())
     flops = Flops(made, small.first(made))
     found = [flops.of_round(7, round_) for round_ in (0, 1, 2, 0)]
-    assert found == [counted(made, 1, round_) for round_ in (0, 1, 2, 0)] and found[0] < found[1] == found[2]
+    assert (
+        found == [counted(made, 1, round_) for round_ in (0, 1, 2, 0)]
+        and found[0] < found[1] == found[2]
+    )
 
 
 def test_a_row_has_the_flops_of_the_cohort_whatever_the_ranks():
@@ -448,14 +568,19 @@ def test_a_row_has_the_flops_of_the_cohort_whatever_the_ranks():
     for round_, row in enumerate(rows):
         each = [run.flops[KIND_OF[c]].of_round(run.sizes[c], round_) for c in run.chosen(round_)]
         assert row["flops"] == sum(each) > 0
-    assert [m.row["flops"] for m in played(*PFEDLORA, ranks=3)[2][1:]] == [row["flops"] for row in rows]
+    assert [m.row["flops"] for m in played(*PFEDLORA, ranks=3)[2][1:]] == [
+        row["flops"] for row in rows
+    ]
 
 
 def test_the_flops_of_a_run_are_in_its_log(mixed):
-    assert RunFiles(mixed).rounds()["flops"].tolist() == [m.row["flops"] for m in played(*PFEDLORA)[0][1:]]
+    assert RunFiles(mixed).rounds()["flops"].tolist() == [
+        m.row["flops"] for m in played(*PFEDLORA)[0][1:]
+    ]
 
 
-TABLE = {  # Yi et al.: parameters for 10 and for 100 classes, million multiply-adds of a forward pass
+# Yi et al.: parameters for 10 and for 100 classes, million multiply-adds of a forward pass
+TABLE = {
     "cnn1": (2_621_558, 2_666_648, 4.826),
     "cnn2": (1_815_142, 1_860_232, 3.386),
     "cnn3": (1_320_558, 1_365_648, 3.526),
@@ -477,7 +602,9 @@ def test_the_five_networks_have_the_published_sizes(name):
 
 
 def test_the_five_networks_say_which_images_are_too_small():
-    with pytest.raises(ValueError, match="name = cnn1: cannot be built: .* at least 16 x 16 pixels"):
+    with pytest.raises(
+        ValueError, match="name = cnn1: cannot be built: .* at least 16 x 16 pixels"
+    ):
         zoo.build("cnn1", {}, 10, (1, 8, 8), 1)
     assert zoo.build("cnn5", {}, 10, (1, 16, 17), 1).shape == (1, 16, 17)
 
@@ -486,7 +613,9 @@ def test_plan_has_a_line_for_every_network(capsys):
     assert main(["plan", str(TINY), *PFEDLORA, "train.epochs=1", "--ranks", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     models = [line for line in lines if line.startswith("  model ")]
-    assert [re.sub(r", [\d.]+ MFLOP forward per sample", "", line.split(None, 1)[1]) for line in models] == [
+    assert [
+        re.sub(r", [\d.]+ MFLOP forward per sample", "", line.split(None, 1)[1]) for line in models
+    ] == [
         "user_parts:wide: 960 parameters, 0 running statistics; 3 clients",
         "cnn: 636 parameters, 0 running statistics; 2 clients",
         "user_parts:normed: 604 parameters, 8 running statistics; 2 clients",

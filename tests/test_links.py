@@ -1,6 +1,8 @@
-"""A link, or whatever else is no file of ours, in the place of any path that a command writes: what it leads to stays.
+"""A link, or whatever else is no file of ours, in the place of any path that a command writes: what
+it leads to stays.
 
-The paths are those of a finished run, and those that each command makes; none is listed here by hand.
+The paths are those of a finished run, and those that each command makes; none is listed here by
+hand.
 """
 
 import os
@@ -34,7 +36,9 @@ def good(tmp_path_factory):
 
 @pytest.fixture
 def told(tmp_path, monkeypatch, capsys):
-    """A command in ``tmp_path`` that neither hangs nor ends in a traceback: its code, and what it says in its one line."""
+    """A command in ``tmp_path`` that neither hangs nor ends in a traceback: its code, and what it
+    says in its one line.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*os.sys.path])
 
@@ -58,7 +62,9 @@ def told(tmp_path, monkeypatch, capsys):
 def content(folder: Path) -> dict:
     """{path: bytes, or where a link leads} of all below a folder."""
     return {
-        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+        str(path.relative_to(folder)): os.readlink(path)
+        if path.is_symlink()
+        else path.is_file() and path.read_bytes()
         for path in sorted(folder.rglob("*"))
     }
 
@@ -66,12 +72,18 @@ def content(folder: Path) -> dict:
 def paths_of(folder: Path) -> list[Path]:
     """All that is in a folder, relative to it, and the temporary names of files that are renamed."""
     found = sorted(path.relative_to(folder) for path in folder.rglob("*"))
-    renamed = [path for path in found if (folder / path).is_file() and not path.name.startswith((".", "events"))]
+    renamed = [
+        path
+        for path in found
+        if (folder / path).is_file() and not path.name.startswith((".", "events"))
+    ]
     return found + [path.with_name(f".{path.name}.tmp") for path in renamed]
 
 
 def lead_away(path: Path, outside: Path) -> None:
-    """Move what is at ``path`` away, with something precious beside it, and leave a link in its place."""
+    """Move what is at ``path`` away, with something precious beside it, and leave a link in its
+    place.
+    """
     outside.mkdir()
     goal = outside / path.name
     if path.exists():
@@ -98,11 +110,14 @@ READS = {
 }
 
 
-some_or_all = pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.thorough)])  # of the paths, one in so many
+# of the paths, one in so many
+some_or_all = pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.thorough)])
 
 
 @some_or_all
-def test_a_link_in_the_place_of_any_path_of_a_run_is_refused_and_what_it_leads_to_stays(good, tmp_path, told, every):
+def test_a_link_in_the_place_of_any_path_of_a_run_is_refused_and_what_it_leads_to_stays(
+    good, tmp_path, told, every
+):
     paths = paths_of(good)[::every]
     for number, path in enumerate(paths + [Path("log.h5"), Path("checkpoints")] * (every > 1)):
         home = tmp_path / str(number)
@@ -112,9 +127,16 @@ def test_a_link_in_the_place_of_any_path_of_a_run_is_refused_and_what_it_leads_t
         before = content(home)
         for name, command in WRITES.items():
             code, line = told(*command)
-            assert code == 2 and f"run/{path} is a link" in line and "move it away" in line, (name, path, line)
+            assert code == 2 and f"run/{path} is a link" in line and "move it away" in line, (
+                name,
+                path,
+                line,
+            )
             assert content(home) == before, (name, path)
-        needed = {"log.h5": {"report", "watch", "digest", "export"}, "checkpoints": {"digest", "export"}}
+        needed = {
+            "log.h5": {"report", "watch", "digest", "export"},
+            "checkpoints": {"digest", "export"},
+        }
         for name in needed.get(str(path), ()):
             code, line = told(*READS[name])
             assert code == 2 and f"run/{path} is a link" in line, (name, path, line)
@@ -157,16 +179,23 @@ def strange(path: Path, kind: str):
 
 
 @some_or_all
-def test_what_is_no_file_in_the_place_of_one_is_refused_without_waiting(good, tmp_path, told, every):
+def test_what_is_no_file_in_the_place_of_one_is_refused_without_waiting(
+    good, tmp_path, told, every
+):
     files = [path for path in paths_of(good) if not (good / path).is_dir()][::every]
-    for number, (path, kind) in enumerate(zip(files, cycle(["a FIFO", "a folder", "a socket", "a FIFO"]))):
+    for number, (path, kind) in enumerate(
+        zip(files, cycle(["a FIFO", "a folder", "a socket", "a FIFO"]))
+    ):
         home = tmp_path / str(number)
         shutil.copytree(good, home / "run")
         (home / "run" / path).unlink(missing_ok=True)
         os.chdir(home)
         with strange(home / "run" / path, kind):
             code, line = told(*WRITES["resume"])
-            assert code == 2 and (f"run/{path} is {kind}" in line or "not a run folder" in line), (path, line)
+            assert code == 2 and (f"run/{path} is {kind}" in line or "not a run folder" in line), (
+                path,
+                line,
+            )
             code, line = told(*READS["digest" if "checkpoints" in path.parts else "report"])
             assert code in (0, 2), path
         os.chdir(tmp_path)
@@ -188,8 +217,12 @@ OUTPUTS = {  # what they make is called out
 TELLING = ("run", "export .pt", "partition --to")  # a folder with a draft, a file, a plain folder
 
 
-@pytest.mark.parametrize("name", [n if n in TELLING else pytest.param(n, marks=pytest.mark.thorough) for n in OUTPUTS])
-def test_a_link_in_the_place_of_any_path_that_a_command_makes_is_refused(good, tmp_path, told, name):
+@pytest.mark.parametrize(
+    "name", [n if n in TELLING else pytest.param(n, marks=pytest.mark.thorough) for n in OUTPUTS]
+)
+def test_a_link_in_the_place_of_any_path_that_a_command_makes_is_refused(
+    good, tmp_path, told, name
+):
     whole = tmp_path / "whole"
     whole.mkdir()
     os.chdir(whole)
@@ -197,8 +230,14 @@ def test_a_link_in_the_place_of_any_path_that_a_command_makes_is_refused(good, t
     assert told(*OUTPUTS[name])[0] == 0
     os.unlink("run")
     made = paths_of(whole)
-    drafts = [path.with_name(f".{path.name}.new") for path in made if not path.parent.name and name == "run"]
-    kept = [path for path in made if (whole / path).is_dir() or len(path.parts) == 1 or "report" in name]
+    drafts = [
+        path.with_name(f".{path.name}.new")
+        for path in made
+        if not path.parent.name and name == "run"
+    ]
+    kept = [
+        path for path in made if (whole / path).is_dir() or len(path.parts) == 1 or "report" in name
+    ]
     kept = kept if name != "run" else kept[:1]
     for number, path in enumerate([*drafts, *kept]):
         home = tmp_path / str(number)
@@ -213,7 +252,9 @@ def test_a_link_in_the_place_of_any_path_that_a_command_makes_is_refused(good, t
         else:
             shutil.copytree(whole / path.parent, home / "outside")
             (home / "outside/precious.txt").write_text("years of work")
-            (home / path).symlink_to(home / "outside" if (whole / path).is_dir() else home / "outside/precious.txt")
+            (home / path).symlink_to(
+                home / "outside" if (whole / path).is_dir() else home / "outside/precious.txt"
+            )
         before = content(home)
         os.chdir(home)
         os.symlink(good, "run")
@@ -228,7 +269,9 @@ def test_a_link_in_the_place_of_any_path_that_a_command_makes_is_refused(good, t
 def test_a_link_that_leads_nowhere_is_no_free_name(good, tmp_path, told):
     for name, command in OUTPUTS.items():
         os.symlink(good, "run")
-        Path(command[-1] if name not in ("run", "report -o", "partition --to") else "out").symlink_to(tmp_path / "gone")
+        Path(
+            command[-1] if name not in ("run", "report -o", "partition --to") else "out"
+        ).symlink_to(tmp_path / "gone")
         assert told(*command)[0] == 2 and not (tmp_path / "gone").exists(), name
         for link in tmp_path.iterdir():
             link.unlink()
@@ -249,8 +292,13 @@ def test_folders_that_the_user_named_may_be_links(good, tmp_path, told):
     shutil.copytree(good, tmp_path / "far/there")
     (tmp_path / "runs").symlink_to(tmp_path / "far")
     (tmp_path / "mine").symlink_to(tmp_path / "far/there")
-    assert told("resume", "runs/there", "rounds=3") == (0, "") and told("resume", "mine", "rounds=4") == (0, "")
-    assert told("run", CONFIG, "output=runs/new") == (0, "") and (tmp_path / "far/new/log.h5").is_file()
+    assert told("resume", "runs/there", "rounds=3") == (0, "") and told(
+        "resume", "mine", "rounds=4"
+    ) == (0, "")
+    assert (
+        told("run", CONFIG, "output=runs/new") == (0, "")
+        and (tmp_path / "far/new/log.h5").is_file()
+    )
 
 
 def test_files_of_the_users_own_in_a_run_folder_stay(good, tmp_path, told):
@@ -262,7 +310,11 @@ def test_files_of_the_users_own_in_a_run_folder_stay(good, tmp_path, told):
     (run / "checkpoints/000000").mkdir()
     (run / "checkpoints/000000/precious.txt").write_text("years of work")
     assert told("resume", "run", "rounds=4", "checkpoint.keep=1") == (0, "")
-    assert (run / "notes").read_text() == (run / "checkpoints/000000/precious.txt").read_text() == "years of work"
+    assert (
+        (run / "notes").read_text()
+        == (run / "checkpoints/000000/precious.txt").read_text()
+        == "years of work"
+    )
     assert [path.name for path in (run / "checkpoints/000001").iterdir()] == ["notes.txt"]
     assert checkpoint.committed(run) == [4]
 
@@ -286,7 +338,10 @@ def test_a_handle_is_never_of_what_a_link_leads_to(tmp_path):
     (tmp_path / "in/folder").symlink_to(tmp_path / "out")
     (tmp_path / "in/file").symlink_to(tmp_path / "out/file")
     for make in (False, True):
-        with pytest.raises(nolinks.Misplaced), nolinks.opened_folder(tmp_path / "in/folder/x", tmp_path / "in", make):
+        with (
+            pytest.raises(nolinks.Misplaced),
+            nolinks.opened_folder(tmp_path / "in/folder/x", tmp_path / "in", make),
+        ):
             pass
     for flags in (os.O_RDONLY, os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_TRUNC):
         with pytest.raises(nolinks.Misplaced):
@@ -295,4 +350,6 @@ def test_a_handle_is_never_of_what_a_link_leads_to(tmp_path):
         nolinks.remove(tmp_path / "in/file")
     with pytest.raises(StoreError, match="is a link"):
         checkpoint.copy_log(tmp_path / "in/checkpoints/000001", tmp_path / "in/file")
-    assert (tmp_path / "out/file").read_text() == "years of work" and len(list((tmp_path / "out").iterdir())) == 1
+    assert (tmp_path / "out/file").read_text() == "years of work" and len(
+        list((tmp_path / "out").iterdir())
+    ) == 1

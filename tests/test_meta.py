@@ -1,4 +1,6 @@
-"""APFL, pFedMe and Per-FedAvg: a client's own model by mixture, by proximal point, by one more step."""
+"""APFL, pFedMe and Per-FedAvg: a client's own model by mixture, by proximal point, by one more
+step.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -109,7 +111,8 @@ def test_the_gradients_of_alpha_and_v_are_those_of_the_paper():
     v = small.first(made)
     alpha = {".mix.alpha": torch.tensor(0.3).double()}
     now = Vars(
-        doubles(v.shared, 1), doubles({n: w for n, w in v.personal.items() if n not in alpha}, 2) | alpha
+        doubles(v.shared, 1),
+        doubles({n: w for n, w in v.personal.items() if n not in alpha}, 2) | alpha,
     )
     own, data = owned(now.personal), batch(made)
     vbar = {
@@ -122,14 +125,18 @@ def test_the_gradients_of_alpha_and_v_are_those_of_the_paper():
         leaves = {n: w for n, w in now.personal.items() if step.trains(n)}
         for leaf in leaves.values():
             leaf.requires_grad_()
-        found = dict(zip(leaves, torch.autograd.grad(step.loss(now, now, data), list(leaves.values()))))
+        found = dict(
+            zip(leaves, torch.autograd.grad(step.loss(now, now, data), list(leaves.values())))
+        )
         for leaf in leaves.values():
             leaf.requires_grad_(False)
         if ".mix.alpha" in found:
             expected = sum(((own[n] - now.shared[n]) * g[n]).sum() for n in g)
             assert list(found) == [".mix.alpha"] and abs(found[".mix.alpha"] - expected) < 1e-12
         else:
-            assert gap(owned(found), {n: now.personal[".mix.alpha"] * w for n, w in g.items()}) < 1e-12
+            assert (
+                gap(owned(found), {n: now.personal[".mix.alpha"] * w for n, w in g.items()}) < 1e-12
+            )
 
 
 @STACK_FIRST
@@ -140,7 +147,11 @@ def test_alpha_moves_once_a_round_on_one_batch_of_its_own(stacked, decay):
     for done in made.train(CLIENTS, shared, rows, 0):
         own = owned({n: v[done.client] for n, v in rows.items()})
         data = batch(
-            made, done.client, "alpha 0", width=min(5, small.SIZES[done.client]), dtype=torch.float32
+            made,
+            done.client,
+            "alpha 0",
+            width=min(5, small.SIZES[done.client]),
+            dtype=torch.float32,
         )
         g = slope(made, {n: 0.5 * own[n] + 0.5 * shared[n] for n in own}, data)
         along = float(sum(((own[n] - shared[n]) * g[n]).sum() for n in g)) + decay * 0.5
@@ -173,9 +184,13 @@ def test_alpha_goes_to_the_better_model_and_stays_between_zero_and_one(stacked):
 @STACK_FIRST
 def test_the_step_on_alpha_moves_no_statistics(stacked):
     """In round 1 v_i = w, so alpha_i has no gradient, and all else must be as without the step."""
-    one, other = (ended(APFL(adaptive=a), "bn_net", 1, stacked=stacked).personal for a in (True, False))
+    one, other = (
+        ended(APFL(adaptive=a), "bn_net", 1, stacked=stacked).personal for a in (True, False)
+    )
     assert small.equal(one, other)
-    one, other = (ended(APFL(adaptive=a), "bn_net", 2, stacked=stacked).personal for a in (True, False))
+    one, other = (
+        ended(APFL(adaptive=a), "bn_net", 2, stacked=stacked).personal for a in (True, False)
+    )
     assert len(set(one[".mix.alpha"].tolist())) == 5 and set(other[".mix.alpha"].tolist()) == {0.5}
 
 
@@ -183,7 +198,10 @@ def test_v_and_w_step_at_the_same_time():
     made = small.trainer(APFL(alpha=0.3, adaptive=False), train=Train(1, 12, lr=0.5, momentum=0.0))
     shared, rows = moved_rows(made)
     (done,) = made.train([0], shared, {n: v[:1] for n, v in rows.items()}, 0)
-    own, data = owned({n: v[0] for n, v in rows.items()}), batch(made, width=11, dtype=torch.float32)
+    own, data = (
+        owned({n: v[0] for n, v in rows.items()}),
+        batch(made, width=11, dtype=torch.float32),
+    )
     g = slope(made, {n: 0.3 * own[n] + 0.7 * shared[n] for n in own}, data)
     assert gap(owned(done.end.personal), {n: own[n] - 0.5 * 0.3 * g[n] for n in g}) < 1e-6
     late = {n: w - 0.5 * d for (n, w), d in zip(shared.items(), slope(made, shared, data).values())}
@@ -195,7 +213,9 @@ def test_v_and_w_step_at_the_same_time():
 
 
 def by_hand(made, w, steps, lam, inner, outer, data, decay=0.0):
-    """(theta, w) after Algorithm 1's loop over the batches ``data``, theta from w; ``decay``: of theta's weights."""
+    """(theta, w) after Algorithm 1's loop over the batches ``data``, theta from w; ``decay``: of
+    theta's weights.
+    """
     theta = small.copy(w)
     for one in data:
         for _ in range(steps):
@@ -207,11 +227,16 @@ def by_hand(made, w, steps, lam, inner, outer, data, decay=0.0):
 
 @STACK_FIRST
 def test_pfedme_is_algorithm_1(stacked):
-    """Two batches: theta goes on from batch to batch, and starts at the received model, not where it was."""
+    """Two batches: theta goes on from batch to batch, and starts at the received model, not where
+    it was.
+    """
     settings = Train(1, 6, lr=0.04, momentum=0.0)
     samples = small.feed(sizes=(12,))
     made = small.trainer(
-        PFedMe(lam=7.0, inner_steps=3, inner_lr=0.06), train=settings, stacked=stacked, samples=samples
+        PFedMe(lam=7.0, inner_steps=3, inner_lr=0.06),
+        train=settings,
+        stacked=stacked,
+        samples=samples,
     )
     shared, rows = moved_rows(made, 0.3)
     (done,) = made.train([0], shared, {n: v[:1] for n, v in rows.items()}, 0)
@@ -223,10 +248,14 @@ def test_pfedme_is_algorithm_1(stacked):
 
 
 def test_the_weight_decay_of_pfedme_is_of_theta_alone():
-    made = small.trainer(PFedMe(lam=7.0, inner_steps=2), train=Train(1, 12, lr=0.04, momentum=0.0, weight_decay=0.5))
+    made = small.trainer(
+        PFedMe(lam=7.0, inner_steps=2), train=Train(1, 12, lr=0.04, momentum=0.0, weight_decay=0.5)
+    )
     v = small.first(made)
     (done,) = made.train([0], v.shared, small.rows(v.personal, 1), 0)
-    theta, w = by_hand(made, v.shared, 2, 7.0, 0.09, 0.04, [batch(made, width=11, dtype=torch.float32)], 0.5)
+    theta, w = by_hand(
+        made, v.shared, 2, 7.0, 0.09, 0.04, [batch(made, width=11, dtype=torch.float32)], 0.5
+    )
     assert gap(owned(done.end.personal), theta) < 1e-6 and gap(done.end.shared, w) < 1e-6
 
 
@@ -242,7 +271,9 @@ def test_the_pull_of_pfedme_has_the_gradient_of_half_a_square():
             for half, step in zip((now.personal, now.shared), (inner, outer))
         ]
         values = [step.loss(now, now, batch(m)) for step in (inner, outer)]
-        found.append([torch.autograd.grad(value, list(half.values())) for value, half in zip(values, rows)])
+        found.append(
+            [torch.autograd.grad(value, list(half.values())) for value, half in zip(values, rows)]
+        )
         names = list(rows[1])
     delta = {n: (now.personal[f".own.{n}"] - now.shared[n]).detach() for n in names}
     inner, outer = ([a - b for a, b in zip(*pair)] for pair in zip(*found))
@@ -270,7 +301,10 @@ def test_pfedme_without_beta_leaves_the_global_parameters_and_trains_theta(stack
     state = small.played(run, state, 2)
     for n, v in begin.items():
         assert torch.equal(state.shared[n], v) == (run.trainer.model.role(n) != "stats"), n
-    assert gap(owned({n: v[1] for n, v in state.personal.items()}), parameters(run.trainer, begin)) > 1e-3
+    assert (
+        gap(owned({n: v[1] for n, v in state.personal.items()}), parameters(run.trainer, begin))
+        > 1e-3
+    )
 
 
 @STACK_FIRST
@@ -387,7 +421,9 @@ def test_perfedavg_is_judged_after_one_step_on_training_data(stacked):
     found = made.evaluate(CLIENTS, shared, {}, 0)
     for client, tests in zip(CLIENTS, (4, 9, 2, 5, 7)):
         data = batch(made, client, "test 0", width=min(5, small.SIZES[client]), dtype=torch.float32)
-        w = {n: v - 0.2 * g for (n, v), g in zip(shared.items(), slope(made, shared, data).values())}
+        w = {
+            n: v - 0.2 * g for (n, v), g in zip(shared.items(), slope(made, shared, data).values())
+        }
         test = made.feed.test([client], 0, tests)
         expected, before = (
             float(cross_entropy(made.model(v, test.x[0]), Batch(test.x[0], test.y[0], *[None] * 3)))
@@ -399,7 +435,9 @@ def test_perfedavg_is_judged_after_one_step_on_training_data(stacked):
 
 @STACK_FIRST
 def test_the_step_before_a_test_sees_training_samples_alone(stacked):
-    """One batch holds all of a client's samples, so ``survey`` says what they are without ``epoch``."""
+    """One batch holds all of a client's samples, so ``survey`` says what they are without
+    ``epoch``.
+    """
     made = small.trainer(PerFedAvg(alpha=0.2), train=replace(PLAIN, batch_size=12), stacked=stacked)
     shared = small.first(made).shared
     found = made.evaluate(CLIENTS, shared, {}, 0)
@@ -431,7 +469,9 @@ def test_the_step_before_a_test_changes_nothing_that_lasts():
 )
 def test_the_three_agree_on_loop_and_stack(algorithm, network):
     ends = (ended(algorithm, network, 2, stacked=stacked, train=PLAIN) for stacked in (False, True))
-    loop, stack = (end.shared | {f"personal {n}": v for n, v in end.personal.items()} for end in ends)
+    loop, stack = (
+        end.shared | {f"personal {n}": v for n, v in end.personal.items()} for end in ends
+    )
     small.assert_near(stack, loop)
 
 
@@ -451,7 +491,9 @@ def test_a_client_outside_the_cohort_keeps_what_it_has(algorithm, stacked):
         assert all(moved) if client in chosen else not any(moved)
 
 
-@pytest.mark.parametrize("algorithm", [APFL(), PFedMe(), PerFedAvg()], ids=["apfl", "pfedme", "perfedavg"])
+@pytest.mark.parametrize(
+    "algorithm", [APFL(), PFedMe(), PerFedAvg()], ids=["apfl", "pfedme", "perfedavg"]
+)
 def test_uploads_and_downloads_are_the_models_leaves(algorithm):
     run, state = small.experiment(algorithm, "bn_net")
     assert run.upload.size == numel(state.shared) == numel(run.trainer.model.initial)
@@ -467,7 +509,10 @@ def test_uploads_and_downloads_are_the_models_leaves(algorithm):
         (lambda: PFedMe(inner_lr=0.0), "inner_lr = 0.0: must be"),
         (lambda: PFedMe(beta=-0.5), "beta = -0.5: must be"),
         (lambda: PFedMe().check(small.model(), Train()), "needs train.momentum = 0, not 0.9"),
-        (lambda: PFedMe(lam=30.0).check(small.model(), PLAIN), "lam = 30.0: must be below 2 / inner_lr"),
+        (
+            lambda: PFedMe(lam=30.0).check(small.model(), PLAIN),
+            "lam = 30.0: must be below 2 / inner_lr",
+        ),
         (
             lambda: PFedMe(inner_lr=0.01).check(small.model(), replace(PLAIN, lr=0.2)),
             "must be below 2 / train.lr = 10",

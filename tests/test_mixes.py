@@ -58,11 +58,15 @@ def flat(tree):
 def trained(run, state):
     """What the clients bring in this round, by client; the state is left as it is."""
     personal = {n: v[[run.row_of[c] for c in run.groups[0]]] for n, v in state.personal.items()}
-    return {d.client: d for d in run.trainer.train(run.groups[0], state.shared, personal, state.round)}
+    return {
+        d.client: d for d in run.trainer.train(run.groups[0], state.shared, personal, state.round)
+    }
 
 
 def batch_of(made, client=0, width=5):
-    return Batch(*(v if v is None else v[0] for v in made.feed.epoch([client], 0, 0).batch(1, 0, width)))
+    return Batch(
+        *(v if v is None else v[0] for v in made.feed.epoch([client], 0, 0).batch(1, 0, width))
+    )
 
 
 def gradient(made, phase, now, batch):
@@ -94,7 +98,9 @@ def test_loop_and_stack_play_alike(algorithm, network):
 @ALL
 @STACK_FIRST
 def test_nothing_of_an_absent_client_changes(algorithm, stacked):
-    run, state = small.experiment(algorithm, "bn_net", participation=0.6, stacked=stacked, group_size=2)
+    run, state = small.experiment(
+        algorithm, "bn_net", participation=0.6, stacked=stacked, group_size=2
+    )
     state = small.played(run, state, 1)
     before, chosen = small.copy(state.personal), run.chosen(1)
     state = small.played(run, state, 1)
@@ -116,7 +122,9 @@ def test_one_client_alone_trains_as_without_a_mix(algorithm):
         run, state = small.experiment(one, "bn_net", sizes=(11,))
         state = small.played(run, state, 3)
         ends.append(one.weights_of(run.trainer.model, Vars(state.shared, row(state.personal, 0))))
-    assert {n: torch.equal(v, ends[1][n]) for n, v in ends[0].items()} == dict.fromkeys(ends[1], True)
+    assert {n: torch.equal(v, ends[1][n]) for n, v in ends[0].items()} == dict.fromkeys(
+        ends[1], True
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,7 +199,9 @@ def test_the_penalty_of_fedamp_has_gradient_lam_over_alpha_times_the_gap():
     start = small.first(made).personal
     delta = {n: numbers(*v.shape, at=n) for n, v in parameters(made).items()}
     now = Vars({}, start | {n: start[n] + d for n, d in delta.items()})
-    of = lambda a: gradient(made, a.phases(made.model, made.settings, round_)[0], now, batch_of(made))
+    of = lambda a: gradient(
+        made, a.phases(made.model, made.settings, round_)[0], now, batch_of(made)
+    )
     (full, value), (fit, plain_value) = of(algorithm), of(replace(algorithm, lam=0))
     strength = 0.7 / (3 * 0.25)
     for name, d in delta.items():
@@ -292,11 +302,18 @@ def test_the_cloud_models_are_the_mix_of_the_trained_parameters(stacked, how):
     xi = direct_xi(rows, algorithm, 1)
     assert (xi - torch.eye(5)).abs().max() > 0.05
     for client, at in run.row_of.items():
-        cloud = {n.removeprefix(".cloud."): v[at] for n, v in after.personal.items() if n.startswith(".cloud.")}
+        cloud = {
+            n.removeprefix(".cloud."): v[at]
+            for n, v in after.personal.items()
+            if n.startswith(".cloud.")
+        }
         assert list(cloud) == list(parameters(run.trainer))  # no statistics
-        torch.testing.assert_close(flat(cloud), (xi[client] @ rows.double()).float(), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            flat(cloud), (xi[client] @ rows.double()).float(), rtol=1e-6, atol=1e-8
+        )
         own = {n: v[at] for n, v in after.personal.items() if not n.startswith(".cloud.")}
-        assert small.equal(own, {n: done[client].end.personal[n] for n in own})  # own start: w stays
+        # own start: w stays
+        assert small.equal(own, {n: done[client].end.personal[n] for n in own})
 
 
 @STACK_FIRST
@@ -304,7 +321,9 @@ def test_the_cloud_model_stays_where_it_is_while_its_client_trains(stacked):
     run, state = small.experiment(FedAMP(alpha=0.5), "bn_net", stacked=stacked)
     for done in trained(run, small.played(run, state, 1)).values():
         for name in parameters(run.trainer):
-            assert torch.equal(done.end.personal[f".cloud.{name}"], done.start.personal[f".cloud.{name}"])
+            assert torch.equal(
+                done.end.personal[f".cloud.{name}"], done.start.personal[f".cloud.{name}"]
+            )
             assert not torch.equal(done.end.personal[name], done.start.personal[name])
 
 
@@ -328,7 +347,9 @@ def test_training_starts_at_the_own_model_or_at_the_cloud(stacked):
         for client, done in trained(run, state).items():
             at = run.row_of[client]
             for name in run.trainer.model.initial:
-                there = f".cloud.{name}" if start == "cloud" and f".cloud.{name}" in before else name
+                there = (
+                    f".cloud.{name}" if start == "cloud" and f".cloud.{name}" in before else name
+                )
                 assert torch.equal(done.start.personal[name], before[there][at])
         assert any((before[f".cloud.{n}"] != before[n]).any() for n in parameters(run.trainer))
 
@@ -371,7 +392,9 @@ def test_the_critical_share_is_tau(tau, size):
     count = {(0.29, 100): 29}.get((tau, size), int(tau * size))
     assert mask.dtype == torch.bool and mask.sum() == count
     score = ((end - start) * end).abs()
-    assert set(mask.nonzero().flatten().tolist()) == set(score.argsort(descending=True)[:count].tolist())
+    assert set(mask.nonzero().flatten().tolist()) == set(
+        score.argsort(descending=True)[:count].tolist()
+    )
 
 
 def test_where_too_few_entries_moved_all_that_moved_are_critical():
@@ -428,7 +451,8 @@ def test_at_round_beta_the_best_pair_is_left_and_then_nobody():
 
 @pytest.mark.parametrize("clients", [2, 3, 7, 13, 40])
 def test_equal_overlaps_are_no_prey_of_rounding(clients):
-    masks = torch.eye(clients).repeat_interleave(7, 1).bool()  # all pairs overlap alike: 1 - 14/14 = 0
+    # all pairs overlap alike: 1 - 14/14 = 0
+    masks = torch.eye(clients).repeat_interleave(7, 1).bool()
     masks = torch.cat([masks, torch.ones(clients, 11, dtype=torch.bool)], 1)
     gram = gram_of(masks)
     for round_ in (0, 5, 200):
@@ -443,7 +467,9 @@ def test_with_all_entries_critical_the_mix_is_the_uniform_mean():
     for name, value in after.shared.items():
         w = torch.stack([done[c].end.shared[name] for c in range(5)]).double()
         uniform = w.mean(0).float()
-        torch.testing.assert_close(after.personal[f".own.{name}"], uniform.expand_as(w), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            after.personal[f".own.{name}"], uniform.expand_as(w), rtol=1e-6, atol=1e-8
+        )
         p = torch.tensor([11, 7, 6, 5, 3]).double().view(5, *[1] * (w.dim() - 1)) / 32
         torch.testing.assert_close(value, (p * w).sum(0).float(), rtol=1e-6, atol=1e-8)
         assert after.personal[f".critical.{name}"].all()
@@ -458,7 +484,8 @@ def test_the_next_start_is_the_mix_where_critical_and_the_mean_elsewhere(stacked
     after = small.played(run, state, 1)
     begun, names = trained(run, after), list(parameters(run.trainer))
     masks = {
-        c: {n: critical(done[c].start.shared[n], done[c].end.shared[n], 0.3) for n in names} for c in range(5)
+        c: {n: critical(done[c].start.shared[n], done[c].end.shared[n], 0.3) for n in names}
+        for c in range(5)
     }
     weights, _ = direct_weights(torch.stack([flat(masks[c]) for c in range(5)]), 1, 20)
     assert not torch.equal(weights, torch.eye(5)) and (weights == 0).any()
@@ -490,7 +517,9 @@ def test_fedcac_trains_all_entries_as_fedavg_does_from_the_same_start(stacked, b
             {n: (done.start.shared | done.start.personal)[n] for n in run.trainer.model.initial}
         )
         (reference,) = plain_trainer.train([client], start, {}, state.round)
-        small.assert_near({n: (done.end.shared | done.end.personal)[n] for n in start}, reference.end.shared)
+        small.assert_near(
+            {n: (done.end.shared | done.end.personal)[n] for n in start}, reference.end.shared
+        )
 
 
 def test_beyond_beta_critical_entries_are_the_clients_own():
@@ -510,7 +539,9 @@ def test_beyond_beta_critical_entries_are_the_clients_own():
 def test_identical_clients_of_fedcac_are_fedavg():
     ends = []
     for algorithm in (FedCAC(bn_stats="mean"), FedAvg()):
-        run, state = small.experiment(algorithm, "bn_net", sizes=(6, 6, 6), same_sample=True, group_size=1)
+        run, state = small.experiment(
+            algorithm, "bn_net", sizes=(6, 6, 6), same_sample=True, group_size=1
+        )
         ends.append(small.played(run, state, 3).shared)
     assert small.equal(*ends)
 
@@ -520,9 +551,14 @@ def test_statistics_of_fedcac_stay_or_are_averaged():
         run, state = small.experiment(FedCAC(bn_stats=bn_stats), "bn_net")
         stats = {n for n in run.trainer.model.initial if run.trainer.model.role(n) == "stats"}
         state = small.played(run, state, 1)
-        assert stats <= set(state.shared if bn_stats == "mean" else state.personal) and len(stats) == 12
+        assert (
+            stats <= set(state.shared if bn_stats == "mean" else state.personal)
+            and len(stats) == 12
+        )
         assert (stats & set(run.upload.shapes)) == (stats if bn_stats == "mean" else set())
-        assert not any(f".{prefix}.{n}" in state.personal for n in stats for prefix in ("own", "critical"))
+        assert not any(
+            f".{prefix}.{n}" in state.personal for n in stats for prefix in ("own", "critical")
+        )
         if bn_stats == "local":
             assert all((state.personal[n][0] != state.personal[n][1]).any() for n in stats)
 
@@ -614,7 +650,8 @@ def test_the_pull_has_gradient_two_times_the_gap_over_its_numbers(padded):
     torch.testing.assert_close(grad, 2 * gap / (count * 7))
     assert value.item() == pytest.approx(gap.square().sum().item() / (count * 7), rel=1e-6)
     if not padded:
-        assert value.item() == pytest.approx(F.mse_loss(z, means[batch.y]).item(), rel=1e-6)  # the authors'
+        # the authors'
+        assert value.item() == pytest.approx(F.mse_loss(z, means[batch.y]).item(), rel=1e-6)
 
 
 def test_the_pull_reaches_the_body_and_not_the_head():
@@ -628,9 +665,13 @@ def test_the_pull_reaches_the_body_and_not_the_head():
         grads[lam], values[lam] = gradient(made, phase, now, batch_of(made))
     batch = batch_of(made)
     body = {
-        n: v.clone().requires_grad_() for n, v in made.model.initial.items() if made.model.role(n) == "body"
+        n: v.clone().requires_grad_()
+        for n, v in made.model.initial.items()
+        if made.model.role(n) == "body"
     }
-    term = 2.0 * F.mse_loss(made.model.features(made.model.initial | body, batch.x), (means / 0.1)[batch.y])
+    term = 2.0 * F.mse_loss(
+        made.model.features(made.model.initial | body, batch.x), (means / 0.1)[batch.y]
+    )
     expected = torch.autograd.grad(term, list(body.values()))
     for name, grad in zip(body, expected):
         torch.testing.assert_close(grads[2.0][name] - grads[0.0][name], grad, rtol=1e-3, atol=1e-5)
@@ -659,11 +700,16 @@ def test_h_and_v_are_those_of_the_paper(network, stacked):
     for client, done in trained(run, state).items():
         data = run.trainer.feed.survey([client], whole=True)
         v = Vars(state.shared, row(state.personal, run.row_of[client]))
-        h, variance = direct_statistics(model, run.algorithm.weights_of(model, v), data.x[0], data.y[0], 6)
+        h, variance = direct_statistics(
+            model, run.algorithm.weights_of(model, v), data.x[0], data.y[0], 6
+        )
         found = done.start.personal
         torch.testing.assert_close(found[".own.means"].double(), h, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(found[".own.variance"][0].double(), variance, rtol=1e-4, atol=1e-7)
-        assert torch.equal(done.end.personal[".own.means"], found[".own.means"])  # before training, not after
+        torch.testing.assert_close(
+            found[".own.variance"][0].double(), variance, rtol=1e-4, atol=1e-7
+        )
+        # before training, not after
+        assert torch.equal(done.end.personal[".own.means"], found[".own.means"])
         assert variance > 0
 
 
@@ -735,7 +781,9 @@ def test_the_weights_of_heads_are_at_least_as_good_as_the_best_of_a_grid(scale, 
     centred = h - h.mean(0)
     alpha = best_weights(centred @ centred.T, variance)
     ticks = torch.linspace(0, 1, 201, dtype=torch.float64)
-    grid = torch.stack([torch.stack([a, b, 1 - a - b]) for a in ticks for b in ticks if a + b <= 1 + 1e-12])
+    grid = torch.stack(
+        [torch.stack([a, b, 1 - a - b]) for a in ticks for b in ticks if a + b <= 1 + 1e-12]
+    )
     for i in range(3):
         q = paper_q(h, variance, i)
         best = ((grid @ q) * grid).sum(1)
@@ -780,7 +828,9 @@ def test_small_weights_of_heads_become_zero_but_never_all():
 
 
 def test_identical_clients_share_heads_evenly():
-    run, state = small.experiment(FedPAC(), "bn_net", sizes=(6, 6, 6), same_sample=True, group_size=1)
+    run, state = small.experiment(
+        FedPAC(), "bn_net", sizes=(6, 6, 6), same_sample=True, group_size=1
+    )
     state = small.played(run, state, 2)
     assert all(torch.equal(v[0], v[1]) and torch.equal(v[0], v[2]) for v in state.personal.values())
     h, variance = state.personal[".own.means"].flatten(1), state.personal[".own.variance"]
@@ -795,19 +845,25 @@ def test_each_phase_of_fedpac_moves_its_part_alone(stacked):
         epochs = {"head": {"head_epochs": 2}, "body": {"head_epochs": 0}}[phase]
         made = small.trainer(FedPAC(**epochs), "bn_net", stacked=stacked)
         if phase == "head":
-            only = type("Only", (FedPAC,), {"phases": lambda s, m, t, r: FedPAC.phases(s, m, t, r)[:1]})
+            only = type(
+                "Only", (FedPAC,), {"phases": lambda s, m, t, r: FedPAC.phases(s, m, t, r)[:1]}
+            )
             made = replace(made, algorithm=only(head_epochs=2))
         start = small.first(made)
         for done in made.train(range(5), start.shared, small.rows(start.personal, 5), 1):
             before, after = (v.shared | v.personal for v in (done.start, done.end))
             for name in made.model.initial:
-                assert torch.equal(before[name], after[name]) == (made.model.role(name) not in parts), name
+                assert torch.equal(before[name], after[name]) == (
+                    made.model.role(name) not in parts
+                ), name
 
 
 def test_the_head_takes_its_own_learning_rate():
     train = replace(small.TRAIN, lr=1e-30)
     for head_lr in (0.1, 0.2):
-        made = small.trainer(FedPAC(head_lr=head_lr), train=replace(train, momentum=0.0, batch_size=20))
+        made = small.trainer(
+            FedPAC(head_lr=head_lr), train=replace(train, momentum=0.0, batch_size=20)
+        )
         start = small.first(made)
         (done,) = made.train([0], start.shared, small.rows(start.personal, 1), 0)
         data = made.feed.survey([0], whole=True)
@@ -836,6 +892,9 @@ def test_fedpac_sends_body_head_and_statistics():
 
 def test_fedpac_needs_a_linear_classifier():
     FedPAC().check(build("resnet8", {}, 10, (3, 32, 32), 1), Train())
-    for module, classes in ((nn.Sequential(nn.Conv2d(3, 6, (7, 5)), nn.Flatten()), 6), (nn.Flatten(), 105)):
+    for module, classes in (
+        (nn.Sequential(nn.Conv2d(3, 6, (7, 5)), nn.Flatten()), 6),
+        (nn.Flatten(), 105),
+    ):
         with pytest.raises(ValueError, match="needs a model with a body and a Linear classifier"):
             FedPAC().check(from_module(module, classes, small.SHAPE), Train())

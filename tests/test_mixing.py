@@ -110,16 +110,21 @@ def vectors(clients, size, key=None, aux=None, scale=1.0):
     draw = lambda what, c, n: scale * torch.randn(n, generator=rng(1, "test", what, c, n))
     parts = {"u": size, "k": key, "a": aux}
     return {
-        c: Vars({}, {name: draw(name, c, n) for name, n in parts.items() if n is not None}) for c in clients
+        c: Vars({}, {name: draw(name, c, n) for name, n in parts.items() if n is not None})
+        for c in clients
     }
 
 
-def mixed(algorithm, offered, chosen=None, ranks=1, route="root", server=False, rank_of=None, round_=2):
+def mixed(
+    algorithm, offered, chosen=None, ranks=1, route="root", server=False, rank_of=None, round_=2
+):
     """{client: its mix}, and the bytes that all ranks moved."""
     clients, some = len(offered), next(iter(offered.values()))
     workers = range(1 if server else 0, ranks)
     if rank_of is None:  # anywhere
-        at = torch.randint(len(workers), (clients,), generator=rng(1, "place", clients, ranks)).tolist()
+        at = torch.randint(
+            len(workers), (clients,), generator=rng(1, "place", clients, ranks)
+        ).tolist()
         rank_of = [workers[i] for i in at]
     how = Mixing.of(algorithm, some, rank_of, workers, route)
     chosen = set(offered if chosen is None else chosen)
@@ -152,11 +157,19 @@ def test_every_route_gives_the_same_bits_on_any_number_of_ranks(size, key, aux):
         for route in ("root", "spread"):
             for server in (False, True)[: 1 + (ranks > 1)]:
                 found, _ = mixed(algorithm, offered, ranks=ranks, route=route, server=server)
-                assert all(torch.equal(found[c], u) for c, u in alone.items()), (ranks, route, server)
-    assert not torch.equal(alone[0], alone[1]) and not torch.equal(alone[0], offered[0].personal["u"])
+                assert all(torch.equal(found[c], u) for c, u in alone.items()), (
+                    ranks,
+                    route,
+                    server,
+                )
+    assert not torch.equal(alone[0], alone[1]) and not torch.equal(
+        alone[0], offered[0].personal["u"]
+    )
 
 
-@pytest.mark.parametrize("rank_of", [[0, 0, 0, 0, 0], [2, 2, 2, 2, 2], [2, 1, 0, 2, 1], [1, 0, 1, 0, 1]])
+@pytest.mark.parametrize(
+    "rank_of", [[0, 0, 0, 0, 0], [2, 2, 2, 2, 2], [2, 1, 0, 2, 1], [1, 0, 1, 0, 1]]
+)
 @pytest.mark.parametrize("route", ["root", "spread"])
 def test_the_bits_do_not_depend_on_where_clients_live(monkeypatch, rank_of, route):
     monkeypatch.setattr(mixing, "BLOCK", 7)
@@ -193,7 +206,9 @@ def test_the_gram_matrix_is_the_direct_product_of_the_keys(monkeypatch, ranks, c
     for gram, aux, round_ in seen:
         assert gram.dtype == aux.dtype == torch.float64 and round_ == 2
         assert torch.equal(gram, seen[0][0])
-        torch.testing.assert_close(gram, keys @ keys.T, rtol=0, atol=1e-14 * keys.square().sum().item())
+        torch.testing.assert_close(
+            gram, keys @ keys.T, rtol=0, atol=1e-14 * keys.square().sum().item()
+        )
         assert torch.equal(aux, torch.stack([v.personal["a"] for v in offered.values()]).double())
 
 
@@ -220,17 +235,21 @@ def test_the_mix_is_the_product_of_weights_and_rows(ranks):
     u = torch.stack([v.personal["u"] for v in offered.values()])
     order = [3, 0, 4, 1, 2]
     found, _ = mixed(Plain(weights_are=torch.eye(5).double()[order]), offered, ranks=ranks)
-    assert all(torch.equal(found[c], u[other]) for c, other in enumerate(order))  # row i is what i receives
+    # row i is what i receives
+    assert all(torch.equal(found[c], u[other]) for c, other in enumerate(order))
     weights = torch.randn(5, 5, generator=rng(1, "weights"), dtype=torch.float64)
     found, _ = mixed(Plain(weights_are=weights), offered, ranks=ranks)
     expected = (weights @ u.double()).float()
-    torch.testing.assert_close(torch.stack([found[c] for c in range(5)]), expected, rtol=2e-7, atol=1e-12)
+    torch.testing.assert_close(
+        torch.stack([found[c] for c in range(5)]), expected, rtol=2e-7, atol=1e-12
+    )
 
 
 def test_identical_clients_receive_what_they_sent():
     same = vectors([0], BLOCK + 1)[0]
     found, _ = mixed(
-        Plain(weights_are=torch.full((7, 7), 1 / 7, dtype=torch.float64)), dict.fromkeys(range(7), same)
+        Plain(weights_are=torch.full((7, 7), 1 / 7, dtype=torch.float64)),
+        dict.fromkeys(range(7), same),
     )
     assert all(torch.equal(u, same.personal["u"]) for u in found.values())
 
@@ -341,9 +360,12 @@ def rounds(made, count=2):
                 before = getattr(comm, "moved", 0)
                 state, row, clients = play(own, state, evaluate=True, stop=False)
                 rows.append(
-                    row | {"moved": getattr(comm, "moved", 0) - before, "clients": clients["accuracy"]}
+                    row
+                    | {"moved": getattr(comm, "moved", 0) - before, "clients": clients["accuracy"]}
                 )
-            personal = {c: {n: v[i] for n, v in state.personal.items()} for i, c in enumerate(own.hosted)}
+            personal = {
+                c: {n: v[i] for n, v in state.personal.items()} for i, c in enumerate(own.hosted)
+            }
             return state.shared, personal, rows
 
         return on
@@ -357,7 +379,9 @@ def rounds(made, count=2):
     )
 
 
-@pytest.mark.parametrize("algorithm", [thorough(FedAMP()), thorough(FedCAC()), FedPAC()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    "algorithm", [thorough(FedAMP()), thorough(FedCAC()), FedPAC()], ids=lambda a: type(a).__name__
+)
 @pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
 def test_whole_rounds_give_the_same_bits_on_any_number_of_ranks(algorithm, participation):
     shared, personal, (rows,) = rounds(federation(algorithm, 1, "root", False, participation))
@@ -369,7 +393,8 @@ def test_whole_rounds_give_the_same_bits_on_any_number_of_ranks(algorithm, parti
             assert small.equal(again[1][client], tree), (ranks, route, client)
         for number, row in enumerate(rows):
             assert (again[2][0][number]["clients"] == row["clients"]).all()
-            evaluation = 8 * 6 * (5 + ranks) * ranks  # the scores and the seconds of ranks, beside what the row reports
+            # the scores and the seconds of ranks, beside what the row reports
+            evaluation = 8 * 6 * (5 + ranks) * ranks
             moved = sum(part[number]["moved"] for part in again[2])
             assert moved == again[2][0][number]["bytes_mpi"] + evaluation
             assert row["bytes_mpi"] == 0 and row["bytes_up"] == again[2][0][number]["bytes_up"] > 0

@@ -1,4 +1,6 @@
-"""Networks as functions of a tree: their counts, the roles of their leaves, and the stand-ins for layers."""
+"""Networks as functions of a tree: their counts, the roles of their leaves, and the stand-ins for
+layers.
+"""
 
 import pytest
 import small
@@ -63,10 +65,16 @@ def test_resnet8_splits_into_the_published_parts():
 
 @pytest.mark.parametrize(
     "name, side, classes, mmac",
-    [("resnet8", 32, 10, 14.47), ("resnet10", 32, 100, 18.19), thorough("resnet10", 64, 200, 72.65)],
+    [
+        ("resnet8", 32, 10, 14.47),
+        ("resnet10", 32, 100, 18.19),
+        thorough("resnet10", 64, 200, 72.65),
+    ],
 )
 def test_a_forward_pass_costs_the_published_multiply_adds(name, side, classes, mmac):
-    assert build(name, {}, classes, (3, side, side), 1).flops / 2e6 == pytest.approx(mmac, abs=0.005)
+    assert build(name, {}, classes, (3, side, side), 1).flops / 2e6 == pytest.approx(
+        mmac, abs=0.005
+    )
 
 
 def test_flops_of_one_layer_are_two_per_multiply_add():
@@ -159,10 +167,14 @@ def test_attention_weights_count_as_linear_matrices():
 # Building
 
 
-@pytest.mark.parametrize("name", [thorough("squeezenet1_0"), "mobilenet_v3_small", thorough("resnet18")])
+@pytest.mark.parametrize(
+    "name", [thorough("squeezenet1_0"), "mobilenet_v3_small", thorough("resnet18")]
+)
 def test_torchvision_models_train_under_substitutes(name):
     model = build(f"torchvision:{name}", {}, 6, (3, 64, 64), 1)
-    assert model.noisy == (name != "resnet18") and model.batch_statistics == (name != "squeezenet1_0")
+    assert model.noisy == (name != "resnet18") and model.batch_statistics == (
+        name != "squeezenet1_0"
+    )
     assert {leaf.role for leaf in model.leaves.values()} >= {"body", "head"}
     tree = small.copy(model.initial)
     with torch.no_grad(), Substitutes(None, torch.tensor(3)):
@@ -171,8 +183,12 @@ def test_torchvision_models_train_under_substitutes(name):
 
 def test_a_users_callable_gets_classes_and_shape():
     model = build("small:bn_net", {}, 6, (3, 7, 5), 1)
-    assert model.leaves["conv1.weight"].shape == (3, 3, 3, 3) and model.leaves["fc.weight"].shape == (6, 5)
-    assert build("test_models:with_option", {"width": 3}, 6, (3, 7, 5), 1).leaves["1.weight"].shape == (
+    assert model.leaves["conv1.weight"].shape == (3, 3, 3, 3) and model.leaves[
+        "fc.weight"
+    ].shape == (6, 5)
+    assert build("test_models:with_option", {"width": 3}, 6, (3, 7, 5), 1).leaves[
+        "1.weight"
+    ].shape == (
         3,
         105,
     )
@@ -298,9 +314,14 @@ REAL = torch.tensor([True, False, True, True, False, True, True])
 )
 @pytest.mark.parametrize("affine, tracks", [(True, True), (False, True), (True, False)])
 def test_batchnorm_skips_padding(layer, shape, affine, tracks):
-    padded, plain = (layer(3, affine=affine, track_running_stats=tracks, momentum=0.3) for _ in range(2))
+    padded, plain = (
+        layer(3, affine=affine, track_running_stats=tracks, momentum=0.3) for _ in range(2)
+    )
     for norm in (padded, plain) if affine else ():
-        norm.weight.data, norm.bias.data = torch.tensor([0.5, 2.0, -1.0]), torch.tensor([0.1, 0.2, 0.3])
+        norm.weight.data, norm.bias.data = (
+            torch.tensor([0.5, 2.0, -1.0]),
+            torch.tensor([0.1, 0.2, 0.3]),
+        )
     x = numbers(7, 3, *shape)
     x[~REAL] = 1e3  # garbage
     x.requires_grad_()
@@ -316,7 +337,9 @@ def test_batchnorm_skips_padding(layer, shape, affine, tracks):
     torch.testing.assert_close(x.grad[REAL], small_x.grad, rtol=1e-4, atol=1e-5)
     assert not x.grad[~REAL].any()
     for name, value in plain.named_parameters():
-        torch.testing.assert_close(padded.get_parameter(name).grad, value.grad, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            padded.get_parameter(name).grad, value.grad, rtol=1e-5, atol=1e-5
+        )
     for name, value in plain.named_buffers():
         if value.is_floating_point():
             torch.testing.assert_close(padded.get_buffer(name), value, rtol=1e-5, atol=1e-6)
@@ -410,7 +433,9 @@ def test_every_draw_of_a_pass_is_another(draw):
     assert not any(torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
 
 
-@pytest.mark.parametrize("name", ["dropout", "dropout1d", "dropout2d", "dropout3d", "stochastic_depth"])
+@pytest.mark.parametrize(
+    "name", ["dropout", "dropout1d", "dropout2d", "dropout3d", "stochastic_depth"]
+)
 def test_what_dropout_keeps_it_scales_up(name):
     kept = keyed(NOISES[name], 8)
     assert kept.unique().tolist() == pytest.approx([0, 1 / 0.7])
@@ -444,7 +469,11 @@ def test_keyed_attention_without_its_noise_is_torchs(mask):
     q, k, v = numbers(3, 5, 7), numbers(3, 5, 7, at=1), numbers(3, 5, 2)
     kept = numbers(5, 5, at=2) > -1
     kept.fill_diagonal_(True)
-    how = {"causal": {"is_causal": True}, "bool": {"attn_mask": kept}, "float": {"attn_mask": numbers(5, 5)}}
+    how = {
+        "causal": {"is_causal": True},
+        "bool": {"attn_mask": kept},
+        "float": {"attn_mask": numbers(5, 5)},
+    }
     options = how.get(mask, {"scale": 0.3})
     expected = F.scaled_dot_product_attention(q, k, v, **options)
     for p in (0.0, 1e-9):
@@ -477,7 +506,9 @@ def test_a_stacked_transformer_is_that_of_each_client():
         with Substitutes(None, key):
             return model(tree, x)
 
-    looped = torch.stack([one({n: v[c] for n, v in tree_C.items()}, x[c], keys[c]) for c in range(3)])
+    looped = torch.stack(
+        [one({n: v[c] for n, v in tree_C.items()}, x[c], keys[c]) for c in range(3)]
+    )
     torch.testing.assert_close(vmap(one)(tree_C, x, keys), looped, rtol=1e-5, atol=1e-5)
 
 

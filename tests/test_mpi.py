@@ -1,7 +1,8 @@
-"""Real ranks under mpirun: the same bits as one process, whatever is killed, stopped or wrong on the way.
+"""Real ranks under mpirun: the same bits as one process, whatever is killed, stopped or wrong on
+the way.
 
-Every launch costs seconds of each core, so tests share them, and those of ``make test`` are few: what a launch repeats of
-simulated ranks, or of one process, is thorough.
+Every launch costs seconds of each core, so tests share them, and those of ``make test`` are few:
+what a launch repeats of simulated ranks, or of one process, is thorough.
 """
 
 import json
@@ -40,7 +41,8 @@ from fedlora_mpi.mpi.launch import has_leftovers, is_launched
 from fedlora_mpi.store.reader import RunFiles
 
 LONG = ("rounds=10", "checkpoint.every=1", SLOW)
-PAUSE = {"TEST_PAUSE": "0.01"}  # seconds a step: a round of LONG takes a third of a second on 3 ranks
+# seconds a step: a round of LONG takes a third of a second on 3 ranks
+PAUSE = {"TEST_PAUSE": "0.01"}
 VARIANTS = {"fedlora": (), "local": ("algorithm=local",)}
 HOSTING = {**VARIANTS, "hosting": ("server_hosts_clients=true",)}
 LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
@@ -53,7 +55,13 @@ def several(
     ranks: int, commands: list, cwd: Path, **env: str
 ) -> tuple[list[list[int]], subprocess.CompletedProcess]:
     """([ranks][commands] exit codes, the launcher's end)."""
-    line = [*mpirun(ranks), sys.executable, str(TESTS / "several.py"), "codes", json.dumps(commands)]
+    line = [
+        *mpirun(ranks),
+        sys.executable,
+        str(TESTS / "several.py"),
+        "codes",
+        json.dumps(commands),
+    ]
     ended = finished(line, cwd, **env)
     codes = [json.loads((cwd / f"codes-{rank}").read_text()) for rank in range(ranks)]
     return codes, ended
@@ -86,7 +94,8 @@ def test_three_ranks_give_the_bits_of_one_process_whoever_hosts_clients(trained,
     assert sorted(f.name for f in shards) == [f"worker-{rank:04d}.h5" for rank in (0, 1, 2)]
     log = RunFiles(home / "fedlora").rounds()
     upload = log["bytes_up"] / 4 / 4  # numbers of one client
-    assert (log["bytes_mpi"] == 3 * 2 * 8 * (upload + 6)).all()  # 3 ranks, 2 int64 a number, 6 metrics
+    # 3 ranks, 2 int64 a number, 6 metrics
+    assert (log["bytes_mpi"] == 3 * 2 * 8 * (upload + 6)).all()
 
 
 @thorough
@@ -97,7 +106,9 @@ def test_every_number_of_ranks_gives_the_bits_of_one_process(trained, spread, ra
 
 
 def killed(home: Path, ranks: int, line: list, after: int) -> None:
-    """Start a command on so many ranks, and kill them all when a checkpoint of round ``after`` or later is there."""
+    """Start a command on so many ranks, and kill them all when a checkpoint of round ``after`` or
+    later is there.
+    """
     launcher = mpirun(ranks) if ranks > 1 else []
     with launched([*launcher, *command(*line)], home, **PAUSE) as job:
         until(lambda: committed(home / "long") >= after, process=job)
@@ -157,7 +168,9 @@ def test_an_exception_on_one_rank_ends_all_with_its_traceback(tmp_path):
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory):
-    """One launch on 3 ranks: a mistake in the config, one that only the data shows, and a loss that explodes."""
+    """One launch on 3 ranks: a mistake in the config, one that only the data shows, and a loss that
+    explodes.
+    """
     home = tmp_path_factory.mktemp("refused")
     mistakes = (["train.lr=-1"], ["data.partition.minimum=100"], ["train.lr=1e30"])
     commands = [["run", str(TINY), *more, f"output=run-{i}"] for i, more in enumerate(mistakes)]
@@ -180,7 +193,9 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_with_round_and_clients(refused
     home, codes, ended = refused
     assert [each[2] for each in codes] == [1] * 3 and ended.returncode != 0
     assert len(said(ended.stderr)) == 3  # one line for each of the three commands
-    assert re.search(r"round 1: the loss or upload of client \d(, \d)* is not finite", said(ended.stderr)[2])
+    assert re.search(
+        r"round 1: the loss or upload of client \d(, \d)* is not finite", said(ended.stderr)[2]
+    )
     assert not committed(home / "run-2") and not len(RunFiles(home / "run-2").rounds()["round"])
 
 
@@ -235,7 +250,9 @@ def test_without_mpi4py_a_launcher_is_refused_in_one_line(tmp_path, without_mpi4
 
 
 @pytest.mark.parametrize("error", [ImportError, RuntimeError])
-def test_without_mpi4py_one_process_trains_and_a_launcher_is_refused(call, tmp_path, monkeypatch, error):
+def test_without_mpi4py_one_process_trains_and_a_launcher_is_refused(
+    call, tmp_path, monkeypatch, error
+):
     def broken():
         raise error("libmpi.so.40: cannot open")
 
@@ -286,18 +303,27 @@ def test_variables_of_a_job_are_those_of_one_that_has_ended_when_its_server_is_g
     monkeypatch.setenv("PMIX_RANK", "0")
     assert not is_launched() and has_leftovers()
     with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setenv("PMIX_SERVER_URI41", f"prterun.0;tcp4://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv(
+            "PMIX_SERVER_URI41", f"prterun.0;tcp4://127.0.0.1:{server.getsockname()[1]}"
+        )
         assert is_launched() and not has_leftovers()
     assert not is_launched() and has_leftovers()
 
 
 def test_a_process_alone_of_two_is_refused(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "2")
-    with pytest.raises(ValueError, match="SLURM_NTASKS = 2, but this process finds none of the others"):
+    with pytest.raises(
+        ValueError, match="SLURM_NTASKS = 2, but this process finds none of the others"
+    ):
         connect()
 
 
 @thorough
 def test_variables_of_a_job_that_has_ended_do_no_harm(tmp_path):
-    ended = finished(command("run", TINY, "rounds=1", "output=run"), tmp_path, PMIX_RANK="0", PMIX_NAMESPACE="gone")
+    ended = finished(
+        command("run", TINY, "rounds=1", "output=run"),
+        tmp_path,
+        PMIX_RANK="0",
+        PMIX_NAMESPACE="gone",
+    )
     assert (ended.returncode, ended.stdout) == (0, "run: done\n"), ended.stderr

@@ -1,4 +1,6 @@
-"""The lists of ``make mutants`` fit the package: each change can still be made, and no method or folder is left out."""
+"""The lists of ``make mutants`` fit the package: each change can still be made, and no method or
+folder is left out.
+"""
 
 import runpy
 from pathlib import Path
@@ -27,11 +29,17 @@ def test_every_mutant_has_a_name_and_tests_that_there_are():
         assert mutant.tests, mutant.name
         for test in mutant.tests:
             file, _, name = test.partition("::")
-            assert not name or f"def {name.partition('[')[0]}(" in (ROOT / file).read_text(), f"{mutant.name}: {test}"
+            assert not name or f"def {name.partition('[')[0]}(" in (ROOT / file).read_text(), (
+                f"{mutant.name}: {test}"
+            )
 
 
 def test_every_method_and_every_folder_has_a_mutant():
     files = {mutant.file for mutant in MUTANTS}
     assert {f"fedlora_mpi/algorithms/{name}.py" for name in algorithms.names()} <= files
-    code = {file.relative_to(ROOT) for file in (ROOT / "fedlora_mpi").rglob("*.py") if file.name != "__init__.py"}
+    code = {
+        file.relative_to(ROOT)
+        for file in (ROOT / "fedlora_mpi").rglob("*.py")
+        if file.name != "__init__.py"
+    }
     assert {file.parent for file in code} <= {Path(file).parent for file in files}

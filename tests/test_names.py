@@ -1,4 +1,6 @@
-"""Whatever the parts of a user's network are called, no method mistakes a leaf of it for one of its own."""
+"""Whatever the parts of a user's network are called, no method mistakes a leaf of it for one of its
+own.
+"""
 
 import ast
 import shutil
@@ -16,15 +18,32 @@ from fedlora_mpi.algorithm import Vars
 from fedlora_mpi.algorithms import fed_rac_lora
 from fedlora_mpi.cli import main
 from fedlora_mpi.components.lora import FineTuning
-from fedlora_mpi.core.names import factor, is_factor, is_own, names_in_files, own_name, plain_name, weight_of
+from fedlora_mpi.core.names import (
+    factor,
+    is_factor,
+    is_own,
+    names_in_files,
+    own_name,
+    plain_name,
+    weight_of,
+)
 from fedlora_mpi.core.seeds import key, rng
 from fedlora_mpi.federation import round as round_
 from fedlora_mpi.models import zoo
 
 CLASSES, SHAPE = 4, (1, 8, 8)  # those of tiny.yaml
 CORE = "core"  # a layer that the names of methods are put in front of
-SMALL = ("rounds=2", "train.epochs=1", "train.lr=0.01", "data.synthetic.train=24", "data.synthetic.test=8",
-         "data.partition.clients=2", "data.partition.minimum=2", "participation=1", "train.batch_size=12")
+SMALL = (
+    "rounds=2",
+    "train.epochs=1",
+    "train.lr=0.01",
+    "data.synthetic.train=24",
+    "data.synthetic.test=8",
+    "data.partition.clients=2",
+    "data.partition.minimum=2",
+    "participation=1",
+    "train.batch_size=12",
+)
 SETTINGS = {
     **dict.fromkeys(("fml", "fedkd", "fedapen"), ("algorithm.small=user_parts:wide",)),
     **dict.fromkeys(("scaffold", "pfedme"), ("train.momentum=0",)),
@@ -40,7 +59,10 @@ def settings(name):
     """Overrides of tiny.yaml for a method."""
     more = (*SETTINGS.get(name, ()), *SMALL)
     if issubclass(algorithms.find(name), FineTuning):
-        more += ("algorithm.diagnose=true", "algorithm.lora_ranks=[2,1]" if name != "fed_rac_lora" else "algorithm.factor=both")
+        more += (
+            "algorithm.diagnose=true",
+            "algorithm.lora_ranks=[2,1]" if name != "fed_rac_lora" else "algorithm.factor=both",
+        )
     return (f"algorithm={name}", *more)
 
 
@@ -59,11 +81,14 @@ def own_leaves(name):
 
 @cache
 def plain_names(of):
-    """What a method adds ("": what all methods add), as it would be called without dots of its own: ({words in front
-    of a layer}, {others})."""
+    """What a method adds ("": what all methods add), as it would be called without dots of its own:
+    ({words in front of a layer}, {others}).
+    """
     net = zoo.build("cnn", {"width": 4, "hidden": 8}, CLASSES, SHAPE, 1)
     words, others = {}, {}
-    for leaf in (leaf for name in ([of] if of else algorithms.names()) for leaf in sorted(own_leaves(name))):
+    for leaf in (
+        leaf for name in ([of] if of else algorithms.names()) for leaf in sorted(own_leaves(name))
+    ):
         plain = plain_name(leaf)
         layer = next((n for n in net.leaves if n in plain), None)
         if layer:
@@ -74,15 +99,22 @@ def plain_names(of):
 
 
 def tops(of):
-    """Words with which names of a method ("": of all methods) begin, and those that factors end with."""
+    """Words with which names of a method ("": of all methods) begin, and those that factors end
+    with.
+    """
     words, others = plain_names(of)
-    return (*dict.fromkeys((CORE, "A", "B", *words, *(name.partition(".")[0] for name in others if "." in name))),)
+    return (
+        *dict.fromkeys(
+            (CORE, "A", "B", *words, *(name.partition(".")[0] for name in others if "." in name))
+        ),
+    )
 
 
 class Net(nn.Module):
     """Layers of 4 features one after the other, some inside others, each with further parameters.
 
-    called: what a part is called that has some name of a method; of: the method, "" for all of them.
+    called: what a part is called that has some name of a method; of: the method, "" for all of
+    them.
     """
 
     def __init__(self, classes, shape, head, of, called):
@@ -131,7 +163,13 @@ def hostile(classes, shape, head, of=""):
 
 
 def neutral(classes, shape, head, of=""):
-    words = sorted({word for name in (*tops(of), *plain_names(of)[1], "A", "B", "W") for word in name.split(".")})
+    words = sorted(
+        {
+            word
+            for name in (*tops(of), *plain_names(of)[1], "A", "B", "W")
+            for word in name.split(".")
+        }
+    )
     return Net(classes, shape, head, of, lambda word: f"layer{words.index(word)}")
 
 
@@ -146,7 +184,10 @@ def same_results(name, of, monkeypatch):
         monkeypatch.setattr(fed_rac_lora, "key", lambda *address: key(*address[:-1]))
     monkeypatch.setattr(round_, "_flops", lambda *_: 0)  # counting them takes most of the time
     ours, plain = (
-        played.__wrapped__(*settings(name), f"model={{name: 'test_names:{net}', head: {head_of(name, of)}, of: '{of}'}}")[0]
+        played.__wrapped__(
+            *settings(name),
+            f"model={{name: 'test_names:{net}', head: {head_of(name, of)}, of: '{of}'}}",
+        )[0]
         for net in ("hostile", "neutral")
     )
     for a, b in zip(ours, plain, strict=True):
@@ -157,8 +198,22 @@ def same_results(name, of, monkeypatch):
     return ours
 
 
-# Factors of the weights and of the head, leaves of clients and of the server, other networks, mixes.
-TELLING = ("fedlora", "fedit", "fedhl", "fed_rac_lora", "fedala", "pfedgate", "ditto", "apfl", "scaffold", "fedadam", "fedkd", "fedamp")
+# Factors of the weights and of the head, leaves of clients and of the server, other networks,
+# mixes.
+TELLING = (
+    "fedlora",
+    "fedit",
+    "fedhl",
+    "fed_rac_lora",
+    "fedala",
+    "pfedgate",
+    "ditto",
+    "apfl",
+    "scaffold",
+    "fedadam",
+    "fedkd",
+    "fedamp",
+)
 
 
 @pytest.mark.parametrize("name", TELLING)
@@ -187,7 +242,13 @@ def test_torch_refuses_the_names_that_methods_use():
 
 
 def test_names_tell_words_from_factors_and_weights():
-    names = [own_name("last", "A"), factor("last", "A"), "last.A", own_name("own", factor("w", "B")), own_name("fresh")]
+    names = [
+        own_name("last", "A"),
+        factor("last", "A"),
+        "last.A",
+        own_name("own", factor("w", "B")),
+        own_name("fresh"),
+    ]
     assert len(set(names)) == 5 and [is_own(n) for n in names] == [True, True, False, True, True]
     assert [is_factor(n) for n in names] == [False, True, False, False, False]
     assert weight_of(factor("last.A", "W")) == "last.A" and is_factor(factor("w", "W"), "W")
@@ -196,7 +257,10 @@ def test_names_tell_words_from_factors_and_weights():
 
 def test_in_a_file_names_are_plain_unless_two_leaves_would_share_one():
     assert names_in_files([factor("w", "A"), own_name("c", "w"), own_name("fresh"), "w"]) == {
-        "w..A": "w.A", ".c.w": "c.w", ".fresh.": "fresh", "w": "w",
+        "w..A": "w.A",
+        ".c.w": "c.w",
+        ".fresh.": "fresh",
+        "w": "w",
     }
     names = ["last.A", own_name("last", "A"), factor("last", "A"), factor("a/b.%", "B")]
     assert list(names_in_files(names).values()) == ["last.A", ".last.A", "last..A", "a/b.%.B"]
@@ -206,10 +270,21 @@ def test_no_method_tells_leaves_apart_by_a_literal():
     """Only by ``names.py``, or by a prefix that comes from it."""
     root = Path(algorithms.__file__).parent
     asked = {"startswith", "endswith", "removeprefix", "removesuffix"}
-    for path in (*root.glob("[!_]*.py"), *(root.parent / "components/lora").glob("*.py"), root.parent / "components/lowrank.py"):
-        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+    for path in (
+        *root.glob("[!_]*.py"),
+        *(root.parent / "components/lora").glob("*.py"),
+        root.parent / "components/lowrank.py",
+    ):
+        for call in (
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+        ):
             if isinstance(call.func, ast.Attribute) and call.func.attr in asked:
-                said = [n for argument in call.args for n in ast.walk(argument) if isinstance(n, ast.Constant)]
+                said = [
+                    n
+                    for argument in call.args
+                    for n in ast.walk(argument)
+                    if isinstance(n, ast.Constant)
+                ]
                 assert not said, f"{path.name}:{call.lineno}"
 
 
@@ -217,7 +292,9 @@ def test_no_method_tells_leaves_apart_by_a_literal():
     ("fedala", False), ("fedlora", False),
     *(pytest.param(name, True, marks=pytest.mark.thorough) for name in ("fedhl", "fedala", "pfedgate", "fedlora")),
 ])  # fmt: skip
-def test_a_run_of_such_a_network_resumes_in_the_same_bits_and_is_read(name, of_all, tmp_path, monkeypatch):
+def test_a_run_of_such_a_network_resumes_in_the_same_bits_and_is_read(
+    name, of_all, tmp_path, monkeypatch
+):
     monkeypatch.setattr(round_, "_flops", lambda *_: 0)
     of = "" if of_all else name
     model = f"model={{name: 'test_names:hostile', head: {head_of(name, of)}, of: '{of}'}}"
@@ -230,9 +307,15 @@ def test_a_run_of_such_a_network_resumes_in_the_same_bits_and_is_read(name, of_a
     run = open_run(cut)
     assert run.digest() == open_run(whole).digest()
     moment = played.__wrapped__(*settings(name), model)[0][-1]
-    assert len(run.shared) == len(moment.shared) and len(run.client(1).personal) == len(moment.personal)
+    assert len(run.shared) == len(moment.shared) and len(run.client(1).personal) == len(
+        moment.personal
+    )
     for leaf, value in run.by_leaf(run.shared).items():
         assert np.array_equal(value, moment.shared[leaf].numpy())
     view = run.client(1)
     assert set(view.weights) == set(view.network.leaves)
-    assert all(np.array_equal(view.weights[n], v.numpy()) for n, v in view.model.state_dict().items() if n in view.weights)
+    assert all(
+        np.array_equal(view.weights[n], v.numpy())
+        for n, v in view.model.state_dict().items()
+        if n in view.weights
+    )

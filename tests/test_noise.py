@@ -1,4 +1,6 @@
-"""Random numbers of a user's network in training: functions of the run's key, not of a global generator."""
+"""Random numbers of a user's network in training: functions of the run's key, not of a global
+generator.
+"""
 
 import pytest
 import torch
@@ -29,7 +31,9 @@ def test_dropout_between_the_levels_of_a_recurrent_layer(kind, both):
     net.dropout = 1e-9  # drops nothing, level by level
     ours, plain = drawn(lambda: net(X), 3), net.eval()(X)
     flat = lambda result: [result[0], *(result[1] if isinstance(result[1], tuple) else result[1:])]
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(flat(ours), flat(plain), strict=True))
+    assert all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(flat(ours), flat(plain), strict=True)
+    )
 
 
 def test_packed_sequences_too():
@@ -54,4 +58,7 @@ def test_draws_have_the_distribution_that_torch_gives_them(name):
     function, mean, std = DRAWS[name]
     one, again, other = (drawn(function, key) for key in (3, 3, 4))
     assert torch.equal(one, again) and not torch.equal(one, other) and one.dtype == function().dtype
-    assert abs(float(one.double().mean()) - mean) < 0.03 and abs(float(one.double().std()) - std) < 0.02
+    assert (
+        abs(float(one.double().mean()) - mean) < 0.03
+        and abs(float(one.double().std()) - std) < 0.02
+    )

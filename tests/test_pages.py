@@ -1,9 +1,11 @@
-"""Every command and every piece of Python in ``docs/*.md`` and README.md runs, and prints what stands under it.
+"""Every command and every piece of Python in ``docs/*.md`` and README.md runs, and prints what
+stands under it.
 
-A page is run in a copy of the repository, its blocks in order: ```bash, ```python (one namespace a page), ```yaml that is
-a whole file or a part of a config. A block of Python or YAML whose first line is a comment with a file's name is written
-to that file. A block ```text right after one that ran is its output: equal up to white space, decimals, and "..." for
-anything. Other languages are not run (``docs/index.md`` tells readers which and why).
+A page is run in a copy of the repository, its blocks in order: ```bash, ```python (one namespace a
+page), ```yaml that is a whole file or a part of a config. A block of Python or YAML whose first
+line is a comment with a file's name is written to that file. A block ```text right after one that
+ran is its output: equal up to white space, decimals, and "..." for anything. Other languages are
+not run (``docs/index.md`` tells readers which and why).
 """
 
 import os
@@ -26,7 +28,9 @@ PAGES = sorted(ROOT.glob("docs/*.md")) + [ROOT / "README.md"]
 BLOCK = re.compile(r"^```(\S*)\n(.*?)^```\n", re.DOTALL | re.MULTILINE)
 NAMED = re.compile(r"# (\S+\.(?:py|yaml))\n")
 LANGUAGES = ("bash", "python", "yaml", "text", "console", "{toctree}")
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "build", "runs", ".*_cache", ".hypothesis", "*.egg-info")
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", ".venv", "build", "runs", ".*_cache", ".hypothesis", "*.egg-info"
+)
 
 
 class Block(NamedTuple):
@@ -41,7 +45,10 @@ class Block(NamedTuple):
 def blocks(page: str) -> list[Block]:
     """All blocks of a page but outputs."""
     found = list(BLOCK.finditer(page))
-    shows = [after[1] == "text" and not page[block.end() : after.start()].strip() for block, after in zip(found, found[1:])]
+    shows = [
+        after[1] == "text" and not page[block.end() : after.start()].strip()
+        for block, after in zip(found, found[1:])
+    ]
     outputs = [after[2] if shown else None for after, shown in zip(found[1:], shows)] + [None]
     alone = [True, *(not shown for shown in shows)]
     return [
@@ -59,7 +66,10 @@ def printed(expected: str, found: str) -> bool:
     """
     decimal = re.compile(r"-?\d+\.\d+(e-?\d+)?")
     expected, found = (" ".join(decimal.sub("0.0", text).split()) for text in (expected, found))
-    pattern = r"\s*".join(".*?" if part == "..." else re.escape(part) for part in re.split(r"\s*(\.\.\.)\s*", expected))
+    pattern = r"\s*".join(
+        ".*?" if part == "..." else re.escape(part)
+        for part in re.split(r"\s*(\.\.\.)\s*", expected)
+    )
     return re.fullmatch(pattern, found, re.DOTALL) is not None
 
 
@@ -81,7 +91,10 @@ def bash(text: str, folder: Path) -> str:
     """What the commands print, both streams; the test fails when one of them does."""
     env = environment(PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
     env |= {"PYTHONPATH": os.pathsep.join([str(folder), str(folder / "tests")]), "COLUMNS": "120"}
-    env |= {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "PRTE_MCA_hwloc_default_binding_policy": "none"}
+    env |= {
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "PRTE_MCA_hwloc_default_binding_policy": "none",
+    }
     ended = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", text],
         cwd=folder,
@@ -109,28 +122,42 @@ def play(name: str, page: str, folder: Path) -> None:
     names: dict = {}
     for block in blocks(page):
         where = f"{name}:{block.line}"
-        assert block.language in LANGUAGES, f"{where}: a block of {block.language or 'no language'}; see {Path(__file__).name}"
+        assert block.language in LANGUAGES, (
+            f"{where}: a block of {block.language or 'no language'}; see {Path(__file__).name}"
+        )
         named = NAMED.match(block.text)
         if named and block.language in ("python", "yaml"):
             Path(named[1]).write_text(block.text, encoding="utf-8")
         elif block.language == "yaml":
-            Path("part.yaml").write_text(f"base: configs/quickstart.yaml\n{block.text}", encoding="utf-8")
+            Path("part.yaml").write_text(
+                f"base: configs/quickstart.yaml\n{block.text}", encoding="utf-8"
+            )
             configs.read("part.yaml")
         elif block.language in ("bash", "python"):
             found = run(block, folder, names)
             if block.output is not None:
-                assert printed(block.output, found), f"{where} prints\n{found}\nand the page says\n{block.output}"
+                assert printed(block.output, found), (
+                    f"{where} prints\n{found}\nand the page says\n{block.output}"
+                )
         elif block.language == "console":
-            assert all(line.startswith("$ ") for line in block.text.splitlines()), f"{where}: lines begin with $"
+            assert all(line.startswith("$ ") for line in block.text.splitlines()), (
+                f"{where}: lines begin with $"
+            )
 
 
 def trains(page: Path) -> bool:
     """Whether a page runs anything, which takes seconds."""
-    return any(block.language in ("bash", "python") for block in blocks(page.read_text(encoding="utf-8")))
+    return any(
+        block.language in ("bash", "python") for block in blocks(page.read_text(encoding="utf-8"))
+    )
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=pytest.mark.thorough if trains(page) else (), id=page.stem) for page in PAGES]
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.thorough if trains(page) else (), id=page.stem)
+        for page in PAGES
+    ],
 )
 def test_what_a_page_shows_runs_and_prints_what_it_says(page, clone):
     play(page.name, page.read_text(encoding="utf-8"), clone)
@@ -181,7 +208,10 @@ def test_a_page_that_is_right_passes(clone):
     "wrong, why",
     [
         ({"lr": -1}, r"train.lr = -1.0: must be"),
-        ({"folder": "elsewhere"}, r"made-up.md:10 prints\s+accuracy 1.25 %\s+False\s+and the page says"),
+        (
+            {"folder": "elsewhere"},
+            r"made-up.md:10 prints\s+accuracy 1.25 %\s+False\s+and the page says",
+        ),
         ({"last": 48}, r"made-up.md:19 prints"),
         ({"prompt": ">"}, r"made-up.md:30: lines begin with \$"),
         ({"last": "```\n\n```sh\nls"}, r"made-up.md:\d+: a block of sh; see test_pages.py"),
@@ -202,4 +232,6 @@ def test_readme_s_links_lead_to_files_and_headings():
         assert file.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings], target
+            assert anchor in [
+                re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings
+            ], target

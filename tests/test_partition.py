@@ -1,4 +1,6 @@
-"""The splits: official counts and draws, disjointness, coverage, and what is said when samples run out."""
+"""The splits: official counts and draws, disjointness, coverage, and what is said when samples run
+out.
+"""
 
 import numpy as np
 import pytest
@@ -29,7 +31,10 @@ def flat(held):
 
 def wanted(kind, classes, each_class):
     """Counts [N, classes] that the kind asks for, without drawing samples."""
-    sides = [Side(n, [np.arange(each_class)] * classes, getattr(kind, n), False) for n in ("train", "test")]
+    sides = [
+        Side(n, [np.arange(each_class)] * classes, getattr(kind, n), False)
+        for n in ("train", "test")
+    ]
     entries = np.array(list(kind.wants(RandomState(kind.seed), *sides)))
     return entries[:, 2].reshape(-1, classes), entries[:, 3].reshape(-1, classes)
 
@@ -55,16 +60,23 @@ def test_dirichlet_client_draws_in_the_official_order(test_each, repeats):
     for k in range(3):
         train, test = [], []
         for c in range(CLASSES):  # the stream alternates: training draw, test draw, next class
-            train += list(rng.choice(np.flatnonzero(train_y == c), split.train_counts[k, c], replace=False))
-            test += list(rng.choice(np.flatnonzero(test_y == c), split.test_counts[k, c], replace=repeats))
+            train += list(
+                rng.choice(np.flatnonzero(train_y == c), split.train_counts[k, c], replace=False)
+            )
+            test += list(
+                rng.choice(np.flatnonzero(test_y == c), split.test_counts[k, c], replace=repeats)
+            )
         assert list(split.train[k]) == train and list(split.test[k]) == test
 
 
 @pytest.mark.parametrize(
-    "classes, fewest, mean, fewest_test", [(10, 497, 499.6, 97), (100, 489, 498, 86), (200, 482, 495, 75)]
+    "classes, fewest, mean, fewest_test",
+    [(10, 497, 499.6, 97), (100, 489, 498, 86), (200, 482, 495, 75)],
 )
 def test_dirichlet_client_totals_have_the_published_statistics(classes, fewest, mean, fewest_test):
-    kinds = [DirichletClient(seed=seed, alpha=alpha) for seed in range(20) for alpha in (0.1, 0.5, 1.0)]
+    kinds = [
+        DirichletClient(seed=seed, alpha=alpha) for seed in range(20) for alpha in (0.1, 0.5, 1.0)
+    ]
     counts = [wanted(kind, classes, 500) for kind in kinds]
     train, test = (np.concatenate(side).sum(axis=1) for side in zip(*counts, strict=True))
     assert train.min() == fewest and abs(train.mean() - mean) < 0.5 and train.max() == 500
@@ -86,7 +98,10 @@ def test_pathological_draws_in_the_official_order():
 @pytest.mark.parametrize("name", DRAWN)
 def test_every_kind_gives_every_client_valid_samples_once(name, overlap):
     split = KINDS[name](**SMALL, overlap=overlap).split(train_y, test_y, CLASSES)
-    for y, held, counts in ((train_y, split.train, split.train_counts), (test_y, split.test, split.test_counts)):
+    for y, held, counts in (
+        (train_y, split.train, split.train_counts),
+        (test_y, split.test, split.test_counts),
+    ):
         assert len(held) == 7 and counts.shape == (7, CLASSES)
         for rows, count in zip(held, counts, strict=True):
             assert rows.dtype == np.int64 and len(rows) >= 1
@@ -98,16 +113,25 @@ def test_every_kind_gives_every_client_valid_samples_once(name, overlap):
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_the_seed_decides_the_split(name):
-    one, same, other = (KINDS[name](**SMALL, seed=s).split(train_y, test_y, CLASSES).digest() for s in (1, 1, 2))
+    one, same, other = (
+        KINDS[name](**SMALL, seed=s).split(train_y, test_y, CLASSES).digest() for s in (1, 1, 2)
+    )
     assert one == same != other
 
 
 def test_the_digest_sees_where_one_client_ends():
     def split(*sizes):
-        return Iid(clients=2, train=0, test=0).split(np.zeros(sizes[0], int), np.zeros(sizes[1], int), 1)
+        return Iid(clients=2, train=0, test=0).split(
+            np.zeros(sizes[0], int), np.zeros(sizes[1], int), 1
+        )
 
     a = split(4, 4)
-    b = type(a)((a.train[0][:1], np.append(a.train[0][1:], a.train[1])), a.test, a.train_counts, a.test_counts)
+    b = type(a)(
+        (a.train[0][:1], np.append(a.train[0][1:], a.train[1])),
+        a.test,
+        a.train_counts,
+        a.test_counts,
+    )
     assert np.array_equal(flat(a.train), flat(b.train)) and a.digest() != b.digest()
 
 
@@ -120,7 +144,9 @@ def test_all_samples_cannot_be_held_back(value):
 @pytest.mark.parametrize("name", ["iid", "quantity", "dirichlet_class"])
 def test_zero_means_all_samples(name):
     split = KINDS[name](clients=5, train=0, test=0).split(train_y, test_y, CLASSES)
-    assert sorted(flat(split.train)) == list(range(6000)) and sorted(flat(split.test)) == list(range(1500))
+    assert sorted(flat(split.train)) == list(range(6000)) and sorted(flat(split.test)) == list(
+        range(1500)
+    )
 
 
 def test_pathological_without_overlap_can_deal_everything():
@@ -134,13 +160,20 @@ def test_pathological_without_overlap_can_deal_everything():
 
 @pytest.mark.parametrize("name", ["dirichlet_client", "dirichlet_class"])
 def test_test_samples_have_the_label_mix_of_the_training_samples(name):
-    split = KINDS[name](clients=7, train=400, test=100, overlap=True, alpha=1).split(train_y, test_y, CLASSES)
-    train, test = (c / c.sum(axis=1, keepdims=True) for c in (split.train_counts, split.test_counts))
+    split = KINDS[name](clients=7, train=400, test=100, overlap=True, alpha=1).split(
+        train_y, test_y, CLASSES
+    )
+    train, test = (
+        c / c.sum(axis=1, keepdims=True) for c in (split.train_counts, split.test_counts)
+    )
     assert abs(train - test).max() < 0.03
 
 
 def test_dirichlet_mixes_are_the_same_with_and_without_overlap():
-    a, b = (DirichletClient(**SMALL, overlap=o).split(train_y, test_y, CLASSES).train_counts for o in (False, True))
+    a, b = (
+        DirichletClient(**SMALL, overlap=o).split(train_y, test_y, CLASSES).train_counts
+        for o in (False, True)
+    )
     assert np.array_equal(a, b)
 
 
@@ -148,13 +181,19 @@ def test_dirichlet_class_ends_where_drawing_again_would_not():
     split = DirichletClass(clients=100, alpha=0.01, minimum=12).split(train_y, test_y, CLASSES)
     assert split.train_counts.sum(axis=1).min() == 12 and split.test_counts.sum(axis=1).min() == 1
     assert split.train_counts.sum() == 6000
-    held = (split.train_counts > 0) | (split.test_counts == 0)  # nobody is tested on what it never saw
+    # nobody is tested on what it never saw
+    held = (split.train_counts > 0) | (split.test_counts == 0)
     assert held.all()
 
 
 def test_dirichlet_class_thins_a_client_in_proportion():
-    full, thin = (DirichletClass(clients=4, alpha=1, train=n).split(train_y, test_y, CLASSES) for n in (0, 200))
-    assert (full.train_counts.sum(axis=1) > 200).all() and (thin.train_counts.sum(axis=1) == 200).all()
+    full, thin = (
+        DirichletClass(clients=4, alpha=1, train=n).split(train_y, test_y, CLASSES)
+        for n in (0, 200)
+    )
+    assert (full.train_counts.sum(axis=1) > 200).all() and (
+        thin.train_counts.sum(axis=1) == 200
+    ).all()
     exact = 200 * full.train_counts / full.train_counts.sum(axis=1, keepdims=True)
     assert abs(thin.train_counts - exact).max() < 1
 
@@ -181,8 +220,10 @@ def test_shares_of_ten_clients_are_about_four_thousand_samples(seed):
     split = shares(10, seed)
     sizes = np.array([len(rows) for rows in split.train])
     assert 3990 <= sizes.mean() <= 4000  # 40,000 less what int() cuts
-    assert sizes.min() >= 3200 * 0.97 and sizes.max() <= 4800 * 1.03  # two classes of 4,000, 0.4 to 0.6 of each
-    assert [len(rows) for rows in split.test] == pytest.approx(sizes / 4, rel=0.03)  # the fifth is drawn from all
+    # two classes of 4,000, 0.4 to 0.6 of each
+    assert sizes.min() >= 3200 * 0.97 and sizes.max() <= 4800 * 1.03
+    # the fifth is drawn from all
+    assert [len(rows) for rows in split.test] == pytest.approx(sizes / 4, rel=0.03)
 
 
 def test_shares_of_ten_clients_spread_as_published():
@@ -196,7 +237,9 @@ def test_shares_of_more_clients_have_the_published_mean(clients, size):
     assert abs(sizes.mean() - size) < 1
 
 
-@pytest.mark.parametrize("clients, classes, each", [(10, 10, 2), (50, 10, 2), (10, 100, 10), (7, 10, 3), (3, 10, 9)])
+@pytest.mark.parametrize(
+    "clients, classes, each", [(10, 10, 2), (50, 10, 2), (10, 100, 10), (7, 10, 3), (3, 10, 9)]
+)
 def test_shares_are_disjoint_classes_of_one_mix_in_training_and_test(clients, classes, each):
     split = shares(clients, 3, classes, classes_per_client=each, validation=0.0)
     held = split.train_counts > 0
@@ -216,7 +259,8 @@ def test_shares_are_disjoint_classes_of_one_mix_in_training_and_test(clients, cl
 
 
 def test_shares_hold_back_the_same_fifth_of_the_training_samples_from_all_clients():
-    # Of CIFAR-100 with ten clients every class has one holder, who has all of it that is not held back.
+    # Of CIFAR-100 with ten clients every class has one holder, who has all of it that is not held
+    # back.
     split = shares(10, classes=100, classes_per_client=10)
     assert len(flat(split.train)) == 40_000 and len(flat(split.test)) == 10_000
     whole = shares(10, classes=100, classes_per_client=10, validation=0.0)
@@ -230,7 +274,9 @@ def test_shares_hold_back_the_same_fifth_of_the_training_samples_from_all_client
 
 def test_train_and_test_limit_shares_in_proportion():
     full, thin = shares(10), shares(10, train=200, test=50)
-    assert (thin.train_counts.sum(axis=1) == 200).all() and (thin.test_counts.sum(axis=1) == 50).all()
+    assert (thin.train_counts.sum(axis=1) == 200).all() and (
+        thin.test_counts.sum(axis=1) == 50
+    ).all()
     exact = 200 * full.train_counts / full.train_counts.sum(axis=1, keepdims=True)
     assert abs(thin.train_counts - exact).max() < 1
 
@@ -238,9 +284,13 @@ def test_train_and_test_limit_shares_in_proportion():
 @pytest.mark.parametrize("each", range(1, CLASSES + 1))
 def test_shares_give_every_client_its_number_of_classes_whatever_the_number_of_clients(each):
     for clients in range(1, 50):
-        split = Shares(clients=clients, classes_per_client=each, seed=clients).split(train_y, test_y, CLASSES)
+        split = Shares(clients=clients, classes_per_client=each, seed=clients).split(
+            train_y, test_y, CLASSES
+        )
         held = split.train_counts > 0
-        assert (held.sum(axis=1) == each).all() and np.ptp(held.sum(axis=0)) == (each * clients % CLASSES > 0)
+        assert (held.sum(axis=1) == each).all() and np.ptp(held.sum(axis=0)) == (
+            each * clients % CLASSES > 0
+        )
 
 
 def test_shares_draw_in_the_official_order():
@@ -263,7 +313,8 @@ def test_apportioned_numbers_add_up():
 
 
 def test_who_gives_keeps_the_minimum():
-    counts = np.array([[2, 0], [0, 0], [0, 4]])  # the first has just enough of the pool that the second likes best
+    # the first has just enough of the pool that the second likes best
+    counts = np.array([[2, 0], [0, 0], [0, 4]])
     assert topped_up(counts, 2, np.array([[1.0, 0.0]] * 3)).tolist() == [[2, 0], [0, 2], [0, 2]]
 
 
@@ -296,20 +347,44 @@ def test_impossible_fields_are_refused(field, value, allowed):
             DirichletClient(train=5000, clients=2, alpha=0.1),
             r"train = 5000: client \d wants \d+ train samples of class \d",
         ),
-        (DirichletClient(train=900, overlap=False), r"left; lower train or clients, or set overlap to true"),
-        (DirichletClient(train=1, alpha=100), r"train = 1: \d+ of 40 clients .* would hold no train sample"),
+        (
+            DirichletClient(train=900, overlap=False),
+            r"left; lower train or clients, or set overlap to true",
+        ),
+        (
+            DirichletClient(train=1, alpha=100),
+            r"train = 1: \d+ of 40 clients .* would hold no train sample",
+        ),
         (DirichletClient(alpha=1e-5), r"alpha = 1e-05: a Dirichlet draw underflowed"),
-        (DirichletClass(clients=700), r"clients = 700: at least 10 samples for each are 7000, and there are 6000"),
-        (DirichletClass(clients=1600, minimum=1), r"clients = 1600: at least 1 samples for each are 1600, and there"),
-        (Quantity(train=200, test=10), r"train = 200: client \d+ wants \d+ train samples, and there are \d+ left"),
+        (
+            DirichletClass(clients=700),
+            r"clients = 700: at least 10 samples for each are 7000, and there are 6000",
+        ),
+        (
+            DirichletClass(clients=1600, minimum=1),
+            r"clients = 1600: at least 1 samples for each are 1600, and there",
+        ),
+        (
+            Quantity(train=200, test=10),
+            r"train = 200: client \d+ wants \d+ train samples, and there are \d+ left",
+        ),
         (
             Iid(train=50, test=40),
             r"test = 40: client 37 wants 40 test samples, and there are 20 left; lower test or clients",
         ),
-        (Pathological(classes_per_client=11), r"classes_per_client = 11: the data set has 10 classes"),
+        (
+            Pathological(classes_per_client=11),
+            r"classes_per_client = 11: the data set has 10 classes",
+        ),
         (Shares(classes_per_client=11), r"classes_per_client = 11: the data set has 10 classes"),
-        (Shares(clients=4000), r"train = 0: \d+ of 4000 clients .* would hold no train sample; lower clients"),
-        (Pathological(classes_per_client=10, test=9), r"test = 9: 40 of 40 clients .* would hold no test sample"),
+        (
+            Shares(clients=4000),
+            r"train = 0: \d+ of 4000 clients .* would hold no train sample; lower clients",
+        ),
+        (
+            Pathological(classes_per_client=10, test=9),
+            r"test = 9: 40 of 40 clients .* would hold no test sample",
+        ),
     ],
 )
 def test_what_cannot_be_met_names_the_key_and_the_numbers(kind, message):

@@ -1,4 +1,6 @@
-"""Paths as users give them: names that YAML reads as something else, users that are not there, names no system takes."""
+"""Paths as users give them: names that YAML reads as something else, users that are not there,
+names no system takes.
+"""
 
 import os
 import shutil
@@ -14,7 +16,8 @@ TRAPS = (
     "1", "1e5", "0o7", "1:30", ".5", "true", "null", "x ~", "a: b", "x:", ":", "@x", "`x", "%TAG", "!t", "&a", "*a", "|", ">",
     "?", "-", "- a", "[1]", "{foo}", "{seed}", "#h", "d #1", "it's", '"', "a b", " x", "a=b", "=", "2020-01-01", "a\\b",
 )  # fmt: skip
-TELLING = ("1", "true", "a: b", "-", "{seed}", "#h", " x")  # a number, a word, YAML's signs, an option, a placeholder, a comment
+# a number, a word, YAML's signs, an option, a placeholder, a comment
+TELLING = ("1", "true", "a: b", "-", "{seed}", "#h", " x")
 LONG = ("x" * 300, "x/" * 3000)
 COMMANDS = (
     ("run",), ("plan",), ("partition",), ("pretrain", "--to", "x.safetensors"), ("submit", "--dry-run"), ("resume",),
@@ -36,7 +39,9 @@ def test_a_path_on_the_command_line_is_taken_letter_by_letter(name):
     assert config.output == config.data.source.root == name
 
 
-@pytest.mark.parametrize("name", [n if n in TELLING else pytest.param(n, marks=pytest.mark.thorough) for n in TRAPS])
+@pytest.mark.parametrize(
+    "name", [n if n in TELLING else pytest.param(n, marks=pytest.mark.thorough) for n in TRAPS]
+)
 def test_a_run_folder_goes_on_under_any_name(name, run, call, tmp_path):
     shutil.copytree(run, tmp_path / name)
     if name != "-":
@@ -44,7 +49,8 @@ def test_a_run_folder_goes_on_under_any_name(name, run, call, tmp_path):
         code, out, err = call(*arguments, "rounds=2")
         assert (code, out) == (0, f"{name}: done\n"), err
         assert RunFiles(tmp_path / name).checkpoints()[-1] == 2
-        code, out, err = call(*arguments, "rounds=2")  # its config.yaml, now with this name, opens again
+        # its config.yaml, now with this name, opens again
+        code, out, err = call(*arguments, "rounds=2")
         assert (code, out) == (0, f"{name}: done\n"), err
     assert sorted(p.name for p in tmp_path.iterdir()) == [name]
 
@@ -57,7 +63,10 @@ def test_run_with_resume_goes_on_in_a_folder_whose_name_is_a_number(call, tmp_pa
     assert call("resume", "1", "rounds=3")[:2] == (0, "1: done\n")
 
 
-@pytest.mark.parametrize("override", ["algorithm=fedavg #1", "seed=1 # one", "algorithm={name: fedavg} # x", "model=cnn\n# y"])
+@pytest.mark.parametrize(
+    "override",
+    ["algorithm=fedavg #1", "seed=1 # one", "algorithm={name: fedavg} # x", "model=cnn\n# y"],
+)
 def test_an_override_that_would_lose_a_comment_is_refused(override):
     with pytest.raises(ConfigError, match="would be a comment"):
         read(TINY, [override])

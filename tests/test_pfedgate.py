@@ -36,7 +36,9 @@ def moving(made):
 
 
 def batch_of(made, client=0, width=5):
-    return Batch(*(v if v is None else v[0] for v in made.feed.epoch([client], 0, 0).batch(1, 0, width)))
+    return Batch(
+        *(v if v is None else v[0] for v in made.feed.epoch([client], 0, 0).batch(1, 0, width))
+    )
 
 
 def everything(made, client):
@@ -59,7 +61,9 @@ def test_an_open_gate_is_fedavg(network, stacked):
         run, state = small.experiment(algorithm, network, stacked=stacked, participation=0.8)
         ends.append(play(run, small.played(run, state, 2), evaluate=True, stop=False))
     assert small.equal(ends[0][0].shared, ends[1][0].shared)
-    assert all(np.array_equal(ends[0][2][n], ends[1][2][n], equal_nan=True) for n in ("accuracy_trained",))
+    assert all(
+        np.array_equal(ends[0][2][n], ends[1][2][n], equal_nan=True) for n in ("accuracy_trained",)
+    )
 
 
 @STACK_FIRST
@@ -84,7 +88,9 @@ def test_a_gate_that_learns_is_not_fedavg_and_differs_between_clients(stacked, s
 def test_loop_and_stack_play_alike(network, sparsity):
     outcomes = []
     for stacked in (False, True):
-        run, state = small.experiment(PFedGate(sparsity=sparsity), network, sizes=ROOMY, stacked=stacked)
+        run, state = small.experiment(
+            PFedGate(sparsity=sparsity), network, sizes=ROOMY, stacked=stacked
+        )
         outcomes.append(small.played(run, state, 2))
     small.assert_near(outcomes[1].shared, outcomes[0].shared)
     small.assert_near(outcomes[1].personal, outcomes[0].personal)
@@ -96,14 +102,19 @@ def test_nothing_of_an_absent_client_changes_and_theta_is_damped(stacked):
     states = {}
     for absent in ("stale", "exclude"):
         run, state = small.experiment(PFedGate(absent=absent), "bn_net", **how)
-        states[absent] = state, small.played(run, state._replace(personal=small.copy(state.personal)), 1)
+        states[absent] = (
+            state,
+            small.played(run, state._replace(personal=small.copy(state.personal)), 1),
+        )
     before, after = states["stale"]
     chosen = run.chosen(0)
     for client, at in run.row_of.items():
         same = [torch.equal(v[at], before.personal[n][at]) for n, v in after.personal.items()]
         assert all(same) == (client not in chosen)
     present = sum(run.weight_N[c] for c in chosen) / sum(run.weight_N)
-    damped = {n: w + present * (states["exclude"][1].shared[n] - w) for n, w in before.shared.items()}
+    damped = {
+        n: w + present * (states["exclude"][1].shared[n] - w) for n, w in before.shared.items()
+    }
     small.assert_near(after.shared, damped, rtol=1e-6)
 
 
@@ -131,7 +142,8 @@ def test_tensors_are_cut_into_at_most_five_runs_of_equal_length():
 def test_runs_of_odd_sizes(size, sizes):
     model = from_module(nn.Sequential(nn.Flatten(), nn.Linear(105, 6), nn.Tanh()), 6, (3, 7, 5))
     leaf = model.leaves["1.bias"]._replace(shape=(size,))
-    assert cuts(replace(model, leaves={"1.bias": leaf}), 5)["1.bias"].sizes == sizes  # as the official code
+    # as the official code
+    assert cuts(replace(model, leaves={"1.bias": leaf}), 5)["1.bias"].sizes == sizes
 
 
 def test_every_run_is_multiplied_by_its_number_and_statistics_by_none():
@@ -204,7 +216,10 @@ def reference(v):
         gate.vars.copy_(p[".gate.in.vars"]), gate.linear.weight.copy_(p[".gate.weight"])
         gate.norm.weight.copy_(p[".gate.out.weight"]), gate.norm.bias.copy_(p[".gate.out.bias"])
         gate.mean.copy_(p[".seen.in.mean"]), gate.var.copy_(p[".seen.in.var"])
-        gate.norm.running_mean.copy_(p[".seen.out.mean"]), gate.norm.running_var.copy_(p[".seen.out.var"])
+        (
+            gate.norm.running_mean.copy_(p[".seen.out.mean"]),
+            gate.norm.running_var.copy_(p[".seen.out.var"]),
+        )
     return gate  # its linear.bias is not ours: it must change nothing in training
 
 
@@ -230,7 +245,11 @@ def test_the_gate_is_the_official_one_in_training_with_its_gradients_and_statist
         torch.testing.assert_close(
             grads[name], value.grad, rtol=1e-3, atol=1e-4 * value.grad.abs().max().item()
         )
-    moved = {".seen.in.mean": gate.mean, ".seen.in.var": gate.var, ".seen.out.var": gate.norm.running_var}
+    moved = {
+        ".seen.in.mean": gate.mean,
+        ".seen.in.var": gate.var,
+        ".seen.out.var": gate.norm.running_var,
+    }
     moved[".seen.out.mean"] = gate.norm.running_mean - 0.1 * gate.linear.bias
     for name, value in moved.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
@@ -278,8 +297,16 @@ def test_the_gate_learns_at_its_own_rate(stacked):
             {n: v - done.start.personal[n] for n, v in done.end.personal.items()},
             done.end.shared,
         )
-    for name in (".gate.weight", ".gate.in.weight", ".gate.in.means", ".gate.out.weight", ".gate.out.bias"):
-        torch.testing.assert_close(moves[0.1][0][name], 2 * moves[0.05][0][name], rtol=1e-3, atol=1e-6)
+    for name in (
+        ".gate.weight",
+        ".gate.in.weight",
+        ".gate.in.means",
+        ".gate.out.weight",
+        ".gate.out.bias",
+    ):
+        torch.testing.assert_close(
+            moves[0.1][0][name], 2 * moves[0.05][0][name], rtol=1e-3, atol=1e-6
+        )
         assert moves[0.1][0][name].any()
     assert small.equal(moves[0.1][1], moves[0.05][1])  # theta's first step is of its own rate
 
@@ -293,7 +320,11 @@ def test_what_the_gate_keeps_of_the_data_does_not_decay(stacked):
         v = moving(made)
         (done,) = made.train([0], v.shared, small.rows(v.personal, 1), 0)
         kept.append(
-            {n: w.clone() for n, w in done.end.personal.items() if n.startswith(".seen.") and n != ".seen.M"}
+            {
+                n: w.clone()
+                for n, w in done.end.personal.items()
+                if n.startswith(".seen.") and n != ".seen.M"
+            }
         )
         assert not any(torch.equal(w, v.personal[n]) for n, w in kept[-1].items())
     assert small.equal(*kept) and len(kept[0]) == 4
@@ -305,17 +336,26 @@ def test_one_client_trains_as_with_two_torch_optimizers(stacked):
     run, state = small.experiment(algorithm, "bn_net", sizes=(10,), train=settings, stacked=stacked)
     made = small.trainer(algorithm, "bn_net", train=settings, samples=small.feed((10,)))
     v = small.first(made)
-    theta = {n: w.clone().requires_grad_(made.model.role(n) != "stats") for n, w in v.shared.items()}
+    theta = {
+        n: w.clone().requires_grad_(made.model.role(n) != "stats") for n, w in v.shared.items()
+    }
     own = {n: w.clone().requires_grad_(n.startswith(".gate.")) for n, w in v.personal.items()}
     parts = [[w for w in tree.values() if w.requires_grad] for tree in (theta, own)]
-    optimizers = [torch.optim.SGD(part, lr, momentum=0.9) for part, lr in zip(parts, (settings.lr, 0.2))]
+    optimizers = [
+        torch.optim.SGD(part, lr, momentum=0.9) for part, lr in zip(parts, (settings.lr, 0.2))
+    ]
     for epoch in range(2):
         for first in (0, 5):
             batch = Batch(
-                *(p if p is None else p[0] for p in made.feed.epoch([0], 0, epoch).batch(1, first, 5))
+                *(
+                    p if p is None else p[0]
+                    for p in made.feed.epoch([0], 0, epoch).batch(1, first, 5)
+                )
             )
             M = open_gate(own, batch.x, None, True)
-            loss = F.cross_entropy(made.model(algorithm.adapted(made.model, theta, M), batch.x), batch.y)
+            loss = F.cross_entropy(
+                made.model(algorithm.adapted(made.model, theta, M), batch.x), batch.y
+            )
             for optimizer in optimizers:
                 optimizer.zero_grad()
             loss.backward()
@@ -343,7 +383,10 @@ def test_a_client_predicts_with_the_multipliers_of_its_training_samples(stacked,
         both = algorithm.logits(model, v, tests.x[0])
         alone = torch.cat([algorithm.logits(model, v, x[None]) for x in tests.x[0]])
         torch.testing.assert_close(alone, both, rtol=1e-4, atol=1e-5)  # no neighbour matters
-    assert metrics["accuracy"] == metrics["accuracy_trained"] and algorithm.evaluates == "after_training"
+    assert (
+        metrics["accuracy"] == metrics["accuracy_trained"]
+        and algorithm.evaluates == "after_training"
+    )
     assert np.array_equal(clients["accuracy"], clients["accuracy_trained"])
 
 
@@ -375,7 +418,11 @@ def test_the_knapsack_is_filled_greedily(capacity):
 def test_a_large_run_that_does_not_fit_makes_room_for_smaller_ones_and_ties_go_by_position():
     found = greedy(torch.tensor([9.0, 8.0, 8.0, 1.0]), torch.tensor([3, 6, 2, 1]), 6)
     assert found.tolist() == [True, False, True, True]
-    assert greedy(torch.tensor([5.0, 5.0, 5.0]), torch.tensor([2, 2, 2]), 4).tolist() == [True, True, False]
+    assert greedy(torch.tensor([5.0, 5.0, 5.0]), torch.tensor([2, 2, 2]), 4).tolist() == [
+        True,
+        True,
+        False,
+    ]
 
 
 @NETWORKS
@@ -390,7 +437,9 @@ def test_first_runs_stay_and_the_others_fit_into_the_budget(network, sparsity):
         for cut in found.values():
             assert stays[cut.first]
         for linear in (False, True):
-            at = [c.first + i for c in found.values() if c.linear == linear for i in range(1, c.count)]
+            at = [
+                c.first + i for c in found.values() if c.linear == linear for i in range(1, c.count)
+            ]
             capacity = round(sizes[at].sum().item() * (sparsity - least))
             worth = np.around(10 * M.clamp(min=least)[at].double().numpy())
             expected = {at[i] for i in authors_greedy(worth, sizes[at].tolist(), capacity)}
@@ -409,11 +458,15 @@ def test_dropped_runs_are_zero_and_the_others_as_without_a_budget(straight_throu
     made = small.trainer(algorithm, "bn_net")
     v, batch = moving(made), batch_of(made)
     spread = {".gate.out.bias": 2 * numbers(len(v.personal[".seen.M"])) - 1}
-    own = {n: w.clone().requires_grad_(n.startswith(".gate.")) for n, w in (v.personal | spread).items()}
+    own = {
+        n: w.clone().requires_grad_(n.startswith(".gate."))
+        for n, w in (v.personal | spread).items()
+    }
     sparse = algorithm.multipliers(made.model, own, batch)
     whole = PFedGate().multipliers(made.model, own, batch)
     stays = within_budget(cuts(made.model, 5), whole.detach().clamp(min=0.2), 0.3)
-    assert 0 < stays.sum() < len(stays) and (whole[stays] < 0.2).any()  # first runs stay whatever their M
+    # first runs stay whatever their M
+    assert 0 < stays.sum() < len(stays) and (whole[stays] < 0.2).any()
     assert torch.equal(sparse, whole * stays)
     (grad,) = torch.autograd.grad(sparse.sum(), own[".gate.out.bias"])
     (plain,) = torch.autograd.grad(whole.sum(), own[".gate.out.bias"])

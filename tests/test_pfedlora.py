@@ -1,4 +1,6 @@
-"""pFedLoRA against Local, plain autograd and closed forms: who moves what, what travels, what is judged."""
+"""pFedLoRA against Local, plain autograd and closed forms: who moves what, what travels, what is
+judged.
+"""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -38,11 +40,15 @@ def of(place="matrix", **fields):
 def woken(v, scale=0.3):
     """The same variables with an adapter that does something: B is not 0."""
     B = v.shared[".adapter..B"]
-    return v._replace(shared=v.shared | {".adapter..B": scale * torch.randn(B.shape, generator=rng(5, "B"))})
+    return v._replace(
+        shared=v.shared | {".adapter..B": scale * torch.randn(B.shape, generator=rng(5, "B"))}
+    )
 
 
 def batch(made, client=0, width=5):
-    return Batch(*(v if v is None else v[0] for v in made.feed.epoch([client], 0, 0).batch(1, 0, width)))
+    return Batch(
+        *(v if v is None else v[0] for v in made.feed.epoch([client], 0, 0).batch(1, 0, width))
+    )
 
 
 def trained(made, v, client=0, round_=0):
@@ -76,7 +82,10 @@ def test_without_mu_and_adapter_epochs_its_rounds_are_those_of_local():
     local = played("algorithm=local")[0]
     for a, b in zip(pfedlora[1:], local[1:], strict=True):
         assert small.equal(a.personal, b.personal)
-        assert np.array_equal(a.clients["accuracy"], b.clients["accuracy"]) and a.row["train_loss"] == b.row["train_loss"]
+        assert (
+            np.array_equal(a.clients["accuracy"], b.clients["accuracy"])
+            and a.row["train_loss"] == b.row["train_loss"]
+        )
 
 
 @every_place
@@ -96,7 +105,9 @@ def test_an_adapter_that_never_trains_makes_both_losses_one_whatever_mu(place, n
 @STACK_FIRST
 @every_place
 @pytest.mark.parametrize("network", NETS)
-def test_the_first_phase_moves_the_network_alone_and_the_second_the_adapter_alone(place, network, stacked):
+def test_the_first_phase_moves_the_network_alone_and_the_second_the_adapter_alone(
+    place, network, stacked
+):
     made = small.trainer(of(place), network, stacked=stacked)
     v = woken(small.first(made))
     first, second = made.algorithm.phases(made.model, made.settings, 0)
@@ -121,13 +132,16 @@ class OnePhase(Algorithm):
 def test_running_statistics_are_those_of_the_network_without_the_adapter():
     ends = []
     for place, mu in (("conv", 0.5), ("conv", 0.0)):
-        made = small.trainer(of(place, mu=mu, adapter_epochs=2), "bn_net", replace(small.TRAIN, epochs=1, lr=1e-9))
+        made = small.trainer(
+            of(place, mu=mu, adapter_epochs=2), "bn_net", replace(small.TRAIN, epochs=1, lr=1e-9)
+        )
         _, end = trained(made, woken(small.first(made)))
         ends.append({n: t for n, t in end.personal.items() if made.model.role(n) == "stats"})
     assert len(ends[0]) >= 4
     small.assert_near(*ends)
     _, local = trained(replace(made, algorithm=Local()), Vars({}, small.first(made).personal))
-    small.assert_near(ends[0], {n: local.personal[n] for n in ends[0]})  # as often as without an adapter, too
+    # as often as without an adapter, too
+    small.assert_near(ends[0], {n: local.personal[n] for n in ends[0]})
 
 
 @PATHS
@@ -142,7 +156,8 @@ def test_training_another_client_leaves_an_upload_alone(place, stacked):
     assert all(small.equal(now, then) for now, then in kept)
     assert not small.equal(kept[0][1], kept[1][1])
     again = small.first(made)
-    assert small.equal(v.personal, again.personal) and small.equal(woken(again).shared, v.shared)  # nothing given moved
+    # nothing given moved
+    assert small.equal(v.personal, again.personal) and small.equal(woken(again).shared, v.shared)
 
 
 # --- what travels
@@ -162,24 +177,37 @@ def test_all_five_networks_send_an_adapter_of_one_shape(place, numbers, classes)
     for name in ("cnn1", "cnn2", "cnn3", "cnn4", "cnn5"):
         model = large(name, classes)
         v = algorithm.init(model, rng(1, "init"))
-        assert numel(algorithm.upload(v, v)) == algorithm.sent(v, v) == algorithm.received(v.shared) == numbers(classes)
+        assert (
+            numel(algorithm.upload(v, v))
+            == algorithm.sent(v, v)
+            == algorithm.received(v.shared)
+            == numbers(classes)
+        )
         assert numel(v.personal) == numel(model.initial)
         shapes.append({n: t.shape for n, t in algorithm.upload(v, v).items()})
     assert all(shape == shapes[0] for shape in shapes)
 
 
 def test_a_round_counts_the_adapter_up_and_down_for_every_client_of_the_cohort():
-    for name, numbers in (("matrix", 3 * (8 + 4)), ("conv", 9 * 3 + 4 * 3), ("side", 64 * 3 + 8 * 3)):
+    for name, numbers in (
+        ("matrix", 3 * (8 + 4)),
+        ("conv", 9 * 3 + 4 * 3),
+        ("side", 64 * 3 + 8 * 3),
+    ):
         how = f"algorithm={{name: pfedlora, adapter: {name}, lora_rank: 3}}"
         for moment in played(how, "rounds=1")[0][1:]:
-            assert moment.row["bytes_up"] == moment.row["bytes_down"] == 4 * numbers * 4  # 4 of 7 clients
+            # 4 of 7 clients
+            assert moment.row["bytes_up"] == moment.row["bytes_down"] == 4 * numbers * 4
 
 
 def test_clients_with_one_network_and_one_sample_each_have_equal_adapters():
     run, state = small.experiment(of(), sizes=(4, 4, 4), same_sample=True)
     trainer = run.trainer
     rows = {n: v[:3] for n, v in state.personal.items()}
-    uploads = [trainer.algorithm.upload(d.start, d.end) for d in trainer.train([0, 1, 2], state.shared, rows, 0)]
+    uploads = [
+        trainer.algorithm.upload(d.start, d.end)
+        for d in trainer.train([0, 1, 2], state.shared, rows, 0)
+    ]
     assert all(small.equal(uploads[0], other) for other in uploads[1:])
 
 
@@ -205,7 +233,9 @@ def test_the_adapter_stays_within_what_was_sent(participation):
 
 
 def plain(place, model, w, theta, data, scale=1.0):
-    """Logits of the network with the adapter, written with torch.nn.functional alone (the small cnn)."""
+    """Logits of the network with the adapter, written with torch.nn.functional alone (the small
+    cnn).
+    """
     A, B, x = theta["A"], theta["B"], data.x
     y = F.conv2d(x, w["0.weight"], w["0.bias"], padding=1)
     if place == "conv":
@@ -229,30 +259,45 @@ def test_losses_and_gradients_of_both_phases_are_those_of_plain_torch(place, mu_
     leaves = {n: t.detach().clone().requires_grad_() for n, t in (v.shared | v.personal).items()}
     now = Vars({n: leaves[n] for n in v.shared}, {n: leaves[n] for n in v.personal})
     ours = [first(now, now, data), second(now, now, data)]
-    theta, nothing = under(leaves, ".adapter.."), {n: torch.zeros_like(t) for n, t in under(leaves, ".adapter..").items()}
+    theta, nothing = (
+        under(leaves, ".adapter.."),
+        {n: torch.zeros_like(t) for n, t in under(leaves, ".adapter..").items()},
+    )
     combined = F.cross_entropy(plain(place, model, leaves, theta, data, 0.7), data.y)
     alone = F.cross_entropy(plain(place, model, leaves, nothing, data, 0.7), data.y)
     theirs = [(1 - share) * alone + share * combined, combined]
     assert abs(alone - combined) > 1e-3
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
-        grads = (torch.autograd.grad(loss, list(leaves.values()), retain_graph=True) for loss in (a, b))
+        grads = (
+            torch.autograd.grad(loss, list(leaves.values()), retain_graph=True) for loss in (a, b)
+        )
         for n, mine, other in zip(leaves, *grads, strict=True):
-            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6, msg=lambda m, n=n: f"{n}: {m}")
+            torch.testing.assert_close(
+                mine, other, rtol=1e-4, atol=1e-6, msg=lambda m, n=n: f"{n}: {m}"
+            )
 
 
 def test_one_step_of_each_phase_is_a_step_of_plain_sgd():
     algorithm = of("matrix", mu=0.4)
-    made = small.trainer(algorithm, train=replace(small.TRAIN, epochs=1, batch_size=20, momentum=0.0))
+    made = small.trainer(
+        algorithm, train=replace(small.TRAIN, epochs=1, batch_size=20, momentum=0.0)
+    )
     v, model = woken(small.first(made)), made.model
     _, end = trained(made, v, client=1)
-    data = [Batch(*(t if t is None else t[0] for t in made.feed.epoch([1], 0, e).batch(1, 0, 7))) for e in (0, 1)]
+    data = [
+        Batch(*(t if t is None else t[0] for t in made.feed.epoch([1], 0, e).batch(1, 0, 7)))
+        for e in (0, 1)
+    ]
     w = {n: t.clone().requires_grad_() for n, t in v.personal.items()}
     theta = {n: t.clone().requires_grad_() for n, t in under(v.shared, ".adapter..").items()}
     nothing = {n: torch.zeros_like(t) for n, t in theta.items()}
     ce = lambda w, theta, d: F.cross_entropy(plain("matrix", model, w, theta, d), d.y)
     loss = 0.6 * ce(w, nothing, data[0]) + 0.4 * ce(w, theta, data[0])
-    w = {n: (t - 0.05 * g).detach() for (n, t), g in zip(w.items(), torch.autograd.grad(loss, list(w.values())))}
+    w = {
+        n: (t - 0.05 * g).detach()
+        for (n, t), g in zip(w.items(), torch.autograd.grad(loss, list(w.values())))
+    }
     grads = torch.autograd.grad(ce(w, theta, data[1]), list(theta.values()))
     theta = {n: t - 0.05 * g for (n, t), g in zip(theta.items(), grads)}
     small.assert_near(end.personal, w)
@@ -262,9 +307,14 @@ def test_one_step_of_each_phase_is_a_step_of_plain_sgd():
 @pytest.mark.parametrize("place", ["matrix", "conv"])
 @pytest.mark.parametrize("network", ["cnn", "bn_net", "cnn5"])
 def test_an_adapter_folded_into_the_weights_is_the_adapter_beside_them(place, network):
-    model = small.model(network, shape=(3, 32, 32) if network == "cnn5" else small.SHAPE).evaluating()
+    model = small.model(
+        network, shape=(3, 32, 32) if network == "cnn5" else small.SHAPE
+    ).evaluating()
     adapter = Adapter(place, 3, 0.6)
-    theta = {n: torch.randn(t.shape, generator=rng(2, n)) for n, t in adapter.init(model, rng(1, "init")).items()}
+    theta = {
+        n: torch.randn(t.shape, generator=rng(2, n))
+        for n, t in adapter.init(model, rng(1, "init")).items()
+    }
     x = torch.randn(4, *model.shape, generator=rng(3, "x"))
     beside = adapter.logits(model, model.initial, theta, x)
     folded = model(adapter.merged(model, model.initial, theta), x)
@@ -278,11 +328,16 @@ def test_the_conv_adapter_is_a_convolution_of_r_channels_and_one_of_size_1():
     model = small.model("bn_net").evaluating()
     adapter, name = Adapter("conv", 2, 0.6), "conv1.weight"
     assert adapter.beside(model) == name
-    theta = {n: torch.randn(t.shape, generator=rng(2, n)) for n, t in adapter.init(model, rng(1, "init")).items()}
+    theta = {
+        n: torch.randn(t.shape, generator=rng(2, n))
+        for n, t in adapter.init(model, rng(1, "init")).items()
+    }
     x = torch.randn(4, *model.shape, generator=rng(3, "x"))
     change = adapter.merged(model, model.initial, theta)[name] - model.initial[name]
     A, B = theta["A"], theta["B"][:, :, None, None]
-    torch.testing.assert_close(F.conv2d(x, change, padding=1), 0.6 * F.conv2d(F.conv2d(x, A, padding=1), B))
+    torch.testing.assert_close(
+        F.conv2d(x, change, padding=1), 0.6 * F.conv2d(F.conv2d(x, A, padding=1), B)
+    )
 
 
 def test_an_adapter_begins_without_effect_and_with_the_bounds_of_torchs_linear():
@@ -302,11 +357,20 @@ def test_mu_rises_by_its_schedule():
         loss = made.algorithm.phases(made.model, made.settings, round_)[0].steps[0].loss(v, v, data)
         alone = F.cross_entropy(made.model(v.personal, data.x), data.y)
         theta = under(v.shared, ".adapter..")
-        combined = F.cross_entropy(Adapter("matrix", 2).logits(made.model, v.personal, theta, data.x), data.y)
+        combined = F.cross_entropy(
+            Adapter("matrix", 2).logits(made.model, v.personal, theta, data.x), data.y
+        )
         return float((loss - alone) / (combined - alone))
 
     linear = {"mu_schedule": "linear", "mu_rounds": 10, "mu": 0.5}
-    assert [round(shares(t, **linear), 4) for t in (0, 1, 4, 5, 6, 100)] == [0.0, 0.1, 0.4, 0.5, 0.5, 0.5]
+    assert [round(shares(t, **linear), 4) for t in (0, 1, 4, 5, 6, 100)] == [
+        0.0,
+        0.1,
+        0.4,
+        0.5,
+        0.5,
+        0.5,
+    ]
     assert [round(shares(t, mu=0.3), 4) for t in (0, 7)] == [0.3, 0.3]
     assert [round(shares(t, **linear, mu_on="model"), 4) for t in (0, 4, 6)] == [1.0, 0.6, 0.5]
 
@@ -322,15 +386,27 @@ def test_the_judged_model_is_the_network_with_or_without_the_adapter(place, infe
     v, data = woken(small.first(made)), batch(made)
     theta = under(v.shared, ".adapter..")
     nothing = {n: torch.zeros_like(t) for n, t in theta.items()}
-    expected = plain(place, made.model, v.personal, theta if inference == "combined" else nothing, data, 0.8)
-    torch.testing.assert_close(algorithm.logits(made.model.evaluating(), v, data.x), expected, rtol=1e-4, atol=1e-5)
+    expected = plain(
+        place, made.model, v.personal, theta if inference == "combined" else nothing, data, 0.8
+    )
+    torch.testing.assert_close(
+        algorithm.logits(made.model.evaluating(), v, data.x), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
-    "place, inference", [("matrix", "combined"), thorough("conv", "combined"), ("side", "model"), thorough("matrix", "model")]
+    "place, inference",
+    [
+        ("matrix", "combined"),
+        thorough("conv", "combined"),
+        ("side", "model"),
+        thorough("matrix", "model"),
+    ],
 )
 def test_a_clients_model_of_a_run_has_the_accuracy_after_aggregation(place, inference, tmp_path):
-    how = f"algorithm={{name: pfedlora, adapter: {place}, inference: {inference}, adapter_epochs: 2}}"
+    how = (
+        f"algorithm={{name: pfedlora, adapter: {place}, inference: {inference}, adapter_epochs: 2}}"
+    )
     assert main(["run", str(TINY), how, "rounds=2", f"output={tmp_path / 'run'}"]) == 0
     run = open_run(tmp_path / "run")
     config = from_dict(run.config, "log")
@@ -339,9 +415,15 @@ def test_a_clients_model_of_a_run_has_the_accuracy_after_aggregation(place, infe
     for client in range(7):
         x, y = (t[0] for t in feed.test([client], 0, feed.test_size(client))[:2])
         right = run.client(client).model(x).argmax(1) == y
-        assert np.float32(right.double().mean()) == run.array("clients/accuracy_aggregated")[-1][client]
+        assert (
+            np.float32(right.double().mean())
+            == run.array("clients/accuracy_aggregated")[-1][client]
+        )
     judged, after = (run.array(f"clients/{name}")[-1] for name in ("accuracy", "accuracy_trained"))
-    assert np.array_equal(judged[~np.isnan(after)], after[~np.isnan(after)]) and (~np.isnan(after)).sum() == 4
+    assert (
+        np.array_equal(judged[~np.isnan(after)], after[~np.isnan(after)])
+        and (~np.isnan(after)).sum() == 4
+    )
     name = built(how).run.kinds[0].trainer.model.head + ".weight"
     merged = not np.array_equal(run.client(0).weights[name], run.client(0).personal[name])
     assert merged == (place == "matrix" and inference == "combined")
@@ -363,7 +445,9 @@ def test_a_side_adapter_judged_with_the_network_has_no_weights_of_its_own_and_sa
 def test_the_loop_is_the_stack(place, network):
     ends = []
     for stacked in (False, True):
-        run, state = small.experiment(of(place, adapter_epochs=2), network, stacked=stacked, fine=True)
+        run, state = small.experiment(
+            of(place, adapter_epochs=2), network, stacked=stacked, fine=True
+        )
         ends.append(small.played(run, state, 2))
     small.assert_near(ends[0].shared, ends[1].shared, 1e-6)
     small.assert_near(ends[0].personal, ends[1].personal, 1e-6)
@@ -398,5 +482,7 @@ def test_a_network_without_a_place_for_the_adapter_is_refused(capsys):
         PFedLoRA(adapter="conv").check(model, small.TRAIN)
     model = zoo.build("small:conv_net", {}, 6, small.SHAPE, 1)
     for place in ("matrix", "side"):
-        with pytest.raises(ValueError, match=f"^adapter = {place}: needs a network with a Linear at its end"):
+        with pytest.raises(
+            ValueError, match=f"^adapter = {place}: needs a network with a Linear at its end"
+        ):
             PFedLoRA(adapter=place).check(model, small.TRAIN)

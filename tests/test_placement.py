@@ -69,7 +69,15 @@ def test_more_workers_than_groups_leave_some_idle():
 
 @pytest.mark.parametrize(
     "clients, fraction, count",
-    [(40, 1.0, 40), (40, 0.5, 20), (7, 0.5, 3), (7, 0.1, 1), (1, 0.3, 1), (31, 0.9, 27), (100, 0.29, 29)],
+    [
+        (40, 1.0, 40),
+        (40, 0.5, 20),
+        (7, 0.5, 3),
+        (7, 0.1, 1),
+        (1, 0.3, 1),
+        (31, 0.9, 27),
+        (100, 0.29, 29),
+    ],
 )
 def test_a_cohort_is_the_head_of_the_permutation(clients, fraction, count):
     draw = torch.randperm(clients, generator=rng(1, clients)).tolist()
@@ -89,7 +97,12 @@ def test_cohorts_follow_seed_and_round_alone():
 
 # Small cohorts of many clients: those of a group that take part compute together.
 
-FEW = ("participation=0.3", "data.partition.clients=14", "data.partition.minimum=2", "algorithm=fedavg")
+FEW = (
+    "participation=0.3",
+    "data.partition.clients=14",
+    "data.partition.minimum=2",
+    "algorithm=fedavg",
+)
 
 
 def test_a_groups_part_of_the_cohort_is_cut_into_equal_stacks_largest_first():
@@ -106,15 +119,30 @@ def test_a_groups_part_of_the_cohort_is_cut_into_equal_stacks_largest_first():
 def test_a_group_holds_so_many_clients_that_a_stack_of_them_takes_part():
     assert [len(group) for group in built(*FEW).run.groups] == [6, 6, 2]
     assert [len(group) for group in built(*FEW, "participation=1.0").run.groups] == [2] * 7
-    assert [len(group) for group in built(*FEW, "engine.path=loop").run.groups] == [2] * 7  # nothing to gain
-    wide = built(*FEW, "participation=0.1", "engine.group_size=auto", "data.partition.clients=30", "data.synthetic.train=600")
-    assert [len(group) for group in wide.run.groups] == [20, 10] and wide.config.engine.group_size == 2  # of a cohort of 3
+    # nothing to gain
+    assert [len(group) for group in built(*FEW, "engine.path=loop").run.groups] == [2] * 7
+    wide = built(
+        *FEW,
+        "participation=0.1",
+        "engine.group_size=auto",
+        "data.partition.clients=30",
+        "data.synthetic.train=600",
+    )
+    # of a cohort of 3
+    assert [len(group) for group in wide.run.groups] == [
+        20,
+        10,
+    ] and wide.config.engine.group_size == 2
 
 
 def test_small_cohorts_have_the_same_bits_on_any_ranks_and_the_numbers_of_the_loop():
     one = played(*FEW, "rounds=3")[0]
     for ranks in (2, 3):
-        assert all(same(a, b) for moments in played(*FEW, "rounds=3", ranks=ranks) for a, b in zip(one, moments, strict=True))
+        assert all(
+            same(a, b)
+            for moments in played(*FEW, "rounds=3", ranks=ranks)
+            for a, b in zip(one, moments, strict=True)
+        )
     loop = played(*FEW, "rounds=3", "engine.path=loop")[0]
     assert_near(one[-1].shared, loop[-1].shared)
     assert not same(one[0], one[-1])

@@ -57,9 +57,13 @@ def test_what_a_client_costs_in_every_batch_is_found_from_half_of_a_stack(sample
     for clients in (4, 2) if samples > 10 else (4,):
         assert cost(clients)(samples) == pytest.approx(found.of([samples] * clients, 10))
     if samples > 10:
-        assert found == pytest.approx(line) and found.of([25, 10, 3], 10) == pytest.approx(3 + 2 * 3 + 0.25 * 5 + 0.5 * 38)
+        assert found == pytest.approx(line) and found.of([25, 10, 3], 10) == pytest.approx(
+            3 + 2 * 3 + 0.25 * 5 + 0.5 * 38
+        )
     noisy = Line(3.0, 2.0, 0.5).shared(lambda limit: -9.0 * limit, 2, 4, samples, 10)
-    assert min(noisy) >= 0 and noisy.of([samples] * 4, 10) == pytest.approx(Line(3.0, 2.0, 0.5).of([samples] * 4, 10))
+    assert min(noisy) >= 0 and noisy.of([samples] * 4, 10) == pytest.approx(
+        Line(3.0, 2.0, 0.5).of([samples] * 4, 10)
+    )
 
 
 def test_a_line_through_noise_has_nothing_negative():
@@ -83,7 +87,9 @@ def test_twice_the_unit_cost_is_twice_the_time():
     double = UNIT._replace(train=Line(1.0, 0.5, 0.25), score=Line(0, 0, 0.125))
     for ranks in (1, 3, 4):
         once, twice = seconds(FREE, ranks), seconds(FREE._replace(units={0: double}), ranks)
-        assert twice.train == pytest.approx(2 * once.train) and twice.evaluate == pytest.approx(2 * once.evaluate)
+        assert twice.train == pytest.approx(2 * once.train) and twice.evaluate == pytest.approx(
+            2 * once.evaluate
+        )
 
 
 def test_more_workers_are_never_slower_to_train_and_one_a_group_is_the_end():
@@ -94,14 +100,20 @@ def test_more_workers_are_never_slower_to_train_and_one_a_group_is_the_end():
 
 
 def test_a_loop_pays_for_every_client_apart():
-    assert seconds(FREE, 1, "engine.path=loop").train == pytest.approx(seconds(FREE, 1, "engine.group_size=1").train)
+    assert seconds(FREE, 1, "engine.path=loop").train == pytest.approx(
+        seconds(FREE, 1, "engine.group_size=1").train
+    )
 
 
 def test_a_small_cohort_costs_what_its_clients_cost_and_is_judged_whole():
     tree = ["participation=0.3", "rounds=16"]
-    run, costs = built(*tree).run, FREE._replace(units={0: UNIT._replace(train=Line(1.0, 0, 0), score=Line(0, 0, 1.0))})
+    run, costs = (
+        built(*tree).run,
+        FREE._replace(units={0: UNIT._replace(train=Line(1.0, 0, 0), score=Line(0, 0, 1.0))}),
+    )
     stacks = [
-        sum(len(run.stacks(m)) for g in run.groups if (m := [c for c in g if c in run.chosen(t)])) for t in range(16)
+        sum(len(run.stacks(m)) for g in run.groups if (m := [c for c in g if c in run.chosen(t)]))
+        for t in range(16)
     ]
     tests = [sum(len(built().split.test[c]) for c in run.chosen(t)) for t in range(16)]
     found = seconds(costs, 1, *tree)
@@ -118,32 +130,45 @@ def test_a_cohort_judged_alone_costs_what_its_tests_cost():
 
 def test_workers_beyond_the_cores_share_them():
     crowded, free = (seconds(FREE, 5, machine=HERE._replace(cores=n)) for n in (2, 4))
-    assert crowded.train == pytest.approx(2 * free.train) and crowded.evaluate == pytest.approx(2 * free.evaluate)
+    assert crowded.train == pytest.approx(2 * free.train) and crowded.evaluate == pytest.approx(
+        2 * free.evaluate
+    )
 
 
 def test_evaluating_and_checkpointing_less_often_costs_less():
-    costs = FREE._replace(units={0: UNIT._replace(train=Line(0, 0, 0))}, log=1.0, checkpoint=6.0, file=2.0)
+    costs = FREE._replace(
+        units={0: UNIT._replace(train=Line(0, 0, 0))}, log=1.0, checkpoint=6.0, file=2.0
+    )
     often, seldom = (
         seconds(costs, 1, "evaluate.every=1", "checkpoint.every=1"),
         seconds(costs, 1, "evaluate.every=4", "checkpoint.every=4"),
     )
-    assert seldom.evaluate == pytest.approx(often.evaluate / 4) and seldom.train == pytest.approx(often.train / 4)
+    assert seldom.evaluate == pytest.approx(often.evaluate / 4) and seldom.train == pytest.approx(
+        often.train / 4
+    )
     assert seldom.files - 1 == pytest.approx((often.files - 1) / 4) and often.files == 1 + 6 + 2
 
 
 def test_every_worker_writes_a_file_for_each_kind_of_clients():
-    made, costs = built(*MIXED, "checkpoint.every=1"), FREE._replace(units=dict.fromkeys(range(3), UNIT), file=2.0)
+    made, costs = (
+        built(*MIXED, "checkpoint.every=1"),
+        FREE._replace(units=dict.fromkeys(range(3), UNIT), file=2.0),
+    )
     for ranks in (1, 3):
         workers = range(1, ranks) if ranks > 1 else [0]
-        there = {(rank, made.run.kind_of[c]) for g, rank in zip(made.run.groups, assign(made.run.costs, workers)) for c in g}
+        there = {
+            (rank, made.run.kind_of[c])
+            for g, rank in zip(made.run.groups, assign(made.run.costs, workers))
+            for c in g
+        }
         assert forecast(made, costs, workers, ranks, HERE).files == 2 * len(there) >= 6
 
 
 def test_messages_cost_by_the_textbook():
     assert allreduce(1e9, 1, HERE) == allgather(1e9, 1, HERE) == 0
-    assert allreduce(1e9, 4, HERE) == pytest.approx(1.5 + 4e-5 + 1e-3) and allgather(1e9, 4, HERE) == pytest.approx(
-        0.75 + 2e-5 + 1e-3
-    )
+    assert allreduce(1e9, 4, HERE) == pytest.approx(1.5 + 4e-5 + 1e-3) and allgather(
+        1e9, 4, HERE
+    ) == pytest.approx(0.75 + 2e-5 + 1e-3)
     assert allreduce(1e9, 4, HERE._replace(bandwidth=2e9)) == pytest.approx(0.75 + 4e-5 + 1e-3)
 
 
@@ -168,7 +193,8 @@ def test_operations_are_counted_as_they_are_done():
     x, w = torch.ones(4, 3), torch.ones(5, 3, requires_grad=True)
     step = lambda: F.relu(F.linear(x, w)).sum().backward()
     counted = _count(step)
-    assert counted.flops == 2 * 2 * 4 * 3 * 5 and counted.operations >= 5  # forward, and backward for w alone
+    # forward, and backward for w alone
+    assert counted.flops == 2 * 2 * 4 * 3 * 5 and counted.operations >= 5
     assert counted.saved == 4 * (x.numel() + 20)  # the product's input and the rectifier's output
     twice = _count(lambda: (step(), step()))
     assert twice.saved == counted.saved and twice.flops == 2 * counted.flops
@@ -185,18 +211,27 @@ def test_a_named_gpu_and_its_bandwidth_change_what_is_predicted(monkeypatch, tmp
     monkeypatch.setitem(GPUS, "snail", Device(1e6, 1e6, 1e12, 10e9))
     config = read(TINY, ["participation=1", "engine.path=auto"])
     slow, fast = (
-        estimate(config, str(TINY), 3, name, bandwidth) for name, bandwidth in (("snail", 1e3), ("h200", 1e9))
+        estimate(config, str(TINY), 3, name, bandwidth)
+        for name, bandwidth in (("snail", 1e3), ("h200", 1e9))
     )
     run, flops = slow.built.run, 0
     flops = max(
-        sum(run.flops[0].of_round(run.sizes[c], 0) for g, h in zip(run.groups, (1, 2, 2, 1)) if h == r for c in g)
+        sum(
+            run.flops[0].of_round(run.sizes[c], 0)
+            for g, h in zip(run.groups, (1, 2, 2, 1))
+            if h == r
+            for c in g
+        )
         for r in (1, 2)
     )
     assert (
         slow.seconds.train == pytest.approx(flops / (0.35 * 1e6), rel=0.25)
         and fast.seconds.train < slow.seconds.train / 10
     )
-    assert slow.seconds.exchange > fast.seconds.exchange + 10 and slow.built.config.engine.path == "stack"
+    assert (
+        slow.seconds.exchange > fast.seconds.exchange + 10
+        and slow.built.config.engine.path == "stack"
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -205,7 +240,8 @@ def test_a_named_gpu_and_its_bandwidth_change_what_is_predicted(monkeypatch, tmp
     [
         (
             ["--gpus=h300"],
-            "--gpus = h300: not known; known are v100, t4, a10, a100-40, a100, l40s, rtx4090, h100, h200, or none",
+            "--gpus = h300: not known; known are v100, t4, a10, a100-40, a100, l40s, rtx4090, "
+            "h100, h200, or none",
         ),
         (["--bandwidth=0"], "--bandwidth = 0: must be positive"),
         (["--bandwidth=inf"], "--bandwidth = inf: must be positive"),
@@ -221,14 +257,22 @@ def test_a_machine_that_cannot_be_is_refused(given, said, capsys):
 def test_a_plan_says_what_was_measured_and_what_assumed(capsys):
     assert main(["plan", str(TINY), "--ranks=8", "--gpus=a100", "--latency=1e-6"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert "35% of the a100's FLOP/s" in lines["assumed"] and "12.5 GB/s between ranks" in lines["assumed"]
-    assert "latency 1e-06" in lines["given"] and "counted" in lines["measured"] and "of 80 GB" in lines["gpu"]
+    assert (
+        "35% of the a100's FLOP/s" in lines["assumed"]
+        and "12.5 GB/s between ranks" in lines["assumed"]
+    )
+    assert (
+        "latency 1e-06" in lines["given"]
+        and "counted" in lines["measured"]
+        and "of 80 GB" in lines["gpu"]
+    )
     assert device("none") is None
 
 
 def test_a_message_has_its_price_also_where_next_to_nothing_is_uploaded():
     made = built("algorithm=fedamp")
-    assert made.run.upload.size < 100 and measured(made)[0].add_byte < 1e-8  # a core adds up gigabytes a second
+    # a core adds up gigabytes a second
+    assert made.run.upload.size < 100 and measured(made)[0].add_byte < 1e-8
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a fork is not safe")
@@ -240,20 +284,31 @@ def test_others_compute_meanwhile_and_are_gone_after(tmp_path):
 
     with _beside(2, work):
         until = time.monotonic() + 30
-        while sum(len(file.read_text()) > 2 for file in tmp_path.iterdir()) < 2 and time.monotonic() < until:
+        while (
+            sum(len(file.read_text()) > 2 for file in tmp_path.iterdir()) < 2
+            and time.monotonic() < until
+        ):
             time.sleep(1e-2)
     found = {int(file.name): len(file.read_text()) for file in tmp_path.iterdir()}
-    assert len(found) == 2 and os.getpid() not in found and min(found.values()) > 2  # again and again
+    # again and again
+    assert len(found) == 2 and os.getpid() not in found and min(found.values()) > 2
     for child in found:
         with pytest.raises(ProcessLookupError):
             os.kill(child, 0)
 
 
-@pytest.mark.parametrize("ranks, gpus, cores, others", [(1, None, 8, 0), (3, None, 8, 1), (9, None, 4, 3), (9, "a100", 8, 0)])
+@pytest.mark.parametrize(
+    "ranks, gpus, cores, others",
+    [(1, None, 8, 0), (3, None, 8, 1), (9, None, 4, 3), (9, "a100", 8, 0)],
+)
 def test_a_trial_is_made_beside_as_many_as_will_work_here(ranks, gpus, cores, others, monkeypatch):
     given = []
-    monkeypatch.setattr("fedlora_mpi.plan.unit_costs._SECONDS", 0.0)  # each size is tried twice, no more
+    # each size is tried twice, no more
+    monkeypatch.setattr("fedlora_mpi.plan.unit_costs._SECONDS", 0.0)
     monkeypatch.setattr("os.cpu_count", lambda: cores)
-    monkeypatch.setattr("fedlora_mpi.plan.unit_costs._beside", lambda n, work: given.append(n) or contextlib.nullcontext())
+    monkeypatch.setattr(
+        "fedlora_mpi.plan.unit_costs._beside",
+        lambda n, work: given.append(n) or contextlib.nullcontext(),
+    )
     estimate(read(TINY, []), str(TINY), ranks, gpus)
     assert given == [others]

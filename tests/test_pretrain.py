@@ -24,8 +24,14 @@ def pretrained(call, *arguments, to="net.safetensors"):
     code, out, err = call("pretrain", TINY, *arguments, "--to", to)
     assert (code, err) == (0, ""), err
     lines = [LINE.match(line) for line in out.splitlines()[:-1]]
-    assert [int(line[1]) for line in lines] == list(range(1, int(lines[0][2]) + 1)) and len(lines) == int(lines[0][2])
-    return weights.read(Path(to)), [float(line[3]) for line in lines], [float(line[4]) for line in lines]
+    assert [int(line[1]) for line in lines] == list(range(1, int(lines[0][2]) + 1)) and len(
+        lines
+    ) == int(lines[0][2])
+    return (
+        weights.read(Path(to)),
+        [float(line[3]) for line in lines],
+        [float(line[4]) for line in lines],
+    )
 
 
 def accuracy(call, *arguments):
@@ -51,7 +57,9 @@ def test_the_default_is_the_epochs_of_the_config(call):
 
 
 def test_an_epoch_in_one_batch_is_one_step_of_gradient_descent_on_all_samples(call):
-    found, _, losses = pretrained(call, "train.batch_size=240", "train.lr=0.5", "train.weight_decay=0.01", "--epochs", 2)
+    found, _, losses = pretrained(
+        call, "train.batch_size=240", "train.lr=0.5", "train.weight_decay=0.01", "--epochs", 2
+    )
     config = tiny()
     data = load_data(config, "")
     x = ((data.train.x / 255 - data.mean[0]) / data.std[0]).float()
@@ -62,17 +70,31 @@ def test_an_epoch_in_one_batch_is_one_step_of_gradient_descent_on_all_samples(ca
         loss = torch.nn.functional.cross_entropy(model(w, x), data.train.y)
         assert abs(loss.item() - told) < 1e-3
         steps = torch.autograd.grad(loss, list(w.values()))
-        w = {n: (v - 0.5 * (g + 0.01 * v)).detach().requires_grad_() for (n, v), g in zip(w.items(), steps)}
+        w = {
+            n: (v - 0.5 * (g + 0.01 * v)).detach().requires_grad_()
+            for (n, v), g in zip(w.items(), steps)
+        }
     for name, value in w.items():
         torch.testing.assert_close(found[name], value.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_file_is_a_pure_function_of_the_seed(call):
-    written = lambda to, *arguments: (pretrained(call, *arguments, "--epochs", 1, to=to), Path(to).read_bytes())[1]
+    written = lambda to, *arguments: (
+        pretrained(call, *arguments, "--epochs", 1, to=to),
+        Path(to).read_bytes(),
+    )[1]
     one = written("1.safetensors")
     assert written("2.safetensors") == one
     assert written("3.safetensors", "seed=2") != one
-    for number, ignored in enumerate(("data.partition.seed=2", "data.partition.clients=3", "algorithm=local", "data.shift=rotate", "engine.path=loop")):
+    for number, ignored in enumerate(
+        (
+            "data.partition.seed=2",
+            "data.partition.clients=3",
+            "algorithm=local",
+            "data.shift=rotate",
+            "engine.path=loop",
+        )
+    ):
         assert written(f"same{number}.safetensors", ignored) == one, ignored
     assert written("4.safetensors", "data.augment=[flip]") != one
 
@@ -97,14 +119,19 @@ def test_the_file_has_every_leaf_with_the_statistics(call):
     found, *_ = pretrained(call, "model=user_parts:with_norm", "--epochs", 1)
     fresh = zoo.build("user_parts:with_norm", {}, 4, (1, 8, 8), 1)
     assert list(found) and found.keys() == fresh.leaves.keys()
-    assert all(not torch.equal(found[n], fresh.initial[n]) for n in ("norm.running_mean", "norm.weight", "head.weight"))
+    assert all(
+        not torch.equal(found[n], fresh.initial[n])
+        for n in ("norm.running_mean", "norm.weight", "head.weight")
+    )
     model = zoo.build("user_parts:with_norm", {}, 4, (1, 8, 8), 2, weights="net.safetensors")
     assert equal(model.initial, {n: found[n] for n in model.initial})
 
 
 def test_it_goes_on_from_weights_that_the_config_names(call):
     first, *_ = pretrained(call, "--epochs", 1)
-    again, *_ = pretrained(call, "model.weights=net.safetensors", "train.lr=1e-30", "--epochs", 1, to="b.safetensors")
+    again, *_ = pretrained(
+        call, "model.weights=net.safetensors", "train.lr=1e-30", "--epochs", 1, to="b.safetensors"
+    )
     assert equal(first, again)
 
 
@@ -113,19 +140,41 @@ def test_of_a_mix_one_network_is_trained(call):
     first, *_ = pretrained(call, mix, "--epochs", 1)
     second, *_ = pretrained(call, mix, "--epochs", 1, "--network", 1, to="b.safetensors")
     assert first["7.weight"].shape[0] == 8 and second["4.weight"].shape[0] == 7
-    alone, *_ = pretrained(call, "model={name: 'user_parts:wide', hidden: 7}", "--epochs", 1, to="c.safetensors")
+    alone, *_ = pretrained(
+        call, "model={name: 'user_parts:wide', hidden: 7}", "--epochs", 1, to="c.safetensors"
+    )
     assert equal(second, alone)
 
 
 def test_it_learns_texts_under_the_vocabulary_of_the_data(call, tmp_path):
-    words = [("a", "boat sails"), ("b", "goat eats"), ("a", "boat floats"), ("b", "goat sleeps")] * 6
+    words = [
+        ("a", "boat sails"),
+        ("b", "goat eats"),
+        ("a", "boat floats"),
+        ("b", "goat sleeps"),
+    ] * 6
     for side in ("train", "test"):
-        (tmp_path / f"{side}.csv").write_text("label,text\n" + "".join(f"{y},{x}\n" for y, x in words))
-    these = ["data={dataset: csv, root: ., text: {length: 4}, partition: {kind: iid, clients: 3, train: 8, test: 4}}",
-             "model={name: transformer, width: 4, heads: 2, layers: 1, feedforward: 5}"]
+        (tmp_path / f"{side}.csv").write_text(
+            "label,text\n" + "".join(f"{y},{x}\n" for y, x in words)
+        )
+    these = [
+        "data={dataset: csv, root: ., text: {length: 4}, partition: {kind: iid, clients: 3, train: 8, test: 4}}",
+        "model={name: transformer, width: 4, heads: 2, layers: 1, feedforward: 5}",
+    ]
     found, accuracies, _ = pretrained(call, *these, "--epochs", 5)
     assert found["words.weight"].shape == (8, 4) and accuracies[-1] == 100
-    assert call("run", TINY, *these, "model.weights=net.safetensors", "algorithm=fedavg", "rounds=1", "output=run")[0] == 0
+    assert (
+        call(
+            "run",
+            TINY,
+            *these,
+            "model.weights=net.safetensors",
+            "algorithm=fedavg",
+            "rounds=1",
+            "output=run",
+        )[0]
+        == 0
+    )
     assert RunFiles(tmp_path / "run").rounds()["accuracy"][0] == 1
 
 
@@ -135,7 +184,10 @@ def test_it_learns_texts_under_the_vocabulary_of_the_data(call, tmp_path):
 def test_some_classes_are_all_their_samples_and_no_other():
     data = load_data(tiny(), "")
     split = pooled(data, [1, 3])
-    for rows, counts, y in ((split.train, split.train_counts, data.train.y), (split.test, split.test_counts, data.test.y)):
+    for rows, counts, y in (
+        (split.train, split.train_counts, data.train.y),
+        (split.test, split.test_counts, data.test.y),
+    ):
         assert np.array_equal(rows[0], np.flatnonzero((y == 1) | (y == 3))) and len(rows) == 1
         assert counts.tolist() == [[0, (y == 1).sum(), 0, (y == 3).sum()]]
 
@@ -143,7 +195,10 @@ def test_some_classes_are_all_their_samples_and_no_other():
 def test_trained_on_some_classes_a_network_tells_these_apart_and_names_no_other(call):
     found, accuracies, _ = pretrained(call, "--epochs", 4, "--classes", "0,2")
     assert accuracies[-1] > 90  # of the test samples of these
-    data, model = load_data(tiny(), ""), zoo.build("cnn", {"width": 4, "hidden": 8}, 4, (1, 8, 8), 1)
+    data, model = (
+        load_data(tiny(), ""),
+        zoo.build("cnn", {"width": 4, "hidden": 8}, 4, (1, 8, 8), 1),
+    )
     x = ((data.test.x / 255 - data.mean[0]) / data.std[0]).float()
     named = model.evaluating()(found, x).argmax(1)
     assert set(named.tolist()) == {0, 2} and found["9.bias"].shape == (4,)
@@ -152,22 +207,35 @@ def test_trained_on_some_classes_a_network_tells_these_apart_and_names_no_other(
 
 
 @pytest.mark.parametrize(
-    "text, classes", [(None, [0, 1, 2, 3]), ("0-3", [0, 1, 2, 3]), ("2", [2]), ("3,0", [0, 3]), ("1-2,2,0", [0, 1, 2])]
+    "text, classes",
+    [
+        (None, [0, 1, 2, 3]),
+        ("0-3", [0, 1, 2, 3]),
+        ("2", [2]),
+        ("3,0", [0, 3]),
+        ("1-2,2,0", [0, 1, 2]),
+    ],
 )
 def test_classes_are_ranges_and_numbers(text, classes):
     assert chosen(text, 4) == classes
 
 
-@pytest.mark.parametrize("text", ["", "4", "0-4", "3-1", "-1", "1-", "a", "0;2", "0,,2", "1-2-3", "1.5"])
+@pytest.mark.parametrize(
+    "text", ["", "4", "0-4", "3-1", "-1", "1-", "a", "0;2", "0,,2", "1-2-3", "1.5"]
+)
 def test_classes_that_are_not_there_are_refused(call, tmp_path, text):
     assert call("pretrain", TINY, "--to", "net.safetensors", f"--classes={text}") == (
-        2, "", f"fedlora-mpi: --classes = {text}: must be such as 0-4 or 0,2,5, from 0 to 3\n"
+        2,
+        "",
+        f"fedlora-mpi: --classes = {text}: must be such as 0-4 or 0,2,5, from 0 to 3\n",
     )
     assert not list(tmp_path.iterdir())
 
 
 def test_classes_without_a_sample_are_refused(call):
-    refused = call("pretrain", TINY, "data.synthetic.test=3", "--to", "net.safetensors", "--classes=3")
+    refused = call(
+        "pretrain", TINY, "data.synthetic.test=3", "--to", "net.safetensors", "--classes=3"
+    )
     assert refused == (2, "", "fedlora-mpi: --classes = 3: there is no test sample of these\n")
 
 
@@ -178,20 +246,47 @@ def test_classes_without_a_sample_are_refused(call):
     "arguments, message",
     [
         (["--to", "net.pt"], "--to = net.pt: must be a file .safetensors"),
-        (["--to", "here.safetensors"], "--to = here.safetensors: the file exists; remove it or choose another"),
-        (["--to", "here.safetensors/a.safetensors"], "--to = here.safetensors/a.safetensors: here.safetensors cannot be created"),
-        (["--to", "a.safetensors", "--epochs", "0"], "--epochs = 0: must be an integer of at least 1"),
-        (["--to", "a.safetensors", "--network", "1"], "--network = 1: must be from 0 to 0, as in model.mix"),
-        (["--to", "a.safetensors", "--network", "-1"], "--network = -1: must be from 0 to 0, as in model.mix"),
+        (
+            ["--to", "here.safetensors"],
+            "--to = here.safetensors: the file exists; remove it or choose another",
+        ),
+        (
+            ["--to", "here.safetensors/a.safetensors"],
+            "--to = here.safetensors/a.safetensors: here.safetensors cannot be created",
+        ),
+        (
+            ["--to", "a.safetensors", "--epochs", "0"],
+            "--epochs = 0: must be an integer of at least 1",
+        ),
+        (
+            ["--to", "a.safetensors", "--network", "1"],
+            "--network = 1: must be from 0 to 0, as in model.mix",
+        ),
+        (
+            ["--to", "a.safetensors", "--network", "-1"],
+            "--network = -1: must be from 0 to 0, as in model.mix",
+        ),
         (["train.lr=-1", "--to", "a.safetensors"], "command line: train.lr = -1"),
-        (["model=transformer", "--to", "sub/a.safetensors"], f"{TINY}: model.name = transformer: cannot be built"),
-        (["model.weights=b.pt", "--to", "a.safetensors"], f"{TINY}: model.weights = b.pt: there is no file"),
+        (
+            ["model=transformer", "--to", "sub/a.safetensors"],
+            f"{TINY}: model.name = transformer: cannot be built",
+        ),
+        (
+            ["model.weights=b.pt", "--to", "a.safetensors"],
+            f"{TINY}: model.weights = b.pt: there is no file",
+        ),
     ],
 )
-def test_a_mistake_is_one_line_before_anything_is_trained_or_written(call, tmp_path, arguments, message):
+def test_a_mistake_is_one_line_before_anything_is_trained_or_written(
+    call, tmp_path, arguments, message
+):
     (tmp_path / "here.safetensors").write_text("mine")
     code, out, err = call("pretrain", TINY, *arguments)
-    assert (code, out) == (2, "") and err.startswith(f"fedlora-mpi: {message}") and err.count("\n") == 1, err
+    assert (
+        (code, out) == (2, "")
+        and err.startswith(f"fedlora-mpi: {message}")
+        and err.count("\n") == 1
+    ), err
     assert [f.name for f in tmp_path.iterdir()] == ["here.safetensors"]
     assert (tmp_path / "here.safetensors").read_text() == "mine"
 
@@ -204,7 +299,11 @@ def test_without_the_library_nothing_is_trained(call, monkeypatch):
 
 def test_a_training_that_diverges_writes_nothing(call, tmp_path):
     code, _, err = call("pretrain", TINY, "train.lr=1e30", "--to", "net.safetensors")
-    assert (code, err) == (1, "fedlora-mpi: epoch 1: the loss or a weight is not finite; nothing was written. Lower train.lr\n")
+    assert (code, err) == (
+        1,
+        "fedlora-mpi: epoch 1: the loss or a weight is not finite; nothing was written. Lower "
+        "train.lr\n",
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -219,7 +318,12 @@ def test_several_ranks_are_refused_in_one_line(monkeypatch, call, tmp_path):
 
     monkeypatch.setattr(comm, "Solo", Two)
     refused = call("pretrain", TINY, "--to", "net.safetensors")
-    assert refused == (2, "", "fedlora-mpi: 2 ranks: pretrain takes one; start it without mpirun (engine.threads gives it cores)\n")
+    assert refused == (
+        2,
+        "",
+        "fedlora-mpi: 2 ranks: pretrain takes one; start it without mpirun (engine.threads gives "
+        "it cores)\n",
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -227,5 +331,8 @@ def test_several_ranks_are_refused_in_one_line(monkeypatch, call, tmp_path):
 def test_several_real_ranks_are_refused_in_one_line(tmp_path):
     ended = finished([*mpirun(2), *command("pretrain", TINY, "--to", "net.safetensors")], tmp_path)
     assert ended.returncode == 2
-    assert said(ended.stderr) == ["fedlora-mpi: 2 ranks: pretrain takes one; start it without mpirun (engine.threads gives it cores)"]
+    assert said(ended.stderr) == [
+        "fedlora-mpi: 2 ranks: pretrain takes one; start it without mpirun (engine.threads gives "
+        "it cores)"
+    ]
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,6 @@
-"""The ``privacy`` block: clipped and noised updates, their epsilon, and masks that only a sum comes out of."""
+"""The ``privacy`` block: clipped and noised updates, their epsilon, and masks that only a sum comes
+out of.
+"""
 
 import json
 import math
@@ -52,7 +54,9 @@ METHODS = {
     "fd": (),  # sums
 }
 without_library = accountant.find_spec("dp_accounting") is None
-counted = pytest.mark.skipif(without_library, reason="needs dp-accounting: pip install 'fedlora-mpi[privacy]'")
+counted = pytest.mark.skipif(
+    without_library, reason="needs dp-accounting: pip install 'fedlora-mpi[privacy]'"
+)
 
 
 def how(name):
@@ -67,19 +71,26 @@ def flat(tree):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("fedavg", "scaffold", "fd") else pytest.param(name, marks=thorough) for name in METHODS]
+    "name",
+    [
+        name if name in ("fedavg", "scaffold", "fd") else pytest.param(name, marks=thorough)
+        for name in METHODS
+    ],
 )
 def test_masks_leave_the_mean_to_the_bit(name):
     plain, secure = played(*how(name))[0], played(*how(name), SECURE)[0]
     assert all(same(a, b) for a, b in zip(plain, secure, strict=True))
 
 
-@pytest.mark.parametrize("name, ranks, more", [
-    ("fedavg", 3, ()),
-    ("fedlora", 3, ("privacy.neighbours=2",)),
-    pytest.param("fedavg", 2, ("privacy.neighbours=2",), marks=thorough),
-    pytest.param("scaffold", 2, (), marks=thorough),
-])
+@pytest.mark.parametrize(
+    "name, ranks, more",
+    [
+        ("fedavg", 3, ()),
+        ("fedlora", 3, ("privacy.neighbours=2",)),
+        pytest.param("fedavg", 2, ("privacy.neighbours=2",), marks=thorough),
+        pytest.param("scaffold", 2, (), marks=thorough),
+    ],
+)
 def test_masks_cancel_over_ranks(name, ranks, more):
     plain, secure = played(*how(name))[0], played(*how(name), SECURE, *more, ranks=ranks)
     assert all(same(plain[-1], moments[-1]) for moments in secure)
@@ -87,8 +98,10 @@ def test_masks_cancel_over_ranks(name, ranks, more):
 
 @thorough
 def test_masks_cancel_under_mpirun(tmp_path):
-    runs = [["run", str(TINY), "algorithm=fedavg", "rounds=2", f"output={name}", *more]
-            for name, more in (("plain", ()), ("masked", (SECURE,)))]
+    runs = [
+        ["run", str(TINY), "algorithm=fedavg", "rounds=2", f"output={name}", *more]
+        for name, more in (("plain", ()), ("masked", (SECURE,)))
+    ]
     line = [*mpirun(3), sys.executable, str(TESTS / "several.py"), "codes", json.dumps(runs)]
     ended = finished(line, tmp_path)
     assert ended.returncode == 0, ended.stderr
@@ -97,7 +110,9 @@ def test_masks_cancel_under_mpirun(tmp_path):
 
 @pytest.fixture
 def handed(monkeypatch):
-    """All that clients hand over while the test runs: (client, masked integers, what they stand for)."""
+    """All that clients hand over while the test runs: (client, masked integers, what they stand
+    for).
+    """
     met, real = [], masks.masked
 
     def watched(buffer, client, *rest):
@@ -109,7 +124,9 @@ def handed(monkeypatch):
 
 
 def uniform(integers):
-    """Whether the bytes of int64 numbers look uniform: chi-square with 255 degrees of freedom, 5 deviations."""
+    """Whether the bytes of int64 numbers look uniform: chi-square with 255 degrees of freedom, 5
+    deviations.
+    """
     counts = np.bincount(np.ascontiguousarray(integers).view(np.uint8).ravel(), minlength=256)
     chi = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
     return abs(chi - 255) < 5 * (2 * 255) ** 0.5
@@ -118,7 +135,9 @@ def uniform(integers):
 def test_a_rank_gets_nothing_of_a_client_but_uniform_numbers(handed):
     parts = built(*FEDAVG, SECURE)
     play(parts.run, beginning(parts), evaluate=False, stop=False)
-    assert sorted(client for client, *_ in handed) == sorted(parts.run.chosen(0)) and len(handed) == 4
+    assert (
+        sorted(client for client, *_ in handed) == sorted(parts.run.chosen(0)) and len(handed) == 4
+    )
     for _, sent, own in handed:
         assert uniform(sent) and not uniform(own)
     assert (sum(sent for _, sent, _ in handed) == sum(own for *_, own in handed)).all()
@@ -127,7 +146,9 @@ def test_a_rank_gets_nothing_of_a_client_but_uniform_numbers(handed):
 
 
 def test_every_message_goes_through_the_masks(monkeypatch):
-    """A client's numbers reach the rank's buffer only as what ``masked`` gives: with zeros from it nothing arrives."""
+    """A client's numbers reach the rank's buffer only as what ``masked`` gives: with zeros from it
+    nothing arrives.
+    """
     monkeypatch.setattr(masks, "masked", lambda buffer, *rest: np.zeros_like(buffer))
     message = ExactSum(9)
     with masks.letters(Privacy(secure_aggregation=True), message, range(5), 1, 0)(2) as own:
@@ -149,7 +170,10 @@ def test_without_one_partners_mask_nothing_can_be_read(missing):
     zeros = np.zeros((2, 5000), np.int64)
     sent = masks.masked(zeros, 2, (0, 1, 4), 1, 3)
     known = [masks.masked(zeros, 2, (other,), 1, 3) for other in (0, 1, 4) if other != missing]
-    assert uniform(sent - sum(known)) and not (sent - sum(known) - masks.masked(zeros, 2, (missing,), 1, 3)).any()
+    assert (
+        uniform(sent - sum(known))
+        and not (sent - sum(known) - masks.masked(zeros, 2, (missing,), 1, 3)).any()
+    )
 
 
 def test_one_mask_too_few_is_seen_in_the_mean(monkeypatch):
@@ -181,7 +205,12 @@ def test_neighbours_are_mutual_and_equally_many(clients, number):
         assert among != masks.neighbours(chosen, number, 1, 3)
 
 
-BREAKS = ("algorithm=user_parts:Breaks", "algorithm.weights=uniform", "participation=1.0", "rounds=2")
+BREAKS = (
+    "algorithm=user_parts:Breaks",
+    "algorithm.weights=uniform",
+    "participation=1.0",
+    "rounds=2",
+)
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=thorough), 3])
@@ -194,15 +223,20 @@ def test_one_client_that_breaks_is_named_under_masks(ranks):
 def test_one_client_that_is_skipped_leaves_no_mask(ranks):
     skip = "faults.non_finite=skip"
     plain, secure = played(*BREAKS, skip)[0], played(*BREAKS, skip, SECURE, ranks=ranks)[0]
-    assert plain[-1].row["clients"] == 6 and all(same(a, b) for a, b in zip(plain, secure, strict=True))
+    assert plain[-1].row["clients"] == 6 and all(
+        same(a, b) for a, b in zip(plain, secure, strict=True)
+    )
 
 
 @counted
 def test_one_client_that_is_skipped_leaves_its_noise_and_its_place():
     clients = (*DRAWS["clients"], "participation=1.0", "rounds=2", "faults.non_finite=skip")
-    whole, broken = (played(f"algorithm={name}", "algorithm.weights=uniform", *clients)[0][1].shared
-                     for name in ("fedavg", "user_parts:Breaks"))
-    assert (flat(whole) - flat(broken)).norm() < 1e-6  # updates are clipped to nothing: what is left is the noise
+    whole, broken = (
+        played(f"algorithm={name}", "algorithm.weights=uniform", *clients)[0][1].shared
+        for name in ("fedavg", "user_parts:Breaks")
+    )
+    # updates are clipped to nothing: what is left is the noise
+    assert (flat(whole) - flat(broken)).norm() < 1e-6
 
 
 @pytest.mark.parametrize("block", [SECURE, "privacy.clip=1"])
@@ -221,7 +255,10 @@ def test_uploads_do_not_travel_one_by_one(block):
 def vectors(*lengths):
     """Vectors of these norms around a common point, and the point; [31] each."""
     point = torch.randn(31, generator=rng(1, "point"))
-    away = [torch.randn(31, generator=rng(1, "away", k), dtype=torch.float64) for k in range(len(lengths))]
+    away = [
+        torch.randn(31, generator=rng(1, "away", k), dtype=torch.float64)
+        for k in range(len(lengths))
+    ]
     return [(point + n * v / v.norm()).float() for n, v in zip(lengths, away)], point
 
 
@@ -229,8 +266,12 @@ def test_longer_updates_get_the_norm_and_keep_their_direction():
     (upload, far), point = vectors(2.5, 1e6)
     for vector in (upload, far):
         update = clipped(vector, point, 0.7)
-        assert update.dtype == torch.float64 and update.norm().item() == pytest.approx(0.7, rel=1e-14)
-        assert torch.allclose(update / 0.7, (vector.double() - point) / (vector.double() - point).norm(), rtol=1e-12)
+        assert update.dtype == torch.float64 and update.norm().item() == pytest.approx(
+            0.7, rel=1e-14
+        )
+        assert torch.allclose(
+            update / 0.7, (vector.double() - point) / (vector.double() - point).norm(), rtol=1e-12
+        )
 
 
 def test_shorter_updates_are_untouched_to_the_bit():
@@ -239,20 +280,28 @@ def test_shorter_updates_are_untouched_to_the_bit():
     assert not clipped(same_length, point, 0.7).any()
 
 
-@pytest.mark.parametrize("name, more", [
-    ("fedavg", ("algorithm.weights=uniform",)),
-    ("fedlora", ()),
-    pytest.param("fedlora", ("algorithm.bn_stats=local", NORM), marks=thorough),
-    pytest.param("scaffold", ("train.momentum=0", "train.lr=0.1"), marks=thorough),
-])
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("fedavg", ("algorithm.weights=uniform",)),
+        ("fedlora", ()),
+        pytest.param("fedlora", ("algorithm.bn_stats=local", NORM), marks=thorough),
+        pytest.param("scaffold", ("train.momentum=0", "train.lr=0.1"), marks=thorough),
+    ],
+)
 def test_a_wide_clip_without_noise_is_the_method_with_equal_weights(name, more):
     settings = (f"algorithm={name}", *more)
     wide = played(*settings, "privacy.clip=1.0e+6", "privacy.sampling=fixed")[0]
     plain = played(*settings)[0]
-    assert all(equal(a.shared, b.shared) and equal(a.personal, b.personal) for a, b in zip(plain, wide, strict=True))
+    assert all(
+        equal(a.shared, b.shared) and equal(a.personal, b.personal)
+        for a, b in zip(plain, wide, strict=True)
+    )
 
 
-@pytest.mark.parametrize("name", ["fedit", *(pytest.param(name, marks=thorough) for name in ("ffa_lora", "rolora"))])
+@pytest.mark.parametrize(
+    "name", ["fedit", *(pytest.param(name, marks=thorough) for name in ("ffa_lora", "rolora"))]
+)
 def test_a_wide_clip_leaves_methods_of_factors_too(name):
     equal_sizes = "data.partition={kind: iid, clients: 7, train: 30, test: 15}"
     settings = (f"algorithm={name}", "algorithm.lora_ranks=[3]", "train.lr=0.02", equal_sizes)
@@ -263,7 +312,9 @@ def test_a_wide_clip_leaves_methods_of_factors_too(name):
 
 @pytest.mark.parametrize("name", ["fedavg", "fedlora"])
 def test_a_round_moves_the_model_by_the_clip_at_most(name):
-    moments = played(f"algorithm={name}", "privacy.clip=0.01", "privacy.sampling=fixed", "participation=1.0")[0]
+    moments = played(
+        f"algorithm={name}", "privacy.clip=0.01", "privacy.sampling=fixed", "participation=1.0"
+    )[0]
     moved = [(flat(b.shared) - flat(a.shared)).norm().item() for a, b in zip(moments, moments[1:])]
     assert all(0.001 < length < 0.01 for length in moved)  # all were clipped, and do not agree
 
@@ -276,10 +327,16 @@ def test_clients_count_equally_whatever_the_method_says():
 
 def test_control_variates_are_clipped_around_zero():
     """What SCAFFOLD sends of them is a change; measured from c it would not vanish with the clip."""
-    settings = ("algorithm=scaffold", *METHODS["scaffold"], "privacy.clip=1.0e-9", "participation=1.0")
+    settings = (
+        "algorithm=scaffold",
+        *METHODS["scaffold"],
+        "privacy.clip=1.0e-9",
+        "participation=1.0",
+    )
     moments = played(*settings)[0]
     assert all((flat(moment.shared) - flat(moments[0].shared)).norm() < 1e-7 for moment in moments)
-    wide = played(*settings[:-2], "privacy.clip=1.0", "participation=1.0")[0][1].shared  # c moves in round 1 ...
+    # c moves in round 1 ...
+    wide = played(*settings[:-2], "privacy.clip=1.0", "participation=1.0")[0][1].shared
     assert flat({n: v for n, v in wide.items() if n.startswith(".c.")}).norm() > 0.01
 
 
@@ -297,7 +354,9 @@ def noises(*settings, ranks=1):
     """The noise on the sum in each round, [T, D]."""
     moments = played(*FEDAVG, *settings, ranks=ranks)[0]
     total = 7 if "participation=1.0" in settings else 4
-    return torch.stack([total * (flat(b.shared) - flat(a.shared)) for a, b in zip(moments, moments[1:])])
+    return torch.stack(
+        [total * (flat(b.shared) - flat(a.shared)) for a, b in zip(moments, moments[1:])]
+    )
 
 
 @counted
@@ -307,14 +366,21 @@ def test_the_noise_has_its_deviation_and_is_new_in_each_round(of):
     T, D = drawn.shape
     assert D > 500
     chi = drawn.square().sum(1)
-    assert ((chi - D).abs() < 4.5 * (2 * D) ** 0.5).all() and (drawn.sum(1).abs() < 4.5 * D**0.5).all()
+    assert ((chi - D).abs() < 4.5 * (2 * D) ** 0.5).all() and (
+        drawn.sum(1).abs() < 4.5 * D**0.5
+    ).all()
     among = drawn @ drawn.T - torch.diag(chi)
     assert (among.abs() < 4.5 * D**0.5).all()  # uncorrelated over the rounds
 
 
 @counted
 @pytest.mark.parametrize(
-    "of, ranks", [("server", 3), ("clients", 3), *(pytest.param(of, 2, marks=thorough) for of in ("fixed", "clients"))]
+    "of, ranks",
+    [
+        ("server", 3),
+        ("clients", 3),
+        *(pytest.param(of, 2, marks=thorough) for of in ("fixed", "clients")),
+    ],
 )
 def test_the_noise_is_the_same_on_any_number_of_ranks(of, ranks):
     one, several = played(*FEDAVG, *DRAWS[of])[0], played(*FEDAVG, *DRAWS[of], ranks=ranks)
@@ -322,7 +388,9 @@ def test_the_noise_is_the_same_on_any_number_of_ranks(of, ranks):
 
 
 @counted
-@pytest.mark.parametrize("more", [pytest.param((), marks=thorough), ("privacy.sampling=fixed", "privacy.noise=clients")])
+@pytest.mark.parametrize(
+    "more", [pytest.param((), marks=thorough), ("privacy.sampling=fixed", "privacy.noise=clients")]
+)
 def test_a_resume_goes_on_with_noise_and_epsilon(tmp_path, more):
     settings = [*FEDAVG, "privacy.clip=1.0", "privacy.noise_multiplier=0.5", *more]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -345,11 +413,14 @@ def test_a_poisson_cohort_is_drawn_client_by_client():
     sizes = held.sum(1)
     assert sizes.min() <= 1 and sizes.max() == 7 and abs(sizes.var() - 7 * 0.24) < 0.3
     assert run.total(cohorts[0]) == run.total(frozenset()) == pytest.approx(4.2)
-    assert len({len(built(*FEDAVG).run.chosen(round_)) for round_ in range(20)}) == 1  # without privacy, as ever
+    # without privacy, as ever
+    assert len({len(built(*FEDAVG).run.chosen(round_)) for round_ in range(20)}) == 1
 
 
 @counted
-@pytest.mark.parametrize("name, noise", [("fedavg", "server"), ("fedavg", "clients"), ("fedlora", "server")])
+@pytest.mark.parametrize(
+    "name, noise", [("fedavg", "server"), ("fedavg", "clients"), ("fedlora", "server")]
+)
 def test_a_round_of_nobody_moves_by_noise_alone(name, noise):
     block = ("privacy.clip=1.0", "privacy.noise_multiplier=0.5", f"privacy.noise={noise}")
     moments = played(f"algorithm={name}", "participation=0.1", *block)[0]
@@ -367,14 +438,22 @@ def test_a_round_of_nobody_moves_by_noise_alone(name, noise):
 def test_the_mean_is_over_those_who_are_expected(name, more):
     """In a round that happens to have all of 7 clients where 6.3 are expected."""
     settings = (f"algorithm={name}", *more, "rounds=1")
-    seed = next(s for s in range(100) if (torch.rand(7, generator=rng(s, "cohort", 0), dtype=torch.float64) < 0.9).all())
+    seed = next(
+        s
+        for s in range(100)
+        if (torch.rand(7, generator=rng(s, "cohort", 0), dtype=torch.float64) < 0.9).all()
+    )
     drawn = played(*settings, f"seed={seed}", "participation=0.9", "privacy.clip=1.0e+6")[0]
     plain = played(*settings, f"seed={seed}", "participation=1.0")[0]
     assert drawn[1].row["clients"] == 7
-    start, ratio = plain[0].shared, {"fedlora": 1, "scaffold": 7 / 6.3}[name]  # stale: absent or not, all 7 count
+    # stale: absent or not, all 7 count
+    start, ratio = plain[0].shared, {"fedlora": 1, "scaffold": 7 / 6.3}[name]
     for leaf, value in plain[1].shared.items():
-        own = 1 if leaf.startswith(".c.") else ratio  # c <- c + |S| / N times the mean: the sum over N
-        torch.testing.assert_close(drawn[1].shared[leaf], start[leaf] + own * (value - start[leaf]), rtol=1e-4, atol=1e-5)
+        # c <- c + |S| / N times the mean: the sum over N
+        own = 1 if leaf.startswith(".c.") else ratio
+        torch.testing.assert_close(
+            drawn[1].shared[leaf], start[leaf] + own * (value - start[leaf]), rtol=1e-4, atol=1e-5
+        )
 
 
 # --- epsilon
@@ -385,9 +464,13 @@ def private(noise_multiplier, sampling="poisson", delta=1e-5):
 
 
 @counted
-@pytest.mark.parametrize("noise, epochs, published", [(1.3, 15, 1.19), (1.1, 60, 3.01), (0.7, 45, 7.10)])
+@pytest.mark.parametrize(
+    "noise, epochs, published", [(1.3, 15, 1.19), (1.1, 60, 3.01), (0.7, 45, 7.10)]
+)
 def test_epsilon_is_that_of_the_tutorial_of_dp_sgd(noise, epochs, published):
-    """TensorFlow Privacy's MNIST tutorial: 60,000 samples, batches of 256, delta 1e-5, by Mironov's conversion."""
+    """TensorFlow Privacy's MNIST tutorial: 60,000 samples, batches of 256, delta 1e-5, by Mironov's
+    conversion.
+    """
     q, steps = 256 / 60000, epochs * 60000 // 256
     orders, divergences = accountant._of_one_round(noise, (q,))
     classic = min(steps * divergences + math.log(1e5) / (orders - 1))
@@ -409,24 +492,39 @@ def test_epsilon_of_everybody_is_that_of_the_gaussian_mechanism():
 
 @counted
 def test_epsilon_grows_with_rounds_and_share_and_falls_with_noise():
-    of = lambda z=2.0, q=0.25, n=10, rounds=25, how="poisson": accountant.epsilon(private(z, how), q, n, 40, rounds)
+    of = lambda z=2.0, q=0.25, n=10, rounds=25, how="poisson": accountant.epsilon(
+        private(z, how), q, n, 40, rounds
+    )
     assert of(rounds=0) == 0 < of(rounds=1) < of(rounds=2) < of() < of(rounds=50)
     assert of(z=4.0) < of() < of(z=1.0) and of(q=0.1) < of() < of(q=1.0)
     assert of(n=4, how="fixed") < of(how="fixed") < of(n=40, how="fixed") and of() < of(how="fixed")
-    assert of(z=0.4, n=20, how="fixed") == pytest.approx(of(z=0.4, n=40, how="fixed"))  # never above that of everybody
+    # never above that of everybody
+    assert of(z=0.4, n=20, how="fixed") == pytest.approx(of(z=0.4, n=40, how="fixed"))
 
 
 def test_without_noise_epsilon_is_infinite_and_needs_no_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)  # an import would fail
     for name, more in (("clipped", ["privacy.clip=1.0"]), ("plain", []), ("masked", [SECURE])):
-        start(configs.read(TINY, [*FEDAVG, "rounds=1", f"output={tmp_path / name}", *more]), str(TINY), Solo())
+        start(
+            configs.read(TINY, [*FEDAVG, "rounds=1", f"output={tmp_path / name}", *more]),
+            str(TINY),
+            Solo(),
+        )
     assert RunFiles(tmp_path / "clipped").rounds()["epsilon"].tolist() == [math.inf]
-    assert "epsilon" not in RunFiles(tmp_path / "plain").rounds() | RunFiles(tmp_path / "masked").rounds()
+    assert (
+        "epsilon"
+        not in RunFiles(tmp_path / "plain").rounds() | RunFiles(tmp_path / "masked").rounds()
+    )
 
 
 def test_a_missing_library_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(accountant, "find_spec", lambda name: None)
-    assert main(["plan", str(TINY), "algorithm=fedavg", "privacy.clip=1", "privacy.noise_multiplier=1"]) == 2
+    assert (
+        main(
+            ["plan", str(TINY), "algorithm=fedavg", "privacy.clip=1", "privacy.noise_multiplier=1"]
+        )
+        == 2
+    )
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and "privacy.noise_multiplier = 1.0" in said[0]
     assert "pip install 'fedlora-mpi[privacy]'" in said[0]
@@ -438,7 +536,9 @@ def test_plan_tells_the_epsilon_of_all_rounds(capsys):
     assert main([*asked, "privacy.noise_multiplier=2", "rounds=9"]) == 0
     expected = accountant.epsilon(private(2.0), 0.6, 0, 0, 9)
     said = capsys.readouterr().out
-    assert f"epsilon {expected:.3g} at delta 1e-05 after 9 rounds, for one client more or less" in said
+    assert (
+        f"epsilon {expected:.3g} at delta 1e-05 after 9 rounds, for one client more or less" in said
+    )
     assert f"deviation {2 / 4.2:.2g}" in said
     assert main([*asked, "participation=0.01"]) == 0  # about nobody
     assert "epsilon inf" in capsys.readouterr().out
@@ -448,47 +548,83 @@ def test_plan_tells_the_epsilon_of_all_rounds(capsys):
 
 
 def test_the_block_is_not_there_at_its_defaults():
-    plain, same_again = tiny(), configs.read(TINY, ["privacy.delta=1.0e-5", "privacy.secure_aggregation=false"])
+    plain, same_again = (
+        tiny(),
+        configs.read(TINY, ["privacy.delta=1.0e-5", "privacy.secure_aggregation=false"]),
+    )
     assert plain == same_again and "privacy" not in configs.resolved_dict(plain)
     private_ = configs.read(TINY, ["privacy.clip=2", "privacy.sampling=fixed"])
     assert configs.digest(private_) != configs.digest(plain) == configs.digest(same_again)
     assert configs.from_dict(configs.resolved_dict(private_), "again") == private_
 
 
-@pytest.mark.parametrize("overrides, said", [
-    (["privacy.noise_multiplier=1"], "privacy.noise_multiplier = 1.0: needs a clip"),
-    (["privacy.sampling=fixed"], "privacy.sampling = fixed: needs a clip"),
-    (["privacy.clip=0"], "privacy.clip = 0.0: must be a number above 0, or null"),
-    (["privacy.clip=1", "privacy.delta=0"], "privacy.delta = 0.0: must be"),
-    (["privacy.clip=1", "privacy.noise_multiplier=-1"], "privacy.noise_multiplier = -1.0: must be"),
-    (["privacy.clip=1e6", "privacy.noise_multiplier=1e6"], "times clip must be at most 1e9"),
-    (["privacy.neighbours=4"], "privacy.neighbours = 4: needs secure_aggregation"),
-    ([SECURE, "privacy.neighbours=3"], "privacy.neighbours = 3: must be an even number"),
-    ([SECURE, "reduce=fast"], "reduce = fast: masks cancel in integers alone"),
-    ([SECURE, "uplink=gather"], "uplink = gather: shows the server every upload"),
-    ([SECURE, "privacy.clip=1"], "privacy.sampling = poisson: cohorts may be of one or two clients"),
-    (["privacy.clip=1", "uplink=gather"], "uplink = gather: shows the server every upload"),
-    (["privacy.clip=1", "data.tasks={classes: 2, rounds: 1}"], "privacy.clip = 1.0: does not go with data.tasks"),
-    (["privacy.clipp=1"], "Did you mean clip?"),
-])
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["privacy.noise_multiplier=1"], "privacy.noise_multiplier = 1.0: needs a clip"),
+        (["privacy.sampling=fixed"], "privacy.sampling = fixed: needs a clip"),
+        (["privacy.clip=0"], "privacy.clip = 0.0: must be a number above 0, or null"),
+        (["privacy.clip=1", "privacy.delta=0"], "privacy.delta = 0.0: must be"),
+        (
+            ["privacy.clip=1", "privacy.noise_multiplier=-1"],
+            "privacy.noise_multiplier = -1.0: must be",
+        ),
+        (["privacy.clip=1e6", "privacy.noise_multiplier=1e6"], "times clip must be at most 1e9"),
+        (["privacy.neighbours=4"], "privacy.neighbours = 4: needs secure_aggregation"),
+        ([SECURE, "privacy.neighbours=3"], "privacy.neighbours = 3: must be an even number"),
+        ([SECURE, "reduce=fast"], "reduce = fast: masks cancel in integers alone"),
+        ([SECURE, "uplink=gather"], "uplink = gather: shows the server every upload"),
+        (
+            [SECURE, "privacy.clip=1"],
+            "privacy.sampling = poisson: cohorts may be of one or two clients",
+        ),
+        (["privacy.clip=1", "uplink=gather"], "uplink = gather: shows the server every upload"),
+        (
+            ["privacy.clip=1", "data.tasks={classes: 2, rounds: 1}"],
+            "privacy.clip = 1.0: does not go with data.tasks",
+        ),
+        (["privacy.clipp=1"], "Did you mean clip?"),
+    ],
+)
 def test_settings_that_make_no_sense_are_one_line(overrides, said):
     with pytest.raises(ConfigError) as refusal:
         configs.read(TINY, overrides)
     assert said in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("settings, said", [
-    (("algorithm=fedamp", "privacy.clip=1"), "privacy.clip = 1.0: fedamp makes a mix of its own for every client"),
-    (("algorithm=fedamp", SECURE), "privacy.secure_aggregation = true: fedamp makes a mix"),
-    (("algorithm=fedavg", "participation=0.3", SECURE), "privacy.secure_aggregation = true: a cohort has 2 clients"),
-    (("algorithm=fedavg", "privacy.clip=1", NORM), "privacy.clip = 1.0: fedavg shares running statistics of BatchNorm"),
-    (("algorithm=local", "privacy.clip=1"), "privacy.clip = 1.0: local sends nothing"),
-    (("algorithm=fd", "privacy.clip=1"), "privacy.clip = 1.0: fd sends sums"),
-    (("algorithm=fedproto", "privacy.clip=1"), "privacy.clip = 1.0: fedproto sends class.means"),
-    (("algorithm=fedhl", "privacy.clip=1"), "privacy.clip = 1.0: fedhl has a server that makes"),
-    (("algorithm=hetlora", "privacy.clip=1"), "privacy.clip = 1.0: hetlora"),
-    (("algorithm=fedit", "algorithm.lora_ranks=[3, 2]", "privacy.clip=1"), "privacy.clip = 1.0: fedit has a server"),
-])
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (
+            ("algorithm=fedamp", "privacy.clip=1"),
+            "privacy.clip = 1.0: fedamp makes a mix of its own for every client",
+        ),
+        (("algorithm=fedamp", SECURE), "privacy.secure_aggregation = true: fedamp makes a mix"),
+        (
+            ("algorithm=fedavg", "participation=0.3", SECURE),
+            "privacy.secure_aggregation = true: a cohort has 2 clients",
+        ),
+        (
+            ("algorithm=fedavg", "privacy.clip=1", NORM),
+            "privacy.clip = 1.0: fedavg shares running statistics of BatchNorm",
+        ),
+        (("algorithm=local", "privacy.clip=1"), "privacy.clip = 1.0: local sends nothing"),
+        (("algorithm=fd", "privacy.clip=1"), "privacy.clip = 1.0: fd sends sums"),
+        (
+            ("algorithm=fedproto", "privacy.clip=1"),
+            "privacy.clip = 1.0: fedproto sends class.means",
+        ),
+        (
+            ("algorithm=fedhl", "privacy.clip=1"),
+            "privacy.clip = 1.0: fedhl has a server that makes",
+        ),
+        (("algorithm=hetlora", "privacy.clip=1"), "privacy.clip = 1.0: hetlora"),
+        (
+            ("algorithm=fedit", "algorithm.lora_ranks=[3, 2]", "privacy.clip=1"),
+            "privacy.clip = 1.0: fedit has a server",
+        ),
+    ],
+)
 def test_methods_that_cannot_be_private_are_refused(settings, said):
     with pytest.raises(Exception) as refusal:
         built(*settings)
@@ -510,5 +646,7 @@ def test_clients_without_a_common_start_are_refused():
     model, first, train = run.trainer.model, run.kinds[0].first, run.trainer.settings
     kinds = lambda *shifts: [(Shifted(shift=shift), model, first) for shift in shifts]
     check_run(Privacy(clip=1.0), "shifted", 4, False, kinds(0.5, 0.5), train)
-    with pytest.raises(ValueError, match="clip = 1.0: clients of shifted would send other variables"):
+    with pytest.raises(
+        ValueError, match="clip = 1.0: clients of shifted would send other variables"
+    ):
         check_run(Privacy(clip=1.0), "shifted", 4, False, kinds(0.5, 0.25), train)

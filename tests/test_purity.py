@@ -1,4 +1,6 @@
-"""Networks whose forward passes leave something behind: what is kept, what is put away, what is refused."""
+"""Networks whose forward passes leave something behind: what is kept, what is put away, what is
+refused.
+"""
 
 import copy
 import itertools
@@ -153,110 +155,190 @@ def adding(call):
 
 
 REFUSED = {
-    "a Python counter": (count, setting(calls=0), "attribute calls each time.*register|float buffer"),
-    "a counter in training alone": (count_in_training, setting(calls=0), "training changes attribute calls"),
-    "a counter in a dict": (item("told", "calls"), setting(told={"calls": 0}), r"attribute told\['calls'\]"),
+    "a Python counter": (
+        count,
+        setting(calls=0),
+        "attribute calls each time.*register|float buffer",
+    ),
+    "a counter in training alone": (
+        count_in_training,
+        setting(calls=0),
+        "training changes attribute calls",
+    ),
+    "a counter in a dict": (
+        item("told", "calls"),
+        setting(told={"calls": 0}),
+        r"attribute told\['calls'\]",
+    ),
     "a counter of an object": (
         lambda self, z: (setattr(self.meter, "count", self.meter.count + 1), z)[1],
-        setting(meter=Meter()), "attribute meter.count"),
+        setting(meter=Meter()),
+        "attribute meter.count",
+    ),
     "a counter of the class": (
-        lambda self, z: (setattr(type(self), "calls", type(self).__dict__.get("calls", 0) + 1), z)[1],
-        setting(), "class attribute Made.calls"),
+        lambda self, z: (setattr(type(self), "calls", type(self).__dict__.get("calls", 0) + 1), z)[
+            1
+        ],
+        setting(),
+        "class attribute Made.calls",
+    ),
     "a counter of the module's file": (ticking, setting(), "variable TICKS"),
     "an iterator": (
         adding(lambda self, z: next(self.number)),
-        setting(number=itertools.count()), "attribute number"),
+        setting(number=itertools.count()),
+        "attribute number",
+    ),
     "an average in Python": (
         lambda self, z: (setattr(self, "mean", 0.9 * self.mean + 0.1 * z.mean().item()), z)[1],
-        setting(mean=0.0), "attribute mean"),
+        setting(mean=0.0),
+        "attribute mean",
+    ),
     "an integer buffer, in place": (
         lambda self, z: (self.calls.add_(1), z)[1],
-        buffering(calls=torch.tensor(0)), "buffer calls.*float buffer"),
+        buffering(calls=torch.tensor(0)),
+        "buffer calls.*float buffer",
+    ),
     "an integer buffer, assigned": (
         lambda self, z: (setattr(self, "calls", self.calls + 1), z)[1],
-        buffering(calls=torch.tensor([0])), "buffer calls"),
+        buffering(calls=torch.tensor([0])),
+        "buffer calls",
+    ),
     "a warm-up that counts in a tensor": (
         lambda self, z: z if self.steps.add_(1) < 40 else -z,
-        setting(steps=torch.zeros(())), "changes attribute steps each time"),
+        setting(steps=torch.zeros(())),
+        "changes attribute steps each time",
+    ),
     "a default that is made once": (
         lambda self, z, memo=[0]: z if memo.append(memo.pop() + 1) or memo[0] < 40 else -z,
-        setting(), "changes variable memo"),
+        setting(),
+        "changes variable memo",
+    ),
     "the features of the pass before": (previous, setting(last=None), "depends on attribute last"),
     "how far they moved": (difference, setting(last=None), "depends on attribute last"),
     "a scale of the first batch": (
         first_sets_the_scale,
-        setting(ready=False), "(depends on|changes) attribute (ready|scale)"),
+        setting(ready=False),
+        "(depends on|changes) attribute (ready|scale)",
+    ),
     "a toggle": (toggled, setting(flag=False), "attribute flag"),
     "a queue": (
-        lambda self, z: z + (self.queue.append(z.detach()) or torch.stack([q.mean() for q in self.queue]).mean()),
-        setting(queue=[]), "depends on attribute queue"),
+        lambda self, z: (
+            z
+            + (self.queue.append(z.detach()) or torch.stack([q.mean() for q in self.queue]).mean())
+        ),
+        setting(queue=[]),
+        "depends on attribute queue",
+    ),
     "an average in a tensor": (
         lambda self, z: z + self.mean.mul_(0.9).add_(z.mean()),
-        setting(mean=torch.zeros(())), "(depends on|changes) attribute mean"),
+        setting(mean=torch.zeros(())),
+        "(depends on|changes) attribute mean",
+    ),
     "Python's generator": (
         adding(lambda self, z: random.random()),
-        setting(), "from Python's global generator"),
+        setting(),
+        "from Python's global generator",
+    ),
     "numpy's generator": (
         adding(lambda self, z: float(np.random.rand())),
-        setting(), "from numpy's global generator"),
+        setting(),
+        "from numpy's global generator",
+    ),
     "torch.randn_like": (
         adding(lambda self, z: torch.randn_like(z)),
-        setting(), "training draws|evaluation draws"),
+        setting(),
+        "training draws|evaluation draws",
+    ),
     "torch.rand in evaluation": (
         adding(lambda self, z: 0 if self.training else torch.rand(z.shape)),
-        setting(), "in evaluation draws random numbers from torch's"),
+        setting(),
+        "in evaluation draws random numbers from torch's",
+    ),
     "torch.randperm in training": (
         lambda self, z: z[:, torch.randperm(WIDTH)] if self.training else z,
-        setting(), "from torch's global generator"),
+        setting(),
+        "from torch's global generator",
+    ),
     "torch.randint": (
         adding(lambda self, z: torch.randint(3, (1,))),
-        setting(), "from torch's global generator"),
+        setting(),
+        "from torch's global generator",
+    ),
     "normal_": (
         adding(lambda self, z: torch.empty(WIDTH).normal_()),
-        setting(), "from torch's global generator"),
+        setting(),
+        "from torch's global generator",
+    ),
     "dropout in evaluation": (
         lambda self, z: F.dropout(z, 0.5),
-        setting(), "in evaluation draws random numbers from torch's.*training=self.training"),
+        setting(),
+        "in evaluation draws random numbers from torch's.*training=self.training",
+    ),
     "a generator of torch": (
         adding(lambda self, z: torch.rand(WIDTH, generator=self.g)),
-        lambda self: vars(self).update(g=torch.Generator()), "attribute g, a generator"),
+        lambda self: vars(self).update(g=torch.Generator()),
+        "attribute g, a generator",
+    ),
     "a generator of numpy": (
         adding(lambda self, z: self.g.random()),
-        lambda self: vars(self).update(g=np.random.default_rng(1)), "attribute g, a generator"),
+        lambda self: vars(self).update(g=np.random.default_rng(1)),
+        "attribute g, a generator",
+    ),
     "a RandomState": (
         adding(lambda self, z: self.g.rand()),
-        lambda self: vars(self).update(g=np.random.RandomState(1)), "attribute g, a generator"),
+        lambda self: vars(self).update(g=np.random.RandomState(1)),
+        "attribute g, a generator",
+    ),
     "a generator of Python": (
         adding(lambda self, z: self.g.random()),
-        lambda self: vars(self).update(g=random.Random(1)), "attribute g, a generator"),
+        lambda self: vars(self).update(g=random.Random(1)),
+        "attribute g, a generator",
+    ),
     "a generator of the file": (
         adding(lambda self, z: DRAWS.random()),
-        setting(), "variable DRAWS, a generator"),
+        setting(),
+        "variable DRAWS, a generator",
+    ),
     "a clock": (adding(lambda self, z: time.perf_counter()), setting(), "clock"),
     "an unseeded generator": (
         adding(lambda self, z: np.random.default_rng().random()),
-        setting(), "random numbers of its own"),
+        setting(),
+        "random numbers of its own",
+    ),
     "a buffer that grows": (
         lambda self, z: (setattr(self, "kept", torch.cat([self.kept, z.detach()])), z)[1],
-        buffering(kept=torch.zeros(0, WIDTH)), r"turns buffer kept from \[0, 5\] float32 into \[2, 5\] float32"),
-    "a new parameter": (
-        late_parameter, setting(), "adds or removes scale"),
+        buffering(kept=torch.zeros(0, WIDTH)),
+        r"turns buffer kept from \[0, 5\] float32 into \[2, 5\] float32",
+    ),
+    "a new parameter": (late_parameter, setting(), "adds or removes scale"),
     "a parameter that is replaced": (
-        lambda self, z: (setattr(self.head, "weight", nn.Parameter(self.head.weight.clamp(-1, 1))), z)[1],
+        lambda self, z: (
+            setattr(self.head, "weight", nn.Parameter(self.head.weight.clamp(-1, 1))),
+            z,
+        )[1],
         setting(),
-        "replaces parameter head.weight"),
+        "replaces parameter head.weight",
+    ),
     "a parameter in a list": (
-        lambda self, z: z @ self.own[0], owning, "attribute own holds parameter square a second time"),
+        lambda self, z: z @ self.own[0],
+        owning,
+        "attribute own holds parameter square a second time",
+    ),
     "a hook that holds the model": (
-        lambda self, z: z + self.kept["z"], hooked, "a copy of the model fails.*'z'.*make it a method"),
+        lambda self, z: z + self.kept["z"],
+        hooked,
+        "a copy of the model fails.*'z'.*make it a method",
+    ),
     "gradient checkpointing": (
         lambda self, z: checkpoint(self.more, z, use_reentrant=False),
         lambda self: setattr(self, "more", nn.Linear(WIDTH, WIDTH)),
-        "cannot run with weights that.*gradient checkpointing"),
+        "cannot run with weights that.*gradient checkpointing",
+    ),
     "a parameter in a function": (
         lambda self, z: self.read(z),
         lambda self: vars(self).update(read=lambda z: z @ self.body.weight @ self.body.weight.T),
-        "takes weights from elsewhere"),
+        "takes weights from elsewhere",
+    ),
 }
 
 
@@ -313,11 +395,20 @@ ALLOWED = {
     "a list that is only written": (logged, setting(seen=[])),
     "an integer buffer made again": (positions, buffering(at=torch.zeros(0, dtype=torch.int64))),
     "a buffer that is None until a pass makes it": (
-        made_buffer, lambda self: self.register_buffer("table", None, persistent=False)),
-    "a cache that was made before": (lambda self, z: z * self.scale, setting(scale=torch.arange(5.0))),
+        made_buffer,
+        lambda self: self.register_buffer("table", None, persistent=False),
+    ),
+    "a cache that was made before": (
+        lambda self, z: z * self.scale,
+        setting(scale=torch.arange(5.0)),
+    ),
     "keyed noise": (
-        lambda self, z: F.dropout(z, 0.5, self.training) + (torch.empty(WIDTH).bernoulli_(0.5) if self.training else 0),
-        setting()),
+        lambda self, z: (
+            F.dropout(z, 0.5, self.training)
+            + (torch.empty(WIDTH).bernoulli_(0.5) if self.training else 0)
+        ),
+        setting(),
+    ),
 }
 
 
@@ -327,10 +418,14 @@ def test_caches_and_records_do_no_harm(what, training):
     step, begin = ALLOWED[what]
     model, module = made(step, begin), network(step, begin).train(training)
     function = model if training else model.evaluating()
-    clients = [{n: v + 0.1 * numbers(*v.shape, at=k) for n, v in model.initial.items()} for k in range(2)]
+    clients = [
+        {n: v + 0.1 * numbers(*v.shape, at=k) for n, v in model.initial.items()} for k in range(2)
+    ]
     x = numbers(2, 4, *SHAPE)
     with torch.no_grad(), model.prepared(small_batch(x)):
-        stacked = torch.func.vmap(function)({n: torch.stack([c[n] for c in clients]) for n in clients[0]}, x)
+        stacked = torch.func.vmap(function)(
+            {n: torch.stack([c[n] for c in clients]) for n in clients[0]}, x
+        )
     for tree, given, theirs in zip(clients, x, stacked):
         with model.prepared(small_batch(x)):
             one = function(tree, given)
@@ -344,7 +439,9 @@ def test_caches_and_records_do_no_harm(what, training):
 def small_batch(x):
     from fedlora_mpi.core.batch import Batch
 
-    return Batch(x[0], torch.zeros(4, dtype=torch.int64), None, torch.tensor(7), torch.zeros(CLASSES))
+    return Batch(
+        x[0], torch.zeros(4, dtype=torch.int64), None, torch.tensor(7), torch.zeros(CLASSES)
+    )
 
 
 # Buffers
@@ -444,7 +541,9 @@ def test_evaluation_does_not_write_to_parameters():
     module = Renormed()
     module.load_state_dict(tree)
     torch.testing.assert_close(model(tree, x), module(x))
-    assert torch.equal(tree["rows.weight"], module.rows.weight) and not small.equal(tree, model.initial)
+    assert torch.equal(tree["rows.weight"], module.rows.weight) and not small.equal(
+        tree, model.initial
+    )
     other = small.copy(model.initial)
     model(model.frozen(other), x)
     assert small.equal(other, model.initial)
@@ -458,7 +557,9 @@ def test_the_trial_leaves_the_module_and_the_generators_as_they_were():
     module.norm = nn.BatchNorm1d(3)
     kept, states = copy.deepcopy(module), global_states()
     from_module(module, CLASSES, SHAPE)
-    assert small.equal(module.state_dict(), {n: v for n, v in kept.state_dict().items() if "tracked" not in n})
+    assert small.equal(
+        module.state_dict(), {n: v for n, v in kept.state_dict().items() if "tracked" not in n}
+    )
     assert module.masks == {} and global_states() == states
 
 
@@ -466,7 +567,9 @@ def test_the_trial_leaves_the_module_and_the_generators_as_they_were():
 
 
 def lazy(classes, shape):
-    return nn.Sequential(nn.Flatten(), nn.LazyLinear(WIDTH), nn.LazyBatchNorm1d(), nn.LazyLinear(classes))
+    return nn.Sequential(
+        nn.Flatten(), nn.LazyLinear(WIDTH), nn.LazyBatchNorm1d(), nn.LazyLinear(classes)
+    )
 
 
 def late(classes, shape):
@@ -480,7 +583,9 @@ def late(classes, shape):
 
 
 def plain(classes, shape):
-    return nn.Sequential(nn.Flatten(), nn.Linear(6, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, classes))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(6, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, classes)
+    )
 
 
 def data_parallel(module):
@@ -513,8 +618,14 @@ def compiled_inside(classes, shape):
 
 @pytest.mark.parametrize("wrapped", [parallel, parallel_inside, compiled, compiled_inside])
 def test_wrappers_of_one_machine_are_taken_off(wrapped):
-    one, other = (build(f"test_purity:{f.__name__}", {}, CLASSES, SHAPE, 1) for f in (plain, wrapped))
-    assert small.equal(one.initial, other.initial) and one.leaves == other.leaves and one.flops == other.flops
+    one, other = (
+        build(f"test_purity:{f.__name__}", {}, CLASSES, SHAPE, 1) for f in (plain, wrapped)
+    )
+    assert (
+        small.equal(one.initial, other.initial)
+        and one.leaves == other.leaves
+        and one.flops == other.flops
+    )
     x = numbers(4, *SHAPE)
     assert torch.equal(one(small.copy(one.initial), x), other(small.copy(other.initial), x))
 
@@ -572,7 +683,15 @@ def test_modules_that_cannot_be_functions_are_refused(builder, text):
         build(f"test_purity:{builder.__name__}", {}, CLASSES, SHAPE, 1)
 
 
-ERRORS = RuntimeError, KeyError, IndexError, TypeError, NotImplementedError, OSError, ZeroDivisionError
+ERRORS = (
+    RuntimeError,
+    KeyError,
+    IndexError,
+    TypeError,
+    NotImplementedError,
+    OSError,
+    ZeroDivisionError,
+)
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -580,5 +699,7 @@ def test_whatever_a_forward_pass_raises_is_one_line(error):
     def step(self, z):
         raise error("two\nlines")
 
-    with pytest.raises(ValueError, match="^name: the model refuses inputs of shape [^\n]*lines[^\n]*$"):
+    with pytest.raises(
+        ValueError, match="^name: the model refuses inputs of shape [^\n]*lines[^\n]*$"
+    ):
         made(step)

@@ -1,4 +1,6 @@
-"""Where the seconds of each rank went: measured apart from waiting, carried to the log, told as a load."""
+"""Where the seconds of each rank went: measured apart from waiting, carried to the log, told as a
+load.
+"""
 
 import h5py
 import numpy as np
@@ -55,7 +57,9 @@ def test_the_log_holds_ranks_that_come_late_grow_and_shrink(tmp_path):
     np.testing.assert_equal(found["seconds_train"].tolist(), rows)
     with h5py.File(tmp_path / "log.h5") as file:
         column = file["ranks/seconds_waiting"]
-        assert [axis.label for axis in column.dims] == ["round", "rank"] and column.attrs["unit"] == "seconds"
+        assert [axis.label for axis in column.dims] == ["round", "rank"] and column.attrs[
+            "unit"
+        ] == "seconds"
         assert [axis.label for axis in file["ranks/ranks"].dims] == ["round"] and column.fletcher32
 
 
@@ -69,13 +73,19 @@ def test_a_log_of_before_ranks_were_measured_goes_on(tmp_path):
     log = Log.append_to(tmp_path / "log.h5")
     log.append(2, ROW, SCORES, {"train": np.array([4.0])})
     log.close()
-    assert open_run(tmp_path).ranks.to_dict("list") == {"round": [2], "rank": [0], "seconds_train": [4.0]}
+    assert open_run(tmp_path).ranks.to_dict("list") == {
+        "round": [2],
+        "rank": [0],
+        "seconds_train": [4.0],
+    }
 
 
 SELDOM = "evaluate.every=2"
 
 
-@pytest.fixture(scope="module", params=["simulated", pytest.param("mpirun", marks=pytest.mark.thorough)])
+@pytest.fixture(
+    scope="module", params=["simulated", pytest.param("mpirun", marks=pytest.mark.thorough)]
+)
 def on_three(request, tmp_path_factory):
     """A run on 3 ranks, evaluated every second round."""
     home = tmp_path_factory.mktemp("ranks")
@@ -105,13 +115,18 @@ def test_every_rank_tells_all_its_seconds_by_stage(on_three):
     assert list(table.columns) == [f"seconds_{stage}" for stage in clock.STAGES]
     assert (table >= 0).all(axis=None)
     server, workers = table.xs(0, level="rank"), table.drop(index=0, level="rank")
-    assert (workers["seconds_train"] > 5 * server["seconds_train"].max()).all(), "the server hosts nobody"
+    assert (workers["seconds_train"] > 5 * server["seconds_train"].max()).all(), (
+        "the server hosts nobody"
+    )
     assert (server["seconds_waiting"] > server["seconds_train"]).all()
-    told = table.sum(axis=1).unstack("rank").loc[4]  # they meet in every round, so they have passed the same time
+    # they meet in every round, so they have passed the same time
+    told = table.sum(axis=1).unstack("rank").loc[4]
     assert told.max() - told.min() < 0.5 * told.max()
     passed = run.rounds[["seconds_train", "seconds_exchange", "seconds_evaluate"]].sum(axis=1)
     assert told[0] > 0.9 * passed.loc[[3, 4]].sum() - passed.loc[4] * 0.5
-    assert run.array("ranks/seconds_train").shape == (4, 3) and run.array("ranks/ranks").tolist() == [0, 3, 0, 3]
+    assert run.array("ranks/seconds_train").shape == (4, 3) and run.array(
+        "ranks/ranks"
+    ).tolist() == [0, 3, 0, 3]
 
 
 def test_scores_that_travel_with_the_seconds_are_whole_numbers_of_samples(on_three):
@@ -141,10 +156,13 @@ TWO = {
 
 def test_a_load_is_seconds_per_round_and_the_share_of_time_that_workers_are_busy():
     found = loads.load(TWO, EVERY)
-    assert found.seconds["train"].tolist() == [0, 12 / 4, 9 / 3]  # the third rank was there for 3 rounds
+    # the third rank was there for 3 rounds
+    assert found.seconds["train"].tolist() == [0, 12 / 4, 9 / 3]
     assert found.seconds["waiting"].tolist() == [22 / 4, 2 / 4, 3 / 3]
     assert found.balance == (7 + 2.5) / (8 + 4)  # of the rounds with two workers: mean by longest
-    assert loads.load(TWO, EVERY | {"server_hosts_clients": True}).balance == pytest.approx((14 / 3 + 5 / 3 + 5) / 22)
+    assert loads.load(TWO, EVERY | {"server_hosts_clients": True}).balance == pytest.approx(
+        (14 / 3 + 5 / 3 + 5) / 22
+    )
     last = loads.load(TWO, EVERY, slice(-1, None))
     assert last.seconds["train"].tolist() == [0, 5] and np.isnan(last.balance)
     assert loads.load({}, EVERY) is None and loads.load(TWO, EVERY, slice(0, 1)) is None
@@ -156,11 +174,19 @@ def test_the_page_has_a_bar_for_each_rank_and_stage(tmp_path):
     assert page.ranks(alone, looks_of(alone)) is None and "balance" not in tables.costs(alone).csv()
     measured = {name: column[1:3] for name, column in TWO.items()}
     (group,) = alone
-    run = Logged(folder, group.runs[0].config | EVERY, group.runs[0].rounds, group.runs[0].clients, {}, measured)
+    run = Logged(
+        folder,
+        group.runs[0].config | EVERY,
+        group.runs[0].rounds,
+        group.runs[0].clients,
+        {},
+        measured,
+    )
     groups = [type(group)(group.label, {}, (run,))]
     with styled():
         drawn = page.ranks(groups, looks_of(groups))
     bars = [bar.get_height() for bar in drawn.figure.axes[0].patches]
-    assert bars == [0, 3.5, 4.5, 0, 1.5, 0, 6, 1, 1.5]  # train, evaluate and waiting of three ranks over two rounds
+    # train, evaluate and waiting of three ranks over two rounds
+    assert bars == [0, 3.5, 4.5, 0, 1.5, 0, 6, 1, 1.5]
     assert [text.get_text() for text in drawn.figure.axes[0].texts] == ["79% balanced"]
     assert float(rows_of(tables.costs(groups))[0]["balance_mean"]) == 9.5 / 12

@@ -1,4 +1,6 @@
-"""What is tried of a user's network before a run: does its batch count, does a stack of clients give what one by one gives?"""
+"""What is tried of a user's network before a run: does its batch count, does a stack of clients
+give what one by one gives?
+"""
 
 import csv
 from dataclasses import replace
@@ -36,7 +38,10 @@ class Mid(nn.Module):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(shape[0], 3, 3, padding=1), norm or nn.Identity()
         self.gate = nn.Parameter(torch.zeros(1)) if gate else None
-        self.between, self.head = between or (lambda y: y), nn.Linear(3 * shape[1] * shape[2], classes)
+        self.between, self.head = (
+            between or (lambda y: y),
+            nn.Linear(3 * shape[1] * shape[2], classes),
+        )
 
     def forward(self, x):
         y = self.norm(self.conv(x)).flatten(1)
@@ -45,7 +50,9 @@ class Mid(nn.Module):
 
 
 def of(**parts):
-    return lambda classes, shape: Mid(classes, shape, **{n: v() if n == "norm" else v for n, v in parts.items()})
+    return lambda classes, shape: Mid(
+        classes, shape, **{n: v() if n == "norm" else v for n, v in parts.items()}
+    )
 
 
 def attend(y):
@@ -86,7 +93,14 @@ def test_a_network_that_computes_across_its_batch_is_known(name):
 
 
 def test_what_this_package_brings_computes_of_each_example_apart():
-    for name in ("cnn", "cifar_resnet8", "transformer", "user_parts:with_norm", "user_parts:small_vit", "small:noisy_net"):
+    for name in (
+        "cnn",
+        "cifar_resnet8",
+        "transformer",
+        "user_parts:with_norm",
+        "user_parts:small_vit",
+        "small:noisy_net",
+    ):
         texts = name == "transformer"
         shape, tokens = ((5,), 11) if texts else ((3, 8, 8), 0)
         model = zoo.build(name, {"dropout": 0.1} if texts else {}, 3, shape, 1, tokens)
@@ -107,27 +121,37 @@ def ends(*overrides):
 
 
 def same(a, b):
-    return runs.equal(a[0], b[0]) and all(np.array_equal(x, y, equal_nan=True) for x, y in zip(a[1:], b[1:]))
+    return runs.equal(a[0], b[0]) and all(
+        np.array_equal(x, y, equal_nan=True) for x, y in zip(a[1:], b[1:])
+    )
 
 
-@pytest.mark.parametrize("name", ["batch_statistics", *(pytest.param(n, marks=thorough) for n in ("centred", "softmax"))])
+@pytest.mark.parametrize(
+    "name", ["batch_statistics", *(pytest.param(n, marks=thorough) for n in ("centred", "softmax"))]
+)
 def test_no_padding_enters_a_network_that_computes_across_its_batch(name, capsys):
     model = f"model={HERE}:{name}"
     one = ends(model, "engine.path=loop", "engine.group_size=1")
     for size in (2, 4):
         assert same(one, ends(model, "engine.path=stack", f"engine.group_size={size}"))
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hint")]
-    assert len(said) == 2 and all("engine.path = stack" in line and "although a stack" in line for line in said)
+    assert len(said) == 2 and all(
+        "engine.path = stack" in line and "although a stack" in line for line in said
+    )
     assert "across the examples of a batch" in said[0]
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(("fml", "centred"), marks=thorough), ("fedapen", "batch_statistics")], ids=("fml", "fedapen")
+    "method",
+    [pytest.param(("fml", "centred"), marks=thorough), ("fedapen", "batch_statistics")],
+    ids=("fml", "fedapen"),
 )
 def test_padding_enters_no_companion_either(method, capsys):
     name, small = method
     given = [f"algorithm={{name: {name}, small: '{HERE}:{small}'}}", "train.lr=0.02"]
-    loop, stack = (ends(*given, f"engine.path={path}", "engine.group_size=2") for path in ("loop", "stack"))
+    loop, stack = (
+        ends(*given, f"engine.path={path}", "engine.group_size=2") for path in ("loop", "stack")
+    )
     assert same(loop, stack)
     assert "has other gradients or results in a stack" in capsys.readouterr().err
 
@@ -136,7 +160,9 @@ def test_padding_enters_no_companion_either(method, capsys):
 def test_a_coupled_batch_is_judged_in_equal_parts(tests, monkeypatch):
     made = small.trainer(FedAvg(), samples=small.feed(sizes=(7,), tests=tests))
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(105, track_running_stats=False), nn.Linear(105, small.CLASSES))
+    net = nn.Sequential(
+        nn.Flatten(), nn.BatchNorm1d(105, track_running_stats=False), nn.Linear(105, small.CLASSES)
+    )
     model = from_module(net, small.CLASSES, small.SHAPE)
     made = replace(made, model=replace(model, couples=couples(model, 1)))
     assert made.model.couples
@@ -160,7 +186,11 @@ class Words(nn.Module):
 
     def __init__(self, classes, tokens, core=None, **options):
         super().__init__()
-        self.words, self.core, self.head = nn.Embedding(tokens, 6, **options), core, nn.Linear(6, classes)
+        self.words, self.core, self.head = (
+            nn.Embedding(tokens, 6, **options),
+            core,
+            nn.Linear(6, classes),
+        )
 
     def forward(self, x):
         z = self.words(x)
@@ -174,7 +204,9 @@ class Packed(Words):
 
     def forward(self, x):
         lengths = (x != 0).sum(1)
-        packed = nn.utils.rnn.pack_padded_sequence(self.words(x), lengths, batch_first=True, enforce_sorted=False)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.words(x), lengths, batch_first=True, enforce_sorted=False
+        )
         return self.head(self.core(packed)[1][0][-1])
 
 
@@ -218,7 +250,11 @@ def encoder(classes, shape, tokens):
 
 
 def nested(classes, shape, tokens):
-    return Masked(classes, tokens, nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True), 1))
+    return Masked(
+        classes,
+        tokens,
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True), 1),
+    )
 
 
 def sparse(classes, shape, tokens):
@@ -264,7 +300,10 @@ def texts(tmp_path, monkeypatch):
     pytest.importorskip("tokenizers")
     for name, count in (("train.csv", 40), ("test.csv", 15)):
         with open(tmp_path / name, "w", newline="") as file:
-            rows = ((f"t{n % 2}", " ".join(f"w{(n * k) % 11}{n % 2}" for k in range(1, 2 + n % 6))) for n in range(count))
+            rows = (
+                (f"t{n % 2}", " ".join(f"w{(n * k) % 11}{n % 2}" for k in range(1, 2 + n % 6)))
+                for n in range(count)
+            )
             csv.writer(file).writerows([("topic", "body"), *rows])
     (tmp_path / "c.yaml").write_text(CONFIG)
     monkeypatch.chdir(tmp_path)
@@ -278,17 +317,28 @@ def ran(texts, name, *overrides):
     return outcome(folder)
 
 
-@pytest.mark.parametrize("name", [n if n in ("lstm", "item") else pytest.param(n, marks=thorough) for n in FAILING])
+@pytest.mark.parametrize(
+    "name", [n if n in ("lstm", "item") else pytest.param(n, marks=thorough) for n in FAILING]
+)
 def test_a_network_that_no_stack_can_train_takes_the_loop_with_one_hint(name, texts, capsys):
     loop = ran(texts, name, "engine.path=loop")
     assert "engine.path" not in capsys.readouterr().err
     np.testing.assert_equal(ran(texts, name), loop)
     assert configs.read(texts / name / "config.yaml").engine.path == "loop"
     said = capsys.readouterr().err
-    assert said.count("hint: engine.path = auto: ") == 1 and f"{HERE}:{name} cannot train in a stack" in said
-    assert cli.main(["run", "c.yaml", f"model={HERE}:{name}", "engine.path=stack", "output=refused"]) == 2
+    assert (
+        said.count("hint: engine.path = auto: ") == 1
+        and f"{HERE}:{name} cannot train in a stack" in said
+    )
+    assert (
+        cli.main(["run", "c.yaml", f"model={HERE}:{name}", "engine.path=stack", "output=refused"])
+        == 2
+    )
     said = capsys.readouterr().err
-    assert said.startswith(f"fedlora-mpi: c.yaml: engine.path = stack: {HERE}:{name} cannot train") and said.count("\n") == 1
+    assert (
+        said.startswith(f"fedlora-mpi: c.yaml: engine.path = stack: {HERE}:{name} cannot train")
+        and said.count("\n") == 1
+    )
     assert not (texts / "refused").exists()
 
 
@@ -297,7 +347,10 @@ def test_a_stack_with_other_gradients_takes_the_loop(texts, capsys):
     loop = ran(texts, "with_padding", "engine.path=loop")
     for path in ("auto", "stack"):
         np.testing.assert_equal(ran(texts, "with_padding", f"engine.path={path}"), loop)
-    assert capsys.readouterr().err.count("has other gradients or results in a stack than one by one") == 2
+    assert (
+        capsys.readouterr().err.count("has other gradients or results in a stack than one by one")
+        == 2
+    )
 
 
 @pytest.mark.parametrize("name", ["dense", "encoder"])
@@ -309,7 +362,9 @@ def test_a_stack_that_does_the_same_stays(name, texts, capsys):
 
 
 def test_measuring_takes_the_loop_and_says_so_once(texts, capsys):
-    np.testing.assert_equal(ran(texts, "lstm", "engine.path=measure"), ran(texts, "lstm", "engine.path=loop"))
+    np.testing.assert_equal(
+        ran(texts, "lstm", "engine.path=measure"), ran(texts, "lstm", "engine.path=loop")
+    )
     said = capsys.readouterr().err
     assert said.count("hint: engine.path = measure: ") == 1 and "samples per second" not in said
 
@@ -322,7 +377,9 @@ def test_plan_says_it_too(more, texts, capsys):
 
 
 def test_sparse_gradients_train_as_dense_ones(texts):
-    sparse, dense = (ran(texts, name, "engine.path=loop", "train.momentum=0.9") for name in ("sparse", "dense"))
+    sparse, dense = (
+        ran(texts, name, "engine.path=loop", "train.momentum=0.9") for name in ("sparse", "dense")
+    )
     assert sparse["shared"] == dense["shared"]
 
 
@@ -338,7 +395,9 @@ def test_all_ranks_take_the_loop(name, texts, capsys):
         return built.config.engine.path, runs.copied(state.shared)
 
     (path, one), *others = [end for ranks in (1, 2, 3) for end in runs.on_ranks(ranks, moments)]
-    assert path == "loop" and all(path == "loop" and runs.equal(one, shared) for path, shared in others)
+    assert path == "loop" and all(
+        path == "loop" and runs.equal(one, shared) for path, shared in others
+    )
     assert capsys.readouterr().err.count("hint: engine.path") == 3
 
 
@@ -374,10 +433,18 @@ def stubborn(classes, shape):
 
 @pytest.mark.parametrize("path", ["auto", "loop", "stack"])
 def test_a_network_that_never_trains_is_refused_in_one_line(path, tmp_path, capsys):
-    given = [str(TINY), f"model={HERE}:stubborn", f"engine.path={path}", f"output={tmp_path / 'run'}"]
+    given = [
+        str(TINY),
+        f"model={HERE}:stubborn",
+        f"engine.path={path}",
+        f"output={tmp_path / 'run'}",
+    ]
     assert cli.main(["run", *given]) == 2
     said = capsys.readouterr().err
-    assert said.endswith("one step of local training fails: RuntimeError: no gradient of this\n") and said.count("\n") == 1
+    assert (
+        said.endswith("one step of local training fails: RuntimeError: no gradient of this\n")
+        and said.count("\n") == 1
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -391,9 +458,17 @@ def test_a_network_that_is_known_needs_no_trial(monkeypatch):
 def test_a_trial_leaves_no_trace():
     built = runs.built("model=user_parts:with_norm")
     kind = built.run.kinds[0]
-    before = runs.copied(kind.first.shared), runs.copied(kind.first.personal), runs.copied(kind.trainer.model.initial)
+    before = (
+        runs.copied(kind.first.shared),
+        runs.copied(kind.first.personal),
+        runs.copied(kind.trainer.model.initial),
+    )
     assert objection(kind.trainer, kind.first) is None
-    assert all(map(runs.equal, before, (kind.first.shared, kind.first.personal, kind.trainer.model.initial)))
+    assert all(
+        map(
+            runs.equal, before, (kind.first.shared, kind.first.personal, kind.trainer.model.initial)
+        )
+    )
 
 
 # Predictions that are no numbers
@@ -428,7 +503,9 @@ def test_a_prediction_that_is_no_number_is_wrong(path, tmp_path, capsys):
     given = [f"model={HERE}:undefined", "algorithm=fedavg", f"engine.path={path}", "rounds=1"]
     assert cli.main(["run", str(TINY), *given, f"output={tmp_path / 'run'}"]) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "no numbers" in line]
-    assert len(said) == 1 and said[0].startswith("fedlora-mpi: round 1: client 0, 2, 3, 4, 5, 6: logits")
+    assert len(said) == 1 and said[0].startswith(
+        "fedlora-mpi: round 1: client 0, 2, 3, 4, 5, 6: logits"
+    )
     built = runs.built(*given)
     files = runs.RunFiles(tmp_path / "run")
     accuracy, loss = (files.clients()[name][-1] for name in ("accuracy", "loss"))
@@ -439,7 +516,9 @@ def test_a_prediction_that_is_no_number_is_wrong(path, tmp_path, capsys):
         logits = trainer.model.evaluating()(shared, x)
         real = ~logits.isnan().any(1)
         nan[client] = 1 - real.double().mean()
-        assert accuracy[client] == pytest.approx(float(((logits.argmax(1) == y) & real).double().mean()), abs=1e-6)
+        assert accuracy[client] == pytest.approx(
+            float(((logits.argmax(1) == y) & real).double().mean()), abs=1e-6
+        )
     assert (np.isnan(loss) == (nan > 0)).all() and 0 < nan.mean() < 1
     assert files.rounds()["nan_predictions"][-1] == pytest.approx(nan.mean(), abs=1e-6)
 
@@ -451,7 +530,15 @@ def test_an_infinite_logit_is_a_prediction():
 
 def test_pretraining_says_so(tmp_path, capsys):
     pytest.importorskip("safetensors")
-    given = ["pretrain", str(TINY), f"model={HERE}:undefined", "--epochs", "1", "--to", str(tmp_path / "a.safetensors")]
+    given = [
+        "pretrain",
+        str(TINY),
+        f"model={HERE}:undefined",
+        "--epochs",
+        "1",
+        "--to",
+        str(tmp_path / "a.safetensors"),
+    ]
     assert cli.main(given) == 0
     said = capsys.readouterr()
     assert "% of the test samples are no numbers (nan); these count as wrong" in said.err

@@ -1,4 +1,6 @@
-"""Several runs are grouped by what differs; a report has the numbers of their logs, its page needs nothing else."""
+"""Several runs are grouped by what differs; a report has the numbers of their logs, its page needs
+nothing else.
+"""
 
 import doctest
 import re
@@ -30,7 +32,9 @@ CLIENTS = 7  # of tiny.yaml
 
 
 def test_runs_that_differ_in_seeds_and_folders_only_are_one_group(tmp_path):
-    found = found_of(*(logged(tmp_path / f"{seed}", [0.1, 0.2, 0.3], seed=seed) for seed in (1, 2, 3)))
+    found = found_of(
+        *(logged(tmp_path / f"{seed}", [0.1, 0.2, 0.3], seed=seed) for seed in (1, 2, 3))
+    )
     assert [group.label for group in found.groups] == ["fedavg"] and found.keys == ()
     assert [run.seeds for run in found.groups[0].runs] == [(1, 1), (2, 2), (3, 3)]
 
@@ -47,7 +51,9 @@ FEDLORA = {"algorithm.name": "fedlora", "train.lr": 0.1}
 CASES = [
     ([{"algorithm.name": "fedavg"}], ["fedavg"]),
     ([{"algorithm.name": "my.module:FedPer"}, {"algorithm.name": "local"}], ["FedPer", "local"]),
-    (  # fields of other methods' own set nothing apart, nor does a learning rate that follows from the method
+    # fields of other methods' own set nothing apart, nor does a learning rate that follows from the
+    # method
+    (
         [FEDLORA | {"algorithm.lora_epochs": 2}, {"algorithm.name": "fedprox", "algorithm.mu": 1.0, "train.lr": 0.3}],
         ["fedlora", "fedprox"],
     ),
@@ -86,10 +92,14 @@ def test_a_label_is_what_sets_a_group_apart(settings, wanted):
 
 
 def test_keys_of_a_block_are_compared_where_its_selector_is_the_same():
-    one, other = {"algorithm.name": "fedlora", "algorithm.s": 1}, {"algorithm.name": "fedprox", "algorithm.s": 2}
+    one, other = (
+        {"algorithm.name": "fedlora", "algorithm.s": 1},
+        {"algorithm.name": "fedprox", "algorithm.s": 2},
+    )
     assert differing([one, other]) == ("algorithm.name",)
     assert differing([one, {**one, "algorithm.s": 2}]) == ("algorithm.s",)
-    assert differing([one, {**one, "data.tasks.rounds": 2}]) == ("data.tasks.rounds",)  # absent is a value too
+    # absent is a value too
+    assert differing([one, {**one, "data.tasks.rounds": 2}]) == ("data.tasks.rounds",)
 
 
 def test_a_stat_has_the_sample_deviation_and_leaves_out_what_is_unknown():
@@ -101,7 +111,9 @@ def test_a_stat_has_the_sample_deviation_and_leaves_out_what_is_unknown():
 def test_the_numbers_of_the_accuracy_table(tmp_path):
     nan = [np.nan] * 3
     runs = [
-        logged(tmp_path / f"{s}", [0.2 * s, 0.2 * s, 0.2 * s], [0.1 * s, 0.2 * s, 0.3 * s], nan, seed=s)
+        logged(
+            tmp_path / f"{s}", [0.2 * s, 0.2 * s, 0.2 * s], [0.1 * s, 0.2 * s, 0.3 * s], nan, seed=s
+        )
         for s in (1, 3)
     ]
     runs += [logged(tmp_path / "other", [0.5, 0.5, 0.8], [0.4, 0.4, 0.4], algorithm="local")]
@@ -111,10 +123,16 @@ def test_the_numbers_of_the_accuracy_table(tmp_path):
     assert (fedavg["run"], fedavg["seeds"], fedavg["rounds"]) == ("fedavg", "2", "3")
     assert 0.4 == number(fedavg, "final_mean") == number(fedavg, "best_mean")
     assert 0.4 / 2**0.5 == number(fedavg, "final_std")  # of 0.2 and 0.6
-    assert 0.2 == number(fedavg, "worst_mean") and 0.2 == number(fedavg, "clients_std_mean")  # of 0.1 and 0.3, twice
-    assert 0.4 == number(local, "final_mean") and 0.6 == number(local, "best_mean") and local["final_std"] == ""
+    # of 0.1 and 0.3, twice
+    assert 0.2 == number(fedavg, "worst_mean") and 0.2 == number(fedavg, "clients_std_mean")
+    assert (
+        0.4 == number(local, "final_mean")
+        and 0.6 == number(local, "best_mean")
+        and local["final_std"] == ""
+    )
     assert "| local | 1 | 2 | **40.00** | **60.00** | **40.00** | 0.00 |" in table.markdown()
-    assert "| fedavg | 2 | 3 | **40.00 ± 28.28** | 40.00 ± 28.28 |" in table.markdown()  # equal as shown: both bold
+    # equal as shown: both bold
+    assert "| fedavg | 2 | 3 | **40.00 ± 28.28** | 40.00 ± 28.28 |" in table.markdown()
 
 
 def test_what_was_run_on_other_data_is_not_compared(tmp_path):
@@ -128,19 +146,34 @@ def test_what_was_run_on_other_data_is_not_compared(tmp_path):
         "Highest final accuracy (y), mean over clients: fedper, y with 75.00 % (one seed), "
         "62.50 points above local, y (12.50 %)."
     )
-    bold = [line.split(" |")[3].startswith(" **") for line in tables.accuracy(groups_).markdown().splitlines()[4:8]]
+    bold = [
+        line.split(" |")[3].startswith(" **")
+        for line in tables.accuracy(groups_).markdown().splitlines()[4:8]
+    ]
     assert bold == [False, True, True, False]
 
 
 def test_the_numbers_of_the_other_tables(tmp_path):
-    paths = [logged(tmp_path / f"a{s}", [0.1, 0.5, 0.9], [0.2, 0.6, 0.8], seed=s, digest=f"{s}") for s in (1, 2)]
+    paths = [
+        logged(tmp_path / f"a{s}", [0.1, 0.5, 0.9], [0.2, 0.6, 0.8], seed=s, digest=f"{s}")
+        for s in (1, 2)
+    ]
     paths += [
-        logged(tmp_path / f"b{s}", [0, 0, 0], [0.2, 0.7, 0.4], seed=s, digest=f"{s}", algorithm="fedper")
+        logged(
+            tmp_path / f"b{s}",
+            [0, 0, 0],
+            [0.2, 0.7, 0.4],
+            seed=s,
+            digest=f"{s}",
+            algorithm="fedper",
+        )
         for s in (1, 2)
     ]
     found = found_of(*paths)
     cost = rows_of(tables.costs(found.groups))[0]
-    assert [float(cost[k]) for k in ("bytes_up", "bytes_down", "tflop", "seconds_train", "seconds")] == [
+    assert [
+        float(cost[k]) for k in ("bytes_up", "bytes_down", "tflop", "seconds_train", "seconds")
+    ] == [
         1000,
         2000,
         4,
@@ -153,14 +186,23 @@ def test_the_numbers_of_the_other_tables(tmp_path):
     ]
     assert runs[2]["best_round"] == "2" and float(runs[2]["final"]) == pytest.approx(1.3 / 3)
     (pair,) = clients.pairs(found.groups)
-    assert (pair.group.label, pair.rival.label, pair.seeds, clients.as_good(pair)) == ("fedper", "fedavg", 2, 4)
+    assert (pair.group.label, pair.rival.label, pair.seeds, clients.as_good(pair)) == (
+        "fedper",
+        "fedavg",
+        2,
+        4,
+    )
     against = rows_of(tables.against([pair]))[0]
     assert [float(against[k]) for k in ("gain", "worst")] == pytest.approx([-0.1, -0.4])
-    assert rows_of(tables.settings(found)) == [{"run": n, "algorithm": n} for n in ("fedavg", "fedper")]
+    assert rows_of(tables.settings(found)) == [
+        {"run": n, "algorithm": n} for n in ("fedavg", "fedper")
+    ]
 
 
 def test_a_method_is_compared_on_the_same_clients_alone(tmp_path):
-    make = lambda name, **more: logged(tmp_path / name, [0.1, 0.5, 0.9], algorithm=name.split("-")[0], **more)
+    make = lambda name, **more: logged(
+        tmp_path / name, [0.1, 0.5, 0.9], algorithm=name.split("-")[0], **more
+    )
     ours, other = make("fedper"), make("fedavg", digest="y")
     longer, near, far = make("local-9", rounds=9), make("local-1"), make("local-2", lr=0.7)
     assert clients.pairs(found_of(ours, other, longer).groups) == []
@@ -169,8 +211,12 @@ def test_a_method_is_compared_on_the_same_clients_alone(tmp_path):
 
 
 def test_curves_are_of_the_rounds_that_all_seeds_have(tmp_path):
-    long = logged(tmp_path / "1", [0.1, 0.1, 0.1], [np.nan] * 3, [0.3, 0.3, 0.3], [0.4, 0.4, 0.4], rounds=4)
-    short = logged(tmp_path / "2", [0.3, 0.3, 0.3], [0.5, 0.5, 0.5], [0.5, 0.5, 0.5], seed=2, rounds=4)
+    long = logged(
+        tmp_path / "1", [0.1, 0.1, 0.1], [np.nan] * 3, [0.3, 0.3, 0.3], [0.4, 0.4, 0.4], rounds=4
+    )
+    short = logged(
+        tmp_path / "2", [0.3, 0.3, 0.3], [0.5, 0.5, 0.5], [0.5, 0.5, 0.5], seed=2, rounds=4
+    )
     (group,) = found_of(long, short).groups
     rounds, values = group.curves("accuracy")
     assert rounds.tolist() == [1, 3] and np.allclose(values, [[0.1, 0.3], [0.3, 0.5]])
@@ -191,7 +237,9 @@ def test_a_cost_is_the_sum_so_far_in_its_unit(tmp_path):
 
 
 def test_a_dot_is_a_client_and_a_bar_the_seconds_of_a_stage(tmp_path):
-    found = [logged(tmp_path / f"{s}", [0.1, 0.1, 0.1], [0.1 * s, 0.2, np.nan], seed=s) for s in (1, 2)]
+    found = [
+        logged(tmp_path / f"{s}", [0.1, 0.1, 0.1], [0.1 * s, 0.2, np.nan], seed=s) for s in (1, 2)
+    ]
     (group,) = found_of(*found).groups
     look = {"fedavg": looks(1)[0]}
     axes = clients.distribution([group], look).figure.axes[0]
@@ -204,11 +252,14 @@ def test_a_dot_is_a_client_and_a_bar_the_seconds_of_a_stage(tmp_path):
 
 def test_the_numbers_of_a_comparison_are_those_of_the_clients(tmp_path):
     made = [
-        logged(tmp_path / n, a, algorithm=n) for n, a in (("fedper", [0.5, 0.75, 1]), ("local", [0.25, 0.75, 0.5]))
+        logged(tmp_path / n, a, algorithm=n)
+        for n, a in (("fedper", [0.5, 0.75, 1]), ("local", [0.25, 0.75, 0.5]))
     ]
     groups_ = found_of(*made).groups
     with styled():
-        drawn = clients.against(clients.pairs(groups_), dict(zip(("fedper", "local"), looks(2), strict=True)))
+        drawn = clients.against(
+            clients.pairs(groups_), dict(zip(("fedper", "local"), looks(2), strict=True))
+        )
     axes = drawn.figure.axes[0]
     assert axes.collections[0].get_offsets().tolist() == [[25, 50], [75, 75], [50, 100]]
     assert axes.texts[0].get_text() == "● local: 3 of 3" and axes.get_title("left") == "fedper"
@@ -228,7 +279,10 @@ assert "torch" not in sys.modules
 def test_what_diagnose_has_logged_is_drawn_and_nothing_else(tmp_path):
     (group,) = found_of(logged(tmp_path / "a", [0.1] * 3, [0.2] * 3, column="lora_bias")).groups
     (drawn,) = curves.diagnosis([group], {"fedavg": looks(1)[0]})
-    assert drawn.name == "lora_bias" and drawn.figure.axes[0].lines[0].get_ydata().tolist() == [7, 14]
+    assert drawn.name == "lora_bias" and drawn.figure.axes[0].lines[0].get_ydata().tolist() == [
+        7,
+        14,
+    ]
 
 
 def test_a_setting_that_differs_is_swept_and_two_are_a_grid(tmp_path):
@@ -241,14 +295,19 @@ def test_a_setting_that_differs_is_swept_and_two_are_a_grid(tmp_path):
     found = found_of(*(make(e, 0.5, s) for e in (5, 1, 3) for s in (1, 2)))
     (drawn,) = sweeps.sweeps(found.groups, found.keys, set())
     line = drawn.figure.axes[0].lines[0]
-    assert np.allclose(line.get_xydata(), [[1, 6], [3, 8], [5, 10]]) and drawn.figure.axes[0].get_xlabel() == "epochs"
+    assert (
+        np.allclose(line.get_xydata(), [[1, 6], [3, 8], [5, 10]])
+        and drawn.figure.axes[0].get_xlabel() == "epochs"
+    )
     assert sweeps.grids(found.groups, found.keys) == ([], set())
 
     found = found_of(*(make(e, r, 9) for e in (2, 1) for r in (0.4, 0.3, 0.2)))
     (drawn,), used = sweeps.grids(found.groups, found.keys)
     assert used == {"algorithm.epochs", "algorithm.rank"}
     values = drawn.figure.axes[0].images[0].get_array()
-    assert np.allclose(values, [[3, 4], [4, 5], [5, 6]] if values.shape == (3, 2) else [[3, 4, 5], [4, 5, 6]])
+    assert np.allclose(
+        values, [[3, 4], [4, 5], [5, 6]] if values.shape == (3, 2) else [[3, 4, 5], [4, 5, 6]]
+    )
     assert sweeps.sweeps(found.groups, found.keys, used) == []
 
 
@@ -256,9 +315,13 @@ def test_labels_are_as_near_to_their_curves_as_they_go_without_overlap():
     ones = np.ones(3)
     assert apart(np.array([2.0, 5.0, 9.0]), ones, 20).tolist() == [2, 5, 9]
     assert apart(np.array([7.0, 7.0, 7.0]), ones, 20).tolist() == [6, 7, 8]
-    assert np.allclose(apart(np.array([5.0, 5.5, 9.0]), np.array([1.0, 3.0, 1.0]), 20), [4.25, 6.25, 9])
-    assert apart(np.array([0.0, 0.0, 9.0]), ones, 9).tolist() == [0.5, 1.5, 8.5]  # none beyond the rim
-    assert apart(np.array([0.0, 0.0, 1.0]), ones, 2).tolist() == [0.5, 1.5, 2.5]  # too many for the room
+    assert np.allclose(
+        apart(np.array([5.0, 5.5, 9.0]), np.array([1.0, 3.0, 1.0]), 20), [4.25, 6.25, 9]
+    )
+    # none beyond the rim
+    assert apart(np.array([0.0, 0.0, 9.0]), ones, 9).tolist() == [0.5, 1.5, 8.5]
+    # too many for the room
+    assert apart(np.array([0.0, 0.0, 1.0]), ones, 2).tolist() == [0.5, 1.5, 2.5]
 
 
 # --- low-rank and personal parts
@@ -268,7 +331,9 @@ def test_norm_and_effective_rank_are_those_of_the_product():
     rng = np.random.default_rng(1)
     B, A = rng.standard_normal((5, 3)), rng.standard_normal((3, 7))
     s = np.linalg.svd(B @ A, compute_uv=False)
-    assert np.allclose(parts.measured(B, A), ((s**2).sum() ** 0.5, (s**2).sum() ** 2 / (s**4).sum()))
+    assert np.allclose(
+        parts.measured(B, A), ((s**2).sum() ** 0.5, (s**2).sum() ** 2 / (s**4).sum())
+    )
     assert np.allclose(parts.measured(np.eye(5)[:, :3], 2 * np.eye(7)[:3]), (12**0.5, 3))
     assert parts.measured(0 * B, A) == (0, 0)
 
@@ -293,7 +358,9 @@ def test_agreement_is_a_rank_correlation():
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    """A folder with runs/a-1, a-2 (FedAvg), b-1 (Local), c-1, c-2 (FedLoRA), d-1 (FedIT) of 2 rounds."""
+    """A folder with runs/a-1, a-2 (FedAvg), b-1 (Local), c-1, c-2 (FedLoRA), d-1 (FedIT) of 2
+    rounds.
+    """
     folder = tmp_path_factory.mktemp("four")
     names = {"a": "fedavg", "b": "local", "c": "fedlora", "d": "fedit"}
     for run in ("a-1", "a-2", "b-1", "c-1", "c-2", "d-1"):
@@ -310,7 +377,11 @@ def four(tmp_path_factory):
             if kind == "c"
             else []
         )
-        asked += ["algorithm.lora_ranks=[2, 1]", "algorithm.diagnose=true", "train.lr=0.005"] if kind == "d" else []
+        asked += (
+            ["algorithm.lora_ranks=[2, 1]", "algorithm.diagnose=true", "train.lr=0.005"]
+            if kind == "d"
+            else []
+        )
         assert main(["run", str(TINY), f"output={folder / 'runs' / run}", *asked]) == 0
     return folder
 
@@ -318,8 +389,13 @@ def four(tmp_path_factory):
 def test_low_rank_factors_are_shown_before_other_personal_parts(four, monkeypatch):
     monkeypatch.setattr(personal, "GROUPS", 1)
     with styled():
-        shown = personal.personal(grouped([Logged.read(four / "runs" / run) for run in ("b-1", "c-1")]).groups)
-    assert [*shown.tables] == ["fedlora"] and [figure.name for figure in shown.drawn] == ["lowrank-1", "similarity-1"]
+        shown = personal.personal(
+            grouped([Logged.read(four / "runs" / run) for run in ("b-1", "c-1")]).groups
+        )
+    assert [*shown.tables] == ["fedlora"] and [figure.name for figure in shown.drawn] == [
+        "lowrank-1",
+        "similarity-1",
+    ]
     assert shown.left_out == ["those of settings after the first 1 that have any"]
     assert not parts.factored(RunView(four / "runs/b-1"))
 
@@ -344,7 +420,9 @@ def test_shared_factors_are_measured_as_each_client_gets_them(four):
     assert found.given_rank[:, :4].tolist() == [[2, 1, 2, 1]] * len(found.layers)
     for at in (0, 1):
         products = run.client(at).algorithm.products(run.client(at).variables.shared)
-        assert np.allclose(found.norm[:, at], [float(value.norm()) for value in products.values()], rtol=1e-4)
+        assert np.allclose(
+            found.norm[:, at], [float(value.norm()) for value in products.values()], rtol=1e-4
+        )
     assert parts.alike(run, held) is None  # nothing is the clients' own
 
 
@@ -354,11 +432,18 @@ def test_similarity_is_the_cosine_of_the_personal_parts(four):
         found = parts.alike(run, parts.held(run, 10**9))
         views = [run.client(client) for client in found.clients]
         if centred:
-            rows = np.stack([np.concatenate([leaf.ravel() for leaf in view.personal.values()]) for view in views])
+            rows = np.stack(
+                [
+                    np.concatenate([leaf.ravel() for leaf in view.personal.values()])
+                    for view in views
+                ]
+            )
             rows = rows - rows.mean(0)
         else:
             tau = [view.algorithm.tau(view.network, view.variables.personal) for view in views]
-            rows = np.stack([np.concatenate([value.numpy().ravel() for value in of.values()]) for of in tau])
+            rows = np.stack(
+                [np.concatenate([value.numpy().ravel() for value in of.values()]) for of in tau]
+            )
         rows /= np.linalg.norm(rows, axis=1)[:, None]
         assert found.centred == centred and np.allclose(found.personal, rows @ rows.T, atol=1e-4)
         mixes = np.stack([view.counts for view in views]).astype(float)
@@ -382,18 +467,31 @@ def test_the_example_of_open_runs_is_true(four, tmp_path, monkeypatch):
 def test_tables_of_runs_hold_each_run_whole(four):
     runs = open_runs(str(four / "runs/**"))
     rounds, clients_ = runs.rounds, runs.clients  # read anew at every access
-    assert list(runs) == [str(four / "runs" / name) for name in ("a-1", "a-2", "b-1", "c-1", "c-2", "d-1")]
+    assert list(runs) == [
+        str(four / "runs" / name) for name in ("a-1", "a-2", "b-1", "c-1", "c-2", "d-1")
+    ]
     for path, run in runs.items():
         mine = rounds[rounds["path"] == path]
-        assert mine["accuracy"].tolist() == run.rounds["accuracy"].tolist() and mine["round"].tolist() == [1, 2]
+        assert mine["accuracy"].tolist() == run.rounds["accuracy"].tolist() and mine[
+            "round"
+        ].tolist() == [1, 2]
         mine = clients_[clients_["path"] == path]
         assert mine["accuracy"].tolist() == run.clients["accuracy"].tolist()
-    assert runs.settings["run"].tolist() == ["fedavg", "fedavg", "local", "fedlora", "fedlora", "fedit"]
+    assert runs.settings["run"].tolist() == [
+        "fedavg",
+        "fedavg",
+        "local",
+        "fedlora",
+        "fedlora",
+        "fedit",
+    ]
     assert runs.settings["seed"].tolist() == [1, 2, 1, 1, 2, 1]
 
 
 def test_a_pattern_without_runs_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"\*: matches no run folder, one with a log.h5; give the `output` of runs"):
+    with pytest.raises(
+        ValueError, match=r"\*: matches no run folder, one with a log.h5; give the `output` of runs"
+    ):
         open_runs(tmp_path / "*")
     with pytest.raises(ValueError, match="not a run folder"):
         open_runs([tmp_path])
@@ -404,7 +502,10 @@ def test_a_pattern_without_runs_is_refused(tmp_path):
 
 def test_of_many_settings_the_best_and_worst_are_named_and_the_others_pale(tmp_path):
     finals = np.random.default_rng(0).permutation(30) / 30
-    folders = [logged(tmp_path / f"{at:02}", [top] * 3, [top] * 3, lr=at + 1) for at, top in enumerate(finals)]
+    folders = [
+        logged(tmp_path / f"{at:02}", [top] * 3, [top] * 3, lr=at + 1)
+        for at, top in enumerate(finals)
+    ]
     found = found_of(*folders).groups
     look = looks_of(found)
     order = [found[at].label for at in np.argsort(-finals)]
@@ -412,13 +513,19 @@ def test_of_many_settings_the_best_and_worst_are_named_and_the_others_pale(tmp_p
     assert len({look[label] for label in (*order[:8], *order[-4:])}) == 12
     with styled():
         drawn = curves.learning(found, look)
-        spread, bars, dots = (of(found, look) for of in (curves.spread, curves.stages, clients.distribution))
+        spread, bars, dots = (
+            of(found, look) for of in (curves.spread, curves.stages, clients.distribution)
+        )
     axes = drawn.figure.axes[0]
     assert len(axes.lines) == 30 and sum(line.get_color() == PALE for line in axes.lines) == 18
     assert {text.get_text() for text in axes.texts} == {label for label in order[:8] + order[-4:]}
     assert drawn.figure.get_size_inches()[1] < 4
     assert [len(figure.figure.axes) for figure in (spread, bars, dots)] == [12, 1, 1]
-    assert len(bars.figure.axes[0].get_yticklabels()) == len(dots.figure.axes[0].get_yticklabels()) == 12
+    assert (
+        len(bars.figure.axes[0].get_yticklabels())
+        == len(dots.figure.axes[0].get_yticklabels())
+        == 12
+    )
     for figure in (drawn, spread, bars, dots):
         assert "Of 30 settings the 8 best and 4 worst in final accuracy are named" in figure.caption
     few = looks_of(found[:24])
@@ -427,8 +534,13 @@ def test_of_many_settings_the_best_and_worst_are_named_and_the_others_pale(tmp_p
 
 
 def test_of_several_tasks_each_has_its_best_among_the_named(tmp_path):
-    folders = [logged(tmp_path / f"a{at:02}", [0.9] * 3, lr=at + 1, dataset="mnist") for at in range(13)]
-    folders += [logged(tmp_path / f"b{at:02}", [0.1 + at / 100] * 3, lr=at + 1, dataset="cifar10") for at in range(13)]
+    folders = [
+        logged(tmp_path / f"a{at:02}", [0.9] * 3, lr=at + 1, dataset="mnist") for at in range(13)
+    ]
+    folders += [
+        logged(tmp_path / f"b{at:02}", [0.1 + at / 100] * 3, lr=at + 1, dataset="cifar10")
+        for at in range(13)
+    ]
     named = [group.settings["data.dataset"] for group in few_of(found_of(*folders).groups)]
     assert named.count("mnist") == named.count("cifar10") == 6
     blank = [logged(tmp_path / f"c{at:02}", [np.nan] * 3, lr=at + 1) for at in range(25)]
@@ -451,7 +563,9 @@ class Page(HTMLParser):
         attrs = dict(attrs)
         self.tags.add(tag)
         self.ids.add(attrs.get("id"))
-        self.links += [attrs[name] for name in ("href", "action", "data", "srcset") if name in attrs]
+        self.links += [
+            attrs[name] for name in ("href", "action", "data", "srcset") if name in attrs
+        ]
         self.sources += [attrs["src"]] if "src" in attrs else []
         if tag not in ("meta", "img", "br"):
             self.open.append(tag)
@@ -506,7 +620,9 @@ def test_no_figure_is_empty(page):
     assert len(sources) == len(FIGURES)
     for source in sources:
         picture = ET.fromstring(b64decode(source.partition(",")[2]))
-        drawn = [element for element in picture.iter() if element.tag.endswith(("path", "use", "image"))]
+        drawn = [
+            element for element in picture.iter() if element.tag.endswith(("path", "use", "image"))
+        ]
         assert len(drawn) > 20
 
 
@@ -521,7 +637,8 @@ def test_every_table_is_there_in_every_form(page):
     assert len((page / "tables/clients.csv").read_text().splitlines()) == 1 + 6 * CLIENTS
 
 
-ALONE = {"learning", "spread", "clients", "flops", "seconds", "loss", "similarity-1", "partition"}  # figures of b-1
+# figures of b-1
+ALONE = {"learning", "spread", "clients", "flops", "seconds", "loss", "similarity-1", "partition"}
 
 
 def files(folder, but=()):
@@ -553,7 +670,9 @@ def test_a_large_report_again_is_the_same(page, small_page, four, tmp_path, caps
     shutil.copytree(small_page, out)
     assert main(["report", *sorted(map(str, (four / "runs").iterdir())), "-o", str(out)]) == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{out / 'report.html'}: {len(FIGURES)} figures and 6 tables of 6 runs, ")
+    assert line.startswith(
+        f"{out / 'report.html'}: {len(FIGURES)} figures and 6 tables of 6 runs, "
+    )
     assert files(out) == files(page)
 
 
@@ -562,7 +681,9 @@ def test_figures_are_the_same_drawn_on_one_core_and_on_three(tmp_path, monkeypat
     for cores in (1, 3):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         with styled():
-            figures = write.gathered(write.read([logged(tmp_path / str(cores) / "a", [0.2] * 3, [0.5] * 3)])).figures
+            figures = write.gathered(
+                write.read([logged(tmp_path / str(cores) / "a", [0.2] * 3, [0.5] * 3)])
+            ).figures
             drawn.append(files_of(figures[:4]))
     assert len(drawn[0]) == 4 and drawn[0] == drawn[1]
 
@@ -572,7 +693,10 @@ def test_a_page_says_what_a_reader_must_know(tmp_path):
         logged(tmp_path / "a", [0.5] * 3, rounds=9),
         logged(tmp_path / "b", [0.2] * 3, [0.4] * 3, rounds=9, seed=2),
     ]
-    runs += [logged(tmp_path / "twin", [0.5] * 3, rounds=9), logged(tmp_path / "c", [0.75] * 3, algorithm="my:<Own>")]
+    runs += [
+        logged(tmp_path / "twin", [0.5] * 3, rounds=9),
+        logged(tmp_path / "c", [0.75] * 3, algorithm="my:<Own>"),
+    ]
     with styled():
         content = write.gathered(write.read(runs))
     said = " ".join(content.notes)
@@ -580,7 +704,8 @@ def test_a_page_says_what_a_reader_must_know(tmp_path):
     assert f"Not done yet: {runs[0]} (1 of 9), {runs[1]} (2 of 9)." in said
     assert f"{runs[2]} is left out: the same settings and seeds as {runs[0]}." in said
     top = (
-        "Highest final accuracy, mean over clients: <Own> with 75.00 % (one seed), 30.00 points above fedavg, rounds"
+        "Highest final accuracy, mean over clients: <Own> with 75.00 % (one seed), 30.00 points "
+        "above fedavg, rounds"
     )
     text = write.html(content, {drawn.name: b"" for drawn in content.figures}, [])
     assert write.summary(content.found.groups).startswith(top.partition(", rounds")[0])
@@ -588,9 +713,16 @@ def test_a_page_says_what_a_reader_must_know(tmp_path):
 
 
 def test_runs_of_which_no_round_was_evaluated_have_a_page(tmp_path, capsys):
-    assert main(["report", str(logged(tmp_path / "a", [np.nan] * 3)), "-o", str(tmp_path / "page")]) == 0
+    assert (
+        main(["report", str(logged(tmp_path / "a", [np.nan] * 3)), "-o", str(tmp_path / "page")])
+        == 0
+    )
     text = (tmp_path / "page/report.html").read_text()
-    assert "No round was evaluated yet." in text and "Training loss" in text and "Learning curves" not in text
+    assert (
+        "No round was evaluated yet." in text
+        and "Training loss" in text
+        and "Learning curves" not in text
+    )
 
 
 def refused(capsys, *line):
@@ -602,9 +734,13 @@ def refused(capsys, *line):
 
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     run, out = logged(tmp_path / "a", [0.5] * 3), tmp_path / "out"
-    assert "/b: has no round yet; leave it out" in refused(capsys, run, logged(tmp_path / "b"), "-o", out)
+    assert "/b: has no round yet; leave it out" in refused(
+        capsys, run, logged(tmp_path / "b"), "-o", out
+    )
     assert "not a run folder" in refused(capsys, run, tmp_path, "-o", out)
-    assert "has other files and no report of ours; give a new folder" in refused(capsys, run, "-o", run)
+    assert "has other files and no report of ours; give a new folder" in refused(
+        capsys, run, "-o", run
+    )
     out.mkdir()
     assert "no run is left to report on" in refused(capsys, out, "-o", out)
     out.rmdir()
@@ -621,16 +757,25 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
 
 def test_a_table_is_safe_in_every_form():
     columns = [Column("a", "a_b / %"), Column("n", "n", percent, best=True)]
-    rows = [{"a": "x_1|<b>&", "n": Stat(0.5, 0.25)}, {"a": "y", "n": None}, {"a": "z", "n": Stat(0.125, np.nan)}]
+    rows = [
+        {"a": "x_1|<b>&", "n": Stat(0.5, 0.25)},
+        {"a": "y", "n": None},
+        {"a": "z", "n": Stat(0.125, np.nan)},
+    ]
     table = Table("t", "T & co", "50 % <of> it.", columns, rows)
     assert table.csv() == "a,n_mean,n_std\nx_1|<b>&,0.5,0.25\ny,,\nz,0.125,\n"
     assert "| y | - |\n| z | 12.50 |" in table.markdown()
     assert "| x_1\\|<b>& | **50.00 ± 25.00** |" in table.markdown()
-    assert r"x\_1|<b>\& & \textbf{50.00 $\pm$ 25.00} \\" in table.latex() and r"a\_b / \%" in table.latex()
+    assert (
+        r"x\_1|<b>\& & \textbf{50.00 $\pm$ 25.00} \\" in table.latex()
+        and r"a\_b / \%" in table.latex()
+    )
     assert "x_1|&lt;b&gt;&amp;" in table.html() and "<of>" not in table.html()
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium")
@@ -642,7 +787,13 @@ def test_a_browser_opens_a_page_without_a_complaint(page, tmp_path):
         f"--user-data-dir={tmp_path}",
         "--enable-logging=stderr",
     ]
-    line = [BROWSER, *flags, "--virtual-time-budget=2000", "--dump-dom", Path(page / "report.html").as_uri()]
+    line = [
+        BROWSER,
+        *flags,
+        "--virtual-time-budget=2000",
+        "--dump-dom",
+        Path(page / "report.html").as_uri(),
+    ]
     ended = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0 and ended.stdout.count("<figure") == len(FIGURES)
     assert not [said for said in ended.stderr.splitlines() if "CONSOLE" in said]

@@ -1,4 +1,6 @@
-"""``reproduce``: the paper's numbers, the runs of each table, what is run and what not, and the comparison."""
+"""``reproduce``: the paper's numbers, the runs of each table, what is run and what not, and the
+comparison.
+"""
 
 import csv
 import io
@@ -38,7 +40,8 @@ from fedlora_mpi.reproduce.results import Result, Shelf, refuse_others
         (paper.TABLE1["pfedgate"]["cifar100"][2], (22.98, 0.03)),
         (paper.TABLE1["fedrod"]["tiny_imagenet"][0], (44.25, 0.40)),
         (paper.TABLE1["local"]["cifar10"][1], (60.15, 0.86)),
-        (paper.TABLE2["tiny_imagenet"][4][0], (33.90, 0.91)),  # R_l 100 %, R_c 20 %: sensitive to R_l
+        # R_l 100 %, R_c 20 %: sensitive to R_l
+        (paper.TABLE2["tiny_imagenet"][4][0], (33.90, 0.91)),
         (paper.TABLE3["simultaneous"]["tiny_imagenet"], (19.61, 0.58)),
         (paper.TABLE4["fedavg_lora"]["cifar100"], (35.91, 0.70)),
         (paper.TABLE5[0.5]["cifar10"], (85.36, 1.67)),
@@ -52,7 +55,9 @@ def test_every_table_is_complete():
     assert len(paper.TABLE1) == 11
     for table in (paper.TABLE1, paper.TABLE3, paper.TABLE5):
         assert all(tuple(row) == DATA for row in table.values())
-    assert all(len(values) == len(paper.ALPHAS) for row in paper.TABLE1.values() for values in row.values())
+    assert all(
+        len(values) == len(paper.ALPHAS) for row in paper.TABLE1.values() for values in row.values()
+    )
     assert all([len(row) for row in paper.TABLE2[data]] == [5] * 5 for data in DATA)
     assert all(tuple(row) == DATA[:2] for row in paper.TABLE4.values())
 
@@ -61,14 +66,30 @@ def test_the_tables_agree_where_they_print_the_same_experiment():
     for data, (r_l, r_c) in zip(DATA, ((60, 60), (40, 80), (40, 80)), strict=True):
         best = paper.TABLE2[data][paper.RATIOS.index(r_l)][paper.RATIOS.index(r_c)]
         assert best == max(v for row in paper.TABLE2[data] for v in row)
-        assert best == paper.TABLE1["fedlora"][data][0] == paper.TABLE3["alternating"][data] == paper.TABLE5[1.0][data]
+        assert (
+            best
+            == paper.TABLE1["fedlora"][data][0]
+            == paper.TABLE3["alternating"][data]
+            == paper.TABLE5[1.0][data]
+        )
     for data in DATA[:2]:
-        assert all(paper.TABLE4[name][data] == paper.TABLE1[name][data][0] for name in ("local", "fedavg"))
+        assert all(
+            paper.TABLE4[name][data] == paper.TABLE1[name][data][0] for name in ("local", "fedavg")
+        )
 
 
 # The grid.
 
-COUNT = {"table1": 11, "table2": 25, "table3": 2, "table4": 4, "table5": 4, "fig4": 6, "fig6": 2, "fig7": 3}
+COUNT = {
+    "table1": 11,
+    "table2": 25,
+    "table3": 2,
+    "table4": 4,
+    "table5": 4,
+    "fig4": 6,
+    "fig6": 2,
+    "fig7": 3,
+}
 AT, SYNTHETIC = Alpha("cifar10", 0.1), Alpha("synthetic", 1.0)
 HOW = {"scale": FULL, "rounds": 300, "root": "data", "folder": Path("/out/table")}
 
@@ -101,13 +122,26 @@ def test_a_run_at_full_scale_is_the_papers_experiment():
     run = job(cell("table1", "fedlora"), Alpha("cifar10", 0.5), 2, **HOW).config
     assert (run.seed, run.data.partition.seed, run.rounds, run.participation) == (2, 2, 300, 1.0)
     split = run.data.partition
-    assert (split.clients, split.train, split.test, split.alpha, split.overlap) == (40, 500, 100, 0.5, True)
-    assert (run.train.epochs, run.train.batch_size, run.train.lr, run.train.momentum) == (5, 100, 0.1, 0.9)
+    assert (split.clients, split.train, split.test, split.alpha, split.overlap) == (
+        40,
+        500,
+        100,
+        0.5,
+        True,
+    )
+    assert (run.train.epochs, run.train.batch_size, run.train.lr, run.train.momentum) == (
+        5,
+        100,
+        0.1,
+        0.9,
+    )
     assert run.algorithm == FedLoRA(0.6, 4, "official", "official", lora_epochs=2)
     assert run.output == "/out/table/cifar10-alpha0.5/fedlora-seed2"
 
 
-@pytest.mark.parametrize("data, network, ranks", [*zip(DATA, ("resnet8", "resnet10", "resnet10"), (4, 40, 80))])
+@pytest.mark.parametrize(
+    "data, network, ranks", [*zip(DATA, ("resnet8", "resnet10", "resnet10"), (4, 40, 80))]
+)
 def test_network_and_ranks_follow_the_data_set(data, network, ranks):
     run = job(cell("table1", "fedlora", data), Alpha(data, 0.1), 1, **HOW).config
     assert (run.model.mix[0].name, run.algorithm.linear_rank) == (network, ranks)
@@ -124,15 +158,24 @@ def test_the_settings_that_a_table_varies():
 
 
 def test_schedules_in_rounds_shrink_with_the_scale():
-    beta = {scale: next(e for e in entries("table1", AT, scale) if e.key == "fedcac") for scale in (FULL, SMALL)}
+    beta = {
+        scale: next(e for e in entries("table1", AT, scale) if e.key == "fedcac")
+        for scale in (FULL, SMALL)
+    }
     ratio = beta[SMALL].algorithm["beta"] / beta[FULL].algorithm["beta"]
     assert ratio == pytest.approx(SMALL.rounds / FULL.rounds)
 
 
 def test_methods_are_rows_and_for_table_1_any_algorithm():
     named = entries("table1", AT, FULL, ["fedlora", "local_lora", "fedavg"])
-    assert [(e.key, e.published is None) for e in named] == [("fedavg", False), ("fedlora", False), ("local_lora", True)]
-    with pytest.raises(ValueError, match="--methods = alternate: table3 has .* Did you mean alternating?"):
+    assert [(e.key, e.published is None) for e in named] == [
+        ("fedavg", False),
+        ("fedlora", False),
+        ("local_lora", True),
+    ]
+    with pytest.raises(
+        ValueError, match="--methods = alternate: table3 has .* Did you mean alternating?"
+    ):
         entries("table3", AT, FULL, ["alternate"])
 
 
@@ -155,7 +198,12 @@ def tiny(folder, key="fedavg", seed=1, rounds=2, **more):
         "train": {"epochs": 1, "batch_size": 5, "lr": 0.05},
         "checkpoint": {"every": 1},
     } | more
-    made = Job(Entry(key, key, {"name": key}, V(50.0, 1.0)), SYNTHETIC, seed, configs.from_dict(mapping, "tiny.yaml"))
+    made = Job(
+        Entry(key, key, {"name": key}, V(50.0, 1.0)),
+        SYNTHETIC,
+        seed,
+        configs.from_dict(mapping, "tiny.yaml"),
+    )
     made.folder.parent.mkdir(parents=True, exist_ok=True)
     made.beside(".yaml").write_text(configs.resolved_yaml(made.config))
     return made
@@ -177,12 +225,17 @@ def test_a_run_is_started_then_gone_on_with_then_skipped(tmp_path, capsys):
     assert Shelf(tmp_path).finished(made) == made.folder
     result = Shelf(tmp_path).result(made)
     assert result.rounds["round"].tolist() == [1, 2]
-    assert result.best == 100 * result.rounds["accuracy"].max() and result.last == 100 * result.rounds["accuracy"][1]
+    assert (
+        result.best == 100 * result.rounds["accuracy"].max()
+        and result.last == 100 * result.rounds["accuracy"][1]
+    )
 
 
 def test_more_rounds_go_on_with_a_finished_run_and_fewer_are_read_from_it(tmp_path, capsys):
     carried_out(tiny(tmp_path / "table1", rounds=2))
-    assert Shelf(tmp_path).result(tiny(tmp_path / "table1", rounds=1)).rounds["round"].tolist() == [1]
+    assert Shelf(tmp_path).result(tiny(tmp_path / "table1", rounds=1)).rounds["round"].tolist() == [
+        1
+    ]
     more = tiny(tmp_path / "table1", rounds=3)
     assert Shelf(tmp_path).finished(more) is None
     carried_out(more)
@@ -202,7 +255,9 @@ def test_a_folder_with_other_settings_is_refused(tmp_path):
     refuse_others(made)
     refuse_others(tiny(tmp_path, rounds=7))
     other = tiny(tmp_path, train={"epochs": 1, "batch_size": 5, "lr": 0.1})
-    with pytest.raises(ValueError, match=r"holds a run with train.lr = 0.05 \(now 0.1\); choose another folder"):
+    with pytest.raises(
+        ValueError, match=r"holds a run with train.lr = 0.05 \(now 0.1\); choose another folder"
+    ):
         refuse_others(other)
 
 
@@ -211,11 +266,18 @@ def python(tmp_path, name, text):
 
 
 def test_a_failure_stops_no_other_run_and_leaves_its_output(tmp_path):
-    todo = [python(tmp_path, "bad", "print('too hot'); exit(3)"), python(tmp_path, "good", "print('fine')")]
+    todo = [
+        python(tmp_path, "bad", "print('too hot'); exit(3)"),
+        python(tmp_path, "good", "print('fine')"),
+    ]
     said = []
     assert carry.work(todo, 1, said.append) == {"bad": 3}
-    assert (tmp_path / "bad.log").read_text() == "too hot\n" and (tmp_path / "good.log").read_text() == "fine\n"
-    assert said[0].startswith("[1/2] bad: exit code 3, see ") and said[1].startswith("[2/2] good: done")
+    assert (tmp_path / "bad.log").read_text() == "too hot\n" and (
+        tmp_path / "good.log"
+    ).read_text() == "fine\n"
+    assert said[0].startswith("[1/2] bad: exit code 3, see ") and said[1].startswith(
+        "[2/2] good: done"
+    )
 
 
 def test_runs_go_side_by_side_each_with_its_gpu(tmp_path):
@@ -227,7 +289,10 @@ while not pathlib.Path({str(tmp_path)!r}, sys.argv[2]).exists():
 print(os.environ["CUDA_VISIBLE_DEVICES"])
 """
     todo = [python(tmp_path, name, text) for name in "ab"]
-    todo = [task._replace(command=[*task.command, *names]) for task, names in zip(todo, ("ab", "ba"), strict=True)]
+    todo = [
+        task._replace(command=[*task.command, *names])
+        for task, names in zip(todo, ("ab", "ba"), strict=True)
+    ]
     assert carry.work(todo, 2, print, ["3", "5"]) == {}
     assert [(tmp_path / f"{name}.log").read_text().strip() for name in "ab"] == ["3", "5"]
 
@@ -250,7 +315,9 @@ def test_a_line_for_the_shell_starts_a_run_and_then_goes_on_with_it(tmp_path):
     (line,) = carry.lines([made], 1)
     assert line.startswith("exec ") and line.endswith(f" run --resume {made.beside('.yaml')}")
     script = carry.array("fedlora-table1", 7, 3, Path("/out/jobs.txt"), Path("/out"))
-    assert "#SBATCH --array=1-7\n" in script and " --ntasks=3 " in script and "/out/jobs.txt" in script
+    assert (
+        "#SBATCH --array=1-7\n" in script and " --ntasks=3 " in script and "/out/jobs.txt" in script
+    )
 
 
 # The whole command, up to the runs themselves.
@@ -264,7 +331,9 @@ def test_print_jobs_writes_configs_and_runs_nothing(tmp_path, capsys):
     assert printed.count("\nexec ") + printed.startswith("exec ") == 4 and "--array=1-4" in printed
     assert (home / "jobs.txt").read_text().count("\n") == 4 and (home / "array.sbatch").is_file()
     written = sorted(path.name for path in (home / "cifar10-alpha0.1").iterdir())
-    assert written == [f"{order}-seed{seed}.yaml" for order in ("alternating", "simultaneous") for seed in (1, 2)]
+    assert written == [
+        f"{order}-seed{seed}.yaml" for order in ("alternating", "simultaneous") for seed in (1, 2)
+    ]
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -288,7 +357,11 @@ def test_a_failed_run_is_reported_with_its_log_and_the_table_is_printed(tmp_path
     asked = Request("table1", output=tmp_path, jobs=2)
     assert fulfil(asked, [(SYNTHETIC, runs)]) == 1
     out, err = capsys.readouterr()
-    assert "local-seed1: failed with exit code 1: " in err and "is not finite" in err and "local-seed1.log" in err
+    assert (
+        "local-seed1: failed with exit code 1: " in err
+        and "is not finite" in err
+        and "local-seed1.log" in err
+    )
     assert "fedavg    1/1" in out and "local     0/1" in out
     assert fulfil(replace(asked, collect=True), [(SYNTHETIC, runs)]) == 0
 
@@ -296,15 +369,24 @@ def test_a_failed_run_is_reported_with_its_log_and_the_table_is_printed(tmp_path
 # The comparison.
 
 
-def result(key, seed, accuracies, clients=((90.0, 70.0, 80.0),), drift=(0.0,), published=None, **block):
+def result(
+    key, seed, accuracies, clients=((90.0, 70.0, 80.0),), drift=(0.0,), published=None, **block
+):
     """A finished run with the given percentages."""
     entry = Entry(key, key, {"name": "fedlora", **block}, published)
-    columns = {"round": np.arange(1, len(accuracies) + 1), "accuracy": np.array(accuracies) / 100, "drift": np.array(drift)}
+    columns = {
+        "round": np.arange(1, len(accuracies) + 1),
+        "accuracy": np.array(accuracies) / 100,
+        "drift": np.array(drift),
+    }
     return Result(Job(entry, AT, seed, None), columns, {"accuracy": np.array(clients) / 100})
 
 
 def test_mean_deviation_and_difference_are_of_the_best_round_of_each_seed():
-    runs = [result("a", seed, series, published=V(60.0, 1.0)) for seed, series in enumerate(([50, 62, 58], [64, 60, 59], [66, 64, 60]))]
+    runs = [
+        result("a", seed, series, published=V(60.0, 1.0))
+        for seed, series in enumerate(([50, 62, 58], [64, 60, 59], [66, 64, 60]))
+    ]
     found = sheet.Cell.of(runs[0].job.entry, runs)
     assert found.best == pytest.approx((64.0, 2.0)) and found.last == pytest.approx((59.0, 1.0))
     made = sheet.compare("Title", "", ["note"], [found], 3)
@@ -312,18 +394,32 @@ def test_mean_deviation_and_difference_are_of_the_best_round_of_each_seed():
     assert "a    3/3  64.00 ± 2.00  59.00 ± 1.00  60.00 ± 1.00       +4.00\n" in made.text()
     assert "| a | 3/3 | 64.00 ± 2.00 | 59.00 ± 1.00 | 60.00 ± 1.00 | +4.00 |\n" in made.markdown()
     (row,) = csv.DictReader(io.StringIO(made.csv()))
-    assert float(row["best_std"]) == pytest.approx(2.0) and float(row["difference"]) == pytest.approx(4.0)
+    assert float(row["best_std"]) == pytest.approx(2.0) and float(
+        row["difference"]
+    ) == pytest.approx(4.0)
 
 
 def test_one_seed_has_no_deviation_and_a_missing_run_no_number():
     one, none = result("a", 1, [50.0]), result("b", 1, [0.0], published=V(60.0, 1.0))
-    made = sheet.compare("Title", "Beware", [], [sheet.Cell.of(one.job.entry, [one]), sheet.Cell.of(none.job.entry, [])], 1)
-    assert made.rows[1:] == [("a", "1/1", "50.00", "50.00", "-", "-"), ("b", "0/1", "-", "-", "60.00 ± 1.00", "-")]
+    made = sheet.compare(
+        "Title",
+        "Beware",
+        [],
+        [sheet.Cell.of(one.job.entry, [one]), sheet.Cell.of(none.job.entry, [])],
+        1,
+    )
+    assert made.rows[1:] == [
+        ("a", "1/1", "50.00", "50.00", "-", "-"),
+        ("b", "0/1", "-", "-", "60.00 ± 1.00", "-"),
+    ]
     assert made.text().splitlines()[:2] == ["Title", "Beware"]
     assert [row["difference"] for row in csv.DictReader(io.StringIO(made.csv()))] == ["", ""]
 
 
-@pytest.mark.parametrize("ours, rho", [((1, 2, 3, 4, 5), "+1.00"), ((5, 4, 3, 2, 1), "-1.00"), ((2, 1, 3, 4, 5), "+0.90")])
+@pytest.mark.parametrize(
+    "ours, rho",
+    [((1, 2, 3, 4, 5), "+1.00"), ((5, 4, 3, 2, 1), "-1.00"), ((2, 1, 3, 4, 5), "+0.90")],
+)
 def test_the_order_of_the_methods_is_compared_with_the_papers(ours, rho):
     runs = [result(f"m{n}", 1, [value], published=V(10.0 * n, 1.0)) for n, value in enumerate(ours)]
     made = sheet.compare("Title", "", [], [sheet.Cell.of(run.job.entry, [run]) for run in runs], 1)
@@ -332,7 +428,14 @@ def test_the_order_of_the_methods_is_compared_with_the_papers(ours, rho):
 
 def test_table_2_has_its_columns_for_the_convolutions_and_marks_the_best():
     runs = [
-        result(f"{r_l}{r_c}", 1, [80 + 10 * r_l + r_c], published=V(80.0, 1.0), linear_rank=r_l, conv_rank=r_c)
+        result(
+            f"{r_l}{r_c}",
+            1,
+            [80 + 10 * r_l + r_c],
+            published=V(80.0, 1.0),
+            linear_rank=r_l,
+            conv_rank=r_c,
+        )
         for r_l in (0.2, 0.6)
         for r_c in (0.4, 0.8, 1.0)
     ]
@@ -350,7 +453,12 @@ def test_figure_6_says_in_how_many_rounds_alternating_is_below():
         "alternating": [result("alternating", s, [1, 2, 3], drift=(s, s, 7)) for s in (1, 2)],
     }
     made = sheet.drift("Title", "", [], results)
-    assert made.rows == [("round", "simultaneous", "alternating"), ("1", "4", "1.5"), ("2", "4", "1.5"), ("3", "4", "7")]
+    assert made.rows == [
+        ("round", "simultaneous", "alternating"),
+        ("1", "4", "1.5"),
+        ("2", "4", "1.5"),
+        ("3", "4", "7"),
+    ]
     assert "alternating is below in 2 of 3 rounds" in made.notes[2]
 
 
@@ -364,7 +472,10 @@ def test_figure_7_counts_the_clients_that_are_served_at_least_as_well():
 
 @pytest.mark.parametrize("table", ["table2", "fig4", "fig6", "fig7"])
 def test_a_picture_is_written(table, tmp_path):
-    made = {e.key: [replace(result(e.key, 1, [50.0]), job=Job(e, AT, 1, None))] for e in entries(table, AT, SMALL)}
+    made = {
+        e.key: [replace(result(e.key, 1, [50.0]), job=Job(e, AT, 1, None))]
+        for e in entries(table, AT, SMALL)
+    }
     cells = [sheet.Cell.of(found[0].job.entry, found) for found in made.values()]
     (figure,) = showing._pictures(table, "Title", cells, made).values()
     assert showing._draw(figure, tmp_path / "figure.png", tmp_path) == str(tmp_path / "figure.png")
@@ -374,13 +485,19 @@ def test_a_picture_is_written(table, tmp_path):
 # The drift that figure 6 shows.
 
 
-@pytest.mark.parametrize("algorithm", [FedLoRA(lora_epochs=1), FedAvg()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    "algorithm", [FedLoRA(lora_epochs=1), FedAvg()], ids=lambda a: type(a).__name__
+)
 def test_drift_is_the_root_mean_square_distance_of_the_uploads_from_their_mean(algorithm):
     run, state = experiment(algorithm, "bn_net")
     trained = list(run.trainer.train(run.hosted, state.shared, state.personal, 0))
-    numbers = lambda done: [v.double().flatten() for n, v in done.end.shared.items() if "running" not in n]
+    numbers = lambda done: [
+        v.double().flatten() for n, v in done.end.shared.items() if "running" not in n
+    ]
     uploads_N = torch.stack([torch.cat(numbers(done)) for done in trained])
-    weights_N = torch.tensor([run.weight_N[done.client] for done in trained]).double()[:, None] / sum(run.weight_N)
+    weights_N = torch.tensor([run.weight_N[done.client] for done in trained]).double()[
+        :, None
+    ] / sum(run.weight_N)
     square_N = ((uploads_N - (weights_N * uploads_N).sum(0)) ** 2).sum(1)
     _, row, _ = play(run, state, evaluate=False, stop=False)
     assert row["drift"] == pytest.approx((weights_N[:, 0] * square_N).sum().sqrt().item(), rel=1e-6)

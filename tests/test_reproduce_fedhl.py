@@ -1,4 +1,6 @@
-"""``reproduce fedhl``: what each run and its backbone is, the numbers of its table, and the command from end to end."""
+"""``reproduce fedhl``: what each run and its backbone is, the numbers of its table, and the command
+from end to end.
+"""
 
 import csv
 import re
@@ -20,7 +22,18 @@ from fedlora_mpi.reproduce.sheet import Cell
 
 OUT = Path("/out/fedhl")
 CASES = [(data, width) for data in BACKBONES for width in WIDTHS]
-METHODS = {"fedit", "flexlora", "fedhl", "fedex_lora", "flora", "hetlora", "ffa_lora", "rolora", "fed_rac_lora", "fed_talora"}
+METHODS = {
+    "fedit",
+    "flexlora",
+    "fedhl",
+    "fedex_lora",
+    "flora",
+    "hetlora",
+    "ffa_lora",
+    "rolora",
+    "fed_rac_lora",
+    "fed_talora",
+}
 
 
 def run_of(case, key, scale="small", seed=1):
@@ -36,7 +49,14 @@ def run_of(case, key, scale="small", seed=1):
 def test_all_cases_are_made_unless_some_are_named():
     names = {case.name for case in Request(OURS).cases}
     assert names == {f"{d}-{w}-part{p}-alpha0.5" for d, w in CASES for p in ("1", "0.4")}
-    (case,) = Request(OURS, data=("ag_news",), width=("wide",), participation=(0.4,), alpha=(0.1,), text_train="x.csv").cases
+    (case,) = Request(
+        OURS,
+        data=("ag_news",),
+        width=("wide",),
+        participation=(0.4,),
+        alpha=(0.1,),
+        text_train="x.csv",
+    ).cases
     assert case == Tuning("ag_news", "wide", 0.4, Request(OURS).folder, 0.1, "x.csv")
 
 
@@ -61,7 +81,8 @@ def test_all_methods_have_the_same_ranks_and_scale_and_are_judged_by_the_servers
         clients = [algorithm.of_client(client, 10) for client in range(10)]
         assert tuple(max(client.lora_ranks) for client in clients) == RANKS
         assert {client.s for client in clients} == {algorithm.s} == {1.0}
-        assert algorithm.judges == "server" or entry.key == "fed_rac_lora"  # whose clients all have the server's model
+        # whose clients all have the server's model
+        assert algorithm.judges == "server" or entry.key == "fed_rac_lora"
         assert algorithm.diagnose
 
 
@@ -95,8 +116,14 @@ def test_a_wrong_choice_is_refused(asked, complaint, tmp_path, capsys):
 
 def result(key, seed=1, accuracy=(0.5, 0.7, 0.6), up=(3e6, 1e6, 1e6), told=(4.0, 2.0, 3.0)):
     """A finished run of three rounds."""
-    columns = {"accuracy": accuracy, "bytes_up": up, "bytes_down": (0.0, 5e5, 5e5)} | dict.fromkeys(TOLD, told)
-    return Result(run_of(Tuning("cifar10", "narrow", 1.0, OUT), key, seed=seed), {n: np.array(v) for n, v in columns.items()}, {})
+    columns = {"accuracy": accuracy, "bytes_up": up, "bytes_down": (0.0, 5e5, 5e5)} | dict.fromkeys(
+        TOLD, told
+    )
+    return Result(
+        run_of(Tuning("cifar10", "narrow", 1.0, OUT), key, seed=seed),
+        {n: np.array(v) for n, v in columns.items()},
+        {},
+    )
 
 
 def shown(*results):
@@ -116,14 +143,34 @@ def test_a_row_has_accuracy_bytes_and_what_explains_it():
 
 
 def test_numbers_are_means_over_seeds():
-    made = shown(result("fedit"), result("fedit", 2, (0.5, 0.5, 0.9), up=(1e6, 1e6, 1e6), told=(1.0, 1.0, 1.0)))
-    assert made.rows[1] == ("FedIT", "2/2", "80.00 ± 14.14", "75.00 ± 21.21", "4", "1", "2", "2", "2", "2")
+    made = shown(
+        result("fedit"),
+        result("fedit", 2, (0.5, 0.5, 0.9), up=(1e6, 1e6, 1e6), told=(1.0, 1.0, 1.0)),
+    )
+    assert made.rows[1] == (
+        "FedIT",
+        "2/2",
+        "80.00 ± 14.14",
+        "75.00 ± 21.21",
+        "4",
+        "1",
+        "2",
+        "2",
+        "2",
+        "2",
+    )
 
 
 def test_fedhl_leads_or_not_over_the_methods_of_others():
     lead = lambda *keys: [note for note in shown(*keys).notes if note.startswith("ahead")]
-    ours, variant, other = result("fedhl", accuracy=(0.7, 0.7, 0.7)), result("fedhl-samples", accuracy=(1.0,)), result("flora")
-    assert lead(ours, variant, other) == ["ahead of the best other method: the paper 1 to 3, here +0.00 (FLoRA)"]
+    ours, variant, other = (
+        result("fedhl", accuracy=(0.7, 0.7, 0.7)),
+        result("fedhl-samples", accuracy=(1.0,)),
+        result("flora"),
+    )
+    assert lead(ours, variant, other) == [
+        "ahead of the best other method: the paper 1 to 3, here +0.00 (FLoRA)"
+    ]
     assert lead(ours, variant)[0].endswith("here -") and lead(other)[0].endswith("here -")
 
 
@@ -137,27 +184,62 @@ def root(tmp_path):
     (tmp_path / "AG_NEWS").mkdir()
     for name, number in (("part.csv", 40), ("test.csv", 20)):
         with open(tmp_path / "AG_NEWS" / name, "w", newline="") as file:
-            csv.writer(file).writerows((c, f"Title {n}", words[c]) for n in range(number) for c in words)
+            csv.writer(file).writerows(
+                (c, f"Title {n}", words[c]) for n in range(number) for c in words
+            )
     return tmp_path
 
 
-def test_a_backbone_is_made_once_and_every_method_begins_with_it(carried, root, monkeypatch, capsys):
+def test_a_backbone_is_made_once_and_every_method_begins_with_it(
+    carried, root, monkeypatch, capsys
+):
     pytest.importorskip("tokenizers")
     pytest.importorskip("safetensors")
-    monkeypatch.setattr(fedhl, "SMALL", fedhl.SMALL._replace(clients=3, train=10, test=5, batch_size=5))
+    monkeypatch.setattr(
+        fedhl, "SMALL", fedhl.SMALL._replace(clients=3, train=10, test=5, batch_size=5)
+    )
     model = {"name": "transformer", "width": 8, "heads": 2, "layers": 1, "feedforward": 8}
     small = BACKBONES["ag_news"]["narrow"]._replace(model=model, epochs=1)
     monkeypatch.setitem(BACKBONES["ag_news"], "narrow", small)
-    asked = ["reproduce", OURS, "--data", "ag_news", "--width", "narrow", "--participation", "1", "--text-train", "part.csv"]
-    asked += ["--root", str(root), "-o", str(root / "out"), "--rounds", "1", "--methods", "fedhl", "flora"]
+    asked = [
+        "reproduce",
+        OURS,
+        "--data",
+        "ag_news",
+        "--width",
+        "narrow",
+        "--participation",
+        "1",
+        "--text-train",
+        "part.csv",
+    ]
+    asked += [
+        "--root",
+        str(root),
+        "-o",
+        str(root / "out"),
+        "--rounds",
+        "1",
+        "--methods",
+        "fedhl",
+        "flora",
+    ]
     assert main(asked) == 0
     out, err = capsys.readouterr()
-    assert re.search(r"^FedHL +1/1 ", out, re.MULTILINE) and re.search(r"^FLoRA +1/1 ", out, re.MULTILINE)
-    assert err.count("1 epochs on classes 0-1 of ag_news") == 1 and "epoch 1/1" in err and "epoch 1/1" not in out
+    assert re.search(r"^FedHL +1/1 ", out, re.MULTILINE) and re.search(
+        r"^FLoRA +1/1 ", out, re.MULTILINE
+    )
+    assert (
+        err.count("1 epochs on classes 0-1 of ag_news") == 1
+        and "epoch 1/1" in err
+        and "epoch 1/1" not in out
+    )
     file = root / "out" / OURS / "ag_news-narrow-part.safetensors"
     made = file.read_bytes()
     rows = list(csv.DictReader((root / "out" / OURS / "ag_news-narrow-part1-alpha0.5.csv").open()))
     assert [row["entry"] for row in rows] == ["fedhl", "flora"]
-    assert all(float(row["megabytes_up"]) > 0 and float(row["effective_clients"]) > 0 for row in rows)
+    assert all(
+        float(row["megabytes_up"]) > 0 and float(row["effective_clients"]) > 0 for row in rows
+    )
     assert main([*asked, "rolora"]) == 0
     assert file.read_bytes() == made and "epochs on classes" not in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""``reproduce pfedlora``: what each run is, what reaching a target costs, and the command from end to end."""
+"""``reproduce pfedlora``: what each run is, what reaching a target costs, and the command from end
+to end.
+"""
 
 import csv
 from dataclasses import replace
@@ -29,7 +31,9 @@ def run_of(case, key="local", scale="full", seed=1):
     """The config of one run."""
     size = case.at(scale)
     (entry,) = entries(OURS, case, size, [key])
-    return job(entry, case, seed, scale=size, rounds=size.rounds, root="data", folder=Path("/out/pfedlora")).config
+    return job(
+        entry, case, seed, scale=size, rounds=size.rounds, root="data", folder=Path("/out/pfedlora")
+    ).config
 
 
 # The grid.
@@ -38,7 +42,9 @@ def run_of(case, key="local", scale="full", seed=1):
 def test_the_folders_of_the_fedlora_tables_keep_their_names():
     case = Alpha("cifar100", 0.5)
     (entry,) = entries("table1", case, case.at("small"), ["fedavg"])
-    made = job(entry, case, 3, scale=case.at("small"), rounds=20, root="data", folder=Path("/out/table1"))
+    made = job(
+        entry, case, 3, scale=case.at("small"), rounds=20, root="data", folder=Path("/out/table1")
+    )
     assert made.config.output == "/out/table1/cifar100-alpha0.5/fedavg-seed3"
 
 
@@ -76,7 +82,10 @@ def test_client_k_has_network_k_mod_5_or_all_have_the_first():
 
 
 def test_fedavg_is_there_where_all_networks_are_equal():
-    keys = lambda homogeneous: [e.key for e in entries(OURS, Crowd("cifar10", 10, homogeneous), Crowd("cifar10", 10).at("small"))]
+    keys = lambda homogeneous: [
+        e.key
+        for e in entries(OURS, Crowd("cifar10", 10, homogeneous), Crowd("cifar10", 10).at("small"))
+    ]
     assert set(keys(True)) - set(keys(False)) == {"fedavg"}
     assert run_of(Crowd("cifar10", 50, True), "fedavg").participation == 0.2
 
@@ -98,7 +107,10 @@ def test_a_further_method_takes_part_as_the_others_do():
         (["fig4", "--homogeneous"], "--homogeneous: fig4 has no such choice"),
         (["table2", "--target", "80"], "--target: table2 has no such choice"),
         (["pfedlora", "--alpha", "0.1"], "--alpha: pfedlora has no such choice"),
-        (["pfedlora", "--data", "tiny_imagenet"], "--data = tiny_imagenet: pfedlora has cifar10, cifar100"),
+        (
+            ["pfedlora", "--data", "tiny_imagenet"],
+            "--data = tiny_imagenet: pfedlora has cifar10, cifar100",
+        ),
     ],
 )
 def test_a_choice_of_the_other_paper_is_refused(arguments, message, tmp_path, capsys):
@@ -107,7 +119,10 @@ def test_a_choice_of_the_other_paper_is_refused(arguments, message, tmp_path, ca
 
 
 def test_cells_and_seeds_by_default():
-    cells = lambda scale: [(case.data, case.clients) for case in Request(OURS, data=("cifar10", "cifar100"), scale=scale).cases]
+    cells = lambda scale: [
+        (case.data, case.clients)
+        for case in Request(OURS, data=("cifar10", "cifar100"), scale=scale).cases
+    ]
     assert cells("full") == CASES
     assert cells("small") == [("cifar10", 10), ("cifar100", 10)]
 
@@ -136,7 +151,13 @@ def shown(*results):
 
 @pytest.mark.parametrize(
     "target, spent",
-    [(50.0, (1, 4, 10)), (50.5, (2, 8, 20)), (62.0, (2, 8, 20)), (63.0, (4, 16, 40)), (64.5, (np.nan,) * 3)],
+    [
+        (50.0, (1, 4, 10)),
+        (50.5, (2, 8, 20)),
+        (62.0, (2, 8, 20)),
+        (63.0, (4, 16, 40)),
+        (64.5, (np.nan,) * 3),
+    ],
 )
 def test_a_target_costs_all_up_to_the_first_round_that_reaches_it(target, spent):
     curve = Curve.of(result("local", 1, [50.0, 62.0, 58.0, 64.0]))
@@ -145,7 +166,9 @@ def test_a_target_costs_all_up_to_the_first_round_that_reaches_it(target, spent)
 
 def test_costs_that_change_from_round_to_round_are_added_up():
     run = result("local", 1, [10.0, 20.0, 30.0])
-    run.rounds.update(bytes_up=np.array([1, 2, 4]), bytes_down=np.array([8, 16, 32]), flops=np.array([3, 5, 7]))
+    run.rounds.update(
+        bytes_up=np.array([1, 2, 4]), bytes_down=np.array([8, 16, 32]), flops=np.array([3, 5, 7])
+    )
     assert Curve.of(run).until(20.0) == (2, 27, 8) and Curve.of(run).until(30.0) == (3, 63, 15)
 
 
@@ -156,7 +179,12 @@ def test_the_cost_is_the_mean_over_seeds_and_unknown_when_one_never_gets_there()
 
 
 def test_the_common_target_is_reached_by_all_but_those_that_fail():
-    _, by = shown(result(OURS, 1, [80.0, 84.567]), result(OURS, 2, [79.0, 82.0]), result("fd", 1, [74.0, 75.678]), result("fml", 1, [30.0]))
+    _, by = shown(
+        result(OURS, 1, [80.0, 84.567]),
+        result(OURS, 2, [79.0, 82.0]),
+        result("fd", 1, [74.0, 75.678]),
+        result("fml", 1, [30.0]),
+    )
     percent, failed = costs.common(by)
     assert (percent, failed) == (75.67, ["fml"])
     for key in (OURS, "fd"):
@@ -172,19 +200,35 @@ def test_ratios_are_to_pfedlora_and_the_claims_are_beside_them():
         result("fml", 1, [10.0]),
     )
     made = costs.target("Title", "", ["why"], cells, by, 60.0)
-    assert made.rows[0] == ("", "rounds", "MB", "TFLOP", "rounds / pfedlora", "bytes / pfedlora", "flops / pfedlora")
+    assert made.rows[0] == (
+        "",
+        "rounds",
+        "MB",
+        "TFLOP",
+        "rounds / pfedlora",
+        "bytes / pfedlora",
+        "flops / pfedlora",
+    )
     ratios = {row[0]: row[4:] for row in made.rows[1:]}
     assert ratios["Standalone"] == ("0.5", "0", "0.25")
-    assert ratios["FedProto"] == ("1.5", "11.2", "3.75")  # 3 * 30 / (2 * 4) bytes, 3 * 50 / (2 * 20) FLOPs
+    # 3 * 30 / (2 * 4) bytes, 3 * 50 / (2 * 20) FLOPs
+    assert ratios["FedProto"] == ("1.5", "11.2", "3.75")
     assert ratios["pFedLoRA"] == ("1", "1", "1") and ratios["FML"] == ("-", "-", "-")
     assert "the paper 11.81 and 7.41 times less" in made.notes[0]
     assert "Standalone takes 0.25 and 0 times, FedProto takes 3.75 and 11.2 times" in made.notes[0]
     record = next(row for row in made.records if row["entry"] == "fedproto")
-    assert (record["rounds"], record["bytes"], record["flops"], record["bytes_ratio"]) == (3, 90, 150, 11.25)
+    assert (record["rounds"], record["bytes"], record["flops"], record["bytes_ratio"]) == (
+        3,
+        90,
+        150,
+        11.25,
+    )
 
 
 def test_accuracy_is_compared_with_the_best_baseline_and_the_claim():
-    cells, _ = shown(result("local", 1, [70.0, 69.0]), result("fd", 1, [72.0]), result(OURS, 1, [73.5, 73.0]))
+    cells, _ = shown(
+        result("local", 1, [70.0, 69.0]), result("fd", 1, [72.0]), result(OURS, 1, [73.5, 73.0])
+    )
     made = costs.accuracy("Title", "", [], cells, 1)
     assert made.rows[1:] == [
         ("Standalone", "1/1", "70.00", "69.00", "+3.50"),
@@ -208,9 +252,16 @@ def test_the_gain_of_each_client_is_over_the_best_baseline():
 
 
 def test_the_overview_has_methods_down_and_cases_across():
-    first, second = shown(result("local", 1, [70.0]), result(OURS, 1, [71.0])), shown(result(OURS, 1, [60.0]))
+    first, second = (
+        shown(result("local", 1, [70.0]), result(OURS, 1, [71.0])),
+        shown(result(OURS, 1, [60.0])),
+    )
     made = costs.overview("Title", "", [], {"a": first[0], "b": second[0]}, 1)
-    assert made.rows == [("", "a", "b"), ("Standalone", "70.00", ""), ("pFedLoRA", "71.00", "60.00")]
+    assert made.rows == [
+        ("", "a", "b"),
+        ("Standalone", "70.00", ""),
+        ("pFedLoRA", "71.00", "60.00"),
+    ]
 
 
 # Pictures.
@@ -218,16 +269,30 @@ def test_the_overview_has_methods_down_and_cases_across():
 
 def test_a_curve_is_the_mean_over_seeds_and_what_costs_nothing_has_none():
     cells, by = shown(
-        result("local", 1, [60.0, 70.0], up=0, down=0), result(OURS, 1, [50.0, 60.0]), result(OURS, 2, [60.0, 80.0])
+        result("local", 1, [60.0, 70.0], up=0, down=0),
+        result(OURS, 1, [50.0, 60.0]),
+        result(OURS, 2, [60.0, 80.0]),
     )
-    labels = lambda cost: [line.get_label() for line in picture.against(cost, cells, by, "Title").axes[0].lines]
-    assert labels("rounds") == labels("flops") == ["Standalone", "pFedLoRA"] and labels("bytes") == ["pFedLoRA"]
+    labels = lambda cost: [
+        line.get_label() for line in picture.against(cost, cells, by, "Title").axes[0].lines
+    ]
+    assert labels("rounds") == labels("flops") == ["Standalone", "pFedLoRA"] and labels(
+        "bytes"
+    ) == ["pFedLoRA"]
     (line,) = picture.against("bytes", cells, by, "Title").axes[0].lines
-    assert line.get_xdata() == pytest.approx([4e-6, 8e-6]) and line.get_ydata() == pytest.approx([55.0, 70.0])
+    assert line.get_xdata() == pytest.approx([4e-6, 8e-6]) and line.get_ydata() == pytest.approx(
+        [55.0, 70.0]
+    )
 
 
 def test_a_bar_is_drawn_for_each_client_and_seed_from_the_largest_gain():
-    cells, by = shown(*(result(key, s, [50.0 + s], [(s, 5, k)]) for s in (1, 2) for k, key in enumerate(("local", OURS))))
+    cells, by = shown(
+        *(
+            result(key, s, [50.0 + s], [(s, 5, k)])
+            for s in (1, 2)
+            for k, key in enumerate(("local", OURS))
+        )
+    )
     heights = [bar.get_height() for bar in picture.gains(cells, by, "Title").axes[0].patches]
     assert heights == pytest.approx([1, 1, 0, 0, 0, 0])
 
@@ -236,7 +301,18 @@ def test_a_bar_is_drawn_for_each_client_and_seed_from_the_largest_gain():
 
 
 def test_print_jobs_lists_all_cells(tmp_path, capsys):
-    asked = ["reproduce", OURS, "--print-jobs", "--scale", "full", "--data", "cifar10", "cifar100", "-o", str(tmp_path)]
+    asked = [
+        "reproduce",
+        OURS,
+        "--print-jobs",
+        "--scale",
+        "full",
+        "--data",
+        "cifar10",
+        "cifar100",
+        "-o",
+        str(tmp_path),
+    ]
     assert main([*asked, "--methods", "local", OURS]) == 0
     assert "--array=1-36" in capsys.readouterr().out  # 2 methods, 6 cells, 3 seeds
     folders = {path.name for path in (tmp_path / OURS).iterdir() if path.is_dir()}
@@ -255,44 +331,72 @@ def tiny(folder, case, key):
             "synthetic": {"classes": 4, "train": 60, "test": 40, "size": 4},
             "partition": {"kind": "iid", "clients": 5, "train": 10, "test": 5},
         },
-        "model": {"mix": [{"name": "cnn", "width": 3, "hidden": 5}, {"name": "cnn", "width": 4, "hidden": 5}]},
+        "model": {
+            "mix": [
+                {"name": "cnn", "width": 3, "hidden": 5},
+                {"name": "cnn", "width": 4, "hidden": 5},
+            ]
+        },
         "algorithm": {"name": key},
         "train": {"epochs": 1, "batch_size": 5, "lr": 0.05},
         "checkpoint": {"every": 1},
     }
-    made = Job(Entry(key, LABELS[key], {"name": key}), case, 1, configs.from_dict(mapping, "tiny.yaml"))
+    made = Job(
+        Entry(key, LABELS[key], {"name": key}), case, 1, configs.from_dict(mapping, "tiny.yaml")
+    )
     made.folder.parent.mkdir(parents=True, exist_ok=True)
     return made
 
 
 def test_from_runs_to_tables_and_pictures_and_nothing_is_run_twice(carried, tmp_path, capsys):
-    grid = [(case, [tiny(tmp_path, case, key) for key in ("local", OURS)]) for case in (Crowd("cifar10", 10), Crowd("cifar10", 50))]
+    grid = [
+        (case, [tiny(tmp_path, case, key) for key in ("local", OURS)])
+        for case in (Crowd("cifar10", 10), Crowd("cifar10", 50))
+    ]
     asked = Request(OURS, output=tmp_path, jobs=2)
     assert fulfil(asked, grid) == 0
     out, err = capsys.readouterr()
     assert "4 runs, 0 done" in err
-    assert "ahead of the best baseline: the paper +1.35, here " in out and "11.81 and 7.41 times less" in out
+    assert (
+        "ahead of the best baseline: the paper +1.35, here " in out
+        and "11.81 and 7.41 times less" in out
+    )
     home = tmp_path / OURS
     for case, _ in grid:
         tables = [f"{case.name}{end}" for end in ("", "-target", "-gains")]
         pictures = [f"{case.name}{end}" for end in ("-rounds", "-bytes", "-flops", "-gains")]
-        assert all((home / f"{name}{suffix}").is_file() for name in tables for suffix in (".txt", ".md", ".csv"))
+        assert all(
+            (home / f"{name}{suffix}").is_file()
+            for name in tables
+            for suffix in (".txt", ".md", ".csv")
+        )
         assert all((home / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in pictures)
     rows = list(csv.DictReader((home / "cifar10-clients10-target.csv").open()))
-    assert float(rows[0]["bytes"]) == 0 and float(rows[1]["bytes"]) > 0 and float(rows[1]["flops_ratio"]) == 1
+    assert (
+        float(rows[0]["bytes"]) == 0
+        and float(rows[1]["bytes"]) > 0
+        and float(rows[1]["flops_ratio"]) == 1
+    )
     assert (home / "overview.csv").is_file()
 
     assert fulfil(replace(asked, target=(0.0, 99.9)), grid) == 0
     out, err = capsys.readouterr()
-    assert "runs, " not in err and "cost of 99.9 %" in out  # err may hold what matplotlib has to say
+    # err may hold what matplotlib has to say
+    assert "runs, " not in err and "cost of 99.9 %" in out
     assert (home / "cifar10-clients50-target0.csv").is_file()
 
 
 def test_at_full_scale_the_papers_target_is_there_as_well():
     case, (_, by) = Crowd("cifar100", 10), shown(result(OURS, 1, [55.0]))
     targets = lambda **more: showing._targets(Request(OURS, **more), case, by)
-    assert {end: percent for end, (percent, _) in targets(scale="full").items()} == {"-target": 55.0, "-target50": 50.0}
-    assert list(targets()) == ["-target"] and list(targets(target=(40.0, 62.5))) == ["-target40", "-target62.5"]
+    assert {end: percent for end, (percent, _) in targets(scale="full").items()} == {
+        "-target": 55.0,
+        "-target50": 50.0,
+    }
+    assert list(targets()) == ["-target"] and list(targets(target=(40.0, 62.5))) == [
+        "-target40",
+        "-target62.5",
+    ]
 
 
 def test_collect_prints_the_table_before_anything_is_done(tmp_path, capsys):

@@ -1,4 +1,6 @@
-"""``reproduce table6``: the paper's numbers, what each run is, which texts it reads, and the command from end to end."""
+"""``reproduce table6``: the paper's numbers, what each run is, which texts it reads, and the
+command from end to end.
+"""
 
 import csv
 import re
@@ -26,15 +28,23 @@ def run_of(key, scale="full", case=Texts(DATA), seed=1):
     """The config of one run."""
     size = case.at(scale)
     (entry,) = entries(OURS, case, size, [key])
-    return job(entry, case, seed, scale=size, rounds=size.rounds, root="~/data", folder=Path("/out/table6")).config
+    return job(
+        entry, case, seed, scale=size, rounds=size.rounds, root="~/data", folder=Path("/out/table6")
+    ).config
 
 
 # The paper.
 
 
 def test_the_published_numbers_are_the_printed_ones():
-    means = {data: [paper.TABLE6[name][data].mean for name in LABELS] for data in ("ag_news", "imagenet_subset")}
-    assert means == {"ag_news": [89.36, 90.76, 91.38, 91.79], "imagenet_subset": [18.55, 29.37, 32.45, 35.67]}
+    means = {
+        data: [paper.TABLE6[name][data].mean for name in LABELS]
+        for data in ("ag_news", "imagenet_subset")
+    }
+    assert means == {
+        "ag_news": [89.36, 90.76, 91.38, 91.79],
+        "imagenet_subset": [18.55, 29.37, 32.45, 35.67],
+    }
     assert all(np.isnan(v.std) for row in paper.TABLE6.values() for v in row.values())
     assert list(paper.TABLE6) == list(LABELS)
 
@@ -49,7 +59,11 @@ def test_a_number_without_a_deviation_is_shown_without_one():
     cells = [Cell.of(entry, []) for entry in entries(OURS, Texts(DATA), agnews.SMALL)]
     made = compare("Title", "", [], cells, 1, TABLES[OURS].papers)
     assert made.rows[1] == ("FedAvg", "0/1", "-", "-", "89.36", "-")
-    assert made.notes[1] == "one seed, so no standard deviation; the paper's has none, and does not say over how many seeds"
+    assert (
+        made.notes[1]
+        == "one seed, so no standard deviation; the paper's has none, and does not say over how "
+        "many seeds"
+    )
 
 
 # The grid.
@@ -75,7 +89,11 @@ def test_the_small_scale_has_the_same_network_words_and_low_rank_parts():
     full, small = run_of("fedlora"), run_of("fedlora", "small")
     assert (small.model, small.data.source) == (full.model, full.data.source)
     assert replace(small.algorithm, lora_epochs=2) == full.algorithm
-    assert (small.algorithm.lora_epochs, small.train.epochs, small.train.lr) == (1, 3, full.train.lr)
+    assert (small.algorithm.lora_epochs, small.train.epochs, small.train.lr) == (
+        1,
+        3,
+        full.train.lr,
+    )
 
 
 def test_sizes_that_the_paper_does_not_say_are_not_called_the_papers():
@@ -90,7 +108,10 @@ def test_the_imagenet_row_is_a_config_with_the_papers_sizes():
     assert (split.clients * split.train, split.train, split.alpha) == (80_000, 2000, 0.1)
     assert (config.model.mix[0].name, config.data.source.dataset) == ("resnet10", "folder")
     said = (CONFIGS / "imagenet_subset.yaml").read_text()
-    assert all(f"{LABELS[name]} {row['imagenet_subset'].mean}" in said for name, row in paper.TABLE6.items())
+    assert all(
+        f"{LABELS[name]} {row['imagenet_subset'].mean}" in said
+        for name, row in paper.TABLE6.items()
+    )
 
 
 # What is asked.
@@ -98,15 +119,23 @@ def test_the_imagenet_row_is_a_config_with_the_papers_sizes():
 
 def test_the_table_has_its_own_data_set_and_alpha():
     assert Request(OURS).cases == [Texts("ag_news", 1.0, "train.csv")]
-    assert Request(OURS, alpha=(0.1, 1.0), text_train="part.csv").cases == [Texts(DATA, a, "part.csv") for a in (0.1, 1.0)]
+    assert Request(OURS, alpha=(0.1, 1.0), text_train="part.csv").cases == [
+        Texts(DATA, a, "part.csv") for a in (0.1, 1.0)
+    ]
     assert Texts(DATA).less == "" and "part.csv" in Texts(DATA, train_file="part.csv").less
 
 
 @pytest.mark.parametrize(
     "asked, complaint",
     [
-        ([OURS, "--data", "cifar10"], "--data = cifar10: table6 has ag_news; .* configs/imagenet_subset.yaml"),
-        (["table1", "--data", "ag_news"], "--data = ag_news: table1 has cifar10, cifar100, tiny_imagenet"),
+        (
+            [OURS, "--data", "cifar10"],
+            "--data = cifar10: table6 has ag_news; .* configs/imagenet_subset.yaml",
+        ),
+        (
+            ["table1", "--data", "ag_news"],
+            "--data = ag_news: table1 has cifar10, cifar100, tiny_imagenet",
+        ),
         (["pfedlora", "--data", "ag_news"], "--data = ag_news: pfedlora has cifar10, cifar100"),
         (["table1", "--text-train", "part.csv"], "--text-train: table1 has no such choice"),
     ],
@@ -126,19 +155,37 @@ def root(tmp_path):
     (tmp_path / "AG_NEWS").mkdir()
     for name, number in (("part.csv", 40), ("test.csv", 20)):
         with open(tmp_path / "AG_NEWS" / name, "w", newline="") as file:
-            csv.writer(file).writerows((c, f"Title {n}", words[c]) for n in range(number) for c in words)
+            csv.writer(file).writerows(
+                (c, f"Title {n}", words[c]) for n in range(number) for c in words
+            )
     return tmp_path
 
 
 def test_the_command_reads_the_training_texts_that_are_named(carried, root, monkeypatch, capsys):
     pytest.importorskip("tokenizers")
-    monkeypatch.setattr(agnews, "SMALL", agnews.SMALL._replace(clients=3, train=10, test=5, batch_size=5))
-    alone = ["--text-train", "part.csv", "--root", str(root), "-o", str(root / "out"), "--methods", "fedlora"]
+    monkeypatch.setattr(
+        agnews, "SMALL", agnews.SMALL._replace(clients=3, train=10, test=5, batch_size=5)
+    )
+    alone = [
+        "--text-train",
+        "part.csv",
+        "--root",
+        str(root),
+        "-o",
+        str(root / "out"),
+        "--methods",
+        "fedlora",
+    ]
     assert main(["reproduce", OURS, "--rounds", "1", *alone]) == 0
     assert "FedLoRA    1/1" in capsys.readouterr().out
-    assert "training texts of part.csv (paper all 120,000)." in (root / "out" / OURS / "ag_news-alpha1.md").read_text()
+    assert (
+        "training texts of part.csv (paper all 120,000)."
+        in (root / "out" / OURS / "ag_news-alpha1.md").read_text()
+    )
     (run,) = (root / "out" / OURS / "ag_news-alpha1").glob("*.yaml")
-    assert run.read_text().startswith("# Table 6: a Transformer on AG_NEWS: FedLoRA, ag_news, alpha 1, seed 1.\n")
+    assert run.read_text().startswith(
+        "# Table 6: a Transformer on AG_NEWS: FedLoRA, ag_news, alpha 1, seed 1.\n"
+    )
     assert "91.79 % (best round, full scale)" in run.read_text()
     (row,) = csv.DictReader((root / "out" / OURS / "ag_news-alpha1.csv").open())
     assert (row["label"], row["paper_mean"], row["paper_std"]) == ("FedLoRA", "91.79", "")

@@ -1,4 +1,6 @@
-"""Which part of a network is its head and which weights are matrices, found by what the network does; and said so."""
+"""Which part of a network is its head and which weights are matrices, found by what the network
+does; and said so.
+"""
 
 from dataclasses import replace
 
@@ -54,7 +56,15 @@ FC = {"fc.weight", "fc.bias"}
         ("Raw", "", {"w", "b"}),
         ("Own", "fc", {"fc.kernel", "fc.offset"}),
         ("Cosine", "fc", FC),
-        ("Normed", "fc", {"fc.bias", "fc.parametrizations.weight.original0", "fc.parametrizations.weight.original1"}),
+        (
+            "Normed",
+            "fc",
+            {
+                "fc.bias",
+                "fc.parametrizations.weight.original0",
+                "fc.parametrizations.weight.original1",
+            },
+        ),
         ("Squeezed", "last", {"last.weight", "last.bias"}),
         ("Logs", "fc", FC),
         ("Sounds", "fc", FC),
@@ -66,7 +76,9 @@ def test_the_head_is_what_makes_the_logits(name, head, leaves):
     assert (network.head, heads(network)) == (head, leaves)
 
 
-@pytest.mark.parametrize("name", ["cnn", "resnet8", "torchvision:squeezenet1_1", "torchvision:mobilenet_v3_small"])
+@pytest.mark.parametrize(
+    "name", ["cnn", "resnet8", "torchvision:squeezenet1_1", "torchvision:mobilenet_v3_small"]
+)
 def test_an_ordinary_network_has_the_head_that_is_registered_last(name):
     network = build(name, {}, CLASSES, (3, 32, 32), 1)
     kind = nn.Conv2d if "squeeze" in name else nn.Linear
@@ -88,7 +100,8 @@ def test_features_and_head_are_the_network(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["Functional", "Parallel", "Gated", "Raw", "Own", "Cosine", "Normed", "Squeezed", "Logs"]
+    "name",
+    ["Functional", "Parallel", "Gated", "Raw", "Own", "Cosine", "Normed", "Squeezed", "Logs"],
 )
 def test_a_method_that_needs_features_refuses_a_network_that_does_not_end_in_a_linear(name):
     network = model(name)
@@ -205,9 +218,15 @@ def test_a_rank_is_a_share_of_the_smaller_side_and_never_more_than_it(shape, kin
 @pytest.mark.parametrize("official", [False, True])
 def test_every_factor_has_a_gradient(name, official):
     network = model(name)
-    how = LowRank(conv_rank=0.5, linear_rank=2, rank_rule="official", scale="official") if official else LowRank()
+    how = (
+        LowRank(conv_rank=0.5, linear_rank=2, rank_rule="official", scale="official")
+        if official
+        else LowRank()
+    )
     factors = how.factors(network, rng(1))
-    factors = {n: torch.randn(v.shape, generator=rng(1, n)).requires_grad_() for n, v in factors.items()}
+    factors = {
+        n: torch.randn(v.shape, generator=rng(1, n)).requires_grad_() for n, v in factors.items()
+    }
     tau = how.tau(network, factors)
     theta = network.initial | {n: network.initial[n] + 0.3 * t for n, t in tau.items()}
     loss = (network(theta, images(5)) * torch.randn(5, CLASSES, generator=rng(2))).sum()
@@ -244,31 +263,56 @@ def said(capsys, *given):
 def test_a_plan_shows_roles_and_ranks(capsys, unmeasured):
     lines = said(capsys, "model=odd_networks:Volumes")
     shown = dict(line for line in lines if len(line) == 2)
-    assert "deep" in shown["body"] and shown["head"] == "44 numbers in fc" and shown["norm"] == "20 numbers in norm"
-    assert "deep.weight 4 of 12x6" in shown["low-rank"] and "attend.k_proj_weight 2 of 4x3" in shown["low-rank"]
+    assert (
+        "deep" in shown["body"]
+        and shown["head"] == "44 numbers in fc"
+        and shown["norm"] == "20 numbers in norm"
+    )
+    assert (
+        "deep.weight 4 of 12x6" in shown["low-rank"]
+        and "attend.k_proj_weight 2 of 4x3" in shown["low-rank"]
+    )
     assert shown["no"] == (
-        "rank    3 weights: table.weight (an embedding, a table of rows), norm.weight (of a normalisation layer), "
-        "norm.bias (of a normalisation layer)"
+        "rank    3 weights: table.weight (an embedding, a table of rows), norm.weight (of a "
+        "normalisation layer), norm.bias (of a normalisation layer)"
     )
 
 
 def test_a_plan_of_any_method_shows_roles(capsys, unmeasured):
-    lines = dict(line for line in said(capsys, "model=odd_networks:Net", "algorithm=fedper") if len(line) == 2)
-    assert lines["head"] == "28 numbers in fc" and lines["body"] == "390 numbers in hidden" and "low-rank" not in lines
+    lines = dict(
+        line
+        for line in said(capsys, "model=odd_networks:Net", "algorithm=fedper")
+        if len(line) == 2
+    )
+    assert (
+        lines["head"] == "28 numbers in fc"
+        and lines["body"] == "390 numbers in hidden"
+        and "low-rank" not in lines
+    )
 
 
 @pytest.mark.parametrize(
     "name, algorithm, hint",
     [
-        ("odd_networks:Volumes", "fedlora", "fedlora decomposes 11 of 14 weights; not decomposed: table.weight (an"),
-        ("odd_networks:Volumes", "{name: fedit, full: [head, norm]}", "fedit decomposes 10 of 11 weights; not dec"),
+        (
+            "odd_networks:Volumes",
+            "fedlora",
+            "fedlora decomposes 11 of 14 weights; not decomposed: table.weight (an",
+        ),
+        (
+            "odd_networks:Volumes",
+            "{name: fedit, full: [head, norm]}",
+            "fedit decomposes 10 of 11 weights; not dec",
+        ),
         thorough("odd_networks:Sounds", "fedlora", ""),
         ("odd_networks:Volumes", "fedavg", ""),
         ("odd_networks:Volumes", "{name: fedlora, layers: ['deep.*', 'fc.*']}", ""),
         thorough("{name: cnn, width: 4, hidden: 8}", "{name: fedit, lora_ranks: [2]}", ""),
     ],
 )
-def test_a_run_says_once_what_its_low_rank_parts_leave_out(name, algorithm, hint, tmp_path, monkeypatch, capsys):
+def test_a_run_says_once_what_its_low_rank_parts_leave_out(
+    name, algorithm, hint, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     which = (f"algorithm={algorithm}", f"model={name}")
     assert main(["run", str(TINY), "rounds=1", "train.epochs=2", *which, *SLOW]) == 0
@@ -280,14 +324,19 @@ def test_a_pattern_of_what_is_no_matrix_is_refused_with_the_reason():
     text = r"layers = table.\*: matches no weight that can be decomposed .table.weight: an embedding.*there are deep"
     with pytest.raises(ValueError, match=text):
         FedLoRA(layers=("table.*",)).check(model("Volumes"), Train())
-    with pytest.raises(ValueError, match=r"layers = fc.b\*: matches no weight that can be decomposed .fc.bias: a vector"):
+    with pytest.raises(
+        ValueError,
+        match=r"layers = fc.b\*: matches no weight that can be decomposed .fc.bias: a vector",
+    ):
         FedIT(layers=("fc.b*",)).check(model("Volumes"), Train())
 
 
 def test_what_is_left_out_has_a_reason():
     network = model("Normed")
     names = ("fc.parametrizations.weight.original0", "fc.parametrizations.weight.original1")
-    whole = dict.fromkeys((*names, "hidden.parametrizations.weight.original"), "what a layer computes its weight from")
+    whole = dict.fromkeys(
+        (*names, "hidden.parametrizations.weight.original"), "what a layer computes its weight from"
+    )
     assert left_out(network, {}) == whole
     assert left_out(network, {}, ("head",))[names[1]] == "trained in full"
     raw = model("Raw")

@@ -1,4 +1,6 @@
-"""Personal leaves in files are those in memory; who is judged; what a large federation holds in memory."""
+"""Personal leaves in files are those in memory; who is judged; what a large federation holds in
+memory.
+"""
 
 import gc
 import resource
@@ -57,14 +59,18 @@ def test_a_run_on_disk_has_the_bits_of_one_in_memory(ranks, trained, tmp_path):
     if ranks == "simulated":
         run_on(3, tmp_path / "disk", DISK)
     else:
-        end = finished([*mpirun(3), *command("run", TINY, f"output={tmp_path / 'disk'}", DISK)], tmp_path)
+        end = finished(
+            [*mpirun(3), *command("run", TINY, f"output={tmp_path / 'disk'}", DISK)], tmp_path
+        )
         assert end.returncode == 0, end.stderr
     assert_same_run(tmp_path / "disk", trained())
     assert not list((tmp_path / "disk").glob("tmp*"))
 
 
 def test_a_run_goes_on_from_disk_to_memory_and_back(trained, tmp_path):
-    ask = lambda *more: cli.main(["run", str(TINY), f"output={tmp_path / 'parts'}", "checkpoint.every=1", *more])
+    ask = lambda *more: cli.main(
+        ["run", str(TINY), f"output={tmp_path / 'parts'}", "checkpoint.every=1", *more]
+    )
     assert ask("rounds=1", DISK) == 0
     assert ask("rounds=2", "--resume") == 0
     assert ask("rounds=4", DISK, "--resume") == 0

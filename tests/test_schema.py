@@ -1,6 +1,8 @@
-"""What a file of a run folder claims is checked before anything of that size is made, and what is wrong is one line.
+"""What a file of a run folder claims is checked before anything of that size is made, and what is
+wrong is one line.
 
-The files are those of finished runs; each is changed in every place and in every way, as a hostile or broken one may be.
+The files are those of finished runs; each is changed in every place and in every way, as a hostile
+or broken one may be.
 """
 
 import json
@@ -37,7 +39,9 @@ def good(tmp_path_factory):
 
 @pytest.fixture
 def use(tmp_path, monkeypatch, capsys):
-    """Commands that use ``run``: none hangs, asks for a gigabyte, or ends in anything but code 0 or one line."""
+    """Commands that use ``run``: none hangs, asks for a gigabyte, or ends in anything but code 0 or
+    one line.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*os.sys.path])
     monkeypatch.setattr("fedlora_mpi.store.reader.WAITS", (0,))
@@ -53,10 +57,23 @@ def use(tmp_path, monkeypatch, capsys):
             code = main([str(argument) for argument in arguments])
         finally:
             signal.alarm(0)
-        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("  warnings.warn", "    found ="))]
+        lines = [
+            line
+            for line in capsys.readouterr().err.splitlines()
+            if not line.startswith(("  warnings.warn", "    found ="))
+        ]
         said = [line for line in lines if line.startswith("fedlora-mpi: ")]
-        strange = [line for line in lines if not line.startswith(OURS) and "UserWarning: skipped" not in line]
-        assert code in (0, 1, 2) and not strange and len(said) == (code != 0), (arguments, about, code, lines)
+        strange = [
+            line
+            for line in lines
+            if not line.startswith(OURS) and "UserWarning: skipped" not in line
+        ]
+        assert code in (0, 1, 2) and not strange and len(said) == (code != 0), (
+            arguments,
+            about,
+            code,
+            lines,
+        )
         return code, "".join(said)
 
     yield run
@@ -65,13 +82,35 @@ def use(tmp_path, monkeypatch, capsys):
 
 # --- changes of a JSON
 
-VALUES = [None, [], {}, True, "", "text", -1, 0.5, float("nan"), 10**30, 3 * 10**8, 2**63, ["a"], {"a": 1}, "\x1b]0;x\x07"]
+VALUES = [
+    None,
+    [],
+    {},
+    True,
+    "",
+    "text",
+    -1,
+    0.5,
+    float("nan"),
+    10**30,
+    3 * 10**8,
+    2**63,
+    ["a"],
+    {"a": 1},
+    "\x1b]0;x\x07",
+]
 
 
 def places(tree, at=()):
     """The way to every value of a JSON."""
     yield at
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    items = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     for key, value in items:
         yield from places(value, (*at, key))
 
@@ -156,8 +195,14 @@ HDF5 = {
     "type": replaced(lambda f, n, s: f.__setitem__(n, np.dtype("f4"))),
     "empty": replaced(lambda f, n, s: f.__setitem__(n, h5py.Empty("f4"))),
     "group": replaced(lambda f, n, s: f.create_group(n)),
-    "huge": replaced(lambda f, n, s: f.create_dataset(n, (10**10, *s[1:]), "f4", chunks=(10, *(max(1, x) for x in s[1:])))),
-    "wide": replaced(lambda f, n, s: f.create_dataset(n, (*s[:1], 10**10), "f4", chunks=(1, 1000)) if s else None),
+    "huge": replaced(
+        lambda f, n, s: f.create_dataset(
+            n, (10**10, *s[1:]), "f4", chunks=(10, *(max(1, x) for x in s[1:]))
+        )
+    ),
+    "wide": replaced(
+        lambda f, n, s: f.create_dataset(n, (*s[:1], 10**10), "f4", chunks=(1, 1000)) if s else None
+    ),
     "contiguous": replaced(lambda f, n, s: f.create_dataset(n, (10**10,), "f4")),
     "scalar": replaced(lambda f, n, s: f.create_dataset(n, (), "f4")),
     "axis": replaced(lambda f, n, s: f.create_dataset(n, (*s, 1), "f4", fillvalue=np.nan)),
@@ -178,7 +223,10 @@ ATTRIBUTES = {
 def hdf5_changes(path: Path):
     """(what, change of the open file) for every group, data set and attribute."""
     with h5py.File(path) as file:
-        names, homes = items_of(file), [file, *(file[name] for name in items_of(file) if isinstance(file[name], h5py.Group))]
+        names, homes = (
+            items_of(file),
+            [file, *(file[name] for name in items_of(file) if isinstance(file[name], h5py.Group))],
+        )
         given = [(home.name, key) for home in homes for key in home.attrs]
     for name in names:
         for what, change in HDF5.items():
@@ -200,7 +248,9 @@ def recorded(folder: Path, **more) -> None:
     """Let the manifest say what the files are now."""
     old = Manifest.read(folder)
     shards = tuple(Shard.of(folder / shard.name) for shard in old.files)
-    Manifest(more.get("round", old.round), old.run_digest, more.get("clients", old.clients), shards).write(folder)
+    Manifest(
+        more.get("round", old.round), old.run_digest, more.get("clients", old.clients), shards
+    ).write(folder)
 
 
 # --- all of them
@@ -222,7 +272,12 @@ def cases(run: Path):
 
     for what, text in json_changes(config):
         yield "config_json", what, lambda text=text: with_config(text)
-    for name in ("log.h5", "checkpoints/000002/server.h5", "checkpoints/000002/worker-0000.h5", "checkpoints/000002/log.h5"):
+    for name in (
+        "log.h5",
+        "checkpoints/000002/server.h5",
+        "checkpoints/000002/worker-0000.h5",
+        "checkpoints/000002/log.h5",
+    ):
         for what, change in hdf5_changes(run / name):
 
             def apply(name=name, change=change):
@@ -234,7 +289,9 @@ def cases(run: Path):
                     recorded(newest)
 
             yield name, what, apply
-    for file in sorted(path.relative_to(run) for path in run.rglob("*") if path.is_file() and path.name != ".lock"):
+    for file in sorted(
+        path.relative_to(run) for path in run.rglob("*") if path.is_file() and path.name != ".lock"
+    ):
         for part in range(4):
 
             def cut(file=file, part=part):
@@ -282,10 +339,14 @@ def some(good, number, seed=1):
     for case in cases(good):
         by_file.setdefault(case[0], []).append(case)
     dice = random.Random(seed)
-    return [case for found in by_file.values() for case in dice.sample(found, min(len(found), number))]
+    return [
+        case for found in by_file.values() for case in dice.sample(found, min(len(found), number))
+    ]
 
 
-@pytest.mark.parametrize("number, least", [(2, 6), pytest.param(16, 50, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "number, least", [(2, 6), pytest.param(16, 50, marks=pytest.mark.thorough)]
+)
 def test_a_changed_file_is_refused_in_one_line_by_whatever_reads_a_run(use, good, number, least):
     assert try_out(use, good, some(good, number), ["report", "watch", "digest", "export"]) > least
 
@@ -298,7 +359,10 @@ def test_a_changed_file_is_refused_in_one_line_by_a_resume(use, good, number, le
 @pytest.mark.slow
 def test_no_change_of_any_file_is_more_than_one_line(use, good):
     every = list(cases(good))
-    assert len(every) > 2000 and try_out(use, good, every, [n for n in COMMANDS if "resume" not in n]) > 1000
+    assert (
+        len(every) > 2000
+        and try_out(use, good, every, [n for n in COMMANDS if "resume" not in n]) > 1000
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""A run folder, data or weights from a stranger: nothing in them is executed, nothing leads out of a folder."""
+"""A run folder, data or weights from a stranger: nothing in them is executed, nothing leads out of
+a folder.
+"""
 
 import ast
 import json
@@ -32,24 +34,44 @@ def trusting(tree: ast.AST):
     """What would execute or unpickle what a file holds."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            names = (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+            )
             yield from (name for name in names if name.split(".")[0] in UNPICKLES)
         if not isinstance(node, ast.Call):
             continue
-        called, options = ast.unparse(node.func), {o.arg: ast.unparse(o.value) for o in node.keywords}
-        if called in ("eval", "exec", "pickle.load", "pickle.loads") or called.endswith(("read_pickle", "yaml.load", "yaml.full_load", "unsafe_load")):
+        called, options = (
+            ast.unparse(node.func),
+            {o.arg: ast.unparse(o.value) for o in node.keywords},
+        )
+        if called in ("eval", "exec", "pickle.load", "pickle.loads") or called.endswith(
+            ("read_pickle", "yaml.load", "yaml.full_load", "unsafe_load")
+        ):
             yield called
-        if called in ("torch.load", "torch.hub.load_state_dict_from_url") and options.get("weights_only") != "True":
+        if (
+            called in ("torch.load", "torch.hub.load_state_dict_from_url")
+            and options.get("weights_only") != "True"
+        ):
             yield called
-        if options.get("allow_pickle", "False") != "False" or options.get("trust_remote_code", "False") != "False":
+        if (
+            options.get("allow_pickle", "False") != "False"
+            or options.get("trust_remote_code", "False") != "False"
+        ):
             yield called
 
 
 def test_nothing_in_the_package_unpickles_or_executes_a_file():
     files = sorted(PACKAGE.rglob("*.py"))
     found = {str(path): list(trusting(ast.parse(path.read_text()))) for path in files}
-    limited = found.pop(str(PACKAGE / "data/pfllib.py"))  # where the user allows it; its unpickler makes arrays and dicts
-    assert limited == ["pickle"] and len(files) > 100 and not {path: calls for path, calls in found.items() if calls}
+    # where the user allows it; its unpickler makes arrays and dicts
+    limited = found.pop(str(PACKAGE / "data/pfllib.py"))
+    assert (
+        limited == ["pickle"]
+        and len(files) > 100
+        and not {path: calls for path, calls in found.items() if calls}
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,12 +114,19 @@ def told(tmp_path, monkeypatch, capsys):
 def test_a_batch_of_cifar_that_would_execute_something_is_refused(told, tmp_path, name):
     folder, goal = tmp_path / "data/cifar-10-batches-py", tmp_path / "owned"
     folder.mkdir(parents=True)
-    batch = {"data": np.zeros((3, 3072), np.uint8), "labels": [0, 1, 2], "label_names": [], "x": Bomb(goal)}
+    batch = {
+        "data": np.zeros((3, 3072), np.uint8),
+        "labels": [0, 1, 2],
+        "label_names": [],
+        "x": Bomb(goal),
+    }
     for each in (*(f"data_batch_{n}" for n in range(1, 6)), "test_batch", "batches.meta"):
         (folder / each).write_bytes(pickle.dumps(batch if each == name else {}))
     pickle.loads(pickle.dumps(Bomb(tmp_path / "works")))
     assert (tmp_path / "works").exists()
-    assert "cifar10 is missing or damaged" in told("run", TINY, "data.dataset=cifar10", "data.root=data")
+    assert "cifar10 is missing or damaged" in told(
+        "run", TINY, "data.dataset=cifar10", "data.root=data"
+    )
     assert not goal.exists() and not (tmp_path / "run").exists()
 
 
@@ -112,7 +141,9 @@ def test_a_picture_that_is_none_is_named(told, tmp_path):
     for name in ("train/a/1.png", "val/a/1.png"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
-    assert "train/a/1.png is no image, or damaged" in told("run", TINY, "data.dataset=folder", f"data.root={tmp_path}")
+    assert "train/a/1.png is no image, or damaged" in told(
+        "run", TINY, "data.dataset=folder", f"data.root={tmp_path}"
+    )
 
 
 # --- ways out of a folder
@@ -138,7 +169,9 @@ def lead_out(path: Path, name: str, outside: Path, way: str) -> None:
         elif way == "soft":
             file[name] = h5py.SoftLink("/client_id")
         elif way == "storage":
-            file.create_dataset(name, shape, dtype, external=[(str(outside), 0, h5py.h5f.UNLIMITED)])
+            file.create_dataset(
+                name, shape, dtype, external=[(str(outside), 0, h5py.h5f.UNLIMITED)]
+            )
         else:
             layout = h5py.VirtualLayout(shape, dtype)
             layout[...] = h5py.VirtualSource(str(outside), "x", shape, dtype)
@@ -185,7 +218,10 @@ def test_a_file_that_holds_itself_or_claims_too_much_is_refused(tmp_path):
         file.create_dataset("big", (10**12,), "f4", chunks=(10,), fletcher32=True)
     with pytest.raises(StoreError, match="deeper than any file"):
         hdf5.open_file(path)
-    with h5py.File(path) as file, pytest.raises(StoreError, match="big claims .*more than the file holds"):
+    with (
+        h5py.File(path) as file,
+        pytest.raises(StoreError, match="big claims .*more than the file holds"),
+    ):
         hdf5.read(file["big"])
 
 
@@ -196,19 +232,26 @@ def test_links_in_a_run_folder_are_not_written_through(tmp_path):
     for name in (".lock", ".a.tmp", "b"):
         (run / name).symlink_to(tmp_path / "mine")
     for name, path in (("a", ".a.tmp"), ("b", "b")):
-        with pytest.raises(Unwritable, match=f"run/{path} is a link where a file of ours would be; it is left as it is"):
+        with pytest.raises(
+            Unwritable,
+            match=f"run/{path} is a link where a file of ours would be; it is left as it is",
+        ):
             write_atomic(run / name, b"new")
     with pytest.raises(Unwritable, match="run/.lock is a link"), locked(run):
         pass
-    assert (tmp_path / "mine").read_text() == "years of work" and {path.is_symlink() for path in run.iterdir()} == {True}
+    assert (tmp_path / "mine").read_text() == "years of work" and {
+        path.is_symlink() for path in run.iterdir()
+    } == {True}
 
 
 def test_a_manifest_that_counts_other_clients_or_leaves_a_file_out_is_skipped(tmp_path):
     new_log(tmp_path).close()
     save(tmp_path, 2)
     folder = save(tmp_path, 3)
-    for change, reason in ((lambda m: m | {"clients": 6}, "6 clients, its files hold 7"),
-                           (lambda m: m | {"files": m["files"][:-1]}, "does not list personal.h5")):
+    for change, reason in (
+        (lambda m: m | {"clients": 6}, "6 clients, its files hold 7"),
+        (lambda m: m | {"files": m["files"][:-1]}, "does not list personal.h5"),
+    ):
         whole = (folder / "manifest.json").read_text()
         (folder / "manifest.json").write_text(json.dumps(change(json.loads(whole))))
         found, (skipped,) = checkpoint.newest(tmp_path)
@@ -234,7 +277,9 @@ def test_an_index_of_weights_names_files_of_its_folder_only(tmp_path):
 
 
 def test_a_change_of_the_log_that_hdf5_does_not_see_is_seen(tmp_path):
-    """A name, an attribute, a type, a row that another program has rewritten with all its checksums."""
+    """A name, an attribute, a type, a row that another program has rewritten with all its
+    checksums.
+    """
     log = new_log(tmp_path)
     log.append(1, {"train_loss": 0.5}, {"accuracy": np.ones(CLIENTS)})
     log.close()
@@ -257,7 +302,9 @@ def test_a_change_of_the_log_that_hdf5_does_not_see_is_seen(tmp_path):
     for said, change in changes.items():
         with h5py.File(tmp_path / "log.h5", "r+") as file:
             change(file)
-        with pytest.raises(StoreError, match=f"log.h5: unreadable .*{said.strip()}.* differs.*resume repairs it"):
+        with pytest.raises(
+            StoreError, match=f"log.h5: unreadable .*{said.strip()}.* differs.*resume repairs it"
+        ):
             RunFiles(tmp_path).rounds()
         (tmp_path / "log.h5").write_bytes(whole)
 
@@ -267,20 +314,36 @@ def test_a_config_of_a_run_that_was_damaged_or_edited_is_named(tmp_path):
     text = sealed_yaml(config)
     path.write_text(text)
     assert recorded(path) == config
-    for damaged in (text.replace("rounds: 4", "rounds: 5"), text[:-30], text[:100], text.replace("0.05", "0.04")):
+    for damaged in (
+        text.replace("rounds: 4", "rounds: 5"),
+        text[:-30],
+        text[:100],
+        text.replace("0.05", "0.04"),
+    ):
         path.write_text(damaged)
-        with pytest.raises(ConfigError, match="config.yaml: checksum differs, .* remove its first line"):
+        with pytest.raises(
+            ConfigError, match="config.yaml: checksum differs, .* remove its first line"
+        ):
             recorded(path)
     path.write_text(text.replace("rounds: 4", "rounds: 5").partition("\n")[2])
     assert recorded(path).rounds == 5
 
 
 def test_a_text_file_of_a_run_that_has_changed_is_named(tmp_path):
-    Log.create(tmp_path / "log.h5", config_yaml="", config_json="{}", versions={}, clients=1, partition={},
-               beside={"vocabulary.json": "{}"}).close()
+    Log.create(
+        tmp_path / "log.h5",
+        config_yaml="",
+        config_json="{}",
+        versions={},
+        clients=1,
+        partition={},
+        beside={"vocabulary.json": "{}"},
+    ).close()
     (tmp_path / "vocabulary.json").write_text("{}")
     assert RunFiles(tmp_path).text("vocabulary.json") == "{}"
     for content in (b"{ }", b"\xff", b""):
         (tmp_path / "vocabulary.json").write_bytes(content)
-        with pytest.raises(StoreError, match="vocabulary.json: .*damaged.*remove it, a resume writes it anew"):
+        with pytest.raises(
+            StoreError, match="vocabulary.json: .*damaged.*remove it, a resume writes it anew"
+        ):
             RunFiles(tmp_path).text("vocabulary.json")

@@ -125,7 +125,9 @@ def test_fedavgm_is_torch_sgd_with_momentum(eta, beta):
 
 def test_fedadagrad_is_torch_adagrad():
     path, _ = served(FedAdagrad(eta=0.1, tau=0.05), DELTAS, 0.0)
-    adagrad = lambda leaves: torch.optim.Adagrad(leaves, lr=0.1, eps=0.05, initial_accumulator_value=0.05**2)
+    adagrad = lambda leaves: torch.optim.Adagrad(
+        leaves, lr=0.1, eps=0.05, initial_accumulator_value=0.05**2
+    )
     assert path == pytest.approx(optimised(adagrad, DELTAS, 0.0), rel=1e-5)
 
 
@@ -160,11 +162,14 @@ def test_adagrad_never_forgets_adam_does_and_yogi_slowly():
     last = {}
     for algorithm in (FedAdagrad(), FedAdam(), FedYogi()):
         _, server = served(algorithm, [1.0] + [0.0] * 100, 0.0)
-        last[type(algorithm)] = next(v for n, v in server.items() if n.startswith("v.")).unique().item()
+        last[type(algorithm)] = (
+            next(v for n, v in server.items() if n.startswith("v.")).unique().item()
+        )
     tau = 1e-3
     assert last[FedAdagrad] == pytest.approx(tau**2 + 1)
     assert last[FedAdam] == pytest.approx((0.99 * tau**2 + 0.01) * 0.99**100, rel=1e-4)
-    assert last[FedYogi] == pytest.approx(tau**2 + 0.01, rel=1e-4)  # nothing is subtracted without a change
+    # nothing is subtracted without a change
+    assert last[FedYogi] == pytest.approx(tau**2 + 0.01, rel=1e-4)
 
 
 # What the server keeps, what travels
@@ -227,9 +232,11 @@ def test_loop_and_stack_agree(algorithm, network):
 @pytest.mark.parametrize("kind", ["fedavgm", "fedyogi"])
 def test_a_resumed_run_goes_on_with_the_moments(kind, tmp_path):
     (tmp_path / "tiny.yaml").write_text(
-        "data:\n  dataset: synthetic\n  synthetic: {classes: 3, train: 60, test: 30, channels: 2}\n"
-        "  partition: {kind: dirichlet_client, alpha: 1.0, clients: 3, train: 10, test: 5}\n"
-        "model: {name: cnn, width: 3, hidden: 5}\ntrain: {epochs: 1, batch_size: 5}\nevaluate: {every: 4}\n"
+        "data:\n  dataset: synthetic\n  synthetic: "
+        "{classes: 3, train: 60, test: 30, channels: 2}\n  partition: "
+        "{kind: dirichlet_client, alpha: 1.0, clients: 3, train: 10, test: 5}\nmodel: "
+        "{name: cnn, width: 3, hidden: 5}\ntrain: {epochs: 1, batch_size: 5}\nevaluate: "
+        "{every: 4}\n"
     )
 
     def run(name, rounds):
@@ -243,7 +250,9 @@ def test_a_resumed_run_goes_on_with_the_moments(kind, tmp_path):
     assert list(whole) and all(np.array_equal(halves[n], v) for n, v in whole.items())
     moments = []
     for name in ("whole", "halves"):
-        newest = max((tmp_path / name).rglob("server.h5"), key=lambda path: h5py.File(path).attrs["round"])
+        newest = max(
+            (tmp_path / name).rglob("server.h5"), key=lambda path: h5py.File(path).attrs["round"]
+        )
         with h5py.File(newest) as file:
             moments.append({n: v[()] for n, v in file["server"].items()})
     assert len(moments[0]) and all(

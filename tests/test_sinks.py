@@ -1,4 +1,6 @@
-"""What is written beside the log says what the log says, also after a resume that goes back some rounds."""
+"""What is written beside the log says what the log says, also after a resume that goes back some
+rounds.
+"""
 
 import csv
 import shutil
@@ -19,7 +21,9 @@ BOTH = ("log.csv=true", "log.tensorboard=true")
 
 
 def events(folder):
-    """[(tag, round, value, when)] of all scalars, and the rounds from which on earlier files are to be forgotten."""
+    """[(tag, round, value, when)] of all scalars, and the rounds from which on earlier files are to
+    be forgotten.
+    """
     event = pytest.importorskip("tensorboardX.proto.event_pb2")
     scalars, purges = [], []
     for file in sorted(folder.glob("events*")):
@@ -30,7 +34,11 @@ def events(folder):
             if found.session_log.status == 1:  # as TensorBoard does
                 scalars = [kept for kept in scalars if kept[1] < found.step]
                 purges.append(found.step)
-            scalars += [(v.tag, found.step, v.simple_value, found.wall_time) for v in found.summary.value if not v.HasField("histo")]
+            scalars += [
+                (v.tag, found.step, v.simple_value, found.wall_time)
+                for v in found.summary.value
+                if not v.HasField("histo")
+            ]
     return scalars, purges
 
 
@@ -40,7 +48,9 @@ def assert_says_what_the_log_says(run):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == list(rounds) and len(rows) == len(rounds["round"])
     for name, column in rounds.items():
-        np.testing.assert_array_equal([float(row[name] or "nan") for row in rows], column.astype(float))
+        np.testing.assert_array_equal(
+            [float(row[name] or "nan") for row in rows], column.astype(float)
+        )
     scalars, _ = events(run / "tensorboard")
     for name in set(rounds) - {"round"}:
         told = [(step, value) for tag, step, value, _ in scalars if tag == name]
@@ -75,7 +85,9 @@ def test_nothing_is_doubled_or_missing_after_a_resume_that_goes_back(run, tmp_pa
 
 
 def test_they_may_be_switched_on_by_a_resume_and_move_no_number(run, tmp_path):
-    assert main(["run", str(TINY), f"output={tmp_path / 'run'}", "evaluate.every=2", "rounds=2"]) == 0
+    assert (
+        main(["run", str(TINY), f"output={tmp_path / 'run'}", "evaluate.every=2", "rounds=2"]) == 0
+    )
     assert not [*(tmp_path / "run").glob("rounds.csv"), *(tmp_path / "run").glob("tensorboard")]
     assert main(["resume", str(tmp_path / "run"), "rounds=4", *BOTH]) == 0
     assert_says_what_the_log_says(tmp_path / "run")
@@ -97,16 +109,26 @@ def test_rows_are_whole_after_each_round_and_a_tail_can_follow_them(tmp_path):
 
 def test_the_block_is_no_part_of_a_digest_and_is_left_out_at_its_defaults():
     plain, both = tiny(), tiny(*BOTH)
-    assert "log" not in configs.resolved_dict(plain) and configs.digest(plain) == configs.digest(both)
+    assert "log" not in configs.resolved_dict(plain) and configs.digest(plain) == configs.digest(
+        both
+    )
     assert configs.resolved_dict(both)["log"] == {"csv": True, "tensorboard": True}
     assert configs.from_dict(configs.resolved_dict(both), "x") == both
-    with pytest.raises(ValueError, match="log has no such field; it has csv, tensorboard. Did you mean tensorboard?"):
+    with pytest.raises(
+        ValueError,
+        match="log has no such field; it has csv, tensorboard. Did you mean tensorboard?",
+    ):
         tiny("log.tensorbord=true")
 
 
-def test_without_the_library_a_line_says_so_before_anything_is_written(tmp_path, monkeypatch, capsys):
+def test_without_the_library_a_line_says_so_before_anything_is_written(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     assert main(["run", str(TINY), f"output={tmp_path / 'run'}", "log.tensorboard=true"]) == 2
     said = capsys.readouterr().err
-    assert f"{TINY}: log.tensorboard = true: needs tensorboardX; pip install 'fedlora-mpi[tensorboard]'" in said
+    assert (
+        f"{TINY}: log.tensorboard = true: needs tensorboardX; pip install "
+        "'fedlora-mpi[tensorboard]'" in said
+    )
     assert said.count("\n") == 1 and not Path(tmp_path / "run").exists()

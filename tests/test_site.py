@@ -1,5 +1,7 @@
-"""The site of ``docs/`` builds without a warning, its links lead somewhere, and it needs no network; and two of its
-pages are compared with the code: the keys of a config, and the files of a run."""
+"""The site of ``docs/`` builds without a warning, its links lead somewhere, and it needs no
+network; and two of its pages are compared with the code: the keys of a config, and the files of a
+run.
+"""
 
 import re
 import subprocess
@@ -31,9 +33,22 @@ ROW = re.compile(r"^\|(.+)\|$", re.MULTILINE)
 def site(tmp_path_factory) -> Path:
     """The built site."""
     for library in ("sphinx", "myst_parser", "furo", "nbclient", "ipykernel"):
-        pytest.importorskip(library, reason="the extra [docs] is not installed: pip install 'fedlora-mpi[docs]'")
+        pytest.importorskip(
+            library, reason="the extra [docs] is not installed: pip install 'fedlora-mpi[docs]'"
+        )
     folder = tmp_path_factory.mktemp("site")
-    line = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", folder / "doctrees", DOCS, folder / "html"]
+    line = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-d",
+        folder / "doctrees",
+        DOCS,
+        folder / "html",
+    ]
     ended = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=1800)
     assert ended.returncode == 0, ended.stderr
     return folder / "html"
@@ -52,7 +67,13 @@ class Page(HTMLParser):
         self.ids |= {given[name] for name in ("id", "name") if given.get(name)}
         if tag == "a" and given.get("href"):
             self.links.append(given["href"])
-        elif tag == "link" and given.get("rel") not in ("index", "search", "next", "prev", "canonical"):
+        elif tag == "link" and given.get("rel") not in (
+            "index",
+            "search",
+            "next",
+            "prev",
+            "canonical",
+        ):
             self.loads.append(given["href"])
         elif given.get("src"):
             self.loads.append(given["src"])
@@ -65,7 +86,9 @@ def pages(site) -> dict[Path, Page]:
 
 @pytest.mark.thorough
 def test_every_page_is_built(pages):
-    assert {path.stem for path in pages} >= {path.stem for pattern in ("*.md", "*.ipynb") for path in DOCS.glob(pattern)}
+    assert {path.stem for path in pages} >= {
+        path.stem for pattern in ("*.md", "*.ipynb") for path in DOCS.glob(pattern)
+    }
 
 
 @pytest.mark.thorough
@@ -75,7 +98,9 @@ def test_links_lead_to_files_and_anchors(pages):
         for link in page.links:
             parts = urlsplit(link)
             if parts.scheme:
-                assert parts.scheme == "https" or link.startswith("http://www.w3.org"), f"{path.name}: {link}"
+                assert parts.scheme == "https" or link.startswith("http://www.w3.org"), (
+                    f"{path.name}: {link}"
+                )
                 continue
             target = path.parent / unquote(parts.path) if parts.path else path
             assert target.is_file(), f"{path.name}: {link}"
@@ -89,16 +114,24 @@ def test_links_lead_to_files_and_anchors(pages):
 def test_nothing_comes_from_the_network(site, pages):
     for path, page in pages.items():
         for source in page.loads:
-            assert source.startswith("data:") or (site / unquote(urlsplit(source).path)).is_file(), f"{path.name}: {source}"
+            assert (
+                source.startswith("data:") or (site / unquote(urlsplit(source).path)).is_file()
+            ), f"{path.name}: {source}"
     for style in site.rglob("*.css"):
-        found = re.findall(r"(?:url\(|@import )['\"]?(https?:|//)", style.read_text(encoding="utf-8"))
+        found = re.findall(
+            r"(?:url\(|@import )['\"]?(https?:|//)", style.read_text(encoding="utf-8")
+        )
         assert not found, f"{style.name} loads {found}"
 
 
 @pytest.mark.thorough
 def test_the_notebook_is_kept_without_outputs_and_shown_with_them(site):
     assert '"outputs": []' in (text := (DOCS / "read_a_run.ipynb").read_text(encoding="utf-8"))
-    assert text.count('"outputs": []') == text.count('"outputs"') == text.count('"execution_count": null')
+    assert (
+        text.count('"outputs": []')
+        == text.count('"outputs"')
+        == text.count('"execution_count": null')
+    )
     shown = (site / "read_a_run.html").read_text(encoding="utf-8")
     assert "data:image/png" in shown and 'class="dataframe"' in shown and "Traceback" not in shown
 
@@ -122,7 +155,9 @@ def keys(cls: type, above: str = "") -> Iterator[tuple[str, object]]:
     """(dotted key, default) of a block's fields and of the blocks in it."""
     hints = get_type_hints(cls)
     for field in fields(cls):
-        inner = [part for part in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(part)]
+        inner = [
+            part for part in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(part)
+        ]
         if inner and field.name not in ("data", "model", "mix"):
             yield from keys(inner[0], f"{above}{field.name}.")
         else:
@@ -135,7 +170,11 @@ def known() -> dict[str, object]:
     del found["data"], found["model"]
     found |= dict(keys(Source, "data.")) | dict(keys(Tasks, "data.tasks."))
     found |= dict(keys(ModelBlock, "model."))
-    return found | {"model.name": None, "model.weights": Network.weights, "data.partition.kind": None}
+    return found | {
+        "model.name": None,
+        "model.weights": Network.weights,
+        "data.partition.kind": None,
+    }
 
 
 def written(value: object) -> str:
@@ -148,19 +187,27 @@ def written(value: object) -> str:
 
 def test_the_page_of_the_config_has_every_key_with_its_default():
     page = (DOCS / "configuration.md").read_text(encoding="utf-8")
-    sections = [name for name in re.findall(r"^(##+ .+)$", page, re.MULTILINE) if name != "### data.partition"]
+    sections = [
+        name
+        for name in re.findall(r"^(##+ .+)$", page, re.MULTILINE)
+        if name != "### data.partition"
+    ]
     rows = {row[0].strip("`"): row[1] for name in sections for row in cells(page, name)}
     for key, default in known().items():
         assert key in rows, f"docs/configuration.md has no row `{key}`, its default is {default}"
         if rows[key]:  # of the others one must be given
-            assert rows[key] == written(default), f"docs/configuration.md: `{key}` is {rows[key]}, its default {default}"
+            assert rows[key] == written(default), (
+                f"docs/configuration.md: `{key}` is {rows[key]}, its default {default}"
+            )
     gone = {key for key in rows if re.fullmatch(r"(\w+\.)+\w+", key)} - known().keys()
-    assert gone == {"data.synthetic", "data.text", "data.tasks"}  # of the blocks, which have tables of their own
+    # of the blocks, which have tables of their own
+    assert gone == {"data.synthetic", "data.text", "data.tasks"}
 
 
 def test_every_key_of_a_resolved_config_is_on_the_page():
     resolved = config.flat(config.read(TESTS.parent / "configs/quickstart.yaml"))
-    elsewhere = ("data.partition.", "model.", "algorithm.")  # of the kind, the network and the method: tested apart
+    # of the kind, the network and the method: tested apart
+    elsewhere = ("data.partition.", "model.", "algorithm.")
     assert {key for key in resolved if not key.startswith(elsewhere)} <= known().keys()
 
 
@@ -177,7 +224,9 @@ def test_the_page_of_the_config_has_every_partition_and_network():
     for name, builder in zoo.NAMES.items():
         assert f"`{name}`" in text or re.fullmatch(r"cnn\d", name), name
         for option, field in blocks.options_of(builder).items():
-            assert f"`{option}: {field.default}`" in text or f"`{option}`" in text, f"{name}: {option}"
+            assert f"`{option}: {field.default}`" in text or f"`{option}`" in text, (
+                f"{name}: {option}"
+            )
 
 
 # --- the files of a run
@@ -193,8 +242,16 @@ def there(path: Path) -> dict[str, list[str]]:
     """{dataset: [axes, type, unit]} of an HDF5 file."""
     found = {}
     with h5py.File(path) as file:
-        file.visititems(lambda name, item: found.update({name: item}) if isinstance(item, h5py.Dataset) else None)
-        about = lambda ds: [", ".join(d.label for d in ds.dims if d.label), str(ds.dtype), str(ds.attrs.get("unit", ""))]
+        file.visititems(
+            lambda name, item: (
+                found.update({name: item}) if isinstance(item, h5py.Dataset) else None
+            )
+        )
+        about = lambda ds: [
+            ", ".join(d.label for d in ds.dims if d.label),
+            str(ds.dtype),
+            str(ds.attrs.get("unit", "")),
+        ]
         return {name: about(dataset) for name, dataset in found.items()}
 
 
@@ -207,12 +264,19 @@ def test_the_page_of_the_formats_has_every_dataset_of_the_log(run):
 
 def test_the_page_of_the_formats_has_every_file_and_dataset_of_a_checkpoint(run):
     page = (DOCS / "formats.md").read_text(encoding="utf-8")
-    rows = {(file.strip("`"), dataset.strip("`").partition("/")[0]) for file, dataset, *_ in cells(page, "## checkpoints") if "." in file}
+    rows = {
+        (file.strip("`"), dataset.strip("`").partition("/")[0])
+        for file, dataset, *_ in cells(page, "## checkpoints")
+        if "." in file
+    }
     found = set()
     folder = run / "checkpoints/000002"
     for path in folder.glob("*.h5"):
         if path.name != "log.h5":
-            found |= {(re.sub(r"\d{4}", "0001", path.name), name.partition("/")[0]) for name in there(path)}
+            found |= {
+                (re.sub(r"\d{4}", "0001", path.name), name.partition("/")[0])
+                for name in there(path)
+            }
     assert found | {("server.h5", "server")} == rows
     listed = re.search(r"```text\n(.*?)```", page, re.DOTALL)[1]
     for path in [*run.iterdir(), *folder.iterdir()]:
@@ -234,5 +298,9 @@ def test_the_page_of_the_formats_has_every_attribute(run):
 @pytest.mark.parametrize("name", algorithms.names())
 def test_every_method_has_an_equation(name):
     text = sys.modules[algorithms.find(name).__module__].__doc__
-    equations = [line for line in text.splitlines() if line.startswith("    ") and re.search(r"<-|=|<=", line)]
+    equations = [
+        line
+        for line in text.splitlines()
+        if line.startswith("    ") and re.search(r"<-|=|<=", line)
+    ]
     assert equations, f"{name}: its docstring has no indented line with an equation"

@@ -1,4 +1,6 @@
-"""Slurm: what the scripts say, what ``submit`` refuses, and jobs on a real cluster that are stopped and go on."""
+"""Slurm: what the scripts say, what ``submit`` refuses, and jobs on a real cluster that are stopped
+and go on.
+"""
 
 import re
 import runpy
@@ -8,7 +10,17 @@ from pathlib import Path
 
 import pytest
 from cluster import cluster
-from runs import SLOW, TESTS, TINY, assert_same_run, command, committed, environment, finished, until
+from runs import (
+    SLOW,
+    TESTS,
+    TINY,
+    assert_same_run,
+    command,
+    committed,
+    environment,
+    finished,
+    until,
+)
 
 from fedlora_mpi.cli import main
 from fedlora_mpi.reproduce import carry
@@ -47,7 +59,12 @@ def test_a_script_is_right_for_bash(name):
 
 @pytest.mark.parametrize(
     "program, code, requeued",
-    [("exit 0", 0, False), ("exit 2", 2, False), ("exit 75", 75, True), ("kill -USR1 $BASHPID", 138, True)],
+    [
+        ("exit 0", 0, False),
+        ("exit 2", 2, False),
+        ("exit 75", 75, True),
+        ("kill -USR1 $BASHPID", 138, True),
+    ],
 )
 def test_a_job_is_queued_again_only_when_it_was_told_to_stop(program, code, requeued, tmp_path):
     assert ended(f"( {program} )", tmp_path).returncode == code
@@ -55,14 +72,21 @@ def test_a_job_is_queued_again_only_when_it_was_told_to_stop(program, code, requ
 
 
 def test_the_signal_reaches_the_program_and_its_own_code_counts(tmp_path):
-    program = "python3 -c 'import os, signal, sys, time\nsignal.signal(signal.SIGUSR1, lambda *_: (time.sleep(0.5), sys.exit(75)))\n"
+    program = (
+        "python3 -c 'import os, signal, sys, time\nsignal.signal(signal.SIGUSR1, lambda *_: "
+        "(time.sleep(0.5), sys.exit(75)))\n"
+    )
     program += "os.kill(os.getppid(), signal.SIGUSR1)\ntime.sleep(20)'"
-    assert ended(program, tmp_path, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3").returncode == 75
+    assert (
+        ended(program, tmp_path, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3").returncode == 75
+    )
     assert (tmp_path / "asked").read_text() == "requeue 7_3\n"
 
 
 @pytest.mark.parametrize("status, code, requeued", [(0, 0, False), (75, 75, True), (2, 2, False)])
-def test_a_run_that_was_cut_short_is_queued_again_though_mpirun_says_0(status, code, requeued, tmp_path):
+def test_a_run_that_was_cut_short_is_queued_again_though_mpirun_says_0(
+    status, code, requeued, tmp_path
+):
     assert ended("true", tmp_path, is_done=f"(exit {status})").returncode == code
     assert (tmp_path / "asked").exists() == requeued
 
@@ -79,7 +103,9 @@ def ended(program, folder, is_done="true", **env):
     (folder / "bin").mkdir()
     (folder / "bin/scontrol").write_text(f'#!/bin/bash\necho "$@" >> {folder}/asked\n')
     (folder / "bin/scontrol").chmod(0o755)
-    text = script(Job(name="x", log="x", ranks=1), program, path=str(folder / "bin"), is_done=is_done)
+    text = script(
+        Job(name="x", log="x", ranks=1), program, path=str(folder / "bin"), is_done=is_done
+    )
     return finished(["bash", "-c", text], folder, SLURM_JOB_ID="5", **env)
 
 
@@ -91,22 +117,32 @@ def test_a_dry_run_prints_the_script(capsys):
     assert main([*asked, "--partition", "gpu", "--account", "me", "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert "#SBATCH --account=me --partition=gpu\n" in text and "--time=1-00:00:00 " in text
-    assert "#SBATCH --nodes=2 --ntasks-per-node=3 --ntasks=6 " in text and "#SBATCH --gpus-per-node=2\n" in text
-    assert f"mpirun -n 5 python -m fedlora_mpi run --resume {TINY} seed=3 &\n" in text  # 4 GPUs and the server
+    assert (
+        "#SBATCH --nodes=2 --ntasks-per-node=3 --ntasks=6 " in text
+        and "#SBATCH --gpus-per-node=2\n" in text
+    )
+    # 4 GPUs and the server
+    assert f"mpirun -n 5 python -m fedlora_mpi run --resume {TINY} seed=3 &\n" in text
 
 
-@pytest.mark.parametrize("output, word", [("runs/a", "runs/a.slurm-%j.log"), ("my runs/a", '"my runs/a.slurm-%j.log"')])
+@pytest.mark.parametrize(
+    "output, word", [("runs/a", "runs/a.slurm-%j.log"), ("my runs/a", '"my runs/a.slurm-%j.log"')]
+)
 def test_the_output_is_one_word_of_the_script(output, word, capsys):
     assert main(["submit", str(TINY), f"output={output}", "--dry-run"]) == 0
     assert f"#SBATCH --output={word}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "given, ranks", [((), 8), (("--ranks", "3"), 3), (("server_hosts_clients=true",), 7), (("--gpus", "4"), 5)]
+    "given, ranks",
+    [((), 8), (("--ranks", "3"), 3), (("server_hosts_clients=true",), 7), (("--gpus", "4"), 5)],
 )
 def test_the_ranks_are_chosen_by_gpus_and_clients(given, ranks, capsys):
     overrides = [word for word in given if "=" in word]
-    assert main(["submit", str(TINY), *overrides, *(w for w in given if "=" not in w), "--dry-run"]) == 0
+    assert (
+        main(["submit", str(TINY), *overrides, *(w for w in given if "=" not in w), "--dry-run"])
+        == 0
+    )
     assert f"--ntasks={ranks} " in capsys.readouterr().out  # tiny.yaml has 7 clients
 
 
@@ -150,14 +186,18 @@ def test_run_resume_starts_goes_on_and_then_has_nothing_to_do(trained, tmp_path,
 
 def test_run_resume_refuses_a_folder_with_other_settings(copied, call):
     folder = copied()
-    said = f"fedlora-mpi: {TINY}: train.lr = 0.1: the run in {folder} has 0.05; choose another output\n"
+    said = (
+        f"fedlora-mpi: {TINY}: train.lr = 0.1: the run in {folder} has 0.05; choose another "
+        "output\n"
+    )
     assert call("run", "--resume", TINY, f"output={folder}", "train.lr=0.1") == (2, "", said)
 
 
 # --- a real cluster
 
 
-LONG = ["rounds=12", "checkpoint.every=100", SLOW]  # no checkpoint but those of a stop and of the end
+# no checkpoint but those of a stop and of the end
+LONG = ["rounds=12", "checkpoint.every=100", SLOW]
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +218,9 @@ def undisturbed(tmp_path_factory):
 
 def queued(slurm, home: Path, *arguments: str, output: str = "run", pause: str = "0.05") -> str:
     """The number of a job of ``submit`` in the folder ``home``."""
-    done = submitted(TINY, *LONG, f"output={output}", *arguments, env=slurm.env | {"TEST_PAUSE": pause}, cwd=home)
+    done = submitted(
+        TINY, *LONG, f"output={output}", *arguments, env=slurm.env | {"TEST_PAUSE": pause}, cwd=home
+    )
     assert done.returncode == 0, done.stderr
     return re.match(r"job (\d+): ", done.stdout)[1]
 
@@ -187,7 +229,10 @@ def digests(*folders: Path) -> list[str]:
     """What ``fedlora-mpi digest`` says of runs, without their names."""
     done = finished(command("digest", *folders), ROOT)
     assert done.returncode == 0, done.stderr
-    return [line.removeprefix(f"{folder} ") for folder, line in zip(folders, done.stdout.splitlines(), strict=True)]
+    return [
+        line.removeprefix(f"{folder} ")
+        for folder, line in zip(folders, done.stdout.splitlines(), strict=True)
+    ]
 
 
 @pytest.mark.slow
@@ -197,14 +242,21 @@ def test_a_job_that_is_told_to_stop_twice_goes_on_to_the_same_bits(slurm, undist
     log = folder.with_name(f"run.slurm-{number}.log")
     for stop in (1, 2):
         before = committed(folder)
-        until(lambda: log.exists() and f"round {before + 2}/12 " in log.read_text(errors="replace"), 200)
+        until(
+            lambda: log.exists() and f"round {before + 2}/12 " in log.read_text(errors="replace"),
+            200,
+        )
         slurm.call("scancel", "--batch", "--signal=USR1", number)
         until(lambda: slurm.job(number)["Restarts"] == str(stop), 100)
         assert before < committed(folder) < 12
     job = slurm.ended(number)
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "2"), log.read_text()
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "2"), (
+        log.read_text()
+    )
     text = log.read_text()
-    assert text.count(f"resuming {folder.relative_to(tmp_path)} after round") == 2 and text.rstrip().endswith("run: done")
+    assert text.count(
+        f"resuming {folder.relative_to(tmp_path)} after round"
+    ) == 2 and text.rstrip().endswith("run: done")
     one, other = digests(folder, undisturbed)
     assert one == other
     assert_same_run(folder, undisturbed)
@@ -212,7 +264,8 @@ def test_a_job_that_is_told_to_stop_twice_goes_on_to_the_same_bits(slurm, undist
 
 @pytest.mark.slow
 def test_a_job_whose_time_is_nearly_up_goes_on_in_a_second_one(slurm, undisturbed, tmp_path):
-    number = queued(slurm, tmp_path, "--ranks", "1", "--time", "3", pause="0.25")  # SIGUSR1 after a minute
+    # SIGUSR1 after a minute
+    number = queued(slurm, tmp_path, "--ranks", "1", "--time", "3", pause="0.25")
     until(lambda: slurm.job(number)["Restarts"] == "1", 180)
     assert 0 < committed(tmp_path / "run") < 12
     assert slurm.ended(number)["JobState"] == "COMPLETED"
@@ -222,15 +275,23 @@ def test_a_job_whose_time_is_nearly_up_goes_on_in_a_second_one(slurm, undisturbe
 
 @pytest.mark.slow
 def test_a_task_of_an_array_is_queued_again_without_the_others(slurm, undisturbed, tmp_path):
-    lines = [f"exec {shlex.join(command('run', '--resume', TINY, *LONG, f'output=run-{n}'))}\n" for n in (1, 2)]
+    lines = [
+        f"exec {shlex.join(command('run', '--resume', TINY, *LONG, f'output=run-{n}'))}\n"
+        for n in (1, 2)
+    ]
     (tmp_path / "jobs.txt").write_text("".join(lines))
-    (tmp_path / "array.sbatch").write_text(carry.array("tests", 2, 1, tmp_path / "jobs.txt", tmp_path))
+    (tmp_path / "array.sbatch").write_text(
+        carry.array("tests", 2, 1, tmp_path / "jobs.txt", tmp_path)
+    )
     line = ["sbatch", "--parsable", "array.sbatch"]
     number = slurm.call(*line, cwd=tmp_path, TEST_PAUSE="0.1").strip()
     log = tmp_path / f"slurm-{number}_2.log"
     until(lambda: log.exists() and "round 2/12 " in log.read_text(errors="replace"), 200)
     slurm.call("scancel", "--batch", "--signal=USR1", f"{number}_2")
     jobs = [slurm.ended(f"{number}_{task}") for task in (1, 2)]
-    assert [(job["JobState"], job["Restarts"]) for job in jobs] == [("COMPLETED", "0"), ("COMPLETED", "1")]
+    assert [(job["JobState"], job["Restarts"]) for job in jobs] == [
+        ("COMPLETED", "0"),
+        ("COMPLETED", "1"),
+    ]
     one, two, other = digests(tmp_path / "run-1", tmp_path / "run-2", undisturbed)
     assert one == two == other

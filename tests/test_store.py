@@ -1,4 +1,6 @@
-"""What a run folder promises: exact round trips, and after any crash or damage a state to resume from."""
+"""What a run folder promises: exact round trips, and after any crash or damage a state to resume
+from.
+"""
 
 import json
 import os
@@ -11,7 +13,17 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from folders import CLIENTS, ODD_WORKERS, ONE_WORKER, SHARED, append, flip_bit, new_log, personal_of_all, save
+from folders import (
+    CLIENTS,
+    ODD_WORKERS,
+    ONE_WORKER,
+    SHARED,
+    append,
+    flip_bit,
+    new_log,
+    personal_of_all,
+    save,
+)
 
 from fedlora_mpi.store import checkpoint, files, hdf5, manifest
 from fedlora_mpi.store.lock import locked
@@ -33,7 +45,10 @@ def run(tmp_path):
 
 def equal(a, b):
     """Whether two trees agree in names, order, dtypes, shapes and numbers."""
-    same = [x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(a.values(), b.values(), strict=True)]
+    same = [
+        x.dtype == y.dtype and np.array_equal(x, y)
+        for x, y in zip(a.values(), b.values(), strict=True)
+    ]
     return list(a) == list(b) and all(same)
 
 
@@ -74,12 +89,16 @@ def test_the_virtual_file_joins_the_shards_from_any_directory(run, monkeypatch, 
 
 
 def datasets_in(path):
-    """The data sets of an HDF5 file of ours, by name, with whether they are checksummed and hold anything."""
+    """The data sets of an HDF5 file of ours, by name, with whether they are checksummed and hold
+    anything.
+    """
     found = {}
     with h5py.File(path) as file:
         assert file.attrs["format_version"] == 1
         file.visititems(
-            lambda name, item: found.update({name: item}) if isinstance(item, h5py.Dataset) else None
+            lambda name, item: (
+                found.update({name: item}) if isinstance(item, h5py.Dataset) else None
+            )
         )
         return {name: item.fletcher32 for name, item in found.items() if item.shape and item.size}
 
@@ -96,10 +115,18 @@ def test_kinds_are_joined_in_the_order_of_their_first_clients_whichever_worker_h
     leaf = lambda ids, width: {"w": np.outer(ids, np.ones(width, np.float32))}
     owned = [(2, 0, [0, 4], 3), (0, 1, [1, 3], 5), (1, 0, [2, 6], 3), (1, 1, [5], 5)]
     folder = checkpoint.begin(run, 3)
-    shards = [checkpoint.write_clients(folder, worker, ids, leaf(ids, n), kind) for worker, kind, ids, n in owned]
-    checkpoint.commit(folder, sorted(shards, key=lambda s: s.name), run_digest="mine", clients=CLIENTS)
+    shards = [
+        checkpoint.write_clients(folder, worker, ids, leaf(ids, n), kind)
+        for worker, kind, ids, n in owned
+    ]
+    checkpoint.commit(
+        folder, sorted(shards, key=lambda s: s.name), run_digest="mine", clients=CLIENTS
+    )
     with h5py.File(folder / "personal.h5") as file:
-        assert [file[f"kind-{n}/client_id"][()].tolist() for n in (0, 1)] == [[0, 2, 4, 6], [1, 3, 5]]
+        assert [file[f"kind-{n}/client_id"][()].tolist() for n in (0, 1)] == [
+            [0, 2, 4, 6],
+            [1, 3, 5],
+        ]
         assert file["kind-0/personal/w"][()].tolist() == [[c] * 3 for c in (0, 2, 4, 6)]
         assert file["kind-1/personal/w"][()].tolist() == [[c] * 5 for c in (1, 3, 5)]
 
@@ -120,7 +147,8 @@ def test_rows_longer_than_a_block_and_chunks_of_many_rows_come_back(run, monkeyp
     }
     save(run, 3, ODD_WORKERS, big)
     assert equal(
-        checkpoint.newest(run)[0].personal([3, 4, 5, 0, 1]), {n: v[[3, 4, 5, 0, 1]] for n, v in big.items()}
+        checkpoint.newest(run)[0].personal([3, 4, 5, 0, 1]),
+        {n: v[[3, 4, 5, 0, 1]] for n, v in big.items()},
     )
 
 
@@ -137,7 +165,9 @@ def test_a_commit_without_some_client_is_a_mistake_of_ours(run):
 
 def test_a_shard_record_survives_a_buffer(run):
     shard = manifest.Shard.of(run / "log.h5")
-    assert manifest.Shard.from_numbers("log.h5", shard.numbers()) == shard and shard.numbers().shape == (3,)
+    assert manifest.Shard.from_numbers(
+        "log.h5", shard.numbers()
+    ) == shard and shard.numbers().shape == (3,)
 
 
 # --- checkpoints: damage
@@ -170,7 +200,10 @@ def test_a_checkpoint_that_cannot_be_used_is_skipped_and_named(run, reason):
     found, skipped = checkpoint.newest(run, run_digest="mine")
     assert found.round == 2
     assert (
-        len(skipped) == 1 and reason in skipped[0] and str(damaged) in skipped[0] and "\n" not in skipped[0]
+        len(skipped) == 1
+        and reason in skipped[0]
+        and str(damaged) in skipped[0]
+        and "\n" not in skipped[0]
     )
 
 
@@ -179,7 +212,9 @@ def test_with_no_valid_checkpoint_there_is_one_line_with_every_reason(run):
         checkpoint.newest(run)
     save(run, 2, run_digest="theirs")
     flip_bit(save(run, 3))
-    with pytest.raises(ValueError, match="checksum differs.*of another config.*start anew") as caught:
+    with pytest.raises(
+        ValueError, match="checksum differs.*of another config.*start anew"
+    ) as caught:
         checkpoint.newest(run, run_digest="mine")
     assert "\n" not in str(caught.value)
 
@@ -226,7 +261,11 @@ def test_pruning_keeps_the_newest_and_removes_older_leftovers(run):
         shutil.copytree(run / "checkpoints/000002", run / f"checkpoints/{leftover:06d}")
         (run / f"checkpoints/{leftover:06d}/manifest.json").unlink()
     checkpoint.prune(run, 2)
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000004", "000006", "000007"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "000004",
+        "000006",
+        "000007",
+    ]
 
 
 def in_child(action):
@@ -242,7 +281,9 @@ def in_child(action):
 
 
 def dying_at(step, action):
-    """``action``, in a process that dies without goodbye before or after its n-th fsync, rename or unlink."""
+    """``action``, in a process that dies without goodbye before or after its n-th fsync, rename or
+    unlink.
+    """
     left = [step]
 
     def fragile(call):
@@ -288,7 +329,11 @@ def test_a_file_is_on_disk_before_its_name_and_the_name_before_anything_else(tmp
     calls = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, name=name, real=real, **at: (calls.append(name), real(*args, **at)))
+        monkeypatch.setattr(
+            os,
+            name,
+            lambda *args, name=name, real=real, **at: (calls.append(name), real(*args, **at)),
+        )
     files.write_atomic(tmp_path / "x", b"new")
     assert calls == ["fsync", "replace", "fsync"] and (tmp_path / "x").read_bytes() == b"new"
 
@@ -360,7 +405,11 @@ def test_the_log_gives_back_config_partition_and_rows(run):
     assert files_.versions == {"numpy": np.__version__}
     rounds, clients, partition = files_.rounds(), files_.clients(), files_.partition()
     assert list(rounds) == ["round", "train_loss", "seconds_train", "bytes_up", "accuracy"]
-    assert rounds["round"].tolist() == [1, 2, 3] and rounds["train_loss"].tolist() == [1 / 2, 1 / 3, 1 / 4]
+    assert rounds["round"].tolist() == [1, 2, 3] and rounds["train_loss"].tolist() == [
+        1 / 2,
+        1 / 3,
+        1 / 4,
+    ]
     assert rounds["bytes_up"].dtype == np.int64
     assert clients["accuracy"].shape == (3, CLIENTS) and clients["accuracy"].dtype == np.float32
     assert np.isnan(clients["loss"]).all()
@@ -368,7 +417,10 @@ def test_the_log_gives_back_config_partition_and_rows(run):
     assert partition["digest"] == "cafe" and partition["train_counts"].shape == (CLIENTS, 3)
     with h5py.File(run / "log.h5") as file:
         units = {name: column.attrs["unit"] for name, column in file["rounds"].items()}
-        assert [dimension.label for dimension in file["clients/accuracy"].dims] == ["round", "client"]
+        assert [dimension.label for dimension in file["clients/accuracy"].dims] == [
+            "round",
+            "client",
+        ]
     assert (
         units["seconds_train"] == "seconds"
         and units["bytes_up"] == "bytes"
@@ -439,7 +491,9 @@ def test_a_kill_leaves_every_row_that_was_appended(run):
     writer = python(APPEND_FOR_EVER, run / "log.h5", 40)
     while int(writer.stdout.readline()) < 40:
         pass
-    assert RunFiles(run).rounds()["round"].tolist() == list(range(1, 41)), "while the writer has it open"
+    assert RunFiles(run).rounds()["round"].tolist() == list(range(1, 41)), (
+        "while the writer has it open"
+    )
     writer.send_signal(signal.SIGKILL)
     assert writer.wait() == -signal.SIGKILL
     assert RunFiles(run).clients()["accuracy"][:, 6].tolist() == list(range(1, 41))
@@ -470,7 +524,11 @@ def test_a_folder_without_a_log_is_no_run(tmp_path):
 def test_a_run_without_rows_or_checkpoints_can_be_read(tmp_path):
     new_log(tmp_path).close()
     files_ = RunFiles(tmp_path)
-    assert files_.rounds()["round"].tolist() == [] and files_.clients() == {} and files_.checkpoints() == []
+    assert (
+        files_.rounds()["round"].tolist() == []
+        and files_.clients() == {}
+        and files_.checkpoints() == []
+    )
 
 
 def test_a_reader_finds_a_checkpoint_by_round_or_says_which_there_are(run):
@@ -513,5 +571,8 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
 
 
 def test_the_store_needs_neither_torch_nor_mpi():
-    code = "import sys, fedlora_mpi.store.reader; print({'torch', 'mpi4py', 'yaml'} & set(sys.modules))"
+    code = (
+        "import sys, fedlora_mpi.store.reader; print({'torch', 'mpi4py', 'yaml'} & "
+        "set(sys.modules))"
+    )
     assert python(code).communicate()[0] == "set()\n"

@@ -26,7 +26,9 @@ HEAVY = ("run", "plan", "partition", "doctor")  # commands that import torch, wh
 
 
 def first_and(others):
-    """The first of several cases, and the others in the thorough tests alone, but for commands that are quick."""
+    """The first of several cases, and the others in the thorough tests alone, but for commands that
+    are quick.
+    """
     first, *more = others
     quick = lambda each: isinstance(each, tuple) and each[0] not in HEAVY
     return [first, *(each if quick(each) else pytest.param(each, marks=thorough) for each in more)]
@@ -34,9 +36,14 @@ def first_and(others):
 
 def shell(line: str, folder, **environment: str) -> subprocess.CompletedProcess:
     """A line of bash in which $F is fedlora-mpi."""
-    program = f"F() {{ {' '.join(command())} \"$@\"; }}; {line}"
+    program = f'F() {{ {" ".join(command())} "$@"; }}; {line}'
     return subprocess.run(
-        ["bash", "-c", program], cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+        ["bash", "-c", program],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -44,10 +51,15 @@ def shell(line: str, folder, **environment: str) -> subprocess.CompletedProcess:
 def test_a_run_does_not_need_its_streams(closed, home, tmp_path):
     done = shell(f"F run {TINY} rounds=2 output=run {closed}", tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert RunFiles(tmp_path / "run").checkpoint().digest() == RunFiles(home / "run").checkpoint().digest()
+    assert (
+        RunFiles(tmp_path / "run").checkpoint().digest()
+        == RunFiles(home / "run").checkpoint().digest()
+    )
 
 
-@pytest.mark.parametrize("arguments", first_and([*READING, ("plan", str(TINY))]), ids=lambda arguments: arguments[0])
+@pytest.mark.parametrize(
+    "arguments", first_and([*READING, ("plan", str(TINY))]), ids=lambda arguments: arguments[0]
+)
 def test_a_reader_that_leaves_ends_a_command_without_a_word(arguments, home):
     done = shell(f"F {' '.join(arguments)} | true; echo ${{PIPESTATUS[0]}}", home)
     assert done.stdout.strip() in ("141", "0") and done.stderr == "", done.stderr
@@ -64,13 +76,19 @@ def test_a_run_whose_lines_nobody_reads_goes_on(where, tmp_path):
 @pytest.mark.parametrize("arguments", first_and(READING), ids=lambda arguments: arguments[0])
 def test_an_ascii_terminal_shows_everything(arguments, home):
     done = shell(f"F {' '.join(arguments)}", home, PYTHONIOENCODING="ascii", LC_ALL="C")
-    assert done.returncode == 0 and "codec" not in done.stderr and done.stdout.isascii(), done.stderr
+    assert done.returncode == 0 and "codec" not in done.stderr and done.stdout.isascii(), (
+        done.stderr
+    )
 
 
 @pytest.mark.thorough  # a process
 def test_a_run_on_an_ascii_terminal_tells_its_progress(tmp_path):
     done = shell(f"F run {TINY} rounds=1 output=ä", tmp_path, PYTHONIOENCODING="ascii", LC_ALL="C")
-    assert done.returncode == 0 and "round 1/1 | accuracy" in done.stderr and done.stdout == "\\xe4: done\n"
+    assert (
+        done.returncode == 0
+        and "round 1/1 | accuracy" in done.stderr
+        and done.stdout == "\\xe4: done\n"
+    )
 
 
 STRAYS = ("h5py", "random", "copy", "numpy", "torch", "typing", "argparse", "fedlora")
@@ -88,7 +106,9 @@ def test_a_file_in_the_working_folder_takes_the_place_of_no_library(arguments, h
 
 
 @pytest.mark.parametrize("name", ["report", "watch", "digest", "export"])
-def test_commands_that_read_a_run_do_not_look_for_code_in_the_working_folder(name, home, tmp_path, monkeypatch, capsys):
+def test_commands_that_read_a_run_do_not_look_for_code_in_the_working_folder(
+    name, home, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     more = {"watch": ["--once"], "export": ["--to", "x.h5"]}.get(name, [])
@@ -102,7 +122,10 @@ def test_an_output_on_a_full_disk_is_one_line(monkeypatch, capsys):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert main(["submit", str(TINY), "--dry-run"]) == 1
-    assert capsys.readouterr().err == "fedlora-mpi: standard output cannot be written: No space left on device\n"
+    assert (
+        capsys.readouterr().err
+        == "fedlora-mpi: standard output cannot be written: No space left on device\n"
+    )
 
 
 def test_a_command_works_in_a_thread(tmp_path, monkeypatch):
@@ -124,7 +147,15 @@ def test_overrides_may_stand_behind_options(name, tmp_path, monkeypatch, capsys)
         assert RunFiles(tmp_path / "there").config["seed"] == 3
 
 
-@pytest.mark.parametrize("arguments", [("run", "c", "--resum", "--x"), ("run", "c", "--x=1"), ("watch", "run", "a=b"), ("plan", "c", "--ranks", "2", "d")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "c", "--resum", "--x"),
+        ("run", "c", "--x=1"),
+        ("watch", "run", "a=b"),
+        ("plan", "c", "--ranks", "2", "d"),
+    ],
+)
 def test_what_no_command_knows_is_refused(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         main(list(arguments))

@@ -41,7 +41,10 @@ def test_the_exact_sum_knows_no_order():
 def test_the_exact_sum_knows_no_ranks(ranks):
     rows, weights = vectors(31, 7), [3 * k + 1 for k in range(31)]
     host = torch.randint(0, ranks, (31,), generator=rng(1, ranks)).numpy()
-    parts = [summed("exact", rows[host == r], np.array(weights)[host == r].tolist()) for r in range(ranks)]
+    parts = [
+        summed("exact", rows[host == r], np.array(weights)[host == r].tolist())
+        for r in range(ranks)
+    ]
     message = ExactSum(7)
     message.buffer += sum(part.buffer for part in parts)
     assert torch.equal(message.total(), summed("exact", rows, weights).total())
@@ -56,7 +59,11 @@ def test_a_vector_is_added_in_parts_to_the_same_bits(part, monkeypatch):
     message = ExactSum(60)
     for row, weight in zip(rows, weights):
         message.add(row, weight, at=4)
-    assert (message.buffer[:, 4:57] == whole).all() and not message.buffer[:, :4].any() and not message.buffer[:, 57:].any()
+    assert (
+        (message.buffer[:, 4:57] == whole).all()
+        and not message.buffer[:, :4].any()
+        and not message.buffer[:, 57:].any()
+    )
     message.add(torch.zeros(0), 1)  # nothing
 
 
@@ -67,7 +74,8 @@ def test_the_exact_sum_is_that_of_fsum(low, high):
     assert total.dtype == torch.float64
     for column, found in enumerate(total.tolist()):
         expected = math.fsum(float(v) * w for v, w in zip(rows[:, column], weights))
-        assert found == pytest.approx(expected, rel=1e-15, abs=40 * 2.0**-67)  # half of the last digit, each
+        # half of the last digit, each
+        assert found == pytest.approx(expected, rel=1e-15, abs=40 * 2.0**-67)
 
 
 def test_what_cancels_leaves_the_small_numbers_whole():
@@ -93,7 +101,10 @@ def test_sums_up_to_the_limit_are_exact():
     rows = torch.tensor([[top / 2, -top / 2], [top / 2, -top / 2]])
     assert summed("exact", rows, [1, 1]).total().tolist() == [top, -top]
     step = 2.0**-28  # a weight may be any integer; digits far apart stay
-    assert summed("exact", torch.tensor([[2.0**37], [step]]), [1, 1]).buffer.tolist() == [[2**61], [2**38]]
+    assert summed("exact", torch.tensor([[2.0**37], [step]]), [1, 1]).buffer.tolist() == [
+        [2**61],
+        [2**38],
+    ]
 
 
 def test_digits_beyond_the_last_are_rounded_once_per_client():
@@ -170,12 +181,16 @@ def test_unpacking_gives_views_and_packing_copies():
 def test_a_weight_in_another_memory_format_packs_alike():
     value = torch.arange(60.0).view(2, 3, 5, 2)
     layout = Layout.of({"w": value})
-    assert torch.equal(layout.pack({"w": value.to(memory_format=torch.channels_last)}), torch.arange(60.0))
+    assert torch.equal(
+        layout.pack({"w": value.to(memory_format=torch.channels_last)}), torch.arange(60.0)
+    )
 
 
 def test_no_leaves_make_no_buffer():
     layout = Layout.of({})
-    assert layout.size == 0 and layout.pack({}).shape == (0,) and layout.unpack(torch.zeros(0)) == {}
+    assert (
+        layout.size == 0 and layout.pack({}).shape == (0,) and layout.unpack(torch.zeros(0)) == {}
+    )
 
 
 def test_layouts_differ_in_names_shapes_and_order():

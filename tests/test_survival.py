@@ -1,8 +1,8 @@
-"""Runs that lose workers, hang, or meet numbers that are not finite: real ranks under mpirun --with-ft ulfm, killed by
-SIGKILL, end with the bits of a run to which nothing has happened.
+"""Runs that lose workers, hang, or meet numbers that are not finite: real ranks under mpirun
+--with-ft ulfm, killed by SIGKILL, end with the bits of a run to which nothing has happened.
 
-Every launch costs seconds of each core, so the tests of every day have one, and ranks in this process that die; the moments
-one by one, and random ones, are slow.
+Every launch costs seconds of each core, so the tests of every day have one, and ranks in this
+process that die; the moments one by one, and random ones, are slow.
 """
 
 import json
@@ -59,9 +59,11 @@ from fedlora_mpi.run.loop import start
 from fedlora_mpi.store.reader import RunFiles
 
 METHODS = {
-    "fedlora": [],  # the mean by an allreduce, low-rank parts that stay; absent clients count as they were
+    # the mean by an allreduce, low-rank parts that stay; absent clients count as they were
+    "fedlora": [],
     "fedamp": ["algorithm=fedamp", "mix=spread"],  # a mix for every client, over the workers
-    "fedhl": ["algorithm={name: fedhl, lora_ranks: [3, 2, 1]}", "uplink=gather", "train.lr=0.005"],  # uploads by a gather, three kinds
+    # uploads by a gather, three kinds
+    "fedhl": ["algorithm={name: fedhl, lora_ranks: [3, 2, 1]}", "uplink=gather", "train.lr=0.005"],
 }
 SIX = ["rounds=6", "checkpoint.every=3"]
 ALL = "participation=1.0"
@@ -72,13 +74,31 @@ def line(plan, *overrides, ranks=4, output="run"):
     """The command line of a run on ranks that outlive others."""
     more = ["faults.tolerate=true", f"output={output}", *overrides]
     faults = json.dumps([[*fault, "dies"][:4] for fault in plan])
-    return [*mpirun(ranks), "--with-ft", "ulfm", sys.executable, str(TESTS / "dying.py"), faults, "run", str(TINY), *more]
+    return [
+        *mpirun(ranks),
+        "--with-ft",
+        "ulfm",
+        sys.executable,
+        str(TESTS / "dying.py"),
+        faults,
+        "run",
+        str(TINY),
+        *more,
+    ]
 
 
 def lost(text):
     """[(ranks that were lost, ranks that go on, round that begins again)] of the lines on stderr."""
-    found = re.findall(r"^fedlora-mpi: lost rank ([\d, ]+): (\d+) ranks go on with round (\d+)( after)?", text, re.M)
-    return [([*map(int, ids.split(", "))], int(left), int(round_)) for ids, left, round_, after in found if after]
+    found = re.findall(
+        r"^fedlora-mpi: lost rank ([\d, ]+): (\d+) ranks go on with round (\d+)( after)?",
+        text,
+        re.M,
+    )
+    return [
+        ([*map(int, ids.split(", "))], int(left), int(round_))
+        for ids, left, round_, after in found
+        if after
+    ]
 
 
 def rounds_begun(text):
@@ -98,14 +118,21 @@ def test_a_worker_dies_and_the_bits_are_those_of_an_undisturbed_run(trained, tmp
 
 
 @thorough
-def test_two_workers_die_in_different_rounds_and_the_bits_are_those_of_an_undisturbed_run(trained, tmp_path):
+def test_two_workers_die_in_different_rounds_and_the_bits_are_those_of_an_undisturbed_run(
+    trained, tmp_path
+):
     plan = [(2, "training", 2), (3, "client", 5)]  # 3 keeps the copies of 2, and then dies too
     ended = finished(line(plan, *SIX), tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("dies: rank") == 2
-    assert [ids for ids, _, _ in lost(ended.stderr)] == [[2], [3]] and [left for _, left, _ in lost(ended.stderr)] == [3, 2]
+    assert [ids for ids, _, _ in lost(ended.stderr)] == [[2], [3]] and [
+        left for _, left, _ in lost(ended.stderr)
+    ] == [3, 2]
     assert_same_run(trained(*SIX), tmp_path / "run")
-    assert [text.split(":")[0] for text in RunFiles(tmp_path / "run").lost] == ["lost rank 2", "lost rank 3"]
+    assert [text.split(":")[0] for text in RunFiles(tmp_path / "run").lost] == [
+        "lost rank 2",
+        "lost rank 3",
+    ]
 
 
 class Unsaid(Exception):
@@ -115,14 +142,20 @@ class Unsaid(Exception):
         return 16  # ERR_OTHER
 
 
-@pytest.mark.parametrize("tolerant, dead, revoked, lost", [(1, 1, 0, 1), (1, 0, 1, 1), (0, 1, 0, 0)])
+@pytest.mark.parametrize(
+    "tolerant, dead, revoked, lost", [(1, 1, 0, 1), (1, 0, 1, 1), (0, 1, 0, 0)]
+)
 def test_an_error_without_a_name_is_a_death_when_a_rank_is_dead(tolerant, dead, revoked, lost):
     calls = []
     comm = Mpi.__new__(Mpi)
     comm.tolerant = bool(tolerant)
-    comm._mpi = SimpleNamespace(Exception=Unsaid, ERR_PROC_FAILED=75, ERR_PROC_FAILED_PENDING=76, ERR_REVOKED=77)
+    comm._mpi = SimpleNamespace(
+        Exception=Unsaid, ERR_PROC_FAILED=75, ERR_PROC_FAILED_PENDING=76, ERR_REVOKED=77
+    )
     comm._world = SimpleNamespace(
-        Is_revoked=lambda: bool(revoked), Get_failed=lambda: SimpleNamespace(size=dead), Revoke=lambda: calls.append(1)
+        Is_revoked=lambda: bool(revoked),
+        Get_failed=lambda: SimpleNamespace(size=dead),
+        Revoke=lambda: calls.append(1),
     )
     with pytest.raises(Lost if lost else Unsaid), comm._surviving():
         raise Unsaid
@@ -133,7 +166,9 @@ def test_an_error_without_a_name_is_a_death_when_a_rank_is_dead(tolerant, dead, 
 def test_the_server_goes_on_alone_without_its_only_worker(trained, tmp_path):
     ended = finished(line([(1, "training", 3)], *SIX, ranks=2), tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert [(ids, left) for ids, left, _ in lost(ended.stderr)] == [([1], 1)] and rounds_begun(ended.stderr)[0] in (2, 3)
+    assert [(ids, left) for ids, left, _ in lost(ended.stderr)] == [([1], 1)] and rounds_begun(
+        ended.stderr
+    )[0] in (2, 3)
     assert_same_run(trained(*SIX), tmp_path / "run")
 
 
@@ -142,7 +177,8 @@ def test_the_death_of_rank_zero_ends_the_run_with_the_command_that_goes_on(train
     ended = finished(line([(0, "training", 5)], *SIX, ranks=3), tmp_path)
     assert ended.returncode not in (0, 2, 75)
     assert said(ended.stderr) == [
-        "fedlora-mpi: rank 0, which has the log, has died; continue with 'mpirun --with-ft ulfm -n 3 fedlora-mpi resume run'"
+        "fedlora-mpi: rank 0, which has the log, has died; continue with 'mpirun --with-ft ulfm "
+        "-n 3 fedlora-mpi resume run'"
     ]
     assert "Traceback" not in ended.stderr and committed(tmp_path / "run") == 3
     assert main(["resume", str(tmp_path / "run"), "faults.tolerate=false"]) == 0
@@ -151,7 +187,9 @@ def test_the_death_of_rank_zero_ends_the_run_with_the_command_that_goes_on(train
 
 def on_threads(home, settings, deaths, seed, ranks=4):
     """The Fate of a whole run on ranks in this process, with its folder ``home``."""
-    config = configs.read(TINY, [*settings, "faults.tolerate=true", "faults.timeout=0", f"output={home}"])
+    config = configs.read(
+        TINY, [*settings, "faults.tolerate=true", "faults.timeout=0", f"output={home}"]
+    )
     codes, fate = on_mortal_ranks(ranks, lambda comm: start(config, str(TINY), comm), deaths, seed)
     assert {*codes} <= {0, None} and codes[0] == 0
     return fate
@@ -159,19 +197,32 @@ def on_threads(home, settings, deaths, seed, ranks=4):
 
 @pytest.mark.parametrize("seeds", [[0], pytest.param([1], marks=thorough)], ids=["one", "another"])
 @pytest.mark.parametrize("method", METHODS)
-def test_workers_that_die_at_any_moment_leave_the_bits(trained, tmp_path, monkeypatch, capsys, method, seeds):
+def test_workers_that_die_at_any_moment_leave_the_bits(
+    trained, tmp_path, monkeypatch, capsys, method, seeds
+):
     die_everywhere(trained, tmp_path, monkeypatch, capsys, METHODS[method], seeds)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(2))
 @pytest.mark.parametrize("method", METHODS)
-def test_workers_that_die_at_many_moments_leave_the_bits(trained, tmp_path, monkeypatch, capsys, method, part):
-    die_everywhere(trained, tmp_path, monkeypatch, capsys, METHODS[method], range(100 + 10 * part, 110 + 10 * part))
+def test_workers_that_die_at_many_moments_leave_the_bits(
+    trained, tmp_path, monkeypatch, capsys, method, part
+):
+    die_everywhere(
+        trained,
+        tmp_path,
+        monkeypatch,
+        capsys,
+        METHODS[method],
+        range(100 + 10 * part, 110 + 10 * part),
+    )
 
 
 def die_everywhere(trained, home, monkeypatch, capsys, settings, seeds):
-    """One to three of three workers die in each run, each at one of the moments of an undisturbed one."""
+    """One to three of three workers die in each run, each at one of the moments of an undisturbed
+    one.
+    """
     monkeypatch.setattr(run_module, "_stop_signals", list)  # a thread may not handle signals
     moments = on_threads(home / "none", settings, {}, 0).count
     assert_same_run(trained(*settings), home / "none")
@@ -185,8 +236,12 @@ def die_everywhere(trained, home, monkeypatch, capsys, settings, seeds):
         assert_same_run(trained(*settings), home / str(seed))
         if len(victims) == 1:
             again = re.findall("finished rounds played again: (\\d+)", text)
-            assert not re.search(r"^round \d+/.*from what was on disk", text, re.M | re.S), f"memory did not suffice: {text}"
-            assert {*again} <= {"0", "1"} and len(again) + text.count("from what was on disk") <= 1, text
+            assert not re.search(r"^round \d+/.*from what was on disk", text, re.M | re.S), (
+                f"memory did not suffice: {text}"
+            )
+            assert {*again} <= {"0", "1"} and len(again) + text.count(
+                "from what was on disk"
+            ) <= 1, text
 
 
 MOMENTS = {  # of one rank or two; rounds of which each may begin again
@@ -211,14 +266,19 @@ MOMENTS = {  # of one rank or two; rounds of which each may begin again
     "one in the recovery from another": ([(2, "training", 3), (3, "shrink", 1)], None),
     "one in the recovery's messages": ([(2, "training", 3), (1, "exchange", 1)], None),
     "one at the recovery's end": ([(2, "training", 3), (1, "agree", 3)], None),
-    "three of three, one after another": ([(1, "training", 2), (2, "training", 3), (3, "training", 5)], None),
+    "three of three, one after another": (
+        [(1, "training", 2), (2, "training", 3), (3, "training", 5)],
+        None,
+    ),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_whenever_workers_die_the_bits_are_those_of_an_undisturbed_run(trained, tmp_path, moment, method):
+def test_whenever_workers_die_the_bits_are_those_of_an_undisturbed_run(
+    trained, tmp_path, moment, method
+):
     plan, begun = MOMENTS[moment]
     settings = (*METHODS[method], *SIX)
     began = time.monotonic()
@@ -227,8 +287,10 @@ def test_whenever_workers_die_the_bits_are_those_of_an_undisturbed_run(trained, 
     assert ended.stderr.count("dies: rank") >= 1
     assert "Traceback" not in ended.stderr
     seconds = re.findall(r"after ([\d.]+) s", ended.stderr)
-    print(f"\n| {method} | {moment} | {rounds_begun(ended.stderr) or 'from disk'} | {', '.join(seconds)} | "
-          f"{time.monotonic() - began:.1f} |")
+    print(
+        f"\n| {method} | {moment} | {rounds_begun(ended.stderr) or 'from disk'} | "
+        f"{', '.join(seconds)} | {time.monotonic() - began:.1f} |"
+    )
     if begun:
         assert rounds_begun(ended.stderr)[0] in begun
     assert_same_run(trained(*settings), tmp_path / "run")
@@ -239,7 +301,9 @@ def test_whenever_workers_die_the_bits_are_those_of_an_undisturbed_run(trained, 
 @pytest.mark.parametrize("moment", ["balance", "move", "moved"])
 def test_workers_that_die_while_clients_move_leave_the_bits(trained, tmp_path, moment, more):
     settings = (*MIXED, *SIX, ALL)
-    ended = finished(line([(2, moment, 1), (1, moment, 2)], *settings, *more), tmp_path, TEST_WORTH="1000")
+    ended = finished(
+        line([(2, moment, 1), (1, moment, 2)], *settings, *more), tmp_path, TEST_WORTH="1000"
+    )
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("dies: rank") >= 1 and "Traceback" not in ended.stderr
     assert_same_run(trained(*settings), tmp_path / "run")
@@ -249,7 +313,9 @@ def test_workers_that_die_while_clients_move_leave_the_bits(trained, tmp_path, m
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_on_disk_outlive_their_worker(trained, tmp_path, method):
     settings = (*METHODS[method], *SIX)
-    ended = finished(line([(2, "training", 2), (3, "client", 5)], *settings, "engine.personal=disk"), tmp_path)
+    ended = finished(
+        line([(2, "training", 2), (3, "client", 5)], *settings, "engine.personal=disk"), tmp_path
+    )
     assert ended.returncode == 0 and ended.stderr.count("dies: rank") == 2, ended.stderr
     assert_same_run(trained(*settings), tmp_path / "run")
 
@@ -275,8 +341,12 @@ def test_workers_killed_at_random_moments_leave_the_bits(trained, tmp_path, numb
 
 def test_a_launch_that_cannot_outlive_a_rank_is_refused(tmp_path):
     begin = lambda comm: pytest.fail("it began")
-    with pytest.raises(Refused, match="x.yaml: faults.tolerate = true: .* 'mpirun --with-ft ulfm ...', or set"):
-        on_ranks(2, lambda comm: lasting(Faults(tolerate=True), "x.yaml", tmp_path, comm, begin, begin))
+    with pytest.raises(
+        Refused, match="x.yaml: faults.tolerate = true: .* 'mpirun --with-ft ulfm ...', or set"
+    ):
+        on_ranks(
+            2, lambda comm: lasting(Faults(tolerate=True), "x.yaml", tmp_path, comm, begin, begin)
+        )
 
 
 def test_groups_that_have_a_home_stay_there_and_the_others_go_where_least_is_to_be_done():
@@ -292,7 +362,15 @@ HANGS = r"no progress for 8 s \(faults.timeout\) in round \d, the training of cl
 
 def test_a_hang_ends_the_process_with_round_stage_and_stacks(tmp_path):
     faults = json.dumps([(0, "client", 3, "hangs")])
-    run = [sys.executable, str(TESTS / "dying.py"), faults, "run", str(TINY), "faults.timeout=8", "output=run"]
+    run = [
+        sys.executable,
+        str(TESTS / "dying.py"),
+        faults,
+        "run",
+        str(TINY),
+        "faults.timeout=8",
+        "output=run",
+    ]
     ended = finished(run, tmp_path)
     assert ended.returncode == 1
     (told,) = said(ended.stderr)
@@ -305,7 +383,10 @@ def test_a_hang_ends_all_ranks_with_rank_round_stage_and_stacks(tmp_path):
     ended = finished(line([(2, "client", 3, "hangs")], "faults.timeout=8", ranks=3), tmp_path)
     assert ended.returncode not in (0, 2, 75)
     (told,) = said(ended.stderr)
-    assert re.fullmatch(rf"fedlora-mpi: rank 2 of 3: {HANGS}'mpirun --with-ft ulfm -n 3 fedlora-mpi resume run'", told)
+    assert re.fullmatch(
+        rf"fedlora-mpi: rank 2 of 3: {HANGS}'mpirun --with-ft ulfm -n 3 fedlora-mpi resume run'",
+        told,
+    )
     assert "in _train" in ended.stderr and 'dying.py", line' in ended.stderr
 
 
@@ -321,19 +402,40 @@ def test_a_rank_that_is_stopped_as_a_whole_is_missed_by_the_others(tmp_path):
 @pytest.mark.slow
 def test_a_hang_that_keeps_pythons_lock_ends_with_the_stacks(tmp_path):
     faults = json.dumps([(0, "client", 3, "locks")])
-    run = [sys.executable, str(TESTS / "dying.py"), faults, "run", str(TINY), "faults.timeout=2", "output=run"]
+    run = [
+        sys.executable,
+        str(TESTS / "dying.py"),
+        faults,
+        "run",
+        str(TINY),
+        "faults.timeout=2",
+        "output=run",
+    ]
     ended = finished(run, tmp_path, timeout=60)
-    assert ended.returncode == 1 and "Timeout (0:00:02.5" in ended.stderr and "in _train" in ended.stderr
+    assert (
+        ended.returncode == 1
+        and "Timeout (0:00:02.5" in ended.stderr
+        and "in _train" in ended.stderr
+    )
 
 
 @pytest.mark.slow
 def test_a_rank_that_waits_for_one_that_computes_does_not_hang(tmp_path):
     """Every batch takes less than half of the timeout, a round more than all of it."""
-    more = ["faults.timeout=5", "rounds=1", SLOW, ALL, "algorithm=fedavg", "train.epochs=1", "train.batch_size=32"]
+    more = [
+        "faults.timeout=5",
+        "rounds=1",
+        SLOW,
+        ALL,
+        "algorithm=fedavg",
+        "train.epochs=1",
+        "train.batch_size=32",
+    ]
     ended = finished(line([], *more, ranks=3), tmp_path, TEST_PAUSE="2")
     assert ended.returncode == 0, ended.stderr
     row = RunFiles(tmp_path / "run").rounds()
-    assert row["seconds_train"][0] + row["seconds_exchange"][0] > 5  # the server waits for the others
+    # the server waits for the others
+    assert row["seconds_train"][0] + row["seconds_exchange"][0] > 5
 
 
 class Waiting(Solo):
@@ -361,24 +463,47 @@ def test_ranks_that_all_wait_for_each_other_end(who, tmp_path, monkeypatch):
             ranks[2].pulse.beat()
         assert not [sign.missed() for sign in signs if sign.missed()]
         stuck = [text for sign in signs if (text := sign.all_waiting())]
-    assert (stuck == ["round 4, the exchange"] * 3) == (who == "all wait") and bool(stuck) == (who == "all wait")
+    assert (stuck == ["round 4, the exchange"] * 3) == (who == "all wait") and bool(stuck) == (
+        who == "all wait"
+    )
     assert now == 60 or 20 < now < 40
 
 
 def test_a_rank_that_waits_for_mpi_to_start_ends_with_a_line_though_it_holds_pythons_lock(tmp_path):
     lock = "import ctypes; from fedlora_mpi.mpi.launch import starting"
     for seconds, code in ((0.3, 1), (60, 0), (0, 0)):
-        ended = finished([sys.executable, "-c", f"{lock}\nwith starting({seconds}): ctypes.PyDLL(None).sleep(2)"], tmp_path)
+        ended = finished(
+            [
+                sys.executable,
+                "-c",
+                f"{lock}\nwith starting({seconds}): ctypes.PyDLL(None).sleep(2)",
+            ],
+            tmp_path,
+        )
         assert ended.returncode == code
-        told = "rank ?: MPI has not started within 0.3 s (faults.timeout): a rank has died or is out of reach; start again"
+        told = (
+            "rank ?: MPI has not started within 0.3 s (faults.timeout): a rank has died or is out "
+            "of reach; start again"
+        )
         assert ended.stderr == (f"fedlora-mpi: {told}\n" if code else "")
 
 
-@pytest.mark.parametrize("name, code, seconds", [("mpirun", -signal.SIGTERM, 30), ("somebody", 7, 1)])
-def test_an_mpirun_that_does_not_end_by_itself_is_ended_and_nobody_else(name, code, seconds, tmp_path):
+@pytest.mark.parametrize(
+    "name, code, seconds", [("mpirun", -signal.SIGTERM, 30), ("somebody", 7, 1)]
+)
+def test_an_mpirun_that_does_not_end_by_itself_is_ended_and_nobody_else(
+    name, code, seconds, tmp_path
+):
     (tmp_path / name).symlink_to("/bin/bash")
     rank = "from fedlora_mpi.mpi.launch import end_launcher; end_launcher(0.2)"
-    ended = finished([str(tmp_path / name), "-c", f'{sys.executable} -c "{rank}"; sleep {seconds} >&- 2>&-; exit 7'], tmp_path)
+    ended = finished(
+        [
+            str(tmp_path / name),
+            "-c",
+            f'{sys.executable} -c "{rank}"; sleep {seconds} >&- 2>&-; exit 7',
+        ],
+        tmp_path,
+    )
     assert ended.returncode == code
 
 
@@ -400,7 +525,9 @@ def poisoned(feed, client, split):
 
 
 def skipping(ranks, settings, bad):
-    """[(shared, personal, row)] of three rounds in which one client's numbers (None: nobody's) are NaN."""
+    """[(shared, personal, row)] of three rounds in which one client's numbers (None: nobody's) are
+    NaN.
+    """
     config = tiny("faults.non_finite=skip", *settings)
 
     def play_all(comm):
@@ -421,7 +548,13 @@ def skipping(ranks, settings, bad):
 
 @pytest.mark.parametrize(
     "settings",
-    [[], *(pytest.param([*more, ALL], marks=thorough if name == "fedlora" else ()) for name, more in METHODS.items())],
+    [
+        [],
+        *(
+            pytest.param([*more, ALL], marks=thorough if name == "fedlora" else ())
+            for name, more in METHODS.items()
+        ),
+    ],
     ids=["stale", *METHODS],
 )
 @pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=thorough)])
@@ -429,12 +562,20 @@ def test_a_skipped_client_is_the_same_on_any_number_of_ranks(settings, ranks):
     bad = min(built(*settings).run.chosen(0))
     alone, other = (skipping(number, settings, bad) for number in (1, ranks))
     assert alone[0][2]["skipped"] == [bad] and np.isfinite(alone[0][2]["train_loss"])
-    assert all(torch.isfinite(v).all() for shared, personal, _ in alone for v in (*shared.values(), *personal.values()))
+    assert all(
+        torch.isfinite(v).all()
+        for shared, personal, _ in alone
+        for v in (*shared.values(), *personal.values())
+    )
     assert [row["skipped"] for _, _, row in other] == [row["skipped"] for _, _, row in alone]
     assert all(equal(a[0], b[0]) and equal(a[1], b[1]) for a, b in zip(alone, other))
 
 
-@pytest.mark.parametrize("settings", [["algorithm=fedavg"], METHODS["fedamp"], METHODS["fedhl"]], ids=["fedavg", "fedamp", "fedhl"])
+@pytest.mark.parametrize(
+    "settings",
+    [["algorithm=fedavg"], METHODS["fedamp"], METHODS["fedhl"]],
+    ids=["fedavg", "fedamp", "fedhl"],
+)
 def test_a_skipped_client_is_as_if_it_were_not_in_the_cohort(settings, monkeypatch):
     settings = [*settings, "engine.path=loop"]  # in a stack bits depend on who else is in it
     bad = min(built(*settings).run.chosen(0))
@@ -444,16 +585,23 @@ def test_a_skipped_client_is_as_if_it_were_not_in_the_cohort(settings, monkeypat
     absent = skipping(1, settings, None)
     for was, would in zip(skipped, absent):
         assert equal(was[0], would[0]) and equal(was[1], would[1])
-        assert was[2]["train_loss"] == would[2]["train_loss"] and was[2]["bytes_up"] == would[2]["bytes_up"]
+        assert (
+            was[2]["train_loss"] == would[2]["train_loss"]
+            and was[2]["bytes_up"] == would[2]["bytes_up"]
+        )
 
 
 def test_a_skipped_client_weighs_nothing_where_absent_ones_count_as_they_were(monkeypatch):
     parts = built()
-    assert parts.run.algorithm.absent == "stale" and len(parts.run.chosen(0)) < len(parts.run.weight_N)
+    assert parts.run.algorithm.absent == "stale" and len(parts.run.chosen(0)) < len(
+        parts.run.weight_N
+    )
     bad = min(parts.run.chosen(0))
     skipped = skipping(1, [], bad)[0]
     made = build(tiny("faults.non_finite=skip"), str(TINY), parts.run.comm)
-    weightless = made.run.with_(weight_N=tuple(0 if c == bad else w for c, w in enumerate(made.run.weight_N)))
+    weightless = made.run.with_(
+        weight_N=tuple(0 if c == bad else w for c, w in enumerate(made.run.weight_N))
+    )
     state, _, _ = play(weightless, beginning(made), evaluate=False, stop=False)
     assert equal(skipped[0], state.shared)
     first = beginning(made).personal
@@ -474,18 +622,26 @@ def test_when_nobody_is_left_the_shared_state_stays_and_a_line_says_it(tmp_path,
     assert main(["run", str(TINY), *more, f"output={run}"]) == 0
     lines = said(capsys.readouterr().err)
     assert lines == [
-        f"fedlora-mpi: round {t}: skipped client 0, 1, 2, 3, 4, 5, 6: loss or upload is not finite; nobody is left, "
-        "the shared state stays" for t in (1, 2)
+        f"fedlora-mpi: round {t}: skipped client 0, 1, 2, 3, 4, 5, 6: loss or upload is not "
+        "finite; nobody is left, the shared state stays"
+        for t in (1, 2)
     ]
     log = RunFiles(run).rounds()
-    assert log["skipped"].tolist() == [7, 7] and log["clients"].tolist() == [0, 0] and np.isnan(log["train_loss"]).all()
+    assert (
+        log["skipped"].tolist() == [7, 7]
+        and log["clients"].tolist() == [0, 0]
+        and np.isnan(log["train_loss"]).all()
+    )
     first = beginning(built(ALL)).shared
     assert all(np.array_equal(v, first[n]) for n, v in RunFiles(run).checkpoint().shared().items())
 
 
 def test_what_does_not_change_numbers_is_free_on_a_resume_and_the_default_leaves_no_trace():
     assert "faults" not in configs.resolved_dict(tiny())
-    same = [configs.digest(tiny(*more)) for more in ([], ["faults.tolerate=true"], ["faults.timeout=9"], ["faults={}"])]
+    same = [
+        configs.digest(tiny(*more))
+        for more in ([], ["faults.tolerate=true"], ["faults.timeout=9"], ["faults={}"])
+    ]
     assert len(set(same)) == 1 and configs.digest(tiny("faults.non_finite=skip")) != same[0]
     config = tiny("faults.timeout=9", "faults.non_finite=skip")
     assert configs.resolved_dict(config)["faults"] == {"timeout": 9.0, "non_finite": "skip"}

@@ -1,4 +1,6 @@
-"""CSV files of texts: odd rows, labels and bytes are said with file and line, and no row is lost in silence."""
+"""CSV files of texts: odd rows, labels and bytes are said with file and line, and no row is lost in
+silence.
+"""
 
 import pytest
 from runs import TINY
@@ -46,15 +48,28 @@ def test_ends_of_lines_and_a_byte_order_mark_change_nothing(tmp_path, end, mark,
         content = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(mark + (content if last else content.rstrip(b"\r\n")))
     found = reading(tmp_path)
-    assert found.names == ("business", "sports") and found.train.y == [1, 0, 1, 0] and found.hints == ()
+    assert (
+        found.names == ("business", "sports")
+        and found.train.y == [1, 0, 1, 0]
+        and found.hints == ()
+    )
     assert found.test.texts == ["goal match", "stock profit", "team coach", "market bank"]
 
 
 BROKEN = {
     "never closed": ('sports,"goal', "line 3: a quotation mark opens here and never closes"),
-    "never closed, in the label": ('"sports,goal', "line 3: a quotation mark opens here and never closes"),
-    "text after a closing mark": ('sports,"goal" match', "line 3: text follows a closing quotation mark"),
-    "marks with backslashes": (r'sports,"he said \"goal\" now"', "line 3: text follows a closing quotation mark"),
+    "never closed, in the label": (
+        '"sports,goal',
+        "line 3: a quotation mark opens here and never closes",
+    ),
+    "text after a closing mark": (
+        'sports,"goal" match',
+        "line 3: text follows a closing quotation mark",
+    ),
+    "marks with backslashes": (
+        r'sports,"he said \"goal\" now"',
+        "line 3: text follows a closing quotation mark",
+    ),
     "NUL": ("sports,go\0al", "line 3: holds a NUL byte"),
     "too few": ("sports", "line 3: has 1 fields, the first row 2"),
     "too many": ("sports,goal,match", "line 3: has 3 fields, the first row 2"),
@@ -82,7 +97,10 @@ def test_two_open_marks_that_swallow_whole_rows_are_told(tmp_path):
     put(tmp_path, train=(ROWS[0], 'sports,"goal', *ROWS[1:3], 'business,stock"', ROWS[3]))
     found = reading(tmp_path)
     assert len(found.train.y) == 3
-    hint = "text.train = train.csv: line 3: 3 lines within this text look like rows; is a quotation mark open?"
+    hint = (
+        "text.train = train.csv: line 3: 3 lines within this text look like rows; is a quotation "
+        "mark open?"
+    )
     assert found.hints == (hint,)
     put(tmp_path, train=(*ROWS, 'sports,"two\nlines, of a text"'))
     assert reading(tmp_path).hints == ()
@@ -92,15 +110,22 @@ def test_two_open_marks_that_swallow_whole_rows_are_told(tmp_path):
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_a_line_that_is_not_in_utf8_is_named(tmp_path, ahead, end):
     put(tmp_path, train=(*(ROWS[0] for _ in range(ahead)), "sports,M?nchen"), end=end)
-    (tmp_path / "train.csv").write_bytes((tmp_path / "train.csv").read_bytes().replace(b"?", b"\xfc"))
-    assert f"after line {ahead + 1} (line {ahead + 2}: invalid start byte); save it in UTF-8" in refused(tmp_path)
+    (tmp_path / "train.csv").write_bytes(
+        (tmp_path / "train.csv").read_bytes().replace(b"?", b"\xfc")
+    )
+    assert (
+        f"after line {ahead + 1} (line {ahead + 2}: invalid start byte); save it in UTF-8"
+        in refused(tmp_path)
+    )
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
 def test_other_unicode_is_refused(tmp_path, encoding):
     put(tmp_path)
     (tmp_path / "train.csv").write_bytes((tmp_path / "train.csv").read_text().encode(encoding))
-    assert "text.train = train.csv: is no CSV file in UTF-8 after line 0 (line 1: " in refused(tmp_path)
+    assert "text.train = train.csv: is no CSV file in UTF-8 after line 0 (line 1: " in refused(
+        tmp_path
+    )
 
 
 def test_a_row_after_a_text_of_several_lines_has_its_own_number(tmp_path):
@@ -123,9 +148,14 @@ def test_empty_texts_are_told(tmp_path):
 
 def test_a_file_without_names_of_columns_or_with_one_twice_is_refused(tmp_path):
     put(tmp_path, header=ROWS[0])
-    assert refused(tmp_path).endswith("label: train.csv has no such column; there are sports, goal match")
+    assert refused(tmp_path).endswith(
+        "label: train.csv has no such column; there are sports, goal match"
+    )
     put(tmp_path, train=("sports,a,b",), test=("sports,a,b",), header="label,text,text")
-    assert refused(tmp_path) == "text.train = train.csv: line 1: names the column text 2 times; name it once"
+    assert (
+        refused(tmp_path)
+        == "text.train = train.csv: line 1: names the column text 2 times; name it once"
+    )
     put(tmp_path, header='"a\nb",text')
     assert "there are a b, text" in refused(tmp_path)
 
@@ -136,7 +166,10 @@ def test_blanks_around_names_of_columns_do_not_matter(tmp_path):
 
 
 @pytest.mark.parametrize("side", ["train", "test"])
-@pytest.mark.parametrize("content, why", [(b"", "is empty, in "), (b"\n\n", "is empty, in "), (b"label,text\n", "has no row")])
+@pytest.mark.parametrize(
+    "content, why",
+    [(b"", "is empty, in "), (b"\n\n", "is empty, in "), (b"label,text\n", "has no row")],
+)
 def test_a_file_without_rows_is_refused(tmp_path, side, content, why):
     put(tmp_path)
     (tmp_path / f"{side}.csv").write_bytes(content)
@@ -150,7 +183,11 @@ def test_a_file_without_rows_is_refused(tmp_path, side, content, why):
 def test_blanks_around_a_label_do_not_make_a_class(tmp_path, label):
     put(tmp_path, train=(*ROWS, f"{label},goal"), test=(f"{label},goal",))
     found = reading(tmp_path)
-    assert found.names == ("business", "sports") and found.train.y[-1] == found.test.y[0] == 1 and found.hints == ()
+    assert (
+        found.names == ("business", "sports")
+        and found.train.y[-1] == found.test.y[0] == 1
+        and found.hints == ()
+    )
 
 
 ALIKE = [
@@ -165,16 +202,27 @@ def test_labels_that_look_alike_are_told_in_one_line(tmp_path, pair):
     put(tmp_path, train=(*ROWS, *(f"{label},goal" for label in pair)))
     (hint,) = reading(tmp_path).hints
     names = " and ".join(map(repr, sorted(pair)))
-    assert hint == f"text.train = train.csv: {names} are different classes; write them alike where they are one"
+    assert (
+        hint
+        == f"text.train = train.csv: {names} are different classes; write them alike where they "
+        "are one"
+    )
 
 
 def test_different_labels_are_not_alike():
-    assert alike(["-2", "2", "c", "c++", "c#", "1", "10", "1.5", "a", "b", "sports", "sport", "", "0"]) == []
+    assert (
+        alike(["-2", "2", "c", "c++", "c#", "1", "10", "1.5", "a", "b", "sports", "sport", "", "0"])
+        == []
+    )
     assert alike(["2", "02", "B", "b", "c"]) == [["02", "2"], ["B", "b"]]
 
 
 def test_many_alike_labels_are_one_line(tmp_path):
-    put(tmp_path, train=[f"{zero}{n},goal" for n in range(1, 6) for zero in ("", "0")], test=("1,goal",))
+    put(
+        tmp_path,
+        train=[f"{zero}{n},goal" for n in range(1, 6) for zero in ("", "0")],
+        test=("1,goal",),
+    )
     (hint,) = reading(tmp_path).hints
     assert "'03' and '3', and 2 more such groups are different" in hint
 
@@ -209,8 +257,14 @@ def test_partition_names_the_classes(tmp_path, monkeypatch, capsys):
     ]
     assert main(["partition", str(TINY), *data]) == 0
     told = capsys.readouterr()
-    assert "classes: 0 Sports, 1 a label, too long for a…, 2 business, 3 sports" in told.out.splitlines()
-    hint = "data.text.train = train.csv: 'Sports' and 'sports' are different classes; write them alike where they are one"
+    assert (
+        "classes: 0 Sports, 1 a label, too long for a…, 2 business, 3 sports"
+        in told.out.splitlines()
+    )
+    hint = (
+        "data.text.train = train.csv: 'Sports' and 'sports' are different classes; write them "
+        "alike where they are one"
+    )
     assert told.err.splitlines() == [f"hint: {TINY}: {hint}"]
 
 
@@ -220,7 +274,14 @@ def test_ag_news_has_its_names_and_is_read_strictly(tmp_path):
     for name in ("train.csv", "test.csv"):
         (folder / name).write_text('"3","a ""b""","c"\n"1","d","e"\n')
     found = load(Source("ag_news", root=str(tmp_path)))
-    assert found.names == ("World", "Sports", "Business", "Sci/Tech") and found.train.y.tolist() == [2, 0]
+    assert found.names == (
+        "World",
+        "Sports",
+        "Business",
+        "Sci/Tech",
+    ) and found.train.y.tolist() == [2, 0]
     (folder / "test.csv").write_text('"3","a","c\n"1","d","e"\n')
-    with pytest.raises(ValueError, match="text.test = test.csv: .*line 1: text follows a closing quotation mark"):
+    with pytest.raises(
+        ValueError, match="text.test = test.csv: .*line 1: text follows a closing quotation mark"
+    ):
         load(Source("ag_news", root=str(tmp_path)))

@@ -1,6 +1,8 @@
-"""Class-incremental learning: what clients train on, who takes part, what is judged, and what it leaves alone.
+"""Class-incremental learning: what clients train on, who takes part, what is judged, and what it
+leaves alone.
 
-``EACH`` gives the tiny experiment a task for each of its four classes; some of its clients lack some classes.
+``EACH`` gives the tiny experiment a task for each of its four classes; some of its clients lack
+some classes.
 """
 
 import shutil
@@ -28,8 +30,12 @@ from fedlora_mpi.run.loop import resume
 
 EACH = ("data.tasks.classes=1", "data.tasks.rounds=1")
 PAIRS = ("data.tasks.classes=2", "data.tasks.rounds=2")
-MIX = ("algorithm=pfedlora", "model.mix=[{name: cnn, width: 4, hidden: 8}, {name: cnn, width: 6, hidden: 8}]")
-# A mean with the absent, a mix per client, server state, surveys, tuning, this on held-out samples, two networks.
+MIX = (
+    "algorithm=pfedlora",
+    "model.mix=[{name: cnn, width: 4, hidden: 8}, {name: cnn, width: 6, hidden: 8}]",
+)
+# A mean with the absent, a mix per client, server state, surveys, tuning, this on held-out samples,
+# two networks.
 METHODS = {
     "fedlora": ("algorithm=fedlora",),
     "fedamp": ("algorithm=fedamp",),
@@ -44,7 +50,10 @@ thorough = pytest.mark.thorough
 
 def each_method(*telling):
     """A test of every method; in ``make test`` of these alone."""
-    given = [pytest.param(more, id=name, marks=() if name in telling else thorough) for name, more in METHODS.items()]
+    given = [
+        pytest.param(more, id=name, marks=() if name in telling else thorough)
+        for name, more in METHODS.items()
+    ]
     return pytest.mark.parametrize("method", given)
 
 
@@ -61,11 +70,15 @@ def counts(side="train"):
 
 def test_some_clients_of_the_tiny_experiment_lack_a_class_and_their_order_by_size_changes():
     assert (counts() == 0).any() and (counts("test")[:, 0] == 0).any()
-    orders = [np.argsort(-column, kind="stable").tolist() for column in (counts().sum(1), *counts().T)]
+    orders = [
+        np.argsort(-column, kind="stable").tolist() for column in (counts().sum(1), *counts().T)
+    ]
     assert all(order != orders[0] for order in orders[1:])
 
 
-@pytest.mark.parametrize("size, tasks", [(1, [[0], [1], [2], [3]]), (3, [[0, 1, 2], [3]]), (4, [[0, 1, 2, 3]])])
+@pytest.mark.parametrize(
+    "size, tasks", [(1, [[0], [1], [2], [3]]), (3, [[0, 1, 2], [3]]), (4, [[0, 1, 2, 3]])]
+)
 def test_a_task_has_its_training_samples_and_all_test_samples_so_far(size, tasks):
     whole, data = built().split, load_data(tiny(), str(TINY))
     train_y, test_y = data.train.y.numpy(), data.test.y.numpy()
@@ -79,14 +92,26 @@ def test_a_task_has_its_training_samples_and_all_test_samples_so_far(size, tasks
             assert part.test[client].tolist() == expected
         absent = [c for c in range(4) if c not in present]
         assert np.array_equal(part.train_counts[:, present], whole.train_counts[:, present])
-        assert not part.train_counts[:, absent].any() and not part.test_counts[:, present[-1] + 1 :].any()
-        assert np.array_equal(part.test_counts[:, : present[-1] + 1], whole.test_counts[:, : present[-1] + 1])
+        assert (
+            not part.train_counts[:, absent].any()
+            and not part.test_counts[:, present[-1] + 1 :].any()
+        )
+        assert np.array_equal(
+            part.test_counts[:, : present[-1] + 1], whole.test_counts[:, : present[-1] + 1]
+        )
 
 
 def test_a_task_lasts_its_rounds_and_the_last_one_stays():
     run = built("data.tasks.classes=3", "data.tasks.rounds=2").run
     first, last = run.by_task
-    assert [run.of_round(round_) is first for round_ in range(6)] == [True, True, False, False, False, False]
+    assert [run.of_round(round_) is first for round_ in range(6)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
     assert all(run.of_round(round_) is last for round_ in (2, 3, 4, 100))
     assert first.of_round(100) is first
     assert built().run.of_round(100) is built().run
@@ -105,7 +130,9 @@ def test_sizes_and_weights_are_those_of_the_task():
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What clients are given: (the store it is from, labels, counts [C, classes]) of each batch of a stack."""
+    """What clients are given: (the store it is from, labels, counts [C, classes]) of each batch of
+    a stack.
+    """
     batches, read_batch = [], Epoch._batch
 
     def watched(epoch, *given):
@@ -169,7 +196,10 @@ def test_the_cohort_is_drawn_among_those_who_hold_the_task(participation):
 
 @methods
 def test_clients_without_data_of_the_task_keep_their_variables(method):
-    run, moments = built(*method, "participation=1.0", *EACH).run, played(*method, "participation=1.0", *EACH)[0]
+    run, moments = (
+        built(*method, "participation=1.0", *EACH).run,
+        played(*method, "participation=1.0", *EACH)[0],
+    )
     for round_ in range(4):
         without = np.flatnonzero(counts()[:, round_] == 0).tolist()
         assert moments[round_ + 1].row["clients"] == 7 - len(without)
@@ -186,7 +216,9 @@ def test_the_mean_weighs_clients_by_their_samples_of_the_task():
     settings = ("algorithm=fedavg", "participation=1.0", *EACH)
     before, after = played(*settings)[0][2:4]
     run, total = built(*settings).run.of_round(2), {n: 0.0 for n in before.shared}
-    for members in (stack for group in run.here() for stack in run.stacks(c for c in group if counts()[c, 2])):
+    for members in (
+        stack for group in run.here() for stack in run.stacks(c for c in group if counts()[c, 2])
+    ):
         for done in run.trainer.train(members, before.shared, {}, 2) if members else ():
             share = counts()[done.client, 2] / counts()[:, 2].sum()
             total = {n: v + share * done.end.shared[n].double() for n, v in total.items()}
@@ -195,7 +227,9 @@ def test_the_mean_weighs_clients_by_their_samples_of_the_task():
 
 def test_clients_without_data_of_the_task_do_not_count_as_absent_ones():
     uniform = ("algorithm=fedavg", "algorithm.weights=uniform", "participation=1.0", *EACH)
-    stale, exclude = (played(*uniform, f"algorithm.absent={how}")[0] for how in ("stale", "exclude"))
+    stale, exclude = (
+        played(*uniform, f"algorithm.absent={how}")[0] for how in ("stale", "exclude")
+    )
     for a, b in zip(stale[1:], exclude[1:], strict=True):
         assert_near(a.shared, b.shared)
 
@@ -216,13 +250,18 @@ def test_accuracy_is_that_on_the_test_samples_of_the_classes_so_far():
             if rows:
                 own = Vars(moment.shared, {n: v[client] for n, v in moment.personal.items()})
                 module = network.module(parts.config.algorithm.weights_of(network, own))
-                expected[client] = (module(images[rows]).argmax(1) == data.test.y[rows]).double().mean()
+                expected[client] = (
+                    (module(images[rows]).argmax(1) == data.test.y[rows]).double().mean()
+                )
         assert np.allclose(column, expected, rtol=1e-12, equal_nan=True)
         assert np.array_equal(np.isnan(moment.clients["loss"]), np.isnan(expected))
         judged = moment.clients["accuracy"][~np.isnan(expected)]
         assert moment.row["accuracy"] == pytest.approx(judged.mean())
         assert moment.row["accuracy_worst"] == judged.min()
-    assert np.isnan(moments[1].clients["accuracy"]).any() and not np.isnan(moments[-1].clients["accuracy"]).any()
+    assert (
+        np.isnan(moments[1].clients["accuracy"]).any()
+        and not np.isnan(moments[-1].clients["accuracy"]).any()
+    )
 
 
 def test_what_is_tuned_before_an_evaluation_is_the_model_of_those_who_hold_the_task():
@@ -266,7 +305,9 @@ def test_a_resume_within_a_task_or_at_its_end_moves_no_bit(trained, copied, done
 
 @methods
 def test_a_stack_equals_the_loop(method):
-    stack, loop = (played(*method, *EACH, "rounds=3", f"engine.path={path}")[0] for path in ("stack", "loop"))
+    stack, loop = (
+        played(*method, *EACH, "rounds=3", f"engine.path={path}")[0] for path in ("stack", "loop")
+    )
     for a, b in zip(stack[1:], loop[1:], strict=True):
         assert_near(a.shared, b.shared, atol=1e-4)
         assert_near(a.personal, b.personal, atol=1e-4)
@@ -276,17 +317,26 @@ def test_a_stack_equals_the_loop(method):
 
 @each_method("fedlora")
 def test_one_task_of_all_classes_is_none(method):
-    plain, one = (played(*method, *more)[0] for more in ((), ("data.tasks.classes=4", "data.tasks.rounds=1")))
+    plain, one = (
+        played(*method, *more)[0] for more in ((), ("data.tasks.classes=4", "data.tasks.rounds=1"))
+    )
     assert all(same(a, b) for a, b in zip(plain, one, strict=True))
 
 
 def test_the_split_of_a_run_is_that_of_all_classes():
     assert built(*EACH).split.digest() == built().split.digest()
-    assert built(*EACH).run.groups == built().run.groups and built(*EACH).run.host == built().run.host
+    assert (
+        built(*EACH).run.groups == built().run.groups and built(*EACH).run.host == built().run.host
+    )
 
 
 def test_tasks_do_with_rotated_images_and_augmentation():
-    settings = ("algorithm=fedavg_ft", "algorithm.ft_epochs=1", "data.shift=rotate", "data.augment=[crop, erase]")
+    settings = (
+        "algorithm=fedavg_ft",
+        "algorithm.ft_epochs=1",
+        "data.shift=rotate",
+        "data.augment=[crop, erase]",
+    )
     stack, loop = (played(*settings, *EACH, f"engine.path={path}")[0] for path in ("stack", "loop"))
     for a, b in zip(stack[1:], loop[1:], strict=True):
         np.testing.assert_allclose(a.clients["loss"], b.clients["loss"], rtol=1e-3)
@@ -322,16 +372,24 @@ def test_tasks_are_read_back_and_count_in_the_digest(tmp_path):
     "overrides, text",
     [
         (["data.tasks.classes=2"], "data.tasks.rounds: must be given"),
-        ([*PAIRS, "data.tasks.classes=0"], "data.tasks.classes = 0: must be an integer of at least 1"),
-        ([*PAIRS, "data.tasks.rounds=0"], "data.tasks.rounds = 0: must be an integer of at least 1"),
+        (
+            [*PAIRS, "data.tasks.classes=0"],
+            "data.tasks.classes = 0: must be an integer of at least 1",
+        ),
+        (
+            [*PAIRS, "data.tasks.rounds=0"],
+            "data.tasks.rounds = 0: must be an integer of at least 1",
+        ),
         (["data.tasks=2"], "data.tasks = 2: must be a block with classes, rounds or null"),
         (
             [*PAIRS, "data.tasks.round=3"],
-            "data.tasks.round = 3: data.tasks has no such field; it has classes, rounds. Did you mean rounds?",
+            "data.tasks.round = 3: data.tasks has no such field; it has classes, rounds. Did you "
+            "mean rounds?",
         ),
         (
             [*PAIRS, "data.shift=labels"],
-            "data.shift = labels: would make a task other classes for every client; choose none or rotate",
+            "data.shift = labels: would make a task other classes for every client; choose none "
+            "or rotate",
         ),
     ],
 )
@@ -350,13 +408,13 @@ ALONE = "data.partition={kind: pathological, clients: 1, train: 20, test: 10"
         (["data.tasks.classes=5"], "data.tasks.classes = 5: the data set has 4 classes"),
         (
             ["data.tasks.classes=3", f"{ALONE}, seed: 7}}"],  # classes 1 and 2
-            "data.tasks.classes = 3: no client holds a training sample of task 1 (class 3); choose more classes or "
-            "another partition",
+            "data.tasks.classes = 3: no client holds a training sample of task 1 (class 3); "
+            "choose more classes or another partition",
         ),
         (
             ["data.tasks.classes=2", f"{ALONE}, seed: 4}}"],  # classes 0 and 1
-            "data.tasks.classes = 2: no client holds a training sample of task 1 (classes 2 to 3); choose more classes "
-            "or another partition",
+            "data.tasks.classes = 2: no client holds a training sample of task 1 (classes 2 to "
+            "3); choose more classes or another partition",
         ),
     ],
 )
@@ -369,4 +427,7 @@ def test_tasks_that_do_not_fit_the_data_are_refused(overrides, text):
 
 def test_a_plan_is_for_the_first_task():
     lines = {line.split()[0]: line for line in plan(tiny(*EACH), Path(TINY).name, 2).splitlines()}
-    assert f"{len(built(*EACH).run.chosen(0))} of 7 clients" in lines["round"] and "for 4 rounds" in lines["time"]
+    assert (
+        f"{len(built(*EACH).run.chosen(0))} of 7 clients" in lines["round"]
+        and "for 4 rounds" in lines["time"]
+    )

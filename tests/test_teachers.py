@@ -20,10 +20,14 @@ from fedlora_mpi.federation.round import play
 from fedlora_mpi.models.network import from_module
 
 METHODS = pytest.mark.parametrize(
-    "algorithm", [PFedSD(), thorough(PFedSD(teacher_bn="running")), MOON()], ids=["pFedSD", "pFedSD running", "MOON"]
+    "algorithm",
+    [PFedSD(), thorough(PFedSD(teacher_bn="running")), MOON()],
+    ids=["pFedSD", "pFedSD running", "MOON"],
 )
 OFF = pytest.mark.parametrize(
-    "algorithm", [PFedSD(lam=0.0), thorough(PFedSD(lam=0.0, teacher_bn="running")), MOON(mu=0.0)], ids=str
+    "algorithm",
+    [PFedSD(lam=0.0), thorough(PFedSD(lam=0.0, teacher_bn="running")), MOON(mu=0.0)],
+    ids=str,
 )
 
 
@@ -44,19 +48,25 @@ def plain(algorithm, **how):
 
 
 def batch(made, client=0, width=5):
-    return Batch(*(v if v is None else v[0] for v in made.feed.epoch([client], 0, 0).batch(1, 0, width)))
+    return Batch(
+        *(v if v is None else v[0] for v in made.feed.epoch([client], 0, 0).batch(1, 0, width))
+    )
 
 
 def taught(made):
     """Variables of a client whose teacher is another network than the one it received."""
     v = small.first(made)
     own = {n: w + 0.1 * numbers(*w.shape).abs() for n, w in v.personal.items() if n != ".taught."}
-    return v._replace(personal=own | {n: torch.ones_like(w) for n, w in v.personal.items() if n == ".taught."})
+    return v._replace(
+        personal=own | {n: torch.ones_like(w) for n, w in v.personal.items() if n == ".taught."}
+    )
 
 
 def gradients(made, v, data, start=None):
     """{leaf: gradient of the training loss} of one client at ``v.shared``, and the loss."""
-    leaves = {n: w.clone().requires_grad_(made.model.role(n) != "stats") for n, w in v.shared.items()}
+    leaves = {
+        n: w.clone().requires_grad_(made.model.role(n) != "stats") for n, w in v.shared.items()
+    }
     (phase,) = made.algorithm.phases(made.model, made.settings, 0)
     loss = phase.steps[0].loss(Vars(leaves, v.personal), start or v, data)
     trained = {n: w for n, w in leaves.items() if w.requires_grad}
@@ -73,7 +83,9 @@ def last(state, row):
 
 @OFF
 @STACK_FIRST
-@pytest.mark.parametrize("network, participation", [thorough("bn_net", 1.0), ("bn_net", 0.6), thorough("noisy_net", 1.0)])
+@pytest.mark.parametrize(
+    "network, participation", [thorough("bn_net", 1.0), ("bn_net", 0.6), thorough("noisy_net", 1.0)]
+)
 def test_without_its_term_the_method_is_fedavg(algorithm, stacked, network, participation):
     how = {"network": network, "stacked": stacked, "participation": participation, "rounds": 3}
     assert small.equal(outcome(algorithm, **how)[1].shared, plain(algorithm, **how).shared)
@@ -83,7 +95,9 @@ def test_without_its_term_the_method_is_fedavg(algorithm, stacked, network, part
 @STACK_FIRST
 def test_the_term_acts_from_round_2_on(algorithm, stacked):
     how = {"rounds": 1, "stacked": stacked, "fine": True}
-    small.assert_near(outcome(algorithm, **how)[1].shared, plain(algorithm, **how).shared, rtol=1e-6)
+    small.assert_near(
+        outcome(algorithm, **how)[1].shared, plain(algorithm, **how).shared, rtol=1e-6
+    )
     _, two = outcome(algorithm, rounds=2, stacked=stacked)
     other = plain(algorithm, rounds=2, stacked=stacked).shared
     assert not any(torch.equal(v, other[n]) for n, v in two.shared.items())
@@ -111,7 +125,8 @@ def test_the_teacher_is_what_a_participant_trained_last(algorithm, stacked):
         members = [c for c in group if c in chosen]
         rows = {n: v[: len(members)] for n, v in before.items()}  # all start equal
         ends |= {
-            d.client: small.copy(d.end.shared) for d in run.trainer.train(members, state.shared, rows, 0)
+            d.client: small.copy(d.end.shared)
+            for d in run.trainer.train(members, state.shared, rows, 0)
         }
     state = small.played(run, state, 1)
     assert set(ends) == chosen and len(chosen) == 3
@@ -120,7 +135,9 @@ def test_the_teacher_is_what_a_participant_trained_last(algorithm, stacked):
             teacher = last(state, row)
             assert small.equal(teacher, {n: ends[client][n] for n in teacher}), client
         else:
-            assert all(torch.equal(v[row], before[n][row]) for n, v in state.personal.items()), client
+            assert all(torch.equal(v[row], before[n][row]) for n, v in state.personal.items()), (
+                client
+            )
         if ".taught." in state.personal:
             assert state.personal[".taught."][row] == (client in chosen)
 
@@ -133,7 +150,9 @@ def test_a_teacher_leaves_no_trace(algorithm, stacked):
     rows, shared = small.rows(v.personal, 5), small.copy(v.shared)
     given = small.copy(rows)
     for done in made.train(range(5), shared, rows, 1):
-        assert small.equal(done.start.personal, v.personal) and small.equal(done.start.shared, v.shared)
+        assert small.equal(done.start.personal, v.personal) and small.equal(
+            done.start.shared, v.shared
+        )
     assert small.equal(rows, given) and small.equal(shared, v.shared)
 
 
@@ -199,7 +218,9 @@ def test_the_divergence_of_pfedsd_is_torchs_and_has_its_closed_gradient(temperat
     torch.testing.assert_close(grad, (temperature * (p.exp() - q.exp()) / 5).detach())
     padded = data._replace(real=torch.tensor([True, True, False, True, False]))
     three = algorithm.divergence(teacher, student, padded)
-    torch.testing.assert_close(three, algorithm.divergence(teacher[[0, 1, 3]], student[[0, 1, 3]], data))
+    torch.testing.assert_close(
+        three, algorithm.divergence(teacher[[0, 1, 3]], student[[0, 1, 3]], data)
+    )
     assert algorithm.divergence(student, student, data).abs() < 1e-6
 
 
@@ -251,7 +272,8 @@ def test_the_contrast_of_moon_has_its_closed_form_and_gradient():
     good, bad = (a / tau).exp(), (b / tau).exp()
     torch.testing.assert_close(value, -(good / (good + bad)).log().mean())
     (grad,) = torch.autograd.grad(value, z)
-    slope = lambda o, cos: (unit(o) - cos[:, None] * unit(z)) / z.norm(dim=1, keepdim=True)  # of cos by z
+    # of cos by z
+    slope = lambda o, cos: (unit(o) - cos[:, None] * unit(z)) / z.norm(dim=1, keepdim=True)
     wrong = (bad / (good + bad) / tau / 5)[:, None]
     torch.testing.assert_close(grad, (wrong * (slope(far, b) - slope(near, a))).detach())
     closer = F.cosine_similarity(z - grad, near) - F.cosine_similarity(z - grad, far)
@@ -270,19 +292,24 @@ def test_the_contrast_of_moon_survives_a_small_tau():
 def test_the_gradient_of_moon_is_that_of_both_terms():
     made = small.trainer(MOON(mu=3.0, tau=0.5), "bn_net")
     v, data = taught(made), batch(made)
-    moved = v._replace(shared={n: w + 0.1 * numbers(*w.shape, at=3).abs() for n, w in v.shared.items()})
+    moved = v._replace(
+        shared={n: w + 0.1 * numbers(*w.shape, at=3).abs() for n, w in v.shared.items()}
+    )
     grads, loss = gradients(made, moved, data, start=v)
     net = {n: w.clone().requires_grad_(n in grads) for n, w in moved.shared.items()}
     own = {n.removeprefix(".own."): w for n, w in v.personal.items()}
     judge = made.model.evaluating()
     z = made.model.features(net, data.x)
-    likeness = [F.cosine_similarity(z, judge.features(tree, data.x)) / 0.5 for tree in (v.shared, own)]
+    likeness = [
+        F.cosine_similarity(z, judge.features(tree, data.x)) / 0.5 for tree in (v.shared, own)
+    ]
     term = 3.0 * F.softplus(likeness[1] - likeness[0]).mean()
     fit = F.cross_entropy(made.model.classify(net, z), data.y)
     assert loss == pytest.approx((fit + term).item())
     trained = {n: net[n] for n in grads}
     small.assert_near(
-        grads, dict(zip(trained, torch.autograd.grad(fit + term, trained.values(), retain_graph=True)))
+        grads,
+        dict(zip(trained, torch.autograd.grad(fit + term, trained.values(), retain_graph=True))),
     )
     assert torch.autograd.grad(term, net["conv1.weight"])[0].abs().max() > 1e-3
 
@@ -301,5 +328,7 @@ def test_moon_refuses_a_network_that_does_not_end_in_a_linear():
     layers = nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     model = from_module(nn.Sequential(*layers), 6, small.SHAPE)
     MOON().check(small.model("bn_net"), Train())
-    with pytest.raises(ValueError, match="name = moon: needs a network that ends in a Linear; 0 is none"):
+    with pytest.raises(
+        ValueError, match="name = moon: needs a network that ends in a Linear; 0 is none"
+    ):
         MOON().check(model, Train())

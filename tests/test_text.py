@@ -1,4 +1,6 @@
-"""Texts: from a CSV file to numbers, through the Transformer, to a run folder that can say what it read."""
+"""Texts: from a CSV file to numbers, through the Transformer, to a run folder that can say what it
+read.
+"""
 
 import builtins
 import csv
@@ -28,7 +30,11 @@ from fedlora_mpi.run.loop import resume, start
 
 pytest.importorskip("tokenizers")
 
-TOPICS = {"sea": ("wave", "tide", "salt", "boat"), "hill": ("rock", "path", "snow", "goat"), "town": ("road", "shop", "tram")}
+TOPICS = {
+    "sea": ("wave", "tide", "salt", "boat"),
+    "hill": ("rock", "path", "snow", "goat"),
+    "town": ("road", "shop", "tram"),
+}
 COMMON = ("the", "a", "of", "and", ",")
 CPU = torch.device("cpu")
 
@@ -44,7 +50,9 @@ def a_text(number):
     topic = list(TOPICS)[number % 3]
     words, generator = TOPICS[topic] + COMMON, rng(1, "text", number)
     length = 3 + number % 7
-    return topic, " ".join(words[int(i)] for i in torch.randint(0, len(words), (length,), generator=generator))
+    return topic, " ".join(
+        words[int(i)] for i in torch.randint(0, len(words), (length,), generator=generator)
+    )
 
 
 @pytest.fixture
@@ -56,7 +64,11 @@ def root(tmp_path):
 
 
 def source(root, dataset="csv", **text):
-    return Source(dataset, root=str(root), text=Text(**{"label": "topic", "columns": ("body",), "length": 8} | text))
+    return Source(
+        dataset,
+        root=str(root),
+        text=Text(**{"label": "topic", "columns": ("body",), "length": 8} | text),
+    )
 
 
 # Texts
@@ -75,7 +87,8 @@ def test_a_text_comes_back_as_its_words_in_lower_case():
     ids = vocabulary.encode(TRAINING)
     assert ids.dtype == torch.int32 and ids.shape == (3, 7) and vocabulary.length == 7
     assert words_of(vocabulary, ids[0]) == ["the", "boat", ",", "the", "boat", "!", "[PAD]"]
-    assert words_of(vocabulary, ids[2]) == ["five", "goats"] + ["[PAD]"] * 5  # the ligature under NFKC
+    # the ligature under NFKC
+    assert words_of(vocabulary, ids[2]) == ["five", "goats"] + ["[PAD]"] * 5
     assert ids[0, 6] == 0 and (ids[0, :6] > 1).all()
 
 
@@ -90,7 +103,11 @@ def test_words_are_numbered_by_frequency_then_by_the_alphabet():
 
 def test_an_unknown_word_is_1_and_a_long_text_is_cut():
     vocabulary = Vocabulary.of(TRAINING, Text(length=3))
-    assert vocabulary.encode(["goat zebra", "", "a a a a a"]).tolist() == [[8, 1, 0], [0, 0, 0], [6, 6, 6]]
+    assert vocabulary.encode(["goat zebra", "", "a a a a a"]).tolist() == [
+        [8, 1, 0],
+        [0, 0, 0],
+        [6, 6, 6],
+    ]
 
 
 def test_no_text_can_spell_padding():
@@ -124,22 +141,49 @@ def test_a_csv_file_gives_texts_and_classes(root):
 
 
 def test_labels_that_are_integers_are_sorted_as_such_and_columns_are_joined(tmp_path):
-    rows = [("stars", "title", "body"), ("10", "a", "b c"), ("-2", "", "c"), ("9", "b", "line\nbreak, \"quoted\"")]
+    rows = [
+        ("stars", "title", "body"),
+        ("10", "a", "b c"),
+        ("-2", "", "c"),
+        ("9", "b", 'line\nbreak, "quoted"'),
+    ]
     for name in ("train.csv", "test.csv"):
         write(tmp_path / name, rows)
     data = load(source(tmp_path, label="stars", columns=("title", "body")))
     assert data.train.y.tolist() == [2, 0, 1]
     assert words_of(data.vocabulary, data.train.x[0])[:3] == ["a", "b", "c"]
-    assert words_of(data.vocabulary, data.train.x[2])[:7] == ["b", "line", "break", ",", '"', "quoted", '"']
+    assert words_of(data.vocabulary, data.train.x[2])[:7] == [
+        "b",
+        "line",
+        "break",
+        ",",
+        '"',
+        "quoted",
+        '"',
+    ]
 
 
 def test_ag_news_is_read_as_its_authors_wrote_it(tmp_path):
-    rows = [("3", "Oil, up", "It costs\\more"), ("1", "", "joined"), ("4", "Chips", "new"), ("2", "Goal", "won")]
+    rows = [
+        ("3", "Oil, up", "It costs\\more"),
+        ("1", "", "joined"),
+        ("4", "Chips", "new"),
+        ("2", "Goal", "won"),
+    ]
     for name in ("train.csv", "test.csv"):
         write(tmp_path / "AG_NEWS" / name, rows)
     data = load(source(tmp_path, "ag_news"))
     assert data.classes == 4 and data.train.y.tolist() == [2, 0, 3, 1]
-    assert words_of(data.vocabulary, data.train.x[0]) == ["oil", ",", "up", "it", "costs", "\\", "more", "[PAD]"]
+    assert words_of(data.vocabulary, data.train.x[0]) == [
+        "oil",
+        ",",
+        "up",
+        "it",
+        "costs",
+        "\\",
+        "more",
+        "[PAD]",
+    ]
 
 
 # Mistakes
@@ -148,12 +192,27 @@ def test_ag_news_is_read_as_its_authors_wrote_it(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ({"train": "no.csv"}, r"text.train = no.csv: cannot be read in .* \(No such file or directory\); put it there"),
-        ({"label": "class"}, "text.label = class: train.csv has no such column; there are id, topic, body"),
-        ({"columns": ("body", "title")}, "text.columns = title: train.csv has no such column; there are id, topic, body"),
-        ({"test": "odd.csv"}, "text.test = odd.csv: the label 'moon' is not in train.csv; there are hill, sea, town"),
+        (
+            {"train": "no.csv"},
+            r"text.train = no.csv: cannot be read in .* \(No such file or directory\); put it there",
+        ),
+        (
+            {"label": "class"},
+            "text.label = class: train.csv has no such column; there are id, topic, body",
+        ),
+        (
+            {"columns": ("body", "title")},
+            "text.columns = title: train.csv has no such column; there are id, topic, body",
+        ),
+        (
+            {"test": "odd.csv"},
+            "text.test = odd.csv: the label 'moon' is not in train.csv; there are hill, sea, town",
+        ),
         ({"train": "short.csv"}, "text.train = short.csv: line 3: has 2 fields, the first row 3"),
-        ({"train": "header.csv"}, "text.train = header.csv: has no row under the names of the columns"),
+        (
+            {"train": "header.csv"},
+            "text.train = header.csv: has no row under the names of the columns",
+        ),
         ({"test": "empty.csv"}, "text.test = empty.csv: is empty, in "),
         ({"test": "latin.csv"}, "text.test = latin.csv: is no CSV file in UTF-8 after line "),
     ],
@@ -172,7 +231,10 @@ def test_what_is_wrong_with_a_file_is_said(root, text, message):
 
 def test_a_row_that_is_not_of_ag_news_is_named(tmp_path):
     write(tmp_path / "AG_NEWS" / "train.csv", [("3", "a", "b"), ("5", "a", "b")])
-    with pytest.raises(ValueError, match="^text.train = train.csv: line 2: must be a class from 1 to 4, a title and"):
+    with pytest.raises(
+        ValueError,
+        match="^text.train = train.csv: line 2: must be a class from 1 to 4, a title and",
+    ):
         load(source(tmp_path, "ag_news"))
 
 
@@ -185,7 +247,9 @@ def test_without_the_library_the_message_says_what_to_install(root, monkeypatch)
         return genuine(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=r"^text: tokenizers is not installed; pip install 'fedlora-mpi\[text\]'$"):
+    with pytest.raises(
+        ValueError, match=r"^text: tokenizers is not installed; pip install 'fedlora-mpi\[text\]'$"
+    ):
         load(source(root))
 
 
@@ -195,7 +259,9 @@ def test_impossible_settings_are_refused(root):
             Text(**text)
     data = load(source(root))
     split = Iid(clients=2, train=5, test=5).split(data.train.y.numpy(), data.test.y.numpy(), 3)
-    with pytest.raises(ValueError, match="^data.shift = rotate: needs square images, these are texts; use labels"):
+    with pytest.raises(
+        ValueError, match="^data.shift = rotate: needs square images, these are texts; use labels"
+    ):
         Feed(data, split, seed=1, shift="rotate", device=CPU, augment=True)
 
 
@@ -205,7 +271,12 @@ def test_impossible_settings_are_refused(root):
         ("cnn", {}, 9, "cannot be built: it is for images, the data are texts"),
         ("torchvision:resnet18", {}, 9, "cannot be built: it is for images, the data are texts"),
         ("transformer", {}, 0, "cannot be built: it is for texts, the data are images"),
-        ("transformer", {"width": 6, "heads": 4}, 9, "cannot be built: heads = 4: must divide width = 6"),
+        (
+            "transformer",
+            {"width": 6, "heads": 4},
+            9,
+            "cannot be built: heads = 4: must divide width = 6",
+        ),
         ("transformer", {"layers": 0}, 9, "cannot be built: layers = 0: must be"),
         ("transformer", {"dropout": 1.0}, 9, "cannot be built: dropout = 1.0: must be"),
     ],
@@ -223,7 +294,10 @@ def test_hf_without_transformers_says_what_to_install(tmp_path, monkeypatch):
     for folder in (tmp_path, tmp_path / "config.json"):
         with pytest.raises(ValueError) as refused:
             zoo.build("hf", {"folder": str(folder)}, 3, (8,), 1, 9)
-        message = "name = hf: cannot be built: transformers is not installed; pip install 'fedlora-mpi[hf]'"
+        message = (
+            "name = hf: cannot be built: transformers is not installed; pip install "
+            "'fedlora-mpi[hf]'"
+        )
         assert str(refused.value) == message
 
 
@@ -248,7 +322,9 @@ def test_padding_changes_no_logit():
     x = ids(4, 1, 3)
     whole = model(model.initial, x)
     torch.testing.assert_close(model(model.initial, x[:, :4]), whole, rtol=1e-5, atol=1e-6)
-    other = model.initial | {n: v.clone() for n, v in model.initial.items() if n in ("words.weight", "places.weight")}
+    other = model.initial | {
+        n: v.clone() for n, v in model.initial.items() if n in ("words.weight", "places.weight")
+    }
     other["words.weight"][0] += 3.0  # what stands for padding
     other["places.weight"][4:] -= 2.0  # where nothing but padding is
     assert torch.equal(model(other, x), whole)
@@ -274,7 +350,9 @@ def test_an_empty_text_has_finite_logits():
 def test_the_order_of_the_words_matters():
     model = network().evaluating()
     x = ids(6)
-    assert not torch.allclose(model(model.initial, x), model(model.initial, x[:, [1, 0, *range(2, 9)]]), atol=1e-4)
+    assert not torch.allclose(
+        model(model.initial, x), model(model.initial, x[:, [1, 0, *range(2, 9)]]), atol=1e-4
+    )
 
 
 def test_evaluation_and_training_mode_agree_to_the_bit():
@@ -286,10 +364,17 @@ def test_evaluation_and_training_mode_agree_to_the_bit():
 
 def test_the_head_is_the_classifier_and_the_norms_are_norms():
     model = network()
-    roles = {role: {n for n, leaf in model.leaves.items() if leaf.role == role} for role in ("head", "norm", "stats")}
+    roles = {
+        role: {n for n, leaf in model.leaves.items() if leaf.role == role}
+        for role in ("head", "norm", "stats")
+    }
     assert roles["head"] == {"head.weight", "head.bias"} and not roles["stats"]
     assert len(roles["norm"]) == 10 and all("norm" in name for name in roles["norm"])
-    matrices = {n.removeprefix("blocks.0.") for n, leaf in model.leaves.items() if leaf.matrix and "blocks.1" not in n}
+    matrices = {
+        n.removeprefix("blocks.0.")
+        for n, leaf in model.leaves.items()
+        if leaf.matrix and "blocks.1" not in n
+    }
     attention = {"attention.in_proj_weight", "attention.out_proj.weight"}
     assert matrices == attention | {"linear1.weight", "linear2.weight", "head.weight"}
     x = ids(9, 5, 2)
@@ -315,9 +400,13 @@ def test_a_stack_has_the_gradients_of_the_loop(dropout):
 
     def loss(tree, x, y, real, key):
         with model.prepared(batch := Batch(x, y, real, key, torch.ones(3))):
-            return (cross_entropy(model(tree, batch.x), batch.y, reduction="none") * batch.real).sum()
+            return (
+                cross_entropy(model(tree, batch.x), batch.y, reduction="none") * batch.real
+            ).sum()
 
-    trees = {n: v + 0.1 * torch.randn(4, *v.shape, generator=rng(1, n)) for n, v in model.initial.items()}
+    trees = {
+        n: v + 0.1 * torch.randn(4, *v.shape, generator=rng(1, n)) for n, v in model.initial.items()
+    }
     stack = vmap(grad(loss))(trees, x, y, real, keys)
     for c in range(4):
         alone = grad(loss)({n: v[c] for n, v in trees.items()}, x[c], y[c], real[c], keys[c])
@@ -353,8 +442,14 @@ def yaml(root):
 
 def test_the_low_rank_parts_are_on_attention_and_head(yaml):
     built = build_run(read(yaml), str(yaml), Solo())
-    decomposed = {n.removesuffix("..A") for n in built.run.kinds[0].first.personal if n.endswith(".A")}
-    assert decomposed == {"blocks.0.attention.in_proj_weight", "blocks.0.attention.out_proj.weight", "head.weight"}
+    decomposed = {
+        n.removesuffix("..A") for n in built.run.kinds[0].first.personal if n.endswith(".A")
+    }
+    assert decomposed == {
+        "blocks.0.attention.in_proj_weight",
+        "blocks.0.attention.out_proj.weight",
+        "head.weight",
+    }
     assert built.run.kinds[0].first.personal["head.weight..A"].shape == (2, 6)
 
 
@@ -376,9 +471,15 @@ def test_a_resume_moves_no_bit_and_the_folder_keeps_the_vocabulary(yaml, root):
 
 def test_a_resume_on_other_training_texts_is_refused(yaml, root):
     assert start(read(yaml, ["rounds=1"]), str(yaml), Solo()) == 0
-    rows = [("id", "topic", "body"), *((n, a_text(n)[0], f"{a_text(n)[1]} ashore") for n in range(60))]
+    rows = [
+        ("id", "topic", "body"),
+        *((n, a_text(n)[0], f"{a_text(n)[1]} ashore") for n in range(60)),
+    ]
     write(root / "train.csv", rows)
-    with pytest.raises(Refused, match="run/vocabulary.json: is not that of the training texts in data.root = .*start anew"):
+    with pytest.raises(
+        Refused,
+        match="run/vocabulary.json: is not that of the training texts in data.root = .*start anew",
+    ):
         resume(root / "run", ["rounds=2"], Solo())
 
 
@@ -393,11 +494,25 @@ def test_the_spread_over_ranks_moves_no_bit(root):
             assert equal(a.shared, b.shared) and equal(a.personal, b.personal)
 
 
-@pytest.mark.parametrize("name", ["fedlora", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("fedavg", "fedper", "fedrod"))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fedlora",
+        *(pytest.param(n, marks=pytest.mark.thorough) for n in ("fedavg", "fedper", "fedrod")),
+    ],
+)
 def test_a_stack_trains_as_the_loop(yaml, root, name):
     end = {}
     for path in ("stack", "loop"):
-        config = read(yaml, [f"algorithm={name}", f"engine.path={path}", "rounds=2", f"output={root}/{name}-{path}"])
+        config = read(
+            yaml,
+            [
+                f"algorithm={name}",
+                f"engine.path={path}",
+                "rounds=2",
+                f"output={root}/{name}-{path}",
+            ],
+        )
         assert start(config, str(yaml), Solo()) == 0
         end[path] = open_run(config.output)
     for leaf, value in end["stack"].shared.items():
@@ -406,17 +521,27 @@ def test_a_stack_trains_as_the_loop(yaml, root, name):
 
 
 def test_topics_are_learnt(yaml, root):
-    config = read(yaml, ["algorithm=fedavg", "model.dropout=0", "model.width=16", "train.epochs=5", "rounds=8"])
+    config = read(
+        yaml,
+        ["algorithm=fedavg", "model.dropout=0", "model.width=16", "train.epochs=5", "rounds=8"],
+    )
     assert start(config, str(yaml), Solo()) == 0
     assert open_run(root / "run").array("accuracy")[-1] > 0.9
 
 
 def test_a_mistake_in_a_config_of_texts_names_file_and_key(yaml):
-    with pytest.raises(Refused, match=r"text.yaml: data.text.label = class: train.csv has no such column"):
+    with pytest.raises(
+        Refused, match=r"text.yaml: data.text.label = class: train.csv has no such column"
+    ):
         build_run(read(yaml, ["data.text.label=class"]), str(yaml), Solo())
-    with pytest.raises(Refused, match=r"text.yaml: model.name = cnn: cannot be built: it is for images"):
+    with pytest.raises(
+        Refused, match=r"text.yaml: model.name = cnn: cannot be built: it is for images"
+    ):
         build_run(read(yaml, ["model=cnn"]), str(yaml), Solo())
     with pytest.raises(Refused, match=r"text.yaml: algorithm.layers = conv.*: matches no weight"):
         build_run(read(yaml, ["algorithm.layers=[conv.*]"]), str(yaml), Solo())
-    with pytest.raises(ConfigError, match="data.text.lenght = 8: data.text has no such field; .* Did you mean length"):
+    with pytest.raises(
+        ConfigError,
+        match="data.text.lenght = 8: data.text has no such field; .* Did you mean length",
+    ):
         read(yaml, ["data.text.lenght=8"])

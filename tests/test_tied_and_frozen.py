@@ -104,7 +104,10 @@ def inputs(number=5):
 
 def moved(tree):
     """Other numbers, so that nothing can be left from the start."""
-    return {n: v + 0.1 * torch.randn(v.shape, generator=torch.Generator().manual_seed(2)) for n, v in tree.items()}
+    return {
+        n: v + 0.1 * torch.randn(v.shape, generator=torch.Generator().manual_seed(2))
+        for n, v in tree.items()
+    }
 
 
 # --- ties
@@ -131,14 +134,24 @@ def test_a_tied_network_computes_what_it_does_in_torch(kind, training):
 
 def test_a_leaf_in_two_places_is_one_leaf_with_the_first_name():
     model, _ = made(Linears)
-    assert list(model.leaves) == ["b.weight", "b.bias", "c.bias", "head.weight", "head.bias", "shift"]
+    assert list(model.leaves) == [
+        "b.weight",
+        "b.bias",
+        "c.bias",
+        "head.weight",
+        "head.bias",
+        "shift",
+    ]
     assert model.ties == {"c.weight": "b.weight", "c.again": "shift"}
 
 
 def test_what_head_and_body_share_is_body():
     model, _ = made(Embedding)
     assert model.head == "head" and model.leaves["inside.weight"].role == "body"
-    assert model.leaves["inside.weight"].matrix == "linear" and model.leaves["head.bias"].role == "head"
+    assert (
+        model.leaves["inside.weight"].matrix == "linear"
+        and model.leaves["head.bias"].role == "head"
+    )
 
 
 def test_where_the_head_is_registered_first_its_shared_weight_is_body_too():
@@ -186,7 +199,10 @@ def test_two_parameters_in_one_memory_are_refused():
             super().__init__()
             self.c.weight = nn.Parameter(self.b.weight.data)
 
-    with pytest.raises(ValueError, match=r"name: b.weight and c.weight of the network are two tensors in one memory"):
+    with pytest.raises(
+        ValueError,
+        match=r"name: b.weight and c.weight of the network are two tensors in one memory",
+    ):
         made(Shares)
 
 
@@ -201,7 +217,9 @@ def test_a_parameter_that_is_read_past_its_module_is_refused(way):
             z = super().forward(x)
             return z + linear(x.flatten(1), self.past[0] if way == "a list" else self.past())
 
-    with pytest.raises(ValueError, match="clients' weights; (use nn.ParameterList|read them as self.NAME)"):
+    with pytest.raises(
+        ValueError, match="clients' weights; (use nn.ParameterList|read them as self.NAME)"
+    ):
         made(Reads)
 
 
@@ -223,7 +241,10 @@ def test_a_leaf_that_is_missing_is_named_and_never_computed_with(call):
     run = {"model": lambda: model(tree, x), "features": lambda: model.features(tree, x)}
     run["classify"] = lambda: model.classify(tree, x.flatten(1))
     missing = "head.bias" if call == "classify" else "c.bias"
-    with pytest.raises(ValueError, match=f"^{missing} of the network has no value: what a method's weights_of returns"):
+    with pytest.raises(
+        ValueError,
+        match=f"^{missing} of the network has no value: what a method's weights_of returns",
+    ):
         run[call]()
 
 
@@ -243,13 +264,23 @@ class Forgets(FedAvg):
 def test_a_method_that_forgets_a_leaf_is_told_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     network = "model=test_tied_and_frozen:linears"
-    assert main(["run", str(TINY), "algorithm=test_tied_and_frozen:Forgets", network, "rounds=1"]) != 0
+    assert (
+        main(["run", str(TINY), "algorithm=test_tied_and_frozen:Forgets", network, "rounds=1"]) != 0
+    )
     assert "b.bias of the network has no value" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["fedlora", *(pytest.param(n, marks=thorough) for n in ("fedavg", "fedper", "fedamp"))])
+@pytest.mark.parametrize(
+    "method",
+    ["fedlora", *(pytest.param(n, marks=thorough) for n in ("fedavg", "fedper", "fedamp"))],
+)
 def test_a_run_of_a_tied_network_has_one_leaf_on_any_ranks(method):
-    overrides = (f"algorithm={method}", "model=test_tied_and_frozen:linears", "rounds=2", "train.lr=0.01")
+    overrides = (
+        f"algorithm={method}",
+        "model=test_tied_and_frozen:linears",
+        "rounds=2",
+        "train.lr=0.01",
+    )
     alone, together = played(*overrides)[0], played(*overrides, ranks=2)[0]
     assert all(map(same, alone, together))
     names = alone[-1].shared.keys() | alone[-1].personal.keys()
@@ -259,12 +290,20 @@ def test_a_run_of_a_tied_network_has_one_leaf_on_any_ranks(method):
 
 def test_checkpoint_and_export_of_a_tied_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    line = ["algorithm=fedlora", "model=test_tied_and_frozen:embedding", "train.lr=0.01", "checkpoint.every=1"]
+    line = [
+        "algorithm=fedlora",
+        "model=test_tied_and_frozen:embedding",
+        "train.lr=0.01",
+        "checkpoint.every=1",
+    ]
     assert main(["run", str(TINY), *line, "rounds=1", "output=a"]) == 0
     assert main(["resume", "a", "rounds=2"]) == 0
     assert main(["export", "a", "--client", "0", "--to", "a.pt"]) == 0
     saved, module = torch.load("a.pt", weights_only=True), open_run("a").client(0).model
-    assert torch.equal(saved["head.weight"], saved["inside.weight"]) and module.head.weight is module.inside.weight
+    assert (
+        torch.equal(saved["head.weight"], saved["inside.weight"])
+        and module.head.weight is module.inside.weight
+    )
     embedding(CLASSES, SHAPE).load_state_dict(saved)
 
 
@@ -273,10 +312,14 @@ def test_weights_of_a_tied_network_may_have_either_name(tmp_path):
     tree = moved(model.initial)
     other = {**{n: v for n, v in tree.items() if n != "b.weight"}, "c.weight": tree["b.weight"]}
     torch.save(other, tmp_path / "a.pt")
-    build = lambda name: zoo.build("test_tied_and_frozen:linears", {}, CLASSES, SHAPE, 1, weights=str(tmp_path / name))
+    build = lambda name: zoo.build(
+        "test_tied_and_frozen:linears", {}, CLASSES, SHAPE, 1, weights=str(tmp_path / name)
+    )
     assert all(torch.equal(v, tree[n]) for n, v in build("a.pt").initial.items())
     torch.save(other | {"b.weight": tree["b.weight"] + 1}, tmp_path / "b.pt")
-    with pytest.raises(ValueError, match="b.weight and c.weight differ in the file, and are one and the same"):
+    with pytest.raises(
+        ValueError, match="b.weight and c.weight differ in the file, and are one and the same"
+    ):
         build("b.pt")
 
 
@@ -310,14 +353,33 @@ def ice(classes, shape):
 
 def of(method, network="backbone", *more):
     plain = ("train.momentum=0",) if method in ("scaffold", "pfedme") else ()
-    return (f"algorithm={method}", f"model=test_tied_and_frozen:{network}", "rounds=2", "train.weight_decay=0.1", *plain, *more)
+    return (
+        f"algorithm={method}",
+        f"model=test_tied_and_frozen:{network}",
+        "rounds=2",
+        "train.weight_decay=0.1",
+        *plain,
+        *more,
+    )
 
 
 @pytest.mark.parametrize(
     "method",
     (
         *("fedavg", "fedlora", "scaffold", "fedit"),
-        *(pytest.param(n, marks=thorough) for n in ("fedprox", "fedadam", "ditto", "fedamp", "fedbn", "pfedlora", "fedala", "moon")),
+        *(
+            pytest.param(n, marks=thorough)
+            for n in (
+                "fedprox",
+                "fedadam",
+                "ditto",
+                "fedamp",
+                "fedbn",
+                "pfedlora",
+                "fedala",
+                "moon",
+            )
+        ),
     ),
 )
 def test_frozen_parameters_are_nobodys_variables(method):
@@ -348,7 +410,9 @@ def test_frozen_parameters_end_as_they_began_and_are_in_every_file(tmp_path, mon
     assert FROZEN <= view.weights.keys()
     assert torch.equal(module.norm.running_mean, torch.zeros(4)) == (method == "fedit")
     assert main(["export", "a", "--client", "1", "--to", "a.pt"]) == 0
-    backbone(CLASSES, SHAPE).load_state_dict(torch.load("a.pt", weights_only=True) | {"norm.num_batches_tracked": torch.tensor(0)})
+    backbone(CLASSES, SHAPE).load_state_dict(
+        torch.load("a.pt", weights_only=True) | {"norm.num_batches_tracked": torch.tensor(0)}
+    )
     if method == "fedavg":
         assert main(["export", "a", "--to", "b.pt"]) == 0
         assert FROZEN <= torch.load("b.pt", weights_only=True).keys()
@@ -360,18 +424,35 @@ def test_frozen_parameters_come_from_a_file(tmp_path, monkeypatch):
     torch.save(moved(model.values), "a.pt")
     loaded = zoo.build("test_tied_and_frozen:backbone", {}, CLASSES, SHAPE, 2, weights="a.pt")
     assert all(torch.equal(v, moved(model.values)[n]) for n, v in loaded.values.items())
-    assert main(["run", str(TINY), *of("fedavg"), "model={name: 'test_tied_and_frozen:backbone', weights: a.pt}", "output=a"]) == 0
+    assert (
+        main(
+            [
+                "run",
+                str(TINY),
+                *of("fedavg"),
+                "model={name: 'test_tied_and_frozen:backbone', weights: a.pt}",
+                "output=a",
+            ]
+        )
+        == 0
+    )
     Path("a.pt").unlink()
-    with pytest.raises(ValueError, match="conv.weight is in model.weights = a.pt alone, which is gone"):
+    with pytest.raises(
+        ValueError, match="conv.weight is in model.weights = a.pt alone, which is gone"
+    ):
         open_run("a").client(0).model
 
 
 def test_pretraining_keeps_and_writes_what_is_frozen(tmp_path, monkeypatch, capsys):
     pytest.importorskip("safetensors")
     monkeypatch.chdir(tmp_path)
-    assert main(["pretrain", str(TINY), *of("fedavg"), "--to", "a.safetensors", "--epochs", "1"]) == 0
+    assert (
+        main(["pretrain", str(TINY), *of("fedavg"), "--to", "a.safetensors", "--epochs", "1"]) == 0
+    )
     plain = zoo.build("test_tied_and_frozen:backbone", {}, CLASSES, SHAPE, 1)
-    found = zoo.build("test_tied_and_frozen:backbone", {}, CLASSES, SHAPE, 2, weights="a.safetensors")
+    found = zoo.build(
+        "test_tied_and_frozen:backbone", {}, CLASSES, SHAPE, 2, weights="a.safetensors"
+    )
     assert all(torch.equal(found.constants[n], plain.constants[n]) for n in FROZEN)
     assert main(["pretrain", str(TINY), *of("fedavg", "ice"), "--to", "b.safetensors"]) == 2
     assert "all its parameters are frozen" in capsys.readouterr().err
@@ -381,7 +462,11 @@ def test_where_all_is_frozen_only_low_rank_parts_train(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     for method in ("fedavg", "scaffold", "ditto", "fedlora"):
         assert main(["run", str(TINY), *of(method, "ice")]) == 2
-        assert "frozen" in (said := capsys.readouterr().err) and "fedit" in said and said.count("\n") == 1
+        assert (
+            "frozen" in (said := capsys.readouterr().err)
+            and "fedit" in said
+            and said.count("\n") == 1
+        )
     start, *_, end = played(*of("fedit", "ice"))[0]
     assert all(map(is_factor, end.shared)) and factor("middle.weight", "A") in end.shared
     assert any(not torch.equal(v, start.shared[n]) for n, v in end.shared.items())
@@ -397,10 +482,17 @@ def test_a_complex_parameter_is_refused_and_a_frozen_one_is_a_constant():
         def forward(self, x):
             return self.head((x.flatten(1) * self.wave).real)
 
-    with pytest.raises(ValueError, match=r"name: parameter wave of the network is torch.complex64, which no method trains"):
+    with pytest.raises(
+        ValueError,
+        match=r"name: parameter wave of the network is torch.complex64, which no method trains",
+    ):
         made(Waves)
     model, _ = made(lambda: Waves(trained=False))
-    assert "wave" in model.constants and "wave" not in model.leaves and model.module(model.initial).wave.is_complex()
+    assert (
+        "wave" in model.constants
+        and "wave" not in model.leaves
+        and model.module(model.initial).wave.is_complex()
+    )
 
 
 def test_a_plan_counts_what_is_frozen(capsys):

@@ -13,7 +13,10 @@ from fedlora_mpi.engine.speed import Speed, candidates, fastest, measured, speed
 from fedlora_mpi.run import assembly as building
 
 MEASURE = Engine(device="cpu", path="measure")
-loop, stack = (lambda: Engine(path="loop", group_size=1)), (lambda size: Engine(path="stack", group_size=size))
+loop, stack = (
+    (lambda: Engine(path="loop", group_size=1)),
+    (lambda size: Engine(path="stack", group_size=size)),
+)
 
 
 @pytest.mark.parametrize(
@@ -39,13 +42,19 @@ def test_the_fastest_wins_and_compiling_counts_twice():
     assert fastest([Speed(loop(), 1.0), compiled], 41).engine == compiled.engine
 
 
-@pytest.mark.parametrize("samples, there, tried", [(3600, True, False), (3601, True, True), (3601, False, False)])
+@pytest.mark.parametrize(
+    "samples, there, tried", [(3600, True, False), (3601, True, True), (3601, False, False)]
+)
 def test_compiling_is_tried_on_long_runs_alone(samples, there, tried, monkeypatch):
-    monkeypatch.setattr(trial, "speed", lambda engine, _: Speed(engine, 1.0 if engine.path == "stack" else 1.1))
+    monkeypatch.setattr(
+        trial, "speed", lambda engine, _: Speed(engine, 1.0 if engine.path == "stack" else 1.1)
+    )
     monkeypatch.setattr(trial, "compiler", lambda: "g++" if there else None)
     speeds = measured(MEASURE, 3, samples, lambda engine: [])
     assert [s.engine.compile for s in speeds] == [False, False] + [True] * tried
-    assert not tried or speeds[-1].engine == replace(MEASURE, path="stack", group_size=3, compile=True)
+    assert not tried or speeds[-1].engine == replace(
+        MEASURE, path="stack", group_size=3, compile=True
+    )
 
 
 def test_a_trial_trains_copies_and_counts_samples(monkeypatch):
@@ -56,7 +65,11 @@ def test_a_trial_trains_copies_and_counts_samples(monkeypatch):
     clock = iter([0, 5, 5, 7, 7, 10, 10, 13])  # the first of four repeats takes 5 s, the best 2
     monkeypatch.setattr(trial.time, "perf_counter", lambda: next(clock))
     own = type(kind.trainer).train
-    monkeypatch.setattr(type(kind.trainer), "train", lambda self, ids, *rest: asked.append(ids) or own(self, ids, *rest))
+    monkeypatch.setattr(
+        type(kind.trainer),
+        "train",
+        lambda self, ids, *rest: asked.append(ids) or own(self, ids, *rest),
+    )
     found = speed(stack(2), [(kind.trainer, kind.first, clients)])
     samples = sum(min(16, run.sizes[c]) for c in clients) * 3  # two batches of 8, three epochs
     assert (found.sample, found.start, asked) == (2 / samples, 3, [clients] * 4)
@@ -75,17 +88,28 @@ def test_the_first_worker_measures_and_all_ranks_follow(winner, monkeypatch, cap
     config = replace(tiny("engine.path=measure", "engine.group_size=auto"))
     engines = on_ranks(3, lambda comm: building.build(config, str(TINY), comm).config.engine)
     assert measuring == [[1], [2]]  # 4 clients a round, two workers
-    assert {(e.path, e.group_size) for e in engines} == {("loop", 1) if winner == "loop" else ("stack", 2)}
+    assert {(e.path, e.group_size) for e in engines} == {
+        ("loop", 1) if winner == "loop" else ("stack", 2)
+    }
     said = capsys.readouterr().err
-    assert said.count("engine.path = measure: client samples per second: loop 1; stacks of 2 0; taken:"
-                      if winner == "loop" else "loop 0; stacks of 2 1; taken: stacks of 2") == 1
+    assert (
+        said.count(
+            "engine.path = measure: client samples per second: loop 1; stacks of 2 0; taken:"
+            if winner == "loop"
+            else "loop 0; stacks of 2 1; taken: stacks of 2"
+        )
+        == 1
+    )
 
 
 def test_a_resume_keeps_what_was_measured(tmp_path, monkeypatch):
     asked = ["engine.path=measure", "engine.group_size=auto", f"output={tmp_path / 'run'}"]
-    monkeypatch.setattr(trial, "speed", lambda engine, _: Speed(engine, 1.0 if engine.path == "stack" else 2.0))
+    monkeypatch.setattr(
+        trial, "speed", lambda engine, _: Speed(engine, 1.0 if engine.path == "stack" else 2.0)
+    )
     assert cli.main(["run", str(TINY), *asked, "rounds=1"]) == 0
-    lines = lambda: (tmp_path / "run/config.yaml").read_text().splitlines()[1:]  # under the checksum
+    # under the checksum
+    lines = lambda: (tmp_path / "run/config.yaml").read_text().splitlines()[1:]
     recorded = lines()
     assert configs.read(tmp_path / "run/config.yaml").engine == Engine("cpu", "stack", 2)
     monkeypatch.setattr(trial, "speed", lambda *_: pytest.fail("measured again"))

@@ -21,11 +21,21 @@ from fedlora_mpi.store.log import Log
 def seen(tmp_path, rounds=10, quiet=0.0, ranks=3, **columns):
     """What a log with these columns says."""
     several = len(next(iter(columns.values()))) if columns else 0
-    config = {"rounds": rounds, "algorithm": {"name": "fedlora"}, "data": {"dataset": "digits", "partition": {"clients": 7}}}
-    row = {"round": np.arange(1, several + 1), "train_loss": np.full(several, 0.5), "seconds_train": np.full(several, 3.0)}
+    config = {
+        "rounds": rounds,
+        "algorithm": {"name": "fedlora"},
+        "data": {"dataset": "digits", "partition": {"clients": 7}},
+    }
+    row = {
+        "round": np.arange(1, several + 1),
+        "train_loss": np.full(several, 0.5),
+        "seconds_train": np.full(several, 3.0),
+    }
     row |= {"seconds_exchange": np.full(several, 1.0)}
     stages = {"train": np.arange(ranks) + 1.0, "waiting": np.zeros(ranks)}
-    return watch.Seen(tmp_path, config, row | columns, watch.Load(stages, 0.5) if ranks else None, quiet)
+    return watch.Seen(
+        tmp_path, config, row | columns, watch.Load(stages, 0.5) if ranks else None, quiet
+    )
 
 
 def text(view, width=80, height=24):
@@ -36,19 +46,27 @@ def text(view, width=80, height=24):
 
 def test_a_curve_joins_its_points_from_the_lowest_to_the_highest():
     assert watch.curve(np.array([0, 7]), np.array([0.0, 7.0]), (0, 7), 4, 2) == ["⠀⠀⡠⠊", "⡠⠊⠀⠀"]
-    assert watch.curve(np.array([0, 3]), np.array([5.0, 5.0]), (0, 7), 4, 1) == ["⠉⠉⠀⠀"], "as far as there are rounds"
-    assert watch.curve(np.array([7]), np.array([1.0]), (0, 7), 4, 1) == ["⠀⠀⠀⠈"], "a lone point is seen"
+    assert watch.curve(np.array([0, 3]), np.array([5.0, 5.0]), (0, 7), 4, 1) == ["⠉⠉⠀⠀"], (
+        "as far as there are rounds"
+    )
+    assert watch.curve(np.array([7]), np.array([1.0]), (0, 7), 4, 1) == ["⠀⠀⠀⠈"], (
+        "a lone point is seen"
+    )
     steep = watch.curve(np.array([0, 1]), np.array([0.0, 1.0]), (0, 1), 1, 2)
     assert steep == ["⢸", "⡸"], "no gap between neighbours"
 
 
 def test_a_frame_tells_round_accuracy_time_left_and_load(tmp_path):
-    view = seen(tmp_path, accuracy=np.array([0.25, np.nan]), accuracy_worst=np.array([0.125, np.nan]))
+    view = seen(
+        tmp_path, accuracy=np.array([0.25, np.nan]), accuracy_worst=np.array([0.125, np.nan])
+    )
     lines = text(view)
     assert lines[0] == f"{tmp_path}  fedlora on digits, 7 clients"[:80].rstrip()
     assert lines[1] == "round 2/10 · accuracy 25.00% (worst client 12.50%) after round 1"
     assert lines[2] == "train loss 0.5000 · 4 s a round · 32 s left"
-    assert lines[3].startswith(" 25.00% │") and "└ accuracy by round, 0 to 10" in watch.plain(watch.frame(view, 80, 24))
+    assert lines[3].startswith(" 25.00% │") and "└ accuracy by round, 0 to 10" in watch.plain(
+        watch.frame(view, 80, 24)
+    )
     assert lines[-4].startswith("seconds a round, workers 50% balanced: █ train")
     assert [line.count("█") for line in lines[-3:]] == [20, 40, 60] and lines[-1].endswith("3 s")
 
@@ -59,7 +77,9 @@ def test_a_frame_fits_small_terminals_many_ranks_and_runs_without_accuracy(tmp_p
     assert [int(line.split()[0]) for line in lines[-12:]] == [*range(6), *range(58, 64)]
     assert "of 64 ranks" in watch.plain(watch.frame(many, 200, 40))
     small = text(many, 40, 8)
-    assert small[-1].endswith("accuracy by round, 0 to 10") and not any("█" in line for line in small)
+    assert small[-1].endswith("accuracy by round, 0 to 10") and not any(
+        "█" in line for line in small
+    )
     assert text(seen(tmp_path, ranks=0))[1:] == ["round 0/10", "no round yet"]
     unknown = text(seen(tmp_path, accuracy=np.full(3, np.nan), accuracy_worst=np.full(3, np.nan)))
     assert unknown[1] == "round 3/10" and unknown[3].startswith("    0.5 │")
@@ -68,21 +88,30 @@ def test_a_frame_fits_small_terminals_many_ranks_and_runs_without_accuracy(tmp_p
 def test_a_silent_run_is_told_and_a_finished_one_never_is(tmp_path):
     columns = {"accuracy": np.full(3, 0.5), "accuracy_worst": np.full(3, 0.5)}
     assert "no row" not in text(seen(tmp_path, quiet=59, **columns))[2]
-    assert text(seen(tmp_path, quiet=61, **columns))[2].endswith("28 s left · no row for 61 s: stopped?")
-    assert text(seen(tmp_path, rounds=3, quiet=1e5, **columns))[2].endswith("a round · done in 12 s")
+    assert text(seen(tmp_path, quiet=61, **columns))[2].endswith(
+        "28 s left · no row for 61 s: stopped?"
+    )
+    assert text(seen(tmp_path, rounds=3, quiet=1e5, **columns))[2].endswith(
+        "a round · done in 12 s"
+    )
 
 
 def test_lines_follow_a_run_to_its_end_and_once_is_one_frame(tmp_path, capsys):
     folder = logged(tmp_path / "run", [0.5, 0.25, 0.75], [1.0, 0.5, 0.75], rounds=2)
     assert main(["watch", str(folder), "--every", "0.1"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("round 2/2 · accuracy 75.00% · train loss 0.5000 · 2 s a round · done in 4 s")
+    assert line.startswith(
+        "round 2/2 · accuracy 75.00% · train loss 0.5000 · 2 s a round · done in 4 s"
+    )
     assert main(["watch", str(folder), "--once"]) == 0
     assert "└ accuracy by round, 0 to 2" in capsys.readouterr().out
 
 
 def test_what_cannot_be_watched_is_refused_in_one_line(tmp_path, capsys):
-    for arguments, why in (([tmp_path], "not a run folder"), ([tmp_path, "--every", "0"], "--every = 0: must be")):
+    for arguments, why in (
+        ([tmp_path], "not a run folder"),
+        ([tmp_path, "--every", "0"], "--every = 0: must be"),
+    ):
         assert main(["watch", *map(str, arguments)]) == 2
         assert why in (err := capsys.readouterr().err) and err.count("\n") == 1
 
@@ -90,11 +119,17 @@ def test_what_cannot_be_watched_is_refused_in_one_line(tmp_path, capsys):
 def test_a_run_is_followed_while_another_process_writes_it(tmp_path):
     folder = logged(tmp_path / "run", [0.5, 0.25, 0.75], rounds=30)
     process = subprocess.Popen(
-        command("watch", folder, "--every", "0.1"), env=environment(), stdout=subprocess.PIPE, text=True, bufsize=1
+        command("watch", folder, "--every", "0.1"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
     )
     assert process.stdout.readline().startswith("round 1/30")
     log = Log.append_to(folder / "log.h5")
-    first = dict.fromkeys(("accuracy", "train_loss", "drift", "seconds_train", "seconds_exchange", "flops"), 0.5)
+    first = dict.fromkeys(
+        ("accuracy", "train_loss", "drift", "seconds_train", "seconds_exchange", "flops"), 0.5
+    )
     for round_ in range(2, 31):
         row = first | dict.fromkeys(("clients", "bytes_up", "bytes_down"), 3)
         log.append(round_, row, {"accuracy": np.full(3, 0.5), "loss": np.full(3, 0.5)})
@@ -110,8 +145,11 @@ def on_terminal(folder, stop):
     """(exit code, what a terminal got) of ``watch``, after Ctrl-C where it is to ``stop``."""
     server, terminal = pty.openpty()
     line = command("watch", folder, "--every", "0.1")
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # who runs tests in the background may ignore Ctrl-C
-    process = subprocess.Popen(line, env=environment(TERM="xterm"), stdout=terminal, stderr=terminal, preexec_fn=heard)
+    # who runs tests in the background may ignore Ctrl-C
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        line, env=environment(TERM="xterm"), stdout=terminal, stderr=terminal, preexec_fn=heard
+    )
     os.close(terminal)
     got = b""
     with suppress(OSError):  # the end of a terminal
@@ -124,7 +162,9 @@ def on_terminal(folder, stop):
     return process.wait(120), got.decode(errors="ignore")
 
 
-@pytest.mark.parametrize("rows, stop", [pytest.param(2, False, marks=pytest.mark.thorough), (1, True)])
+@pytest.mark.parametrize(
+    "rows, stop", [pytest.param(2, False, marks=pytest.mark.thorough), (1, True)]
+)
 def test_on_a_terminal_the_last_view_stays_at_the_end_and_after_ctrl_c(tmp_path, rows, stop):
     pytest.importorskip("rich")
     folder = logged(tmp_path / "run", *[[0.5, 0.25, 0.75]] * rows, rounds=2)

@@ -93,7 +93,10 @@ def test_what_is_read_shares_no_memory_and_asks_for_no_gradient(tmp_path):
 
 def test_views_and_other_memory_formats_are_written_as_their_numbers(tmp_path):
     flat = torch.arange(24.0)
-    tree = {"a": flat[:12].view(3, 4).t(), "b": flat[12:].view(1, 3, 2, 2).to(memory_format=torch.channels_last)}
+    tree = {
+        "a": flat[:12].view(3, 4).t(),
+        "b": flat[12:].view(1, 3, 2, 2).to(memory_format=torch.channels_last),
+    }
     assert equal(weights.read(saved(tmp_path / "a.safetensors", tree)), tree)
 
 
@@ -106,7 +109,10 @@ def test_a_module_of_torch_comes_with_its_statistics_and_without_its_counts(here
     model = zoo.build("user_parts:with_norm", {}, 4, SHAPE, 1, weights="a.pt")
     for name, value in model.initial.items():
         assert torch.equal(value, module.state_dict()[name]), name
-    assert model.role("norm.running_mean") == "stats" and model.initial["norm.running_mean"].abs().max() > 0
+    assert (
+        model.role("norm.running_mean") == "stats"
+        and model.initial["norm.running_mean"].abs().max() > 0
+    )
 
 
 class Tied(nn.Module):
@@ -132,7 +138,11 @@ def test_a_layer_of_two_names_and_a_table_that_is_not_saved_are_no_mistakes(here
     assert "again.weight" in module.state_dict() and "table" not in module.state_dict()
     torch.save(module.state_dict(), here / "a.pt")
     model = zoo.build("test_weights:tied", {}, 4, SHAPE, 1, weights="a.pt")
-    assert equal(model.initial, {n: module.get_parameter(n) for n in model.initial if n != "table"} | {"table": torch.ones(64)})
+    assert equal(
+        model.initial,
+        {n: module.get_parameter(n) for n in model.initial if n != "table"}
+        | {"table": torch.ones(64)},
+    )
 
 
 # --- the head
@@ -140,7 +150,11 @@ def test_a_layer_of_two_names_and_a_table_that_is_not_saved_are_no_mistakes(here
 
 def test_a_head_for_other_classes_keeps_the_initial_weights_of_the_seed(here):
     saved(here / "a.pt", cnn(seed=2, classes=6).initial)
-    model, own, other = cnn(seed=1, given="a.pt"), cnn(seed=1).initial, cnn(seed=2, classes=6).initial
+    model, own, other = (
+        cnn(seed=1, given="a.pt"),
+        cnn(seed=1).initial,
+        cnn(seed=2, classes=6).initial,
+    )
     head, body = split(model.initial, lambda n: model.role(n) == "head")
     assert sorted(head) == ["9.bias", "9.weight"]
     assert equal(head, {n: own[n] for n in head}) and equal(body, {n: other[n] for n in body})
@@ -172,21 +186,44 @@ def without(tree, name):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: t | {"7.weight": torch.ones(5, 7)}, "7.weight is [5, 7] in the file, [5, 24] in the network"),
-        (lambda t: t | {"0.bias": torch.ones(3, 1)}, "0.bias is [3, 1] in the file, [3] in the network"),
+        (
+            lambda t: t | {"7.weight": torch.ones(5, 7)},
+            "7.weight is [5, 7] in the file, [5, 24] in the network",
+        ),
+        (
+            lambda t: t | {"0.bias": torch.ones(3, 1)},
+            "0.bias is [3, 1] in the file, [3] in the network",
+        ),
         (lambda t: without(t, "3.bias"), "3.bias is absent in the file, [6] in the network"),
-        (lambda t: t | {"3.bias": torch.ones(6, dtype=torch.int64)}, "3.bias is absent in the file, [6] in the network"),
-        (lambda t: t | {"8.more": torch.ones(2, 3)}, "8.more is [2, 3] in the file, absent in the network"),
-        (lambda t: {f"module.{n}": v for n, v in t.items()}, "0.weight is absent in the file, [3, 1, 3, 3] in the network"),
-        (lambda t: t | {"7.bias": torch.tensor([0, 1, torch.nan, 0, 0])}, "7.bias has numbers that are not finite"),
-        (lambda t: t | {"7.bias": torch.full((5,), 1e300, dtype=torch.float64)}, "7.bias has numbers that are not finite"),
+        (
+            lambda t: t | {"3.bias": torch.ones(6, dtype=torch.int64)},
+            "3.bias is absent in the file, [6] in the network",
+        ),
+        (
+            lambda t: t | {"8.more": torch.ones(2, 3)},
+            "8.more is [2, 3] in the file, absent in the network",
+        ),
+        (
+            lambda t: {f"module.{n}": v for n, v in t.items()},
+            "0.weight is absent in the file, [3, 1, 3, 3] in the network",
+        ),
+        (
+            lambda t: t | {"7.bias": torch.tensor([0, 1, torch.nan, 0, 0])},
+            "7.bias has numbers that are not finite",
+        ),
+        (
+            lambda t: t | {"7.bias": torch.full((5,), 1e300, dtype=torch.float64)},
+            "7.bias has numbers that are not finite",
+        ),
     ],
 )
 def test_the_first_leaf_that_does_not_fit_is_named(here, suffix, change, message):
     saved(here / f"a{suffix}", change(dict(cnn(seed=2).initial)))
     with pytest.raises(ValueError) as refused:
         cnn(seed=1, given=f"a{suffix}")
-    assert str(refused.value).startswith(f"weights = a{suffix}: {message}") and "\n" not in str(refused.value)
+    assert str(refused.value).startswith(f"weights = a{suffix}: {message}") and "\n" not in str(
+        refused.value
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,7 +241,11 @@ def test_the_first_leaf_that_does_not_fit_is_named(here, suffix, change, message
         ("a.pt", [torch.ones(3)], "a.pt holds no state dict but list"),
         ("a.pt", {"0.weight": 3.0}, "0.weight is no dense tensor there"),
         ("a.pt", {"0.weight": torch.ones(3, 5).to_sparse()}, "0.weight is no dense tensor there"),
-        ("a.pt", {"0.weight": torch.ones(3, 5, device="meta")}, "0.weight is no dense tensor there"),
+        (
+            "a.pt",
+            {"0.weight": torch.ones(3, 5, device="meta")},
+            "0.weight is no dense tensor there",
+        ),
     ],
     ids=str,
 )
@@ -240,7 +281,9 @@ def test_a_pickle_that_would_execute_something_does_not(here):
             Path(path).write_bytes(pickle.dumps({"0.weight": Bomb()}, protocol))
         else:
             torch.save({"0.weight": Bomb()}, path)
-        with pytest.raises(ValueError, match=r"damaged, or holds more than tensors \(UnpicklingError\)"):
+        with pytest.raises(
+            ValueError, match=r"damaged, or holds more than tensors \(UnpicklingError\)"
+        ):
             weights.read(Path(path))
     assert not (here / "exploded").exists()
     torch.load("new.pt", weights_only=False)
@@ -250,7 +293,10 @@ def test_a_pickle_that_would_execute_something_does_not(here):
 def test_without_the_library_the_message_says_what_to_install(here, monkeypatch):
     saved(here / "a.safetensors", cnn(seed=2).initial)
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ValueError, match=r"^weights = a.safetensors: safetensors is not installed; pip install 'fedlora"):
+    with pytest.raises(
+        ValueError,
+        match=r"^weights = a.safetensors: safetensors is not installed; pip install 'fedlora",
+    ):
         cnn(seed=1, given="a.safetensors")
 
 
@@ -267,7 +313,9 @@ def cache(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     torch.save(zoo.build(SQUEEZE, {}, 3, IMAGE, 2).initial, folder / "new.pth")
-    path = (folder / "new.pth").rename(folder / f"squeezenet1_1-{weights.digest(folder / 'new.pth')[:8]}.pth")
+    path = (folder / "new.pth").rename(
+        folder / f"squeezenet1_1-{weights.digest(folder / 'new.pth')[:8]}.pth"
+    )
     known = torchvision().models.get_model_weights("squeezenet1_1")["IMAGENET1K_V1"].value
     monkeypatch.setattr(known, "url", f"https://download.pytorch.org/models/{path.name}")
     return path
@@ -296,7 +344,10 @@ def test_weights_that_are_not_in_the_cache_are_not_downloaded_but_asked_for(tmp_
     with pytest.raises(ValueError) as refused:
         zoo.build(SQUEEZE, {}, 3, IMAGE, 1, weights="IMAGENET1K_V1")
     name = "squeezenet1_1-b8a52dc0.pth"
-    for part in (f"there is no file {tmp_path}/hub/checkpoints/{name}; ", f"put https://download.pytorch.org/models/{name} there"):
+    for part in (
+        f"there is no file {tmp_path}/hub/checkpoints/{name}; ",
+        f"put https://download.pytorch.org/models/{name} there",
+    ):
         assert part in str(refused.value)
     assert not list(tmp_path.iterdir())
 
@@ -305,7 +356,10 @@ def test_weights_that_are_not_in_the_cache_are_not_downloaded_but_asked_for(tmp_
 def test_a_name_that_torchvision_does_not_know_is_refused_with_those_it_has(given):
     with pytest.raises(ValueError) as refused:
         zoo.build(SQUEEZE, {}, 3, IMAGE, 1, weights=given)
-    assert str(refused.value).startswith(f"weights = {given}: must be a file .safetensors, .pt, .pth, or of {SQUEEZE} IMAGENET1K_V1, DEFAULT")
+    assert str(refused.value).startswith(
+        f"weights = {given}: must be a file .safetensors, .pt, .pth, or of {SQUEEZE} "
+        "IMAGENET1K_V1, DEFAULT"
+    )
 
 
 def test_a_network_of_torchvision_takes_a_file_too(here):
@@ -318,7 +372,8 @@ def test_a_network_of_torchvision_takes_a_file_too(here):
 
 
 def test_a_config_without_weights_has_the_digest_it_had_before_there_were_any():
-    assert configs.digest(tiny()) == "d2c2be1703531baf519f776b692618ed"  # of the last commit that knew no weights
+    # of the last commit that knew no weights
+    assert configs.digest(tiny()) == "d2c2be1703531baf519f776b692618ed"
     assert configs.digest(tiny("model.weights=null")) == configs.digest(tiny())
     assert "weights" not in configs.resolved_dict(tiny())["model"]
     assert configs.digest(tiny("model.weights=a.pt")) != configs.digest(tiny("model.weights=b.pt"))
@@ -335,7 +390,9 @@ def test_every_network_takes_weights_beside_its_options_in_a_mix_too(network):
 
 
 def test_weights_go_when_the_name_of_the_network_changes(here):
-    (here / "x.yaml").write_text(TINY.read_text().replace("hidden: 8}", "hidden: 8, weights: a.pt}"))
+    (here / "x.yaml").write_text(
+        TINY.read_text().replace("hidden: 8}", "hidden: 8, weights: a.pt}")
+    )
     assert configs.read("x.yaml").model.mix[0].weights == "a.pt"
     assert configs.read("x.yaml", ["model.width=5"]).model.mix[0].weights == "a.pt"
     assert configs.read("x.yaml", ["model=resnet8"]).model.mix[0].weights is None
@@ -343,7 +400,9 @@ def test_weights_go_when_the_name_of_the_network_changes(here):
 
 @pytest.mark.parametrize("value", ["3", "[a.pt]", "true"])
 def test_weights_are_text(value):
-    with pytest.raises(configs.ConfigError, match=r"^command line: model.weights = .*: must be text or null$"):
+    with pytest.raises(
+        configs.ConfigError, match=r"^command line: model.weights = .*: must be text or null$"
+    ):
         configs.read(TINY, [f"model={{name: cnn, weights: {value}}}"])
 
 
@@ -351,7 +410,10 @@ def test_weights_are_text(value):
 def test_a_mistake_names_file_and_key(here, capsys, command):
     assert main([command, str(TINY), "model.weights=nowhere.pt"]) == 2
     out, err = capsys.readouterr()
-    assert (out, err) == ("", f"fedlora-mpi: {TINY}: model.weights = nowhere.pt: there is no file {here}/nowhere.pt\n")
+    assert (out, err) == (
+        "",
+        f"fedlora-mpi: {TINY}: model.weights = nowhere.pt: there is no file {here}/nowhere.pt\n",
+    )
     assert not list(here.iterdir())
 
 
@@ -378,7 +440,9 @@ def test_every_client_of_the_network_starts_from_the_file(backbone):
 def test_the_content_of_every_file_is_in_the_digest_of_the_run(backbone):
     digest = lambda: built.__wrapped__(f"model.weights={backbone}").digest
     before = digest()
-    assert digest() == before and before.startswith(configs.digest(tiny(f"model.weights={backbone}")) + "-")
+    assert digest() == before and before.startswith(
+        configs.digest(tiny(f"model.weights={backbone}")) + "-"
+    )
     backbone.write_bytes(weights.packed(tiny_net(8).initial))
     assert digest() != before and digest().rpartition("-")[0] == before.rpartition("-")[0]
 
@@ -399,7 +463,10 @@ def test_a_resume_with_another_content_or_none_is_refused(backbone, here, capsys
     capsys.readouterr()
     key = "fedlora-mpi: run/config.yaml: model.weights = net.safetensors: "
     assert main(["resume", "run", "rounds=4"]) == 2
-    assert capsys.readouterr().err == key + "has changed since the run began: put back what was, or start anew\n"
+    assert (
+        capsys.readouterr().err
+        == key + "has changed since the run began: put back what was, or start anew\n"
+    )
     backbone.unlink()
     assert main(["resume", "run", "rounds=4"]) == 2
     assert capsys.readouterr().err == f"{key}there is no file {backbone}\n"
@@ -422,7 +489,10 @@ def test_a_run_is_read_without_its_file_where_a_checkpoint_has_every_leaf(backbo
     logits = there.model(x)
     backbone.unlink()
     gone = open_run("run").client(3)
-    assert all(v.is_meta for v in gone.network.initial.values()) and gone.network.leaves == there.network.leaves
+    assert (
+        all(v.is_meta for v in gone.network.initial.values())
+        and gone.network.leaves == there.network.leaves
+    )
     assert torch.equal(gone.model(x), logits)
 
 
@@ -438,12 +508,23 @@ class HeadAlone(FedAvg):
 
 
 def test_frozen_weights_are_read_from_the_file_or_missed_by_name(backbone):
-    line = ["run", str(TINY), f"model.weights={backbone.name}", "output=run", "rounds=2", "algorithm=test_weights:HeadAlone"]
+    line = [
+        "run",
+        str(TINY),
+        f"model.weights={backbone.name}",
+        "output=run",
+        "rounds=2",
+        "algorithm=test_weights:HeadAlone",
+    ]
     assert main(line) == 0
     found = open_run("run").client(3).weights
     for name, value in tiny_net(7).initial.items():
-        assert torch.equal(torch.from_numpy(found[name]), value) == (not name.startswith("9.")), name
+        assert torch.equal(torch.from_numpy(found[name]), value) == (not name.startswith("9.")), (
+            name
+        )
     backbone.unlink()
-    message = r"^run: 0.weight is in model.weights = .*net.safetensors alone, which is gone; put it back$"
+    message = (
+        r"^run: 0.weight is in model.weights = .*net.safetensors alone, which is gone; put it back$"
+    )
     with pytest.raises(ValueError, match=message):
         open_run("run").client(3).weights

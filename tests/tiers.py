@@ -15,6 +15,8 @@ def case(*values: Any, id: str, thorough: bool) -> Any:
     return pytest.param(*values, id=id, marks=[pytest.mark.thorough] if thorough else [])
 
 
-# Of a federation whose clients train one by one or together: together in `make test`. For facts of which a test that
-# loop and stack train alike, which is in `make test`, has the other half.
-STACK_FIRST = pytest.mark.parametrize("stacked", [thorough(False, id="loop"), pytest.param(True, id="stack")])
+# Of a federation whose clients train one by one or together: together in `make test`. For facts of
+# which a test that loop and stack train alike, which is in `make test`, has the other half.
+STACK_FIRST = pytest.mark.parametrize(
+    "stacked", [thorough(False, id="loop"), pytest.param(True, id="stack")]
+)

@@ -59,7 +59,9 @@ def normed(classes: int, shape: tuple[int, ...]) -> nn.Module:
 
 
 class Pause(nn.Module):
-    """The identity, which takes TEST_PAUSE seconds in training; the environment, so no config changes."""
+    """The identity, which takes TEST_PAUSE seconds in training; the environment, so no config
+    changes.
+    """
 
     def forward(self, x):
         if self.training:
@@ -101,17 +103,27 @@ class Breaks(FedAvg):
 
 @dataclass(frozen=True)
 class FrozenLora(Algorithm):
-    """Shared low-rank parts of every weight that ``layers`` match, and a head that stays; the rest never trains.
+    """Shared low-rank parts of every weight that ``layers`` match, and a head that stays; the rest
+    never trains.
 
     Ranks and scales go from weight to weight 1, 2, 3, 1, ... and 1, 0.5, 1, ...
     """
 
-    layers: tuple[str, ...] = ("*.query.weight", "*.value.weight", "*.q_lin.weight", "*.v_lin.weight")
+    layers: tuple[str, ...] = (
+        "*.query.weight",
+        "*.value.weight",
+        "*.q_lin.weight",
+        "*.v_lin.weight",
+    )
     head: tuple[str, ...] = ("*.classifier.*", "*.pre_classifier.*")
     dense: bool = False  # pretend that the server has changed the frozen weights
 
     def chosen(self, model):
-        return [name for name in model.leaves if any(fnmatchcase(name, pattern) for pattern in self.layers)]
+        return [
+            name
+            for name in model.leaves
+            if any(fnmatchcase(name, pattern) for pattern in self.layers)
+        ]
 
     def init(self, model, rng):
         shared = {}
@@ -119,16 +131,26 @@ class FrozenLora(Algorithm):
             out_side, in_side = model.initial[name].shape[0], model.initial[name][0].numel()
             shared[f"{name}.A"] = torch.randn(1 + number % 3, in_side, generator=rng) / in_side**0.5
             shared[f"{name}.B"] = torch.zeros(out_side, 1 + number % 3)
-        head = [name for name in model.leaves if any(fnmatchcase(name, pattern) for pattern in self.head)]
+        head = [
+            name
+            for name in model.leaves
+            if any(fnmatchcase(name, pattern) for pattern in self.head)
+        ]
         return Vars(shared, {name: model.initial[name] for name in head})
 
     def parts(self, model, v):
         names = self.chosen(model)
-        return {n: (v.shared[f"{n}.A"], v.shared[f"{n}.B"], 1 / (1 + i % 2)) for i, n in enumerate(names)}
+        return {
+            n: (v.shared[f"{n}.A"], v.shared[f"{n}.B"], 1 / (1 + i % 2))
+            for i, n in enumerate(names)
+        }
 
     def weights_of(self, model, v):
         tree = model.initial | v.personal
-        return tree | {n: tree[n] + (s * b @ a).view(tree[n].shape) for n, (a, b, s) in self.parts(model, v).items()}
+        return tree | {
+            n: tree[n] + (s * b @ a).view(tree[n].shape)
+            for n, (a, b, s) in self.parts(model, v).items()
+        }
 
     def adapter(self, model, v):
         if self.dense:
@@ -141,7 +163,9 @@ def small_vit(classes: int, shape: tuple[int, ...]) -> nn.Module:
     from fedlora_mpi.core.vision import torchvision
 
     side = shape[1]
-    return torchvision().models.VisionTransformer(side, side // 2, 1, 2, 12, 20, num_classes=classes)
+    return torchvision().models.VisionTransformer(
+        side, side // 2, 1, 2, 12, 20, num_classes=classes
+    )
 
 
 def small_resnet(classes: int, shape: tuple[int, ...]) -> nn.Module:
@@ -149,4 +173,6 @@ def small_resnet(classes: int, shape: tuple[int, ...]) -> nn.Module:
     from fedlora_mpi.core.vision import torchvision
 
     models = torchvision().models
-    return models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=classes, width_per_group=64)
+    return models.ResNet(
+        models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=classes, width_per_group=64
+    )

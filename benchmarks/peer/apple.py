@@ -39,19 +39,28 @@ class Clock(TrainingProcessCallback):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=4)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    spec, work = json.loads((asked.folder / "spec.json").read_text()), torch.load(asked.folder / "workload.pt")
+    spec, work = (
+        json.loads((asked.folder / "spec.json").read_text()),
+        torch.load(asked.folder / "workload.pt"),
+    )
     net = module(spec, work["start"])
     net.loss = lambda x, y, eval=False: torch.nn.functional.cross_entropy(net.train()(x), y)
-    net.metrics = lambda x, y, eval=False: {"loss": Weighted(float(net.loss(x, y)) * len(y), len(y))}
+    net.metrics = lambda x, y, eval=False: {
+        "loss": Weighted(float(net.loss(x, y)) * len(y), len(y))
+    }
 
     def dataset(client: int) -> PyTorchTensorDataset:
         order = work["order"][client]
-        return PyTorchTensorDataset((work["x"][client][order], work["y"][client][order]), user_id=str(client))
+        return PyTorchTensorDataset(
+            (work["x"][client][order], work["y"][client][order]), user_id=str(client)
+        )
 
     turn = iter(range(10**9))
 
@@ -61,7 +70,9 @@ def main() -> None:
 
     data, clock = FederatedDataset(dataset, sampler), Clock(asked.folder)
     model = PyTorchModel(
-        net, local_optimizer_create=torch.optim.SGD, central_optimizer=torch.optim.SGD(net.parameters(), 1.0)
+        net,
+        local_optimizer_create=torch.optim.SGD,
+        central_optimizer=torch.optim.SGD(net.parameters(), 1.0),
     )
     settings = NNAlgorithmParams(
         central_num_iterations=asked.rounds,
@@ -69,7 +80,9 @@ def main() -> None:
         train_cohort_size=spec["cohort"],
         val_cohort_size=0,
     )
-    local = NNTrainHyperParams(local_num_epochs=1, local_learning_rate=spec["lr"], local_batch_size=spec["batch"])
+    local = NNTrainHyperParams(
+        local_num_epochs=1, local_learning_rate=spec["lr"], local_batch_size=spec["batch"]
+    )
     FederatedAveraging().run(
         algorithm_params=settings,
         backend=SimulatedBackend(training_data=data, val_data=data),
@@ -79,7 +92,9 @@ def main() -> None:
         callbacks=[clock],
     )
     seconds = [b - a for a, b in zip(clock.ends, clock.ends[1:])]
-    (asked.folder / "result.json").write_text(json.dumps({"seconds": seconds, "loss": float("nan")}))
+    (asked.folder / "result.json").write_text(
+        json.dumps({"seconds": seconds, "loss": float("nan")})
+    )
 
 
 if __name__ == "__main__":

@@ -57,11 +57,15 @@ def train(message: Message, context: Context) -> Message:
         optimizer.step()
         total += float(loss) * len(y)
     metrics = MetricRecord({"num-examples": len(samples), "train_loss": total / len(samples)})
-    return Message(RecordDict({"arrays": ArrayRecord(net.state_dict()), "metrics": metrics}), reply_to=message)
+    return Message(
+        RecordDict({"arrays": ArrayRecord(net.state_dict()), "metrics": metrics}), reply_to=message
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=4)
     asked = parser.parse_args()
@@ -78,10 +82,16 @@ def main() -> None:
     @server_app.main()
     def serve(grid: Grid, context: Context) -> None:
         fraction = spec["cohort"] / spec["clients"]
-        strategy = FedAvg(fraction_train=fraction, fraction_evaluate=0.0, min_available_nodes=spec["clients"])
+        strategy = FedAvg(
+            fraction_train=fraction, fraction_evaluate=0.0, min_available_nodes=spec["clients"]
+        )
         start = ArrayRecord(module(spec, work["start"]).state_dict())
-        found = strategy.start(grid=grid, initial_arrays=start, num_rounds=asked.rounds, evaluate_fn=ended)
-        losses.extend(float(m["train_loss"]) for _, m in sorted(found.train_metrics_clientapp.items()))
+        found = strategy.start(
+            grid=grid, initial_arrays=start, num_rounds=asked.rounds, evaluate_fn=ended
+        )
+        losses.extend(
+            float(m["train_loss"]) for _, m in sorted(found.train_metrics_clientapp.items())
+        )
 
     one = {
         "client_resources": {"num_cpus": 1, "num_gpus": 0.0},

@@ -27,7 +27,9 @@ ROOT_BYTES = 2**30  # all vectors together, up to which ``auto`` takes them to r
 
 
 class Packed(NamedTuple):
-    """A client's offer as flat vectors in memory of their own: float64 where any of its leaves is, else float32."""
+    """A client's offer as flat vectors in memory of their own: float64 where any of its leaves is,
+    else float32.
+    """
 
     rows: Tensor  # [D]
     key: Tensor  # [K]; the rows themselves when the offer has no key
@@ -53,7 +55,12 @@ class Mixing:
 
     @classmethod
     def of(
-        cls, algorithm: Algorithm, first: Vars, rank_of: Iterable[int], workers: Iterable[int], route: str
+        cls,
+        algorithm: Algorithm,
+        first: Vars,
+        rank_of: Iterable[int],
+        workers: Iterable[int],
+        route: str,
     ) -> "Mixing | None":
         """The exchange for what ``algorithm`` offers; None when it offers nothing.
 
@@ -80,7 +87,9 @@ class Mixing:
 
     def bytes_mpi(self, clients: int, ranks: int) -> int:
         """What all ranks together hand to MPI for a cohort of ``clients``."""
-        vectors = clients * (2 * self.rows.dtype.itemsize * self.rows.size + self.key_dtype.itemsize * self.keys)
+        vectors = clients * (
+            2 * self.rows.dtype.itemsize * self.rows.size + self.key_dtype.itemsize * self.keys
+        )
         return vectors + ranks * ExactSum(clients * (clients + self.aux)).buffer.nbytes
 
     def pack(self, offer: Offer) -> Packed:
@@ -89,7 +98,9 @@ class Mixing:
         rows, key, aux = to_host([self.rows.pack(offer.rows).detach(), key.detach(), aux.detach()])
         flat = lambda part, dtype: part.flatten().to(dtype, copy=True)
         rows = flat(rows, self.rows.dtype)
-        return Packed(rows, flat(key, self.key_dtype) if self.keys else rows, flat(aux, joint([aux.dtype])))
+        return Packed(
+            rows, flat(key, self.key_dtype) if self.keys else rows, flat(aux, joint([aux.dtype]))
+        )
 
     def mix(
         self,
@@ -101,16 +112,25 @@ class Mixing:
     ) -> dict[int, Tree]:
         """The mixed rows of this rank's clients. ``offers``: of this rank's part of ``chosen``."""
         ids = sorted(chosen)
-        rows = self._gathered(comm, {c: o.rows for c, o in offers.items()}, ids, self.rows.size, self.rows.dtype)
+        rows = self._gathered(
+            comm, {c: o.rows for c, o in offers.items()}, ids, self.rows.size, self.rows.dtype
+        )
         keys = rows
         if self.keys:
-            keys = self._gathered(comm, {c: o.key for c, o in offers.items()}, ids, self.keys, self.key_dtype)
+            keys = self._gathered(
+                comm, {c: o.key for c, o in offers.items()}, ids, self.keys, self.key_dtype
+            )
         gram, aux = self._gram(comm, algorithm.centred, keys, offers, ids)
         weights = algorithm.mix(gram, aux, round_) if len(ids) > 1 else torch.ones_like(gram)
-        assert weights.shape == (len(ids), len(ids)), f"mix gave {list(weights.shape)} for {len(ids)} clients"
+        assert weights.shape == (len(ids), len(ids)), (
+            f"mix gave {list(weights.shape)} for {len(ids)} clients"
+        )
         for block in _blocks(rows):
             block.copy_(weights @ block.double())
-        return {c: self.rows.unpack(v) for c, v in self._scattered(comm, rows, ids, self.rows.size).items()}
+        return {
+            c: self.rows.unpack(v)
+            for c, v in self._scattered(comm, rows, ids, self.rows.size).items()
+        }
 
     def _gram(
         self, comm: Comm, centred: bool, keys: Tensor, offers: Mapping[int, Packed], ids: list[int]
@@ -142,7 +162,12 @@ class Mixing:
         return living, slice(None) if order == sorted(order) else order  # a slice copies nothing
 
     def _gathered(
-        self, comm: Comm, vectors: Mapping[int, Tensor], ids: list[int], size: int, dtype: torch.dtype
+        self,
+        comm: Comm,
+        vectors: Mapping[int, Tensor],
+        ids: list[int],
+        size: int,
+        dtype: torch.dtype,
     ) -> Tensor:
         """This rank's coordinates of all clients, [n, width], rows as in ``ids``."""
         ranges, (living, order) = self._ranges(comm, size), self._living(comm, ids)
@@ -173,12 +198,18 @@ class Mixing:
             [(b - a) * len(mine) for a, b in ranges],
         )
         parts = arrived.split([(b - a) * len(mine) for a, b in ranges])
-        whole = torch.cat([p.view(len(mine), b - a) for p, (a, b) in zip(parts, ranges)], 1) if mine else []
+        whole = (
+            torch.cat([p.view(len(mine), b - a) for p, (a, b) in zip(parts, ranges)], 1)
+            if mine
+            else []
+        )
         return dict(zip(mine, whole))
 
 
 def _exchanged(comm: Comm, send: Tensor, counts: Sequence[int], arriving: Sequence[int]) -> Tensor:
-    """What ``comm.exchange`` does, with numbers of the dtype of ``send``: one of float64 travels as two words."""
+    """What ``comm.exchange`` does, with numbers of the dtype of ``send``: one of float64 travels as
+    two words.
+    """
     numbers, words = send.numpy(), send.dtype.itemsize // 4
     times = lambda of: [words * number for number in of]
     arrived = comm.exchange(numbers.view(np.float32), times(counts), times(arriving))
@@ -195,4 +226,6 @@ def _bytes_up(offer: Offer, upload: Tree) -> int:
     own = [v for v in offer.rows.values() if all(v is not u for u in upload.values())]
     bits = offer.key.numel() if offer.key is not None and offer.key.dtype == torch.bool else 0
     parts = [*own, offer.aux, None if bits else offer.key]
-    return Layout.of({str(at): v for at, v in enumerate(parts) if v is not None}).nbytes - (-bits // 8)
+    return Layout.of({str(at): v for at, v in enumerate(parts) if v is not None}).nbytes - (
+        -bits // 8
+    )

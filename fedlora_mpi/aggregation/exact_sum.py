@@ -12,7 +12,8 @@ from ..core.transfer import to_device, to_host
 
 _HIGH = 2.0**24  # the first limb counts units of 2^-24 ...
 _LOW = 2.0**66  # ... the second what is left, in units of 2^-66
-_PART = 2**16  # numbers that stay in a core's cache: 6 times as fast as one pass after the other over all of them
+# numbers that stay in a core's cache: 6 times as fast as one pass after the other over all of them
+_PART = 2**16
 CPU = torch.device("cpu")
 LIMIT = 2.0**38  # bound of a sum's magnitude: half of what 63 bits of 2^-24 hold
 
@@ -21,8 +22,8 @@ class ExactSum:
     """Fixed point: each weighted number becomes two int64, so every order gives the same bits.
 
     The product with the weight is exact in float64 for integer weights below 2^29; digits under
-    2^-66 are rounded off, once per client. Callers keep |sum of weight * value| below ``LIMIT``. What is on a
-    GPU is added up there, and comes to the host when somebody asks for ``buffer``.
+    2^-66 are rounded off, once per client. Callers keep |sum of weight * value| below ``LIMIT``.
+    What is on a GPU is added up there, and comes to the host when somebody asks for ``buffer``.
     """
 
     def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
@@ -42,7 +43,9 @@ class ExactSum:
         self._here, self._there = torch.from_numpy(whole), None
 
     def add(self, vector: Tensor, weight: float, at: int = 0) -> None:
-        """Add weight * vector [n] to the numbers from position ``at`` on; the host waits for no GPU."""
+        """Add weight * vector [n] to the numbers from position ``at`` on; the host waits for no
+        GPU.
+        """
         limbs, part = self._here, _PART
         if vector.device.type != "cpu":
             if self._there is None:
@@ -56,14 +59,17 @@ class ExactSum:
             low.add_(value.sub_(units).mul_(_LOW / _HIGH).round_().long())
 
     def total(self, at: int = 0, device: torch.device = CPU) -> Tensor:
-        """The sum of the numbers from position ``at`` on, float64 [size - at], computed on ``device``."""
+        """The sum of the numbers from position ``at`` on, float64 [size - at], computed on
+        ``device``.
+        """
         high, low = to_device(torch.from_numpy(self.buffer[:, at:]), device).double()
         return high / _HIGH + low / _LOW
 
 
 class FastSum:
-    """float32 [size]: a quarter of the exact sum's bytes, another last bit on other ranks. Of numbers of float64 it is
-    float64."""
+    """float32 [size]: a quarter of the exact sum's bytes, another last bit on other ranks. Of
+    numbers of float64 it is float64.
+    """
 
     def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
         self.buffer = torch.zeros(size, dtype=dtype).numpy()
@@ -78,8 +84,9 @@ class FastSum:
 
 
 def settle(mean: Tensor, before: Tensor | None) -> Tensor:
-    """``mean`` of a leaf; of float64 what was there ``before`` where they differ by rounding alone, so that the mean of
-    numbers that nobody has moved is these numbers, as it is of coarser ones."""
+    """``mean`` of a leaf; of float64 what was there ``before`` where they differ by rounding alone,
+    so that the mean of numbers that nobody has moved is these numbers, as it is of coarser ones.
+    """
     if mean.dtype != torch.float64 or before is None or before.shape != mean.shape:
         return mean
     return torch.where((mean - before).abs() <= 2**-50 * before.abs(), before, mean)

@@ -13,8 +13,9 @@ from ..core.tree import Tree
 
 @dataclass(frozen=True)
 class Layout:
-    """Leaf names, shapes and dtypes, in buffer order. A leaf of whole numbers or bools travels as float32: a mean of
-    such is none."""
+    """Leaf names, shapes and dtypes, in buffer order. A leaf of whole numbers or bools travels as
+    float32: a mean of such is none.
+    """
 
     shapes: dict[str, Size]
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of those that are not float32
@@ -22,7 +23,11 @@ class Layout:
     @classmethod
     def of(cls, tree: Tree) -> "Layout":
         """Layout of one client's ``tree``, in the tree's order."""
-        dtypes = {n: v.dtype for n, v in tree.items() if v.is_floating_point() and v.dtype != torch.float32}
+        dtypes = {
+            n: v.dtype
+            for n, v in tree.items()
+            if v.is_floating_point() and v.dtype != torch.float32
+        }
         return cls({n: v.shape for n, v in tree.items()}, dtypes)
 
     @cached_property
@@ -32,7 +37,9 @@ class Layout:
 
     @property
     def described(self) -> dict[str, str]:
-        """The shape of each leaf, and its dtype where that is not float32, such as "[3, 5] float64"."""
+        """The shape of each leaf, and its dtype where that is not float32, such as "[3, 5]
+        float64".
+        """
         told = {n: str(dtype).replace("torch.", " ") for n, dtype in self.dtypes.items()}
         return {n: f"{list(s)}{told.get(n, '')}" for n, s in self.shapes.items()}
 
@@ -58,7 +65,9 @@ class Layout:
         return {n: tree[n].to(self._dtype(n)) for n in self.shapes}
 
     def unpack(self, vector: Tensor) -> Tree:
-        """The leaves of ``vector`` [D], each in its own dtype: views into it where that is the vector's."""
+        """The leaves of ``vector`` [D], each in its own dtype: views into it where that is the
+        vector's.
+        """
         converted = {dtype: vector.to(dtype) for dtype in {*map(self._dtype, self.shapes)}}
         tree, at = {}, 0
         for name, shape in self.shapes.items():
@@ -91,12 +100,16 @@ class Layout:
 
 
 def joint(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """In which numbers of all these dtypes travel without a loss: float64 where any is, else float32."""
+    """In which numbers of all these dtypes travel without a loss: float64 where any is, else
+    float32.
+    """
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def bytes_of(numbers: int, layouts: Iterable[Layout]) -> int:
-    """Bytes of so many numbers of these layouts: as wide as theirs are in the mean, as float32 where they have none."""
+    """Bytes of so many numbers of these layouts: as wide as theirs are in the mean, as float32
+    where they have none.
+    """
     layouts = list(layouts)
     size = sum(layout.size for layout in layouts)
     return numbers * sum(layout.nbytes for layout in layouts) // size if size else 4 * numbers

@@ -1,4 +1,6 @@
-"""Singular vectors of the server's matrices, each computed once, on the ranks in turn where that pays."""
+"""Singular vectors of the server's matrices, each computed once, on the ranks in turn where that
+pays.
+"""
 
 import torch
 from torch import Tensor
@@ -9,13 +11,16 @@ from ..core.tree import Tree
 from ..mpi.comm import Comm
 from .flat_layout import joint
 
-_WORTH = 2e9  # FLOP of all matrices together, about a tenth of a second of a core, from which ranks share them
+# FLOP of all matrices together, about a tenth of a second of a core, from which ranks share them
+_WORTH = 2e9
 
 
 def right_vectors(comm: Comm, matrices: dict[str, tuple[Tensor, int]]) -> Tree:
-    """{name: [k, d2]} of ``matrices`` {name: ([d1, d2], k)}, see ``components.lowrank.right``; the same bits on any number of ranks.
+    """{name: [k, d2]} of ``matrices`` {name: ([d1, d2], k)}, see ``components.lowrank.right``; the
+    same bits on any number of ranks.
 
-    On a GPU all matrices of one shape are decomposed in one call; on a CPU that gains nothing and moves bits.
+    On a GPU all matrices of one shape are decomposed in one call; on a CPU that gains nothing and
+    moves bits.
     """
     names = list(matrices)
     costs = [25.0 * min(matrix.shape) ** 2 * max(matrix.shape) for matrix, _ in matrices.values()]
@@ -31,7 +36,9 @@ def right_vectors(comm: Comm, matrices: dict[str, tuple[Tensor, int]]) -> Tree:
     for name, vectors in found.items():
         parts[name].copy_(vectors.flatten())
     comm.sum(buffer.numpy())  # each number is set by one rank
-    return {n: part.to(matrices[n][0]).view(-1, matrices[n][0].shape[1]) for n, part in parts.items()}
+    return {
+        n: part.to(matrices[n][0]).view(-1, matrices[n][0].shape[1]) for n, part in parts.items()
+    }
 
 
 def _decomposed(matrices: dict[str, tuple[Tensor, int]]) -> Tree:

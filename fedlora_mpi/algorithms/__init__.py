@@ -26,7 +26,9 @@ def find(name: str) -> type[Algorithm]:
             raise ValueError(f"name = {name}: is not a subclass of fedlora_mpi.algorithm.Algorithm")
         return found
     if name not in names():
-        raise ValueError(f"name = {name}: there is no such algorithm; there are {', '.join(names())}")
+        raise ValueError(
+            f"name = {name}: there is no such algorithm; there are {', '.join(names())}"
+        )
     module = import_module(f".{name}", __name__)
     own = [c for c in vars(module).values() if getattr(c, "__module__", "") == module.__name__]
     (algorithm,) = [c for c in own if isinstance(c, type) and issubclass(c, Algorithm)]

@@ -1,4 +1,5 @@
-"""Each client predicts with a mixture of the shared model and one of its own, and learns the mixture.
+"""Each client predicts with a mixture of the shared model and one of its own, and learns the
+mixture.
 
 Deng et al., "Adaptive Personalized Federated Learning", 2020, https://arxiv.org/abs/2003.13461,
 Algorithm 1 and eq. (10). For client i with v_i and alpha_i its own, at every local step
@@ -11,12 +12,12 @@ Algorithm 1 and eq. (10). For client i with v_i and alpha_i its own, at every lo
 
 Both factors are those of the chain rule: v_i and alpha_i descend on f_i(vbar_i).
 
-BatchNorm: vbar_i has running statistics of its own; those of w are averaged.
-Bytes per client and round: all leaves up, all leaves down.
-Deviations: the step on alpha_i has a mini-batch of its own instead of the round's first, and moves no
-statistics. Parameters are interpolated, as in the paper; the authors' code (FedTorch) and FL-bench
-interpolate logits, and FedTorch moves alpha_i after the first step with a decay of 0.02
-(``alpha_decay``). PFLlib trains v_i on a loss of its own and overwrites it by vbar_i, alpha_i from 1.
+BatchNorm: vbar_i has running statistics of its own; those of w are averaged. Bytes per client and
+round: all leaves up, all leaves down. Deviations: the step on alpha_i has a mini-batch of its own
+instead of the round's first, and moves no statistics. Parameters are interpolated, as in the paper;
+the authors' code (FedTorch) and FL-bench interpolate logits, and FedTorch moves alpha_i after the
+first step with a decay of 0.02 (``alpha_decay``). PFLlib trains v_i on a loss of its own and
+overwrites it by vbar_i, alpha_i from 1.
 """
 
 from dataclasses import dataclass
@@ -68,7 +69,9 @@ class APFL(Algorithm):
         once = Step(mixed, _MIX_ALPHA.__eq__, plain, clamp=(0.0, 1.0))
         # v_i first: its loss reads w_i as it is before the step, and that of w_i reads no v_i.
         steps = Step(self.loss(model), owned.__contains__), Step(shared, parameters.__contains__)
-        mixing = Phase(int(self.adaptive), (once,), stream="alpha", limit=lambda samples: train.batch_size)
+        mixing = Phase(
+            int(self.adaptive), (once,), stream="alpha", limit=lambda samples: train.batch_size
+        )
         return mixing, Phase(train.epochs, steps)
 
     def weights_of(self, model: Model, v: Vars) -> Tree:

@@ -1,18 +1,18 @@
 """FedAvg, and beside it a model of each client's own that is pulled towards the shared one.
 
 Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021,
-https://arxiv.org/abs/2012.04221, Algorithm 1. w is the shared model as received, v_i the client's own,
-which persists:
+https://arxiv.org/abs/2012.04221, Algorithm 1. w is the shared model as received, v_i the client's
+own, which persists:
 
     w_i  <-  argmin F_i(w_i) from w                       w  <-  sum_i (n_i / n) w_i
     v_i  <-  v_i - eta (grad F_i(v_i) + lam (v_i - w))    on the same batches
 
 The client's own model is v_i.
 
-BatchNorm: v_i has statistics of its own, which are not pulled; those of w are averaged.
-Bytes per client and round: all leaves up, all leaves down.
-Deviations: none. lam is that of the authors' FMNIST script; theirs chooses among 0.1, 1 and 2 by
-validation loss if asked. PFLlib trains v_i first, in epochs of its own (``plocal_epochs``) and calls lam mu.
+BatchNorm: v_i has statistics of its own, which are not pulled; those of w are averaged. Bytes per
+client and round: all leaves up, all leaves down. Deviations: none. lam is that of the authors'
+FMNIST script; theirs chooses among 0.1, 1 and 2 by validation loss if asked. PFLlib trains v_i
+first, in epochs of its own (``plocal_epochs``) and calls lam mu.
 """
 
 from dataclasses import dataclass

@@ -1,22 +1,26 @@
-"""Clients with networks of their own share their mean output for each class, and learn from the others'.
+"""Clients with networks of their own share their mean output for each class, and learn from the
+others'.
 
-Jeong et al., "Communication-Efficient On-Device Machine Learning: Federated Distillation and Augmentation
-under Non-IID Private Data" (FD), 2018, https://arxiv.org/abs/1811.11479. The softmax of a client's outputs is
-p(x); z_kc is its mean over the samples of class c, H_c are the clients of the last round that hold c:
+Jeong et al., "Communication-Efficient On-Device Machine Learning: Federated Distillation and
+Augmentation under Non-IID Private Data" (FD), 2018, https://arxiv.org/abs/1811.11479. The softmax
+of a client's outputs is p(x); z_kc is its mean over the samples of class c, H_c are the clients of
+the last round that hold c:
 
     w_k     <-  argmin CE(p, y) + gamma CE(zhat_ky, p)          CE(q, p) = - sum_j q_j log p_j
     z_kc    <-  mean of p(x) over the samples of k with y = c, after training
     zhat_kc  =  mean of z_jc over j in H_c other than k         (the round's start)
 
 A class that no other client of the last round holds is not distilled, so nothing is in round 1. By
-``outputs: logits`` z_kc is the mean of the logits, and the softmax of their mean is what is learned from.
+``outputs: logits`` z_kc is the mean of the logits, and the softmax of their mean is what is learned
+from.
 
 BatchNorm: all of it is the client's own. The outputs that are shared are those of evaluation mode.
-Bytes per client and round: up as many numbers as there are classes for each class that it holds, down the same for
-each class that some client of the last round held; what says which classes these are is not counted.
-Deviations: the paper takes the mean over the outputs of training, while the model moves; here it is that of
-the trained model over all training data. HtFLlib takes the mean over all clients, the own one included, and of
-logits, which it uses as probabilities. The accuracy is the same before and after aggregation.
+Bytes per client and round: up as many numbers as there are classes for each class that it holds,
+down the same for each class that some client of the last round held; what says which classes these
+are is not counted. Deviations: the paper takes the mean over the outputs of training, while the
+model moves; here it is that of the trained model over all training data. HtFLlib takes the mean
+over all clients, the own one included, and of logits, which it uses as probabilities. The accuracy
+is the same before and after aggregation.
 """
 
 from dataclasses import dataclass
@@ -41,8 +45,9 @@ _CLASS_HOLDERS = own_name("class", "holders")
 
 @dataclass(frozen=True)
 class FD(Algorithm):
-    """``class.outputs`` and ``class.holders`` are sums over clients: of z_kc, and of 1 for each holder.
-    ``own.outputs`` is z_k of the round ``own.round`` (from 1; 0: none)."""
+    """``class.outputs`` and ``class.holders`` are sums over clients: of z_kc, and of 1 for each
+    holder. ``own.outputs`` is z_k of the round ``own.round`` (from 1; 0: none).
+    """
 
     weights: ClassVar = "uniform"
     sums: ClassVar = True
@@ -64,23 +69,38 @@ class FD(Algorithm):
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             logits = self.logits(model, now, batch.x)
             fit = cross_entropy(logits, batch)
-            return fit + gamma * distill(logits, *self.others(start, batch.counts, round_), batch) if gamma else fit
+            return (
+                fit + gamma * distill(logits, *self.others(start, batch.counts, round_), batch)
+                if gamma
+                else fit
+            )
 
         def signed(v: Vars) -> Vars:
-            return v._replace(personal=v.personal | {_OWN_ROUND: torch.full_like(v.personal[_OWN_ROUND], round_ + 1)})
+            return v._replace(
+                personal=v.personal
+                | {_OWN_ROUND: torch.full_like(v.personal[_OWN_ROUND], round_ + 1)}
+            )
 
         return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),), after=signed),)
 
     def others(self, v: Vars, counts: Tensor, round_: int) -> tuple[Tensor, Tensor]:
-        """zhat [classes, classes], a row for each class, and how many other clients hold the class [classes]."""
-        mine = ((v.personal[_OWN_ROUND] == round_) & (counts > 0)).to(counts)  # what the sums hold of this client
+        """zhat [classes, classes], a row for each class, and how many other clients hold the class
+        [classes].
+        """
+        # what the sums hold of this client
+        mine = ((v.personal[_OWN_ROUND] == round_) & (counts > 0)).to(counts)
         holders = v.shared[_CLASS_HOLDERS] - mine
-        zhat = (v.shared[_CLASS_OUTPUTS] - mine[:, None] * v.personal[_OWN_OUTPUTS]) / holders.clamp(min=1)[:, None]
+        zhat = (
+            v.shared[_CLASS_OUTPUTS] - mine[:, None] * v.personal[_OWN_OUTPUTS]
+        ) / holders.clamp(min=1)[:, None]
         return (zhat if self.outputs == "probabilities" else zhat.softmax(1)), holders
 
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
         judge, w = model.evaluating(), self.weights_of(model, end)
-        z = own_means(lambda x: judge(w, x).softmax(1) if self.outputs == "probabilities" else judge(w, x), data)
+        z = own_means(
+            lambda x: judge(w, x).softmax(1) if self.outputs == "probabilities" else judge(w, x),
+            data,
+        )
         shown = {_CLASS_OUTPUTS: z, _CLASS_HOLDERS: (data.counts > 0).to(z)}
         return Vars(shown, end.personal | {_OWN_OUTPUTS: z})
 
@@ -92,6 +112,8 @@ class FD(Algorithm):
 
 
 def distill(logits: Tensor, zhat: Tensor, holders: Tensor, batch: Batch) -> Tensor:
-    """CE(zhat_y, softmax(logits)), the mean over all real examples; zero for those whose class has no holder."""
+    """CE(zhat_y, softmax(logits)), the mean over all real examples; zero for those whose class has
+    no holder.
+    """
     each = -(zhat[batch.y] * logits.log_softmax(1)).sum(1)
     return mean(torch.where(holders[batch.y] > 0, each, 0), batch)

@@ -1,26 +1,28 @@
-"""A chain of LoRA updates: in every round one factor is drawn anew and held still, and their product is merged.
+"""A chain of LoRA updates: in every round one factor is drawn anew and held still, and their
+product is merged.
 
-Malinovsky et al., "Randomized Asymmetric Chain of LoRA: The First Meaningful Theoretical Framework for Low-Rank
-Adaptation" (RAC-LoRA, Fed-RAC-LoRA), 2024, https://arxiv.org/abs/2410.08305. On the weights W_0 + W + s B A, in
-round t, with one sketch for all clients:
+Malinovsky et al., "Randomized Asymmetric Chain of LoRA: The First Meaningful Theoretical Framework
+for Low-Rank Adaptation" (RAC-LoRA, Fed-RAC-LoRA), 2024, https://arxiv.org/abs/2410.08305. On the
+weights W_0 + W + s B A, in round t, with one sketch for all clients:
 
     right sketch, ``factor: A``     A ~ D         B_k  <-  local training from 0      B  =  sum_k p_k B_k
     left sketch, ``factor: B``      B ~ D         A_k  <-  local training from 0      A  =  sum_k p_k A_k
     W  <-  W + s B A = W + sum_k p_k s B_k A_k,   p_k = n_k / n
 
-With the left sketch a step of exact gradient descent on A is W <- W - s^2 lr B B' grad, so that W has a rank of up to
-R more in every round, where that of FFA-LoRA stays below R. ``factor: both``: a right sketch, then a left one, in turn.
+With the left sketch a step of exact gradient descent on A is W <- W - s^2 lr B B' grad, so that W
+has a rank of up to R more in every round, where that of FFA-LoRA stays below R. ``factor: both``: a
+right sketch, then a left one, in turn.
 
-D has independent entries of mean 0 and variance 1 / (3 d), d being d_in for A and d_out for B: ``sketch: uniform``,
-as A begins elsewhere, or gaussian.
-Ranks of clients' own: a client has the first r_k components, and its factor counts with zeros up to the largest rank.
-BatchNorm: takes its statistics as they are, unless ``full`` names norm.
-Bytes per client and round: up 4 (r_k d_out or, with a left sketch, r_k d_in for each decomposed weight, and what is
-trained in full); down 4 (R d_out or R d_in of the round before, with all R components, by which every client completes
-its W; none in round 1; what is trained in full; one number for the sketch).
-Deviations: the federated algorithm is known from reviews: one sketch for all clients, local epochs, mean, merge. The
-paper leaves D open. The head is trained in full and averaged by n_k. A client that missed rounds is counted as if
-it had followed.
+D has independent entries of mean 0 and variance 1 / (3 d), d being d_in for A and d_out for B:
+``sketch: uniform``, as A begins elsewhere, or gaussian. Ranks of clients' own: a client has the
+first r_k components, and its factor counts with zeros up to the largest rank. BatchNorm: takes its
+statistics as they are, unless ``full`` names norm. Bytes per client and round: up 4 (r_k d_out or,
+with a left sketch, r_k d_in for each decomposed weight, and what is trained in full); down 4 (R
+d_out or R d_in of the round before, with all R components, by which every client completes its W;
+none in round 1; what is trained in full; one number for the sketch). Deviations: the federated
+algorithm is known from reviews: one sketch for all clients, local epochs, mean, merge. The paper
+leaves D open. The head is trained in full and averaged by n_k. A client that missed rounds is
+counted as if it had followed.
 """
 
 from dataclasses import dataclass
@@ -53,7 +55,8 @@ class FedRACLoRA(OneFactor):
     def init(self, model: Model, rng: Generator) -> Vars:
         shared, personal = super().init(model, rng)[:2]
         shared |= {factor(n, "W"): torch.zeros(*size) for n, size in self.adapted(model).items()}
-        shared |= {SEED: torch.randint(2**24, (), generator=rng).float()}  # float32 holds it exactly
+        # float32 holds it exactly
+        shared |= {SEED: torch.randint(2**24, (), generator=rng).float()}
         return Vars(shared | self.begun(shared), personal)
 
     def received(self, shared: Tree) -> int:
@@ -61,15 +64,23 @@ class FedRACLoRA(OneFactor):
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
         found = super().aggregate(shared, mean)
-        fine = tmap(Tensor.double, shared | found)  # so that a server without a GPU rounds to the workers' bits
-        merged = {factor(n, "W"): update.to(shared[factor(n, "W")].dtype) for n, update in self.delta(fine).items()}
+        # so that a server without a GPU rounds to the workers' bits
+        fine = tmap(Tensor.double, shared | found)
+        merged = {
+            factor(n, "W"): update.to(shared[factor(n, "W")].dtype)
+            for n, update in self.delta(fine).items()
+        }
         return found | merged | self.begun(shared | found)
 
     def begun(self, shared: Tree) -> Tree:
-        """The factors at the start of the round: one is zero, the other a function of seed, round and name alone."""
+        """The factors at the start of the round: one is zero, the other a function of seed, round
+        and name alone.
+        """
         seed, round_ = int(shared[SEED]), int(shared[ROUND])
         drawn = lambda n, v: self.drawn(key(seed, "sketch", round_, plain_name(n)), v.shape).to(v)
-        start = lambda n, v: torch.zeros_like(v) if is_factor(n, self.active(round_)) else drawn(n, v)
+        start = lambda n, v: (
+            torch.zeros_like(v) if is_factor(n, self.active(round_)) else drawn(n, v)
+        )
         return {n: start(n, v) for n, v in shared.items() if is_factor(n)}
 
     def drawn(self, number: int, shape: tuple[int, ...]) -> Tensor:
@@ -77,4 +88,5 @@ class FedRACLoRA(OneFactor):
         u, v = uniform(torch.tensor(number), (2, *shape))
         if self.sketch == "uniform":
             return (2 * u - 1) / max(shape) ** 0.5
-        return (-2 * torch.log(1 - u)).sqrt() * torch.cos(2 * pi * v) / (3 * max(shape)) ** 0.5  # Box and Muller
+        # Box and Muller
+        return (-2 * torch.log(1 - u)).sqrt() * torch.cos(2 * pi * v) / (3 * max(shape)) ** 0.5

@@ -1,26 +1,28 @@
-"""One set of LoRA factors for all tasks, averaged exactly, under a classifier that grows by the classes that arrive.
+"""One set of LoRA factors for all tasks, averaged exactly, under a classifier that grows by the
+classes that arrive.
 
-Yu et al., "Task-agnostic Low-rank Residual Adaptation for Efficient Federated Continual Fine-Tuning", 2025,
-https://arxiv.org/abs/2505.12318. On the weights W_0 + W + s B A, row c of the classifier being h_c, c is owned by the
-clients of the round that have n_kc > 0 samples of it, and seen once anybody of any cohort had:
+Yu et al., "Task-agnostic Low-rank Residual Adaptation for Efficient Federated Continual
+Fine-Tuning", 2025, https://arxiv.org/abs/2505.12318. On the weights W_0 + W + s B A, row c of the
+classifier being h_c, c is owned by the clients of the round that have n_kc > 0 samples of it, and
+seen once anybody of any cohort had:
 
     A, B, W  as in FedEx-LoRA:  W <- W + R,  R = sum_k p_k s B_k A_k - s B A,  p_k = n_k / n
     h_c  <-  sum_{k owns c} n_k h_ck / sum_{k owns c} n_k      c without an owner: h_c stays
     seen <-  seen, or owned in this round
 
-Logits of other classes than those are out of the softmax: in training, than those seen before and the client's own;
-in an evaluation, than those seen, once there are any.
+Logits of other classes than those are out of the softmax: in training, than those seen before and
+the client's own; in an evaluation, than those seen, once there are any.
 
-There are no factors and no W of a task's own: with the tasks only the rows of the classifier that travel become more.
-Where all clients have all classes it is FedEx-LoRA. ``full`` without head: no row is owned, and all classes count as
-seen.
-BatchNorm: takes its statistics as they are, unless ``full`` names norm.
-Bytes per client and round: up 4 (r_k (d_out + d_in) for each decomposed weight, and the classifier's rows of the
-classes that it owns); down the same but rows of all classes seen, and from round 2 on R: 4 d_out d_in for each
-weight, or 4 (k - 1) r (d_out + d_in) after a round of k clients. Which classes these are is not counted.
-Deviations: the abstract is all that could be read. The identity of FedEx-LoRA stands for its residual weight update;
-owners' means and the masks are ours. The rows have their places from the start, with the network's initial values.
-A client that was absent would need R of all rounds since; counted is the last.
+There are no factors and no W of a task's own: with the tasks only the rows of the classifier that
+travel become more. Where all clients have all classes it is FedEx-LoRA. ``full`` without head: no
+row is owned, and all classes count as seen. BatchNorm: takes its statistics as they are, unless
+``full`` names norm. Bytes per client and round: up 4 (r_k (d_out + d_in) for each decomposed
+weight, and the classifier's rows of the classes that it owns); down the same but rows of all
+classes seen, and from round 2 on R: 4 d_out d_in for each weight, or 4 (k - 1) r (d_out + d_in)
+after a round of k clients. Which classes these are is not counted. Deviations: the abstract is all
+that could be read. The identity of FedEx-LoRA stands for its residual weight update; owners' means
+and the masks are ours. The rows have their places from the start, with the network's initial
+values. A client that was absent would need R of all rounds since; counted is the last.
 """
 
 from dataclasses import dataclass
@@ -40,15 +42,18 @@ _OWN = own_name("own")
 
 @dataclass(frozen=True)
 class FedTaLoRA(Calibrated):
-    """Further shared leaves: "seen.<leaf>" [classes], 1 for a row that somebody has owned, for each leaf of the
-    classifier. A client has "own.<leaf>" beside, 1 for its own classes, and these count as seen for it."""
+    """Further shared leaves: "seen.<leaf>" [classes], 1 for a row that somebody has owned, for each
+    leaf of the classifier. A client has "own.<leaf>" beside, 1 for its own classes, and these count
+    as seen for it.
+    """
 
     def check(self, model: Model, train: Train) -> None:
         super().check(model, train)
         for name, leaf in model.leaves.items():
             if leaf.role == "head" and leaf.shape[:1] != (model.classes,):
                 raise ValueError(
-                    f"name = fed_talora: needs a head with a row for each class; {name} is {list(leaf.shape)}"
+                    f"name = fed_talora: needs a head with a row for each class; {name} is "
+                    f"{list(leaf.shape)}"
                 )
 
     def init(self, model: Model, rng: Generator) -> Vars:
@@ -78,28 +83,35 @@ class FedTaLoRA(Calibrated):
     def expand(self, upload: Tree, shared: Tree, count: int) -> Tree:
         """A row that the client does not own counts as it was."""
         own = under(upload, _OWN)
-        rows = {n: torch.where(_beside(o, shared[n]) > 0, upload[n], shared[n]) for n, o in own.items()}
+        rows = {
+            n: torch.where(_beside(o, shared[n]) > 0, upload[n], shared[n]) for n, o in own.items()
+        }
         return super().expand(upload | rows, shared, count)
 
     def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
         server, new = super().serve(server, shared, mean, cohort)
         for n, owners in under(mean, _OWN).items():
             p = _beside(owners, shared[n])  # of the owners of each row
-            moved = (mean[n] - (1 - p) * shared[n]) / p  # without those rows that count as they were
+            # without those rows that count as they were
+            moved = (mean[n] - (1 - p) * shared[n]) / p
             new |= {n: torch.where(p > 0, moved, shared[n])}
             new |= {_SEEN + n: torch.where(owners > 0, 1, shared[_SEEN + n])}
         return server, new
 
     def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:
         logits = super().logits(model, v, x)
-        for seen in list(under(v.shared, _SEEN).values())[:1]:  # all leaves of the classifier have the same
-            rest = logits.detach().amin(1, keepdim=True) - 100  # e^-100 of a softmax, and no inf where it is the label's
+        # all leaves of the classifier have the same
+        for seen in list(under(v.shared, _SEEN).values())[:1]:
+            # e^-100 of a softmax, and no inf where it is the label's
+            rest = logits.detach().amin(1, keepdim=True) - 100
             logits = torch.where((seen > 0) | (seen == 0).all(), logits, rest)
         return logits
 
 
 def _numbers(tree: Tree, marks: str) -> Tensor | int:
-    """How many numbers of ``tree`` travel: all but W and the marks, of the classifier the rows that are marked."""
+    """How many numbers of ``tree`` travel: all but W and the marks, of the classifier the rows that
+    are marked.
+    """
     marked, total = under(tree, marks), 0
     for n, v in tree.items():
         if not n.startswith((_OWN, _SEEN)) and not is_factor(n, "W"):

@@ -1,8 +1,8 @@
 """Every client starts from a mix of the global and its own last model, with learned weights.
 
 Zhang et al., "FedALA: Adaptive Local Aggregation for Personalized Federated Learning", AAAI 2023,
-https://arxiv.org/abs/2212.01197, Algorithm 1. g is the received model, o_i the client's last own one,
-A_i has a weight for every number of the top p layers:
+https://arxiv.org/abs/2212.01197, Algorithm 1. g is the received model, o_i the client's last own
+one, A_i has a weight for every number of the top p layers:
 
     w_i  =  o_i + (g - o_i) * A_i  in the top p layers,  g  below                      (4)
     A_i <-  clip(A_i - eta dL_i(w_i) / dA_i, 0, 1)  on s % of the data, then (4) again  (5)
@@ -12,12 +12,12 @@ A_i starts at 1 and is kept; of o_i only the top p layers are. In round 1, where
 gradient. Accuracy is that of (4) with the A_i that the next round will learn, taken on a copy.
 
 BatchNorm: statistics are averaged, not mixed; (5) uses those of its batches and leaves no trace.
-Bytes per client and round: all leaves up, all leaves down; A_i and o_i never leave.
-Deviations: the authors' first (5) takes as many epochs as its last 10 losses need for a standard
-deviation below 0.1, at least 11; here it is ``start_epochs`` in round 2, also for a client that was away.
-They do (5) at absent clients too and keep the mix as o_i; here those change nothing. Their s % are
-neighbours, here a random choice; their ``layer_idx`` counts tensors. PFLlib drops the last batch. (4)
-is computed by torch.lerp, exact at both ends.
+Bytes per client and round: all leaves up, all leaves down; A_i and o_i never leave. Deviations: the
+authors' first (5) takes as many epochs as its last 10 losses need for a standard deviation below
+0.1, at least 11; here it is ``start_epochs`` in round 2, also for a client that was away. They do
+(5) at absent clients too and keep the mix as o_i; here those change nothing. Their s % are
+neighbours, here a random choice; their ``layer_idx`` counts tensors. PFLlib drops the last batch.
+(4) is computed by torch.lerp, exact at both ends.
 """
 
 from dataclasses import dataclass
@@ -53,10 +53,14 @@ class FedALA(Algorithm):
 
     def top(self, model: Model) -> list[str]:
         """The leaves that are mixed. Raises ValueError when the model has fewer than p layers."""
-        owner = {n: n.rpartition(".")[0] for n, leaf in model.leaves.items() if leaf.role != "stats"}
+        owner = {
+            n: n.rpartition(".")[0] for n, leaf in model.leaves.items() if leaf.role != "stats"
+        }
         layers = list(dict.fromkeys(owner.values()))  # in the order of registration
         if self.p > len(layers):
-            raise ValueError(f"p = {self.p}: must be at most {len(layers)}, the layers of the model")
+            raise ValueError(
+                f"p = {self.p}: must be at most {len(layers)}, the layers of the model"
+            )
         return [n for n in owner if owner[n] in layers[-self.p :]]
 
     def init(self, model: Model, rng: Generator) -> Vars:
@@ -73,19 +77,25 @@ class FedALA(Algorithm):
         top = self.top(model)
 
         def mixed(v: Vars) -> Tree:
-            return {n: torch.lerp(v.personal[_OWN + n], v.shared[n], v.personal[_A + n]) for n in top}
+            return {
+                n: torch.lerp(v.personal[_OWN + n], v.shared[n], v.personal[_A + n]) for n in top
+            }
 
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             return cross_entropy(model(model.frozen(now.shared) | mixed(now), batch.x), batch)
 
-        learn = Step(loss, {_A + n for n in top}.__contains__, lambda _: Sgd(self.eta), clamp=(0.0, 1.0))
+        learn = Step(
+            loss, {_A + n for n in top}.__contains__, lambda _: Sgd(self.eta), clamp=(0.0, 1.0)
+        )
         share = lambda size: max(1, int(size * self.s / 100))
         mix = lambda v: v._replace(shared=v.shared | mixed(v))
         epochs = self.start_epochs if round_ == 1 else 1
         return Phase(epochs, (learn,), stream="aggregation", limit=share, after=mix)
 
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
-        return end._replace(personal=end.personal | {_OWN + n: end.shared[n] for n in self.top(model)})
+        return end._replace(
+            personal=end.personal | {_OWN + n: end.shared[n] for n in self.top(model)}
+        )
 
     def tune(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         return (self.aggregation(model, round_),)

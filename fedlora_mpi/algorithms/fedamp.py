@@ -8,15 +8,15 @@ https://arxiv.org/abs/2007.03797. Round t, on the server and then on client i:
     alpha_t = max(alpha_min, alpha decay^floor(t / decay_every))
     xi_ij = (1 - xi_ii) exp(sigma cos(w_i, w_j)) / sum_(h != i) exp(sigma cos(w_i, w_h))     HeurFedAMP
 
-HeurFedAMP (``heuristic: true``), for deep networks, has xi_ii = self_weight. w_i are the parameters;
-training starts at them (``start: own``) or at u_i (``cloud``). Accuracy is that of w_i after training.
-BatchNorm: statistics are the client's own; they enter neither distances nor mixes.
-Bytes per client and round: the parameters up (w_i) and down (u_i).
-Deviations: the defaults are those of the FedAMP that FedLoRA's first author gave to Fling, which
-multiplies alpha by 0.1 one round later than here. With sigma = 100 and alpha = 10^4 a row sums to far
-above 1 and xi_ii is negative: ``convex`` scales the others down to a sum of 1 (false: as it is there).
-SGD on the penalty diverges once lr lam / alpha >= 2 (1 + momentum), which that schedule reaches in round
-181, so ``alpha_min`` (0: none, as there). In PFLlib the penalty has no gradient.
+HeurFedAMP (``heuristic: true``), for deep networks, has xi_ii = self_weight. w_i are the
+parameters; training starts at them (``start: own``) or at u_i (``cloud``). Accuracy is that of w_i
+after training. BatchNorm: statistics are the client's own; they enter neither distances nor mixes.
+Bytes per client and round: the parameters up (w_i) and down (u_i). Deviations: the defaults are
+those of the FedAMP that FedLoRA's first author gave to Fling, which multiplies alpha by 0.1 one
+round later than here. With sigma = 100 and alpha = 10^4 a row sums to far above 1 and xi_ii is
+negative: ``convex`` scales the others down to a sum of 1 (false: as it is there). SGD on the
+penalty diverges once lr lam / alpha >= 2 (1 + momentum), which that schedule reaches in round 181,
+so ``alpha_min`` (0: none, as there). In PFLlib the penalty has no gradient.
 """
 
 from dataclasses import dataclass
@@ -37,8 +37,9 @@ _CLOUD = own_name("cloud")
 
 @dataclass(frozen=True)
 class FedAMP(Algorithm):
-    """``sigma`` is in units of a squared distance; HeurFedAMP multiplies cosines by it (easyFL: 25).
-    ``self_weight`` 0 stands for 1 / (clients of the round). u_i is kept as ``cloud.<leaf>``."""
+    """``sigma`` is in units of a squared distance; HeurFedAMP multiplies cosines by it (easyFL:
+    25). ``self_weight`` 0 stands for 1 / (clients of the round). u_i is kept as ``cloud.<leaf>``.
+    """
 
     evaluates: ClassVar = "after_training"
     lam: float = 1.0
@@ -64,7 +65,9 @@ class FedAMP(Algorithm):
         least = train.lr * self.lam / (2 * (1 + train.momentum))
         if 0 < self.alpha_min <= least:
             where = f"must be above lr lam / (2 (1 + momentum)) = {least:.3g} (or 0: no bound)"
-            raise ValueError(f"alpha_min = {self.alpha_min}: {where}, or SGD on the penalty diverges")
+            raise ValueError(
+                f"alpha_min = {self.alpha_min}: {where}, or SGD on the penalty diverges"
+            )
 
     def alpha_of(self, round_: int) -> float:
         """alpha_t of round ``round_`` (from 0)."""
@@ -75,7 +78,11 @@ class FedAMP(Algorithm):
         return Vars(shared={}, personal=model.initial | cloud)
 
     def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
-        return v if self.start == "own" else v._replace(personal=v.personal | under(v.personal, _CLOUD))
+        return (
+            v
+            if self.start == "own"
+            else v._replace(personal=v.personal | under(v.personal, _CLOUD))
+        )
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         fit, strength = self.loss(model), self.lam / (2 * self.alpha_of(round_))

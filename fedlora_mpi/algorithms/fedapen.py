@@ -1,22 +1,25 @@
-"""Clients predict by a learned mixture of their own network and a small shared one, trained to be mixed.
+"""Clients predict by a learned mixture of their own network and a small shared one, trained to be
+mixed.
 
 Qin et al., "FedAPEN: Personalized Cross-silo Federated Learning with Adaptability to Statistical
-Heterogeneity", KDD 2023, https://doi.org/10.1145/3580305.3599344. Client k has the network p of its own, a copy of
-the small network s, and the share w in [0, 1], from 0.5; names of networks stand for their logits:
+Heterogeneity", KDD 2023, https://doi.org/10.1145/3580305.3599344. Client k has the network p of its
+own, a copy of the small network s, and the share w in [0, 1], from 0.5; names of networks stand for
+their logits:
 
     L_p  =  CE(p) + KL(softmax(s) || softmax(p)) + CE(w p + (1 - w) s)      s a constant
     L_s  =  CE(s) + KL(softmax(p) || softmax(s)) + CE(w p + (1 - w) s)      p a constant
     p, s  <-  descend on L_p, on L_s        s  <-  (1/N) sum_k s_k
     w  <-  clip(w - eta_w grad CE(w p + (1 - w) s), 0, 1)      w_epochs, on samples held out, after the mean
 
-The client's own model is w p + (1 - w) s. Its share of the samples, ``held_out``, trains no network.
+The client's own model is w p + (1 - w) s. Its share of the samples, ``held_out``, trains no
+network.
 
-BatchNorm: that of p is the client's own; running statistics of s are averaged. w moves none.
-Bytes per client and round: all leaves of s up, all leaves of s down.
-Deviations: w is learned from the second round on, before it is used: on a copy for every evaluation,
-and the same again when the client next trains. The authors give their networks weights of their own at the
-start; here all clients of one architecture start equal. ``weights_of`` has p alone.
-A round's ``train_loss`` is L_p + L_s.
+BatchNorm: that of p is the client's own; running statistics of s are averaged. w moves none. Bytes
+per client and round: all leaves of s up, all leaves of s down. Deviations: w is learned from the
+second round on, before it is used: on a copy for every evaluation, and the same again when the
+client next trains. The authors give their networks weights of their own at the start; here all
+clients of one architecture start equal. ``weights_of`` has p alone. A round's ``train_loss`` is L_p
++ L_s.
 """
 
 from dataclasses import dataclass
@@ -36,7 +39,9 @@ _MIX_W = own_name("mix", "w")
 
 @dataclass(frozen=True)
 class FedAPEN(Companion):
-    """``equal: true`` keeps w = 0.5 (FedEN); the same samples are held out, or none by ``held_out: 0``."""
+    """``equal: true`` keeps w = 0.5 (FedEN); the same samples are held out, or none by ``held_out:
+    0``.
+    """
 
     equal: bool = False
     held_out: float = 0.05
@@ -46,7 +51,10 @@ class FedAPEN(Companion):
     def __post_init__(self) -> None:
         bounded(self, held_out="[0, 1)", w_epochs="[0, inf)", w_lr="(0, inf)")
         if not (self.equal or self.held_out):
-            raise ValueError("held_out = 0: leaves nothing to learn w on; give a fraction above 0, or equal: true")
+            raise ValueError(
+                "held_out = 0: leaves nothing to learn w on; give a fraction above 0, or equal: "
+                "true"
+            )
 
     def init(self, model: Model, rng: Generator) -> Vars:
         shared, personal = super().init(model, rng)[:2]
@@ -61,7 +69,9 @@ class FedAPEN(Companion):
             mixed = mixed + cross_entropy(w * p.detach() + (1 - w) * s, batch)
             return cross_entropy(p, batch) + cross_entropy(s, batch) + apart + mixed  # L_p + L_s
 
-        return *self.tune(model, train, round_), Phase(train.epochs, (Step(loss, self.trains(model)),))
+        return *self.tune(model, train, round_), Phase(
+            train.epochs, (Step(loss, self.trains(model)),)
+        )
 
     def tune(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         if self.equal:

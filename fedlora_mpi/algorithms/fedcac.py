@@ -11,12 +11,12 @@ training from w0 to w, in each parameter tensor; then on the server in round t =
 
 From t + 1 > beta on critical entries are the client's own, unless all overlaps are equal.
 BatchNorm: affine parameters are parameters like the others; statistics stay on the client as in the
-official code (``bn_stats: local``) or are averaged (``mean``).
-Bytes per client and round: up the uploaded leaves and a bit per parameter; down the mean and the mix,
-as the client composes them (a server that knows the masks could send the parameters once).
-Deviations: as in the official code (Fling), a tensor whose last chosen score is at most 1e-10 takes all
-entries above 1e-20; where none is, nothing is critical (there: all). The overlap is compared with a slack
-of 1e-12, so that rounding splits no ties. PFLlib resets critical entries to the initial weights after round 1.
+official code (``bn_stats: local``) or are averaged (``mean``). Bytes per client and round: up the
+uploaded leaves and a bit per parameter; down the mean and the mix, as the client composes them (a
+server that knows the masks could send the parameters once). Deviations: as in the official code
+(Fling), a tensor whose last chosen score is at most 1e-10 takes all entries above 1e-20; where none
+is, nothing is critical (there: all). The overlap is compared with a slack of 1e-12, so that
+rounding splits no ties. PFLlib resets critical entries to the initial weights after round 1.
 """
 
 from dataclasses import dataclass
@@ -39,8 +39,10 @@ _CRITICAL = own_name("critical")
 
 @dataclass(frozen=True)
 class FedCAC(Algorithm):
-    """``tau``: share of critical entries; ``beta``: rounds in which the threshold rises (the authors' for
-    CIFAR-100: 0.4, 170). ``own.<leaf>`` is the mix over C_i, ``critical.<leaf>`` is m_i."""
+    """``tau``: share of critical entries; ``beta``: rounds in which the threshold rises (the
+    authors' for CIFAR-100: 0.4, 170). ``own.<leaf>`` is the mix over C_i, ``critical.<leaf>`` is
+    m_i.
+    """
 
     weights: Literal["samples", "uniform"] = "samples"
     tau: float = 0.5
@@ -57,11 +59,14 @@ class FedCAC(Algorithm):
         return Vars(shared, kept | prefixed(w, _OWN) | prefixed(masks, _CRITICAL))
 
     def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
-        return v._replace(shared={n: w for n, w in self.weights_of(model, v).items() if n in v.shared})
+        return v._replace(
+            shared={n: w for n, w in self.weights_of(model, v).items() if n in v.shared}
+        )
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            w = Algorithm.weights_of(self, model, now)  # not composed again: ``begin`` has done that
+            # not composed again: ``begin`` has done that
+            w = Algorithm.weights_of(self, model, now)
             return cross_entropy(model(w, batch.x), batch)
 
         return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),)),)
@@ -86,7 +91,9 @@ class FedCAC(Algorithm):
     def weights_of(self, model: Model, v: Vars) -> Tree:
         """w_i; right after training, what was trained, of which critical entries have a copy."""
         m, own = under(v.personal, _CRITICAL), under(v.personal, _OWN)
-        return super().weights_of(model, v) | {n: torch.where(m[n], w, v.shared[n]) for n, w in own.items()}
+        return super().weights_of(model, v) | {
+            n: torch.where(m[n], w, v.shared[n]) for n, w in own.items()
+        }
 
 
 def critical(start: Tensor, end: Tensor, tau: float) -> Tensor:

@@ -1,23 +1,27 @@
-"""LoRA of a rank of each client's own, without the bias of truncation: a full-rank update corrected by what was trained.
+"""LoRA of a rank of each client's own, without the bias of truncation: a full-rank update corrected
+by what was trained.
 
-Peng et al., "FedHL: Federated Learning for Heterogeneous Low-Rank Adaptation via Unbiased Aggregation", 2025,
-https://arxiv.org/abs/2505.18494; numbers of equations as a baseline of FedHera cites them. W^r is the best
-approximation of rank r (``flexlora``), W_k = s_k B_k A_k what client k has made of W^{r_k}:
+Peng et al., "FedHL: Federated Learning for Heterogeneous Low-Rank Adaptation via Unbiased
+Aggregation", 2025, https://arxiv.org/abs/2505.18494; numbers of equations as a baseline of FedHera
+cites them. W^r is the best approximation of rank r (``flexlora``), W_k = s_k B_k A_k what client k
+has made of W^{r_k}:
 
     W    <-  W + sum_k p_k (W_k - W^{r_k})
     t_k  =   ||W - W^{r_k}||_F^2 = sum_{j > r_k} s_j^2, over all layers                         (8)
     p_k  =   1 / (t_k^2 + eps) / sum_j 1 / (t_j^2 + eps)                                        (15)
 
-FlexLoRA's mean differs by sum_k p_k (W - W^{r_k}): without training it shrinks W, FedHL leaves it as it is.
+FlexLoRA's mean differs by sum_k p_k (W - W^{r_k}): without training it shrinks W, FedHL leaves it
+as it is.
 
-The weights are steep: a client whose rank holds all of W takes nearly the whole weight at the paper's absolute eps
-= 1e-6. ``eps_relative`` adds that share of ||W||_F^4 to eps; ``weight_mode``: the paper's, uniform, n_k (samples) or
-n_k / (t_k^2 + eps) (both); ``per_layer``: t_k and p_k of each layer by itself.
-BatchNorm: takes its statistics as they are, unless ``full`` names norm.
-Bytes per client and round: 4 (r_k (d_out + d_in) for each decomposed weight, and what is trained in full) up and
-down; the server keeps d_out d_in numbers of each. The weights follow from singular values, which it has.
-Deviations: what is trained in full is averaged by n_k, since it is not truncated. The abstract is all that could be
-read: bound, per-layer or common weights, and eps are those of the baseline.
+The weights are steep: a client whose rank holds all of W takes nearly the whole weight at the
+paper's absolute eps = 1e-6. ``eps_relative`` adds that share of ||W||_F^4 to eps; ``weight_mode``:
+the paper's, uniform, n_k (samples) or n_k / (t_k^2 + eps) (both); ``per_layer``: t_k and p_k of
+each layer by itself. BatchNorm: takes its statistics as they are, unless ``full`` names norm. Bytes
+per client and round: 4 (r_k (d_out + d_in) for each decomposed weight, and what is trained in full)
+up and down; the server keeps d_out d_in numbers of each. The weights follow from singular values,
+which it has. Deviations: what is trained in full is averaged by n_k, since it is not truncated. The
+abstract is all that could be read: bound, per-layer or common weights, and eps are those of the
+baseline.
 """
 
 from dataclasses import dataclass
@@ -38,7 +42,9 @@ _TAIL = own_name("tail")
 
 @dataclass(frozen=True)
 class FedHL(Redistributed):
-    """Further shared leaves: "tail.<weight>" [R + 1], sum_{j > r} s_j^2 of W for each rank r up to R."""
+    """Further shared leaves: "tail.<weight>" [R + 1], sum_{j > r} s_j^2 of W for each rank r up to
+    R.
+    """
 
     weight_mode: Literal["paper", "uniform", "samples", "both"] = "paper"
     eps: float = 1e-6
@@ -65,11 +71,18 @@ class FedHL(Redistributed):
     def weight(self, upload: Tree, shared: Tree, count: int) -> Tree:
         """p_k times a number that all clients have in common: at most 1, or n_k."""
         tails, r = under(shared, _TAIL), max(self.lora_ranks)
-        parts = {n: torch.stack([tail[min(r, len(tail) - 1)], tail[-1], tail[0]]) for n, tail in tails.items()}
+        parts = {
+            n: torch.stack([tail[min(r, len(tail) - 1)], tail[-1], tail[0]])
+            for n, tail in tails.items()
+        }
         if not self.per_layer:
             parts = dict.fromkeys(parts, sum(parts.values()))
         n_k = count if self.weight_mode in ("samples", "both") else 1
-        steep = self._steep if self.weight_mode in ("paper", "both") else lambda lost, least, whole: torch.ones_like(lost)
+        steep = (
+            self._steep
+            if self.weight_mode in ("paper", "both")
+            else lambda lost, least, whole: torch.ones_like(lost)
+        )
         return {n: n_k * steep(*part.double()).to(part.dtype) for n, part in parts.items()}
 
     def _steep(self, lost: Tensor, least: Tensor, whole: Tensor) -> Tensor:

@@ -1,25 +1,28 @@
-"""Clients' own large networks and a small shared one teach each other; its updates travel as truncated SVDs.
+"""Clients' own large networks and a small shared one teach each other; its updates travel as
+truncated SVDs.
 
-Wu et al., "Communication-Efficient Federated Learning via Knowledge Distillation", Nature Communications
-2022, https://arxiv.org/abs/2108.13323. Client k has the network F (the mentor t) of its own and a copy of the
-small network g (the mentee s); h are the features that enter the head, W_h is a matrix of the client's own:
+Wu et al., "Communication-Efficient Federated Learning via Knowledge Distillation", Nature
+Communications 2022, https://arxiv.org/abs/2108.13323. Client k has the network F (the mentor t) of
+its own and a copy of the small network g (the mentee s); h are the features that enter the head,
+W_h is a matrix of the client's own:
 
     D     =  CE_t + CE_s                          L_h  =  mean (h_t - W_h h_s)^2
     L_t   =  CE_t + (KL(p_s || p_t) + L_h) / D    L_s  =  CE_s + (KL(p_t || p_s) + L_h) / D
     F, W_h, g  <-  descend on L_t + L_s, from the server's g
     g     <-  g + C(mean_k C(g_k - g))
 
-C keeps, of each matrix [d1, d2] (a convolution is [O, I K1 K2]), the n largest singular values, n >= 1 the
-smallest number whose squares are at least T_t of the sum of all, T_t = T_start + (t + 1) / T (T_end - T_start)
-in round t from 0: ``energy_start``, ``energy_end`` and, for T, ``energy_rounds``. Vectors stay as they are.
+C keeps, of each matrix [d1, d2] (a convolution is [O, I K1 K2]), the n largest singular values, n
+>= 1 the smallest number whose squares are at least T_t of the sum of all, T_t = T_start + (t + 1) /
+T (T_end - T_start) in round t from 0: ``energy_start``, ``energy_end`` and, for T,
+``energy_rounds``. Vectors stay as they are.
 
-BatchNorm: that of F is the client's own; running statistics of g are averaged.
-Bytes per client and round: 4 (n (d1 + d2 + 1) for each matrix of g, and the numbers of its vectors) up and
-down, which can be more than all of g at T_t near 1; in round 1 all of g comes down. One that missed rounds
-is counted as if it had followed.
-Deviations: gradients pass the teachers and D, as in the authors' code; ``detached: true`` makes them
-constants. That code divides KL by the classes too, leaves out a matrix that needs all its singular values,
-uses Adam, and has a term for attention maps. HtFLlib compresses parameters, not updates.
+BatchNorm: that of F is the client's own; running statistics of g are averaged. Bytes per client and
+round: 4 (n (d1 + d2 + 1) for each matrix of g, and the numbers of its vectors) up and down, which
+can be more than all of g at T_t near 1; in round 1 all of g comes down. One that missed rounds is
+counted as if it had followed. Deviations: gradients pass the teachers and D, as in the authors'
+code; ``detached: true`` makes them constants. That code divides KL by the classes too, leaves out a
+matrix that needs all its singular values, uses Adam, and has a term for attention maps. HtFLlib
+compresses parameters, not updates.
 """
 
 from dataclasses import dataclass
@@ -57,12 +60,16 @@ class FedKD(Companion):
         super().check(model, train)
         for which, network in (("name = fedkd", model), (f"small = {self.small}", self.g(model))):
             if not (network.head and network.ends_in_linear):
-                raise ValueError(f"{which}: needs a network that ends in a Linear; {network.head or 'this'} is none, "
-                                 "or not alone and last")
+                raise ValueError(
+                    f"{which}: needs a network that ends in a Linear; {network.head or 'this'} is "
+                    "none, or not alone and last"
+                )
 
     def init(self, model: Model, rng: Generator) -> Vars:
         shared, personal = super().init(model, rng)[:2]
-        (d_t,), (d_s,) = (network.leaves[f"{network.head}.weight"].shape[1:] for network in (model, self.g(model)))
+        (d_t,), (d_s,) = (
+            network.leaves[f"{network.head}.weight"].shape[1:] for network in (model, self.g(model))
+        )
         W_h = (torch.rand(d_t, d_s, generator=rng) * 2 - 1) / d_s**0.5
         sizes = torch.tensor(float(sum(v.numel() for v in shared.values())))
         return Vars(shared | {_ROUND: torch.tensor(0.0), _NUMBERS: sizes}, personal | {_W_H: W_h})

@@ -12,11 +12,10 @@ sigma is every leaf of the model, biases and BatchNorm included; A_i and B_i nev
 
 BatchNorm: affine parameters and running statistics belong to sigma and are averaged; statistics
 also move while the low-rank part trains, its affine parameters do not. ``bn_stats: local`` keeps
-the statistics on the client.
-Bytes per client and round: all leaves of the model up and down, whatever the ranks; under ``bn_stats:
-local`` without the statistics.
-Deviations: the paper leaves open the variance of A, the treatment of BatchNorm and the layout of
-eq. (5); here they are those of the official code (see ``components/lowrank.py``).
+the statistics on the client. Bytes per client and round: all leaves of the model up and down,
+whatever the ranks; under ``bn_stats: local`` without the statistics. Deviations: the paper leaves
+open the variance of A, the treatment of BatchNorm and the layout of eq. (5); here they are those of
+the official code (see ``components/lowrank.py``).
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""A shared body whose features of a class are pulled together, and heads mixed by what they are worth.
+"""A shared body whose features of a class are pulled together, and heads mixed by what they are
+worth.
 
 Xu, Tong and Huang, "Personalized Federated Learning with Feature Alignment and Classifier
 Collaboration" (FedPAC), ICLR 2023, https://arxiv.org/abs/2306.11867. With the received body, client
@@ -6,8 +7,9 @@ i with n_i samples, of which a share pi_k has class k, computes over all of them
 
     h_i = [pi_k mean(z | k)]_k          V_i = (mean ||z||^2 - ||h_i||^2) / n_i
 
-It trains the head, ``head_epochs``, then the body, all epochs, on CE + lam mean_d (z - c_y)^2, where
-c_k is the mean feature of class k over all clients, or its own where no client had the class. Then
+It trains the head, ``head_epochs``, then the body, all epochs, on CE + lam mean_d (z - c_y)^2,
+where c_k is the mean feature of class k over all clients, or its own where no client had the class.
+Then
 
     body <- sum_i (n_i / n) body_i      c_k <- sum_i n_ik mean_i(z | k) / sum_i n_ik
     head_i <- sum_j alpha_j head_j,     alpha = argmin over the simplex of alpha' Q alpha,
@@ -15,13 +17,13 @@ c_k is the mean feature of class k over all clients, or its own where no client 
               sum_a V_a alpha_a^2 + ||h_i - sum_a alpha_a h_a||^2
 
 Weights below 0.001 become zero. There is no pull in round 1. Accuracy is that after training.
-BatchNorm: belongs to the body and is averaged; statistics move in both phases. Features for h, V and c
-are those of evaluation mode, so that they depend on no batch.
-Bytes per client and round: up body, head, classes (2 d + 1) + 1 numbers for c, h and V; down body, head,
-classes (d + 1) numbers, with d features.
-Deviations: no external QP solver; the authors drop eigenvalues of Q under 0.01 where rounding made it
-indefinite, which float64 does not need. They train with lr 0.01, momentum 0.5, weight decay 0.0005; here
-the body takes the settings of ``train``. PFLlib weighs clients equally in c.
+BatchNorm: belongs to the body and is averaged; statistics move in both phases. Features for h, V
+and c are those of evaluation mode, so that they depend on no batch. Bytes per client and round: up
+body, head, classes (2 d + 1) + 1 numbers for c, h and V; down body, head, classes (d + 1) numbers,
+with d features. Deviations: no external QP solver; the authors drop eigenvalues of Q under 0.01
+where rounding made it indefinite, which float64 does not need. They train with lr 0.01, momentum
+0.5, weight decay 0.0005; here the body takes the settings of ``train``. PFLlib weighs clients
+equally in c.
 """
 
 from dataclasses import dataclass
@@ -58,7 +60,9 @@ class FedPAC(Algorithm):
 
     def check(self, model: Model, train: Train) -> None:
         if not (model.head and model.ends_in_linear):
-            raise ValueError("name = fedpac: needs a model with a body and a Linear classifier at its end")
+            raise ValueError(
+                "name = fedpac: needs a model with a body and a Linear classifier at its end"
+            )
 
     def init(self, model: Model, rng: Generator) -> Vars:
         head, body = split(model.initial, lambda leaf: model.role(leaf) == "head")
@@ -80,12 +84,16 @@ class FedPAC(Algorithm):
             fit = cross_entropy(model.classify(weights, z), batch)
             return fit + lam * pull(z, class_means(now, batch), batch) if lam else fit
 
-        head = Step(loss, lambda leaf: model.role(leaf) == "head", lambda sgd: sgd._replace(lr=self.head_lr))
+        head = Step(
+            loss, lambda leaf: model.role(leaf) == "head", lambda sgd: sgd._replace(lr=self.head_lr)
+        )
         body = Step(loss, lambda leaf: model.role(leaf) in ("body", "norm"))
         return Phase(self.head_epochs, (head,)), Phase(train.epochs, (body,))
 
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
-        return end._replace(shared=end.shared | shown(model.evaluating(), self.weights_of(model, end), data))
+        return end._replace(
+            shared=end.shared | shown(model.evaluating(), self.weights_of(model, end), data)
+        )
 
     def offer(self, start: Vars, end: Vars) -> Offer:
         own, head = split(end.personal, {OWN_MEANS, _OWN_VARIANCE}.__contains__)

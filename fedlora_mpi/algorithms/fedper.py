@@ -7,10 +7,11 @@ layers W_P_i of client i:
     W_B, W_P_i  <-  argmin L_i(W_B, W_P_i), all epochs
     W_B         <-  sum_i (n_i / n) W_B_i
 
-BatchNorm: affine parameters and running statistics belong to the base layers; statistics are averaged.
-Bytes per client and round: all leaves but the ``personal`` ones (the head), up and down.
+BatchNorm: affine parameters and running statistics belong to the base layers; statistics are
+averaged. Bytes per client and round: all leaves but the ``personal`` ones (the head), up and down.
 Deviations: the paper counts K_P layers from the end (tuned from 1 to 4) and starts each client's at
-its own; here, as in Fling and PFLlib, the classifier alone is personal, and all clients start equal.
+its own; here, as in Fling and PFLlib, the classifier alone is personal, and all clients start
+equal.
 """
 
 from collections.abc import Callable
@@ -38,7 +39,8 @@ class FedPer(Algorithm):
         for pattern in self.personal:
             if not any(map(_matches(model, pattern), model.leaves)):
                 raise ValueError(
-                    f"personal = {pattern}: matches no leaf; there are head and {', '.join(model.leaves)}"
+                    f"personal = {pattern}: matches no leaf; there are head and "
+                    f"{', '.join(model.leaves)}"
                 )
 
     def init(self, model: Model, rng: Generator) -> Vars:

@@ -1,8 +1,9 @@
-"""Clients with networks of their own pull their features of each class towards the mean over all clients.
+"""Clients with networks of their own pull their features of each class towards the mean over all
+clients.
 
 Tan et al., "FedProto: Federated Prototype Learning across Heterogeneous Clients", AAAI 2022,
-https://arxiv.org/abs/2105.00243. Features z [d] are what enters the head. P_c is the global prototype of
-class c, P_kc that of client k, N_c the clients of the round that hold c:
+https://arxiv.org/abs/2105.00243. Features z [d] are what enters the head. P_c is the global
+prototype of class c, P_kc that of client k, N_c the clients of the round that hold c:
 
     w_k   <-  argmin CE + lam mean_d (z - P_y)^2                    no second term where P_y is unknown
     P_kc  <-  mean of z over the samples of k with y = c, after training
@@ -10,17 +11,17 @@ class c, P_kc that of client k, N_c the clients of the round that hold c:
     P_c   <-  sum_(k in N_c) n_kc P_kc / sum_(k in N_c) n_kc        (``samples``)
 
 There is no pull in round 1. A class that no client of the round holds is unknown in the next (by
-``absent: stale`` it keeps its prototype). ``inference: classifier`` predicts by the network, ``prototypes`` the
-class of the nearest P_c, among all ``known`` ones or among those that the client has held in training
-(``own``; among all where none of those is known).
+``absent: stale`` it keeps its prototype). ``inference: classifier`` predicts by the network,
+``prototypes`` the class of the nearest P_c, among all ``known`` ones or among those that the client
+has held in training (``own``; among all where none of those is known).
 
-BatchNorm: all of it is the client's own. Prototypes are of features in evaluation mode.
-Bytes per client and round: up d numbers for each class that it holds, down d for each known class; what
-says which classes these are, and how many samples, is not counted.
-Deviations: the authors' code takes P_kc over the last epoch, while the model moves; here it is that of the
-trained model over all training data. Their mean is ``uniform``, the paper's by ``samples``. The paper predicts
-by prototypes, their code both ways, HtFLlib by prototypes ``known``. By prototypes, ``accuracy_trained`` is
-that by the client's own P_kc.
+BatchNorm: all of it is the client's own. Prototypes are of features in evaluation mode. Bytes per
+client and round: up d numbers for each class that it holds, down d for each known class; what says
+which classes these are, and how many samples, is not counted. Deviations: the authors' code takes
+P_kc over the last epoch, while the model moves; here it is that of the trained model over all
+training data. Their mean is ``uniform``, the paper's by ``samples``. The paper predicts by
+prototypes, their code both ways, HtFLlib by prototypes ``known``. By prototypes,
+``accuracy_trained`` is that by the client's own P_kc.
 """
 
 from dataclasses import dataclass
@@ -42,8 +43,9 @@ _OWN_CLASSES = own_name("own", "classes")
 
 @dataclass(frozen=True)
 class FedProto(Algorithm):
-    """``class.means`` and ``class.shares`` are means over clients whose quotient is P; ``own.classes`` is 1
-    for a class that the client holds."""
+    """``class.means`` and ``class.shares`` are means over clients whose quotient is P;
+    ``own.classes`` is 1 for a class that the client holds.
+    """
 
     surveys: ClassVar = True
     lam: float = 1.0
@@ -57,11 +59,15 @@ class FedProto(Algorithm):
 
     def check(self, model: Model, train: Train) -> None:
         if not (model.head and model.ends_in_linear):
-            raise ValueError("name = fedproto: needs a network with a body and a Linear classifier at its end")
+            raise ValueError(
+                "name = fedproto: needs a network with a body and a Linear classifier at its end"
+            )
 
     def init(self, model: Model, rng: Generator) -> Vars:
         means = torch.zeros(model.described[f"{model.head}.weight"].shape)  # [classes, d]
-        return Vars({MEANS: means, SHARES: means[:, 0]}, model.initial | {_OWN_CLASSES: means[:, 0]})
+        return Vars(
+            {MEANS: means, SHARES: means[:, 0]}, model.initial | {_OWN_CLASSES: means[:, 0]}
+        )
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         lam = self.lam if round_ else 0.0
@@ -89,7 +95,9 @@ class FedProto(Algorithm):
         return (shared[SHARES] > 0).sum() * shared[MEANS].shape[1]
 
     def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:
-        """By prototypes: - mean_d (z - P_c)^2, without its term in z alone, which all classes have in common."""
+        """By prototypes: - mean_d (z - P_c)^2, without its term in z alone, which all classes have
+        in common.
+        """
         if self.inference == "classifier":
             return super().logits(model, v, x)
         P, known = prototypes(v.shared)

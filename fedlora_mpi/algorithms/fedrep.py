@@ -8,12 +8,11 @@ https://arxiv.org/abs/2102.07078, Algorithm 1. With body phi and head h_i of cli
     phi    <-  sum_i (n_i / n) phi_i
 
 BatchNorm: affine parameters and running statistics belong to phi; statistics are averaged, and also
-move while the head trains.
-Bytes per client and round: all leaves but those of the head, up and down.
-Deviations: the paper's mean has equal weights; the authors' code counts samples, as here. Theirs has
-one optimizer for both parts, so that on torch before 2 the momentum still moves the part held still;
-here each part starts with empty momenta. Theirs trains the heads 10 epochs in the last round. PFLlib:
-no momentum, statistics local.
+move while the head trains. Bytes per client and round: all leaves but those of the head, up and
+down. Deviations: the paper's mean has equal weights; the authors' code counts samples, as here.
+Theirs has one optimizer for both parts, so that on torch before 2 the momentum still moves the part
+held still; here each part starts with empty momenta. Theirs trains the heads 10 epochs in the last
+round. PFLlib: no momentum, statistics local.
 """
 
 from dataclasses import dataclass
@@ -53,5 +52,8 @@ class FedRep(Algorithm):
         loss = self.loss(model)
         return (
             Phase(self.head_epochs, (Step(loss, lambda leaf: model.role(leaf) == "head"),)),
-            Phase(train.epochs - self.head_epochs, (Step(loss, lambda leaf: model.role(leaf) != "head"),)),
+            Phase(
+                train.epochs - self.head_epochs,
+                (Step(loss, lambda leaf: model.role(leaf) != "head"),),
+            ),
         )

@@ -1,20 +1,20 @@
 """One generic model trained as if all classes were equally frequent, and a second head per client.
 
 Chen and Chao, "On Bridging Generic and Personalized Federated Learning for Image Classification"
-(Fed-RoD, linear variant), ICLR 2022, https://arxiv.org/abs/2107.00778. With body theta, generic head
-psi, personal head phi_i, n_i[c] samples of class c, sg stopping the gradient:
+(Fed-RoD, linear variant), ICLR 2022, https://arxiv.org/abs/2107.00778. With body theta, generic
+head psi, personal head phi_i, n_i[c] samples of class c, sg stopping the gradient:
 
     z = f(x; theta)        g = psi(z)        p = sg g + phi_i(sg z)
     theta, psi  <-  argmin CE(g + gamma log n_i, y)      balanced softmax: the generic predictor
     phi_i       <-  argmin CE(p, y)                      the client's own model
     theta, psi  <-  sum_i (n_i / n) theta_i, psi_i
 
-BatchNorm: affine parameters and running statistics belong to theta; statistics are averaged.
-Bytes per client and round: all leaves of the model (psi included) up and down.
-Deviations: the authors published no code, and re-implementations differ in who trains theta: by
-default the first loss alone (PFLlib, fluke); ``personal_trains_body`` drops the sg of z, as Fling does.
-FL-bench stops no gradient and predicts phi_i(z) alone. Counts are of all of a client's training data;
-PFLlib loses those of the last batch. The hypernetwork that makes phi_i is not there.
+BatchNorm: affine parameters and running statistics belong to theta; statistics are averaged. Bytes
+per client and round: all leaves of the model (psi included) up and down. Deviations: the authors
+published no code, and re-implementations differ in who trains theta: by default the first loss
+alone (PFLlib, fluke); ``personal_trains_body`` drops the sg of z, as Fling does. FL-bench stops no
+gradient and predicts phi_i(z) alone. Counts are of all of a client's training data; PFLlib loses
+those of the last batch. The hypernetwork that makes phi_i is not there.
 """
 
 from dataclasses import dataclass
@@ -49,8 +49,8 @@ class FedRoD(Algorithm):
     def check(self, model: Model, train: Train) -> None:
         if not model.ends_in_linear:
             raise ValueError(
-                f"name = fedrod: needs a network that ends in a Linear; {model.head or 'the last layer'} is none, "
-                "or not alone and last"
+                "name = fedrod: needs a network that ends in a Linear; "
+                f"{model.head or 'the last layer'} is none, or not alone and last"
             )
 
     def init(self, model: Model, rng: Generator) -> Vars:
@@ -62,8 +62,11 @@ class FedRoD(Algorithm):
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             z = model.features(now.shared, batch.x)
             g = model.classify(now.shared, z)
-            p = g.detach() + model.classify(under(now.personal, _OWN), z if self.personal_trains_body else z.detach())
-            prior = torch.xlogy(self.gamma, batch.counts)  # -inf for a class that the client does not have
+            p = g.detach() + model.classify(
+                under(now.personal, _OWN), z if self.personal_trains_body else z.detach()
+            )
+            # -inf for a class that the client does not have
+            prior = torch.xlogy(self.gamma, batch.counts)
             return cross_entropy(g + prior, batch) + cross_entropy(p, batch)
 
         return (Phase(train.epochs, (Step(loss),)),)

@@ -1,17 +1,18 @@
-"""LoRA of a rank of each client's own: the mean of the products, handed out again by a truncated SVD.
+"""LoRA of a rank of each client's own: the mean of the products, handed out again by a truncated
+SVD.
 
-Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources",
-NeurIPS 2024, https://arxiv.org/abs/2402.11505. With s_k = alpha / r_k:
+Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client
+Resources", NeurIPS 2024, https://arxiv.org/abs/2402.11505. With s_k = alpha / r_k:
 
     W    <-  sum_k p_k s_k B_k A_k,  p_k = n_k / n       W = U S V'
     B_k  <-  U_r S_r / s_k      A_k  <-  V_r'            r = r_k, all singular values on B
 
 What client k does not get, sum_{j > r_k} s_j^2 of W, is lost in every round.
 
-BatchNorm: takes its statistics as they are, unless ``full`` names norm.
-Bytes per client and round: 4 (r_k (d_out + d_in) for each decomposed weight, and what is trained in full) up and
-down; the server keeps d_out d_in numbers of each.
-Deviations: the head is trained in full and averaged by n_k.
+BatchNorm: takes its statistics as they are, unless ``full`` names norm. Bytes per client and round:
+4 (r_k (d_out + d_in) for each decomposed weight, and what is trained in full) up and down; the
+server keeps d_out d_in numbers of each. Deviations: the head is trained in full and averaged by
+n_k.
 """
 
 from dataclasses import dataclass

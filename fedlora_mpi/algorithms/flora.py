@@ -1,22 +1,25 @@
-"""LoRA factors of clients' own ranks, stacked and merged into the weights; every round begins with new ones.
+"""LoRA factors of clients' own ranks, stacked and merged into the weights; every round begins with
+new ones.
 
-Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations",
-NeurIPS 2024, https://arxiv.org/abs/2409.05976. On the weights W_0 + W, W = 0 at the start:
+Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
+Adaptations", NeurIPS 2024, https://arxiv.org/abs/2409.05976. On the weights W_0 + W, W = 0 at the
+start:
 
     A_k  ~   U(-1, 1) / sqrt(d_in)      B_k  <-  0
     A_k, B_k  <-  local training on W_0 + W + s B_k A_k
     A  =  [p_1 A_1; ...; p_K A_K]       B  =  [B_1, ..., B_K]       p_k = n_k / n
     W  <-  W + s B A  =  W + sum_k p_k s B_k A_k
 
-p_k on both stacks would count a client by p_k^2. The stack has rank sum_k r_k, so that nothing is lost or diluted,
-and s is the same for all ranks.
+p_k on both stacks would count a client by p_k^2. The stack has rank sum_k r_k, so that nothing is
+lost or diluted, and s is the same for all ranks.
 
-BatchNorm: takes its statistics as they are, unless ``full`` names norm.
-Bytes per client and round: up 4 r_k (d_out + d_in) for each decomposed weight; down the stack of the last round, 4
-sum_j r_j (d_out + d_in) over its clients j; both ways what is trained in full. A_k is drawn by everybody from a
-number that all know, so it does not come down; but it is trained, so B_k alone would not do on the way up.
-Deviations: the authors' clients draw each its own A_k; here A_k are the first r_k rows of one draw per round. A
-client that was absent would need the stacks of all rounds since; counted is the last.
+BatchNorm: takes its statistics as they are, unless ``full`` names norm. Bytes per client and round:
+up 4 r_k (d_out + d_in) for each decomposed weight; down the stack of the last round, 4 sum_j r_j
+(d_out + d_in) over its clients j; both ways what is trained in full. A_k is drawn by everybody from
+a number that all know, so it does not come down; but it is trained, so B_k alone would not do on
+the way up. Deviations: the authors' clients draw each its own A_k; here A_k are the first r_k rows
+of one draw per round. A client that was absent would need the stacks of all rounds since; counted
+is the last.
 """
 
 from dataclasses import dataclass
@@ -37,8 +40,9 @@ _FRESH, _LAST = own_name("fresh"), own_name("last")
 
 @dataclass(frozen=True)
 class FLoRA(FineTuning):
-    """Shared leaves: "<weight>.W"; "fresh" [], the number that A is drawn from, another one in every round;
-    "last.<weight>" [], how many components the last stack had."""
+    """Shared leaves: "<weight>.W"; "fresh" [], the number that A is drawn from, another one in
+    every round; "last.<weight>" [], how many components the last stack had.
+    """
 
     judged: ClassVar = "server"  # a client that has not trained has B = 0: the same model
 
@@ -50,7 +54,10 @@ class FLoRA(FineTuning):
         return Vars(shared | {_FRESH: number.float()}, {})
 
     def download(self, shared: Tree) -> Tree:
-        own, r = {n: v for n, v in super().download(shared).items() if n != _FRESH}, max(self.lora_ranks)
+        own, r = (
+            {n: v for n, v in super().download(shared).items() if n != _FRESH},
+            max(self.lora_ranks),
+        )
         for number, (name, W) in enumerate(dense(shared).items()):
             rows, in_side = min(r, *W.shape), W.shape[1]
             draw = uniform(shared[_FRESH].long() * 2**16 + number, (rows, in_side))
@@ -60,7 +67,9 @@ class FLoRA(FineTuning):
 
     def received(self, shared: Tree) -> Tensor | int:
         full = {n: v for n, v in self.download(shared).items() if not is_factor(n, "ABW")}
-        return sum(shared[_LAST + n].long() * sum(W.shape) for n, W in dense(shared).items()) + numel(full)
+        return sum(
+            shared[_LAST + n].long() * sum(W.shape) for n, W in dense(shared).items()
+        ) + numel(full)
 
     def term(self, upload: Tree, shared: Tree) -> Tree:
         """p_k s B_k A_k, summed over k, is the product of the stacks."""

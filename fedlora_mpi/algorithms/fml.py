@@ -1,7 +1,8 @@
 """Clients with networks of their own share a small one, and the two learn from each other.
 
-Shen et al., "Federated Mutual Learning", 2020, https://arxiv.org/abs/2006.16765, Algorithm 1. Client k
-has the network F (weights w_k) of its own and a copy of the small network g, the meme (weights theta):
+Shen et al., "Federated Mutual Learning", 2020, https://arxiv.org/abs/2006.16765, Algorithm 1.
+Client k has the network F (weights w_k) of its own and a copy of the small network g, the meme
+(weights theta):
 
     theta_k <- theta
     L_local  =  alpha CE(F, y) + (1 - alpha) KL(softmax(g) || softmax(F))
@@ -9,14 +10,14 @@ has the network F (weights w_k) of its own and a copy of the small network g, th
     w_k     <- argmin L_local, theta_k <- argmin L_meme     on the same batches, step by step
     theta   <- (1/K) sum_k theta_k
 
-In each loss the other network is a teacher, a constant; both steps start from the values before them.
-The client's own model is F.
+In each loss the other network is a teacher, a constant; both steps start from the values before
+them. The client's own model is F.
 
-BatchNorm: that of F is the client's own; running statistics of g are averaged.
-Bytes per client and round: all leaves of g up, all leaves of g down.
-Deviations: the authors' code lowers the learning rate every 10 rounds, and as released its fork and
-merge of the meme are commented out. HtFLlib divides KL by the classes, too, lets both losses train both
-networks, and clips gradients. A round's ``train_loss`` is L_local + L_meme.
+BatchNorm: that of F is the client's own; running statistics of g are averaged. Bytes per client and
+round: all leaves of g up, all leaves of g down. Deviations: the authors' code lowers the learning
+rate every 10 rounds, and as released its fork and merge of the meme are commented out. HtFLlib
+divides KL by the classes, too, lets both losses train both networks, and clips gradients. A round's
+``train_loss`` is L_local + L_meme.
 """
 
 from dataclasses import dataclass
@@ -43,7 +44,9 @@ class FML(Companion):
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             own, meme = self.logits_of_both(model, now, batch)
-            return self.taught(self.alpha, own, meme, batch) + self.taught(self.beta, meme, own, batch)
+            return self.taught(self.alpha, own, meme, batch) + self.taught(
+                self.beta, meme, own, batch
+            )
 
         return (Phase(train.epochs, (Step(loss, self.trains(model)),)),)
 

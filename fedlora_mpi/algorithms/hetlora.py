@@ -1,8 +1,9 @@
-"""LoRA of a rank of each client's own, which it lowers by itself; factors are averaged by the norms of products.
+"""LoRA of a rank of each client's own, which it lowers by itself; factors are averaged by the norms
+of products.
 
-Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models" (HetLoRA), EMNLP 2024,
-https://arxiv.org/abs/2401.06432. Client k has the first r_k components of the server's A [R, d_in] and B [d_out, R];
-its tail are those from floor(gamma r_k) on:
+Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models" (HetLoRA),
+EMNLP 2024, https://arxiv.org/abs/2401.06432. Client k has the first r_k components of the server's
+A [R, d_in] and B [d_out, R]; its tail are those from floor(gamma r_k) on:
 
     T(A, B)     =  ||B[:, floor(gamma r_k):r_k]||_F ||A[floor(gamma r_k):r_k]||_F, summed over layers
     A_k, B_k   <-  local training on CE + lam T(A_k, B_k)
@@ -10,16 +11,16 @@ its tail are those from floor(gamma r_k) on:
     A          <-  sum_k p_k A_k      B  <-  sum_k p_k B_k      p_k = S_k / sum_j S_j
     S_k         =  ||B_k A_k||_F = sqrt(sum (B_k' B_k) o (A_k A_k')), all layers together
 
-with zeros in place of the components that a client does not have, which dilute those of the others. Where all S_k
-are zero, they count alike.
+with zeros in place of the components that a client does not have, which dilute those of the others.
+Where all S_k are zero, they count alike.
 
-BatchNorm: takes its statistics as they are, unless ``full`` names norm.
-Bytes per client and round: up 4 (r_k (d_out + d_in) for each decomposed weight, what is trained in full, and S_k);
-down the same without S_k, r_k being the rank that the client began with.
-Deviations: a rank that r_min stops has no tail, and no penalty then. Down, a client is counted with its first rank,
-and so it is in ``lora_truncation``: the server's side of a message does not know r_k, which is the client's own.
-The head is trained in full and averaged by n_k. gamma, lam and r_min are those of others' code; the paper's are not
-known.
+BatchNorm: takes its statistics as they are, unless ``full`` names norm. Bytes per client and round:
+up 4 (r_k (d_out + d_in) for each decomposed weight, what is trained in full, and S_k); down the
+same without S_k, r_k being the rank that the client began with. Deviations: a rank that r_min stops
+has no tail, and no penalty then. Down, a client is counted with its first rank, and so it is in
+``lora_truncation``: the server's side of a message does not know r_k, which is the client's own.
+The head is trained in full and averaged by n_k. gamma, lam and r_min are those of others' code; the
+paper's are not known.
 """
 
 from dataclasses import dataclass
@@ -40,8 +41,9 @@ _RANK, _NORM = own_name("lora_rank"), own_name("norm")
 
 @dataclass(frozen=True)
 class HetLoRA(FineTuning):
-    """A personal leaf: "lora_rank", r_k, at first the most components that a layer has. The later ones are zero in
-    both factors, where they have no gradient."""
+    """A personal leaf: "lora_rank", r_k, at first the most components that a layer has. The later
+    ones are zero in both factors, where they have no gradient.
+    """
 
     gamma: float = 0.99
     lam: float = 0.01
@@ -75,7 +77,9 @@ class HetLoRA(FineTuning):
         """T, [], of the components that pruning would take."""
         r = v.personal[_RANK]
         norm = torch.linalg.vector_norm  # its gradient at zero is zero
-        return sum(norm(A) * norm(B) for A, B in pairs(components(v.shared, self.lower(r), r)).values())
+        return sum(
+            norm(A) * norm(B) for A, B in pairs(components(v.shared, self.lower(r), r)).values()
+        )
 
     def lower(self, r: Tensor) -> Tensor:
         """The rank after ``r``; ``r`` itself, where the minimum or gamma leave no other."""
@@ -99,11 +103,14 @@ class HetLoRA(FineTuning):
         """Of the client's own model; where the server's is judged, that has all components."""
         return super().weights_of(model, v if self.judged == "server" else self.own(v))
 
-    def adapter(self, model: Model, v: Vars) -> tuple[dict[str, tuple[Tensor, Tensor, float]], Tree]:
+    def adapter(
+        self, model: Model, v: Vars
+    ) -> tuple[dict[str, tuple[Tensor, Tensor, float]], Tree]:
         return super().adapter(model, self.own(v))
 
     def weight(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        return dict.fromkeys(pairs(upload), upload[_NORM].clamp(min=1e-8))  # alike where all are zero
+        # alike where all are zero
+        return dict.fromkeys(pairs(upload), upload[_NORM].clamp(min=1e-8))
 
 
 def pairs(tree: Tree) -> dict[str, tuple[Tensor, Tensor]]:
@@ -123,5 +130,7 @@ def components(tree: Tree, first: Tensor | int, past: Tensor) -> Tree:
 
 
 def norm_of_products(tree: Tree) -> Tensor:
-    """The norm of all B A together, [], without making any: ||B A||^2 = sum (B' B) o (A A'), both [r, r]."""
+    """The norm of all B A together, [], without making any: ||B A||^2 = sum (B' B) o (A A'), both
+    [r, r].
+    """
     return sum(((B.T @ B) * (A @ A.T)).sum() for A, B in pairs(tree).values()).clamp(min=0).sqrt()

@@ -1,8 +1,10 @@
-"""FedAvg whose clients keep their features near the global model's and away from their own last ones.
+"""FedAvg whose clients keep their features near the global model's and away from their own last
+ones.
 
-Li, He and Song, "Model-Contrastive Federated Learning", CVPR 2021, https://arxiv.org/abs/2103.16257,
-Section 3.3 and Algorithm 1. z are the features under the model in training, z_glob under the one
-received, z_prev under the client's model of the end of the last round that it took part in:
+Li, He and Song, "Model-Contrastive Federated Learning", CVPR 2021,
+https://arxiv.org/abs/2103.16257, Section 3.3 and Algorithm 1. z are the features under the model in
+training, z_glob under the one received, z_prev under the client's model of the end of the last
+round that it took part in:
 
     l_con  =  -log( exp(cos(z, z_glob) / tau) / (exp(cos(z, z_glob) / tau) + exp(cos(z, z_prev) / tau)) )
     w_i    <-  argmin CE + mu l_con, from w        w <- sum_i (n_i / n) w_i
@@ -11,10 +13,10 @@ Before a client has taken part, z_prev comes from the initial model; in round 1 
 received, and l_con has no gradient.
 
 BatchNorm: running statistics are averaged. The two teachers run in evaluation mode, by their own
-statistics, as in the authors' code (PFLlib and Fling: in training mode).
-Bytes per client and round: all leaves up and down; the last model stays with the client.
-Deviations: z is what enters the classifier; the authors put two Linear layers (out 256) between, and
-take z behind them. One last model, as by their ``model_buffer_size`` 1. mu is theirs for CIFAR-10.
+statistics, as in the authors' code (PFLlib and Fling: in training mode). Bytes per client and
+round: all leaves up and down; the last model stays with the client. Deviations: z is what enters
+the classifier; the authors put two Linear layers (out 256) between, and take z behind them. One
+last model, as by their ``model_buffer_size`` 1. mu is theirs for CIFAR-10.
 """
 
 from dataclasses import dataclass
@@ -49,8 +51,8 @@ class MOON(Algorithm):
     def check(self, model: Model, train: Train) -> None:
         if not model.ends_in_linear:
             raise ValueError(
-                f"name = moon: needs a network that ends in a Linear; {model.head or 'the last layer'} is none, "
-                "or not alone and last"
+                "name = moon: needs a network that ends in a Linear; "
+                f"{model.head or 'the last layer'} is none, or not alone and last"
             )
 
     def init(self, model: Model, rng: Generator) -> Vars:

@@ -1,8 +1,8 @@
 """One shared model that is good after a client's first step, not before it.
 
 Fallah et al., "Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic
-Meta-Learning Approach", NeurIPS 2020, https://arxiv.org/abs/2002.07948, eqs. (3), (7) and Algorithm 1.
-With D and D' the halves of a mini-batch, beta ``train.lr``:
+Meta-Learning Approach", NeurIPS 2020, https://arxiv.org/abs/2002.07948, eqs. (3), (7) and Algorithm
+1. With D and D' the halves of a mini-batch, beta ``train.lr``:
 
     F_i(w)  =  f_i(w - alpha grad f_i(w))                                          (3)
     w'      =  w_i - alpha grad f_i(w_i; D)
@@ -12,14 +12,13 @@ With D and D' the halves of a mini-batch, beta ``train.lr``:
 
 The client's own model is w after one step with lr alpha on one mini-batch of its training data.
 
-BatchNorm: running statistics are averaged; the pass on D moves none, that on D' and the step before a
-test do.
-Bytes per client and round: all leaves up, all leaves down.
-Deviations: D and D' share one batch of ``train.batch_size`` (of a single example, both are it); the paper
-draws them apart, and a third batch for H_i, whose products its code takes by finite differences: here
-they are exact, and H_i is that of D. The update in beta has the momentum of ``train``. alpha is the
-paper's; the authors of pFedMe take 0.005 with beta 0.001, and adapt on batches of the test data. PFLlib
-sets beta to alpha and trains twice a round.
+BatchNorm: running statistics are averaged; the pass on D moves none, that on D' and the step before
+a test do. Bytes per client and round: all leaves up, all leaves down. Deviations: D and D' share
+one batch of ``train.batch_size`` (of a single example, both are it); the paper draws them apart,
+and a third batch for H_i, whose products its code takes by finite differences: here they are exact,
+and H_i is that of D. The update in beta has the momentum of ``train``. alpha is the paper's; the
+authors of pFedMe take 0.005 with beta 0.001, and adapt on batches of the test data. PFLlib sets
+beta to alpha and trains twice a round.
 """
 
 from dataclasses import dataclass

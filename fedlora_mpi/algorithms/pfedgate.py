@@ -1,26 +1,25 @@
 """A shared network whose blocks of weights each client's own gate scales, and drops under a budget.
 
-Chen et al., "Efficient Personalized Federated Learning via Sparse Model-Adaptation" (pFedGate), ICML
-2023, https://arxiv.org/abs/2305.02776. Each parameter tensor of theta is cut into at most ``blocks``
-runs of equal length, L runs in all. The gate phi_i sees a batch of inputs x:
+Chen et al., "Efficient Personalized Federated Learning via Sparse Model-Adaptation" (pFedGate),
+ICML 2023, https://arxiv.org/abs/2305.02776. Each parameter tensor of theta is cut into at most
+``blocks`` runs of equal length, L runs in all. The gate phi_i sees a batch of inputs x:
 
     g(x) = sigmoid(BatchNorm(W SwitchNorm(x))) in (0, 1)^L      M = mean over the batch of g(x)
     theta_i = theta * M, run by run;  theta and phi_i descend on CE(theta_i) at once, phi_i with gate_lr
     theta <- sum_i (n_i / n) theta_i;  phi_i never leaves client i
 
-Sparsity s < 1: with s_min = min(max(1 / blocks, 0.1), s) the first run of every tensor stays; of the
-others, Linear layers and the rest apart, those with the largest round(10 max(M, s_min)) stay that
-still fit into round((s - s_min) sum of their sizes), taken greedily. Dropped runs count as zero.
-``straight_through``: runs that stay are also multiplied by 1 + p - sg(p), p = max(M, s_min), as in
-the official code; false: the choice is a constant. Accuracy is that after training.
+Sparsity s < 1: with s_min = min(max(1 / blocks, 0.1), s) the first run of every tensor stays; of
+the others, Linear layers and the rest apart, those with the largest round(10 max(M, s_min)) stay
+that still fit into round((s - s_min) sum of their sizes), taken greedily. Dropped runs count as
+zero. ``straight_through``: runs that stay are also multiplied by 1 + p - sg(p), p = max(M, s_min),
+as in the official code; false: the choice is a constant. Accuracy is that after training.
 BatchNorm: the network's affine parameters are scaled like all others, its statistics averaged; the
-gate's own are the client's.
-Bytes per client and round: all leaves of the model up and down, whatever s.
-Deviations: the client predicts with one M, of all its training samples (client_level_adapt of the
-official code); that code's M is of each batch of test samples, so that a prediction depends on its
-neighbours. Not there: clipping of gradient norms at 10, a separate layer for the multipliers
-(seperate_trans), the ReLU on the logits, and the biases of W and of SwitchNorm, which BatchNorm takes
-off again. Ties are broken by position.
+gate's own are the client's. Bytes per client and round: all leaves of the model up and down,
+whatever s. Deviations: the client predicts with one M, of all its training samples
+(client_level_adapt of the official code); that code's M is of each batch of test samples, so that a
+prediction depends on its neighbours. Not there: clipping of gradient norms at 10, a separate layer
+for the multipliers (seperate_trans), the ReLU on the logits, and the biases of W and of SwitchNorm,
+which BatchNorm takes off again. Ties are broken by position.
 """
 
 from dataclasses import dataclass
@@ -57,7 +56,9 @@ class PFedGate(Algorithm):
 
     def check(self, model: Model, train: Train) -> None:
         if len(model.shape) != 3:
-            raise ValueError(f"name = pfedgate: needs images, not inputs of shape {list(model.shape)}")
+            raise ValueError(
+                f"name = pfedgate: needs images, not inputs of shape {list(model.shape)}"
+            )
 
     def init(self, model: Model, rng: Generator) -> Vars:
         L = runs(cuts(model, self.blocks))
@@ -65,7 +66,8 @@ class PFedGate(Algorithm):
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         faster = self.gate_lr / train.lr
-        hurried = lambda w: w.detach() + faster * (w - w.detach())  # w with that many times its gradient
+        # w with that many times its gradient
+        hurried = lambda w: w.detach() + faster * (w - w.detach())
 
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             own = {n: hurried(w) if n.startswith(GATE) else w for n, w in now.personal.items()}

@@ -1,24 +1,27 @@
-"""Clients with networks of their own share one small low-rank adapter; model and adapter train in turn.
+"""Clients with networks of their own share one small low-rank adapter; model and adapter train in
+turn.
 
 Yi et al., "pFedLoRA: Model-Heterogeneous Personalized Federated Learning with LoRA Tuning", 2023,
-https://arxiv.org/abs/2310.13283. Client k has the network F with weights w_k of its own, and
-the adapter theta, which has one shape for all, beside one of its layers (F + theta; see ``components/adapter.py``):
+https://arxiv.org/abs/2310.13283. Client k has the network F with weights w_k of its own, and the
+adapter theta, which has one shape for all, beside one of its layers (F + theta; see
+``components/adapter.py``):
 
     theta_k <- theta
     w_k     <- argmin (1 - mu) CE(F(x; w_k), y) + mu CE((F + theta)(x), y)     train.epochs, theta_k held still
     theta_k <- argmin CE((F + theta_k)(x), y)                                adapter_epochs, w_k held still
     theta   <- sum_k (n_k / n) theta_k
 
-The client's own model is F(x; w_k) (``inference: model``) or F + theta_k (``combined``), judged after
-local training.
+The client's own model is F(x; w_k) (``inference: model``) or F + theta_k (``combined``), judged
+after local training.
 
 BatchNorm: all of it is the client's own. Statistics move with F(x; w_k) in the first phase alone.
-Bytes per client and round: the adapter up, the adapter down: 4 r (d + classes) beside a head [classes, d].
-Deviations: of the paper its abstract and digests could be read, not its body. UNVERIFIED, and so options:
-which loss mu weighs (``mu_on``), its schedule, adapter_epochs, what is used for inference, which layer has
-the adapter. The released code of later papers by the authors (pFedES) has mu 0.5 on the combined loss,
-adapter_epochs = epochs + 10 and inference by the model. n_k are training samples; that code
-counts validation and test samples too, and keeps one optimiser's momentum for all clients and rounds.
+Bytes per client and round: the adapter up, the adapter down: 4 r (d + classes) beside a head
+[classes, d]. Deviations: of the paper its abstract and digests could be read, not its body.
+UNVERIFIED, and so options: which loss mu weighs (``mu_on``), its schedule, adapter_epochs, what is
+used for inference, which layer has the adapter. The released code of later papers by the authors
+(pFedES) has mu 0.5 on the combined loss, adapter_epochs = epochs + 10 and inference by the model.
+n_k are training samples; that code counts validation and test samples too, and keeps one
+optimiser's momentum for all clients and rounds.
 """
 
 from dataclasses import dataclass
@@ -83,18 +86,25 @@ class PFedLoRA(Algorithm):
 
         def combined(now: Vars, z: Tensor | None, batch: Batch) -> Tensor:
             w = model.traceless(now.personal)  # the statistics are those of F alone
-            return cross_entropy(self.beside.logits(model, w, under(now.shared, _ADAPTER), batch.x, z), batch)
+            return cross_entropy(
+                self.beside.logits(model, w, under(now.shared, _ADAPTER), batch.x, z), batch
+            )
 
         alone = Step(both, model.leaves.__contains__)
-        adapter = Step(lambda now, start, batch: combined(now, None, batch), {_ADAPTER + "A", _ADAPTER + "B"}.__contains__)
+        adapter = Step(
+            lambda now, start, batch: combined(now, None, batch),
+            {_ADAPTER + "A", _ADAPTER + "B"}.__contains__,
+        )
         return Phase(train.epochs, (alone,)), Phase(self.adapter_epochs, (adapter,))
 
     def weights_of(self, model: Model, v: Vars) -> Tree:
         if self.inference == "model":
             return v.personal
         if self.adapter == "side":
-            raise ValueError("adapter = side: with inference = combined the judged model is the network and the "
-                             "adapter beside it; no weights of the network alone are that model")
+            raise ValueError(
+                "adapter = side: with inference = combined the judged model is the network and the "
+                "adapter beside it; no weights of the network alone are that model"
+            )
         return self.beside.merged(model, v.personal, under(v.shared, _ADAPTER))
 
     def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:

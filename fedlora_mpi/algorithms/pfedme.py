@@ -1,8 +1,9 @@
 """Each client's own model is the proximal point of a local model, and only the latter is averaged.
 
 Dinh et al., "Personalized Federated Learning with Moreau Envelopes", NeurIPS 2020,
-https://arxiv.org/abs/2006.08848, eqs. (2), (7) and Algorithm 1. w_i starts a round at the global model
-x, and so does theta_i; on each mini-batch, with h_i(theta) = f_i(theta) + (lam / 2) ||theta - w_i||^2  (7):
+https://arxiv.org/abs/2006.08848, eqs. (2), (7) and Algorithm 1. w_i starts a round at the global
+model x, and so does theta_i; on each mini-batch, with h_i(theta) = f_i(theta) + (lam / 2) ||theta -
+w_i||^2  (7):
 
     theta_i  <-  theta_i - eta_p grad h_i(theta_i)      ``inner_steps`` times (the paper's K)
     w_i      <-  w_i - eta lam (w_i - theta_i)          the gradient of the Moreau envelope of f_i
@@ -10,14 +11,15 @@ x, and so does theta_i; on each mini-batch, with h_i(theta) = f_i(theta) + (lam 
 
 eta_p is ``inner_lr``, eta ``train.lr``. The client's own model is theta_i after local training.
 
-BatchNorm: affine parameters are w_i's and theta_i's; the running statistics are those of theta_i, the
-one model that sees data, and are averaged (whatever beta).
-Bytes per client and round: all leaves up, all leaves down; theta_i stays with the client.
-Deviations: (1 - beta) x + beta w_i is what a client uploads: the mean is linear (the paper's is uniform,
-the authors' code counts samples, too). Momentum is refused, both updates are plain; ``train.weight_decay`` counts for theta_i alone, as in the authors' optimiser
-(0.001). The authors let all users train and sample whom they average; here the cohort trains. Their
-published accuracy is that of w_i, whose parameters overwrite theta_i's (their issue 5); PFLlib's of x.
-Their values: lam 15, inner_steps 5, inner_lr 0.09, lr 0.005 and beta 1 for MNIST.
+BatchNorm: affine parameters are w_i's and theta_i's; the running statistics are those of theta_i,
+the one model that sees data, and are averaged (whatever beta). Bytes per client and round: all
+leaves up, all leaves down; theta_i stays with the client. Deviations: (1 - beta) x + beta w_i is
+what a client uploads: the mean is linear (the paper's is uniform, the authors' code counts samples,
+too). Momentum is refused, both updates are plain; ``train.weight_decay`` counts for theta_i alone,
+as in the authors' optimiser (0.001). The authors let all users train and sample whom they average;
+here the cohort trains. Their published accuracy is that of w_i, whose parameters overwrite
+theta_i's (their issue 5); PFLlib's of x. Their values: lam 15, inner_steps 5, inner_lr 0.09, lr
+0.005 and beta 1 for MNIST.
 """
 
 from dataclasses import dataclass
@@ -53,11 +55,15 @@ class PFedMe(Algorithm):
     def check(self, model: Model, train: Train) -> None:
         if train.momentum:
             raise ValueError(
-                f"name = pfedme: needs train.momentum = 0, not {train.momentum}: both of its updates are plain SGD"
+                f"name = pfedme: needs train.momentum = 0, not {train.momentum}: both of its "
+                "updates are plain SGD"
             )
         for field, lr in (("inner_lr", self.inner_lr), ("train.lr", train.lr)):
             if lr * self.lam >= 2:
-                raise ValueError(f"lam = {self.lam}: must be below 2 / {field} = {2 / lr:g}, or the pull diverges")
+                raise ValueError(
+                    f"lam = {self.lam}: must be below 2 / {field} = {2 / lr:g}, or the pull "
+                    "diverges"
+                )
 
     def init(self, model: Model, rng: Generator) -> Vars:
         theta = {n: v for n, v in model.initial.items() if model.role(n) != "stats"}
@@ -77,13 +83,20 @@ class PFedMe(Algorithm):
         def h(now: Vars, start: Vars, batch: Batch) -> Tensor:
             return own(now, start, batch) + envelope(now, start, batch)  # eq. (7)
 
-        inner = Step(h, owned.__contains__, lambda sgd: sgd._replace(lr=self.inner_lr), repeat=self.inner_steps)
+        inner = Step(
+            h,
+            owned.__contains__,
+            lambda sgd: sgd._replace(lr=self.inner_lr),
+            repeat=self.inner_steps,
+        )
         outer = Step(envelope, parameters.__contains__, lambda sgd: Sgd(sgd.lr))
         return (Phase(train.epochs, (inner, outer)),)
 
     def upload(self, start: Vars, end: Vars) -> Tree:
         """(1 - beta) x + beta w_i, and the statistics as they are."""
-        mixed = lambda n, w: torch.lerp(start.shared[n], w, self.beta) if _OWN + n in end.personal else w
+        mixed = lambda n, w: (
+            torch.lerp(start.shared[n], w, self.beta) if _OWN + n in end.personal else w
+        )
         return {n: mixed(n, w) for n, w in end.shared.items()}
 
     def weights_of(self, model: Model, v: Vars) -> Tree:

@@ -1,8 +1,9 @@
 """FedAvg whose clients also learn from their own last model, which the mean has made them forget.
 
 Jin et al., "Personalized Edge Intelligence via Federated Self-Knowledge Distillation", IEEE TPDS
-2023, https://ieeexplore.ieee.org/document/9964434. Client i starts at the mean w, with its model v_i of
-the end of the last round that it took part in as a teacher; o(.) are logits, T the temperature:
+2023, https://ieeexplore.ieee.org/document/9964434. Client i starts at the mean w, with its model
+v_i of the end of the last round that it took part in as a teacher; o(.) are logits, T the
+temperature:
 
     L_i(w)  =  CE(o(w), y) + lam T^2 KL(softmax(o(v_i) / T) || softmax(o(w) / T))
     w_i     <-  argmin L_i(w_i) from w        v_i <- w_i        w <- (1/N) sum_i w_i
@@ -11,12 +12,11 @@ The first time a client takes part it has no teacher, and the second term is zer
 accuracy is that of w_i, before the mean.
 
 BatchNorm: running statistics are averaged. The teacher normalises by the batch, as in the authors'
-code and in Fling, and none of its statistics move; ``teacher_bn: running`` takes those of v_i (and no
-dropout).
-Bytes per client and round: all leaves up and down; v_i stays with the client.
+code and in Fling, and none of its statistics move; ``teacher_bn: running`` takes those of v_i (and
+no dropout). Bytes per client and round: all leaves up and down; v_i stays with the client.
 Deviations: lam and T default to Fling's; the authors' code has 1 and 1. Theirs averages parameters
-only, so that the statistics of w are always the initial ones, and keeps v_i on the server, which sends
-it along. A client outside the cohort is judged by w.
+only, so that the statistics of w are always the initial ones, and keeps v_i on the server, which
+sends it along. A client outside the cohort is judged by w.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,10 @@ class PFedSD(Algorithm):
         bounded(self, lam="[0, inf)", temperature="(0, inf)")
 
     def init(self, model: Model, rng: Generator) -> Vars:
-        return Vars(shared=model.initial, personal=prefixed(model.initial, _OWN) | {_TAUGHT: torch.tensor(0.0)})
+        return Vars(
+            shared=model.initial,
+            personal=prefixed(model.initial, _OWN) | {_TAUGHT: torch.tensor(0.0)},
+        )
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         teacher = model if self.teacher_bn == "batch" else model.evaluating()
@@ -69,4 +72,7 @@ class PFedSD(Algorithm):
         return mean(self.temperature**2 * each, batch)
 
     def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
-        return Vars(end.shared, prefixed(end.shared, _OWN) | {_TAUGHT: torch.ones_like(start.personal[_TAUGHT])})
+        return Vars(
+            end.shared,
+            prefixed(end.shared, _OWN) | {_TAUGHT: torch.ones_like(start.personal[_TAUGHT])},
+        )

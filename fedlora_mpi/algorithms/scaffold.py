@@ -1,8 +1,8 @@
 """FedAvg whose clients correct their gradients by how they differ from everyone's.
 
 Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020,
-https://arxiv.org/abs/1910.06378, eqs. (3)-(5) with option II of Algorithm 1. K is the number of local
-steps of client i, eta_l ``train.lr``, eta_g ``server_lr``, S the cohort, N all clients:
+https://arxiv.org/abs/1910.06378, eqs. (3)-(5) with option II of Algorithm 1. K is the number of
+local steps of client i, eta_l ``train.lr``, eta_g ``server_lr``, S the cohort, N all clients:
 
     y_i   <-  y_i - eta_l (grad f_i(y_i) - c_i + c)                K times, from y_i = x     (3)
     c_i+   =  c_i - c + (x - y_i) / (K eta_l)                                           (4), II
@@ -10,10 +10,10 @@ steps of client i, eta_l ``train.lr``, eta_g ``server_lr``, S the cohort, N all 
 
 The correction is the loss term <c - c_i, y_i - x>, whose gradient is c - c_i. Means are uniform.
 
-BatchNorm: affine parameters are corrected; running statistics are averaged (whatever eta_g).
-Bytes per client and round: all leaves and once more all parameters (c_i+ - c_i up, c down); c_i stays.
-Deviations: none. Momentum is refused: under it (4) is no longer a mean of gradients. Weight decay is
-part of f_i. K counts the last, smaller batch of each epoch; PFLlib drops that batch.
+BatchNorm: affine parameters are corrected; running statistics are averaged (whatever eta_g). Bytes
+per client and round: all leaves and once more all parameters (c_i+ - c_i up, c down); c_i stays.
+Deviations: none. Momentum is refused: under it (4) is no longer a mean of gradients. Weight decay
+is part of f_i. K counts the last, smaller batch of each epoch; PFLlib drops that batch.
 """
 
 from dataclasses import dataclass
@@ -45,12 +45,15 @@ class Scaffold(Algorithm):
     def check(self, model: Model, train: Train) -> None:
         if train.momentum:
             raise ValueError(
-                f"name = scaffold: needs train.momentum = 0, not {train.momentum}: its control variates are "
-                "means of gradients only under plain SGD; a higher train.lr makes up for it"
+                f"name = scaffold: needs train.momentum = 0, not {train.momentum}: its control "
+                "variates are means of gradients only under plain SGD; a higher train.lr makes "
+                "up for it"
             )
 
     def init(self, model: Model, rng: Generator) -> Vars:
-        zeros = {n: torch.zeros_like(v) for n, v in model.initial.items() if model.role(n) != "stats"}
+        zeros = {
+            n: torch.zeros_like(v) for n, v in model.initial.items() if model.role(n) != "stats"
+        }
         return Vars(shared=model.initial | prefixed(zeros, _C), personal=prefixed(zeros, _C_I))
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
@@ -58,7 +61,10 @@ class Scaffold(Algorithm):
 
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             drift = sum(
-                ((start.shared[_C + n] - start.personal[_C_I + n]) * (now.shared[n] - start.shared[n])).sum()
+                (
+                    (start.shared[_C + n] - start.personal[_C_I + n])
+                    * (now.shared[n] - start.shared[n])
+                ).sum()
                 for n in _parameters(start.shared)
             )
             return own(now, start, batch) + drift  # eq. (3)
@@ -69,19 +75,23 @@ class Scaffold(Algorithm):
         K = train.epochs * (data.counts.sum() / train.batch_size).ceil()
         x, y = start.shared, end.shared
         c_i = {
-            _C_I + n: start.personal[_C_I + n] - x[_C + n] + (x[n] - y[n]) / (K * train.lr)  # eq. (4)
+            # eq. (4)
+            _C_I + n: start.personal[_C_I + n] - x[_C + n] + (x[n] - y[n]) / (K * train.lr)
             for n in _parameters(x)
         }
         return Vars(y, c_i)
 
     def upload(self, start: Vars, end: Vars) -> Tree:
         """y_i, its statistics, and c_i+ - c_i."""
-        moved = {n: end.personal[_C_I + n] - start.personal[_C_I + n] for n in _parameters(start.shared)}
+        moved = {
+            n: end.personal[_C_I + n] - start.personal[_C_I + n] for n in _parameters(start.shared)
+        }
         return end.shared | {_C + n: v for n, v in moved.items()}
 
     def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
         parameters = _parameters(shared)
-        x = {n: torch.lerp(shared[n], mean[n], self.server_lr) for n in parameters}  # the mean itself at 1
+        # the mean itself at 1
+        x = {n: torch.lerp(shared[n], mean[n], self.server_lr) for n in parameters}
         c = {_C + n: shared[_C + n] + cohort.share * mean[_C + n] for n in parameters}
         return server, mean | x | c  # eq. (5)
 

@@ -1,4 +1,6 @@
-"""Runs that differ in their seeds only are a group; a group's label is what sets it apart from the others."""
+"""Runs that differ in their seeds only are a group; a group's label is what sets it apart from the
+others.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,14 +20,19 @@ NO_MATTER = (
     *SEEDS, "output", "checkpoint.", "log.", "data.root", "data.download", "server_hosts_clients", "mix", "uplink",
     "engine.device", "engine.path", "engine.group_size", "engine.threads",
 )  # fmt: skip
-SELECTORS = {"data.partition": "kind", "model": "name", "algorithm": "name"}  # says what a block's other keys mean
-TASK = ("data.", "participation", "rounds")  # beginnings of what the experiment is, whatever the method
+# says what a block's other keys mean
+SELECTORS = {"data.partition": "kind", "model": "name", "algorithm": "name"}
+# beginnings of what the experiment is, whatever the method
+TASK = ("data.", "participation", "rounds")
 _FIRST = "algorithm.name"
-_BY_VALUE = (_FIRST, "model.name", "data.partition.kind", "data.dataset")  # in a label without the name of the key
+# in a label without the name of the key
+_BY_VALUE = (_FIRST, "model.name", "data.partition.kind", "data.dataset")
 
 
 class Stat(NamedTuple):
-    """A mean over seeds and the sample standard deviation; NaN where unknown (of one seed: the deviation)."""
+    """A mean over seeds and the sample standard deviation; NaN where unknown (of one seed: the
+    deviation).
+    """
 
     mean: float
     std: float
@@ -35,7 +42,8 @@ class Stat(NamedTuple):
         """That of the ``values`` that are numbers."""
         there = np.array([value for value in values if not np.isnan(value)])
         return cls(
-            float(there.mean()) if len(there) else np.nan, float(there.std(ddof=1)) if len(there) > 1 else np.nan
+            float(there.mean()) if len(there) else np.nan,
+            float(there.std(ddof=1)) if len(there) > 1 else np.nan,
         )
 
 
@@ -55,7 +63,14 @@ class Logged:
         """Raises StoreError (a ValueError) when ``path`` is no run folder."""
         files = RunFiles(path)
         rows = files.measured()
-        return cls(Path(path), files.settings, rows["rounds"], rows["clients"], files.partition(), rows["ranks"])
+        return cls(
+            Path(path),
+            files.settings,
+            rows["rounds"],
+            rows["clients"],
+            files.partition(),
+            rows["ranks"],
+        )
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -110,12 +125,18 @@ class Logged:
     @property
     def client_accuracy(self) -> np.ndarray:
         """[N] accuracy of each client's own model in the last evaluated round; [0] where none was."""
-        return self.clients["accuracy"][self.evaluated[-1]].astype(float) if len(self.evaluated) else np.zeros(0)
+        return (
+            self.clients["accuracy"][self.evaluated[-1]].astype(float)
+            if len(self.evaluated)
+            else np.zeros(0)
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Runs with the same settings, one for each pair of seeds; ``settings``: of those that differ between groups."""
+    """Runs with the same settings, one for each pair of seeds; ``settings``: of those that differ
+    between groups.
+    """
 
     label: str
     settings: dict[str, Any]
@@ -123,7 +144,9 @@ class Group:
 
     @property
     def task(self) -> str:
-        """What it was run on, as far as that differs between groups: numbers of one task may be compared."""
+        """What it was run on, as far as that differs between groups: numbers of one task may be
+        compared.
+        """
         same = {key: value for key, value in self.settings.items() if key.startswith(TASK[:2])}
         return ", ".join(_told(key, value, set(same)) for key, value in same.items())
 
@@ -139,19 +162,27 @@ class Group:
     def curves(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(rounds [T], the column [seeds, T]) where every run has a number."""
         rows = [np.isin(run.rounds["round"], self.rounds) for run in self.runs]
-        values = np.stack([run.column(name)[at] for run, at in zip(self.runs, rows, strict=True)]).astype(float)
+        values = np.stack(
+            [run.column(name)[at] for run, at in zip(self.runs, rows, strict=True)]
+        ).astype(float)
         there = ~np.isnan(values).any(0)
         return self.rounds[there], values[:, there]
 
     def of_clients(self, name: str) -> tuple[np.ndarray, list[np.ndarray]]:
-        """(rounds [T], for each run the column [T, N] of its clients), of the rounds of ``curves('accuracy')``."""
+        """(rounds [T], for each run the column [T, N] of its clients), of the rounds of
+        ``curves('accuracy')``.
+        """
         rounds = self.curves("accuracy")[0]
-        return rounds, [run.clients[name][np.isin(run.rounds["round"], rounds)] for run in self.runs]
+        return rounds, [
+            run.clients[name][np.isin(run.rounds["round"], rounds)] for run in self.runs
+        ]
 
 
 class Found(NamedTuple):
-    """``groups`` in the order of their first runs; ``keys``: dotted names of the settings that differ between them;
-    ``left_out``: runs that are there twice, each with the one that stands for it."""
+    """``groups`` in the order of their first runs; ``keys``: dotted names of the settings that
+    differ between them; ``left_out``: runs that are there twice, each with the one that stands for
+    it.
+    """
 
     groups: tuple[Group, ...]
     keys: tuple[str, ...]
@@ -159,7 +190,9 @@ class Found(NamedTuple):
 
 
 def grouped(runs: Sequence[Logged]) -> Found:
-    """The runs by their settings. Of two with the same settings and seeds the longer one stays, or the first."""
+    """The runs by their settings. Of two with the same settings and seeds the longer one stays, or
+    the first.
+    """
     by_setting: dict[str, dict[tuple[int, ...], Logged]] = {}
     left_out = []
     for run in runs:
@@ -181,8 +214,9 @@ def grouped(runs: Sequence[Logged]) -> Found:
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The keys with several values. A key of a block whose meaning a selector gives (``algorithm.lora_epochs``) is
-    compared only where the selector is the same."""
+    """The keys with several values. A key of a block whose meaning a selector gives
+    (``algorithm.lora_epochs``) is compared only where the selector is the same.
+    """
     found = []
     for key in _ordered(settings):
         values: dict[str, set[str]] = {}
@@ -194,10 +228,11 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What tells each of these from the others, in few settings, in this order: the method, the data, the rest.
+    """What tells each of these from the others, in few settings, in this order: the method, the
+    data, the rest.
 
-    A setting that follows from those before it, such as a learning rate of each method's own, is left out. One of
-    the experiment (``TASK``) that is needed somewhere is told everywhere.
+    A setting that follows from those before it, such as a learning rate of each method's own, is
+    left out. One of the experiment (``TASK``) that is needed somewhere is told everywhere.
     """
     same, chosen = [list(range(len(settings)))], {at: [] for at in range(len(settings))}
     for key in dict.fromkeys((_FIRST, *differing(settings))):
@@ -215,13 +250,19 @@ def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     for at, keys in chosen.items():
         both = {*keys, *(key for key in everywhere if key in settings[at])}
         chosen[at] = [key for key in _ordered(settings) if key in both]
-    return [", ".join(_told(key, settings[at].get(key), shown) for key in chosen[at]) for at in range(len(settings))]
+    return [
+        ", ".join(_told(key, settings[at].get(key), shown) for key in chosen[at])
+        for at in range(len(settings))
+    ]
 
 
 def short(key: str, among: Sequence[str]) -> str:
     """The last word of a dotted key, or its last two where another of ``among`` ends alike."""
     words = key.split(".")
-    alone = sum(other.split(".")[-1] == words[-1] for other in among) < 2 and words[-1] not in ("name", "kind")
+    alone = sum(other.split(".")[-1] == words[-1] for other in among) < 2 and words[-1] not in (
+        "name",
+        "kind",
+    )
     return words[-1] if alone else ".".join(words[-2:])
 
 
@@ -260,12 +301,19 @@ def sorted_common(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _ordered(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """All keys, the method's name first, then the experiment; a selector before the others of its block."""
+    """All keys, the method's name first, then the experiment; a selector before the others of its
+    block.
+    """
     keys = list(dict.fromkeys(key for of in settings for key in of))
     selectors = {f"{block}.{name}" for block, name in SELECTORS.items()}
     return sorted(
         keys,
-        key=lambda key: (key != _FIRST, key != "data.dataset", not key.startswith("data."), key not in selectors),
+        key=lambda key: (
+            key != _FIRST,
+            key != "data.dataset",
+            not key.startswith("data."),
+            key not in selectors,
+        ),
     )
 
 
@@ -273,7 +321,9 @@ def _meaning(of: Mapping[str, Any], key: str) -> str:
     """The value of the selector over a key; "" where there is none."""
     block = next((block for block in SELECTORS if key.startswith(f"{block}.")), None)
     return (
-        "" if block is None or key == f"{block}.{SELECTORS[block]}" else _text(of.get(f"{block}.{SELECTORS[block]}"))
+        ""
+        if block is None or key == f"{block}.{SELECTORS[block]}"
+        else _text(of.get(f"{block}.{SELECTORS[block]}"))
     )
 
 

@@ -11,6 +11,8 @@ from ..models.network import Model
 
 @torch.no_grad()
 def first_variables(algorithm: Algorithm, model: Model, seed: int) -> Vars:
-    """The variables before round 1, of which the names count: where initial weights are gone they are zeros."""
+    """The variables before round 1, of which the names count: where initial weights are gone they
+    are zeros.
+    """
     values = {n: torch.zeros(v.shape) if v.is_meta else v for n, v in model.initial.items()}
     return algorithm.init(replace(model, initial=values), rng(seed, "init"))

@@ -12,11 +12,16 @@ class Load(NamedTuple):
     """Of every rank that ever was; a rank that was there for a part of the rounds, over that part."""
 
     seconds: dict[str, np.ndarray]  # stage -> [R] per round; together they are all that passed
-    balance: float  # share of their time for which workers are busy if the busiest sets the pace; NaN of less than two
+    # share of their time for which workers are busy if the busiest sets the pace; NaN of less than
+    # two
+    balance: float
 
 
-def load(ranks: Mapping[str, np.ndarray], config: Mapping[str, Any], rows: slice = slice(None)) -> Load | None:
-    """From the columns of ``/ranks`` and the run's config, over some rows; None where nothing was measured.
+def load(
+    ranks: Mapping[str, np.ndarray], config: Mapping[str, Any], rows: slice = slice(None)
+) -> Load | None:
+    """From the columns of ``/ranks`` and the run's config, over some rows; None where nothing was
+    measured.
 
     A row counts the rounds since the one before it, ``evaluate.every`` at most.
     """
@@ -29,14 +34,22 @@ def load(ranks: Mapping[str, np.ndarray], config: Mapping[str, Any], rows: slice
     measured, covered = measured[kept], covered[kept]
     if not len(measured):
         return None
-    stages = {n.removeprefix("seconds_"): column[measured].astype(float) for n, column in ranks.items() if n != "ranks"}
+    stages = {
+        n.removeprefix("seconds_"): column[measured].astype(float)
+        for n, column in ranks.items()
+        if n != "ranks"
+    }
     there = ~np.isnan(next(iter(stages.values())))  # [rows, R]
     played = covered @ there
     several = played > 0  # a log keeps the places of ranks that these rows do not have
-    seconds = {n: np.nansum(column, axis=0)[several] / played[several] for n, column in stages.items()}
+    seconds = {
+        n: np.nansum(column, axis=0)[several] / played[several] for n, column in stages.items()
+    }
     busy = sum(stages[name] for name in BUSY)
     servers = 0 if config.get("server_hosts_clients") else 1
     workers = [row[servers:number] for row, number in zip(busy, numbers[measured], strict=True)]
     workers = [row for row in workers if len(row) > 1 and row.max() > 0]
     slowest = sum(row.max() for row in workers)
-    return Load(seconds, float(sum(row.mean() for row in workers) / slowest) if workers else float("nan"))
+    return Load(
+        seconds, float(sum(row.mean() for row in workers) / slowest) if workers else float("nan")
+    )

@@ -20,13 +20,18 @@ _WIDTH, _HEIGHT = (4.0, 16.0), (3.0, 12.0)  # limits of the plot, inches
 
 
 def table(split: Split, names: Sequence[str] = ()) -> str:
-    """One row a client: its training samples of each class (of many classes: how many it holds, which it
-    holds most of, and that share), all of them, its test samples. The first 40 clients, a line about all, and one with
-    the first 20 ``names`` of the classes."""
+    """One row a client: its training samples of each class (of many classes: how many it holds,
+    which it holds most of, and that share), all of them, its test samples. The first 40 clients, a
+    line about all, and one with the first 20 ``names`` of the classes.
+    """
     clients, classes = split.train_counts.shape
     title, header, cells = "training samples of each class", map(str, range(classes)), _each_class
     if classes > _CLASSES:
-        title, header, cells = "classes held, and the largest", ["classes", "largest", "share"], _spread
+        title, header, cells = (
+            "classes held, and the largest",
+            ["classes", "largest", "share"],
+            _spread,
+        )
     rows = [("client", *header, "train", "test")]
     for client, counts in enumerate(split.train_counts[:_CLIENTS]):
         rows.append((str(client), *cells(counts), str(counts.sum()), str(len(split.test[client]))))
@@ -47,13 +52,17 @@ def draw(split: Split, picture: Path, names: Sequence[str] = ()) -> None:
 
 
 def figure(split: Split, names: Sequence[str] = ()) -> "Figure":
-    """The dots of Wu et al. (FedLoRA, see ``algorithms/fedlora.py``), Figure 5, with the axes swapped: x
-    client, y class, the area of a dot the number of training samples. Up to 20 classes bear their ``names``."""
+    """The dots of Wu et al. (FedLoRA, see ``algorithms/fedlora.py``), Figure 5, with the axes
+    swapped: x client, y class, the area of a dot the number of training samples. Up to 20 classes
+    bear their ``names``.
+    """
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise ValueError("the picture needs matplotlib: pip install 'fedlora-mpi[analysis]'") from error
+        raise ValueError(
+            "the picture needs matplotlib: pip install 'fedlora-mpi[analysis]'"
+        ) from error
 
     counts = split.train_counts
     sides = np.clip(_CELL * np.array(counts.shape), *np.transpose([_WIDTH, _HEIGHT]))  # inches
@@ -93,7 +102,9 @@ def _each_class(counts: np.ndarray) -> list[str]:
 
 
 def _spread(counts: np.ndarray) -> tuple[str, str, str]:
-    """The cells of one client, many classes: how many it holds, the one it holds most of, its share."""
+    """The cells of one client, many classes: how many it holds, the one it holds most of, its
+    share.
+    """
     return str(np.count_nonzero(counts)), str(counts.argmax()), f"{counts.max() / counts.sum():.0%}"
 
 
@@ -103,7 +114,12 @@ def _summary(split: Split) -> str:
     each = lambda numbers: " to ".join(str(n) for n in sorted({min(numbers), max(numbers)}))
     sides = [
         f"{sum(sizes):,} {name} samples ({each(sizes)} per client)"
-        for name, sizes in (("training", [*map(len, split.train)]), ("test", [*map(len, split.test)]))
+        for name, sizes in (
+            ("training", [*map(len, split.train)]),
+            ("test", [*map(len, split.test)]),
+        )
     ]
     held = np.count_nonzero(split.train_counts, axis=1)
-    return f"{clients} clients, {classes} classes: {', '.join(sides)}, {each(held)} classes per client"
+    return (
+        f"{clients} clients, {classes} classes: {', '.join(sides)}, {each(held)} classes per client"
+    )

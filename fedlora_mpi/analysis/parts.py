@@ -1,4 +1,5 @@
-"""What low-rank and personal parts have learned: rank and norm by layer and client, similarity of clients.
+"""What low-rank and personal parts have learned: rank and norm by layer and client, similarity of
+clients.
 
 torch is imported where the method has low-rank factors, for their scale s.
 """
@@ -50,8 +51,12 @@ def held(run: RunView, limit: int) -> Held | None:
     if not run.checkpoints or size(run) > limit:
         return None
     found, everyone = run.checkpoint, len(run.partition.train)
-    clients = tuple(np.unique(np.linspace(0, everyone - 1, min(everyone, CLIENTS)).round().astype(int)).tolist())
-    personal = tuple({name: value[0] for name, value in found.personal([client]).items()} for client in clients)
+    clients = tuple(
+        np.unique(np.linspace(0, everyone - 1, min(everyone, CLIENTS)).round().astype(int)).tolist()
+    )
+    personal = tuple(
+        {name: value[0] for name, value in found.personal([client]).items()} for client in clients
+    )
     return Held(found, clients, personal, found.shared())
 
 
@@ -61,7 +66,9 @@ def size(run: RunView) -> int:
 
 
 def factored(run: RunView) -> bool:
-    """Whether clients have low-rank factors of their own, by the names in the newest checkpoint; its bytes are trusted."""
+    """Whether clients have low-rank factors of their own, by the names in the newest checkpoint;
+    its bytes are trusted.
+    """
     try:
         names = Checkpoint.read(folder_of(run.path, run.checkpoints[-1])).leaf_names([0])
     except (IndexError, ValueError):  # no checkpoint, or none that can be read
@@ -70,7 +77,9 @@ def factored(run: RunView) -> bool:
 
 
 def low_rank(run: RunView, parts: Held) -> LowRank | None:
-    """Of every client's factors, its own or as it gets the shared ones; None where the method has none."""
+    """Of every client's factors, its own or as it gets the shared ones; None where the method has
+    none.
+    """
     if not any(map(_with_factors, (parts.shared, *parts.personal))):
         return None
     found = [
@@ -92,8 +101,8 @@ def low_rank(run: RunView, parts: Held) -> LowRank | None:
 def measured(B: np.ndarray, A: np.ndarray) -> tuple[float, float]:
     """(Frobenius norm, effective rank) of M = B A, [out, r] and [r, in], without forming it.
 
-    Effective rank: (sum s^2)^2 / sum s^4 of its singular values, which is n for n equal ones; 0 of a zero matrix.
-    With G = B' B and H = A A' the sums are tr(G H) and tr(G H G H).
+    Effective rank: (sum s^2)^2 / sum s^4 of its singular values, which is n for n equal ones; 0 of
+    a zero matrix. With G = B' B and H = A A' the sums are tr(G H) and tr(G H G H).
     """
     B, A = B.astype(np.float64), A.astype(np.float64)
     product = (B.T @ B) @ (A @ A.T)
@@ -104,13 +113,17 @@ def measured(B: np.ndarray, A: np.ndarray) -> tuple[float, float]:
 
 
 def alike(run: RunView, parts: Held) -> Alike | None:
-    """How similar the clients' personal parts are, and their mixes of labels; None for fewer than three clients.
+    """How similar the clients' personal parts are, and their mixes of labels; None for fewer than
+    three clients.
 
-    Personal parts: cosine of s B A where there are factors, else of all personal numbers less their mean over the
-    clients (they begin alike). Labels: cosine of the numbers of training samples of each class. Of clients with
-    different networks the largest part with equal leaves is taken.
+    Personal parts: cosine of s B A where there are factors, else of all personal numbers less their
+    mean over the clients (they begin alike). Labels: cosine of the numbers of training samples of
+    each class. Of clients with different networks the largest part with equal leaves is taken.
     """
-    shapes = [tuple((name, value.shape) for name, value in own.items() if _float(value)) for own in parts.personal]
+    shapes = [
+        tuple((name, value.shape) for name, value in own.items() if _float(value))
+        for own in parts.personal
+    ]
     most = max(set(shapes), key=lambda shape: (shapes.count(shape), shape))
     chosen = [at for at, shape in enumerate(shapes) if shape == most]
     if len(chosen) < 3 or not most:
@@ -118,7 +131,9 @@ def alike(run: RunView, parts: Held) -> Alike | None:
     own, clients = [parts.personal[at] for at in chosen], [parts.clients[at] for at in chosen]
     found = []
     if _with_factors(name for name, _ in most):
-        found = [dict(_factors(run, client, of, {})) for client, of in zip(clients, own, strict=True)]
+        found = [
+            dict(_factors(run, client, of, {})) for client, of in zip(clients, own, strict=True)
+        ]
     in_factors = bool(found and found[0])
     gram = np.zeros((len(chosen), len(chosen)))
     blocks = _products(found) if in_factors else _rows(own)
@@ -132,11 +147,15 @@ def alike(run: RunView, parts: Held) -> Alike | None:
     labels = _cosine(counts @ counts.T)
     assert labels is not None
     place = np.ix_(order, order)
-    return Alike(tuple(np.array(clients)[order].tolist()), similar[place], labels[place], not in_factors)
+    return Alike(
+        tuple(np.array(clients)[order].tolist()), similar[place], labels[place], not in_factors
+    )
 
 
 def agreement(found: Alike) -> float:
-    """Rank correlation (Spearman) of both similarities over the pairs of clients; NaN where one is constant."""
+    """Rank correlation (Spearman) of both similarities over the pairs of clients; NaN where one is
+    constant.
+    """
     pair = np.triu_indices(len(found.clients), 1)
     ranks = [_ranks(table[pair].round(9)) for table in (found.personal, found.labels)]
     if min(column.std() for column in ranks) == 0:
@@ -145,9 +164,11 @@ def agreement(found: Alike) -> float:
 
 
 def leaf_order(similar: np.ndarray) -> np.ndarray:
-    """[n] a permutation by average linkage: the two most similar clusters are joined, again and again.
+    """[n] a permutation by average linkage: the two most similar clusters are joined, again and
+    again.
 
-    Of the four ways to put two clusters side by side the one whose neighbours are most similar is taken.
+    Of the four ways to put two clusters side by side the one whose neighbours are most similar is
+    taken.
     """
     clusters = [[at] for at in range(len(similar))]
     mean = similar.astype(float).copy()
@@ -192,11 +213,20 @@ def _factors(
 
 
 def _pairs(tree: Mapping[str, T], network: Container[str]) -> dict[str, tuple[T, T]]:
-    """{layer: (B, A)} of the factors in ``tree``; a user's method may call them by plain names, which its own network
-    has not."""
-    plain = {plain_name(n): v for n, v in tree.items() if n[-3:-1] == ".." or not (is_own(n) or n in network)}
+    """{layer: (B, A)} of the factors in ``tree``; a user's method may call them by plain names,
+    which its own network has not.
+    """
+    plain = {
+        plain_name(n): v
+        for n, v in tree.items()
+        if n[-3:-1] == ".." or not (is_own(n) or n in network)
+    }
     layers = [n.removesuffix(".B") for n in plain if n.endswith(".B")]
-    return {layer: (plain[f"{layer}.B"], plain[f"{layer}.A"]) for layer in layers if f"{layer}.A" in plain}
+    return {
+        layer: (plain[f"{layer}.B"], plain[f"{layer}.A"])
+        for layer in layers
+        if f"{layer}.A" in plain
+    }
 
 
 def _scales(run: RunView, client: int) -> dict[str, float]:
@@ -210,7 +240,9 @@ def _scales(run: RunView, client: int) -> dict[str, float]:
     return {"": s if isinstance(s, int | float) else 1.0}
 
 
-def _products(found: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray, float]]]) -> Iterator[np.ndarray]:
+def _products(
+    found: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray, float]]],
+) -> Iterator[np.ndarray]:
     """s B A of all layers and clients, [n, coordinates], a block of rows of B at a time."""
     for layer in found[0]:
         B, A = (np.stack([of[layer][at] for of in found]) for at in (0, 1))

@@ -4,8 +4,9 @@ An algorithm whose low-rank part stands alone, on weights that nobody trains, ha
 
     adapter(model, v) -> ({weight: (A [r, in], B [out, r], s)}, others)
 
-of the variables ``v`` of one client: its weights are W0 + s B A with W0 in ``model.initial``, and ``others`` are
-the leaves that are trained in full, such as the head. It raises ValueError where a client has no such part.
+of the variables ``v`` of one client: its weights are W0 + s B A with W0 in ``model.initial``, and
+``others`` are the leaves that are trained in full, such as the head. It raises ValueError where a
+client has no such part.
 """
 
 import json
@@ -30,11 +31,12 @@ Pair = tuple[Tensor, Tensor, float]  # A, B, s
 
 
 def export(run: RunView, client: int, folder: str | Path) -> Path:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` of a client into the new folder.
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` of a client into the new
+    folder.
 
-    Of a network ``hf``, ``peft.PeftModel.from_pretrained(base, folder)`` is then the client's own model, ``base``
-    being the sequence classifier of the network's folder with as many classes, in float32 (with ``model.weights``
-    these are its weights). Raises ValueError.
+    Of a network ``hf``, ``peft.PeftModel.from_pretrained(base, folder)`` is then the client's own
+    model, ``base`` being the sequence classifier of the network's folder with as many classes, in
+    float32 (with ``model.weights`` these are its weights). Raises ValueError.
     """
     view, folder = run.client(client), expanded(folder)
     pairs, others = _adapter(run, view)
@@ -44,31 +46,43 @@ def export(run: RunView, client: int, folder: str | Path) -> Path:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be created: {error.strerror}; choose another") from error
+        raise ValueError(
+            f"{folder}: cannot be created: {error.strerror}; choose another"
+        ) from error
     write_atomic(folder / "adapter_model.safetensors", tensors)
     write_atomic(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
     return folder
 
 
-def content(network: Model, pairs: Mapping[str, Pair], others: Tree, values: Tree) -> tuple[Tree, dict[str, Any]]:
+def content(
+    network: Model, pairs: Mapping[str, Pair], others: Tree, values: Tree
+) -> tuple[Tree, dict[str, Any]]:
     """peft's tensors and peft's config; ``values``: all leaves of the client's own model.
 
-    Written whole are the modules of ``others`` and, of a network ``hf``, all above the encoder (of these peft
-    itself takes some) and what its folder does not have.
+    Written whole are the modules of ``others`` and, of a network ``hf``, all above the encoder (of
+    these peft itself takes some) and what its folder does not have.
     """
     for name in pairs:
         layer, _, own = name.rpartition(".")
-        if own != "weight" or not isinstance(network.modules[False].get_submodule(layer), nn.Linear):
-            raise ValueError(f"{name}: is no weight of a Linear, and no other is exported; choose other layers")
+        if own != "weight" or not isinstance(
+            network.modules[False].get_submodule(layer), nn.Linear
+        ):
+            raise ValueError(
+                f"{name}: is no weight of a Linear, and no other is exported; choose other layers"
+            )
     module = network.modules[False]
     hf = module if isinstance(module, HuggingFace) else None
-    pairs, others, values = ({_plain(hf, name): v for name, v in tree.items()} for tree in (pairs, others, values))
+    pairs, others, values = (
+        {_plain(hf, name): v for name, v in tree.items()} for tree in (pairs, others, values)
+    )
     own = [name for name in values if hf and (hf.is_above_encoder(name) or name in hf.fresh)]
     whole = {_whole(hf, name) for name in (*others, *own)}
     within = lambda name: any(name.startswith(f"{part}.") for part in whole)
     low = {name.removesuffix(".weight"): pair for name, pair in pairs.items() if not within(name)}
     if not low:
-        raise ValueError(f"no low-rank part is outside of what is written whole ({', '.join(sorted(whole))})")
+        raise ValueError(
+            f"no low-rank part is outside of what is written whole ({', '.join(sorted(whole))})"
+        )
     leaves = {name: value for name, value in values.items() if within(name)}
     for name, (a, b, _) in low.items():
         leaves |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
@@ -79,7 +93,8 @@ def content(network: Model, pairs: Mapping[str, Pair], others: Tree, values: Tre
 def _base(view: ClientView) -> str | None:
     """The folder that has the weights under the low-rank part, if one has."""
     origins = view.network_block.origins
-    if [origin.key for origin in origins] != ["folder"] or len(origins[0].files) == 1:  # a config.json alone has none
+    # a config.json alone has none
+    if [origin.key for origin in origins] != ["folder"] or len(origins[0].files) == 1:
         return None
     return str(origins[0].files[0].parent.absolute())
 
@@ -88,7 +103,9 @@ def _adapter(run: RunView, view: ClientView) -> tuple[Mapping[str, Pair], Tree]:
     """What the algorithm says of the client."""
     algorithm = view.algorithm
     if not callable(getattr(algorithm, "adapter", None)):  # pfedlora has a field of this name
-        raise ValueError(f"{run.path}: algorithm {algorithm_name(algorithm)} has no adapter that stands alone")
+        raise ValueError(
+            f"{run.path}: algorithm {algorithm_name(algorithm)} has no adapter that stands alone"
+        )
     with torch.no_grad():
         return algorithm.adapter(view.network, view.variables)
 

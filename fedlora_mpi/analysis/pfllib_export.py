@@ -1,6 +1,8 @@
-"""For PFLlib: a split of ours as a folder that it reads, and a run's results as the file that it writes.
+"""For PFLlib: a split of ours as a folder that it reads, and a run's results as the file that it
+writes.
 
-Source: https://github.com/TsingZ0/PFLlib, dataset/utils/dataset_utils.py and system/flcore/servers/serverbase.py.
+Source: https://github.com/TsingZ0/PFLlib, dataset/utils/dataset_utils.py and
+system/flcore/servers/serverbase.py.
 """
 
 import json
@@ -20,45 +22,65 @@ from .run_view import RunView
 
 
 def write_folder(config: Config, data: Data, split: Split, folder: Path) -> str:
-    """Write ``folder/train/<k>.npz``, ``folder/test/<k>.npz`` and ``folder/config.json``; what was done, in a line.
+    """Write ``folder/train/<k>.npz``, ``folder/test/<k>.npz`` and ``folder/config.json``; what was
+    done, in a line.
 
-    x are the numbers that our networks see, turned where ``data.shift`` turns them, float32 [n, ch, H, W], y int64 [n].
-    config.json has the keys that PFLlib writes and, so that ``data.dataset: pfllib`` finds the bytes again, "mean" and
-    "std" of each channel. Raises ValueError: texts, a folder that holds something.
+    x are the numbers that our networks see, turned where ``data.shift`` turns them, float32 [n, ch,
+    H, W], y int64 [n]. config.json has the keys that PFLlib writes and, so that ``data.dataset:
+    pfllib`` finds the bytes again, "mean" and "std" of each channel. Raises ValueError: texts, a
+    folder that holds something.
     """
     folder = expanded(folder)
     if data.vocabulary:
-        raise ValueError(f"data.dataset = {config.data.source.dataset}: texts are not written for PFLlib; only images are")
+        raise ValueError(
+            f"data.dataset = {config.data.source.dataset}: texts are not written for PFLlib; only "
+            "images are"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--to pfllib {folder}: there is something already; give a new folder")
     shift = config.data.source.shift
-    feed = Feed(data, split, seed=config.seed, shift=shift, device=torch.device("cpu"), augment=False)
+    feed = Feed(
+        data, split, seed=config.seed, shift=shift, device=torch.device("cpu"), augment=False
+    )
     counts = np.zeros((len(split.train), data.classes), int)
     try:
         for name in ("train", "test"):
             with nolinks.opened_folder(folder / name, folder, make=True):
                 pass
             for client in range(len(split.train)):
-                seen = feed.survey([client], True) if name == "train" else feed.test([client], 0, feed.test_size(client))
+                seen = (
+                    feed.survey([client], True)
+                    if name == "train"
+                    else feed.test([client], 0, feed.test_size(client))
+                )
                 arrays = {"x": seen.x[0].numpy(), "y": seen.y[0].numpy()}
                 counts[client] += np.bincount(arrays["y"], minlength=data.classes)
                 with replacing(folder / name / f"{client}.npz", folder) as file:
                     np.savez_compressed(file, data=np.array(arrays, dtype=object))
-        write_atomic(folder / "config.json", json.dumps(_about(config, data, counts), indent=1).encode())
+        write_atomic(
+            folder / "config.json", json.dumps(_about(config, data, counts), indent=1).encode()
+        )
     except OSError as error:
-        raise ValueError(f"--to pfllib {folder}: cannot be written: {error.strerror}; choose another") from error
+        raise ValueError(
+            f"--to pfllib {folder}: cannot be written: {error.strerror}; choose another"
+        ) from error
     return f"{folder}: {len(split.train)} clients for PFLlib, train/ and test/, config.json"
 
 
 def write_results(run: RunView, file: Path) -> str:
-    """Write ``rs_test_acc`` and ``rs_train_loss``, [T] each, of the evaluated rounds; what was done, in a line.
+    """Write ``rs_test_acc`` and ``rs_train_loss``, [T] each, of the evaluated rounds; what was
+    done, in a line.
 
-    rs_test_acc weighs the clients by their test samples, as PFLlib does (our logs weigh them equally). rs_train_loss is
-    that of the round's local steps, where PFLlib has the loss of all training samples before them. Its entry 0 is the
-    untrained network, which we do not evaluate: ours begins with round 1. rs_test_auc is not measured here, so not there.
-    Raises ValueError: no evaluated round, a file that is there.
+    rs_test_acc weighs the clients by their test samples, as PFLlib does (our logs weigh them
+    equally). rs_train_loss is that of the round's local steps, where PFLlib has the loss of all
+    training samples before them. Its entry 0 is the untrained network, which we do not evaluate:
+    ours begins with round 1. rs_test_auc is not measured here, so not there. Raises ValueError: no
+    evaluated round, a file that is there.
     """
-    accuracy, loss = run.array("clients/accuracy").astype(float), run.array("train_loss")[: len(run.array("clients/accuracy"))]
+    accuracy, loss = (
+        run.array("clients/accuracy").astype(float),
+        run.array("train_loss")[: len(run.array("clients/accuracy"))],
+    )
     rows = np.flatnonzero(np.isfinite(accuracy).any(axis=1))
     if not len(rows):
         raise ValueError(f"{run.path}: no round was evaluated yet; wait for one")
@@ -67,7 +89,10 @@ def write_results(run: RunView, file: Path) -> str:
     with hdf5.create(file) as content:
         hdf5.write(content, "rs_test_acc", mean, ["round"])
         hdf5.write(content, "rs_train_loss", np.asarray(loss)[rows].astype(float), ["round"])
-    return f"{file}: rs_test_acc and rs_train_loss of {len(rows)} rounds; no rs_test_auc, which is not measured"
+    return (
+        f"{file}: rs_test_acc and rs_train_loss of {len(rows)} rounds; no rs_test_auc, which is "
+        "not measured"
+    )
 
 
 def _about(config: Config, data: Data, counts: np.ndarray) -> dict:

@@ -15,17 +15,35 @@ from ..core.escapes import one_line
 from ..core.units import size
 from ..store.reader import RunFiles
 
-_HEADER = ("algorithm", "rounds", "seed", "final", "best", "worst client", "up/client", "s/round", "run")
+_HEADER = (
+    "algorithm",
+    "rounds",
+    "seed",
+    "final",
+    "best",
+    "worst client",
+    "up/client",
+    "s/round",
+    "run",
+)
 _SEEDS = ("seed", "data.partition.seed")
-_NO_MATTER = ("rounds", "output", "checkpoint", "log", "server_hosts_clients", "data.root", "data.download")
+_NO_MATTER = (
+    "rounds",
+    "output",
+    "checkpoint",
+    "log",
+    "server_hosts_clients",
+    "data.root",
+    "data.download",
+)
 
 
 def table(runs: Sequence[Path]) -> str:
     """One row a run, as given; then the mean of each setting that was run with several seeds.
 
-    final, worst client: accuracy in the last evaluated round, mean and minimum over the clients. best:
-    the highest mean of any round, and that round. up/client: bytes per client and round. The mean over
-    seeds comes with the sample standard deviation.
+    final, worst client: accuracy in the last evaluated round, mean and minimum over the clients.
+    best: the highest mean of any round, and that round. up/client: bytes per client and round. The
+    mean over seeds comes with the sample standard deviation.
     """
     found = [_Result.read(path) for path in runs]
     rows = [_HEADER, *(result.row() for result in found), *_over_seeds(found)]
@@ -33,11 +51,15 @@ def table(runs: Sequence[Path]) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
-    """Rows of cells as lines with aligned columns, to the right but for the columns ``left``; a cell may be foreign."""
+    """Rows of cells as lines with aligned columns, to the right but for the columns ``left``; a
+    cell may be foreign.
+    """
     rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = ["<" if column in left else ">" for column in range(len(widths))]
-    lines = ("  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)) for row in rows)
+    lines = (
+        "  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)) for row in rows
+    )
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -57,11 +79,16 @@ class _Result:
     @classmethod
     def read(cls, path: Path) -> "_Result":
         files = RunFiles(path)
-        config, rounds = files.settings, files.measured("bytes_up", "clients", "accuracy", "accuracy_worst")["rounds"]
+        config, rounds = (
+            files.settings,
+            files.measured("bytes_up", "clients", "accuracy", "accuracy_worst")["rounds"],
+        )
         done = len(rounds["round"])
         numbers, best_round = np.full(5, np.nan), None
         if done:
-            seconds = sum(column.sum() for name, column in rounds.items() if name.startswith("seconds_"))
+            seconds = sum(
+                column.sum() for name, column in rounds.items() if name.startswith("seconds_")
+            )
             numbers[3:] = rounds["bytes_up"].sum() / rounds["clients"].sum(), seconds / done
             evaluated = np.flatnonzero(~np.isnan(rounds["accuracy"]))
             if len(evaluated):
@@ -84,7 +111,17 @@ class _Result:
         final, best, worst, up, seconds = _texts(self.numbers)
         at = f" @{self.best_round}" if self.best_round else ""
         seed = str(self.seeds[0])
-        return self.algorithm, rounds, seed, final, f"{best}{at}", worst, up, seconds, str(self.path)
+        return (
+            self.algorithm,
+            rounds,
+            seed,
+            final,
+            f"{best}{at}",
+            worst,
+            up,
+            seconds,
+            str(self.path),
+        )
 
 
 def _over_seeds(found: Sequence[_Result]) -> Iterator[tuple[str, ...]]:
@@ -101,7 +138,15 @@ def _over_seeds(found: Sequence[_Result]) -> Iterator[tuple[str, ...]]:
         stds = 100 * numbers.std(0, ddof=1)[:3]
         spread = [f"{mean} ±{std:5.2f}" for mean, std in zip(means, stds, strict=True)]
         runs = f"mean ± std of {len(same)} runs"
-        yield same[0].algorithm, str(same[0].rounds), f"{len(seeds)} seeds", *spread, up, seconds, runs
+        yield (
+            same[0].algorithm,
+            str(same[0].rounds),
+            f"{len(seeds)} seeds",
+            *spread,
+            up,
+            seconds,
+            runs,
+        )
 
 
 def _without(config: dict[str, Any], keys: Sequence[str]) -> str:
@@ -116,4 +161,7 @@ def _without(config: dict[str, Any], keys: Sequence[str]) -> str:
 def _texts(numbers: np.ndarray) -> list[str]:
     """``_Result.numbers`` for people."""
     write = [lambda fraction: f"{fraction:.2%}"] * 3 + [size, lambda seconds: f"{seconds:.3g}"]
-    return ["-" if np.isnan(number) else text(number) for text, number in zip(write, numbers, strict=True)]
+    return [
+        "-" if np.isnan(number) else text(number)
+        for text, number in zip(write, numbers, strict=True)
+    ]

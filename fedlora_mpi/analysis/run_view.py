@@ -66,13 +66,17 @@ def of_clients(rounds: Mapping[str, np.ndarray], clients: Mapping[str, np.ndarra
     """``RunView.clients`` of the columns [T] of the rounds and [T, N] of the clients."""
     pandas = imported_pandas()
     count = next(iter(clients.values()), np.empty((0, 0))).shape[1]
-    index = pandas.MultiIndex.from_product([rounds["round"], range(count)], names=["round", "client"])
+    index = pandas.MultiIndex.from_product(
+        [rounds["round"], range(count)], names=["round", "client"]
+    )
     table = pandas.DataFrame({name: column.ravel() for name, column in clients.items()}, index)
     return table.dropna(how="all").reset_index()
 
 
 class RunView:
-    """One run. Metrics are read anew on every access; leaves are those of the newest valid checkpoint."""
+    """One run. Metrics are read anew on every access; leaves are those of the newest valid
+    checkpoint.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -88,7 +92,8 @@ class RunView:
 
     @property
     def rounds(self) -> "DataFrame":
-        """One row a round, indexed by round: train_loss, accuracy (fraction), seconds_*, bytes_* ...
+        """One row a round, indexed by round: train_loss, accuracy (fraction), seconds_*, bytes_*
+        ...
 
         Metrics of the clients' own models are NaN in rounds that were not evaluated.
         """
@@ -102,21 +107,31 @@ class RunView:
 
     @property
     def ranks(self) -> "DataFrame":
-        """One row for each evaluated round and rank: round, rank, and seconds_* of its stages since the one before.
+        """One row for each evaluated round and rank: round, rank, and seconds_* of its stages since
+        the one before.
 
-        seconds_waiting: in messages, so for other ranks; the other stages are without it. Together they are all the
-        time that passed. Empty for a run of before they were measured.
+        seconds_waiting: in messages, so for other ranks; the other stages are without it. Together
+        they are all the time that passed. Empty for a run of before they were measured.
         """
         pandas = imported_pandas()
         rows = self._files.rows()
         columns, rounds = rows["ranks"], rows["rounds"]["round"]
         numbers = columns.pop("ranks", np.zeros(0, int))
-        seconds = {name: [column[row, :n] for row, n in enumerate(numbers)] for name, column in columns.items()}
-        whole = {"round": np.repeat(rounds[: len(numbers)], numbers), "rank": [r for n in numbers for r in range(n)]}
-        return pandas.DataFrame(whole | {name: np.concatenate(rows) for name, rows in seconds.items()})
+        seconds = {
+            name: [column[row, :n] for row, n in enumerate(numbers)]
+            for name, column in columns.items()
+        }
+        whole = {
+            "round": np.repeat(rounds[: len(numbers)], numbers),
+            "rank": [r for n in numbers for r in range(n)],
+        }
+        return pandas.DataFrame(
+            whole | {name: np.concatenate(rows) for name, rows in seconds.items()}
+        )
 
     def array(self, name: str) -> np.ndarray:
-        """A column: ``accuracy`` [T] of the rounds, ``clients/accuracy`` [T, N], ``ranks/seconds_train`` [T, R].
+        """A column: ``accuracy`` [T] of the rounds, ``clients/accuracy`` [T, N],
+        ``ranks/seconds_train`` [T, R].
 
         Raises ValueError.
         """
@@ -125,11 +140,15 @@ class RunView:
         for group in ("clients", "ranks"):
             columns |= {f"{group}/{name}": column for name, column in rows[group].items()}
         if name not in columns:
-            raise ValueError(f"{self.path}: there is no column {name!r}; there are {', '.join(columns)}")
+            raise ValueError(
+                f"{self.path}: there is no column {name!r}; there are {', '.join(columns)}"
+            )
         return columns[name]
 
     def axes(self, name: str) -> tuple[str, ...]:
-        """The names of the axes of ``array(name)``: ("round",), ("round", "client") or ("round", "rank")."""
+        """The names of the axes of ``array(name)``: ("round",), ("round", "client") or ("round",
+        "rank").
+        """
         return self._files.axes(name if "/" in name else f"rounds/{name}")
 
     @cached_property
@@ -137,7 +156,9 @@ class RunView:
         """Who holds which samples."""
         at = self._files.partition()
         with schema.reading(self.path / "log.h5"):
-            return Split(tuple(at["train"]), tuple(at["test"]), at["train_counts"], at["test_counts"])
+            return Split(
+                tuple(at["train"]), tuple(at["test"]), at["train_counts"], at["test_counts"]
+            )
 
     @property
     def checkpoints(self) -> list[int]:
@@ -155,7 +176,9 @@ class RunView:
         return self.checkpoint.shared()
 
     def digest(self) -> dict[str, str]:
-        """SHA-256 of the ``shared`` and ``personal`` leaves: equal for runs that are equal to the bit."""
+        """SHA-256 of the ``shared`` and ``personal`` leaves: equal for runs that are equal to the
+        bit.
+        """
         return self.checkpoint.digest()
 
     @cached_property
@@ -178,10 +201,11 @@ class RunView:
 
     @cached_property
     def networks(self) -> "tuple[Model, ...]":
-        """The networks of ``model.mix`` with their initial weights, from the config; needs no data set.
+        """The networks of ``model.mix`` with their initial weights, from the config; needs no data
+        set.
 
-        Where what ``model.weights`` or ``model.folder`` names is gone, the initial weights are on the device
-        "meta": shapes without numbers. Whether it has changed is not looked at.
+        Where what ``model.weights`` or ``model.folder`` names is gone, the initial weights are on
+        the device "meta": shapes without numbers. Whether it has changed is not looked at.
         """
         return tuple(self._network(*numbered) for numbered in enumerate(self._parsed.model.mix))
 
@@ -204,10 +228,19 @@ class RunView:
         return replace(model, initial={n: gone[n] for n in model.initial}, constants=constants)
 
     def by_leaf(self, stored: Mapping[str, T], client: int | None = None) -> dict[str, T]:
-        """What is stored of the shared leaves or of a client's own, by the names that the method has for them."""
+        """What is stored of the shared leaves or of a client's own, by the names that the method
+        has for them.
+        """
         network = min(self.network_of) if client is None else self.network_of[client]
-        first = self._first(self._parsed.algorithm if client is None else self.variants[client], network)
-        leaf_of = {name: n for n, name in names_in_files(first.shared if client is None else first.personal).items()}
+        first = self._first(
+            self._parsed.algorithm if client is None else self.variants[client], network
+        )
+        leaf_of = {
+            name: n
+            for n, name in names_in_files(
+                first.shared if client is None else first.personal
+            ).items()
+        }
         return {leaf_of.get(name, name): value for name, value in stored.items()}
 
     def _begun(self, algorithm: "Algorithm", network: int) -> "Vars":
@@ -217,12 +250,17 @@ class RunView:
 
     @cached_property
     def vocabulary(self) -> "Vocabulary":
-        """What turns texts into the inputs of the clients' models. Raises ValueError where there is none."""
+        """What turns texts into the inputs of the clients' models. Raises ValueError where there is
+        none.
+        """
         from ..data.texts import Vocabulary
 
         path = self.path / "vocabulary.json"
         if not path.is_file():
-            raise ValueError(f"{self.path}: has no vocabulary.json, so its data are images or the run is incomplete")
+            raise ValueError(
+                f"{self.path}: has no vocabulary.json, so its data are images or the run is "
+                "incomplete"
+            )
         return Vocabulary(self._files.text(path.name))
 
     @cached_property
@@ -284,31 +322,44 @@ class ClientView:
 
     @cached_property
     def variables(self) -> "Vars":
-        """What the client's own model is made of: tensors, the shared ones as they arrive there, and its own."""
+        """What the client's own model is made of: tensors, the shared ones as they arrive there,
+        and its own.
+        """
         import torch
 
         from ..algorithm import Vars
 
         initial = self.network.initial
-        as_there = lambda name, v: v.to(initial[name].dtype) if name in initial else v  # a file has no bfloat16
-        tensors = lambda leaves: {n: as_there(n, torch.from_numpy(value)) for n, value in leaves.items()}
+        # a file has no bfloat16
+        as_there = lambda name, v: v.to(initial[name].dtype) if name in initial else v
+        tensors = lambda leaves: {
+            n: as_there(n, torch.from_numpy(value)) for n, value in leaves.items()
+        }
         rows = self.run.by_leaf(self.checkpoint.personal([self.id]), self.id)
         shared = tensors(self.run.by_leaf(self.checkpoint.shared()))
         with self._fitting, torch.no_grad():
-            arrived = shared if self.algorithm.judges == "server" else self.algorithm.download(shared)
+            arrived = (
+                shared if self.algorithm.judges == "server" else self.algorithm.download(shared)
+            )
         return Vars(arrived, tensors({n: _only(row) for n, row in rows.items()}))
 
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:
-        """Every parameter and statistic of the client's own model, the one that was evaluated; bfloat16 as float32, which
-        numpy knows."""
+        """Every parameter and statistic of the client's own model, the one that was evaluated;
+        bfloat16 as float32, which numpy knows.
+        """
         import torch
 
         v = self.variables
         for leaf, initial in self.network.values.items():
-            if initial.is_meta and not (leaf in v.shared or leaf in v.personal):  # frozen: no checkpoint has it
-                where = " or ".join(f"model.{origin.key} = {origin.given}" for origin in self.network_block.origins)
-                raise ValueError(f"{self.run.path}: {leaf} is in {where} alone, which is gone; put it back")
+            # frozen: no checkpoint has it
+            if initial.is_meta and not (leaf in v.shared or leaf in v.personal):
+                where = " or ".join(
+                    f"model.{origin.key} = {origin.given}" for origin in self.network_block.origins
+                )
+                raise ValueError(
+                    f"{self.run.path}: {leaf} is in {where} alone, which is gone; put it back"
+                )
         with self._fitting, torch.no_grad():
             tree = self.network.values | self.algorithm.weights_of(self.network, v)
         return {n: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for n, v in tree.items()}
@@ -324,7 +375,9 @@ class ClientView:
 
     @property
     def _fitting(self) -> AbstractContextManager:
-        """Leaves that are not those of the network are told as damage of the checkpoint, a StoreError."""
+        """Leaves that are not those of the network are told as damage of the checkpoint, a
+        StoreError.
+        """
         return schema.reading(self.checkpoint.path)
 
 
@@ -357,5 +410,7 @@ def imported_pandas():
     try:
         import pandas
     except ImportError as error:
-        raise ValueError("tables need pandas: pip install 'fedlora-mpi[analysis]', or use array()") from error
+        raise ValueError(
+            "tables need pandas: pip install 'fedlora-mpi[analysis]', or use array()"
+        ) from error
     return pandas

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def open_runs(pattern: str | Path | Sequence[str | Path]) -> "Runs":
-    """The runs whose folders a pattern matches (``runs/*``, ``runs/**``), or those of a list of folders.
+    """The runs whose folders a pattern matches (``runs/*``, ``runs/**``), or those of a list of
+    folders.
 
     What a pattern matches beside run folders is passed over. Raises ValueError when no run is left.
 
@@ -36,7 +37,9 @@ def open_runs(pattern: str | Path | Sequence[str | Path]) -> "Runs":
         paths = [Path(path) for path in found if (Path(path) / "log.h5").is_file()]
         paths = [path for path in paths if path.parent.name != "checkpoints"]
         if not paths:
-            raise ValueError(f"{pattern}: matches no run folder, one with a log.h5; give the `output` of runs")
+            raise ValueError(
+                f"{pattern}: matches no run folder, one with a log.h5; give the `output` of runs"
+            )
     else:
         paths = [expanded(path) for path in pattern]
     return Runs(paths)
@@ -45,8 +48,8 @@ def open_runs(pattern: str | Path | Sequence[str | Path]) -> "Runs":
 class Runs(Mapping[str, RunView]):
     """{path as text: run}. Tables are read anew on every access, also while runs are still going.
 
-    The settings that differ between the runs are columns, under the last word of their dotted names; ``run`` is a
-    label made of them, equal for runs that differ in their seeds only.
+    The settings that differ between the runs are columns, under the last word of their dotted
+    names; ``run`` is a label made of them, equal for runs that differ in their seeds only.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -64,20 +67,25 @@ class Runs(Mapping[str, RunView]):
 
     @property
     def settings(self) -> "DataFrame":
-        """One row a run: path, run (its label), seed, partition_seed, and each setting that differs."""
+        """One row a run: path, run (its label), seed, partition_seed, and each setting that
+        differs.
+        """
         return imported_pandas().DataFrame(_described(self._logs()))
 
     @property
     def rounds(self) -> "DataFrame":
         """One row for each run and round: the columns of ``settings``, round, and those of the log.
 
-        Columns are those of any run; NaN where a run has none, and in rounds that were not evaluated.
+        Columns are those of any run; NaN where a run has none, and in rounds that were not
+        evaluated.
         """
         return of_rounds(self._logs())
 
     @property
     def clients(self) -> "DataFrame":
-        """One row for each run, evaluated round and client: the columns of ``settings``, round, client, accuracy ..."""
+        """One row for each run, evaluated round and client: the columns of ``settings``, round,
+        client, accuracy ...
+        """
         return of_all_clients(self._logs())
 
     def _logs(self) -> list[Logged]:

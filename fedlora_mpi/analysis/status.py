@@ -11,10 +11,12 @@ from ..store.files import StoreError
 
 
 def rounds_of(target: Path, overrides: Sequence[str]) -> tuple[Path, int, int]:
-    """(run folder, rounds that a whole checkpoint holds, rounds in all) of a run folder, or of the run of a config.
+    """(run folder, rounds that a whole checkpoint holds, rounds in all) of a run folder, or of the
+    run of a config.
 
-    A run folder is read without its classes. A config's run that has not begun has 0. Raises ValueError where ``target``
-    is neither, or where the run in the folder has other settings than the config.
+    A run folder is read without its classes. A config's run that has not begun has 0. Raises
+    ValueError where ``target`` is neither, or where the run in the folder has other settings than
+    the config.
     """
     if target.is_dir():
         return target, _saved(target), configs.recorded_rounds(target / "config.yaml", overrides)

@@ -21,7 +21,13 @@ Line = list[tuple[str, str]]  # parts of a line: text, and how rich shows it
 
 _LAST = 20  # rounds from which the time left and the load are told
 _FEW = 12  # ranks that are shown one by one
-_STAGES = {"train": "blue", "evaluate": "yellow", "exchange": "cyan", "other": "bright_black", "waiting": "dim"}
+_STAGES = {
+    "train": "blue",
+    "evaluate": "yellow",
+    "exchange": "cyan",
+    "other": "bright_black",
+    "waiting": "dim",
+}
 _QUIET = 60.0  # seconds without a row, and as many rounds' worth as the next, before it is told
 _ROUNDS = 5
 _PATIENCE = 10  # readings that may fail, one after the other
@@ -69,13 +75,18 @@ class Seen:
 
     @property
     def _seconds(self) -> np.ndarray:
-        return sum((v for n, v in self.rounds.items() if n.startswith("seconds_")), np.zeros(len(self.rounds["round"])))
+        return sum(
+            (v for n, v in self.rounds.items() if n.startswith("seconds_")),
+            np.zeros(len(self.rounds["round"])),
+        )
 
 
 def watch(path: Path, every: float, once: bool) -> None:
-    """Show the run until its last round or Ctrl-C: a view on a terminal, else a line for each new round; ``once``: one frame.
+    """Show the run until its last round or Ctrl-C: a view on a terminal, else a line for each new
+    round; ``once``: one frame.
 
-    A run that was stopped is waited for, since a resume or the scheduler may go on with it. every: seconds between two looks. Raises ValueError: no run folder, no rich.
+    A run that was stopped is waited for, since a resume or the scheduler may go on with it. every:
+    seconds between two looks. Raises ValueError: no run folder, no rich.
     """
     if not 0.1 <= every <= 3600:
         raise ValueError(f"--every = {every:g}: must be from 0.1 to 3600 seconds")
@@ -86,7 +97,11 @@ def watch(path: Path, every: float, once: bool) -> None:
         _live(seen, every)
     else:
         with suppress(KeyboardInterrupt):
-            _follow(seen, every, lambda now: print(plain([[*_status(now), (" · ", ""), *_pace(now)]]), flush=True))
+            _follow(
+                seen,
+                every,
+                lambda now: print(plain([[*_status(now), (" · ", ""), *_pace(now)]]), flush=True),
+            )
 
 
 def frame(seen: Seen, width: int, height: int) -> list[Line]:
@@ -96,13 +111,18 @@ def frame(seen: Seen, width: int, height: int) -> list[Line]:
     room = height - len(head) - len(loads) - 4
     if room < 3:  # the curve is worth more
         loads, room = [], height - len(head) - 3
-    name = next((n for n in ("accuracy", "train_loss") if np.isfinite(seen.rounds.get(n, np.nan)).any()), None)
+    name = next(
+        (n for n in ("accuracy", "train_loss") if np.isfinite(seen.rounds.get(n, np.nan)).any()),
+        None,
+    )
     if name is None:
         return [_cut(line, width) for line in (*head, *loads)][:height]
     y = seen.rounds[name].astype(float)
     there = np.isfinite(y)
     x = seen.rounds["round"][there]
-    drawn = curve(x, y[there], (0, max(seen.config["rounds"], int(x[-1]))), width - 9, max(3, min(room, 16)))
+    drawn = curve(
+        x, y[there], (0, max(seen.config["rounds"], int(x[-1]))), width - 9, max(3, min(room, 16))
+    )
     tell = (lambda v: f"{v:7.2%}") if name == "accuracy" else (lambda v: f"{v:7.4g}")
     low, high = y[there].min(), y[there].max()
     sides = [tell(high), *[" " * 7] * (len(drawn) - 2), tell(low)]
@@ -112,8 +132,11 @@ def frame(seen: Seen, width: int, height: int) -> list[Line]:
     return [_cut(line, width) for line in (*head, *body, foot, *loads)][:height]
 
 
-def curve(x: np.ndarray, y: np.ndarray, span: tuple[float, float], width: int, height: int) -> list[str]:
-    """A line through the points (x ascending, y) in Braille, 2 by 4 dots a letter, from the lowest y to the highest.
+def curve(
+    x: np.ndarray, y: np.ndarray, span: tuple[float, float], width: int, height: int
+) -> list[str]:
+    """A line through the points (x ascending, y) in Braille, 2 by 4 dots a letter, from the lowest
+    y to the highest.
 
     span: x at the left and at the right rim.
     """
@@ -125,10 +148,13 @@ def curve(x: np.ndarray, y: np.ndarray, span: tuple[float, float], width: int, h
     inside[np.abs(at - x[-1]).argmin()] = True  # a lone point is seen
     level = np.interp(at, x, y)
     row = np.round((high - level) / ((high - low) or 1) * (4 * height - 1)).astype(int)
-    for here, before in zip(columns[inside], np.maximum(columns[inside] - 1, columns[inside][0]), strict=True):
+    for here, before in zip(
+        columns[inside], np.maximum(columns[inside] - 1, columns[inside][0]), strict=True
+    ):
         top, bottom = sorted((row[here], row[before] + np.sign(row[here] - row[before])))
         dots[top : bottom + 1, here] = True
-    bits = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])  # of Unicode's Braille patterns
+    # of Unicode's Braille patterns
+    bits = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
     cells = (dots.reshape(height, 4, width, 2) * bits[None, :, None, :]).sum(axis=(1, 3))
     return ["".join(chr(0x2800 + cell) for cell in line) for line in cells]
 
@@ -142,13 +168,22 @@ def _cut(line: Line, width: int) -> Line:
     """The first ``width`` letters, as a terminal shows them."""
     line = [(one_line(text), style) for text, style in line]
     ends = np.cumsum([0, *(len(text) for text, _ in line)])
-    return [(text[: max(0, width - end)], style) for (text, style), end in zip(line, ends, strict=False)]
+    return [
+        (text[: max(0, width - end)], style) for (text, style), end in zip(line, ends, strict=False)
+    ]
 
 
 def _title(seen: Seen) -> Line:
     config = seen.config
     clients = config["data"]["partition"].get("clients", "?")
-    return [(str(seen.path), "bold"), (f"  {config['algorithm']['name']} on {config['data'].get('dataset', '?')}, {clients} clients", "")]
+    return [
+        (str(seen.path), "bold"),
+        (
+            f"  {config['algorithm']['name']} on {config['data'].get('dataset', '?')}, {clients} "
+            "clients",
+            "",
+        ),
+    ]
 
 
 def _status(seen: Seen) -> Line:
@@ -158,7 +193,11 @@ def _status(seen: Seen) -> Line:
     accuracy = rounds.get("accuracy", np.zeros(0))
     if len(evaluated := np.flatnonzero(np.isfinite(accuracy))):
         at = evaluated[-1]
-        worst = f" (worst client {rounds['accuracy_worst'][at]:.2%})" if "accuracy_worst" in rounds else ""
+        worst = (
+            f" (worst client {rounds['accuracy_worst'][at]:.2%})"
+            if "accuracy_worst" in rounds
+            else ""
+        )
         when = "" if rounds["round"][at] == seen.round else f" after round {rounds['round'][at]}"
         line.append((f" · accuracy {accuracy[at]:.2%}{worst}{when}", "green"))
     return line
@@ -168,11 +207,15 @@ def _pace(seen: Seen) -> Line:
     """What is left."""
     if not seen.round:
         return [("no round yet", "")]
-    line: Line = [(f"train loss {seen.rounds['train_loss'][-1]:.4f} · {duration(seen.pace)} a round", "")]
+    line: Line = [
+        (f"train loss {seen.rounds['train_loss'][-1]:.4f} · {duration(seen.pace)} a round", "")
+    ]
     if seen.done:
         line.append((f" · done in {duration(seen.elapsed)}", "bold"))
     else:
-        line.append((f" · {duration((seen.config['rounds'] - seen.round) * seen.pace)} left", "bold"))
+        line.append(
+            (f" · {duration((seen.config['rounds'] - seen.round) * seen.pace)} left", "bold")
+        )
     if not seen.done and seen.quiet > max(_QUIET, _ROUNDS * seen.pace):
         line.append((f" · no row for {duration(seen.quiet)}: stopped?", "red"))
     return line
@@ -186,11 +229,17 @@ def _loads(found: Load, width: int) -> list[Line]:
         by_work = np.argsort(-(every.sum(axis=0) - found.seconds["waiting"]), kind="stable")
         ranks = np.sort(np.r_[by_work[: _FEW // 2], by_work[-_FEW // 2 :]])
     balance = "" if np.isnan(found.balance) else f", workers {found.balance:.0%} balanced"
-    more = "" if len(ranks) == every.shape[1] else f"; the busiest and idlest of {every.shape[1]} ranks"
+    more = (
+        ""
+        if len(ranks) == every.shape[1]
+        else f"; the busiest and idlest of {every.shape[1]} ranks"
+    )
     lines: list[Line] = [[(f"seconds a round{balance}{more}: ", ""), *_legend(found)]]
     room = max(10, width - 20)
     for rank in ranks:
-        ends = np.round(np.cumsum([found.seconds[stage][rank] for stage in _ordered(found)]) / most * room).astype(int)
+        ends = np.round(
+            np.cumsum([found.seconds[stage][rank] for stage in _ordered(found)]) / most * room
+        ).astype(int)
         line: Line = [(f"{rank:5d} ", "dim")]
         for stage, start, end in zip(_ordered(found), (0, *ends), ends, strict=False):
             line.append((_letter(stage) * (end - start), _STAGES.get(stage, "")))
@@ -199,7 +248,10 @@ def _loads(found: Load, width: int) -> list[Line]:
 
 
 def _ordered(found: Load) -> list[str]:
-    return [*(s for s in _STAGES if s in found.seconds), *(s for s in found.seconds if s not in _STAGES)]
+    return [
+        *(s for s in _STAGES if s in found.seconds),
+        *(s for s in found.seconds if s not in _STAGES),
+    ]
 
 
 def _letter(stage: str) -> str:
@@ -218,7 +270,9 @@ def _live(seen: Seen, every: float) -> None:
         from rich.live import Live
         from rich.text import Text
     except ImportError as error:
-        raise ValueError("the live view needs rich: pip install 'fedlora-mpi[analysis]', or use --once") from error
+        raise ValueError(
+            "the live view needs rich: pip install 'fedlora-mpi[analysis]', or use --once"
+        ) from error
     console = Console()
     drawn = lambda now: Text("\n", no_wrap=True, overflow="ellipsis").join(
         Text.assemble(*line) for line in frame(now, console.width, console.height)

@@ -5,15 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-OVERRIDES = "settings of the config by their dotted names, for instance train.lr=0.05 algorithm=fedavg"
+OVERRIDES = (
+    "settings of the config by their dotted names, for instance train.lr=0.05 algorithm=fedavg"
+)
 
 
 class Command(NamedTuple):
     """A command: one line of help, its arguments, and what it does.
 
-    add_arguments: adds them to a parser; execute: (what was asked, communicator) -> exit code. parallel: also under
-    mpirun; trains: goes on when nobody reads its output; imports: a config may name classes of the working folder.
-    Imports of what a command needs stay inside ``execute``, so that ``--help`` is quick and a broken library is one line.
+    add_arguments: adds them to a parser; execute: (what was asked, communicator) -> exit code.
+    parallel: also under mpirun; trains: goes on when nobody reads its output; imports: a config may
+    name classes of the working folder. Imports of what a command needs stay inside ``execute``, so
+    that ``--help`` is quick and a broken library is one line.
     """
 
     help: str
@@ -46,4 +49,6 @@ def add_runs(parser: argparse.ArgumentParser) -> None:
 
 def given(asked: argparse.Namespace, *left_out: str) -> dict[str, Any]:
     """What was asked as keyword arguments, without ``left_out``."""
-    return {name: value for name, value in vars(asked).items() if name not in ("command", *left_out)}
+    return {
+        name: value for name, value in vars(asked).items() if name not in ("command", *left_out)
+    }

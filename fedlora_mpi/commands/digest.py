@@ -24,7 +24,16 @@ def _show(asked: argparse.Namespace) -> None:
     for folder in asked.runs:
         checkpoint = RunFiles(folder).checkpoint()
         sums = checkpoint.digest()
-        print(f"{one_line(folder)} round {checkpoint.round} shared {sums['shared']} personal {sums['personal']}", flush=True)
+        print(
+            f"{one_line(folder)} round {checkpoint.round} shared {sums['shared']} personal "
+            f"{sums['personal']}",
+            flush=True,
+        )
 
 
-COMMAND = Command("SHA-256 of the newest checkpoint of runs: equal means equal to the bit.", add_runs, execute, imports=False)
+COMMAND = Command(
+    "SHA-256 of the newest checkpoint of runs: equal means equal to the bit.",
+    add_runs,
+    execute,
+    imports=False,
+)

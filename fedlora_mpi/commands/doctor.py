@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``doctor``."""
-    parser.add_argument("target", nargs="?", type=Path, metavar="CONFIG|RUN", help="default: this folder")
+    parser.add_argument(
+        "target", nargs="?", type=Path, metavar="CONFIG|RUN", help="default: this folder"
+    )
     add_overrides(parser)
 
 
@@ -24,4 +26,6 @@ def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     return together(comm, lambda: examine(asked.target, asked.overrides))
 
 
-COMMAND = Command("Whether everything works on this machine, a line each with the remedy.", add_arguments, execute)
+COMMAND = Command(
+    "Whether everything works on this machine, a line each with the remedy.", add_arguments, execute
+)

@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own = "its number, from 0; without, a file .pt or .safetensors has what all share"
     parser.add_argument("--client", type=int, metavar="K", help=own)
     kinds = (
-        "NAME.pt, NAME.safetensors: a state dict; NAME.h5: accuracy and loss by round, as PFLlib keeps them; "
-        "any other: a folder for peft"
+        "NAME.pt, NAME.safetensors: a state dict; NAME.h5: accuracy and loss by round, as PFLlib "
+        "keeps them; any other: a folder for peft"
     )
     parser.add_argument("--to", type=Path, required=True, metavar="NAME", help=kinds)
 
@@ -33,5 +33,8 @@ def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     return 0
 
 
-HELP = "A run for others: a client's model (.pt, .safetensors), its adapter for peft (a folder), results for PFLlib (.h5)."
+HELP = (
+    "A run for others: a client's model (.pt, .safetensors), its adapter for peft (a folder), "
+    "results for PFLlib (.h5)."
+)
 COMMAND = Command(HELP, add_arguments, execute, imports=False)

@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``partition``."""
     add_config(parser)
     add_overrides(parser)
-    parser.add_argument("-o", "--picture", type=Path, help="the PNG (default: CONFIG's name in this folder)")
+    parser.add_argument(
+        "-o", "--picture", type=Path, help="the PNG (default: CONFIG's name in this folder)"
+    )
     folder = "write it into a new folder that PFLlib reads"
     parser.add_argument("--to", nargs=2, metavar=("pfllib", "FOLDER"), help=folder)
 

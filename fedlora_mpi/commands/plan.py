@@ -13,10 +13,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``plan``."""
     add_config(parser)
     add_overrides(parser)
-    parser.add_argument("--ranks", type=int, default=1, help="how many ranks mpirun would start (default 1)")
-    parser.add_argument("--gpus", metavar="NAME|none", help="elsewhere: a GPU for each worker, such as h200, or a core like these")
-    parser.add_argument("--bandwidth", type=float, metavar="BYTES/S", help="of a message there (default 12.5e9 with --gpus)")
-    parser.add_argument("--latency", type=float, metavar="SECONDS", help="of a message there (default 5e-6 with --gpus)")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="how many ranks mpirun would start (default 1)"
+    )
+    parser.add_argument(
+        "--gpus",
+        metavar="NAME|none",
+        help="elsewhere: a GPU for each worker, such as h200, or a core like these",
+    )
+    parser.add_argument(
+        "--bandwidth",
+        type=float,
+        metavar="BYTES/S",
+        help="of a message there (default 12.5e9 with --gpus)",
+    )
+    parser.add_argument(
+        "--latency",
+        type=float,
+        metavar="SECONDS",
+        help="of a message there (default 5e-6 with --gpus)",
+    )
 
 
 def execute(asked: argparse.Namespace, comm: "Comm") -> int:
@@ -27,8 +43,19 @@ def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     from ..plan import plan
 
     there = asked.gpus, asked.bandwidth, asked.latency
-    print(lines(together(comm, lambda: plan(read(asked.config, asked.overrides), asked.config, asked.ranks, *there))))
+    print(
+        lines(
+            together(
+                comm,
+                lambda: plan(
+                    read(asked.config, asked.overrides), asked.config, asked.ranks, *there
+                ),
+            )
+        )
+    )
     return 0
 
 
-COMMAND = Command("Parameters, bytes, memory and time of a config; trains nothing.", add_arguments, execute)
+COMMAND = Command(
+    "Parameters, bytes, memory and time of a config; trains nothing.", add_arguments, execute
+)

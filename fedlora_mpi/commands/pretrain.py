@@ -14,10 +14,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``pretrain``."""
     add_config(parser, "a YAML file; its partition and its algorithm do not matter")
     add_overrides(parser)
-    parser.add_argument("--to", type=Path, required=True, metavar="FILE.safetensors", help="where the weights go")
-    parser.add_argument("--classes", metavar="0-4|0,2,5", help="only samples of these (default: all)")
+    parser.add_argument(
+        "--to", type=Path, required=True, metavar="FILE.safetensors", help="where the weights go"
+    )
+    parser.add_argument(
+        "--classes", metavar="0-4|0,2,5", help="only samples of these (default: all)"
+    )
     parser.add_argument("--epochs", type=int, metavar="E", help="default: train.epochs")
-    parser.add_argument("--network", type=int, default=0, metavar="K", help="of model.mix, from 0 (default 0)")
+    parser.add_argument(
+        "--network", type=int, default=0, metavar="K", help="of model.mix, from 0 (default 0)"
+    )
 
 
 def execute(asked: argparse.Namespace, comm: "Comm") -> int:
@@ -27,7 +33,9 @@ def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     from ..run.pretrain import pretrain
 
     how = given(asked, "config", "overrides")
-    together(comm, lambda: pretrain(read(asked.config, asked.overrides), asked.config, comm.size, **how))
+    together(
+        comm, lambda: pretrain(read(asked.config, asked.overrides), asked.config, comm.size, **how)
+    )
     return 0
 
 

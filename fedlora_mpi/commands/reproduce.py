@@ -1,4 +1,6 @@
-"""``fedlora-mpi reproduce TABLE``: a parser for each table, whose help shows only what the table takes."""
+"""``fedlora-mpi reproduce TABLE``: a parser for each table, whose help shows only what the table
+takes.
+"""
 
 import argparse
 from pathlib import Path
@@ -20,11 +22,18 @@ SEVERAL: dict[str, Any] = {"nargs": "+", "default": ()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A parser for each table. What a table does not take is not shown; ``Request`` refuses it in one line."""
-    parser.description = f"{HELP} Options stand behind the table; `reproduce TABLE --help` shows them."
+    """A parser for each table. What a table does not take is not shown; ``Request`` refuses it in
+    one line.
+    """
+    parser.description = (
+        f"{HELP} Options stand behind the table; `reproduce TABLE --help` shows them."
+    )
     tables = parser.add_subparsers(dest="table", metavar="TABLE", required=True)
     for table, about in TABLES.items():
-        _add_table(tables.add_parser(table, help=about, description=about[0].upper() + about[1:] + "."), table)
+        _add_table(
+            tables.add_parser(table, help=about, description=about[0].upper() + about[1:] + "."),
+            table,
+        )
 
 
 def _add_table(parser: argparse.ArgumentParser, table: str) -> None:
@@ -35,10 +44,18 @@ def _add_table(parser: argparse.ArgumentParser, table: str) -> None:
 
     sets = ("cifar10", "cifar100", "tiny_imagenet", "ag_news")
     data = {"table6": "ag_news", "fedhl": "both"}.get(table, "cifar10")
-    some = {"table6": sets[3:], "pfedlora": sets[:2], "fedhl": (sets[0], sets[3])}.get(table, sets[:3])
+    some = {"table6": sets[3:], "pfedlora": sets[:2], "fedhl": (sets[0], sets[3])}.get(
+        table, sets[:3]
+    )
     add("--data", f"of {', '.join(some)} (default {data})", **SEVERAL, choices=sets, metavar="SET")
     alpha = {"table6": "1.0", "fedhl": "0.5"}.get(table, "0.1")
-    add("--alpha", f"of the Dirichlet split (default {alpha})", (*FEDLORA, "table6", "fedhl"), **SEVERAL, type=float)
+    add(
+        "--alpha",
+        f"of the Dirichlet split (default {alpha})",
+        (*FEDLORA, "table6", "fedhl"),
+        **SEVERAL,
+        type=float,
+    )
     texts = "the file of the training texts in DATA/AG_NEWS (default train.csv)"
     add("--text-train", texts, ("table6", "fedhl"), default="", metavar="FILE")
     add("--seeds", "default: 1 2 3, at small scale 1", **SEVERAL, type=int, metavar="SEED")
@@ -46,10 +63,23 @@ def _add_table(parser: argparse.ArgumentParser, table: str) -> None:
     rows = "rows of the table"
     rows += ", or any algorithm" if table in ("table1", "table6", "pfedlora") else ""
     add("--methods", rows, **SEVERAL, metavar="ROW")
-    crowds = "how many there are; all, 20 or 10 %% take part (default: all three, at small scale 10)"
+    crowds = (
+        "how many there are; all, 20 or 10 %% take part (default: all three, at small scale 10)"
+    )
     add("--clients", crowds, ("pfedlora",), **SEVERAL, type=int, choices=(10, 50, 100))
-    add("--homogeneous", "CNN-1 for every client, and FedAvg as well", ("pfedlora",), action="store_true")
-    add("--width", "of the network (default both)", ("fedhl",), **SEVERAL, choices=("narrow", "wide"))
+    add(
+        "--homogeneous",
+        "CNN-1 for every client, and FedAvg as well",
+        ("pfedlora",),
+        action="store_true",
+    )
+    add(
+        "--width",
+        "of the network (default both)",
+        ("fedhl",),
+        **SEVERAL,
+        choices=("narrow", "wide"),
+    )
     part = "fraction of the clients in a round (default 1.0 0.4)"
     add("--participation", part, ("fedhl",), **SEVERAL, type=float, metavar="P")
     reached = "count rounds, bytes and FLOPs up to so many %% (default: what all methods reach)"
@@ -74,5 +104,7 @@ def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     return together(comm, lambda: reproduce(Request(**given(asked))))
 
 
-HELP = "A table of the FedLoRA paper, pFedLoRA's or FedHL's, from runs of our own, beside its numbers."
+HELP = (
+    "A table of the FedLoRA paper, pFedLoRA's or FedHL's, from runs of our own, beside its numbers."
+)
 COMMAND = Command(HELP, add_arguments, execute, trains=True)

@@ -22,4 +22,10 @@ def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     return resume(asked.run, asked.overrides, comm)
 
 
-COMMAND = Command("Continue a run from its newest valid checkpoint.", add_arguments, execute, parallel=True, trains=True)
+COMMAND = Command(
+    "Continue a run from its newest valid checkpoint.",
+    add_arguments,
+    execute,
+    parallel=True,
+    trains=True,
+)

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``run``."""
     add_config(parser)
-    parser.add_argument("--resume", action="store_true", help="go on with the run folder if it is there")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run folder if it is there"
+    )
     add_overrides(parser)
 
 
@@ -26,4 +28,6 @@ def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     return begin(settings, asked.config, comm)
 
 
-COMMAND = Command("Train from a config into a new run folder.", add_arguments, execute, parallel=True, trains=True)
+COMMAND = Command(
+    "Train from a config into a new run folder.", add_arguments, execute, parallel=True, trains=True
+)

@@ -29,4 +29,8 @@ def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     return 0 if saved >= rounds else STOPPED
 
 
-COMMAND = Command("Whether a run is done: exit code 0, or 75 where rounds are left. For scripts.", add_arguments, execute)
+COMMAND = Command(
+    "Whether a run is done: exit code 0, or 75 where rounds are left. For scripts.",
+    add_arguments,
+    execute,
+)

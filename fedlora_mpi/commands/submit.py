@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ranks = "of the job (default: server and a worker per GPU; 9 on a node without)"
     parser.add_argument("--ranks", type=int, help=ranks)
     parser.add_argument("--gpus", type=int, metavar="G", help="per node (default 0)")
-    parser.add_argument("--time", metavar="HH:MM:SS", help="until it is queued again (default 12:00:00)")
+    parser.add_argument(
+        "--time", metavar="HH:MM:SS", help="until it is queued again (default 12:00:00)"
+    )
     parser.add_argument("--partition", help="default: the cluster's")
     parser.add_argument("--account", help="default: yours")
     parser.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
@@ -32,4 +34,8 @@ def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     return 0
 
 
-COMMAND = Command("Queue a run as a Slurm job, which is queued again until the run is done.", add_arguments, execute)
+COMMAND = Command(
+    "Queue a run as a Slurm job, which is queued again until the run is done.",
+    add_arguments,
+    execute,
+)

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``watch``."""
     add_run(parser)
-    parser.add_argument("--every", type=float, default=2, metavar="SECONDS", help="between two looks (default 2)")
+    parser.add_argument(
+        "--every", type=float, default=2, metavar="SECONDS", help="between two looks (default 2)"
+    )
     parser.add_argument("--once", action="store_true", help="print it once and leave")
 
 

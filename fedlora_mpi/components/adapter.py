@@ -1,10 +1,11 @@
 """A small low-rank adapter of one shape beside networks of any shape.
 
-A ``matrix`` adapter is beside the head, W [classes, d]: y = W z + b + s B (A z), with the factors
-A [r, d], B [classes, r]. A ``conv`` adapter is beside the first convolution, W [O, I, K1, K2] (or of
-one or three kernel sides): a convolution A [r, I, K1, K2] with r channels, then a 1x1 convolution B [O, r].
-Both are linear, so that they are the same as adding s B A to W. A ``side`` adapter is a network of its own from the input to
-the features that enter the head: z + s B (A x), A [r, numbers of x], B [d, r].
+A ``matrix`` adapter is beside the head, W [classes, d]: y = W z + b + s B (A z), with the factors A
+[r, d], B [classes, r]. A ``conv`` adapter is beside the first convolution, W [O, I, K1, K2] (or of
+one or three kernel sides): a convolution A [r, I, K1, K2] with r channels, then a 1x1 convolution B
+[O, r]. Both are linear, so that they are the same as adding s B A to W. A ``side`` adapter is a
+network of its own from the input to the features that enter the head: z + s B (A x), A [r, numbers
+of x], B [d, r].
 
 A ~ U(-1, 1) / sqrt(inputs), as torch's Linear (Kaiming with a = sqrt 5), and B = 0: an adapter
 changes nothing before it has trained.
@@ -37,9 +38,15 @@ class Adapter:
     def beside(self, model: Model) -> str:
         """The weight that the adapter is beside. Raises ValueError where the network has none."""
         if self.place == "side" and model.tokens:
-            raise ValueError("adapter = side: needs images, not texts, whose numbers are names of words")
+            raise ValueError(
+                "adapter = side: needs images, not texts, whose numbers are names of words"
+            )
         kind = "conv" if self.place == "conv" else "linear"
-        fit = [n for n, leaf in model.described.items() if leaf.matrix == kind and (kind == "conv" or leaf.role == "head")]
+        fit = [
+            n
+            for n, leaf in model.described.items()
+            if leaf.matrix == kind and (kind == "conv" or leaf.role == "head")
+        ]
         fit = fit if kind == "conv" or model.ends_in_linear else []
         if not fit:
             wanted = "a convolution" if kind == "conv" else "a Linear at its end"
@@ -56,7 +63,9 @@ class Adapter:
         return {"A": A, "B": torch.zeros(outside, self.lora_rank)}
 
     def merged(self, model: Model, tree: Tree, adapter: Tree) -> Tree:
-        """``tree`` with s B A in its weight; as it is for a ``side`` adapter, which is in no weight."""
+        """``tree`` with s B A in its weight; as it is for a ``side`` adapter, which is in no
+        weight.
+        """
         if self.place == "side":
             return tree
         name = self.beside(model)
@@ -64,10 +73,13 @@ class Adapter:
         weight = tree[name] if name in tree else model.constants[name]
         return tree | {name: weight + delta.view(weight.shape).to(weight.dtype)}
 
-    def logits(self, model: Model, tree: Tree, adapter: Tree, x: Tensor, z: Tensor | None = None) -> Tensor:
+    def logits(
+        self, model: Model, tree: Tree, adapter: Tree, x: Tensor, z: Tensor | None = None
+    ) -> Tensor:
         """Of the network with the adapter: [B, ...] -> [B, classes].
 
-        z: the features of x without the adapter where they are known; a ``conv`` adapter cannot use them.
+        z: the features of x without the adapter where they are known; a ``conv`` adapter cannot use
+        them.
         """
         if self.place == "conv":
             return model(self.merged(model, tree, adapter), x)
@@ -75,4 +87,6 @@ class Adapter:
         adapter = {n: v.to(z.dtype) for n, v in adapter.items()}
         if self.place == "matrix":
             return model.classify(tree, z) + self.scale * (z @ adapter["A"].T) @ adapter["B"].T
-        return model.classify(tree, z + self.scale * (x.flatten(1).to(z.dtype) @ adapter["A"].T) @ adapter["B"].T)
+        return model.classify(
+            tree, z + self.scale * (x.flatten(1).to(z.dtype) @ adapter["A"].T) @ adapter["B"].T
+        )

@@ -1,4 +1,6 @@
-"""A small network g of one architecture that all clients share, beside the network F of each client's own."""
+"""A small network g of one architecture that all clients share, beside the network F of each
+client's own.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -21,9 +23,11 @@ SMALL = own_name("small")
 
 @dataclass(frozen=True)
 class Companion(Algorithm):
-    """Leaves of g are shared as "small.<leaf>", those of F are personal; the client's own model is F.
+    """Leaves of g are shared as "small.<leaf>", those of F are personal; the client's own model is
+    F.
 
-    ``small``: what a config's ``model.name`` may be. Clients count equally, as in the authors' codes.
+    ``small``: what a config's ``model.name`` may be. Clients count equally, as in the authors'
+    codes.
     """
 
     small: str = "cnn5"
@@ -51,7 +55,9 @@ class Companion(Algorithm):
         return under(v.shared, SMALL)
 
     def prepared(self, model: Model, batch: Batch) -> AbstractContextManager:
-        """What g runs under in training. It draws other noise than F, of which the engine takes care."""
+        """What g runs under in training. It draws other noise than F, of which the engine takes
+        care.
+        """
         return self.g(model).prepared(batch._replace(key=batch.key + 1))
 
     def logits_of_both(self, model: Model, v: Vars, batch: Batch) -> tuple[Tensor, Tensor]:

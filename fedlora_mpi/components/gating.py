@@ -1,7 +1,8 @@
 """Gates: weights cut into runs, a network that gives each run a multiplier, and a budget for them.
 
-Chen et al., "Efficient Personalized Federated Learning via Sparse Model-Adaptation" (pFedGate), ICML
-2023, https://arxiv.org/abs/2305.02776, in the form of the official code. L counts the runs of a model.
+Chen et al., "Efficient Personalized Federated Learning via Sparse Model-Adaptation" (pFedGate),
+ICML 2023, https://arxiv.org/abs/2305.02776, in the form of the official code. L counts the runs of
+a model.
 
 A gate's leaves are ``gate.*``, which it learns, and ``seen.*``, its running statistics.
 """
@@ -40,7 +41,9 @@ def cuts(model: Model, blocks: int) -> dict[str, Cut]:
         sizes = tuple(min(length, size - at) for at in range(0, size, length))
         path, dot, _ = name.rpartition(".")
         owner = model.described.get(f"{path}{dot}weight")
-        found[name] = Cut(first, len(sizes), length, sizes, bool(owner) and owner.matrix == "linear")
+        found[name] = Cut(
+            first, len(sizes), length, sizes, bool(owner) and owner.matrix == "linear"
+        )
         first += len(sizes)
     return found
 
@@ -56,11 +59,15 @@ def scaled(theta: Tree, found: dict[str, Cut], M: Tensor) -> Tree:
     for leaf, cut in found.items():
         each = M[cut.first : cut.first + cut.count, None].expand(cut.count, cut.length)
         wide[leaf] = each.flatten()[: sum(cut.sizes)].view(theta[leaf].shape)
-    return theta | {leaf: theta[leaf] * factor.to(theta[leaf].dtype) for leaf, factor in wide.items()}
+    return theta | {
+        leaf: theta[leaf] * factor.to(theta[leaf].dtype) for leaf, factor in wide.items()
+    }
 
 
 def new_gate(shape: tuple[int, ...], L: int, rng: Generator) -> Tree:
-    """A gate of L outputs before the first round, for inputs of ``shape`` [channels, height, width]."""
+    """A gate of L outputs before the first round, for inputs of ``shape`` [channels, height,
+    width].
+    """
     channels, width = shape[0], torch.Size(shape).numel()
     gate = {"weight": (torch.rand(L, width, generator=rng) * 2 - 1) / width**0.5}  # as nn.Linear
     gate |= {"in.weight": torch.ones(channels), "in.means": torch.ones(3), "in.vars": torch.ones(3)}
@@ -87,8 +94,10 @@ def open_gate(leaves: Tree, x: Tensor, real: Tensor | None, training: bool) -> T
 
 
 def _switch_norm(gate: Tree, seen: Tree, x: Tensor, each: Tensor, training: bool) -> Tensor:
-    """x [B, channels, pixels] by a learnt mix of three means and variances: of a channel of one image, of
-    an image, of a channel over the batch (Luo et al., ICLR 2019, https://arxiv.org/abs/1806.10779)."""
+    """x [B, channels, pixels] by a learnt mix of three means and variances: of a channel of one
+    image, of an image, of a channel over the batch (Luo et al., ICLR 2019,
+    https://arxiv.org/abs/1806.10779).
+    """
     mean, var = x.mean(2), x.var(2)
     power = var + mean.square()
     mean_image = mean.mean(1, keepdim=True)
@@ -105,7 +114,9 @@ def _switch_norm(gate: Tree, seen: Tree, x: Tensor, each: Tensor, training: bool
     return (x - mean[..., None]) * (var[..., None] + _EPS).rsqrt() * gate["in.weight"][:, None]
 
 
-def _batch_norm(gate: Tree, seen: Tree, score: Tensor, each: Tensor, count: Tensor, training: bool) -> Tensor:
+def _batch_norm(
+    gate: Tree, seen: Tree, score: Tensor, each: Tensor, count: Tensor, training: bool
+) -> Tensor:
     """score [B, L] normalised over the ``count`` real examples; one alone moves no variance."""
     mean, var = seen["out.mean"], seen["out.var"]
     if training:
@@ -125,8 +136,9 @@ def _follow(running: Tensor, value: Tensor, momentum: float | Tensor = 0.1) -> N
 def within_budget(found: dict[str, Cut], importance: Tensor, share: float) -> Tensor:
     """Which runs stay, [L] bool: the first of every tensor, and the most important of the others.
 
-    Of the others, Linear layers and the rest apart, those with the largest round(10 importance) that
-    still fit into ``share`` of their entries, taken greedily; ties go by position. importance: [L].
+    Of the others, Linear layers and the rest apart, those with the largest round(10 importance)
+    that still fit into ``share`` of their entries, taken greedily; ties go by position. importance:
+    [L].
     """
     stays, worth = torch.ones_like(importance, dtype=torch.bool), (10 * importance.double()).round()
     for linear in (False, True):
@@ -135,7 +147,9 @@ def within_budget(found: dict[str, Cut], importance: Tensor, share: float) -> Te
         sizes = [size for c in chosen for size in c.sizes[1:]]
         if places:
             at = torch.tensor(places, device=worth.device)
-            fits = greedy(worth[at], torch.tensor(sizes, device=worth.device), round(sum(sizes) * share))
+            fits = greedy(
+                worth[at], torch.tensor(sizes, device=worth.device), round(sum(sizes) * share)
+            )
             stays = stays.scatter(0, at, fits)
     return stays
 

@@ -2,15 +2,17 @@
 
 The part of leaf ``w`` has the factors ``w.A`` [r, in side] and ``w.B`` [out side, r]. A convolution
 [O, I, K1, K2] counts as the matrix [O K1, I K2], cut row by row (``view``) into the weight's shape,
-as the official FedDecomp code does; a Linear, attention, or recurrent weight [O, I] is its own matrix.
+as the official FedDecomp code does; a Linear, attention, or recurrent weight [O, I] is its own
+matrix.
 
-Other convolutions are read in the same way: one with three kernel sides as [O K1, I K2 K3]; one with one as
-[O, I K], as it is a Conv2d [O, I, 1, K] of images of height one. Of a grouped convolution I counts the inputs
-of one group, so a depthwise one [O, 1, 3, 3] is the matrix [3 O, 3]. A transposed convolution has its weight
-as [I, O, K1, ...], in and out exchanged: its matrix is that of [I, O, K1, ...], turned, [O K2 ..., I K1].
-A weight of more sides in another product is [d1, d2 d3 ...]. At full rank every weight can be any matrix:
-Conv1d [8, 3, 5] is [8, 15], rank 8; Conv3d [4, 2, 3, 3, 3] is [12, 18], rank 12; ConvTranspose2d [6, 4, 2, 2]
-is [8, 12], rank 8; an LSTM of 5 inputs and 7 states has [28, 5], rank 5, and [28, 7], rank 7.
+Other convolutions are read in the same way: one with three kernel sides as [O K1, I K2 K3]; one
+with one as [O, I K], as it is a Conv2d [O, I, 1, K] of images of height one. Of a grouped
+convolution I counts the inputs of one group, so a depthwise one [O, 1, 3, 3] is the matrix [3 O,
+3]. A transposed convolution has its weight as [I, O, K1, ...], in and out exchanged: its matrix is
+that of [I, O, K1, ...], turned, [O K2 ..., I K1]. A weight of more sides in another product is [d1,
+d2 d3 ...]. At full rank every weight can be any matrix: Conv1d [8, 3, 5] is [8, 15], rank 8; Conv3d
+[4, 2, 3, 3, 3] is [12, 18], rank 12; ConvTranspose2d [6, 4, 2, 2] is [8, 12], rank 8; an LSTM of 5
+inputs and 7 states has [28, 5], rank 5, and [28, 7], rank 7.
 """
 
 import math
@@ -51,9 +53,9 @@ class LowRank:
                                               factor K, and 1 / linear_rank
     ========  ==============================  ===========================
 
-    K is the first side of a kernel, 1 where a convolution has one side. The paper knows square kernels, for which
-    min(I, O) K is the smaller side of the matrix; of any convolution but a Conv2d the rank is conv_rank of that side.
-    Every other matrix counts as a Linear.
+    K is the first side of a kernel, 1 where a convolution has one side. The paper knows square
+    kernels, for which min(I, O) K is the smaller side of the matrix; of any convolution but a
+    Conv2d the rank is conv_rank of that side. Every other matrix counts as a Linear.
 
     A ~ U(-1, 1) / sqrt(in side) (Kaiming with a = sqrt 5, as the official code; the paper says
     Gaussian and gives no variance), B = 0, so that tau starts at zero.
@@ -77,10 +79,12 @@ class LowRank:
                 f"linear_rank = {self.linear_rank}: must be a ratio above 0 and at most 1 under "
                 "rank_rule paper (an absolute rank needs rank_rule official)"
             )
-        if self.rank_rule == "official" and (self.linear_rank < 1 or self.linear_rank != int(self.linear_rank)):
+        if self.rank_rule == "official" and (
+            self.linear_rank < 1 or self.linear_rank != int(self.linear_rank)
+        ):
             raise ValueError(
-                f"linear_rank = {self.linear_rank}: must be an integer of at least 1 under rank_rule "
-                "official (for CIFAR-10 the authors use 4, for CIFAR-100 40)"
+                f"linear_rank = {self.linear_rank}: must be an integer of at least 1 under "
+                "rank_rule official (for CIFAR-10 the authors use 4, for CIFAR-100 40)"
             )
 
     def check(self, model: Model, train: Train) -> None:
@@ -139,7 +143,11 @@ class LowRank:
     def _rank(self, leaf: Leaf) -> int:
         full = min(sides(leaf))
         if leaf.matrix == "linear":
-            return int(self.linear_rank) if self.rank_rule == "official" else max(1, round(self.linear_rank * full))
+            return (
+                int(self.linear_rank)
+                if self.rank_rule == "official"
+                else max(1, round(self.linear_rank * full))
+            )
         outside, inside = _channels(leaf)
         if self.rank_rule == "official":
             return max(1, int(self.conv_rank * outside) * _height(leaf))
@@ -176,36 +184,51 @@ def _channels(leaf: Leaf) -> tuple[int, int]:
 
 
 def _height(leaf: Leaf) -> int:
-    """The side of a convolution's kernel that counts with its first axis; 1 of a kernel of one side."""
+    """The side of a convolution's kernel that counts with its first axis; 1 of a kernel of one
+    side.
+    """
     return leaf.shape[2] if len(leaf.shape) > 3 else 1
 
 
 def matching(model: Model, patterns: Iterable[str], frozen: bool = False) -> list[str]:
-    """The weights that a low-rank part can have and whose names a pattern matches; ``frozen``: also of those that the
-    network's builder has frozen. Raises ValueError when a pattern matches none."""
-    matrices = [n for n, leaf in (model.described if frozen else model.leaves).items() if leaf.matrix]
+    """The weights that a low-rank part can have and whose names a pattern matches; ``frozen``: also
+    of those that the network's builder has frozen. Raises ValueError when a pattern matches none.
+    """
+    matrices = [
+        n for n, leaf in (model.described if frozen else model.leaves).items() if leaf.matrix
+    ]
     for pattern in patterns:
         if any(fnmatchcase(n, pattern) for n in matrices):
             continue
-        if locked := [n for n, leaf in model.locked.items() if leaf.matrix and fnmatchcase(n, pattern)]:
+        if locked := [
+            n for n, leaf in model.locked.items() if leaf.matrix and fnmatchcase(n, pattern)
+        ]:
             raise ValueError(
-                f"layers = {pattern}: matches only weights that are frozen, such as {locked[0]}, which this method leaves "
-                "as they are; fedit and its kin train low-rank parts beside such weights"
+                f"layers = {pattern}: matches only weights that are frozen, such as {locked[0]}, "
+                "which this method leaves as they are; fedit and its kin train low-rank parts "
+                "beside such weights"
             )
         met = [f"{n}: {model.why_none(n)}" for n in model.described if fnmatchcase(n, pattern)]
         why = f" that can be decomposed ({first_few(met)})" if met else ""
-        raise ValueError(f"layers = {pattern}: matches no weight{why}; there are {', '.join(matrices) or 'none'}")
+        raise ValueError(
+            f"layers = {pattern}: matches no weight{why}; there are {', '.join(matrices) or 'none'}"
+        )
     return [n for n in matrices if any(fnmatchcase(n, pattern) for pattern in patterns)]
 
 
-def left_out(model: Model, low_rank: Mapping[str, int], full: Collection[str] = ()) -> dict[str, str]:
-    """{weight of two and more dimensions that is not in ``low_rank`` {weight: rank}: why}; ``full``: roles that are
-    trained as they are."""
+def left_out(
+    model: Model, low_rank: Mapping[str, int], full: Collection[str] = ()
+) -> dict[str, str]:
+    """{weight of two and more dimensions that is not in ``low_rank`` {weight: rank}: why};
+    ``full``: roles that are trained as they are.
+    """
     found = {}
     for name, leaf in model.described.items():
         if len(leaf.shape) < 2 or leaf.role == "stats" or name in low_rank:
             continue
-        chosen = "trained in full" if leaf.role in full else "frozen" if name in model.locked else ""
+        chosen = (
+            "trained in full" if leaf.role in full else "frozen" if name in model.locked else ""
+        )
         found[name] = chosen or model.why_none(name) or "not in layers"
     return found
 
@@ -221,12 +244,14 @@ def kaiming(rows: int, in_side: int, rng: Generator) -> Tensor:
 
 
 def right(matrix: Tensor, rows: int) -> Tensor:
-    """V' [..., rows, d2] of ``matrix`` [..., d1, d2] = U S V': orthonormal, the largest singular values first.
+    """V' [..., rows, d2] of ``matrix`` [..., d1, d2] = U S V': orthonormal, the largest singular
+    values first.
 
-    ``matrix`` V V' is its best approximation of this rank. A matrix of lower rank is completed by directions that
-    it does not have, so that A = V' and B = ``matrix`` V make no dead factor: where B is zero, A is not. By an
-    eigendecomposition of the smaller Gram matrix in float64, several times as fast as an SVD; singular values
-    below 1e-8 of the largest are lost, as they are in float32 numbers anyway. rows <= min(d1, d2).
+    ``matrix`` V V' is its best approximation of this rank. A matrix of lower rank is completed by
+    directions that it does not have, so that A = V' and B = ``matrix`` V make no dead factor: where
+    B is zero, A is not. By an eigendecomposition of the smaller Gram matrix in float64, several
+    times as fast as an SVD; singular values below 1e-8 of the largest are lost, as they are in
+    float32 numbers anyway. rows <= min(d1, d2).
     """
     W = matrix.double()
     tall, basis = W, None
@@ -239,19 +264,20 @@ def right(matrix: Tensor, rows: int) -> Tensor:
 
 
 def truncated(update: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
-    """``update`` [d1, ...] as the receiver of its largest singular values has it, and the number n (d1 + d2 + 1) of
-    what is sent, [].
+    """``update`` [d1, ...] as the receiver of its largest singular values has it, and the number n
+    (d1 + d2 + 1) of what is sent, [].
 
-    As a matrix [d1, d2] it is sum_j s_j u_j v_j'; sent are s_j, u_j, v_j for j <= n, n >= 1 the smallest
-    number with sum_{j <= n} s_j^2 >= energy sum_j s_j^2. energy: [] float64. In float64 a value below 1e-8 s_1,
-    of a matrix without full rank, is lost in the sum, so n is at most the rank. What is not finite
-    comes back as it is.
+    As a matrix [d1, d2] it is sum_j s_j u_j v_j'; sent are s_j, u_j, v_j for j <= n, n >= 1 the
+    smallest number with sum_{j <= n} s_j^2 >= energy sum_j s_j^2. energy: [] float64. In float64 a
+    value below 1e-8 s_1, of a matrix without full rank, is lost in the sum, so n is at most the
+    rank. What is not finite comes back as it is.
     """
     matrix = update.flatten(1).double()
     finite = matrix.isfinite().all()
     U, s, V = torch.linalg.svd(torch.where(finite, matrix, 0.0), full_matrices=False)  # refuses nan
     held = s.square().cumsum(0)
     enough = held[:-1] >= energy * held[-1]  # without the next ones
-    kept = torch.cat([torch.ones_like(finite)[None], ~enough])  # a mask: in a stack every client has its own n
+    # a mask: in a stack every client has its own n
+    kept = torch.cat([torch.ones_like(finite)[None], ~enough])
     rest = torch.where(finite, (U * (s * kept)) @ V, matrix)
     return rest.to(update.dtype).view(update.shape), kept.sum() * (sum(matrix.shape) + 1)

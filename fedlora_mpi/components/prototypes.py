@@ -1,13 +1,14 @@
-"""The mean feature of each class: what a client knows of it, its mean over clients, the pull towards it.
+"""The mean feature of each class: what a client knows of it, its mean over clients, the pull
+towards it.
 
-Features z [d] are what enters the head. A client with n_i samples, of which a share pi_ik has class k,
-shows h_ik = pi_ik mean_i(z | k) and pi_ik. Both are linear in the samples, so the quotient of their means
-over clients, weighted by samples, is the mean over the samples of all clients:
+Features z [d] are what enters the head. A client with n_i samples, of which a share pi_ik has class
+k, shows h_ik = pi_ik mean_i(z | k) and pi_ik. Both are linear in the samples, so the quotient of
+their means over clients, weighted by samples, is the mean over the samples of all clients:
 
     c_k = sum_i n_i h_ik / sum_i n_i pi_ik = sum_i n_ik mean_i(z | k) / sum_i n_ik
 
-The means over clients are the shared leaves ``class.means`` [classes, d] and ``class.shares`` [classes],
-a client's own h_i is its personal leaf ``own.means`` [classes, d].
+The means over clients are the shared leaves ``class.means`` [classes, d] and ``class.shares``
+[classes], a client's own h_i is its personal leaf ``own.means`` [classes, d].
 """
 
 from collections.abc import Callable
@@ -36,16 +37,21 @@ def statistics(model: Model, weights: Tree, data: Batch) -> tuple[Tensor, Tensor
 
 
 def own_means(of: Callable[[Tensor], Tensor], data: Batch) -> Tensor:
-    """[classes, m]: the mean of ``of(x)`` [B, m] over a client's samples of each class; zero where it has none."""
+    """[classes, m]: the mean of ``of(x)`` [B, m] over a client's samples of each class; zero where
+    it has none.
+    """
     sums, _ = _sums(of, data)
     return sums / data.counts.clamp(min=1)[:, None]
 
 
 def _sums(of: Callable[[Tensor], Tensor], data: Batch) -> tuple[Tensor, Tensor]:
-    """Over all samples of a client: the sum of z = of(x) by class [classes, m], and that of ||z||^2 []."""
+    """Over all samples of a client: the sum of z = of(x) by class [classes, m], and that of ||z||^2
+    [].
+    """
     classes = len(data.counts)
     real = torch.ones_like(data.y) if data.real is None else data.real
-    one_hot = (data.y[:, None] == torch.arange(classes, device=data.y.device)) * real[:, None]  # [n, classes]
+    # [n, classes]
+    one_hot = (data.y[:, None] == torch.arange(classes, device=data.y.device)) * real[:, None]
     sums, energy = 0.0, 0.0
     for x, which, is_real in zip(data.x.split(_CHUNK), one_hot.split(_CHUNK), real.split(_CHUNK)):
         z = of(x)
@@ -71,13 +77,16 @@ def class_means(v: Vars, batch: Batch) -> Tensor:
 
 
 def prototypes(shared: Tree) -> tuple[Tensor, Tensor]:
-    """c [classes, d] over all clients, and which classes are known [classes]; the others' c is zero."""
+    """c [classes, d] over all clients, and which classes are known [classes]; the others' c is
+    zero.
+    """
     shares = shared[SHARES]
     return shared[MEANS] / shares.clamp(min=1e-30)[:, None], shares > 0
 
 
 def pull(z: Tensor, means: Tensor, batch: Batch, known: Tensor | None = None) -> Tensor:
-    """Mean over real examples and features of (z - c_y)^2, []; zero for an example whose class is not ``known``.
+    """Mean over real examples and features of (z - c_y)^2, []; zero for an example whose class is
+    not ``known``.
 
     z: [B, d]; means: c [classes, d]; known: [classes], None: all.
     """

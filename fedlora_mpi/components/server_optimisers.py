@@ -21,16 +21,21 @@ from ..models.network import Model
 def moments(model: Model, shared: Tree, **begin: float) -> Tree:
     """``<moment>.<leaf>`` for every leaf that is stepped, filled with the number it begins with."""
     leaves = {n: v for n, v in shared.items() if model.role(n) != "stats"}
-    return {f"{m}.{n}": torch.full_like(v, value) for m, value in begin.items() for n, v in leaves.items()}
+    return {
+        f"{m}.{n}": torch.full_like(v, value)
+        for m, value in begin.items()
+        for n, v in leaves.items()
+    }
 
 
 def stepped(
     server: Tree, shared: Tree, mean: Tree, step: Callable[..., tuple[Tensor, dict[str, Tensor]]]
 ) -> tuple[Tree, Tree]:
-    """The next (server, shared): x + increment for every leaf with moments, the mean for the others.
+    """The next (server, shared): x + increment for every leaf with moments, the mean for the
+    others.
 
-    ``step(delta, **moments)`` gives the increment and the next moments of one leaf; delta = mean - x.
-    It computes in float64, so that the increment delta gives the mean to the bit.
+    ``step(delta, **moments)`` gives the increment and the next moments of one leaf; delta = mean -
+    x. It computes in float64, so that the increment delta gives the mean to the bit.
     """
     names = dict.fromkeys(name.partition(".")[0] for name in server)
     server, moved = dict(server), dict(mean)

@@ -13,12 +13,14 @@ def on_simplex(rows: Tensor) -> Tensor:
 
 
 def best_weights(gram: Tensor, variance: Tensor) -> Tensor:
-    """Row i: argmin over the simplex of sum_a V_a alpha_a^2 + ||h_i - sum_a alpha_a h_a||^2, [n, n].
+    """Row i: argmin over the simplex of sum_a V_a alpha_a^2 + ||h_i - sum_a alpha_a h_a||^2, [n,
+    n].
 
-    The best estimate of h_i from all h, where h_a is known up to the variance V_a. gram: [n, n] inner
-    products of the h, of which the mean may be taken off; variance: [n]; both float64. All rows
-    together, by projected gradient descent with momentum (FISTA) that starts anew where it overshoots
-    (O'Donoghue and Candes, 2015); ends when no row can gain more than 1e-12 of the curvature's scale.
+    The best estimate of h_i from all h, where h_a is known up to the variance V_a. gram: [n, n]
+    inner products of the h, of which the mean may be taken off; variance: [n]; both float64. All
+    rows together, by projected gradient descent with momentum (FISTA) that starts anew where it
+    overshoots (O'Donoghue and Candes, 2015); ends when no row can gain more than 1e-12 of the
+    curvature's scale.
     """
     hessian = gram + torch.diag(variance)
     step = 1 / torch.linalg.matrix_norm(hessian, 2).clamp(min=1e-300)

@@ -1,8 +1,8 @@
 """A frozen dataclass from a mapping of plain values, with messages a user can act on.
 
 Annotations say what a field takes: int, float, bool, str, Literal, Any (plain data), nested
-dataclasses, tuple[X, ...], and unions of these with None. A ``__post_init__`` raises ValueError with
-a text that starts "field = value: "; the builder puts the place and the block in front.
+dataclasses, tuple[X, ...], and unions of these with None. A ``__post_init__`` raises ValueError
+with a text that starts "field = value: "; the builder puts the place and the block in front.
 """
 
 import inspect
@@ -35,7 +35,9 @@ def inside(key: str, name: str) -> str:
 
 
 def show(value: Any) -> str:
-    """``value`` in at most 60 characters, as a user would write it; text like 0.1 or true in quotes."""
+    """``value`` in at most 60 characters, as a user would write it; text like 0.1 or true in
+    quotes.
+    """
     bare = isinstance(value, str) and value.isprintable() and _BARE.match(value)
     text = value if bare else json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -49,14 +51,18 @@ def nearest(word: str, words: Collection[str]) -> str:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where each dotted key was written; a key that nobody wrote counts to its block, then to ``file``."""
+    """Where each dotted key was written; a key that nobody wrote counts to its block, then to
+    ``file``.
+    """
 
     file: str
     of: Mapping[str, str] = field(default_factory=dict)
 
     def error(self, key: str, reason: str, value: Any = MISSING) -> ConfigError:
         """The message about a key."""
-        return self._message(key, key + ("" if value is MISSING else f" = {show(value)}") + f": {reason}")
+        return self._message(
+            key, key + ("" if value is MISSING else f" = {show(value)}") + f": {reason}"
+        )
 
     def refusal(self, key: str, error: ValueError) -> ConfigError:
         """The message about what a constructor of the block ``key`` refused."""
@@ -76,11 +82,12 @@ class Origin:
 def overlay(
     layers: Iterable[tuple[Mapping[str, Any], str]], selectors: Mapping[str, tuple[str, ...]]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The (layer, source) pairs merged, a later value over an earlier one, and ``Origin.of`` of the result.
+    """The (layer, source) pairs merged, a later value over an earlier one, and ``Origin.of`` of the
+    result.
 
-    ``selectors``: dotted key of a choice block -> the keys in it that say what its other keys mean; a
-    bare name stands for the first. A block that is given as a bare name or as {}, or whose selector
-    changes, starts afresh.
+    ``selectors``: dotted key of a choice block -> the keys in it that say what its other keys mean;
+    a bare name stands for the first. A block that is given as a bare name or as {}, or whose
+    selector changes, starts afresh.
     """
     flat: dict[tuple[str, ...], tuple[Any, str]] = {}
     for layer, source in layers:
@@ -90,11 +97,15 @@ def overlay(
             bare = block in flat and isinstance(flat[block][0], str)
             if bare and block not in new and any(_related(block, path) for path in new):
                 flat[(*block, names[0])] = flat.pop(block)
-            before, now = ({n: at[(*block, n)][0] for n in names if (*block, n) in at} for at in (flat, new))
+            before, now = (
+                {n: at[(*block, n)][0] for n in names if (*block, n) in at} for at in (flat, new)
+            )
             if before and now and before != now:
                 flat = {path: given for path, given in flat.items() if not _related(block, path)}
         flat = {
-            path: given for path, given in flat.items() if not any(_related(path, other) for other in new)
+            path: given
+            for path, given in flat.items()
+            if not any(_related(path, other) for other in new)
         } | new
     tree: dict[str, Any] = {}
     for path, (value, _) in flat.items():
@@ -120,7 +131,8 @@ def fields_of(cls: type) -> dict[str, Field]:
     hints = get_type_hints(cls)
     return {
         f.name: Field(
-            partial(typed, hints[f.name]), f.default if f.default_factory is MISSING else f.default_factory()
+            partial(typed, hints[f.name]),
+            f.default if f.default_factory is MISSING else f.default_factory(),
         )
         for f in fields(cls)
     }
@@ -130,13 +142,17 @@ def options_of(function: Callable) -> dict[str, Field]:
     """The keyword-only parameters of a function; one without annotation takes any plain data."""
     hints = get_type_hints(function)
     return {
-        p.name: Field(partial(typed, hints.get(p.name, Any)), MISSING if p.default is p.empty else p.default)
+        p.name: Field(
+            partial(typed, hints.get(p.name, Any)), MISSING if p.default is p.empty else p.default
+        )
         for p in inspect.signature(function).parameters.values()
         if p.kind is p.KEYWORD_ONLY
     }
 
 
-def read(known: Mapping[str, Field], block: Any, key: str, origin: Origin, owner: str) -> dict[str, Any]:
+def read(
+    known: Mapping[str, Field], block: Any, key: str, origin: Origin, owner: str
+) -> dict[str, Any]:
     """The checked values of ``block`` for every known key, in their order, defaults included.
 
     Raises ConfigError for what is no block, an unknown or missing key, or a value of a wrong type.
@@ -202,8 +218,12 @@ def typed(want: Any, value: Any, key: str, origin: Origin) -> Any:
     blocks = [member for member in members if isinstance(member, type) and is_dataclass(member)]
     if blocks and (isinstance(value, Mapping) or len(members) == 1):
         return build(blocks[0], value, key, origin)
-    words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
-    hint = nearest(value, [w for w in words if isinstance(w, str)]) if isinstance(value, str) else ""
+    words = [
+        word for member in members if get_origin(member) is Literal for word in get_args(member)
+    ]
+    hint = (
+        nearest(value, [w for w in words if isinstance(w, str)]) if isinstance(value, str) else ""
+    )
     raise origin.error(key, f"must be {_either(_allowed(want))}{hint}", value)
 
 
@@ -216,7 +236,9 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _leaves(block: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(
+    block: Mapping[str, Any], above: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
     """(path, value) of everything in nested mappings that is no mapping itself, or an empty one."""
     for name, value in block.items():
         if isinstance(value, Mapping) and value:
@@ -238,15 +260,19 @@ def _fit(value: Any, want: Any) -> Any:
     """``value`` converted to the type ``want``, or MISSING where it is not of that type."""
     form, args = get_origin(want), get_args(want)
     if form in (Union, UnionType):
-        exact_first = sorted(args, key=lambda member: member is not type(value))  # 4 in float | int stays 4
-        return next((v for member in exact_first if (v := _fit(value, member)) is not MISSING), MISSING)
+        # 4 in float | int stays 4
+        exact_first = sorted(args, key=lambda member: member is not type(value))
+        return next(
+            (v for member in exact_first if (v := _fit(value, member)) is not MISSING), MISSING
+        )
     if form is Literal:
         return value if any(type(value) is type(a) and value == a for a in args) else MISSING
     if form is tuple and args[1:] == (...,):
         items = [_fit(v, args[0]) for v in value] if isinstance(value, list | tuple) else [MISSING]
         return MISSING if any(v is MISSING for v in items) else tuple(items)
     if want is float:
-        number = type(value) in (int, float) and abs(value) <= sys.float_info.max  # neither nan nor inf
+        # neither nan nor inf
+        number = type(value) in (int, float) and abs(value) <= sys.float_info.max
         return float(value) if number else MISSING
     if want is Any:
         return value if _is_plain(value) else MISSING
@@ -274,7 +300,13 @@ def _allowed(want: Any) -> list[str]:
         return [f"a list, each item {_either(_allowed(args[0]))}"]
     if is_dataclass(want):
         return [f"a block with {', '.join(f.name for f in fields(want))}"]
-    simple = {int: "an integer", float: "a number", str: "text", NoneType: "null", Any: "plain finite data"}
+    simple = {
+        int: "an integer",
+        float: "a number",
+        str: "text",
+        NoneType: "null",
+        Any: "plain finite data",
+    }
     return ["true", "false"] if want is bool else [simple.get(want, str(want))]
 
 

@@ -26,7 +26,10 @@ class DataBlock:
 
     def __post_init__(self) -> None:
         if self.tasks and self.source.shift == "labels":
-            raise ValueError("shift = labels: would make a task other classes for every client; choose none or rotate")
+            raise ValueError(
+                "shift = labels: would make a task other classes for every client; choose none or "
+                "rotate"
+            )
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Network:
 class ModelBlock:
     """The ``model`` block: one network, or a ``mix`` of them over the clients.
 
-    Client k has network k mod len(mix); with ``clients`` the first clients[0] clients have the first,
-    the next clients[1] the second; with ``each`` client k has number each[k], from 0.
+    Client k has network k mod len(mix); with ``clients`` the first clients[0] clients have the
+    first, the next clients[1] the second; with ``each`` client k has number each[k], from 0.
     """
 
     mix: tuple[Network, ...]
@@ -60,30 +63,43 @@ class ModelBlock:
             raise ValueError("mix = []: must name at least one network")
         if self.clients is not None and self.each is not None:
             raise ValueError(f"each = {list(self.each)}: give either clients or each")
-        if self.clients is not None and (len(self.clients) != len(self.mix) or min(self.clients) < 1):
-            raise ValueError(f"clients = {list(self.clients)}: must be {len(self.mix)} integers of at least 1")
+        if self.clients is not None and (
+            len(self.clients) != len(self.mix) or min(self.clients) < 1
+        ):
+            raise ValueError(
+                f"clients = {list(self.clients)}: must be {len(self.mix)} integers of at least 1"
+            )
         if self.each is not None and not all(0 <= number < len(self.mix) for number in self.each):
-            raise ValueError(f"each = {list(self.each)}: each item must be from 0 to {len(self.mix) - 1}")
+            raise ValueError(
+                f"each = {list(self.each)}: each item must be from 0 to {len(self.mix) - 1}"
+            )
 
     def of_clients(self, clients: int) -> tuple[int, ...]:
-        """Which network of the mix each client has, [N]. Raises ValueError when they are not so many."""
+        """Which network of the mix each client has, [N]. Raises ValueError when they are not so
+        many.
+        """
         field, given = ("each", clients) if self.clients is None else ("clients", sum(self.clients))
         if self.each is not None:
             given = len(self.each)
         if given != clients:
             raise ValueError(
-                f"{field} = {list(getattr(self, field))}: is for {given} clients, data.partition.clients is "
-                f"{clients}; make the two agree"
+                f"{field} = {list(getattr(self, field))}: is for {given} clients, "
+                f"data.partition.clients is {clients}; make the two agree"
             )
         if self.clients is not None:
             return tuple(number for number, count in enumerate(self.clients) for _ in range(count))
-        return tuple(client % len(self.mix) for client in range(clients)) if self.each is None else self.each
+        return (
+            tuple(client % len(self.mix) for client in range(clients))
+            if self.each is None
+            else self.each
+        )
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """The ``evaluate`` block, in rounds. clients: who is judged; of ``cohort``, those of the round, the others have no
-    accuracy in it, and a round costs the same however many they are."""
+    """The ``evaluate`` block, in rounds. clients: who is judged; of ``cohort``, those of the round,
+    the others have no accuracy in it, and a round costs the same however many they are.
+    """
 
     every: int = 1
     clients: Literal["all", "cohort"] = "all"
@@ -159,7 +175,9 @@ class Config:
             self.model.of_clients(self.data.partition.clients)
         except ValueError as error:
             raise ValueError(f"model.{error}") from None
-        check_settings(self.privacy, self.participation, self.reduce, self.uplink, bool(self.data.tasks))
+        check_settings(
+            self.privacy, self.participation, self.reduce, self.uplink, bool(self.data.tasks)
+        )
         if not self.output.strip() or not self.output.isprintable():
             raise ValueError(f"output = {self.output!r}: must be the name of a folder")
         require_path("output", self.output)

@@ -1,8 +1,9 @@
-"""The config file: YAML, one base under it, ``key=value`` from the command line over it; to ``Config``.
+"""The config file: YAML, one base under it, ``key=value`` from the command line over it; to
+``Config``.
 
-Only plain data under YAML 1.2's core rules: ``1e-3`` is a number; ``on``, ``yes``, ``010``, ``1:30``
-and ``2020-01-01`` are text; a key given twice, a tag, an anchor or an alias is refused. Every
-mistake is a ``ConfigError`` of one line.
+Only plain data under YAML 1.2's core rules: ``1e-3`` is a number; ``on``, ``yes``, ``010``,
+``1:30`` and ``2020-01-01`` are text; a key given twice, a tag, an anchor or an alias is refused.
+Every mistake is a ``ConfigError`` of one line.
 """
 
 import json
@@ -29,10 +30,23 @@ from .experiment import Config, DataBlock, Faults, Log, ModelBlock, Network
 
 # The keys of a choice block that say what its other keys mean.
 SELECTORS = {"data.partition": ("kind",), "model": ("name", "mix"), "algorithm": ("name",)}
-FREE_ON_RESUME = ("rounds", "output", "checkpoint", "data.root", "data.download", "server_hosts_clients", "mix", "uplink",
-                  "faults.tolerate", "faults.timeout", "engine.personal", "engine.graphs", "log")
-# Keys, or whole blocks (all of their keys), that are written where they are not as by default: the digest of a config
-# without them stays what it was before there were any.
+FREE_ON_RESUME = (
+    "rounds",
+    "output",
+    "checkpoint",
+    "data.root",
+    "data.download",
+    "server_hosts_clients",
+    "mix",
+    "uplink",
+    "faults.tolerate",
+    "faults.timeout",
+    "engine.personal",
+    "engine.graphs",
+    "log",
+)
+# Keys, or whole blocks (all of their keys), that are written where they are not as by default: the
+# digest of a config without them stays what it was before there were any.
 LATER = {
     "engine": ("compile", "personal", "graphs"),
     "evaluate": ("clients",),
@@ -62,7 +76,9 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for placeholder in _PLACEHOLDER.findall(config.output):
         if placeholder not in parts:
             allowed = ", ".join(f"{{{part}}}" for part in parts)
-            raise origin.error("output", f"{{{placeholder}}} is unknown; there are {allowed}", config.output)
+            raise origin.error(
+                "output", f"{{{placeholder}}} is unknown; there are {allowed}", config.output
+            )
     return replace(config, output=_PLACEHOLDER.sub(lambda m: parts[m[1]], config.output))
 
 
@@ -78,7 +94,9 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[Config, Origin]:
 
 
 def from_dict(mapping: Mapping[str, Any], source: str) -> Config:
-    """The config of a plain mapping such as ``resolved_dict`` gives; ``source`` names it in messages."""
+    """The config of a plain mapping such as ``resolved_dict`` gives; ``source`` names it in
+    messages.
+    """
     return _config(mapping, Origin(source))
 
 
@@ -87,7 +105,9 @@ def resolved_dict(config: Config) -> dict[str, Any]:
     tree = blocks.plain({name: getattr(config, name) for name in blocks.fields_of(Config)})
     partition = config.data.partition
     kind = next(kind for kind, cls in KINDS.items() if type(partition) is cls)
-    tree["data"] = blocks.plain(config.data.source) | {"partition": {"kind": kind} | blocks.plain(partition)}
+    tree["data"] = blocks.plain(config.data.source) | {
+        "partition": {"kind": kind} | blocks.plain(partition)
+    }
     for block, names in LATER.items():
         _drop_defaults(tree, block, names)
     if config.data.tasks:  # likewise
@@ -104,7 +124,9 @@ def resolved_dict(config: Config) -> dict[str, Any]:
 
 
 def _drop_defaults(tree: dict[str, Any], block: str, names: Sequence[str]) -> None:
-    """Remove those of ``names`` from a block that are as by default, and the block when nothing is left."""
+    """Remove those of ``names`` from a block that are as by default, and the block when nothing is
+    left.
+    """
     default = blocks.plain(Config.__dataclass_fields__[block].default)
     for name in names:
         if tree[block][name] == default[name]:
@@ -127,7 +149,9 @@ def _network_tree(network: Network) -> dict[str, Any]:
 
 def resolved_yaml(config: Config) -> str:
     """``resolved_dict`` as YAML; ``read`` gives an equal Config back."""
-    return yaml.dump(resolved_dict(config), Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
+    return yaml.dump(
+        resolved_dict(config), Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True
+    )
 
 
 def sealed_yaml(config: Config) -> str:
@@ -144,18 +168,21 @@ def recorded(path: Path, overrides: Sequence[str] = ()) -> Config:
     first, _, rest = _text(path).partition("\n")
     if first.startswith(_SEAL) and first != _SEAL + checksum(rest):
         raise ConfigError(
-            f"{path}: checksum differs, the file was damaged or edited; give changes as KEY=VALUE, and remove its first "
-            "line to take it as it is"
+            f"{path}: checksum differs, the file was damaged or edited; give changes as "
+            "KEY=VALUE, and remove its first line to take it as it is"
         )
     return _read(path, overrides)[0]
 
 
 def recorded_rounds(path: Path, overrides: Sequence[str] = ()) -> int:
-    """``rounds`` of a config in a run folder, for which nothing of the user's is imported; ``rounds=N`` alone may override
-    it. Raises ConfigError."""
+    """``rounds`` of a config in a run folder, for which nothing of the user's is imported;
+    ``rounds=N`` alone may override it. Raises ConfigError.
+    """
     given = [text.partition("=") for text in overrides]
     if other := [key for key, _, _ in given if key != "rounds"]:
-        raise ConfigError(f"{COMMAND_LINE}: {other[0]}: of a run folder only rounds may be asked otherwise")
+        raise ConfigError(
+            f"{COMMAND_LINE}: {other[0]}: of a run folder only rounds may be asked otherwise"
+        )
     value = _parse(given[-1][2], f"{COMMAND_LINE}: rounds") if given else _load(path).get("rounds")
     if type(value) is not int or value < 1:
         raise ConfigError(f"{path}: rounds = {value}: must be an integer of at least 1")
@@ -187,7 +214,9 @@ def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]
 
 
 def algorithm_name(algorithm: Algorithm) -> str:
-    """The name that a config gives to this algorithm: ``fedlora``, or ``my_package.my_module:MyClass``."""
+    """The name that a config gives to this algorithm: ``fedlora``, or
+    ``my_package.my_module:MyClass``.
+    """
     cls = type(algorithm)
     package, _, name = cls.__module__.rpartition(".")
     return name if package == algorithms.__name__ else f"{cls.__module__}:{cls.__name__}"
@@ -209,7 +238,9 @@ def _data(value: Any, key: str, origin: Origin) -> DataBlock:
     own = {"partition": Field(_partition), "tasks": blocks.fields_of(DataBlock)["tasks"]}
     values = blocks.read(blocks.fields_of(Source) | own, value, key, origin, key)
     rest = {name: values.pop(name) for name in own}
-    return blocks.make(DataBlock, {"source": blocks.make(Source, values, key, origin)} | rest, key, origin)
+    return blocks.make(
+        DataBlock, {"source": blocks.make(Source, values, key, origin)} | rest, key, origin
+    )
 
 
 def _partition(value: Any, key: str, origin: Origin) -> Partition:
@@ -227,7 +258,9 @@ def _model(value: Any, key: str, origin: Origin) -> ModelBlock:
 
 def _networks(value: Any, key: str, origin: Origin) -> tuple[Network, ...]:
     if not isinstance(value, list | tuple):
-        raise origin.error(key, "must be a list of networks, each a name or a block with a name", value)
+        raise origin.error(
+            key, "must be a list of networks, each a name or a block with a name", value
+        )
     return tuple(_network(item, f"{key}[{number}]", origin) for number, item in enumerate(value))
 
 
@@ -236,7 +269,9 @@ def _network(value: Any, key: str, origin: Origin) -> Network:
         "name", zoo.NAMES, "torchvision:<model> or <module>:<callable>", value, key, origin
     )
     own = zoo.NAMES.get(name)
-    known = blocks.options_of(own) if own else dict.fromkeys(options, Field(partial(blocks.typed, Any)))
+    known = (
+        blocks.options_of(own) if own else dict.fromkeys(options, Field(partial(blocks.typed, Any)))
+    )
     known["weights"] = blocks.fields_of(Network)["weights"]
     values = blocks.read(known, options, key, origin, owner=name)
     weights = values.pop("weights")
@@ -244,7 +279,9 @@ def _network(value: Any, key: str, origin: Origin) -> Network:
 
 
 def _algorithm(value: Any, key: str, origin: Origin) -> Algorithm:
-    name, options = blocks.choose("name", algorithms.names(), "<module>:<Class>", value, key, origin)
+    name, options = blocks.choose(
+        "name", algorithms.names(), "<module>:<Class>", value, key, origin
+    )
     try:
         cls = algorithms.find(name)
     except ValueError as error:
@@ -274,7 +311,9 @@ def _overrides(texts: Sequence[str]) -> list[dict]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not all(key.split(".")) or key.count(".") > _DEPTH:
-            raise ConfigError(f"{COMMAND_LINE}: {text}: must be key=value, for instance train.lr=0.1")
+            raise ConfigError(
+                f"{COMMAND_LINE}: {text}: must be key=value, for instance train.lr=0.1"
+            )
         pairs.append((key, _value(key, value, f"{COMMAND_LINE}: {text}")))
     selectors = [f"{block}.{name}" for block, names in SELECTORS.items() for name in names]
     pairs.sort(key=lambda pair: (pair[0].count("."), pair[0] not in selectors))
@@ -282,7 +321,8 @@ def _overrides(texts: Sequence[str]) -> list[dict]:
 
 
 def _value(key: str, text: str, source: str) -> Any:
-    """What an override sets: a path is taken letter by letter, unless it stands in quotes; the rest is YAML.
+    """What an override sets: a path is taken letter by letter, unless it stands in quotes; the rest
+    is YAML.
 
     Raises ConfigError where YAML would drop a comment.
     """
@@ -292,9 +332,14 @@ def _value(key: str, text: str, source: str) -> Any:
     value = _parse(text, source)
     kept = list(text)
     for token in yaml.scan(text):
-        kept[token.start_mark.index : token.end_mark.index] = " " * (token.end_mark.index - token.start_mark.index)
+        kept[token.start_mark.index : token.end_mark.index] = " " * (
+            token.end_mark.index - token.start_mark.index
+        )
     if dropped := "".join(kept).strip():
-        raise ConfigError(f"{source}: {dropped} would be a comment; put the text in quotes within those of the shell")
+        raise ConfigError(
+            f"{source}: {dropped} would be a comment; put the text in quotes within those of the "
+            "shell"
+        )
     return value
 
 
@@ -324,15 +369,21 @@ def _parse(text: str, source: str) -> Any:
         return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         at = error.problem_mark
-        raise ConfigError(f"{source}: line {at.line + 1}, column {at.column + 1}: {error.problem}") from None
+        raise ConfigError(
+            f"{source}: line {at.line + 1}, column {at.column + 1}: {error.problem}"
+        ) from None
     except yaml.reader.ReaderError as error:
-        raise ConfigError(f"{source}: is no YAML: character {error.position}: {error.reason}") from None
+        raise ConfigError(
+            f"{source}: is no YAML: character {error.position}: {error.reason}"
+        ) from None
     except ValueError as error:  # a number of thousands of digits
         raise ConfigError(f"{source}: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data under YAML 1.2's core rules, minus hexadecimal and octal; keys are text and unique."""
+    """Plain data under YAML 1.2's core rules, minus hexadecimal and octal; keys are text and
+    unique.
+    """
 
     yaml_implicit_resolvers: dict = {}
     depth = 0

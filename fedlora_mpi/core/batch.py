@@ -12,9 +12,11 @@ class Batch(NamedTuple):
 
     x: Tensor  # [B, ...] images, transformed and normalised, or [B, L] int64 token ids
     y: Tensor  # [B] class index, int64
-    real: Tensor | None  # [B] False for padding, which is at the end; None when all B examples are real
+    # [B] False for padding, which is at the end; None when all B examples are real
+    real: Tensor | None
     key: Tensor  # [] int64, the address of this step's noise (dropout)
-    counts: Tensor  # [classes] training samples of this client in each class, in this round, float32
+    # [classes] training samples of this client in each class, in this round, float32
+    counts: Tensor
 
 
 def mean(each: Tensor, batch: Batch) -> Tensor:
@@ -28,7 +30,8 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     """Mean cross-entropy over the real examples, []. logits: [B, classes]."""
     if batch.real is None:
         return F.cross_entropy(logits, batch.y)
-    logits = torch.where(batch.real[:, None], logits, 0)  # or an infinite logit of padding has a gradient nan
+    # or an infinite logit of padding has a gradient nan
+    logits = torch.where(batch.real[:, None], logits, 0)
     return mean(F.cross_entropy(logits, batch.y, reduction="none"), batch)
 
 
@@ -44,7 +47,8 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
     Padding stays at the end. The halves draw different noise.
     """
     first, second = (
-        Batch(*(v if v is None else v[at::2] for v in batch[:3]), batch.key + at, batch.counts) for at in (0, 1)
+        Batch(*(v if v is None else v[at::2] for v in batch[:3]), batch.key + at, batch.counts)
+        for at in (0, 1)
     )
     if len(batch.y) == 1:
         return first, first._replace(key=second.key)

@@ -8,18 +8,22 @@ STAGES = ("train", "exchange", "evaluate", "other", "waiting")
 
 
 class Stopwatch:
-    """Seconds of this rank by stage, since they were last ``taken``; together they are all that have passed.
+    """Seconds of this rank by stage, since they were last ``taken``; together they are all that
+    have passed.
 
-    ``waiting`` is what it spent in messages, for others or for the network; a stage counts less that. ``other`` is
-    what lies between two rounds (the log, a checkpoint), and to count FLOPs, once.
+    ``waiting`` is what it spent in messages, for others or for the network; a stage counts less
+    that. ``other`` is what lies between two rounds (the log, a checkpoint), and to count FLOPs,
+    once.
     """
 
     def __init__(self) -> None:
         self._seconds = np.zeros(len(STAGES))
-        self._last: tuple[float, float] | None = None  # when, and how long this rank had waited in all by then
+        # when, and how long this rank had waited in all by then
+        self._last: tuple[float, float] | None = None
 
     def lap(self, stage: str, waited: float) -> None:
-        """Count what has passed since the last lap to ``stage``; the first lap only starts the watch.
+        """Count what has passed since the last lap to ``stage``; the first lap only starts the
+        watch.
 
         waited: seconds this rank has spent in messages so far.
         """

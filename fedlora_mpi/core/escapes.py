@@ -1,11 +1,13 @@
-"""Text that others wrote (a name in a config, a leaf, a folder, an error) on its way to a terminal, to TeX, to CSV."""
+"""Text that others wrote (a name in a config, a leaf, a folder, an error) on its way to a terminal,
+to TeX, to CSV.
+"""
 
 import re
 import unicodedata
 from html import escape
 
-# Controls move the cursor or rename the window, format characters turn the direction of writing around, and a half
-# of a surrogate pair cannot be written at all.
+# Controls move the cursor or rename the window, format characters turn the direction of writing
+# around, and a half of a surrogate pair cannot be written at all.
 _ACTING = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _TEX = str.maketrans(
     {c: f"\\{c}" for c in "%_&#${}"}
@@ -15,7 +17,9 @@ _TEX = str.maketrans(
 
 
 def one_line(text: object) -> str:
-    """A text that a terminal only shows: what would act on it, the end of a line too, is escaped as Python does."""
+    """A text that a terminal only shows: what would act on it, the end of a line too, is escaped as
+    Python does.
+    """
     text = str(text)
     if text.isprintable():
         return text
@@ -51,14 +55,22 @@ def html_text(text: object) -> str:
 
 
 def cell(value: object) -> object:
-    """A cell of a CSV: a text that a spreadsheet would take for a formula gets a ``'`` before it, as OWASP says."""
-    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) or _is_number(value):
+    """A cell of a CSV: a text that a spreadsheet would take for a formula gets a ``'`` before it,
+    as OWASP says.
+    """
+    if (
+        not isinstance(value, str)
+        or not value.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
+        or _is_number(value)
+    ):
         return value
     return f"'{value}"
 
 
 def file_name(text: object) -> str:
-    """A part of a file name, and of an address in a page, with nothing but letters, digits, ``_``, ``-`` and ``.``."""
+    """A part of a file name, and of an address in a page, with nothing but letters, digits, ``_``,
+    ``-`` and ``.``.
+    """
     return re.sub(r"[^\w.-]|\.(?=\.)", "-", one_line(text), flags=re.ASCII)[:100]
 
 

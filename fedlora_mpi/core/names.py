@@ -1,16 +1,17 @@
 """Names of leaves: those of a network, and those that a method adds, which no network can have.
 
-A network's leaf is called by its path, such as ``layer1.0.conv1.weight``: names of modules and of a parameter, joined
-by dots. torch refuses a name that is empty or holds a dot, so no path begins or ends with a dot or has two in a row,
-whatever the parts of a network are called. The own leaves of a method do:
+A network's leaf is called by its path, such as ``layer1.0.conv1.weight``: names of modules and of a
+parameter, joined by dots. torch refuses a name that is empty or holds a dot, so no path begins or
+ends with a dot or has two in a row, whatever the parts of a network are called. The own leaves of a
+method do:
 
     .last.conv1.weight     ``own_name("last", "conv1.weight")``: "last" of that leaf, or of anything else
     .fresh.                ``own_name("fresh")``: of nothing; it is also what the names above begin with
     conv1.weight..A        ``factor("conv1.weight", "A")``: a part of what a weight stands for
 
-A first dot tells the first two from a factor, whose weight has a path. In the files of a run the same leaves have plain
-names, ``last.conv1.weight``, ``fresh`` and ``conv1.weight.A``, but where two leaves would then be called alike
-(``names_in_files``).
+A first dot tells the first two from a factor, whose weight has a path. In the files of a run the
+same leaves have plain names, ``last.conv1.weight``, ``fresh`` and ``conv1.weight.A``, but where two
+leaves would then be called alike (``names_in_files``).
 """
 
 from collections import Counter
@@ -51,13 +52,16 @@ def factors_of(tree: Mapping[str, T], letter: str) -> dict[str, T]:
 
 
 def plain_name(leaf: str) -> str:
-    """What a user reads: the path of a network's leaf as it is, ``own.conv1.weight`` or ``conv1.weight.A`` of others."""
+    """What a user reads: the path of a network's leaf as it is, ``own.conv1.weight`` or
+    ``conv1.weight.A`` of others.
+    """
     return leaf.strip(".").replace("..", ".")
 
 
 def names_in_files(leaves: Iterable[str]) -> dict[str, str]:
-    """{leaf: its name in a file that holds ``leaves``}: the plain one, but of two leaves that would share it the one
-    that is the method's own keeps its dots, and the network's its path."""
+    """{leaf: its name in a file that holds ``leaves``}: the plain one, but of two leaves that would
+    share it the one that is the method's own keeps its dots, and the network's its path.
+    """
     leaves = list(leaves)
     shared = Counter(map(plain_name, leaves))
     return {n: n if shared[plain_name(n)] > 1 else plain_name(n) for n in leaves}

@@ -5,16 +5,28 @@ import os
 from pathlib import Path
 
 # What the system says of a path that a user has to give otherwise.
-_MISTAKES = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM}
+_MISTAKES = {
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+}
 
 
 def expanded(path: str | Path) -> Path:
-    """``path`` with the home folder in the place of ``~``. Raises ValueError where there is no such user."""
+    """``path`` with the home folder in the place of ``~``. Raises ValueError where there is no such
+    user.
+    """
     try:
         return Path(path).expanduser()
     except RuntimeError:
         user = Path(path).parts[0].removeprefix("~")
-        raise ValueError(f"{path}: there is no home folder of {user or 'this user'}; give the whole path") from None
+        raise ValueError(
+            f"{path}: there is no home folder of {user or 'this user'}; give the whole path"
+        ) from None
 
 
 def require_path(key: str, path: str) -> None:

@@ -11,7 +11,8 @@ def assign(
 ) -> tuple[int, ...]:
     """The worker of each group: the longest first, each to the least loaded worker (Graham 1969).
 
-    costs: expected seconds or any unit, one per group; workers: ranks; stays: where a group is already, or None.
+    costs: expected seconds or any unit, one per group; workers: ranks; stays: where a group is
+    already, or None.
     """
     host = list(stays or [None] * len(costs))
     load = {w: sum(cost for cost, at in zip(costs, host) if at == w) for w in workers}
@@ -25,4 +26,6 @@ def assign(
 def equal_parts(members: Sequence[T], most: int) -> list[Sequence[T]]:
     """``members``, in order, in as few equal parts as have at most ``most`` each."""
     parts = -(-len(members) // most)
-    return [members[len(members) * i // parts : len(members) * (i + 1) // parts] for i in range(parts)]
+    return [
+        members[len(members) * i // parts : len(members) * (i + 1) // parts] for i in range(parts)
+    ]

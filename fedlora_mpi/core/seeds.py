@@ -43,10 +43,12 @@ def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 @contextmanager
 def isolated(seed: int, *address: int | str) -> Iterator[None]:
-    """Give foreign code that draws from the global generator of torch, numpy or Python a stream of its own.
+    """Give foreign code that draws from the global generator of torch, numpy or Python a stream of
+    its own.
 
     Constructors of ``nn.Module`` know no other source. The global states are put back afterwards,
-    so nothing outside can tell that it ran. A generator that foreign code makes for itself is its own affair.
+    so nothing outside can tell that it ran. A generator that foreign code makes for itself is its
+    own affair.
     """
     number, of_python, of_numpy = key(seed, *address), random.getstate(), np.random.get_state()
     try:
@@ -62,6 +64,8 @@ def isolated(seed: int, *address: int | str) -> Iterator[None]:
 
 def global_states() -> dict[str, object]:
     """The states of the global generators, to compare: nothing of ours moves them."""
-    numpy = tuple(part.tobytes() if isinstance(part, np.ndarray) else part for part in np.random.get_state())
+    numpy = tuple(
+        part.tobytes() if isinstance(part, np.ndarray) else part for part in np.random.get_state()
+    )
     torch_s = torch.get_rng_state().numpy().tobytes()
     return {"torch's": torch_s, "numpy's": numpy, "Python's": random.getstate()}

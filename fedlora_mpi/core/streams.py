@@ -1,4 +1,6 @@
-"""Standard streams that cannot end a command: closed ones, unread ones and those of an ASCII terminal."""
+"""Standard streams that cannot end a command: closed ones, unread ones and those of an ASCII
+terminal.
+"""
 
 import codecs
 import os
@@ -7,7 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 UNREAD = 141  # exit code of a command whose reader has left: what a shell reports of SIGPIPE
-_PLAIN = {"·": "|", "±": "+-", "×": "x", "–": "-", "—": "-", "…": "...", "→": "->", "≥": ">=", "≤": "<="}
+_PLAIN = {
+    "·": "|",
+    "±": "+-",
+    "×": "x",
+    "–": "-",
+    "—": "-",
+    "…": "...",
+    "→": "->",
+    "≥": ">=",
+    "≤": "<=",
+}
 
 
 class Unprintable(Exception):
@@ -19,15 +31,17 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     signs = error.object[error.start : error.end]
-    return "".join(_PLAIN.get(s) or s.encode("ascii", "backslashreplace").decode() for s in signs), error.end
+    return "".join(
+        _PLAIN.get(s) or s.encode("ascii", "backslashreplace").decode() for s in signs
+    ), error.end
 
 
 @contextmanager
 def usable_streams() -> Iterator[None]:
     """Inside, the three standard streams are open and print any text.
 
-    A command whose output has lost its reader (``report | head -1``) leaves by BrokenPipeError, one whose output goes to
-    a full disk by Unprintable, and nothing is left to be flushed.
+    A command whose output has lost its reader (``report | head -1``) leaves by BrokenPipeError, one
+    whose output goes to a full disk by Unprintable, and nothing is left to be flushed.
     """
     codecs.register_error("fedlora_mpi", _plain)
     _open_closed()
@@ -52,7 +66,9 @@ def usable_streams() -> Iterator[None]:
 
 @contextmanager
 def unread_allowed() -> Iterator[None]:
-    """Inside, a line that cannot be printed is lost and nothing else happens, for training is worth more."""
+    """Inside, a line that cannot be printed is lost and nothing else happens, for training is worth
+    more.
+    """
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(_Forgiving, streams)
     try:
@@ -84,7 +100,9 @@ class _Forgiving:
 
 
 def _open_closed() -> None:
-    """Open the null device in the place of each closed standard stream, whose number a file would get otherwise."""
+    """Open the null device in the place of each closed standard stream, whose number a file would
+    get otherwise.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -94,7 +112,8 @@ def _open_closed() -> None:
                 os.dup2(handle, number)
                 os.close(handle)
         if getattr(sys, name) is None:
-            stream = open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False)  # as long as the process
+            # as long as the process
+            stream = open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False)
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
 

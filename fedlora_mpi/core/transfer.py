@@ -1,5 +1,6 @@
-"""Copies between the host and the device that trains. On a GPU they go through pinned memory, so that the host waits
-only where it needs what comes."""
+"""Copies between the host and the device that trains. On a GPU they go through pinned memory, so
+that the host waits only where it needs what comes.
+"""
 
 from collections.abc import Sequence
 
@@ -8,7 +9,9 @@ from torch import Tensor
 
 
 def to_device(v: Tensor, device: torch.device) -> Tensor:
-    """``v`` on ``device``, ``v`` itself where it is there; the host does not wait for a copy to a GPU."""
+    """``v`` on ``device``, ``v`` itself where it is there; the host does not wait for a copy to a
+    GPU.
+    """
     if device.type == "cuda" and v.device.type == "cpu":
         return v.pin_memory().to(device, non_blocking=True)
     return v.to(device)
@@ -16,7 +19,10 @@ def to_device(v: Tensor, device: torch.device) -> Tensor:
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors on the host, themselves where they are there; from a GPU after one wait for all."""
-    found = [torch.empty(v.shape, dtype=v.dtype, pin_memory=True) if v.is_cuda else v.cpu() for v in tensors]
+    found = [
+        torch.empty(v.shape, dtype=v.dtype, pin_memory=True) if v.is_cuda else v.cpu()
+        for v in tensors
+    ]
     coming = [(place, v) for place, v in zip(found, tensors) if v.is_cuda]
     for place, v in coming:
         place.copy_(v, non_blocking=True)

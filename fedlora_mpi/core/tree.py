@@ -34,7 +34,9 @@ def nbytes(tree: Tree) -> int:
 
 
 def sq_dist(a: Tree, b: Tree, leaves: Iterable[str] | None = None) -> Tensor:
-    """Squared Euclidean distance between two trees over ``leaves`` (default: those of ``a``), a scalar."""
+    """Squared Euclidean distance between two trees over ``leaves`` (default: those of ``a``), a
+    scalar.
+    """
     return sum(((a[n] - b[n]) ** 2).sum() for n in (a if leaves is None else leaves))
 
 
@@ -44,5 +46,7 @@ def prefixed(tree: Tree, prefix: str) -> Tree:
 
 
 def under(tree: Tree, prefix: str) -> Tree:
-    """The leaves whose names begin with ``prefix``, by the rest of their names: undoes ``prefixed``."""
+    """The leaves whose names begin with ``prefix``, by the rest of their names: undoes
+    ``prefixed``.
+    """
     return {n.removeprefix(prefix): v for n, v in tree.items() if n.startswith(prefix)}

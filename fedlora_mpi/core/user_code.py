@@ -15,10 +15,10 @@ FORMER = {"fedlora_mpi.bounds": bounds, "fedlora_mpi.tree": tree}
 def imported(name: str) -> Any:
     """What ``your.module:Name`` names.
 
-    The module may import torchvision, also beside a CPU-only torch; what it draws from global generators while it is
-    imported is the same in every process, and whether it was imported before moves no other draw. Raises
-    ImportError and AttributeError as Python does, ValueError for whatever else the module raises, and where a
-    library hides the user's file.
+    The module may import torchvision, also beside a CPU-only torch; what it draws from global
+    generators while it is imported is the same in every process, and whether it was imported before
+    moves no other draw. Raises ImportError and AttributeError as Python does, ValueError for
+    whatever else the module raises, and where a library hides the user's file.
     """
     home, _, attribute = name.partition(":")
     vision.mend()
@@ -33,8 +33,15 @@ def imported(name: str) -> Any:
     except (Exception, SystemExit) as error:
         raise ValueError(described(error)) from error
     own = Path(home.partition(".")[0] + ".py")
-    if not hasattr(module, attribute) and own.is_file() and own.resolve() != Path(getattr(module, "__file__", "")).resolve():
-        raise ValueError(f"{own.stem} is a module of Python or of a library, which comes before {own.resolve()}; rename that")
+    if (
+        not hasattr(module, attribute)
+        and own.is_file()
+        and own.resolve() != Path(getattr(module, "__file__", "")).resolve()
+    ):
+        raise ValueError(
+            f"{own.stem} is a module of Python or of a library, which comes before "
+            f"{own.resolve()}; rename that"
+        )
     return getattr(module, attribute)
 
 
@@ -45,10 +52,13 @@ def source(name: str) -> bytes:
 
 
 def described(error: BaseException) -> str:
-    """An exception of foreign code in one line: its kind where the text alone would say too little, its text, and
-    where it was raised."""
+    """An exception of foreign code in one line: its kind where the text alone would say too little,
+    its text, and where it was raised.
+    """
     text = " ".join(str(error).split())
-    if isinstance(error, ImportError | AttributeError | TypeError | ValueError) and not isinstance(error, UnicodeError):
+    if isinstance(error, ImportError | AttributeError | TypeError | ValueError) and not isinstance(
+        error, UnicodeError
+    ):
         return text
     at = error.__traceback__
     while at and at.tb_next:

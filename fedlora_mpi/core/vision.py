@@ -29,7 +29,9 @@ def torchvision() -> ModuleType:
 
 
 def mend() -> None:
-    """Make ``import torchvision`` work in the code of others, where it is installed and can work at all."""
+    """Make ``import torchvision`` work in the code of others, where it is installed and can work at
+    all.
+    """
     if "torchvision" not in sys.modules and find_spec("torchvision"):
         try:
             torchvision()

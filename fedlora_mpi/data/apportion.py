@@ -15,7 +15,9 @@ def rounded(total: int, mix: np.ndarray) -> Iterator[int]:
 
 
 def apportioned(total: int, weights: np.ndarray) -> np.ndarray:
-    """Integers in proportion to ``weights`` that add up to ``total``: largest remainders get the rest."""
+    """Integers in proportion to ``weights`` that add up to ``total``: largest remainders get the
+    rest.
+    """
     exact = total * weights / weights.sum()
     whole = np.floor(exact).astype(np.int64)
     rest = np.argsort(whole - exact, kind="stable")[: total - whole.sum()]
@@ -25,7 +27,9 @@ def apportioned(total: int, weights: np.ndarray) -> np.ndarray:
 
 def dealt(sizes: list[int], shares: np.ndarray) -> np.ndarray:
     """Every pool split by its column of ``shares``: [N, pools], the columns add up to ``sizes``."""
-    return np.stack([apportioned(size, column) for size, column in zip(sizes, shares.T, strict=True)], axis=1)
+    return np.stack(
+        [apportioned(size, column) for size, column in zip(sizes, shares.T, strict=True)], axis=1
+    )
 
 
 def limited(counts: np.ndarray, limit: int) -> np.ndarray:
@@ -36,15 +40,16 @@ def limited(counts: np.ndarray, limit: int) -> np.ndarray:
 def topped_up(counts: np.ndarray, minimum: int, likes: np.ndarray) -> np.ndarray:
     """Samples moved until every row of ``counts`` [N, pools] adds up to ``minimum`` at least.
 
-    A short client is given, one by one, a sample of the pool that it likes best among those that some
-    client above the minimum holds; the giver is the largest holder. It ends: each move shortens the
-    shortage by one, no giver becomes short, and one exists while the total suffices.
+    A short client is given, one by one, a sample of the pool that it likes best among those that
+    some client above the minimum holds; the giver is the largest holder. It ends: each move
+    shortens the shortage by one, no giver becomes short, and one exists while the total suffices.
     """
     clients, total = len(counts), counts.sum()
     if clients * minimum > total:
         raise ValueError(
-            f"data.partition.clients = {clients}: at least {minimum} samples for each are {clients * minimum}, "
-            f"and there are {total}; lower clients{' or minimum' * (minimum > 1)}"
+            f"data.partition.clients = {clients}: at least {minimum} samples for each are "
+            f"{clients * minimum}, and there are {total}; lower "
+            f"clients{' or minimum' * (minimum > 1)}"
         )
     counts = counts.copy()
     for k in range(clients):

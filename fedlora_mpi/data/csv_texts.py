@@ -47,11 +47,15 @@ def read_ag_news(folder: str, settings: Text) -> Reading:
         found = Labelled([], [])
         for row in _rows(folder, key, name):
             if len(row.fields) != 3 or row.fields[0] not in labels:
-                raise ValueError(f"{row.where}: must be a class from 1 to 4, a title and a description")
+                raise ValueError(
+                    f"{row.where}: must be a class from 1 to 4, a title and a description"
+                )
             found.y.append(int(row.fields[0]) - 1)
             found.texts.append(" ".join(row.fields[1:]))
             long += [row] if row.has_several_lines else []
-        hints.extend(f"text.{key} = {name}: {hint}" for hint in _hint_of_swallowed(long, 3, 0, labels))
+        hints.extend(
+            f"text.{key} = {name}: {hint}" for hint in _hint_of_swallowed(long, 3, 0, labels)
+        )
         return found
 
     return Reading(side("train"), side("test"), 4, _AG_NEWS, tuple(hints))
@@ -97,7 +101,8 @@ def _read_table(folder: str, key: str, settings: Text) -> Table:
             )
         if not (mine := row.fields[label].strip()):
             raise ValueError(
-                f"{row.where}: has no label in column {settings.label}; give it one, or remove the row"
+                f"{row.where}: has no label in column {settings.label}; give it one, or remove "
+                "the row"
             )
         texts.append(" ".join(row.fields[i] for i in at))
         labels.append(mine)

@@ -1,4 +1,6 @@
-"""Data sets in memory: images as bytes, with their normalisation and training augmentation; texts as numbers."""
+"""Data sets in memory: images as bytes, with their normalisation and training augmentation; texts
+as numbers.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -22,8 +24,9 @@ from .texts import Text, Vocabulary
 
 
 class Data(NamedTuple):
-    """A data set: images with what is done to them, (x / 255 - mean) / std per channel, or texts with their
-    vocabulary."""
+    """A data set: images with what is done to them, (x / 255 - mean) / std per channel, or texts
+    with their vocabulary.
+    """
 
     train: Samples
     test: Samples
@@ -32,9 +35,11 @@ class Data(NamedTuple):
     std: tuple[float, ...] = ()
     augment: tuple[str, ...] = ()  # training transforms, names of ``transforms.draw``
     vocabulary: Vocabulary | None = None  # None: these are images
-    owners: tuple[np.ndarray, np.ndarray] | None = None  # the client of each training and test sample, where it is given
+    # the client of each training and test sample, where it is given
+    owners: tuple[np.ndarray, np.ndarray] | None = None
     names: tuple[str, ...] = ()  # of the classes, where they have any
-    hints: tuple[str, ...] = ()  # what the user should know about the files, a line each: "key = value: ..."
+    # what the user should know about the files, a line each: "key = value: ..."
+    hints: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,7 +59,9 @@ class Data(NamedTuple):
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Gaussian classes for quick runs: a random prototype image per class plus ``noise`` times its spread."""
+    """Gaussian classes for quick runs: a random prototype image per class plus ``noise`` times its
+    spread.
+    """
 
     classes: int = 10
     train: int = 2000  # samples
@@ -77,15 +84,26 @@ class Source:
     """The ``data`` block without the partition."""
 
     dataset: Literal[
-        "cifar10", "cifar100", "fashionmnist", "mnist", "tiny_imagenet", "folder", "digits", "synthetic", "ag_news", "csv",
+        "cifar10",
+        "cifar100",
+        "fashionmnist",
+        "mnist",
+        "tiny_imagenet",
+        "folder",
+        "digits",
+        "synthetic",
+        "ag_news",
+        "csv",
         "pfllib",
     ]
-    # Where torchvision puts its folders; for "folder" the one with train/ and val/ or test/, for "csv" that of the files; for "pfllib"
-    # a folder dataset/NAME of PFLlib.
+    # Where torchvision puts its folders; for "folder" the one with train/ and val/ or test/, for
+    # "csv" that of the files; for "pfllib" a folder dataset/NAME of PFLlib.
     root: str = "~/data"
     download: bool = False
-    shift: Literal["none", "rotate", "labels"] = "none"  # what sets clients apart, see ``feed.Feed``
-    augment: Literal["auto", "none"] | tuple[Transform, ...] = "auto"  # auto: the official training transforms
+    # what sets clients apart, see ``feed.Feed``
+    shift: Literal["none", "rotate", "labels"] = "none"
+    # auto: the official training transforms
+    augment: Literal["auto", "none"] | tuple[Transform, ...] = "auto"
     image_size: int | None = None  # "folder" only: side in pixels to which images are resized
     synthetic: Synthetic = Synthetic()
     text: Text = Text()  # "ag_news" and "csv" only
@@ -97,11 +115,18 @@ class Source:
         if len(set(given)) < len(given):
             raise ValueError(f"augment = {list(given)}: each transform works once; name it once")
         if {"crop", "crop_mean"} <= set(given):
-            raise ValueError(f"augment = {list(given)}: choose crop (black border) or crop_mean (of mean colour)")
+            raise ValueError(
+                f"augment = {list(given)}: choose crop (black border) or crop_mean (of mean colour)"
+            )
         if self.image_size is not None and self.dataset != "folder":
-            raise ValueError(f"image_size = {self.image_size}: only dataset = folder resizes images; leave it out")
+            raise ValueError(
+                f"image_size = {self.image_size}: only dataset = folder resizes images; leave it "
+                "out"
+            )
         if self.allow_pickle and self.dataset != "pfllib":
-            raise ValueError("allow_pickle = true: only the files of dataset = pfllib are pickles; leave it out")
+            raise ValueError(
+                "allow_pickle = true: only the files of dataset = pfllib are pickles; leave it out"
+            )
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"image_size = {self.image_size}: must be an integer of at least 1")
 
@@ -118,7 +143,9 @@ def load(source: Source) -> Data:
         sides = (Samples(torch.from_numpy(side.x), torch.from_numpy(side.y)) for side in found[:2])
         given = source.augment if isinstance(source.augment, tuple) else ()
         owners = (found.train.owner, found.test.owner)
-        return Data(*sides, found.classes, found.mean, found.std, given, owners=owners, hints=found.hints)
+        return Data(
+            *sides, found.classes, found.mean, found.std, given, owners=owners, hints=found.hints
+        )
     found = _READERS[source.dataset](source)
     mean, std = _NORMAL.get(source.dataset) or _moments(found.train.x)
     named = {"auto": _AUGMENT.get(source.dataset, ()), "none": ()}
@@ -127,9 +154,13 @@ def load(source: Source) -> Data:
 
 
 def _encoded(source: Source) -> Data:
-    """The texts of a data set under the vocabulary of its training texts, or of the tokenizer that was given."""
+    """The texts of a data set under the vocabulary of its training texts, or of the tokenizer that
+    was given.
+    """
     found, text = _TEXTS[source.dataset](source), source.text
-    vocabulary = Vocabulary.given(text) if text.tokenizer else Vocabulary.of(found.train.texts, text)
+    vocabulary = (
+        Vocabulary.given(text) if text.tokenizer else Vocabulary.of(found.train.texts, text)
+    )
     sides = (Samples(vocabulary.encode(side.texts), torch.tensor(side.y)) for side in found[:2])
     return Data(*sides, found.classes, vocabulary=vocabulary, names=found.names, hints=found.hints)
 
@@ -151,7 +182,10 @@ _AUGMENT = {  # official FedDecomp: none for CIFAR-10, no crop for Tiny ImageNet
 def _moments(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of [M, ch, H, W] bytes, as fractions of 255."""
     value = torch.arange(256, dtype=torch.float64) / 255
-    shares = [torch.bincount(channel.flatten(), minlength=256).double() / channel.numel() for channel in x.unbind(1)]
+    shares = [
+        torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        for channel in x.unbind(1)
+    ]
     mean = [float(p @ value) for p in shares]
     variance = [float(p @ (value - m) ** 2) for p, m in zip(shares, mean, strict=True)]
     return tuple(mean), tuple(v**0.5 or 1.0 for v in variance)  # 1 where a channel is constant
@@ -162,11 +196,13 @@ def _files(source: Source, folder: str) -> Iterator[None]:
     """Say what was expected where when reading or downloading fails."""
     try:
         yield
-    except (RuntimeError, OSError) as error:  # torchvision's complaints, and those of the file system or network
+    except (RuntimeError, OSError) as error:
+        # torchvision's complaints, and those of the file system or network
         if source.download:
             why = str(error).splitlines()[0]
             raise ValueError(
-                f"data.download = true: could not get {source.dataset} into {folder} ({why}); put the files there"
+                f"data.download = true: could not get {source.dataset} into {folder} ({why}); put "
+                "the files there"
             ) from error
         raise ValueError(
             f"data.root = {source.root}: {source.dataset} is missing or damaged in {folder}; "
@@ -194,25 +230,32 @@ def _tiny_imagenet(source: Source) -> Reading:
     with _files(source, home):
         if source.download and not os.path.isdir(home):
             torchvision().datasets.utils.download_and_extract_archive(
-                "http://cs231n.stanford.edu/tiny-imagenet-200.zip", root, md5="90528d7ca1a48142e341f4ef8d21d0de"
+                "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+                root,
+                md5="90528d7ca1a48142e341f4ef8d21d0de",
             )
         return read_tiny_imagenet(home)
 
 
 def _digits(source: Source) -> Reading:
-    """The 1797 digits of scikit-learn, 0..16 as 0..240; of each class a fixed fifth is the test set."""
+    """The 1797 digits of scikit-learn, 0..16 as 0..240; of each class a fixed fifth is the test
+    set.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ValueError(
-            "data.dataset = digits: scikit-learn is not installed; pip install 'fedlora-mpi[digits]'"
+            "data.dataset = digits: scikit-learn is not installed; pip install "
+            "'fedlora-mpi[digits]'"
         ) from error
     digits = load_digits()
     x, y = (digits.images * 15).astype(np.uint8), digits.target
     is_test = np.zeros(len(y), dtype=bool)
     for c in range(10):
         rows = np.flatnonzero(y == c)
-        is_test[rows[torch.randperm(len(rows), generator=rng(1, "digits", c))[: round(len(rows) / 5)]]] = True
+        is_test[
+            rows[torch.randperm(len(rows), generator=rng(1, "digits", c))[: round(len(rows) / 5)]]
+        ] = True
     return Reading(to_samples(x[~is_test], y[~is_test]), to_samples(x[is_test], y[is_test]), 10)
 
 
@@ -224,7 +267,9 @@ def _synthetic(source: Source) -> Reading:
 
     def side(name: str, number: int) -> Samples:
         y = torch.arange(number) % s.classes
-        z = prototypes[y] + s.noise * torch.randn(number, *shape, generator=rng(s.seed, "synthetic", name))
+        z = prototypes[y] + s.noise * torch.randn(
+            number, *shape, generator=rng(s.seed, "synthetic", name)
+        )
         z = z / (1 + s.noise**2) ** 0.5
         return Samples((128 + 48 * z).clamp(0, 255).to(torch.uint8), y)
 
@@ -236,13 +281,18 @@ def _ag_news(source: Source) -> Reading:
     if source.download:
         with _files(source, folder):
             for name, md5 in _AG_NEWS.items():
-                torchvision().datasets.utils.download_url(f"{_AG_NEWS_HOME}/{name}", folder, md5=md5)
+                torchvision().datasets.utils.download_url(
+                    f"{_AG_NEWS_HOME}/{name}", folder, md5=md5
+                )
     return read_ag_news(folder, source.text)
 
 
 # Where torchtext gets them, and its MD5 sums.
 _AG_NEWS_HOME = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv"
-_AG_NEWS = {"train.csv": "b1a00f826fdfbd249f79597b59e1dc12", "test.csv": "d52ea96a97a2d943681189a97654912d"}
+_AG_NEWS = {
+    "train.csv": "b1a00f826fdfbd249f79597b59e1dc12",
+    "test.csv": "d52ea96a97a2d943681189a97654912d",
+}
 
 
 _TEXTS: dict[str, Callable[[Source], Reading]] = {

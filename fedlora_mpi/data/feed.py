@@ -1,6 +1,7 @@
 """The samples of clients as stacked mini-batches, gathered on the device that trains.
 
-A process holds the inputs once (see ``inputs.py``); clients are lists of indices into them. What a batch of client k holds depends on (seed, k, round, epoch, position) and on nothing else.
+A process holds the inputs once (see ``inputs.py``); clients are lists of indices into them. What a
+batch of client k holds depends on (seed, k, round, epoch, position) and on nothing else.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,8 @@ from .partition import Split
 from .transforms import draw
 
 T = TypeVar("T", int, Tensor)
-_AT_ONCE = 2**17  # numbers of an input that are gathered for several batches at once, and stay in a core's cache
+# numbers of an input that are gathered for several batches at once, and stay in a core's cache
+_AT_ONCE = 2**17
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,19 +43,25 @@ class Epoch:
     beat: Callable[[], None]  # called for every batch
 
     def batch(self, count: int, first: int, width: int) -> Batch:
-        """Positions first to first + width of the first ``count`` clients, stacked; waits for no device.
+        """Positions first to first + width of the first ``count`` clients, stacked; waits for no
+        device.
 
-        x [count, width, ...] as the store reads it (images: float32, x[c] in channels_last); y [count, width]; key [count]; real
-        [count, width] is False beyond a client's last sample, and None when nothing is padding.
+        x [count, width, ...] as the store reads it (images: float32, x[c] in channels_last); y
+        [count, width]; key [count]; real [count, width] is False beyond a client's last sample, and
+        None when nothing is padding.
         """
         self.beat()
         x, y = self._read(count, first, width, 1)
         return self._batch(x[0], y[0], self.noise[:count] + _mixed(first), first)
 
     def batches(self, firsts: range) -> Iterator[tuple[int, Batch]]:
-        """For each of ``firsts``: how many clients still have data, the first so many, and their batch of up to
-        ``firsts.step`` samples. Small ones are gathered several at once."""
-        width, several = firsts.step, max(1, _AT_ONCE // (len(self.sizes) * firsts.step * self.store.numbers))
+        """For each of ``firsts``: how many clients still have data, the first so many, and their
+        batch of up to ``firsts.step`` samples. Small ones are gathered several at once.
+        """
+        width, several = (
+            firsts.step,
+            max(1, _AT_ONCE // (len(self.sizes) * firsts.step * self.store.numbers)),
+        )
         full = firsts[: max(0, (self.sizes[0] - firsts.start) // width)]
         for some in (full[at : at + several] for at in range(0, len(full), several)):
             count = self._longer(some[0])
@@ -62,7 +70,12 @@ class Epoch:
             for first, *parts in zip(some, *self._read(count, some[0], width, len(some)), noise):
                 self.beat()
                 now = self._longer(first)
-                yield now, self._batch(*(parts if now == count else (part[:now] for part in parts)), first)
+                yield (
+                    now,
+                    self._batch(
+                        *(parts if now == count else (part[:now] for part in parts)), first
+                    ),
+                )
         for first in firsts[len(full) :]:
             yield (now := self._longer(first)), self.batch(now, first, self.sizes[0] - first)
 
@@ -71,13 +84,17 @@ class Epoch:
         return sum(size > first for size in self.sizes)
 
     def _read(self, count: int, first: int, width: int, steps: int) -> tuple[Tensor, Tensor]:
-        """x and y of so many batches from ``first`` on, [steps, count, width, ...], each laid out like one alone."""
+        """x and y of so many batches from ``first`` on, [steps, count, width, ...], each laid out
+        like one alone.
+        """
 
         def window(v: Tensor) -> Tensor:
             cut = _window(v, count, first, first + steps * width)
             return cut.unflatten(1, (steps, width)).transpose(0, 1).flatten(0, 1)
 
-        read = self.store.read(window(self.rows), {name: window(v) for name, v in self.warps.items()})
+        read = self.store.read(
+            window(self.rows), {name: window(v) for name, v in self.warps.items()}
+        )
         x, y = (v.unflatten(0, (steps, count)) for v in read)
         if self.relabel is not None:
             y = (y + self.relabel[:count, None]) % self.classes
@@ -92,7 +109,9 @@ class Epoch:
 
     def cut(self, sizes: Sequence[int]) -> "Epoch":
         """The same pass, over only so many of each client's samples: the first in its order."""
-        return replace(self, sizes=tuple(sizes), lengths=to_device(torch.tensor(sizes), self.lengths.device))
+        return replace(
+            self, sizes=tuple(sizes), lengths=to_device(torch.tensor(sizes), self.lengths.device)
+        )
 
     def each(self, fn: Callable[[Tensor], Tensor]) -> "Epoch":
         """The same pass with ``fn`` of every tensor but those of the store."""
@@ -109,11 +128,12 @@ class Epoch:
 
 
 class Feed:
-    """The samples of every client on one device, gathered by index; one copy of the data per process.
+    """The samples of every client on one device, gathered by index; one copy of the data per
+    process.
 
-    ``shift`` makes client k's domain its own, in training and test alike: "rotate" turns its images by
-    (k mod 4) * 90 degrees counter-clockwise, "labels" makes its class y the class (y + k mod 4) mod classes. ``beat`` is
-    called for every batch, before it is gathered.
+    ``shift`` makes client k's domain its own, in training and test alike: "rotate" turns its images
+    by (k mod 4) * 90 degrees counter-clockwise, "labels" makes its class y the class (y + k mod 4)
+    mod classes. ``beat`` is called for every batch, before it is gathered.
     """
 
     def __init__(
@@ -130,7 +150,9 @@ class Feed:
         self.classes, self.shape = data.classes, data.shape
         if shift == "rotate" and (data.vocabulary or self.shape[1] != self.shape[2]):
             these = "texts" if data.vocabulary else "{} x {}".format(*self.shape[1:])
-            raise ValueError(f"data.shift = rotate: needs square images, these are {these}; use labels")
+            raise ValueError(
+                f"data.shift = rotate: needs square images, these are {these}; use labels"
+            )
         self._seed, self._shift, self._device, self._beat = seed, shift, device, beat
         self._augment = data.augment if augment else ()
         self._train, self._test = (stored(data, side, device) for side in (data.train, data.test))
@@ -145,19 +167,27 @@ class Feed:
         self._counts = torch.from_numpy(counts).float()
 
     def holding(self, split: Split) -> "Feed":
-        """The same inputs, not copied, when the clients hold what ``split`` says; some may hold nothing."""
+        """The same inputs, not copied, when the clients hold what ``split`` says; some may hold
+        nothing.
+        """
         other = copy(self)
         other._hold(split)
         return other
 
     def of_two(self, train: Sequence[int], test: Sequence[int]) -> "Feed":
-        """The same inputs when two clients hold so many of the samples that anybody holds, over again where they are
-        too few; no test samples where nobody holds any."""
+        """The same inputs when two clients hold so many of the samples that anybody holds, over
+        again where they are too few; no test samples where nobody holds any.
+        """
         sides = []
         for rows, sizes in ((self._train_rows, train), (self._test_rows, test)):
             every = torch.cat([part.cpu() for part in rows]).numpy()
             ends = np.cumsum([0, *sizes])
-            sides.append([np.resize(every, ends[-1])[a:b] if len(every) else every for a, b in zip(ends, ends[1:])])
+            sides.append(
+                [
+                    np.resize(every, ends[-1])[a:b] if len(every) else every
+                    for a, b in zip(ends, ends[1:])
+                ]
+            )
         counts = (np.zeros((2, self.classes), np.int64), np.zeros((2, self.classes), np.int64))
         for side, store, table in zip(sides, (self._train, self._test), counts):
             labels = store.labels.cpu().numpy()
@@ -179,11 +209,17 @@ class Feed:
         return len(self._test_rows[client])
 
     def epoch(
-        self, clients: Sequence[int], round_: int, epoch: int | str, fraction: float = 0.0, held: bool = False
+        self,
+        clients: Sequence[int],
+        round_: int,
+        epoch: int | str,
+        fraction: float = 0.0,
+        held: bool = False,
     ) -> Epoch:
         """The clients' training samples in the order, augmentation and noise of (round, epoch).
 
-        fraction: of each client's samples that are held out; ``held``: these alone, without augmentation.
+        fraction: of each client's samples that are held out; ``held``: these alone, without
+        augmentation.
         """
         augment = () if held else self._augment
         rows, draws, noise = [], [], []
@@ -191,7 +227,9 @@ class Feed:
             at, mine = (k, round_, epoch), self._part(k, fraction, held)
             rows.append(mine[torch.randperm(len(mine), generator=rng(self._seed, "order", *at))])
             if augment:
-                draws.append(draw(augment, len(mine), rng(self._seed, "augment", *at), self.shape[1:]))
+                draws.append(
+                    draw(augment, len(mine), rng(self._seed, "augment", *at), self.shape[1:])
+                )
             noise.append(key(self._seed, "noise", *at))
         by_name = {name: [drawn[name] for drawn in draws] for name in augment}
         return self._pass(self._train, clients, rows, by_name, torch.tensor(noise))
@@ -216,7 +254,9 @@ class Feed:
         return self._pass(self._test, clients, rows, {}, noise).batch(len(clients), first, width)
 
     def survey(self, clients: Sequence[int], whole: bool) -> Batch:
-        """All training samples of the clients (or their first alone), in order, without augmentation."""
+        """All training samples of the clients (or their first alone), in order, without
+        augmentation.
+        """
         rows = [self._train_rows[k] for k in clients]
         noise = torch.zeros(len(clients), dtype=torch.int64)
         width = max(map(len, rows)) if whole else 1
@@ -262,9 +302,10 @@ def _window(stacked: Tensor, count: int, first: int, last: int) -> Tensor:
 
 
 def _mixed(first: T) -> T:
-    """A number (or, of int64, several) to add to an epoch's key for the batch at ``first``; 0 keeps the epoch's own.
+    """A number (or, of int64, several) to add to an epoch's key for the batch at ``first``; 0 keeps
+    the epoch's own.
 
-    An odd constant (Steele & Vigna 2021, LXM) spreads the steps over all keys, far from the golden gamma
-    with which ``seeds.uniform`` counts: noise of two steps is never the same row moved along.
+    An odd constant (Steele & Vigna 2021, LXM) spreads the steps over all keys, far from the golden
+    gamma with which ``seeds.uniform`` counts: noise of two steps is never the same row moved along.
     """
     return first * (0xD1342543DE82EF95 - 2**64) & (2**62 - 1)

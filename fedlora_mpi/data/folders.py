@@ -44,12 +44,14 @@ def read_folder(root: str, image_size: int | None) -> Reading:
     if train.names != test.names:
         odd = ", ".join(sorted(set(train.names) ^ set(test.names)))
         raise ValueError(
-            f"data.root = {root}: train and {second} must hold the same classes; they differ in {odd}"
+            f"data.root = {root}: train and {second} must hold the same classes; they differ in "
+            f"{odd}"
         )
     (x, test_x), hints = decode((train.paths, test.paths), image_size)
     if x.shape[1:] != test_x.shape[1:]:
         raise ValueError(
-            f"data.image_size = null: images in train and {second} differ in size; set data.image_size"
+            f"data.image_size = null: images in train and {second} differ in size; set "
+            "data.image_size"
         )
     hints += hint_of_alike(f"data.root = {root}", train.names)
     hints += _hint_of_unread(root, train.unread + test.unread)
@@ -92,11 +94,14 @@ def _annotations(file: str, index: dict[str, int]) -> Iterator[tuple[str, str]]:
 
 
 def _list_side(root: str, folder: str) -> Side:
-    """Raises OSError when a folder cannot be read, ValueError when a class or its images are missing."""
+    """Raises OSError when a folder cannot be read, ValueError when a class or its images are
+    missing.
+    """
     names = _class_names(folder)
     if not names:
         raise ValueError(
-            f"data.root = {root}: {folder} holds no folder of a class; expected are {folder}/CLASS/*"
+            f"data.root = {root}: {folder} holds no folder of a class; expected are "
+            f"{folder}/CLASS/*"
         )
     paths, y, unread = [], [], Counter()
     for label, name in enumerate(names):

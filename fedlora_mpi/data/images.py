@@ -182,7 +182,8 @@ def _find_top(files: Sequence[Wide]) -> int:
     if fractions and highest.high > 1:
         other = f"{highest.path} whole numbers up to {highest.high:g}"
         raise ValueError(
-            f"data.root: {fractions.path} has floats from 0 to 1, {other}; save all with 8 bits a channel"
+            f"data.root: {fractions.path} has floats from 0 to 1, {other}; save all with 8 bits a "
+            "channel"
         )
     if fractions or not files:
         return 1
@@ -197,8 +198,8 @@ def _narrow(file: Wide, top: int) -> "Image":
     pixels = np.rint(values * 255 / top).astype(np.uint8)
     if file.low < file.high and pixels.min() == pixels.max():
         raise ValueError(
-            f"data.root: {file.path} has values from {file.low:g} to {file.high:g}, which are one in "
-            f"the 256 steps from 0 to {top}; {_WAY_OUT}"
+            f"data.root: {file.path} has values from {file.low:g} to {file.high:g}, which are one "
+            f"in the 256 steps from 0 to {top}; {_WAY_OUT}"
         )
     return Image.fromarray(pixels).convert("RGB")
 

@@ -1,7 +1,7 @@
 """The training or the test set on the device that trains, one class per kind of input.
 
-Each is labels [M] and the inputs in the form that costs least to keep; ``read`` gathers samples of clients
-in the form that a network takes. The rest of the feed knows of indices alone.
+Each is labels [M] and the inputs in the form that costs least to keep; ``read`` gathers samples of
+clients in the form that a network takes. The rest of the feed knows of indices alone.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,8 @@ class Images(NamedTuple):
 
     images: Tensor  # [M, H, W, ch] uint8
     labels: Tensor  # [M] int64
-    # One long row each: a CPU takes eight times as long to broadcast over a last axis of three channels.
+    # One long row each: a CPU takes eight times as long to broadcast over a last axis of three
+    # channels.
     scale: Tensor  # [P] 1 / (255 std) of each number's channel
     offset: Tensor  # [P] -mean / std of each number's channel
 
@@ -29,17 +30,23 @@ class Images(NamedTuple):
         return len(self.scale)
 
     def read(self, rows: Tensor, warps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The samples ``rows`` [C, B]: normalised images [C, B, ch, H, W] in channels_last, labels [C, B]."""
+        """The samples ``rows`` [C, B]: normalised images [C, B, ch, H, W] in channels_last, labels
+        [C, B].
+        """
         _, height, width, channels = self.images.shape
         flat, shown = self.images.flatten(1).index_select(0, rows.flatten()), None  # [C * B, P]
         if warps:
             images = flat.view(-1, height, width, channels)
-            images, shown = warp(images, **{name: value.flatten(0, 1) for name, value in warps.items()})
+            images, shown = warp(
+                images, **{name: value.flatten(0, 1) for name, value in warps.items()}
+            )
             flat = images.flatten(1)
         x = flat.to(torch.float32, copy=True).mul_(self.scale).add_(self.offset)
         if shown is not None:
             x.mul_(shown.flatten(1).repeat_interleave(channels, 1))
-        return x.view(*rows.shape, height, width, channels).permute(0, 1, 4, 2, 3), self.labels[rows]
+        return x.view(*rows.shape, height, width, channels).permute(0, 1, 4, 2, 3), self.labels[
+            rows
+        ]
 
 
 class Texts(NamedTuple):
@@ -54,7 +61,9 @@ class Texts(NamedTuple):
         return self.tokens.shape[1]
 
     def read(self, rows: Tensor, warps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The samples ``rows`` [C, B]: token ids [C, B, L] int64, labels [C, B]; nothing warps a text."""
+        """The samples ``rows`` [C, B]: token ids [C, B, L] int64, labels [C, B]; nothing warps a
+        text.
+        """
         assert not warps, f"warps of texts: {', '.join(warps)}"
         return self.tokens[rows].long(), self.labels[rows]
 
@@ -68,4 +77,6 @@ def stored(data: Data, samples: Samples, device: torch.device) -> Images | Texts
     mean, std = np.array(data.mean), np.array(data.std)
     pixels = images[0].numel() // len(mean)
     scale, offset = (np.tile(v, pixels) for v in (1 / (255 * std), -mean / std))
-    return Images(images, labels, *(torch.from_numpy(v).float().to(device) for v in (scale, offset)))
+    return Images(
+        images, labels, *(torch.from_numpy(v).float().to(device) for v in (scale, offset))
+    )

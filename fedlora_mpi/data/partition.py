@@ -1,8 +1,8 @@
 """Which samples each client holds: the data splits of the literature, each sure to end.
 
-A kind says how many samples of which pool every client wants; ``Partition.split`` draws them. A pool
-is a class, or all samples where labels do not matter. One ``numpy.random.RandomState(seed)`` serves
-both, as in the official FedDecomp code; numpy has frozen its stream.
+A kind says how many samples of which pool every client wants; ``Partition.split`` draws them. A
+pool is a class, or all samples where labels do not matter. One ``numpy.random.RandomState(seed)``
+serves both, as in the official FedDecomp code; numpy has frozen its stream.
 """
 
 import hashlib
@@ -28,7 +28,9 @@ class Split:
     test_counts: np.ndarray  # [N, classes] samples
 
     def digest(self) -> str:
-        """SHA-256 in hexadecimal over every client's sizes and indices; equal splits, equal digests."""
+        """SHA-256 in hexadecimal over every client's sizes and indices; equal splits, equal
+        digests.
+        """
         sha = hashlib.sha256()
         for rows in (*self.train, *self.test):
             sha.update(np.append(len(rows), rows).astype("<i8").tobytes())
@@ -65,9 +67,9 @@ class Partition(ABC):
     """A client's training and test samples come from the same mix of labels, in every kind.
 
     With ``overlap`` clients draw independently of each other and may hold the same sample; without
-    it each sample has one owner at most. Nobody holds a sample twice, with one exception: overlapping
-    test draws repeat when some pool holds fewer than ``test`` samples, as in the official code for
-    Tiny ImageNet (50 test images per class, 100 per client).
+    it each sample has one owner at most. Nobody holds a sample twice, with one exception:
+    overlapping test draws repeat when some pool holds fewer than ``test`` samples, as in the
+    official code for Tiny ImageNet (50 test images per class, 100 per client).
     """
 
     clients: int = 40
@@ -78,22 +80,36 @@ class Partition(ABC):
     by_class: ClassVar[bool] = True  # one pool per class, or one for all
 
     def __post_init__(self) -> None:
-        bounded(self, **{field: allowed for field, allowed in _ALLOWED.items() if hasattr(self, field)})
+        bounded(
+            self, **{field: allowed for field, allowed in _ALLOWED.items() if hasattr(self, field)}
+        )
 
     @abstractmethod
-    def wants(self, rng: RandomState, train: Side, test: Side) -> Iterator[tuple[int, int, int, int]]:
-        """Yield (client, pool, training samples, test samples) in the order in which they are drawn."""
+    def wants(
+        self, rng: RandomState, train: Side, test: Side
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (client, pool, training samples, test samples) in the order in which they are
+        drawn.
+        """
 
     def split(
-        self, train_y: np.ndarray, test_y: np.ndarray, classes: int, owners: Sequence[np.ndarray] | None = None
+        self,
+        train_y: np.ndarray,
+        test_y: np.ndarray,
+        classes: int,
+        owners: Sequence[np.ndarray] | None = None,
     ) -> Split:
-        """Deal the samples whose labels are ``train_y`` [M] and ``test_y`` [M']; ``owners``: their clients, where the data
-        set comes with a split, for the kind ``given`` alone.
+        """Deal the samples whose labels are ``train_y`` [M] and ``test_y`` [M']; ``owners``: their
+        clients, where the data set comes with a split, for the kind ``given`` alone.
 
         Raises ValueError when the samples do not suffice or a client would train or test on none.
         """
-        rng, shuffle = RandomState(self.seed), RandomState([self.seed, 1])  # so overlap does not change the mixes
-        sides = (self._side("train", train_y, classes, shuffle), self._side("test", test_y, classes, shuffle))
+        # so overlap does not change the mixes
+        rng, shuffle = RandomState(self.seed), RandomState([self.seed, 1])
+        sides = (
+            self._side("train", train_y, classes, shuffle),
+            self._side("test", test_y, classes, shuffle),
+        )
         held = [[[] for _ in range(self.clients)] for _ in sides]
         for client, pool, *numbers in self.wants(rng, *sides):
             for side, mine, n in zip(sides, held, numbers, strict=True):
@@ -108,8 +124,8 @@ class Partition(ABC):
         if none:
             way_out = f"raise {name} or lower clients" if getattr(self, name) else "lower clients"
             raise ValueError(
-                f"data.partition.{name} = {getattr(self, name)}: {len(none)} of {self.clients} clients "
-                f"(first: {none[0]}) would hold no {name} sample; {way_out}"
+                f"data.partition.{name} = {getattr(self, name)}: {len(none)} of {self.clients} "
+                f"clients (first: {none[0]}) would hold no {name} sample; {way_out}"
             )
 
     def _side(self, name: str, y: np.ndarray, classes: int, shuffle: RandomState) -> Side:
@@ -128,9 +144,9 @@ class Partition(ABC):
             which = f" of class {pool}" if self.by_class else ""
             way_out = "" if self.overlap else " or clients, or set overlap to true"
             raise ValueError(
-                f"data.partition.{side.name} = {getattr(self, side.name)}: client {client} wants {n} {side.name} "
-                f"samples{which}, and there are {len(have)}{'' if self.overlap else ' left'}; "
-                f"lower {side.name}{way_out}"
+                f"data.partition.{side.name} = {getattr(self, side.name)}: client {client} wants "
+                f"{n} {side.name} samples{which}, and there are "
+                f"{len(have)}{'' if self.overlap else ' left'}; lower {side.name}{way_out}"
             )
         if self.overlap:
             return rng.choice(have, n, replace=side.repeat)
@@ -142,10 +158,10 @@ class Partition(ABC):
 class DirichletClient(Partition):
     """Each client has a mix of classes q ~ Dirichlet(alpha): the official FedDecomp rule.
 
-    The mixes of all clients are drawn first. Then, client by client and class by class,
-    int(train * q + 0.5) samples, cut to what remains of ``train``, and the same for ``test``: totals
-    are at most ``train`` and ``test``, and a few samples less where rounding fell short. Same seed,
-    same samples as the official code.
+    The mixes of all clients are drawn first. Then, client by client and class by class, int(train *
+    q + 0.5) samples, cut to what remains of ``train``, and the same for ``test``: totals are at
+    most ``train`` and ``test``, and a few samples less where rounding fell short. Same seed, same
+    samples as the official code.
     """
 
     overlap: bool = True
@@ -161,12 +177,13 @@ class DirichletClient(Partition):
 
 @dataclass(frozen=True)
 class DirichletClass(Partition):
-    """Each class is dealt to the clients in proportions p ~ Dirichlet(alpha) (Hsu et al. 2019; NIID-bench).
+    """Each class is dealt to the clients in proportions p ~ Dirichlet(alpha) (Hsu et al. 2019;
+    NIID-bench).
 
-    All samples are dealt; ``train`` and ``test`` above 0 are upper limits, reached by thinning a client's
-    classes in proportion. NIID-bench draws again until every client holds ten samples; here clients
-    short of ``minimum`` training samples (of one test sample) are given some by the best supplied,
-    of the classes they hold the largest share of.
+    All samples are dealt; ``train`` and ``test`` above 0 are upper limits, reached by thinning a
+    client's classes in proportion. NIID-bench draws again until every client holds ten samples;
+    here clients short of ``minimum`` training samples (of one test sample) are given some by the
+    best supplied, of the classes they hold the largest share of.
     """
 
     train: int = 0  # at most so many samples per client; 0: no limit
@@ -183,10 +200,12 @@ class DirichletClass(Partition):
 
 @dataclass(frozen=True)
 class Pathological(Partition):
-    """Each client holds ``classes_per_client`` classes, int(train / classes_per_client) samples of each.
+    """Each client holds ``classes_per_client`` classes, int(train / classes_per_client) samples of
+    each.
 
-    With overlap (the official FedDecomp rule, same draws for the same seed) the classes are a random
-    choice per client; without it they go round in turn, so that every class is wanted equally often.
+    With overlap (the official FedDecomp rule, same draws for the same seed) the classes are a
+    random choice per client; without it they go round in turn, so that every class is wanted
+    equally often.
     """
 
     overlap: bool = True
@@ -195,7 +214,9 @@ class Pathological(Partition):
     def wants(self, rng, train, test):
         each, classes = self.classes_per_client, len(train.pools)
         if each > classes:
-            raise ValueError(f"data.partition.classes_per_client = {each}: the data set has {classes} classes")
+            raise ValueError(
+                f"data.partition.classes_per_client = {each}: the data set has {classes} classes"
+            )
         for client in range(self.clients):
             turn = [(client * each + i) % classes for i in range(each)]
             for pool in rng.choice(classes, each, replace=False) if self.overlap else turn:
@@ -204,16 +225,19 @@ class Pathological(Partition):
 
 @dataclass(frozen=True)
 class Shares(Partition):
-    """Each client shares ``classes_per_client`` classes with a few others, in unequal parts (pFedLoRA's authors).
+    """Each client shares ``classes_per_client`` classes with a few others, in unequal parts
+    (pFedLoRA's authors).
 
-    Each class is for as many clients as all others; its samples are dealt in proportions U(0.4, 0.6),
-    normalised, the same in training and test: int(n p). Clients pick their classes one at a time, among
-    those with most places left. The share ``validation`` of all training samples is held back from
-    everybody; ``train`` and ``test`` above 0 are upper limits, reached as in ``DirichletClass``.
+    Each class is for as many clients as all others; its samples are dealt in proportions U(0.4,
+    0.6), normalised, the same in training and test: int(n p). Clients pick their classes one at a
+    time, among those with most places left. The share ``validation`` of all training samples is
+    held back from everybody; ``train`` and ``test`` above 0 are upper limits, reached as in
+    ``DirichletClass``.
 
-    Where places do not come out even, the authors' code fails or gives a client one class twice; here some
-    classes, drawn, have one place more, and nobody picks a class again. That always works: places left
-    differ by one at most, so a client that needs k classes finds k that it does not hold.
+    Where places do not come out even, the authors' code fails or gives a client one class twice;
+    here some classes, drawn, have one place more, and nobody picks a class again. That always
+    works: places left differ by one at most, so a client that needs k classes finds k that it does
+    not hold.
     """
 
     clients: int = 10
@@ -225,7 +249,9 @@ class Shares(Partition):
     def wants(self, rng, train, test):
         each, classes = self.classes_per_client, len(train.pools)
         if each > classes:
-            raise ValueError(f"data.partition.classes_per_client = {each}: the data set has {classes} classes")
+            raise ValueError(
+                f"data.partition.classes_per_client = {each}: the data set has {classes} classes"
+            )
         places, more = divmod(each * self.clients, classes)
         left = np.full(classes, places)
         if more:
@@ -247,7 +273,9 @@ class Shares(Partition):
         if name == "test":
             return side
         kept = np.zeros(len(y), bool)
-        kept[RandomState([self.seed, 2]).permutation(len(y))[: round(len(y) * (1 - self.validation))]] = True
+        kept[
+            RandomState([self.seed, 2]).permutation(len(y))[: round(len(y) * (1 - self.validation))]
+        ] = True
         return side._replace(pools=[pool[kept[pool]] for pool in side.pools])
 
 
@@ -263,9 +291,11 @@ class Iid(Partition):
 
 @dataclass(frozen=True)
 class Quantity(Partition):
-    """Clients differ in size only: shares of clients * train samples ~ Dirichlet(alpha), labels iid.
+    """Clients differ in size only: shares of clients * train samples ~ Dirichlet(alpha), labels
+    iid.
 
-    Clients short of ``minimum`` training samples (of one test sample) are given some by the largest.
+    Clients short of ``minimum`` training samples (of one test sample) are given some by the
+    largest.
     """
 
     alpha: float = 0.5
@@ -274,14 +304,18 @@ class Quantity(Partition):
 
     def wants(self, rng, train, test):
         shares = _dirichlet(rng, self.alpha, self.clients, 1).T  # [N, 1]
-        total, total_test = (self.clients * getattr(self, s.name) or s.sizes[0] for s in (train, test))
+        total, total_test = (
+            self.clients * getattr(self, s.name) or s.sizes[0] for s in (train, test)
+        )
         n = topped_up(dealt([total], shares), self.minimum, shares)
         yield from _entries(n, topped_up(dealt([total_test], shares), 1, shares))
 
 
 @dataclass(frozen=True)
 class Given(Partition):
-    """Each client holds what the data set says it does, in that order; nothing is drawn, so the seed does not matter."""
+    """Each client holds what the data set says it does, in that order; nothing is drawn, so the
+    seed does not matter.
+    """
 
     train: int = 0  # at most so many samples per client, the first; 0: all
     test: int = 0  # at most so many samples per client, the first; 0: all
@@ -296,12 +330,19 @@ class Given(Partition):
 
     def split(self, train_y, test_y, classes, owners=None):
         if owners is None:
-            raise ValueError("data.partition.kind = given: this data set has no split; choose another kind, or data.dataset = pfllib")
+            raise ValueError(
+                "data.partition.kind = given: this data set has no split; choose another kind, or "
+                "data.dataset = pfllib"
+            )
         if (there := 1 + max(int(side.max()) for side in owners)) != self.clients:
-            raise ValueError(f"data.partition.clients = {self.clients}: the given split has {there} clients; say so")
+            raise ValueError(
+                f"data.partition.clients = {self.clients}: the given split has {there} clients; "
+                "say so"
+            )
         rows = [[np.flatnonzero(side == client) for client in range(there)] for side in owners]
         train, test = (
-            tuple(mine[: most or None] for mine in side) for side, most in zip(rows, (self.train, self.test), strict=True)
+            tuple(mine[: most or None] for mine in side)
+            for side, most in zip(rows, (self.train, self.test), strict=True)
         )
         self._refuse_empty("train", train)
         self._refuse_empty("test", test)
@@ -329,7 +370,10 @@ def _dirichlet(rng: RandomState, alpha: float, length: int, number: int) -> np.n
     with np.errstate(invalid="ignore", divide="ignore"):
         draws = rng.dirichlet(np.repeat(alpha, length), number)
     if not np.isfinite(draws).all():
-        raise ValueError(f"data.partition.alpha = {alpha}: a Dirichlet draw underflowed to zero; use at least 0.01")
+        raise ValueError(
+            f"data.partition.alpha = {alpha}: a Dirichlet draw underflowed to zero; use at least "
+            "0.01"
+        )
     return draws
 
 

@@ -1,8 +1,9 @@
 """A folder that PFLlib has made: one file of training and one of test samples for each client.
 
-``ROOT/train/<k>.npz`` and ``ROOT/test/<k>.npz``, k from 0, each with one array ``data`` that is a pickled dict {"x":
-images [n, ch, H, W], "y": classes [n]}; ``ROOT/config.json``. A pickle may run anything, so the user has to allow it, and
-then only numpy arrays, dicts, lists and numbers are made of it. Files with plain arrays ``x`` and ``y`` hold no pickle.
+``ROOT/train/<k>.npz`` and ``ROOT/test/<k>.npz``, k from 0, each with one array ``data`` that is a
+pickled dict {"x": images [n, ch, H, W], "y": classes [n]}; ``ROOT/config.json``. A pickle may run
+anything, so the user has to allow it, and then only numpy arrays, dicts, lists and numbers are made
+of it. Files with plain arrays ``x`` and ``y`` hold no pickle.
 
 Source: https://github.com/TsingZ0/PFLlib, dataset/utils/dataset_utils.py and the scripts beside it.
 """
@@ -68,7 +69,10 @@ def read(root: str | Path, allow_pickle: bool) -> Folder:
     parts = {side: [_client(file, allow_pickle) for file in these] for side, these in files.items()}
     shapes = [x.shape[1:] for side in parts.values() for x, _ in side]
     if len(set(shapes)) > 1:
-        raise ValueError(f"root = {root}: images of {' and '.join(map(str, sorted(set(shapes))[:2]))}; they must be alike")
+        raise ValueError(
+            f"root = {root}: images of {' and '.join(map(str, sorted(set(shapes))[:2]))}; they "
+            "must be alike"
+        )
     channels = shapes[0][0]
     mean, std = (given or (_NORMAL,) * channels for given in (about.mean, about.std))
     if {len(mean), len(std)} != {channels}:
@@ -128,20 +132,21 @@ def _count_clients(root: str | Path, home: Path, told: int | None) -> int:
         seen.append(f"{', '.join(others[:3])} {verb} not numbered as 0.npz, 1.npz ... are")
     if missing:
         raise ValueError(
-            f"root = {root}: there is no {home / missing}; give a folder dataset/NAME of PFLlib, with "
-            f"train/ and test/ ({'; '.join(seen)}); put back what is missing, or make the folder anew"
+            f"root = {root}: there is no {home / missing}; give a folder dataset/NAME of PFLlib, "
+            f"with train/ and test/ ({'; '.join(seen)}); put back what is missing, or make the "
+            "folder anew"
         )
     if most > wanted:
         raise ValueError(
-            f"root = {root}: files {_ranges(range(wanted, most))} are left over ({'; '.join(seen)}); "
-            "remove them from train/ and test/ if they are of an earlier partition, or correct "
-            "config.json"
+            f"root = {root}: files {_ranges(range(wanted, most))} are left over "
+            f"({'; '.join(seen)}); remove them from train/ and test/ if they are of an earlier "
+            "partition, or correct config.json"
         )
     raise ValueError(f"root = {root}: {'; '.join(seen)}; rename or remove them")
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """"0 to 2, 5", or "none"."""
+    """ "0 to 2, 5", or "none"."""
     there = set(numbers)
     starts, ends = ([k for k in numbers if k + step not in there] for step in (-1, 1))
     runs = [str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True)]
@@ -162,12 +167,12 @@ def _count_classes(
     if seen[0] > 0 and (told is None or seen[-1] >= told):
         raise ValueError(
             f"root = {root}: classes are {_ranges(seen)}{says}; classes count from 0: lower each y, or "
-            f"say \"num_classes\": {seen[-1] + 1} in config.json if class 0 merely has no sample"
+            f'say "num_classes": {seen[-1] + 1} in config.json if class 0 merely has no sample'
         )
     if told is not None and seen[-1] >= told:
         raise ValueError(
-            f"root = {root}: classes are {_ranges(seen)}{says}; correct config.json, or the classes "
-            f"beyond {told - 1}"
+            f"root = {root}: classes are {_ranges(seen)}{says}; correct config.json, or the "
+            f"classes beyond {told - 1}"
         )
     classes = told or seen[-1] + 1
     empty = [c for c in range(classes) if c not in set(seen)]
@@ -192,15 +197,26 @@ def _client(file: Path, allow_pickle: bool) -> tuple[np.ndarray, np.ndarray]:
                 raise KeyError(f"it has {', '.join(names) or 'nothing'}, not data.npy")
     except _NotAllowed:
         raise ValueError(
-            f"allow_pickle = false: {file} is a pickle, as PFLlib writes it, and a pickle may run anything; set "
-            "allow_pickle to true if you trust it (arrays and dicts alone are then read)"
+            f"allow_pickle = false: {file} is a pickle, as PFLlib writes it, and a pickle may run "
+            "anything; set allow_pickle to true if you trust it (arrays and dicts alone are then "
+            "read)"
         ) from None
     except Exception as error:  # a damaged or evil pickle may raise anything
         why = " ".join(f"{error}".split()) or type(error).__name__
-        raise ValueError(f"root = {file.parents[1]}: {file} holds no x and y that can be read ({why})") from error
-    if x.ndim != 4 or x.shape[1] not in (1, 3) or y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
+        raise ValueError(
+            f"root = {file.parents[1]}: {file} holds no x and y that can be read ({why})"
+        ) from error
+    if (
+        x.ndim != 4
+        or x.shape[1] not in (1, 3)
+        or y.shape != x.shape[:1]
+        or not np.issubdtype(y.dtype, np.integer)
+    ):
         shapes = f"x {list(x.shape)} of {x.dtype}, y {list(y.shape)} of {y.dtype}"
-        raise ValueError(f"root = {file.parents[1]}: {file} has {shapes}; only images [n, 1 or 3, H, W] with classes [n] are read")
+        raise ValueError(
+            f"root = {file.parents[1]}: {file} has {shapes}; only images [n, 1 or 3, H, W] with "
+            "classes [n] are read"
+        )
     return x, y.astype(np.int64)
 
 
@@ -213,7 +229,9 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ARRAYS:
-            raise pickle.UnpicklingError(f"it names {module}.{name}; only numpy arrays and dicts are made")
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}; only numpy arrays and dicts are made"
+            )
         return super().find_class(module, name)
 
 
@@ -230,25 +248,33 @@ def _array(file: IO[bytes], allow_pickle: bool) -> np.ndarray:
     return array.reshape(shape, order="F" if fortran else "C")
 
 
-def _side(parts: list[tuple[np.ndarray, np.ndarray]], files: list[Path], mean: tuple, std: tuple) -> Side:
+def _side(
+    parts: list[tuple[np.ndarray, np.ndarray]], files: list[Path], mean: tuple, std: tuple
+) -> Side:
     """All clients one after the other."""
     x = [_bytes(x, mean, std, file) for (x, _), file in zip(parts, files, strict=True)]
     y = np.concatenate([y for _, y in parts])
     if len(y) and y.min() < 0:
-        raise ValueError(f"root = {files[0].parents[1]}: a class is {y.min()}; classes count from 0")
+        raise ValueError(
+            f"root = {files[0].parents[1]}: a class is {y.min()}; classes count from 0"
+        )
     return Side(np.concatenate(x), y, np.repeat(np.arange(len(parts)), [len(y) for _, y in parts]))
 
 
 def _bytes(x: np.ndarray, mean: tuple, std: tuple, file: Path) -> np.ndarray:
-    """The bytes that (byte / 255 - mean) / std makes these numbers of; the network is to see the same."""
+    """The bytes that (byte / 255 - mean) / std makes these numbers of; the network is to see the
+    same.
+    """
     if x.dtype == np.uint8:
         return x
     shape = (1, -1, 1, 1)
     level = (x.astype(np.float64) * np.reshape(std, shape) + np.reshape(mean, shape)) * 255
     found = np.rint(level)
-    if x.size and not (np.abs(level - found).max() < _OFF and found.min() >= 0 and found.max() <= 255):
+    if x.size and not (
+        np.abs(level - found).max() < _OFF and found.min() >= 0 and found.max() <= 255
+    ):
         raise ValueError(
             f"root = {file.parents[1]}: x of {file} are no bytes normalised with mean {mean[0]:g} and standard deviation "
-            f"{std[0]:g}; only such images are read (others: \"mean\" and \"std\" of each channel in config.json)"
+            f'{std[0]:g}; only such images are read (others: "mean" and "std" of each channel in config.json)'
         )
     return found.astype(np.uint8)

@@ -1,9 +1,9 @@
 """Classes that arrive one after the other: class-incremental learning, for any method.
 
 The scenario "class-IL" of van de Ven and Tolias, "Three scenarios for continual learning", 2019
-(arXiv:1904.07734): the model has all classes from the start, trains on those of the
-present task alone, and is judged on all so far without being told the task. Here all clients go from
-task to task at the same rounds; who has which classes of a task remains the partition's business.
+(arXiv:1904.07734): the model has all classes from the start, trains on those of the present task
+alone, and is judged on all so far without being told the task. Here all clients go from task to
+task at the same rounds; who has which classes of a task remains the partition's business.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,25 +29,31 @@ class Tasks:
         bounded(self, classes="[1, inf)", rounds="[1, inf)")
 
     def splits(self, split: Split, train_y: np.ndarray, test_y: np.ndarray) -> tuple[Split, ...]:
-        """What of ``split`` there is in each task: training samples of its classes, test samples of all so far.
+        """What of ``split`` there is in each task: training samples of its classes, test samples of
+        all so far.
 
-        train_y [M], test_y [M']: labels of all samples. A client may hold none. Raises ValueError when
-        the data set has fewer classes than a task, or no client a training sample of some task.
+        train_y [M], test_y [M']: labels of all samples. A client may hold none. Raises ValueError
+        when the data set has fewer classes than a task, or no client a training sample of some
+        task.
         """
         classes = split.train_counts.shape[1]
         if self.classes > classes:
             raise ValueError(f"tasks.classes = {self.classes}: the data set has {classes} classes")
         return tuple(self._splits(split, train_y, test_y, classes))
 
-    def _splits(self, split: Split, train_y: np.ndarray, test_y: np.ndarray, classes: int) -> Iterator[Split]:
+    def _splits(
+        self, split: Split, train_y: np.ndarray, test_y: np.ndarray, classes: int
+    ) -> Iterator[Split]:
         for task, first in enumerate(range(0, classes, self.classes)):
             last = min(first + self.classes, classes)
-            train, train_counts = _only(range(first, last), train_y, split.train, split.train_counts)
+            train, train_counts = _only(
+                range(first, last), train_y, split.train, split.train_counts
+            )
             if not train_counts.any():
                 which = f"class {first}" if last == first + 1 else f"classes {first} to {last - 1}"
                 raise ValueError(
-                    f"tasks.classes = {self.classes}: no client holds a training sample of task {task} ({which}); "
-                    "choose more classes or another partition"
+                    f"tasks.classes = {self.classes}: no client holds a training sample of task "
+                    f"{task} ({which}); choose more classes or another partition"
                 )
             test, test_counts = _only(range(last), test_y, split.test, split.test_counts)
             yield Split(train, test, train_counts, test_counts)
@@ -56,6 +62,8 @@ class Tasks:
 def _only(
     classes: range, y: np.ndarray, held: Sequence[np.ndarray], counts: np.ndarray
 ) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """The samples of these classes that each client holds, in its order, and their ``counts`` [N, classes]."""
+    """The samples of these classes that each client holds, in its order, and their ``counts`` [N,
+    classes].
+    """
     wanted = np.isin(np.arange(counts.shape[1]), classes)
     return tuple(rows[wanted[y[rows]]] for rows in held), counts * wanted

@@ -1,4 +1,6 @@
-"""The settings of texts, and the vocabulary, of the training texts or given, that turns them into numbers."""
+"""The settings of texts, and the vocabulary, of the training texts or given, that turns them into
+numbers.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -25,9 +27,11 @@ _CHUNK = 4096  # texts that are encoded at a time
 class Text:
     """The ``data.text`` block: the files, the length of a text, and how many words are known."""
 
-    vocabulary: int = 20000  # at most so many words, the most frequent; padding and the unknown word are two
+    # at most so many words, the most frequent; padding and the unknown word are two
+    vocabulary: int = 20000
     length: int = 64  # words of a text, with a tokenizer its tokens; what is longer is cut
-    tokenizer: str | None = None  # a tokenizer.json of Hugging Face, or its folder, in the place of the words
+    # a tokenizer.json of Hugging Face, or its folder, in the place of the words
+    tokenizer: str | None = None
     train: str = "train.csv"  # in data.root, for ag_news in data.root/AG_NEWS
     test: str = "test.csv"
     label: str = "label"  # "csv" only: the name of the column of the classes
@@ -38,12 +42,16 @@ class Text:
         if not self.columns:
             raise ValueError("columns = []: must name at least one column")
         if self.tokenizer and self.vocabulary != Text.vocabulary:
-            raise ValueError(f"vocabulary = {self.vocabulary}: a tokenizer has its own; leave it out")
+            raise ValueError(
+                f"vocabulary = {self.vocabulary}: a tokenizer has its own; leave it out"
+            )
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What turns a text into numbers: all of it is in ``json``, in the format of Hugging Face's tokenizers."""
+    """What turns a text into numbers: all of it is in ``json``, in the format of Hugging Face's
+    tokenizers.
+    """
 
     json: str
 
@@ -51,9 +59,10 @@ class Vocabulary:
     def of(cls, texts: Sequence[str], settings: Text) -> "Vocabulary":
         """That of ``texts``: a pure function of them.
 
-        A text becomes its words and its runs of punctuation in lower case, under Unicode's compatibility form
-        NFKC. 0 is padding, 1 the unknown word, from 2 on the words by falling frequency, those equally frequent
-        in alphabetical order. Raises ValueError when the library is not installed.
+        A text becomes its words and its runs of punctuation in lower case, under Unicode's
+        compatibility form NFKC. 0 is padding, 1 the unknown word, from 2 on the words by falling
+        frequency, those equally frequent in alphabetical order. Raises ValueError when the library
+        is not installed.
         """
         library = _tokenizers()
         seen = _blank(library, {})
@@ -71,8 +80,8 @@ class Vocabulary:
     def given(cls, settings: Text) -> "Vocabulary":
         """That of the file ``settings.tokenizer``, with its numbers and its special tokens.
 
-        Padding is what the file pads with, else its token [PAD] or <pad>. Raises ValueError when there is none,
-        or the file is none, or its special tokens alone fill a text.
+        Padding is what the file pads with, else its token [PAD] or <pad>. Raises ValueError when
+        there is none, or the file is none, or its special tokens alone fill a text.
         """
         library, where = _tokenizers(), f"text.tokenizer = {settings.tokenizer}"
         path = expanded(settings.tokenizer)
@@ -80,18 +89,28 @@ class Vocabulary:
         try:
             tokenizer = library.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(f"{where}: {path} cannot be read ({error.strerror}); give a tokenizer.json") from error
+            raise ValueError(
+                f"{where}: {path} cannot be read ({error.strerror}); give a tokenizer.json"
+            ) from error
         except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{where}: {path} is no tokenizer.json ({' '.join(str(error).split())})") from error
+            raise ValueError(
+                f"{where}: {path} is no tokenizer.json ({' '.join(str(error).split())})"
+            ) from error
         named = next((name for name in _PADDING if tokenizer.token_to_id(name) is not None), None)
         if not tokenizer.padding and named is None:
-            raise ValueError(f"{where}: has no token for padding; there is neither {' nor '.join(_PADDING)}")
+            raise ValueError(
+                f"{where}: has no token for padding; there is neither {' nor '.join(_PADDING)}"
+            )
         if settings.length <= (special := tokenizer.num_special_tokens_to_add(False)):
             needed = f"must be more than the {special} special tokens of every text"
             raise ValueError(f"text.length = {settings.length}: {needed}")
         pads = tokenizer.padding or {"pad_id": tokenizer.token_to_id(named), "pad_token": named}
         cuts = tokenizer.truncation or {}
-        kept = {key: pads[key] for key in ("direction", "pad_id", "pad_type_id", "pad_token") if key in pads}
+        kept = {
+            key: pads[key]
+            for key in ("direction", "pad_id", "pad_type_id", "pad_token")
+            if key in pads
+        }
         tokenizer.enable_truncation(settings.length, direction=cuts.get("direction", "right"))
         tokenizer.enable_padding(length=settings.length, **kept)
         return cls(tokenizer.to_str())
@@ -132,7 +151,9 @@ class Vocabulary:
 def _blank(library, words: dict[str, int]) -> "Tokenizer":
     """A tokenizer with these words."""
     tokenizer = library.Tokenizer(library.models.WordLevel(words, unk_token=_SPECIAL[1]))
-    tokenizer.normalizer = library.normalizers.Sequence([library.normalizers.NFKC(), library.normalizers.Lowercase()])
+    tokenizer.normalizer = library.normalizers.Sequence(
+        [library.normalizers.NFKC(), library.normalizers.Lowercase()]
+    )
     tokenizer.pre_tokenizer = library.pre_tokenizers.Whitespace()
     return tokenizer
 
@@ -146,5 +167,7 @@ def _tokenizers():
         import tokenizers.pre_tokenizers
         import tokenizers.trainers
     except ImportError as error:
-        raise ValueError("text: tokenizers is not installed; pip install 'fedlora-mpi[text]'") from error
+        raise ValueError(
+            "text: tokenizers is not installed; pip install 'fedlora-mpi[text]'"
+        ) from error
     return tokenizers

@@ -1,7 +1,7 @@
 """Training augmentation as tensor operations on a batch, with one set of parameters per sample.
 
-Images are [B, H, W, ch], the layout in which ``feed.py`` stores them. The transforms only move pixels
-and hide some, so they are composed as coordinates and the images are read once.
+Images are [B, H, W, ch], the layout in which ``feed.py`` stores them. The transforms only move
+pixels and hide some, so they are composed as coordinates and the images are read once.
 """
 
 import math
@@ -16,12 +16,15 @@ AREA, RATIO = (0.04, 0.2), (0.5, 2.0)  # of RandomErasing(scale=AREA, ratio=RATI
 _ATTEMPTS = 10  # of RandomErasing to find a rectangle that is smaller than the image
 
 
-def draw(names: Iterable[str], number: int, rng: Generator, size: Sequence[int]) -> dict[str, Tensor]:
-    """Parameters of ``number`` samples for the named transforms, distributed as torchvision draws them.
+def draw(
+    names: Iterable[str], number: int, rng: Generator, size: Sequence[int]
+) -> dict[str, Tensor]:
+    """Parameters of ``number`` samples for the named transforms, distributed as torchvision draws
+    them.
 
-    size: (H, W) of the images. crop, crop_mean [number, 2] int64: rows and columns by which the window
-    moves; flip [number] bool; rotate [number] degrees, counter-clockwise; erase [number, 4] int64: top,
-    left, height and width of a rectangle, half of them of no size.
+    size: (H, W) of the images. crop, crop_mean [number, 2] int64: rows and columns by which the
+    window moves; flip [number] bool; rotate [number] degrees, counter-clockwise; erase [number, 4]
+    int64: top, left, height and width of a rectangle, half of them of no size.
     """
     names = tuple(names)
     drawn = {
@@ -36,11 +39,14 @@ def draw(names: Iterable[str], number: int, rng: Generator, size: Sequence[int])
 
 
 def _rectangles(number: int, rng: Generator, height: int, width: int) -> Tensor:
-    """[number, 4] top, left, height, width: RandomErasing's first attempt that fits; 0, 0 high or wide else."""
+    """[number, 4] top, left, height, width: RandomErasing's first attempt that fits; 0, 0 high or
+    wide else.
+    """
     uniform = lambda low, high: low + (high - low) * torch.rand(number, _ATTEMPTS, generator=rng)
     area = height * width * uniform(*AREA)
     aspect = uniform(*map(math.log, RATIO)).exp()
-    sides = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], 2).round().long()  # [number, attempts, 2]
+    # [number, attempts, 2]
+    sides = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], 2).round().long()
     full = torch.tensor([height, width])
     fits = (sides < full).all(2)
     first = fits.int().argmax(1)
@@ -51,12 +57,13 @@ def _rectangles(number: int, rng: Generator, height: int, width: int) -> Tensor:
 
 
 def warp(x: Tensor, **parameters: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Turn, erase, crop, flip and rotate images [B, H, W, ch], in this order: the images, what is shown of them.
+    """Turn, erase, crop, flip and rotate images [B, H, W, ch], in this order: the images, what is
+    shown of them.
 
     ``turn`` [B] is a multiple of 90 degrees (square images, no pixel is lost); the others are as in
     ``draw``. What comes from outside is black. The second, [B, H, W], is False where ``erase`` and
-    ``crop_mean`` show the mean colour, which has the value 0 after normalisation; None without these two.
-    Pixels are those of torchvision's functions with nearest-neighbour interpolation.
+    ``crop_mean`` show the mean colour, which has the value 0 after normalisation; None without
+    these two. Pixels are those of torchvision's functions with nearest-neighbour interpolation.
     """
     hiding = {"erase", "crop_mean"} & parameters.keys()
     pixel, inside, shown = _sources(x.shape, x.device, **parameters)
@@ -75,13 +82,15 @@ def _sources(
     flip: Tensor | None = None,
     rotate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For every pixel of the result [B, H, W]: which of all pixels it is, whether it is none (black), whether
-    it is shown at all."""
+    """For every pixel of the result [B, H, W]: which of all pixels it is, whether it is none
+    (black), whether it is shown at all.
+    """
     batch, height, width, _ = shape
     row = torch.arange(height, device=device)[None, :, None]
     col = torch.arange(width, device=device)[None, None, :]
     inside = shown = torch.ones((), dtype=torch.bool, device=device)
-    # From here on row and col [B, H, W] say where a pixel of the result comes from: last transform first.
+    # From here on row and col [B, H, W] say where a pixel of the result comes from: last transform
+    # first.
     if rotate is not None:
         row, col = _turned(row, col, rotate, height, width)
         inside = _within(row, height) & _within(col, width)
@@ -103,7 +112,9 @@ def _sources(
     return pixel, inside, shown
 
 
-def _turned(row: Tensor, col: Tensor, degrees: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+def _turned(
+    row: Tensor, col: Tensor, degrees: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor]:
     """Nearest pixel from which a counter-clockwise rotation about the centre takes (row, col)."""
     angle = torch.deg2rad(degrees)[:, None, None]
     y, x = row - (height - 1) / 2, col - (width - 1) / 2

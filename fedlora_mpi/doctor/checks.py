@@ -40,7 +40,9 @@ def _python(case: Case) -> Finding:
             wrong.append(f"{name} {found[name]} is older than {least}")
     versions = ", ".join(f"{name} {number}" for name, number in found.items())
     if wrong:
-        return Finding("failure", ", ".join(wrong), f"pip install -c constraints.txt . in {sys.prefix}")
+        return Finding(
+            "failure", ", ".join(wrong), f"pip install -c constraints.txt . in {sys.prefix}"
+        )
     return Finding("ok", f"{sys.version.split()[0]} in {sys.prefix}; {versions}")
 
 
@@ -59,14 +61,20 @@ def facts(case: Case) -> dict[str, Any]:
 
     read = (configs.recorded if recorded(case) else configs.read)(Path(case.source), case.overrides)
     folder = case.folder if recorded(case) else str(expanded(read.output))
-    return {"source": case.source, "folder": folder, "threads": read.engine.threads, "device": read.engine.device}
+    return {
+        "source": case.source,
+        "folder": folder,
+        "threads": read.engine.threads,
+        "device": read.engine.device,
+    }
 
 
 def _launch(case: Case) -> Finding:
     launcher = mpirun()
     if launcher is None:
         return Finding(
-            "failure", "no mpirun beside this Python or on PATH, so one process only",
+            "failure",
+            "no mpirun beside this Python or on PATH, so one process only",
             "pip install 'fedlora-mpi[mpi]' or module load openmpi",
         )
     code, out, err = ended(_ranks(launcher, "hello"), CHECKS["launch"].limit - 10)
@@ -76,14 +84,19 @@ def _launch(case: Case) -> Finding:
     if code or len(said) != 2:
         cause = " ".join(err.split())[-300:]
         root = "allow-run-as-root" in err
-        remedy = "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1, or be another user"
+        remedy = (
+            "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1, or be another user"
+        )
         text = f"{launcher} -n 2 ends with code {code}"
         if root:
             return Finding("failure", f"{text}; it refuses root", remedy)
         return Finding("failure", f"{text}: {cause}", CHECKS["launch"].remedy)
     if {each["sum"] for each in said} != {2}:
-        return Finding("failure", f"{launcher} starts 2 processes that do not find each other, with {said[0]['library']}",
-                       "mpirun and the library that mpi4py finds must be of the same MPI (MPI4PY_LIBMPI)")
+        return Finding(
+            "failure",
+            f"{launcher} starts 2 processes that do not find each other, with {said[0]['library']}",
+            "mpirun and the library that mpi4py finds must be of the same MPI (MPI4PY_LIBMPI)",
+        )
     cores = [each["cores"] for each in sorted(said, key=lambda each: each["rank"])]
     text = f"2 ranks by {launcher}, {said[0]['library']}, on cores {cores[0]} and {cores[1]}"
     if cores[0] == cores[1] and "-" not in cores[0]:
@@ -97,19 +110,28 @@ def _environment(case: Case) -> Finding:
         return Finding("warning", text, CHECKS["environment"].remedy)
     ranks, name = expected_ranks()
     if ranks > 1:
-        return Finding("warning", f"{name} = {ranks}: run and resume want to be started as so many ranks",
-                       f"mpirun -n {ranks} ... or srun --mpi=pmix (--mpi=none starts strangers); for one process unset {name}")
+        return Finding(
+            "warning",
+            f"{name} = {ranks}: run and resume want to be started as so many ranks",
+            f"mpirun -n {ranks} ... or srun --mpi=pmix (--mpi=none starts strangers); for one "
+            f"process unset {name}",
+        )
     return Finding("ok", "no variables of another MPI or Slurm job")
 
 
 def _ulfm(case: Case) -> Finding:
-    missing = "a run ends when a worker dies, and resumes; Open MPI 5 or newer has ULFM: pip install 'fedlora-mpi[mpi]'"
+    missing = (
+        "a run ends when a worker dies, and resumes; Open MPI 5 or newer has ULFM: pip install "
+        "'fedlora-mpi[mpi]'"
+    )
     launcher = mpirun()
     if launcher is None:
         return Finding("warning", "no mpirun, so no ULFM", missing)
     _, out, _ = ended(_ranks(launcher, "lose_one", "--with-ft", "ulfm"), CHECKS["ULFM"].limit - 10)
     if "went on" not in out:
-        return Finding("warning", f"{launcher} --with-ft ulfm does not outlive a killed rank", missing)
+        return Finding(
+            "warning", f"{launcher} --with-ft ulfm does not outlive a killed rank", missing
+        )
     return Finding("ok", "a rank was killed, the other went on (mpirun --with-ft ulfm)")
 
 
@@ -127,17 +149,26 @@ def _gpus(case: Case) -> Finding:
         text = f"engine.device = cuda, and torch {torch.__version__} sees none of {there} GPUs"
         return Finding("failure", text, CHECKS["GPUs"].remedy)
     if there:
-        return Finding("warning", f"nvidia-smi lists {there}, torch {torch.__version__} sees none", CHECKS["GPUs"].remedy)
+        return Finding(
+            "warning",
+            f"nvidia-smi lists {there}, torch {torch.__version__} sees none",
+            CHECKS["GPUs"].remedy,
+        )
     return Finding("ok", "none; workers compute on CPU cores")
 
 
 def _threads(case: Case) -> Finding:
     cores, threads = len(os.sched_getaffinity(0)), case.threads
     if threads > cores:
-        return Finding("failure", f"engine.threads = {threads} on {cores} cores", "engine.threads=1, and a rank per core")
+        return Finding(
+            "failure",
+            f"engine.threads = {threads} on {cores} cores",
+            "engine.threads=1, and a rank per core",
+        )
     return Finding(
-        "ok", f"{cores} of {os.cpu_count()} cores are open to this process; with engine.threads = {threads} "
-        f"mpirun -n {cores // threads + 1} keeps them busy"
+        "ok",
+        f"{cores} of {os.cpu_count()} cores are open to this process; with engine.threads = "
+        f"{threads} mpirun -n {cores // threads + 1} keeps them busy",
     )
 
 
@@ -169,7 +200,11 @@ def _locking(case: Case) -> Finding:
             except StoreError:
                 refused = True
     if said or not refused:
-        return Finding("warning", f"{_there(case.folder)} has no working locks", "never start two runs with one output")
+        return Finding(
+            "warning",
+            f"{_there(case.folder)} has no working locks",
+            "never start two runs with one output",
+        )
     return Finding("ok", f"a second run in one folder is refused in {_there(case.folder)}")
 
 
@@ -202,25 +237,41 @@ def _torchvision(case: Case) -> Finding:
 def _slurm(case: Case) -> Finding:
     sbatch, sinfo = shutil.which("sbatch"), shutil.which("sinfo")
     if not (sbatch and sinfo):
-        return Finding("warning", "no sbatch on PATH", "only `fedlora-mpi submit` and jobs/ want it; mpirun works without")
+        return Finding(
+            "warning",
+            "no sbatch on PATH",
+            "only `fedlora-mpi submit` and jobs/ want it; mpirun works without",
+        )
     code, out, err = ended([sinfo, "--noheader", "--format=%P"], CHECKS["Slurm"].limit - 5)
     if code != 0:
         last = (err.strip().splitlines() or ["no answer"])[-1]
-        return Finding("warning", f"{sbatch} is there, its controller is not: {last}", CHECKS["Slurm"].remedy)
+        return Finding(
+            "warning", f"{sbatch} is there, its controller is not: {last}", CHECKS["Slurm"].remedy
+        )
     return Finding("ok", f"{sbatch}; partitions {' '.join(out.split())}")
 
 
 CHECKS = {
     "Python": Check(_python, "pip install -c constraints.txt . in a new virtual environment"),
     "config": Check(_config, "correct the config; `fedlora-mpi plan` checks it too"),
-    "environment": Check(_environment, "open a new shell, or unset the variables that `env | grep PMI` lists"),
-    "launch": Check(_launch, "`mpirun -n 2 hostname` must work first; one core needs --oversubscribe"),
-    "GPUs": Check(_gpus, "look at nvidia-smi and CUDA_VISIBLE_DEVICES; install a torch built for CUDA, or engine.device=cpu"),
+    "environment": Check(
+        _environment, "open a new shell, or unset the variables that `env | grep PMI` lists"
+    ),
+    "launch": Check(
+        _launch, "`mpirun -n 2 hostname` must work first; one core needs --oversubscribe"
+    ),
+    "GPUs": Check(
+        _gpus,
+        "look at nvidia-smi and CUDA_VISIBLE_DEVICES; install a torch built for CUDA, or "
+        "engine.device=cpu",
+    ),
     "threads": Check(_threads, "engine.threads=1"),
     "HDF5": Check(_round_trip, "choose another output=..., on a file system that can be written"),
     "locks": Check(_locking, "choose another output=..., on a file system that can be written"),
     "space": Check(_space, "free some, choose another output=..., or checkpoint.keep=1", 300),
-    "torchvision": Check(_torchvision, "pip install the torchvision that belongs to this torch (constraints.txt)"),
+    "torchvision": Check(
+        _torchvision, "pip install the torchvision that belongs to this torch (constraints.txt)"
+    ),
     "Slurm": Check(_slurm, "`sinfo` must work; ask the cluster's support", 15),
     "ULFM": Check(_ulfm, "pip install 'fedlora-mpi[mpi]'"),
 }

@@ -1,6 +1,7 @@
 """``fedlora-mpi doctor``: whether everything works on this machine, a line each with its remedy.
 
-Each check is a process of its own with a time limit, so none can take the others along, whatever hangs or crashes.
+Each check is a process of its own with a time limit, so none can take the others along, whatever
+hangs or crashes.
 """
 
 import json
@@ -16,20 +17,26 @@ from .checks import CHECKS, facts, recorded
 from .finding import Case, Finding, ended
 
 
-def examine(target: Path | None, overrides: Sequence[str], say: Callable[[str], None] = print) -> int:
+def examine(
+    target: Path | None, overrides: Sequence[str], say: Callable[[str], None] = print
+) -> int:
     """Carry out all checks, a line each; returns the exit code: 1 when something fails."""
     levels, case = [], Case(os.getcwd())
 
     def tell(name: str, found: Finding) -> None:
         levels.append(found.level)
-        text = f"{found.level:<8} {name:<12} {found.text}" + (f"; {found.remedy}" if found.remedy else "")
+        text = f"{found.level:<8} {name:<12} {found.text}" + (
+            f"; {found.remedy}" if found.remedy else ""
+        )
         say(one_line(" ".join(text.splitlines())))
 
     if target is not None:
         source = target / "config.yaml" if target.is_dir() else target
         case = Case(str(target if target.is_dir() else Path.cwd()), str(source), tuple(overrides))
         found, said = _asked("config", case)
-        case = case._replace(**{"source": "", **said})  # a config with a mistake is left aside from here on
+        case = case._replace(
+            **{"source": "", **said}
+        )  # a config with a mistake is left aside from here on
         tell("config", found)
     for name in CHECKS:
         if name != "config":
@@ -64,7 +71,11 @@ def answer() -> None:
             read = facts(case)
         found = CHECKS[name].find(case._replace(**read))
     except Exception as error:  # whatever a broken installation raises is the finding
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        text = (
+            f"{error.filename}: {error.strerror}"
+            if isinstance(error, OSError) and error.filename
+            else str(error)
+        )
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
         found = Finding("failure", f"{kind}{text}", CHECKS[name].remedy)
     print(f"\n{json.dumps([*found, read])}")

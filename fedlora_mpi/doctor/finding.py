@@ -17,7 +17,9 @@ class Finding(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What is examined: the ``folder`` that a run writes to, and the config ``source``, "" without one."""
+    """What is examined: the ``folder`` that a run writes to, and the config ``source``, "" without
+    one.
+    """
 
     folder: str
     source: str = ""
@@ -35,10 +37,18 @@ class Check(NamedTuple):
 
 
 def ended(line: Sequence[str], limit: float, **env: str) -> tuple[int | None, str, str]:
-    """(exit code, output, errors) of a command; no exit code when its time was over. It leaves nothing behind."""
+    """(exit code, output, errors) of a command; no exit code when its time was over. It leaves
+    nothing behind.
+    """
     process = subprocess.Popen(
-        line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        errors="replace", env=os.environ | env, start_new_session=True,
+        line,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=os.environ | env,
+        start_new_session=True,
     )
     try:
         out, err = process.communicate(timeout=limit)

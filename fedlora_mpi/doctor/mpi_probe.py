@@ -12,7 +12,12 @@ def hello() -> None:
     """One of two ranks: what it sees."""
     comm, ones = connect(), np.ones(1)
     comm.sum(ones)
-    seen = {"rank": comm.rank, "sum": int(ones[0]), "cores": _span(os.sched_getaffinity(0)), "library": library()}
+    seen = {
+        "rank": comm.rank,
+        "sum": int(ones[0]),
+        "cores": _span(os.sched_getaffinity(0)),
+        "library": library(),
+    }
     print(json.dumps(seen), flush=True)
 
 

@@ -1,8 +1,9 @@
-"""A training step as one function that torch compiles: forward, backward and update, fused where they can be.
+"""A training step as one function that torch compiles: forward, backward and update, fused where
+they can be.
 
-The step is traced to one graph of tensor operations, through autograd, vmap and everything that a method's loss does,
-so no method knows of it. What a loss holds beside its arguments becomes a constant of the graph; a graph is used again
-only for a loss of the same code that holds the same.
+The step is traced to one graph of tensor operations, through autograd, vmap and everything that a
+method's loss does, so no method knows of it. What a loss holds beside its arguments becomes a
+constant of the graph; a graph is used again only for a loss of the same code that holds the same.
 """
 
 import os
@@ -18,7 +19,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-_AT_MOST = 64  # graphs that are kept; a loss that is another one in every round is compiled anew in every round
+# graphs that are kept; a loss that is another one in every round is compiled anew in every round
+_AT_MOST = 64
 
 
 def compiler() -> str | None:
@@ -30,20 +32,26 @@ def need_compiler() -> None:
     """Raise ValueError where there is no C++ compiler."""
     if compiler() is None:
         name = os.environ.get("CXX", "g++")
-        raise ValueError(f"compile = true: there is no C++ compiler {name}; install one, set CXX, or compile: false")
+        raise ValueError(
+            f"compile = true: there is no C++ compiler {name}; install one, set CXX, or compile: "
+            "false"
+        )
 
 
 class Compiled:
     """The compiled functions of a trainer; filled as steps are met."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple, tuple[Callable, list[Any]]] = {}  # with what the key knows by its id, so that it lives on
+        # with what the key knows by its id, so that it lives on
+        self._known: dict[tuple, tuple[Callable, list[Any]]] = {}
 
     def of(self, step: Callable, told: tuple, *fixed: Any) -> Callable:
-        """``step(*fixed, ...)`` as a function of what is left, which may write to the tensors in ``fixed``.
+        """``step(*fixed, ...)`` as a function of what is left, which may write to the tensors in
+        ``fixed``.
 
-        told: what decides, beside the layout of the tensors, what ``step`` computes; functions in it count by their
-        code and by what they hold. Tensors in ``fixed`` are given to the graph, all else is part of it.
+        told: what decides, beside the layout of the tensors, what ``step`` computes; functions in
+        it count by their code and by what they hold. Tensors in ``fixed`` are given to the graph,
+        all else is part of it.
         """
         held: list[Any] = []
         own, (tensors, layout) = known_as(told, held), parted(fixed)
@@ -52,7 +60,8 @@ class Compiled:
             others, given = parted(more)
             key = own, layout, given
             if key not in self._known:
-                make_room(self._known, _AT_MOST)  # never the step as it is: its last bits would depend on the ranks
+                # never the step as it is: its last bits would depend on the ranks
+                make_room(self._known, _AT_MOST)
                 self._known[key] = _made(step, (*fixed, *more), tensors + others), held
             with torch.no_grad():
                 return self._known[key][0](*tensors, *others)
@@ -71,7 +80,11 @@ def parted(given: tuple) -> tuple[list[Tensor], tuple]:
     flat, spec = pytree.tree_flatten(given)
     tensors = [leaf.detach() for leaf in flat if isinstance(leaf, Tensor)]
     layout = tuple((v.shape, v.stride(), v.dtype, v.device) for v in tensors)
-    return tensors, (layout, tuple(None if isinstance(leaf, Tensor) else leaf for leaf in flat), spec)
+    return tensors, (
+        layout,
+        tuple(None if isinstance(leaf, Tensor) else leaf for leaf in flat),
+        spec,
+    )
 
 
 def _made(step: Callable, given: tuple, tensors: Sequence[Tensor]) -> Callable:
@@ -80,7 +93,9 @@ def _made(step: Callable, given: tuple, tensors: Sequence[Tensor]) -> Callable:
 
     def whole(*tensors: Tensor) -> Any:
         left = iter(tensors)
-        return step(*pytree.tree_unflatten([next(left) if isinstance(v, Tensor) else v for v in flat], spec))
+        return step(
+            *pytree.tree_unflatten([next(left) if isinstance(v, Tensor) else v for v in flat], spec)
+        )
 
     graph = make_fx(whole)(*map(_copied, tensors))  # on copies: the trace is a step, too
     return torch.compile(graph, fullgraph=True, dynamic=False)
@@ -94,7 +109,9 @@ def _copied(v: Tensor) -> Tensor:
 
 
 def known_as(value: Any, held: list[Any]) -> Any:
-    """Something hashable, equal for values that compute the same; ``held`` takes what it knows by its id."""
+    """Something hashable, equal for values that compute the same; ``held`` takes what it knows by
+    its id.
+    """
     known = partial(known_as, held=held)
     if isinstance(value, FunctionType):
         cells = tuple(known(cell.cell_contents) for cell in value.__closure__ or ())
@@ -113,6 +130,8 @@ def known_as(value: Any, held: list[Any]) -> Any:
             return type(value), value
         except TypeError:
             if is_dataclass(value):  # such as a model in evaluation mode, made anew in every round
-                return type(value), tuple(known(getattr(value, field.name)) for field in fields(value))
+                return type(value), tuple(
+                    known(getattr(value, field.name)) for field in fields(value)
+                )
     held.append(value)
     return id(value)

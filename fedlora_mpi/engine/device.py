@@ -9,8 +9,10 @@ from ..models.network import Model
 from .memory import fitting
 from .settings import Engine
 
-_STACK_BELOW = 8e6  # FLOP of one client's forward pass over one batch; measured: benchmarks/paths.py
-_STACK_OF = 25  # clients; of 50 the step is a fifth faster, and half as many workers have something to do
+# FLOP of one client's forward pass over one batch; measured: benchmarks/paths.py
+_STACK_BELOW = 8e6
+# clients; of 50 the step is a fifth faster, and half as many workers have something to do
+_STACK_OF = 25
 _MALLOPT = {-1: 2**30, -2: 2**26, -3: 2**25}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, bytes
 
 
@@ -34,7 +36,9 @@ def bind(engine: Engine, worker: int | None) -> torch.device:
         raise ValueError("engine.device = cuda: torch sees no GPU here; engine.device=cpu or auto")
     if engine.device == "cpu" or worker is None or not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = engine.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+        engine.precision == "tf32"
+    )
     device = torch.device("cuda", worker % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
@@ -44,18 +48,20 @@ def memory_of(device: torch.device, workers: int) -> int:
     """Bytes of a GPU for each of the ``workers`` of this node; 0 of a CPU."""
     if device.type != "cuda":
         return 0
-    return torch.cuda.get_device_properties(device).total_memory // -(-workers // torch.cuda.device_count())
+    return torch.cuda.get_device_properties(device).total_memory // -(
+        -workers // torch.cuda.device_count()
+    )
 
 
 def decide(
     engine: Engine, device: str, model: Model, batch_size: int, cohort: int, memory: int = 0
 ) -> tuple[str, int]:
-    """(path, group size) for ``auto``, before any trial of them; a pure function of the workload and of a worker's part of the ``memory`` of a
-    GPU (bytes, 0: unknown).
+    """(path, group size) for ``auto``, before any trial of them; a pure function of the workload
+    and of a worker's part of the ``memory`` of a GPU (bytes, 0: unknown).
 
     On a CPU a stack wins while a step is bound by the number of operations, and loses once one
-    client's batch keeps a core busy. A stack stays at most half of the ``cohort`` of a round, so that two workers
-    have something to do.
+    client's batch keeps a core busy. A stack stays at most half of the ``cohort`` of a round, so
+    that two workers have something to do.
     """
     path = engine.path
     if path == "auto":
@@ -63,6 +69,10 @@ def decide(
         path = "stack" if small or device == "cuda" else "loop"
     size = engine.group_size
     if size == "auto":
-        most = fitting(model, batch_size, memory) if device == "cuda" and memory and path == "stack" else _STACK_OF
+        most = (
+            fitting(model, batch_size, memory)
+            if device == "cuda" and memory and path == "stack"
+            else _STACK_OF
+        )
         size = 1 if path == "loop" else max(1, min(most, -(-cohort // 2)))
     return path, size

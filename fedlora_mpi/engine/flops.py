@@ -1,9 +1,10 @@
 """Floating-point operations of local training, counted on the real phases, not guessed.
 
-torch's counter adds up matrix products and convolutions (a multiply-add is 2), forward and backward,
-as they happen. A step is played on batches of two small sizes; its cost is a + b n in the number n of
-samples, exactly, so the cost of any client's round follows without playing it. It is so for even n and for
-odd n above 1 apart: a method may train on halves of a batch, and a half of one sample is that sample.
+torch's counter adds up matrix products and convolutions (a multiply-add is 2), forward and
+backward, as they happen. A step is played on batches of two small sizes; its cost is a + b n in the
+number n of samples, exactly, so the cost of any client's round follows without playing it. It is so
+for even n and for odd n above 1 apart: a method may train on halves of a batch, and a half of one
+sample is that sample.
 """
 
 import sys
@@ -29,8 +30,10 @@ class _Uncountable(Exception):
 
 @dataclass(frozen=True)
 class Flops:
-    """What the clients of one kind compute; ``first``: the variables of any of them in round 1, as they arrive;
-    ``beat`` is called before every count; ``tells``: whether the user hears of what cannot be counted."""
+    """What the clients of one kind compute; ``first``: the variables of any of them in round 1, as
+    they arrive; ``beat`` is called before every count; ``tells``: whether the user hears of what
+    cannot be counted.
+    """
 
     trainer: Trainer
     first: Vars
@@ -51,8 +54,12 @@ class Flops:
             except _Uncountable as error:
                 self._failed.append(error)
                 if self.tells:
-                    print(f"hint: FLOPs cannot be counted ({error}); the log has {UNCOUNTED} for them",
-                          file=sys.stderr, flush=True)
+                    print(
+                        f"hint: FLOPs cannot be counted ({error}); the log has {UNCOUNTED} for "
+                        "them",
+                        file=sys.stderr,
+                        flush=True,
+                    )
         return UNCOUNTED
 
     def _of_round(self, samples: int, round_: int) -> int:
@@ -68,9 +75,13 @@ class Flops:
             total += phase.epochs * batches * self._cost(key, played, settings.batch_size)
             total += phase.epochs * self._cost(key, played, rest)
             if phase.constant:
-                total += self._once((*key, "constant"), lambda n: self._counted(phase.constant, self.first), 1)
+                total += self._once(
+                    (*key, "constant"), lambda n: self._counted(phase.constant, self.first), 1
+                )
         surveyed = samples if algorithm.surveys else 1
-        return total + sum(self._cost((hook.__name__,), hook, surveyed) for hook in (self._begin, self._finish))
+        return total + sum(
+            self._cost((hook.__name__,), hook, surveyed) for hook in (self._begin, self._finish)
+        )
 
     @property
     def _model(self) -> Model:
@@ -100,14 +111,24 @@ class Flops:
     def _phase(self, phase: Phase, samples: int) -> int:
         """FLOPs of all steps on one batch."""
         copied = lambda v: tmap(lambda leaf: leaf.cpu().clone(), v)
-        start, now = (Vars(copied(self.first.shared), copied(self.first.personal)) for _ in range(2))
-        trainer = replace(self.trainer, model=self._model, device=torch.device("cpu"), stacked=False, compiled=None)
+        start, now = (
+            Vars(copied(self.first.shared), copied(self.first.personal)) for _ in range(2)
+        )
+        trainer = replace(
+            self.trainer,
+            model=self._model,
+            device=torch.device("cpu"),
+            stacked=False,
+            compiled=None,
+        )
         walk = Walk(trainer, phase, start, now, 1)
         batch_C = Batch(*(None if v is None else v[None] for v in self._batch(samples)))
         return self._counted(walk.play, batch_C, 1)
 
     def _begin(self, samples: int) -> int:
-        return self._counted(self.trainer.algorithm.begin, self._model, self.first, self._batch(samples))
+        return self._counted(
+            self.trainer.algorithm.begin, self._model, self.first, self._batch(samples)
+        )
 
     def _finish(self, samples: int) -> int:
         finish, v = self.trainer.algorithm.finish, self.first

@@ -1,9 +1,10 @@
 """Whole local epochs as recordings: CUDA graphs, which launch all kernels of an epoch at once.
 
-A recording works on fixed memory. So the steps of a phase keep variables of their own, into which those of a group
-are copied at the start of the phase and out of which they are copied at its end, and the order, warps and noise of
-each epoch are copied into the epoch that was recorded. It serves every epoch, group and round in which the same steps
-(by the code of their losses and what these hold) see clients with as many samples.
+A recording works on fixed memory. So the steps of a phase keep variables of their own, into which
+those of a group are copied at the start of the phase and out of which they are copied at its end,
+and the order, warps and noise of each epoch are copied into the epoch that was recorded. It serves
+every epoch, group and round in which the same steps (by the code of their losses and what these
+hold) see clients with as many samples.
 """
 
 import sys
@@ -17,12 +18,15 @@ from ..algorithm import Phase, Vars
 from .compiled import known_as, make_room, parted
 from .walk import Epoch, Trainer, Walk, fill, tmap_vars
 
-_WALKS, _EPOCHS = 16, 32  # recorded phases of a trainer, recorded epochs of a phase; the oldest gives way
+# recorded phases of a trainer, recorded epochs of a phase; the oldest gives way
+_WALKS, _EPOCHS = 16, 32
 _STEPS = 100  # batches in one recording: a longer epoch is several
 
 
 class Again:
-    """The stand-in where there is no GPU: plays the step anew. It shows that the fixed memory is used rightly."""
+    """The stand-in where there is no GPU: plays the step anew. It shows that the fixed memory is
+    used rightly.
+    """
 
     def __init__(self, step: Callable[[], None], written: Sequence[Tensor], pool: object) -> None:
         step()
@@ -30,10 +34,12 @@ class Again:
 
 
 class CudaGraph:
-    """A step's kernels, recorded on the tensors that it uses; a step writes to ``written`` and returns nothing.
+    """A step's kernels, recorded on the tensors that it uses; a step writes to ``written`` and
+    returns nothing.
 
-    To record it plays it, once. Raises RuntimeError, with ``written`` in any state, when the step waits for the GPU, or
-    does what cannot be recorded, or when the recording does not do what the step did.
+    To record it plays it, once. Raises RuntimeError, with ``written`` in any state, when the step
+    waits for the GPU, or does what cannot be recorded, or when the recording does not do what the
+    step did.
     """
 
     def __init__(self, step: Callable[[], None], written: Sequence[Tensor], pool: object) -> None:
@@ -54,7 +60,9 @@ class CudaGraph:
 
     @staticmethod
     def _warm_up(step: Callable[[], None]) -> None:
-        """Play the step on another stream, as a recording is, where a wait for the GPU raises RuntimeError."""
+        """Play the step on another stream, as a recording is, where a wait for the GPU raises
+        RuntimeError.
+        """
         stream, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
         stream.wait_stream(torch.cuda.current_stream())
         torch.cuda.set_sync_debug_mode("error")
@@ -72,7 +80,8 @@ class Graphs:
     def __init__(self, device: torch.device, graph: type | None = None) -> None:
         self.device = device
         self._graph = graph or (CudaGraph if device.type == "cuda" else Again)
-        self._walks: dict[tuple, tuple[Recorded, list]] = {}  # with what the key knows by its id, so that it lives on
+        # with what the key knows by its id, so that it lives on
+        self._walks: dict[tuple, tuple[Recorded, list]] = {}
         self._pool: object = None
         self.refused = False
 
@@ -81,10 +90,16 @@ class Graphs:
         if self.refused:
             return Walk(trainer, phase, start, now, clients)
         held: list = []
-        key = known_as((phase.steps, phase.constant), held), parted((start[:2], now[:2]))[1], clients
+        key = (
+            known_as((phase.steps, phase.constant), held),
+            parted((start[:2], now[:2]))[1],
+            clients,
+        )
         recorded, held = self._walks.pop(key, (None, held))
         if recorded is None:
-            recorded = Recorded(self, trainer, phase, tmap_vars(_copied, start), tmap_vars(_copied, now), clients)
+            recorded = Recorded(
+                self, trainer, phase, tmap_vars(_copied, start), tmap_vars(_copied, now), clients
+            )
             make_room(self._walks, _WALKS)
         self._walks[key] = recorded, held
         recorded.begin(start, now)
@@ -95,14 +110,19 @@ class Graphs:
         if self.device.type != "cuda":
             return self._graph(step, written, None)
         with torch.cuda.device(self.device):
-            self._pool = self._pool or torch.cuda.graph_pool_handle()  # one: nothing in it outlives a replay
+            # one: nothing in it outlives a replay
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
             return self._graph(step, written, self._pool)
 
     def refuse(self, error: Exception) -> None:
         """Record no more, and tell the user."""
         self.refused = True
         why = str(error).partition("\n")[0]
-        print(f"hint: engine.graphs: {why}; the steps are played one by one", file=sys.stderr, flush=True)
+        print(
+            f"hint: engine.graphs: {why}; the steps are played one by one",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def clear(self) -> None:
         """Give all memory back."""
@@ -113,9 +133,13 @@ class Graphs:
 
 
 class Recorded(Walk):
-    """A ``Walk`` in memory of its own, ``start`` and ``now``, whose epochs are recorded when they are met again."""
+    """A ``Walk`` in memory of its own, ``start`` and ``now``, whose epochs are recorded when they
+    are met again.
+    """
 
-    def __init__(self, graphs: Graphs, trainer: Trainer, phase: Phase, start: Vars, now: Vars, clients: int) -> None:
+    def __init__(
+        self, graphs: Graphs, trainer: Trainer, phase: Phase, start: Vars, now: Vars, clients: int
+    ) -> None:
         super().__init__(trainer, phase, start, now, clients)
         self._graphs, self._met, self._epochs = graphs, {}, {}
 
@@ -158,7 +182,9 @@ class _Place:
         self._epoch, self.sums = epoch.each(_copied), epoch.counts.new_zeros(2, len(epoch.sizes))
         firsts, written = walk.firsts(epoch), [*walk.written, self.sums]
         parts = [firsts[at : at + _STEPS] for at in range(0, len(firsts), _STEPS)]
-        self._graphs = [record(partial(walk.play_over, self._epoch, part, self.sums), written) for part in parts]
+        self._graphs = [
+            record(partial(walk.play_over, self._epoch, part, self.sums), written) for part in parts
+        ]
 
     def play(self, epoch: Epoch) -> Tensor:
         """The epoch's sums [2, C], see ``Walk.play_over``."""
@@ -185,4 +211,6 @@ def _restore(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 def _near(a: Tensor, b: Tensor) -> bool:
     """Within what kernels may differ by that add up in any order, over the steps of an epoch."""
-    return torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(b.abs().max()) if b.numel() else 0, equal_nan=True)
+    return torch.allclose(
+        a, b, rtol=1e-2, atol=1e-2 * float(b.abs().max()) if b.numel() else 0, equal_nan=True
+    )

@@ -1,4 +1,6 @@
-"""How many clients the memory of a GPU holds at once: an estimate at the start, and what shows later."""
+"""How many clients the memory of a GPU holds at once: an estimate at the start, and what shows
+later.
+"""
 
 import gc
 import math
@@ -15,8 +17,12 @@ from ..core.tree import nbytes
 from ..models.network import Model
 
 T = TypeVar("T")
-_COPIES = 8  # of a client's variables: start, trained, momenta, gradients, what a method adds; and the epoch's before
-_SAVED = 2.5  # times what one forward pass keeps for its backward pass: gradients, and what kernels need in between
+# of a client's variables: start, trained, momenta, gradients, what a method adds; and the epoch's
+# before
+_COPIES = 8
+# times what one forward pass keeps for its backward pass: gradients, and what kernels need in
+# between
+_SAVED = 2.5
 _SHARE = 0.6  # of the memory, for what allocators waste and estimates miss
 
 
@@ -27,12 +33,17 @@ class Room:
         self.most: int | None = None  # None: as many as ever were tried
 
     def parts(
-        self, members: Sequence[int], compute: Callable[[Sequence[int]], T], give_back: Callable[[], None]
+        self,
+        members: Sequence[int],
+        compute: Callable[[Sequence[int]], T],
+        give_back: Callable[[], None],
     ) -> Iterator[tuple[Sequence[int], T]]:
-        """(part, ``compute(part)``) for all of ``members``, in order, in equal parts of as many as fit.
+        """(part, ``compute(part)``) for all of ``members``, in order, in equal parts of as many as
+        fit.
 
-        A part for which ``compute`` raises OutOfMemoryError is computed anew in two, after ``give_back()``, and so are
-        all as large from then on: group size changes last bits. Raises it for a part of one.
+        A part for which ``compute`` raises OutOfMemoryError is computed anew in two, after
+        ``give_back()``, and so are all as large from then on: group size changes last bits. Raises
+        it for a part of one.
         """
         waiting = [members]
         while waiting:
@@ -48,9 +59,13 @@ class Room:
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-                print(f"hint: {len(part)} clients at once do not fit into the GPU's memory, from here on at most "
-                      f"{self.most} do: other last bits; engine.group_size={self.most} says so from the start",
-                      file=sys.stderr, flush=True)
+                print(
+                    f"hint: {len(part)} clients at once do not fit into the GPU's memory, from "
+                    f"here on at most {self.most} do: other last bits; "
+                    f"engine.group_size={self.most} says so from the start",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 continue
             yield part, found[0]
             del found  # before the next part needs its memory
@@ -67,12 +82,19 @@ def _attempt(compute: Callable[[Sequence[int]], T], part: Sequence[int]) -> tupl
 
 
 def fitting(model: Model, batch_size: int, memory: int) -> int:
-    """How many clients of ``model`` a stack may have in ``memory`` bytes of a GPU, at least 1; an estimate by what a
-    forward pass of four samples keeps, on the CPU."""
+    """How many clients of ``model`` a stack may have in ``memory`` bytes of a GPU, at least 1; an
+    estimate by what a forward pass of four samples keeps, on the CPU.
+    """
     few = min(4, batch_size)
     here = model.to(torch.device("cpu"))
     tree = {n: v.clone().requires_grad_(here.role(n) != "stats") for n, v in here.initial.items()}
-    batch = Batch(here.zeros(few), torch.zeros(few, dtype=torch.int64), None, torch.tensor(0), torch.zeros(model.classes))
+    batch = Batch(
+        here.zeros(few),
+        torch.zeros(few, dtype=torch.int64),
+        None,
+        torch.tensor(0),
+        torch.zeros(model.classes),
+    )
     saved: dict[int, int] = {}
 
     def seen(v: Tensor) -> Tensor:

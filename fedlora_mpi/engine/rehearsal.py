@@ -1,8 +1,9 @@
-"""A little of a round on throw-away copies before it counts: whether a user's network and method train at all, and
-whether a stack of clients gives what they give one by one.
+"""A little of a round on throw-away copies before it counts: whether a user's network and method
+train at all, and whether a stack of clients gives what they give one by one.
 
-``torch.func.vmap`` knows no rule for recurrent layers, packed sequences, ``.item()`` or control flow that depends on
-data, and some operations, such as an embedding with ``padding_idx``, have other gradients under it.
+``torch.func.vmap`` knows no rule for recurrent layers, packed sequences, ``.item()`` or control
+flow that depends on data, and some operations, such as an embedding with ``padding_idx``, have
+other gradients under it.
 """
 
 import copy
@@ -40,16 +41,23 @@ class Objection(NamedTuple):
 
 
 def objection(trainer: Trainer, first: Vars) -> Objection | None:
-    """Why clients with the variables ``first`` in round 1 are to train one by one; None: a stack gives the same.
+    """Why clients with the variables ``first`` in round 1 are to train one by one; None: a stack
+    gives the same.
 
     Raises ValueError when not even one client alone trains.
     """
     if trainer.model.couples:
         found = _compared(trainer, first, torch.float32)
-        across = Objection("computes across the examples of a batch, where padding would enter", fails=False)
+        across = Objection(
+            "computes across the examples of a batch, where padding would enter", fails=False
+        )
         return found if found and found.fails else across
     large = numel(first.shared) + numel(first.personal) > _LARGE
-    for dtype in (torch.float32,) if large or _least_precise(first) != torch.float32 else (torch.float64, torch.float32):
+    for dtype in (
+        (torch.float32,)
+        if large or _least_precise(first) != torch.float32
+        else (torch.float64, torch.float32)
+    ):
         found = _compared(trainer, first, dtype)
         if not (found and found.fails):  # a module may know one precision only
             return found
@@ -59,8 +67,9 @@ def objection(trainer: Trainer, first: Vars) -> Objection | None:
 def rehearsed(engine: Engine, asked: Engine, tried: Sequence[tuple[str, Trainer, Vars]]) -> Engine:
     """``engine``, or the loop where a network of those ``tried`` wants it, with a hint to the user.
 
-    asked: as the config has it; tried: networks by name, who trains them and with which variables in round 1. Raises
-    ValueError where not even the loop trains, or where a stack was asked for that cannot.
+    asked: as the config has it; tried: networks by name, who trains them and with which variables
+    in round 1. Raises ValueError where not even the loop trains, or where a stack was asked for
+    that cannot.
     """
     for name, trainer, first in tried:
         try:
@@ -72,9 +81,15 @@ def rehearsed(engine: Engine, asked: Engine, tried: Sequence[tuple[str, Trainer,
         if found.fails and asked.path == "stack":
             raise ValueError(f"engine.path = stack: {name} {found.reason}; choose auto or loop")
         although = ", although a stack was asked for" if asked.path == "stack" else ""
-        print(f"hint: engine.path = {asked.path}: {name} {found.reason}; clients train one by one{although} "
-              "(engine.path=loop says so from the start)", file=sys.stderr, flush=True)
-        return replace(engine, path="loop", group_size=1 if asked.group_size == "auto" else asked.group_size)
+        print(
+            f"hint: engine.path = {asked.path}: {name} {found.reason}; clients train one by "
+            f"one{although} (engine.path=loop says so from the start)",
+            file=sys.stderr,
+            flush=True,
+        )
+        return replace(
+            engine, path="loop", group_size=1 if asked.group_size == "auto" else asked.group_size
+        )
     return engine
 
 
@@ -140,7 +155,11 @@ class _Once(Trainer):
 
 
 def _made(
-    trainer: Trainer, sizes: tuple[int, int], tests: tuple[int, int], dtype: torch.dtype, stacked: bool
+    trainer: Trainer,
+    sizes: tuple[int, int],
+    tests: tuple[int, int],
+    dtype: torch.dtype,
+    stacked: bool,
 ) -> Trainer:
     """A trainer of two clients with so many samples, whose steps leave no trace."""
     settings = replace(trainer.settings, batch_size=min(_BATCH, trainer.settings.batch_size))
@@ -164,14 +183,19 @@ class _Outcome(NamedTuple):
     losses: list[Tensor]
 
     def like(self, other: "_Outcome", near: float) -> bool:
-        """Whether two are equal but for last bits. A leaf whose gradient is zero has nothing but such."""
+        """Whether two are equal but for last bits. A leaf whose gradient is zero has nothing but
+        such.
+        """
         least = 1e-3 * max(map(_largest, self.moved), default=0.0)
         for a, b, size in zip(self.moved, other.moved, self.sizes, strict=True):
             atol = near * max(_largest(a), least, 1e-5 * size)
             if not torch.allclose(a, b, rtol=0, atol=atol, equal_nan=True):
                 return False
         pairs = zip(self.losses, other.losses, strict=True)
-        return all(torch.allclose(a.double(), b.double(), rtol=near, atol=near, equal_nan=True) for a, b in pairs)
+        return all(
+            torch.allclose(a.double(), b.double(), rtol=near, atol=near, equal_nan=True)
+            for a, b in pairs
+        )
 
 
 def _outcome(trainer: Trainer, first: Vars, clients: Sequence[int]) -> _Outcome:
@@ -182,7 +206,9 @@ def _outcome(trainer: Trainer, first: Vars, clients: Sequence[int]) -> _Outcome:
         warnings.simplefilter("ignore")
         for done in trainer.train(clients, shared, rows, 0, evaluate=True):
             for start, end in zip(done.start[:2], done.end[:2]):
-                found.moved.extend(end[n].detach().double() - start[n].double() for n in end if n in start)
+                found.moved.extend(
+                    end[n].detach().double() - start[n].double() for n in end if n in start
+                )
                 found.sizes.extend(_largest(start[n].double()) for n in end if n in start)
             found.losses.extend((done.loss, done.score[1]))
         found.losses.append(trainer.evaluate(clients, shared, rows)[:, 1])

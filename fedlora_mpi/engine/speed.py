@@ -14,7 +14,8 @@ _BATCHES, _REPEATS = 2, 3  # of every epoch; after the first, which warms up
 _SIZES = (10, 25, 50)  # of stacks
 _LONG = 3600.0  # seconds of training from which compiling, which takes a minute, is tried
 
-Tried = tuple[Trainer, Vars, Sequence[int]]  # the first variables of clients, and those that compute together
+# the first variables of clients, and those that compute together
+Tried = tuple[Trainer, Vars, Sequence[int]]
 
 
 class Short:
@@ -22,7 +23,12 @@ class Short:
 
     def __init__(self, feed, limit: int) -> None:
         self._feed, self.limit = feed, limit
-        self.epoch, self.test, self.test_size, self.survey = feed.epoch, feed.test, feed.test_size, feed.survey
+        self.epoch, self.test, self.test_size, self.survey = (
+            feed.epoch,
+            feed.test,
+            feed.test_size,
+            feed.survey,
+        )
 
     def train_size(self, client: int) -> int:
         return min(self.limit, self._feed.train_size(client))
@@ -37,18 +43,22 @@ class Speed(NamedTuple):
 
 
 def candidates(engine: Engine, most: int) -> list[Engine]:
-    """The engines that ``path: measure`` compares: one by one, and in stacks of up to ``most`` clients."""
+    """The engines that ``path: measure`` compares: one by one, and in stacks of up to ``most``
+    clients.
+    """
     asked = engine.group_size
     sizes = sorted({min(size, most) for size in _SIZES} - {1}) if asked == "auto" else [asked]
     loop = replace(engine, path="loop", group_size=1 if asked == "auto" else asked)
     return [loop, *(replace(engine, path="stack", group_size=size) for size in sizes)]
 
 
-def measured(engine: Engine, most: int, samples: float, trainers: Callable[[Engine], Sequence[Tried]]) -> list[Speed]:
+def measured(
+    engine: Engine, most: int, samples: float, trainers: Callable[[Engine], Sequence[Tried]]
+) -> list[Speed]:
     """How fast each candidate is, where ``trainers`` gives what to try of an engine.
 
-    samples: of all clients, rounds and epochs. Where the run is long enough for it to pay, the fastest is tried
-    compiled as well.
+    samples: of all clients, rounds and epochs. Where the run is long enough for it to pay, the
+    fastest is tried compiled as well.
     """
     speeds = [speed(tried, trainers(tried)) for tried in candidates(engine, most)]
     best = fastest(speeds, samples)
@@ -77,13 +87,18 @@ def speed(engine: Engine, tried: Sequence[Tried]) -> Speed:
 
 
 def fastest(speeds: Sequence[Speed], samples: float) -> Speed:
-    """The one that would be the first to have trained on so many samples; the earlier of equals. What compiling
-    took counts twice: every resume pays it again."""
-    return min(speeds, key=lambda s: samples * s.sample + (2 * s.start if s.engine.compile else 0.0))
+    """The one that would be the first to have trained on so many samples; the earlier of equals.
+    What compiling took counts twice: every resume pays it again.
+    """
+    return min(
+        speeds, key=lambda s: samples * s.sample + (2 * s.start if s.engine.compile else 0.0)
+    )
 
 
 def told(speeds: Sequence[Speed], chosen: Speed) -> str:
     """One line for the user."""
-    way = lambda e: ("loop" if e.path == "loop" else f"stacks of {e.group_size}") + ", compiled" * e.compile
+    way = lambda e: (
+        ("loop" if e.path == "loop" else f"stacks of {e.group_size}") + ", compiled" * e.compile
+    )
     each = "; ".join(f"{way(s.engine)} {1 / s.sample:,.0f}" for s in speeds)
     return f"engine.path = measure: client samples per second: {each}; taken: {way(chosen.engine)}"

@@ -36,9 +36,11 @@ class Trained(NamedTuple):
     start: Vars  # as ``Algorithm.begin`` left them
     end: Vars  # as ``Algorithm.finish`` left them
     loss: Tensor  # [] mean training loss of the last epoch, on the host
-    score: Tensor | None  # [2] test accuracy and loss of the client's own model at this moment, on the host
+    # [2] test accuracy and loss of the client's own model at this moment, on the host
+    score: Tensor | None
     kept: Tree  # ``end.personal`` on the host
-    nan_predictions: Tensor | None = None  # [] fraction of its test samples with a logit that is no number, on the host
+    # [] fraction of its test samples with a logit that is no number, on the host
+    nan_predictions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,12 @@ class Trainer:
     room: Room = field(default_factory=Room)
 
     def train(
-        self, clients: Sequence[int], shared: Tree, personal_C: Tree, round_: int, evaluate: bool = False
+        self,
+        clients: Sequence[int],
+        shared: Tree,
+        personal_C: Tree,
+        round_: int,
+        evaluate: bool = False,
     ) -> Iterator[Trained]:
         """Train ``clients`` (largest first) from ``shared`` and their rows ``personal_C`` [C, ...].
 
@@ -78,19 +85,30 @@ class Trainer:
             score_C = kept.pop() if evaluate else None
             for row, client in enumerate(clients[c] for c in members):
                 one = (lambda v: v[row]) if self.stacked else (lambda v: v)
-                score, nan = (None, None) if score_C is None else (score_C[row, :2], score_C[row, 2])
+                score, nan = (
+                    (None, None) if score_C is None else (score_C[row, :2], score_C[row, 2])
+                )
                 own = dict(zip(end.personal, map(one, kept)))
-                yield Trained(client, tmap_vars(one, start), tmap_vars(one, end), loss_C[row], score, own, nan)
+                yield Trained(
+                    client, tmap_vars(one, start), tmap_vars(one, end), loss_C[row], score, own, nan
+                )
 
-    def evaluate(self, clients: Sequence[int], shared: Tree, personal_C: Tree, round_: int = 0) -> Tensor:
-        """Test accuracy (fraction) and mean loss of each client's own model, float64 [C, 2] on the host; see ``judge``."""
+    def evaluate(
+        self, clients: Sequence[int], shared: Tree, personal_C: Tree, round_: int = 0
+    ) -> Tensor:
+        """Test accuracy (fraction) and mean loss of each client's own model, float64 [C, 2] on the
+        host; see ``judge``.
+        """
         return self.judge(clients, shared, personal_C, round_)[:, :2]
 
-    def judge(self, clients: Sequence[int], shared: Tree, personal_C: Tree, round_: int = 0) -> Tensor:
-        """Test accuracy (fraction), mean loss, and fraction of the test samples with a logit that is no number, of each
-        client's own model, float64 [C, 3] on the host.
+    def judge(
+        self, clients: Sequence[int], shared: Tree, personal_C: Tree, round_: int = 0
+    ) -> Tensor:
+        """Test accuracy (fraction), mean loss, and fraction of the test samples with a logit that
+        is no number, of each client's own model, float64 [C, 3] on the host.
 
-        Clients as in ``train``. NaN without test samples; without training samples nothing is tuned.
+        Clients as in ``train``. NaN without test samples; without training samples nothing is
+        tuned.
         """
         phases = self.tuning(round_)
 
@@ -117,7 +135,9 @@ class Trainer:
         return self.algorithm.tune(self.model, self.settings, round_)
 
     def judged_at_once(self, clients: Sequence[int], round_: int) -> int:
-        """Clients in a stack of ``evaluate``: more than train together where they have few test samples."""
+        """Clients in a stack of ``evaluate``: more than train together where they have few test
+        samples.
+        """
         if not self.stacked or self.tuning(round_):
             return 1
         return min(_JUDGED, _TEST_BATCH // max(1, *map(self.feed.test_size, clients)))
@@ -128,19 +148,28 @@ class Trainer:
         if self.stacked and self.device.type == "cpu":
             under.enter_context(Pooling(0 if self.compiled else LARGE))
         if self.precision == "bf16":
-            under.enter_context(torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False))
+            under.enter_context(
+                torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+            )
         return under
 
-    def _in_parts(self, count: int, compute: Callable[[Sequence[int]], T]) -> Iterator[tuple[Sequence[int], T]]:
-        """(members, ``compute(members)``) of ``count`` clients: all in a stack, or each alone. A stack that does not fit
-        into the device's memory is computed in parts."""
+    def _in_parts(
+        self, count: int, compute: Callable[[Sequence[int]], T]
+    ) -> Iterator[tuple[Sequence[int], T]]:
+        """(members, ``compute(members)``) of ``count`` clients: all in a stack, or each alone. A
+        stack that does not fit into the device's memory is computed in parts.
+        """
         if not self.stacked:
             return (([c], compute([c])) for c in range(count))
-        return self.room.parts(range(count), compute, self.graphs.clear if self.graphs else lambda: None)
+        return self.room.parts(
+            range(count), compute, self.graphs.clear if self.graphs else lambda: None
+        )
 
     @torch.no_grad()
     def _scores(self, ids: Sequence[int], v: Vars, shared_axis: int | None = 0) -> Tensor:
-        """[C, 3] as ``judge`` has it. ``v``: stacked, but for ``v.shared`` where ``shared_axis`` is None."""
+        """[C, 3] as ``judge`` has it. ``v``: stacked, but for ``v.shared`` where ``shared_axis`` is
+        None.
+        """
         model = self.model.evaluating()
 
         def one(shared: Tree, personal: Tree, *batch: Tensor | None) -> Tensor:
@@ -160,27 +189,34 @@ class Trainer:
                 axes = tuple(None if value is None else 0 for value in batch)
                 score = vmap(one, in_dims=(shared_axis, 0, *axes))(v.shared, v.personal, *batch)
             else:
-                score = one(v.shared, v.personal, *(value if value is None else value[0] for value in batch))[None]
+                score = one(
+                    v.shared, v.personal, *(value if value is None else value[0] for value in batch)
+                )[None]
             if batch.real is not None:
                 score = score * batch.real.unsqueeze(-1)
             total += score.sum(1)
         return total / to_device(sizes, self.device).unsqueeze(1)
 
     def _test_batches(self, most: int, clients: int) -> Sequence[range]:
-        """How so many test samples are cut. Where a network's results depend on the cut, in equal parts, so that none
-        is a remainder of one."""
+        """How so many test samples are cut. Where a network's results depend on the cut, in equal
+        parts, so that none is a remainder of one.
+        """
         if self.model.couples:
             return equal_parts(range(most), _TEST_BATCH)
         width = max(1, _TEST_BATCH // clients)
         return [range(most)[first : first + width] for first in range(0, most, width)]
 
     @torch.no_grad()
-    def _arrived(self, ids: Sequence[int], shared: Tree, personal_C: Tree, members: Sequence[int]) -> Vars:
+    def _arrived(
+        self, ids: Sequence[int], shared: Tree, personal_C: Tree, members: Sequence[int]
+    ) -> Vars:
         """Variables at the start of training, after ``Algorithm.begin``."""
         start = self._spread(shared, personal_C, members)
         if type(self.algorithm).begin is Algorithm.begin:
             return start
-        return self._each(lambda v, data: self.algorithm.begin(self.model, v, data), start, self._survey(ids))
+        return self._each(
+            lambda v, data: self.algorithm.begin(self.model, v, data), start, self._survey(ids)
+        )
 
     def _finished(self, ids: Sequence[int], start: Vars, now: Vars) -> Vars:
         """Variables after ``Algorithm.finish``."""
@@ -202,7 +238,9 @@ class Trainer:
         return vmap(lambda v, d: hook(*v, Batch(*d)), in_dims=axes)(tuple(variables), tuple(data))
 
     def _spread(self, shared: Tree, personal_C: Tree, members: Sequence[int]) -> Vars:
-        """The variables of these clients, [C, ...] in a stack; copies where a network writes to what it is given."""
+        """The variables of these clients, [C, ...] in a stack; copies where a network writes to
+        what it is given.
+        """
         shared = self.algorithm.download(self._to_device(shared))
         if self.stacked:
             shared = tmap(lambda v: v.expand(len(members), *v.shape), shared)
@@ -250,4 +288,5 @@ class Trainer:
         """One pass of every client over its own data; mean loss of each client, [C]."""
         used = [self.algorithm.used(walk.phase, self.feed.train_size(client)) for client in ids]
         epoch = self.feed.epoch(ids, round_, address, self.algorithm.held_out, walk.phase.held_out)
-        return walk.pass_over(epoch if used == list(epoch.sizes) else epoch.cut(used))  # what is not used is padding
+        # what is not used is padding
+        return walk.pass_over(epoch if used == list(epoch.sizes) else epoch.cut(used))

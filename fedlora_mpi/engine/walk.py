@@ -27,12 +27,15 @@ class _View(NamedTuple):
 
 
 class Walk:
-    """The steps of one phase: owns the momenta, which start at zero, and the views; trains ``now`` in place.
+    """The steps of one phase: owns the momenta, which start at zero, and the views; trains ``now``
+    in place.
 
     start, now: variables, [C, ...] where ``trainer.stacked``.
     """
 
-    def __init__(self, trainer: Trainer, phase: Phase, start: Vars, now: Vars, clients: int) -> None:
+    def __init__(
+        self, trainer: Trainer, phase: Phase, start: Vars, now: Vars, clients: int
+    ) -> None:
         self._trainer, self.phase, self._start, self._clients = trainer, phase, start, clients
         self._now = now._replace(constant=self._constant(now)) if phase.constant else now
         common = Sgd(trainer.settings.lr, trainer.settings.momentum, trainer.settings.weight_decay)
@@ -57,19 +60,27 @@ class Walk:
         return range(0, epoch.sizes[0], self._trainer.settings.batch_size)
 
     def play_over(self, epoch: Epoch, firsts: range, sums: Tensor) -> None:
-        """All steps on the batches that begin at ``firsts``. Adds to ``sums`` [2, C] each client's losses, times their
-        examples, and its examples. Waits for no device."""
+        """All steps on the batches that begin at ``firsts``. Adds to ``sums`` [2, C] each client's
+        losses, times their examples, and its examples. Waits for no device.
+        """
         if not firsts:
             return
-        losses = pad_sequence([self.play(batch_C, count) for count, batch_C in epoch.batches(firsts)], batch_first=True)
-        losses = losses.float() if losses.dtype.itemsize < 4 else losses  # sums of half numbers are none
+        losses = pad_sequence(
+            [self.play(batch_C, count) for count, batch_C in epoch.batches(firsts)],
+            batch_first=True,
+        )
+        # sums of half numbers are none
+        losses = losses.float() if losses.dtype.itemsize < 4 else losses
         begun = torch.arange(firsts.start, firsts.stop, firsts.step, device=losses.device)
-        examples = (epoch.lengths[: losses.shape[1]] - begun[:, None]).clamp(0, firsts.step)  # [steps, C]
+        # [steps, C]
+        examples = (epoch.lengths[: losses.shape[1]] - begun[:, None]).clamp(0, firsts.step)
         sums[:, : losses.shape[1]] += torch.stack([losses * examples, examples]).sum(1)
 
     def play(self, batch_C: Batch, count: int) -> Tensor:
         """All steps on one batch of the first ``count`` clients; their first losses [count]."""
-        losses = [self._play(number, step, batch_C, count) for number, step in enumerate(self.phase.steps)]
+        losses = [
+            self._play(number, step, batch_C, count) for number, step in enumerate(self.phase.steps)
+        ]
         return losses[0]
 
     def end(self) -> None:
@@ -77,7 +88,9 @@ class Walk:
 
     @torch.no_grad()
     def restart(self, start: Vars, now: Vars) -> None:
-        """The same steps on other variables of the same layout, copied into the memory of the first ones."""
+        """The same steps on other variables of the same layout, copied into the memory of the first
+        ones.
+        """
         halves = zip((*self._start[:2], *self._now[:2]), (*start[:2], *now[:2]))
         for places, values in halves:
             for name, place in places.items():
@@ -98,16 +111,24 @@ class Walk:
 
     def _constant(self, now: Vars) -> Tree:
         with torch.no_grad():
-            return (vmap(self.phase.constant) if self._trainer.stacked else self.phase.constant)(now._replace(constant={}))
+            return (vmap(self.phase.constant) if self._trainer.stacked else self.phase.constant)(
+                now._replace(constant={})
+            )
 
     def _play(self, number: int, step: Step, batch_C: Batch, count: int) -> Tensor:
         at = (number, count)
         if at not in self._views:
             self._views[at] = self._view(number, count)
         view, sgd = self._views[at], self._sgd[number]
-        frequent = count == self._clients and batch_C.y.shape[1] == self._trainer.settings.batch_size
+        frequent = (
+            count == self._clients and batch_C.y.shape[1] == self._trainer.settings.batch_size
+        )
         for _ in range(step.repeat):
-            loss_C = view.fused(batch_C) if view.fused and frequent else self._step(step, sgd, view, batch_C)
+            loss_C = (
+                view.fused(batch_C)
+                if view.fused and frequent
+                else self._step(step, sgd, view, batch_C)
+            )
         return loss_C
 
     def _step(self, step: Step, sgd: Sgd, view: _View, batch_C: Batch) -> Tensor:
@@ -115,20 +136,25 @@ class Walk:
         loss_C = self._losses(step.loss, view, batch_C)
         if view.leaves:
             grads = torch.autograd.grad(loss_C.sum(), view.leaves, allow_unused=True)
-            used = [at for at, grad in enumerate(grads) if grad is not None]  # as torch.optim.SGD leaves the others
+            # as torch.optim.SGD leaves the others
+            used = [at for at, grad in enumerate(grads) if grad is not None]
             dense = [g if (g := grads[at]).layout == torch.strided else g.to_dense() for at in used]
             leaves, momenta = ([half[at] for at in used] for half in (view.leaves, view.momenta))
             sgd_step(leaves, dense, momenta, sgd, step.clamp)
         return loss_C.detach()
 
-    def _fused(self, number: int, names: Names, now: Vars, start: Vars, momenta: list[Tensor]) -> Callable:
+    def _fused(
+        self, number: int, names: Names, now: Vars, start: Vars, momenta: list[Tensor]
+    ) -> Callable:
         """``_step`` as a compiled function of the batch."""
         step, sgd = self.phase.steps[number], self._sgd[number]
 
         def pure(now: Vars, start: Vars, momenta: list[Tensor], batch_C: Batch) -> Tensor:
             halves = [{n: v.detach() for n, v in half.items()} for half in now[:2]]
             leaves = [halves[half][name].requires_grad_() for half, name in names]
-            return self._step(step, sgd, _View(Vars(*halves, now.constant), start, momenta, leaves), batch_C)
+            return self._step(
+                step, sgd, _View(Vars(*halves, now.constant), start, momenta, leaves), batch_C
+            )
 
         told = step.loss, tuple(names), sgd, step.clamp
         return self._trainer.compiled.of(pure, told, now, start, momenta)
@@ -136,7 +162,9 @@ class Walk:
     def _momentum(self, step: Step) -> list[Tree]:
         """Zeros for the trained leaves of either half."""
         trains = lambda leaf: step.trains(leaf) and self._trainer.model.role(leaf) != "stats"
-        return [{n: torch.zeros_like(v) for n, v in half.items() if trains(n)} for half in self._now[:2]]
+        return [
+            {n: torch.zeros_like(v) for n, v in half.items() if trains(n)} for half in self._now[:2]
+        ]
 
     def _view(self, number: int, count: int) -> _View:
         """The first ``count`` rows of everything, as views: a step writes through them."""
@@ -198,7 +226,9 @@ def tmap_vars(fn: Callable[[Tensor], Tensor], v: Vars) -> Vars:
 
 
 def fill(place: Tensor, value: Tensor) -> None:
-    """Copy ``value`` into ``place``, which may repeat its numbers along some axes if ``value`` does."""
+    """Copy ``value`` into ``place``, which may repeat its numbers along some axes if ``value``
+    does.
+    """
     for axis, (length, stride) in enumerate(zip(place.shape, place.stride())):
         if stride == 0 and length > 1:
             place, value = place.narrow(axis, 0, 1), value.narrow(axis, 0, 1)

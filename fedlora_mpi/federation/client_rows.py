@@ -1,4 +1,6 @@
-"""Where the personal leaves of a rank's clients live, stacked: in memory, or in files of which memory holds what is used."""
+"""Where the personal leaves of a rank's clients live, stacked: in memory, or in files of which
+memory holds what is used.
+"""
 
 import mmap
 import os
@@ -34,7 +36,9 @@ class InMemory:
 
 
 class OnDisk:
-    """Tensors mapped to files without a name in ``folder``, which go with the process, however it ends."""
+    """Tensors mapped to files without a name in ``folder``, which go with the process, however it
+    ends.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._maps = folder, WeakSet()
@@ -44,7 +48,10 @@ class OnDisk:
         if not clients * like.numel():
             return InMemory().blank(clients, like)
         size = clients * like.numel() * like.element_size()
-        with writing(self._folder / "personal leaves"), tempfile.TemporaryFile(dir=self._folder) as file:
+        with (
+            writing(self._folder / "personal leaves"),
+            tempfile.TemporaryFile(dir=self._folder) as file,
+        ):
             os.posix_fallocate(file.fileno(), 0, size)
             mapped = mmap.mmap(file.fileno(), size)
         self._maps.add(mapped)
@@ -52,4 +59,5 @@ class OnDisk:
 
     def release(self) -> None:
         for mapped in self._maps:
-            mapped.madvise(mmap.MADV_DONTNEED)  # of a shared map of a file: the numbers stay, in the file
+            # of a shared map of a file: the numbers stay, in the file
+            mapped.madvise(mmap.MADV_DONTNEED)

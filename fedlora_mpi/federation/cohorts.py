@@ -1,7 +1,8 @@
 """Which clients train together, and which take part.
 
-Groups depend on the clients alone, never on the ranks: a client's numbers may depend on which others of its group
-take part (another kernel for another stack), so a group stays whole wherever it is hosted.
+Groups depend on the clients alone, never on the ranks: a client's numbers may depend on which
+others of its group take part (another kernel for another stack), so a group stays whole wherever it
+is hosted.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,9 @@ from collections.abc import Sequence
 Group = tuple[int, ...]
 
 
-def groups(sizes: Sequence[int], group_size: int, kind_of: Sequence[int] | None = None) -> tuple[Group, ...]:
+def groups(
+    sizes: Sequence[int], group_size: int, kind_of: Sequence[int] | None = None
+) -> tuple[Group, ...]:
     """Client ids in groups of up to ``group_size``, all of one kind (default: there is one), larger
     clients first, so that a group's clients are about equally large and those still training are
     always the first of the group."""
@@ -22,5 +25,7 @@ def groups(sizes: Sequence[int], group_size: int, kind_of: Sequence[int] | None 
 
 
 def cohort(clients: int, fraction: float, draw: Sequence[int]) -> frozenset[int]:
-    """The clients of a round: the first max(1, floor(fraction * clients)) of the permutation ``draw``."""
+    """The clients of a round: the first max(1, floor(fraction * clients)) of the permutation
+    ``draw``.
+    """
     return frozenset(draw[: max(1, int(fraction * clients + 1e-9))])  # 0.29 * 100 is 28.999...

@@ -27,10 +27,13 @@ from .cohorts import Group, cohort
 
 
 class Kind(NamedTuple):
-    """Clients whose variables have the same shapes, because they have the same network and the same ranks."""
+    """Clients whose variables have the same shapes, because they have the same network and the same
+    ranks.
+    """
 
     trainer: Trainer
-    first: Vars  # the variables of any of them before round 1; the shared ones are the server's, for all kinds
+    # the variables of any of them before round 1; the shared ones are the server's, for all kinds
+    first: Vars
     prefix: str = ""  # of their leaves among the personal ones of all kinds
     network: int = 0  # its number in ``model.mix``
 
@@ -57,7 +60,9 @@ class Kind(NamedTuple):
 
     def received(self, shared: Tree) -> int:
         """Bytes that such a client would receive of the server's variables."""
-        return bytes_of(int(self.algorithm.received(shared)), [Layout.of(self.algorithm.download(shared))])
+        return bytes_of(
+            int(self.algorithm.received(shared)), [Layout.of(self.algorithm.download(shared))]
+        )
 
 
 @dataclass(frozen=True)
@@ -81,11 +86,14 @@ class Run:
     upload: Layout  # of what an upload stands for in the mean
     gathers: bool = False  # whether uploads travel as they are, not as that
     mixing: Mixing | None = None  # how per-client mixes are exchanged; None: the method has none
-    by_task: tuple["Run", ...] = ()  # this run with what its clients hold in each task; empty: there are none
+    # this run with what its clients hold in each task; empty: there are none
+    by_task: tuple["Run", ...] = ()
     task_rounds: int = 1  # of each task; the last one stays
     privacy: Privacy = Privacy()
-    skips: bool = False  # whether a client whose numbers are not finite is left out of its round; else it ends the run
-    judges_cohort: bool = False  # whether those who are judged in a round are its cohort; else everybody is
+    # whether a client whose numbers are not finite is left out of its round; else it ends the run
+    skips: bool = False
+    # whether those who are judged in a round are its cohort; else everybody is
+    judges_cohort: bool = False
     rows: Rows = InMemory()  # where personal leaves live
     journal: object | None = None  # a ``replicas.Journal`` where the run is to outlive a rank
     clock: Stopwatch = field(default_factory=Stopwatch)  # of this rank
@@ -103,19 +111,27 @@ class Run:
     @cached_property
     def flops(self) -> tuple[Flops, ...]:
         """What the clients of each kind compute."""
-        return tuple(Flops(kind.trainer, kind.arrived, self.comm.pulse.beat, self.comm.rank == 0) for kind in self.kinds)
+        return tuple(
+            Flops(kind.trainer, kind.arrived, self.comm.pulse.beat, self.comm.rank == 0)
+            for kind in self.kinds
+        )
 
     @cached_property
     def compared(self) -> tuple[slice, ...]:
         """Where an upload holds parameters whose drift is measured."""
         role, names = self.trainer.model.role, self.upload.common(self.kinds[0].first.shared)
-        chosen = [n for n in names if role(n) not in (None, "stats")] or [n for n in names if role(n) != "stats"]
+        chosen = [n for n in names if role(n) not in (None, "stats")] or [
+            n for n in names if role(n) != "stats"
+        ]
         return self.upload.places(chosen)
 
     @cached_property
     def by_kind(self) -> tuple[tuple[int, ...], ...]:
         """The clients of this rank of each kind, in the order of the rows of their personal leaves."""
-        return tuple(tuple(c for c in self.hosted if self.kind_of[c] == kind) for kind in range(len(self.kinds)))
+        return tuple(
+            tuple(c for c in self.hosted if self.kind_of[c] == kind)
+            for kind in range(len(self.kinds))
+        )
 
     @cached_property
     def rank_of(self) -> dict[int, int]:
@@ -138,38 +154,62 @@ class Run:
 
     def clients_of(self, rank: int) -> tuple[int, ...]:
         """The clients that a rank hosts, kind after kind."""
-        return tuple(c for group, host in zip(self.groups, self.host) if host == rank for c in group)
+        return tuple(
+            c for group, host in zip(self.groups, self.host) if host == rank for c in group
+        )
 
     def with_(self, **fields) -> "Run":
         """This run, and what it is in each task, with other fields."""
-        return replace(self, **fields, by_task=tuple(replace(part, **fields) for part in self.by_task))
+        return replace(
+            self, **fields, by_task=tuple(replace(part, **fields) for part in self.by_task)
+        )
 
     def of_round(self, round_: int) -> "Run":
-        """This run when its clients hold what they hold in a round (from 0): sizes, weights and feeds of the task."""
-        return self.by_task[min(round_ // self.task_rounds, len(self.by_task) - 1)] if self.by_task else self
+        """This run when its clients hold what they hold in a round (from 0): sizes, weights and
+        feeds of the task.
+        """
+        return (
+            self.by_task[min(round_ // self.task_rounds, len(self.by_task) - 1)]
+            if self.by_task
+            else self
+        )
 
     def chosen(self, round_: int) -> frozenset[int]:
-        """The cohort of a round, of those who hold data: a pure function of the seed, so no rank has to be told."""
+        """The cohort of a round, of those who hold data: a pure function of the seed, so no rank
+        has to be told.
+        """
         sizes = self.of_round(round_).sizes
         if self.privacy.draws:
-            draw = torch.rand(len(sizes), generator=rng(self.seed, "cohort", round_), dtype=torch.float64)
-            return frozenset(client for client, number in enumerate(draw.tolist()) if number < self.participation)
+            draw = torch.rand(
+                len(sizes), generator=rng(self.seed, "cohort", round_), dtype=torch.float64
+            )
+            return frozenset(
+                client for client, number in enumerate(draw.tolist()) if number < self.participation
+            )
         draw = torch.randperm(len(sizes), generator=rng(self.seed, "cohort", round_)).tolist()
         able = [client for client in draw if sizes[client]]
         return cohort(len(able), self.participation, able)
 
     def total(self, chosen: frozenset[int]) -> float:
-        """By what the uploads of a cohort count together; under differential privacy by what is expected of any."""
+        """By what the uploads of a cohort count together; under differential privacy by what is
+        expected of any.
+        """
         if self.privacy.differential:
-            return self.participation * len(self.sizes) if self.privacy.draws else len(self.chosen(0))
+            return (
+                self.participation * len(self.sizes) if self.privacy.draws else len(self.chosen(0))
+            )
         return sum(self.weight_N[client] for client in chosen)
 
     def epsilon(self, rounds: int) -> float:
         """What so many rounds cost in differential privacy."""
-        return epsilon(self.privacy, self.participation, len(self.chosen(0)), len(self.sizes), rounds)
+        return epsilon(
+            self.privacy, self.participation, len(self.chosen(0)), len(self.sizes), rounds
+        )
 
     def untrained(self, shared: Tree) -> Tensor:
-        """What uploads [D] are measured from where they are clipped: what any client would send without training."""
+        """What uploads [D] are measured from where they are clipped: what any client would send
+        without training.
+        """
         kind = self.kinds[0]
         personal = tmap(lambda v: v.to(self.trainer.device), kind.first.personal)
         return untrained(kind.algorithm, Vars(shared, personal), shared)
@@ -183,13 +223,18 @@ class Run:
         """Room for the personal leaves of this rank's clients, with any numbers in it."""
         leaves = {}
         for kind, clients in zip(self.kinds, self.by_kind):
-            leaves |= {kind.prefix + n: self.rows.blank(len(clients), v) for n, v in kind.first.personal.items()}
+            leaves |= {
+                kind.prefix + n: self.rows.blank(len(clients), v)
+                for n, v in kind.first.personal.items()
+            }
         return leaves
 
     def stacks(self, clients: Iterable[int], at_once: int = 1) -> list[list[int]]:
-        """Clients of a group in the order in which a ``Trainer`` takes them, in equal parts of up to ``group_size``, or
-        ``at_once`` where that is more."""
-        order = sorted(clients, key=lambda client: -self.sizes[client])  # equal ones as the group has them
+        """Clients of a group in the order in which a ``Trainer`` takes them, in equal parts of up
+        to ``group_size``, or ``at_once`` where that is more.
+        """
+        # equal ones as the group has them
+        order = sorted(clients, key=lambda client: -self.sizes[client])
         return equal_parts(order, max(self.group_size, at_once))
 
 
@@ -209,4 +254,5 @@ class State(NamedTuple):
     round: int  # rounds done
     server: Tree  # the server's own, equal on all ranks
     shared: Tree  # equal on all ranks
-    personal: Tree  # leaves of each kind [its hosted clients, ...], rows as in ``Run.by_kind``; owned, written to
+    # leaves of each kind [its hosted clients, ...], rows as in ``Run.by_kind``; owned, written to
+    personal: Tree

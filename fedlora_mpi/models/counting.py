@@ -10,8 +10,9 @@ from ..core.escapes import brief
 
 
 class _NoModules(nullcontext):
-    """In the place of torch's tracker of modules, whose hooks raise "A leaf node was passed" where a
-    parameter is a module's input, as in every parametrization."""
+    """In the place of torch's tracker of modules, whose hooks raise "A leaf node was passed" where
+    a parameter is a module's input, as in every parametrization.
+    """
 
     parents = frozenset({"Global"})
 
@@ -25,12 +26,18 @@ class FlopCounter(FlopCounterMode):
 
 
 def of_forward(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """``module(x)`` and its FLOPs; where torch cannot count them 2 for each parameter and sample, and a hint."""
+    """``module(x)`` and its FLOPs; where torch cannot count them 2 for each parameter and sample,
+    and a hint.
+    """
     try:
         with FlopCounter() as counter:
             return module(x), counter.get_total_flops()
     except Exception as error:
         logits = module(x)  # raises it again where it is the module's own
-        print(f"hint: model: FLOPs cannot be counted ({brief(error)}); taken as 2 for each parameter and "
-              "sample", file=sys.stderr, flush=True)
+        print(
+            f"hint: model: FLOPs cannot be counted ({brief(error)}); taken as 2 for each "
+            "parameter and sample",
+            file=sys.stderr,
+            flush=True,
+        )
         return logits, 2 * len(x) * sum(v.numel() for v in module.parameters())

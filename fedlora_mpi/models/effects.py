@@ -1,4 +1,6 @@
-"""What a forward pass does beside giving logits, and how a run lets it do no more than BatchNorm does."""
+"""What a forward pass does beside giving logits, and how a run lets it do no more than BatchNorm
+does.
+"""
 
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -15,7 +17,8 @@ from .state import forgetting
 class Effects(NamedTuple):
     """What passes do beside giving logits; nothing in an ordinary network."""
 
-    assigned: frozenset[str] = frozenset()  # float buffers that are replaced, where BatchNorm writes in place
+    # float buffers that are replaced, where BatchNorm writes in place
+    assigned: frozenset[str] = frozenset()
     parameters: frozenset[str] = frozenset()  # that are written to in any mode
     evaluation: frozenset[str] = frozenset()  # leaves that a pass in evaluation mode writes to
     modules: frozenset[str] = frozenset()  # submodules whose plain attributes change
@@ -24,7 +27,10 @@ class Effects(NamedTuple):
 
     def call(self, module: nn.Module, values: Tree, x: Tensor, training: bool) -> Tensor:
         """Logits of ``module`` with the leaves ``values``, into which only training writes."""
-        given, names = dict(values), self.modules.intersection(name for name, _ in module.named_modules())
+        given, names = (
+            dict(values),
+            self.modules.intersection(name for name, _ in module.named_modules()),
+        )
         if not training:
             given |= {name: _copied(v, x) for name, v in values.items() if name in self.evaluation}
         passed = dict(given)

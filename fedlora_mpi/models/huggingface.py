@@ -1,6 +1,8 @@
-"""A sequence classifier of Hugging Face's transformers, from a folder on this machine, as a network of token ids.
+"""A sequence classifier of Hugging Face's transformers, from a folder on this machine, as a network
+of token ids.
 
-Nothing is fetched and no code of the folder runs. Leaves are named as in transformers, under ``model.``.
+Nothing is fetched and no code of the folder runs. Leaves are named as in transformers, under
+``model.``.
 """
 
 import json
@@ -18,7 +20,9 @@ from . import weights
 
 
 class HuggingFace(nn.Module):
-    """``model``: a ``...ForSequenceClassification``; ``fresh``: those parameters that its weights' files have not."""
+    """``model``: a ``...ForSequenceClassification``; ``fresh``: those parameters that its weights'
+    files have not.
+    """
 
     PREFIX = "model."  # in front of transformers' names
 
@@ -28,39 +32,49 @@ class HuggingFace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, L] token ids -> logits [B, classes]. Nobody looks at padding."""
-        # Ready to be added to the scores: a plain mask is asked whether it hides anything, which a stack of clients
-        # cannot answer.
-        hidden = torch.zeros(x.shape, device=x.device).masked_fill(x == self.padding, torch.finfo(torch.float32).min)
+        # Ready to be added to the scores: a plain mask is asked whether it hides anything, which a
+        # stack of clients cannot answer.
+        hidden = torch.zeros(x.shape, device=x.device).masked_fill(
+            x == self.padding, torch.finfo(torch.float32).min
+        )
         return self.model(input_ids=x, attention_mask=hidden[:, None, None]).logits  # [B, 1, 1, L]
 
     def is_above_encoder(self, name: str) -> bool:
-        """Whether a leaf, under transformers' name, belongs to what classifies and not to the pre-trained encoder."""
+        """Whether a leaf, under transformers' name, belongs to what classifies and not to the
+        pre-trained encoder.
+        """
         return not name.startswith(f"{self.model.base_model_prefix}.")
 
 
 def classifier(folder: str, classes: int, length: int, tokens: int, padding: int) -> HuggingFace:
     """The model in ``folder`` for texts of ``length`` tokens below ``tokens``, float32.
 
-    What classifies is new, from torch's global generator, where the folder has none or one for other classes; so
-    is a pooler that the folder has not, and everything where ``folder`` is a config.json alone. Raises ValueError
-    when anything else does not fit, when the data's tokens are not the model's, or when it reads a mask
-    differently from here (a decoder, for instance).
+    What classifies is new, from torch's global generator, where the folder has none or one for
+    other classes; so is a pooler that the folder has not, and everything where ``folder`` is a
+    config.json alone. Raises ValueError when anything else does not fit, when the data's tokens are
+    not the model's, or when it reads a mask differently from here (a decoder, for instance).
     """
     module = _loaded(folder, classes)
     config = module.model.config
     if module.padding is None:
-        raise ValueError(f"folder = {folder}: its config.json has no pad_token_id; {config.model_type} cannot be used")
+        raise ValueError(
+            f"folder = {folder}: its config.json has no pad_token_id; {config.model_type} cannot "
+            "be used"
+        )
     if tokens > config.vocab_size or padding != module.padding:
         raise ValueError(
-            f"folder = {folder}: knows {config.vocab_size} tokens, {module.padding} for padding; data.text.tokenizer "
-            f"has {tokens}, {padding} for padding; give the tokenizer of this model"
+            f"folder = {folder}: knows {config.vocab_size} tokens, {module.padding} for padding; "
+            f"data.text.tokenizer has {tokens}, {padding} for padding; give the tokenizer of this "
+            "model"
         )
     _try(module, folder, length)
     return module
 
 
 def files(folder: str) -> tuple[Path, ...]:
-    """What is read of ``folder``, there or not: config.json, then its weights; of a config.json that alone."""
+    """What is read of ``folder``, there or not: config.json, then its weights; of a config.json
+    that alone.
+    """
     home = expanded(folder)
     if home.suffix == ".json":
         return (home,)
@@ -82,7 +96,8 @@ def _loaded(folder: str, classes: int) -> HuggingFace:
     for file in (described, *parts):
         if not file.is_file():
             raise ValueError(
-                f"folder = {folder}: has no {file.name}; give the folder of a model of Hugging Face on this machine"
+                f"folder = {folder}: has no {file.name}; give the folder of a model of Hugging "
+                "Face on this machine"
             )
     library = _transformers()
     try:
@@ -93,7 +108,9 @@ def _loaded(folder: str, classes: int) -> HuggingFace:
         with _quiet(library):
             model, report = _made(library, described, classes, tree)
     except Exception as error:  # of many kinds: those of transformers, json
-        raise ValueError(f"folder = {folder}: transformers cannot read it: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"folder = {folder}: transformers cannot read it: {' '.join(str(error).split())}"
+        ) from error
     if not parts:
         return HuggingFace(model, frozenset())
     missing, other = set(report["missing_keys"]), {name for name, *_ in report["mismatched_keys"]}
@@ -102,8 +119,8 @@ def _loaded(folder: str, classes: int) -> HuggingFace:
     wrong = {n for n in missing if not n.startswith(pooler)} | other
     if wrong := sorted(n for n in wrong if not module.is_above_encoder(n)):
         raise ValueError(
-            f"folder = {folder}: model.safetensors does not fit config.json: {wrong[0]} is missing or of another shape"
-            f"{f', and {len(wrong) - 1} more' * (len(wrong) > 1)}"
+            f"folder = {folder}: model.safetensors does not fit config.json: {wrong[0]} is "
+            f"missing or of another shape{f', and {len(wrong) - 1} more' * (len(wrong) > 1)}"
         )
     return module
 
@@ -139,12 +156,14 @@ def _try(module: HuggingFace, folder: str, length: int) -> None:
             theirs = module.model(input_ids=x, attention_mask=(x != module.padding).long()).logits
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            message = f"folder = {folder}: refuses texts of data.text.length = {length} tokens: {reason}"
+            message = (
+                f"folder = {folder}: refuses texts of data.text.length = {length} tokens: {reason}"
+            )
             raise ValueError(message) from error
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
         raise ValueError(
-            f"folder = {folder}: a {module.model.config.model_type} hides padding in a way of its own; roberta, bert "
-            "and distilbert do not"
+            f"folder = {folder}: a {module.model.config.model_type} hides padding in a way of its "
+            "own; roberta, bert and distilbert do not"
         )
 
 

@@ -1,4 +1,6 @@
-"""Weights as matrices: which leaf of a network a low-rank part can be added to, and why others have none."""
+"""Weights as matrices: which leaf of a network a low-rank part can be added to, and why others have
+none.
+"""
 
 import math
 
@@ -16,7 +18,8 @@ _TABLES = (nn.Embedding, nn.EmbeddingBag)
 def matrix_of(module: nn.Module, name: str, value: Tensor, products: dict[str, Matrix]) -> Matrix:
     """How a low-rank part reads the parameter ``name`` of ``module``; "" where it has none.
 
-    ``products``: how the products of a forward pass use parameters, for those of modules of the user's own.
+    ``products``: how the products of a forward pass use parameters, for those of modules of the
+    user's own.
     """
     owner, dims = module.get_submodule(owner_of(name)), value.dim()
     if dims < 2 or isinstance(owner, _TABLES) or _computed(owner, name):
@@ -39,10 +42,14 @@ def why_none(module: nn.Module, name: str, shape: tuple[int, ...], role: str) ->
         return "an embedding, a table of rows"
     if _computed(owner, name):
         return "what a layer computes its weight from"
-    return "one row" if math.prod(shape) == max(shape) else "enters no matrix product or convolution"
+    return (
+        "one row" if math.prod(shape) == max(shape) else "enters no matrix product or convolution"
+    )
 
 
 def _computed(owner: nn.Module, name: str) -> bool:
     """Whether the layer computes its weight from this parameter, which is none itself."""
     hooks = owner._forward_pre_hooks.values()
-    return ".parametrizations." in name or any(isinstance(hook, WeightNorm | SpectralNorm) for hook in hooks)
+    return ".parametrizations." in name or any(
+        isinstance(hook, WeightNorm | SpectralNorm) for hook in hooks
+    )

@@ -1,13 +1,14 @@
 """A network as a pure function of a tree, with the role of every leaf.
 
-Roles come from module TYPES and from what a forward pass does, never from names: ``norm`` and ``stats``
-are the parameters and the running statistics of normalisation layers, ``head`` is the classifier (the
-last product with a weight on the way to the logits, see ``watching.py``), ``body`` is the rest. Integer
-buffers are constants: they belong to no client and never travel. So are parameters that the builder has
-frozen (``requires_grad`` is False): they stay as they are, whatever the method.
+Roles come from module TYPES and from what a forward pass does, never from names: ``norm`` and
+``stats`` are the parameters and the running statistics of normalisation layers, ``head`` is the
+classifier (the last product with a weight on the way to the logits, see ``watching.py``), ``body``
+is the rest. Integer buffers are constants: they belong to no client and never travel. So are
+parameters that the builder has frozen (``requires_grad`` is False): they stay as they are, whatever
+the method.
 
-A parameter or buffer in several places (tied weights) is one leaf, with the name and the role of the
-first; it is ``body`` where any of them is outside of the classifier.
+A parameter or buffer in several places (tied weights) is one leaf, with the name and the role of
+the first; it is ``body`` where any of them is outside of the classifier.
 """
 
 import copy
@@ -57,7 +58,8 @@ class Model:
     leaves: dict[str, Leaf]
     initial: Tree
     constants: Tree
-    locked: dict[str, Leaf]  # the frozen ones among the constants, as a low-rank part beside them has to know them
+    # the frozen ones among the constants, as a low-rank part beside them has to know them
+    locked: dict[str, Leaf]
     shape: tuple[int, ...]  # of one input, without the batch axis
     tokens: int  # inputs are integers below it; 0: they are floats
     classes: int
@@ -67,12 +69,15 @@ class Model:
     training: bool
     modules: tuple[nn.Module, nn.Module]  # the skeleton in evaluation and in training mode
     bodies: tuple[nn.Module, nn.Module]  # the same with an identity for a head
-    head: str  # name of the classifier among the modules; "" where there is none, or where it is the network
+    # name of the classifier among the modules; "" where there is none, or where it is the network
+    head: str
     ties: dict[str, str]  # further names of leaves and constants that have several places
     places: tuple[dict[str, str], ...]  # {name there: leaf} of the network, its body and its head
     effects: Effects = Effects()  # of a pass, beside its logits and BatchNorm's statistics
-    couples: bool = False  # what it makes of an example depends on the others of the batch, padding among them
-    ends_in_linear: bool = False  # features [B, width] enter one plain Linear, the head, and what that makes are the logits
+    # what it makes of an example depends on the others of the batch, padding among them
+    couples: bool = False
+    # features [B, width] enter one plain Linear, the head, and what that makes are the logits
+    ends_in_linear: bool = False
 
     def __call__(self, tree: Tree, x: Tensor) -> Tensor:
         return self._call(self.modules[self.training], self.places[0], tree, x, self.effects)
@@ -89,15 +94,19 @@ class Model:
         head = self.modules[self.training].get_submodule(self.head)
         return self._call(head, self.places[2], tree, z, self.effects.within(self.head))
 
-    def _call(self, module: nn.Module, places: dict[str, str], tree: Tree, x: Tensor, effects: Effects) -> Tensor:
-        """``module`` with its leaves from ``tree``. Raises ValueError for one that is not there: the skeleton has none."""
+    def _call(
+        self, module: nn.Module, places: dict[str, str], tree: Tree, x: Tensor, effects: Effects
+    ) -> Tensor:
+        """``module`` with its leaves from ``tree``. Raises ValueError for one that is not there:
+        the skeleton has none.
+        """
         values = {**self.constants, **tree}
         try:
             given = {place: values[leaf] for place, leaf in places.items()}
         except KeyError as error:
             raise ValueError(
-                f"{error.args[0]} of the network has no value: what a method's weights_of returns must hold every leaf "
-                "of model.leaves"
+                f"{error.args[0]} of the network has no value: what a method's weights_of returns "
+                "must hold every leaf of model.leaves"
             ) from None
         if effects == Effects():
             return functional_call(module, given, (x,))
@@ -108,20 +117,23 @@ class Model:
         return _zeros(samples, self.shape, self.tokens)
 
     def prepared(self, batch: Batch) -> AbstractContextManager:
-        """What training passes on a mini-batch of one client run under: Substitutes, where padding, a
-        single example or random layers need them."""
+        """What training passes on a mini-batch of one client run under: Substitutes, where padding,
+        a single example or random layers need them.
+        """
         odd = batch.real is not None or len(batch.y) == 1  # padded, or too small for BatchNorm
         needed = self.noisy or (odd and self.batch_statistics)
         return Substitutes(batch.real, batch.key) if needed else nullcontext()
 
     def judged(self, batch: Batch) -> AbstractContextManager:
-        """What the evaluation of a mini-batch of one client runs under: Substitutes, where a batch of one example has
-        to be normalised by itself."""
+        """What the evaluation of a mini-batch of one client runs under: Substitutes, where a batch
+        of one example has to be normalised by itself.
+        """
         return Substitutes(batch.real, batch.key) if self.couples else nullcontext()
 
     def frozen(self, tree: Tree) -> Tree:
-        """``tree`` detached, its statistics copied: for a forward pass that must leave no trace, such
-        as a teacher's."""
+        """``tree`` detached, its statistics copied: for a forward pass that must leave no trace,
+        such as a teacher's.
+        """
         return {n: v.detach().clone() if self._written(n) else v.detach() for n, v in tree.items()}
 
     def traceless(self, tree: Tree) -> Tree:
@@ -137,17 +149,23 @@ class Model:
 
     @cached_property
     def fixed(self) -> "Model":
-        """The same network, whose BatchNorm takes its running statistics as they are, in training too."""
+        """The same network, whose BatchNorm takes its running statistics as they are, in training
+        too.
+        """
         training = copy.deepcopy(self.modules[True]), copy.deepcopy(self.bodies[True])
         for layer in (layer for module in training for layer in module.modules()):
             if isinstance(layer, _NormBase):
                 layer.eval()
-        modules, bodies = ((half[False], fixed) for half, fixed in zip((self.modules, self.bodies), training))
+        modules, bodies = (
+            (half[False], fixed) for half, fixed in zip((self.modules, self.bodies), training)
+        )
         return replace(self, batch_statistics=False, modules=modules, bodies=bodies)
 
     def to(self, device: torch.device) -> "Model":
         """The same network with its initial weights and constants on ``device``."""
-        initial, constants = ({n: v.to(device) for n, v in tree.items()} for tree in (self.initial, self.constants))
+        initial, constants = (
+            {n: v.to(device) for n, v in tree.items()} for tree in (self.initial, self.constants)
+        )
         return replace(self, initial=initial, constants=constants)
 
     def role(self, leaf: str) -> Role | None:
@@ -181,9 +199,10 @@ class Model:
 def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens: int = 0) -> Model:
     """The model of ``module``, whose present parameters become the initial values.
 
-    ``shape``: of one input, without the batch axis; ``tokens``: as in ``Model``. Raises ValueError when the
-    module does not map [B, *shape] to [B, classes], counts batches instead of using a momentum, has a parameter
-    that cannot be trained, or is not a function of its parameters, buffers and inputs (see ``purity``).
+    ``shape``: of one input, without the batch axis; ``tokens``: as in ``Model``. Raises ValueError
+    when the module does not map [B, *shape] to [B, classes], counts batches instead of using a
+    momentum, has a parameter that cannot be trained, or is not a function of its parameters,
+    buffers and inputs (see ``purity``).
     """
     module, zeros = unwrap(module), _zeros(2, shape, tokens)
     _make(module, zeros)
@@ -224,21 +243,31 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
 
 def _ends_in_linear(model: Model, x: Tensor) -> bool:
     """What ``Model.ends_in_linear`` says, tried on inputs x."""
-    head, above = model.modules[False].get_submodule(model.head), f"{model.head}." if model.head else ""
+    head, above = (
+        model.modules[False].get_submodule(model.head),
+        f"{model.head}." if model.head else "",
+    )
     mine = {n for n, leaf in model.described.items() if leaf.role == "head"}
-    if not isinstance(head, nn.Linear) or not {f"{above}weight"} <= mine <= {f"{above}weight", f"{above}bias"}:
+    if not isinstance(head, nn.Linear) or not {f"{above}weight"} <= mine <= {
+        f"{above}weight",
+        f"{above}bias",
+    }:
         return False
     judged, tree = model.evaluating(), model.frozen(model.initial)
     with torch.no_grad(), isolated(0, "trial"), Substitutes(None, torch.tensor(0)):
         try:
             z = judged.features(tree, x.clone())
-            return z.dim() == 2 and torch.allclose(judged.classify(tree, z), judged(tree, x.clone()), 1e-4, 1e-5, True)
-        except (RuntimeError, AttributeError, ValueError):  # the network does more with its head than to call it
+            return z.dim() == 2 and torch.allclose(
+                judged.classify(tree, z), judged(tree, x.clone()), 1e-4, 1e-5, True
+            )
+        except (RuntimeError, AttributeError, ValueError):
+            # the network does more with its head than to call it
             return False
 
 
 def _make(module: nn.Module, zeros: Tensor) -> None:
-    """Let a network that makes layers in its first pass (LazyLinear, or its own ``hasattr``) make them.
+    """Let a network that makes layers in its first pass (LazyLinear, or its own ``hasattr``) make
+    them.
 
     Raises ValueError where it refuses such inputs, or a copy of it does.
     """
@@ -251,9 +280,11 @@ def _make(module: nn.Module, zeros: Tensor) -> None:
             except Exception as error:
                 with refusing(zeros.shape[1:]):
                     module.eval()(zeros)
-                raise ValueError(f"name: a copy of the model fails where the model does not: {brief(error)}; a "
-                                 "hook or function made in __init__ holds the model or what is its own; make it "
-                                 "a method") from error
+                raise ValueError(
+                    f"name: a copy of the model fails where the model does not: {brief(error)}; a "
+                    "hook or function made in __init__ holds the model or what is its own; make it "
+                    "a method"
+                ) from error
             if len(list(twin.parameters())) == len(list(module.parameters())):
                 return
         with refusing(zeros.shape[1:]):
@@ -271,7 +302,9 @@ def _beheaded(module: nn.Module, head: str) -> nn.Module:
 
 
 def _zeros(samples: int, shape: tuple[int, ...], tokens: int) -> Tensor:
-    if tokens:  # words one after the other: a text of padding alone has no length, which packed sequences refuse
+    # words one after the other: a text of padding alone has no length, which packed sequences
+    # refuse
+    if tokens:
         return (torch.arange(1, 1 + shape[-1]) % tokens).expand(samples, *shape).contiguous()
     return torch.zeros(samples, *shape)
 
@@ -295,7 +328,9 @@ def _trial(module: nn.Module, classes: int, x: Tensor) -> dict:
     }
 
 
-def _leaves(module: nn.Module, watched: Watched) -> tuple[dict[str, Leaf], dict[str, Leaf], Tree, Tree]:
+def _leaves(
+    module: nn.Module, watched: Watched
+) -> tuple[dict[str, Leaf], dict[str, Leaf], Tree, Tree]:
     """What is known of every leaf, and of those that are frozen; initial values, constants."""
     leaves, locked, initial, constants = {}, {}, {}, {}
     places, parameters = _names_of(module), {*map(id, module.parameters())}
@@ -305,8 +340,9 @@ def _leaves(module: nn.Module, watched: Watched) -> tuple[dict[str, Leaf], dict[
         if not value.is_floating_point():
             if trained:
                 raise ValueError(
-                    f"name: parameter {name} of the network is {value.dtype}, which no method trains; hold its real and "
-                    "imaginary part as two parameters (torch.complex joins them), or freeze it by requires_grad_(False)"
+                    f"name: parameter {name} of the network is {value.dtype}, which no method "
+                    "trains; hold its real and imaginary part as two parameters (torch.complex "
+                    "joins them), or freeze it by requires_grad_(False)"
                 )
             constants[name] = value.detach().clone()
             continue

@@ -1,7 +1,8 @@
 """Max pooling of a stack of clients on a CPU, where torch's own takes longer than a convolution.
 
-A stack is pooled in the default layout, whose CPU kernel looks at one number after another; comparing whole rows of
-the images does the same in vectors. Of small images Python takes more than that gives, unless a compiler fuses it all.
+A stack is pooled in the default layout, whose CPU kernel looks at one number after another;
+comparing whole rows of the images does the same in vectors. Of small images Python takes more than
+that gives, unless a compiler fuses it all.
 """
 
 import torch
@@ -9,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-LARGE = 2**15  # numbers of one client from which it pays: 28x28 images gain, 8x8 lose (benchmarks/cross_device.py)
+# numbers of one client from which it pays: 28x28 images gain, 8x8 lose (benchmarks/cross_device.py)
+LARGE = 2**15
 
 
 class Pooling(TorchFunctionMode):
-    """Inside it, 2x2 max pools without padding or overlap of images with even sides are ``Halved``; of at least so many
-    numbers of one client."""
+    """Inside it, 2x2 max pools without padding or overlap of images with even sides are ``Halved``;
+    of at least so many numbers of one client.
+    """
 
     def __init__(self, least: int = 0) -> None:
         super().__init__()
@@ -28,8 +31,9 @@ class Pooling(TorchFunctionMode):
 
 
 class Halved(torch.autograd.Function):
-    """``F.max_pool2d(x, 2)`` of x [..., H, W], H and W even: the same maxima and gradients; of equal numbers the first,
-    row by row, has the gradient. Twice differentiable."""
+    """``F.max_pool2d(x, 2)`` of x [..., H, W], H and W even: the same maxima and gradients; of
+    equal numbers the first, row by row, has the gradient. Twice differentiable.
+    """
 
     @staticmethod
     def vmap(info, in_dims: tuple, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -58,12 +62,27 @@ class Halved(torch.autograd.Function):
 
 
 def _apart(grad: Tensor, first: Tensor, dim: int) -> Tensor:
-    """``grad`` along ``dim`` at the first of every two places where ``first`` says so, else at the second."""
+    """``grad`` along ``dim`` at the first of every two places where ``first`` says so, else at the
+    second.
+    """
     given = grad * first  # a product: torch.where takes four times as long
     return torch.stack([given, grad - given], dim).flatten(dim - 1, dim)
 
 
-def _halves(x, kernel_size=None, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False) -> bool:
+def _halves(
+    x, kernel_size=None, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+) -> bool:
     both = lambda value, wanted: value in (wanted, (wanted, wanted), [wanted, wanted])
-    plain = both(kernel_size, 2) and (stride is None or both(stride, 2)) and both(padding, 0) and both(dilation, 1)
-    return plain and not ceil_mode and not return_indices and x.shape[-1] % 2 == 0 and x.shape[-2] % 2 == 0
+    plain = (
+        both(kernel_size, 2)
+        and (stride is None or both(stride, 2))
+        and both(padding, 0)
+        and both(dilation, 1)
+    )
+    return (
+        plain
+        and not ceil_mode
+        and not return_indices
+        and x.shape[-1] % 2 == 0
+        and x.shape[-2] % 2 == 0
+    )

@@ -1,4 +1,5 @@
-"""Whether a network is a function of its leaves, its input and the key of its noise; tried at the build.
+"""Whether a network is a function of its leaves, its input and the key of its noise; tried at the
+build.
 
 A run gives each client's leaves to one skeleton, in any order, on any rank, and again after a
 resume. So a pass may write to float buffers and to parameters, and nothing else that it leaves
@@ -23,12 +24,13 @@ from .unwrapping import duplicate, refusing
 
 _ELSEWHERE = "which other ranks and a resume have in another state"
 _KEYED = (
-    "in training nn.Dropout, functional.dropout with training=self.training, torch.rand, randn, rand_like, randn_like "
-    "and Tensor.bernoulli_ draw from the run's seed"
+    "in training nn.Dropout, functional.dropout with training=self.training, torch.rand, randn, "
+    "rand_like, randn_like and Tensor.bernoulli_ draw from the run's seed"
 )
 _ROUNDING = 1e-3  # of the largest number, through many layers
 _FLOAT_BUFFER = (
-    "make it a float buffer that training passes write to in place, such as self.{0}.add_(1), or leave it out"
+    "make it a float buffer that training passes write to in place, such as self.{0}.add_(1), or "
+    "leave it out"
 )
 
 
@@ -62,10 +64,14 @@ class _Leaves:
         self._called = {id(value): name for name, value in named}
 
     def put_back(self) -> tuple[frozenset[str], frozenset[str]]:
-        """Undo what a pass did. The names of leaves with other numbers, and of those that are other tensors."""
+        """Undo what a pass did. The names of leaves with other numbers, and of those that are other
+        tensors.
+        """
         if changed := (self._names ^ self._present()) - self.unset:
-            raise ValueError(f"name: a forward pass adds or removes {min(changed)}; make all parameters and "
-                             "buffers in __init__")
+            raise ValueError(
+                f"name: a forward pass adds or removes {min(changed)}; make all parameters and "
+                "buffers in __init__"
+            )
         written, assigned = set(), set()
         for own, name, value, initial in self._places:
             called, now = self._called[id(value)], own[name]
@@ -85,7 +91,9 @@ class _Leaves:
 
     def move(self) -> None:
         """Give every leaf other numbers."""
-        for number, value in enumerate({id(value): value for _, _, value, _ in self._places}.values()):
+        for number, value in enumerate(
+            {id(value): value for _, _, value, _ in self._places}.values()
+        ):
             value.data.copy_(_moved(value.detach(), isinstance(value, nn.Parameter), number))
 
     def _present(self) -> set[str]:
@@ -96,18 +104,25 @@ class _Leaves:
         """Raise ValueError where what a pass assigned cannot take the leaf's place."""
         at = name.rpartition(".")[2]
         if parameter:
-            raise ValueError(f"name: a forward pass replaces parameter {name}; write to it in place under "
-                             f"torch.no_grad(), such as self.{at}.copy_(...)")
+            raise ValueError(
+                f"name: a forward pass replaces parameter {name}; write to it in place under "
+                f"torch.no_grad(), such as self.{at}.copy_(...)"
+            )
         if (now.shape, now.dtype) != (initial.shape, initial.dtype):
-            was, is_ = (f"{list(v.shape)} {str(v.dtype).removeprefix('torch.')}" for v in (initial, now))
-            raise ValueError(f"name: a forward pass turns buffer {name} from {was} into {is_}; give it its shape and "
-                             "type in __init__, or hold what is only cached in a plain attribute")
+            was, is_ = (
+                f"{list(v.shape)} {str(v.dtype).removeprefix('torch.')}" for v in (initial, now)
+            )
+            raise ValueError(
+                f"name: a forward pass turns buffer {name} from {was} into {is_}; give it its "
+                "shape and type in __init__, or hold what is only cached in a plain attribute"
+            )
 
 
 def effects(module: nn.Module, x: Tensor, other: Tensor) -> Effects:
     """What passes of ``module``, which is not changed, leave behind; two inputs [2, ...] to try.
 
-    Raises ValueError where a pass draws from a global generator, or earlier passes may change its result.
+    Raises ValueError where a pass draws from a global generator, or earlier passes may change its
+    result.
     """
     with torch.no_grad(), isolated(0, "trial"):
         train, evaluate = _passes(duplicate(module))
@@ -118,34 +133,50 @@ def effects(module: nn.Module, x: Tensor, other: Tensor) -> Effects:
     if not _same(fresh.logits, passes[2].logits):
         _compare(fresh, passes[2])
     first = passes[0]
-    in_evaluation = frozenset().union(*(each.written | each.assigned for each in passes if not each.training))
+    in_evaluation = frozenset().union(
+        *(each.written | each.assigned for each in passes if not each.training)
+    )
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     return Effects(
         assigned=frozenset().union(*(each.assigned for each in passes)),
         parameters=frozenset().union(*(each.written for each in passes)) & parameters,
         evaluation=in_evaluation,
-        modules=_owners(module, {name for each in passes for name in _changed(first.before, each.after)}),
+        modules=_owners(
+            module, {name for each in passes for name in _changed(first.before, each.after)}
+        ),
         input=any(each.input for each in passes),
         out=any(each.out for each in passes),
     )
 
 
 def check_function(module: nn.Module, model, x: Tensor) -> None:
-    """Raise ValueError where ``model`` does not what ``module`` does, with other leaves than the initial ones.
+    """Raise ValueError where ``model`` does not what ``module`` does, with other leaves than the
+    initial ones.
 
-    By other leaves shows a weight that a pass takes from elsewhere. ``module`` is as before afterwards.
+    By other leaves shows a weight that a pass takes from elsewhere. ``module`` is as before
+    afterwards.
     """
     leaves = _Leaves(module)
     with torch.no_grad(), isolated(0, "trial"), forgetting(module, model.effects.modules):
         for training in (False, True):
             leaves.move()
-            tree = {n: v.clone() for n, v in leaves.named() if n in model.initial or n in model.constants}
+            tree = {
+                n: v.clone()
+                for n, v in leaves.named()
+                if n in model.initial or n in model.constants
+            }
             leaves.put_back()  # so that a weight from there is another than in ``tree``
             try:
-                ours = _trained(model, tree, x.clone()) if training else model.evaluating()(tree, x.clone())
+                ours = (
+                    _trained(model, tree, x.clone())
+                    if training
+                    else model.evaluating()(tree, x.clone())
+                )
             except Exception as error:
-                raise ValueError("name: the model cannot run with weights that torch.func.functional_call gives it: "
-                                 f"{brief(error)}; gradient checkpointing, for one, cannot") from error
+                raise ValueError(
+                    "name: the model cannot run with weights that torch.func.functional_call "
+                    f"gives it: {brief(error)}; gradient checkpointing, for one, cannot"
+                ) from error
             leaves.move()
             with _noise(training):
                 theirs = module.train(training)(x.clone())
@@ -158,7 +189,11 @@ def check_function(module: nn.Module, model, x: Tensor) -> None:
 
 def _trained(model, tree: Tree, x: Tensor) -> Tensor:
     """Logits of a pass in training, after a backward pass."""
-    given = {name: v.requires_grad_() for name, v in tree.items() if model.role(name) not in ("stats", None)}
+    given = {
+        name: v.requires_grad_()
+        for name, v in tree.items()
+        if model.role(name) not in ("stats", None)
+    }
     with torch.enable_grad(), _noise(True):
         logits = model(tree, x)
         if logits.requires_grad:
@@ -167,15 +202,17 @@ def _trained(model, tree: Tree, x: Tensor) -> Tensor:
 
 
 def _passes(module: nn.Module) -> tuple[Callable[[Tensor], _Pass], Callable[[Tensor], _Pass]]:
-    """Forward passes of ``module`` in training and in evaluation, from the same leaves: other than the
-    initial ones, for a head of zeros would hide all before it."""
+    """Forward passes of ``module`` in training and in evaluation, from the same leaves: other than
+    the initial ones, for a head of zeros would hide all before it.
+    """
     _Leaves(module).move()
     leaves = _Leaves(module)
     return partial(_watched, module, leaves, True), partial(_watched, module, leaves, False)
 
 
 def inputs(module: nn.Module, zeros: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Two inputs of different numbers, like ``zeros``; zeros where the network does not take others.
+    """Two inputs of different numbers, like ``zeros``; zeros where the network does not take
+    others.
 
     tokens: as in ``Model``.
     """
@@ -206,10 +243,14 @@ def _watched(module: nn.Module, leaves: _Leaves, training: bool, x: Tensor) -> _
     for owner, state in global_states().items():
         if state != states[owner]:
             mode = "training" if training else "evaluation"
-            raise ValueError(f"name: a forward pass in {mode} draws random numbers from {owner} global "
-                             f"generator, {_ELSEWHERE}; {_KEYED}")
+            raise ValueError(
+                f"name: a forward pass in {mode} draws random numbers from {owner} global "
+                f"generator, {_ELSEWHERE}; {_KEYED}"
+            )
     after = remembered(module, leaves.unset)
-    return _Pass(training, logits, before, after, *leaves.put_back(), not _same(given, x), copying.met)
+    return _Pass(
+        training, logits, before, after, *leaves.put_back(), not _same(given, x), copying.met
+    )
 
 
 def _compare(one: _Pass, again: _Pass) -> None:
@@ -217,24 +258,34 @@ def _compare(one: _Pass, again: _Pass) -> None:
     mode = "training" if one.training else "evaluation"
     changed = _changed(one.after, again.after)
     own = {name for each in (one, again) for name in _changed(each.before, each.after)}
-    for name in (name for name in changed if name in own and name in one.after and name in again.after):
+    for name in (
+        name for name in changed if name in own and name in one.after and name in again.after
+    ):
         kinds = {memory[name].kind for memory in (one.after, again.after) if name in memory}
         at = name.rpartition(" ")[2].rpartition(".")[2]
         if "generator" in kinds:
-            raise ValueError(f"name: a forward pass in {mode} draws random numbers from {name}, a generator of "
-                             f"its own, {_ELSEWHERE}; {_KEYED}")
+            raise ValueError(
+                f"name: a forward pass in {mode} draws random numbers from {name}, a generator of "
+                f"its own, {_ELSEWHERE}; {_KEYED}"
+            )
         if kinds & {"number", "array"}:
-            raise ValueError(f"name: a forward pass in {mode} changes {name} each time, which counts differently "
-                             f"on other ranks and after a resume; {_FLOAT_BUFFER.format(at)}")
+            raise ValueError(
+                f"name: a forward pass in {mode} changes {name} each time, which counts "
+                f"differently on other ranks and after a resume; {_FLOAT_BUFFER.format(at)}"
+            )
     if not _same(one.logits, again.logits):
         found = [*changed, *_changed(one.before, again.before)]
         if found:
             at = found[0].rpartition(" ")[2].rpartition(".")[2]
-            raise ValueError(f"name: a forward pass in {mode} depends on {found[0]}, which earlier passes change; "
-                             f"register_buffer {at!r} as floats and write to it in place in training "
-                             f"(self.{at}.copy_(...)), or leave it out")
-        raise ValueError(f"name: two forward passes in {mode} with the same weights on the same input give "
-                         f"different results, as of a clock or of random numbers of its own; {_KEYED}")
+            raise ValueError(
+                f"name: a forward pass in {mode} depends on {found[0]}, which earlier passes "
+                f"change; register_buffer {at!r} as floats and write to it in place in training "
+                f"(self.{at}.copy_(...)), or leave it out"
+            )
+        raise ValueError(
+            f"name: two forward passes in {mode} with the same weights on the same input give "
+            f"different results, as of a clock or of random numbers of its own; {_KEYED}"
+        )
 
 
 def _changed(one: Memory, other: Memory) -> list[str]:
@@ -257,7 +308,9 @@ def _owners(module: nn.Module, names: Iterable[str]) -> frozenset[str]:
 
 def _moved(value: Tensor, parameter: bool, number: int) -> Tensor:
     """Other numbers than ``value``: of a parameter about it, of a buffer a little nearer to zero."""
-    share = torch.linspace(0, 1, value.numel(), dtype=value.dtype).roll(7919 * number).view(value.shape)
+    share = (
+        torch.linspace(0, 1, value.numel(), dtype=value.dtype).roll(7919 * number).view(value.shape)
+    )
     return value * (1 + 0.1 * share) + 0.01 * share if parameter else value * (1 - 0.1 * share)
 
 
@@ -272,12 +325,16 @@ def _elsewhere(module: nn.Module) -> str:
             for tensor in held if isinstance(held, list | tuple | type({}.values())) else [held]:
                 if id(tensor) in own:
                     where = f"{path}.{name}".lstrip(".")
-                    return (f"attribute {where} holds parameter {own[id(tensor)]} a second time, which then does "
-                            "not follow the clients' weights; use nn.ParameterList, nn.ParameterDict, or the "
-                            "parameter's own name")
-    return ("a forward pass takes weights from elsewhere than the module's parameters and buffers (a function "
-            "made in __init__ that holds a layer, a copy of a parameter?), so that it does not follow the "
-            "clients' weights; read them as self.NAME in forward")
+                    return (
+                        f"attribute {where} holds parameter {own[id(tensor)]} a second time, "
+                        "which then does not follow the clients' weights; use nn.ParameterList, "
+                        "nn.ParameterDict, or the parameter's own name"
+                    )
+    return (
+        "a forward pass takes weights from elsewhere than the module's parameters and buffers (a "
+        "function made in __init__ that holds a layer, a copy of a parameter?), so that it does "
+        "not follow the clients' weights; read them as self.NAME in forward"
+    )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -287,4 +344,6 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def _near(a: Tensor, b: Tensor) -> bool:
     """Equal but for rounding."""
     top = b.nan_to_num(0, 0, 0).abs().max() if b.numel() else 0
-    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=_ROUNDING * float(top), equal_nan=True)
+    return a.shape == b.shape and torch.allclose(
+        a, b, rtol=0, atol=_ROUNDING * float(top), equal_nan=True
+    )

@@ -35,7 +35,9 @@ class ResNet(nn.Module):
     FedDecomp code has it; else a 3x3 convolution.
     """
 
-    def __init__(self, classes: int, channels: int, widths: Sequence[int], imagenet_stem: bool) -> None:
+    def __init__(
+        self, classes: int, channels: int, widths: Sequence[int], imagenet_stem: bool
+    ) -> None:
         super().__init__()
         first = widths[0]
         if imagenet_stem:

@@ -41,9 +41,15 @@ Memory = dict[str, Value]  # by what the user calls it
 
 
 def attributes_of(module: nn.Module) -> dict[str, str]:
-    """{attribute: digest} of the plain attributes of all layers, equal in every process that has built the same."""
+    """{attribute: digest} of the plain attributes of all layers, equal in every process that has
+    built the same.
+    """
     found = remembered(module)
-    return {n: hashlib.blake2b(_stable(v).encode(), digest_size=8).hexdigest() for n, v in found.items() if n.startswith("attribute ")}
+    return {
+        n: hashlib.blake2b(_stable(v).encode(), digest_size=8).hexdigest()
+        for n, v in found.items()
+        if n.startswith("attribute ")
+    }
 
 
 def _stable(value: object) -> str:
@@ -58,7 +64,11 @@ def _stable(value: object) -> str:
 def unset(module: nn.Module) -> frozenset[str]:
     """Names of buffers that are None."""
     layers = module.named_modules()
-    every = ((f"{path}.{name}", value) for path, layer in layers for name, value in layer._buffers.items())
+    every = (
+        (f"{path}.{name}", value)
+        for path, layer in layers
+        for name, value in layer._buffers.items()
+    )
     return frozenset(name.lstrip(".") for name, value in every if value is None)
 
 
@@ -96,12 +106,15 @@ def remembered(module: nn.Module, made: frozenset[str] = frozenset()) -> Memory:
 
 @contextmanager
 def forgetting(module: nn.Module, names: frozenset[str]) -> Iterator[None]:
-    """Put the attributes of these submodules back afterwards, so that no pass finds what another has
-    left: a tensor of another client, of a recording or of a transform that has ended."""
+    """Put the attributes of these submodules back afterwards, so that no pass finds what another
+    has left: a tensor of another client, of a recording or of a transform that has ended.
+    """
     before = []
     for name in names:
         layer = module.get_submodule(name)
-        own = {key: (value, _shallow(value)) for key, value in vars(layer).items() if key not in _OWN}
+        own = {
+            key: (value, _shallow(value)) for key, value in vars(layer).items() if key not in _OWN
+        }
         before.append((layer, own, [key for key, value in layer._buffers.items() if value is None]))
     try:
         yield
@@ -155,9 +168,13 @@ def _add(found: Memory, name: str, value: object, seen: set[int], depth: int) ->
 
 
 def _parts(value: object) -> dict | None:
-    """The attributes of an object of a user's class, or of a layer that is no registered one; else None."""
+    """The attributes of an object of a user's class, or of a layer that is no registered one; else
+    None.
+    """
     home = type(value).__module__.partition(".")[0]
-    if isinstance(value, nn.Module) or (home not in (*_LIBRARIES, "numpy") and hasattr(value, "__dict__")):
+    if isinstance(value, nn.Module) or (
+        home not in (*_LIBRARIES, "numpy") and hasattr(value, "__dict__")
+    ):
         return None if isinstance(value, type | FunctionType | MethodType) else dict(vars(value))
     return None
 
@@ -195,7 +212,12 @@ def _content(value: object, seen: set[int], depth: int) -> object:
 
 def _bits(value: Tensor) -> object:
     """The numbers of a tensor."""
-    if value.layout != torch.strided or value.is_meta or value.is_quantized or nn.parameter.is_lazy(value):
+    if (
+        value.layout != torch.strided
+        or value.is_meta
+        or value.is_quantized
+        or nn.parameter.is_lazy(value)
+    ):
         return None
     value = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return _digest(value.view(torch.uint8).numpy()) if value.numel() else None
@@ -209,7 +231,10 @@ def _variables(function: object, seen: set[int]) -> Iterator[tuple[str, object]]
     """The global and enclosing variables that a function of the user's names, and those of the
     functions among them."""
     function = getattr(function, "__func__", function)
-    if not isinstance(function, FunctionType) or (function.__module__ or "").partition(".")[0] in _LIBRARIES:
+    if (
+        not isinstance(function, FunctionType)
+        or (function.__module__ or "").partition(".")[0] in _LIBRARIES
+    ):
         return
     if id(function) in seen:
         return
@@ -225,7 +250,9 @@ def _globals(function: FunctionType) -> Iterator[tuple[str, object]]:
         code = waiting.pop()
         names.update(code.co_names)
         waiting += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
-    yield from ((name, function.__globals__[name]) for name in sorted(names & function.__globals__.keys()))
+    yield from (
+        (name, function.__globals__[name]) for name in sorted(names & function.__globals__.keys())
+    )
 
 
 def _defaults(function: FunctionType) -> Iterator[tuple[str, object]]:

@@ -1,9 +1,9 @@
 """Stand-ins for the layers whose plain form would be wrong in a padded or keyed batch.
 
 ``with Substitutes(real, key): loss(...)`` replaces, inside any module, BatchNorm in training mode
-by one that ignores padding, and random draws (dropout, also between the levels of a recurrent layer,
-stochastic depth, ``torch.rand`` and ``randn``) by functions of ``key``.
-Without padding and without noise the engine does not enter it, and the plain layers run.
+by one that ignores padding, and random draws (dropout, also between the levels of a recurrent
+layer, stochastic depth, ``torch.rand`` and ``randn``) by functions of ``key``. Without padding and
+without noise the engine does not enter it, and the plain layers run.
 """
 
 from types import FunctionType
@@ -16,14 +16,17 @@ from torch.overrides import TorchFunctionMode
 from ..core.seeds import uniform
 
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
-_UNIFORM = {torch.rand: False, torch.rand_like: True}  # whether the shape is that of the first argument
+# whether the shape is that of the first argument
+_UNIFORM = {torch.rand: False, torch.rand_like: True}
 _NORMAL = {torch.randn: False, torch.randn_like: True}
 _DROPOUTS = {F.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
 
 # nn.MultiheadAttention's function without the question that hands it to the mode again, for ever.
 _whole = F.multi_head_attention_forward
 _multi_head = FunctionType(
-    _whole.__code__, {**_whole.__globals__, "has_torch_function": lambda tensors: False}, argdefs=_whole.__defaults__
+    _whole.__code__,
+    {**_whole.__globals__, "has_torch_function": lambda tensors: False},
+    argdefs=_whole.__defaults__,
 )
 
 
@@ -69,11 +72,14 @@ class Substitutes(TorchFunctionMode):
     def _bernoulli(self, x: Tensor, p: float = 0.5, generator=None) -> Tensor:
         return (self._uniform(x.shape) < p).to(x.dtype)
 
-    def _dropout(self, spatial: int, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False):
+    def _dropout(
+        self, spatial: int, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ):
         if not training or p == 0.0:
             return x
         kept = self._uniform(x.shape[: x.dim() - spatial]) >= p
-        return x * kept.view(*kept.shape, *[1] * spatial) / max(1 - p, 2**-24)  # p = 1 keeps nothing
+        # p = 1 keeps nothing
+        return x * kept.view(*kept.shape, *[1] * spatial) / max(1 - p, 2**-24)
 
     def _draw(self, func, *args, generator=None, **kwargs):
         """Uniform or normal numbers of the run's key in the place of those of a global generator."""
@@ -83,11 +89,15 @@ class Substitutes(TorchFunctionMode):
         given = torch.empty_like(*args, **kwargs) if like else torch.empty(*args, **kwargs)
         numbers = self._uniform(given.shape)
         if func in _NORMAL:  # Box and Muller 1958
-            numbers = (-2 * torch.log1p(-numbers)).sqrt() * torch.cos(2 * torch.pi * self._uniform(given.shape))
+            numbers = (-2 * torch.log1p(-numbers)).sqrt() * torch.cos(
+                2 * torch.pi * self._uniform(given.shape)
+            )
         return numbers.to(given.device, given.dtype)
 
     def _gumbel_softmax(self, logits, tau=1.0, hard=False, eps=1e-10, dim=-1):
-        """As torch's, of keyed noise: a sample near a corner, or, ``hard``, in one with the gradient of the soft one."""
+        """As torch's, of keyed noise: a sample near a corner, or, ``hard``, in one with the
+        gradient of the soft one.
+        """
         noise = -(-torch.log1p(-self._uniform(logits.shape))).clamp(min=2**-24).log()
         soft = ((logits + noise.to(logits.dtype)) / tau).softmax(dim)
         if not hard:
@@ -96,8 +106,11 @@ class Substitutes(TorchFunctionMode):
         return corner - soft.detach() + soft
 
     def _recurrent(self, func, *args):
-        """A recurrent layer of several levels: one level after the other, with keyed dropout between them."""
-        packed = isinstance(args[3], list | tuple)  # data, batch_sizes, hx, weights, ...; else input, hx, weights, ...
+        """A recurrent layer of several levels: one level after the other, with keyed dropout
+        between them.
+        """
+        # data, batch_sizes, hx, weights, ...; else input, hx, weights, ...
+        packed = isinstance(args[3], list | tuple)
         start, rest = args[: 1 + packed], args[8 + packed :]
         hx, weights, biases, levels, dropout, train, both = args[1 + packed : 8 + packed]
         if not (train and dropout and levels > 1):
@@ -114,7 +127,9 @@ class Substitutes(TorchFunctionMode):
                 x = self._dropout(0, x, dropout)
         return x, *(torch.cat(halves) for halves in zip(*ends, strict=True))
 
-    def _attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **more):
+    def _attention(
+        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **more
+    ):
         """softmax(Q K^T s + mask) V with keyed dropout on the attention weights."""
         if dropout_p == 0.0:
             return F.scaled_dot_product_attention(
@@ -122,14 +137,24 @@ class Substitutes(TorchFunctionMode):
             )
         scores = query @ key.transpose(-2, -1) * (scale or query.shape[-1] ** -0.5)
         if is_causal:
-            scores = scores.masked_fill(scores.new_ones(scores.shape[-2:]).triu(1).bool(), float("-inf"))
+            scores = scores.masked_fill(
+                scores.new_ones(scores.shape[-2:]).triu(1).bool(), float("-inf")
+            )
         if attn_mask is not None:
             hide = attn_mask.dtype == torch.bool
             scores = scores.masked_fill(~attn_mask, float("-inf")) if hide else scores + attn_mask
         return self._dropout(0, scores.softmax(-1), dropout_p) @ value
 
     def _batch_norm(
-        self, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+        self,
+        x,
+        running_mean,
+        running_var,
+        weight=None,
+        bias=None,
+        training=False,
+        momentum=0.1,
+        eps=1e-5,
     ) -> Tensor:
         """BatchNorm over the real examples of x [B, channels, ...] alone.
 
@@ -140,7 +165,11 @@ class Substitutes(TorchFunctionMode):
             return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
         self.met_batch_norm = True
         given, x = x, x.float() if x.dtype.itemsize < 4 else x  # sums of bfloat16 are none
-        real = torch.ones(x.shape[0], dtype=x.dtype, device=x.device) if self._real is None else self._real
+        real = (
+            torch.ones(x.shape[0], dtype=x.dtype, device=x.device)
+            if self._real is None
+            else self._real
+        )
         across = [0, *range(2, x.dim())]
         wide = [1, -1] + [1] * (x.dim() - 2)
         counts = real.to(x.dtype).view(-1, *[1] * (x.dim() - 1))  # [B, 1, ...]

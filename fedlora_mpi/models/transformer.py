@@ -6,8 +6,10 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Attention, then a feedforward network, each on the normalised input and added to it (Vaswani et al., NIPS
-    2017, with the norm in front as Xiong et al., ICML 2020: trains by plain SGD, without a warm-up)."""
+    """Attention, then a feedforward network, each on the normalised input and added to it (Vaswani
+    et al., NIPS 2017, with the norm in front as Xiong et al., ICML 2020: trains by plain SGD,
+    without a warm-up).
+    """
 
     def __init__(self, width: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()
@@ -20,11 +22,12 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """x: [B, L, width], for dropout must not depend on how many examples follow; hidden: [B, L] True where
-        nobody looks."""
+        """x: [B, L, width], for dropout must not depend on how many examples follow; hidden: [B, L]
+        True where nobody looks.
+        """
         z = self.norm1(x).transpose(0, 1)  # [L, B, width]
-        # With the weights it is made of plain products, which vmap batches and the FLOP counter sees;
-        # of torch's fused attention for CPUs neither is true.
+        # With the weights it is made of plain products, which vmap batches and the FLOP counter
+        # sees; of torch's fused attention for CPUs neither is true.
         y, _ = self.attention(z, z, z, hidden, need_weights=True, average_attn_weights=False)
         x = x + self.dropout(y.transpose(0, 1))
         return x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(self.norm2(x))))))
@@ -33,7 +36,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Words and their places, embedded and added; blocks; a norm; the mean over the words; Linear.
 
-    ``tokens``: how many words there are, one of them ``padding``; ``length``: places of the longest text.
+    ``tokens``: how many words there are, one of them ``padding``; ``length``: places of the longest
+    text.
     """
 
     def __init__(
@@ -54,7 +58,9 @@ class Transformer(nn.Module):
         self.words = nn.Embedding(tokens, width)
         self.places = nn.Embedding(length, width)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(width, heads, feedforward, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, feedforward, dropout) for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
         with torch.no_grad():
@@ -62,7 +68,9 @@ class Transformer(nn.Module):
                 embedding.weight *= 0.02  # N(0, 0.02^2), as Devlin et al., NAACL 2019
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [B, L] token ids. Padding counts nowhere, but in the first place: an empty text has a mean too."""
+        """x: [B, L] token ids. Padding counts nowhere, but in the first place: an empty text has a
+        mean too.
+        """
         place = torch.arange(x.shape[1], device=x.device)
         hidden = (x == self.padding) & (place > 0)
         z = self.dropout(self.words(x) + self.places(place))  # [B, L, width]

@@ -19,8 +19,10 @@ def unwrap(module: nn.Module) -> nn.Module:
     """
     for name, layer in module.named_modules():
         if isinstance(layer, torch.jit.ScriptModule):
-            raise ValueError(f"name: {_called(name)} is a scripted or traced module (torch.jit), whose weights "
-                             "cannot be given from outside; return the nn.Module that it was made from")
+            raise ValueError(
+                f"name: {_called(name)} is a scripted or traced module (torch.jit), whose weights "
+                "cannot be given from outside; return the nn.Module that it was made from"
+            )
     module = _inside(module)
     for layer in module.modules():
         for name, child in layer._modules.items():
@@ -28,7 +30,9 @@ def unwrap(module: nn.Module) -> nn.Module:
         layer._compiled_call_impl = None  # of ``layer.compile()``
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         if value.is_meta:
-            raise ValueError(f"name: {name} is on device meta and has no numbers; build the model on the CPU")
+            raise ValueError(
+                f"name: {name} is on device meta and has no numbers; build the model on the CPU"
+            )
         if value.device.type != "cpu":
             module = module.cpu()
             break
@@ -48,8 +52,10 @@ def duplicate(module: nn.Module) -> nn.Module:
         return copy.deepcopy(module)
     except Exception as error:
         name = next(_uncopied(module), "it")
-        raise ValueError(f"name: {name} cannot be copied by copy.deepcopy ({brief(error)}); "
-                         "keep it out of the module") from error
+        raise ValueError(
+            f"name: {name} cannot be copied by copy.deepcopy ({brief(error)}); "
+            "keep it out of the module"
+        ) from error
 
 
 @contextmanager
@@ -58,7 +64,9 @@ def refusing(shape: Iterable[int]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"name: the model refuses inputs of shape {list(shape)}: {brief(error)}") from error
+        raise ValueError(
+            f"name: the model refuses inputs of shape {list(shape)}: {brief(error)}"
+        ) from error
 
 
 def _called(name: str) -> str:
@@ -76,7 +84,9 @@ def _inside(module: nn.Module | None) -> nn.Module | None:
 
 
 def _detach(layer: nn.Module) -> None:
-    """Cut attributes off the graph that made them, as of torch.nn.utils.weight_norm: else none can be copied."""
+    """Cut attributes off the graph that made them, as of torch.nn.utils.weight_norm: else none can
+    be copied.
+    """
     for name, value in vars(layer).items():
         if isinstance(value, Tensor) and not value.is_leaf:
             vars(layer)[name] = value.detach()

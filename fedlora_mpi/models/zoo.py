@@ -1,7 +1,7 @@
 """Models by name. A builder takes (classes, shape) and keyword-only options, and returns a module.
 
-One with a parameter ``tokens`` is for texts: its inputs are integers below it, [B, L]. It is told by a parameter
-``padding`` which of them is padding; without one it is 0.
+One with a parameter ``tokens`` is for texts: its inputs are integers below it, [B, L]. It is told
+by a parameter ``padding`` which of them is padding; without one it is 0.
 """
 
 from collections.abc import Callable, Mapping
@@ -67,8 +67,16 @@ def transformer(
     feedforward: int = 128,
     dropout: float = 0.0,
 ) -> nn.Module:
-    """A Transformer encoder for texts of up to ``shape[0]`` words, with the mean over the words under the head."""
-    options = {"width": width, "heads": heads, "layers": layers, "feedforward": feedforward, "dropout": dropout}
+    """A Transformer encoder for texts of up to ``shape[0]`` words, with the mean over the words
+    under the head.
+    """
+    options = {
+        "width": width,
+        "heads": heads,
+        "layers": layers,
+        "feedforward": feedforward,
+        "dropout": dropout,
+    }
     for name in ("width", "heads", "layers", "feedforward"):
         if options[name] < 1:
             raise ValueError(f"{name} = {options[name]}: must be an integer of at least 1")
@@ -79,19 +87,26 @@ def transformer(
     return Transformer(classes, shape[0], tokens, padding, **options)
 
 
-def hf(classes: int, shape: tuple[int, ...], tokens: int, padding: int, *, folder: str) -> nn.Module:
-    """The pre-trained model in ``folder`` as Hugging Face's transformers saves it, for the texts of its tokenizer; of
-    a config.json alone the same network, not trained."""
+def hf(
+    classes: int, shape: tuple[int, ...], tokens: int, padding: int, *, folder: str
+) -> nn.Module:
+    """The pre-trained model in ``folder`` as Hugging Face's transformers saves it, for the texts of
+    its tokenizer; of a config.json alone the same network, not trained.
+    """
     return huggingface.classifier(folder, classes, shape[0], tokens, padding)
 
 
-def _five(number: int, first: int, second: int, hidden: int, parameters: str) -> Callable[..., nn.Module]:
+def _five(
+    number: int, first: int, second: int, hidden: int, parameters: str
+) -> Callable[..., nn.Module]:
     """The ``number``-th of the networks of Yi et al."""
 
     def builder(classes: int, shape: tuple[int, ...]) -> nn.Module:
         channels, *size = shape
         if min(size) < 16:
-            raise ValueError("two 5x5 convolutions with 2x2 pools need images of at least 16 x 16 pixels")
+            raise ValueError(
+                "two 5x5 convolutions with 2x2 pools need images of at least 16 x 16 pixels"
+            )
         height, width = (((side - 4) // 2 - 4) // 2 for side in size)
         return nn.Sequential(
             nn.Conv2d(channels, first, 5),
@@ -123,7 +138,8 @@ FIVE = (
 )
 
 NAMES: dict[str, Callable[..., nn.Module]] = {
-    builder.__name__: builder for builder in (resnet8, resnet10, cifar_resnet8, cnn, *FIVE, transformer, hf)
+    builder.__name__: builder
+    for builder in (resnet8, resnet10, cifar_resnet8, cnn, *FIVE, transformer, hf)
 }
 
 
@@ -138,12 +154,13 @@ def build(
     *,
     weights: str | None = None,
 ) -> Model:
-    """The model ``name`` with initial weights of ``seed``, or those that ``weights`` names (see ``weights.find``).
+    """The model ``name`` with initial weights of ``seed``, or those that ``weights`` names (see
+    ``weights.find``).
 
     ``name``: a key of NAMES, ``torchvision:<model>`` (any classification model), or
-    ``module:callable``, called with ``classes`` and ``shape`` (for texts ``tokens`` too, and ``padding`` if
-    it asks for that) and returning an nn.Module. Raises ValueError when there is no such model, it refuses
-    its options or inputs, or the weights are not to be had or do not fit.
+    ``module:callable``, called with ``classes`` and ``shape`` (for texts ``tokens`` too, and
+    ``padding`` if it asks for that) and returning an nn.Module. Raises ValueError when there is no
+    such model, it refuses its options or inputs, or the weights are not to be had or do not fit.
     """
     with isolated(seed, "model"):
         module = _module(name, dict(options), classes, shape, tokens, padding)
@@ -164,7 +181,9 @@ def foreign(name: str) -> bool:
 
 
 class Origin(NamedTuple):
-    """Files, there or not, that a network is made from; ``key`` and ``given`` are the config's under ``model``."""
+    """Files, there or not, that a network is made from; ``key`` and ``given`` are the config's
+    under ``model``.
+    """
 
     key: str
     given: str
@@ -195,7 +214,10 @@ def _module(
             if _takes(builder, "padding"):
                 given["padding"] = padding
             elif padding:
-                raise ValueError(f"it takes 0 for padding, data.text.tokenizer {padding}; give it a parameter padding")
+                raise ValueError(
+                    f"it takes 0 for padding, data.text.tokenizer {padding}; give it a parameter "
+                    "padding"
+                )
         module = builder(**given, **options)
     except (Exception, SystemExit) as error:  # a builder of the user's may raise anything
         raise ValueError(f"name = {name}: cannot be built: {described(error)}") from error

@@ -40,10 +40,14 @@ class Solo:
         return data
 
     def gather(self, send: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-        """What all ranks sent, float32, in rank order, on every rank; ``counts``: numbers of each rank."""
+        """What all ranks sent, float32, in rank order, on every rank; ``counts``: numbers of each
+        rank.
+        """
         return send
 
-    def exchange(self, send: np.ndarray, counts: Sequence[int], arriving: Sequence[int]) -> np.ndarray:
+    def exchange(
+        self, send: np.ndarray, counts: Sequence[int], arriving: Sequence[int]
+    ) -> np.ndarray:
         """What the other ranks sent to this one, float32, in rank order.
 
         send: the numbers for rank 0, then those for rank 1, ...: ``counts`` of them; arriving: how
@@ -60,13 +64,14 @@ class Solo:
 class Mpi:
     """The ranks of a communicator, at first MPI_COMM_WORLD.
 
-    Waits poll with sleeps of a quarter of the time waited, 5 ms at most: a blocking wait would spin a whole core, and a
-    server waits most of the time. ``moved`` counts the bytes this rank handed to MPI. ``members``: the number of each
-    rank in MPI_COMM_WORLD; ``dead``: the numbers that are no longer there; ``tolerant``: whether the launcher lets
-    ranks go on when one dies.
+    Waits poll with sleeps of a quarter of the time waited, 5 ms at most: a blocking wait would spin
+    a whole core, and a server waits most of the time. ``moved`` counts the bytes this rank handed
+    to MPI. ``members``: the number of each rank in MPI_COMM_WORLD; ``dead``: the numbers that are
+    no longer there; ``tolerant``: whether the launcher lets ranks go on when one dies.
 
-    Every verb raises Lost when a rank is dead. The first to notice revokes the communicator, so that no rank waits for
-    ever. Then all that are left meet in ``agree`` exactly once, and only then leave the dead behind.
+    Every verb raises Lost when a rank is dead. The first to notice revokes the communicator, so
+    that no rank waits for ever. Then all that are left meet in ``agree`` exactly once, and only
+    then leave the dead behind.
     """
 
     def __init__(self, world=None, pulse: Pulse | None = None) -> None:
@@ -74,17 +79,21 @@ class Mpi:
         self._world = MPI.COMM_WORLD if world is None else world
         self.pulse = pulse or Pulse()
         self.rank, self.size = self._world.rank, self._world.size
-        self.members = tuple(self._world.group.Translate_ranks(range(self.size), MPI.COMM_WORLD.group))
+        self.members = tuple(
+            self._world.group.Translate_ranks(range(self.size), MPI.COMM_WORLD.group)
+        )
         self.pulse.members = self.members
         self.dead = tuple(rank for rank in range(MPI.COMM_WORLD.size) if rank not in self.members)
         self.tolerant = _tolerant()
         self.local_rank, self.local_size = self.rank, self.size
-        with suppress(MPI.Exception if self.tolerant else ()):  # a rank has died: the first verb says so
+        # a rank has died: the first verb says so
+        with suppress(MPI.Exception if self.tolerant else ()):
             node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
             self.local_rank, self.local_size = node.rank, node.size
             node.Free()
         self.moved = 0
-        self._open: dict = {}  # mail that is not through: MPI may write to it even when it was cut off
+        # mail that is not through: MPI may write to it even when it was cut off
+        self._open: dict = {}
 
     def sum(self, buffer: np.ndarray) -> None:
         """Replace ``buffer`` by its sum over ranks, on every rank. Order-free for integers."""
@@ -102,7 +111,9 @@ class Mpi:
         return buffer.tobytes()
 
     def gather(self, send: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-        """What all ranks sent, float32, in rank order, on every rank; ``counts``: numbers of each rank."""
+        """What all ranks sent, float32, in rank order, on every rank; ``counts``: numbers of each
+        rank.
+        """
         if sum(counts) > _MOST:
             whole, ends = np.empty(sum(counts), np.float32), np.cumsum([0, *counts])
             for rank, (at, end) in enumerate(zip(ends, ends[1:])):
@@ -114,24 +125,38 @@ class Mpi:
         self._do(lambda: self._world.Iallgatherv(send, [receive, counts]), send, receive)
         return receive
 
-    def exchange(self, send: np.ndarray, counts: Sequence[int], arriving: Sequence[int]) -> np.ndarray:
+    def exchange(
+        self, send: np.ndarray, counts: Sequence[int], arriving: Sequence[int]
+    ) -> np.ndarray:
         """What the other ranks sent to this one, float32, in rank order (see ``Solo``).
 
-        Each pair of ranks knows what passes between them, but no rank what passes between all: there is no collective
-        message of a size that MPI may not be able to count.
+        Each pair of ranks knows what passes between them, but no rank what passes between all:
+        there is no collective message of a size that MPI may not be able to count.
         """
         receive = np.empty(sum(arriving), np.float32)
         self.moved += send.nbytes
-        coming, going = (np.split(all_, np.cumsum(of)[:-1]) for all_, of in ((receive, arriving), (send, counts)))
+        coming, going = (
+            np.split(all_, np.cumsum(of)[:-1]) for all_, of in ((receive, arriving), (send, counts))
+        )
         mail, world = Mail(self, receive, send), self._world
-        receives = [partial(world.Irecv, part, rank, _EXCHANGED) for rank, some in enumerate(coming) for part in _parts(some)]
-        sends = [partial(world.Isend, part, rank, _EXCHANGED) for rank, some in enumerate(going) for part in _parts(some)]
+        receives = [
+            partial(world.Irecv, part, rank, _EXCHANGED)
+            for rank, some in enumerate(coming)
+            for part in _parts(some)
+        ]
+        sends = [
+            partial(world.Isend, part, rank, _EXCHANGED)
+            for rank, some in enumerate(going)
+            for part in _parts(some)
+        ]
         self._begin(mail, *receives, *sends)
         mail.arrive()
         return receive
 
     def post(self, send: np.ndarray, to: int, receive: np.ndarray, of: int) -> Mail:
-        """Begin to receive from one rank and to send to one; the arrays belong to MPI until the mail is through."""
+        """Begin to receive from one rank and to send to one; the arrays belong to MPI until the
+        mail is through.
+        """
         mail, world = Mail(self, receive, send), self._world
         receives = [partial(world.Irecv, part, of) for part in _parts(receive)]
         self._begin(mail, *receives, *(partial(world.Isend, part, to) for part in _parts(send)))
@@ -139,7 +164,9 @@ class Mpi:
         return mail
 
     def agree(self) -> None:
-        """Meet all ranks; return only if none of them is dead or has met a dead one, else raise Lost on all."""
+        """Meet all ranks; return only if none of them is dead or has met a dead one, else raise
+        Lost on all.
+        """
         if not self._agreed(True):
             raise Lost(self, agreed=True)
 
@@ -169,7 +196,8 @@ class Mpi:
         with self._surviving():
             if self.tolerant and self._world.Is_revoked():
                 raise Lost(self)
-            requests, mail.requests = mail.requests, []  # one that has failed must not be asked again: it would say yes
+            # one that has failed must not be asked again: it would say yes
+            requests, mail.requests = mail.requests, []
             for number, request in enumerate(requests):
                 mail.done[number] = mail.done[number] or request.Test()
             mail.requests = requests
@@ -211,14 +239,20 @@ class Mpi:
         try:
             yield
         except self._mpi.Exception as error:
-            ends = (self._mpi.ERR_PROC_FAILED, self._mpi.ERR_PROC_FAILED_PENDING, self._mpi.ERR_REVOKED)
+            ends = (
+                self._mpi.ERR_PROC_FAILED,
+                self._mpi.ERR_PROC_FAILED_PENDING,
+                self._mpi.ERR_REVOKED,
+            )
             if error.Get_error_class() not in ends and not self._mourned():
                 raise
             self._world.Revoke()
             raise Lost(self) from None
 
     def _mourned(self) -> bool:
-        """Whether a rank turns out to be dead within seconds, when MPI has said no more than ERR_OTHER."""
+        """Whether a rank turns out to be dead within seconds, when MPI has said no more than
+        ERR_OTHER.
+        """
         until = time.monotonic() + 5
         while self.tolerant and time.monotonic() < until:
             if self._world.Is_revoked() or self._world.Get_failed().size:
@@ -254,7 +288,9 @@ def _tolerant() -> bool:
 
 def _mpi4py():
     """mpi4py.MPI; the first import of it in a process starts MPI."""
-    if _tolerant():  # else MPI_Finalize begins with a barrier, in which one in four of these waits for the dead, for ever
+    # else MPI_Finalize begins with a barrier, in which one in four of these waits for the dead, for
+    # ever
+    if _tolerant():
         os.environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
     from mpi4py import MPI
 
@@ -264,28 +300,37 @@ def _mpi4py():
 def connect() -> Comm:
     """The communicator of this process.
 
-    Raises ValueError when a launcher started it but mpi4py or its MPI library is missing, or when it does not find
-    the processes that were started with it: each of them would play the whole run.
+    Raises ValueError when a launcher started it but mpi4py or its MPI library is missing, or when
+    it does not find the processes that were started with it: each of them would play the whole run.
     """
     try:
         comm = Mpi() if is_launched() else Solo()
     except (ImportError, RuntimeError) as error:
         raise ValueError(
             f"an MPI launcher started this process, but mpi4py does not work: {error}. Install it "
-            "(pip install 'fedlora-mpi[mpi]', or mpi4py with your cluster's MPI) or start without the launcher"
+            "(pip install 'fedlora-mpi[mpi]', or mpi4py with your cluster's MPI) or start without "
+            "the launcher"
         ) from error
     ranks, name = expected_ranks()
     if comm.size == 1 and ranks > 1:
         raise ValueError(
-            f"{name} = {ranks}, but this process finds none of the others: start it as 'mpirun -n {ranks} fedlora-mpi "
-            f"...' or 'srun --mpi=pmix ...' with the MPI of mpi4py; for one process alone first 'unset {name}'"
+            f"{name} = {ranks}, but this process finds none of the others: start it as 'mpirun -n "
+            f"{ranks} fedlora-mpi ...' or 'srun --mpi=pmix ...' with the MPI of mpi4py; for one "
+            f"process alone first 'unset {name}'"
         )
     return comm
 
 
 def library() -> str:
     """Name and version of the MPI library that mpi4py has found."""
-    return _mpi4py().Get_library_version().rstrip("\0").partition("\n")[0].partition(", package")[0].strip()
+    return (
+        _mpi4py()
+        .Get_library_version()
+        .rstrip("\0")
+        .partition("\n")[0]
+        .partition(", package")[0]
+        .strip()
+    )
 
 
 def outlives() -> bool:

@@ -1,4 +1,6 @@
-"""How ranks end: together by a refusal or a fault that all of them reach, or all of them at once by the fault of one."""
+"""How ranks end: together by a refusal or a fault that all of them reach, or all of them at once by
+the fault of one.
+"""
 
 import errno
 import sys
@@ -19,7 +21,9 @@ _TEXT = 2000  # bytes of an error message that travel
 
 
 class Everywhere(Exception):
-    """An end that every rank reaches at the same point, so each can leave by itself; ``speaker`` tells of it."""
+    """An end that every rank reaches at the same point, so each can leave by itself; ``speaker``
+    tells of it.
+    """
 
     code = 1
 

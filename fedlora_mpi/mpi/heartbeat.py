@@ -8,8 +8,9 @@ from contextlib import contextmanager
 class Pulse:
     """Round, stage and last sign of progress of one process.
 
-    Whoever computes says ``at`` what and ``beat``s whenever a piece is done; whoever waits for other processes does so
-    inside ``waiting``, for as long as it takes. ``moves`` counts all of these. ``members``: the processes of the run that are alive, as far as is known.
+    Whoever computes says ``at`` what and ``beat``s whenever a piece is done; whoever waits for
+    other processes does so inside ``waiting``, for as long as it takes. ``moves`` counts all of
+    these. ``members``: the processes of the run that are alive, as far as is known.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,9 @@ class Pulse:
             self.moves += 1
 
     def still(self) -> float:
-        """Seconds without progress; 0 while it waits, and before the rounds, when data may take any time to come."""
+        """Seconds without progress; 0 while it waits, and before the rounds, when data may take any
+        time to come.
+        """
         return 0.0 if self.waits or not self.round else time.monotonic() - self.since
 
     def __str__(self) -> str:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # each has the number of ranks
+# each has the number of ranks
+_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _SIZES = (*_LAUNCHERS, "SLURM_NTASKS")
 _PROGRAMS = ("prterun", "mpirun", "orterun", "mpiexec", "mpiexec.hydra")
 
@@ -26,14 +27,20 @@ def is_launched() -> bool:
 
 
 def has_leftovers() -> bool:
-    """Whether PMIx variables are of a job that has ended: Open MPI would crash at the end of this process."""
+    """Whether PMIx variables are of a job that has ended: Open MPI would crash at the end of this
+    process.
+    """
     if not any(name in os.environ for name in ("PMIX_RANK", "PMIX_NAMESPACE")):
         return False
-    return not any(_answers(value) for name, value in os.environ.items() if name.startswith("PMIX_SERVER_URI"))
+    return not any(
+        _answers(value) for name, value in os.environ.items() if name.startswith("PMIX_SERVER_URI")
+    )
 
 
 def _answers(uri: str) -> bool:
-    """Whether the PMIx server of ``NAMESPACE.RANK;tcp4://HOST:PORT`` is there; one of another kind is taken to be."""
+    """Whether the PMIx server of ``NAMESPACE.RANK;tcp4://HOST:PORT`` is there; one of another kind
+    is taken to be.
+    """
     kind, _, place = uri.rpartition(";")[2].partition("://")
     host, _, port = place.rpartition(":")
     if not (kind.startswith("tcp") and port.isdecimal()):
@@ -46,18 +53,24 @@ def _answers(uri: str) -> bool:
 
 
 def expected_ranks() -> tuple[int, str]:
-    """How many processes were started together, and the variable that says so; (1, "") when none does."""
-    given = [(int(value), name) for name in _SIZES if (value := os.environ.get(name, "")).isdecimal()]
+    """How many processes were started together, and the variable that says so; (1, "") when none
+    does.
+    """
+    given = [
+        (int(value), name) for name in _SIZES if (value := os.environ.get(name, "")).isdecimal()
+    ]
     return max(given, default=(1, ""))
 
 
 @contextmanager
 def starting(seconds: float) -> Iterator[None]:
-    """End this process, with a line and exit code 1, when the block takes longer; 0: it may take for ever.
+    """End this process, with a line and exit code 1, when the block takes longer; 0: it may take
+    for ever.
 
-    MPI starts inside: it waits for every rank, also for one that is dead, and holds Python's lock. So no Python of this
-    process could say anything: a child prints the line, and a thread of faulthandler, which needs no lock, leaves. (The
-    child could only kill, which mpirun takes for success where ranks may die.)
+    MPI starts inside: it waits for every rank, also for one that is dead, and holds Python's lock.
+    So no Python of this process could say anything: a child prints the line, and a thread of
+    faulthandler, which needs no lock, leaves. (The child could only kill, which mpirun takes for
+    success where ranks may die.)
     """
     if not seconds:
         yield
@@ -79,20 +92,34 @@ def starting(seconds: float) -> Iterator[None]:
 
 
 def _tell_unless_closed(pipe: int, seconds: float) -> None:
-    """Wait for the end of a pipe, and say so where the parent does not close it in time. Does not return."""
+    """Wait for the end of a pipe, and say so where the parent does not close it in time. Does not
+    return.
+    """
     try:
         if not select.select([pipe], [], [], seconds)[0]:
-            rank = next((os.environ[name] for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK") if name in os.environ), "?")
-            line = f"fedlora-mpi: rank {rank}: MPI has not started within {seconds:g} s (faults.timeout): a rank has died or is "
+            rank = next(
+                (
+                    os.environ[name]
+                    for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+                    if name in os.environ
+                ),
+                "?",
+            )
+            line = (
+                f"fedlora-mpi: rank {rank}: MPI has not started within {seconds:g} s "
+                "(faults.timeout): a rank has died or is "
+            )
             os.write(2, f"{line}out of reach; start again\n".encode())
     finally:
         os._exit(0)
 
 
 def end_launcher(seconds: float) -> None:
-    """Let a child end the mpirun that has started this process, unless that ends by itself within ``seconds``.
+    """Let a child end the mpirun that has started this process, unless that ends by itself within
+    ``seconds``.
 
-    mpirun waits for the daemons of all nodes, also for one behind a link that is down, whatever its ranks ask for.
+    mpirun waits for the daemons of all nodes, also for one behind a link that is down, whatever its
+    ranks ask for.
     """
     launcher = os.getppid()
     began = _began(launcher)
@@ -135,17 +162,28 @@ def mpirun() -> str | None:
 
 
 def function(module: str, name: str) -> list[str]:
-    """The command line that calls a function of the package, with no file of the working folder in the way."""
+    """The command line that calls a function of the package, with no file of the working folder in
+    the way.
+    """
     home = str(Path(__file__).resolve().parents[2])
-    return [sys.executable, "-P", "-c", f"import sys; sys.path.append({home!r}); from {module} import {name}; {name}()"]
+    return [
+        sys.executable,
+        "-P",
+        "-c",
+        f"import sys; sys.path.append({home!r}); from {module} import {name}; {name}()",
+    ]
 
 
 def command(ranks: int) -> list[str]:
-    """The command line up to the subcommand. Raises ValueError where there is no mpirun for several ranks."""
+    """The command line up to the subcommand. Raises ValueError where there is no mpirun for several
+    ranks.
+    """
     python = [sys.executable, "-m", "fedlora_mpi"]
     if ranks == 1:
         return python
     launcher = mpirun()
     if launcher is None:
-        raise ValueError(f"--ranks = {ranks}: no mpirun beside {sys.executable} or on PATH; use --ranks 1")
+        raise ValueError(
+            f"--ranks = {ranks}: no mpirun beside {sys.executable} or on PATH; use --ranks 1"
+        )
     return [launcher, "-n", str(ranks), "--bind-to", "none", *python]

@@ -1,4 +1,6 @@
-"""Messages on their way between ranks, and what ends them when a rank dies; ``comm.Mpi`` sends them."""
+"""Messages on their way between ranks, and what ends them when a rank dies; ``comm.Mpi`` sends
+them.
+"""
 
 import time
 
@@ -6,9 +8,11 @@ import numpy as np
 
 
 class Lost(Exception):
-    """A rank has died, so a message will never be complete: the same end for all that still wait for one.
+    """A rank has died, so a message will never be complete: the same end for all that still wait
+    for one.
 
-    comm: the ``Mpi`` with the dead in it; agreed: whether the other ranks know, as they do after ``Mpi.agree``.
+    comm: the ``Mpi`` with the dead in it; agreed: whether the other ranks know, as they do after
+    ``Mpi.agree``.
     """
 
     def __init__(self, comm, agreed: bool = False) -> None:
@@ -21,7 +25,9 @@ class Lost(Exception):
 
 
 class Mail:
-    """Messages of ``comm`` on their way, the ``first`` of them to this rank; ``buffers`` are MPI's until all is through."""
+    """Messages of ``comm`` on their way, the ``first`` of them to this rank; ``buffers`` are MPI's
+    until all is through.
+    """
 
     def __init__(self, comm, *buffers: np.ndarray) -> None:
         self.comm, self.buffers = comm, buffers

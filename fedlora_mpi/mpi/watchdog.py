@@ -19,17 +19,19 @@ from .launch import end_launcher
 def watching(comm: Comm, timeout: float, folder: Path, way_out: str) -> Iterator[None]:
     """Inside, ``timeout`` seconds without a beat of ``comm.pulse`` end all ranks; 0: none do.
 
-    The end names rank, round and stage and shows the stack of every thread. Where even this thread cannot run, because
-    some library keeps Python's lock, the stacks alone are shown, a quarter of the time later. A process that is stopped
-    as a whole shows nothing: the others miss the signs of life that each rank puts into the run ``folder`` (see ``Signs``).
-    By these a rank also sees that all wait for each other, because a link is down.
-    way_out: the last words.
+    The end names rank, round and stage and shows the stack of every thread. Where even this thread
+    cannot run, because some library keeps Python's lock, the stacks alone are shown, a quarter of
+    the time later. A process that is stopped as a whole shows nothing: the others miss the signs of
+    life that each rank puts into the run ``folder`` (see ``Signs``). By these a rank also sees that
+    all wait for each other, because a link is down. way_out: the last words.
     """
     if not timeout:
         yield
         return
     over, signs = threading.Event(), Signs(comm, folder / ".pulse", timeout)
-    guard = threading.Thread(target=_watch, args=(comm, timeout, signs, way_out, over.wait), daemon=True, name="watchdog")
+    guard = threading.Thread(
+        target=_watch, args=(comm, timeout, signs, way_out, over.wait), daemon=True, name="watchdog"
+    )
     guard.start()
     try:
         yield
@@ -40,16 +42,30 @@ def watching(comm: Comm, timeout: float, folder: Path, way_out: str) -> Iterator
         signs.remove()
 
 
-def _watch(comm: Comm, timeout: float, signs: "Signs", way_out: str, over: Callable[[float], bool]) -> None:
+def _watch(
+    comm: Comm, timeout: float, signs: "Signs", way_out: str, over: Callable[[float], bool]
+) -> None:
     """Look at the pulse until it is ``over``."""
     while not over(min(timeout / 8, 5.0)):
         faulthandler.dump_traceback_later(1.25 * timeout, exit=True, file=sys.__stderr__)
         if comm.pulse.still() > timeout:
-            _end(comm, f"rank {comm.rank} of {comm.size}: no progress", timeout, str(comm.pulse), way_out)
+            _end(
+                comm,
+                f"rank {comm.rank} of {comm.size}: no progress",
+                timeout,
+                str(comm.pulse),
+                way_out,
+            )
         for rank, text in signs.missed():
             _end(comm, f"rank {rank} of {comm.size}: no sign of life", timeout, text, way_out)
         if text := signs.all_waiting():
-            _end(comm, "all ranks wait for each other: their messages do not get through", timeout, text, way_out)
+            _end(
+                comm,
+                "all ranks wait for each other: their messages do not get through",
+                timeout,
+                text,
+                way_out,
+            )
 
 
 def _end(comm: Comm, what: str, timeout: float, where: str, way_out: str) -> None:
@@ -59,15 +75,18 @@ def _end(comm: Comm, what: str, timeout: float, where: str, way_out: str) -> Non
         print(line, file=sys.__stderr__, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__)
     end_launcher(10)
-    signal.setitimer(signal.ITIMER_REAL, 10)  # SIGALRM ends the process where the lock of MPI is not to be had
+    # SIGALRM ends the process where the lock of MPI is not to be had
+    signal.setitimer(signal.ITIMER_REAL, 10)
     comm.abort()
 
 
 class Signs:
-    """Files that change four times in ``timeout`` seconds as long as a rank's process runs at all, however long it waits.
+    """Files that change four times in ``timeout`` seconds as long as a rank's process runs at all,
+    however long it waits.
 
-    Rank 0 looks at those of all others, rank 1 at rank 0's; clocks are not compared. Short runs write none. A file holds a
-    number that changes, how often the rank has moved, whether it waits, and where it is.
+    Rank 0 looks at those of all others, rank 1 at rank 0's; clocks are not compared. Short runs
+    write none. A file holds a number that changes, how often the rank has moved, whether it waits,
+    and where it is.
     """
 
     def __init__(self, comm: Comm, folder: Path, timeout: float) -> None:
@@ -75,12 +94,19 @@ class Signs:
         self._watched = range(1, comm.size) if comm.rank == 0 else (0,) if comm.rank == 1 else ()
         self._seen: dict[int, tuple[str, float]] = {}  # rank -> what its file held, and since when
         self._given, self._number = time.monotonic(), 0
-        self._stuck: tuple[list[str], float] = [], self._given  # what the files of ranks that all wait held, since when
+        # what the files of ranks that all wait held, since when
+        self._stuck: tuple[list[str], float] = [], self._given
 
     def missed(self) -> list[tuple[int, str]]:
-        """The ranks whose files no longer change, and where they were; gives a sign of one's own when it is time."""
+        """The ranks whose files no longer change, and where they were; gives a sign of one's own
+        when it is time.
+        """
         now = time.monotonic()
-        if self._comm.size == 1 or now - self._given < self._timeout / 4 or not self._folder.parent.is_dir():
+        if (
+            self._comm.size == 1
+            or now - self._given < self._timeout / 4
+            or not self._folder.parent.is_dir()
+        ):
             return []
         self._given, self._number = now, self._number + 1
         pulse, run = self._comm.pulse, self._folder.parent
@@ -90,9 +116,11 @@ class Signs:
         return [found for rank in self._watched if (found := self._look(rank, now))]
 
     def all_waiting(self) -> str:
-        """Where this rank is, when it and all others have waited without a move for longer than the timeout; else "".
+        """Where this rank is, when it and all others have waited without a move for longer than the
+        timeout; else "".
 
-        A message that takes so long looks the same. Every rank looks for itself, for none can tell another.
+        A message that takes so long looks the same. Every rank looks for itself, for none can tell
+        another.
         """
         pulse, now = self._comm.pulse, time.monotonic()
         if self._comm.size == 1 or not pulse.waits:
@@ -106,7 +134,8 @@ class Signs:
     def remove(self) -> None:
         """No more signs: the rank leaves in good order."""
         with suppress(OSError):
-            nolinks.clear(self._folder, str(self._comm.rank).__eq__, self._folder.parent)  # the folder by the last
+            # the folder by the last
+            nolinks.clear(self._folder, str(self._comm.rank).__eq__, self._folder.parent)
 
     def _look(self, rank: int, now: float) -> tuple[int, str] | None:
         text = self._sign(rank)
@@ -119,6 +148,9 @@ class Signs:
 
     def _sign(self, rank: int) -> str:
         """What a rank's file holds."""
-        with suppress(OSError, StoreError), opened_file(self._folder / str(rank), self._folder.parent) as file:
+        with (
+            suppress(OSError, StoreError),
+            opened_file(self._folder / str(rank), self._folder.parent) as file,
+        ):
             return file.read(1000).decode()
         return "0 0 works the set-up"

@@ -1,7 +1,8 @@
 """What a config would cost, before anything is trained.
 
-Sizes follow from the model and the partition. Time and memory follow from unit costs that ``unit_costs`` measures: a stack
-of each kind of clients plays a few batches, and ``forecast`` adds up what each rank of the real placement would do.
+Sizes follow from the model and the partition. Time and memory follow from unit costs that
+``unit_costs`` measures: a stack of each kind of clients plays a few batches, and ``forecast`` adds
+up what each rank of the real placement would do.
 """
 
 import json
@@ -30,7 +31,8 @@ from .roles import decomposition, roles
 from .unit_costs import measured
 
 _COLUMNS = 20  # of the log, about
-_LOG, _FILES = 120_000, 60_000  # bytes of a log and of a checkpoint's files beside the numbers in them
+# bytes of a log and of a checkpoint's files beside the numbers in them
+_LOG, _FILES = 120_000, 60_000
 
 
 class Estimate(NamedTuple):
@@ -46,11 +48,15 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    config: Config, source: str, ranks: int, gpus: str | None = None, bandwidth: float | None = None,
+    config: Config,
+    source: str,
+    ranks: int,
+    gpus: str | None = None,
+    bandwidth: float | None = None,
     latency: float | None = None,
 ) -> Estimate:
-    """The costs of ``config`` on ``ranks`` ranks: of this machine, or elsewhere with a GPU named ``gpus`` each (``none``:
-    with a core each).
+    """The costs of ``config`` on ``ranks`` ranks: of this machine, or elsewhere with a GPU named
+    ``gpus`` each (``none``: with a core each).
 
     bandwidth: bytes/s, latency: seconds of a message. Raises ValueError for what cannot be.
     """
@@ -77,10 +83,14 @@ def estimate(
     clients = {rank: [] for rank in workers}
     for group, rank in zip(run.groups, assign(run.costs, list(workers))):
         clients[rank] += group
-    own = {rank: sum(nbytes(run.kinds[run.kind_of[c]].first.personal) for c in at) for rank, at in clients.items()}
+    own = {
+        rank: sum(nbytes(run.kinds[run.kind_of[c]].first.personal) for c in at)
+        for rank, at in clients.items()
+    }
     most = max(own, key=own.get)
     held = own[most] * (config.participation if config.engine.personal == "disk" else 1)
-    if config.faults.tolerate:  # the rows of a ward; changed ones as they were in two rounds, going and coming
+    # the rows of a ward; changed ones as they were in two rounds, going and coming
+    if config.faults.tolerate:
         held += own[most] * (1 + 4 * config.participation)
     memory = costs.resident + held + (16 if config.reduce == "exact" else 4) * run.upload.size
     seconds = forecast(built, costs, list(workers), ranks, machine)
@@ -88,32 +98,51 @@ def estimate(
 
 
 def plan(
-    config: Config, source: str, ranks: int, gpus: str | None = None, bandwidth: float | None = None,
+    config: Config,
+    source: str,
+    ranks: int,
+    gpus: str | None = None,
+    bandwidth: float | None = None,
     latency: float | None = None,
 ) -> str:
     """``estimate`` as lines of text."""
     found = estimate(config, source, ranks, gpus, bandwidth, latency)
     where = f"this machine ({os.cpu_count()} cores)"
     if gpus:
-        where = "cores like these, one each" if gpus == "none" else f"a machine with {gpus}, one for each worker"
+        where = (
+            "cores like these, one each"
+            if gpus == "none"
+            else f"a machine with {gpus}, one for each worker"
+        )
     lines = [f"{source} on {ranks} rank{'s' * (ranks > 1)} of {where}"]
     costs = _costs(found, len(hosts(config, ranks)), gpus)
-    for title, text in (*_sizes(found.built, ranks), *_privacy(found.built), *costs, *_origins(found, gpus, bandwidth, latency)):
+    for title, text in (
+        *_sizes(found.built, ranks),
+        *_privacy(found.built),
+        *costs,
+        *_origins(found, gpus, bandwidth, latency),
+    ):
         lines.append(f"  {title:<10} {text}")
     return "\n".join(lines)
 
 
 def storage(built: Built) -> int:
-    """Bytes that the run folder comes to: the kept checkpoints and one in the making, each with a log, and the log."""
+    """Bytes that the run folder comes to: the kept checkpoints and one in the making, each with a
+    log, and the log.
+    """
     config, run, split = built.config, built.run, built.split
     first = run.kinds[0].first.shared
     personal = sum(nbytes(run.kinds[kind].first.personal) for kind in run.kind_of)
-    state = _FILES + personal + nbytes(first) + nbytes(run.algorithm.server(run.trainer.model, first))
+    state = (
+        _FILES + personal + nbytes(first) + nbytes(run.algorithm.server(run.trainer.model, first))
+    )
     samples = sum(map(len, (*split.train, *split.test)))
     log = _LOG + 8 * (samples + config.rounds * (_COLUMNS + 2 * len(run.weight_N)))
     log += len(json.dumps(kept(built.inventory))) if built.inventory else 0
     copies = config.checkpoint.keep + 1
-    return copies * state + (copies + 1) * log + (personal if config.engine.personal == "disk" else 0)
+    return (
+        copies * state + (copies + 1) * log + (personal if config.engine.personal == "disk" else 0)
+    )
 
 
 def _sizes(built: Built, ranks: int) -> list[tuple[str, str]]:
@@ -126,15 +155,33 @@ def _sizes(built: Built, ranks: int) -> list[tuple[str, str]]:
     message, how = run.unit * run.upload.size, "an allreduce"
     if run.gathers:
         width = joint([layout.dtype for layout in run.layouts]).itemsize
-        message, how = width * sum(run.layouts[kind].size for kind in run.kind_of) * cohort // clients, "a gather"
+        message, how = (
+            width * sum(run.layouts[kind].size for kind in run.kind_of) * cohort // clients,
+            "a gather",
+        )
     own = [numel(run.kinds[kind].first.personal) for kind in run.kind_of]
-    total, comma = sum(nbytes(run.kinds[kind].first.personal) for kind in run.kind_of), "{:,}".format
+    total, comma = (
+        sum(nbytes(run.kinds[kind].first.personal) for kind in run.kind_of),
+        "{:,}".format,
+    )
     return [
-        *(line for n in sorted({kind.network for kind in run.kinds}) for line in _network(run, n, config.model.mix[n].name)),
-        ("shared", f"{numel(first.shared):,} numbers; {_range(up, size)} up, {_range(down, size)} down per client and round"),
+        *(
+            line
+            for n in sorted({kind.network for kind in run.kinds})
+            for line in _network(run, n, config.model.mix[n].name)
+        ),
+        (
+            "shared",
+            f"{numel(first.shared):,} numbers; {_range(up, size)} up, {_range(down, size)} down "
+            "per client and round",
+        ),
         ("personal", f"{_range(own, comma)} numbers per client; {size(total)} in a checkpoint"),
-        ("round", f"{cohort} of {clients} clients: {size(sum(up) * cohort // clients)} up, {size(sum(down) * cohort // clients)} down; "
-                  + (f"{how} of {size(message)} per rank" if ranks > 1 else "no message, one rank")),
+        (
+            "round",
+            f"{cohort} of {clients} clients: {size(sum(up) * cohort // clients)} up, "
+            f"{size(sum(down) * cohort // clients)} down; "
+            + (f"{how} of {size(message)} per rank" if ranks > 1 else "no message, one rank"),
+        ),
     ]
 
 
@@ -149,13 +196,18 @@ def _privacy(built: Built) -> list[tuple[str, str]]:
     if not block.differential:
         return []
     relation = "one client more or less" if block.draws else "another client in the place of one"
-    said = f"epsilon {run.epsilon(rounds):.3g} at delta {block.delta:g} after {rounds} rounds, for {relation}"
+    said = (
+        f"epsilon {run.epsilon(rounds):.3g} at delta {block.delta:g} after {rounds} rounds, for "
+        f"{relation}"
+    )
     noise = block.deviation / run.total(run.chosen(0))
     return [("privacy", f"{said}; noise of deviation {noise:.2g} on each number of the mean")]
 
 
 def _traffic(run: Run, kind: Kind, second: Tree) -> tuple[int, int]:
-    """The most bytes that such a client sends and receives in a round; ``second``: what ``_second`` says."""
+    """The most bytes that such a client sends and receives in a round; ``second``: what ``_second``
+    says.
+    """
     ones = lambda tree: tmap(torch.ones_like, tree)  # of a method that sends by class: all classes
     full, first = Vars(*map(ones, kind.arrived[:2])), kind.first.shared
     sent = max(int(kind.algorithm.sent(v, v)) for v in (kind.arrived, full))
@@ -165,12 +217,19 @@ def _traffic(run: Run, kind: Kind, second: Tree) -> tuple[int, int]:
 
 
 def _second(run: Run) -> Tree:
-    """The shared variables before round 2 if all of a cohort, clients of equal weight, came back untrained."""
-    shared, kinds = run.kinds[0].first.shared, [run.kind_of[client] for client in run.chosen(0) or (0,)]
+    """The shared variables before round 2 if all of a cohort, clients of equal weight, came back
+    untrained.
+    """
+    shared, kinds = (
+        run.kinds[0].first.shared,
+        [run.kind_of[client] for client in run.chosen(0) or (0,)],
+    )
     terms = {kind: run.kinds[kind].term for kind in set(kinds)}
     mean = tmap(lambda *leaves: sum(leaves) / len(leaves), *(terms[kind] for kind in kinds))
     cohort = Cohort(len(kinds) / len(run.weight_N), len(kinds))
-    return run.algorithm.serve(run.algorithm.server(run.trainer.model, shared), shared, mean, cohort)[1]
+    return run.algorithm.serve(
+        run.algorithm.server(run.trainer.model, shared), shared, mean, cohort
+    )[1]
 
 
 def _range(numbers: Sequence[int], said: Callable[[int], str]) -> str:
@@ -183,7 +242,11 @@ def _network(run: Run, number: int, name: str) -> list[tuple[str, str]]:
     """What is known of a network, and what its parts are to the method."""
     having = [k for k, kind in enumerate(run.kinds) if kind.network == number]
     model = run.kinds[having[0]].trainer.model
-    return [("model", _model(run, number, name)), *roles(model), *decomposition(model, run.algorithm)]
+    return [
+        ("model", _model(run, number, name)),
+        *roles(model),
+        *decomposition(model, run.algorithm),
+    ]
 
 
 def _model(run: Run, number: int, name: str) -> str:
@@ -196,7 +259,8 @@ def _model(run: Run, number: int, name: str) -> str:
         f"{name}: {numel(model.initial) - statistics:,} parameters, "
         + (f"{frozen:,} frozen ones, " if frozen else "")
         + f"{statistics:,} running statistics, "
-        f"{model.flops / 1e6:.1f} MFLOP forward per sample" + (f"; {clients} clients" if clients < len(run.kind_of) else "")
+        f"{model.flops / 1e6:.1f} MFLOP forward per sample"
+        + (f"; {clients} clients" if clients < len(run.kind_of) else "")
     )
 
 
@@ -206,21 +270,40 @@ def _costs(found: Estimate, workers: int, gpus: str | None) -> list[tuple[str, s
     named = ("train", "exchange", "evaluate", "files")
     stages = ", ".join(f"{name} {duration(getattr(seconds, name))}" for name in named)
     lines = [
-        ("engine", f"{config.engine.path} on {gpus if gpus not in (None, 'none') else config.engine.device}, "
-                   f"{len(run.groups)} groups of up to {max(map(len, run.groups))}, {workers} workers, "
-                   f"{seconds.busy:.0%} balanced"),
-        ("memory", f"{size(found.memory)} for the worker with most personal state ({found.clients} clients)"),
+        (
+            "engine",
+            f"{config.engine.path} on "
+            f"{gpus if gpus not in (None, 'none') else config.engine.device}, {len(run.groups)} "
+            f"groups of up to {max(map(len, run.groups))}, {workers} workers, {seconds.busy:.0%} "
+            "balanced",
+        ),
+        (
+            "memory",
+            f"{size(found.memory)} for the worker with most personal state ({found.clients} "
+            "clients)",
+        ),
     ]
     if found.client:
         gpu, together = device(gpus), config.engine.group_size
         own, ranks, clients = fits(gpu, run.trainer.feed.nbytes, found.client, together)
-        lines.append(("gpu", f"{size(own)} of {size(gpu.memory)} for a worker: {ranks} fit on one; "
-                             f"or one with stacks of {clients:,} clients, where it has {together}"))
+        lines.append(
+            (
+                "gpu",
+                f"{size(own)} of {size(gpu.memory)} for a worker: {ranks} fit on one; "
+                f"or one with stacks of {clients:,} clients, where it has {together}",
+            )
+        )
     return lines + [
-        ("disk", f"{size(storage(found.built))} for {config.checkpoint.keep} checkpoints, one in the making, "
-                 "and the log"),
-        ("time", f"{duration(seconds.round)} per round, {duration(seconds.round * config.rounds)} for {config.rounds} "
-                 "rounds"),
+        (
+            "disk",
+            f"{size(storage(found.built))} for {config.checkpoint.keep} checkpoints, one in the "
+            "making, and the log",
+        ),
+        (
+            "time",
+            f"{duration(seconds.round)} per round, {duration(seconds.round * config.rounds)} for "
+            f"{config.rounds} rounds",
+        ),
         ("of it", f"{stages} a round"),
     ]
 
@@ -230,12 +313,21 @@ def _origins(
 ) -> list[tuple[str, str]]:
     """Which numbers were measured here, given, or assumed."""
     machine, assumed = found.machine, []
-    given = [f"{name} {value:g}" for name, value in (("bandwidth", bandwidth), ("latency", latency)) if value]
+    given = [
+        f"{name} {value:g}"
+        for name, value in (("bandwidth", bandwidth), ("latency", latency))
+        if value
+    ]
     here = "computing, adding up and writing here, on one core"
     if found.client:
-        here = "starting operations, adding up and writing here, on one core; operations, FLOPs and bytes counted"
-        assumed.append(f"{OF_PEAK:.0%} of the {gpus}'s FLOP/s and {OF_BANDWIDTH:.0%} of its memory bandwidth are "
-                       f"reached; {size(CONTEXT)} for CUDA")
+        here = (
+            "starting operations, adding up and writing here, on one core; operations, FLOPs and "
+            "bytes counted"
+        )
+        assumed.append(
+            f"{OF_PEAK:.0%} of the {gpus}'s FLOP/s and {OF_BANDWIDTH:.0%} of its memory bandwidth "
+            f"are reached; {size(CONTEXT)} for CUDA"
+        )
     if gpus and not bandwidth:
         assumed.append(f"{size(machine.bandwidth)}/s between ranks (--bandwidth)")
     if gpus and not latency:

@@ -1,4 +1,6 @@
-"""What a stack would cost on a GPU that is not here: its operations counted on this CPU, priced by the data sheet."""
+"""What a stack would cost on a GPU that is not here: its operations counted on this CPU, priced by
+the data sheet.
+"""
 
 import time
 from collections.abc import Sequence
@@ -31,13 +33,17 @@ class Count(NamedTuple):
 
 
 class OnGpu(NamedTuple):
-    """Seconds of clients in one stack: of the processor that starts kernels, or of the GPU, whichever is more."""
+    """Seconds of clients in one stack: of the processor that starts kernels, or of the GPU,
+    whichever is more.
+    """
 
     host: Line  # of a stack
     gpu: Line  # of each client
 
     def of(self, sizes: Sequence[int], batch_size: int) -> float:
-        return max(self.host.of(sizes, batch_size), sum(self.gpu.of([n], batch_size) for n in sizes))
+        return max(
+            self.host.of(sizes, batch_size), sum(self.gpu.of([n], batch_size) for n in sizes)
+        )
 
 
 class Counted(NamedTuple):
@@ -50,7 +56,9 @@ class Counted(NamedTuple):
 
 
 def counted(kind: Kind, client: int, batch_size: int, device: Device, precision: str) -> Counted:
-    """The costs of clients of a kind on ``device``; ``client``: one of them. ``batch_size``: that of the run."""
+    """The costs of clients of a kind on ``device``; ``client``: one of them. ``batch_size``: that
+    of the run.
+    """
     trainer = kind.trainer
     feed, settings = Short(trainer.feed, 1), replace(trainer.settings, batch_size=_BATCH)
     v, samples = kind.first, trainer.feed.train_size(client)
@@ -69,11 +77,14 @@ def counted(kind: Kind, client: int, batch_size: int, device: Device, precision:
     priced = lambda count: _priced(count, samples, each, device, precision)
     train, tests = priced(trained), max(1, feed.test_size(client))
     if trainer.algorithm.tune(trainer.model, settings, 0):
-        tune, score = priced(judged), OnGpu(Line(0, 0, 0), Line(0, 0, 0))  # the tuning's ``once`` has it
+        # the tuning's ``once`` has it
+        tune, score = priced(judged), OnGpu(Line(0, 0, 0), Line(0, 0, 0))
     else:
         one = judged(1)
         tune = OnGpu(Line(0, 0, 0), Line(0, 0, 0))
-        score = OnGpu(Line(each * one.operations, 0, 0), Line(0, 0, _seconds(one, device, precision) / tests))
+        score = OnGpu(
+            Line(each * one.operations, 0, 0), Line(0, 0, _seconds(one, device, precision) / tests)
+        )
     few, full, _ = limits(samples, _BATCH)
     low, high = trained(few).saved, trained(full).saved
     saved = high + max(0, high - low) / max(1, full - few) * (min(samples, batch_size) - full)
@@ -81,7 +92,9 @@ def counted(kind: Kind, client: int, batch_size: int, device: Device, precision:
 
 
 def fits(device: Device, data: int, client: float, group_size: int) -> tuple[float, int, int]:
-    """(bytes of GPU memory of a worker, workers that fit on one, clients that one worker could stack)."""
+    """(bytes of GPU memory of a worker, workers that fit on one, clients that one worker could
+    stack).
+    """
     own = CONTEXT + data + group_size * client
     return own, int(device.memory // own), max(0, int((device.memory - CONTEXT - data) // client))
 
@@ -102,7 +115,9 @@ class _Counter(TorchDispatchMode):
         if formula:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         else:
-            tensors = [t for t in tree_leaves((args, kwargs or {}, out)) if isinstance(t, torch.Tensor)]
+            tensors = [
+                t for t in tree_leaves((args, kwargs or {}, out)) if isinstance(t, torch.Tensor)
+            ]
             self.bytes += sum(t.nbytes for t in {id(t): t for t in tensors}.values())
         return out
 
@@ -129,7 +144,9 @@ def _count(work) -> Count:
 
 
 def _each_operation(trainer: Trainer, client: int, shared: Tree, rows: Tree, trained) -> float:
-    """Seconds in which this machine starts an operation: of steps so small that they hardly compute."""
+    """Seconds in which this machine starts an operation: of steps so small that they hardly
+    compute.
+    """
     operations = trained(1).operations
     taken = []
     for _ in range(3):

@@ -1,4 +1,6 @@
-"""Processors that this machine does not have: what their makers say of them, and what of it an eager step reaches."""
+"""Processors that this machine does not have: what their makers say of them, and what of it an
+eager step reaches.
+"""
 
 from typing import NamedTuple
 
@@ -38,5 +40,8 @@ def device(name: str) -> Device | None:
     if name == "none":
         return None
     if name not in GPUS:
-        raise ValueError(f"--gpus = {name}: not known; known are {', '.join(GPUS)}, or none for CPU cores like these")
+        raise ValueError(
+            f"--gpus = {name}: not known; known are {', '.join(GPUS)}, or none for CPU cores like "
+            "these"
+        )
     return GPUS[name]

@@ -68,8 +68,12 @@ class Seconds(NamedTuple):
         return self.train + self.exchange + self.evaluate + self.files
 
 
-def forecast(built: Built, costs: Costs, workers: Sequence[int], ranks: int, machine: Machine) -> Seconds:
-    """The seconds of a round of the first task, mean over the first rounds, the slowest rank of each."""
+def forecast(
+    built: Built, costs: Costs, workers: Sequence[int], ranks: int, machine: Machine
+) -> Seconds:
+    """The seconds of a round of the first task, mean over the first rounds, the slowest rank of
+    each.
+    """
     run, config = built.run.of_round(0), built.config
     host = assign(run.costs, workers)
     crowd = max(1.0, len(workers) * config.engine.threads / machine.cores)
@@ -93,7 +97,9 @@ def forecast(built: Built, costs: Costs, workers: Sequence[int], ranks: int, mac
 
 
 def allreduce(bytes_: float, ranks: int, machine: Machine) -> float:
-    """Seconds of an allreduce: 2 (R - 1) / R of the bytes through each rank (Thakur, Rabenseifner, Gropp 2005)."""
+    """Seconds of an allreduce: 2 (R - 1) / R of the bytes through each rank (Thakur, Rabenseifner,
+    Gropp 2005).
+    """
     if ranks == 1:
         return 0.0
     through = 2 * (ranks - 1) / ranks * bytes_ / machine.bandwidth
@@ -104,7 +110,11 @@ def allgather(bytes_: float, ranks: int, machine: Machine) -> float:
     """Seconds until every rank has all ``bytes_``."""
     if ranks == 1:
         return 0.0
-    return (ranks - 1) / ranks * bytes_ / machine.bandwidth + math.ceil(math.log2(ranks)) * machine.latency + _POLL
+    return (
+        (ranks - 1) / ranks * bytes_ / machine.bandwidth
+        + math.ceil(math.log2(ranks)) * machine.latency
+        + _POLL
+    )
 
 
 def _loads(
@@ -119,7 +129,10 @@ def _loads(
     """Seconds of training of each worker, with the score after it in such a fraction of the rounds."""
     load, batch_size = dict.fromkeys(workers, 0.0), built.config.train.batch_size
     for group, rank in zip(run.groups, host):
-        unit, stacks = costs.units[run.kind_of[group[0]]], _stacks(run, [c for c in group if c in chosen])
+        unit, stacks = (
+            costs.units[run.kind_of[group[0]]],
+            _stacks(run, [c for c in group if c in chosen]),
+        )
         for stack in stacks:
             load[rank] += unit.train.of([run.sizes[c] for c in stack], batch_size)
             load[rank] += judged * _score(built, unit, stack)
@@ -127,14 +140,21 @@ def _loads(
 
 
 def _evaluation(
-    built: Built, run: Run, costs: Costs, judged: Collection[int], host: Sequence[int], workers: Sequence[int]
+    built: Built,
+    run: Run,
+    costs: Costs,
+    judged: Collection[int],
+    host: Sequence[int],
+    workers: Sequence[int],
 ) -> list[float]:
     """Seconds in which each worker judges its clients of these."""
     load, batch_size = dict.fromkeys(workers, 0.0), built.config.train.batch_size
     for group, rank in zip(run.groups, host):
         unit = costs.units[run.kind_of[group[0]]]
         for stack in _stacks(run, [c for c in group if c in judged]):
-            load[rank] += unit.tune.of([run.sizes[c] for c in stack], batch_size) + _score(built, unit, stack)
+            load[rank] += unit.tune.of([run.sizes[c] for c in stack], batch_size) + _score(
+                built, unit, stack
+            )
     return list(load.values())
 
 
@@ -150,18 +170,28 @@ def _stacks(run: Run, clients: Sequence[int]) -> list[list[int]]:
 
 
 def _exchange(
-    run: Run, costs: Costs, chosen: frozenset[int], ranks: int, workers: int, machine: Machine, crowd: float
+    run: Run,
+    costs: Costs,
+    chosen: frozenset[int],
+    ranks: int,
+    workers: int,
+    machine: Machine,
+    crowd: float,
 ) -> float:
     """Seconds between the last client's training and the evaluation."""
     own, several = costs.close * crowd, ranks > 1
     own += costs.vectors * (crowd / ranks if several else 1.0)
     if run.gathers and several:
         sent = 4 * sum(numel(run.kinds[run.kind_of[c]].upload) for c in chosen)
-        others = sum(costs.units[run.kind_of[c]].add for c in chosen)  # the server, which has none of its own
+        # the server, which has none of its own
+        others = sum(costs.units[run.kind_of[c]].add for c in chosen)
         own += allgather(sent, ranks, machine) + others * crowd
     elif several:
         message = run.unit * run.upload.size
-        own += allreduce(message, ranks, machine) + (ranks - 1) / ranks * message * costs.add_byte * crowd
+        own += (
+            allreduce(message, ranks, machine)
+            + (ranks - 1) / ranks * message * costs.add_byte * crowd
+        )
     if run.mixing:
         each, pair = costs.mix
         clients = len(chosen)
@@ -171,7 +201,9 @@ def _exchange(
 
 
 def _checkpoint(run: Run, costs: Costs, host: Sequence[int], workers: Sequence[int]) -> float:
-    """Seconds of a checkpoint: every worker its clients at the same time, a file of each kind, then rank 0 the rest."""
+    """Seconds of a checkpoint: every worker its clients at the same time, a file of each kind, then
+    rank 0 the rest.
+    """
     own, files = dict.fromkeys(workers, 0), set()
     for group, rank in zip(run.groups, host):
         files |= {(rank, run.kind_of[c]) for c in group}

@@ -1,5 +1,6 @@
-"""What a stack of clients costs as a straight line: so much each time, for each batch, for each client that still has
-samples in it, and for each of these."""
+"""What a stack of clients costs as a straight line: so much each time, for each batch, for each
+client that still has samples in it, and for each of these.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,13 +17,22 @@ class Line(NamedTuple):
     def of(self, sizes: Sequence[int], batch_size: int) -> float:
         """The cost of clients with so many samples each in one stack."""
         batches = [-(-size // batch_size) for size in sizes]
-        return self.once + self.batch * max(batches, default=0) + self.client * sum(batches) + self.sample * sum(sizes)
+        return (
+            self.once
+            + self.batch * max(batches, default=0)
+            + self.client * sum(batches)
+            + self.sample * sum(sizes)
+        )
 
     @classmethod
-    def through(cls, measured: Callable[[int], float], clients: int, samples: int, batch_size: int) -> "Line":
-        """The line through ``measured(limit)``, the cost of ``clients`` of so many samples when each uses ``limit``.
+    def through(
+        cls, measured: Callable[[int], float], clients: int, samples: int, batch_size: int
+    ) -> "Line":
+        """The line through ``measured(limit)``, the cost of ``clients`` of so many samples when
+        each uses ``limit``.
 
-        Nothing comes out negative: where noise would have it so, what two sizes differ by is all their samples'.
+        Nothing comes out negative: where noise would have it so, what two sizes differ by is all
+        their samples'.
         """
         few, full, many = limits(samples, batch_size)
         small, one, several = measured(few), measured(full), measured(many)
@@ -34,9 +44,17 @@ class Line(NamedTuple):
         batch = (more - sample * clients * (many - full)) / batches
         return cls(max(0.0, one - batch - sample * clients * full), batch, sample)
 
-    def shared(self, measured: Callable[[int], float], fewer: int, clients: int, samples: int, batch_size: int) -> "Line":
-        """The line, found through the cost of ``clients``, with the part of a batch's cost that is each client's own, by
-        ``measured(limit)``, the cost of ``fewer`` of them."""
+    def shared(
+        self,
+        measured: Callable[[int], float],
+        fewer: int,
+        clients: int,
+        samples: int,
+        batch_size: int,
+    ) -> "Line":
+        """The line, found through the cost of ``clients``, with the part of a batch's cost that is
+        each client's own, by ``measured(limit)``, the cost of ``fewer`` of them.
+        """
         _, full, many = limits(samples, batch_size)
         if many == full:
             return self

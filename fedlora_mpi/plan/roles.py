@@ -22,13 +22,18 @@ def roles(model: Model) -> list[tuple[str, str]]:
 
 
 def decomposition(model: Model, algorithm: Algorithm) -> list[tuple[str, str]]:
-    """Weights with a low-rank part, their ranks and matrices; the others of two and more dimensions, and why."""
+    """Weights with a low-rank part, their ranks and matrices; the others of two and more
+    dimensions, and why.
+    """
     low_rank = algorithm.low_rank(model)
     if not low_rank:
         return []
     given = [f"{name} {rank} of {_matrix(model, name)}" for name, rank in low_rank.items()]
     lines = [("low-rank", f"{len(given)} weights, rank of matrix: {', '.join(given)}")]
-    rest = [f"{name} ({why})" for name, why in left_out(model, low_rank, getattr(algorithm, "full", ())).items()]
+    rest = [
+        f"{name} ({why})"
+        for name, why in left_out(model, low_rank, getattr(algorithm, "full", ())).items()
+    ]
     return lines + ([("no rank", f"{len(rest)} weights: {', '.join(rest)}")] if rest else [])
 
 

@@ -1,4 +1,6 @@
-"""Unit costs, measured here: a stack of each kind of clients plays a few batches of a round on throw-away copies."""
+"""Unit costs, measured here: a stack of each kind of clients plays a few batches of a round on
+throw-away copies.
+"""
 
 import os
 import resource
@@ -36,13 +38,15 @@ _TIMES = 5  # rounds of each size where they are short
 
 
 def measured(built: Built, gpu: Device | None = None, others: int = 0) -> tuple[Costs, float]:
-    """The unit costs of a run on this machine, one thread as ``engine.threads`` says; clients on a ``gpu`` by count.
-    Training is measured while so many ``others`` train here.
+    """The unit costs of a run on this machine, one thread as ``engine.threads`` says; clients on a
+    ``gpu`` by count. Training is measured while so many ``others`` train here.
 
     The second number: bytes of that GPU which a client takes.
     """
     run, client = built.run.of_round(0), 0.0
-    trials = {kind: _Trial(built, run, kind, tiny=gpu is not None) for kind in sorted(set(run.kind_of))}
+    trials = {
+        kind: _Trial(built, run, kind, tiny=gpu is not None) for kind in sorted(set(run.kind_of))
+    }
     units = {kind: trial.unit(others) for kind, trial in trials.items()}
     if gpu:
         for kind, trial in trials.items():
@@ -50,7 +54,9 @@ def measured(built: Built, gpu: Device | None = None, others: int = 0) -> tuple[
             found = counted(run.kinds[kind], trial.client, settings.batch_size, gpu, precision)
             units[kind] = Unit(found.train, found.tune, found.score, units[kind].add)
             client = max(client, found.client)
-    begin, close = (max(getattr(trial, name) for trial in trials.values()) for name in ("begin", "close"))
+    begin, close = (
+        max(getattr(trial, name) for trial in trials.values()) for name in ("begin", "close")
+    )
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     first = next(iter(trials.values()))
     mix, own = first.mix()
@@ -59,15 +65,24 @@ def measured(built: Built, gpu: Device | None = None, others: int = 0) -> tuple[
     ones = np.ones(min(max(run.upload.size, 2**16), 2**21), np.int64)
     add_byte = _seconds(lambda: np.add(ones, ones)) / ones.nbytes
     close = max(0.0, close - own - vectors)
-    return Costs(units, begin, close, vectors, mix, *_files(built, *first.row), add_byte, resident), client
+    return Costs(
+        units, begin, close, vectors, mix, *_files(built, *first.row), add_byte, resident
+    ), client
 
 
 class _Trial:
     """Rounds of one stack of a kind; what they took by number of samples used."""
 
     def __init__(self, built: Built, run: Run, number: int, tiny: bool) -> None:
-        self._config, self._run, self._kind, self._number = built.config, run, run.kinds[number], number
-        self.group = next(g for g in run.groups if run.kind_of[g[0]] == number and any(run.sizes[c] for c in g))
+        self._config, self._run, self._kind, self._number = (
+            built.config,
+            run,
+            run.kinds[number],
+            number,
+        )
+        self.group = next(
+            g for g in run.groups if run.kind_of[g[0]] == number and any(run.sizes[c] for c in g)
+        )
         stack = run.stacks([c for c in self.group if run.sizes[c]])[0]
         whole = self._kind.trainer.stacked and not tiny
         self._stack = tuple(stack if whole else stack[:1])  # a loop's clients are alike
@@ -81,7 +96,9 @@ class _Trial:
         sizes, batch_size = [self._run.sizes[c] for c in self._stack], self._config.train.batch_size
         few = (1, 1, 1) if self._tiny else limits(max(sizes), batch_size)
         twice, half = self._twice(), self._half()
-        plays = [(limit, judged, self._alone) for limit in sorted(set(few)) for judged in (False, True)]
+        plays = [
+            (limit, judged, self._alone) for limit in sorted(set(few)) for judged in (False, True)
+        ]
         plays += [(few[0], False, twice)] if twice else []
         plays += [(limit, False, half) for limit in sorted(set(few[1:])) if half]
         with _beside(others, lambda: self._play(few[1], False, self._alone, keep=False)):
@@ -97,14 +114,22 @@ class _Trial:
         most = 1 if self._tiny else most
         line = Line.through(train, count, most, batch_size)
         if half:
-            line = line.shared(lambda limit: self._median(limit, False, half, 0), count // 2, count, most, batch_size)
+            line = line.shared(
+                lambda limit: self._median(limit, False, half, 0),
+                count // 2,
+                count,
+                most,
+                batch_size,
+            )
         self.begin = self._begin(line, few[0], twice)
         self.close = self._median(few[0], False, self._alone, 1)
         score, tune = self._judged(few, count, most)
         return Unit(line._replace(once=max(0.0, line.once - self.begin)), tune, score, self._add())
 
     def mix(self) -> tuple[tuple[float, float], float]:
-        """Seconds of a mix for each client and for each pair, and of the mix that the trial's rounds had in them."""
+        """Seconds of a mix for each client and for each pair, and of the mix that the trial's
+        rounds had in them.
+        """
         if self._run.mixing is None:
             return (0.0, 0.0), 0.0
         mixing, algorithm, v = self._run.mixing, self._run.algorithm, self._kind.arrived
@@ -126,10 +151,15 @@ class _Trial:
         return (each, pair), each * c + pair * c * c if c > 1 else 0.0
 
     def _play(self, limit: int, judged: bool, run: Run, keep: bool) -> None:
-        """One round; its seconds of training, exchange and evaluation, without those that other programs had the core."""
+        """One round; its seconds of training, exchange and evaluation, without those that other
+        programs had the core.
+        """
         self._feed.limit = limit
         first, clients = self._kind.first, [c for group in run.groups for c in group]
-        rows = {self._kind.prefix + n: v.expand(len(clients), *v.shape).clone() for n, v in first.personal.items()}
+        rows = {
+            self._kind.prefix + n: v.expand(len(clients), *v.shape).clone()
+            for n, v in first.personal.items()
+        }
         device = self._kind.trainer.device
         shared = {n: v.to(device) for n, v in first.shared.items()}
         state = State(0, run.algorithm.server(run.trainer.model, shared), shared, rows)
@@ -139,15 +169,23 @@ class _Trial:
         row = {name: value for name, value in row.items() if name not in _LISTS}
         self.row = row, clients_N
         if keep:
-            own = min(1.0, cpu / wall) if self._config.engine.threads == 1 and device.type == "cpu" else 1.0
-            seconds = tuple(own * float(row[f"seconds_{stage}"]) for stage in ("train", "exchange", "evaluate"))
+            own = (
+                min(1.0, cpu / wall)
+                if self._config.engine.threads == 1 and device.type == "cpu"
+                else 1.0
+            )
+            seconds = tuple(
+                own * float(row[f"seconds_{stage}"]) for stage in ("train", "exchange", "evaluate")
+            )
             self._taken.setdefault((limit, judged, id(run)), []).append(seconds)
 
     def _median(self, limit: int, judged: bool, run: Run, stage: int) -> float:
         return median(seconds[stage] for seconds in self._taken[limit, judged, id(run)])
 
     def _begin(self, line: Line, limit: int, twice: Run | None) -> float:
-        """What a round has to do before its first stack: what two stacks take less than twice as much of."""
+        """What a round has to do before its first stack: what two stacks take less than twice as
+        much of.
+        """
         if twice is None:
             return 0.0
         one, two = (self._median(limit, False, run, 0) for run in (self._alone, twice))
@@ -155,12 +193,20 @@ class _Trial:
 
     def _twice(self) -> Run | None:
         """A run of two stacks, where there are clients for them."""
-        alike = [c for c in range(len(self._run.sizes)) if self._run.kind_of[c] == self._number and self._run.sizes[c]]
+        alike = [
+            c
+            for c in range(len(self._run.sizes))
+            if self._run.kind_of[c] == self._number and self._run.sizes[c]
+        ]
         others = [c for c in alike if c not in self._stack][: len(self._stack)]
-        return self._holding((self._stack, tuple(others))) if len(others) == len(self._stack) else None
+        return (
+            self._holding((self._stack, tuple(others))) if len(others) == len(self._stack) else None
+        )
 
     def _half(self) -> Run | None:
-        """A run of the larger half of the stack, where some clients have data for fewer batches than others."""
+        """A run of the larger half of the stack, where some clients have data for fewer batches
+        than others.
+        """
         ragged = len({self._run.sizes[c] for c in self._stack}) > 1
         return self._holding((self._stack[: len(self._stack) // 2],)) if ragged else None
 
@@ -171,7 +217,11 @@ class _Trial:
         evaluation = lambda limit: self._median(limit, True, self._alone, 2)
         if not self._kind.algorithm.tune(self._kind.trainer.model, self._config.train, 0):
             return Line(0.0, 0.0, self._score()), Line(0.0, 0.0, 0.0)
-        scored = max(0.0, self._median(few[0], True, self._alone, 0) - self._median(few[0], False, self._alone, 0))
+        scored = max(
+            0.0,
+            self._median(few[0], True, self._alone, 0)
+            - self._median(few[0], False, self._alone, 0),
+        )
         line = Line.through(evaluation, count, most, batch_size)
         scored = min(scored, line.once)
         return Line(0.0, 0.0, scored / tests), line._replace(once=line.once - scored)
@@ -188,21 +238,44 @@ class _Trial:
         """Seconds to expand, pack and add up a client's upload."""
         run, kind = self._run, self._kind
         upload, message = kind.upload, SUMS[run.reduce](run.upload.size)
-        return _seconds(lambda: message.add(run.upload.pack(kind.algorithm.expand(upload, kind.first.shared, 1)), 1))
+        return _seconds(
+            lambda: message.add(
+                run.upload.pack(kind.algorithm.expand(upload, kind.first.shared, 1)), 1
+            )
+        )
 
     def _holding(self, stacks: tuple[tuple[int, ...], ...]) -> Run:
-        """The run as if only these clients held data, trained by hardly any step, so that nothing diverges."""
+        """The run as if only these clients held data, trained by hardly any step, so that nothing
+        diverges.
+        """
         run, there = self._run, {c for stack in stacks for c in stack}
         some = lambda values: tuple(v if c in there else 0 for c, v in enumerate(values))
         gentle = replace(self._config.train, lr=1e-6 * self._config.train.lr)
-        kinds = tuple(k._replace(trainer=replace(k.trainer, feed=self._feed, settings=gentle)) for k in run.kinds)
-        one = {"groups": stacks, "costs": (1.0,) * len(stacks), "host": (0,) * len(stacks), "by_task": ()}
-        return replace(run, kinds=kinds, sizes=some(run.sizes), weight_N=some(run.weight_N), participation=1.0, **one)
+        kinds = tuple(
+            k._replace(trainer=replace(k.trainer, feed=self._feed, settings=gentle))
+            for k in run.kinds
+        )
+        one = {
+            "groups": stacks,
+            "costs": (1.0,) * len(stacks),
+            "host": (0,) * len(stacks),
+            "by_task": (),
+        }
+        return replace(
+            run,
+            kinds=kinds,
+            sizes=some(run.sizes),
+            weight_N=some(run.weight_N),
+            participation=1.0,
+            **one,
+        )
 
 
 @contextmanager
 def _beside(others: int, work: Callable[[], object]) -> Iterator[None]:
-    """Inside it, so many processes do ``work`` again and again, as workers would: cores share caches and memory."""
+    """Inside it, so many processes do ``work`` again and again, as workers would: cores share
+    caches and memory.
+    """
     here, children = os.getpid(), []
     try:
         for _ in range(others if sys.platform == "linux" else 0):  # elsewhere a fork is not safe
@@ -233,14 +306,19 @@ def _seconds(work: Callable[[], object], clock: Callable[[], float] = time.proce
 
 
 def _files(built: Built, row: dict, clients_N: dict) -> tuple[float, float, float, float]:
-    """Seconds of a row of the log, of a checkpoint, of each file of clients in it, and of each byte, where the run
-    will write."""
+    """Seconds of a row of the log, of a checkpoint, of each file of clients in it, and of each
+    byte, where the run will write.
+    """
     home = next(p for p in expanded(built.config.output).absolute().parents if p.is_dir())
     few, many, numbers, run = 2**10, 2**24, iter(range(1, 100)), built.run
     first = run.kinds[run.kind_of[0]].first
-    small = lambda tree: {leaf: np.ones((1, 1), np.float32) for leaf in tree}  # bytes have their own price
+    # bytes have their own price
+    small = lambda tree: {leaf: np.ones((1, 1), np.float32) for leaf in tree}
     with tempfile.TemporaryDirectory(dir=home if os.access(home, os.W_OK) else None) as name:
-        said, clients = {"config_yaml": "", "config_json": "", "versions": {}, "partition": {}}, len(built.split.train)
+        said, clients = (
+            {"config_yaml": "", "config_json": "", "versions": {}, "partition": {}},
+            len(built.split.train),
+        )
         log = Log.create(Path(name) / "log.h5", clients=clients, **said)
         wait = time.perf_counter  # a disk is waited for
         appended = _seconds(lambda: log.append(next(numbers), row, clients_N), wait)
@@ -248,7 +326,10 @@ def _files(built: Built, row: dict, clients_N: dict) -> tuple[float, float, floa
 
         def save(files: int) -> None:
             folder = checkpoint.begin(Path(name), next(numbers))
-            own = [checkpoint.write_clients(folder, worker, [worker], small(first.personal)) for worker in range(files)]
+            own = [
+                checkpoint.write_clients(folder, worker, [worker], small(first.personal))
+                for worker in range(files)
+            ]
             ours = checkpoint.write_server(folder, round_=0, shared=small(first.shared), server={})
             copy = checkpoint.copy_log(folder, Path(name) / "log.h5")
             checkpoint.commit(folder, [*own, ours, copy], run_digest="", clients=files)
@@ -257,6 +338,8 @@ def _files(built: Built, row: dict, clients_N: dict) -> tuple[float, float, floa
         one, three = (_seconds(lambda: save(files), wait) for files in (1, 3))
         file, folder = max(0.0, three - one) / 2, checkpoint.begin(Path(name), next(numbers))
         leaf = lambda size: {"leaf": np.ones((1, size // 4), np.float32)}
-        took = lambda size: _seconds(lambda: checkpoint.write_clients(folder, next(numbers), [0], leaf(size)), wait)
+        took = lambda size: _seconds(
+            lambda: checkpoint.write_clients(folder, next(numbers), [0], leaf(size)), wait
+        )
         byte = max(0.0, took(many) - took(few)) / (many - few)
     return appended, max(0.0, one - file), file, byte

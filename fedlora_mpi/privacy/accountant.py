@@ -1,15 +1,16 @@
 """The epsilon that some rounds of a run cost, by Google's dp-accounting (the extra ``privacy``).
 
-Two runs are neighbours when one of them has one client more (``sampling: poisson``), or another client in the place of
-one (``fixed``). Each round is a Gaussian mechanism on a cohort that nobody outside knows:
+Two runs are neighbours when one of them has one client more (``sampling: poisson``), or another
+client in the place of one (``fixed``). Each round is a Gaussian mechanism on a cohort that nobody
+outside knows:
 
     poisson   sampled with probability q; the sum moves by at most S: Renyi DP of the Poisson-subsampled Gaussian
               (Mironov, Talwar and Zhang 2019)
     fixed     n of N without replacement; it moves by at most 2 S: the upper bound of Wang, Balle and Kasiviswanathan
               (2019, Theorem 27), much looser; where it is above that of a round with all clients, that one
 
-The Renyi divergences of all rounds add up. dp-accounting 0.6 takes a noise multiplier for the deviation over the
-sensitivity in the second case, though it documents it as the deviation over S
+The Renyi divergences of all rounds add up. dp-accounting 0.6 takes a noise multiplier for the
+deviation over the sensitivity in the second case, though it documents it as the deviation over S
 (https://github.com/google/differential-privacy/issues/378): hence z / 2 there.
 """
 
@@ -27,15 +28,18 @@ def need_library(privacy: Privacy) -> None:
     """Raise ValueError where a run would count epsilon without the library."""
     if privacy.noise_multiplier and find_spec("dp_accounting") is None:
         raise ValueError(
-            f"noise_multiplier = {privacy.noise_multiplier}: needs the library dp-accounting to count epsilon: "
-            "pip install 'fedlora-mpi[privacy]'"
+            f"noise_multiplier = {privacy.noise_multiplier}: needs the library dp-accounting to "
+            "count epsilon: pip install 'fedlora-mpi[privacy]'"
         )
 
 
-def epsilon(privacy: Privacy, participation: float, cohort: int, clients: int, rounds: int) -> float:
+def epsilon(
+    privacy: Privacy, participation: float, cohort: int, clients: int, rounds: int
+) -> float:
     """What so many rounds cost at ``privacy.delta``; infinite without noise.
 
-    cohort: how many of all ``clients`` a round has where that is fixed; participation: what it is where it is not.
+    cohort: how many of all ``clients`` a round has where that is fixed; participation: what it is
+    where it is not.
     """
     if not privacy.noise_multiplier:
         return inf if rounds else 0.0
@@ -47,21 +51,28 @@ def epsilon(privacy: Privacy, participation: float, cohort: int, clients: int, r
 
 
 @lru_cache(maxsize=8)
-def _of_one_round(noise_multiplier: float, share: tuple[float] | tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Orders and Renyi divergences of a round whose cohort is drawn with a probability, or is n of N clients."""
+def _of_one_round(
+    noise_multiplier: float, share: tuple[float] | tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Orders and Renyi divergences of a round whose cohort is drawn with a probability, or is n of
+    N clients.
+    """
     import dp_accounting
     from dp_accounting.rdp import RdpAccountant
 
     if len(share) == 1:
         relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
-        event = dp_accounting.PoissonSampledDpEvent(*share, dp_accounting.GaussianDpEvent(noise_multiplier))
+        event = dp_accounting.PoissonSampledDpEvent(
+            *share, dp_accounting.GaussianDpEvent(noise_multiplier)
+        )
     else:
         relation, cohort, clients = dp_accounting.NeighboringRelation.REPLACE_ONE, *share
         gaussian = dp_accounting.GaussianDpEvent(noise_multiplier / 2)
         event = dp_accounting.SampledWithoutReplacementDpEvent(clients, cohort, gaussian)
     absl = logging.getLogger("absl")
     level = absl.level
-    absl.setLevel(logging.ERROR)  # of orders whose series does not converge, which it leaves out: epsilon stays a bound
+    # of orders whose series does not converge, which it leaves out: epsilon stays a bound
+    absl.setLevel(logging.ERROR)
     accountant = RdpAccountant(neighboring_relation=relation).compose(event)
     absl.setLevel(level)
     everybody = accountant.orders / 2 * ((1 if len(share) == 1 else 2) / noise_multiplier) ** 2

@@ -14,42 +14,62 @@ from .masks import LEAST
 from .settings import Privacy
 
 
-def check_settings(privacy: Privacy, participation: float, reduce: str, uplink: str, tasks: bool) -> None:
-    """Raise ValueError where other settings of a config do not go with the block; ``tasks``: whether it has any."""
+def check_settings(
+    privacy: Privacy, participation: float, reduce: str, uplink: str, tasks: bool
+) -> None:
+    """Raise ValueError where other settings of a config do not go with the block; ``tasks``:
+    whether it has any.
+    """
     if privacy == Privacy():
         return
     if uplink == "gather":
-        raise ValueError("uplink = gather: shows the server every upload, which privacy prevents; choose auto or sum")
+        raise ValueError(
+            "uplink = gather: shows the server every upload, which privacy prevents; choose auto "
+            "or sum"
+        )
     if privacy.differential and tasks:
         raise ValueError(
-            f"privacy.clip = {privacy.clip}: does not go with data.tasks, where the data say who can take part; "
-            "leave out one of them"
+            f"privacy.clip = {privacy.clip}: does not go with data.tasks, where the data say who "
+            "can take part; leave out one of them"
         )
     if privacy.secure_aggregation and reduce != "exact":
-        raise ValueError(f"reduce = {reduce}: masks cancel in integers alone; choose exact for secure aggregation")
+        raise ValueError(
+            f"reduce = {reduce}: masks cancel in integers alone; choose exact for secure "
+            "aggregation"
+        )
     if privacy.secure_aggregation and privacy.draws and participation < 1:
         raise ValueError(
-            "privacy.sampling = poisson: cohorts may be of one or two clients, whose uploads a sum reveals; choose "
-            "fixed for secure aggregation, or participation = 1"
+            "privacy.sampling = poisson: cohorts may be of one or two clients, whose uploads a "
+            "sum reveals; choose fixed for secure aggregation, or participation = 1"
         )
 
 
 def check_run(
-    privacy: Privacy, name: str, cohort: int, mixes: bool, kinds: Sequence[tuple[Algorithm, Model, Vars]], train: Train
+    privacy: Privacy,
+    name: str,
+    cohort: int,
+    mixes: bool,
+    kinds: Sequence[tuple[Algorithm, Model, Vars]],
+    train: Train,
 ) -> None:
     """Raise ValueError for what a method or a federation is not made for.
 
-    name: of the method; cohort: the fewest clients of a round; mixes: whether clients show more than what enters the
-    sum; kinds: the method as clients of each kind have it, their network and variables before round 1.
+    name: of the method; cohort: the fewest clients of a round; mixes: whether clients show more
+    than what enters the sum; kinds: the method as clients of each kind have it, their network and
+    variables before round 1.
     """
     if privacy == Privacy():
         return
     key = f"clip = {privacy.clip}" if privacy.differential else "secure_aggregation = true"
     if mixes:
-        raise ValueError(f"{key}: {name} makes a mix of its own for every client, which takes single uploads")
+        raise ValueError(
+            f"{key}: {name} makes a mix of its own for every client, which takes single uploads"
+        )
     if privacy.secure_aggregation and cohort < LEAST:
-        raise ValueError(f"secure_aggregation = true: a cohort has {cohort} clients, of which a sum hides nothing; "
-                         f"it needs at least {LEAST}: raise participation")
+        raise ValueError(
+            f"secure_aggregation = true: a cohort has {cohort} clients, of which a sum hides "
+            f"nothing; it needs at least {LEAST}: raise participation"
+        )
     if not privacy.differential:
         return
     need_library(privacy)
@@ -58,8 +78,10 @@ def check_run(
             raise ValueError(f"{key}: {name} {reason}")
     updates = [untrained(method, first, first.shared) for method, _, first in kinds]
     if any(not torch.equal(update, updates[0]) for update in updates):
-        raise ValueError(f"{key}: clients of {name} would send other variables than each other without training, "
-                         "so their updates have no common start")
+        raise ValueError(
+            f"{key}: clients of {name} would send other variables than each other without "
+            "training, so their updates have no common start"
+        )
 
 
 def untrained(method: Algorithm, first: Vars, shared: Tree) -> torch.Tensor:
@@ -81,15 +103,29 @@ def _unfit(method: Algorithm, model: Model, first: Vars, train: Train) -> str | 
     if method.sums:
         return "sends sums over the clients of a class, no updates of shared variables"
     if not torch.equal(Layout.of(upload).pack(upload), untrained(method, first, first.shared)):
-        return ("has a server that makes something else of uploads before their mean, so that to clip them bounds "
-                "nothing; of LoRA's methods fedit, ffa_lora and rolora can be private, with one rank for all")
+        return (
+            "has a server that makes something else of uploads before their mean, so that to clip "
+            "them bounds nothing; of LoRA's methods fedit, ffa_lora and rolora can be private, "
+            "with one rank for all"
+        )
     if statistics := [leaf for leaf in upload if model.role(leaf) == "stats"]:
-        return (f"shares running statistics of BatchNorm ({statistics[0]}), which noise can make negative; choose "
-                "algorithm=fedbn, algorithm.bn_stats=local where there is one, or a network without BatchNorm")
-    steps = [step for round_ in (0, 1) for phase in method.phases(model, train, round_) for step in phase.steps]
+        return (
+            f"shares running statistics of BatchNorm ({statistics[0]}), which noise can make "
+            "negative; choose algorithm=fedbn, algorithm.bn_stats=local where there is one, or a "
+            "network without BatchNorm"
+        )
+    steps = [
+        step
+        for round_ in (0, 1)
+        for phase in method.phases(model, train, round_)
+        for step in phase.steps
+    ]
     ones = Vars(*(tmap(torch.ones_like, half) for half in v[:2]))
     changes = method.upload(ones, ones)  # zero from an untrained client, whatever the variables are
     for leaf in upload:
         if not any(step.trains(leaf) for step in steps) and changes[leaf].any():
-            return f"sends {plain_name(leaf)}, which SGD has not moved from what the server sent: there is no update to clip"
+            return (
+                f"sends {plain_name(leaf)}, which SGD has not moved from what the server sent: "
+                "there is no update to clip"
+            )
     return None

@@ -8,34 +8,48 @@ from .settings import Privacy
 
 
 def clipped(upload: Tensor, untrained: Tensor, clip: float) -> Tensor:
-    """How an upload [D] differs from that of an untrained client [D], scaled down to the L2 norm ``clip`` where it is
-    longer, else as it is; float64."""
+    """How an upload [D] differs from that of an untrained client [D], scaled down to the L2 norm
+    ``clip`` where it is longer, else as it is; float64.
+    """
     update = upload.double() - untrained
     norm = torch.linalg.vector_norm(update)
     return update * (clip / norm) if norm > clip else update
 
 
 def gaussian(size: int, deviation: float, *address: int) -> Tensor:
-    """Noise [size] of a standard deviation, float64; ``address``: the seed, the round, and the client whose it is."""
+    """Noise [size] of a standard deviation, float64; ``address``: the seed, the round, and the
+    client whose it is.
+    """
     stream = rng(address[0], "privacy", *address[1:])
     return torch.randn(size, generator=stream, dtype=torch.float64) * deviation
 
 
 def contribution(
-    privacy: Privacy, untrained: Tensor, cohort: int, seed: int, round_: int, upload: Tensor, client: int
+    privacy: Privacy,
+    untrained: Tensor,
+    cohort: int,
+    seed: int,
+    round_: int,
+    upload: Tensor,
+    client: int,
 ) -> Tensor:
-    """What a client of a ``cohort`` of so many adds to the sum, [D]: its clipped update, with its share of the noise
-    where that is the clients'; without differential privacy its upload. ``untrained``: see ``clipped``."""
+    """What a client of a ``cohort`` of so many adds to the sum, [D]: its clipped update, with its
+    share of the noise where that is the clients'; without differential privacy its upload.
+    ``untrained``: see ``clipped``.
+    """
     if not privacy.differential:
         return upload
     update = clipped(upload, untrained, privacy.clip)
     if privacy.noise == "server":
         return update
-    return update + gaussian(len(update), privacy.deviation / cohort**0.5, seed, round_, client).to(update.device)
+    return update + gaussian(len(update), privacy.deviation / cohort**0.5, seed, round_, client).to(
+        update.device
+    )
 
 
 def of_server(privacy: Privacy, size: int, cohort: int, *address: int) -> Tensor:
-    """The noise [size] that the server adds, the same on every rank; address: seed, round. All of it where nobody was
-    drawn: that must not show."""
+    """The noise [size] that the server adds, the same on every rank; address: seed, round. All of
+    it where nobody was drawn: that must not show.
+    """
     own = privacy.noise == "server" or not cohort
     return gaussian(size, privacy.deviation if own else 0.0, *address)

@@ -1,13 +1,15 @@
 """Secure aggregation: what leaves a client is masked, and the masks of a cohort cancel in its sum.
 
-Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017, Section 4, without
-the recovery of clients that drop out: each pair i < j of neighbours has a stream m_ij of uint64; to the integers of
-its message (see ``ExactSum``) i adds m_ij, j subtracts it, all modulo 2^64. The sum over the cohort is the same to the
-bit, while every message by itself is uniform. Neighbours are all of the cohort, or k on a ring in an order of the
-round (Bell et al., "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead", CCS 2020, Section 3.2).
+Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017,
+Section 4, without the recovery of clients that drop out: each pair i < j of neighbours has a stream
+m_ij of uint64; to the integers of its message (see ``ExactSum``) i adds m_ij, j subtracts it, all
+modulo 2^64. The sum over the cohort is the same to the bit, while every message by itself is
+uniform. Neighbours are all of the cohort, or k on a ring in an order of the round (Bell et al.,
+"Secure Single-Server Aggregation with (Poly)Logarithmic Overhead", CCS 2020, Section 3.2).
 
-A client without a finite upload hands over zeros, masked, so that nobody's mask stays. The streams follow from the
-run's seed and are of a fast generator (SFC64): this shows what a server would see, and keeps no secret.
+A client without a finite upload hands over zeros, masked, so that nobody's mask stays. The streams
+follow from the run's seed and are of a fast generator (SFC64): this shows what a server would see,
+and keeps no secret.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -24,9 +26,13 @@ LEAST = 3  # clients of a cohort: of two, each can read the other's upload off t
 Letters = Callable[[int], AbstractContextManager[ExactSum | FastSum]]
 
 
-def letters(privacy: Privacy, message: ExactSum | FastSum, chosen: Collection[int], seed: int, round_: int) -> Letters:
-    """client -> what that client writes into: the rank's ``message`` itself, or, under secure aggregation, a message of
-    its own, of which ``message`` gets the masked integers once it is written."""
+def letters(
+    privacy: Privacy, message: ExactSum | FastSum, chosen: Collection[int], seed: int, round_: int
+) -> Letters:
+    """client -> what that client writes into: the rank's ``message`` itself, or, under secure
+    aggregation, a message of its own, of which ``message`` gets the masked integers once it is
+    written.
+    """
     if not privacy.secure_aggregation:
         return lambda client: nullcontext(message)
     among = neighbours(chosen, privacy.neighbours, seed, round_)
@@ -40,8 +46,12 @@ def letters(privacy: Privacy, message: ExactSum | FastSum, chosen: Collection[in
     return letter
 
 
-def masked(buffer: np.ndarray, client: int, others: Sequence[int], seed: int, round_: int) -> np.ndarray:
-    """The integers [2, size] that leave ``client``, int64 modulo 2^64; ``others``: whom it shares a mask with."""
+def masked(
+    buffer: np.ndarray, client: int, others: Sequence[int], seed: int, round_: int
+) -> np.ndarray:
+    """The integers [2, size] that leave ``client``, int64 modulo 2^64; ``others``: whom it shares a
+    mask with.
+    """
     sent = buffer.view(np.uint64).copy()
     for other in others:
         pair = sorted((client, other))
@@ -51,11 +61,20 @@ def masked(buffer: np.ndarray, client: int, others: Sequence[int], seed: int, ro
     return sent.view(np.int64)
 
 
-def neighbours(chosen: Collection[int], number: int | None, seed: int, round_: int) -> Mapping[int, Sequence[int]]:
-    """Whom each client of a cohort shares a mask with: the nearest ``number`` (even) on the round's ring; None: all."""
+def neighbours(
+    chosen: Collection[int], number: int | None, seed: int, round_: int
+) -> Mapping[int, Sequence[int]]:
+    """Whom each client of a cohort shares a mask with: the nearest ``number`` (even) on the round's
+    ring; None: all.
+    """
     clients = sorted(chosen)
     if number is None or number >= len(clients) - 1:
         return {client: [other for other in clients if other != client] for client in clients}
     order = torch.randperm(len(clients), generator=rng(seed, "ring", round_)).tolist()
-    ring, steps = [clients[at] for at in order], [s for s in range(-number // 2, number // 2 + 1) if s]
-    return {client: [ring[(at + step) % len(ring)] for step in steps] for at, client in enumerate(ring)}
+    ring, steps = (
+        [clients[at] for at in order],
+        [s for s in range(-number // 2, number // 2 + 1) if s],
+    )
+    return {
+        client: [ring[(at + step) % len(ring)] for step in steps] for at, client in enumerate(ring)
+    }

@@ -1,7 +1,9 @@
-"""The AG_NEWS row of the FedLoRA paper's Table 6 (see ``paper.py``): texts, a Transformer, its low-rank parts.
+"""The AG_NEWS row of the FedLoRA paper's Table 6 (see ``paper.py``): texts, a Transformer, its
+low-rank parts.
 
-Of the Transformer the paper says where its low-rank parts are and nothing else: sizes, training and vocabulary are
-those of ``configs/agnews.yaml``. The table's other row is ``configs/imagenet_subset.yaml``.
+Of the Transformer the paper says where its low-rank parts are and nothing else: sizes, training and
+vocabulary are those of ``configs/agnews.yaml``. The table's other row is
+``configs/imagenet_subset.yaml``.
 """
 
 from collections.abc import Iterator
@@ -17,15 +19,18 @@ WHOLE = "train.csv"
 ALPHA = 1.0
 
 FULL = Scale(clients=40, train=3000, test=500, batch_size=50, epochs=5, rounds=100)
-# A quarter of an hour on two CPU cores, two runs at a time, for one seed: 10 clients * 1,000 texts * 3 epochs take 32 s of a
-# core with each of the 4 methods, so 15 rounds * 4 * 32 s / 2 cores = 16 min, and 1 min to start.
+# A quarter of an hour on two CPU cores, two runs at a time, for one seed: 10 clients * 1,000 texts
+# * 3 epochs take 32 s of a core with each of the 4 methods, so 15 rounds * 4 * 32 s / 2 cores = 16
+# min, and 1 min to start.
 SMALL = Scale(clients=10, train=1000, test=200, batch_size=20, epochs=3, rounds=15)
 LABELS = {"fedavg": "FedAvg", "fedper": "FedPer", "fedrod": "FedRoD", "fedlora": "FedLoRA"}
 
 
 @dataclass(frozen=True)
 class Texts(Case):
-    """``alpha``: of the Dirichlet split; ``train_file``: of the training texts, in the folder AG_NEWS."""
+    """``alpha``: of the Dirichlet split; ``train_file``: of the training texts, in the folder
+    AG_NEWS.
+    """
 
     alpha: float = ALPHA
     train_file: str = WHOLE
@@ -33,7 +38,10 @@ class Texts(Case):
 
     def __post_init__(self) -> None:
         if self.data != DATA:
-            raise ValueError(f"--data = {self.data}: {OURS} has {DATA}; for its other row see configs/imagenet_subset.yaml")
+            raise ValueError(
+                f"--data = {self.data}: {OURS} has {DATA}; for its other row see "
+                "configs/imagenet_subset.yaml"
+            )
 
     @property
     def name(self) -> str:
@@ -45,7 +53,11 @@ class Texts(Case):
 
     @property
     def less(self) -> str:
-        return f"training texts of {self.train_file} (paper all 120,000)" if self.train_file != WHOLE else ""
+        return (
+            f"training texts of {self.train_file} (paper all 120,000)"
+            if self.train_file != WHOLE
+            else ""
+        )
 
     def at(self, scale: str) -> Scale:
         return FULL if scale == "full" else SMALL
@@ -70,7 +82,13 @@ class Texts(Case):
 def _lora(scale: Scale) -> dict[str, Any]:
     """FedLoRA with its low-rank parts where appendix E has them; two of five epochs are theirs."""
     where = {"layers": ["blocks.*.attention.*", "head.*"]}
-    return {"name": "fedlora", "lora_epochs": round(0.4 * scale.epochs), "conv_rank": 0.6, "linear_rank": 0.6, **where}
+    return {
+        "name": "fedlora",
+        "lora_epochs": round(0.4 * scale.epochs),
+        "conv_rank": 0.6,
+        "linear_rank": 0.6,
+        **where,
+    }
 
 
 def _table6(case: Texts, scale: Scale) -> Iterator[Entry]:
@@ -83,8 +101,9 @@ TABLES = {
     OURS: Table(
         "Table 6: a Transformer on AG_NEWS",
         _table6,
-        "the paper has the low-rank parts on self-attention and the classifier and leaves open the sizes of the "
-        "Transformer, its training and the ranks (here 60 % of the smaller side); it says 5 classes, the data have 4",
+        "the paper has the low-rank parts on self-attention and the classifier and leaves open "
+        "the sizes of the Transformer, its training and the ranks (here 60 % of the smaller "
+        "side); it says 5 classes, the data have 4",
         open_to_all=True,
         papers="the paper's has none, and does not say over how many seeds",
     )

@@ -33,7 +33,8 @@ def tasks(jobs: Sequence[Job], ranks: int) -> list[Task]:
 def work(
     todo: Sequence[Task], at_once: int, say: Callable[[str], None], gpus: Sequence[str] = ()
 ) -> dict[str, int]:
-    """Run all tasks, ``at_once`` of them at a time; returns the exit codes of those that did not end well.
+    """Run all tasks, ``at_once`` of them at a time; returns the exit codes of those that did not
+    end well.
 
     A failure stops no other task. gpus: values of CUDA_VISIBLE_DEVICES, dealt to the places in
     turn. When this process is interrupted its tasks are ended.
@@ -45,7 +46,9 @@ def work(
             for place in range(at_once):
                 if waiting and place not in running:
                     number, task = waiting.pop(0)
-                    process = _start(task, {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {})
+                    process = _start(
+                        task, {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {}
+                    )
                     ends.callback(_end, process)
                     running[place] = number, task, process, time.monotonic()
             time.sleep(0.05)
@@ -54,7 +57,10 @@ def work(
                     continue
                 del running[place]
                 what = "done" if code == 0 else f"exit code {code}, see {task.log}"
-                say(f"[{number}/{len(todo)}] {task.name}: {what} after {duration(time.monotonic() - began)}")
+                say(
+                    f"[{number}/{len(todo)}] {task.name}: {what} after "
+                    f"{duration(time.monotonic() - began)}"
+                )
                 if code:
                     failed[task.name] = code
     return failed
@@ -79,9 +85,12 @@ def _run(job: Job) -> list[str]:
 
 
 def _start(task: Task, more: Mapping[str, str]) -> subprocess.Popen:
-    env = {name: value for name, value in os.environ.items() if name != "SLURM_NTASKS"} | more  # not one of its tasks
+    # not one of its tasks
+    env = {name: value for name, value in os.environ.items() if name != "SLURM_NTASKS"} | more
     with open(nolinks.opened(task.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as log:
-        return subprocess.Popen(task.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env)
+        return subprocess.Popen(
+            task.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env
+        )
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -28,7 +28,9 @@ Grid = list[tuple[Case, list[Job]]]  # the runs of each table
 
 
 def reproduce(asked: Request) -> int:
-    """Carry out what is missing of a table and print it; returns the exit code, 1 when a run failed."""
+    """Carry out what is missing of a table and print it; returns the exit code, 1 when a run
+    failed.
+    """
     return fulfil(asked, _grid(asked))
 
 
@@ -49,7 +51,9 @@ def fulfil(asked: Request, grid: Grid) -> int:
         show_all(asked, found)
     logs = {run.name: run.beside(".log") for run in jobs}
     for name, code in failed.items():
-        state = "stopped, call again to go on" if code == STOPPED else f"failed with exit code {code}"
+        state = (
+            "stopped, call again to go on" if code == STOPPED else f"failed with exit code {code}"
+        )
         print(f"{name}: {state}: {_last_line(logs[name])} ({logs[name]})", file=sys.stderr)
     return 1 if failed else 0
 
@@ -59,9 +63,16 @@ def _grid(asked: Request) -> Grid:
     grid = []
     for case in asked.cases:
         scale = case.at(asked.scale)
-        how = {"scale": scale, "rounds": asked.rounds_of(case), "root": asked.root, "folder": asked.folder}
+        how = {
+            "scale": scale,
+            "rounds": asked.rounds_of(case),
+            "root": asked.root,
+            "folder": asked.folder,
+        }
         cells = entries(asked.table, case, scale, asked.methods)
-        grid.append((case, [job(cell, case, seed, **how) for seed in asked.chosen_seeds for cell in cells]))
+        grid.append(
+            (case, [job(cell, case, seed, **how) for seed in asked.chosen_seeds for cell in cells])
+        )
     return grid
 
 
@@ -71,12 +82,16 @@ def _carry_out(asked: Request, jobs: Sequence[Job], missing: Sequence[Job]) -> d
     _write_configs(asked, missing)
     if not missing:
         return {}
-    for run in {run.case.data: run for run in missing}.values():  # a mistake in --root shows once, not in every run
+    # a mistake in --root shows once, not in every run
+    for run in {run.case.data: run for run in missing}.values():
         load(replace(run.config.data.source, download=asked.download))
     _make_backbones(asked, missing, say)
     gpus, at_once = _places(asked)
     begun = sum(rounds_done(run.folder) > 0 for run in missing)
-    say(f"{asked.folder}: {len(jobs)} runs, {len(jobs) - len(missing)} done, {begun} to go on with, {at_once} at a time")
+    say(
+        f"{asked.folder}: {len(jobs)} runs, {len(jobs) - len(missing)} done, {begun} to go on "
+        f"with, {at_once} at a time"
+    )
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         return carry.work(carry.tasks(missing, asked.ranks), at_once, say, gpus)
@@ -89,9 +104,14 @@ def _make_backbones(asked: Request, missing: Sequence[Job], say: Callable[[str],
     cases = {run.case.weights: run.case for run in missing if isinstance(run.case, fedhl.Tuning)}
     for file, case in cases.items():
         if not file.exists():
-            say(f"{file}: {case.backbone.epochs} epochs on classes {case.backbone.classes} of {case.data}")
+            say(
+                f"{file}: {case.backbone.epochs} epochs on classes {case.backbone.classes} of "
+                f"{case.data}"
+            )
             with redirect_stdout(sys.stderr):
-                pretrain(case.before(asked.root), str(file), 1, to=file, classes=case.backbone.classes)
+                pretrain(
+                    case.before(asked.root), str(file), 1, to=file, classes=case.backbone.classes
+                )
 
 
 def _places(asked: Request) -> tuple[list[str], int]:
@@ -119,7 +139,10 @@ def _listed(asked: Request, missing: Sequence[Job]) -> Iterator[str]:
     write_atomic(script, text.encode(), asked.out)
     yield from lines
     yield f"\n# {script}\n{text}"
-    yield f"# submit: sbatch {script}; when it has ended, the same command without --print-jobs prints the table"
+    yield (
+        f"# submit: sbatch {script}; when it has ended, the same command without --print-jobs "
+        "prints the table"
+    )
 
 
 def _write_configs(asked: Request, runs: Sequence[Job]) -> None:
@@ -130,8 +153,9 @@ def _write_configs(asked: Request, runs: Sequence[Job]) -> None:
         said = run.entry.published
         expected = f"{sheet.show(said)} % (best round, full scale)" if said else "not printed"
         head = (
-            f"# {TABLES[asked.table].title}: {run.entry.label}, {run.case.said}, seed {run.seed}.\n"
-            f"# Made by `fedlora-mpi reproduce {asked.table} --scale {asked.scale}`. In the paper: {expected}.\n"
+            f"# {TABLES[asked.table].title}: {run.entry.label}, {run.case.said}, seed "
+            f"{run.seed}.\n# Made by `fedlora-mpi reproduce {asked.table} --scale {asked.scale}`. "
+            f"In the paper: {expected}.\n"
         )
         with nolinks.opened_folder(run.folder.parent, asked.out, make=True) as home:
             nolinks.is_there(home, run.beside(".log"))
@@ -140,5 +164,9 @@ def _write_configs(asked: Request, runs: Sequence[Job]) -> None:
 
 def _last_line(log: Path) -> str:
     with opened_file(log) as file:
-        said = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        said = [
+            line.strip()
+            for line in file.read().decode(errors="replace").splitlines()
+            if line.strip()
+        ]
     return one_line(said[-1]) if said else "no output"

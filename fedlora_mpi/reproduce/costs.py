@@ -1,4 +1,6 @@
-"""What a method has spent when its accuracy first reaches a target, and who is ahead: the pFedLoRA paper's tables."""
+"""What a method has spent when its accuracy first reaches a target, and who is ahead: the pFedLoRA
+paper's tables.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,7 +12,8 @@ from .pfedlora_table import OURS
 from .results import Result
 from .sheet import METRIC, Cell, Sheet, by_client, record, show, signed, spread
 
-FAILS = 10.0  # percentage points below the best method: such a method does not lower the common target
+# percentage points below the best method: such a method does not lower the common target
+FAILS = 10.0
 UNITS = {"rounds": (1.0, "rounds"), "bytes": (1e6, "MB"), "flops": (1e12, "TFLOP")}
 _NO_TABLES = "the paper's tables could not be had, only its claims"
 Results = Mapping[str, Sequence[Result]]  # key of the entry -> finished seeds
@@ -42,7 +45,9 @@ class Curve(NamedTuple):
     @classmethod
     def mean(cls, results: Sequence[Result]) -> "Curve":
         """The mean over seeds."""
-        return cls(*(np.mean(columns, axis=0) for columns in zip(*map(cls.of, results), strict=True)))
+        return cls(
+            *(np.mean(columns, axis=0) for columns in zip(*map(cls.of, results), strict=True))
+        )
 
     def until(self, target: float) -> Spent:
         """What is spent at the end of the first round whose accuracy is at least ``target``."""
@@ -57,15 +62,20 @@ def until(results: Sequence[Result], target: float) -> Spent:
 
 
 def common(results: Results) -> tuple[float, list[str]]:
-    """(the highest accuracy that every method reaches with every seed, the methods that it leaves out).
+    """(the highest accuracy that every method reaches with every seed, the methods that it leaves
+    out).
 
     Per cent, rounded down to two decimals. Left out are those whose best stays more than ``FAILS``
     below that of the best method, mean over seeds. NaN where there are no results.
     """
-    best = {key: np.mean([result.best for result in found]) for key, found in results.items() if found}
+    best = {
+        key: np.mean([result.best for result in found]) for key, found in results.items() if found
+    }
     floor = max(best.values(), default=np.nan) - FAILS
     failed = [key for key, value in best.items() if value < floor]
-    lowest = min((r.best for key in best if key not in failed for r in results[key]), default=np.nan)
+    lowest = min(
+        (r.best for key in best if key not in failed for r in results[key]), default=np.nan
+    )
     return float(np.floor(100 * lowest) / 100), failed
 
 
@@ -75,24 +85,38 @@ def best_baseline(cells: Sequence[Cell]) -> Cell | None:
     return max(others, key=lambda cell: cell.best.mean, default=None)
 
 
-def accuracy(title: str, caution: str, notes: Sequence[str], cells: Sequence[Cell], seeds: int) -> Sheet:
+def accuracy(
+    title: str, caution: str, notes: Sequence[str], cells: Sequence[Cell], seeds: int
+) -> Sheet:
     """A row for each method: best and last accuracy, and how far ours is ahead."""
     ours, rival = _ours(cells), best_baseline(cells)
     lead = lambda cell: ours.best.mean - cell.best.mean if ours and cell else np.nan
     rows = [("", "seeds", "best", "last", f"{OURS} ahead by")]
     for cell in cells:
         ahead = "" if cell is ours else signed(lead(cell))
-        rows.append((cell.entry.label, f"{cell.done}/{seeds}", show(cell.best), show(cell.last), ahead))
+        rows.append(
+            (cell.entry.label, f"{cell.done}/{seeds}", show(cell.best), show(cell.last), ahead)
+        )
     against = f" ({rival.entry.label})" if rival else ""
-    claim = f"ahead of the best baseline: the paper {PFEDLORA['accuracy']:+}, here {signed(lead(rival))}{against}"
+    claim = (
+        f"ahead of the best baseline: the paper {PFEDLORA['accuracy']:+}, here "
+        f"{signed(lead(rival))}{against}"
+    )
     records = [record(cell) | {"ahead": lead(cell)} for cell in cells]
     return Sheet(title, caution, [claim, METRIC, spread(seeds, _NO_TABLES), *notes], rows, records)
 
 
 def target(
-    title: str, caution: str, notes: Sequence[str], cells: Sequence[Cell], results: Results, percent: float
+    title: str,
+    caution: str,
+    notes: Sequence[str],
+    cells: Sequence[Cell],
+    results: Results,
+    percent: float,
 ) -> Sheet:
-    """A row for each method: what it has spent when it reaches so many per cent, and its ratio to ours."""
+    """A row for each method: what it has spent when it reaches so many per cent, and its ratio to
+    ours.
+    """
     spent = {cell.entry.key: until(results[cell.entry.key], percent) for cell in cells}
     unknown = Spent(np.nan, np.nan, np.nan)
     ratio = lambda key: _ratios(spent[key], spent.get(OURS, unknown))
@@ -104,18 +128,29 @@ def target(
         rows.append((cell.entry.label, *shown, *map(_number, times)))
         ratios = {f"{name}_ratio": n for name, n in times._asdict().items()}
         records.append({"entry": cell.entry.key, "target": percent} | mine._asdict() | ratios)
-    said = "until the accuracy first reaches the target, all clients together: bytes sent up and down (float32), FLOPs "
+    said = (
+        "until the accuracy first reaches the target, all clients together: bytes sent up and "
+        "down (float32), FLOPs "
+    )
     said += "of local training; mean over seeds; -: some seed does not reach it"
     rivals = {cell.entry.key: cell.entry.label for cell in (best_baseline(cells),) if cell}
     rivals |= {cell.entry.key: cell.entry.label for cell in cells if cell.entry.key == "fedproto"}
-    here = [f"{label} takes {_number(ratio(k).flops)} and {_number(ratio(k).bytes)} times" for k, label in rivals.items()]
-    claim = f"computation and communication against the best baseline: the paper {PFEDLORA['flops']} and "
+    here = [
+        f"{label} takes {_number(ratio(k).flops)} and {_number(ratio(k).bytes)} times"
+        for k, label in rivals.items()
+    ]
+    claim = (
+        f"computation and communication against the best baseline: the paper {PFEDLORA['flops']} "
+        "and "
+    )
     claim += f"{PFEDLORA['bytes']} times less (it names FedProto); here {', '.join(here) or '-'}"
     what = "no run yet" if np.isnan(percent) else f"{percent:g} %"
     return Sheet(f"{title}; cost of {what}", caution, [claim, said, *notes], rows, records)
 
 
-def each_client(title: str, caution: str, notes: Sequence[str], cells: Sequence[Cell], results: Results) -> Sheet:
+def each_client(
+    title: str, caution: str, notes: Sequence[str], cells: Sequence[Cell], results: Results
+) -> Sheet:
     """A row for each seed: ours less the best baseline, client by client."""
     rows = [("seed", "clients", "better", "equal", "worse", "mean", "highest", "lowest")]
     records = []
@@ -123,7 +158,9 @@ def each_client(title: str, caution: str, notes: Sequence[str], cells: Sequence[
         counts = (np.count_nonzero(side) for side in (gap_N > 0, gap_N == 0, gap_N < 0))
         numbers = map(signed, (gap_N.mean(), gap_N.max(), gap_N.min()))
         rows.append((str(seed), str(len(gap_N)), *map(str, counts), *numbers))
-        records += [{"seed": seed, "client": client, "difference": gap} for client, gap in enumerate(gap_N)]
+        records += [
+            {"seed": seed, "client": client, "difference": gap} for client, gap in enumerate(gap_N)
+        ]
     rival = best_baseline(cells)
     said = "each client's accuracy with pFedLoRA less that with the best baseline"
     said += f", {rival.entry.label}" if rival else ""
@@ -140,12 +177,16 @@ def differences(cells: Sequence[Cell], results: Results) -> dict[int, np.ndarray
     return {seed: columns[OURS] - columns[rival.entry.key] for seed, columns in found.items()}
 
 
-def overview(title: str, caution: str, notes: Sequence[str], tables: Mapping[str, Sequence[Cell]], seeds: int) -> Sheet:
+def overview(
+    title: str, caution: str, notes: Sequence[str], tables: Mapping[str, Sequence[Cell]], seeds: int
+) -> Sheet:
     """The best accuracy: methods down, cases across."""
     at = {said: {cell.entry.key: cell for cell in cells} for said, cells in tables.items()}
     labels = {cell.entry.key: cell.entry.label for cells in tables.values() for cell in cells}
     best = lambda said, key: show(at[said][key].best) if key in at[said] else ""
-    rows = [("", *tables)] + [(label, *(best(said, key) for said in tables)) for key, label in labels.items()]
+    rows = [("", *tables)] + [
+        (label, *(best(said, key) for said in tables)) for key, label in labels.items()
+    ]
     records = [{"case": said} | record(cell) for said, cells in tables.items() for cell in cells]
     return Sheet(title, caution, [METRIC, spread(seeds, _NO_TABLES), *notes], rows, records)
 

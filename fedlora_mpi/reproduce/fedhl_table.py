@@ -1,8 +1,10 @@
-"""``reproduce fedhl``: clients of unequal ranks fine-tune a backbone that was trained here on half of the classes.
+"""``reproduce fedhl``: clients of unequal ranks fine-tune a backbone that was trained here on half
+of the classes.
 
-Of the FedHL paper (see ``algorithms/fedhl.py``) the abstract is all we have: its claim is ``paper.FEDHL``. Ranks are
-those of FLoRA's experiments, networks, split and training are ours. The backbone needs no file from elsewhere: it is
-``fedlora-mpi pretrain`` on the first half of the classes, after which all of them are federated.
+Of the FedHL paper (see ``algorithms/fedhl.py``) the abstract is all we have: its claim is
+``paper.FEDHL``. Ranks are those of FLoRA's experiments, networks, split and training are ours. The
+backbone needs no file from elsewhere: it is ``fedlora-mpi pretrain`` on the first half of the
+classes, after which all of them are federated.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,10 +25,12 @@ RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)  # client k of any number has the (k 
 ALPHA = 0.5
 PARTICIPATION = (1.0, 0.4)
 FULL = Scale(clients=100, train=500, test=100, batch_size=20, epochs=1, rounds=100)
-# An hour and a half on two CPU cores, two runs at a time, for all of it with one seed: a round of 10 clients * 200 samples
-# takes from 2 s (narrow) to 6 s (wide) of a core, 40 % of that at participation 0.4.
+# An hour and a half on two CPU cores, two runs at a time, for all of it with one seed: a round of
+# 10 clients * 200 samples takes from 2 s (narrow) to 6 s (wide) of a core, 40 % of that at
+# participation 0.4.
 SMALL = FULL._replace(clients=10, train=200, test=100, rounds=20)
-LR = {"cifar10": 0.02, "ag_news": 0.05}  # on CIFAR-10 FedHL with the paper's weights diverges by 0.05
+# on CIFAR-10 FedHL with the paper's weights diverges by 0.05
+LR = {"cifar10": 0.02, "ag_news": 0.05}
 TOLD = {  # column of the log -> heading
     "effective_clients": "effective clients",
     "lora_truncation": "truncation",
@@ -45,13 +49,24 @@ class Backbone(NamedTuple):
 
 
 def _texts(width: int) -> dict[str, Any]:
-    return {"name": "transformer", "width": width, "heads": 4, "layers": 2, "feedforward": 2 * width}
+    return {
+        "name": "transformer",
+        "width": width,
+        "heads": 4,
+        "layers": 2,
+        "feedforward": 2 * width,
+    }
 
 
-BACKBONES: dict[str, dict[str, Backbone]] = {  # data set -> width -> network; of wide no rank holds a whole weight
+# data set -> width -> network; of wide no rank holds a whole weight
+BACKBONES: dict[str, dict[str, Backbone]] = {
     "cifar10": {
-        "narrow": Backbone({"name": "cnn", "width": 16, "hidden": 64}, 5, "0-4", {"lr": 0.02, "momentum": 0.9}),
-        "wide": Backbone({"name": "cnn", "width": 32, "hidden": 256}, 5, "0-4", {"lr": 0.02, "momentum": 0.9}),
+        "narrow": Backbone(
+            {"name": "cnn", "width": 16, "hidden": 64}, 5, "0-4", {"lr": 0.02, "momentum": 0.9}
+        ),
+        "wide": Backbone(
+            {"name": "cnn", "width": 32, "hidden": 256}, 5, "0-4", {"lr": 0.02, "momentum": 0.9}
+        ),
     },
     "ag_news": {
         "narrow": Backbone(_texts(64), 2, "0-1", {"lr": 0.02, "momentum": 0.9}),
@@ -76,7 +91,9 @@ class Tuning(Case):
         if self.data not in BACKBONES:
             raise ValueError(f"--data = {self.data}: {OURS} has {', '.join(BACKBONES)}")
         if not 0 < self.participation <= 1:
-            raise ValueError(f"--participation = {self.participation:g}: must be above 0 and at most 1")
+            raise ValueError(
+                f"--participation = {self.participation:g}: must be above 0 and at most 1"
+            )
 
     @property
     def name(self) -> str:
@@ -84,7 +101,10 @@ class Tuning(Case):
 
     @property
     def said(self) -> str:
-        return f"{self.data}, {self.width} network, {100 * self.participation:g} % of the clients a round, alpha {self.alpha:g}"
+        return (
+            f"{self.data}, {self.width} network, {100 * self.participation:g} % of the clients a "
+            f"round, alpha {self.alpha:g}"
+        )
 
     @property
     def less(self) -> str:
@@ -125,7 +145,12 @@ class Tuning(Case):
     def before(self, root: str) -> Config:
         """What ``pretrain`` is given."""
         made = self.backbone
-        data = {"dataset": self.data, "root": root, **self.source, "partition": {"kind": "iid", "clients": 1}}
+        data = {
+            "dataset": self.data,
+            "root": root,
+            **self.source,
+            "partition": {"kind": "iid", "clients": 1},
+        }
         train = {"epochs": made.epochs, "batch_size": 50, **made.optimizer}
         mapping = {"data": data, "model": dict(made.model), "algorithm": "fedavg", "train": train}
         return from_dict(mapping, str(self.weights))
@@ -148,21 +173,32 @@ def _fedhl(case: Tuning, scale: Scale) -> Iterator[Entry]:
         ("fed_rac_lora", "Fed-RAC-LoRA", {}),
         ("fed_talora", "Fed-TaLoRA", server | {"downlink": "factored"}),
     ):
-        yield Entry(key, label, {"name": key.partition("-")[0], **common, **more}, participation=case.participation)
+        yield Entry(
+            key,
+            label,
+            {"name": key.partition("-")[0], **common, **more},
+            participation=case.participation,
+        )
 
 
 TABLES = {
     OURS: Table(
         "FedHL: clients of unequal ranks",
         _fedhl,
-        f"ranks {', '.join(map(str, RANKS))}, s = 1 for all of them; frozen backbone trained on half of the classes, the head "
-        "is trained in full; all seeds begin with the same backbone; of the paper only the abstract could be had",
+        f"ranks {', '.join(map(str, RANKS))}, s = 1 for all of them; frozen backbone trained on "
+        "half of the classes, the head is trained in full; all seeds begin with the same "
+        "backbone; of the paper only the abstract could be had",
     )
 }
 
 
 def sheet(
-    title: str, caution: str, notes: Sequence[str], cells: Sequence[Cell], seeds: int, results: Mapping[str, Sequence[Result]]
+    title: str,
+    caution: str,
+    notes: Sequence[str],
+    cells: Sequence[Cell],
+    seeds: int,
+    results: Mapping[str, Sequence[Result]],
 ) -> Sheet:
     """A row for each method: accuracy, bytes, and the numbers that explain it."""
     rows = [("", "seeds", "best", "last", "MB up", "MB down", *TOLD.values())]
@@ -170,14 +206,17 @@ def sheet(
     for cell in cells:
         spent, told = _spent(results[cell.entry.key]), _told(results[cell.entry.key])
         numbers = [f"{number:.4g}" for number in (*spent.values(), *told.values())]
-        rows.append((cell.entry.label, f"{cell.done}/{seeds}", show(cell.best), show(cell.last), *numbers))
+        rows.append(
+            (cell.entry.label, f"{cell.done}/{seeds}", show(cell.best), show(cell.last), *numbers)
+        )
         records.append(record(cell) | spent | told)
     said = [
-        "accuracy in %: of the server's model, mean over the clients' test data. best: in the best round, chosen on test "
-        "data; last: in the last round. MB: all rounds and clients, float32",
-        "means over the rounds: effective clients 1 / sum p_k^2; truncation ||D - D_k||^2 of what a client gets of the server's "
-        "update D; bias ||D' - sum p_k D'_k|| of the next D from the exact mean of what was trained; update bias the same "
-        "of what training has changed",
+        "accuracy in %: of the server's model, mean over the clients' test data. best: in the "
+        "best round, chosen on test data; last: in the last round. MB: all rounds and clients, "
+        "float32",
+        "means over the rounds: effective clients 1 / sum p_k^2; truncation ||D - D_k||^2 of what "
+        "a client gets of the server's update D; bias ||D' - sum p_k D'_k|| of the next D from "
+        "the exact mean of what was trained; update bias the same of what training has changed",
         f"ahead of the best other method: the paper {paper.FEDHL}, here {_lead(cells)}",
         spread(seeds, "the paper's could not be had"),
     ]
@@ -186,13 +225,18 @@ def sheet(
 
 def _spent(results: Sequence[Result]) -> dict[str, float]:
     """Million bytes of a run, up and down; mean over seeds."""
-    total = lambda name: np.mean([r.rounds[name].sum() for r in results]) / 1e6 if results else np.nan
+    total = lambda name: (
+        np.mean([r.rounds[name].sum() for r in results]) / 1e6 if results else np.nan
+    )
     return {f"megabytes_{way}": float(total(f"bytes_{way}")) for way in ("up", "down")}
 
 
 def _told(results: Sequence[Result]) -> dict[str, float]:
     """The columns of ``TOLD``; mean over rounds and seeds."""
-    return {name: float(np.mean([r.rounds[name] for r in results])) if results else np.nan for name in TOLD}
+    return {
+        name: float(np.mean([r.rounds[name] for r in results])) if results else np.nan
+        for name in TOLD
+    }
 
 
 def _lead(cells: Sequence[Cell]) -> str:

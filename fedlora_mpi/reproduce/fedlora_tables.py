@@ -11,10 +11,11 @@ from .paper import V
 DATA = ("cifar10", "cifar100", "tiny_imagenet")
 
 FULL = Scale(clients=40, train=500, test=100, batch_size=100, epochs=5, rounds=300)
-# Half an hour on two CPU cores, two runs at a time, for Table 1 with one alpha and one seed on CIFAR-10: FedAvg
-# trains 10 clients * 200 samples * 5 epochs in 11 s of a core, the 11 methods together need 12.2 times that, so
-# 20 rounds * 12.2 * 11 s / 2 cores = 22 min, and 3 min to start and to wait for the last. By their FLOPs CIFAR-100
-# takes 1.5 times as long and Tiny ImageNet 5 times.
+# Half an hour on two CPU cores, two runs at a time, for Table 1 with one alpha and one seed on
+# CIFAR-10: FedAvg trains 10 clients * 200 samples * 5 epochs in 11 s of a core, the 11 methods
+# together need 12.2 times that, so 20 rounds * 12.2 * 11 s / 2 cores = 22 min, and 3 min to start
+# and to wait for the last. By their FLOPs CIFAR-100 takes 1.5 times as long and Tiny ImageNet 5
+# times.
 SMALL = Scale(clients=10, train=200, test=100, batch_size=50, epochs=5, rounds=20)
 
 
@@ -63,11 +64,13 @@ LABELS = {
     "local_lora": "Local w/ LoRA",
     "fedavg_lora": "FedAvg w/ LoRA",
 }
-_CIFAR10_RANKS = {"conv_rank": 0.6, "linear_rank": 4}  # the official README's; its defaults are for CIFAR-100
+# the official README's; its defaults are for CIFAR-100
+_CIFAR10_RANKS = {"conv_rank": 0.6, "linear_rank": 4}
 _RANKS = {
     "cifar10": _CIFAR10_RANKS,
     "cifar100": {"conv_rank": 0.8, "linear_rank": 40},
-    "tiny_imagenet": {"conv_rank": 0.8, "linear_rank": 80},  # 40 % of min(512, 200), as for CIFAR-100
+    # 40 % of min(512, 200), as for CIFAR-100
+    "tiny_imagenet": {"conv_rank": 0.8, "linear_rank": 80},
 }
 _OFFICIAL = "ranks and scale of FedLoRA as in the official code, lora_epochs 2"
 
@@ -79,7 +82,9 @@ def _lora(data: str, name: str = "fedlora", **changes: Any) -> dict[str, Any]:
 
 
 def _method(name: str, data: str, scale: Scale) -> dict[str, Any]:
-    """A method of Table 1 with the settings of its authors; schedules in rounds shrink with the scale."""
+    """A method of Table 1 with the settings of its authors; schedules in rounds shrink with the
+    scale.
+    """
     shrunk = scale.rounds / FULL.rounds
     if name == "fedcac":
         tau, beta = (0.5, 100) if data == "cifar10" else (0.4, 170)
@@ -95,14 +100,23 @@ def _at(values: Mapping[str, V], case: Alpha) -> V | None:
 
 def _table1(case: Alpha, scale: Scale) -> Iterator[Entry]:
     for name, values in paper.TABLE1.items():
-        published = values[case.data][paper.ALPHAS.index(case.alpha)] if case.alpha in paper.ALPHAS else None
+        published = (
+            values[case.data][paper.ALPHAS.index(case.alpha)]
+            if case.alpha in paper.ALPHAS
+            else None
+        )
         yield Entry(name, LABELS[name], _method(name, case.data, scale), published)
 
 
 def _table2(case: Alpha, scale: Scale) -> Iterator[Entry]:
     for r_l, row in zip(paper.RATIOS, paper.TABLE2[case.data], strict=True):
         for r_c, value in zip(paper.RATIOS, row, strict=True):
-            block = {"name": "fedlora", "rank_rule": "paper", "conv_rank": r_c / 100, "linear_rank": r_l / 100}
+            block = {
+                "name": "fedlora",
+                "rank_rule": "paper",
+                "conv_rank": r_c / 100,
+                "linear_rank": r_l / 100,
+            }
             label = f"R_l {r_l} %, R_c {r_c} %"
             yield Entry(f"Rl{r_l}-Rc{r_c}", label, block, _at({case.data: value}, case))
 
@@ -114,14 +128,24 @@ def _table3(case: Alpha, scale: Scale) -> Iterator[Entry]:
 
 def _table4(case: Alpha, scale: Scale) -> Iterator[Entry]:
     for name, values in paper.TABLE4.items():
-        block = _lora(case.data, name, order="simultaneous") if name.endswith("lora") else {"name": name}
+        block = (
+            _lora(case.data, name, order="simultaneous")
+            if name.endswith("lora")
+            else {"name": name}
+        )
         yield Entry(name, LABELS[name], block, _at(values, case))
 
 
 def _table5(case: Alpha, scale: Scale) -> Iterator[Entry]:
     for part, values in paper.TABLE5.items():
         block = _lora(case.data, absent="stale")
-        yield Entry(f"participation{round(100 * part)}", f"{part:.0%} take part", block, _at(values, case), part)
+        yield Entry(
+            f"participation{round(100 * part)}",
+            f"{part:.0%} take part",
+            block,
+            _at(values, case),
+            part,
+        )
 
 
 def _fig4(case: Alpha, scale: Scale) -> Iterator[Entry]:
@@ -142,15 +166,24 @@ def _fig7(case: Alpha, scale: Scale) -> Iterator[Entry]:
 
 TABLES = {
     "table1": Table("Table 1: accuracy of 11 methods", _table1, _OFFICIAL, open_to_all=True),
-    "table2": Table("Table 2: FedLoRA's ranks", _table2, "rank_rule paper, scale one, lora_epochs 2"),
+    "table2": Table(
+        "Table 2: FedLoRA's ranks", _table2, "rank_rule paper, scale one, lora_epochs 2"
+    ),
     "table3": Table("Table 3: the order of FedLoRA's training", _table3, _OFFICIAL),
     "table4": Table(
         "Table 4: what the low-rank part adds by itself",
         _table4,
-        "with LoRA all parts train together, all epochs, and FedAvg averages the factors: the paper does not say",
+        "with LoRA all parts train together, all epochs, and FedAvg averages the factors: the "
+        "paper does not say",
     ),
-    "table5": Table("Table 5: FedLoRA under partial participation", _table5, f"{_OFFICIAL}; absent clients: stale"),
-    "fig4": Table("Figure 4: epochs of the low-rank part", _fig4, "ranks and scale as in the official code"),
+    "table5": Table(
+        "Table 5: FedLoRA under partial participation",
+        _table5,
+        f"{_OFFICIAL}; absent clients: stale",
+    ),
+    "fig4": Table(
+        "Figure 4: epochs of the low-rank part", _fig4, "ranks and scale as in the official code"
+    ),
     "fig6": Table("Figure 6: how far apart the clients train sigma", _fig6, _OFFICIAL),
     "fig7": Table("Figure 7: accuracy of each client", _fig7, _OFFICIAL),
 }

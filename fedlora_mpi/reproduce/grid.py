@@ -23,9 +23,15 @@ class Scale(NamedTuple):
     rounds: int
 
     def cut(self, full: "Scale", whose: str = "paper") -> str:
-        """What differs from full scale, which is ``whose``, for the header of a table; "" where nothing does."""
+        """What differs from full scale, which is ``whose``, for the header of a table; "" where
+        nothing does.
+        """
         pairs = zip(self._fields, self, full, strict=True)
-        changes = [f"{name} {ours} ({whose} {theirs or 'all'})" for name, ours, theirs in pairs if ours != theirs]
+        changes = [
+            f"{name} {ours} ({whose} {theirs or 'all'})"
+            for name, ours, theirs in pairs
+            if ours != theirs
+        ]
         return ", ".join(changes)
 
 
@@ -120,7 +126,9 @@ class Table:
     papers: str = "the paper's, over 3 seeds, does not say which"  # what is known of its ±
 
 
-def job(entry: Entry, case: Case, seed: int, *, scale: Scale, rounds: int, root: str, folder: Path) -> Job:
+def job(
+    entry: Entry, case: Case, seed: int, *, scale: Scale, rounds: int, root: str, folder: Path
+) -> Job:
     """A run and its config. ``folder``: of the table. Raises ConfigError (a ValueError)."""
     name = f"{case.name}/{entry.key}-seed{seed}"
     sizes = {"clients": scale.clients, "train": scale.train, "test": scale.test}
@@ -129,7 +137,12 @@ def job(entry: Entry, case: Case, seed: int, *, scale: Scale, rounds: int, root:
         "rounds": rounds,
         "participation": entry.participation,
         "output": str(folder / name),
-        "data": {"dataset": case.data, "root": root, **case.source, "partition": {**case.split, "seed": seed, **sizes}},
+        "data": {
+            "dataset": case.data,
+            "root": root,
+            **case.source,
+            "partition": {**case.split, "seed": seed, **sizes},
+        },
         "model": dict(case.model),
         "algorithm": dict(entry.algorithm),
         "train": {"epochs": scale.epochs, "batch_size": scale.batch_size, **case.optimizer},

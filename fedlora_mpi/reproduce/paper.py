@@ -1,8 +1,9 @@
-"""The numbers that the FedLoRA paper prints, in per cent: best round, mean and standard deviation over 3 seeds.
+"""The numbers that the FedLoRA paper prints, in per cent: best round, mean and standard deviation
+over 3 seeds.
 
-Wu et al., "FedLoRA: When Personalized Federated Learning Meets Low-Rank Adaptation", ICLR 2024 submission
-(see ``algorithms/fedlora.py``), Tables 1 to 6. Its Figures 4, 6 and 7 print no numbers. At the end what
-the pFedLoRA paper says of itself.
+Wu et al., "FedLoRA: When Personalized Federated Learning Meets Low-Rank Adaptation", ICLR 2024
+submission (see ``algorithms/fedlora.py``), Tables 1 to 6. Its Figures 4, 6 and 7 print no numbers.
+At the end what the pFedLoRA paper says of itself.
 """
 
 from math import nan
@@ -77,7 +78,8 @@ TABLE1: dict[str, dict[str, tuple[V, ...]]] = {  # method -> data set -> one per
     },
 }
 
-TABLE2: dict[str, tuple[tuple[V, ...], ...]] = {  # data set -> a row for each R_l, a column for each R_c
+# data set -> a row for each R_l, a column for each R_c
+TABLE2: dict[str, tuple[tuple[V, ...], ...]] = {
     "cifar10": (
         (V(84.72, 2.07), V(84.97, 1.74), V(84.73, 2.33), V(84.80, 2.03), V(84.99, 2.19)),
         (V(84.84, 2.19), V(84.96, 1.87), V(85.27, 2.04), V(84.97, 1.86), V(85.39, 2.01)),
@@ -102,8 +104,16 @@ TABLE2: dict[str, tuple[tuple[V, ...], ...]] = {  # data set -> a row for each R
 }
 
 TABLE3: dict[str, dict[str, V]] = {  # order -> data set
-    "simultaneous": {"cifar10": V(85.45, 1.83), "cifar100": V(61.18, 1.05), "tiny_imagenet": V(19.61, 0.58)},
-    "alternating": {"cifar10": V(85.47, 2.06), "cifar100": V(63.65, 0.53), "tiny_imagenet": V(44.22, 0.55)},
+    "simultaneous": {
+        "cifar10": V(85.45, 1.83),
+        "cifar100": V(61.18, 1.05),
+        "tiny_imagenet": V(19.61, 0.58),
+    },
+    "alternating": {
+        "cifar10": V(85.47, 2.06),
+        "cifar100": V(63.65, 0.53),
+        "tiny_imagenet": V(44.22, 0.55),
+    },
 }
 
 TABLE4: dict[str, dict[str, V]] = {  # method -> data set; the paper has no Tiny ImageNet here
@@ -128,11 +138,15 @@ TABLE6: dict[str, dict[str, V]] = {  # method -> data set; the paper prints no d
 }
 
 CLAIMS = {  # what the paper says of its figures
-    "fig4": "accuracy rises with E_lora, then falls; E_lora = 0 is close to FedAvg, E_lora = E below Local",
-    "fig6": "alternating training keeps the clients' sigma_i closer together than simultaneous training",
+    "fig4": "accuracy rises with E_lora, then falls; E_lora = 0 is close to FedAvg, E_lora = E below "
+    "Local",
+    "fig6": "alternating training keeps the clients' sigma_i closer together than simultaneous "
+    "training",
     "fig7": "no client is worse off with FedLoRA than with FedAvg or with Local",
 }
 
-# Yi et al., "pFedLoRA" (see ``algorithms/pfedlora.py``), the abstract: against the best baseline. Its tables could not be had.
-FEDHL = "1 to 3"  # percentage points ahead of "several state-of-the-art methods": Peng et al., the abstract
+# Yi et al., "pFedLoRA" (see ``algorithms/pfedlora.py``), the abstract: against the best baseline.
+# Its tables could not be had.
+# percentage points ahead of "several state-of-the-art methods": Peng et al., the abstract
+FEDHL = "1 to 3"
 PFEDLORA = {"accuracy": 1.35, "flops": 11.81, "bytes": 7.41}  # percentage points ahead; times less

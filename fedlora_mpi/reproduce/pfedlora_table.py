@@ -1,7 +1,8 @@
-"""The table of the pFedLoRA paper (see ``algorithms/pfedlora.py``); of its numbers ``paper.PFEDLORA`` is all we have.
+"""The table of the pFedLoRA paper (see ``algorithms/pfedlora.py``); of its numbers
+``paper.PFEDLORA`` is all we have.
 
-Networks, training settings and split are those of the released code of later papers by the same authors
-(FedGH, pFedES), which say that they follow this one's experiments.
+Networks, training settings and split are those of the released code of later papers by the same
+authors (FedGH, pFedES), which say that they follow this one's experiments.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from typing import Any
 from .grid import Case, Entry, Scale, Table
 
 OURS = "pfedlora"
-PARTICIPATION = {10: 1.0, 50: 0.2, 100: 0.1}  # clients -> fraction of them per round: 10 train in any
+# clients -> fraction of them per round: 10 train in any
+PARTICIPATION = {10: 1.0, 50: 0.2, 100: 0.1}
 CLASSES = {"cifar10": 2, "cifar100": 10}  # of each client
 TARGET = {"cifar10": 90.0, "cifar100": 50.0}  # per cent; as remembered from the paper, not checked
 # 25 minutes on two CPU cores, two runs at a time, for 10 clients and one seed on CIFAR-10: Standalone trains 10 clients *
@@ -44,7 +46,9 @@ class Crowd(Case):
         if self.data not in CLASSES:
             raise ValueError(f"--data = {self.data}: pfedlora has {', '.join(CLASSES)}")
         if self.clients not in PARTICIPATION:
-            raise ValueError(f"--clients = {self.clients}: pfedlora has {', '.join(map(str, PARTICIPATION))}")
+            raise ValueError(
+                f"--clients = {self.clients}: pfedlora has {', '.join(map(str, PARTICIPATION))}"
+            )
 
     @property
     def name(self) -> str:
@@ -53,7 +57,10 @@ class Crowd(Case):
     @property
     def said(self) -> str:
         part = f"{100 * self.participation:g} % a round"
-        return f"{self.data}, {self.clients} clients, {part}, {'all CNN-1' if self.homogeneous else 'five CNNs'}"
+        return (
+            f"{self.data}, {self.clients} clients, {part}, "
+            f"{'all CNN-1' if self.homogeneous else 'five CNNs'}"
+        )
 
     @property
     def participation(self) -> float:
@@ -88,8 +95,9 @@ TABLES = {
     OURS: Table(
         "pFedLoRA: accuracy and cost",
         _pfedlora,
-        "every method as its file in algorithms/ sets it; accuracy counts all clients, those that did not take part with "
-        "what they have (the authors' code: the participants alone); training images as they are, without augmentation",
+        "every method as its file in algorithms/ sets it; accuracy counts all clients, those that "
+        "did not take part with what they have (the authors' code: the participants alone); "
+        "training images as they are, without augmentation",
         open_to_all=True,
     )
 }

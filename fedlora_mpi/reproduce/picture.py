@@ -31,7 +31,10 @@ def save(figure: "Figure", path: Path, below: Path | None = None) -> None:
 def ranks(cells: Sequence[Cell], title: str) -> "Figure":
     """Table 2 as a heat map: x R_c, y R_l, colour and number the best accuracy."""
     figure, axes = _axes(title, (5.6, 4.6))
-    at = {(c.entry.algorithm["conv_rank"], c.entry.algorithm["linear_rank"]): c.best.mean for c in cells}
+    at = {
+        (c.entry.algorithm["conv_rank"], c.entry.algorithm["linear_rank"]): c.best.mean
+        for c in cells
+    }
     xs, ys = (sorted({place[axis] for place in at}) for axis in (0, 1))
     grid = np.array([[at.get((x, y), np.nan) for x in xs] for y in ys])
     drawn = axes.imshow(grid, cmap="cividis", origin="lower")
@@ -68,9 +71,20 @@ def drift(results: Mapping[str, Sequence[Result]], title: str) -> "Figure":
         if found := results.get(label):
             curve = drift_of(found)
             axes.plot(np.arange(1, len(curve) + 1), curve, style, color=color)
-            axes.annotate(f" {label}", (len(curve), curve[-1]), color=color, va="center", annotation_clip=False)
+            axes.annotate(
+                f" {label}",
+                (len(curve), curve[-1]),
+                color=color,
+                va="center",
+                annotation_clip=False,
+            )
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="round", ylabel="drift: RMS distance of sigma_i\nfrom their mean (L2)", xlim=(0, None), ylim=(0, None))
+    axes.set(
+        xlabel="round",
+        ylabel="drift: RMS distance of sigma_i\nfrom their mean (L2)",
+        xlim=(0, None),
+        ylim=(0, None),
+    )
     return figure
 
 
@@ -78,20 +92,39 @@ def each_client(results: Mapping[str, Sequence[Result]], title: str) -> "Figure"
     """Figure 7: a point for each client; above the diagonal FedLoRA serves it better."""
     figure, axes = _axes(title, (5.2, 5.2))
     found = by_client(results).values()
-    for key, label, color, marker in (("fedavg", "FedAvg", ORANGE, "^"), ("local", "Local", BLUE, "o")):
+    for key, label, color, marker in (
+        ("fedavg", "FedAvg", ORANGE, "^"),
+        ("local", "Local", BLUE, "o"),
+    ):
         if found:
-            x, y = (np.concatenate([columns[name] for columns in found]) for name in (key, "fedlora"))
-            axes.scatter(x, y, 22, color=color, marker=marker, alpha=0.7, linewidths=0, label=f"against {label}")
+            x, y = (
+                np.concatenate([columns[name] for columns in found]) for name in (key, "fedlora")
+            )
+            axes.scatter(
+                x,
+                y,
+                22,
+                color=color,
+                marker=marker,
+                alpha=0.7,
+                linewidths=0,
+                label=f"against {label}",
+            )
     axes.plot((0, 100), (0, 100), color=GREY, linewidth=0.8)
     axes.annotate("equal", (4, 4), (0, 8), textcoords="offset points", color=GREY, rotation=45)
-    axes.set(xlabel="client's accuracy with the other method / %", ylabel="client's accuracy with FedLoRA / %")
+    axes.set(
+        xlabel="client's accuracy with the other method / %",
+        ylabel="client's accuracy with FedLoRA / %",
+    )
     axes.set(xlim=(0, 101), ylim=(0, 101), aspect="equal")
     axes.legend(frameon=False, loc="lower right")
     return figure
 
 
 def against(cost: str, cells: Sequence[Cell], results: costs.Results, title: str) -> "Figure":
-    """Accuracy of each method against its ``cost`` so far, a field of ``costs.Spent``; what costs nothing has no curve."""
+    """Accuracy of each method against its ``cost`` so far, a field of ``costs.Spent``; what costs
+    nothing has no curve.
+    """
     figure, axes = _axes(title)
     colors = iter(OTHERS * len(cells))
     styles = {}
@@ -103,7 +136,12 @@ def against(cost: str, cells: Sequence[Cell], results: costs.Results, title: str
             continue
         curve, (unit, _) = costs.Curve.mean(found), costs.UNITS[cost]
         if (x := getattr(curve, cost) / unit).any():
-            look = {"color": color, "linestyle": style, "linewidth": 2.4 if ours else 1.2, "zorder": 3 if ours else 2}
+            look = {
+                "color": color,
+                "linestyle": style,
+                "linewidth": 2.4 if ours else 1.2,
+                "zorder": 3 if ours else 2,
+            }
             axes.plot(x, curve.accuracy, label=cell.entry.label, **look)
     if cost != "rounds":
         axes.set_xscale("log")
@@ -117,7 +155,12 @@ def gains(cells: Sequence[Cell], results: costs.Results, title: str) -> "Figure"
     figure, axes = _axes(title)
     rival, found = costs.best_baseline(cells), costs.differences(cells, results)
     gap = np.sort(np.concatenate([np.zeros(0), *found.values()]))[::-1]
-    axes.bar(np.arange(1, len(gap) + 1), gap, width=0.8, color=[ORANGE if value > 0 else GREY for value in gap])
+    axes.bar(
+        np.arange(1, len(gap) + 1),
+        gap,
+        width=0.8,
+        color=[ORANGE if value > 0 else GREY for value in gap],
+    )
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.xaxis.get_major_locator().set_params(integer=True)
     label = rival.entry.label if rival else "best baseline"
@@ -137,7 +180,9 @@ def _axes(title: str, inches: tuple[float, float] = (6.4, 4.0)) -> "tuple[Figure
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("a picture needs matplotlib: pip install 'fedlora-mpi[analysis]'") from error
+        raise ValueError(
+            "a picture needs matplotlib: pip install 'fedlora-mpi[analysis]'"
+        ) from error
     figure = Figure(figsize=inches, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(textwrap.fill(title, 70), fontsize="medium")

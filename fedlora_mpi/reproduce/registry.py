@@ -16,7 +16,8 @@ TABLES = fedlora.TABLES | agnews.TABLES | pfedlora.TABLES | fedhl.TABLES
 def entries(name: str, case: Case, scale: Scale, methods: Sequence[str] = ()) -> list[Entry]:
     """The cells of a table, or those that ``methods`` names, in its order.
 
-    Raises ValueError for a name that is none of them, nor, where the table is open to all, an algorithm.
+    Raises ValueError for a name that is none of them, nor, where the table is open to all, an
+    algorithm.
     """
     table = TABLES[name]
     found = {entry.key: entry for entry in table.entries(case, scale)}

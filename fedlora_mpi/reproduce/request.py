@@ -15,12 +15,14 @@ from .pfedlora_table import OURS, PARTICIPATION, Crowd
 
 @dataclass(frozen=True)
 class Request:
-    """The command line. Empty ``methods``: all of the table; ``rounds``, ``jobs`` None: by scale, by machine.
+    """The command line. Empty ``methods``: all of the table; ``rounds``, ``jobs`` None: by scale,
+    by machine.
 
-    data, none: cifar10, of ``table6`` ag_news, of ``fedhl`` both. alpha: of all but ``pfedlora``, none: 0.1, of ``table6``
-    1.0, of ``fedhl`` 0.5. text_train: of ``table6`` and ``fedhl``, a file in AG_NEWS. width, participation: of ``fedhl``,
-    none: all. clients, homogeneous, target (per cent): of ``pfedlora``;
-    no clients: 10, 50, 100 at full scale, 10 at small; no target: the highest that all methods reach.
+    data, none: cifar10, of ``table6`` ag_news, of ``fedhl`` both. alpha: of all but ``pfedlora``,
+    none: 0.1, of ``table6`` 1.0, of ``fedhl`` 0.5. text_train: of ``table6`` and ``fedhl``, a file
+    in AG_NEWS. width, participation: of ``fedhl``, none: all. clients, homogeneous, target (per
+    cent): of ``pfedlora``; no clients: 10, 50, 100 at full scale, 10 at small; no target: the
+    highest that all methods reach.
     """
 
     table: str
@@ -51,7 +53,11 @@ class Request:
         if self.table == OURS:
             foreign = {"alpha": self.alpha}
         else:
-            foreign = {"clients": self.clients, "homogeneous": self.homogeneous, "target": self.target}
+            foreign = {
+                "clients": self.clients,
+                "homogeneous": self.homogeneous,
+                "target": self.target,
+            }
         if self.table not in (agnews.OURS, fedhl.OURS):
             foreign["text-train"] = self.text_train
         if self.table != fedhl.OURS:
@@ -68,7 +74,10 @@ class Request:
     def cases(self) -> list[Case]:
         """What a table is made for, each. Raises ValueError."""
         if self.table == agnews.OURS:
-            file, pairs = self.text_train or agnews.WHOLE, product(self.data or (agnews.DATA,), self.alpha or (agnews.ALPHA,))
+            file, pairs = (
+                self.text_train or agnews.WHOLE,
+                product(self.data or (agnews.DATA,), self.alpha or (agnews.ALPHA,)),
+            )
             return [agnews.Texts(data, alpha, file) for data, alpha in pairs]
         if self.table == fedhl.OURS:
             ways = product(
@@ -78,13 +87,21 @@ class Request:
                 self.alpha or (fedhl.ALPHA,),
             )
             file = self.text_train or agnews.WHOLE
-            return [fedhl.Tuning(data, width, part, self.folder, alpha, file) for data, width, part, alpha in ways]
+            return [
+                fedhl.Tuning(data, width, part, self.folder, alpha, file)
+                for data, width, part, alpha in ways
+            ]
         images = self.data or ("cifar10",)
         if self.table == OURS:
             clients = self.clients or (tuple(PARTICIPATION) if self.full else (10,))
-            return [Crowd(data, number, self.homogeneous) for data, number in product(images, clients)]
+            return [
+                Crowd(data, number, self.homogeneous) for data, number in product(images, clients)
+            ]
         if agnews.DATA in images:
-            raise ValueError(f"--data = {agnews.DATA}: {self.table} has {', '.join(DATA)}; texts are {agnews.OURS}'s")
+            raise ValueError(
+                f"--data = {agnews.DATA}: {self.table} has {', '.join(DATA)}; texts are "
+                f"{agnews.OURS}'s"
+            )
         return [Alpha(data, alpha) for data, alpha in product(images, self.alpha or (0.1,))]
 
     @property

@@ -52,7 +52,11 @@ class Shelf:
 
     def finished(self, job: Job) -> Path | None:
         """The folder that holds all rounds of this run: its own, or that of an equal run."""
-        folders = [folder for done, folder in self._there.get(_settings(job.config), []) if done >= job.config.rounds]
+        folders = [
+            folder
+            for done, folder in self._there.get(_settings(job.config), [])
+            if done >= job.config.rounds
+        ]
         return job.folder if job.folder in folders else next(iter(folders), None)
 
     def result(self, job: Job) -> Result | None:
@@ -86,7 +90,9 @@ def refuse_others(job: Job) -> None:
         for key in {**theirs, **ours}
         if theirs.get(key) != ours.get(key) and not key.startswith(ignored)
     ]
-    raise ValueError(f"{job.folder}: holds a run with {', '.join(changes)}; choose another folder with -o")
+    raise ValueError(
+        f"{job.folder}: holds a run with {', '.join(changes)}; choose another folder with -o"
+    )
 
 
 def _recorded(folder: Path) -> Config | None:

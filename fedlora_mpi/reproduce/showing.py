@@ -37,7 +37,9 @@ def found_of(runs: Sequence[Job], shelf: Shelf) -> Found:
 
 
 def show(asked: Request, case: Case, found: Found) -> None:
-    """Print what a table has to say of a case and write it as text, Markdown, CSV and, where it is a picture, PNG."""
+    """Print what a table has to say of a case and write it as text, Markdown, CSV and, where it is
+    a picture, PNG.
+    """
     title = f"{TABLES[asked.table].title}; {case.said}, scale {asked.scale}"
     for end, made in _sheets(asked, case, title, found).items():
         _write(asked, case.name + end, made)
@@ -52,7 +54,11 @@ def _write(asked: Request, name: str, made: Sheet) -> None:
     stem = asked.folder / name
     with nolinks.opened_folder(asked.folder, asked.out, make=True):
         pass
-    for suffix, text in ((".txt", made.text() + "\n"), (".md", made.markdown()), (".csv", made.csv())):
+    for suffix, text in (
+        (".txt", made.text() + "\n"),
+        (".md", made.markdown()),
+        (".csv", made.csv()),
+    ):
         write_atomic(stem.with_name(stem.name + suffix), text.encode(), asked.out)
     print(made.text())
     print(f"- also as {stem}.txt, .md, .csv\n")
@@ -60,7 +66,11 @@ def _write(asked: Request, name: str, made: Sheet) -> None:
 
 def _sheets(asked: Request, case: Case, title: str, found: Found) -> dict[str, Sheet]:
     """End of the file names -> table."""
-    seeds, notes, caution = len(asked.chosen_seeds), [TABLES[asked.table].rule], _caution(asked, case)
+    seeds, notes, caution = (
+        len(asked.chosen_seeds),
+        [TABLES[asked.table].rule],
+        _caution(asked, case),
+    )
     cells, results = found
     if asked.table == "fig6":
         return {"": sheet.drift(title, caution, notes, results)}
@@ -70,7 +80,9 @@ def _sheets(asked: Request, case: Case, title: str, found: Found) -> dict[str, S
         made = {"": costs.accuracy(title, caution, notes, cells, seeds)}
         for end, (percent, why) in _targets(asked, case, results).items():
             made[end] = costs.target(title, caution, why, cells, results, percent)
-        return made | {"-gains": costs.each_client(f"{title}; each client", caution, [], cells, results)}
+        return made | {
+            "-gains": costs.each_client(f"{title}; each client", caution, [], cells, results)
+        }
     if asked.table == "fig4":
         notes.append(f"the paper: {CLAIMS['fig4']}")
     if asked.table == fedhl.OURS:
@@ -80,7 +92,9 @@ def _sheets(asked: Request, case: Case, title: str, found: Found) -> dict[str, S
     return {"": sheet.compare(title, caution, notes, cells, seeds, TABLES[asked.table].papers)}
 
 
-def _targets(asked: Request, case: Case, results: Mapping[str, Sequence[Result]]) -> dict[str, tuple[float, list[str]]]:
+def _targets(
+    asked: Request, case: Case, results: Mapping[str, Sequence[Result]]
+) -> dict[str, tuple[float, list[str]]]:
     """End of the file names -> (accuracy in per cent, how it was chosen).
 
     Those asked for, or the highest that all methods reach, and at full scale the paper's.
@@ -90,10 +104,16 @@ def _targets(asked: Request, case: Case, results: Mapping[str, Sequence[Result]]
     percent, failed = costs.common(results)
     why = "target: the highest accuracy that every method reaches with every seed"
     if failed:
-        why += f", but for {', '.join(failed)}, more than {costs.FAILS:g} percentage points below the best method"
+        why += (
+            f", but for {', '.join(failed)}, more than {costs.FAILS:g} percentage points below "
+            "the best method"
+        )
     chosen = {"-target": (percent, [why])}
     if asked.full:
-        chosen[f"-target{TARGET[case.data]:g}"] = TARGET[case.data], ["target: the paper's, from memory"]
+        chosen[f"-target{TARGET[case.data]:g}"] = (
+            TARGET[case.data],
+            ["target: the paper's, from memory"],
+        )
     return chosen
 
 
@@ -103,14 +123,22 @@ def show_all(asked: Request, found: Mapping[Case, Found]) -> None:
     tables = {case.name: cells for case, (cells, _) in found.items()}
     notes = [TABLES[asked.table].rule]
     title = f"{TABLES[asked.table].title}; best accuracy, scale {asked.scale}"
-    _write(asked, "overview", costs.overview(title, " ".join(cautions), notes, tables, len(asked.chosen_seeds)))
+    _write(
+        asked,
+        "overview",
+        costs.overview(title, " ".join(cautions), notes, tables, len(asked.chosen_seeds)),
+    )
 
 
 def _caution(asked: Request, case: Case) -> str:
     """What sets these runs apart from the paper's; "" when nothing does."""
-    sizes = case.at(asked.scale)._replace(rounds=asked.rounds_of(case)).cut(case.at("full"), case.whose)
+    sizes = (
+        case.at(asked.scale)._replace(rounds=asked.rounds_of(case)).cut(case.at("full"), case.whose)
+    )
     cut = ", ".join(filter(None, (sizes, case.less)))
-    return f"NOT the paper's experiment: {cut}. Compare orders and signs, not numbers." if cut else ""
+    return (
+        f"NOT the paper's experiment: {cut}. Compare orders and signs, not numbers." if cut else ""
+    )
 
 
 def _pictures(
@@ -118,7 +146,10 @@ def _pictures(
 ) -> "dict[str, Callable[[], Figure]]":
     """End of the file names -> how to draw it."""
     if table == OURS:
-        drawn = {f"-{cost}": partial(picture.against, cost, cells, results, title) for cost in costs.UNITS}
+        drawn = {
+            f"-{cost}": partial(picture.against, cost, cells, results, title)
+            for cost in costs.UNITS
+        }
         return drawn | {"-gains": lambda: picture.gains(cells, results, title)}
     figures = {
         "table2": lambda: picture.ranks(cells, title),

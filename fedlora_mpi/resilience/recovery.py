@@ -1,4 +1,6 @@
-"""A run that outlives ranks: who goes on, from which round, and where the clients of the dead live from then on."""
+"""A run that outlives ranks: who goes on, from which round, and where the clients of the dead live
+from then on.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -32,22 +34,33 @@ class Plan(NamedTuple):
 
 
 def lasting(
-    faults: Faults, source: str, folder: Path, comm: Comm, begin: Callable[[Comm], int], again: Callable[[Comm], int]
+    faults: Faults,
+    source: str,
+    folder: Path,
+    comm: Comm,
+    begin: Callable[[Comm], int],
+    again: Callable[[Comm], int],
 ) -> int:
-    """``begin(comm)``, watched; after a death that it does not survive by itself ``again``, by those that are left.
+    """``begin(comm)``, watched; after a death that it does not survive by itself ``again``, by
+    those that are left.
 
-    Any end but a mistake of the user's says how to go on with the run ``folder``. Raises Refused on all ranks when they
-    cannot outlive one.
+    Any end but a mistake of the user's says how to go on with the run ``folder``. Raises Refused on
+    all ranks when they cannot outlive one.
     """
 
     def able() -> None:
         if faults.tolerate and comm.size > 1 and not comm.tolerant:
             raise ValueError(
-                f"{source}: faults.tolerate = true: these ranks cannot outlive one of them; launch Open MPI 5 or newer as "
-                "'mpirun --with-ft ulfm ...', or set faults.tolerate=false"
+                f"{source}: faults.tolerate = true: these ranks cannot outlive one of them; "
+                "launch Open MPI 5 or newer as 'mpirun --with-ft ulfm ...', or set "
+                "faults.tolerate=false"
             )
 
-    launcher = f"mpirun {'--with-ft ulfm ' if faults.tolerate else ''}-n {comm.size} " if comm.size > 1 else ""
+    launcher = (
+        f"mpirun {'--with-ft ulfm ' if faults.tolerate else ''}-n {comm.size} "
+        if comm.size > 1
+        else ""
+    )
     way_out = f"continue with '{launcher}fedlora-mpi resume {folder}'"
     try:
         with watching(comm, faults.timeout, folder, way_out):
@@ -67,7 +80,9 @@ def lasting(
 
 
 def keeping(run: Run, state: State) -> Run:
-    """``run`` with copies in memory, from which it goes on ``without`` a rank. Raises Lost on all ranks or none."""
+    """``run`` with copies in memory, from which it goes on ``without`` a rank. Raises Lost on all
+    ranks or none.
+    """
     if run.comm.size == 1:
         return run
     journal = Journal(run, state)
@@ -76,13 +91,19 @@ def keeping(run: Run, state: State) -> Run:
 
 
 def without(
-    lost: Lost, run: Run, saved: int, workers: Callable[[int], Sequence[int]], route: str, alone: Callable[[Comm], Run]
+    lost: Lost,
+    run: Run,
+    saved: int,
+    workers: Callable[[int], Sequence[int]],
+    route: str,
+    alone: Callable[[Comm], Run],
 ) -> tuple[Run, State, int, str]:
     """The run after ``lost``, its state, the newest round with a checkpoint, and a line about it.
 
-    saved: that round as this rank knows it; workers: which of so many ranks host clients; route: of mixes, see
-    ``Mixing.of``; alone: the run as rank 0 builds it when nobody else is left. Raises Lost on all ranks that are left when
-    their memory does not hold the whole state, and Orphaned on all when rank 0 is dead.
+    saved: that round as this rank knows it; workers: which of so many ranks host clients; route: of
+    mixes, see ``Mixing.of``; alone: the run as rank 0 builds it when nobody else is left. Raises
+    Lost on all ranks that are left when their memory does not hold the whole state, and Orphaned on
+    all when rank 0 is dead.
     """
     began, before = time.perf_counter(), run.comm
     while True:
@@ -100,7 +121,10 @@ def without(
     seconds = time.perf_counter() - began
     line = going_on([before.members[rank] for rank in dead], comm, state.round)
     again = run.journal.present.state.round - state.round
-    line = f"{line} after {seconds:.2f} s; clients moved: {clients}; finished rounds played again: {again}"
+    line = (
+        f"{line} after {seconds:.2f} s; clients moved: {clients}; finished rounds played again: "
+        f"{again}"
+    )
     return after, state, plan.saved, line
 
 
@@ -110,7 +134,9 @@ def going_on(dead: Sequence[int], comm: Comm, round_: int) -> str:
 
 
 def left(lost: Lost, before: Mpi) -> Mpi:
-    """The ranks that are left of ``before``. Raises Orphaned on all of them where rank 0 is not among them."""
+    """The ranks that are left of ``before``. Raises Orphaned on all of them where rank 0 is not
+    among them.
+    """
     comm = lost.left()
     if comm.members[0] != before.members[0]:
         raise Orphaned("rank 0, which has the log, has died", speaker=comm.members[0])
@@ -118,7 +144,8 @@ def left(lost: Lost, before: Mpi) -> Mpi:
 
 
 def _plan(run: Run, comm: Mpi, saved: int) -> Plan:
-    """What to do without the dead of ``run``: one table is summed. Raises Lost on all ranks or none.
+    """What to do without the dead of ``run``: one table is summed. Raises Lost on all ranks or
+    none.
 
     Raises Unrecoverable on all where a rank has died together with the one that had its copies.
     """
@@ -130,7 +157,11 @@ def _plan(run: Run, comm: Mpi, saved: int) -> Plan:
     comm.sum(table)  # each row is set by one rank
     comm.agree()
     have = [{*table[rank, 1:3].tolist()} for rank in number]
-    for keeper in (guard(rank, old.size) for rank in range(old.size) if rank not in number and run.clients_of(rank)):
+    for keeper in (
+        guard(rank, old.size)
+        for rank in range(old.size)
+        if rank not in number and run.clients_of(rank)
+    ):
         have.append({*table[keeper, 3:].tolist()} if keeper in number else set())
     if not (common := set.intersection(*have)):
         raise Unrecoverable
@@ -143,19 +174,34 @@ def _two(rounds: Sequence[int]) -> tuple[int, int]:
 
 
 def _recovered(
-    run: Run, comm: Mpi, plan: Plan, workers: Sequence[int], route: str, alone: Callable[[Comm], Run]
+    run: Run,
+    comm: Mpi,
+    plan: Plan,
+    workers: Sequence[int],
+    route: str,
+    alone: Callable[[Comm], Run],
 ) -> tuple[Run, State]:
-    """The run on the ranks that are left, and its state. Nothing of ``run`` is changed. Raises Lost on all ranks or none."""
+    """The run on the ranks that are left, and its state. Nothing of ``run`` is changed. Raises Lost
+    on all ranks or none.
+    """
     if comm.rank in workers and run.trainer.feed is None:
         comm.pulse.at("the set-up", round_=0)
         after = alone(comm)
     else:
-        host = assign(run.costs, workers, [plan.number.get(rank) for rank in run.host])  # the others stay
+        # the others stay
+        host = assign(run.costs, workers, [plan.number.get(rank) for rank in run.host])
         after = rehomed(run, comm, host, workers, route)
-    orphans = {c: guard(rank, run.comm.size) for c, rank in run.rank_of.items() if rank not in plan.number}
+    orphans = {
+        c: guard(rank, run.comm.size) for c, rank in run.rank_of.items() if rank not in plan.number
+    }
     source = {c: plan.number[keeper] for c, keeper in orphans.items()}
     journal, at = run.journal, plan.round
-    personal = carried(after, source, lambda client: journal.copy(client, at), lambda client: journal.row(client, at))
+    personal = carried(
+        after,
+        source,
+        lambda client: journal.copy(client, at),
+        lambda client: journal.row(client, at),
+    )
     state = journal.state(at)._replace(personal=personal)
     if comm.size > 1:
         after = after.with_(journal=Journal(after, state))
@@ -175,15 +221,19 @@ def carried(
 ) -> Tree:
     """The personal leaves of this rank's clients, of whom some come from other ranks.
 
-    source: the rank that has each client that moves; copy: what this rank has of one that goes; row: of one that stays.
+    source: the rank that has each client that moves; copy: what this rank has of one that goes;
+    row: of one that stays.
     """
     comm = run.comm
     between = lambda a, b: [c for c in sorted(source) if source[c] == a and run.rank_of[c] == b]
     going = [between(comm.rank, rank) for rank in range(comm.size)]
     coming = [between(rank, comm.rank) for rank in range(comm.size)]
-    numbers = lambda clients: 2 * sum(size(run, c) for c in clients)  # of float32, which is what ``exchange`` moves
+    # of float32, which is what ``exchange`` moves
+    numbers = lambda clients: 2 * sum(size(run, c) for c in clients)
     send = np.concatenate([np.empty(0, np.int64), *(copy(c) for clients in going for c in clients)])
-    words = comm.exchange(send.view(np.float32), [*map(numbers, going)], [*map(numbers, coming)]).view(np.int64)
+    words = comm.exchange(
+        send.view(np.float32), [*map(numbers, going)], [*map(numbers, coming)]
+    ).view(np.int64)
     moved, personal = split(run, [c for clients in coming for c in clients], words), run.room()
     for client in run.hosted:
         unpack(run, moved[client] if client in moved else row(client), client, personal)

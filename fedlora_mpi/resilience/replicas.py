@@ -1,9 +1,11 @@
-"""What ranks keep in memory so that a run outlives one of them: rows as they were, and copies for each other.
+"""What ranks keep in memory so that a run outlives one of them: rows as they were, and copies for
+each other.
 
-The rows of personal leaves are written in place while a round is played. A rank notes each row before its first write
-of a round, and keeps the notes until all ranks are past the first message of the NEXT round; and it sends the rows that
-a round has changed to the rank after it, which is through with them before that message. So at any moment all ranks
-that are left can go back to one and the same round, the present one or the one before, with the rows of the dead.
+The rows of personal leaves are written in place while a round is played. A rank notes each row
+before its first write of a round, and keeps the notes until all ranks are past the first message of
+the NEXT round; and it sends the rows that a round has changed to the rank after it, which is
+through with them before that message. So at any moment all ranks that are left can go back to one
+and the same round, the present one or the one before, with the rows of the dead.
 """
 
 from collections.abc import Collection, Sequence
@@ -16,7 +18,8 @@ from ..core.tree import Tree
 from ..federation.federation import Run, State
 from ..mpi.pending import Mail
 
-Words = np.ndarray  # int64 [n]: the bytes of a client's personal leaves, each leaf from a whole word on
+# int64 [n]: the bytes of a client's personal leaves, each leaf from a whole word on
+Words = np.ndarray
 
 
 class Past(NamedTuple):
@@ -36,7 +39,9 @@ class Coming(NamedTuple):
 
 
 class Journal:
-    """Of one rank: its ``present`` state, the one before, and the rows of its ward, which is the rank before it."""
+    """Of one rank: its ``present`` state, the one before, and the rows of its ward, which is the
+    rank before it.
+    """
 
     def __init__(self, run: Run, state: State) -> None:
         """Copy all rows; every rank calls it and waits for the others. Raises Lost."""
@@ -52,12 +57,16 @@ class Journal:
             self.present.rows[client] = packed(self._run, self.present.state.personal, client)
 
     def turn(self, state: State) -> None:
-        """A round is played: ``state`` is the present one; what the cohort has changed begins to travel. Raises Lost."""
+        """A round is played: ``state`` is the present one; what the cohort has changed begins to
+        travel. Raises Lost.
+        """
         self.present, self._before = Past(state, {}), self.present
         self._send(self._run.chosen(state.round - 1))
 
     def poke(self) -> None:
-        """Move on what travels, between two pieces of work. Raises Lost as soon as another rank has met a dead one."""
+        """Move on what travels, between two pieces of work. Raises Lost as soon as another rank has
+        met a dead one.
+        """
         if self._coming:
             self._coming.mail.through()
 
@@ -67,14 +76,18 @@ class Journal:
             self._coming.mail.arrive()
 
     def settled(self) -> None:
-        """That message is through, so on all ranks everything has arrived: nobody goes back to the round before."""
+        """That message is through, so on all ranks everything has arrived: nobody goes back to the
+        round before.
+        """
         if self._coming:
             for client, words in split(self._run, self._coming.clients, self._coming.words).items():
                 self._held.setdefault(client, np.empty_like(words))[:] = words
             self._held_round, self._coming, self._before = self._coming.round, None, None
 
     def close(self) -> None:
-        """The run is over on all ranks, lest some leave and others need them. Raises Lost on all or none."""
+        """The run is over on all ranks, lest some leave and others need them. Raises Lost on all or
+        none.
+        """
         self.settle()
         self._run.comm.agree()
 
@@ -89,7 +102,11 @@ class Journal:
 
     def state(self, round_: int) -> State:
         """The state of that round; its personal rows by ``row``."""
-        return next(past.state for past in (self.present, self._before) if past and past.state.round == round_)
+        return next(
+            past.state
+            for past in (self.present, self._before)
+            if past and past.state.round == round_
+        )
 
     def row(self, client: int, round_: int) -> Words:
         """A row of this rank's at that round."""
@@ -99,16 +116,26 @@ class Journal:
 
     def copy(self, client: int, round_: int) -> Words:
         """A row of its ward's at that round."""
-        newer = split(self._run, self._coming.clients, self._coming.words) if round_ > self._held_round else {}
+        newer = (
+            split(self._run, self._coming.clients, self._coming.words)
+            if round_ > self._held_round
+            else {}
+        )
         return newer.get(client, self._held.get(client))
 
     def _send(self, changed: Collection[int]) -> None:
-        """The rows of ``changed`` clients set out to the next rank, and those of the rank before this one."""
+        """The rows of ``changed`` clients set out to the next rank, and those of the rank before
+        this one.
+        """
         run, comm = self._run, self._run.comm
         ward = (comm.rank - 1) % comm.size
-        mine, its = (tuple(c for c in run.clients_of(rank) if c in changed) for rank in (comm.rank, ward))
+        mine, its = (
+            tuple(c for c in run.clients_of(rank) if c in changed) for rank in (comm.rank, ward)
+        )
         state = self.present.state
-        words = np.concatenate([np.empty(0, np.int64), *(packed(run, state.personal, c) for c in mine)])
+        words = np.concatenate(
+            [np.empty(0, np.int64), *(packed(run, state.personal, c) for c in mine)]
+        )
         arriving = np.empty(sum(size(run, c) for c in its), np.int64)
         mail = comm.post(words, guard(comm.rank, comm.size), arriving, ward)
         self._coming = Coming(state.round, its, arriving, mail)
@@ -138,7 +165,10 @@ def unpack(run: Run, words: Words, client: int, personal: Tree) -> None:
 
 def size(run: Run, client: int) -> int:
     """Words of a client's personal leaves."""
-    return sum(-(-v.numel() * v.element_size() // 8) for v in run.kinds[run.kind_of[client]].first.personal.values())
+    return sum(
+        -(-v.numel() * v.element_size() // 8)
+        for v in run.kinds[run.kind_of[client]].first.personal.values()
+    )
 
 
 def _parts(run: Run, client: int, words: Words) -> Tree:

@@ -59,7 +59,8 @@ class Built:
 
 
 def build(config: Config, source: str, comm: Comm, asked: str = "") -> Built:
-    """Data, model, algorithm and groups; source: the config in messages; asked: the user's engine.path, if another.
+    """Data, model, algorithm and groups; source: the config in messages; asked: the user's
+    engine.path, if another.
 
     Raises Refused on all ranks for the user's mistakes. Rank 0 downloads while the others wait.
     """
@@ -71,13 +72,19 @@ def build(config: Config, source: str, comm: Comm, asked: str = "") -> Built:
     worker = comm.local_rank - workers[0] if comm.rank in workers else None
     device = together(comm, lambda: bind(config.engine, worker))
     config, memory = together(comm, lambda: _same_device(config, comm, workers, device))
-    parts = together(comm, lambda: _parts(config, source, comm.rank in workers, device, comm.pulse.beat))
+    parts = together(
+        comm, lambda: _parts(config, source, comm.rank in workers, device, comm.pulse.beat)
+    )
     if comm.rank == 0:
         tell_hints(parts.data, source)
-    models, firsts, found = agreed(comm, config, source, parts.data, parts.models, parts.split, parts.firsts)
+    models, firsts, found = agreed(
+        comm, config, source, parts.data, parts.models, parts.split, parts.firsts
+    )
     parts = parts._replace(models=models, firsts=firsts)
     engine = _engine(parts, config, source, comm, workers, memory, asked)
-    built = together(comm, lambda: _build(parts, replace(config, engine=engine), source, comm, workers))
+    built = together(
+        comm, lambda: _build(parts, replace(config, engine=engine), source, comm, workers)
+    )
     return replace(built, inventory=found)
 
 
@@ -106,7 +113,9 @@ def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
             reason = "network hf reads the tokens of its own tokenizer; give it"
             raise ValueError(f"{source}: data.text.tokenizer = null: {reason}")
         with naming(source, "model"):
-            models.append(build_model(network.name, network.options, *inputs, weights=network.weights))
+            models.append(
+                build_model(network.name, network.options, *inputs, weights=network.weights)
+            )
         with naming(source, "algorithm"):
             config.algorithm.check(models[-1], config.train)
     return tuple(models)
@@ -116,13 +125,19 @@ def split_data(config: Config, source: str, data: Data) -> Split:
     """Who has which samples."""
     given = {"owners": data.owners} if data.owners else {}
     with naming(source, "data"):
-        return config.data.partition.split(data.train.y.numpy(), data.test.y.numpy(), data.classes, **given)
+        return config.data.partition.split(
+            data.train.y.numpy(), data.test.y.numpy(), data.classes, **given
+        )
 
 
 def decided(config: Config, models: Sequence[Model], device: str, memory: int = 0) -> Engine:
-    """The engine with its path and group size decided by rule, for the largest network and the ``memory`` of a GPU, bytes."""
+    """The engine with its path and group size decided by rule, for the largest network and the
+    ``memory`` of a GPU, bytes.
+    """
     largest = max(models, key=lambda model: model.flops)
-    path, size = decide(config.engine, device, largest, config.train.batch_size, config.cohort, memory)
+    path, size = decide(
+        config.engine, device, largest, config.train.batch_size, config.cohort, memory
+    )
     return replace(config.engine, device=device, path=path, group_size=size)
 
 
@@ -131,17 +146,25 @@ def _need(workers: Sequence[int], source: str) -> None:
         raise ValueError(f"{source}: server_hosts_clients = false: needs at least 2 ranks")
 
 
-def _same_device(config: Config, comm: Comm, workers: Sequence[int], device: torch.device) -> tuple[Config, int]:
-    """The config with ``engine.device`` decided, the kind of device that all workers have; and the bytes of a GPU that
-    each of them may use, 0 without."""
+def _same_device(
+    config: Config, comm: Comm, workers: Sequence[int], device: torch.device
+) -> tuple[Config, int]:
+    """The config with ``engine.device`` decided, the kind of device that all workers have; and the
+    bytes of a GPU that each of them may use, 0 without.
+    """
     with_gpu = np.zeros(comm.size, np.int64)
     with_server = workers[0] > 0 and comm.rank == comm.local_rank  # this node
     with_gpu[comm.rank] = memory_of(device, comm.local_size - with_server)
     comm.sum(with_gpu)
     if with_gpu.any() and not all(with_gpu[rank] for rank in workers):
         without = [rank for rank in workers if not with_gpu[rank]]
-        raise ValueError(f"engine.device = auto: ranks {without} have no GPU, the others do; set engine.device=cpu")
-    config = replace(config, engine=replace(config.engine, device="cuda" if with_gpu.any() else "cpu"))
+        raise ValueError(
+            f"engine.device = auto: ranks {without} have no GPU, the others do; set "
+            "engine.device=cpu"
+        )
+    config = replace(
+        config, engine=replace(config.engine, device="cuda" if with_gpu.any() else "cpu")
+    )
     return config, int(min(with_gpu[rank] for rank in workers))
 
 
@@ -152,14 +175,19 @@ class _Parts(NamedTuple):
     models: tuple[Model, ...]
     split: Split
     feed: Feed | None  # a server that hosts nobody keeps no images
-    variants: Sequence[tuple[int, Algorithm]]  # the kinds of clients: number of the network, the method
+    # the kinds of clients: number of the network, the method
+    variants: Sequence[tuple[int, Algorithm]]
     kind_of: tuple[int, ...]  # of each client
     firsts: Sequence[Vars]  # of each kind
     device: torch.device
 
     def kinds(self, train: Train, engine: Engine) -> tuple[Kind, ...]:
         """The kinds of clients as an engine trains them."""
-        prefixes = [f"kind-{number}/" for number in range(len(self.variants))] if len(self.variants) > 1 else [""]
+        prefixes = (
+            [f"kind-{number}/" for number in range(len(self.variants))]
+            if len(self.variants) > 1
+            else [""]
+        )
         networks, stacked = [model.to(self.device) for model in self.models], engine.path == "stack"
         compiled = Compiled if engine.compile else lambda: None
         recorded = self.device.type == "cuda" if engine.graphs == "auto" else engine.graphs
@@ -167,9 +195,19 @@ class _Parts(NamedTuple):
         return tuple(
             Kind(
                 Trainer(
-                    variant, networks[at], train, self.feed, self.device, stacked, compiled(), graphs(), engine.precision
+                    variant,
+                    networks[at],
+                    train,
+                    self.feed,
+                    self.device,
+                    stacked,
+                    compiled(),
+                    graphs(),
+                    engine.precision,
                 ),
-                first, prefix, at,
+                first,
+                prefix,
+                at,
             )
             for (at, variant), first, prefix in zip(self.variants, self.firsts, prefixes)
         )
@@ -185,13 +223,23 @@ class _Parts(NamedTuple):
         return list(found.values())
 
     def rehearsed(self, config: Config, source: str, engine: Engine, asked: Engine) -> Engine:
-        """``engine``, or the loop, as ``rehearsal.rehearsed`` finds; what this package brings needs no trial."""
-        names, method = [network.name for network in config.model.mix], configs.algorithm_name(config.algorithm)
+        """``engine``, or the loop, as ``rehearsal.rehearsed`` finds; what this package brings needs
+        no trial.
+        """
+        names, method = (
+            [network.name for network in config.model.mix],
+            configs.algorithm_name(config.algorithm),
+        )
         if not any(map(foreign, (*names, method, getattr(config.algorithm, "small", "")))):
             return engine
-        kinds = {kind.network: kind for kind in self.kinds(config.train, replace(engine, path="loop", compile=False))}
+        kinds = {
+            kind.network: kind
+            for kind in self.kinds(config.train, replace(engine, path="loop", compile=False))
+        }
         with naming(source):
-            return rehearsed(engine, asked, [(names[at], kind.trainer, kind.first) for at, kind in kinds.items()])
+            return rehearsed(
+                engine, asked, [(names[at], kind.trainer, kind.first) for at, kind in kinds.items()]
+            )
 
 
 def _parts(
@@ -211,7 +259,9 @@ def _parts(
         firsts = _begun(config, variants, models)
         for (number, method), first in zip(variants, firsts):
             network = config.model.mix[number].name
-            check_trains(configs.algorithm_name(method), method, network, models[number], config.train, first)
+            check_trains(
+                configs.algorithm_name(method), method, network, models[number], config.train, first
+            )
     if config.engine.compile:
         with naming(source, "engine"):
             need_compiler()
@@ -222,21 +272,42 @@ def _parts(
 
 
 def _engine(
-    parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequence[int], memory: int, asked: str
+    parts: _Parts,
+    config: Config,
+    source: str,
+    comm: Comm,
+    workers: Sequence[int],
+    memory: int,
+    asked: str,
 ) -> Engine:
-    """The engine, with everything decided: by rule or as the first worker has measured it, and tried there for all."""
+    """The engine, with everything decided: by rule or as the first worker has measured it, and
+    tried there for all.
+    """
 
     def choose() -> Engine | None:
         if comm.rank != workers[0]:
             return None
         if config.engine.path != "measure":
             engine = decided(config, parts.models, config.engine.device, memory)
-            return parts.rehearsed(config, source, engine, replace(config.engine, path=asked or config.engine.path))
-        if (engine := parts.rehearsed(config, source, replace(config.engine, path="stack"), config.engine)).path == "loop":
+            return parts.rehearsed(
+                config, source, engine, replace(config.engine, path=asked or config.engine.path)
+            )
+        if (
+            engine := parts.rehearsed(
+                config, source, replace(config.engine, path="stack"), config.engine
+            )
+        ).path == "loop":
             return engine
         most = -(-config.cohort // max(2, len(workers)))  # so that every worker has something to do
-        samples = config.rounds * config.participation * config.train.epochs * sum(map(len, parts.split.train))
-        speeds = measured(config.engine, most, samples, lambda engine: parts.tried(config.train, engine))
+        samples = (
+            config.rounds
+            * config.participation
+            * config.train.epochs
+            * sum(map(len, parts.split.train))
+        )
+        speeds = measured(
+            config.engine, most, samples, lambda engine: parts.tried(config.train, engine)
+        )
         print(told(speeds, best := fastest(speeds, samples)), file=sys.stderr, flush=True)
         return best.engine
 
@@ -245,20 +316,31 @@ def _engine(
         chosen[:] = found.path == "stack", found.group_size, found.compile
     comm.sum(chosen)
     path, size, compiled = chosen.tolist()
-    return replace(config.engine, path="stack" if path else "loop", group_size=size, compile=bool(compiled))
+    return replace(
+        config.engine, path="stack" if path else "loop", group_size=size, compile=bool(compiled)
+    )
 
 
 def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequence[int]) -> Built:
     data, split, kind_of = parts.data, parts.split, parts.kind_of
     algorithm, sizes = config.algorithm, [len(indices) for indices in split.train]
     kinds = parts.kinds(config.train, config.engine)
-    width = config.engine.group_size * (int(1 / config.participation) if config.engine.path == "stack" else 1)
+    width = config.engine.group_size * (
+        int(1 / config.participation) if config.engine.path == "stack" else 1
+    )
     grouped = groups(sizes, width, kind_of)
-    costs = tuple(float(sum(sizes[c] for c in group) * kinds[kind_of[group[0]]].trainer.model.flops) for group in grouped)
+    costs = tuple(
+        float(sum(sizes[c] for c in group) * kinds[kind_of[group[0]]].trainer.model.flops)
+        for group in grouped
+    )
     host = assign(costs, workers)
     rank_of = {c: rank for group, rank in zip(grouped, host) for c in group}
     uploads, term = [Layout.of(kind.upload) for kind in kinds], Layout.of(kinds[0].term)
-    sent = config.participation * sum(uploads[kind].size for kind in kind_of) * joint([u.dtype for u in uploads]).itemsize
+    sent = (
+        config.participation
+        * sum(uploads[kind].size for kind in kind_of)
+        * joint([u.dtype for u in uploads]).itemsize
+    )
     run = Run(
         algorithm=algorithm,
         kinds=kinds,
@@ -275,17 +357,22 @@ def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequ
         participation=config.participation,
         reduce=config.reduce,
         upload=term,
-        gathers=config.privacy == Privacy() and gathers(config.uplink, algorithm, sent, term, config.reduce),
+        gathers=config.privacy == Privacy()
+        and gathers(config.uplink, algorithm, sent, term, config.reduce),
         skips=config.faults.non_finite == "skip",
         judges_cohort=config.evaluate.clients == "cohort",
         rows=OnDisk(expanded(config.output)) if config.engine.personal == "disk" else InMemory(),
-        mixing=Mixing.of(algorithm, kinds[0].first, [rank_of[c] for c in range(len(sizes))], workers, config.mix),
+        mixing=Mixing.of(
+            algorithm, kinds[0].first, [rank_of[c] for c in range(len(sizes))], workers, config.mix
+        ),
         privacy=config.privacy,
     )
     if tasks := config.data.tasks:
         with naming(source, "data"):
             parts = tasks.splits(split, data.train.y.numpy(), data.test.y.numpy())
-        run = replace(run, by_task=tuple(_holding(run, part) for part in parts), task_rounds=tasks.rounds)
+        run = replace(
+            run, by_task=tuple(_holding(run, part) for part in parts), task_rounds=tasks.rounds
+        )
     with naming(source, "privacy"):
         _check_privacy(config, run)
     digest = run_digest(config, split, data.vocabulary)
@@ -311,19 +398,29 @@ def _holding(run: Run, split: Split) -> Run:
     feed, sizes = run.trainer.feed, tuple(map(len, split.train))
     feed = feed and feed.holding(split)
     kinds = tuple(kind._replace(trainer=replace(kind.trainer, feed=feed)) for kind in run.kinds)
-    return replace(run, kinds=kinds, sizes=sizes, weight_N=_weights(run.algorithm, sizes, run.privacy))
+    return replace(
+        run, kinds=kinds, sizes=sizes, weight_N=_weights(run.algorithm, sizes, run.privacy)
+    )
 
 
 def variants_of(config: Config) -> tuple[list[tuple[int, Algorithm]], tuple[int, ...]]:
-    """The kinds of clients, (number of the network, the method as they have it), and the kind of each client, [N]."""
+    """The kinds of clients, (number of the network, the method as they have it), and the kind of
+    each client, [N].
+    """
     network_of = config.model.of_clients(clients := config.data.partition.clients)
-    of = [(network, config.algorithm.of_client(client, clients)) for client, network in enumerate(network_of)]
+    of = [
+        (network, config.algorithm.of_client(client, clients))
+        for client, network in enumerate(network_of)
+    ]
     variants = sorted(dict.fromkeys(of), key=lambda variant: variant[0])
     return variants, tuple(map(variants.index, of))
 
 
-def _begun(config: Config, variants: Sequence[tuple[int, Algorithm]], models: Sequence[Model]) -> list[Vars]:
-    """The variables before round 1 of each kind of clients; the shared ones are the method's with the first network.
+def _begun(
+    config: Config, variants: Sequence[tuple[int, Algorithm]], models: Sequence[Model]
+) -> list[Vars]:
+    """The variables before round 1 of each kind of clients; the shared ones are the method's with
+    the first network.
 
     Raises ValueError when networks differ in what the algorithm shares or mixes.
     """
@@ -335,18 +432,24 @@ def _begun(config: Config, variants: Sequence[tuple[int, Algorithm]], models: Se
     ]
     for first in firsts:
         if both := first.shared.keys() & first.personal.keys():
-            raise ValueError(f"name = {configs.algorithm_name(algorithm)}: has a leaf {plain_name(min(both))} of its own, "
-                             "and so has the network; rename that part of the network")
+            raise ValueError(
+                f"name = {configs.algorithm_name(algorithm)}: has a leaf {plain_name(min(both))} "
+                "of its own, and so has the network; rename that part of the network"
+            )
     offers = [algorithm.offer(first, first) for first in firsts]
-    for part, trees in (("shares", [v.shared for v in firsts]), ("mixes", [o.rows if o else {} for o in offers])):
+    for part, trees in (
+        ("shares", [v.shared for v in firsts]),
+        ("mixes", [o.rows if o else {} for o in offers]),
+    ):
         layouts = [Layout.of(tree).described for tree in trees]
         for name, layout in zip(names, layouts):
             if layout != layouts[0]:
                 leaf = next(n for n in layouts[0] | layout if layouts[0].get(n) != layout.get(n))
                 shapes = " and ".join(at.get(leaf, "none") for at in (layouts[0], layout))
                 raise ValueError(
-                    f"name = {configs.algorithm_name(algorithm)}: {part} {plain_name(leaf)}, which networks {names[0]} and "
-                    f"{name} have in different shapes ({shapes}); for a mix of networks choose a method that "
-                    "shares only what they have in common, such as pfedlora"
+                    f"name = {configs.algorithm_name(algorithm)}: {part} {plain_name(leaf)}, "
+                    f"which networks {names[0]} and {name} have in different shapes ({shapes}); "
+                    "for a mix of networks choose a method that shares only what they have in "
+                    "common, such as pfedlora"
                 )
     return [first._replace(shared=firsts[0].shared) for first in firsts]

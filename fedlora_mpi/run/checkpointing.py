@@ -31,7 +31,9 @@ def save(built: Built, folder: Path, state: State) -> None:
         for number, (kind, ids) in enumerate(zip(run.kinds, run.by_kind)):
             if ids:
                 own = _arrays({n: state.personal[kind.prefix + n] for n in kind.first.personal})
-                shards[comm.rank, number] = checkpoint.write_clients(home, comm.rank, ids, own, number).numbers()
+                shards[comm.rank, number] = checkpoint.write_clients(
+                    home, comm.rank, ids, own, number
+                ).numbers()
         if comm.rank:
             return []
         shared, server = _arrays(state.shared), _arrays(state.server)
@@ -41,8 +43,11 @@ def save(built: Built, folder: Path, state: State) -> None:
     together(comm, lambda: checkpoint.begin(folder, state.round) if comm.rank == 0 else None)
     files = together(comm, write)
     comm.sum(shards)
-    if comm.rank == 0:  # nobody waits for what follows: a rank that dies from here on finds a whole checkpoint
-        written = [(rank, kind) for rank, kind in np.ndindex(shards.shape[:2]) if shards[rank, kind].any()]
+    # nobody waits for what follows: a rank that dies from here on finds a whole checkpoint
+    if comm.rank == 0:
+        written = [
+            (rank, kind) for rank, kind in np.ndindex(shards.shape[:2]) if shards[rank, kind].any()
+        ]
         files = [*(Shard.from_numbers(worker_file(*at), shards[at]) for at in written), *files]
         checkpoint.commit(home, files, run_digest=built.digest, clients=len(run.weight_N))
         checkpoint.prune(folder, built.config.checkpoint.keep)
@@ -80,12 +85,23 @@ def loaded(found: Checkpoint, built: Built) -> State:
 
 def _check_leaves(found: Checkpoint, built: Built, blank: Tree) -> None:
     """Raise StoreError unless the checkpoint has the leaves of this network and method."""
-    kinds = [(found.leaf_shapes(ids), kind.first.personal) for kind, ids in zip(built.run.kinds, built.run.by_kind) if ids]
-    for stored, like in ((found.shapes("shared"), built.run.kinds[0].first.shared), (found.shapes("server"), blank), *kinds):
+    kinds = [
+        (found.leaf_shapes(ids), kind.first.personal)
+        for kind, ids in zip(built.run.kinds, built.run.by_kind)
+        if ids
+    ]
+    for stored, like in (
+        (found.shapes("shared"), built.run.kinds[0].first.shared),
+        (found.shapes("server"), blank),
+        *kinds,
+    ):
         for name, array in _arrays(like).items():
             if stored.get(name) != (array.shape, array.dtype):
                 said = f"{array.dtype} {list(array.shape)}"
-                raise StoreError(f"{found.path}: has no leaf {name!r} of {said}; it is damaged, or of another experiment")
+                raise StoreError(
+                    f"{found.path}: has no leaf {name!r} of {said}; it is damaged, or of another "
+                    "experiment"
+                )
 
 
 def newest(folder: Path, built: Built) -> Checkpoint | None:
@@ -96,21 +112,34 @@ def newest(folder: Path, built: Built) -> Checkpoint | None:
         if comm.rank != 0 or not checkpoint.committed(folder):
             return 0
         found, skipped = checkpoint.newest(folder, run_digest=built.digest)
-        for line in (*(f"skipped {line}" for line in skipped), f"resuming {folder} after round {found.round}"):
+        for line in (
+            *(f"skipped {line}" for line in skipped),
+            f"resuming {folder} after round {found.round}",
+        ):
             print(one_line(line), file=sys.stderr, flush=True)
         return found.round
 
     round_ = int(comm.broadcast(str(together(comm, find)).encode()))
-    return together(comm, lambda: Checkpoint.read(checkpoint.folder_of(folder, round_))) if round_ else None
+    return (
+        together(comm, lambda: Checkpoint.read(checkpoint.folder_of(folder, round_)))
+        if round_
+        else None
+    )
 
 
 def _arrays(tree: Tree) -> Mapping[str, np.ndarray]:
-    """Leaves as numpy arrays by their names in files, without a copy on the CPU; of bfloat16, which numpy has not, as
-    float32."""
-    known = {n: v.detach().float() if v.dtype == torch.bfloat16 else v.detach() for n, v in tree.items()}
+    """Leaves as numpy arrays by their names in files, without a copy on the CPU; of bfloat16, which
+    numpy has not, as float32.
+    """
+    known = {
+        n: v.detach().float() if v.dtype == torch.bfloat16 else v.detach() for n, v in tree.items()
+    }
     return {name: known[n].cpu().numpy() for n, name in names_in_files(tree).items()}
 
 
 def _leaves(arrays: Mapping[str, np.ndarray], like: Tree) -> Tree:
     """The leaves that ``like`` has, in its order, of the arrays of a checkpoint."""
-    return {n: torch.from_numpy(arrays[name]).to(like[n].dtype) for n, name in names_in_files(like).items()}
+    return {
+        n: torch.from_numpy(arrays[name]).to(like[n].dtype)
+        for n, name in names_in_files(like).items()
+    }

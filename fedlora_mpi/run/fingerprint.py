@@ -1,4 +1,6 @@
-"""What a run is made of before round 1, in digests: for ranks to compare, and for a resume to compare with the run folder."""
+"""What a run is made of before round 1, in digests: for ranks to compare, and for a resume to
+compare with the run folder.
+"""
 
 import json
 import platform
@@ -23,20 +25,40 @@ from ..models.network import Model
 from ..models.state import attributes_of
 from ..models.weights import digest as of_files
 
-KINDS = ("package", "settings", "data", "split", "structure", "constants", "attributes", "weights", "variables", "code", "platform")
-COMPUTED = ("attributes", "weights", "variables")  # by arithmetic or a library, whose last bits and version are the platform's
-KEPT = ("data", "structure", "constants", "attributes", "weights", "variables", "platform")  # in a run folder
+KINDS = (
+    "package",
+    "settings",
+    "data",
+    "split",
+    "structure",
+    "constants",
+    "attributes",
+    "weights",
+    "variables",
+    "code",
+    "platform",
+)
+# by arithmetic or a library, whose last bits and version are the platform's
+COMPUTED = ("attributes", "weights", "variables")
+# in a run folder
+KEPT = ("data", "structure", "constants", "attributes", "weights", "variables", "platform")
 Items = Mapping[str, str]  # name -> digest or, where that is short, the value
 Inventory = Mapping[str, Items]  # by kind
 _AT_ONCE = 2**24  # bytes
 
 
 def inventory(
-    config: Config, data: Data, models: Sequence[Model], split: Split, firsts: Sequence[Vars], beat: Callable[[], None]
+    config: Config,
+    data: Data,
+    models: Sequence[Model],
+    split: Split,
+    firsts: Sequence[Vars],
+    beat: Callable[[], None],
 ) -> Inventory:
     """All that must be the same on all ranks, and on a resume.
 
-    firsts: the variables of each kind of clients, all with the same shared ones; beat: is called while bytes are read.
+    firsts: the variables of each kind of clients, all with the same shared ones; beat: is called
+    while bytes are read.
     """
     known: dict[int, str] = {}  # a leaf of a network is often a variable too
 
@@ -45,12 +67,16 @@ def inventory(
             known[id(value)] = of_tensor(value, beat)
         return known[id(value)]
 
-    networks = [(f"network {n}: " if len(models) > 1 else "", model) for n, model in enumerate(models)]
+    networks = [
+        (f"network {n}: " if len(models) > 1 else "", model) for n, model in enumerate(models)
+    ]
     kinds = [(f"kind {n}: " if len(firsts) > 1 else "", first) for n, first in enumerate(firsts)]
     leaves = [(at + n, v) for at, model in networks for n, v in model.initial.items()]
     constants = [(at + n, v) for at, model in networks for n, v in model.constants.items()]
     variables = [(f"shared {n}", v) for n, v in firsts[0].shared.items()]
-    variables += [(f"{at}personal {n}", v) for at, first in kinds for n, v in first.personal.items()]
+    variables += [
+        (f"{at}personal {n}", v) for at, first in kinds for n, v in first.personal.items()
+    ]
     roles = {at + n: f" {leaf.role}" for at, model in networks for n, leaf in model.leaves.items()}
     return {
         "package": {"fedlora_mpi": __version__},
@@ -59,7 +85,11 @@ def inventory(
         "split": {"who holds which samples": split.digest()},
         "structure": {n: _form(v) + roles.get(n, "") for n, v in (*leaves, *constants, *variables)},
         "constants": {n: digest(v) for n, v in constants},
-        "attributes": {at + n: v for at, model in networks for n, v in attributes_of(model.modules[True]).items()},
+        "attributes": {
+            at + n: v
+            for at, model in networks
+            for n, v in attributes_of(model.modules[True]).items()
+        },
         "weights": {n: digest(v) for n, v in leaves},
         "variables": {n: digest(v) for n, v in variables},
         "code": _of_code(config),
@@ -71,7 +101,9 @@ def run_digest(config: Config, split: Split, vocabulary: Vocabulary | None) -> s
     """What a checkpoint must have in common with the run that goes on with it."""
     texts = [vocabulary.digest()] if vocabulary else []
     files = [of_files(*origin.files) for network in config.model.mix for origin in network.origins]
-    return "-".join([configs.digest(config), *(text[:16] for text in (split.digest(), *texts, *files))])
+    return "-".join(
+        [configs.digest(config), *(text[:16] for text in (split.digest(), *texts, *files))]
+    )
 
 
 def platform_here() -> Items:
@@ -90,8 +122,12 @@ def computed(config: Config) -> tuple[str, ...]:
 
 
 def kept(mine: Inventory) -> Inventory:
-    """What a run folder keeps of it: of a method's own variables, which may be very many, one digest."""
-    return {kind: mine[kind] for kind in KEPT} | {"variables": {"the first variables": f"{number(mine['variables']):x}"}}
+    """What a run folder keeps of it: of a method's own variables, which may be very many, one
+    digest.
+    """
+    return {kind: mine[kind] for kind in KEPT} | {
+        "variables": {"the first variables": f"{number(mine['variables']):x}"}
+    }
 
 
 def number(items: Items) -> int:
@@ -101,8 +137,14 @@ def number(items: Items) -> int:
 
 
 def difference(kind: str, was: Items, now: Items, base: str) -> tuple[str, str]:
-    """The first item in which ``now`` is not as ``was``, and that in words; ``base``: where or when it was so."""
-    before = {"weights": "initial weights of ", "variables": "before round 1: ", "constants": "constant "}.get(kind, "")
+    """The first item in which ``now`` is not as ``was``, and that in words; ``base``: where or when
+    it was so.
+    """
+    before = {
+        "weights": "initial weights of ",
+        "variables": "before round 1: ",
+        "constants": "constant ",
+    }.get(kind, "")
     if sorted(was) != sorted(now):
         item = next(name for name in (*now, *was) if (name in now) != (name in was))
         text = f"is there, but not {base}" if item in now else f"is not there, but {base}"
@@ -155,8 +197,15 @@ def _of_data(data: Data, digest: Callable[[Tensor], str]) -> dict[str, str]:
 
 def _of_code(config: Config) -> dict[str, str]:
     """The modules of the user's own that the config names."""
-    names = [configs.algorithm_name(config.algorithm), *(network.name for network in config.model.mix)]
-    homes = {name.partition(":")[0] for name in names if ":" in name and not name.startswith("torchvision:")}
+    names = [
+        configs.algorithm_name(config.algorithm),
+        *(network.name for network in config.model.mix),
+    ]
+    homes = {
+        name.partition(":")[0]
+        for name in names
+        if ":" in name and not name.startswith("torchvision:")
+    }
     return {f"module {home}": blake2b(source(home)).hexdigest() for home in sorted(homes)}
 
 
@@ -166,4 +215,7 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

@@ -33,7 +33,16 @@ from ..store.sinks import Sink, opened
 from ..store.snapshot import Checkpoint
 from .assembly import Built, build, hosts
 from .checkpointing import beginning, loaded, newest, save
-from .output import begun, continued, create_log, describe, fill, need_shared, recorded_config, same_as_begun
+from .output import (
+    begun,
+    continued,
+    create_log,
+    describe,
+    fill,
+    need_shared,
+    recorded_config,
+    same_as_begun,
+)
 from .progress import Progress
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may queue the job again
@@ -47,7 +56,9 @@ def start(config: Config, source: str, comm: Comm) -> int:
     return lasting(config.faults, source, folder, comm, begin, again)
 
 
-def _begin_or_go_on(folder: Path, config: Config, source: str, comm: Comm, asked: Sequence[int]) -> int:
+def _begin_or_go_on(
+    folder: Path, config: Config, source: str, comm: Comm, asked: Sequence[int]
+) -> int:
     """Play all rounds that there is no checkpoint of, whether the folder is there or not."""
     if not begun(folder, comm):
         return _begin(folder, config, source, comm, asked)
@@ -75,7 +86,8 @@ def _begin(folder: Path, config: Config, source: str, comm: Comm, asked: Sequenc
 def start_or_resume(config: Config, source: str, comm: Comm) -> int:
     """Train until done whatever happened before; for a scheduler, which calls it again and again.
 
-    Goes on with the run folder where there is one; settings that a resume may not change are refused.
+    Goes on with the run folder where there is one; settings that a resume may not change are
+    refused.
     """
     folder, asked = expanded(config.output), _stop_signals()
     either = lambda comm: _begin_or_go_on(folder, config, source, comm, asked)
@@ -83,7 +95,8 @@ def start_or_resume(config: Config, source: str, comm: Comm) -> int:
 
 
 def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
-    """Continue a run from its newest valid checkpoint, on any number of ranks; returns the exit code.
+    """Continue a run from its newest valid checkpoint, on any number of ranks; returns the exit
+    code.
 
     A run that was killed before its first checkpoint begins again.
     """
@@ -146,29 +159,45 @@ def _alone(comm: Comm, hold: Callable[[], AbstractContextManager]) -> Iterator[N
 
 def _protected(built: Built, state: State) -> tuple[Built, State]:
     """Both, with copies in memory that outlive a worker where the config asks for it."""
-    return (replace(built, run=keeping(built.run, state)) if built.config.faults.tolerate else built), state
+    return (
+        replace(built, run=keeping(built.run, state)) if built.config.faults.tolerate else built
+    ), state
 
 
 def _loop(built: Built, state: State, folder: Path, asked: Sequence[int]) -> int:
     """Play the rounds that are left, or until somebody ``asked`` to stop; returns the exit code."""
     config, comm = built.config, built.run.comm
     with ExitStack() as stack:
-        log, too = together(comm, lambda: _opened(config, folder, stack) if comm.rank == 0 else (None, []))
+        log, too = together(
+            comm, lambda: _opened(config, folder, stack) if comm.rank == 0 else (None, [])
+        )
         if log:
             for hint in hints(built):
                 print(f"hint: {hint}", file=sys.stderr)
             if comm.dead:
-                _tell_of_death(log, f"{going_on(comm.dead, comm, state.round)}, from what was on disk")
+                _tell_of_death(
+                    log, f"{going_on(comm.dead, comm, state.round)}, from what was on disk"
+                )
         state = _rounds(built, state, folder, asked, log, too)
     done = state.round >= config.rounds
     if log:
-        print(f"{one_line(folder)}: " + ("done" if done else f"stopped after round {state.round}; continue with "
-              f"'fedlora-mpi resume {one_line(folder)}'"), flush=True)
+        print(
+            f"{one_line(folder)}: "
+            + (
+                "done"
+                if done
+                else f"stopped after round {state.round}; continue with "
+                f"'fedlora-mpi resume {one_line(folder)}'"
+            ),
+            flush=True,
+        )
     return 0 if done else STOPPED
 
 
 def _opened(config: Config, folder: Path, stack: ExitStack) -> tuple[Log, list[Sink]]:
-    """The log and what is written beside it, until the ``stack`` ends. Raises ValueError, Unwritable."""
+    """The log and what is written beside it, until the ``stack`` ends. Raises ValueError,
+    Unwritable.
+    """
     too = opened(folder, csv=config.log.csv, tensorboard=config.log.tensorboard)
     for sink in too:
         stack.enter_context(closing(sink))
@@ -178,10 +207,16 @@ def _opened(config: Config, folder: Path, stack: ExitStack) -> tuple[Log, list[S
 
 
 def _rounds(
-    built: Built, state: State, folder: Path, asked: Sequence[int], log: Log | None, too: Sequence[Sink]
+    built: Built,
+    state: State,
+    folder: Path,
+    asked: Sequence[int],
+    log: Log | None,
+    too: Sequence[Sink],
 ) -> State:
-    """The state after the last round, or after the one in which somebody ``asked`` to stop; ``too``: written beside the
-    log."""
+    """The state after the last round, or after the one in which somebody ``asked`` to stop;
+    ``too``: written beside the log.
+    """
     config, progress = built.config, Progress(built.config.rounds, state.round)
     stop, saved, logged = False, state.round, state.round
     while True:
@@ -194,10 +229,19 @@ def _rounds(
                 if built.run.journal:
                     built.run.journal.close()
                 return state
-            evaluate = state.round + 1 == config.rounds or (state.round + 1) % config.evaluate.every == 0
+            evaluate = (
+                state.round + 1 == config.rounds or (state.round + 1) % config.evaluate.every == 0
+            )
             state, row, clients = play(built.run, state, evaluate, stop=bool(asked))
-            row |= {"epsilon": built.run.epsilon(state.round)} if log and config.privacy.differential else {}
-            stop, logged = row.pop("stop"), _tell(log, too, progress, state.round, row, clients, logged)
+            row |= (
+                {"epsilon": built.run.epsilon(state.round)}
+                if log and config.privacy.differential
+                else {}
+            )
+            stop, logged = (
+                row.pop("stop"),
+                _tell(log, too, progress, state.round, row, clients, logged),
+            )
             if built.run.journal:
                 built.run.journal.turn(state)
             if due(built.run, state.round):
@@ -224,19 +268,34 @@ def _tell(
     log: Log | None, too: Sequence[Sink], progress: Progress, round_: int, row: dict, clients: Mapping[str, np.ndarray],
     logged: int,
 ) -> int:  # fmt: skip
-    """Log a round unless it was ``logged`` before a death made it be played again; returns the newest round logged."""
+    """Log a round unless it was ``logged`` before a death made it be played again; returns the
+    newest round logged.
+    """
     if round_ <= logged:
         return logged
     if log:
         if skipped := row.get("skipped"):
-            ids, rest = ", ".join(map(str, skipped)), "" if row["clients"] else "; nobody is left, the shared state stays"
-            print(f"fedlora-mpi: round {round_}: skipped client {ids}: loss or upload is not finite{rest}", file=sys.stderr)
+            ids, rest = (
+                ", ".join(map(str, skipped)),
+                "" if row["clients"] else "; nobody is left, the shared state stays",
+            )
+            print(
+                f"fedlora-mpi: round {round_}: skipped client {ids}: loss or upload is not "
+                f"finite{rest}",
+                file=sys.stderr,
+            )
         if "skipped" in row:
             row["skipped"] = len(skipped)
         if ids := row.pop("nan_clients"):
-            few, rest = ", ".join(map(str, ids[:10])), f" and {len(ids) - 10} more" if len(ids) > 10 else ""
-            print(f"fedlora-mpi: round {round_}: client {few}{rest}: logits of test samples are no numbers (nan); these "
-                  "samples count as wrong, see nan_predictions of the log", file=sys.stderr)
+            few, rest = (
+                ", ".join(map(str, ids[:10])),
+                f" and {len(ids) - 10} more" if len(ids) > 10 else "",
+            )
+            print(
+                f"fedlora-mpi: round {round_}: client {few}{rest}: logits of test samples are no "
+                "numbers (nan); these samples count as wrong, see nan_predictions of the log",
+                file=sys.stderr,
+            )
         ranks = row.pop("seconds_ranks")
         for sink in (log, *too):
             sink.append(round_, row, clients, ranks)
@@ -245,7 +304,9 @@ def _tell(
 
 
 def hints(built: Built) -> list[str]:
-    """What would make this run faster on this node, for the user to decide, and what its low-rank parts leave out."""
+    """What would make this run faster on this node, for the user to decide, and what its low-rank
+    parts leave out.
+    """
     comm, engine, found = built.run.comm, built.config.engine, []
     workers = len(set(built.run.host))
     if workers < (possible := len(hosts(built.config, comm.size))):
@@ -256,9 +317,14 @@ def hints(built: Built) -> list[str]:
     here = comm.local_size - (possible < comm.size)
     cores, busy = os.cpu_count() or 1, here * engine.threads
     if engine.device == "cpu" and busy > cores:
-        found.append(f"{here} workers with {engine.threads} thread(s) share {cores} cores; start fewer ranks")
+        found.append(
+            f"{here} workers with {engine.threads} thread(s) share {cores} cores; start fewer ranks"
+        )
     elif engine.device == "cpu" and busy <= cores // 2 and possible < len(built.run.groups):
-        found.append(f"{busy} of {cores} cores are busy; mpirun -n {cores // engine.threads + 1} would use them all")
+        found.append(
+            f"{busy} of {cores} cores are busy; mpirun -n {cores // engine.threads + 1} would use "
+            "them all"
+        )
     return found + _undecomposed(built)
 
 
@@ -275,15 +341,17 @@ def _undecomposed(built: Built) -> list[str]:
         rest = [f"{name} ({why})" for name, why in rest.items() if model.role(name) not in full]
         if low_rank and rest:
             found.append(
-                f"{configs.algorithm_name(algorithm)} decomposes {len(low_rank)} of {len(low_rank) + len(rest)} "
-                f"weights; not decomposed: {first_few(rest)}; 'fedlora-mpi plan' lists them"
+                f"{configs.algorithm_name(algorithm)} decomposes {len(low_rank)} of "
+                f"{len(low_rank) + len(rest)} weights; not decomposed: {first_few(rest)}; "
+                "'fedlora-mpi plan' lists them"
             )
     return found
 
 
 def _stop_signals() -> list[int]:
-    """A list that SIGUSR1 fills: the run then stops at the next round boundary, with a checkpoint. In another thread
-    than the first, which gets no signals, it stays empty."""
+    """A list that SIGUSR1 fills: the run then stops at the next round boundary, with a checkpoint.
+    In another thread than the first, which gets no signals, it stays empty.
+    """
     asked: list[int] = []
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGUSR1, lambda number, frame: asked.append(number))

@@ -1,9 +1,10 @@
 """Train a network of a config on the pooled data, into a file that ``model.weights`` takes.
 
-A run of one client that holds every training sample: FedAvg with the config's ``train`` and ``data``
-blocks, without its partition and shift, an epoch a round, so that momentum starts fresh in every epoch.
-The result is a pure function of the config, whatever its ``engine.path``. Words have the numbers that the
-vocabulary of the config's data gives them; a run on the same data (and ``data.text``) gives them the same.
+A run of one client that holds every training sample: FedAvg with the config's ``train`` and
+``data`` blocks, without its partition and shift, an epoch a round, so that momentum starts fresh in
+every epoch. The result is a pure function of the config, whatever its ``engine.path``. Words have
+the numbers that the vocabulary of the config's data gives them; a run on the same data (and
+``data.text``) gives them the same.
 """
 
 import os
@@ -49,15 +50,25 @@ def pretrain(
     epochs: int | None = None,
     network: int = 0,
 ) -> None:
-    """Train network number ``network`` of the config and write its leaves, statistics included, to ``to``.
+    """Train network number ``network`` of the config and write its leaves, statistics included, to
+    ``to``.
 
-    classes: only samples of these, such as 0-4 or 0,2,5; the head keeps all its outputs; epochs: default
-    ``train.epochs``. Prints a line per epoch. Raises ValueError before training for what cannot be done.
+    classes: only samples of these, such as 0-4 or 0,2,5; the head keeps all its outputs; epochs:
+    default ``train.epochs``. Prints a line per epoch. Raises ValueError before training for what
+    cannot be done.
     """
     epochs, networks = config.train.epochs if epochs is None else epochs, config.model.mix
-    _need(ranks == 1, f"{ranks} ranks", "pretrain takes one; start it without mpirun (engine.threads gives it cores)")
+    _need(
+        ranks == 1,
+        f"{ranks} ranks",
+        "pretrain takes one; start it without mpirun (engine.threads gives it cores)",
+    )
     _need(epochs >= 1, f"--epochs = {epochs}", "must be an integer of at least 1")
-    _need(0 <= network < len(networks), f"--network = {network}", f"must be from 0 to {len(networks) - 1}, as in model.mix")
+    _need(
+        0 <= network < len(networks),
+        f"--network = {network}",
+        f"must be from 0 to {len(networks) - 1}, as in model.mix",
+    )
     _need(to.suffix == ".safetensors", f"--to = {to}", "must be a file .safetensors")
     _need(not os.path.lexists(to), f"--to = {to}", "the file exists; remove it or choose another")
     packed({})  # refuses without the library
@@ -65,19 +76,31 @@ def pretrain(
     trainer, tree = _begun(replace(config, model=block, algorithm=FedAvg()), source, classes)
     if foreign(networks[network].name):
         with naming(source):
-            rehearsed(Engine(path="loop"), config.engine, [(networks[network].name, trainer, Vars(tree, {}))])
+            rehearsed(
+                Engine(path="loop"),
+                config.engine,
+                [(networks[network].name, trainer, Vars(tree, {}))],
+            )
     _make_folder(to)
     for epoch, (tree, loss, accuracy, nan, seconds) in enumerate(_epochs(trainer, tree, epochs), 1):
         if nan:
-            said = f"epoch {epoch}: logits of {nan:.2%} of the test samples are no numbers (nan); these count as wrong"
+            said = (
+                f"epoch {epoch}: logits of {nan:.2%} of the test samples are no numbers (nan); "
+                "these count as wrong"
+            )
             print(f"fedlora-mpi: {said}", file=sys.stderr, flush=True)
         print(
-            f"epoch {epoch}/{epochs} · test accuracy {accuracy:.2%} · train loss {loss:.4f} · {duration(seconds)}",
+            f"epoch {epoch}/{epochs} · test accuracy {accuracy:.2%} · train loss {loss:.4f} · "
+            f"{duration(seconds)}",
             flush=True,
         )
     tree |= {n: trainer.model.constants[n] for n in trainer.model.locked}
     write_atomic(to, packed(tree))
-    print(f"{one_line(to)}: {one_line(networks[network].name)}, {numel(tree):,} numbers; a run takes it as model.weights={one_line(to)}", flush=True)
+    print(
+        f"{one_line(to)}: {one_line(networks[network].name)}, {numel(tree):,} numbers; a run "
+        f"takes it as model.weights={one_line(to)}",
+        flush=True,
+    )
 
 
 def chosen(text: str | None, classes: int) -> list[int]:
@@ -89,7 +112,11 @@ def chosen(text: str | None, classes: int) -> list[int]:
         ends = part.split("-") if "-" in part else [part, part]
         whole = len(ends) == 2 and all(end.strip().isdecimal() for end in ends)
         first, last = map(int, ends) if whole else (1, 0)
-        _need(first <= last < classes, f"--classes = {text}", f"must be such as 0-4 or 0,2,5, from 0 to {classes - 1}")
+        _need(
+            first <= last < classes,
+            f"--classes = {text}",
+            f"must be such as 0-4 or 0,2,5, from 0 to {classes - 1}",
+        )
         found |= set(range(first, last + 1))
     return sorted(found)
 
@@ -101,7 +128,11 @@ def pooled(data: Data, classes: Collection[int]) -> Split:
         y = side.y.numpy()
         rows.append((np.flatnonzero(np.isin(y, list(classes))),))
         counts.append(np.bincount(y[rows[-1][0]], minlength=data.classes)[None])
-        _need(len(rows[-1][0]) > 0, f"--classes = {','.join(map(str, classes))}", f"there is no {name} sample of these")
+        _need(
+            len(rows[-1][0]) > 0,
+            f"--classes = {','.join(map(str, classes))}",
+            f"there is no {name} sample of these",
+        )
     return Split(*rows, *counts)
 
 
@@ -113,7 +144,11 @@ def _begun(config: Config, source: str, classes: str | None) -> tuple[Trainer, T
     tell_hints(data, source)
     (model,) = load_models(config, source, data)
     name, nothing = config.model.mix[0].name, all(model.role(n) == "stats" for n in model.leaves)
-    _need(not nothing, f"model.name = {name}", "all its parameters are frozen (requires_grad is False); leave some to be trained")
+    _need(
+        not nothing,
+        f"model.name = {name}",
+        "all its parameters are frozen (requires_grad is False); leave some to be trained",
+    )
     split = pooled(data, chosen(classes, data.classes))
     feed = Feed(data, split, seed=config.seed, shift="none", device=device, augment=True)
     settings = replace(config.train, epochs=1)
@@ -121,16 +156,28 @@ def _begun(config: Config, source: str, classes: str | None) -> tuple[Trainer, T
     return trainer, config.algorithm.init(model, rng(config.seed, "init")).shared
 
 
-def _epochs(trainer: Trainer, tree: Tree, epochs: int) -> Iterator[tuple[Tree, float, float, float, float]]:
-    """(leaves, training loss, test accuracy and test samples with nan for a logit as fractions, seconds) of every epoch.
-    Raises Fault."""
+def _epochs(
+    trainer: Trainer, tree: Tree, epochs: int
+) -> Iterator[tuple[Tree, float, float, float, float]]:
+    """(leaves, training loss, test accuracy and test samples with nan for a logit as fractions,
+    seconds) of every epoch. Raises Fault.
+    """
     for epoch in range(epochs):
         begin = time.perf_counter()
         (done,) = trainer.train([0], tree, {}, epoch, evaluate=True)
         tree = done.end.shared
         if not all(torch.isfinite(v).all() for v in (done.loss, *tree.values())):
-            raise Fault(f"epoch {epoch + 1}: the loss or a weight is not finite; nothing was written. Lower train.lr")
-        yield tree, float(done.loss), float(done.score[0]), float(done.nan_predictions), time.perf_counter() - begin
+            raise Fault(
+                f"epoch {epoch + 1}: the loss or a weight is not finite; nothing was written. "
+                "Lower train.lr"
+            )
+        yield (
+            tree,
+            float(done.loss),
+            float(done.score[0]),
+            float(done.nan_predictions),
+            time.perf_counter() - begin,
+        )
 
 
 def _make_folder(to: Path) -> None:
@@ -138,8 +185,14 @@ def _make_folder(to: Path) -> None:
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--to = {to}: {to.parent} cannot be created: {error.strerror}; choose another") from error
-    _need(os.access(to.parent, os.W_OK), f"--to = {to}", f"{to.parent} cannot be written to; choose another")
+        raise ValueError(
+            f"--to = {to}: {to.parent} cannot be created: {error.strerror}; choose another"
+        ) from error
+    _need(
+        os.access(to.parent, os.W_OK),
+        f"--to = {to}",
+        f"{to.parent} cannot be written to; choose another",
+    )
 
 
 def _need(possible: bool, given: str, otherwise: str) -> None:

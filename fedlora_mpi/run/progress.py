@@ -22,13 +22,20 @@ class Progress:
         left = (now - self._start) / (round_ - self._first) * (self._rounds - round_)
         shown = [f"round {round_}/{self._rounds}"]
         if row["accuracy"] == row["accuracy"]:  # not evaluated: NaN
-            shown.append(f"accuracy {row['accuracy']:.2%} (worst client {row['accuracy_worst']:.2%})")
+            shown.append(
+                f"accuracy {row['accuracy']:.2%} (worst client {row['accuracy_worst']:.2%})"
+            )
         shown.append(f"train loss {row['train_loss']:.4f}")
         seconds = sum(value for name, value in row.items() if name.startswith("seconds_"))
         shown.append(f"{row['clients'] / seconds:.1f} clients/s")
         shown.append(f"{_duration(left)} left")
         end = "\r" if self._live and not last else "\n"
-        print(("\x1b[2K" if self._live else "") + " · ".join(shown), end=end, file=sys.stderr, flush=True)
+        print(
+            ("\x1b[2K" if self._live else "") + " · ".join(shown),
+            end=end,
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _duration(seconds: float) -> str:

@@ -1,7 +1,9 @@
-"""Slurm: the one source of the scripts in ``jobs/``, of ``fedlora-mpi submit`` and of ``reproduce --print-jobs``.
+"""Slurm: the one source of the scripts in ``jobs/``, of ``fedlora-mpi submit`` and of ``reproduce
+--print-jobs``.
 
-A job that is told to stop (SIGUSR1, two minutes before its time is up or by ``scancel``) ends its round,
-writes a checkpoint, leaves with STOPPED and puts itself back into the queue; its next start goes on.
+A job that is told to stop (SIGUSR1, two minutes before its time is up or by ``scancel``) ends its
+round, writes a checkpoint, leaves with STOPPED and puts itself back into the queue; its next start
+goes on.
 """
 
 import re
@@ -28,7 +30,9 @@ _TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){1,2}|\d+-\d+")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a script asks of Slurm. ranks: of the whole job; gpus: per node; array: how many tasks, 0: no array."""
+    """What a script asks of Slurm. ranks: of the whole job; gpus: per node; array: how many tasks,
+    0: no array.
+    """
 
     name: str
     log: str
@@ -43,14 +47,29 @@ class Job:
     outlives: bool = False  # whether its run tolerates the death of a worker
 
     def __post_init__(self) -> None:
-        bounded(self, nodes="[1, inf)", gpus="[0, inf)", ranks="[1, inf)", threads="[1, inf)", array="[0, inf)")
+        bounded(
+            self,
+            nodes="[1, inf)",
+            gpus="[0, inf)",
+            ranks="[1, inf)",
+            threads="[1, inf)",
+            array="[0, inf)",
+        )
         if self.ranks < self.nodes:
-            raise ValueError(f"ranks = {self.ranks}: must be at least one for each of {self.nodes} nodes")
+            raise ValueError(
+                f"ranks = {self.ranks}: must be at least one for each of {self.nodes} nodes"
+            )
         if not _TIME.fullmatch(self.time):
-            raise ValueError(f"time = {self.time}: must be minutes, HH:MM:SS or D-HH:MM:SS, for instance 12:00:00")
+            raise ValueError(
+                f"time = {self.time}: must be minutes, HH:MM:SS or D-HH:MM:SS, for instance "
+                "12:00:00"
+            )
         for field in ("partition", "account"):
             if (value := getattr(self, field)) is not None and not _NAME.fullmatch(value):
-                raise ValueError(f"{field} = {value!r}: must be a name that Slurm knows; sinfo and sacctmgr list them")
+                raise ValueError(
+                    f"{field} = {value!r}: must be a name that Slurm knows; sinfo and sacctmgr "
+                    "list them"
+                )
 
     @property
     def per_node(self) -> int:
@@ -58,13 +77,15 @@ class Job:
         return -(-self.ranks // self.nodes)
 
 
-def script(job: Job, body: str, *, head: str = "", path: str = "$PWD/.venv/bin", is_done: str = "true") -> str:
+def script(
+    job: Job, body: str, *, head: str = "", path: str = "$PWD/.venv/bin", is_done: str = "true"
+) -> str:
     """The text of an sbatch script.
 
-    body: shell lines that end with the program, in the foreground; it must end on SIGUSR1 with code STOPPED. is_done: a
-    shell command that ends with 0 when the program has done all, and with STOPPED when some is left: mpirun says 0, too, when
-    a node was lost.
-    head: comment lines; path: the folder with python and mpirun.
+    body: shell lines that end with the program, in the foreground; it must end on SIGUSR1 with code
+    STOPPED. is_done: a shell command that ends with 0 when the program has done all, and with
+    STOPPED when some is left: mpirun says 0, too, when a node was lost. head: comment lines; path:
+    the folder with python and mpirun.
     """
     return (
         f"#!/bin/bash\n{head}{_directives(job)}\n"
@@ -77,11 +98,17 @@ def program(job: Job, arguments: str) -> str:
     """The shell line that runs ``arguments``, already quoted, on all ranks of the job."""
     python = f"python -m fedlora_mpi {arguments}"
     count = '"$SLURM_NTASKS"' if job.ranks == job.nodes * job.per_node else job.ranks
-    return python if job.ranks == 1 else f"mpirun {'--with-ft ulfm ' if job.outlives else ''}-n {count} {python}"
+    return (
+        python
+        if job.ranks == 1
+        else f"mpirun {'--with-ft ulfm ' if job.outlives else ''}-n {count} {python}"
+    )
 
 
 def is_done(arguments: str) -> str:
-    """The shell command that asks whether the run of ``run --resume ARGUMENTS``, already quoted, is done."""
+    """The shell command that asks whether the run of ``run --resume ARGUMENTS``, already quoted, is
+    done.
+    """
     return f"python -m fedlora_mpi status {arguments}"
 
 
@@ -91,13 +118,17 @@ def task_of(listed: str) -> str:
 
 
 def job_for(config: Config, config_file: str | Path, **given: str | int | None) -> Job:
-    """The job of a config; where the ranks are not ``given``: the server and a worker per GPU, or nine
-    ranks on a node without, never more workers than clients.
+    """The job of a config; where the ranks are not ``given``: the server and a worker per GPU, or
+    nine ranks on a node without, never more workers than clients.
 
     Raises ValueError.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    nodes, gpus, server = given.get("nodes", 1), given.get("gpus", 0), int(not config.server_hosts_clients)
+    nodes, gpus, server = (
+        given.get("nodes", 1),
+        given.get("gpus", 0),
+        int(not config.server_hosts_clients),
+    )
     places = nodes * gpus + server if gpus else nodes * _PER_NODE
     folder = expanded(config.output)
     defaults = {
@@ -113,7 +144,9 @@ def job_for(config: Config, config_file: str | Path, **given: str | int | None) 
         raise ValueError(f"--{error}") from None
 
 
-def submit(config_file: str, overrides: Sequence[str], dry_run: bool, **given: str | int | None) -> str:
+def submit(
+    config_file: str, overrides: Sequence[str], dry_run: bool, **given: str | int | None
+) -> str:
     """Queue the run of a config; returns what to tell the user, under ``dry_run`` the script.
 
     The config is read here too: a mistake shows now, not when the job starts. Raises ValueError.
@@ -121,30 +154,44 @@ def submit(config_file: str, overrides: Sequence[str], dry_run: bool, **given: s
     job = job_for(configs.read(config_file, overrides), config_file, **given)
     arguments = shlex.join([str(config_file), *overrides])
     home = shlex.quote(str(Path(sys.executable).parent))
-    text = script(job, program(job, f"run --resume {arguments}"), path=home, is_done=is_done(arguments))
+    text = script(
+        job, program(job, f"run --resume {arguments}"), path=home, is_done=is_done(arguments)
+    )
     if dry_run:
         return text.rstrip()
     sbatch = shutil.which("sbatch")
     if sbatch is None:
-        raise ValueError("no sbatch on PATH: submit on a login node of a Slurm cluster, or look with --dry-run")
-    Path(job.log).parent.mkdir(parents=True, exist_ok=True)  # Slurm drops the output of a job without it
+        raise ValueError(
+            "no sbatch on PATH: submit on a login node of a Slurm cluster, or look with --dry-run"
+        )
+    # Slurm drops the output of a job without it
+    Path(job.log).parent.mkdir(parents=True, exist_ok=True)
     done = subprocess.run([sbatch, "--parsable"], input=text, capture_output=True, text=True)
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise ValueError(f"{sbatch} refused the job: {said}")
     number = done.stdout.strip().partition(";")[0]
-    return one_line(f"job {number}: {job.ranks} ranks on {job.nodes} node(s), output in {job.log.replace('%j', number)}")
+    return one_line(
+        f"job {number}: {job.ranks} ranks on {job.nodes} node(s), output in "
+        f"{job.log.replace('%j', number)}"
+    )
 
 
 def _directives(job: Job) -> str:
-    given = [f"--{name}={value}" for name in ("account", "partition") if (value := getattr(job, name))]
-    known = f"#SBATCH {' '.join(given)}" if given else "##SBATCH --account=ACCOUNT --partition=PARTITION"
+    given = [
+        f"--{name}={value}" for name in ("account", "partition") if (value := getattr(job, name))
+    ]
+    known = (
+        f"#SBATCH {' '.join(given)}"
+        if given
+        else "##SBATCH --account=ACCOUNT --partition=PARTITION"
+    )
     lines = [
         f"#SBATCH --job-name={job.name}",
         known,
         *([f"#SBATCH --array=1-{job.array}"] if job.array else []),
-        f"#SBATCH --nodes={job.nodes} --ntasks-per-node={job.per_node} --ntasks={job.nodes * job.per_node}"
-        f" --cpus-per-task={job.threads}",
+        f"#SBATCH --nodes={job.nodes} --ntasks-per-node={job.per_node} "
+        f"--ntasks={job.nodes * job.per_node} --cpus-per-task={job.threads}",
         *([f"#SBATCH --gpus-per-node={job.gpus}"] if job.gpus else []),
         f"#SBATCH --time={job.time} --signal=B:USR1@{LEAD}",
         "#SBATCH --requeue --open-mode=append",
@@ -155,7 +202,11 @@ def _directives(job: Job) -> str:
 
 def _word(text: str) -> str:
     """One word for sbatch, which knows double quotes and backslashes."""
-    return text if re.fullmatch(r"[\w.,@:/+%-]+", text) else '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
+    return (
+        text
+        if re.fullmatch(r"[\w.,@:/+%-]+", text)
+        else '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
+    )
 
 
 def _binding(job: Job) -> str:
@@ -164,8 +215,8 @@ def _binding(job: Job) -> str:
         return ""
     deal = "slot" if job.nodes == 1 else "node"
     return (
-        "# Each rank on cores of its own; these are Open MPI's names, other libraries have their own.\n"
-        "export PRTE_MCA_hwloc_default_binding_policy=core\n"
+        "# Each rank on cores of its own; these are Open MPI's names, other libraries have their "
+        "own.\nexport PRTE_MCA_hwloc_default_binding_policy=core\n"
         f"export PRTE_MCA_rmaps_default_mapping_policy={deal}:pe={job.threads}\n"
     )
 
@@ -181,8 +232,9 @@ if [ "${MPS:-no}" = yes ]; then
 fi
 """
 
-# 138: SIGUSR1 came before the program listened. ``wait`` returns early when the trap has run. mpirun ends with 0 when a
-# node's daemon was lost: such a run is not done, and goes on when it is queued again.
+# 138: SIGUSR1 came before the program listened. ``wait`` returns early when the trap has run.
+# mpirun ends with 0 when a node's daemon was lost: such a run is not done, and goes on when it is
+# queued again.
 _WAIT = f"""\
 launcher=$!
 trap 'kill -USR1 $launcher' USR1

@@ -1,7 +1,9 @@
-"""``RUN/checkpoints/000010/``: the state after a round, as shards that any number of ranks can read.
+"""``RUN/checkpoints/000010/``: the state after a round, as shards that any number of ranks can
+read.
 
-Writing: rank 0 ``begin``s, every worker ``write_clients``, rank 0 ``write_server``, ``copy_log``, and, when
-all have returned, ``commit``s. Until then the folder does not count, and nothing in it is looked at.
+Writing: rank 0 ``begin``s, every worker ``write_clients``, rank 0 ``write_server``, ``copy_log``,
+and, when all have returned, ``commit``s. Until then the folder does not count, and nothing in it is
+looked at.
 """
 
 import os
@@ -24,35 +26,47 @@ Leaves = Mapping[str, np.ndarray]
 
 
 def _folders(run: Path) -> dict[int, Path]:
-    """Every folder of a round, committed or not, in the order of rounds. Raises StoreError where a link is in the way."""
+    """Every folder of a round, committed or not, in the order of rounds. Raises StoreError where a
+    link is in the way.
+    """
     home = Path(run) / "checkpoints"
     try:
         with nolinks.opened_folder(home, Path(run)) as handle:
-            names = [name for name in os.listdir(handle) if re.fullmatch(r"\d{6}|[1-9]\d{6,17}", name, re.ASCII)]
+            names = [
+                name
+                for name in os.listdir(handle)
+                if re.fullmatch(r"\d{6}|[1-9]\d{6,17}", name, re.ASCII)
+            ]
     except FileNotFoundError:
         return {}
     except OSError as why:
-        raise StoreError(str(why) if isinstance(why, nolinks.Misplaced) else f"{home}: {why.strerror}") from why
+        raise StoreError(
+            str(why) if isinstance(why, nolinks.Misplaced) else f"{home}: {why.strerror}"
+        ) from why
     return {round_: folder_of(run, round_) for round_ in sorted(map(int, names))}
 
 
 def committed(run: Path) -> list[int]:
     """The rounds that have a committed checkpoint, valid or not, ascending."""
-    return [round_ for round_, folder in _folders(run).items() if (folder / manifest.NAME).is_file()]
+    return [
+        round_ for round_, folder in _folders(run).items() if (folder / manifest.NAME).is_file()
+    ]
 
 
 def begin(run: Path, round_: int) -> Path:
     """An empty folder for the checkpoint of this round; an uncommitted leftover of it is removed.
 
     Committed rounds at or after this one are those that a resume has skipped: they are set aside as
-    ``000010.aside``, lest ``prune`` keep them instead of good ones; likewise a leftover with files that are not ours.
-    Raises StoreError when this round is committed and intact, Unwritable.
+    ``000010.aside``, lest ``prune`` keep them instead of good ones; likewise a leftover with files
+    that are not ours. Raises StoreError when this round is committed and intact, Unwritable.
     """
     folder = folder_of(run, round_)
     for other in committed(run):
         path = folder_of(run, other)
         if other == round_ and _intact(path):
-            raise StoreError(f"{path}: this round is committed already; resume from it, or move it away")
+            raise StoreError(
+                f"{path}: this round is committed already; resume from it, or move it away"
+            )
         if other >= round_:
             _set_aside(path)
     with writing(folder):
@@ -63,11 +77,15 @@ def begin(run: Path, round_: int) -> Path:
 
 
 def _set_aside(folder: Path) -> None:
-    """Give a folder the name ``000010.aside``, or ``000010.aside-2``, ...; an earlier one of only our files goes."""
+    """Give a folder the name ``000010.aside``, or ``000010.aside-2``, ...; an earlier one of only
+    our files goes.
+    """
     for number in count(1):
         aside = folder.with_name(f"{folder.name}.aside{f'-{number}' if number > 1 else ''}")
         with writing(aside), nolinks.opened_folder(folder.parent, run_of(folder)) as home:
-            if not nolinks.is_there(home, aside, "a folder") or nolinks.clear(aside, is_ours, run_of(folder)):
+            if not nolinks.is_there(home, aside, "a folder") or nolinks.clear(
+                aside, is_ours, run_of(folder)
+            ):
                 os.rename(folder.name, aside.name, src_dir_fd=home, dst_dir_fd=home)
                 return
 
@@ -75,10 +93,11 @@ def _set_aside(folder: Path) -> None:
 def write_clients(
     folder: Path, worker: int, client_ids: Sequence[int], personal: Leaves, kind: int = 0
 ) -> Shard:
-    """Write one worker's clients of one kind, leaves [n, ...] with rows as in ``client_ids``, in any order.
+    """Write one worker's clients of one kind, leaves [n, ...] with rows as in ``client_ids``, in
+    any order.
 
-    Rows are stored by ascending id, 16 MiB at a time, so strided views cost no memory. A worker without
-    clients writes a file with zero rows.
+    Rows are stored by ascending id, 16 MiB at a time, so strided views cost no memory. A worker
+    without clients writes a file with zero rows.
     """
     ids = np.asarray(client_ids, np.int64)
     assert len(np.unique(ids)) == len(ids), f"twice in one shard: {ids}"
@@ -129,21 +148,27 @@ def commit(folder: Path, shards: Sequence[Shard], *, run_digest: str, clients: i
 
 
 def _join(folder: Path, names: Sequence[str], clients: int) -> Shard:
-    """Write personal.h5: per leaf a virtual dataset [N, ...] in client order over the workers' files.
+    """Write personal.h5: per leaf a virtual dataset [N, ...] in client order over the workers'
+    files.
 
-    Where clients are of several kinds, the leaves of each are in a group ``kind-0``, ``kind-1``, ... of
-    their own, [n, ...] beside the ``client_id`` [n] of their rows, in the order of their first clients.
+    Where clients are of several kinds, the leaves of each are in a group ``kind-0``, ``kind-1``,
+    ... of their own, [n, ...] beside the ``client_id`` [n] of their rows, in the order of their
+    first clients.
     """
     kinds: dict[tuple, dict[str, np.ndarray]] = {}  # leaves and shapes -> file -> ids
     for name in names:
         with hdf5.open_file(folder / name, below=run_of(folder)) as file:
             if len(ids := file["client_id"][()]):
-                spec = tuple((leaf, ds.shape[1:], ds.dtype) for leaf, ds in file["personal"].items())
+                spec = tuple(
+                    (leaf, ds.shape[1:], ds.dtype) for leaf, ds in file["personal"].items()
+                )
                 kinds.setdefault(spec, {})[name] = ids
     kinds = dict(sorted(kinds.items(), key=lambda kind: _together(kind[1])[0]))
     everyone = [_together(owned) for owned in kinds.values()]
     found = np.sort(np.concatenate(everyone)) if everyone else np.arange(0)
-    assert np.array_equal(found, np.arange(clients)), f"{folder}: not each of {clients} clients once: {found}"
+    assert np.array_equal(found, np.arange(clients)), (
+        f"{folder}: not each of {clients} clients once: {found}"
+    )
     path = folder / "personal.h5"
     with hdf5.create(path, run_of(folder)) as file:
         for number, ((spec, owned), ids) in enumerate(zip(kinds.items(), everyone)):
@@ -162,7 +187,9 @@ def _together(owned: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.sort(np.concatenate(list(owned.values())))
 
 
-def _virtual(group: h5py.Group, spec: tuple, owned: Mapping[str, np.ndarray], ids: np.ndarray) -> None:
+def _virtual(
+    group: h5py.Group, spec: tuple, owned: Mapping[str, np.ndarray], ids: np.ndarray
+) -> None:
     """Fill ``group`` with datasets [len(ids), ...] whose rows are those of the files."""
     for leaf, shape, dtype in spec:
         layout = h5py.VirtualLayout((len(ids), *shape), dtype)
@@ -174,15 +201,19 @@ def _virtual(group: h5py.Group, spec: tuple, owned: Mapping[str, np.ndarray], id
 
 
 def _selection(ids: np.ndarray) -> slice | np.ndarray:
-    """The ascending ``ids`` as a slice where they are evenly spaced: a long list makes HDF5 slow to open."""
+    """The ascending ``ids`` as a slice where they are evenly spaced: a long list makes HDF5 slow to
+    open.
+    """
     steps = np.unique(np.diff(ids))
     return slice(ids[0], ids[-1] + 1, steps[0] if len(steps) else 1) if len(steps) <= 1 else ids
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove the oldest committed checkpoints beyond ``keep``, and uncommitted leftovers before the newest.
+    """Remove the oldest committed checkpoints beyond ``keep``, and uncommitted leftovers before the
+    newest.
 
-    A manifest goes first, and durably, so that a half-removed folder is no checkpoint. Files that are not ours stay.
+    A manifest goes first, and durably, so that a half-removed folder is no checkpoint. Files that
+    are not ours stay.
     """
     assert keep >= 1, f"keep = {keep} would remove what a resume needs"
     kept = committed(run)[-keep:]
@@ -193,7 +224,8 @@ def prune(run: Path, keep: int) -> None:
 
 
 def newest(run: Path, *, run_digest: str | None = None) -> tuple[Checkpoint, list[str]]:
-    """The newest checkpoint that is whole and of this config, and a line for each newer one that is not.
+    """The newest checkpoint that is whole and of this config, and a line for each newer one that is
+    not.
 
     Raises StoreError when there is none, with all the lines in one.
     """
@@ -207,7 +239,8 @@ def newest(run: Path, *, run_digest: str | None = None) -> tuple[Checkpoint, lis
             skipped.append(str(why))
     reasons = "; ".join(skipped) or "none was committed"
     raise StoreError(
-        f"{Path(run) / 'checkpoints'}: no valid checkpoint ({reasons}); start anew with another output"
+        f"{Path(run) / 'checkpoints'}: no valid checkpoint ({reasons}); start anew with another "
+        "output"
     )
 
 

@@ -1,4 +1,6 @@
-"""The file under an HDF5 file that is being written: HDF5 2.0 crashes when a write fails, so it sees none fail."""
+"""The file under an HDF5 file that is being written: HDF5 2.0 crashes when a write fails, so it
+sees none fail.
+"""
 
 import os
 
@@ -6,8 +8,8 @@ import os
 class Disk:
     """A file object for h5py over the file with this ``handle``, which it closes.
 
-    After the first write that fails, ``failed`` is its OSError, and what there is and comes is in memory only; the
-    file is not to be used then.
+    After the first write that fails, ``failed`` is its OSError, and what there is and comes is in
+    memory only; the file is not to be used then.
     """
 
     def __init__(self, handle: int) -> None:

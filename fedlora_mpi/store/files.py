@@ -1,4 +1,6 @@
-"""Durable files: a temporary name, fsync, rename, fsync of the folder; a name is old or new, never half."""
+"""Durable files: a temporary name, fsync, rename, fsync of the folder; a name is old or new, never
+half.
+"""
 
 import hashlib
 import os
@@ -35,15 +37,17 @@ def fsync(path: Path) -> None:
 def replacing(path: Path, below: Path | None = None) -> Iterator[BinaryIO]:
     """An empty file beside ``path``, which takes its place, durably, when the block ends well.
 
-    below: from where on no folder may be a link, see ``nolinks``. Raises Unwritable when the disk is full, for instance,
-    and where ``path`` is no file.
+    below: from where on no folder may be a link, see ``nolinks``. Raises Unwritable when the disk
+    is full, for instance, and where ``path`` is no file.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path), nolinks.opened_folder(path.parent, below) as home:
         nolinks.is_there(home, path)
         if nolinks.is_there(home, temporary):  # what a kill has left
             os.unlink(temporary.name, dir_fd=home)
-        handle = os.open(temporary.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=home)
+        handle = os.open(
+            temporary.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=home
+        )
         try:
             with open(handle, "w+b") as file:
                 yield file
@@ -51,7 +55,8 @@ def replacing(path: Path, below: Path | None = None) -> Iterator[BinaryIO]:
                 os.fsync(handle)
             os.replace(temporary.name, path.name, src_dir_fd=home, dst_dir_fd=home)
         except BaseException:
-            with suppress(OSError):  # on a file system that has become read-only nothing can be removed
+            # on a file system that has become read-only nothing can be removed
+            with suppress(OSError):
                 os.unlink(temporary.name, dir_fd=home)
             raise
         os.fsync(home)
@@ -64,7 +69,8 @@ def write_atomic(path: Path, content: bytes, below: Path | None = None) -> None:
 
 
 def copy_atomic(source: Path, target: Path, below: Path | None = None) -> None:
-    """Make ``target`` a copy of ``source``; a crash leaves what was there before. ``below`` holds for both.
+    """Make ``target`` a copy of ``source``; a crash leaves what was there before. ``below`` holds
+    for both.
 
     Raises StoreError when ``source`` is no file.
     """
@@ -73,7 +79,9 @@ def copy_atomic(source: Path, target: Path, below: Path | None = None) -> None:
 
 
 def opened_file(path: Path, below: Path | None = None) -> BinaryIO:
-    """A file of ours, open for reading. Raises StoreError when it is something else, OSError when it is not there."""
+    """A file of ours, open for reading. Raises StoreError when it is something else, OSError when
+    it is not there.
+    """
     try:
         return open(nolinks.opened(path, os.O_RDONLY, below), "rb")
     except nolinks.Misplaced as why:
@@ -86,7 +94,9 @@ def checksum(text: str) -> str:
 
 
 def digest(path: Path, below: Path | None = None) -> str:
-    """The file's 16-byte BLAKE2b checksum in hexadecimal, read as a stream. Raises StoreError, OSError."""
+    """The file's 16-byte BLAKE2b checksum in hexadecimal, read as a stream. Raises StoreError,
+    OSError.
+    """
     found = hashlib.blake2b(digest_size=16)
     with opened_file(path, below) as file:
         while block := file.read(1 << 20):
@@ -97,7 +107,9 @@ def digest(path: Path, below: Path | None = None) -> str:
 def plain_name(name: str) -> str:
     """``name`` itself, when it names a file of its own folder on every system; else StoreError."""
     if name in ("", ".", "..") or {PurePosixPath(name).name, PureWindowsPath(name).name} != {name}:
-        raise StoreError(f"{name!r} is not a plain file name; a checkpoint may not point outside its folder")
+        raise StoreError(
+            f"{name!r} is not a plain file name; a checkpoint may not point outside its folder"
+        )
     return name
 
 
@@ -107,5 +119,6 @@ def check_format(path: Path, version: object) -> None:
         raise FormatError(f"{path}: no format_version, so not a file of fedlora_mpi")
     if version != FORMAT_VERSION:
         raise FormatError(
-            f"{path}: format {version}, this fedlora_mpi reads {FORMAT_VERSION}; use the one that wrote it"
+            f"{path}: format {version}, this fedlora_mpi reads {FORMAT_VERSION}; use the one that "
+            "wrote it"
         )

@@ -1,7 +1,8 @@
-"""HDF5 as every file of a run folder uses it: versioned, checksummed, durable, with exact leaf names.
+"""HDF5 as every file of a run folder uses it: versioned, checksummed, durable, with exact leaf
+names.
 
-HDF5's own file locks are off: some cluster file systems refuse them, and they would keep a reader out
-of a running log. ``lock.py`` guards the folder instead.
+HDF5's own file locks are off: some cluster file systems refuse them, and they would keep a reader
+out of a running log. ``lock.py`` guards the folder instead.
 """
 
 import math
@@ -23,7 +24,9 @@ BLOCK_BYTES = 16 << 20  # what a write or a read may hold beside the caller's ar
 
 @contextmanager
 def create(path: Path, below: Path | None = None) -> Iterator[h5py.File]:
-    """A new file to fill, which appears as ``path`` when the block ends well; ``below``: see ``replacing``."""
+    """A new file to fill, which appears as ``path`` when the block ends well; ``below``: see
+    ``replacing``.
+    """
     with replacing(path, below) as file, closing(Disk(os.dup(file.fileno()))) as disk:
         with h5py.File(disk, "w", locking=False) as file:
             file.attrs["format_version"] = FORMAT_VERSION
@@ -32,7 +35,9 @@ def create(path: Path, below: Path | None = None) -> Iterator[h5py.File]:
 
 
 def open_file(path: Path, disk: Disk | None = None, below: Path | None = None) -> h5py.File:
-    """An existing file of ours, open for reading, or, with its ``disk``, for writing. Raises StoreError."""
+    """An existing file of ours, open for reading, or, with its ``disk``, for writing. Raises
+    StoreError.
+    """
     try:
         file = h5py.File(disk, "r+", locking=False) if disk else _reading(path, below)
     except OSError as why:
@@ -48,7 +53,9 @@ def open_file(path: Path, disk: Disk | None = None, below: Path | None = None) -
 
 
 def _reading(path: Path, below: Path | None) -> h5py.File:
-    """The file, opened by its name, as HDF5 is fastest, and the same that was found there without following a link."""
+    """The file, opened by its name, as HDF5 is fastest, and the same that was found there without
+    following a link.
+    """
     with opened_file(path, below) as found:
         file = h5py.File(path, "r", locking=False)
         if not os.path.sameopenfile(found.fileno(), file.id.get_vfd_handle()):
@@ -58,7 +65,9 @@ def _reading(path: Path, below: Path | None) -> h5py.File:
 
 
 def escape(leaf: str) -> str:
-    """The HDF5 name of a leaf: JSON pointer's escapes, and ``%``, which virtual data sets interpret."""
+    """The HDF5 name of a leaf: JSON pointer's escapes, and ``%``, which virtual data sets
+    interpret.
+    """
     assert leaf not in ("", "."), f"{leaf!r} cannot name a leaf"
     return leaf.replace("~", "~0").replace("/", "~1").replace("%", "~2")
 
@@ -69,17 +78,24 @@ def unescape(name: str) -> str:
 
 
 def write(
-    group: h5py.Group, name: str, array: np.ndarray, axes: Sequence[str] = (), order: np.ndarray | None = None
+    group: h5py.Group,
+    name: str,
+    array: np.ndarray,
+    axes: Sequence[str] = (),
+    order: np.ndarray | None = None,
 ) -> h5py.Dataset:
-    """Store ``array`` (its rows in ``order``) block by block, whatever its strides, and label its axes.
+    """Store ``array`` (its rows in ``order``) block by block, whatever its strides, and label its
+    axes.
 
-    Scalars and empty arrays cannot be chunked, so carry no fletcher32: the manifest's checksum covers them.
+    Scalars and empty arrays cannot be chunked, so carry no fletcher32: the manifest's checksum
+    covers them.
     """
     if array.ndim == 0 or array.size == 0:
         return label(group.create_dataset(name, data=array), axes)
     row_bytes = array.itemsize * math.prod(array.shape[1:])
     chunk = min(len(array), -(-CHUNK_BYTES // row_bytes))
-    block = chunk * max(1, BLOCK_BYTES // (chunk * row_bytes))  # whole chunks: none is written twice
+    # whole chunks: none is written twice
+    block = chunk * max(1, BLOCK_BYTES // (chunk * row_bytes))
     dataset = group.create_dataset(
         name, array.shape, array.dtype, chunks=(chunk, *array.shape[1:]), fletcher32=True
     )
@@ -97,7 +113,9 @@ def label(dataset: h5py.Dataset, axes: Sequence[str]) -> h5py.Dataset:
 
 
 def read(dataset: h5py.Dataset, rows: int | None = None) -> np.ndarray:
-    """The whole of a data set, or its first ``rows``. Raises StoreError when it claims far more than the file holds."""
+    """The whole of a data set, or its first ``rows``. Raises StoreError when it claims far more
+    than the file holds.
+    """
     shape = dataset.shape if rows is None else (rows, *dataset.shape[1:])
     if math.prod(shape) * dataset.dtype.itemsize > (1 << 20) + 16 * dataset.id.get_storage_size():
         raise StoreError(f"{dataset.name} claims {shape}, which is more than the file holds")
@@ -105,7 +123,9 @@ def read(dataset: h5py.Dataset, rows: int | None = None) -> np.ndarray:
 
 
 def read_rows(dataset: h5py.Dataset, rows: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
-    """``out[places] = dataset[rows]``; rows that are near each other are read in one slice of <= 16 MiB."""
+    """``out[places] = dataset[rows]``; rows that are near each other are read in one slice of <= 16
+    MiB.
+    """
     row_bytes = max(1, dataset.dtype.itemsize * math.prod(dataset.shape[1:]))
     near = max(1, CHUNK_BYTES // row_bytes)  # a gap that is read over faster than it is skipped
     limit = max(1, BLOCK_BYTES // row_bytes)

@@ -1,4 +1,6 @@
-"""One run per folder: an exclusive lock that the kernel releases when its process ends, however it ends."""
+"""One run per folder: an exclusive lock that the kernel releases when its process ends, however it
+ends.
+"""
 
 import errno
 import fcntl
@@ -18,7 +20,8 @@ UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre mounted with
 
 @contextmanager
 def locked(run: Path, below: Path | None = None) -> Iterator[None]:
-    """Hold ``RUN/.lock`` during the block; where the file system has no locks, warn and go on. ``below``: see ``nolinks``.
+    """Hold ``RUN/.lock`` during the block; where the file system has no locks, warn and go on.
+    ``below``: see ``nolinks``.
 
     Raises StoreError, with host and pid, when another process holds it.
     """
@@ -27,7 +30,10 @@ def locked(run: Path, below: Path | None = None) -> Iterator[None]:
         handle = nolinks.opened(path, os.O_RDWR | os.O_CREAT, below)
     try:
         if os.fstat(handle).st_nlink > 1:
-            raise StoreError(f"{path}: is one file with another name (a hard link), which a run would write to; remove it")
+            raise StoreError(
+                f"{path}: is one file with another name (a hard link), which a run would write "
+                "to; remove it"
+            )
         _take(path, handle)
         with writing(path):
             os.ftruncate(handle, 0)
@@ -50,5 +56,6 @@ def _take(path: Path, handle: int) -> None:
         if why.errno not in UNSUPPORTED:
             raise
         warnings.warn(
-            f"{path}: this file system has no locks; start no second run in this folder", stacklevel=4
+            f"{path}: this file system has no locks; start no second run in this folder",
+            stacklevel=4,
         )

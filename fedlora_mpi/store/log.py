@@ -1,9 +1,11 @@
-"""``RUN/log.h5``: one row a round, written by one process, whole after a kill at any moment between rows.
+"""``RUN/log.h5``: one row a round, written by one process, whole after a kill at any moment between
+rows.
 
-``/rounds/<name>`` [T], ``/clients/<name>`` [T, N] float32, ``/ranks/seconds_<stage>`` [T, R] float32 with R the most
-ranks of any round and ``/ranks/ranks`` [T] how many they were (NaN beyond them; 0 ranks where the round measured none),
-``/partition``; the resolved config (YAML and JSON) and the number of clients as attributes of the file, the versions of
-the parts as attributes of ``/versions``. ``seal.py`` has what tells whether all that is as it was written.
+``/rounds/<name>`` [T], ``/clients/<name>`` [T, N] float32, ``/ranks/seconds_<stage>`` [T, R]
+float32 with R the most ranks of any round and ``/ranks/ranks`` [T] how many they were (NaN beyond
+them; 0 ranks where the round measured none), ``/partition``; the resolved config (YAML and JSON)
+and the number of clients as attributes of the file, the versions of the parts as attributes of
+``/versions``. ``seal.py`` has what tells whether all that is as it was written.
 """
 
 import json
@@ -21,17 +23,26 @@ from . import hdf5, nolinks, schema, seal
 from .disk import Disk
 from .files import StoreError, checksum
 
-UNITS = {"seconds_*": "seconds", "bytes_*": "bytes", "*accuracy*": "fraction", "nan_*": "fraction", "*flops*": "FLOP"}
+UNITS = {
+    "seconds_*": "seconds",
+    "bytes_*": "bytes",
+    "*accuracy*": "fraction",
+    "nan_*": "fraction",
+    "*flops*": "FLOP",
+}
 _YOUNG = {"rounds/nan_predictions"}  # columns that a log of before there were any goes on without
 GROUPS = ("rounds", "clients", "ranks")
 PARTITION_AXES = {"indices": ["sample"], "offsets": ["boundary"], "counts": ["client", "class"]}
 
 
 class Log:
-    """An open log. Rows that ``append`` has returned from survive kill -9 (libver default, no SWMR)."""
+    """An open log. Rows that ``append`` has returned from survive kill -9 (libver default, no
+    SWMR).
+    """
 
     def __init__(self, path: Path):
-        """Open the log of an earlier process, cutting a row that a kill has left in some columns only.
+        """Open the log of an earlier process, cutting a row that a kill has left in some columns
+        only.
 
         Raises StoreError, Unwritable.
         """
@@ -41,9 +52,17 @@ class Log:
         file = self._file
         with schema.reading(path):
             columns = {group: dict(file.require_group(group).items()) for group in GROUPS}
-            schema.check_columns(columns, schema.member({"clients": schema.attribute(file, "clients")}, "clients", int, 1))
-            self._columns = {f"{group}/{name}": ds for group, found in columns.items() for name, ds in found.items()}
-            self._seals = schema.table(file, seal.ROWS, 1) if seal.ROWS in file else None  # None: older than they are
+            schema.check_columns(
+                columns,
+                schema.member({"clients": schema.attribute(file, "clients")}, "clients", int, 1),
+            )
+            self._columns = {
+                f"{group}/{name}": ds
+                for group, found in columns.items()
+                for name, ds in found.items()
+            }
+            # None: older than they are
+            self._seals = schema.table(file, seal.ROWS, 1) if seal.ROWS in file else None
             every = [*self._columns.values(), *([] if self._seals is None else [self._seals])]
             rows = min(map(len, every), default=0)
             for column in every:
@@ -64,12 +83,15 @@ class Log:
     ) -> "Log":
         """A new log without rows; ``partition`` as ``/partition`` holds it (see ``ragged``).
 
-        beside: the texts of the files in the folder whose checksums it keeps, by name; inventory: see ``inventory_of``.
+        beside: the texts of the files in the folder whose checksums it keeps, by name; inventory:
+        see ``inventory_of``.
 
         Raises StoreError when there is one already.
         """
         if Path(path).exists():
-            raise StoreError(f"{path}: there is a log already; resume its run, or choose another output")
+            raise StoreError(
+                f"{path}: there is a log already; resume its run, or choose another output"
+            )
         with hdf5.create(Path(path)) as file:
             file.attrs.update(config_yaml=config_yaml, config_json=config_json, clients=clients)
             file.create_group("versions").attrs.update(versions)
@@ -83,8 +105,12 @@ class Log:
                     hdf5.write(group, name, value, PARTITION_AXES.get(name.rpartition("_")[2], ()))
             if inventory:
                 file.attrs["inventory"] = inventory
-            file.attrs["beside"] = json.dumps({name: checksum(text) for name, text in (beside or {}).items()})
-            seals = file.create_dataset(seal.ROWS, (0,), np.int64, maxshape=(None,), chunks=(256,), fletcher32=True)
+            file.attrs["beside"] = json.dumps(
+                {name: checksum(text) for name, text in (beside or {}).items()}
+            )
+            seals = file.create_dataset(
+                seal.ROWS, (0,), np.int64, maxshape=(None,), chunks=(256,), fletcher32=True
+            )
             hdf5.label(seals, ["round"])
             file.attrs[seal.HEAD] = seal.head(file)
         return cls.append_to(path)
@@ -101,10 +127,11 @@ class Log:
         clients: Mapping[str, np.ndarray | float],
         ranks: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """Add the row of one round, on disk on return; ``nan`` is the row of clients who were not evaluated.
+        """Add the row of one round, on disk on return; ``nan`` is the row of clients who were not
+        evaluated.
 
-        ``clients`` are [N] each, ``ranks`` seconds [R] of each stage. The first row decides the columns and which of
-        them are integers; those of ranks begin when there are any.
+        ``clients`` are [N] each, ``ranks`` seconds [R] of each stage. The first row decides the
+        columns and which of them are integers; those of ranks begin when there are any.
         """
         row = {"rounds/round": round_}
         row |= {f"rounds/{name}": value for name, value in rounds.items()}
@@ -123,7 +150,9 @@ class Log:
             assert np.can_cast(given.dtype, column.dtype, "same_kind"), (
                 f"{name}: {given.dtype} into {column.dtype}"
             )
-            assert given.shape in ((), column.shape[1:]), f"{name}: {given.shape} into {column.shape}"
+            assert given.shape in ((), column.shape[1:]), (
+                f"{name}: {given.shape} into {column.shape}"
+            )
             stored[name] = np.broadcast_to(given.astype(column.dtype), (1, *column.shape[1:]))
         last = self._columns["rounds/round"]
         rows = len(last)
@@ -139,7 +168,9 @@ class Log:
             self._disk.sync()
 
     def _of_ranks(self, ranks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray | int]:
-        """The row of ``/ranks``. Its columns begin with the first seconds, and grow as wide as the most ranks ask."""
+        """The row of ``/ranks``. Its columns begin with the first seconds, and grow as wide as the
+        most ranks ask.
+        """
         number = max(map(len, ranks.values()), default=0)
         if ranks and "ranks/ranks" not in self._columns:
             names = ("ranks/ranks", *(f"ranks/seconds_{stage}" for stage in ranks))
@@ -183,13 +214,20 @@ class Log:
                 self._disk.sync()
 
     def _column(self, path: str, value: float | int | np.ndarray) -> h5py.Dataset:
-        """A new column: ``/rounds/<name>`` [0], ``/clients/<name>`` [0, N]; of ranks, which may begin late, with a row
-        of nothing for each round so far: ``/ranks/ranks`` [T], ``/ranks/seconds_<stage>`` [T, 0]."""
+        """A new column: ``/rounds/<name>`` [0], ``/clients/<name>`` [0, N]; of ranks, which may
+        begin late, with a row of nothing for each round so far: ``/ranks/ranks`` [T],
+        ``/ranks/seconds_<stage>`` [T, 0].
+        """
         group, name = path.split("/")
         first, most, chunk, dtype = (0,), (None,), (256,), np.asarray(value).dtype
         if group == "clients":
             clients = int(self._file.attrs["clients"])
-            first, most, chunk, dtype = (0, clients), (None, clients), (16, min(clients, 4096)), np.float32
+            first, most, chunk, dtype = (
+                (0, clients),
+                (None, clients),
+                (16, min(clients, 4096)),
+                np.float32,
+            )
         elif group == "ranks":
             first = (len(self._columns["rounds/round"]),)
             if name != "ranks":
@@ -205,21 +243,26 @@ class Log:
 
 
 def inventory_of(path: Path) -> dict[str, dict[str, str]]:
-    """The digests of what the run of a log began with: kind, item, digest; {} of a log without, and where none can be
-    read."""
+    """The digests of what the run of a log began with: kind, item, digest; {} of a log without, and
+    where none can be read.
+    """
     try:
         with hdf5.open_file(path) as file:
             found = json.loads(schema.attribute(file, "inventory", "{}"))
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError):  # StoreError is one; RecursionError, of deep JSON
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError):
+        # StoreError is one; RecursionError, of deep JSON
         return {}
     parts = found.values() if isinstance(found, dict) else [None]
-    if not all(isinstance(part, dict) and all(isinstance(v, str) for v in part.values()) for part in parts):
+    if not all(
+        isinstance(part, dict) and all(isinstance(v, str) for v in part.values()) for part in parts
+    ):
         return {}
     return found
 
 
 def ragged(name: str, lists: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Lists of different lengths as two arrays: ``<name>_indices``, flat, and ``<name>_offsets`` [N + 1].
+    """Lists of different lengths as two arrays: ``<name>_indices``, flat, and ``<name>_offsets`` [N
+    + 1].
 
     List ``n`` is ``indices[offsets[n]:offsets[n + 1]]``.
     """

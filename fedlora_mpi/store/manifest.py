@@ -1,4 +1,6 @@
-"""``manifest.json``, whose presence makes a folder a checkpoint: what the other files must be to be used."""
+"""``manifest.json``, whose presence makes a folder a checkpoint: what the other files must be to be
+used.
+"""
 
 import json
 import re
@@ -26,7 +28,9 @@ def is_worker_file(name: str) -> bool:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file of this name is one that a checkpoint has, or that a killed writer has left of one."""
+    """Whether a file of this name is one that a checkpoint has, or that a killed writer has left of
+    one.
+    """
     return bool(re.fullmatch(rf"{_FILES}|\.({_FILES})\.tmp", name))
 
 
@@ -48,7 +52,10 @@ class Shard:
         """The record of a file in the manifest. Raises StoreError."""
         if not isinstance(block, dict):
             raise StoreError(f"files: each must be a block, here is {type(block).__name__}")
-        name, digest = files.plain_name(schema.member(block, "name", str)), schema.member(block, "digest", str)
+        name, digest = (
+            files.plain_name(schema.member(block, "name", str)),
+            schema.member(block, "digest", str),
+        )
         return cls(name, schema.member(block, "size", int, 0), digest)
 
     @classmethod
@@ -62,8 +69,12 @@ class Shard:
 
     @classmethod
     def from_numbers(cls, name: str, numbers: np.ndarray) -> "Shard":
-        """The record that ``numbers`` came from; the name follows from the sender (``worker_file``)."""
-        return cls(name, int(numbers[0]), np.ascontiguousarray(numbers[1:], np.int64).tobytes().hex())
+        """The record that ``numbers`` came from; the name follows from the sender
+        (``worker_file``).
+        """
+        return cls(
+            name, int(numbers[0]), np.ascontiguousarray(numbers[1:], np.int64).tobytes().hex()
+        )
 
     def verify(self, folder: Path) -> None:
         """Raise StoreError unless the file in ``folder`` is the one recorded; reads it whole."""
@@ -80,7 +91,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checkpoint's round, the digest of the config that made it, its number of clients and its files."""
+    """A checkpoint's round, the digest of the config that made it, its number of clients and its
+    files.
+    """
 
     round: int
     run_digest: str
@@ -94,7 +107,9 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """The manifest of ``folder``. Raises StoreError: missing, damaged, newer, or pointing elsewhere."""
+        """The manifest of ``folder``. Raises StoreError: missing, damaged, newer, or pointing
+        elsewhere.
+        """
         path = folder / NAME
         with schema.reading(path):
             with files.opened_file(path, run_of(folder)) as file:
@@ -105,7 +120,11 @@ class Manifest:
             files.check_format(path, fields.get("format_version"))
             shards = tuple(Shard.read(shard) for shard in schema.member(fields, "files", list))
             names = [shard.name for shard in shards]
-            if twice := sorted({name for name in names if names.count(name) > 1}) if len({*names}) < len(names) else []:
+            if (
+                twice := sorted({name for name in names if names.count(name) > 1})
+                if len({*names}) < len(names)
+                else []
+            ):
                 raise StoreError(f"lists {twice[0]} twice")
             numbers = [schema.member(fields, key, int, 0) for key in ("round", "clients")]
             manifest = cls(numbers[0], schema.member(fields, "run_digest", str), numbers[1], shards)

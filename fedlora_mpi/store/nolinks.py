@@ -1,7 +1,9 @@
-"""Opens, makes and removes what lies below a folder that the user has named, and follows no link there.
+"""Opens, makes and removes what lies below a folder that the user has named, and follows no link
+there.
 
-That folder itself and those above it may be links: they are the user's choice. Below it a link, a FIFO or a device would
-lead a write elsewhere, or make it wait for ever; each is refused, and nothing is removed that is no file.
+That folder itself and those above it may be links: they are the user's choice. Below it a link, a
+FIFO or a device would lead a write elsewhere, or make it wait for ever; each is refused, and
+nothing is removed that is no file.
 """
 
 import errno
@@ -24,7 +26,9 @@ class Misplaced(Unwritable, ValueError):
 
     def __init__(self, path: Path, mode: int, wanted: str) -> None:
         kind = next((name for name, test in _KINDS.items() if test(mode)), "something strange")
-        text = f"{path} is {kind} where {wanted} of ours would be; it is left as it is, move it away"
+        text = (
+            f"{path} is {kind} where {wanted} of ours would be; it is left as it is, move it away"
+        )
         super().__init__(errno.ELOOP, text, str(path))
 
     def __str__(self) -> str:
@@ -33,7 +37,8 @@ class Misplaced(Unwritable, ValueError):
 
 @contextmanager
 def opened_folder(folder: Path, below: Path | None = None, make: bool = False) -> Iterator[int]:
-    """A handle of ``folder`` during the block; what leads to it from ``below`` (default: itself) are real folders.
+    """A handle of ``folder`` during the block; what leads to it from ``below`` (default: itself)
+    are real folders.
 
     make: make those of them, and those above, that are not there. Raises Misplaced, OSError.
     """
@@ -63,7 +68,9 @@ def _inside(home: int, folder: Path, make: bool) -> int:
 
 
 def is_there(home: int, path: Path, wanted: str = "a file") -> bool:
-    """Whether ``path`` is in the folder with the handle ``home``. Raises Misplaced when it is not ``wanted``."""
+    """Whether ``path`` is in the folder with the handle ``home``. Raises Misplaced when it is not
+    ``wanted``.
+    """
     try:
         mode = os.stat(path.name, dir_fd=home, follow_symlinks=False).st_mode
     except FileNotFoundError:
@@ -93,7 +100,9 @@ def remove(path: Path, below: Path | None = None) -> None:
 
 
 def check(folder: Path, is_ours: Callable[[str], bool], below: Path | None = None) -> None:
-    """Raise Misplaced unless the folder, if it is there, and what in it has the name of a file of ours are just that."""
+    """Raise Misplaced unless the folder, if it is there, and what in it has the name of a file of
+    ours are just that.
+    """
     with suppress(FileNotFoundError), opened_folder(folder, below) as home:
         for name in filter(is_ours, os.listdir(home)):
             is_there(home, folder / name)
@@ -102,17 +111,26 @@ def check(folder: Path, is_ours: Callable[[str], bool], below: Path | None = Non
 def strangers(folder: Path, is_ours: Callable[[str], bool], below: Path) -> list[str]:
     """The names in ``folder`` that are not ours, or are no files. Raises Misplaced, OSError."""
     with opened_folder(folder, below) as home, os.scandir(home) as found:
-        return sorted(entry.name for entry in found if not (is_ours(entry.name) and entry.is_file(follow_symlinks=False)))
+        return sorted(
+            entry.name
+            for entry in found
+            if not (is_ours(entry.name) and entry.is_file(follow_symlinks=False))
+        )
 
 
 def clear(folder: Path, is_ours: Callable[[str], bool], below: Path, first: str = "") -> bool:
-    """Remove the files of ours in ``folder``, then the folder; whether it is gone, having had nothing else.
+    """Remove the files of ours in ``folder``, then the folder; whether it is gone, having had
+    nothing else.
 
     first: the file that goes before all others, durably. Raises Misplaced, OSError.
     """
     with opened_folder(folder, below) as home:
         with os.scandir(home) as found:
-            names = {entry.name for entry in found if is_ours(entry.name) and entry.is_file(follow_symlinks=False)}
+            names = {
+                entry.name
+                for entry in found
+                if is_ours(entry.name) and entry.is_file(follow_symlinks=False)
+            }
         if first in names:
             os.unlink(first, dir_fd=home)
             os.fsync(home)

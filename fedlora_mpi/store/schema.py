@@ -1,6 +1,8 @@
-"""What the files of a run folder may say, checked before anything of the size that they claim is made.
+"""What the files of a run folder may say, checked before anything of the size that they claim is
+made.
 
-Every check raises StoreError (or, inside ``reading``, is turned into one): one line with the file and the item.
+Every check raises StoreError (or, inside ``reading``, is turned into one): one line with the file
+and the item.
 """
 
 import json
@@ -17,9 +19,13 @@ import numpy as np
 from ..core.escapes import brief
 from .files import StoreError
 
-_SLACK = 1 << 20  # bytes that a file may claim without having them: what is not written yet is filled in
+# bytes that a file may claim without having them: what is not written yet is filled in
+_SLACK = 1 << 20
 _MOST = 16  # claimed bytes for each that the file has
-_DTYPES = {np.dtype(name) for name in ("bool", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")}
+_DTYPES = {
+    np.dtype(name)
+    for name in ("bool", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+}
 _DEEP = 50  # blocks of a JSON inside each other
 _TEXTS = 10_000  # of a list that is an attribute
 LARGEST = 2**53  # of an integer
@@ -43,7 +49,16 @@ def reading(path: Path) -> Iterator[None]:
         raise StoreError(str(why) if str(path) in str(why) else f"{path}: {why}") from why
     except KeyError as why:
         raise StoreError(f"{path}: damaged, it has no {why}") from why
-    except (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as why:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        RuntimeError,
+        MemoryError,
+    ) as why:
         raise StoreError(f"{path}: missing or damaged ({brief(why)})") from why
 
 
@@ -51,8 +66,10 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def check_file(path: Path, file: h5py.File) -> None:
-    """Raise StoreError when anything in the file is somewhere else: in another file, by whatever of HDF5's ways; when it
-    is of a type that none of ours has, or when all together claim far more than the file holds."""
+    """Raise StoreError when anything in the file is somewhere else: in another file, by whatever of
+    HDF5's ways; when it is of a type that none of ours has, or when all together claim far more
+    than the file holds.
+    """
     ahead, items = [(file, 0)], []
     while ahead:
         group, depth = ahead.pop()
@@ -60,7 +77,10 @@ def check_file(path: Path, file: h5py.File) -> None:
             raise StoreError(f"{path}: {group.name}: is deeper than any file of a run")
         for name in group:
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                raise StoreError(f"{path}: {group.name}: {name} is a link; a file of a run may not point elsewhere")
+                raise StoreError(
+                    f"{path}: {group.name}: {name} is a link; a file of a run may not point "
+                    "elsewhere"
+                )
             item = group[name]
             if isinstance(item, h5py.Group):
                 ahead.append((item, depth + 1))
@@ -68,7 +88,9 @@ def check_file(path: Path, file: h5py.File) -> None:
                 items.append(item)
     claimed = sum(_claim(path, item) for item in items)
     if claimed > _SLACK + _MOST * os.path.getsize(path):
-        raise StoreError(f"{path}: its data sets claim {claimed:,} bytes, which is more than the file holds")
+        raise StoreError(
+            f"{path}: its data sets claim {claimed:,} bytes, which is more than the file holds"
+        )
 
 
 def _claim(path: Path, item: h5py.Dataset | h5py.Datatype) -> int:
@@ -76,17 +98,26 @@ def _claim(path: Path, item: h5py.Dataset | h5py.Datatype) -> int:
     if not isinstance(item, h5py.Dataset):
         raise StoreError(f"{path}: {item.name} is no data set")
     if item.external or item.is_virtual:
-        raise StoreError(f"{path}: {item.name} is in another file; a file of a run may not point elsewhere")
+        raise StoreError(
+            f"{path}: {item.name} is in another file; a file of a run may not point elsewhere"
+        )
     try:
         dtype = item.dtype
     except TypeError as why:
-        raise StoreError(f"{path}: {item.name} is of a type that no file of a run has ({brief(why)})") from why
+        raise StoreError(
+            f"{path}: {item.name} is of a type that no file of a run has ({brief(why)})"
+        ) from why
     enum = dtype.kind != "b" and h5py.check_enum_dtype(dtype)
     if dtype not in _DTYPES or enum or item.shape is None:
-        raise StoreError(f"{path}: {item.name} is of type {str(dtype)[:100]}; a file of a run has plain numbers only")
+        raise StoreError(
+            f"{path}: {item.name} is of type {str(dtype)[:100]}; a file of a run has plain "
+            "numbers only"
+        )
     size = math.prod(item.shape) * dtype.itemsize
     if size > _SLACK + _MOST * item.id.get_storage_size():
-        raise StoreError(f"{path}: {item.name} claims {item.shape}, which is more than the file holds")
+        raise StoreError(
+            f"{path}: {item.name} claims {item.shape}, which is more than the file holds"
+        )
     return size
 
 
@@ -96,22 +127,41 @@ def attributes(of: h5py.Group) -> dict[str, Any]:
 
 
 def attribute(of: h5py.Group, name: str, default: Any = None) -> Any:
-    """An attribute; ``default`` where there is none. Raises StoreError unless it is a text, a number or a list of texts."""
+    """An attribute; ``default`` where there is none. Raises StoreError unless it is a text, a
+    number or a list of texts.
+    """
     if name not in of.attrs:
         return default
     try:
         about = of.attrs.get_id(name)
         text = h5py.check_string_dtype(about.dtype) is not None
         plain = about.shape == () and (text or about.dtype in _DTYPES)
-        value = of.attrs[name] if plain or (text and len(about.shape) == 1 and about.shape[0] <= _TEXTS) else None
-        value = value.item() if isinstance(value, np.generic) else value.tolist() if isinstance(value, np.ndarray) else value
+        value = (
+            of.attrs[name]
+            if plain or (text and len(about.shape) == 1 and about.shape[0] <= _TEXTS)
+            else None
+        )
+        value = (
+            value.item()
+            if isinstance(value, np.generic)
+            else value.tolist()
+            if isinstance(value, np.ndarray)
+            else value
+        )
         for part in value if isinstance(value, list) else [value]:
             if isinstance(part, str):
                 part.encode()
     except (TypeError, ValueError, OSError, RuntimeError, MemoryError) as why:
         raise StoreError(f"attribute {name!r} cannot be read ({brief(why)})") from why
-    if not isinstance(value, str | int | float | list) or isinstance(value, list) and not all(isinstance(v, str) for v in value):
-        raise StoreError(f"attribute {name!r} is of type {str(about.dtype)[:100]} {about.shape}, and no file of a run has such")
+    if (
+        not isinstance(value, str | int | float | list)
+        or isinstance(value, list)
+        and not all(isinstance(v, str) for v in value)
+    ):
+        raise StoreError(
+            f"attribute {name!r} is of type {str(about.dtype)[:100]} {about.shape}, and no file "
+            "of a run has such"
+        )
     return value
 
 
@@ -122,29 +172,43 @@ def group_of(file: h5py.Group, name: str) -> h5py.Group:
     return found
 
 
-def table(file: h5py.Group, name: str, axes: int, rows: int | None = None, whole: bool = False) -> h5py.Dataset:
-    """A data set with at least so many axes and, if given, rows; ``whole``: of integers. Raises StoreError."""
+def table(
+    file: h5py.Group, name: str, axes: int, rows: int | None = None, whole: bool = False
+) -> h5py.Dataset:
+    """A data set with at least so many axes and, if given, rows; ``whole``: of integers. Raises
+    StoreError.
+    """
     found = file.get(name)
     if not isinstance(found, h5py.Dataset) or found.ndim < axes:
         raise StoreError(f"{file.file.filename}: has no data set {name!r} with {axes} axes")
     if whole and found.dtype.kind not in "iu":
-        raise StoreError(f"{file.file.filename}: {found.name} is of type {found.dtype}, must be of integers")
+        raise StoreError(
+            f"{file.file.filename}: {found.name} is of type {found.dtype}, must be of integers"
+        )
     if rows is not None and len(found) != rows:
-        raise StoreError(f"{file.file.filename}: {found.name} has {len(found)} rows, there must be {rows}")
+        raise StoreError(
+            f"{file.file.filename}: {found.name} has {len(found)} rows, there must be {rows}"
+        )
     return found
 
 
 def check_columns(columns: Mapping[str, Mapping[str, h5py.Dataset]], clients: int | None) -> None:
-    """Raise StoreError unless the columns of a log have the axes that they must have; their rows may differ by one."""
+    """Raise StoreError unless the columns of a log have the axes that they must have; their rows
+    may differ by one.
+    """
     for group, found in columns.items():
         for name, column in found.items():
             axes = 1 if group == "rounds" or (group, name) == ("ranks", "ranks") else 2
             if not isinstance(column, h5py.Dataset) or column.ndim != axes:
                 raise StoreError(f"{group}/{name} is no data set of {axes} axes")
             if group == "clients" and clients is not None and column.shape[1] != clients:
-                raise StoreError(f"{group}/{name} is of {column.shape[1]} clients, the log of {clients}")
+                raise StoreError(
+                    f"{group}/{name} is of {column.shape[1]} clients, the log of {clients}"
+                )
     for group, name in (("rounds", "round"), ("ranks", "ranks")):
-        if columns[group] and (name not in columns[group] or columns[group][name].dtype.kind not in "iu"):
+        if columns[group] and (
+            name not in columns[group] or columns[group][name].dtype.kind not in "iu"
+        ):
             raise StoreError(f"{group}/{name} is missing or not of integers")
 
 
@@ -153,12 +217,23 @@ def check_partition(found: Mapping[str, Any]) -> None:
     for name, value in found.items():
         if isinstance(value, np.ndarray):
             axes = 2 if name.endswith("_counts") else 1
-            if value.ndim != axes or value.dtype.kind not in "iu" or (value.size and value.min() < 0):
-                raise StoreError(f"partition/{name} must be of {axes} axes and of integers from 0 on")
+            if (
+                value.ndim != axes
+                or value.dtype.kind not in "iu"
+                or (value.size and value.min() < 0)
+            ):
+                raise StoreError(
+                    f"partition/{name} must be of {axes} axes and of integers from 0 on"
+                )
     clients = {len(value) for name, value in found.items() if name.endswith("_counts")}
     for name in [name.removesuffix("_offsets") for name in found if name.endswith("_offsets")]:
         offsets, indices = found[f"{name}_offsets"], found[f"{name}_indices"]
-        if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(indices) or (np.diff(offsets) < 0).any():
+        if (
+            not len(offsets)
+            or offsets[0] != 0
+            or offsets[-1] != len(indices)
+            or (np.diff(offsets) < 0).any()
+        ):
             raise StoreError(f"partition/{name}_offsets do not divide partition/{name}_indices")
         clients.add(len(offsets) - 1)
     if len(clients) > 1:
@@ -181,7 +256,11 @@ def json_block(text: str | bytes, what: str) -> dict[str, Any]:
         block, depth = ahead.pop()
         if depth > _DEEP:
             raise StoreError(f"{what} is nested more than {_DEEP} deep")
-        ahead += [(v, depth + 1) for v in (block.values() if isinstance(block, dict) else block) if isinstance(v, dict | list)]
+        ahead += [
+            (v, depth + 1)
+            for v in (block.values() if isinstance(block, dict) else block)
+            if isinstance(v, dict | list)
+        ]
     return value
 
 
@@ -192,11 +271,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return block
 
 
-def member(block: Mapping[str, Any], key: str, kind: type, least: int | None = None, most: int = LARGEST) -> Any:
-    """``block[key]``. Raises StoreError unless it is of this type and, if a number, from ``least`` to ``most``."""
+def member(
+    block: Mapping[str, Any], key: str, kind: type, least: int | None = None, most: int = LARGEST
+) -> Any:
+    """``block[key]``. Raises StoreError unless it is of this type and, if a number, from ``least``
+    to ``most``.
+    """
     value = block.get(key)
     if type(value) is not kind:
-        raise StoreError(f"{key} must be {_TYPES[kind]}, is {'missing' if key not in block else repr(value)[:80]}")
+        raise StoreError(
+            f"{key} must be {_TYPES[kind]}, is "
+            f"{'missing' if key not in block else repr(value)[:80]}"
+        )
     if least is not None and not least <= value <= most:
         raise StoreError(f"{key} = {repr(value)[:80]}: must be from {least} to {most}")
     return value

@@ -1,4 +1,6 @@
-"""What tells a log that is as it was written from a damaged one: HDF5 checks its chunks, not what it says of them."""
+"""What tells a log that is as it was written from a damaged one: HDF5 checks its chunks, not what
+it says of them.
+"""
 
 from collections.abc import Mapping
 from hashlib import blake2b
@@ -13,12 +15,19 @@ HEAD, ROWS = "seal", "row_seal"  # an attribute of the file; a data set [T] int6
 
 
 def head(log: h5py.File) -> str:
-    """The checksum of all that is no row: the attributes of the file, ``/versions`` and ``/partition``."""
+    """The checksum of all that is no row: the attributes of the file, ``/versions`` and
+    ``/partition``.
+    """
     checksum = blake2b(digest_size=16)
-    for name, group in {"": log, "versions": log["versions"], "partition": log["partition"]}.items():
+    for name, group in {
+        "": log,
+        "versions": log["versions"],
+        "partition": log["partition"],
+    }.items():
         for key, value in sorted(schema.attributes(group).items()):
             if key != HEAD:
-                value = np.array(value, object) if isinstance(value, list) else value  # as h5py gives it, and old seals have it
+                # as h5py gives it, and old seals have it
+                value = np.array(value, object) if isinstance(value, list) else value
                 checksum.update(f"{name}@{key}={value}\0".encode())
     for name, dataset in sorted(log["partition"].items()):
         value = hdf5.read(dataset)
@@ -27,8 +36,9 @@ def head(log: h5py.File) -> str:
 
 
 def rows(columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    """[T] int64: the checksum of each row of ``columns`` [T, ...] by name; of ranks, whose columns may begin late and
-    become wider, that of the ranks there were."""
+    """[T] int64: the checksum of each row of ``columns`` [T, ...] by name; of ranks, whose columns
+    may begin late and become wider, that of the ranks there were.
+    """
     about = {name: f"{name}{value.dtype.str}".encode() for name, value in sorted(columns.items())}
     number = len(next(iter(columns.values()), ()))
     found = np.empty(number, np.int64)
@@ -46,7 +56,9 @@ def rows(columns: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def verify(log: h5py.File, columns: Mapping[str, np.ndarray]) -> None:
-    """Raise StoreError unless the log, whose rows are ``columns``, is as it was written; an old one has no seals."""
+    """Raise StoreError unless the log, whose rows are ``columns``, is as it was written; an old one
+    has no seals.
+    """
     if HEAD not in log.attrs:
         return
     if schema.attribute(log, HEAD) != head(log):

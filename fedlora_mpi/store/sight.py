@@ -15,10 +15,11 @@ PATIENCE = 2.0  # seconds in which a file of another node must show
 
 @contextmanager
 def token(run: Path) -> Iterator[Path]:
-    """An empty file of a name that no file had before, in the folder ``run`` or, where that is to be made, in its parent.
+    """An empty file of a name that no file had before, in the folder ``run`` or, where that is to
+    be made, in its parent.
 
-    It is gone after the block; so are the folders that were made for it, when the block fails. Raises StoreError,
-    Unwritable.
+    It is gone after the block; so are the folders that were made for it, when the block fails.
+    Raises StoreError, Unwritable.
     """
     home = run if run.is_dir() else run.parent
     path, made = home / f".fedlora-mpi.{secrets.token_hex(8)}", []

@@ -1,7 +1,8 @@
 """Where the rows of the rounds go beside the log: a CSV file, TensorBoard.
 
-They say what the log says. A run that begins or goes on writes them anew from the log, which a resume has put back to its
-checkpoint, so no round is there twice and none is missing, whenever they were switched on.
+They say what the log says. A run that begins or goes on writes them anew from the log, which a
+resume has put back to its checkpoint, so no round is there twice and none is missing, whenever they
+were switched on.
 """
 
 import csv
@@ -28,14 +29,18 @@ class Sink(Protocol):
     """What takes the rows of a run; ``Log`` is one."""
 
     def append(self, round_: int, rounds: Numbers, clients: Columns, ranks: Columns) -> None:
-        """Add a round: its numbers, those of the clients [N] and the seconds of the ranks [R], as ``Log.append``."""
+        """Add a round: its numbers, those of the clients [N] and the seconds of the ranks [R], as
+        ``Log.append``.
+        """
 
     def close(self) -> None:
         """It takes no more rows."""
 
 
 def opened(run: Path, *, csv: bool, tensorboard: bool) -> list[Sink]:
-    """The sinks of a run folder, with the rounds that its log has. Raises ValueError without tensorboardX."""
+    """The sinks of a run folder, with the rounds that its log has. Raises ValueError without
+    tensorboardX.
+    """
     kinds = [(Csv, run / "rounds.csv", csv), (TensorBoard, run / "tensorboard", tensorboard)]
     if not (csv or tensorboard):
         return []
@@ -44,13 +49,16 @@ def opened(run: Path, *, csv: bool, tensorboard: bool) -> list[Sink]:
 
 
 class Csv:
-    """``rounds.csv``: a row a round with the columns of ``/rounds``, empty where a number is unknown; on disk when
-    ``append`` returns. Whoever reads it meanwhile sees whole rows."""
+    """``rounds.csv``: a row a round with the columns of ``/rounds``, empty where a number is
+    unknown; on disk when ``append`` returns. Whoever reads it meanwhile sees whole rows.
+    """
 
     def __init__(self, path: Path, rounds: Columns, clients: Columns) -> None:
         """Put the rounds so far in the place of what ``path`` had."""
         names = list(rounds) if len(rounds["round"]) else []
-        rows = [_line(column[at] for column in rounds.values()) for at in range(len(rounds["round"]))]
+        rows = [
+            _line(column[at] for column in rounds.values()) for at in range(len(rounds["round"]))
+        ]
         write_atomic(path, "".join([_line(names), *rows] if names else []).encode())
         handle = nolinks.opened(path, os.O_WRONLY | os.O_APPEND)
         self._path, self._file, self._names = path, open(handle, "ab", buffering=0), names
@@ -68,20 +76,34 @@ class Csv:
 
 
 class TensorBoard:
-    """``tensorboard/``: every column of ``/rounds`` as a scalar, the clients' accuracies as a histogram, by round."""
+    """``tensorboard/``: every column of ``/rounds`` as a scalar, the clients' accuracies as a
+    histogram, by round.
+    """
 
     def __init__(self, folder: Path, rounds: Columns, clients: Columns) -> None:
-        """Begin a file with the rounds so far. TensorBoard forgets those of earlier files, which stay: one that is
-        looking on would not go on to the new file if its own were gone."""
+        """Begin a file with the rounds so far. TensorBoard forgets those of earlier files, which
+        stay: one that is looking on would not go on to the new file if its own were gone.
+        """
         with writing(folder), nolinks.opened_folder(folder, folder.parent, make=True):
-            old = [*folder.glob("events*")]  # their names count seconds; the new one must come last, and be new
+            # their names count seconds; the new one must come last, and be new
+            old = [*folder.glob("events*")]
         suffix = f".{max((int(file.suffix[1:]) for file in old if file.suffix[1:].isdecimal()), default=0) + 1}"
-        self._writer = need_tensorboard().SummaryWriter(str(folder), purge_step=0, filename_suffix=suffix)
-        seconds = sum((column for name, column in rounds.items() if name.startswith("seconds_")), np.zeros(len(rounds["round"])))
+        self._writer = need_tensorboard().SummaryWriter(
+            str(folder), purge_step=0, filename_suffix=suffix
+        )
+        seconds = sum(
+            (column for name, column in rounds.items() if name.startswith("seconds_")),
+            np.zeros(len(rounds["round"])),
+        )
         ago = np.cumsum(seconds[::-1])[::-1] - seconds
         for at, round_ in enumerate(rounds["round"]):
             row = {name: column[at] for name, column in rounds.items() if name != "round"}
-            self._write(int(round_), row, {name: column[at] for name, column in clients.items()}, time.time() - ago[at])
+            self._write(
+                int(round_),
+                row,
+                {name: column[at] for name, column in clients.items()},
+                time.time() - ago[at],
+            )
         self._writer.flush()
 
     def append(self, round_: int, rounds: Numbers, clients: Columns, ranks: Columns) -> None:
@@ -105,12 +127,16 @@ def need_tensorboard():
     try:
         import tensorboardX
     except ImportError as error:
-        raise ValueError("tensorboard = true: needs tensorboardX; pip install 'fedlora-mpi[tensorboard]'") from error
+        raise ValueError(
+            "tensorboard = true: needs tensorboardX; pip install 'fedlora-mpi[tensorboard]'"
+        ) from error
     return tensorboardX
 
 
 def _line(cells) -> str:
     """A row of the file; what is no number is empty."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow("" if value != value else cell(value) for value in cells)
+    csv.writer(text, lineterminator="\n").writerow(
+        "" if value != value else cell(value) for value in cells
+    )
     return text.getvalue()

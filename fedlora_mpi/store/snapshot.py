@@ -48,9 +48,13 @@ class Checkpoint:
         copy_atomic(self.log_path, Path(log_path), run_of(self.path))
 
     def verify(self, run_digest: str | None = None) -> None:
-        """Raise StoreError unless every file is as recorded and, when given, the config is this one."""
+        """Raise StoreError unless every file is as recorded and, when given, the config is this
+        one.
+        """
         if run_digest not in (None, self.manifest.run_digest):
-            raise StoreError(f"{self.path}: of another config ({self.manifest.run_digest}, not {run_digest})")
+            raise StoreError(
+                f"{self.path}: of another config ({self.manifest.run_digest}, not {run_digest})"
+            )
         for shard in self.manifest.files:
             shard.verify(self.path)
         held = np.sort(np.concatenate([np.arange(0), *self._owned.values()]))
@@ -59,7 +63,10 @@ class Checkpoint:
             raise StoreError(f"{self.path / manifest.NAME}: {here}")
         self._held  # noqa: B018  # have the files the leaves that they must have?
         if (written := self.attrs().get("round")) != self.round:
-            raise StoreError(f"{self.path / 'server.h5'}: of round {written}, in a checkpoint of round {self.round}")
+            raise StoreError(
+                f"{self.path / 'server.h5'}: of round {written}, in a checkpoint of round "
+                f"{self.round}"
+            )
         self.shapes("shared"), self.shapes("server")
 
     def _open(self, name: str) -> h5py.File:
@@ -81,10 +88,15 @@ class Checkpoint:
 
     def _server_group(self, group: str) -> dict[str, np.ndarray]:
         with self._open("server.h5") as file:
-            return {unescape(name): hdf5.read(schema.table(file[group], name, 0)) for name in schema.group_of(file, group)}
+            return {
+                unescape(name): hdf5.read(schema.table(file[group], name, 0))
+                for name in schema.group_of(file, group)
+            }
 
     def shapes(self, group: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shape and type of the leaves ``shared``, or those of the ``server``, by name. Raises StoreError."""
+        """Shape and type of the leaves ``shared``, or those of the ``server``, by name. Raises
+        StoreError.
+        """
         with self._open("server.h5") as file:
             leaves = schema.group_of(file, group)
             tables = {unescape(name): schema.table(leaves, name, 0) for name in leaves}
@@ -95,8 +107,9 @@ class Checkpoint:
         return list(range(self.manifest.clients))
 
     def leaf_names(self, client_ids: Sequence[int] = ()) -> list[str]:
-        """The personal leaves that these clients (default: all) have in the same shape, in the order in
-        which they were written. Raises StoreError for a client that is not stored."""
+        """The personal leaves that these clients (default: all) have in the same shape, in the
+        order in which they were written. Raises StoreError for a client that is not stored.
+        """
         return list(self._shapes(np.asarray(client_ids, np.int64)))
 
     def leaf_shapes(self, client_ids: Sequence[int]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -112,7 +125,9 @@ class Checkpoint:
             with self._open(name) as file:
                 ids = hdf5.read(schema.table(file, "client_id", 1, whole=True))
                 if ids.ndim != 1 or (np.diff(ids) <= 0).any():
-                    raise StoreError(f"{self.path / name}: client_id is no list of ascending numbers")
+                    raise StoreError(
+                        f"{self.path / name}: client_id is no list of ascending numbers"
+                    )
                 if len(ids):
                     owned[name] = ids.astype(np.int64)
         return owned
@@ -125,30 +140,41 @@ class Checkpoint:
             with self._open(name) as file:
                 leaves = schema.group_of(file, "personal")
                 tables = {leaf: schema.table(leaves, leaf, 1, len(ids)) for leaf in leaves}
-                held[name] = {unescape(leaf): (ds.shape[1:], ds.dtype) for leaf, ds in tables.items()}
+                held[name] = {
+                    unescape(leaf): (ds.shape[1:], ds.dtype) for leaf, ds in tables.items()
+                }
         return held
 
     def _shapes(self, wanted: np.ndarray) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """The leaves that all these clients have in the same shape."""
         if len(strange := wanted[(wanted < 0) | (wanted >= self.manifest.clients)]):
-            raise StoreError(f"{self.path}: holds no client or leaf {strange.min()}; it is of another experiment")
+            raise StoreError(
+                f"{self.path}: holds no client or leaf {strange.min()}; it is of another experiment"
+            )
         involved = lambda ids: not len(wanted) or np.isin(ids, wanted).any()
         held = [self._held[name].items() for name, ids in self._owned.items() if involved(ids)]
-        return {leaf: v for leaf, v in held[0] if all((leaf, v) in other for other in held)} if held else {}
+        return (
+            {leaf: v for leaf, v in held[0] if all((leaf, v) in other for other in held)}
+            if held
+            else {}
+        )
 
     def personal(
         self, client_ids: Sequence[int], leaves: Sequence[str] | None = None
     ) -> dict[str, np.ndarray]:
-        """The personal leaves [len(client_ids), ...] of these clients, in this order; reads only their rows.
+        """The personal leaves [len(client_ids), ...] of these clients, in this order; reads only
+        their rows.
 
-        By default the leaves that all of them have, in the same shape. Raises StoreError for a client or a
-        leaf that is not stored.
+        By default the leaves that all of them have, in the same shape. Raises StoreError for a
+        client or a leaf that is not stored.
         """
         wanted = np.asarray(client_ids, np.int64)
         shapes = self._shapes(wanted)
         leaves = list(shapes) if leaves is None else leaves
         if strange := sorted({*leaves} - {*shapes}):
-            raise StoreError(f"{self.path}: holds no client or leaf {strange[0]!r}; it is of another experiment")
+            raise StoreError(
+                f"{self.path}: holds no client or leaf {strange[0]!r}; it is of another experiment"
+            )
         out = {leaf: np.empty((len(wanted), *shapes[leaf][0]), shapes[leaf][1]) for leaf in leaves}
         for name, ids in self._owned.items():
             places = np.flatnonzero(np.isin(wanted, ids))
@@ -163,8 +189,9 @@ class Checkpoint:
     def digest(self) -> dict[str, str]:
         """{"shared", "personal"}: SHA-256 over the leaves by name: name, dtype, shape, bytes.
 
-        Personal leaves are [N, ...] in client order, so the shards do not matter; they are streamed. Clients
-        whose leaves have other shapes come after each other, in the order of their first client.
+        Personal leaves are [N, ...] in client order, so the shards do not matter; they are
+        streamed. Clients whose leaves have other shapes come after each other, in the order of
+        their first client.
         """
         shared, personal = sha256(), sha256()
         for leaf, value in sorted(self.shared().items()):
@@ -174,7 +201,9 @@ class Checkpoint:
                 personal.update(f"{leaf}\0{dtype.str}\0{(len(ids), *shape)}\0".encode())
                 block = max(1, 4 * hdf5.BLOCK_BYTES // max(1, dtype.itemsize * math.prod(shape)))
                 for start in range(0, len(ids), block):
-                    personal.update(self.personal(ids[start : start + block], [leaf])[leaf].tobytes())
+                    personal.update(
+                        self.personal(ids[start : start + block], [leaf])[leaf].tobytes()
+                    )
         return {"shared": shared.hexdigest(), "personal": personal.hexdigest()}
 
     def _kinds(self) -> list[tuple[list[int], tuple]]:
@@ -182,4 +211,6 @@ class Checkpoint:
         kinds: dict[tuple, list[int]] = {}
         for name, ids in self._owned.items():
             kinds.setdefault(tuple(sorted(self._held[name].items())), []).extend(ids.tolist())
-        return sorted(((sorted(ids), leaves) for leaves, ids in kinds.items()), key=lambda kind: kind[0])
+        return sorted(
+            ((sorted(ids), leaves) for leaves, ids in kinds.items()), key=lambda kind: kind[0]
+        )

@@ -1,12 +1,14 @@
 """``make mutants``: break the package in one place at a time, and see which tests notice.
 
-A mutant is an entry of a ``*.toml`` beside this file: ``name`` (what is wrong in it), ``file``, ``old`` (text that is in the
-file once), ``new``, and ``tests`` (files or tests of which one should fail; a test without its parameters is all of them). ``fast = false`` says that ``make test`` alone need
-not notice. It works on a copy of the tree, so that nothing has to be restored.
+A mutant is an entry of a ``*.toml`` beside this file: ``name`` (what is wrong in it), ``file``,
+``old`` (text that is in the file once), ``new``, and ``tests`` (files or tests of which one should
+fail; a test without its parameters is all of them). ``fast = false`` says that ``make test`` alone
+need not notice. It works on a copy of the tree, so that nothing has to be restored.
 
-Of each mutant its ``tests`` run first, those of ``make test`` before those of ``make test-all``. If they do not notice, all
-of ``make test`` and then all of ``make test-all`` run. The exit code is 0 if each mutant was killed, and all but
-``fast = false`` by ``make test``. Arguments are names, or parts of names, of the only mutants to try.
+Of each mutant its ``tests`` run first, those of ``make test`` before those of ``make test-all``. If
+they do not notice, all of ``make test`` and then all of ``make test-all`` run. The exit code is 0
+if each mutant was killed, and all but ``fast = false`` by ``make test``. Arguments are names, or
+parts of names, of the only mutants to try.
 """
 
 import os
@@ -26,7 +28,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 TIERS = {"test": "not thorough and not slow", "test-all": "thorough and not slow"}
 FAILED, NOTHING_RAN = 1, 5  # exit codes of pytest
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "build", "runs", ".*_cache", "__pycache__", ".hypothesis", "*.egg-info")
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", ".venv", "build", "runs", ".*_cache", "__pycache__", ".hypothesis", "*.egg-info"
+)
 
 
 class Mutant(NamedTuple):
@@ -40,7 +44,9 @@ class Mutant(NamedTuple):
     fast: bool = True
 
     def applied(self, text: str) -> str:
-        """The file's text with the change. Raises ValueError where ``old`` is not in it exactly once."""
+        """The file's text with the change. Raises ValueError where ``old`` is not in it exactly
+        once.
+        """
         if (times := text.count(self.old)) != 1:
             raise ValueError(f"{self.name}: {self.file} has `old` {times} times, not once")
         return text.replace(self.old, self.new)
@@ -61,16 +67,39 @@ class Verdict(NamedTuple):
 
 def mutants() -> list[Mutant]:
     """All of the lists beside this file, in their order."""
-    entries = [entry for file in sorted(HERE.glob("*.toml")) for entry in tomllib.loads(file.read_text())["mutant"]]
+    entries = [
+        entry
+        for file in sorted(HERE.glob("*.toml"))
+        for entry in tomllib.loads(file.read_text())["mutant"]
+    ]
     return [Mutant(**entry | {"tests": tuple(entry["tests"])}) for entry in entries]
 
 
 def pytest(tree: Path, tier: str, tests: Sequence[str], jobs: int = 1) -> tuple[int, str]:
     """(exit code, first failed test) of these tests in a tree, as far as the first failure."""
-    line = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", TIERS[tier], "--no-header", "-rfE", *tests]
+    line = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        TIERS[tier],
+        "--no-header",
+        "-rfE",
+        *tests,
+    ]
     line += ["-n", str(jobs), "--dist", "worksteal"] if jobs > 1 else []
     path = os.pathsep.join([str(tree), str(tree / "tests")])
-    done = subprocess.run(line, cwd=tree, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        line,
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     failed = [text for text in done.stdout.splitlines() if text.startswith(("FAILED ", "ERROR "))]
     name = failed[0].split(" - ")[0].partition(" ")[2] if failed else done.stdout[-2000:]
     return done.returncode, name
@@ -113,16 +142,25 @@ def verdicts(chosen: Sequence[Mutant], jobs: int) -> Iterator[Verdict]:
 
 def main(words: Sequence[str]) -> int:
     """Print a line for each mutant as it is decided, and the sums."""
-    chosen = [mutant for mutant in mutants() if not words or any(word in mutant.name for word in words)]
+    chosen = [
+        mutant for mutant in mutants() if not words or any(word in mutant.name for word in words)
+    ]
     if not chosen:
         sys.exit(f"no mutant's name has {' or '.join(words)} in it")
     print("| mutant | killed by | first failed test | s |\n|---|---|---|---:|", flush=True)
     done = []
     for verdict in verdicts(chosen, int(os.environ.get("JOBS", "2"))):
         done.append(verdict)
-        print(f"| {verdict.mutant.name} | {verdict.tier or 'SURVIVED'} | {verdict.test} | {verdict.seconds:.0f} |", flush=True)
+        print(
+            f"| {verdict.mutant.name} | {verdict.tier or 'SURVIVED'} | {verdict.test} | "
+            f"{verdict.seconds:.0f} |",
+            flush=True,
+        )
     by = {tier: sum(verdict.tier == tier for verdict in done) for tier in (*TIERS, None)}
-    print(f"\n{len(done)} mutants: {by['test']} killed by `make test`, {by['test-all']} by `make test-all`, {by[None]} survived")
+    print(
+        f"\n{len(done)} mutants: {by['test']} killed by `make test`, {by['test-all']} by `make "
+        f"test-all`, {by[None]} survived"
+    )
     return 0 if all(verdict.good for verdict in done) else 1
 
 

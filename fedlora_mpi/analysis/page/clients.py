@@ -1,4 +1,6 @@
-"""Figures with a point for each client: accuracies, one method against another, who holds which data."""
+"""Figures with a point for each client: accuracies, one method against another, who holds which
+data.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -29,7 +31,9 @@ class Pair(NamedTuple):
 
 def distribution(groups: Sequence[Group], looks: Looks) -> Drawn | None:
     """The accuracy of every client at the end, a row for each group."""
-    found = [(g, np.concatenate([run.client_accuracy for run in g.runs])) for g in named(groups, looks)]
+    found = [
+        (g, np.concatenate([run.client_accuracy for run in g.runs])) for g in named(groups, looks)
+    ]
     found = [(g, 100 * accuracy[~np.isnan(accuracy)]) for g, accuracy in found]
     found = [(g, accuracy) for g, accuracy in found if len(accuracy)]
     if not found:
@@ -40,25 +44,38 @@ def distribution(groups: Sequence[Group], looks: Looks) -> Drawn | None:
         look = looks[group.label]
         beside = 0.28 * (2 * _scatter(len(accuracy)) - 1)
         many = len(accuracy) * len(found) > _MANY
-        axes.scatter(accuracy, row + beside, 9, color=look.color, alpha=0.45, linewidths=0, rasterized=many)
+        axes.scatter(
+            accuracy, row + beside, 9, color=look.color, alpha=0.45, linewidths=0, rasterized=many
+        )
         axes.plot(
-            [accuracy.mean()] * 2, [row - 0.38, row + 0.38], color="black", linewidth=1.6, solid_capstyle="butt"
+            [accuracy.mean()] * 2,
+            [row - 0.38, row + 0.38],
+            color="black",
+            linewidth=1.6,
+            solid_capstyle="butt",
         )
     axes.set_yticks(range(len(found)), [wrapped(group.label, 44) for group, _ in found])
     axes.set(ylim=(len(found) - 0.5, -0.5), xlabel="accuracy of a client's own model / %")
     axes.tick_params(axis="y", length=0)
     said = "Each dot is a client of one seed in its run's last evaluated round; the black line is the mean. The "
-    said += "height of a dot in its row means nothing." + note(looks, "are in the table of accuracies")
+    said += "height of a dot in its row means nothing." + note(
+        looks, "are in the table of accuracies"
+    )
     return Drawn("clients", "Distribution over clients", said, drawn)
 
 
 def pairs(groups: Sequence[Group]) -> list[Pair]:
-    """Every group with the FedAvg and the Local of as many rounds on the same clients: of several, that with the most
-    equal settings."""
+    """Every group with the FedAvg and the Local of as many rounds on the same clients: of several,
+    that with the most equal settings.
+    """
     found = []
     for group in (group for group in groups if group.runs[0].algorithm not in RIVALS):
         for name in RIVALS:
-            there = [pair for rival in groups if rival.runs[0].algorithm == name and (pair := _pair(group, rival))]
+            there = [
+                pair
+                for rival in groups
+                if rival.runs[0].algorithm == name and (pair := _pair(group, rival))
+            ]
             if there:
                 found.append(max(there, key=lambda pair: _alike(group, pair.rival)))
     return found
@@ -75,7 +92,10 @@ def against(found: Sequence[Pair], looks: Looks) -> Drawn | None:
     side = 3.2 if len(shown) == 1 else 2.1
     titles = [(label, looks[label]) for label, _ in shown]
     drawn, every = panels(
-        titles, (side, side), "accuracy with the other method / %", "accuracy with the named one / %"
+        titles,
+        (side, side),
+        "accuracy with the other method / %",
+        "accuracy with the named one / %",
     )
     markers = dict(zip(RIVALS, (("^", "#D55E00"), ("o", "#0072B2")), strict=True))
     for axes, (_, members) in zip(every, shown, strict=True):
@@ -83,7 +103,9 @@ def against(found: Sequence[Pair], looks: Looks) -> Drawn | None:
         for at, pair in enumerate(members):
             marker, color = markers[pair.rival.runs[0].algorithm]
             x, y, many = 100 * pair.theirs, 100 * pair.mine, len(pair.mine) > _MANY
-            axes.scatter(x, y, 14, color=color, marker=marker, alpha=0.6, linewidths=0, rasterized=many)
+            axes.scatter(
+                x, y, 14, color=color, marker=marker, alpha=0.6, linewidths=0, rasterized=many
+            )
             text = f"{'▲' if marker == '^' else '●'} {pair.rival.runs[0].algorithm}: {as_good(pair)} of {len(x)}"
             axes.annotate(text, (97, 4 + 8 * at), ha="right", color=color, fontsize="small")
         axes.set(xlim=(0, 101), ylim=(0, 101), xticks=range(0, 101, 25), yticks=range(0, 101, 25))
@@ -121,7 +143,9 @@ def partitions(groups: Sequence[Group]) -> list[Drawn]:
             f"{sum(map(len, by_digest.values()))} runs."
         )
         said += (
-            f" There are {len(by_digest)} splits; the first {_SPLITS} are shown." if len(by_digest) > _SPLITS else ""
+            f" There are {len(by_digest)} splits; the first {_SPLITS} are shown."
+            if len(by_digest) > _SPLITS
+            else ""
         )
         name = "partition" if len(by_digest) == 1 else f"partition-{number}"
         title = "Who holds which data" + (f", split {number}" if len(by_digest) > 1 else "")
@@ -136,13 +160,19 @@ def _pair(group: Group, rival: Group) -> Pair | None:
         return None
     for run in group.runs:
         for other in rival.runs:
-            alike = run.seeds == other.seeds and run.partition.get("digest") == other.partition.get("digest")
+            alike = run.seeds == other.seeds and run.partition.get("digest") == other.partition.get(
+                "digest"
+            )
             a, b = run.client_accuracy, other.client_accuracy
             if alike and len(a) == len(b) > 0:
                 there = ~np.isnan(a + b)
                 mine.append(a[there])
                 theirs.append(b[there])
-    return Pair(group, rival, len(mine), np.concatenate(mine), np.concatenate(theirs)) if mine else None
+    return (
+        Pair(group, rival, len(mine), np.concatenate(mine), np.concatenate(theirs))
+        if mine
+        else None
+    )
 
 
 def _alike(group: Group, rival: Group) -> int:

@@ -1,4 +1,6 @@
-"""More settings than a figure can name: the best and the worst few are told apart, the others are grey."""
+"""More settings than a figure can name: the best and the worst few are told apart, the others are
+grey.
+"""
 
 from collections.abc import Sequence
 
@@ -20,15 +22,23 @@ def looks_of(groups: Sequence[Group]) -> dict[str, Look]:
 
 
 def few_of(groups: Sequence[Group]) -> list[Group]:
-    """The best and the worst in final accuracy, in the order of ``groups``; of several tasks each in turn, for accuracies
-    of different tasks do not compare. The first ones where none has an accuracy."""
+    """The best and the worst in final accuracy, in the order of ``groups``; of several tasks each
+    in turn, for accuracies of different tasks do not compare. The first ones where none has an
+    accuracy.
+    """
     place: dict[int, tuple[int, int]] = {}  # from the top and from the bottom of the own task
     for task in dict.fromkeys(group.task for group in groups):
-        finals = {at: g.over(lambda run: run.final).mean for at, g in enumerate(groups) if g.task == task}
-        order = sorted((at for at in finals if not np.isnan(finals[at])), key=lambda at: -finals[at])
+        finals = {
+            at: g.over(lambda run: run.final).mean for at, g in enumerate(groups) if g.task == task
+        }
+        order = sorted(
+            (at for at in finals if not np.isnan(finals[at])), key=lambda at: -finals[at]
+        )
         place |= {at: (rank, len(order) - 1 - rank) for rank, at in enumerate(order)}
     best = sorted(place, key=lambda at: (place[at][0], at))[:BEST]
-    worst = sorted((at for at in place if at not in best), key=lambda at: (place[at][1], at))[:WORST]
+    worst = sorted((at for at in place if at not in best), key=lambda at: (place[at][1], at))[
+        :WORST
+    ]
     return [groups[at] for at in sorted([*best, *worst]) or range(BEST + WORST)]
 
 

@@ -6,13 +6,32 @@ import numpy as np
 
 from ..groups import Group
 from .crowd import named, note
-from .style import WIDTH, Drawn, Look, figure, label_ends, panels, tall_enough, whole_rounds, wrapped
+from .style import (
+    WIDTH,
+    Drawn,
+    Look,
+    figure,
+    label_ends,
+    panels,
+    tall_enough,
+    whole_rounds,
+    wrapped,
+)
 
 Looks = dict[str, Look]
 DIAGNOSIS = {
-    "effective_clients": ("effective clients", "1 / Σ p², how many clients of equal weight the mean is worth"),
-    "lora_truncation": ("truncation", "squared distance of what clients get from the server's update, mean"),
-    "lora_bias": ("bias", "distance of the server's next update from the exact mean of the trained ones"),
+    "effective_clients": (
+        "effective clients",
+        "1 / Σ p², how many clients of equal weight the mean is worth",
+    ),
+    "lora_truncation": (
+        "truncation",
+        "squared distance of what clients get from the server's update, mean",
+    ),
+    "lora_bias": (
+        "bias",
+        "distance of the server's next update from the exact mean of the trained ones",
+    ),
     "lora_update_bias": ("update bias", "the same distance, of what has changed in the round"),
 }
 _POINTS = 150  # of a curve in a small panel
@@ -26,14 +45,29 @@ def learning(groups: Sequence[Group], looks: Looks) -> Drawn | None:
         f"evaluated round; {_OVER_SEEDS}."
     )
     return _lines(
-        "learning", "Learning curves", said, groups, looks, lambda g: g.curves("accuracy"), "accuracy / %", 100
+        "learning",
+        "Learning curves",
+        said,
+        groups,
+        looks,
+        lambda g: g.curves("accuracy"),
+        "accuracy / %",
+        100,
     )
 
 
 def loss(groups: Sequence[Group], looks: Looks) -> Drawn | None:
     """Training loss over the rounds."""
     said = f"Training loss, mean over the local steps of the round's clients and over seeds; {_OVER_SEEDS}."
-    return _lines("loss", "Training loss", said, groups, looks, lambda g: g.curves("train_loss"), "training loss")
+    return _lines(
+        "loss",
+        "Training loss",
+        said,
+        groups,
+        looks,
+        lambda g: g.curves("train_loss"),
+        "training loss",
+    )
 
 
 def drift(groups: Sequence[Group], looks: Looks) -> Drawn | None:
@@ -43,7 +77,15 @@ def drift(groups: Sequence[Group], looks: Looks) -> Drawn | None:
         f"they send from its mean, mean over seeds; {_OVER_SEEDS}. What shares nothing has no curve."
     )
     there = [g for g in groups if g.curves("drift")[1].any()]
-    return _lines("drift", "Drift of the shared part", said, there, looks, lambda g: g.curves("drift"), "drift (L2)")
+    return _lines(
+        "drift",
+        "Drift of the shared part",
+        said,
+        there,
+        looks,
+        lambda g: g.curves("drift"),
+        "drift (L2)",
+    )
 
 
 def spread(groups: Sequence[Group], looks: Looks) -> Drawn | None:
@@ -61,7 +103,12 @@ def spread(groups: Sequence[Group], looks: Looks) -> Drawn | None:
         look, rounds = looks[group.label], rounds[shown]
         axes.fill_between(rounds, low, high, color=look.color, alpha=0.15, linewidth=0)
         axes.fill_between(rounds, first, third, color=look.color, alpha=0.35, linewidth=0)
-        axes.plot(rounds, 100 * group.curves("accuracy")[1].mean(0)[shown], marker=_mark(rounds), color=look.color)
+        axes.plot(
+            rounds,
+            100 * group.curves("accuracy")[1].mean(0)[shown],
+            marker=_mark(rounds),
+            color=look.color,
+        )
     whole_rounds(every[0], max(group.curves("accuracy")[0][-1] for group in there))
     said = (
         "The same over the clients, of all seeds together: the line is their mean, the dark band holds the middle "
@@ -87,7 +134,16 @@ def against_bytes(groups: Sequence[Group], looks: Looks) -> Drawn | None:
         "Mean accuracy against all bytes sent up and down so far, all clients together, as float32 in a real "
         "federation; mean over seeds. What sends nothing has no curve."
     )
-    return _cost("bytes", "Accuracy against bytes", said, groups, looks, traffic, "sent by all clients so far", "B")
+    return _cost(
+        "bytes",
+        "Accuracy against bytes",
+        said,
+        groups,
+        looks,
+        traffic,
+        "sent by all clients so far",
+        "B",
+    )
 
 
 def against_flops(groups: Sequence[Group], looks: Looks) -> Drawn | None:
@@ -95,35 +151,62 @@ def against_flops(groups: Sequence[Group], looks: Looks) -> Drawn | None:
     said = "Mean accuracy against the floating-point operations of all local training so far; mean over seeds."
     compute = lambda run: run.column("flops").astype(float)
     label = "local training of all clients so far"
-    return _cost("flops", "Accuracy against computation", said, groups, looks, compute, label, "FLOP")
+    return _cost(
+        "flops", "Accuracy against computation", said, groups, looks, compute, label, "FLOP"
+    )
 
 
 def stages(groups: Sequence[Group], looks: Looks) -> Drawn | None:
     """Where the seconds go."""
-    names = list(dict.fromkeys(n for g in groups for run in g.runs for n in run.rounds if n.startswith("seconds_")))
+    names = list(
+        dict.fromkeys(
+            n for g in groups for run in g.runs for n in run.rounds if n.startswith("seconds_")
+        )
+    )
     if not names:
         return None
     groups = named(groups, looks)
     texts = [wrapped(group.label, 44) for group in groups]
-    drawn = figure(WIDTH, 0.9 + (0.12 + 0.15 * max(text.count("\n") + 1 for text in texts)) * len(groups))
+    drawn = figure(
+        WIDTH, 0.9 + (0.12 + 0.15 * max(text.count("\n") + 1 for text in texts)) * len(groups)
+    )
     axes = drawn.add_subplot()
     shades, left = ("#0072B2", "#56B4E9", "#BBBBBB", "#E69F00", "#777777"), np.zeros(len(groups))
-    each = np.array([[group.over(lambda run, n=n: run.column(n).mean()).mean for n in names] for group in groups])
+    each = np.array(
+        [
+            [group.over(lambda run, n=n: run.column(n).mean()).mean for n in names]
+            for group in groups
+        ]
+    )
     each = np.nan_to_num(each)
     rows = np.arange(len(groups))
     for at, name in enumerate(names):
         color = shades[at % len(shades)]
-        axes.barh(rows, each[:, at], left=left, height=0.66, color=color, label=name.removeprefix("seconds_"))
+        axes.barh(
+            rows,
+            each[:, at],
+            left=left,
+            height=0.66,
+            color=color,
+            label=name.removeprefix("seconds_"),
+        )
         left = left + each[:, at]
     for row, total in enumerate(left):
         axes.annotate(
-            f"{total:.3g} s", (total, row), (4, 0), textcoords="offset points", va="center", fontsize="small"
+            f"{total:.3g} s",
+            (total, row),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize="small",
         )
     axes.set_yticks(rows, texts)
     axes.invert_yaxis()
     axes.set(xlabel="seconds per round", xlim=(0, 1.1 * left.max() or 1))
     axes.tick_params(axis="y", length=0)
-    axes.legend(frameon=False, ncols=len(names), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+    axes.legend(
+        frameon=False, ncols=len(names), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0
+    )
     said = (
         "Mean seconds of a round by stage, mean over seeds, as rank 0 measures them: under mpirun it waits for the "
         "workers, and this waiting counts as exchange. Runs on different or busy machines are not comparable."
@@ -156,7 +239,9 @@ def _lines(
             continue
         if len(values) > 1:
             std = values.std(0, ddof=1)
-            axes.fill_between(rounds, mean - std, mean + std, color=look.color, alpha=0.15, linewidth=0)
+            axes.fill_between(
+                rounds, mean - std, mean + std, color=look.color, alpha=0.15, linewidth=0
+            )
         axes.plot(rounds, mean, marker=_mark(rounds), color=look.color, linestyle=look.dash)
         ends.append((rounds[-1], mean[-1], group.label, look))
     axes.set(xlabel="round", ylabel=label)
@@ -166,7 +251,14 @@ def _lines(
 
 
 def _cost(
-    name: str, title: str, said: str, groups: Sequence[Group], looks: Looks, of: Callable, label: str, unit: str
+    name: str,
+    title: str,
+    said: str,
+    groups: Sequence[Group],
+    looks: Looks,
+    of: Callable,
+    label: str,
+    unit: str,
 ) -> Drawn | None:
     """Accuracy over the sum so far of ``of(run)`` [T]."""
     found = []
@@ -205,7 +297,10 @@ def _cost(
 def _prefix(number: float) -> tuple[str, float]:
     """The prefix of a unit, and its size, with which a number is short."""
     sizes = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
-    return max(((name, size) for name, size in sizes.items() if size <= max(1.0, number)), key=lambda pair: pair[1])
+    return max(
+        ((name, size) for name, size in sizes.items() if size <= max(1.0, number)),
+        key=lambda pair: pair[1],
+    )
 
 
 def _mark(x: np.ndarray) -> str:

@@ -16,7 +16,9 @@ _NAMED = 40  # up to so many layers or clients, each has its name
 
 
 class Shown(NamedTuple):
-    """``tables``: the low-rank parts by label of the group; ``left_out``: groups that are not drawn, each with why."""
+    """``tables``: the low-rank parts by label of the group; ``left_out``: groups that are not
+    drawn, each with why.
+    """
 
     drawn: list[Drawn]
     tables: dict[str, LowRank]
@@ -24,8 +26,9 @@ class Shown(NamedTuple):
 
 
 def personal(groups: Sequence[Group]) -> Shown:
-    """The figures of the first groups with low-rank or personal parts; those without a checkpoint are passed over.
-    Groups whose clients have low-rank factors of their own come before others."""
+    """The figures of the first groups with low-rank or personal parts; those without a checkpoint
+    are passed over. Groups whose clients have low-rank factors of their own come before others.
+    """
     shown, budget, number = Shown([], {}, []), BYTES, 0
     views = [(group, RunView(group.runs[0].path)) for group in groups]
     for group, run in sorted(views, key=lambda view: not factored(view[1])):
@@ -40,7 +43,8 @@ def personal(groups: Sequence[Group]) -> Shown:
         try:
             parts = held(run, budget)
             found, similar = low_rank(run, parts), alike(run, parts)
-        except ValueError as error:  # such as a network of the user's own that cannot be imported here
+        except ValueError as error:
+            # such as a network of the user's own that cannot be imported here
             shown.left_out.append(f"{group.label} ({error})")
             continue
         if found and not np.nanmax(found.norm) > 0:
@@ -51,7 +55,9 @@ def personal(groups: Sequence[Group]) -> Shown:
         if found is None and similar is None:
             continue
         number, budget = number + 1, budget - size(run)
-        about = f"{group.label}, seed {group.runs[0].seeds[0]}, after round {parts.checkpoint.round}"
+        about = (
+            f"{group.label}, seed {group.runs[0].seeds[0]}, after round {parts.checkpoint.round}"
+        )
         if found:
             shown.tables[group.label] = found
             shown.drawn.append(ranks(found, f"lowrank-{number}", group.label, about))
@@ -70,13 +76,18 @@ def ranks(found: LowRank, name: str, label: str, about: str) -> Drawn:
         ("effective rank", "norm (Frobenius)"),
         strict=True,
     ):
-        picture = axes.imshow(values, cmap="cividis", aspect="auto", interpolation="nearest", vmin=0)
+        picture = axes.imshow(
+            values, cmap="cividis", aspect="auto", interpolation="nearest", vmin=0
+        )
         drawn.colorbar(picture, location="top", label=title, shrink=0.9).outline.set_visible(False)
         _plain(axes, found.clients)
     left = drawn.axes[0]
     if layers <= _NAMED:
         given = [_span(row) for row in found.given_rank]
-        names = [f"{layer.removesuffix('.weight')} ({r})" for layer, r in zip(found.layers, given, strict=True)]
+        names = [
+            f"{layer.removesuffix('.weight')} ({r})"
+            for layer, r in zip(found.layers, given, strict=True)
+        ]
         left.set_yticks(range(layers), names, fontsize="small")
     else:
         left.set_ylabel("layer, from the input to the output")
@@ -95,13 +106,15 @@ def similarity(found: Alike, name: str, label: str, about: str) -> Drawn:
     for axes, (title, values) in zip(drawn.subplots(1, 2, sharey=True), tables, strict=True):
         pairs = np.where(np.eye(len(values), dtype=bool), np.nan, values)
         picture = axes.imshow(pairs, cmap="cividis", interpolation="nearest")
-        drawn.colorbar(picture, ax=axes, location="top", label=f"cosine of {title}", shrink=0.9).outline.set_visible(
-            False
-        )
+        drawn.colorbar(
+            picture, ax=axes, location="top", label=f"cosine of {title}", shrink=0.9
+        ).outline.set_visible(False)
         _plain(axes, found.clients)
     drawn.axes[0].set_ylabel("client")
     if len(found.clients) <= _NAMED:
-        drawn.axes[0].set_yticks(range(len(found.clients)), map(str, found.clients), fontsize="x-small")
+        drawn.axes[0].set_yticks(
+            range(len(found.clients)), map(str, found.clients), fontsize="x-small"
+        )
     what = (
         "all personal numbers less their mean over the clients"
         if found.centred

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind tell apart; their yellow, too pale for a line, is grey here.
+# Okabe and Ito's colours, which the colour-blind tell apart; their yellow, too pale for a line, is
+# grey here.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 GREY = "#777777"
@@ -32,7 +33,8 @@ SETTINGS = {
     "axes.titlelocation": "left",
     "axes.linewidth": 0.7,
     "lines.linewidth": 1.5,
-    "figure.constrained_layout.w_pad": 0.12,  # inches; ticks may get a digit when their plot gets its place
+    # inches; ticks may get a digit when their plot gets its place
+    "figure.constrained_layout.w_pad": 0.12,
     "pdf.fonttype": 42,  # what publishers ask for
     "text.hinting": "none",  # so that text is as wide at any resolution
     "text.parse_math": False,  # a name with a $ is no formula
@@ -86,7 +88,9 @@ class Drawn(NamedTuple):
 
 @contextmanager
 def styled():
-    """Figures made and saved within look alike, whatever the user's settings. Raises ValueError without matplotlib."""
+    """Figures made and saved within look alike, whatever the user's settings. Raises ValueError
+    without matplotlib.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -98,11 +102,15 @@ def styled():
 
 
 def files_of(figures: Sequence[Drawn]) -> list[dict[str, bytes]]:
-    """PNG, PDF and SVG of each, drawn on all cores; on one where a fork, which need not pickle figures, is not safe."""
+    """PNG, PDF and SVG of each, drawn on all cores; on one where a fork, which need not pickle
+    figures, is not safe.
+    """
     cores = min(len(os.sched_getaffinity(0)), len(figures)) if sys.platform == "linux" else 1
     if cores < 2:
         return [_files(figure) for figure in figures]
-    with ProcessPoolExecutor(cores, get_context("fork"), _begin_to_draw, (figures, os.getpid())) as pool:
+    with ProcessPoolExecutor(
+        cores, get_context("fork"), _begin_to_draw, (figures, os.getpid())
+    ) as pool:
         return list(pool.map(_files_at, range(len(figures))))
 
 
@@ -110,7 +118,9 @@ _inherited: list[Drawn] = []  # of a process that draws
 
 
 def _begin_to_draw(figures: Sequence[Drawn], parent: int) -> None:
-    """What a process does first: it inherits the figures, and ends when its parent has ended, however that was."""
+    """What a process does first: it inherits the figures, and ends when its parent has ended,
+    however that was.
+    """
 
     def leave_with_parent() -> None:
         while os.getppid() == parent:
@@ -131,7 +141,10 @@ def _files(figure: Drawn) -> dict[str, bytes]:
 
 def looks(number: int) -> list[Look]:
     """So many that differ, as far as there are 32."""
-    return [Look(COLORS[at % len(COLORS)], DASHES[at // len(COLORS) % len(DASHES)]) for at in range(number)]
+    return [
+        Look(COLORS[at % len(COLORS)], DASHES[at // len(COLORS) % len(DASHES)])
+        for at in range(number)
+    ]
 
 
 def figure(width: float, height: float) -> "Figure":
@@ -144,8 +157,8 @@ def figure(width: float, height: float) -> "Figure":
 def panels(
     titles: Sequence[tuple[str, Look]], side: tuple[float, float], x: str, y: str, below: float = 0
 ) -> "tuple[Figure, list[Axes]]":
-    """A plot under each title, up to three in a row, with common axes; ``side``: (width, height) of one, ``below``: what
-    stays empty under all, inches.
+    """A plot under each title, up to three in a row, with common axes; ``side``: (width, height) of
+    one, ``below``: what stays empty under all, inches.
 
     Margins are given, for to find them takes as long as to draw the figure.
     """
@@ -159,9 +172,16 @@ def panels(
     width = left + columns * side[0] + (columns - 1) * between + 0.15
     height = bottom + rows * (side[1] + head) + (rows - 1) * between
     drawn = Figure(figsize=(width, height))
-    grid = {"left": left / width, "right": 1 - 0.15 / width, "bottom": bottom / height, "top": 1 - head / height}
+    grid = {
+        "left": left / width,
+        "right": 1 - 0.15 / width,
+        "bottom": bottom / height,
+        "top": 1 - head / height,
+    }
     grid |= {"wspace": between / side[0], "hspace": (between + head) / side[1]}
-    every = drawn.subplots(rows, columns, sharex=True, sharey=True, squeeze=False, gridspec_kw=grid).ravel()
+    every = drawn.subplots(
+        rows, columns, sharex=True, sharey=True, squeeze=False, gridspec_kw=grid
+    ).ravel()
     for axes in every[len(titles) :]:
         axes.remove()
     for axes in every[max(0, len(titles) - columns) : len(titles)]:
@@ -171,7 +191,11 @@ def panels(
     middle = (left + columns * side[0] / 2) / width
     drawn.supxlabel(x, fontsize="medium", x=middle, y=(0.08 + below) / height, va="bottom")
     drawn.supylabel(
-        y, fontsize="medium", x=0.06 / width, ha="left", y=(bottom + (height - bottom - head) / 2) / height
+        y,
+        fontsize="medium",
+        x=0.06 / width,
+        ha="left",
+        y=(bottom + (height - bottom - head) / 2) / height,
     )
     return drawn, list(every[: len(titles)])
 
@@ -182,7 +206,8 @@ def tall_enough(labels: Sequence[str], least: float = 3.2) -> float:
 
 
 def label_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, Look]], height: float) -> None:
-    """The name of each curve beside the plot, none over another, with a thin line from its end (x, y).
+    """The name of each curve beside the plot, none over another, with a thin line from its end (x,
+    y).
 
     Call it when the limits are set; ``height`` of the plot, inches.
     """
@@ -193,7 +218,9 @@ def label_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, Look]], hei
     order = np.argsort(at, kind="stable")
     texts = [wrapped(ends[index][2], _LABEL) for index in order]
     places = apart(at[order], np.array([text.count("\n") + 1 for text in texts]) * _LINE / height)
-    for place, text, (x, y, _, look) in zip(places, texts, (ends[index] for index in order), strict=True):
+    for place, text, (x, y, _, look) in zip(
+        places, texts, (ends[index] for index in order), strict=True
+    ):
         line = {
             "arrowstyle": "-",
             "color": look.color,
@@ -203,11 +230,14 @@ def label_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, Look]], hei
             "relpos": (0, 0.5),
         }
         where = {"xytext": (1.06, place), "textcoords": "axes fraction", "annotation_clip": False}
-        axes.annotate(text, (x, y), va="center", color=look.ink, fontsize="small", arrowprops=line, **where)
+        axes.annotate(
+            text, (x, y), va="center", color=look.ink, fontsize="small", arrowprops=line, **where
+        )
 
 
 def apart(wanted: np.ndarray, sizes: np.ndarray, room: float = 1.0) -> np.ndarray:
-    """The ascending places nearest to ``wanted`` (ascending, least squares) of what is ``sizes`` large.
+    """The ascending places nearest to ``wanted`` (ascending, least squares) of what is ``sizes``
+    large.
 
     Without overlap, and between 0 and ``room`` where there is enough.
     """

@@ -1,4 +1,6 @@
-"""Figures of numeric settings: one that differs is an axis, two that differ on a grid are a heat map."""
+"""Figures of numeric settings: one that differs is an axis, two that differ on a grid are a heat
+map.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,26 +16,36 @@ _SHARE = 0.75  # of the cells of a grid that are there
 
 
 class Series(NamedTuple):
-    """Groups that differ in nothing but some settings; ``label``: what sets them apart from other series."""
+    """Groups that differ in nothing but some settings; ``label``: what sets them apart from other
+    series.
+    """
 
     label: str
     groups: list[Group]
 
 
 def series(groups: Sequence[Group], keys: Sequence[str], axes: Sequence[str]) -> list[Series]:
-    """The groups that have numbers for ``axes``, together where all other settings are equal; two values at least."""
+    """The groups that have numbers for ``axes``, together where all other settings are equal; two
+    values at least.
+    """
     found: dict[str, list[Group]] = {}
     others = [key for key in keys if key not in axes]
     for group in groups:
         if all(number(group.settings.get(axis)) for axis in axes):
             found.setdefault(repr([group.settings.get(key) for key in others]), []).append(group)
     found = {name: members for name, members in found.items() if len(members) > 1}
-    apart = [k for k in others if len({repr(members[0].settings.get(k)) for members in found.values()}) > 1]
+    apart = [
+        k
+        for k in others
+        if len({repr(members[0].settings.get(k)) for members in found.values()}) > 1
+    ]
     return [Series(_label(members[0], apart, keys), members) for members in found.values()]
 
 
 def grids(groups: Sequence[Group], keys: Sequence[str]) -> tuple[list[Drawn], set[str]]:
-    """FedLoRA's Table 2 as a heat map, for every two settings on a grid; and the settings that are in one."""
+    """FedLoRA's Table 2 as a heat map, for every two settings on a grid; and the settings that are
+    in one.
+    """
     drawn, used = [], set()
     for pair in combinations([key for key in keys if _numeric(groups, key)], 2):
         for one in series(groups, keys, pair):
@@ -53,7 +65,8 @@ def sweeps(groups: Sequence[Group], keys: Sequence[str], but: set[str]) -> list[
             drawn.append(_sweep(key, found, keys))
     names = Counter(each.name for each in drawn)
     return [
-        each._replace(name=f"{each.name}-{n}") if names[each.name] > 1 else each for n, each in enumerate(drawn, 1)
+        each._replace(name=f"{each.name}-{n}") if names[each.name] > 1 else each
+        for n, each in enumerate(drawn, 1)
     ]
 
 
@@ -65,11 +78,22 @@ def _sweep(key: str, found: Sequence[Series], keys: Sequence[str]) -> Drawn:
         look = Look(COLORS[at % len(COLORS)], DASHES[at // len(COLORS) % len(DASHES)])
         members = sorted(one.groups, key=lambda group: group.settings[key])
         xs = [group.settings[key] for group in members]
-        best, final = ([group.over(of) for group in members] for of in (lambda run: run.best, lambda run: run.final))
+        best, final = (
+            [group.over(of) for group in members]
+            for of in (lambda run: run.best, lambda run: run.final)
+        )
         mean, std = (100 * np.array(part) for part in zip(*final, strict=True))
-        axes.errorbar(xs, mean, np.nan_to_num(std), color=look.color, marker="o", markersize=4, capsize=2)
+        axes.errorbar(
+            xs, mean, np.nan_to_num(std), color=look.color, marker="o", markersize=4, capsize=2
+        )
         axes.plot(
-            xs, [100 * stat.mean for stat in best], ":", color=look.color, marker="o", markersize=4, fillstyle="none"
+            xs,
+            [100 * stat.mean for stat in best],
+            ":",
+            color=look.color,
+            marker="o",
+            markersize=4,
+            fillstyle="none",
         )
         ends.append((xs[-1], mean[-1], one.label or "final", look))
         if not one.label:
@@ -90,7 +114,9 @@ def _sweep(key: str, found: Sequence[Series], keys: Sequence[str]) -> Drawn:
     return Drawn(f"sweep-{name}", f"Sweep over {name}", said, drawn)
 
 
-def _grid(name: str, one: Series, pair: tuple[str, str], sides: tuple[list, list], keys: Sequence[str]) -> Drawn:
+def _grid(
+    name: str, one: Series, pair: tuple[str, str], sides: tuple[list, list], keys: Sequence[str]
+) -> Drawn:
     xs, ys = sides
     at = {
         tuple(group.settings[axis] for axis in pair): 100 * group.over(lambda run: run.best).mean
@@ -118,7 +144,9 @@ def _grid(name: str, one: Series, pair: tuple[str, str], sides: tuple[list, list
 
 
 def _numeric(groups: Sequence[Group], key: str) -> bool:
-    """Whether a setting is a number wherever it is set, with several values; runs of different length are no sweep."""
+    """Whether a setting is a number wherever it is set, with several values; runs of different
+    length are no sweep.
+    """
     if key == "rounds":
         return False
     values = [group.settings[key] for group in groups if group.settings.get(key) is not None]
@@ -128,6 +156,8 @@ def _numeric(groups: Sequence[Group], key: str) -> bool:
 def _label(group: Group, apart: Sequence[str], keys: Sequence[str]) -> str:
     """What sets a series apart, with the method's name alone."""
     told = lambda k: (
-        shown(group.settings[k]) if k.endswith((".name", ".kind")) else f"{short(k, keys)} {shown(group.settings[k])}"
+        shown(group.settings[k])
+        if k.endswith((".name", ".kind"))
+        else f"{short(k, keys)} {shown(group.settings[k])}"
     )
     return ", ".join(told(k) for k in apart if group.settings.get(k) is not None)

@@ -13,8 +13,10 @@ from ..groups import Stat
 
 
 class Column(NamedTuple):
-    """``key``: in the CSV; ``title``: for people, with the unit; ``text``: of a number; ``best``: of a column where the
-    highest mean is shown bold, of the rows with the same ``task`` (no column, or one that is not shown)."""
+    """``key``: in the CSV; ``title``: for people, with the unit; ``text``: of a number; ``best``:
+    of a column where the highest mean is shown bold, of the rows with the same ``task`` (no column,
+    or one that is not shown).
+    """
 
     key: str
     title: str
@@ -38,7 +40,9 @@ class Table:
         records = [dict(self._record(row)) for row in self.rows]
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(map(escapes.cell, records[0]))
-        writer.writerows(["" if _unknown(v) else escapes.cell(v) for v in record.values()] for record in records)
+        writer.writerows(
+            ["" if _unknown(v) else escapes.cell(v) for v in record.values()] for record in records
+        )
         return file.getvalue()
 
     def markdown(self) -> str:
@@ -46,13 +50,21 @@ class Table:
         line = lambda cells: "| " + " | ".join(map(escapes.markdown, cells)) + " |"
         rule = "|" + "|".join("---" if left else "---:" for left in self._left) + "|"
         rows = [line(f"**{t}**" if bold else t for t, bold in row) for row in self._cells()]
-        head = [f"### {escapes.markdown(self.title)}", "", line(column.title for column in self.columns), rule]
+        head = [
+            f"### {escapes.markdown(self.title)}",
+            "",
+            line(column.title for column in self.columns),
+            rule,
+        ]
         return "\n".join([*head, *rows, "", escapes.markdown(self.note), ""])
 
     def latex(self) -> str:
         """A tabular for the package booktabs."""
         line = lambda cells: " & ".join(cells) + r" \\"
-        rows = [line(rf"\textbf{{{escapes.tex(t)}}}" if bold else escapes.tex(t) for t, bold in row) for row in self._cells()]
+        rows = [
+            line(rf"\textbf{{{escapes.tex(t)}}}" if bold else escapes.tex(t) for t, bold in row)
+            for row in self._cells()
+        ]
         sides = "".join("l" if left else "r" for left in self._left)
         head = [
             escapes.one_line(f"% {self.title}. {self.note}"),
@@ -70,7 +82,14 @@ class Table:
             f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)
         )
         rows = [
-            line("td", (f"<b>{escapes.html_text(t)}</b>" if bold else escapes.html_text(t) for t, bold in row)) for row in self._cells()
+            line(
+                "td",
+                (
+                    f"<b>{escapes.html_text(t)}</b>" if bold else escapes.html_text(t)
+                    for t, bold in row
+                ),
+            )
+            for row in self._cells()
         ]
         body = "".join(f"<tr>{row}</tr>\n" for row in rows)
         head = line("th", (escapes.html_text(column.title) for column in self.columns))
@@ -85,13 +104,21 @@ class Table:
 
     def _cells(self) -> list[list[tuple[str, bool]]]:
         """Of each row the texts, and whether they are the best of their column."""
-        texts = [[_text(column, row.get(column.key)) for column in self.columns] for row in self.rows]
+        texts = [
+            [_text(column, row.get(column.key)) for column in self.columns] for row in self.rows
+        ]
         tasks = np.array([row.get("task", "") for row in self.rows])
         for at, column in enumerate(self.columns):
-            means = np.array([_mean(row.get(column.key)) if column.best else np.nan for row in self.rows])
+            means = np.array(
+                [_mean(row.get(column.key)) if column.best else np.nan for row in self.rows]
+            )
             for row, mean in enumerate(means):
                 rivals = means[(tasks == tasks[row]) & ~np.isnan(means)]
-                bold = len(rivals) > 1 and not np.isnan(mean) and column.text(mean) == column.text(rivals.max())
+                bold = (
+                    len(rivals) > 1
+                    and not np.isnan(mean)
+                    and column.text(mean) == column.text(rivals.max())
+                )
                 texts[row][at] = (texts[row][at], bold)
         return texts
 
@@ -101,7 +128,9 @@ class Table:
             value = row.get(column.key)
             if any(isinstance(other.get(column.key), Stat) for other in self.rows):
                 value = value or Stat(np.nan, np.nan)
-                yield from ((f"{column.key}_{part}", number) for part, number in value._asdict().items())
+                yield from (
+                    (f"{column.key}_{part}", number) for part, number in value._asdict().items()
+                )
             else:
                 yield column.key, value
 
@@ -118,7 +147,9 @@ def plain(number: float) -> str:
 
 def _text(column: Column, value: Any) -> str:
     if isinstance(value, Stat) and not _unknown(value.mean):
-        return column.text(value.mean) + ("" if np.isnan(value.std) else f" ± {column.text(value.std)}")
+        return column.text(value.mean) + (
+            "" if np.isnan(value.std) else f" ± {column.text(value.std)}"
+        )
     if _unknown(value) or isinstance(value, Stat):
         return "-"
     return value if isinstance(value, str) else column.text(value)

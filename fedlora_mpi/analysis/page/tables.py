@@ -34,7 +34,9 @@ def accuracy(groups: Sequence[Group]) -> Table:
             "final": group.over(lambda run: run.final),
             "best": group.over(lambda run: run.best),
             "worst": group.over(
-                lambda run: float(np.nanmin(run.client_accuracy)) if len(run.client_accuracy) else np.nan
+                lambda run: (
+                    float(np.nanmin(run.client_accuracy)) if len(run.client_accuracy) else np.nan
+                )
             ),
             "clients_std": group.over(_over_clients),
         }
@@ -53,7 +55,11 @@ def costs(groups: Sequence[Group]) -> Table:
     """What each group has sent, computed and waited for."""
     total = lambda name: lambda run: float(run.column(name).sum())
     each = lambda name: lambda run: float(run.column(name).sum() / run.column("clients").sum())
-    names = list(dict.fromkeys(n for g in groups for run in g.runs for n in run.rounds if n.startswith("seconds_")))
+    names = list(
+        dict.fromkeys(
+            n for g in groups for run in g.runs for n in run.rounds if n.startswith("seconds_")
+        )
+    )
     per_round = lambda name: lambda run: float(run.column(name).mean())
     columns = [
         Column("run", "method"),
@@ -62,7 +68,11 @@ def costs(groups: Sequence[Group]) -> Table:
         Column("tflop", "training / TFLOP", plain),
         *(Column(name, f"{name.removeprefix('seconds_')} / s", plain) for name in names),
         Column("seconds", "in all", duration),
-        *([Column("balance", "balance / %", percent)] if any(run.load for g in groups for run in g.runs) else []),
+        *(
+            [Column("balance", "balance / %", percent)]
+            if any(run.load for g in groups for run in g.runs)
+            else []
+        ),
     ]
     rows = [
         {
@@ -91,10 +101,11 @@ def settings(found: Found) -> Table | None:
     names = {key: column(key, found.keys) for key in found.keys}
     columns = [Column("run", "method"), *(Column(name, name) for name in names.values())]
     tell = lambda group, key: None if key not in group.settings else shown(group.settings[key])
-    rows = [{"run": group.label} | {name: tell(group, key) for key, name in names.items()} for group in found.groups]
-    note = (
-        "Every setting that is not the same in all runs, but for seeds, folders and how it was computed; - where a "
-    )
+    rows = [
+        {"run": group.label} | {name: tell(group, key) for key, name in names.items()}
+        for group in found.groups
+    ]
+    note = "Every setting that is not the same in all runs, but for seeds, folders and how it was computed; - where a "
     note += "method has none."
     return Table("settings", "What differs", note, columns, rows)
 
@@ -116,7 +127,9 @@ def runs(groups: Sequence[Group]) -> Table:
             "run": group.label,
             "seed": run.seeds[0],
             "partition_seed": run.seeds[1],
-            "rounds": str(run.done) if run.done >= run.config["rounds"] else f"{run.done} of {run.config['rounds']}",
+            "rounds": str(run.done)
+            if run.done >= run.config["rounds"]
+            else f"{run.done} of {run.config['rounds']}",
             "final": run.final,
             "best": run.best,
             "best_round": int(run.rounds["round"][run.best_row]) if len(run.evaluated) else None,
@@ -187,7 +200,8 @@ def low_rank(found: Mapping[str, LowRank]) -> Table | None:
 def _rounds(group: Group) -> str:
     """20, or 12 to 20 where runs are not done."""
     return " to ".join(
-        str(n) for n in sorted({min(run.done for run in group.runs), max(run.done for run in group.runs)})
+        str(n)
+        for n in sorted({min(run.done for run in group.runs), max(run.done for run in group.runs)})
     )
 
 

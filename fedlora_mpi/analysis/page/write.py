@@ -1,4 +1,6 @@
-"""A folder with one self-contained page, its figures as PNG and PDF, its tables as CSV, Markdown and LaTeX."""
+"""A folder with one self-contained page, its figures as PNG and PDF, its tables as CSV, Markdown
+and LaTeX.
+"""
 
 import os
 import re
@@ -34,13 +36,16 @@ class Content(NamedTuple):
 
 
 def write(paths: Sequence[Path], folder: Path) -> str:
-    """Write the report of these runs into ``folder``, new, empty or of an earlier report; what was done, in a line.
+    """Write the report of these runs into ``folder``, new, empty or of an earlier report; what was
+    done, in a line.
 
-    Raises ValueError: a path that is no run, a run without rounds, a folder with other files, no matplotlib or pandas.
+    Raises ValueError: a path that is no run, a run without rounds, a folder with other files, no
+    matplotlib or pandas.
     """
     old = _earlier(folder)
     with styled():
-        logs = read([path for path in paths if path.resolve() != folder.resolve()])  # runs/* may hold the report
+        # runs/* may hold the report
+        logs = read([path for path in paths if path.resolve() != folder.resolve()])
         content = gathered(logs)
         files, pictures = {}, {}
         for figure, made in zip(content.figures, files_of(content.figures), strict=True):
@@ -103,7 +108,9 @@ def gathered(logs: Sequence[Logged]) -> Content:
     ]
     notes = list(_cautions(found))
     if parts.left_out:
-        notes.append(f"Low-rank and personal parts that are not shown: {'; '.join(parts.left_out)}.")
+        notes.append(
+            f"Low-rank and personal parts that are not shown: {'; '.join(parts.left_out)}."
+        )
     named = [drawn._replace(name=escapes.file_name(drawn.name)) for drawn in figures if drawn]
     return Content(found, [table for table in maybe if table], named, notes)
 
@@ -119,14 +126,26 @@ def html(content: Content, pictures: dict[str, bytes], files: Sequence[str]) -> 
         inches = figure.figure.get_size_inches()
         said = f"<figcaption>{escapes.html_text(figure.caption)}</figcaption>"
         body = f'<figure style="max-width:{inches[0] * 1.25:.1f}in">{image}{said}</figure>'
-        sections.append((f"figure-{figure.name}", figure.title, f"<h2>{escapes.html_text(figure.title)}</h2>{body}"))
+        sections.append(
+            (
+                f"figure-{figure.name}",
+                figure.title,
+                f"<h2>{escapes.html_text(figure.title)}</h2>{body}",
+            )
+        )
     sections += [(f"table-{table.name}", table.title, table.html()) for table in others]
     first: dict[str, str] = {}  # of several figures of a kind
     for name, title, _ in sections:
         first.setdefault(re.split(": |, split ", title)[0], name)
-    contents = " · ".join(f'<a href="#{name}">{escapes.html_text(title)}</a>' for title, name in first.items())
+    contents = " · ".join(
+        f'<a href="#{name}">{escapes.html_text(title)}</a>' for title, name in first.items()
+    )
     runs = sum(len(group.runs) for group in groups)
-    title = f"{runs} runs, {len(groups)} settings" if len(groups) > 1 else f"{groups[0].label}, {runs} runs"
+    title = (
+        f"{runs} runs, {len(groups)} settings"
+        if len(groups) > 1
+        else f"{groups[0].label}, {runs} runs"
+    )
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -153,8 +172,13 @@ def summary(groups: Sequence[Group]) -> str:
     """What is ahead, in a sentence for each task."""
     said = []
     for task in dict.fromkeys(group.task for group in groups):
-        finals = [(group.over(lambda run: run.final), group) for group in groups if group.task == task]
-        finals = sorted((pair for pair in finals if pair[0].mean == pair[0].mean), key=lambda pair: -pair[0].mean)
+        finals = [
+            (group.over(lambda run: run.final), group) for group in groups if group.task == task
+        ]
+        finals = sorted(
+            (pair for pair in finals if pair[0].mean == pair[0].mean),
+            key=lambda pair: -pair[0].mean,
+        )
         where = f" ({task})" if task else ""
         if finals:
             said.append(_ahead(finals, where))
@@ -163,7 +187,9 @@ def summary(groups: Sequence[Group]) -> str:
 
 def _ahead(finals: Sequence[tuple[Stat, Group]], where: str) -> str:
     """The first of those of one task, and how far it is before the second."""
-    tell = lambda stat: f"{percent(stat.mean)}" + (f" ± {percent(stat.std)}" if stat.std == stat.std else "") + " %"
+    tell = lambda stat: (
+        f"{percent(stat.mean)}" + (f" ± {percent(stat.std)}" if stat.std == stat.std else "") + " %"
+    )
     stat, top = finals[0]
     seeds = f"{len(top.runs)} seeds" if len(top.runs) > 1 else "one seed"
     if len(finals) == 1:
@@ -197,8 +223,15 @@ def _cautions(found: Found) -> Iterator[str]:
 def _common(groups: Sequence[Group]) -> str:
     """The settings that all runs share, folded away."""
     every = [run.settings for group in groups for run in group.runs]
-    same = {key: value for key, value in every[0].items() if all(of.get(key, of) == value for of in every)}
-    rows = "".join(f"<tr><td>{escapes.html_text(key)}</td><td>{escapes.html_text(shown(value))}</td></tr>" for key, value in same.items())
+    same = {
+        key: value
+        for key, value in every[0].items()
+        if all(of.get(key, of) == value for of in every)
+    }
+    rows = "".join(
+        f"<tr><td>{escapes.html_text(key)}</td><td>{escapes.html_text(shown(value))}</td></tr>"
+        for key, value in same.items()
+    )
     return f"<details><summary>{len(same)} settings that all runs share</summary><table>{rows}</table></details>"
 
 
@@ -211,7 +244,9 @@ def _last(logs: Sequence[Logged]):
 def _csv(table) -> bytes:
     """A table of pandas, in which no text is a formula."""
     texts = table.select_dtypes(exclude="number").columns
-    safe = table.assign(**{name: table[name].map(escapes.cell) for name in texts}).rename(columns=escapes.cell)
+    safe = table.assign(**{name: table[name].map(escapes.cell) for name in texts}).rename(
+        columns=escapes.cell
+    )
     return safe.to_csv(index=False, lineterminator="\n").encode()
 
 
@@ -223,13 +258,17 @@ def _earlier(folder: Path) -> list[str]:
         raise ValueError(f"{folder}: is a file; give a folder with -o")
     nolinks.check(folder, {PAGE, f".{PAGE}.tmp"}.__contains__)
     for name in (FIGURES, TABLES):
-        nolinks.check(folder / name, lambda file: _ours(f"{name}/{file.removesuffix('.tmp')}"), folder)  # noqa: B023
+        nolinks.check(
+            folder / name, lambda file: _ours(f"{name}/{file.removesuffix('.tmp')}"), folder
+        )  # noqa: B023
     head = ""
     if os.path.lexists(page := folder / PAGE):
         with opened_file(page) as file:
             head = file.read(100_000).decode(errors="replace")
     if not (found := re.search(_MARK.format('([^"]*)'), head)):
-        raise ValueError(f"{folder}: has other files and no report of ours; give a new folder with -o")
+        raise ValueError(
+            f"{folder}: has other files and no report of ours; give a new folder with -o"
+        )
     return [name for name in found[1].split() if _ours(name)]
 
 
@@ -240,7 +279,9 @@ def _ours(name: str) -> bool:
 
 
 def _put(folder: Path, files: dict[str, bytes], old: Sequence[str]) -> None:
-    """Write the files, the page last; then what only the earlier report had goes. Raises ValueError."""
+    """Write the files, the page last; then what only the earlier report had goes. Raises
+    ValueError.
+    """
     try:
         for name in (FIGURES, TABLES):
             with nolinks.opened_folder(folder / name, folder, make=True):
@@ -250,7 +291,9 @@ def _put(folder: Path, files: dict[str, bytes], old: Sequence[str]) -> None:
         for name in set(old) - set(files):
             nolinks.remove(folder / name, folder)
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be written: {error.strerror}; give another folder with -o") from error
+        raise ValueError(
+            f"{folder}: cannot be written: {error.strerror}; give another folder with -o"
+        ) from error
 
 
 _STYLE = """

@@ -1,15 +1,16 @@
 """Federated fine-tuning of a frozen network by LoRA, with a rank of each client's own.
 
-Every decomposed weight is W_0 + W + s_k B_k A_k: W_0 the network's initial value, which never moves nor travels;
-W a dense update that some methods keep, on the server alone or for everybody; A_k [r_k, in side] and B_k
-[out side, r_k] the factors that client k trains. The server's factors have the largest rank R; client k gets the
-first r_k components. At the start A ~ U(-1, 1) / sqrt(in side), B = 0. Leaves of the roles in ``full`` are trained
-and averaged as they are, but for those that the network's builder has frozen: these stay, and bear factors where their
-role is not in ``full``. A layer of fewer sides than a rank has that many components.
+Every decomposed weight is W_0 + W + s_k B_k A_k: W_0 the network's initial value, which never moves
+nor travels; W a dense update that some methods keep, on the server alone or for everybody; A_k
+[r_k, in side] and B_k [out side, r_k] the factors that client k trains. The server's factors have
+the largest rank R; client k gets the first r_k components. At the start A ~ U(-1, 1) / sqrt(in
+side), B = 0. Leaves of the roles in ``full`` are trained and averaged as they are, but for those
+that the network's builder has frozen: these stay, and bear factors where their role is not in
+``full``. A layer of fewer sides than a rank has that many components.
 
-A method says what its uploads stand for (``term``), by what they are weighted (``weight``) and what the server
-makes of their mean (``aggregate``), and what is to be known of the last cohort (``counted``); ``FineTuning`` has the
-rest.
+A method says what its uploads stand for (``term``), by what they are weighted (``weight``) and what
+the server makes of their mean (``aggregate``), and what is to be known of the last cohort
+(``counted``); ``FineTuning`` has the rest.
 """
 
 from dataclasses import dataclass, replace
@@ -36,25 +37,28 @@ _END, _CHANGE = own_name("end"), own_name("change")
 
 @dataclass(frozen=True)
 class FineTuning(Algorithm):
-    """The common settings, and FedIT's way: factors are sent, padded with zeros to the rank R, and averaged.
+    """The common settings, and FedIT's way: factors are sent, padded with zeros to the rank R, and
+    averaged.
 
-    Ranks: client k of N has ``lora_ranks[k mod n]``; with ``rank_shares`` so large a share of the clients, the
-    first ones, has the first rank, and so on; with ``capacities`` client k has the share capacities[k mod n] /
-    max(capacities) of the one rank given, rounded down, but at least 1.
+    Ranks: client k of N has ``lora_ranks[k mod n]``; with ``rank_shares`` so large a share of the
+    clients, the first ones, has the first rank, and so on; with ``capacities`` client k has the
+    share capacities[k mod n] / max(capacities) of the one rank given, rounded down, but at least 1.
 
-    ``scale``: s = alpha / R (common) or alpha / sqrt(R) (root; Kalajdzievski 2023, rsLoRA), the same for all clients,
-    without which a mean of factors means nothing.
+    ``scale``: s = alpha / R (common) or alpha / sqrt(R) (root; Kalajdzievski 2023, rsLoRA), the
+    same for all clients, without which a mean of factors means nothing.
 
-    ``layers``: patterns of the names of decomposed weights, but for those of ``full``; ``full``: roles of leaves that
-    are trained as they are. Without "norm" BatchNorm takes its statistics as they are.
+    ``layers``: patterns of the names of decomposed weights, but for those of ``full``; ``full``:
+    roles of leaves that are trained as they are. Without "norm" BatchNorm takes its statistics as
+    they are.
 
     ``judged``: the client's own model, or the server's on every client's test data.
 
-    ``diagnose`` adds to the log, over all decomposed weights: ``effective_clients``, 1 / sum p_k^2 of the weights;
-    ``lora_truncation``, the mean over the cohort of ||D - D_k||^2, D_k the low-rank and dense update that client k got
-    of the server's D; ``lora_bias``, ||D' - sum_k n_k / n D'_k|| of the next D from the exact mean of what the clients
-    have trained; ``lora_update_bias``, ||(D' - D) - sum_k n_k / n (D'_k - D_k)||, the same of what they have changed.
-    It costs two dense matrices per decomposed weight in the message.
+    ``diagnose`` adds to the log, over all decomposed weights: ``effective_clients``, 1 / sum p_k^2
+    of the weights; ``lora_truncation``, the mean over the cohort of ||D - D_k||^2, D_k the low-rank
+    and dense update that client k got of the server's D; ``lora_bias``, ||D' - sum_k n_k / n D'_k||
+    of the next D from the exact mean of what the clients have trained; ``lora_update_bias``, ||(D'
+    - D) - sum_k n_k / n (D'_k - D_k)||, the same of what they have changed. It costs two dense
+    matrices per decomposed weight in the message.
     """
 
     lora_ranks: tuple[int, ...] = (8,)
@@ -70,14 +74,25 @@ class FineTuning(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, alpha="(0, inf)")
         if not self.lora_ranks or min(self.lora_ranks) < 1:
-            raise ValueError(f"lora_ranks = {list(self.lora_ranks)}: must be integers of at least 1")
+            raise ValueError(
+                f"lora_ranks = {list(self.lora_ranks)}: must be integers of at least 1"
+            )
         if self.rank_shares and self.capacities:
-            raise ValueError(f"capacities = {list(self.capacities)}: give either rank_shares or capacities")
+            raise ValueError(
+                f"capacities = {list(self.capacities)}: give either rank_shares or capacities"
+            )
         shares = self.rank_shares
-        if shares and (len(shares) != len(self.lora_ranks) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6):
-            raise ValueError(f"rank_shares = {list(shares)}: must be a share above 0 for each of lora_ranks, together 1")
+        if shares and (
+            len(shares) != len(self.lora_ranks) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6
+        ):
+            raise ValueError(
+                f"rank_shares = {list(shares)}: must be a share above 0 for each of lora_ranks, "
+                "together 1"
+            )
         if self.capacities and (len(self.lora_ranks) > 1 or min(self.capacities) <= 0):
-            raise ValueError(f"capacities = {list(self.capacities)}: must be above 0, and lora_ranks one number")
+            raise ValueError(
+                f"capacities = {list(self.capacities)}: must be above 0, and lora_ranks one number"
+            )
 
     @property
     def judges(self) -> Literal["client", "server"]:
@@ -93,13 +108,21 @@ class FineTuning(Algorithm):
             ends = [share * clients for share in accumulate(self.rank_shares)]
             own = next((r for r, end in zip(ranks, ends) if client + 0.5 < end), ranks[-1])
         if self.capacities:
-            own = max(1, int(most * self.capacities[client % len(self.capacities)] / max(self.capacities) + 1e-9))
+            own = max(
+                1,
+                int(
+                    most * self.capacities[client % len(self.capacities)] / max(self.capacities)
+                    + 1e-9
+                ),
+            )
         alpha = self.scale_of(own) * self._over(own)  # so that its s is what ``scale_of`` says
         return replace(self, lora_ranks=(own,), rank_shares=(), capacities=(), alpha=alpha)
 
     @property
     def s(self) -> float:
-        """The factor before B A: of the client for ``of_client``'s, of the server for the method itself."""
+        """The factor before B A: of the client for ``of_client``'s, of the server for the method
+        itself.
+        """
         return self.alpha / self._over(max(self.lora_ranks))
 
     def scale_of(self, lora_rank: int) -> float:
@@ -110,10 +133,19 @@ class FineTuning(Algorithm):
         return lora_rank**0.5 if self.scale == "root" else lora_rank
 
     def adapted(self, model: Model) -> dict[str, tuple[int, int]]:
-        """{weight: (out side, in side)} of what is decomposed. Raises ValueError when ``layers`` matches nothing."""
-        chosen = [n for n in matching(model, self.layers, frozen=True) if model.described[n].role not in self.full]
+        """{weight: (out side, in side)} of what is decomposed. Raises ValueError when ``layers``
+        matches nothing.
+        """
+        chosen = [
+            n
+            for n in matching(model, self.layers, frozen=True)
+            if model.described[n].role not in self.full
+        ]
         if not chosen:
-            raise ValueError(f"layers = {list(self.layers)}: match only what is trained in full = {list(self.full)}")
+            raise ValueError(
+                f"layers = {list(self.layers)}: match only what is trained in full = "
+                f"{list(self.full)}"
+            )
         return {n: sides(model.described[n]) for n in chosen}
 
     def low_rank(self, model: Model) -> dict[str, int]:
@@ -137,7 +169,9 @@ class FineTuning(Algorithm):
         return ("norm" if role == "stats" else role) in self.full
 
     def download(self, shared: Tree) -> Tree:
-        return self.first_components({n: v for n, v in shared.items() if not n.startswith((_TOLD, _LAST))})
+        return self.first_components(
+            {n: v for n, v in shared.items() if not n.startswith((_TOLD, _LAST))}
+        )
 
     def first_components(self, tree: Tree) -> Tree:
         """``tree`` with factors of this client's rank."""
@@ -165,14 +199,21 @@ class FineTuning(Algorithm):
         network = model if "norm" in self.full or not model.training else model.fixed
         return network(self.weights_of(model, v), x)
 
-    def adapter(self, model: Model, v: Vars) -> tuple[dict[str, tuple[Tensor, Tensor, float]], Tree]:
-        """({weight: (A, B, s)}, leaves trained in full) of the client's own model, on top of the initial weights.
+    def adapter(
+        self, model: Model, v: Vars
+    ) -> tuple[dict[str, tuple[Tensor, Tensor, float]], Tree]:
+        """({weight: (A, B, s)}, leaves trained in full) of the client's own model, on top of the
+        initial weights.
 
         Raises ValueError where the model holds a dense update beside.
         """
         if dense(v.shared):
-            raise ValueError("the model holds a dense update of the frozen weights beside the factors")
-        factors = {n: (v.shared[factor(n, "A")], B, self.s) for n, B in factors_of(v.shared, "B").items()}
+            raise ValueError(
+                "the model holds a dense update of the frozen weights beside the factors"
+            )
+        factors = {
+            n: (v.shared[factor(n, "A")], B, self.s) for n, B in factors_of(v.shared, "B").items()
+        }
         return factors, {n: w for n, w in v.shared.items() if n in model.leaves}
 
     def products(self, tree: Tree) -> Tree:
@@ -180,38 +221,52 @@ class FineTuning(Algorithm):
         return {n: self.s * B @ tree[factor(n, "A")] for n, B in factors_of(tree, "B").items()}
 
     def delta(self, shared: Tree) -> Tree:
-        """{weight: its update W + s B A}, [out side, in side], of a client's or the server's shared variables."""
+        """{weight: its update W + s B A}, [out side, in side], of a client's or the server's shared
+        variables.
+        """
         W = dense(shared)
         return W | {n: W[n] + p if n in W else p for n, p in self.products(shared).items()}
 
     # The server.
 
     def expand(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        """The leaves trained in full; under "term." what ``term`` says, times ``weight`` / n_k; that under "weight.";
-        under "last." what ``counted`` says, over n_k."""
-        tree, terms = {n: v for n, v in upload.items() if not is_factor(n)}, self.term(upload, shared)
+        """The leaves trained in full; under "term." what ``term`` says, times ``weight`` / n_k;
+        that under "weight."; under "last." what ``counted`` says, over n_k.
+        """
+        tree, terms = (
+            {n: v for n, v in upload.items() if not is_factor(n)},
+            self.term(upload, shared),
+        )
         if weight := self.weight(upload, shared, count):
             ratio = {n: w / count for n, w in weight.items()}
             terms = {n: v * ratio[weight_of(n)] for n, v in terms.items()}
             tree |= prefixed(ratio, _WEIGHT)
-        number = next(iter(upload.values())).new_full  # computed there, where nothing waits for a copy from the host
+        # computed there, where nothing waits for a copy from the host
+        number = next(iter(upload.values())).new_full
         tree |= prefixed({n: number((), v / count) for n, v in self.counted(upload).items()}, _LAST)
         tree |= prefixed(terms, _TERM)
         return tree | (self.diagnosis(upload, shared, count) if self.diagnose else {})
 
     def term(self, upload: Tree, shared: Tree) -> Tree:
-        """What enters the mean instead of the factors, leaves ``<weight>.<letter>``: here the factors, with zeros up
-        to the server's rank."""
+        """What enters the mean instead of the factors, leaves ``<weight>.<letter>``: here the
+        factors, with zeros up to the server's rank.
+        """
         pad = lambda n, v: torch.cat([v, v.new_zeros(shared[n].shape[0] - len(v), v.shape[1])])
         wide = lambda n, v: torch.cat([v, v.new_zeros(len(v), shared[n].shape[1] - v.shape[1])], 1)
-        return {n: (pad if is_factor(n, "A") else wide)(n, v) for n, v in upload.items() if is_factor(n)}
+        return {
+            n: (pad if is_factor(n, "A") else wide)(n, v) for n, v in upload.items() if is_factor(n)
+        }
 
     def weight(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        """{weight: []} by what the terms of a weight count; {}: by ``count``, the number of samples n_k."""
+        """{weight: []} by what the terms of a weight count; {}: by ``count``, the number of samples
+        n_k.
+        """
         return {}
 
     def counted(self, upload: Tree) -> dict[str, int]:
-        """{name: number of a client}; the next shared leaf "last.<name>" is its sum over the cohort. Here none."""
+        """{name: number of a client}; the next shared leaf "last.<name>" is its sum over the
+        cohort. Here none.
+        """
         return {}
 
     def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
@@ -230,7 +285,9 @@ class FineTuning(Algorithm):
     # The diagnosis.
 
     def diagnosis(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        """What ``diagnosed`` needs the mean of; all means are weighted by n_k, hence the divisions by it."""
+        """What ``diagnosed`` needs the mean of; all means are weighted by n_k, hence the divisions
+        by it.
+        """
         n, arrived = next(iter(upload.values())).new_full((), count), self.download(shared)
         got, end, before = self.delta(arrived), self.delta(arrived | upload), self.delta(shared)
         truncation = sum((before[name] - d).square().sum() for name, d in got.items())

@@ -1,4 +1,6 @@
-"""Factors that are averaged one by one, with what their mean misses in a dense update that all clients hold."""
+"""Factors that are averaged one by one, with what their mean misses in a dense update that all
+clients hold.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,15 +19,16 @@ _CLIENTS = own_name("last", "clients")
 
 @dataclass(frozen=True)
 class Calibrated(FineTuning):
-    """Factors are averaged, and what their mean product has beside is added to the frozen weights of everybody:
+    """Factors are averaged, and what their mean product has beside is added to the frozen weights
+    of everybody:
 
         W  <-  W + R      R = sum_k p_k s B_k A_k - s B A = sum_k p_k s (B_k - B) (A_k - A)
 
-    so that W + s B A moves by the mean of what was trained. The last form has k terms of rank r whose left factors
-    are p_k (B_k - B), together zero: R of k clients has at most rank (k - 1) r.
+    so that W + s B A moves by the mean of what was trained. The last form has k terms of rank r
+    whose left factors are p_k (B_k - B), together zero: R of k clients has at most rank (k - 1) r.
 
-    ``downlink``: R travels as a matrix (dense), or as k - 1 pairs of factors (factored). It changes what a round
-    counts as received, no variable.
+    ``downlink``: R travels as a matrix (dense), or as k - 1 pairs of factors (factored). It changes
+    what a round counts as received, no variable.
 
     Shared leaves: "<weight>.W", "last.clients" [].
     """
@@ -38,7 +41,9 @@ class Calibrated(FineTuning):
         return Vars(shared | W | {_CLIENTS: torch.tensor(0.0)}, personal)
 
     def received(self, shared: Tree) -> Tensor | int:
-        return numel({n: v for n, v in self.download(shared).items() if not is_factor(n, "W")}) + self.residual(shared)
+        return numel(
+            {n: v for n, v in self.download(shared).items() if not is_factor(n, "W")}
+        ) + self.residual(shared)
 
     def residual(self, shared: Tree) -> Tensor | int:
         """How many numbers the R of the last round comes to; none before round 1."""
@@ -49,11 +54,15 @@ class Calibrated(FineTuning):
         return total
 
     def term(self, upload: Tree, shared: Tree) -> Tree:
-        return super().term(upload, shared) | {factor(n, "W"): p for n, p in self.products(upload).items()}
+        return super().term(upload, shared) | {
+            factor(n, "W"): p for n, p in self.products(upload).items()
+        }
 
     def counted(self, upload: Tree) -> dict[str, int]:
         return {"clients": 1}
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
         of_means = self.products(mean)
-        return mean | {factor(n, "W"): W + mean[factor(n, "W")] - of_means[n] for n, W in dense(shared).items()}
+        return mean | {
+            factor(n, "W"): W + mean[factor(n, "W")] - of_means[n] for n, W in dense(shared).items()
+        }

@@ -18,11 +18,13 @@ ROUND, SEED = _TURN + "round", _TURN + "seed"
 
 @dataclass(frozen=True)
 class OneFactor(FineTuning):
-    """In a round one factor trains; the other is the same for all clients, and no weight decay moves it. So the mean
-    is exact, sum_k p_k B_k A = (sum_k p_k B_k) A, and zeros in place of components that a client lacks change nothing.
+    """In a round one factor trains; the other is the same for all clients, and no weight decay
+    moves it. So the mean is exact, sum_k p_k B_k A = (sum_k p_k B_k) A, and zeros in place of
+    components that a client lacks change nothing.
 
-    Sent are the round's factor and what is trained in full; received the factor of the round before, none in round 1,
-    since the first ones follow from a seed. A further shared leaf: "turn.round", rounds done.
+    Sent are the round's factor and what is trained in full; received the factor of the round
+    before, none in round 1, since the first ones follow from a seed. A further shared leaf:
+    "turn.round", rounds done.
     """
 
     @property

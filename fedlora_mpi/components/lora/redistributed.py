@@ -15,14 +15,15 @@ from . import FineTuning, dense
 
 @dataclass(frozen=True)
 class Redistributed(FineTuning):
-    """The server keeps a dense update W of every decomposed weight and hands out W^r, its best approximation of
-    each client's rank r: of W = U S V', B = U_r S_r / s_k and A = V_r', all singular values on B.
+    """The server keeps a dense update W of every decomposed weight and hands out W^r, its best
+    approximation of each client's rank r: of W = U S V', B = U_r S_r / s_k and A = V_r', all
+    singular values on B.
 
     ``scale``: s_k = alpha / r_k (rank), alpha / sqrt(r_k) (root) or alpha / R (common).
 
-    Shared leaves: "<weight>.W", and the factors A = V_R', B = W V_R without a scale. Where W has a lower rank, A has
-    orthonormal rows in directions that W has not and B is zero: no component is dead. Before round 1 W = 0 has no
-    direction, and A is random.
+    Shared leaves: "<weight>.W", and the factors A = V_R', B = W V_R without a scale. Where W has a
+    lower rank, A has orthonormal rows in directions that W has not and B is zero: no component is
+    dead. Before round 1 W = 0 has no direction, and A is random.
     """
 
     scale: Literal["rank", "root", "common"] = "rank"
@@ -32,7 +33,11 @@ class Redistributed(FineTuning):
 
     def init(self, model: Model, rng: Generator) -> Vars:
         shared, personal = super().init(model, rng)[:2]
-        return Vars(shared | {factor(n, "W"): torch.zeros(*size) for n, size in self.adapted(model).items()}, personal)
+        return Vars(
+            shared
+            | {factor(n, "W"): torch.zeros(*size) for n, size in self.adapted(model).items()},
+            personal,
+        )
 
     def download(self, shared: Tree) -> Tree:
         own = super().download({n: v for n, v in shared.items() if not is_factor(n, "W")})
@@ -46,7 +51,9 @@ class Redistributed(FineTuning):
         return {factor(n, "W"): p for n, p in self.products(upload).items()}
 
     def decomposed(self, shared: Tree) -> dict[str, tuple[Tensor, int]]:
-        return {n: (shared[factor(n, "W")], len(shared[factor(n, "A")])) for n in self.delta(shared)}
+        return {
+            n: (shared[factor(n, "W")], len(shared[factor(n, "A")])) for n in self.delta(shared)
+        }
 
     def handed_out(self, shared: Tree, right: Tree) -> Tree:
         A = {factor(n, "A"): V for n, V in right.items()}
