@@ -73,7 +73,8 @@ def main() -> None:
         built = build(from_dict(tree | {"engine": engine}, "benchmark"), "benchmark", Solo())
         ready[way] = built, beginning(built)
         first[way], end = played(*ready[way])
-        loop = end if way == "loop" else loop
+        if way == "loop":
+            loop = end
         apart = max(float((v - loop[n]).abs().max()) for n, v in end.items())
         assert apart < 1e-4, f"{way}: {apart} from the loop"
     for _ in range(asked.rounds):
@@ -82,7 +83,7 @@ def main() -> None:
     rows, most = [], peak()
     flop = built.run.flops[0].of_round(50, 0) * asked.cohort
     for way, seconds in taken.items():
-        against = median(a / b for a, b in zip(taken["loop"], seconds))
+        against = median(a / b for a, b in zip(taken["loop"], seconds, strict=True))
         row = {
             "way": way,
             "samples/s": 50 * asked.cohort / median(seconds),

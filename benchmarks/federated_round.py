@@ -64,6 +64,11 @@ def timed(built, state: State) -> tuple[float, dict]:
     return time.perf_counter() - begin, end.shared
 
 
+def low_rank(epochs: int, ranks: dict) -> dict:
+    """The block of FedLoRA with these epochs and ranks."""
+    return {"name": "fedlora", "lora_epochs": epochs} | ranks
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
@@ -78,9 +83,10 @@ def main() -> None:
     asked, rows = parser.parse_args(), []
     for name in asked.cases:
         data, model, ranks, target = CASES[name]
-        low_rank = lambda epochs: {"name": "fedlora", "lora_epochs": epochs} | ranks
+
         plain, ours, none = (
-            prepared(data, model, a) for a in ("fedavg", low_rank(LORA_EPOCHS), low_rank(0))
+            prepared(data, model, a)
+            for a in ("fedavg", low_rank(LORA_EPOCHS, ranks), low_rank(0, ranks))
         )
         (_, as_is), (_, off) = timed(*plain), timed(*none)
         wrong = max(

@@ -123,7 +123,10 @@ def ends(built: Built, clients: int) -> dict[str, torch.Tensor]:
 
 def apart(a: dict, b: dict) -> float:
     """How far apart two trainings end, as a part of how far the second went."""
-    length = lambda tree: sum(float(v.double().square().sum()) for v in tree.values()) ** 0.5
+
+    def length(tree):
+        return sum(float(v.double().square().sum()) for v in tree.values()) ** 0.5
+
     return length({n: a[n] - b[n] for n in b}) / length(b)
 
 
@@ -134,9 +137,10 @@ def checks(task: dict, device: str) -> Iterator[dict]:
     """Rows {check, difference, at most}; raises AssertionError when one fails."""
     few = task | {"clients": 4, "epochs": 3, "train": min(200, task["train"])}
     for method in METHODS:
-        made = lambda on=device, **engine: ends(
-            prepare(few, method, lr=0.01, device=on, **engine), 4
-        )  # noqa: B023
+
+        def made(on=device, **engine):
+            return ends(prepare(few, method, lr=0.01, device=on, **engine), 4)  # noqa: B023
+
         host, loop = made("cpu", path="loop"), made(path="loop", graphs=False)
         stack = made(path="stack", group_size=4, graphs=False)
         again = made(path="stack", group_size=4, graphs=True)
@@ -234,7 +238,10 @@ def rounds(built: Built, clock: Clock, repeats: int) -> dict:
         rows.append(row)
         seconds.append(time.perf_counter() - begin)
         clock.need(0)
-    median = lambda key: statistics.median(row[key] for row in rows[2:])
+
+    def median(key):
+        return statistics.median(row[key] for row in rows[2:])
+
     found = {"seconds": statistics.median(seconds[2:]), "first": seconds[0], "second": seconds[1]}
     found |= {stage: median(f"seconds_{stage}") for stage in ("train", "exchange", "evaluate")}
     found["TFLOP/s"] = rows[-1]["flops"] / found["seconds"] / 1e12
@@ -388,17 +395,26 @@ def main() -> int:
     ]
     for method, name, engine in both:
         if "compile" not in engine:
-            measure = lambda: rounds(prepare(task, method, **engine), clock, asked.repeats)  # noqa: B023
+
+            def measure():
+                return rounds(prepare(task, method, **engine), clock, asked.repeats)  # noqa: B023
+
             rows.append(
                 measured(name, method, lambda: clock.need() and measure(), begin["seconds"])
             )  # noqa: B023
     for workers in (2,) if asked.quick else (2, 4):
         engine = {"device": asked.device, "path": "stack", "graphs": True}
-        share = lambda: under_mpirun(asked, workers, "fedlora", clock, engine)  # noqa: B023
+
+        def share():
+            return under_mpirun(asked, workers, "fedlora", clock, engine)  # noqa: B023
+
         rows.append(measured(f"{workers} ranks, stack, graphs", "fedlora", share, begin["seconds"]))
     for method, name, engine in both:
         if "compile" in engine:  # takes a minute, which no clock can cut short
-            measure = lambda: rounds(prepare(task, method, **engine), clock, asked.repeats)  # noqa: B023
+
+            def measure():
+                return rounds(prepare(task, method, **engine), clock, asked.repeats)  # noqa: B023
+
             rows.append(
                 measured(name, method, lambda: clock.need(90) and measure(), begin["seconds"])
             )  # noqa: B023

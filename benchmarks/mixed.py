@@ -67,7 +67,7 @@ def main() -> None:
         ends = {}
         for path in speed:
             built, state = prepare(images, networks, train, path)
-            for repeat in range(asked.repeats + 1):  # the first warms up
+            for _ in range(asked.repeats + 1):  # the first warms up
                 begin = time.perf_counter()
                 end, row, _ = play(
                     built.run,
@@ -84,7 +84,9 @@ def main() -> None:
             for n, v in ends["loop"].items()
         )
         assert wrong < 1e-3, f"{name}: stack and loop differ by {wrong}"
-        ratio = statistics.median(a / b for a, b in zip(speed["stack"][1:], speed["loop"][1:]))
+        ratio = statistics.median(
+            a / b for a, b in zip(speed["stack"][1:], speed["loop"][1:], strict=True)
+        )
         rows.append(
             {
                 "workload": name,

@@ -71,9 +71,10 @@ def alone(trainer: Trainer, shared: Tree, clients: Sequence[int]) -> Tree:
     """Shared variables [C, ...] at the end of the steps of clients that compute together."""
     spread = (lambda v: v.expand(len(clients), *v.shape)) if trainer.stacked else (lambda v: v)
     form = torch.contiguous_format if trainer.stacked else torch.channels_last
-    copy = lambda v: spread(v).clone(
-        memory_format=form if v.dim() == 4 else torch.contiguous_format
-    )
+
+    def copy(v):
+        return spread(v).clone(memory_format=form if v.dim() == 4 else torch.contiguous_format)
+
     (phase,) = trainer.algorithm.phases(trainer.model, trainer.settings, 0)
     start, now = (
         Vars({n: spread(v) for n, v in shared.items()}, {}),
@@ -117,7 +118,7 @@ def main() -> None:
             shares.append(
                 (whole, 1 - (steps.seconds + passes.seconds) / whole, 1 - steps.seconds / whole)
             )
-        whole, overhead, both = map(statistics.median, zip(*shares[1:]))
+        whole, overhead, both = map(statistics.median, zip(*shares[1:], strict=True))
         row = {
             "workload": name,
             "path": built.config.engine.path,

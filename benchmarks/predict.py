@@ -270,7 +270,7 @@ def main() -> None:
                     run = played(config, Path(folder) / "run", ranks)
                 both.append((planned, run.wall, run.alone))
                 shared.add(run.bits)
-            planned, wall, alone = map(median, zip(*both))
+            planned, wall, alone = map(median, zip(*both, strict=True))
             ratios = sorted(one / other for one, _, other in both)
             row = {
                 "workload": name,

@@ -18,6 +18,7 @@ import resource
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -87,9 +88,10 @@ def svd(comm, asked) -> dict:
 
 def gather(comm, asked) -> dict:
     rank_of = {c: c % comm.size for c in range(asked.clients)}
-    pack = lambda c: torch.cat(
-        [v.flatten() for v in upload(asked.layers, RANKS[c % 10], c).values()]
-    )
+
+    def pack(c):
+        return torch.cat([v.flatten() for v in upload(asked.layers, RANKS[c % 10], c).values()])
+
     layouts = {r: Layout.of(upload(asked.layers, r, 0)) for r in set(RANKS)}
     own = {c: pack(c) for c in range(asked.clients) if rank_of[c] == comm.rank}
     of = {c: layouts[RANKS[c % 10]] for c in range(asked.clients)}
@@ -104,9 +106,13 @@ def added(comm, asked) -> dict:
     clients = {r: FlexLoRA(lora_ranks=(r,), alpha=float(r)) for r in set(RANKS)}
     layout = Layout.of(clients[4].expand(upload(asked.layers, 4, 0), tree, 1))
     message, seconds = SUMS["exact"](layout.size), 0.0
+
+    def add(algorithm, sent):
+        message.add(layout.pack(algorithm.expand(sent, tree, 1)), 1)
+
     for c in range(asked.clients):
         sent, r = upload(asked.layers, RANKS[c % 10], c), RANKS[c % 10]
-        seconds += timed(lambda: message.add(layout.pack(clients[r].expand(sent, tree, 1)), 1))
+        seconds += timed(partial(add, clients[r], sent))
     return {"seconds": seconds, "bytes": message.buffer.nbytes}
 
 
@@ -136,7 +142,7 @@ def part(name: str, asked: argparse.Namespace) -> None:
     table[comm.rank] = list(found.values())
     comm.sum(table)
     if comm.rank == 0:
-        print(json.dumps(dict(zip(found, table.max(0)))))
+        print(json.dumps(dict(zip(found, table.max(0), strict=True))))
 
 
 def main() -> None:

@@ -106,12 +106,12 @@ def main() -> None:
             sum(built.run.trainer.feed.train_size(c) for c in clients) * built.config.train.epochs
         )
         ours, theirs = [], []
-        for repeat in range(asked.repeats + 1):  # the first warms up
+        for _ in range(asked.repeats + 1):  # the first warms up
             begin = time.perf_counter()
             play(built.run, State(0, *state[1:]), evaluate=True, stop=False)
             ours.append(samples / (time.perf_counter() - begin))
             theirs.append(samples / bare_loop(built, clients)[0])
-        ratio = statistics.median(a / b for a, b in zip(ours[1:], theirs[1:]))
+        ratio = statistics.median(a / b for a, b in zip(ours[1:], theirs[1:], strict=True))
         rows.append(
             {
                 "workload": name,

@@ -128,7 +128,7 @@ def half(rank: int, tree: dict, clients: list[int], total: torch.Tensor, rounds:
         total += mine
         out.wait()
         parts = (total / 40).split([v.numel() for v in sigma.values()])
-        sigma = {n: p.view(v.shape) for (n, v), p in zip(sigma.items(), parts)}
+        sigma = {n: p.view(v.shape) for (n, v), p in zip(sigma.items(), parts, strict=True)}
         right = 0.0
         for client in clients:
             # BatchNorm adds its counter

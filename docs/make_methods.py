@@ -157,9 +157,10 @@ def served_once(algorithm: Algorithm, model: Model, first: Vars) -> Tree:
 
 def symbols(model: Model) -> dict[str, tuple[int, str]]:
     """Letter of the formulas -> (its number for ``model``, what it counts)."""
-    count = lambda *roles: sum(
-        v.numel() for n, v in model.initial.items() if model.role(n) in roles
-    )
+
+    def count(*roles):
+        return sum(v.numel() for n, v in model.initial.items() if model.role(n) in roles)
+
     classes, width = model.leaves[f"{model.head}.weight"].shape
     ranks, adapted = LowRank().ranks(model), FineTuning().adapted(model)
     a = {n: min(8, *size) * size[1] for n, size in adapted.items()}
@@ -270,9 +271,10 @@ def mean(algorithm: Algorithm, model: Model) -> str:
     if not algorithm.upload(first, first):
         return "none; a mix is over the clients of the round" if mixes else "none"
     settable = {field.name for field in fields(algorithm)}
-    setting = lambda key: (
-        f"`{key}: {getattr(algorithm, key)}`" + ("" if key in settable else ", fixed")
-    )
+
+    def setting(key):
+        return f"`{key}: {getattr(algorithm, key)}`" + ("" if key in settable else ", fixed")
+
     weight = {"samples": "clients count by their samples", "uniform": "clients count equally"}
     away = {
         "exclude": "absent clients do not count",
@@ -345,10 +347,13 @@ def facts(name: str, model: Model) -> Iterator[str]:
     """What is known of one method."""
     cls, text, said = algorithms.find(name), text_of(name), SAID[name]
     algorithm, counted = cls(), measured(cls(), model)
-    equal = lambda kind: (
-        f"{getattr(said.bytes, kind).replace(' * ', ' ')} = {getattr(counted, kind):,}"
-    )
-    held = lambda words, kind: words if words == "–" else f"{words}: {equal(kind)} bytes"
+
+    def equal(kind):
+        return f"{getattr(said.bytes, kind).replace(' * ', ' ')} = {getattr(counted, kind):,}"
+
+    def held(words, kind):
+        return words if words == "–" else f"{words}: {equal(kind)} bytes"
+
     yield text.sentence
     yield ""
     yield "| | |"

@@ -118,10 +118,13 @@ def cluster(home: Path) -> Iterator[Cluster]:
             ([programs["slurmd"], "-D"], home / "slurmd.pid"),
         ):
             daemons.enter_context(_daemon(line, home, made.env, there))
-        idle = lambda: (
-            finished(["sinfo", "--noheader", "--format=%T"], home, **made.env).stdout.strip()
-            == "idle"
-        )
+
+        def idle():
+            return (
+                finished(["sinfo", "--noheader", "--format=%T"], home, **made.env).stdout.strip()
+                == "idle"
+            )
+
         _wait(idle, "the node does not become idle", home)
         yield made
         finished(["scancel", "--full", f"--user={user}"], home, **made.env)

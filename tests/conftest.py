@@ -24,9 +24,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the conformance tests of one method next to each other: ``runs.played`` remembers its
     rounds.
     """
-    method = lambda item: (
-        getattr(item, "callspec", None) and str(item.callspec.params.get("name", "")) or ""
-    )
+
+    def method(item):
+        return getattr(item, "callspec", None) and str(item.callspec.params.get("name", "")) or ""
+
     at = [k for k, item in enumerate(items) if item.path.name == "test_conformance.py"]
     for k, item in zip(at, sorted((items[k] for k in at), key=method), strict=True):
         items[k] = item

@@ -83,11 +83,14 @@ class Machine(TorchDispatchMode):
             with no_dispatch():
                 func(*args, **kwargs)  # the claimed shape
         known = {id(near(v)): v for v in given}
-        up = lambda v: (
-            known.get(id(v), Far(v) if lands and func is not WAITS[0] else v)
-            if isinstance(v, torch.Tensor)
-            else v
-        )
+
+        def up(v):
+            return (
+                known.get(id(v), Far(v) if lands and func is not WAITS[0] else v)
+                if isinstance(v, torch.Tensor)
+                else v
+            )
+
         return pytree.tree_map(up, found)
 
     def _run(self, func, given, args, kwargs):
@@ -99,7 +102,7 @@ class Machine(TorchDispatchMode):
         views = outputs and all(any(same_memory(o, v) for v in given) for o in outputs)
         if torch.Tag.inplace_view in func.tags or views and not func._schema.is_mutable:
             return found
-        for v, was in zip(given, before):
+        for v, was in zip(given, before, strict=True):
             fill(v, was)  # a recording has no effect
         self.tape.append((func, given, args, kwargs, outputs))
         return found
@@ -113,7 +116,7 @@ class Machine(TorchDispatchMode):
                     for v in pytree.tree_leaves(func(*args, **kwargs))
                     if isinstance(v, torch.Tensor)
                 ]
-                for place, value in zip(outputs, found):
+                for place, value in zip(outputs, found, strict=True):
                     if not any(same_memory(place, v) for v in given):
                         place.copy_(value)
 

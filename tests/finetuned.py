@@ -48,10 +48,11 @@ def trained(client, model, shared: Tree, round_: int, at: int) -> tuple[Vars, Va
 def served(algorithm, shared: Tree, ends, counts=COUNTS) -> Tree:
     """The server's next shared variables after what (start, end) of each client say."""
     terms = [
-        c.expand(c.upload(*done), shared, n) for c, done, n in zip(clients(algorithm), ends, counts)
+        c.expand(c.upload(*done), shared, n)
+        for c, done, n in zip(clients(algorithm), ends, counts, strict=True)
     ]
     mean = {
-        name: sum(n * term[name] for n, term in zip(counts, terms)) / sum(counts)
+        name: sum(n * term[name] for n, term in zip(counts, terms, strict=True)) / sum(counts)
         for name in terms[0]
     }
     return algorithm.serve({}, shared, mean, Cohort(1.0, sum(counts)))[1]

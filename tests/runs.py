@@ -199,12 +199,13 @@ def same(a: Moment, b: Moment) -> bool:
     """Whether two moments agree to the bit in variables and clients' results, and in all rounds'
     numbers but times and MPI's bytes.
     """
-    counted = lambda row: {
-        n: v for n, v in row.items() if not n.startswith(("seconds_", "bytes_mpi"))
-    }
-    alike = lambda x, y: (
-        x.keys() == y.keys() and all(np.array_equal(x[n], y[n], equal_nan=True) for n in x)
-    )
+
+    def counted(row):
+        return {n: v for n, v in row.items() if not n.startswith(("seconds_", "bytes_mpi"))}
+
+    def alike(x, y):
+        return x.keys() == y.keys() and all(np.array_equal(x[n], y[n], equal_nan=True) for n in x)
+
     return (
         equal(a.shared, b.shared)
         and equal(a.personal, b.personal)

@@ -94,9 +94,10 @@ def feed(sizes=SIZES, tests=(4, 9, 2, 5, 7), seed=1, same_sample=False):
         np.full(n, 8) if same_sample else np.arange(n) * 3 + k for k, n in enumerate(sizes)
     )
     test = tuple((np.arange(n) * 2 + k) % 50 for k, n in enumerate(tests[: len(sizes)]))
-    count = lambda side, lists: np.stack(
-        [np.bincount(side.y[rows], minlength=CLASSES) for rows in lists]
-    )
+
+    def count(side, lists):
+        return np.stack([np.bincount(side.y[rows], minlength=CLASSES) for rows in lists])
+
     split = Split(train, test, count(sides[0], train), count(sides[1], test))
     data = Data(*sides, CLASSES, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), ())
     return Feed(data, split, seed=seed, shift="none", device=CPU, augment=False)

@@ -95,7 +95,10 @@ def test_the_examples_of_open_run_hold(run, tmp_path, monkeypatch):
 
 def test_personal_and_shared_leaves_are_those_of_the_checkpoint(any_run):
     folder = any_run.path / "checkpoints" / f"{ROUNDS:06d}"
-    read = lambda name: h5py.File(folder / name, locking=False)
+
+    def read(name):
+        return h5py.File(folder / name, locking=False)
+
     with read("personal.h5") as personal, read("server.h5") as server:
         for client in range(CLIENTS):
             mine = any_run.client(client).personal

@@ -59,7 +59,7 @@ def test_groups_lie_as_the_seconds_say():
     slow = [
         sum(
             run.sizes[c]
-            for g, h in zip(run.groups, run.host)
+            for g, h in zip(run.groups, run.host, strict=True)
             for c in g
             if h == w and run.kind_of[c] == 0
         )

@@ -273,7 +273,10 @@ def test_resuming_a_finished_run_is_fine_and_changes_nothing(call, copy, six):
     ]
     np.testing.assert_equal(outcome(copy), before)
     assert RunFiles(copy).checkpoints() == [2, 4, 6]
-    settings = lambda text: text.partition("\n")[2]  # below the checksum
+
+    def settings(text):
+        return text.partition("\n")[2]  # below the checksum
+
     again = settings((copy / "config.yaml").read_text())
     assert again.replace(str(copy), str(six)) == settings(config)  # it was moved
 

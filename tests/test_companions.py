@@ -57,7 +57,10 @@ def trained(made, v):
     """``v`` away from the start, in float64: two rounds of noise, the same for all leaves of a
     shape.
     """
-    moved = lambda t: t.double() + 0.1 * numbers(1, *t.shape)[0].abs()
+
+    def moved(t):
+        return t.double() + 0.1 * numbers(1, *t.shape)[0].abs()
+
     return Vars(*(tmap(moved, half) for half in v[:2]))
 
 
@@ -79,7 +82,7 @@ def gradients(made, v, data):
     data = data._replace(x=data.x.double())
     with made.model.prepared(data):
         loss = made.algorithm.phases(made.model, made.settings, 1)[-1].steps[0].loss(now, v, data)
-    return dict(zip(mine, torch.autograd.grad(loss, mine.values()))), loss.detach()
+    return dict(zip(mine, torch.autograd.grad(loss, mine.values()), strict=True)), loss.detach()
 
 
 def by_torch(made, v, data, formula, frozen):
@@ -97,16 +100,19 @@ def by_torch(made, v, data, formula, frozen):
     )
     if not frozen:
         loss = sum(formula(f, s, y, now.personal))
-        return dict(zip(mine, torch.autograd.grad(loss, mine.values()))), loss.detach()
-    constant = lambda outputs: tuple(o.detach() for o in outputs)
+        return dict(zip(mine, torch.autograd.grad(loss, mine.values()), strict=True)), loss.detach()
+
+    def constant(outputs):
+        return tuple(o.detach() for o in outputs)
+
     losses = (
         formula(f, constant(s), y, now.personal)[0],
         formula(constant(f), s, y, now.personal)[1],
     )
     found = {}
-    for loss, half in zip(losses, (now.personal, now.shared)):
+    for loss, half in zip(losses, (now.personal, now.shared), strict=True):
         part = {n: w for n, w in mine.items() if n in half}
-        found |= dict(zip(part, torch.autograd.grad(loss, part.values())))
+        found |= dict(zip(part, torch.autograd.grad(loss, part.values()), strict=True))
     return found, sum(losses).detach()
 
 
@@ -225,7 +231,7 @@ def test_loop_and_stack_train_alike(method, own, shared):
         state = small.played(run, state, 1)
         trained = run.trainer.train(run.hosted, state.shared, state.personal, 1)
         ends.append([small.copy(d.end.shared | d.end.personal) | {"loss": d.loss} for d in trained])
-    for loop, stack in zip(*ends):
+    for loop, stack in zip(*ends, strict=True):
         small.assert_near(stack, loop, rtol=1e-4)
 
 
@@ -240,8 +246,10 @@ def test_noise_is_that_of_the_batch_and_differs_between_the_networks():
             return made.algorithm.logits_of_both(made.model, v, data)
 
     once, again, other = outputs(data), outputs(data), outputs(data._replace(key=data.key + 9))
-    assert all(torch.equal(a, b) for a, b in zip(once, again)) and not torch.equal(*once)
-    assert not any(torch.equal(a, b) for a, b in zip(once, other))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True)) and not torch.equal(
+        *once
+    )
+    assert not any(torch.equal(a, b) for a, b in zip(once, other, strict=True))
 
 
 # FML
@@ -479,7 +487,9 @@ def test_the_messages_of_fedkd_and_their_bytes_are_those_of_the_ranks(stacked):
             uploads.append(shortened(old, new, energy))
             ups += ranks_of(old, new, energy)
         for done, upload in zip(
-            run.trainer.train(run.hosted, state.shared, state.personal, round_), uploads
+            run.trainer.train(run.hosted, state.shared, state.personal, round_),
+            uploads,
+            strict=True,
         ):
             small.assert_near(under(run.algorithm.upload(done.start, done.end), ".small."), upload)
         mean = {n: (sum(upload[n].double() for upload in uploads) / 5).float() for n in old}
@@ -536,9 +546,12 @@ def test_the_mixture_is_the_private_network_at_1_and_the_shared_one_at_0():
     model, v, x = made.model.evaluating(), small.first(made), batch(made).x
     g = made.algorithm.g(model)
     p, s = model(model.initial, x), g(under(v.shared, ".small."), x)
-    at = lambda w: made.algorithm.logits(
-        model, v._replace(personal=v.personal | {".mix.w": torch.tensor(w)}), x
-    )
+
+    def at(w):
+        return made.algorithm.logits(
+            model, v._replace(personal=v.personal | {".mix.w": torch.tensor(w)}), x
+        )
+
     assert torch.equal(at(1.0), p) and torch.equal(at(0.0), s)
     assert torch.allclose(at(0.25), 0.25 * p + 0.75 * s) and not torch.allclose(
         at(0.25), 0.75 * p + 0.25 * s
@@ -573,7 +586,10 @@ def test_w_is_learned_as_torch_would_on_the_samples_held_out(stacked, lr):
             w.data.clamp_(0, 1)
         expected.append(w.item())
     judged = run.trainer.evaluate(run.hosted, state.shared, state.personal, 1)
-    with_w = lambda w: rows | {".mix.w": torch.tensor(w)}
+
+    def with_w(w):
+        return rows | {".mix.w": torch.tensor(w)}
+
     fixed = small.trainer(FedAPEN(equal=True, **WITH_BN), samples=run.trainer.feed, stacked=stacked)
     assert torch.allclose(
         judged, fixed.evaluate(run.hosted, shared, with_w(expected), 1), atol=1e-6
@@ -623,7 +639,7 @@ def test_equal_weights_stay():
 
 def test_a_client_with_one_sample_keeps_its_w():
     run, state = outcome(FedAPEN(**WITH_BN), sizes=(9, 2, 1), stacked=True)
-    w = dict(zip(run.hosted, state.personal[".mix.w"].tolist()))
+    w = dict(zip(run.hosted, state.personal[".mix.w"].tolist(), strict=True))
     assert w[2] == 0.5 and w[0] != 0.5 and w[1] != 0.5
     _, loop = outcome(FedAPEN(**WITH_BN), sizes=(9, 2, 1))
     small.assert_near(state.shared, loop.shared, rtol=1e-4)

@@ -51,7 +51,7 @@ def slopes(made, loss, now, start):
     value = loss(Vars(*halves), start, batch(made))
     how = {"allow_unused": True, "materialize_grads": True}
     return value.detach(), dict(
-        zip(leaves, torch.autograd.grad(value, list(leaves.values()), **how))
+        zip(leaves, torch.autograd.grad(value, list(leaves.values()), **how), strict=True)
     )
 
 
@@ -135,7 +135,7 @@ def test_with_lr_times_mu_one_every_step_starts_over_from_the_received_model(alg
         loss = cross_entropy(
             made.model(leaves, data.x[0]), Batch(data.x[0], data.y[0], *[None] * 3)
         )
-        return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()))))
+        return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
     begin = (
         v.shared if isinstance(algorithm, FedProx) else owned({n: x[0] for n, x in rows.items()})
@@ -225,7 +225,9 @@ def test_a_control_variate_is_the_mean_gradient_of_the_clients_steps(stacked):
                 loss = cross_entropy(
                     made.model(leaves, data.x[0]), Batch(data.x[0], data.y[0], *[None] * 3)
                 )
-                for n, g in zip(leaves, torch.autograd.grad(loss, list(leaves.values()))):
+                for n, g in zip(
+                    leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True
+                ):
                     g = g + 0.01 * y[n]  # weight decay is part of f_i
                     total[n] = total.get(n, 0) + g
                     y[n] = y[n] - 0.05 * (g - rows[f".c_i.{n}"][done.client] + shared[f".c.{n}"])
@@ -349,7 +351,10 @@ def test_scaffold_agrees_on_loop_and_stack(network):
     """c and c_i are differences of parameters over K lr >= 0.15, which magnifies rounding: in
     float64.
     """
-    variate = lambda leaf: leaf.startswith((".c.", "personal"))
+
+    def variate(leaf):
+        return leaf.startswith((".c.", "personal"))
+
     loop, stack = loop_and_stack(Scaffold(server_lr=1.3), network, train=PLAIN)
     small.assert_near(split(stack, variate)[1], split(loop, variate)[1])
     loop, stack = loop_and_stack(Scaffold(server_lr=1.3), network, train=PLAIN, fine=True)

@@ -564,7 +564,7 @@ def test_at_least_one_sample_is_held_out_but_never_all():
 
 def rows(epoch):
     """The samples of each client, in order."""
-    return [row[:size].tolist() for row, size in zip(epoch.rows, epoch.sizes)]
+    return [row[:size].tolist() for row, size in zip(epoch.rows, epoch.sizes, strict=True)]
 
 
 def test_held_out_samples_are_the_same_in_all_rounds_and_never_train():
@@ -574,9 +574,9 @@ def test_held_out_samples_are_the_same_in_all_rounds_and_never_train():
     for round_, epoch in ((0, 0), (0, 1), (3, 0), (3, "own")):
         held, rest = (rows(f.epoch(range(5), round_, epoch, 0.3, only)) for only in (True, False))
         assert [set(mine) for mine in held] == [set(mine) for mine in known]
-        assert not any(set(a) & set(b) for a, b in zip(held, rest))
-        assert [set(a) | set(b) for a, b in zip(held, rest)] == whole
-        assert [len(a) + len(b) for a, b in zip(held, rest)] == list(SIZES)
+        assert not any(set(a) & set(b) for a, b in zip(held, rest, strict=True))
+        assert [set(a) | set(b) for a, b in zip(held, rest, strict=True)] == whole
+        assert [len(a) + len(b) for a, b in zip(held, rest, strict=True)] == list(SIZES)
     alone = rows(f.epoch([2], 3, "own", 0.3, True))[0]
     assert alone == held[2]
     other = rows(feed(seed=2).epoch(range(5), 0, 0, 0.3, True))

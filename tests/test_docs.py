@@ -43,9 +43,15 @@ def numbers(request, monkeypatch):
     measured, or measured.
     """
     letters = MAKE["symbols"](build(*MAKE["REFERENCE"]))
-    of = lambda algorithm: MAKE["SAID"][type(algorithm).__module__.rpartition(".")[2]].bytes
+
+    def of(algorithm):
+        return MAKE["SAID"][type(algorithm).__module__.rpartition(".")[2]].bytes
+
     if request.param == "computed":
-        stand_in = lambda algorithm, model: MAKE["computed"](of(algorithm), letters)
+
+        def stand_in(algorithm, model):
+            return MAKE["computed"](of(algorithm), letters)
+
         monkeypatch.setitem(MAKE["made"].__globals__, "measured", stand_in)
 
 
@@ -53,7 +59,7 @@ def numbers(request, monkeypatch):
 def test_the_page_is_that_of_the_code(name, numbers):
     page = MAKE[name].read_text(encoding="utf-8")
     old, new = page.splitlines(), MAKE["made"](page).splitlines()
-    changed = [f"{a}\n  is now\n{b}" for a, b in zip(old, new) if a != b] or [
+    changed = [f"{a}\n  is now\n{b}" for a, b in zip(old, new, strict=True) if a != b] or [
         "lines were added or left out"
     ]
     assert old == new, f"{MAKE[name].name} is stale: {WAY_OUT}. The first change:\n{changed[0]}"

@@ -17,9 +17,20 @@ from fedlora_mpi.doctor.examination import examine
 from fedlora_mpi.doctor.finding import Case, Finding
 from fedlora_mpi.plan import storage
 
-NAMES = (
-    "config Python environment launch GPUs threads HDF5 locks space torchvision Slurm ULFM".split()
-)
+NAMES = [
+    "config",
+    "Python",
+    "environment",
+    "launch",
+    "GPUs",
+    "threads",
+    "HDF5",
+    "locks",
+    "space",
+    "torchvision",
+    "Slurm",
+    "ULFM",
+]
 LINE = re.compile(r"(ok|warning|failure) +(\w+) +(\S.*)")
 
 

@@ -383,9 +383,10 @@ def overwritten(tree: ast.AST) -> list[int]:
             if isinstance(node, ast.Assign) and may_alias(node.value)
         )
         single = {n.id for node in made for n in node.targets if isinstance(n, ast.Name)}
-        converted = lambda node: (
-            may_alias(node) or (isinstance(node, ast.Name) and node.id in single)
-        )
+
+        def converted(node, single=single):
+            return may_alias(node) or (isinstance(node, ast.Name) and node.id in single)
+
         for node in ast.walk(function):
             if (
                 isinstance(node, ast.Call)

@@ -259,7 +259,9 @@ def test_without_phases_nothing_moves(stacked):
 
 @PATHS
 def test_weight_decay_alone_shrinks_geometrically(stacked):
-    none = lambda now, start, batch: sum(v.sum() for v in now.shared.values()) * 0
+    def none(now, start, batch):
+        return sum(v.sum() for v in now.shared.values()) * 0
+
     made = small.trainer(
         Phased(parts=((2, {"loss": none}),)),
         train=Train(2, 5, lr=0.5, momentum=0.0, weight_decay=0.2),
@@ -275,10 +277,12 @@ def test_weight_decay_alone_shrinks_geometrically(stacked):
 
 @PATHS
 def test_the_start_of_the_round_stays_within_reach_of_a_loss(stacked):
-    pull = lambda now, start, batch: (
-        sum(((v - start.shared[n]) ** 2).sum() for n, v in now.shared.items()) / 2
-    )
-    drift = lambda now, start, batch: sum(v.sum() for v in now.shared.values())
+    def pull(now, start, batch):
+        return sum(((v - start.shared[n]) ** 2).sum() for n, v in now.shared.items()) / 2
+
+    def drift(now, start, batch):
+        return sum(v.sum() for v in now.shared.values())
+
     parts = ((1, {"loss": drift}), (1, {"loss": pull}))
     made = small.trainer(
         Phased(parts=parts), train=Train(2, 11, lr=0.5, momentum=0.0), stacked=stacked
@@ -299,9 +303,9 @@ def test_a_constant_is_computed_once_from_each_clients_own_variables(stacked):
                 seen.append(1)
                 return {n: 3 * w for n, w in v.personal.items()}
 
-            toward = lambda now, start, batch: (
-                sum(((w - now.constant[n]) ** 2).sum() for n, w in now.personal.items()) / 2
-            )
+            def toward(now, start, batch):
+                return sum(((w - now.constant[n]) ** 2).sum() for n, w in now.personal.items()) / 2
+
             return (Phase(2, (Step(toward),), constant=constant),)
 
     made = small.trainer(Pulled(), train=Train(2, 11, lr=0.5, momentum=0.0), stacked=stacked)
@@ -323,17 +327,19 @@ def test_a_step_is_that_of_torch_optim(settings):
     optimizer = torch.optim.SGD(theirs, **settings._asdict())
     for at in range(3):
         grads = [numbers(3, 5, at=at), numbers(7, at=at)]
-        for parameter, grad in zip(theirs, grads):
+        for parameter, grad in zip(theirs, grads, strict=True):
             parameter.grad = grad.clone()
         optimizer.step()
         kept = [g.clone() for g in grads]
         sgd_step(ours, grads, momenta, settings)
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
-        assert all(torch.equal(a, b) for a, b in zip(grads, kept))
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(grads, kept, strict=True))
 
 
 def test_running_statistics_are_never_trained():
-    loss = lambda now, start, batch: sum(v.sum() for v in now.shared.values())
+    def loss(now, start, batch):
+        return sum(v.sum() for v in now.shared.values())
+
     made = small.trainer(Phased(parts=((1, {"loss": loss}),)), "bn_net")
     for tree in trained(made).values():
         moved = {n: not torch.equal(tree[n], v) for n, v in made.model.initial.items()}

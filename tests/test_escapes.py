@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
     for number in (1, 2):
         folder = shutil.copytree(home / "good", home / f"run{number}")
         with h5py.File(folder / "log.h5", "r+") as file:
-            config = json.loads(file.attrs["config_json"], object_pairs_hook=lambda pairs: {
+            config = json.loads(file.attrs["config_json"], object_pairs_hook=lambda pairs, number=number: {
                 key: f"{HOSTILE}{number}" if isinstance(value, str) else value for key, value in pairs
             })  # fmt: skip
             config["algorithm"] |= {f"../../{HOSTILE}": number, "$\\frac$": f"$\\frac{number}$"}

@@ -268,11 +268,13 @@ def test_a_file_system_that_fills_up_ends_all_ranks_with_code_1(tmp_path):
 
 
 def test_personal_leaves_for_which_the_disk_has_no_room_are_one_line(tmp_path):
-    with mounted(tmp_path / "small", "size=64k"):
-        with pytest.raises(
+    with (
+        mounted(tmp_path / "small", "size=64k"),
+        pytest.raises(
             Unwritable, match="small/personal leaves: cannot be written: No space left on device, "
-        ):
-            OnDisk(tmp_path / "small").blank(100, torch.zeros(1000))
+        ),
+    ):
+        OnDisk(tmp_path / "small").blank(100, torch.zeros(1000))
 
 
 def test_a_file_system_that_may_only_be_read_is_one_line(faulty, good, tmp_path):

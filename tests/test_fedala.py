@@ -37,7 +37,10 @@ def batch(made, client=0):
 def met(made, at=0):
     """Variables whose own top is apart from the global one, and whose weights lie within (0, 1)."""
     v = small.first(made)
-    change = lambda n, w: w.clone().fill_(0.5) + 0.1 * numbers(*w.shape, at=at).clamp(-4, 4)
+
+    def change(n, w):
+        return w.clone().fill_(0.5) + 0.1 * numbers(*w.shape, at=at).clamp(-4, 4)
+
     apart = {
         n: change(n, w) if n.startswith(".A.") else w + 0.3 * numbers(*w.shape)
         for n, w in v.personal.items()
@@ -119,7 +122,9 @@ def test_the_gradient_of_a_weight_is_the_gap_times_the_gradient_of_the_mix(netwo
     own, weight = ({n: v.personal[f".{kind}.{n}"].detach() for n in names} for kind in ("own", "A"))
     mix = {n: (own[n] + (v.shared[n] - own[n]) * weight[n]).requires_grad_() for n in names}
     plain = FedAvg().loss(model)(Vars(model.frozen(v.shared) | mix, {}), v, batch(made))
-    for name, grad, outer in zip(names, grads, torch.autograd.grad(plain, mix.values())):
+    for name, grad, outer in zip(
+        names, grads, torch.autograd.grad(plain, mix.values()), strict=True
+    ):
         expected = (v.shared[name] - own[name]) * outer
         torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-7)
         assert grad.any()
@@ -131,7 +136,10 @@ def aggregated(made, v, client, round_, used):
         {n: v.personal[f".{kind}.{n}"] for n in made.algorithm.top(made.model)}
         for kind in ("own", "A")
     )
-    mixed = lambda weight: {n: o + (v.shared[n] - o) * weight[n] for n, o in own.items()}
+
+    def mixed(weight):
+        return {n: o + (v.shared[n] - o) * weight[n] for n, o in own.items()}
+
     epoch, width = made.feed.epoch([client], round_, "aggregation 0"), made.settings.batch_size
     for first in range(0, used, width):
         data = epoch.batch(1, first, min(width, used - first))
@@ -140,7 +148,7 @@ def aggregated(made, v, client, round_, used):
         with Substitutes(None, data.key):  # BatchNorm of one sample
             model = Vars(made.model.frozen(v.shared) | leaves, {})
             loss = FedAvg().loss(made.model)(model, v, data)
-        grads = dict(zip(leaves, torch.autograd.grad(loss, leaves.values())))
+        grads = dict(zip(leaves, torch.autograd.grad(loss, leaves.values()), strict=True))
         weight = {
             n: (w - 30.0 * grads[n] * (v.shared[n] - own[n])).clamp(0, 1) for n, w in weight.items()
         }
@@ -351,7 +359,7 @@ def test_one_epoch_of_fine_tuning_is_a_pass_of_sgd():
     data = made.feed.epoch([0], 4, 0).batch(1, 0, 11)
     loss = torch.nn.functional.cross_entropy(made.model(leaves, data.x[0]), data.y[0])
     grads = torch.autograd.grad(loss, leaves.values())
-    moved = {n: w.detach() - 0.3 * g for (n, w), g in zip(leaves.items(), grads)}
+    moved = {n: w.detach() - 0.3 * g for (n, w), g in zip(leaves.items(), grads, strict=True)}
     (found,) = made.evaluate([0], v.shared, {}, 4)
     (expected,) = replace(made, algorithm=FedAvg()).evaluate([0], moved, {}, 4)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)

@@ -71,13 +71,17 @@ def round_of(algorithm, shared, counts=COUNTS, clients=None, change=None):
         ends.append(end.shared)
     total = sum(counts[client] for client in clients)
     mean = {
-        n: sum(counts[c] * part[n] for c, part in zip(clients, parts)) / total for n in parts[0]
+        n: sum(counts[c] * part[n] for c, part in zip(clients, parts, strict=True)) / total
+        for n in parts[0]
     }
     return ends, algorithm.serve({}, shared, mean, Cohort(1.0, total))[1]
 
 
 def averaged(trees, counts=COUNTS):
-    return {n: sum(k * tree[n] for k, tree in zip(counts, trees)) / sum(counts) for n in trees[0]}
+    return {
+        n: sum(k * tree[n] for k, tree in zip(counts, trees, strict=True)) / sum(counts)
+        for n in trees[0]
+    }
 
 
 def assert_near(a, b, atol=1e-12):
@@ -195,7 +199,9 @@ def test_the_residual_is_the_covariance_of_the_factors(cls, ranks):
         mean = averaged(padded)
         A, B = mean[f"{name}..A"], mean[f"{name}..B"]
         terms = [(p[f"{name}..B"] - B) @ (p[f"{name}..A"] - A) for p in padded]
-        expected = sum(k * term for k, term in zip(COUNTS, terms)) / sum(COUNTS) * algorithm.s
+        expected = (
+            sum(k * term for k, term in zip(COUNTS, terms, strict=True)) / sum(COUNTS) * algorithm.s
+        )
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
 
@@ -419,7 +425,10 @@ def test_flora_counts_its_factors_up_and_the_stack_of_the_last_round_down(networ
     last = 0
     for round_, moment in enumerate(played(*common)[0][1:]):
         chosen = run.chosen(round_)
-        rank = lambda client: max(run.kinds[run.kind_of[client]].algorithm.lora_ranks)
+
+        def rank(client):
+            return max(run.kinds[run.kind_of[client]].algorithm.lora_ranks)
+
         stack = sum(sum(min(rank(c), a, b) for c in chosen) * (a + b) for a, b in sides)
         assert moment.row["bytes_up"] == 4 * (stack + full * len(chosen))
         assert moment.row["bytes_down"] == 4 * len(chosen) * (last + full)

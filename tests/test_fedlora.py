@@ -253,7 +253,7 @@ def test_the_first_gradient_of_a_is_zero_and_that_of_b_is_not():
     for leaf in v.personal.values():
         leaf.requires_grad_()
     loss = made.algorithm.loss(made.model)(v, v, batch(made))
-    grads = dict(zip(v.personal, torch.autograd.grad(loss, v.personal.values())))
+    grads = dict(zip(v.personal, torch.autograd.grad(loss, v.personal.values()), strict=True))
     for name, grad in grads.items():
         assert grad.any() == name.endswith(".B"), name
 
@@ -274,7 +274,7 @@ def test_a_tau_formed_once_gives_the_same_loss_and_gradient(network):
             (loss, torch.autograd.grad(loss, [w for w in sigma.values() if w.requires_grad]))
         )
     (one, grads), (two, again) = results
-    assert one == two and all(torch.equal(a, b) for a, b in zip(grads, again))
+    assert one == two and all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
     plain = made.algorithm.logits(made.model.evaluating(), Vars(v.shared, {}), batch(made).x)
     assert not torch.allclose(
         plain, made.algorithm.logits(made.model.evaluating(), v, batch(made).x)
@@ -364,7 +364,10 @@ def test_one_client_trains_as_alternating_torch_optimizers(stacked, rule):
         algorithm, scale = FedLoRA(conv_rank=0.4), lambda w: 1
     else:
         algorithm = FedLoRA(conv_rank=0.4, linear_rank=3, rank_rule="official", scale="official")
-        scale = lambda w: 1 / int(0.4 * w.shape[0]) if w.dim() == 4 else 1 / 3
+
+        def scale(w):
+            return 1 / int(0.4 * w.shape[0]) if w.dim() == 4 else 1 / 3
+
     settings = replace(small.TRAIN, weight_decay=0.01)
     run, state = small.experiment(algorithm, "bn_net", sizes=(12,), train=settings, stacked=stacked)
     sigma, factors = alternating(run.trainer, 2, scale)
@@ -488,7 +491,7 @@ def test_the_next_sigma_is_the_exact_mean_of_the_uploads(algorithm):
     after = small.played(run, state, 1)
     for name, value in after.shared.items():
         uploads = torch.stack(
-            [done.end.shared[name].double() * w for done, w in zip(trained, weights)]
+            [done.end.shared[name].double() * w for done, w in zip(trained, weights, strict=True)]
         )
         assert torch.equal(value, (uploads.sum(0) / sum(weights)).float()), name
 

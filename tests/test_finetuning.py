@@ -211,7 +211,8 @@ def test_the_mean_of_products_is_not_the_product_of_means():
         A, B = new[f"{name}..A"], new[f"{name}..B"]
         p = [count / 100 for count in COUNTS]
         gap = sum(
-            w * (u[f"{name}..B"] - B) @ (u[f"{name}..A"] - A) for w, u in zip(p, uploads.values())
+            w * (u[f"{name}..B"] - B) @ (u[f"{name}..A"] - A)
+            for w, u in zip(p, uploads.values(), strict=True)
         )
         square += gap.square().sum()
     near(new[".told.lora_bias"], square.sqrt(), atol=1e-10)
@@ -329,10 +330,13 @@ def test_the_weights_are_those_of_theorem_3():
 def test_other_weights():
     shared = shared_of(method := FedHL(lora_ranks=RANKS, eps=0.5))
     _, uploads = next_round(method, shared)
-    at = lambda **fields: weights(replace(method, **fields), shared, uploads)
+
+    def at(**fields):
+        return weights(replace(method, **fields), shared, uploads)
+
     assert at(weight_mode="uniform") == pytest.approx([1 / 3] * 3)
     assert at(weight_mode="samples") == pytest.approx([0.1, 0.2, 0.7])
-    both = [count / (lost(shared, r) ** 2 + 0.5) for r, count in zip(RANKS, COUNTS)]
+    both = [count / (lost(shared, r) ** 2 + 0.5) for r, count in zip(RANKS, COUNTS, strict=True)]
     assert at(weight_mode="both") == pytest.approx([w / sum(both) for w in both])
     whole = sum(float(shared[f"{n}..W"].square().sum()) for n in SIDES)
     eased = [1 / (lost(shared, r) ** 2 + 0.5 + 0.2 * whole**2) for r in RANKS]
@@ -416,12 +420,12 @@ def test_gathered_uploads_give_the_bits_of_summed_ones(name, ranks):
     for moments in played(*common, "uplink=gather", ranks=ranks):
         assert all(
             torch.equal(v, b.shared[n])
-            for a, b in zip(moments[1:], by_sum)
+            for a, b in zip(moments[1:], by_sum, strict=True)
             for n, v in a.shared.items()
         )
         assert all(
             np.array_equal(a.clients["accuracy"], b.clients["accuracy"])
-            for a, b in zip(moments[1:], by_sum)
+            for a, b in zip(moments[1:], by_sum, strict=True)
         )
 
 

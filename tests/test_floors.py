@@ -217,13 +217,16 @@ def unaddressed(tree):
         given = any(keyword.arg == "generator" for keyword in node.keywords)
         name = full_name(node.func, aliases) or ""
         home, _, last = name.rpartition(".")
-        if home.split(".")[0] == "torch" and (
-            last.startswith(("manual_seed", "seed")) or last == "set_rng_state"
+        if (
+            home.split(".")[0] == "torch"
+            and (last.startswith(("manual_seed", "seed")) or last == "set_rng_state")
+            or home == "torch"
+            and last in DRAWS
+            and not given
+            or home == "numpy.random"
+            and last not in ADDRESSED
+            or home == "random"
         ):
-            yield name
-        elif home == "torch" and last in DRAWS and not given:
-            yield name
-        elif home == "numpy.random" and last not in ADDRESSED or home == "random":
             yield name
         elif last in ADDRESSED and home == "numpy.random" and not node.args + node.keywords:
             yield name  # numpy seeds it from the system

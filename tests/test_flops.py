@@ -108,7 +108,7 @@ def test_such_networks_train_alike_one_by_one_and_in_a_stack(how):
     for c in range(2):
         each = {n: alone[c][n].requires_grad_() for n in trained}
         mine = torch.autograd.grad(loss(alone[c] | each, x[c]), each.values())
-        for one, stacked in zip(mine, grads):
+        for one, stacked in zip(mine, grads, strict=True):
             torch.testing.assert_close(one, stacked[c], rtol=1e-4, atol=1e-5)
         for name, value in stats.items():
             torch.testing.assert_close(alone[c][name], value[c])

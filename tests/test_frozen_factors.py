@@ -62,13 +62,22 @@ def rounds_of(algorithm, network="cnn", rounds=3):
 @pytest.mark.parametrize("network", ["cnn", thorough("bn_net")])
 def test_the_mean_is_exact_among_clients_of_different_ranks(algorithm, network):
     for _, ends, after in rounds_of(algorithm, network):
-        deltas = [client.delta(end.shared) for client, (_, end) in zip(clients(algorithm), ends)]
-        mean = {n: sum(w * d[n] for w, d in zip(COUNTS, deltas)) / sum(COUNTS) for n in deltas[0]}
+        deltas = [
+            client.delta(end.shared)
+            for client, (_, end) in zip(clients(algorithm), ends, strict=True)
+        ]
+        mean = {
+            n: sum(w * d[n] for w, d in zip(COUNTS, deltas, strict=True)) / sum(COUNTS)
+            for n in deltas[0]
+        }
         near(algorithm.delta(after), mean)
         head = [n for n in after if n.startswith(("9.", "fc."))]
         near(
             {n: after[n] for n in head},
-            {n: sum(w * e.shared[n] for w, (_, e) in zip(COUNTS, ends)) / 14 for n in head},
+            {
+                n: sum(w * e.shared[n] for w, (_, e) in zip(COUNTS, ends, strict=True)) / 14
+                for n in head
+            },
         )
 
 
@@ -99,7 +108,7 @@ def test_the_factor_that_does_not_train_keeps_its_bits_on_server_and_clients(nam
         before, after = moments[round_].shared, moments[round_ + 1].shared
         still = {n for n in before if n[-2:] in {".A", ".B"} - {f".{letter}"}}
         assert len(still) == 3
-        for kind, clients_ in zip(parts.run.kinds, parts.run.by_kind):
+        for kind, clients_ in zip(parts.run.kinds, parts.run.by_kind, strict=True):
             arrived = kind.algorithm.download(before)
             for done in kind.trainer.train(clients_, before, {}, round_):
                 assert all(torch.equal(done.end.shared[n], arrived[n]) for n in still)
@@ -206,8 +215,11 @@ def test_the_mean_of_bs_alone_is_that_of_the_products_only_under_one_a():
     algorithm = FFALoRA(**HOW)
     (before, ends, after), *_ = rounds_of(algorithm)
     ends[0][1].shared["7.weight..A"] += 1.0  # a client whose seed was another
-    deltas = [c.delta(end.shared)["7.weight"] for c, (_, end) in zip(clients(algorithm), ends)]
-    mean = sum(w * d for w, d in zip(COUNTS, deltas)) / sum(COUNTS)
+    deltas = [
+        c.delta(end.shared)["7.weight"]
+        for c, (_, end) in zip(clients(algorithm), ends, strict=True)
+    ]
+    mean = sum(w * d for w, d in zip(COUNTS, deltas, strict=True)) / sum(COUNTS)
     assert (algorithm.delta(served(algorithm, before, ends))["7.weight"] - mean).norm() > 0.1
 
 
@@ -235,7 +247,7 @@ def test_all_clients_have_the_first_components_of_one_sketch_which_changes_with_
     for algorithm, letter in ((FedRACLoRA(**HOW), ".A"), (FedRACLoRA(factor="B", **HOW), ".B")):
         sketches = []
         for shared, ends, _ in rounds_of(algorithm):
-            for client, (start, _) in zip(clients(algorithm), ends):
+            for client, (start, _) in zip(clients(algorithm), ends, strict=True):
                 r = client.lora_ranks[0]
                 for name in (n for n in shared if n.endswith(letter)):
                     whole = shared[name]
@@ -261,7 +273,7 @@ def test_all_clients_have_the_first_components_of_one_sketch_which_changes_with_
 
 def test_both_sketches_come_in_turn():
     algorithm = FedRACLoRA(factor="both", **HOW)
-    for round_, (shared, ends, after) in enumerate(rounds_of(algorithm)):
+    for round_, (shared, ends, _) in enumerate(rounds_of(algorithm)):
         zero, drawn = (".B", ".A") if round_ % 2 == 0 else (".A", ".B")
         assert all((v == 0).all() == n.endswith(zero) for n, v in shared.items() if is_factor(n))
         assert all(
@@ -334,7 +346,7 @@ def full_gradient(made, algorithm, shared, client):
     loss = torch.nn.functional.cross_entropy(logits, data.y[0])
     names = list(algorithm.adapted(made.model))
     found = torch.autograd.grad(loss, [weights[n] for n in names])
-    return {n: g.reshape(shared[f"{n}..W"].shape) for n, g in zip(names, found)}
+    return {n: g.reshape(shared[f"{n}..W"].shape) for n, g in zip(names, found, strict=True)}
 
 
 @SKETCHED

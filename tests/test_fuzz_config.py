@@ -18,13 +18,54 @@ TREES = [yaml.safe_load(path.read_text()) for path in FILES]
 WORDS = st.sampled_from(
     [
         *(
-            "seed rounds data model algorithm train engine name mix kind clients weights base "
-            "text classes".split()
+            [
+                "seed",
+                "rounds",
+                "data",
+                "model",
+                "algorithm",
+                "train",
+                "engine",
+                "name",
+                "mix",
+                "kind",
+                "clients",
+                "weights",
+                "base",
+                "text",
+                "classes",
+            ]
         ),
-        *("cnn resnet8 hf fedlora fedhl pfedlora iid shares digits csv auto stack none".split()),
-        *("each ~ . .. / {name} {} { x:y".split()),
         *(
-            "torchvision:resnet18 torchvision:x no.such:thing 1e3 0x10 yes 1:30 2020-01-01 <<".split()
+            [
+                "cnn",
+                "resnet8",
+                "hf",
+                "fedlora",
+                "fedhl",
+                "pfedlora",
+                "iid",
+                "shares",
+                "digits",
+                "csv",
+                "auto",
+                "stack",
+                "none",
+            ]
+        ),
+        *(["each", "~", ".", "..", "/", "{name}", "{}", "{", "x:y"]),
+        *(
+            [
+                "torchvision:resnet18",
+                "torchvision:x",
+                "no.such:thing",
+                "1e3",
+                "0x10",
+                "yes",
+                "1:30",
+                "2020-01-01",
+                "<<",
+            ]
         ),
     ]
 )

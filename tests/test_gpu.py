@@ -60,7 +60,10 @@ def made(name, stacked=True, network="bn_net", device=small.CPU, sizes=small.SIZ
     trainer = kind.trainer
     feed = Feed(*FEED, seed=1, shift="none", device=device, augment=False)
     trainer = replace(trainer, model=trainer.model.to(device), feed=feed, device=device)
-    there = lambda tree: {n: v.to(device) for n, v in tree.items()}
+
+    def there(tree):
+        return {n: v.to(device) for n, v in tree.items()}
+
     return replace(run, kinds=(kind._replace(trainer=trainer),)), state._replace(
         shared=there(state.shared), server=there(state.server)
     )
@@ -290,7 +293,9 @@ def test_bfloat16_is_near_float32_and_leaves_weights_in_float32(name, stacked):
     coarse = replace(
         runs[0][0], kinds=(kind._replace(trainer=replace(kind.trainer, precision="bf16")),)
     )
-    results = [ends(run, state, 1) for run, (_, state) in zip((coarse, runs[1][0]), runs)]
+    results = [
+        ends(run, state, 1) for run, (_, state) in zip((coarse, runs[1][0]), runs, strict=True)
+    ]
     assert all(v.dtype == torch.float32 for tree in results[0] for v in tree.values())
     assert not equal(*results)
     start = runs[1][1].shared

@@ -79,7 +79,7 @@ def gradients(made, v, data):
 def derived(loss, leaves):
     """{leaf: gradient of ``loss``}, zeros where it does not depend on the leaf."""
     how = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-    return dict(zip(leaves, torch.autograd.grad(loss, leaves.values(), **how)))
+    return dict(zip(leaves, torch.autograd.grad(loss, leaves.values(), **how), strict=True))
 
 
 # All of them

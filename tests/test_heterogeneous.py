@@ -151,7 +151,7 @@ def gradients(made, v, batch, round_=1):
         .loss(Vars(v.shared, leaves), v, batch)
     )
     wanted = {n: w for n, w in leaves.items() if w.requires_grad}
-    return dict(zip(wanted, torch.autograd.grad(loss, wanted.values()))), loss.detach()
+    return dict(zip(wanted, torch.autograd.grad(loss, wanted.values()), strict=True)), loss.detach()
 
 
 # All three
@@ -195,7 +195,11 @@ def test_training_writes_to_nothing_that_was_given_and_no_client_to_anothers(alg
         copies.append(tuple(map(small.copy, ends[-1])))
     assert small.equal(state.shared, before[0]) and small.equal(state.personal, before[1])
     assert small.equal(run.trainer.model.initial, initial)
-    assert all(small.equal(a, b) for end, copy in zip(ends, copies) for a, b in zip(end, copy))
+    assert all(
+        small.equal(a, b)
+        for end, copy in zip(ends, copies, strict=True)
+        for a, b in zip(end, copy, strict=False)
+    )
 
 
 MIX = (
@@ -374,7 +378,8 @@ def test_with_its_term_a_method_is_local_in_round_1_and_not_in_round_2(algorithm
     assert len(moved) == 3 and model.head == "fc"
     for name in moved:
         assert all(
-            not torch.equal(a, b) for a, b in zip(twice.personal[name], second.personal[name])
+            not torch.equal(a, b)
+            for a, b in zip(twice.personal[name], second.personal[name], strict=True)
         ), name
 
 
@@ -387,9 +392,10 @@ def test_the_gradient_of_the_loss_is_its_finite_difference(algorithm, network):
     assert set(batch.y.tolist()) & {2} and set(batch.y.tolist()) - {2}
     grads, _ = gradients(made, v, batch)
     ways = {n: numbers(*g.shape, at=3, dtype=torch.float64) for n, g in grads.items()}
-    moved = lambda h: v._replace(
-        personal=v.personal | {n: v.personal[n] + h * w for n, w in ways.items()}
-    )
+
+    def moved(h):
+        return v._replace(personal=v.personal | {n: v.personal[n] + h * w for n, w in ways.items()})
+
     slope = (
         gradients(made, moved(1e-6), batch)[1] - gradients(made, moved(-1e-6), batch)[1]
     ) / 2e-6
@@ -418,7 +424,7 @@ def test_the_pull_of_fedproto_has_the_gradient_of_its_closed_form(network, lam):
     assert value == pytest.approx(lam * gap.square().sum().item() / (5 * 5))
     how = {"allow_unused": True, "materialize_grads": True}  # the head has no part in it
     wanted = torch.autograd.grad(z, [leaves[n] for n in grads], 2 * lam * gap / (5 * 5), **how)
-    for (name, found), right in zip(grads.items(), wanted):
+    for (name, found), right in zip(grads.items(), wanted, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12, msg=name)
         assert found.any() != (made.model.role(name) == "head")
 
@@ -435,7 +441,7 @@ def test_the_distillation_of_fd_has_the_gradient_of_its_closed_form(network, fie
     assert value == pytest.approx(-fields["gamma"] * (q * o.log_softmax(1)).sum().item() / 5)
     error = fields["gamma"] * (q.sum(1, keepdim=True) * o.softmax(1) - q).detach() / 5
     wanted = torch.autograd.grad(o, [leaves[n] for n in grads], error)
-    for (name, found), right in zip(grads.items(), wanted):
+    for (name, found), right in zip(grads.items(), wanted, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12, msg=name)
         assert found.any()
 
@@ -542,7 +548,7 @@ def test_fedproto_sends_what_is_held_and_receives_what_is_known(participation):
         assert row["bytes_up"] == 4 * 5 * sum(len(held(run, c)) for c in chosen)
         assert row["bytes_down"] == 4 * 5 * len(known) * len(chosen)
         known = set().union(*(held(run, c) for c in chosen))
-    assert 0 < len(known)
+    assert len(known) > 0
 
 
 # How FedProto predicts

@@ -1,5 +1,6 @@
 """HetLoRA: ranks that clients lower by themselves, and a mean weighted by the norms of products."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -80,20 +81,24 @@ def test_factors_are_weighted_by_the_norm_and_the_head_by_samples():
     for name, value in after.items():
         if is_factor(name):
             mean = torch.zeros_like(value)
-            for share, (_, end) in zip(shares, ends):
+            for share, (_, end) in zip(shares, ends, strict=True):
                 rows, columns = end.shared[name].shape
                 # the others have zeros there, which count
                 mean[:rows, :columns] += share * end.shared[name]
         else:
-            mean = sum(n * end.shared[name] for n, (_, end) in zip(COUNTS, ends)) / sum(COUNTS)
+            mean = sum(
+                n * end.shared[name] for n, (_, end) in zip(COUNTS, ends, strict=True)
+            ) / sum(COUNTS)
         torch.testing.assert_close(value, mean, rtol=1e-12, atol=1e-12, msg=name)
 
 
 def test_clients_of_equal_ranks_and_norms_and_samples_are_those_of_fedit():
     def alike(ends):
-        scaled = lambda tree: (
-            tree | {n: v / norm_of_products(tree) for n, v in tree.items() if n.endswith(".B")}
-        )
+        def scaled(tree):
+            return tree | {
+                n: v / norm_of_products(tree) for n, v in tree.items() if n.endswith(".B")
+            }
+
         return [(start, end._replace(shared=scaled(end.shared))) for start, end in ends]
 
     how = {"lora_ranks": (3,), "alpha": 6.0}
@@ -107,7 +112,9 @@ def test_clients_of_equal_ranks_and_norms_and_samples_are_those_of_fedit():
 
 def test_clients_without_any_product_count_alike():
     def still(ends):
-        zero = lambda tree: tree | {n: 0 * v for n, v in tree.items() if n.endswith(".B")}
+        def zero(tree):
+            return tree | {n: 0 * v for n, v in tree.items() if n.endswith(".B")}
+
         return [(start, end._replace(shared=zero(end.shared))) for start, end in ends]
 
     _, ends, after = one_round(HetLoRA(lora_ranks=(3,)), still)
@@ -140,7 +147,7 @@ def test_a_client_without_a_product_counts_for_nothing_beside_others():
 def test_the_first_components_of_padded_factors_are_the_factors():
     algorithm = HetLoRA(**HOW)
     before, ends, _ = one_round(algorithm)
-    for client, (start, end) in zip(clients(algorithm), ends):
+    for client, (start, end) in zip(clients(algorithm), ends, strict=True):
         term = client.term(client.upload(start, end), before)
         assert {n: v.shape for n, v in term.items()} == {n: before[n].shape for n in term}
         assert equal(client.first_components(term), {n: end.shared[n] for n in term})
@@ -165,6 +172,7 @@ def test_the_penalty_has_the_gradient_of_its_formula():
                 torch.autograd.grad(
                     loss(v._replace(shared=leaves), v, batch), list(leaves.values())
                 ),
+                strict=True,
             )
         )
         for loss in (super(HetLoRA, made.algorithm).loss(model), made.algorithm.loss(model))
@@ -236,15 +244,23 @@ def test_a_client_prunes_when_its_tail_has_become_smaller_and_then_alone():
 
 def test_clients_of_a_stack_prune_each_for_itself():
     algorithm, starts = HetLoRA(gamma=0.5), [pair(4, 3, 5, at=k) for k in range(3)]
-    ends = [tmap(lambda v, f=f: f * v, tree) for f, tree in zip((0.9, 1.1, 0.9), starts)]
-    stack = lambda trees: {n: torch.stack([t[n] for t in trees]) for n in trees[0]}
+    ends = [
+        tmap(lambda v, f=f: f * v, tree) for f, tree in zip((0.9, 1.1, 0.9), starts, strict=True)
+    ]
+
+    def stack(trees):
+        return {n: torch.stack([t[n] for t in trees]) for n in trees[0]}
+
     ranks = torch.tensor([4.0, 4.0, 3.0], dtype=torch.float64)
-    finish = lambda s, e, r: algorithm.finish(
-        None, None, Vars(s, {".lora_rank.": r}), Vars(e, {".lora_rank.": r}), None
-    )[:2]
+
+    def finish(s, e, r):
+        return algorithm.finish(
+            None, None, Vars(s, {".lora_rank.": r}), Vars(e, {".lora_rank.": r}), None
+        )[:2]
+
     shared, personal = vmap(finish)(stack(starts), stack(ends), ranks)
     assert personal[".lora_rank."].tolist() == [2, 4, 1]
-    for row, (end, r) in enumerate(zip(ends, (2, 4, 1))):
+    for row, (end, r) in enumerate(zip(ends, (2, 4, 1), strict=True)):
         assert equal({n: v[row] for n, v in shared.items()}, components(end, 0, r))
 
 
@@ -254,11 +270,11 @@ def test_ranks_never_rise_nor_fall_below_the_minimum_and_pruned_components_stay_
     parts, moments = built(*how), played(*how)[0]
     series = [ranks_of(moment) for moment in moments]
     assert series[0] == [8, 1, 4, 8, 1, 4, 8]
-    for before, after in zip(series, series[1:]):
-        assert all(0 < a <= b for a, b in zip(after, before))
+    for before, after in itertools.pairwise(series):
+        assert all(0 < a <= b for a, b in zip(after, before, strict=True))
     least = [min(ranks[client] for ranks in series) for client in range(7)]
     assert least[1] == least[4] == 1 and min(least[0], least[2], least[3], least[5], least[6]) >= 2
-    assert sum(a < b for a, b in zip(series[-1], series[0])) >= 3
+    assert sum(a < b for a, b in zip(series[-1], series[0], strict=True)) >= 3
     for number, kind in enumerate(parts.run.kinds):
         members = parts.run.by_kind[number]
         rows = {n: moments[-1].personal[kind.prefix + n] for n in kind.first.personal}
@@ -273,7 +289,10 @@ def test_ranks_never_rise_nor_fall_below_the_minimum_and_pruned_components_stay_
 
 def test_a_pruned_client_sends_its_components_its_norm_and_the_head():
     parts, moments = built(*PRUNES, "rounds=6"), played(*PRUNES, "rounds=6")[0]
-    size = lambda r: sum(min(r, *sides) * sum(sides) for sides in LAYERS.values()) + 4 * 8 + 4
+
+    def size(r):
+        return sum(min(r, *sides) * sum(sides) for sides in LAYERS.values()) + 4 * 8 + 4
+
     for round_ in range(6):
         cohort, ranks = parts.run.chosen(round_), ranks_of(moments[round_ + 1])
         row = moments[round_ + 1].row

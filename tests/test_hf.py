@@ -36,7 +36,23 @@ transformers = pytest.importorskip("transformers")
 
 import tokenizers  # noqa: E402
 
-WORDS = "the a of and wave tide salt boat rock path snow goat road shop tram".split()
+WORDS = [
+    "the",
+    "a",
+    "of",
+    "and",
+    "wave",
+    "tide",
+    "salt",
+    "boat",
+    "rock",
+    "path",
+    "snow",
+    "goat",
+    "road",
+    "shop",
+    "tram",
+]
 TOPICS = {"sea": WORDS[4:8], "hill": WORDS[8:12], "town": WORDS[12:]}
 SPECIAL = {
     "roberta": ("<s>", "<pad>", "</s>", "<unk>"),
@@ -250,15 +266,16 @@ def test_a_new_head_does_not_depend_on_the_process(tmp_path):
         "print(sum(v.double().abs().sum() for v in network(*sys.argv[1:], "
         "5).initial.values()).item().hex())"
     )
-    run = lambda seed: (
-        subprocess.run(
+
+    def run(seed):
+        return subprocess.run(
             [sys.executable, "-c", code, str(folder), family],
             env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"},
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-    )
+
     assert run("1") == run("2") != ""
 
 
@@ -337,9 +354,12 @@ def test_weights_may_be_in_several_files_of_which_none_may_be_gone(tmp_path, fam
 
 def test_old_names_of_leaves_are_known(bert):
     model, tree = network(bert, "bert"), weights.read(bert / "model.safetensors")
-    old = lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
-        "LayerNorm.bias", "LayerNorm.beta"
-    )
+
+    def old(name):
+        return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        )
+
     (bert / "model.safetensors").write_bytes(weights.packed({old(n): v for n, v in tree.items()}))
     assert equal(network(bert, "bert").initial, model.initial)
 
@@ -532,7 +552,7 @@ def config_file(root, family, **options):
     write_texts(root)
     folder = saved(root / family, family, **options)
     text = CONFIG.format(root=root, folder=folder)
-    for name, other in zip(*LOW) if family == "distilbert" else ():
+    for name, other in zip(*LOW, strict=True) if family == "distilbert" else ():
         text = text.replace(name, other)
     path = root / f"{family}.yaml"
     path.write_text(text)
@@ -550,7 +570,10 @@ def trained(path, *overrides):
 def test_a_stack_trains_as_the_loop(tmp_path, family, name):
     path = config_file(tmp_path, family, auto="MaskedLM", dropout=0.1)
     chosen = () if name == "fedlora" else (f"algorithm={name}",)
-    by = lambda way: trained(path, *chosen, f"engine.path={way}", f"output={tmp_path}/{way}")
+
+    def by(way):
+        return trained(path, *chosen, f"engine.path={way}", f"output={tmp_path}/{way}")
+
     stack, loop = by("stack"), by("loop")
     for k in range(5):
         for leaf, value in stack.client(k).weights.items():

@@ -52,9 +52,12 @@ def png16(path, values):
     """A PNG with 16 bits a channel, [H, W, 3], which Pillow cannot write."""
     height, width, _ = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    part = lambda kind, body: (
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    )
+
+    def part(kind, body):
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
     head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
     path.write_bytes(
         b"\x89PNG\r\n\x1a\n"
@@ -143,8 +146,12 @@ def test_a_portable_grey_map_of_16_bits_is_read(tmp_path):
 
 
 def test_no_image_is_stretched_by_its_own_extremes(tmp_path):
-    bright = lambda number: 30000 + 100 * pixels(number).astype(np.uint16)
-    dark = lambda number: 20 * pixels(number).astype(np.uint16)
+    def bright(number):
+        return 30000 + 100 * pixels(number).astype(np.uint16)
+
+    def dark(number):
+        return 20 * pixels(number).astype(np.uint16)
+
     write(tmp_path, lambda path, n: Image.fromarray((bright if n % 2 else dark)(n)).save(path))
     found = read(tmp_path)
     for row, values in enumerate((dark(0), bright(1), dark(10), bright(11))):
@@ -177,7 +184,9 @@ BEYOND = {
 
 @pytest.mark.parametrize("dtype, spoil, why", BEYOND.values(), ids=BEYOND)
 def test_values_without_a_place_in_a_byte_are_refused_with_the_file(tmp_path, dtype, spoil, why):
-    base = lambda number: np.where(np.arange(30).reshape(6, 5) == 0, 0, pixels(number))
+    def base(number):
+        return np.where(np.arange(30).reshape(6, 5) == 0, 0, pixels(number))
+
     write(
         tmp_path,
         lambda path, n: Image.fromarray(
@@ -194,7 +203,9 @@ def test_values_without_a_place_in_a_byte_are_refused_with_the_file(tmp_path, dt
 
 
 def test_fractions_beside_larger_numbers_are_refused(tmp_path):
-    values = lambda n: pixels(n) / np.float32(1 if n == 11 else 255)
+    def values(n):
+        return pixels(n) / np.float32(1 if n == 11 else 255)
+
     write(tmp_path, lambda path, n: Image.fromarray(values(n).astype(np.float32)).save(path), "tif")
     assert (
         "train/ant/0.tif has floats from 0 to 1, " in (line := refused(tmp_path))
@@ -203,9 +214,9 @@ def test_fractions_beside_larger_numbers_are_refused(tmp_path):
 
 
 def test_an_image_that_would_become_constant_is_refused(tmp_path):
-    dim = lambda n: (
-        pixels(n).astype(np.uint16) * 257 if n != 11 else pixels(n).astype(np.uint16) // 4
-    )
+    def dim(n):
+        return pixels(n).astype(np.uint16) * 257 if n != 11 else pixels(n).astype(np.uint16) // 4
+
     write(tmp_path, lambda path, n: Image.fromarray(dim(n)).save(path))
     assert (
         "train/bee/1.png has values from " in (line := refused(tmp_path))
@@ -224,7 +235,9 @@ def test_a_constant_image_stays_what_it_is(tmp_path):
 
 
 def test_what_only_transparency_shows_is_refused(tmp_path):
-    shape = lambda n: np.dstack([np.zeros((6, 5, 3), np.uint8), pixels(n)])
+    def shape(n):
+        return np.dstack([np.zeros((6, 5, 3), np.uint8), pixels(n)])
+
     write(tmp_path, lambda path, n: Image.fromarray(shape(n), "RGBA").save(path))
     assert "train/ant/0.png shows something as RGBA, of which RGB has one colour" in refused(
         tmp_path
@@ -256,7 +269,10 @@ def test_exif_orientation_is_applied(tmp_path, orientation, ending):
     exif = Image.Exif()
     exif[0x0112] = orientation
     more = {"lossless": True} if ending == "webp" else {}
-    stored = lambda n: Image.fromarray(np.ascontiguousarray(turn(pixels(n, 6, 5, 3))))
+
+    def stored(n):
+        return Image.fromarray(np.ascontiguousarray(turn(pixels(n, 6, 5, 3))))
+
     write(tmp_path, lambda path, n: stored(n).save(path, exif=exif, **more), ending)
     assert np.array_equal(read(tmp_path).train.x[1].permute(1, 2, 0), pixels(1, 6, 5, 3))
 
@@ -264,7 +280,10 @@ def test_exif_orientation_is_applied(tmp_path, orientation, ending):
 def test_orientation_of_16_bits_and_of_a_jpeg_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    stored = lambda n: np.rot90(pixels(n)).astype(np.uint16) * 257
+
+    def stored(n):
+        return np.rot90(pixels(n)).astype(np.uint16) * 257
+
     write(
         tmp_path,
         lambda path, n: Image.fromarray(np.ascontiguousarray(stored(n))).save(path, exif=exif),

@@ -138,9 +138,10 @@ def joined(folder):
     """{name in personal.h5: bytes}."""
     found = {}
     with h5py.File(folder / "personal.h5", locking=False) as file:
-        keep = lambda name, item: (
-            isinstance(item, h5py.Dataset) and found.update({name: item[()].tobytes()})
-        )
+
+        def keep(name, item):
+            return isinstance(item, h5py.Dataset) and found.update({name: item[()].tobytes()})
+
         file.visititems(lambda name, item: keep(name, item) and None)
     return found
 
@@ -216,7 +217,7 @@ def test_leaves_of_several_kinds_are_read_together_where_all_have_them(mixed):
     rows = found.personal([5, 0, 1])["0.weight"]
     assert all(
         np.array_equal(row, open_run(mixed).client(c).personal["0.weight"])
-        for row, c in zip(rows, (5, 0, 1))
+        for row, c in zip(rows, (5, 0, 1), strict=True)
     )
     with pytest.raises(ValueError, match=r"holds no client or leaf '4\.weight'"):
         found.personal([0, 1], ["4.weight"])
@@ -352,7 +353,10 @@ def test_a_network_on_the_command_line_replaces_a_mix_and_a_mix_a_network(tmp_pa
         "{name: cnn, width: 4, hidden: 8}", f"{{mix: {TWO}, clients: [3, 4]}}"
     )
     (tmp_path / "x.yaml").write_text(text)
-    model = lambda *overrides: read(tmp_path / "x.yaml", overrides).model
+
+    def model(*overrides):
+        return read(tmp_path / "x.yaml", overrides).model
+
     one = ModelBlock((Network("cnn", {"width": 16, "hidden": 64}),))
     assert model().clients == (3, 4) and model().of_clients(7) == (0, 0, 0, 1, 1, 1, 1)
     assert model("model=cnn") == model("model.name=cnn") == one
@@ -398,13 +402,13 @@ def test_a_mix_that_is_written_out_reads_equal(model, tmp_path):
 @pytest.mark.parametrize(
     "algorithm, said",
     [
-        ("fedavg", 
+        ("fedavg",
             "name = fedavg: shares 0.weight, which networks cnn and user_parts:wide have in "
             "different shapes ([3, 1, 3, 3] and [4, 1, 3, 3]); for a mix"),
-        ("fedamp", 
+        ("fedamp",
             "name = fedamp: mixes cloud.0.weight, which networks cnn and user_parts:wide have in "
             "different shapes"),
-        ("pfedlora", 
+        ("pfedlora",
             "name = pfedlora: shares adapter.A, which networks cnn and user_parts:wide have in "
             "different shapes ([8, 5] and [8, 8])"),
     ],
@@ -460,7 +464,7 @@ def test_equal_networks_in_a_mix_are_one_network(algorithm):
 
 
 def test_a_network_of_the_mix_that_no_client_has_changes_nothing():
-    each = "model={mix: [%s, user_parts:normed], each: [0, 0, 0, 0, 0, 0, 0]}" % CNN
+    each = f"model={{mix: [{CNN}, user_parts:normed], each: [0, 0, 0, 0, 0, 0, 0]}}"
     plain, mix = played("algorithm=pfedlora")[0], played("algorithm=pfedlora", each, ranks=2)[0]
     assert equal(plain[-1].shared, mix[-1].shared)
     assert equal(plain[-1].personal, mix[-1].personal)
@@ -486,7 +490,9 @@ def test_groups_are_placed_by_the_flops_of_their_networks():
         assert len({KIND_OF[c] for c in group}) == 1
         assert cost == sum(run.sizes[c] * flops[KIND_OF[c]] for c in group)
     hosts = assign(run.costs, [1, 2])
-    load = Counter({w: sum(c for c, h in zip(run.costs, hosts) if h == w) for w in (1, 2)})
+    load = Counter(
+        {w: sum(c for c, h in zip(run.costs, hosts, strict=True) if h == w) for w in (1, 2)}
+    )
     most, least = (load[w] for w in sorted(load, key=load.get, reverse=True))
     assert most - least <= max(run.costs)
 

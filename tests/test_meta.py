@@ -43,7 +43,7 @@ def slope(made, w, data):
     """{leaf: gradient of the cross-entropy} of a network without statistics, by plain autograd."""
     leaves = {n: v.detach().clone().requires_grad_() for n, v in w.items()}
     loss = cross_entropy(made.model(leaves, data.x), data)
-    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()))))
+    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
 
 def owned(tree):
@@ -126,7 +126,11 @@ def test_the_gradients_of_alpha_and_v_are_those_of_the_paper():
         for leaf in leaves.values():
             leaf.requires_grad_()
         found = dict(
-            zip(leaves, torch.autograd.grad(step.loss(now, now, data), list(leaves.values())))
+            zip(
+                leaves,
+                torch.autograd.grad(step.loss(now, now, data), list(leaves.values())),
+                strict=True,
+            )
         )
         for leaf in leaves.values():
             leaf.requires_grad_(False)
@@ -204,7 +208,10 @@ def test_v_and_w_step_at_the_same_time():
     )
     g = slope(made, {n: 0.3 * own[n] + 0.7 * shared[n] for n in own}, data)
     assert gap(owned(done.end.personal), {n: own[n] - 0.5 * 0.3 * g[n] for n in g}) < 1e-6
-    late = {n: w - 0.5 * d for (n, w), d in zip(shared.items(), slope(made, shared, data).values())}
+    late = {
+        n: w - 0.5 * d
+        for (n, w), d in zip(shared.items(), slope(made, shared, data).values(), strict=True)
+    }
     g = slope(made, {n: 0.3 * own[n] + 0.7 * late[n] for n in own}, data)
     assert gap(owned(done.end.personal), {n: own[n] - 0.5 * 0.3 * g[n] for n in g}) > 1e-4
 
@@ -268,17 +275,24 @@ def test_the_pull_of_pfedme_has_the_gradient_of_half_a_square():
         inner, outer = m.algorithm.phases(m.model, m.settings, 0)[0].steps
         rows = [
             {n: w.requires_grad_() for n, w in half.items() if step.trains(n)}
-            for half, step in zip((now.personal, now.shared), (inner, outer))
+            for half, step in zip((now.personal, now.shared), (inner, outer), strict=True)
         ]
         values = [step.loss(now, now, batch(m)) for step in (inner, outer)]
         found.append(
-            [torch.autograd.grad(value, list(half.values())) for value, half in zip(values, rows)]
+            [
+                torch.autograd.grad(value, list(half.values()))
+                for value, half in zip(values, rows, strict=True)
+            ]
         )
         names = list(rows[1])
     delta = {n: (now.personal[f".own.{n}"] - now.shared[n]).detach() for n in names}
-    inner, outer = ([a - b for a, b in zip(*pair)] for pair in zip(*found))
-    assert gap(dict(zip(names, inner)), {n: 0.7 * d for n, d in delta.items()}) < 1e-12
-    assert gap(dict(zip(names, outer)), {n: -0.7 * d for n, d in delta.items()}) < 1e-12
+    inner, outer = (
+        [a - b for a, b in zip(*pair, strict=True)] for pair in zip(*found, strict=False)
+    )
+    assert gap(dict(zip(names, inner, strict=True)), {n: 0.7 * d for n, d in delta.items()}) < 1e-12
+    assert (
+        gap(dict(zip(names, outer, strict=True)), {n: -0.7 * d for n, d in delta.items()}) < 1e-12
+    )
     assert set(names) == set(parameters(made, v.shared))
 
 
@@ -369,7 +383,9 @@ def test_perfedavg_without_alpha_is_fedavg_on_the_second_halves(network, stacked
 def meta(made, w, data, alpha):
     """(gradient of f(w'; D') at w', D) by plain autograd."""
     D, D_ = halves(data)
-    ahead = {n: v - alpha * g for (n, v), g in zip(w.items(), slope(made, w, D).values())}
+    ahead = {
+        n: v - alpha * g for (n, v), g in zip(w.items(), slope(made, w, D).values(), strict=True)
+    }
     return slope(made, ahead, D_), D
 
 
@@ -381,16 +397,18 @@ def test_the_two_variants_have_the_gradients_of_the_paper():
         leaves = {n: v.clone().requires_grad_() for n, v in w.items()}
         loss = made.algorithm.phases(made.model, made.settings, 0)[0].steps[0].loss
         value = loss(Vars(leaves, {}), Vars(w, {}), batch(made))
-        found[variant] = dict(zip(w, torch.autograd.grad(value, list(leaves.values()))))
+        found[variant] = dict(
+            zip(w, torch.autograd.grad(value, list(leaves.values())), strict=True)
+        )
     g, D = meta(made, w, batch(made), alpha)
     assert gap(found["fo"], g) < 1e-12
     leaves = {n: v.clone().requires_grad_() for n, v in w.items()}
     first = torch.autograd.grad(
         cross_entropy(made.model(leaves, D.x), D), list(leaves.values()), create_graph=True
     )
-    along = sum((a * b).sum() for a, b in zip(first, g.values()))
+    along = sum((a * b).sum() for a, b in zip(first, g.values(), strict=True))
     product = torch.autograd.grad(along, list(leaves.values()))  # H_i(w; D) grad f(w'; D')
-    assert gap(found["hf"], {n: g[n] - alpha * h for n, h in zip(g, product)}) < 1e-12
+    assert gap(found["hf"], {n: g[n] - alpha * h for n, h in zip(g, product, strict=True)}) < 1e-12
     assert max(float(h.abs().max()) for h in product) > 1e-3
 
 
@@ -408,7 +426,7 @@ def test_the_two_variants_have_the_gradients_of_the_paper():
 def test_halves_share_out_the_real_examples(width, real, first, second):
     x, mask = torch.arange(width).float(), None if real is None else torch.arange(width) < real
     parts = halves(Batch(x, x.long(), mask, torch.tensor(7), torch.ones(6)))
-    for part, expected in zip(parts, (first, second)):
+    for part, expected in zip(parts, (first, second), strict=True):
         kept = part.x if part.real is None else part.x[part.real]
         assert kept.tolist() == expected and torch.equal(part.x.long(), part.y)
     assert parts[0].key != parts[1].key
@@ -419,10 +437,11 @@ def test_perfedavg_is_judged_after_one_step_on_training_data(stacked):
     made = small.trainer(PerFedAvg(alpha=0.2), stacked=stacked)
     shared = small.first(made).shared
     found = made.evaluate(CLIENTS, shared, {}, 0)
-    for client, tests in zip(CLIENTS, (4, 9, 2, 5, 7)):
+    for client, tests in zip(CLIENTS, (4, 9, 2, 5, 7), strict=True):
         data = batch(made, client, "test 0", width=min(5, small.SIZES[client]), dtype=torch.float32)
         w = {
-            n: v - 0.2 * g for (n, v), g in zip(shared.items(), slope(made, shared, data).values())
+            n: v - 0.2 * g
+            for (n, v), g in zip(shared.items(), slope(made, shared, data).values(), strict=True)
         }
         test = made.feed.test([client], 0, tests)
         expected, before = (

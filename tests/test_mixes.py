@@ -72,13 +72,16 @@ def batch_of(made, client=0, width=5):
 def gradient(made, phase, now, batch):
     """Gradient of the phase's loss by every leaf."""
     trains = phase.steps[0].trains
-    moves = lambda n: trains(n) and made.model.role(n) != "stats"
+
+    def moves(n):
+        return trains(n) and made.model.role(n) != "stats"
+
     leaves = [{n: v.clone().requires_grad_(moves(n)) for n, v in half.items()} for half in now[:2]]
     wanted = [v for half in leaves for v in half.values() if v.requires_grad]
     names = [n for half in leaves for n, v in half.items() if v.requires_grad]
     value = phase.steps[0].loss(Vars(*leaves), now, batch)
     grads = torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True)
-    return dict(zip(names, grads)), value
+    return dict(zip(names, grads, strict=True)), value
 
 
 # All three
@@ -199,9 +202,10 @@ def test_the_penalty_of_fedamp_has_gradient_lam_over_alpha_times_the_gap():
     start = small.first(made).personal
     delta = {n: numbers(*v.shape, at=n) for n, v in parameters(made).items()}
     now = Vars({}, start | {n: start[n] + d for n, d in delta.items()})
-    of = lambda a: gradient(
-        made, a.phases(made.model, made.settings, round_)[0], now, batch_of(made)
-    )
+
+    def of(a):
+        return gradient(made, a.phases(made.model, made.settings, round_)[0], now, batch_of(made))
+
     (full, value), (fit, plain_value) = of(algorithm), of(replace(algorithm, lam=0))
     strength = 0.7 / (3 * 0.25)
     for name, d in delta.items():
@@ -239,7 +243,10 @@ def direct_xi(rows, algorithm, round_):
             if i == j:
                 continue
             if algorithm.heuristic:
-                cosine = lambda h: F.cosine_similarity(rows[i].double(), rows[h].double(), dim=0)
+
+                def cosine(h, i=i):
+                    return F.cosine_similarity(rows[i].double(), rows[h].double(), dim=0)
+
                 total = sum(torch.exp(sigma * cosine(h)) for h in range(n) if h != i)
                 own = algorithm.self_weight or 1 / n
                 xi[i, j] = (1 - own) * torch.exp(sigma * cosine(j)) / total
@@ -410,7 +417,10 @@ def test_where_too_few_entries_moved_all_that_moved_are_critical():
 def direct_weights(masks, round_, beta):
     """FedCAC's collaborators from the masks themselves."""
     n = len(masks)
-    overlap = lambda i, j: 1 - (masks[i] != masks[j]).sum().item() / (2 * masks[i].sum().item())
+
+    def overlap(i, j):
+        return 1 - (masks[i] != masks[j]).sum().item() / (2 * masks[i].sum().item())
+
     pairs = [overlap(i, j) for i in range(n) for j in range(n) if i != j]
     mean = sum(pairs) / len(pairs)
     threshold = mean + (round_ + 1) / beta * (max(pairs) - mean)
@@ -443,7 +453,10 @@ def test_at_round_beta_the_best_pair_is_left_and_then_nobody():
     masks[3] = masks[1]
     masks[3, :4] = ~masks[1, :4]
     gram = gram_of(masks)
-    off = lambda t: FedCAC(beta=10).mix(gram, gram[:, :0], t).fill_diagonal_(0).nonzero().tolist()
+
+    def off(t):
+        return FedCAC(beta=10).mix(gram, gram[:, :0], t).fill_diagonal_(0).nonzero().tolist()
+
     _, pairs = direct_weights(masks, 0, 10)
     assert off(9) in ([[1, 3]], [[3, 1]], [[1, 3], [3, 1]]) and max(pairs) < 1
     assert off(10) == []
@@ -673,7 +686,7 @@ def test_the_pull_reaches_the_body_and_not_the_head():
         made.model.features(made.model.initial | body, batch.x), (means / 0.1)[batch.y]
     )
     expected = torch.autograd.grad(term, list(body.values()))
-    for name, grad in zip(body, expected):
+    for name, grad in zip(body, expected, strict=True):
         torch.testing.assert_close(grads[2.0][name] - grads[0.0][name], grad, rtol=1e-3, atol=1e-5)
     assert (values[2.0] - values[0.0]).item() == pytest.approx(term.item(), rel=1e-4)
     assert {made.model.role(n) for n in grads[2.0]} == {"body", "norm"}  # what that phase trains
@@ -719,7 +732,7 @@ def test_features_in_pieces_are_the_features(monkeypatch):
     whole = statistics(made.model.evaluating(), made.model.initial, data)
     monkeypatch.setattr("fedlora_mpi.components.prototypes._CHUNK", 4)
     pieces = statistics(made.model.evaluating(), made.model.initial, data)
-    for a, b in zip(pieces, whole):
+    for a, b in zip(pieces, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
@@ -871,7 +884,7 @@ def test_the_head_takes_its_own_learning_rate():
         grads = torch.autograd.grad(
             F.cross_entropy(made.model(leaves, data.x[0]), data.y[0]), list(leaves.values())
         )
-        for (name, value), grad in zip(made.model.initial.items(), grads):
+        for (name, value), grad in zip(made.model.initial.items(), grads, strict=True):
             if made.model.role(name) == "head":
                 torch.testing.assert_close(
                     done.end.personal[name], value - head_lr * grad, rtol=1e-4, atol=1e-6

@@ -1,5 +1,6 @@
 """The mix per client: one result for every route, number of ranks and placement, and the right one."""
 
+import itertools
 import threading
 from dataclasses import dataclass, replace
 
@@ -107,7 +108,10 @@ class Plain(Algorithm):
 
 def vectors(clients, size, key=None, aux=None, scale=1.0):
     """{client: its variables}."""
-    draw = lambda what, c, n: scale * torch.randn(n, generator=rng(1, "test", what, c, n))
+
+    def draw(what, c, n):
+        return scale * torch.randn(n, generator=rng(1, "test", what, c, n))
+
     parts = {"u": size, "k": key, "a": aux}
     return {
         c: Vars({}, {name: draw(name, c, n) for name, n in parts.items() if n is not None})
@@ -187,7 +191,7 @@ def test_every_worker_gets_an_equal_part_by_the_spread_route(monkeypatch):
             comm = Thread(0, ranks + 1, [], None)
             server, *workers = how._ranges(comm, size)
             assert server == (0, 0) and workers[0][0] == 0 and workers[-1][1] == size
-            assert all(a[1] == b[0] for a, b in zip(workers, workers[1:]))
+            assert all(a[1] == b[0] for a, b in itertools.pairwise(workers))
             assert all(first % 7 == 0 for first, last in workers if last > first)
             widths = [-(-(last - first) // 7) for first, last in workers]
             assert max(widths) - min(widths) <= 1
@@ -273,14 +277,19 @@ def test_a_packed_offer_is_a_copy():
         before = [part.clone() for part in packed]
         for leaf in v.personal.values():
             leaf.zero_()
-        assert all(torch.equal(part, was) and was.any() for part, was in zip(packed, before))
+        assert all(
+            torch.equal(part, was) and was.any() for part, was in zip(packed, before, strict=True)
+        )
 
 
 @pytest.mark.parametrize("leaf", ["u", "k", "a"])
 def test_an_offer_that_cannot_be_summed_does_not_fit(leaf):
     v = vectors([0], 5, 3, 2)[0]
     how = Mixing.of(Plain(), v, [0], [0], "root")
-    fits = lambda: how.pack(Plain().offer(v, v)).fits()
+
+    def fits():
+        return how.pack(Plain().offer(v, v)).fits()
+
     assert fits()
     for bad in (float("nan"), float("inf")):
         v.personal[leaf][1] = bad
@@ -291,7 +300,10 @@ def test_an_offer_that_cannot_be_summed_does_not_fit(leaf):
 
 def test_auto_takes_small_vectors_to_rank_0_and_spreads_large_ones(monkeypatch):
     some = vectors([0], 100)[0]
-    owners = lambda route, clients: Mixing.of(Plain(), some, [1] * clients, (1, 2), route).owners
+
+    def owners(route, clients):
+        return Mixing.of(Plain(), some, [1] * clients, (1, 2), route).owners
+
     monkeypatch.setattr(mixing, "ROOT_BYTES", 4 * 100 * 5)
     assert owners("auto", 5) == owners("root", 6) == (0,)
     assert owners("auto", 6) == owners("spread", 1) == (1, 2)
@@ -338,11 +350,11 @@ def test_a_leaf_that_is_uploaded_anyway_costs_nothing_and_a_bool_costs_a_bit():
 def federation(algorithm, ranks, route, server, participation=1.0):
     """[(Run, State)] of every rank, groups of two clients."""
     made = []
-    for rank in range(ranks):  # one by one: building draws from a global generator
+    for _ in range(ranks):  # one by one: building draws from a global generator
         run, _ = small.experiment(algorithm, "bn_net", group_size=2, participation=participation)
         workers = range(1 if server else 0, ranks)
         host = tuple(workers[-1 - i % len(workers)] for i in range(len(run.groups)))
-        rank_of = {c: h for group, h in zip(run.groups, host) for c in group}
+        rank_of = {c: h for group, h in zip(run.groups, host, strict=True) for c in group}
         first = small.first(run.trainer)
         how = Mixing.of(algorithm, first, [rank_of[c] for c in range(5)], workers, route)
         made.append((replace(run, host=host, mixing=how), first))

@@ -136,7 +136,9 @@ def test_integer_buffers_are_constants_and_no_leaves():
 
 
 def test_the_last_convolution_is_the_head_where_there_is_no_linear():
-    pool = lambda: nn.AdaptiveAvgPool2d(1)
+    def pool():
+        return nn.AdaptiveAvgPool2d(1)
+
     model = made(lambda: nn.Conv2d(3, 5, 3), nn.ReLU, lambda: nn.Conv2d(5, 6, 1), pool, nn.Flatten)
     assert of_role(model, "head").keys() == {"2.weight", "2.bias"}
     assert model.leaves["2.weight"].matrix == "conv"
@@ -391,7 +393,7 @@ def test_stacked_batchnorm_is_that_of_each_client():
     state = torch.zeros(3, 5), torch.ones(3, 5)
     alone = torch.zeros(3, 5), torch.ones(3, 5)
     stacked = vmap(one)(x, real, *state)
-    looped = torch.stack([one(*client) for client in zip(x, real, *alone)])
+    looped = torch.stack([one(*client) for client in zip(x, real, *alone, strict=True)])
     torch.testing.assert_close(stacked, looped)
     torch.testing.assert_close(state, alone)
     assert alone[0].any()
@@ -460,7 +462,10 @@ def test_stacked_noise_is_that_of_each_client():
         with Substitutes(None, key):
             return F.dropout(F.dropout1d(x[None], 0.4), 0.5)
 
-    stacked, looped = vmap(one)(x, keys), torch.stack([one(*client) for client in zip(x, keys)])
+    stacked, looped = (
+        vmap(one)(x, keys),
+        torch.stack([one(*client) for client in zip(x, keys, strict=True)]),
+    )
     assert torch.equal(stacked, looped) and (looped == 0).any() and (looped != 0).any()
 
 
@@ -487,7 +492,10 @@ def test_noise_inside_multihead_attention_is_keyed(weights):
     with isolated(1, "test"):
         layer = nn.MultiheadAttention(6, 2, dropout=0.5, batch_first=True).train()
     x = numbers(3, 5, 6)
-    attend = lambda: layer(x, x, x, need_weights=weights)[0]
+
+    def attend():
+        return layer(x, x, x, need_weights=weights)[0]
+
     before = torch.get_rng_state()
     assert torch.equal(keyed(attend, 8), keyed(attend, 8))
     assert not torch.equal(keyed(attend, 8), keyed(attend, 9))

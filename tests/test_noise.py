@@ -30,7 +30,10 @@ def test_dropout_between_the_levels_of_a_recurrent_layer(kind, both):
     assert torch.equal(one, again) and not torch.equal(one, other)
     net.dropout = 1e-9  # drops nothing, level by level
     ours, plain = drawn(lambda: net(X), 3), net.eval()(X)
-    flat = lambda result: [result[0], *(result[1] if isinstance(result[1], tuple) else result[1:])]
+
+    def flat(result):
+        return [result[0], *(result[1] if isinstance(result[1], tuple) else result[1:])]
+
     assert all(
         torch.allclose(a, b, atol=1e-6) for a, b in zip(flat(ours), flat(plain), strict=True)
     )

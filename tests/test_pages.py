@@ -8,6 +8,7 @@ ran is its output: equal up to white space, decimals, and "..." for anything. Ot
 not run (``docs/index.md`` tells readers which and why).
 """
 
+import itertools
 import os
 import re
 import shutil
@@ -47,13 +48,15 @@ def blocks(page: str) -> list[Block]:
     found = list(BLOCK.finditer(page))
     shows = [
         after[1] == "text" and not page[block.end() : after.start()].strip()
-        for block, after in zip(found, found[1:])
+        for block, after in itertools.pairwise(found)
     ]
-    outputs = [after[2] if shown else None for after, shown in zip(found[1:], shows)] + [None]
+    outputs = [
+        after[2] if shown else None for after, shown in zip(found[1:], shows, strict=True)
+    ] + [None]
     alone = [True, *(not shown for shown in shows)]
     return [
         Block(page[: block.start()].count("\n") + 1, block[1], block[2], output)
-        for block, output, apart in zip(found, outputs, alone)
+        for block, output, apart in zip(found, outputs, alone, strict=True)
         if apart
     ]
 

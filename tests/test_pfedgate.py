@@ -199,7 +199,10 @@ class Reference(nn.Module):
                 self.var.mul_(0.9).add_(0.1 * var["batch"].flatten())
         else:
             mean["batch"], var["batch"] = self.mean.view(1, -1, 1, 1), self.var.view(1, -1, 1, 1)
-        blend = lambda of, by: sum(w * v for w, v in zip(by.softmax(0), of.values()))
+
+        def blend(of, by):
+            return sum(w * v for w, v in zip(by.softmax(0), of.values(), strict=True))
+
         x = (
             (x - blend(mean, self.means))
             / (blend(var, self.vars) + 1e-5).sqrt()
@@ -234,7 +237,11 @@ def test_the_gate_is_the_official_one_in_training_with_its_gradients_and_statist
     torch.testing.assert_close(M, expected, rtol=1e-4, atol=1e-6)
     weights = numbers(len(M), at=3)
     learnt = [n for n in ours if n.startswith(".gate.")]
-    grads = dict(zip(learnt, torch.autograd.grad((weights * M).sum(), [ours[n] for n in learnt])))
+    grads = dict(
+        zip(
+            learnt, torch.autograd.grad((weights * M).sum(), [ours[n] for n in learnt]), strict=True
+        )
+    )
     (weights * expected).sum().backward()
     pairs = {
         ".gate.weight": gate.linear.weight, ".gate.in.weight": gate.weight, ".gate.in.means": gate.means,
@@ -342,7 +349,8 @@ def test_one_client_trains_as_with_two_torch_optimizers(stacked):
     own = {n: w.clone().requires_grad_(n.startswith(".gate.")) for n, w in v.personal.items()}
     parts = [[w for w in tree.values() if w.requires_grad] for tree in (theta, own)]
     optimizers = [
-        torch.optim.SGD(part, lr, momentum=0.9) for part, lr in zip(parts, (settings.lr, 0.2))
+        torch.optim.SGD(part, lr, momentum=0.9)
+        for part, lr in zip(parts, (settings.lr, 0.2), strict=True)
     ]
     for epoch in range(2):
         for first in (0, 5):

@@ -216,7 +216,10 @@ def test_the_adapter_stays_within_what_was_sent(participation):
     run, state = small.experiment(of(), participation=participation)
     for _ in range(2):
         chosen, uploads = sorted(run.chosen(state.round)), []
-        rows = lambda c: {n: v[[run.row_of[c]]] for n, v in state.personal.items()}
+
+        def rows(c, state=state):
+            return {n: v[[run.row_of[c]]] for n, v in state.personal.items()}
+
         for c in chosen:
             (done,) = run.trainer.train([c], state.shared, rows(c), state.round)
             uploads.append(run.trainer.algorithm.upload(done.start, done.end))
@@ -292,14 +295,17 @@ def test_one_step_of_each_phase_is_a_step_of_plain_sgd():
     w = {n: t.clone().requires_grad_() for n, t in v.personal.items()}
     theta = {n: t.clone().requires_grad_() for n, t in under(v.shared, ".adapter..").items()}
     nothing = {n: torch.zeros_like(t) for n, t in theta.items()}
-    ce = lambda w, theta, d: F.cross_entropy(plain("matrix", model, w, theta, d), d.y)
+
+    def ce(w, theta, d):
+        return F.cross_entropy(plain("matrix", model, w, theta, d), d.y)
+
     loss = 0.6 * ce(w, nothing, data[0]) + 0.4 * ce(w, theta, data[0])
     w = {
         n: (t - 0.05 * g).detach()
-        for (n, t), g in zip(w.items(), torch.autograd.grad(loss, list(w.values())))
+        for (n, t), g in zip(w.items(), torch.autograd.grad(loss, list(w.values())), strict=True)
     }
     grads = torch.autograd.grad(ce(w, theta, data[1]), list(theta.values()))
-    theta = {n: t - 0.05 * g for (n, t), g in zip(theta.items(), grads)}
+    theta = {n: t - 0.05 * g for (n, t), g in zip(theta.items(), grads, strict=True)}
     small.assert_near(end.personal, w)
     small.assert_near(under(end.shared, ".adapter.."), {n: t.detach() for n, t in theta.items()})
 

@@ -39,11 +39,11 @@ def test_the_longest_group_goes_to_the_least_loaded_worker(workers):
     costs = sizes(31)
     host = assign(costs, workers)
     assert len(host) == 31 and set(host) <= set(workers)
-    load = {w: sum(c for c, h in zip(costs, host) if h == w) for w in workers}
+    load = {w: sum(c for c, h in zip(costs, host, strict=True) if h == w) for w in workers}
     optimum = max(max(costs), sum(costs) / len(workers))
     assert max(load.values()) <= (4 / 3 - 1 / (3 * len(workers))) * optimum + 1e-9  # Graham (1969)
     for worker in workers:  # its last and shortest group came when nobody had less
-        last = min(c for c, h in zip(costs, host) if h == worker)
+        last = min(c for c, h in zip(costs, host, strict=True) if h == worker)
         assert load[worker] - last <= min(load.values())
 
 

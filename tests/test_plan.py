@@ -52,7 +52,10 @@ def test_a_line_is_found_again_from_what_it_measures(samples, batch_size):
 @pytest.mark.parametrize("samples", [60, 17, 25, 10, 7])
 def test_what_a_client_costs_in_every_batch_is_found_from_half_of_a_stack(samples):
     line = Line(3.0, 2.0, 0.5, 0.25)
-    cost = lambda clients: lambda limit: line.of([limit] * clients, 10)
+
+    def cost(clients):
+        return lambda limit: line.of([limit] * clients, 10)
+
     found = Line.through(cost(4), 4, samples, 10).shared(cost(2), 2, 4, samples, 10)
     for clients in (4, 2) if samples > 10 else (4,):
         assert cost(clients)(samples) == pytest.approx(found.of([samples] * clients, 10))
@@ -68,7 +71,9 @@ def test_what_a_client_costs_in_every_batch_is_found_from_half_of_a_stack(sample
 
 def test_a_line_through_noise_has_nothing_negative():
     for few, full, many in ((5.0, 4.0, 3.0), (1.0, 9.0, 10.0), (4.0, 4.0, 30.0)):
-        found = Line.through(dict(zip(limits(60, 10), (few, full, many))).get, 2, 60, 10)
+        found = Line.through(
+            dict(zip(limits(60, 10), (few, full, many), strict=True)).get, 2, 60, 10
+        )
         assert min(found) >= 0
 
 
@@ -158,7 +163,7 @@ def test_every_worker_writes_a_file_for_each_kind_of_clients():
         workers = range(1, ranks) if ranks > 1 else [0]
         there = {
             (rank, made.run.kind_of[c])
-            for g, rank in zip(made.run.groups, assign(made.run.costs, workers))
+            for g, rank in zip(made.run.groups, assign(made.run.costs, workers), strict=True)
             for c in g
         }
         assert forecast(made, costs, workers, ranks, HERE).files == 2 * len(there) >= 6
@@ -191,7 +196,10 @@ def test_a_gpu_takes_the_longer_of_starting_and_computing():
 
 def test_operations_are_counted_as_they_are_done():
     x, w = torch.ones(4, 3), torch.ones(5, 3, requires_grad=True)
-    step = lambda: F.relu(F.linear(x, w)).sum().backward()
+
+    def step():
+        return F.relu(F.linear(x, w)).sum().backward()
+
     counted = _count(step)
     # forward, and backward for w alone
     assert counted.flops == 2 * 2 * 4 * 3 * 5 and counted.operations >= 5
@@ -218,7 +226,7 @@ def test_a_named_gpu_and_its_bandwidth_change_what_is_predicted(monkeypatch, tmp
     flops = max(
         sum(
             run.flops[0].of_round(run.sizes[c], 0)
-            for g, h in zip(run.groups, (1, 2, 2, 1))
+            for g, h in zip(run.groups, (1, 2, 2, 1), strict=True)
             if h == r
             for c in g
         )

@@ -79,7 +79,10 @@ def test_small_images_are_pooled_by_torch(least, met, monkeypatch):
 
 def test_gradients_of_a_stack_are_torchs():
     x, w = images(4, 3, 2, 6, 4), torch.randn(4, 3, 2, 3, 2).double()
-    pooled = lambda: (vmap(nn.MaxPool2d(2))(x) * w).sum()
+
+    def pooled():
+        return (vmap(nn.MaxPool2d(2))(x) * w).sum()
+
     with Pooling():
         loss = pooled()
     assert torch.equal(torch.autograd.grad(loss, x)[0], torch.autograd.grad(pooled(), x)[0])

@@ -72,17 +72,19 @@ def test_an_epoch_in_one_batch_is_one_step_of_gradient_descent_on_all_samples(ca
         steps = torch.autograd.grad(loss, list(w.values()))
         w = {
             n: (v - 0.5 * (g + 0.01 * v)).detach().requires_grad_()
-            for (n, v), g in zip(w.items(), steps)
+            for (n, v), g in zip(w.items(), steps, strict=True)
         }
     for name, value in w.items():
         torch.testing.assert_close(found[name], value.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_file_is_a_pure_function_of_the_seed(call):
-    written = lambda to, *arguments: (
-        pretrained(call, *arguments, "--epochs", 1, to=to),
-        Path(to).read_bytes(),
-    )[1]
+    def written(to, *arguments):
+        return (
+            pretrained(call, *arguments, "--epochs", 1, to=to),
+            Path(to).read_bytes(),
+        )[1]
+
     one = written("1.safetensors")
     assert written("2.safetensors") == one
     assert written("3.safetensors", "seed=2") != one

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -259,7 +259,7 @@ def vectors(*lengths):
         torch.randn(31, generator=rng(1, "away", k), dtype=torch.float64)
         for k in range(len(lengths))
     ]
-    return [(point + n * v / v.norm()).float() for n, v in zip(lengths, away)], point
+    return [(point + n * v / v.norm()).float() for n, v in zip(lengths, away, strict=True)], point
 
 
 def test_longer_updates_get_the_norm_and_keep_their_direction():
@@ -315,7 +315,7 @@ def test_a_round_moves_the_model_by_the_clip_at_most(name):
     moments = played(
         f"algorithm={name}", "privacy.clip=0.01", "privacy.sampling=fixed", "participation=1.0"
     )[0]
-    moved = [(flat(b.shared) - flat(a.shared)).norm().item() for a, b in zip(moments, moments[1:])]
+    moved = [(flat(b.shared) - flat(a.shared)).norm().item() for a, b in pairwise(moments)]
     assert all(0.001 < length < 0.01 for length in moved)  # all were clipped, and do not agree
 
 
@@ -354,9 +354,7 @@ def noises(*settings, ranks=1):
     """The noise on the sum in each round, [T, D]."""
     moments = played(*FEDAVG, *settings, ranks=ranks)[0]
     total = 7 if "participation=1.0" in settings else 4
-    return torch.stack(
-        [total * (flat(b.shared) - flat(a.shared)) for a, b in zip(moments, moments[1:])]
-    )
+    return torch.stack([total * (flat(b.shared) - flat(a.shared)) for a, b in pairwise(moments)])
 
 
 @counted
@@ -427,7 +425,7 @@ def test_a_round_of_nobody_moves_by_noise_alone(name, noise):
     sizes = [int(moment.row["clients"]) for moment in moments[1:]]
     assert 0 in sizes
     D, total = len(flat(moments[0].shared)), {"fedavg": 0.7, "fedlora": 7}[name]  # stale: all count
-    for before, after, size in zip(moments, moments[1:], sizes):
+    for before, after, size in zip(moments, moments[1:], sizes, strict=True):
         moved = total * (flat(after.shared) - flat(before.shared)) / 0.5
         bound = (D + 4.5 * (2 * D) ** 0.5) ** 0.5 + 2 * size
         assert (D - 4.5 * (2 * D) ** 0.5) ** 0.5 - 2 * size < moved.norm() < bound
@@ -481,10 +479,12 @@ def test_epsilon_is_that_of_the_tutorial_of_dp_sgd(noise, epochs, published):
 
 @counted
 def test_epsilon_of_everybody_is_that_of_the_gaussian_mechanism():
-    rdp = lambda sensitivity: min(
-        25 * a * (sensitivity / 4) ** 2 / 2 + math.log1p(-1 / a) - math.log(1e-5 * a) / (a - 1)
-        for a in [1 + x / 10 for x in range(1, 100)] + [*range(11, 64), 128, 256]
-    )
+    def rdp(sensitivity):
+        return min(
+            25 * a * (sensitivity / 4) ** 2 / 2 + math.log1p(-1 / a) - math.log(1e-5 * a) / (a - 1)
+            for a in [1 + x / 10 for x in range(1, 100)] + [*range(11, 64), 128, 256]
+        )
+
     assert accountant.epsilon(private(4.0), 1.0, 7, 7, 25) == pytest.approx(rdp(1))
     # One in the place of another moves a sum of clipped updates by twice the clip.
     assert accountant.epsilon(private(4.0, "fixed"), 1.0, 7, 7, 25) == pytest.approx(rdp(2))
@@ -492,9 +492,9 @@ def test_epsilon_of_everybody_is_that_of_the_gaussian_mechanism():
 
 @counted
 def test_epsilon_grows_with_rounds_and_share_and_falls_with_noise():
-    of = lambda z=2.0, q=0.25, n=10, rounds=25, how="poisson": accountant.epsilon(
-        private(z, how), q, n, 40, rounds
-    )
+    def of(z=2.0, q=0.25, n=10, rounds=25, how="poisson"):
+        return accountant.epsilon(private(z, how), q, n, 40, rounds)
+
     assert of(rounds=0) == 0 < of(rounds=1) < of(rounds=2) < of() < of(rounds=50)
     assert of(z=4.0) < of() < of(z=1.0) and of(q=0.1) < of() < of(q=1.0)
     assert of(n=4, how="fixed") < of(how="fixed") < of(n=40, how="fixed") and of() < of(how="fixed")
@@ -644,7 +644,10 @@ class Shifted(FedAvg):
 def test_clients_without_a_common_start_are_refused():
     run = built(*FEDAVG).run
     model, first, train = run.trainer.model, run.kinds[0].first, run.trainer.settings
-    kinds = lambda *shifts: [(Shifted(shift=shift), model, first) for shift in shifts]
+
+    def kinds(*shifts):
+        return [(Shifted(shift=shift), model, first) for shift in shifts]
+
     check_run(Privacy(clip=1.0), "shifted", 4, False, kinds(0.5, 0.5), train)
     with pytest.raises(
         ValueError, match="clip = 1.0: clients of shifted would send other variables"

@@ -426,7 +426,7 @@ def test_caches_and_records_do_no_harm(what, training):
         stacked = torch.func.vmap(function)(
             {n: torch.stack([c[n] for c in clients]) for n in clients[0]}, x
         )
-    for tree, given, theirs in zip(clients, x, stacked):
+    for tree, given, theirs in zip(clients, x, stacked, strict=True):
         with model.prepared(small_batch(x)):
             one = function(tree, given)
         torch.testing.assert_close(one, theirs)

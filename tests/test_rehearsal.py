@@ -122,7 +122,7 @@ def ends(*overrides):
 
 def same(a, b):
     return runs.equal(a[0], b[0]) and all(
-        np.array_equal(x, y, equal_nan=True) for x, y in zip(a[1:], b[1:])
+        np.array_equal(x, y, equal_nan=True) for x, y in zip(a[1:], b[1:], strict=True)
     )
 
 

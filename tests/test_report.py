@@ -119,15 +119,18 @@ def test_the_numbers_of_the_accuracy_table(tmp_path):
     runs += [logged(tmp_path / "other", [0.5, 0.5, 0.8], [0.4, 0.4, 0.4], algorithm="local")]
     table = tables.accuracy(found_of(*runs).groups)
     fedavg, local = rows_of(table)
-    number = lambda row, key: pytest.approx(float(row[key]))
+
+    def number(row, key):
+        return pytest.approx(float(row[key]))
+
     assert (fedavg["run"], fedavg["seeds"], fedavg["rounds"]) == ("fedavg", "2", "3")
     assert 0.4 == number(fedavg, "final_mean") == number(fedavg, "best_mean")
-    assert 0.4 / 2**0.5 == number(fedavg, "final_std")  # of 0.2 and 0.6
+    assert number(fedavg, "final_std") == 0.4 / 2**0.5  # of 0.2 and 0.6
     # of 0.1 and 0.3, twice
-    assert 0.2 == number(fedavg, "worst_mean") and 0.2 == number(fedavg, "clients_std_mean")
+    assert number(fedavg, "worst_mean") == 0.2 and number(fedavg, "clients_std_mean") == 0.2
     assert (
-        0.4 == number(local, "final_mean")
-        and 0.6 == number(local, "best_mean")
+        number(local, "final_mean") == 0.4
+        and number(local, "best_mean") == 0.6
         and local["final_std"] == ""
     )
     assert "| local | 1 | 2 | **40.00** | **60.00** | **40.00** | 0.00 |" in table.markdown()
@@ -200,9 +203,9 @@ def test_the_numbers_of_the_other_tables(tmp_path):
 
 
 def test_a_method_is_compared_on_the_same_clients_alone(tmp_path):
-    make = lambda name, **more: logged(
-        tmp_path / name, [0.1, 0.5, 0.9], algorithm=name.split("-")[0], **more
-    )
+    def make(name, **more):
+        return logged(tmp_path / name, [0.1, 0.5, 0.9], algorithm=name.split("-")[0], **more)
+
     ours, other = make("fedper"), make("fedavg", digest="y")
     longer, near, far = make("local-9", rounds=9), make("local-1"), make("local-2", lr=0.7)
     assert clients.pairs(found_of(ours, other, longer).groups) == []
@@ -286,12 +289,14 @@ def test_what_diagnose_has_logged_is_drawn_and_nothing_else(tmp_path):
 
 
 def test_a_setting_that_differs_is_swept_and_two_are_a_grid(tmp_path):
-    make = lambda e, r, s=1: logged(
-        tmp_path / f"{e}-{r}-{s}",
-        [e / 100 + r / 10] * 3,
-        seed=s,
-        algorithm={"name": "fedlora", "epochs": e, "rank": r},
-    )
+    def make(e, r, s=1):
+        return logged(
+            tmp_path / f"{e}-{r}-{s}",
+            [e / 100 + r / 10] * 3,
+            seed=s,
+            algorithm={"name": "fedlora", "epochs": e, "rank": r},
+        )
+
     found = found_of(*(make(e, 0.5, s) for e in (5, 1, 3) for s in (1, 2)))
     (drawn,) = sweeps.sweeps(found.groups, found.keys, set())
     line = drawn.figure.axes[0].lines[0]

@@ -140,7 +140,8 @@ def test_a_run_at_full_scale_is_the_papers_experiment():
 
 
 @pytest.mark.parametrize(
-    "data, network, ranks", [*zip(DATA, ("resnet8", "resnet10", "resnet10"), (4, 40, 80))]
+    "data, network, ranks",
+    [*zip(DATA, ("resnet8", "resnet10", "resnet10"), (4, 40, 80), strict=True)],
 )
 def test_network_and_ranks_follow_the_data_set(data, network, ranks):
     run = job(cell("table1", "fedlora", data), Alpha(data, 0.1), 1, **HOW).config
@@ -148,7 +149,9 @@ def test_network_and_ranks_follow_the_data_set(data, network, ranks):
 
 
 def test_the_settings_that_a_table_varies():
-    config = lambda table, key: job(cell(table, key), AT, 1, **HOW).config
+    def config(table, key):
+        return job(cell(table, key), AT, 1, **HOW).config
+
     varied = config("table2", "Rl20-Rc100").algorithm
     assert (varied.rank_rule, varied.linear_rank, varied.conv_rank) == ("paper", 0.2, 1.0)
     assert config("table3", "simultaneous").algorithm.order == "simultaneous"
@@ -491,9 +494,10 @@ def test_a_picture_is_written(table, tmp_path):
 def test_drift_is_the_root_mean_square_distance_of_the_uploads_from_their_mean(algorithm):
     run, state = experiment(algorithm, "bn_net")
     trained = list(run.trainer.train(run.hosted, state.shared, state.personal, 0))
-    numbers = lambda done: [
-        v.double().flatten() for n, v in done.end.shared.items() if "running" not in n
-    ]
+
+    def numbers(done):
+        return [v.double().flatten() for n, v in done.end.shared.items() if "running" not in n]
+
     uploads_N = torch.stack([torch.cat(numbers(done)) for done in trained])
     weights_N = torch.tensor([run.weight_N[done.client] for done in trained]).double()[
         :, None

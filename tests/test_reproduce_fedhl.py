@@ -162,7 +162,9 @@ def test_numbers_are_means_over_seeds():
 
 
 def test_fedhl_leads_or_not_over_the_methods_of_others():
-    lead = lambda *keys: [note for note in shown(*keys).notes if note.startswith("ahead")]
+    def lead(*keys):
+        return [note for note in shown(*keys).notes if note.startswith("ahead")]
+
     ours, variant, other = (
         result("fedhl", accuracy=(0.7, 0.7, 0.7)),
         result("fedhl-samples", accuracy=(1.0,)),

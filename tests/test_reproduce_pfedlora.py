@@ -82,10 +82,14 @@ def test_client_k_has_network_k_mod_5_or_all_have_the_first():
 
 
 def test_fedavg_is_there_where_all_networks_are_equal():
-    keys = lambda homogeneous: [
-        e.key
-        for e in entries(OURS, Crowd("cifar10", 10, homogeneous), Crowd("cifar10", 10).at("small"))
-    ]
+    def keys(homogeneous):
+        return [
+            e.key
+            for e in entries(
+                OURS, Crowd("cifar10", 10, homogeneous), Crowd("cifar10", 10).at("small")
+            )
+        ]
+
     assert set(keys(True)) - set(keys(False)) == {"fedavg"}
     assert run_of(Crowd("cifar10", 50, True), "fedavg").participation == 0.2
 
@@ -119,10 +123,12 @@ def test_a_choice_of_the_other_paper_is_refused(arguments, message, tmp_path, ca
 
 
 def test_cells_and_seeds_by_default():
-    cells = lambda scale: [
-        (case.data, case.clients)
-        for case in Request(OURS, data=("cifar10", "cifar100"), scale=scale).cases
-    ]
+    def cells(scale):
+        return [
+            (case.data, case.clients)
+            for case in Request(OURS, data=("cifar10", "cifar100"), scale=scale).cases
+        ]
+
     assert cells("full") == CASES
     assert cells("small") == [("cifar10", 10), ("cifar100", 10)]
 
@@ -273,9 +279,12 @@ def test_a_curve_is_the_mean_over_seeds_and_what_costs_nothing_has_none():
         result(OURS, 1, [50.0, 60.0]),
         result(OURS, 2, [60.0, 80.0]),
     )
-    labels = lambda cost: [
-        line.get_label() for line in picture.against(cost, cells, by, "Title").axes[0].lines
-    ]
+
+    def labels(cost):
+        return [
+            line.get_label() for line in picture.against(cost, cells, by, "Title").axes[0].lines
+        ]
+
     assert labels("rounds") == labels("flops") == ["Standalone", "pFedLoRA"] and labels(
         "bytes"
     ) == ["pFedLoRA"]
@@ -388,7 +397,10 @@ def test_from_runs_to_tables_and_pictures_and_nothing_is_run_twice(carried, tmp_
 
 def test_at_full_scale_the_papers_target_is_there_as_well():
     case, (_, by) = Crowd("cifar100", 10), shown(result(OURS, 1, [55.0]))
-    targets = lambda **more: showing._targets(Request(OURS, **more), case, by)
+
+    def targets(**more):
+        return showing._targets(Request(OURS, **more), case, by)
+
     assert {end: percent for end, (percent, _) in targets(scale="full").items()} == {
         "-target": 55.0,
         "-target50": 50.0,

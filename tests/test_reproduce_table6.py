@@ -24,7 +24,10 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 SIZES = ("full", "small")
 
 
-def run_of(key, scale="full", case=Texts(DATA), seed=1):
+TEXTS = Texts(DATA)
+
+
+def run_of(key, scale="full", case=TEXTS, seed=1):
     """The config of one run."""
     size = case.at(scale)
     (entry,) = entries(OURS, case, size, [key])

@@ -230,7 +230,7 @@ def test_every_factor_has_a_gradient(name, official):
     tau = how.tau(network, factors)
     theta = network.initial | {n: network.initial[n] + 0.3 * t for n, t in tau.items()}
     loss = (network(theta, images(5)) * torch.randn(5, CLASSES, generator=rng(2))).sum()
-    for n, gradient in zip(factors, torch.autograd.grad(loss, list(factors.values()))):
+    for n, gradient in zip(factors, torch.autograd.grad(loss, list(factors.values())), strict=True):
         assert gradient.abs().max() > 0, n
 
 

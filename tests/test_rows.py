@@ -68,9 +68,11 @@ def test_a_run_on_disk_has_the_bits_of_one_in_memory(ranks, trained, tmp_path):
 
 
 def test_a_run_goes_on_from_disk_to_memory_and_back(trained, tmp_path):
-    ask = lambda *more: cli.main(
-        ["run", str(TINY), f"output={tmp_path / 'parts'}", "checkpoint.every=1", *more]
-    )
+    def ask(*more):
+        return cli.main(
+            ["run", str(TINY), f"output={tmp_path / 'parts'}", "checkpoint.every=1", *more]
+        )
+
     assert ask("rounds=1", DISK) == 0
     assert ask("rounds=2", "--resume") == 0
     assert ask("rounds=4", DISK, "--resume") == 0

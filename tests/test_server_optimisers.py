@@ -119,15 +119,19 @@ DELTAS = [0.5, -0.25, 0.125, 0.0, 2.0]  # exact in float32, so that the mean is 
 @pytest.mark.parametrize("eta, beta", [(1.0, 0.9), (0.25, 0.5)])
 def test_fedavgm_is_torch_sgd_with_momentum(eta, beta):
     path, _ = served(FedAvgM(eta=eta, beta=beta), DELTAS, 0.0)
-    sgd = lambda leaves: torch.optim.SGD(leaves, lr=eta, momentum=beta)
+
+    def sgd(leaves):
+        return torch.optim.SGD(leaves, lr=eta, momentum=beta)
+
     assert path == pytest.approx(optimised(sgd, DELTAS, 0.0), rel=1e-5)
 
 
 def test_fedadagrad_is_torch_adagrad():
     path, _ = served(FedAdagrad(eta=0.1, tau=0.05), DELTAS, 0.0)
-    adagrad = lambda leaves: torch.optim.Adagrad(
-        leaves, lr=0.1, eps=0.05, initial_accumulator_value=0.05**2
-    )
+
+    def adagrad(leaves):
+        return torch.optim.Adagrad(leaves, lr=0.1, eps=0.05, initial_accumulator_value=0.05**2)
+
     assert path == pytest.approx(optimised(adagrad, DELTAS, 0.0), rel=1e-5)
 
 
@@ -203,7 +207,7 @@ def test_a_step_writes_to_nothing_that_it_is_given(algorithm):
     given = [server, model.initial, mean]
     before = [small.copy(tree) for tree in given]
     after, shared = algorithm.serve(*given, Cohort(1.0, 1.0))
-    assert all(small.equal(a, b) for a, b in zip(given, before))
+    assert all(small.equal(a, b) for a, b in zip(given, before, strict=True))
     assert list(after) == list(server) and list(shared) == list(model.initial)
     assert all(v.dtype == torch.float32 for v in (*after.values(), *shared.values()))
     assert not any(torch.equal(after[n], v) for n, v in server.items())

@@ -217,7 +217,7 @@ def test_the_page_of_the_config_has_every_partition_and_network():
     assert [row[0].strip("`") for row in rows if len(row) == 2] == list(KINDS)
     named = {name: row for row in rows if len(row) == 4 for name in re.findall(r"`(\w+)`", row[0])}
     for kind, cls in KINDS.items():
-        for name, field in blocks.fields_of(cls).items():
+        for name in blocks.fields_of(cls):
             row = named[name]
             assert row[2].startswith("all") or f"`{kind}`" in row[2], f"`{name}` is of {kind} too"
     text = " ".join(" ".join(row) for row in cells(page, "## model"))
@@ -247,11 +247,14 @@ def there(path: Path) -> dict[str, list[str]]:
                 found.update({name: item}) if isinstance(item, h5py.Dataset) else None
             )
         )
-        about = lambda ds: [
-            ", ".join(d.label for d in ds.dims if d.label),
-            str(ds.dtype),
-            str(ds.attrs.get("unit", "")),
-        ]
+
+        def about(ds):
+            return [
+                ", ".join(d.label for d in ds.dims if d.label),
+                str(ds.dtype),
+                str(ds.attrs.get("unit", "")),
+            ]
+
         return {name: about(dataset) for name, dataset in found.items()}
 
 

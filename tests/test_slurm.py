@@ -243,11 +243,13 @@ def test_a_job_that_is_told_to_stop_twice_goes_on_to_the_same_bits(slurm, undist
     for stop in (1, 2):
         before = committed(folder)
         until(
-            lambda: log.exists() and f"round {before + 2}/12 " in log.read_text(errors="replace"),
+            lambda before=before: (
+                log.exists() and f"round {before + 2}/12 " in log.read_text(errors="replace")
+            ),
             200,
         )
         slurm.call("scancel", "--batch", "--signal=USR1", number)
-        until(lambda: slurm.job(number)["Restarts"] == str(stop), 100)
+        until(lambda stop=stop: slurm.job(number)["Restarts"] == str(stop), 100)
         assert before < committed(folder) < 12
     job = slurm.ended(number)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "2"), (

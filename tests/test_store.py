@@ -112,7 +112,9 @@ def test_every_stored_number_is_checksummed_and_every_file_versioned(run):
 
 
 def test_kinds_are_joined_in_the_order_of_their_first_clients_whichever_worker_has_them(run):
-    leaf = lambda ids, width: {"w": np.outer(ids, np.ones(width, np.float32))}
+    def leaf(ids, width):
+        return {"w": np.outer(ids, np.ones(width, np.float32))}
+
     owned = [(2, 0, [0, 4], 3), (0, 1, [1, 3], 5), (1, 0, [2, 6], 3), (1, 1, [5], 5)]
     folder = checkpoint.begin(run, 3)
     shards = [

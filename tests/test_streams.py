@@ -30,7 +30,10 @@ def first_and(others):
     are quick.
     """
     first, *more = others
-    quick = lambda each: isinstance(each, tuple) and each[0] not in HEAVY
+
+    def quick(each):
+        return isinstance(each, tuple) and each[0] not in HEAVY
+
     return [first, *(each if quick(each) else pytest.param(each, marks=thorough) for each in more)]
 
 

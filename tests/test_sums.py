@@ -22,7 +22,7 @@ def vectors(count, size, low=-12, high=3):
 
 def summed(kind, rows, weights):
     message = SUMS[kind](rows.shape[1])
-    for row, weight in zip(rows, weights):
+    for row, weight in zip(rows, weights, strict=True):
         message.add(row, weight)
     return message
 
@@ -57,7 +57,7 @@ def test_a_vector_is_added_in_parts_to_the_same_bits(part, monkeypatch):
     whole = summed("exact", rows, weights).buffer
     monkeypatch.setattr(sums, "_PART", part)
     message = ExactSum(60)
-    for row, weight in zip(rows, weights):
+    for row, weight in zip(rows, weights, strict=True):
         message.add(row, weight, at=4)
     assert (
         (message.buffer[:, 4:57] == whole).all()
@@ -73,7 +73,7 @@ def test_the_exact_sum_is_that_of_fsum(low, high):
     total = summed("exact", rows, weights).total()
     assert total.dtype == torch.float64
     for column, found in enumerate(total.tolist()):
-        expected = math.fsum(float(v) * w for v, w in zip(rows[:, column], weights))
+        expected = math.fsum(float(v) * w for v, w in zip(rows[:, column], weights, strict=True))
         # half of the last digit, each
         assert found == pytest.approx(expected, rel=1e-15, abs=40 * 2.0**-67)
 

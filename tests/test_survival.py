@@ -340,7 +340,9 @@ def test_workers_killed_at_random_moments_leave_the_bits(trained, tmp_path, numb
 
 
 def test_a_launch_that_cannot_outlive_a_rank_is_refused(tmp_path):
-    begin = lambda comm: pytest.fail("it began")
+    def begin(comm):
+        return pytest.fail("it began")
+
     with pytest.raises(
         Refused, match="x.yaml: faults.tolerate = true: .* 'mpirun --with-ft ulfm ...', or set"
     ):
@@ -568,7 +570,7 @@ def test_a_skipped_client_is_the_same_on_any_number_of_ranks(settings, ranks):
         for v in (*shared.values(), *personal.values())
     )
     assert [row["skipped"] for _, _, row in other] == [row["skipped"] for _, _, row in alone]
-    assert all(equal(a[0], b[0]) and equal(a[1], b[1]) for a, b in zip(alone, other))
+    assert all(equal(a[0], b[0]) and equal(a[1], b[1]) for a, b in zip(alone, other, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -583,7 +585,7 @@ def test_a_skipped_client_is_as_if_it_were_not_in_the_cohort(settings, monkeypat
     chosen = Run.chosen
     monkeypatch.setattr(Run, "chosen", lambda run, round_: chosen(run, round_) - {bad})
     absent = skipping(1, settings, None)
-    for was, would in zip(skipped, absent):
+    for was, would in zip(skipped, absent, strict=True):
         assert equal(was[0], would[0]) and equal(was[1], would[1])
         assert (
             was[2]["train_loss"] == would[2]["train_loss"]

@@ -84,7 +84,7 @@ def test_a_task_has_its_training_samples_and_all_test_samples_so_far(size, tasks
     train_y, test_y = data.train.y.numpy(), data.test.y.numpy()
     parts = Tasks(size, 1).splits(whole, train_y, test_y)
     assert len(parts) == len(tasks)
-    for part, present in zip(parts, tasks):
+    for part, present in zip(parts, tasks, strict=True):
         for client in range(7):
             expected = [row for row in whole.train[client] if train_y[row] in present]
             assert part.train[client].tolist() == expected

@@ -70,7 +70,9 @@ def gradients(made, v, data, start=None):
     (phase,) = made.algorithm.phases(made.model, made.settings, 0)
     loss = phase.steps[0].loss(Vars(leaves, v.personal), start or v, data)
     trained = {n: w for n, w in leaves.items() if w.requires_grad}
-    return dict(zip(trained, torch.autograd.grad(loss, trained.values()))), loss.detach()
+    return dict(
+        zip(trained, torch.autograd.grad(loss, trained.values()), strict=True)
+    ), loss.detach()
 
 
 def last(state, row):
@@ -112,7 +114,7 @@ def test_loop_and_stack_train_alike(algorithm, network):
         made = small.trainer(algorithm, network, stacked=stacked)
         done = made.train(range(5), v.shared, small.rows(v.personal, 5), 1)
         ends.append([small.copy(d.end.shared | d.end.personal) | {"loss": d.loss} for d in done])
-    for loop, stack in zip(*ends):
+    for loop, stack in zip(*ends, strict=True):
         small.assert_near(stack, loop)
 
 
@@ -237,7 +239,9 @@ def test_the_gradient_of_pfedsd_is_that_of_both_terms(teacher_bn):
     total = F.cross_entropy(o, data.y) + term
     assert loss == pytest.approx(total.item()) and term > 0.01
     trained = {n: net[n] for n in grads}
-    small.assert_near(grads, dict(zip(trained, torch.autograd.grad(total, trained.values()))))
+    small.assert_near(
+        grads, dict(zip(trained, torch.autograd.grad(total, trained.values()), strict=True))
+    )
 
 
 def test_the_two_teachers_of_pfedsd_differ():
@@ -267,13 +271,19 @@ def test_the_contrast_of_moon_has_its_closed_form_and_gradient():
     z, near, far = numbers(5, 7).requires_grad_(), numbers(5, 7, at=1), numbers(5, 7, at=2)
     data = batch(small.trainer(algorithm))
     value = algorithm.contrast(z, near, far, data)
-    unit = lambda v: v / v.norm(dim=1, keepdim=True)
+
+    def unit(v):
+        return v / v.norm(dim=1, keepdim=True)
+
     a, b = ((unit(z) * unit(o)).sum(1) for o in (near, far))
     good, bad = (a / tau).exp(), (b / tau).exp()
     torch.testing.assert_close(value, -(good / (good + bad)).log().mean())
     (grad,) = torch.autograd.grad(value, z)
+
     # of cos by z
-    slope = lambda o, cos: (unit(o) - cos[:, None] * unit(z)) / z.norm(dim=1, keepdim=True)
+    def slope(o, cos):
+        return (unit(o) - cos[:, None] * unit(z)) / z.norm(dim=1, keepdim=True)
+
     wrong = (bad / (good + bad) / tau / 5)[:, None]
     torch.testing.assert_close(grad, (wrong * (slope(far, b) - slope(near, a))).detach())
     closer = F.cosine_similarity(z - grad, near) - F.cosine_similarity(z - grad, far)
@@ -309,7 +319,13 @@ def test_the_gradient_of_moon_is_that_of_both_terms():
     trained = {n: net[n] for n in grads}
     small.assert_near(
         grads,
-        dict(zip(trained, torch.autograd.grad(fit + term, trained.values(), retain_graph=True))),
+        dict(
+            zip(
+                trained,
+                torch.autograd.grad(fit + term, trained.values(), retain_graph=True),
+                strict=True,
+            )
+        ),
     )
     assert torch.autograd.grad(term, net["conv1.weight"])[0].abs().max() > 1e-3
 

@@ -108,8 +108,11 @@ def test_a_resume_keeps_what_was_measured(tmp_path, monkeypatch):
         trial, "speed", lambda engine, _: Speed(engine, 1.0 if engine.path == "stack" else 2.0)
     )
     assert cli.main(["run", str(TINY), *asked, "rounds=1"]) == 0
+
     # under the checksum
-    lines = lambda: (tmp_path / "run/config.yaml").read_text().splitlines()[1:]
+    def lines():
+        return (tmp_path / "run/config.yaml").read_text().splitlines()[1:]
+
     recorded = lines()
     assert configs.read(tmp_path / "run/config.yaml").engine == Engine("cpu", "stack", 2)
     monkeypatch.setattr(trial, "speed", lambda *_: pytest.fail("measured again"))

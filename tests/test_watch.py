@@ -145,8 +145,11 @@ def on_terminal(folder, stop):
     """(exit code, what a terminal got) of ``watch``, after Ctrl-C where it is to ``stop``."""
     server, terminal = pty.openpty()
     line = command("watch", folder, "--every", "0.1")
+
     # who runs tests in the background may ignore Ctrl-C
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    def heard():
+        return signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     process = subprocess.Popen(
         line, env=environment(TERM="xterm"), stdout=terminal, stderr=terminal, preexec_fn=heard
     )

@@ -438,7 +438,9 @@ def test_every_client_of_the_network_starts_from_the_file(backbone):
 
 
 def test_the_content_of_every_file_is_in_the_digest_of_the_run(backbone):
-    digest = lambda: built.__wrapped__(f"model.weights={backbone}").digest
+    def digest():
+        return built.__wrapped__(f"model.weights={backbone}").digest
+
     before = digest()
     assert digest() == before and before.startswith(
         configs.digest(tiny(f"model.weights={backbone}")) + "-"

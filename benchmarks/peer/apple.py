@@ -91,7 +91,7 @@ def main() -> None:
         model_eval_params=NNEvalHyperParams(local_batch_size=spec["batch"]),
         callbacks=[clock],
     )
-    seconds = [b - a for a, b in zip(clock.ends, clock.ends[1:])]
+    seconds = [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=True)]
     (asked.folder / "result.json").write_text(
         json.dumps({"seconds": seconds, "loss": float("nan")})
     )

@@ -4,6 +4,7 @@ python flower.py FOLDER --rounds R
 """
 
 import argparse
+import itertools
 import json
 import os
 import time
@@ -98,7 +99,7 @@ def main() -> None:
         "init_args": {"num_cpus": 1, "include_dashboard": False},
     }
     run_simulation(server_app, client_app, num_supernodes=spec["clients"], backend_config=one)
-    seconds = [b - a for a, b in zip(ends, ends[1:])]
+    seconds = [b - a for a, b in itertools.pairwise(ends)]
     (asked.folder / "result.json").write_text(json.dumps({"seconds": seconds, "loss": losses[0]}))
 
 

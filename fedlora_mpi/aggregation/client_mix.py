@@ -96,7 +96,10 @@ class Mixing:
         """A copy of the offer, which may be a view of what goes on changing."""
         key, aux = (torch.zeros(0) if part is None else part for part in (offer.key, offer.aux))
         rows, key, aux = to_host([self.rows.pack(offer.rows).detach(), key.detach(), aux.detach()])
-        flat = lambda part, dtype: part.flatten().to(dtype, copy=True)
+
+        def flat(part, dtype):
+            return part.flatten().to(dtype, copy=True)
+
         rows = flat(rows, self.rows.dtype)
         return Packed(
             rows, flat(key, self.key_dtype) if self.keys else rows, flat(aux, joint([aux.dtype]))
@@ -151,7 +154,10 @@ class Mixing:
     def _ranges(self, comm: Comm, size: int) -> list[tuple[int, int]]:
         """The coordinates of each rank: whole blocks, shared out evenly among the owners."""
         blocks = -(-size // BLOCK)
-        cut = lambda i: min(size, i * blocks // len(self.owners) * BLOCK)
+
+        def cut(i):
+            return min(size, i * blocks // len(self.owners) * BLOCK)
+
         place = {rank: (cut(i), cut(i + 1)) for i, rank in enumerate(self.owners)}
         return [place.get(rank, (0, 0)) for rank in range(comm.size)]
 
@@ -199,11 +205,13 @@ class Mixing:
         )
         parts = arrived.split([(b - a) * len(mine) for a, b in ranges])
         whole = (
-            torch.cat([p.view(len(mine), b - a) for p, (a, b) in zip(parts, ranges)], 1)
+            torch.cat(
+                [p.view(len(mine), b - a) for p, (a, b) in zip(parts, ranges, strict=True)], 1
+            )
             if mine
             else []
         )
-        return dict(zip(mine, whole))
+        return dict(zip(mine, whole, strict=True))
 
 
 def _exchanged(comm: Comm, send: Tensor, counts: Sequence[int], arriving: Sequence[int]) -> Tensor:
@@ -211,7 +219,10 @@ def _exchanged(comm: Comm, send: Tensor, counts: Sequence[int], arriving: Sequen
     two words.
     """
     numbers, words = send.numpy(), send.dtype.itemsize // 4
-    times = lambda of: [words * number for number in of]
+
+    def times(of):
+        return [words * number for number in of]
+
     arrived = comm.exchange(numbers.view(np.float32), times(counts), times(arriving))
     return torch.from_numpy(arrived.view(numbers.dtype))
 

@@ -34,7 +34,7 @@ def gathered(
     ).numpy()
     received = torch.from_numpy(comm.gather(own.view(np.float32), counts).view(own.dtype))
     ordered = [c for clients in there.values() for c in clients]
-    parts = dict(zip(ordered, received.split([layouts[c].size for c in ordered])))
+    parts = dict(zip(ordered, received.split([layouts[c].size for c in ordered]), strict=True))
     device = next((u.device for u in uploads.values()), torch.device("cpu"))
     return {
         c: layouts[c].unpack(part.to(device))

@@ -26,13 +26,15 @@ def right_vectors(comm: Comm, matrices: dict[str, tuple[Tensor, int]]) -> Tree:
     costs = [25.0 * min(matrix.shape) ** 2 * max(matrix.shape) for matrix, _ in matrices.values()]
     shared = comm.size > 1 and sum(costs) > _WORTH
     owner = assign(costs, range(comm.size)) if shared else [comm.rank] * len(names)
-    mine = {name: matrices[name] for name, rank in zip(names, owner) if rank == comm.rank}
+    mine = {
+        name: matrices[name] for name, rank in zip(names, owner, strict=True) if rank == comm.rank
+    }
     found = _decomposed(mine)
     if not shared:
         return found
     sizes = [rows * matrix.shape[1] for matrix, rows in matrices.values()]
     buffer = torch.zeros(sum(sizes), dtype=joint([matrix.dtype for matrix, _ in matrices.values()]))
-    parts = dict(zip(names, buffer.split(sizes)))
+    parts = dict(zip(names, buffer.split(sizes), strict=True))
     for name, vectors in found.items():
         parts[name].copy_(vectors.flatten())
     comm.sum(buffer.numpy())  # each number is set by one rank
@@ -49,5 +51,5 @@ def _decomposed(matrices: dict[str, tuple[Tensor, int]]) -> Tree:
     found = {}
     for names in together.values():
         stack = torch.stack([matrices[name][0] for name in names])
-        found |= zip(names, right(stack, matrices[names[0]][1]))
+        found |= zip(names, right(stack, matrices[names[0]][1]), strict=True)
     return {name: found[name] for name in matrices}

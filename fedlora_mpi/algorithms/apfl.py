@@ -65,7 +65,9 @@ class APFL(Algorithm):
         def shared(now: Vars, start: Vars, batch: Batch) -> Tensor:
             return cross_entropy(model(now.shared, batch.x), batch)
 
-        plain = lambda sgd: Sgd(sgd.lr, weight_decay=self.alpha_decay)
+        def plain(sgd):
+            return Sgd(sgd.lr, weight_decay=self.alpha_decay)
+
         once = Step(mixed, _MIX_ALPHA.__eq__, plain, clamp=(0.0, 1.0))
         # v_i first: its loss reads w_i as it is before the step, and that of w_i reads no v_i.
         steps = Step(self.loss(model), owned.__contains__), Step(shared, parameters.__contains__)

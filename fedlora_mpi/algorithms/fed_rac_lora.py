@@ -77,10 +77,13 @@ class FedRACLoRA(OneFactor):
         and name alone.
         """
         seed, round_ = int(shared[SEED]), int(shared[ROUND])
-        drawn = lambda n, v: self.drawn(key(seed, "sketch", round_, plain_name(n)), v.shape).to(v)
-        start = lambda n, v: (
-            torch.zeros_like(v) if is_factor(n, self.active(round_)) else drawn(n, v)
-        )
+
+        def drawn(n, v):
+            return self.drawn(key(seed, "sketch", round_, plain_name(n)), v.shape).to(v)
+
+        def start(n, v):
+            return torch.zeros_like(v) if is_factor(n, self.active(round_)) else drawn(n, v)
+
         return {n: start(n, v) for n, v in shared.items() if is_factor(n)}
 
     def drawn(self, number: int, shape: tuple[int, ...]) -> Tensor:

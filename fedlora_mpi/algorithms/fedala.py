@@ -87,8 +87,13 @@ class FedALA(Algorithm):
         learn = Step(
             loss, {_A + n for n in top}.__contains__, lambda _: Sgd(self.eta), clamp=(0.0, 1.0)
         )
-        share = lambda size: max(1, int(size * self.s / 100))
-        mix = lambda v: v._replace(shared=v.shared | mixed(v))
+
+        def share(size):
+            return max(1, int(size * self.s / 100))
+
+        def mix(v):
+            return v._replace(shared=v.shared | mixed(v))
+
         epochs = self.start_epochs if round_ == 1 else 1
         return Phase(epochs, (learn,), stream="aggregation", limit=share, after=mix)
 

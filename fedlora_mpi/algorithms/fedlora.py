@@ -39,7 +39,9 @@ class FedLoRA(LowRank, Algorithm):
     absent: Literal["exclude", "stale"] = "stale"
 
     def init(self, model: Model, rng: Generator) -> Vars:
-        local = lambda leaf: self.bn_stats == "local" and model.role(leaf) == "stats"
+        def local(leaf):
+            return self.bn_stats == "local" and model.role(leaf) == "stats"
+
         own, sigma = split(model.initial, local)
         return Vars(shared=sigma, personal=own | self.factors(model, rng))
 

@@ -66,8 +66,10 @@ class PFedGate(Algorithm):
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         faster = self.gate_lr / train.lr
+
         # w with that many times its gradient
-        hurried = lambda w: w.detach() + faster * (w - w.detach())
+        def hurried(w):
+            return w.detach() + faster * (w - w.detach())
 
         def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
             own = {n: hurried(w) if n.startswith(GATE) else w for n, w in now.personal.items()}

@@ -94,9 +94,10 @@ class PFedMe(Algorithm):
 
     def upload(self, start: Vars, end: Vars) -> Tree:
         """(1 - beta) x + beta w_i, and the statistics as they are."""
-        mixed = lambda n, w: (
-            torch.lerp(start.shared[n], w, self.beta) if _OWN + n in end.personal else w
-        )
+
+        def mixed(n, w):
+            return torch.lerp(start.shared[n], w, self.beta) if _OWN + n in end.personal else w
+
         return {n: mixed(n, w) for n, w in end.shared.items()}
 
     def weights_of(self, model: Model, v: Vars) -> Tree:

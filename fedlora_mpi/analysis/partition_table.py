@@ -111,7 +111,10 @@ def _spread(counts: np.ndarray) -> tuple[str, str, str]:
 def _summary(split: Split) -> str:
     """All clients in one line."""
     clients, classes = split.train_counts.shape
-    each = lambda numbers: " to ".join(str(n) for n in sorted({min(numbers), max(numbers)}))
+
+    def each(numbers):
+        return " to ".join(str(n) for n in sorted({min(numbers), max(numbers)}))
+
     sides = [
         f"{sum(sizes):,} {name} samples ({each(sizes)} per client)"
         for name, sizes in (

@@ -77,7 +77,10 @@ def content(
     )
     own = [name for name in values if hf and (hf.is_above_encoder(name) or name in hf.fresh)]
     whole = {_whole(hf, name) for name in (*others, *own)}
-    within = lambda name: any(name.startswith(f"{part}.") for part in whole)
+
+    def within(name):
+        return any(name.startswith(f"{part}.") for part in whole)
+
     low = {name.removesuffix(".weight"): pair for name, pair in pairs.items() if not within(name)}
     if not low:
         raise ValueError(

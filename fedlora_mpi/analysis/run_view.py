@@ -330,11 +330,14 @@ class ClientView:
         from ..algorithm import Vars
 
         initial = self.network.initial
+
         # a file has no bfloat16
-        as_there = lambda name, v: v.to(initial[name].dtype) if name in initial else v
-        tensors = lambda leaves: {
-            n: as_there(n, torch.from_numpy(value)) for n, value in leaves.items()
-        }
+        def as_there(name, v):
+            return v.to(initial[name].dtype) if name in initial else v
+
+        def tensors(leaves):
+            return {n: as_there(n, torch.from_numpy(value)) for n, value in leaves.items()}
+
         rows = self.run.by_leaf(self.checkpoint.personal([self.id]), self.id)
         shared = tensors(self.run.by_leaf(self.checkpoint.shared()))
         with self._fitting, torch.no_grad():

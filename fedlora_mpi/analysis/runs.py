@@ -105,7 +105,7 @@ def of_all_clients(logs: Sequence[Logged]) -> "DataFrame":
 
 def _table(logs: Sequence[Logged], columns_of: Callable[[Logged], "DataFrame"]) -> "DataFrame":
     pandas, parts = imported_pandas(), []
-    for about, run in zip(_described(logs), logs):
+    for about, run in zip(_described(logs), logs, strict=True):
         table = columns_of(run)
         repeated = {name: [value] * len(table) for name, value in about.items()}
         parts.append(pandas.concat([pandas.DataFrame(repeated, index=table.index), table], axis=1))

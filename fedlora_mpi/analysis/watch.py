@@ -274,9 +274,12 @@ def _live(seen: Seen, every: float) -> None:
             "the live view needs rich: pip install 'fedlora-mpi[analysis]', or use --once"
         ) from error
     console = Console()
-    drawn = lambda now: Text("\n", no_wrap=True, overflow="ellipsis").join(
-        Text.assemble(*line) for line in frame(now, console.width, console.height)
-    )
+
+    def drawn(now):
+        return Text("\n", no_wrap=True, overflow="ellipsis").join(
+            Text.assemble(*line) for line in frame(now, console.width, console.height)
+        )
+
     last = seen
     view = Live(drawn(seen), console=console, screen=True, auto_refresh=False)
     with suppress(KeyboardInterrupt), view as live:

@@ -99,7 +99,10 @@ class LowRank:
         """Local training of both parts, eqs. (6) and (7)."""
         if self.order == "simultaneous":
             return (Phase(train.epochs, (Step(loss),)),)
-        tau = lambda v: self.tau(model, v.shared | v.personal)  # constant while sigma trains
+
+        def tau(v):
+            return self.tau(model, v.shared | v.personal)  # constant while sigma trains
+
         return (
             Phase(self.lora_epochs, (Step(loss, is_factor),)),
             Phase(train.epochs - self.lora_epochs, (Step(loss, is_not_factor),), constant=tau),

@@ -53,7 +53,9 @@ def _sums(of: Callable[[Tensor], Tensor], data: Batch) -> tuple[Tensor, Tensor]:
     # [n, classes]
     one_hot = (data.y[:, None] == torch.arange(classes, device=data.y.device)) * real[:, None]
     sums, energy = 0.0, 0.0
-    for x, which, is_real in zip(data.x.split(_CHUNK), one_hot.split(_CHUNK), real.split(_CHUNK)):
+    for x, which, is_real in zip(
+        data.x.split(_CHUNK), one_hot.split(_CHUNK), real.split(_CHUNK), strict=True
+    ):
         z = of(x)
         sums = sums + which.to(z).T @ z
         energy = energy + (z.square().sum(1) * is_real).sum()

@@ -24,7 +24,10 @@ def best_weights(gram: Tensor, variance: Tensor) -> Tensor:
     """
     hessian = gram + torch.diag(variance)
     step = 1 / torch.linalg.matrix_norm(hessian, 2).clamp(min=1e-300)
-    slope = lambda alpha: alpha @ hessian - gram  # half the gradient
+
+    def slope(alpha):
+        return alpha @ hessian - gram  # half the gradient
+
     alpha = ahead = torch.full_like(gram, 1 / len(gram))
     t = torch.ones(len(gram), 1, dtype=gram.dtype)
     for _ in range(20_000):

@@ -55,5 +55,7 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
     if batch.real is None:
         return first, second
     one, width = ~batch.real[1], len(second.y)
-    x, y, real = (torch.where(one, a[:width], b) for a, b in zip(first[:3], second[:3]))
+    x, y, real = (
+        torch.where(one, a[:width], b) for a, b in zip(first[:3], second[:3], strict=True)
+    )
     return first, second._replace(x=x, y=y, real=real)

@@ -15,7 +15,7 @@ def assign(
     already, or None.
     """
     host = list(stays or [None] * len(costs))
-    load = {w: sum(cost for cost, at in zip(costs, host) if at == w) for w in workers}
+    load = {w: sum(cost for cost, at in zip(costs, host, strict=True) if at == w) for w in workers}
     for group in sorted(range(len(costs)), key=lambda g: (-costs[g], g)):
         if host[group] is None:
             host[group] = min(load, key=lambda w: (load[w], w))

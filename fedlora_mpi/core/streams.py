@@ -113,7 +113,7 @@ def _open_closed() -> None:
                 os.close(handle)
         if getattr(sys, name) is None:
             # as long as the process
-            stream = open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False)
+            stream = open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
 

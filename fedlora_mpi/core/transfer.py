@@ -23,7 +23,7 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
         torch.empty(v.shape, dtype=v.dtype, pin_memory=True) if v.is_cuda else v.cpu()
         for v in tensors
     ]
-    coming = [(place, v) for place, v in zip(found, tensors) if v.is_cuda]
+    coming = [(place, v) for place, v in zip(found, tensors, strict=True) if v.is_cuda]
     for place, v in coming:
         place.copy_(v, non_blocking=True)
     if coming:

@@ -4,6 +4,7 @@ A process holds the inputs once (see ``inputs.py``); clients are lists of indice
 batch of client k holds depends on (seed, k, round, epoch, position) and on nothing else.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -67,7 +68,9 @@ class Epoch:
             count = self._longer(some[0])
             steps = torch.arange(some.start, some.stop, width, device=self.noise.device)
             noise = self.noise[:count] + _mixed(steps)[:, None]
-            for first, *parts in zip(some, *self._read(count, some[0], width, len(some)), noise):
+            for first, *parts in zip(
+                some, *self._read(count, some[0], width, len(some)), noise, strict=True
+            ):
                 self.beat()
                 now = self._longer(first)
                 yield (
@@ -163,7 +166,9 @@ class Feed:
         self._train_rows = [torch.from_numpy(rows) for rows in split.train]  # shuffled on the host
         self._test_rows = [torch.from_numpy(rows).to(self._device) for rows in split.test]
         shifts = [k % 4 if self._shift == "labels" else 0 for k in range(len(split.train))]
-        counts = np.stack([np.roll(row, q) for row, q in zip(split.train_counts, shifts)])
+        counts = np.stack(
+            [np.roll(row, q) for row, q in zip(split.train_counts, shifts, strict=True)]
+        )
         self._counts = torch.from_numpy(counts).float()
 
     def holding(self, split: Split) -> "Feed":
@@ -185,11 +190,11 @@ class Feed:
             sides.append(
                 [
                     np.resize(every, ends[-1])[a:b] if len(every) else every
-                    for a, b in zip(ends, ends[1:])
+                    for a, b in itertools.pairwise(ends)
                 ]
             )
         counts = (np.zeros((2, self.classes), np.int64), np.zeros((2, self.classes), np.int64))
-        for side, store, table in zip(sides, (self._train, self._test), counts):
+        for side, store, table in zip(sides, (self._train, self._test), counts, strict=True):
             labels = store.labels.cpu().numpy()
             for client, rows in enumerate(side):
                 np.add.at(table[client], labels[rows], 1)

@@ -42,7 +42,10 @@ def _rectangles(number: int, rng: Generator, height: int, width: int) -> Tensor:
     """[number, 4] top, left, height, width: RandomErasing's first attempt that fits; 0, 0 high or
     wide else.
     """
-    uniform = lambda low, high: low + (high - low) * torch.rand(number, _ATTEMPTS, generator=rng)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(number, _ATTEMPTS, generator=rng)
+
     area = height * width * uniform(*AREA)
     aspect = uniform(*map(math.log, RATIO)).exp()
     # [number, attempts, 2]

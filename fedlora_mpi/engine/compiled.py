@@ -103,7 +103,7 @@ def _made(step: Callable, given: tuple, tensors: Sequence[Tensor]) -> Callable:
 
 def _copied(v: Tensor) -> Tensor:
     """A copy in the same layout; ``v`` where it repeats its numbers, for then no step writes to it."""
-    if 0 in (stride for stride, length in zip(v.stride(), v.shape) if length > 1):
+    if 0 in (stride for stride, length in zip(v.stride(), v.shape, strict=True) if length > 1):
         return v
     return torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device).copy_(v)
 

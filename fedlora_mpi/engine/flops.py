@@ -10,6 +10,7 @@ sample is that sample.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -68,15 +69,19 @@ class Flops:
         for number, phase in enumerate(phases):
             if phase.epochs == 0:
                 continue
-            key = ("phase", number, *map(self._known_by, phase.steps))
-            played = lambda n: self._phase(phase, n)
+            key, played = (
+                ("phase", number, *map(self._known_by, phase.steps)),
+                partial(self._phase, phase),
+            )
             used = algorithm.used(phase, samples)
             batches, rest = divmod(used, settings.batch_size)
             total += phase.epochs * batches * self._cost(key, played, settings.batch_size)
             total += phase.epochs * self._cost(key, played, rest)
             if phase.constant:
                 total += self._once(
-                    (*key, "constant"), lambda n: self._counted(phase.constant, self.first), 1
+                    (*key, "constant"),
+                    lambda n, phase=phase: self._counted(phase.constant, self.first),
+                    1,
                 )
         surveyed = samples if algorithm.surveys else 1
         return total + sum(
@@ -110,7 +115,10 @@ class Flops:
 
     def _phase(self, phase: Phase, samples: int) -> int:
         """FLOPs of all steps on one batch."""
-        copied = lambda v: tmap(lambda leaf: leaf.cpu().clone(), v)
+
+        def copied(v):
+            return tmap(lambda leaf: leaf.cpu().clone(), v)
+
         start, now = (
             Vars(copied(self.first.shared), copied(self.first.personal)) for _ in range(2)
         )

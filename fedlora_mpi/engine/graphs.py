@@ -51,7 +51,7 @@ class CudaGraph:
         with torch.cuda.graph(self._graph, pool=pool):
             step()
         self.replay()
-        if not all(_near(v, other) for v, other in zip(written, after)):
+        if not all(_near(v, other) for v, other in zip(written, after, strict=True)):
             raise RuntimeError("a recording gave other numbers than its steps")
 
     def replay(self) -> None:
@@ -188,7 +188,7 @@ class _Place:
 
     def play(self, epoch: Epoch) -> Tensor:
         """The epoch's sums [2, C], see ``Walk.play_over``."""
-        for place, value in zip(self._epoch.tensors(), epoch.tensors()):
+        for place, value in zip(self._epoch.tensors(), epoch.tensors(), strict=True):
             fill(place, value)
         epoch.beat()
         self.sums.zero_()
@@ -205,7 +205,7 @@ def _copied(v: Tensor) -> Tensor:
 
 
 def _restore(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for place, value in zip(places, values):
+    for place, value in zip(places, values, strict=True):
         place.copy_(value)
 
 

@@ -205,7 +205,7 @@ def _outcome(trainer: Trainer, first: Vars, clients: Sequence[int]) -> _Outcome:
     with warnings.catch_warnings(), _whole_products():
         warnings.simplefilter("ignore")
         for done in trainer.train(clients, shared, rows, 0, evaluate=True):
-            for start, end in zip(done.start[:2], done.end[:2]):
+            for start, end in zip(done.start[:2], done.end[:2], strict=True):
                 found.moved.extend(
                     end[n].detach().double() - start[n].double() for n in end if n in start
                 )
@@ -225,7 +225,7 @@ def _whole_products() -> Iterator[None]:
             place.allow_tf32 = False
         yield
     finally:
-        for place, allowed in zip(places, before):
+        for place, allowed in zip(places, before, strict=True):
             place.allow_tf32 = allowed
 
 

@@ -97,8 +97,11 @@ def fastest(speeds: Sequence[Speed], samples: float) -> Speed:
 
 def told(speeds: Sequence[Speed], chosen: Speed) -> str:
     """One line for the user."""
-    way = lambda e: (
-        ("loop" if e.path == "loop" else f"stacks of {e.group_size}") + ", compiled" * e.compile
-    )
+
+    def way(e):
+        return (
+            "loop" if e.path == "loop" else f"stacks of {e.group_size}"
+        ) + ", compiled" * e.compile
+
     each = "; ".join(f"{way(s.engine)} {1 / s.sample:,.0f}" for s in speeds)
     return f"engine.path = measure: client samples per second: {each}; taken: {way(chosen.engine)}"

@@ -84,11 +84,14 @@ class Trainer:
         for members, (start, end, (loss_C, *kept)) in self._in_parts(len(clients), trained):
             score_C = kept.pop() if evaluate else None
             for row, client in enumerate(clients[c] for c in members):
-                one = (lambda v: v[row]) if self.stacked else (lambda v: v)
+
+                def one(v: Tensor, row: int = row) -> Tensor:
+                    return v[row] if self.stacked else v
+
                 score, nan = (
                     (None, None) if score_C is None else (score_C[row, :2], score_C[row, 2])
                 )
-                own = dict(zip(end.personal, map(one, kept)))
+                own = dict(zip(end.personal, map(one, kept), strict=True))
                 yield Trained(
                     client, tmap_vars(one, start), tmap_vars(one, end), loss_C[row], score, own, nan
                 )
@@ -222,7 +225,10 @@ class Trainer:
         """Variables after ``Algorithm.finish``."""
         if type(self.algorithm).finish is Algorithm.finish:
             return now
-        finish = lambda s, e, data: self.algorithm.finish(self.model, self.settings, s, e, data)
+
+        def finish(s, e, data):
+            return self.algorithm.finish(self.model, self.settings, s, e, data)
+
         return self._each(finish, start, now, self._survey(ids))
 
     def _survey(self, ids: Sequence[int]) -> Batch:

@@ -91,21 +91,21 @@ class Walk:
         """The same steps on other variables of the same layout, copied into the memory of the first
         ones.
         """
-        halves = zip((*self._start[:2], *self._now[:2]), (*start[:2], *now[:2]))
+        halves = zip((*self._start[:2], *self._now[:2]), (*start[:2], *now[:2]), strict=True)
         for places, values in halves:
             for name, place in places.items():
                 fill(place, values[name])
         if self.phase.constant:
             for name, value in self._constant(self._now).items():
                 fill(self._now.constant[name], value)
-        for momentum in (half for momentum in self._momenta for half in momentum):
+        for momentum in (half for momenta in self._momenta for half in momenta):
             for v in momentum.values():
                 v.zero_()
 
     @torch.no_grad()
     def copy_to(self, now: Vars) -> None:
         """Copy what was trained into other variables."""
-        for values, places in zip(self._now[:2], now[:2]):
+        for values, places in zip(self._now[:2], now[:2], strict=True):
             for name, value in values.items():
                 fill(places[name], value)
 
@@ -161,7 +161,10 @@ class Walk:
 
     def _momentum(self, step: Step) -> list[Tree]:
         """Zeros for the trained leaves of either half."""
-        trains = lambda leaf: step.trains(leaf) and self._trainer.model.role(leaf) != "stats"
+
+        def trains(leaf):
+            return step.trains(leaf) and self._trainer.model.role(leaf) != "stats"
+
         return [
             {n: torch.zeros_like(v) for n, v in half.items() if trains(n)} for half in self._now[:2]
         ]
@@ -170,7 +173,9 @@ class Walk:
         """The first ``count`` rows of everything, as views: a step writes through them."""
         narrow = (lambda v: v[:count]) if self._trainer.stacked else (lambda v: v)
         leaves, momenta, names, halves = [], [], [], []
-        for at, (half, momentum) in enumerate(zip(self._now[:2], self._momenta[number])):
+        for at, (half, momentum) in enumerate(
+            zip(self._now[:2], self._momenta[number], strict=True)
+        ):
             seen = {}
             for name, value in half.items():
                 seen[name] = narrow(value.detach())
@@ -229,7 +234,7 @@ def fill(place: Tensor, value: Tensor) -> None:
     """Copy ``value`` into ``place``, which may repeat its numbers along some axes if ``value``
     does.
     """
-    for axis, (length, stride) in enumerate(zip(place.shape, place.stride())):
+    for axis, (length, stride) in enumerate(zip(place.shape, place.stride(), strict=True)):
         if stride == 0 and length > 1:
             place, value = place.narrow(axis, 0, 1), value.narrow(axis, 0, 1)
     place.copy_(value)

@@ -136,7 +136,11 @@ class Run:
     @cached_property
     def rank_of(self) -> dict[int, int]:
         """The rank that hosts each client."""
-        return {client: rank for group, rank in zip(self.groups, self.host) for client in group}
+        return {
+            client: rank
+            for group, rank in zip(self.groups, self.host, strict=True)
+            for client in group
+        }
 
     @cached_property
     def layouts(self) -> tuple[Layout, ...]:
@@ -150,12 +154,19 @@ class Run:
 
     def here(self) -> Iterator[Group]:
         """The groups that this rank hosts."""
-        return (group for group, rank in zip(self.groups, self.host) if rank == self.comm.rank)
+        return (
+            group
+            for group, rank in zip(self.groups, self.host, strict=True)
+            if rank == self.comm.rank
+        )
 
     def clients_of(self, rank: int) -> tuple[int, ...]:
         """The clients that a rank hosts, kind after kind."""
         return tuple(
-            c for group, host in zip(self.groups, self.host) if host == rank for c in group
+            c
+            for group, host in zip(self.groups, self.host, strict=True)
+            if host == rank
+            for c in group
         )
 
     def with_(self, **fields) -> "Run":
@@ -222,7 +233,7 @@ class Run:
     def room(self) -> Tree:
         """Room for the personal leaves of this rank's clients, with any numbers in it."""
         leaves = {}
-        for kind, clients in zip(self.kinds, self.by_kind):
+        for kind, clients in zip(self.kinds, self.by_kind, strict=True):
             leaves |= {
                 kind.prefix + n: self.rows.blank(len(clients), v)
                 for n, v in kind.first.personal.items()

@@ -118,7 +118,8 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     row |= {name: _nanmean(column) for name, column in scores_N.items()}
     row |= {"nan_predictions": _nanmean(nan_N), "nan_clients": np.flatnonzero(nan_N > 0).tolist()}
     row |= {
-        f"seconds_{name}": t for name, t in zip(("train", "exchange", "evaluate"), np.diff(clock))
+        f"seconds_{name}": t
+        for name, t in zip(("train", "exchange", "evaluate"), np.diff(clock), strict=True)
     }
     row |= {"seconds_ranks": seconds}
     return state, row, scores_N
@@ -283,7 +284,10 @@ def _packed(run: Run, shared: Tree) -> Tensor:
     else.
     """
     both, device = run.upload.common(shared), run.trainer.device
-    there = lambda n, shape: shared[n] if n in both else torch.zeros(shape, device=device)
+
+    def there(n, shape):
+        return shared[n] if n in both else torch.zeros(shape, device=device)
+
     return run.upload.pack({n: there(n, shape) for n, shape in run.upload.shapes.items()}).double()
 
 
@@ -347,8 +351,8 @@ def _evaluate(
         # by the accuracy: a loss may be nan
         judged = np.where(np.isnan(after[:, :1]), received, after)
     accuracy, loss, nan = judged.T
-    scores_N = dict(zip(_SCORES, (accuracy, loss, received[:, 0], after[:, 0])))
-    return scores_N, nan, dict(zip(STAGES, table[everyone:].T))
+    scores_N = dict(zip(_SCORES, (accuracy, loss, received[:, 0], after[:, 0]), strict=True))
+    return scores_N, nan, dict(zip(STAGES, table[everyone:].T, strict=True))
 
 
 def _nanmean(column: np.ndarray) -> float:

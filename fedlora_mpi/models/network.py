@@ -157,7 +157,8 @@ class Model:
             if isinstance(layer, _NormBase):
                 layer.eval()
         modules, bodies = (
-            (half[False], fixed) for half, fixed in zip((self.modules, self.bodies), training)
+            (half[False], fixed)
+            for half, fixed in zip((self.modules, self.bodies), training, strict=True)
         )
         return replace(self, batch_statistics=False, modules=modules, bodies=bodies)
 

@@ -72,7 +72,9 @@ def _apart(grad: Tensor, first: Tensor, dim: int) -> Tensor:
 def _halves(
     x, kernel_size=None, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
 ) -> bool:
-    both = lambda value, wanted: value in (wanted, (wanted, wanted), [wanted, wanted])
+    def both(value, wanted):
+        return value in (wanted, (wanted, wanted), [wanted, wanted])
+
     plain = (
         both(kernel_size, 2)
         and (stride is None or both(stride, 2))

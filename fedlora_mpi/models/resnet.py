@@ -1,6 +1,7 @@
 """The residual networks of the FedLoRA paper and the small one of the CIFAR literature."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(first)
         self.pool = nn.MaxPool2d(3, 2, 1) if imagenet_stem else nn.Identity()
         blocks = []
-        for stage, (inside, outside) in enumerate(zip((first, *widths), widths)):
+        for stage, (inside, outside) in enumerate(pairwise((first, *widths))):
             blocks.append(Block(inside, outside, stride=1 if stage == 0 else 2))
         self.layers = nn.Sequential(*blocks)
         self.fc = nn.Linear(widths[-1], classes)

@@ -259,12 +259,12 @@ def _defaults(function: FunctionType) -> Iterator[tuple[str, object]]:
     """What arguments that nobody gives are, which are made once for all calls."""
     count = function.__code__.co_argcount
     given = function.__defaults__ or ()
-    yield from zip(function.__code__.co_varnames[count - len(given) : count], given)
+    yield from zip(function.__code__.co_varnames[count - len(given) : count], given, strict=True)
     yield from (function.__kwdefaults__ or {}).items()
 
 
 def _enclosing(function: FunctionType) -> Iterator[tuple[str, object]]:
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents
         except ValueError:  # nothing was put into it

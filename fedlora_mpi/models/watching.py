@@ -81,7 +81,7 @@ def watch(module: nn.Module, x: Tensor, classes: int) -> Watched:
         gradients = [None] * len(watching.met)
     last = [
         p
-        for p, gradient in zip(watching.met, gradients)
+        for p, gradient in zip(watching.met, gradients, strict=True)
         if gradient is not None and (p.parameters or p.module)
     ]
     found = [_owned(module, p) for p in [p for p in last if p.width == classes] or last[-1:]]

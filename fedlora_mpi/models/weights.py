@@ -98,7 +98,10 @@ def load(model: Model, tree: Tree) -> Model:
     head = [n for n, leaf in leaves.items() if leaf.role == "head"]
     here = {n: list(leaf.shape) for n, leaf in leaves.items() if n in saved or n in tree}
     there = {n: list(value.shape) for n, value in tree.items() if n in leaves or n not in saved}
-    same = lambda n: here.get(n) == there.get(n)
+
+    def same(n):
+        return here.get(n) == there.get(n)
+
     for name in here | there:
         if not same(name) and name not in head:
             raise ValueError(
@@ -137,8 +140,11 @@ def _named(model: Model, tree: Tree) -> Tree:
 
 def packed(tree: Tree) -> bytes:
     """The content of a .safetensors file with these leaves. Raises ValueError without the library."""
+
     # not a view into something
-    whole = lambda v: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+    def whole(v):
+        return v.detach().cpu().clone(memory_format=torch.contiguous_format)
+
     return _safetensors().torch.save({n: whole(v) for n, v in tree.items()}, {"format": "pt"})
 
 

@@ -4,6 +4,7 @@
 one, which needs no MPI library.
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -99,7 +100,7 @@ class Mpi:
         """Replace ``buffer`` by its sum over ranks, on every rank. Order-free for integers."""
         self.moved += buffer.nbytes
         for part in _parts(buffer):
-            self._do(lambda: self._world.Iallreduce(self._mpi.IN_PLACE, part), buffer)
+            self._do(lambda part=part: self._world.Iallreduce(self._mpi.IN_PLACE, part), buffer)
 
     def broadcast(self, data: bytes) -> bytes:
         """Rank 0's bytes, on every rank."""
@@ -107,7 +108,7 @@ class Mpi:
         self._do(lambda: self._world.Ibcast(size, root=0), size)
         buffer = np.frombuffer(bytearray(data if self.rank == 0 else size[0]), np.uint8)
         for part in _parts(buffer):
-            self._do(lambda: self._world.Ibcast(part, root=0), buffer)
+            self._do(lambda part=part: self._world.Ibcast(part, root=0), buffer)
         return buffer.tobytes()
 
     def gather(self, send: np.ndarray, counts: Sequence[int]) -> np.ndarray:
@@ -116,7 +117,7 @@ class Mpi:
         """
         if sum(counts) > _MOST:
             whole, ends = np.empty(sum(counts), np.float32), np.cumsum([0, *counts])
-            for rank, (at, end) in enumerate(zip(ends, ends[1:])):
+            for rank, (at, end) in enumerate(itertools.pairwise(ends)):
                 whole[at:end] = send if rank == self.rank else 0
             self.sum(whole.view(np.int32))
             return whole
@@ -283,7 +284,7 @@ Comm = Solo | Mpi
 
 def _tolerant() -> bool:
     """Whether the launcher lets ranks go on when one dies."""
-    return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes")
+    return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes")  # noqa: SIM112
 
 
 def _mpi4py():

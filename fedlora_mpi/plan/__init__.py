@@ -81,7 +81,7 @@ def estimate(
     machine = Machine(cores, bandwidth or speed, latency or delay)
     run = built.run
     clients = {rank: [] for rank in workers}
-    for group, rank in zip(run.groups, assign(run.costs, list(workers))):
+    for group, rank in zip(run.groups, assign(run.costs, list(workers)), strict=True):
         clients[rank] += group
     own = {
         rank: sum(nbytes(run.kinds[run.kind_of[c]].first.personal) for c in at)
@@ -151,7 +151,7 @@ def _sizes(built: Built, ranks: int) -> list[tuple[str, str]]:
     first, clients, cohort = run.kinds[0].first, len(run.weight_N), _cohort(run)
     second = _second(run)
     traffic = [_traffic(run, kind, second) for kind in run.kinds]
-    up, down = zip(*(traffic[kind] for kind in run.kind_of))
+    up, down = zip(*(traffic[kind] for kind in run.kind_of), strict=True)
     message, how = run.unit * run.upload.size, "an allreduce"
     if run.gathers:
         width = joint([layout.dtype for layout in run.layouts]).itemsize
@@ -208,7 +208,10 @@ def _traffic(run: Run, kind: Kind, second: Tree) -> tuple[int, int]:
     """The most bytes that such a client sends and receives in a round; ``second``: what ``_second``
     says.
     """
-    ones = lambda tree: tmap(torch.ones_like, tree)  # of a method that sends by class: all classes
+
+    def ones(tree):
+        return tmap(torch.ones_like, tree)  # of a method that sends by class: all classes
+
     full, first = Vars(*map(ones, kind.arrived[:2])), kind.first.shared
     sent = max(int(kind.algorithm.sent(v, v)) for v in (kind.arrived, full))
     up = bytes_of(sent, [Layout.of(kind.upload)])

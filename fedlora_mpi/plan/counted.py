@@ -74,7 +74,10 @@ def counted(kind: Kind, client: int, batch_size: int, device: Device, precision:
         return _count(lambda: trainer.evaluate([client], v.shared, rows))
 
     each = _each_operation(trainer, client, v.shared, rows, trained)
-    priced = lambda count: _priced(count, samples, each, device, precision)
+
+    def priced(count):
+        return _priced(count, samples, each, device, precision)
+
     train, tests = priced(trained), max(1, feed.test_size(client))
     if trainer.algorithm.tune(trainer.model, settings, 0):
         # the tuning's ``once`` has it
@@ -159,7 +162,10 @@ def _each_operation(trainer: Trainer, client: int, shared: Tree, rows: Tree, tra
 def _priced(count, samples: int, each: float, device: Device, precision: str) -> OnGpu:
     """The seconds of what ``count(limit)`` counts."""
     counts: dict[int, Count] = {limit: count(limit) for limit in set(limits(samples, _BATCH))}
-    line = lambda of: Line.through(lambda limit: of(counts[limit]), 1, samples, _BATCH)
+
+    def line(of):
+        return Line.through(lambda limit: of(counts[limit]), 1, samples, _BATCH)
+
     host = line(lambda c: each * c.operations)
     return OnGpu(Line(host.once, host.batch, 0.0), line(lambda c: _seconds(c, device, precision)))
 

@@ -90,7 +90,10 @@ def forecast(
         evaluated.append(max(_evaluation(built, run, costs, at, host, workers)))
         busy.append(sum(loads) / (len(loads) * max(max(loads), 1e-12)))
         exchanged.append(_exchange(run, costs, chosen, ranks, len(workers), machine, all_ranks))
-    mean = lambda values: float(np.mean(values))
+
+    def mean(values):
+        return float(np.mean(values))
+
     evaluate = mean(evaluated) * crowd * judged
     files = costs.log + _checkpoint(run, costs, host, workers) / config.checkpoint.every
     return Seconds(mean(trained) * crowd, mean(exchanged), evaluate, files, mean(busy))
@@ -128,7 +131,7 @@ def _loads(
 ) -> list[float]:
     """Seconds of training of each worker, with the score after it in such a fraction of the rounds."""
     load, batch_size = dict.fromkeys(workers, 0.0), built.config.train.batch_size
-    for group, rank in zip(run.groups, host):
+    for group, rank in zip(run.groups, host, strict=True):
         unit, stacks = (
             costs.units[run.kind_of[group[0]]],
             _stacks(run, [c for c in group if c in chosen]),
@@ -149,7 +152,7 @@ def _evaluation(
 ) -> list[float]:
     """Seconds in which each worker judges its clients of these."""
     load, batch_size = dict.fromkeys(workers, 0.0), built.config.train.batch_size
-    for group, rank in zip(run.groups, host):
+    for group, rank in zip(run.groups, host, strict=True):
         unit = costs.units[run.kind_of[group[0]]]
         for stack in _stacks(run, [c for c in group if c in judged]):
             load[rank] += unit.tune.of([run.sizes[c] for c in stack], batch_size) + _score(
@@ -205,7 +208,7 @@ def _checkpoint(run: Run, costs: Costs, host: Sequence[int], workers: Sequence[i
     rank 0 the rest.
     """
     own, files = dict.fromkeys(workers, 0), set()
-    for group, rank in zip(run.groups, host):
+    for group, rank in zip(run.groups, host, strict=True):
         files |= {(rank, run.kind_of[c]) for c in group}
         own[rank] += sum(nbytes(run.kinds[run.kind_of[c]].first.personal) for c in group)
     shared = nbytes(run.kinds[0].first.shared)

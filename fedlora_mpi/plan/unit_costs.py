@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -110,7 +111,10 @@ class _Trial:
                 if rounds > 1 and time.perf_counter() - begun > 4 * _SECONDS:
                     break
         count, most = len(self._stack), max(sizes)
-        train = lambda limit: self._median(limit, False, self._alone, 0)
+
+        def train(limit):
+            return self._median(limit, False, self._alone, 0)
+
         most = 1 if self._tiny else most
         line = Line.through(train, count, most, batch_size)
         if half:
@@ -214,7 +218,10 @@ class _Trial:
         """Seconds of a test sample, and of the tuning before an evaluation."""
         feed, batch_size = self._kind.trainer.feed, self._config.train.batch_size
         tests = max(1, sum(feed.test_size(c) for c in self._stack))
-        evaluation = lambda limit: self._median(limit, True, self._alone, 2)
+
+        def evaluation(limit):
+            return self._median(limit, True, self._alone, 2)
+
         if not self._kind.algorithm.tune(self._kind.trainer.model, self._config.train, 0):
             return Line(0.0, 0.0, self._score()), Line(0.0, 0.0, 0.0)
         scored = max(
@@ -249,7 +256,10 @@ class _Trial:
         diverges.
         """
         run, there = self._run, {c for stack in stacks for c in stack}
-        some = lambda values: tuple(v if c in there else 0 for c, v in enumerate(values))
+
+        def some(values):
+            return tuple(v if c in there else 0 for c, v in enumerate(values))
+
         gentle = replace(self._config.train, lr=1e-6 * self._config.train.lr)
         kinds = tuple(
             k._replace(trainer=replace(k.trainer, feed=self._feed, settings=gentle))
@@ -312,8 +322,11 @@ def _files(built: Built, row: dict, clients_N: dict) -> tuple[float, float, floa
     home = next(p for p in expanded(built.config.output).absolute().parents if p.is_dir())
     few, many, numbers, run = 2**10, 2**24, iter(range(1, 100)), built.run
     first = run.kinds[run.kind_of[0]].first
+
     # bytes have their own price
-    small = lambda tree: {leaf: np.ones((1, 1), np.float32) for leaf in tree}
+    def small(tree):
+        return {leaf: np.ones((1, 1), np.float32) for leaf in tree}
+
     with tempfile.TemporaryDirectory(dir=home if os.access(home, os.W_OK) else None) as name:
         said, clients = (
             {"config_yaml": "", "config_json": "", "versions": {}, "partition": {}},
@@ -335,11 +348,16 @@ def _files(built: Built, row: dict, clients_N: dict) -> tuple[float, float, floa
             checkpoint.commit(folder, [*own, ours, copy], run_digest="", clients=files)
             checkpoint.prune(Path(name), 1)
 
-        one, three = (_seconds(lambda: save(files), wait) for files in (1, 3))
+        one, three = (_seconds(partial(save, files), wait) for files in (1, 3))
         file, folder = max(0.0, three - one) / 2, checkpoint.begin(Path(name), next(numbers))
-        leaf = lambda size: {"leaf": np.ones((1, size // 4), np.float32)}
-        took = lambda size: _seconds(
-            lambda: checkpoint.write_clients(folder, next(numbers), [0], leaf(size)), wait
-        )
+
+        def leaf(size):
+            return {"leaf": np.ones((1, size // 4), np.float32)}
+
+        def took(size):
+            return _seconds(
+                lambda: checkpoint.write_clients(folder, next(numbers), [0], leaf(size)), wait
+            )
+
         byte = max(0.0, took(many) - took(few)) / (many - few)
     return appended, max(0.0, one - file), file, byte

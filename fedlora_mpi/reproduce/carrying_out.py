@@ -78,7 +78,10 @@ def _grid(asked: Request) -> Grid:
 
 def _carry_out(asked: Request, jobs: Sequence[Job], missing: Sequence[Job]) -> dict[str, int]:
     """Run what is missing, here."""
-    say = lambda line: print(line, file=sys.stderr, flush=True)
+
+    def say(line):
+        return print(line, file=sys.stderr, flush=True)
+
     _write_configs(asked, missing)
     if not missing:
         return {}

@@ -90,7 +90,10 @@ def accuracy(
 ) -> Sheet:
     """A row for each method: best and last accuracy, and how far ours is ahead."""
     ours, rival = _ours(cells), best_baseline(cells)
-    lead = lambda cell: ours.best.mean - cell.best.mean if ours and cell else np.nan
+
+    def lead(cell):
+        return ours.best.mean - cell.best.mean if ours and cell else np.nan
+
     rows = [("", "seeds", "best", "last", f"{OURS} ahead by")]
     for cell in cells:
         ahead = "" if cell is ours else signed(lead(cell))
@@ -119,7 +122,10 @@ def target(
     """
     spent = {cell.entry.key: until(results[cell.entry.key], percent) for cell in cells}
     unknown = Spent(np.nan, np.nan, np.nan)
-    ratio = lambda key: _ratios(spent[key], spent.get(OURS, unknown))
+
+    def ratio(key):
+        return _ratios(spent[key], spent.get(OURS, unknown))
+
     rows = [("", *(unit for _, unit in UNITS.values()), *(f"{name} / {OURS}" for name in UNITS))]
     records = []
     for cell in cells:
@@ -183,7 +189,10 @@ def overview(
     """The best accuracy: methods down, cases across."""
     at = {said: {cell.entry.key: cell for cell in cells} for said, cells in tables.items()}
     labels = {cell.entry.key: cell.entry.label for cells in tables.values() for cell in cells}
-    best = lambda said, key: show(at[said][key].best) if key in at[said] else ""
+
+    def best(said, key):
+        return show(at[said][key].best) if key in at[said] else ""
+
     rows = [("", *tables)] + [
         (label, *(best(said, key) for said in tables)) for key, label in labels.items()
     ]

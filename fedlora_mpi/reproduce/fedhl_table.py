@@ -225,9 +225,10 @@ def sheet(
 
 def _spent(results: Sequence[Result]) -> dict[str, float]:
     """Million bytes of a run, up and down; mean over seeds."""
-    total = lambda name: (
-        np.mean([r.rounds[name].sum() for r in results]) / 1e6 if results else np.nan
-    )
+
+    def total(name):
+        return np.mean([r.rounds[name].sum() for r in results]) / 1e6 if results else np.nan
+
     return {f"megabytes_{way}": float(total(f"bytes_{way}")) for way in ("up", "down")}
 
 

@@ -43,7 +43,10 @@ def ranks(cells: Sequence[Cell], title: str) -> "Figure":
         if not np.isnan(value):
             color = "black" if value > middle else "white"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
-    percent = lambda ratios: [f"{ratio:.0%}" for ratio in ratios]
+
+    def percent(ratios):
+        return [f"{ratio:.0%}" for ratio in ratios]
+
     axes.set_xticks(range(len(xs)), percent(xs))
     axes.set_yticks(range(len(ys)), percent(ys))
     axes.set(xlabel="R_c, rank of the convolutions", ylabel="R_l, rank of the classifier")

@@ -66,7 +66,10 @@ class Shelf:
         files = RunFiles(folder)
         rounds, clients = files.rounds(), files.clients()
         first = slice(np.searchsorted(rounds["round"], job.config.rounds, side="right"))
-        cut = lambda columns: {name: column[first] for name, column in columns.items()}
+
+        def cut(columns):
+            return {name: column[first] for name, column in columns.items()}
+
         return Result(job, cut(rounds), cut(clients))
 
 

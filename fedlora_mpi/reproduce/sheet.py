@@ -46,9 +46,12 @@ class Sheet:
 
     def text(self) -> str:
         """For a terminal."""
-        fill = lambda text, first="": textwrap.fill(
-            text, 100, initial_indent=first, subsequent_indent=" " * len(first)
-        )
+
+        def fill(text, first=""):
+            return textwrap.fill(
+                text, 100, initial_indent=first, subsequent_indent=" " * len(first)
+            )
+
         head = [self.title, *([fill(self.caution)] if self.caution else [])]
         return "\n".join(
             [
@@ -77,7 +80,10 @@ class Sheet:
         file = io.StringIO()
         writer = csv.DictWriter(file, self.records[0], lineterminator="\n")
         writer.writeheader()
-        empty = lambda value: isinstance(value, float) and np.isnan(value)
+
+        def empty(value):
+            return isinstance(value, float) and np.isnan(value)
+
         writer.writerows(
             {name: "" if empty(v) else escapes.cell(v) for name, v in row.items()}
             for row in self.records

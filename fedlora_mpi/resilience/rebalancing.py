@@ -41,15 +41,21 @@ def balanced(run: Run, state: State, workers: Sequence[int], route: str) -> tupl
         sum(run.sizes[c] for c in g) * (seconds / samples)[run.kind_of[g[0]]] for g in run.groups
     )
     host = assign(costs, workers)
-    slowest = lambda host: max(
-        sum(cost for cost, at in zip(costs, host) if at == w) for w in workers
-    )
+
+    def slowest(host):
+        return max(
+            sum(cost for cost, at in zip(costs, host, strict=True) if at == w) for w in workers
+        )
+
     if slowest(host) > _WORTH * slowest(run.host):
         return run, state
     if run.journal:
         run.journal.settle()
     after = rehomed(run.with_(costs=costs), run.comm, host, workers, route)
     source = {c: rank for c, rank in run.rank_of.items() if rank != after.rank_of[c]}
-    row = lambda client: packed(run, state.personal, client)
+
+    def row(client):
+        return packed(run, state.personal, client)
+
     state = state._replace(personal=carried(after, source, row, row))
     return (keeping(after, state) if run.journal else after), state

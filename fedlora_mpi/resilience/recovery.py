@@ -225,11 +225,17 @@ def carried(
     row: of one that stays.
     """
     comm = run.comm
-    between = lambda a, b: [c for c in sorted(source) if source[c] == a and run.rank_of[c] == b]
+
+    def between(a, b):
+        return [c for c in sorted(source) if source[c] == a and run.rank_of[c] == b]
+
     going = [between(comm.rank, rank) for rank in range(comm.size)]
     coming = [between(rank, comm.rank) for rank in range(comm.size)]
+
     # of float32, which is what ``exchange`` moves
-    numbers = lambda clients: 2 * sum(size(run, c) for c in clients)
+    def numbers(clients):
+        return 2 * sum(size(run, c) for c in clients)
+
     send = np.concatenate([np.empty(0, np.int64), *(copy(c) for clients in going for c in clients)])
     words = comm.exchange(
         send.view(np.float32), [*map(numbers, going)], [*map(numbers, coming)]

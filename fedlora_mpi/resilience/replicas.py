@@ -151,7 +151,7 @@ def packed(run: Run, personal: Tree, client: int) -> Words:
     kind, row = run.kinds[run.kind_of[client]], run.row_of[client]
     words = np.zeros(size(run, client), np.int64)
     parts = _parts(run, client, words)
-    for name, like in kind.first.personal.items():
+    for name in kind.first.personal:
         parts[name].copy_(personal[kind.prefix + name][row])
     return words
 
@@ -184,4 +184,4 @@ def _parts(run: Run, client: int, words: Words) -> Tree:
 def split(run: Run, clients: Sequence[int], words: Words) -> dict[int, Words]:
     """The row of each client, a view of the ``words`` of all."""
     ends = np.cumsum([size(run, c) for c in clients])
-    return dict(zip(clients, np.split(words, ends[:-1]))) if clients else {}
+    return dict(zip(clients, np.split(words, ends[:-1]), strict=True)) if clients else {}

@@ -133,7 +133,7 @@ def _refuse(
             return
         item, text = difference(kind, theirs, mine, "on rank 0")
         if item in digests:
-            pairs = enumerate(zip(expected[item], digests[item]))
+            pairs = enumerate(zip(expected[item], digests[item], strict=False))
             first = next(
                 (n for n, (a, b) in pairs if a != b), min(len(expected[item]), len(digests[item]))
             )

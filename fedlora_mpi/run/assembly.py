@@ -209,7 +209,9 @@ class _Parts(NamedTuple):
                 prefix,
                 at,
             )
-            for (at, variant), first, prefix in zip(self.variants, self.firsts, prefixes)
+            for (at, variant), first, prefix in zip(
+                self.variants, self.firsts, prefixes, strict=True
+            )
         )
 
     def tried(self, train: Train, engine: Engine) -> list[Tried]:
@@ -257,7 +259,7 @@ def _parts(
     variants, kind_of = variants_of(config)
     with naming(source, "algorithm"):
         firsts = _begun(config, variants, models)
-        for (number, method), first in zip(variants, firsts):
+        for (number, method), first in zip(variants, firsts, strict=True):
             network = config.model.mix[number].name
             check_trains(
                 configs.algorithm_name(method), method, network, models[number], config.train, first
@@ -334,7 +336,7 @@ def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequ
         for group in grouped
     )
     host = assign(costs, workers)
-    rank_of = {c: rank for group, rank in zip(grouped, host) for c in group}
+    rank_of = {c: rank for group, rank in zip(grouped, host, strict=True) for c in group}
     uploads, term = [Layout.of(kind.upload) for kind in kinds], Layout.of(kinds[0].term)
     sent = (
         config.participation
@@ -425,7 +427,10 @@ def _begun(
     Raises ValueError when networks differ in what the algorithm shares or mixes.
     """
     algorithm, names = config.algorithm, [config.model.mix[network].name for network, _ in variants]
-    init = lambda method, model: method.init(model, rng(config.seed, "init"))
+
+    def init(method, model):
+        return method.init(model, rng(config.seed, "init"))
+
     firsts = [
         Vars(init(algorithm, models[network]).shared, init(variant, models[network]).personal)
         for network, variant in variants
@@ -442,7 +447,7 @@ def _begun(
         ("mixes", [o.rows if o else {} for o in offers]),
     ):
         layouts = [Layout.of(tree).described for tree in trees]
-        for name, layout in zip(names, layouts):
+        for name, layout in zip(names, layouts, strict=True):
             if layout != layouts[0]:
                 leaf = next(n for n in layouts[0] | layout if layouts[0].get(n) != layout.get(n))
                 shapes = " and ".join(at.get(leaf, "none") for at in (layouts[0], layout))

@@ -28,7 +28,7 @@ def save(built: Built, folder: Path, state: State) -> None:
     shards = np.zeros((comm.size, len(run.kinds), 3), np.int64)
 
     def write() -> list[Shard]:
-        for number, (kind, ids) in enumerate(zip(run.kinds, run.by_kind)):
+        for number, (kind, ids) in enumerate(zip(run.kinds, run.by_kind, strict=True)):
             if ids:
                 own = _arrays({n: state.personal[kind.prefix + n] for n in kind.first.personal})
                 shards[comm.rank, number] = checkpoint.write_clients(
@@ -71,7 +71,7 @@ def loaded(found: Checkpoint, built: Built) -> State:
     first, device, personal = run.kinds[0].first.shared, run.trainer.device, run.room()
     blank = run.algorithm.server(run.trainer.model, first)
     _check_leaves(found, built, blank)
-    for kind, ids in zip(run.kinds, run.by_kind):
+    for kind, ids in zip(run.kinds, run.by_kind, strict=True):
         few = max(1, _READ // max(1, nbytes(kind.first.personal)))
         for at in range(0, len(ids), few):
             rows = _leaves(found.personal(ids[at : at + few]), kind.first.personal)
@@ -79,7 +79,10 @@ def loaded(found: Checkpoint, built: Built) -> State:
                 personal[kind.prefix + name][at : at + few] = value
     run.rows.release()
     server, shared = _leaves(found.server(), blank), _leaves(found.shared(), first)
-    to_device = lambda tree: tmap(lambda v: v.to(device), tree)
+
+    def to_device(tree):
+        return tmap(lambda v: v.to(device), tree)
+
     return State(found.round, to_device(server), to_device(shared), personal)
 
 
@@ -87,7 +90,7 @@ def _check_leaves(found: Checkpoint, built: Built, blank: Tree) -> None:
     """Raise StoreError unless the checkpoint has the leaves of this network and method."""
     kinds = [
         (found.leaf_shapes(ids), kind.first.personal)
-        for kind, ids in zip(built.run.kinds, built.run.by_kind)
+        for kind, ids in zip(built.run.kinds, built.run.by_kind, strict=True)
         if ids
     ]
     for stored, like in (

@@ -150,7 +150,7 @@ def difference(kind: str, was: Items, now: Items, base: str) -> tuple[str, str]:
         text = f"is there, but not {base}" if item in now else f"is not there, but {base}"
         return item, f"{before}{one_line(item)} {text}"
     if list(was) != list(now):
-        first, item = next((a, b) for a, b in zip(was, now) if a != b)
+        first, item = next((a, b) for a, b in zip(was, now, strict=False) if a != b)
         return item, f"{before}{item} comes where {first} does {base}: registered in another order"
     item = next(name for name in now if was[name] != now[name])
     if kind in ("package", "settings", "structure"):
@@ -190,7 +190,7 @@ def _of_data(data: Data, digest: Callable[[Tensor], str]) -> dict[str, str]:
         found |= {f"{name} samples": digest(side.x), f"{name} labels": digest(side.y)}
     if data.vocabulary:
         found["vocabulary"] = data.vocabulary.digest()
-    for name, owners in zip(("training", "test"), data.owners or ()):
+    for name, owners in zip(("training", "test"), data.owners or (), strict=True):
         found[f"clients of the {name} samples"] = of_tensor(torch.from_numpy(np.asarray(owners)))
     return found
 

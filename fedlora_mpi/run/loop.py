@@ -51,8 +51,13 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may queue the job again
 def start(config: Config, source: str, comm: Comm) -> int:
     """Train from round 1 into a new run folder; returns the exit code."""
     folder, asked = expanded(config.output), _stop_signals()
-    begin = lambda comm: _begin(folder, config, source, comm, asked)
-    again = lambda comm: _begin_or_go_on(folder, config, source, comm, asked)
+
+    def begin(comm):
+        return _begin(folder, config, source, comm, asked)
+
+    def again(comm):
+        return _begin_or_go_on(folder, config, source, comm, asked)
+
     return lasting(config.faults, source, folder, comm, begin, again)
 
 
@@ -90,7 +95,10 @@ def start_or_resume(config: Config, source: str, comm: Comm) -> int:
     refused.
     """
     folder, asked = expanded(config.output), _stop_signals()
-    either = lambda comm: _begin_or_go_on(folder, config, source, comm, asked)
+
+    def either(comm):
+        return _begin_or_go_on(folder, config, source, comm, asked)
+
     return lasting(config.faults, source, folder, comm, either, either)
 
 
@@ -102,7 +110,10 @@ def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
     """
     config, comm = receive(comm, lambda: recorded_config(folder, overrides))
     asked = _stop_signals()
-    go_on = lambda comm: _go_on(folder, config, comm, asked)
+
+    def go_on(comm):
+        return _go_on(folder, config, comm, asked)
+
     return lasting(config.faults, str(folder / "config.yaml"), folder, comm, go_on, go_on)
 
 
@@ -251,8 +262,13 @@ def _rounds(
         except Lost as lost:
             if not built.run.journal:
                 raise
-            alone = lambda comm: build(config, str(folder / "config.yaml"), comm).run
-            workers = lambda size: hosts(config, size)
+
+            def alone(comm):
+                return build(config, str(folder / "config.yaml"), comm).run
+
+            def workers(size):
+                return hosts(config, size)
+
             run, state, saved, line = without(lost, built.run, saved, workers, config.mix, alone)
             built, stop = replace(built, run=run), False
             if log:

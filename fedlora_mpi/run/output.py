@@ -186,7 +186,11 @@ def _same_weights(folder: Path, built: Built) -> None:
     first = -len(origins)  # their parts of a digest are the last
     was, now = (digest.split("-") for digest in (found.manifest.run_digest, built.digest))
     if was[:first] == now[:first] and was != now:
-        changed = next(origin for origin, a, b in zip(origins, was[first:], now[first:]) if a != b)
+        changed = next(
+            origin
+            for origin, a, b in zip(origins, was[first:], now[first:], strict=False)
+            if a != b
+        )
         raise ValueError(
             f"{folder / 'config.yaml'}: model.{changed.key} = {changed.given}: has changed since "
             "the run began: put back what was, or start anew"

@@ -82,7 +82,8 @@ def pretrain(
                 [(networks[network].name, trainer, Vars(tree, {}))],
             )
     _make_folder(to)
-    for epoch, (tree, loss, accuracy, nan, seconds) in enumerate(_epochs(trainer, tree, epochs), 1):
+    for epoch, done in enumerate(_epochs(trainer, tree, epochs), 1):
+        tree, loss, accuracy, nan, seconds = done
         if nan:
             said = (
                 f"epoch {epoch}: logits of {nan:.2%} of the test samples are no numbers (nan); "

@@ -171,7 +171,7 @@ def _join(folder: Path, names: Sequence[str], clients: int) -> Shard:
     )
     path = folder / "personal.h5"
     with hdf5.create(path, run_of(folder)) as file:
-        for number, ((spec, owned), ids) in enumerate(zip(kinds.items(), everyone)):
+        for number, ((spec, owned), ids) in enumerate(zip(kinds.items(), everyone, strict=True)):
             home = file
             if len(kinds) > 1:
                 home = file.create_group(f"kind-{number}")

@@ -61,7 +61,8 @@ class Csv:
         ]
         write_atomic(path, "".join([_line(names), *rows] if names else []).encode())
         handle = nolinks.opened(path, os.O_WRONLY | os.O_APPEND)
-        self._path, self._file, self._names = path, open(handle, "ab", buffering=0), names
+        self._path, self._names = path, names
+        self._file = open(handle, "ab", buffering=0)  # noqa: SIM115
 
     def append(self, round_: int, rounds: Numbers, clients: Columns, ranks: Columns) -> None:
         row = {"round": round_, **rounds}

@@ -151,7 +151,10 @@ class Checkpoint:
             raise StoreError(
                 f"{self.path}: holds no client or leaf {strange.min()}; it is of another experiment"
             )
-        involved = lambda ids: not len(wanted) or np.isin(ids, wanted).any()
+
+        def involved(ids):
+            return not len(wanted) or np.isin(ids, wanted).any()
+
         held = [self._held[name].items() for name, ids in self._owned.items() if involved(ids)]
         return (
             {leaf: v for leaf, v in held[0] if all((leaf, v) in other for other in held)}

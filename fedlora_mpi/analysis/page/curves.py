@@ -122,14 +122,20 @@ def diagnosis(groups: Sequence[Group], looks: Looks) -> list[Drawn]:
     found = []
     for name, (title, said) in DIAGNOSIS.items():
         caption = f"{said[0].upper()}{said[1:]}; mean over seeds. {_OVER_SEEDS[0].upper()}{_OVER_SEEDS[1:]}."
-        curve = lambda group, name=name: group.curves(name)
+
+        def curve(group, name=name):
+            return group.curves(name)
+
         found.append(_lines(name, f"LoRA diagnosis: {title}", caption, groups, looks, curve, title))
     return [drawn for drawn in found if drawn]
 
 
 def against_bytes(groups: Sequence[Group], looks: Looks) -> Drawn | None:
     """Accuracy over what has been sent."""
-    traffic = lambda run: run.column("bytes_up") + run.column("bytes_down")
+
+    def traffic(run):
+        return run.column("bytes_up") + run.column("bytes_down")
+
     said = (
         "Mean accuracy against all bytes sent up and down so far, all clients together, as float32 in a real "
         "federation; mean over seeds. What sends nothing has no curve."
@@ -149,7 +155,10 @@ def against_bytes(groups: Sequence[Group], looks: Looks) -> Drawn | None:
 def against_flops(groups: Sequence[Group], looks: Looks) -> Drawn | None:
     """Accuracy over what has been computed."""
     said = "Mean accuracy against the floating-point operations of all local training so far; mean over seeds."
-    compute = lambda run: run.column("flops").astype(float)
+
+    def compute(run):
+        return run.column("flops").astype(float)
+
     label = "local training of all clients so far"
     return _cost(
         "flops", "Accuracy against computation", said, groups, looks, compute, label, "FLOP"

@@ -155,9 +155,12 @@ def _numeric(groups: Sequence[Group], key: str) -> bool:
 
 def _label(group: Group, apart: Sequence[str], keys: Sequence[str]) -> str:
     """What sets a series apart, with the method's name alone."""
-    told = lambda k: (
-        shown(group.settings[k])
-        if k.endswith((".name", ".kind"))
-        else f"{short(k, keys)} {shown(group.settings[k])}"
-    )
+
+    def told(k):
+        return (
+            shown(group.settings[k])
+            if k.endswith((".name", ".kind"))
+            else f"{short(k, keys)} {shown(group.settings[k])}"
+        )
+
     return ", ".join(told(k) for k in apart if group.settings.get(k) is not None)

@@ -47,7 +47,10 @@ class Table:
 
     def markdown(self) -> str:
         """A table of GitHub's Markdown."""
-        line = lambda cells: "| " + " | ".join(map(escapes.markdown, cells)) + " |"
+
+        def line(cells):
+            return "| " + " | ".join(map(escapes.markdown, cells)) + " |"
+
         rule = "|" + "|".join("---" if left else "---:" for left in self._left) + "|"
         rows = [line(f"**{t}**" if bold else t for t, bold in row) for row in self._cells()]
         head = [
@@ -60,7 +63,10 @@ class Table:
 
     def latex(self) -> str:
         """A tabular for the package booktabs."""
-        line = lambda cells: " & ".join(cells) + r" \\"
+
+        def line(cells):
+            return " & ".join(cells) + r" \\"
+
         rows = [
             line(rf"\textbf{{{escapes.tex(t)}}}" if bold else escapes.tex(t) for t, bold in row)
             for row in self._cells()
@@ -78,9 +84,12 @@ class Table:
     def html(self) -> str:
         """A table with its caption."""
         kinds = ["" if left else ' class="n"' for left in self._left]
-        line = lambda tag, cells: "".join(
-            f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)
-        )
+
+        def line(tag, cells):
+            return "".join(
+                f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)
+            )
+
         rows = [
             line(
                 "td",
@@ -99,7 +108,10 @@ class Table:
     @property
     def _left(self) -> list[bool]:
         """Whether a column is text, some cell of which does not begin as a number does."""
-        words = lambda cell: isinstance(cell, str) and not cell[:1].isdigit()
+
+        def words(cell):
+            return isinstance(cell, str) and not cell[:1].isdigit()
+
         return [any(words(row.get(column.key)) for row in self.rows) for column in self.columns]
 
     def _cells(self) -> list[list[tuple[str, bool]]]:

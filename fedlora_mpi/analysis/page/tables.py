@@ -53,14 +53,22 @@ def accuracy(groups: Sequence[Group]) -> Table:
 
 def costs(groups: Sequence[Group]) -> Table:
     """What each group has sent, computed and waited for."""
-    total = lambda name: lambda run: float(run.column(name).sum())
-    each = lambda name: lambda run: float(run.column(name).sum() / run.column("clients").sum())
+
+    def total(name):
+        return lambda run: float(run.column(name).sum())
+
+    def each(name):
+        return lambda run: float(run.column(name).sum() / run.column("clients").sum())
+
     names = list(
         dict.fromkeys(
             n for g in groups for run in g.runs for n in run.rounds if n.startswith("seconds_")
         )
     )
-    per_round = lambda name: lambda run: float(run.column(name).mean())
+
+    def per_round(name):
+        return lambda run: float(run.column(name).mean())
+
     columns = [
         Column("run", "method"),
         Column("bytes_up", "up per client", size),
@@ -100,7 +108,10 @@ def settings(found: Found) -> Table | None:
         return None
     names = {key: column(key, found.keys) for key in found.keys}
     columns = [Column("run", "method"), *(Column(name, name) for name in names.values())]
-    tell = lambda group, key: None if key not in group.settings else shown(group.settings[key])
+
+    def tell(group, key):
+        return None if key not in group.settings else shown(group.settings[key])
+
     rows = [
         {"run": group.label} | {name: tell(group, key) for key, name in names.items()}
         for group in found.groups

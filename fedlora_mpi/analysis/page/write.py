@@ -187,9 +187,14 @@ def summary(groups: Sequence[Group]) -> str:
 
 def _ahead(finals: Sequence[tuple[Stat, Group]], where: str) -> str:
     """The first of those of one task, and how far it is before the second."""
-    tell = lambda stat: (
-        f"{percent(stat.mean)}" + (f" ± {percent(stat.std)}" if stat.std == stat.std else "") + " %"
-    )
+
+    def tell(stat):
+        return (
+            f"{percent(stat.mean)}"
+            + (f" ± {percent(stat.std)}" if stat.std == stat.std else "")
+            + " %"
+        )
+
     stat, top = finals[0]
     seeds = f"{len(top.runs)} seeds" if len(top.runs) > 1 else "one seed"
     if len(finals) == 1:
@@ -258,9 +263,11 @@ def _earlier(folder: Path) -> list[str]:
         raise ValueError(f"{folder}: is a file; give a folder with -o")
     nolinks.check(folder, {PAGE, f".{PAGE}.tmp"}.__contains__)
     for name in (FIGURES, TABLES):
-        nolinks.check(
-            folder / name, lambda file: _ours(f"{name}/{file.removesuffix('.tmp')}"), folder
-        )  # noqa: B023
+
+        def ours(file: str, name: str = name) -> bool:
+            return _ours(f"{name}/{file.removesuffix('.tmp')}")
+
+        nolinks.check(folder / name, ours, folder)
     head = ""
     if os.path.lexists(page := folder / PAGE):
         with opened_file(page) as file:

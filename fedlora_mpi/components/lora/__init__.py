@@ -106,7 +106,9 @@ class FineTuning(Algorithm):
         own = ranks[client % len(ranks)]
         if self.rank_shares:
             ends = [share * clients for share in accumulate(self.rank_shares)]
-            own = next((r for r, end in zip(ranks, ends) if client + 0.5 < end), ranks[-1])
+            own = next(
+                (r for r, end in zip(ranks, ends, strict=True) if client + 0.5 < end), ranks[-1]
+            )
         if self.capacities:
             own = max(
                 1,
@@ -176,7 +178,10 @@ class FineTuning(Algorithm):
     def first_components(self, tree: Tree) -> Tree:
         """``tree`` with factors of this client's rank."""
         r = max(self.lora_ranks)
-        cut = lambda n, v: v[:r] if is_factor(n, "A") else v[:, :r] if is_factor(n, "B") else v
+
+        def cut(n, v):
+            return v[:r] if is_factor(n, "A") else v[:, :r] if is_factor(n, "B") else v
+
         return {n: cut(n, v) for n, v in tree.items()}
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
@@ -251,8 +256,13 @@ class FineTuning(Algorithm):
         """What enters the mean instead of the factors, leaves ``<weight>.<letter>``: here the
         factors, with zeros up to the server's rank.
         """
-        pad = lambda n, v: torch.cat([v, v.new_zeros(shared[n].shape[0] - len(v), v.shape[1])])
-        wide = lambda n, v: torch.cat([v, v.new_zeros(len(v), shared[n].shape[1] - v.shape[1])], 1)
+
+        def pad(n, v):
+            return torch.cat([v, v.new_zeros(shared[n].shape[0] - len(v), v.shape[1])])
+
+        def wide(n, v):
+            return torch.cat([v, v.new_zeros(len(v), shared[n].shape[1] - v.shape[1])], 1)
+
         return {
             n: (pad if is_factor(n, "A") else wide)(n, v) for n, v in upload.items() if is_factor(n)
         }
@@ -303,7 +313,10 @@ class FineTuning(Algorithm):
         first, second = under(mean, _FIRST), under(mean, _SECOND)
         shares = [w.square() / (second[n] * mean["one"]) for n, w in first.items()]
         before, after = self.delta(shared), self.delta(new)
-        away = lambda exact, of: sum((of[n] - v).square().sum() for n, v in exact.items()).sqrt()
+
+        def away(exact, of):
+            return sum((of[n] - v).square().sum() for n, v in exact.items()).sqrt()
+
         change = {n: v - before[n] for n, v in after.items()}
         found = (
             sum(shares) / len(shares),
@@ -311,7 +324,7 @@ class FineTuning(Algorithm):
             away(under(mean, _END), after),
             away(under(mean, _CHANGE), change),
         )
-        return prefixed(dict(zip(_FIGURES, found)), _TOLD)
+        return prefixed(dict(zip(_FIGURES, found, strict=True)), _TOLD)
 
     def told(self, shared: Tree, clients: int) -> dict[str, float]:
         told = {n: float(v) for n, v in under(shared, _TOLD).items()}

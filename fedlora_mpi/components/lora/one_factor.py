@@ -42,12 +42,18 @@ class OneFactor(FineTuning):
 
     def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
         active = self.active(round_)
-        trains = lambda leaf: is_factor(leaf, active) or self.is_full(model, leaf)
+
+        def trains(leaf):
+            return is_factor(leaf, active) or self.is_full(model, leaf)
+
         return (Phase(train.epochs, (Step(self.loss(model), trains),)),)
 
     def upload(self, start: Vars, end: Vars) -> Tree:
         """The leaves that train in any round: its layout is the same in all."""
-        stays = lambda n: n.startswith(_TURN) or is_factor(n) and n[-1] not in self.turns
+
+        def stays(n):
+            return n.startswith(_TURN) or is_factor(n) and n[-1] not in self.turns
+
         return {n: v for n, v in super().upload(start, end).items() if not stays(n)}
 
     def sent(self, start: Vars, end: Vars) -> int:
@@ -58,7 +64,10 @@ class OneFactor(FineTuning):
 
     def numbers(self, tree: Tree, round_: int) -> int:
         """How many numbers of ``tree`` tell what round ``round_`` has trained; -1: before round 1."""
-        told = lambda n: is_factor(n, self.active(round_)) and round_ >= 0 or not is_own(n)
+
+        def told(n):
+            return is_factor(n, self.active(round_)) and round_ >= 0 or not is_own(n)
+
         return numel({n: v for n, v in tree.items() if told(n)})
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
