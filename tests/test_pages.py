@@ -56,7 +56,7 @@ def blocks(page: str) -> list[Block]:
     alone = [True, *(not shown for shown in shows)]
     return [
         Block(page[: block.start()].count("\n") + 1, block[1], block[2], output)
-        for block, output, apart in zip(found, outputs, alone, strict=True)
+        for block, output, apart in zip(found, outputs, alone, strict=False)
         if apart
     ]
 

@@ -1,5 +1,4 @@
-"""Each client predicts with a mixture of the shared model and one of its own, and learns the
-mixture.
+"""Each client predicts with a learned mixture of the shared model and a model of its own.
 
 Deng et al., "Adaptive Personalized Federated Learning", 2020, https://arxiv.org/abs/2003.13461,
 Algorithm 1 and eq. (10). For client i with v_i and alpha_i its own, at every local step

@@ -1,5 +1,4 @@
-"""Clients with networks of their own share their mean output for each class, and learn from the
-others'.
+"""Clients with different networks share mean logits per class and learn from the others'.
 
 Jeong et al., "Communication-Efficient On-Device Machine Learning: Federated Distillation and
 Augmentation under Non-IID Private Data" (FD), 2018, https://arxiv.org/abs/1811.11479. The softmax

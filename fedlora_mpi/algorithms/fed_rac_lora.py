@@ -1,5 +1,4 @@
-"""A chain of LoRA updates: in every round one factor is drawn anew and held still, and their
-product is merged.
+"""A chain of LoRA updates: each round draws one factor anew, freezes it, and merges the product.
 
 Malinovsky et al., "Randomized Asymmetric Chain of LoRA: The First Meaningful Theoretical Framework
 for Low-Rank Adaptation" (RAC-LoRA, Fed-RAC-LoRA), 2024, https://arxiv.org/abs/2410.08305. On the

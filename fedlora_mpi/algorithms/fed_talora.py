@@ -1,5 +1,4 @@
-"""One set of LoRA factors for all tasks, averaged exactly, under a classifier that grows by the
-classes that arrive.
+"""LoRA factors shared by all tasks and averaged exactly; the classifier grows with the classes.
 
 Yu et al., "Task-agnostic Low-rank Residual Adaptation for Efficient Federated Continual
 Fine-Tuning", 2025, https://arxiv.org/abs/2505.12318. On the weights W_0 + W + s B A, row c of the

@@ -1,5 +1,4 @@
-"""Clients predict by a learned mixture of their own network and a small shared one, trained to be
-mixed.
+"""Clients predict with a learned mixture of their own network and a small shared one.
 
 Qin et al., "FedAPEN: Personalized Cross-silo Federated Learning with Adaptability to Statistical
 Heterogeneity", KDD 2023, https://doi.org/10.1145/3580305.3599344. Client k has the network p of its

@@ -1,5 +1,4 @@
-"""LoRA factors averaged one by one, and what their mean product has beside added to the frozen
-weights.
+"""LoRA factors averaged one by one; the error of their product is added to the frozen weights.
 
 Singhal et al., "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Large
 Language Models", ACL 2025, https://arxiv.org/abs/2410.09432. On the weights W_0 + W + s B A, W = 0

@@ -1,5 +1,4 @@
-"""LoRA of a rank of each client's own, without the bias of truncation: a full-rank update corrected
-by what was trained.
+"""LoRA with a rank per client, unbiased: a full-rank base is corrected by what was trained.
 
 Peng et al., "FedHL: Federated Learning for Heterogeneous Low-Rank Adaptation via Unbiased
 Aggregation", 2025, https://arxiv.org/abs/2505.18494; numbers of equations as a baseline of FedHera

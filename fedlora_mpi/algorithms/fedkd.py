@@ -1,5 +1,4 @@
-"""Clients' own large networks and a small shared one teach each other; its updates travel as
-truncated SVDs.
+"""Large personal networks and a small shared one teach each other; updates travel as SVDs.
 
 Wu et al., "Communication-Efficient Federated Learning via Knowledge Distillation", Nature
 Communications 2022, https://arxiv.org/abs/2108.13323. Client k has the network F (the mentor t) of

@@ -1,5 +1,4 @@
-"""A shared body whose features of a class are pulled together, and heads mixed by what they are
-worth.
+"""A shared body whose features of a class are pulled together; heads are mixed by their benefit.
 
 Xu, Tong and Huang, "Personalized Federated Learning with Feature Alignment and Classifier
 Collaboration" (FedPAC), ICLR 2023, https://arxiv.org/abs/2306.11867. With the received body, client

@@ -1,5 +1,4 @@
-"""Clients with networks of their own pull their features of each class towards the mean over all
-clients.
+"""Clients with different networks pull their features of each class to its mean over all clients.
 
 Tan et al., "FedProto: Federated Prototype Learning across Heterogeneous Clients", AAAI 2022,
 https://arxiv.org/abs/2105.00243. Features z [d] are what enters the head. P_c is the global

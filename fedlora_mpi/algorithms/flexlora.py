@@ -1,5 +1,4 @@
-"""LoRA of a rank of each client's own: the mean of the products, handed out again by a truncated
-SVD.
+"""LoRA with a rank per client: products are averaged and handed out by a truncated SVD.
 
 Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client
 Resources", NeurIPS 2024, https://arxiv.org/abs/2402.11505. With s_k = alpha / r_k:

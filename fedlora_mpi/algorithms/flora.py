@@ -1,5 +1,4 @@
-"""LoRA factors of clients' own ranks, stacked and merged into the weights; every round begins with
-new ones.
+"""LoRA with a rank per client: factors are stacked and merged into the weights every round.
 
 Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
 Adaptations", NeurIPS 2024, https://arxiv.org/abs/2409.05976. On the weights W_0 + W, W = 0 at the

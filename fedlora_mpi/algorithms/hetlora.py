@@ -1,5 +1,4 @@
-"""LoRA of a rank of each client's own, which it lowers by itself; factors are averaged by the norms
-of products.
+"""LoRA with a rank per client that shrinks by itself; factors are averaged by product norms.
 
 Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models" (HetLoRA),
 EMNLP 2024, https://arxiv.org/abs/2401.06432. Client k has the first r_k components of the server's

@@ -1,5 +1,4 @@
-"""FedAvg whose clients keep their features near the global model's and away from their own last
-ones.
+"""FedAvg whose clients keep features near the global model's and away from their own previous ones.
 
 Li, He and Song, "Model-Contrastive Federated Learning", CVPR 2021,
 https://arxiv.org/abs/2103.16257, Section 3.3 and Algorithm 1. z are the features under the model in

@@ -1,5 +1,4 @@
-"""Clients with networks of their own share one small low-rank adapter; model and adapter train in
-turn.
+"""Clients with different networks share one small low-rank adapter; both train in turn.
 
 Yi et al., "pFedLoRA: Model-Heterogeneous Personalized Federated Learning with LoRA Tuning", 2023,
 https://arxiv.org/abs/2310.13283. Client k has the network F with weights w_k of its own, and the

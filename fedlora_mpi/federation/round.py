@@ -352,7 +352,7 @@ def _evaluate(
         judged = np.where(np.isnan(after[:, :1]), received, after)
     accuracy, loss, nan = judged.T
     scores_N = dict(zip(_SCORES, (accuracy, loss, received[:, 0], after[:, 0]), strict=True))
-    return scores_N, nan, dict(zip(STAGES, table[everyone:].T, strict=True))
+    return scores_N, nan, dict(zip(STAGES, table[everyone:].T, strict=False))
 
 
 def _nanmean(column: np.ndarray) -> float:

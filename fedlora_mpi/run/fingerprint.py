@@ -190,7 +190,7 @@ def _of_data(data: Data, digest: Callable[[Tensor], str]) -> dict[str, str]:
         found |= {f"{name} samples": digest(side.x), f"{name} labels": digest(side.y)}
     if data.vocabulary:
         found["vocabulary"] = data.vocabulary.digest()
-    for name, owners in zip(("training", "test"), data.owners or (), strict=True):
+    for name, owners in zip(("training", "test"), data.owners or (), strict=False):
         found[f"clients of the {name} samples"] = of_tensor(torch.from_numpy(np.asarray(owners)))
     return found
 
