@@ -17,7 +17,7 @@ import torch
 from report import arguments, tell
 
 from fedlora_mpi.config import from_dict
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.run.assembly import build
 from fedlora_mpi.run.checkpointing import beginning
@@ -43,7 +43,7 @@ def peak() -> float:
 def played(built, state) -> tuple[float, dict]:
     """Seconds of a round, and its weights."""
     begin = time.process_time()
-    end, _, _ = play(built.run, state, evaluate=False, stop=False)
+    end, _, _ = run_round(built.run, state, evaluate=False, stop=False)
     return time.process_time() - begin, end.shared
 
 
@@ -81,7 +81,7 @@ def main() -> None:
         for way in WAYS:
             taken[way].append(played(*ready[way])[0])
     rows, most = [], peak()
-    flop = built.run.flops[0].of_round(50, 0) * asked.cohort
+    flop = built.run.flops[0].round_flops(50, 0) * asked.cohort
     for way, seconds in taken.items():
         against = median(a / b for a, b in zip(taken["loop"], seconds, strict=True))
         row = {

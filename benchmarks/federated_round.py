@@ -17,7 +17,7 @@ from report import arguments, tell
 
 from fedlora_mpi.config import from_dict
 from fedlora_mpi.federation.federation import State
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.run.assembly import build
 from fedlora_mpi.run.checkpointing import beginning
@@ -58,7 +58,7 @@ def timed(built, state: State) -> tuple[float, dict]:
     """(seconds, shared variables at the end) of a round."""
     own = {name: value.clone() for name, value in state.personal.items()}
     begin = time.perf_counter()
-    end, _, _ = play(
+    end, _, _ = run_round(
         built.run, State(0, state.server, state.shared, own), evaluate=False, stop=False
     )
     return time.perf_counter() - begin, end.shared

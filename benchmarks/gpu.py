@@ -28,13 +28,13 @@ from report import MPIRUN, arguments, table, tell
 from throughput import bare_loop
 
 from fedlora_mpi.config import from_dict
-from fedlora_mpi.engine.memory import Room
+from fedlora_mpi.engine.memory import MemoryBudget
 from fedlora_mpi.engine.train import Trainer
 from fedlora_mpi.federation.federation import State
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo, connect
-from fedlora_mpi.mpi.ending import guarded
-from fedlora_mpi.run.assembly import Built, build
+from fedlora_mpi.mpi.ending import run_or_abort
+from fedlora_mpi.run.assembly import Assembly, build
 from fedlora_mpi.run.checkpointing import beginning
 
 FULL = {
@@ -87,7 +87,7 @@ class Clock:
         return left
 
 
-def prepare(task: dict, method: str, comm=None, lr: float = 0.1, **engine) -> Built:
+def prepare(task: dict, method: str, comm=None, lr: float = 0.1, **engine) -> Assembly:
     """A built run of the cell."""
     clients = task["clients"]
     sides = {"train": clients * task["train"], "test": max(100, clients * task["test"])}
@@ -104,18 +104,18 @@ def prepare(task: dict, method: str, comm=None, lr: float = 0.1, **engine) -> Bu
     return build(from_dict(tree, "gpu.py"), "gpu.py", comm or Solo())
 
 
-def ends(built: Built, clients: int) -> dict[str, torch.Tensor]:
+def ends(built: Assembly, clients: int) -> dict[str, torch.Tensor]:
     """How far local training moves all trained leaves of the first clients, [clients, ...] on the
     host.
     """
     (kind,) = built.run.kinds
-    rows = {n: v.expand(clients, *v.shape).clone() for n, v in kind.first.personal.items()}
-    shared = {n: v.to(kind.trainer.device) for n, v in kind.first.shared.items()}
+    rows = {n: v.expand(clients, *v.shape).clone() for n, v in kind.initial.personal.items()}
+    shared = {n: v.to(kind.trainer.device) for n, v in kind.initial.shared.items()}
     done = [
         {**d.end.shared, **d.end.personal}
         for d in kind.trainer.train(range(clients), shared, rows, 0)
     ]
-    first = {**kind.first.shared, **kind.first.personal}
+    first = {**kind.initial.shared, **kind.initial.personal}
     # statistics move far, whatever is trained
     trained = [n for n in first if kind.trainer.model.role(n) != "stats"]
     return {n: torch.stack([tree[n].cpu() - first[n].cpu() for tree in done]) for n in trained}
@@ -199,7 +199,7 @@ def split_check(few: dict, method: str, stack: dict) -> dict:
     peak = torch.cuda.max_memory_reserved()
     for share in (0.75, 0.6, 0.45, 0.3):  # of what it took; convolutions make do with less
         (kind,) = built.run.kinds
-        room = Room()
+        room = MemoryBudget()
         short = replace(
             built,
             run=replace(
@@ -212,9 +212,9 @@ def split_check(few: dict, method: str, stack: dict) -> dict:
             found = ends(short, 4)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
-        if room.most is not None:
+        if room.max_clients is not None:
             return bounded(
-                f"{method}: split to {room.most} in {share:.0%} of the memory",
+                f"{method}: split to {room.max_clients} in {share:.0%} of the memory",
                 apart(found, stack),
                 5e-2,
             )
@@ -224,7 +224,7 @@ def split_check(few: dict, method: str, stack: dict) -> dict:
 # How fast it is
 
 
-def rounds(built: Built, clock: Clock, repeats: int) -> dict:
+def rounds(built: Assembly, clock: Clock, repeats: int) -> dict:
     """Seconds of whole rounds: the first two, then the median of ``repeats``, by stages."""
     state, rows, seconds = beginning(built), [], []
     while len(seconds) < 2 + repeats:
@@ -234,7 +234,7 @@ def rounds(built: Built, clock: Clock, repeats: int) -> dict:
             except TimeIsUp:
                 break
         begin = time.perf_counter()
-        state, row, _ = play(built.run, State(0, *state[1:]), evaluate=True, stop=False)
+        state, row, _ = run_round(built.run, State(0, *state[1:]), evaluate=True, stop=False)
         rows.append(row)
         seconds.append(time.perf_counter() - begin)
         clock.need(0)
@@ -370,7 +370,7 @@ def main() -> int:
     asked = parser.parse_args()
     asked.repeats = asked.repeats or (1 if asked.quick else 3)
     if asked.inside:
-        return guarded(connect(), lambda: inside(asked))
+        return run_or_abort(connect(), lambda: inside(asked))
     if asked.device == "cuda" and not torch.cuda.is_available():
         print(
             "gpu.py: torch sees no GPU here; --device cpu --quick tries the program out",

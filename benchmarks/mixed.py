@@ -15,7 +15,7 @@ from report import arguments, tell
 
 from fedlora_mpi.config import from_dict
 from fedlora_mpi.federation.federation import State
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.run.assembly import build
 from fedlora_mpi.run.checkpointing import beginning
@@ -69,7 +69,7 @@ def main() -> None:
             built, state = prepare(images, networks, train, path)
             for _ in range(asked.repeats + 1):  # the first warms up
                 begin = time.perf_counter()
-                end, row, _ = play(
+                end, row, _ = run_round(
                     built.run,
                     State(0, *state[1:3], {n: v.clone() for n, v in state.personal.items()}),
                     False,

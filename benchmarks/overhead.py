@@ -18,11 +18,11 @@ import torch
 from report import arguments, tell
 from throughput import WORKLOADS, prepare
 
-from fedlora_mpi.algorithm import Batch, Vars
+from fedlora_mpi.algorithm import Batch, Variables
 from fedlora_mpi.core.tree import Tree
-from fedlora_mpi.engine.train import Trainer, Walk
+from fedlora_mpi.engine.train import PhaseRunner, Trainer
 from fedlora_mpi.federation.federation import State
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 
 SMALL = {
     "50 clients, 28x28": (
@@ -77,12 +77,12 @@ def alone(trainer: Trainer, shared: Tree, clients: Sequence[int]) -> Tree:
 
     (phase,) = trainer.algorithm.phases(trainer.model, trainer.settings, 0)
     start, now = (
-        Vars({n: spread(v) for n, v in shared.items()}, {}),
-        Vars({n: copy(v) for n, v in shared.items()}, {}),
+        Variables({n: spread(v) for n, v in shared.items()}, {}),
+        Variables({n: copy(v) for n, v in shared.items()}, {}),
     )
-    walk = Walk(trainer, phase, start, now, len(clients))
+    walk = PhaseRunner(trainer, phase, start, now, len(clients))
     for count, batch in gathered(trainer, clients):
-        walk.play(batch, count)
+        walk.run_batch(batch, count)
     return now.shared
 
 
@@ -102,18 +102,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="of each workload (default 60)")
     asked, rows = parser.parse_args(), []
     steps, passes = Clock(), Clock()
-    steps.on(Walk, "play")
+    steps.on(PhaseRunner, "play")
     passes.on(Trainer, "_scores")
     for name, (data, model, train, group_size, _) in (WORKLOADS | SMALL).items():
         built, state = prepare(data, model, train, group_size=group_size)
         run, trainer = built.run, built.run.trainer
-        stack = run.stacks(run.groups[0])[0]
+        stack = run.split_into_stacks(run.groups[0])[0]
         check(trainer, state, stack if trainer.stacked else stack[:1])
         shares, until = [], time.perf_counter() + asked.seconds
         while len(shares) < 4 or time.perf_counter() < until:  # the first warms up
             steps.seconds = passes.seconds = 0.0
             begin = time.perf_counter()
-            play(run, State(0, *state[1:]), evaluate=True, stop=False)
+            run_round(run, State(0, *state[1:]), evaluate=True, stop=False)
             whole = time.perf_counter() - begin
             shares.append(
                 (whole, 1 - (steps.seconds + passes.seconds) / whole, 1 - steps.seconds / whole)

@@ -13,7 +13,7 @@ from report import arguments, tell
 from throughput import prepare
 
 from fedlora_mpi.federation.federation import State
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 
 CASES = [(8, 1, 10, width) for width in (8, 16, 32, 64)] + [
     (8, 1, 50, width) for width in (8, 16, 32)
@@ -41,7 +41,7 @@ def speed(path: str, size: int, channels: int, batch: int, width: int) -> tuple[
     best = 0.0
     for _ in range(3):
         begin = time.perf_counter()
-        end, _, _ = play(built.run, State(0, *state[1:]), evaluate=False, stop=False)
+        end, _, _ = run_round(built.run, State(0, *state[1:]), evaluate=False, stop=False)
         best = max(best, 12 * 100 * 2 / (time.perf_counter() - begin))
     return built.run.trainer.model.flops * batch / 1e6, best, end.shared
 

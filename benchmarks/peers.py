@@ -32,7 +32,7 @@ from report import arguments, tell
 
 from fedlora_mpi.config import from_dict
 from fedlora_mpi.federation.federation import State
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models import zoo
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.run.assembly import build
@@ -109,7 +109,7 @@ def lay_out(spec: dict, folder: Path) -> None:
         {"x": whole.x.contiguous(), "y": whole.y, "order": order, "start": state.shared},
         folder / "workload.pt",
     )
-    cohort = sorted(built.run.chosen(0), key=lambda c: (-built.run.sizes[c], c))
+    cohort = sorted(built.run.sample_cohort(0), key=lambda c: (-built.run.sizes[c], c))
     (folder / "spec.json").write_text(json.dumps(spec | {"first": cohort}))
 
 
@@ -127,7 +127,7 @@ def ours(folder: Path, rounds: int) -> None:
     seconds, losses = [], []
     for number in range(rounds):
         begin = time.perf_counter()
-        state, row, _ = play(built.run, State(number, *state[1:]), evaluate=False, stop=False)
+        state, row, _ = run_round(built.run, State(number, *state[1:]), evaluate=False, stop=False)
         seconds.append(time.perf_counter() - begin)
         losses.append(row["train_loss"])
         if number == 0:

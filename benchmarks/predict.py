@@ -196,7 +196,7 @@ def play(config: str, output: str) -> None:
     from fedlora_mpi.mpi.comm import connect
     from fedlora_mpi.run import loop as run
 
-    comm, whole, walls, cpus, ends = connect(), run.play, [], [], []
+    comm, whole, walls, cpus, ends = connect(), run.run_round, [], [], []
 
     def clocked(*given, **named):
         wall, cpu = time.perf_counter(), time.process_time()
@@ -206,7 +206,7 @@ def play(config: str, output: str) -> None:
         ends.append(wall)  # of the round before, its files included
         return row
 
-    run.play = clocked
+    run.run_round = clocked
     run.start(run.receive(comm, lambda: read(config, [f"output={output}"])), config, comm)
     table = np.zeros((comm.size, len(cpus)))
     table[comm.rank] = cpus

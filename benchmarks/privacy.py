@@ -15,7 +15,7 @@ from report import arguments, tell
 
 from fedlora_mpi.config import read
 from fedlora_mpi.core.tree import Tree
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.run.assembly import build
 from fedlora_mpi.run.checkpointing import beginning
@@ -38,9 +38,9 @@ def seconds(overrides: list[str], rounds: int) -> tuple[int, float, Tree]:
     )
     state, found = beginning(built), []
     for _ in range(rounds + 1):
-        state, row, _ = play(built.run, state, evaluate=False, stop=False)
+        state, row, _ = run_round(built.run, state, evaluate=False, stop=False)
         found.append(row["seconds_train"] + row["seconds_exchange"])
-    return built.run.upload.size, min(found[1:]), state.shared
+    return built.run.upload_layout.size, min(found[1:]), state.shared
 
 
 def main() -> None:

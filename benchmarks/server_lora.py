@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from report import MPIRUN, arguments, tell
 
-from fedlora_mpi.aggregation.exact_sum import SUMS
+from fedlora_mpi.aggregation.exact_sum import SUM_TYPES
 from fedlora_mpi.aggregation.flat_layout import Layout
-from fedlora_mpi.aggregation.gathered import gathered
+from fedlora_mpi.aggregation.gathered import gather_remote_uploads
 from fedlora_mpi.aggregation.svd import right_vectors
 from fedlora_mpi.algorithms.flexlora import FlexLoRA
 from fedlora_mpi.core.seeds import rng
@@ -96,7 +96,7 @@ def gather(comm, asked) -> dict:
     own = {c: pack(c) for c in range(asked.clients) if rank_of[c] == comm.rank}
     of = {c: layouts[RANKS[c % 10]] for c in range(asked.clients)}
     return {
-        "seconds": timed(lambda: gathered(comm, own, of, rank_of)),
+        "seconds": timed(lambda: gather_remote_uploads(comm, own, of, rank_of)),
         "bytes": 4 * sum(of[c].size for c in of),
     }
 
@@ -105,7 +105,7 @@ def added(comm, asked) -> dict:
     tree = shared(asked.layers)
     clients = {r: FlexLoRA(lora_ranks=(r,), alpha=float(r)) for r in set(RANKS)}
     layout = Layout.of(clients[4].expand(upload(asked.layers, 4, 0), tree, 1))
-    message, seconds = SUMS["exact"](layout.size), 0.0
+    message, seconds = SUM_TYPES["exact"](layout.size), 0.0
 
     def add(algorithm, sent):
         message.add(layout.pack(algorithm.expand(sent, tree, 1)), 1)

@@ -16,7 +16,7 @@ from torch import nn
 
 from fedlora_mpi.config import from_dict
 from fedlora_mpi.federation.federation import State
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.run.assembly import build
 from fedlora_mpi.run.checkpointing import beginning
@@ -108,7 +108,7 @@ def main() -> None:
         ours, theirs = [], []
         for _ in range(asked.repeats + 1):  # the first warms up
             begin = time.perf_counter()
-            play(built.run, State(0, *state[1:]), evaluate=True, stop=False)
+            run_round(built.run, State(0, *state[1:]), evaluate=True, stop=False)
             ours.append(samples / (time.perf_counter() - begin))
             theirs.append(samples / bare_loop(built, clients)[0])
         ratio = statistics.median(a / b for a, b in zip(ours[1:], theirs[1:], strict=True))

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedlora_mpi.config import from_dict
-from fedlora_mpi.engine.device import keep_memory
+from fedlora_mpi.engine.device import retain_freed_memory
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.run.assembly import build
 from fedlora_mpi.store.reader import RunFiles
@@ -106,10 +106,10 @@ def train_client(net: nn.Module, feed, client: int, cache: bool) -> None:
 def half(rank: int, tree: dict, clients: list[int], total: torch.Tensor, rounds: int, out) -> None:
     """One of the two processes."""
     torch.set_num_threads(1)
-    keep_memory()
+    retain_freed_memory()
     built = build(from_dict(tree, "benchmark"), "benchmark", Solo())
     feed = built.run.trainer.feed
-    blank = built.run.trainer.model.module(built.run.kinds[0].first.shared)
+    blank = built.run.trainer.model.to_module(built.run.kinds[0].initial.shared)
     net = decompose(blank)
     low = {c: {n: v.clone() for n, v in net.state_dict().items() if "lora_" in n} for c in clients}
     sigma = {n: v.clone() for n, v in net.state_dict().items() if "lora_" not in n}
@@ -177,7 +177,7 @@ def main() -> None:
     seconds = torch.zeros(asked.rounds).share_memory_()
     context = processes.get_context("fork")
     built = build(from_dict(tree, "benchmark"), "benchmark", Solo())
-    total = torch.zeros(built.run.upload.size).share_memory_()
+    total = torch.zeros(built.run.upload_layout.size).share_memory_()
     barrier = context.Barrier(2)
     del built
     halves = [

@@ -22,10 +22,10 @@ import torch
 
 from fedlora_mpi import algorithms
 from fedlora_mpi.aggregation.client_mix import Mixing
-from fedlora_mpi.algorithm import Algorithm, Cohort, Vars
-from fedlora_mpi.components.gating import cuts
+from fedlora_mpi.algorithm import Algorithm, Cohort, Variables
+from fedlora_mpi.components.gating import cut_tensors
 from fedlora_mpi.components.lora import FineTuning
-from fedlora_mpi.components.lowrank import LowRank, sides
+from fedlora_mpi.components.lowrank import LowRank, matrix_shape
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import Tree, nbytes, numel, tmap
 from fedlora_mpi.models.network import Model
@@ -131,8 +131,8 @@ def measured(algorithm: Algorithm, model: Model) -> Bytes:
     first = algorithm.init(model, rng(1, "init"))
     mixing = Mixing.of(algorithm, first, [0], [0], "auto")
     arrived = first._replace(shared=algorithm.download(first.shared))
-    ones = Vars(*(tmap(torch.ones_like, half) for half in arrived[:2]))
-    up = 4 * max(int(algorithm.sent(v, v)) for v in (arrived, ones)) + (
+    ones = Variables(*(tmap(torch.ones_like, half) for half in arrived[:2]))
+    up = 4 * max(int(algorithm.upload_numel(v, v)) for v in (arrived, ones)) + (
         mixing.bytes_up if mixing else 0
     )
     moments = (
@@ -140,17 +140,17 @@ def measured(algorithm: Algorithm, model: Model) -> Bytes:
         tmap(torch.ones_like, first.shared),
         served_once(algorithm, model, first),
     )
-    down = 4 * max(int(algorithm.received(shared)) for shared in moments) + (
+    down = 4 * max(int(algorithm.download_numel(shared)) for shared in moments) + (
         mixing.bytes_down if mixing else 0
     )
     return Bytes(up, down, nbytes(first.personal), nbytes(algorithm.server(model, first.shared)))
 
 
-def served_once(algorithm: Algorithm, model: Model, first: Vars) -> Tree:
+def served_once(algorithm: Algorithm, model: Model, first: Variables) -> Tree:
     """The shared variables after a round of one client that has learned nothing."""
     v = first._replace(shared=algorithm.download(first.shared))
     mean = algorithm.expand(algorithm.upload(v, v), first.shared, 1)
-    return algorithm.serve(
+    return algorithm.server_update(
         algorithm.server(model, first.shared), first.shared, mean, Cohort(1.0, 1.0)
     )[1]
 
@@ -162,7 +162,7 @@ def symbols(model: Model) -> dict[str, tuple[int, str]]:
         return sum(v.numel() for n, v in model.initial.items() if model.role(n) in roles)
 
     classes, width = model.leaves[f"{model.head}.weight"].shape
-    ranks, adapted = LowRank().ranks(model), FineTuning().adapted(model)
+    ranks, adapted = LowRank().ranks(model), FineTuning().adapted_shapes(model)
     a = {n: min(8, *size) * size[1] for n, size in adapted.items()}
     b = {n: min(8, *size) * size[0] for n, size in adapted.items()}
     return {
@@ -184,11 +184,11 @@ def symbols(model: Model) -> dict[str, tuple[int, str]]:
         "b": (sum(b.values()), "those of B alone"),
         "W": (sum(prod(size) for size in adapted.values()), "numbers of these weights themselves"),
         "T": (
-            sum(r * sum(sides(model.leaves[n])) for n, r in ranks.items()),
+            sum(r * sum(matrix_shape(model.leaves[n])) for n, r in ranks.items()),
             "numbers of all A and B, default ranks",
         ),
         "G": (
-            sum(cut.count for cut in cuts(model, blocks=5).values()),
+            sum(cut.count for cut in cut_tensors(model, blocks=5).values()),
             "runs of weights that pFedGate's gate scales",
         ),
         "x": (prod(model.shape), "numbers of one input"),
@@ -223,7 +223,7 @@ CITATION = re.compile(
 
 def text_of(name: str) -> Text:
     """The parts of a method's docstring; one that says "(see ``other.py``)" has the other's paper."""
-    text = inspect.getmodule(algorithms.find(name)).__doc__
+    text = inspect.getmodule(algorithms.find_algorithm(name)).__doc__
     sentence, rest = text.split("\n\n", 1)
     body = rest[: rest.index("BatchNorm: ")]
     batchnorm, deviations = re.search(
@@ -257,10 +257,10 @@ def _markdown(text: str) -> str:
 
 def judged(cls: type[Algorithm]) -> str:
     """When the accuracy is taken."""
-    if cls.evaluates == "after_training":
+    if cls.evaluate_on == "after_training":
         return "after local training"
     return "after aggregation" + (
-        ", on a copy tuned first" if cls.tune is not Algorithm.tune else ""
+        ", on a copy tuned first" if cls.personalize is not Algorithm.personalize else ""
     )
 
 
@@ -291,7 +291,9 @@ def mean(algorithm: Algorithm, model: Model) -> str:
 def lines(name: str) -> int:
     """How many lines the method's file has."""
     return len(
-        Path(inspect.getfile(algorithms.find(name))).read_text(encoding="utf-8").splitlines()
+        Path(inspect.getfile(algorithms.find_algorithm(name)))
+        .read_text(encoding="utf-8")
+        .splitlines()
     )
 
 
@@ -303,13 +305,13 @@ def overview(page: str, model: Model) -> Iterator[str]:
     yield "| method | file | paper | shared | bytes up | bytes down | judged | lines |"
     yield "|---|---|---|---|---:|---:|---|---:|"
     for title, name in HEADING.findall(page):
-        counted = measured(algorithms.find(name)(), model)
+        counted = measured(algorithms.find_algorithm(name)(), model)
         anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
         cells = f"[{title}](#{anchor})", _link(name), text_of(name).short, SAID[name].shared
         cells += (
             f"{counted.up:,}",
             f"{counted.down:,}",
-            judged(algorithms.find(name)),
+            judged(algorithms.find_algorithm(name)),
             str(lines(name)),
         )
         yield f"| {' | '.join(cells)} |"
@@ -332,8 +334,8 @@ def hooks() -> Iterator[str]:
             continue
         users = [
             name
-            for name in algorithms.names()
-            if getattr(algorithms.find(name), hook) is not default
+            for name in algorithms.algorithm_names()
+            if getattr(algorithms.find_algorithm(name), hook) is not default
         ]
         who = (
             ", ".join(f"`{name}`" for name in users) if len(users) <= 8 else f"{len(users)} methods"
@@ -345,7 +347,7 @@ def hooks() -> Iterator[str]:
 
 def facts(name: str, model: Model) -> Iterator[str]:
     """What is known of one method."""
-    cls, text, said = algorithms.find(name), text_of(name), SAID[name]
+    cls, text, said = algorithms.find_algorithm(name), text_of(name), SAID[name]
     algorithm, counted = cls(), measured(cls(), model)
 
     def equal(kind):

@@ -16,7 +16,7 @@ from .core.tree import Tree, numel
 from .models.network import Model
 
 
-class Vars(NamedTuple):
+class Variables(NamedTuple):
     """One client's variables: ``shared`` came from the server, ``personal`` never leaves.
 
     ``constant`` holds what the running phase computed once from the other two (see ``Phase``).
@@ -36,7 +36,7 @@ class Sgd(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Train:
+class LocalTraining:
     """The ``train`` block: local training that all methods have in common."""
 
     epochs: int = 5
@@ -50,10 +50,12 @@ class Train:
         bounded(self, momentum="[0, 1)", weight_decay="[0, inf)")
 
 
-Loss = Callable[[Vars, Vars, Batch], Tensor]  # (now, at the start of the round, batch) -> scalar
+Loss = Callable[
+    [Variables, Variables, Batch], Tensor
+]  # (now, at the start of the round, batch) -> scalar
 
 
-def every(leaf: str) -> bool:
+def trains_all(leaf: str) -> bool:
     """Trains all leaves."""
     return True
 
@@ -66,7 +68,7 @@ class Step(NamedTuple):
     """
 
     loss: Loss
-    trains: Callable[[str], bool] = every
+    trains: Callable[[str], bool] = trains_all
     sgd: Callable[[Sgd], Sgd] | None = None  # this step's settings from the common ones
     clamp: tuple[float, float] | None = None  # bounds of the trained leaves after the step
     repeat: int = 1  # steps on the same batch
@@ -81,28 +83,28 @@ class Phase(NamedTuple):
     epochs: int
     steps: tuple[Step, ...]
     # computed once, handed to the losses as now.constant
-    constant: Callable[[Vars], Tree] | None = None
+    constant: Callable[[Variables], Tree] | None = None
     stream: str = ""
     # samples of an epoch that are used, from the client's number
     limit: Callable[[int], int] | None = None
-    after: Callable[[Vars], Vars] | None = None  # what the variables become at the end
+    after: Callable[[Variables], Variables] | None = None  # what the variables become at the end
     held_out: bool = False  # on the samples that ``Algorithm.held_out`` takes from all other phases
 
 
-def held_out(samples: int, fraction: float) -> int:
+def held_out_count(samples: int, fraction: float) -> int:
     """How many of a client's training samples are held out: at least one, but never all; none of
     fraction 0.
     """
     return min(samples - 1, max(1, int(fraction * samples))) if fraction and samples else 0
 
 
-class Offer(NamedTuple):
+class Mix(NamedTuple):
     """What a client shows to a per-client mix: the mixed leaves, and what the weights depend on."""
 
     rows: Tree  # mixed over the clients; the result replaces the personal leaves of these names
     # [K] numbers or bools whose Gram matrix decides the weights; None: the rows
     key: Tensor | None = None
-    aux: Tensor | None = None  # [k] further numbers of the client that they depend on
+    extra: Tensor | None = None  # [k] further numbers of the client that they depend on
 
 
 class Cohort(NamedTuple):
@@ -130,14 +132,14 @@ class Algorithm:
 
     weights: ClassVar[Literal["samples", "uniform"]] = "samples"
     absent: ClassVar[Literal["exclude", "stale"]] = "exclude"
-    evaluates: ClassVar[Literal["after_aggregation", "after_training"]] = "after_aggregation"
-    centred: ClassVar[bool] = False
+    evaluate_on: ClassVar[Literal["after_aggregation", "after_training"]] = "after_aggregation"
+    center_keys: ClassVar[bool] = False
     sums: ClassVar[bool] = False
-    surveys: ClassVar[bool] = False
+    needs_all_data: ClassVar[bool] = False
     held_out: ClassVar[float] = 0.0
     judges: ClassVar[Literal["client", "server"]] = "client"
 
-    def check(self, model: Model, train: Train) -> None:
+    def check(self, model: Model, train: LocalTraining) -> None:
         """Raise ValueError when the fields do not go together with the model or the training."""
 
     def low_rank(self, model: Model) -> dict[str, int]:
@@ -146,7 +148,7 @@ class Algorithm:
         """
         return {}
 
-    def of_client(self, client: int, clients: int) -> "Algorithm":
+    def for_client(self, client: int, clients: int) -> "Algorithm":
         """The method as that client has it, where hyper-parameters differ between clients, such as
         the rank of low-rank parts. What the server does is asked of the method itself. Default: the
         same for all.
@@ -155,10 +157,10 @@ class Algorithm:
 
     # One client: what it has, how it trains, what it sends.
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         """The variables of any client before the first round; all clients start equal. Default: all
         leaves of the model are shared."""
-        return Vars(shared=model.initial, personal={})
+        return Variables(shared=model.initial, personal={})
 
     def download(self, shared: Tree) -> Tree:
         """What of the server's shared variables this client gets, in its own terms (its own rank).
@@ -166,11 +168,11 @@ class Algorithm:
         """
         return shared
 
-    def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
+    def begin(self, model: Model, v: Variables, data: Batch) -> Variables:
         """What the client does with what has arrived, before training. Default: nothing."""
         return v
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         """Local training of round ``round_`` (from 0), in order. ``model`` is in training mode.
         Default: all leaves of the client's own model, under ``loss``.
         """
@@ -178,23 +180,25 @@ class Algorithm:
 
     def used(self, phase: Phase, samples: int) -> int:
         """How many of a client's training samples an epoch of the phase uses. Not to be overridden."""
-        held = held_out(samples, self.held_out)
+        held = held_out_count(samples, self.held_out)
         part = held if phase.held_out else samples - held
         return min(part, phase.limit(part)) if phase.limit else part
 
     def loss(self, model: Model) -> Loss:
         """The cross-entropy of the client's own model: what most phases minimise."""
 
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+        def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             return cross_entropy(self.logits(model, now, batch.x), batch)
 
         return loss
 
-    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
+    def finish(
+        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
+    ) -> Variables:
         """What the client keeps after training (masks, control variates). Default: what it trained."""
         return end
 
-    def upload(self, start: Vars, end: Vars) -> Tree:
+    def upload(self, start: Variables, end: Variables) -> Tree:
         """What the client sends for the mean. Default: the trained shared leaves."""
         return end.shared
 
@@ -205,17 +209,17 @@ class Algorithm:
         """
         return upload
 
-    def offer(self, start: Vars, end: Vars) -> Offer | None:
+    def offer(self, start: Variables, end: Variables) -> Mix | None:
         """What enters a mix of its own for every client. Default: there is none."""
         return None
 
-    def sent(self, start: Vars, end: Vars) -> Tensor | int:
+    def upload_numel(self, start: Variables, end: Variables) -> Tensor | int:
         """How many numbers a client of a real federation would send for the upload. Default: all of
         it.
         """
         return numel(self.upload(start, end))
 
-    def received(self, shared: Tree) -> Tensor | int:
+    def download_numel(self, shared: Tree) -> Tensor | int:
         """How many numbers it would receive of the server's shared variables. Default: its
         download.
         """
@@ -227,7 +231,9 @@ class Algorithm:
         """Variables of the server alone, before the first round. Default: none."""
         return {}
 
-    def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
+    def server_update(
+        self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort
+    ) -> tuple[Tree, Tree]:
         """The next (server, shared) variables from the present ones and the mean of the uploads of
         the ``cohort``. Default: the mean becomes the shared variables."""
         return server, mean
@@ -244,13 +250,13 @@ class Algorithm:
             f"{type(self).__name__} has matrices decomposed but makes nothing of them"
         )
 
-    def told(self, shared: Tree, clients: int) -> dict[str, float]:
+    def server_metrics(self, shared: Tree, clients: int) -> dict[str, float]:
         """Further numbers of the round for the log, from what the server has made of so many
         clients' uploads. Default: none.
         """
         return {}
 
-    def mix(self, gram: Tensor, aux: Tensor, round_: int) -> Tensor:
+    def mix(self, gram: Tensor, extra: Tensor, round_: int) -> Tensor:
         """The weights [n, n] of the mix, a row for each receiver, float64.
 
         gram: [n, n] inner products of the keys, float64; aux: [n, k] in the clients' order. n is at
@@ -260,24 +266,29 @@ class Algorithm:
 
     # The model that is judged.
 
-    def weights_of(self, model: Model, v: Vars) -> Tree:
+    def client_model(self, model: Model, v: Variables) -> Tree:
         """The parameters and statistics of the client's own model, under the model's leaf names.
         Default: all variables, shared and personal, that bear such a name."""
         return {n: w for n, w in (v.shared | v.personal).items() if n in model.leaves}
 
-    def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:
+    def logits(self, model: Model, v: Variables, x: Tensor) -> Tensor:
         """Prediction of the client's own model: [B, ...] -> [B, classes]."""
-        return model(self.weights_of(model, v), x)
+        return model(self.client_model(model, v), x)
 
-    def tune(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+    def personalize(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         """Training on a copy before an evaluation in front of round ``round_``, on training data.
         Default: none.
         """
         return ()
 
 
-def check_trains(
-    name: str, method: Algorithm, network: str, model: Model, train: Train, first: Vars
+def check_trainable(
+    name: str,
+    method: Algorithm,
+    network: str,
+    model: Model,
+    train: LocalTraining,
+    initial: Variables,
 ) -> None:
     """Raise ValueError where ``method``, with these variables before round 1, trains nothing of a
     ``network`` of which parameters are frozen.
@@ -288,10 +299,10 @@ def check_trains(
         for phase in method.phases(model, train, round_)
         for step in phase.steps
     ]
-    names = [n for half in first[:2] for n in half if model.role(n) != "stats"]
-    if model.locked and not any(step.trains(n) for step in steps for n in names):
+    names = [n for tree in initial[:2] for n in tree if model.role(n) != "stats"]
+    if model.frozen_leaves and not any(step.trains(n) for step in steps for n in names):
         raise ValueError(
             f"name = {name}: trains nothing, for all parameters of network {network} are frozen "
-            f"(requires_grad is False, as of {next(iter(model.locked))}); leave some to be "
+            f"(requires_grad is False, as of {next(iter(model.frozen_leaves))}); leave some to be "
             "trained, or choose a method that trains low-rank parts beside them, such as fedit"
         )

@@ -44,16 +44,16 @@ _BUSY = 20.0  # seconds of these on a machine that has much else to do
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    from .core.streams import UNREAD, Unprintable, unread_allowed, usable_streams
+    from .core.streams import SIGPIPE_EXIT, OutputError, repair_streams, tolerate_output_errors
 
     try:
-        with usable_streams():
+        with repair_streams():
             asked = _parse(arguments)
-            with unread_allowed() if asked.command.trains else nullcontext():
+            with tolerate_output_errors() if asked.command.trains else nullcontext():
                 return _play(asked)
     except BrokenPipeError:
-        return UNREAD
-    except Unprintable as error:
+        return SIGPIPE_EXIT
+    except OutputError as error:
         print(f"fedlora-mpi: {error}", file=sys.stderr)
         return 1
 
@@ -77,17 +77,17 @@ def _play(asked: argparse.Namespace) -> int:
         # behind all libraries: a file of the user's takes the place of none
         sys.path.append(os.getcwd())
     from .mpi.comm import Solo, connect
-    from .mpi.ending import guarded
-    from .mpi.launch import is_launched, starting
+    from .mpi.ending import run_or_abort
+    from .mpi.launch import is_launched, limit_startup
 
     parallel = asked.command.parallel
     try:
-        with starting(_patience(asked)) if parallel and is_launched() else nullcontext():
+        with limit_startup(_patience(asked)) if parallel and is_launched() else nullcontext():
             comm = connect() if parallel else Solo()
     except ValueError as error:
         print(f"fedlora-mpi: {error}", file=sys.stderr)
         return 2
-    return guarded(comm, lambda: asked.command.execute(asked, comm))
+    return run_or_abort(comm, lambda: asked.command.execute(asked, comm))
 
 
 def _patience(asked: argparse.Namespace) -> float:

@@ -15,9 +15,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from runs import environment, finished, until
+from runs import process_environment, run_process, wait_until
 
-SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 # cred_expire: how long a job that was queued again waits before it may start, seconds.
 CONF = """\
 ClusterName=tests
@@ -54,30 +54,33 @@ class Cluster:
     """Its ``env`` is what a user of the cluster has."""
 
     def __init__(self, home: Path) -> None:
-        self.env = environment(SLURM_CONF=str(home / "slurm.conf"), PATH=SBIN)
+        self.env = process_environment(SLURM_CONF=str(home / "slurm.conf"), PATH=SEARCH_PATH)
 
-    def call(self, *line: str, cwd: Path = Path("/"), **env: str) -> str:
+    def run_command(self, *line: str, cwd: Path = Path("/"), **env: str) -> str:
         """What a command of Slurm says; fails where it fails."""
-        done = finished(line, cwd, **self.env | env)
-        assert done.returncode == 0, (line, done.stderr)
-        return done.stdout
+        result = run_process(line, cwd, **self.env | env)
+        assert result.returncode == 0, (line, result.stderr)
+        return result.stdout
 
-    def job(self, number: str) -> dict[str, str]:
+    def job_info(self, number: str) -> dict[str, str]:
         """What Slurm knows of a job."""
-        words = self.call("scontrol", "--oneliner", "show", "job", number).split()
+        words = self.run_command("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def ended(self, number: str, seconds: float = 300) -> dict[str, str]:
+    def wait_for_job(self, number: str, seconds: float = 300) -> dict[str, str]:
         """The job when it is in no queue any more."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        return until(lambda: (job := self.job(number))["JobState"] in over and job, seconds)
+        end_states = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        return wait_until(
+            lambda: (job := self.job_info(number))["JobState"] in end_states and job, seconds
+        )
 
 
 @contextmanager
-def cluster(home: Path) -> Iterator[Cluster]:
+def slurm_cluster(home: Path) -> Iterator[Cluster]:
     """A cluster that answers. Skips the test, with the reason, where there can be none."""
     programs = {
-        name: shutil.which(name, path=SBIN) for name in ("munged", "slurmctld", "slurmd", "sbatch")
+        name: shutil.which(name, path=SEARCH_PATH)
+        for name in ("munged", "slurmctld", "slurmd", "sbatch")
     }
     if missing := [name for name, path in programs.items() if path is None]:
         pytest.skip(f"no {', '.join(missing)}: apt-get install slurm-wlm munge")
@@ -94,7 +97,7 @@ def cluster(home: Path) -> Iterator[Cluster]:
     if plugins is None:
         pytest.skip("Slurm has no plugin auth_munge.so under /usr/lib")
     host = socket.gethostname().partition(".")[0]
-    user = finished(["id", "-un"], home).stdout.strip()
+    user = run_process(["id", "-un"], home).stdout.strip()
     conf = CONF.format(
         home=home, host=host, user=user, ports=_free_ports(2), cores=cores, plugins=plugins
     )
@@ -105,43 +108,47 @@ def cluster(home: Path) -> Iterator[Cluster]:
     key.write_bytes(secrets.token_bytes(128))
     for name in ("state", "spool"):
         (home / name).mkdir()
-    made = Cluster(home)
+    new_cluster = Cluster(home)
     munge = [
         f"--{name}={home}/munge.{name.partition('-')[0]}"
         for name in ("socket", "key-file", "pid-file", "log-file", "seed-file")
     ]
     munge = [programs["munged"], "--force", "--foreground", "--num-threads=2", *munge]
     with ExitStack() as daemons:
-        for line, there in (
+        for line, ready_file in (
             (munge, home / "munge.socket"),
             ([programs["slurmctld"], "-D", "-i"], home / "slurmctld.pid"),
             ([programs["slurmd"], "-D"], home / "slurmd.pid"),
         ):
-            daemons.enter_context(_daemon(line, home, made.env, there))
+            daemons.enter_context(_run_daemon(line, home, new_cluster.env, ready_file))
 
-        def idle():
+        def is_idle():
             return (
-                finished(["sinfo", "--noheader", "--format=%T"], home, **made.env).stdout.strip()
+                run_process(
+                    ["sinfo", "--noheader", "--format=%T"], home, **new_cluster.env
+                ).stdout.strip()
                 == "idle"
             )
 
-        _wait(idle, "the node does not become idle", home)
-        yield made
-        finished(["scancel", "--full", f"--user={user}"], home, **made.env)
-        _wait(
-            lambda: not finished(["squeue", "--noheader"], home, **made.env).stdout,
+        _wait_or_skip(is_idle, "the node does not become idle", home)
+        yield new_cluster
+        run_process(["scancel", "--full", f"--user={user}"], home, **new_cluster.env)
+        _wait_or_skip(
+            lambda: not run_process(["squeue", "--noheader"], home, **new_cluster.env).stdout,
             "jobs stay",
             home,
         )
 
 
 @contextmanager
-def _daemon(line: list[str], home: Path, env: dict[str, str], there: Path) -> Iterator[None]:
+def _run_daemon(
+    line: list[str], home: Path, env: dict[str, str], ready_file: Path
+) -> Iterator[None]:
     """A process in the foreground that has made the file ``there``."""
     with open(home / "daemons.log", "ab") as log:
         process = subprocess.Popen(line, cwd=home, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
-        _wait(there.exists, f"{line[0]} does not start", home, process)
+        _wait_or_skip(ready_file.exists, f"{line[0]} does not start", home, process)
         yield
     finally:
         process.terminate()
@@ -152,19 +159,21 @@ def _daemon(line: list[str], home: Path, env: dict[str, str], there: Path) -> It
             process.wait()
 
 
-def _wait(fact, trouble: str, home: Path, process: subprocess.Popen | None = None) -> None:
+def _wait_or_skip(
+    condition, skip_reason: str, home: Path, process: subprocess.Popen | None = None
+) -> None:
     """Until ``fact()``; skips the test when it does not come."""
     deadline = time.monotonic() + 30
-    while not fact():
+    while not condition():
         if time.monotonic() > deadline or process is not None and process.poll() is not None:
-            said = (home / "daemons.log").read_text(errors="replace").strip().splitlines()
-            pytest.skip(f"{trouble}: {said[-1] if said else 'no message'}")
+            log_lines = (home / "daemons.log").read_text(errors="replace").strip().splitlines()
+            pytest.skip(f"{skip_reason}: {log_lines[-1] if log_lines else 'no message'}")
         time.sleep(0.2)
 
 
 def _free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
+        for free_socket in sockets:
+            free_socket.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]

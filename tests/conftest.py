@@ -86,7 +86,7 @@ def carried(request, monkeypatch) -> None:
         return SimpleNamespace(poll=lambda: code)
 
     if request.param == "here":
-        monkeypatch.setattr(carry, "_start", start)
+        monkeypatch.setattr(carry, "_start_process", start)
 
 
 @pytest.fixture
@@ -107,11 +107,13 @@ def call(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
 @pytest.fixture
 def unmeasured(monkeypatch) -> None:
     """``plan`` without its trials: whatever is measured is one. For tests of what it counts."""
-    from fedlora_mpi.plan.forecast import Costs, Unit
-    from fedlora_mpi.plan.line import Line
+    from fedlora_mpi.plan.forecast import Costs, UnitCosts
+    from fedlora_mpi.plan.line import CostLine
 
     def ones(built, *_):
-        unit = Unit(Line(1.0, 1.0, 1.0), Line(1.0, 1.0, 1.0), Line(1.0, 1.0, 1.0), 1.0)
+        unit = UnitCosts(
+            CostLine(1.0, 1.0, 1.0), CostLine(1.0, 1.0, 1.0), CostLine(1.0, 1.0, 1.0), 1.0
+        )
         return Costs(
             dict.fromkeys(built.run.kind_of, unit),
             1.0,
@@ -126,4 +128,4 @@ def unmeasured(monkeypatch) -> None:
             1,
         ), 0.0
 
-    monkeypatch.setattr("fedlora_mpi.plan.measured", ones)
+    monkeypatch.setattr("fedlora_mpi.plan.measure_costs", ones)

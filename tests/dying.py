@@ -29,58 +29,58 @@ FAULTS = {
     "stops": lambda: (time.sleep(2), os.kill(os.getpid(), signal.SIGSTOP)),
     "locks": lambda: ctypes.PyDLL(None).sleep(1000),
 }
-seen = Counter()
+counts = Counter()
 
 
-def at(moment):
-    seen[moment] += 1
+def trigger_faults(moment):
+    counts[moment] += 1
     for what, fault in FAULTS.items():
-        if (RANK, moment, seen[moment], what) in PLAN:
-            print(f"{what}: rank {RANK} at {moment} {seen[moment]}", file=sys.stderr, flush=True)
+        if (RANK, moment, counts[moment], what) in PLAN:
+            print(f"{what}: rank {RANK} at {moment} {counts[moment]}", file=sys.stderr, flush=True)
             fault()
 
 
-def before(owner, name, moment):
-    was = getattr(owner, name)
+def fault_before(owner, name, moment):
+    original = getattr(owner, name)
 
-    def now(*given, **named):
-        at(moment)
-        return was(*given, **named)
+    def with_fault(*args, **kwargs):
+        trigger_faults(moment)
+        return original(*args, **kwargs)
 
-    setattr(owner, name, now)
-
-
-def after(owner, name, moment):
-    was = getattr(owner, name)
-
-    def now(*given, **named):
-        found = was(*given, **named)
-        at(moment)
-        return found
-
-    setattr(owner, name, now)
+    setattr(owner, name, with_fault)
 
 
-before(run, "build", "build")
-before(rounds, "_train", "training")
-before(rounds, "_keep", "client")
-before(rounds, "_evaluate", "evaluation")
-before(run, "balanced", "balance")
-before(balance, "carried", "move")
-after(balance, "carried", "moved")
-before(run, "save", "checkpoint")
-after(saving.checkpoint, "write_clients", "shard")
-before(saving.checkpoint, "commit", "commit")
-before(comm.Mpi, "sum", "sum")
-before(comm.Mpi, "exchange", "exchange")
-before(comm.Mpi, "gather", "gather")
-after(comm.Mpi, "post", "copy")  # while the copies travel
-before(comm.Mpi, "agree", "agree")
-after(comm.Mpi, "_begin", "message")  # inside any message
-before(comm.Mpi, "without_the_dead", "shrink")
-before(comm.Mpi, "abort", "abort")
+def fault_after(owner, name, moment):
+    original = getattr(owner, name)
 
-balance._WORTH = float(os.environ.get("TEST_WORTH", balance._WORTH))
+    def with_fault(*args, **kwargs):
+        result = original(*args, **kwargs)
+        trigger_faults(moment)
+        return result
+
+    setattr(owner, name, with_fault)
+
+
+fault_before(run, "build", "build")
+fault_before(rounds, "_train", "training")
+fault_before(rounds, "_write_row", "client")
+fault_before(rounds, "_evaluate", "evaluation")
+fault_before(run, "rebalance", "balance")
+fault_before(balance, "move_rows", "move")
+fault_after(balance, "move_rows", "moved")
+fault_before(run, "save", "checkpoint")
+fault_after(saving.checkpoint, "write_clients", "shard")
+fault_before(saving.checkpoint, "commit", "commit")
+fault_before(comm.Mpi, "sum", "sum")
+fault_before(comm.Mpi, "exchange", "exchange")
+fault_before(comm.Mpi, "gather", "gather")
+fault_after(comm.Mpi, "post", "copy")  # while the copies travel
+fault_before(comm.Mpi, "agree", "agree")
+fault_after(comm.Mpi, "_start", "message")  # inside any message
+fault_before(comm.Mpi, "shrink", "shrink")
+fault_before(comm.Mpi, "abort", "abort")
+
+balance._MAX_TIME_RATIO = float(os.environ.get("TEST_WORTH", balance._MAX_TIME_RATIO))
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[2:]))

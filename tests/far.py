@@ -12,116 +12,120 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from fedlora_mpi.engine.walk import fill
+from fedlora_mpi.engine.walk import copy_into
 
 _setup_privateuseone_for_python_backend("far")
 DEVICE = torch.device("far:0")
 aten = torch.ops.aten
-WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
+WAITING_OPS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
 
 
-class Far(torch.Tensor):
+class FarTensor(torch.Tensor):
     """A tensor on the device; ``near`` holds its numbers."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, near):
-        how = {
-            "strides": near.stride(),
-            "storage_offset": near.storage_offset(),
-            "dtype": near.dtype,
+    def __new__(cls, cpu_tensor):
+        layout = {
+            "strides": cpu_tensor.stride(),
+            "storage_offset": cpu_tensor.storage_offset(),
+            "dtype": cpu_tensor.dtype,
         }
-        return torch.Tensor._make_wrapper_subclass(cls, near.size(), **how, device=DEVICE)
+        return torch.Tensor._make_wrapper_subclass(cls, cpu_tensor.size(), **layout, device=DEVICE)
 
-    def __init__(self, near):
-        self.near = near
+    def __init__(self, cpu_tensor):
+        self.cpu_tensor = cpu_tensor
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise AssertionError(f"{func} outside of the machine")
 
 
-def near(v):
-    return v.near if isinstance(v, Far) else v
+def to_near(v):
+    return v.cpu_tensor if isinstance(v, FarTensor) else v
 
 
 def same_memory(a, b):
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-class Machine(TorchDispatchMode):
+class FarMachine(TorchDispatchMode):
     """The device. ``waits``: what the host has waited for; ``strict``: a wait raises RuntimeError."""
 
     def __init__(self):
         super().__init__()
-        self.waits, self.strict, self.tape = [], False, None
+        self.wait_names, self.raises_on_wait, self.tape = [], False, None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
-        far = any(isinstance(v, Far) for v in given)
-        asked = kwargs.get("device")
-        lands = far if asked is None else torch.device(asked).type == "far"
-        if asked is not None:
+        tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+        has_far = any(isinstance(v, FarTensor) for v in tensors)
+        wanted_device = kwargs.get("device")
+        is_far_result = (
+            has_far if wanted_device is None else torch.device(wanted_device).type == "far"
+        )
+        if wanted_device is not None:
             kwargs["device"] = torch.device("cpu")
         if func is aten.copy_.default:
-            lands = isinstance(args[0], Far)
+            is_far_result = isinstance(args[0], FarTensor)
         elif (
             func is not aten._to_copy.default
-            and far
-            and any(v.dim() and not isinstance(v, Far) for v in given)
+            and has_far
+            and any(v.dim() and not isinstance(v, FarTensor) for v in tensors)
         ):
             raise RuntimeError(f"{func}: tensors on both devices")
-        if far and (func in WAITS or not lands):
-            self.waits.append(str(func))
-            if self.strict or self.tape is not None:
+        if has_far and (func in WAITING_OPS or not is_far_result):
+            self.wait_names.append(str(func))
+            if self.raises_on_wait or self.tape is not None:
                 raise RuntimeError(f"a synchronizing operation: {func}\nand more")
-        args_near, kwargs_near = pytree.tree_map(near, (args, kwargs))
-        found = self._run(func, [near(v) for v in given], args_near, kwargs_near)
+        args_near, kwargs_near = pytree.tree_map(to_near, (args, kwargs))
+        result = self._run_or_record(func, [to_near(v) for v in tensors], args_near, kwargs_near)
         if torch.Tag.inplace_view in func.tags:
             with no_dispatch():
                 func(*args, **kwargs)  # the claimed shape
-        known = {id(near(v)): v for v in given}
+        wrapper_of = {id(to_near(v)): v for v in tensors}
 
-        def up(v):
+        def wrap_far(v):
             return (
-                known.get(id(v), Far(v) if lands and func is not WAITS[0] else v)
+                wrapper_of.get(
+                    id(v), FarTensor(v) if is_far_result and func is not WAITING_OPS[0] else v
+                )
                 if isinstance(v, torch.Tensor)
                 else v
             )
 
-        return pytree.tree_map(up, found)
+        return pytree.tree_map(wrap_far, result)
 
-    def _run(self, func, given, args, kwargs):
+    def _run_or_record(self, func, tensors, args, kwargs):
         if self.tape is None:
             return func(*args, **kwargs)
-        before = [v.clone() for v in given]
-        found = func(*args, **kwargs)
-        outputs = [v for v in pytree.tree_leaves(found) if isinstance(v, torch.Tensor)]
-        views = outputs and all(any(same_memory(o, v) for v in given) for o in outputs)
-        if torch.Tag.inplace_view in func.tags or views and not func._schema.is_mutable:
-            return found
-        for v, was in zip(given, before, strict=True):
-            fill(v, was)  # a recording has no effect
-        self.tape.append((func, given, args, kwargs, outputs))
-        return found
+        values_before = [v.clone() for v in tensors]
+        result = func(*args, **kwargs)
+        outputs = [v for v in pytree.tree_leaves(result) if isinstance(v, torch.Tensor)]
+        is_view = outputs and all(any(same_memory(o, v) for v in tensors) for o in outputs)
+        if torch.Tag.inplace_view in func.tags or is_view and not func._schema.is_mutable:
+            return result
+        for v, value_before in zip(tensors, values_before, strict=True):
+            copy_into(v, value_before)  # a recording has no effect
+        self.tape.append((func, tensors, args, kwargs, outputs))
+        return result
 
-    def play(self, tape):
+    def replay_tape(self, tape):
         """Compute what was recorded, on what the memory holds now."""
         with no_dispatch():
-            for func, given, args, kwargs, outputs in tape:
-                found = [
+            for func, tensors, args, kwargs, outputs in tape:
+                results = [
                     v
                     for v in pytree.tree_leaves(func(*args, **kwargs))
                     if isinstance(v, torch.Tensor)
                 ]
-                for place, value in zip(outputs, found, strict=True):
-                    if not any(same_memory(place, v) for v in given):
-                        place.copy_(value)
+                for output, value in zip(outputs, results, strict=True):
+                    if not any(same_memory(output, v) for v in tensors):
+                        output.copy_(value)
 
 
-def as_cuda(machine, monkeypatch):
+def patch_cuda(machine, monkeypatch):
     """Let those functions of ``torch.cuda`` that record be about ``machine``."""
 
     class CUDAGraph:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 BEFORE, WITHIN, AFTER, FAIL = range(4)
 
 
-class Ended(NamedTuple):
+class ProcessResult(NamedTuple):
     """code: as subprocess gives it, negative for a signal, None where the time was over; trace: the
     calls it met.
     """
@@ -34,13 +34,15 @@ class Ended(NamedTuple):
     trace: list[str]
 
 
-class Machine:
+class ForkServer:
     """Runs commands in processes that have imported everything."""
 
     def __init__(self, process: subprocess.Popen) -> None:
         self._process = process
 
-    def __call__(self, *arguments: str | Path, ranks: int = 1, cwd: Path, **more) -> Ended:
+    def __call__(
+        self, *arguments: str | Path, ranks: int = 1, cwd: Path, **options
+    ) -> ProcessResult:
         """``fedlora-mpi ARGUMENTS`` in ``cwd``; ranks: simulated ones, each a thread, which die
         together.
 
@@ -48,14 +50,14 @@ class Machine:
         SIGKILL after so many seconds; limit: seconds until it counts as hanging; user: a number to
         become before.
         """
-        asked = {"arguments": [*map(str, arguments)], "ranks": ranks, "cwd": str(cwd), **more}
-        self._process.stdin.write(json.dumps(asked) + "\n")
+        request = {"arguments": [*map(str, arguments)], "ranks": ranks, "cwd": str(cwd), **options}
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        return Ended(*json.loads(self._process.stdout.readline()))
+        return ProcessResult(*json.loads(self._process.stdout.readline()))
 
 
 @contextmanager
-def machine(**env: str) -> Iterator[Machine]:
+def start_fork_server(**env: str) -> Iterator[ForkServer]:
     """A machine, its preloaded library compiled where there is a compiler; the caller skips where
     there is none.
     """
@@ -71,22 +73,22 @@ def machine(**env: str) -> Iterator[Machine]:
             env={**env, "LD_PRELOAD": str(library)},
         )
         try:
-            yield Machine(process)
+            yield ForkServer(process)
         finally:
             process.stdin.close()
             process.wait()
 
 
-def _serve() -> None:
+def _serve_requests() -> None:
     """Answer each line of the input; the answers go where the output was."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    _warm()
+    _warm_up()
     for line in sys.stdin:
-        print(json.dumps(_forked(json.loads(line))), file=answers, flush=True)
+        print(json.dumps(_run_forked(json.loads(line))), file=answers, flush=True)
 
 
-def _warm() -> None:
+def _warm_up() -> None:
     """Import, and run once, whatever the first command would."""
     import torch
 
@@ -95,54 +97,56 @@ def _warm() -> None:
         folder = f"{home}/run"
         config = str(Path(__file__).with_name("faulty.yaml"))
         for line in (["run", config, f"output={folder}"], ["report", folder], ["digest", folder]):
-            _command(line)
+            _run_command(line)
         from fedlora_mpi.analysis.run_view import open_run
 
         open_run(folder).client(0).model  # noqa: B018
 
 
-def _forked(asked: dict) -> Ended:
+def _run_forked(request: dict) -> ProcessResult:
     """A child that does what is asked."""
     with tempfile.TemporaryDirectory() as home:
         out, err, trace = (Path(home, name) for name in ("out", "err", "trace"))
-        began = time.monotonic()
+        started = time.monotonic()
         if (pid := os.fork()) == 0:
-            _child(asked, out, err, trace)
-        deadline, kill = began + asked.get("limit", 60), asked.get("kill")
-        ended = None
-        while ended is None:
-            found, status = os.waitpid(pid, os.WNOHANG)
-            now = time.monotonic()
-            if found:
-                ended = os.waitstatus_to_exitcode(status)
-            elif now > deadline or (kill is not None and now > began + kill):
+            _run_child(request, out, err, trace)
+        deadline, kill = started + request.get("limit", 60), request.get("kill")
+        exit_code = None
+        while exit_code is None:
+            ended_pid, status = os.waitpid(pid, os.WNOHANG)
+            current_time = time.monotonic()
+            if ended_pid:
+                exit_code = os.waitstatus_to_exitcode(status)
+            elif current_time > deadline or (kill is not None and current_time > started + kill):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-                ended = -signal.SIGKILL if now <= deadline else None
+                exit_code = -signal.SIGKILL if current_time <= deadline else None
                 break
             else:
                 time.sleep(0.001)
         texts = [
             path.read_text(errors="replace") if path.exists() else "" for path in (out, err, trace)
         ]
-        return Ended(ended, *texts[:2], time.monotonic() - began, texts[2].splitlines())
+        return ProcessResult(
+            exit_code, *texts[:2], time.monotonic() - started, texts[2].splitlines()
+        )
 
 
-def _child(asked: dict, out: Path, err: Path, trace: Path) -> None:
+def _run_child(request: dict, out: Path, err: Path, trace: Path) -> None:
     """Never returns."""
     try:
         for number, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        os.chdir(asked["cwd"])
-        if asked.get("under"):
+        os.chdir(request["cwd"])
+        if request.get("under"):
             library = ctypes.CDLL(os.environ["LD_PRELOAD"])
             library.faults_trace(os.open(trace, os.O_WRONLY | os.O_CREAT))
-            at = asked.get("call", -1), asked.get("phase", 0), asked.get("error", 0)
-            library.faults_arm(asked["under"].encode(), ctypes.c_long(at[0]), *at[1:])
-        if asked.get("user"):
-            os.setgid(asked["user"])
-            os.setuid(asked["user"])
-        code = _command(asked["arguments"], asked["ranks"])
+            fault = request.get("call", -1), request.get("phase", 0), request.get("error", 0)
+            library.faults_arm(request["under"].encode(), ctypes.c_long(fault[0]), *fault[1:])
+        if request.get("user"):
+            os.setgid(request["user"])
+            os.setuid(request["user"])
+        code = _run_command(request["arguments"], request["ranks"])
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # HDF5 closes nothing behind our back; the command has
@@ -152,29 +156,32 @@ def _child(asked: dict, out: Path, err: Path, trace: Path) -> None:
         os._exit(99)
 
 
-def _command(arguments: Sequence[str], ranks: int = 1) -> int:
+def _run_command(arguments: Sequence[str], ranks: int = 1) -> int:
     """The exit code of a command of the package, or of ``open_run`` used on a run folder."""
     from fedlora_mpi.cli import main
 
     if arguments[0] == "open_run":
-        return _opened(Path(arguments[1]))
+        return _read_run(Path(arguments[1]))
     if ranks == 1:
         return main(arguments)
-    from runs import on_ranks
+    from runs import run_on_ranks
 
     from fedlora_mpi import config
-    from fedlora_mpi.mpi.ending import guarded
+    from fedlora_mpi.mpi.ending import run_or_abort
     from fedlora_mpi.run import loop as run
 
     run._stop_signals = list  # only the main thread may ask for signals
     source, *overrides = (text for text in arguments[1:] if text != "--resume")
-    read = config.read(source, overrides)
+    parsed = config.read(source, overrides)
     return max(
-        on_ranks(ranks, lambda comm: guarded(comm, lambda: run.start_or_resume(read, source, comm)))
+        run_on_ranks(
+            ranks,
+            lambda comm: run_or_abort(comm, lambda: run.start_or_resume(parsed, source, comm)),
+        )
     )
 
 
-def _opened(folder: Path) -> int:
+def _read_run(folder: Path) -> int:
     """Whatever ``open_run`` offers, said as text; a mistake is one line and code 2, as a command
     has it.
     """
@@ -184,7 +191,7 @@ def _opened(folder: Path) -> int:
 
     try:
         run = open_run(folder)
-        said = [
+        contents = [
             run.config,
             run.rounds.to_dict(),
             run.clients.to_dict(),
@@ -193,20 +200,20 @@ def _opened(folder: Path) -> int:
             run.checkpoints,
         ]
         client = run.client(1)
-        said += [
+        contents += [
             client.counts,
             {name: value.tobytes() for name, value in client.weights.items()},
             client.model,
         ]
         if "text" in run.config["data"] and (folder / "vocabulary.json").exists():
-            said.append(run.vocabulary.json)
+            contents.append(run.vocabulary.json)
     except ValueError as error:
         print(f"fedlora-mpi: {error}", file=sys.stderr)
         return 2
     with np.printoptions(threshold=10**9):
-        print(said)
+        print(contents)
     return 0
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve_requests()

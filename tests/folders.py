@@ -7,14 +7,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from fedlora_mpi.analysis.groups import Logged, grouped
+from fedlora_mpi.analysis.groups import RunLog, group_runs
 from fedlora_mpi.store import checkpoint, seal
 from fedlora_mpi.store.log import Log, ragged
 
 # --- logs of three clients, for what compares runs
 
 
-def logged(
+def write_run(
     folder,
     *rows,
     seed=1,
@@ -22,7 +22,7 @@ def logged(
     algorithm="fedavg",
     model="cnn",
     digest="x",
-    column=None,
+    extra_column=None,
     dataset="digits",
     **settings,
 ):
@@ -43,7 +43,7 @@ def logged(
     }
     counts = np.array([[4, 0], [1, 3], [0, 4]])
     index = [np.arange(4)] * 3
-    held = {
+    partition = {
         "train_counts": counts,
         "test_counts": counts,
         "digest": digest,
@@ -56,7 +56,7 @@ def logged(
         config_json=json.dumps(config),
         versions={},
         clients=3,
-        partition=held,
+        partition=partition,
     )
     for round_, accuracies in enumerate(rows, 1):
         accuracies = np.array(accuracies, float)
@@ -72,17 +72,17 @@ def logged(
             "drift": 0.5,
             "seconds_train": 1.5,
         }
-        row |= {"seconds_exchange": 0.5} | ({column: 7.0 * round_} if column else {})
+        row |= {"seconds_exchange": 0.5} | ({extra_column: 7.0 * round_} if extra_column else {})
         log.append(round_, row, {"accuracy": accuracies, "loss": accuracies})
     log.close()
     return folder
 
 
-def found_of(*folders):
-    return grouped([Logged.read(folder) for folder in folders])
+def read_groups(*folders):
+    return group_runs([RunLog.read(folder) for folder in folders])
 
 
-def rows_of(table, kind="csv"):
+def table_rows(table, kind="csv"):
     return list(csv.DictReader(getattr(table, kind)().splitlines()))
 
 
@@ -93,7 +93,7 @@ ONE_WORKER = [[0, 1, 2, 3, 4, 5, 6]]
 ODD_WORKERS = [[5, 0, 3], [], [6], [2, 4, 1]]
 
 
-def personal_of_all(seed=0):
+def all_personal_leaves(seed=0):
     """Leaves [N, ...] of all clients: odd names, a scalar per client, an empty leaf, integers."""
     rng = np.random.default_rng(seed)
     return {
@@ -112,7 +112,7 @@ SHARED = {
 }
 
 
-def new_log(run):
+def create_log(run):
     partition = {
         **ragged("train", [np.arange(n, 2 * n) for n in range(CLIENTS)]),
         **ragged("test", [np.array([n]) for n in range(CLIENTS)]),
@@ -129,7 +129,7 @@ def new_log(run):
     )
 
 
-def append(log, round_):
+def append_round(log, round_):
     log.append(
         round_,
         {"train_loss": 1 / (1 + round_), "seconds_train": 2.0, "bytes_up": 12, "accuracy": 0.5},
@@ -137,9 +137,11 @@ def append(log, round_):
     )
 
 
-def save(run, round_, workers=ODD_WORKERS, personal=None, shared=SHARED, run_digest="mine"):
+def save_checkpoint(
+    run, round_, workers=ODD_WORKERS, personal=None, shared=SHARED, run_digest="mine"
+):
     """Write and commit a checkpoint of ``personal`` [N, ...], spread over workers as listed."""
-    personal = personal_of_all(round_) if personal is None else personal
+    personal = all_personal_leaves(round_) if personal is None else personal
     folder = checkpoint.begin(run, round_)
     shards = [
         checkpoint.write_clients(
@@ -166,7 +168,7 @@ def flip_bit(folder):
     (folder / "worker-0000.h5").write_bytes(content)
 
 
-def sealed(path: Path) -> None:
+def reseal(path: Path) -> None:
     """Make the seals of a log right again, as far as they can be: who changes a file can do that
     too.
     """
@@ -178,8 +180,8 @@ def sealed(path: Path) -> None:
                 for n, d in file[g].items()
             }
             file.attrs[seal.HEAD] = seal.head(file)
-            found = seal.rows(columns)
+            row_seals = seal.rows(columns)
             del file[seal.ROWS]
-            file.create_dataset(seal.ROWS, data=found, maxshape=(None,), chunks=(256,))
+            file.create_dataset(seal.ROWS, data=row_seals, maxshape=(None,), chunks=(256,))
     except Exception:  # what cannot be sealed is refused for another reason
         return

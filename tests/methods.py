@@ -24,6 +24,6 @@ SETTINGS = {
 }
 
 
-def of(name: str) -> tuple[str, ...]:
+def overrides_for(name: str) -> tuple[str, ...]:
     """The overrides that choose an algorithm."""
     return f"algorithm={name}", *SETTINGS.get(name, ())

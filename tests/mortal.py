@@ -12,33 +12,33 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from fedlora_mpi.mpi.heartbeat import Pulse
-from fedlora_mpi.mpi.pending import Lost
+from fedlora_mpi.mpi.heartbeat import Heartbeat
+from fedlora_mpi.mpi.pending import RankLost
 
 
 class Killed(BaseException):
     """SIGKILL."""
 
 
-class Fate:
+class DeathSchedule:
     """Who dies when, and how what is left open turns out. One thread runs at a time, the one that
     holds ``turn``.
     """
 
     def __init__(self, deaths, seed=0):
-        self.turn, self.dead, self._deaths = threading.Condition(), set(), dict(deaths)
-        self._draw, self.count = random.Random(seed), {}
+        self.baton, self.dead, self._deaths = threading.Condition(), set(), dict(deaths)
+        self._random, self.moments_of = random.Random(seed), {}
 
-    def moment(self, member):
-        self.count[member] = self.count.get(member, 0) + 1
-        if self._deaths.get(member) == self.count[member]:
+    def reach_moment(self, member):
+        self.moments_of[member] = self.moments_of.get(member, 0) + 1
+        if self._deaths.get(member) == self.moments_of[member]:
             raise Killed
 
-    def kind(self):
-        return self._draw.random() < 0.5
+    def flip_coin(self):
+        return self._random.random() < 0.5
 
-    def wait(self, fact):
-        assert self.turn.wait_for(fact, 60), "for ever"
+    def wait_until(self, condition):
+        assert self.baton.wait_for(condition, 60), "for ever"
 
 
 class Channel:
@@ -48,7 +48,7 @@ class Channel:
 
     def __init__(self, members):
         self.members, self.revoked = members, False
-        self.put, self.flags, self.agreed, self.left, self.next, self.mail = (
+        self.messages, self.flags, self.agreements, self.leaving, self.successor, self.copies = (
             {},
             {},
             {},
@@ -59,50 +59,59 @@ class Channel:
 
 
 class MortalRank:
-    tolerant = True
+    is_tolerant = True
 
-    def __init__(self, fate, channel, member, pulse=None):
+    def __init__(self, fate, channel, member, heartbeat=None):
         self._fate, self._channel, self._member = fate, channel, member
         self.members, self.rank, self.size = (
             channel.members,
             channel.members.index(member),
             len(channel.members),
         )
-        self.local_rank, self.local_size, self.moved = self.rank, self.size, 0
-        self.dead = tuple(m for m in range(max(channel.members) + 1) if m not in channel.members)
-        self.pulse, self._messages, self._agreements, self._posts = pulse or Pulse(), 0, 0, 0
+        self.local_rank, self.local_size, self.bytes_sent = self.rank, self.size, 0
+        self.dead_ranks = tuple(
+            m for m in range(max(channel.members) + 1) if m not in channel.members
+        )
+        self.heartbeat, self._num_messages, self._num_agreements, self._num_posts = (
+            heartbeat or Heartbeat(),
+            0,
+            0,
+            0,
+        )
 
     def sum(self, buffer):
-        buffer[...] = np.sum(list(self._swap(buffer.copy())), axis=0)
+        buffer[...] = np.sum(list(self._allgather(buffer.copy())), axis=0)
 
     def broadcast(self, data):
-        return self._swap(data)[0]
+        return self._allgather(data)[0]
 
     def gather(self, send, counts):
-        return np.concatenate(self._swap(send))
+        return np.concatenate(self._allgather(send))
 
-    def exchange(self, send, counts, arriving):
-        given = self._swap((send, list(counts)))
-        parts = [np.split(mine, np.cumsum(to)[:-1])[self.rank] for mine, to in given]
-        assert [len(part) for part in parts] == list(arriving)
+    def exchange(self, send, counts, receive_counts):
+        sent = self._allgather((send, list(counts)))
+        parts = [
+            np.split(buffer, np.cumsum(split_sizes)[:-1])[self.rank] for buffer, split_sizes in sent
+        ]
+        assert [len(part) for part in parts] == list(receive_counts)
         return np.concatenate(parts)
 
-    def post(self, send, to, receive, of):
+    def post(self, send, destination, receive, source):
         self._fate.moment(self._member)
-        self._posts += 1
-        self._channel.mail[self.rank, to, self._posts] = send.copy()
-        mail = MortalMail(self, (of, self.rank, self._posts), receive)
+        self._num_posts += 1
+        self._channel.mail[self.rank, destination, self._num_posts] = send.copy()
+        message = MortalMail(self, (source, self.rank, self._num_posts), receive)
         self._fate.turn.notify_all()
         self._fate.moment(self._member)
-        return mail
+        return message
 
     def agree(self):
-        if not self._agreed(True):
-            raise Lost(self, agreed=True)
+        if not self._all_agree(True):
+            raise RankLost(self, has_agreed=True)
 
-    def without_the_dead(self, agreed):
-        if not agreed:
-            self._agreed(False)
+    def shrink(self, has_agreed):
+        if not has_agreed:
+            self._all_agree(False)
         self._fate.moment(self._member)
         channel, fate = self._channel, self._fate
         channel.left.add(self._member)
@@ -110,7 +119,7 @@ class MortalRank:
         fate.wait(lambda: channel.next or channel.left | fate.dead >= {*channel.members})
         if not channel.next:
             channel.next = Channel(tuple(m for m in channel.members if m not in fate.dead))
-        return MortalRank(fate, channel.next, self._member, self.pulse)
+        return MortalRank(fate, channel.next, self._member, self.heartbeat)
 
     def abort(self):
         raise AssertionError("aborted")
@@ -118,18 +127,18 @@ class MortalRank:
     def lost(self):
         self._channel.revoked = True
         self._fate.turn.notify_all()
-        return Lost(self)
+        return RankLost(self)
 
-    def gone(self, members):
+    def are_gone(self, members):
         """Whether nothing more can come of these."""
         return self._channel.revoked or bool(self._fate.dead & {*members})
 
-    def _agreed(self, well):
+    def _all_agree(self, is_well):
         self._fate.moment(self._member)
-        self._agreements += 1
-        number, channel, fate = self._agreements, self._channel, self._fate
+        self._num_agreements += 1
+        number, channel, fate = self._num_agreements, self._channel, self._fate
         flags = channel.flags.setdefault(number, {})
-        flags[self._member] = well
+        flags[self._member] = is_well
         fate.turn.notify_all()
         fate.wait(
             lambda: number in channel.agreed or flags.keys() | fate.dead >= {*channel.members}
@@ -141,25 +150,27 @@ class MortalRank:
         fate.moment(self._member)
         return channel.agreed[number]
 
-    def _swap(self, mine):
+    def _allgather(self, value):
         """What every rank gave, in rank order."""
         self._fate.moment(self._member)
-        self._messages += 1
+        self._num_messages += 1
         channel, fate = self._channel, self._fate
-        put = channel.put.setdefault(self._messages, {})
-        put[self._member] = mine
+        values = channel.put.setdefault(self._num_messages, {})
+        values[self._member] = value
         fate.turn.notify_all()
         fate.moment(self._member)
-        fate.wait(lambda: len(put) == self.size or self.gone({*channel.members} - put.keys()))
-        if len(put) < self.size or (self.gone(channel.members) and fate.kind()):
+        fate.wait(
+            lambda: len(values) == self.size or self.are_gone({*channel.members} - values.keys())
+        )
+        if len(values) < self.size or (self.are_gone(channel.members) and fate.kind()):
             raise self.lost()
         fate.moment(self._member)
-        return [put[m] for m in channel.members]
+        return [values[m] for m in channel.members]
 
 
 class MortalMail:
     def __init__(self, comm, key, receive):
-        self._comm, self._key, self._receive, self._here, self._failed = (
+        self._comm, self._key, self._receive, self._has_arrived, self._has_failed = (
             comm,
             key,
             receive,
@@ -167,53 +178,53 @@ class MortalMail:
             False,
         )
 
-    def through(self):
-        if self._comm._channel.revoked or self._failed:
+    def is_complete(self):
+        if self._comm._channel.revoked or self._has_failed:
             raise self._comm.lost()
         sent, sender = self._comm._channel.mail, self._comm.members[self._key[0]]
         if (
-            not self._here
+            not self._has_arrived
             and sender in self._comm._fate.dead
             and (self._key not in sent or self._comm._fate.kind())
         ):
-            self._failed = True
+            self._has_failed = True
             raise self._comm.lost()
-        if not self._here and self._key in sent and self._comm._fate.kind():
+        if not self._has_arrived and self._key in sent and self._comm._fate.kind():
             self._receive[...] = sent[self._key]
-            self._here = True
-        return self._here
+            self._has_arrived = True
+        return self._has_arrived
 
-    def arrive(self):
-        while not self.through():
+    def wait(self):
+        while not self.is_complete():
             self._comm._fate.turn.wait(0.001)
 
-    def arrived(self):
+    def is_received(self):
         if (
-            not self._here
-            and not self._failed
+            not self._has_arrived
+            and not self._has_failed
             and self._key in self._comm._channel.mail
             and self._comm._fate.kind()
         ):
             self._receive[...] = self._comm._channel.mail[self._key]
-            self._here = True
-        self._failed = True
-        return self._here
+            self._has_arrived = True
+        self._has_failed = True
+        return self._has_arrived
 
 
-def on_mortal_ranks(number, main, deaths, seed=0):
+def run_on_mortal_ranks(number, main, deaths, seed=0):
     """([main(comm) of each rank, None of a dead one], Fate); the first exception is raised."""
-    fate, channel = Fate(deaths, seed), Channel(tuple(range(number)))
+    fate, channel = DeathSchedule(deaths, seed), Channel(tuple(range(number)))
 
-    def play(member):
-        with fate.turn:
+    def run_member(member):
+        with fate.baton:
             try:
                 return main(MortalRank(fate, channel, member))
             except Killed:
                 return None
             finally:
                 fate.dead.add(member)  # also one that has ended: nobody can count on it
-                fate.turn.notify_all()
+                fate.baton.notify_all()
 
     with ThreadPoolExecutor(number) as pool:
-        ends = [pool.submit(play, member) for member in range(number)]
-    return [end.result() for end in ends], fate
+        futures = [pool.submit(run_member, member) for member in range(number)]
+    return [future.result() for future in futures], fate

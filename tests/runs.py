@@ -22,10 +22,10 @@ import torch
 
 from fedlora_mpi import config as configs
 from fedlora_mpi.federation.federation import Run
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
-from fedlora_mpi.mpi.heartbeat import Pulse
-from fedlora_mpi.run.assembly import Built, build
+from fedlora_mpi.mpi.heartbeat import Heartbeat
+from fedlora_mpi.run.assembly import Assembly, build
 from fedlora_mpi.run.checkpointing import beginning
 from fedlora_mpi.run.loop import _begin
 from fedlora_mpi.store.reader import RunFiles
@@ -45,7 +45,7 @@ MIXED = (  # clients with networks of three kinds
 # --- in this process, without a run folder
 
 
-class Moment(NamedTuple):
+class RoundSnapshot(NamedTuple):
     """What there is after a round: the variables, and what was measured in it."""
 
     shared: dict[str, torch.Tensor]
@@ -54,59 +54,59 @@ class Moment(NamedTuple):
     clients: dict[str, np.ndarray]  # [N]
 
 
-class Rank:
+class ThreadRank:
     """One of several ranks in this process, each a thread; only the holder of the baton runs.
 
     So nothing is concurrent, and code that touches a process-wide state (torch's generator while a
     model is built) is as safe as in processes.
     """
 
-    tolerant, dead = False, ()
+    is_tolerant, dead_ranks = False, ()
 
     def __init__(self, rank: int, meeting: tuple[list, threading.Lock, threading.Barrier]) -> None:
         self.rank = self.local_rank = rank
         self._slots, self._baton, self._barrier = meeting
-        self.pulse = Pulse()
+        self.heartbeat = Heartbeat()
         self.size = self.local_size = len(self._slots)
 
     def sum(self, buffer: np.ndarray) -> None:
-        buffer[...] = np.sum(self._swap(buffer.copy()), axis=0)
+        buffer[...] = np.sum(self._allgather(buffer.copy()), axis=0)
 
     def broadcast(self, data: bytes) -> bytes:
-        return self._swap(data)[0]
+        return self._allgather(data)[0]
 
     def gather(self, send: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-        parts = self._swap(send)
+        parts = self._allgather(send)
         assert [len(part) for part in parts] == list(counts)
         return np.concatenate(parts)
 
     def exchange(
-        self, send: np.ndarray, counts: Sequence[int], arriving: Sequence[int]
+        self, send: np.ndarray, counts: Sequence[int], receive_counts: Sequence[int]
     ) -> np.ndarray:
         parts = [
-            np.split(mine, np.cumsum(to)[:-1])[self.rank]
-            for mine, to in self._swap((send, list(counts)))
+            np.split(buffer, np.cumsum(split_sizes)[:-1])[self.rank]
+            for buffer, split_sizes in self._allgather((send, list(counts)))
         ]
-        assert [len(part) for part in parts] == list(arriving)
+        assert [len(part) for part in parts] == list(receive_counts)
         return np.concatenate(parts)
 
-    def _swap(self, mine) -> list:
+    def _allgather(self, value) -> list:
         """What every rank gave, in rank order."""
-        self._slots[self.rank] = mine
-        self._meet()
-        everything = list(self._slots)
-        self._meet()  # before anybody fills the slots again
-        return everything
+        self._slots[self.rank] = value
+        self._wait_for_all()
+        values = list(self._slots)
+        self._wait_for_all()  # before anybody fills the slots again
+        return values
 
-    def _meet(self) -> None:
-        with self.pulse.waiting():
+    def _wait_for_all(self) -> None:
+        with self.heartbeat.waiting():
             self._baton.release()
             try:
                 self._barrier.wait(60)
             finally:
                 self._baton.acquire()
 
-    def play(self, main: "Callable[[Rank], T]") -> T:
+    def run_with_baton(self, main: "Callable[[ThreadRank], T]") -> T:
         """``main(self)`` with the baton; its exception frees those who wait for this rank."""
         with self._baton:
             try:
@@ -116,109 +116,118 @@ class Rank:
                 raise
 
 
-def on_ranks(number: int, main: Callable[[Any], T]) -> list[T]:
+def run_on_ranks(number: int, main: Callable[[Any], T]) -> list[T]:
     """``main(comm)`` of every rank, in rank order; the first exception is raised."""
     if number == 1:
         return [main(Solo())]
     meeting = ([None] * number, threading.Lock(), threading.Barrier(number))
     with ThreadPoolExecutor(number) as pool:
-        ends = [pool.submit(Rank(rank, meeting).play, main) for rank in range(number)]
-    errors = [end.exception() for end in ends if end.exception()]
+        futures = [
+            pool.submit(ThreadRank(rank, meeting).run_with_baton, main) for rank in range(number)
+        ]
+    errors = [future.exception() for future in futures if future.exception()]
     for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
         raise error
-    return [end.result() for end in ends]
+    return [end.result() for end in futures]
 
 
 @cache
-def tiny(*overrides: str) -> configs.Config:
+def tiny_config(*overrides: str) -> configs.Config:
     """The config of tiny.yaml with overrides."""
     return configs.read(TINY, overrides)
 
 
 @cache
-def built(*overrides: str) -> Built:
+def build_tiny(*overrides: str) -> Assembly:
     """The parts of that run in one process."""
-    return build(tiny(*overrides), str(TINY), Solo())
+    return build(tiny_config(*overrides), str(TINY), Solo())
 
 
-def run_on(ranks: int, folder: Path, *overrides: str) -> Path:
+def create_run(ranks: int, folder: Path, *overrides: str) -> Path:
     """The new run folder of tiny.yaml with overrides, as ``mpirun`` would make it, by simulated
     ranks.
 
     Not by ``start``, which takes the signals of the process: threads may not.
     """
     config = configs.read(TINY, [*overrides, f"output={folder}"])
-    assert on_ranks(ranks, lambda comm: _begin(folder, config, str(TINY), comm, [])) == [0] * ranks
+    assert (
+        run_on_ranks(ranks, lambda comm: _begin(folder, config, str(TINY), comm, [])) == [0] * ranks
+    )
     return folder
 
 
 @cache
-def played(*overrides: str, ranks: int = 1) -> list[list[Moment]]:
+def run_rounds(*overrides: str, ranks: int = 1) -> list[list[RoundSnapshot]]:
     """The moments of each rank, [ranks][rounds + 1]; the first is the one before round 1.
 
     Personal rows are those of all clients (of a kind), whichever rank hosts them. Cached: change
     nothing in it.
     """
-    config = tiny(*overrides)
+    config = tiny_config(*overrides)
 
-    def main(comm) -> tuple[Run, list[Moment]]:
+    def main(comm) -> tuple[Run, list[RoundSnapshot]]:
         parts = build(config, str(TINY), comm)
         state = beginning(parts)
-        moments = [Moment(copied(state.shared), copied(state.personal), {}, {})]
+        moments = [RoundSnapshot(clone_tree(state.shared), clone_tree(state.personal), {}, {})]
         for _ in range(config.rounds):
-            state, row, clients = play(parts.run, state, evaluate=True, stop=False)
-            moments.append(Moment(copied(state.shared), copied(state.personal), row, clients))
+            state, row, clients = run_round(parts.run, state, evaluate=True, stop=False)
+            moments.append(
+                RoundSnapshot(clone_tree(state.shared), clone_tree(state.personal), row, clients)
+            )
         return parts.run, moments
 
-    found = on_ranks(ranks, main)
-    runs = [run for run, _ in found]
-    hosted = [client for run in runs for client in run.hosted]
+    results = run_on_ranks(ranks, main)
+    runs = [run for run, _ in results]
+    hosted = [client for run in runs for client in run.local_clients]
     assert sorted(hosted) == list(range(config.data.partition.clients)), f"hosted: {hosted}"
-    joined = [
-        in_order(runs, [moments[at].personal for _, moments in found])
-        for at in range(config.rounds + 1)
+    personal_at = [
+        join_personal(runs, [moments[index].personal for _, moments in results])
+        for index in range(config.rounds + 1)
     ]
     return [
-        [m._replace(personal=joined[at]) for at, m in enumerate(moments)] for _, moments in found
+        [m._replace(personal=personal_at[at]) for at, m in enumerate(moments)]
+        for _, moments in results
     ]
 
 
-def in_order(runs: Sequence[Run], personal: Sequence[dict]) -> dict[str, torch.Tensor]:
+def join_personal(runs: Sequence[Run], personal: Sequence[dict]) -> dict[str, torch.Tensor]:
     """The personal leaves of all ranks together: of each kind [n, ...], its clients in the order of
     their ids.
     """
-    joined = {}
+    personal_leaves = {}
     for number, kind in enumerate(runs[0].kinds):
-        order = torch.tensor([client for run in runs for client in run.by_kind[number]]).argsort()
-        names = [kind.prefix + name for name in kind.first.personal]
-        joined |= {n: torch.cat([tree[n] for tree in personal])[order] for n in names}
-    return joined
+        order = torch.tensor(
+            [client for run in runs for client in run.local_clients_by_kind[number]]
+        ).argsort()
+        names = [kind.prefix + name for name in kind.initial.personal]
+        personal_leaves |= {n: torch.cat([tree[n] for tree in personal])[order] for n in names}
+    return personal_leaves
 
 
-def same(a: Moment, b: Moment) -> bool:
+def snapshots_equal(a: RoundSnapshot, b: RoundSnapshot) -> bool:
     """Whether two moments agree to the bit in variables and clients' results, and in all rounds'
     numbers but times and MPI's bytes.
     """
 
-    def counted(row):
+    def reproducible(row):
         return {n: v for n, v in row.items() if not n.startswith(("seconds_", "bytes_mpi"))}
 
-    def alike(x, y):
+    def arrays_equal(x, y):
         return x.keys() == y.keys() and all(np.array_equal(x[n], y[n], equal_nan=True) for n in x)
 
     return (
-        equal(a.shared, b.shared)
-        and equal(a.personal, b.personal)
-        and alike(counted(a.row), counted(b.row))
-        and alike(a.clients, b.clients)
+        trees_equal(a.shared, b.shared)
+        and trees_equal(a.personal, b.personal)
+        and arrays_equal(reproducible(a.row), reproducible(b.row))
+        and arrays_equal(a.clients, b.clients)
     )
 
 
-def copied(tree: dict) -> dict:
+def clone_tree(tree: dict) -> dict:
     return {n: v.clone() for n, v in tree.items()}
 
 
-def equal(a: dict, b: dict) -> bool:
+def trees_equal(a: dict, b: dict) -> bool:
     """Whether two trees agree in names, shapes and bits."""
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
@@ -234,7 +243,7 @@ def assert_near(a: dict, b: dict, atol: float = 1e-5) -> None:
 # --- run folders
 
 
-def outcome(run: Path) -> dict:
+def run_outcome(run: Path) -> dict:
     """What must not depend on where and how a run was computed: all but times and MPI's bytes."""
     files = RunFiles(run)
     checkpoint = files.checkpoint()
@@ -249,10 +258,10 @@ def outcome(run: Path) -> dict:
 
 def assert_same_run(a: Path, b: Path) -> None:
     """Raise unless the two run folders end in the same bits."""
-    np.testing.assert_equal(outcome(a), outcome(b))  # NaN equals NaN
+    np.testing.assert_equal(run_outcome(a), run_outcome(b))  # NaN equals NaN
 
 
-def committed(run: Path) -> int:
+def last_checkpoint(run: Path) -> int:
     """The newest round with a committed checkpoint, 0 before the first."""
     return max((int(f.parent.name) for f in run.glob("checkpoints/*/manifest.json")), default=0)
 
@@ -260,19 +269,19 @@ def committed(run: Path) -> int:
 # --- other processes
 
 
-def environment(**more: str) -> dict[str, str]:
+def process_environment(**extra: str) -> dict[str, str]:
     """The environment of a process that runs the package and the user's parts; as root or not."""
     path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return {**os.environ, **root, "PYTHONPATH": path, "HWLOC_HIDE_ERRORS": "1", **more}
+    allow_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return {**os.environ, **allow_root, "PYTHONPATH": path, "HWLOC_HIDE_ERRORS": "1", **extra}
 
 
-def command(*arguments: str | Path) -> list[str]:
+def command_line(*arguments: str | Path) -> list[str]:
     """The package's command line in a process of its own."""
     return [sys.executable, "-m", "fedlora_mpi", *map(str, arguments)]
 
 
-def mpirun(ranks: int) -> list[str]:
+def mpirun_command(ranks: int) -> list[str]:
     """The launcher beside this Python. Skips the test where there is none."""
     launcher = Path(sys.executable).with_name("mpirun")
     if not launcher.exists():
@@ -281,12 +290,12 @@ def mpirun(ranks: int) -> list[str]:
 
 
 @contextmanager
-def launched(line: Sequence[str], cwd: Path, **env: str) -> Iterator[subprocess.Popen]:
+def launch(line: Sequence[str], cwd: Path, **env: str) -> Iterator[subprocess.Popen]:
     """A process that goes on while the block runs, and is gone after it with all ranks it started."""
     process = subprocess.Popen(
         line,
         cwd=cwd,
-        env=environment(**env),
+        env=process_environment(**env),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -302,7 +311,7 @@ def launched(line: Sequence[str], cwd: Path, **env: str) -> Iterator[subprocess.
 
 def kill_all(launcher: subprocess.Popen) -> None:
     """SIGKILL to every rank, then wait for the launcher."""
-    for pid in ranks_of(launcher.pid).values():
+    for pid in rank_pids(launcher.pid).values():
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     try:
@@ -312,39 +321,39 @@ def kill_all(launcher: subprocess.Popen) -> None:
         launcher.communicate()
 
 
-def finished(
+def run_process(
     line: Sequence[str], cwd: Path, timeout: float = 300, **env: str
 ) -> subprocess.CompletedProcess:
     """The ended process, its output as text."""
-    with launched(line, cwd, **env) as process:
+    with launch(line, cwd, **env) as process:
         out, err = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(line, process.returncode, out, err)
 
 
-def said(text: str) -> list[str]:
+def package_lines(text: str) -> list[str]:
     """The lines that the package itself addressed to the user, without those of a launcher."""
     return [line for line in text.splitlines() if line.startswith("fedlora-mpi:")]
 
 
-def until(
-    fact: Callable[[], object], seconds: float = 120, process: subprocess.Popen | None = None
+def wait_until(
+    condition: Callable[[], object], seconds: float = 120, process: subprocess.Popen | None = None
 ):
     """``fact()`` as soon as it is true; fails when ``process`` ends first or time runs out."""
     deadline = time.monotonic() + seconds
-    while not (found := fact()):
-        ended = process is not None and process.poll() is not None
-        if ended or time.monotonic() > deadline:
-            text = process.communicate()[1] if ended else ""
+    while not (value := condition()):
+        has_ended = process is not None and process.poll() is not None
+        if has_ended or time.monotonic() > deadline:
+            text = process.communicate()[1] if has_ended else ""
             pytest.fail(
-                f"{'the process ended' if ended else f'{seconds} s were over'} too early\n{text}"
+                f"{'the process ended' if has_ended else f'{seconds} s were over'} too early\n{text}"
             )
         time.sleep(0.02)
-    return found
+    return value
 
 
-def ranks_of(launcher: int) -> dict[int, int]:
+def rank_pids(launcher: int) -> dict[int, int]:
     """{rank: pid} of the processes that a launcher has started."""
-    parents, found = {}, {}
+    parents, pid_of = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -354,17 +363,17 @@ def ranks_of(launcher: int) -> dict[int, int]:
             except OSError:  # it has ended since
                 continue
     for pid in parents:
-        above = pid
-        while above in parents and above != launcher:
-            above = parents[above]
-        if above == launcher:
+        ancestor = pid
+        while ancestor in parents and ancestor != launcher:
+            ancestor = parents[ancestor]
+        if ancestor == launcher:
             rank = re.search(
                 rb"\0(?:OMPI_COMM_WORLD_RANK|PMI_RANK)=(\d+)",
                 Path(f"/proc/{pid}/environ").read_bytes(),
             )
             if rank:
-                found[int(rank[1])] = pid
-    return found
+                pid_of[int(rank[1])] = pid
+    return pid_of
 
 
 def cpu_seconds(pid: int) -> float:

@@ -11,9 +11,9 @@ from mpi4py import MPI
 
 from fedlora_mpi.cli import main
 
-codes = []
+exit_codes = []
 for line in json.loads(sys.argv[2]):
-    codes.append(main(line))
+    exit_codes.append(main(line))
     with open(f"{sys.argv[1]}-{MPI.COMM_WORLD.rank}", "w") as file:
-        json.dump(codes, file)
-sys.exit(codes[-1])
+        json.dump(exit_codes, file)
+sys.exit(exit_codes[-1])

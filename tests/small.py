@@ -9,7 +9,7 @@ from torch import nn
 
 from fedlora_mpi.aggregation.client_mix import Mixing
 from fedlora_mpi.aggregation.flat_layout import Layout
-from fedlora_mpi.algorithm import Train
+from fedlora_mpi.algorithm import LocalTraining
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import tmap
 from fedlora_mpi.data.datasets import Data, Samples
@@ -17,13 +17,13 @@ from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.data.inputs import Images
 from fedlora_mpi.data.partition import Split
 from fedlora_mpi.engine.train import Trainer
-from fedlora_mpi.federation.cohorts import groups
-from fedlora_mpi.federation.federation import Kind, Pace, Run
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.cohorts import group_clients
+from fedlora_mpi.federation.federation import ClientType, Run, Throughput
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models import zoo
 from fedlora_mpi.models.resnet import ResNet
 from fedlora_mpi.mpi.comm import Solo
-from fedlora_mpi.run.assembly import Built
+from fedlora_mpi.run.assembly import Assembly
 from fedlora_mpi.run.checkpointing import beginning
 
 torch.set_num_threads(1)  # the engine's default; sums in another order have other last bits
@@ -31,7 +31,7 @@ torch.set_num_threads(1)  # the engine's default; sums in another order have oth
 CPU = torch.device("cpu")
 CLASSES, SHAPE = 6, (3, 7, 5)
 SIZES = (11, 7, 7, 3, 2)  # in batches of 5: a remainder of one sample, two clients below a batch
-TRAIN = Train(epochs=3, batch_size=5, lr=0.05, momentum=0.9)
+TRAIN = LocalTraining(epochs=3, batch_size=5, lr=0.05, momentum=0.9)
 
 
 def bn_net(classes, shape):
@@ -67,43 +67,45 @@ def conv_net(classes, shape):
     return nn.Sequential(nn.Conv2d(shape[0], classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def model(network="cnn", classes=CLASSES, shape=SHAPE, seed=1):
+def make_model(network="cnn", classes=CLASSES, shape=SHAPE, seed=1):
     """One of the networks above, or any that the zoo knows; the caller's own, also where ranks are
     threads.
     """
-    return deepcopy(_model(network, classes, tuple(shape), seed))
+    return deepcopy(_cached_model(network, classes, tuple(shape), seed))
 
 
 @cache
-def _model(network, classes, shape, seed):
+def _cached_model(network, classes, shape, seed):
     name = f"small:{network}" if network in globals() else network
     return zoo.build(name, {}, classes, shape, seed)
 
 
-def feed(sizes=SIZES, tests=(4, 9, 2, 5, 7), seed=1, same_sample=False):
+def make_feed(sizes=SIZES, tests=(4, 9, 2, 5, 7), seed=1, same_sample=False):
     """The samples of ``len(sizes)`` clients; the clients of a shorter list hold what they hold in a
     longer.
     """
-    sides = []
+    sample_sets = []
     for number in (60, 50):
         images = torch.randint(
             0, 256, (number, *SHAPE), dtype=torch.uint8, generator=rng(seed, "images", number)
         )
-        sides.append(Samples(images, torch.arange(number) * 5 % 7 % CLASSES))
+        sample_sets.append(Samples(images, torch.arange(number) * 5 % 7 % CLASSES))
     train = tuple(
         np.full(n, 8) if same_sample else np.arange(n) * 3 + k for k, n in enumerate(sizes)
     )
     test = tuple((np.arange(n) * 2 + k) % 50 for k, n in enumerate(tests[: len(sizes)]))
 
-    def count(side, lists):
-        return np.stack([np.bincount(side.y[rows], minlength=CLASSES) for rows in lists])
+    def class_counts(samples, index_lists):
+        return np.stack([np.bincount(samples.y[rows], minlength=CLASSES) for rows in index_lists])
 
-    split = Split(train, test, count(sides[0], train), count(sides[1], test))
-    data = Data(*sides, CLASSES, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), ())
+    split = Split(
+        train, test, class_counts(sample_sets[0], train), class_counts(sample_sets[1], test)
+    )
+    data = Data(*sample_sets, CLASSES, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), ())
     return Feed(data, split, seed=seed, shift="none", device=CPU, augment=False)
 
 
-class Fine(Images):
+class Float64Images(Images):
     """A store whose images come out as float64."""
 
     def read(self, rows, warps):
@@ -111,7 +113,7 @@ class Fine(Images):
         return x.double(), y
 
 
-class FineTrainer(Trainer):
+class Float64Trainer(Trainer):
     """Trains in float64, so that two ways to the same numbers agree to the 13th digit or are not
     the same.
 
@@ -119,29 +121,29 @@ class FineTrainer(Trainer):
     """
 
     def train(self, clients, shared, personal_C, round_, evaluate=False):
-        fine = (
+        in_float64 = (
             tmap(lambda v: v.double() if v.is_floating_point() else v, t)
             for t in (shared, personal_C)
         )
-        return super().train(clients, *fine, round_, evaluate)
+        return super().train(clients, *in_float64, round_, evaluate)
 
 
-def trainer(algorithm, network="cnn", train=TRAIN, stacked=False, samples=None, fine=False):
+def make_trainer(algorithm, network="cnn", train=TRAIN, stacked=False, samples=None, fine=False):
     """A Trainer on this CPU; ``fine``: in float64."""
-    samples = samples or feed()
+    samples = samples or make_feed()
     if fine:
-        samples._train = Fine(*samples._train)
-    return (FineTrainer if fine else Trainer)(
-        algorithm, model(network), train, samples, CPU, stacked
+        samples._train = Float64Images(*samples._train)
+    return (Float64Trainer if fine else Trainer)(
+        algorithm, make_model(network), train, samples, CPU, stacked
     )
 
 
-def first(made):
+def initial_variables(local_trainer):
     """The variables of any client before round 1."""
-    return made.algorithm.init(made.model, rng(1, "init"))
+    return local_trainer.algorithm.init(local_trainer.model, rng(1, "init"))
 
 
-def rows(tree, count):
+def repeat_rows(tree, count):
     """The rows of ``count`` clients that start equal, [count, ...]."""
     return {n: v.expand(count, *v.shape).clone() for n, v in tree.items()}
 
@@ -151,7 +153,7 @@ def wide_cnn(classes, shape):
     return zoo.cnn(classes, shape, width=4, hidden=5)
 
 
-def experiment(
+def make_experiment(
     algorithm,
     network="cnn",
     sizes=SIZES,
@@ -167,60 +169,60 @@ def experiment(
     """
     networks, samples = (
         np.atleast_1d(network).tolist(),
-        samples or feed(sizes, same_sample=same_sample),
+        samples or make_feed(sizes, same_sample=same_sample),
     )
-    made = [trainer(algorithm, name, samples=samples, **how) for name in networks]
-    start = first(made[0])
-    kind_of = tuple(client % len(made) for client in range(len(sizes)))
-    together = groups(sizes, group_size or len(sizes), kind_of)
+    trainers = [make_trainer(algorithm, name, samples=samples, **how) for name in networks]
+    initial = initial_variables(trainers[0])
+    kind_of = tuple(client % len(trainers) for client in range(len(sizes)))
+    client_groups = group_clients(sizes, group_size or len(sizes), kind_of)
     kinds = tuple(
-        Kind(
-            each,
-            first(each)._replace(shared=start.shared),
-            f"kind-{number}/" if len(made) > 1 else "",
+        ClientType(
+            kind_trainer,
+            initial_variables(kind_trainer)._replace(shared=initial.shared),
+            f"kind-{number}/" if len(trainers) > 1 else "",
         )
-        for number, each in enumerate(made)
+        for number, kind_trainer in enumerate(trainers)
     )
     run = Run(
         algorithm=algorithm,
         kinds=kinds,
         kind_of=kind_of,
         comm=Solo(),
-        groups=together,
-        costs=(1.0,) * len(together),
-        host=(0,) * len(together),
+        groups=client_groups,
+        costs=(1.0,) * len(client_groups),
+        rank_of_group=(0,) * len(client_groups),
         group_size=group_size or len(sizes),
         sizes=tuple(sizes),
         weight_N=tuple(sizes if algorithm.weights == "samples" else [1] * len(sizes)),
         seed=1,
         participation=participation,
         reduce="exact",
-        pace=Pace(len(made)),
-        upload=Layout.of(kinds[0].term),
-        mixing=Mixing.of(algorithm, start, [0] * len(sizes), [0], "auto"),
+        throughput=Throughput(len(trainers)),
+        upload_layout=Layout.of(kinds[0].untrained_term),
+        mixing=Mixing.of(algorithm, initial, [0] * len(sizes), [0], "auto"),
     )
-    return run, beginning(Built(None, run, None, SHAPE, ""))
+    return run, beginning(Assembly(None, run, None, SHAPE, ""))
 
 
-def played(run, state, rounds):
+def run_rounds(run, state, rounds):
     """The state after ``rounds`` more rounds."""
     for _ in range(rounds):
-        state, _, _ = play(run, state, evaluate=False, stop=False)
+        state, _, _ = run_round(run, state, evaluate=False, stop=False)
     return state
 
 
 @cache
-def ended(algorithm, network="cnn", rounds=2, **how):
+def final_state(algorithm, network="cnn", rounds=2, **how):
     """The state of that ``experiment`` after some rounds. Cached: change nothing in it."""
-    return played(*experiment(algorithm, network, **how), rounds)
+    return run_rounds(*make_experiment(algorithm, network, **how), rounds)
 
 
-def copy(tree):
+def clone_tree(tree):
     """The same numbers in other memory."""
     return {n: v.clone() for n, v in tree.items()}
 
 
-def equal(a, b):
+def trees_equal(a, b):
     """Whether two trees have the same names and the same bits."""
     return list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
 
@@ -229,5 +231,5 @@ def assert_near(a, b, rtol=1e-5):
     """Every leaf within ``rtol`` of its largest number."""
     assert list(a) == list(b)
     for name in a:
-        gap, top = (a[name] - b[name]).abs().max(), b[name].abs().max()
-        assert gap <= rtol * max(top, 1e-3), f"{name}: {gap:.2e} of {top:.2e}"
+        gap, max_value = (a[name] - b[name]).abs().max(), b[name].abs().max()
+        assert gap <= rtol * max(max_value, 1e-3), f"{name}: {gap:.2e} of {max_value:.2e}"

@@ -14,14 +14,23 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from runs import TESTS, TINY, command, finished, mpirun, on_ranks, said, tiny
+from runs import (
+    TESTS,
+    TINY,
+    command_line,
+    mpirun_command,
+    package_lines,
+    run_on_ranks,
+    run_process,
+    tiny_config,
+)
 from torch import nn
 
-from fedlora_mpi.algorithm import Algorithm, Vars
+from fedlora_mpi.algorithm import Algorithm, Variables
 from fedlora_mpi.cli import main
 from fedlora_mpi.data.datasets import Samples
 from fedlora_mpi.mpi.comm import Solo
-from fedlora_mpi.mpi.ending import Refused, together
+from fedlora_mpi.mpi.ending import Refusal, collectively
 from fedlora_mpi.run import agreement
 from fedlora_mpi.run import assembly as build
 from fedlora_mpi.run import fingerprint as inventory
@@ -114,7 +123,7 @@ class Drawing(Algorithm):
 
     def init(self, model, rng):
         own = torch.from_numpy(np.random.default_rng().normal(size=3)).float()
-        return Vars(dict(model.initial), {"gate": own})
+        return Variables(dict(model.initial), {"gate": own})
 
 
 def refused(*overrides, ranks=3):
@@ -126,11 +135,11 @@ def refused(*overrides, ranks=3):
     def play(comm):
         ODD.rank = comm.rank
         try:
-            build_run(tiny(*overrides), str(TINY), comm)
-        except Refused as error:
+            build_run(tiny_config(*overrides), str(TINY), comm)
+        except Refusal as error:
             lines.append(str(error))
 
-    on_ranks(ranks, play)
+    run_on_ranks(ranks, play)
     assert len(lines) == ranks and len({*lines}) == 1, lines
     assert "\n" not in lines[0]
     return lines[0]
@@ -170,14 +179,20 @@ def test_weights_of_the_global_generators_are_those_of_the_seed_and_move_none():
     runs = []
     for _ in range(2):
         before = global_states()
-        runs.append(build_run(tiny("model=test_agreement:from_global"), str(TINY), Solo()).run)
+        runs.append(
+            build_run(tiny_config("model=test_agreement:from_global"), str(TINY), Solo()).run
+        )
         assert global_states() == before
         random.random(), np.random.random()
-    other = build_run(tiny("model=test_agreement:from_global", "seed=2"), str(TINY), Solo()).run
+    other = build_run(
+        tiny_config("model=test_agreement:from_global", "seed=2"), str(TINY), Solo()
+    ).run
     one, two, three = (run.trainer.model.initial for run in (*runs, other))
     for leaf in ("3.weight", "3.bias"):
         assert torch.equal(one[leaf], two[leaf]) and not torch.equal(one[leaf], three[leaf])
-    on_ranks(3, lambda comm: build_run(tiny("model=test_agreement:from_global"), str(TINY), comm))
+    run_on_ranks(
+        3, lambda comm: build_run(tiny_config("model=test_agreement:from_global"), str(TINY), comm)
+    )
 
 
 def changed_on_rank_2(monkeypatch, change):
@@ -229,7 +244,7 @@ def test_another_version_on_one_rank_is_refused(monkeypatch):
 
 
 def test_another_file_of_the_users_own_on_one_rank_is_refused(monkeypatch):
-    monkeypatch.setattr(inventory, "source", lambda home: b"x" * ODD.rank)
+    monkeypatch.setattr(inventory, "module_source", lambda home: b"x" * ODD.rank)
     line = refused("model=test_agreement:from_global", "algorithm=test_agreement:Drawing")
     assert line  # the draws differ as well
     line = refused("model=test_agreement:from_global")
@@ -252,16 +267,16 @@ def test_other_machines_are_told_of_and_take_the_first_weights_of_rank_0(monkeyp
     def play(comm):
         ODD.rank = comm.rank
         return build_run(
-            tiny("model=test_agreement:unseeded", "algorithm=fedlora"), str(TINY), comm
+            tiny_config("model=test_agreement:unseeded", "algorithm=fedlora"), str(TINY), comm
         ).run
 
-    runs = on_ranks(3, play)
+    runs = run_on_ranks(3, play)
     for run in runs[1:]:
         assert torch.equal(
             run.trainer.model.initial["3.weight"], runs[0].trainer.model.initial["3.weight"]
         )
         for part in ("shared", "personal"):
-            a, b = getattr(run.kinds[0].first, part), getattr(runs[0].kinds[0].first, part)
+            a, b = getattr(run.kinds[0].initial, part), getattr(runs[0].kinds[0].initial, part)
             assert list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
     level = torch.backends.cpu.get_cpu_capability()
     lines = capsys.readouterr().err.splitlines()
@@ -283,8 +298,8 @@ def test_of_several_ranks_that_refuse_the_lowest_speaks():
         if rank:
             raise ValueError(f"said by rank {rank}")
 
-    with pytest.raises(Refused, match="said by rank 1"):
-        on_ranks(3, lambda comm: together(comm, lambda: stage(comm.rank)))
+    with pytest.raises(Refusal, match="said by rank 1"):
+        run_on_ranks(3, lambda comm: collectively(comm, lambda: stage(comm.rank)))
 
 
 def test_another_machine_excuses_no_other_sample(monkeypatch, capsys):
@@ -301,7 +316,7 @@ def test_another_machine_excuses_no_other_sample(monkeypatch, capsys):
 
 
 def test_equal_ranks_say_nothing(capsys):
-    first, *rest = on_ranks(3, lambda comm: build_run(tiny(), str(TINY), comm).inventory)
+    first, *rest = run_on_ranks(3, lambda comm: build_run(tiny_config(), str(TINY), comm).inventory)
     assert all(found == first for found in rest) and list(first) == list(inventory.KINDS)
     assert capsys.readouterr().err == ""
 
@@ -371,7 +386,7 @@ def test_images_replaced_between_run_and_resume_are_refused(pictures, command, c
     picture_folder(pictures.parent / "data", "train/dog/3.png")
     before = sorted(pictures.rglob("*"))
     assert main(command) == 2
-    (line,) = said(capsys.readouterr().err)
+    (line,) = package_lines(capsys.readouterr().err)
     assert line.startswith(
         "fedlora-mpi: out: training samples: not the same as when the run began; put back what was"
     )
@@ -442,7 +457,7 @@ def test_a_network_of_other_first_weights_or_of_another_kind_is_refused_on_a_res
         )
         capsys.readouterr()
         assert main(["resume", str(tmp_path / model), "rounds=2"]) == 2
-        (line,) = said(capsys.readouterr().err)
+        (line,) = package_lines(capsys.readouterr().err)
         assert text in line and "start anew with another output" in line
 
 
@@ -479,7 +494,7 @@ def test_a_resume_on_another_machine_warns_in_one_line(copied, monkeypatch, caps
     out, here = copied(to="out"), inventory.platform_here()
     monkeypatch.setattr(inventory, "platform_here", lambda: here | {"CPU level": "OTHER"})
     assert main(["resume", str(out), "rounds=5"]) == 0
-    (line,) = said(capsys.readouterr().err)
+    (line,) = package_lines(capsys.readouterr().err)
     assert (
         f"out: CPU level is OTHER ({here['CPU level']} when the run began): from here on bits may "
         "differ" in line
@@ -492,9 +507,11 @@ def test_a_resume_on_another_cpu_level_warns_in_one_line(tmp_path):
     level = torch.backends.cpu.get_cpu_capability()
     if level == "DEFAULT":
         pytest.skip("this CPU has no other level")
-    ended = finished(command("resume", "out", "rounds=2"), tmp_path, ATEN_CPU_CAPABILITY="default")
+    ended = run_process(
+        command_line("resume", "out", "rounds=2"), tmp_path, ATEN_CPU_CAPABILITY="default"
+    )
     assert ended.returncode == 0, ended.stderr
-    (line,) = said(ended.stderr)
+    (line,) = package_lines(ended.stderr)
     assert (
         f"out: CPU level is DEFAULT ({level} when the run began): from here on bits may differ"
         in line
@@ -512,14 +529,14 @@ def test_a_folder_that_a_rank_does_not_see_is_refused_and_nothing_is_left(tmp_pa
         ODD.home = tmp_path / ("other" if comm.rank in (1, 2) else "home")
         try:
             folder.need_shared(tmp_path / "home/runs/a", comm)
-        except Refused as error:
+        except Refusal as error:
             lines.append(str(error))
 
     monkeypatch.setattr(
         folder, "sees", lambda path: sight.sees(ODD.home / path.relative_to(tmp_path / "home"))
     )
     (tmp_path / "home").mkdir()
-    on_ranks(3, play)
+    run_on_ranks(3, play)
     assert len({*lines}) == 1 and len(lines) == 3
     assert (
         "ranks 1, 2 (host" in lines[0]
@@ -532,8 +549,8 @@ def test_a_folder_that_a_rank_does_not_see_is_refused_and_nothing_is_left(tmp_pa
 def test_a_shared_folder_is_as_it_was_after_the_check(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/file").touch()
-    on_ranks(3, lambda comm: folder.need_shared(tmp_path / "run", comm))
-    on_ranks(3, lambda comm: folder.need_shared(tmp_path / "new", comm))
+    run_on_ranks(3, lambda comm: folder.need_shared(tmp_path / "run", comm))
+    run_on_ranks(3, lambda comm: folder.need_shared(tmp_path / "new", comm))
     assert {*tmp_path.rglob("*")} == {tmp_path / "run", tmp_path / "run/file"}
 
 
@@ -547,11 +564,11 @@ def test_a_parent_that_cannot_be_made_is_one_line_on_all_ranks(tmp_path):
     lines = []
 
     def play(comm):
-        with pytest.raises(Refused, match="cannot be created: .*; choose another") as error:
+        with pytest.raises(Refusal, match="cannot be created: .*; choose another") as error:
             folder.need_shared(tmp_path / "file/run", comm)
         lines.append(str(error.value))
 
-    on_ranks(2, play)
+    run_on_ranks(2, play)
     assert len({*lines}) == 1
 
 
@@ -562,13 +579,19 @@ def test_a_parent_that_cannot_be_made_is_one_line_on_all_ranks(tmp_path):
 def test_real_ranks_that_differ_end_in_a_line_each_and_leave_no_folder(tmp_path):
     models = ("unseeded", "of_a_text_set", "wide_on_rank_1")
     runs = [["run", str(TINY), f"model=test_agreement:{name}", f"output={name}"] for name in models]
-    line = [*mpirun(3), sys.executable, str(TESTS / "several.py"), "codes", json.dumps(runs)]
-    ended = finished(line, tmp_path, OMPI_MCA_mpi_show_mca_params="")
+    line = [
+        *mpirun_command(3),
+        sys.executable,
+        str(TESTS / "several.py"),
+        "codes",
+        json.dumps(runs),
+    ]
+    ended = run_process(line, tmp_path, OMPI_MCA_mpi_show_mca_params="")
     assert ended.returncode == 2, ended.stderr
     assert [json.loads((tmp_path / f"codes-{rank}").read_text()) for rank in range(3)] == [
         [2, 2, 2]
     ] * 3
-    lines = said(ended.stderr)
+    lines = package_lines(ended.stderr)
     assert len(lines) == 3 and "Traceback" not in ended.stderr
     assert "ranks 1, 2 (host" in lines[0] and "initial weights of 3.weight" in lines[0]
     assert "rank" in lines[1] and "generator of its own or goes through a set" in lines[1]
@@ -594,10 +617,10 @@ def wide_on_rank_1(classes, shape):
 def test_real_ranks_in_other_folders_and_of_another_cpu_level(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir(), there.mkdir()
-    first, *options = mpirun(2)
+    first, *options = mpirun_command(2)
     more = ["env", "ATEN_CPU_CAPABILITY=default"]
-    run = command("run", TINY, "output=runs/out", "rounds=1")
-    ended = finished(
+    run = command_line("run", TINY, "output=runs/out", "rounds=1")
+    ended = run_process(
         [
             first,
             *options,
@@ -615,7 +638,7 @@ def test_real_ranks_in_other_folders_and_of_another_cpu_level(tmp_path):
         tmp_path,
     )
     assert ended.returncode == 2, ended.stderr
-    *warned, line = said(ended.stderr)
+    *warned, line = package_lines(ended.stderr)
     assert "output = runs/out: rank 2 (host" in line and "does not see" in line
     assert not [*here.iterdir()] and not [*there.iterdir()]
     if torch.backends.cpu.get_cpu_capability() != "DEFAULT":

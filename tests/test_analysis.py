@@ -74,7 +74,7 @@ def test_a_clients_model_scores_exactly_what_the_run_logged(any_run):
     )
     logged = any_run.array("clients/accuracy")[-1]
     for client in range(CLIENTS):
-        batch = feed.test([client], 0, feed.test_size(client))
+        batch = feed.test_batch([client], 0, feed.test_size(client))
         view = any_run.client(client)
         with torch.no_grad():
             right = view.model(batch.x[0]).argmax(1) == batch.y[0]
@@ -343,7 +343,7 @@ def test_the_area_of_a_dot_is_the_number_of_samples(clients, classes):
 
 def test_a_picture_is_a_png_and_leaves_nothing_beside(tmp_path):
     labels = np.arange(300) % 5
-    partition.draw(
+    partition.save_figure(
         Pathological(clients=3, train=20, test=10).split(labels, labels, 5), tmp_path / "x.png"
     )
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
@@ -355,10 +355,10 @@ def test_a_picture_that_cannot_be_made_is_refused_with_the_way_out(tmp_path, mon
     with pytest.raises(
         ValueError, match="No such file or directory, .* GB free .*; choose another"
     ):
-        partition.draw(split, tmp_path / "nowhere" / "x.png")
+        partition.save_figure(split, tmp_path / "nowhere" / "x.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"pip install 'fedlora-mpi\[analysis\]'"):
-        partition.draw(split, tmp_path / "x.png")
+        partition.save_figure(split, tmp_path / "x.png")
 
 
 def test_without_pandas_tables_are_refused_and_arrays_are_not(run, monkeypatch):

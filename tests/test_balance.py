@@ -3,10 +3,20 @@
 import numpy as np
 import pytest
 import torch
-from runs import MIXED, TINY, Moment, built, copied, in_order, on_ranks, played, tiny
+from runs import (
+    MIXED,
+    TINY,
+    RoundSnapshot,
+    build_tiny,
+    clone_tree,
+    join_personal,
+    run_on_ranks,
+    run_rounds,
+    tiny_config,
+)
 
-from fedlora_mpi.federation.round import play
-from fedlora_mpi.resilience.rebalancing import balanced, due
+from fedlora_mpi.federation.round import run_round
+from fedlora_mpi.resilience.rebalancing import is_rebalancing_due, rebalance
 from fedlora_mpi.run.assembly import build, hosts
 from fedlora_mpi.run.checkpointing import beginning
 
@@ -15,25 +25,32 @@ def balanced_run(ranks: int, taken: list[float], *asked: str, samples: float = 1
     """(the hosts before, the run, the last moment) of a run that moves after round 2, when kinds
     have taken so long.
     """
-    config = tiny(*MIXED, *asked)
+    config = tiny_config(*MIXED, *asked)
 
     def main(comm):
         parts = build(config, str(TINY), comm)
-        run, state, before = parts.run, beginning(parts), parts.run.host
+        run, state, before = parts.run, beginning(parts), parts.run.rank_of_group
         for round_ in range(config.rounds):
-            state, row, clients = play(run, state, evaluate=True, stop=False)
+            state, row, clients = run_round(run, state, evaluate=True, stop=False)
             if round_ == 1:
-                assert (run.pace.taken >= 0).all() and run.pace.taken[1].sum() == sum(
-                    run.sizes[c] for c in run.hosted for r in (0, 1) if c in run.chosen(r)
+                assert (run.throughput.totals >= 0).all() and run.throughput.totals[1].sum() == sum(
+                    run.sizes[c]
+                    for c in run.local_clients
+                    for r in (0, 1)
+                    if c in run.sample_cohort(r)
                 )
-                run.pace.taken[:] = np.array([taken, [1.0, 1.0, samples]])
-                run, state = balanced(run, state, hosts(config, comm.size), config.mix)
-        return run, before, Moment(copied(state.shared), copied(state.personal), row, clients)
+                run.throughput.totals[:] = np.array([taken, [1.0, 1.0, samples]])
+                run, state = rebalance(run, state, hosts(config, comm.size), config.mix)
+        return (
+            run,
+            before,
+            RoundSnapshot(clone_tree(state.shared), clone_tree(state.personal), row, clients),
+        )
 
-    found = on_ranks(ranks, main)
+    found = run_on_ranks(ranks, main)
     runs = [run for run, *_ in found]
-    moment = found[0][2]._replace(personal=in_order(runs, [m.personal for *_, m in found]))
-    assert len({run.host for run in runs}) == 1
+    moment = found[0][2]._replace(personal=join_personal(runs, [m.personal for *_, m in found]))
+    assert len({run.rank_of_group for run in runs}) == 1
     return found[0][1], runs[0], moment
 
 
@@ -47,8 +64,8 @@ FURTHER = (("uplink=gather",), ("evaluate.clients=cohort",))
 )
 def test_clients_that_move_keep_their_numbers(asked):
     before, run, moment = balanced_run(3, [9.0, 1.0, 1.0], *asked)
-    assert run.host != before
-    whole = played(*MIXED, *asked)[0][-1]
+    assert run.rank_of_group != before
+    whole = run_rounds(*MIXED, *asked)[0][-1]
     for a, b in ((moment.shared, whole.shared), (moment.personal, whole.personal)):
         assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     np.testing.assert_array_equal(moment.clients["accuracy"], whole.clients["accuracy"])
@@ -59,7 +76,7 @@ def test_groups_lie_as_the_seconds_say():
     slow = [
         sum(
             run.sizes[c]
-            for g, h in zip(run.groups, run.host, strict=True)
+            for g, h in zip(run.groups, run.rank_of_group, strict=True)
             for c in g
             if h == w and run.kind_of[c] == 0
         )
@@ -74,18 +91,18 @@ def test_groups_lie_as_the_seconds_say():
 
 
 def test_nobody_moves_where_little_is_gained_or_a_kind_is_unknown():
-    flops = [kind.trainer.model.flops for kind in built(*MIXED).run.kinds]
+    flops = [kind.trainer.model.flops for kind in build_tiny(*MIXED).run.kinds]
     for taken, samples in (([float(f) for f in flops], 1.0), ([9.0, 1.0, 0.0], 0.0)):
         before, run, _ = balanced_run(3, taken, "rounds=2", samples=samples)
-        assert run.host == before
+        assert run.rank_of_group == before
 
 
 def test_it_is_looked_at_after_rounds_2_4_8_of_several_kinds_on_several_workers():
     mixed, alone = (
-        on_ranks(3, lambda comm: build(tiny(*MIXED), str(TINY), comm).run)[0],
-        built(*MIXED).run,
+        run_on_ranks(3, lambda comm: build(tiny_config(*MIXED), str(TINY), comm).run)[0],
+        build_tiny(*MIXED).run,
     )
-    assert [r for r in range(70) if due(mixed, r)] == [2, 4, 8, 16, 32, 64]
-    assert not any(due(alone, r) for r in range(70))
-    one_kind = on_ranks(3, lambda comm: build(tiny(), str(TINY), comm).run)[0]
-    assert not any(due(one_kind, r) for r in range(70))
+    assert [r for r in range(70) if is_rebalancing_due(mixed, r)] == [2, 4, 8, 16, 32, 64]
+    assert not any(is_rebalancing_due(alone, r) for r in range(70))
+    one_kind = run_on_ranks(3, lambda comm: build(tiny_config(), str(TINY), comm).run)[0]
+    assert not any(is_rebalancing_due(one_kind, r) for r in range(70))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import TESTS, TINY, assert_same_run, command, finished, outcome
+from runs import TESTS, TINY, assert_same_run, command_line, run_outcome, run_process
 
 from fedlora_mpi import __version__
 from fedlora_mpi.cli import main
@@ -119,8 +119,8 @@ def test_the_module_and_the_entry_point_are_the_same_command(tmp_path):
     # what pip makes of it
     script = f"import sys; from {module} import {function}; sys.exit({function}())"
     for arguments, code in ((["--help"], 0), (["run", "missing.yaml"], 2)):
-        one = finished(command(*arguments), tmp_path)
-        other = finished([sys.executable, "-c", script, *arguments], tmp_path)
+        one = run_process(command_line(*arguments), tmp_path)
+        other = run_process([sys.executable, "-c", script, *arguments], tmp_path)
         assert one.returncode == other.returncode == code
         assert (one.stdout, one.stderr) == (other.stdout, other.stderr)
 
@@ -265,13 +265,13 @@ def test_a_folder_without_a_run_is_refused(call, tmp_path):
 
 
 def test_resuming_a_finished_run_is_fine_and_changes_nothing(call, copy, six):
-    config, before = (copy / "config.yaml").read_text(), outcome(copy)
+    config, before = (copy / "config.yaml").read_text(), run_outcome(copy)
     code, out, err = call("resume", copy)
     assert (code, out) == (0, f"{copy}: done\n")
     assert [line for line in err.splitlines() if not line.startswith("hint: ")] == [
         f"resuming {copy} after round 6"
     ]
-    np.testing.assert_equal(outcome(copy), before)
+    np.testing.assert_equal(run_outcome(copy), before)
     assert RunFiles(copy).checkpoints() == [2, 4, 6]
 
     def settings(text):

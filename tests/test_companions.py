@@ -9,21 +9,21 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
-from runs import TINY, assert_same_run, on_ranks, tiny
-from tiers import STACK_FIRST, thorough
+from runs import TINY, assert_same_run, run_on_ranks, tiny_config
+from tiers import STACK_FIRST, thorough_param
 
-from fedlora_mpi.algorithm import Batch, Vars
+from fedlora_mpi.algorithm import Batch, Variables
 from fedlora_mpi.algorithms.fedapen import FedAPEN
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedkd import FedKD
 from fedlora_mpi.algorithms.fml import FML
 from fedlora_mpi.algorithms.local import Local
-from fedlora_mpi.components.lowrank import truncated
+from fedlora_mpi.components.lowrank import truncate_svd
 from fedlora_mpi.config import read
-from fedlora_mpi.core.batch import divergence
+from fedlora_mpi.core.batch import kl_divergence
 from fedlora_mpi.core.seeds import rng
-from fedlora_mpi.core.tree import numel, prefixed, tmap, under
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.core.tree import add_prefix, numel, select_prefix, tmap
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Fault
 from fedlora_mpi.run.assembly import build
@@ -41,8 +41,8 @@ def numbers(*shape, at=0):
 @cache
 def outcome(algorithm, network="cnn", rounds=2, **how):
     """(Run, State) after ``rounds`` rounds. Cached: change nothing in it, and play no further."""
-    run, state = small.experiment(algorithm, network, **how)
-    return run, small.played(run, state, rounds)
+    run, state = small.make_experiment(algorithm, network, **how)
+    return run, small.run_rounds(run, state, rounds)
 
 
 def batch(made, client=0, width=5, padding=False):
@@ -61,13 +61,13 @@ def trained(made, v):
     def moved(t):
         return t.double() + 0.1 * numbers(1, *t.shape)[0].abs()
 
-    return Vars(*(tmap(moved, half) for half in v[:2]))
+    return Variables(*(tmap(moved, half) for half in v[:2]))
 
 
 def leaves(made, v):
     """(a copy of ``v``, {leaf: what is trained of it})."""
     step = made.algorithm.phases(made.model, made.settings, 1)[-1].steps[0]
-    copies = Vars(*(small.copy(half) for half in v[:2]))
+    copies = Variables(*(small.clone_tree(half) for half in v[:2]))
     given = copies.shared | copies.personal
     return copies, {
         n: w.requires_grad_()
@@ -96,7 +96,7 @@ def by_torch(made, v, data, formula, frozen):
     own = {n: w for n, w in now.personal.items() if n in made.model.leaves}
     f, s = (
         parts(made.model, own, x),
-        parts(made.algorithm.g(made.model), under(now.shared, ".small."), x),
+        parts(made.algorithm.g(made.model), select_prefix(now.shared, ".small."), x),
     )
     if not frozen:
         loss = sum(formula(f, s, y, now.personal))
@@ -142,19 +142,19 @@ def assert_gradients(made, v, data, formula, frozen=True):
 def test_divergence_is_torchs():
     q, p = 3 * numbers(7, 5), 3 * numbers(7, 5, at=1)
     each = F.kl_div(p.log_softmax(1), q.softmax(1), reduction="none").sum(1)
-    assert torch.allclose(divergence(q, p), each, atol=1e-6)
-    assert not torch.allclose(divergence(p, q), each, atol=1e-2)
-    assert torch.equal(divergence(q, q), torch.zeros(7))
+    assert torch.allclose(kl_divergence(q, p), each, atol=1e-6)
+    assert not torch.allclose(kl_divergence(p, q), each, atol=1e-2)
+    assert torch.equal(kl_divergence(q, q), torch.zeros(7))
 
 
 @METHODS
 def test_what_is_shared_is_one_small_network_for_all_models(method):
     algorithm = method(small="small:cnn")
     firsts = [
-        algorithm.init(small.model(n), rng(1, "init")) for n in ("bn_net", "noisy_net", "cnn")
+        algorithm.init(small.make_model(n), rng(1, "init")) for n in ("bn_net", "noisy_net", "cnn")
     ]
-    assert all(small.equal(v.shared, firsts[0].shared) for v in firsts)
-    other = algorithm.init(small.model(), rng(2, "init")).shared
+    assert all(small.trees_equal(v.shared, firsts[0].shared) for v in firsts)
+    other = algorithm.init(small.make_model(), rng(2, "init")).shared
     assert not any(
         torch.equal(v, other[n]) for n, v in firsts[0].shared.items() if n.startswith(".small.")
     )
@@ -163,9 +163,9 @@ def test_what_is_shared_is_one_small_network_for_all_models(method):
 
 @METHODS
 def test_the_small_network_follows_the_mode_of_the_clients(method):
-    model = small.model()
+    model = small.make_model()
     assert (
-        method(**WITH_BN).g(model).training and not method(**WITH_BN).g(model.evaluating()).training
+        method(**WITH_BN).g(model).training and not method(**WITH_BN).g(model.eval_mode()).training
     )
 
 
@@ -183,16 +183,16 @@ def test_the_small_network_follows_the_mode_of_the_clients(method):
 )
 def test_an_impossible_small_network_is_refused(method, name, said):
     with pytest.raises(ValueError) as refusal:
-        method(small=name).check(small.model(), small.TRAIN)
+        method(small=name).check(small.make_model(), small.TRAIN)
     assert str(refusal.value).startswith(said)
 
 
 @METHODS
 @STACK_FIRST
 def test_everything_of_both_networks_trains_and_statistics_are_counted_once(method, stacked):
-    run, state = small.experiment(method(**WITH_BN), "bn_net", stacked=stacked)
+    run, state = small.make_experiment(method(**WITH_BN), "bn_net", stacked=stacked)
     g = run.algorithm.g(run.trainer.model)
-    for done in run.trainer.train(run.hosted, state.shared, state.personal, 1):
+    for done in run.trainer.train(run.local_clients, state.shared, state.personal, 1):
         names = [n for n in done.start.shared if n.startswith(".small.")]
         moved = [not torch.equal(done.start.shared[n], done.end.shared[n]) for n in names]
         moved += [
@@ -205,13 +205,13 @@ def test_everything_of_both_networks_trains_and_statistics_are_counted_once(meth
     # more.
     still = replace(small.TRAIN, epochs=1, lr=1e-30, batch_size=11)
     whole = {"equal": True, "held_out": 0.0} if method is FedAPEN else {}
-    made = small.trainer(method(**WITH_BN, **whole), "bn_net", train=still, stacked=stacked)
-    v = small.first(made)
-    (done, *_) = made.train([0], v.shared, small.rows(v.personal, 1), 0)
-    plain = small.trainer(FedAvg(), "bn_net", train=still)
+    made = small.make_trainer(method(**WITH_BN, **whole), "bn_net", train=still, stacked=stacked)
+    v = small.initial_variables(made)
+    (done, *_) = made.train([0], v.shared, small.repeat_rows(v.personal, 1), 0)
+    plain = small.make_trainer(FedAvg(), "bn_net", train=still)
     for tree, begin in (
         (done.end.personal, v.personal),
-        (under(done.end.shared, ".small."), under(v.shared, ".small.")),
+        (select_prefix(done.end.shared, ".small."), select_prefix(v.shared, ".small.")),
     ):
         (once,) = plain.train([0], {n: begin[n] for n in g.leaves}, {}, 0)
         for n in g.leaves:
@@ -222,27 +222,29 @@ def test_everything_of_both_networks_trains_and_statistics_are_counted_once(meth
 @METHODS
 @pytest.mark.parametrize(
     "own, shared",
-    [("cnn", "bn_net"), thorough("bn_net", "cnn"), thorough("noisy_net", "noisy_net")],
+    [("cnn", "bn_net"), thorough_param("bn_net", "cnn"), thorough_param("noisy_net", "noisy_net")],
 )
 def test_loop_and_stack_train_alike(method, own, shared):
     ends = []
     for stacked in (False, True):
-        run, state = small.experiment(method(small=f"small:{shared}"), own, stacked=stacked)
-        state = small.played(run, state, 1)
-        trained = run.trainer.train(run.hosted, state.shared, state.personal, 1)
-        ends.append([small.copy(d.end.shared | d.end.personal) | {"loss": d.loss} for d in trained])
+        run, state = small.make_experiment(method(small=f"small:{shared}"), own, stacked=stacked)
+        state = small.run_rounds(run, state, 1)
+        trained = run.trainer.train(run.local_clients, state.shared, state.personal, 1)
+        ends.append(
+            [small.clone_tree(d.end.shared | d.end.personal) | {"loss": d.loss} for d in trained]
+        )
     for loop, stack in zip(*ends, strict=True):
         small.assert_near(stack, loop, rtol=1e-4)
 
 
 def test_noise_is_that_of_the_batch_and_differs_between_the_networks():
-    made = small.trainer(FML(small="small:noisy_net"), "noisy_net")
-    v = small.first(made)
-    v = Vars(prefixed(v.personal, ".small."), v.personal)  # g is F
+    made = small.make_trainer(FML(small="small:noisy_net"), "noisy_net")
+    v = small.initial_variables(made)
+    v = Variables(add_prefix(v.personal, ".small."), v.personal)  # g is F
     data = batch(made)
 
     def outputs(data):
-        with made.model.prepared(data):
+        with made.model.training_context(data):
             return made.algorithm.logits_of_both(made.model, v, data)
 
     once, again, other = outputs(data), outputs(data), outputs(data._replace(key=data.key + 9))
@@ -256,19 +258,21 @@ def test_noise_is_that_of_the_batch_and_differs_between_the_networks():
 
 
 @STACK_FIRST
-@pytest.mark.parametrize("own, shared", [("cnn", "bn_net"), thorough("bn_net", "cnn")])
-@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
+@pytest.mark.parametrize("own, shared", [("cnn", "bn_net"), thorough_param("bn_net", "cnn")])
+@pytest.mark.parametrize("participation", [thorough_param(1.0), 0.6])
 def test_fml_without_teachers_is_local_beside_fedavg(stacked, own, shared, participation):
     how = {"stacked": stacked, "participation": participation, "rounds": 3}
     mutual = FML(small=f"small:{shared}", alpha=1.0, beta=1.0)
-    first = small.first(small.trainer(mutual, own))
+    first = small.initial_variables(small.make_trainer(mutual, own))
     _, both = outcome(mutual, own, **how)
     _, alone = outcome(Local(), own, **how)
-    assert small.equal(both.personal, alone.personal)
+    assert small.trees_equal(both.personal, alone.personal)
     how.pop("rounds")
-    run, state = small.experiment(FedAvg(weights="uniform"), shared, **how)
-    averaged = small.played(run, state._replace(shared=under(first.shared, ".small.")), 3)
-    assert small.equal(under(both.shared, ".small."), averaged.shared)
+    run, state = small.make_experiment(FedAvg(weights="uniform"), shared, **how)
+    averaged = small.run_rounds(
+        run, state._replace(shared=select_prefix(first.shared, ".small.")), 3
+    )
+    assert small.trees_equal(select_prefix(both.shared, ".small."), averaged.shared)
     _, taught = outcome(replace(mutual, alpha=0.5, beta=0.5), own, rounds=3, **how)
     assert not any(torch.equal(v, taught.personal[n]) for n, v in alone.personal.items())
     assert not any(torch.equal(v, taught.shared[n]) for n, v in both.shared.items())
@@ -278,22 +282,24 @@ def test_fml_without_teachers_is_local_beside_fedavg(stacked, own, shared, parti
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("own, shared", [("cnn", "bn_net"), ("bn_net", "cnn")])
 def test_the_gradients_of_fml_are_those_of_its_losses(alpha, beta, padding, own, shared):
-    made = small.trainer(FML(small=f"small:{shared}", alpha=alpha, beta=beta), own)
+    made = small.make_trainer(FML(small=f"small:{shared}", alpha=alpha, beta=beta), own)
 
     def formula(f, g, y, own):
         local = alpha * F.cross_entropy(f[1], y) + (1 - alpha) * kl(g[1], f[1])
         return local, beta * F.cross_entropy(g[1], y) + (1 - beta) * kl(f[1], g[1])
 
-    assert_gradients(made, trained(made, small.first(made)), batch(made, padding=padding), formula)
+    assert_gradients(
+        made, trained(made, small.initial_variables(made)), batch(made, padding=padding), formula
+    )
 
 
 def test_equal_networks_teach_each_other_nothing():
-    made = small.trainer(FML(small="small:cnn", alpha=0.3, beta=0.2))
-    v = trained(made, small.first(made))
-    v = Vars(prefixed(v.personal, ".small."), v.personal)
+    made = small.make_trainer(FML(small="small:cnn", alpha=0.3, beta=0.2))
+    v = trained(made, small.initial_variables(made))
+    v = Variables(add_prefix(v.personal, ".small."), v.personal)
     grads, loss = gradients(made, v, batch(made))
     plain, fit = gradients(
-        small.trainer(replace(made.algorithm, alpha=1.0, beta=1.0)), v, batch(made)
+        small.make_trainer(replace(made.algorithm, alpha=1.0, beta=1.0)), v, batch(made)
     )
     assert loss == pytest.approx(0.25 * fit.item(), rel=1e-12)
     for name, value in grads.items():
@@ -303,8 +309,8 @@ def test_equal_networks_teach_each_other_nothing():
 
 def test_the_clients_own_model_is_the_large_one():
     for method in (FML, FedKD):
-        made = small.trainer(method(**WITH_BN))
-        v, x = small.first(made), batch(made).x
+        made = small.make_trainer(method(**WITH_BN))
+        v, x = small.initial_variables(made), batch(made).x
         assert torch.equal(
             made.algorithm.logits(made.model, v, x), made.model(made.model.initial, x)
         )
@@ -317,7 +323,7 @@ def test_the_clients_own_model_is_the_large_one():
 @pytest.mark.parametrize("own, shared", [("cnn", "bn_net"), ("bn_net", "cnn")])
 @pytest.mark.parametrize("detached", [False, True])
 def test_the_gradients_of_fedkd_are_those_of_its_losses(padding, own, shared, detached):
-    made = small.trainer(FedKD(small=f"small:{shared}", detached=detached), own)
+    made = small.make_trainer(FedKD(small=f"small:{shared}", detached=detached), own)
     held = torch.Tensor.detach if detached else lambda v: v
 
     def formula(t, s, y, own):
@@ -327,13 +333,17 @@ def test_the_gradients_of_fedkd_are_those_of_its_losses(padding, own, shared, de
         return L_t, F.cross_entropy(s[1], y) + kl(held(t[1]), s[1]) / D + hidden / D
 
     assert_gradients(
-        made, trained(made, small.first(made)), batch(made, padding=padding), formula, frozen=False
+        made,
+        trained(made, small.initial_variables(made)),
+        batch(made, padding=padding),
+        formula,
+        frozen=False,
     )
 
 
 def test_w_h_begins_with_the_bounds_of_torchs_linear():
-    made = small.trainer(FedKD(small="small:cnn"), "linear_net")
-    W_h = small.first(made).personal[".hidden.W_h"]
+    made = small.make_trainer(FedKD(small="small:cnn"), "linear_net")
+    W_h = small.initial_variables(made).personal[".hidden.W_h"]
     assert (
         W_h.shape == (105, 5) and 0.95 < W_h.abs().max() * 5**0.5 <= 1 and W_h.mean().abs() < 0.05
     )
@@ -343,8 +353,8 @@ def test_a_network_without_a_linear_head_is_refused_by_fedkd():
     with pytest.raises(
         ValueError, match="^small = test_companions:all_convolution: needs a network that ends in a"
     ):
-        FedKD(small="test_companions:all_convolution").check(small.model(), small.TRAIN)
-    model = small.model("test_companions:all_convolution")
+        FedKD(small="test_companions:all_convolution").check(small.make_model(), small.TRAIN)
+    model = small.make_model("test_companions:all_convolution")
     with pytest.raises(ValueError, match="^name = fedkd: needs a network that ends in a Linear"):
         FedKD(**WITH_BN).check(model, small.TRAIN)
 
@@ -366,13 +376,13 @@ def spectrum(*values, d1=4, d2=5):
 ])  # fmt: skip
 def test_truncation_keeps_the_fewest_singular_values_that_hold_the_energy(energy, n):
     matrix = spectrum(3.0, 2.0, 1.0)
-    kept, count = truncated(matrix, torch.tensor(energy, dtype=torch.float64))
+    kept, count = truncate_svd(matrix, torch.tensor(energy, dtype=torch.float64))
     assert count == n * (4 + 5 + 1)
     assert torch.allclose(kept, spectrum(*[3.0, 2.0, 1.0][:n]), atol=1e-12)
 
 
 def test_exactly_the_energy_is_enough():
-    kept, count = truncated(
+    kept, count = truncate_svd(
         torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), torch.tensor(0.5).double()
     )
     assert count == 3 + 2 + 1 and kept.square().sum() == 4
@@ -381,7 +391,7 @@ def test_exactly_the_energy_is_enough():
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 2, 3, 3)])
 def test_truncation_at_full_energy_loses_nothing(shape):
     matrix = numbers(*shape)
-    kept, count = truncated(matrix, torch.tensor(1.0).double())
+    kept, count = truncate_svd(matrix, torch.tensor(1.0).double())
     d1, d2 = matrix.flatten(1).shape
     assert (
         torch.allclose(kept, matrix, atol=1e-6)
@@ -389,13 +399,15 @@ def test_truncation_at_full_energy_loses_nothing(shape):
         and kept.shape == shape
     )
     assert count == min(d1, d2) * (d1 + d2 + 1)
-    assert not torch.allclose(truncated(matrix, torch.tensor(0.3).double())[0], matrix, atol=1e-2)
+    assert not torch.allclose(
+        truncate_svd(matrix, torch.tensor(0.3).double())[0], matrix, atol=1e-2
+    )
 
 
 def test_the_energy_that_is_kept_is_enough_and_the_numbers_grow_with_it():
     matrix, counts = numbers(20, 3, 5, 5), []
     for energy in torch.linspace(0, 1, 21).double():
-        kept, count = truncated(matrix, energy)
+        kept, count = truncate_svd(matrix, energy)
         counts.append(int(count))
         assert kept.square().sum() >= (energy - 1e-6) * matrix.square().sum()
         n = int(count) // 96
@@ -409,22 +421,22 @@ def test_truncation_of_deficient_matrices():
     narrow = numbers(4, 5)
     narrow[:, 2:] = 0
     for low in (narrow, spectrum(3.0, 2.0)):
-        kept, count = truncated(low, full)
+        kept, count = truncate_svd(low, full)
         assert count == 2 * 10 and torch.allclose(kept, low, atol=1e-6)
-    kept, count = truncated(torch.zeros(4, 5), full)
+    kept, count = truncate_svd(torch.zeros(4, 5), full)
     assert torch.equal(kept, torch.zeros(4, 5)) and count == 10
     broken = torch.tensor([[1.0, float("nan")], [float("inf"), 2.0]])
-    assert torch.equal(truncated(broken, full)[0].isfinite(), broken.isfinite())
+    assert torch.equal(truncate_svd(broken, full)[0].isfinite(), broken.isfinite())
 
 
 def test_every_client_of_a_stack_has_its_own_rank():
     spectra = (3.0, 2.0, 1.0), (3.0, 0.1, 0.1), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     matrices = torch.stack([spectrum(*values) for values in spectra])
     energy = torch.tensor([0.9] * 4).double()
-    kept, counts = torch.func.vmap(truncated)(matrices, energy)
+    kept, counts = torch.func.vmap(truncate_svd)(matrices, energy)
     assert counts.tolist() == [20, 10, 10, 30]
     for row, matrix in enumerate(matrices):
-        assert torch.allclose(kept[row], truncated(matrix, energy[row])[0], atol=1e-14)
+        assert torch.allclose(kept[row], truncate_svd(matrix, energy[row])[0], atol=1e-14)
 
 
 @dataclass(frozen=True)
@@ -434,7 +446,7 @@ class Whole(FedKD):
     def finish(self, model, train, start, end, data):
         return end
 
-    def serve(self, server, shared, mean, share):
+    def server_update(self, server, shared, mean, share):
         return server, shared | mean
 
 
@@ -443,11 +455,13 @@ def test_fedkd_at_full_energy_is_mutual_distillation_with_fedavg(stacked):
     full = {"energy_start": 1.0, "energy_end": 1.0, **WITH_BN}
     how = {"network": "bn_net", "stacked": stacked, "rounds": 3, "participation": 0.6}
     (_, a), (_, b) = (outcome(method(**full), **how) for method in (FedKD, Whole))
-    g = under(a.shared, ".small.")
-    small.assert_near(g, under(b.shared, ".small."))
+    g = select_prefix(a.shared, ".small.")
+    small.assert_near(g, select_prefix(b.shared, ".small."))
     small.assert_near(a.personal, b.personal)
     _, less = outcome(FedKD(energy_start=0.5, energy_end=0.5, **WITH_BN), **how)
-    assert any((v - under(less.shared, ".small.")[n]).abs().max() > 1e-3 for n, v in g.items())
+    assert any(
+        (v - select_prefix(less.shared, ".small.")[n]).abs().max() > 1e-3 for n, v in g.items()
+    )
 
 
 def ranks_of(old, new, energy):
@@ -468,59 +482,62 @@ def shortened(old, new, energy):
     """``new`` as that message tells it."""
     energy = torch.tensor(energy, dtype=torch.float64)
     return {
-        n: v if v.dim() == 1 else old[n] + truncated(v - old[n], energy)[0] for n, v in new.items()
+        n: v if v.dim() == 1 else old[n] + truncate_svd(v - old[n], energy)[0]
+        for n, v in new.items()
     }
 
 
 @STACK_FIRST
 def test_the_messages_of_fedkd_and_their_bytes_are_those_of_the_ranks(stacked):
     settings = {"energy_start": 0.5, "energy_end": 0.9, "energy_rounds": 4, **WITH_BN}
-    run, state = small.experiment(FedKD(**settings), stacked=stacked)
-    whole, _ = small.experiment(Whole(**settings), stacked=stacked)
-    down = numel(under(state.shared, ".small."))
+    run, state = small.make_experiment(FedKD(**settings), stacked=stacked)
+    whole, _ = small.make_experiment(Whole(**settings), stacked=stacked)
+    down = numel(select_prefix(state.shared, ".small."))
     for round_, energy in enumerate((0.6, 0.7, 0.8, 0.9, 0.9)):
-        old, uploads, ups = under(small.copy(state.shared), ".small."), [], 0
+        old, uploads, ups = select_prefix(small.clone_tree(state.shared), ".small."), [], 0
         for done in whole.trainer.train(
-            run.hosted, state.shared, small.copy(state.personal), round_
+            run.local_clients, state.shared, small.clone_tree(state.personal), round_
         ):
-            new = under(small.copy(done.end.shared), ".small.")
+            new = select_prefix(small.clone_tree(done.end.shared), ".small.")
             uploads.append(shortened(old, new, energy))
             ups += ranks_of(old, new, energy)
         for done, upload in zip(
-            run.trainer.train(run.hosted, state.shared, state.personal, round_),
+            run.trainer.train(run.local_clients, state.shared, state.personal, round_),
             uploads,
             strict=True,
         ):
-            small.assert_near(under(run.algorithm.upload(done.start, done.end), ".small."), upload)
+            small.assert_near(
+                select_prefix(run.algorithm.upload(done.start, done.end), ".small."), upload
+            )
         mean = {n: (sum(upload[n].double() for upload in uploads) / 5).float() for n in old}
-        state, row, _ = play(run, state, evaluate=False, stop=False)
+        state, row, _ = run_round(run, state, evaluate=False, stop=False)
         assert (row["bytes_up"], row["bytes_down"]) == (4 * ups, 4 * 5 * down), round_
         down = ranks_of(old, mean, energy)
         assert state.shared[".svd.numbers"] == down and state.shared[".svd.round"] == round_ + 1
-        small.assert_near(under(state.shared, ".small."), shortened(old, mean, energy))
+        small.assert_near(select_prefix(state.shared, ".small."), shortened(old, mean, energy))
 
 
 @STACK_FIRST
 def test_more_energy_is_a_longer_message(stacked):
     sent = []
     for energy in (0.2, 0.6, 0.9, 1.0):
-        run, state = small.experiment(
+        run, state = small.make_experiment(
             FedKD(energy_start=energy, energy_end=energy, **WITH_BN), stacked=stacked
         )
-        sent.append(play(run, state, evaluate=False, stop=False)[1]["bytes_up"])
+        sent.append(run_round(run, state, evaluate=False, stop=False)[1]["bytes_up"])
     assert sent == sorted(sent) and len(set(sent)) == 4
 
 
 @STACK_FIRST
 def test_a_client_of_fedkd_that_diverges_is_reported(stacked):
-    run, state = small.experiment(
+    run, state = small.make_experiment(
         FedKD(**WITH_BN),
         stacked=stacked,
         train=replace(small.TRAIN, lr=1e30, epochs=5),
         sizes=(11, 7),
     )
     with pytest.raises(Fault, match="not finite"):
-        small.played(run, state, 2)
+        small.run_rounds(run, state, 2)
 
 
 # FedAPEN
@@ -529,8 +546,8 @@ def test_a_client_of_fedkd_that_diverges_is_reported(stacked):
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("own, shared", [("cnn", "bn_net"), ("bn_net", "cnn")])
 def test_the_gradients_of_fedapen_are_those_of_its_losses(padding, own, shared):
-    made = small.trainer(FedAPEN(small=f"small:{shared}"), own)
-    v = trained(made, small.first(made))
+    made = small.make_trainer(FedAPEN(small=f"small:{shared}"), own)
+    v = trained(made, small.initial_variables(made))
     v.personal[".mix.w"] = torch.tensor(0.3, dtype=torch.float64)
 
     def formula(p, s, y, own):
@@ -542,10 +559,10 @@ def test_the_gradients_of_fedapen_are_those_of_its_losses(padding, own, shared):
 
 
 def test_the_mixture_is_the_private_network_at_1_and_the_shared_one_at_0():
-    made = small.trainer(FedAPEN(**WITH_BN))
-    model, v, x = made.model.evaluating(), small.first(made), batch(made).x
+    made = small.make_trainer(FedAPEN(**WITH_BN))
+    model, v, x = made.model.eval_mode(), small.initial_variables(made), batch(made).x
     g = made.algorithm.g(model)
-    p, s = model(model.initial, x), g(under(v.shared, ".small."), x)
+    p, s = model(model.initial, x), g(select_prefix(v.shared, ".small."), x)
 
     def at(w):
         return made.algorithm.logits(
@@ -559,19 +576,19 @@ def test_the_mixture_is_the_private_network_at_1_and_the_shared_one_at_0():
 
 
 @STACK_FIRST
-@pytest.mark.parametrize("lr", [thorough(1e-3), 0.3, 1e3])
+@pytest.mark.parametrize("lr", [thorough_param(1e-3), 0.3, 1e3])
 def test_w_is_learned_as_torch_would_on_the_samples_held_out(stacked, lr):
     algorithm = FedAPEN(held_out=0.3, w_lr=lr, **WITH_BN)
-    run, state = small.experiment(algorithm, stacked=stacked, sizes=(11, 7, 3))
+    run, state = small.make_experiment(algorithm, stacked=stacked, sizes=(11, 7, 3))
     assert state.personal[".mix.w"].tolist() == [0.5] * 3
-    state = small.played(run, state, 1)
+    state = small.run_rounds(run, state, 1)
     assert state.personal[".mix.w"].tolist() == [0.5] * 3
-    model, expected = run.trainer.model.evaluating(), []
-    rows, shared = small.copy(state.personal), small.copy(state.shared)
-    for row, client in enumerate(run.hosted):
+    model, expected = run.trainer.model.eval_mode(), []
+    rows, shared = small.clone_tree(state.personal), small.clone_tree(state.shared)
+    for row, client in enumerate(run.local_clients):
         w = torch.tensor(0.5, requires_grad=True)
         optimizer = torch.optim.SGD([w], lr=lr)
-        v = Vars(shared, {n: value[row] for n, value in rows.items()})
+        v = Variables(shared, {n: value[row] for n, value in rows.items()})
         for epoch in range(10):
             held = run.trainer.feed.epoch([client], 1, f"adaptability {epoch}", 0.3, True)
             (count,) = held.sizes
@@ -585,21 +602,23 @@ def test_w_is_learned_as_torch_would_on_the_samples_held_out(stacked, lr):
             optimizer.step()
             w.data.clamp_(0, 1)
         expected.append(w.item())
-    judged = run.trainer.evaluate(run.hosted, state.shared, state.personal, 1)
+    judged = run.trainer.evaluate(run.local_clients, state.shared, state.personal, 1)
 
     def with_w(w):
         return rows | {".mix.w": torch.tensor(w)}
 
-    fixed = small.trainer(FedAPEN(equal=True, **WITH_BN), samples=run.trainer.feed, stacked=stacked)
+    fixed = small.make_trainer(
+        FedAPEN(equal=True, **WITH_BN), samples=run.trainer.feed, stacked=stacked
+    )
     assert torch.allclose(
-        judged, fixed.evaluate(run.hosted, shared, with_w(expected), 1), atol=1e-6
+        judged, fixed.evaluate(run.local_clients, shared, with_w(expected), 1), atol=1e-6
     )
     if lr > 1e-2:
         assert not torch.allclose(
-            judged, fixed.evaluate(run.hosted, shared, with_w([0.5] * 3), 1), atol=1e-6
+            judged, fixed.evaluate(run.local_clients, shared, with_w([0.5] * 3), 1), atol=1e-6
         )
-    assert small.equal(rows, state.personal)  # an evaluation changes nothing
-    learned = small.played(run, state, 1).personal[".mix.w"]
+    assert small.trees_equal(rows, state.personal)  # an evaluation changes nothing
+    learned = small.run_rounds(run, state, 1).personal[".mix.w"]
     assert learned.tolist() == pytest.approx(expected, abs=1e-6) and learned.tolist() != [0.5] * 3
     assert lr < 1e3 or set(learned.tolist()) <= {0.0, 1.0}
 
@@ -609,15 +628,15 @@ class OnlyW(FedAPEN):
     """FedAPEN whose networks stay."""
 
     def phases(self, model, train, round_):
-        return self.tune(model, train, round_)
+        return self.personalize(model, train, round_)
 
 
 @STACK_FIRST
 def test_learning_w_moves_w_alone(stacked):
-    made = small.trainer(OnlyW(**WITH_BN), "bn_net", stacked=stacked)
-    v = small.first(made)
-    for done in made.train(range(5), v.shared, small.rows(v.personal, 5), 3):
-        assert small.equal(done.end.shared, v.shared)
+    made = small.make_trainer(OnlyW(**WITH_BN), "bn_net", stacked=stacked)
+    v = small.initial_variables(made)
+    for done in made.train(range(5), v.shared, small.repeat_rows(v.personal, 5), 3):
+        assert small.trees_equal(done.end.shared, v.shared)
         assert [n for n, w in done.end.personal.items() if not torch.equal(w, v.personal[n])] == [
             ".mix.w"
         ]
@@ -626,20 +645,22 @@ def test_learning_w_moves_w_alone(stacked):
 def test_equal_weights_stay():
     how = {"network": "bn_net", "rounds": 2}
     run, fixed = outcome(FedAPEN(equal=True, **WITH_BN), **how)
-    assert fixed.personal[".mix.w"].tolist() == [0.5] * 5 and not run.algorithm.tune(
+    assert fixed.personal[".mix.w"].tolist() == [0.5] * 5 and not run.algorithm.personalize(
         run.trainer.model, small.TRAIN, 1
     )
     _, still = outcome(FedAPEN(w_epochs=0, **WITH_BN), **how)
-    assert small.equal(still.shared, fixed.shared) and small.equal(still.personal, fixed.personal)
+    assert small.trees_equal(still.shared, fixed.shared) and small.trees_equal(
+        still.personal, fixed.personal
+    )
     _, whole = outcome(FedAPEN(equal=True, held_out=0.0, **WITH_BN), **how)
-    assert not small.equal(whole.shared, fixed.shared)
+    assert not small.trees_equal(whole.shared, fixed.shared)
     with pytest.raises(ValueError, match="^held_out = 0: leaves nothing to learn w on"):
         FedAPEN(held_out=0.0)
 
 
 def test_a_client_with_one_sample_keeps_its_w():
     run, state = outcome(FedAPEN(**WITH_BN), sizes=(9, 2, 1), stacked=True)
-    w = dict(zip(run.hosted, state.personal[".mix.w"].tolist(), strict=True))
+    w = dict(zip(run.local_clients, state.personal[".mix.w"].tolist(), strict=True))
     assert w[2] == 0.5 and w[0] != 0.5 and w[1] != 0.5
     _, loop = outcome(FedAPEN(**WITH_BN), sizes=(9, 2, 1))
     small.assert_near(state.shared, loop.shared, rtol=1e-4)
@@ -657,36 +678,36 @@ MIX = (
 
 def mixed(name, ranks):
     """[(hosted, state, row, scores)] of each rank after two rounds."""
-    config = tiny(f"algorithm={name}", *MIX)
+    config = tiny_config(f"algorithm={name}", *MIX)
 
     def main(comm):
         parts = build(config, str(TINY), comm)
         state = beginning(parts)
         for _ in range(2):
-            state, row, scores = play(parts.run, state, evaluate=True, stop=False)
+            state, row, scores = run_round(parts.run, state, evaluate=True, stop=False)
         personal = {}
-        for kind, clients in enumerate(parts.run.by_kind):
+        for kind, clients in enumerate(parts.run.local_clients_by_kind):
             for at, client in enumerate(clients):
                 mine = {
                     n: v[at] for n, v in state.personal.items() if n.startswith(f"kind-{kind}/")
                 }
-                personal[client] = small.copy(mine)
-        return small.copy(state.shared), personal, row, scores
+                personal[client] = small.clone_tree(mine)
+        return small.clone_tree(state.shared), personal, row, scores
 
-    return on_ranks(ranks, main)
+    return run_on_ranks(ranks, main)
 
 
-@pytest.mark.parametrize("name", [thorough("fml"), "fedkd", thorough("fedapen")])
+@pytest.mark.parametrize("name", [thorough_param("fml"), "fedkd", thorough_param("fedapen")])
 def test_clients_of_two_architectures_have_the_same_bits_on_any_ranks(name):
     ((shared, personal, row, scores),) = mixed(name, 1)
     kinds = [{n.partition("/")[0] for n in personal[client]} for client in range(7)]
     assert kinds == [{f"kind-{client % 2}"} for client in range(7)]
     met = set()
     for other, rows, theirs, accuracy in mixed(name, 3):
-        assert small.equal(shared, other) and row["train_loss"] == theirs["train_loss"]
+        assert small.trees_equal(shared, other) and row["train_loss"] == theirs["train_loss"]
         assert row["bytes_up"] == theirs["bytes_up"] and row["flops"] == theirs["flops"]
         assert all(np.array_equal(scores[n], accuracy[n], equal_nan=True) for n in scores)
-        assert all(small.equal(personal[client], mine) for client, mine in rows.items())
+        assert all(small.trees_equal(personal[client], mine) for client, mine in rows.items())
         met |= set(rows)
     assert met == set(range(7))
 

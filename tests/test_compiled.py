@@ -6,13 +6,13 @@ from functools import partial
 import pytest
 import torch
 from methods import SETTINGS
-from runs import NORM, assert_near, played, same
-from tiers import thorough
+from runs import NORM, assert_near, run_rounds, snapshots_equal
+from tiers import thorough_param
 
 from fedlora_mpi import algorithms
 from fedlora_mpi.cli import main
 from fedlora_mpi.engine import compiled
-from fedlora_mpi.engine.compiled import Compiled
+from fedlora_mpi.engine.compiled import StepCompiler
 
 KINDS = ("loop", "stack")
 SOME = ("rounds=2", "train.epochs=2", "participation=1.0")
@@ -29,21 +29,23 @@ def traced(monkeypatch):
 FEW = ("fedlora", "moon")  # a product formed once a phase, a teacher
 # in what their steps do
 UNLIKE = (*FEW, "scaffold", "fedrep", "pfedgate", "fedkd", "fedhl", "fedala")
-OTHERS = [thorough(name, id=name) for name in algorithms.names() if name not in UNLIKE]
+OTHERS = [
+    thorough_param(name, id=name) for name in algorithms.algorithm_names() if name not in UNLIKE
+]
 
 
-@pytest.mark.parametrize("name", [*FEW, *map(thorough, UNLIKE[len(FEW) :]), *OTHERS])
+@pytest.mark.parametrize("name", [*FEW, *map(thorough_param, UNLIKE[len(FEW) :]), *OTHERS])
 def test_a_traced_step_has_the_bits_of_the_step(name, traced):
     how = (f"algorithm={name}", NORM, *SOME, *SETTINGS.get(name, ()))
-    plain = played(*how, "engine.compile=false")[0]
-    with_graphs = played(*how, "engine.compile=true", "checkpoint.keep=3")[0]
-    assert all(same(a, b) for a, b in zip(plain, with_graphs, strict=True))
+    plain = run_rounds(*how, "engine.compile=false")[0]
+    with_graphs = run_rounds(*how, "engine.compile=true", "checkpoint.keep=3")[0]
+    assert all(snapshots_equal(a, b) for a, b in zip(plain, with_graphs, strict=True))
     assert traced
 
 
-@pytest.mark.parametrize("path", [thorough("loop"), "stack"])
+@pytest.mark.parametrize("path", [thorough_param("loop"), "stack"])
 def test_a_graph_serves_all_rounds(path, traced):
-    played(
+    run_rounds(
         "algorithm=fedlora",
         NORM,
         "rounds=2",
@@ -52,7 +54,7 @@ def test_a_graph_serves_all_rounds(path, traced):
         "checkpoint.keep=4",
     )
     few = len(traced)
-    played(
+    run_rounds(
         "algorithm=fedlora",
         NORM,
         "rounds=6",
@@ -68,9 +70,9 @@ def test_a_graph_serves_all_rounds(path, traced):
 @pytest.mark.parametrize("path", KINDS)
 def test_a_compiled_step_gives_the_numbers_of_the_step(path):
     how = ("algorithm=fedavg", NORM, *SOME, f"engine.path={path}", "engine.group_size=7")
-    plain, fused = played(*how)[0], played(*how, "engine.compile=true")[0]
+    plain, fused = run_rounds(*how)[0], run_rounds(*how, "engine.compile=true")[0]
     assert_near(plain[-1].shared, fused[-1].shared)
-    assert not same(plain[0], fused[-1])
+    assert not snapshots_equal(plain[0], fused[-1])
 
 
 def test_a_missing_compiler_is_one_line(monkeypatch, capsys, tmp_path):
@@ -91,7 +93,7 @@ def times(factor):
 
 def test_a_step_writes_to_what_it_is_given(traced):
     x = torch.ones(3)
-    play = Compiled().of(times(2.0), (times(2.0),), x)
+    play = StepCompiler().compile_step(times(2.0), (times(2.0),), x)
     play(torch.tensor([1.0, 2.0, 3.0]))
     assert x.tolist() == [3.0, 4.0, 5.0]
     play(torch.zeros(3))
@@ -106,13 +108,13 @@ def test_a_step_writes_to_what_it_is_given(traced):
         (partial(times(2.0), 1), partial(times(2.0), 1), True),
         (partial(times(2.0), 1), partial(times(2.0), 2), False),
         (
-            times(algorithms.find("fedprox")(mu=1.0)),
-            times(algorithms.find("fedprox")(mu=1.0)),
+            times(algorithms.find_algorithm("fedprox")(mu=1.0)),
+            times(algorithms.find_algorithm("fedprox")(mu=1.0)),
             True,
         ),
         (
-            times(algorithms.find("fedprox")(mu=1.0)),
-            times(algorithms.find("fedprox")(mu=2.0)),
+            times(algorithms.find_algorithm("fedprox")(mu=1.0)),
+            times(algorithms.find_algorithm("fedprox")(mu=2.0)),
             False,
         ),
         (times({"a": [1, 2]}), times({"a": [1, 2]}), True),
@@ -123,14 +125,14 @@ def test_a_step_writes_to_what_it_is_given(traced):
     ],
 )
 def test_functions_are_equal_by_their_code_and_what_they_hold(a, b, equal):
-    assert (compiled.known_as(a, []) == compiled.known_as(b, [])) is equal
+    assert (compiled.identity_key(a, []) == compiled.identity_key(b, [])) is equal
 
 
 def test_another_layout_is_another_graph_and_the_oldest_goes(traced, monkeypatch):
-    monkeypatch.setattr(compiled, "_AT_MOST", 2)
-    cache = Compiled()
+    monkeypatch.setattr(compiled, "_MAX_GRAPHS", 2)
+    cache = StepCompiler()
     for size in (1, 2, 1, 3, 2, 1):
         x = torch.ones(size)
-        cache.of(times(2.0), (times(2.0),), x)(torch.ones(size))
+        cache.compile_step(times(2.0), (times(2.0),), x)(torch.ones(size))
         assert x.tolist() == [3.0] * size
     assert len(traced) == 4  # the third took the place of the first

@@ -14,22 +14,32 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 import torch
-from methods import of
-from runs import NORM, TINY, assert_near, assert_same_run, built, copied, played, same, tiny
-from tiers import case
+from methods import overrides_for
+from runs import (
+    NORM,
+    TINY,
+    assert_near,
+    assert_same_run,
+    build_tiny,
+    clone_tree,
+    run_rounds,
+    snapshots_equal,
+    tiny_config,
+)
+from tiers import tiered_param
 
 from fedlora_mpi import algorithms
-from fedlora_mpi.algorithm import Algorithm, Vars
+from fedlora_mpi.algorithm import Algorithm, Variables
 from fedlora_mpi.components.lora import FineTuning
 from fedlora_mpi.config import read
-from fedlora_mpi.core.names import plain_name
-from fedlora_mpi.data.partition import KINDS, DirichletClass
+from fedlora_mpi.core.names import display_name
+from fedlora_mpi.data.partition import PARTITIONS, DirichletClass
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.run.assembly import load_data
 from fedlora_mpi.run.checkpointing import beginning
 from fedlora_mpi.run.loop import resume, start
 
-NAMES = algorithms.names()
+NAMES = algorithms.algorithm_names()
 every_algorithm = pytest.mark.parametrize("name", NAMES)
 
 # `make test` checks every algorithm on the network that has leaves of every role; `make test-all`
@@ -40,7 +50,7 @@ MODELS = {"norm": NORM, "cnn": "model.width=4"}
 both_models = pytest.mark.parametrize(
     "name, model",
     [
-        case(name, MODELS[of], id=f"{name}-{of}", thorough=of != "norm")
+        tiered_param(name, MODELS[of], id=f"{name}-{of}", thorough=of != "norm")
         for name in NAMES
         for of in MODELS
     ],
@@ -99,7 +109,7 @@ ALTERNATIVES = {
 
 def run(name: str, *overrides: str, ranks: int = 1):
     """The moments of rank 0."""
-    return played(*of(name), *overrides, ranks=ranks)[0]
+    return run_rounds(*overrides_for(name), *overrides, ranks=ranks)[0]
 
 
 def together(name: str, model: str):
@@ -109,16 +119,16 @@ def together(name: str, model: str):
 
 
 def test_the_tiny_experiment_is_ragged_and_four_of_seven_clients_take_part():
-    sizes = [len(rows) for rows in built().split.train]
+    sizes = [len(rows) for rows in build_tiny().split.train]
     assert min(sizes) * 4 < max(sizes) and len({-(-size // 8) for size in sizes}) >= 4
-    assert [len(group) for group in built().run.groups] == [2, 2, 2, 1]
-    cohorts = [built().run.chosen(round_) for round_ in range(4)]
+    assert [len(group) for group in build_tiny().run.groups] == [2, 2, 2, 1]
+    cohorts = [build_tiny().run.sample_cohort(round_) for round_ in range(4)]
     assert {len(cohort) for cohort in cohorts} == {4} and len(set(cohorts)) == 4
 
 
 @every_algorithm
 def test_the_file_says_what_it_computes(name):
-    text = inspect.getmodule(algorithms.find(name)).__doc__
+    text = inspect.getmodule(algorithms.find_algorithm(name)).__doc__
     first, text = text.splitlines()[0], " ".join(text.split())
     assert first[0].isupper() and first.endswith("."), f"not a sentence: {first}"
     assert "BatchNorm: " in text and "Bytes per client and round: " in text
@@ -133,11 +143,11 @@ JUDGED_TRAINED = "fedamp fedpac pfedgate pfedlora pfedme pfedsd"
 
 
 def test_defaults_of_the_mean_and_of_the_judged_model_are_those_of_the_sources():
-    made = {name: algorithms.find(name)() for name in NAMES}
+    made = {name: algorithms.find_algorithm(name)() for name in NAMES}
     assert " ".join(name for name, it in made.items() if it.weights == "uniform") == COUNT_ALIKE
     assert " ".join(name for name, it in made.items() if it.absent == "stale") == ABSENT_COUNT
     assert (
-        " ".join(name for name, it in made.items() if it.evaluates == "after_training")
+        " ".join(name for name, it in made.items() if it.evaluate_on == "after_training")
         == JUDGED_TRAINED
     )
 
@@ -154,32 +164,36 @@ def test_training_lowers_the_loss(name, model):
 @pytest.mark.parametrize(
     "ranks, rounds",
     [
-        case(4, 1, id="4", thorough=False),
-        *(case(n, 2, id=f"{n}-twice", thorough=True) for n in (2, 4, 6)),
+        tiered_param(4, 1, id="4", thorough=False),
+        *(tiered_param(n, 2, id=f"{n}-twice", thorough=True) for n in (2, 4, 6)),
     ],
 )
 def test_the_spread_over_ranks_moves_no_bit(name, model, ranks, rounds):
     """Of four ranks three are workers, which host 2 + 1, 2 and 2 clients."""
     alone = run(name, model)
-    for moments in played(*of(name), model, f"rounds={rounds}", ranks=ranks):
-        assert all(same(a, b) for a, b in zip(alone[1 : rounds + 1], moments[1:], strict=True))
+    for moments in run_rounds(*overrides_for(name), model, f"rounds={rounds}", ranks=ranks):
+        assert all(
+            snapshots_equal(a, b) for a, b in zip(alone[1 : rounds + 1], moments[1:], strict=True)
+        )
 
 
 @pytest.mark.parametrize(
-    "name", [case(name, id=name, thorough=name not in MESSAGES) for name in NAMES]
+    "name", [tiered_param(name, id=name, thorough=name not in MESSAGES) for name in NAMES]
 )
 def test_a_server_that_hosts_clients_moves_no_bit(name):
     alone, moments = (
         run(name, NORM),
         run(name, NORM, "rounds=2", "server_hosts_clients=true", ranks=3),
     )
-    assert all(same(a, b) for a, b in zip(alone[1:3], moments[1:], strict=True))
+    assert all(snapshots_equal(a, b) for a, b in zip(alone[1:3], moments[1:], strict=True))
 
 
 @pytest.mark.parametrize(
     "model, name",
     [
-        case(MODELS[of], name, id=f"{name}-{of}", thorough=of != "norm" or name not in REMEMBERING)
+        tiered_param(
+            MODELS[of], name, id=f"{name}-{of}", thorough=of != "norm" or name not in REMEMBERING
+        )
         for name in NAMES
         for of in MODELS
     ],
@@ -187,7 +201,8 @@ def test_a_server_that_hosts_clients_moves_no_bit(name):
 def test_a_resume_moves_no_bit(name, model, tmp_path):
     whole, cut, rounds = tmp_path / "whole", tmp_path / "cut", 2 if model == NORM else 3
     config = read(
-        TINY, [*of(name), model, f"rounds={rounds}", "checkpoint.every=1", f"output={whole}"]
+        TINY,
+        [*overrides_for(name), model, f"rounds={rounds}", "checkpoint.every=1", f"output={whole}"],
     )
     assert start(config, str(TINY), Solo()) == 0
     shutil.copytree(whole, cut)
@@ -198,7 +213,7 @@ def test_a_resume_moves_no_bit(name, model, tmp_path):
 
 @both_models
 def test_a_stack_equals_the_loop(name, model):
-    assert tiny(model).engine.path == "stack"
+    assert tiny_config(model).engine.path == "stack"
     stack, loop = run(name, model)[2], run(name, model, "engine.path=loop", "rounds=2")[-1]
     assert_near(stack.shared, loop.shared, NEAR.get(name, 1e-5))
     assert_near(stack.personal, loop.personal)
@@ -240,7 +255,7 @@ WHOLE = {
 def test_renumbering_the_clients_renumbers_the_results(name, model, monkeypatch):
     # One batch an epoch and the whole cohort: nothing is left that randomness, keyed by client,
     # could choose.
-    monkeypatch.setitem(KINDS, "renumbered", Renumbered)
+    monkeypatch.setitem(PARTITIONS, "renumbered", Renumbered)
     common = (model, "participation=1.0", "train.batch_size=200", "rounds=2", ONE_STACK)
     common = (*common, "data.partition.kind=renumbered", *KEPT, *WHOLE.get(name, ()))
     plain = run(name, *common)[-1]
@@ -253,14 +268,14 @@ def test_renumbering_the_clients_renumbers_the_results(name, model, monkeypatch)
 
 # Another kind starts the partition's block afresh.
 KEPT = [
-    f"data.partition.{n}={getattr(tiny().data.partition, n)}"
+    f"data.partition.{n}={getattr(tiny_config().data.partition, n)}"
     for n in ("alpha", "clients", "minimum")
 ]
 
 
 def alternatives(name: str, field: str) -> tuple[tuple[str, ...], list[str]]:
     """(overrides of both runs, the values beside the default)."""
-    cls = algorithms.find(name)
+    cls = algorithms.find_algorithm(name)
     hint = get_type_hints(cls)[field]
     default = next(f.default for f in dataclasses.fields(cls) if f.name == field)
     common, value = ALTERNATIVES.get(f"{name}.{field}", ALTERNATIVES.get(field, ((), None)))
@@ -283,7 +298,7 @@ def fields() -> list:
     """
     seen, cases = {"weights", "absent"}, []
     for name in NAMES:
-        cls = algorithms.find(name)
+        cls = algorithms.find_algorithm(name)
         for field in dataclasses.fields(cls):
             home = next(
                 base
@@ -292,7 +307,9 @@ def fields() -> list:
             )
             known = {field.name, (home, field.name)} & seen and name != "fedavg"
             seen.add((home, field.name))
-            cases.append(case(name, field.name, id=f"{name}-{field.name}", thorough=bool(known)))
+            cases.append(
+                tiered_param(name, field.name, id=f"{name}-{field.name}", thorough=bool(known))
+            )
     return cases
 
 
@@ -303,7 +320,7 @@ def test_every_hyper_parameter_has_an_effect(name, field):
     assert others, f"{name}.{field} has one value only"
     for other in others:
         after = run(name, NORM, "rounds=2", ONE_STACK, *common, f"algorithm.{field}={other}")[-1]
-        assert not same(before, after), f"{name}.{field}={other} changes nothing"
+        assert not snapshots_equal(before, after), f"{name}.{field}={other} changes nothing"
 
 
 def after_round_1(round_: int, cohort: set[int], known: set[int]) -> set[int]:
@@ -314,7 +331,7 @@ def after_round_1(round_: int, cohort: set[int], known: set[int]) -> set[int]:
 # not the head.
 SMALL = ("algorithm.alpha=2",)  # the default is for ranks of 8
 RANKS = ("algorithm.lora_ranks=[1,2]", *SMALL)
-for _name in (name for name in NAMES if issubclass(algorithms.find(name), FineTuning)):
+for _name in (name for name in NAMES if issubclass(algorithms.find_algorithm(name), FineTuning)):
     ALTERNATIVES |= {
         f"{_name}.lora_ranks": (SMALL, "[1,2]"),
         f"{_name}.rank_shares": (RANKS, "[0.7,0.3]"),
@@ -400,7 +417,7 @@ def listed(table: dict, name: str, leaf: str):
         (
             entry
             for pattern, entry in table.items()
-            if fnmatchcase(f"{name}.{plain_name(leaf)}", pattern)
+            if fnmatchcase(f"{name}.{display_name(leaf)}", pattern)
         ),
         None,
     )
@@ -410,7 +427,7 @@ def listed(table: dict, name: str, leaf: str):
 def test_absent_clients_keep_their_variables_and_the_others_train(name, model):
     known = set()
     for round_, (before, after) in enumerate(pairwise(run(name, model))):
-        cohort, anything = built(*of(name), model).run.chosen(round_), set()
+        cohort, anything = build_tiny(*overrides_for(name), model).run.sample_cohort(round_), set()
         for leaf, rows in after.personal.items():
             moved = set(
                 (rows != before.personal[leaf]).reshape(7, -1).any(1).nonzero().flatten().tolist()
@@ -447,29 +464,29 @@ def distinct(*leaves: torch.Tensor) -> int:
 def test_an_exception_is_of_a_leaf_that_there_is(table):
     for pattern in table:
         name = pattern.partition(".")[0]
-        begin = beginning(built(*of(name), NORM))
+        begin = beginning(build_tiny(*overrides_for(name), NORM))
         leaves = [*begin.personal, *(begin.shared if table in (STILL, UNSEEDED) else ())]
-        assert any(fnmatchcase(f"{name}.{plain_name(leaf)}", pattern) for leaf in leaves), pattern
+        assert any(fnmatchcase(f"{name}.{display_name(leaf)}", pattern) for leaf in leaves), pattern
 
 
 @both_models
 def test_bytes_are_those_of_the_upload_and_of_the_shared_leaves(name, model):
-    parts = built(*of(name), model)
-    algorithm, first = parts.config.algorithm, parts.run.kinds[0].arrived
-    first = Vars(copied(first.shared), copied(first.personal))
+    parts = build_tiny(*overrides_for(name), model)
+    algorithm, first = parts.config.algorithm, parts.run.kinds[0].local_initial
+    first = Variables(clone_tree(first.shared), clone_tree(first.personal))
     upload = algorithm.upload(first, first)
     up, down = size(upload.values()), size(first.shared.values())
     if offer := algorithm.offer(first, first):  # mixed rows come back to their clients
         sent = {id(v) for v in upload.values()}  # a row that is uploaded anyway is not sent again
-        up += size(v for v in (*offer.rows.values(), offer.key, offer.aux) if id(v) not in sent)
+        up += size(v for v in (*offer.rows.values(), offer.key, offer.extra) if id(v) not in sent)
         down += size(offer.rows.values())
     for moment in run(name, model)[1:]:
         assert moment.row["clients"] == 4
-        if type(algorithm).sent is Algorithm.sent:
+        if type(algorithm).upload_numel is Algorithm.upload_numel:
             assert moment.row["bytes_up"] == 4 * up
         else:  # by what a client holds: its own tests have the formula
             assert 0 < moment.row["bytes_up"] <= 4 * up
-        if type(algorithm).received is Algorithm.received:
+        if type(algorithm).download_numel is Algorithm.download_numel:
             assert moment.row["bytes_down"] == 4 * down
         else:  # by what has been before: likewise
             assert moment.row["bytes_down"] >= 0
@@ -485,8 +502,8 @@ def size(tensors: Iterable[torch.Tensor | None]) -> int:
 def test_the_seed_decides_the_bits(name):
     how = NORM, "rounds=2", ONE_STACK
     once, other = run(name, *how), run(name, *how, "seed=6")
-    again = played.__wrapped__(*of(name), *how, "rounds=1")[0]  # not the cached one
-    assert same(once[1], again[1])
+    again = run_rounds.__wrapped__(*overrides_for(name), *how, "rounds=1")[0]  # not the cached one
+    assert snapshots_equal(once[1], again[1])
     for a, b in ((once[0], other[0]), (once[-1], other[-1])):
         for leaf, value in (a.shared | a.personal).items():
             # for instance B of a low-rank part
@@ -497,18 +514,18 @@ def test_the_seed_decides_the_bits(name):
 
 @both_models
 def test_accuracy_is_that_of_each_clients_own_model_on_its_own_data(name, model):
-    if algorithms.find(name).tune is not Algorithm.tune:
+    if algorithms.find_algorithm(name).personalize is not Algorithm.personalize:
         pytest.skip("judged after training on a copy: its own tests have it")
-    parts, last = built(*of(name), model), run(name, model)[-1]
+    parts, last = build_tiny(*overrides_for(name), model), run(name, model)[-1]
     data = load_data(parts.config, str(TINY))
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (data.mean, data.std))
     images = (data.test.x / 255 - mean) / std
     network, algorithm = parts.run.trainer.model, parts.run.trainer.algorithm
     for client, rows in enumerate(parts.split.test):
-        own = Vars(
+        own = Variables(
             algorithm.download(last.shared), {n: v[client] for n, v in last.personal.items()}
         )
-        module = network.module(algorithm.weights_of(network, own))
+        module = network.to_module(algorithm.client_model(network, own))
         right = module(images[rows]).argmax(1) == data.test.y[rows]
         assert last.clients["accuracy_aggregated"][client] == pytest.approx(
             right.double().mean().item()

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import pytest
 import small
 import torch
-from tiers import STACK_FIRST, thorough
+from tiers import STACK_FIRST, thorough_param
 
-from fedlora_mpi.algorithm import Batch, Train, Vars
+from fedlora_mpi.algorithm import Batch, LocalTraining, Variables
 from fedlora_mpi.algorithms.ditto import Ditto
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedprox import FedProx
@@ -17,7 +17,9 @@ from fedlora_mpi.core.batch import cross_entropy
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import numel, split
 
-NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net", thorough("noisy_net")])
+NETWORKS = pytest.mark.parametrize(
+    "network", [thorough_param("cnn"), "bn_net", thorough_param("noisy_net")]
+)
 PLAIN = replace(small.TRAIN, momentum=0.0, weight_decay=0.01)
 
 
@@ -32,8 +34,8 @@ def doubles(tree, at):
 
 def apart(made):
     """(now, start) of one client, float64; every leaf differs in both and from every other."""
-    v = small.first(made)
-    return tuple(Vars(doubles(v.shared, at), doubles(v.personal, at + 2)) for at in (0, 1))
+    v = small.initial_variables(made)
+    return tuple(Variables(doubles(v.shared, at), doubles(v.personal, at + 2)) for at in (0, 1))
 
 
 def batch(made, client=0, width=5):
@@ -44,11 +46,11 @@ def batch(made, client=0, width=5):
 
 def slopes(made, loss, now, start):
     """(value, {leaf: gradient, zero where there is none}) in every leaf that is no statistic."""
-    halves = [small.copy(half) for half in now[:2]]
+    halves = [small.clone_tree(half) for half in now[:2]]
     leaves = {n: v for half in halves for n, v in half.items() if not statistic(made, n)}
     for leaf in leaves.values():
         leaf.requires_grad_()
-    value = loss(Vars(*halves), start, batch(made))
+    value = loss(Variables(*halves), start, batch(made))
     how = {"allow_unused": True, "materialize_grads": True}
     return value.detach(), dict(
         zip(leaves, torch.autograd.grad(value, list(leaves.values()), **how), strict=True)
@@ -75,7 +77,7 @@ def gap(a, b):
 def loop_and_stack(algorithm, network, **how):
     """State of both paths after two rounds of a ragged cohort, as one tree each."""
     for stacked in (False, True):
-        end = small.ended(algorithm, network, stacked=stacked, **how)
+        end = small.final_state(algorithm, network, stacked=stacked, **how)
         yield end.shared | {f"personal {n}": v for n, v in end.personal.items()}
 
 
@@ -86,17 +88,20 @@ def loop_and_stack(algorithm, network, **how):
 @NETWORKS
 def test_fedprox_without_mu_is_fedavg(network, stacked):
     ends = [
-        small.ended(algorithm, network, 3, stacked=stacked, participation=0.6)
+        small.final_state(algorithm, network, 3, stacked=stacked, participation=0.6)
         for algorithm in (FedProx(mu=0.0), FedAvg())
     ]
-    assert small.equal(ends[0].shared, ends[1].shared)
+    assert small.trees_equal(ends[0].shared, ends[1].shared)
 
 
 @pytest.mark.parametrize(
     "algorithm", [FedProx(mu=0.7), Ditto(lam=0.7)], ids=lambda a: type(a).__name__
 )
 def test_a_penalty_has_the_gradient_of_half_a_square(algorithm):
-    made, off = small.trainer(algorithm, "bn_net"), small.trainer(type(algorithm)(0.0), "bn_net")
+    made, off = (
+        small.make_trainer(algorithm, "bn_net"),
+        small.make_trainer(type(algorithm)(0.0), "bn_net"),
+    )
     now, start = apart(made)
     (value, grads), (without, grads_without) = (
         slopes(m, m.algorithm.phases(m.model, m.settings, 0)[0].steps[0].loss, now, start)
@@ -121,12 +126,12 @@ def test_a_penalty_has_the_gradient_of_half_a_square(algorithm):
     "algorithm", [FedProx(mu=20.0), Ditto(lam=20.0)], ids=lambda a: type(a).__name__
 )
 def test_with_lr_times_mu_one_every_step_starts_over_from_the_received_model(algorithm, stacked):
-    settings = Train(2, 12, lr=0.05, momentum=0.0)
-    made = small.trainer(
-        algorithm, train=settings, stacked=stacked, samples=small.feed(sizes=(12,))
+    settings = LocalTraining(2, 12, lr=0.05, momentum=0.0)
+    made = small.make_trainer(
+        algorithm, train=settings, stacked=stacked, samples=small.make_feed(sizes=(12,))
     )
-    v = small.first(made)
-    rows = {n: w + 0.01 * numbers(*w.shape) for n, w in small.rows(v.personal, 1).items()}
+    v = small.initial_variables(made)
+    rows = {n: w + 0.01 * numbers(*w.shape) for n, w in small.repeat_rows(v.personal, 1).items()}
     (done,) = made.train([0], v.shared, rows, 0)
 
     def slope(w, epoch):
@@ -149,9 +154,9 @@ def test_with_lr_times_mu_one_every_step_starts_over_from_the_received_model(alg
 
 @NETWORKS
 def test_fedprox_with_mu_stays_nearer_to_where_it_started(network):
-    run, state = small.experiment(FedProx(mu=1.0), network)
+    run, state = small.make_experiment(FedProx(mu=1.0), network)
     (_, prox), (_, avg) = (
-        small.ended(algorithm, network, 1)[1:3] for algorithm in (FedProx(mu=1.0), FedAvg())
+        small.final_state(algorithm, network, 1)[1:3] for algorithm in (FedProx(mu=1.0), FedAvg())
     )
     way = [
         sum(
@@ -163,7 +168,7 @@ def test_fedprox_with_mu_stays_nearer_to_where_it_started(network):
     assert way[0] < 0.9 * way[1]
 
 
-@pytest.mark.parametrize("network", ["cnn", thorough("bn_net"), thorough("noisy_net")])
+@pytest.mark.parametrize("network", ["cnn", thorough_param("bn_net"), thorough_param("noisy_net")])
 @pytest.mark.parametrize(
     "algorithm", [FedProx(mu=0.5), Ditto(lam=0.5)], ids=lambda a: type(a).__name__
 )
@@ -179,21 +184,24 @@ def test_fedprox_and_ditto_agree_on_loop_and_stack(algorithm, network):
 @NETWORKS
 def test_scaffolds_first_round_is_fedavg_and_its_second_is_not(network, stacked):
     how = {"network": network, "stacked": stacked, "train": PLAIN}
-    run, state = small.experiment(Scaffold(), **how)
-    plain_run, plain = small.experiment(FedAvg(weights="uniform"), **how)
-    state, plain = small.played(run, state, 1), small.played(plain_run, plain, 1)
-    assert small.equal({n: state.shared[n] for n in plain.shared}, plain.shared)
-    state, plain = small.played(run, state, 1), small.played(plain_run, plain, 1)
+    run, state = small.make_experiment(Scaffold(), **how)
+    plain_run, plain = small.make_experiment(FedAvg(weights="uniform"), **how)
+    state, plain = small.run_rounds(run, state, 1), small.run_rounds(plain_run, plain, 1)
+    assert small.trees_equal({n: state.shared[n] for n in plain.shared}, plain.shared)
+    state, plain = small.run_rounds(run, state, 1), small.run_rounds(plain_run, plain, 1)
     assert gap(state.shared, parameters(run.trainer, plain.shared)) > 1e-4
 
 
 def test_the_correction_has_the_gradient_c_minus_c_i():
-    made = small.trainer(Scaffold(), "bn_net", train=PLAIN)
+    made = small.make_trainer(Scaffold(), "bn_net", train=PLAIN)
     now, start = apart(made)
-    plain = small.trainer(FedAvg(), "bn_net")
+    plain = small.make_trainer(FedAvg(), "bn_net")
     (value, grads), (without, expected) = (
         slopes(m, m.algorithm.phases(m.model, m.settings, 0)[0].steps[0].loss, v, start)
-        for m, v in ((made, now), (plain, Vars({n: now.shared[n] for n in made.model.leaves}, {})))
+        for m, v in (
+            (made, now),
+            (plain, Variables({n: now.shared[n] for n in made.model.leaves}, {})),
+        )
     )
     difference = {
         n: start.shared[f".c.{n}"] - start.personal[f".c_i.{n}"]
@@ -209,12 +217,12 @@ def test_a_control_variate_is_the_mean_gradient_of_the_clients_steps(stacked):
     """Under option II, eqs. (3) and (4) give c_i+ = (1/K) sum_k grad f_i(y_k), whatever c and c_i
     were.
     """
-    made = small.trainer(Scaffold(), train=replace(PLAIN, epochs=2), stacked=stacked)
-    v = small.first(made)
+    made = small.make_trainer(Scaffold(), train=replace(PLAIN, epochs=2), stacked=stacked)
+    v = small.initial_variables(made)
     shared = v.shared | {
         n: 0.1 * numbers(*w.shape) for n, w in v.shared.items() if n.startswith(".c.")
     }
-    rows = {n: 0.1 * numbers(*w.shape, at=1) for n, w in small.rows(v.personal, 5).items()}
+    rows = {n: 0.1 * numbers(*w.shape, at=1) for n, w in small.repeat_rows(v.personal, 5).items()}
     for done in made.train(range(5), shared, rows, 0):
         y, total, steps = {n: w.clone() for n, w in parameters(made, shared).items()}, {}, 0
         for epoch in range(2):
@@ -240,14 +248,14 @@ def test_a_control_variate_is_the_mean_gradient_of_the_clients_steps(stacked):
 
 
 @STACK_FIRST
-@pytest.mark.parametrize("participation", [thorough(1.0), 0.4])
+@pytest.mark.parametrize("participation", [thorough_param(1.0), 0.4])
 def test_c_is_the_mean_of_all_c_i_at_any_participation(stacked, participation):
     how = {"stacked": stacked, "participation": participation, "train": PLAIN}
-    run, state = small.experiment(Scaffold(), "bn_net", **how)
+    run, state = small.make_experiment(Scaffold(), "bn_net", **how)
     for _ in range(3):
-        before = small.copy(state.personal)
-        chosen = run.chosen(state.round)
-        state = small.played(run, state, 1)
+        before = small.clone_tree(state.personal)
+        chosen = run.sample_cohort(state.round)
+        state = small.run_rounds(run, state, 1)
         mean = {n.replace(".c_i.", ".c."): v.mean(0) for n, v in state.personal.items()}
         assert max(float(v.abs().max()) for v in mean.values()) > 1e-2
         assert gap(state.shared, mean) < 1e-6
@@ -267,16 +275,20 @@ def test_scaffold_on_identical_clients_is_fedavg(stacked):
         "stacked": stacked,
         "train": PLAIN,
     }
-    scaffold, fedavg = (small.ended(a, rounds=3, **how).shared for a in (Scaffold(), FedAvg()))
+    scaffold, fedavg = (
+        small.final_state(a, rounds=3, **how).shared for a in (Scaffold(), FedAvg())
+    )
     small.assert_near({n: scaffold[n] for n in fedavg}, fedavg, rtol=2e-5)
 
 
 @STACK_FIRST
 def test_the_server_goes_its_own_way_with_parameters_and_takes_the_mean_of_statistics(stacked):
     how = {"network": "bn_net", "stacked": stacked, "train": PLAIN}
-    run, state = small.experiment(Scaffold(), **how)
-    x = small.copy(state.shared)
-    one, far = (small.ended(Scaffold(server_lr=lr), rounds=1, **how).shared for lr in (1.0, 1.7))
+    run, state = small.make_experiment(Scaffold(), **how)
+    x = small.clone_tree(state.shared)
+    one, far = (
+        small.final_state(Scaffold(server_lr=lr), rounds=1, **how).shared for lr in (1.0, 1.7)
+    )
     expected = {n: x[n] + 1.7 * (one[n] - x[n]) for n in parameters(run.trainer, x)}
     assert gap(far, expected) < 1e-6
     others = [n for n in x if n not in expected]
@@ -321,21 +333,21 @@ class FlatFedAvg(Flat, FedAvg):
     pass
 
 
-@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
+@pytest.mark.parametrize("participation", [thorough_param(1.0), 0.6])
 def test_scaffold_reaches_the_optimum_of_heterogeneous_quadratics_where_fedavg_stalls(
     participation,
 ):
     sizes = (11, 9, 6, 3, 2)  # 9, 6, 6, 3 and 3 local steps
     a, b = quadratic(torch.tensor(sizes, dtype=torch.float64))
     optimum = float((a * b).sum() / a.sum())
-    how = {"sizes": sizes, "train": Train(3, 5, lr=0.05, momentum=0.0), "stacked": True}
+    how = {"sizes": sizes, "train": LocalTraining(3, 5, lr=0.05, momentum=0.0), "stacked": True}
 
     def worst(algorithm, rounds, last):
         """The largest distance from the optimum at the end of any of the ``last`` of the rounds."""
-        run, state = small.experiment(algorithm, participation=participation, **how)
-        state, gaps = small.played(run, state, rounds - last), []
+        run, state = small.make_experiment(algorithm, participation=participation, **how)
+        state, gaps = small.run_rounds(run, state, rounds - last), []
         for _ in range(last):
-            state = small.played(run, state, 1)
+            state = small.run_rounds(run, state, 1)
             w = [state.shared[n] for n in run.trainer.model.leaves]
             gaps.append(max(float((v - optimum).abs().max()) for v in w))
         return max(gaps)
@@ -346,7 +358,7 @@ def test_scaffold_reaches_the_optimum_of_heterogeneous_quadratics_where_fedavg_s
     )  # its cohorts pass near the optimum by chance
 
 
-@pytest.mark.parametrize("network", ["cnn", thorough("bn_net"), thorough("noisy_net")])
+@pytest.mark.parametrize("network", ["cnn", thorough_param("bn_net"), thorough_param("noisy_net")])
 def test_scaffold_agrees_on_loop_and_stack(network):
     """c and c_i are differences of parameters over K lr >= 0.15, which magnifies rounding: in
     float64.
@@ -362,9 +374,9 @@ def test_scaffold_agrees_on_loop_and_stack(network):
 
 
 def test_scaffold_refuses_momentum():
-    Scaffold().check(small.model(), Train(momentum=0.0))
+    Scaffold().check(small.make_model(), LocalTraining(momentum=0.0))
     with pytest.raises(ValueError, match="name = scaffold: needs train.momentum = 0, not 0.9"):
-        Scaffold().check(small.model(), Train())
+        Scaffold().check(small.make_model(), LocalTraining())
 
 
 # Ditto
@@ -372,29 +384,29 @@ def test_scaffold_refuses_momentum():
 
 @STACK_FIRST
 @NETWORKS
-@pytest.mark.parametrize("lam", [thorough(0.0), 0.7])
+@pytest.mark.parametrize("lam", [thorough_param(0.0), 0.7])
 def test_dittos_shared_model_is_fedavg_whatever_lam(network, stacked, lam):
     how = {"network": network, "stacked": stacked, "participation": 0.6}
-    ditto, fedavg = (small.ended(a, rounds=3, **how) for a in (Ditto(lam=lam), FedAvg()))
-    assert small.equal(ditto.shared, fedavg.shared)
+    ditto, fedavg = (small.final_state(a, rounds=3, **how) for a in (Ditto(lam=lam), FedAvg()))
+    assert small.trees_equal(ditto.shared, fedavg.shared)
 
 
 @STACK_FIRST
 @NETWORKS
 def test_ditto_without_lam_is_local_and_with_it_is_not(network, stacked):
     local, off, on = (
-        small.ended(a, network, 3, stacked=stacked).personal
+        small.final_state(a, network, 3, stacked=stacked).personal
         for a in (Local(), Ditto(lam=0.0), Ditto(lam=0.7))
     )
-    assert small.equal(owned(off), local)
+    assert small.trees_equal(owned(off), local)
     assert all(gap({"": on[f".own.{n}"]}, {"": v}) > 1e-5 for n, v in local.items() if v.dim() > 2)
 
 
 def test_ditto_far_from_everyone_is_drawn_to_the_received_model():
-    settings = Train(3, 5, lr=1e-4, momentum=0.0)
-    made = small.trainer(Ditto(lam=1e4), "bn_net", train=settings)
-    v = small.first(made)
-    rows = {n: w + numbers(*w.shape).abs() for n, w in small.rows(v.personal, 5).items()}
+    settings = LocalTraining(3, 5, lr=1e-4, momentum=0.0)
+    made = small.make_trainer(Ditto(lam=1e4), "bn_net", train=settings)
+    v = small.initial_variables(made)
+    rows = {n: w + numbers(*w.shape).abs() for n, w in small.repeat_rows(v.personal, 5).items()}
     for done in made.train(range(5), v.shared, rows, 0):
         end, start = owned(done.end.personal), owned(done.start.personal)
         assert gap(end, parameters(made, v.shared)) < 2e-3
@@ -403,15 +415,17 @@ def test_ditto_far_from_everyone_is_drawn_to_the_received_model():
 
 @STACK_FIRST
 def test_ditto_judges_and_keeps_what_is_the_clients_own(stacked):
-    run, state = small.experiment(Ditto(), "bn_net", participation=0.6, stacked=stacked)
-    state, chosen = small.played(run, state, 1), run.chosen(1)
-    before = small.copy(state.personal)
-    state = small.played(run, state, 1)
+    run, state = small.make_experiment(Ditto(), "bn_net", participation=0.6, stacked=stacked)
+    state, chosen = small.run_rounds(run, state, 1), run.sample_cohort(1)
+    before = small.clone_tree(state.personal)
+    state = small.run_rounds(run, state, 1)
     for client in range(5):
         moved = [not torch.equal(v[client], before[n][client]) for n, v in state.personal.items()]
         assert all(moved) if client in chosen else not any(moved)
-        v = Vars(state.shared, {n: w[client] for n, w in state.personal.items()})
-        assert small.equal(run.algorithm.weights_of(run.trainer.model, v), owned(v.personal))
+        v = Variables(state.shared, {n: w[client] for n, w in state.personal.items()})
+        assert small.trees_equal(
+            run.algorithm.client_model(run.trainer.model, v), owned(v.personal)
+        )
 
 
 # All three
@@ -423,10 +437,10 @@ def test_ditto_judges_and_keeps_what_is_the_clients_own(stacked):
     ids=["fedprox", "scaffold", "ditto"],
 )
 def test_uploads_and_downloads_have_the_stated_size(algorithm, parameters_too):
-    run, state = small.experiment(algorithm, "bn_net")
+    run, state = small.make_experiment(algorithm, "bn_net")
     initial = run.trainer.model.initial
     size = numel(initial) + parameters_too * numel(parameters(run.trainer, initial))
-    assert run.upload.size == numel(state.shared) == size
+    assert run.upload_layout.size == numel(state.shared) == size
 
 
 @pytest.mark.parametrize(

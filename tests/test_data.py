@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fedlora_mpi.algorithm import held_out
-from fedlora_mpi.core.seeds import isolated, key, rng, uniform
-from fedlora_mpi.core.vision import torchvision
+from fedlora_mpi.algorithm import held_out_count
+from fedlora_mpi.core.seeds import derive_key, isolate_rng, rng, uniform
+from fedlora_mpi.core.vision import import_torchvision
 from fedlora_mpi.data import transforms
 from fedlora_mpi.data.datasets import Data, Samples, Source, Synthetic, load
 from fedlora_mpi.data.feed import Feed
@@ -239,9 +239,9 @@ def warped(x, **parameters):
 
 
 def test_crop_flip_and_rotation_are_those_of_torchvision_in_its_order():
-    functional = torchvision().transforms.functional
+    functional = import_torchvision().transforms.functional
     x = images(60, 3, 13, 9)
-    drawn = transforms.draw(("crop", "flip", "rotate"), 60, rng(3), (13, 9))
+    drawn = transforms.draw_parameters(("crop", "flip", "rotate"), 60, rng(3), (13, 9))
     expected = []
     for image, (down, right), flip, degrees in zip(
         x, drawn["crop"], drawn["flip"], drawn["rotate"], strict=True
@@ -255,9 +255,9 @@ def test_crop_flip_and_rotation_are_those_of_torchvision_in_its_order():
 
 
 def test_each_transform_works_alone():
-    functional = torchvision().transforms.functional
+    functional = import_torchvision().transforms.functional
     x = images(20)
-    drawn = transforms.draw(("flip", "rotate"), 20, rng(4), (5, 5))
+    drawn = transforms.draw_parameters(("flip", "rotate"), 20, rng(4), (5, 5))
     assert list(drawn) == ["flip", "rotate"]
     flipped = torch.where(drawn["flip"][:, None, None, None], x.flip(-1), x)
     assert torch.equal(warped(x, flip=drawn["flip"]), flipped)
@@ -279,21 +279,21 @@ def test_a_quarter_turn_loses_no_pixel(size):
 
 
 def test_drawn_parameters_cover_their_ranges():
-    drawn = transforms.draw(("crop", "flip", "rotate"), 2000, rng(5), (5, 5))
+    drawn = transforms.draw_parameters(("crop", "flip", "rotate"), 2000, rng(5), (5, 5))
     assert sorted(set(drawn["crop"].flatten().tolist())) == list(range(-4, 5))
     assert abs(drawn["flip"].float().mean() - 0.5) < 0.05
     assert 14.9 < drawn["rotate"].max() < 15 and -15 <= drawn["rotate"].min() < -14.9
 
 
 def test_rectangles_are_distributed_as_torchvision_draws_them():
-    erasing = torchvision().transforms.RandomErasing
+    erasing = import_torchvision().transforms.RandomErasing
     n, size = 4000, (32, 24)
-    with isolated(1, "test"):
+    with isolate_rng(1, "test"):
         theirs = [
             erasing.get_params(torch.zeros(3, *size), (0.04, 0.2), (0.5, 2.0)) for _ in range(n)
         ]
     theirs = torch.tensor([found[:4] for found in theirs]).double()
-    ours = transforms.draw(("erase",), 2 * n, rng(6), size)["erase"]
+    ours = transforms.draw_parameters(("erase",), 2 * n, rng(6), size)["erase"]
     some = ours[:, 2] > 0
     assert abs(some.double().mean() - 0.5) < 0.02 and (ours[~some][:, 2:] == 0).all()
     ours = ours[some].double()
@@ -310,20 +310,23 @@ def test_rectangles_are_distributed_as_torchvision_draws_them():
 
 
 def test_an_image_too_flat_for_any_rectangle_stays_whole():
-    assert (transforms.draw(("erase",), 50, rng(7), (1, 30))["erase"][:, 2:] == 0).all()
+    assert (transforms.draw_parameters(("erase",), 50, rng(7), (1, 30))["erase"][:, 2:] == 0).all()
 
 
 def test_erasing_moves_no_other_draw():
     names = ("crop", "flip", "rotate")
-    a, b = (transforms.draw(which, 50, rng(8), (9, 9)) for which in (names, (*names, "erase")))
+    a, b = (
+        transforms.draw_parameters(which, 50, rng(8), (9, 9))
+        for which in (names, (*names, "erase"))
+    )
     assert all(torch.equal(a[name], b[name]) for name in names)
 
 
 def test_erasing_and_the_border_of_mean_colour_are_those_of_torchvision_on_normalised_images():
-    functional = torchvision().transforms.functional
+    functional = import_torchvision().transforms.functional
     of = data(height=13, width=13, augment=("erase", "crop_mean", "flip"))
     mean, std = (torch.tensor(v)[:, None, None] for v in (of.mean, of.std))
-    drawn = transforms.draw(of.augment, 11, rng(1, "augment", 0, 3, 2), (13, 13))
+    drawn = transforms.draw_parameters(of.augment, 11, rng(1, "augment", 0, 3, 2), (13, 13))
     order = torch.randperm(11, generator=rng(1, "order", 0, 3, 2))
     expected = []
     for image, *how in zip(of.train.x[split().train[0]][order], *drawn.values(), strict=True):
@@ -341,7 +344,7 @@ def test_erasing_and_the_border_of_mean_colour_are_those_of_torchvision_on_norma
 def test_the_order_of_the_authors_has_the_same_images_under_mirrored_parameters():
     # Flip, erase, crop is erase, crop, flip with rectangle and window mirrored, which are as
     # probable.
-    functional = torchvision().transforms.functional
+    functional = import_torchvision().transforms.functional
     image = images(1, 3, 9, 9)[0].float()
     moves = {
         "erase": torch.tensor([[2, 1, 3, 4]]),
@@ -373,14 +376,14 @@ def same(a, b):
 
 
 def test_a_batch_is_normalised_as_by_torchvision_and_channels_last():
-    torchvision()  # opens the door for the import
+    import_torchvision()  # opens the door for the import
     from torchvision.transforms import v2
 
     of = data()
     expected = v2.Normalize(of.mean, of.std)(
         v2.ToDtype(torch.float32, scale=True)(of.test.x[split().test[1].copy()])
     )
-    batch = feed(of).test([1], 0, 7)
+    batch = feed(of).test_batch([1], 0, 7)
     assert torch.allclose(batch.x[0], expected, atol=1e-6) and batch.x.dtype == torch.float32
     assert batch.x[0].is_contiguous(memory_format=torch.channels_last)
     assert batch.y.tolist() == [[(i + 1) % 6 for i in range(7)][::-1]] and batch.real is None
@@ -403,7 +406,7 @@ def test_a_client_is_independent_of_its_neighbours(shift, augment):
 @pytest.mark.parametrize("at_once", [1, 5 * 4 * 75 * 2, 2**20])
 @pytest.mark.parametrize("used", [None, (5, 5, 4, 1, 0)])
 def test_batches_gathered_several_at_once_are_those_gathered_one_by_one(at_once, used, monkeypatch):
-    monkeypatch.setattr("fedlora_mpi.data.feed._AT_ONCE", at_once)
+    monkeypatch.setattr("fedlora_mpi.data.feed._GATHER_NUMEL", at_once)
     beats, read = [], Images.read
     f = feed(
         data(augment=("crop", "flip", "rotate")),
@@ -412,7 +415,7 @@ def test_batches_gathered_several_at_once_are_those_gathered_one_by_one(at_once,
         beat=lambda: beats.append(0),
     )
     epoch, gathers = f.epoch(range(5), 4, 1), []
-    epoch = epoch.cut(used) if used else epoch
+    epoch = epoch.truncate(used) if used else epoch
     monkeypatch.setattr(Images, "read", lambda *given: gathers.append(0) or read(*given))
     found = list(epoch.batches(range(0, epoch.sizes[0], 4)))
     steps = len(range(0, epoch.sizes[0], 4))
@@ -461,12 +464,12 @@ def test_augmentation_changes_training_and_spares_the_test():
     assert not torch.equal(
         plain.epoch([0], 1, 0).batch(1, 0, 11).x, augmented.epoch([0], 1, 0).batch(1, 0, 11).x
     )
-    assert same(plain.test(range(5), 0, 11), augmented.test(range(5), 0, 11))
+    assert same(plain.test_batch(range(5), 0, 11), augmented.test_batch(range(5), 0, 11))
 
 
 def test_augmentation_is_that_of_the_keyed_parameters():
     of = data(augment=("crop", "flip", "rotate"))
-    drawn = transforms.draw(of.augment, 7, rng(1, "augment", 1, 3, 2), (5, 5))
+    drawn = transforms.draw_parameters(of.augment, 7, rng(1, "augment", 1, 3, 2), (5, 5))
     order = torch.randperm(7, generator=rng(1, "order", 1, 3, 2))
     moved = warped(of.train.x[split().train[1]][order], **drawn)
     mean, std = (torch.tensor(v)[:, None, None] for v in (of.mean, of.std))
@@ -479,7 +482,7 @@ def test_shift_rotate_turns_a_clients_images_by_its_quarter():
     for k in range(5):
         for side in ("train", "test"):
             a, b = (
-                f.test([k], 0, 2) if side == "test" else f.epoch([k], 1, 0).batch(1, 0, 2)
+                f.test_batch([k], 0, 2) if side == "test" else f.epoch([k], 1, 0).batch(1, 0, 2)
                 for f in (plain, shifted)
             )
             assert torch.equal(b.x, torch.rot90(a.x, k % 4, (3, 4))) and torch.equal(a.y, b.y)
@@ -501,7 +504,7 @@ def test_shift_rotate_needs_square_images():
 
 def test_shift_labels_moves_a_clients_classes():
     plain, shifted = feed(), feed(shift="labels")
-    a, b = (f.test(range(5), 0, 2) for f in (plain, shifted))
+    a, b = (f.test_batch(range(5), 0, 2) for f in (plain, shifted))
     assert torch.equal(b.y, (a.y + torch.tensor([0, 1, 2, 3, 0])[:, None]) % 6) and torch.equal(
         a.x, b.x
     )
@@ -512,7 +515,7 @@ def test_shift_labels_moves_a_clients_classes():
 def test_noise_keys_are_those_of_client_round_epoch_and_step():
     f = feed()
     assert f.epoch([4, 2], 3, 1).batch(2, 0, 2).key.tolist() == [
-        key(1, "noise", k, 3, 1) for k in (4, 2)
+        derive_key(1, "noise", k, 3, 1) for k in (4, 2)
     ]
     keys = [
         int(f.epoch([k], r, e).batch(1, s, 2).key)
@@ -528,7 +531,7 @@ def test_the_numbers_of_an_address_do_not_run_into_each_other():
     assert (
         len(
             {
-                key(*address)
+                derive_key(*address)
                 for address in ((1, 2, 34), (1, 23, 4), (12, 3, 4), (1234,), (1, "2", 34))
             }
         )
@@ -546,18 +549,18 @@ def test_sizes_and_shape_are_told():
     f = Feed(data(1), Iid(clients=4, train=0, test=0).split(np.zeros(40, int), np.zeros(35, int), 6),
              seed=1, shift="none", device=CPU, augment=True)  # fmt: skip
     assert (f.classes, f.shape, f.train_size(3), f.test_size(0)) == (6, (1, 5, 5), 10, 8)
-    assert f.test([0, 1], 4, 4).x.shape == (2, 4, 1, 5, 5)
+    assert f.test_batch([0, 1], 4, 4).x.shape == (2, 4, 1, 5, 5)
 
 
 # Samples that are held out
 
 
 def test_at_least_one_sample_is_held_out_but_never_all():
-    assert [held_out(n, 0.05) for n in (1, 2, 19, 20, 39, 40, 500)] == [0, 1, 1, 1, 1, 2, 25]
-    assert [held_out(n, 0.99) for n in (1, 2, 3, 200)] == [0, 1, 2, 198]
-    assert [held_out(n, 0.0) for n in (1, 2, 500)] == [0, 0, 0]
+    assert [held_out_count(n, 0.05) for n in (1, 2, 19, 20, 39, 40, 500)] == [0, 1, 1, 1, 1, 2, 25]
+    assert [held_out_count(n, 0.99) for n in (1, 2, 3, 200)] == [0, 1, 2, 198]
+    assert [held_out_count(n, 0.0) for n in (1, 2, 500)] == [0, 0, 0]
     for fraction in (0.05, 0.3, 0.5, 0.9):  # a larger client has no smaller part of either kind
-        held = [held_out(n, fraction) for n in range(1, 300)]
+        held = [held_out_count(n, fraction) for n in range(1, 300)]
         rest = [n - h for n, h in enumerate(held, 1)]
         assert held == sorted(held) and rest == sorted(rest)
 

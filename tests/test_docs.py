@@ -7,7 +7,7 @@ import runpy
 import sys
 
 import pytest
-from runs import TESTS, built, equal, played
+from runs import TESTS, build_tiny, run_rounds, trees_equal
 
 from fedlora_mpi import algorithms
 from fedlora_mpi.models.zoo import build
@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_every_method_has_a_heading_and_its_place():
     named = [name for _, name in MAKE["HEADING"].findall(PAGE)]
-    assert sorted(named) == algorithms.names() == sorted(MAKE["SAID"]), (
+    assert sorted(named) == algorithms.algorithm_names() == sorted(MAKE["SAID"]), (
         "docs/methods.md needs a heading `### TITLE` with `<!-- facts of NAME -->` and `<!-- end "
         "-->` under it, and docs/make_methods.py a line in SAID, for every file of "
         "fedlora_mpi/algorithms"
@@ -80,13 +80,16 @@ def test_the_formulas_give_what_is_measured(network):
     letters = MAKE["symbols"](model := build(*network))
     for name, said in MAKE["SAID"].items():
         assert MAKE["computed"](said.bytes, letters) == MAKE["measured"](
-            algorithms.find(name)(), model
+            algorithms.find_algorithm(name)(), model
         ), name
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedamp", "fedcac", "fedpac"])
 def test_what_is_measured_is_what_a_round_logs(name):
-    parts, row = built(f"algorithm={name}"), played(f"algorithm={name}", "rounds=1")[0][-1].row
+    parts, row = (
+        build_tiny(f"algorithm={name}"),
+        run_rounds(f"algorithm={name}", "rounds=1")[0][-1].row,
+    )
     counted = MAKE["measured"](parts.config.algorithm, parts.run.trainer.model)
     assert (row["bytes_up"], row["bytes_down"]) == (
         counted.up * row["clients"],
@@ -94,7 +97,7 @@ def test_what_is_measured_is_what_a_round_logs(name):
     )
 
 
-@pytest.mark.parametrize("name", algorithms.names())
+@pytest.mark.parametrize("name", algorithms.algorithm_names())
 def test_a_paper_is_found_where_the_docstring_cites_one(name):
     text = MAKE["text_of"](name)
     assert (text.paper == "–") == (name == "local")
@@ -103,14 +106,16 @@ def test_a_paper_is_found_where_the_docstring_cites_one(name):
 
 
 def test_the_number_of_methods_is_that_of_the_folder():
-    assert f"the {len(algorithms.names())} methods" in PAGE
+    assert f"the {len(algorithms.algorithm_names())} methods" in PAGE
 
 
 def test_the_example_without_its_term_is_fedper(folder):
     own, other = (
-        played(f"algorithm={name}", "rounds=2")[0] for name in ("held_per:HeldPer", "fedper")
+        run_rounds(f"algorithm={name}", "rounds=2")[0] for name in ("held_per:HeldPer", "fedper")
     )
-    plain = played("algorithm=held_per:HeldPer", "algorithm.mu=0", "rounds=2")[0]
+    plain = run_rounds("algorithm=held_per:HeldPer", "algorithm.mu=0", "rounds=2")[0]
     for mine, fedper in zip(plain, other, strict=True):
-        assert equal(mine.shared, fedper.shared) and equal(mine.personal, fedper.personal)
-    assert not equal(own[-1].shared, other[-1].shared)
+        assert trees_equal(mine.shared, fedper.shared) and trees_equal(
+            mine.personal, fedper.personal
+        )
+    assert not trees_equal(own[-1].shared, other[-1].shared)

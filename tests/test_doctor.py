@@ -9,13 +9,13 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-from runs import SLOW, TINY, built, command, finished
+from runs import SLOW, TINY, build_tiny, command_line, run_process
 
 from fedlora_mpi.doctor import examination as doctor
 from fedlora_mpi.doctor.checks import CHECKS
 from fedlora_mpi.doctor.examination import examine
 from fedlora_mpi.doctor.finding import Case, Finding
-from fedlora_mpi.plan import storage
+from fedlora_mpi.plan import storage_bytes
 
 NAMES = [
     "config",
@@ -91,7 +91,7 @@ def program(folder: Path, name: str, text: str) -> str:
 
 @pytest.mark.thorough  # two ranks and a process for each check
 def test_a_machine_that_works_has_no_failure(tmp_path):
-    done = finished(command("doctor", TINY, "output=runs/a"), tmp_path)
+    done = run_process(command_line("doctor", TINY, "output=runs/a"), tmp_path)
     code, found = read(done.returncode, done.stdout, done.stderr)
     assert code == 0 and list(found) == NAMES and not list(tmp_path.iterdir())
     assert found["config"][1] == f"{TINY}, run folder runs/a"
@@ -242,4 +242,4 @@ def test_one_failure_alone_is_code_1(level, code, monkeypatch):
 
 def test_the_space_that_a_run_needs_is_what_it_takes(trained):
     taken = sum(path.stat().st_size for path in trained(SLOW).rglob("*") if path.is_file())
-    assert taken <= storage(built(SLOW)) <= 2 * taken
+    assert taken <= storage_bytes(build_tiny(SLOW)) <= 2 * taken

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import TINY, assert_same_run, on_ranks, played, same
-from tiers import thorough
+from runs import TINY, assert_same_run, run_on_ranks, run_rounds, snapshots_equal
+from tiers import thorough_param
 from torch import nn
 
 import fedlora_mpi
-from fedlora_mpi.aggregation.flat_layout import Layout, bytes_of
+from fedlora_mpi.aggregation.flat_layout import Layout, estimate_nbytes
 from fedlora_mpi.aggregation.svd import right_vectors
 from fedlora_mpi.analysis.run_view import open_run
 from fedlora_mpi.cli import main
@@ -96,7 +96,7 @@ def of(method: str, network: str, *overrides: str, rounds: int = 2) -> tuple[str
 
 def few(*more):
     """The parameters (method, *more) of all METHODS; those beside FEW are thorough."""
-    return [(name, *more) if name in FEW else thorough(name, *more) for name in METHODS]
+    return [(name, *more) if name in FEW else thorough_param(name, *more) for name in METHODS]
 
 
 # --- a vector of all leaves
@@ -111,7 +111,7 @@ def test_leaves_come_back_in_their_own_dtypes():
     assert (
         vector.dtype == torch.float64
         and layout.nbytes == 2 * (4 + 8 + 2 + 2)
-        and bytes_of(8, [layout]) == 32
+        and estimate_nbytes(8, [layout]) == 32
     )
     assert all(back[n].dtype == v.dtype and torch.equal(back[n], v) for n, v in tree.items())
     vector[2] = 7.0
@@ -148,11 +148,11 @@ def test_clients_whose_networks_differ_in_a_dtype_are_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "method, network", [*few("coarse"), ("fedavg", "fine"), thorough("fedlora", "fine")]
+    "method, network", [*few("coarse"), ("fedavg", "fine"), thorough_param("fedlora", "fine")]
 )
 def test_a_float64_leaf_changes_nothing_but_itself(method, network):
     """The variables are those of a network of which every leaf is float64."""
-    found, exact = (played(*of(method, name, rounds=1))[0][-1] for name in (network, "double"))
+    found, exact = (run_rounds(*of(method, name, rounds=1))[0][-1] for name in (network, "double"))
     for name, value in (found.shared | found.personal).items():
         torch.testing.assert_close(
             value.double(), (exact.shared | exact.personal)[name].double(), rtol=1e-2, atol=1e-3
@@ -168,31 +168,33 @@ def test_a_float64_leaf_changes_nothing_but_itself(method, network):
     [
         *few("fine", ()),
         ("fedavg", "fine", ("uplink=gather",)),
-        thorough("fedit", "fine", ("uplink=gather", "algorithm.full=[head, norm]")),
+        thorough_param("fedit", "fine", ("uplink=gather", "algorithm.full=[head, norm]")),
         ("fedpac", "fine", ("mix=spread", "uplink=gather")),
-        thorough("fedamp", "half", ("mix=spread",)),
-        thorough("fedavg", "brain", ("uplink=gather",)),
+        thorough_param("fedamp", "half", ("mix=spread",)),
+        thorough_param("fedavg", "brain", ("uplink=gather",)),
     ],
 )
 def test_two_ranks_have_the_bits_of_one(method, network, more):
     overrides = of(method, network, *more)
-    alone, together = played(*overrides)[0], played(*overrides, ranks=2)[0]
-    assert all(map(same, alone, together))
+    alone, together = run_rounds(*overrides)[0], run_rounds(*overrides, ranks=2)[0]
+    assert all(map(snapshots_equal, alone, together))
 
 
 def test_gathered_uploads_of_float64_are_those_that_are_summed():
     a, b = (
-        played(*of("fedavg", "fine", f"uplink={way}"), ranks=2)[0][-1] for way in ("gather", "sum")
+        run_rounds(*of("fedavg", "fine", f"uplink={way}"), ranks=2)[0][-1]
+        for way in ("gather", "sum")
     )
     assert all(torch.equal(v, b.shared[n]) for n, v in a.shared.items())
 
 
 @pytest.mark.parametrize(
-    "method", [thorough("fedavg"), thorough("scaffold"), thorough("fedlora"), "fedadam"]
+    "method",
+    [thorough_param("fedavg"), thorough_param("scaffold"), thorough_param("fedlora"), "fedadam"],
 )
 def test_a_fast_sum_keeps_float64(method):
     fast, exact = (
-        played(*of(method, "double", f"reduce={way}"))[0][-1] for way in ("fast", "exact")
+        run_rounds(*of(method, "double", f"reduce={way}"))[0][-1] for way in ("fast", "exact")
     )
     for name, value in exact.shared.items():
         torch.testing.assert_close(fast.shared[name], value, rtol=1e-12, atol=1e-12)
@@ -201,10 +203,14 @@ def test_a_fast_sum_keeps_float64(method):
 @pytest.mark.parametrize("network, dtype", [("half", torch.float16), ("brain", torch.bfloat16)])
 @pytest.mark.parametrize(
     "method",
-    ["fedlora", "fedadam", *map(thorough, ("fedavg", "fedamp", "scaffold", "fedit", "pfedlora"))],
+    [
+        "fedlora",
+        "fedadam",
+        *map(thorough_param, ("fedavg", "fedamp", "scaffold", "fedit", "pfedlora")),
+    ],
 )
 def test_half_numbers_come_back_as_what_they_were(method, network, dtype):
-    end = played(*of(method, network))[0][-1]
+    end = run_rounds(*of(method, network))[0][-1]
     network_names = {"conv.weight", "scale", "head.weight", "head.bias"}
     assert {v.dtype for n, v in (end.shared | end.personal).items() if n in network_names} == {
         dtype
@@ -214,21 +220,22 @@ def test_half_numbers_come_back_as_what_they_were(method, network, dtype):
 
 def test_loop_and_stack_agree_on_float64():
     stack, loop = (
-        played(*of("fedavg", "double", f"engine.path={path}"))[0][-1] for path in ("stack", "loop")
+        run_rounds(*of("fedavg", "double", f"engine.path={path}"))[0][-1]
+        for path in ("stack", "loop")
     )
     for name, value in stack.shared.items():
         torch.testing.assert_close(loop.shared[name], value, rtol=1e-10, atol=1e-12)
 
 
 def test_a_tiny_step_leaves_a_network_what_it_was():
-    before, after = played(*of("fedavg", "coarse", "train.lr=1e-9", rounds=1))[0]
+    before, after = run_rounds(*of("fedavg", "coarse", "train.lr=1e-9", rounds=1))[0]
     for name, value in before.shared.items():
         torch.testing.assert_close(after.shared[name], value, rtol=0, atol=1e-6)
 
 
 def test_bytes_follow_the_dtypes():
     coarse, double, half = (
-        played(*of("fedavg", n))[0][-1].row["bytes_up"] for n in ("coarse", "double", "half")
+        run_rounds(*of("fedavg", n))[0][-1].row["bytes_up"] for n in ("coarse", "double", "half")
     )
     numbers = (double // 8 - 4) // 4  # of each of 4 clients, beside the buffer
     assert (coarse, half) == (4 * (4 * numbers + 8), 4 * (2 * numbers + 8))
@@ -236,7 +243,7 @@ def test_bytes_follow_the_dtypes():
 
 def test_noise_and_clipping_keep_the_dtypes():
     overrides = of("fedprox", "fine", "privacy={clip: 1.0, noise_multiplier: 0.5}")
-    with_buffer = played(*overrides[:1], "model=test_dtypes:no_buffer", *overrides[2:])[0][-1]
+    with_buffer = run_rounds(*overrides[:1], "model=test_dtypes:no_buffer", *overrides[2:])[0][-1]
     assert (
         with_buffer.shared["scale"].dtype == torch.float64
         and with_buffer.shared["head.bias"].dtype == torch.float32
@@ -258,7 +265,8 @@ def no_buffer(classes, shape):
 
 
 @pytest.mark.parametrize(
-    "network, method", [("fine", "fedbn"), thorough("brain", "ditto"), thorough("half", "fedavg")]
+    "network, method",
+    [("fine", "fedbn"), thorough_param("brain", "ditto"), thorough_param("half", "fedavg")],
 )
 def test_a_resumed_run_ends_in_the_same_bits_and_its_models_have_their_dtypes(
     tmp_path, monkeypatch, network, method
@@ -304,7 +312,7 @@ def test_weights_from_a_file_keep_the_networks_dtypes(tmp_path):
 
 
 def test_vectors_that_ranks_share_out_are_those_of_one(monkeypatch):
-    monkeypatch.setattr("fedlora_mpi.aggregation.svd._WORTH", 0)
+    monkeypatch.setattr("fedlora_mpi.aggregation.svd._MIN_SHARED_FLOP", 0)
     matrices = {
         str(kind): (
             torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
@@ -315,8 +323,8 @@ def test_vectors_that_ranks_share_out_are_those_of_one(monkeypatch):
         for kind in (torch.float32, torch.float64)
     }
     alone, together = (
-        on_ranks(1, lambda comm: right_vectors(comm, matrices))[0],
-        on_ranks(2, lambda comm: right_vectors(comm, matrices))[1],
+        run_on_ranks(1, lambda comm: right_vectors(comm, matrices))[0],
+        run_on_ranks(2, lambda comm: right_vectors(comm, matrices))[1],
     )
     assert all(torch.equal(alone[n], v) and v.dtype == alone[n].dtype for n, v in together.items())
 

@@ -8,14 +8,14 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
-from tiers import thorough
+from tiers import thorough_param
 
-from fedlora_mpi.algorithm import Algorithm, Phase, Sgd, Step, Train, Vars
+from fedlora_mpi.algorithm import Algorithm, LocalTraining, Phase, Sgd, Step, Variables
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedlora import FedLoRA
 from fedlora_mpi.algorithms.local import Local
-from fedlora_mpi.core.seeds import isolated, rng
-from fedlora_mpi.engine.device import bind, decide
+from fedlora_mpi.core.seeds import isolate_rng, rng
+from fedlora_mpi.engine.device import choose_path, select_device
 from fedlora_mpi.engine.flops import Flops
 from fedlora_mpi.engine.settings import Engine
 from fedlora_mpi.engine.walk import sgd_step
@@ -30,8 +30,8 @@ def numbers(*shape, at=0):
 
 def begun(made, moved=True):
     """(shared, personal rows) of all clients, the rows apart from one another."""
-    start = small.first(made)
-    personal_C = small.rows(start.personal, len(CLIENTS))
+    start = small.initial_variables(made)
+    personal_C = small.repeat_rows(start.personal, len(CLIENTS))
     if moved:
         personal_C = {n: v + 0.01 * numbers(*v.shape).abs() for n, v in personal_C.items()}
     return start.shared, personal_C
@@ -43,7 +43,7 @@ def trained(made, clients=CLIENTS, round_=0):
     rows = {n: v[list(clients)] for n, v in personal_C.items()}
     results = made.train(clients, shared, rows, round_)
     return {
-        done.client: small.copy(done.end.shared | done.end.personal) | {"loss": done.loss}
+        done.client: small.clone_tree(done.end.shared | done.end.personal) | {"loss": done.loss}
         for done in results
     }
 
@@ -64,14 +64,14 @@ class Phased(FedAvg):
 # The two paths
 
 
-@pytest.mark.parametrize("network", [thorough("cnn"), "bn_net", "noisy_net"])
+@pytest.mark.parametrize("network", [thorough_param("cnn"), "bn_net", "noisy_net"])
 @pytest.mark.parametrize(
     "algorithm", [FedAvg(), FedLoRA(bn_stats="local"), Local()], ids=lambda a: type(a).__name__
 )
 def test_loop_and_stack_train_alike(network, algorithm):
     settings = replace(small.TRAIN, weight_decay=0.01)
     loop, stack = (
-        trained(small.trainer(algorithm, network, train=settings, stacked=stacked))
+        trained(small.make_trainer(algorithm, network, train=settings, stacked=stacked))
         for stacked in (False, True)
     )
     assert list(loop) == list(stack) == list(CLIENTS)
@@ -81,25 +81,30 @@ def test_loop_and_stack_train_alike(network, algorithm):
     assert not torch.equal(loop[0][some], loop[1][some])
 
 
-@pytest.mark.parametrize("network", [thorough("cnn"), "bn_net", "noisy_net"])
+@pytest.mark.parametrize("network", [thorough_param("cnn"), "bn_net", "noisy_net"])
 def test_loop_and_stack_evaluate_alike(network):
     tests = (304, 9, 251, 5, 407)  # a stack of five tests 200 samples of each at a time
     tables = []
     for stacked in (False, True):
-        made = small.trainer(
-            FedLoRA(bn_stats="local"), network, stacked=stacked, samples=small.feed(tests=tests)
+        made = small.make_trainer(
+            FedLoRA(bn_stats="local"),
+            network,
+            stacked=stacked,
+            samples=small.make_feed(tests=tests),
         )
         tables.append(made.evaluate(CLIENTS, *begun(made)))
     loop, stack = tables
     assert loop.shape == (5, 2) and loop.dtype == torch.float64
     torch.testing.assert_close(stack, loop, rtol=1e-5, atol=1e-6)
     assert len(set(loop[:, 1].tolist())) == 5
-    made = small.trainer(FedLoRA(bn_stats="local"), network, samples=small.feed(tests=tests))
+    made = small.make_trainer(
+        FedLoRA(bn_stats="local"), network, samples=small.make_feed(tests=tests)
+    )
     shared, personal_C = begun(made)
     for client in CLIENTS:
-        v = Vars(shared, {n: value[client] for n, value in personal_C.items()})
+        v = Variables(shared, {n: value[client] for n, value in personal_C.items()})
         batch = made.feed.test([client], 0, tests[client])
-        logits = made.algorithm.logits(made.model.evaluating(), v, batch.x[0])
+        logits = made.algorithm.logits(made.model.eval_mode(), v, batch.x[0])
         expected = [
             (logits.argmax(1) == batch.y[0]).double().mean(),
             F.cross_entropy(logits, batch.y[0]),
@@ -110,44 +115,44 @@ def test_loop_and_stack_evaluate_alike(network):
 @pytest.mark.parametrize("network", ["bn_net", "noisy_net"])
 def test_a_client_does_not_depend_on_its_group(network):
     for stacked in (False, True):
-        made = small.trainer(FedLoRA(), network, stacked=stacked)
+        made = small.make_trainer(FedLoRA(), network, stacked=stacked)
         whole = trained(made)
         for part in ([0], [1, 3], [0, 2, 4], [4]):
             for client, alone in trained(made, part).items():
                 if stacked:
                     small.assert_near(alone, whole[client])
                 else:
-                    assert small.equal(alone, whole[client])
+                    assert small.trees_equal(alone, whole[client])
 
 
 @PATHS
 def test_training_follows_round_and_seed(stacked):
-    made = small.trainer(FedAvg(), "noisy_net", stacked=stacked)
+    made = small.make_trainer(FedAvg(), "noisy_net", stacked=stacked)
     one, again, next_round = trained(made), trained(made), trained(made, round_=1)
-    other_seed = trained(replace(made, feed=small.feed(seed=2)))
+    other_seed = trained(replace(made, feed=small.make_feed(seed=2)))
     for client in CLIENTS:
-        assert small.equal(one[client], again[client])
+        assert small.trees_equal(one[client], again[client])
         assert not torch.equal(one[client]["0.weight"], next_round[client]["0.weight"])
         assert not torch.equal(one[client]["0.weight"], other_seed[client]["0.weight"])
 
 
 @PATHS
 def test_nothing_given_is_written_to(stacked):
-    made = small.trainer(FedLoRA(bn_stats="local"), "bn_net", stacked=stacked)
+    made = small.make_trainer(FedLoRA(bn_stats="local"), "bn_net", stacked=stacked)
     shared, personal_C = begun(made)
-    before = small.copy(shared), small.copy(personal_C)
+    before = small.clone_tree(shared), small.clone_tree(personal_C)
     starts = [done.start for done in made.train(CLIENTS, shared, personal_C, 0)]
     made.evaluate(CLIENTS, shared, personal_C)
-    assert small.equal(shared, before[0]) and small.equal(personal_C, before[1])
+    assert small.trees_equal(shared, before[0]) and small.trees_equal(personal_C, before[1])
     for client, start in enumerate(starts):
-        assert small.equal(start.shared, shared)
-        assert small.equal(start.personal, {n: v[client] for n, v in personal_C.items()})
+        assert small.trees_equal(start.shared, shared)
+        assert small.trees_equal(start.personal, {n: v[client] for n, v in personal_C.items()})
 
 
 @PATHS
 def test_training_reads_no_global_generator(stacked):
     before = torch.get_rng_state()
-    trained(small.trainer(FedLoRA(), "noisy_net", stacked=stacked))
+    trained(small.make_trainer(FedLoRA(), "noisy_net", stacked=stacked))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -161,7 +166,7 @@ def by_torch(made, client, parts):
     parts: (epochs, names of the trained parameters or None for all, optimizer settings) of each
     phase.
     """
-    with isolated(2, "other weights"):
+    with isolate_rng(2, "other weights"):
         module = getattr(small, "cnn" if "9.weight" in made.model.leaves else "bn_net")(
             small.CLASSES, small.SHAPE
         )
@@ -195,13 +200,15 @@ def of(settings):
     "momentum, weight_decay", [(0.0, 0.0), (0.9, 0.0), (0.9, 0.01), (0.0, 0.01)]
 )
 def test_the_loop_is_torch_optim_to_the_bit(network, momentum, weight_decay):
-    settings = Train(3, 5, 0.05, momentum, weight_decay)
-    made = small.trainer(FedAvg(), network, train=settings, samples=small.feed(sizes=(12, 7, 3)))
+    settings = LocalTraining(3, 5, 0.05, momentum, weight_decay)
+    made = small.make_trainer(
+        FedAvg(), network, train=settings, samples=small.make_feed(sizes=(12, 7, 3))
+    )
     results = trained(made, range(3))
     for client in range(3):
         expected, loss = by_torch(made, client, [(3, None, of(settings))])
         assert torch.equal(results[client].pop("loss"), loss)
-        assert small.equal(results[client], expected)
+        assert small.trees_equal(results[client], expected)
 
 
 @PATHS
@@ -218,8 +225,8 @@ def test_phases_train_their_leaves_with_fresh_momentum_and_their_own_settings(st
         ),
         (1, {"sgd": lambda sgd: Sgd(sgd.lr / 2)}),
     )
-    made = small.trainer(
-        Phased(parts=parts), "bn_net", stacked=stacked, samples=small.feed(sizes=(12,))
+    made = small.make_trainer(
+        Phased(parts=parts), "bn_net", stacked=stacked, samples=small.make_feed(sizes=(12,))
     )
     common = {"lr": 0.05, "momentum": 0.9}
     expected, loss = by_torch(
@@ -234,7 +241,7 @@ def test_phases_train_their_leaves_with_fresh_momentum_and_their_own_settings(st
     (result,) = trained(made, [0]).values()
     small.assert_near(result, expected | {"loss": loss})
     if not stacked:
-        assert small.equal(result, expected | {"loss": loss})
+        assert small.trees_equal(result, expected | {"loss": loss})
 
 
 @PATHS
@@ -244,17 +251,17 @@ def test_a_phase_without_epochs_moves_nothing_and_no_batch(stacked):
 
     empty = (0, {"loss": never, "constant": lambda v: never(v, v, None)})
     plain, padded = (
-        trained(small.trainer(Phased(parts=parts), "bn_net", stacked=stacked))
+        trained(small.make_trainer(Phased(parts=parts), "bn_net", stacked=stacked))
         for parts in (((1, {}), (2, {})), (empty, (1, {}), empty, (2, {}), empty))
     )
-    assert all(small.equal(plain[client], padded[client]) for client in CLIENTS)
+    assert all(small.trees_equal(plain[client], padded[client]) for client in CLIENTS)
 
 
 @PATHS
 def test_without_phases_nothing_moves(stacked):
-    made = small.trainer(Phased(), "bn_net", stacked=stacked)
+    made = small.make_trainer(Phased(), "bn_net", stacked=stacked)
     for tree in trained(made).values():
-        assert tree.pop("loss") == 0 and small.equal(tree, made.model.initial)
+        assert tree.pop("loss") == 0 and small.trees_equal(tree, made.model.initial)
 
 
 @PATHS
@@ -262,9 +269,9 @@ def test_weight_decay_alone_shrinks_geometrically(stacked):
     def none(now, start, batch):
         return sum(v.sum() for v in now.shared.values()) * 0
 
-    made = small.trainer(
+    made = small.make_trainer(
         Phased(parts=((2, {"loss": none}),)),
-        train=Train(2, 5, lr=0.5, momentum=0.0, weight_decay=0.2),
+        train=LocalTraining(2, 5, lr=0.5, momentum=0.0, weight_decay=0.2),
         stacked=stacked,
     )
     for client, tree in trained(made).items():
@@ -284,8 +291,8 @@ def test_the_start_of_the_round_stays_within_reach_of_a_loss(stacked):
         return sum(v.sum() for v in now.shared.values())
 
     parts = ((1, {"loss": drift}), (1, {"loss": pull}))
-    made = small.trainer(
-        Phased(parts=parts), train=Train(2, 11, lr=0.5, momentum=0.0), stacked=stacked
+    made = small.make_trainer(
+        Phased(parts=parts), train=LocalTraining(2, 11, lr=0.5, momentum=0.0), stacked=stacked
     )
     for tree in trained(made).values():  # one step by -0.5, then half of the way back
         for name, value in made.model.initial.items():
@@ -308,7 +315,9 @@ def test_a_constant_is_computed_once_from_each_clients_own_variables(stacked):
 
             return (Phase(2, (Step(toward),), constant=constant),)
 
-    made = small.trainer(Pulled(), train=Train(2, 11, lr=0.5, momentum=0.0), stacked=stacked)
+    made = small.make_trainer(
+        Pulled(), train=LocalTraining(2, 11, lr=0.5, momentum=0.0), stacked=stacked
+    )
     _, personal_C = begun(made)
     for client, tree in trained(made).items():  # w, then (w + 3 w) / 2 = 2 w, then (2 w + 3 w) / 2
         small.assert_near(
@@ -340,7 +349,7 @@ def test_running_statistics_are_never_trained():
     def loss(now, start, batch):
         return sum(v.sum() for v in now.shared.values())
 
-    made = small.trainer(Phased(parts=((1, {"loss": loss}),)), "bn_net")
+    made = small.make_trainer(Phased(parts=((1, {"loss": loss}),)), "bn_net")
     for tree in trained(made).values():
         moved = {n: not torch.equal(tree[n], v) for n, v in made.model.initial.items()}
         assert moved == {n: made.model.role(n) != "stats" for n in moved}
@@ -349,8 +358,10 @@ def test_running_statistics_are_never_trained():
 @PATHS
 def test_a_last_batch_of_one_sample_on_1x1_maps_trains(stacked):
     def trained_on(size):
-        made = small.trainer(FedAvg(), "bn_net", stacked=stacked, samples=small.feed(sizes=(size,)))
-        deep = small.model("test_engine:deep_net")
+        made = small.make_trainer(
+            FedAvg(), "bn_net", stacked=stacked, samples=small.make_feed(sizes=(size,))
+        )
+        deep = small.make_model("test_engine:deep_net")
         return trained(replace(made, model=deep), [0])[0]
 
     assert all(torch.isfinite(v).all() for v in trained_on(11).values())
@@ -384,9 +395,9 @@ def deep_net(classes, shape):
     ],
 )
 def test_the_path_follows_from_the_workload(engine, device, flops, batch, clients, expected):
-    model = replace(small.model(), flops=flops)
-    assert decide(engine, device, model, batch, clients) == expected
-    assert decide(engine, device, model, batch, clients) == expected
+    model = replace(small.make_model(), flops=flops)
+    assert choose_path(engine, device, model, batch, clients) == expected
+    assert choose_path(engine, device, model, batch, clients) == expected
 
 
 @pytest.fixture
@@ -399,9 +410,9 @@ def threads():
 
 @pytest.mark.usefixtures("threads")
 def test_a_worker_gets_its_device_and_threads():
-    assert bind(Engine(device="cpu", threads=2), 3) == torch.device("cpu")
+    assert select_device(Engine(device="cpu", threads=2), 3) == torch.device("cpu")
     assert torch.get_num_threads() == 2
-    assert bind(Engine(), None) == torch.device("cpu")  # a rank that hosts no client
+    assert select_device(Engine(), None) == torch.device("cpu")  # a rank that hosts no client
     assert torch.get_num_threads() == 1
 
 
@@ -411,15 +422,18 @@ def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(
         ValueError, match="engine.device = cuda: torch sees no GPU here; engine.device=cpu or auto"
     ):
-        bind(Engine(device="cuda"), 0)
-    assert bind(Engine(), 0) == torch.device("cpu")
+        select_device(Engine(device="cuda"), 0)
+    assert select_device(Engine(), 0) == torch.device("cpu")
 
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_workers_of_a_node_are_dealt_over_its_gpus():
     count = torch.cuda.device_count()
-    assert [bind(Engine(), worker).index for worker in range(count + 1)] == [*range(count), 0]
+    assert [select_device(Engine(), worker).index for worker in range(count + 1)] == [
+        *range(count),
+        0,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -444,13 +458,13 @@ def test_impossible_engine_settings_are_refused(fields, text):
 def test_impossible_training_settings_are_refused(fields):
     ((name, value),) = fields.items()
     with pytest.raises(ValueError, match=f"{name} = {value}: must be"):
-        Train(**fields)
+        LocalTraining(**fields)
 
 
 @pytest.mark.parametrize("network", ["cnn", "bn_net"])
 def test_the_defaults_of_an_algorithm_are_fedavg(network):
-    plain, fedavg = (small.ended(a, network) for a in (Algorithm(), FedAvg()))
-    assert small.equal(plain.shared, fedavg.shared) and not plain.personal
+    plain, fedavg = (small.final_state(a, network) for a in (Algorithm(), FedAvg()))
+    assert small.trees_equal(plain.shared, fedavg.shared) and not plain.personal
 
 
 # Samples that are held out
@@ -466,7 +480,7 @@ class Adds(Algorithm):
     limit: int = 100
 
     def init(self, model, rng):
-        return Vars({}, {n: torch.zeros(small.SHAPE) for n in ("held", "rest")})
+        return Variables({}, {n: torch.zeros(small.SHAPE) for n in ("held", "rest")})
 
     def phases(self, model, train, round_):
         def adding(name):
@@ -484,11 +498,11 @@ class Adds(Algorithm):
 @PATHS
 @pytest.mark.parametrize("limit", [100, 1])
 def test_a_phase_sees_the_samples_that_are_held_out_or_the_others(stacked, limit):
-    made = small.trainer(
-        Adds(limit=limit), stacked=stacked, samples=small.feed(sizes=(11, 7, 3, 1))
+    made = small.make_trainer(
+        Adds(limit=limit), stacked=stacked, samples=small.make_feed(sizes=(11, 7, 3, 1))
     )
-    start = small.first(made)
-    for done in made.train(range(4), {}, small.rows(start.personal, 4), 2):
+    start = small.initial_variables(made)
+    for done in made.train(range(4), {}, small.repeat_rows(start.personal, 4), 2):
         for name, epochs in (("held", (0,)), ("rest", (1, 2))):
             expected = torch.zeros(small.SHAPE)
             for number in epochs:
@@ -516,6 +530,7 @@ def test_the_cost_of_a_round_is_that_of_the_samples_that_are_used():
             return phase._replace(held_out=True), phase
 
     costs = [
-        Flops(made, small.first(made)) for made in (small.trainer(Twice()), small.trainer(FedAvg()))
+        Flops(made, small.initial_variables(made))
+        for made in (small.make_trainer(Twice()), small.make_trainer(FedAvg()))
     ]
-    assert costs[0].of_round(30, 0) == costs[1].of_round(6, 0) + costs[1].of_round(24, 0)
+    assert costs[0].round_flops(30, 0) == costs[1].round_flops(6, 0) + costs[1].round_flops(24, 0)

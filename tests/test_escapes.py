@@ -12,13 +12,13 @@ from pathlib import Path
 
 import h5py
 import pytest
-from folders import sealed
+from folders import reseal
 from runs import TESTS
 
 from fedlora_mpi.cli import main
 from fedlora_mpi.core import escapes
 from fedlora_mpi.mpi.comm import Solo
-from fedlora_mpi.mpi.ending import guarded, together
+from fedlora_mpi.mpi.ending import collectively, run_or_abort
 
 CONFIG = str(TESTS / "faulty.yaml")
 HOSTILE = "=1+1\x1b]0;owned\x07\n\u202e\x9b2J<script>^~\\{}_%$#&|/../../\u2028é"
@@ -46,7 +46,7 @@ def runs(tmp_path_factory):
             })  # fmt: skip
             config["algorithm"] |= {f"../../{HOSTILE}": number, "$\\frac$": f"$\\frac{number}$"}
             file.attrs["config_json"] = json.dumps(config)
-        sealed(folder / "log.h5")
+        reseal(folder / "log.h5")
     return [home / "run1", home / "run2"]
 
 
@@ -68,7 +68,7 @@ def test_an_error_is_one_line_that_only_shows(capsys):
     def refuse():
         raise ValueError(HOSTILE)
 
-    assert guarded(Solo(), lambda: together(Solo(), refuse)) == 2
+    assert run_or_abort(Solo(), lambda: collectively(Solo(), refuse)) == 2
     err = capsys.readouterr().err
     assert not acts(err) and err.count("\n") == 1 and r"=1+1\x1b]0;owned\x07\n\u202e" in err
 
@@ -92,9 +92,9 @@ def test_a_name_does_nothing_in_any_file_of_a_report(runs, tmp_path, monkeypatch
         text = path.read_text()
         if path.suffix == ".csv":
             cells = [cell for row in csv.reader(text.splitlines(keepends=True)) for cell in row]
-            assert not [c for c in cells if c[:1] in "=+-@\t\r" and c and escapes.cell(c) != c], (
-                path
-            )
+            assert not [
+                c for c in cells if c[:1] in "=+-@\t\r" and c and escapes.csv_cell(c) != c
+            ], path
         else:
             assert not acts(text), path
         if path.suffix == ".tex":
@@ -108,16 +108,16 @@ def test_a_name_does_nothing_in_any_file_of_a_report(runs, tmp_path, monkeypatch
 
 
 def test_each_way_out_has_its_own_escapes():
-    assert escapes.one_line("a plain é — text") == "a plain é — text"
-    assert escapes.one_line("\ud800\x00\x7f\t\r\n\u2066") == r"\ud800\x00\x7f\t\r\n\u2066"
-    assert escapes.lines("a\nb\x1b") == "a\nb\\x1b"
-    assert escapes.tex("\\^~{}%_&#$\n± →") == (
+    assert escapes.escape_line("a plain é — text") == "a plain é — text"
+    assert escapes.escape_line("\ud800\x00\x7f\t\r\n\u2066") == r"\ud800\x00\x7f\t\r\n\u2066"
+    assert escapes.escape_lines("a\nb\x1b") == "a\nb\\x1b"
+    assert escapes.escape_tex("\\^~{}%_&#$\n± →") == (
         r"\textbackslash{}\textasciicircum{}\textasciitilde{}\{\}\%\_\&\#\$\textbackslash{}n$\pm$ $\to$"
     )
     for text in ("=1", "+x", "-x", "@x", "\tx", "\rx", "-", "-1+1"):
-        assert escapes.cell(text) == f"'{text}"
+        assert escapes.csv_cell(text) == f"'{text}"
     for value in ("-0.5", "+1e-3", "x=1", "", -0.5, None, 3):
-        assert escapes.cell(value) == value
-    assert escapes.file_name(
+        assert escapes.csv_cell(value) == value
+    assert escapes.safe_file_name(
         "../../etc/passwd\n"
-    ) == "-.--.-etc-passwd-n" and "/" not in escapes.file_name(HOSTILE)
+    ) == "-.--.-etc-passwd-n" and "/" not in escapes.safe_file_name(HOSTILE)

@@ -13,11 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulty import AFTER, BEFORE, FAIL, WITHIN, Ended, machine
-from runs import TESTS, command, environment, finished, kill_all, launched, mpirun
+from faulty import AFTER, BEFORE, FAIL, WITHIN, ProcessResult, start_fork_server
+from runs import (
+    TESTS,
+    command_line,
+    kill_all,
+    launch,
+    mpirun_command,
+    process_environment,
+    run_process,
+)
 
-from fedlora_mpi.core.disk_errors import Unwritable
-from fedlora_mpi.federation.client_rows import OnDisk
+from fedlora_mpi.core.disk_errors import WriteError
+from fedlora_mpi.federation.client_rows import DiskRows
 
 CONFIG = TESTS / "faulty.yaml"
 # keeps one checkpoint, so that another is removed
@@ -33,7 +41,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def faulty():
     """What runs commands quickly, and breaks off where it is told to."""
-    with machine(**environment()) as made:
+    with start_fork_server(**process_environment()) as made:
         yield made
 
 
@@ -57,7 +65,7 @@ def digest(faulty, home: Path) -> str:
     return ended.out
 
 
-def is_told(ended: Ended, name: str, codes=(1, 2)) -> str:
+def is_told(ended: ProcessResult, name: str, codes=(1, 2)) -> str:
     """The one line of a command that could not do its work."""
     lines = [line for line in ended.err.splitlines() if line.startswith("fedlora-mpi: ")]
     strange = [line for line in ended.err.splitlines() if not line.startswith(SAID)]
@@ -65,7 +73,7 @@ def is_told(ended: Ended, name: str, codes=(1, 2)) -> str:
     return lines[0]
 
 
-def resumed(faulty, home: Path, truth: str) -> Ended:
+def resumed(faulty, home: Path, truth: str) -> ProcessResult:
     """``run --resume`` ends in the bits of ``truth``."""
     ended = faulty(*RESUME, cwd=home)
     assert ended.code == 0, ended
@@ -183,10 +191,10 @@ def test_ranks_under_mpirun_killed_at_random_moments_end_in_the_same_bits(faulty
     times = random.Random(4)
     for _ in range(6):
         for _ in range(2):
-            with launched([*mpirun(3), *command(*RESUME)], tmp_path) as job:
+            with launch([*mpirun_command(3), *command_line(*RESUME)], tmp_path) as job:
                 time.sleep(times.uniform(4, 12))
                 kill_all(job)
-        ended = finished([*mpirun(2), *command(*RESUME)], tmp_path)
+        ended = run_process([*mpirun_command(2), *command_line(*RESUME)], tmp_path)
         assert ended.returncode == 0, ended.stderr
         assert digest(faulty, tmp_path) == good[1]
         shutil.rmtree(tmp_path / "victim")
@@ -241,8 +249,8 @@ def mounted(folder: Path, options: str):
 def test_a_file_system_that_fills_up_and_is_given_room(faulty, good, tmp_path):
     with mounted(tmp_path / "small", "size=420k"):
         # no fork: its exit too
-        ended = finished(command(*RESUME[:3], "output=small/victim"), tmp_path)
-        told = Ended(ended.returncode, ended.stdout, ended.stderr, 0, [])
+        ended = run_process(command_line(*RESUME[:3], "output=small/victim"), tmp_path)
+        told = ProcessResult(ended.returncode, ended.stdout, ended.stderr, 0, [])
         assert "No space left on device, " in is_told(told, "small/victim", [1])
         subprocess.run(["mount", "-o", "remount,size=10m", tmp_path / "small"], check=True)
         ended = faulty("resume", "small/victim", cwd=tmp_path)
@@ -253,7 +261,9 @@ def test_a_file_system_that_fills_up_and_is_given_room(faulty, good, tmp_path):
 @pytest.mark.slow
 def test_a_file_system_that_fills_up_ends_all_ranks_with_code_1(tmp_path):
     with mounted(tmp_path / "small", "size=420k"):
-        ended = finished([*mpirun(3), *command(*RESUME[:3], "output=small/victim")], tmp_path)
+        ended = run_process(
+            [*mpirun_command(3), *command_line(*RESUME[:3], "output=small/victim")], tmp_path
+        )
         assert ended.returncode == 1 and "Traceback" not in ended.stderr
         assert (
             len(
@@ -271,10 +281,10 @@ def test_personal_leaves_for_which_the_disk_has_no_room_are_one_line(tmp_path):
     with (
         mounted(tmp_path / "small", "size=64k"),
         pytest.raises(
-            Unwritable, match="small/personal leaves: cannot be written: No space left on device, "
+            WriteError, match="small/personal leaves: cannot be written: No space left on device, "
         ),
     ):
-        OnDisk(tmp_path / "small").blank(100, torch.zeros(1000))
+        DiskRows(tmp_path / "small").allocate(100, torch.zeros(1000))
 
 
 def test_a_file_system_that_may_only_be_read_is_one_line(faulty, good, tmp_path):

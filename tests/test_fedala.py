@@ -5,18 +5,18 @@ from dataclasses import dataclass, replace
 import pytest
 import small
 import torch
-from tiers import STACK_FIRST, thorough
+from tiers import STACK_FIRST, thorough_param
 
-from fedlora_mpi.algorithm import Batch, Train, Vars
+from fedlora_mpi.algorithm import Batch, LocalTraining, Variables
 from fedlora_mpi.algorithms.fedala import FedALA
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedavg_ft import FedAvgFT
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import numel, split
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models.substitutes import Substitutes
 
-NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
+NETWORKS = pytest.mark.parametrize("network", [thorough_param("cnn"), "bn_net"])
 TOP = {
     "cnn": ["9.weight", "9.bias"],
     "bn_net": ["fc.weight", "fc.bias"],
@@ -36,7 +36,7 @@ def batch(made, client=0):
 
 def met(made, at=0):
     """Variables whose own top is apart from the global one, and whose weights lie within (0, 1)."""
-    v = small.first(made)
+    v = small.initial_variables(made)
 
     def change(n, w):
         return w.clone().fill_(0.5) + 0.1 * numbers(*w.shape, at=at).clamp(-4, 4)
@@ -52,28 +52,28 @@ def met(made, at=0):
 
 
 @STACK_FIRST
-@pytest.mark.parametrize("network", [thorough("cnn"), "bn_net", thorough("noisy_net")])
-@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
+@pytest.mark.parametrize("network", [thorough_param("cnn"), "bn_net", thorough_param("noisy_net")])
+@pytest.mark.parametrize("participation", [thorough_param(1.0), 0.6])
 def test_weights_that_do_not_learn_are_fedavg(network, stacked, participation):
     how = {"network": network, "stacked": stacked, "participation": participation}
     how |= {"train": replace(small.TRAIN, weight_decay=0.01)}
-    run, state = small.experiment(FedALA(eta=0.0, start_epochs=2, p=2), **how)
-    plain_run, plain = small.experiment(FedAvg(), **how)
+    run, state = small.make_experiment(FedALA(eta=0.0, start_epochs=2, p=2), **how)
+    plain_run, plain = small.make_experiment(FedAvg(), **how)
     for _ in range(3):
-        state, plain = small.played(run, state, 1), small.played(plain_run, plain, 1)
-        assert small.equal(state.shared, plain.shared)
+        state, plain = small.run_rounds(run, state, 1), small.run_rounds(plain_run, plain, 1)
+        assert small.trees_equal(state.shared, plain.shared)
     assert all((v == 1).all() for n, v in state.personal.items() if n.startswith(".A."))
 
 
 @NETWORKS
 def test_round_1_is_fedavg_and_round_2_is_not(network):
-    run, state = small.experiment(FedALA(), network)
-    plain_run, plain = small.experiment(FedAvg(), network)
-    state, plain = small.played(run, state, 1), small.played(plain_run, plain, 1)
-    assert small.equal(state.shared, plain.shared)
+    run, state = small.make_experiment(FedALA(), network)
+    plain_run, plain = small.make_experiment(FedAvg(), network)
+    state, plain = small.run_rounds(run, state, 1), small.run_rounds(plain_run, plain, 1)
+    assert small.trees_equal(state.shared, plain.shared)
     weights, _ = split(state.personal, lambda n: n.startswith(".A."))
     assert all((v == 1).all() for v in weights.values())
-    state, plain = small.played(run, state, 1), small.played(plain_run, plain, 1)
+    state, plain = small.run_rounds(run, state, 1), small.run_rounds(plain_run, plain, 1)
     assert not any(torch.equal(v, plain.shared[n]) for n, v in state.shared.items())
     assert all((v < 1).any() for v in weights.values())
 
@@ -84,25 +84,25 @@ class PersonalHead(FedAvg):
 
     def init(self, model, rng):
         head, rest = split(model.initial, lambda n: model.role(n) == "head")
-        return Vars(rest, head)
+        return Variables(rest, head)
 
-    def weights_of(self, model, v):
+    def client_model(self, model, v):
         return v.shared | v.personal
 
 
 @STACK_FIRST
 @NETWORKS
-@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
+@pytest.mark.parametrize("participation", [thorough_param(1.0), 0.6])
 def test_weights_of_zero_keep_the_head_personal(network, stacked, participation):
     how = {"network": network, "stacked": stacked, "participation": participation}
-    run, state = small.experiment(FedALA(eta=0.0), **how)
-    plain_run, plain = small.experiment(PersonalHead(), **how)
+    run, state = small.make_experiment(FedALA(eta=0.0), **how)
+    plain_run, plain = small.make_experiment(PersonalHead(), **how)
     for name in TOP[network]:
         state.personal[f".A.{name}"].zero_()
-    state, plain = small.played(run, state, 3), small.played(plain_run, plain, 3)
+    state, plain = small.run_rounds(run, state, 3), small.run_rounds(plain_run, plain, 3)
     for name in TOP[network]:
         assert torch.equal(state.personal[f".own.{name}"], plain.personal[name])
-    assert small.equal({n: state.shared[n] for n in plain.shared}, plain.shared)
+    assert small.trees_equal({n: state.shared[n] for n in plain.shared}, plain.shared)
 
 
 # The weights
@@ -110,7 +110,7 @@ def test_weights_of_zero_keep_the_head_personal(network, stacked, participation)
 
 @NETWORKS
 def test_the_gradient_of_a_weight_is_the_gap_times_the_gradient_of_the_mix(network):
-    made = small.trainer(FedALA(), network)
+    made = small.make_trainer(FedALA(), network)
     v, model, (step,) = met(made), made.model, made.algorithm.aggregation(made.model, 1).steps
     v = v._replace(
         personal={n: w.requires_grad_(n.startswith(".A.")) for n, w in v.personal.items()}
@@ -121,7 +121,7 @@ def test_the_gradient_of_a_weight_is_the_gap_times_the_gradient_of_the_mix(netwo
     )
     own, weight = ({n: v.personal[f".{kind}.{n}"].detach() for n in names} for kind in ("own", "A"))
     mix = {n: (own[n] + (v.shared[n] - own[n]) * weight[n]).requires_grad_() for n in names}
-    plain = FedAvg().loss(model)(Vars(model.frozen(v.shared) | mix, {}), v, batch(made))
+    plain = FedAvg().loss(model)(Variables(model.detach_tree(v.shared) | mix, {}), v, batch(made))
     for name, grad, outer in zip(
         names, grads, torch.autograd.grad(plain, mix.values()), strict=True
     ):
@@ -146,7 +146,7 @@ def aggregated(made, v, client, round_, used):
         data = Batch(*(value if value is None else value[0] for value in data))
         leaves = {n: w.requires_grad_() for n, w in mixed(weight).items()}
         with Substitutes(None, data.key):  # BatchNorm of one sample
-            model = Vars(made.model.frozen(v.shared) | leaves, {})
+            model = Variables(made.model.frozen(v.shared) | leaves, {})
             loss = FedAvg().loss(made.model)(model, v, data)
         grads = dict(zip(leaves, torch.autograd.grad(loss, leaves.values()), strict=True))
         weight = {
@@ -160,11 +160,11 @@ def aggregated(made, v, client, round_, used):
 def test_weights_take_plain_clipped_steps_on_their_share_of_the_data(network, stacked):
     # of training, not of the weights
     settings = replace(small.TRAIN, momentum=0.9, weight_decay=0.1)
-    made = small.trainer(Started(eta=30.0, s=60.0), network, train=settings, stacked=stacked)
+    made = small.make_trainer(Started(eta=30.0, s=60.0), network, train=settings, stacked=stacked)
     v = met(made)
     ends = {
         done.client: done.end
-        for done in made.train(range(5), v.shared, small.rows(v.personal, 5), 7)
+        for done in made.train(range(5), v.shared, small.repeat_rows(v.personal, 5), 7)
     }
     for client, used in enumerate((6, 4, 4, 1, 1)):  # 60 % of 11, 7, 7, 3 and 2, and never none
         weight, mix = aggregated(made, v, client, 7, used)
@@ -173,7 +173,7 @@ def test_weights_take_plain_clipped_steps_on_their_share_of_the_data(network, st
         assert {0.0, 1.0} < set(torch.cat([w.flatten() for w in found.values()]).tolist())
         top, below = split(ends[client].shared, mix.__contains__)
         small.assert_near(top, mix)
-        assert small.equal(below, {n: v.shared[n] for n in below})  # the statistics too
+        assert small.trees_equal(below, {n: v.shared[n] for n in below})  # the statistics too
 
 
 @dataclass(frozen=True)
@@ -188,11 +188,11 @@ class Started(FedALA):
 @NETWORKS
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_evaluation_is_of_the_model_with_which_the_next_round_starts(network, stacked, rounds):
-    run, state = small.experiment(FedALA(start_epochs=2), network, stacked=stacked)
-    state = small.played(run, state, rounds)
-    shared, rows = small.copy(state.shared), small.copy(state.personal)
+    run, state = small.make_experiment(FedALA(start_epochs=2), network, stacked=stacked)
+    state = small.run_rounds(run, state, rounds)
+    shared, rows = small.clone_tree(state.shared), small.clone_tree(state.personal)
     scores = run.trainer.evaluate(run.groups[0], state.shared, state.personal, rounds)
-    assert small.equal(state.shared, shared) and small.equal(state.personal, rows)
+    assert small.trees_equal(state.shared, shared) and small.trees_equal(state.personal, rows)
     started = replace(run.trainer, algorithm=Started(start_epochs=2))
     results = list(started.train(run.groups[0], shared, rows, rounds, evaluate=True))
     assert torch.equal(scores, torch.stack([done.score for done in results]))
@@ -205,16 +205,18 @@ def test_evaluation_is_of_the_model_with_which_the_next_round_starts(network, st
 def test_evaluating_does_not_change_what_is_trained():
     states = []
     for evaluate in (True, False):
-        run, state = small.experiment(FedALA(start_epochs=2), "bn_net")
+        run, state = small.make_experiment(FedALA(start_epochs=2), "bn_net")
         for _ in range(3):
-            state, _, _ = play(run, state, evaluate=evaluate, stop=False)
+            state, _, _ = run_round(run, state, evaluate=evaluate, stop=False)
         states.append(state)
     one, other = states
-    assert small.equal(one.shared, other.shared) and small.equal(one.personal, other.personal)
+    assert small.trees_equal(one.shared, other.shared) and small.trees_equal(
+        one.personal, other.personal
+    )
 
 
 def test_the_start_takes_longer_in_round_2_alone():
-    algorithm, model = FedALA(), small.model()
+    algorithm, model = FedALA(), small.make_model()
     epochs = [algorithm.phases(model, small.TRAIN, round_)[0].epochs for round_ in range(4)]
     assert epochs == [1, 11, 1, 1]
 
@@ -223,7 +225,7 @@ def test_the_start_takes_longer_in_round_2_alone():
     "s, used", [(80.0, [400, 8, 5, 1, 1]), (100.0, [500, 11, 7, 2, 1]), (1.0, [5, 1, 1, 1, 1])]
 )
 def test_the_share_of_the_data_is_rounded_down_and_never_nothing(s, used):
-    limit = FedALA(s=s).aggregation(small.model(), 1).limit
+    limit = FedALA(s=s).aggregation_phase(small.make_model(), 1).limit
     assert [limit(size) for size in (500, 11, 7, 2, 1)] == used
 
 
@@ -233,13 +235,13 @@ def test_the_share_of_the_data_is_rounded_down_and_never_nothing(s, used):
     ids=["head", "two", "too many"],
 )
 def test_p_counts_layers_from_the_end(p, tops):
-    model = small.model("bn_net")
+    model = small.make_model("bn_net")
     if tops is None:
         with pytest.raises(ValueError, match="p = 99: must be at most 13, the layers of the model"):
-            FedALA(p=p).check(model, Train())
+            FedALA(p=p).check(model, LocalTraining())
         return
-    FedALA(p=p).check(model, Train())
-    assert FedALA(p=p).top(model) == [
+    FedALA(p=p).check(model, LocalTraining())
+    assert FedALA(p=p).mixed_leaves(model) == [
         f"{layer}.{leaf}" for layer in tops for leaf in ("weight", "bias")
     ]
 
@@ -251,21 +253,21 @@ def test_p_counts_layers_from_the_end(p, tops):
 @NETWORKS
 def test_participants_keep_their_trained_top_and_others_what_they_had(network, stacked):
     how = {"network": network, "participation": 0.6, "stacked": stacked, "group_size": 2}
-    run, state = small.experiment(FedALA(start_epochs=1), **how)
-    state = small.played(run, state, 1)
-    before, chosen = small.copy(state.personal), run.chosen(1)
-    rows = [run.row_of[c] for c in chosen]
+    run, state = small.make_experiment(FedALA(start_epochs=1), **how)
+    state = small.run_rounds(run, state, 1)
+    before, chosen = small.clone_tree(state.personal), run.sample_cohort(1)
+    rows = [run.row_of_client[c] for c in chosen]
     trained = {}
     for group in run.groups:
         members = [c for c in group if c in chosen]
         if members:
-            rows_C = {n: v[[run.row_of[c] for c in members]] for n, v in before.items()}
+            rows_C = {n: v[[run.row_of_client[c] for c in members]] for n, v in before.items()}
             trained |= {
                 d.client: d.end for d in run.trainer.train(members, state.shared, rows_C, 1)
             }
-    state = small.played(run, state, 1)
+    state = small.run_rounds(run, state, 1)
     assert 0 < len(chosen) < 5 and set(trained) == chosen
-    for row, client in enumerate(run.hosted):
+    for row, client in enumerate(run.local_clients):
         for name in TOP[network]:
             now = state.personal[f".own.{name}"][row]
             kept = before[f".own.{name}"][row] if row not in rows else trained[client].shared[name]
@@ -276,10 +278,10 @@ def test_participants_keep_their_trained_top_and_others_what_they_had(network, s
 
 @NETWORKS
 def test_weights_and_own_tops_never_travel(network):
-    run, state = small.experiment(FedALA(), network)
-    assert list(run.upload.shapes) == list(state.shared) == list(run.trainer.model.leaves)
+    run, state = small.make_experiment(FedALA(), network)
+    assert list(run.upload_layout.shapes) == list(state.shared) == list(run.trainer.model.leaves)
     assert list(state.personal) == [f".{kind}.{n}" for kind in ("own", "A") for n in TOP[network]]
-    _, row, _ = play(run, state, evaluate=False, stop=False)
+    _, row, _ = run_round(run, state, evaluate=False, stop=False)
     assert row["bytes_up"] == row["bytes_down"] == 5 * 4 * numel(run.trainer.model.initial)
 
 
@@ -287,8 +289,8 @@ def test_weights_and_own_tops_never_travel(network):
 def test_loop_and_stack_agree(network):
     states = []
     for stacked in (False, True):
-        run, state = small.experiment(FedALA(start_epochs=2), network, stacked=stacked)
-        states.append(small.played(run, state, 2))
+        run, state = small.make_experiment(FedALA(start_epochs=2), network, stacked=stacked)
+        states.append(small.run_rounds(run, state, 2))
     loop, stack = states
     small.assert_near(stack.shared, loop.shared)
     small.assert_near(stack.personal, loop.personal)
@@ -318,12 +320,14 @@ def test_impossible_fields_are_refused(kind, fields):
 @NETWORKS
 def test_fine_tuning_leaves_no_trace_in_the_state(network, stacked):
     how = {"network": network, "stacked": stacked, "participation": 0.6}
-    run, state = small.experiment(FedAvgFT(ft_epochs=2), **how)
-    plain_run, plain = small.experiment(FedAvg(), **how)
+    run, state = small.make_experiment(FedAvgFT(ft_epochs=2), **how)
+    plain_run, plain = small.make_experiment(FedAvg(), **how)
     for _ in range(2):
-        state, row, tuned = play(run, state, evaluate=True, stop=False)
-        plain, other, scores = play(plain_run, plain, evaluate=True, stop=False)
-        assert small.equal(state.shared, plain.shared) and state.personal == plain.personal == {}
+        state, row, tuned = run_round(run, state, evaluate=True, stop=False)
+        plain, other, scores = run_round(plain_run, plain, evaluate=True, stop=False)
+        assert (
+            small.trees_equal(state.shared, plain.shared) and state.personal == plain.personal == {}
+        )
         assert not (tuned["loss"] == scores["loss"]).any()
     assert (
         row["bytes_up"]
@@ -336,15 +340,17 @@ def test_fine_tuning_leaves_no_trace_in_the_state(network, stacked):
 @STACK_FIRST
 @NETWORKS
 def test_fine_tuning_as_long_as_training_is_the_next_rounds_training(network, stacked):
-    run, state = small.experiment(FedAvgFT(ft_epochs=small.TRAIN.epochs), network, stacked=stacked)
-    state = small.played(run, state, 1)
+    run, state = small.make_experiment(
+        FedAvgFT(ft_epochs=small.TRAIN.epochs), network, stacked=stacked
+    )
+    state = small.run_rounds(run, state, 1)
     tuned = run.trainer.evaluate(run.groups[0], state.shared, {}, state.round)
     trained = run.trainer.train(run.groups[0], state.shared, {}, state.round, evaluate=True)
     assert torch.equal(tuned, torch.stack([done.score for done in trained]))
 
 
 def test_no_fine_tuning_is_fedavg():
-    run, state = small.experiment(FedAvgFT(ft_epochs=0), "bn_net")
+    run, state = small.make_experiment(FedAvgFT(ft_epochs=0), "bn_net")
     plain = replace(run.trainer, algorithm=FedAvg())
     assert torch.equal(
         *(t.evaluate(run.groups[0], state.shared, {}, 0) for t in (run.trainer, plain))
@@ -352,9 +358,11 @@ def test_no_fine_tuning_is_fedavg():
 
 
 def test_one_epoch_of_fine_tuning_is_a_pass_of_sgd():
-    settings = Train(epochs=3, batch_size=12, lr=0.3, momentum=0.9)  # one batch, so one step
-    made = small.trainer(FedAvgFT(ft_epochs=1), train=settings)
-    v = small.first(made)
+    settings = LocalTraining(
+        epochs=3, batch_size=12, lr=0.3, momentum=0.9
+    )  # one batch, so one step
+    made = small.make_trainer(FedAvgFT(ft_epochs=1), train=settings)
+    v = small.initial_variables(made)
     leaves = {n: w.clone().requires_grad_() for n, w in v.shared.items()}
     data = made.feed.epoch([0], 4, 0).batch(1, 0, 11)
     loss = torch.nn.functional.cross_entropy(made.model(leaves, data.x[0]), data.y[0])

@@ -6,28 +6,32 @@ from itertools import pairwise
 
 import pytest
 import torch
-from runs import NORM, TINY, built, equal, played, tiny
-from small import CLASSES, model
-from tiers import thorough
+from runs import NORM, TINY, build_tiny, run_rounds, tiny_config, trees_equal
+from small import CLASSES, make_model
+from tiers import thorough_param
 
-from fedlora_mpi.algorithm import Cohort, Vars
+from fedlora_mpi.algorithm import Cohort, Variables
 from fedlora_mpi.algorithms.fed_talora import FedTaLoRA
 from fedlora_mpi.algorithms.fedex_lora import FedExLoRA
 from fedlora_mpi.algorithms.fedit import FedIT
 from fedlora_mpi.algorithms.flora import FLoRA
-from fedlora_mpi.components.lora import dense
+from fedlora_mpi.components.lora import dense_updates
 from fedlora_mpi.core.batch import Batch
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import numel
-from fedlora_mpi.core.units import size
+from fedlora_mpi.core.units import format_bytes
 from fedlora_mpi.plan import plan
 
-NET = model("wide_cnn")  # convolutions of 12 x 9 and 24 x 12, a Linear of 5 x 8, a head of 6 x 5
+NET = make_model(
+    "wide_cnn"
+)  # convolutions of 12 x 9 and 24 x 12, a Linear of 5 x 8, a head of 6 x 5
 HEAD = tuple(n for n in NET.leaves if NET.role(n) == "head")
 COUNTS = (7, 1, 3)
 EQUAL, MIXED = (2,), (1, 3, 2)
 TRAINED = ("train.lr=0.02", "algorithm.alpha=4")  # what all of them train well with
-NAMES = pytest.mark.parametrize("name", ["fedex_lora", thorough("fed_talora"), thorough("flora")])
+NAMES = pytest.mark.parametrize(
+    "name", ["fedex_lora", thorough_param("fed_talora"), thorough_param("flora")]
+)
 EXACT = pytest.mark.parametrize("cls", [FedExLoRA, FedTaLoRA, FLoRA])
 CALIBRATED = pytest.mark.parametrize("cls", [FedExLoRA, FedTaLoRA])
 RANKS = pytest.mark.parametrize("ranks", [EQUAL, MIXED])
@@ -52,10 +56,10 @@ def everything(classes=CLASSES):
 def trained(algorithm, shared, client, counts=COUNTS, data=None):
     """(start, end) of a client whose training has added ``numbers`` to everything that it trains."""
     own = algorithm.of_client(client, len(counts))
-    start = own.begin(NET, Vars(own.download(shared), {}), data or everything())
+    start = own.begin(NET, Variables(own.download(shared), {}), data or everything())
     moves = own.trains(NET)
     end = {n: v + numbers(v.shape, n, client) if moves(n) else v for n, v in start.shared.items()}
-    return own, start, Vars(end, {})
+    return own, start, Variables(end, {})
 
 
 def round_of(algorithm, shared, counts=COUNTS, clients=None, change=None):
@@ -106,7 +110,7 @@ def test_the_next_update_is_the_mean_of_what_was_trained(cls, ranks):
     shared = beginning(algorithm)
     for _ in range(3):  # W is not zero after the first
         before, (ends, shared) = shared, round_of(algorithm, shared)
-        W = dense(before)
+        W = dense_updates(before)
         products = averaged([algorithm.of_client(k, 3).products(end) for k, end in enumerate(ends)])
         assert_near(algorithm.delta(shared), {n: W[n] + p for n, p in products.items()})
         assert_near(algorithm.delta(shared), averaged([algorithm.delta(end) for end in ends]))
@@ -146,10 +150,10 @@ def test_a_client_trains_factors_and_head_on_a_frozen_W(cls):
     algorithm = cls(lora_ranks=EQUAL)
     _, shared = round_of(algorithm, beginning(algorithm))
     own, start, end = trained(algorithm, shared, 0)
-    factors = {f"{n}..{letter}" for n in dense(shared) for letter in "AB"}
+    factors = {f"{n}..{letter}" for n in dense_updates(shared) for letter in "AB"}
     assert set(filter(own.trains(NET), start.shared)) == factors.union(HEAD)
     weights = own.weights_of(NET, end)
-    for name, W in dense(shared).items():
+    for name, W in dense_updates(shared).items():
         update = W + own.s * end.shared[f"{name}..B"] @ end.shared[f"{name}..A"]
         torch.testing.assert_close(
             weights[name], NET.initial[name] + update.view(NET.leaves[name].shape)
@@ -160,7 +164,9 @@ def test_a_client_trains_factors_and_head_on_a_frozen_W(cls):
 @NAMES
 def test_a_diagnosis_finds_no_bias_where_fedit_has_one(name):
     def told(name):
-        moments = played(f"algorithm={name}", NORM, "algorithm.diagnose=true", "rounds=3")[0][1:]
+        moments = run_rounds(f"algorithm={name}", NORM, "algorithm.diagnose=true", "rounds=3")[0][
+            1:
+        ]
         return [m.row[number] for m in moments for number in ("lora_bias", "lora_update_bias")]
 
     assert max(told(name)) < 1e-5 and min(told("fedit")) > 1e-2
@@ -169,10 +175,10 @@ def test_a_diagnosis_finds_no_bias_where_fedit_has_one(name):
 @NAMES
 def test_uploads_that_travel_as_they_are_give_the_same_bits(name):
     common = (f"algorithm={name}", *TRAINED, "algorithm.lora_ranks=[1,3,2]", "rounds=3")
-    one = played(*common, "uplink=sum")[0]
+    one = run_rounds(*common, "uplink=sum")[0]
     for ranks in (1, 3):
-        other = played(*common, "uplink=gather", ranks=ranks)[0]
-        assert all(equal(a.shared, b.shared) for a, b in zip(one, other, strict=True))
+        other = run_rounds(*common, "uplink=gather", ranks=ranks)[0]
+        assert all(trees_equal(a.shared, b.shared) for a, b in zip(one, other, strict=True))
 
 
 # FedEx-LoRA
@@ -181,7 +187,7 @@ def test_uploads_that_travel_as_they_are_give_the_same_bits(name):
 def residual(algorithm, shared, **how):
     """{weight: R} of a round, and the clients' ends."""
     ends, after = round_of(algorithm, shared, **how)
-    return minus(dense(after), dense(shared)), ends
+    return minus(dense_updates(after), dense_updates(shared)), ends
 
 
 @CALIBRATED
@@ -193,7 +199,7 @@ def test_the_residual_is_the_covariance_of_the_factors(cls, ranks):
     for name, found in R.items():
         wide = {n: v for n, v in shared.items() if n.startswith(name)}
         padded = [
-            FedIT(lora_ranks=ranks).term({n: end[n] for n in wide if n[-1] in "AB"}, shared)
+            FedIT(lora_ranks=ranks).mean_terms({n: end[n] for n in wide if n[-1] in "AB"}, shared)
             for end in ends
         ]
         mean = averaged(padded)
@@ -222,7 +228,7 @@ def all_as_the_first(part):
             for n, v in end.shared.items()
             if n.endswith(part)
         }
-        return Vars(end.shared | leaves, {})
+        return Variables(end.shared | leaves, {})
 
     return change
 
@@ -258,7 +264,7 @@ def test_a_client_of_a_lower_rank_gets_the_first_components_and_all_of_W(cls):
     _, shared = round_of(algorithm, beginning(algorithm))
     for client, rank in enumerate(MIXED):
         got = algorithm.of_client(client, 3).download(shared)
-        for name, W in dense(shared).items():
+        for name, W in dense_updates(shared).items():
             assert torch.equal(got[f"{name}..A"], shared[f"{name}..A"][:rank])
             assert torch.equal(got[f"{name}..B"], shared[f"{name}..B"][:, :rank])
             assert torch.equal(got[f"{name}..W"], W)
@@ -266,16 +272,16 @@ def test_a_client_of_a_lower_rank_gets_the_first_components_and_all_of_W(cls):
 
 def test_with_one_client_a_round_fedex_is_fedit():
     common = ("participation=0.15", *TRAINED)  # int(0.15 * 7) = 1
-    fedex, fedit = (played(f"algorithm={name}", *common)[0] for name in ("fedex_lora", "fedit"))
+    fedex, fedit = (run_rounds(f"algorithm={name}", *common)[0] for name in ("fedex_lora", "fedit"))
     assert fedit[-1].row["clients"] == 1
     for a, b in zip(fedex[1:], fedit[1:], strict=True):
         assert_near({n: a.shared[n] for n in b.shared}, b.shared, atol=1e-5)
-        assert all(W.abs().max() < 1e-6 for W in dense(a.shared).values())
+        assert all(W.abs().max() < 1e-6 for W in dense_updates(a.shared).values())
 
 
-@pytest.mark.parametrize("network", [NORM, thorough("model.width=4")], ids=["norm", "cnn"])
+@pytest.mark.parametrize("network", [NORM, thorough_param("model.width=4")], ids=["norm", "cnn"])
 @pytest.mark.parametrize("downlink", ["dense", "factored"])
-@pytest.mark.parametrize("participation, cohort", [("0.6", 4), thorough("0.15", 1)])
+@pytest.mark.parametrize("participation, cohort", [("0.6", 4), thorough_param("0.15", 1)])
 def test_fedex_counts_factors_head_and_the_last_residual(network, downlink, participation, cohort):
     common = (network, *TRAINED, f"algorithm.downlink={downlink}", f"participation={participation}")
     common = (
@@ -284,18 +290,18 @@ def test_fedex_counts_factors_head_and_the_last_residual(network, downlink, part
         "algorithm.lora_ranks=[1,2]",
         "algorithm.full=[head,norm]",
     )
-    run = built(*common).run
-    shared, net = run.kinds[0].first.shared, run.trainer.model
+    run = build_tiny(*common).run
+    shared, net = run.kinds[0].initial.shared, run.trainer.model
     full = sum(
         numel({n: v}) for n, v in net.initial.items() if net.role(n) in ("head", "norm", "stats")
     )
-    sides = [W.shape for W in dense(shared).values()]
+    sides = [W.shape for W in dense_updates(shared).values()]
     R = {
         "dense": sum(a * b for a, b in sides),
         "factored": (cohort - 1) * 2 * sum(a + b for a, b in sides),
     }[downlink]
-    for round_, moment in enumerate(played(*common)[0][1:]):
-        ranks = [1 + client % 2 for client in run.chosen(round_)]
+    for round_, moment in enumerate(run_rounds(*common)[0][1:]):
+        ranks = [1 + client % 2 for client in run.sample_cohort(round_)]
         assert moment.row["clients"] == len(ranks) == cohort
         up = sum(full + sum(min(r, a, b) * (a + b) for a, b in sides) for r in ranks)
         assert moment.row["bytes_up"] == 4 * up
@@ -304,7 +310,12 @@ def test_fedex_counts_factors_head_and_the_last_residual(network, downlink, part
 
 @pytest.mark.parametrize(
     "line",
-    ["fedex_lora", thorough("fedex_lora downlink=factored"), "flora", thorough("fed_talora")],
+    [
+        "fedex_lora",
+        thorough_param("fedex_lora downlink=factored"),
+        "flora",
+        thorough_param("fed_talora"),
+    ],
 )
 def test_what_a_plan_says_of_a_cohort_is_what_its_rounds_count(line, unmeasured):
     name, *more = line.split()
@@ -314,17 +325,19 @@ def test_what_a_plan_says_of_a_cohort_is_what_its_rounds_count(line, unmeasured)
         *(f"algorithm.{setting}" for setting in more),
         "participation=1.0",
     )
-    row = played(*common)[0][-1].row
+    row = run_rounds(*common)[0][-1].row
     assert (
-        f"7 of 7 clients: {size(4 * 7 * most_up(common))} up, {size(row['bytes_down'])} down"
-        in plan(tiny(*common), str(TINY), 1)
+        f"7 of 7 clients: {format_bytes(4 * 7 * most_up(common))} up, {format_bytes(row['bytes_down'])} down"
+        in plan(tiny_config(*common), str(TINY), 1)
     )
 
 
 def most_up(common):
     """Numbers that a client sends that has all classes."""
-    run = built(*common).run
-    return numel({n: v for n, v in run.kinds[0].upload.items() if not n.startswith(".own.")})
+    run = build_tiny(*common).run
+    return numel(
+        {n: v for n, v in run.kinds[0].untrained_upload.items() if not n.startswith(".own.")}
+    )
 
 
 # FLoRA
@@ -344,7 +357,7 @@ def test_flora_adds_the_product_of_the_stacks_with_p_on_one_of_them(ranks):
     shared = beginning(algorithm)
     for _ in range(2):
         before, (ends, shared) = shared, round_of(algorithm, shared)
-        for name, W in dense(shared).items():
+        for name, W in dense_updates(shared).items():
             added = W - before[f"{name}..W"]
             torch.testing.assert_close(
                 added, 5 / max(ranks) * stacks(ends, name, 1, 0), rtol=0, atol=1e-12
@@ -360,19 +373,19 @@ def test_flora_adds_the_product_of_the_stacks_with_p_on_one_of_them(ranks):
 def test_flora_merges_what_a_client_alone_has_trained(ranks):
     algorithm = FLoRA(lora_ranks=ranks)
     (end,), shared = round_of(algorithm, beginning(algorithm), clients=(1,))
-    assert_near(dense(shared), algorithm.of_client(1, 3).products(end))
+    assert_near(dense_updates(shared), algorithm.for_client(1, 3).factor_products(end))
 
 
 def test_flora_has_one_scale_for_all_ranks():
     algorithm = FLoRA(lora_ranks=MIXED)
-    assert {algorithm.of_client(k, 3).s for k in range(3)} == {algorithm.s} == {16 / 3}
+    assert {algorithm.for_client(k, 3).s for k in range(3)} == {algorithm.s} == {16 / 3}
 
 
 def test_every_round_of_flora_begins_with_new_factors():
-    moments = played("algorithm=flora", *TRAINED, "algorithm.lora_ranks=[1,3]", "rounds=3")[0]
-    run = built("algorithm=flora", *TRAINED, "algorithm.lora_ranks=[1,3]").run
+    moments = run_rounds("algorithm=flora", *TRAINED, "algorithm.lora_ranks=[1,3]", "rounds=3")[0]
+    run = build_tiny("algorithm=flora", *TRAINED, "algorithm.lora_ranks=[1,3]").run
     drawn = [[kind.algorithm.download(m.shared) for kind in run.kinds] for m in moments]
-    names = list(dense(moments[0].shared))
+    names = list(dense_updates(moments[0].shared))
     for low, high in drawn:
         for name in names:
             assert not low[f"{name}..B"].any() and not high[f"{name}..B"].any()
@@ -391,7 +404,7 @@ def test_the_new_factors_of_flora_are_kaiming_uniform():
     algorithm = FLoRA(lora_ranks=(24,))
     shared = algorithm.init(NET, rng(1, "init")).shared
     draws = [algorithm.download(shared | {".fresh.": torch.tensor(float(at))}) for at in range(300)]
-    for name in dense(shared):
+    for name in dense_updates(shared):
         unit = torch.stack([draw[f"{name}..A"] for draw in draws])
         unit = unit * unit.shape[-1] ** 0.5
         assert unit.abs().max() <= 1 and abs(unit.mean()) < 0.02
@@ -401,7 +414,7 @@ def test_the_new_factors_of_flora_are_kaiming_uniform():
 def test_other_seeds_draw_other_factors_for_flora():
     first = [FLoRA().download(FLoRA().init(NET, rng(seed, "init")).shared) for seed in (1, 1, 2)]
     factors = [{n: v for n, v in tree.items() if n.endswith(".A")} for tree in first]
-    assert equal(factors[0], factors[1]) and not any(
+    assert trees_equal(factors[0], factors[1]) and not any(
         torch.equal(v, factors[2][n]) for n, v in factors[0].items()
     )
 
@@ -409,22 +422,25 @@ def test_other_seeds_draw_other_factors_for_flora():
 def test_the_model_of_a_flora_client_that_has_not_trained_is_the_servers():
     algorithm = FLoRA(lora_ranks=MIXED)
     _, shared = round_of(algorithm, beginning(algorithm))
-    weights = algorithm.weights_of(NET, Vars(shared, {}))
+    weights = algorithm.client_model(NET, Variables(shared, {}))
     for client in range(3):
-        own = algorithm.of_client(client, 3)
-        assert_near(own.weights_of(NET, Vars(own.download(shared), {})), weights)
+        own = algorithm.for_client(client, 3)
+        assert_near(own.client_model(NET, Variables(own.download(shared), {})), weights)
 
 
-@pytest.mark.parametrize("network", [thorough(NORM), "model.width=4"], ids=["norm", "cnn"])
-@pytest.mark.parametrize("ranks", [thorough("[2]"), "[1,2]", "[8]"])
+@pytest.mark.parametrize("network", [thorough_param(NORM), "model.width=4"], ids=["norm", "cnn"])
+@pytest.mark.parametrize("ranks", [thorough_param("[2]"), "[1,2]", "[8]"])
 def test_flora_counts_its_factors_up_and_the_stack_of_the_last_round_down(network, ranks):
     common = ("algorithm=flora", network, *TRAINED, f"algorithm.lora_ranks={ranks}")
-    run = built(*common).run
-    net, sides = run.trainer.model, [W.shape for W in dense(run.kinds[0].first.shared).values()]
+    run = build_tiny(*common).run
+    net, sides = (
+        run.trainer.model,
+        [W.shape for W in dense_updates(run.kinds[0].initial.shared).values()],
+    )
     full = sum(numel({n: v}) for n, v in net.initial.items() if net.role(n) == "head")
     last = 0
-    for round_, moment in enumerate(played(*common)[0][1:]):
-        chosen = run.chosen(round_)
+    for round_, moment in enumerate(run_rounds(*common)[0][1:]):
+        chosen = run.sample_cohort(round_)
 
         def rank(client):
             return max(run.kinds[run.kind_of[client]].algorithm.lora_ranks)
@@ -440,8 +456,10 @@ def test_flora_counts_its_factors_up_and_the_stack_of_the_last_round_down(networ
 
 def test_where_all_clients_have_all_classes_fed_talora_is_fedex():
     common = ("data.partition={kind: iid, clients: 7, train: 30, test: 15}", *TRAINED)
-    assert (built("algorithm=fedit", *common).split.train_counts > 0).all()
-    one, other = (played(f"algorithm={name}", *common)[0] for name in ("fedex_lora", "fed_talora"))
+    assert (build_tiny("algorithm=fedit", *common).split.train_counts > 0).all()
+    one, other = (
+        run_rounds(f"algorithm={name}", *common)[0] for name in ("fedex_lora", "fed_talora")
+    )
     for a, b in zip(one[1:], other[1:], strict=True):
         assert_near({n: b.shared[n] for n in a.shared}, a.shared, atol=1e-6)
         assert a.row["train_loss"] == pytest.approx(b.row["train_loss"], rel=1e-5)
@@ -497,8 +515,8 @@ def test_a_client_trains_with_the_classes_seen_and_its_own():
     seen = torch.tensor([0, 0, 0, 0, 1.0, 0])
     shared |= {f".seen.{n}": seen for n in HEAD}
     own = everything(2)._replace(counts=torch.tensor([2.0, 1, 0, 0, 0, 0]))
-    start = algorithm.begin(NET, Vars(algorithm.download(shared), {}), own)
-    now = Vars({n: v.clone().requires_grad_(n in HEAD) for n, v in start.shared.items()}, {})
+    start = algorithm.begin(NET, Variables(algorithm.download(shared), {}), own)
+    now = Variables({n: v.clone().requires_grad_(n in HEAD) for n, v in start.shared.items()}, {})
     x = torch.randn(9, 3, 7, 5, generator=rng(1, "x"))
     batch = own._replace(x=x, y=torch.arange(9) % 2)
     loss = algorithm.loss(NET)(now, start, batch)
@@ -520,10 +538,10 @@ def test_no_class_is_predicted_that_was_not_seen_once_there_are_any():
     algorithm = FedTaLoRA(lora_ranks=EQUAL)
     shared = {n: v.float() for n, v in beginning(algorithm).items()}
     x = torch.randn(40, 3, 7, 5, generator=rng(1, "x"))
-    plain = FedExLoRA(lora_ranks=EQUAL).logits(NET, Vars(shared, {}), x)
-    assert torch.equal(algorithm.logits(NET, Vars(shared, {}), x), plain)
+    plain = FedExLoRA(lora_ranks=EQUAL).logits(NET, Variables(shared, {}), x)
+    assert torch.equal(algorithm.logits(NET, Variables(shared, {}), x), plain)
     shared |= {f".seen.{n}": torch.tensor([1.0, 0, 0, 1, 0, 0]) for n in HEAD}
-    masked = algorithm.logits(NET, Vars(shared, {}), x)
+    masked = algorithm.logits(NET, Variables(shared, {}), x)
     assert set(masked.argmax(1).tolist()) <= {0, 3} < set(plain.argmax(1).tolist()) | {0, 3}
     assert torch.equal(masked[:, [0, 3]], plain[:, [0, 3]])
     assert masked.isfinite().all() and masked.softmax(1)[:, [1, 2, 4, 5]].max() < 1e-30
@@ -535,14 +553,14 @@ def test_the_variables_of_fed_talora_do_not_grow_and_the_rows_that_travel_are_th
         beginning(algorithm),
         sum(shape[1] if len(shape := NET.leaves[n].shape) > 1 else 1 for n in HEAD),
     )
-    factors = sum(2 * sum(W.shape) for W in dense(shared).values())
+    factors = sum(2 * sum(W.shape) for W in dense_updates(shared).values())
     before = numel(shared)
     for held, seen in (((1, 2, 2), 0), ((1, 1, 1), 2), ((0, 4, 1), 2), ((6, 0, 0), 4)):
         R = 2 * factors if seen else 0  # (k - 1) r (d_out + d_in), k = 3
-        assert int(algorithm.received(shared)) == factors + seen * row + R
+        assert int(algorithm.download_numel(shared)) == factors + seen * row + R
         for client, classes in enumerate(held):
             own, start, end = trained(algorithm, shared, client, data=everything(classes))
-            assert int(own.sent(start, end)) == factors + classes * row
+            assert int(own.upload_numel(start, end)) == factors + classes * row
         _, shared = by_classes(algorithm, shared, held)
         assert numel(shared) == before
 
@@ -553,16 +571,16 @@ def test_rounds_of_fed_talora_count_the_rows_of_own_and_of_seen_classes():
         *common,
         "data.partition={kind: pathological, clients: 7, train: 20, test: 10, classes_per_client: 2}",
     )
-    parts = built(*common)
+    parts = build_tiny(*common)
     run, counts = parts.run, torch.from_numpy(parts.split.train_counts)
-    sides = [W.shape for W in dense(run.kinds[0].first.shared).values()]
+    sides = [W.shape for W in dense_updates(run.kinds[0].initial.shared).values()]
     factors, row, seen = (
         sum(2 * sum(side) for side in sides),
         8 + 1,
         torch.zeros(4, dtype=torch.bool),
     )
-    for round_, moment in enumerate(played(*common)[0][1:]):
-        chosen = sorted(run.chosen(round_))
+    for round_, moment in enumerate(run_rounds(*common)[0][1:]):
+        chosen = sorted(run.sample_cohort(round_))
         held = counts[chosen] > 0
         assert moment.row["bytes_up"] == 4 * (len(chosen) * factors + held.sum() * row)
         R = sum(a * b for a, b in sides) if round_ else 0
@@ -575,5 +593,7 @@ def test_rounds_of_fed_talora_count_the_rows_of_own_and_of_seen_classes():
 
 def test_without_a_head_that_is_trained_in_full_fed_talora_is_fedex():
     common = (*TRAINED, "algorithm.full=[]", "rounds=2")
-    one, other = (played(f"algorithm={name}", *common)[0] for name in ("fedex_lora", "fed_talora"))
-    assert all(equal(a.shared, b.shared) for a, b in zip(one, other, strict=True))
+    one, other = (
+        run_rounds(f"algorithm={name}", *common)[0] for name in ("fedex_lora", "fed_talora")
+    )
+    assert all(trees_equal(a.shared, b.shared) for a, b in zip(one, other, strict=True))

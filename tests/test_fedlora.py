@@ -6,25 +6,25 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
-from tiers import STACK_FIRST, thorough
+from tiers import STACK_FIRST, thorough_param
 from torch import nn
 from torch.func import functional_call
 
-from fedlora_mpi.algorithm import Batch, Train, Vars
+from fedlora_mpi.algorithm import Batch, LocalTraining, Variables
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedavg_lora import FedAvgLoRA
 from fedlora_mpi.algorithms.fedlora import FedLoRA
 from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.algorithms.local_lora import LocalLoRA
-from fedlora_mpi.components.lowrank import LowRank, is_factor, is_not_factor, sides
-from fedlora_mpi.core.seeds import isolated, rng
+from fedlora_mpi.components.lowrank import LowRank, is_factor, is_not_factor, matrix_shape
+from fedlora_mpi.core.seeds import isolate_rng, rng
 from fedlora_mpi.core.tree import numel, split
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.models.zoo import build
 from fedlora_mpi.mpi.ending import Fault
 
-NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
+NETWORKS = pytest.mark.parametrize("network", [thorough_param("cnn"), "bn_net"])
 
 
 def numbers(*shape, at=0):
@@ -34,7 +34,7 @@ def numbers(*shape, at=0):
 def one_conv(outside, inside, kernel):
     """A model of one convolution [O, I, *kernel]."""
     pool = nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    with isolated(1, "test"):
+    with isolate_rng(1, "test"):
         return from_module(
             nn.Sequential(nn.Conv2d(inside, outside, kernel), *pool), outside, (inside, 9, 7)
         )
@@ -42,7 +42,7 @@ def one_conv(outside, inside, kernel):
 
 def moving(made):
     """Variables whose low-rank part is not zero."""
-    start = small.first(made)
+    start = small.initial_variables(made)
     return start._replace(
         personal={n: v + 0.1 * numbers(*v.shape) for n, v in start.personal.items()}
     )
@@ -66,7 +66,7 @@ def of_role(made, tree, *roles):
     [
         ("resnet8", 10, 0.6, 4, 1_826_938, 1_348_281),
         ("resnet10", 100, 0.8, 40, 9_374_121, 7_168_517),
-        thorough("resnet10", 200, 0.8, 80, 9_406_601, 7_200_997),
+        thorough_param("resnet10", 200, 0.8, 80, 9_406_601, 7_200_997),
     ],
 )
 def test_factors_have_their_published_sizes(network, classes, conv, linear, official, paper):
@@ -75,7 +75,7 @@ def test_factors_have_their_published_sizes(network, classes, conv, linear, offi
         (LowRank(conv_rank=conv, linear_rank=linear, rank_rule="official"), official),
         (LowRank(conv_rank=conv, linear_rank=0.4), paper),
     ):
-        sizes = (r * sum(sides(model.leaves[name])) for name, r in how.ranks(model).items())
+        sizes = (r * sum(matrix_shape(model.leaves[name])) for name, r in how.ranks(model).items())
         assert sum(sizes) == expected
     assert numel(how.factors(model, rng(1))) == paper
 
@@ -146,12 +146,12 @@ def test_a_convolution_is_cut_row_by_row(outside, inside, kernel):
 
 
 def test_tau_has_at_most_its_rank():
-    made = small.trainer(FedLoRA(conv_rank=0.3, linear_rank=0.4), "bn_net")
+    made = small.make_trainer(FedLoRA(conv_rank=0.3, linear_rank=0.4), "bn_net")
     (done,) = made.train([0], *begun(made, 1), 0)
     tau, ranks = made.algorithm.tau(made.model, done.end.personal), made.algorithm.ranks(made.model)
     below = 0
     for name, value in tau.items():
-        matrix = value.view(sides(made.model.leaves[name]))
+        matrix = value.view(matrix_shape(made.model.leaves[name]))
         assert 0 < torch.linalg.matrix_rank(matrix) <= ranks[name]
         below += ranks[name] < min(matrix.shape)
     assert below == len(tau)
@@ -159,8 +159,8 @@ def test_tau_has_at_most_its_rank():
 
 def begun(made, clients):
     """(shared, personal rows) before round 1."""
-    start = small.first(made)
-    return start.shared, small.rows(start.personal, clients)
+    start = small.initial_variables(made)
+    return start.shared, small.repeat_rows(start.personal, clients)
 
 
 def test_tau_starts_at_zero_and_a_is_kaiming_uniform():
@@ -169,7 +169,7 @@ def test_tau_starts_at_zero_and_a_is_kaiming_uniform():
     factors = how.factors(model, rng(1, "init"))
     assert not any(v.any() for v in how.tau(model, factors).values())
     for name in how.ranks(model):
-        a, bound = factors[f"{name}..A"], sides(model.leaves[name])[1] ** -0.5
+        a, bound = factors[f"{name}..A"], matrix_shape(model.leaves[name])[1] ** -0.5
         assert a.abs().max() <= bound and not factors[f"{name}..B"].any()
         if a.numel() > 1000:
             assert a.abs().max() > 0.99 * bound and a.mean().abs() < 0.1 * bound
@@ -177,7 +177,7 @@ def test_tau_starts_at_zero_and_a_is_kaiming_uniform():
 
 
 def test_all_clients_start_with_the_same_factors():
-    _, state = small.experiment(FedLoRA())
+    _, state = small.make_experiment(FedLoRA())
     for name, value in state.personal.items():
         assert value.shape[0] == 5 and (value == value[0]).all(), name
 
@@ -199,15 +199,15 @@ def test_impossible_ranks_are_refused(fields, text):
 
 
 def test_more_lora_epochs_than_epochs_are_refused():
-    model = small.model()
-    FedLoRA(lora_epochs=3).check(model, Train(epochs=3))
+    model = small.make_model()
+    FedLoRA(lora_epochs=3).check(model, LocalTraining(epochs=3))
     with pytest.raises(ValueError, match="lora_epochs = 4: must be at most train.epochs = 3"):
-        FedLoRA(lora_epochs=4).check(model, Train(epochs=3))
-    FedLoRA(lora_epochs=4, order="simultaneous").check(model, Train(epochs=3))
+        FedLoRA(lora_epochs=4).check(model, LocalTraining(epochs=3))
+    FedLoRA(lora_epochs=4, order="simultaneous").check(model, LocalTraining(epochs=3))
 
 
 def test_patterns_choose_the_decomposed_layers():
-    model = small.model("bn_net")
+    model = small.make_model("bn_net")
     names = {n for n, leaf in model.leaves.items() if leaf.matrix}
     assert LowRank().ranks(model).keys() == names and len(names) == 7
     chosen = LowRank(layers=("fc.*", "layers.*.conv?.weight"))
@@ -217,13 +217,13 @@ def test_patterns_choose_the_decomposed_layers():
         with pytest.raises(
             ValueError, match=f"layers = {pattern.replace('*', '.')}.*there are conv1.weight"
         ):
-            FedLoRA(layers=("fc.*", pattern)).check(model, Train())
+            FedLoRA(layers=("fc.*", pattern)).check(model, LocalTraining())
 
 
 def test_a_layer_outside_the_patterns_is_sigma_alone():
-    made = small.trainer(FedLoRA(layers=("0.*",)))
+    made = small.make_trainer(FedLoRA(layers=("0.*",)))
     v = moving(made)
-    theta = made.algorithm.weights_of(made.model, v)
+    theta = made.algorithm.client_model(made.model, v)
     changed = {n for n in theta if not torch.equal(theta[n], v.shared[n])}
     assert changed == {"0.weight"} and list(theta) == list(v.shared)
 
@@ -248,8 +248,8 @@ def test_tau_of_a_convolution_passes_gradcheck():
 
 
 def test_the_first_gradient_of_a_is_zero_and_that_of_b_is_not():
-    made = small.trainer(FedLoRA())
-    v = small.first(made)
+    made = small.make_trainer(FedLoRA())
+    v = small.initial_variables(made)
     for leaf in v.personal.values():
         leaf.requires_grad_()
     loss = made.algorithm.loss(made.model)(v, v, batch(made))
@@ -260,7 +260,7 @@ def test_the_first_gradient_of_a_is_zero_and_that_of_b_is_not():
 
 @NETWORKS
 def test_a_tau_formed_once_gives_the_same_loss_and_gradient(network):
-    made = small.trainer(FedLoRA(conv_rank=0.4), network)
+    made = small.make_trainer(FedLoRA(conv_rank=0.4), network)
     v, (lowrank, full) = moving(made), made.algorithm.phases(made.model, made.settings, 0)
     assert lowrank.constant is None and (lowrank.epochs, full.epochs) == (2, 1)
     results = []
@@ -268,16 +268,16 @@ def test_a_tau_formed_once_gives_the_same_loss_and_gradient(network):
         sigma = {
             n: w.clone().requires_grad_(made.model.role(n) != "stats") for n, w in v.shared.items()
         }
-        now = Vars(sigma, v.personal, constant)
+        now = Variables(sigma, v.personal, constant)
         loss = full.steps[0].loss(now, v, batch(made))
         results.append(
             (loss, torch.autograd.grad(loss, [w for w in sigma.values() if w.requires_grad]))
         )
     (one, grads), (two, again) = results
     assert one == two and all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
-    plain = made.algorithm.logits(made.model.evaluating(), Vars(v.shared, {}), batch(made).x)
+    plain = made.algorithm.logits(made.model.eval_mode(), Variables(v.shared, {}), batch(made).x)
     assert not torch.allclose(
-        plain, made.algorithm.logits(made.model.evaluating(), v, batch(made).x)
+        plain, made.algorithm.logits(made.model.eval_mode(), v, batch(made).x)
     )
 
 
@@ -286,16 +286,16 @@ def test_a_tau_formed_once_gives_the_same_loss_and_gradient(network):
 
 @STACK_FIRST
 @NETWORKS
-@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
+@pytest.mark.parametrize("participation", [thorough_param(1.0), 0.6])
 def test_fedlora_without_lora_epochs_is_fedavg(network, stacked, participation):
     how = {"network": network, "stacked": stacked, "participation": participation}
-    run, state = small.experiment(FedLoRA(lora_epochs=0), **how)
-    plain_run, plain = small.experiment(FedAvg(weights="uniform", absent="stale"), **how)
-    begin = small.copy(state.personal)
+    run, state = small.make_experiment(FedLoRA(lora_epochs=0), **how)
+    plain_run, plain = small.make_experiment(FedAvg(weights="uniform", absent="stale"), **how)
+    begin = small.clone_tree(state.personal)
     for _ in range(3):
-        state, plain = small.played(run, state, 1), small.played(plain_run, plain, 1)
-        assert small.equal(state.shared, plain.shared)
-    assert small.equal(state.personal, begin)
+        state, plain = small.run_rounds(run, state, 1), small.run_rounds(plain_run, plain, 1)
+        assert small.trees_equal(state.shared, plain.shared)
+    assert small.trees_equal(state.personal, begin)
     assert not any(v.any() for n, v in state.personal.items() if n.endswith(".B"))
 
 
@@ -303,19 +303,21 @@ def test_fedlora_without_lora_epochs_is_fedavg(network, stacked, participation):
 @NETWORKS
 def test_fedlora_with_lora_epochs_alone_is_isolation_when_statistics_stay_home(network, stacked):
     algorithm = FedLoRA(lora_epochs=3, bn_stats="local")
-    run, state = small.experiment(algorithm, network, stacked=stacked, group_size=1)
-    alone_run, alone = small.experiment(algorithm, network, sizes=small.SIZES[:1], stacked=stacked)
-    begin = small.copy(state.shared)
-    state, alone = small.played(run, state, 2), small.played(alone_run, alone, 2)
-    assert small.equal(state.shared, begin) and small.equal(alone.shared, begin)
-    assert small.equal({n: v[:1] for n, v in state.personal.items()}, alone.personal)
+    run, state = small.make_experiment(algorithm, network, stacked=stacked, group_size=1)
+    alone_run, alone = small.make_experiment(
+        algorithm, network, sizes=small.SIZES[:1], stacked=stacked
+    )
+    begin = small.clone_tree(state.shared)
+    state, alone = small.run_rounds(run, state, 2), small.run_rounds(alone_run, alone, 2)
+    assert small.trees_equal(state.shared, begin) and small.trees_equal(alone.shared, begin)
+    assert small.trees_equal({n: v[:1] for n, v in state.personal.items()}, alone.personal)
     assert state.personal["fc.weight..B" if network == "bn_net" else "9.weight..B"].any()
 
 
 def test_averaged_statistics_end_the_isolation():
-    run, state = small.experiment(FedLoRA(lora_epochs=3), "bn_net")
-    begin = small.copy(state.shared)
-    state = small.played(run, state, 1)
+    run, state = small.make_experiment(FedLoRA(lora_epochs=3), "bn_net")
+    begin = small.clone_tree(state.shared)
+    state = small.run_rounds(run, state, 1)
     role = run.trainer.model.role
     moved = {role(n) for n, v in begin.items() if not torch.equal(v, state.shared[n])}
     assert moved == {"stats"}
@@ -323,9 +325,9 @@ def test_averaged_statistics_end_the_isolation():
 
 def alternating(made, rounds, scale):
     """One client's alternating training in plain torch; (sigma, statistics and factors at the end)."""
-    with isolated(2, "other weights"):
+    with isolate_rng(2, "other weights"):
         module = small.bn_net(small.CLASSES, small.SHAPE).train()
-    start = small.first(made)
+    start = small.initial_variables(made)
     module.load_state_dict(start.shared, strict=False)
     factors = {n: nn.Parameter(v.clone()) for n, v in start.personal.items()}
     sigma = dict(module.named_parameters())
@@ -369,9 +371,11 @@ def test_one_client_trains_as_alternating_torch_optimizers(stacked, rule):
             return 1 / int(0.4 * w.shape[0]) if w.dim() == 4 else 1 / 3
 
     settings = replace(small.TRAIN, weight_decay=0.01)
-    run, state = small.experiment(algorithm, "bn_net", sizes=(12,), train=settings, stacked=stacked)
+    run, state = small.make_experiment(
+        algorithm, "bn_net", sizes=(12,), train=settings, stacked=stacked
+    )
     sigma, factors = alternating(run.trainer, 2, scale)
-    state = small.played(run, state, 2)
+    state = small.run_rounds(run, state, 2)
     small.assert_near(state.shared, sigma)
     small.assert_near({n: v[0] for n, v in state.personal.items()}, factors)
 
@@ -379,10 +383,10 @@ def test_one_client_trains_as_alternating_torch_optimizers(stacked, rule):
 @STACK_FIRST
 def test_identical_clients_keep_identical_parts_and_the_mean_is_theirs(stacked):
     how = {"same_sample": True, "stacked": stacked, "group_size": 1}
-    run, state = small.experiment(FedLoRA(), sizes=(6, 6, 6), **how)
-    alone_run, alone = small.experiment(FedLoRA(), sizes=(6,), **how)
-    state, alone = small.played(run, state, 2), small.played(alone_run, alone, 2)
-    assert small.equal(state.shared, alone.shared)
+    run, state = small.make_experiment(FedLoRA(), sizes=(6, 6, 6), **how)
+    alone_run, alone = small.make_experiment(FedLoRA(), sizes=(6,), **how)
+    state, alone = small.run_rounds(run, state, 2), small.run_rounds(alone_run, alone, 2)
+    assert small.trees_equal(state.shared, alone.shared)
     for name, value in state.personal.items():
         assert (value == alone.personal[name]).all() and value.any(), name
 
@@ -393,11 +397,11 @@ def test_identical_clients_keep_identical_parts_and_the_mean_is_theirs(stacked):
 @NETWORKS
 @STACK_FIRST
 def test_the_lowrank_phase_moves_factors_and_statistics_alone(network, stacked):
-    made = small.trainer(FedLoRA(lora_epochs=3), network, stacked=stacked)
+    made = small.make_trainer(FedLoRA(lora_epochs=3), network, stacked=stacked)
     shared, personal_C = begun(made, 5)
     for done in made.train(range(5), shared, personal_C, 0):
         frozen = of_role(made, done.end.shared, "body", "head", "norm")
-        assert small.equal(frozen, of_role(made, shared, "body", "head", "norm"))
+        assert small.trees_equal(frozen, of_role(made, shared, "body", "head", "norm"))
         assert not any(
             torch.equal(v, shared[n]) for n, v in of_role(made, done.end.shared, "stats").items()
         )
@@ -408,20 +412,20 @@ def test_the_lowrank_phase_moves_factors_and_statistics_alone(network, stacked):
 @NETWORKS
 @STACK_FIRST
 def test_the_sigma_phase_leaves_the_factors(network, stacked):
-    made = small.trainer(FedLoRA(lora_epochs=0), network, stacked=stacked)
+    made = small.make_trainer(FedLoRA(lora_epochs=0), network, stacked=stacked)
     v = moving(made)
-    personal_C = small.rows(v.personal, 5)
+    personal_C = small.repeat_rows(v.personal, 5)
     for done in made.train(range(5), v.shared, personal_C, 0):
-        assert small.equal(done.end.personal, v.personal)
+        assert small.trees_equal(done.end.personal, v.personal)
         assert not any(torch.equal(w, v.shared[n]) for n, w in done.end.shared.items())
 
 
 def test_simultaneous_training_moves_both_in_one_phase():
-    made = small.trainer(FedLoRA(order="simultaneous", lora_epochs=9), "bn_net")
+    made = small.make_trainer(FedLoRA(order="simultaneous", lora_epochs=9), "bn_net")
     (phase,) = made.algorithm.phases(made.model, made.settings, 0)
     assert phase.epochs == 3 and phase.constant is None
-    v = small.first(made)
-    (done,) = made.train([0], v.shared, small.rows(v.personal, 1), 0)
+    v = small.initial_variables(made)
+    (done,) = made.train([0], v.shared, small.repeat_rows(v.personal, 1), 0)
     for now, start in ((done.end.shared, v.shared), (done.end.personal, v.personal)):
         assert not any(torch.equal(value, start[n]) for n, value in now.items())
 
@@ -430,53 +434,53 @@ def test_simultaneous_training_moves_both_in_one_phase():
     "fields", [{}, {"conv_rank": 0.2, "linear_rank": 1.0}, {"layers": ("fc.*",)}]
 )
 def test_the_upload_is_all_of_sigma_and_no_factor_whatever_the_ranks(fields):
-    run, state = small.experiment(FedLoRA(**fields), "bn_net")
-    assert {n: tuple(s) for n, s in run.upload.shapes.items()} == {
+    run, state = small.make_experiment(FedLoRA(**fields), "bn_net")
+    assert {n: tuple(s) for n, s in run.upload_layout.shapes.items()} == {
         n: leaf.shape for n, leaf in run.trainer.model.leaves.items()
     }
-    assert all(map(is_not_factor, run.upload.shapes)) and all(map(is_factor, state.personal))
-    _, row, _ = play(run, state, evaluate=False, stop=False)
+    assert all(map(is_not_factor, run.upload_layout.shapes)) and all(map(is_factor, state.personal))
+    _, row, _ = run_round(run, state, evaluate=False, stop=False)
     assert row["bytes_up"] == row["bytes_down"] == 5 * 4 * numel(run.trainer.model.initial)
 
 
 def test_statistics_kept_local_do_not_travel():
-    run, state = small.experiment(FedLoRA(bn_stats="local"), "bn_net")
+    run, state = small.make_experiment(FedLoRA(bn_stats="local"), "bn_net")
     model = run.trainer.model
-    assert {model.role(n) for n in run.upload.shapes} == {"body", "head", "norm"}
+    assert {model.role(n) for n in run.upload_layout.shapes} == {"body", "head", "norm"}
     stats = {n for n in model.initial if model.role(n) == "stats"}
     assert {n for n in state.personal if not is_factor(n)} == stats and len(stats) == 12
-    state = small.played(run, state, 1)
+    state = small.run_rounds(run, state, 1)
     assert all((state.personal[n][0] != state.personal[n][1]).any() for n in stats)
 
 
 def test_local_lora_shares_nothing_and_fedavg_lora_everything():
-    run, state = small.experiment(LocalLoRA())
-    assert run.upload.size == 0 and not state.shared
-    _, row, _ = play(run, state, evaluate=True, stop=False)
+    run, state = small.make_experiment(LocalLoRA())
+    assert run.upload_layout.size == 0 and not state.shared
+    _, row, _ = run_round(run, state, evaluate=True, stop=False)
     assert row["bytes_up"] == row["bytes_down"] == 0
-    run, state = small.experiment(FedAvgLoRA())
-    assert not state.personal and set(run.upload.shapes) == set(state.shared)
+    run, state = small.make_experiment(FedAvgLoRA())
+    assert not state.personal and set(run.upload_layout.shapes) == set(state.shared)
     assert numel(state.shared) == numel(run.trainer.model.initial) + numel(
         LowRank().factors(run.trainer.model, rng(1))
     )
-    after = small.played(run, state, 2)
+    after = small.run_rounds(run, state, 2)
     assert not any(torch.equal(after.shared[n], v) for n, v in state.shared.items())
 
 
 def test_of_one_client_both_controls_are_fedlora():
     states = [
-        small.played(*small.experiment(a, sizes=(7,)), 1)
+        small.run_rounds(*small.make_experiment(a, sizes=(7,)), 1)
         for a in (FedLoRA(), LocalLoRA(), FedAvgLoRA())
     ]
     all_of = [s.shared | {n: v[0] for n, v in s.personal.items()} for s in states]
-    assert small.equal(all_of[0], all_of[1]) and small.equal(all_of[0], all_of[2])
+    assert small.trees_equal(all_of[0], all_of[1]) and small.trees_equal(all_of[0], all_of[2])
 
 
 def test_local_lora_without_lora_epochs_is_local():
-    run, state = small.experiment(LocalLoRA(lora_epochs=0), "bn_net")
-    plain_run, plain = small.experiment(Local(), "bn_net")
-    state, plain = small.played(run, state, 2), small.played(plain_run, plain, 2)
-    assert small.equal(split(state.personal, is_not_factor)[0], plain.personal)
+    run, state = small.make_experiment(LocalLoRA(lora_epochs=0), "bn_net")
+    plain_run, plain = small.make_experiment(Local(), "bn_net")
+    state, plain = small.run_rounds(run, state, 2), small.run_rounds(plain_run, plain, 2)
+    assert small.trees_equal(split(state.personal, is_not_factor)[0], plain.personal)
 
 
 # The server
@@ -484,11 +488,13 @@ def test_local_lora_without_lora_epochs_is_local():
 
 @pytest.mark.parametrize("algorithm", [FedLoRA(), FedAvg(), FedAvg(weights="uniform")])
 def test_the_next_sigma_is_the_exact_mean_of_the_uploads(algorithm):
-    run, state = small.experiment(algorithm, "bn_net")
-    trained = list(run.trainer.train(run.groups[0], state.shared, small.copy(state.personal), 0))
+    run, state = small.make_experiment(algorithm, "bn_net")
+    trained = list(
+        run.trainer.train(run.groups[0], state.shared, small.clone_tree(state.personal), 0)
+    )
     weights = [run.weight_N[done.client] for done in trained]
     assert weights == ([1] * 5 if algorithm.weights == "uniform" else list(small.SIZES))
-    after = small.played(run, state, 1)
+    after = small.run_rounds(run, state, 1)
     for name, value in after.shared.items():
         uploads = torch.stack(
             [done.end.shared[name].double() * w for done, w in zip(trained, weights, strict=True)]
@@ -499,13 +505,13 @@ def test_the_next_sigma_is_the_exact_mean_of_the_uploads(algorithm):
 def test_stale_absence_is_a_damped_step_of_exclusion():
     outcomes = {}
     for absent in ("exclude", "stale"):
-        run, state = small.experiment(FedLoRA(absent=absent), "bn_net", participation=0.6)
-        assert len(run.chosen(0)) == 3
-        outcomes[absent] = small.played(run, state, 1)
+        run, state = small.make_experiment(FedLoRA(absent=absent), "bn_net", participation=0.6)
+        assert len(run.sample_cohort(0)) == 3
+        outcomes[absent] = small.run_rounds(run, state, 1)
     damped = {n: w + 3 / 5 * (outcomes["exclude"].shared[n] - w) for n, w in state.shared.items()}
     small.assert_near(outcomes["stale"].shared, damped, rtol=1e-6)
-    assert small.equal(outcomes["stale"].personal, outcomes["exclude"].personal)
-    assert not small.equal(outcomes["stale"].shared, outcomes["exclude"].shared)
+    assert small.trees_equal(outcomes["stale"].personal, outcomes["exclude"].personal)
+    assert not small.trees_equal(outcomes["stale"].shared, outcomes["exclude"].shared)
 
 
 def test_fedlora_counts_absent_clients_by_default():
@@ -515,27 +521,27 @@ def test_fedlora_counts_absent_clients_by_default():
 @STACK_FIRST
 @pytest.mark.parametrize("lora_epochs", [0, 2])
 def test_personal_parts_move_for_participants_with_lora_epochs_alone(stacked, lora_epochs):
-    run, state = small.experiment(
+    run, state = small.make_experiment(
         FedLoRA(lora_epochs=lora_epochs), participation=0.6, stacked=stacked, group_size=2
     )
-    before, chosen = small.copy(state.personal), run.chosen(0)
-    state = small.played(run, state, 1)
+    before, chosen = small.clone_tree(state.personal), run.sample_cohort(0)
+    state = small.run_rounds(run, state, 1)
     moved = {
         client
-        for row, client in enumerate(run.hosted)
+        for row, client in enumerate(run.local_clients)
         if any((state.personal[n][row] != v[row]).any() for n, v in before.items())
     }
     assert 0 < len(chosen) < 5 and moved == (chosen if lora_epochs else set())
 
 
 def test_evaluation_is_of_the_new_sigma_with_each_clients_own_part():
-    run, state = small.experiment(FedLoRA(), "bn_net")
-    state, row, clients = play(run, state, evaluate=True, stop=False)
-    model = run.trainer.model.evaluating()
-    for row_, client in enumerate(run.hosted):
-        v = Vars(state.shared, {n: value[row_] for n, value in state.personal.items()})
+    run, state = small.make_experiment(FedLoRA(), "bn_net")
+    state, row, clients = run_round(run, state, evaluate=True, stop=False)
+    model = run.trainer.model.eval_mode()
+    for row_, client in enumerate(run.local_clients):
+        v = Variables(state.shared, {n: value[row_] for n, value in state.personal.items()})
         tests = run.trainer.feed.test([client], 0, run.trainer.feed.test_size(client))
-        logits = model(run.algorithm.weights_of(run.trainer.model, v), tests.x[0])
+        logits = model(run.algorithm.client_model(run.trainer.model, v), tests.x[0])
         assert clients["accuracy"][client] == pytest.approx(
             (logits.argmax(1) == tests.y[0]).double().mean().item()
         )
@@ -550,7 +556,9 @@ def test_evaluation_is_of_the_new_sigma_with_each_clients_own_part():
 
 
 def test_a_client_that_diverges_is_named():
-    run, state = small.experiment(FedLoRA(), participation=0.6, train=replace(small.TRAIN, lr=1e30))
-    ids = ", ".join(map(str, sorted(run.chosen(0))))
+    run, state = small.make_experiment(
+        FedLoRA(), participation=0.6, train=replace(small.TRAIN, lr=1e30)
+    )
+    ids = ", ".join(map(str, sorted(run.sample_cohort(0))))
     with pytest.raises(Fault, match=f"round 1: the loss or upload of client {ids} is not finite"):
-        play(run, state, evaluate=False, stop=False)
+        run_round(run, state, evaluate=False, stop=False)

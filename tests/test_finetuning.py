@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from runs import NORM, TINY, built, on_ranks, played, same
-from tiers import thorough
+from runs import NORM, TINY, build_tiny, run_on_ranks, run_rounds, snapshots_equal
+from tiers import thorough_param
 
 from fedlora_mpi import config as configs
 from fedlora_mpi.aggregation.svd import right_vectors
@@ -14,7 +14,7 @@ from fedlora_mpi.algorithm import Cohort
 from fedlora_mpi.algorithms.fedhl import FedHL
 from fedlora_mpi.algorithms.fedit import FedIT
 from fedlora_mpi.algorithms.flexlora import FlexLoRA
-from fedlora_mpi.components.lowrank import right
+from fedlora_mpi.components.lowrank import right_singular_vectors
 
 RANKS = (1, 2, 4)
 SIDES = {"u": (3, 5), "v": (7, 6)}  # out side, in side
@@ -51,7 +51,11 @@ def shared_of(algorithm, server=True, rank=None):
 
 def handed_out(algorithm, shared):
     return algorithm.handed_out(
-        shared, {n: right(W, rows) for n, (W, rows) in algorithm.decomposed(shared).items()}
+        shared,
+        {
+            n: right_singular_vectors(W, rows)
+            for n, (W, rows) in algorithm.decomposed(shared).items()
+        },
     )
 
 
@@ -90,7 +94,7 @@ def near(a, b, atol=1e-12):
 
 
 def test_a_list_of_ranks_goes_round():
-    assert [FedIT(lora_ranks=RANKS).of_client(k, 5).lora_ranks for k in range(5)] == [
+    assert [FedIT(lora_ranks=RANKS).for_client(k, 5).lora_ranks for k in range(5)] == [
         (1,),
         (2,),
         (4,),
@@ -101,13 +105,13 @@ def test_a_list_of_ranks_goes_round():
 
 def test_shares_of_ranks_are_those_of_the_clients():
     method = FedIT(lora_ranks=(8, 4, 1), rank_shares=(0.2, 0.3, 0.5))
-    ranks = [method.of_client(k, 10).lora_ranks[0] for k in range(10)]
+    ranks = [method.for_client(k, 10).lora_ranks[0] for k in range(10)]
     assert ranks == [8] * 2 + [4] * 3 + [1] * 5
 
 
 def test_a_rank_follows_the_capacity_but_is_at_least_1():
     method = FedIT(lora_ranks=(10,), capacities=(2.0, 1.0, 0.1))
-    assert [method.of_client(k, 4).lora_ranks[0] for k in range(4)] == [10, 5, 1, 10]
+    assert [method.for_client(k, 4).lora_ranks[0] for k in range(4)] == [10, 5, 1, 10]
 
 
 @pytest.mark.parametrize("method", [FedIT, FlexLoRA, FedHL])
@@ -121,7 +125,7 @@ def test_the_scale_is_alpha_by_the_rank(method, scale):
 
 
 def test_by_default_products_are_scaled_by_each_rank():
-    assert [FedHL(lora_ranks=RANKS, alpha=8.0).of_client(k, 3).s for k in range(3)] == [8, 4, 2]
+    assert [FedHL(lora_ranks=RANKS, alpha=8.0).for_client(k, 3).s for k in range(3)] == [8, 4, 2]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +144,7 @@ def test_by_default_products_are_scaled_by_each_rank():
 )
 def test_a_wrong_setting_gets_one_line(override, message):
     with pytest.raises(Exception, match="algorithm") as error:
-        built.__wrapped__("algorithm=fedhl", NORM, f"algorithm.{override}")
+        build_tiny.__wrapped__("algorithm=fedhl", NORM, f"algorithm.{override}")
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -152,7 +156,7 @@ def test_the_best_approximation_is_that_of_the_svd(shape):
     W = matrix(0, *shape)
     U, S, V = torch.linalg.svd(W, full_matrices=False)
     for rows in range(1, min(shape) + 1):
-        A = right(W, rows)
+        A = right_singular_vectors(W, rows)
         near(A @ A.T, torch.eye(rows, dtype=W.dtype))
         near(W @ A.T @ A, U[:, :rows] * S[:rows] @ V[:rows], atol=1e-10)
 
@@ -161,7 +165,7 @@ def test_the_best_approximation_is_that_of_the_svd(shape):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_matrix_of_lower_rank_leaves_no_dead_factor(shape, rank):
     W = matrix(0, shape[0], rank) @ matrix(1, rank, shape[1])
-    A = right(W, 3)
+    A = right_singular_vectors(W, 3)
     near(A @ A.T, torch.eye(3, dtype=W.dtype))
     near(W @ A.T @ A, W, atol=1e-10)
     B = W @ A.T
@@ -171,7 +175,9 @@ def test_a_matrix_of_lower_rank_leaves_no_dead_factor(shape, rank):
 
 def test_a_stack_of_matrices_is_decomposed_one_by_one():
     stack = torch.stack([matrix(seed, 5, 3) for seed in range(4)])
-    near(right(stack, 2), torch.stack([right(W, 2) for W in stack]))
+    near(
+        right_singular_vectors(stack, 2), torch.stack([right_singular_vectors(W, 2) for W in stack])
+    )
 
 
 def test_ranks_share_large_decompositions_and_move_no_bit():
@@ -180,8 +186,8 @@ def test_ranks_share_large_decompositions_and_move_no_bit():
         for k in range(5)
     }
     matrices["last"] = torch.randn(3, 7, generator=torch.Generator().manual_seed(9)), 2
-    (alone,) = on_ranks(1, lambda comm: right_vectors(comm, matrices))
-    for found in on_ranks(3, lambda comm: right_vectors(comm, matrices)):
+    (alone,) = run_on_ranks(1, lambda comm: right_vectors(comm, matrices))
+    for found in run_on_ranks(3, lambda comm: right_vectors(comm, matrices)):
         assert list(found) == list(alone) and all(torch.equal(found[n], alone[n]) for n in alone)
 
 
@@ -218,7 +224,7 @@ def test_the_mean_of_products_is_not_the_product_of_means():
     near(new[".told.lora_bias"], square.sqrt(), atol=1e-10)
     near(new[".told.lora_update_bias"], square.sqrt(), atol=1e-10)
     assert new[".told.lora_truncation"] == 0
-    told = method.told(new, 3)
+    told = method.server_metrics(new, 3)
     assert told["effective_clients"] == pytest.approx(
         1 / sum((count / 100) ** 2 for count in COUNTS)
     )
@@ -239,10 +245,10 @@ def test_a_client_gets_the_best_approximation_of_its_rank():
     method = FlexLoRA(lora_ranks=RANKS)
     shared = shared_of(method)
     for client, r in enumerate(RANKS):
-        own = method.of_client(client, 3)
+        own = method.for_client(client, 3)
         arrived = own.download(shared)
         assert not any(n.endswith(".W") for n in arrived)
-        for name, product in own.products(arrived).items():
+        for name, product in own.factor_products(arrived).items():
             U, S, V = torch.linalg.svd(shared[f"{name}..W"], full_matrices=False)
             near(product, U[:, :r] * S[:r] @ V[:r], atol=1e-10)
             assert (
@@ -288,7 +294,7 @@ def test_fedhl_is_its_mean_of_products_plus_what_truncation_took(mode):
         W, got = (
             shared[f"{name}..W"],
             [
-                method.of_client(k, 3).delta(method.of_client(k, 3).download(shared))[name]
+                method.for_client(k, 3).delta(method.for_client(k, 3).download(shared))[name]
                 for k in range(3)
             ],
         )
@@ -364,7 +370,7 @@ def test_what_truncation_takes_falls_with_the_rank_and_is_that_of_the_matrices()
         tail, W = shared[f".tail.{name}"], shared[f"{name}..W"]
         assert len(tail) == min(5, out, inside) + 1 and bool((tail.diff() <= 0).all())
         for r in range(len(tail)):
-            A = right(W, max(r, 1))[:r]
+            A = right_singular_vectors(W, max(r, 1))[:r]
             near(tail[r], (W - W @ A.T @ A).square().sum(), atol=1e-10)
 
 
@@ -386,11 +392,13 @@ def test_the_diagnosis_of_fedhl_is_what_it_says():
         )
     near(new[".told.lora_bias"], square.sqrt(), atol=1e-10)
     uniform = replace(method, weight_mode="uniform")
-    assert uniform.told(next_round(uniform, shared)[0], 3)["effective_clients"] == pytest.approx(3)
+    assert uniform.server_metrics(next_round(uniform, shared)[0], 3)[
+        "effective_clients"
+    ] == pytest.approx(3)
 
 
 def test_the_weights_of_round_1_are_uniform_and_every_b_has_a_gradient():
-    moments = played(
+    moments = run_rounds(
         "algorithm=fedhl",
         NORM,
         "algorithm.lora_ranks=[1,2,4]",
@@ -406,8 +414,8 @@ def test_the_weights_of_round_1_are_uniform_and_every_b_has_a_gradient():
 # Whole runs.
 
 
-@pytest.mark.parametrize("name", [thorough("fedit"), "flexlora", thorough("fedhl")])
-@pytest.mark.parametrize("ranks", [thorough(1), thorough(2), 3])
+@pytest.mark.parametrize("name", [thorough_param("fedit"), "flexlora", thorough_param("fedhl")])
+@pytest.mark.parametrize("ranks", [thorough_param(1), thorough_param(2), 3])
 def test_gathered_uploads_give_the_bits_of_summed_ones(name, ranks):
     common = (
         f"algorithm={name}",
@@ -416,8 +424,8 @@ def test_gathered_uploads_give_the_bits_of_summed_ones(name, ranks):
         "algorithm.alpha=2",
         "rounds=2",
     )
-    by_sum = played(*common, "uplink=sum")[0][1:]
-    for moments in played(*common, "uplink=gather", ranks=ranks):
+    by_sum = run_rounds(*common, "uplink=sum")[0][1:]
+    for moments in run_rounds(*common, "uplink=gather", ranks=ranks):
         assert all(
             torch.equal(v, b.shared[n])
             for a, b in zip(moments[1:], by_sum, strict=True)
@@ -430,28 +438,30 @@ def test_gathered_uploads_give_the_bits_of_summed_ones(name, ranks):
 
 
 def test_the_uplink_is_what_moves_fewer_bytes():
-    few = built("algorithm=fedhl", NORM, "algorithm.lora_ranks=[1]", "algorithm.full=[]")
-    many = built("algorithm=fedhl", NORM, "algorithm.lora_ranks=[4]", "reduce=fast")
-    assert few.run.gathers and not many.run.gathers
-    assert not built("algorithm=fedavg", NORM).run.gathers
+    few = build_tiny("algorithm=fedhl", NORM, "algorithm.lora_ranks=[1]", "algorithm.full=[]")
+    many = build_tiny("algorithm=fedhl", NORM, "algorithm.lora_ranks=[4]", "reduce=fast")
+    assert few.run.gather_uploads and not many.run.gather_uploads
+    assert not build_tiny("algorithm=fedavg", NORM).run.gather_uploads
 
 
 def test_a_client_pays_for_its_own_rank():
-    parts = built("algorithm=fedhl", NORM, "algorithm.lora_ranks=[1,2,4]", "algorithm.alpha=2")
-    moments = played("algorithm=fedhl", NORM, "algorithm.lora_ranks=[1,2,4]", "algorithm.alpha=2")[
-        0
-    ]
+    parts = build_tiny("algorithm=fedhl", NORM, "algorithm.lora_ranks=[1,2,4]", "algorithm.alpha=2")
+    moments = run_rounds(
+        "algorithm=fedhl", NORM, "algorithm.lora_ranks=[1,2,4]", "algorithm.alpha=2"
+    )[0]
     conv, head = (4 * 3) + (1 * 3), 4 * 16 * 4 + 4  # sides of conv.weight [4, 1, 3, 3]; the head
     for round_, moment in enumerate(moments[1:]):
-        numbers = sum(min((1, 2, 4)[c % 3], 3) * conv + head for c in parts.run.chosen(round_))
+        numbers = sum(
+            min((1, 2, 4)[c % 3], 3) * conv + head for c in parts.run.sample_cohort(round_)
+        )
         assert moment.row["bytes_up"] == moment.row["bytes_down"] == 4 * numbers
 
 
 def test_a_frozen_network_keeps_its_statistics():
-    moments = played("algorithm=fedit", NORM)[0]
+    moments = run_rounds("algorithm=fedit", NORM)[0]
     assert "norm.running_mean" not in moments[-1].shared
-    moved = played("algorithm=fedit", NORM, "algorithm.full=[head,norm]", "rounds=2")[0]
-    assert not same(moved[0], moved[-1]) and moved[-1].shared["norm.running_mean"].any()
+    moved = run_rounds("algorithm=fedit", NORM, "algorithm.full=[head,norm]", "rounds=2")[0]
+    assert not snapshots_equal(moved[0], moved[-1]) and moved[-1].shared["norm.running_mean"].any()
 
 
 def test_the_server_s_model_may_be_judged():
@@ -462,7 +472,10 @@ def test_the_server_s_model_may_be_judged():
         "algorithm.alpha=2",
         "rounds=2",
     )
-    client, server = played(*common)[0][-1], played(*common, "algorithm.judged=server")[0][-1]
+    client, server = (
+        run_rounds(*common)[0][-1],
+        run_rounds(*common, "algorithm.judged=server")[0][-1],
+    )
     assert all(torch.equal(client.shared[n], v) for n, v in server.shared.items())
     assert not np.array_equal(client.clients["loss"], server.clients["loss"])
 
@@ -480,14 +493,15 @@ def test_a_rank_is_part_of_the_config_that_a_resume_must_have():
 COLOURS = ("data.synthetic.channels=3", "train.epochs=1", "rounds=2")
 
 
-@pytest.mark.parametrize("name", ["fedit", thorough("fedhl")])
+@pytest.mark.parametrize("name", ["fedit", thorough_param("fedhl")])
 def test_a_vision_transformer_is_tuned_in_its_attention_alike_in_loop_and_stack(name):
     how = (
         f"algorithm={{name: {name}, lora_ranks: [6, 2], layers: ['*.self_attention.*', '*.mlp.*']}}",
         *COLOURS,
     )
     stack, loop = (
-        played(*how, "model=user_parts:small_vit", f"engine.path={p}")[0] for p in ("stack", "loop")
+        run_rounds(*how, "model=user_parts:small_vit", f"engine.path={p}")[0]
+        for p in ("stack", "loop")
     )
     block = "encoder.layers.encoder_layer_0"
     sides = {n: v.shape for n, v in stack[-1].shared.items() if n.endswith((".A", ".B"))}
@@ -506,7 +520,7 @@ def test_a_vision_transformer_is_tuned_in_its_attention_alike_in_loop_and_stack(
         torch.testing.assert_close(
             value, loop[-1].shared[leaf], rtol=0, atol=1e-4, msg=lambda m, n=leaf: f"{n}: {m}"
         )
-    assert not same(stack[0], stack[-1])
+    assert not snapshots_equal(stack[0], stack[-1])
 
 
 @pytest.mark.thorough
@@ -515,7 +529,7 @@ def test_a_resnet_of_torchvision_is_tuned_with_the_statistics_it_came_with():
         "algorithm={name: flexlora, lora_ranks: [3, 1], layers: ['layer1.*', '*.downsample.0.weight']}",
         *COLOURS,
     )
-    begin, *_, end = played(*how, "model=user_parts:small_resnet", "rounds=1")[0]
+    begin, *_, end = run_rounds(*how, "model=user_parts:small_resnet", "rounds=1")[0]
     moved = {n for n, v in end.shared.items() if not torch.equal(v, begin.shared[n])}
     assert "layer2.0.downsample.0.weight..W" in moved and "layer1.0.conv1.weight..W" in moved
     assert not any("running" in n or ".bn" in n for n in end.shared)

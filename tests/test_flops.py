@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.cli import main
 from fedlora_mpi.engine.flops import UNCOUNTED, Flops
-from fedlora_mpi.engine.memory import fitting
+from fedlora_mpi.engine.memory import stack_capacity
 from fedlora_mpi.models.counting import FlopCounter
 from fedlora_mpi.models.zoo import build
 from fedlora_mpi.store.reader import RunFiles
@@ -112,7 +112,7 @@ def test_such_networks_train_alike_one_by_one_and_in_a_stack(how):
             torch.testing.assert_close(one, stacked[c], rtol=1e-4, atol=1e-5)
         for name, value in stats.items():
             torch.testing.assert_close(alone[c][name], value[c])
-    assert fitting(model, 8, 10**9) > 1
+    assert stack_capacity(model, 8, 10**9) > 1
 
 
 def test_parametrized_layers_keep_their_role_and_are_no_matrices():
@@ -125,12 +125,12 @@ def test_parametrized_layers_keep_their_role_and_are_no_matrices():
 
 @pytest.mark.parametrize("network", ["cnn", "bn_net", "noisy_net", "conv_net"])
 def test_counts_are_torchs_own_where_it_has_them(network):
-    model = small.model(network)
+    model = small.make_model(network)
     tree = {n: v.clone().requires_grad_(model.role(n) != "stats") for n, v in model.initial.items()}
     totals = []
     for counter in (FlopCounter(), FlopCounterMode(display=False)):
         with counter:
-            model.evaluating()(tree, model.zeros(3)).sum().backward()
+            model.eval_mode()(tree, model.zero_inputs(3)).sum().backward()
         totals.append(counter.get_total_flops())
     assert totals[0] == totals[1] > 0
 
@@ -152,9 +152,11 @@ def pairs(classes, shape):
 
 
 def test_a_step_that_cannot_be_counted_ends_nothing(capsys):
-    made = small.trainer(FedAvg(), "test_flops:pairs")
-    flops = Flops(made, small.first(made))
-    assert flops.of_round(7, 0) == UNCOUNTED == flops.of_round(7, 1)
+    made = small.make_trainer(FedAvg(), "test_flops:pairs")
+    flops = Flops(made, small.initial_variables(made))
+    assert flops.round_flops(7, 0) == UNCOUNTED == flops.round_flops(7, 1)
     said = capsys.readouterr().err
     assert said.startswith("hint: FLOPs cannot be counted (shape") and said.count("\n") == 1
-    assert Flops(made, small.first(made)).of_round(8, 0) == UNCOUNTED  # batches of 5 and 3
+    assert (
+        Flops(made, small.initial_variables(made)).round_flops(8, 0) == UNCOUNTED
+    )  # batches of 5 and 3

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from runs import TINY, command, finished, said
+from runs import TINY, command_line, package_lines, run_process
 
 import fedlora_mpi
 from fedlora_mpi.cli import main
@@ -63,7 +63,7 @@ def module(tmp_path, monkeypatch):
 def test_whatever_a_builder_raises_is_one_line(module, capsys, tmp_path, line, text):
     module("mine_own", MODEL.format(line=line))
     assert main(["run", str(TINY), "model=mine_own:net", "output=out"]) == 2
-    (told,) = said(capsys.readouterr().err)
+    (told,) = package_lines(capsys.readouterr().err)
     assert f"{TINY}: model.name = mine_own:net: cannot be built: " in told and text in told
     assert not (tmp_path / "out").exists()
 
@@ -86,7 +86,7 @@ def test_whatever_a_builder_raises_is_one_line(module, capsys, tmp_path, line, t
 def test_whatever_a_module_raises_when_it_is_imported_is_one_line(module, capsys, key, text, told):
     module("my_method", text)
     assert main(["run", str(TINY), f"{key}=my_method:Mine", "output=out"]) == 2
-    (line,) = said(capsys.readouterr().err)
+    (line,) = package_lines(capsys.readouterr().err)
     assert f"{key}.name = my_method:Mine: cannot be " in line and told in line
 
 
@@ -101,7 +101,7 @@ def test_a_run_of_modules_that_import_torchvision(module, tmp_path):
     module("mine_own", f"import torchvision\n{MODEL.format(line='import torchvision.ops')}")
     module("my_method", METHOD)
     line = ["run", TINY, "rounds=1", "model=mine_own:net", "algorithm=fedavg", "output=out"]
-    ended = finished(command(*line), tmp_path)
+    ended = run_process(command_line(*line), tmp_path)
     assert ended.returncode == 0, ended.stderr
 
 
@@ -114,7 +114,7 @@ def test_modules_of_the_users_may_import_torchvision_and_nothing_else_does(modul
         "from fedlora_mpi.algorithms import find; find('my_method:Mine'); assert 'torchvision' in "
         "sys.modules"
     )
-    ended = finished([sys.executable, "-c", code], tmp_path)
+    ended = run_process([sys.executable, "-c", code], tmp_path)
     assert ended.returncode == 0, ended.stderr
 
 
@@ -122,7 +122,7 @@ def test_modules_of_the_users_may_import_torchvision_and_nothing_else_does(modul
 def test_a_module_that_imports_torchvision_may_be_the_first(module, tmp_path):
     module("my_method", METHOD)
     code = "from fedlora_mpi.algorithms import find; find('my_method:Mine')"
-    ended = finished([sys.executable, "-c", code], tmp_path)
+    ended = run_process([sys.executable, "-c", code], tmp_path)
     assert ended.returncode == 0, ended.stderr
 
 
@@ -140,7 +140,7 @@ def test_what_a_module_draws_at_its_import_is_the_same_everywhere_and_moves_no_d
             np.random.get_state()[1].tolist(),
             torch.get_rng_state().tolist(),
         )
-        found.append(foreign.imported("mine_own:DRAWN"))
+        found.append(foreign.import_object("mine_own:DRAWN"))
         assert (
             random.getstate(),
             np.random.get_state()[1].tolist(),
@@ -158,7 +158,7 @@ def test_a_file_that_a_library_hides_is_named(name, tmp_path, monkeypatch):
         ValueError,
         match=f"{name} is a module of Python or of a library, which comes before .*{name}.py; rename",
     ):
-        foreign.imported(f"{name}:net")
+        foreign.import_object(f"{name}:net")
 
 
 METHODS = {
@@ -176,7 +176,7 @@ def test_a_method_may_import_from_the_documented_places(module, tmp_path, import
         "my_method",
         f"{METHODS[imports]}\nclass Mine(Algorithm):\n    need = Vars, bounded, split\n",
     )
-    assert foreign.imported("my_method:Mine").__module__ == "my_method"
+    assert foreign.import_object("my_method:Mine").__module__ == "my_method"
 
 
 def test_the_face_of_the_package_has_what_it_names():

@@ -9,20 +9,20 @@ from finetuned import (
     COUNTS,
     MIXED,
     RANKS,
-    begun,
-    clients,
+    assert_trees_near,
+    client_methods,
     field_names,
-    fine,
-    near,
-    numbers,
-    served,
-    trained,
+    float64_trainer,
+    gaussian_tensor,
+    init_variables,
+    next_shared,
+    trained_variables,
 )
-from runs import NORM, built, equal, played, same
-from tiers import thorough
+from runs import NORM, build_tiny, run_rounds, snapshots_equal, trees_equal
+from tiers import thorough_param
 from torch.func import functional_call
 
-from fedlora_mpi.algorithm import Cohort, Phase, Step, Train
+from fedlora_mpi.algorithm import Cohort, LocalTraining, Phase, Step
 from fedlora_mpi.algorithms.fed_rac_lora import FedRACLoRA
 from fedlora_mpi.algorithms.fedit import FedIT
 from fedlora_mpi.algorithms.ffa_lora import FFALoRA
@@ -43,14 +43,14 @@ CNN = "model.width=4"
 
 def rounds_of(algorithm, network="cnn", rounds=3):
     """[(shared before, (start, end) of the clients, shared after)] of some rounds, float64."""
-    model, first = begun(algorithm, network)
+    model, first = init_variables(algorithm, network)
     shared, found = first.shared, []
     for round_ in range(rounds):
         ends = [
-            trained(c, model, shared, round_, at=10 * round_ + k)
-            for k, c in enumerate(clients(algorithm))
+            trained_variables(c, model, shared, round_, address=10 * round_ + k)
+            for k, c in enumerate(client_methods(algorithm))
         ]
-        found.append((shared, ends, after := served(algorithm, shared, ends)))
+        found.append((shared, ends, after := next_shared(algorithm, shared, ends)))
         shared = after
     return found
 
@@ -59,20 +59,20 @@ def rounds_of(algorithm, network="cnn", rounds=3):
 
 
 @METHODS
-@pytest.mark.parametrize("network", ["cnn", thorough("bn_net")])
+@pytest.mark.parametrize("network", ["cnn", thorough_param("bn_net")])
 def test_the_mean_is_exact_among_clients_of_different_ranks(algorithm, network):
     for _, ends, after in rounds_of(algorithm, network):
         deltas = [
             client.delta(end.shared)
-            for client, (_, end) in zip(clients(algorithm), ends, strict=True)
+            for client, (_, end) in zip(client_methods(algorithm), ends, strict=True)
         ]
         mean = {
             n: sum(w * d[n] for w, d in zip(COUNTS, deltas, strict=True)) / sum(COUNTS)
             for n in deltas[0]
         }
-        near(algorithm.delta(after), mean)
+        assert_trees_near(algorithm.delta(after), mean)
         head = [n for n in after if n.startswith(("9.", "fc."))]
-        near(
+        assert_trees_near(
             {n: after[n] for n in head},
             {
                 n: sum(w * e.shared[n] for w, (_, e) in zip(COUNTS, ends, strict=True)) / 14
@@ -90,7 +90,7 @@ def test_uploads_have_one_layout_in_all_rounds_and_only_what_ever_trains(algorit
         for name in end.shared
         if not torch.equal(start.shared[name], end.shared[name])
     }
-    for client in clients(algorithm):
+    for client in client_methods(algorithm):
         layouts = [
             {n: v.shape for n, v in client.upload(*ends[0]).items()}
             for _, ends, _ in rounds_of(client)
@@ -99,16 +99,16 @@ def test_uploads_have_one_layout_in_all_rounds_and_only_what_ever_trains(algorit
 
 
 @NAMES
-@pytest.mark.parametrize("path", ["stack", thorough("loop")])
+@pytest.mark.parametrize("path", ["stack", thorough_param("loop")])
 def test_the_factor_that_does_not_train_keeps_its_bits_on_server_and_clients(name, path):
     decays = ("train.weight_decay=0.1", f"engine.path={path}")
-    parts = built(f"algorithm={name}", CNN, *MIXED, *decays)
-    moments = played(f"algorithm={name}", CNN, *MIXED, *decays)[0]
+    parts = build_tiny(f"algorithm={name}", CNN, *MIXED, *decays)
+    moments = run_rounds(f"algorithm={name}", CNN, *MIXED, *decays)[0]
     for round_, letter in enumerate(WHO[name]):
         before, after = moments[round_].shared, moments[round_ + 1].shared
         still = {n for n in before if n[-2:] in {".A", ".B"} - {f".{letter}"}}
         assert len(still) == 3
-        for kind, clients_ in zip(parts.run.kinds, parts.run.by_kind, strict=True):
+        for kind, clients_ in zip(parts.run.kinds, parts.run.local_clients_by_kind, strict=True):
             arrived = kind.algorithm.download(before)
             for done in kind.trainer.train(clients_, before, {}, round_):
                 assert all(torch.equal(done.end.shared[n], arrived[n]) for n in still)
@@ -128,15 +128,15 @@ def test_the_factor_that_does_not_train_keeps_its_bits_on_server_and_clients(nam
 @NAMES
 def test_what_a_client_sends_and_receives_is_the_active_factor_and_the_head(name):
     parts, moments = (
-        built(f"algorithm={name}", CNN, *MIXED),
-        played(f"algorithm={name}", CNN, *MIXED)[0],
+        build_tiny(f"algorithm={name}", CNN, *MIXED),
+        run_rounds(f"algorithm={name}", CNN, *MIXED)[0],
     )
     # [out side, in side]
     weights = {"0.weight": (12, 3), "3.weight": (24, 12), "7.weight": (8, 32)}
     assert parts.config.algorithm.adapted(parts.run.trainer.model) == weights
     side, head = {"B": 12 + 24 + 8, "A": 3 + 12 + 32}, 4 * 8 + 4
     for round_, letter in enumerate(WHO[name]):
-        ranks = [RANKS[client % 3] for client in parts.run.chosen(round_)]
+        ranks = [RANKS[client % 3] for client in parts.run.sample_cohort(round_)]
         row = moments[round_ + 1].row
         assert row["bytes_up"] == 4 * sum(head + r * side[letter] for r in ranks)
         last = side[WHO[name][round_ - 1]] if round_ else 0
@@ -148,11 +148,11 @@ def test_what_a_client_sends_and_receives_is_the_active_factor_and_the_head(name
 def test_a_layer_of_fewer_sides_than_the_rank_is_counted_by_its_components(name):
     many = "algorithm.lora_ranks=[20]", "algorithm.alpha=20", "rounds=1"
     parts, row = (
-        built(f"algorithm={name}", CNN, *many),
-        played(f"algorithm={name}", CNN, *many)[0][1].row,
+        build_tiny(f"algorithm={name}", CNN, *many),
+        run_rounds(f"algorithm={name}", CNN, *many)[0][1].row,
     )
     assert row["bytes_up"] == 4 * 4 * (36 + 3 * 12 + 12 * 24 + 8 * 8)
-    first = parts.run.kinds[0].first.shared
+    first = parts.run.kinds[0].initial.shared
     assert [tuple(first[f"{n}..A"].shape) for n in ("0.weight", "3.weight", "7.weight")] == [
         (3, 3),
         (12, 12),
@@ -160,24 +160,26 @@ def test_a_layer_of_fewer_sides_than_the_rank_is_counted_by_its_components(name)
     ]
 
 
-@pytest.mark.parametrize("name", [thorough("ffa_lora"), thorough("rolora"), "fed_rac_lora"])
-@pytest.mark.parametrize("ranks", [thorough(2), 3])
+@pytest.mark.parametrize(
+    "name", [thorough_param("ffa_lora"), thorough_param("rolora"), "fed_rac_lora"]
+)
+@pytest.mark.parametrize("ranks", [thorough_param(2), 3])
 def test_gathered_uploads_give_the_bits_of_the_sum(name, ranks):
     how = (f"algorithm={name}", NORM, *MIXED)
     summed, gathered = (
-        played(*how, "uplink=sum", ranks=ranks),
-        played(*how, "uplink=gather", ranks=ranks),
+        run_rounds(*how, "uplink=sum", ranks=ranks),
+        run_rounds(*how, "uplink=gather", ranks=ranks),
     )
     for a, b in zip(summed, gathered, strict=True):
-        assert all(same(x, y) for x, y in zip(a, b, strict=True))
+        assert all(snapshots_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @NAMES
 def test_the_log_has_no_bias(name):
     told = "algorithm.diagnose=true", "rounds=2"
-    for moment in played(f"algorithm={name}", CNN, *MIXED, *told)[0][1:]:
+    for moment in run_rounds(f"algorithm={name}", CNN, *MIXED, *told)[0][1:]:
         assert moment.row["lora_bias"] < 1e-5
-    assert played("algorithm=fedit", CNN, *MIXED, *told)[0][2].row["lora_bias"] > 1e-3
+    assert run_rounds("algorithm=fedit", CNN, *MIXED, *told)[0][2].row["lora_bias"] > 1e-3
 
 
 # FFA-LoRA
@@ -191,21 +193,26 @@ class OnlyB(FedIT):
         return (
             Phase(
                 train.epochs,
-                (Step(self.loss(model), lambda n: n.endswith(".B") or self.is_full(model, n)),),
+                (
+                    Step(
+                        self.loss(model),
+                        lambda n: n.endswith(".B") or self.is_fully_trained(model, n),
+                    ),
+                ),
             ),
         )
 
 
-@pytest.mark.parametrize("model", [NORM, thorough(CNN)], ids=["norm", "cnn"])
+@pytest.mark.parametrize("model", [NORM, thorough_param(CNN)], ids=["norm", "cnn"])
 def test_ffa_is_fedit_with_a_held_still_among_clients_of_one_rank(model):
     common = model, "algorithm.lora_ranks=[3]", "algorithm.alpha=3", "train.weight_decay=0.01"
     ffa, fedit = (
-        played(f"algorithm={n}", *common)[0] for n in ("ffa_lora", "test_frozen_factors:OnlyB")
+        run_rounds(f"algorithm={n}", *common)[0] for n in ("ffa_lora", "test_frozen_factors:OnlyB")
     )
     for a, b in zip(ffa, fedit, strict=True):
-        assert equal({n: v for n, v in a.shared.items() if n != ".turn.round"}, b.shared)
+        assert trees_equal({n: v for n, v in a.shared.items() if n != ".turn.round"}, b.shared)
     # zeros enter its mean of A
-    mixed = played("algorithm=test_frozen_factors:OnlyB", model, *MIXED)[0]
+    mixed = run_rounds("algorithm=test_frozen_factors:OnlyB", model, *MIXED)[0]
     assert not any(
         torch.equal(v, mixed[0].shared[n]) for n, v in mixed[1].shared.items() if n.endswith(".A")
     )
@@ -217,27 +224,29 @@ def test_the_mean_of_bs_alone_is_that_of_the_products_only_under_one_a():
     ends[0][1].shared["7.weight..A"] += 1.0  # a client whose seed was another
     deltas = [
         c.delta(end.shared)["7.weight"]
-        for c, (_, end) in zip(clients(algorithm), ends, strict=True)
+        for c, (_, end) in zip(client_methods(algorithm), ends, strict=True)
     ]
     mean = sum(w * d for w, d in zip(COUNTS, deltas, strict=True)) / sum(COUNTS)
-    assert (algorithm.delta(served(algorithm, before, ends))["7.weight"] - mean).norm() > 0.1
+    assert (algorithm.delta(next_shared(algorithm, before, ends))["7.weight"] - mean).norm() > 0.1
 
 
 # RoLoRA
 
 
-@pytest.mark.parametrize("model", [thorough(NORM), CNN], ids=["norm", "cnn"])
+@pytest.mark.parametrize("model", [thorough_param(NORM), CNN], ids=["norm", "cnn"])
 def test_rolora_that_always_trains_b_is_ffa(model):
     always, ffa = (
-        played(*n, model, *MIXED)[0]
+        run_rounds(*n, model, *MIXED)[0]
         for n in (["algorithm=rolora", "algorithm.schedule=B"], ["algorithm=ffa_lora"])
     )
-    assert all(same(a, b) for a, b in zip(always, ffa, strict=True))
+    assert all(snapshots_equal(a, b) for a, b in zip(always, ffa, strict=True))
 
 
 def test_rolora_is_ffa_in_round_1_and_not_in_round_2():
-    rolora, ffa = (played(f"algorithm={n}", CNN, *MIXED)[0] for n in ("rolora", "ffa_lora"))
-    assert equal(rolora[1].shared, ffa[1].shared) and not equal(rolora[2].shared, ffa[2].shared)
+    rolora, ffa = (run_rounds(f"algorithm={n}", CNN, *MIXED)[0] for n in ("rolora", "ffa_lora"))
+    assert trees_equal(rolora[1].shared, ffa[1].shared) and not trees_equal(
+        rolora[2].shared, ffa[2].shared
+    )
 
 
 # Fed-RAC-LoRA
@@ -247,7 +256,7 @@ def test_all_clients_have_the_first_components_of_one_sketch_which_changes_with_
     for algorithm, letter in ((FedRACLoRA(**HOW), ".A"), (FedRACLoRA(factor="B", **HOW), ".B")):
         sketches = []
         for shared, ends, _ in rounds_of(algorithm):
-            for client, (start, _) in zip(clients(algorithm), ends, strict=True):
+            for client, (start, _) in zip(client_methods(algorithm), ends, strict=True):
                 r = client.lora_ranks[0]
                 for name in (n for n in shared if n.endswith(letter)):
                     whole = shared[name]
@@ -264,9 +273,10 @@ def test_all_clients_have_the_first_components_of_one_sketch_which_changes_with_
         assert not torch.isin(layers[1].flatten()[:20], layers[2]).any()
         shared, _, _ = rounds_of(algorithm)[0]
         again, other = (
-            algorithm.begun(shared | {".turn.seed": shared[".turn.seed"] + k}) for k in (0, 1)
+            algorithm.start_factors(shared | {".turn.seed": shared[".turn.seed"] + k})
+            for k in (0, 1)
         )
-        assert equal(again, {n: shared[n] for n in again}) and not any(
+        assert trees_equal(again, {n: shared[n] for n in again}) and not any(
             torch.equal(other[n], shared[n]) for n in sketches[0]
         )
 
@@ -287,7 +297,7 @@ def test_both_sketches_come_in_turn():
 @pytest.mark.parametrize("sketch, kurtosis", [("uniform", 1.8), ("gaussian", 3.0)])
 @pytest.mark.parametrize("shape", [(200, 500), (500, 200)])
 def test_the_entries_of_a_sketch_have_the_moments_of_their_distribution(sketch, kurtosis, shape):
-    v = FedRACLoRA(sketch=sketch).drawn(7, shape).double() * (3 * 500) ** 0.5
+    v = FedRACLoRA(sketch=sketch).draw_sketch(7, shape).double() * (3 * 500) ** 0.5
     assert (
         v.shape == shape and v.mean().abs() < 0.02 and v.var().item() == pytest.approx(1, abs=0.03)
     )
@@ -297,14 +307,14 @@ def test_the_entries_of_a_sketch_have_the_moments_of_their_distribution(sketch, 
 
 @SKETCHED
 def test_one_round_is_that_of_ffa_with_the_same_sketch(factor):
-    chain, state = small.experiment(FedRACLoRA(lora_ranks=(2,), alpha=4.0, factor=factor))
-    plain, other = small.experiment(
+    chain, state = small.make_experiment(FedRACLoRA(lora_ranks=(2,), alpha=4.0, factor=factor))
+    plain, other = small.make_experiment(
         FFALoRA(lora_ranks=(2,), alpha=4.0) if factor == "A" else OnlyA(lora_ranks=(2,), alpha=4.0)
     )
     same_start = {n: state.shared[n] for n in other.shared}
     state, other = (
-        small.played(chain, state, 1),
-        small.played(plain, other._replace(shared=same_start), 1),
+        small.run_rounds(chain, state, 1),
+        small.run_rounds(plain, other._replace(shared=same_start), 1),
     )
     small.assert_near(chain.algorithm.delta(state.shared), plain.algorithm.delta(other.shared))
     assert all(torch.equal(state.shared[n], other.shared[n]) for n in ("9.weight", "9.bias"))
@@ -334,12 +344,14 @@ def test_the_rank_of_the_sum_grows_by_that_of_the_sketch(factor):
 
 
 LR = 0.3
-FULL_BATCH = Train(epochs=1, batch_size=100, lr=LR, momentum=0.0)
+FULL_BATCH = LocalTraining(epochs=1, batch_size=100, lr=LR, momentum=0.0)
 
 
 def full_gradient(made, algorithm, shared, client):
     """The gradient of a client's loss on all its samples for each decomposed weight as a matrix."""
-    weights = algorithm.weights_of(made.model, small.first(made)._replace(shared=shared))
+    weights = algorithm.weights_of(
+        made.model, small.initial_variables(made)._replace(shared=shared)
+    )
     weights = {n: v.clone().requires_grad_() for n, v in weights.items()}
     data = made.feed.survey([client], whole=True)
     logits = functional_call(made.model.modules[True], weights, (data.x[0],))
@@ -358,8 +370,8 @@ def test_a_step_on_the_whole_batch_is_one_of_the_full_gradient_in_the_space_of_t
     algorithm = FedRACLoRA(
         lora_ranks=(9,), alpha=9.0 * 2, factor=factor, full=(), layers=("0.weight", "7.weight")
     )
-    made = fine(algorithm, train=FULL_BATCH)
-    shared = {n: v.double() for n, v in small.first(made).shared.items()}
+    made = float64_trainer(algorithm, train=FULL_BATCH)
+    shared = {n: v.double() for n, v in small.initial_variables(made).shared.items()}
     if orthogonal:
         for name in (n for n in shared if n.endswith(f".{factor}")):
             wide = shared[name].shape[1] > shared[name].shape[0]
@@ -367,11 +379,14 @@ def test_a_step_on_the_whole_batch_is_one_of_the_full_gradient_in_the_space_of_t
                 torch.linalg.qr(shared[name].T)[0].T if wide else torch.linalg.qr(shared[name])[0]
             )
     shared |= {
-        f"{n}..W": 0.1 * numbers(*shared[f"{n}..W"].shape) for n in algorithm.adapted(made.model)
+        f"{n}..W": 0.1 * gaussian_tensor(*shared[f"{n}..W"].shape)
+        for n in algorithm.adapted_shapes(made.model)
     }
     (done,) = made.train([0], shared, {}, 0)
     upload = algorithm.upload(done.start, done.end)
-    after = algorithm.serve({}, shared, algorithm.expand(upload, shared, 11), Cohort(1.0, 11))[1]
+    after = algorithm.server_update(
+        {}, shared, algorithm.expand(upload, shared, 11), Cohort(1.0, 11)
+    )[1]
     for name, gradient in full_gradient(made, algorithm, shared, 0).items():
         S = shared[f"{name}..{factor}"]
         projected = S @ S.T @ gradient if factor == "B" else gradient @ S.T @ S
@@ -386,11 +401,13 @@ def test_a_step_on_the_whole_batch_is_one_of_the_full_gradient_in_the_space_of_t
 
 
 def test_the_dense_update_does_not_train_nor_decay_nor_travel():
-    parts = built("algorithm=fed_rac_lora", CNN, *MIXED, "train.weight_decay=0.1")
-    before = played("algorithm=fed_rac_lora", CNN, *MIXED, "train.weight_decay=0.1")[0][2].shared
+    parts = build_tiny("algorithm=fed_rac_lora", CNN, *MIXED, "train.weight_decay=0.1")
+    before = run_rounds("algorithm=fed_rac_lora", CNN, *MIXED, "train.weight_decay=0.1")[0][
+        2
+    ].shared
     assert all(v.abs().max() > 0.01 for n, v in before.items() if n.endswith(".W"))
     kind = parts.run.kinds[0]
-    for done in kind.trainer.train(parts.run.by_kind[0], before, {}, 2):
+    for done in kind.trainer.train(parts.run.local_clients_by_kind[0], before, {}, 2):
         assert all(
             torch.equal(done.end.shared[n], v) for n, v in before.items() if n.endswith(".W")
         )
@@ -402,12 +419,13 @@ def test_the_dense_update_does_not_train_nor_decay_nor_travel():
 
 def test_between_rounds_all_clients_have_the_servers_model():
     algorithm = FedRACLoRA(**HOW)
-    model, first = begun(algorithm)
+    model, first = init_variables(algorithm)
     *_, (_, _, after) = rounds_of(algorithm)
     own = [
-        c.weights_of(model, first._replace(shared=c.download(after))) for c in clients(algorithm)
+        c.weights_of(model, first._replace(shared=c.download(after)))
+        for c in client_methods(algorithm)
     ]
-    server = algorithm.weights_of(model, first._replace(shared=after))
-    assert all(equal(weights, server) for weights in own)
+    server = algorithm.client_model(model, first._replace(shared=after))
+    assert all(trees_equal(weights, server) for weights in own)
     assert "judged" not in field_names(algorithm) and "judged" in field_names(FFALoRA())
     assert replace(algorithm, sketch="gaussian").judges == "client"

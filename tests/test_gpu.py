@@ -14,8 +14,8 @@ import pytest
 import small
 import torch
 from methods import SETTINGS
-from runs import NORM, played, same, tiny
-from tiers import thorough
+from runs import NORM, run_rounds, snapshots_equal, tiny_config
+from tiers import thorough_param
 
 from fedlora_mpi import algorithms
 from fedlora_mpi import config as configs
@@ -25,25 +25,27 @@ from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.core.batch import cross_entropy
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.engine import graphs as recording
-from fedlora_mpi.engine.device import decide
-from fedlora_mpi.engine.graphs import CudaGraph, Graphs
-from fedlora_mpi.engine.memory import Room, fitting
+from fedlora_mpi.engine.device import choose_path
+from fedlora_mpi.engine.graphs import CudaGraph, GraphCache
+from fedlora_mpi.engine.memory import MemoryBudget, stack_capacity
 from fedlora_mpi.engine.settings import Engine
-from fedlora_mpi.engine.walk import Walk
+from fedlora_mpi.engine.walk import PhaseRunner
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("fedavg", "fedlora", "scaffold", "fedamp", "moon", "pfedgate")
 STEPS = [
     ("fedlora", False),
     ("fedlora", True),
-    *(thorough(name, True) for name in METHODS if name != "fedlora"),
+    *(thorough_param(name, True) for name in METHODS if name != "fedlora"),
 ]
-OTHERS = [thorough(name, True) for name in algorithms.names() if name not in METHODS]
+OTHERS = [
+    thorough_param(name, True) for name in algorithms.algorithm_names() if name not in METHODS
+]
 
 
 @pytest.fixture
 def machine():
-    with far.Machine() as machine:
+    with far.FarMachine() as machine:
         yield machine
 
 
@@ -51,8 +53,8 @@ def made(name, stacked=True, network="bn_net", device=small.CPU, sizes=small.SIZ
     """(Run, State before round 1) of ragged clients on ``device``."""
     extra = {"momentum": 0.0, "lr": 0.02} if name in ("scaffold", "pfedme") else {"lr": 0.02}
     train = replace(small.TRAIN, **extra)
-    run, state = small.experiment(
-        algorithms.find(name)(), network, sizes, stacked=stacked, train=train
+    run, state = small.make_experiment(
+        algorithms.find_algorithm(name)(), network, sizes, stacked=stacked, train=train
     )
     if device == small.CPU:
         return run, state
@@ -87,7 +89,7 @@ def remembered(monkeypatch):
 def recorded(run, graph=None):
     """``run`` whose epochs are recorded."""
     kinds = [
-        k._replace(trainer=replace(k.trainer, graphs=Graphs(k.trainer.device, graph)))
+        k._replace(trainer=replace(k.trainer, graphs=GraphCache(k.trainer.device, graph)))
         for k in run.kinds
     ]
     return replace(run, kinds=tuple(kinds))
@@ -95,7 +97,7 @@ def recorded(run, graph=None):
 
 def ends(run, state, rounds=3):
     """All variables after some rounds, on the host."""
-    state = small.played(run, state, rounds)
+    state = small.run_rounds(run, state, rounds)
     return [
         {n: v.cpu() for n, v in tree.items()}
         for tree in (state.shared, state.personal, state.server)
@@ -103,7 +105,7 @@ def ends(run, state, rounds=3):
 
 
 def equal(a, b):
-    return all(small.equal(x, y) for x, y in zip(a, b, strict=True))
+    return all(small.trees_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 # On a device that is not the host
@@ -135,14 +137,20 @@ def test_a_round_on_a_device_has_the_bits_of_one_on_the_host_and_waits_not_insid
 
 def test_a_stack_waits_once_for_its_clients_and_once_for_each_upload(machine):
     run, state = made("fedlora", device=far.DEVICE)
-    (rows, start), trainer = (small.rows(run.kinds[0].first.personal, 5), state.shared), run.trainer
+    (rows, start), trainer = (
+        (small.repeat_rows(run.kinds[0].initial.personal, 5), state.shared),
+        run.trainer,
+    )
     machine.waits.clear()
     done = list(trainer.train(range(5), start, rows, 0, evaluate=True))
     # and the losses, and the scores; on CUDA one wait for all
     leaves = len(done[0].end.personal) + 2
     assert machine.waits == ["aten._to_copy.default"] * leaves
-    assert all(small.equal(d.kept, {n: v.cpu() for n, v in d.end.personal.items()}) for d in done)
-    assert all(not isinstance(v, far.Far) for d in done for v in (d.loss, d.score))
+    assert all(
+        small.trees_equal(d.host_personal, {n: v.cpu() for n, v in d.end.personal.items()})
+        for d in done
+    )
+    assert all(not isinstance(v, far.FarTensor) for d in done for v in (d.loss, d.score))
 
 
 @pytest.mark.parametrize("cls", [ExactSum, FastSum])
@@ -164,12 +172,13 @@ def test_a_sum_of_vectors_here_and_there_is_that_of_all(cls, machine):
 
 
 @pytest.mark.parametrize(
-    "name", ["fedlora", "moon", *(thorough(n) for n in METHODS if n not in ("fedlora", "moon"))]
+    "name",
+    ["fedlora", "moon", *(thorough_param(n) for n in METHODS if n not in ("fedlora", "moon"))],
 )
 def test_epochs_that_are_played_again_have_the_bits_of_the_steps(name, monkeypatch):
-    made, whole = [], recording._Place.play
+    made, whole = [], recording._RecordedEpoch.replay
     monkeypatch.setattr(
-        recording._Place, "play", lambda self, epoch: made.append(1) or whole(self, epoch)
+        recording._RecordedEpoch, "play", lambda self, epoch: made.append(1) or whole(self, epoch)
     )
     how = (
         f"algorithm={name}",
@@ -179,31 +188,31 @@ def test_epochs_that_are_played_again_have_the_bits_of_the_steps(name, monkeypat
         "engine.path=stack",
         *SETTINGS.get(name, ()),
     )
-    again, plain = played(*how, "engine.graphs=true")[0], played(*how)[0]
-    assert all(same(a, b) for a, b in zip(plain, again, strict=True))
+    again, plain = run_rounds(*how, "engine.graphs=true")[0], run_rounds(*how)[0]
+    assert all(snapshots_equal(a, b) for a, b in zip(plain, again, strict=True))
     assert made
 
 
 RECORDED = [
     ("fedlora", False, "cnn"),
     ("fedavg", True, "bn_net"),
-    thorough("fedlora", False, "bn_net"),
-    thorough("fedlora", True, "bn_net"),
+    thorough_param("fedlora", False, "bn_net"),
+    thorough_param("fedlora", True, "bn_net"),
 ]
-RECORDED += [thorough(name, True, "bn_net") for name in METHODS[2:]]
+RECORDED += [thorough_param(name, True, "bn_net") for name in METHODS[2:]]
 
 
 @pytest.mark.parametrize("name, stacked, network", RECORDED)
 def test_a_recording_of_a_gpu_has_the_bits_of_the_steps(
     name, stacked, network, machine, monkeypatch, capsys
 ):
-    far.as_cuda(machine, monkeypatch)
+    far.patch_cuda(machine, monkeypatch)
     plain = ends(*made(name, stacked, network))
     run, state = made(name, stacked, network, far.DEVICE)
     run = recorded(run, CudaGraph)
     assert equal(ends(run, state), plain)
-    walks = [walk for walk, _ in run.trainer.graphs._walks.values()]
-    assert sum(len(walk._epochs) for walk in walks) >= (1 if stacked else 4)
+    walks = [walk for walk, _ in run.trainer.graphs._runners.values()]
+    assert sum(len(walk._recorded_epochs) for walk in walks) >= (1 if stacked else 4)
     assert not capsys.readouterr().err
 
 
@@ -220,8 +229,8 @@ class Asking(FedAvg):
 
 
 def test_what_waits_is_not_recorded_and_trains_all_the_same(machine, monkeypatch, capsys):
-    far.as_cuda(machine, monkeypatch)
-    monkeypatch.setattr(algorithms, "find", lambda name: Asking)
+    far.patch_cuda(machine, monkeypatch)
+    monkeypatch.setattr(algorithms, "find_algorithm", lambda name: Asking)
     plain = ends(*made("asking", False, "cnn"))
     run, state = made("asking", False, "cnn", far.DEVICE)
     assert equal(ends(recorded(run, CudaGraph), state), plain)
@@ -230,9 +239,9 @@ def test_what_waits_is_not_recorded_and_trains_all_the_same(machine, monkeypatch
 
 
 def test_a_recording_that_goes_wrong_is_not_used(machine, monkeypatch, capsys):
-    far.as_cuda(machine, monkeypatch)
+    far.patch_cuda(machine, monkeypatch)
     whole = machine.play
-    monkeypatch.setattr(machine, "play", lambda tape: whole(tape[: len(tape) // 2]))
+    monkeypatch.setattr(machine, "replay_tape", lambda tape: whole(tape[: len(tape) // 2]))
     plain = ends(*made("fedavg", True, "cnn"))
     run, state = made("fedavg", True, "cnn", far.DEVICE)
     assert equal(ends(recorded(run, CudaGraph), state), plain)
@@ -240,19 +249,19 @@ def test_a_recording_that_goes_wrong_is_not_used(machine, monkeypatch, capsys):
 
 
 def test_long_epochs_are_several_recordings_and_the_oldest_give_way(monkeypatch):
-    monkeypatch.setattr(recording, "_STEPS", 2)
+    monkeypatch.setattr(recording, "_BATCHES_PER_GRAPH", 2)
     run, state = made("fedlora", True, "cnn")
     held = recorded(run)
     assert equal(ends(held, state), ends(*made("fedlora", True, "cnn")))
-    (walk, _), *_ = held.trainer.graphs._walks.values()
-    assert [len(place._graphs) for place in walk._epochs.values()] == [2]  # three batches
+    (walk, _), *_ = held.trainer.graphs._runners.values()
+    assert [len(place._graphs) for place in walk._recorded_epochs.values()] == [2]  # three batches
     for most in ("_WALKS", "_EPOCHS"):
         monkeypatch.setattr(recording, most, 1)
     held = recorded(run)
     assert equal(ends(held, made("fedlora", True, "cnn")[1]), ends(*made("fedlora", True, "cnn")))
-    assert len(held.trainer.graphs._walks) == 1
+    assert len(held.trainer.graphs._runners) == 1
     held.trainer.graphs.clear()
-    assert not held.trainer.graphs._walks
+    assert not held.trainer.graphs._runners
 
 
 def test_what_a_loss_holds_decides_whether_a_recording_serves(monkeypatch):
@@ -264,23 +273,23 @@ def test_what_a_loss_holds_decides_whether_a_recording_serves(monkeypatch):
 
             return (Phase(3, (Step(loss),)),)
 
-    monkeypatch.setattr(algorithms, "find", lambda name: Weighted)
+    monkeypatch.setattr(algorithms, "find_algorithm", lambda name: Weighted)
     run, state = made("weighted")
     held = recorded(run)
     assert equal(ends(held, state), ends(*made("weighted")))
-    assert len(held.trainer.graphs._walks) == 3
+    assert len(held.trainer.graphs._runners) == 3
     monkeypatch.undo()
     held = recorded(made("moon")[0])
     ends(held, made("moon")[1], 4)
-    assert len(held.trainer.graphs._walks) == 1  # its teacher is made anew in every round
+    assert len(held.trainer.graphs._runners) == 1  # its teacher is made anew in every round
 
 
 def test_the_setting_stays_out_of_a_config_that_does_not_name_it():
-    plain, asked = (tiny(*more) for more in ((), ("engine.graphs=true",)))
+    plain, asked = (tiny_config(*more) for more in ((), ("engine.graphs=true",)))
     assert "graphs" not in configs.resolved_dict(plain)["engine"]
     assert configs.resolved_dict(asked)["engine"]["graphs"] is True
     assert configs.digest(plain) == configs.digest(asked)  # the numbers are the same
-    assert configs.digest(tiny("engine.precision=bf16")) != configs.digest(plain)
+    assert configs.digest(tiny_config("engine.precision=bf16")) != configs.digest(plain)
 
 
 # Precision
@@ -311,7 +320,7 @@ class Small:
     """Steps for which memory is short where more than ``most`` clients are in a stack."""
 
     def __init__(self, monkeypatch, most):
-        self.tried, whole = [], Walk.play
+        self.tried, whole = [], PhaseRunner.run_batch
 
         def play(walk, batch_C, count):
             self.tried.append(walk._clients)
@@ -319,7 +328,7 @@ class Small:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return whole(walk, batch_C, count)
 
-        monkeypatch.setattr(Walk, "play", play)
+        monkeypatch.setattr(PhaseRunner, "run_batch", play)
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -344,7 +353,7 @@ def test_a_client_that_does_not_fit_alone_ends_the_run(monkeypatch):
 def test_evaluation_is_split_too(monkeypatch):
     run, state = made("fedlora")
     rows, whole, trainer = (
-        small.rows(run.kinds[0].first.personal, 5),
+        small.repeat_rows(run.kinds[0].initial.personal, 5),
         run.trainer.feed.test,
         run.trainer,
     )
@@ -355,40 +364,44 @@ def test_evaluation_is_split_too(monkeypatch):
             raise torch.OutOfMemoryError
         return whole(clients, first, width)
 
-    monkeypatch.setattr(trainer.feed, "test", test, raising=False)
+    monkeypatch.setattr(trainer.feed, "test_batch", test, raising=False)
     torch.testing.assert_close(trainer.evaluate(range(5), state.shared, rows), expected)
-    assert trainer.room.most == 2
+    assert trainer.memory_budget.max_clients == 2
 
 
 def test_parts_are_equal_and_in_order():
-    room, sizes = Room(), []
-    room.most = 4
+    room, sizes = MemoryBudget(), []
+    room.max_clients = 4
 
     def compute(part):
         sizes.append(len(part))
         return sum(part)
 
-    parts = list(room.parts(range(10), compute, None))
+    parts = list(room.compute_in_parts(range(10), compute, None))
     assert sizes == [3, 3, 4] and [c for part, _ in parts for c in part] == list(range(10))
     assert [total for _, total in parts] == [sum(part) for part, _ in parts]
 
 
 def test_a_stack_is_as_large_as_memory_and_half_a_cohort_allow():
-    model = small.model("bn_net")
-    twenty = 20 * 10**9 // fitting(model, 10, 10**9) + 10**4  # bytes
-    assert [fitting(model, 10, m) for m in (0, twenty, 2 * twenty)] == [1, 20, 40]
-    assert fitting(model, 20, twenty) < 15
-    assert [decide(Engine(), "cuda", model, 10, cohort, twenty)[1] for cohort in (6, 30, 200)] == [
+    model = small.make_model("bn_net")
+    twenty = 20 * 10**9 // stack_capacity(model, 10, 10**9) + 10**4  # bytes
+    assert [stack_capacity(model, 10, m) for m in (0, twenty, 2 * twenty)] == [1, 20, 40]
+    assert stack_capacity(model, 20, twenty) < 15
+    assert [
+        choose_path(Engine(), "cuda", model, 10, cohort, twenty)[1] for cohort in (6, 30, 200)
+    ] == [
         3,
         15,
         20,
     ]
     assert (
-        decide(Engine(), "cuda", model, 10, 200)
+        choose_path(Engine(), "cuda", model, 10, 200)
         == ("stack", 25)
-        == decide(Engine(), "cpu", model, 10, 200)
+        == choose_path(Engine(), "cpu", model, 10, 200)
     )
-    assert decide(Engine(), "cuda", small.model("resnet8"), 100, 1000, 140 * 10**9)[1] > 50
+    assert (
+        choose_path(Engine(), "cuda", small.make_model("resnet8"), 100, 1000, 140 * 10**9)[1] > 50
+    )
 
 
 @pytest.mark.slow

@@ -9,10 +9,10 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
-from tiers import STACK_FIRST, thorough
+from tiers import STACK_FIRST, thorough_param
 from torch import nn
 
-from fedlora_mpi.algorithm import Batch, Phase, Step, Train, Vars
+from fedlora_mpi.algorithm import Batch, LocalTraining, Phase, Step, Variables
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedbn import FedBN
 from fedlora_mpi.algorithms.fedper import FedPer
@@ -21,7 +21,7 @@ from fedlora_mpi.algorithms.fedrod import FedRoD
 from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import numel
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models.network import from_module
 
 ALL = [
@@ -48,8 +48,8 @@ class Turns(FedAvg):
 @cache
 def outcome(algorithm, network="bn_net", rounds=2, **how):
     """(Run, State) after ``rounds`` rounds. Cached: change nothing in it, and play no further."""
-    run, state = small.experiment(algorithm, network, **how)
-    return run, small.played(run, state, rounds)
+    run, state = small.make_experiment(algorithm, network, **how)
+    return run, small.run_rounds(run, state, rounds)
 
 
 def role(run, tree, *roles):
@@ -69,8 +69,11 @@ def gradients(made, v, data):
         for n, w in (v.shared | v.personal).items()
         if made.model.role(n) != "stats"
     }
-    now = Vars(
-        *({n: leaves.get(n, small.copy(half)[n]) for n in half} for half in (v.shared, v.personal))
+    now = Variables(
+        *(
+            {n: leaves.get(n, small.clone_tree(half)[n]) for n in half}
+            for half in (v.shared, v.personal)
+        )
     )
     loss = made.algorithm.phases(made.model, made.settings, 0)[0].steps[0].loss(now, v, data)
     return derived(loss, leaves), loss.detach()
@@ -86,7 +89,7 @@ def derived(loss, leaves):
 
 
 @METHODS
-@pytest.mark.parametrize("network", ["cnn", thorough("bn_net")])
+@pytest.mark.parametrize("network", ["cnn", thorough_param("bn_net")])
 def test_loop_and_stack_train_alike(algorithm, network):
     (_, loop), (_, stack) = (
         outcome(algorithm, network, rounds=1, stacked=stacked) for stacked in (False, True)
@@ -97,13 +100,15 @@ def test_loop_and_stack_train_alike(algorithm, network):
 
 @METHODS
 def test_absent_clients_keep_their_own_leaves(algorithm):
-    run, state = small.experiment(algorithm, "bn_net", participation=0.6, stacked=True)
-    before, chosen = small.copy(state.personal), run.chosen(0)
-    state = small.played(run, state, 1)
+    run, state = small.make_experiment(algorithm, "bn_net", participation=0.6, stacked=True)
+    before, chosen = small.clone_tree(state.personal), run.sample_cohort(0)
+    state = small.run_rounds(run, state, 1)
     assert len(chosen) == 3
     for name, value in state.personal.items():
         moved = {
-            run.hosted[row] for row in range(5) if not torch.equal(value[row], before[name][row])
+            run.local_clients[row]
+            for row in range(5)
+            if not torch.equal(value[row], before[name][row])
         }
         assert moved == chosen, name
 
@@ -119,23 +124,23 @@ def test_own_leaves_differ_between_clients_and_the_method_from_fedavg(algorithm)
 
 @METHODS
 def test_the_message_is_what_is_shared(algorithm):
-    run, state = small.experiment(algorithm, "bn_net")
+    run, state = small.make_experiment(algorithm, "bn_net")
     model = run.trainer.model
     own = {FedPer: ("head",), FedRep: ("head",), FedBN: ("norm", "stats"), FedRoD: ()}[
         type(algorithm)
     ]
     sent = {n: v for n, v in model.initial.items() if model.role(n) not in own}
-    assert set(run.upload.shapes) == set(state.shared) == set(sent)
-    _, row, _ = play(run, state, evaluate=False, stop=False)
+    assert set(run.upload_layout.shapes) == set(state.shared) == set(sent)
+    _, row, _ = run_round(run, state, evaluate=False, stop=False)
     assert row["bytes_up"] == row["bytes_down"] == 5 * 4 * numel(sent)
 
 
 @METHODS
 def test_evaluation_is_of_the_shared_part_with_each_clients_own(algorithm):
-    run, state = small.experiment(algorithm, "bn_net")
-    state, row, clients = play(run, state, evaluate=True, stop=False)
-    model = run.trainer.model.evaluating()
-    for at, client in enumerate(run.hosted):
+    run, state = small.make_experiment(algorithm, "bn_net")
+    state, row, clients = run_round(run, state, evaluate=True, stop=False)
+    model = run.trainer.model.eval_mode()
+    for at, client in enumerate(run.local_clients):
         own = {n: v[at] for n, v in state.personal.items()}
         tests = run.trainer.feed.test([client], 0, run.trainer.feed.test_size(client))
         if isinstance(algorithm, FedRoD):
@@ -166,19 +171,23 @@ def test_impossible_fields_are_refused(make, text):
 
 
 @STACK_FIRST
-@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
+@pytest.mark.parametrize("participation", [thorough_param(1.0), 0.6])
 def test_fedper_that_keeps_nothing_is_fedavg(stacked, participation):
     how = {"stacked": stacked, "participation": participation}
     (_, state), (_, plain) = outcome(FedPer(personal=()), **how), outcome(FedAvg(), **how)
-    assert small.equal(state.shared, plain.shared) and not state.personal
+    assert small.trees_equal(state.shared, plain.shared) and not state.personal
 
 
 @STACK_FIRST
-@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
+@pytest.mark.parametrize("participation", [thorough_param(1.0), 0.6])
 def test_fedper_that_keeps_everything_is_local(stacked, participation):
     how = {"stacked": stacked, "participation": participation}
     (run, state), (_, plain) = outcome(FedPer(personal=("*",)), **how), outcome(Local(), **how)
-    assert small.equal(state.personal, plain.personal) and not state.shared and run.upload.size == 0
+    assert (
+        small.trees_equal(state.personal, plain.personal)
+        and not state.shared
+        and run.upload_layout.size == 0
+    )
 
 
 @STACK_FIRST
@@ -187,18 +196,18 @@ def test_fedper_of_one_client_is_fedavg(stacked):
     (_, state), (_, plain) = outcome(FedPer(), **how), outcome(FedAvg(), **how)
     assert set(state.personal) == HEAD
     whole = state.shared | {n: v[0] for n, v in state.personal.items()}
-    assert small.equal({n: whole[n] for n in plain.shared}, plain.shared)
+    assert small.trees_equal({n: whole[n] for n in plain.shared}, plain.shared)
 
 
 def test_fedper_keeps_what_its_patterns_match():
-    run, state = small.experiment(FedPer(personal=("head", "layers.1.*")), "bn_net")
+    run, state = small.make_experiment(FedPer(personal=("head", "layers.1.*")), "bn_net")
     expected = {n for n in run.trainer.model.initial if n in HEAD or n.startswith("layers.1.")}
     assert set(state.personal) == expected and len(expected) > 10
     for pattern in ("Head", "fc", "layer."):
         with pytest.raises(
             ValueError, match=f"personal = {pattern}: matches no leaf; there are head and co"
         ):
-            FedPer(personal=("head", pattern)).check(run.trainer.model, Train())
+            FedPer(personal=("head", pattern)).check(run.trainer.model, LocalTraining())
 
 
 # FedRep
@@ -209,12 +218,12 @@ def test_fedrep_of_one_client_is_fedavg_with_both_phases(stacked):
     how = {"sizes": (12,), "stacked": stacked}
     (_, state), (_, plain) = outcome(FedRep(head_epochs=2), **how), outcome(Turns(), **how)
     whole = state.shared | {n: v[0] for n, v in state.personal.items()}
-    assert small.equal({n: whole[n] for n in plain.shared}, plain.shared)
+    assert small.trees_equal({n: whole[n] for n in plain.shared}, plain.shared)
 
 
 @STACK_FIRST
 def test_fedrep_trains_one_part_at_a_time(stacked):
-    begin = small.model("bn_net").initial
+    begin = small.make_model("bn_net").initial
     run, state = outcome(FedRep(head_epochs=0), stacked=stacked)
     assert all((v == begin[n]).all() for n, v in state.personal.items())
     assert not any(torch.equal(v, begin[n]) for n, v in state.shared.items())
@@ -227,7 +236,7 @@ def test_fedrep_trains_one_part_at_a_time(stacked):
 
 
 def test_fedrep_trains_the_head_first():
-    made = small.trainer(FedRep(), "bn_net", train=Train())
+    made = small.make_trainer(FedRep(), "bn_net", train=LocalTraining())
     made.algorithm.check(made.model, made.settings)
     head, body = made.algorithm.phases(made.model, made.settings, 0)
     assert (head.epochs, body.epochs) == (4, 1)
@@ -237,15 +246,15 @@ def test_fedrep_trains_the_head_first():
 
 
 def test_more_head_epochs_than_epochs_are_refused():
-    FedRep(head_epochs=3).check(small.model(), Train(epochs=3))
+    FedRep(head_epochs=3).check(small.make_model(), LocalTraining(epochs=3))
     with pytest.raises(ValueError, match="head_epochs = 4: must be at most train.epochs = 3"):
-        FedRep(head_epochs=4).check(small.model(), Train(epochs=3))
+        FedRep(head_epochs=4).check(small.make_model(), LocalTraining(epochs=3))
 
 
 def test_fedrep_is_neither_fedper_nor_its_own_reverse():
     (_, state), (_, together) = outcome(FedRep(head_epochs=2)), outcome(FedPer())
     (_, other) = outcome(FedRep(head_epochs=1))
-    assert not small.equal(state.shared, together.shared) and not small.equal(
+    assert not small.trees_equal(state.shared, together.shared) and not small.trees_equal(
         state.shared, other.shared
     )
 
@@ -254,15 +263,15 @@ def test_fedrep_is_neither_fedper_nor_its_own_reverse():
 
 
 @STACK_FIRST
-@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
+@pytest.mark.parametrize("participation", [thorough_param(1.0), 0.6])
 def test_fedbn_without_normalisation_is_fedavg(stacked, participation):
     how = {"network": "cnn", "stacked": stacked, "participation": participation}
     (_, state), (_, plain) = outcome(FedBN(), **how), outcome(FedAvg(weights="uniform"), **how)
-    assert small.equal(state.shared, plain.shared) and not state.personal
+    assert small.trees_equal(state.shared, plain.shared) and not state.personal
 
 
 def test_fedbn_keeps_every_normalisation_layer_whatever_its_name():
-    run, state = small.experiment(FedBN(), "bn_net")
+    run, state = small.make_experiment(FedBN(), "bn_net")
     assert len(state.personal) == 6 * 4
     assert {"bn1.running_var", "layers.1.downsample.1.weight"} <= set(state.personal)
     assert set(role(run, run.trainer.model.initial, "norm", "stats")) == set(state.personal)
@@ -292,20 +301,21 @@ def test_fedbn_moves_statistics_and_affine_parameters_at_home(stacked):
 @STACK_FIRST
 @pytest.mark.parametrize("head", ["copy", "zero"])
 @pytest.mark.parametrize(
-    "network, participation", [thorough("bn_net", 1.0), ("bn_net", 0.6), thorough("noisy_net", 1.0)]
+    "network, participation",
+    [thorough_param("bn_net", 1.0), ("bn_net", 0.6), thorough_param("noisy_net", 1.0)],
 )
 def test_the_generic_part_of_fedrod_without_gamma_is_fedavg(stacked, head, network, participation):
     how = {"network": network, "stacked": stacked, "participation": participation}
     (_, state), (_, plain) = outcome(FedRoD(gamma=0.0, head=head), **how), outcome(FedAvg(), **how)
-    assert small.equal(state.shared, plain.shared)
+    assert small.trees_equal(state.shared, plain.shared)
 
 
 @STACK_FIRST
 def test_equal_counts_make_the_generic_loss_plain(stacked):
-    run, state = small.experiment(FedRoD(), "bn_net", stacked=stacked, fine=True)
+    run, state = small.make_experiment(FedRoD(), "bn_net", stacked=stacked, fine=True)
     run.trainer.feed._counts.fill_(7.0)
     _, plain = outcome(FedAvg(), rounds=1, stacked=stacked, fine=True)
-    small.assert_near(small.played(run, state, 1).shared, plain.shared, rtol=1e-6)
+    small.assert_near(small.run_rounds(run, state, 1).shared, plain.shared, rtol=1e-6)
 
 
 def test_a_personal_head_that_trains_the_body_ends_fedavg():
@@ -319,8 +329,8 @@ def test_a_personal_head_that_trains_the_body_ends_fedavg():
 def heads(personal_trains_body=False, gamma=1.0, network="cnn"):
     """(Trainer, variables with a head of the client's own, batch) of one client."""
     algorithm = FedRoD(gamma=gamma, personal_trains_body=personal_trains_body)
-    made = small.trainer(algorithm, network)
-    v = small.first(made)
+    made = small.make_trainer(algorithm, network)
+    v = small.initial_variables(made)
     own = {n: torch.randn(w.shape, generator=rng(1, n)) for n, w in v.personal.items()}
     return made, v._replace(personal=own), batch(made)
 
@@ -377,9 +387,9 @@ def test_padding_with_a_class_that_a_client_lacks_counts_for_nothing():
 
 @pytest.mark.parametrize("head, factor", [("copy", 2.0), ("zero", 1.0)])
 def test_the_first_prediction_of_fedrod_is_the_generic_one_or_its_double(head, factor):
-    made = small.trainer(FedRoD(head=head), "bn_net")
-    v, x = small.first(made), batch(made).x
-    model = made.model.evaluating()
+    made = small.make_trainer(FedRoD(head=head), "bn_net")
+    v, x = small.initial_variables(made), batch(made).x
+    model = made.model.eval_mode()
     torch.testing.assert_close(made.algorithm.logits(model, v, x), factor * model(v.shared, x))
     assert made.model.initial["fc.weight"].data_ptr() != v.personal[".own.fc.weight"].data_ptr()
 
@@ -387,8 +397,8 @@ def test_the_first_prediction_of_fedrod_is_the_generic_one_or_its_double(head, f
 def test_fedrod_refuses_a_network_that_does_not_end_in_a_linear():
     layers = nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     model = from_module(nn.Sequential(*layers), 6, small.SHAPE)
-    FedRoD().check(small.model("bn_net"), Train())
+    FedRoD().check(small.make_model("bn_net"), LocalTraining())
     with pytest.raises(
         ValueError, match="name = fedrod: needs a network that ends in a Linear; 0 is none"
     ):
-        FedRoD().check(model, Train())
+        FedRoD().check(model, LocalTraining())

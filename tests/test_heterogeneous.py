@@ -7,25 +7,25 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
-from runs import TINY, assert_same_run, equal, played, tiny
-from tiers import STACK_FIRST, thorough
+from runs import TINY, assert_same_run, run_rounds, tiny_config, trees_equal
+from tiers import STACK_FIRST, thorough_param
 from torch import nn
 
-from fedlora_mpi.algorithm import Batch, Train, Vars
+from fedlora_mpi.algorithm import Batch, LocalTraining, Variables
 from fedlora_mpi.algorithms.fd import FD, distill
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedper import FedPer
 from fedlora_mpi.algorithms.fedproto import FedProto
 from fedlora_mpi.algorithms.lg_fedavg import LGFedAvg
 from fedlora_mpi.algorithms.local import Local
-from fedlora_mpi.components.prototypes import own_means, prototypes, pull
+from fedlora_mpi.components.prototypes import client_class_means, prototype_loss, prototypes
 from fedlora_mpi.config import read
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.federation.federation import Run
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.mpi.comm import Solo
-from fedlora_mpi.mpi.ending import Refused
+from fedlora_mpi.mpi.ending import Refusal
 from fedlora_mpi.plan import plan
 from fedlora_mpi.run.assembly import build
 from fedlora_mpi.run.loop import resume, start
@@ -33,13 +33,13 @@ from fedlora_mpi.run.loop import resume, start
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
 MIXED = ("cnn", "bn_net", "wide_cnn")  # three networks with five features each
 NETWORKS = pytest.mark.parametrize(
-    "network", [thorough("cnn"), thorough("bn_net"), pytest.param(MIXED, id="mixed")]
+    "network", [thorough_param("cnn"), thorough_param("bn_net"), pytest.param(MIXED, id="mixed")]
 )
 ALL = [
     LGFedAvg(),
     FD(),
-    thorough(FD(outputs="logits")),
-    thorough(FedProto()),
+    thorough_param(FD(outputs="logits")),
+    thorough_param(FedProto()),
     FedProto(weights="samples"),
 ]
 METHODS = pytest.mark.parametrize("algorithm", ALL, ids=str)
@@ -52,8 +52,8 @@ FEW_TERMS = pytest.mark.parametrize(
     "algorithm",
     [
         FD(),
-        thorough(FD(outputs="logits")),
-        thorough(FedProto()),
+        thorough_param(FD(outputs="logits")),
+        thorough_param(FedProto()),
         FedProto(weights="samples", absent="stale"),
     ],
     ids=str,
@@ -128,15 +128,15 @@ def taught(algorithm, network="bn_net", lacking=(2,)):
     """(Trainer, variables of a client in round 2), float64; there is something to learn for all
     classes but ``lacking``.
     """
-    made = small.trainer(algorithm, network)
-    v = small.first(made)
+    made = small.make_trainer(algorithm, network)
+    v = small.initial_variables(made)
     shared = {
         n: numbers(*w.shape, at=7, dtype=torch.float64).abs() + 0.1 for n, w in v.shared.items()
     }
     count = ".class.shares" if isinstance(algorithm, FedProto) else ".class.holders"
     shared[count] = torch.full((small.CLASSES,), 2.0, dtype=torch.float64)
     shared[count][list(lacking)] = 0
-    return made, Vars(shared, double(v.personal))
+    return made, Variables(shared, double(v.personal))
 
 
 def gradients(made, v, batch, round_=1):
@@ -148,7 +148,7 @@ def gradients(made, v, batch, round_=1):
     loss = (
         made.algorithm.phases(made.model, made.settings, round_)[0]
         .steps[0]
-        .loss(Vars(v.shared, leaves), v, batch)
+        .loss(Variables(v.shared, leaves), v, batch)
     )
     wanted = {n: w for n, w in leaves.items() if w.requires_grad}
     return dict(zip(wanted, torch.autograd.grad(loss, wanted.values()), strict=True)), loss.detach()
@@ -158,9 +158,11 @@ def gradients(made, v, batch, round_=1):
 
 
 @METHODS
-@pytest.mark.parametrize("network", [thorough("cnn"), pytest.param(MIXED, id="mixed")])
+@pytest.mark.parametrize("network", [thorough_param("cnn"), pytest.param(MIXED, id="mixed")])
 def test_loop_and_stack_train_alike(algorithm, network):
-    loop, stack = (small.ended(algorithm, network, stacked=stacked) for stacked in (False, True))
+    loop, stack = (
+        small.final_state(algorithm, network, stacked=stacked) for stacked in (False, True)
+    )
     small.assert_near(stack.shared, loop.shared)
     small.assert_near(stack.personal, loop.personal)
 
@@ -168,13 +170,13 @@ def test_loop_and_stack_train_alike(algorithm, network):
 @METHODS
 @NETWORKS
 def test_absent_clients_keep_their_own_leaves_and_the_others_networks_train(algorithm, network):
-    run, state = small.experiment(algorithm, network, participation=0.6, stacked=True)
-    before, chosen = small.copy(state.personal), run.chosen(0)
-    state = small.played(run, state, 1)
+    run, state = small.make_experiment(algorithm, network, participation=0.6, stacked=True)
+    before, chosen = small.clone_tree(state.personal), run.sample_cohort(0)
+    state = small.run_rounds(run, state, 1)
     assert len(chosen) == 3
     for client in range(5):
-        kind, row = run.kinds[run.kind_of[client]], run.row_of[client]
-        for name in kind.first.personal:
+        kind, row = run.kinds[run.kind_of[client]], run.row_of_client[client]
+        for name in kind.initial.personal:
             a, b = (tree[kind.prefix + name][row] for tree in (state.personal, before))
             assert torch.equal(a, b) == (client not in chosen), (client, name)
 
@@ -182,21 +184,23 @@ def test_absent_clients_keep_their_own_leaves_and_the_others_networks_train(algo
 @METHODS
 @PATHS
 def test_training_writes_to_nothing_that_was_given_and_no_client_to_anothers(algorithm, stacked):
-    run, state = small.experiment(algorithm, "bn_net", stacked=stacked)
-    state = small.played(run, state, 1)
+    run, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
+    state = small.run_rounds(run, state, 1)
     before, initial = (
-        (small.copy(state.shared), small.copy(state.personal)),
-        small.copy(run.trainer.model.initial),
+        (small.clone_tree(state.shared), small.clone_tree(state.personal)),
+        small.clone_tree(run.trainer.model.initial),
     )
     ends, copies = [], []
-    rows = {n: v[[run.row_of[c] for c in run.groups[0]]] for n, v in state.personal.items()}
+    rows = {n: v[[run.row_of_client[c] for c in run.groups[0]]] for n, v in state.personal.items()}
     for done in run.trainer.train(run.groups[0], state.shared, rows, 1):
         ends.append((run.algorithm.upload(done.start, done.end), done.end.personal))
-        copies.append(tuple(map(small.copy, ends[-1])))
-    assert small.equal(state.shared, before[0]) and small.equal(state.personal, before[1])
-    assert small.equal(run.trainer.model.initial, initial)
+        copies.append(tuple(map(small.clone_tree, ends[-1])))
+    assert small.trees_equal(state.shared, before[0]) and small.trees_equal(
+        state.personal, before[1]
+    )
+    assert small.trees_equal(run.trainer.model.initial, initial)
     assert all(
-        small.equal(a, b)
+        small.trees_equal(a, b)
         for end, copy in zip(ends, copies, strict=True)
         for a, b in zip(end, copy, strict=False)
     )
@@ -209,7 +213,7 @@ MIX = (
 PROTOTYPES = "fedproto", "algorithm.inference=prototypes"
 NAMES = pytest.mark.parametrize(
     "name",
-    [thorough(("lg_fedavg",)), thorough(("fd",)), pytest.param(PROTOTYPES)],
+    [thorough_param(("lg_fedavg",)), thorough_param(("fd",)), pytest.param(PROTOTYPES)],
     ids=lambda n: n[0],
 )
 
@@ -220,11 +224,11 @@ def of(name):
 
 @NAMES
 def test_mixed_networks_on_one_and_three_ranks_are_equal_to_the_bit(name):
-    alone = played(*of(name))[0]
+    alone = run_rounds(*of(name))[0]
     assert len({n.partition("/")[0] for n in alone[0].personal}) == 3
-    for moments in played(*of(name), ranks=3):
+    for moments in run_rounds(*of(name), ranks=3):
         for a, b in zip(alone, moments, strict=True):
-            assert equal(a.shared, b.shared) and equal(a.personal, b.personal)
+            assert trees_equal(a.shared, b.shared) and trees_equal(a.personal, b.personal)
             assert all(
                 (x == b.clients[n]).all() for n, x in a.clients.items() if n in ("accuracy", "loss")
             )
@@ -248,14 +252,14 @@ def test_a_resume_of_mixed_networks_moves_no_bit(name, tmp_path):
     "name, leaf", [("lg_fedavg", "head.weight"), ("fedproto", "class.means"), ("fd", None)]
 )
 def test_features_of_two_widths_are_refused_where_they_matter(name, leaf):
-    config = tiny(
+    config = tiny_config(
         "model={mix: [{name: cnn, hidden: 8}, {name: cnn, hidden: 6}]}", f"algorithm={name}"
     )
     if leaf is None:
         assert len(build(config, str(TINY), Solo()).run.kinds) == 2
         return
     with pytest.raises(
-        Refused, match=rf"name = {name}: shares {leaf}, .* \(\[4, 8\] and \[4, 6\]\)"
+        Refusal, match=rf"name = {name}: shares {leaf}, .* \(\[4, 8\] and \[4, 6\]\)"
     ):
         build(config, str(TINY), Solo())
 
@@ -276,32 +280,32 @@ def test_networks_without_what_is_shared_are_refused():
     by_convolution = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     alone = nn.Linear(5, 6)
     model = from_module(by_convolution, 6, small.SHAPE)
-    LGFedAvg().check(model, Train())
+    LGFedAvg().check(model, LocalTraining())
     with pytest.raises(
         ValueError, match="name = fedproto: needs a network with a body and a Linear classifier"
     ):
-        FedProto().check(model, Train())
+        FedProto().check(model, LocalTraining())
     with pytest.raises(
         ValueError, match="name = lg_fedavg: needs a network with a body and a head"
     ):
-        LGFedAvg().check(from_module(alone, 6, (5,)), Train())
+        LGFedAvg().check(from_module(alone, 6, (5,)), LocalTraining())
 
 
 # LG-FedAvg
 
 
 @STACK_FIRST
-@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
+@pytest.mark.parametrize("participation", [thorough_param(1.0), 0.6])
 @pytest.mark.parametrize("absent", ["exclude", "stale"])
 def test_lg_fedavg_with_one_network_is_fedper_that_keeps_the_body(stacked, participation, absent):
-    body = tuple(n for n in small.model("bn_net").initial if not n.startswith("fc."))
+    body = tuple(n for n in small.make_model("bn_net").initial if not n.startswith("fc."))
     how = {"network": "bn_net", "stacked": stacked, "participation": participation}
     for weights in ("samples", "uniform"):
         fields = {"weights": weights, "absent": absent}
-        mine = small.ended(LGFedAvg(**fields), **how)
-        other = small.ended(FedPer(personal=body, **fields), **how)
-        assert small.equal(mine.personal, other.personal)
-        assert small.equal(
+        mine = small.final_state(LGFedAvg(**fields), **how)
+        other = small.final_state(FedPer(personal=body, **fields), **how)
+        assert small.trees_equal(mine.personal, other.personal)
+        assert small.trees_equal(
             {n.replace(".head.", "fc."): v for n, v in mine.shared.items()}, other.shared
         )
 
@@ -309,18 +313,18 @@ def test_lg_fedavg_with_one_network_is_fedper_that_keeps_the_body(stacked, parti
 @STACK_FIRST
 def test_lg_fedavg_of_one_client_is_fedavg(stacked):
     how = {"network": "bn_net", "sizes": (12,), "stacked": stacked}
-    mine, plain = (small.ended(a, **how) for a in (LGFedAvg(), FedAvg()))
+    mine, plain = (small.final_state(a, **how) for a in (LGFedAvg(), FedAvg()))
     whole = {n: v[0] for n, v in mine.personal.items()} | {
         n.replace(".head.", "fc."): v for n, v in mine.shared.items()
     }
-    assert small.equal({n: whole[n] for n in plain.shared}, plain.shared)
+    assert small.trees_equal({n: whole[n] for n in plain.shared}, plain.shared)
 
 
 @pytest.mark.parametrize("weights", ["samples", "uniform"])
 def test_the_heads_of_different_networks_are_averaged_and_their_bodies_are_not(weights):
-    run, state = small.experiment(LGFedAvg(weights=weights), MIXED, participation=0.8)
+    run, state = small.make_experiment(LGFedAvg(weights=weights), MIXED, participation=0.8)
     begin, done = state.shared, trained(run, state)
-    after = small.played(run, state, 1)
+    after = small.run_rounds(run, state, 1)
     assert list(after.shared) == [".head.weight", ".head.bias"] and len(done) == 4
     share = {c: run.weight_N[c] / sum(run.weight_N[k] for k in done) for c in done}
     assert len(set(share.values())) == (1 if weights == "uniform" else 3)
@@ -332,14 +336,14 @@ def test_the_heads_of_different_networks_are_averaged_and_their_bodies_are_not(w
     for client, d in done.items():
         model = run.kinds[run.kind_of[client]].trainer.model
         assert set(d.end.personal) == {n for n in model.leaves if model.role(n) != "head"}
-        w = run.algorithm.weights_of(model, Vars(after.shared, d.end.personal))
+        w = run.algorithm.client_model(model, Variables(after.shared, d.end.personal))
         assert list(w) == list(model.initial) or set(w) == set(model.initial)
         assert torch.equal(w[f"{model.head}.weight"], after.shared[".head.weight"])
 
 
 def test_all_networks_begin_with_the_head_of_the_first():
-    run, state = small.experiment(LGFedAvg(), MIXED)
-    assert torch.equal(state.shared[".head.weight"], small.model("cnn").initial["9.weight"])
+    run, state = small.make_experiment(LGFedAvg(), MIXED)
+    assert torch.equal(state.shared[".head.weight"], small.make_model("cnn").initial["9.weight"])
     done = trained(run, state)
     assert all(
         torch.equal(d.start.shared[".head.weight"], state.shared[".head.weight"])
@@ -348,8 +352,8 @@ def test_all_networks_begin_with_the_head_of_the_first():
 
 
 def test_lg_fedavg_sends_the_head_up_and_down():
-    run, state = small.experiment(LGFedAvg(), MIXED, participation=0.6)
-    _, row, clients = play(run, state, evaluate=True, stop=False)
+    run, state = small.make_experiment(LGFedAvg(), MIXED, participation=0.6)
+    _, row, clients = run_round(run, state, evaluate=True, stop=False)
     assert row["bytes_up"] == row["bytes_down"] == 3 * 4 * (5 * 6 + 6)
     assert (clients["accuracy"] == clients["accuracy_aggregated"]).all()
     assert row["drift"] > 0
@@ -363,17 +367,17 @@ def test_lg_fedavg_sends_the_head_up_and_down():
 @STACK_FIRST
 def test_without_its_term_a_method_is_local_to_the_bit(algorithm, network, stacked):
     how = {"network": network, "stacked": stacked, "participation": 0.6}
-    mine, plain = (small.ended(a, rounds=3, **how) for a in (off(algorithm), Local()))
-    assert small.equal({n: mine.personal[n] for n in plain.personal}, plain.personal)
+    mine, plain = (small.final_state(a, rounds=3, **how) for a in (off(algorithm), Local()))
+    assert small.trees_equal({n: mine.personal[n] for n in plain.personal}, plain.personal)
     assert any(v.any() for v in mine.shared.values())
 
 
 @FEW_TERMS
 def test_with_its_term_a_method_is_local_in_round_1_and_not_in_round_2(algorithm):
-    once, twice = (small.ended(algorithm, MIXED, rounds) for rounds in (1, 2))
-    (first, second) = (small.ended(Local(), MIXED, rounds) for rounds in (1, 2))
-    assert small.equal({n: once.personal[n] for n in first.personal}, first.personal)
-    model = small.model("bn_net")
+    once, twice = (small.final_state(algorithm, MIXED, rounds) for rounds in (1, 2))
+    (first, second) = (small.final_state(Local(), MIXED, rounds) for rounds in (1, 2))
+    assert small.trees_equal({n: once.personal[n] for n in first.personal}, first.personal)
+    model = small.make_model("bn_net")
     moved = [n for n in second.personal if "fc.bias" in n or "9.bias" in n]
     assert len(moved) == 3 and model.head == "fc"
     for name in moved:
@@ -464,24 +468,24 @@ def test_nothing_known_is_nothing_learned(algorithm):
     (a, loss), (b, fit) = (
         gradients(m, v, batch) for m in (made, replace(made, algorithm=off(algorithm)))
     )
-    assert loss == fit and small.equal(a, b)
+    assert loss == fit and small.trees_equal(a, b)
 
 
 # What FedProto shares
 
 
 @pytest.mark.parametrize("weights", ["uniform", "samples"])
-@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
+@pytest.mark.parametrize("participation", [thorough_param(1.0), 0.6])
 @STACK_FIRST
 def test_a_prototype_is_the_mean_over_the_clients_that_hold_the_class(
     weights, participation, stacked
 ):
-    run, state = small.experiment(
+    run, state = small.make_experiment(
         FedProto(weights=weights), MIXED, participation=participation, stacked=stacked
     )
     unequal = False
     for _ in range(2):
-        done, state = trained(run, state), small.played(run, state, 1)
+        done, state = trained(run, state), small.run_rounds(run, state, 1)
         P, known = prototypes(state.shared)
         for label in range(small.CLASSES):
             holders = [c for c in done if label in held(run, c)]
@@ -503,9 +507,9 @@ def test_a_prototype_is_the_mean_over_the_clients_that_hold_the_class(
 
 @pytest.mark.parametrize("weights", ["uniform", "samples"])
 def test_a_class_that_one_client_holds_has_its_own_prototype(weights):
-    run, state = small.experiment(FedProto(weights=weights), ("bn_net", "cnn"), sizes=(11, 3))
+    run, state = small.make_experiment(FedProto(weights=weights), ("bn_net", "cnn"), sizes=(11, 3))
     only = held(run, 0) - held(run, 1)
-    done, state = trained(run, state), small.played(run, state, 1)
+    done, state = trained(run, state), small.run_rounds(run, state, 1)
     P, _ = prototypes(state.shared)
     own, _ = prototypes(done[0].end.shared)
     assert len(only) == 4 and held(run, 1) < held(run, 0)
@@ -514,8 +518,8 @@ def test_a_class_that_one_client_holds_has_its_own_prototype(weights):
 
 
 def test_clients_alike_share_the_prototype_of_each():
-    run, state = small.experiment(FedProto(), "cnn", sizes=(6, 6, 6), same_sample=True)
-    done, state = trained(run, state), small.played(run, state, 1)
+    run, state = small.make_experiment(FedProto(), "cnn", sizes=(6, 6, 6), same_sample=True)
+    done, state = trained(run, state), small.run_rounds(run, state, 1)
     P, known = prototypes(state.shared)
     assert known.sum() == 1
     torch.testing.assert_close(P, prototypes(done[1].end.shared)[0])
@@ -526,11 +530,13 @@ def test_a_class_that_no_client_of_the_round_holds_is_forgotten_or_stale(
     absent, remembered, monkeypatch
 ):
     # client 0, then client 1
-    monkeypatch.setattr(Run, "chosen", lambda self, round_: frozenset({round_}))
-    run, state = small.experiment(FedProto(absent=absent), MIXED, sizes=(11, 2), participation=0.5)
+    monkeypatch.setattr(Run, "sample_cohort", lambda self, round_: frozenset({round_}))
+    run, state = small.make_experiment(
+        FedProto(absent=absent), MIXED, sizes=(11, 2), participation=0.5
+    )
     lost = sorted(held(run, 0) - held(run, 1))
-    before = small.played(run, state, 1)
-    after = small.played(run, before, 1)
+    before = small.run_rounds(run, state, 1)
+    after = small.run_rounds(run, before, 1)
     (P, known), (Q, later) = prototypes(before.shared), prototypes(after.shared)
     assert known.all() and len(lost) == 4
     assert all(later[label] == (remembered or label not in lost) for label in range(6))
@@ -540,11 +546,11 @@ def test_a_class_that_no_client_of_the_round_holds_is_forgotten_or_stale(
 
 @pytest.mark.parametrize("participation", [1.0, 0.6])
 def test_fedproto_sends_what_is_held_and_receives_what_is_known(participation):
-    run, state = small.experiment(FedProto(), MIXED, participation=participation)
+    run, state = small.make_experiment(FedProto(), MIXED, participation=participation)
     known = set()
     for round_ in range(3):
-        chosen = run.chosen(round_)
-        state, row, _ = play(run, state, evaluate=False, stop=False)
+        chosen = run.sample_cohort(round_)
+        state, row, _ = run_round(run, state, evaluate=False, stop=False)
         assert row["bytes_up"] == 4 * 5 * sum(len(held(run, c)) for c in chosen)
         assert row["bytes_down"] == 4 * 5 * len(known) * len(chosen)
         known = set().union(*(held(run, c) for c in chosen))
@@ -557,13 +563,13 @@ def test_fedproto_sends_what_is_held_and_receives_what_is_known(participation):
 def judged(among, own, known=(1, 1, 1, 0, 1, 0)):
     """(logits by prototypes, - mean_d (z - P)^2 [B, classes]) of some inputs."""
     algorithm = FedProto(inference="prototypes", among=among)
-    made = small.trainer(algorithm, "bn_net")
-    v, shares = small.first(made), torch.tensor(known).float() / 3
-    model, x = made.model.evaluating(), numbers(40, *small.SHAPE)
+    made = small.make_trainer(algorithm, "bn_net")
+    v, shares = small.initial_variables(made), torch.tensor(known).float() / 3
+    model, x = made.model.eval_mode(), numbers(40, *small.SHAPE)
     z = model.features(model.initial, x)
     P = z[:6] * torch.tensor(known)[:, None]
     shared = {".class.means": P * shares[:, None], ".class.shares": shares}
-    v = Vars(shared, v.personal | {".own.classes": torch.tensor(own).float()})
+    v = Variables(shared, v.personal | {".own.classes": torch.tensor(own).float()})
     return algorithm.logits(model, v, x), -(z[:, None] - P).square().mean(2)
 
 
@@ -593,9 +599,9 @@ def test_the_prediction_is_the_nearest_prototype_of_those_that_are_meant(among, 
 
 @pytest.mark.parametrize("network", ["cnn", MIXED], ids=["cnn", "mixed"])
 def test_a_round_judges_by_the_new_prototypes_and_right_after_training_by_the_clients_own(network):
-    run, state = small.experiment(FedProto(inference="prototypes"), network)
+    run, state = small.make_experiment(FedProto(inference="prototypes"), network)
     done = trained(run, state)
-    state, _, scores = play(run, state, evaluate=True, stop=False)
+    state, _, scores = run_round(run, state, evaluate=True, stop=False)
     for client, d in done.items():
         trainer = run.kinds[run.kind_of[client]].trainer
         model, tests = (
@@ -619,8 +625,8 @@ def test_a_round_judges_by_the_new_prototypes_and_right_after_training_by_the_cl
 
 def test_the_classifier_is_judged_the_same_before_and_after_aggregation():
     for algorithm in (FedProto(), FD()):
-        run, state = small.experiment(algorithm, MIXED)
-        _, _, scores = play(run, state, evaluate=True, stop=False)
+        run, state = small.make_experiment(algorithm, MIXED)
+        _, _, scores = run_round(run, state, evaluate=True, stop=False)
         assert (scores["accuracy_trained"] == scores["accuracy_aggregated"]).all()
 
 
@@ -628,20 +634,20 @@ def test_the_classifier_is_judged_the_same_before_and_after_aggregation():
 
 
 @pytest.mark.parametrize("outputs, what", [("probabilities", probabilities), ("logits", logits_of)])
-@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
+@pytest.mark.parametrize("participation", [thorough_param(1.0), 0.6])
 @STACK_FIRST
 def test_a_client_learns_from_the_mean_output_of_the_others(outputs, what, participation, stacked):
-    run, state = small.experiment(
+    run, state = small.make_experiment(
         FD(outputs=outputs), MIXED, participation=participation, stacked=stacked
     )
     sat_out = came_back = 0
     for round_ in range(1, 5):
-        done, state = trained(run, state), small.played(run, state, 1)
+        done, state = trained(run, state), small.run_rounds(run, state, 1)
         for client in range(5):
-            kind, row = run.kinds[run.kind_of[client]], run.row_of[client]
-            own = {n: state.personal[kind.prefix + n][row] for n in kind.first.personal}
+            kind, row = run.kinds[run.kind_of[client]], run.row_of_client[client]
+            own = {n: state.personal[kind.prefix + n][row] for n in kind.initial.personal}
             counts = kind.trainer.feed.survey([client], whole=True).counts[0]
-            zhat, holders = run.algorithm.others(Vars(state.shared, own), counts, round_)
+            zhat, holders = run.algorithm.others(Variables(state.shared, own), counts, round_)
             sat_out += client not in done
             came_back += client not in done and bool(own[".own.round"])
             for label in range(6):
@@ -658,16 +664,16 @@ def test_a_client_learns_from_the_mean_output_of_the_others(outputs, what, parti
 
 @pytest.mark.parametrize("outputs", ["probabilities", "logits"])
 def test_a_class_that_no_other_client_holds_is_not_distilled(outputs):
-    run, state = small.experiment(FD(outputs=outputs), ("bn_net", "cnn"), sizes=(11, 3))
+    run, state = small.make_experiment(FD(outputs=outputs), ("bn_net", "cnn"), sizes=(11, 3))
     only = held(run, 0) - held(run, 1)
-    state = small.played(run, state, 1)
-    own = {n: state.personal[f"kind-0/{n}"][0] for n in run.kinds[0].first.personal}
+    state = small.run_rounds(run, state, 1)
+    own = {n: state.personal[f"kind-0/{n}"][0] for n in run.kinds[0].initial.personal}
     counts = run.trainer.feed.survey([0], whole=True).counts[0]
-    _, holders = run.algorithm.others(Vars(state.shared, own), counts, 1)
+    _, holders = run.algorithm.others(Variables(state.shared, own), counts, 1)
     assert {label for label in range(6) if holders[label] == 0} == only and len(only) == 4
     y = torch.arange(6)
     logits = numbers(6, 6).requires_grad_()
-    zhat, _ = run.algorithm.others(Vars(state.shared, own), counts, 1)
+    zhat, _ = run.algorithm.others(Variables(state.shared, own), counts, 1)
     distill(logits, zhat, holders, Batch(None, y, None, None, counts)).backward()
     assert {label for label in range(6) if not logits.grad[label].any()} == only
 
@@ -675,13 +681,13 @@ def test_a_class_that_no_other_client_holds_is_not_distilled(outputs):
 @STACK_FIRST
 def test_fd_of_one_client_is_local(stacked):
     how = {"sizes": (12,), "stacked": stacked, "network": "bn_net"}
-    mine, plain = (small.ended(a, rounds=3, **how) for a in (FD(), Local()))
-    assert small.equal({n: mine.personal[n] for n in plain.personal}, plain.personal)
+    mine, plain = (small.final_state(a, rounds=3, **how) for a in (FD(), Local()))
+    assert small.trees_equal({n: mine.personal[n] for n in plain.personal}, plain.personal)
 
 
 def test_the_outputs_of_alike_clients_are_those_of_each():
-    run, state = small.experiment(FD(), "cnn", sizes=(6, 6, 6), same_sample=True)
-    done, state = trained(run, state), small.played(run, state, 1)
+    run, state = small.make_experiment(FD(), "cnn", sizes=(6, 6, 6), same_sample=True)
+    done, state = trained(run, state), small.run_rounds(run, state, 1)
     total = 3 * done[0].end.shared[".class.outputs"]
     torch.testing.assert_close(state.shared[".class.outputs"], total)
     rows = state.shared[".class.outputs"].sum(1)
@@ -691,11 +697,11 @@ def test_the_outputs_of_alike_clients_are_those_of_each():
 
 @pytest.mark.parametrize("participation", [1.0, 0.6])
 def test_fd_sends_what_is_held_and_receives_what_is_known(participation):
-    run, state = small.experiment(FD(), MIXED, participation=participation)
+    run, state = small.make_experiment(FD(), MIXED, participation=participation)
     known = set()
     for round_ in range(3):
-        chosen = run.chosen(round_)
-        state, row, _ = play(run, state, evaluate=False, stop=False)
+        chosen = run.sample_cohort(round_)
+        state, row, _ = run_round(run, state, evaluate=False, stop=False)
         assert row["bytes_up"] == 4 * 6 * sum(len(held(run, c)) for c in chosen)
         assert row["bytes_down"] == 4 * 6 * len(known) * len(chosen)
         known = set().union(*(held(run, c) for c in chosen))
@@ -705,7 +711,7 @@ def test_fd_sends_what_is_held_and_receives_what_is_known(participation):
     "name, numbers_", [("fd", 4 * 4), ("fedproto", 4 * 8), ("lg_fedavg", 4 * 8 + 4)]
 )
 def test_a_plan_tells_the_most_that_is_sent(name, numbers_, unmeasured):
-    text = plan(tiny(*of((name,))), str(TINY), 1)
+    text = plan(tiny_config(*of((name,))), str(TINY), 1)
     assert f" {4 * numbers_} B up, {4 * numbers_} B down per client and round" in text
 
 
@@ -716,9 +722,9 @@ def test_class_means_are_zero_where_there_is_no_sample_and_skip_padding(monkeypa
     x, y = numbers(7, 3), torch.tensor([0, 2, 2, 0, 2, 1, 1])
     batch = Batch(x, y, torch.arange(7) < 5, None, torch.tensor([2.0, 0, 3, 0]))
     right = torch.stack([x[[0, 3]].mean(0), torch.zeros(3), x[[1, 2, 4]].mean(0), torch.zeros(3)])
-    torch.testing.assert_close(own_means(lambda x: x, batch), right)
+    torch.testing.assert_close(client_class_means(lambda x: x, batch), right)
     monkeypatch.setattr("fedlora_mpi.components.prototypes._CHUNK", 2)
-    torch.testing.assert_close(own_means(lambda x: x, batch), right)
+    torch.testing.assert_close(client_class_means(lambda x: x, batch), right)
 
 
 def test_a_pull_where_all_is_known_is_the_plain_one():
@@ -727,8 +733,10 @@ def test_a_pull_where_all_is_known_is_the_plain_one():
         numbers(3, 4),
         Batch(None, torch.tensor([0, 1, 2, 0, 0]), None, None, None),
     )
-    assert torch.equal(pull(z, c, batch), pull(z, c, batch, torch.ones(3, dtype=torch.bool)))
-    lacking = pull(z, c, batch, torch.tensor([True, False, True]))
+    assert torch.equal(
+        prototype_loss(z, c, batch), prototype_loss(z, c, batch, torch.ones(3, dtype=torch.bool))
+    )
+    lacking = prototype_loss(z, c, batch, torch.tensor([True, False, True]))
     assert lacking.item() == pytest.approx(
         (z - c[batch.y]).square()[[0, 2, 3, 4]].sum().item() / (5 * 4)
     )

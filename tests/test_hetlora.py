@@ -5,14 +5,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from finetuned import COUNTS, MIXED, RANKS, begun, clients, fine, near, numbers, served, trained
-from runs import NORM, assert_near, built, equal, played, same
-from tiers import thorough
+from finetuned import (
+    COUNTS,
+    MIXED,
+    RANKS,
+    assert_trees_near,
+    client_methods,
+    float64_trainer,
+    gaussian_tensor,
+    init_variables,
+    next_shared,
+    trained_variables,
+)
+from runs import NORM, assert_near, build_tiny, run_rounds, snapshots_equal, trees_equal
+from tiers import thorough_param
 from torch.func import grad, vmap
 
-from fedlora_mpi.algorithm import Batch, Vars
+from fedlora_mpi.algorithm import Batch, Variables
 from fedlora_mpi.algorithms.fedit import FedIT
-from fedlora_mpi.algorithms.hetlora import HetLoRA, components, norm_of_products
+from fedlora_mpi.algorithms.hetlora import HetLoRA, norm_of_products, select_components
 from fedlora_mpi.components.lowrank import is_factor
 from fedlora_mpi.core.tree import tmap
 
@@ -40,19 +51,24 @@ def ranks_of(moment):
 def pair(*rank_and_sides, at=0):
     """{leaf: float64} of one layer: A [r, d_in], B [d_out, r]."""
     r, d_out, d_in = rank_and_sides
-    return {"w..A": numbers(r, d_in, at=f"A{at}"), "w..B": numbers(d_out, r, at=f"B{at}")}
+    return {
+        "w..A": gaussian_tensor(r, d_in, address=f"A{at}"),
+        "w..B": gaussian_tensor(d_out, r, address=f"B{at}"),
+    }
 
 
 def of_rank(r, tree):
-    return Vars(tree, {".lora_rank.": torch.tensor(float(r), dtype=torch.float64)})
+    return Variables(tree, {".lora_rank.": torch.tensor(float(r), dtype=torch.float64)})
 
 
 # The mean
 
 
 def test_the_norm_of_products_is_that_of_all_layers_together():
-    _, first = begun(HetLoRA(lora_ranks=(4,)), "bn_net")
-    factors = {n: numbers(*v.shape, at=n) for n, v in first.shared.items() if is_factor(n)}
+    _, first = init_variables(HetLoRA(lora_ranks=(4,)), "bn_net")
+    factors = {
+        n: gaussian_tensor(*v.shape, address=n) for n, v in first.shared.items() if is_factor(n)
+    }
     assert {v.shape for n, v in factors.items() if n.endswith(".A")} >= {(4, 9), (3, 3), (4, 15)}
     products = [factors[n[:-1] + "B"] @ A for n, A in factors.items() if n.endswith(".A")]
     direct = torch.cat([p.flatten() for p in products]).norm()
@@ -62,11 +78,14 @@ def test_the_norm_of_products_is_that_of_all_layers_together():
 
 def one_round(algorithm, ends_of=lambda ends: ends, counts=COUNTS):
     """(shared before, (start, end) of the clients, shared after), float64."""
-    model, first = begun(algorithm)
+    model, first = init_variables(algorithm)
     ends = ends_of(
-        [trained(c, model, first.shared, 0, at=k) for k, c in enumerate(clients(algorithm))]
+        [
+            trained_variables(c, model, first.shared, 0, address=k)
+            for k, c in enumerate(client_methods(algorithm))
+        ]
     )
-    return first.shared, ends, served(algorithm, first.shared, ends, counts)
+    return first.shared, ends, next_shared(algorithm, first.shared, ends, counts)
 
 
 def test_factors_are_weighted_by_the_norm_and_the_head_by_samples():
@@ -103,10 +122,11 @@ def test_clients_of_equal_ranks_and_norms_and_samples_are_those_of_fedit():
 
     how = {"lora_ranks": (3,), "alpha": 6.0}
     before, ends, after = one_round(HetLoRA(**how), alike, counts=(4, 4, 4))
-    near(after, served(FedIT(**how), before, ends, counts=(4, 4, 4)))
+    assert_trees_near(after, next_shared(FedIT(**how), before, ends, counts=(4, 4, 4)))
     _, ends, other = one_round(HetLoRA(**how), counts=(4, 4, 4))
     assert (
-        other["7.weight..A"] - served(FedIT(**how), before, ends, counts=(4, 4, 4))["7.weight..A"]
+        other["7.weight..A"]
+        - next_shared(FedIT(**how), before, ends, counts=(4, 4, 4))["7.weight..A"]
     ).norm() > 1e-3
 
 
@@ -147,21 +167,24 @@ def test_a_client_without_a_product_counts_for_nothing_beside_others():
 def test_the_first_components_of_padded_factors_are_the_factors():
     algorithm = HetLoRA(**HOW)
     before, ends, _ = one_round(algorithm)
-    for client, (start, end) in zip(clients(algorithm), ends, strict=True):
+    for client, (start, end) in zip(client_methods(algorithm), ends, strict=True):
         term = client.term(client.upload(start, end), before)
         assert {n: v.shape for n, v in term.items()} == {n: before[n].shape for n in term}
-        assert equal(client.first_components(term), {n: end.shared[n] for n in term})
+        assert trees_equal(client.first_components(term), {n: end.shared[n] for n in term})
 
 
 # The penalty
 
 
 def test_the_penalty_has_the_gradient_of_its_formula():
-    made = fine(HetLoRA(lora_ranks=(6,), gamma=0.5, lam=0.7))
-    model, (_, first) = made.model, begun(made.algorithm)
-    shared = {n: numbers(*v.shape, at=n) if is_factor(n) else v for n, v in first.shared.items()}
+    made = float64_trainer(HetLoRA(lora_ranks=(6,), gamma=0.5, lam=0.7))
+    model, (_, first) = made.model, init_variables(made.algorithm)
+    shared = {
+        n: gaussian_tensor(*v.shape, address=n) if is_factor(n) else v
+        for n, v in first.shared.items()
+    }
     r, low = 5, 2  # floor(0.5 * 5)
-    v = of_rank(r, components(shared, 0, r))
+    v = of_rank(r, select_components(shared, 0, r))
     data = made.feed.survey([0], whole=True)
     batch = Batch(data.x[0], data.y[0], None, data.key, data.counts[0])
     leaves = {n: w.clone().requires_grad_() for n, w in v.shared.items()}
@@ -194,7 +217,7 @@ def test_the_penalty_has_the_gradient_of_its_formula():
 def test_where_a_norm_is_zero_the_gradient_is_finite(zero, stacked):
     algorithm = HetLoRA(gamma=0.5)
     tree = {n: 0 * v if n[-1] in zero else v for n, v in pair(4, 3, 5).items()}
-    gradient = grad(lambda t, r: algorithm.tail(Vars(t, {".lora_rank.": r})))
+    gradient = grad(lambda t, r: algorithm.tail_norm(Variables(t, {".lora_rank.": r})))
     rank = torch.tensor(4.0)
     found = gradient(tree, rank)
     if stacked:
@@ -219,7 +242,7 @@ def test_where_a_norm_is_zero_the_gradient_is_finite(zero, stacked):
     ],
 )
 def test_the_next_rank_is_that_share_rounded_down_within_its_bounds(gamma, least, ranks):
-    lower = HetLoRA(gamma=gamma, lora_rank_min=least).lower
+    lower = HetLoRA(gamma=gamma, lora_rank_min=least).pruned_rank
     for dtype in (torch.float32, torch.float64):
         given = torch.tensor([float(r) for r in ranks], dtype=dtype)
         assert lower(given).tolist() == list(ranks.values()) and lower(given).dtype == dtype
@@ -234,12 +257,12 @@ def test_a_client_prunes_when_its_tail_has_become_smaller_and_then_alone():
         end["w..A"][:2] /= factor  # what is not the tail has no say
         done = algorithm.finish(None, None, of_rank(4, start), of_rank(4, end), None)
         assert done.personal[".lora_rank."] == kept
-        assert equal(done.shared, components(end, 0, kept))
-    assert (components(start, 0, 2)["w..A"][2:] == 0).all() and (
-        components(start, 0, 2)["w..B"][:, 2:] == 0
+        assert trees_equal(done.shared, select_components(end, 0, kept))
+    assert (select_components(start, 0, 2)["w..A"][2:] == 0).all() and (
+        select_components(start, 0, 2)["w..B"][:, 2:] == 0
     ).all()
-    assert torch.equal(components(start, 0, 2)["w..A"][:2], start["w..A"][:2])
-    assert torch.equal(components(start, 0, 2)["w..B"][:, :2], start["w..B"][:, :2])
+    assert torch.equal(select_components(start, 0, 2)["w..A"][:2], start["w..A"][:2])
+    assert torch.equal(select_components(start, 0, 2)["w..B"][:, :2], start["w..B"][:, :2])
 
 
 def test_clients_of_a_stack_prune_each_for_itself():
@@ -255,19 +278,19 @@ def test_clients_of_a_stack_prune_each_for_itself():
 
     def finish(s, e, r):
         return algorithm.finish(
-            None, None, Vars(s, {".lora_rank.": r}), Vars(e, {".lora_rank.": r}), None
+            None, None, Variables(s, {".lora_rank.": r}), Variables(e, {".lora_rank.": r}), None
         )[:2]
 
     shared, personal = vmap(finish)(stack(starts), stack(ends), ranks)
     assert personal[".lora_rank."].tolist() == [2, 4, 1]
     for row, (end, r) in enumerate(zip(ends, (2, 4, 1), strict=True)):
-        assert equal({n: v[row] for n, v in shared.items()}, components(end, 0, r))
+        assert trees_equal({n: v[row] for n, v in shared.items()}, select_components(end, 0, r))
 
 
-@pytest.mark.parametrize("path", ["stack", thorough("loop")])
+@pytest.mark.parametrize("path", ["stack", thorough_param("loop")])
 def test_ranks_never_rise_nor_fall_below_the_minimum_and_pruned_components_stay_zero(path):
     how = (*PRUNES, "algorithm.lora_rank_min=2", "rounds=6", f"engine.path={path}")
-    parts, moments = built(*how), played(*how)[0]
+    parts, moments = build_tiny(*how), run_rounds(*how)[0]
     series = [ranks_of(moment) for moment in moments]
     assert series[0] == [8, 1, 4, 8, 1, 4, 8]
     for before, after in itertools.pairwise(series):
@@ -276,25 +299,25 @@ def test_ranks_never_rise_nor_fall_below_the_minimum_and_pruned_components_stay_
     assert least[1] == least[4] == 1 and min(least[0], least[2], least[3], least[5], least[6]) >= 2
     assert sum(a < b for a, b in zip(series[-1], series[0], strict=True)) >= 3
     for number, kind in enumerate(parts.run.kinds):
-        members = parts.run.by_kind[number]
-        rows = {n: moments[-1].personal[kind.prefix + n] for n in kind.first.personal}
+        members = parts.run.local_clients_by_kind[number]
+        rows = {n: moments[-1].personal[kind.prefix + n] for n in kind.initial.personal}
         for row, done in enumerate(kind.trainer.train(members, moments[-1].shared, rows, 6)):
             r = int(rows[".lora_rank."][row])  # before the round
             for v in (done.start, done.end):
-                assert equal(v.shared, components(v.shared, 0, r))
-            trained = components(done.end.shared, 0, int(done.end.personal[".lora_rank."]))
-            assert equal(done.end.shared, trained)
+                assert trees_equal(v.shared, select_components(v.shared, 0, r))
+            trained = select_components(done.end.shared, 0, int(done.end.personal[".lora_rank."]))
+            assert trees_equal(done.end.shared, trained)
             assert all((v != 0).any() for n, v in trained.items() if is_factor(n))
 
 
 def test_a_pruned_client_sends_its_components_its_norm_and_the_head():
-    parts, moments = built(*PRUNES, "rounds=6"), played(*PRUNES, "rounds=6")[0]
+    parts, moments = build_tiny(*PRUNES, "rounds=6"), run_rounds(*PRUNES, "rounds=6")[0]
 
     def size(r):
         return sum(min(r, *sides) * sum(sides) for sides in LAYERS.values()) + 4 * 8 + 4
 
     for round_ in range(6):
-        cohort, ranks = parts.run.chosen(round_), ranks_of(moments[round_ + 1])
+        cohort, ranks = parts.run.sample_cohort(round_), ranks_of(moments[round_ + 1])
         row = moments[round_ + 1].row
         assert row["bytes_up"] == 4 * sum(size(ranks[k]) + 1 for k in cohort)
         assert row["bytes_down"] == 4 * sum(size((8, 1, 4)[k % 3]) for k in cohort)
@@ -303,26 +326,27 @@ def test_a_pruned_client_sends_its_components_its_norm_and_the_head():
 
 def test_without_a_tail_there_is_no_penalty_and_ranks_stay():
     common = "algorithm=hetlora", NORM, *MIXED, "algorithm.gamma=1.0"
-    one, other = (played(*common, f"algorithm.lam={lam}")[0] for lam in (0.0, 1.0))
-    assert all(same(a, b) for a, b in zip(one, other, strict=True))
+    one, other = (run_rounds(*common, f"algorithm.lam={lam}")[0] for lam in (0.0, 1.0))
+    assert all(snapshots_equal(a, b) for a, b in zip(one, other, strict=True))
     assert ranks_of(one[-1]) == ranks_of(one[0]) == [RANKS[k % 3] for k in range(7)]
 
 
 def test_a_penalty_lowers_more_ranks_than_none():
     with_it, without = (
-        ranks_of(played(*PRUNES, f"algorithm.lam={lam}", "rounds=6")[0][-1]) for lam in (1.0, 0.0)
+        ranks_of(run_rounds(*PRUNES, f"algorithm.lam={lam}", "rounds=6")[0][-1])
+        for lam in (1.0, 0.0)
     )
     assert sum(with_it) < sum(without)
 
 
 def test_a_stack_with_pruned_clients_equals_the_loop():
-    stack, loop = (played(*PRUNES, f"engine.path={path}")[0][-1] for path in ("stack", "loop"))
+    stack, loop = (run_rounds(*PRUNES, f"engine.path={path}")[0][-1] for path in ("stack", "loop"))
     assert ranks_of(stack) == ranks_of(loop) != [(8, 1, 4)[k % 3] for k in range(7)]
     assert_near(stack.shared, loop.shared, atol=1e-4)
 
 
 def test_a_rank_is_at_most_the_components_of_the_largest_layer():
-    model, first = begun(HetLoRA(lora_ranks=(50,)))
+    model, first = init_variables(HetLoRA(lora_ranks=(50,)))
     assert (
         first.personal[".lora_rank."]
         == 9
@@ -335,18 +359,21 @@ def test_a_rank_is_at_most_the_components_of_the_largest_layer():
 
 def test_the_own_model_has_the_present_components_and_the_servers_all():
     algorithm = HetLoRA(lora_ranks=(3,), alpha=6.0)
-    model, first = begun(algorithm)
-    shared = {n: numbers(*v.shape, at=n) if is_factor(n) else v for n, v in first.shared.items()}
+    model, first = init_variables(algorithm)
+    shared = {
+        n: gaussian_tensor(*v.shape, address=n) if is_factor(n) else v
+        for n, v in first.shared.items()
+    }
     v = of_rank(1, shared)
-    one = FedIT(lora_ranks=(1,), alpha=2.0).first_components(shared)  # the same s
-    near(
-        algorithm.weights_of(model, v),
-        FedIT(lora_ranks=(1,), alpha=2.0).weights_of(model, Vars(one, {})),
+    one = FedIT(lora_ranks=(1,), alpha=2.0).truncate_rank(shared)  # the same s
+    assert_trees_near(
+        algorithm.client_model(model, v),
+        FedIT(lora_ranks=(1,), alpha=2.0).client_model(model, Variables(one, {})),
     )
     server = replace(algorithm, judged="server")
-    assert equal(
-        server.weights_of(model, v),
-        FedIT(lora_ranks=(3,), alpha=6.0).weights_of(model, Vars(shared, {})),
+    assert trees_equal(
+        server.client_model(model, v),
+        FedIT(lora_ranks=(3,), alpha=6.0).client_model(model, Variables(shared, {})),
     )
     factors, full = algorithm.adapter(model, v)
     assert all(
@@ -358,8 +385,10 @@ def test_the_own_model_has_the_present_components_and_the_servers_all():
 # On ranks
 
 
-@pytest.mark.parametrize("ranks", [thorough(2), 3])
+@pytest.mark.parametrize("ranks", [thorough_param(2), 3])
 def test_gathered_uploads_give_the_bits_of_the_sum(ranks):
-    summed, gathered = (played(*PRUNES, f"uplink={how}", ranks=ranks) for how in ("sum", "gather"))
+    summed, gathered = (
+        run_rounds(*PRUNES, f"uplink={how}", ranks=ranks) for how in ("sum", "gather")
+    )
     for a, b in zip(summed, gathered, strict=True):
-        assert all(same(x, y) for x, y in zip(a, b, strict=True))
+        assert all(snapshots_equal(x, y) for x, y in zip(a, b, strict=True))

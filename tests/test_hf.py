@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from runs import TESTS, assert_same_run, equal
+from runs import TESTS, assert_same_run, trees_equal
 from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy
 
@@ -22,16 +22,16 @@ from fedlora_mpi.cli import main
 from fedlora_mpi.config import read
 from fedlora_mpi.config.blocks import ConfigError
 from fedlora_mpi.core.batch import Batch
-from fedlora_mpi.core.seeds import isolated, rng
-from fedlora_mpi.core.vision import torchvision
+from fedlora_mpi.core.seeds import isolate_rng, rng
+from fedlora_mpi.core.vision import import_torchvision
 from fedlora_mpi.data.texts import Text, Vocabulary
 from fedlora_mpi.models import huggingface, weights, zoo
 from fedlora_mpi.mpi.comm import Solo
-from fedlora_mpi.mpi.ending import Refused
+from fedlora_mpi.mpi.ending import Refusal
 from fedlora_mpi.run.assembly import build as build_run
 from fedlora_mpi.run.loop import resume, start
 
-torchvision()  # see there: transformers imports it
+import_torchvision()  # see there: transformers imports it
 transformers = pytest.importorskip("transformers")
 
 import tokenizers  # noqa: E402
@@ -88,7 +88,7 @@ def config_of(family, labels=CLASSES, dropout=0.0):
 
 def saved(folder, family, auto="SequenceClassification", **options):
     """The folder of a tiny random model with its tokenizer."""
-    with isolated(7, family):
+    with isolate_rng(7, family):
         model = getattr(transformers, f"AutoModelFor{auto}").from_config(
             config_of(family, **options)
         )
@@ -157,13 +157,13 @@ def test_the_logits_are_those_of_transformers_with_its_mask(folder, family):
         transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval(),
     ):
         with torch.no_grad():
-            ours = model.evaluating()(model.initial, x)
+            ours = model.eval_mode()(model.initial, x)
             torch.testing.assert_close(ours, theirs(x, mask).logits, rtol=1e-5, atol=1e-6)
             assert not torch.allclose(theirs(x).logits, theirs(x, mask).logits, atol=1e-3)
 
 
 def test_padding_changes_no_logit(folder, family):
-    model, x = network(folder, family).evaluating(), ids(family, 4, 1, 3)
+    model, x = network(folder, family).eval_mode(), ids(family, 4, 1, 3)
     torch.testing.assert_close(
         model(model.initial, x[:, :4]), model(model.initial, x), rtol=1e-5, atol=1e-6
     )
@@ -203,7 +203,7 @@ def test_a_stack_has_the_gradients_of_the_loop(tmp_path, family, dropout):
     real = torch.tensor([[True, True, True], [True, True, False]] * 2)
 
     def loss(tree, x, y, real, key):
-        with model.prepared(batch := Batch(x, y, real, key, torch.ones(3))):
+        with model.training_context(batch := Batch(x, y, real, key, torch.ones(3))):
             return (
                 cross_entropy(model(tree, batch.x), batch.y, reduction="none") * batch.real
             ).sum()
@@ -223,11 +223,13 @@ def test_dropout_follows_the_key_alone(tmp_path, family):
     x = ids(family, 8, 5)
 
     def logits(key):
-        with model.prepared(Batch(x, torch.zeros(2), None, torch.tensor(key), torch.ones(3))):
+        with model.training_context(
+            Batch(x, torch.zeros(2), None, torch.tensor(key), torch.ones(3))
+        ):
             return model(model.initial, x)
 
     assert torch.equal(logits(3), logits(3)) and not torch.allclose(logits(3), logits(4))
-    assert not torch.allclose(logits(3), model.evaluating()(model.initial, x))
+    assert not torch.allclose(logits(3), model.eval_mode()(model.initial, x))
 
 
 def test_with_other_classes_the_last_layer_is_new_and_of_the_seed(folder, family):
@@ -329,7 +331,7 @@ def test_weights_that_do_not_fit_are_refused(bert):
 def test_weights_that_are_not_finite_are_refused(bert):
     tree = weights.read(bert / "model.safetensors")
     tree |= {"classifier.bias": torch.tensor([0, torch.inf, 0])}
-    (bert / "model.safetensors").write_bytes(weights.packed(tree))
+    (bert / "model.safetensors").write_bytes(weights.pack_safetensors(tree))
     refused(bert, "classifier.bias has numbers that are not finite")
 
 
@@ -338,9 +340,9 @@ def test_weights_may_be_in_several_files_of_which_none_may_be_gone(tmp_path, fam
     model = network(folder, family)
     plain(folder).save_pretrained(folder, max_shard_size="4KB")
     (folder / "model.safetensors").unlink()
-    parts = huggingface.files(str(folder))[1:]
+    parts = huggingface.required_files(str(folder))[1:]
     assert len(parts) > 2 and parts == tuple(sorted(folder.glob("*.safetensors")))
-    assert equal(network(folder, family).initial, model.initial)
+    assert trees_equal(network(folder, family).initial, model.initial)
     parts[1].unlink()
     refused(folder, f"has no {parts[1].name}; give", family, padding=padding_of(family))
     (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
@@ -360,8 +362,10 @@ def test_old_names_of_leaves_are_known(bert):
             "LayerNorm.bias", "LayerNorm.beta"
         )
 
-    (bert / "model.safetensors").write_bytes(weights.packed({old(n): v for n, v in tree.items()}))
-    assert equal(network(bert, "bert").initial, model.initial)
+    (bert / "model.safetensors").write_bytes(
+        weights.pack_safetensors({old(n): v for n, v in tree.items()})
+    )
+    assert trees_equal(network(bert, "bert").initial, model.initial)
 
 
 def test_an_adapter_in_the_folder_is_left_alone(bert):
@@ -369,15 +373,15 @@ def test_an_adapter_in_the_folder_is_left_alone(bert):
     (bert / "adapter_config.json").write_text(
         '{"peft_type": "LORA", "base_model_name_or_path": "elsewhere"}'
     )
-    (bert / "adapter_model.safetensors").write_bytes(weights.packed({"a": torch.ones(3)}))
-    assert equal(network(bert, "bert").initial, model.initial)
+    (bert / "adapter_model.safetensors").write_bytes(weights.pack_safetensors({"a": torch.ones(3)}))
+    assert trees_equal(network(bert, "bert").initial, model.initial)
 
 
 def test_a_config_json_alone_is_the_network_with_weights_of_the_seed(folder, family):
     model, path = network(folder, family), folder / "config.json"
     one, again, two = (network(path, family, seed=seed) for seed in (1, 1, 2))
-    assert one.leaves == model.leaves and equal(one.initial, again.initial)
-    assert not equal(one.initial, two.initial) and not equal(one.initial, model.initial)
+    assert one.leaves == model.leaves and trees_equal(one.initial, again.initial)
+    assert not trees_equal(one.initial, two.initial) and not trees_equal(one.initial, model.initial)
 
 
 def test_code_of_the_folder_does_not_run(bert):
@@ -420,7 +424,7 @@ def test_a_decoder_is_refused(tmp_path):
         num_labels=3,
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
     )
-    with isolated(1, "gpt2"):
+    with isolate_rng(1, "gpt2"):
         transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "gpt2")
     refused(
         tmp_path / "gpt2",
@@ -441,7 +445,7 @@ def test_a_network_that_takes_0_for_padding_is_told():
     ):
         zoo.build("test_hf:takes_no_padding", {}, 3, (8,), 1, 19, 1)
     options = {"width": 6, "heads": 2, "layers": 1, "feedforward": 10}
-    model = zoo.build("transformer", options, 3, (8,), 1, 19, 1).evaluating()
+    model = zoo.build("transformer", options, 3, (8,), 1, 19, 1).eval_mode()
     x = ids("roberta", 4, 2)
     torch.testing.assert_close(
         model(model.initial, x[:, :4]), model(model.initial, x), rtol=1e-5, atol=1e-6
@@ -463,7 +467,7 @@ def test_a_tokenizer_is_used_as_it_is(folder, family):
     texts = ["the boat", "", "zebra and salt", " ".join(WORDS)]
     theirs = tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH)["input_ids"]
     for given in (str(folder), str(folder / "tokenizer.json")):
-        vocabulary = Vocabulary.given(Text(length=LENGTH, tokenizer=given))
+        vocabulary = Vocabulary.from_tokenizer(Text(length=LENGTH, tokenizer=given))
         assert vocabulary.encode(texts).tolist() == theirs
         assert (vocabulary.size, vocabulary.padding, vocabulary.length) == (
             TOKENS,
@@ -479,7 +483,7 @@ def test_padding_is_what_the_file_pads_with(tmp_path):
     tokenizer.enable_padding(pad_id=5, pad_token="of", length=3, direction="left")
     tokenizer.enable_truncation(5, direction="left", stride=2)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    vocabulary = Vocabulary.given(Text(length=4, tokenizer=str(tmp_path)))
+    vocabulary = Vocabulary.from_tokenizer(Text(length=4, tokenizer=str(tmp_path)))
     assert vocabulary.padding == 5
     assert vocabulary.encode(["a", "a of and wave"]).tolist() == [[5, 2, 5, 3], [2, 7, 8, 3]]
 
@@ -506,7 +510,7 @@ def test_what_is_wrong_with_a_tokenizer_is_said(tmp_path):
         ("bert.json", 2, r"text.length = 2: must be more than the 2 special tokens of every text"),
     ):
         with pytest.raises(ValueError, match=f"^{message}") as error:
-            Vocabulary.given(Text(length=length, tokenizer=str(tmp_path / name)))
+            Vocabulary.from_tokenizer(Text(length=length, tokenizer=str(tmp_path / name)))
         assert "\n" not in str(error.value)
 
 
@@ -591,7 +595,9 @@ def test_a_stack_trains_as_the_loop(tmp_path, family, name):
 def test_the_run_folder_reads_texts_again(tmp_path):
     path = config_file(tmp_path, "roberta")
     run = trained(path)
-    assert run.vocabulary == Vocabulary.given(Text(length=8, tokenizer=str(tmp_path / "roberta")))
+    assert run.vocabulary == Vocabulary.from_tokenizer(
+        Text(length=8, tokenizer=str(tmp_path / "roberta"))
+    )
     x = run.vocabulary.encode(["the boat and the tide", "tram"])
     assert x[1].tolist() == [0, 18, 2, 1, 1, 1, 1, 1] and run.client(3).model(x).shape == (2, 3)
 
@@ -606,12 +612,12 @@ def test_a_resume_moves_no_bit_and_needs_the_same_model(tmp_path):
     # equal weights, equal settings
     for options in ({"dropout": 0.2}, {"dropout": 0.1, "auto": "MaskedLM"}):
         saved(tmp_path / "bert", "bert", **options)
-        with pytest.raises(Refused, match=changed):
+        with pytest.raises(Refusal, match=changed):
             resume(cut.path, ["rounds=3"], Solo())
     saved(tmp_path / "bert", "bert", dropout=0.1)
     assert resume(cut.path, ["rounds=3"], Solo()) == 0
     tokenizer_of("roberta").save(str(tmp_path / "bert/tokenizer.json"))
-    with pytest.raises(Refused, match="data.text.tokenizer"):
+    with pytest.raises(Refusal, match="data.text.tokenizer"):
         resume(cut.path, ["rounds=4"], Solo())
 
 
@@ -646,9 +652,9 @@ def test_the_folder_and_a_file_of_weights_both_belong_to_the_run(tmp_path, monke
     assert main(["pretrain", str(path), "--to", str(file), "--epochs", "1"]) == 0
     given = weights.read(file)
     run = trained(path, f"model.weights={file}", "rounds=1")
-    assert equal(run.client(0).network.initial, given)
-    assert not equal(given, network(tmp_path / "bert", "bert").initial)
-    other = weights.packed(given | {"model.classifier.bias": torch.zeros(3)})
+    assert trees_equal(run.client(0).network.initial, given)
+    assert not trees_equal(given, network(tmp_path / "bert", "bert").initial)
+    other = weights.pack_safetensors(given | {"model.classifier.bias": torch.zeros(3)})
     for key, changed, content in (
         ("folder", tmp_path / "bert/config.json", None),
         ("weights", file, other),
@@ -656,7 +662,7 @@ def test_the_folder_and_a_file_of_weights_both_belong_to_the_run(tmp_path, monke
         kept = changed.read_bytes()
         changed.write_bytes(content or kept + b" ")
         with pytest.raises(
-            Refused, match=f"config.yaml: model.{key} = .*: has changed since the run began"
+            Refusal, match=f"config.yaml: model.{key} = .*: has changed since the run began"
         ):
             resume(run.path, ["rounds=2"], Solo())
         changed.write_bytes(kept)
@@ -666,16 +672,16 @@ def test_the_folder_and_a_file_of_weights_both_belong_to_the_run(tmp_path, monke
 def test_mistakes_in_a_config_name_file_and_key(tmp_path):
     path = config_file(tmp_path, "bert")
     with pytest.raises(
-        Refused,
+        Refusal,
         match=r"bert.yaml: data.text.tokenizer = null: network hf reads the tokens of its own",
     ):
         build_run(read(path, ["data.text.tokenizer=null"]), str(path), Solo())
     with pytest.raises(
-        Refused,
+        Refusal,
         match=r"bert.yaml: model.name = hf: cannot be built: folder = no: has no config.json",
     ):
         build_run(read(path, ["model.folder=no"]), str(path), Solo())
-    with pytest.raises(Refused, match=r"bert.yaml: data.text.tokenizer = no: no cannot be read"):
+    with pytest.raises(Refusal, match=r"bert.yaml: data.text.tokenizer = no: no cannot be read"):
         build_run(read(path, ["data.text.tokenizer=no"]), str(path), Solo())
     with pytest.raises(
         ConfigError, match=r"data.text.vocabulary = 9: a tokenizer has its own; leave it out"
@@ -762,7 +768,9 @@ def test_peft_gives_the_logits_of_the_client(tmp_path, family, auto, labels, exp
 
 
 ADAPTED = [
-    name for name in algorithms.names() if callable(getattr(algorithms.find(name), "adapter", None))
+    name
+    for name in algorithms.algorithm_names()
+    if callable(getattr(algorithms.find_algorithm(name), "adapter", None))
 ]
 
 
@@ -791,7 +799,7 @@ def test_peft_gives_the_logits_under_every_method_with_an_adapter(tmp_path, meth
 def test_a_base_on_other_weights_is_not_that_of_the_folder(tmp_path, export):
     path = config_file(tmp_path, "bert")
     (tmp_path / "net.safetensors").write_bytes(
-        weights.packed(network(tmp_path / "bert", "bert", seed=2).initial)
+        weights.pack_safetensors(network(tmp_path / "bert", "bert", seed=2).initial)
     )
     for number, given in enumerate(("weights={}/net.safetensors", "folder={}/bert/config.json")):
         given = f"model.{given.format(tmp_path)}"

@@ -12,7 +12,7 @@ from PIL import Image
 from runs import TINY
 
 from fedlora_mpi.cli import main
-from fedlora_mpi.core.vision import torchvision
+from fedlora_mpi.core.vision import import_torchvision
 from fedlora_mpi.data.datasets import Source, load
 
 CLASSES = ("ant", "bee")
@@ -91,11 +91,11 @@ def test_images_of_8_bits_are_those_of_torchvision(tmp_path, mode, ending):
     write(tmp_path, save, ending)
     found = read(tmp_path)
     for side, name in ((found.train, "train"), (found.test, "test")):
-        expected = torchvision().datasets.ImageFolder(tmp_path / name)
+        expected = import_torchvision().datasets.ImageFolder(tmp_path / name)
         assert side.y.tolist() == expected.targets == [0, 0, 1, 1]
         for x, (image, _) in zip(side.x, expected, strict=True):
             assert np.array_equal(x.permute(1, 2, 0), np.asarray(image.convert("RGB")))
-    assert found.names == CLASSES and found.hints == ()
+    assert found.class_names == CLASSES and found.hints == ()
 
 
 # --- Of more bits
@@ -371,7 +371,11 @@ def test_hidden_folders_and_files_are_no_classes_and_no_images(tmp_path):
         for name in (".DS_Store", "ant/.DS_Store", "ant/._0.png"):
             (tmp_path / side / name).write_bytes(b"\0\5\x16\7")
     found = read(tmp_path)
-    assert found.names == CLASSES and found.train.y.tolist() == [0, 0, 1, 1] and found.hints == ()
+    assert (
+        found.class_names == CLASSES
+        and found.train.y.tolist() == [0, 0, 1, 1]
+        and found.hints == ()
+    )
 
 
 def test_files_that_are_not_read_are_counted(tmp_path):
@@ -388,8 +392,10 @@ def test_classes_are_sorted_by_code_points_and_images_by_path(tmp_path):
     write(tmp_path, lambda path, n: Image.fromarray(pixels(n)).save(path), classes=names)
     (tmp_path / "train" / "9" / "deep" / "er").mkdir(parents=True)
     Image.fromarray(pixels(77)).save(tmp_path / "train" / "9" / "deep" / "er" / "a.png")
-    found, expected = read(tmp_path), torchvision().datasets.ImageFolder(tmp_path / "train")
-    assert list(found.names) == expected.classes == ["10", "9", "Zebra", "_x", "apple", "école"]
+    found, expected = read(tmp_path), import_torchvision().datasets.ImageFolder(tmp_path / "train")
+    assert (
+        list(found.class_names) == expected.classes == ["10", "9", "Zebra", "_x", "apple", "école"]
+    )
     assert found.train.y.tolist() == expected.targets and np.array_equal(found.train.x[4], grey(77))
 
 
@@ -479,7 +485,7 @@ def test_hidden_files_are_no_part_of_tiny_imagenet(tmp_path):
     (home / "train" / "n1" / "images" / "._0.png").write_bytes(b"\0")
     found = load(Source("tiny_imagenet", root=str(tmp_path)))
     assert (
-        found.names == ("n1", "n2")
+        found.class_names == ("n1", "n2")
         and found.train.y.tolist() == [0, 0, 1, 1]
         and found.test.y.tolist() == [1]
     )

@@ -15,17 +15,17 @@ import torch
 from runs import (
     TINY,
     assert_same_run,
-    built,
-    command,
-    equal,
-    finished,
-    in_order,
-    mpirun,
-    on_ranks,
-    outcome,
-    played,
-    same,
-    tiny,
+    build_tiny,
+    command_line,
+    join_personal,
+    mpirun_command,
+    run_on_ranks,
+    run_outcome,
+    run_process,
+    run_rounds,
+    snapshots_equal,
+    tiny_config,
+    trees_equal,
 )
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,11 +48,11 @@ from fedlora_mpi.config import (
     resolved_dict,
     resolved_yaml,
 )
-from fedlora_mpi.core.scheduling import assign
+from fedlora_mpi.core.scheduling import assign_groups
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.engine.flops import Flops
-from fedlora_mpi.federation.cohorts import groups
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.cohorts import group_clients
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models import zoo
 from fedlora_mpi.plan import plan
 from fedlora_mpi.run.assembly import build, load_data
@@ -84,12 +84,14 @@ thorough = pytest.mark.thorough
 )
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=thorough), 3])
 def test_a_mixed_federation_has_the_same_bits_on_any_number_of_ranks(how, ranks):
-    alone = played(*PFEDLORA, *how)[0]
-    for moments in played(*PFEDLORA, *how, ranks=ranks):
-        assert len(moments) == 5 and all(same(a, b) for a, b in zip(alone, moments, strict=True))
+    alone = run_rounds(*PFEDLORA, *how)[0]
+    for moments in run_rounds(*PFEDLORA, *how, ranks=ranks):
+        assert len(moments) == 5 and all(
+            snapshots_equal(a, b) for a, b in zip(alone, moments, strict=True)
+        )
     assert alone[-1].personal["kind-0/4.weight"].shape == (3, 12, 64)  # clients 0, 3, 6
     assert alone[-1].personal["kind-2/1.running_mean"].shape == (2, 4)  # clients 2, 5
-    assert not equal(alone[0].shared, alone[-1].shared)
+    assert not trees_equal(alone[0].shared, alone[-1].shared)
 
 
 @pytest.fixture(scope="module")
@@ -103,17 +105,18 @@ def mixed(trained):
 )
 def test_a_mixed_run_goes_on_from_a_checkpoint_on_another_number_of_ranks(mixed, ranks):
     def go_on(comm):
-        parts = build(tiny(*PFEDLORA), str(TINY), comm)
+        parts = build(tiny_config(*PFEDLORA), str(TINY), comm)
         state = loaded(Checkpoint.read(folder_of(mixed, 2)), parts)
         for _ in range(2):
-            state, _, _ = play(parts.run, state, evaluate=True, stop=False)
+            state, _, _ = run_round(parts.run, state, evaluate=True, stop=False)
         return parts.run, state
 
-    found = on_ranks(ranks, go_on)
-    whole = played(*PFEDLORA)[0][-1]
-    assert equal(found[0][1].shared, whole.shared)
-    assert equal(
-        in_order([run for run, _ in found], [state.personal for _, state in found]), whole.personal
+    found = run_on_ranks(ranks, go_on)
+    whole = run_rounds(*PFEDLORA)[0][-1]
+    assert trees_equal(found[0][1].shared, whole.shared)
+    assert trees_equal(
+        join_personal([run for run, _ in found], [state.personal for _, state in found]),
+        whole.personal,
     )
 
 
@@ -124,12 +127,12 @@ def test_a_checkpoint_of_a_mixed_run_has_one_digest_and_one_joined_file_on_any_n
     (tmp_path / "log.h5").write_bytes((mixed / "log.h5").read_bytes())
 
     def write(comm):
-        parts = build(tiny(*PFEDLORA), str(TINY), comm)
+        parts = build(tiny_config(*PFEDLORA), str(TINY), comm)
         save(parts, tmp_path, loaded(Checkpoint.read(folder_of(mixed, 4)), parts))
 
-    on_ranks(ranks, write)
+    run_on_ranks(ranks, write)
     one, other = (Checkpoint.read(folder_of(run, 4)) for run in (mixed, tmp_path))
-    other.verify(built(*PFEDLORA).digest)
+    other.verify(build_tiny(*PFEDLORA).digest)
     assert one.digest() == other.digest()
     assert joined(one.path) == joined(other.path)
 
@@ -150,8 +153,8 @@ def joined(folder):
 def test_under_mpirun_and_after_a_resume_in_one_process_there_are_the_bits_of_one_process(
     mixed, tmp_path
 ):
-    line = command("run", TINY, *PFEDLORA, "rounds=2", "output=run")
-    ended = finished([*mpirun(3), *line], tmp_path)
+    line = command_line("run", TINY, *PFEDLORA, "rounds=2", "output=run")
+    ended = run_process([*mpirun_command(3), *line], tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert main(["resume", str(tmp_path / "run"), "rounds=4"]) == 0
     assert_same_run(mixed, tmp_path / "run")
@@ -196,14 +199,14 @@ def test_every_client_of_a_mixed_run_has_its_own_network_and_the_accuracy_that_w
     logged = run.array("clients/accuracy")[-1]
     assert run.network_of == KIND_OF
     for client in range(7):
-        view, first = run.client(client), built(*PFEDLORA).run.kinds[KIND_OF[client]].first
+        view, first = run.client(client), build_tiny(*PFEDLORA).run.kinds[KIND_OF[client]].initial
         assert {n: v.shape for n, v in view.personal.items()} == {
             n: v.shape for n, v in first.personal.items()
         }
         assert {n: v.shape for n, v in view.weights.items()} == {
             n: v.shape for n, v in view.network.initial.items()
         }
-        batch = feed.test([client], 0, feed.test_size(client))
+        batch = feed.test_batch([client], 0, feed.test_size(client))
         with torch.no_grad():
             right = view.model(batch.x[0]).argmax(1) == batch.y[0]
         assert np.float32(right.double().mean()) == logged[client]
@@ -237,7 +240,7 @@ def test_the_digest_of_a_run_with_one_network_is_that_of_its_leaves_by_name_over
                     f"{leaf}\0{value.dtype.str}\0{value.shape}\0".encode() + value.tobytes()
                 )
     assert open_run(run).digest() == {name: h.hexdigest() for name, h in hashes.items()}
-    assert outcome(run)["round"] == 4
+    assert run_outcome(run)["round"] == 4
 
 
 # --- configs
@@ -364,9 +367,14 @@ def test_a_network_on_the_command_line_replaces_a_mix_and_a_mix_a_network(tmp_pa
     assert model("model.mix=[cnn]") == one  # and the counts, which were for two networks, are gone
     assert model("model.clients=[4, 3]").of_clients(7) == (0, 0, 0, 0, 1, 1, 1)
     mix = f"model={{mix: {TWO}}}"
-    assert tiny(mix).model.of_clients(5) == (0, 1, 0, 1, 0) and len(tiny(mix).model.mix) == 2
-    assert tiny(f"model.mix={TWO}") == tiny(mix)
-    assert tiny(f"model.mix={TWO}", "model.each=[1, 1, 0, 0, 0, 0, 0]").model.of_clients(7) == (
+    assert (
+        tiny_config(mix).model.of_clients(5) == (0, 1, 0, 1, 0)
+        and len(tiny_config(mix).model.mix) == 2
+    )
+    assert tiny_config(f"model.mix={TWO}") == tiny_config(mix)
+    assert tiny_config(f"model.mix={TWO}", "model.each=[1, 1, 0, 0, 0, 0, 0]").model.of_clients(
+        7
+    ) == (
         1,
         1,
         0,
@@ -389,11 +397,11 @@ def test_a_network_on_the_command_line_replaces_a_mix_and_a_mix_a_network(tmp_pa
     ],
 )
 def test_a_mix_that_is_written_out_reads_equal(model, tmp_path):
-    config = tiny(model)
+    config = tiny_config(model)
     path = tmp_path / "tiny.yaml"
     path.write_text(resolved_yaml(config))
     assert read(path) == from_dict(resolved_dict(config), "x") == config
-    assert digest(read(path)) == digest(config) != digest(tiny())
+    assert digest(read(path)) == digest(config) != digest(tiny_config())
 
 
 # --- which methods, and equal networks
@@ -448,9 +456,9 @@ def test_networks_that_differ_in_names_alone_are_named(capsys):
 )
 def test_equal_networks_in_a_mix_are_one_network(algorithm):
     how = f"algorithm={algorithm}", "engine.path=loop"
-    plain, mix = played(*how)[0], played(*how, f"model={{mix: [{CNN}, {CNN}]}}", ranks=2)[0]
+    plain, mix = run_rounds(*how)[0], run_rounds(*how, f"model={{mix: [{CNN}, {CNN}]}}", ranks=2)[0]
     for a, b in zip(plain, mix, strict=True):
-        assert equal(a.shared, b.shared)
+        assert trees_equal(a.shared, b.shared)
         for name, rows in a.personal.items():
             assert torch.equal(rows[0::2], b.personal[f"kind-0/{name}"])
             assert torch.equal(rows[1::2], b.personal[f"kind-1/{name}"])
@@ -465,10 +473,15 @@ def test_equal_networks_in_a_mix_are_one_network(algorithm):
 
 def test_a_network_of_the_mix_that_no_client_has_changes_nothing():
     each = f"model={{mix: [{CNN}, user_parts:normed], each: [0, 0, 0, 0, 0, 0, 0]}}"
-    plain, mix = played("algorithm=pfedlora")[0], played("algorithm=pfedlora", each, ranks=2)[0]
-    assert equal(plain[-1].shared, mix[-1].shared)
-    assert equal(plain[-1].personal, mix[-1].personal)
-    assert "7 clients" in plan(tiny("algorithm=pfedlora", each, "train.epochs=1"), str(TINY), 2)
+    plain, mix = (
+        run_rounds("algorithm=pfedlora")[0],
+        run_rounds("algorithm=pfedlora", each, ranks=2)[0],
+    )
+    assert trees_equal(plain[-1].shared, mix[-1].shared)
+    assert trees_equal(plain[-1].personal, mix[-1].personal)
+    assert "7 clients" in plan(
+        tiny_config("algorithm=pfedlora", each, "train.epochs=1"), str(TINY), 2
+    )
 
 
 # --- placement
@@ -476,20 +489,20 @@ def test_a_network_of_the_mix_that_no_client_has_changes_nothing():
 
 def test_groups_never_mix_networks_and_hold_every_client_once():
     sizes, kind_of = [5, 9, 2, 7, 7, 3, 8, 1], [1, 0, 1, 0, 1, 1, 0, 2]
-    made = groups(sizes, 2, kind_of)
+    made = group_clients(sizes, 2, kind_of)
     assert made == ((1, 6), (3,), (4, 0), (5, 2), (7,))
     assert sorted(c for group in made for c in group) == list(range(8))
-    assert groups(sizes, 3, [0] * 8) == groups(sizes, 3)
+    assert group_clients(sizes, 3, [0] * 8) == group_clients(sizes, 3)
 
 
 def test_groups_are_placed_by_the_flops_of_their_networks():
-    run = built(*PFEDLORA).run
+    run = build_tiny(*PFEDLORA).run
     flops = [kind.trainer.model.flops for kind in run.kinds]
     assert len(set(flops)) == 3
     for group, cost in zip(run.groups, run.costs, strict=True):
         assert len({KIND_OF[c] for c in group}) == 1
         assert cost == sum(run.sizes[c] * flops[KIND_OF[c]] for c in group)
-    hosts = assign(run.costs, [1, 2])
+    hosts = assign_groups(run.costs, [1, 2])
     load = Counter(
         {w: sum(c for c, h in zip(run.costs, hosts, strict=True) if h == w) for w in (1, 2)}
     )
@@ -502,8 +515,8 @@ def test_groups_are_placed_by_the_flops_of_their_networks():
 
 def counted(made, client, round_):
     """FLOPs of a client's local training, as torch's counter sees them happen."""
-    start = small.first(made)
-    rows = small.rows(start.personal, 1)
+    start = small.initial_variables(made)
+    rows = small.repeat_rows(start.personal, 1)
     with FlopCounterMode(display=False) as counter:
         list(made.train([client], start.shared, rows, round_))
     return counter.get_total_flops()
@@ -529,23 +542,23 @@ NAMES = [f"{method.__class__.__name__}-{number}" for number, method in enumerate
 )
 @pytest.mark.parametrize("algorithm", METHODS, ids=NAMES)
 def test_flops_are_those_that_happen(algorithm, network, sizes):
-    made = small.trainer(algorithm, network)
-    flops = Flops(made, small.first(made))
+    made = small.make_trainer(algorithm, network)
+    flops = Flops(made, small.initial_variables(made))
     # in batches of 5
     for client, size in ((c, s) for c, s in enumerate(small.SIZES) if s in sizes):
         for round_ in (0, 1):
-            assert flops.of_round(size, round_) == counted(made, client, round_), (
+            assert flops.round_flops(size, round_) == counted(made, client, round_), (
                 f"{size} samples, round {round_}"
             )
 
 
 def test_every_count_of_flops_is_a_sign_of_life():
-    made, beats = small.trainer(FedAvg()), []
-    flops = Flops(made, small.first(made), lambda: beats.append(1))
-    flops.of_round(7, 0)
-    assert len(beats) == len(flops._known) > 2
-    flops.of_round(7, 1)
-    assert len(beats) == len(flops._known)
+    made, beats = small.make_trainer(FedAvg()), []
+    flops = Flops(made, small.initial_variables(made), lambda: beats.append(1))
+    flops.round_flops(7, 0)
+    assert len(beats) == len(flops._counts) > 2
+    flops.round_flops(7, 1)
+    assert len(beats) == len(flops._counts)
 
 
 @dataclass(frozen=True)
@@ -560,9 +573,9 @@ class Changes(FedAvg):
 
 
 def test_flops_of_a_phase_that_changes_with_the_round():
-    made = small.trainer(Changes())
-    flops = Flops(made, small.first(made))
-    found = [flops.of_round(7, round_) for round_ in (0, 1, 2, 0)]
+    made = small.make_trainer(Changes())
+    flops = Flops(made, small.initial_variables(made))
+    found = [flops.round_flops(7, round_) for round_ in (0, 1, 2, 0)]
     assert (
         found == [counted(made, 1, round_) for round_ in (0, 1, 2, 0)]
         and found[0] < found[1] == found[2]
@@ -570,18 +583,21 @@ def test_flops_of_a_phase_that_changes_with_the_round():
 
 
 def test_a_row_has_the_flops_of_the_cohort_whatever_the_ranks():
-    run, rows = built(*PFEDLORA).run, [m.row for m in played(*PFEDLORA)[0][1:]]
+    run, rows = build_tiny(*PFEDLORA).run, [m.row for m in run_rounds(*PFEDLORA)[0][1:]]
     for round_, row in enumerate(rows):
-        each = [run.flops[KIND_OF[c]].of_round(run.sizes[c], round_) for c in run.chosen(round_)]
+        each = [
+            run.flops[KIND_OF[c]].round_flops(run.sizes[c], round_)
+            for c in run.sample_cohort(round_)
+        ]
         assert row["flops"] == sum(each) > 0
-    assert [m.row["flops"] for m in played(*PFEDLORA, ranks=3)[2][1:]] == [
+    assert [m.row["flops"] for m in run_rounds(*PFEDLORA, ranks=3)[2][1:]] == [
         row["flops"] for row in rows
     ]
 
 
 def test_the_flops_of_a_run_are_in_its_log(mixed):
     assert RunFiles(mixed).rounds()["flops"].tolist() == [
-        m.row["flops"] for m in played(*PFEDLORA)[0][1:]
+        m.row["flops"] for m in run_rounds(*PFEDLORA)[0][1:]
     ]
 
 
@@ -604,7 +620,7 @@ def test_the_five_networks_have_the_published_sizes(name):
         assert model.leaves[f"{model.head}.weight"].shape == (classes, 500)
         if classes == 10:
             assert round(model.flops / 2e6, 3) == mmac
-    assert f"{ten:,}" in zoo.NAMES[name].__doc__
+    assert f"{ten:,}" in zoo.BUILDERS[name].__doc__
 
 
 def test_the_five_networks_say_which_images_are_too_small():

@@ -7,19 +7,21 @@ from dataclasses import dataclass, replace
 import pytest
 import small
 import torch
-from tiers import STACK_FIRST, thorough
+from tiers import STACK_FIRST, thorough_param
 
-from fedlora_mpi.algorithm import Batch, Phase, Step, Train, Vars
+from fedlora_mpi.algorithm import Batch, LocalTraining, Phase, Step, Variables
 from fedlora_mpi.algorithms.apfl import APFL
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.algorithms.perfedavg import PerFedAvg
 from fedlora_mpi.algorithms.pfedme import PFedMe
-from fedlora_mpi.core.batch import cross_entropy, halves
+from fedlora_mpi.core.batch import cross_entropy, split_batch
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import numel
 
-NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net", thorough("noisy_net")])
+NETWORKS = pytest.mark.parametrize(
+    "network", [thorough_param("cnn"), "bn_net", thorough_param("noisy_net")]
+)
 PLAIN = replace(small.TRAIN, momentum=0.0)
 CLIENTS = range(5)
 
@@ -61,15 +63,15 @@ def parameters(made, tree):
 
 def moved_rows(made, scale=0.05):
     """(shared, personal rows) whose own models differ from the shared one and from each other."""
-    v = small.first(made)
-    rows = small.rows(v.personal, 5)
+    v = small.initial_variables(made)
+    rows = small.repeat_rows(v.personal, 5)
     return v.shared, {
         n: w + scale * numbers(*w.shape).abs() if n != ".mix.alpha" else w for n, w in rows.items()
     }
 
 
 def ended(algorithm, network="cnn", rounds=3, **how):
-    return small.ended(algorithm, network, rounds, **how)
+    return small.final_state(algorithm, network, rounds, **how)
 
 
 # APFL
@@ -81,7 +83,7 @@ def ended(algorithm, network="cnn", rounds=3, **how):
 def test_apfls_shared_model_is_fedavg(network, stacked, adaptive):
     how = {"stacked": stacked, "participation": 0.6}
     apfl, fedavg = (ended(a, network, **how) for a in (APFL(adaptive=adaptive), FedAvg()))
-    assert small.equal(apfl.shared, fedavg.shared)
+    assert small.trees_equal(apfl.shared, fedavg.shared)
 
 
 @STACK_FIRST
@@ -89,7 +91,7 @@ def test_apfls_shared_model_is_fedavg(network, stacked, adaptive):
 def test_apfl_with_alpha_one_is_local(network, stacked):
     apfl = ended(APFL(alpha=1.0, adaptive=False), network, stacked=stacked)
     local = ended(Local(), network, stacked=stacked)
-    assert small.equal(owned(apfl.personal), local.personal)
+    assert small.trees_equal(owned(apfl.personal), local.personal)
     half = ended(APFL(adaptive=False), network, stacked=stacked)
     assert gap(owned(half.personal), local.personal) > 1e-3
 
@@ -97,20 +99,20 @@ def test_apfl_with_alpha_one_is_local(network, stacked):
 @STACK_FIRST
 @NETWORKS
 def test_apfl_with_alpha_zero_predicts_by_the_shared_model_and_moves_no_parameter(network, stacked):
-    run, state = small.experiment(APFL(alpha=0.0, adaptive=False), network, stacked=stacked)
-    begin = small.copy(state.personal)
-    state = small.played(run, state, 2)
+    run, state = small.make_experiment(APFL(alpha=0.0, adaptive=False), network, stacked=stacked)
+    begin = small.clone_tree(state.personal)
+    state = small.run_rounds(run, state, 2)
     for n, v in parameters(run.trainer, state.shared).items():
         assert torch.equal(state.personal[f".own.{n}"], begin[f".own.{n}"])
-        mine = Vars(state.shared, {m: w[1] for m, w in state.personal.items()})
-        assert torch.equal(run.algorithm.weights_of(run.trainer.model, mine)[n], v)
+        mine = Variables(state.shared, {m: w[1] for m, w in state.personal.items()})
+        assert torch.equal(run.algorithm.client_model(run.trainer.model, mine)[n], v)
 
 
 def test_the_gradients_of_alpha_and_v_are_those_of_the_paper():
-    made = small.trainer(APFL(alpha=0.3))
-    v = small.first(made)
+    made = small.make_trainer(APFL(alpha=0.3))
+    v = small.initial_variables(made)
     alpha = {".mix.alpha": torch.tensor(0.3).double()}
-    now = Vars(
+    now = Variables(
         doubles(v.shared, 1),
         doubles({n: w for n, w in v.personal.items() if n not in alpha}, 2) | alpha,
     )
@@ -146,7 +148,7 @@ def test_the_gradients_of_alpha_and_v_are_those_of_the_paper():
 @STACK_FIRST
 @pytest.mark.parametrize("decay", [0.0, 0.02])
 def test_alpha_moves_once_a_round_on_one_batch_of_its_own(stacked, decay):
-    made = small.trainer(APFL(alpha=0.5, alpha_decay=decay), stacked=stacked)
+    made = small.make_trainer(APFL(alpha=0.5, alpha_decay=decay), stacked=stacked)
     shared, rows = moved_rows(made)
     for done in made.train(CLIENTS, shared, rows, 0):
         own = owned({n: v[done.client] for n, v in rows.items()})
@@ -166,9 +168,14 @@ def test_alpha_moves_once_a_round_on_one_batch_of_its_own(stacked, decay):
 @STACK_FIRST
 def test_alpha_goes_to_the_better_model_and_stays_between_zero_and_one(stacked):
     """v_i is a step down the loss from w for even clients, and a step up for odd ones."""
-    made = small.trainer(APFL(), train=Train(1, 5, lr=1e4, momentum=0.0), stacked=stacked)
-    (mixing, _), v = made.algorithm.phases(made.model, made.settings, 0), small.first(made)
-    rows = small.rows(v.personal, 5)
+    made = small.make_trainer(
+        APFL(), train=LocalTraining(1, 5, lr=1e4, momentum=0.0), stacked=stacked
+    )
+    (mixing, _), v = (
+        made.algorithm.phases(made.model, made.settings, 0),
+        small.initial_variables(made),
+    )
+    rows = small.repeat_rows(v.personal, 5)
     for client in CLIENTS:
         width = min(5, small.SIZES[client])
         for n, g in slope(
@@ -191,7 +198,7 @@ def test_the_step_on_alpha_moves_no_statistics(stacked):
     one, other = (
         ended(APFL(adaptive=a), "bn_net", 1, stacked=stacked).personal for a in (True, False)
     )
-    assert small.equal(one, other)
+    assert small.trees_equal(one, other)
     one, other = (
         ended(APFL(adaptive=a), "bn_net", 2, stacked=stacked).personal for a in (True, False)
     )
@@ -199,7 +206,9 @@ def test_the_step_on_alpha_moves_no_statistics(stacked):
 
 
 def test_v_and_w_step_at_the_same_time():
-    made = small.trainer(APFL(alpha=0.3, adaptive=False), train=Train(1, 12, lr=0.5, momentum=0.0))
+    made = small.make_trainer(
+        APFL(alpha=0.3, adaptive=False), train=LocalTraining(1, 12, lr=0.5, momentum=0.0)
+    )
     shared, rows = moved_rows(made)
     (done,) = made.train([0], shared, {n: v[:1] for n, v in rows.items()}, 0)
     own, data = (
@@ -223,7 +232,7 @@ def by_hand(made, w, steps, lam, inner, outer, data, decay=0.0):
     """(theta, w) after Algorithm 1's loop over the batches ``data``, theta from w; ``decay``: of
     theta's weights.
     """
-    theta = small.copy(w)
+    theta = small.clone_tree(w)
     for one in data:
         for _ in range(steps):
             g = slope(made, theta, one)
@@ -237,9 +246,9 @@ def test_pfedme_is_algorithm_1(stacked):
     """Two batches: theta goes on from batch to batch, and starts at the received model, not where
     it was.
     """
-    settings = Train(1, 6, lr=0.04, momentum=0.0)
-    samples = small.feed(sizes=(12,))
-    made = small.trainer(
+    settings = LocalTraining(1, 6, lr=0.04, momentum=0.0)
+    samples = small.make_feed(sizes=(12,))
+    made = small.make_trainer(
         PFedMe(lam=7.0, inner_steps=3, inner_lr=0.06),
         train=settings,
         stacked=stacked,
@@ -255,11 +264,12 @@ def test_pfedme_is_algorithm_1(stacked):
 
 
 def test_the_weight_decay_of_pfedme_is_of_theta_alone():
-    made = small.trainer(
-        PFedMe(lam=7.0, inner_steps=2), train=Train(1, 12, lr=0.04, momentum=0.0, weight_decay=0.5)
+    made = small.make_trainer(
+        PFedMe(lam=7.0, inner_steps=2),
+        train=LocalTraining(1, 12, lr=0.04, momentum=0.0, weight_decay=0.5),
     )
-    v = small.first(made)
-    (done,) = made.train([0], v.shared, small.rows(v.personal, 1), 0)
+    v = small.initial_variables(made)
+    (done,) = made.train([0], v.shared, small.repeat_rows(v.personal, 1), 0)
     theta, w = by_hand(
         made, v.shared, 2, 7.0, 0.09, 0.04, [batch(made, width=11, dtype=torch.float32)], 0.5
     )
@@ -267,11 +277,11 @@ def test_the_weight_decay_of_pfedme_is_of_theta_alone():
 
 
 def test_the_pull_of_pfedme_has_the_gradient_of_half_a_square():
-    made, off = (small.trainer(PFedMe(lam=lam), "bn_net") for lam in (0.7, 0.0))
-    v = small.first(made)
+    made, off = (small.make_trainer(PFedMe(lam=lam), "bn_net") for lam in (0.7, 0.0))
+    v = small.initial_variables(made)
     found = []
     for m in (made, off):
-        now = Vars(doubles(v.shared, 1), doubles(v.personal, 2))
+        now = Variables(doubles(v.shared, 1), doubles(v.personal, 2))
         inner, outer = m.algorithm.phases(m.model, m.settings, 0)[0].steps
         rows = [
             {n: w.requires_grad_() for n, w in half.items() if step.trains(n)}
@@ -305,14 +315,14 @@ def test_pfedme_with_one_step_and_eta_lam_one_is_fedavg(network, stacked):
         PFedMe(lam=1.0, inner_steps=1, inner_lr=0.05), network, train=replace(PLAIN, lr=1.0), **how
     )
     fedavg = ended(FedAvg(), network, train=PLAIN, **how)
-    assert small.equal(pfedme.shared, fedavg.shared)
+    assert small.trees_equal(pfedme.shared, fedavg.shared)
 
 
 @STACK_FIRST
 def test_pfedme_without_beta_leaves_the_global_parameters_and_trains_theta(stacked):
-    run, state = small.experiment(PFedMe(beta=0.0), "bn_net", train=PLAIN, stacked=stacked)
-    begin = small.copy(state.shared)
-    state = small.played(run, state, 2)
+    run, state = small.make_experiment(PFedMe(beta=0.0), "bn_net", train=PLAIN, stacked=stacked)
+    begin = small.clone_tree(state.shared)
+    state = small.run_rounds(run, state, 2)
     for n, v in begin.items():
         assert torch.equal(state.shared[n], v) == (run.trainer.model.role(n) != "stats"), n
     assert (
@@ -323,16 +333,16 @@ def test_pfedme_without_beta_leaves_the_global_parameters_and_trains_theta(stack
 
 @STACK_FIRST
 def test_pfedme_without_lam_leaves_w_where_it_was(stacked):
-    run, state = small.experiment(PFedMe(lam=0.0), train=PLAIN, stacked=stacked)
-    begin = small.copy(state.shared)
-    assert small.equal(small.played(run, state, 2).shared, begin)
+    run, state = small.make_experiment(PFedMe(lam=0.0), train=PLAIN, stacked=stacked)
+    begin = small.clone_tree(state.shared)
+    assert small.trees_equal(small.run_rounds(run, state, 2).shared, begin)
 
 
 @STACK_FIRST
 def test_beta_carries_parameters_beyond_the_mean_but_not_statistics(stacked):
     how = {"train": PLAIN, "stacked": stacked}
-    run, state = small.experiment(PFedMe(), "bn_net", **how)
-    x = small.copy(state.shared)
+    run, state = small.make_experiment(PFedMe(), "bn_net", **how)
+    x = small.clone_tree(state.shared)
     one, two = (ended(PFedMe(beta=b), "bn_net", 1, **how).shared for b in (1.0, 2.0))
     w = parameters(run.trainer, x)
     assert gap(two, {n: 2 * one[n] - x[n] for n in w}) < 1e-6
@@ -340,15 +350,15 @@ def test_beta_carries_parameters_beyond_the_mean_but_not_statistics(stacked):
 
 
 def test_pfedme_judges_theta_and_theta_is_not_w():
-    run, state = small.experiment(PFedMe(), "bn_net", train=PLAIN)
+    run, state = small.make_experiment(PFedMe(), "bn_net", train=PLAIN)
     (done,) = run.trainer.train([0], state.shared, {n: v[:1] for n, v in state.personal.items()}, 0)
-    judged = run.algorithm.weights_of(run.trainer.model, done.end)
+    judged = run.algorithm.client_model(run.trainer.model, done.end)
     theta = owned(done.end.personal)
     assert (
         all(torch.equal(judged[n], v) for n, v in theta.items())
         and gap(theta, parameters(run.trainer, done.end.shared)) > 1e-4
     )
-    assert run.algorithm.evaluates == "after_training"
+    assert run.algorithm.evaluate_on == "after_training"
 
 
 # Per-FedAvg
@@ -362,8 +372,8 @@ class SecondHalves(FedAvg):
         own = self.loss(model)
 
         def loss(now, start, batch):
-            second = halves(batch)[1]
-            with model.prepared(second):
+            second = split_batch(batch)[1]
+            with model.training_context(second):
                 return own(now, start, second)
 
         return (Phase(train.epochs, (Step(loss),)),)
@@ -374,7 +384,7 @@ class SecondHalves(FedAvg):
 def test_perfedavg_without_alpha_is_fedavg_on_the_second_halves(network, stacked):
     algorithms = PerFedAvg(alpha=0.0), PerFedAvg(alpha=0.0, variant="hf"), SecondHalves()
     fo, hf, fedavg = (ended(a, network, 2, stacked=stacked).shared for a in algorithms)
-    assert small.equal(fo, fedavg) and small.equal(hf, fedavg)
+    assert small.trees_equal(fo, fedavg) and small.trees_equal(hf, fedavg)
     on = ended(PerFedAvg(alpha=0.1), network, 2, stacked=stacked).shared
     more = ended(PerFedAvg(alpha=0.1, variant="hf"), network, 2, stacked=stacked).shared
     assert gap(on, fedavg) > 1e-4 and gap(on, more) > 1e-4
@@ -382,7 +392,7 @@ def test_perfedavg_without_alpha_is_fedavg_on_the_second_halves(network, stacked
 
 def meta(made, w, data, alpha):
     """(gradient of f(w'; D') at w', D) by plain autograd."""
-    D, D_ = halves(data)
+    D, D_ = split_batch(data)
     ahead = {
         n: v - alpha * g for (n, v), g in zip(w.items(), slope(made, w, D).values(), strict=True)
     }
@@ -392,11 +402,11 @@ def meta(made, w, data, alpha):
 def test_the_two_variants_have_the_gradients_of_the_paper():
     alpha, found = 0.3, {}
     for variant in ("fo", "hf"):
-        made = small.trainer(PerFedAvg(alpha=alpha, variant=variant))
-        w = doubles(small.first(made).shared, 1)
+        made = small.make_trainer(PerFedAvg(alpha=alpha, variant=variant))
+        w = doubles(small.initial_variables(made).shared, 1)
         leaves = {n: v.clone().requires_grad_() for n, v in w.items()}
         loss = made.algorithm.phases(made.model, made.settings, 0)[0].steps[0].loss
-        value = loss(Vars(leaves, {}), Vars(w, {}), batch(made))
+        value = loss(Variables(leaves, {}), Variables(w, {}), batch(made))
         found[variant] = dict(
             zip(w, torch.autograd.grad(value, list(leaves.values())), strict=True)
         )
@@ -425,7 +435,7 @@ def test_the_two_variants_have_the_gradients_of_the_paper():
 )
 def test_halves_share_out_the_real_examples(width, real, first, second):
     x, mask = torch.arange(width).float(), None if real is None else torch.arange(width) < real
-    parts = halves(Batch(x, x.long(), mask, torch.tensor(7), torch.ones(6)))
+    parts = split_batch(Batch(x, x.long(), mask, torch.tensor(7), torch.ones(6)))
     for part, expected in zip(parts, (first, second), strict=True):
         kept = part.x if part.real is None else part.x[part.real]
         assert kept.tolist() == expected and torch.equal(part.x.long(), part.y)
@@ -434,8 +444,8 @@ def test_halves_share_out_the_real_examples(width, real, first, second):
 
 @STACK_FIRST
 def test_perfedavg_is_judged_after_one_step_on_training_data(stacked):
-    made = small.trainer(PerFedAvg(alpha=0.2), stacked=stacked)
-    shared = small.first(made).shared
+    made = small.make_trainer(PerFedAvg(alpha=0.2), stacked=stacked)
+    shared = small.initial_variables(made).shared
     found = made.evaluate(CLIENTS, shared, {}, 0)
     for client, tests in zip(CLIENTS, (4, 9, 2, 5, 7), strict=True):
         data = batch(made, client, "test 0", width=min(5, small.SIZES[client]), dtype=torch.float32)
@@ -457,8 +467,10 @@ def test_the_step_before_a_test_sees_training_samples_alone(stacked):
     """One batch holds all of a client's samples, so ``survey`` says what they are without
     ``epoch``.
     """
-    made = small.trainer(PerFedAvg(alpha=0.2), train=replace(PLAIN, batch_size=12), stacked=stacked)
-    shared = small.first(made).shared
+    made = small.make_trainer(
+        PerFedAvg(alpha=0.2), train=replace(PLAIN, batch_size=12), stacked=stacked
+    )
+    shared = small.initial_variables(made).shared
     found = made.evaluate(CLIENTS, shared, {}, 0)
     for client, tests in enumerate((4, 9, 2, 5, 7)):
         samples = made.feed.survey([client], whole=True)
@@ -471,16 +483,16 @@ def test_the_step_before_a_test_sees_training_samples_alone(stacked):
 
 
 def test_the_step_before_a_test_changes_nothing_that_lasts():
-    run, state = small.experiment(PerFedAvg(), "bn_net")
-    before = small.copy(state.shared)
+    run, state = small.make_experiment(PerFedAvg(), "bn_net")
+    before = small.clone_tree(state.shared)
     run.trainer.evaluate(CLIENTS, state.shared, state.personal, 0)
-    assert small.equal(state.shared, before)
+    assert small.trees_equal(state.shared, before)
 
 
 # All three
 
 
-@pytest.mark.parametrize("network", ["cnn", thorough("bn_net"), thorough("noisy_net")])
+@pytest.mark.parametrize("network", ["cnn", thorough_param("bn_net"), thorough_param("noisy_net")])
 @pytest.mark.parametrize(
     "algorithm",
     [APFL(), PFedMe(), PerFedAvg(alpha=0.1), PerFedAvg(alpha=0.1, variant="hf")],
@@ -497,10 +509,10 @@ def test_the_three_agree_on_loop_and_stack(algorithm, network):
 @STACK_FIRST
 @pytest.mark.parametrize("algorithm", [APFL(), PFedMe()], ids=["apfl", "pfedme"])
 def test_a_client_outside_the_cohort_keeps_what_it_has(algorithm, stacked):
-    run, state = small.experiment(algorithm, participation=0.6, stacked=stacked, train=PLAIN)
-    state, chosen = small.played(run, state, 2), run.chosen(2)
-    before = small.copy(state.personal)
-    state = small.played(run, state, 1)
+    run, state = small.make_experiment(algorithm, participation=0.6, stacked=stacked, train=PLAIN)
+    state, chosen = small.run_rounds(run, state, 2), run.sample_cohort(2)
+    before = small.clone_tree(state.personal)
+    state = small.run_rounds(run, state, 1)
     for client in CLIENTS:
         moved = [
             not torch.equal(v[client], before[n][client])
@@ -514,8 +526,8 @@ def test_a_client_outside_the_cohort_keeps_what_it_has(algorithm, stacked):
     "algorithm", [APFL(), PFedMe(), PerFedAvg()], ids=["apfl", "pfedme", "perfedavg"]
 )
 def test_uploads_and_downloads_are_the_models_leaves(algorithm):
-    run, state = small.experiment(algorithm, "bn_net")
-    assert run.upload.size == numel(state.shared) == numel(run.trainer.model.initial)
+    run, state = small.make_experiment(algorithm, "bn_net")
+    assert run.upload_layout.size == numel(state.shared) == numel(run.trainer.model.initial)
 
 
 @pytest.mark.parametrize(
@@ -527,13 +539,16 @@ def test_uploads_and_downloads_are_the_models_leaves(algorithm):
         (lambda: PFedMe(inner_steps=0), "inner_steps = 0: must be"),
         (lambda: PFedMe(inner_lr=0.0), "inner_lr = 0.0: must be"),
         (lambda: PFedMe(beta=-0.5), "beta = -0.5: must be"),
-        (lambda: PFedMe().check(small.model(), Train()), "needs train.momentum = 0, not 0.9"),
         (
-            lambda: PFedMe(lam=30.0).check(small.model(), PLAIN),
+            lambda: PFedMe().check(small.make_model(), LocalTraining()),
+            "needs train.momentum = 0, not 0.9",
+        ),
+        (
+            lambda: PFedMe(lam=30.0).check(small.make_model(), PLAIN),
             "lam = 30.0: must be below 2 / inner_lr",
         ),
         (
-            lambda: PFedMe(inner_lr=0.01).check(small.model(), replace(PLAIN, lr=0.2)),
+            lambda: PFedMe(inner_lr=0.01).check(small.make_model(), replace(PLAIN, lr=0.2)),
             "must be below 2 / train.lr = 10",
         ),
         (lambda: PerFedAvg(alpha=-0.1), "alpha = -0.1: must be"),

@@ -6,25 +6,25 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
-from tiers import STACK_FIRST, thorough
+from tiers import STACK_FIRST, thorough_param
 from torch import nn
 
-from fedlora_mpi.algorithm import Algorithm, Batch, Phase, Step, Train, Vars
+from fedlora_mpi.algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
 from fedlora_mpi.algorithms.fedamp import FedAMP
 from fedlora_mpi.algorithms.fedavg import FedAvg
-from fedlora_mpi.algorithms.fedcac import FedCAC, critical
+from fedlora_mpi.algorithms.fedcac import FedCAC, critical_mask
 from fedlora_mpi.algorithms.fedpac import FedPAC
 from fedlora_mpi.algorithms.local import Local
-from fedlora_mpi.components.prototypes import class_means, pull, statistics
-from fedlora_mpi.components.similarity import cosines, distances
-from fedlora_mpi.components.simplex import best_weights, on_simplex
+from fedlora_mpi.components.prototypes import class_means, feature_statistics, prototype_loss
+from fedlora_mpi.components.similarity import cosines, squared_distances
+from fedlora_mpi.components.simplex import best_weights, project_to_simplex
 from fedlora_mpi.core.seeds import rng
-from fedlora_mpi.core.tree import numel, prefixed, split, under
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.core.tree import add_prefix, numel, select_prefix, split
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.models.zoo import build
 
-NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
+NETWORKS = pytest.mark.parametrize("network", [thorough_param("cnn"), "bn_net"])
 ALL = pytest.mark.parametrize(
     "algorithm", [FedAMP(alpha=0.5), FedCAC(), FedPAC()], ids=lambda a: type(a).__name__
 )
@@ -79,7 +79,7 @@ def gradient(made, phase, now, batch):
     leaves = [{n: v.clone().requires_grad_(moves(n)) for n, v in half.items()} for half in now[:2]]
     wanted = [v for half in leaves for v in half.values() if v.requires_grad]
     names = [n for half in leaves for n, v in half.items() if v.requires_grad]
-    value = phase.steps[0].loss(Vars(*leaves), now, batch)
+    value = phase.steps[0].loss(Variables(*leaves), now, batch)
     grads = torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True)
     return dict(zip(names, grads, strict=True)), value
 
@@ -88,12 +88,12 @@ def gradient(made, phase, now, batch):
 
 
 @ALL
-@pytest.mark.parametrize("network", ["cnn", thorough("bn_net")])
+@pytest.mark.parametrize("network", ["cnn", thorough_param("bn_net")])
 def test_loop_and_stack_play_alike(algorithm, network):
     outcomes = []
     for stacked in (False, True):
-        run, state = small.experiment(algorithm, network, stacked=stacked, participation=0.8)
-        outcomes.append(small.played(run, state, 3))
+        run, state = small.make_experiment(algorithm, network, stacked=stacked, participation=0.8)
+        outcomes.append(small.run_rounds(run, state, 3))
     small.assert_near(outcomes[1].shared, outcomes[0].shared)
     small.assert_near(plain(outcomes[1].personal), plain(outcomes[0].personal))
 
@@ -101,13 +101,13 @@ def test_loop_and_stack_play_alike(algorithm, network):
 @ALL
 @STACK_FIRST
 def test_nothing_of_an_absent_client_changes(algorithm, stacked):
-    run, state = small.experiment(
+    run, state = small.make_experiment(
         algorithm, "bn_net", participation=0.6, stacked=stacked, group_size=2
     )
-    state = small.played(run, state, 1)
-    before, chosen = small.copy(state.personal), run.chosen(1)
-    state = small.played(run, state, 1)
-    for client, at in run.row_of.items():
+    state = small.run_rounds(run, state, 1)
+    before, chosen = small.clone_tree(state.personal), run.sample_cohort(1)
+    state = small.run_rounds(run, state, 1)
+    for client, at in run.row_of_client.items():
         same = {n for n, v in state.personal.items() if torch.equal(v[at], before[n][at])}
         assert (same == set(before)) == (client not in chosen)
     assert 0 < len(chosen) < 5
@@ -122,9 +122,11 @@ def test_one_client_alone_trains_as_without_a_mix(algorithm):
         algorithm = FedAMP(lam=0)
     ends = []
     for one in (algorithm, plain_one):
-        run, state = small.experiment(one, "bn_net", sizes=(11,))
-        state = small.played(run, state, 3)
-        ends.append(one.weights_of(run.trainer.model, Vars(state.shared, row(state.personal, 0))))
+        run, state = small.make_experiment(one, "bn_net", sizes=(11,))
+        state = small.run_rounds(run, state, 3)
+        ends.append(
+            one.client_model(run.trainer.model, Variables(state.shared, row(state.personal, 0)))
+        )
     assert {n: torch.equal(v, ends[1][n]) for n, v in ends[0].items()} == dict.fromkeys(
         ends[1], True
     )
@@ -158,18 +160,18 @@ def test_fields_out_of_range_are_refused(make, message):
 def test_likeness_is_that_of_the_keys_themselves():
     keys = numbers(3, 5, dtype=torch.float64)
     rows = keys[:, None], keys[None]
-    torch.testing.assert_close(distances(gram_of(keys)), torch.cdist(keys, keys).square())
+    torch.testing.assert_close(squared_distances(gram_of(keys)), torch.cdist(keys, keys).square())
     torch.testing.assert_close(cosines(gram_of(keys)), F.cosine_similarity(*rows, dim=2))
-    assert (distances(gram_of(keys[:1].expand(3, 5))) >= 0).all()
+    assert (squared_distances(gram_of(keys[:1].expand(3, 5))) >= 0).all()
     keys[1] = 0
     assert torch.equal(cosines(gram_of(keys))[1], torch.zeros(3, dtype=torch.float64))
     masks = keys > 0.2
-    assert torch.equal(distances(gram_of(masks)), (masks[:, None] != masks).sum(2).double())
+    assert torch.equal(squared_distances(gram_of(masks)), (masks[:, None] != masks).sum(2).double())
 
 
 def test_leaves_under_a_prefix_are_those_that_were_put_there():
     w = {"a": numbers(3), ".own.a": numbers(5)}  # a network may have a layer of that name
-    assert small.equal(under({"b": w["a"]} | prefixed(w, ".own."), ".own."), w)
+    assert small.trees_equal(select_prefix({"b": w["a"]} | add_prefix(w, ".own."), ".own."), w)
 
 
 # FedAMP
@@ -180,8 +182,8 @@ def test_leaves_under_a_prefix_are_those_that_were_put_there():
 def test_fedamp_without_penalty_is_local(network, stacked):
     ends = []
     for algorithm in (FedAMP(lam=0), Local()):
-        run, state = small.experiment(algorithm, network, stacked=stacked)
-        ends.append(small.played(run, state, 3).personal)
+        run, state = small.make_experiment(algorithm, network, stacked=stacked)
+        ends.append(small.run_rounds(run, state, 3).personal)
     assert all(torch.equal(v, ends[0][n]) for n, v in ends[1].items())
 
 
@@ -190,18 +192,18 @@ def test_fedamp_without_penalty_is_local(network, stacked):
 def test_fedamp_is_not_local(stacked, how):
     ends = []
     for algorithm in (FedAMP(alpha=1.0, **how), Local()):
-        run, state = small.experiment(algorithm, "bn_net", stacked=stacked)
-        ends.append(small.played(run, state, 2).personal)
+        run, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
+        ends.append(small.run_rounds(run, state, 2).personal)
     gaps = {n: (v - ends[0][n]).abs().max() for n, v in ends[1].items()}
     assert min(gaps.values()) > 1e-4
 
 
 def test_the_penalty_of_fedamp_has_gradient_lam_over_alpha_times_the_gap():
     algorithm, round_ = FedAMP(lam=0.7, alpha=3.0, decay=0.5, decay_every=2, alpha_min=0.1), 5
-    made = small.trainer(algorithm, "bn_net")
-    start = small.first(made).personal
+    made = small.make_trainer(algorithm, "bn_net")
+    start = small.initial_variables(made).personal
     delta = {n: numbers(*v.shape, at=n) for n, v in parameters(made).items()}
-    now = Vars({}, start | {n: start[n] + d for n, d in delta.items()})
+    now = Variables({}, start | {n: start[n] + d for n, d in delta.items()})
 
     def of(a):
         return gradient(made, a.phases(made.model, made.settings, round_)[0], now, batch_of(made))
@@ -221,7 +223,7 @@ def test_alpha_decays_in_steps_down_to_its_bound():
 
 
 def test_an_alpha_min_at_which_sgd_diverges_is_refused():
-    model, train = small.model(), Train(lr=0.1, momentum=0.9)
+    model, train = small.make_model(), LocalTraining(lr=0.1, momentum=0.9)
     FedAMP(alpha_min=0.027).check(model, train)
     FedAMP(alpha_min=0).check(model, train)
     with pytest.raises(ValueError, match=r"alpha_min = 0.026: must be above .* = 0.0263"):
@@ -292,23 +294,23 @@ def test_fedamp_with_a_tiny_sigma_mixes_nothing():
 
 
 def test_the_key_of_fedamp_is_centred_for_distances_alone():
-    assert FedAMP().centred and not FedAMP(heuristic=True).centred
+    assert FedAMP().center_keys and not FedAMP(heuristic=True).center_keys
 
 
 @STACK_FIRST
 @pytest.mark.parametrize("how", [{}, {"heuristic": True, "sigma": 2.0}])
 def test_the_cloud_models_are_the_mix_of_the_trained_parameters(stacked, how):
     algorithm = FedAMP(**{"alpha": 30, "sigma": 20, **how})
-    run, state = small.experiment(algorithm, "bn_net", stacked=stacked)
-    state = small.played(run, state, 1)
+    run, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
+    state = small.run_rounds(run, state, 1)
     done = trained(run, state)
-    after = small.played(run, state, 1)
+    after = small.run_rounds(run, state, 1)
     rows = torch.stack(
         [flat({n: done[c].end.personal[n] for n in parameters(run.trainer)}) for c in range(5)]
     )
     xi = direct_xi(rows, algorithm, 1)
     assert (xi - torch.eye(5)).abs().max() > 0.05
-    for client, at in run.row_of.items():
+    for client, at in run.row_of_client.items():
         cloud = {
             n.removeprefix(".cloud."): v[at]
             for n, v in after.personal.items()
@@ -320,13 +322,13 @@ def test_the_cloud_models_are_the_mix_of_the_trained_parameters(stacked, how):
         )
         own = {n: v[at] for n, v in after.personal.items() if not n.startswith(".cloud.")}
         # own start: w stays
-        assert small.equal(own, {n: done[client].end.personal[n] for n in own})
+        assert small.trees_equal(own, {n: done[client].end.personal[n] for n in own})
 
 
 @STACK_FIRST
 def test_the_cloud_model_stays_where_it_is_while_its_client_trains(stacked):
-    run, state = small.experiment(FedAMP(alpha=0.5), "bn_net", stacked=stacked)
-    for done in trained(run, small.played(run, state, 1)).values():
+    run, state = small.make_experiment(FedAMP(alpha=0.5), "bn_net", stacked=stacked)
+    for done in trained(run, small.run_rounds(run, state, 1)).values():
         for name in parameters(run.trainer):
             assert torch.equal(
                 done.end.personal[f".cloud.{name}"], done.start.personal[f".cloud.{name}"]
@@ -336,8 +338,10 @@ def test_the_cloud_model_stays_where_it_is_while_its_client_trains(stacked):
 
 @pytest.mark.parametrize("how", [{}, {"convex": False}, {"heuristic": True, "sigma": 25.0}])
 def test_identical_clients_of_fedamp_are_their_own_cloud(how):
-    run, state = small.experiment(FedAMP(**how), sizes=(6, 6, 6), same_sample=True, group_size=1)
-    state = small.played(run, state, 2)
+    run, state = small.make_experiment(
+        FedAMP(**how), sizes=(6, 6, 6), same_sample=True, group_size=1
+    )
+    state = small.run_rounds(run, state, 2)
     for name, value in parameters(run.trainer).items():
         assert torch.equal(state.personal[f".cloud.{name}"], state.personal[name])
         assert not torch.equal(state.personal[name][0], value)
@@ -346,13 +350,13 @@ def test_identical_clients_of_fedamp_are_their_own_cloud(how):
 @STACK_FIRST
 def test_training_starts_at_the_own_model_or_at_the_cloud(stacked):
     for start in ("own", "cloud"):
-        run, state = small.experiment(
+        run, state = small.make_experiment(
             FedAMP(start=start, heuristic=True, sigma=1.0), "bn_net", stacked=stacked
         )
-        state = small.played(run, state, 1)
-        before = small.copy(state.personal)
+        state = small.run_rounds(run, state, 1)
+        before = small.clone_tree(state.personal)
         for client, done in trained(run, state).items():
-            at = run.row_of[client]
+            at = run.row_of_client[client]
             for name in run.trainer.model.initial:
                 there = (
                     f".cloud.{name}" if start == "cloud" and f".cloud.{name}" in before else name
@@ -362,8 +366,8 @@ def test_training_starts_at_the_own_model_or_at_the_cloud(stacked):
 
 
 def test_fedamp_sends_its_parameters_up_and_receives_as_many():
-    run, state = small.experiment(FedAMP(), "bn_net", participation=0.6)
-    _, metrics, _ = play(run, state, evaluate=True, stop=False)
+    run, state = small.make_experiment(FedAMP(), "bn_net", participation=0.6)
+    _, metrics, _ = run_round(run, state, evaluate=True, stop=False)
     assert metrics["bytes_up"] == metrics["bytes_down"] == 3 * 4 * numel(parameters(run.trainer))
     assert metrics["accuracy"] == metrics["accuracy_aggregated"]  # the mix moves no w
 
@@ -372,13 +376,13 @@ def test_fedamp_sends_its_parameters_up_and_receives_as_many():
 
 
 @STACK_FIRST
-@pytest.mark.parametrize("weights", ["samples", thorough("uniform")])
+@pytest.mark.parametrize("weights", ["samples", thorough_param("uniform")])
 def test_fedcac_without_critical_entries_is_fedavg(stacked, weights):
     ends = []
     for algorithm in (FedCAC(tau=0, bn_stats="mean", weights=weights), FedAvg(weights=weights)):
-        run, state = small.experiment(algorithm, "bn_net", stacked=stacked, participation=0.8)
-        ends.append(play(run, small.played(run, state, 2), evaluate=True, stop=False))
-    assert small.equal(ends[0][0].shared, ends[1][0].shared)
+        run, state = small.make_experiment(algorithm, "bn_net", stacked=stacked, participation=0.8)
+        ends.append(run_round(run, small.run_rounds(run, state, 2), evaluate=True, stop=False))
+    assert small.trees_equal(ends[0][0].shared, ends[1][0].shared)
     assert (ends[0][2]["accuracy"] == ends[1][2]["accuracy"]).all()
 
 
@@ -386,8 +390,8 @@ def test_fedcac_without_critical_entries_is_fedavg(stacked, weights):
 def test_fedcac_is_not_fedavg(stacked):
     ends = []
     for algorithm in (FedCAC(bn_stats="mean"), FedAvg()):
-        run, state = small.experiment(algorithm, stacked=stacked)
-        ends.append(small.played(run, state, 2).shared)
+        run, state = small.make_experiment(algorithm, stacked=stacked)
+        ends.append(small.run_rounds(run, state, 2).shared)
     assert min((v - ends[0][n]).abs().max() for n, v in ends[1].items()) > 1e-4
 
 
@@ -395,7 +399,7 @@ def test_fedcac_is_not_fedavg(stacked):
 @pytest.mark.parametrize("size", [1, 3, 100, 257])
 def test_the_critical_share_is_tau(tau, size):
     start, end = numbers(size), numbers(size, at=1)
-    mask = critical(start, end, tau)
+    mask = critical_mask(start, end, tau)
     count = {(0.29, 100): 29}.get((tau, size), int(tau * size))
     assert mask.dtype == torch.bool and mask.sum() == count
     score = ((end - start) * end).abs()
@@ -407,11 +411,13 @@ def test_the_critical_share_is_tau(tau, size):
 def test_where_too_few_entries_moved_all_that_moved_are_critical():
     start, end = numbers(4, 5), numbers(4, 5)
     end.view(-1)[[3, 7, 11]] += 1  # 3 of 20 moved; tau asks for 10
-    assert critical(start, end, 0.5).flatten().nonzero().flatten().tolist() == [3, 7, 11]
-    assert critical(start, end, 0.1).sum() == 2
-    assert not critical(start, start, 0.5).any()  # nothing moved
+    assert critical_mask(start, end, 0.5).flatten().nonzero().flatten().tolist() == [3, 7, 11]
+    assert critical_mask(start, end, 0.1).sum() == 2
+    assert not critical_mask(start, start, 0.5).any()  # nothing moved
     dead = torch.zeros(20)
-    assert not critical(numbers(20), dead, 0.5).any()  # the score of a weight that is zero is zero
+    assert not critical_mask(
+        numbers(20), dead, 0.5
+    ).any()  # the score of a weight that is zero is zero
 
 
 def direct_weights(masks, round_, beta):
@@ -474,9 +480,9 @@ def test_equal_overlaps_are_no_prey_of_rounding(clients):
 
 
 def test_with_all_entries_critical_the_mix_is_the_uniform_mean():
-    run, state = small.experiment(FedCAC(tau=1.0), "bn_net", sizes=(11, 7, 6, 5, 3))
+    run, state = small.make_experiment(FedCAC(tau=1.0), "bn_net", sizes=(11, 7, 6, 5, 3))
     done = trained(run, state)
-    after = small.played(run, state, 1)
+    after = small.run_rounds(run, state, 1)
     for name, value in after.shared.items():
         w = torch.stack([done[c].end.shared[name] for c in range(5)]).double()
         uniform = w.mean(0).float()
@@ -491,13 +497,13 @@ def test_with_all_entries_critical_the_mix_is_the_uniform_mean():
 @STACK_FIRST
 def test_the_next_start_is_the_mix_where_critical_and_the_mean_elsewhere(stacked):
     algorithm = FedCAC(tau=0.3, beta=20)
-    run, state = small.experiment(algorithm, "bn_net", stacked=stacked)
-    state = small.played(run, state, 1)
+    run, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
+    state = small.run_rounds(run, state, 1)
     done = trained(run, state)
-    after = small.played(run, state, 1)
+    after = small.run_rounds(run, state, 1)
     begun, names = trained(run, after), list(parameters(run.trainer))
     masks = {
-        c: {n: critical(done[c].start.shared[n], done[c].end.shared[n], 0.3) for n in names}
+        c: {n: critical_mask(done[c].start.shared[n], done[c].end.shared[n], 0.3) for n in names}
         for c in range(5)
     }
     weights, _ = direct_weights(torch.stack([flat(masks[c]) for c in range(5)]), 1, 20)
@@ -511,22 +517,22 @@ def test_the_next_start_is_the_mix_where_critical_and_the_mean_elsewhere(stacked
             assert masks[c][name].sum() == int(0.3 * masks[c][name].numel())
     model = run.trainer.model  # what is evaluated is what the next round starts from
     for c in range(5):
-        v = Vars(after.shared, row(after.personal, run.row_of[c]))
-        seen = algorithm.weights_of(model, v)
+        v = Variables(after.shared, row(after.personal, run.row_of_client[c]))
+        seen = algorithm.client_model(model, v)
         assert set(seen) == set(model.initial)
         assert all(torch.equal(seen[n], begun[c].start.shared[n]) for n in names)
-        ended = algorithm.weights_of(model, done[c].end)  # after training: what was trained
+        ended = algorithm.client_model(model, done[c].end)  # after training: what was trained
         assert all(torch.equal(ended[n], done[c].end.shared[n]) for n in names)
 
 
 @STACK_FIRST
 @pytest.mark.parametrize("bn_stats", ["local", "mean"])
 def test_fedcac_trains_all_entries_as_fedavg_does_from_the_same_start(stacked, bn_stats):
-    run, state = small.experiment(FedCAC(bn_stats=bn_stats), "bn_net", stacked=stacked)
-    state = small.played(run, state, 1)
-    plain_trainer = small.trainer(FedAvg(), "bn_net", stacked=False)
+    run, state = small.make_experiment(FedCAC(bn_stats=bn_stats), "bn_net", stacked=stacked)
+    state = small.run_rounds(run, state, 1)
+    plain_trainer = small.make_trainer(FedAvg(), "bn_net", stacked=False)
     for client, done in trained(run, state).items():
-        start = small.copy(
+        start = small.clone_tree(
             {n: (done.start.shared | done.start.personal)[n] for n in run.trainer.model.initial}
         )
         (reference,) = plain_trainer.train([client], start, {}, state.round)
@@ -536,14 +542,14 @@ def test_fedcac_trains_all_entries_as_fedavg_does_from_the_same_start(stacked, b
 
 
 def test_beyond_beta_critical_entries_are_the_clients_own():
-    run, state = small.experiment(FedCAC(beta=1), "bn_net")
-    state = small.played(run, state, 1)
+    run, state = small.make_experiment(FedCAC(beta=1), "bn_net")
+    state = small.run_rounds(run, state, 1)
     done = trained(run, state)
-    after = small.played(run, state, 1)
+    after = small.run_rounds(run, state, 1)
     begun = trained(run, after)
     for c in range(5):
         for name in parameters(run.trainer):
-            mask = after.personal[f".critical.{name}"][run.row_of[c]]
+            mask = after.personal[f".critical.{name}"][run.row_of_client[c]]
             start = begun[c].start.shared[name]
             assert torch.equal(start[mask], done[c].end.shared[name][mask])
             assert torch.equal(start[~mask], after.shared[name][~mask])
@@ -552,23 +558,23 @@ def test_beyond_beta_critical_entries_are_the_clients_own():
 def test_identical_clients_of_fedcac_are_fedavg():
     ends = []
     for algorithm in (FedCAC(bn_stats="mean"), FedAvg()):
-        run, state = small.experiment(
+        run, state = small.make_experiment(
             algorithm, "bn_net", sizes=(6, 6, 6), same_sample=True, group_size=1
         )
-        ends.append(small.played(run, state, 3).shared)
-    assert small.equal(*ends)
+        ends.append(small.run_rounds(run, state, 3).shared)
+    assert small.trees_equal(*ends)
 
 
 def test_statistics_of_fedcac_stay_or_are_averaged():
     for bn_stats in ("local", "mean"):
-        run, state = small.experiment(FedCAC(bn_stats=bn_stats), "bn_net")
+        run, state = small.make_experiment(FedCAC(bn_stats=bn_stats), "bn_net")
         stats = {n for n in run.trainer.model.initial if run.trainer.model.role(n) == "stats"}
-        state = small.played(run, state, 1)
+        state = small.run_rounds(run, state, 1)
         assert (
             stats <= set(state.shared if bn_stats == "mean" else state.personal)
             and len(stats) == 12
         )
-        assert (stats & set(run.upload.shapes)) == (stats if bn_stats == "mean" else set())
+        assert (stats & set(run.upload_layout.shapes)) == (stats if bn_stats == "mean" else set())
         assert not any(
             f".{prefix}.{n}" in state.personal for n in stats for prefix in ("own", "critical")
         )
@@ -577,9 +583,9 @@ def test_statistics_of_fedcac_stay_or_are_averaged():
 
 
 def test_fedcac_sends_its_leaves_once_and_a_bit_for_each():
-    run, state = small.experiment(FedCAC(), "bn_net")
+    run, state = small.make_experiment(FedCAC(), "bn_net")
     size = numel(parameters(run.trainer))
-    _, metrics, _ = play(run, state, evaluate=False, stop=False)
+    _, metrics, _ = run_round(run, state, evaluate=False, stop=False)
     assert metrics["bytes_up"] == 5 * (4 * size + -(-size // 8))
     assert metrics["bytes_down"] == 5 * 2 * 4 * size
 
@@ -593,7 +599,7 @@ class Alternating(Algorithm):
 
     def init(self, model, rng):
         head, body = split(model.initial, lambda leaf: model.role(leaf) == "head")
-        return Vars(body, head)
+        return Variables(body, head)
 
     def phases(self, model, train, round_):
         loss, head = self.loss(model), lambda leaf: model.role(leaf) == "head"
@@ -602,7 +608,7 @@ class Alternating(Algorithm):
             Phase(train.epochs, (Step(loss, lambda leaf: not head(leaf)),)),
         )
 
-    def weights_of(self, model, v):
+    def client_model(self, model, v):
         return v.shared | v.personal
 
 
@@ -619,8 +625,8 @@ class OwnHeads(FedPAC):
 def test_fedpac_without_pull_and_mix_is_alternating_training(network, stacked):
     ends = []
     for algorithm in (OwnHeads(lam=0), Alternating()):
-        run, state = small.experiment(algorithm, network, stacked=stacked)
-        ends.append(small.played(run, state, 3))
+        run, state = small.make_experiment(algorithm, network, stacked=stacked)
+        ends.append(small.run_rounds(run, state, 3))
     for part in ("shared", "personal"):
         found, expected = (getattr(end, part) for end in ends)
         assert all(torch.equal(found[n], v) for n, v in expected.items())
@@ -630,12 +636,14 @@ def test_fedpac_without_pull_and_mix_is_alternating_training(network, stacked):
 def test_the_pull_begins_in_round_2(stacked):
     ends = {}
     for lam in (0.0, 1.0):
-        run, state = small.experiment(OwnHeads(lam=lam), "bn_net", stacked=stacked)
-        ends[lam] = [small.played(run, state, 1)]
+        run, state = small.make_experiment(OwnHeads(lam=lam), "bn_net", stacked=stacked)
+        ends[lam] = [small.run_rounds(run, state, 1)]
         ends[lam].append(
-            small.played(run, ends[lam][0]._replace(personal=small.copy(ends[lam][0].personal)), 1)
+            small.run_rounds(
+                run, ends[lam][0]._replace(personal=small.clone_tree(ends[lam][0].personal)), 1
+            )
         )
-    assert small.equal(ends[0.0][0].shared, ends[1.0][0].shared)
+    assert small.trees_equal(ends[0.0][0].shared, ends[1.0][0].shared)
     body = [n for n in run.trainer.model.initial if run.trainer.model.role(n) == "body"]
     assert min((ends[0.0][1].shared[n] - ends[1.0][1].shared[n]).abs().max() for n in body) > 1e-4
 
@@ -643,10 +651,10 @@ def test_the_pull_begins_in_round_2(stacked):
 def test_the_heads_of_fedpac_are_mixed():
     ends = []
     for kind in (OwnHeads, FedPAC):
-        run, state = small.experiment(kind(lam=0), "bn_net")
-        ends.append(small.played(run, state, 1))
+        run, state = small.make_experiment(kind(lam=0), "bn_net")
+        ends.append(small.run_rounds(run, state, 1))
     heads = [n for n in run.trainer.model.initial if run.trainer.model.role(n) == "head"]
-    assert small.equal(ends[0].shared, ends[1].shared) and len(heads) == 2
+    assert small.trees_equal(ends[0].shared, ends[1].shared) and len(heads) == 2
     assert all((ends[0].personal[n] - ends[1].personal[n]).abs().max() > 1e-3 for n in heads)
 
 
@@ -655,7 +663,7 @@ def test_the_pull_has_gradient_two_times_the_gap_over_its_numbers(padded):
     z, means = numbers(5, 7).requires_grad_(), numbers(6, 7, at=1)
     real = torch.tensor([True, True, True, False, False]) if padded else None
     batch = Batch(None, torch.tensor([0, 5, 5, 2, 0]), real, None, None)
-    value = pull(z, means, batch)
+    value = prototype_loss(z, means, batch)
     (grad,) = torch.autograd.grad(value, z)
     gap = (z - means[batch.y]).detach()
     count = 3 if padded else 5
@@ -668,10 +676,10 @@ def test_the_pull_has_gradient_two_times_the_gap_over_its_numbers(padded):
 
 
 def test_the_pull_reaches_the_body_and_not_the_head():
-    made = small.trainer(FedPAC(lam=2.0), "bn_net")
-    start = small.first(made)
+    made = small.make_trainer(FedPAC(lam=2.0), "bn_net")
+    start = small.initial_variables(made)
     means, shares = numbers(*start.personal[".own.means"].shape), torch.full((small.CLASSES,), 0.1)
-    now = Vars(start.shared | {".class.means": means, ".class.shares": shares}, start.personal)
+    now = Variables(start.shared | {".class.means": means, ".class.shares": shares}, start.personal)
     grads, values = {}, {}
     for lam in (0.0, 2.0):
         phase = FedPAC(lam=lam).phases(made.model, made.settings, 1)[1]
@@ -707,14 +715,14 @@ def direct_statistics(model, weights, x, y, classes):
 @NETWORKS
 @STACK_FIRST
 def test_h_and_v_are_those_of_the_paper(network, stacked):
-    run, state = small.experiment(FedPAC(), network, stacked=stacked)
-    state = small.played(run, state, 1)
-    model = run.trainer.model.evaluating()
+    run, state = small.make_experiment(FedPAC(), network, stacked=stacked)
+    state = small.run_rounds(run, state, 1)
+    model = run.trainer.model.eval_mode()
     for client, done in trained(run, state).items():
         data = run.trainer.feed.survey([client], whole=True)
-        v = Vars(state.shared, row(state.personal, run.row_of[client]))
+        v = Variables(state.shared, row(state.personal, run.row_of_client[client]))
         h, variance = direct_statistics(
-            model, run.algorithm.weights_of(model, v), data.x[0], data.y[0], 6
+            model, run.algorithm.client_model(model, v), data.x[0], data.y[0], 6
         )
         found = done.start.personal
         torch.testing.assert_close(found[".own.means"].double(), h, rtol=1e-5, atol=1e-6)
@@ -727,37 +735,38 @@ def test_h_and_v_are_those_of_the_paper(network, stacked):
 
 
 def test_features_in_pieces_are_the_features(monkeypatch):
-    made = small.trainer(FedPAC(), "bn_net")
+    made = small.make_trainer(FedPAC(), "bn_net")
     data = Batch(*(v if v is None else v[0] for v in made.feed.survey([0], whole=True)))
-    whole = statistics(made.model.evaluating(), made.model.initial, data)
+    whole = feature_statistics(made.model.eval_mode(), made.model.initial, data)
     monkeypatch.setattr("fedlora_mpi.components.prototypes._CHUNK", 4)
-    pieces = statistics(made.model.evaluating(), made.model.initial, data)
+    pieces = feature_statistics(made.model.eval_mode(), made.model.initial, data)
     for a, b in zip(pieces, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("participation", [1.0, 0.6])
 def test_the_class_means_are_those_of_all_samples_of_the_cohort(participation):
-    run, state = small.experiment(FedPAC(), "bn_net", participation=participation)
-    done, chosen = trained(run, state), run.chosen(0)
-    after = small.played(run, state, 1)
-    model, features, labels = run.trainer.model.evaluating(), [], []
+    run, state = small.make_experiment(FedPAC(), "bn_net", participation=participation)
+    done, chosen = trained(run, state), run.sample_cohort(0)
+    after = small.run_rounds(run, state, 1)
+    model, features, labels = run.trainer.model.eval_mode(), [], []
     for client in chosen:
         data = run.trainer.feed.survey([client], whole=True)
-        end = run.algorithm.weights_of(model, done[client].end)
+        end = run.algorithm.client_model(model, done[client].end)
         features.append(model.features(end, data.x[0]))
         labels.append(data.y[0])
     z, y = torch.cat(features), torch.cat(labels)
     batch = Batch(None, None, None, None, torch.tensor([0, 3, 0, 5, 2, 1.0]))
     own = numbers(*after.shared[".class.means"].shape, at=5)
-    found = class_means(Vars(after.shared, {".own.means": own}), batch)
+    found = class_means(Variables(after.shared, {".own.means": own}), batch)
     for k in range(6):
         if (y == k).any():
             torch.testing.assert_close(found[k], z[y == k].mean(0), rtol=1e-5, atol=1e-6)
         elif batch.counts[k]:
             torch.testing.assert_close(found[k], own[k] * 11 / batch.counts[k])
     nobody = class_means(
-        Vars({n: torch.zeros_like(v) for n, v in after.shared.items()}, {".own.means": own}), batch
+        Variables({n: torch.zeros_like(v) for n, v in after.shared.items()}, {".own.means": own}),
+        batch,
     )
     torch.testing.assert_close(nobody[3], own[3] * 11 / 5)
     assert torch.isfinite(nobody).all() and len(y.unique()) >= 4
@@ -766,10 +775,10 @@ def test_the_class_means_are_those_of_all_samples_of_the_cohort(participation):
 @pytest.mark.parametrize("n", [1, 2, 5, 40])
 def test_the_projection_is_the_nearest_point_of_the_simplex(n):
     rows = 2 * numbers(9, n, dtype=torch.float64)
-    found = on_simplex(rows)
+    found = project_to_simplex(rows)
     assert (found >= 0).all()
     torch.testing.assert_close(found.sum(1), torch.ones(9, dtype=torch.float64), rtol=0, atol=1e-13)
-    torch.testing.assert_close(on_simplex(found), found, rtol=0, atol=1e-14)
+    torch.testing.assert_close(project_to_simplex(found), found, rtol=0, atol=1e-14)
     gap = rows - found  # optimal: the gap is the same where positive, and smaller elsewhere
     top = gap.masked_fill(found == 0, -torch.inf).amax(1, keepdim=True)
     assert (((gap - top).abs() < 1e-12) | ((found == 0) & (gap <= top + 1e-12))).all()
@@ -841,10 +850,10 @@ def test_small_weights_of_heads_become_zero_but_never_all():
 
 
 def test_identical_clients_share_heads_evenly():
-    run, state = small.experiment(
+    run, state = small.make_experiment(
         FedPAC(), "bn_net", sizes=(6, 6, 6), same_sample=True, group_size=1
     )
-    state = small.played(run, state, 2)
+    state = small.run_rounds(run, state, 2)
     assert all(torch.equal(v[0], v[1]) and torch.equal(v[0], v[2]) for v in state.personal.values())
     h, variance = state.personal[".own.means"].flatten(1), state.personal[".own.variance"]
     weights = FedPAC().mix(gram_of(h - h.mean(0)), variance.double(), 0)
@@ -856,14 +865,14 @@ def test_each_phase_of_fedpac_moves_its_part_alone(stacked):
     roles = {"head": ("head", "stats"), "body": ("body", "norm", "stats")}
     for phase, parts in roles.items():
         epochs = {"head": {"head_epochs": 2}, "body": {"head_epochs": 0}}[phase]
-        made = small.trainer(FedPAC(**epochs), "bn_net", stacked=stacked)
+        made = small.make_trainer(FedPAC(**epochs), "bn_net", stacked=stacked)
         if phase == "head":
             only = type(
                 "Only", (FedPAC,), {"phases": lambda s, m, t, r: FedPAC.phases(s, m, t, r)[:1]}
             )
             made = replace(made, algorithm=only(head_epochs=2))
-        start = small.first(made)
-        for done in made.train(range(5), start.shared, small.rows(start.personal, 5), 1):
+        start = small.initial_variables(made)
+        for done in made.train(range(5), start.shared, small.repeat_rows(start.personal, 5), 1):
             before, after = (v.shared | v.personal for v in (done.start, done.end))
             for name in made.model.initial:
                 assert torch.equal(before[name], after[name]) == (
@@ -874,11 +883,11 @@ def test_each_phase_of_fedpac_moves_its_part_alone(stacked):
 def test_the_head_takes_its_own_learning_rate():
     train = replace(small.TRAIN, lr=1e-30)
     for head_lr in (0.1, 0.2):
-        made = small.trainer(
+        made = small.make_trainer(
             FedPAC(head_lr=head_lr), train=replace(train, momentum=0.0, batch_size=20)
         )
-        start = small.first(made)
-        (done,) = made.train([0], start.shared, small.rows(start.personal, 1), 0)
+        start = small.initial_variables(made)
+        (done,) = made.train([0], start.shared, small.repeat_rows(start.personal, 1), 0)
         data = made.feed.survey([0], whole=True)
         leaves = {n: v.clone().requires_grad_() for n, v in made.model.initial.items()}
         grads = torch.autograd.grad(
@@ -892,22 +901,22 @@ def test_the_head_takes_its_own_learning_rate():
 
 
 def test_fedpac_sends_body_head_and_statistics():
-    run, state = small.experiment(FedPAC(), "bn_net")
+    run, state = small.make_experiment(FedPAC(), "bn_net")
     model = run.trainer.model
     classes, d = model.leaves[f"{model.head}.weight"].shape
-    _, metrics, _ = play(run, state, evaluate=False, stop=False)
+    _, metrics, _ = run_round(run, state, evaluate=False, stop=False)
     whole = numel(model.initial)
     assert metrics["bytes_up"] == 5 * 4 * (whole + classes * (2 * d + 1) + 1)
     assert metrics["bytes_down"] == 5 * 4 * (whole + classes * (d + 1))
     heads = {n for n in model.initial if model.role(n) == "head"}
-    assert not heads & set(run.upload.shapes) and set(run.mixing.rows.shapes) == heads
+    assert not heads & set(run.upload_layout.shapes) and set(run.mixing.row_layout.shapes) == heads
 
 
 def test_fedpac_needs_a_linear_classifier():
-    FedPAC().check(build("resnet8", {}, 10, (3, 32, 32), 1), Train())
+    FedPAC().check(build("resnet8", {}, 10, (3, 32, 32), 1), LocalTraining())
     for module, classes in (
         (nn.Sequential(nn.Conv2d(3, 6, (7, 5)), nn.Flatten()), 6),
         (nn.Flatten(), 105),
     ):
         with pytest.raises(ValueError, match="needs a model with a body and a Linear classifier"):
-            FedPAC().check(from_module(module, classes, small.SHAPE), Train())
+            FedPAC().check(from_module(module, classes, small.SHAPE), LocalTraining())

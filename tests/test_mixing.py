@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 import small
 import torch
-from tiers import thorough
+from tiers import thorough_param
 
 from fedlora_mpi.aggregation import client_mix as mixing
 from fedlora_mpi.aggregation.client_mix import BLOCK, Mixing
 from fedlora_mpi.aggregation.exact_sum import LIMIT
-from fedlora_mpi.algorithm import Algorithm, Offer, Vars
+from fedlora_mpi.algorithm import Algorithm, Mix, Variables
 from fedlora_mpi.algorithms.fedamp import FedAMP
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedcac import FedCAC
 from fedlora_mpi.algorithms.fedpac import FedPAC
 from fedlora_mpi.core.seeds import rng
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Fault
-from fedlora_mpi.run.assembly import Built
+from fedlora_mpi.run.assembly import Assembly
 from fedlora_mpi.run.checkpointing import beginning
 
 
@@ -79,24 +79,24 @@ def on_ranks(works):
 class Plain(Algorithm):
     """Offers "u" [D], under the key "k" [K] and with the numbers "a" [3] where there are any."""
 
-    centred: bool = False
+    center_keys: bool = False
     seen: tuple = ()  # lists that collect what the server sees
     weights_are: torch.Tensor | None = None
 
     def init(self, model, rng):
-        return Vars({}, model)
+        return Variables({}, model)
 
     def phases(self, model, train, round_):
         return ()
 
-    def weights_of(self, model, v):
+    def client_model(self, model, v):
         return v.personal
 
     def upload(self, start, end):
         return {}
 
     def offer(self, start, end):
-        return Offer({"u": end.personal["u"]}, end.personal.get("k"), end.personal.get("a"))
+        return Mix({"u": end.personal["u"]}, end.personal.get("k"), end.personal.get("a"))
 
     def mix(self, gram, aux, round_):
         for into in self.seen:
@@ -114,7 +114,7 @@ def vectors(clients, size, key=None, aux=None, scale=1.0):
 
     parts = {"u": size, "k": key, "a": aux}
     return {
-        c: Vars({}, {name: draw(name, c, n) for name, n in parts.items() if n is not None})
+        c: Variables({}, {name: draw(name, c, n) for name, n in parts.items() if n is not None})
         for c in clients
     }
 
@@ -138,7 +138,7 @@ def mixed(
         packed = {c: how.pack(algorithm.offer(offered[c], offered[c])) for c in mine}
         found = how.mix(comm, algorithm, packed, chosen, round_)
         assert set(found) == set(mine)
-        return {c: rows["u"] for c, rows in found.items()}, getattr(comm, "moved", 0)
+        return {c: rows["u"] for c, rows in found.items()}, getattr(comm, "bytes_sent", 0)
 
     if ranks == 1:
         return work(Solo())
@@ -155,7 +155,7 @@ SIZES = [1, BLOCK - 1, BLOCK, 2 * BLOCK + 13]
 @pytest.mark.parametrize("key, aux", [(None, None), (7, 3), (BLOCK + 1, None)])
 def test_every_route_gives_the_same_bits_on_any_number_of_ranks(size, key, aux):
     offered = vectors(range(5), size, key, aux)
-    algorithm = Plain(centred=key is None and size > 1)
+    algorithm = Plain(center_keys=key is None and size > 1)
     alone, _ = mixed(algorithm, offered)
     for ranks in (1, 2, 3):
         for route in ("root", "spread"):
@@ -189,7 +189,7 @@ def test_every_worker_gets_an_equal_part_by_the_spread_route(monkeypatch):
         for ranks in (1, 2, 3, 5):
             how = Mixing.of(Plain(), vectors([0], size)[0], [1] * 3, range(1, ranks + 1), "spread")
             comm = Thread(0, ranks + 1, [], None)
-            server, *workers = how._ranges(comm, size)
+            server, *workers = how._coordinate_ranges(comm, size)
             assert server == (0, 0) and workers[0][0] == 0 and workers[-1][1] == size
             assert all(a[1] == b[0] for a, b in itertools.pairwise(workers))
             assert all(first % 7 == 0 for first, last in workers if last > first)
@@ -203,7 +203,7 @@ def test_every_worker_gets_an_equal_part_by_the_spread_route(monkeypatch):
 def test_the_gram_matrix_is_the_direct_product_of_the_keys(monkeypatch, ranks, centred, key):
     monkeypatch.setattr(mixing, "BLOCK", 7)
     seen, offered = [], vectors(range(5), 2 * 7 + 3, key, 3)
-    mixed(Plain(centred=centred, seen=(seen,)), offered, ranks=ranks, route="spread")
+    mixed(Plain(center_keys=centred, seen=(seen,)), offered, ranks=ranks, route="spread")
     assert len(seen) == ranks  # every rank works the weights out
     keys = torch.stack([v.personal["k" if key else "u"] for v in offered.values()]).double()
     keys = keys - keys.mean(0) if centred else keys
@@ -220,12 +220,12 @@ def test_distances_of_close_models_survive_the_gram_matrix_when_centred():
     seen, size = {False: [], True: []}, BLOCK + 5
     base = 30 * torch.randn(size, generator=rng(1, "base"))
     offered = vectors(range(4), size, scale=1e-3)
-    offered = {c: Vars({}, {"u": base + v.personal["u"]}) for c, v in offered.items()}
+    offered = {c: Variables({}, {"u": base + v.personal["u"]}) for c, v in offered.items()}
     rows = torch.stack([v.personal["u"] for v in offered.values()])
     direct = (rows[:, None].double() - rows.double()).square().sum(2)
     gap = {}
     for centred, into in seen.items():
-        mixed(Plain(centred=centred, seen=(into,)), offered)
+        mixed(Plain(center_keys=centred, seen=(into,)), offered)
         gram = into[0][0]
         square = gram.diagonal()
         distance = square[:, None] + square - 2 * gram
@@ -288,7 +288,7 @@ def test_an_offer_that_cannot_be_summed_does_not_fit(leaf):
     how = Mixing.of(Plain(), v, [0], [0], "root")
 
     def fits():
-        return how.pack(Plain().offer(v, v)).fits()
+        return how.pack(Plain().offer(v, v)).is_summable()
 
     assert fits()
     for bad in (float("nan"), float("inf")):
@@ -310,8 +310,8 @@ def test_auto_takes_small_vectors_to_rank_0_and_spreads_large_ones(monkeypatch):
 
 
 def test_an_algorithm_without_an_offer_has_no_mixing():
-    assert small.experiment(FedAvg(), sizes=(3,))[0].mixing is None
-    assert small.experiment(FedAMP(), sizes=(3,))[0].mixing is not None
+    assert small.make_experiment(FedAvg(), sizes=(3,))[0].mixing is None
+    assert small.make_experiment(FedAMP(), sizes=(3,))[0].mixing is not None
 
 
 @pytest.mark.parametrize("route", ["root", "spread"])
@@ -333,14 +333,14 @@ class Counted(Plain):
 
     def offer(self, start, end):
         rows = {"x": end.personal["u"], "y": end.personal["a"]}
-        return Offer(rows, end.personal["u"] > 0, end.personal["a"])
+        return Mix(rows, end.personal["u"] > 0, end.personal["a"])
 
 
 def test_a_leaf_that_is_uploaded_anyway_costs_nothing_and_a_bool_costs_a_bit():
     how = Mixing.of(Counted(), vectors([0], 13, None, 3)[0], [0], [0], "root")
     assert how.bytes_up == 4 * 3 + 2 + 4 * 3 and how.bytes_down == 4 * (13 + 3)
     shared = torch.ones(13)  # two leaves that start as one tensor are still two
-    how = Mixing.of(Plain(), Vars({}, {"u": shared, "k": shared}), [0], [0], "root")
+    how = Mixing.of(Plain(), Variables({}, {"u": shared, "k": shared}), [0], [0], "root")
     assert how.bytes_up == 4 * (13 + 13)
 
 
@@ -351,11 +351,13 @@ def federation(algorithm, ranks, route, server, participation=1.0):
     """[(Run, State)] of every rank, groups of two clients."""
     made = []
     for _ in range(ranks):  # one by one: building draws from a global generator
-        run, _ = small.experiment(algorithm, "bn_net", group_size=2, participation=participation)
+        run, _ = small.make_experiment(
+            algorithm, "bn_net", group_size=2, participation=participation
+        )
         workers = range(1 if server else 0, ranks)
         host = tuple(workers[-1 - i % len(workers)] for i in range(len(run.groups)))
         rank_of = {c: h for group, h in zip(run.groups, host, strict=True) for c in group}
-        first = small.first(run.trainer)
+        first = small.initial_variables(run.trainer)
         how = Mixing.of(algorithm, first, [rank_of[c] for c in range(5)], workers, route)
         made.append((replace(run, host=host, mixing=how), first))
     return made
@@ -367,13 +369,16 @@ def rounds(made, count=2):
     def work(run, first):
         def on(comm):
             own = replace(run, comm=comm)
-            state, rows = beginning(Built(None, own, None, small.SHAPE, "")), []
+            state, rows = beginning(Assembly(None, own, None, small.SHAPE, "")), []
             for _ in range(count):
-                before = getattr(comm, "moved", 0)
-                state, row, clients = play(own, state, evaluate=True, stop=False)
+                before = getattr(comm, "bytes_sent", 0)
+                state, row, clients = run_round(own, state, evaluate=True, stop=False)
                 rows.append(
                     row
-                    | {"moved": getattr(comm, "moved", 0) - before, "clients": clients["accuracy"]}
+                    | {
+                        "moved": getattr(comm, "bytes_sent", 0) - before,
+                        "clients": clients["accuracy"],
+                    }
                 )
             personal = {
                 c: {n: v[i] for n, v in state.personal.items()} for i, c in enumerate(own.hosted)
@@ -392,17 +397,19 @@ def rounds(made, count=2):
 
 
 @pytest.mark.parametrize(
-    "algorithm", [thorough(FedAMP()), thorough(FedCAC()), FedPAC()], ids=lambda a: type(a).__name__
+    "algorithm",
+    [thorough_param(FedAMP()), thorough_param(FedCAC()), FedPAC()],
+    ids=lambda a: type(a).__name__,
 )
-@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
+@pytest.mark.parametrize("participation", [thorough_param(1.0), 0.6])
 def test_whole_rounds_give_the_same_bits_on_any_number_of_ranks(algorithm, participation):
     shared, personal, (rows,) = rounds(federation(algorithm, 1, "root", False, participation))
     for ranks, route, server in ((2, "root", True), (3, "spread", False), (3, "root", True)):
         again = rounds(federation(algorithm, ranks, route, server, participation))
-        assert small.equal(again[0], shared)
+        assert small.trees_equal(again[0], shared)
         assert set(again[1]) == set(personal) == set(range(5))
         for client, tree in personal.items():
-            assert small.equal(again[1][client], tree), (ranks, route, client)
+            assert small.trees_equal(again[1][client], tree), (ranks, route, client)
         for number, row in enumerate(rows):
             assert (again[2][0][number]["clients"] == row["clients"]).all()
             # the scores and the seconds of ranks, beside what the row reports
@@ -421,7 +428,7 @@ class Overflowing(FedAMP):
 
 
 def test_a_client_whose_offer_cannot_be_summed_is_named():
-    run, state = small.experiment(Overflowing(), participation=0.6)
-    ids = ", ".join(map(str, sorted(run.chosen(0))))
+    run, state = small.make_experiment(Overflowing(), participation=0.6)
+    ids = ", ".join(map(str, sorted(run.sample_cohort(0))))
     with pytest.raises(Fault, match=f"client {ids} is not finite"):
-        small.played(run, state, 1)
+        small.run_rounds(run, state, 1)

@@ -6,13 +6,13 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
-from tiers import thorough
+from tiers import thorough_param
 from torch import nn
 from torch.func import vmap
 
-from fedlora_mpi.core.seeds import isolated, rng
+from fedlora_mpi.core.seeds import isolate_rng, rng
 from fedlora_mpi.core.tree import numel
-from fedlora_mpi.core.vision import torchvision
+from fedlora_mpi.core.vision import import_torchvision
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.models.substitutes import Substitutes
 from fedlora_mpi.models.zoo import build
@@ -27,7 +27,7 @@ def of_role(model, *roles):
 
 
 def made(*layers, classes=6, shape=(3, 7, 5)):
-    with isolated(1, "test"):
+    with isolate_rng(1, "test"):
         return from_module(nn.Sequential(*(layer() for layer in layers)), classes, shape)
 
 
@@ -38,11 +38,11 @@ def made(*layers, classes=6, shape=(3, 7, 5)):
     "name, classes, parameters, statistics",
     [
         ("resnet8", 10, 1_235_274, 2_688),
-        thorough("resnet8", 100, 1_235_274 + 90 * 257, 2_688),
-        thorough("resnet8", 200, 1_235_274 + 190 * 257, 2_688),
-        thorough("resnet10", 10, 4_957_092 - 90 * 513, 5_760),
+        thorough_param("resnet8", 100, 1_235_274 + 90 * 257, 2_688),
+        thorough_param("resnet8", 200, 1_235_274 + 190 * 257, 2_688),
+        thorough_param("resnet10", 10, 4_957_092 - 90 * 513, 5_760),
         ("resnet10", 100, 4_957_092, 5_760),
-        thorough("resnet10", 200, 5_008_392, 5_760),
+        thorough_param("resnet10", 200, 5_008_392, 5_760),
         ("cifar_resnet8", 10, 78_042, 672),  # 2 (3 * 16 + 3 * 32 + 3 * 64) with those of two skips
     ],
 )
@@ -68,7 +68,7 @@ def test_resnet8_splits_into_the_published_parts():
     [
         ("resnet8", 32, 10, 14.47),
         ("resnet10", 32, 100, 18.19),
-        thorough("resnet10", 64, 200, 72.65),
+        thorough_param("resnet10", 64, 200, 72.65),
     ],
 )
 def test_a_forward_pass_costs_the_published_multiply_adds(name, side, classes, mmac):
@@ -157,7 +157,7 @@ class Attentive(nn.Module):
 
 
 def test_attention_weights_count_as_linear_matrices():
-    with isolated(1, "test"):
+    with isolate_rng(1, "test"):
         model = from_module(Attentive(), 6, (3, 7, 6))
     leaf = model.leaves["layer.self_attn.in_proj_weight"]
     assert leaf == ((18, 6), "body", "linear")
@@ -170,7 +170,7 @@ def test_attention_weights_count_as_linear_matrices():
 
 
 @pytest.mark.parametrize(
-    "name", [thorough("squeezenet1_0"), "mobilenet_v3_small", thorough("resnet18")]
+    "name", [thorough_param("squeezenet1_0"), "mobilenet_v3_small", thorough_param("resnet18")]
 )
 def test_torchvision_models_train_under_substitutes(name):
     model = build(f"torchvision:{name}", {}, 6, (3, 64, 64), 1)
@@ -178,7 +178,7 @@ def test_torchvision_models_train_under_substitutes(name):
         name != "squeezenet1_0"
     )
     assert {leaf.role for leaf in model.leaves.values()} >= {"body", "head"}
-    tree = small.copy(model.initial)
+    tree = small.clone_tree(model.initial)
     with torch.no_grad(), Substitutes(None, torch.tensor(3)):
         assert model(tree, numbers(1, 3, 64, 64)).shape == (1, 6)
 
@@ -253,7 +253,7 @@ def test_initial_weights_follow_the_seed_alone():
     torch.rand(3)
     two = build("small:bn_net", {}, 6, (3, 7, 5), 1).initial
     torch.set_rng_state(before)
-    assert small.equal(one, two)
+    assert small.trees_equal(one, two)
     other = build("small:bn_net", {}, 6, (3, 7, 5), 2).initial
     assert not torch.equal(one["conv1.weight"], other["conv1.weight"])
 
@@ -276,32 +276,34 @@ def test_measuring_a_model_leaves_its_statistics_initial():
 def test_the_function_is_the_module(training):
     model = build("small:bn_net", {}, 6, (3, 7, 5), 1)
     tree = {n: v + 0.1 * numbers(*v.shape).abs() for n, v in model.initial.items()}
-    with isolated(2, "other weights"):
+    with isolate_rng(2, "other weights"):
         module = small.bn_net(6, (3, 7, 5)).train(training)
     assert not module.load_state_dict(tree, strict=False).unexpected_keys
-    function = model if training else model.evaluating()
-    start = small.copy(tree)
+    function = model if training else model.eval_mode()
+    start = small.clone_tree(tree)
     for step in range(3):
         x = numbers(5, 3, 7, 5, at=step)
         assert torch.equal(function(tree, x), module(x))
-    assert small.equal(tree, {n: module.state_dict()[n] for n in tree})
+    assert small.trees_equal(tree, {n: module.state_dict()[n] for n in tree})
     moved = {model.role(n) for n in tree if not torch.equal(tree[n], start[n])}
     assert moved == ({"stats"} if training else set())
 
 
 def test_the_function_has_no_memory():
     model = build("small:bn_net", {}, 6, (3, 7, 5), 1)
-    x, tree = numbers(5, 3, 7, 5), small.copy(model.initial)
+    x, tree = numbers(5, 3, 7, 5), small.clone_tree(model.initial)
     model(tree, x)
-    assert torch.equal(model(small.copy(model.initial), x), model(small.copy(model.initial), x))
+    assert torch.equal(
+        model(small.clone_tree(model.initial), x), model(small.clone_tree(model.initial), x)
+    )
     assert all(v.is_meta for module in model.modules for v in module.state_dict().values())
 
 
 def test_a_model_can_be_taken_out_as_an_ordinary_module():
     model = build("small:bn_net", {}, 6, (3, 7, 5), 1)
     tree = {n: v + 0.1 * numbers(*v.shape).abs() for n, v in model.initial.items()}
-    module, x = model.module(tree), numbers(5, 3, 7, 5)
-    assert torch.equal(module(x), model.evaluating()(tree, x))
+    module, x = model.to_module(tree), numbers(5, 3, 7, 5)
+    assert torch.equal(module(x), model.eval_mode()(tree, x))
     module.fc.bias.data.zero_()
     assert tree["fc.bias"].any()
 
@@ -414,7 +416,9 @@ NOISES = {
     "dropout2d": lambda: F.dropout2d(ONES[..., None], 0.3),
     "dropout3d": lambda: F.dropout3d(ONES[..., None, None], 0.3),
     "bernoulli_": lambda: torch.empty(30, 50).bernoulli_(0.7),
-    "stochastic_depth": lambda: torchvision().ops.stochastic_depth(torch.ones(900, 3), 0.3, "row"),
+    "stochastic_depth": lambda: import_torchvision().ops.stochastic_depth(
+        torch.ones(900, 3), 0.3, "row"
+    ),
     "attention": lambda: F.scaled_dot_product_attention(
         torch.zeros(30, 50, 3), torch.zeros(30, 5, 3), torch.ones(30, 5, 7), dropout_p=0.3
     ),
@@ -489,7 +493,7 @@ def test_keyed_attention_without_its_noise_is_torchs(mask):
 
 @pytest.mark.parametrize("weights", [True, False])
 def test_noise_inside_multihead_attention_is_keyed(weights):
-    with isolated(1, "test"):
+    with isolate_rng(1, "test"):
         layer = nn.MultiheadAttention(6, 2, dropout=0.5, batch_first=True).train()
     x = numbers(3, 5, 6)
 
@@ -505,7 +509,7 @@ def test_noise_inside_multihead_attention_is_keyed(weights):
 
 
 def test_a_stacked_transformer_is_that_of_each_client():
-    with isolated(1, "test"):
+    with isolate_rng(1, "test"):
         model = from_module(Attentive(), 6, (3, 7, 6))
     tree_C = {n: v + 0.1 * numbers(3, *v.shape) for n, v in model.initial.items()}
     x, keys = numbers(3, 5, 3, 7, 6), torch.tensor([8, 9, 3])
@@ -521,22 +525,22 @@ def test_a_stacked_transformer_is_that_of_each_client():
 
 
 def test_features_and_classify_make_the_model():
-    model = small.model("bn_net")
+    model = small.make_model("bn_net")
     x = torch.randn(7, *small.SHAPE, generator=rng(1, "x"))
     body = {n: v for n, v in model.initial.items() if model.role(n) != "head"}
     head = {n: v for n, v in model.initial.items() if model.role(n) == "head"}
-    quiet = model.evaluating()
+    quiet = model.eval_mode()
     z = quiet.features(body, x)
     assert z.shape == (7, 5) and torch.equal(quiet.classify(head, z), quiet(model.initial, x))
 
 
 def test_a_frozen_tree_leaves_no_trace():
-    model = small.model("bn_net")
+    model = small.make_model("bn_net")
     tree = {n: v.clone().requires_grad_(model.role(n) != "stats") for n, v in model.initial.items()}
-    before = small.copy(model.initial)
-    out = model(model.frozen(tree), torch.randn(7, *small.SHAPE, generator=rng(1, "x")))
+    before = small.clone_tree(model.initial)
+    out = model(model.detach_tree(tree), torch.randn(7, *small.SHAPE, generator=rng(1, "x")))
     assert not out.requires_grad
-    assert small.equal({n: v.detach() for n, v in tree.items()}, before)
+    assert small.trees_equal({n: v.detach() for n, v in tree.items()}, before)
 
 
 def test_noise_that_cannot_be_keyed_is_refused():

@@ -21,17 +21,17 @@ from runs import (
     TESTS,
     TINY,
     assert_same_run,
-    command,
-    committed,
+    command_line,
     cpu_seconds,
-    environment,
-    finished,
     kill_all,
-    launched,
-    mpirun,
-    ranks_of,
-    said,
-    until,
+    last_checkpoint,
+    launch,
+    mpirun_command,
+    package_lines,
+    process_environment,
+    rank_pids,
+    run_process,
+    wait_until,
 )
 
 from fedlora_mpi.cli import main
@@ -56,13 +56,13 @@ def several(
 ) -> tuple[list[list[int]], subprocess.CompletedProcess]:
     """([ranks][commands] exit codes, the launcher's end)."""
     line = [
-        *mpirun(ranks),
+        *mpirun_command(ranks),
         sys.executable,
         str(TESTS / "several.py"),
         "codes",
         json.dumps(commands),
     ]
-    ended = finished(line, cwd, **env)
+    ended = run_process(line, cwd, **env)
     codes = [json.loads((cwd / f"codes-{rank}").read_text()) for rank in range(ranks)]
     return codes, ended
 
@@ -109,16 +109,16 @@ def killed(home: Path, ranks: int, line: list, after: int) -> None:
     """Start a command on so many ranks, and kill them all when a checkpoint of round ``after`` or
     later is there.
     """
-    launcher = mpirun(ranks) if ranks > 1 else []
-    with launched([*launcher, *command(*line)], home, **PAUSE) as job:
-        until(lambda: committed(home / "long") >= after, process=job)
+    launcher = mpirun_command(ranks) if ranks > 1 else []
+    with launch([*launcher, *command_line(*line)], home, **PAUSE) as job:
+        wait_until(lambda: last_checkpoint(home / "long") >= after, process=job)
         if ranks > 1:
-            assert sorted(ranks_of(job.pid)) == list(range(ranks))
+            assert sorted(rank_pids(job.pid)) == list(range(ranks))
             kill_all(job)
         else:
             job.kill()
         assert job.wait() != 0
-    assert after <= committed(home / "long") < 10
+    assert after <= last_checkpoint(home / "long") < 10
 
 
 def test_a_job_killed_on_3_ranks_ends_in_one_process_with_the_same_bits(trained, tmp_path):
@@ -132,38 +132,38 @@ def test_a_job_killed_on_3_then_2_then_1_ranks_ends_on_4_with_the_same_bits(trai
     killed(tmp_path, 3, ["run", TINY, *LONG, "output=long"], 2)
     killed(tmp_path, 2, ["resume", "long"], 4)
     killed(tmp_path, 1, ["resume", "long"], 6)
-    ended = finished([*mpirun(4), *command("resume", "long")], tmp_path)
+    ended = run_process([*mpirun_command(4), *command_line("resume", "long")], tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert_same_run(trained(*LONG), tmp_path / "long")
 
 
 def test_sigusr1_stops_all_ranks_at_a_round_with_a_checkpoint_and_code_75(trained, tmp_path):
     arguments = json.dumps([["run", str(TINY), *LONG, "checkpoint.every=100", "output=long"]])
-    line = [*mpirun(2), sys.executable, str(TESTS / "several.py"), "codes", arguments]
-    with launched(line, tmp_path, **PAUSE) as job:
-        until(lambda: (tmp_path / "long/log.h5").exists(), process=job)
-        until(lambda: len(RunFiles(tmp_path / "long").rounds()["round"]), process=job)
-        assert committed(tmp_path / "long") == 0
+    line = [*mpirun_command(2), sys.executable, str(TESTS / "several.py"), "codes", arguments]
+    with launch(line, tmp_path, **PAUSE) as job:
+        wait_until(lambda: (tmp_path / "long/log.h5").exists(), process=job)
+        wait_until(lambda: len(RunFiles(tmp_path / "long").rounds()["round"]), process=job)
+        assert last_checkpoint(tmp_path / "long") == 0
         job.send_signal(signal.SIGUSR1)
         job.communicate(timeout=120)
         assert job.returncode != 0
     assert [json.loads((tmp_path / f"codes-{rank}").read_text()) for rank in range(2)] == [[75]] * 2
     rows = RunFiles(tmp_path / "long").rounds()["round"]
-    assert 0 < committed(tmp_path / "long") == rows[-1] < 10
+    assert 0 < last_checkpoint(tmp_path / "long") == rows[-1] < 10
     assert main(["resume", str(tmp_path / "long"), "checkpoint.every=1"]) == 0
     assert_same_run(trained(*LONG), tmp_path / "long")
 
 
 def test_an_exception_on_one_rank_ends_all_with_its_traceback(tmp_path):
-    line = command("run", TINY, "algorithm=user_parts:FailsOnRank2", "output=run")
-    with launched([*mpirun(3), *line], tmp_path) as job:
-        until(lambda: (tmp_path / "run/log.h5").exists(), process=job)
+    line = command_line("run", TINY, "algorithm=user_parts:FailsOnRank2", "output=run")
+    with launch([*mpirun_command(3), *line], tmp_path) as job:
+        wait_until(lambda: (tmp_path / "run/log.h5").exists(), process=job)
         _, text = job.communicate(timeout=120)  # none waits for the one that failed
     assert job.returncode not in (0, 2, 75)
     assert "[rank 2 of 3] stopped all ranks:" in text
     assert text.count("Traceback (most recent call last)") == 1
     assert 'KeyError: "a mistake in the user\'s upload"' in text and "user_parts.py" in text
-    assert not ranks_of(job.pid)
+    assert not rank_pids(job.pid)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def refused(tmp_path_factory):
 def test_a_mistake_is_one_line_and_code_2_on_all_ranks_and_leaves_no_folder(refused):
     home, codes, ended = refused
     assert [each[:2] for each in codes] == [[2, 2]] * 3
-    lines = said(ended.stderr)
+    lines = package_lines(ended.stderr)
     assert lines[0].startswith("fedlora-mpi: command line: train.lr = -1.0: must be")
     assert lines[1].startswith(f"fedlora-mpi: {TINY}: data.partition.clients = 7: ")
     assert not (home / "run-0").exists() and not (home / "run-1").exists()
@@ -192,11 +192,14 @@ def test_a_mistake_is_one_line_and_code_2_on_all_ranks_and_leaves_no_folder(refu
 def test_a_loss_that_is_not_finite_ends_all_ranks_with_round_and_clients(refused):
     home, codes, ended = refused
     assert [each[2] for each in codes] == [1] * 3 and ended.returncode != 0
-    assert len(said(ended.stderr)) == 3  # one line for each of the three commands
+    assert len(package_lines(ended.stderr)) == 3  # one line for each of the three commands
     assert re.search(
-        r"round 1: the loss or upload of client \d(, \d)* is not finite", said(ended.stderr)[2]
+        r"round 1: the loss or upload of client \d(, \d)* is not finite",
+        package_lines(ended.stderr)[2],
     )
-    assert not committed(home / "run-2") and not len(RunFiles(home / "run-2").rounds()["round"])
+    assert not last_checkpoint(home / "run-2") and not len(
+        RunFiles(home / "run-2").rounds()["round"]
+    )
 
 
 def idles(process: int) -> bool:
@@ -208,11 +211,11 @@ def idles(process: int) -> bool:
 
 @thorough
 def test_a_waiting_server_leaves_its_core_to_others(tmp_path, record_property):
-    line = command("run", TINY, *LONG, "output=run")
-    with launched([*mpirun(2), *line], tmp_path, TEST_PAUSE="0.5") as job:
-        until(lambda: (tmp_path / "run/log.h5").exists(), process=job)
-        server = ranks_of(job.pid)[0]
-        until(lambda: idles(server), process=job)  # it has begun to wait
+    line = command_line("run", TINY, *LONG, "output=run")
+    with launch([*mpirun_command(2), *line], tmp_path, TEST_PAUSE="0.5") as job:
+        wait_until(lambda: (tmp_path / "run/log.h5").exists(), process=job)
+        server = rank_pids(job.pid)[0]
+        wait_until(lambda: idles(server), process=job)  # it has begun to wait
         before, began = cpu_seconds(server), time.monotonic()
         time.sleep(2.5)
         share = (cpu_seconds(server) - before) / (time.monotonic() - began)
@@ -230,12 +233,14 @@ def without_mpi4py(tmp_path):
     (package / "__init__.py").write_text(
         "raise ImportError('libmpi.so.40: cannot open shared object file')\n"
     )
-    return os.pathsep.join([str(package.parent), environment()["PYTHONPATH"]])
+    return os.pathsep.join([str(package.parent), process_environment()["PYTHONPATH"]])
 
 
 @thorough
 def test_without_mpi4py_one_process_trains(trained, tmp_path, without_mpi4py):
-    ended = finished(command("run", TINY, "output=run"), tmp_path, PYTHONPATH=without_mpi4py)
+    ended = run_process(
+        command_line("run", TINY, "output=run"), tmp_path, PYTHONPATH=without_mpi4py
+    )
     assert ended.returncode == 0, ended.stderr
     assert_same_run(trained(), tmp_path / "run")
 
@@ -243,9 +248,9 @@ def test_without_mpi4py_one_process_trains(trained, tmp_path, without_mpi4py):
 @thorough
 def test_without_mpi4py_a_launcher_is_refused_in_one_line(tmp_path, without_mpi4py):
     more = {"PYTHONPATH": without_mpi4py, "OMPI_COMM_WORLD_SIZE": "3"}
-    ended = finished(command("run", TINY, "output=run"), tmp_path, **more)
+    ended = run_process(command_line("run", TINY, "output=run"), tmp_path, **more)
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
-    assert "mpi4py does not work: libmpi.so.40: cannot open" in said(ended.stderr)[0]
+    assert "mpi4py does not work: libmpi.so.40: cannot open" in package_lines(ended.stderr)[0]
     assert not (tmp_path / "run").exists()
 
 
@@ -261,20 +266,24 @@ def test_without_mpi4py_one_process_trains_and_a_launcher_is_refused(
         with monkeypatch.context() as launcher:
             launcher.setenv(name, "3")
             code, _, err = call("run", TINY, "rounds=1", "output=run")
-        assert code == 2 and said(err) == err.splitlines() and len(err.splitlines()) == 1
+        assert code == 2 and package_lines(err) == err.splitlines() and len(err.splitlines()) == 1
         assert "mpi4py does not work: libmpi.so.40: cannot open" in err
         assert not list(tmp_path.iterdir())
     assert call("run", TINY, "rounds=1", "output=run")[0] == 0
 
 
 def test_messages_of_more_items_than_mpi_counts_travel_in_parts(tmp_path):
-    ended = finished([*mpirun(3), sys.executable, str(TESTS / "verbs.py"), "4"], tmp_path)
+    ended = run_process(
+        [*mpirun_command(3), sys.executable, str(TESTS / "verbs.py"), "4"], tmp_path
+    )
     assert (ended.returncode, ended.stdout) == (0, "well\n" * 3), ended.stderr
 
 
 def assert_alone(code: int, err: str, name: str) -> None:
     """One line says that the others are not found."""
-    assert code == 2 and said(err) == err.splitlines() and len(said(err)) == 1, err
+    assert code == 2 and package_lines(err) == err.splitlines() and len(package_lines(err)) == 1, (
+        err
+    )
     assert f"{name} = 3, but this process finds none of the others" in err
 
 
@@ -290,7 +299,7 @@ def test_a_launch_in_which_mpi_finds_one_rank_is_refused(name, call, tmp_path, m
 @thorough
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_a_process_that_finds_no_other_of_its_job_is_refused(name, tmp_path):
-    ended = finished(command("run", TINY, "output=none"), tmp_path, **{name: "3"})
+    ended = run_process(command_line("run", TINY, "output=none"), tmp_path, **{name: "3"})
     assert_alone(ended.returncode, ended.stderr, name)
     assert not list(tmp_path.iterdir())
 
@@ -320,8 +329,8 @@ def test_a_process_alone_of_two_is_refused(monkeypatch):
 
 @thorough
 def test_variables_of_a_job_that_has_ended_do_no_harm(tmp_path):
-    ended = finished(
-        command("run", TINY, "rounds=1", "output=run"),
+    ended = run_process(
+        command_line("run", TINY, "rounds=1", "output=run"),
         tmp_path,
         PMIX_RANK="0",
         PMIX_NAMESPACE="gone",

@@ -11,13 +11,13 @@ from runs import TESTS
 from fedlora_mpi import algorithms
 
 ROOT = TESTS.parent
-MUTANTS = runpy.run_path(str(TESTS / "mutants/run.py"))["mutants"]()
+MUTANTS = runpy.run_path(str(TESTS / "mutants/run.py"))["read_mutants"]()
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
 def test_a_mutant_changes_one_place_and_is_still_python(mutant):
     text = (ROOT / mutant.file).read_text()
-    changed = mutant.applied(text)
+    changed = mutant.apply_to(text)
     assert changed != text
     if mutant.file.endswith(".py"):
         compile(changed, mutant.file, "exec")
@@ -36,7 +36,7 @@ def test_every_mutant_has_a_name_and_tests_that_there_are():
 
 def test_every_method_and_every_folder_has_a_mutant():
     files = {mutant.file for mutant in MUTANTS}
-    assert {f"fedlora_mpi/algorithms/{name}.py" for name in algorithms.names()} <= files
+    assert {f"fedlora_mpi/algorithms/{name}.py" for name in algorithms.algorithm_names()} <= files
     code = {
         file.relative_to(ROOT)
         for file in (ROOT / "fedlora_mpi").rglob("*.py")

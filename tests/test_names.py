@@ -10,24 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import TINY, played, same, tiny
+from runs import TINY, run_rounds, snapshots_equal, tiny_config
 from torch import nn
 
 from fedlora_mpi import algorithms, open_run
-from fedlora_mpi.algorithm import Vars
+from fedlora_mpi.algorithm import Variables
 from fedlora_mpi.algorithms import fed_rac_lora
 from fedlora_mpi.cli import main
 from fedlora_mpi.components.lora import FineTuning
 from fedlora_mpi.core.names import (
-    factor,
+    display_name,
+    factor_name,
     is_factor,
-    is_own,
-    names_in_files,
-    own_name,
-    plain_name,
+    is_method_leaf,
+    method_leaf_name,
+    stored_names,
     weight_of,
 )
-from fedlora_mpi.core.seeds import key, rng
+from fedlora_mpi.core.seeds import derive_key, rng
 from fedlora_mpi.federation import round as round_
 from fedlora_mpi.models import zoo
 
@@ -58,7 +58,7 @@ SETTINGS = {
 def settings(name):
     """Overrides of tiny.yaml for a method."""
     more = (*SETTINGS.get(name, ()), *SMALL)
-    if issubclass(algorithms.find(name), FineTuning):
+    if issubclass(algorithms.find_algorithm(name), FineTuning):
         more += (
             "algorithm.diagnose=true",
             "algorithm.lora_ranks=[2,1]" if name != "fed_rac_lora" else "algorithm.factor=both",
@@ -68,11 +68,11 @@ def settings(name):
 
 def own_leaves(name):
     """The names of what a method adds to a network: on clients, in messages and on the server."""
-    algorithm = tiny(*settings(name)).algorithm
+    algorithm = tiny_config(*settings(name)).algorithm
     net = zoo.build("cnn", {"width": 4, "hidden": 8}, CLASSES, SHAPE, 1)
     shared, personal = algorithm.init(net, rng(1, "init"))[:2]
-    client = algorithm.of_client(0, 3)
-    v = Vars(client.download(shared), personal)
+    client = algorithm.for_client(0, 3)
+    v = Variables(client.download(shared), personal)
     upload = client.upload(v, v)
     term = client.expand(upload, shared, 1)
     trees = (shared, personal, v.shared, upload, term)
@@ -87,9 +87,11 @@ def plain_names(of):
     net = zoo.build("cnn", {"width": 4, "hidden": 8}, CLASSES, SHAPE, 1)
     words, others = {}, {}
     for leaf in (
-        leaf for name in ([of] if of else algorithms.names()) for leaf in sorted(own_leaves(name))
+        leaf
+        for name in ([of] if of else algorithms.algorithm_names())
+        for leaf in sorted(own_leaves(name))
     ):
-        plain = plain_name(leaf)
+        plain = display_name(leaf)
         layer = next((n for n in net.leaves if n in plain), None)
         if layer:
             words |= dict.fromkeys(word for word in plain.replace(layer, ".").split(".") if word)
@@ -176,15 +178,17 @@ def neutral(classes, shape, head, of=""):
 def head_of(name, of=""):
     """The word that the classifier is called by in the test of a method: another for each."""
     words = tops(of)[2:]  # the first ones are other layers
-    return words[algorithms.names().index(name) % len(words)]
+    return words[algorithms.algorithm_names().index(name) % len(words)]
 
 
 def same_results(name, of, monkeypatch):
     if name == "fed_rac_lora":  # sketches follow from the names of weights
-        monkeypatch.setattr(fed_rac_lora, "key", lambda *address: key(*address[:-1]))
-    monkeypatch.setattr(round_, "_flops", lambda *_: 0)  # counting them takes most of the time
+        monkeypatch.setattr(fed_rac_lora, "derive_key", lambda *address: derive_key(*address[:-1]))
+    monkeypatch.setattr(
+        round_, "_cohort_flops", lambda *_: 0
+    )  # counting them takes most of the time
     ours, plain = (
-        played.__wrapped__(
+        run_rounds.__wrapped__(
             *settings(name),
             f"model={{name: 'test_names:{net}', head: {head_of(name, of)}, of: '{of}'}}",
         )[0]
@@ -194,7 +198,9 @@ def same_results(name, of, monkeypatch):
         for mine, other in ((a.shared, b.shared), (a.personal, b.personal)):
             for (leaf, u), v in zip(mine.items(), other.values(), strict=True):
                 assert torch.equal(u, v), leaf
-        assert same(a._replace(shared={}, personal={}), b._replace(shared={}, personal={}))
+        assert snapshots_equal(
+            a._replace(shared={}, personal={}), b._replace(shared={}, personal={})
+        )
     return ours
 
 
@@ -222,14 +228,14 @@ def test_layers_called_as_what_a_method_adds_do_not_change_what_it_does(name, mo
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", algorithms.names())
+@pytest.mark.parametrize("name", algorithms.algorithm_names())
 def test_names_of_layers_do_not_change_what_a_method_does(name, monkeypatch):
     same_results(name, "", monkeypatch)
 
 
-@pytest.mark.parametrize("name", algorithms.names())
+@pytest.mark.parametrize("name", algorithms.algorithm_names())
 def test_what_a_method_adds_has_a_name_that_no_network_can_have(name):
-    assert all(is_own(leaf) for leaf in own_leaves(name))
+    assert all(is_method_leaf(leaf) for leaf in own_leaves(name))
 
 
 def test_torch_refuses_the_names_that_methods_use():
@@ -243,27 +249,42 @@ def test_torch_refuses_the_names_that_methods_use():
 
 def test_names_tell_words_from_factors_and_weights():
     names = [
-        own_name("last", "A"),
-        factor("last", "A"),
+        method_leaf_name("last", "A"),
+        factor_name("last", "A"),
         "last.A",
-        own_name("own", factor("w", "B")),
-        own_name("fresh"),
+        method_leaf_name("own", factor_name("w", "B")),
+        method_leaf_name("fresh"),
     ]
-    assert len(set(names)) == 5 and [is_own(n) for n in names] == [True, True, False, True, True]
+    assert len(set(names)) == 5 and [is_method_leaf(n) for n in names] == [
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
     assert [is_factor(n) for n in names] == [False, True, False, False, False]
-    assert weight_of(factor("last.A", "W")) == "last.A" and is_factor(factor("w", "W"), "W")
-    assert [plain_name(n) for n in names] == ["last.A", "last.A", "last.A", "own.w.B", "fresh"]
+    assert weight_of(factor_name("last.A", "W")) == "last.A" and is_factor(
+        factor_name("w", "W"), "W"
+    )
+    assert [display_name(n) for n in names] == ["last.A", "last.A", "last.A", "own.w.B", "fresh"]
 
 
 def test_in_a_file_names_are_plain_unless_two_leaves_would_share_one():
-    assert names_in_files([factor("w", "A"), own_name("c", "w"), own_name("fresh"), "w"]) == {
+    assert stored_names(
+        [factor_name("w", "A"), method_leaf_name("c", "w"), method_leaf_name("fresh"), "w"]
+    ) == {
         "w..A": "w.A",
         ".c.w": "c.w",
         ".fresh.": "fresh",
         "w": "w",
     }
-    names = ["last.A", own_name("last", "A"), factor("last", "A"), factor("a/b.%", "B")]
-    assert list(names_in_files(names).values()) == ["last.A", ".last.A", "last..A", "a/b.%.B"]
+    names = [
+        "last.A",
+        method_leaf_name("last", "A"),
+        factor_name("last", "A"),
+        factor_name("a/b.%", "B"),
+    ]
+    assert list(stored_names(names).values()) == ["last.A", ".last.A", "last..A", "a/b.%.B"]
 
 
 def test_no_method_tells_leaves_apart_by_a_literal():
@@ -295,7 +316,7 @@ def test_no_method_tells_leaves_apart_by_a_literal():
 def test_a_run_of_such_a_network_resumes_in_the_same_bits_and_is_read(
     name, of_all, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(round_, "_flops", lambda *_: 0)
+    monkeypatch.setattr(round_, "_cohort_flops", lambda *_: 0)
     of = "" if of_all else name
     model = f"model={{name: 'test_names:hostile', head: {head_of(name, of)}, of: '{of}'}}"
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -306,7 +327,7 @@ def test_a_run_of_such_a_network_resumes_in_the_same_bits_and_is_read(
     assert main(["resume", str(cut)]) == 0
     run = open_run(cut)
     assert run.digest() == open_run(whole).digest()
-    moment = played.__wrapped__(*settings(name), model)[0][-1]
+    moment = run_rounds.__wrapped__(*settings(name), model)[0][-1]
     assert len(run.shared) == len(moment.shared) and len(run.client(1).personal) == len(
         moment.personal
     )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from runs import TESTS, environment
+from runs import TESTS, process_environment
 
 from fedlora_mpi import config as configs
 
@@ -92,7 +92,9 @@ def clone(tmp_path, monkeypatch):
 
 def bash(text: str, folder: Path) -> str:
     """What the commands print, both streams; the test fails when one of them does."""
-    env = environment(PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
+    env = process_environment(
+        PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    )
     env |= {"PYTHONPATH": os.pathsep.join([str(folder), str(folder / "tests")]), "COLUMNS": "120"}
     env |= {
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",

@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 from numpy.random import RandomState
 
-from fedlora_mpi.data.apportion import apportioned, topped_up
+from fedlora_mpi.data.apportion import apportion, ensure_minimum
 from fedlora_mpi.data.partition import (
-    KINDS,
+    PARTITIONS,
     DirichletClass,
     DirichletClient,
     Iid,
     Pathological,
     Quantity,
+    SamplePools,
     Shares,
-    Side,
 )
 
 CLASSES = 10
 train_y = np.arange(6000) % CLASSES  # labels of 600 samples per class
 test_y = np.arange(1500) % CLASSES
 SMALL = {"clients": 7, "train": 60, "test": 15}
-DRAWN = [name for name in KINDS if name != "given"]
+DRAWN = [name for name in PARTITIONS if name != "given"]
 
 
 def flat(held):
@@ -32,7 +32,7 @@ def flat(held):
 def wanted(kind, classes, each_class):
     """Counts [N, classes] that the kind asks for, without drawing samples."""
     sides = [
-        Side(n, [np.arange(each_class)] * classes, getattr(kind, n), False)
+        SamplePools(n, [np.arange(each_class)] * classes, getattr(kind, n), False)
         for n in ("train", "test")
     ]
     entries = np.array(list(kind.wants(RandomState(kind.seed), *sides)))
@@ -97,7 +97,7 @@ def test_pathological_draws_in_the_official_order():
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("name", DRAWN)
 def test_every_kind_gives_every_client_valid_samples_once(name, overlap):
-    split = KINDS[name](**SMALL, overlap=overlap).split(train_y, test_y, CLASSES)
+    split = PARTITIONS[name](**SMALL, overlap=overlap).split(train_y, test_y, CLASSES)
     for y, held, counts in (
         (train_y, split.train, split.train_counts),
         (test_y, split.test, split.test_counts),
@@ -114,7 +114,8 @@ def test_every_kind_gives_every_client_valid_samples_once(name, overlap):
 @pytest.mark.parametrize("name", DRAWN)
 def test_the_seed_decides_the_split(name):
     one, same, other = (
-        KINDS[name](**SMALL, seed=s).split(train_y, test_y, CLASSES).digest() for s in (1, 1, 2)
+        PARTITIONS[name](**SMALL, seed=s).split(train_y, test_y, CLASSES).digest()
+        for s in (1, 1, 2)
     )
     assert one == same != other
 
@@ -143,7 +144,7 @@ def test_all_samples_cannot_be_held_back(value):
 
 @pytest.mark.parametrize("name", ["iid", "quantity", "dirichlet_class"])
 def test_zero_means_all_samples(name):
-    split = KINDS[name](clients=5, train=0, test=0).split(train_y, test_y, CLASSES)
+    split = PARTITIONS[name](clients=5, train=0, test=0).split(train_y, test_y, CLASSES)
     assert sorted(flat(split.train)) == list(range(6000)) and sorted(flat(split.test)) == list(
         range(1500)
     )
@@ -160,7 +161,7 @@ def test_pathological_without_overlap_can_deal_everything():
 
 @pytest.mark.parametrize("name", ["dirichlet_client", "dirichlet_class"])
 def test_test_samples_have_the_label_mix_of_the_training_samples(name):
-    split = KINDS[name](clients=7, train=400, test=100, overlap=True, alpha=1).split(
+    split = PARTITIONS[name](clients=7, train=400, test=100, overlap=True, alpha=1).split(
         train_y, test_y, CLASSES
     )
     train, test = (
@@ -308,19 +309,23 @@ def test_shares_draw_in_the_official_order():
 
 
 def test_apportioned_numbers_add_up():
-    assert list(apportioned(10, np.array([1.0, 1.0, 1.0]))) == [4, 3, 3]
-    assert list(apportioned(7, np.array([0.0, 0.5, 0.25]))) == [0, 5, 2]
+    assert list(apportion(10, np.array([1.0, 1.0, 1.0]))) == [4, 3, 3]
+    assert list(apportion(7, np.array([0.0, 0.5, 0.25]))) == [0, 5, 2]
 
 
 def test_who_gives_keeps_the_minimum():
     # the first has just enough of the pool that the second likes best
     counts = np.array([[2, 0], [0, 0], [0, 4]])
-    assert topped_up(counts, 2, np.array([[1.0, 0.0]] * 3)).tolist() == [[2, 0], [0, 2], [0, 2]]
+    assert ensure_minimum(counts, 2, np.array([[1.0, 0.0]] * 3)).tolist() == [
+        [2, 0],
+        [0, 2],
+        [0, 2],
+    ]
 
 
 def test_topping_up_takes_the_best_liked_class_from_its_largest_holder():
     counts = np.array([[9, 5], [2, 7], [0, 0]])
-    moved = topped_up(counts, 2, np.array([[0, 0], [0, 0], [0.1, 0.9]]))
+    moved = ensure_minimum(counts, 2, np.array([[0, 0], [0, 0], [0.1, 0.9]]))
     assert moved.tolist() == [[9, 5], [2, 5], [0, 2]] and counts[2].sum() == 0
 
 

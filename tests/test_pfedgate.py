@@ -7,20 +7,20 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
-from tiers import STACK_FIRST, thorough
+from tiers import STACK_FIRST, thorough_param
 from torch import nn
 
-from fedlora_mpi.algorithm import Batch, Train, Vars
+from fedlora_mpi.algorithm import Batch, LocalTraining, Variables
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.pfedgate import PFedGate
-from fedlora_mpi.components.gating import cuts, greedy, open_gate, within_budget
+from fedlora_mpi.components.gating import cut_tensors, gate_values, greedy_knapsack, select_runs
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import numel
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.models.zoo import build
 
-NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
+NETWORKS = pytest.mark.parametrize("network", [thorough_param("cnn"), "bn_net"])
 ROOMY = (10, 9, 8, 8, 4)  # no batch of two: BatchNorm of two close numbers magnifies the last digit
 
 
@@ -30,7 +30,7 @@ def numbers(*shape, at=0):
 
 def moving(made):
     """Variables whose gate is not as it began."""
-    start = small.first(made)
+    start = small.initial_variables(made)
     moved = {n: v + 0.1 * numbers(*v.shape, at=n).abs() for n, v in start.personal.items()}
     return start._replace(personal=moved)
 
@@ -58,9 +58,9 @@ class Open(PFedGate):
 def test_an_open_gate_is_fedavg(network, stacked):
     ends = []
     for algorithm in (Open(absent="exclude"), FedAvg()):
-        run, state = small.experiment(algorithm, network, stacked=stacked, participation=0.8)
-        ends.append(play(run, small.played(run, state, 2), evaluate=True, stop=False))
-    assert small.equal(ends[0][0].shared, ends[1][0].shared)
+        run, state = small.make_experiment(algorithm, network, stacked=stacked, participation=0.8)
+        ends.append(run_round(run, small.run_rounds(run, state, 2), evaluate=True, stop=False))
+    assert small.trees_equal(ends[0][0].shared, ends[1][0].shared)
     assert all(
         np.array_equal(ends[0][2][n], ends[1][2][n], equal_nan=True) for n in ("accuracy_trained",)
     )
@@ -71,8 +71,8 @@ def test_an_open_gate_is_fedavg(network, stacked):
 def test_a_gate_that_learns_is_not_fedavg_and_differs_between_clients(stacked, sparsity):
     ends = []
     for algorithm in (PFedGate(sparsity=sparsity, absent="exclude"), FedAvg()):
-        run, state = small.experiment(algorithm, "bn_net", stacked=stacked)
-        ends.append(small.played(run, state, 2))
+        run, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
+        ends.append(small.run_rounds(run, state, 2))
     assert min((v - ends[0].shared[n]).abs().max() for n, v in ends[1].shared.items()) > 1e-4
     for name in (".gate.weight", ".gate.out.bias", ".seen.M", ".seen.in.mean", ".seen.out.var"):
         gaps = [
@@ -83,15 +83,15 @@ def test_a_gate_that_learns_is_not_fedavg_and_differs_between_clients(stacked, s
         assert min(gaps) > 1e-6, name
 
 
-@pytest.mark.parametrize("network", ["cnn", thorough("bn_net")])
+@pytest.mark.parametrize("network", ["cnn", thorough_param("bn_net")])
 @pytest.mark.parametrize("sparsity", [1.0, 0.5])
 def test_loop_and_stack_play_alike(network, sparsity):
     outcomes = []
     for stacked in (False, True):
-        run, state = small.experiment(
+        run, state = small.make_experiment(
             PFedGate(sparsity=sparsity), network, sizes=ROOMY, stacked=stacked
         )
-        outcomes.append(small.played(run, state, 2))
+        outcomes.append(small.run_rounds(run, state, 2))
     small.assert_near(outcomes[1].shared, outcomes[0].shared)
     small.assert_near(outcomes[1].personal, outcomes[0].personal)
 
@@ -101,14 +101,14 @@ def test_nothing_of_an_absent_client_changes_and_theta_is_damped(stacked):
     how = {"participation": 0.6, "stacked": stacked, "group_size": 2}
     states = {}
     for absent in ("stale", "exclude"):
-        run, state = small.experiment(PFedGate(absent=absent), "bn_net", **how)
+        run, state = small.make_experiment(PFedGate(absent=absent), "bn_net", **how)
         states[absent] = (
             state,
-            small.played(run, state._replace(personal=small.copy(state.personal)), 1),
+            small.run_rounds(run, state._replace(personal=small.clone_tree(state.personal)), 1),
         )
     before, after = states["stale"]
-    chosen = run.chosen(0)
-    for client, at in run.row_of.items():
+    chosen = run.sample_cohort(0)
+    for client, at in run.row_of_client.items():
         same = [torch.equal(v[at], before.personal[n][at]) for n, v in after.personal.items()]
         assert all(same) == (client not in chosen)
     present = sum(run.weight_N[c] for c in chosen) / sum(run.weight_N)
@@ -122,8 +122,8 @@ def test_nothing_of_an_absent_client_changes_and_theta_is_damped(stacked):
 
 
 def test_tensors_are_cut_into_at_most_five_runs_of_equal_length():
-    model = small.model("bn_net")
-    found = cuts(model, 5)
+    model = small.make_model("bn_net")
+    found = cut_tensors(model, 5)
     assert list(found) == [n for n, leaf in model.leaves.items() if leaf.role != "stats"]
     place = 0
     for name, cut in found.items():
@@ -133,7 +133,7 @@ def test_tensors_are_cut_into_at_most_five_runs_of_equal_length():
         assert cut.count == len(cut.sizes) == -(-size // length) <= 5
         assert set(cut.sizes[:-1]) <= {length} and 0 < cut.sizes[-1] <= length
         place += cut.count
-        assert cut.linear == (name in ("fc.weight", "fc.bias"))
+        assert cut.is_linear == (name in ("fc.weight", "fc.bias"))
 
 
 @pytest.mark.parametrize(
@@ -143,15 +143,15 @@ def test_runs_of_odd_sizes(size, sizes):
     model = from_module(nn.Sequential(nn.Flatten(), nn.Linear(105, 6), nn.Tanh()), 6, (3, 7, 5))
     leaf = model.leaves["1.bias"]._replace(shape=(size,))
     # as the official code
-    assert cuts(replace(model, leaves={"1.bias": leaf}), 5)["1.bias"].sizes == sizes
+    assert cut_tensors(replace(model, leaves={"1.bias": leaf}), 5)["1.bias"].sizes == sizes
 
 
 def test_every_run_is_multiplied_by_its_number_and_statistics_by_none():
-    model, algorithm = small.model("bn_net"), PFedGate()
-    found = cuts(model, 5)
+    model, algorithm = small.make_model("bn_net"), PFedGate()
+    found = cut_tensors(model, 5)
     M = torch.arange(1.0, 1 + sum(c.count for c in found.values()))
     ones = {n: torch.ones_like(v) for n, v in model.initial.items()}
-    adapted = algorithm.adapted(model, ones, M)
+    adapted = algorithm.gated_weights(model, ones, M)
     assert list(adapted) == list(model.initial)
     for name, value in adapted.items():
         if name in found:
@@ -165,8 +165,8 @@ def test_every_run_is_multiplied_by_its_number_and_statistics_by_none():
 
 def test_the_runs_of_the_published_networks_are_counted():
     model = build("resnet8", {}, 10, (3, 32, 32), 1)
-    assert sum(c.count for c in cuts(model, 5).values()) == 5 * len(cuts(model, 5))
-    assert sum(sum(c.sizes) for c in cuts(model, 5).values()) == 1_235_274
+    assert sum(c.count for c in cut_tensors(model, 5).values()) == 5 * len(cut_tensors(model, 5))
+    assert sum(sum(c.sizes) for c in cut_tensors(model, 5).values()) == 1_235_274
 
 
 # The gate
@@ -227,13 +227,13 @@ def reference(v):
 
 
 def test_the_gate_is_the_official_one_in_training_with_its_gradients_and_statistics():
-    made = small.trainer(PFedGate())
+    made = small.make_trainer(PFedGate())
     v, x = moving(made), 1 + 2 * numbers(6, *small.SHAPE)
     gate, ours = (
         reference(v),
         {n: w.clone().requires_grad_(n.startswith(".gate.")) for n, w in v.personal.items()},
     )
-    M, expected = open_gate(ours, x, None, True), gate.train()(x)
+    M, expected = gate_values(ours, x, None, True), gate.train()(x)
     torch.testing.assert_close(M, expected, rtol=1e-4, atol=1e-6)
     weights = numbers(len(M), at=3)
     learnt = [n for n in ours if n.startswith(".gate.")]
@@ -264,23 +264,23 @@ def test_the_gate_is_the_official_one_in_training_with_its_gradients_and_statist
 
 
 def test_the_gate_is_the_official_one_in_evaluation_and_leaves_no_trace():
-    v, x = moving(small.trainer(PFedGate())), 1 + 2 * numbers(6, *small.SHAPE)
+    v, x = moving(small.make_trainer(PFedGate())), 1 + 2 * numbers(6, *small.SHAPE)
     gate = reference(v).eval()
     nn.init.zeros_(gate.linear.bias)
-    before = small.copy(v.personal)
-    M = open_gate(v.personal, x, None, False)
+    before = small.clone_tree(v.personal)
+    M = gate_values(v.personal, x, None, False)
     torch.testing.assert_close(M, gate(x), rtol=1e-5, atol=1e-6)
-    assert small.equal(v.personal, before)
+    assert small.trees_equal(v.personal, before)
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("real", [1, 3, 6])
 def test_padding_neither_opens_nor_moves_the_gate(training, real):
-    v, x = moving(small.trainer(PFedGate())), numbers(6, *small.SHAPE)
-    cut, padded = small.copy(v.personal), small.copy(v.personal)
-    expected = open_gate(cut, x[:real], None, training)
+    v, x = moving(small.make_trainer(PFedGate())), numbers(6, *small.SHAPE)
+    cut, padded = small.clone_tree(v.personal), small.clone_tree(v.personal)
+    expected = gate_values(cut, x[:real], None, training)
     x[real:] = 1e3
-    found = open_gate(padded, x, torch.arange(6) < real, training)
+    found = gate_values(padded, x, torch.arange(6) < real, training)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     for name, value in cut.items():
         torch.testing.assert_close(padded[name], value, rtol=1e-5, atol=1e-5)
@@ -295,11 +295,11 @@ def test_the_gate_learns_at_its_own_rate(stacked):
     train = replace(small.TRAIN, momentum=0.9, batch_size=20, epochs=2)
     moves = {}
     for gate_lr in (0.05, 0.1):
-        made = small.trainer(
+        made = small.make_trainer(
             PFedGate(gate_lr=gate_lr), "bn_net", train=replace(train, epochs=1), stacked=stacked
         )
-        start = small.first(made)
-        (done,) = made.train([0], start.shared, small.rows(start.personal, 1), 0)
+        start = small.initial_variables(made)
+        (done,) = made.train([0], start.shared, small.repeat_rows(start.personal, 1), 0)
         moves[gate_lr] = (
             {n: v - done.start.personal[n] for n, v in done.end.personal.items()},
             done.end.shared,
@@ -315,7 +315,7 @@ def test_the_gate_learns_at_its_own_rate(stacked):
             moves[0.1][0][name], 2 * moves[0.05][0][name], rtol=1e-3, atol=1e-6
         )
         assert moves[0.1][0][name].any()
-    assert small.equal(moves[0.1][1], moves[0.05][1])  # theta's first step is of its own rate
+    assert small.trees_equal(moves[0.1][1], moves[0.05][1])  # theta's first step is of its own rate
 
 
 @STACK_FIRST
@@ -323,9 +323,9 @@ def test_what_the_gate_keeps_of_the_data_does_not_decay(stacked):
     kept = []
     for weight_decay in (0.0, 0.5):
         train = replace(small.TRAIN, batch_size=20, epochs=1, weight_decay=weight_decay)
-        made = small.trainer(PFedGate(), "bn_net", train=train, stacked=stacked)
+        made = small.make_trainer(PFedGate(), "bn_net", train=train, stacked=stacked)
         v = moving(made)
-        (done,) = made.train([0], v.shared, small.rows(v.personal, 1), 0)
+        (done,) = made.train([0], v.shared, small.repeat_rows(v.personal, 1), 0)
         kept.append(
             {
                 n: w.clone()
@@ -334,15 +334,17 @@ def test_what_the_gate_keeps_of_the_data_does_not_decay(stacked):
             }
         )
         assert not any(torch.equal(w, v.personal[n]) for n, w in kept[-1].items())
-    assert small.equal(*kept) and len(kept[0]) == 4
+    assert small.trees_equal(*kept) and len(kept[0]) == 4
 
 
 @STACK_FIRST
 def test_one_client_trains_as_with_two_torch_optimizers(stacked):
     algorithm, settings = PFedGate(gate_lr=0.2), replace(small.TRAIN, epochs=2)
-    run, state = small.experiment(algorithm, "bn_net", sizes=(10,), train=settings, stacked=stacked)
-    made = small.trainer(algorithm, "bn_net", train=settings, samples=small.feed((10,)))
-    v = small.first(made)
+    run, state = small.make_experiment(
+        algorithm, "bn_net", sizes=(10,), train=settings, stacked=stacked
+    )
+    made = small.make_trainer(algorithm, "bn_net", train=settings, samples=small.make_feed((10,)))
+    v = small.initial_variables(made)
     theta = {
         n: w.clone().requires_grad_(made.model.role(n) != "stats") for n, w in v.shared.items()
     }
@@ -360,16 +362,16 @@ def test_one_client_trains_as_with_two_torch_optimizers(stacked):
                     for p in made.feed.epoch([0], 0, epoch).batch(1, first, 5)
                 )
             )
-            M = open_gate(own, batch.x, None, True)
+            M = gate_values(own, batch.x, None, True)
             loss = F.cross_entropy(
-                made.model(algorithm.adapted(made.model, theta, M), batch.x), batch.y
+                made.model(algorithm.gated_weights(made.model, theta, M), batch.x), batch.y
             )
             for optimizer in optimizers:
                 optimizer.zero_grad()
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
-    state = small.played(run, state, 1)
+    state = small.run_rounds(run, state, 1)
     small.assert_near(state.shared, {n: w.detach() for n, w in theta.items()})
     found = {n: w[0] for n, w in state.personal.items() if n != ".seen.M"}
     small.assert_near(found, {n: own[n].detach() for n in found})
@@ -379,21 +381,21 @@ def test_one_client_trains_as_with_two_torch_optimizers(stacked):
 @pytest.mark.parametrize("sparsity", [1.0, 0.5])
 def test_a_client_predicts_with_the_multipliers_of_its_training_samples(stacked, sparsity):
     algorithm = PFedGate(sparsity=sparsity)
-    run, state = small.experiment(algorithm, "bn_net", stacked=stacked)
-    state, metrics, clients = play(run, state, evaluate=True, stop=False)
-    model = run.trainer.model.evaluating()
-    for client, at in run.row_of.items():
+    run, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
+    state, metrics, clients = run_round(run, state, evaluate=True, stop=False)
+    model = run.trainer.model.eval_mode()
+    for client, at in run.row_of_client.items():
         own = {n: v[at] for n, v in state.personal.items()}
         M = algorithm.multipliers(model, own, everything(run.trainer, client))
         torch.testing.assert_close(own[".seen.M"], M, rtol=1e-5, atol=1e-6)
-        v = Vars(state.shared, own)
+        v = Variables(state.shared, own)
         tests = run.trainer.feed.test([client], 0, run.trainer.feed.test_size(client))
         both = algorithm.logits(model, v, tests.x[0])
         alone = torch.cat([algorithm.logits(model, v, x[None]) for x in tests.x[0]])
         torch.testing.assert_close(alone, both, rtol=1e-4, atol=1e-5)  # no neighbour matters
     assert (
         metrics["accuracy"] == metrics["accuracy_trained"]
-        and algorithm.evaluates == "after_training"
+        and algorithm.evaluate_on == "after_training"
     )
     assert np.array_equal(clients["accuracy"], clients["accuracy_trained"])
 
@@ -416,7 +418,7 @@ def test_the_knapsack_is_filled_greedily(capacity):
     for draw in range(5):
         worth = torch.randint(0, 11, (17,), generator=rng(1, "worth", draw)).double()
         sizes = torch.randint(1, 9, (17,), generator=rng(1, "sizes", draw))
-        found = greedy(worth, sizes, capacity)
+        found = greedy_knapsack(worth, sizes, capacity)
         kept = found.nonzero().flatten().tolist()
         assert kept == sorted(authors_greedy(worth.tolist(), sizes.tolist(), capacity))
         assert sizes[found].sum() <= capacity
@@ -424,9 +426,9 @@ def test_the_knapsack_is_filled_greedily(capacity):
 
 
 def test_a_large_run_that_does_not_fit_makes_room_for_smaller_ones_and_ties_go_by_position():
-    found = greedy(torch.tensor([9.0, 8.0, 8.0, 1.0]), torch.tensor([3, 6, 2, 1]), 6)
+    found = greedy_knapsack(torch.tensor([9.0, 8.0, 8.0, 1.0]), torch.tensor([3, 6, 2, 1]), 6)
     assert found.tolist() == [True, False, True, True]
-    assert greedy(torch.tensor([5.0, 5.0, 5.0]), torch.tensor([2, 2, 2]), 4).tolist() == [
+    assert greedy_knapsack(torch.tensor([5.0, 5.0, 5.0]), torch.tensor([2, 2, 2]), 4).tolist() == [
         True,
         True,
         False,
@@ -436,17 +438,20 @@ def test_a_large_run_that_does_not_fit_makes_room_for_smaller_ones_and_ties_go_b
 @NETWORKS
 @pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.3, 0.5, 0.9, 1.0])
 def test_first_runs_stay_and_the_others_fit_into_the_budget(network, sparsity):
-    model = small.model(network)
-    found, least = cuts(model, 5), min(0.2, sparsity)
+    model = small.make_model(network)
+    found, least = cut_tensors(model, 5), min(0.2, sparsity)
     sizes = torch.tensor([size for cut in found.values() for size in cut.sizes])
     for draw in range(3):
         M = torch.rand(len(sizes), generator=rng(1, "M", draw))
-        stays = within_budget(found, M.clamp(min=least), sparsity - least)
+        stays = select_runs(found, M.clamp(min=least), sparsity - least)
         for cut in found.values():
             assert stays[cut.first]
         for linear in (False, True):
             at = [
-                c.first + i for c in found.values() if c.linear == linear for i in range(1, c.count)
+                c.first + i
+                for c in found.values()
+                if c.is_linear == linear
+                for i in range(1, c.count)
             ]
             capacity = round(sizes[at].sum().item() * (sparsity - least))
             worth = np.around(10 * M.clamp(min=least)[at].double().numpy())
@@ -463,7 +468,7 @@ def test_first_runs_stay_and_the_others_fit_into_the_budget(network, sparsity):
 @pytest.mark.parametrize("straight_through", [False, True])
 def test_dropped_runs_are_zero_and_the_others_as_without_a_budget(straight_through):
     algorithm = PFedGate(sparsity=0.5, straight_through=straight_through)
-    made = small.trainer(algorithm, "bn_net")
+    made = small.make_trainer(algorithm, "bn_net")
     v, batch = moving(made), batch_of(made)
     spread = {".gate.out.bias": 2 * numbers(len(v.personal[".seen.M"])) - 1}
     own = {
@@ -472,7 +477,7 @@ def test_dropped_runs_are_zero_and_the_others_as_without_a_budget(straight_throu
     }
     sparse = algorithm.multipliers(made.model, own, batch)
     whole = PFedGate().multipliers(made.model, own, batch)
-    stays = within_budget(cuts(made.model, 5), whole.detach().clamp(min=0.2), 0.3)
+    stays = select_runs(cut_tensors(made.model, 5), whole.detach().clamp(min=0.2), 0.3)
     # first runs stay whatever their M
     assert 0 < stays.sum() < len(stays) and (whole[stays] < 0.2).any()
     assert torch.equal(sparse, whole * stays)
@@ -483,12 +488,12 @@ def test_dropped_runs_are_zero_and_the_others_as_without_a_budget(straight_throu
 
 
 def test_a_sparse_client_multiplies_a_third_to_a_half_of_its_weights_by_zero():
-    run, state = small.experiment(PFedGate(sparsity=0.5), "bn_net")
-    state = small.played(run, state, 2)
+    run, state = small.make_experiment(PFedGate(sparsity=0.5), "bn_net")
+    state = small.run_rounds(run, state, 2)
     model = run.trainer.model
     for at in range(5):
         own = {n: v[at] for n, v in state.personal.items()}
-        adapted = run.algorithm.weights_of(model, Vars(state.shared, own))
+        adapted = run.algorithm.client_model(model, Variables(state.shared, own))
         used = {n: w for n, w in adapted.items() if model.role(n) in ("body", "head")}
         share = sum((w != 0).sum().item() for w in used.values()) / numel(used)
         assert 0.3 < share < 0.55
@@ -499,13 +504,13 @@ def test_a_sparse_client_multiplies_a_third_to_a_half_of_its_weights_by_zero():
 
 @pytest.mark.parametrize("sparsity", [1.0, 0.3])
 def test_the_gate_does_not_travel(sparsity):
-    run, state = small.experiment(PFedGate(sparsity=sparsity), "bn_net")
+    run, state = small.make_experiment(PFedGate(sparsity=sparsity), "bn_net")
     initial = run.trainer.model.initial
-    assert set(run.upload.shapes) == set(initial) == set(state.shared) and run.mixing is None
+    assert set(run.upload_layout.shapes) == set(initial) == set(state.shared) and run.mixing is None
     assert all(n.startswith((".gate.", ".seen.")) for n in state.personal)
     runs = len(state.personal[".seen.M"][0])
     assert numel({n: v[0] for n, v in state.personal.items()}) == runs * 105 + 5 * runs + 3 * 3 + 6
-    _, metrics, _ = play(run, state, evaluate=False, stop=False)
+    _, metrics, _ = run_round(run, state, evaluate=False, stop=False)
     assert metrics["bytes_up"] == metrics["bytes_down"] == 5 * 4 * numel(initial)
 
 
@@ -526,4 +531,4 @@ def test_fields_out_of_range_are_refused(make, message):
 def test_the_gate_needs_images():
     model = from_module(nn.Linear(7, 6), 6, (7,))
     with pytest.raises(ValueError, match=r"needs images, not inputs of shape \[7\]"):
-        PFedGate().check(model, Train())
+        PFedGate().check(model, LocalTraining())

@@ -10,25 +10,25 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
-from runs import TINY, built, played
-from tiers import STACK_FIRST, thorough
+from runs import TINY, build_tiny, run_rounds
+from tiers import STACK_FIRST, thorough_param
 
 from fedlora_mpi import open_run
-from fedlora_mpi.algorithm import Algorithm, Batch, Phase, Vars
+from fedlora_mpi.algorithm import Algorithm, Batch, Phase, Variables
 from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.algorithms.pfedlora import PFedLoRA
 from fedlora_mpi.cli import main
 from fedlora_mpi.components.adapter import Adapter
 from fedlora_mpi.config import from_dict
 from fedlora_mpi.core.seeds import rng
-from fedlora_mpi.core.tree import numel, under
+from fedlora_mpi.core.tree import numel, select_prefix
 from fedlora_mpi.data.feed import Feed
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models import zoo
 from fedlora_mpi.run.assembly import load_data
 
 PLACES = ("matrix", "conv", "side")
-NETS = (thorough("cnn"), "bn_net", thorough("noisy_net"))
+NETS = (thorough_param("cnn"), "bn_net", thorough_param("noisy_net"))
 every_place = pytest.mark.parametrize("place", PLACES)
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
 
@@ -53,7 +53,7 @@ def batch(made, client=0, width=5):
 
 def trained(made, v, client=0, round_=0):
     """(start, end) of one client."""
-    (done,) = made.train([client], v.shared, small.rows(v.personal, 1), round_)
+    (done,) = made.train([client], v.shared, small.repeat_rows(v.personal, 1), round_)
     return done.start, done.end
 
 
@@ -70,18 +70,18 @@ def moved(before, after):
 def test_without_mu_and_without_adapter_epochs_it_is_local_to_the_bit(place, network, stacked):
     ends = []
     for algorithm in (of(place, mu=0.0, adapter_epochs=0), Local()):
-        run, state = small.experiment(algorithm, network, stacked=stacked)
-        ends.append(small.played(run, state, 2))
-    assert small.equal(ends[0].personal, ends[1].personal)
-    begin = small.rows(run.kinds[0].first.personal, len(small.SIZES))
+        run, state = small.make_experiment(algorithm, network, stacked=stacked)
+        ends.append(small.run_rounds(run, state, 2))
+    assert small.trees_equal(ends[0].personal, ends[1].personal)
+    begin = small.repeat_rows(run.kinds[0].initial.personal, len(small.SIZES))
     assert moved(begin, ends[0].personal) == set(begin)
 
 
 def test_without_mu_and_adapter_epochs_its_rounds_are_those_of_local():
-    pfedlora = played("algorithm={name: pfedlora, mu: 0.0, adapter_epochs: 0}")[0]
-    local = played("algorithm=local")[0]
+    pfedlora = run_rounds("algorithm={name: pfedlora, mu: 0.0, adapter_epochs: 0}")[0]
+    local = run_rounds("algorithm=local")[0]
     for a, b in zip(pfedlora[1:], local[1:], strict=True):
-        assert small.equal(a.personal, b.personal)
+        assert small.trees_equal(a.personal, b.personal)
         assert (
             np.array_equal(a.clients["accuracy"], b.clients["accuracy"])
             and a.row["train_loss"] == b.row["train_loss"]
@@ -89,12 +89,12 @@ def test_without_mu_and_adapter_epochs_its_rounds_are_those_of_local():
 
 
 @every_place
-@pytest.mark.parametrize("network", ["cnn", thorough("bn_net")])
+@pytest.mark.parametrize("network", ["cnn", thorough_param("bn_net")])
 def test_an_adapter_that_never_trains_makes_both_losses_one_whatever_mu(place, network):
     ends = []
     for mu in (0.0, 0.3, 1.0):
-        run, state = small.experiment(of(place, mu=mu, adapter_epochs=0), network)
-        ends.append(small.played(run, state, 2).personal)
+        run, state = small.make_experiment(of(place, mu=mu, adapter_epochs=0), network)
+        ends.append(small.run_rounds(run, state, 2).personal)
     small.assert_near(ends[0], ends[1], 1e-4)
     small.assert_near(ends[0], ends[2], 1e-4)
 
@@ -108,8 +108,8 @@ def test_an_adapter_that_never_trains_makes_both_losses_one_whatever_mu(place, n
 def test_the_first_phase_moves_the_network_alone_and_the_second_the_adapter_alone(
     place, network, stacked
 ):
-    made = small.trainer(of(place), network, stacked=stacked)
-    v = woken(small.first(made))
+    made = small.make_trainer(of(place), network, stacked=stacked)
+    v = woken(small.initial_variables(made))
     first, second = made.algorithm.phases(made.model, made.settings, 0)
     halves = []
     for phase in (first, second):
@@ -132,14 +132,16 @@ class OnePhase(Algorithm):
 def test_running_statistics_are_those_of_the_network_without_the_adapter():
     ends = []
     for place, mu in (("conv", 0.5), ("conv", 0.0)):
-        made = small.trainer(
+        made = small.make_trainer(
             of(place, mu=mu, adapter_epochs=2), "bn_net", replace(small.TRAIN, epochs=1, lr=1e-9)
         )
-        _, end = trained(made, woken(small.first(made)))
+        _, end = trained(made, woken(small.initial_variables(made)))
         ends.append({n: t for n, t in end.personal.items() if made.model.role(n) == "stats"})
     assert len(ends[0]) >= 4
     small.assert_near(*ends)
-    _, local = trained(replace(made, algorithm=Local()), Vars({}, small.first(made).personal))
+    _, local = trained(
+        replace(made, algorithm=Local()), Variables({}, small.initial_variables(made).personal)
+    )
     # as often as without an adapter, too
     small.assert_near(ends[0], {n: local.personal[n] for n in ends[0]})
 
@@ -147,17 +149,19 @@ def test_running_statistics_are_those_of_the_network_without_the_adapter():
 @PATHS
 @every_place
 def test_training_another_client_leaves_an_upload_alone(place, stacked):
-    made = small.trainer(of(place), stacked=stacked)
-    v = woken(small.first(made))
+    made = small.make_trainer(of(place), stacked=stacked)
+    v = woken(small.initial_variables(made))
     kept = []
-    for done in made.train([0, 1, 2], v.shared, small.rows(v.personal, 3), 0):
+    for done in made.train([0, 1, 2], v.shared, small.repeat_rows(v.personal, 3), 0):
         upload = made.algorithm.upload(done.start, done.end)
-        kept.append((upload, small.copy(upload)))
-    assert all(small.equal(now, then) for now, then in kept)
-    assert not small.equal(kept[0][1], kept[1][1])
-    again = small.first(made)
+        kept.append((upload, small.clone_tree(upload)))
+    assert all(small.trees_equal(now, then) for now, then in kept)
+    assert not small.trees_equal(kept[0][1], kept[1][1])
+    again = small.initial_variables(made)
     # nothing given moved
-    assert small.equal(v.personal, again.personal) and small.equal(woken(again).shared, v.shared)
+    assert small.trees_equal(v.personal, again.personal) and small.trees_equal(
+        woken(again).shared, v.shared
+    )
 
 
 # --- what travels
@@ -179,8 +183,8 @@ def test_all_five_networks_send_an_adapter_of_one_shape(place, numbers, classes)
         v = algorithm.init(model, rng(1, "init"))
         assert (
             numel(algorithm.upload(v, v))
-            == algorithm.sent(v, v)
-            == algorithm.received(v.shared)
+            == algorithm.upload_numel(v, v)
+            == algorithm.download_numel(v.shared)
             == numbers(classes)
         )
         assert numel(v.personal) == numel(model.initial)
@@ -195,36 +199,36 @@ def test_a_round_counts_the_adapter_up_and_down_for_every_client_of_the_cohort()
         ("side", 64 * 3 + 8 * 3),
     ):
         how = f"algorithm={{name: pfedlora, adapter: {name}, lora_rank: 3}}"
-        for moment in played(how, "rounds=1")[0][1:]:
+        for moment in run_rounds(how, "rounds=1")[0][1:]:
             # 4 of 7 clients
             assert moment.row["bytes_up"] == moment.row["bytes_down"] == 4 * numbers * 4
 
 
 def test_clients_with_one_network_and_one_sample_each_have_equal_adapters():
-    run, state = small.experiment(of(), sizes=(4, 4, 4), same_sample=True)
+    run, state = small.make_experiment(of(), sizes=(4, 4, 4), same_sample=True)
     trainer = run.trainer
     rows = {n: v[:3] for n, v in state.personal.items()}
     uploads = [
         trainer.algorithm.upload(d.start, d.end)
         for d in trainer.train([0, 1, 2], state.shared, rows, 0)
     ]
-    assert all(small.equal(uploads[0], other) for other in uploads[1:])
+    assert all(small.trees_equal(uploads[0], other) for other in uploads[1:])
 
 
 @pytest.mark.parametrize("participation", [1.0, 0.6])
 def test_the_adapter_stays_within_what_was_sent(participation):
-    run, state = small.experiment(of(), participation=participation)
+    run, state = small.make_experiment(of(), participation=participation)
     for _ in range(2):
-        chosen, uploads = sorted(run.chosen(state.round)), []
+        chosen, uploads = sorted(run.sample_cohort(state.round)), []
 
         def rows(c, state=state):
-            return {n: v[[run.row_of[c]]] for n, v in state.personal.items()}
+            return {n: v[[run.row_of_client[c]]] for n, v in state.personal.items()}
 
         for c in chosen:
             (done,) = run.trainer.train([c], state.shared, rows(c), state.round)
             uploads.append(run.trainer.algorithm.upload(done.start, done.end))
         sizes = torch.tensor([float(run.sizes[c]) for c in chosen], dtype=torch.float64)
-        state, _, _ = play(run, state, evaluate=False, stop=False)
+        state, _, _ = run_round(run, state, evaluate=False, stop=False)
         for name, value in state.shared.items():
             sent = torch.stack([u[name] for u in uploads])
             assert (value >= sent.amin(0) - 1e-7).all() and (value <= sent.amax(0) + 1e-7).all()
@@ -256,15 +260,15 @@ def plain(place, model, w, theta, data, scale=1.0):
 @every_place
 def test_losses_and_gradients_of_both_phases_are_those_of_plain_torch(place, mu_on, share):
     algorithm = of(place, mu=0.3, mu_on=mu_on, scale=0.7)
-    made = small.trainer(algorithm)
-    model, v, data = made.model, woken(small.first(made)), batch(made)
+    made = small.make_trainer(algorithm)
+    model, v, data = made.model, woken(small.initial_variables(made)), batch(made)
     first, second = (phase.steps[0].loss for phase in algorithm.phases(model, made.settings, 0))
     leaves = {n: t.detach().clone().requires_grad_() for n, t in (v.shared | v.personal).items()}
-    now = Vars({n: leaves[n] for n in v.shared}, {n: leaves[n] for n in v.personal})
+    now = Variables({n: leaves[n] for n in v.shared}, {n: leaves[n] for n in v.personal})
     ours = [first(now, now, data), second(now, now, data)]
     theta, nothing = (
-        under(leaves, ".adapter.."),
-        {n: torch.zeros_like(t) for n, t in under(leaves, ".adapter..").items()},
+        select_prefix(leaves, ".adapter.."),
+        {n: torch.zeros_like(t) for n, t in select_prefix(leaves, ".adapter..").items()},
     )
     combined = F.cross_entropy(plain(place, model, leaves, theta, data, 0.7), data.y)
     alone = F.cross_entropy(plain(place, model, leaves, nothing, data, 0.7), data.y)
@@ -283,17 +287,19 @@ def test_losses_and_gradients_of_both_phases_are_those_of_plain_torch(place, mu_
 
 def test_one_step_of_each_phase_is_a_step_of_plain_sgd():
     algorithm = of("matrix", mu=0.4)
-    made = small.trainer(
+    made = small.make_trainer(
         algorithm, train=replace(small.TRAIN, epochs=1, batch_size=20, momentum=0.0)
     )
-    v, model = woken(small.first(made)), made.model
+    v, model = woken(small.initial_variables(made)), made.model
     _, end = trained(made, v, client=1)
     data = [
         Batch(*(t if t is None else t[0] for t in made.feed.epoch([1], 0, e).batch(1, 0, 7)))
         for e in (0, 1)
     ]
     w = {n: t.clone().requires_grad_() for n, t in v.personal.items()}
-    theta = {n: t.clone().requires_grad_() for n, t in under(v.shared, ".adapter..").items()}
+    theta = {
+        n: t.clone().requires_grad_() for n, t in select_prefix(v.shared, ".adapter..").items()
+    }
     nothing = {n: torch.zeros_like(t) for n, t in theta.items()}
 
     def ce(w, theta, d):
@@ -307,15 +313,17 @@ def test_one_step_of_each_phase_is_a_step_of_plain_sgd():
     grads = torch.autograd.grad(ce(w, theta, data[1]), list(theta.values()))
     theta = {n: t - 0.05 * g for (n, t), g in zip(theta.items(), grads, strict=True)}
     small.assert_near(end.personal, w)
-    small.assert_near(under(end.shared, ".adapter.."), {n: t.detach() for n, t in theta.items()})
+    small.assert_near(
+        select_prefix(end.shared, ".adapter.."), {n: t.detach() for n, t in theta.items()}
+    )
 
 
 @pytest.mark.parametrize("place", ["matrix", "conv"])
 @pytest.mark.parametrize("network", ["cnn", "bn_net", "cnn5"])
 def test_an_adapter_folded_into_the_weights_is_the_adapter_beside_them(place, network):
-    model = small.model(
+    model = small.make_model(
         network, shape=(3, 32, 32) if network == "cnn5" else small.SHAPE
-    ).evaluating()
+    ).eval_mode()
     adapter = Adapter(place, 3, 0.6)
     theta = {
         n: torch.randn(t.shape, generator=rng(2, n))
@@ -323,7 +331,7 @@ def test_an_adapter_folded_into_the_weights_is_the_adapter_beside_them(place, ne
     }
     x = torch.randn(4, *model.shape, generator=rng(3, "x"))
     beside = adapter.logits(model, model.initial, theta, x)
-    folded = model(adapter.merged(model, model.initial, theta), x)
+    folded = model(adapter.merge(model, model.initial, theta), x)
     torch.testing.assert_close(folded, beside, rtol=1e-4, atol=1e-4)
     assert (folded - model(model.initial, x)).abs().max() > 1e-2
     z = model.features(model.initial, x)
@@ -331,15 +339,15 @@ def test_an_adapter_folded_into_the_weights_is_the_adapter_beside_them(place, ne
 
 
 def test_the_conv_adapter_is_a_convolution_of_r_channels_and_one_of_size_1():
-    model = small.model("bn_net").evaluating()
+    model = small.make_model("bn_net").eval_mode()
     adapter, name = Adapter("conv", 2, 0.6), "conv1.weight"
-    assert adapter.beside(model) == name
+    assert adapter.weight_name(model) == name
     theta = {
         n: torch.randn(t.shape, generator=rng(2, n))
         for n, t in adapter.init(model, rng(1, "init")).items()
     }
     x = torch.randn(4, *model.shape, generator=rng(3, "x"))
-    change = adapter.merged(model, model.initial, theta)[name] - model.initial[name]
+    change = adapter.merge(model, model.initial, theta)[name] - model.initial[name]
     A, B = theta["A"], theta["B"][:, :, None, None]
     torch.testing.assert_close(
         F.conv2d(x, change, padding=1), 0.6 * F.conv2d(F.conv2d(x, A, padding=1), B)
@@ -358,11 +366,11 @@ def test_an_adapter_begins_without_effect_and_with_the_bounds_of_torchs_linear()
 def test_mu_rises_by_its_schedule():
     def shares(round_, **fields):
         """How much of either loss the first phase has: solved from losses of 2 and 5."""
-        made = small.trainer(of("matrix", **fields))
-        v, data = woken(small.first(made)), batch(made)
+        made = small.make_trainer(of("matrix", **fields))
+        v, data = woken(small.initial_variables(made)), batch(made)
         loss = made.algorithm.phases(made.model, made.settings, round_)[0].steps[0].loss(v, v, data)
         alone = F.cross_entropy(made.model(v.personal, data.x), data.y)
-        theta = under(v.shared, ".adapter..")
+        theta = select_prefix(v.shared, ".adapter..")
         combined = F.cross_entropy(
             Adapter("matrix", 2).logits(made.model, v.personal, theta, data.x), data.y
         )
@@ -388,15 +396,15 @@ def test_mu_rises_by_its_schedule():
 @pytest.mark.parametrize("inference", ["model", "combined"])
 def test_the_judged_model_is_the_network_with_or_without_the_adapter(place, inference):
     algorithm = of(place, inference=inference, scale=0.8)
-    made = small.trainer(algorithm)
-    v, data = woken(small.first(made)), batch(made)
-    theta = under(v.shared, ".adapter..")
+    made = small.make_trainer(algorithm)
+    v, data = woken(small.initial_variables(made)), batch(made)
+    theta = select_prefix(v.shared, ".adapter..")
     nothing = {n: torch.zeros_like(t) for n, t in theta.items()}
     expected = plain(
         place, made.model, v.personal, theta if inference == "combined" else nothing, data, 0.8
     )
     torch.testing.assert_close(
-        algorithm.logits(made.model.evaluating(), v, data.x), expected, rtol=1e-4, atol=1e-5
+        algorithm.logits(made.model.eval_mode(), v, data.x), expected, rtol=1e-4, atol=1e-5
     )
 
 
@@ -404,9 +412,9 @@ def test_the_judged_model_is_the_network_with_or_without_the_adapter(place, infe
     "place, inference",
     [
         ("matrix", "combined"),
-        thorough("conv", "combined"),
+        thorough_param("conv", "combined"),
         ("side", "model"),
-        thorough("matrix", "model"),
+        thorough_param("matrix", "model"),
     ],
 )
 def test_a_clients_model_of_a_run_has_the_accuracy_after_aggregation(place, inference, tmp_path):
@@ -419,7 +427,7 @@ def test_a_clients_model_of_a_run_has_the_accuracy_after_aggregation(place, infe
     data, device = load_data(config, "log"), torch.device("cpu")
     feed = Feed(data, run.partition, seed=config.seed, shift="none", device=device, augment=False)
     for client in range(7):
-        x, y = (t[0] for t in feed.test([client], 0, feed.test_size(client))[:2])
+        x, y = (t[0] for t in feed.test_batch([client], 0, feed.test_size(client))[:2])
         right = run.client(client).model(x).argmax(1) == y
         assert (
             np.float32(right.double().mean())
@@ -430,7 +438,7 @@ def test_a_clients_model_of_a_run_has_the_accuracy_after_aggregation(place, infe
         np.array_equal(judged[~np.isnan(after)], after[~np.isnan(after)])
         and (~np.isnan(after)).sum() == 4
     )
-    name = built(how).run.kinds[0].trainer.model.head + ".weight"
+    name = build_tiny(how).run.kinds[0].trainer.model.head + ".weight"
     merged = not np.array_equal(run.client(0).weights[name], run.client(0).personal[name])
     assert merged == (place == "matrix" and inference == "combined")
 
@@ -447,14 +455,14 @@ def test_a_side_adapter_judged_with_the_network_has_no_weights_of_its_own_and_sa
 
 
 @every_place
-@pytest.mark.parametrize("network", ["cnn", thorough("bn_net"), thorough("noisy_net")])
+@pytest.mark.parametrize("network", ["cnn", thorough_param("bn_net"), thorough_param("noisy_net")])
 def test_the_loop_is_the_stack(place, network):
     ends = []
     for stacked in (False, True):
-        run, state = small.experiment(
+        run, state = small.make_experiment(
             of(place, adapter_epochs=2), network, stacked=stacked, fine=True
         )
-        ends.append(small.played(run, state, 2))
+        ends.append(small.run_rounds(run, state, 2))
     small.assert_near(ends[0].shared, ends[1].shared, 1e-6)
     small.assert_near(ends[0].personal, ends[1].personal, 1e-6)
 

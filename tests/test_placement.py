@@ -5,12 +5,12 @@ import itertools
 import pytest
 import small
 import torch
-from runs import assert_near, built, played, same
+from runs import assert_near, build_tiny, run_rounds, snapshots_equal
 
 from fedlora_mpi.algorithms.fedavg import FedAvg
-from fedlora_mpi.core.scheduling import assign
+from fedlora_mpi.core.scheduling import assign_groups
 from fedlora_mpi.core.seeds import rng
-from fedlora_mpi.federation.cohorts import cohort, groups
+from fedlora_mpi.federation.cohorts import group_clients, take_cohort
 
 
 def sizes(count):
@@ -20,7 +20,7 @@ def sizes(count):
 @pytest.mark.parametrize("count, group_size", [(1, 1), (7, 1), (7, 3), (31, 10), (5, 8)])
 def test_groups_hold_every_client_once_larger_ones_first(count, group_size):
     held = sizes(count)
-    made = groups(held, group_size)
+    made = group_clients(held, group_size)
     order = list(itertools.chain(*made))
     assert sorted(order) == list(range(count))
     assert [len(group) for group in made[:-1]] == [group_size] * (len(made) - 1) and 0 < len(
@@ -31,13 +31,13 @@ def test_groups_hold_every_client_once_larger_ones_first(count, group_size):
 
 
 def test_ties_are_broken_by_id():
-    assert groups([5, 7, 5, 7, 3], 2) == ((1, 3), (0, 2), (4,))
+    assert group_clients([5, 7, 5, 7, 3], 2) == ((1, 3), (0, 2), (4,))
 
 
 @pytest.mark.parametrize("workers", [[0], [0, 1], [1, 2, 3], range(1, 8)])
 def test_the_longest_group_goes_to_the_least_loaded_worker(workers):
     costs = sizes(31)
-    host = assign(costs, workers)
+    host = assign_groups(costs, workers)
     assert len(host) == 31 and set(host) <= set(workers)
     load = {w: sum(c for c, h in zip(costs, host, strict=True) if h == w) for w in workers}
     optimum = max(max(costs), sum(costs) / len(workers))
@@ -48,8 +48,8 @@ def test_the_longest_group_goes_to_the_least_loaded_worker(workers):
 
 
 def test_grahams_example_is_placed_longest_first():
-    assert assign([3, 3, 2, 2, 2], [4, 6]) == (4, 6, 4, 6, 4)
-    assert assign([1, 2, 3, 4, 5], [0, 1]) == (
+    assert assign_groups([3, 3, 2, 2, 2], [4, 6]) == (4, 6, 4, 6, 4)
+    assert assign_groups([1, 2, 3, 4, 5], [0, 1]) == (
         0,
         0,
         1,
@@ -59,12 +59,12 @@ def test_grahams_example_is_placed_longest_first():
 
 
 def test_equal_groups_are_dealt_evenly():
-    host = assign([2.5] * 31, [1, 2, 3, 4])
+    host = assign_groups([2.5] * 31, [1, 2, 3, 4])
     assert sorted(host.count(w) for w in (1, 2, 3, 4)) == [7, 8, 8, 8]
 
 
 def test_more_workers_than_groups_leave_some_idle():
-    assert set(assign([3, 1, 2], range(5))) == {0, 1, 2} and assign([], [0]) == ()
+    assert set(assign_groups([3, 1, 2], range(5))) == {0, 1, 2} and assign_groups([], [0]) == ()
 
 
 @pytest.mark.parametrize(
@@ -81,17 +81,17 @@ def test_more_workers_than_groups_leave_some_idle():
 )
 def test_a_cohort_is_the_head_of_the_permutation(clients, fraction, count):
     draw = torch.randperm(clients, generator=rng(1, clients)).tolist()
-    chosen = cohort(clients, fraction, draw)
+    chosen = take_cohort(clients, fraction, draw)
     assert chosen == set(draw[:count]) and len(chosen) == count
 
 
 def test_cohorts_follow_seed_and_round_alone():
-    run, _ = small.experiment(FedAvg(), participation=0.6)
-    draws = [run.chosen(round_) for round_ in range(30)]
+    run, _ = small.make_experiment(FedAvg(), participation=0.6)
+    draws = [run.sample_cohort(round_) for round_ in range(30)]
     torch.rand(3)
-    assert [run.chosen(round_) for round_ in reversed(range(30))] == draws[::-1]
-    again, _ = small.experiment(FedAvg(), participation=0.6, network="bn_net", group_size=2)
-    assert [again.chosen(round_) for round_ in range(30)] == draws
+    assert [run.sample_cohort(round_) for round_ in reversed(range(30))] == draws[::-1]
+    again, _ = small.make_experiment(FedAvg(), participation=0.6, network="bn_net", group_size=2)
+    assert [again.sample_cohort(round_) for round_ in range(30)] == draws
     assert len(set(draws)) > 5 and set().union(*draws) == set(range(5))
 
 
@@ -106,9 +106,9 @@ FEW = (
 
 
 def test_a_groups_part_of_the_cohort_is_cut_into_equal_stacks_largest_first():
-    run = built(*FEW, "participation=1.0").run
+    run = build_tiny(*FEW, "participation=1.0").run
     for count, lengths in ((0, []), (1, [1]), (2, [2]), (3, [1, 2]), (5, [1, 2, 2]), (14, [2] * 7)):
-        stacks = run.stacks(range(count))
+        stacks = run.split_into_stacks(range(count))
         assert [len(stack) for stack in stacks] == lengths
         flat = [client for stack in stacks for client in stack]
         assert sorted(flat) == list(range(count))
@@ -117,11 +117,11 @@ def test_a_groups_part_of_the_cohort_is_cut_into_equal_stacks_largest_first():
 
 
 def test_a_group_holds_so_many_clients_that_a_stack_of_them_takes_part():
-    assert [len(group) for group in built(*FEW).run.groups] == [6, 6, 2]
-    assert [len(group) for group in built(*FEW, "participation=1.0").run.groups] == [2] * 7
+    assert [len(group) for group in build_tiny(*FEW).run.groups] == [6, 6, 2]
+    assert [len(group) for group in build_tiny(*FEW, "participation=1.0").run.groups] == [2] * 7
     # nothing to gain
-    assert [len(group) for group in built(*FEW, "engine.path=loop").run.groups] == [2] * 7
-    wide = built(
+    assert [len(group) for group in build_tiny(*FEW, "engine.path=loop").run.groups] == [2] * 7
+    wide = build_tiny(
         *FEW,
         "participation=0.1",
         "engine.group_size=auto",
@@ -136,13 +136,13 @@ def test_a_group_holds_so_many_clients_that_a_stack_of_them_takes_part():
 
 
 def test_small_cohorts_have_the_same_bits_on_any_ranks_and_the_numbers_of_the_loop():
-    one = played(*FEW, "rounds=3")[0]
+    one = run_rounds(*FEW, "rounds=3")[0]
     for ranks in (2, 3):
         assert all(
-            same(a, b)
-            for moments in played(*FEW, "rounds=3", ranks=ranks)
+            snapshots_equal(a, b)
+            for moments in run_rounds(*FEW, "rounds=3", ranks=ranks)
             for a, b in zip(one, moments, strict=True)
         )
-    loop = played(*FEW, "rounds=3", "engine.path=loop")[0]
+    loop = run_rounds(*FEW, "rounds=3", "engine.path=loop")[0]
     assert_near(one[-1].shared, loop[-1].shared)
-    assert not same(one[0], one[-1])
+    assert not snapshots_equal(one[0], one[-1])

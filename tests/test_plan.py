@@ -13,18 +13,18 @@ from torch.nn import functional as F
 
 from fedlora_mpi.cli import main
 from fedlora_mpi.config import read
-from fedlora_mpi.core.scheduling import assign
+from fedlora_mpi.core.scheduling import assign_groups
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.plan import estimate
-from fedlora_mpi.plan.counted import OnGpu, _count, fits
-from fedlora_mpi.plan.devices import CONTEXT, GPUS, Device, device
-from fedlora_mpi.plan.forecast import Costs, Machine, Unit, allgather, allreduce, forecast
-from fedlora_mpi.plan.line import Line, limits
-from fedlora_mpi.plan.unit_costs import _beside, measured
+from fedlora_mpi.plan.counted import GpuSeconds, _count, gpu_capacity
+from fedlora_mpi.plan.devices import CONTEXT_BYTES, GPUS, Device, find_device
+from fedlora_mpi.plan.forecast import Costs, Machine, UnitCosts, allgather, allreduce, forecast
+from fedlora_mpi.plan.line import CostLine, sample_limits
+from fedlora_mpi.plan.unit_costs import _run_beside, measure_costs
 from fedlora_mpi.run.assembly import build
 
 HERE = Machine(math.inf, 1e9, 1e-5)
-UNIT = Unit(Line(0.5, 0.25, 0.125), Line(0, 0, 0), Line(0, 0, 0.0625), 2.0)
+UNIT = UnitCosts(CostLine(0.5, 0.25, 0.125), CostLine(0, 0, 0), CostLine(0, 0, 0.0625), 2.0)
 FREE = Costs({0: UNIT}, 0.0, 0.0, 0.0, (0.0, 0.0), 0.0, 0.0, 0.0, 0.0, 0.0, 0)
 
 
@@ -41,55 +41,67 @@ def seconds(costs: Costs, ranks: int, *overrides: str, machine: Machine = HERE):
     "samples, batch_size", [(60, 10), (17, 10), (25, 10), (10, 10), (7, 10), (1, 1), (2, 1), (9, 4)]
 )
 def test_a_line_is_found_again_from_what_it_measures(samples, batch_size):
-    line = Line(3.0, 2.0, 0.5)
-    found = Line.through(lambda limit: line.of([limit] * 3, batch_size), 3, samples, batch_size)
-    for size in {*limits(samples, batch_size), samples}:
-        assert found.of([size] * 3, batch_size) == pytest.approx(line.of([size] * 3, batch_size))
+    line = CostLine(3.0, 2.0, 0.5)
+    found = CostLine.through(
+        lambda limit: line.cost([limit] * 3, batch_size), 3, samples, batch_size
+    )
+    for size in {*sample_limits(samples, batch_size), samples}:
+        assert found.cost([size] * 3, batch_size) == pytest.approx(
+            line.cost([size] * 3, batch_size)
+        )
     if min(samples, batch_size) > 1 and samples > batch_size:
         assert found == pytest.approx(line)
 
 
 @pytest.mark.parametrize("samples", [60, 17, 25, 10, 7])
 def test_what_a_client_costs_in_every_batch_is_found_from_half_of_a_stack(samples):
-    line = Line(3.0, 2.0, 0.5, 0.25)
+    line = CostLine(3.0, 2.0, 0.5, 0.25)
 
     def cost(clients):
-        return lambda limit: line.of([limit] * clients, 10)
+        return lambda limit: line.cost([limit] * clients, 10)
 
-    found = Line.through(cost(4), 4, samples, 10).shared(cost(2), 2, 4, samples, 10)
+    found = CostLine.through(cost(4), 4, samples, 10).with_client_cost(cost(2), 2, 4, samples, 10)
     for clients in (4, 2) if samples > 10 else (4,):
-        assert cost(clients)(samples) == pytest.approx(found.of([samples] * clients, 10))
+        assert cost(clients)(samples) == pytest.approx(found.cost([samples] * clients, 10))
     if samples > 10:
-        assert found == pytest.approx(line) and found.of([25, 10, 3], 10) == pytest.approx(
+        assert found == pytest.approx(line) and found.cost([25, 10, 3], 10) == pytest.approx(
             3 + 2 * 3 + 0.25 * 5 + 0.5 * 38
         )
-    noisy = Line(3.0, 2.0, 0.5).shared(lambda limit: -9.0 * limit, 2, 4, samples, 10)
-    assert min(noisy) >= 0 and noisy.of([samples] * 4, 10) == pytest.approx(
-        Line(3.0, 2.0, 0.5).of([samples] * 4, 10)
+    noisy = CostLine(3.0, 2.0, 0.5).with_client_cost(lambda limit: -9.0 * limit, 2, 4, samples, 10)
+    assert min(noisy) >= 0 and noisy.cost([samples] * 4, 10) == pytest.approx(
+        CostLine(3.0, 2.0, 0.5).cost([samples] * 4, 10)
     )
 
 
 def test_a_line_through_noise_has_nothing_negative():
     for few, full, many in ((5.0, 4.0, 3.0), (1.0, 9.0, 10.0), (4.0, 4.0, 30.0)):
-        found = Line.through(
-            dict(zip(limits(60, 10), (few, full, many), strict=True)).get, 2, 60, 10
+        found = CostLine.through(
+            dict(zip(sample_limits(60, 10), (few, full, many), strict=True)).get, 2, 60, 10
         )
         assert min(found) >= 0
 
 
 def test_one_worker_trains_the_sum_of_its_stacks():
     run = built().run
-    sizes = [[run.sizes[c] for c in stack] for group in run.groups for stack in run.stacks(group)]
+    sizes = [
+        [run.sizes[c] for c in stack]
+        for group in run.groups
+        for stack in run.split_into_stacks(group)
+    ]
     tests = sum(map(len, built().split.test))
     found = seconds(FREE, 1)
     assert found.train == pytest.approx(
         sum(0.5 + 0.25 * math.ceil(max(n) / 8) + 0.125 * sum(n) for n in sizes) + tests / 16
     )
-    assert found.evaluate == pytest.approx(tests / 16) and found.exchange == 0 and found.busy == 1
+    assert (
+        found.evaluate == pytest.approx(tests / 16)
+        and found.exchange == 0
+        and found.busy_fraction == 1
+    )
 
 
 def test_twice_the_unit_cost_is_twice_the_time():
-    double = UNIT._replace(train=Line(1.0, 0.5, 0.25), score=Line(0, 0, 0.125))
+    double = UNIT._replace(train=CostLine(1.0, 0.5, 0.25), score=CostLine(0, 0, 0.125))
     for ranks in (1, 3, 4):
         once, twice = seconds(FREE, ranks), seconds(FREE._replace(units={0: double}), ranks)
         assert twice.train == pytest.approx(2 * once.train) and twice.evaluate == pytest.approx(
@@ -101,7 +113,7 @@ def test_more_workers_are_never_slower_to_train_and_one_a_group_is_the_end():
     for stage in ("train", "evaluate"):
         took = [getattr(seconds(FREE, ranks), stage) for ranks in (1, 3, 4, 5, 6, 64)]
         assert took == sorted(took, reverse=True) and took[0] > took[1] > took[3] == took[-1]
-    assert seconds(FREE, 64).busy < seconds(FREE, 3).busy
+    assert seconds(FREE, 64).busy_fraction < seconds(FREE, 3).busy_fraction
 
 
 def test_a_loop_pays_for_every_client_apart():
@@ -114,13 +126,19 @@ def test_a_small_cohort_costs_what_its_clients_cost_and_is_judged_whole():
     tree = ["participation=0.3", "rounds=16"]
     run, costs = (
         built(*tree).run,
-        FREE._replace(units={0: UNIT._replace(train=Line(1.0, 0, 0), score=Line(0, 0, 1.0))}),
+        FREE._replace(
+            units={0: UNIT._replace(train=CostLine(1.0, 0, 0), score=CostLine(0, 0, 1.0))}
+        ),
     )
     stacks = [
-        sum(len(run.stacks(m)) for g in run.groups if (m := [c for c in g if c in run.chosen(t)]))
+        sum(
+            len(run.split_into_stacks(m))
+            for g in run.groups
+            if (m := [c for c in g if c in run.sample_cohort(t)])
+        )
         for t in range(16)
     ]
-    tests = [sum(len(built().split.test[c]) for c in run.chosen(t)) for t in range(16)]
+    tests = [sum(len(built().split.test[c]) for c in run.sample_cohort(t)) for t in range(16)]
     found = seconds(costs, 1, *tree)
     assert found.train == pytest.approx((sum(stacks) + sum(tests)) / 16)
     assert found.evaluate == pytest.approx(sum(map(len, built().split.test)))
@@ -129,7 +147,7 @@ def test_a_small_cohort_costs_what_its_clients_cost_and_is_judged_whole():
 def test_a_cohort_judged_alone_costs_what_its_tests_cost():
     tree = ["participation=0.3", "rounds=16", "evaluate.clients=cohort"]
     made = built(*tree)
-    tests = [sum(len(made.split.test[c]) for c in made.run.chosen(t)) for t in range(16)]
+    tests = [sum(len(made.split.test[c]) for c in made.run.sample_cohort(t)) for t in range(16)]
     assert seconds(FREE, 1, *tree).evaluate == pytest.approx(sum(tests) / 16 / 16)
 
 
@@ -142,7 +160,7 @@ def test_workers_beyond_the_cores_share_them():
 
 def test_evaluating_and_checkpointing_less_often_costs_less():
     costs = FREE._replace(
-        units={0: UNIT._replace(train=Line(0, 0, 0))}, log=1.0, checkpoint=6.0, file=2.0
+        units={0: UNIT._replace(train=CostLine(0, 0, 0))}, log=1.0, checkpoint=6.0, file=2.0
     )
     often, seldom = (
         seconds(costs, 1, "evaluate.every=1", "checkpoint.every=1"),
@@ -163,7 +181,7 @@ def test_every_worker_writes_a_file_for_each_kind_of_clients():
         workers = range(1, ranks) if ranks > 1 else [0]
         there = {
             (rank, made.run.kind_of[c])
-            for g, rank in zip(made.run.groups, assign(made.run.costs, workers), strict=True)
+            for g, rank in zip(made.run.groups, assign_groups(made.run.costs, workers), strict=True)
             for c in g
         }
         assert forecast(made, costs, workers, ranks, HERE).files == 2 * len(there) >= 6
@@ -190,8 +208,10 @@ def test_a_pair_of_mixed_clients_costs_by_the_square():
 
 
 def test_a_gpu_takes_the_longer_of_starting_and_computing():
-    quick = OnGpu(Line(1.0, 2.0, 0.0), Line(0.0, 0.0, 0.01))
-    assert quick.of([20, 20], 10) == 1.0 + 2 * 2.0 and quick.of([2000], 1000) == pytest.approx(20.0)
+    quick = GpuSeconds(CostLine(1.0, 2.0, 0.0), CostLine(0.0, 0.0, 0.01))
+    assert quick.cost([20, 20], 10) == 1.0 + 2 * 2.0 and quick.cost([2000], 1000) == pytest.approx(
+        20.0
+    )
 
 
 def test_operations_are_counted_as_they_are_done():
@@ -211,7 +231,11 @@ def test_operations_are_counted_as_they_are_done():
 
 def test_a_gpu_holds_so_many_workers():
     gpu = Device(1.0, 1.0, 1.0, memory=10e9)
-    assert fits(gpu, data=10**9, client=4e8, group_size=1) == (CONTEXT + 1.4e9, 5, 21)
+    assert gpu_capacity(gpu, data_bytes=10**9, client_bytes=4e8, group_size=1) == (
+        CONTEXT_BYTES + 1.4e9,
+        5,
+        21,
+    )
 
 
 def test_a_named_gpu_and_its_bandwidth_change_what_is_predicted(monkeypatch, tmp_path):
@@ -222,10 +246,10 @@ def test_a_named_gpu_and_its_bandwidth_change_what_is_predicted(monkeypatch, tmp
         estimate(config, str(TINY), 3, name, bandwidth)
         for name, bandwidth in (("snail", 1e3), ("h200", 1e9))
     )
-    run, flops = slow.built.run, 0
+    run, flops = slow.assembly.run, 0
     flops = max(
         sum(
-            run.flops[0].of_round(run.sizes[c], 0)
+            run.flops[0].round_flops(run.sizes[c], 0)
             for g, h in zip(run.groups, (1, 2, 2, 1), strict=True)
             if h == r
             for c in g
@@ -238,7 +262,7 @@ def test_a_named_gpu_and_its_bandwidth_change_what_is_predicted(monkeypatch, tmp
     )
     assert (
         slow.seconds.exchange > fast.seconds.exchange + 10
-        and slow.built.config.engine.path == "stack"
+        and slow.assembly.config.engine.path == "stack"
     )
     assert not list(tmp_path.iterdir())
 
@@ -274,13 +298,13 @@ def test_a_plan_says_what_was_measured_and_what_assumed(capsys):
         and "counted" in lines["measured"]
         and "of 80 GB" in lines["gpu"]
     )
-    assert device("none") is None
+    assert find_device("none") is None
 
 
 def test_a_message_has_its_price_also_where_next_to_nothing_is_uploaded():
     made = built("algorithm=fedamp")
     # a core adds up gigabytes a second
-    assert made.run.upload.size < 100 and measured(made)[0].add_byte < 1e-8
+    assert made.run.upload_layout.size < 100 and measure_costs(made)[0].add_byte < 1e-8
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a fork is not safe")
@@ -290,7 +314,7 @@ def test_others_compute_meanwhile_and_are_gone_after(tmp_path):
             file.write(".")
         time.sleep(1e-3)
 
-    with _beside(2, work):
+    with _run_beside(2, work):
         until = time.monotonic() + 30
         while (
             sum(len(file.read_text()) > 2 for file in tmp_path.iterdir()) < 2

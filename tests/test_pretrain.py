@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import TINY, command, equal, finished, mpirun, said, tiny
+from runs import (
+    TINY,
+    command_line,
+    mpirun_command,
+    package_lines,
+    run_process,
+    tiny_config,
+    trees_equal,
+)
 
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.models import weights, zoo
@@ -52,7 +60,7 @@ def test_a_run_from_a_pretrained_network_begins_far_better(call):
 
 
 def test_the_default_is_the_epochs_of_the_config(call):
-    assert len(pretrained(call)[1]) == tiny().train.epochs == 3
+    assert len(pretrained(call)[1]) == tiny_config().train.epochs == 3
     assert len(pretrained(call, "train.epochs=2", to="b.safetensors")[1]) == 2
 
 
@@ -60,7 +68,7 @@ def test_an_epoch_in_one_batch_is_one_step_of_gradient_descent_on_all_samples(ca
     found, _, losses = pretrained(
         call, "train.batch_size=240", "train.lr=0.5", "train.weight_decay=0.01", "--epochs", 2
     )
-    config = tiny()
+    config = tiny_config()
     data = load_data(config, "")
     x = ((data.train.x / 255 - data.mean[0]) / data.std[0]).float()
     network = config.model.mix[0]
@@ -126,7 +134,7 @@ def test_the_file_has_every_leaf_with_the_statistics(call):
         for n in ("norm.running_mean", "norm.weight", "head.weight")
     )
     model = zoo.build("user_parts:with_norm", {}, 4, (1, 8, 8), 2, weights="net.safetensors")
-    assert equal(model.initial, {n: found[n] for n in model.initial})
+    assert trees_equal(model.initial, {n: found[n] for n in model.initial})
 
 
 def test_it_goes_on_from_weights_that_the_config_names(call):
@@ -134,7 +142,7 @@ def test_it_goes_on_from_weights_that_the_config_names(call):
     again, *_ = pretrained(
         call, "model.weights=net.safetensors", "train.lr=1e-30", "--epochs", 1, to="b.safetensors"
     )
-    assert equal(first, again)
+    assert trees_equal(first, again)
 
 
 def test_of_a_mix_one_network_is_trained(call):
@@ -145,7 +153,7 @@ def test_of_a_mix_one_network_is_trained(call):
     alone, *_ = pretrained(
         call, "model={name: 'user_parts:wide', hidden: 7}", "--epochs", 1, to="c.safetensors"
     )
-    assert equal(second, alone)
+    assert trees_equal(second, alone)
 
 
 def test_it_learns_texts_under_the_vocabulary_of_the_data(call, tmp_path):
@@ -184,7 +192,7 @@ def test_it_learns_texts_under_the_vocabulary_of_the_data(call, tmp_path):
 
 
 def test_some_classes_are_all_their_samples_and_no_other():
-    data = load_data(tiny(), "")
+    data = load_data(tiny_config(), "")
     split = pooled(data, [1, 3])
     for rows, counts, y in (
         (split.train, split.train_counts, data.train.y),
@@ -198,11 +206,11 @@ def test_trained_on_some_classes_a_network_tells_these_apart_and_names_no_other(
     found, accuracies, _ = pretrained(call, "--epochs", 4, "--classes", "0,2")
     assert accuracies[-1] > 90  # of the test samples of these
     data, model = (
-        load_data(tiny(), ""),
+        load_data(tiny_config(), ""),
         zoo.build("cnn", {"width": 4, "hidden": 8}, 4, (1, 8, 8), 1),
     )
     x = ((data.test.x / 255 - data.mean[0]) / data.std[0]).float()
-    named = model.evaluating()(found, x).argmax(1)
+    named = model.eval_mode()(found, x).argmax(1)
     assert set(named.tolist()) == {0, 2} and found["9.bias"].shape == (4,)
     right = (named == data.test.y)[(data.test.y == 0) | (data.test.y == 2)]
     assert f"{right.double().mean().item():.2%}" == f"{accuracies[-1]:.2f}%"
@@ -331,9 +339,11 @@ def test_several_ranks_are_refused_in_one_line(monkeypatch, call, tmp_path):
 
 @pytest.mark.thorough
 def test_several_real_ranks_are_refused_in_one_line(tmp_path):
-    ended = finished([*mpirun(2), *command("pretrain", TINY, "--to", "net.safetensors")], tmp_path)
+    ended = run_process(
+        [*mpirun_command(2), *command_line("pretrain", TINY, "--to", "net.safetensors")], tmp_path
+    )
     assert ended.returncode == 2
-    assert said(ended.stderr) == [
+    assert package_lines(ended.stderr) == [
         "fedlora-mpi: 2 ranks: pretrain takes one; start it without mpirun (engine.threads gives "
         "it cores)"
     ]

@@ -17,13 +17,13 @@ from runs import (
     TINY,
     assert_near,
     assert_same_run,
-    built,
-    equal,
-    finished,
-    mpirun,
-    played,
-    same,
-    tiny,
+    build_tiny,
+    mpirun_command,
+    run_process,
+    run_rounds,
+    snapshots_equal,
+    tiny_config,
+    trees_equal,
 )
 
 from fedlora_mpi import config as configs
@@ -32,12 +32,12 @@ from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.cli import main
 from fedlora_mpi.config import ConfigError
 from fedlora_mpi.core.seeds import rng
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Fault
 from fedlora_mpi.privacy import accountant, masks
 from fedlora_mpi.privacy.check import check_run
-from fedlora_mpi.privacy.clipping import clipped
+from fedlora_mpi.privacy.clipping import clip_update
 from fedlora_mpi.privacy.settings import Privacy
 from fedlora_mpi.run.checkpointing import beginning
 from fedlora_mpi.run.loop import resume, start
@@ -78,8 +78,8 @@ def flat(tree):
     ],
 )
 def test_masks_leave_the_mean_to_the_bit(name):
-    plain, secure = played(*how(name))[0], played(*how(name), SECURE)[0]
-    assert all(same(a, b) for a, b in zip(plain, secure, strict=True))
+    plain, secure = run_rounds(*how(name))[0], run_rounds(*how(name), SECURE)[0]
+    assert all(snapshots_equal(a, b) for a, b in zip(plain, secure, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_masks_leave_the_mean_to_the_bit(name):
     ],
 )
 def test_masks_cancel_over_ranks(name, ranks, more):
-    plain, secure = played(*how(name))[0], played(*how(name), SECURE, *more, ranks=ranks)
-    assert all(same(plain[-1], moments[-1]) for moments in secure)
+    plain, secure = run_rounds(*how(name))[0], run_rounds(*how(name), SECURE, *more, ranks=ranks)
+    assert all(snapshots_equal(plain[-1], moments[-1]) for moments in secure)
 
 
 @thorough
@@ -102,8 +102,14 @@ def test_masks_cancel_under_mpirun(tmp_path):
         ["run", str(TINY), "algorithm=fedavg", "rounds=2", f"output={name}", *more]
         for name, more in (("plain", ()), ("masked", (SECURE,)))
     ]
-    line = [*mpirun(3), sys.executable, str(TESTS / "several.py"), "codes", json.dumps(runs)]
-    ended = finished(line, tmp_path)
+    line = [
+        *mpirun_command(3),
+        sys.executable,
+        str(TESTS / "several.py"),
+        "codes",
+        json.dumps(runs),
+    ]
+    ended = run_process(line, tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert_same_run(tmp_path / "plain", tmp_path / "masked")
 
@@ -113,13 +119,13 @@ def handed(monkeypatch):
     """All that clients hand over while the test runs: (client, masked integers, what they stand
     for).
     """
-    met, real = [], masks.masked
+    met, real = [], masks.add_masks
 
     def watched(buffer, client, *rest):
         met.append((client, real(buffer, client, *rest), buffer.copy()))
         return met[-1][1].copy()
 
-    monkeypatch.setattr(masks, "masked", watched)
+    monkeypatch.setattr(masks, "add_masks", watched)
     return met
 
 
@@ -133,10 +139,11 @@ def uniform(integers):
 
 
 def test_a_rank_gets_nothing_of_a_client_but_uniform_numbers(handed):
-    parts = built(*FEDAVG, SECURE)
-    play(parts.run, beginning(parts), evaluate=False, stop=False)
+    parts = build_tiny(*FEDAVG, SECURE)
+    run_round(parts.run, beginning(parts), evaluate=False, stop=False)
     assert (
-        sorted(client for client, *_ in handed) == sorted(parts.run.chosen(0)) and len(handed) == 4
+        sorted(client for client, *_ in handed) == sorted(parts.run.sample_cohort(0))
+        and len(handed) == 4
     )
     for _, sent, own in handed:
         assert uniform(sent) and not uniform(own)
@@ -149,9 +156,9 @@ def test_every_message_goes_through_the_masks(monkeypatch):
     """A client's numbers reach the rank's buffer only as what ``masked`` gives: with zeros from it
     nothing arrives.
     """
-    monkeypatch.setattr(masks, "masked", lambda buffer, *rest: np.zeros_like(buffer))
+    monkeypatch.setattr(masks, "add_masks", lambda buffer, *rest: np.zeros_like(buffer))
     message = ExactSum(9)
-    with masks.letters(Privacy(secure_aggregation=True), message, range(5), 1, 0)(2) as own:
+    with masks.masked_messages(Privacy(secure_aggregation=True), message, range(5), 1, 0)(2) as own:
         own.add(torch.ones(5), 3)
     assert not message.buffer.any() and own.buffer.any()
 
@@ -160,19 +167,19 @@ def test_messages_under_one_key_differ_by_their_uploads_alone():
     stream = np.random.default_rng(5)
     one, other = stream.integers(-(2**63), 2**63 - 1, (2, 2, 31))
     others = (0, 1, 4, 6)
-    a, b = (masks.masked(buffer, 2, others, 1, 3) for buffer in (one, other))
+    a, b = (masks.add_masks(buffer, 2, others, 1, 3) for buffer in (one, other))
     assert (a - b == one - other).all() and (a != one).all()
-    assert (masks.masked(one, 2, others, 1, 4) != a).all()  # other masks in another round
+    assert (masks.add_masks(one, 2, others, 1, 4) != a).all()  # other masks in another round
 
 
 @pytest.mark.parametrize("missing", [0, 4])
 def test_without_one_partners_mask_nothing_can_be_read(missing):
     zeros = np.zeros((2, 5000), np.int64)
-    sent = masks.masked(zeros, 2, (0, 1, 4), 1, 3)
-    known = [masks.masked(zeros, 2, (other,), 1, 3) for other in (0, 1, 4) if other != missing]
+    sent = masks.add_masks(zeros, 2, (0, 1, 4), 1, 3)
+    known = [masks.add_masks(zeros, 2, (other,), 1, 3) for other in (0, 1, 4) if other != missing]
     assert (
         uniform(sent - sum(known))
-        and not (sent - sum(known) - masks.masked(zeros, 2, (missing,), 1, 3)).any()
+        and not (sent - sum(known) - masks.add_masks(zeros, 2, (missing,), 1, 3)).any()
     )
 
 
@@ -184,13 +191,13 @@ def test_one_mask_too_few_is_seen_in_the_mean(monkeypatch):
         first = min(chosen)
         return among | {first: among[first][1:]}
 
-    plain = played(*FEDAVG)[0][1].shared
+    plain = run_rounds(*FEDAVG)[0][1].shared
     monkeypatch.setattr(masks, "neighbours", torn)
     try:
-        found = played(*FEDAVG, SECURE, "rounds=1", "checkpoint.keep=5")[0][1].shared
+        found = run_rounds(*FEDAVG, SECURE, "rounds=1", "checkpoint.keep=5")[0][1].shared
     except (Fault, ValueError, OverflowError):  # the numbers behind the upload are as wrong
         return
-    assert not equal(plain, found)
+    assert not trees_equal(plain, found)
 
 
 @pytest.mark.parametrize("clients, number", [(3, None), (7, 2), (8, 4), (5, 4), (4, 6), (40, 8)])
@@ -216,15 +223,15 @@ BREAKS = (
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=thorough), 3])
 def test_one_client_that_breaks_is_named_under_masks(ranks):
     with pytest.raises(Fault, match="round 1: the loss or upload of client 2 is not finite"):
-        played(*BREAKS, SECURE, ranks=ranks)
+        run_rounds(*BREAKS, SECURE, ranks=ranks)
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=thorough), 3])
 def test_one_client_that_is_skipped_leaves_no_mask(ranks):
     skip = "faults.non_finite=skip"
-    plain, secure = played(*BREAKS, skip)[0], played(*BREAKS, skip, SECURE, ranks=ranks)[0]
+    plain, secure = run_rounds(*BREAKS, skip)[0], run_rounds(*BREAKS, skip, SECURE, ranks=ranks)[0]
     assert plain[-1].row["clients"] == 6 and all(
-        same(a, b) for a, b in zip(plain, secure, strict=True)
+        snapshots_equal(a, b) for a, b in zip(plain, secure, strict=True)
     )
 
 
@@ -232,7 +239,7 @@ def test_one_client_that_is_skipped_leaves_no_mask(ranks):
 def test_one_client_that_is_skipped_leaves_its_noise_and_its_place():
     clients = (*DRAWS["clients"], "participation=1.0", "rounds=2", "faults.non_finite=skip")
     whole, broken = (
-        played(f"algorithm={name}", "algorithm.weights=uniform", *clients)[0][1].shared
+        run_rounds(f"algorithm={name}", "algorithm.weights=uniform", *clients)[0][1].shared
         for name in ("fedavg", "user_parts:Breaks")
     )
     # updates are clipped to nothing: what is left is the noise
@@ -242,11 +249,11 @@ def test_one_client_that_is_skipped_leaves_its_noise_and_its_place():
 @pytest.mark.parametrize("block", [SECURE, "privacy.clip=1"])
 def test_uploads_do_not_travel_one_by_one(block):
     fedhl = ("algorithm=fedhl", "algorithm.lora_ranks=[1]", "model.hidden=64", "participation=0.5")
-    assert built(*fedhl).run.gathers
+    assert build_tiny(*fedhl).run.gather_uploads
     if block == SECURE:
-        assert not built(*fedhl, block).run.gathers
+        assert not build_tiny(*fedhl, block).run.gather_uploads
     else:
-        assert not built("algorithm=fedit", *fedhl[1:], block).run.gathers
+        assert not build_tiny("algorithm=fedit", *fedhl[1:], block).run.gather_uploads
 
 
 # --- clipping
@@ -265,7 +272,7 @@ def vectors(*lengths):
 def test_longer_updates_get_the_norm_and_keep_their_direction():
     (upload, far), point = vectors(2.5, 1e6)
     for vector in (upload, far):
-        update = clipped(vector, point, 0.7)
+        update = clip_update(vector, point, 0.7)
         assert update.dtype == torch.float64 and update.norm().item() == pytest.approx(
             0.7, rel=1e-14
         )
@@ -276,8 +283,8 @@ def test_longer_updates_get_the_norm_and_keep_their_direction():
 
 def test_shorter_updates_are_untouched_to_the_bit():
     (upload, same_length), point = vectors(0.69, 0.0)
-    assert torch.equal(clipped(upload, point, 0.7), upload.double() - point)
-    assert not clipped(same_length, point, 0.7).any()
+    assert torch.equal(clip_update(upload, point, 0.7), upload.double() - point)
+    assert not clip_update(same_length, point, 0.7).any()
 
 
 @pytest.mark.parametrize(
@@ -291,10 +298,10 @@ def test_shorter_updates_are_untouched_to_the_bit():
 )
 def test_a_wide_clip_without_noise_is_the_method_with_equal_weights(name, more):
     settings = (f"algorithm={name}", *more)
-    wide = played(*settings, "privacy.clip=1.0e+6", "privacy.sampling=fixed")[0]
-    plain = played(*settings)[0]
+    wide = run_rounds(*settings, "privacy.clip=1.0e+6", "privacy.sampling=fixed")[0]
+    plain = run_rounds(*settings)[0]
     assert all(
-        equal(a.shared, b.shared) and equal(a.personal, b.personal)
+        trees_equal(a.shared, b.shared) and trees_equal(a.personal, b.personal)
         for a, b in zip(plain, wide, strict=True)
     )
 
@@ -305,14 +312,14 @@ def test_a_wide_clip_without_noise_is_the_method_with_equal_weights(name, more):
 def test_a_wide_clip_leaves_methods_of_factors_too(name):
     equal_sizes = "data.partition={kind: iid, clients: 7, train: 30, test: 15}"
     settings = (f"algorithm={name}", "algorithm.lora_ranks=[3]", "train.lr=0.02", equal_sizes)
-    wide = played(*settings, "privacy.clip=1.0e+6", "privacy.sampling=fixed")[0]
-    assert len(set(built(*settings).run.sizes)) == 1  # they weigh by samples
-    assert_near(played(*settings)[0][-1].shared, wide[-1].shared)
+    wide = run_rounds(*settings, "privacy.clip=1.0e+6", "privacy.sampling=fixed")[0]
+    assert len(set(build_tiny(*settings).run.sizes)) == 1  # they weigh by samples
+    assert_near(run_rounds(*settings)[0][-1].shared, wide[-1].shared)
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedlora"])
 def test_a_round_moves_the_model_by_the_clip_at_most(name):
-    moments = played(
+    moments = run_rounds(
         f"algorithm={name}", "privacy.clip=0.01", "privacy.sampling=fixed", "participation=1.0"
     )[0]
     moved = [(flat(b.shared) - flat(a.shared)).norm().item() for a, b in pairwise(moments)]
@@ -320,9 +327,9 @@ def test_a_round_moves_the_model_by_the_clip_at_most(name):
 
 
 def test_clients_count_equally_whatever_the_method_says():
-    by_samples = played("algorithm=fedavg", "privacy.clip=1.0", "privacy.sampling=fixed")[0]
-    equally = played(*FEDAVG, "privacy.clip=1.0", "privacy.sampling=fixed")[0]
-    assert same(by_samples[-1], equally[-1])
+    by_samples = run_rounds("algorithm=fedavg", "privacy.clip=1.0", "privacy.sampling=fixed")[0]
+    equally = run_rounds(*FEDAVG, "privacy.clip=1.0", "privacy.sampling=fixed")[0]
+    assert snapshots_equal(by_samples[-1], equally[-1])
 
 
 def test_control_variates_are_clipped_around_zero():
@@ -333,10 +340,10 @@ def test_control_variates_are_clipped_around_zero():
         "privacy.clip=1.0e-9",
         "participation=1.0",
     )
-    moments = played(*settings)[0]
+    moments = run_rounds(*settings)[0]
     assert all((flat(moment.shared) - flat(moments[0].shared)).norm() < 1e-7 for moment in moments)
     # c moves in round 1 ...
-    wide = played(*settings[:-2], "privacy.clip=1.0", "participation=1.0")[0][1].shared
+    wide = run_rounds(*settings[:-2], "privacy.clip=1.0", "participation=1.0")[0][1].shared
     assert flat({n: v for n, v in wide.items() if n.startswith(".c.")}).norm() > 0.01
 
 
@@ -352,7 +359,7 @@ DRAWS = {
 
 def noises(*settings, ranks=1):
     """The noise on the sum in each round, [T, D]."""
-    moments = played(*FEDAVG, *settings, ranks=ranks)[0]
+    moments = run_rounds(*FEDAVG, *settings, ranks=ranks)[0]
     total = 7 if "participation=1.0" in settings else 4
     return torch.stack([total * (flat(b.shared) - flat(a.shared)) for a, b in pairwise(moments)])
 
@@ -381,8 +388,8 @@ def test_the_noise_has_its_deviation_and_is_new_in_each_round(of):
     ],
 )
 def test_the_noise_is_the_same_on_any_number_of_ranks(of, ranks):
-    one, several = played(*FEDAVG, *DRAWS[of])[0], played(*FEDAVG, *DRAWS[of], ranks=ranks)
-    assert all(same(one[-1], moments[-1]) for moments in several)
+    one, several = run_rounds(*FEDAVG, *DRAWS[of])[0], run_rounds(*FEDAVG, *DRAWS[of], ranks=ranks)
+    assert all(snapshots_equal(one[-1], moments[-1]) for moments in several)
 
 
 @counted
@@ -404,15 +411,15 @@ def test_a_resume_goes_on_with_noise_and_epsilon(tmp_path, more):
 
 
 def test_a_poisson_cohort_is_drawn_client_by_client():
-    run = built(*FEDAVG, "privacy.clip=1.0").run
-    cohorts = [run.chosen(round_) for round_ in range(2000)]
+    run = build_tiny(*FEDAVG, "privacy.clip=1.0").run
+    cohorts = [run.sample_cohort(round_) for round_ in range(2000)]
     held = np.array([[client in chosen for client in range(7)] for chosen in cohorts])
     assert abs(held.mean(0) - 0.6).max() < 4.5 * (0.24 / 2000) ** 0.5
     sizes = held.sum(1)
     assert sizes.min() <= 1 and sizes.max() == 7 and abs(sizes.var() - 7 * 0.24) < 0.3
-    assert run.total(cohorts[0]) == run.total(frozenset()) == pytest.approx(4.2)
+    assert run.cohort_weight(cohorts[0]) == run.cohort_weight(frozenset()) == pytest.approx(4.2)
     # without privacy, as ever
-    assert len({len(built(*FEDAVG).run.chosen(round_)) for round_ in range(20)}) == 1
+    assert len({len(build_tiny(*FEDAVG).run.sample_cohort(round_)) for round_ in range(20)}) == 1
 
 
 @counted
@@ -421,7 +428,7 @@ def test_a_poisson_cohort_is_drawn_client_by_client():
 )
 def test_a_round_of_nobody_moves_by_noise_alone(name, noise):
     block = ("privacy.clip=1.0", "privacy.noise_multiplier=0.5", f"privacy.noise={noise}")
-    moments = played(f"algorithm={name}", "participation=0.1", *block)[0]
+    moments = run_rounds(f"algorithm={name}", "participation=0.1", *block)[0]
     sizes = [int(moment.row["clients"]) for moment in moments[1:]]
     assert 0 in sizes
     D, total = len(flat(moments[0].shared)), {"fedavg": 0.7, "fedlora": 7}[name]  # stale: all count
@@ -441,8 +448,8 @@ def test_the_mean_is_over_those_who_are_expected(name, more):
         for s in range(100)
         if (torch.rand(7, generator=rng(s, "cohort", 0), dtype=torch.float64) < 0.9).all()
     )
-    drawn = played(*settings, f"seed={seed}", "participation=0.9", "privacy.clip=1.0e+6")[0]
-    plain = played(*settings, f"seed={seed}", "participation=1.0")[0]
+    drawn = run_rounds(*settings, f"seed={seed}", "participation=0.9", "privacy.clip=1.0e+6")[0]
+    plain = run_rounds(*settings, f"seed={seed}", "participation=1.0")[0]
     assert drawn[1].row["clients"] == 7
     # stale: absent or not, all 7 count
     start, ratio = plain[0].shared, {"fedlora": 1, "scaffold": 7 / 6.3}[name]
@@ -470,7 +477,7 @@ def test_epsilon_is_that_of_the_tutorial_of_dp_sgd(noise, epochs, published):
     conversion.
     """
     q, steps = 256 / 60000, epochs * 60000 // 256
-    orders, divergences = accountant._of_one_round(noise, (q,))
+    orders, divergences = accountant._round_divergences(noise, (q,))
     classic = min(steps * divergences + math.log(1e5) / (orders - 1))
     assert classic == pytest.approx(published, abs=0.006)
     ours = accountant.epsilon(private(noise), q, 0, 0, steps)  # by a better conversion
@@ -549,7 +556,7 @@ def test_plan_tells_the_epsilon_of_all_rounds(capsys):
 
 def test_the_block_is_not_there_at_its_defaults():
     plain, same_again = (
-        tiny(),
+        tiny_config(),
         configs.read(TINY, ["privacy.delta=1.0e-5", "privacy.secure_aggregation=false"]),
     )
     assert plain == same_again and "privacy" not in configs.resolved_dict(plain)
@@ -627,7 +634,7 @@ def test_settings_that_make_no_sense_are_one_line(overrides, said):
 )
 def test_methods_that_cannot_be_private_are_refused(settings, said):
     with pytest.raises(Exception) as refusal:
-        built(*settings)
+        build_tiny(*settings)
     assert said in str(refusal.value) and refusal.value.code == 2 and "\n" not in str(refusal.value)
 
 
@@ -642,8 +649,8 @@ class Shifted(FedAvg):
 
 
 def test_clients_without_a_common_start_are_refused():
-    run = built(*FEDAVG).run
-    model, first, train = run.trainer.model, run.kinds[0].first, run.trainer.settings
+    run = build_tiny(*FEDAVG).run
+    model, first, train = run.trainer.model, run.kinds[0].initial, run.trainer.settings
 
     def kinds(*shifts):
         return [(Shifted(shift=shift), model, first) for shift in shifts]

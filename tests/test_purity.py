@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fedlora_mpi.core.seeds import global_states, isolated, rng
+from fedlora_mpi.core.seeds import global_states, isolate_rng, rng
 from fedlora_mpi.models.effects import Effects
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.models.zoo import build
@@ -49,7 +49,7 @@ class Net(nn.Module):
 
 def network(step, begin=lambda self: None):
     """A ``Net`` whose class has these two."""
-    with isolated(1, "test"):
+    with isolate_rng(1, "test"):
         return type("Made", (Net,), {"step": step, "begin": begin})()
 
 
@@ -417,17 +417,17 @@ ALLOWED = {
 def test_caches_and_records_do_no_harm(what, training):
     step, begin = ALLOWED[what]
     model, module = made(step, begin), network(step, begin).train(training)
-    function = model if training else model.evaluating()
+    function = model if training else model.eval_mode()
     clients = [
         {n: v + 0.1 * numbers(*v.shape, at=k) for n, v in model.initial.items()} for k in range(2)
     ]
     x = numbers(2, 4, *SHAPE)
-    with torch.no_grad(), model.prepared(small_batch(x)):
+    with torch.no_grad(), model.training_context(small_batch(x)):
         stacked = torch.func.vmap(function)(
             {n: torch.stack([c[n] for c in clients]) for n in clients[0]}, x
         )
     for tree, given, theirs in zip(clients, x, stacked, strict=True):
-        with model.prepared(small_batch(x)):
+        with model.training_context(small_batch(x)):
             one = function(tree, given)
         torch.testing.assert_close(one, theirs)
         if not model.noisy:
@@ -475,14 +475,14 @@ MEAN = buffering(rm=torch.zeros(WIDTH))
 @pytest.mark.parametrize("step", [assigned, in_place, assigned_always, in_place_always])
 def test_a_buffer_that_training_changes_is_kept_whether_in_place_or_not(step):
     model, module = made(step, MEAN), network(step, MEAN)
-    tree = small.copy(model.initial)
+    tree = small.clone_tree(model.initial)
     assert model.role("rm") == "stats" and (model.effects == Effects()) is (step is in_place)
     for at in range(3):
         x = numbers(4, *SHAPE, at=at)
         torch.testing.assert_close(model(tree, x), module(x))
     torch.testing.assert_close(tree["rm"], module.rm)
     before, x = tree["rm"].clone(), numbers(4, *SHAPE)
-    torch.testing.assert_close(model.evaluating()(tree, x), module.eval()(x))
+    torch.testing.assert_close(model.eval_mode()(tree, x), module.eval()(x))
     assert torch.equal(tree["rm"], before)  # evaluation leaves no trace
 
 
@@ -496,15 +496,15 @@ def test_such_buffers_are_each_clients_own_in_a_stack(step):
         model(alone[c], x[c])
         torch.testing.assert_close(stack["rm"][c], alone[c]["rm"])
     shared = model.initial
-    scores = torch.func.vmap(model.evaluating(), in_dims=(None, 0))(shared, x)
+    scores = torch.func.vmap(model.eval_mode(), in_dims=(None, 0))(shared, x)
     for c in range(2):
-        torch.testing.assert_close(scores[c], model.evaluating()(shared, x[c]))
+        torch.testing.assert_close(scores[c], model.eval_mode()(shared, x[c]))
     assert not shared["rm"].any()
 
 
 def test_parts_of_such_a_network_work_alone():
     model, x = made(assigned_always, MEAN), numbers(4, *SHAPE)
-    trees = [small.copy(model.initial) for _ in range(2)]
+    trees = [small.clone_tree(model.initial) for _ in range(2)]
     z = model.features({n: v for n, v in trees[0].items() if not n.startswith("head.")}, x)
     torch.testing.assert_close(model.classify(trees[0], z), model(trees[1], x))
     torch.testing.assert_close(trees[0]["rm"], trees[1]["rm"])
@@ -535,18 +535,18 @@ class Renormed(nn.Module):
 
 def test_evaluation_does_not_write_to_parameters():
     model = from_module(Renormed(), CLASSES, (4,), tokens=7)
-    tree, x = small.copy(model.initial), torch.tensor([[1, 2, 3, 3], [5, 0, 0, 0]])
-    model.evaluating()(tree, x)
-    assert small.equal(tree, model.initial)
+    tree, x = small.clone_tree(model.initial), torch.tensor([[1, 2, 3, 3], [5, 0, 0, 0]])
+    model.eval_mode()(tree, x)
+    assert small.trees_equal(tree, model.initial)
     module = Renormed()
     module.load_state_dict(tree)
     torch.testing.assert_close(model(tree, x), module(x))
-    assert torch.equal(tree["rows.weight"], module.rows.weight) and not small.equal(
+    assert torch.equal(tree["rows.weight"], module.rows.weight) and not small.trees_equal(
         tree, model.initial
     )
-    other = small.copy(model.initial)
-    model(model.frozen(other), x)
-    assert small.equal(other, model.initial)
+    other = small.clone_tree(model.initial)
+    model(model.detach_tree(other), x)
+    assert small.trees_equal(other, model.initial)
 
 
 # The trial itself
@@ -557,7 +557,7 @@ def test_the_trial_leaves_the_module_and_the_generators_as_they_were():
     module.norm = nn.BatchNorm1d(3)
     kept, states = copy.deepcopy(module), global_states()
     from_module(module, CLASSES, SHAPE)
-    assert small.equal(
+    assert small.trees_equal(
         module.state_dict(), {n: v for n, v in kept.state_dict().items() if "tracked" not in n}
     )
     assert module.masks == {} and global_states() == states
@@ -622,19 +622,21 @@ def test_wrappers_of_one_machine_are_taken_off(wrapped):
         build(f"test_purity:{f.__name__}", {}, CLASSES, SHAPE, 1) for f in (plain, wrapped)
     )
     assert (
-        small.equal(one.initial, other.initial)
+        small.trees_equal(one.initial, other.initial)
         and one.leaves == other.leaves
         and one.flops == other.flops
     )
     x = numbers(4, *SHAPE)
-    assert torch.equal(one(small.copy(one.initial), x), other(small.copy(other.initial), x))
+    assert torch.equal(
+        one(small.clone_tree(one.initial), x), other(small.clone_tree(other.initial), x)
+    )
 
 
 @pytest.mark.parametrize("builder, leaves", [(lazy, 8), (late, 2)])
 def test_layers_that_the_first_pass_makes_are_leaves(builder, leaves):
     one, two = (build(f"test_purity:{builder.__name__}", {}, CLASSES, SHAPE, 1) for _ in range(2))
-    assert len(one.initial) == leaves and small.equal(one.initial, two.initial)
-    assert one(small.copy(one.initial), numbers(4, *SHAPE)).shape == (4, CLASSES)
+    assert len(one.initial) == leaves and small.trees_equal(one.initial, two.initial)
+    assert one(small.clone_tree(one.initial), numbers(4, *SHAPE)).shape == (4, CLASSES)
 
 
 def scripted(classes, shape):

@@ -5,18 +5,27 @@ load.
 import h5py
 import numpy as np
 import pytest
-from folders import CLIENTS, append, found_of, logged, new_log, rows_of
-from runs import TINY, assert_same_run, command, finished, mpirun, on_ranks, run_on, tiny
+from folders import CLIENTS, append_round, create_log, read_groups, table_rows, write_run
+from runs import (
+    TINY,
+    assert_same_run,
+    command_line,
+    create_run,
+    mpirun_command,
+    run_on_ranks,
+    run_process,
+    tiny_config,
+)
 
 from fedlora_mpi import open_run
 from fedlora_mpi.analysis import load as loads
-from fedlora_mpi.analysis.groups import Logged
+from fedlora_mpi.analysis.groups import RunLog
 from fedlora_mpi.analysis.page import ranks as page
 from fedlora_mpi.analysis.page import tables
-from fedlora_mpi.analysis.page.crowd import looks_of
-from fedlora_mpi.analysis.page.style import styled
+from fedlora_mpi.analysis.page.crowd import assign_looks
+from fedlora_mpi.analysis.page.style import plot_style
 from fedlora_mpi.core import clock
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.run.assembly import build
 from fedlora_mpi.run.checkpointing import beginning
 from fedlora_mpi.store.log import Log
@@ -34,16 +43,16 @@ def test_a_stopwatch_counts_waiting_apart_and_loses_no_second(monkeypatch):
     watch.lap("train", waited=100.0)  # only starts it: what was before is not the run's
     watch.lap("train", waited=101.0)
     watch.lap("exchange", waited=105.5)
-    assert dict(zip(clock.STAGES, watch.taken(), strict=True)) == {
+    assert dict(zip(clock.STAGES, watch.take_seconds(), strict=True)) == {
         "train": 2.0, "exchange": 2.5, "evaluate": 0.0, "other": 0.0, "waiting": 5.5,
     }  # fmt: skip
     watch.lap("train", waited=105.5)
-    assert watch.taken().tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert watch.take_seconds().tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_the_log_holds_ranks_that_come_late_grow_and_shrink(tmp_path):
-    log = new_log(tmp_path)
-    append(log, 1)
+    log = create_log(tmp_path)
+    append_round(log, 1)
     log.append(2, ROW, SCORES, {"train": np.array([1.0, 2.0]), "waiting": np.array([3.0, 0.0])})
     log.close()
     log = Log.append_to(tmp_path / "log.h5")
@@ -64,8 +73,8 @@ def test_the_log_holds_ranks_that_come_late_grow_and_shrink(tmp_path):
 
 
 def test_a_log_of_before_ranks_were_measured_goes_on(tmp_path):
-    log = new_log(tmp_path)
-    append(log, 1)
+    log = create_log(tmp_path)
+    append_round(log, 1)
     log.close()
     with h5py.File(tmp_path / "log.h5", "r+") as file:
         del file["ranks"]
@@ -90,18 +99,20 @@ def on_three(request, tmp_path_factory):
     """A run on 3 ranks, evaluated every second round."""
     home = tmp_path_factory.mktemp("ranks")
     if request.param == "simulated":
-        return run_on(3, home / "run", SELDOM)
-    done = finished([*mpirun(3), *command("run", TINY, "output=run", SELDOM)], home)
+        return create_run(3, home / "run", SELDOM)
+    done = run_process([*mpirun_command(3), *command_line("run", TINY, "output=run", SELDOM)], home)
     assert done.returncode == 0, done.stderr
     return home / "run"
 
 
 def test_all_ranks_stop_where_one_is_asked_to():
     def main(comm):
-        parts = build(tiny("rounds=1"), str(TINY), comm)
-        return play(parts.run, beginning(parts), evaluate=False, stop=comm.rank == 2)[1]["stop"]
+        parts = build(tiny_config("rounds=1"), str(TINY), comm)
+        return run_round(parts.run, beginning(parts), evaluate=False, stop=comm.rank == 2)[1][
+            "stop"
+        ]
 
-    assert on_ranks(3, main) == [True] * 3
+    assert run_on_ranks(3, main) == [True] * 3
 
 
 def test_what_ranks_tell_of_their_seconds_moves_no_number(on_three, trained):
@@ -155,26 +166,32 @@ TWO = {
 
 
 def test_a_load_is_seconds_per_round_and_the_share_of_time_that_workers_are_busy():
-    found = loads.load(TWO, EVERY)
+    found = loads.measure_load(TWO, EVERY)
     # the third rank was there for 3 rounds
     assert found.seconds["train"].tolist() == [0, 12 / 4, 9 / 3]
     assert found.seconds["waiting"].tolist() == [22 / 4, 2 / 4, 3 / 3]
     assert found.balance == (7 + 2.5) / (8 + 4)  # of the rounds with two workers: mean by longest
-    assert loads.load(TWO, EVERY | {"server_hosts_clients": True}).balance == pytest.approx(
+    assert loads.measure_load(TWO, EVERY | {"server_hosts_clients": True}).balance == pytest.approx(
         (14 / 3 + 5 / 3 + 5) / 22
     )
-    last = loads.load(TWO, EVERY, slice(-1, None))
+    last = loads.measure_load(TWO, EVERY, slice(-1, None))
     assert last.seconds["train"].tolist() == [0, 5] and np.isnan(last.balance)
-    assert loads.load({}, EVERY) is None and loads.load(TWO, EVERY, slice(0, 1)) is None
+    assert (
+        loads.measure_load({}, EVERY) is None
+        and loads.measure_load(TWO, EVERY, slice(0, 1)) is None
+    )
 
 
 def test_the_page_has_a_bar_for_each_rank_and_stage(tmp_path):
-    folder = logged(tmp_path / "a", [0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
-    alone = found_of(folder).groups
-    assert page.ranks(alone, looks_of(alone)) is None and "balance" not in tables.costs(alone).csv()
+    folder = write_run(tmp_path / "a", [0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+    alone = read_groups(folder).groups
+    assert (
+        page.seconds_by_rank(alone, assign_looks(alone)) is None
+        and "balance" not in tables.cost_table(alone).csv()
+    )
     measured = {name: column[1:3] for name, column in TWO.items()}
     (group,) = alone
-    run = Logged(
+    run = RunLog(
         folder,
         group.runs[0].config | EVERY,
         group.runs[0].rounds,
@@ -183,10 +200,10 @@ def test_the_page_has_a_bar_for_each_rank_and_stage(tmp_path):
         measured,
     )
     groups = [type(group)(group.label, {}, (run,))]
-    with styled():
-        drawn = page.ranks(groups, looks_of(groups))
+    with plot_style():
+        drawn = page.seconds_by_rank(groups, assign_looks(groups))
     bars = [bar.get_height() for bar in drawn.figure.axes[0].patches]
     # train, evaluate and waiting of three ranks over two rounds
     assert bars == [0, 3.5, 4.5, 0, 1.5, 0, 6, 1, 1.5]
     assert [text.get_text() for text in drawn.figure.axes[0].texts] == ["79% balanced"]
-    assert float(rows_of(tables.costs(groups))[0]["balance_mean"]) == 9.5 / 12
+    assert float(table_rows(tables.cost_table(groups))[0]["balance_mean"]) == 9.5 / 12

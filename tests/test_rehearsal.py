@@ -11,18 +11,18 @@ import runs
 import small
 import torch
 import torch.nn.functional as F
-from runs import TINY, outcome, played, tiny
+from runs import TINY, run_outcome, run_rounds, tiny_config
 from torch import nn
 
 from fedlora_mpi import cli
 from fedlora_mpi import config as configs
 from fedlora_mpi.algorithms.fedavg import FedAvg
-from fedlora_mpi.engine.rehearsal import objection
+from fedlora_mpi.engine.rehearsal import find_objection
 from fedlora_mpi.models import zoo
-from fedlora_mpi.models.coupling import couples
+from fedlora_mpi.models.coupling import couples_examples
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.mpi.comm import Solo
-from fedlora_mpi.mpi.ending import Refused
+from fedlora_mpi.mpi.ending import Refusal
 from fedlora_mpi.run.assembly import build
 from fedlora_mpi.store.log import Log
 
@@ -89,7 +89,9 @@ globals().update(COUPLED | APART)  # a config names them
 @pytest.mark.parametrize("name", [*COUPLED, *APART])
 def test_a_network_that_computes_across_its_batch_is_known(name):
     torch.manual_seed(0)
-    assert couples(from_module((COUPLED | APART)[name](4, SHAPE), 4, SHAPE), 1) == (name in COUPLED)
+    assert couples_examples(from_module((COUPLED | APART)[name](4, SHAPE), 4, SHAPE), 1) == (
+        name in COUPLED
+    )
 
 
 def test_what_this_package_brings_computes_of_each_example_apart():
@@ -104,7 +106,7 @@ def test_what_this_package_brings_computes_of_each_example_apart():
         texts = name == "transformer"
         shape, tokens = ((5,), 11) if texts else ((3, 8, 8), 0)
         model = zoo.build(name, {"dropout": 0.1} if texts else {}, 3, shape, 1, tokens)
-        assert not couples(model, 1), name
+        assert not couples_examples(model, 1), name
 
 
 def test_the_trial_reads_no_global_generator():
@@ -116,12 +118,12 @@ def test_the_trial_reads_no_global_generator():
 def ends(*overrides):
     """Accuracies, losses and shared leaves at the end."""
     common = ("data.partition.clients=4", "rounds=2", "participation=1.0", "algorithm=fedavg")
-    last = played(*common, *overrides)[0][-1]
+    last = run_rounds(*common, *overrides)[0][-1]
     return last.shared, last.clients["accuracy"], last.clients["loss"]
 
 
 def same(a, b):
-    return runs.equal(a[0], b[0]) and all(
+    return runs.trees_equal(a[0], b[0]) and all(
         np.array_equal(x, y, equal_nan=True) for x, y in zip(a[1:], b[1:], strict=True)
     )
 
@@ -158,13 +160,13 @@ def test_padding_enters_no_companion_either(method, capsys):
 
 @pytest.mark.parametrize("tests", [(1,), (1001,), (2000,)])
 def test_a_coupled_batch_is_judged_in_equal_parts(tests, monkeypatch):
-    made = small.trainer(FedAvg(), samples=small.feed(sizes=(7,), tests=tests))
+    made = small.make_trainer(FedAvg(), samples=small.make_feed(sizes=(7,), tests=tests))
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Flatten(), nn.BatchNorm1d(105, track_running_stats=False), nn.Linear(105, small.CLASSES)
     )
     model = from_module(net, small.CLASSES, small.SHAPE)
-    made = replace(made, model=replace(model, couples=couples(model, 1)))
+    made = replace(made, model=replace(model, couples=couples_examples(model, 1)))
     assert made.model.couples
     (score,) = made.evaluate([0], model.initial, {})
     n = tests[0]
@@ -314,7 +316,7 @@ def ran(texts, name, *overrides):
     """What a run of a text network ends in."""
     folder = texts / "-".join((name, *(o.rpartition("=")[2] for o in overrides)))
     assert cli.main(["run", "c.yaml", f"model={HERE}:{name}", f"output={folder}", *overrides]) == 0
-    return outcome(folder)
+    return run_outcome(folder)
 
 
 @pytest.mark.parametrize(
@@ -391,25 +393,25 @@ def test_all_ranks_take_the_loop(name, texts, capsys):
         built = build(config, "c.yaml", comm)
         state = runs.beginning(built)
         for _ in range(2):
-            state, *_ = runs.play(built.run, state, evaluate=True, stop=False)
-        return built.config.engine.path, runs.copied(state.shared)
+            state, *_ = runs.run_round(built.run, state, evaluate=True, stop=False)
+        return built.config.engine.path, runs.clone_tree(state.shared)
 
-    (path, one), *others = [end for ranks in (1, 2, 3) for end in runs.on_ranks(ranks, moments)]
+    (path, one), *others = [end for ranks in (1, 2, 3) for end in runs.run_on_ranks(ranks, moments)]
     assert path == "loop" and all(
-        path == "loop" and runs.equal(one, shared) for path, shared in others
+        path == "loop" and runs.trees_equal(one, shared) for path, shared in others
     )
     assert capsys.readouterr().err.count("hint: engine.path") == 3
 
 
 def test_a_network_that_writes_to_its_weights_leaves_those_of_others(texts):
     built = build(configs.read("c.yaml", [f"model={HERE}:bounded"]), "c.yaml", Solo())
-    trainer, first = built.run.trainer, built.run.kinds[0].first
-    assert trainer.model.effects.parameters
+    trainer, first = built.run.trainer, built.run.kinds[0].initial
+    assert trainer.model.effects.written_parameters
     shared = {n: 3 * v for n, v in first.shared.items()}
-    before = runs.copied(shared)
+    before = runs.clone_tree(shared)
     trainer.evaluate([0, 1], shared, {})
     (done,) = trainer.train([0], shared, {}, 0)
-    assert runs.equal(shared, before)
+    assert runs.trees_equal(shared, before)
     assert not torch.equal(done.end.shared["words.weight"], before["words.weight"])
 
 
@@ -449,24 +451,28 @@ def test_a_network_that_never_trains_is_refused_in_one_line(path, tmp_path, caps
 
 
 def test_a_network_that_is_known_needs_no_trial(monkeypatch):
-    monkeypatch.setattr("fedlora_mpi.run.assembly.rehearsed", lambda *given: pytest.fail("tried"))
-    build(tiny(), str(TINY), Solo())
+    monkeypatch.setattr(
+        "fedlora_mpi.run.assembly.rehearse_engine", lambda *given: pytest.fail("tried")
+    )
+    build(tiny_config(), str(TINY), Solo())
     with pytest.raises(pytest.fail.Exception):
-        build(tiny("model=user_parts:wide"), str(TINY), Solo())
+        build(tiny_config("model=user_parts:wide"), str(TINY), Solo())
 
 
 def test_a_trial_leaves_no_trace():
-    built = runs.built("model=user_parts:with_norm")
+    built = runs.build_tiny("model=user_parts:with_norm")
     kind = built.run.kinds[0]
     before = (
-        runs.copied(kind.first.shared),
-        runs.copied(kind.first.personal),
-        runs.copied(kind.trainer.model.initial),
+        runs.clone_tree(kind.initial.shared),
+        runs.clone_tree(kind.initial.personal),
+        runs.clone_tree(kind.trainer.model.initial),
     )
-    assert objection(kind.trainer, kind.first) is None
+    assert find_objection(kind.trainer, kind.initial) is None
     assert all(
         map(
-            runs.equal, before, (kind.first.shared, kind.first.personal, kind.trainer.model.initial)
+            runs.trees_equal,
+            before,
+            (kind.initial.shared, kind.initial.personal, kind.trainer.model.initial),
         )
     )
 
@@ -506,14 +512,14 @@ def test_a_prediction_that_is_no_number_is_wrong(path, tmp_path, capsys):
     assert len(said) == 1 and said[0].startswith(
         "fedlora-mpi: round 1: client 0, 2, 3, 4, 5, 6: logits"
     )
-    built = runs.built(*given)
+    built = runs.build_tiny(*given)
     files = runs.RunFiles(tmp_path / "run")
     accuracy, loss = (files.clients()[name][-1] for name in ("accuracy", "loss"))
-    trainer, shared = built.run.trainer, runs.played(*given)[0][-1].shared
+    trainer, shared = built.run.trainer, runs.run_rounds(*given)[0][-1].shared
     nan = np.zeros(7)
     for client in range(7):
         x, y = (v[0] for v in trainer.feed.test([client], 0, trainer.feed.test_size(client))[:2])
-        logits = trainer.model.evaluating()(shared, x)
+        logits = trainer.model.eval_mode()(shared, x)
         real = ~logits.isnan().any(1)
         nan[client] = 1 - real.double().mean()
         assert accuracy[client] == pytest.approx(
@@ -524,7 +530,7 @@ def test_a_prediction_that_is_no_number_is_wrong(path, tmp_path, capsys):
 
 
 def test_an_infinite_logit_is_a_prediction():
-    row = played(f"model={HERE}:infinite", "algorithm=fedavg", "rounds=1")[0][-1].row
+    row = run_rounds(f"model={HERE}:infinite", "algorithm=fedavg", "rounds=1")[0][-1].row
     assert row["nan_predictions"] == 0 and row["accuracy"] > 0.3
 
 
@@ -558,6 +564,6 @@ def test_a_log_of_before_goes_on_without_the_column(tmp_path):
 
 
 def test_a_refusal_reaches_all_ranks():
-    config = tiny(f"model={HERE}:stubborn")
-    with pytest.raises(Refused, match="one step of local training fails"):
-        runs.on_ranks(2, lambda comm: build(config, str(TINY), comm))
+    config = tiny_config(f"model={HERE}:stubborn")
+    with pytest.raises(Refusal, match="one step of local training fails"):
+        runs.run_on_ranks(2, lambda comm: build(config, str(TINY), comm))

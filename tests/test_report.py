@@ -14,17 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from folders import found_of, logged, rows_of
-from runs import TINY, environment
+from folders import read_groups, table_rows, write_run
+from runs import TINY, process_environment
 
 from fedlora_mpi import open_run, open_runs
 from fedlora_mpi.analysis import groups, parts
 from fedlora_mpi.analysis import runs as several
-from fedlora_mpi.analysis.groups import Logged, Stat, differing, grouped, labels
+from fedlora_mpi.analysis.groups import RunLog, Stat, differing_keys, group_labels, group_runs
 from fedlora_mpi.analysis.page import clients, curves, personal, sweeps, tables, write
-from fedlora_mpi.analysis.page.crowd import PALE, few_of, looks_of
-from fedlora_mpi.analysis.page.style import apart, files_of, looks, styled
-from fedlora_mpi.analysis.page.table import Column, Table, percent
+from fedlora_mpi.analysis.page.crowd import PALE, assign_looks, best_and_worst
+from fedlora_mpi.analysis.page.style import distinct_looks, place_apart, plot_style, render_files
+from fedlora_mpi.analysis.page.table import Column, Table, format_percent
 from fedlora_mpi.analysis.run_view import RunView
 from fedlora_mpi.cli import main
 
@@ -32,17 +32,17 @@ CLIENTS = 7  # of tiny.yaml
 
 
 def test_runs_that_differ_in_seeds_and_folders_only_are_one_group(tmp_path):
-    found = found_of(
-        *(logged(tmp_path / f"{seed}", [0.1, 0.2, 0.3], seed=seed) for seed in (1, 2, 3))
+    found = read_groups(
+        *(write_run(tmp_path / f"{seed}", [0.1, 0.2, 0.3], seed=seed) for seed in (1, 2, 3))
     )
     assert [group.label for group in found.groups] == ["fedavg"] and found.keys == ()
     assert [run.seeds for run in found.groups[0].runs] == [(1, 1), (2, 2), (3, 3)]
 
 
 def test_the_same_seed_twice_counts_once_and_the_longer_run_stays(tmp_path):
-    short = logged(tmp_path / "short", [0.1, 0.2, 0.3], rounds=2)
-    long = logged(tmp_path / "long", [0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
-    found = found_of(short, long)
+    short = write_run(tmp_path / "short", [0.1, 0.2, 0.3], rounds=2)
+    long = write_run(tmp_path / "long", [0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
+    found = read_groups(short, long)
     assert [[run.path for run in group.runs] for group in found.groups] == [[long]]
     assert [(gone.path, kept.path) for gone, kept in found.left_out] == [(short, long)]
 
@@ -87,7 +87,7 @@ CASES = [
 
 @pytest.mark.parametrize("settings, wanted", CASES)
 def test_a_label_is_what_sets_a_group_apart(settings, wanted):
-    assert labels(settings) == wanted
+    assert group_labels(settings) == wanted
     assert len(set(wanted)) == len(wanted)
 
 
@@ -96,29 +96,29 @@ def test_keys_of_a_block_are_compared_where_its_selector_is_the_same():
         {"algorithm.name": "fedlora", "algorithm.s": 1},
         {"algorithm.name": "fedprox", "algorithm.s": 2},
     )
-    assert differing([one, other]) == ("algorithm.name",)
-    assert differing([one, {**one, "algorithm.s": 2}]) == ("algorithm.s",)
+    assert differing_keys([one, other]) == ("algorithm.name",)
+    assert differing_keys([one, {**one, "algorithm.s": 2}]) == ("algorithm.s",)
     # absent is a value too
-    assert differing([one, {**one, "data.tasks.rounds": 2}]) == ("data.tasks.rounds",)
+    assert differing_keys([one, {**one, "data.tasks.rounds": 2}]) == ("data.tasks.rounds",)
 
 
 def test_a_stat_has_the_sample_deviation_and_leaves_out_what_is_unknown():
-    assert Stat.of([1.0, 3.0, np.nan]) == (2.0, 2**0.5)
-    one, none = Stat.of([0.25]), Stat.of([])
+    assert Stat.from_values([1.0, 3.0, np.nan]) == (2.0, 2**0.5)
+    one, none = Stat.from_values([0.25]), Stat.from_values([])
     assert one.mean == 0.25 and np.isnan([one.std, *none]).all()
 
 
 def test_the_numbers_of_the_accuracy_table(tmp_path):
     nan = [np.nan] * 3
     runs = [
-        logged(
+        write_run(
             tmp_path / f"{s}", [0.2 * s, 0.2 * s, 0.2 * s], [0.1 * s, 0.2 * s, 0.3 * s], nan, seed=s
         )
         for s in (1, 3)
     ]
-    runs += [logged(tmp_path / "other", [0.5, 0.5, 0.8], [0.4, 0.4, 0.4], algorithm="local")]
-    table = tables.accuracy(found_of(*runs).groups)
-    fedavg, local = rows_of(table)
+    runs += [write_run(tmp_path / "other", [0.5, 0.5, 0.8], [0.4, 0.4, 0.4], algorithm="local")]
+    table = tables.accuracy_table(read_groups(*runs).groups)
+    fedavg, local = table_rows(table)
 
     def number(row, key):
         return pytest.approx(float(row[key]))
@@ -139,11 +139,11 @@ def test_the_numbers_of_the_accuracy_table(tmp_path):
 
 
 def test_what_was_run_on_other_data_is_not_compared(tmp_path):
-    made = [logged(tmp_path / f"{n}-{d}", [a] * 3, algorithm=n, dataset=d) for n, d, a in
+    made = [write_run(tmp_path / f"{n}-{d}", [a] * 3, algorithm=n, dataset=d) for n, d, a in
             (("fedper", "x", 0.25), ("local", "x", 0.5), ("fedper", "y", 0.75), ("local", "y", 0.125))]  # fmt: skip
-    groups_ = found_of(*made).groups
+    groups_ = read_groups(*made).groups
     assert [group.task for group in groups_] == ["x", "x", "y", "y"]
-    assert write.summary(groups_) == (
+    assert write.summarize(groups_) == (
         "Highest final accuracy (x), mean over clients: local, x with 50.00 % (one seed), "
         "25.00 points above fedper, x (25.00 %). "
         "Highest final accuracy (y), mean over clients: fedper, y with 75.00 % (one seed), "
@@ -151,18 +151,18 @@ def test_what_was_run_on_other_data_is_not_compared(tmp_path):
     )
     bold = [
         line.split(" |")[3].startswith(" **")
-        for line in tables.accuracy(groups_).markdown().splitlines()[4:8]
+        for line in tables.accuracy_table(groups_).markdown().splitlines()[4:8]
     ]
     assert bold == [False, True, True, False]
 
 
 def test_the_numbers_of_the_other_tables(tmp_path):
     paths = [
-        logged(tmp_path / f"a{s}", [0.1, 0.5, 0.9], [0.2, 0.6, 0.8], seed=s, digest=f"{s}")
+        write_run(tmp_path / f"a{s}", [0.1, 0.5, 0.9], [0.2, 0.6, 0.8], seed=s, digest=f"{s}")
         for s in (1, 2)
     ]
     paths += [
-        logged(
+        write_run(
             tmp_path / f"b{s}",
             [0, 0, 0],
             [0.2, 0.7, 0.4],
@@ -172,8 +172,8 @@ def test_the_numbers_of_the_other_tables(tmp_path):
         )
         for s in (1, 2)
     ]
-    found = found_of(*paths)
-    cost = rows_of(tables.costs(found.groups))[0]
+    found = read_groups(*paths)
+    cost = table_rows(tables.cost_table(found.groups))[0]
     assert [
         float(cost[k]) for k in ("bytes_up", "bytes_down", "tflop", "seconds_train", "seconds")
     ] == [
@@ -183,85 +183,87 @@ def test_the_numbers_of_the_other_tables(tmp_path):
         1.5,
         4,
     ]
-    runs = rows_of(tables.runs(found.groups))
+    runs = table_rows(tables.run_table(found.groups))
     assert [(row["path"], row["seed"], row["partition_seed"]) for row in runs] == [
         (str(p), p.name[1], p.name[1]) for p in paths
     ]
     assert runs[2]["best_round"] == "2" and float(runs[2]["final"]) == pytest.approx(1.3 / 3)
-    (pair,) = clients.pairs(found.groups)
-    assert (pair.group.label, pair.rival.label, pair.seeds, clients.as_good(pair)) == (
+    (pair,) = clients.rival_pairs(found.groups)
+    assert (pair.group.label, pair.rival.label, pair.seeds, clients.num_as_good(pair)) == (
         "fedper",
         "fedavg",
         2,
         4,
     )
-    against = rows_of(tables.against([pair]))[0]
+    against = table_rows(tables.rival_table([pair]))[0]
     assert [float(against[k]) for k in ("gain", "worst")] == pytest.approx([-0.1, -0.4])
-    assert rows_of(tables.settings(found)) == [
+    assert table_rows(tables.settings_table(found)) == [
         {"run": n, "algorithm": n} for n in ("fedavg", "fedper")
     ]
 
 
 def test_a_method_is_compared_on_the_same_clients_alone(tmp_path):
     def make(name, **more):
-        return logged(tmp_path / name, [0.1, 0.5, 0.9], algorithm=name.split("-")[0], **more)
+        return write_run(tmp_path / name, [0.1, 0.5, 0.9], algorithm=name.split("-")[0], **more)
 
     ours, other = make("fedper"), make("fedavg", digest="y")
     longer, near, far = make("local-9", rounds=9), make("local-1"), make("local-2", lr=0.7)
-    assert clients.pairs(found_of(ours, other, longer).groups) == []
-    (pair,) = clients.pairs(found_of(far, near, ours).groups)
+    assert clients.rival_pairs(read_groups(ours, other, longer).groups) == []
+    (pair,) = clients.rival_pairs(read_groups(far, near, ours).groups)
     assert pair.rival.runs[0].path == near
 
 
 def test_curves_are_of_the_rounds_that_all_seeds_have(tmp_path):
-    long = logged(
+    long = write_run(
         tmp_path / "1", [0.1, 0.1, 0.1], [np.nan] * 3, [0.3, 0.3, 0.3], [0.4, 0.4, 0.4], rounds=4
     )
-    short = logged(
+    short = write_run(
         tmp_path / "2", [0.3, 0.3, 0.3], [0.5, 0.5, 0.5], [0.5, 0.5, 0.5], seed=2, rounds=4
     )
-    (group,) = found_of(long, short).groups
+    (group,) = read_groups(long, short).groups
     rounds, values = group.curves("accuracy")
     assert rounds.tolist() == [1, 3] and np.allclose(values, [[0.1, 0.3], [0.3, 0.5]])
-    assert np.allclose([part[:, 0] for part in group.of_clients("accuracy")[1]], values)
+    assert np.allclose([part[:, 0] for part in group.client_curves("accuracy")[1]], values)
     assert group.curves("nothing")[1].size == 0
-    figure = curves.learning([group], {"fedavg": looks(1)[0]}).figure
+    figure = curves.learning_curves([group], {"fedavg": distinct_looks(1)[0]}).figure
     (line,) = figure.axes[0].lines
     assert np.allclose(line.get_xydata(), [[1, 20], [3, 40]])
 
 
 def test_a_cost_is_the_sum_so_far_in_its_unit(tmp_path):
-    (group,) = found_of(logged(tmp_path / "a", [0.1] * 3, [np.nan] * 3, [0.4] * 3)).groups
-    look = {"fedavg": looks(1)[0]}
-    (line,) = curves.against_bytes([group], look).figure.axes[0].lines
+    (group,) = read_groups(write_run(tmp_path / "a", [0.1] * 3, [np.nan] * 3, [0.4] * 3)).groups
+    look = {"fedavg": distinct_looks(1)[0]}
+    (line,) = curves.accuracy_by_bytes([group], look).figure.axes[0].lines
     assert np.allclose(line.get_xydata(), [[9, 10], [27, 40]])
-    (line,) = curves.against_flops([group], look).figure.axes[0].lines
+    (line,) = curves.accuracy_by_flops([group], look).figure.axes[0].lines
     assert np.allclose(line.get_xydata(), [[2, 10], [6, 40]])
 
 
 def test_a_dot_is_a_client_and_a_bar_the_seconds_of_a_stage(tmp_path):
     found = [
-        logged(tmp_path / f"{s}", [0.1, 0.1, 0.1], [0.1 * s, 0.2, np.nan], seed=s) for s in (1, 2)
+        write_run(tmp_path / f"{s}", [0.1, 0.1, 0.1], [0.1 * s, 0.2, np.nan], seed=s)
+        for s in (1, 2)
     ]
-    (group,) = found_of(*found).groups
-    look = {"fedavg": looks(1)[0]}
-    axes = clients.distribution([group], look).figure.axes[0]
+    (group,) = read_groups(*found).groups
+    look = {"fedavg": distinct_looks(1)[0]}
+    axes = clients.client_distribution([group], look).figure.axes[0]
     assert np.allclose(axes.collections[0].get_offsets()[:, 0], [10, 20, 20, 20])
     assert np.allclose(axes.lines[0].get_xdata(), 17.5)
-    axes = curves.stages([group], look).figure.axes[0]
+    axes = curves.seconds_by_stage([group], look).figure.axes[0]
     assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 1.5), (1.5, 0.5)]
     assert [text.get_text() for text in axes.texts] == ["2 s"]
 
 
 def test_the_numbers_of_a_comparison_are_those_of_the_clients(tmp_path):
     made = [
-        logged(tmp_path / n, a, algorithm=n)
+        write_run(tmp_path / n, a, algorithm=n)
         for n, a in (("fedper", [0.5, 0.75, 1]), ("local", [0.25, 0.75, 0.5]))
     ]
-    groups_ = found_of(*made).groups
-    with styled():
-        drawn = clients.against(
-            clients.pairs(groups_), dict(zip(("fedper", "local"), looks(2), strict=True))
+    groups_ = read_groups(*made).groups
+    with plot_style():
+        drawn = clients.rival_scatter(
+            clients.rival_pairs(groups_),
+            dict(zip(("fedper", "local"), distinct_looks(2), strict=True)),
         )
     axes = drawn.figure.axes[0]
     assert axes.collections[0].get_offsets().tolist() == [[25, 50], [75, 75], [50, 100]]
@@ -269,19 +271,21 @@ def test_the_numbers_of_a_comparison_are_those_of_the_clients(tmp_path):
 
 
 def test_metrics_are_reported_without_torch(tmp_path):
-    run = logged(tmp_path / "a", [0.5] * 3)
+    run = write_run(tmp_path / "a", [0.5] * 3)
     code = f"""
 import sys; from pathlib import Path
 from fedlora_mpi.analysis.page.write import write
 write([Path({str(run)!r})], Path({str(tmp_path / "page")!r}))
 assert "torch" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment(), timeout=100)
+    subprocess.run([sys.executable, "-c", code], check=True, env=process_environment(), timeout=100)
 
 
 def test_what_diagnose_has_logged_is_drawn_and_nothing_else(tmp_path):
-    (group,) = found_of(logged(tmp_path / "a", [0.1] * 3, [0.2] * 3, column="lora_bias")).groups
-    (drawn,) = curves.diagnosis([group], {"fedavg": looks(1)[0]})
+    (group,) = read_groups(
+        write_run(tmp_path / "a", [0.1] * 3, [0.2] * 3, extra_column="lora_bias")
+    ).groups
+    (drawn,) = curves.diagnosis_curves([group], {"fedavg": distinct_looks(1)[0]})
     assert drawn.name == "lora_bias" and drawn.figure.axes[0].lines[0].get_ydata().tolist() == [
         7,
         14,
@@ -290,43 +294,43 @@ def test_what_diagnose_has_logged_is_drawn_and_nothing_else(tmp_path):
 
 def test_a_setting_that_differs_is_swept_and_two_are_a_grid(tmp_path):
     def make(e, r, s=1):
-        return logged(
+        return write_run(
             tmp_path / f"{e}-{r}-{s}",
             [e / 100 + r / 10] * 3,
             seed=s,
             algorithm={"name": "fedlora", "epochs": e, "rank": r},
         )
 
-    found = found_of(*(make(e, 0.5, s) for e in (5, 1, 3) for s in (1, 2)))
-    (drawn,) = sweeps.sweeps(found.groups, found.keys, set())
+    found = read_groups(*(make(e, 0.5, s) for e in (5, 1, 3) for s in (1, 2)))
+    (drawn,) = sweeps.sweep_figures(found.groups, found.keys, set())
     line = drawn.figure.axes[0].lines[0]
     assert (
         np.allclose(line.get_xydata(), [[1, 6], [3, 8], [5, 10]])
         and drawn.figure.axes[0].get_xlabel() == "epochs"
     )
-    assert sweeps.grids(found.groups, found.keys) == ([], set())
+    assert sweeps.grid_figures(found.groups, found.keys) == ([], set())
 
-    found = found_of(*(make(e, r, 9) for e in (2, 1) for r in (0.4, 0.3, 0.2)))
-    (drawn,), used = sweeps.grids(found.groups, found.keys)
+    found = read_groups(*(make(e, r, 9) for e in (2, 1) for r in (0.4, 0.3, 0.2)))
+    (drawn,), used = sweeps.grid_figures(found.groups, found.keys)
     assert used == {"algorithm.epochs", "algorithm.rank"}
     values = drawn.figure.axes[0].images[0].get_array()
     assert np.allclose(
         values, [[3, 4], [4, 5], [5, 6]] if values.shape == (3, 2) else [[3, 4, 5], [4, 5, 6]]
     )
-    assert sweeps.sweeps(found.groups, found.keys, used) == []
+    assert sweeps.sweep_figures(found.groups, found.keys, used) == []
 
 
 def test_labels_are_as_near_to_their_curves_as_they_go_without_overlap():
     ones = np.ones(3)
-    assert apart(np.array([2.0, 5.0, 9.0]), ones, 20).tolist() == [2, 5, 9]
-    assert apart(np.array([7.0, 7.0, 7.0]), ones, 20).tolist() == [6, 7, 8]
+    assert place_apart(np.array([2.0, 5.0, 9.0]), ones, 20).tolist() == [2, 5, 9]
+    assert place_apart(np.array([7.0, 7.0, 7.0]), ones, 20).tolist() == [6, 7, 8]
     assert np.allclose(
-        apart(np.array([5.0, 5.5, 9.0]), np.array([1.0, 3.0, 1.0]), 20), [4.25, 6.25, 9]
+        place_apart(np.array([5.0, 5.5, 9.0]), np.array([1.0, 3.0, 1.0]), 20), [4.25, 6.25, 9]
     )
     # none beyond the rim
-    assert apart(np.array([0.0, 0.0, 9.0]), ones, 9).tolist() == [0.5, 1.5, 8.5]
+    assert place_apart(np.array([0.0, 0.0, 9.0]), ones, 9).tolist() == [0.5, 1.5, 8.5]
     # too many for the room
-    assert apart(np.array([0.0, 0.0, 1.0]), ones, 2).tolist() == [0.5, 1.5, 2.5]
+    assert place_apart(np.array([0.0, 0.0, 1.0]), ones, 2).tolist() == [0.5, 1.5, 2.5]
 
 
 # --- low-rank and personal parts
@@ -337,10 +341,12 @@ def test_norm_and_effective_rank_are_those_of_the_product():
     B, A = rng.standard_normal((5, 3)), rng.standard_normal((3, 7))
     s = np.linalg.svd(B @ A, compute_uv=False)
     assert np.allclose(
-        parts.measured(B, A), ((s**2).sum() ** 0.5, (s**2).sum() ** 2 / (s**4).sum())
+        parts.norm_and_effective_rank(B, A), ((s**2).sum() ** 0.5, (s**2).sum() ** 2 / (s**4).sum())
     )
-    assert np.allclose(parts.measured(np.eye(5)[:, :3], 2 * np.eye(7)[:3]), (12**0.5, 3))
-    assert parts.measured(0 * B, A) == (0, 0)
+    assert np.allclose(
+        parts.norm_and_effective_rank(np.eye(5)[:, :3], 2 * np.eye(7)[:3]), (12**0.5, 3)
+    )
+    assert parts.norm_and_effective_rank(0 * B, A) == (0, 0)
 
 
 def test_alike_clients_become_neighbours():
@@ -353,9 +359,9 @@ def test_alike_clients_become_neighbours():
 
 def test_agreement_is_a_rank_correlation():
     table = np.array([[1, 0.1, 0.2], [0.1, 1, 0.9], [0.2, 0.9, 1]])
-    same = parts.Alike((0, 1, 2), table, table**3, False)
-    assert parts.agreement(same) == pytest.approx(1)
-    assert np.isnan(parts.agreement(same._replace(labels=np.ones((3, 3)))))
+    same = parts.ClientSimilarity((0, 1, 2), table, table**3, False)
+    assert parts.rank_correlation(same) == pytest.approx(1)
+    assert np.isnan(parts.rank_correlation(same._replace(labels=np.ones((3, 3)))))
 
 
 # --- runs that have trained
@@ -392,22 +398,22 @@ def four(tmp_path_factory):
 
 
 def test_low_rank_factors_are_shown_before_other_personal_parts(four, monkeypatch):
-    monkeypatch.setattr(personal, "GROUPS", 1)
-    with styled():
-        shown = personal.personal(
-            grouped([Logged.read(four / "runs" / run) for run in ("b-1", "c-1")]).groups
+    monkeypatch.setattr(personal, "MAX_GROUPS", 1)
+    with plot_style():
+        shown = personal.personal_figures(
+            group_runs([RunLog.read(four / "runs" / run) for run in ("b-1", "c-1")]).groups
         )
-    assert [*shown.tables] == ["fedlora"] and [figure.name for figure in shown.drawn] == [
+    assert [*shown.tables] == ["fedlora"] and [figure.name for figure in shown.figures] == [
         "lowrank-1",
         "similarity-1",
     ]
     assert shown.left_out == ["those of settings after the first 1 that have any"]
-    assert not parts.factored(RunView(four / "runs/b-1"))
+    assert not parts.has_own_factors(RunView(four / "runs/b-1"))
 
 
 def test_low_rank_parts_are_those_of_the_clients_models(four):
     run = open_run(four / "runs/c-1")
-    found = parts.low_rank(run, parts.held(run, 10**9))
+    found = parts.low_rank(run, parts.read_leaves(run, 10**9))
     assert found.clients == tuple(range(CLIENTS))
     for at in (0, 4):
         view = run.client(at)
@@ -415,26 +421,26 @@ def test_low_rank_parts_are_those_of_the_clients_models(four):
         assert tuple(tau) == found.layers
         norms = [float(value.norm()) for value in tau.values()]
         assert np.allclose(found.norm[:, at], norms, rtol=1e-4) and min(norms) > 0
-        assert (found.effective_rank[:, at] <= found.given_rank[:, at] + 1e-6).all()
+        assert (found.effective_rank[:, at] <= found.num_components[:, at] + 1e-6).all()
 
 
 def test_shared_factors_are_measured_as_each_client_gets_them(four):
     run = open_run(four / "runs/d-1")
-    held = parts.held(run, 10**9)
+    held = parts.read_leaves(run, 10**9)
     found = parts.low_rank(run, held)
-    assert found.given_rank[:, :4].tolist() == [[2, 1, 2, 1]] * len(found.layers)
+    assert found.num_components[:, :4].tolist() == [[2, 1, 2, 1]] * len(found.layers)
     for at in (0, 1):
         products = run.client(at).algorithm.products(run.client(at).variables.shared)
         assert np.allclose(
             found.norm[:, at], [float(value.norm()) for value in products.values()], rtol=1e-4
         )
-    assert parts.alike(run, held) is None  # nothing is the clients' own
+    assert parts.client_similarity(run, held) is None  # nothing is the clients' own
 
 
 def test_similarity_is_the_cosine_of_the_personal_parts(four):
     for name, centred in (("c-1", False), ("b-1", True)):
         run = open_run(four / "runs" / name)
-        found = parts.alike(run, parts.held(run, 10**9))
+        found = parts.client_similarity(run, parts.read_leaves(run, 10**9))
         views = [run.client(client) for client in found.clients]
         if centred:
             rows = np.stack(
@@ -450,7 +456,9 @@ def test_similarity_is_the_cosine_of_the_personal_parts(four):
                 [np.concatenate([value.numpy().ravel() for value in of.values()]) for of in tau]
             )
         rows /= np.linalg.norm(rows, axis=1)[:, None]
-        assert found.centred == centred and np.allclose(found.personal, rows @ rows.T, atol=1e-4)
+        assert found.is_centered == centred and np.allclose(
+            found.personal, rows @ rows.T, atol=1e-4
+        )
         mixes = np.stack([view.counts for view in views]).astype(float)
         mixes /= np.linalg.norm(mixes, axis=1)[:, None]
         assert np.allclose(found.labels, mixes @ mixes.T)
@@ -458,7 +466,7 @@ def test_similarity_is_the_cosine_of_the_personal_parts(four):
 
 def test_a_checkpoint_over_the_limit_is_not_read(four):
     run = open_run(four / "runs/c-1")
-    assert parts.held(run, parts.size(run) - 1) is None
+    assert parts.read_leaves(run, parts.checkpoint_bytes(run) - 1) is None
 
 
 def test_the_example_of_open_runs_is_true(four, tmp_path, monkeypatch):
@@ -508,18 +516,19 @@ def test_a_pattern_without_runs_is_refused(tmp_path):
 def test_of_many_settings_the_best_and_worst_are_named_and_the_others_pale(tmp_path):
     finals = np.random.default_rng(0).permutation(30) / 30
     folders = [
-        logged(tmp_path / f"{at:02}", [top] * 3, [top] * 3, lr=at + 1)
+        write_run(tmp_path / f"{at:02}", [top] * 3, [top] * 3, lr=at + 1)
         for at, top in enumerate(finals)
     ]
-    found = found_of(*folders).groups
-    look = looks_of(found)
+    found = read_groups(*folders).groups
+    look = assign_looks(found)
     order = [found[at].label for at in np.argsort(-finals)]
-    assert {label for label, of in look.items() if of.named} == {*order[:8], *order[-4:]}
+    assert {label for label, of in look.items() if of.is_named} == {*order[:8], *order[-4:]}
     assert len({look[label] for label in (*order[:8], *order[-4:])}) == 12
-    with styled():
-        drawn = curves.learning(found, look)
+    with plot_style():
+        drawn = curves.learning_curves(found, look)
         spread, bars, dots = (
-            of(found, look) for of in (curves.spread, curves.stages, clients.distribution)
+            of(found, look)
+            for of in (curves.client_spread, curves.seconds_by_stage, clients.client_distribution)
         )
     axes = drawn.figure.axes[0]
     assert len(axes.lines) == 30 and sum(line.get_color() == PALE for line in axes.lines) == 18
@@ -533,23 +542,25 @@ def test_of_many_settings_the_best_and_worst_are_named_and_the_others_pale(tmp_p
     )
     for figure in (drawn, spread, bars, dots):
         assert "Of 30 settings the 8 best and 4 worst in final accuracy are named" in figure.caption
-    few = looks_of(found[:24])
-    assert all(of.named for of in few.values()) and len(set(few.values())) == 24
-    assert "settings the 8" not in curves.learning(found[:24], few).caption
+    few = assign_looks(found[:24])
+    assert all(of.is_named for of in few.values()) and len(set(few.values())) == 24
+    assert "settings the 8" not in curves.learning_curves(found[:24], few).caption
 
 
 def test_of_several_tasks_each_has_its_best_among_the_named(tmp_path):
     folders = [
-        logged(tmp_path / f"a{at:02}", [0.9] * 3, lr=at + 1, dataset="mnist") for at in range(13)
+        write_run(tmp_path / f"a{at:02}", [0.9] * 3, lr=at + 1, dataset="mnist") for at in range(13)
     ]
     folders += [
-        logged(tmp_path / f"b{at:02}", [0.1 + at / 100] * 3, lr=at + 1, dataset="cifar10")
+        write_run(tmp_path / f"b{at:02}", [0.1 + at / 100] * 3, lr=at + 1, dataset="cifar10")
         for at in range(13)
     ]
-    named = [group.settings["data.dataset"] for group in few_of(found_of(*folders).groups)]
+    named = [
+        group.settings["data.dataset"] for group in best_and_worst(read_groups(*folders).groups)
+    ]
     assert named.count("mnist") == named.count("cifar10") == 6
-    blank = [logged(tmp_path / f"c{at:02}", [np.nan] * 3, lr=at + 1) for at in range(25)]
-    assert sum(look.named for look in looks_of(found_of(*blank).groups).values()) == 12
+    blank = [write_run(tmp_path / f"c{at:02}", [np.nan] * 3, lr=at + 1) for at in range(25)]
+    assert sum(look.is_named for look in assign_looks(read_groups(*blank).groups).values()) == 12
 
 
 # --- the page
@@ -685,25 +696,25 @@ def test_figures_are_the_same_drawn_on_one_core_and_on_three(tmp_path, monkeypat
     drawn = []
     for cores in (1, 3):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)))
-        with styled():
-            figures = write.gathered(
-                write.read([logged(tmp_path / str(cores) / "a", [0.2] * 3, [0.5] * 3)])
+        with plot_style():
+            figures = write.collect_content(
+                write.read_logs([write_run(tmp_path / str(cores) / "a", [0.2] * 3, [0.5] * 3)])
             ).figures
-            drawn.append(files_of(figures[:4]))
+            drawn.append(render_files(figures[:4]))
     assert len(drawn[0]) == 4 and drawn[0] == drawn[1]
 
 
 def test_a_page_says_what_a_reader_must_know(tmp_path):
     runs = [
-        logged(tmp_path / "a", [0.5] * 3, rounds=9),
-        logged(tmp_path / "b", [0.2] * 3, [0.4] * 3, rounds=9, seed=2),
+        write_run(tmp_path / "a", [0.5] * 3, rounds=9),
+        write_run(tmp_path / "b", [0.2] * 3, [0.4] * 3, rounds=9, seed=2),
     ]
     runs += [
-        logged(tmp_path / "twin", [0.5] * 3, rounds=9),
-        logged(tmp_path / "c", [0.75] * 3, algorithm="my:<Own>"),
+        write_run(tmp_path / "twin", [0.5] * 3, rounds=9),
+        write_run(tmp_path / "c", [0.75] * 3, algorithm="my:<Own>"),
     ]
-    with styled():
-        content = write.gathered(write.read(runs))
+    with plot_style():
+        content = write.collect_content(write.read_logs(runs))
     said = " ".join(content.notes)
     assert "fedavg: its seeds are at different rounds (1, 2)" in said
     assert f"Not done yet: {runs[0]} (1 of 9), {runs[1]} (2 of 9)." in said
@@ -712,14 +723,14 @@ def test_a_page_says_what_a_reader_must_know(tmp_path):
         "Highest final accuracy, mean over clients: <Own> with 75.00 % (one seed), 30.00 points "
         "above fedavg, rounds"
     )
-    text = write.html(content, {drawn.name: b"" for drawn in content.figures}, [])
-    assert write.summary(content.found.groups).startswith(top.partition(", rounds")[0])
+    text = write.render_page(content, {drawn.name: b"" for drawn in content.figures}, [])
+    assert write.summarize(content.run_groups.groups).startswith(top.partition(", rounds")[0])
     assert "&lt;Own&gt;" in text and "<Own>" not in text
 
 
 def test_runs_of_which_no_round_was_evaluated_have_a_page(tmp_path, capsys):
     assert (
-        main(["report", str(logged(tmp_path / "a", [np.nan] * 3)), "-o", str(tmp_path / "page")])
+        main(["report", str(write_run(tmp_path / "a", [np.nan] * 3)), "-o", str(tmp_path / "page")])
         == 0
     )
     text = (tmp_path / "page/report.html").read_text()
@@ -738,9 +749,9 @@ def refused(capsys, *line):
 
 
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
-    run, out = logged(tmp_path / "a", [0.5] * 3), tmp_path / "out"
+    run, out = write_run(tmp_path / "a", [0.5] * 3), tmp_path / "out"
     assert "/b: has no round yet; leave it out" in refused(
-        capsys, run, logged(tmp_path / "b"), "-o", out
+        capsys, run, write_run(tmp_path / "b"), "-o", out
     )
     assert "not a run folder" in refused(capsys, run, tmp_path, "-o", out)
     assert "has other files and no report of ours; give a new folder" in refused(
@@ -755,13 +766,13 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     forged = '<meta name="fedlora-mpi" content="../a/log.h5 figures/../../a/log.h5 tables/x.csv">'
     (tmp_path / "forged/report.html").write_text(forged)
     with pytest.raises(ValueError, match="is not a plain file name"):
-        write._earlier(tmp_path / "forged")
+        write._earlier_files(tmp_path / "forged")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install 'fedlora-mpi[analysis]'" in refused(capsys, run, "-o", out)
 
 
 def test_a_table_is_safe_in_every_form():
-    columns = [Column("a", "a_b / %"), Column("n", "n", percent, best=True)]
+    columns = [Column("a", "a_b / %"), Column("n", "n", format_percent, marks_best=True)]
     rows = [
         {"a": "x_1|<b>&", "n": Stat(0.5, 0.25)},
         {"a": "y", "n": None},

@@ -13,9 +13,16 @@ import pytest
 from fedlora_mpi import config as configs
 from fedlora_mpi.cli import main
 from fedlora_mpi.reproduce import fedhl_table as fedhl
-from fedlora_mpi.reproduce.fedhl_table import BACKBONES, OURS, RANKS, TOLD, WIDTHS, Tuning
-from fedlora_mpi.reproduce.grid import job
-from fedlora_mpi.reproduce.registry import entries
+from fedlora_mpi.reproduce.fedhl_table import (
+    BACKBONES,
+    LOGGED_COLUMNS,
+    RANKS,
+    TABLE_NAME,
+    WIDTHS,
+    FineTuningCase,
+)
+from fedlora_mpi.reproduce.grid import make_job
+from fedlora_mpi.reproduce.registry import table_entries
 from fedlora_mpi.reproduce.request import Request
 from fedlora_mpi.reproduce.results import Result
 from fedlora_mpi.reproduce.sheet import Cell
@@ -39,32 +46,34 @@ METHODS = {
 def run_of(case, key, scale="small", seed=1):
     """A run."""
     size = case.at(scale)
-    (entry,) = entries(OURS, case, size, [key])
-    return job(entry, case, seed, scale=size, rounds=size.rounds, root="data", folder=OUT)
+    (entry,) = table_entries(TABLE_NAME, case, size, [key])
+    return make_job(entry, case, seed, scale=size, rounds=size.rounds, root="data", folder=OUT)
 
 
 # The grid.
 
 
 def test_all_cases_are_made_unless_some_are_named():
-    names = {case.name for case in Request(OURS).cases}
+    names = {case.name for case in Request(TABLE_NAME).cases}
     assert names == {f"{d}-{w}-part{p}-alpha0.5" for d, w in CASES for p in ("1", "0.4")}
     (case,) = Request(
-        OURS,
+        TABLE_NAME,
         data=("ag_news",),
         width=("wide",),
         participation=(0.4,),
         alpha=(0.1,),
         text_train="x.csv",
     ).cases
-    assert case == Tuning("ag_news", "wide", 0.4, Request(OURS).folder, 0.1, "x.csv")
+    assert case == FineTuningCase(
+        "ag_news", "wide", 0.4, Request(TABLE_NAME).table_folder, 0.1, "x.csv"
+    )
 
 
 @pytest.mark.parametrize("data, width", CASES)
 @pytest.mark.parametrize("scale", ["small", "full"])
 def test_every_method_has_a_valid_config(data, width, scale, tmp_path):
-    case = Tuning(data, width, 0.4, OUT)
-    found = entries(OURS, case, case.at(scale))
+    case = FineTuningCase(data, width, 0.4, OUT)
+    found = table_entries(TABLE_NAME, case, case.scale_sizes(scale))
     assert {entry.algorithm["name"] for entry in found} == METHODS
     for entry in found:
         run = run_of(case, entry.key, scale, seed=3).config
@@ -75,10 +84,10 @@ def test_every_method_has_a_valid_config(data, width, scale, tmp_path):
 
 
 def test_all_methods_have_the_same_ranks_and_scale_and_are_judged_by_the_servers_model():
-    case = Tuning("cifar10", "narrow", 1.0, OUT)
-    for entry in entries(OURS, case, case.at("small")):
+    case = FineTuningCase("cifar10", "narrow", 1.0, OUT)
+    for entry in table_entries(TABLE_NAME, case, case.scale_sizes("small")):
         algorithm = run_of(case, entry.key).config.algorithm
-        clients = [algorithm.of_client(client, 10) for client in range(10)]
+        clients = [algorithm.for_client(client, 10) for client in range(10)]
         assert tuple(max(client.lora_ranks) for client in clients) == RANKS
         assert {client.s for client in clients} == {algorithm.s} == {1.0}
         # whose clients all have the server's model
@@ -88,8 +97,8 @@ def test_all_methods_have_the_same_ranks_and_scale_and_are_judged_by_the_servers
 
 @pytest.mark.parametrize("data, width", CASES)
 def test_a_backbone_has_the_network_and_the_words_of_its_runs(data, width):
-    case = Tuning(data, width, 1.0, OUT, train_file="part.csv")
-    run, before = run_of(case, "fedit").config, case.before("data")
+    case = FineTuningCase(data, width, 1.0, OUT, train_file="part.csv")
+    run, before = run_of(case, "fedit").config, case.pretrain_config("data")
     assert replace(run.model.mix[0], weights=None) == before.model.mix[0]
     assert before.data.source == run.data.source
 
@@ -117,10 +126,10 @@ def test_a_wrong_choice_is_refused(asked, complaint, tmp_path, capsys):
 def result(key, seed=1, accuracy=(0.5, 0.7, 0.6), up=(3e6, 1e6, 1e6), told=(4.0, 2.0, 3.0)):
     """A finished run of three rounds."""
     columns = {"accuracy": accuracy, "bytes_up": up, "bytes_down": (0.0, 5e5, 5e5)} | dict.fromkeys(
-        TOLD, told
+        LOGGED_COLUMNS, told
     )
     return Result(
-        run_of(Tuning("cifar10", "narrow", 1.0, OUT), key, seed=seed),
+        run_of(FineTuningCase("cifar10", "narrow", 1.0, OUT), key, seed=seed),
         {n: np.array(v) for n, v in columns.items()},
         {},
     )
@@ -131,8 +140,8 @@ def shown(*results):
     found = {r.job.entry.key: [] for r in results}
     for r in results:
         found[r.job.entry.key].append(r)
-    cells = [Cell.of(there[0].job.entry, there) for there in found.values()]
-    return fedhl.sheet("Title", "", [], cells, 2, found)
+    cells = [Cell.from_results(there[0].job.entry, there) for there in found.values()]
+    return fedhl.fedhl_sheet("Title", "", [], cells, 2, found)
 
 
 def test_a_row_has_accuracy_bytes_and_what_explains_it():
@@ -198,14 +207,14 @@ def test_a_backbone_is_made_once_and_every_method_begins_with_it(
     pytest.importorskip("tokenizers")
     pytest.importorskip("safetensors")
     monkeypatch.setattr(
-        fedhl, "SMALL", fedhl.SMALL._replace(clients=3, train=10, test=5, batch_size=5)
+        fedhl, "SMALL", fedhl.SMALL_SCALE._replace(clients=3, train=10, test=5, batch_size=5)
     )
     model = {"name": "transformer", "width": 8, "heads": 2, "layers": 1, "feedforward": 8}
     small = BACKBONES["ag_news"]["narrow"]._replace(model=model, epochs=1)
     monkeypatch.setitem(BACKBONES["ag_news"], "narrow", small)
     asked = [
         "reproduce",
-        OURS,
+        TABLE_NAME,
         "--data",
         "ag_news",
         "--width",
@@ -236,9 +245,11 @@ def test_a_backbone_is_made_once_and_every_method_begins_with_it(
         and "epoch 1/1" in err
         and "epoch 1/1" not in out
     )
-    file = root / "out" / OURS / "ag_news-narrow-part.safetensors"
+    file = root / "out" / TABLE_NAME / "ag_news-narrow-part.safetensors"
     made = file.read_bytes()
-    rows = list(csv.DictReader((root / "out" / OURS / "ag_news-narrow-part1-alpha0.5.csv").open()))
+    rows = list(
+        csv.DictReader((root / "out" / TABLE_NAME / "ag_news-narrow-part1-alpha0.5.csv").open())
+    )
     assert [row["entry"] for row in rows] == ["fedhl", "flora"]
     assert all(
         float(row["megabytes_up"]) > 0 and float(row["effective_clients"]) > 0 for row in rows

@@ -13,13 +13,13 @@ from fedlora_mpi import config as configs
 from fedlora_mpi.cli import main
 from fedlora_mpi.data.partition import Shares
 from fedlora_mpi.reproduce import costs, picture, showing
-from fedlora_mpi.reproduce.carrying_out import fulfil
-from fedlora_mpi.reproduce.costs import Curve, Spent
-from fedlora_mpi.reproduce.fedlora_tables import Alpha
-from fedlora_mpi.reproduce.grid import Entry, Job, job
-from fedlora_mpi.reproduce.pfedlora_table import LABELS, OURS, Crowd
+from fedlora_mpi.reproduce.carrying_out import reproduce_grid
+from fedlora_mpi.reproduce.costs import Cost, Curve
+from fedlora_mpi.reproduce.fedlora_tables import DirichletCase
+from fedlora_mpi.reproduce.grid import Entry, Job, make_job
+from fedlora_mpi.reproduce.pfedlora_table import LABELS, TABLE_NAME, ClientCounts
 from fedlora_mpi.reproduce.registry import TABLES as ALL
-from fedlora_mpi.reproduce.registry import entries
+from fedlora_mpi.reproduce.registry import table_entries
 from fedlora_mpi.reproduce.request import Request
 from fedlora_mpi.reproduce.results import Result
 from fedlora_mpi.reproduce.sheet import Cell
@@ -30,8 +30,8 @@ CASES = [(data, clients) for data in ("cifar10", "cifar100") for clients in (10,
 def run_of(case, key="local", scale="full", seed=1):
     """The config of one run."""
     size = case.at(scale)
-    (entry,) = entries(OURS, case, size, [key])
-    return job(
+    (entry,) = table_entries(TABLE_NAME, case, size, [key])
+    return make_job(
         entry, case, seed, scale=size, rounds=size.rounds, root="data", folder=Path("/out/pfedlora")
     ).config
 
@@ -40,10 +40,16 @@ def run_of(case, key="local", scale="full", seed=1):
 
 
 def test_the_folders_of_the_fedlora_tables_keep_their_names():
-    case = Alpha("cifar100", 0.5)
-    (entry,) = entries("table1", case, case.at("small"), ["fedavg"])
-    made = job(
-        entry, case, 3, scale=case.at("small"), rounds=20, root="data", folder=Path("/out/table1")
+    case = DirichletCase("cifar100", 0.5)
+    (entry,) = table_entries("table1", case, case.scale_sizes("small"), ["fedavg"])
+    made = make_job(
+        entry,
+        case,
+        3,
+        scale=case.scale_sizes("small"),
+        rounds=20,
+        root="data",
+        folder=Path("/out/table1"),
     )
     assert made.config.output == "/out/table1/cifar100-alpha0.5/fedavg-seed3"
 
@@ -51,8 +57,8 @@ def test_the_folders_of_the_fedlora_tables_keep_their_names():
 @pytest.mark.parametrize("data, clients", CASES)
 @pytest.mark.parametrize("scale", ["small", "full"])
 def test_every_method_of_a_cell_has_a_valid_config(data, clients, scale, tmp_path):
-    case = Crowd(data, clients)
-    found = entries(OURS, case, case.at(scale))
+    case = ClientCounts(data, clients)
+    found = table_entries(TABLE_NAME, case, case.scale_sizes(scale))
     assert [entry.key for entry in found] == [name for name in LABELS if name != "fedavg"]
     for entry in found:
         run = run_of(case, entry.key, scale)
@@ -62,19 +68,21 @@ def test_every_method_of_a_cell_has_a_valid_config(data, clients, scale, tmp_pat
 
 @pytest.mark.parametrize("clients, part", [(10, 1.0), (50, 0.2), (100, 0.1)])
 def test_a_run_at_full_scale_is_the_authors_experiment(clients, part):
-    run = run_of(Crowd("cifar100", clients), seed=2)
+    run = run_of(ClientCounts("cifar100", clients), seed=2)
     split = run.data.partition
     assert (run.participation, run.rounds, run.seed, split.seed) == (part, 500, 2, 2)
     assert isinstance(split, Shares) and (split.train, split.test, split.validation) == (0, 0, 0.2)
     assert (split.clients, split.classes_per_client) == (clients, 10)
-    assert run_of(Crowd("cifar10", clients)).data.partition.classes_per_client == 2
+    assert run_of(ClientCounts("cifar10", clients)).data.partition.classes_per_client == 2
     assert (run.train.epochs, run.train.batch_size, run.train.lr) == (10, 512, 0.01)
     assert (run.train.momentum, run.train.weight_decay) == (0.9, 1e-3)
     assert run.output == f"/out/pfedlora/cifar100-clients{clients}/local-seed2"
 
 
 def test_client_k_has_network_k_mod_5_or_all_have_the_first():
-    mixed, same = (run_of(Crowd("cifar10", 50, homogeneous)) for homogeneous in (False, True))
+    mixed, same = (
+        run_of(ClientCounts("cifar10", 50, homogeneous)) for homogeneous in (False, True)
+    )
     assert [network.name for network in mixed.model.mix] == [f"cnn{n}" for n in range(1, 6)]
     assert mixed.model.of_clients(50)[:7] == (0, 1, 2, 3, 4, 0, 1)
     assert [network.name for network in same.model.mix] == ["cnn1"]
@@ -85,23 +93,25 @@ def test_fedavg_is_there_where_all_networks_are_equal():
     def keys(homogeneous):
         return [
             e.key
-            for e in entries(
-                OURS, Crowd("cifar10", 10, homogeneous), Crowd("cifar10", 10).at("small")
+            for e in table_entries(
+                TABLE_NAME,
+                ClientCounts("cifar10", 10, homogeneous),
+                ClientCounts("cifar10", 10).scale_sizes("small"),
             )
         ]
 
     assert set(keys(True)) - set(keys(False)) == {"fedavg"}
-    assert run_of(Crowd("cifar10", 50, True), "fedavg").participation == 0.2
+    assert run_of(ClientCounts("cifar10", 50, True), "fedavg").participation == 0.2
 
 
 @pytest.mark.parametrize("scale", ["small", "full"])
 def test_fedkds_schedule_is_as_long_as_the_run(scale):
-    run = run_of(Crowd("cifar10", 10), "fedkd", scale)
+    run = run_of(ClientCounts("cifar10", 10), "fedkd", scale)
     assert run.algorithm.energy_rounds == run.rounds
 
 
 def test_a_further_method_takes_part_as_the_others_do():
-    assert run_of(Crowd("cifar10", 100), "local_lora").participation == 0.1
+    assert run_of(ClientCounts("cifar10", 100), "local_lora").participation == 0.1
 
 
 @pytest.mark.parametrize(
@@ -126,7 +136,7 @@ def test_cells_and_seeds_by_default():
     def cells(scale):
         return [
             (case.data, case.clients)
-            for case in Request(OURS, data=("cifar10", "cifar100"), scale=scale).cases
+            for case in Request(TABLE_NAME, data=("cifar10", "cifar100"), scale=scale).cases
         ]
 
     assert cells("full") == CASES
@@ -144,7 +154,7 @@ def result(key, seed, accuracies, clients=((90.0, 70.0, 80.0),), up=3, down=1, f
     columns |= {name: np.full(length, value) for name, value in each.items()}
     entry = Entry(key, LABELS[key], {"name": key})
     best = np.repeat(np.array(clients) / 100, length, axis=0)
-    return Result(Job(entry, Crowd("cifar10", 10), seed, None), columns, {"accuracy": best})
+    return Result(Job(entry, ClientCounts("cifar10", 10), seed, None), columns, {"accuracy": best})
 
 
 def shown(*results):
@@ -152,7 +162,7 @@ def shown(*results):
     by = {}
     for found in results:
         by.setdefault(found.job.entry.key, []).append(found)
-    return [Cell.of(found[0].job.entry, found) for found in by.values()], by
+    return [Cell.from_results(found[0].job.entry, found) for found in by.values()], by
 
 
 @pytest.mark.parametrize(
@@ -166,8 +176,8 @@ def shown(*results):
     ],
 )
 def test_a_target_costs_all_up_to_the_first_round_that_reaches_it(target, spent):
-    curve = Curve.of(result("local", 1, [50.0, 62.0, 58.0, 64.0]))
-    np.testing.assert_equal(curve.until(target), Spent(*map(float, spent)))
+    curve = Curve.from_result(result("local", 1, [50.0, 62.0, 58.0, 64.0]))
+    np.testing.assert_equal(curve.cost_until(target), Cost(*map(float, spent)))
 
 
 def test_costs_that_change_from_round_to_round_are_added_up():
@@ -175,37 +185,42 @@ def test_costs_that_change_from_round_to_round_are_added_up():
     run.rounds.update(
         bytes_up=np.array([1, 2, 4]), bytes_down=np.array([8, 16, 32]), flops=np.array([3, 5, 7])
     )
-    assert Curve.of(run).until(20.0) == (2, 27, 8) and Curve.of(run).until(30.0) == (3, 63, 15)
+    assert Curve.from_result(run).cost_until(20.0) == (2, 27, 8) and Curve.from_result(
+        run
+    ).cost_until(30.0) == (3, 63, 15)
 
 
 def test_the_cost_is_the_mean_over_seeds_and_unknown_when_one_never_gets_there():
     runs = [result("fd", 1, [50.0, 60.0, 70.0]), result("fd", 2, [50.0, 55.0, 60.0])]
-    assert costs.until(runs, 60.0) == (2.5, 10, 25)
-    assert np.isnan(costs.until(runs, 65.0)).all() and np.isnan(costs.until([], 50.0)).all()
+    assert costs.mean_cost_until(runs, 60.0) == (2.5, 10, 25)
+    assert (
+        np.isnan(costs.mean_cost_until(runs, 65.0)).all()
+        and np.isnan(costs.mean_cost_until([], 50.0)).all()
+    )
 
 
 def test_the_common_target_is_reached_by_all_but_those_that_fail():
     _, by = shown(
-        result(OURS, 1, [80.0, 84.567]),
-        result(OURS, 2, [79.0, 82.0]),
+        result(TABLE_NAME, 1, [80.0, 84.567]),
+        result(TABLE_NAME, 2, [79.0, 82.0]),
         result("fd", 1, [74.0, 75.678]),
         result("fml", 1, [30.0]),
     )
-    percent, failed = costs.common(by)
+    percent, failed = costs.common_target(by)
     assert (percent, failed) == (75.67, ["fml"])
-    for key in (OURS, "fd"):
-        assert costs.until(by[key], percent).rounds >= 1
-    assert np.isnan(costs.common({"fd": []})[0])
+    for key in (TABLE_NAME, "fd"):
+        assert costs.mean_cost_until(by[key], percent).rounds >= 1
+    assert np.isnan(costs.common_target({"fd": []})[0])
 
 
 def test_ratios_are_to_pfedlora_and_the_claims_are_beside_them():
     cells, by = shown(
         result("local", 1, [60.0, 70.0], up=0, down=0, flops=10),
         result("fedproto", 1, [40.0, 50.0, 60.0], up=10, down=20, flops=50),
-        result(OURS, 1, [50.0, 65.0], up=3, down=1, flops=20),
+        result(TABLE_NAME, 1, [50.0, 65.0], up=3, down=1, flops=20),
         result("fml", 1, [10.0]),
     )
-    made = costs.target("Title", "", ["why"], cells, by, 60.0)
+    made = costs.target_sheet("Title", "", ["why"], cells, by, 60.0)
     assert made.rows[0] == (
         "",
         "rounds",
@@ -233,9 +248,11 @@ def test_ratios_are_to_pfedlora_and_the_claims_are_beside_them():
 
 def test_accuracy_is_compared_with_the_best_baseline_and_the_claim():
     cells, _ = shown(
-        result("local", 1, [70.0, 69.0]), result("fd", 1, [72.0]), result(OURS, 1, [73.5, 73.0])
+        result("local", 1, [70.0, 69.0]),
+        result("fd", 1, [72.0]),
+        result(TABLE_NAME, 1, [73.5, 73.0]),
     )
-    made = costs.accuracy("Title", "", [], cells, 1)
+    made = costs.accuracy_sheet("Title", "", [], cells, 1)
     assert made.rows[1:] == [
         ("Standalone", "1/1", "70.00", "69.00", "+3.50"),
         ("FD", "1/1", "72.00", "72.00", "+1.50"),
@@ -248,21 +265,21 @@ def test_the_gain_of_each_client_is_over_the_best_baseline():
     cells, by = shown(
         result("local", 4, [80.0], [(100, 100, 40)]),
         result("fd", 4, [81.0], [(80, 90, 73)]),
-        result(OURS, 4, [82.0], [(90, 90, 66)]),
-        result(OURS, 5, [82.0], [(90, 90, 66)]),
+        result(TABLE_NAME, 4, [82.0], [(90, 90, 66)]),
+        result(TABLE_NAME, 5, [82.0], [(90, 90, 66)]),
     )
     assert costs.best_baseline(cells).entry.key == "fd"
-    made = costs.each_client("Title", "", [], cells, by)
+    made = costs.client_gains_sheet("Title", "", [], cells, by)
     assert made.rows[1:] == [("4", "3", "1", "1", "1", "+1.00", "+10.00", "-7.00")]
     assert [round(row["difference"], 6) for row in made.records] == [10, 0, -7]
 
 
 def test_the_overview_has_methods_down_and_cases_across():
     first, second = (
-        shown(result("local", 1, [70.0]), result(OURS, 1, [71.0])),
-        shown(result(OURS, 1, [60.0])),
+        shown(result("local", 1, [70.0]), result(TABLE_NAME, 1, [71.0])),
+        shown(result(TABLE_NAME, 1, [60.0])),
     )
-    made = costs.overview("Title", "", [], {"a": first[0], "b": second[0]}, 1)
+    made = costs.overview_sheet("Title", "", [], {"a": first[0], "b": second[0]}, 1)
     assert made.rows == [
         ("", "a", "b"),
         ("Standalone", "70.00", ""),
@@ -276,19 +293,20 @@ def test_the_overview_has_methods_down_and_cases_across():
 def test_a_curve_is_the_mean_over_seeds_and_what_costs_nothing_has_none():
     cells, by = shown(
         result("local", 1, [60.0, 70.0], up=0, down=0),
-        result(OURS, 1, [50.0, 60.0]),
-        result(OURS, 2, [60.0, 80.0]),
+        result(TABLE_NAME, 1, [50.0, 60.0]),
+        result(TABLE_NAME, 2, [60.0, 80.0]),
     )
 
     def labels(cost):
         return [
-            line.get_label() for line in picture.against(cost, cells, by, "Title").axes[0].lines
+            line.get_label()
+            for line in picture.accuracy_by_cost(cost, cells, by, "Title").axes[0].lines
         ]
 
     assert labels("rounds") == labels("flops") == ["Standalone", "pFedLoRA"] and labels(
         "bytes"
     ) == ["pFedLoRA"]
-    (line,) = picture.against("bytes", cells, by, "Title").axes[0].lines
+    (line,) = picture.accuracy_by_cost("bytes", cells, by, "Title").axes[0].lines
     assert line.get_xdata() == pytest.approx([4e-6, 8e-6]) and line.get_ydata() == pytest.approx(
         [55.0, 70.0]
     )
@@ -299,10 +317,10 @@ def test_a_bar_is_drawn_for_each_client_and_seed_from_the_largest_gain():
         *(
             result(key, s, [50.0 + s], [(s, 5, k)])
             for s in (1, 2)
-            for k, key in enumerate(("local", OURS))
+            for k, key in enumerate(("local", TABLE_NAME))
         )
     )
-    heights = [bar.get_height() for bar in picture.gains(cells, by, "Title").axes[0].patches]
+    heights = [bar.get_height() for bar in picture.gains_figure(cells, by, "Title").axes[0].patches]
     assert heights == pytest.approx([1, 1, 0, 0, 0, 0])
 
 
@@ -312,7 +330,7 @@ def test_a_bar_is_drawn_for_each_client_and_seed_from_the_largest_gain():
 def test_print_jobs_lists_all_cells(tmp_path, capsys):
     asked = [
         "reproduce",
-        OURS,
+        TABLE_NAME,
         "--print-jobs",
         "--scale",
         "full",
@@ -322,9 +340,9 @@ def test_print_jobs_lists_all_cells(tmp_path, capsys):
         "-o",
         str(tmp_path),
     ]
-    assert main([*asked, "--methods", "local", OURS]) == 0
+    assert main([*asked, "--methods", "local", TABLE_NAME]) == 0
     assert "--array=1-36" in capsys.readouterr().out  # 2 methods, 6 cells, 3 seeds
-    folders = {path.name for path in (tmp_path / OURS).iterdir() if path.is_dir()}
+    folders = {path.name for path in (tmp_path / TABLE_NAME).iterdir() if path.is_dir()}
     assert folders == {f"{data}-clients{clients}" for data, clients in CASES}
 
 
@@ -334,7 +352,7 @@ def tiny(folder, case, key):
         "seed": 1,
         "rounds": 2,
         "participation": case.participation,
-        "output": str(folder / OURS / case.name / f"{key}-seed1"),
+        "output": str(folder / TABLE_NAME / case.name / f"{key}-seed1"),
         "data": {
             "dataset": "synthetic",
             "synthetic": {"classes": 4, "train": 60, "test": 40, "size": 4},
@@ -359,18 +377,18 @@ def tiny(folder, case, key):
 
 def test_from_runs_to_tables_and_pictures_and_nothing_is_run_twice(carried, tmp_path, capsys):
     grid = [
-        (case, [tiny(tmp_path, case, key) for key in ("local", OURS)])
-        for case in (Crowd("cifar10", 10), Crowd("cifar10", 50))
+        (case, [tiny(tmp_path, case, key) for key in ("local", TABLE_NAME)])
+        for case in (ClientCounts("cifar10", 10), ClientCounts("cifar10", 50))
     ]
-    asked = Request(OURS, output=tmp_path, jobs=2)
-    assert fulfil(asked, grid) == 0
+    asked = Request(TABLE_NAME, output=tmp_path, jobs=2)
+    assert reproduce_grid(asked, grid) == 0
     out, err = capsys.readouterr()
     assert "4 runs, 0 done" in err
     assert (
         "ahead of the best baseline: the paper +1.35, here " in out
         and "11.81 and 7.41 times less" in out
     )
-    home = tmp_path / OURS
+    home = tmp_path / TABLE_NAME
     for case, _ in grid:
         tables = [f"{case.name}{end}" for end in ("", "-target", "-gains")]
         pictures = [f"{case.name}{end}" for end in ("-rounds", "-bytes", "-flops", "-gains")]
@@ -388,7 +406,7 @@ def test_from_runs_to_tables_and_pictures_and_nothing_is_run_twice(carried, tmp_
     )
     assert (home / "overview.csv").is_file()
 
-    assert fulfil(replace(asked, target=(0.0, 99.9)), grid) == 0
+    assert reproduce_grid(replace(asked, target=(0.0, 99.9)), grid) == 0
     out, err = capsys.readouterr()
     # err may hold what matplotlib has to say
     assert "runs, " not in err and "cost of 99.9 %" in out
@@ -396,10 +414,10 @@ def test_from_runs_to_tables_and_pictures_and_nothing_is_run_twice(carried, tmp_
 
 
 def test_at_full_scale_the_papers_target_is_there_as_well():
-    case, (_, by) = Crowd("cifar100", 10), shown(result(OURS, 1, [55.0]))
+    case, (_, by) = ClientCounts("cifar100", 10), shown(result(TABLE_NAME, 1, [55.0]))
 
     def targets(**more):
-        return showing._targets(Request(OURS, **more), case, by)
+        return showing._choose_targets(Request(TABLE_NAME, **more), case, by)
 
     assert {end: percent for end, (percent, _) in targets(scale="full").items()} == {
         "-target": 55.0,
@@ -412,7 +430,7 @@ def test_at_full_scale_the_papers_target_is_there_as_well():
 
 
 def test_collect_prints_the_table_before_anything_is_done(tmp_path, capsys):
-    assert main(["reproduce", OURS, "--collect", "-o", str(tmp_path)]) == 0
+    assert main(["reproduce", TABLE_NAME, "--collect", "-o", str(tmp_path)]) == 0
     assert "NOT the paper's experiment: train 400 (paper all)" in capsys.readouterr().out
-    assert {path.suffix for path in (tmp_path / OURS).iterdir()} == {".txt", ".md", ".csv"}
-    assert OURS in ALL
+    assert {path.suffix for path in (tmp_path / TABLE_NAME).iterdir()} == {".txt", ".md", ".csv"}
+    assert TABLE_NAME in ALL

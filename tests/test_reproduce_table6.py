@@ -14,24 +14,24 @@ from fedlora_mpi import config as configs
 from fedlora_mpi.cli import main
 from fedlora_mpi.reproduce import agnews_row as agnews
 from fedlora_mpi.reproduce import paper, showing
-from fedlora_mpi.reproduce.agnews_row import DATA, LABELS, OURS, Texts
-from fedlora_mpi.reproduce.grid import job
-from fedlora_mpi.reproduce.registry import TABLES, entries
+from fedlora_mpi.reproduce.agnews_row import DATA, LABELS, TABLE_NAME, AgNewsCase
+from fedlora_mpi.reproduce.grid import make_job
+from fedlora_mpi.reproduce.registry import TABLES, table_entries
 from fedlora_mpi.reproduce.request import Request
-from fedlora_mpi.reproduce.sheet import Cell, compare
+from fedlora_mpi.reproduce.sheet import Cell, comparison_sheet
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SIZES = ("full", "small")
 
 
-TEXTS = Texts(DATA)
+TEXTS = AgNewsCase(DATA)
 
 
 def run_of(key, scale="full", case=TEXTS, seed=1):
     """The config of one run."""
-    size = case.at(scale)
-    (entry,) = entries(OURS, case, size, [key])
-    return job(
+    size = case.scale_sizes(scale)
+    (entry,) = table_entries(TABLE_NAME, case, size, [key])
+    return make_job(
         entry, case, seed, scale=size, rounds=size.rounds, root="~/data", folder=Path("/out/table6")
     ).config
 
@@ -53,14 +53,22 @@ def test_the_published_numbers_are_the_printed_ones():
 
 
 def test_a_row_is_published_for_the_papers_alpha_alone():
-    said = {e.label: e.published for e in entries(OURS, Texts(DATA), agnews.SMALL)}
+    said = {
+        e.label: e.published
+        for e in table_entries(TABLE_NAME, AgNewsCase(DATA), agnews.SMALL_SCALE)
+    }
     assert said == {label: paper.TABLE6[name][DATA] for name, label in LABELS.items()}
-    assert not any(e.published for e in entries(OURS, Texts(DATA, 0.1), agnews.SMALL))
+    assert not any(
+        e.published for e in table_entries(TABLE_NAME, AgNewsCase(DATA, 0.1), agnews.SMALL_SCALE)
+    )
 
 
 def test_a_number_without_a_deviation_is_shown_without_one():
-    cells = [Cell.of(entry, []) for entry in entries(OURS, Texts(DATA), agnews.SMALL)]
-    made = compare("Title", "", [], cells, 1, TABLES[OURS].papers)
+    cells = [
+        Cell.from_results(entry, [])
+        for entry in table_entries(TABLE_NAME, AgNewsCase(DATA), agnews.SMALL_SCALE)
+    ]
+    made = comparison_sheet("Title", "", [], cells, 1, TABLES[TABLE_NAME].std_note)
     assert made.rows[1] == ("FedAvg", "0/1", "-", "-", "89.36", "-")
     assert (
         made.notes[1]
@@ -75,7 +83,7 @@ def test_a_number_without_a_deviation_is_shown_without_one():
 @pytest.mark.parametrize("scale", SIZES)
 @pytest.mark.parametrize("key", LABELS)
 def test_every_run_has_a_valid_config(key, scale, tmp_path):
-    run = run_of(key, scale, Texts(DATA, train_file="part.csv"), seed=3)
+    run = run_of(key, scale, AgNewsCase(DATA, train_file="part.csv"), seed=3)
     (tmp_path / "alone.yaml").write_text(configs.resolved_yaml(run))
     assert configs.read(tmp_path / "alone.yaml") == run
     assert (run.seed, run.data.partition.seed, run.data.source.text.train) == (3, 3, "part.csv")
@@ -100,9 +108,9 @@ def test_the_small_scale_has_the_same_network_words_and_low_rank_parts():
 
 
 def test_sizes_that_the_paper_does_not_say_are_not_called_the_papers():
-    said = showing._caution(Request(OURS), Texts(DATA))
+    said = showing._difference_note(Request(TABLE_NAME), AgNewsCase(DATA))
     assert "batch_size 20 (full scale 50)" in said and "(paper" not in said
-    assert showing._caution(Request(OURS, scale="full"), Texts(DATA)) == ""
+    assert showing._difference_note(Request(TABLE_NAME, scale="full"), AgNewsCase(DATA)) == ""
 
 
 def test_the_imagenet_row_is_a_config_with_the_papers_sizes():
@@ -121,18 +129,21 @@ def test_the_imagenet_row_is_a_config_with_the_papers_sizes():
 
 
 def test_the_table_has_its_own_data_set_and_alpha():
-    assert Request(OURS).cases == [Texts("ag_news", 1.0, "train.csv")]
-    assert Request(OURS, alpha=(0.1, 1.0), text_train="part.csv").cases == [
-        Texts(DATA, a, "part.csv") for a in (0.1, 1.0)
+    assert Request(TABLE_NAME).cases == [AgNewsCase("ag_news", 1.0, "train.csv")]
+    assert Request(TABLE_NAME, alpha=(0.1, 1.0), text_train="part.csv").cases == [
+        AgNewsCase(DATA, a, "part.csv") for a in (0.1, 1.0)
     ]
-    assert Texts(DATA).less == "" and "part.csv" in Texts(DATA, train_file="part.csv").less
+    assert (
+        AgNewsCase(DATA).data_difference == ""
+        and "part.csv" in AgNewsCase(DATA, train_file="part.csv").data_difference
+    )
 
 
 @pytest.mark.parametrize(
     "asked, complaint",
     [
         (
-            [OURS, "--data", "cifar10"],
+            [TABLE_NAME, "--data", "cifar10"],
             "--data = cifar10: table6 has ag_news; .* configs/imagenet_subset.yaml",
         ),
         (
@@ -167,7 +178,7 @@ def root(tmp_path):
 def test_the_command_reads_the_training_texts_that_are_named(carried, root, monkeypatch, capsys):
     pytest.importorskip("tokenizers")
     monkeypatch.setattr(
-        agnews, "SMALL", agnews.SMALL._replace(clients=3, train=10, test=5, batch_size=5)
+        agnews, "SMALL", agnews.SMALL_SCALE._replace(clients=3, train=10, test=5, batch_size=5)
     )
     alone = [
         "--text-train",
@@ -179,16 +190,16 @@ def test_the_command_reads_the_training_texts_that_are_named(carried, root, monk
         "--methods",
         "fedlora",
     ]
-    assert main(["reproduce", OURS, "--rounds", "1", *alone]) == 0
+    assert main(["reproduce", TABLE_NAME, "--rounds", "1", *alone]) == 0
     assert "FedLoRA    1/1" in capsys.readouterr().out
     assert (
         "training texts of part.csv (paper all 120,000)."
-        in (root / "out" / OURS / "ag_news-alpha1.md").read_text()
+        in (root / "out" / TABLE_NAME / "ag_news-alpha1.md").read_text()
     )
-    (run,) = (root / "out" / OURS / "ag_news-alpha1").glob("*.yaml")
+    (run,) = (root / "out" / TABLE_NAME / "ag_news-alpha1").glob("*.yaml")
     assert run.read_text().startswith(
         "# Table 6: a Transformer on AG_NEWS: FedLoRA, ag_news, alpha 1, seed 1.\n"
     )
     assert "91.79 % (best round, full scale)" in run.read_text()
-    (row,) = csv.DictReader((root / "out" / OURS / "ag_news-alpha1.csv").open())
+    (row,) = csv.DictReader((root / "out" / TABLE_NAME / "ag_news-alpha1.csv").open())
     assert (row["label"], row["paper_mean"], row["paper_std"]) == ("FedLoRA", "91.79", "")

@@ -9,25 +9,25 @@ import pytest
 import torch
 from odd_networks import CLASSES, SHAPE
 from runs import TINY
-from tiers import thorough
+from tiers import thorough_param
 from torch import nn
 
-from fedlora_mpi.algorithm import Train
+from fedlora_mpi.algorithm import LocalTraining
 from fedlora_mpi.algorithms.fedit import FedIT
 from fedlora_mpi.algorithms.fedlora import FedLoRA
 from fedlora_mpi.algorithms.fedper import FedPer
 from fedlora_mpi.algorithms.lg_fedavg import LGFedAvg
 from fedlora_mpi.algorithms.moon import MOON
 from fedlora_mpi.cli import main
-from fedlora_mpi.components.lowrank import LowRank, as_weight, left_out, sides
-from fedlora_mpi.core.names import factor, factors_of
-from fedlora_mpi.core.seeds import isolated, rng
+from fedlora_mpi.components.lowrank import LowRank, as_weight, matrix_shape, skipped_weights
+from fedlora_mpi.core.names import factor_name, factors_by_weight
+from fedlora_mpi.core.seeds import isolate_rng, rng
 from fedlora_mpi.models.network import Leaf, from_module
 from fedlora_mpi.models.zoo import build
 
 
 def model(name):
-    with isolated(1, "test"):
+    with isolate_rng(1, "test"):
         return from_module(getattr(odd_networks, name)(CLASSES, SHAPE), CLASSES, SHAPE)
 
 
@@ -92,7 +92,7 @@ ENDS = ("Net", "Wrapped", "Thrown", "TrainedAlone")
 @pytest.mark.parametrize("name", ENDS)
 def test_features_and_head_are_the_network(name):
     network = model(name)
-    quiet, x = network.evaluating(), images()
+    quiet, x = network.eval_mode(), images()
     body = {n: v for n, v in network.initial.items() if network.role(n) != "head"}
     z = quiet.features(body, x)
     assert z.shape == (3, 6) and network.ends_in_linear
@@ -107,7 +107,7 @@ def test_a_method_that_needs_features_refuses_a_network_that_does_not_end_in_a_l
     network = model(name)
     assert not network.ends_in_linear
     with pytest.raises(ValueError, match="name = moon: needs a network that ends in a Linear"):
-        MOON().check(network, Train())
+        MOON().check(network, LocalTraining())
 
 
 def test_fedper_keeps_a_classifier_that_is_registered_first():
@@ -118,7 +118,7 @@ def test_fedper_keeps_a_classifier_that_is_registered_first():
 def test_a_head_of_several_layers_is_not_shared_as_one():
     assert set(FedPer().init(model("Parallel"), rng(1)).personal) == heads(model("Parallel"))
     with pytest.raises(ValueError, match="a head, which is one layer"):
-        LGFedAvg().check(model("Parallel"), Train())
+        LGFedAvg().check(model("Parallel"), LocalTraining())
 
 
 def test_a_pass_that_forbids_gradients_leaves_the_order_of_registration():
@@ -169,7 +169,9 @@ MATRICES = {
 @pytest.mark.parametrize("name", MATRICES)
 def test_every_weight_of_a_product_is_a_matrix(name):
     network = model(name)
-    found = {n: (leaf.matrix, sides(leaf)) for n, leaf in network.leaves.items() if leaf.matrix}
+    found = {
+        n: (leaf.matrix, matrix_shape(leaf)) for n, leaf in network.leaves.items() if leaf.matrix
+    }
     assert found == MATRICES[name]
     for n, (_, (high, wide)) in found.items():
         assert high * wide == network.initial[n].numel()
@@ -180,22 +182,22 @@ def test_a_part_of_full_rank_is_any_matrix(name):
     network, how = model(name), LowRank(conv_rank=1, linear_rank=1)
     for n, r in how.ranks(network).items():
         leaf, W = network.leaves[n], torch.randn(network.leaves[n].shape, generator=rng(1, n))
-        assert r == min(sides(leaf)), n
+        assert r == min(matrix_shape(leaf)), n
         U, s, V = torch.linalg.svd(_matrix(W, leaf).double(), full_matrices=False)
-        factors = {factor(n, "A"): V[:r].float(), factor(n, "B"): (U * s)[:, :r].float()}
+        factors = {factor_name(n, "A"): V[:r].float(), factor_name(n, "B"): (U * s)[:, :r].float()}
         assert torch.allclose(how.tau(network, factors)[n], W, atol=1e-5), n
 
 
 def _matrix(W, leaf):
     """The matrix whose ``as_weight`` is W."""
-    high, wide = sides(leaf)
+    high, wide = matrix_shape(leaf)
     return W.reshape(wide, high).mT if leaf.matrix == "transposed" else W.reshape(high, wide)
 
 
 def test_a_transposed_convolution_exchanges_in_and_out():
     leaf, W = Leaf((3, 5, 2, 2), "body", "transposed"), torch.randn(3, 5, 2, 2, generator=rng(1))
     M = W.reshape(6, 10).mT  # [O K2, I K1]
-    assert sides(leaf) == (10, 6) and torch.equal(as_weight(M, leaf), W)
+    assert matrix_shape(leaf) == (10, 6) and torch.equal(as_weight(M, leaf), W)
 
 
 @pytest.mark.parametrize(
@@ -234,8 +236,8 @@ def test_every_factor_has_a_gradient(name, official):
         assert gradient.abs().max() > 0, n
 
 
-@pytest.mark.parametrize("algorithm", ["fedlora", thorough("{name: fedit, full: []}")])
-@pytest.mark.parametrize("name", ["Sounds", thorough("Volumes")])
+@pytest.mark.parametrize("algorithm", ["fedlora", thorough_param("{name: fedit, full: []}")])
+@pytest.mark.parametrize("name", ["Sounds", thorough_param("Volumes")])
 def test_every_decomposed_weight_moves_in_a_run(name, algorithm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     which = (f"algorithm={algorithm}", f"model=odd_networks:{name}")
@@ -244,7 +246,7 @@ def test_every_decomposed_weight_moves_in_a_run(name, algorithm, tmp_path, monke
 
     before = model(name)
     done = open_run(tmp_path / "run").client(0).variables
-    factors = factors_of(done.shared | done.personal, "B")
+    factors = factors_by_weight(done.shared | done.personal, "B")
     assert set(factors) == set(MATRICES[name]) == set(LowRank().ranks(before))
     assert all(v.any() for v in factors.values())
 
@@ -304,10 +306,10 @@ def test_a_plan_of_any_method_shows_roles(capsys, unmeasured):
             "{name: fedit, full: [head, norm]}",
             "fedit decomposes 10 of 11 weights; not dec",
         ),
-        thorough("odd_networks:Sounds", "fedlora", ""),
+        thorough_param("odd_networks:Sounds", "fedlora", ""),
         ("odd_networks:Volumes", "fedavg", ""),
         ("odd_networks:Volumes", "{name: fedlora, layers: ['deep.*', 'fc.*']}", ""),
-        thorough("{name: cnn, width: 4, hidden: 8}", "{name: fedit, lora_ranks: [2]}", ""),
+        thorough_param("{name: cnn, width: 4, hidden: 8}", "{name: fedit, lora_ranks: [2]}", ""),
     ],
 )
 def test_a_run_says_once_what_its_low_rank_parts_leave_out(
@@ -323,12 +325,12 @@ def test_a_run_says_once_what_its_low_rank_parts_leave_out(
 def test_a_pattern_of_what_is_no_matrix_is_refused_with_the_reason():
     text = r"layers = table.\*: matches no weight that can be decomposed .table.weight: an embedding.*there are deep"
     with pytest.raises(ValueError, match=text):
-        FedLoRA(layers=("table.*",)).check(model("Volumes"), Train())
+        FedLoRA(layers=("table.*",)).check(model("Volumes"), LocalTraining())
     with pytest.raises(
         ValueError,
         match=r"layers = fc.b\*: matches no weight that can be decomposed .fc.bias: a vector",
     ):
-        FedIT(layers=("fc.b*",)).check(model("Volumes"), Train())
+        FedIT(layers=("fc.b*",)).check(model("Volumes"), LocalTraining())
 
 
 def test_what_is_left_out_has_a_reason():
@@ -337,9 +339,9 @@ def test_what_is_left_out_has_a_reason():
     whole = dict.fromkeys(
         (*names, "hidden.parametrizations.weight.original"), "what a layer computes its weight from"
     )
-    assert left_out(network, {}) == whole
-    assert left_out(network, {}, ("head",))[names[1]] == "trained in full"
+    assert skipped_weights(network, {}) == whole
+    assert skipped_weights(network, {}, ("head",))[names[1]] == "trained in full"
     raw = model("Raw")
-    assert left_out(raw, {"w": 2})["hidden"] == "not in layers"
-    assert left_out(raw, LowRank().ranks(raw)) == {"shift": "one row"}
-    assert replace(raw).why_none("w") == ""
+    assert skipped_weights(raw, {"w": 2})["hidden"] == "not in layers"
+    assert skipped_weights(raw, LowRank().ranks(raw)) == {"shift": "one row"}
+    assert replace(raw).why_no_matrix("w") == ""

@@ -8,30 +8,38 @@ import resource
 import numpy as np
 import pytest
 import torch
-from runs import TINY, assert_same_run, command, finished, mpirun, outcome, run_on
+from runs import (
+    TINY,
+    assert_same_run,
+    command_line,
+    create_run,
+    mpirun_command,
+    run_outcome,
+    run_process,
+)
 
 from fedlora_mpi import cli, open_run
-from fedlora_mpi.federation.client_rows import OnDisk
+from fedlora_mpi.federation.client_rows import DiskRows
 
 DISK = "engine.personal=disk"
 
 
 def test_rows_on_disk_keep_their_numbers_and_leave_no_file(tmp_path):
-    rows, like = OnDisk(tmp_path), torch.zeros(3, 2)
-    held = rows.blank(1000, like)
+    rows, like = DiskRows(tmp_path), torch.zeros(3, 2)
+    held = rows.allocate(1000, like)
     assert held.shape == (1000, 3, 2)
     held[:] = torch.arange(6000.0).view(1000, 3, 2)
     held[7] = -1
     rows.release()
     assert (held[7] == -1).all() and held[999, 2, 1] == 5999
-    assert rows.blank(0, like).shape == (0, 3, 2)
-    assert rows.blank(2, torch.zeros((), dtype=torch.float64)).dtype == torch.float64
+    assert rows.allocate(0, like).shape == (0, 3, 2)
+    assert rows.allocate(2, torch.zeros((), dtype=torch.float64)).dtype == torch.float64
     assert not list(tmp_path.iterdir())
 
 
 def test_rows_that_nobody_holds_give_their_room_back(tmp_path):
-    rows = OnDisk(tmp_path)
-    held = rows.blank(10, torch.zeros(5))
+    rows = DiskRows(tmp_path)
+    held = rows.allocate(10, torch.zeros(5))
     assert len(rows._maps) == 1
     del held
     gc.collect()
@@ -40,8 +48,8 @@ def test_rows_that_nobody_holds_give_their_room_back(tmp_path):
 
 def test_memory_holds_what_is_used(tmp_path):
     before = _resident()
-    rows = OnDisk(tmp_path)
-    held = rows.blank(4000, torch.zeros(10_000))  # 160 MB
+    rows = DiskRows(tmp_path)
+    held = rows.allocate(4000, torch.zeros(10_000))  # 160 MB
     held[:] = 1.0
     rows.release()
     assert _resident() - before < 20e6
@@ -57,10 +65,11 @@ def _resident() -> int:
 @pytest.mark.parametrize("ranks", ["simulated", pytest.param("mpirun", marks=pytest.mark.thorough)])
 def test_a_run_on_disk_has_the_bits_of_one_in_memory(ranks, trained, tmp_path):
     if ranks == "simulated":
-        run_on(3, tmp_path / "disk", DISK)
+        create_run(3, tmp_path / "disk", DISK)
     else:
-        end = finished(
-            [*mpirun(3), *command("run", TINY, f"output={tmp_path / 'disk'}", DISK)], tmp_path
+        end = run_process(
+            [*mpirun_command(3), *command_line("run", TINY, f"output={tmp_path / 'disk'}", DISK)],
+            tmp_path,
         )
         assert end.returncode == 0, end.stderr
     assert_same_run(tmp_path / "disk", trained())
@@ -87,4 +96,4 @@ def test_of_the_cohort_alone_is_judged_nobody_else(trained):
     np.testing.assert_array_equal(np.asarray(cohort)[there], np.asarray(all_)[there])
     means = open_run(judged).rounds["accuracy"]
     np.testing.assert_allclose(means, np.nanmean(np.asarray(cohort), 1))
-    assert outcome(everybody)["personal"] == outcome(judged)["personal"]
+    assert run_outcome(everybody)["personal"] == run_outcome(judged)["personal"]

@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from folders import sealed
+from folders import reseal
 from runs import TESTS
 
 from fedlora_mpi.cli import main
@@ -268,7 +268,7 @@ def cases(run: Path):
     def with_config(text):
         with h5py.File("run/log.h5", "r+") as file:
             file.attrs["config_json"] = text
-        sealed(Path("run/log.h5"))
+        reseal(Path("run/log.h5"))
 
     for what, text in json_changes(config):
         yield "config_json", what, lambda text=text: with_config(text)
@@ -284,7 +284,7 @@ def cases(run: Path):
                 with h5py.File(Path("run") / name, "r+") as file:
                     change(file)
                 if name.endswith("log.h5"):
-                    sealed(Path("run") / name)
+                    reseal(Path("run") / name)
                 if name.startswith("checkpoints"):
                     recorded(newest)
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from folders import CLIENTS, flip_bit, new_log, save
+from folders import CLIENTS, create_log, flip_bit, save_checkpoint
 from runs import TINY
 
 from fedlora_mpi import store
 from fedlora_mpi.cli import main
 from fedlora_mpi.config import ConfigError, read, recorded, sealed_yaml
-from fedlora_mpi.core.disk_errors import Unwritable
+from fedlora_mpi.core.disk_errors import WriteError
 from fedlora_mpi.models import huggingface
 from fedlora_mpi.store import checkpoint, hdf5
 from fedlora_mpi.store.files import StoreError, write_atomic
@@ -185,9 +185,9 @@ WAYS = ["link", "soft", "storage", "virtual"]
 def test_a_shard_that_leads_out_of_its_folder_is_skipped(tmp_path, outside, way):
     run = tmp_path / "run"
     run.mkdir()
-    new_log(run).close()
-    save(run, 2)
-    folder = save(run, 3)
+    create_log(run).close()
+    save_checkpoint(run, 2)
+    folder = save_checkpoint(run, 3)
     path, before = folder / "worker-0000.h5", outside.read_bytes()
     lead_out(path, "personal/steps", outside, way)
     manifest = Manifest.read(folder)
@@ -201,7 +201,7 @@ def test_a_shard_that_leads_out_of_its_folder_is_skipped(tmp_path, outside, way)
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_log_that_leads_out_of_its_folder_is_refused(tmp_path, outside, way):
-    new_log(tmp_path).close()
+    create_log(tmp_path).close()
     before = outside.read_bytes()
     lead_out(tmp_path / "log.h5", "partition/train_counts", outside, way)
     with pytest.raises(StoreError, match="log.h5: .* may not point elsewhere"):
@@ -233,11 +233,11 @@ def test_links_in_a_run_folder_are_not_written_through(tmp_path):
         (run / name).symlink_to(tmp_path / "mine")
     for name, path in (("a", ".a.tmp"), ("b", "b")):
         with pytest.raises(
-            Unwritable,
+            WriteError,
             match=f"run/{path} is a link where a file of ours would be; it is left as it is",
         ):
             write_atomic(run / name, b"new")
-    with pytest.raises(Unwritable, match="run/.lock is a link"), locked(run):
+    with pytest.raises(WriteError, match="run/.lock is a link"), locked(run):
         pass
     assert (tmp_path / "mine").read_text() == "years of work" and {
         path.is_symlink() for path in run.iterdir()
@@ -245,9 +245,9 @@ def test_links_in_a_run_folder_are_not_written_through(tmp_path):
 
 
 def test_a_manifest_that_counts_other_clients_or_leaves_a_file_out_is_skipped(tmp_path):
-    new_log(tmp_path).close()
-    save(tmp_path, 2)
-    folder = save(tmp_path, 3)
+    create_log(tmp_path).close()
+    save_checkpoint(tmp_path, 2)
+    folder = save_checkpoint(tmp_path, 3)
     for change, reason in (
         (lambda m: m | {"clients": 6}, "6 clients, its files hold 7"),
         (lambda m: m | {"files": m["files"][:-1]}, "does not list personal.h5"),
@@ -260,9 +260,9 @@ def test_a_manifest_that_counts_other_clients_or_leaves_a_file_out_is_skipped(tm
 
 
 def test_who_reads_a_run_is_told_of_a_checkpoint_that_is_passed_over(tmp_path):
-    new_log(tmp_path).close()
-    save(tmp_path, 2)
-    flip_bit(save(tmp_path, 3))
+    create_log(tmp_path).close()
+    save_checkpoint(tmp_path, 2)
+    flip_bit(save_checkpoint(tmp_path, 3))
     with pytest.warns(UserWarning, match="skipped .*000003/worker-0000.h5: checksum differs"):
         assert RunFiles(tmp_path).checkpoint().round == 2
 
@@ -273,14 +273,14 @@ def test_an_index_of_weights_names_files_of_its_folder_only(tmp_path):
     for name in ("../secret.safetensors", "/secret.safetensors", "a/b.safetensors"):
         index.write_text(json.dumps({"weight_map": {"a": name}}))
         with pytest.raises(ValueError, match="folder = .*bert: .*names no files of weights"):
-            huggingface.files(str(index.parent))
+            huggingface.required_files(str(index.parent))
 
 
 def test_a_change_of_the_log_that_hdf5_does_not_see_is_seen(tmp_path):
     """A name, an attribute, a type, a row that another program has rewritten with all its
     checksums.
     """
-    log = new_log(tmp_path)
+    log = create_log(tmp_path)
     log.append(1, {"train_loss": 0.5}, {"accuracy": np.ones(CLIENTS)})
     log.close()
     whole = (tmp_path / "log.h5").read_bytes()

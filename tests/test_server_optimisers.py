@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small
 import torch
-from tiers import STACK_FIRST, thorough
+from tiers import STACK_FIRST, thorough_param
 
 from fedlora_mpi import open_run
 from fedlora_mpi.algorithm import Algorithm, Cohort
@@ -20,9 +20,9 @@ from fedlora_mpi.algorithms.fedyogi import FedYogi
 from fedlora_mpi.cli import main
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import numel
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 
-NETWORKS = pytest.mark.parametrize("network", [thorough("cnn"), "bn_net"])
+NETWORKS = pytest.mark.parametrize("network", [thorough_param("cnn"), "bn_net"])
 NAME = {"ids": lambda a: type(a).__name__ if isinstance(a, Algorithm) else None}
 ALL = pytest.mark.parametrize("algorithm", [FedAvgM(), FedAdagrad(), FedAdam(), FedYogi()], **NAME)
 BETA2 = 0.99
@@ -34,7 +34,7 @@ def numbers(*shape, at=0):
 
 def served(algorithm, deltas, start):
     """x after each round in which the mean is x + delta; the server's own at the end."""
-    model = small.model()
+    model = small.make_model()
     shared = {n: torch.full_like(v, start) for n, v in model.initial.items()}
     server, path = algorithm.server(model, shared), []
     for delta in deltas:
@@ -50,15 +50,15 @@ def served(algorithm, deltas, start):
 
 @STACK_FIRST
 @NETWORKS
-@pytest.mark.parametrize("participation", [thorough(1.0), 0.6])
-@pytest.mark.parametrize("weights", ["samples", thorough("uniform")])
+@pytest.mark.parametrize("participation", [thorough_param(1.0), 0.6])
+@pytest.mark.parametrize("weights", ["samples", thorough_param("uniform")])
 def test_a_whole_step_without_momentum_is_fedavg(network, stacked, participation, weights):
     how = {"network": network, "stacked": stacked, "participation": participation}
-    run, state = small.experiment(FedAvgM(eta=1.0, beta=0.0, weights=weights), **how)
-    plain_run, plain = small.experiment(FedAvg(weights=weights), **how)
+    run, state = small.make_experiment(FedAvgM(eta=1.0, beta=0.0, weights=weights), **how)
+    plain_run, plain = small.make_experiment(FedAvg(weights=weights), **how)
     for _ in range(3):
-        state, plain = small.played(run, state, 1), small.played(plain_run, plain, 1)
-        assert small.equal(state.shared, plain.shared)
+        state, plain = small.run_rounds(run, state, 1), small.run_rounds(plain_run, plain, 1)
+        assert small.trees_equal(state.shared, plain.shared)
 
 
 TAU = 1e4  # so large that no change moves v off tau^2
@@ -75,8 +75,11 @@ TAU = 1e4  # so large that no change moves v off tau^2
     **NAME,
 )
 def test_without_adaptation_or_momentum_is_fedavg(network, algorithm, rounds):
-    run, state = small.experiment(algorithm, network)
-    state, plain = small.played(run, state, rounds), small.ended(FedAvg(), network, rounds)
+    run, state = small.make_experiment(algorithm, network)
+    state, plain = (
+        small.run_rounds(run, state, rounds),
+        small.final_state(FedAvg(), network, rounds),
+    )
     small.assert_near(state.shared, plain.shared, rtol=1e-6)
 
 
@@ -84,8 +87,8 @@ def test_without_adaptation_or_momentum_is_fedavg(network, algorithm, rounds):
 @ALL
 def test_the_first_round_differs_from_fedavg_in_all_but_the_statistics(network, algorithm):
     algorithm = replace(algorithm, eta=0.5) if isinstance(algorithm, FedAvgM) else algorithm
-    run, state = small.experiment(algorithm, network)
-    state, plain = small.played(run, state, 1), small.ended(FedAvg(), network, 1)
+    run, state = small.make_experiment(algorithm, network)
+    state, plain = small.run_rounds(run, state, 1), small.final_state(FedAvg(), network, 1)
     role = run.trainer.model.role
     same = {n: torch.equal(v, plain.shared[n]) for n, v in state.shared.items()}
     assert same == {n: role(n) == "stats" for n in same}
@@ -190,7 +193,7 @@ def test_adagrad_never_forgets_adam_does_and_yogi_slowly():
     **NAME,
 )
 def test_moments_are_of_the_trained_leaves_alone(network, algorithm, begin):
-    model = small.model(network)
+    model = small.make_model(network)
     server = algorithm.server(model, model.initial)
     trained = [n for n, leaf in model.leaves.items() if leaf.role != "stats"]
     assert list(server) == [f"{moment}.{leaf}" for moment in begin for leaf in trained]
@@ -201,13 +204,13 @@ def test_moments_are_of_the_trained_leaves_alone(network, algorithm, begin):
 
 @ALL
 def test_a_step_writes_to_nothing_that_it_is_given(algorithm):
-    model = small.model("bn_net")
+    model = small.make_model("bn_net")
     server = algorithm.server(model, model.initial)
     mean = {n: v + 0.1 * numbers(*v.shape) for n, v in model.initial.items()}
     given = [server, model.initial, mean]
-    before = [small.copy(tree) for tree in given]
+    before = [small.clone_tree(tree) for tree in given]
     after, shared = algorithm.serve(*given, Cohort(1.0, 1.0))
-    assert all(small.equal(a, b) for a, b in zip(given, before, strict=True))
+    assert all(small.trees_equal(a, b) for a, b in zip(given, before, strict=True))
     assert list(after) == list(server) and list(shared) == list(model.initial)
     assert all(v.dtype == torch.float32 for v in (*after.values(), *shared.values()))
     assert not any(torch.equal(after[n], v) for n, v in server.items())
@@ -215,20 +218,20 @@ def test_a_step_writes_to_nothing_that_it_is_given(algorithm):
 
 @ALL
 def test_only_the_model_travels(algorithm):
-    run, state = small.experiment(algorithm, "bn_net", participation=0.6)
-    assert list(run.upload.shapes) == list(run.trainer.model.leaves) == list(state.shared)
+    run, state = small.make_experiment(algorithm, "bn_net", participation=0.6)
+    assert list(run.upload_layout.shapes) == list(run.trainer.model.leaves) == list(state.shared)
     assert state.personal == {} and state.server
-    _, row, _ = play(run, state, evaluate=False, stop=False)
+    _, row, _ = run_round(run, state, evaluate=False, stop=False)
     assert row["bytes_up"] == row["bytes_down"] == 3 * 4 * numel(run.trainer.model.initial)
 
 
-@pytest.mark.parametrize("network", ["cnn", thorough("bn_net")])
+@pytest.mark.parametrize("network", ["cnn", thorough_param("bn_net")])
 @ALL
 def test_loop_and_stack_agree(algorithm, network):
     states = []
     for stacked in (False, True):
-        run, state = small.experiment(algorithm, network, stacked=stacked)
-        states.append(small.played(run, state, 2))
+        run, state = small.make_experiment(algorithm, network, stacked=stacked)
+        states.append(small.run_rounds(run, state, 2))
     loop, stack = states
     small.assert_near(stack.shared, loop.shared)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import TINY, assert_same_run, tiny
+from runs import TINY, assert_same_run, tiny_config
 
 from fedlora_mpi import config as configs
 from fedlora_mpi.cli import main
@@ -108,7 +108,7 @@ def test_rows_are_whole_after_each_round_and_a_tail_can_follow_them(tmp_path):
 
 
 def test_the_block_is_no_part_of_a_digest_and_is_left_out_at_its_defaults():
-    plain, both = tiny(), tiny(*BOTH)
+    plain, both = tiny_config(), tiny_config(*BOTH)
     assert "log" not in configs.resolved_dict(plain) and configs.digest(plain) == configs.digest(
         both
     )
@@ -118,7 +118,7 @@ def test_the_block_is_no_part_of_a_digest_and_is_left_out_at_its_defaults():
         ValueError,
         match="log has no such field; it has csv, tensorboard. Did you mean tensorboard?",
     ):
-        tiny("log.tensorbord=true")
+        tiny_config("log.tensorbord=true")
 
 
 def test_without_the_library_a_line_says_so_before_anything_is_written(

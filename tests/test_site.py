@@ -15,13 +15,13 @@ from urllib.parse import unquote, urlsplit
 
 import h5py
 import pytest
-from runs import TESTS, environment
+from runs import TESTS, process_environment
 
 from fedlora_mpi import algorithms, config
 from fedlora_mpi.config import blocks
 from fedlora_mpi.config.experiment import Config, ModelBlock, Network
 from fedlora_mpi.data.datasets import Source
-from fedlora_mpi.data.partition import KINDS
+from fedlora_mpi.data.partition import PARTITIONS
 from fedlora_mpi.data.tasks import Tasks
 from fedlora_mpi.models import zoo
 
@@ -49,7 +49,9 @@ def site(tmp_path_factory) -> Path:
         DOCS,
         folder / "html",
     ]
-    ended = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=1800)
+    ended = subprocess.run(
+        line, env=process_environment(), capture_output=True, text=True, timeout=1800
+    )
     assert ended.returncode == 0, ended.stderr
     return folder / "html"
 
@@ -214,14 +216,14 @@ def test_every_key_of_a_resolved_config_is_on_the_page():
 def test_the_page_of_the_config_has_every_partition_and_network():
     page = (DOCS / "configuration.md").read_text(encoding="utf-8")
     rows = cells(page, "### data.partition")
-    assert [row[0].strip("`") for row in rows if len(row) == 2] == list(KINDS)
+    assert [row[0].strip("`") for row in rows if len(row) == 2] == list(PARTITIONS)
     named = {name: row for row in rows if len(row) == 4 for name in re.findall(r"`(\w+)`", row[0])}
-    for kind, cls in KINDS.items():
+    for kind, cls in PARTITIONS.items():
         for name in blocks.fields_of(cls):
             row = named[name]
             assert row[2].startswith("all") or f"`{kind}`" in row[2], f"`{name}` is of {kind} too"
     text = " ".join(" ".join(row) for row in cells(page, "## model"))
-    for name, builder in zoo.NAMES.items():
+    for name, builder in zoo.BUILDERS.items():
         assert f"`{name}`" in text or re.fullmatch(r"cnn\d", name), name
         for option, field in blocks.options_of(builder).items():
             assert f"`{option}: {field.default}`" in text or f"`{option}`" in text, (
@@ -298,9 +300,9 @@ def test_the_page_of_the_formats_has_every_attribute(run):
 # --- the methods
 
 
-@pytest.mark.parametrize("name", algorithms.names())
+@pytest.mark.parametrize("name", algorithms.algorithm_names())
 def test_every_method_has_an_equation(name):
-    text = sys.modules[algorithms.find(name).__module__].__doc__
+    text = sys.modules[algorithms.find_algorithm(name).__module__].__doc__
     equations = [
         line
         for line in text.splitlines()

@@ -9,17 +9,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cluster import cluster
+from cluster import slurm_cluster
 from runs import (
     SLOW,
     TESTS,
     TINY,
     assert_same_run,
-    command,
-    committed,
-    environment,
-    finished,
-    until,
+    command_line,
+    last_checkpoint,
+    process_environment,
+    run_process,
+    wait_until,
 )
 
 from fedlora_mpi.cli import main
@@ -31,7 +31,7 @@ MAKE = runpy.run_path(str(ROOT / "jobs/make.py"))
 
 
 def submitted(*arguments, env=None, cwd=ROOT):
-    return finished(command("submit", *arguments), cwd, **(env or environment()))
+    return run_process(command_line("submit", *arguments), cwd, **(env or process_environment()))
 
 
 # --- the scripts
@@ -106,7 +106,7 @@ def ended(program, folder, is_done="true", **env):
     text = script(
         Job(name="x", log="x", ranks=1), program, path=str(folder / "bin"), is_done=is_done
     )
-    return finished(["bash", "-c", text], folder, SLURM_JOB_ID="5", **env)
+    return run_process(["bash", "-c", text], folder, SLURM_JOB_ID="5", **env)
 
 
 # --- submit
@@ -205,7 +205,7 @@ def slurm(tmp_path_factory):
     """A running cluster."""
     if not Path("/proc/self/stat").exists():
         pytest.skip("needs Linux's /proc")
-    with cluster(tmp_path_factory.mktemp("slurm")) as made:
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as made:
         yield made
 
 
@@ -227,7 +227,7 @@ def queued(slurm, home: Path, *arguments: str, output: str = "run", pause: str =
 
 def digests(*folders: Path) -> list[str]:
     """What ``fedlora-mpi digest`` says of runs, without their names."""
-    done = finished(command("digest", *folders), ROOT)
+    done = run_process(command_line("digest", *folders), ROOT)
     assert done.returncode == 0, done.stderr
     return [
         line.removeprefix(f"{folder} ")
@@ -241,16 +241,16 @@ def test_a_job_that_is_told_to_stop_twice_goes_on_to_the_same_bits(slurm, undist
     folder = tmp_path / 'my "own"/run'
     log = folder.with_name(f"run.slurm-{number}.log")
     for stop in (1, 2):
-        before = committed(folder)
-        until(
+        before = last_checkpoint(folder)
+        wait_until(
             lambda before=before: (
                 log.exists() and f"round {before + 2}/12 " in log.read_text(errors="replace")
             ),
             200,
         )
         slurm.call("scancel", "--batch", "--signal=USR1", number)
-        until(lambda stop=stop: slurm.job(number)["Restarts"] == str(stop), 100)
-        assert before < committed(folder) < 12
+        wait_until(lambda stop=stop: slurm.job(number)["Restarts"] == str(stop), 100)
+        assert before < last_checkpoint(folder) < 12
     job = slurm.ended(number)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "2"), (
         log.read_text()
@@ -268,8 +268,8 @@ def test_a_job_that_is_told_to_stop_twice_goes_on_to_the_same_bits(slurm, undist
 def test_a_job_whose_time_is_nearly_up_goes_on_in_a_second_one(slurm, undisturbed, tmp_path):
     # SIGUSR1 after a minute
     number = queued(slurm, tmp_path, "--ranks", "1", "--time", "3", pause="0.25")
-    until(lambda: slurm.job(number)["Restarts"] == "1", 180)
-    assert 0 < committed(tmp_path / "run") < 12
+    wait_until(lambda: slurm.job(number)["Restarts"] == "1", 180)
+    assert 0 < last_checkpoint(tmp_path / "run") < 12
     assert slurm.ended(number)["JobState"] == "COMPLETED"
     one, other = digests(tmp_path / "run", undisturbed)
     assert one == other
@@ -278,17 +278,17 @@ def test_a_job_whose_time_is_nearly_up_goes_on_in_a_second_one(slurm, undisturbe
 @pytest.mark.slow
 def test_a_task_of_an_array_is_queued_again_without_the_others(slurm, undisturbed, tmp_path):
     lines = [
-        f"exec {shlex.join(command('run', '--resume', TINY, *LONG, f'output=run-{n}'))}\n"
+        f"exec {shlex.join(command_line('run', '--resume', TINY, *LONG, f'output=run-{n}'))}\n"
         for n in (1, 2)
     ]
     (tmp_path / "jobs.txt").write_text("".join(lines))
     (tmp_path / "array.sbatch").write_text(
-        carry.array("tests", 2, 1, tmp_path / "jobs.txt", tmp_path)
+        carry.array_script("tests", 2, 1, tmp_path / "jobs.txt", tmp_path)
     )
     line = ["sbatch", "--parsable", "array.sbatch"]
     number = slurm.call(*line, cwd=tmp_path, TEST_PAUSE="0.1").strip()
     log = tmp_path / f"slurm-{number}_2.log"
-    until(lambda: log.exists() and "round 2/12 " in log.read_text(errors="replace"), 200)
+    wait_until(lambda: log.exists() and "round 2/12 " in log.read_text(errors="replace"), 200)
     slurm.call("scancel", "--batch", "--signal=USR1", f"{number}_2")
     jobs = [slurm.ended(f"{number}_{task}") for task in (1, 2)]
     assert [(job["JobState"], job["Restarts"]) for job in jobs] == [

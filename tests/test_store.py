@@ -18,11 +18,11 @@ from folders import (
     ODD_WORKERS,
     ONE_WORKER,
     SHARED,
-    append,
+    all_personal_leaves,
+    append_round,
+    create_log,
     flip_bit,
-    new_log,
-    personal_of_all,
-    save,
+    save_checkpoint,
 )
 
 from fedlora_mpi.store import checkpoint, files, hdf5, manifest
@@ -36,9 +36,9 @@ ROOT = Path(files.__file__).parents[2]
 @pytest.fixture
 def run(tmp_path):
     """A run folder with a log of the rounds 1 to 3."""
-    log = new_log(tmp_path)
+    log = create_log(tmp_path)
     for round_ in (1, 2, 3):
-        append(log, round_)
+        append_round(log, round_)
     log.close()
     return tmp_path
 
@@ -57,17 +57,17 @@ def equal(a, b):
 
 @pytest.mark.parametrize("workers", [ONE_WORKER, ODD_WORKERS, [[6, 5, 4, 3], [2, 1, 0]]])
 def test_clients_come_back_by_id_however_they_were_spread(run, workers):
-    save(run, 3, workers)
+    save_checkpoint(run, 3, workers)
     found, skipped = checkpoint.newest(run)
     assert (found.round, skipped, found.client_ids()) == (3, [], list(range(CLIENTS)))
-    truth = personal_of_all(3)
+    truth = all_personal_leaves(3)
     for ids in ([0, 1, 2, 3, 4, 5, 6], [4], [6, 0, 3, 1], [2, 2], []):
         assert equal(found.personal(ids), {name: leaf[ids] for name, leaf in truth.items()})
     assert equal(found.personal([5], ["steps"]), {"steps": truth["steps"][[5]]})
 
 
 def test_shared_leaves_and_attributes_come_back_exactly(run):
-    save(run, 3)
+    save_checkpoint(run, 3)
     found, _ = checkpoint.newest(run)
     assert equal(found.shared(), SHARED) and found.server() == {}
     assert found.attrs() == {"format_version": 1, "round": 3, "note": "x"}
@@ -80,12 +80,12 @@ def test_every_name_of_a_leaf_comes_back(leaf):
 
 def test_the_virtual_file_joins_the_shards_from_any_directory(run, monkeypatch, tmp_path_factory):
     moved = tmp_path_factory.mktemp("elsewhere") / "000003"
-    shutil.move(save(run, 3), moved)
+    shutil.move(save_checkpoint(run, 3), moved)
     monkeypatch.chdir("/")
     with h5py.File(moved / "personal.h5") as file:
         joined = {hdf5.unescape(name): dataset[()] for name, dataset in file["personal"].items()}
         assert file["personal/steps"].dims[0].label == "client"
-    assert equal(joined, personal_of_all(3))
+    assert equal(joined, all_personal_leaves(3))
 
 
 def datasets_in(path):
@@ -104,7 +104,7 @@ def datasets_in(path):
 
 
 def test_every_stored_number_is_checksummed_and_every_file_versioned(run):
-    folder = save(run, 3)
+    folder = save_checkpoint(run, 3)
     assert datasets_in(folder / "worker-0001.h5") == {}, "a worker without clients"
     for path in (folder / "worker-0000.h5", folder / "server.h5", run / "log.h5"):
         found = datasets_in(path)
@@ -134,7 +134,7 @@ def test_kinds_are_joined_in_the_order_of_their_first_clients_whichever_worker_h
 
 
 def test_without_personal_or_shared_leaves_there_is_still_a_checkpoint(run):
-    save(run, 3, personal={}, shared={})
+    save_checkpoint(run, 3, personal={}, shared={})
     found, _ = checkpoint.newest(run)
     assert found.leaf_names() == [] and found.personal([3, 1]) == {} and found.shared() == {}
     assert set(found.digest()) == {"shared", "personal"}
@@ -147,7 +147,7 @@ def test_rows_longer_than_a_block_and_chunks_of_many_rows_come_back(run, monkeyp
         "a": np.random.default_rng(0).standard_normal((CLIENTS, 300)),
         "b": np.arange(3 * CLIENTS).reshape(-1, 3),
     }
-    save(run, 3, ODD_WORKERS, big)
+    save_checkpoint(run, 3, ODD_WORKERS, big)
     assert equal(
         checkpoint.newest(run)[0].personal([3, 4, 5, 0, 1]),
         {n: v[[3, 4, 5, 0, 1]] for n, v in big.items()},
@@ -155,14 +155,14 @@ def test_rows_longer_than_a_block_and_chunks_of_many_rows_come_back(run, monkeyp
 
 
 def test_a_foreign_client_is_refused(run):
-    save(run, 3)
+    save_checkpoint(run, 3)
     with pytest.raises(ValueError, match="holds no client or leaf 7"):
         checkpoint.newest(run)[0].personal([7])
 
 
 def test_a_commit_without_some_client_is_a_mistake_of_ours(run):
     with pytest.raises(AssertionError, match="not each of 7 clients once"):
-        save(run, 3, [[0, 1], [2, 3]])
+        save_checkpoint(run, 3, [[0, 1], [2, 3]])
 
 
 def test_a_shard_record_survives_a_buffer(run):
@@ -196,8 +196,8 @@ DAMAGE = {
 
 @pytest.mark.parametrize("reason", DAMAGE)
 def test_a_checkpoint_that_cannot_be_used_is_skipped_and_named(run, reason):
-    save(run, 2)
-    damaged = save(run, 3)
+    save_checkpoint(run, 2)
+    damaged = save_checkpoint(run, 3)
     DAMAGE[reason](damaged)
     found, skipped = checkpoint.newest(run, run_digest="mine")
     assert found.round == 2
@@ -212,8 +212,8 @@ def test_a_checkpoint_that_cannot_be_used_is_skipped_and_named(run, reason):
 def test_with_no_valid_checkpoint_there_is_one_line_with_every_reason(run):
     with pytest.raises(ValueError, match="none was committed"):
         checkpoint.newest(run)
-    save(run, 2, run_digest="theirs")
-    flip_bit(save(run, 3))
+    save_checkpoint(run, 2, run_digest="theirs")
+    flip_bit(save_checkpoint(run, 3))
     with pytest.raises(
         ValueError, match="checksum differs.*of another config.*start anew"
     ) as caught:
@@ -231,7 +231,7 @@ def test_only_plain_names_are_files_of_a_checkpoint(name):
 
 
 def test_uncommitted_folders_are_invisible_and_begun_again_empty(run):
-    save(run, 2)
+    save_checkpoint(run, 2)
     folder = checkpoint.begin(run, 3)
     (folder / "half").write_text("x")
     assert checkpoint.committed(run) == [2] and checkpoint.newest(run)[0].round == 2
@@ -239,18 +239,18 @@ def test_uncommitted_folders_are_invisible_and_begun_again_empty(run):
 
 
 def test_a_committed_round_is_not_begun_again_unless_damaged(run):
-    folder = save(run, 3)
+    folder = save_checkpoint(run, 3)
     with pytest.raises(ValueError, match="committed already"):
         checkpoint.begin(run, 3)
     flip_bit(folder)
-    save(run, 3)
+    save_checkpoint(run, 3)
     assert checkpoint.newest(run)[1] == []
 
 
 def test_after_a_resume_pruning_does_not_keep_the_damaged_one(run):
-    save(run, 2)
-    flip_bit(save(run, 9))
-    save(run, 3)
+    save_checkpoint(run, 2)
+    flip_bit(save_checkpoint(run, 9))
+    save_checkpoint(run, 3)
     checkpoint.prune(run, 1)
     assert checkpoint.committed(run) == [3] and checkpoint.newest(run)[0].round == 3
     assert (run / "checkpoints" / "000009.aside").is_dir()
@@ -258,7 +258,7 @@ def test_after_a_resume_pruning_does_not_keep_the_damaged_one(run):
 
 def test_pruning_keeps_the_newest_and_removes_older_leftovers(run):
     for round_ in (2, 4, 6):
-        save(run, round_)
+        save_checkpoint(run, round_)
     for leftover in (1, 5, 7):
         shutil.copytree(run / "checkpoints/000002", run / f"checkpoints/{leftover:06d}")
         (run / f"checkpoints/{leftover:06d}/manifest.json").unlink()
@@ -305,18 +305,20 @@ def dying_at(step, action):
 
 @pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.thorough)])
 def test_a_crash_at_any_moment_leaves_a_valid_checkpoint(run, stride):
-    save(run, 2)
+    save_checkpoint(run, 2)
     before = {path.name: path.read_bytes() for path in (run / "checkpoints/000002").iterdir()}
 
     def write_next():
-        save(run, 3)
+        save_checkpoint(run, 3)
         checkpoint.prune(run, 1)
 
     rounds, step = [], 0
     while in_child(lambda: dying_at(step, write_next)) == 17:  # noqa: B023
         found, skipped = checkpoint.newest(run, run_digest="mine")
         rounds.append(found.round)
-        assert skipped == [] and equal(found.personal(range(CLIENTS)), personal_of_all(found.round))
+        assert skipped == [] and equal(
+            found.personal(range(CLIENTS)), all_personal_leaves(found.round)
+        )
         assert all(RunFiles(run).checkpoint(round_) for round_ in checkpoint.committed(run))
         shutil.rmtree(run / "checkpoints")
         (run / "checkpoints/000002").mkdir(parents=True)
@@ -384,13 +386,13 @@ def test_the_digest_does_not_see_the_shards_and_sees_every_float(run, tmp_path_f
     def digest_of(workers, personal):
         other = tmp_path_factory.mktemp("run")
         shutil.copy(run / "log.h5", other)
-        save(other, 3, workers, personal)
+        save_checkpoint(other, 3, workers, personal)
         return RunFiles(other).digest()
 
-    truth = digest_of(ONE_WORKER, personal_of_all())
-    assert truth == digest_of(ODD_WORKERS, personal_of_all())
-    assert truth == digest_of(ODD_WORKERS, dict(reversed(personal_of_all().items())))
-    changed = personal_of_all()
+    truth = digest_of(ONE_WORKER, all_personal_leaves())
+    assert truth == digest_of(ODD_WORKERS, all_personal_leaves())
+    assert truth == digest_of(ODD_WORKERS, dict(reversed(all_personal_leaves().items())))
+    changed = all_personal_leaves()
     changed["layer2.0.conv1.weight.A"][4, 2, 1] = np.nextafter(
         changed["layer2.0.conv1.weight.A"][4, 2, 1], np.inf
     )
@@ -431,15 +433,15 @@ def test_the_log_gives_back_config_partition_and_rows(run):
 
 
 def test_a_resume_puts_the_log_back_and_goes_on(run):
-    save(run, 3)
+    save_checkpoint(run, 3)
     log = Log.append_to(run / "log.h5")
-    append(log, 4)
+    append_round(log, 4)
     log.close()
     checkpoint.newest(run)[0].restore_log(run / "log.h5")
     log = Log.append_to(run / "log.h5")
     with pytest.raises(AssertionError, match="round 3 after round 3"):
-        append(log, 3)
-    append(log, 4)
+        append_round(log, 3)
+    append_round(log, 4)
     log.close()
     assert RunFiles(run).rounds()["round"].tolist() == [1, 2, 3, 4]
 
@@ -459,7 +461,7 @@ def test_a_row_with_other_columns_or_kinds_is_a_mistake_of_ours(run):
 
 def test_a_second_log_in_a_folder_is_refused(run):
     with pytest.raises(ValueError, match="resume its run, or choose another output"):
-        new_log(run)
+        create_log(run)
 
 
 def test_columns_that_a_kill_left_ragged_are_cut_to_whole_rows(run):
@@ -467,7 +469,7 @@ def test_columns_that_a_kill_left_ragged_are_cut_to_whole_rows(run):
         file["rounds/train_loss"].resize(4, axis=0)
     assert {len(column) for column in RunFiles(run).rounds().values()} == {3}
     log = Log.append_to(run / "log.h5")
-    append(log, 4)
+    append_round(log, 4)
     log.close()
     assert RunFiles(run).rounds()["train_loss"].tolist() == [1 / 2, 1 / 3, 1 / 4, 1 / 5]
 
@@ -500,7 +502,7 @@ def test_a_kill_leaves_every_row_that_was_appended(run):
     assert writer.wait() == -signal.SIGKILL
     assert RunFiles(run).clients()["accuracy"][:, 6].tolist() == list(range(1, 41))
     log = Log.append_to(run / "log.h5")
-    append(log, 41)
+    append_round(log, 41)
     log.close()
     assert RunFiles(run).rounds()["round"].tolist() == list(range(1, 42))
 
@@ -524,7 +526,7 @@ def test_a_folder_without_a_log_is_no_run(tmp_path):
 
 
 def test_a_run_without_rows_or_checkpoints_can_be_read(tmp_path):
-    new_log(tmp_path).close()
+    create_log(tmp_path).close()
     files_ = RunFiles(tmp_path)
     assert (
         files_.rounds()["round"].tolist() == []
@@ -534,8 +536,8 @@ def test_a_run_without_rows_or_checkpoints_can_be_read(tmp_path):
 
 
 def test_a_reader_finds_a_checkpoint_by_round_or_says_which_there_are(run):
-    save(run, 2)
-    save(run, 3)
+    save_checkpoint(run, 2)
+    save_checkpoint(run, 3)
     assert RunFiles(run).checkpoints() == [2, 3]
     assert RunFiles(run).checkpoint().round == 3 and RunFiles(run).checkpoint(2).round == 2
     with pytest.raises(ValueError, match=r"no checkpoint of round 5; there are \[2, 3\]"):

@@ -6,7 +6,7 @@ import sys
 import threading
 
 import pytest
-from runs import TINY, command
+from runs import TINY, command_line
 
 from fedlora_mpi.cli import main
 from fedlora_mpi.store.reader import RunFiles
@@ -39,7 +39,7 @@ def first_and(others):
 
 def shell(line: str, folder, **environment: str) -> subprocess.CompletedProcess:
     """A line of bash in which $F is fedlora-mpi."""
-    program = f'F() {{ {" ".join(command())} "$@"; }}; {line}'
+    program = f'F() {{ {" ".join(command_line())} "$@"; }}; {line}'
     return subprocess.run(
         ["bash", "-c", program],
         cwd=folder,

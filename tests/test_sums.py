@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedlora_mpi.aggregation import exact_sum as sums
-from fedlora_mpi.aggregation.exact_sum import LIMIT, SUMS, ExactSum, FastSum
+from fedlora_mpi.aggregation.exact_sum import LIMIT, SUM_TYPES, ExactSum, FastSum
 from fedlora_mpi.aggregation.flat_layout import Layout
 from fedlora_mpi.core.seeds import rng
 
@@ -21,7 +21,7 @@ def vectors(count, size, low=-12, high=3):
 
 
 def summed(kind, rows, weights):
-    message = SUMS[kind](rows.shape[1])
+    message = SUM_TYPES[kind](rows.shape[1])
     for row, weight in zip(rows, weights, strict=True):
         message.add(row, weight)
     return message
@@ -55,10 +55,10 @@ def test_the_exact_sum_knows_no_ranks(ranks):
 def test_a_vector_is_added_in_parts_to_the_same_bits(part, monkeypatch):
     rows, weights = vectors(9, 53), range(1, 10)
     whole = summed("exact", rows, weights).buffer
-    monkeypatch.setattr(sums, "_PART", part)
+    monkeypatch.setattr(sums, "_CHUNK_SIZE", part)
     message = ExactSum(60)
     for row, weight in zip(rows, weights, strict=True):
-        message.add(row, weight, at=4)
+        message.add(row, weight, offset=4)
     assert (
         (message.buffer[:, 4:57] == whole).all()
         and not message.buffer[:, :4].any()
@@ -119,23 +119,23 @@ def test_an_empty_upload_has_an_empty_sum():
     assert message.total().tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("kind", SUMS)
+@pytest.mark.parametrize("kind", SUM_TYPES)
 def test_numbers_are_added_where_they_belong(kind):
-    message = SUMS[kind](7)
+    message = SUM_TYPES[kind](7)
     message.add(torch.tensor([1.0, 2.0, 3.0]), 2)
     message.add(torch.tensor([0.5, 0.25]), 1, at=5)
     message.add(torch.tensor([1.0]), 3, at=2)
     assert message.total().tolist() == [2, 4, 9, 0, 0, 0.5, 0.25]
 
 
-@pytest.mark.parametrize("kind", SUMS)
+@pytest.mark.parametrize("kind", SUM_TYPES)
 def test_adding_leaves_the_vector(kind):
     row = vectors(1, 7)[0]
     before = row.clone()
-    SUMS[kind](7).add(row, 3)
+    SUM_TYPES[kind](7).add(row, 3)
     assert torch.equal(row, before)
     wide = row.double()
-    SUMS[kind](7).add(wide, 3)
+    SUM_TYPES[kind](7).add(wide, 3)
     assert torch.equal(wide, before.double())
 
 

@@ -18,40 +18,40 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from mortal import on_mortal_ranks
+from mortal import run_on_mortal_ranks
 from runs import (
     MIXED,
     SLOW,
     TESTS,
     TINY,
     assert_same_run,
-    built,
-    committed,
-    copied,
-    equal,
-    finished,
-    in_order,
-    launched,
-    mpirun,
-    on_ranks,
-    ranks_of,
-    said,
-    tiny,
-    until,
+    build_tiny,
+    clone_tree,
+    join_personal,
+    last_checkpoint,
+    launch,
+    mpirun_command,
+    package_lines,
+    rank_pids,
+    run_on_ranks,
+    run_process,
+    tiny_config,
+    trees_equal,
+    wait_until,
 )
 
 from fedlora_mpi import config as configs
 from fedlora_mpi.cli import main
 from fedlora_mpi.config.experiment import Faults
-from fedlora_mpi.core.scheduling import assign
+from fedlora_mpi.core.scheduling import assign_groups
 from fedlora_mpi.data.inputs import Images
 from fedlora_mpi.federation.federation import Run
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi import watchdog
 from fedlora_mpi.mpi.comm import Mpi, Solo
-from fedlora_mpi.mpi.ending import Fault, Refused
-from fedlora_mpi.mpi.pending import Lost
-from fedlora_mpi.resilience.recovery import lasting
+from fedlora_mpi.mpi.ending import Fault, Refusal
+from fedlora_mpi.mpi.pending import RankLost
+from fedlora_mpi.resilience.recovery import run_tolerant
 from fedlora_mpi.run import loop as run_module
 from fedlora_mpi.run.assembly import build
 from fedlora_mpi.run.checkpointing import beginning
@@ -75,7 +75,7 @@ def line(plan, *overrides, ranks=4, output="run"):
     more = ["faults.tolerate=true", f"output={output}", *overrides]
     faults = json.dumps([[*fault, "dies"][:4] for fault in plan])
     return [
-        *mpirun(ranks),
+        *mpirun_command(ranks),
         "--with-ft",
         "ulfm",
         sys.executable,
@@ -109,7 +109,7 @@ def rounds_begun(text):
 
 
 def test_a_worker_dies_and_the_bits_are_those_of_an_undisturbed_run(trained, tmp_path):
-    ended = finished(line([(2, "training", 3)], ranks=3), tmp_path)
+    ended = run_process(line([(2, "training", 3)], ranks=3), tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("dies: rank") == 1
     assert [(ids, left) for ids, left, _ in lost(ended.stderr)] == [([2], 2)]
@@ -122,7 +122,7 @@ def test_two_workers_die_in_different_rounds_and_the_bits_are_those_of_an_undist
     trained, tmp_path
 ):
     plan = [(2, "training", 2), (3, "client", 5)]  # 3 keeps the copies of 2, and then dies too
-    ended = finished(line(plan, *SIX), tmp_path)
+    ended = run_process(line(plan, *SIX), tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("dies: rank") == 2
     assert [ids for ids, _, _ in lost(ended.stderr)] == [[2], [3]] and [
@@ -148,7 +148,7 @@ class Unsaid(Exception):
 def test_an_error_without_a_name_is_a_death_when_a_rank_is_dead(tolerant, dead, revoked, lost):
     calls = []
     comm = Mpi.__new__(Mpi)
-    comm.tolerant = bool(tolerant)
+    comm.is_tolerant = bool(tolerant)
     comm._mpi = SimpleNamespace(
         Exception=Unsaid, ERR_PROC_FAILED=75, ERR_PROC_FAILED_PENDING=76, ERR_REVOKED=77
     )
@@ -157,14 +157,14 @@ def test_an_error_without_a_name_is_a_death_when_a_rank_is_dead(tolerant, dead, 
         Get_failed=lambda: SimpleNamespace(size=dead),
         Revoke=lambda: calls.append(1),
     )
-    with pytest.raises(Lost if lost else Unsaid), comm._surviving():
+    with pytest.raises(RankLost if lost else Unsaid), comm._raise_rank_lost():
         raise Unsaid
     assert len(calls) == lost
 
 
 @pytest.mark.slow
 def test_the_server_goes_on_alone_without_its_only_worker(trained, tmp_path):
-    ended = finished(line([(1, "training", 3)], *SIX, ranks=2), tmp_path)
+    ended = run_process(line([(1, "training", 3)], *SIX, ranks=2), tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert [(ids, left) for ids, left, _ in lost(ended.stderr)] == [([1], 1)] and rounds_begun(
         ended.stderr
@@ -174,13 +174,13 @@ def test_the_server_goes_on_alone_without_its_only_worker(trained, tmp_path):
 
 @thorough
 def test_the_death_of_rank_zero_ends_the_run_with_the_command_that_goes_on(trained, tmp_path):
-    ended = finished(line([(0, "training", 5)], *SIX, ranks=3), tmp_path)
+    ended = run_process(line([(0, "training", 5)], *SIX, ranks=3), tmp_path)
     assert ended.returncode not in (0, 2, 75)
-    assert said(ended.stderr) == [
+    assert package_lines(ended.stderr) == [
         "fedlora-mpi: rank 0, which has the log, has died; continue with 'mpirun --with-ft ulfm "
         "-n 3 fedlora-mpi resume run'"
     ]
-    assert "Traceback" not in ended.stderr and committed(tmp_path / "run") == 3
+    assert "Traceback" not in ended.stderr and last_checkpoint(tmp_path / "run") == 3
     assert main(["resume", str(tmp_path / "run"), "faults.tolerate=false"]) == 0
     assert_same_run(trained(*SIX), tmp_path / "run")
 
@@ -190,7 +190,9 @@ def on_threads(home, settings, deaths, seed, ranks=4):
     config = configs.read(
         TINY, [*settings, "faults.tolerate=true", "faults.timeout=0", f"output={home}"]
     )
-    codes, fate = on_mortal_ranks(ranks, lambda comm: start(config, str(TINY), comm), deaths, seed)
+    codes, fate = run_on_mortal_ranks(
+        ranks, lambda comm: start(config, str(TINY), comm), deaths, seed
+    )
     assert {*codes} <= {0, None} and codes[0] == 0
     return fate
 
@@ -224,7 +226,7 @@ def die_everywhere(trained, home, monkeypatch, capsys, settings, seeds):
     one.
     """
     monkeypatch.setattr(run_module, "_stop_signals", list)  # a thread may not handle signals
-    moments = on_threads(home / "none", settings, {}, 0).count
+    moments = on_threads(home / "none", settings, {}, 0).moments_of
     assert_same_run(trained(*settings), home / "none")
     for seed in seeds:
         draw = random.Random(seed)
@@ -282,7 +284,7 @@ def test_whenever_workers_die_the_bits_are_those_of_an_undisturbed_run(
     plan, begun = MOMENTS[moment]
     settings = (*METHODS[method], *SIX)
     began = time.monotonic()
-    ended = finished(line(plan, *settings), tmp_path)
+    ended = run_process(line(plan, *settings), tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("dies: rank") >= 1
     assert "Traceback" not in ended.stderr
@@ -301,7 +303,7 @@ def test_whenever_workers_die_the_bits_are_those_of_an_undisturbed_run(
 @pytest.mark.parametrize("moment", ["balance", "move", "moved"])
 def test_workers_that_die_while_clients_move_leave_the_bits(trained, tmp_path, moment, more):
     settings = (*MIXED, *SIX, ALL)
-    ended = finished(
+    ended = run_process(
         line([(2, moment, 1), (1, moment, 2)], *settings, *more), tmp_path, TEST_WORTH="1000"
     )
     assert ended.returncode == 0, ended.stderr
@@ -313,7 +315,7 @@ def test_workers_that_die_while_clients_move_leave_the_bits(trained, tmp_path, m
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_on_disk_outlive_their_worker(trained, tmp_path, method):
     settings = (*METHODS[method], *SIX)
-    ended = finished(
+    ended = run_process(
         line([(2, "training", 2), (3, "client", 5)], *settings, "engine.personal=disk"), tmp_path
     )
     assert ended.returncode == 0 and ended.stderr.count("dies: rank") == 2, ended.stderr
@@ -326,13 +328,13 @@ def test_workers_killed_at_random_moments_leave_the_bits(trained, tmp_path, numb
     draw = random.Random(number)
     method = list(METHODS)[number % 3]
     settings = (*METHODS[method], *SIX, SLOW)
-    with launched(line([], *settings), tmp_path, TEST_PAUSE="0.01") as job:
-        until(lambda: (tmp_path / "run/log.h5").exists(), process=job)
+    with launch(line([], *settings), tmp_path, TEST_PAUSE="0.01") as job:
+        wait_until(lambda: (tmp_path / "run/log.h5").exists(), process=job)
         victims = draw.sample([1, 2, 3], draw.choice([1, 1, 2]))
         for victim in victims:
             time.sleep(draw.uniform(0, 2.5))
             with suppress(OSError, KeyError):  # it has ended
-                os.kill(ranks_of(job.pid)[victim], signal.SIGKILL)
+                os.kill(rank_pids(job.pid)[victim], signal.SIGKILL)
         _, text = job.communicate(timeout=120)
     assert job.returncode == 0, text
     print(f"\n| {method} | {victims} | {lost(text) or 'from disk or nothing'} |")
@@ -344,16 +346,23 @@ def test_a_launch_that_cannot_outlive_a_rank_is_refused(tmp_path):
         return pytest.fail("it began")
 
     with pytest.raises(
-        Refused, match="x.yaml: faults.tolerate = true: .* 'mpirun --with-ft ulfm ...', or set"
+        Refusal, match="x.yaml: faults.tolerate = true: .* 'mpirun --with-ft ulfm ...', or set"
     ):
-        on_ranks(
-            2, lambda comm: lasting(Faults(tolerate=True), "x.yaml", tmp_path, comm, begin, begin)
+        run_on_ranks(
+            2,
+            lambda comm: run_tolerant(
+                Faults(tolerate=True), "x.yaml", tmp_path, comm, begin, begin
+            ),
         )
 
 
 def test_groups_that_have_a_home_stay_there_and_the_others_go_where_least_is_to_be_done():
-    assert assign([5, 4, 3, 2], (1, 2), [1, None, 2, None]) == (1, 2, 2, 1)
-    assert assign([5, 4, 3, 2], (1, 2), [None] * 4) == assign([5, 4, 3, 2], (1, 2)) == (1, 2, 2, 1)
+    assert assign_groups([5, 4, 3, 2], (1, 2), [1, None, 2, None]) == (1, 2, 2, 1)
+    assert (
+        assign_groups([5, 4, 3, 2], (1, 2), [None] * 4)
+        == assign_groups([5, 4, 3, 2], (1, 2))
+        == (1, 2, 2, 1)
+    )
 
 
 # Hangs.
@@ -373,18 +382,18 @@ def test_a_hang_ends_the_process_with_round_stage_and_stacks(tmp_path):
         "faults.timeout=8",
         "output=run",
     ]
-    ended = finished(run, tmp_path)
+    ended = run_process(run, tmp_path)
     assert ended.returncode == 1
-    (told,) = said(ended.stderr)
+    (told,) = package_lines(ended.stderr)
     assert re.fullmatch(rf"fedlora-mpi: (rank 0 of 1: )?{HANGS}'fedlora-mpi resume run'", told)
     assert "in _train" in ended.stderr and 'dying.py", line' in ended.stderr
 
 
 @thorough
 def test_a_hang_ends_all_ranks_with_rank_round_stage_and_stacks(tmp_path):
-    ended = finished(line([(2, "client", 3, "hangs")], "faults.timeout=8", ranks=3), tmp_path)
+    ended = run_process(line([(2, "client", 3, "hangs")], "faults.timeout=8", ranks=3), tmp_path)
     assert ended.returncode not in (0, 2, 75)
-    (told,) = said(ended.stderr)
+    (told,) = package_lines(ended.stderr)
     assert re.fullmatch(
         rf"fedlora-mpi: rank 2 of 3: {HANGS}'mpirun --with-ft ulfm -n 3 fedlora-mpi resume run'",
         told,
@@ -395,9 +404,9 @@ def test_a_hang_ends_all_ranks_with_rank_round_stage_and_stacks(tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_is_stopped_as_a_whole_is_missed_by_the_others(tmp_path):
     faults = line([(2, "client", 3, "stops")], "faults.timeout=4", ranks=3)
-    ended = finished(faults, tmp_path, timeout=60)
+    ended = run_process(faults, tmp_path, timeout=60)
     assert ended.returncode not in (0, 2, 75)
-    (told,) = said(ended.stderr)
+    (told,) = package_lines(ended.stderr)
     assert told.startswith("fedlora-mpi: rank 2 of 3: no sign of life for 4 s (faults.timeout) in ")
 
 
@@ -413,7 +422,7 @@ def test_a_hang_that_keeps_pythons_lock_ends_with_the_stacks(tmp_path):
         "faults.timeout=2",
         "output=run",
     ]
-    ended = finished(run, tmp_path, timeout=60)
+    ended = run_process(run, tmp_path, timeout=60)
     assert (
         ended.returncode == 1
         and "Timeout (0:00:02.5" in ended.stderr
@@ -433,7 +442,7 @@ def test_a_rank_that_waits_for_one_that_computes_does_not_hang(tmp_path):
         "train.epochs=1",
         "train.batch_size=32",
     ]
-    ended = finished(line([], *more, ranks=3), tmp_path, TEST_PAUSE="2")
+    ended = run_process(line([], *more, ranks=3), tmp_path, TEST_PAUSE="2")
     assert ended.returncode == 0, ended.stderr
     row = RunFiles(tmp_path / "run").rounds()
     # the server waits for the others
@@ -447,24 +456,24 @@ class Waiting(Solo):
 
     def __init__(self, rank):
         super().__init__()
-        self.rank, self.pulse.members = rank, self.members
-        self.pulse.at("the exchange", round_=4)
-        self.pulse.waits = True
+        self.rank, self.heartbeat.members = rank, self.members
+        self.heartbeat.enter_stage("the exchange", round_=4)
+        self.heartbeat.is_waiting = True
 
 
 @pytest.mark.parametrize("who", ["all wait", "one works", "one moves"])
 def test_ranks_that_all_wait_for_each_other_end(who, tmp_path, monkeypatch):
     ranks, now = [Waiting(rank) for rank in range(3)], 0.0
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
-    signs = [watchdog.Signs(comm, tmp_path / ".pulse", 20.0) for comm in ranks]
-    ranks[1].pulse.waits = who != "one works"
+    signs = [watchdog.LifeSigns(comm, tmp_path / ".pulse", 20.0) for comm in ranks]
+    ranks[1].heartbeat.is_waiting = who != "one works"
     stuck = []
     while now < 60 and not stuck:
         now += 2.5
         if who == "one moves" and now % 15 == 0:
-            ranks[2].pulse.beat()
-        assert not [sign.missed() for sign in signs if sign.missed()]
-        stuck = [text for sign in signs if (text := sign.all_waiting())]
+            ranks[2].heartbeat.beat()
+        assert not [sign.silent_ranks() for sign in signs if sign.silent_ranks()]
+        stuck = [text for sign in signs if (text := sign.deadlock_stage())]
     assert (stuck == ["round 4, the exchange"] * 3) == (who == "all wait") and bool(stuck) == (
         who == "all wait"
     )
@@ -474,7 +483,7 @@ def test_ranks_that_all_wait_for_each_other_end(who, tmp_path, monkeypatch):
 def test_a_rank_that_waits_for_mpi_to_start_ends_with_a_line_though_it_holds_pythons_lock(tmp_path):
     lock = "import ctypes; from fedlora_mpi.mpi.launch import starting"
     for seconds, code in ((0.3, 1), (60, 0), (0, 0)):
-        ended = finished(
+        ended = run_process(
             [
                 sys.executable,
                 "-c",
@@ -498,7 +507,7 @@ def test_an_mpirun_that_does_not_end_by_itself_is_ended_and_nobody_else(
 ):
     (tmp_path / name).symlink_to("/bin/bash")
     rank = "from fedlora_mpi.mpi.launch import end_launcher; end_launcher(0.2)"
-    ended = finished(
+    ended = run_process(
         [
             str(tmp_path / name),
             "-c",
@@ -530,7 +539,7 @@ def skipping(ranks, settings, bad):
     """[(shared, personal, row)] of three rounds in which one client's numbers (None: nobody's) are
     NaN.
     """
-    config = tiny("faults.non_finite=skip", *settings)
+    config = tiny_config("faults.non_finite=skip", *settings)
 
     def play_all(comm):
         parts = build(config, str(TINY), comm)
@@ -538,13 +547,13 @@ def skipping(ranks, settings, bad):
             poisoned(parts.run.trainer.feed, bad, parts.split)
         state, moments = beginning(parts), []
         for _ in range(3):
-            state, row, _ = play(parts.run, state, evaluate=True, stop=False)
-            moments.append((copied(state.shared), copied(state.personal), row))
+            state, row, _ = run_round(parts.run, state, evaluate=True, stop=False)
+            moments.append((clone_tree(state.shared), clone_tree(state.personal), row))
         return parts.run, moments
 
-    found = on_ranks(ranks, play_all)
+    found = run_on_ranks(ranks, play_all)
     runs = [run for run, _ in found]
-    joined = [in_order(runs, [moments[at][1] for _, moments in found]) for at in range(3)]
+    joined = [join_personal(runs, [moments[at][1] for _, moments in found]) for at in range(3)]
     return [(shared, joined[at], row) for at, (shared, _, row) in enumerate(found[0][1])]
 
 
@@ -561,7 +570,7 @@ def skipping(ranks, settings, bad):
 )
 @pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=thorough)])
 def test_a_skipped_client_is_the_same_on_any_number_of_ranks(settings, ranks):
-    bad = min(built(*settings).run.chosen(0))
+    bad = min(build_tiny(*settings).run.sample_cohort(0))
     alone, other = (skipping(number, settings, bad) for number in (1, ranks))
     assert alone[0][2]["skipped"] == [bad] and np.isfinite(alone[0][2]["train_loss"])
     assert all(
@@ -570,7 +579,10 @@ def test_a_skipped_client_is_the_same_on_any_number_of_ranks(settings, ranks):
         for v in (*shared.values(), *personal.values())
     )
     assert [row["skipped"] for _, _, row in other] == [row["skipped"] for _, _, row in alone]
-    assert all(equal(a[0], b[0]) and equal(a[1], b[1]) for a, b in zip(alone, other, strict=True))
+    assert all(
+        trees_equal(a[0], b[0]) and trees_equal(a[1], b[1])
+        for a, b in zip(alone, other, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -580,13 +592,13 @@ def test_a_skipped_client_is_the_same_on_any_number_of_ranks(settings, ranks):
 )
 def test_a_skipped_client_is_as_if_it_were_not_in_the_cohort(settings, monkeypatch):
     settings = [*settings, "engine.path=loop"]  # in a stack bits depend on who else is in it
-    bad = min(built(*settings).run.chosen(0))
+    bad = min(build_tiny(*settings).run.sample_cohort(0))
     skipped = skipping(1, settings, bad)
-    chosen = Run.chosen
-    monkeypatch.setattr(Run, "chosen", lambda run, round_: chosen(run, round_) - {bad})
+    chosen = Run.sample_cohort
+    monkeypatch.setattr(Run, "sample_cohort", lambda run, round_: chosen(run, round_) - {bad})
     absent = skipping(1, settings, None)
     for was, would in zip(skipped, absent, strict=True):
-        assert equal(was[0], would[0]) and equal(was[1], would[1])
+        assert trees_equal(was[0], would[0]) and trees_equal(was[1], would[1])
         assert (
             was[2]["train_loss"] == would[2]["train_loss"]
             and was[2]["bytes_up"] == would[2]["bytes_up"]
@@ -594,35 +606,37 @@ def test_a_skipped_client_is_as_if_it_were_not_in_the_cohort(settings, monkeypat
 
 
 def test_a_skipped_client_weighs_nothing_where_absent_ones_count_as_they_were(monkeypatch):
-    parts = built()
-    assert parts.run.algorithm.absent == "stale" and len(parts.run.chosen(0)) < len(
+    parts = build_tiny()
+    assert parts.run.algorithm.absent == "stale" and len(parts.run.sample_cohort(0)) < len(
         parts.run.weight_N
     )
-    bad = min(parts.run.chosen(0))
+    bad = min(parts.run.sample_cohort(0))
     skipped = skipping(1, [], bad)[0]
-    made = build(tiny("faults.non_finite=skip"), str(TINY), parts.run.comm)
-    weightless = made.run.with_(
+    made = build(tiny_config("faults.non_finite=skip"), str(TINY), parts.run.comm)
+    weightless = made.run.with_fields(
         weight_N=tuple(0 if c == bad else w for c, w in enumerate(made.run.weight_N))
     )
-    state, _, _ = play(weightless, beginning(made), evaluate=False, stop=False)
-    assert equal(skipped[0], state.shared)
+    state, _, _ = run_round(weightless, beginning(made), evaluate=False, stop=False)
+    assert trees_equal(skipped[0], state.shared)
     first = beginning(made).personal
-    assert all(torch.equal(skipped[1][n][bad], first[n][made.run.row_of[bad]]) for n in first)
+    assert all(
+        torch.equal(skipped[1][n][bad], first[n][made.run.row_of_client[bad]]) for n in first
+    )
 
 
 def test_by_default_such_a_client_ends_the_run():
-    parts = build(tiny(), str(TINY), built().run.comm)
-    bad = min(parts.run.chosen(0))
+    parts = build(tiny_config(), str(TINY), build_tiny().run.comm)
+    bad = min(parts.run.sample_cohort(0))
     poisoned(parts.run.trainer.feed, bad, parts.split)
     with pytest.raises(Fault, match=f"round 1: the loss or upload of client {bad} is not finite"):
-        play(parts.run, beginning(parts), evaluate=False, stop=False)
+        run_round(parts.run, beginning(parts), evaluate=False, stop=False)
 
 
 def test_when_nobody_is_left_the_shared_state_stays_and_a_line_says_it(tmp_path, capsys):
     run = tmp_path / "run"
     more = ["train.lr=1e30", "faults.non_finite=skip", "rounds=2", "checkpoint.every=1", ALL]
     assert main(["run", str(TINY), *more, f"output={run}"]) == 0
-    lines = said(capsys.readouterr().err)
+    lines = package_lines(capsys.readouterr().err)
     assert lines == [
         f"fedlora-mpi: round {t}: skipped client 0, 1, 2, 3, 4, 5, 6: loss or upload is not "
         "finite; nobody is left, the shared state stays"
@@ -634,17 +648,17 @@ def test_when_nobody_is_left_the_shared_state_stays_and_a_line_says_it(tmp_path,
         and log["clients"].tolist() == [0, 0]
         and np.isnan(log["train_loss"]).all()
     )
-    first = beginning(built(ALL)).shared
+    first = beginning(build_tiny(ALL)).shared
     assert all(np.array_equal(v, first[n]) for n, v in RunFiles(run).checkpoint().shared().items())
 
 
 def test_what_does_not_change_numbers_is_free_on_a_resume_and_the_default_leaves_no_trace():
-    assert "faults" not in configs.resolved_dict(tiny())
+    assert "faults" not in configs.resolved_dict(tiny_config())
     same = [
-        configs.digest(tiny(*more))
+        configs.digest(tiny_config(*more))
         for more in ([], ["faults.tolerate=true"], ["faults.timeout=9"], ["faults={}"])
     ]
-    assert len(set(same)) == 1 and configs.digest(tiny("faults.non_finite=skip")) != same[0]
-    config = tiny("faults.timeout=9", "faults.non_finite=skip")
+    assert len(set(same)) == 1 and configs.digest(tiny_config("faults.non_finite=skip")) != same[0]
+    config = tiny_config("faults.timeout=9", "faults.non_finite=skip")
     assert configs.resolved_dict(config)["faults"] == {"timeout": 9.0, "non_finite": "skip"}
     assert configs.from_dict(configs.resolved_dict(config), "there") == config

@@ -8,7 +8,7 @@ from runs import TINY
 from fedlora_mpi.cli import main
 from fedlora_mpi.data.csv_texts import read_csv
 from fedlora_mpi.data.datasets import Source, load
-from fedlora_mpi.data.labels import alike
+from fedlora_mpi.data.labels import similar_labels
 from fedlora_mpi.data.texts import Text
 
 pytest.importorskip("tokenizers")
@@ -49,7 +49,7 @@ def test_ends_of_lines_and_a_byte_order_mark_change_nothing(tmp_path, end, mark,
         (tmp_path / name).write_bytes(mark + (content if last else content.rstrip(b"\r\n")))
     found = reading(tmp_path)
     assert (
-        found.names == ("business", "sports")
+        found.class_names == ("business", "sports")
         and found.train.y == [1, 0, 1, 0]
         and found.hints == ()
     )
@@ -184,7 +184,7 @@ def test_blanks_around_a_label_do_not_make_a_class(tmp_path, label):
     put(tmp_path, train=(*ROWS, f"{label},goal"), test=(f"{label},goal",))
     found = reading(tmp_path)
     assert (
-        found.names == ("business", "sports")
+        found.class_names == ("business", "sports")
         and found.train.y[-1] == found.test.y[0] == 1
         and found.hints == ()
     )
@@ -211,10 +211,12 @@ def test_labels_that_look_alike_are_told_in_one_line(tmp_path, pair):
 
 def test_different_labels_are_not_alike():
     assert (
-        alike(["-2", "2", "c", "c++", "c#", "1", "10", "1.5", "a", "b", "sports", "sport", "", "0"])
+        similar_labels(
+            ["-2", "2", "c", "c++", "c#", "1", "10", "1.5", "a", "b", "sports", "sport", "", "0"]
+        )
         == []
     )
-    assert alike(["2", "02", "B", "b", "c"]) == [["02", "2"], ["B", "b"]]
+    assert similar_labels(["2", "02", "B", "b", "c"]) == [["02", "2"], ["B", "b"]]
 
 
 def test_many_alike_labels_are_one_line(tmp_path):
@@ -229,9 +231,9 @@ def test_many_alike_labels_are_one_line(tmp_path):
 
 def test_numbers_that_are_equal_are_sorted_alike_everywhere(tmp_path):
     put(tmp_path, train=[f"{n},goal" for n in ("10", "1", "-2", "01", "001")], test=("1,goal",))
-    assert reading(tmp_path).names == ("-2", "001", "01", "1", "10")
+    assert reading(tmp_path).class_names == ("-2", "001", "01", "1", "10")
     put(tmp_path, train=[f"{n},goal" for n in ("10", "--2", "9")], test=("9,goal",))
-    assert reading(tmp_path).names == ("--2", "10", "9")
+    assert reading(tmp_path).class_names == ("--2", "10", "9")
 
 
 def test_a_label_of_the_test_file_alone_is_refused_with_its_line(tmp_path):
@@ -274,7 +276,7 @@ def test_ag_news_has_its_names_and_is_read_strictly(tmp_path):
     for name in ("train.csv", "test.csv"):
         (folder / name).write_text('"3","a ""b""","c"\n"1","d","e"\n')
     found = load(Source("ag_news", root=str(tmp_path)))
-    assert found.names == (
+    assert found.class_names == (
         "World",
         "Sports",
         "Business",

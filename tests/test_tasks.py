@@ -12,17 +12,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import NORM, TINY, assert_near, assert_same_run, built, played, same, tiny
+from runs import (
+    NORM,
+    TINY,
+    assert_near,
+    assert_same_run,
+    build_tiny,
+    run_rounds,
+    snapshots_equal,
+    tiny_config,
+)
 
-from fedlora_mpi.algorithm import Phase, Vars
+from fedlora_mpi.algorithm import Phase, Variables
 from fedlora_mpi.config import digest, flat, from_dict, read, resolved_dict, resolved_yaml
 from fedlora_mpi.config.blocks import ConfigError
 from fedlora_mpi.data.feed import Epoch
 from fedlora_mpi.data.tasks import Tasks
 from fedlora_mpi.engine.flops import Flops
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
-from fedlora_mpi.mpi.ending import Refused
+from fedlora_mpi.mpi.ending import Refusal
 from fedlora_mpi.plan import plan
 from fedlora_mpi.run.assembly import build, load_data
 from fedlora_mpi.run.checkpointing import beginning
@@ -62,7 +71,7 @@ methods = each_method("fedlora", "fedapen")
 
 def counts(side="train"):
     """[N, classes] of the tiny experiment without tasks."""
-    return getattr(built().split, f"{side}_counts")
+    return getattr(build_tiny().split, f"{side}_counts")
 
 
 # What a task is
@@ -80,9 +89,9 @@ def test_some_clients_of_the_tiny_experiment_lack_a_class_and_their_order_by_siz
     "size, tasks", [(1, [[0], [1], [2], [3]]), (3, [[0, 1, 2], [3]]), (4, [[0, 1, 2, 3]])]
 )
 def test_a_task_has_its_training_samples_and_all_test_samples_so_far(size, tasks):
-    whole, data = built().split, load_data(tiny(), str(TINY))
+    whole, data = build_tiny().split, load_data(tiny_config(), str(TINY))
     train_y, test_y = data.train.y.numpy(), data.test.y.numpy()
-    parts = Tasks(size, 1).splits(whole, train_y, test_y)
+    parts = Tasks(size, 1).split_by_task(whole, train_y, test_y)
     assert len(parts) == len(tasks)
     for part, present in zip(parts, tasks, strict=True):
         for client in range(7):
@@ -102,9 +111,9 @@ def test_a_task_has_its_training_samples_and_all_test_samples_so_far(size, tasks
 
 
 def test_a_task_lasts_its_rounds_and_the_last_one_stays():
-    run = built("data.tasks.classes=3", "data.tasks.rounds=2").run
-    first, last = run.by_task
-    assert [run.of_round(round_) is first for round_ in range(6)] == [
+    run = build_tiny("data.tasks.classes=3", "data.tasks.rounds=2").run
+    first, last = run.task_runs
+    assert [run.for_round(round_) is first for round_ in range(6)] == [
         True,
         True,
         False,
@@ -112,17 +121,17 @@ def test_a_task_lasts_its_rounds_and_the_last_one_stays():
         False,
         False,
     ]
-    assert all(run.of_round(round_) is last for round_ in (2, 3, 4, 100))
-    assert first.of_round(100) is first
-    assert built().run.of_round(100) is built().run
+    assert all(run.for_round(round_) is last for round_ in (2, 3, 4, 100))
+    assert first.for_round(100) is first
+    assert build_tiny().run.for_round(100) is build_tiny().run
 
 
 def test_sizes_and_weights_are_those_of_the_task():
     for algorithm, weights in (("fedavg", counts().T), ("fedlora", counts().T > 0)):
-        run = built(f"algorithm={algorithm}", *EACH).run
+        run = build_tiny(f"algorithm={algorithm}", *EACH).run
         for round_ in range(4):
-            assert run.of_round(round_).sizes == tuple(counts()[:, round_])
-            assert run.of_round(round_).weight_N == tuple(weights[round_])
+            assert run.for_round(round_).sizes == tuple(counts()[:, round_])
+            assert run.for_round(round_).weight_N == tuple(weights[round_])
 
 
 # What clients see
@@ -147,11 +156,11 @@ def seen(monkeypatch):
 
 @methods
 def test_a_round_sees_samples_of_its_task_and_is_judged_on_all_classes_so_far(method, seen):
-    parts = built(*method, *EACH)
+    parts = build_tiny(*method, *EACH)
     state, feed = beginning(parts), parts.run.trainer.feed
     for round_ in range(4):
         seen.clear()
-        state, _, _ = play(parts.run, state, evaluate=True, stop=False)
+        state, _, _ = run_round(parts.run, state, evaluate=True, stop=False)
         trained = [(set(y), held) for store, y, held in seen if store is feed._train]
         judged = [c for store, y, _ in seen for c in y if store is feed._test]
         assert trained and set.union(*(y for y, _ in trained)) == {round_}
@@ -161,11 +170,11 @@ def test_a_round_sees_samples_of_its_task_and_is_judged_on_all_classes_so_far(me
 
 
 def test_every_sample_of_the_task_is_used_once_an_epoch(seen):
-    parts = built("algorithm=fedavg", *PAIRS, "participation=1.0")
+    parts = build_tiny("algorithm=fedavg", *PAIRS, "participation=1.0")
     state = beginning(parts)
     for round_ in range(4):
         seen.clear()
-        state, row, _ = play(parts.run, state, evaluate=False, stop=False)
+        state, row, _ = run_round(parts.run, state, evaluate=False, stop=False)
         present = [0, 1] if round_ < 2 else [2, 3]
         assert row["clients"] == np.count_nonzero(counts()[:, present].sum(1))
         found = Counter(c for _, y, _ in seen for c in y)
@@ -173,8 +182,8 @@ def test_every_sample_of_the_task_is_used_once_an_epoch(seen):
 
 
 def test_the_inputs_are_not_copied():
-    run = built(*EACH).run
-    for part in run.by_task:
+    run = build_tiny(*EACH).run
+    for part in run.task_runs:
         assert part.trainer.feed is not run.trainer.feed
         assert part.trainer.feed._train is run.trainer.feed._train
         assert part.trainer.feed._test is run.trainer.feed._test
@@ -185,20 +194,20 @@ def test_the_inputs_are_not_copied():
 
 @pytest.mark.parametrize("participation", [0.3, 0.6, 1.0])
 def test_the_cohort_is_drawn_among_those_who_hold_the_task(participation):
-    run = built(f"participation={participation}", *EACH).run
+    run = build_tiny(f"participation={participation}", *EACH).run
     for round_ in range(8):
         able = set(np.flatnonzero(counts()[:, min(round_, 3)]).tolist())
-        chosen = run.chosen(round_)
+        chosen = run.sample_cohort(round_)
         assert chosen <= able and len(chosen) == max(1, int(participation * len(able) + 1e-9))
-        assert chosen == run.of_round(round_).chosen(round_)
-    assert len({run.chosen(round_) for round_ in range(3, 20)}) > (participation < 1)
+        assert chosen == run.for_round(round_).sample_cohort(round_)
+    assert len({run.sample_cohort(round_) for round_ in range(3, 20)}) > (participation < 1)
 
 
 @methods
 def test_clients_without_data_of_the_task_keep_their_variables(method):
     run, moments = (
-        built(*method, "participation=1.0", *EACH).run,
-        played(*method, "participation=1.0", *EACH)[0],
+        build_tiny(*method, "participation=1.0", *EACH).run,
+        run_rounds(*method, "participation=1.0", *EACH)[0],
     )
     for round_ in range(4):
         without = np.flatnonzero(counts()[:, round_] == 0).tolist()
@@ -207,17 +216,19 @@ def test_clients_without_data_of_the_task_keep_their_variables(method):
         for number, kind in enumerate(run.kinds):
             ids = [client for client in range(7) if run.kind_of[client] == number]
             still = [row for row, client in enumerate(ids) if client in without]
-            for leaf in (kind.prefix + name for name in kind.first.personal):
+            for leaf in (kind.prefix + name for name in kind.initial.personal):
                 before, after = (moments[at].personal[leaf][still] for at in (round_, round_ + 1))
                 assert torch.equal(before, after), leaf
 
 
 def test_the_mean_weighs_clients_by_their_samples_of_the_task():
     settings = ("algorithm=fedavg", "participation=1.0", *EACH)
-    before, after = played(*settings)[0][2:4]
-    run, total = built(*settings).run.of_round(2), {n: 0.0 for n in before.shared}
+    before, after = run_rounds(*settings)[0][2:4]
+    run, total = build_tiny(*settings).run.for_round(2), {n: 0.0 for n in before.shared}
     for members in (
-        stack for group in run.here() for stack in run.stacks(c for c in group if counts()[c, 2])
+        stack
+        for group in run.local_groups()
+        for stack in run.split_into_stacks(c for c in group if counts()[c, 2])
     ):
         for done in run.trainer.train(members, before.shared, {}, 2) if members else ():
             share = counts()[done.client, 2] / counts()[:, 2].sum()
@@ -228,7 +239,7 @@ def test_the_mean_weighs_clients_by_their_samples_of_the_task():
 def test_clients_without_data_of_the_task_do_not_count_as_absent_ones():
     uniform = ("algorithm=fedavg", "algorithm.weights=uniform", "participation=1.0", *EACH)
     stale, exclude = (
-        played(*uniform, f"algorithm.absent={how}")[0] for how in ("stale", "exclude")
+        run_rounds(*uniform, f"algorithm.absent={how}")[0] for how in ("stale", "exclude")
     )
     for a, b in zip(stale[1:], exclude[1:], strict=True):
         assert_near(a.shared, b.shared)
@@ -239,7 +250,7 @@ def test_clients_without_data_of_the_task_do_not_count_as_absent_ones():
 
 def test_accuracy_is_that_on_the_test_samples_of_the_classes_so_far():
     settings = ("algorithm=fedlora", *EACH)
-    parts, moments = built(*settings), played(*settings)[0]
+    parts, moments = build_tiny(*settings), run_rounds(*settings)[0]
     data = load_data(parts.config, str(TINY))
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (data.mean, data.std))
     images, network = (data.test.x / 255 - mean) / std, parts.run.trainer.model
@@ -248,8 +259,8 @@ def test_accuracy_is_that_on_the_test_samples_of_the_classes_so_far():
         for client, rows in enumerate(parts.split.test):
             rows = [row for row in rows if data.test.y[row] <= round_]
             if rows:
-                own = Vars(moment.shared, {n: v[client] for n, v in moment.personal.items()})
-                module = network.module(parts.config.algorithm.weights_of(network, own))
+                own = Variables(moment.shared, {n: v[client] for n, v in moment.personal.items()})
+                module = network.to_module(parts.config.algorithm.client_model(network, own))
                 expected[client] = (
                     (module(images[rows]).argmax(1) == data.test.y[rows]).double().mean()
                 )
@@ -266,7 +277,7 @@ def test_accuracy_is_that_on_the_test_samples_of_the_classes_so_far():
 
 def test_what_is_tuned_before_an_evaluation_is_the_model_of_those_who_hold_the_task():
     tuned, plain = (
-        played(f"algorithm={name}", *more, "participation=1.0", *EACH)[0]
+        run_rounds(f"algorithm={name}", *more, "participation=1.0", *EACH)[0]
         for name, more in (("fedavg_ft", ("algorithm.ft_epochs=3",)), ("fedavg", ()))
     )
     for round_ in range(4):
@@ -277,7 +288,7 @@ def test_what_is_tuned_before_an_evaluation_is_the_model_of_those_who_hold_the_t
 
 
 def test_who_holds_no_sample_holds_none_out_and_uses_none():
-    algorithm = built(*METHODS["fedapen"]).config.algorithm
+    algorithm = build_tiny(*METHODS["fedapen"]).config.algorithm
     assert algorithm.held_out > 0
     assert [algorithm.used(Phase(1, (), held_out=held), 0) for held in (True, False)] == [0, 0]
 
@@ -288,9 +299,9 @@ def test_who_holds_no_sample_holds_none_out_and_uses_none():
 @each_method("fedlora")
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=thorough), 3])
 def test_the_spread_over_ranks_moves_no_bit(method, ranks):
-    alone = played(*method, *EACH)[0]
-    for moments in played(*method, *EACH, ranks=ranks):
-        assert all(same(a, b) for a, b in zip(alone[1:], moments[1:], strict=True))
+    alone = run_rounds(*method, *EACH)[0]
+    for moments in run_rounds(*method, *EACH, ranks=ranks):
+        assert all(snapshots_equal(a, b) for a, b in zip(alone[1:], moments[1:], strict=True))
 
 
 @pytest.mark.parametrize("done", [1, 2, pytest.param(3, marks=thorough)])
@@ -306,7 +317,8 @@ def test_a_resume_within_a_task_or_at_its_end_moves_no_bit(trained, copied, done
 @methods
 def test_a_stack_equals_the_loop(method):
     stack, loop = (
-        played(*method, *EACH, "rounds=3", f"engine.path={path}")[0] for path in ("stack", "loop")
+        run_rounds(*method, *EACH, "rounds=3", f"engine.path={path}")[0]
+        for path in ("stack", "loop")
     )
     for a, b in zip(stack[1:], loop[1:], strict=True):
         assert_near(a.shared, b.shared, atol=1e-4)
@@ -318,15 +330,17 @@ def test_a_stack_equals_the_loop(method):
 @each_method("fedlora")
 def test_one_task_of_all_classes_is_none(method):
     plain, one = (
-        played(*method, *more)[0] for more in ((), ("data.tasks.classes=4", "data.tasks.rounds=1"))
+        run_rounds(*method, *more)[0]
+        for more in ((), ("data.tasks.classes=4", "data.tasks.rounds=1"))
     )
-    assert all(same(a, b) for a, b in zip(plain, one, strict=True))
+    assert all(snapshots_equal(a, b) for a, b in zip(plain, one, strict=True))
 
 
 def test_the_split_of_a_run_is_that_of_all_classes():
-    assert built(*EACH).split.digest() == built().split.digest()
+    assert build_tiny(*EACH).split.digest() == build_tiny().split.digest()
     assert (
-        built(*EACH).run.groups == built().run.groups and built(*EACH).run.host == built().run.host
+        build_tiny(*EACH).run.groups == build_tiny().run.groups
+        and build_tiny(*EACH).run.rank_of_group == build_tiny().run.rank_of_group
     )
 
 
@@ -337,16 +351,23 @@ def test_tasks_do_with_rotated_images_and_augmentation():
         "data.shift=rotate",
         "data.augment=[crop, erase]",
     )
-    stack, loop = (played(*settings, *EACH, f"engine.path={path}")[0] for path in ("stack", "loop"))
+    stack, loop = (
+        run_rounds(*settings, *EACH, f"engine.path={path}")[0] for path in ("stack", "loop")
+    )
     for a, b in zip(stack[1:], loop[1:], strict=True):
         np.testing.assert_allclose(a.clients["loss"], b.clients["loss"], rtol=1e-3)
 
 
 def test_flops_are_those_of_the_samples_of_the_task():
-    run, moments = built("algorithm=fedlora", *EACH).run, played("algorithm=fedlora", *EACH)[0]
-    flops = Flops(run.trainer, run.kinds[0].first)
+    run, moments = (
+        build_tiny("algorithm=fedlora", *EACH).run,
+        run_rounds("algorithm=fedlora", *EACH)[0],
+    )
+    flops = Flops(run.trainer, run.kinds[0].initial)
     for round_ in range(4):
-        each = [flops.of_round(int(counts()[c, round_]), round_) for c in run.chosen(round_)]
+        each = [
+            flops.round_flops(int(counts()[c, round_]), round_) for c in run.sample_cohort(round_)
+        ]
         assert moments[round_ + 1].row["flops"] == sum(each) > 0
 
 
@@ -354,18 +375,18 @@ def test_flops_are_those_of_the_samples_of_the_task():
 
 
 def test_a_config_without_tasks_is_what_it_was():
-    assert "tasks" not in resolved_dict(tiny())["data"] and tiny().data.tasks is None
-    assert tiny("data.tasks=null") == tiny()
-    assert digest(tiny()) == "d2c2be1703531baf519f776b692618ed"
+    assert "tasks" not in resolved_dict(tiny_config())["data"] and tiny_config().data.tasks is None
+    assert tiny_config("data.tasks=null") == tiny_config()
+    assert digest(tiny_config()) == "d2c2be1703531baf519f776b692618ed"
 
 
 def test_tasks_are_read_back_and_count_in_the_digest(tmp_path):
-    config = tiny(*PAIRS)
+    config = tiny_config(*PAIRS)
     assert config.data.tasks == Tasks(2, 2)
     assert (flat(config)["data.tasks.classes"], flat(config)["data.tasks.rounds"]) == (2, 2)
     (tmp_path / "tiny.yaml").write_text(resolved_yaml(config))
     assert read(tmp_path / "tiny.yaml") == from_dict(resolved_dict(config), str(TINY)) == config
-    assert len({digest(tiny(*tasks)) for tasks in ((), EACH, PAIRS)}) == 3
+    assert len({digest(tiny_config(*tasks)) for tasks in ((), EACH, PAIRS)}) == 3
 
 
 @pytest.mark.parametrize(
@@ -420,14 +441,16 @@ ALONE = "data.partition={kind: pathological, clients: 1, train: 20, test: 10"
 )
 def test_tasks_that_do_not_fit_the_data_are_refused(overrides, text):
     config = read(TINY, [*overrides, "data.tasks.rounds=1"])
-    with pytest.raises(Refused) as error:
+    with pytest.raises(Refusal) as error:
         build(config, str(TINY), Solo())
     assert str(error.value) == f"{TINY}: {text}"
 
 
 def test_a_plan_is_for_the_first_task():
-    lines = {line.split()[0]: line for line in plan(tiny(*EACH), Path(TINY).name, 2).splitlines()}
+    lines = {
+        line.split()[0]: line for line in plan(tiny_config(*EACH), Path(TINY).name, 2).splitlines()
+    }
     assert (
-        f"{len(built(*EACH).run.chosen(0))} of 7 clients" in lines["round"]
+        f"{len(build_tiny(*EACH).run.sample_cohort(0))} of 7 clients" in lines["round"]
         and "for 4 rounds" in lines["time"]
     )

@@ -7,26 +7,26 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
-from tiers import STACK_FIRST, thorough
+from tiers import STACK_FIRST, thorough_param
 from torch import nn
 
-from fedlora_mpi.algorithm import Batch, Train, Vars
+from fedlora_mpi.algorithm import Batch, LocalTraining, Variables
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.moon import MOON
 from fedlora_mpi.algorithms.pfedsd import PFedSD
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import numel
-from fedlora_mpi.federation.round import play
+from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models.network import from_module
 
 METHODS = pytest.mark.parametrize(
     "algorithm",
-    [PFedSD(), thorough(PFedSD(teacher_bn="running")), MOON()],
+    [PFedSD(), thorough_param(PFedSD(teacher_bn="running")), MOON()],
     ids=["pFedSD", "pFedSD running", "MOON"],
 )
 OFF = pytest.mark.parametrize(
     "algorithm",
-    [PFedSD(lam=0.0), thorough(PFedSD(lam=0.0, teacher_bn="running")), MOON(mu=0.0)],
+    [PFedSD(lam=0.0), thorough_param(PFedSD(lam=0.0, teacher_bn="running")), MOON(mu=0.0)],
     ids=str,
 )
 
@@ -38,8 +38,8 @@ def numbers(*shape, at=0):
 @cache
 def outcome(algorithm, network="bn_net", rounds=2, **how):
     """(Run, State) after ``rounds`` rounds. Cached: change nothing in it, and play no further."""
-    run, state = small.experiment(algorithm, network, **how)
-    return run, small.played(run, state, rounds)
+    run, state = small.make_experiment(algorithm, network, **how)
+    return run, small.run_rounds(run, state, rounds)
 
 
 def plain(algorithm, **how):
@@ -55,7 +55,7 @@ def batch(made, client=0, width=5):
 
 def taught(made):
     """Variables of a client whose teacher is another network than the one it received."""
-    v = small.first(made)
+    v = small.initial_variables(made)
     own = {n: w + 0.1 * numbers(*w.shape).abs() for n, w in v.personal.items() if n != ".taught."}
     return v._replace(
         personal=own | {n: torch.ones_like(w) for n, w in v.personal.items() if n == ".taught."}
@@ -68,7 +68,7 @@ def gradients(made, v, data, start=None):
         n: w.clone().requires_grad_(made.model.role(n) != "stats") for n, w in v.shared.items()
     }
     (phase,) = made.algorithm.phases(made.model, made.settings, 0)
-    loss = phase.steps[0].loss(Vars(leaves, v.personal), start or v, data)
+    loss = phase.steps[0].loss(Variables(leaves, v.personal), start or v, data)
     trained = {n: w for n, w in leaves.items() if w.requires_grad}
     return dict(
         zip(trained, torch.autograd.grad(loss, trained.values()), strict=True)
@@ -86,11 +86,12 @@ def last(state, row):
 @OFF
 @STACK_FIRST
 @pytest.mark.parametrize(
-    "network, participation", [thorough("bn_net", 1.0), ("bn_net", 0.6), thorough("noisy_net", 1.0)]
+    "network, participation",
+    [thorough_param("bn_net", 1.0), ("bn_net", 0.6), thorough_param("noisy_net", 1.0)],
 )
 def test_without_its_term_the_method_is_fedavg(algorithm, stacked, network, participation):
     how = {"network": network, "stacked": stacked, "participation": participation, "rounds": 3}
-    assert small.equal(outcome(algorithm, **how)[1].shared, plain(algorithm, **how).shared)
+    assert small.trees_equal(outcome(algorithm, **how)[1].shared, plain(algorithm, **how).shared)
 
 
 @METHODS
@@ -106,14 +107,16 @@ def test_the_term_acts_from_round_2_on(algorithm, stacked):
 
 
 @METHODS
-@pytest.mark.parametrize("network", ["cnn", thorough("bn_net"), thorough("noisy_net")])
+@pytest.mark.parametrize("network", ["cnn", thorough_param("bn_net"), thorough_param("noisy_net")])
 def test_loop_and_stack_train_alike(algorithm, network):
-    v = taught(small.trainer(algorithm, network))
+    v = taught(small.make_trainer(algorithm, network))
     ends = []
     for stacked in (False, True):
-        made = small.trainer(algorithm, network, stacked=stacked)
-        done = made.train(range(5), v.shared, small.rows(v.personal, 5), 1)
-        ends.append([small.copy(d.end.shared | d.end.personal) | {"loss": d.loss} for d in done])
+        made = small.make_trainer(algorithm, network, stacked=stacked)
+        done = made.train(range(5), v.shared, small.repeat_rows(v.personal, 5), 1)
+        ends.append(
+            [small.clone_tree(d.end.shared | d.end.personal) | {"loss": d.loss} for d in done]
+        )
     for loop, stack in zip(*ends, strict=True):
         small.assert_near(stack, loop)
 
@@ -121,21 +124,21 @@ def test_loop_and_stack_train_alike(algorithm, network):
 @METHODS
 @STACK_FIRST
 def test_the_teacher_is_what_a_participant_trained_last(algorithm, stacked):
-    run, state = small.experiment(algorithm, "bn_net", participation=0.6, stacked=stacked)
-    before, chosen, ends = small.copy(state.personal), run.chosen(0), {}
-    for group in run.here():
+    run, state = small.make_experiment(algorithm, "bn_net", participation=0.6, stacked=stacked)
+    before, chosen, ends = small.clone_tree(state.personal), run.sample_cohort(0), {}
+    for group in run.local_groups():
         members = [c for c in group if c in chosen]
         rows = {n: v[: len(members)] for n, v in before.items()}  # all start equal
         ends |= {
-            d.client: small.copy(d.end.shared)
+            d.client: small.clone_tree(d.end.shared)
             for d in run.trainer.train(members, state.shared, rows, 0)
         }
-    state = small.played(run, state, 1)
+    state = small.run_rounds(run, state, 1)
     assert set(ends) == chosen and len(chosen) == 3
-    for row, client in enumerate(run.hosted):
+    for row, client in enumerate(run.local_clients):
         if client in chosen:
             teacher = last(state, row)
-            assert small.equal(teacher, {n: ends[client][n] for n in teacher}), client
+            assert small.trees_equal(teacher, {n: ends[client][n] for n in teacher}), client
         else:
             assert all(torch.equal(v[row], before[n][row]) for n, v in state.personal.items()), (
                 client
@@ -147,30 +150,30 @@ def test_the_teacher_is_what_a_participant_trained_last(algorithm, stacked):
 @METHODS
 @STACK_FIRST
 def test_a_teacher_leaves_no_trace(algorithm, stacked):
-    made = small.trainer(algorithm, "bn_net", stacked=stacked)
+    made = small.make_trainer(algorithm, "bn_net", stacked=stacked)
     v = taught(made)
-    rows, shared = small.rows(v.personal, 5), small.copy(v.shared)
-    given = small.copy(rows)
+    rows, shared = small.repeat_rows(v.personal, 5), small.clone_tree(v.shared)
+    given = small.clone_tree(rows)
     for done in made.train(range(5), shared, rows, 1):
-        assert small.equal(done.start.personal, v.personal) and small.equal(
+        assert small.trees_equal(done.start.personal, v.personal) and small.trees_equal(
             done.start.shared, v.shared
         )
-    assert small.equal(rows, given) and small.equal(shared, v.shared)
+    assert small.trees_equal(rows, given) and small.trees_equal(shared, v.shared)
 
 
 @METHODS
 def test_the_network_alone_trains(algorithm):
-    made = small.trainer(algorithm, "bn_net")
+    made = small.make_trainer(algorithm, "bn_net")
     ((step,),) = (phase.steps for phase in algorithm.phases(made.model, made.settings, 0))
-    v = small.first(made)
+    v = small.initial_variables(made)
     assert all(map(step.trains, v.shared)) and not any(map(step.trains, v.personal))
 
 
 @METHODS
 def test_the_message_is_the_model(algorithm):
-    run, state = small.experiment(algorithm, "bn_net")
-    assert set(run.upload.shapes) == set(state.shared) == set(run.trainer.model.initial)
-    _, row, _ = play(run, state, evaluate=False, stop=False)
+    run, state = small.make_experiment(algorithm, "bn_net")
+    assert set(run.upload_layout.shapes) == set(state.shared) == set(run.trainer.model.initial)
+    _, row, _ = run_round(run, state, evaluate=False, stop=False)
     assert row["bytes_up"] == row["bytes_down"] == 5 * 4 * numel(run.trainer.model.initial)
 
 
@@ -195,45 +198,45 @@ def test_impossible_fields_are_refused(make, text):
 @pytest.mark.parametrize("network", ["bn_net", "noisy_net"])
 def test_the_first_participation_in_pfedsd_is_fedavg_in_any_round(stacked, network):
     algorithm, ends = PFedSD(), {}
-    v = taught(small.trainer(algorithm, network))
+    v = taught(small.make_trainer(algorithm, network))
     for flag in (0.0, 1.0):
-        made = small.trainer(algorithm, network, stacked=stacked)
+        made = small.make_trainer(algorithm, network, stacked=stacked)
         personal = v.personal | {".taught.": torch.tensor(flag)}
-        done = list(made.train(range(5), v.shared, small.rows(personal, 5), 4))
-        ends[flag] = [small.copy(d.end.shared) for d in done]
-    made = small.trainer(FedAvg(), network, stacked=stacked)
+        done = list(made.train(range(5), v.shared, small.repeat_rows(personal, 5), 4))
+        ends[flag] = [small.clone_tree(d.end.shared) for d in done]
+    made = small.make_trainer(FedAvg(), network, stacked=stacked)
     for client, done in enumerate(made.train(range(5), v.shared, {}, 4)):
-        assert small.equal(ends[0.0][client], done.end.shared)
-        assert not small.equal(ends[1.0][client], done.end.shared)
+        assert small.trees_equal(ends[0.0][client], done.end.shared)
+        assert not small.trees_equal(ends[1.0][client], done.end.shared)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_the_divergence_of_pfedsd_is_torchs_and_has_its_closed_gradient(temperature):
     algorithm = PFedSD(temperature=temperature)
     teacher, student = numbers(5, 6, at=1), numbers(5, 6).requires_grad_()
-    data = batch(small.trainer(algorithm))
+    data = batch(small.make_trainer(algorithm))
     p, q = ((o / temperature).log_softmax(1) for o in (student, teacher))
-    value = algorithm.divergence(teacher, student, data)
+    value = algorithm.distillation_loss(teacher, student, data)
     expected = temperature**2 * F.kl_div(p, q.exp(), reduction="batchmean")
     torch.testing.assert_close(value, expected)
     (grad,) = torch.autograd.grad(value, student)
     torch.testing.assert_close(grad, (temperature * (p.exp() - q.exp()) / 5).detach())
     padded = data._replace(real=torch.tensor([True, True, False, True, False]))
-    three = algorithm.divergence(teacher, student, padded)
+    three = algorithm.distillation_loss(teacher, student, padded)
     torch.testing.assert_close(
-        three, algorithm.divergence(teacher[[0, 1, 3]], student[[0, 1, 3]], data)
+        three, algorithm.distillation_loss(teacher[[0, 1, 3]], student[[0, 1, 3]], data)
     )
-    assert algorithm.divergence(student, student, data).abs() < 1e-6
+    assert algorithm.distillation_loss(student, student, data).abs() < 1e-6
 
 
 @pytest.mark.parametrize("teacher_bn", ["batch", "running"])
 def test_the_gradient_of_pfedsd_is_that_of_both_terms(teacher_bn):
-    made = small.trainer(PFedSD(lam=0.7, temperature=2.0, teacher_bn=teacher_bn), "bn_net")
+    made = small.make_trainer(PFedSD(lam=0.7, temperature=2.0, teacher_bn=teacher_bn), "bn_net")
     v, data = taught(made), batch(made)
     grads, loss = gradients(made, v, data)
     net = {n: w.clone().requires_grad_(n in grads) for n, w in v.shared.items()}
     own = {n.removeprefix(".own."): w.clone() for n, w in v.personal.items() if n != ".taught."}
-    mode = made.model if teacher_bn == "batch" else made.model.evaluating()
+    mode = made.model if teacher_bn == "batch" else made.model.eval_mode()
     q, o = (mode(own, data.x) / 2).softmax(1), made.model(net, data.x)
     term = 0.7 * 4 * F.kl_div((o / 2).log_softmax(1), q, reduction="batchmean")
     total = F.cross_entropy(o, data.y) + term
@@ -250,11 +253,11 @@ def test_the_two_teachers_of_pfedsd_differ():
 
 
 def test_pfedsd_is_judged_before_the_mean():
-    run, state = small.experiment(PFedSD(), "bn_net", participation=0.6)
-    state, row, clients = play(run, state, evaluate=True, stop=False)
-    model, chosen = run.trainer.model.evaluating(), run.chosen(0)
+    run, state = small.make_experiment(PFedSD(), "bn_net", participation=0.6)
+    state, row, clients = run_round(run, state, evaluate=True, stop=False)
+    model, chosen = run.trainer.model.eval_mode(), run.sample_cohort(0)
     assert len(chosen) == 3
-    for at, client in enumerate(run.hosted):
+    for at, client in enumerate(run.local_clients):
         tests = run.trainer.feed.test([client], 0, run.trainer.feed.test_size(client))
         tree = last(state, at) if client in chosen else state.shared
         loss = F.cross_entropy(model(tree, tests.x[0]), tests.y[0]).item()
@@ -269,8 +272,8 @@ def test_the_contrast_of_moon_has_its_closed_form_and_gradient():
     tau = 0.4
     algorithm = MOON(tau=tau)
     z, near, far = numbers(5, 7).requires_grad_(), numbers(5, 7, at=1), numbers(5, 7, at=2)
-    data = batch(small.trainer(algorithm))
-    value = algorithm.contrast(z, near, far, data)
+    data = batch(small.make_trainer(algorithm))
+    value = algorithm.contrastive_loss(z, near, far, data)
 
     def unit(v):
         return v / v.norm(dim=1, keepdim=True)
@@ -289,18 +292,20 @@ def test_the_contrast_of_moon_has_its_closed_form_and_gradient():
     closer = F.cosine_similarity(z - grad, near) - F.cosine_similarity(z - grad, far)
     assert (closer > a - b).all()
     padded = data._replace(real=torch.tensor([True, False, True, True, False]))
-    three = algorithm.contrast(*(v[[0, 2, 3]] for v in (z, near, far)), data._replace(y=data.y[:3]))
-    torch.testing.assert_close(algorithm.contrast(z, near, far, padded), three)
+    three = algorithm.contrastive_loss(
+        *(v[[0, 2, 3]] for v in (z, near, far)), data._replace(y=data.y[:3])
+    )
+    torch.testing.assert_close(algorithm.contrastive_loss(z, near, far, padded), three)
 
 
 def test_the_contrast_of_moon_survives_a_small_tau():
     z, near, far = numbers(5, 7).requires_grad_(), numbers(5, 7, at=1), numbers(5, 7, at=2)
-    value = MOON(tau=1e-3).contrast(z, near, far, batch(small.trainer(MOON())))
+    value = MOON(tau=1e-3).contrastive_loss(z, near, far, batch(small.make_trainer(MOON())))
     assert torch.isfinite(value) and torch.isfinite(torch.autograd.grad(value, z)[0]).all()
 
 
 def test_the_gradient_of_moon_is_that_of_both_terms():
-    made = small.trainer(MOON(mu=3.0, tau=0.5), "bn_net")
+    made = small.make_trainer(MOON(mu=3.0, tau=0.5), "bn_net")
     v, data = taught(made), batch(made)
     moved = v._replace(
         shared={n: w + 0.1 * numbers(*w.shape, at=3).abs() for n, w in v.shared.items()}
@@ -308,7 +313,7 @@ def test_the_gradient_of_moon_is_that_of_both_terms():
     grads, loss = gradients(made, moved, data, start=v)
     net = {n: w.clone().requires_grad_(n in grads) for n, w in moved.shared.items()}
     own = {n.removeprefix(".own."): w for n, w in v.personal.items()}
-    judge = made.model.evaluating()
+    judge = made.model.eval_mode()
     z = made.model.features(net, data.x)
     likeness = [
         F.cosine_similarity(z, judge.features(tree, data.x)) / 0.5 for tree in (v.shared, own)
@@ -331,8 +336,8 @@ def test_the_gradient_of_moon_is_that_of_both_terms():
 
 
 def test_moon_without_a_difference_between_its_teachers_is_fedavg():
-    made = small.trainer(MOON(), "bn_net")
-    v, data = small.first(made), batch(made)
+    made = small.make_trainer(MOON(), "bn_net")
+    v, data = small.initial_variables(made), batch(made)
     grads, loss = gradients(made, v, data)
     other = replace(made, algorithm=MOON(mu=0.0))
     expected, ce = gradients(other, v, data)
@@ -343,8 +348,8 @@ def test_moon_without_a_difference_between_its_teachers_is_fedavg():
 def test_moon_refuses_a_network_that_does_not_end_in_a_linear():
     layers = nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     model = from_module(nn.Sequential(*layers), 6, small.SHAPE)
-    MOON().check(small.model("bn_net"), Train())
+    MOON().check(small.make_model("bn_net"), LocalTraining())
     with pytest.raises(
         ValueError, match="name = moon: needs a network that ends in a Linear; 0 is none"
     ):
-        MOON().check(model, Train())
+        MOON().check(model, LocalTraining())

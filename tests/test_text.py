@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from runs import assert_same_run, equal, played
+from runs import assert_same_run, run_rounds, trees_equal
 from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy
 
@@ -24,7 +24,7 @@ from fedlora_mpi.data.partition import Iid
 from fedlora_mpi.data.texts import Text, Vocabulary
 from fedlora_mpi.models import zoo
 from fedlora_mpi.mpi.comm import Solo
-from fedlora_mpi.mpi.ending import Refused
+from fedlora_mpi.mpi.ending import Refusal
 from fedlora_mpi.run.assembly import build as build_run
 from fedlora_mpi.run.loop import resume, start
 
@@ -83,7 +83,7 @@ def words_of(vocabulary, ids):
 
 
 def test_a_text_comes_back_as_its_words_in_lower_case():
-    vocabulary = Vocabulary.of(TRAINING, Text(length=7))
+    vocabulary = Vocabulary.from_texts(TRAINING, Text(length=7))
     ids = vocabulary.encode(TRAINING)
     assert ids.dtype == torch.int32 and ids.shape == (3, 7) and vocabulary.length == 7
     assert words_of(vocabulary, ids[0]) == ["the", "boat", ",", "the", "boat", "!", "[PAD]"]
@@ -93,16 +93,16 @@ def test_a_text_comes_back_as_its_words_in_lower_case():
 
 
 def test_words_are_numbered_by_frequency_then_by_the_alphabet():
-    vocabulary = Vocabulary.of(TRAINING, Text())
+    vocabulary = Vocabulary.from_texts(TRAINING, Text())
     assert vocabulary.size == 10
     in_order = ["[PAD]", "[UNK]", "boat", "the", "!", ",", "a", "five", "goat", "goats"]
     assert words_of(vocabulary, torch.arange(10)) == in_order
-    assert Vocabulary.of(TRAINING, Text(vocabulary=4)).size == 4
-    assert Vocabulary.of(TRAINING[::-1], Text()).json == vocabulary.json
+    assert Vocabulary.from_texts(TRAINING, Text(vocabulary=4)).size == 4
+    assert Vocabulary.from_texts(TRAINING[::-1], Text()).json == vocabulary.json
 
 
 def test_an_unknown_word_is_1_and_a_long_text_is_cut():
-    vocabulary = Vocabulary.of(TRAINING, Text(length=3))
+    vocabulary = Vocabulary.from_texts(TRAINING, Text(length=3))
     assert vocabulary.encode(["goat zebra", "", "a a a a a"]).tolist() == [
         [8, 1, 0],
         [0, 0, 0],
@@ -111,12 +111,12 @@ def test_an_unknown_word_is_1_and_a_long_text_is_cut():
 
 
 def test_no_text_can_spell_padding():
-    vocabulary = Vocabulary.of(TRAINING + ["[pad] [UNK]"], Text(length=6))
+    vocabulary = Vocabulary.from_texts(TRAINING + ["[pad] [UNK]"], Text(length=6))
     assert (vocabulary.encode(["[PAD] [UNK]"]) > 1).all()
 
 
 def test_a_vocabulary_is_what_its_json_says():
-    vocabulary = Vocabulary.of(TRAINING, Text(length=5))
+    vocabulary = Vocabulary.from_texts(TRAINING, Text(length=5))
     again = Vocabulary(vocabulary.json)
     assert torch.equal(again.encode(TRAINING), vocabulary.encode(TRAINING))
     assert (again.size, again.length, again.digest()) == (vocabulary.size, 5, vocabulary.digest())
@@ -318,7 +318,7 @@ def ids(*lengths, at=9, tokens=20, seed=3):
 
 
 def test_padding_changes_no_logit():
-    model = network().evaluating()
+    model = network().eval_mode()
     x = ids(4, 1, 3)
     whole = model(model.initial, x)
     torch.testing.assert_close(model(model.initial, x[:, :4]), whole, rtol=1e-5, atol=1e-6)
@@ -342,13 +342,13 @@ def test_padding_has_no_gradient_and_every_word_has_one():
 
 def test_an_empty_text_has_finite_logits():
     model = network()
-    x = model.zeros(5)
+    x = model.zero_inputs(5)
     assert x.dtype == torch.int64 and x.shape == (5, 9)
     assert model(model.initial, x).isfinite().all()
 
 
 def test_the_order_of_the_words_matters():
-    model = network().evaluating()
+    model = network().eval_mode()
     x = ids(6)
     assert not torch.allclose(
         model(model.initial, x), model(model.initial, x[:, [1, 0, *range(2, 9)]]), atol=1e-4
@@ -359,7 +359,7 @@ def test_evaluation_and_training_mode_agree_to_the_bit():
     model = network()
     x = ids(9, 5, 2)
     with torch.no_grad():  # where torch would take its fused path
-        assert torch.equal(model(model.initial, x), model.evaluating()(model.initial, x))
+        assert torch.equal(model(model.initial, x), model.eval_mode()(model.initial, x))
 
 
 def test_the_head_is_the_classifier_and_the_norms_are_norms():
@@ -399,7 +399,7 @@ def test_a_stack_has_the_gradients_of_the_loop(dropout):
     real = torch.tensor([[True, True, True], [True, True, False]] * 2)
 
     def loss(tree, x, y, real, key):
-        with model.prepared(batch := Batch(x, y, real, key, torch.ones(3))):
+        with model.training_context(batch := Batch(x, y, real, key, torch.ones(3))):
             return (
                 cross_entropy(model(tree, batch.x), batch.y, reduction="none") * batch.real
             ).sum()
@@ -443,14 +443,14 @@ def yaml(root):
 def test_the_low_rank_parts_are_on_attention_and_head(yaml):
     built = build_run(read(yaml), str(yaml), Solo())
     decomposed = {
-        n.removesuffix("..A") for n in built.run.kinds[0].first.personal if n.endswith(".A")
+        n.removesuffix("..A") for n in built.run.kinds[0].initial.personal if n.endswith(".A")
     }
     assert decomposed == {
         "blocks.0.attention.in_proj_weight",
         "blocks.0.attention.out_proj.weight",
         "head.weight",
     }
-    assert built.run.kinds[0].first.personal["head.weight..A"].shape == (2, 6)
+    assert built.run.kinds[0].initial.personal["head.weight..A"].shape == (2, 6)
 
 
 def test_a_resume_moves_no_bit_and_the_folder_keeps_the_vocabulary(yaml, root):
@@ -477,7 +477,7 @@ def test_a_resume_on_other_training_texts_is_refused(yaml, root):
     ]
     write(root / "train.csv", rows)
     with pytest.raises(
-        Refused,
+        Refusal,
         match="run/vocabulary.json: is not that of the training texts in data.root = .*start anew",
     ):
         resume(root / "run", ["rounds=2"], Solo())
@@ -488,10 +488,10 @@ def test_the_spread_over_ranks_moves_no_bit(root):
         f"data={{dataset: csv, root: {root}, text: {{label: topic, columns: [body], length: 8}}}}",
         "model={name: transformer, width: 6, heads: 2, layers: 1, feedforward: 10, dropout: 0.1}",
     )
-    alone = played(*settings)[0]
-    for moments in played(*settings, ranks=3):
+    alone = run_rounds(*settings)[0]
+    for moments in run_rounds(*settings, ranks=3):
         for a, b in zip(alone, moments, strict=True):
-            assert equal(a.shared, b.shared) and equal(a.personal, b.personal)
+            assert trees_equal(a.shared, b.shared) and trees_equal(a.personal, b.personal)
 
 
 @pytest.mark.parametrize(
@@ -531,14 +531,14 @@ def test_topics_are_learnt(yaml, root):
 
 def test_a_mistake_in_a_config_of_texts_names_file_and_key(yaml):
     with pytest.raises(
-        Refused, match=r"text.yaml: data.text.label = class: train.csv has no such column"
+        Refusal, match=r"text.yaml: data.text.label = class: train.csv has no such column"
     ):
         build_run(read(yaml, ["data.text.label=class"]), str(yaml), Solo())
     with pytest.raises(
-        Refused, match=r"text.yaml: model.name = cnn: cannot be built: it is for images"
+        Refusal, match=r"text.yaml: model.name = cnn: cannot be built: it is for images"
     ):
         build_run(read(yaml, ["model=cnn"]), str(yaml), Solo())
-    with pytest.raises(Refused, match=r"text.yaml: algorithm.layers = conv.*: matches no weight"):
+    with pytest.raises(Refusal, match=r"text.yaml: algorithm.layers = conv.*: matches no weight"):
         build_run(read(yaml, ["algorithm.layers=[conv.*]"]), str(yaml), Solo())
     with pytest.raises(
         ConfigError,

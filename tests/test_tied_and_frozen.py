@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TINY, built, played, same
+from runs import TINY, build_tiny, run_rounds, snapshots_equal
 from torch import nn
 from torch.nn.functional import linear
 
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.analysis.run_view import open_run
 from fedlora_mpi.cli import main
-from fedlora_mpi.core.names import factor, is_factor
-from fedlora_mpi.core.seeds import isolated
+from fedlora_mpi.core.names import factor_name, is_factor
+from fedlora_mpi.core.seeds import isolate_rng
 from fedlora_mpi.models import zoo
 from fedlora_mpi.models.network import from_module
 
@@ -93,7 +93,7 @@ def embedding(classes, shape):
 
 
 def made(build):
-    with isolated(1, "test"):
+    with isolate_rng(1, "test"):
         module = build()
         return from_module(module, CLASSES, SHAPE), module
 
@@ -117,7 +117,7 @@ def moved(tree):
 @pytest.mark.parametrize("training", [True, False])
 def test_a_tied_network_computes_what_it_does_in_torch(kind, training):
     model, module = made(TIED[kind])
-    model = model if training else model.evaluating()
+    model = model if training else model.eval_mode()
     tree, x = moved(model.initial), inputs()
     with torch.no_grad():
         for name, value in (*module.named_parameters(), *module.named_buffers()):
@@ -175,12 +175,12 @@ def test_where_the_head_is_registered_first_its_shared_weight_is_body_too():
 def test_a_module_that_is_taken_out_is_tied(kind):
     model, module = made(TIED[kind])
     tree = moved(model.initial)
-    out = model.module(tree)
+    out = model.to_module(tree)
     assert list(out.state_dict()) == list(module.state_dict())
     assert dict(out.named_parameters()).keys() == dict(module.named_parameters()).keys()
     for name, first in model.ties.items():
         assert out.state_dict()[name].data_ptr() == out.state_dict()[first].data_ptr()
-    assert torch.equal(out(inputs()), model.evaluating()(tree, inputs()))
+    assert torch.equal(out(inputs()), model.eval_mode()(tree, inputs()))
 
 
 def test_stacked_clients_of_a_tied_network_are_each_of_them():
@@ -257,7 +257,7 @@ def test_the_head_alone_computes_where_the_network_is_one():
 class Forgets(FedAvg):
     """FedAvg whose clients' models lack a leaf."""
 
-    def weights_of(self, model, v):
+    def client_model(self, model, v):
         return {n: w for n, w in v.shared.items() if n != "b.bias"}
 
 
@@ -281,8 +281,8 @@ def test_a_run_of_a_tied_network_has_one_leaf_on_any_ranks(method):
         "rounds=2",
         "train.lr=0.01",
     )
-    alone, together = played(*overrides)[0], played(*overrides, ranks=2)[0]
-    assert all(map(same, alone, together))
+    alone, together = run_rounds(*overrides)[0], run_rounds(*overrides, ranks=2)[0]
+    assert all(map(snapshots_equal, alone, together))
     names = alone[-1].shared.keys() | alone[-1].personal.keys()
     assert "b.weight" in names and not names & {"c.weight", "c.again"}
     assert alone[-1].row["accuracy"] > 0.5
@@ -386,17 +386,17 @@ def of(method, network="backbone", *more):
     ),
 )
 def test_frozen_parameters_are_nobodys_variables(method):
-    run, end = built(*of(method)).run, played(*of(method))[0][-1]
+    run, end = build_tiny(*of(method)).run, run_rounds(*of(method))[0][-1]
     model, tree = run.trainer.model, end.shared | end.personal
-    assert model.locked.keys() == FROZEN and not FROZEN & model.leaves.keys()
+    assert model.frozen_leaves.keys() == FROZEN and not FROZEN & model.leaves.keys()
     assert not [n for n in tree if n.endswith(tuple(FROZEN))]
-    start = played(*of(method))[0][0]
+    start = run_rounds(*of(method))[0][0]
     assert any(not torch.equal(v, (start.shared | start.personal)[n]) for n, v in tree.items())
-    assert all(method == "fedit" or factor(n, "A") not in tree for n in FROZEN)
+    assert all(method == "fedit" or factor_name(n, "A") not in tree for n in FROZEN)
 
 
 def test_frozen_parameters_are_not_sent():
-    row = played(*of("fedavg"))[0][-1].row
+    row = run_rounds(*of("fedavg"))[0][-1].row
     assert row["bytes_up"] == row["bytes_down"] == 4 * 4 * (8 + 64 * 8 + 8 + 8 * CLASSES + CLASSES)
 
 
@@ -424,9 +424,9 @@ def test_frozen_parameters_end_as_they_began_and_are_in_every_file(tmp_path, mon
 def test_frozen_parameters_come_from_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = zoo.build("test_tied_and_frozen:backbone", {}, CLASSES, SHAPE, 1)
-    torch.save(moved(model.values), "a.pt")
+    torch.save(moved(model.all_values), "a.pt")
     loaded = zoo.build("test_tied_and_frozen:backbone", {}, CLASSES, SHAPE, 2, weights="a.pt")
-    assert all(torch.equal(v, moved(model.values)[n]) for n, v in loaded.values.items())
+    assert all(torch.equal(v, moved(model.all_values)[n]) for n, v in loaded.all_values.items())
     assert (
         main(
             [
@@ -470,8 +470,8 @@ def test_where_all_is_frozen_only_low_rank_parts_train(tmp_path, monkeypatch, ca
             and "fedit" in said
             and said.count("\n") == 1
         )
-    start, *_, end = played(*of("fedit", "ice"))[0]
-    assert all(map(is_factor, end.shared)) and factor("middle.weight", "A") in end.shared
+    start, *_, end = run_rounds(*of("fedit", "ice"))[0]
+    assert all(map(is_factor, end.shared)) and factor_name("middle.weight", "A") in end.shared
     assert any(not torch.equal(v, start.shared[n]) for n, v in end.shared.items())
 
 
@@ -494,7 +494,7 @@ def test_a_complex_parameter_is_refused_and_a_frozen_one_is_a_constant():
     assert (
         "wave" in model.constants
         and "wave" not in model.leaves
-        and model.module(model.initial).wave.is_complex()
+        and model.to_module(model.initial).wave.is_complex()
     )
 
 

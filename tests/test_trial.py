@@ -3,13 +3,19 @@
 from dataclasses import replace
 
 import pytest
-from runs import TINY, built, on_ranks, tiny
+from runs import TINY, build_tiny, run_on_ranks, tiny_config
 
 from fedlora_mpi import cli
 from fedlora_mpi import config as configs
 from fedlora_mpi.engine import speed as trial
 from fedlora_mpi.engine.settings import Engine
-from fedlora_mpi.engine.speed import Speed, candidates, fastest, measured, speed
+from fedlora_mpi.engine.speed import (
+    Speed,
+    candidate_engines,
+    fastest_speed,
+    measure_engines,
+    measure_speed,
+)
 from fedlora_mpi.run import assembly as building
 
 MEASURE = Engine(device="cpu", path="measure")
@@ -30,16 +36,20 @@ loop, stack = (
     ],
 )
 def test_what_is_compared(size, most, expected):
-    found = candidates(replace(MEASURE, group_size=size), most)
+    found = candidate_engines(replace(MEASURE, group_size=size), most)
     assert [(engine.path, engine.group_size) for engine in found] == expected
 
 
 def test_the_fastest_wins_and_compiling_counts_twice():
-    compiled = Speed(replace(loop(), compile=True), 0.5, start=10.0)
-    assert fastest([Speed(loop(), 1.0, 99.0), Speed(stack(4), 0.9, 99.0)], 10).engine == stack(4)
-    assert fastest([Speed(loop(), 1.0), Speed(stack(4), 1.0)], 10).engine == loop()
-    assert fastest([Speed(loop(), 1.0), compiled], 39).engine == loop()  # 39 s against 19.5 + 20
-    assert fastest([Speed(loop(), 1.0), compiled], 41).engine == compiled.engine
+    compiled = Speed(replace(loop(), compile=True), 0.5, compile_seconds=10.0)
+    assert fastest_speed(
+        [Speed(loop(), 1.0, 99.0), Speed(stack(4), 0.9, 99.0)], 10
+    ).engine == stack(4)
+    assert fastest_speed([Speed(loop(), 1.0), Speed(stack(4), 1.0)], 10).engine == loop()
+    assert (
+        fastest_speed([Speed(loop(), 1.0), compiled], 39).engine == loop()
+    )  # 39 s against 19.5 + 20
+    assert fastest_speed([Speed(loop(), 1.0), compiled], 41).engine == compiled.engine
 
 
 @pytest.mark.parametrize(
@@ -49,8 +59,8 @@ def test_compiling_is_tried_on_long_runs_alone(samples, there, tried, monkeypatc
     monkeypatch.setattr(
         trial, "speed", lambda engine, _: Speed(engine, 1.0 if engine.path == "stack" else 1.1)
     )
-    monkeypatch.setattr(trial, "compiler", lambda: "g++" if there else None)
-    speeds = measured(MEASURE, 3, samples, lambda engine: [])
+    monkeypatch.setattr(trial, "find_compiler", lambda: "g++" if there else None)
+    speeds = measure_engines(MEASURE, 3, samples, lambda engine: [])
     assert [s.engine.compile for s in speeds] == [False, False] + [True] * tried
     assert not tried or speeds[-1].engine == replace(
         MEASURE, path="stack", group_size=3, compile=True
@@ -58,10 +68,10 @@ def test_compiling_is_tried_on_long_runs_alone(samples, there, tried, monkeypatc
 
 
 def test_a_trial_trains_copies_and_counts_samples(monkeypatch):
-    run = built().run
+    run = build_tiny().run
     kind, asked = run.kinds[0], []
-    clients = run.stacks(run.groups[0])[0]
-    before = {n: v.clone() for n, v in (kind.first.shared | kind.first.personal).items()}
+    clients = run.split_into_stacks(run.groups[0])[0]
+    before = {n: v.clone() for n, v in (kind.initial.shared | kind.initial.personal).items()}
     clock = iter([0, 5, 5, 7, 7, 10, 10, 13])  # the first of four repeats takes 5 s, the best 2
     monkeypatch.setattr(trial.time, "perf_counter", lambda: next(clock))
     own = type(kind.trainer).train
@@ -70,10 +80,12 @@ def test_a_trial_trains_copies_and_counts_samples(monkeypatch):
         "train",
         lambda self, ids, *rest: asked.append(ids) or own(self, ids, *rest),
     )
-    found = speed(stack(2), [(kind.trainer, kind.first, clients)])
+    found = measure_speed(stack(2), [(kind.trainer, kind.initial, clients)])
     samples = sum(min(16, run.sizes[c]) for c in clients) * 3  # two batches of 8, three epochs
-    assert (found.sample, found.start, asked) == (2 / samples, 3, [clients] * 4)
-    assert all((v == before[n]).all() for n, v in (kind.first.shared | kind.first.personal).items())
+    assert (found.sample_seconds, found.compile_seconds, asked) == (2 / samples, 3, [clients] * 4)
+    assert all(
+        (v == before[n]).all() for n, v in (kind.initial.shared | kind.initial.personal).items()
+    )
 
 
 @pytest.mark.parametrize("winner", ["loop", "stack"])
@@ -84,9 +96,9 @@ def test_the_first_worker_measures_and_all_ranks_follow(winner, monkeypatch, cap
         measuring.append([len(clients) for _, _, clients in tried])
         return Speed(engine, 1.0 if engine.path == winner else 2.0)
 
-    monkeypatch.setattr(trial, "speed", fake)
-    config = replace(tiny("engine.path=measure", "engine.group_size=auto"))
-    engines = on_ranks(3, lambda comm: building.build(config, str(TINY), comm).config.engine)
+    monkeypatch.setattr(trial, "measure_speed", fake)
+    config = replace(tiny_config("engine.path=measure", "engine.group_size=auto"))
+    engines = run_on_ranks(3, lambda comm: building.build(config, str(TINY), comm).config.engine)
     assert measuring == [[1], [2]]  # 4 clients a round, two workers
     assert {(e.path, e.group_size) for e in engines} == {
         ("loop", 1) if winner == "loop" else ("stack", 2)
@@ -115,6 +127,6 @@ def test_a_resume_keeps_what_was_measured(tmp_path, monkeypatch):
 
     recorded = lines()
     assert configs.read(tmp_path / "run/config.yaml").engine == Engine("cpu", "stack", 2)
-    monkeypatch.setattr(trial, "speed", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(trial, "measure_speed", lambda *_: pytest.fail("measured again"))
     assert cli.main(["run", str(TINY), *asked, "rounds=2", "--resume"]) == 0
     assert lines() == [line.replace("rounds: 1", "rounds: 2") for line in recorded]

@@ -10,8 +10,8 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from folders import logged
-from runs import command, environment
+from folders import write_run
+from runs import command_line, process_environment
 
 from fedlora_mpi.analysis import watch
 from fedlora_mpi.cli import main
@@ -33,26 +33,29 @@ def seen(tmp_path, rounds=10, quiet=0.0, ranks=3, **columns):
     }
     row |= {"seconds_exchange": np.full(several, 1.0)}
     stages = {"train": np.arange(ranks) + 1.0, "waiting": np.zeros(ranks)}
-    return watch.Seen(
-        tmp_path, config, row | columns, watch.Load(stages, 0.5) if ranks else None, quiet
+    return watch.RunStatus(
+        tmp_path, config, row | columns, watch.RankLoad(stages, 0.5) if ranks else None, quiet
     )
 
 
 def text(view, width=80, height=24):
-    lines = watch.plain(watch.frame(view, width, height)).split("\n")
+    lines = watch.plain_text(watch.render_frame(view, width, height)).split("\n")
     assert len(lines) <= height and max(map(len, lines)) <= width
     return lines
 
 
 def test_a_curve_joins_its_points_from_the_lowest_to_the_highest():
-    assert watch.curve(np.array([0, 7]), np.array([0.0, 7.0]), (0, 7), 4, 2) == ["⠀⠀⡠⠊", "⡠⠊⠀⠀"]
-    assert watch.curve(np.array([0, 3]), np.array([5.0, 5.0]), (0, 7), 4, 1) == ["⠉⠉⠀⠀"], (
+    assert watch.braille_curve(np.array([0, 7]), np.array([0.0, 7.0]), (0, 7), 4, 2) == [
+        "⠀⠀⡠⠊",
+        "⡠⠊⠀⠀",
+    ]
+    assert watch.braille_curve(np.array([0, 3]), np.array([5.0, 5.0]), (0, 7), 4, 1) == ["⠉⠉⠀⠀"], (
         "as far as there are rounds"
     )
-    assert watch.curve(np.array([7]), np.array([1.0]), (0, 7), 4, 1) == ["⠀⠀⠀⠈"], (
+    assert watch.braille_curve(np.array([7]), np.array([1.0]), (0, 7), 4, 1) == ["⠀⠀⠀⠈"], (
         "a lone point is seen"
     )
-    steep = watch.curve(np.array([0, 1]), np.array([0.0, 1.0]), (0, 1), 1, 2)
+    steep = watch.braille_curve(np.array([0, 1]), np.array([0.0, 1.0]), (0, 1), 1, 2)
     assert steep == ["⢸", "⡸"], "no gap between neighbours"
 
 
@@ -64,8 +67,8 @@ def test_a_frame_tells_round_accuracy_time_left_and_load(tmp_path):
     assert lines[0] == f"{tmp_path}  fedlora on digits, 7 clients"[:80].rstrip()
     assert lines[1] == "round 2/10 · accuracy 25.00% (worst client 12.50%) after round 1"
     assert lines[2] == "train loss 0.5000 · 4 s a round · 32 s left"
-    assert lines[3].startswith(" 25.00% │") and "└ accuracy by round, 0 to 10" in watch.plain(
-        watch.frame(view, 80, 24)
+    assert lines[3].startswith(" 25.00% │") and "└ accuracy by round, 0 to 10" in watch.plain_text(
+        watch.render_frame(view, 80, 24)
     )
     assert lines[-4].startswith("seconds a round, workers 50% balanced: █ train")
     assert [line.count("█") for line in lines[-3:]] == [20, 40, 60] and lines[-1].endswith("3 s")
@@ -75,7 +78,7 @@ def test_a_frame_fits_small_terminals_many_ranks_and_runs_without_accuracy(tmp_p
     many = seen(tmp_path, ranks=64, accuracy=np.linspace(0.1, 0.9, 8), accuracy_worst=np.zeros(8))
     lines = text(many, 60, 40)
     assert [int(line.split()[0]) for line in lines[-12:]] == [*range(6), *range(58, 64)]
-    assert "of 64 ranks" in watch.plain(watch.frame(many, 200, 40))
+    assert "of 64 ranks" in watch.plain_text(watch.render_frame(many, 200, 40))
     small = text(many, 40, 8)
     assert small[-1].endswith("accuracy by round, 0 to 10") and not any(
         "█" in line for line in small
@@ -97,7 +100,7 @@ def test_a_silent_run_is_told_and_a_finished_one_never_is(tmp_path):
 
 
 def test_lines_follow_a_run_to_its_end_and_once_is_one_frame(tmp_path, capsys):
-    folder = logged(tmp_path / "run", [0.5, 0.25, 0.75], [1.0, 0.5, 0.75], rounds=2)
+    folder = write_run(tmp_path / "run", [0.5, 0.25, 0.75], [1.0, 0.5, 0.75], rounds=2)
     assert main(["watch", str(folder), "--every", "0.1"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(
@@ -117,10 +120,10 @@ def test_what_cannot_be_watched_is_refused_in_one_line(tmp_path, capsys):
 
 
 def test_a_run_is_followed_while_another_process_writes_it(tmp_path):
-    folder = logged(tmp_path / "run", [0.5, 0.25, 0.75], rounds=30)
+    folder = write_run(tmp_path / "run", [0.5, 0.25, 0.75], rounds=30)
     process = subprocess.Popen(
-        command("watch", folder, "--every", "0.1"),
-        env=environment(),
+        command_line("watch", folder, "--every", "0.1"),
+        env=process_environment(),
         stdout=subprocess.PIPE,
         text=True,
         bufsize=1,
@@ -144,14 +147,18 @@ def test_a_run_is_followed_while_another_process_writes_it(tmp_path):
 def on_terminal(folder, stop):
     """(exit code, what a terminal got) of ``watch``, after Ctrl-C where it is to ``stop``."""
     server, terminal = pty.openpty()
-    line = command("watch", folder, "--every", "0.1")
+    line = command_line("watch", folder, "--every", "0.1")
 
     # who runs tests in the background may ignore Ctrl-C
     def heard():
         return signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     process = subprocess.Popen(
-        line, env=environment(TERM="xterm"), stdout=terminal, stderr=terminal, preexec_fn=heard
+        line,
+        env=process_environment(TERM="xterm"),
+        stdout=terminal,
+        stderr=terminal,
+        preexec_fn=heard,
     )
     os.close(terminal)
     got = b""
@@ -170,7 +177,7 @@ def on_terminal(folder, stop):
 )
 def test_on_a_terminal_the_last_view_stays_at_the_end_and_after_ctrl_c(tmp_path, rows, stop):
     pytest.importorskip("rich")
-    folder = logged(tmp_path / "run", *[[0.5, 0.25, 0.75]] * rows, rounds=2)
+    folder = write_run(tmp_path / "run", *[[0.5, 0.25, 0.75]] * rows, rounds=2)
     code, got = on_terminal(folder, stop)
     assert code == 0 and "Traceback" not in got
     last = got.rpartition("\x1b[?1049l")[2]  # back from the alternate screen
@@ -178,7 +185,7 @@ def test_on_a_terminal_the_last_view_stays_at_the_end_and_after_ctrl_c(tmp_path,
 
 
 def test_without_rich_a_terminal_is_told_what_to_install(tmp_path, monkeypatch, capsys):
-    folder = logged(tmp_path / "run", [0.5, 0.25, 0.75], rounds=2)
+    folder = write_run(tmp_path / "run", [0.5, 0.25, 0.75], rounds=2)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setitem(sys.modules, "rich.live", None)
     assert main(["watch", str(folder)]) == 2
@@ -186,13 +193,13 @@ def test_without_rich_a_terminal_is_told_what_to_install(tmp_path, monkeypatch, 
 
 
 def test_a_log_that_a_resume_replaces_is_waited_for(tmp_path, monkeypatch):
-    folder = logged(tmp_path / "run", [0.5, 0.25, 0.75], rounds=1)
-    begun = watch.Seen.read(folder)
-    begun = watch.Seen(folder, begun.config | {"rounds": 2}, begun.rounds, None, 0.0)
+    folder = write_run(tmp_path / "run", [0.5, 0.25, 0.75], rounds=1)
+    begun = watch.RunStatus.read(folder)
+    begun = watch.RunStatus(folder, begun.config | {"rounds": 2}, begun.rounds, None, 0.0)
     hidden, shown = (folder / "log.h5").rename(folder / "hidden.h5"), []
     with pytest.raises(ValueError, match="not a run folder"):
-        watch._follow(begun, 0.001, lambda now: shown.append(now.round))
+        watch._follow_run(begun, 0.001, lambda now: shown.append(now.round))
     looks = iter((lambda: None, lambda: None, lambda: hidden.rename(folder / "log.h5")))
     monkeypatch.setattr(watch.time, "sleep", lambda _: next(looks)())
-    watch._follow(begun, 0.05, lambda now: shown.append(now.round), always=True)
+    watch._follow_run(begun, 0.05, lambda now: shown.append(now.round), show_always=True)
     assert shown == [1, 1, 1]

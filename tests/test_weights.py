@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TINY, built, equal, outcome, tiny
+from runs import TINY, build_tiny, run_outcome, tiny_config, trees_equal
 from torch import nn
 from user_parts import with_norm
 
 from fedlora_mpi import config as configs
-from fedlora_mpi.algorithm import Vars
+from fedlora_mpi.algorithm import Variables
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.analysis.run_view import open_run
 from fedlora_mpi.cli import main
 from fedlora_mpi.core.tree import split
-from fedlora_mpi.core.vision import torchvision
+from fedlora_mpi.core.vision import import_torchvision
 from fedlora_mpi.models import weights, zoo
 
 SHAPE, OPTIONS = (1, 8, 8), {"width": 3, "hidden": 5}
@@ -34,7 +34,7 @@ def cnn(seed, classes=4, given=None, **options):
 def saved(path: Path, tree: dict) -> Path:
     """A file of either format with these tensors."""
     if path.suffix == ".safetensors":
-        path.write_bytes(weights.packed(tree))
+        path.write_bytes(weights.pack_safetensors(tree))
     else:
         torch.save(tree, path)
     return path
@@ -56,7 +56,9 @@ def test_the_initial_weights_are_those_of_the_file(here, name):
     other = cnn(seed=2)
     saved(here / name, other.initial)
     model = cnn(seed=1, given=name)
-    assert equal(model.initial, other.initial) and not equal(model.initial, cnn(seed=1).initial)
+    assert trees_equal(model.initial, other.initial) and not trees_equal(
+        model.initial, cnn(seed=1).initial
+    )
     assert model.leaves == other.leaves and list(model.initial) == list(other.initial)
 
 
@@ -64,13 +66,13 @@ def test_a_path_may_begin_at_home(here, monkeypatch):
     monkeypatch.setenv("HOME", str(here))
     (here / "nets").mkdir()
     saved(here / "nets/a.pt", cnn(seed=2).initial)
-    assert equal(cnn(seed=1, given="~/nets/a.pt").initial, cnn(seed=2).initial)
+    assert trees_equal(cnn(seed=1, given="~/nets/a.pt").initial, cnn(seed=2).initial)
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model"])
 def test_a_training_checkpoint_may_hold_the_state_dict_inside(here, key):
     torch.save({"epoch": 3, key: cnn(seed=2).initial, "optimizer": {"lr": 0.1}}, here / "a.pt")
-    assert equal(cnn(seed=1, given="a.pt").initial, cnn(seed=2).initial)
+    assert trees_equal(cnn(seed=1, given="a.pt").initial, cnn(seed=2).initial)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -78,7 +80,7 @@ def test_a_training_checkpoint_may_hold_the_state_dict_inside(here, key):
 def test_other_floats_become_float32(tmp_path, suffix, dtype):
     tree = {n: v.to(dtype) for n, v in cnn(seed=2).initial.items()}
     found = weights.read(saved(tmp_path / f"a{suffix}", tree))
-    assert equal(found, {n: v.float() for n, v in tree.items()})
+    assert trees_equal(found, {n: v.float() for n, v in tree.items()})
 
 
 def test_what_is_read_shares_no_memory_and_asks_for_no_gradient(tmp_path):
@@ -86,7 +88,7 @@ def test_what_is_read_shares_no_memory_and_asks_for_no_gradient(tmp_path):
     tree = {"a": nn.Parameter(whole[1:].t()), "b": whole}
     torch.save(tree, tmp_path / "a.pt")
     found = weights.read(tmp_path / "a.pt")
-    assert equal(found, {"a": whole[1:].t(), "b": whole})
+    assert trees_equal(found, {"a": whole[1:].t(), "b": whole})
     assert found["a"].is_contiguous() and not found["a"].requires_grad
     assert found["a"].untyped_storage().data_ptr() != found["b"].untyped_storage().data_ptr()
 
@@ -97,7 +99,7 @@ def test_views_and_other_memory_formats_are_written_as_their_numbers(tmp_path):
         "a": flat[:12].view(3, 4).t(),
         "b": flat[12:].view(1, 3, 2, 2).to(memory_format=torch.channels_last),
     }
-    assert equal(weights.read(saved(tmp_path / "a.safetensors", tree)), tree)
+    assert trees_equal(weights.read(saved(tmp_path / "a.safetensors", tree)), tree)
 
 
 def test_a_module_of_torch_comes_with_its_statistics_and_without_its_counts(here):
@@ -138,7 +140,7 @@ def test_a_layer_of_two_names_and_a_table_that_is_not_saved_are_no_mistakes(here
     assert "again.weight" in module.state_dict() and "table" not in module.state_dict()
     torch.save(module.state_dict(), here / "a.pt")
     model = zoo.build("test_weights:tied", {}, 4, SHAPE, 1, weights="a.pt")
-    assert equal(
+    assert trees_equal(
         model.initial,
         {n: module.get_parameter(n) for n in model.initial if n != "table"}
         | {"table": torch.ones(64)},
@@ -157,7 +159,9 @@ def test_a_head_for_other_classes_keeps_the_initial_weights_of_the_seed(here):
     )
     head, body = split(model.initial, lambda n: model.role(n) == "head")
     assert sorted(head) == ["9.bias", "9.weight"]
-    assert equal(head, {n: own[n] for n in head}) and equal(body, {n: other[n] for n in body})
+    assert trees_equal(head, {n: own[n] for n in head}) and trees_equal(
+        body, {n: other[n] for n in body}
+    )
 
 
 @pytest.mark.parametrize("absent", [["9.weight"], ["9.bias"], ["9.weight", "9.bias"]])
@@ -314,9 +318,9 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     torch.save(zoo.build(SQUEEZE, {}, 3, IMAGE, 2).initial, folder / "new.pth")
     path = (folder / "new.pth").rename(
-        folder / f"squeezenet1_1-{weights.digest(folder / 'new.pth')[:8]}.pth"
+        folder / f"squeezenet1_1-{weights.file_digest(folder / 'new.pth')[:8]}.pth"
     )
-    known = torchvision().models.get_model_weights("squeezenet1_1")["IMAGENET1K_V1"].value
+    known = import_torchvision().models.get_model_weights("squeezenet1_1")["IMAGENET1K_V1"].value
     monkeypatch.setattr(known, "url", f"https://download.pytorch.org/models/{path.name}")
     return path
 
@@ -324,8 +328,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("given", ["IMAGENET1K_V1", "DEFAULT"])
 def test_the_weights_of_torchvision_are_found_in_the_cache_of_torch(cache, given):
     model = zoo.build(SQUEEZE, {}, 3, IMAGE, 1, weights=given)
-    assert equal(model.initial, zoo.build(SQUEEZE, {}, 3, IMAGE, 2).initial)
-    assert weights.find(SQUEEZE, given).path == cache
+    assert trees_equal(model.initial, zoo.build(SQUEEZE, {}, 3, IMAGE, 2).initial)
+    assert weights.find_file(SQUEEZE, given).path == cache
 
 
 def test_a_file_in_the_cache_whose_digest_is_not_that_of_its_name_is_refused(cache):
@@ -365,7 +369,7 @@ def test_a_name_that_torchvision_does_not_know_is_refused_with_those_it_has(give
 def test_a_network_of_torchvision_takes_a_file_too(here):
     saved(here / "a.pt", zoo.build(SQUEEZE, {}, 3, IMAGE, 2).initial)
     model = zoo.build(SQUEEZE, {"dropout": 0.25}, 3, IMAGE, 1, weights="a.pt")
-    assert equal(model.initial, zoo.build(SQUEEZE, {}, 3, IMAGE, 2).initial)
+    assert trees_equal(model.initial, zoo.build(SQUEEZE, {}, 3, IMAGE, 2).initial)
 
 
 # --- the config
@@ -373,15 +377,17 @@ def test_a_network_of_torchvision_takes_a_file_too(here):
 
 def test_a_config_without_weights_has_the_digest_it_had_before_there_were_any():
     # of the last commit that knew no weights
-    assert configs.digest(tiny()) == "d2c2be1703531baf519f776b692618ed"
-    assert configs.digest(tiny("model.weights=null")) == configs.digest(tiny())
-    assert "weights" not in configs.resolved_dict(tiny())["model"]
-    assert configs.digest(tiny("model.weights=a.pt")) != configs.digest(tiny("model.weights=b.pt"))
+    assert configs.digest(tiny_config()) == "d2c2be1703531baf519f776b692618ed"
+    assert configs.digest(tiny_config("model.weights=null")) == configs.digest(tiny_config())
+    assert "weights" not in configs.resolved_dict(tiny_config())["model"]
+    assert configs.digest(tiny_config("model.weights=a.pt")) != configs.digest(
+        tiny_config("model.weights=b.pt")
+    )
 
 
 @pytest.mark.parametrize("network", ["cnn", "torchvision:resnet18", "user_parts:wide"])
 def test_every_network_takes_weights_beside_its_options_in_a_mix_too(network):
-    config = tiny(f"model={{mix: [{network}, {{name: '{network}', weights: a.pt}}]}}")
+    config = tiny_config(f"model={{mix: [{network}, {{name: '{network}', weights: a.pt}}]}}")
     assert [n.weights for n in config.model.mix] == [None, "a.pt"]
     assert all("weights" not in n.options for n in config.model.mix)
     tree = configs.resolved_dict(config)
@@ -432,20 +438,20 @@ def backbone(here):
 
 def test_every_client_of_the_network_starts_from_the_file(backbone):
     mix = f"model={{mix: [{{name: cnn, width: 4, hidden: 8, weights: {backbone}}}, {{name: cnn, width: 4, hidden: 8}}]}}"
-    first, second = (kind.first for kind in built(mix, "algorithm=local").run.kinds)
-    assert equal(first.personal, tiny_net(7).initial)
-    assert equal(second.personal, tiny_net(1).initial)
+    first, second = (kind.initial for kind in build_tiny(mix, "algorithm=local").run.kinds)
+    assert trees_equal(first.personal, tiny_net(7).initial)
+    assert trees_equal(second.personal, tiny_net(1).initial)
 
 
 def test_the_content_of_every_file_is_in_the_digest_of_the_run(backbone):
     def digest():
-        return built.__wrapped__(f"model.weights={backbone}").digest
+        return build_tiny.__wrapped__(f"model.weights={backbone}").digest
 
     before = digest()
     assert digest() == before and before.startswith(
-        configs.digest(tiny(f"model.weights={backbone}")) + "-"
+        configs.digest(tiny_config(f"model.weights={backbone}")) + "-"
     )
-    backbone.write_bytes(weights.packed(tiny_net(8).initial))
+    backbone.write_bytes(weights.pack_safetensors(tiny_net(8).initial))
     assert digest() != before and digest().rpartition("-")[0] == before.rpartition("-")[0]
 
 
@@ -454,14 +460,14 @@ def test_a_resume_goes_on_with_the_same_file_and_moves_no_bit(backbone, here):
     assert main(["run", str(TINY), given, "output=whole"]) == 0
     assert main(["run", str(TINY), given, "output=cut", "rounds=2"]) == 0
     assert main(["resume", "cut", "rounds=4"]) == 0
-    whole, cut = outcome(here / "whole"), outcome(here / "cut")
+    whole, cut = run_outcome(here / "whole"), run_outcome(here / "cut")
     assert (whole["shared"], whole["personal"]) == (cut["shared"], cut["personal"])
 
 
 def test_a_resume_with_another_content_or_none_is_refused(backbone, here, capsys):
     assert main(["run", str(TINY), f"model.weights={backbone.name}", "output=run", "rounds=2"]) == 0
     before = (here / "run/log.h5").read_bytes()
-    backbone.write_bytes(weights.packed(tiny_net(8).initial))
+    backbone.write_bytes(weights.pack_safetensors(tiny_net(8).initial))
     capsys.readouterr()
     key = "fedlora-mpi: run/config.yaml: model.weights = net.safetensors: "
     assert main(["resume", "run", "rounds=4"]) == 2
@@ -486,7 +492,7 @@ def test_a_resume_on_another_file_is_another_config(backbone, here, capsys):
 def test_a_run_is_read_without_its_file_where_a_checkpoint_has_every_leaf(backbone):
     assert main(["run", str(TINY), f"model.weights={backbone.name}", "output=run", "rounds=2"]) == 0
     there = open_run("run").client(3)
-    assert equal(there.network.initial, tiny_net(7).initial)
+    assert trees_equal(there.network.initial, tiny_net(7).initial)
     x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1))
     logits = there.model(x)
     backbone.unlink()
@@ -503,9 +509,9 @@ class HeadAlone(FedAvg):
     """Trains the head; the frozen rest is in the network alone."""
 
     def init(self, model, rng):
-        return Vars(split(model.initial, lambda n: model.role(n) == "head")[0], {})
+        return Variables(split(model.initial, lambda n: model.role(n) == "head")[0], {})
 
-    def weights_of(self, model, v):
+    def client_model(self, model, v):
         return model.initial | v.shared
 
 

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from fedlora_mpi.algorithm import Algorithm, Vars
+from fedlora_mpi.algorithm import Algorithm, Variables
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.models.zoo import cnn
 
@@ -93,7 +93,7 @@ class Breaks(FedAvg):
     client: int = 2
     breaks: bool = False
 
-    def of_client(self, client, clients):
+    def for_client(self, client, clients):
         return replace(self, breaks=client == self.client)
 
     def upload(self, start, end):
@@ -118,7 +118,7 @@ class FrozenLora(Algorithm):
     head: tuple[str, ...] = ("*.classifier.*", "*.pre_classifier.*")
     dense: bool = False  # pretend that the server has changed the frozen weights
 
-    def chosen(self, model):
+    def matching_leaves(self, model):
         return [
             name
             for name in model.leaves
@@ -127,7 +127,7 @@ class FrozenLora(Algorithm):
 
     def init(self, model, rng):
         shared = {}
-        for number, name in enumerate(self.chosen(model)):
+        for number, name in enumerate(self.matching_leaves(model)):
             out_side, in_side = model.initial[name].shape[0], model.initial[name][0].numel()
             shared[f"{name}.A"] = torch.randn(1 + number % 3, in_side, generator=rng) / in_side**0.5
             shared[f"{name}.B"] = torch.zeros(out_side, 1 + number % 3)
@@ -136,43 +136,43 @@ class FrozenLora(Algorithm):
             for name in model.leaves
             if any(fnmatchcase(name, pattern) for pattern in self.head)
         ]
-        return Vars(shared, {name: model.initial[name] for name in head})
+        return Variables(shared, {name: model.initial[name] for name in head})
 
-    def parts(self, model, v):
-        names = self.chosen(model)
+    def lora_factors(self, model, v):
+        names = self.matching_leaves(model)
         return {
             n: (v.shared[f"{n}.A"], v.shared[f"{n}.B"], 1 / (1 + i % 2))
             for i, n in enumerate(names)
         }
 
-    def weights_of(self, model, v):
+    def client_model(self, model, v):
         tree = model.initial | v.personal
         return tree | {
             n: tree[n] + (s * b @ a).view(tree[n].shape)
-            for n, (a, b, s) in self.parts(model, v).items()
+            for n, (a, b, s) in self.lora_factors(model, v).items()
         }
 
     def adapter(self, model, v):
         if self.dense:
             raise ValueError("the server has changed the frozen weights themselves")
-        return self.parts(model, v), v.personal
+        return self.lora_factors(model, v), v.personal
 
 
 def small_vit(classes: int, shape: tuple[int, ...]) -> nn.Module:
     """torchvision's Vision Transformer with one block of 12 features, on 4 patches."""
-    from fedlora_mpi.core.vision import torchvision
+    from fedlora_mpi.core.vision import import_torchvision
 
     side = shape[1]
-    return torchvision().models.VisionTransformer(
+    return import_torchvision().models.VisionTransformer(
         side, side // 2, 1, 2, 12, 20, num_classes=classes
     )
 
 
 def small_resnet(classes: int, shape: tuple[int, ...]) -> nn.Module:
     """torchvision's ResNet with one block a stage."""
-    from fedlora_mpi.core.vision import torchvision
+    from fedlora_mpi.core.vision import import_torchvision
 
-    models = torchvision().models
+    models = import_torchvision().models
     return models.ResNet(
         models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=classes, width_per_group=64
     )

@@ -6,10 +6,10 @@ import numpy as np
 
 from fedlora_mpi.mpi import comm as comms
 
-comms._MOST = int(sys.argv[1])
+comms._MAX_ITEMS = int(sys.argv[1])
 comm = comms.Mpi()
 rank, ranks = comm.rank, comm.size
-after, before = (rank + 1) % ranks, (rank - 1) % ranks
+next_rank, previous_rank = (rank + 1) % ranks, (rank - 1) % ranks
 
 numbers = np.arange(23).reshape(1, 23) * (rank + 1)
 comm.sum(numbers)
@@ -20,13 +20,13 @@ counts = [3 * r + 1 for r in range(ranks)]
 gathered = comm.gather(np.full(counts[rank], rank + 0.5, np.float32), counts)
 assert (gathered == np.repeat(np.arange(ranks) + 0.5, counts)).all()
 
-between = np.array([[(a * 5 + b * 3) % 11 for b in range(ranks)] for a in range(ranks)])
-posted = np.zeros(31)
-mail = comm.post(np.full(31, float(rank)), after, posted, before)
-send = np.repeat(100 * rank + np.arange(ranks, dtype=np.float32), between[rank])
-arrived = comm.exchange(send, between[rank].tolist(), between[:, rank].tolist())
-assert (arrived == np.repeat(100 * np.arange(ranks) + rank, between[:, rank])).all()
-mail.arrive()
-assert mail.arrived() and (posted == before).all()
+counts_between = np.array([[(a * 5 + b * 3) % 11 for b in range(ranks)] for a in range(ranks)])
+received_copy = np.zeros(31)
+pending = comm.post(np.full(31, float(rank)), next_rank, received_copy, previous_rank)
+send = np.repeat(100 * rank + np.arange(ranks, dtype=np.float32), counts_between[rank])
+arrived = comm.exchange(send, counts_between[rank].tolist(), counts_between[:, rank].tolist())
+assert (arrived == np.repeat(100 * np.arange(ranks) + rank, counts_between[:, rank])).all()
+pending.wait()
+assert pending.is_received() and (received_copy == previous_rank).all()
 assert len(comm.exchange(np.empty(0, np.float32), [0] * ranks, [0] * ranks)) == 0
 print("well", flush=True)

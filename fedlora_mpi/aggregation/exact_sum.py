@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..core.transfer import to_device, to_host
 
-_HIGH = 2.0**24  # the first limb counts units of 2^-24 ...
-_LOW = 2.0**66  # ... the second what is left, in units of 2^-66
+_HIGH_SCALE = 2.0**24  # the first limb counts units of 2^-24 ...
+_LOW_SCALE = 2.0**66  # ... the second what is left, in units of 2^-66
 # numbers that stay in a core's cache: 6 times as fast as one pass after the other over all of them
-_PART = 2**16
+_CHUNK_SIZE = 2**16
 CPU = torch.device("cpu")
 LIMIT = 2.0**38  # bound of a sum's magnitude: half of what 63 bits of 2^-24 hold
 
@@ -27,43 +27,45 @@ class ExactSum:
     """
 
     def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
-        self._here = torch.zeros(2, size, dtype=torch.int64)
-        self._there: Tensor | None = None  # the rest of the sum, on a GPU
+        self._host_limbs = torch.zeros(2, size, dtype=torch.int64)
+        self._gpu_limbs: Tensor | None = None  # the rest of the sum, on a GPU
 
     @property
     def buffer(self) -> np.ndarray:
         """[2, size] on the host, to be written to: what one allreduce has to add up."""
-        if self._there is not None:
-            self._here = self._here + to_host([self._there])[0]
-            self._there = None
-        return self._here.numpy()
+        if self._gpu_limbs is not None:
+            self._host_limbs = self._host_limbs + to_host([self._gpu_limbs])[0]
+            self._gpu_limbs = None
+        return self._host_limbs.numpy()
 
     @buffer.setter
-    def buffer(self, whole: np.ndarray) -> None:
-        self._here, self._there = torch.from_numpy(whole), None
+    def buffer(self, values: np.ndarray) -> None:
+        self._host_limbs, self._gpu_limbs = torch.from_numpy(values), None
 
-    def add(self, vector: Tensor, weight: float, at: int = 0) -> None:
+    def add(self, vector: Tensor, weight: float, offset: int = 0) -> None:
         """Add weight * vector [n] to the numbers from position ``at`` on; the host waits for no
         GPU.
         """
-        limbs, part = self._here, _PART
+        limbs, chunk_size = self._host_limbs, _CHUNK_SIZE
         if vector.device.type != "cpu":
-            if self._there is None:
-                self._there = torch.zeros(self._here.shape, dtype=torch.int64, device=vector.device)
-            limbs, part = self._there, max(1, len(vector))
-        places = (limb.split(part) for limb in limbs[:, at : at + len(vector)])
-        for numbers, high, low in zip(vector.split(part), *places, strict=True):
-            value = numbers.to(torch.float64, copy=True).mul_(weight * _HIGH)
+            if self._gpu_limbs is None:
+                self._gpu_limbs = torch.zeros(
+                    self._host_limbs.shape, dtype=torch.int64, device=vector.device
+                )
+            limbs, chunk_size = self._gpu_limbs, max(1, len(vector))
+        limb_chunks = (limb.split(chunk_size) for limb in limbs[:, offset : offset + len(vector)])
+        for numbers, high, low in zip(vector.split(chunk_size), *limb_chunks, strict=True):
+            value = numbers.to(torch.float64, copy=True).mul_(weight * _HIGH_SCALE)
             units = value.round()
             high.add_(units.long())
-            low.add_(value.sub_(units).mul_(_LOW / _HIGH).round_().long())
+            low.add_(value.sub_(units).mul_(_LOW_SCALE / _HIGH_SCALE).round_().long())
 
-    def total(self, at: int = 0, device: torch.device = CPU) -> Tensor:
+    def total(self, offset: int = 0, device: torch.device = CPU) -> Tensor:
         """The sum of the numbers from position ``at`` on, float64 [size - at], computed on
         ``device``.
         """
-        high, low = to_device(torch.from_numpy(self.buffer[:, at:]), device).double()
-        return high / _HIGH + low / _LOW
+        high, low = to_device(torch.from_numpy(self.buffer[:, offset:]), device).double()
+        return high / _HIGH_SCALE + low / _LOW_SCALE
 
 
 class FastSum:
@@ -74,22 +76,24 @@ class FastSum:
     def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
         self.buffer = torch.zeros(size, dtype=dtype).numpy()
 
-    def add(self, vector: Tensor, weight: float, at: int = 0) -> None:
+    def add(self, vector: Tensor, weight: float, offset: int = 0) -> None:
         """Add weight * vector [n] to the numbers from position ``at`` on."""
-        torch.from_numpy(self.buffer)[at : at + len(vector)].add_(vector.cpu(), alpha=weight)
+        torch.from_numpy(self.buffer)[offset : offset + len(vector)].add_(
+            vector.cpu(), alpha=weight
+        )
 
-    def total(self, at: int = 0, device: torch.device = CPU) -> Tensor:
+    def total(self, offset: int = 0, device: torch.device = CPU) -> Tensor:
         """The sum of the numbers from position ``at`` on, float64 [size - at], on ``device``."""
-        return to_device(torch.from_numpy(self.buffer[at:]), device).double()
+        return to_device(torch.from_numpy(self.buffer[offset:]), device).double()
 
 
-def settle(mean: Tensor, before: Tensor | None) -> Tensor:
+def absorb_rounding(mean: Tensor, previous: Tensor | None) -> Tensor:
     """``mean`` of a leaf; of float64 what was there ``before`` where they differ by rounding alone,
     so that the mean of numbers that nobody has moved is these numbers, as it is of coarser ones.
     """
-    if mean.dtype != torch.float64 or before is None or before.shape != mean.shape:
+    if mean.dtype != torch.float64 or previous is None or previous.shape != mean.shape:
         return mean
-    return torch.where((mean - before).abs() <= 2**-50 * before.abs(), before, mean)
+    return torch.where((mean - previous).abs() <= 2**-50 * previous.abs(), previous, mean)
 
 
-SUMS = {"exact": ExactSum, "fast": FastSum}
+SUM_TYPES = {"exact": ExactSum, "fast": FastSum}

@@ -36,77 +36,79 @@ class Layout:
         return sum(s.numel() for s in self.shapes.values())
 
     @property
-    def described(self) -> dict[str, str]:
+    def leaf_descriptions(self) -> dict[str, str]:
         """The shape of each leaf, and its dtype where that is not float32, such as "[3, 5]
         float64".
         """
-        told = {n: str(dtype).replace("torch.", " ") for n, dtype in self.dtypes.items()}
-        return {n: f"{list(s)}{told.get(n, '')}" for n, s in self.shapes.items()}
+        dtype_names = {n: str(dtype).replace("torch.", " ") for n, dtype in self.dtypes.items()}
+        return {n: f"{list(s)}{dtype_names.get(n, '')}" for n, s in self.shapes.items()}
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes of the leaves, each in its own dtype."""
-        return sum(s.numel() * self._dtype(n).itemsize for n, s in self.shapes.items())
+        return sum(s.numel() * self._leaf_dtype(n).itemsize for n, s in self.shapes.items())
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """In which the vector travels: float64 where any leaf is, else float32."""
-        return joint(self.dtypes.values())
+        return joint_dtype(self.dtypes.values())
 
     def pack(self, tree: Tree) -> Tensor:
         """Copy the leaves into one vector [D], float64 where any of ``tree`` is, else float32."""
         parts = [tree[name].reshape(-1) for name in self.shapes]
         vector = torch.cat(parts) if parts else torch.zeros(0)
-        half = vector.is_floating_point() and vector.dtype.itemsize < 4
-        return vector.float() if half else vector
+        is_half = vector.is_floating_point() and vector.dtype.itemsize < 4
+        return vector.float() if is_half else vector
 
     def cast(self, tree: Tree) -> Tree:
         """These leaves of ``tree`` as they come out of a vector: in the layout's dtypes."""
-        return {n: tree[n].to(self._dtype(n)) for n in self.shapes}
+        return {n: tree[n].to(self._leaf_dtype(n)) for n in self.shapes}
 
     def unpack(self, vector: Tensor) -> Tree:
         """The leaves of ``vector`` [D], each in its own dtype: views into it where that is the
         vector's.
         """
-        converted = {dtype: vector.to(dtype) for dtype in {*map(self._dtype, self.shapes)}}
-        tree, at = {}, 0
+        converted = {dtype: vector.to(dtype) for dtype in {*map(self._leaf_dtype, self.shapes)}}
+        tree, offset = {}, 0
         for name, shape in self.shapes.items():
-            tree[name] = converted[self._dtype(name)][at : at + shape.numel()].view(shape)
-            at += shape.numel()
+            tree[name] = converted[self._leaf_dtype(name)][offset : offset + shape.numel()].view(
+                shape
+            )
+            offset += shape.numel()
         return tree
 
-    def _dtype(self, name: str) -> torch.dtype:
+    def _leaf_dtype(self, name: str) -> torch.dtype:
         return self.dtypes.get(name, torch.float32)
 
-    def common(self, tree: Tree) -> list[str]:
+    def common_leaves(self, tree: Tree) -> list[str]:
         """The leaves that ``tree`` has in the same shape."""
         return [n for n, shape in self.shapes.items() if n in tree and tree[n].shape == shape]
 
-    def places(self, names: Iterable[str]) -> tuple[slice, ...]:
+    def leaf_slices(self, names: Iterable[str]) -> tuple[slice, ...]:
         """Where these leaves are in the vector; neighbours are one slice."""
-        wanted, found, at = set(names), [], 0
+        wanted, slices, offset = set(names), [], 0
         for name, shape in self.shapes.items():
-            if name in wanted and found and found[-1].stop == at:
-                found[-1] = slice(found[-1].start, at + shape.numel())
+            if name in wanted and slices and slices[-1].stop == offset:
+                slices[-1] = slice(slices[-1].start, offset + shape.numel())
             elif name in wanted:
-                found.append(slice(at, at + shape.numel()))
-            at += shape.numel()
-        return tuple(found)
+                slices.append(slice(offset, offset + shape.numel()))
+            offset += shape.numel()
+        return tuple(slices)
 
     def digest(self) -> str:
         """Hex hash of names, shapes and dtypes: equal on all ranks, or the sum means nothing."""
-        text = repr([(n, tuple(s), self._dtype(n)) for n, s in self.shapes.items()])
+        text = repr([(n, tuple(s), self._leaf_dtype(n)) for n, s in self.shapes.items()])
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def joint(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+def joint_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """In which numbers of all these dtypes travel without a loss: float64 where any is, else
     float32.
     """
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def bytes_of(numbers: int, layouts: Iterable[Layout]) -> int:
+def estimate_nbytes(numbers: int, layouts: Iterable[Layout]) -> int:
     """Bytes of so many numbers of these layouts: as wide as theirs are in the mean, as float32
     where they have none.
     """

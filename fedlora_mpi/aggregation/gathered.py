@@ -11,46 +11,57 @@ from torch import Tensor
 from ..algorithm import Algorithm
 from ..core.tree import Tree
 from ..mpi.comm import Comm
-from .flat_layout import Layout, joint
+from .flat_layout import Layout, joint_dtype
 
 
-def gathered(
+def gather_remote_uploads(
     comm: Comm,
     uploads: Mapping[int, Tensor],
     layouts: Mapping[int, Layout],
-    rank_of: Mapping[int, int],
+    rank_of_client: Mapping[int, int],
 ) -> dict[int, Tree]:
     """{client: upload} of the clients on other ranks, views into one buffer.
 
     uploads: this rank's, flat; layouts: of all clients that take part, in the same order on every
     rank. Numbers travel as float32, or, where any leaf is float64, as two such words each.
     """
-    there = {rank: [c for c in layouts if rank_of[c] == rank] for rank in range(comm.size)}
-    dtype = joint([layout.dtype for layout in layouts.values()])
+    clients_by_rank = {
+        rank: [c for c in layouts if rank_of_client[c] == rank] for rank in range(comm.size)
+    }
+    dtype = joint_dtype([layout.dtype for layout in layouts.values()])
     words = dtype.itemsize // 4
-    counts = [words * sum(layouts[c].size for c in clients) for clients in there.values()]
-    own = torch.cat(
-        [torch.zeros(0, dtype=dtype), *(uploads[c].cpu().to(dtype) for c in there[comm.rank])]
+    counts = [words * sum(layouts[c].size for c in clients) for clients in clients_by_rank.values()]
+    send = torch.cat(
+        [
+            torch.zeros(0, dtype=dtype),
+            *(uploads[c].cpu().to(dtype) for c in clients_by_rank[comm.rank]),
+        ]
     ).numpy()
-    received = torch.from_numpy(comm.gather(own.view(np.float32), counts).view(own.dtype))
-    ordered = [c for clients in there.values() for c in clients]
+    received = torch.from_numpy(comm.gather(send.view(np.float32), counts).view(send.dtype))
+    ordered = [c for clients in clients_by_rank.values() for c in clients]
     parts = dict(zip(ordered, received.split([layouts[c].size for c in ordered]), strict=True))
     device = next((u.device for u in uploads.values()), torch.device("cpu"))
     return {
         c: layouts[c].unpack(part.to(device))
         for c, part in parts.items()
-        if rank_of[c] != comm.rank
+        if rank_of_client[c] != comm.rank
     }
 
 
-def gathers(asked: str, algorithm: Algorithm, sent: float, term: Layout, reduce: str) -> bool:
+def should_gather(
+    requested: str, algorithm: Algorithm, upload_bytes: float, term_layout: Layout, reduce: str
+) -> bool:
     """Whether uploads travel as they are, for every rank to expand those of all. ``auto``: when
     fewer bytes then reach a rank than by the sum of what they stand for, which an allreduce sends
     about twice.
 
     sent: bytes of a cohort's uploads; term: what one of them stands for.
     """
-    if asked != "auto":
-        return asked == "gather"
+    if requested != "auto":
+        return requested == "gather"
     expands = type(algorithm).expand is not Algorithm.expand
-    return expands and sent < 2 * {"exact": 16, "fast": term.dtype.itemsize}[reduce] * term.size
+    return (
+        expands
+        and upload_bytes
+        < 2 * {"exact": 16, "fast": term_layout.dtype.itemsize}[reduce] * term_layout.size
+    )

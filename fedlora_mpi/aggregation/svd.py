@@ -5,14 +5,14 @@ pays.
 import torch
 from torch import Tensor
 
-from ..components.lowrank import right
-from ..core.scheduling import assign
+from ..components.lowrank import right_singular_vectors
+from ..core.scheduling import assign_groups
 from ..core.tree import Tree
 from ..mpi.comm import Comm
-from .flat_layout import joint
+from .flat_layout import joint_dtype
 
 # FLOP of all matrices together, about a tenth of a second of a core, from which ranks share them
-_WORTH = 2e9
+_MIN_SHARED_FLOP = 2e9
 
 
 def right_vectors(comm: Comm, matrices: dict[str, tuple[Tensor, int]]) -> Tree:
@@ -24,18 +24,20 @@ def right_vectors(comm: Comm, matrices: dict[str, tuple[Tensor, int]]) -> Tree:
     """
     names = list(matrices)
     costs = [25.0 * min(matrix.shape) ** 2 * max(matrix.shape) for matrix, _ in matrices.values()]
-    shared = comm.size > 1 and sum(costs) > _WORTH
-    owner = assign(costs, range(comm.size)) if shared else [comm.rank] * len(names)
-    mine = {
+    is_shared = comm.size > 1 and sum(costs) > _MIN_SHARED_FLOP
+    owner = assign_groups(costs, range(comm.size)) if is_shared else [comm.rank] * len(names)
+    local_matrices = {
         name: matrices[name] for name, rank in zip(names, owner, strict=True) if rank == comm.rank
     }
-    found = _decomposed(mine)
-    if not shared:
-        return found
+    local_vectors = _decompose(local_matrices)
+    if not is_shared:
+        return local_vectors
     sizes = [rows * matrix.shape[1] for matrix, rows in matrices.values()]
-    buffer = torch.zeros(sum(sizes), dtype=joint([matrix.dtype for matrix, _ in matrices.values()]))
+    buffer = torch.zeros(
+        sum(sizes), dtype=joint_dtype([matrix.dtype for matrix, _ in matrices.values()])
+    )
     parts = dict(zip(names, buffer.split(sizes), strict=True))
-    for name, vectors in found.items():
+    for name, vectors in local_vectors.items():
         parts[name].copy_(vectors.flatten())
     comm.sum(buffer.numpy())  # each number is set by one rank
     return {
@@ -43,13 +45,13 @@ def right_vectors(comm: Comm, matrices: dict[str, tuple[Tensor, int]]) -> Tree:
     }
 
 
-def _decomposed(matrices: dict[str, tuple[Tensor, int]]) -> Tree:
+def _decompose(matrices: dict[str, tuple[Tensor, int]]) -> Tree:
     """The vectors of these matrices, on their device."""
-    together: dict[tuple, list[str]] = {}
+    batches: dict[tuple, list[str]] = {}
     for name, (matrix, rows) in matrices.items():
-        together.setdefault((matrix.shape, rows) if matrix.is_cuda else (name,), []).append(name)
-    found = {}
-    for names in together.values():
+        batches.setdefault((matrix.shape, rows) if matrix.is_cuda else (name,), []).append(name)
+    vectors = {}
+    for names in batches.values():
         stack = torch.stack([matrices[name][0] for name in names])
-        found |= zip(names, right(stack, matrices[names[0]][1]), strict=True)
-    return {name: found[name] for name in matrices}
+        vectors |= zip(names, right_singular_vectors(stack, matrices[names[0]][1]), strict=True)
+    return {name: vectors[name] for name in matrices}

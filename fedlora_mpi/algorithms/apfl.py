@@ -25,15 +25,15 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, Phase, Sgd, Step, Train, Vars
+from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Sgd, Step, Variables
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
-from ..core.names import own_name
-from ..core.tree import Tree, prefixed
+from ..core.names import method_leaf_name
+from ..core.tree import Tree, add_prefix
 from ..models.network import Model
 
-_MIX_ALPHA = own_name("mix", "alpha")
-_OWN = own_name("own")
+_MIX_ALPHA = method_leaf_name("mix", "alpha")
+_OWN = method_leaf_name("own")
 
 
 @dataclass(frozen=True)
@@ -49,37 +49,47 @@ class APFL(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, alpha="[0, 1]", alpha_decay="[0, inf)")
 
-    def init(self, model: Model, rng: Generator) -> Vars:
-        v = prefixed(model.initial, _OWN)
-        return Vars(shared=model.initial, personal=v | {_MIX_ALPHA: torch.tensor(self.alpha)})
+    def init(self, model: Model, rng: Generator) -> Variables:
+        v = add_prefix(model.initial, _OWN)
+        return Variables(shared=model.initial, personal=v | {_MIX_ALPHA: torch.tensor(self.alpha)})
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         parameters = {n for n in model.leaves if model.role(n) != "stats"}
-        owned = {_OWN + n for n in parameters}
+        own_parameters = {_OWN + n for n in parameters}
 
-        def mixed(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            vbar = model.traceless(self.weights_of(model, now))
+        def mixture_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
+            vbar = model.copy_statistics(self.client_model(model, now))
             return cross_entropy(model(vbar, batch.x), batch)
 
-        def shared(now: Vars, start: Vars, batch: Batch) -> Tensor:
+        def shared_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             return cross_entropy(model(now.shared, batch.x), batch)
 
-        def plain(sgd):
+        def plain_sgd(sgd):
             return Sgd(sgd.lr, weight_decay=self.alpha_decay)
 
-        once = Step(mixed, _MIX_ALPHA.__eq__, plain, clamp=(0.0, 1.0))
+        alpha_step = Step(mixture_loss, _MIX_ALPHA.__eq__, plain_sgd, clamp=(0.0, 1.0))
         # v_i first: its loss reads w_i as it is before the step, and that of w_i reads no v_i.
-        steps = Step(self.loss(model), owned.__contains__), Step(shared, parameters.__contains__)
+        steps = (
+            Step(self.loss(model), own_parameters.__contains__),
+            Step(shared_loss, parameters.__contains__),
+        )
         mixing = Phase(
-            int(self.adaptive), (once,), stream="alpha", limit=lambda samples: train.batch_size
+            int(self.adaptive),
+            (alpha_step,),
+            stream="alpha",
+            limit=lambda samples: train.batch_size,
         )
         return mixing, Phase(train.epochs, steps)
 
-    def weights_of(self, model: Model, v: Vars) -> Tree:
+    def client_model(self, model: Model, v: Variables) -> Tree:
         """vbar_i, with statistics of its own."""
         alpha = v.personal[_MIX_ALPHA]
         vbar = {}
         for n in model.leaves:
-            own = v.personal[_OWN + n]
-            vbar[n] = own if model.role(n) == "stats" else alpha * own + (1 - alpha) * v.shared[n]
+            own_weight = v.personal[_OWN + n]
+            vbar[n] = (
+                own_weight
+                if model.role(n) == "stats"
+                else alpha * own_weight + (1 - alpha) * v.shared[n]
+            )
         return vbar

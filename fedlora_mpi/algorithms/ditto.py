@@ -20,14 +20,14 @@ from typing import Literal
 
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
+from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
-from ..core.names import own_name
-from ..core.tree import Tree, prefixed, sq_dist, under
+from ..core.names import method_leaf_name
+from ..core.tree import Tree, add_prefix, select_prefix, sq_dist
 from ..models.network import Model
 
-_OWN = own_name("own")
+_OWN = method_leaf_name("own")
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,27 @@ class Ditto(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)")
 
-    def init(self, model: Model, rng: Generator) -> Vars:
-        return Vars(shared=model.initial, personal=prefixed(model.initial, _OWN))
+    def init(self, model: Model, rng: Generator) -> Variables:
+        return Variables(shared=model.initial, personal=add_prefix(model.initial, _OWN))
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        own = self.loss(model)
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        base_loss = self.loss(model)
         parameters = [n for n in model.leaves if model.role(n) != "stats"]
-        owned = {_OWN + n for n in parameters}
+        own_parameters = {_OWN + n for n in parameters}
 
-        def personal(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            pull = sq_dist(self.weights_of(model, now), start.shared, parameters)
-            return own(now, start, batch) + self.lam / 2 * pull
+        def personal_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
+            penalty = sq_dist(self.client_model(model, now), start.shared, parameters)
+            return base_loss(now, start, batch) + self.lam / 2 * penalty
 
-        def shared(now: Vars, start: Vars, batch: Batch) -> Tensor:
+        def shared_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             return cross_entropy(model(now.shared, batch.x), batch)
 
         # No loss reads what the other step moves, so the order has no effect on the models.
-        steps = Step(personal, owned.__contains__), Step(shared, parameters.__contains__)
+        steps = (
+            Step(personal_loss, own_parameters.__contains__),
+            Step(shared_loss, parameters.__contains__),
+        )
         return (Phase(train.epochs, steps),)
 
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        return under(v.personal, _OWN)
+    def client_model(self, model: Model, v: Variables) -> Tree:
+        return select_prefix(v.personal, _OWN)

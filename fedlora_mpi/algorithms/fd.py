@@ -28,18 +28,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..components.prototypes import own_means
+from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
+from ..components.prototypes import client_class_means
 from ..core.batch import cross_entropy, mean
 from ..core.bounds import bounded
-from ..core.names import own_name
+from ..core.names import method_leaf_name
 from ..core.tree import Tree
 from ..models.network import Model
 
-_OWN_OUTPUTS = own_name("own", "outputs")
-_OWN_ROUND = own_name("own", "round")
-_CLASS_OUTPUTS = own_name("class", "outputs")
-_CLASS_HOLDERS = own_name("class", "holders")
+_OWN_OUTPUTS = method_leaf_name("own", "outputs")
+_OWN_ROUND = method_leaf_name("own", "round")
+_CLASS_OUTPUTS = method_leaf_name("class", "outputs")
+_CLASS_HOLDERS = method_leaf_name("class", "holders")
 
 
 @dataclass(frozen=True)
@@ -50,63 +50,70 @@ class FD(Algorithm):
 
     weights: ClassVar = "uniform"
     sums: ClassVar = True
-    surveys: ClassVar = True
+    needs_all_data: ClassVar = True
     gamma: float = 1.0
     outputs: Literal["probabilities", "logits"] = "probabilities"
 
     def __post_init__(self) -> None:
         bounded(self, gamma="[0, inf)")
 
-    def init(self, model: Model, rng: Generator) -> Vars:
-        none = torch.zeros(model.classes, model.classes)
-        own = {_OWN_OUTPUTS: none, _OWN_ROUND: torch.zeros(1)}
-        return Vars({_CLASS_OUTPUTS: none, _CLASS_HOLDERS: none[0]}, model.initial | own)
+    def init(self, model: Model, rng: Generator) -> Variables:
+        no_outputs = torch.zeros(model.classes, model.classes)
+        own_leaves = {_OWN_OUTPUTS: no_outputs, _OWN_ROUND: torch.zeros(1)}
+        return Variables(
+            {_CLASS_OUTPUTS: no_outputs, _CLASS_HOLDERS: no_outputs[0]}, model.initial | own_leaves
+        )
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         gamma = self.gamma if round_ else 0.0
 
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+        def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             logits = self.logits(model, now, batch.x)
             fit = cross_entropy(logits, batch)
             return (
-                fit + gamma * distill(logits, *self.others(start, batch.counts, round_), batch)
+                fit
+                + gamma * distill(logits, *self.teacher_outputs(start, batch.counts, round_), batch)
                 if gamma
                 else fit
             )
 
-        def signed(v: Vars) -> Vars:
+        def mark_round(v: Variables) -> Variables:
             return v._replace(
                 personal=v.personal
                 | {_OWN_ROUND: torch.full_like(v.personal[_OWN_ROUND], round_ + 1)}
             )
 
-        return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),), after=signed),)
+        return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),), after=mark_round),)
 
-    def others(self, v: Vars, counts: Tensor, round_: int) -> tuple[Tensor, Tensor]:
+    def teacher_outputs(self, v: Variables, counts: Tensor, round_: int) -> tuple[Tensor, Tensor]:
         """zhat [classes, classes], a row for each class, and how many other clients hold the class
         [classes].
         """
         # what the sums hold of this client
-        mine = ((v.personal[_OWN_ROUND] == round_) & (counts > 0)).to(counts)
-        holders = v.shared[_CLASS_HOLDERS] - mine
+        is_own_included = ((v.personal[_OWN_ROUND] == round_) & (counts > 0)).to(counts)
+        holders = v.shared[_CLASS_HOLDERS] - is_own_included
         zhat = (
-            v.shared[_CLASS_OUTPUTS] - mine[:, None] * v.personal[_OWN_OUTPUTS]
+            v.shared[_CLASS_OUTPUTS] - is_own_included[:, None] * v.personal[_OWN_OUTPUTS]
         ) / holders.clamp(min=1)[:, None]
         return (zhat if self.outputs == "probabilities" else zhat.softmax(1)), holders
 
-    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
-        judge, w = model.evaluating(), self.weights_of(model, end)
-        z = own_means(
-            lambda x: judge(w, x).softmax(1) if self.outputs == "probabilities" else judge(w, x),
+    def finish(
+        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
+    ) -> Variables:
+        eval_model, w = model.eval_mode(), self.client_model(model, end)
+        z = client_class_means(
+            lambda x: (
+                eval_model(w, x).softmax(1) if self.outputs == "probabilities" else eval_model(w, x)
+            ),
             data,
         )
-        shown = {_CLASS_OUTPUTS: z, _CLASS_HOLDERS: (data.counts > 0).to(z)}
-        return Vars(shown, end.personal | {_OWN_OUTPUTS: z})
+        class_sums = {_CLASS_OUTPUTS: z, _CLASS_HOLDERS: (data.counts > 0).to(z)}
+        return Variables(class_sums, end.personal | {_OWN_OUTPUTS: z})
 
-    def sent(self, start: Vars, end: Vars) -> Tensor:
-        return self.received(end.shared)
+    def upload_numel(self, start: Variables, end: Variables) -> Tensor:
+        return self.download_numel(end.shared)
 
-    def received(self, shared: Tree) -> Tensor:
+    def download_numel(self, shared: Tree) -> Tensor:
         return (shared[_CLASS_HOLDERS] > 0).sum() * len(shared[_CLASS_HOLDERS])
 
 
@@ -114,5 +121,5 @@ def distill(logits: Tensor, zhat: Tensor, holders: Tensor, batch: Batch) -> Tens
     """CE(zhat_y, softmax(logits)), the mean over all real examples; zero for those whose class has
     no holder.
     """
-    each = -(zhat[batch.y] * logits.log_softmax(1)).sum(1)
-    return mean(torch.where(holders[batch.y] > 0, each, 0), batch)
+    example_losses = -(zhat[batch.y] * logits.log_softmax(1)).sum(1)
+    return mean(torch.where(holders[batch.y] > 0, example_losses, 0), batch)

@@ -31,10 +31,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Vars
+from ..algorithm import Variables
 from ..components.lora.one_factor import ROUND, SEED, OneFactor
-from ..core.names import factor, is_factor, plain_name
-from ..core.seeds import key, uniform
+from ..core.names import display_name, factor_name, is_factor
+from ..core.seeds import derive_key, uniform
 from ..core.tree import Tree, tmap
 from ..models.network import Model
 
@@ -48,44 +48,53 @@ class FedRACLoRA(OneFactor):
     sketch: Literal["uniform", "gaussian"] = "uniform"
 
     @property
-    def turns(self) -> tuple[Literal["A", "B"], ...]:
+    def factor_schedule(self) -> tuple[Literal["A", "B"], ...]:
         return {"A": ("B",), "B": ("A",), "both": ("B", "A")}[self.factor]
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         shared, personal = super().init(model, rng)[:2]
-        shared |= {factor(n, "W"): torch.zeros(*size) for n, size in self.adapted(model).items()}
+        shared |= {
+            factor_name(n, "W"): torch.zeros(*size)
+            for n, size in self.adapted_shapes(model).items()
+        }
         # float32 holds it exactly
         shared |= {SEED: torch.randint(2**24, (), generator=rng).float()}
-        return Vars(shared | self.begun(shared), personal)
+        return Variables(shared | self.start_factors(shared), personal)
 
-    def received(self, shared: Tree) -> int:
-        return self.numbers(shared, int(shared[ROUND]) - 1) + 1
+    def download_numel(self, shared: Tree) -> int:
+        return self.trained_numel(shared, int(shared[ROUND]) - 1) + 1
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
-        found = super().aggregate(shared, mean)
+        updated = super().aggregate(shared, mean)
         # so that a server without a GPU rounds to the workers' bits
-        fine = tmap(Tensor.double, shared | found)
+        double_leaves = tmap(Tensor.double, shared | updated)
         merged = {
-            factor(n, "W"): update.to(shared[factor(n, "W")].dtype)
-            for n, update in self.delta(fine).items()
+            factor_name(n, "W"): update.to(shared[factor_name(n, "W")].dtype)
+            for n, update in self.delta(double_leaves).items()
         }
-        return found | merged | self.begun(shared | found)
+        return updated | merged | self.start_factors(shared | updated)
 
-    def begun(self, shared: Tree) -> Tree:
+    def start_factors(self, shared: Tree) -> Tree:
         """The factors at the start of the round: one is zero, the other a function of seed, round
         and name alone.
         """
         seed, round_ = int(shared[SEED]), int(shared[ROUND])
 
-        def drawn(n, v):
-            return self.drawn(key(seed, "sketch", round_, plain_name(n)), v.shape).to(v)
+        def new_sketch(n, v):
+            return self.draw_sketch(
+                derive_key(seed, "sketch", round_, display_name(n)), v.shape
+            ).to(v)
 
-        def start(n, v):
-            return torch.zeros_like(v) if is_factor(n, self.active(round_)) else drawn(n, v)
+        def start_value(n, v):
+            return (
+                torch.zeros_like(v)
+                if is_factor(n, self.active_factor(round_))
+                else new_sketch(n, v)
+            )
 
-        return {n: start(n, v) for n, v in shared.items() if is_factor(n)}
+        return {n: start_value(n, v) for n, v in shared.items() if is_factor(n)}
 
-    def drawn(self, number: int, shape: tuple[int, ...]) -> Tensor:
+    def draw_sketch(self, number: int, shape: tuple[int, ...]) -> Tensor:
         """A sketch, [r, d] or [d, r] with r <= d; on the CPU, whose bits are those of the server."""
         u, v = uniform(torch.tensor(number), (2, *shape))
         if self.sketch == "uniform":

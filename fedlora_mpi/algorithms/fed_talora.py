@@ -29,24 +29,24 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Batch, Cohort, Train, Vars
-from ..components.lora.calibrated import Calibrated
-from ..core.names import is_factor, own_name
-from ..core.tree import Tree, prefixed, under
+from ..algorithm import Batch, Cohort, LocalTraining, Variables
+from ..components.lora.calibrated import CalibratedTuning
+from ..core.names import is_factor, method_leaf_name
+from ..core.tree import Tree, add_prefix, select_prefix
 from ..models.network import Model
 
-_SEEN = own_name("seen")
-_OWN = own_name("own")
+_SEEN = method_leaf_name("seen")
+_OWN = method_leaf_name("own")
 
 
 @dataclass(frozen=True)
-class FedTaLoRA(Calibrated):
+class FedTaLoRA(CalibratedTuning):
     """Further shared leaves: "seen.<leaf>" [classes], 1 for a row that somebody has owned, for each
     leaf of the classifier. A client has "own.<leaf>" beside, 1 for its own classes, and these count
     as seen for it.
     """
 
-    def check(self, model: Model, train: Train) -> None:
+    def check(self, model: Model, train: LocalTraining) -> None:
         super().check(model, train)
         for name, leaf in model.leaves.items():
             if leaf.role == "head" and leaf.shape[:1] != (model.classes,):
@@ -55,69 +55,72 @@ class FedTaLoRA(Calibrated):
                     f"{list(leaf.shape)}"
                 )
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         shared, personal = super().init(model, rng)[:2]
         rows = [n for n in shared if model.role(n) == "head"]
-        return Vars(shared | {_SEEN + n: torch.zeros(model.classes) for n in rows}, personal)
+        return Variables(shared | {_SEEN + n: torch.zeros(model.classes) for n in rows}, personal)
 
     def download(self, shared: Tree) -> Tree:
-        own = {n: torch.zeros_like(v) for n, v in under(shared, _SEEN).items()}
-        return super().download(shared) | prefixed(own, _OWN)
+        no_rows = {n: torch.zeros_like(v) for n, v in select_prefix(shared, _SEEN).items()}
+        return super().download(shared) | add_prefix(no_rows, _OWN)
 
-    def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
-        shared, own = v.shared, (data.counts > 0).to(data.counts)
-        for n, seen in under(v.shared, _SEEN).items():
-            shared = shared | {_OWN + n: own, _SEEN + n: torch.maximum(seen, own)}
+    def begin(self, model: Model, v: Variables, data: Batch) -> Variables:
+        shared, owned_rows = v.shared, (data.counts > 0).to(data.counts)
+        for n, seen in select_prefix(v.shared, _SEEN).items():
+            shared = shared | {_OWN + n: owned_rows, _SEEN + n: torch.maximum(seen, owned_rows)}
         return v._replace(shared=shared)
 
-    def upload(self, start: Vars, end: Vars) -> Tree:
+    def upload(self, start: Variables, end: Variables) -> Tree:
         return {n: v for n, v in super().upload(start, end).items() if not n.startswith(_SEEN)}
 
-    def sent(self, start: Vars, end: Vars) -> Tensor | int:
-        return _numbers(self.upload(start, end), _OWN)
+    def upload_numel(self, start: Variables, end: Variables) -> Tensor | int:
+        return _message_numel(self.upload(start, end), _OWN)
 
-    def received(self, shared: Tree) -> Tensor | int:
-        return _numbers(self.download(shared), _SEEN) + self.residual(shared)
+    def download_numel(self, shared: Tree) -> Tensor | int:
+        return _message_numel(self.download(shared), _SEEN) + self.residual_numel(shared)
 
     def expand(self, upload: Tree, shared: Tree, count: int) -> Tree:
         """A row that the client does not own counts as it was."""
-        own = under(upload, _OWN)
+        owned_rows = select_prefix(upload, _OWN)
         rows = {
-            n: torch.where(_beside(o, shared[n]) > 0, upload[n], shared[n]) for n, o in own.items()
+            n: torch.where(_broadcast_rows(o, shared[n]) > 0, upload[n], shared[n])
+            for n, o in owned_rows.items()
         }
         return super().expand(upload | rows, shared, count)
 
-    def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
-        server, new = super().serve(server, shared, mean, cohort)
-        for n, owners in under(mean, _OWN).items():
-            p = _beside(owners, shared[n])  # of the owners of each row
+    def server_update(
+        self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort
+    ) -> tuple[Tree, Tree]:
+        server, new = super().server_update(server, shared, mean, cohort)
+        for n, owners in select_prefix(mean, _OWN).items():
+            p = _broadcast_rows(owners, shared[n])  # of the owners of each row
             # without those rows that count as they were
             moved = (mean[n] - (1 - p) * shared[n]) / p
             new |= {n: torch.where(p > 0, moved, shared[n])}
             new |= {_SEEN + n: torch.where(owners > 0, 1, shared[_SEEN + n])}
         return server, new
 
-    def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:
+    def logits(self, model: Model, v: Variables, x: Tensor) -> Tensor:
         logits = super().logits(model, v, x)
         # all leaves of the classifier have the same
-        for seen in list(under(v.shared, _SEEN).values())[:1]:
+        for seen in list(select_prefix(v.shared, _SEEN).values())[:1]:
             # e^-100 of a softmax, and no inf where it is the label's
-            rest = logits.detach().amin(1, keepdim=True) - 100
-            logits = torch.where((seen > 0) | (seen == 0).all(), logits, rest)
+            floor = logits.detach().amin(1, keepdim=True) - 100
+            logits = torch.where((seen > 0) | (seen == 0).all(), logits, floor)
         return logits
 
 
-def _numbers(tree: Tree, marks: str) -> Tensor | int:
+def _message_numel(tree: Tree, marks: str) -> Tensor | int:
     """How many numbers of ``tree`` travel: all but W and the marks, of the classifier the rows that
     are marked.
     """
-    marked, total = under(tree, marks), 0
+    marked, total = select_prefix(tree, marks), 0
     for n, v in tree.items():
         if not n.startswith((_OWN, _SEEN)) and not is_factor(n, "W"):
             total += marked[n].sum().long() * v[0].numel() if n in marked else v.numel()
     return total
 
 
-def _beside(of_rows: Tensor, leaf: Tensor) -> Tensor:
+def _broadcast_rows(row_values: Tensor, leaf: Tensor) -> Tensor:
     """[classes] as a factor of ``leaf`` [classes, ...]."""
-    return of_rows.view(-1, *[1] * (leaf.dim() - 1))
+    return row_values.view(-1, *[1] * (leaf.dim() - 1))

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..algorithm import Algorithm
-from ..components.server_optimisers import Adaptive
+from ..components.server_optimisers import AdaptiveServer
 
 
 @dataclass(frozen=True)
-class FedAdagrad(Adaptive, Algorithm):
+class FedAdagrad(AdaptiveServer, Algorithm):
     """Without momentum, as in the paper's experiments."""
 
     beta1: float = 0.0
 
-    def second(self, v: Tensor, square: Tensor) -> Tensor:
+    def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
         return v + square

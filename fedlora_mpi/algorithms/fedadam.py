@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..algorithm import Algorithm
-from ..components.server_optimisers import Adaptive
+from ..components.server_optimisers import AdaptiveServer
 from ..core.bounds import bounded
 
 
 @dataclass(frozen=True)
-class FedAdam(Adaptive, Algorithm):
+class FedAdam(AdaptiveServer, Algorithm):
     """beta1 and beta2 as in the paper's experiments."""
 
     beta2: float = 0.99
@@ -32,5 +32,5 @@ class FedAdam(Adaptive, Algorithm):
         super().__post_init__()
         bounded(self, beta2="[0, 1)")
 
-    def second(self, v: Tensor, square: Tensor) -> Tensor:
+    def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
         return self.beta2 * v + (1 - self.beta2) * square

@@ -25,15 +25,15 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, Phase, Sgd, Step, Train, Vars
+from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Sgd, Step, Variables
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
-from ..core.names import own_name
+from ..core.names import method_leaf_name
 from ..core.tree import Tree
 from ..models.network import Model
 
-_OWN = own_name("own")
-_A = own_name("A")
+_OWN = method_leaf_name("own")
+_A = method_leaf_name("A")
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class FedALA(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, eta="[0, inf)", s="(0, 100]", p="[1, inf)", start_epochs="[1, inf)")
 
-    def check(self, model: Model, train: Train) -> None:
-        self.top(model)
+    def check(self, model: Model, train: LocalTraining) -> None:
+        self.mixed_leaves(model)
 
-    def top(self, model: Model) -> list[str]:
+    def mixed_leaves(self, model: Model) -> list[str]:
         """The leaves that are mixed. Raises ValueError when the model has fewer than p layers."""
         owner = {
             n: n.rpartition(".")[0] for n, leaf in model.leaves.items() if leaf.role != "stats"
@@ -63,44 +63,50 @@ class FedALA(Algorithm):
             )
         return [n for n in owner if owner[n] in layers[-self.p :]]
 
-    def init(self, model: Model, rng: Generator) -> Vars:
-        own = {_OWN + n: model.initial[n] for n in self.top(model)}
-        ones = {_A + n: torch.ones_like(model.initial[n]) for n in self.top(model)}
-        return Vars(model.initial, own | ones)
+    def init(self, model: Model, rng: Generator) -> Variables:
+        own_leaves = {_OWN + n: model.initial[n] for n in self.mixed_leaves(model)}
+        ones = {_A + n: torch.ones_like(model.initial[n]) for n in self.mixed_leaves(model)}
+        return Variables(model.initial, own_leaves | ones)
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        local = Step(self.loss(model), trains=model.leaves.__contains__)
-        return self.aggregation(model, round_), Phase(train.epochs, (local,))
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        local_step = Step(self.loss(model), trains=model.leaves.__contains__)
+        return self.aggregation_phase(model, round_), Phase(train.epochs, (local_step,))
 
-    def aggregation(self, model: Model, round_: int) -> Phase:
+    def aggregation_phase(self, model: Model, round_: int) -> Phase:
         """Learning of A_i, eq. (5), and the mix that it ends with, eq. (4)."""
-        top = self.top(model)
+        leaves = self.mixed_leaves(model)
 
-        def mixed(v: Vars) -> Tree:
+        def mixture(v: Variables) -> Tree:
             return {
-                n: torch.lerp(v.personal[_OWN + n], v.shared[n], v.personal[_A + n]) for n in top
+                n: torch.lerp(v.personal[_OWN + n], v.shared[n], v.personal[_A + n]) for n in leaves
             }
 
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            return cross_entropy(model(model.frozen(now.shared) | mixed(now), batch.x), batch)
+        def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
+            return cross_entropy(
+                model(model.detach_tree(now.shared) | mixture(now), batch.x), batch
+            )
 
-        learn = Step(
-            loss, {_A + n for n in top}.__contains__, lambda _: Sgd(self.eta), clamp=(0.0, 1.0)
+        learn_step = Step(
+            loss, {_A + n for n in leaves}.__contains__, lambda _: Sgd(self.eta), clamp=(0.0, 1.0)
         )
 
-        def share(size):
+        def sample_limit(size):
             return max(1, int(size * self.s / 100))
 
-        def mix(v):
-            return v._replace(shared=v.shared | mixed(v))
+        def apply_mixture(v):
+            return v._replace(shared=v.shared | mixture(v))
 
         epochs = self.start_epochs if round_ == 1 else 1
-        return Phase(epochs, (learn,), stream="aggregation", limit=share, after=mix)
-
-    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
-        return end._replace(
-            personal=end.personal | {_OWN + n: end.shared[n] for n in self.top(model)}
+        return Phase(
+            epochs, (learn_step,), stream="aggregation", limit=sample_limit, after=apply_mixture
         )
 
-    def tune(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        return (self.aggregation(model, round_),)
+    def finish(
+        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
+    ) -> Variables:
+        return end._replace(
+            personal=end.personal | {_OWN + n: end.shared[n] for n in self.mixed_leaves(model)}
+        )
+
+    def personalize(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        return (self.aggregation_phase(model, round_),)

@@ -25,14 +25,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, Offer, Phase, Step, Train, Vars
-from ..components.similarity import cosines, distances
+from ..algorithm import Algorithm, Batch, LocalTraining, Mix, Phase, Step, Variables
+from ..components.similarity import cosines, squared_distances
 from ..core.bounds import bounded
-from ..core.names import own_name
-from ..core.tree import sq_dist, under
+from ..core.names import method_leaf_name
+from ..core.tree import select_prefix, sq_dist
 from ..models.network import Model
 
-_CLOUD = own_name("cloud")
+_CLOUD = method_leaf_name("cloud")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class FedAMP(Algorithm):
     25). ``self_weight`` 0 stands for 1 / (clients of the round). u_i is kept as ``cloud.<leaf>``.
     """
 
-    evaluates: ClassVar = "after_training"
+    evaluate_on: ClassVar = "after_training"
     lam: float = 1.0
     alpha: float = 1e4
     decay: float = 0.1
@@ -54,54 +54,58 @@ class FedAMP(Algorithm):
     start: Literal["own", "cloud"] = "own"
 
     @property
-    def centred(self) -> bool:
+    def center_keys(self) -> bool:
         return not self.heuristic  # distances may be taken from the mean, cosines may not
 
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)", alpha="(0, inf)", decay="(0, 1]", decay_every="[1, inf)")
         bounded(self, alpha_min="[0, inf)", sigma="(0, inf)", self_weight="[0, 1]")
 
-    def check(self, model: Model, train: Train) -> None:
-        least = train.lr * self.lam / (2 * (1 + train.momentum))
-        if 0 < self.alpha_min <= least:
-            where = f"must be above lr lam / (2 (1 + momentum)) = {least:.3g} (or 0: no bound)"
+    def check(self, model: Model, train: LocalTraining) -> None:
+        lower_bound = train.lr * self.lam / (2 * (1 + train.momentum))
+        if 0 < self.alpha_min <= lower_bound:
+            requirement = (
+                f"must be above lr lam / (2 (1 + momentum)) = {lower_bound:.3g} (or 0: no bound)"
+            )
             raise ValueError(
-                f"alpha_min = {self.alpha_min}: {where}, or SGD on the penalty diverges"
+                f"alpha_min = {self.alpha_min}: {requirement}, or SGD on the penalty diverges"
             )
 
     def alpha_of(self, round_: int) -> float:
         """alpha_t of round ``round_`` (from 0)."""
         return max(self.alpha_min, self.alpha * self.decay ** (round_ // self.decay_every))
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         cloud = {_CLOUD + n: w for n, w in model.initial.items() if model.role(n) != "stats"}
-        return Vars(shared={}, personal=model.initial | cloud)
+        return Variables(shared={}, personal=model.initial | cloud)
 
-    def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
+    def begin(self, model: Model, v: Variables, data: Batch) -> Variables:
         return (
             v
             if self.start == "own"
-            else v._replace(personal=v.personal | under(v.personal, _CLOUD))
+            else v._replace(personal=v.personal | select_prefix(v.personal, _CLOUD))
         )
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         fit, strength = self.loss(model), self.lam / (2 * self.alpha_of(round_))
 
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            u = under(now.personal, _CLOUD)
+        def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
+            u = select_prefix(now.personal, _CLOUD)
             return fit(now, start, batch) + strength * sq_dist(now.personal, u, u)
 
         return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),)),)
 
-    def offer(self, start: Vars, end: Vars) -> Offer:
-        return Offer({_CLOUD + n: end.personal[n] for n in under(end.personal, _CLOUD)})
+    def offer(self, start: Variables, end: Variables) -> Mix:
+        return Mix({_CLOUD + n: end.personal[n] for n in select_prefix(end.personal, _CLOUD)})
 
-    def mix(self, gram: Tensor, aux: Tensor, round_: int) -> Tensor:
+    def mix(self, gram: Tensor, extra: Tensor, round_: int) -> Tensor:
         if self.heuristic:
-            own = self.self_weight or 1 / len(gram)
-            xi = (1 - own) * (self.sigma * cosines(gram)).fill_diagonal_(-torch.inf).softmax(1)
+            own_weight = self.self_weight or 1 / len(gram)
+            xi = (1 - own_weight) * (self.sigma * cosines(gram)).fill_diagonal_(-torch.inf).softmax(
+                1
+            )
         else:
-            near = torch.exp(-distances(gram) / self.sigma).fill_diagonal_(0)
-            xi = self.alpha_of(round_) * near / self.sigma
+            similarity = torch.exp(-squared_distances(gram) / self.sigma).fill_diagonal_(0)
+            xi = self.alpha_of(round_) * similarity / self.sigma
             xi = xi / xi.sum(1, keepdim=True).clamp(min=1) if self.convex else xi
         return xi + torch.diag(1 - xi.sum(1))

@@ -26,14 +26,14 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Batch, Phase, Sgd, Step, Train, Vars
+from ..algorithm import Batch, LocalTraining, Phase, Sgd, Step, Variables
 from ..components.companion import Companion
-from ..core.batch import cross_entropy, divergence, mean
+from ..core.batch import cross_entropy, kl_divergence, mean
 from ..core.bounds import bounded
-from ..core.names import own_name
+from ..core.names import method_leaf_name
 from ..models.network import Model
 
-_MIX_W = own_name("mix", "w")
+_MIX_W = method_leaf_name("mix", "w")
 
 
 @dataclass(frozen=True)
@@ -55,34 +55,36 @@ class FedAPEN(Companion):
                 "true"
             )
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         shared, personal = super().init(model, rng)[:2]
-        return Vars(shared, personal | {_MIX_W: torch.tensor(0.5)})
+        return Variables(shared, personal | {_MIX_W: torch.tensor(0.5)})
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            p, s = self.logits_of_both(model, now, batch)
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
+            p, s = self.both_logits(model, now, batch)
             w = now.personal[_MIX_W]
-            apart = mean(divergence(s.detach(), p) + divergence(p.detach(), s), batch)
-            mixed = cross_entropy(w * p + (1 - w) * s.detach(), batch)
-            mixed = mixed + cross_entropy(w * p.detach() + (1 - w) * s, batch)
-            return cross_entropy(p, batch) + cross_entropy(s, batch) + apart + mixed  # L_p + L_s
+            mutual_loss = mean(kl_divergence(s.detach(), p) + kl_divergence(p.detach(), s), batch)
+            mixture_loss = cross_entropy(w * p + (1 - w) * s.detach(), batch)
+            mixture_loss = mixture_loss + cross_entropy(w * p.detach() + (1 - w) * s, batch)
+            return (
+                cross_entropy(p, batch) + cross_entropy(s, batch) + mutual_loss + mixture_loss
+            )  # L_p + L_s
 
-        return *self.tune(model, train, round_), Phase(
-            train.epochs, (Step(loss, self.trains(model)),)
+        return *self.personalize(model, train, round_), Phase(
+            train.epochs, (Step(loss, self.trained_leaves(model)),)
         )
 
-    def tune(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+    def personalize(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         if self.equal:
             return ()
-        judged = model.evaluating()
+        eval_model = model.eval_mode()
 
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            return cross_entropy(self.logits(judged, now, batch.x), batch)
+        def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
+            return cross_entropy(self.logits(eval_model, now, batch.x), batch)
 
         step = Step(loss, _MIX_W.__eq__, lambda _: Sgd(self.w_lr), clamp=(0.0, 1.0))
         return (Phase(self.w_epochs * (round_ > 0), (step,), stream="adaptability", held_out=True),)
 
-    def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:
-        w, s = v.personal[_MIX_W], self.g(model).to(x.device)(self.of_g(v), x)
+    def logits(self, model: Model, v: Variables, x: Tensor) -> Tensor:
+        w, s = v.personal[_MIX_W], self.g(model).to(x.device)(self.g_leaves(v), x)
         return w * super().logits(model, v, x) + (1 - w) * s

@@ -16,7 +16,7 @@ would train: with ft_epochs = train.epochs it is the next round's training, seen
 from dataclasses import dataclass
 from typing import Literal
 
-from ..algorithm import Algorithm, Phase, Step, Train
+from ..algorithm import Algorithm, LocalTraining, Phase, Step
 from ..core.bounds import bounded
 from ..models.network import Model
 
@@ -32,5 +32,5 @@ class FedAvgFT(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, ft_epochs="[0, inf)")
 
-    def tune(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+    def personalize(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         return (Phase(self.ft_epochs, (Step(self.loss(model)),)),)

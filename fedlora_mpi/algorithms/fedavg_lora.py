@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 
 from torch import Generator
 
-from ..algorithm import Algorithm, Phase, Train, Vars
+from ..algorithm import Algorithm, LocalTraining, Phase, Variables
 from ..components.lowrank import LowRank
 from ..core.tree import Tree
 from ..models.network import Model
@@ -28,11 +28,11 @@ class FedAvgLoRA(LowRank, Algorithm):
     weights: ClassVar = "uniform"
     absent: Literal["exclude", "stale"] = "stale"
 
-    def init(self, model: Model, rng: Generator) -> Vars:
-        return Vars(shared=model.initial | self.factors(model, rng), personal={})
+    def init(self, model: Model, rng: Generator) -> Variables:
+        return Variables(shared=model.initial | self.factors(model, rng), personal={})
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        return self.turns(model, train, self.loss(model))
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        return self.training_phases(model, train, self.loss(model))
 
-    def weights_of(self, model: Model, v: Vars) -> Tree:
+    def client_model(self, model: Model, v: Variables) -> Tree:
         return self.theta(model, v)

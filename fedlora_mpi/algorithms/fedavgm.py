@@ -19,7 +19,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..algorithm import Algorithm, Cohort
-from ..components.server_optimisers import moments, stepped
+from ..components.server_optimisers import init_moments, step_server
 from ..core.bounds import bounded
 from ..core.tree import Tree
 from ..models.network import Model
@@ -37,11 +37,13 @@ class FedAvgM(Algorithm):
         bounded(self, eta="(0, inf)", beta="[0, 1)")
 
     def server(self, model: Model, shared: Tree) -> Tree:
-        return moments(model, shared, v=0.0)
+        return init_moments(model, shared, v=0.0)
 
-    def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
+    def server_update(
+        self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort
+    ) -> tuple[Tree, Tree]:
         def step(delta: Tensor, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             v = self.beta * v + delta
             return self.eta * v, {"v": v}
 
-        return stepped(server, shared, mean, step)
+        return step_server(server, shared, mean, step)

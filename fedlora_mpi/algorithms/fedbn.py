@@ -16,7 +16,7 @@ from typing import Literal
 
 from torch import Generator
 
-from ..algorithm import Algorithm, Vars
+from ..algorithm import Algorithm, Variables
 from ..core.tree import split
 from ..models.network import Model
 
@@ -28,6 +28,6 @@ class FedBN(Algorithm):
     weights: Literal["samples", "uniform"] = "uniform"
     absent: Literal["exclude", "stale"] = "exclude"
 
-    def init(self, model: Model, rng: Generator) -> Vars:
-        own, others = split(model.initial, lambda leaf: model.role(leaf) in ("norm", "stats"))
-        return Vars(shared=others, personal=own)
+    def init(self, model: Model, rng: Generator) -> Variables:
+        personal, shared = split(model.initial, lambda leaf: model.role(leaf) in ("norm", "stats"))
+        return Variables(shared=shared, personal=personal)

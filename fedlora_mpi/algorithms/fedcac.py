@@ -25,16 +25,16 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, Offer, Phase, Step, Train, Vars
-from ..components.similarity import distances
+from ..algorithm import Algorithm, Batch, LocalTraining, Mix, Phase, Step, Variables
+from ..components.similarity import squared_distances
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
-from ..core.names import own_name
-from ..core.tree import Tree, prefixed, split, under
+from ..core.names import method_leaf_name
+from ..core.tree import Tree, add_prefix, select_prefix, split
 from ..models.network import Model
 
-_OWN = own_name("own")
-_CRITICAL = own_name("critical")
+_OWN = method_leaf_name("own")
+_CRITICAL = method_leaf_name("critical")
 
 
 @dataclass(frozen=True)
@@ -52,55 +52,63 @@ class FedCAC(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, tau="[0, 1]", beta="(0, inf)")
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         w = {n: v for n, v in model.initial.items() if model.role(n) != "stats"}
         masks = {n: torch.zeros_like(v, dtype=torch.bool) for n, v in w.items()}
-        kept, shared = split(model.initial, lambda leaf: self.bn_stats == "local" and leaf not in w)
-        return Vars(shared, kept | prefixed(w, _OWN) | prefixed(masks, _CRITICAL))
+        local_stats, shared = split(
+            model.initial, lambda leaf: self.bn_stats == "local" and leaf not in w
+        )
+        return Variables(shared, local_stats | add_prefix(w, _OWN) | add_prefix(masks, _CRITICAL))
 
-    def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
+    def begin(self, model: Model, v: Variables, data: Batch) -> Variables:
         return v._replace(
-            shared={n: w for n, w in self.weights_of(model, v).items() if n in v.shared}
+            shared={n: w for n, w in self.client_model(model, v).items() if n in v.shared}
         )
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             # not composed again: ``begin`` has done that
-            w = Algorithm.weights_of(self, model, now)
+            w = Algorithm.client_model(self, model, now)
             return cross_entropy(model(w, batch.x), batch)
 
         return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),)),)
 
-    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
-        w = {n: end.shared[n] for n in under(end.personal, _OWN)}
-        masks = {n: critical(start.shared[n], v, self.tau) for n, v in w.items()}
-        return end._replace(personal=end.personal | prefixed(w, _OWN) | prefixed(masks, _CRITICAL))
+    def finish(
+        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
+    ) -> Variables:
+        w = {n: end.shared[n] for n in select_prefix(end.personal, _OWN)}
+        masks = {n: critical_mask(start.shared[n], v, self.tau) for n, v in w.items()}
+        return end._replace(
+            personal=end.personal | add_prefix(w, _OWN) | add_prefix(masks, _CRITICAL)
+        )
 
-    def offer(self, start: Vars, end: Vars) -> Offer:
-        masks = under(end.personal, _CRITICAL)
+    def offer(self, start: Variables, end: Variables) -> Mix:
+        masks = select_prefix(end.personal, _CRITICAL)
         rows = {_OWN + n: end.shared[n] for n in masks}
-        return Offer(rows, key=torch.cat([m.flatten() for m in masks.values()]))
+        return Mix(rows, key=torch.cat([m.flatten() for m in masks.values()]))
 
-    def mix(self, gram: Tensor, aux: Tensor, round_: int) -> Tensor:
-        overlap = 1 - distances(gram) / (2 * gram.diagonal().clamp(min=1))[:, None]
+    def mix(self, gram: Tensor, extra: Tensor, round_: int) -> Tensor:
+        overlap = 1 - squared_distances(gram) / (2 * gram.diagonal().clamp(min=1))[:, None]
         pairs = overlap[~torch.eye(len(gram), dtype=torch.bool)]
         threshold = pairs.mean() + (round_ + 1) / self.beta * (pairs.max() - pairs.mean())
-        together = (overlap >= threshold - 1e-12).fill_diagonal_(True)
-        return together / together.sum(1, keepdim=True).to(gram)
+        is_similar = (overlap >= threshold - 1e-12).fill_diagonal_(True)
+        return is_similar / is_similar.sum(1, keepdim=True).to(gram)
 
-    def weights_of(self, model: Model, v: Vars) -> Tree:
+    def client_model(self, model: Model, v: Variables) -> Tree:
         """w_i; right after training, what was trained, of which critical entries have a copy."""
-        m, own = under(v.personal, _CRITICAL), under(v.personal, _OWN)
-        return super().weights_of(model, v) | {
+        m, own = select_prefix(v.personal, _CRITICAL), select_prefix(v.personal, _OWN)
+        return super().client_model(model, v) | {
             n: torch.where(m[n], w, v.shared[n]) for n, w in own.items()
         }
 
 
-def critical(start: Tensor, end: Tensor, tau: float) -> Tensor:
+def critical_mask(start: Tensor, end: Tensor, tau: float) -> Tensor:
     """m: where |(w - w0) w| is among the floor(tau size) largest of the tensor."""
     score, count = ((end - start) * end).abs(), int(tau * end.numel() + 1e-9)
     if count == 0:
         return torch.zeros_like(score, dtype=torch.bool)
-    least = score.flatten().topk(count).values[-1]
-    least = torch.where(least > 1e-10, least, torch.where(score > 1e-20, score, torch.inf).min())
-    return score >= least
+    threshold = score.flatten().topk(count).values[-1]
+    threshold = torch.where(
+        threshold > 1e-10, threshold, torch.where(score > 1e-20, score, torch.inf).min()
+    )
+    return score >= threshold

@@ -25,9 +25,9 @@ R of all rounds since; counted is the last.
 
 from dataclasses import dataclass
 
-from ..components.lora.calibrated import Calibrated
+from ..components.lora.calibrated import CalibratedTuning
 
 
 @dataclass(frozen=True)
-class FedExLoRA(Calibrated):
+class FedExLoRA(CalibratedTuning):
     """``Calibrated`` as it is."""

@@ -29,18 +29,18 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Vars
-from ..components.lora.redistributed import Redistributed
+from ..algorithm import Variables
+from ..components.lora.redistributed import RedistributedTuning
 from ..core.bounds import bounded
-from ..core.names import factor, own_name
-from ..core.tree import Tree, prefixed, under
+from ..core.names import factor_name, method_leaf_name
+from ..core.tree import Tree, add_prefix, select_prefix
 from ..models.network import Model
 
-_TAIL = own_name("tail")
+_TAIL = method_leaf_name("tail")
 
 
 @dataclass(frozen=True)
-class FedHL(Redistributed):
+class FedHL(RedistributedTuning):
     """Further shared leaves: "tail.<weight>" [R + 1], sum_{j > r} s_j^2 of W for each rank r up to
     R.
     """
@@ -54,22 +54,27 @@ class FedHL(Redistributed):
         super().__post_init__()
         bounded(self, eps="(0, inf)", eps_relative="[0, inf)")
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         shared, personal = super().init(model, rng)[:2]
-        rows = {n: len(shared[factor(n, "A")]) for n in self.adapted(model)}
-        return Vars(shared | {_TAIL + n: torch.zeros(r + 1) for n, r in rows.items()}, personal)
+        rows = {n: len(shared[factor_name(n, "A")]) for n in self.adapted_shapes(model)}
+        return Variables(
+            shared | {_TAIL + n: torch.zeros(r + 1) for n, r in rows.items()}, personal
+        )
 
     def download(self, shared: Tree) -> Tree:
         return super().download({n: v for n, v in shared.items() if not n.startswith(_TAIL)})
 
-    def term(self, upload: Tree, shared: Tree) -> Tree:
+    def mean_terms(self, upload: Tree, shared: Tree) -> Tree:
         """W_k - W^{r_k}."""
-        got = self.products(self.download(shared))
-        return {factor(n, "W"): p - got[n] for n, p in self.products(upload).items()}
+        received_products = self.factor_products(self.download(shared))
+        return {
+            factor_name(n, "W"): p - received_products[n]
+            for n, p in self.factor_products(upload).items()
+        }
 
-    def weight(self, upload: Tree, shared: Tree, count: int) -> Tree:
+    def term_weights(self, upload: Tree, shared: Tree, count: int) -> Tree:
         """p_k times a number that all clients have in common: at most 1, or n_k."""
-        tails, r = under(shared, _TAIL), max(self.lora_ranks)
+        tails, r = select_prefix(shared, _TAIL), max(self.lora_ranks)
         parts = {
             n: torch.stack([tail[min(r, len(tail) - 1)], tail[-1], tail[0]])
             for n, tail in tails.items()
@@ -77,29 +82,34 @@ class FedHL(Redistributed):
         if not self.per_layer:
             parts = dict.fromkeys(parts, sum(parts.values()))
         n_k = count if self.weight_mode in ("samples", "both") else 1
-        steep = (
-            self._steep
+        rank_weight = (
+            self._rank_weight
             if self.weight_mode in ("paper", "both")
             else lambda lost, least, whole: torch.ones_like(lost)
         )
-        return {n: n_k * steep(*part.double()).to(part.dtype) for n, part in parts.items()}
+        return {n: n_k * rank_weight(*part.double()).to(part.dtype) for n, part in parts.items()}
 
-    def _steep(self, lost: Tensor, least: Tensor, whole: Tensor) -> Tensor:
+    def _rank_weight(
+        self, tail_energy: Tensor, min_tail_energy: Tensor, total_energy: Tensor
+    ) -> Tensor:
         """Eq. (15) of t_k, relative to a client of rank R; whole: ||W||_F^2."""
-        eps = self.eps + self.eps_relative * whole.square()
-        return (least.square() + eps) / (lost.square() + eps)
+        eps = self.eps + self.eps_relative * total_energy.square()
+        return (min_tail_energy.square() + eps) / (tail_energy.square() + eps)
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
         return {n: shared[n] + v for n, v in mean.items()}
 
     def handed_out(self, shared: Tree, right: Tree) -> Tree:
         shared = super().handed_out(shared, right)
-        tails = {n: _tail(shared[factor(n, "W")], shared[factor(n, "B")]) for n in right}
-        return shared | prefixed(tails, _TAIL)
+        tails = {
+            n: _tail_energies(shared[factor_name(n, "W")], shared[factor_name(n, "B")])
+            for n in right
+        }
+        return shared | add_prefix(tails, _TAIL)
 
 
-def _tail(W: Tensor, B: Tensor) -> Tensor:
+def _tail_energies(W: Tensor, B: Tensor) -> Tensor:
     """[R + 1] sum_{j > r} s_j^2 of W for r from 0 to R; the columns of B = U S have the norms s_j."""
     squares = B.double().square().sum(0)
-    lost = W.double().square().sum() - torch.cat([squares.new_zeros(1), squares.cumsum(0)])
-    return lost.clamp(min=0).to(W.dtype)
+    tail_energies = W.double().square().sum() - torch.cat([squares.new_zeros(1), squares.cumsum(0)])
+    return tail_energies.clamp(min=0).to(W.dtype)

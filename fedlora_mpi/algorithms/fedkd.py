@@ -29,18 +29,18 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Batch, Cohort, Phase, Step, Train, Vars
-from ..components.companion import SMALL, Companion
-from ..components.lowrank import truncated
-from ..core.batch import cross_entropy, divergence, mean
+from ..algorithm import Batch, Cohort, LocalTraining, Phase, Step, Variables
+from ..components.companion import SMALL_PREFIX, Companion
+from ..components.lowrank import truncate_svd
+from ..core.batch import cross_entropy, kl_divergence, mean
 from ..core.bounds import bounded
-from ..core.names import own_name
+from ..core.names import method_leaf_name
 from ..core.tree import Tree
 from ..models.network import Model
 
-_ROUND = own_name("svd", "round")
-_NUMBERS = own_name("svd", "numbers")
-_W_H = own_name("hidden", "W_h")
+_ROUND = method_leaf_name("svd", "round")
+_MESSAGE_NUMEL = method_leaf_name("svd", "numbers")
+_W_H = method_leaf_name("hidden", "W_h")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class FedKD(Companion):
     def __post_init__(self) -> None:
         bounded(self, energy_start="[0, 1]", energy_end="[0, 1]", energy_rounds="[1, inf)")
 
-    def check(self, model: Model, train: Train) -> None:
+    def check(self, model: Model, train: LocalTraining) -> None:
         super().check(model, train)
         for which, network in (("name = fedkd", model), (f"small = {self.small}", self.g(model))):
             if not (network.head and network.ends_in_linear):
@@ -64,59 +64,65 @@ class FedKD(Companion):
                     "none, or not alone and last"
                 )
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         shared, personal = super().init(model, rng)[:2]
         (d_t,), (d_s,) = (
             network.leaves[f"{network.head}.weight"].shape[1:] for network in (model, self.g(model))
         )
         W_h = (torch.rand(d_t, d_s, generator=rng) * 2 - 1) / d_s**0.5
         sizes = torch.tensor(float(sum(v.numel() for v in shared.values())))
-        return Vars(shared | {_ROUND: torch.tensor(0.0), _NUMBERS: sizes}, personal | {_W_H: W_h})
+        return Variables(
+            shared | {_ROUND: torch.tensor(0.0), _MESSAGE_NUMEL: sizes}, personal | {_W_H: W_h}
+        )
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        g, held = self.g(model), Tensor.detach if self.detached else lambda v: v
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        g, detach_if_set = self.g(model), Tensor.detach if self.detached else lambda v: v
 
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            t, s = self.weights_of(model, now), self.of_g(now)
+        def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
+            t, s = self.client_model(model, now), self.g_leaves(now)
             h_t = model.features(t, batch.x)
-            with self.prepared(model, batch):
+            with self.training_context(model, batch):
                 h_s = g.to(batch.x.device).features(s, batch.x)
             o_t, o_s = model.classify(t, h_t), g.classify(s, h_s)
             fit = cross_entropy(o_t, batch) + cross_entropy(o_s, batch)
-            gap = divergence(held(o_s), o_t) + divergence(held(o_t), o_s)
+            gap = kl_divergence(detach_if_set(o_s), o_t) + kl_divergence(detach_if_set(o_t), o_s)
             hidden = (h_t - h_s @ now.personal[_W_H].T).square().mean(1)
-            return fit + mean(gap + 2 * hidden, batch) / held(fit)  # L_t + L_s
+            return fit + mean(gap + 2 * hidden, batch) / detach_if_set(fit)  # L_t + L_s
 
-        return (Phase(train.epochs, (Step(loss, self.trains(model, _W_H)),)),)
+        return (Phase(train.epochs, (Step(loss, self.trained_leaves(model, _W_H)),)),)
 
-    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
+    def finish(
+        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
+    ) -> Variables:
         """What the server will make of the client's message."""
-        return end._replace(shared=self.compressed(start.shared, end.shared))
+        return end._replace(shared=self.compress_update(start.shared, end.shared))
 
-    def upload(self, start: Vars, end: Vars) -> Tree:
-        return {n: v for n, v in end.shared.items() if n.startswith(SMALL)}
+    def upload(self, start: Variables, end: Variables) -> Tree:
+        return {n: v for n, v in end.shared.items() if n.startswith(SMALL_PREFIX)}
 
-    def sent(self, start: Vars, end: Vars) -> Tensor:
-        return end.shared[_NUMBERS]
+    def upload_numel(self, start: Variables, end: Variables) -> Tensor:
+        return end.shared[_MESSAGE_NUMEL]
 
-    def received(self, shared: Tree) -> Tensor:
-        return shared[_NUMBERS]
+    def download_numel(self, shared: Tree) -> Tensor:
+        return shared[_MESSAGE_NUMEL]
 
-    def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
-        shared = self.compressed(shared, mean)
+    def server_update(
+        self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort
+    ) -> tuple[Tree, Tree]:
+        shared = self.compress_update(shared, mean)
         return server, shared | {_ROUND: shared[_ROUND] + 1}
 
-    def compressed(self, old: Tree, new: Tree) -> Tree:
+    def compress_update(self, old: Tree, new: Tree) -> Tree:
         """old + C(new - old) for the leaves of g, with the numbers of the message that says so."""
         round_ = old[_ROUND]
         share = ((round_.double() + 1) / self.energy_rounds).clamp(max=1)
         energy = self.energy_start + share * (self.energy_end - self.energy_start)  # T_t
         tree, numbers = {}, torch.zeros_like(round_)
-        for name, before in old.items():
-            if name.startswith(SMALL):
-                tree[name], count = new[name], before.numel()
-                if before.dim() > 1:
-                    update, count = truncated(new[name] - before, energy)
-                    tree[name] = before + update
+        for name, old_value in old.items():
+            if name.startswith(SMALL_PREFIX):
+                tree[name], count = new[name], old_value.numel()
+                if old_value.dim() > 1:
+                    update, count = truncate_svd(new[name] - old_value, energy)
+                    tree[name] = old_value + update
                 numbers = numbers + count
-        return tree | {_ROUND: round_, _NUMBERS: numbers}
+        return tree | {_ROUND: round_, _MESSAGE_NUMEL: numbers}

@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 
 from torch import Generator
 
-from ..algorithm import Algorithm, Phase, Train, Vars
+from ..algorithm import Algorithm, LocalTraining, Phase, Variables
 from ..components.lowrank import LowRank
 from ..core.tree import Tree, split
 from ..models.network import Model
@@ -38,15 +38,15 @@ class FedLoRA(LowRank, Algorithm):
     bn_stats: Literal["shared", "local"] = "shared"
     absent: Literal["exclude", "stale"] = "stale"
 
-    def init(self, model: Model, rng: Generator) -> Vars:
-        def local(leaf):
+    def init(self, model: Model, rng: Generator) -> Variables:
+        def is_local(leaf):
             return self.bn_stats == "local" and model.role(leaf) == "stats"
 
-        own, sigma = split(model.initial, local)
-        return Vars(shared=sigma, personal=own | self.factors(model, rng))
+        local_stats, sigma = split(model.initial, is_local)
+        return Variables(shared=sigma, personal=local_stats | self.factors(model, rng))
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        return self.turns(model, train, self.loss(model))
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        return self.training_phases(model, train, self.loss(model))
 
-    def weights_of(self, model: Model, v: Vars) -> Tree:
+    def client_model(self, model: Model, v: Variables) -> Tree:
         return self.theta(model, v)

@@ -31,25 +31,33 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, Offer, Phase, Step, Train, Vars
-from ..components.prototypes import MEANS, OWN_MEANS, SHARES, class_means, pull, shown, statistics
+from ..algorithm import Algorithm, Batch, LocalTraining, Mix, Phase, Step, Variables
+from ..components.prototypes import (
+    MEANS,
+    OWN_MEANS,
+    SHARES,
+    class_means,
+    class_statistics,
+    feature_statistics,
+    prototype_loss,
+)
 from ..components.simplex import best_weights
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
-from ..core.names import own_name
+from ..core.names import method_leaf_name
 from ..core.tree import split
 from ..models.network import Model
 
-_OWN_VARIANCE = own_name("own", "variance")
+_OWN_VARIANCE = method_leaf_name("own", "variance")
 
 
 @dataclass(frozen=True)
 class FedPAC(Algorithm):
     """``head_epochs`` come before ``train.epochs``, which all go to the body."""
 
-    evaluates: ClassVar = "after_training"
-    centred: ClassVar = True
-    surveys: ClassVar = True
+    evaluate_on: ClassVar = "after_training"
+    center_keys: ClassVar = True
+    needs_all_data: ClassVar = True
     lam: float = 1.0
     head_epochs: int = 1
     head_lr: float = 0.1
@@ -57,31 +65,31 @@ class FedPAC(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)", head_epochs="[0, inf)", head_lr="(0, inf)")
 
-    def check(self, model: Model, train: Train) -> None:
+    def check(self, model: Model, train: LocalTraining) -> None:
         if not (model.head and model.ends_in_linear):
             raise ValueError(
                 "name = fedpac: needs a model with a body and a Linear classifier at its end"
             )
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         head, body = split(model.initial, lambda leaf: model.role(leaf) == "head")
         means = torch.zeros(model.leaves[f"{model.head}.weight"].shape)  # [classes, d]
-        own = {OWN_MEANS: means, _OWN_VARIANCE: torch.zeros(1)}  # h_i and V_i
-        return Vars(body | {MEANS: means, SHARES: means[:, 0]}, head | own)
+        own_statistics = {OWN_MEANS: means, _OWN_VARIANCE: torch.zeros(1)}  # h_i and V_i
+        return Variables(body | {MEANS: means, SHARES: means[:, 0]}, head | own_statistics)
 
-    def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
-        h, energy = statistics(model.evaluating(), self.weights_of(model, v), data)
+    def begin(self, model: Model, v: Variables, data: Batch) -> Variables:
+        h, energy = feature_statistics(model.eval_mode(), self.client_model(model, v), data)
         variance = ((energy - h.square().sum()).clamp(min=0) / data.counts.sum())[None]
         return v._replace(personal=v.personal | {OWN_MEANS: h, _OWN_VARIANCE: variance})
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         lam = self.lam if round_ else 0.0
 
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            weights = self.weights_of(model, now)
+        def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
+            weights = self.client_model(model, now)
             z = model.features(weights, batch.x)
             fit = cross_entropy(model.classify(weights, z), batch)
-            return fit + lam * pull(z, class_means(now, batch), batch) if lam else fit
+            return fit + lam * prototype_loss(z, class_means(now, batch), batch) if lam else fit
 
         head = Step(
             loss, lambda leaf: model.role(leaf) == "head", lambda sgd: sgd._replace(lr=self.head_lr)
@@ -89,16 +97,19 @@ class FedPAC(Algorithm):
         body = Step(loss, lambda leaf: model.role(leaf) in ("body", "norm"))
         return Phase(self.head_epochs, (head,)), Phase(train.epochs, (body,))
 
-    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
+    def finish(
+        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
+    ) -> Variables:
         return end._replace(
-            shared=end.shared | shown(model.evaluating(), self.weights_of(model, end), data)
+            shared=end.shared
+            | class_statistics(model.eval_mode(), self.client_model(model, end), data)
         )
 
-    def offer(self, start: Vars, end: Vars) -> Offer:
-        own, head = split(end.personal, {OWN_MEANS, _OWN_VARIANCE}.__contains__)
-        return Offer(head, key=own[OWN_MEANS], aux=own[_OWN_VARIANCE])
+    def offer(self, start: Variables, end: Variables) -> Mix:
+        own_statistics, head = split(end.personal, {OWN_MEANS, _OWN_VARIANCE}.__contains__)
+        return Mix(head, key=own_statistics[OWN_MEANS], extra=own_statistics[_OWN_VARIANCE])
 
-    def mix(self, gram: Tensor, aux: Tensor, round_: int) -> Tensor:
-        alpha = best_weights(gram, aux[:, 0])
+    def mix(self, gram: Tensor, extra: Tensor, round_: int) -> Tensor:
+        alpha = best_weights(gram, extra[:, 0])
         alpha = alpha * (alpha > min(1e-3, 0.5 / len(gram)))  # one is at least 1 / n
         return alpha / alpha.sum(1, keepdim=True)

@@ -21,7 +21,7 @@ from typing import Literal
 
 from torch import Generator
 
-from ..algorithm import Algorithm, Train, Vars
+from ..algorithm import Algorithm, LocalTraining, Variables
 from ..core.tree import split
 from ..models.network import Model
 
@@ -35,21 +35,23 @@ class FedPer(Algorithm):
     weights: Literal["samples", "uniform"] = "samples"
     absent: Literal["exclude", "stale"] = "exclude"
 
-    def check(self, model: Model, train: Train) -> None:
+    def check(self, model: Model, train: LocalTraining) -> None:
         for pattern in self.personal:
-            if not any(map(_matches(model, pattern), model.leaves)):
+            if not any(map(_leaf_predicate(model, pattern), model.leaves)):
                 raise ValueError(
                     f"personal = {pattern}: matches no leaf; there are head and "
                     f"{', '.join(model.leaves)}"
                 )
 
-    def init(self, model: Model, rng: Generator) -> Vars:
-        stays = [_matches(model, pattern) for pattern in self.personal]
-        own, base = split(model.initial, lambda leaf: any(matches(leaf) for matches in stays))
-        return Vars(shared=base, personal=own)
+    def init(self, model: Model, rng: Generator) -> Variables:
+        predicates = [_leaf_predicate(model, pattern) for pattern in self.personal]
+        personal, shared = split(
+            model.initial, lambda leaf: any(matches(leaf) for matches in predicates)
+        )
+        return Variables(shared=shared, personal=personal)
 
 
-def _matches(model: Model, pattern: str) -> Callable[[str], bool]:
+def _leaf_predicate(model: Model, pattern: str) -> Callable[[str], bool]:
     """Whether a leaf is meant by ``pattern``."""
     if pattern == "head":
         return lambda leaf: model.role(leaf) == "head"

@@ -29,15 +29,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..components.prototypes import MEANS, SHARES, own_means, prototypes, pull
+from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
+from ..components.prototypes import MEANS, SHARES, client_class_means, prototype_loss, prototypes
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
-from ..core.names import own_name
+from ..core.names import method_leaf_name
 from ..core.tree import Tree
 from ..models.network import Model
 
-_OWN_CLASSES = own_name("own", "classes")
+_OWN_CLASSES = method_leaf_name("own", "classes")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class FedProto(Algorithm):
     ``own.classes`` is 1 for a class that the client holds.
     """
 
-    surveys: ClassVar = True
+    needs_all_data: ClassVar = True
     lam: float = 1.0
     inference: Literal["classifier", "prototypes"] = "classifier"
     among: Literal["own", "known"] = "own"
@@ -56,52 +56,56 @@ class FedProto(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)")
 
-    def check(self, model: Model, train: Train) -> None:
+    def check(self, model: Model, train: LocalTraining) -> None:
         if not (model.head and model.ends_in_linear):
             raise ValueError(
                 "name = fedproto: needs a network with a body and a Linear classifier at its end"
             )
 
-    def init(self, model: Model, rng: Generator) -> Vars:
-        means = torch.zeros(model.described[f"{model.head}.weight"].shape)  # [classes, d]
-        return Vars(
+    def init(self, model: Model, rng: Generator) -> Variables:
+        means = torch.zeros(model.all_leaves[f"{model.head}.weight"].shape)  # [classes, d]
+        return Variables(
             {MEANS: means, SHARES: means[:, 0]}, model.initial | {_OWN_CLASSES: means[:, 0]}
         )
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         lam = self.lam if round_ else 0.0
 
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            w = self.weights_of(model, now)
+        def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
+            w = self.client_model(model, now)
             z = model.features(w, batch.x)
             fit = cross_entropy(model.classify(w, z), batch)
             P, known = prototypes(start.shared)
-            return fit + lam * pull(z, P, batch, known) if lam else fit
+            return fit + lam * prototype_loss(z, P, batch, known) if lam else fit
 
         return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),)),)
 
-    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
-        w, held = self.weights_of(model, end), (data.counts > 0).to(data.counts)
-        share = held if self.weights == "uniform" else data.counts / data.counts.sum()
-        means = own_means(lambda x: model.evaluating().features(w, x), data)
-        shown = {MEANS: share[:, None] * means, SHARES: share}
-        return Vars(shown, end.personal | {_OWN_CLASSES: held})
+    def finish(
+        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
+    ) -> Variables:
+        w, holds_class = self.client_model(model, end), (data.counts > 0).to(data.counts)
+        share = holds_class if self.weights == "uniform" else data.counts / data.counts.sum()
+        means = client_class_means(lambda x: model.eval_mode().features(w, x), data)
+        class_leaves = {MEANS: share[:, None] * means, SHARES: share}
+        return Variables(class_leaves, end.personal | {_OWN_CLASSES: holds_class})
 
-    def sent(self, start: Vars, end: Vars) -> Tensor:
-        return self.received(end.shared)
+    def upload_numel(self, start: Variables, end: Variables) -> Tensor:
+        return self.download_numel(end.shared)
 
-    def received(self, shared: Tree) -> Tensor:
+    def download_numel(self, shared: Tree) -> Tensor:
         return (shared[SHARES] > 0).sum() * shared[MEANS].shape[1]
 
-    def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:
+    def logits(self, model: Model, v: Variables, x: Tensor) -> Tensor:
         """By prototypes: - mean_d (z - P_c)^2, without its term in z alone, which all classes have
         in common.
         """
         if self.inference == "classifier":
             return super().logits(model, v, x)
         P, known = prototypes(v.shared)
-        own = known & (v.personal[_OWN_CLASSES] > 0)
-        meant = torch.where(own.any(), own, known) if self.among == "own" else known
-        z = model.features(self.weights_of(model, v), x)
-        near = (2 * z @ P.T - P.square().sum(1)) / P.shape[1]  # [B, classes]
-        return torch.where(meant, near, near.amin(1, keepdim=True) - 100)
+        own_classes = known & (v.personal[_OWN_CLASSES] > 0)
+        candidates = (
+            torch.where(own_classes.any(), own_classes, known) if self.among == "own" else known
+        )
+        z = model.features(self.client_model(model, v), x)
+        scores = (2 * z @ P.T - P.square().sum(1)) / P.shape[1]  # [B, classes]
+        return torch.where(candidates, scores, scores.amin(1, keepdim=True) - 100)

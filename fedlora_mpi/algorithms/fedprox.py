@@ -18,7 +18,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
+from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
 from ..core.bounds import bounded
 from ..core.tree import sq_dist
 from ..models.network import Model
@@ -35,11 +35,13 @@ class FedProx(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, mu="[0, inf)")
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        own = self.loss(model)
-        held = [n for n in model.leaves if model.role(n) != "stats"]
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        base_loss = self.loss(model)
+        parameters = [n for n in model.leaves if model.role(n) != "stats"]
 
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            return own(now, start, batch) + self.mu / 2 * sq_dist(now.shared, start.shared, held)
+        def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
+            return base_loss(now, start, batch) + self.mu / 2 * sq_dist(
+                now.shared, start.shared, parameters
+            )
 
         return (Phase(train.epochs, (Step(loss),)),)

@@ -20,7 +20,7 @@ from typing import Literal
 
 from torch import Generator
 
-from ..algorithm import Algorithm, Phase, Step, Train, Vars
+from ..algorithm import Algorithm, LocalTraining, Phase, Step, Variables
 from ..core.bounds import bounded
 from ..core.tree import split
 from ..models.network import Model
@@ -37,18 +37,18 @@ class FedRep(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, head_epochs="[0, inf)")
 
-    def check(self, model: Model, train: Train) -> None:
+    def check(self, model: Model, train: LocalTraining) -> None:
         if self.head_epochs > train.epochs:
             raise ValueError(
                 f"head_epochs = {self.head_epochs}: must be at most train.epochs = {train.epochs}, "
                 "of which it is a part"
             )
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         head, body = split(model.initial, lambda leaf: model.role(leaf) == "head")
-        return Vars(shared=body, personal=head)
+        return Variables(shared=body, personal=head)
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         loss = self.loss(model)
         return (
             Phase(self.head_epochs, (Step(loss, lambda leaf: model.role(leaf) == "head"),)),

@@ -23,14 +23,14 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
+from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
-from ..core.names import own_name
-from ..core.tree import Tree, prefixed, under
+from ..core.names import method_leaf_name
+from ..core.tree import Tree, add_prefix, select_prefix
 from ..models.network import Model
 
-_OWN = own_name("own")
+_OWN = method_leaf_name("own")
 
 
 @dataclass(frozen=True)
@@ -46,24 +46,24 @@ class FedRoD(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, gamma="[0, inf)")
 
-    def check(self, model: Model, train: Train) -> None:
+    def check(self, model: Model, train: LocalTraining) -> None:
         if not model.ends_in_linear:
             raise ValueError(
                 "name = fedrod: needs a network that ends in a Linear; "
                 f"{model.head or 'the last layer'} is none, or not alone and last"
             )
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         start = 1.0 if self.head == "copy" else 0.0
         phi = {n: v * start for n, v in model.initial.items() if model.role(n) == "head"}
-        return Vars(shared=model.initial, personal=prefixed(phi, _OWN))
+        return Variables(shared=model.initial, personal=add_prefix(phi, _OWN))
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             z = model.features(now.shared, batch.x)
             g = model.classify(now.shared, z)
             p = g.detach() + model.classify(
-                under(now.personal, _OWN), z if self.personal_trains_body else z.detach()
+                select_prefix(now.personal, _OWN), z if self.personal_trains_body else z.detach()
             )
             # -inf for a class that the client does not have
             prior = torch.xlogy(self.gamma, batch.counts)
@@ -71,6 +71,6 @@ class FedRoD(Algorithm):
 
         return (Phase(train.epochs, (Step(loss),)),)
 
-    def weights_of(self, model: Model, v: Vars) -> Tree:
+    def client_model(self, model: Model, v: Variables) -> Tree:
         """Both heads are linear, so their sum is one: psi(z) + phi_i(z) = (psi + phi_i)(z)."""
-        return v.shared | {n: v.shared[n] + w for n, w in under(v.personal, _OWN).items()}
+        return v.shared | {n: v.shared[n] + w for n, w in select_prefix(v.personal, _OWN).items()}

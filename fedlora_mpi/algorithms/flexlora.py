@@ -16,9 +16,9 @@ n_k.
 
 from dataclasses import dataclass
 
-from ..components.lora.redistributed import Redistributed
+from ..components.lora.redistributed import RedistributedTuning
 
 
 @dataclass(frozen=True)
-class FlexLoRA(Redistributed):
+class FlexLoRA(RedistributedTuning):
     """``Redistributed`` as it is."""

@@ -27,14 +27,14 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Cohort, Vars
-from ..components.lora import FineTuning, dense
-from ..core.names import factor, factors_of, is_factor, own_name
+from ..algorithm import Cohort, Variables
+from ..components.lora import FineTuning, dense_updates
+from ..core.names import factor_name, factors_by_weight, is_factor, method_leaf_name
 from ..core.seeds import uniform
 from ..core.tree import Tree, numel
 from ..models.network import Model
 
-_FRESH, _LAST = own_name("fresh"), own_name("last")
+_DRAW_NUMBER, _STACKED_RANK = method_leaf_name("fresh"), method_leaf_name("last")
 
 
 @dataclass(frozen=True)
@@ -45,41 +45,47 @@ class FLoRA(FineTuning):
 
     judged: ClassVar = "server"  # a client that has not trained has B = 0: the same model
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         shared = {n: v for n, v in super().init(model, rng).shared.items() if not is_factor(n)}
-        for name, size in self.adapted(model).items():
-            shared |= {factor(name, "W"): torch.zeros(*size), _LAST + name: torch.tensor(0.0)}
+        for name, size in self.adapted_shapes(model).items():
+            shared |= {
+                factor_name(name, "W"): torch.zeros(*size),
+                _STACKED_RANK + name: torch.tensor(0.0),
+            }
         number = torch.randint(2**23, (), generator=rng)  # so many more are exact in float32
-        return Vars(shared | {_FRESH: number.float()}, {})
+        return Variables(shared | {_DRAW_NUMBER: number.float()}, {})
 
     def download(self, shared: Tree) -> Tree:
-        own, r = (
-            {n: v for n, v in super().download(shared).items() if n != _FRESH},
+        client_leaves, r = (
+            {n: v for n, v in super().download(shared).items() if n != _DRAW_NUMBER},
             max(self.lora_ranks),
         )
-        for number, (name, W) in enumerate(dense(shared).items()):
+        for number, (name, W) in enumerate(dense_updates(shared).items()):
             rows, in_side = min(r, *W.shape), W.shape[1]
-            draw = uniform(shared[_FRESH].long() * 2**16 + number, (rows, in_side))
-            own[factor(name, "A")] = (draw * 2 - 1).to(W) / in_side**0.5
-            own[factor(name, "B")] = W.new_zeros(len(W), rows)
-        return own
+            draw = uniform(shared[_DRAW_NUMBER].long() * 2**16 + number, (rows, in_side))
+            client_leaves[factor_name(name, "A")] = (draw * 2 - 1).to(W) / in_side**0.5
+            client_leaves[factor_name(name, "B")] = W.new_zeros(len(W), rows)
+        return client_leaves
 
-    def received(self, shared: Tree) -> Tensor | int:
+    def download_numel(self, shared: Tree) -> Tensor | int:
         full = {n: v for n, v in self.download(shared).items() if not is_factor(n, "ABW")}
         return sum(
-            shared[_LAST + n].long() * sum(W.shape) for n, W in dense(shared).items()
+            shared[_STACKED_RANK + n].long() * sum(W.shape)
+            for n, W in dense_updates(shared).items()
         ) + numel(full)
 
-    def term(self, upload: Tree, shared: Tree) -> Tree:
+    def mean_terms(self, upload: Tree, shared: Tree) -> Tree:
         """p_k s B_k A_k, summed over k, is the product of the stacks."""
-        return {factor(n, "W"): p for n, p in self.products(upload).items()}
+        return {factor_name(n, "W"): p for n, p in self.factor_products(upload).items()}
 
-    def counted(self, upload: Tree) -> dict[str, int]:
-        return {n: len(A) for n, A in factors_of(upload, "A").items()}
+    def cohort_counts(self, upload: Tree) -> dict[str, int]:
+        return {n: len(A) for n, A in factors_by_weight(upload, "A").items()}
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
         return {n: shared[n] + v for n, v in mean.items()}
 
-    def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
-        server, new = super().serve(server, shared, mean, cohort)
-        return server, new | {_FRESH: shared[_FRESH] + 1}
+    def server_update(
+        self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort
+    ) -> tuple[Tree, Tree]:
+        server, new = super().server_update(server, shared, mean, cohort)
+        return server, new | {_DRAW_NUMBER: shared[_DRAW_NUMBER] + 1}

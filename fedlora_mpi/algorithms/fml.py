@@ -24,9 +24,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..algorithm import Batch, Phase, Step, Train, Vars
+from ..algorithm import Batch, LocalTraining, Phase, Step, Variables
 from ..components.companion import Companion
-from ..core.batch import cross_entropy, divergence, mean
+from ..core.batch import cross_entropy, kl_divergence, mean
 from ..core.bounds import bounded
 from ..models.network import Model
 
@@ -41,16 +41,16 @@ class FML(Companion):
     def __post_init__(self) -> None:
         bounded(self, alpha="[0, 1]", beta="[0, 1]")
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            own, meme = self.logits_of_both(model, now, batch)
-            return self.taught(self.alpha, own, meme, batch) + self.taught(
-                self.beta, meme, own, batch
-            )
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
+            own_logits, meme_logits = self.both_logits(model, now, batch)
+            return self.student_loss(
+                self.alpha, own_logits, meme_logits, batch
+            ) + self.student_loss(self.beta, meme_logits, own_logits, batch)
 
-        return (Phase(train.epochs, (Step(loss, self.trains(model)),)),)
+        return (Phase(train.epochs, (Step(loss, self.trained_leaves(model)),)),)
 
-    def taught(self, share: float, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+    def student_loss(self, share: float, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
         """share CE(student) + (1 - share) KL(teacher || student), []. Logits: [B, classes]."""
-        gap = mean(divergence(teacher.detach(), student), batch)
+        gap = mean(kl_divergence(teacher.detach(), student), batch)
         return share * cross_entropy(student, batch) + (1 - share) * gap

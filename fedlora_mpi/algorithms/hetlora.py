@@ -27,15 +27,15 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Batch, Loss, Train, Vars
+from ..algorithm import Batch, LocalTraining, Loss, Variables
 from ..components.lora import FineTuning
 from ..components.lowrank import is_not_factor
 from ..core.bounds import bounded
-from ..core.names import factor, factors_of, own_name
+from ..core.names import factor_name, factors_by_weight, method_leaf_name
 from ..core.tree import Tree, numel, split
 from ..models.network import Model
 
-_RANK, _NORM = own_name("lora_rank"), own_name("norm")
+_RANK, _NORM = method_leaf_name("lora_rank"), method_leaf_name("norm")
 
 
 @dataclass(frozen=True)
@@ -52,84 +52,95 @@ class HetLoRA(FineTuning):
         super().__post_init__()
         bounded(self, gamma="(0, 1]", lam="[0, inf)", lora_rank_min="[1, inf)")
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         shared = super().init(model, rng).shared
-        most = max(len(A) for A, _ in pairs(shared).values())
-        return Vars(shared, {_RANK: torch.tensor(float(most))})
+        max_rank = max(len(A) for A, _ in factor_pairs(shared).values())
+        return Variables(shared, {_RANK: torch.tensor(float(max_rank))})
 
-    def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
-        return self.own(v)
+    def begin(self, model: Model, v: Variables, data: Batch) -> Variables:
+        return self.keep_client_rank(v)
 
-    def own(self, v: Vars) -> Vars:
+    def keep_client_rank(self, v: Variables) -> Variables:
         """``v`` with the first r_k components alone."""
-        return v._replace(shared=components(v.shared, 0, v.personal[_RANK]))
+        return v._replace(shared=select_components(v.shared, 0, v.personal[_RANK]))
 
     def loss(self, model: Model) -> Loss:
         fit = super().loss(model)
 
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            return fit(now, start, batch) + self.lam * self.tail(now)
+        def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
+            return fit(now, start, batch) + self.lam * self.tail_norm(now)
 
         return loss
 
-    def tail(self, v: Vars) -> Tensor:
+    def tail_norm(self, v: Variables) -> Tensor:
         """T, [], of the components that pruning would take."""
         r = v.personal[_RANK]
         norm = torch.linalg.vector_norm  # its gradient at zero is zero
         return sum(
-            norm(A) * norm(B) for A, B in pairs(components(v.shared, self.lower(r), r)).values()
+            norm(A) * norm(B)
+            for A, B in factor_pairs(select_components(v.shared, self.pruned_rank(r), r)).values()
         )
 
-    def lower(self, r: Tensor) -> Tensor:
+    def pruned_rank(self, r: Tensor) -> Tensor:
         """The rank after ``r``; ``r`` itself, where the minimum or gamma leave no other."""
         rank = (self.gamma * r.double() + 1e-9).floor().to(r.dtype)  # 0.29 * 100 is below 29
         return rank.clamp(min=self.lora_rank_min).minimum(r)
 
-    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
+    def finish(
+        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
+    ) -> Variables:
         r = start.personal[_RANK]
-        r = torch.where(self.tail(end) < self.tail(start), self.lower(r), r)
-        return end._replace(shared=components(end.shared, 0, r), personal={_RANK: r})
+        r = torch.where(self.tail_norm(end) < self.tail_norm(start), self.pruned_rank(r), r)
+        return end._replace(shared=select_components(end.shared, 0, r), personal={_RANK: r})
 
-    def upload(self, start: Vars, end: Vars) -> Tree:
+    def upload(self, start: Variables, end: Variables) -> Tree:
         return super().upload(start, end) | {_NORM: norm_of_products(end.shared)}
 
-    def sent(self, start: Vars, end: Vars) -> int:
+    def upload_numel(self, start: Variables, end: Variables) -> int:
         upload, r = self.upload(start, end), int(end.personal[_RANK])
-        held = sum(min(r, len(A)) * (A.shape[1] + len(B)) for A, B in pairs(upload).values())
-        return held + numel(split(upload, is_not_factor)[0])
+        factors_numel = sum(
+            min(r, len(A)) * (A.shape[1] + len(B)) for A, B in factor_pairs(upload).values()
+        )
+        return factors_numel + numel(split(upload, is_not_factor)[0])
 
-    def weights_of(self, model: Model, v: Vars) -> Tree:
+    def client_model(self, model: Model, v: Variables) -> Tree:
         """Of the client's own model; where the server's is judged, that has all components."""
-        return super().weights_of(model, v if self.judged == "server" else self.own(v))
+        return super().client_model(
+            model, v if self.judged == "server" else self.keep_client_rank(v)
+        )
 
     def adapter(
-        self, model: Model, v: Vars
+        self, model: Model, v: Variables
     ) -> tuple[dict[str, tuple[Tensor, Tensor, float]], Tree]:
-        return super().adapter(model, self.own(v))
+        return super().adapter(model, self.keep_client_rank(v))
 
-    def weight(self, upload: Tree, shared: Tree, count: int) -> Tree:
+    def term_weights(self, upload: Tree, shared: Tree, count: int) -> Tree:
         # alike where all are zero
-        return dict.fromkeys(pairs(upload), upload[_NORM].clamp(min=1e-8))
+        return dict.fromkeys(factor_pairs(upload), upload[_NORM].clamp(min=1e-8))
 
 
-def pairs(tree: Tree) -> dict[str, tuple[Tensor, Tensor]]:
+def factor_pairs(tree: Tree) -> dict[str, tuple[Tensor, Tensor]]:
     """{weight: (A, B)} of all factors in ``tree``."""
-    return {n: (A, tree[factor(n, "B")]) for n, A in factors_of(tree, "A").items()}
+    return {n: (A, tree[factor_name(n, "B")]) for n, A in factors_by_weight(tree, "A").items()}
 
 
-def components(tree: Tree, first: Tensor | int, past: Tensor) -> Tree:
+def select_components(tree: Tree, first: Tensor | int, end: Tensor) -> Tree:
     """``tree``, whose factors have zeros but in the components from ``first`` to before ``past``."""
-    kept = {}
-    for name, (A, B) in pairs(tree).items():
-        at = torch.arange(len(A), device=A.device)
-        here = (first <= at) & (at < past)  # [r]
-        kept[factor(name, "A")] = torch.where(here[:, None], A, 0.0)
-        kept[factor(name, "B")] = torch.where(here, B, 0.0)
-    return tree | kept
+    selected = {}
+    for name, (A, B) in factor_pairs(tree).items():
+        index = torch.arange(len(A), device=A.device)
+        is_selected = (first <= index) & (index < end)  # [r]
+        selected[factor_name(name, "A")] = torch.where(is_selected[:, None], A, 0.0)
+        selected[factor_name(name, "B")] = torch.where(is_selected, B, 0.0)
+    return tree | selected
 
 
 def norm_of_products(tree: Tree) -> Tensor:
     """The norm of all B A together, [], without making any: ||B A||^2 = sum (B' B) o (A A'), both
     [r, r].
     """
-    return sum(((B.T @ B) * (A @ A.T)).sum() for A, B in pairs(tree).values()).clamp(min=0).sqrt()
+    return (
+        sum(((B.T @ B) * (A @ A.T)).sum() for A, B in factor_pairs(tree).values())
+        .clamp(min=0)
+        .sqrt()
+    )

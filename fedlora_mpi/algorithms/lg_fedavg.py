@@ -23,12 +23,12 @@ from typing import Literal
 
 from torch import Generator
 
-from ..algorithm import Algorithm, Train, Vars
-from ..core.names import own_name
-from ..core.tree import Tree, prefixed, split, under
+from ..algorithm import Algorithm, LocalTraining, Variables
+from ..core.names import method_leaf_name
+from ..core.tree import Tree, add_prefix, select_prefix, split
 from ..models.network import Model
 
-_HEAD = own_name("head")
+_HEAD = method_leaf_name("head")
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,18 @@ class LGFedAvg(Algorithm):
     weights: Literal["samples", "uniform"] = "samples"
     absent: Literal["exclude", "stale"] = "exclude"
 
-    def check(self, model: Model, train: Train) -> None:
+    def check(self, model: Model, train: LocalTraining) -> None:
         head = split(model.initial, lambda leaf: model.role(leaf) == "head")[0]
-        if not model.head or len(under(head, f"{model.head}.")) < len(head):
+        if not model.head or len(select_prefix(head, f"{model.head}.")) < len(head):
             raise ValueError(
                 "name = lg_fedavg: needs a network with a body and a head, which is one layer"
             )
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         head, body = split(model.initial, lambda leaf: model.role(leaf) == "head")
-        return Vars(shared=prefixed(under(head, f"{model.head}."), _HEAD), personal=body)
+        return Variables(
+            shared=add_prefix(select_prefix(head, f"{model.head}."), _HEAD), personal=body
+        )
 
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        return v.personal | prefixed(under(v.shared, _HEAD), f"{model.head}.")
+    def client_model(self, model: Model, v: Variables) -> Tree:
+        return v.personal | add_prefix(select_prefix(v.shared, _HEAD), f"{model.head}.")

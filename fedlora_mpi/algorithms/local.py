@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Generator
 
-from ..algorithm import Algorithm, Vars
+from ..algorithm import Algorithm, Variables
 from ..models.network import Model
 
 
@@ -20,5 +20,5 @@ from ..models.network import Model
 class Local(Algorithm):
     """No hyper-parameters beyond those of ``train``."""
 
-    def init(self, model: Model, rng: Generator) -> Vars:
-        return Vars(shared={}, personal=model.initial)
+    def init(self, model: Model, rng: Generator) -> Variables:
+        return Variables(shared={}, personal=model.initial)

@@ -25,14 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
+from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
-from ..core.names import own_name
-from ..core.tree import Tree, prefixed, under
+from ..core.names import method_leaf_name
+from ..core.tree import Tree, add_prefix, select_prefix
 from ..models.network import Model
 
-_OWN = own_name("own")
+_OWN = method_leaf_name("own")
 
 
 @dataclass(frozen=True)
@@ -47,37 +47,43 @@ class MOON(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, mu="[0, inf)", tau="(0, inf)")
 
-    def check(self, model: Model, train: Train) -> None:
+    def check(self, model: Model, train: LocalTraining) -> None:
         if not model.ends_in_linear:
             raise ValueError(
                 "name = moon: needs a network that ends in a Linear; "
                 f"{model.head or 'the last layer'} is none, or not alone and last"
             )
 
-    def init(self, model: Model, rng: Generator) -> Vars:
-        return Vars(shared=model.initial, personal=_body(model, model.initial))
+    def init(self, model: Model, rng: Generator) -> Variables:
+        return Variables(shared=model.initial, personal=_own_body(model, model.initial))
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        teacher = model.evaluating()
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        teacher = model.eval_mode()
 
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+        def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             z = model.features(now.shared, batch.x)
-            last = under(start.personal, _OWN)
-            z_glob, z_prev = (teacher.features(tree, batch.x) for tree in (start.shared, last))
+            previous = select_prefix(start.personal, _OWN)
+            z_glob, z_prev = (teacher.features(tree, batch.x) for tree in (start.shared, previous))
             fit = cross_entropy(model.classify(now.shared, z), batch)
-            return fit + self.mu * self.contrast(z, z_glob, z_prev, batch)
+            return fit + self.mu * self.contrastive_loss(z, z_glob, z_prev, batch)
 
         return (Phase(train.epochs, (Step(loss, lambda leaf: model.role(leaf) is not None),)),)
 
-    def contrast(self, z: Tensor, z_glob: Tensor, z_prev: Tensor, batch: Batch) -> Tensor:
+    def contrastive_loss(self, z: Tensor, z_glob: Tensor, z_prev: Tensor, batch: Batch) -> Tensor:
         """l_con, the mean over the real examples. Features: [B, width]."""
-        likeness = [F.cosine_similarity(z, other, dim=1) / self.tau for other in (z_glob, z_prev)]
-        return cross_entropy(torch.stack(likeness, 1), batch._replace(y=torch.zeros_like(batch.y)))
+        similarities = [
+            F.cosine_similarity(z, other, dim=1) / self.tau for other in (z_glob, z_prev)
+        ]
+        return cross_entropy(
+            torch.stack(similarities, 1), batch._replace(y=torch.zeros_like(batch.y))
+        )
 
-    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
-        return Vars(end.shared, _body(model, end.shared))
+    def finish(
+        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
+    ) -> Variables:
+        return Variables(end.shared, _own_body(model, end.shared))
 
 
-def _body(model: Model, tree: Tree) -> Tree:
+def _own_body(model: Model, tree: Tree) -> Tree:
     """What features need of ``tree``, under the names of the client's last model."""
-    return prefixed({n: v for n, v in tree.items() if model.role(n) != "head"}, _OWN)
+    return add_prefix({n: v for n, v in tree.items() if model.role(n) != "head"}, _OWN)

@@ -27,8 +27,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..algorithm import Algorithm, Batch, Phase, Sgd, Step, Train, Vars
-from ..core.batch import halves
+from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Sgd, Step, Variables
+from ..core.batch import split_batch
 from ..core.bounds import bounded
 from ..core.tree import Tree, split, tmap
 from ..models.network import Model
@@ -46,24 +46,24 @@ class PerFedAvg(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, alpha="[0, inf)")
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        own = self.loss(model)
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        base_loss = self.loss(model)
 
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            D, D_ = halves(batch)
+        def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
+            D, D_ = split_batch(batch)
             w, stats = split(now.shared, lambda leaf: model.role(leaf) != "stats")
 
             def f(w: Tree) -> Tensor:
-                with model.prepared(D):  # BatchNorm normalises by D alone
-                    return own(Vars(w | tmap(torch.clone, stats), {}), start, D)
+                with model.training_context(D):  # BatchNorm normalises by D alone
+                    return base_loss(Variables(w | tmap(torch.clone, stats), {}), start, D)
 
-            slope = torch.func.grad(f)(w if self.variant == "hf" else tmap(torch.detach, w))
-            ahead = tmap(lambda v, g: v - self.alpha * g, w, slope)
-            with model.prepared(D_):
-                return own(Vars(ahead | stats, {}), start, D_)
+            gradient = torch.func.grad(f)(w if self.variant == "hf" else tmap(torch.detach, w))
+            adapted = tmap(lambda v, g: v - self.alpha * g, w, gradient)
+            with model.training_context(D_):
+                return base_loss(Variables(adapted | stats, {}), start, D_)
 
         return (Phase(train.epochs, (Step(loss),)),)
 
-    def tune(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+    def personalize(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         step = Step(self.loss(model), sgd=lambda sgd: Sgd(self.alpha))
         return (Phase(1, (step,), stream="test", limit=lambda samples: train.batch_size),)

@@ -28,22 +28,31 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..components.gating import GATE, SEEN, cuts, new_gate, open_gate, runs, scaled, within_budget
+from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
+from ..components.gating import (
+    GATE_PREFIX,
+    STATS_PREFIX,
+    count_runs,
+    cut_tensors,
+    gate_values,
+    init_gate,
+    scale_runs,
+    select_runs,
+)
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.tree import Tree
 from ..models.network import Model
 
-_M = SEEN + "M"
+_M = STATS_PREFIX + "M"
 
 
 @dataclass(frozen=True)
 class PFedGate(Algorithm):
     """``absent: stale``, as in the official code. ``sparsity``: s, the share of weights kept."""
 
-    evaluates: ClassVar = "after_training"
-    surveys: ClassVar = True
+    evaluate_on: ClassVar = "after_training"
+    needs_all_data: ClassVar = True
     weights: Literal["samples", "uniform"] = "samples"
     absent: Literal["exclude", "stale"] = "stale"
     sparsity: float = 1.0
@@ -54,47 +63,54 @@ class PFedGate(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, sparsity="(0, 1]", gate_lr="(0, inf)", blocks="[1, inf)")
 
-    def check(self, model: Model, train: Train) -> None:
+    def check(self, model: Model, train: LocalTraining) -> None:
         if len(model.shape) != 3:
             raise ValueError(
                 f"name = pfedgate: needs images, not inputs of shape {list(model.shape)}"
             )
 
-    def init(self, model: Model, rng: Generator) -> Vars:
-        L = runs(cuts(model, self.blocks))
-        return Vars(model.initial, new_gate(model.shape, L, rng) | {_M: torch.full((L,), 0.5)})
+    def init(self, model: Model, rng: Generator) -> Variables:
+        L = count_runs(cut_tensors(model, self.blocks))
+        return Variables(
+            model.initial, init_gate(model.shape, L, rng) | {_M: torch.full((L,), 0.5)}
+        )
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        faster = self.gate_lr / train.lr
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        lr_ratio = self.gate_lr / train.lr
 
         # w with that many times its gradient
-        def hurried(w):
-            return w.detach() + faster * (w - w.detach())
+        def scale_gradient(w):
+            return w.detach() + lr_ratio * (w - w.detach())
 
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            own = {n: hurried(w) if n.startswith(GATE) else w for n, w in now.personal.items()}
-            theta = self.adapted(model, now.shared, self.multipliers(model, own, batch))
+        def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
+            personal = {
+                n: scale_gradient(w) if n.startswith(GATE_PREFIX) else w
+                for n, w in now.personal.items()
+            }
+            theta = self.gated_weights(model, now.shared, self.multipliers(model, personal, batch))
             return cross_entropy(model(theta, batch.x), batch)
 
-        return (Phase(train.epochs, (Step(loss, lambda leaf: not leaf.startswith(SEEN)),)),)
+        return (Phase(train.epochs, (Step(loss, lambda leaf: not leaf.startswith(STATS_PREFIX)),)),)
 
-    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
-        M = self.multipliers(model.evaluating(), end.personal, data)
+    def finish(
+        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
+    ) -> Variables:
+        M = self.multipliers(model.eval_mode(), end.personal, data)
         return end._replace(personal=end.personal | {_M: M})
 
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        return self.adapted(model, v.shared, v.personal[_M])
+    def client_model(self, model: Model, v: Variables) -> Tree:
+        return self.gated_weights(model, v.shared, v.personal[_M])
 
-    def adapted(self, model: Model, theta: Tree, M: Tensor) -> Tree:
+    def gated_weights(self, model: Model, theta: Tree, M: Tensor) -> Tree:
         """theta_i: every run of every tensor times its number of M [L]."""
-        return scaled(theta, cuts(model, self.blocks), M)
+        return scale_runs(theta, cut_tensors(model, self.blocks), M)
 
     def multipliers(self, model: Model, personal: Tree, batch: Batch) -> Tensor:
         """M [L], zero where a run is dropped. In training mode the gate's statistics move."""
-        M = open_gate(personal, batch.x, batch.real, model.training)
+        M = gate_values(personal, batch.x, batch.real, model.training)
         if self.sparsity == 1:
             return M
-        least = min(max(1 / self.blocks, 0.1), self.sparsity)
-        p = M.clamp(min=least)
-        stays = within_budget(cuts(model, self.blocks), p.detach(), self.sparsity - least)
-        return M * stays * (1 + (p - p.detach()) if self.straight_through else 1)
+        min_gate = min(max(1 / self.blocks, 0.1), self.sparsity)
+        p = M.clamp(min=min_gate)
+        is_kept = select_runs(cut_tensors(model, self.blocks), p.detach(), self.sparsity - min_gate)
+        return M * is_kept * (1 + (p - p.detach()) if self.straight_through else 1)

@@ -28,29 +28,29 @@ from typing import ClassVar, Literal
 
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..components.adapter import Adapter, Place
+from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
+from ..components.adapter import Adapter, AdapterPlace
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
-from ..core.names import own_name
-from ..core.tree import Tree, prefixed, under
+from ..core.names import method_leaf_name
+from ..core.tree import Tree, add_prefix, select_prefix
 from ..models.network import Model
 
-_ADAPTER = own_name("adapter", ".")  # its factors are A and B
+_ADAPTER = method_leaf_name("adapter", ".")  # its factors are A and B
 
 
 @dataclass(frozen=True)
 class PFedLoRA(Algorithm):
     """``mu_schedule: linear`` raises mu from 0 by 1 / ``mu_rounds`` a round, up to ``mu``."""
 
-    evaluates: ClassVar = "after_training"
+    evaluate_on: ClassVar = "after_training"
     mu: float = 0.5
     mu_on: Literal["combined", "model"] = "combined"
     mu_schedule: Literal["constant", "linear"] = "constant"
     mu_rounds: int = 500
     adapter_epochs: int = 1
     inference: Literal["model", "combined"] = "model"
-    adapter: Place = "matrix"
+    adapter: AdapterPlace = "matrix"
     lora_rank: int = 8
     scale: float = 1.0
     absent: Literal["exclude", "stale"] = "exclude"
@@ -60,43 +60,44 @@ class PFedLoRA(Algorithm):
         Adapter(self.adapter, self.lora_rank, self.scale)
 
     @property
-    def beside(self) -> Adapter:
+    def adapter_spec(self) -> Adapter:
         """The adapter's place and shape."""
         return Adapter(self.adapter, self.lora_rank, self.scale)
 
-    def check(self, model: Model, train: Train) -> None:
-        self.beside.beside(model)
+    def check(self, model: Model, train: LocalTraining) -> None:
+        self.adapter_spec.weight_name(model)
 
-    def init(self, model: Model, rng: Generator) -> Vars:
-        theta = self.beside.init(model, rng)
-        return Vars(shared=prefixed(theta, _ADAPTER), personal=model.initial)
+    def init(self, model: Model, rng: Generator) -> Variables:
+        theta = self.adapter_spec.init(model, rng)
+        return Variables(shared=add_prefix(theta, _ADAPTER), personal=model.initial)
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         mu = self.mu if self.mu_schedule == "constant" else min(self.mu, round_ / self.mu_rounds)
         mu = mu if self.mu_on == "combined" else 1 - mu
 
-        def both(now: Vars, start: Vars, batch: Batch) -> Tensor:
+        def model_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             if self.adapter == "conv":
-                z, alone = None, model(now.personal, batch.x)
+                z, model_logits = None, model(now.personal, batch.x)
             else:
                 z = model.features(now.personal, batch.x)
-                alone = model.classify(now.personal, z)
-            return (1 - mu) * cross_entropy(alone, batch) + mu * combined(now, z, batch)
+                model_logits = model.classify(now.personal, z)
+            return (1 - mu) * cross_entropy(model_logits, batch) + mu * combined_loss(now, z, batch)
 
-        def combined(now: Vars, z: Tensor | None, batch: Batch) -> Tensor:
-            w = model.traceless(now.personal)  # the statistics are those of F alone
+        def combined_loss(now: Variables, z: Tensor | None, batch: Batch) -> Tensor:
+            w = model.copy_statistics(now.personal)  # the statistics are those of F alone
             return cross_entropy(
-                self.beside.logits(model, w, under(now.shared, _ADAPTER), batch.x, z), batch
+                self.adapter_spec.logits(model, w, select_prefix(now.shared, _ADAPTER), batch.x, z),
+                batch,
             )
 
-        alone = Step(both, model.leaves.__contains__)
-        adapter = Step(
-            lambda now, start, batch: combined(now, None, batch),
+        model_step = Step(model_loss, model.leaves.__contains__)
+        adapter_step = Step(
+            lambda now, start, batch: combined_loss(now, None, batch),
             {_ADAPTER + "A", _ADAPTER + "B"}.__contains__,
         )
-        return Phase(train.epochs, (alone,)), Phase(self.adapter_epochs, (adapter,))
+        return Phase(train.epochs, (model_step,)), Phase(self.adapter_epochs, (adapter_step,))
 
-    def weights_of(self, model: Model, v: Vars) -> Tree:
+    def client_model(self, model: Model, v: Variables) -> Tree:
         if self.inference == "model":
             return v.personal
         if self.adapter == "side":
@@ -104,9 +105,9 @@ class PFedLoRA(Algorithm):
                 "adapter = side: with inference = combined the judged model is the network and the "
                 "adapter beside it; no weights of the network alone are that model"
             )
-        return self.beside.merged(model, v.personal, under(v.shared, _ADAPTER))
+        return self.adapter_spec.merge(model, v.personal, select_prefix(v.shared, _ADAPTER))
 
-    def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:
+    def logits(self, model: Model, v: Variables, x: Tensor) -> Tensor:
         if self.inference == "combined" and self.adapter == "side":
-            return self.beside.logits(model, v.personal, under(v.shared, _ADAPTER), x)
+            return self.adapter_spec.logits(model, v.personal, select_prefix(v.shared, _ADAPTER), x)
         return super().logits(model, v, x)

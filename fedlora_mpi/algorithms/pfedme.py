@@ -28,20 +28,20 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, Phase, Sgd, Step, Train, Vars
+from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Sgd, Step, Variables
 from ..core.bounds import bounded
-from ..core.names import own_name
-from ..core.tree import Tree, prefixed, sq_dist, under
+from ..core.names import method_leaf_name
+from ..core.tree import Tree, add_prefix, select_prefix, sq_dist
 from ..models.network import Model
 
-_OWN = own_name("own")
+_OWN = method_leaf_name("own")
 
 
 @dataclass(frozen=True)
 class PFedMe(Algorithm):
     """Stable only where ``inner_lr * lam`` and ``train.lr * lam`` are below 2, which is checked."""
 
-    evaluates: ClassVar = "after_training"
+    evaluate_on: ClassVar = "after_training"
     lam: float = 15.0
     inner_steps: int = 5
     inner_lr: float = 0.09
@@ -52,7 +52,7 @@ class PFedMe(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)", inner_steps="[1, inf)", inner_lr="(0, inf)", beta="[0, inf)")
 
-    def check(self, model: Model, train: Train) -> None:
+    def check(self, model: Model, train: LocalTraining) -> None:
         if train.momentum:
             raise ValueError(
                 f"name = pfedme: needs train.momentum = 0, not {train.momentum}: both of its "
@@ -65,41 +65,43 @@ class PFedMe(Algorithm):
                     "diverges"
                 )
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         theta = {n: v for n, v in model.initial.items() if model.role(n) != "stats"}
-        return Vars(shared=model.initial, personal=prefixed(theta, _OWN))
+        return Variables(shared=model.initial, personal=add_prefix(theta, _OWN))
 
-    def begin(self, model: Model, v: Vars, data: Batch) -> Vars:
-        return Vars(v.shared, prefixed({n: v.shared[n] for n in under(v.personal, _OWN)}, _OWN))
+    def begin(self, model: Model, v: Variables, data: Batch) -> Variables:
+        return Variables(
+            v.shared, add_prefix({n: v.shared[n] for n in select_prefix(v.personal, _OWN)}, _OWN)
+        )
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        own = self.loss(model)
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        base_loss = self.loss(model)
         parameters = [n for n in model.leaves if model.role(n) != "stats"]
-        owned = {_OWN + n for n in parameters}
+        own_parameters = {_OWN + n for n in parameters}
 
-        def envelope(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            return self.lam / 2 * sq_dist(self.weights_of(model, now), now.shared, parameters)
+        def penalty(now: Variables, start: Variables, batch: Batch) -> Tensor:
+            return self.lam / 2 * sq_dist(self.client_model(model, now), now.shared, parameters)
 
-        def h(now: Vars, start: Vars, batch: Batch) -> Tensor:
-            return own(now, start, batch) + envelope(now, start, batch)  # eq. (7)
+        def h(now: Variables, start: Variables, batch: Batch) -> Tensor:
+            return base_loss(now, start, batch) + penalty(now, start, batch)  # eq. (7)
 
         inner = Step(
             h,
-            owned.__contains__,
+            own_parameters.__contains__,
             lambda sgd: sgd._replace(lr=self.inner_lr),
             repeat=self.inner_steps,
         )
-        outer = Step(envelope, parameters.__contains__, lambda sgd: Sgd(sgd.lr))
+        outer = Step(penalty, parameters.__contains__, lambda sgd: Sgd(sgd.lr))
         return (Phase(train.epochs, (inner, outer)),)
 
-    def upload(self, start: Vars, end: Vars) -> Tree:
+    def upload(self, start: Variables, end: Variables) -> Tree:
         """(1 - beta) x + beta w_i, and the statistics as they are."""
 
-        def mixed(n, w):
+        def interpolate(n, w):
             return torch.lerp(start.shared[n], w, self.beta) if _OWN + n in end.personal else w
 
-        return {n: mixed(n, w) for n, w in end.shared.items()}
+        return {n: interpolate(n, w) for n, w in end.shared.items()}
 
-    def weights_of(self, model: Model, v: Vars) -> Tree:
+    def client_model(self, model: Model, v: Variables) -> Tree:
         """theta_i, with the statistics of its training."""
-        return v.shared | under(v.personal, _OWN)
+        return v.shared | select_prefix(v.personal, _OWN)

@@ -25,21 +25,21 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, Phase, Step, Train, Vars
-from ..core.batch import cross_entropy, divergence, mean
+from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
+from ..core.batch import cross_entropy, kl_divergence, mean
 from ..core.bounds import bounded
-from ..core.names import own_name
-from ..core.tree import prefixed, under
+from ..core.names import method_leaf_name
+from ..core.tree import add_prefix, select_prefix
 from ..models.network import Model
 
-_OWN, _TAUGHT = own_name("own"), own_name("taught")
+_OWN, _HAS_TEACHER = method_leaf_name("own"), method_leaf_name("taught")
 
 
 @dataclass(frozen=True)
 class PFedSD(Algorithm):
     """``weights: uniform``, as in the authors' code."""
 
-    evaluates: ClassVar = "after_training"
+    evaluate_on: ClassVar = "after_training"
     lam: float = 0.5
     temperature: float = 3.0
     teacher_bn: Literal["batch", "running"] = "batch"
@@ -49,30 +49,33 @@ class PFedSD(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)", temperature="(0, inf)")
 
-    def init(self, model: Model, rng: Generator) -> Vars:
-        return Vars(
+    def init(self, model: Model, rng: Generator) -> Variables:
+        return Variables(
             shared=model.initial,
-            personal=prefixed(model.initial, _OWN) | {_TAUGHT: torch.tensor(0.0)},
+            personal=add_prefix(model.initial, _OWN) | {_HAS_TEACHER: torch.tensor(0.0)},
         )
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        teacher = model if self.teacher_bn == "batch" else model.evaluating()
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        teacher = model if self.teacher_bn == "batch" else model.eval_mode()
 
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+        def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             o = model(now.shared, batch.x)  # before the teacher's, so that it keeps FedAvg's noise
-            v = under(start.personal, _OWN)
-            gap = self.divergence(teacher(model.frozen(v), batch.x), o, batch)
-            return cross_entropy(o, batch) + start.personal[_TAUGHT] * self.lam * gap
+            v = select_prefix(start.personal, _OWN)
+            gap = self.distillation_loss(teacher(model.detach_tree(v), batch.x), o, batch)
+            return cross_entropy(o, batch) + start.personal[_HAS_TEACHER] * self.lam * gap
 
         return (Phase(train.epochs, (Step(loss, lambda leaf: model.role(leaf) is not None),)),)
 
-    def divergence(self, teacher: Tensor, student: Tensor, batch: Batch) -> Tensor:
+    def distillation_loss(self, teacher: Tensor, student: Tensor, batch: Batch) -> Tensor:
         """T^2 KL(teacher || student), the mean over the real examples. Logits: [B, classes]."""
-        each = divergence(teacher / self.temperature, student / self.temperature)
+        each = kl_divergence(teacher / self.temperature, student / self.temperature)
         return mean(self.temperature**2 * each, batch)
 
-    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
-        return Vars(
+    def finish(
+        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
+    ) -> Variables:
+        return Variables(
             end.shared,
-            prefixed(end.shared, _OWN) | {_TAUGHT: torch.ones_like(start.personal[_TAUGHT])},
+            add_prefix(end.shared, _OWN)
+            | {_HAS_TEACHER: torch.ones_like(start.personal[_HAS_TEACHER])},
         )

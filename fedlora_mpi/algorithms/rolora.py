@@ -30,5 +30,5 @@ class RoLoRA(OneFactor):
     schedule: Literal["alternate", "B"] = "alternate"
 
     @property
-    def turns(self) -> tuple[Literal["A", "B"], ...]:
+    def factor_schedule(self) -> tuple[Literal["A", "B"], ...]:
         return ("B", "A") if self.schedule == "alternate" else ("B",)

@@ -22,14 +22,14 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, Cohort, Phase, Step, Train, Vars
+from ..algorithm import Algorithm, Batch, Cohort, LocalTraining, Phase, Step, Variables
 from ..core.bounds import bounded
-from ..core.names import own_name
-from ..core.tree import Tree, prefixed, under
+from ..core.names import method_leaf_name
+from ..core.tree import Tree, add_prefix, select_prefix
 from ..models.network import Model
 
-_C = own_name("c")
-_C_I = own_name("c_i")
+_C = method_leaf_name("c")
+_C_I = method_leaf_name("c_i")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Scaffold(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, server_lr="(0, inf)")
 
-    def check(self, model: Model, train: Train) -> None:
+    def check(self, model: Model, train: LocalTraining) -> None:
         if train.momentum:
             raise ValueError(
                 f"name = scaffold: needs train.momentum = 0, not {train.momentum}: its control "
@@ -50,16 +50,18 @@ class Scaffold(Algorithm):
                 "up for it"
             )
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         zeros = {
             n: torch.zeros_like(v) for n, v in model.initial.items() if model.role(n) != "stats"
         }
-        return Vars(shared=model.initial | prefixed(zeros, _C), personal=prefixed(zeros, _C_I))
+        return Variables(
+            shared=model.initial | add_prefix(zeros, _C), personal=add_prefix(zeros, _C_I)
+        )
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        own = self.loss(model)
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        base_loss = self.loss(model)
 
-        def loss(now: Vars, start: Vars, batch: Batch) -> Tensor:
+        def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             drift = sum(
                 (
                     (start.shared[_C + n] - start.personal[_C_I + n])
@@ -67,11 +69,13 @@ class Scaffold(Algorithm):
                 ).sum()
                 for n in _parameters(start.shared)
             )
-            return own(now, start, batch) + drift  # eq. (3)
+            return base_loss(now, start, batch) + drift  # eq. (3)
 
         return (Phase(train.epochs, (Step(loss, lambda leaf: model.role(leaf) is not None),)),)
 
-    def finish(self, model: Model, train: Train, start: Vars, end: Vars, data: Batch) -> Vars:
+    def finish(
+        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
+    ) -> Variables:
         K = train.epochs * (data.counts.sum() / train.batch_size).ceil()
         x, y = start.shared, end.shared
         c_i = {
@@ -79,16 +83,18 @@ class Scaffold(Algorithm):
             _C_I + n: start.personal[_C_I + n] - x[_C + n] + (x[n] - y[n]) / (K * train.lr)
             for n in _parameters(x)
         }
-        return Vars(y, c_i)
+        return Variables(y, c_i)
 
-    def upload(self, start: Vars, end: Vars) -> Tree:
+    def upload(self, start: Variables, end: Variables) -> Tree:
         """y_i, its statistics, and c_i+ - c_i."""
-        moved = {
+        c_changes = {
             n: end.personal[_C_I + n] - start.personal[_C_I + n] for n in _parameters(start.shared)
         }
-        return end.shared | {_C + n: v for n, v in moved.items()}
+        return end.shared | {_C + n: v for n, v in c_changes.items()}
 
-    def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
+    def server_update(
+        self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort
+    ) -> tuple[Tree, Tree]:
         parameters = _parameters(shared)
         # the mean itself at 1
         x = {n: torch.lerp(shared[n], mean[n], self.server_lr) for n in parameters}
@@ -98,4 +104,4 @@ class Scaffold(Algorithm):
 
 def _parameters(shared: Tree) -> list[str]:
     """The leaves that have a control variate: all but running statistics."""
-    return list(under(shared, _C))
+    return list(select_prefix(shared, _C))

@@ -9,59 +9,61 @@ from pathlib import Path
 
 import torch
 
-from ..core.paths import expanded
-from ..models.weights import packed
+from ..core.paths import expand_home
+from ..models.weights import pack_safetensors
 from ..store.files import write_atomic
 from . import peft
 from . import pfllib_export as pfllib
 from .run_view import RunView
 
-MODELS, RESULTS = (".pt", ".pth", ".safetensors"), (".h5", ".hdf5")
+MODEL_SUFFIXES, RESULT_SUFFIXES = (".pt", ".pth", ".safetensors"), (".h5", ".hdf5")
 
 
-def export(run: RunView, client: int | None, to: Path) -> str:
+def export(run: RunView, client: int | None, target: Path) -> str:
     """Write what the name ``to`` asks for; what was done, in a line.
 
     ``.pt``, ``.pth`` or ``.safetensors``: the state dict of the client's own model, without a
     client the shared leaves. ``.h5``: accuracy and loss by round, as PFLlib keeps them. A folder:
     peft's adapter of the client. Raises ValueError.
     """
-    to = expanded(to)
-    kind = to.suffix.lower()
-    if kind in RESULTS and client is not None:
+    target = expand_home(target)
+    suffix = target.suffix.lower()
+    if suffix in RESULT_SUFFIXES and client is not None:
         raise ValueError(
-            f"--to {to}: holds results of all clients; leave out --client, or name a file "
-            f"{', '.join(MODELS)}"
+            f"--to {target}: holds results of all clients; leave out --client, or name a file "
+            f"{', '.join(MODEL_SUFFIXES)}"
         )
-    if kind not in (*MODELS, *RESULTS):
+    if suffix not in (*MODEL_SUFFIXES, *RESULT_SUFFIXES):
         if client is None:
-            files = ", ".join((*MODELS, *RESULTS))
+            files = ", ".join((*MODEL_SUFFIXES, *RESULT_SUFFIXES))
             raise ValueError(
-                f"--to {to}: a folder is for peft's adapter of one client; give --client, or name "
+                f"--to {target}: a folder is for peft's adapter of one client; give --client, or name "
                 f"a file {files}"
             )
-        return str(peft.export(run, client, to))
-    if os.path.lexists(to):
-        raise ValueError(f"--to {to}: is there already; choose another")
+        return str(peft.export_adapter(run, client, target))
+    if os.path.lexists(target):
+        raise ValueError(f"--to {target}: is there already; choose another")
     try:
-        if kind in RESULTS:
-            return pfllib.write_results(run, to)
-        leaves, said = _shared(run) if client is None else _own(run, client)
-        return _write(leaves, to) + said
+        if suffix in RESULT_SUFFIXES:
+            return pfllib.write_results(run, target)
+        leaves, description = (
+            shared_state_dict(run) if client is None else client_state_dict(run, client)
+        )
+        return _write(leaves, target) + description
     except OSError as error:
         raise ValueError(
-            f"--to {to}: cannot be written: {error.strerror}; choose another"
+            f"--to {target}: cannot be written: {error.strerror}; choose another"
         ) from error
 
 
-def _own(run: RunView, client: int) -> tuple[dict[str, torch.Tensor], str]:
+def client_state_dict(run: RunView, client: int) -> tuple[dict[str, torch.Tensor], str]:
     """The state dict of a client's own model."""
     return run.client(
         client
     ).model.state_dict(), f" of client {client}'s own model after round {run.checkpoint.round}"
 
 
-def _shared(run: RunView) -> tuple[dict[str, torch.Tensor], str]:
+def shared_state_dict(run: RunView) -> tuple[dict[str, torch.Tensor], str]:
     """The shared leaves; together they may be no whole network."""
     leaves = {name: torch.from_numpy(value) for name, value in run.shared.items()}
     if not leaves:
@@ -71,28 +73,30 @@ def _shared(run: RunView) -> tuple[dict[str, torch.Tensor], str]:
         )
     network = run.networks[0]
     leaves |= {
-        name: v for name, v in network.constants.items() if name in network.locked and not v.is_meta
+        name: v
+        for name, v in network.constants.items()
+        if name in network.frozen_leaves and not v.is_meta
     }
-    missing = [name for name in network.described if name not in leaves]
-    part = (
+    missing = [name for name in network.all_leaves if name not in leaves]
+    missing_note = (
         f"; {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} of the network not, each "
         "client has its own"
         if missing
         else ""
     )
-    return leaves, f" that clients share after round {run.checkpoint.round}{part}"
+    return leaves, f" that clients share after round {run.checkpoint.round}{missing_note}"
 
 
-def _write(leaves: dict[str, torch.Tensor], to: Path) -> str:
+def _write(leaves: dict[str, torch.Tensor], target: Path) -> str:
     """A file of torch, to be loaded with weights_only=True, or of safetensors."""
-    whole = OrderedDict(
+    state_dict = OrderedDict(
         (name, value.detach().clone(memory_format=torch.contiguous_format))
         for name, value in leaves.items()
     )
-    if to.suffix.lower() == ".safetensors":
-        write_atomic(to, packed(whole))
+    if target.suffix.lower() == ".safetensors":
+        write_atomic(target, pack_safetensors(state_dict))
     else:
         content = io.BytesIO()
-        torch.save(whole, content)
-        write_atomic(to, content.getvalue())
-    return f"{to}: {len(whole)} leaves"
+        torch.save(state_dict, content)
+        write_atomic(target, content.getvalue())
+    return f"{target}: {len(state_dict)} leaves"

@@ -12,21 +12,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..store.reader import RunFiles
-from .load import Load, load
+from .load import RankLoad, measure_load
 
-SEEDS = ("seed", "data.partition.seed")
+SEED_KEYS = ("seed", "data.partition.seed")
 # What changes no result beyond its last bits, by the beginning of its dotted name.
-NO_MATTER = (
-    *SEEDS, "output", "checkpoint.", "log.", "data.root", "data.download", "server_hosts_clients", "mix", "uplink",
+IGNORED_KEYS = (
+    *SEED_KEYS, "output", "checkpoint.", "log.", "data.root", "data.download", "server_hosts_clients", "mix", "uplink",
     "engine.device", "engine.path", "engine.group_size", "engine.threads",
 )  # fmt: skip
 # says what a block's other keys mean
 SELECTORS = {"data.partition": "kind", "model": "name", "algorithm": "name"}
 # beginnings of what the experiment is, whatever the method
-TASK = ("data.", "participation", "rounds")
-_FIRST = "algorithm.name"
+TASK_KEYS = ("data.", "participation", "rounds")
+_METHOD_KEY = "algorithm.name"
 # in a label without the name of the key
-_BY_VALUE = (_FIRST, "model.name", "data.partition.kind", "data.dataset")
+_KEYS_SHOWN_AS_VALUE = (_METHOD_KEY, "model.name", "data.partition.kind", "data.dataset")
 
 
 class Stat(NamedTuple):
@@ -38,17 +38,17 @@ class Stat(NamedTuple):
     std: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Stat":
+    def from_values(cls, values: Sequence[float]) -> "Stat":
         """That of the ``values`` that are numbers."""
-        there = np.array([value for value in values if not np.isnan(value)])
+        known = np.array([value for value in values if not np.isnan(value)])
         return cls(
-            float(there.mean()) if len(there) else np.nan,
-            float(there.std(ddof=1)) if len(there) > 1 else np.nan,
+            float(known.mean()) if len(known) else np.nan,
+            float(known.std(ddof=1)) if len(known) > 1 else np.nan,
         )
 
 
 @dataclass(frozen=True, eq=False)
-class Logged:
+class RunLog:
     """What the log of a run holds, read once. Accuracies are fractions."""
 
     path: Path
@@ -59,7 +59,7 @@ class Logged:
     ranks: dict[str, np.ndarray] = field(default_factory=dict)  # [T, R], and how many [T]
 
     @classmethod
-    def read(cls, path: Path) -> "Logged":
+    def read(cls, path: Path) -> "RunLog":
         """Raises StoreError (a ValueError) when ``path`` is no run folder."""
         files = RunFiles(path)
         rows = files.measured()
@@ -75,18 +75,22 @@ class Logged:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """{dotted key: value} of every setting that may change a result, but for the seeds."""
-        return {key: value for key, value in flat(self.config) if not key.startswith(NO_MATTER)}
+        return {
+            key: value
+            for key, value in flatten_config(self.config)
+            if not key.startswith(IGNORED_KEYS)
+        }
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """Of the run and of the partition."""
-        config = dict(flat(self.config))
-        return tuple(config[key] for key in SEEDS)
+        config = dict(flatten_config(self.config))
+        return tuple(config[key] for key in SEED_KEYS)
 
     @cached_property
-    def load(self) -> Load | None:
+    def rank_load(self) -> RankLoad | None:
         """How its seconds are spread over ranks; None where that was not measured."""
-        return load(self.ranks, self.config)
+        return measure_load(self.ranks, self.config)
 
     @property
     def algorithm(self) -> str:
@@ -94,12 +98,12 @@ class Logged:
         return self.config["algorithm"]["name"]
 
     @property
-    def done(self) -> int:
+    def rounds_done(self) -> int:
         """The last round, 0 before the first."""
         return int(self.rounds["round"][-1]) if len(self.rounds["round"]) else 0
 
     @cached_property
-    def evaluated(self) -> np.ndarray:
+    def evaluated_rows(self) -> np.ndarray:
         """The rows of the rounds that were evaluated."""
         return np.flatnonzero(~np.isnan(self.column("accuracy")))
 
@@ -110,24 +114,28 @@ class Logged:
     @cached_property
     def best_row(self) -> int:
         """The row of the highest accuracy, the first of several. Only where a round was evaluated."""
-        return int(self.evaluated[self.column("accuracy")[self.evaluated].argmax()])
+        return int(self.evaluated_rows[self.column("accuracy")[self.evaluated_rows].argmax()])
 
     @property
     def final(self) -> float:
         """Accuracy in the last evaluated round."""
-        return float(self.column("accuracy")[self.evaluated[-1]]) if len(self.evaluated) else np.nan
+        return (
+            float(self.column("accuracy")[self.evaluated_rows[-1]])
+            if len(self.evaluated_rows)
+            else np.nan
+        )
 
     @property
     def best(self) -> float:
         """The highest accuracy of any round."""
-        return float(self.column("accuracy")[self.best_row]) if len(self.evaluated) else np.nan
+        return float(self.column("accuracy")[self.best_row]) if len(self.evaluated_rows) else np.nan
 
     @property
     def client_accuracy(self) -> np.ndarray:
         """[N] accuracy of each client's own model in the last evaluated round; [0] where none was."""
         return (
-            self.clients["accuracy"][self.evaluated[-1]].astype(float)
-            if len(self.evaluated)
+            self.clients["accuracy"][self.evaluated_rows[-1]].astype(float)
+            if len(self.evaluated_rows)
             else np.zeros(0)
         )
 
@@ -140,35 +148,40 @@ class Group:
 
     label: str
     settings: dict[str, Any]
-    runs: tuple[Logged, ...]
+    runs: tuple[RunLog, ...]
 
     @property
     def task(self) -> str:
         """What it was run on, as far as that differs between groups: numbers of one task may be
         compared.
         """
-        same = {key: value for key, value in self.settings.items() if key.startswith(TASK[:2])}
-        return ", ".join(_told(key, value, set(same)) for key, value in same.items())
+        task_settings = {
+            key: value for key, value in self.settings.items() if key.startswith(TASK_KEYS[:2])
+        }
+        return ", ".join(
+            _describe_setting(key, value, set(task_settings))
+            for key, value in task_settings.items()
+        )
 
-    def over(self, number) -> Stat:
+    def seed_stat(self, metric) -> Stat:
         """``number(run)`` over the seeds."""
-        return Stat.of([number(run) for run in self.runs])
+        return Stat.from_values([metric(run) for run in self.runs])
 
     @cached_property
     def rounds(self) -> np.ndarray:
         """[T] the rounds that all its runs have."""
-        return sorted_common([run.rounds["round"] for run in self.runs])
+        return common_values([run.rounds["round"] for run in self.runs])
 
     def curves(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(rounds [T], the column [seeds, T]) where every run has a number."""
         rows = [np.isin(run.rounds["round"], self.rounds) for run in self.runs]
         values = np.stack(
-            [run.column(name)[at] for run, at in zip(self.runs, rows, strict=True)]
+            [run.column(name)[run_rows] for run, run_rows in zip(self.runs, rows, strict=True)]
         ).astype(float)
-        there = ~np.isnan(values).any(0)
-        return self.rounds[there], values[:, there]
+        is_known = ~np.isnan(values).any(0)
+        return self.rounds[is_known], values[:, is_known]
 
-    def of_clients(self, name: str) -> tuple[np.ndarray, list[np.ndarray]]:
+    def client_curves(self, name: str) -> tuple[np.ndarray, list[np.ndarray]]:
         """(rounds [T], for each run the column [T, N] of its clients), of the rounds of
         ``curves('accuracy')``.
         """
@@ -178,7 +191,7 @@ class Group:
         ]
 
 
-class Found(NamedTuple):
+class RunGroups(NamedTuple):
     """``groups`` in the order of their first runs; ``keys``: dotted names of the settings that
     differ between them; ``left_out``: runs that are there twice, each with the one that stands for
     it.
@@ -186,113 +199,123 @@ class Found(NamedTuple):
 
     groups: tuple[Group, ...]
     keys: tuple[str, ...]
-    left_out: tuple[tuple[Logged, Logged], ...]
+    left_out: tuple[tuple[RunLog, RunLog], ...]
 
 
-def grouped(runs: Sequence[Logged]) -> Found:
+def group_runs(runs: Sequence[RunLog]) -> RunGroups:
     """The runs by their settings. Of two with the same settings and seeds the longer one stays, or
     the first.
     """
-    by_setting: dict[str, dict[tuple[int, ...], Logged]] = {}
+    by_setting: dict[str, dict[tuple[int, ...], RunLog]] = {}
     left_out = []
     for run in runs:
         seeds = by_setting.setdefault(json.dumps(run.settings, sort_keys=True), {})
-        if (other := seeds.get(run.seeds)) is None:
+        if (previous := seeds.get(run.seeds)) is None:
             seeds[run.seeds] = run
             continue
-        kept, gone = (other, run) if other.done >= run.done else (run, other)
-        seeds[run.seeds] = kept
-        left_out.append((gone, kept))
+        longer, dropped = (
+            (previous, run) if previous.rounds_done >= run.rounds_done else (run, previous)
+        )
+        seeds[run.seeds] = longer
+        left_out.append((dropped, longer))
     members = [tuple(seeds.values()) for seeds in by_setting.values()]
-    settings = [found[0].settings for found in members]
-    keys = differing(settings)
+    settings = [group[0].settings for group in members]
+    keys = differing_keys(settings)
     groups = (
-        Group(label, {key: of[key] for key in keys if key in of}, found)
-        for label, of, found in zip(labels(settings), settings, members, strict=True)
+        Group(label, {key: group_settings[key] for key in keys if key in group_settings}, found)
+        for label, group_settings, found in zip(
+            group_labels(settings), settings, members, strict=True
+        )
     )
-    return Found(tuple(groups), keys, tuple(left_out))
+    return RunGroups(tuple(groups), keys, tuple(left_out))
 
 
-def differing(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+def differing_keys(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """The keys with several values. A key of a block whose meaning a selector gives
     (``algorithm.lora_epochs``) is compared only where the selector is the same.
     """
-    found = []
-    for key in _ordered(settings):
+    keys = []
+    for key in _ordered_keys(settings):
         values: dict[str, set[str]] = {}
-        for of in settings:
-            values.setdefault(_meaning(of, key), set()).add(_text(of.get(key)))
-        if any(len(several) > 1 for several in values.values()):
-            found.append(key)
-    return tuple(found)
+        for group_settings in settings:
+            values.setdefault(_selector_value(group_settings, key), set()).add(
+                _to_json(group_settings.get(key))
+            )
+        if any(len(texts) > 1 for texts in values.values()):
+            keys.append(key)
+    return tuple(keys)
 
 
-def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+def group_labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """What tells each of these from the others, in few settings, in this order: the method, the
     data, the rest.
 
     A setting that follows from those before it, such as a learning rate of each method's own, is
     left out. One of the experiment (``TASK``) that is needed somewhere is told everywhere.
     """
-    same, chosen = [list(range(len(settings)))], {at: [] for at in range(len(settings))}
-    for key in dict.fromkeys((_FIRST, *differing(settings))):
-        parts = []
-        for members in same:
+    partition, keys_of = [list(range(len(settings)))], {index: [] for index in range(len(settings))}
+    for key in dict.fromkeys((_METHOD_KEY, *differing_keys(settings))):
+        refined = []
+        for members in partition:
             by_value: dict[str, list[int]] = {}
             for at in members:
-                by_value.setdefault(_text(settings[at].get(key)), []).append(at)
-            parts += by_value.values()
-            for at in members if len(by_value) > 1 or key == _FIRST else ():
-                chosen[at].append(key)
-        same = parts
-    shown = set().union(*chosen.values())
-    everywhere = [key for key in _ordered(settings) if key in shown and key.startswith(TASK)]
-    for at, keys in chosen.items():
-        both = {*keys, *(key for key in everywhere if key in settings[at])}
-        chosen[at] = [key for key in _ordered(settings) if key in both]
+                by_value.setdefault(_to_json(settings[at].get(key)), []).append(at)
+            refined += by_value.values()
+            for at in members if len(by_value) > 1 or key == _METHOD_KEY else ():
+                keys_of[at].append(key)
+        partition = refined
+    used_keys = set().union(*keys_of.values())
+    task_keys = [
+        key for key in _ordered_keys(settings) if key in used_keys and key.startswith(TASK_KEYS)
+    ]
+    for at, keys in keys_of.items():
+        label_keys = {*keys, *(key for key in task_keys if key in settings[at])}
+        keys_of[at] = [key for key in _ordered_keys(settings) if key in label_keys]
     return [
-        ", ".join(_told(key, settings[at].get(key), shown) for key in chosen[at])
+        ", ".join(_describe_setting(key, settings[at].get(key), used_keys) for key in keys_of[at])
         for at in range(len(settings))
     ]
 
 
-def short(key: str, among: Sequence[str]) -> str:
+def short_key(key: str, keys: Sequence[str]) -> str:
     """The last word of a dotted key, or its last two where another of ``among`` ends alike."""
     words = key.split(".")
-    alone = sum(other.split(".")[-1] == words[-1] for other in among) < 2 and words[-1] not in (
+    is_unique = sum(candidate.split(".")[-1] == words[-1] for candidate in keys) < 2 and words[
+        -1
+    ] not in (
         "name",
         "kind",
     )
-    return words[-1] if alone else ".".join(words[-2:])
+    return words[-1] if is_unique else ".".join(words[-2:])
 
 
-def shown(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """A setting for people."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, dict) and "name" in value:  # a network of a mix
         return str(value["name"])
     if isinstance(value, list):
-        return f"[{', '.join(map(shown, value))}]"
+        return f"[{', '.join(map(format_setting, value))}]"
     words = {"null": "none", "true": "yes", "false": "no"}
-    return words.get(_text(value), str(value))
+    return words.get(_to_json(value), str(value))
 
 
-def number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a setting is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_config(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Each dotted key of a config and its value."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{above}{name}.")
+            yield from flatten_config(value, f"{prefix}{name}.")
         else:
-            yield f"{above}{name}", value
+            yield f"{prefix}{name}", value
 
 
-def sorted_common(arrays: Sequence[np.ndarray]) -> np.ndarray:
+def common_values(arrays: Sequence[np.ndarray]) -> np.ndarray:
     """The values that all arrays have."""
     common = arrays[0]
     for array in arrays[1:]:
@@ -300,16 +323,16 @@ def sorted_common(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return common
 
 
-def _ordered(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+def _ordered_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """All keys, the method's name first, then the experiment; a selector before the others of its
     block.
     """
-    keys = list(dict.fromkeys(key for of in settings for key in of))
+    keys = list(dict.fromkeys(key for group_settings in settings for key in group_settings))
     selectors = {f"{block}.{name}" for block, name in SELECTORS.items()}
     return sorted(
         keys,
         key=lambda key: (
-            key != _FIRST,
+            key != _METHOD_KEY,
             key != "data.dataset",
             not key.startswith("data."),
             key not in selectors,
@@ -317,24 +340,28 @@ def _ordered(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     )
 
 
-def _meaning(of: Mapping[str, Any], key: str) -> str:
+def _selector_value(settings: Mapping[str, Any], key: str) -> str:
     """The value of the selector over a key; "" where there is none."""
     block = next((block for block in SELECTORS if key.startswith(f"{block}.")), None)
     return (
         ""
         if block is None or key == f"{block}.{SELECTORS[block]}"
-        else _text(of.get(f"{block}.{SELECTORS[block]}"))
+        else _to_json(settings.get(f"{block}.{SELECTORS[block]}"))
     )
 
 
-def _told(key: str, value: Any, shown_keys: set[str]) -> str:
+def _describe_setting(key: str, value: Any, shown_keys: set[str]) -> str:
     """A setting in a label."""
-    if key == _FIRST:
+    if key == _METHOD_KEY:
         return str(value).rpartition(":")[2]
     if key == "model.name" and value is None:
         return "mix"
-    return shown(value) if key in _BY_VALUE else f"{short(key, sorted(shown_keys))} {shown(value)}"
+    return (
+        format_setting(value)
+        if key in _KEYS_SHOWN_AS_VALUE
+        else f"{short_key(key, sorted(shown_keys))} {format_setting(value)}"
+    )
 
 
-def _text(value: Any) -> str:
+def _to_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True)

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import torch
 
-from ..algorithm import Algorithm, Vars
+from ..algorithm import Algorithm, Variables
 from ..core.seeds import rng
 from ..models.network import Model
 
 
 @torch.no_grad()
-def first_variables(algorithm: Algorithm, model: Model, seed: int) -> Vars:
+def first_variables(algorithm: Algorithm, model: Model, seed: int) -> Variables:
     """The variables before round 1, of which the names count: where initial weights are gone they
     are zeros.
     """

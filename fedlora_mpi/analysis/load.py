@@ -8,7 +8,7 @@ import numpy as np
 BUSY = ("train", "evaluate")  # stages whose work is that of a rank's own clients
 
 
-class Load(NamedTuple):
+class RankLoad(NamedTuple):
     """Of every rank that ever was; a rank that was there for a part of the rounds, over that part."""
 
     seconds: dict[str, np.ndarray]  # stage -> [R] per round; together they are all that passed
@@ -17,9 +17,9 @@ class Load(NamedTuple):
     balance: float
 
 
-def load(
+def measure_load(
     ranks: Mapping[str, np.ndarray], config: Mapping[str, Any], rows: slice = slice(None)
-) -> Load | None:
+) -> RankLoad | None:
     """From the columns of ``/ranks`` and the run's config, over some rows; None where nothing was
     measured.
 
@@ -30,8 +30,8 @@ def load(
     if not len(measured):
         return None
     covered = np.minimum(np.diff(measured, prepend=-1), config.get("evaluate", {}).get("every", 1))
-    kept = np.isin(measured, np.arange(len(numbers))[rows])
-    measured, covered = measured[kept], covered[kept]
+    is_selected = np.isin(measured, np.arange(len(numbers))[rows])
+    measured, covered = measured[is_selected], covered[is_selected]
     if not len(measured):
         return None
     stages = {
@@ -39,17 +39,18 @@ def load(
         for n, column in ranks.items()
         if n != "ranks"
     }
-    there = ~np.isnan(next(iter(stages.values())))  # [rows, R]
-    played = covered @ there
-    several = played > 0  # a log keeps the places of ranks that these rows do not have
+    is_present = ~np.isnan(next(iter(stages.values())))  # [rows, R]
+    rounds_present = covered @ is_present
+    has_rounds = rounds_present > 0  # a log keeps the places of ranks that these rows do not have
     seconds = {
-        n: np.nansum(column, axis=0)[several] / played[several] for n, column in stages.items()
+        n: np.nansum(column, axis=0)[has_rounds] / rounds_present[has_rounds]
+        for n, column in stages.items()
     }
     busy = sum(stages[name] for name in BUSY)
     servers = 0 if config.get("server_hosts_clients") else 1
     workers = [row[servers:number] for row, number in zip(busy, numbers[measured], strict=True)]
     workers = [row for row in workers if len(row) > 1 and row.max() > 0]
     slowest = sum(row.max() for row in workers)
-    return Load(
+    return RankLoad(
         seconds, float(sum(row.mean() for row in workers) / slowest) if workers else float("nan")
     )

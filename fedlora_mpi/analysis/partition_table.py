@@ -8,15 +8,17 @@ import numpy as np
 
 from ..data.partition import Split
 from ..store.files import replacing
-from .report import aligned
+from .report import align_columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_CLASSES, _CLIENTS = 20, 40  # up to so many the table shows each
-_NAME = 24  # characters that are shown of the name of a class
-_CELL = 0.22  # inches between clients and between classes, in a picture that is not at its limits
-_WIDTH, _HEIGHT = (4.0, 16.0), (3.0, 12.0)  # limits of the plot, inches
+_MAX_CLASSES, _MAX_CLIENTS = 20, 40  # up to so many the table shows each
+_MAX_NAME_LENGTH = 24  # characters that are shown of the name of a class
+_CELL_INCHES = (
+    0.22  # inches between clients and between classes, in a picture that is not at its limits
+)
+_WIDTH_LIMITS, _HEIGHT_LIMITS = (4.0, 16.0), (3.0, 12.0)  # limits of the plot, inches
 
 
 def table(split: Split, names: Sequence[str] = ()) -> str:
@@ -25,29 +27,32 @@ def table(split: Split, names: Sequence[str] = ()) -> str:
     line about all, and one with the first 20 ``names`` of the classes.
     """
     clients, classes = split.train_counts.shape
-    title, header, cells = "training samples of each class", map(str, range(classes)), _each_class
-    if classes > _CLASSES:
+    title, header, cells = "training samples of each class", map(str, range(classes)), _class_cells
+    if classes > _MAX_CLASSES:
         title, header, cells = (
             "classes held, and the largest",
             ["classes", "largest", "share"],
-            _spread,
+            _concentration_cells,
         )
     rows = [("client", *header, "train", "test")]
-    for client, counts in enumerate(split.train_counts[:_CLIENTS]):
+    for client, counts in enumerate(split.train_counts[:_MAX_CLIENTS]):
         rows.append((str(client), *cells(counts), str(counts.sum()), str(len(split.test[client]))))
-    more = [f"... and {clients - _CLIENTS} more clients"] if clients > _CLIENTS else []
-    last = [_summary(split), *([f"classes: {', '.join(_numbered(names))}"] if names else [])]
-    return "\n".join([f"{title}; samples in all", aligned(rows), *more, *last])
+    omitted = [f"... and {clients - _MAX_CLIENTS} more clients"] if clients > _MAX_CLIENTS else []
+    footer = [
+        _summary(split),
+        *([f"classes: {', '.join(_numbered_names(names))}"] if names else []),
+    ]
+    return "\n".join([f"{title}; samples in all", align_columns(rows), *omitted, *footer])
 
 
-def draw(split: Split, picture: Path, names: Sequence[str] = ()) -> None:
+def save_figure(split: Split, path: Path, names: Sequence[str] = ()) -> None:
     """Write ``figure(split, names)`` as a PNG. Raises ValueError where it cannot be written."""
-    drawn = figure(split, names)
+    fig = figure(split, names)
     try:
-        with replacing(picture) as file:
-            drawn.savefig(file, format="png", dpi=150)
+        with replacing(path) as file:
+            fig.savefig(file, format="png", dpi=150)
     except OSError as error:
-        why = f"picture = {picture}: cannot be written: {error.strerror}"
+        why = f"picture = {path}: cannot be written: {error.strerror}"
         raise ValueError(f"{why}; choose another with --picture") from error
 
 
@@ -65,43 +70,50 @@ def figure(split: Split, names: Sequence[str] = ()) -> "Figure":
         ) from error
 
     counts = split.train_counts
-    sides = np.clip(_CELL * np.array(counts.shape), *np.transpose([_WIDTH, _HEIGHT]))  # inches
-    cell = 72**2 * sides.prod() / counts.size  # points squared between four grid points
-    top = counts.max()
-    area = min(1.4 * cell, 20.0**2) / top  # of one sample
+    plot_size = np.clip(
+        _CELL_INCHES * np.array(counts.shape), *np.transpose([_WIDTH_LIMITS, _HEIGHT_LIMITS])
+    )  # inches
+    cell = 72**2 * plot_size.prod() / counts.size  # points squared between four grid points
+    max_count = counts.max()
+    area = min(1.4 * cell, 20.0**2) / max_count  # of one sample
     client, label = np.nonzero(counts)
-    red = {"color": "tab:red", "alpha": 0.75, "linewidths": 0}
-    drawn = Figure(figsize=sides + (2.0, 1.0), layout="constrained")
-    axes = drawn.add_subplot()
-    axes.scatter(client, label, area * counts[client, label], **red)
-    for n in sorted({top // 4, top // 2, top} - {0}):
-        axes.scatter([], [], area * n, label=str(n), **red)
+    dot_style = {"color": "tab:red", "alpha": 0.75, "linewidths": 0}
+    fig = Figure(figsize=plot_size + (2.0, 1.0), layout="constrained")
+    axes = fig.add_subplot()
+    axes.scatter(client, label, area * counts[client, label], **dot_style)
+    for n in sorted({max_count // 4, max_count // 2, max_count} - {0}):
+        axes.scatter([], [], area * n, label=str(n), **dot_style)
     axes.set(xlabel="client", ylabel="class", title="Training samples per client and class")
     for axis, n in zip((axes.xaxis, axes.yaxis), counts.shape, strict=True):
         axis.set_major_locator(MaxNLocator(25, integer=True))
         getattr(axes, f"set_{axis.axis_name}lim")(-0.75, n - 0.25)
-    if 0 < len(names) <= _CLASSES:
-        axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in _numbered(names)])
-    beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-    axes.legend(title="samples", frameon=False, labelspacing=0.9, **beside)
-    return drawn
+    if 0 < len(names) <= _MAX_CLASSES:
+        axes.set_yticks(
+            range(len(names)), [name.replace("$", r"\$") for name in _numbered_names(names)]
+        )
+    legend_place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+    axes.legend(title="samples", frameon=False, labelspacing=0.9, **legend_place)
+    return fig
 
 
-def _numbered(names: Sequence[str]) -> list[str]:
+def _numbered_names(names: Sequence[str]) -> list[str]:
     """The first 20 names with the numbers of their classes, each short enough for a line."""
-    lines = [" ".join(name.split()) for name in names[:_CLASSES]]
+    lines = [" ".join(name.split()) for name in names[:_MAX_CLASSES]]
     clean = ["".join(c if c.isprintable() else "?" for c in line) for line in lines]
-    short = [name if len(name) <= _NAME else f"{name[: _NAME - 1]}…" for name in clean]
+    short = [
+        name if len(name) <= _MAX_NAME_LENGTH else f"{name[: _MAX_NAME_LENGTH - 1]}…"
+        for name in clean
+    ]
     numbered = [f"{number} {name}" for number, name in enumerate(short)]
-    return [*numbered, "..."] if len(names) > _CLASSES else numbered
+    return [*numbered, "..."] if len(names) > _MAX_CLASSES else numbered
 
 
-def _each_class(counts: np.ndarray) -> list[str]:
+def _class_cells(counts: np.ndarray) -> list[str]:
     """The cells of one client, few classes."""
     return [str(n) if n else "·" for n in counts]
 
 
-def _spread(counts: np.ndarray) -> tuple[str, str, str]:
+def _concentration_cells(counts: np.ndarray) -> tuple[str, str, str]:
     """The cells of one client, many classes: how many it holds, the one it holds most of, its
     share.
     """
@@ -112,17 +124,15 @@ def _summary(split: Split) -> str:
     """All clients in one line."""
     clients, classes = split.train_counts.shape
 
-    def each(numbers):
+    def format_range(numbers):
         return " to ".join(str(n) for n in sorted({min(numbers), max(numbers)}))
 
     sides = [
-        f"{sum(sizes):,} {name} samples ({each(sizes)} per client)"
+        f"{sum(sizes):,} {name} samples ({format_range(sizes)} per client)"
         for name, sizes in (
             ("training", [*map(len, split.train)]),
             ("test", [*map(len, split.test)]),
         )
     ]
-    held = np.count_nonzero(split.train_counts, axis=1)
-    return (
-        f"{clients} clients, {classes} classes: {', '.join(sides)}, {each(held)} classes per client"
-    )
+    classes_held = np.count_nonzero(split.train_counts, axis=1)
+    return f"{clients} clients, {classes} classes: {', '.join(sides)}, {format_range(classes_held)} classes per client"

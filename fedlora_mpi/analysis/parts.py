@@ -9,13 +9,13 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from ..core.names import is_own, plain_name
+from ..core.names import display_name, is_method_leaf
 from ..store.snapshot import Checkpoint, folder_of
 from .run_view import RunView
 
 T = TypeVar("T")
-CLIENTS = 100  # at most so many are looked at, evenly spread over their numbers
-BLOCK = 1 << 24  # numbers of a matrix [clients, coordinates] held at a time
+MAX_CLIENTS = 100  # at most so many are looked at, evenly spread over their numbers
+BLOCK_SIZE = 1 << 24  # numbers of a matrix [clients, coordinates] held at a time
 
 
 class LowRank(NamedTuple):
@@ -25,19 +25,19 @@ class LowRank(NamedTuple):
     clients: tuple[int, ...]
     norm: np.ndarray  # Frobenius
     effective_rank: np.ndarray
-    given_rank: np.ndarray  # the number of components
+    num_components: np.ndarray  # the number of components
 
 
-class Alike(NamedTuple):
+class ClientSimilarity(NamedTuple):
     """Similarity of clients, [n, n], in the order ``clients``, in which alike ones are neighbours."""
 
     clients: tuple[int, ...]
     personal: np.ndarray
     labels: np.ndarray
-    centred: bool  # personal parts are taken less their mean
+    is_centered: bool  # personal parts are taken less their mean
 
 
-class Held(NamedTuple):
+class CheckpointLeaves(NamedTuple):
     """The leaves of the newest checkpoint that low-rank parts and personal parts are made of."""
 
     checkpoint: Checkpoint
@@ -46,26 +46,29 @@ class Held(NamedTuple):
     shared: dict[str, np.ndarray]
 
 
-def held(run: RunView, limit: int) -> Held | None:
+def read_leaves(run: RunView, max_bytes: int) -> CheckpointLeaves | None:
     """None where there is no checkpoint, or the newest has more than ``limit`` bytes."""
-    if not run.checkpoints or size(run) > limit:
+    if not run.checkpoints or checkpoint_bytes(run) > max_bytes:
         return None
-    found, everyone = run.checkpoint, len(run.partition.train)
+    checkpoint, num_clients = run.checkpoint, len(run.partition.train)
     clients = tuple(
-        np.unique(np.linspace(0, everyone - 1, min(everyone, CLIENTS)).round().astype(int)).tolist()
+        np.unique(
+            np.linspace(0, num_clients - 1, min(num_clients, MAX_CLIENTS)).round().astype(int)
+        ).tolist()
     )
     personal = tuple(
-        {name: value[0] for name, value in found.personal([client]).items()} for client in clients
+        {name: value[0] for name, value in checkpoint.personal([client]).items()}
+        for client in clients
     )
-    return Held(found, clients, personal, found.shared())
+    return CheckpointLeaves(checkpoint, clients, personal, checkpoint.shared())
 
 
-def size(run: RunView) -> int:
+def checkpoint_bytes(run: RunView) -> int:
     """Bytes of the newest checkpoint, not looked into."""
     return sum(file.stat().st_size for file in folder_of(run.path, run.checkpoints[-1]).iterdir())
 
 
-def factored(run: RunView) -> bool:
+def has_own_factors(run: RunView) -> bool:
     """Whether clients have low-rank factors of their own, by the names in the newest checkpoint;
     its bytes are trusted.
     """
@@ -73,32 +76,32 @@ def factored(run: RunView) -> bool:
         names = Checkpoint.read(folder_of(run.path, run.checkpoints[-1])).leaf_names([0])
     except (IndexError, ValueError):  # no checkpoint, or none that can be read
         return False
-    return _with_factors(names)
+    return _has_factors(names)
 
 
-def low_rank(run: RunView, parts: Held) -> LowRank | None:
+def low_rank(run: RunView, parts: CheckpointLeaves) -> LowRank | None:
     """Of every client's factors, its own or as it gets the shared ones; None where the method has
     none.
     """
-    if not any(map(_with_factors, (parts.shared, *parts.personal))):
+    if not any(map(_has_factors, (parts.shared, *parts.personal))):
         return None
-    found = [
-        dict(_factors(run, client, own, parts.shared))
-        for client, own in zip(parts.clients, parts.personal, strict=True)
+    factors_of = [
+        dict(_factors(run, client, personal, parts.shared))
+        for client, personal in zip(parts.clients, parts.personal, strict=True)
     ]
-    layers = tuple(dict.fromkeys(layer for of in found for layer in of))
+    layers = tuple(dict.fromkeys(layer for factors in factors_of for layer in factors))
     if not layers:
         return None
-    table = np.full((3, len(layers), len(found)), np.nan)
-    for column, of in enumerate(found):
+    table = np.full((3, len(layers), len(factors_of)), np.nan)
+    for column, of in enumerate(factors_of):
         for row, layer in enumerate(layers):
             if layer in of:
                 B, A, s = of[layer]
-                table[:, row, column] = *measured(s * B, A), len(A)
+                table[:, row, column] = *norm_and_effective_rank(s * B, A), len(A)
     return LowRank(layers, parts.clients, *table)
 
 
-def measured(B: np.ndarray, A: np.ndarray) -> tuple[float, float]:
+def norm_and_effective_rank(B: np.ndarray, A: np.ndarray) -> tuple[float, float]:
     """(Frobenius norm, effective rank) of M = B A, [out, r] and [r, in], without forming it.
 
     Effective rank: (sum s^2)^2 / sum s^4 of its singular values, which is n for n equal ones; 0 of
@@ -112,7 +115,7 @@ def measured(B: np.ndarray, A: np.ndarray) -> tuple[float, float]:
     return float(square**0.5), float(square**2 / fourth)
 
 
-def alike(run: RunView, parts: Held) -> Alike | None:
+def client_similarity(run: RunView, parts: CheckpointLeaves) -> ClientSimilarity | None:
     """How similar the clients' personal parts are, and their mixes of labels; None for fewer than
     three clients.
 
@@ -121,43 +124,49 @@ def alike(run: RunView, parts: Held) -> Alike | None:
     each class. Of clients with different networks the largest part with equal leaves is taken.
     """
     shapes = [
-        tuple((name, value.shape) for name, value in own.items() if _float(value))
-        for own in parts.personal
+        tuple((name, value.shape) for name, value in personal_parts.items() if _is_float(value))
+        for personal_parts in parts.personal
     ]
-    most = max(set(shapes), key=lambda shape: (shapes.count(shape), shape))
-    chosen = [at for at, shape in enumerate(shapes) if shape == most]
-    if len(chosen) < 3 or not most:
+    common_shapes = max(set(shapes), key=lambda shape: (shapes.count(shape), shape))
+    selected = [index for index, shape in enumerate(shapes) if shape == common_shapes]
+    if len(selected) < 3 or not common_shapes:
         return None
-    own, clients = [parts.personal[at] for at in chosen], [parts.clients[at] for at in chosen]
-    found = []
-    if _with_factors(name for name, _ in most):
-        found = [
-            dict(_factors(run, client, of, {})) for client, of in zip(clients, own, strict=True)
+    own, clients = [parts.personal[at] for at in selected], [parts.clients[at] for at in selected]
+    factors_of = []
+    if _has_factors(name for name, _ in common_shapes):
+        factors_of = [
+            dict(_factors(run, client, personal, {}))
+            for client, personal in zip(clients, own, strict=True)
         ]
-    in_factors = bool(found and found[0])
-    gram = np.zeros((len(chosen), len(chosen)))
-    blocks = _products(found) if in_factors else _rows(own)
+    in_factors = bool(factors_of and factors_of[0])
+    gram = np.zeros((len(selected), len(selected)))
+    blocks = _products(factors_of) if in_factors else _centered_rows(own)
     for block in blocks:
         gram += block @ block.T
-    similar = _cosine(gram)
+    similar = _cosine_similarity(gram)
     if similar is None:
         return None
     order = leaf_order(similar)
     counts = run.partition.train_counts[clients].astype(float)
-    labels = _cosine(counts @ counts.T)
+    labels = _cosine_similarity(counts @ counts.T)
     assert labels is not None
-    place = np.ix_(order, order)
-    return Alike(
-        tuple(np.array(clients)[order].tolist()), similar[place], labels[place], not in_factors
+    in_order = np.ix_(order, order)
+    return ClientSimilarity(
+        tuple(np.array(clients)[order].tolist()),
+        similar[in_order],
+        labels[in_order],
+        not in_factors,
     )
 
 
-def agreement(found: Alike) -> float:
+def rank_correlation(similarity: ClientSimilarity) -> float:
     """Rank correlation (Spearman) of both similarities over the pairs of clients; NaN where one is
     constant.
     """
-    pair = np.triu_indices(len(found.clients), 1)
-    ranks = [_ranks(table[pair].round(9)) for table in (found.personal, found.labels)]
+    pair = np.triu_indices(len(similarity.clients), 1)
+    ranks = [
+        _mean_ranks(table[pair].round(9)) for table in (similarity.personal, similarity.labels)
+    ]
     if min(column.std() for column in ranks) == 0:
         return float("nan")
     return float(np.corrcoef(*ranks)[0, 1])
@@ -170,7 +179,7 @@ def leaf_order(similar: np.ndarray) -> np.ndarray:
     Of the four ways to put two clusters side by side the one whose neighbours are most similar is
     taken.
     """
-    clusters = [[at] for at in range(len(similar))]
+    clusters = [[index] for index in range(len(similar))]
     mean = similar.astype(float).copy()
     np.fill_diagonal(mean, -np.inf)
     alive = list(range(len(similar)))
@@ -178,8 +187,8 @@ def leaf_order(similar: np.ndarray) -> np.ndarray:
         table = mean[np.ix_(alive, alive)]
         i, j = (alive[at] for at in np.unravel_index(table.argmax(), table.shape))
         a, b = clusters[i], clusters[j]
-        ways = [(x, y) for x in (a, a[::-1]) for y in (b, b[::-1])]
-        x, y = max(ways, key=lambda way: similar[way[0][-1], way[1][0]])
+        orders = [(x, y) for x in (a, a[::-1]) for y in (b, b[::-1])]
+        x, y = max(orders, key=lambda order: similar[order[0][-1], order[1][0]])
         weight = np.array([len(a), len(b)]) / (len(a) + len(b))
         mean[i] = weight @ mean[[i, j]]
         mean[:, i] = mean[i]
@@ -189,37 +198,37 @@ def leaf_order(similar: np.ndarray) -> np.ndarray:
     return np.array(clusters[alive[0]])
 
 
-def _with_factors(leaves: Iterable[str]) -> bool:
+def _has_factors(leaves: Iterable[str]) -> bool:
     """Whether there may be factors among leaves of these names in a file."""
     return any(name.endswith(".B") for name in leaves)
 
 
 def _factors(
-    run: RunView, client: int, own: Mapping[str, np.ndarray], shared: Mapping[str, np.ndarray]
+    run: RunView, client: int, personal: Mapping[str, np.ndarray], shared: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray, float]]]:
     """(layer, (B [out, r], A [r, in], s)) of one client."""
     import torch
 
     network = run.networks[run.network_of[client]].leaves
-    factors = _pairs(run.by_leaf(own, client), network)
+    factors = _factor_pairs(run.by_leaf(personal, client), network)
     if shared and not factors:
         with torch.no_grad():
             tensors = {name: torch.from_numpy(value) for name, value in run.by_leaf(shared).items()}
             arrived = run.variants[client].download(tensors)
-        factors = _pairs({name: value.numpy() for name, value in arrived.items()}, network)
+        factors = _factor_pairs({name: value.numpy() for name, value in arrived.items()}, network)
     scales = _scales(run, client) if factors else {}
     for layer, (B, A) in factors.items():
         yield layer, (B, A.reshape(len(A), -1), scales.get(layer, scales.get("", 1.0)))
 
 
-def _pairs(tree: Mapping[str, T], network: Container[str]) -> dict[str, tuple[T, T]]:
+def _factor_pairs(tree: Mapping[str, T], network: Container[str]) -> dict[str, tuple[T, T]]:
     """{layer: (B, A)} of the factors in ``tree``; a user's method may call them by plain names,
     which its own network has not.
     """
     plain = {
-        plain_name(n): v
+        display_name(n): v
         for n, v in tree.items()
-        if n[-3:-1] == ".." or not (is_own(n) or n in network)
+        if n[-3:-1] == ".." or not (is_method_leaf(n) or n in network)
     }
     layers = [n.removesuffix(".B") for n in plain if n.endswith(".B")]
     return {
@@ -241,26 +250,28 @@ def _scales(run: RunView, client: int) -> dict[str, float]:
 
 
 def _products(
-    found: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray, float]]],
+    factors_of: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray, float]]],
 ) -> Iterator[np.ndarray]:
     """s B A of all layers and clients, [n, coordinates], a block of rows of B at a time."""
-    for layer in found[0]:
-        B, A = (np.stack([of[layer][at] for of in found]) for at in (0, 1))
-        s = np.array([of[layer][2] for of in found])[:, None, None]
-        step = max(1, BLOCK // (len(found) * A.shape[2]))
+    for layer in factors_of[0]:
+        B, A = (np.stack([factors[layer][at] for factors in factors_of]) for at in (0, 1))
+        s = np.array([of[layer][2] for of in factors_of])[:, None, None]
+        step = max(1, BLOCK_SIZE // (len(factors_of) * A.shape[2]))
         for start in range(0, B.shape[1], step):
-            yield ((s * B[:, start : start + step]) @ A).reshape(len(found), -1)
+            yield ((s * B[:, start : start + step]) @ A).reshape(len(factors_of), -1)
 
 
-def _rows(own: Sequence[Mapping[str, np.ndarray]]) -> Iterator[np.ndarray]:
+def _centered_rows(personal_parts: Sequence[Mapping[str, np.ndarray]]) -> Iterator[np.ndarray]:
     """Every personal leaf of all clients less its mean, [n, coordinates]."""
-    for name, first in own[0].items():
-        if _float(first):
-            rows = np.stack([of[name].ravel() for of in own]).astype(np.float64)
+    for name, first in personal_parts[0].items():
+        if _is_float(first):
+            rows = np.stack([personal[name].ravel() for personal in personal_parts]).astype(
+                np.float64
+            )
             yield rows - rows.mean(0)
 
 
-def _cosine(gram: np.ndarray) -> np.ndarray | None:
+def _cosine_similarity(gram: np.ndarray) -> np.ndarray | None:
     """Of rows with this Gram matrix; None where a row is zero."""
     norm = np.sqrt(np.diag(gram))
     if not (np.isfinite(gram).all() and norm.min() > 0):
@@ -268,11 +279,11 @@ def _cosine(gram: np.ndarray) -> np.ndarray | None:
     return np.clip(gram / norm / norm[:, None], -1, 1)
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
+def _mean_ranks(values: np.ndarray) -> np.ndarray:
     """Equal values have their mean rank."""
-    _, at, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[at]
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def _float(value: np.ndarray) -> bool:
+def _is_float(value: np.ndarray) -> bool:
     return np.issubdtype(value.dtype, np.floating) and value.size > 0

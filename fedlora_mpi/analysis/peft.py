@@ -19,18 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from ..config import algorithm_name
-from ..core.paths import expanded
+from ..core.paths import expand_home
 from ..core.tree import Tree
 from ..models.huggingface import HuggingFace
 from ..models.network import Model
-from ..models.weights import packed
+from ..models.weights import pack_safetensors
 from ..store.files import write_atomic
 from .run_view import ClientView, RunView
 
-Pair = tuple[Tensor, Tensor, float]  # A, B, s
+LoraFactors = tuple[Tensor, Tensor, float]  # A, B, s
 
 
-def export(run: RunView, client: int, folder: str | Path) -> Path:
+def export_adapter(run: RunView, client: int, folder: str | Path) -> Path:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json`` of a client into the new
     folder.
 
@@ -38,11 +38,14 @@ def export(run: RunView, client: int, folder: str | Path) -> Path:
     model, ``base`` being the sequence classifier of the network's folder with as many classes, in
     float32 (with ``model.weights`` these are its weights). Raises ValueError.
     """
-    view, folder = run.client(client), expanded(folder)
+    view, folder = run.client(client), expand_home(folder)
     pairs, others = _adapter(run, view)
     values = {name: torch.from_numpy(value) for name, value in view.weights.items()}
-    leaves, config = content(view.network, pairs, others, values)
-    tensors, config = packed(leaves), config | {"base_model_name_or_path": _base(view)}
+    leaves, config = adapter_content(view.network, pairs, others, values)
+    tensors, config = (
+        pack_safetensors(leaves),
+        config | {"base_model_name_or_path": _base_folder(view)},
+    )
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -54,8 +57,8 @@ def export(run: RunView, client: int, folder: str | Path) -> Path:
     return folder
 
 
-def content(
-    network: Model, pairs: Mapping[str, Pair], others: Tree, values: Tree
+def adapter_content(
+    network: Model, pairs: Mapping[str, LoraFactors], others: Tree, values: Tree
 ) -> tuple[Tree, dict[str, Any]]:
     """peft's tensors and peft's config; ``values``: all leaves of the client's own model.
 
@@ -63,8 +66,8 @@ def content(
     these peft itself takes some) and what its folder does not have.
     """
     for name in pairs:
-        layer, _, own = name.rpartition(".")
-        if own != "weight" or not isinstance(
+        layer, _, head_names = name.rpartition(".")
+        if head_names != "weight" or not isinstance(
             network.modules[False].get_submodule(layer), nn.Linear
         ):
             raise ValueError(
@@ -73,27 +76,33 @@ def content(
     module = network.modules[False]
     hf = module if isinstance(module, HuggingFace) else None
     pairs, others, values = (
-        {_plain(hf, name): v for name, v in tree.items()} for tree in (pairs, others, values)
+        {_peft_name(hf, name): v for name, v in tree.items()} for tree in (pairs, others, values)
     )
-    own = [name for name in values if hf and (hf.is_above_encoder(name) or name in hf.fresh)]
-    whole = {_whole(hf, name) for name in (*others, *own)}
+    head_names = [name for name in values if hf and (hf.is_above_encoder(name) or name in hf.fresh)]
+    saved_modules = {_saved_module(hf, name) for name in (*others, *head_names)}
 
-    def within(name):
-        return any(name.startswith(f"{part}.") for part in whole)
+    def is_saved_whole(name):
+        return any(name.startswith(f"{part}.") for part in saved_modules)
 
-    low = {name.removesuffix(".weight"): pair for name, pair in pairs.items() if not within(name)}
-    if not low:
+    adapted = {
+        name.removesuffix(".weight"): pair
+        for name, pair in pairs.items()
+        if not is_saved_whole(name)
+    }
+    if not adapted:
         raise ValueError(
-            f"no low-rank part is outside of what is written whole ({', '.join(sorted(whole))})"
+            f"no low-rank part is outside of what is written whole ({', '.join(sorted(saved_modules))})"
         )
-    leaves = {name: value for name, value in values.items() if within(name)}
-    for name, (a, b, _) in low.items():
+    leaves = {name: value for name, value in values.items() if is_saved_whole(name)}
+    for name, (a, b, _) in adapted.items():
         leaves |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
     leaves = {f"base_model.model.{name}": value for name, value in leaves.items()}
-    return leaves, {"task_type": "SEQ_CLS" if hf else None} | _config(low, sorted(whole))
+    return leaves, {"task_type": "SEQ_CLS" if hf else None} | _config(
+        adapted, sorted(saved_modules)
+    )
 
 
-def _base(view: ClientView) -> str | None:
+def _base_folder(view: ClientView) -> str | None:
     """The folder that has the weights under the low-rank part, if one has."""
     origins = view.network_block.origins
     # a config.json alone has none
@@ -102,7 +111,7 @@ def _base(view: ClientView) -> str | None:
     return str(origins[0].files[0].parent.absolute())
 
 
-def _adapter(run: RunView, view: ClientView) -> tuple[Mapping[str, Pair], Tree]:
+def _adapter(run: RunView, view: ClientView) -> tuple[Mapping[str, LoraFactors], Tree]:
     """What the algorithm says of the client."""
     algorithm = view.algorithm
     if not callable(getattr(algorithm, "adapter", None)):  # pfedlora has a field of this name
@@ -113,12 +122,12 @@ def _adapter(run: RunView, view: ClientView) -> tuple[Mapping[str, Pair], Tree]:
         return algorithm.adapter(view.network, view.variables)
 
 
-def _plain(hf: HuggingFace | None, name: str) -> str:
+def _peft_name(hf: HuggingFace | None, name: str) -> str:
     """The name of a leaf in the network that peft meets."""
     return name.removeprefix(hf.PREFIX) if hf else name
 
 
-def _whole(hf: HuggingFace | None, name: str) -> str:
+def _saved_module(hf: HuggingFace | None, name: str) -> str:
     """The module that is written whole for the sake of a leaf: above the encoder the outermost."""
     module = name.rpartition(".")[0]
     if not module:
@@ -126,18 +135,20 @@ def _whole(hf: HuggingFace | None, name: str) -> str:
     return module.partition(".")[0] if hf and hf.is_above_encoder(name) else module
 
 
-def _config(low: Mapping[str, Pair], whole: list[str]) -> dict[str, Any]:
+def _config(adapted: Mapping[str, LoraFactors], saved_modules: list[str]) -> dict[str, Any]:
     """peft's settings; rank and alpha = s r of most modules, those of the others by name."""
-    of = {name: (len(a), _number(s * len(a))) for name, (a, _, s) in low.items()}
-    rank, alpha = Counter(of.values()).most_common(1)[0][0]
+    rank_and_alpha = {
+        name: (len(a), _integer_if_whole(s * len(a))) for name, (a, _, s) in adapted.items()
+    }
+    rank, alpha = Counter(rank_and_alpha.values()).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {name: r for name, (r, _) in of.items() if r != rank},
-        "alpha_pattern": {name: a for name, (_, a) in of.items() if a != alpha},
-        "target_modules": sorted(of),
-        "modules_to_save": whole or None,
+        "rank_pattern": {name: r for name, (r, _) in rank_and_alpha.items() if r != rank},
+        "alpha_pattern": {name: a for name, (_, a) in rank_and_alpha.items() if a != alpha},
+        "target_modules": sorted(rank_and_alpha),
+        "modules_to_save": saved_modules or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "lora_dropout": 0.0,
@@ -145,6 +156,6 @@ def _config(low: Mapping[str, Pair], whole: list[str]) -> dict[str, Any]:
     }
 
 
-def _number(alpha: float) -> int | float:
+def _integer_if_whole(alpha: float) -> int | float:
     """As peft writes it: an integer where it is one."""
     return int(alpha) if float(alpha).is_integer() else float(alpha)

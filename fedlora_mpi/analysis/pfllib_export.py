@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..config import Config
-from ..core.paths import expanded
+from ..core.paths import expand_home
 from ..data.datasets import Data
 from ..data.feed import Feed
 from ..data.partition import Split
@@ -30,7 +30,7 @@ def write_folder(config: Config, data: Data, split: Split, folder: Path) -> str:
     pfllib`` finds the bytes again, "mean" and "std" of each channel. Raises ValueError: texts, a
     folder that holds something.
     """
-    folder = expanded(folder)
+    folder = expand_home(folder)
     if data.vocabulary:
         raise ValueError(
             f"data.dataset = {config.data.source.dataset}: texts are not written for PFLlib; only "
@@ -48,17 +48,18 @@ def write_folder(config: Config, data: Data, split: Split, folder: Path) -> str:
             with nolinks.opened_folder(folder / name, folder, make=True):
                 pass
             for client in range(len(split.train)):
-                seen = (
-                    feed.survey([client], True)
+                samples = (
+                    feed.unshuffled_batch([client], True)
                     if name == "train"
-                    else feed.test([client], 0, feed.test_size(client))
+                    else feed.test_batch([client], 0, feed.test_size(client))
                 )
-                arrays = {"x": seen.x[0].numpy(), "y": seen.y[0].numpy()}
+                arrays = {"x": samples.x[0].numpy(), "y": samples.y[0].numpy()}
                 counts[client] += np.bincount(arrays["y"], minlength=data.classes)
                 with replacing(folder / name / f"{client}.npz", folder) as file:
                     np.savez_compressed(file, data=np.array(arrays, dtype=object))
         write_atomic(
-            folder / "config.json", json.dumps(_about(config, data, counts), indent=1).encode()
+            folder / "config.json",
+            json.dumps(_folder_config(config, data, counts), indent=1).encode(),
         )
     except OSError as error:
         raise ValueError(
@@ -95,7 +96,7 @@ def write_results(run: RunView, file: Path) -> str:
     )
 
 
-def _about(config: Config, data: Data, counts: np.ndarray) -> dict:
+def _folder_config(config: Config, data: Data, counts: np.ndarray) -> dict:
     """config.json; counts: samples of each client and class."""
     partition = config.data.partition
     return {

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..core.escapes import one_line
-from ..core.units import size
+from ..core.escapes import escape_line
+from ..core.units import format_bytes
 from ..store.reader import RunFiles
 
 _HEADER = (
@@ -26,8 +26,8 @@ _HEADER = (
     "s/round",
     "run",
 )
-_SEEDS = ("seed", "data.partition.seed")
-_NO_MATTER = (
+_SEED_KEYS = ("seed", "data.partition.seed")
+_IGNORED_KEYS = (
     "rounds",
     "output",
     "checkpoint",
@@ -45,16 +45,16 @@ def table(runs: Sequence[Path]) -> str:
     best: the highest mean of any round, and that round. up/client: bytes per client and round. The
     mean over seeds comes with the sample standard deviation.
     """
-    found = [_Result.read(path) for path in runs]
-    rows = [_HEADER, *(result.row() for result in found), *_over_seeds(found)]
-    return aligned(rows, left=(0, len(_HEADER) - 1))
+    results = [_Result.read(path) for path in runs]
+    rows = [_HEADER, *(result.table_row() for result in results), *_seed_rows(results)]
+    return align_columns(rows, left=(0, len(_HEADER) - 1))
 
 
-def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
+def align_columns(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
     """Rows of cells as lines with aligned columns, to the right but for the columns ``left``; a
     cell may be foreign.
     """
-    rows = [[one_line(cell) for cell in row] for row in rows]
+    rows = [[escape_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = ["<" if column in left else ">" for column in range(len(widths))]
     lines = (
@@ -71,8 +71,8 @@ class _Result:
     algorithm: str
     seeds: tuple[int, ...]  # of the run and of the partition
     setting: str  # equal for runs that differ in their seeds only
-    rounds: int  # done
-    asked: int  # rounds
+    rounds_done: int  # done
+    rounds_wanted: int  # rounds
     best_round: int | None
     numbers: np.ndarray  # [5] final, best, worst (fractions), bytes up, seconds; NaN where unknown
 
@@ -83,13 +83,13 @@ class _Result:
             files.settings,
             files.measured("bytes_up", "clients", "accuracy", "accuracy_worst")["rounds"],
         )
-        done = len(rounds["round"])
+        num_rounds = len(rounds["round"])
         numbers, best_round = np.full(5, np.nan), None
-        if done:
+        if num_rounds:
             seconds = sum(
                 column.sum() for name, column in rounds.items() if name.startswith("seconds_")
             )
-            numbers[3:] = rounds["bytes_up"].sum() / rounds["clients"].sum(), seconds / done
+            numbers[3:] = rounds["bytes_up"].sum() / rounds["clients"].sum(), seconds / num_rounds
             evaluated = np.flatnonzero(~np.isnan(rounds["accuracy"]))
             if len(evaluated):
                 accuracy = rounds["accuracy"][evaluated]
@@ -98,25 +98,29 @@ class _Result:
         return cls(
             path=path,
             algorithm=config["algorithm"]["name"],
-            seeds=tuple(reduce(getitem, key.split("."), config) for key in _SEEDS),
-            setting=f"{_without(config, (*_SEEDS, *_NO_MATTER))} after {done} rounds",
-            rounds=done,
-            asked=config["rounds"],
+            seeds=tuple(reduce(getitem, key.split("."), config) for key in _SEED_KEYS),
+            setting=f"{_settings_without(config, (*_SEED_KEYS, *_IGNORED_KEYS))} after {num_rounds} rounds",
+            rounds_done=num_rounds,
+            rounds_wanted=config["rounds"],
             best_round=best_round,
             numbers=numbers,
         )
 
-    def row(self) -> tuple[str, ...]:
-        rounds = f"{self.rounds}" if self.rounds >= self.asked else f"{self.rounds}/{self.asked}"
-        final, best, worst, up, seconds = _texts(self.numbers)
-        at = f" @{self.best_round}" if self.best_round else ""
+    def table_row(self) -> tuple[str, ...]:
+        rounds = (
+            f"{self.rounds_done}"
+            if self.rounds_done >= self.rounds_wanted
+            else f"{self.rounds_done}/{self.rounds_wanted}"
+        )
+        final, best, worst, up, seconds = _format_numbers(self.numbers)
+        best_suffix = f" @{self.best_round}" if self.best_round else ""
         seed = str(self.seeds[0])
         return (
             self.algorithm,
             rounds,
             seed,
             final,
-            f"{best}{at}",
+            f"{best}{best_suffix}",
             worst,
             up,
             seconds,
@@ -124,23 +128,23 @@ class _Result:
         )
 
 
-def _over_seeds(found: Sequence[_Result]) -> Iterator[tuple[str, ...]]:
+def _seed_rows(results: Sequence[_Result]) -> Iterator[tuple[str, ...]]:
     """A row for each setting that was run with more than one seed."""
     settings: dict[str, list[_Result]] = {}
-    for result in found:
+    for result in results:
         settings.setdefault(result.setting, []).append(result)
-    for same in settings.values():
-        seeds = {result.seeds for result in same}
+    for members in settings.values():
+        seeds = {result.seeds for result in members}
         if len(seeds) < 2:
             continue
-        numbers = np.stack([result.numbers for result in same])
-        *means, up, seconds = _texts(numbers.mean(0))
+        numbers = np.stack([result.numbers for result in members])
+        *means, up, seconds = _format_numbers(numbers.mean(0))
         stds = 100 * numbers.std(0, ddof=1)[:3]
         spread = [f"{mean} ±{std:5.2f}" for mean, std in zip(means, stds, strict=True)]
-        runs = f"mean ± std of {len(same)} runs"
+        runs = f"mean ± std of {len(members)} runs"
         yield (
-            same[0].algorithm,
-            str(same[0].rounds),
+            members[0].algorithm,
+            str(members[0].rounds_done),
             f"{len(seeds)} seeds",
             *spread,
             up,
@@ -149,7 +153,7 @@ def _over_seeds(found: Sequence[_Result]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def _without(config: dict[str, Any], keys: Sequence[str]) -> str:
+def _settings_without(config: dict[str, Any], keys: Sequence[str]) -> str:
     """The config as text, less the dotted ``keys``."""
     tree = deepcopy(config)
     for key in keys:
@@ -158,10 +162,13 @@ def _without(config: dict[str, Any], keys: Sequence[str]) -> str:
     return json.dumps(tree, sort_keys=True)
 
 
-def _texts(numbers: np.ndarray) -> list[str]:
+def _format_numbers(numbers: np.ndarray) -> list[str]:
     """``_Result.numbers`` for people."""
-    write = [lambda fraction: f"{fraction:.2%}"] * 3 + [size, lambda seconds: f"{seconds:.3g}"]
+    formats = [lambda fraction: f"{fraction:.2%}"] * 3 + [
+        format_bytes,
+        lambda seconds: f"{seconds:.3g}",
+    ]
     return [
-        "-" if np.isnan(number) else text(number)
-        for text, number in zip(write, numbers, strict=True)
+        "-" if np.isnan(number) else to_text(number)
+        for to_text, number in zip(formats, numbers, strict=True)
     ]

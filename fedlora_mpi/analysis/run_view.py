@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from ..core.names import names_in_files
-from ..core.paths import expanded
+from ..core.names import stored_names
+from ..core.paths import expand_home
 from ..data.partition import Split
 from ..store import schema
 from ..store.reader import RunFiles
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from torch import nn
 
-    from ..algorithm import Algorithm, Vars
+    from ..algorithm import Algorithm, Variables
     from ..config import Config
     from ..config.experiment import Network
     from ..data.texts import Vocabulary
@@ -59,12 +59,14 @@ def open_run(path: str | Path) -> "RunView":
 
     Of texts: ``run.client(7).model(run.vocabulary.encode(["a text", "another"]))``.
     """
-    return RunView(expanded(path))
+    return RunView(expand_home(path))
 
 
-def of_clients(rounds: Mapping[str, np.ndarray], clients: Mapping[str, np.ndarray]) -> "DataFrame":
+def client_table(
+    rounds: Mapping[str, np.ndarray], clients: Mapping[str, np.ndarray]
+) -> "DataFrame":
     """``RunView.clients`` of the columns [T] of the rounds and [T, N] of the clients."""
-    pandas = imported_pandas()
+    pandas = import_pandas()
     count = next(iter(clients.values()), np.empty((0, 0))).shape[1]
     index = pandas.MultiIndex.from_product(
         [rounds["round"], range(count)], names=["round", "client"]
@@ -82,8 +84,10 @@ class RunView:
         self.path = path
         self._files = RunFiles(path)
         # Verifying reads every byte of a checkpoint: once for each, not for each client.
-        self._newest = lru_cache(1)(lambda committed: self._files.checkpoint())
-        self._first = lru_cache(None)(self._begun)  # once for each kind of clients
+        self._newest_checkpoint = lru_cache(1)(lambda committed: self._files.checkpoint())
+        self._initial_variables = lru_cache(None)(
+            self._make_initial_variables
+        )  # once for each kind of clients
 
     @property
     def config(self) -> dict[str, Any]:
@@ -97,13 +101,13 @@ class RunView:
 
         Metrics of the clients' own models are NaN in rounds that were not evaluated.
         """
-        return imported_pandas().DataFrame(self._files.rounds()).set_index("round")
+        return import_pandas().DataFrame(self._files.rounds()).set_index("round")
 
     @property
     def clients(self) -> "DataFrame":
         """One row for each evaluated round and client: round, client, accuracy (fraction), loss."""
         rows = self._files.rows()
-        return of_clients(rows["rounds"], rows["clients"])
+        return client_table(rows["rounds"], rows["clients"])
 
     @property
     def ranks(self) -> "DataFrame":
@@ -113,7 +117,7 @@ class RunView:
         seconds_waiting: in messages, so for other ranks; the other stages are without it. Together
         they are all the time that passed. Empty for a run of before they were measured.
         """
-        pandas = imported_pandas()
+        pandas = import_pandas()
         rows = self._files.rows()
         columns, rounds = rows["ranks"], rows["rounds"]["round"]
         numbers = columns.pop("ranks", np.zeros(0, int))
@@ -121,12 +125,12 @@ class RunView:
             name: [column[row, :n] for row, n in enumerate(numbers)]
             for name, column in columns.items()
         }
-        whole = {
+        columns_of_table = {
             "round": np.repeat(rounds[: len(numbers)], numbers),
             "rank": [r for n in numbers for r in range(n)],
         }
         return pandas.DataFrame(
-            whole | {name: np.concatenate(rows) for name, rows in seconds.items()}
+            columns_of_table | {name: np.concatenate(rows) for name, rows in seconds.items()}
         )
 
     def array(self, name: str) -> np.ndarray:
@@ -154,10 +158,13 @@ class RunView:
     @cached_property
     def partition(self) -> Split:
         """Who holds which samples."""
-        at = self._files.partition()
+        stored = self._files.partition()
         with schema.reading(self.path / "log.h5"):
             return Split(
-                tuple(at["train"]), tuple(at["test"]), at["train_counts"], at["test_counts"]
+                tuple(stored["train"]),
+                tuple(stored["test"]),
+                stored["train_counts"],
+                stored["test_counts"],
             )
 
     @property
@@ -168,7 +175,7 @@ class RunView:
     @property
     def checkpoint(self) -> Checkpoint:
         """The newest valid checkpoint. Raises StoreError (a ValueError) when there is none."""
-        return self._newest(tuple(self.checkpoints))
+        return self._newest_checkpoint(tuple(self.checkpoints))
 
     @property
     def shared(self) -> Mapping[str, np.ndarray]:
@@ -184,7 +191,7 @@ class RunView:
     @cached_property
     def network_of(self) -> tuple[int, ...]:
         """Which network of ``model.mix`` each client has, [N]; zeros where there is one."""
-        return self._parsed.model.of_clients(len(self.partition.train))
+        return self._parsed_config.model.of_clients(len(self.partition.train))
 
     def client(self, id: int) -> "ClientView":
         """One client, by its number from 0. Raises ValueError."""
@@ -197,7 +204,9 @@ class RunView:
     def variants(self) -> "tuple[Algorithm, ...]":
         """The method as each client has it, [N]: of its own rank, for instance."""
         clients = len(self.partition.train)
-        return tuple(self._parsed.algorithm.of_client(client, clients) for client in range(clients))
+        return tuple(
+            self._parsed_config.algorithm.for_client(client, clients) for client in range(clients)
+        )
 
     @cached_property
     def networks(self) -> "tuple[Model, ...]":
@@ -207,46 +216,52 @@ class RunView:
         Where what ``model.weights`` or ``model.folder`` names is gone, the initial weights are on
         the device "meta": shapes without numbers. Whether it has changed is not looked at.
         """
-        return tuple(self._network(*numbered) for numbered in enumerate(self._parsed.model.mix))
+        return tuple(
+            self._network(*numbered) for numbered in enumerate(self._parsed_config.model.mix)
+        )
 
-    def _network(self, number: int, network: "Network") -> "Model":
+    def _network(self, number: int, block: "Network") -> "Model":
         from ..models.zoo import build
 
-        found, config = self._files.partition(), self._parsed
-        shape = tuple(found["input_shape"].tolist())
-        of_texts = [int(found.get(name, [0])[0]) for name in ("input_tokens", "input_padding")]
-        inputs = (self.partition.train_counts.shape[1], shape, config.seed, *of_texts)
-        if all(file.is_file() for origin in network.origins for file in origin.files):
-            return build(network.name, network.options, *inputs, weights=network.weights)
-        kept = self.path / f"network-{number}.json"
-        if kept.is_file():
-            self._files.text(kept.name)  # is it whole?
-        options = {**network.options, "folder": str(kept)} if kept.is_file() else network.options
-        model = build(network.name, options, *inputs)
-        gone = {n: v.to("meta") for n, v in model.values.items()}
-        constants = {n: gone.get(n, v) for n, v in model.constants.items()}
-        return replace(model, initial={n: gone[n] for n in model.initial}, constants=constants)
+        stored, config = self._files.partition(), self._parsed_config
+        shape = tuple(stored["input_shape"].tolist())
+        text_inputs = [int(stored.get(name, [0])[0]) for name in ("input_tokens", "input_padding")]
+        inputs = (self.partition.train_counts.shape[1], shape, config.seed, *text_inputs)
+        if all(file.is_file() for origin in block.origins for file in origin.files):
+            return build(block.name, block.options, *inputs, weights=block.weights)
+        saved_config = self.path / f"network-{number}.json"
+        if saved_config.is_file():
+            self._files.text(saved_config.name)  # is it whole?
+        options = (
+            {**block.options, "folder": str(saved_config)}
+            if saved_config.is_file()
+            else block.options
+        )
+        model = build(block.name, options, *inputs)
+        on_meta = {n: v.to("meta") for n, v in model.all_values.items()}
+        constants = {n: on_meta.get(n, v) for n, v in model.constants.items()}
+        return replace(model, initial={n: on_meta[n] for n in model.initial}, constants=constants)
 
     def by_leaf(self, stored: Mapping[str, T], client: int | None = None) -> dict[str, T]:
         """What is stored of the shared leaves or of a client's own, by the names that the method
         has for them.
         """
         network = min(self.network_of) if client is None else self.network_of[client]
-        first = self._first(
-            self._parsed.algorithm if client is None else self.variants[client], network
+        initial = self._initial_variables(
+            self._parsed_config.algorithm if client is None else self.variants[client], network
         )
         leaf_of = {
             name: n
-            for n, name in names_in_files(
-                first.shared if client is None else first.personal
+            for n, name in stored_names(
+                initial.shared if client is None else initial.personal
             ).items()
         }
         return {leaf_of.get(name, name): value for name, value in stored.items()}
 
-    def _begun(self, algorithm: "Algorithm", network: int) -> "Vars":
+    def _make_initial_variables(self, algorithm: "Algorithm", network: int) -> "Variables":
         from .leaves import first_variables
 
-        return first_variables(algorithm, self.networks[network], self._parsed.seed)
+        return first_variables(algorithm, self.networks[network], self._parsed_config.seed)
 
     @cached_property
     def vocabulary(self) -> "Vocabulary":
@@ -264,7 +279,7 @@ class RunView:
         return Vocabulary(self._files.text(path.name))
 
     @cached_property
-    def _parsed(self) -> "Config":
+    def _parsed_config(self) -> "Config":
         from ..config import from_dict
 
         return from_dict(self.config, str(self.path / "log.h5"))
@@ -303,7 +318,7 @@ class ClientView:
     @property
     def personal(self) -> Mapping[str, np.ndarray]:
         """The leaves that never leave the client; each is read when it is asked for."""
-        return _Personal(self.checkpoint, self.id)
+        return _PersonalLeaves(self.checkpoint, self.id)
 
     @cached_property
     def network(self) -> "Model":
@@ -313,7 +328,7 @@ class ClientView:
     @property
     def network_block(self) -> "Network":
         """What the config says of the client's network."""
-        return self.run._parsed.model.mix[self.run.network_of[self.id]]
+        return self.run._parsed_config.model.mix[self.run.network_of[self.id]]
 
     @property
     def algorithm(self) -> "Algorithm":
@@ -321,30 +336,30 @@ class ClientView:
         return self.run.variants[self.id]
 
     @cached_property
-    def variables(self) -> "Vars":
+    def variables(self) -> "Variables":
         """What the client's own model is made of: tensors, the shared ones as they arrive there,
         and its own.
         """
         import torch
 
-        from ..algorithm import Vars
+        from ..algorithm import Variables
 
         initial = self.network.initial
 
         # a file has no bfloat16
-        def as_there(name, v):
+        def to_initial_dtype(name, v):
             return v.to(initial[name].dtype) if name in initial else v
 
         def tensors(leaves):
-            return {n: as_there(n, torch.from_numpy(value)) for n, value in leaves.items()}
+            return {n: to_initial_dtype(n, torch.from_numpy(value)) for n, value in leaves.items()}
 
         rows = self.run.by_leaf(self.checkpoint.personal([self.id]), self.id)
         shared = tensors(self.run.by_leaf(self.checkpoint.shared()))
-        with self._fitting, torch.no_grad():
-            arrived = (
+        with self._reading_checkpoint, torch.no_grad():
+            downloaded = (
                 shared if self.algorithm.judges == "server" else self.algorithm.download(shared)
             )
-        return Vars(arrived, tensors({n: _only(row) for n, row in rows.items()}))
+        return Variables(downloaded, tensors({n: _single_row(row) for n, row in rows.items()}))
 
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:
@@ -354,17 +369,17 @@ class ClientView:
         import torch
 
         v = self.variables
-        for leaf, initial in self.network.values.items():
+        for leaf, initial in self.network.all_values.items():
             # frozen: no checkpoint has it
             if initial.is_meta and not (leaf in v.shared or leaf in v.personal):
-                where = " or ".join(
-                    f"model.{origin.key} = {origin.given}" for origin in self.network_block.origins
+                sources = " or ".join(
+                    f"model.{origin.key} = {origin.value}" for origin in self.network_block.origins
                 )
                 raise ValueError(
-                    f"{self.run.path}: {leaf} is in {where} alone, which is gone; put it back"
+                    f"{self.run.path}: {leaf} is in {sources} alone, which is gone; put it back"
                 )
-        with self._fitting, torch.no_grad():
-            tree = self.network.values | self.algorithm.weights_of(self.network, v)
+        with self._reading_checkpoint, torch.no_grad():
+            tree = self.network.all_values | self.algorithm.client_model(self.network, v)
         return {n: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for n, v in tree.items()}
 
     @cached_property
@@ -373,11 +388,11 @@ class ClientView:
         import torch
 
         weights = {name: torch.from_numpy(value) for name, value in self.weights.items()}
-        with self._fitting:
-            return self.network.module(weights)
+        with self._reading_checkpoint:
+            return self.network.to_module(weights)
 
     @property
-    def _fitting(self) -> AbstractContextManager:
+    def _reading_checkpoint(self) -> AbstractContextManager:
         """Leaves that are not those of the network are told as damage of the checkpoint, a
         StoreError.
         """
@@ -385,7 +400,7 @@ class ClientView:
 
 
 @dataclass(frozen=True)
-class _Personal(Mapping):
+class _PersonalLeaves(Mapping):
     """The personal leaves of one client."""
 
     checkpoint: Checkpoint
@@ -394,7 +409,7 @@ class _Personal(Mapping):
     def __getitem__(self, leaf: str) -> np.ndarray:
         if leaf not in self.checkpoint.leaf_names([self.id]):
             raise KeyError(f"{leaf}: no personal leaf; there are {', '.join(self) or 'none'}")
-        return _only(self.checkpoint.personal([self.id], [leaf])[leaf])
+        return _single_row(self.checkpoint.personal([self.id], [leaf])[leaf])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.checkpoint.leaf_names([self.id]))
@@ -403,12 +418,12 @@ class _Personal(Mapping):
         return len(self.checkpoint.leaf_names([self.id]))
 
 
-def _only(rows: np.ndarray) -> np.ndarray:
+def _single_row(rows: np.ndarray) -> np.ndarray:
     """The one row of [1, ...], an array even when the row is a number."""
     return rows.reshape(rows.shape[1:])
 
 
-def imported_pandas():
+def import_pandas():
     """The library. Raises ValueError where it is missing."""
     try:
         import pandas

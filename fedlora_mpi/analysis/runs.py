@@ -5,9 +5,9 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.paths import expanded
-from .groups import SEEDS, Found, Logged, grouped, short
-from .run_view import RunView, imported_pandas, of_clients
+from ..core.paths import expand_home
+from .groups import SEED_KEYS, RunGroups, RunLog, group_runs, short_key
+from .run_view import RunView, client_table, import_pandas
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -33,15 +33,15 @@ def open_runs(pattern: str | Path | Sequence[str | Path]) -> "Runs":
     4
     """
     if isinstance(pattern, str | Path):
-        found = sorted(glob(str(expanded(pattern)), recursive=True))
-        paths = [Path(path) for path in found if (Path(path) / "log.h5").is_file()]
+        matches = sorted(glob(str(expand_home(pattern)), recursive=True))
+        paths = [Path(path) for path in matches if (Path(path) / "log.h5").is_file()]
         paths = [path for path in paths if path.parent.name != "checkpoints"]
         if not paths:
             raise ValueError(
                 f"{pattern}: matches no run folder, one with a log.h5; give the `output` of runs"
             )
     else:
-        paths = [expanded(path) for path in pattern]
+        paths = [expand_home(path) for path in pattern]
     return Runs(paths)
 
 
@@ -70,7 +70,7 @@ class Runs(Mapping[str, RunView]):
         """One row a run: path, run (its label), seed, partition_seed, and each setting that
         differs.
         """
-        return imported_pandas().DataFrame(_described(self._logs()))
+        return import_pandas().DataFrame(_describe_runs(self._logs()))
 
     @property
     def rounds(self) -> "DataFrame":
@@ -79,57 +79,61 @@ class Runs(Mapping[str, RunView]):
         Columns are those of any run; NaN where a run has none, and in rounds that were not
         evaluated.
         """
-        return of_rounds(self._logs())
+        return rounds_table(self._logs())
 
     @property
     def clients(self) -> "DataFrame":
         """One row for each run, evaluated round and client: the columns of ``settings``, round,
         client, accuracy ...
         """
-        return of_all_clients(self._logs())
+        return clients_table(self._logs())
 
-    def _logs(self) -> list[Logged]:
+    def _logs(self) -> list[RunLog]:
         """In the order of the paths."""
-        return [Logged.read(view.path) for view in self._views.values()]
+        return [RunLog.read(view.path) for view in self._views.values()]
 
 
-def of_rounds(logs: Sequence[Logged]) -> "DataFrame":
+def rounds_table(logs: Sequence[RunLog]) -> "DataFrame":
     """``Runs.rounds`` of logs that have been read."""
-    return _table(logs, lambda run: imported_pandas().DataFrame(run.rounds))
+    return _concat_tables(logs, lambda run: import_pandas().DataFrame(run.rounds))
 
 
-def of_all_clients(logs: Sequence[Logged]) -> "DataFrame":
+def clients_table(logs: Sequence[RunLog]) -> "DataFrame":
     """``Runs.clients`` of logs that have been read."""
-    return _table(logs, lambda run: of_clients(run.rounds, run.clients))
+    return _concat_tables(logs, lambda run: client_table(run.rounds, run.clients))
 
 
-def _table(logs: Sequence[Logged], columns_of: Callable[[Logged], "DataFrame"]) -> "DataFrame":
-    pandas, parts = imported_pandas(), []
-    for about, run in zip(_described(logs), logs, strict=True):
+def _concat_tables(
+    logs: Sequence[RunLog], columns_of: Callable[[RunLog], "DataFrame"]
+) -> "DataFrame":
+    pandas, tables = import_pandas(), []
+    for description, run in zip(_describe_runs(logs), logs, strict=True):
         table = columns_of(run)
-        repeated = {name: [value] * len(table) for name, value in about.items()}
-        parts.append(pandas.concat([pandas.DataFrame(repeated, index=table.index), table], axis=1))
-    return pandas.concat(parts, ignore_index=True)
+        repeated = {name: [value] * len(table) for name, value in description.items()}
+        tables.append(pandas.concat([pandas.DataFrame(repeated, index=table.index), table], axis=1))
+    return pandas.concat(tables, ignore_index=True)
 
 
-def _described(logs: Sequence[Logged]) -> list[dict]:
+def _describe_runs(logs: Sequence[RunLog]) -> list[dict]:
     """The columns of ``Runs.settings`` of each; a run that is there twice is there twice."""
-    found = grouped(logs)
-    return [_about(run, found) for run in logs]
+    run_groups = group_runs(logs)
+    return [_describe_run(run, run_groups) for run in logs]
 
 
-def _about(run: Logged, found: Found) -> dict:
-    stands = dict(found.left_out).get(run, run)
-    group = next(group for group in found.groups if stands in group.runs)
+def _describe_run(run: RunLog, run_groups: RunGroups) -> dict:
+    representative = dict(run_groups.left_out).get(run, run)
+    group = next(group for group in run_groups.groups if representative in group.runs)
     seeds = dict(zip(("seed", "partition_seed"), run.seeds, strict=True))
-    settings = {column(key, found.keys): group.settings.get(key) for key in found.keys}
+    settings = {
+        column_name(key, run_groups.keys): group.settings.get(key) for key in run_groups.keys
+    }
     return {"path": str(run.path), "run": group.label} | seeds | settings
 
 
-def column(key: str, keys: Sequence[str]) -> str:
+def column_name(key: str, keys: Sequence[str]) -> str:
     """The name of a setting as a column: ``algorithm`` for algorithm.name, else its last words."""
     block, _, name = key.rpartition(".")
-    taken = ("path", "run", "round", "client", "clients", "loss", "rounds", *SEEDS)
+    reserved = ("path", "run", "round", "client", "clients", "loss", "rounds", *SEED_KEYS)
     if name == "name":
         return block
-    return short(key, (*keys, *(f".{word}" for word in taken)))
+    return short_key(key, (*keys, *(f".{word}" for word in reserved)))

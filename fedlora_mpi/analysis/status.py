@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import config as configs
-from ..core.paths import expanded
+from ..core.paths import expand_home
 from ..run.output import continued
 from ..store import checkpoint
 from ..store.files import StoreError
 
 
-def rounds_of(target: Path, overrides: Sequence[str]) -> tuple[Path, int, int]:
+def run_progress(target: Path, overrides: Sequence[str]) -> tuple[Path, int, int]:
     """(run folder, rounds that a whole checkpoint holds, rounds in all) of a run folder, or of the
     run of a config.
 
@@ -19,15 +19,19 @@ def rounds_of(target: Path, overrides: Sequence[str]) -> tuple[Path, int, int]:
     the config.
     """
     if target.is_dir():
-        return target, _saved(target), configs.recorded_rounds(target / "config.yaml", overrides)
+        return (
+            target,
+            _checkpoint_round(target),
+            configs.recorded_rounds(target / "config.yaml", overrides),
+        )
     config = configs.read(target, overrides)
-    folder = expanded(config.output)
+    folder = expand_home(config.output)
     if not (folder / "config.yaml").is_file():
         return folder, 0, config.rounds
-    return folder, _saved(folder), continued(config, str(target), folder).rounds
+    return folder, _checkpoint_round(folder), continued(config, str(target), folder).rounds
 
 
-def _saved(folder: Path) -> int:
+def _checkpoint_round(folder: Path) -> int:
     """The rounds of the newest checkpoint whose checksums hold."""
     if not checkpoint.committed(folder):
         return 0

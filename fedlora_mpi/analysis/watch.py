@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from ..core.escapes import one_line
-from ..core.units import duration
+from ..core.escapes import escape_line
+from ..core.units import format_seconds
 from ..store.files import StoreError
 from ..store.reader import RunFiles
-from .load import Load, load
+from .load import RankLoad, measure_load
 
 Line = list[tuple[str, str]]  # parts of a line: text, and how rich shows it
 
-_LAST = 20  # rounds from which the time left and the load are told
-_FEW = 12  # ranks that are shown one by one
+_RECENT_ROUNDS = 20  # rounds from which the time left and the load are told
+_MAX_RANK_BARS = 12  # ranks that are shown one by one
 _STAGES = {
     "train": "blue",
     "evaluate": "yellow",
@@ -28,30 +28,34 @@ _STAGES = {
     "other": "bright_black",
     "waiting": "dim",
 }
-_QUIET = 60.0  # seconds without a row, and as many rounds' worth as the next, before it is told
-_ROUNDS = 5
-_PATIENCE = 10  # readings that may fail, one after the other
+_QUIET_SECONDS = (
+    60.0  # seconds without a row, and as many rounds' worth as the next, before it is told
+)
+_QUIET_ROUNDS = 5
+_MAX_FAILED_READS = 10  # readings that may fail, one after the other
 
 
 @dataclass(frozen=True)
-class Seen:
+class RunStatus:
     """What the log said at some moment."""
 
     path: Path
     config: dict[str, Any]
     rounds: dict[str, np.ndarray]  # [T]
-    load: Load | None  # over the last rounds
-    quiet: float  # seconds since the log changed
+    rank_load: RankLoad | None  # over the last rounds
+    seconds_quiet: float  # seconds since the log changed
 
     @classmethod
-    def read(cls, path: Path) -> "Seen":
+    def read(cls, path: Path) -> "RunStatus":
         """Raises StoreError (a ValueError)."""
         files = RunFiles(path)
         rows = files.measured("train_loss")
         rounds, ranks = rows["rounds"], rows["ranks"]
-        recent = load(ranks, files.settings, slice(-_LAST, None)) if ranks else None
+        recent_load = (
+            measure_load(ranks, files.settings, slice(-_RECENT_ROUNDS, None)) if ranks else None
+        )
         quiet = max(0.0, time.time() - (path / "log.h5").stat().st_mtime)
-        return cls(path, files.settings, rounds, recent, quiet)
+        return cls(path, files.settings, rounds, recent_load, quiet)
 
     @property
     def round(self) -> int:
@@ -59,14 +63,14 @@ class Seen:
         return int(self.rounds["round"][-1]) if len(self.rounds["round"]) else 0
 
     @property
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         """Whether no round is left."""
         return self.round >= self.config["rounds"]
 
     @property
-    def pace(self) -> float:
+    def seconds_per_round(self) -> float:
         """Seconds of a round, mean over the last ones; 0 before the first."""
-        return float(self._seconds[-_LAST:].mean()) if self.round else 0.0
+        return float(self._seconds[-_RECENT_ROUNDS:].mean()) if self.round else 0.0
 
     @property
     def elapsed(self) -> float:
@@ -81,58 +85,65 @@ class Seen:
         )
 
 
-def watch(path: Path, every: float, once: bool) -> None:
+def watch(path: Path, interval: float, single_frame: bool) -> None:
     """Show the run until its last round or Ctrl-C: a view on a terminal, else a line for each new
     round; ``once``: one frame.
 
     A run that was stopped is waited for, since a resume or the scheduler may go on with it. every:
     seconds between two looks. Raises ValueError: no run folder, no rich.
     """
-    if not 0.1 <= every <= 3600:
-        raise ValueError(f"--every = {every:g}: must be from 0.1 to 3600 seconds")
-    seen = Seen.read(path)
-    if once:
-        print(plain(frame(seen, *get_terminal_size((80, 24)))))
+    if not 0.1 <= interval <= 3600:
+        raise ValueError(f"--every = {interval:g}: must be from 0.1 to 3600 seconds")
+    status = RunStatus.read(path)
+    if single_frame:
+        print(plain_text(render_frame(status, *get_terminal_size((80, 24)))))
     elif sys.stdout.isatty():
-        _live(seen, every)
+        _watch_live(status, interval)
     else:
         with suppress(KeyboardInterrupt):
-            _follow(
-                seen,
-                every,
-                lambda now: print(plain([[*_status(now), (" · ", ""), *_pace(now)]]), flush=True),
+            _follow_run(
+                status,
+                interval,
+                lambda new_status: print(
+                    plain_text([[*_status_line(new_status), (" · ", ""), *_pace_line(new_status)]]),
+                    flush=True,
+                ),
             )
 
 
-def frame(seen: Seen, width: int, height: int) -> list[Line]:
+def render_frame(status: RunStatus, width: int, height: int) -> list[Line]:
     """The view as lines of up to ``width`` letters, at most ``height`` of them."""
-    loads = _loads(seen.load, width) if seen.load else []
-    head = [_title(seen), _status(seen), _pace(seen)]
-    room = height - len(head) - len(loads) - 4
+    loads = _load_lines(status.rank_load, width) if status.rank_load else []
+    header = [_title_line(status), _status_line(status), _pace_line(status)]
+    room = height - len(header) - len(loads) - 4
     if room < 3:  # the curve is worth more
-        loads, room = [], height - len(head) - 3
+        loads, room = [], height - len(header) - 3
     name = next(
-        (n for n in ("accuracy", "train_loss") if np.isfinite(seen.rounds.get(n, np.nan)).any()),
+        (n for n in ("accuracy", "train_loss") if np.isfinite(status.rounds.get(n, np.nan)).any()),
         None,
     )
     if name is None:
-        return [_cut(line, width) for line in (*head, *loads)][:height]
-    y = seen.rounds[name].astype(float)
-    there = np.isfinite(y)
-    x = seen.rounds["round"][there]
-    drawn = curve(
-        x, y[there], (0, max(seen.config["rounds"], int(x[-1]))), width - 9, max(3, min(room, 16))
+        return [_truncate(line, width) for line in (*header, *loads)][:height]
+    y = status.rounds[name].astype(float)
+    is_known = np.isfinite(y)
+    x = status.rounds["round"][is_known]
+    curve_rows = braille_curve(
+        x,
+        y[is_known],
+        (0, max(status.config["rounds"], int(x[-1]))),
+        width - 9,
+        max(3, min(room, 16)),
     )
-    tell = (lambda v: f"{v:7.2%}") if name == "accuracy" else (lambda v: f"{v:7.4g}")
-    low, high = y[there].min(), y[there].max()
-    sides = [tell(high), *[" " * 7] * (len(drawn) - 2), tell(low)]
-    rows = zip(sides, drawn, strict=True)
+    format_value = (lambda v: f"{v:7.2%}") if name == "accuracy" else (lambda v: f"{v:7.4g}")
+    low, high = y[is_known].min(), y[is_known].max()
+    labels = [format_value(high), *[" " * 7] * (len(curve_rows) - 2), format_value(low)]
+    rows = zip(labels, curve_rows, strict=True)
     body: list[Line] = [[(f"{side:>7} │", "dim"), (row, "green")] for side, row in rows]
-    foot: Line = [(f"{'':8}└ {name} by round, 0 to {seen.config['rounds']}", "dim")]
-    return [_cut(line, width) for line in (*head, *body, foot, *loads)][:height]
+    footer: Line = [(f"{'':8}└ {name} by round, 0 to {status.config['rounds']}", "dim")]
+    return [_truncate(line, width) for line in (*header, *body, footer, *loads)][:height]
 
 
-def curve(
+def braille_curve(
     x: np.ndarray, y: np.ndarray, span: tuple[float, float], width: int, height: int
 ) -> list[str]:
     """A line through the points (x ascending, y) in Braille, 2 by 4 dots a letter, from the lowest
@@ -143,41 +154,41 @@ def curve(
     dots = np.zeros((4 * height, 2 * width), bool)
     low, high = y.min(), y.max()
     columns = np.arange(2 * width)
-    at = span[0] + columns / (2 * width - 1) * (span[1] - span[0])
-    inside = (at >= x[0]) & (at <= x[-1])
-    inside[np.abs(at - x[-1]).argmin()] = True  # a lone point is seen
-    level = np.interp(at, x, y)
+    x_at = span[0] + columns / (2 * width - 1) * (span[1] - span[0])
+    inside = (x_at >= x[0]) & (x_at <= x[-1])
+    inside[np.abs(x_at - x[-1]).argmin()] = True  # a lone point is seen
+    level = np.interp(x_at, x, y)
     row = np.round((high - level) / ((high - low) or 1) * (4 * height - 1)).astype(int)
-    for here, before in zip(
+    for column, previous in zip(
         columns[inside], np.maximum(columns[inside] - 1, columns[inside][0]), strict=True
     ):
-        top, bottom = sorted((row[here], row[before] + np.sign(row[here] - row[before])))
-        dots[top : bottom + 1, here] = True
+        top, bottom = sorted((row[column], row[previous] + np.sign(row[column] - row[previous])))
+        dots[top : bottom + 1, column] = True
     # of Unicode's Braille patterns
     bits = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
     cells = (dots.reshape(height, 4, width, 2) * bits[None, :, None, :]).sum(axis=(1, 3))
     return ["".join(chr(0x2800 + cell) for cell in line) for line in cells]
 
 
-def plain(lines: Sequence[Line]) -> str:
+def plain_text(lines: Sequence[Line]) -> str:
     """As text without colours."""
-    return "\n".join("".join(one_line(text) for text, _ in line).rstrip() for line in lines)
+    return "\n".join("".join(escape_line(text) for text, _ in line).rstrip() for line in lines)
 
 
-def _cut(line: Line, width: int) -> Line:
+def _truncate(line: Line, width: int) -> Line:
     """The first ``width`` letters, as a terminal shows them."""
-    line = [(one_line(text), style) for text, style in line]
+    line = [(escape_line(text), style) for text, style in line]
     ends = np.cumsum([0, *(len(text) for text, _ in line)])
     return [
         (text[: max(0, width - end)], style) for (text, style), end in zip(line, ends, strict=False)
     ]
 
 
-def _title(seen: Seen) -> Line:
-    config = seen.config
+def _title_line(status: RunStatus) -> Line:
+    config = status.config
     clients = config["data"]["partition"].get("clients", "?")
     return [
-        (str(seen.path), "bold"),
+        (str(status.path), "bold"),
         (
             f"  {config['algorithm']['name']} on {config['data'].get('dataset', '?')}, {clients} "
             "clients",
@@ -186,84 +197,106 @@ def _title(seen: Seen) -> Line:
     ]
 
 
-def _status(seen: Seen) -> Line:
+def _status_line(status: RunStatus) -> Line:
     """The last round, and the last accuracy."""
-    total, rounds = seen.config["rounds"], seen.rounds
-    line: Line = [(f"round {seen.round}/{total}", "bold")]
+    total, rounds = status.config["rounds"], status.rounds
+    line: Line = [(f"round {status.round}/{total}", "bold")]
     accuracy = rounds.get("accuracy", np.zeros(0))
     if len(evaluated := np.flatnonzero(np.isfinite(accuracy))):
-        at = evaluated[-1]
+        last_row = evaluated[-1]
         worst = (
-            f" (worst client {rounds['accuracy_worst'][at]:.2%})"
+            f" (worst client {rounds['accuracy_worst'][last_row]:.2%})"
             if "accuracy_worst" in rounds
             else ""
         )
-        when = "" if rounds["round"][at] == seen.round else f" after round {rounds['round'][at]}"
-        line.append((f" · accuracy {accuracy[at]:.2%}{worst}{when}", "green"))
+        when = (
+            ""
+            if rounds["round"][last_row] == status.round
+            else f" after round {rounds['round'][last_row]}"
+        )
+        line.append((f" · accuracy {accuracy[last_row]:.2%}{worst}{when}", "green"))
     return line
 
 
-def _pace(seen: Seen) -> Line:
+def _pace_line(status: RunStatus) -> Line:
     """What is left."""
-    if not seen.round:
+    if not status.round:
         return [("no round yet", "")]
     line: Line = [
-        (f"train loss {seen.rounds['train_loss'][-1]:.4f} · {duration(seen.pace)} a round", "")
+        (
+            f"train loss {status.rounds['train_loss'][-1]:.4f} · {format_seconds(status.seconds_per_round)} a round",
+            "",
+        )
     ]
-    if seen.done:
-        line.append((f" · done in {duration(seen.elapsed)}", "bold"))
+    if status.is_done:
+        line.append((f" · done in {format_seconds(status.elapsed)}", "bold"))
     else:
         line.append(
-            (f" · {duration((seen.config['rounds'] - seen.round) * seen.pace)} left", "bold")
+            (
+                f" · {format_seconds((status.config['rounds'] - status.round) * status.seconds_per_round)} left",
+                "bold",
+            )
         )
-    if not seen.done and seen.quiet > max(_QUIET, _ROUNDS * seen.pace):
-        line.append((f" · no row for {duration(seen.quiet)}: stopped?", "red"))
+    if not status.is_done and status.seconds_quiet > max(
+        _QUIET_SECONDS, _QUIET_ROUNDS * status.seconds_per_round
+    ):
+        line.append((f" · no row for {format_seconds(status.seconds_quiet)}: stopped?", "red"))
     return line
 
 
-def _loads(found: Load, width: int) -> list[Line]:
+def _load_lines(rank_load: RankLoad, width: int) -> list[Line]:
     """A bar for each rank, of many ranks the busiest and the idlest."""
-    every = np.stack(list(found.seconds.values()))  # [stages, R]
-    ranks, most = np.arange(every.shape[1]), every.sum(axis=0).max() or 1.0
-    if len(ranks) > _FEW:
-        by_work = np.argsort(-(every.sum(axis=0) - found.seconds["waiting"]), kind="stable")
-        ranks = np.sort(np.r_[by_work[: _FEW // 2], by_work[-_FEW // 2 :]])
-    balance = "" if np.isnan(found.balance) else f", workers {found.balance:.0%} balanced"
-    more = (
-        ""
-        if len(ranks) == every.shape[1]
-        else f"; the busiest and idlest of {every.shape[1]} ranks"
+    seconds_of_stages = np.stack(list(rank_load.seconds.values()))  # [stages, R]
+    ranks, max_seconds = (
+        np.arange(seconds_of_stages.shape[1]),
+        seconds_of_stages.sum(axis=0).max() or 1.0,
     )
-    lines: list[Line] = [[(f"seconds a round{balance}{more}: ", ""), *_legend(found)]]
-    room = max(10, width - 20)
+    if len(ranks) > _MAX_RANK_BARS:
+        by_work = np.argsort(
+            -(seconds_of_stages.sum(axis=0) - rank_load.seconds["waiting"]), kind="stable"
+        )
+        ranks = np.sort(np.r_[by_work[: _MAX_RANK_BARS // 2], by_work[-_MAX_RANK_BARS // 2 :]])
+    balance = "" if np.isnan(rank_load.balance) else f", workers {rank_load.balance:.0%} balanced"
+    omitted = (
+        ""
+        if len(ranks) == seconds_of_stages.shape[1]
+        else f"; the busiest and idlest of {seconds_of_stages.shape[1]} ranks"
+    )
+    lines: list[Line] = [[(f"seconds a round{balance}{omitted}: ", ""), *_legend_line(rank_load)]]
+    bar_width = max(10, width - 20)
     for rank in ranks:
         ends = np.round(
-            np.cumsum([found.seconds[stage][rank] for stage in _ordered(found)]) / most * room
+            np.cumsum([rank_load.seconds[stage][rank] for stage in _ordered_stages(rank_load)])
+            / max_seconds
+            * bar_width
         ).astype(int)
         line: Line = [(f"{rank:5d} ", "dim")]
-        for stage, start, end in zip(_ordered(found), (0, *ends), ends, strict=False):
-            line.append((_letter(stage) * (end - start), _STAGES.get(stage, "")))
-        lines.append([*line, (f" {every[:, rank].sum():.3g} s", "dim")])
+        for stage, start, end in zip(_ordered_stages(rank_load), (0, *ends), ends, strict=False):
+            line.append((_stage_symbol(stage) * (end - start), _STAGES.get(stage, "")))
+        lines.append([*line, (f" {seconds_of_stages[:, rank].sum():.3g} s", "dim")])
     return lines
 
 
-def _ordered(found: Load) -> list[str]:
+def _ordered_stages(rank_load: RankLoad) -> list[str]:
     return [
-        *(s for s in _STAGES if s in found.seconds),
-        *(s for s in found.seconds if s not in _STAGES),
+        *(s for s in _STAGES if s in rank_load.seconds),
+        *(s for s in rank_load.seconds if s not in _STAGES),
     ]
 
 
-def _letter(stage: str) -> str:
+def _stage_symbol(stage: str) -> str:
     """What a bar is made of, so that it can be read without colours."""
     return {"train": "█", "evaluate": "▓", "exchange": "▒", "waiting": "·"}.get(stage, "░")
 
 
-def _legend(found: Load) -> Line:
-    return [(f"{_letter(stage)} {stage} ", _STAGES.get(stage, "")) for stage in _ordered(found)]
+def _legend_line(rank_load: RankLoad) -> Line:
+    return [
+        (f"{_stage_symbol(stage)} {stage} ", _STAGES.get(stage, ""))
+        for stage in _ordered_stages(rank_load)
+    ]
 
 
-def _live(seen: Seen, every: float) -> None:
+def _watch_live(status: RunStatus, interval: float) -> None:
     """The view, drawn anew; its last state stays on the screen."""
     try:
         from rich.console import Console
@@ -275,37 +308,39 @@ def _live(seen: Seen, every: float) -> None:
         ) from error
     console = Console()
 
-    def drawn(now):
+    def render(new_status):
         return Text("\n", no_wrap=True, overflow="ellipsis").join(
-            Text.assemble(*line) for line in frame(now, console.width, console.height)
+            Text.assemble(*line) for line in render_frame(new_status, console.width, console.height)
         )
 
-    last = seen
-    view = Live(drawn(seen), console=console, screen=True, auto_refresh=False)
+    last = status
+    view = Live(render(status), console=console, screen=True, auto_refresh=False)
     with suppress(KeyboardInterrupt), view as live:
 
-        def show(now: Seen) -> None:
+        def show(new_status: RunStatus) -> None:
             nonlocal last
-            last = now
-            live.update(drawn(now), refresh=True)
+            last = new_status
+            live.update(render(new_status), refresh=True)
 
-        _follow(seen, every, show, always=True)
-    console.print(drawn(last))
+        _follow_run(status, interval, show, show_always=True)
+    console.print(render(last))
 
 
-def _follow(seen: Seen, every: float, show: Callable[[Seen], None], always: bool = False) -> None:
+def _follow_run(
+    status: RunStatus, interval: float, show: Callable[[RunStatus], None], show_always: bool = False
+) -> None:
     """``show`` the run at every new row (``always``: at every look), until it ends."""
-    show(seen)
+    show(status)
     failed = 0
-    while not seen.done:
-        time.sleep(every)
+    while not status.is_done:
+        time.sleep(interval)
         try:
-            now = Seen.read(seen.path)
+            new_status = RunStatus.read(status.path)
         except (StoreError, OSError):  # a resume puts another log in its place
             failed += 1
-            if failed >= _PATIENCE:
+            if failed >= _MAX_FAILED_READS:
                 raise
             continue
-        failed, new, seen = 0, now.round != seen.round, now
-        if new or always:
-            show(now)
+        failed, has_new_round, status = 0, new_status.round != status.round, new_status
+        if has_new_round or show_always:
+            show(new_status)

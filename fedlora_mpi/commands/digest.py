@@ -11,21 +11,21 @@ if TYPE_CHECKING:
 
 def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     """Print a checksum of what each run has learned."""
-    from ..mpi.ending import together
+    from ..mpi.ending import collectively
 
-    together(comm, lambda: _show(asked))
+    collectively(comm, lambda: _show(asked))
     return 0
 
 
 def _show(asked: argparse.Namespace) -> None:
-    from ..core.escapes import one_line
+    from ..core.escapes import escape_line
     from ..store.reader import RunFiles
 
     for folder in asked.runs:
         checkpoint = RunFiles(folder).checkpoint()
         sums = checkpoint.digest()
         print(
-            f"{one_line(folder)} round {checkpoint.round} shared {sums['shared']} personal "
+            f"{escape_line(folder)} round {checkpoint.round} shared {sums['shared']} personal "
             f"{sums['personal']}",
             flush=True,
         )

@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     """Check this machine."""
     from ..doctor.examination import examine
-    from ..mpi.ending import together
+    from ..mpi.ending import collectively
 
-    return together(comm, lambda: examine(asked.target, asked.overrides))
+    return collectively(comm, lambda: examine(asked.target, asked.overrides))
 
 
 COMMAND = Command(

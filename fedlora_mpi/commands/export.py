@@ -26,10 +26,12 @@ def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     """Write a part of a run for another program."""
     from ..analysis.export import export
     from ..analysis.run_view import open_run
-    from ..core.escapes import one_line
-    from ..mpi.ending import together
+    from ..core.escapes import escape_line
+    from ..mpi.ending import collectively
 
-    print(one_line(together(comm, lambda: export(open_run(asked.run), asked.client, asked.to))))
+    print(
+        escape_line(collectively(comm, lambda: export(open_run(asked.run), asked.client, asked.to)))
+    )
     return 0
 
 

@@ -23,17 +23,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     """Print and draw who holds which data, or write it for PFLlib."""
-    from ..mpi.ending import together
+    from ..mpi.ending import collectively
 
-    together(comm, lambda: _show(asked))
+    collectively(comm, lambda: _show(asked))
     return 0
 
 
 def _show(asked: argparse.Namespace) -> None:
-    from ..analysis.partition_table import draw, table
+    from ..analysis.partition_table import save_figure, table
     from ..analysis.pfllib_export import write_folder
     from ..config import read
-    from ..core.escapes import lines, one_line
+    from ..core.escapes import escape_line, escape_lines
     from ..run.assembly import load_data, split_data, tell_hints
 
     config = read(asked.config, asked.overrides)
@@ -43,12 +43,12 @@ def _show(asked: argparse.Namespace) -> None:
     tell_hints(data, asked.config)
     split = split_data(config, asked.config, data)
     if asked.to:
-        print(one_line(write_folder(config, data, split, Path(asked.to[1]))))
+        print(escape_line(write_folder(config, data, split, Path(asked.to[1]))))
         return
     picture = asked.picture or Path(f"partition-{Path(asked.config).stem}.png")
-    print(lines(table(split, data.names)))
-    draw(split, picture, data.names)
-    print(f"\npicture: {one_line(picture)}")
+    print(escape_lines(table(split, data.class_names)))
+    save_figure(split, picture, data.class_names)
+    print(f"\npicture: {escape_line(picture)}")
 
 
 COMMAND = Command("Who gets which data: a table, and a picture as PNG.", add_arguments, execute)

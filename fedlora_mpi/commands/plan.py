@@ -38,14 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     """Print what a config would cost."""
     from ..config import read
-    from ..core.escapes import lines
-    from ..mpi.ending import together
+    from ..core.escapes import escape_lines
+    from ..mpi.ending import collectively
     from ..plan import plan
 
     there = asked.gpus, asked.bandwidth, asked.latency
     print(
-        lines(
-            together(
+        escape_lines(
+            collectively(
                 comm,
                 lambda: plan(
                     read(asked.config, asked.overrides), asked.config, asked.ranks, *there

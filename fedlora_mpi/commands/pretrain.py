@@ -29,11 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     """Train a network on all data in one place."""
     from ..config import read
-    from ..mpi.ending import together
+    from ..mpi.ending import collectively
     from ..run.pretrain import pretrain
 
     how = given(asked, "config", "overrides")
-    together(
+    collectively(
         comm, lambda: pretrain(read(asked.config, asked.overrides), asked.config, comm.size, **how)
     )
     return 0

@@ -19,18 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     """Print a table of runs, or write their page."""
-    from ..mpi.ending import together
+    from ..mpi.ending import collectively
 
-    print(together(comm, lambda: _told(asked)))
+    print(collectively(comm, lambda: _told(asked)))
     return 0
 
 
 def _told(asked: argparse.Namespace) -> str:
     if asked.output:
-        from ..analysis.page.write import write
-        from ..core.escapes import one_line
+        from ..analysis.page.write import write_report
+        from ..core.escapes import escape_line
 
-        return one_line(write(asked.runs, asked.output))
+        return escape_line(write_report(asked.runs, asked.output))
     from ..analysis.report import table
 
     return table(asked.runs)

@@ -97,11 +97,11 @@ def _add_table(parser: argparse.ArgumentParser, table: str) -> None:
 
 def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     """Carry out what is missing of a table, and print it."""
-    from ..mpi.ending import together
+    from ..mpi.ending import collectively
     from ..reproduce.carrying_out import reproduce
     from ..reproduce.request import Request
 
-    return together(comm, lambda: reproduce(Request(**given(asked))))
+    return collectively(comm, lambda: reproduce(Request(**given(asked))))
 
 
 HELP = (

@@ -19,13 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     """Say whether a run is done."""
-    from ..analysis.status import rounds_of
-    from ..core.escapes import one_line
-    from ..mpi.ending import together
+    from ..analysis.status import run_progress
+    from ..core.escapes import escape_line
+    from ..mpi.ending import collectively
     from ..run.loop import STOPPED
 
-    folder, saved, rounds = together(comm, lambda: rounds_of(asked.target, asked.overrides))
-    print(one_line(f"{folder}: {'done' if saved >= rounds else f'{saved} of {rounds} rounds'}"))
+    folder, saved, rounds = collectively(comm, lambda: run_progress(asked.target, asked.overrides))
+    print(escape_line(f"{folder}: {'done' if saved >= rounds else f'{saved} of {rounds} rounds'}"))
     return 0 if saved >= rounds else STOPPED
 
 

@@ -27,10 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     """Queue a run."""
-    from ..mpi.ending import together
+    from ..mpi.ending import collectively
     from ..run.slurm import submit
 
-    print(together(comm, lambda: submit(asked.config, **given(asked, "config"))))
+    print(collectively(comm, lambda: submit(asked.config, **given(asked, "config"))))
     return 0
 
 

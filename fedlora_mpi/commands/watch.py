@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(asked: argparse.Namespace, comm: "Comm") -> int:
     """Show a run while it goes on."""
     from ..analysis.watch import watch
-    from ..mpi.ending import together
+    from ..mpi.ending import collectively
 
-    together(comm, lambda: watch(asked.run, asked.every, asked.once))
+    collectively(comm, lambda: watch(asked.run, asked.every, asked.once))
     return 0
 
 

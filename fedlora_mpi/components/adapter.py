@@ -21,54 +21,54 @@ from ..core.bounds import bounded
 from ..core.tree import Tree
 from ..models.network import Model
 
-Place = Literal["matrix", "conv", "side"]
+AdapterPlace = Literal["matrix", "conv", "side"]
 
 
 @dataclass(frozen=True)
 class Adapter:
     """Where an adapter is, its rank r (``lora_rank``) and its scale s."""
 
-    place: Place = "matrix"
+    place: AdapterPlace = "matrix"
     lora_rank: int = 8
     scale: float = 1.0
 
     def __post_init__(self) -> None:
         bounded(self, lora_rank="[1, inf)", scale="(0, inf)")
 
-    def beside(self, model: Model) -> str:
+    def weight_name(self, model: Model) -> str:
         """The weight that the adapter is beside. Raises ValueError where the network has none."""
         if self.place == "side" and model.tokens:
             raise ValueError(
                 "adapter = side: needs images, not texts, whose numbers are names of words"
             )
         kind = "conv" if self.place == "conv" else "linear"
-        fit = [
+        candidates = [
             n
-            for n, leaf in model.described.items()
+            for n, leaf in model.all_leaves.items()
             if leaf.matrix == kind and (kind == "conv" or leaf.role == "head")
         ]
-        fit = fit if kind == "conv" or model.ends_in_linear else []
-        if not fit:
-            wanted = "a convolution" if kind == "conv" else "a Linear at its end"
-            raise ValueError(f"adapter = {self.place}: needs a network with {wanted}")
-        return fit[0]
+        candidates = candidates if kind == "conv" or model.ends_in_linear else []
+        if not candidates:
+            needed_layer = "a convolution" if kind == "conv" else "a Linear at its end"
+            raise ValueError(f"adapter = {self.place}: needs a network with {needed_layer}")
+        return candidates[0]
 
     def init(self, model: Model, rng: Generator) -> Tree:
         """{"A", "B"} before the first round."""
-        outside, *inside = model.described[self.beside(model)].shape
+        out_size, *in_shape = model.all_leaves[self.weight_name(model)].shape
         if self.place == "side":
-            outside, inside = inside[0], [torch.Size(model.shape).numel()]
-        width = torch.Size(inside).numel()
-        A = (torch.rand(self.lora_rank, *inside, generator=rng) * 2 - 1) / width**0.5
-        return {"A": A, "B": torch.zeros(outside, self.lora_rank)}
+            out_size, in_shape = in_shape[0], [torch.Size(model.shape).numel()]
+        width = torch.Size(in_shape).numel()
+        A = (torch.rand(self.lora_rank, *in_shape, generator=rng) * 2 - 1) / width**0.5
+        return {"A": A, "B": torch.zeros(out_size, self.lora_rank)}
 
-    def merged(self, model: Model, tree: Tree, adapter: Tree) -> Tree:
+    def merge(self, model: Model, tree: Tree, adapter: Tree) -> Tree:
         """``tree`` with s B A in its weight; as it is for a ``side`` adapter, which is in no
         weight.
         """
         if self.place == "side":
             return tree
-        name = self.beside(model)
+        name = self.weight_name(model)
         delta = self.scale * adapter["B"] @ adapter["A"].flatten(1)
         weight = tree[name] if name in tree else model.constants[name]
         return tree | {name: weight + delta.view(weight.shape).to(weight.dtype)}
@@ -82,7 +82,7 @@ class Adapter:
         them.
         """
         if self.place == "conv":
-            return model(self.merged(model, tree, adapter), x)
+            return model(self.merge(model, tree, adapter), x)
         z = model.features(tree, x) if z is None else z
         adapter = {n: v.to(z.dtype) for n, v in adapter.items()}
         if self.place == "matrix":

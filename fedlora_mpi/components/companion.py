@@ -11,14 +11,14 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Train, Vars
+from ..algorithm import Algorithm, LocalTraining, Variables
 from ..core.batch import Batch
-from ..core.names import own_name
-from ..core.tree import Tree, prefixed, under
+from ..core.names import method_leaf_name
+from ..core.tree import Tree, add_prefix, select_prefix
 from ..models.network import Model
 from ..models.zoo import build
 
-SMALL = own_name("small")
+SMALL_PREFIX = method_leaf_name("small")
 
 
 @dataclass(frozen=True)
@@ -34,43 +34,43 @@ class Companion(Algorithm):
     weights: Literal["samples", "uniform"] = "uniform"
     absent: Literal["exclude", "stale"] = "exclude"
 
-    def check(self, model: Model, train: Train) -> None:
+    def check(self, model: Model, train: LocalTraining) -> None:
         try:
             self.g(model)
         except ValueError as error:
             reason = str(error).removeprefix("name").removeprefix(f" = {self.small}")
             raise ValueError(f"small = {self.small}{reason}") from error
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         seed = int(torch.randint(2**62, (), generator=rng))
         g = build(self.small, {}, model.classes, model.shape, seed)
-        return Vars(shared=prefixed(g.initial, SMALL), personal=model.initial)
+        return Variables(shared=add_prefix(g.initial, SMALL_PREFIX), personal=model.initial)
 
     def g(self, model: Model) -> Model:
         """The small network for the inputs and classes of ``model``, in its mode."""
         return replace(_skeleton(self.small, model.classes, model.shape), training=model.training)
 
-    def of_g(self, v: Vars) -> Tree:
+    def g_leaves(self, v: Variables) -> Tree:
         """The leaves of g, under its own names."""
-        return under(v.shared, SMALL)
+        return select_prefix(v.shared, SMALL_PREFIX)
 
-    def prepared(self, model: Model, batch: Batch) -> AbstractContextManager:
+    def training_context(self, model: Model, batch: Batch) -> AbstractContextManager:
         """What g runs under in training. It draws other noise than F, of which the engine takes
         care.
         """
-        return self.g(model).prepared(batch._replace(key=batch.key + 1))
+        return self.g(model).training_context(batch._replace(key=batch.key + 1))
 
-    def logits_of_both(self, model: Model, v: Vars, batch: Batch) -> tuple[Tensor, Tensor]:
+    def both_logits(self, model: Model, v: Variables, batch: Batch) -> tuple[Tensor, Tensor]:
         """Those of F and of g on a batch of training, [B, classes] each."""
-        own = model(self.weights_of(model, v), batch.x)
-        with self.prepared(model, batch):
-            return own, self.g(model).to(batch.x.device)(self.of_g(v), batch.x)
+        own_logits = model(self.client_model(model, v), batch.x)
+        with self.training_context(model, batch):
+            return own_logits, self.g(model).to(batch.x.device)(self.g_leaves(v), batch.x)
 
-    def trains(self, model: Model, *more: str) -> Callable[[str], bool]:
+    def trained_leaves(self, model: Model, *extra_leaves: str) -> Callable[[str], bool]:
         """Whether a leaf is trained: the parameters of F and of g, and ``more``."""
         g = self.g(model)
-        small = {SMALL + n for n in g.leaves if g.role(n) != "stats"}
-        return {*model.leaves, *small, *more}.__contains__
+        small_leaves = {SMALL_PREFIX + n for n in g.leaves if g.role(n) != "stats"}
+        return {*model.leaves, *small_leaves, *extra_leaves}.__contains__
 
 
 @lru_cache(maxsize=8)

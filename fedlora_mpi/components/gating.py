@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from ..core.names import own_name
-from ..core.tree import Tree, prefixed, under
+from ..core.names import method_leaf_name
+from ..core.tree import Tree, add_prefix, select_prefix
 from ..models.network import Model
 
-GATE, SEEN = own_name("gate"), own_name("seen")
+GATE_PREFIX, STATS_PREFIX = method_leaf_name("gate"), method_leaf_name("seen")
 _EPS = 1e-5
 
 
@@ -27,12 +27,12 @@ class Cut(NamedTuple):
     count: int
     length: int  # entries of a run
     sizes: tuple[int, ...]  # entries in each; the last may have fewer than ``length``
-    linear: bool  # belongs to a Linear layer
+    is_linear: bool  # belongs to a Linear layer
 
 
-def cuts(model: Model, blocks: int) -> dict[str, Cut]:
+def cut_tensors(model: Model, blocks: int) -> dict[str, Cut]:
     """How each parameter tensor is cut into at most ``blocks`` runs of equal length."""
-    found, first = {}, 0
+    cuts, first = {}, 0
     for name, leaf in model.leaves.items():
         if leaf.role == "stats":
             continue
@@ -40,31 +40,29 @@ def cuts(model: Model, blocks: int) -> dict[str, Cut]:
         length = -(-size // min(blocks, size))
         sizes = tuple(min(length, size - at) for at in range(0, size, length))
         path, dot, _ = name.rpartition(".")
-        owner = model.described.get(f"{path}{dot}weight")
-        found[name] = Cut(
-            first, len(sizes), length, sizes, bool(owner) and owner.matrix == "linear"
-        )
+        owner = model.all_leaves.get(f"{path}{dot}weight")
+        cuts[name] = Cut(first, len(sizes), length, sizes, bool(owner) and owner.matrix == "linear")
         first += len(sizes)
-    return found
+    return cuts
 
 
-def runs(found: dict[str, Cut]) -> int:
+def count_runs(cuts: dict[str, Cut]) -> int:
     """L, the number of runs of all tensors."""
-    return sum(cut.count for cut in found.values())
+    return sum(cut.count for cut in cuts.values())
 
 
-def scaled(theta: Tree, found: dict[str, Cut], M: Tensor) -> Tree:
+def scale_runs(theta: Tree, cuts: dict[str, Cut], M: Tensor) -> Tree:
     """``theta`` whose runs are multiplied by their numbers of M [L]; a leaf without a cut stays."""
-    wide = {}
-    for leaf, cut in found.items():
-        each = M[cut.first : cut.first + cut.count, None].expand(cut.count, cut.length)
-        wide[leaf] = each.flatten()[: sum(cut.sizes)].view(theta[leaf].shape)
+    factors = {}
+    for leaf, cut in cuts.items():
+        run_factors = M[cut.first : cut.first + cut.count, None].expand(cut.count, cut.length)
+        factors[leaf] = run_factors.flatten()[: sum(cut.sizes)].view(theta[leaf].shape)
     return theta | {
-        leaf: theta[leaf] * factor.to(theta[leaf].dtype) for leaf, factor in wide.items()
+        leaf: theta[leaf] * factor.to(theta[leaf].dtype) for leaf, factor in factors.items()
     }
 
 
-def new_gate(shape: tuple[int, ...], L: int, rng: Generator) -> Tree:
+def init_gate(shape: tuple[int, ...], L: int, rng: Generator) -> Tree:
     """A gate of L outputs before the first round, for inputs of ``shape`` [channels, height,
     width].
     """
@@ -72,28 +70,30 @@ def new_gate(shape: tuple[int, ...], L: int, rng: Generator) -> Tree:
     gate = {"weight": (torch.rand(L, width, generator=rng) * 2 - 1) / width**0.5}  # as nn.Linear
     gate |= {"in.weight": torch.ones(channels), "in.means": torch.ones(3), "in.vars": torch.ones(3)}
     gate |= {"out.weight": torch.ones(L), "out.bias": torch.zeros(L)}
-    seen = {"in.mean": torch.zeros(channels), "in.var": torch.zeros(channels)}
-    seen |= {"out.mean": torch.zeros(L), "out.var": torch.ones(L)}
-    return prefixed(gate, GATE) | prefixed(seen, SEEN)
+    stats = {"in.mean": torch.zeros(channels), "in.var": torch.zeros(channels)}
+    stats |= {"out.mean": torch.zeros(L), "out.var": torch.ones(L)}
+    return add_prefix(gate, GATE_PREFIX) | add_prefix(stats, STATS_PREFIX)
 
 
-def open_gate(leaves: Tree, x: Tensor, real: Tensor | None, training: bool) -> Tensor:
+def gate_values(leaves: Tree, x: Tensor, real: Tensor | None, training: bool) -> Tensor:
     """M [L] in (0, 1) from inputs x [B, channels, ...]: the mean over the batch of
 
         g(x) = sigmoid(BatchNorm(W SwitchNorm(x)))
 
     Padding, where real [B] is False, does not count. In training the statistics move, in place.
     """
-    gate, seen = under(leaves, GATE), under(leaves, SEEN)
+    gate, stats = select_prefix(leaves, GATE_PREFIX), select_prefix(leaves, STATS_PREFIX)
     real = torch.ones_like(x[:, 0, 0, 0]) if real is None else real.to(x)
-    each = (real / real.sum())[:, None]  # [B, 1], sums to 1
-    x = _switch_norm(gate, seen, x.flatten(2), each, training)
+    example_weights = (real / real.sum())[:, None]  # [B, 1], sums to 1
+    x = _switch_norm(gate, stats, x.flatten(2), example_weights, training)
     score = x.flatten(1) @ gate["weight"].T  # [B, L]
-    score = _batch_norm(gate, seen, score, each, real.sum(), training)
-    return (score.sigmoid() * each).sum(0)
+    score = _batch_norm(gate, stats, score, example_weights, real.sum(), training)
+    return (score.sigmoid() * example_weights).sum(0)
 
 
-def _switch_norm(gate: Tree, seen: Tree, x: Tensor, each: Tensor, training: bool) -> Tensor:
+def _switch_norm(
+    gate: Tree, stats: Tree, x: Tensor, example_weights: Tensor, training: bool
+) -> Tensor:
     """x [B, channels, pixels] by a learnt mix of three means and variances: of a channel of one
     image, of an image, of a channel over the batch (Luo et al., ICLR 2019,
     https://arxiv.org/abs/1806.10779).
@@ -102,12 +102,12 @@ def _switch_norm(gate: Tree, seen: Tree, x: Tensor, each: Tensor, training: bool
     power = var + mean.square()
     mean_image = mean.mean(1, keepdim=True)
     var_image = power.mean(1, keepdim=True) - mean_image.square()
-    mean_batch = (mean * each).sum(0)
-    var_batch = (power * each).sum(0) - mean_batch.square()
+    mean_batch = (mean * example_weights).sum(0)
+    var_batch = (power * example_weights).sum(0) - mean_batch.square()
     if training:
-        _follow(seen["in.mean"], mean_batch), _follow(seen["in.var"], var_batch)
+        _update_running(stats["in.mean"], mean_batch), _update_running(stats["in.var"], var_batch)
     else:
-        mean_batch, var_batch = seen["in.mean"], seen["in.var"]
+        mean_batch, var_batch = stats["in.mean"], stats["in.var"]
     a, b = gate["in.means"].softmax(0), gate["in.vars"].softmax(0)
     mean = a[0] * mean + a[1] * mean_image + a[2] * mean_batch
     var = b[0] * var + b[1] * var_image + b[2] * var_batch
@@ -115,50 +115,55 @@ def _switch_norm(gate: Tree, seen: Tree, x: Tensor, each: Tensor, training: bool
 
 
 def _batch_norm(
-    gate: Tree, seen: Tree, score: Tensor, each: Tensor, count: Tensor, training: bool
+    gate: Tree, stats: Tree, score: Tensor, example_weights: Tensor, count: Tensor, training: bool
 ) -> Tensor:
     """score [B, L] normalised over the ``count`` real examples; one alone moves no variance."""
-    mean, var = seen["out.mean"], seen["out.var"]
+    mean, var = stats["out.mean"], stats["out.var"]
     if training:
-        mean = (score * each).sum(0)
-        var = ((score - mean).square() * each).sum(0)
-        _follow(seen["out.mean"], mean)
-        _follow(seen["out.var"], var * count / (count - 1).clamp(min=1), (count > 1) * 0.1)
+        mean = (score * example_weights).sum(0)
+        var = ((score - mean).square() * example_weights).sum(0)
+        _update_running(stats["out.mean"], mean)
+        _update_running(stats["out.var"], var * count / (count - 1).clamp(min=1), (count > 1) * 0.1)
     return (score - mean) * (var + _EPS).rsqrt() * gate["out.weight"] + gate["out.bias"]
 
 
 @torch.no_grad()
-def _follow(running: Tensor, value: Tensor, momentum: float | Tensor = 0.1) -> None:
+def _update_running(running: Tensor, value: Tensor, momentum: float | Tensor = 0.1) -> None:
     """Move a running statistic in place, as BatchNorm does."""
     running += momentum * (value - running)
 
 
-def within_budget(found: dict[str, Cut], importance: Tensor, share: float) -> Tensor:
+def select_runs(cuts: dict[str, Cut], importance: Tensor, budget_share: float) -> Tensor:
     """Which runs stay, [L] bool: the first of every tensor, and the most important of the others.
 
     Of the others, Linear layers and the rest apart, those with the largest round(10 importance)
     that still fit into ``share`` of their entries, taken greedily; ties go by position. importance:
     [L].
     """
-    stays, worth = torch.ones_like(importance, dtype=torch.bool), (10 * importance.double()).round()
+    is_kept, rounded_importance = (
+        torch.ones_like(importance, dtype=torch.bool),
+        (10 * importance.double()).round(),
+    )
     for linear in (False, True):
-        chosen = [c for c in found.values() if c.linear == linear]
-        places = [c.first + i for c in chosen for i in range(1, c.count)]
-        sizes = [size for c in chosen for size in c.sizes[1:]]
-        if places:
-            at = torch.tensor(places, device=worth.device)
-            fits = greedy(
-                worth[at], torch.tensor(sizes, device=worth.device), round(sum(sizes) * share)
+        candidates = [c for c in cuts.values() if c.is_linear == linear]
+        run_indices = [c.first + i for c in candidates for i in range(1, c.count)]
+        sizes = [size for c in candidates for size in c.sizes[1:]]
+        if run_indices:
+            index = torch.tensor(run_indices, device=rounded_importance.device)
+            fits = greedy_knapsack(
+                rounded_importance[index],
+                torch.tensor(sizes, device=rounded_importance.device),
+                round(sum(sizes) * budget_share),
             )
-            stays = stays.scatter(0, at, fits)
-    return stays
+            is_kept = is_kept.scatter(0, index, fits)
+    return is_kept
 
 
-def greedy(worth: Tensor, sizes: Tensor, capacity: int) -> Tensor:
+def greedy_knapsack(worth: Tensor, sizes: Tensor, capacity: int) -> Tensor:
     """[k] bool: taken in the order of falling worth, those that still fit into the capacity."""
     order = worth.argsort(descending=True, stable=True)
-    used, taken = torch.zeros_like(sizes[0]), []
+    used, is_taken = torch.zeros_like(sizes[0]), []
     for size in sizes[order]:
-        taken.append(used + size <= capacity)
-        used = used + size * taken[-1]
-    return torch.zeros_like(order, dtype=torch.bool).scatter(0, order, torch.stack(taken))
+        is_taken.append(used + size <= capacity)
+        used = used + size * is_taken[-1]
+    return torch.zeros_like(order, dtype=torch.bool).scatter(0, order, torch.stack(is_taken))

@@ -24,9 +24,9 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Loss, Phase, Step, Train, Vars
+from ..algorithm import LocalTraining, Loss, Phase, Step, Variables
 from ..core.bounds import bounded
-from ..core.names import factor, factors_of, is_factor
+from ..core.names import factor_name, factors_by_weight, is_factor
 from ..core.tree import Tree, split
 from ..models.network import Leaf, Model
 
@@ -87,7 +87,7 @@ class LowRank:
                 "rank_rule official (for CIFAR-10 the authors use 4, for CIFAR-100 40)"
             )
 
-    def check(self, model: Model, train: Train) -> None:
+    def check(self, model: Model, train: LocalTraining) -> None:
         self.ranks(model)
         if self.order == "alternating" and self.lora_epochs > train.epochs:
             raise ValueError(
@@ -95,7 +95,7 @@ class LowRank:
                 "of which it is a part"
             )
 
-    def turns(self, model: Model, train: Train, loss: Loss) -> tuple[Phase, ...]:
+    def training_phases(self, model: Model, train: LocalTraining, loss: Loss) -> tuple[Phase, ...]:
         """Local training of both parts, eqs. (6) and (7)."""
         if self.order == "simultaneous":
             return (Phase(train.epochs, (Step(loss),)),)
@@ -108,7 +108,7 @@ class LowRank:
             Phase(train.epochs - self.lora_epochs, (Step(loss, is_not_factor),), constant=tau),
         )
 
-    def theta(self, model: Model, v: Vars) -> Tree:
+    def theta(self, model: Model, v: Variables) -> Tree:
         """theta = sigma + tau, eq. (2), wherever the two live."""
         factors, sigma = split(v.shared | v.personal, is_factor)
         tau = v.constant or self.tau(model, factors)
@@ -116,7 +116,7 @@ class LowRank:
 
     def ranks(self, model: Model) -> dict[str, int]:
         """Rank r of every decomposed weight. Raises ValueError when ``layers`` matches none."""
-        return {name: self._rank(model.leaves[name]) for name in matching(model, self.layers)}
+        return {name: self._rank(model.leaves[name]) for name in match_weights(model, self.layers)}
 
     def scales(self, model: Model) -> dict[str, float]:
         """s of every decomposed weight."""
@@ -126,36 +126,38 @@ class LowRank:
         """A and B of every decomposed weight before the first round."""
         tree = {}
         for name, r in self.ranks(model).items():
-            out_side, in_side = sides(model.leaves[name])
-            tree[factor(name, "A")] = kaiming(r, in_side, rng)
-            tree[factor(name, "B")] = torch.zeros(out_side, r)
+            out_side, in_side = matrix_shape(model.leaves[name])
+            tree[factor_name(name, "A")] = kaiming_uniform(r, in_side, rng)
+            tree[factor_name(name, "B")] = torch.zeros(out_side, r)
         return tree
 
     def tau(self, model: Model, factors: Tree) -> Tree:
         """{weight: s B A in the weight's shape}. Costs as much as a matrix product per weight."""
-        low = {}
-        for name, B in factors_of(factors, "B").items():
+        products = {}
+        for name, B in factors_by_weight(factors, "B").items():
             leaf = model.leaves[name]
-            product = (B * self._scale(leaf)) @ factors[factor(name, "A")]
-            low[name] = as_weight(product, leaf)
-        return low
+            product = (B * self._scale(leaf)) @ factors[factor_name(name, "A")]
+            products[name] = as_weight(product, leaf)
+        return products
 
     def low_rank(self, model: Model) -> dict[str, int]:
         return self.ranks(model)
 
     def _rank(self, leaf: Leaf) -> int:
-        full = min(sides(leaf))
+        full = min(matrix_shape(leaf))
         if leaf.matrix == "linear":
             return (
                 int(self.linear_rank)
                 if self.rank_rule == "official"
                 else max(1, round(self.linear_rank * full))
             )
-        outside, inside = _channels(leaf)
+        out_channels, in_channels = _channels(leaf)
         if self.rank_rule == "official":
-            return max(1, int(self.conv_rank * outside) * _height(leaf))
+            return max(1, int(self.conv_rank * out_channels) * _kernel_height(leaf))
         if len(leaf.shape) == 4 and leaf.matrix == "conv":
-            return max(1, min(full, round(self.conv_rank * min(inside, outside) * leaf.shape[2])))
+            return max(
+                1, min(full, round(self.conv_rank * min(in_channels, out_channels) * leaf.shape[2]))
+            )
         return max(1, round(self.conv_rank * full))
 
     def _scale(self, leaf: Leaf) -> float:
@@ -166,12 +168,12 @@ class LowRank:
         return 1 / max(1, int(self.conv_rank * _channels(leaf)[0]))
 
 
-def sides(leaf: Leaf) -> tuple[int, int]:
+def matrix_shape(leaf: Leaf) -> tuple[int, int]:
     """(out side, in side) of the matrix that a weight is read as."""
     first, second, *kernel = leaf.shape
     if leaf.matrix == "linear":
         return first, second * math.prod(kernel)
-    rows, columns = first * _height(leaf), second * math.prod(kernel) // _height(leaf)
+    rows, columns = first * _kernel_height(leaf), second * math.prod(kernel) // _kernel_height(leaf)
     return (columns, rows) if leaf.matrix == "transposed" else (rows, columns)
 
 
@@ -186,67 +188,73 @@ def _channels(leaf: Leaf) -> tuple[int, int]:
     return (second, first) if leaf.matrix == "transposed" else (first, second)
 
 
-def _height(leaf: Leaf) -> int:
+def _kernel_height(leaf: Leaf) -> int:
     """The side of a convolution's kernel that counts with its first axis; 1 of a kernel of one
     side.
     """
     return leaf.shape[2] if len(leaf.shape) > 3 else 1
 
 
-def matching(model: Model, patterns: Iterable[str], frozen: bool = False) -> list[str]:
+def match_weights(model: Model, patterns: Iterable[str], frozen: bool = False) -> list[str]:
     """The weights that a low-rank part can have and whose names a pattern matches; ``frozen``: also
     of those that the network's builder has frozen. Raises ValueError when a pattern matches none.
     """
     matrices = [
-        n for n, leaf in (model.described if frozen else model.leaves).items() if leaf.matrix
+        n for n, leaf in (model.all_leaves if frozen else model.leaves).items() if leaf.matrix
     ]
     for pattern in patterns:
         if any(fnmatchcase(n, pattern) for n in matrices):
             continue
-        if locked := [
-            n for n, leaf in model.locked.items() if leaf.matrix and fnmatchcase(n, pattern)
+        if frozen_names := [
+            n for n, leaf in model.frozen_leaves.items() if leaf.matrix and fnmatchcase(n, pattern)
         ]:
             raise ValueError(
-                f"layers = {pattern}: matches only weights that are frozen, such as {locked[0]}, "
+                f"layers = {pattern}: matches only weights that are frozen, such as {frozen_names[0]}, "
                 "which this method leaves as they are; fedit and its kin train low-rank parts "
                 "beside such weights"
             )
-        met = [f"{n}: {model.why_none(n)}" for n in model.described if fnmatchcase(n, pattern)]
-        why = f" that can be decomposed ({first_few(met)})" if met else ""
+        rejections = [
+            f"{n}: {model.why_no_matrix(n)}" for n in model.all_leaves if fnmatchcase(n, pattern)
+        ]
+        explanation = f" that can be decomposed ({join_first(rejections)})" if rejections else ""
         raise ValueError(
-            f"layers = {pattern}: matches no weight{why}; there are {', '.join(matrices) or 'none'}"
+            f"layers = {pattern}: matches no weight{explanation}; there are {', '.join(matrices) or 'none'}"
         )
     return [n for n in matrices if any(fnmatchcase(n, pattern) for pattern in patterns)]
 
 
-def left_out(
+def skipped_weights(
     model: Model, low_rank: Mapping[str, int], full: Collection[str] = ()
 ) -> dict[str, str]:
     """{weight of two and more dimensions that is not in ``low_rank`` {weight: rank}: why};
     ``full``: roles that are trained as they are.
     """
-    found = {}
-    for name, leaf in model.described.items():
+    reasons = {}
+    for name, leaf in model.all_leaves.items():
         if len(leaf.shape) < 2 or leaf.role == "stats" or name in low_rank:
             continue
-        chosen = (
-            "trained in full" if leaf.role in full else "frozen" if name in model.locked else ""
+        reason = (
+            "trained in full"
+            if leaf.role in full
+            else "frozen"
+            if name in model.frozen_leaves
+            else ""
         )
-        found[name] = chosen or model.why_none(name) or "not in layers"
-    return found
+        reasons[name] = reason or model.why_no_matrix(name) or "not in layers"
+    return reasons
 
 
-def first_few(words: Sequence[str], most: int = 5) -> str:
+def join_first(words: Sequence[str], limit: int = 5) -> str:
     """The first ones, and how many more there are."""
-    return ", ".join(words[:most]) + f" and {len(words) - most} more" * (len(words) > most)
+    return ", ".join(words[:limit]) + f" and {len(words) - limit} more" * (len(words) > limit)
 
 
-def kaiming(rows: int, in_side: int, rng: Generator) -> Tensor:
+def kaiming_uniform(rows: int, in_side: int, rng: Generator) -> Tensor:
     """A factor A before the first round, [rows, in side]: U(-1, 1) / sqrt(in side)."""
     return (torch.rand(rows, in_side, generator=rng) * 2 - 1) / in_side**0.5
 
 
-def right(matrix: Tensor, rows: int) -> Tensor:
+def right_singular_vectors(matrix: Tensor, rows: int) -> Tensor:
     """V' [..., rows, d2] of ``matrix`` [..., d1, d2] = U S V': orthonormal, the largest singular
     values first.
 
@@ -257,16 +265,16 @@ def right(matrix: Tensor, rows: int) -> Tensor:
     float32 numbers anyway. rows <= min(d1, d2).
     """
     W = matrix.double()
-    tall, basis = W, None
+    tall_matrix, basis = W, None
     if W.shape[-1] > W.shape[-2]:
-        basis, corner = torch.linalg.qr(W.mT)  # W = corner' basis'
-        tall = corner.mT
-    _, V = torch.linalg.eigh(tall.mT @ tall)  # ascending
+        basis, triangle = torch.linalg.qr(W.mT)  # W = corner' basis'
+        tall_matrix = triangle.mT
+    _, V = torch.linalg.eigh(tall_matrix.mT @ tall_matrix)  # ascending
     V = V[..., -rows:].flip(-1)
     return (V if basis is None else basis @ V).mT.to(matrix.dtype)
 
 
-def truncated(update: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
+def truncate_svd(update: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
     """``update`` [d1, ...] as the receiver of its largest singular values has it, and the number n
     (d1 + d2 + 1) of what is sent, [].
 
@@ -278,9 +286,11 @@ def truncated(update: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
     matrix = update.flatten(1).double()
     finite = matrix.isfinite().all()
     U, s, V = torch.linalg.svd(torch.where(finite, matrix, 0.0), full_matrices=False)  # refuses nan
-    held = s.square().cumsum(0)
-    enough = held[:-1] >= energy * held[-1]  # without the next ones
+    energies = s.square().cumsum(0)
+    is_enough = energies[:-1] >= energy * energies[-1]  # without the next ones
     # a mask: in a stack every client has its own n
-    kept = torch.cat([torch.ones_like(finite)[None], ~enough])
-    rest = torch.where(finite, (U * (s * kept)) @ V, matrix)
-    return rest.to(update.dtype).view(update.shape), kept.sum() * (sum(matrix.shape) + 1)
+    is_kept = torch.cat([torch.ones_like(finite)[None], ~is_enough])
+    approximation = torch.where(finite, (U * (s * is_kept)) @ V, matrix)
+    return approximation.to(update.dtype).view(update.shape), is_kept.sum() * (
+        sum(matrix.shape) + 1
+    )

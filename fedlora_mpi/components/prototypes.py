@@ -16,35 +16,35 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..algorithm import Vars
+from ..algorithm import Variables
 from ..core.batch import Batch, mean
-from ..core.names import own_name
+from ..core.names import method_leaf_name
 from ..core.tree import Tree
 from ..models.network import Model
 
-MEANS, SHARES = own_name("class", "means"), own_name("class", "shares")
-OWN_MEANS = own_name("own", "means")
+MEANS, SHARES = method_leaf_name("class", "means"), method_leaf_name("class", "shares")
+OWN_MEANS = method_leaf_name("own", "means")
 _CHUNK = 250  # samples whose features are computed together
 
 
-def statistics(model: Model, weights: Tree, data: Batch) -> tuple[Tensor, Tensor]:
+def feature_statistics(model: Model, weights: Tree, data: Batch) -> tuple[Tensor, Tensor]:
     """h_i = [pi_k mean(z | k)]_k [classes, d] and mean ||z||^2 [] over all samples of a client.
 
     In the model's mode: in evaluation mode a sample's features do not depend on its neighbours.
     """
-    sums, energy = _sums(lambda x: model.features(weights, x), data)
+    sums, energy = _class_sums(lambda x: model.features(weights, x), data)
     return sums / data.counts.sum(), energy / data.counts.sum()
 
 
-def own_means(of: Callable[[Tensor], Tensor], data: Batch) -> Tensor:
+def client_class_means(features: Callable[[Tensor], Tensor], data: Batch) -> Tensor:
     """[classes, m]: the mean of ``of(x)`` [B, m] over a client's samples of each class; zero where
     it has none.
     """
-    sums, _ = _sums(of, data)
+    sums, _ = _class_sums(features, data)
     return sums / data.counts.clamp(min=1)[:, None]
 
 
-def _sums(of: Callable[[Tensor], Tensor], data: Batch) -> tuple[Tensor, Tensor]:
+def _class_sums(features: Callable[[Tensor], Tensor], data: Batch) -> tuple[Tensor, Tensor]:
     """Over all samples of a client: the sum of z = of(x) by class [classes, m], and that of ||z||^2
     [].
     """
@@ -53,29 +53,29 @@ def _sums(of: Callable[[Tensor], Tensor], data: Batch) -> tuple[Tensor, Tensor]:
     # [n, classes]
     one_hot = (data.y[:, None] == torch.arange(classes, device=data.y.device)) * real[:, None]
     sums, energy = 0.0, 0.0
-    for x, which, is_real in zip(
+    for x, class_mask, is_real in zip(
         data.x.split(_CHUNK), one_hot.split(_CHUNK), real.split(_CHUNK), strict=True
     ):
-        z = of(x)
-        sums = sums + which.to(z).T @ z
+        z = features(x)
+        sums = sums + class_mask.to(z).T @ z
         energy = energy + (z.square().sum(1) * is_real).sum()
     return sums, energy
 
 
-def shown(model: Model, weights: Tree, data: Batch) -> Tree:
+def class_statistics(model: Model, weights: Tree, data: Batch) -> Tree:
     """A client's part of ``class.means`` and ``class.shares``: h_i and pi_i."""
-    means, _ = statistics(model, weights, data)
+    means, _ = feature_statistics(model, weights, data)
     return {MEANS: means, SHARES: data.counts / data.counts.sum()}
 
 
-def class_means(v: Vars, batch: Batch) -> Tensor:
+def class_means(v: Variables, batch: Batch) -> Tensor:
     """c [classes, d]: over all clients, or the client's own mean where none had the class.
 
     Zero where the client has not had it either. Of ``batch`` only ``counts`` is read.
     """
     means, known = prototypes(v.shared)
-    own = v.personal[OWN_MEANS] * batch.counts.sum() / batch.counts.clamp(min=1)[:, None]
-    return torch.where(known[:, None], means, own)
+    own_means = v.personal[OWN_MEANS] * batch.counts.sum() / batch.counts.clamp(min=1)[:, None]
+    return torch.where(known[:, None], means, own_means)
 
 
 def prototypes(shared: Tree) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ def prototypes(shared: Tree) -> tuple[Tensor, Tensor]:
     return shared[MEANS] / shares.clamp(min=1e-30)[:, None], shares > 0
 
 
-def pull(z: Tensor, means: Tensor, batch: Batch, known: Tensor | None = None) -> Tensor:
+def prototype_loss(z: Tensor, means: Tensor, batch: Batch, known: Tensor | None = None) -> Tensor:
     """Mean over real examples and features of (z - c_y)^2, []; zero for an example whose class is
     not ``known``.
 

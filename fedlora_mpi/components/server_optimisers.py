@@ -18,17 +18,17 @@ from ..core.tree import Tree
 from ..models.network import Model
 
 
-def moments(model: Model, shared: Tree, **begin: float) -> Tree:
+def init_moments(model: Model, shared: Tree, **initial_values: float) -> Tree:
     """``<moment>.<leaf>`` for every leaf that is stepped, filled with the number it begins with."""
     leaves = {n: v for n, v in shared.items() if model.role(n) != "stats"}
     return {
         f"{m}.{n}": torch.full_like(v, value)
-        for m, value in begin.items()
+        for m, value in initial_values.items()
         for n, v in leaves.items()
     }
 
 
-def stepped(
+def step_server(
     server: Tree, shared: Tree, mean: Tree, step: Callable[..., tuple[Tensor, dict[str, Tensor]]]
 ) -> tuple[Tree, Tree]:
     """The next (server, shared): x + increment for every leaf with moments, the mean for the
@@ -38,19 +38,19 @@ def stepped(
     x. It computes in float64, so that the increment delta gives the mean to the bit.
     """
     names = dict.fromkeys(name.partition(".")[0] for name in server)
-    server, moved = dict(server), dict(mean)
+    server, new_shared = dict(server), dict(mean)
     for leaf, x in shared.items():
-        own = {m: server[f"{m}.{leaf}"].double() for m in names if f"{m}.{leaf}" in server}
-        if not own:
+        leaf_moments = {m: server[f"{m}.{leaf}"].double() for m in names if f"{m}.{leaf}" in server}
+        if not leaf_moments:
             continue
-        increment, own = step(mean[leaf].double() - x, **own)
-        moved[leaf] = (x + increment).to(x.dtype)
-        server |= {f"{m}.{leaf}": value.to(x.dtype) for m, value in own.items()}
-    return server, moved
+        increment, leaf_moments = step(mean[leaf].double() - x, **leaf_moments)
+        new_shared[leaf] = (x + increment).to(x.dtype)
+        server |= {f"{m}.{leaf}": value.to(x.dtype) for m, value in leaf_moments.items()}
+    return server, new_shared
 
 
 @dataclass(frozen=True)
-class Adaptive:
+class AdaptiveServer:
     """The adaptive server of Algorithm 2, with Delta = sum_k p_k (x_k - x):
 
         m <- beta1 m + (1 - beta1) Delta        m = 0 before round 1
@@ -70,16 +70,16 @@ class Adaptive:
         bounded(self, eta="(0, inf)", beta1="[0, 1)", tau="(0, inf)")
 
     @abstractmethod
-    def second(self, v: Tensor, square: Tensor) -> Tensor:
+    def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
         """The next v from the present one and Delta^2: what the methods differ in."""
 
     def server(self, model: Model, shared: Tree) -> Tree:
-        return moments(model, shared, m=0.0, v=self.tau**2)
+        return init_moments(model, shared, m=0.0, v=self.tau**2)
 
     def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
         def step(delta: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             m = self.beta1 * m + (1 - self.beta1) * delta
-            v = self.second(v, delta**2)
+            v = self.second_moment(v, delta**2)
             return self.eta * m / (v.sqrt() + self.tau), {"m": m, "v": v}
 
-        return stepped(server, shared, mean, step)
+        return step_server(server, shared, mean, step)

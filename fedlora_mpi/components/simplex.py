@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 
-def on_simplex(rows: Tensor) -> Tensor:
+def project_to_simplex(rows: Tensor) -> Tensor:
     """The nearest point of the simplex to each row (Duchi et al., ICML 2008, Fig. 1), [m, n]."""
-    falling = rows.sort(1, descending=True).values
-    excess = (falling.cumsum(1) - 1) / torch.arange(1, rows.shape[1] + 1)
-    last = (falling > excess).sum(1, keepdim=True) - 1
-    return (rows - excess.gather(1, last)).clamp(min=0)
+    descending = rows.sort(1, descending=True).values
+    excess = (descending.cumsum(1) - 1) / torch.arange(1, rows.shape[1] + 1)
+    support_end = (descending > excess).sum(1, keepdim=True) - 1
+    return (rows - excess.gather(1, support_end)).clamp(min=0)
 
 
 def best_weights(gram: Tensor, variance: Tensor) -> Tensor:
@@ -25,18 +25,20 @@ def best_weights(gram: Tensor, variance: Tensor) -> Tensor:
     hessian = gram + torch.diag(variance)
     step = 1 / torch.linalg.matrix_norm(hessian, 2).clamp(min=1e-300)
 
-    def slope(alpha):
+    def gradient(alpha):
         return alpha @ hessian - gram  # half the gradient
 
-    alpha = ahead = torch.full_like(gram, 1 / len(gram))
+    alpha = extrapolated = torch.full_like(gram, 1 / len(gram))
     t = torch.ones(len(gram), 1, dtype=gram.dtype)
     for _ in range(20_000):
-        before, alpha = alpha, on_simplex(ahead - step * slope(ahead))
-        over = ((ahead - alpha) * (alpha - before)).sum(1, keepdim=True) > 0
-        t_next = torch.where(over, 1.0, (1 + (1 + 4 * t.square()).sqrt()) / 2)
-        ahead = torch.where(over, alpha, alpha + (t - 1) / t_next * (alpha - before))
+        previous, alpha = alpha, project_to_simplex(extrapolated - step * gradient(extrapolated))
+        is_overshot = ((extrapolated - alpha) * (alpha - previous)).sum(1, keepdim=True) > 0
+        t_next = torch.where(is_overshot, 1.0, (1 + (1 + 4 * t.square()).sqrt()) / 2)
+        extrapolated = torch.where(
+            is_overshot, alpha, alpha + (t - 1) / t_next * (alpha - previous)
+        )
         t = t_next
-        g = slope(alpha)
+        g = gradient(alpha)
         if ((alpha * g).sum(1) - g.amin(1)).max() * step <= 1e-12:
             break
     return alpha

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..algorithm import Algorithm, Train
+from ..algorithm import Algorithm, LocalTraining
 from ..core.bounds import bounded
-from ..core.paths import require_path
+from ..core.paths import check_path
 from ..data.datasets import Source
 from ..data.partition import Partition
 from ..data.tasks import Tasks
@@ -43,7 +43,7 @@ class Network:
     @property
     def origins(self) -> list[zoo.Origin]:
         """The files that it is made from."""
-        return zoo.origins(self.name, self.options, self.weights)
+        return zoo.find_origins(self.name, self.options, self.weights)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Config:
     data: DataBlock
     model: ModelBlock
     algorithm: Algorithm
-    train: Train = Train()
+    train: LocalTraining = LocalTraining()
     engine: Engine = Engine()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
@@ -180,7 +180,7 @@ class Config:
         )
         if not self.output.strip() or not self.output.isprintable():
             raise ValueError(f"output = {self.output!r}: must be the name of a folder")
-        require_path("output", self.output)
+        check_path("output", self.output)
 
     @property
     def cohort(self) -> int:

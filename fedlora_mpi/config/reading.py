@@ -20,7 +20,7 @@ import yaml
 from .. import algorithms
 from ..algorithm import Algorithm
 from ..data.datasets import Source
-from ..data.partition import KINDS, Partition
+from ..data.partition import PARTITIONS, Partition
 from ..models import zoo
 from ..privacy.settings import Privacy
 from ..store.files import checksum
@@ -47,7 +47,7 @@ FREE_ON_RESUME = (
 )
 # Keys, or whole blocks (all of their keys), that are written where they are not as by default: the
 # digest of a config without them stays what it was before there were any.
-LATER = {
+OMIT_IF_DEFAULT = {
     "engine": ("compile", "personal", "graphs"),
     "evaluate": ("clients",),
     "faults": tuple(blocks.fields_of(Faults)),
@@ -104,11 +104,11 @@ def resolved_dict(config: Config) -> dict[str, Any]:
     """Every key written out, JSON-able, in the order of the dataclass; ``from_dict`` takes it back."""
     tree = blocks.plain({name: getattr(config, name) for name in blocks.fields_of(Config)})
     partition = config.data.partition
-    kind = next(kind for kind, cls in KINDS.items() if type(partition) is cls)
+    kind = next(kind for kind, cls in PARTITIONS.items() if type(partition) is cls)
     tree["data"] = blocks.plain(config.data.source) | {
         "partition": {"kind": kind} | blocks.plain(partition)
     }
-    for block, names in LATER.items():
+    for block, names in OMIT_IF_DEFAULT.items():
         _drop_defaults(tree, block, names)
     if config.data.tasks:  # likewise
         tree["data"]["tasks"] = blocks.plain(config.data.tasks)
@@ -244,8 +244,8 @@ def _data(value: Any, key: str, origin: Origin) -> DataBlock:
 
 
 def _partition(value: Any, key: str, origin: Origin) -> Partition:
-    kind, options = blocks.choose("kind", KINDS, "", value, key, origin)
-    return blocks.build(KINDS[kind], options, key, origin, owner=kind)
+    kind, options = blocks.choose("kind", PARTITIONS, "", value, key, origin)
+    return blocks.build(PARTITIONS[kind], options, key, origin, owner=kind)
 
 
 def _model(value: Any, key: str, origin: Origin) -> ModelBlock:
@@ -266,9 +266,9 @@ def _networks(value: Any, key: str, origin: Origin) -> tuple[Network, ...]:
 
 def _network(value: Any, key: str, origin: Origin) -> Network:
     name, options = blocks.choose(
-        "name", zoo.NAMES, "torchvision:<model> or <module>:<callable>", value, key, origin
+        "name", zoo.BUILDERS, "torchvision:<model> or <module>:<callable>", value, key, origin
     )
-    own = zoo.NAMES.get(name)
+    own = zoo.BUILDERS.get(name)
     known = (
         blocks.options_of(own) if own else dict.fromkeys(options, Field(partial(blocks.typed, Any)))
     )
@@ -280,10 +280,10 @@ def _network(value: Any, key: str, origin: Origin) -> Network:
 
 def _algorithm(value: Any, key: str, origin: Origin) -> Algorithm:
     name, options = blocks.choose(
-        "name", algorithms.names(), "<module>:<Class>", value, key, origin
+        "name", algorithms.algorithm_names(), "<module>:<Class>", value, key, origin
     )
     try:
-        cls = algorithms.find(name)
+        cls = algorithms.find_algorithm(name)
     except ValueError as error:
         raise origin.refusal(key, error) from None
     if not is_dataclass(cls):

@@ -35,27 +35,30 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     return mean(F.cross_entropy(logits, batch.y, reduction="none"), batch)
 
 
-def divergence(teacher: Tensor, student: Tensor) -> Tensor:
+def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """KL(softmax(teacher) || softmax(student)) of each example, [B]. Logits: [B, classes]."""
     q, p = teacher.log_softmax(1), student.log_softmax(1)
     return (q.exp() * (q - p)).sum(1)  # F.kl_div has no rule for vmap
 
 
-def halves(batch: Batch) -> tuple[Batch, Batch]:
+def split_batch(batch: Batch) -> tuple[Batch, Batch]:
     """The 1st, 3rd, ... and the 2nd, 4th, ... example; both are the 1st where there is no other.
 
     Padding stays at the end. The halves draw different noise.
     """
     first, second = (
-        Batch(*(v if v is None else v[at::2] for v in batch[:3]), batch.key + at, batch.counts)
-        for at in (0, 1)
+        Batch(
+            *(v if v is None else v[offset::2] for v in batch[:3]), batch.key + offset, batch.counts
+        )
+        for offset in (0, 1)
     )
     if len(batch.y) == 1:
         return first, first._replace(key=second.key)
     if batch.real is None:
         return first, second
-    one, width = ~batch.real[1], len(second.y)
+    has_one_example, width = ~batch.real[1], len(second.y)
     x, y, real = (
-        torch.where(one, a[:width], b) for a, b in zip(first[:3], second[:3], strict=True)
+        torch.where(has_one_example, a[:width], b)
+        for a, b in zip(first[:3], second[:3], strict=True)
     )
     return first, second._replace(x=x, y=y, real=real)

@@ -16,10 +16,12 @@ def bounded(block: object, **intervals: str) -> None:
         below = value < float(high) if interval[-1] == ")" else value <= float(high)
         if not (above and below):
             kind = "an integer" if types[field] in (int, "int") else "a number"
-            raise ValueError(f"{field} = {value}: must be {kind} {_words(interval, low, high)}")
+            raise ValueError(
+                f"{field} = {value}: must be {kind} {_describe_interval(interval, low, high)}"
+            )
 
 
-def _words(interval: str, low: str, high: str) -> str:
+def _describe_interval(interval: str, low: str, high: str) -> str:
     """The interval for people."""
     opens, closes = interval[0] == "(", interval[-1] == ")"
     if high == "inf":

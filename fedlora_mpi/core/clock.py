@@ -19,7 +19,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self._seconds = np.zeros(len(STAGES))
         # when, and how long this rank had waited in all by then
-        self._last: tuple[float, float] | None = None
+        self._last_lap: tuple[float, float] | None = None
 
     def lap(self, stage: str, waited: float) -> None:
         """Count what has passed since the last lap to ``stage``; the first lap only starts the
@@ -28,13 +28,13 @@ class Stopwatch:
         waited: seconds this rank has spent in messages so far.
         """
         now = time.perf_counter()
-        if self._last is not None:
-            before, had_waited = self._last
-            self._seconds[STAGES.index(stage)] += now - before - (waited - had_waited)
-            self._seconds[STAGES.index("waiting")] += waited - had_waited
-        self._last = now, waited
+        if self._last_lap is not None:
+            before, waited_before = self._last_lap
+            self._seconds[STAGES.index(stage)] += now - before - (waited - waited_before)
+            self._seconds[STAGES.index("waiting")] += waited - waited_before
+        self._last_lap = now, waited
 
-    def taken(self) -> np.ndarray:
+    def take_seconds(self) -> np.ndarray:
         """[stages] the seconds, which count from zero again."""
         seconds = self._seconds.copy()
         self._seconds[:] = 0

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .units import size
+from .units import format_bytes
 
 
-class Unwritable(OSError):
+class WriteError(OSError):
     """A file or folder that could not be written, in one line."""
 
     def __str__(self) -> str:
@@ -22,21 +22,23 @@ class Unwritable(OSError):
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path) -> Iterator[None]:
     """Raise Unwritable for what the system, or HDF5, says of a write to ``path`` that has failed."""
     try:
         yield
-    except Unwritable:
+    except WriteError:
         raise
     except (OSError, RuntimeError) as why:
-        found = re.search(r"errno = (\d+)", str(why))  # HDF5's, which h5py raises as either
-        if isinstance(why, RuntimeError) and not found:
+        errno_match = re.search(r"errno = (\d+)", str(why))  # HDF5's, which h5py raises as either
+        if isinstance(why, RuntimeError) and not errno_match:
             raise
-        number = int(found[1]) if found else why.errno or errno.EIO
-        raise Unwritable(number, f"{os.strerror(number)}, {_free(Path(path))}", str(path)) from why
+        code = int(errno_match[1]) if errno_match else why.errno or errno.EIO
+        raise WriteError(
+            code, f"{os.strerror(code)}, {_free_space(Path(path))}", str(path)
+        ) from why
 
 
-def _free(path: Path) -> str:
+def _free_space(path: Path) -> str:
     """The room in the folder of ``path``, or in what exists of the way to it."""
     folder = next(at for at in path.absolute().parents if at.is_dir())
-    return f"{size(shutil.disk_usage(folder).free)} free in {folder}"
+    return f"{format_bytes(shutil.disk_usage(folder).free)} free in {folder}"

@@ -21,17 +21,17 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def own_name(word: str, leaf: str = "") -> str:
+def method_leaf_name(prefix: str, leaf: str = "") -> str:
     """The name of a method's own leaf; without ``leaf`` also the prefix of all names of this word."""
-    return f".{word}.{leaf}"
+    return f".{prefix}.{leaf}"
 
 
-def is_own(leaf: str) -> bool:
+def is_method_leaf(leaf: str) -> bool:
     """Whether a leaf is a method's own, a factor or another, and so none of a network."""
     return leaf.startswith(".") or ".." in leaf
 
 
-def factor(weight: str, letter: str) -> str:
+def factor_name(weight: str, letter: str) -> str:
     """The name of a part of a weight: A or B of a low-rank part, W of a dense update."""
     return f"{weight}..{letter}"
 
@@ -46,22 +46,22 @@ def weight_of(factor: str) -> str:
     return factor[:-3]
 
 
-def factors_of(tree: Mapping[str, T], letter: str) -> dict[str, T]:
+def factors_by_weight(tree: Mapping[str, T], letter: str) -> dict[str, T]:
     """{weight: its part of this letter} of all that there are, in the tree's order."""
     return {weight_of(n): v for n, v in tree.items() if is_factor(n, letter)}
 
 
-def plain_name(leaf: str) -> str:
+def display_name(leaf: str) -> str:
     """What a user reads: the path of a network's leaf as it is, ``own.conv1.weight`` or
     ``conv1.weight.A`` of others.
     """
     return leaf.strip(".").replace("..", ".")
 
 
-def names_in_files(leaves: Iterable[str]) -> dict[str, str]:
+def stored_names(leaves: Iterable[str]) -> dict[str, str]:
     """{leaf: its name in a file that holds ``leaves``}: the plain one, but of two leaves that would
     share it the one that is the method's own keeps its dots, and the network's its path.
     """
     leaves = list(leaves)
-    shared = Counter(map(plain_name, leaves))
-    return {n: n if shared[plain_name(n)] > 1 else plain_name(n) for n in leaves}
+    name_counts = Counter(map(display_name, leaves))
+    return {n: n if name_counts[display_name(n)] > 1 else display_name(n) for n in leaves}

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 # What the system says of a path that a user has to give otherwise.
-_MISTAKES = {
+_USER_ERRNOS = {
     errno.ENAMETOOLONG,
     errno.ELOOP,
     errno.ENOENT,
@@ -16,7 +16,7 @@ _MISTAKES = {
 }
 
 
-def expanded(path: str | Path) -> Path:
+def expand_home(path: str | Path) -> Path:
     """``path`` with the home folder in the place of ``~``. Raises ValueError where there is no such
     user.
     """
@@ -29,24 +29,24 @@ def expanded(path: str | Path) -> Path:
         ) from None
 
 
-def require_path(key: str, path: str) -> None:
+def check_path(key: str, path: str) -> None:
     """Raise ValueError, about the setting ``key``, where the system could never have such a path."""
     try:
-        os.lstat(expanded(path))
+        os.lstat(expand_home(path))
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise ValueError(f"{key} = {describe(error)}") from None
+            raise ValueError(f"{key} = {describe_path_error(error)}") from None
     except ValueError as error:
         raise ValueError(f"{key} = {error}") from None
 
 
-def is_mistake(error: OSError) -> bool:
+def is_path_error(error: OSError) -> bool:
     """Whether the system refuses a path that the user has given, such as one that is too long."""
-    return error.errno in _MISTAKES and error.filename is not None
+    return error.errno in _USER_ERRNOS and error.filename is not None
 
 
-def describe(error: OSError) -> str:
+def describe_path_error(error: OSError) -> str:
     """One line for such a path."""
     name = os.fsdecode(error.filename)
-    shown = name if len(name) <= 200 else f"{name[:120]}...{name[-60:]}"
-    return f"{shown}: {error.strerror}; give another path"
+    short_name = name if len(name) <= 200 else f"{name[:120]}...{name[-60:]}"
+    return f"{short_name}: {error.strerror}; give another path"

@@ -6,26 +6,31 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def assign(
-    costs: Sequence[float], workers: Sequence[int], stays: Sequence[int | None] | None = None
+def assign_groups(
+    costs: Sequence[float],
+    workers: Sequence[int],
+    fixed_workers: Sequence[int | None] | None = None,
 ) -> tuple[int, ...]:
     """The worker of each group: the longest first, each to the least loaded worker (Graham 1969).
 
     costs: expected seconds or any unit, one per group; workers: ranks; stays: where a group is
     already, or None.
     """
-    host = list(stays or [None] * len(costs))
-    load = {w: sum(cost for cost, at in zip(costs, host, strict=True) if at == w) for w in workers}
+    worker_of_group = list(fixed_workers or [None] * len(costs))
+    load = {
+        w: sum(cost for cost, at in zip(costs, worker_of_group, strict=True) if at == w)
+        for w in workers
+    }
     for group in sorted(range(len(costs)), key=lambda g: (-costs[g], g)):
-        if host[group] is None:
-            host[group] = min(load, key=lambda w: (load[w], w))
-            load[host[group]] += costs[group]
-    return tuple(host)
+        if worker_of_group[group] is None:
+            worker_of_group[group] = min(load, key=lambda w: (load[w], w))
+            load[worker_of_group[group]] += costs[group]
+    return tuple(worker_of_group)
 
 
-def equal_parts(members: Sequence[T], most: int) -> list[Sequence[T]]:
+def equal_parts(members: Sequence[T], max_size: int) -> list[Sequence[T]]:
     """``members``, in order, in as few equal parts as have at most ``most`` each."""
-    parts = -(-len(members) // most)
+    parts = -(-len(members) // max_size)
     return [
         members[len(members) * i // parts : len(members) * (i + 1) // parts] for i in range(parts)
     ]

@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 
-def key(seed: int, *address: int | str) -> int:
+def derive_key(seed: int, *address: int | str) -> int:
     """A 62-bit number for an address such as ``("order", client, round, epoch)``."""
     digest = hashlib.blake2b(repr((seed, *address)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2
@@ -24,7 +24,7 @@ def key(seed: int, *address: int | str) -> int:
 
 def rng(seed: int, *address: int | str) -> Generator:
     """A fresh generator whose stream depends on the address alone."""
-    return Generator().manual_seed(key(seed, *address))
+    return Generator().manual_seed(derive_key(seed, *address))
 
 
 def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -42,7 +42,7 @@ def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 @contextmanager
-def isolated(seed: int, *address: int | str) -> Iterator[None]:
+def isolate_rng(seed: int, *address: int | str) -> Iterator[None]:
     """Give foreign code that draws from the global generator of torch, numpy or Python a stream of
     its own.
 
@@ -50,22 +50,26 @@ def isolated(seed: int, *address: int | str) -> Iterator[None]:
     so nothing outside can tell that it ran. A generator that foreign code makes for itself is its
     own affair.
     """
-    number, of_python, of_numpy = key(seed, *address), random.getstate(), np.random.get_state()
+    derived_seed, python_state, numpy_state = (
+        derive_key(seed, *address),
+        random.getstate(),
+        np.random.get_state(),
+    )
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(number)
-            random.seed(number)
-            np.random.seed((number & 0xFFFFFFFF, number >> 32))
+            torch.random.default_generator.manual_seed(derived_seed)
+            random.seed(derived_seed)
+            np.random.seed((derived_seed & 0xFFFFFFFF, derived_seed >> 32))
             yield
     finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def global_states() -> dict[str, object]:
     """The states of the global generators, to compare: nothing of ours moves them."""
-    numpy = tuple(
+    numpy_state = tuple(
         part.tobytes() if isinstance(part, np.ndarray) else part for part in np.random.get_state()
     )
-    torch_s = torch.get_rng_state().numpy().tobytes()
-    return {"torch's": torch_s, "numpy's": numpy, "Python's": random.getstate()}
+    torch_state = torch.get_rng_state().numpy().tobytes()
+    return {"torch's": torch_state, "numpy's": numpy_state, "Python's": random.getstate()}

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-UNREAD = 141  # exit code of a command whose reader has left: what a shell reports of SIGPIPE
-_PLAIN = {
+SIGPIPE_EXIT = 141  # exit code of a command whose reader has left: what a shell reports of SIGPIPE
+_ASCII_SIGNS = {
     "·": "|",
     "±": "+-",
     "×": "x",
@@ -22,29 +22,29 @@ _PLAIN = {
 }
 
 
-class Unprintable(Exception):
+class OutputError(Exception):
     """Standard output takes nothing, in one line."""
 
 
-def _plain(error: UnicodeError) -> tuple[str, int]:
+def _encode_fallback(error: UnicodeError) -> tuple[str, int]:
     """Replace what a stream cannot encode: by a similar sign, else by its escape."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     signs = error.object[error.start : error.end]
     return "".join(
-        _PLAIN.get(s) or s.encode("ascii", "backslashreplace").decode() for s in signs
+        _ASCII_SIGNS.get(s) or s.encode("ascii", "backslashreplace").decode() for s in signs
     ), error.end
 
 
 @contextmanager
-def usable_streams() -> Iterator[None]:
+def repair_streams() -> Iterator[None]:
     """Inside, the three standard streams are open and print any text.
 
     A command whose output has lost its reader (``report | head -1``) leaves by BrokenPipeError, one
     whose output goes to a full disk by Unprintable, and nothing is left to be flushed.
     """
-    codecs.register_error("fedlora_mpi", _plain)
-    _open_closed()
+    codecs.register_error("fedlora_mpi", _encode_fallback)
+    _reopen_closed()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="fedlora_mpi")
@@ -55,22 +55,22 @@ def usable_streams() -> Iterator[None]:
             sys.stdout.flush()
     except BrokenPipeError:
         for stream in (sys.stdout, sys.stderr):
-            _discard(stream)
+            _redirect_to_null(stream)
         raise
     except OSError as error:
         if error.filename is not None:
             raise
-        _discard(sys.stdout)
-        raise Unprintable(f"standard output cannot be written: {error.strerror}") from error
+        _redirect_to_null(sys.stdout)
+        raise OutputError(f"standard output cannot be written: {error.strerror}") from error
 
 
 @contextmanager
-def unread_allowed() -> Iterator[None]:
+def tolerate_output_errors() -> Iterator[None]:
     """Inside, a line that cannot be printed is lost and nothing else happens, for training is worth
     more.
     """
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_Forgiving, streams)
+    sys.stdout, sys.stderr = map(_TolerantStream, streams)
     try:
         yield
         sys.stdout.flush()
@@ -78,7 +78,7 @@ def unread_allowed() -> Iterator[None]:
         sys.stdout, sys.stderr = streams
 
 
-class _Forgiving:
+class _TolerantStream:
     """A stream that goes to the null device once its file no longer takes anything."""
 
     def __init__(self, stream) -> None:
@@ -87,19 +87,19 @@ class _Forgiving:
     def write(self, text: str) -> int:
         with suppress(OSError):
             return self._stream.write(text)
-        _discard(self._stream)
+        _redirect_to_null(self._stream)
         return len(text)
 
     def flush(self) -> None:
         with suppress(OSError):
             return self._stream.flush()
-        _discard(self._stream)
+        _redirect_to_null(self._stream)
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
 
 
-def _open_closed() -> None:
+def _reopen_closed() -> None:
     """Open the null device in the place of each closed standard stream, whose number a file would
     get otherwise.
     """
@@ -118,7 +118,7 @@ def _open_closed() -> None:
             setattr(sys, f"__{name}__", stream)
 
 
-def _discard(stream) -> None:
+def _redirect_to_null(stream) -> None:
     """Send what a stream still holds, and all that follows, to the null device."""
     with suppress(OSError, ValueError):  # a stream of a test has no file number
         handle = os.open(os.devnull, os.O_WRONLY)

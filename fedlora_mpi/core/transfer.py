@@ -19,13 +19,13 @@ def to_device(v: Tensor, device: torch.device) -> Tensor:
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors on the host, themselves where they are there; from a GPU after one wait for all."""
-    found = [
+    copies = [
         torch.empty(v.shape, dtype=v.dtype, pin_memory=True) if v.is_cuda else v.cpu()
         for v in tensors
     ]
-    coming = [(place, v) for place, v in zip(found, tensors, strict=True) if v.is_cuda]
-    for place, v in coming:
+    pending = [(target, v) for target, v in zip(copies, tensors, strict=True) if v.is_cuda]
+    for place, v in pending:
         place.copy_(v, non_blocking=True)
-    if coming:
-        torch.cuda.current_stream(coming[0][1].device).synchronize()
-    return found
+    if pending:
+        torch.cuda.current_stream(pending[0][1].device).synchronize()
+    return copies

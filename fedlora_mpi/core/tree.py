@@ -19,8 +19,8 @@ def tmap(fn: Callable[..., Tensor], *trees: Tree) -> Tree:
 
 def split(tree: Tree, belongs: Callable[[str], bool]) -> tuple[Tree, Tree]:
     """Return (the leaves that belong, the others), each in the tree's order."""
-    yes = {n: v for n, v in tree.items() if belongs(n)}
-    return yes, {n: v for n, v in tree.items() if n not in yes}
+    selected = {n: v for n, v in tree.items() if belongs(n)}
+    return selected, {n: v for n, v in tree.items() if n not in selected}
 
 
 def numel(tree: Tree) -> int:
@@ -40,12 +40,12 @@ def sq_dist(a: Tree, b: Tree, leaves: Iterable[str] | None = None) -> Tensor:
     return sum(((a[n] - b[n]) ** 2).sum() for n in (a if leaves is None else leaves))
 
 
-def prefixed(tree: Tree, prefix: str) -> Tree:
+def add_prefix(tree: Tree, prefix: str) -> Tree:
     """The leaves under the names ``prefix`` + name."""
     return {prefix + n: v for n, v in tree.items()}
 
 
-def under(tree: Tree, prefix: str) -> Tree:
+def select_prefix(tree: Tree, prefix: str) -> Tree:
     """The leaves whose names begin with ``prefix``, by the rest of their names: undoes
     ``prefixed``.
     """

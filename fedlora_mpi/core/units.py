@@ -1,7 +1,7 @@
 """Numbers for people."""
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes for people, in decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
@@ -10,7 +10,7 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def duration(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Seconds for people."""
     if seconds < 100:
         return f"{seconds:.2g} s"

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from . import bounds, tree, vision
-from .seeds import isolated
+from .seeds import isolate_rng
 
 # Where users' files were told to import from before the modules moved.
-FORMER = {"fedlora_mpi.bounds": bounds, "fedlora_mpi.tree": tree}
+FORMER_MODULES = {"fedlora_mpi.bounds": bounds, "fedlora_mpi.tree": tree}
 
 
-def imported(name: str) -> Any:
+def import_object(name: str) -> Any:
     """What ``your.module:Name`` names.
 
     The module may import torchvision, also beside a CPU-only torch; what it draws from global
@@ -20,38 +20,38 @@ def imported(name: str) -> Any:
     moves no other draw. Raises ImportError and AttributeError as Python does, ValueError for
     whatever else the module raises, and where a library hides the user's file.
     """
-    home, _, attribute = name.partition(":")
-    vision.mend()
-    for former, module in FORMER.items():
+    module_name, _, attribute = name.partition(":")
+    vision.repair_torchvision()
+    for former, module in FORMER_MODULES.items():
         sys.modules[former] = module
         setattr(sys.modules["fedlora_mpi"], former.rpartition(".")[2], module)
     try:
-        with isolated(0, "import", home):
-            module = import_module(home)
+        with isolate_rng(0, "import", module_name):
+            module = import_module(module_name)
     except ImportError:
         raise
     except (Exception, SystemExit) as error:
-        raise ValueError(described(error)) from error
-    own = Path(home.partition(".")[0] + ".py")
+        raise ValueError(describe_error(error)) from error
+    local_file = Path(module_name.partition(".")[0] + ".py")
     if (
         not hasattr(module, attribute)
-        and own.is_file()
-        and own.resolve() != Path(getattr(module, "__file__", "")).resolve()
+        and local_file.is_file()
+        and local_file.resolve() != Path(getattr(module, "__file__", "")).resolve()
     ):
         raise ValueError(
-            f"{own.stem} is a module of Python or of a library, which comes before "
-            f"{own.resolve()}; rename that"
+            f"{local_file.stem} is a module of Python or of a library, which comes before "
+            f"{local_file.resolve()}; rename that"
         )
     return getattr(module, attribute)
 
 
-def source(name: str) -> bytes:
+def module_source(name: str) -> bytes:
     """The text of the module that ``imported(name)`` has imported; nothing where it has none."""
     file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
     return Path(file).read_bytes() if file and Path(file).is_file() else b""
 
 
-def described(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An exception of foreign code in one line: its kind where the text alone would say too little,
     its text, and where it was raised.
     """
@@ -60,8 +60,12 @@ def described(error: BaseException) -> str:
         error, UnicodeError
     ):
         return text
-    at = error.__traceback__
-    while at and at.tb_next:
-        at = at.tb_next
-    place = f" ({Path(at.tb_frame.f_code.co_filename).name}, line {at.tb_lineno})" if at else ""
-    return f"{type(error).__name__}{': ' if text else ''}{text}{place}"
+    frame = error.__traceback__
+    while frame and frame.tb_next:
+        frame = frame.tb_next
+    location = (
+        f" ({Path(frame.tb_frame.f_code.co_filename).name}, line {frame.tb_lineno})"
+        if frame
+        else ""
+    )
+    return f"{type(error).__name__}{': ' if text else ''}{text}{location}"

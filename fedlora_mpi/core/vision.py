@@ -4,10 +4,10 @@ import sys
 from importlib.util import find_spec
 from types import ModuleType
 
-_kept = []  # a Library takes its definitions along when it is collected
+_libraries = []  # a Library takes its definitions along when it is collected
 
 
-def torchvision() -> ModuleType:
+def import_torchvision() -> ModuleType:
     """The module. Its wheel is built for a torch with CUDA operators; beside a CPU-only torch the
     import fails for want of the schemas of two of them, which are then declared first. Data sets,
     transforms and models use neither."""
@@ -23,17 +23,17 @@ def torchvision() -> ModuleType:
         library = Library("torchvision", "FRAGMENT")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _kept.append(library)
+        _libraries.append(library)
         import torchvision
     return torchvision
 
 
-def mend() -> None:
+def repair_torchvision() -> None:
     """Make ``import torchvision`` work in the code of others, where it is installed and can work at
     all.
     """
     if "torchvision" not in sys.modules and find_spec("torchvision"):
         try:
-            torchvision()
+            import_torchvision()
         except Exception:  # of any kind: who needs it is told by an import of their own
             return

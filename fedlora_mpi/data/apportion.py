@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 
-def rounded(total: int, mix: np.ndarray) -> Iterator[int]:
+def round_shares(total: int, mix: np.ndarray) -> Iterator[int]:
     """int(total * share + 0.5) for each share, cut to what remains of ``total``."""
     left = total
     for share in mix:
@@ -14,30 +14,30 @@ def rounded(total: int, mix: np.ndarray) -> Iterator[int]:
         yield n
 
 
-def apportioned(total: int, weights: np.ndarray) -> np.ndarray:
+def apportion(total: int, weights: np.ndarray) -> np.ndarray:
     """Integers in proportion to ``weights`` that add up to ``total``: largest remainders get the
     rest.
     """
     exact = total * weights / weights.sum()
-    whole = np.floor(exact).astype(np.int64)
-    rest = np.argsort(whole - exact, kind="stable")[: total - whole.sum()]
-    whole[rest] += 1
-    return whole
+    counts = np.floor(exact).astype(np.int64)
+    remainder_rows = np.argsort(counts - exact, kind="stable")[: total - counts.sum()]
+    counts[remainder_rows] += 1
+    return counts
 
 
-def dealt(sizes: list[int], shares: np.ndarray) -> np.ndarray:
+def split_pools(sizes: list[int], shares: np.ndarray) -> np.ndarray:
     """Every pool split by its column of ``shares``: [N, pools], the columns add up to ``sizes``."""
     return np.stack(
-        [apportioned(size, column) for size, column in zip(sizes, shares.T, strict=True)], axis=1
+        [apportion(size, column) for size, column in zip(sizes, shares.T, strict=True)], axis=1
     )
 
 
-def limited(counts: np.ndarray, limit: int) -> np.ndarray:
+def limit_rows(counts: np.ndarray, limit: int) -> np.ndarray:
     """Rows above ``limit`` samples thinned in proportion to it; 0: no limit."""
-    return np.stack([apportioned(limit, row) if 0 < limit < row.sum() else row for row in counts])
+    return np.stack([apportion(limit, row) if 0 < limit < row.sum() else row for row in counts])
 
 
-def topped_up(counts: np.ndarray, minimum: int, likes: np.ndarray) -> np.ndarray:
+def ensure_minimum(counts: np.ndarray, minimum: int, preferences: np.ndarray) -> np.ndarray:
     """Samples moved until every row of ``counts`` [N, pools] adds up to ``minimum`` at least.
 
     A short client is given, one by one, a sample of the pool that it likes best among those that
@@ -55,7 +55,7 @@ def topped_up(counts: np.ndarray, minimum: int, likes: np.ndarray) -> np.ndarray
     for k in range(clients):
         while counts[k].sum() < minimum:
             spare = np.where(counts.sum(axis=1, keepdims=True) > minimum, counts, 0)  # [N, pools]
-            pool = max(np.flatnonzero(spare.any(axis=0)), key=lambda c: likes[k, c])
+            pool = max(np.flatnonzero(spare.any(axis=0)), key=lambda c: preferences[k, c])
             counts[spare[:, pool].argmax(), pool] -= 1
             counts[k, pool] += 1
     return counts

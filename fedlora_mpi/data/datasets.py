@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ..core.bounds import bounded
-from ..core.paths import expanded, require_path
+from ..core.paths import check_path, expand_home
 from ..core.seeds import rng
-from ..core.vision import torchvision
+from ..core.vision import import_torchvision
 from . import pfllib
 from .csv_texts import read_ag_news, read_csv
 from .folders import read_folder, read_tiny_imagenet
-from .samples import Reading, Samples, to_samples
+from .samples import RawData, Samples, to_samples
 from .texts import Text, Vocabulary
 
 
@@ -37,7 +37,7 @@ class Data(NamedTuple):
     vocabulary: Vocabulary | None = None  # None: these are images
     # the client of each training and test sample, where it is given
     owners: tuple[np.ndarray, np.ndarray] | None = None
-    names: tuple[str, ...] = ()  # of the classes, where they have any
+    class_names: tuple[str, ...] = ()  # of the classes, where they have any
     # what the user should know about the files, a line each: "key = value: ..."
     hints: tuple[str, ...] = ()
 
@@ -110,13 +110,15 @@ class Source:
     allow_pickle: bool = False  # "pfllib" only: its files are pickles
 
     def __post_init__(self) -> None:
-        require_path("root", self.root)
-        given = self.augment if isinstance(self.augment, tuple) else ()
-        if len(set(given)) < len(given):
-            raise ValueError(f"augment = {list(given)}: each transform works once; name it once")
-        if {"crop", "crop_mean"} <= set(given):
+        check_path("root", self.root)
+        transforms = self.augment if isinstance(self.augment, tuple) else ()
+        if len(set(transforms)) < len(transforms):
             raise ValueError(
-                f"augment = {list(given)}: choose crop (black border) or crop_mean (of mean colour)"
+                f"augment = {list(transforms)}: each transform works once; name it once"
+            )
+        if {"crop", "crop_mean"} <= set(transforms):
+            raise ValueError(
+                f"augment = {list(transforms)}: choose crop (black border) or crop_mean (of mean colour)"
             )
         if self.image_size is not None and self.dataset != "folder":
             raise ValueError(
@@ -136,50 +138,54 @@ def load(source: Source) -> Data:
 
     Raises ValueError when the files are missing or damaged, or a library is.
     """
-    if source.dataset in _TEXTS:
-        return _encoded(source)
+    if source.dataset in _TEXT_READERS:
+        return _load_texts(source)
     if source.dataset == "pfllib":
-        found = pfllib.read(source.root, source.allow_pickle)
-        sides = (Samples(torch.from_numpy(side.x), torch.from_numpy(side.y)) for side in found[:2])
-        given = source.augment if isinstance(source.augment, tuple) else ()
-        owners = (found.train.owner, found.test.owner)
+        raw = pfllib.read(source.root, source.allow_pickle)
+        sides = (Samples(torch.from_numpy(side.x), torch.from_numpy(side.y)) for side in raw[:2])
+        transforms = source.augment if isinstance(source.augment, tuple) else ()
+        owners = (raw.train.owner, raw.test.owner)
         return Data(
-            *sides, found.classes, found.mean, found.std, given, owners=owners, hints=found.hints
+            *sides, raw.classes, raw.mean, raw.std, transforms, owners=owners, hints=raw.hints
         )
-    found = _READERS[source.dataset](source)
-    mean, std = _NORMAL.get(source.dataset) or _moments(found.train.x)
-    named = {"auto": _AUGMENT.get(source.dataset, ()), "none": ()}
-    augment = named[source.augment] if isinstance(source.augment, str) else source.augment
-    return Data(*found[:3], mean, std, augment, names=found.names, hints=found.hints)
+    raw = _READERS[source.dataset](source)
+    mean, std = _NORMALIZATION.get(source.dataset) or _channel_moments(raw.train.x)
+    presets = {"auto": _AUGMENTATION.get(source.dataset, ()), "none": ()}
+    augment = presets[source.augment] if isinstance(source.augment, str) else source.augment
+    return Data(*raw[:3], mean, std, augment, class_names=raw.class_names, hints=raw.hints)
 
 
-def _encoded(source: Source) -> Data:
+def _load_texts(source: Source) -> Data:
     """The texts of a data set under the vocabulary of its training texts, or of the tokenizer that
     was given.
     """
-    found, text = _TEXTS[source.dataset](source), source.text
+    raw, text = _TEXT_READERS[source.dataset](source), source.text
     vocabulary = (
-        Vocabulary.given(text) if text.tokenizer else Vocabulary.of(found.train.texts, text)
+        Vocabulary.from_tokenizer(text)
+        if text.tokenizer
+        else Vocabulary.from_texts(raw.train.texts, text)
     )
-    sides = (Samples(vocabulary.encode(side.texts), torch.tensor(side.y)) for side in found[:2])
-    return Data(*sides, found.classes, vocabulary=vocabulary, names=found.names, hints=found.hints)
+    sides = (Samples(vocabulary.encode(side.texts), torch.tensor(side.y)) for side in raw[:2])
+    return Data(
+        *sides, raw.classes, vocabulary=vocabulary, class_names=raw.class_names, hints=raw.hints
+    )
 
 
 _CIFAR100 = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
-_NORMAL = {  # mean and std; a data set that is not here takes those of its training pixels
+_NORMALIZATION = {  # mean and std; a data set that is not here takes those of its training pixels
     "cifar10": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # official FedDecomp
     "cifar100": _CIFAR100,  # official FedDecomp
     "tiny_imagenet": _CIFAR100,  # official FedDecomp
     "mnist": ((0.1307,), (0.3081,)),  # of the training pixels; pytorch/examples
     "fashionmnist": ((0.2860,), (0.3530,)),  # of the training pixels
 }
-_AUGMENT = {  # official FedDecomp: none for CIFAR-10, no crop for Tiny ImageNet
+_AUGMENTATION = {  # official FedDecomp: none for CIFAR-10, no crop for Tiny ImageNet
     "cifar100": ("crop", "flip", "rotate"),
     "tiny_imagenet": ("flip", "rotate"),
 }
 
 
-def _moments(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _channel_moments(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of [M, ch, H, W] bytes, as fractions of 255."""
     value = torch.arange(256, dtype=torch.float64) / 255
     shares = [
@@ -192,7 +198,7 @@ def _moments(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 @contextmanager
-def _files(source: Source, folder: str) -> Iterator[None]:
+def _explain_missing_files(source: Source, folder: str) -> Iterator[None]:
     """Say what was expected where when reading or downloading fails."""
     try:
         yield
@@ -210,34 +216,37 @@ def _files(source: Source, folder: str) -> Iterator[None]:
         ) from error
 
 
-def _torchvision(name: str, folder: str) -> Callable[[Source], Reading]:
+def _torchvision_reader(name: str, folder: str) -> Callable[[Source], RawData]:
     """The reader of a torchvision class; it checks MD5 sums before it unpickles anything."""
 
-    def read(source: Source) -> Reading:
-        root = str(expanded(source.root))
-        kind = getattr(torchvision().datasets, name)
-        with _files(source, os.path.join(root, folder)):
-            sides = [kind(root, train=train, download=source.download) for train in (True, False)]
+    def read(source: Source) -> RawData:
+        root = str(expand_home(source.root))
+        dataset_class = getattr(import_torchvision().datasets, name)
+        with _explain_missing_files(source, os.path.join(root, folder)):
+            sides = [
+                dataset_class(root, train=train, download=source.download)
+                for train in (True, False)
+            ]
         train, test = (to_samples(side.data, side.targets) for side in sides)
-        return Reading(train, test, len(sides[0].classes), tuple(sides[0].classes))
+        return RawData(train, test, len(sides[0].classes), tuple(sides[0].classes))
 
     return read
 
 
-def _tiny_imagenet(source: Source) -> Reading:
-    root = str(expanded(source.root))
-    home = os.path.join(root, "tiny-imagenet-200")
-    with _files(source, home):
-        if source.download and not os.path.isdir(home):
-            torchvision().datasets.utils.download_and_extract_archive(
+def _tiny_imagenet(source: Source) -> RawData:
+    root = str(expand_home(source.root))
+    folder = os.path.join(root, "tiny-imagenet-200")
+    with _explain_missing_files(source, folder):
+        if source.download and not os.path.isdir(folder):
+            import_torchvision().datasets.utils.download_and_extract_archive(
                 "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
                 root,
                 md5="90528d7ca1a48142e341f4ef8d21d0de",
             )
-        return read_tiny_imagenet(home)
+        return read_tiny_imagenet(folder)
 
 
-def _digits(source: Source) -> Reading:
+def _digits(source: Source) -> RawData:
     """The 1797 digits of scikit-learn, 0..16 as 0..240; of each class a fixed fifth is the test
     set.
     """
@@ -256,54 +265,58 @@ def _digits(source: Source) -> Reading:
         is_test[
             rows[torch.randperm(len(rows), generator=rng(1, "digits", c))[: round(len(rows) / 5)]]
         ] = True
-    return Reading(to_samples(x[~is_test], y[~is_test]), to_samples(x[is_test], y[is_test]), 10)
+    return RawData(to_samples(x[~is_test], y[~is_test]), to_samples(x[is_test], y[is_test]), 10)
 
 
-def _synthetic(source: Source) -> Reading:
+def _synthetic(source: Source) -> RawData:
     """Bytes 128 + 48 z, cut to 0..255, where z is a sample of the mixture at unit variance."""
-    s = source.synthetic
-    shape = (s.channels, s.size, s.size)
-    prototypes = torch.randn(s.classes, *shape, generator=rng(s.seed, "synthetic", "prototypes"))
+    settings = source.synthetic
+    shape = (settings.channels, settings.size, settings.size)
+    prototypes = torch.randn(
+        settings.classes, *shape, generator=rng(settings.seed, "synthetic", "prototypes")
+    )
 
-    def side(name: str, number: int) -> Samples:
-        y = torch.arange(number) % s.classes
-        z = prototypes[y] + s.noise * torch.randn(
-            number, *shape, generator=rng(s.seed, "synthetic", name)
+    def draw_side(name: str, number: int) -> Samples:
+        y = torch.arange(number) % settings.classes
+        z = prototypes[y] + settings.noise * torch.randn(
+            number, *shape, generator=rng(settings.seed, "synthetic", name)
         )
-        z = z / (1 + s.noise**2) ** 0.5
+        z = z / (1 + settings.noise**2) ** 0.5
         return Samples((128 + 48 * z).clamp(0, 255).to(torch.uint8), y)
 
-    return Reading(side("train", s.train), side("test", s.test), s.classes)
+    return RawData(
+        draw_side("train", settings.train), draw_side("test", settings.test), settings.classes
+    )
 
 
-def _ag_news(source: Source) -> Reading:
-    folder = os.path.join(str(expanded(source.root)), "AG_NEWS")
+def _ag_news(source: Source) -> RawData:
+    folder = os.path.join(str(expand_home(source.root)), "AG_NEWS")
     if source.download:
-        with _files(source, folder):
-            for name, md5 in _AG_NEWS.items():
-                torchvision().datasets.utils.download_url(
-                    f"{_AG_NEWS_HOME}/{name}", folder, md5=md5
+        with _explain_missing_files(source, folder):
+            for name, md5 in _AG_NEWS_MD5.items():
+                import_torchvision().datasets.utils.download_url(
+                    f"{_AG_NEWS_URL}/{name}", folder, md5=md5
                 )
     return read_ag_news(folder, source.text)
 
 
 # Where torchtext gets them, and its MD5 sums.
-_AG_NEWS_HOME = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv"
-_AG_NEWS = {
+_AG_NEWS_URL = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv"
+_AG_NEWS_MD5 = {
     "train.csv": "b1a00f826fdfbd249f79597b59e1dc12",
     "test.csv": "d52ea96a97a2d943681189a97654912d",
 }
 
 
-_TEXTS: dict[str, Callable[[Source], Reading]] = {
+_TEXT_READERS: dict[str, Callable[[Source], RawData]] = {
     "ag_news": _ag_news,
-    "csv": lambda source: read_csv(str(expanded(source.root)), source.text),
+    "csv": lambda source: read_csv(str(expand_home(source.root)), source.text),
 }
-_READERS: dict[str, Callable[[Source], Reading]] = {
-    "cifar10": _torchvision("CIFAR10", "cifar-10-batches-py"),
-    "cifar100": _torchvision("CIFAR100", "cifar-100-python"),
-    "fashionmnist": _torchvision("FashionMNIST", "FashionMNIST/raw"),
-    "mnist": _torchvision("MNIST", "MNIST/raw"),
+_READERS: dict[str, Callable[[Source], RawData]] = {
+    "cifar10": _torchvision_reader("CIFAR10", "cifar-10-batches-py"),
+    "cifar100": _torchvision_reader("CIFAR100", "cifar-100-python"),
+    "fashionmnist": _torchvision_reader("FashionMNIST", "FashionMNIST/raw"),
+    "mnist": _torchvision_reader("MNIST", "MNIST/raw"),
     "tiny_imagenet": _tiny_imagenet,
     "folder": lambda source: read_folder(source.root, source.image_size),
     "digits": _digits,

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..algorithm import Batch, held_out
-from ..core.seeds import key, rng
+from ..algorithm import Batch, held_out_count
+from ..core.seeds import derive_key, rng
 from ..core.transfer import to_device
 from .datasets import Data
-from .inputs import Images, Texts, stored
+from .inputs import Images, Texts, build_store
 from .partition import Split
-from .transforms import draw
+from .transforms import draw_parameters
 
 T = TypeVar("T", int, Tensor)
 # numbers of an input that are gathered for several batches at once, and stay in a core's cache
-_AT_ONCE = 2**17
+_GATHER_NUMEL = 2**17
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Epoch:
     relabel: Tensor | None  # [C] what is added to the labels
     noise: Tensor  # [C] int64 keys of this epoch
     counts: Tensor  # [C, classes] training samples of each class, float32
-    beat: Callable[[], None]  # called for every batch
+    on_batch: Callable[[], None]  # called for every batch
 
     def batch(self, count: int, first: int, width: int) -> Batch:
         """Positions first to first + width of the first ``count`` clients, stacked; waits for no
@@ -51,38 +51,44 @@ class Epoch:
         [count, width]; key [count]; real [count, width] is False beyond a client's last sample, and
         None when nothing is padding.
         """
-        self.beat()
+        self.on_batch()
         x, y = self._read(count, first, width, 1)
-        return self._batch(x[0], y[0], self.noise[:count] + _mixed(first), first)
+        return self._batch(x[0], y[0], self.noise[:count] + _key_offset(first), first)
 
-    def batches(self, firsts: range) -> Iterator[tuple[int, Batch]]:
+    def batches(self, starts: range) -> Iterator[tuple[int, Batch]]:
         """For each of ``firsts``: how many clients still have data, the first so many, and their
         batch of up to ``firsts.step`` samples. Small ones are gathered several at once.
         """
-        width, several = (
-            firsts.step,
-            max(1, _AT_ONCE // (len(self.sizes) * firsts.step * self.store.numbers)),
+        width, batches_per_read = (
+            starts.step,
+            max(1, _GATHER_NUMEL // (len(self.sizes) * starts.step * self.store.sample_numel)),
         )
-        full = firsts[: max(0, (self.sizes[0] - firsts.start) // width)]
-        for some in (full[at : at + several] for at in range(0, len(full), several)):
-            count = self._longer(some[0])
-            steps = torch.arange(some.start, some.stop, width, device=self.noise.device)
-            noise = self.noise[:count] + _mixed(steps)[:, None]
+        full_starts = starts[: max(0, (self.sizes[0] - starts.start) // width)]
+        for block in (
+            full_starts[at : at + batches_per_read]
+            for at in range(0, len(full_starts), batches_per_read)
+        ):
+            count = self._count_longer(block[0])
+            steps = torch.arange(block.start, block.stop, width, device=self.noise.device)
+            noise = self.noise[:count] + _key_offset(steps)[:, None]
             for first, *parts in zip(
-                some, *self._read(count, some[0], width, len(some)), noise, strict=True
+                block, *self._read(count, block[0], width, len(block)), noise, strict=True
             ):
-                self.beat()
-                now = self._longer(first)
+                self.on_batch()
+                active = self._count_longer(first)
                 yield (
-                    now,
+                    active,
                     self._batch(
-                        *(parts if now == count else (part[:now] for part in parts)), first
+                        *(parts if active == count else (part[:active] for part in parts)), first
                     ),
                 )
-        for first in firsts[len(full) :]:
-            yield (now := self._longer(first)), self.batch(now, first, self.sizes[0] - first)
+        for first in starts[len(full_starts) :]:
+            yield (
+                (active := self._count_longer(first)),
+                self.batch(active, first, self.sizes[0] - first),
+            )
 
-    def _longer(self, first: int) -> int:
+    def _count_longer(self, first: int) -> int:
         """How many clients have more samples than ``first``."""
         return sum(size > first for size in self.sizes)
 
@@ -92,7 +98,7 @@ class Epoch:
         """
 
         def window(v: Tensor) -> Tensor:
-            cut = _window(v, count, first, first + steps * width)
+            cut = _slice_padded(v, count, first, first + steps * width)
             return cut.unflatten(1, (steps, width)).transpose(0, 1).flatten(0, 1)
 
         read = self.store.read(
@@ -110,24 +116,24 @@ class Epoch:
             real = torch.arange(first, first + width, device=y.device) < self.lengths[:count, None]
         return Batch(x, y, real, noise, self.counts[:count])
 
-    def cut(self, sizes: Sequence[int]) -> "Epoch":
+    def truncate(self, sizes: Sequence[int]) -> "Epoch":
         """The same pass, over only so many of each client's samples: the first in its order."""
         return replace(
             self, sizes=tuple(sizes), lengths=to_device(torch.tensor(sizes), self.lengths.device)
         )
 
-    def each(self, fn: Callable[[Tensor], Tensor]) -> "Epoch":
+    def map_tensors(self, fn: Callable[[Tensor], Tensor]) -> "Epoch":
         """The same pass with ``fn`` of every tensor but those of the store."""
         warps = {name: fn(value) for name, value in self.warps.items()}
         relabel = None if self.relabel is None else fn(self.relabel)
-        own = {name: fn(getattr(self, name)) for name in ("lengths", "rows", "noise", "counts")}
-        return replace(self, warps=warps, relabel=relabel, **own)
+        mapped = {name: fn(getattr(self, name)) for name in ("lengths", "rows", "noise", "counts")}
+        return replace(self, warps=warps, relabel=relabel, **mapped)
 
     def tensors(self) -> list[Tensor]:
         """Them, in the same order."""
-        found: list[Tensor] = []
-        self.each(lambda v: found.append(v) or v)
-        return found
+        tensors: list[Tensor] = []
+        self.map_tensors(lambda v: tensors.append(v) or v)
+        return tensors
 
 
 class Feed:
@@ -148,20 +154,22 @@ class Feed:
         shift: str,
         device: torch.device,
         augment: bool,
-        beat: Callable[[], None] = lambda: None,
+        on_batch: Callable[[], None] = lambda: None,
     ) -> None:
         self.classes, self.shape = data.classes, data.shape
         if shift == "rotate" and (data.vocabulary or self.shape[1] != self.shape[2]):
-            these = "texts" if data.vocabulary else "{} x {}".format(*self.shape[1:])
+            input_kind = "texts" if data.vocabulary else "{} x {}".format(*self.shape[1:])
             raise ValueError(
-                f"data.shift = rotate: needs square images, these are {these}; use labels"
+                f"data.shift = rotate: needs square images, these are {input_kind}; use labels"
             )
-        self._seed, self._shift, self._device, self._beat = seed, shift, device, beat
+        self._seed, self._shift, self._device, self._on_batch = seed, shift, device, on_batch
         self._augment = data.augment if augment else ()
-        self._train, self._test = (stored(data, side, device) for side in (data.train, data.test))
-        self._hold(split)
+        self._train, self._test = (
+            build_store(data, side, device) for side in (data.train, data.test)
+        )
+        self._assign_split(split)
 
-    def _hold(self, split: Split) -> None:
+    def _assign_split(self, split: Split) -> None:
         """The constructor's second half: whose samples are which."""
         self._train_rows = [torch.from_numpy(rows) for rows in split.train]  # shuffled on the host
         self._test_rows = [torch.from_numpy(rows).to(self._device) for rows in split.test]
@@ -171,25 +179,25 @@ class Feed:
         )
         self._counts = torch.from_numpy(counts).float()
 
-    def holding(self, split: Split) -> "Feed":
+    def with_split(self, split: Split) -> "Feed":
         """The same inputs, not copied, when the clients hold what ``split`` says; some may hold
         nothing.
         """
-        other = copy(self)
-        other._hold(split)
-        return other
+        feed = copy(self)
+        feed._assign_split(split)
+        return feed
 
-    def of_two(self, train: Sequence[int], test: Sequence[int]) -> "Feed":
+    def with_two_clients(self, train: Sequence[int], test: Sequence[int]) -> "Feed":
         """The same inputs when two clients hold so many of the samples that anybody holds, over
         again where they are too few; no test samples where nobody holds any.
         """
         sides = []
         for rows, sizes in ((self._train_rows, train), (self._test_rows, test)):
-            every = torch.cat([part.cpu() for part in rows]).numpy()
+            all_rows = torch.cat([part.cpu() for part in rows]).numpy()
             ends = np.cumsum([0, *sizes])
             sides.append(
                 [
-                    np.resize(every, ends[-1])[a:b] if len(every) else every
+                    np.resize(all_rows, ends[-1])[a:b] if len(all_rows) else all_rows
                     for a, b in itertools.pairwise(ends)
                 ]
             )
@@ -198,7 +206,7 @@ class Feed:
             labels = store.labels.cpu().numpy()
             for client, rows in enumerate(side):
                 np.add.at(table[client], labels[rows], 1)
-        return self.holding(Split(*map(tuple, sides), *counts))
+        return self.with_split(Split(*map(tuple, sides), *counts))
 
     @property
     def nbytes(self) -> int:
@@ -219,55 +227,61 @@ class Feed:
         round_: int,
         epoch: int | str,
         fraction: float = 0.0,
-        held: bool = False,
+        on_held_out: bool = False,
     ) -> Epoch:
         """The clients' training samples in the order, augmentation and noise of (round, epoch).
 
         fraction: of each client's samples that are held out; ``held``: these alone, without
         augmentation.
         """
-        augment = () if held else self._augment
+        augment = () if on_held_out else self._augment
         rows, draws, noise = [], [], []
         for k in clients:
-            at, mine = (k, round_, epoch), self._part(k, fraction, held)
-            rows.append(mine[torch.randperm(len(mine), generator=rng(self._seed, "order", *at))])
+            address, samples = (k, round_, epoch), self._phase_samples(k, fraction, on_held_out)
+            rows.append(
+                samples[torch.randperm(len(samples), generator=rng(self._seed, "order", *address))]
+            )
             if augment:
                 draws.append(
-                    draw(augment, len(mine), rng(self._seed, "augment", *at), self.shape[1:])
+                    draw_parameters(
+                        augment, len(samples), rng(self._seed, "augment", *address), self.shape[1:]
+                    )
                 )
-            noise.append(key(self._seed, "noise", *at))
+            noise.append(derive_key(self._seed, "noise", *address))
         by_name = {name: [drawn[name] for drawn in draws] for name in augment}
-        return self._pass(self._train, clients, rows, by_name, torch.tensor(noise))
+        return self._make_epoch(self._train, clients, rows, by_name, torch.tensor(noise))
 
-    def _part(self, client: int, fraction: float, held: bool) -> Tensor:
+    def _phase_samples(self, client: int, fraction: float, on_held_out: bool) -> Tensor:
         """The client's training samples without those held out, or these: the same in every round."""
         rows = self._train_rows[client]
         if not fraction:
-            assert not held, "a phase on held-out samples, but Algorithm.held_out = 0"
+            assert not on_held_out, "a phase on held-out samples, but Algorithm.held_out = 0"
             return rows
         order = torch.randperm(len(rows), generator=rng(self._seed, "held out", client))
-        count = held_out(len(rows), fraction)
-        return rows[(order[:count] if held else order[count:]).sort().values]
+        count = held_out_count(len(rows), fraction)
+        return rows[(order[:count] if on_held_out else order[count:]).sort().values]
 
-    def test(self, clients: Sequence[int], first: int, width: int) -> Batch:
+    def test_batch(self, clients: Sequence[int], first: int, width: int) -> Batch:
         """Test samples first to first + width of the clients, stacked as by ``Epoch.batch``.
 
         In their own order, without augmentation; the keys address no noise.
         """
         rows = [self._test_rows[k] for k in clients]
         noise = torch.zeros(len(clients), dtype=torch.int64)
-        return self._pass(self._test, clients, rows, {}, noise).batch(len(clients), first, width)
+        return self._make_epoch(self._test, clients, rows, {}, noise).batch(
+            len(clients), first, width
+        )
 
-    def survey(self, clients: Sequence[int], whole: bool) -> Batch:
+    def unshuffled_batch(self, clients: Sequence[int], all_samples: bool) -> Batch:
         """All training samples of the clients (or their first alone), in order, without
         augmentation.
         """
         rows = [self._train_rows[k] for k in clients]
         noise = torch.zeros(len(clients), dtype=torch.int64)
-        width = max(map(len, rows)) if whole else 1
-        return self._pass(self._train, clients, rows, {}, noise).batch(len(clients), 0, width)
+        width = max(map(len, rows)) if all_samples else 1
+        return self._make_epoch(self._train, clients, rows, {}, noise).batch(len(clients), 0, width)
 
-    def _pass(
+    def _make_epoch(
         self,
         store: Images | Texts,
         clients: Sequence[int],
@@ -276,7 +290,7 @@ class Feed:
         noise: Tensor,
     ) -> Epoch:
         sizes = tuple(map(len, rows))
-        warps = {name: _stacked(values, self._device) for name, values in draws.items()}
+        warps = {name: _stack_padded(values, self._device) for name, values in draws.items()}
         quarter = to_device(torch.tensor([k % 4 for k in clients]), self._device)  # [C]
         if self._shift == "rotate":
             warps["turn"] = (90.0 * quarter)[:, None].expand(-1, max(sizes))
@@ -285,28 +299,28 @@ class Feed:
             classes=self.classes,
             sizes=sizes,
             lengths=to_device(torch.tensor(sizes), self._device),
-            rows=_stacked(rows, self._device),
+            rows=_stack_padded(rows, self._device),
             warps=warps,
             relabel=quarter if self._shift == "labels" else None,
             noise=to_device(noise, self._device),
             counts=to_device(torch.stack([self._counts[k] for k in clients]), self._device),
-            beat=self._beat,
+            on_batch=self._on_batch,
         )
 
 
-def _stacked(values: list[Tensor], device: torch.device) -> Tensor:
+def _stack_padded(values: list[Tensor], device: torch.device) -> Tensor:
     """Tensors [n_k, ...] of the clients as one [C, n, ...]; the padding is 0, a valid index."""
     return to_device(pad_sequence(values, batch_first=True), device)
 
 
-def _window(stacked: Tensor, count: int, first: int, last: int) -> Tensor:
+def _slice_padded(stacked: Tensor, count: int, first: int, last: int) -> Tensor:
     """Columns first to last of the first ``count`` rows, with zeros beyond the end."""
     cut = stacked[:count, first:last]
     short = last - first - cut.shape[1]
     return torch.cat((cut, cut.new_zeros(count, short, *cut.shape[2:])), dim=1) if short else cut
 
 
-def _mixed(first: T) -> T:
+def _key_offset(first: T) -> T:
     """A number (or, of int64, several) to add to an epoch's key for the batch at ``first``; 0 keeps
     the epoch's own.
 

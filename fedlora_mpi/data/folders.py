@@ -5,19 +5,19 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..core.paths import expanded
-from .images import decode
-from .labels import hint_of_alike
-from .samples import Reading, to_samples
+from ..core.paths import expand_home
+from .images import decode_images
+from .labels import similar_label_hints
+from .samples import RawData, to_samples
 
 # Those that torchvision reads.
-_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Systems make them, beside those that begin with a dot.
-_NO_CLASSES = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "lost+found"}
-_NO_CLASSES |= {"System Volume Information"}
+_IGNORED_FOLDERS = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "lost+found"}
+_IGNORED_FOLDERS |= {"System Volume Information"}
 
 
-class Side(NamedTuple):
+class ImageFiles(NamedTuple):
     """The image files of training or of testing."""
 
     names: tuple[str, ...]  # of the classes, sorted by code points, whatever the locale
@@ -26,59 +26,61 @@ class Side(NamedTuple):
     unread: Counter  # what lies there and is not read -> how often
 
 
-def read_folder(root: str, image_size: int | None) -> Reading:
+def read_folder(root: str, image_size: int | None) -> RawData:
     """ROOT/train/CLASS/* and ROOT/val/CLASS/* or ROOT/test/CLASS/*, in the order of torchvision.
 
     Hidden files and folders are no part of it. Raises ValueError: a class without images, other
     classes in the second folder than in the first.
     """
-    home = str(expanded(root))
-    second = "val" if os.path.isdir(os.path.join(home, "val")) else "test"
+    root_path = str(expand_home(root))
+    test_folder = "val" if os.path.isdir(os.path.join(root_path, "val")) else "test"
     try:
-        train, test = (_list_side(root, os.path.join(home, name)) for name in ("train", second))
+        train, test = (
+            _list_side(root, os.path.join(root_path, name)) for name in ("train", test_folder)
+        )
     except OSError as error:
         raise ValueError(
             f"data.root = {root}: {error}; expected are train/CLASS/* and val/CLASS/* or "
-            f"test/CLASS/* in {home}"
+            f"test/CLASS/* in {root_path}"
         ) from error
     if train.names != test.names:
-        odd = ", ".join(sorted(set(train.names) ^ set(test.names)))
+        differing = ", ".join(sorted(set(train.names) ^ set(test.names)))
         raise ValueError(
-            f"data.root = {root}: train and {second} must hold the same classes; they differ in "
-            f"{odd}"
+            f"data.root = {root}: train and {test_folder} must hold the same classes; they differ in "
+            f"{differing}"
         )
-    (x, test_x), hints = decode((train.paths, test.paths), image_size)
+    (x, test_x), hints = decode_images((train.paths, test.paths), image_size)
     if x.shape[1:] != test_x.shape[1:]:
         raise ValueError(
-            f"data.image_size = null: images in train and {second} differ in size; set "
+            f"data.image_size = null: images in train and {test_folder} differ in size; set "
             "data.image_size"
         )
-    hints += hint_of_alike(f"data.root = {root}", train.names)
-    hints += _hint_of_unread(root, train.unread + test.unread)
+    hints += similar_label_hints(f"data.root = {root}", train.names)
+    hints += _unread_hints(root, train.unread + test.unread)
     sides = (to_samples(x, train.y), to_samples(test_x, test.y))
-    return Reading(*sides, len(train.names), train.names, hints)
+    return RawData(*sides, len(train.names), train.names, hints)
 
 
-def read_tiny_imagenet(home: str) -> Reading:
+def read_tiny_imagenet(home: str) -> RawData:
     """The official folder: its val is the test set, since its test has no labels."""
     train = os.path.join(home, "train")
     names = _class_names(train)
-    index = {name: c for c, name in enumerate(names)}
+    class_of_name = {name: c for c, name in enumerate(names)}
     paths, y = [], []
     for name in names:
         folder = os.path.join(train, name, "images")
         files = sorted(file for file in os.listdir(folder) if not _is_hidden(file))
         paths += [os.path.join(folder, file) for file in files]
-        y += [index[name]] * len(files)
+        y += [class_of_name[name]] * len(files)
     test_paths, test_y = [], []
-    for file, name in _annotations(os.path.join(home, "val", "val_annotations.txt"), index):
+    for file, name in _annotations(os.path.join(home, "val", "val_annotations.txt"), class_of_name):
         test_paths.append(os.path.join(home, "val", "images", file))
-        test_y.append(index[name])
+        test_y.append(class_of_name[name])
     if not paths or not test_paths:
         side = "val" if paths else "train"
         raise ValueError(f"data.root: {home} holds no image in {side}; get the data set anew")
-    (x, test_x), hints = decode((paths, test_paths), None)
-    return Reading(to_samples(x, y), to_samples(test_x, test_y), len(names), names, hints)
+    (x, test_x), hints = decode_images((paths, test_paths), None)
+    return RawData(to_samples(x, y), to_samples(test_x, test_y), len(names), names, hints)
 
 
 def _annotations(file: str, index: dict[str, int]) -> Iterator[tuple[str, str]]:
@@ -93,7 +95,7 @@ def _annotations(file: str, index: dict[str, int]) -> Iterator[tuple[str, str]]:
             yield fields[0], fields[1]
 
 
-def _list_side(root: str, folder: str) -> Side:
+def _list_side(root: str, folder: str) -> ImageFiles:
     """Raises OSError when a folder cannot be read, ValueError when a class or its images are
     missing.
     """
@@ -105,21 +107,25 @@ def _list_side(root: str, folder: str) -> Side:
         )
     paths, y, unread = [], [], Counter()
     for label, name in enumerate(names):
-        home = os.path.join(folder, name)
-        walk = sorted(_walk(home))
-        files = [os.path.join(at, file) for at, inside in walk for file in sorted(inside)]
+        class_folder = os.path.join(folder, name)
+        walk = sorted(_walk_visible(class_folder))
+        files = [
+            os.path.join(subfolder, file)
+            for subfolder, names_inside in walk
+            for file in sorted(names_inside)
+        ]
         images = [path for path in files if _is_image(path)]
-        unread.update(_kind(path) for path in files if not _is_image(path))
+        unread.update(_unread_kind(path) for path in files if not _is_image(path))
         if not images:
             raise ValueError(
-                f"data.root = {root}: {home} holds no image; each folder in {folder} is a class; "
-                f"remove it, or put files there that end in {' '.join(_ENDINGS)}"
+                f"data.root = {root}: {class_folder} holds no image; each folder in {folder} is a class; "
+                f"remove it, or put files there that end in {' '.join(_IMAGE_SUFFIXES)}"
             )
         paths += images
         y += [label] * len(images)
-    beside = sum(entry.is_file() and _is_image(entry.name) for entry in os.scandir(folder))
-    unread += Counter({"beside the folders of the classes": beside})
-    return Side(names, paths, y, unread)
+    misplaced = sum(entry.is_file() and _is_image(entry.name) for entry in os.scandir(folder))
+    unread += Counter({"beside the folders of the classes": misplaced})
+    return ImageFiles(names, paths, y, unread)
 
 
 def _class_names(folder: str) -> tuple[str, ...]:
@@ -128,38 +134,38 @@ def _class_names(folder: str) -> tuple[str, ...]:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name in _NO_CLASSES
+    return name.startswith(".") or name in _IGNORED_FOLDERS
 
 
 def _is_image(path: str) -> bool:
     name = os.path.basename(path)
-    return name.lower().endswith(_ENDINGS) and not _is_hidden(name)
+    return name.lower().endswith(_IMAGE_SUFFIXES) and not _is_hidden(name)
 
 
-def _kind(path: str) -> str:
+def _unread_kind(path: str) -> str:
     """How the user is told of a file that is not read."""
     name = os.path.basename(path)
     ending = os.path.splitext(name)[1].lower()
     return "hidden" if _is_hidden(name) else ending or "without an ending"
 
 
-def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
+def _walk_visible(folder: str) -> Iterator[tuple[str, list[str]]]:
     """(folder, files) of all folders below that are not hidden, also behind links but for loops."""
 
-    def stop(error: OSError) -> None:
+    def raise_error(error: OSError) -> None:
         raise error
 
-    for at, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        above = os.path.join(os.path.realpath(at), "")
-        real = {name: os.path.realpath(os.path.join(at, name)) for name in folders}
-        loops = {name for name in folders if above.startswith(os.path.join(real[name], ""))}
+    for current, folders, files in os.walk(folder, onerror=raise_error, followlinks=True):
+        real_current = os.path.join(os.path.realpath(current), "")
+        real = {name: os.path.realpath(os.path.join(current, name)) for name in folders}
+        loops = {name for name in folders if real_current.startswith(os.path.join(real[name], ""))}
         folders[:] = [name for name in folders if not _is_hidden(name) and name not in loops]
-        yield at, [name for name in files if not name.startswith("._") and name != ".DS_Store"]
+        yield current, [name for name in files if not name.startswith("._") and name != ".DS_Store"]
 
 
-def _hint_of_unread(root: str, unread: Counter) -> tuple[str, ...]:
+def _unread_hints(root: str, unread: Counter) -> tuple[str, ...]:
     if not unread:
         return ()
     listed = ", ".join(f"{number} {kind}" for kind, number in sorted(unread.items()))
-    images = f"images are what ends in {' '.join(_ENDINGS)} in a class's folder"
+    images = f"images are what ends in {' '.join(_IMAGE_SUFFIXES)} in a class's folder"
     return (f"data.root = {root}: files not read: {listed}; {images}",)

@@ -22,20 +22,20 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_TOPS = (255, 1023, 4095, 65535)
+_WHITE_LEVELS = (255, 1023, 4095, 65535)
 _ORIENTATION = 0x0112  # the tag of EXIF
-_WAY_OUT = "save it with 8 bits a channel"
+_REMEDY = "save it with 8 bits a channel"
 
 
-class Opened(NamedTuple):
+class OpenedImage(NamedTuple):
     """The first image of a file, upright."""
 
     image: "Image"
-    deep: bool  # 16 bits in each of several channels, of which Pillow reads the higher 8
-    several: bool  # the file holds more images
+    is_16_bit: bool  # 16 bits in each of several channels, of which Pillow reads the higher 8
+    has_several_images: bool  # the file holds more images
 
 
-class Wide(NamedTuple):
+class WideGrayFile(NamedTuple):
     """A grey file of more than 8 bits a pixel, and the values it has."""
 
     side: int
@@ -43,19 +43,19 @@ class Wide(NamedTuple):
     path: str
     low: float
     high: float
-    whole: bool  # all values are whole numbers
+    is_integer: bool  # all values are whole numbers
 
 
-class Decoded(NamedTuple):
+class DecodedSide(NamedTuple):
     """The files of one side."""
 
     stack: np.ndarray  # [M, H, W, 3] uint8; black where a file is wide
-    wide: list[Wide]
-    deep: list[tuple[int, str]]  # of 16-bit colours: (the largest byte, path)
-    several: list[str]  # files that hold more images than the first
+    wide_files: list[WideGrayFile]
+    deep_files: list[tuple[int, str]]  # of 16-bit colours: (the largest byte, path)
+    multi_image_files: list[str]  # files that hold more images than the first
 
 
-def decode(
+def decode_images(
     sides: Sequence[Sequence[str]], size: int | None
 ) -> tuple[list[np.ndarray], tuple[str, ...]]:
     """The images [M, H, W, 3] uint8 in the files of each side, and hints for the user, a line each.
@@ -66,57 +66,57 @@ def decode(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about notes beside the pixels
-        found = [_decode_side(paths, side, size) for side, paths in enumerate(sides)]
-        _check_deep([file for side in found for file in side.deep])
-        wide = [file for side in found for file in side.wide]
-        top = _find_top(wide)
-        for file in wide:
-            found[file.side].stack[file.row] = _resize(_narrow(file, top), size)
-    several = [path for side in found for path in side.several]
-    return [side.stack for side in found], _hints(wide, top, several)
+        decoded = [_decode_side(paths, side, size) for side, paths in enumerate(sides)]
+        _check_16_bit([file for side in decoded for file in side.deep_files])
+        wide_files = [file for side in decoded for file in side.wide_files]
+        white_level = _find_white_level(wide_files)
+        for file in wide_files:
+            decoded[file.side].stack[file.row] = _resize(_to_8_bit(file, white_level), size)
+    multi_image_files = [path for side in decoded for path in side.multi_image_files]
+    return [side.stack for side in decoded], _hints(wide_files, white_level, multi_image_files)
 
 
-def _decode_side(paths: Sequence[str], side: int, size: int | None) -> Decoded:
-    stack, wide, deep, several = None, [], [], []
+def _decode_side(paths: Sequence[str], side: int, size: int | None) -> DecodedSide:
+    stack, wide_files, deep_files, multi_image_files = None, [], [], []
     for row, path in enumerate(paths):
-        opened = _open(path)
-        if _is_wide(opened.image):
-            wide.append(_measure(opened.image, side, row, path))
+        opened = _open_image(path)
+        if _is_wide_gray(opened.image):
+            wide_files.append(_measure_values(opened.image, side, row, path))
             # It keeps the place until the values of all files are known.
-            pixels = _resize(_blank(opened.image.size), size)
+            pixels = _resize(_blank_image(opened.image.size), size)
         else:
             pixels = _resize(_to_rgb(opened, path), size)
-        if opened.deep:
-            deep.append((int(pixels.max()), path))
-        if opened.several:
-            several.append(path)
+        if opened.is_16_bit:
+            deep_files.append((int(pixels.max()), path))
+        if opened.has_several_images:
+            multi_image_files.append(path)
         stack = np.empty((len(paths), *pixels.shape), np.uint8) if stack is None else stack
         _check_shape(pixels, stack, path)
         stack[row] = pixels
-    return Decoded(stack, wide, deep, several)
+    return DecodedSide(stack, wide_files, deep_files, multi_image_files)
 
 
 @contextmanager
-def _naming(path: str) -> Iterator[None]:
+def _report_bad_file(path: str) -> Iterator[None]:
     """Say which file cannot be read."""
     try:
         yield
     except Exception as error:  # of many kinds
         why = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"data.root: {path} is no image, or damaged ({why}); {_WAY_OUT}, or remove it"
+            f"data.root: {path} is no image, or damaged ({why}); {_REMEDY}, or remove it"
         ) from error
 
 
-def _open(path: str) -> Opened:
+def _open_image(path: str) -> OpenedImage:
     from PIL import Image
 
-    with _naming(path), Image.open(path) as file:
-        several = bool(getattr(file, "is_animated", False))
+    with _report_bad_file(path), Image.open(path) as file:
+        has_several_images = bool(getattr(file, "is_animated", False))
         modes = [tile[3][0] if isinstance(tile[3], tuple) else tile[3] for tile in file.tile]
         file.load()
-        deep = len(file.getbands()) > 1 and any(";16" in str(mode) for mode in modes)
-        return Opened(_turn_upright(file), deep, several)
+        is_16_bit = len(file.getbands()) > 1 and any(";16" in str(mode) for mode in modes)
+        return OpenedImage(_turn_upright(file), is_16_bit, has_several_images)
 
 
 def _turn_upright(image: "Image") -> "Image":
@@ -139,20 +139,20 @@ def _turn_upright(image: "Image") -> "Image":
     return image if turn is None else image.transpose(turn)
 
 
-def _is_wide(image: "Image") -> bool:
+def _is_wide_gray(image: "Image") -> bool:
     return image.mode == "F" or image.mode.split(";")[0] == "I"
 
 
-def _to_rgb(opened: Opened, path: str) -> "Image":
+def _to_rgb(opened: OpenedImage, path: str) -> "Image":
     """Of an image of 8 bits a channel. Raises ValueError when that leaves one colour of several."""
     image = opened.image
-    with _naming(path):
+    with _report_bad_file(path):
         rgb = image.convert("RGB")
         source = image.convert("RGBA") if image.mode in ("P", "PA") else image
-    if _is_constant(rgb) and (opened.deep or not _is_constant(source)):
-        lost = "in the lower 8 of its 16 bits" if opened.deep else f"as {image.mode}"
+    if _is_constant(rgb) and (opened.is_16_bit or not _is_constant(source)):
+        where_lost = "in the lower 8 of its 16 bits" if opened.is_16_bit else f"as {image.mode}"
         raise ValueError(
-            f"data.root: {path} shows something {lost}, of which RGB has one colour left; "
+            f"data.root: {path} shows something {where_lost}, of which RGB has one colour left; "
             "save it as RGB with 8 bits a channel, without transparency"
         )
     return rgb
@@ -164,52 +164,52 @@ def _is_constant(image: "Image") -> bool:
     return all(low == high for low, high in pairs)
 
 
-def _measure(image: "Image", side: int, row: int, path: str) -> Wide:
+def _measure_values(image: "Image", side: int, row: int, path: str) -> WideGrayFile:
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
-    whole = bool((values == np.rint(values)).all())
-    if not (low >= 0 and high <= (_TOPS[-1] if whole else 1)):
-        kind = f"values from {low:g} to {high:g}" + ("" if whole else ", not whole numbers")
-        read = f"read are whole numbers from 0 to {_TOPS[-1]}, and floats from 0 to 1"
-        raise ValueError(f"data.root: {path} has {kind}; {read}; {_WAY_OUT}")
-    return Wide(side, row, path, low, high, whole)
+    is_integer = bool((values == np.rint(values)).all())
+    if not (low >= 0 and high <= (_WHITE_LEVELS[-1] if is_integer else 1)):
+        kind = f"values from {low:g} to {high:g}" + ("" if is_integer else ", not whole numbers")
+        read = f"read are whole numbers from 0 to {_WHITE_LEVELS[-1]}, and floats from 0 to 1"
+        raise ValueError(f"data.root: {path} has {kind}; {read}; {_REMEDY}")
+    return WideGrayFile(side, row, path, low, high, is_integer)
 
 
-def _find_top(files: Sequence[Wide]) -> int:
+def _find_white_level(files: Sequence[WideGrayFile]) -> int:
     """The value that becomes 255. Raises ValueError when some files say 1 and others more."""
-    fractions = next((file for file in files if not file.whole), None)
+    fractions = next((file for file in files if not file.is_integer), None)
     highest = max(files, key=lambda file: file.high, default=None)
     if fractions and highest.high > 1:
-        other = f"{highest.path} whole numbers up to {highest.high:g}"
+        contradiction = f"{highest.path} whole numbers up to {highest.high:g}"
         raise ValueError(
-            f"data.root: {fractions.path} has floats from 0 to 1, {other}; save all with 8 bits a "
+            f"data.root: {fractions.path} has floats from 0 to 1, {contradiction}; save all with 8 bits a "
             "channel"
         )
     if fractions or not files:
         return 1
-    return next(top for top in _TOPS if top >= highest.high)
+    return next(level for level in _WHITE_LEVELS if level >= highest.high)
 
 
-def _narrow(file: Wide, top: int) -> "Image":
+def _to_8_bit(file: WideGrayFile, white_level: int) -> "Image":
     """The values of a file as bytes. Raises ValueError where they all become one."""
     from PIL import Image
 
-    values = np.asarray(_open(file.path).image).astype(np.float64)
-    pixels = np.rint(values * 255 / top).astype(np.uint8)
+    values = np.asarray(_open_image(file.path).image).astype(np.float64)
+    pixels = np.rint(values * 255 / white_level).astype(np.uint8)
     if file.low < file.high and pixels.min() == pixels.max():
         raise ValueError(
             f"data.root: {file.path} has values from {file.low:g} to {file.high:g}, which are one "
-            f"in the 256 steps from 0 to {top}; {_WAY_OUT}"
+            f"in the 256 steps from 0 to {white_level}; {_REMEDY}"
         )
     return Image.fromarray(pixels).convert("RGB")
 
 
-def _check_deep(files: Sequence[tuple[int, str]]) -> None:
+def _check_16_bit(files: Sequence[tuple[int, str]]) -> None:
     """Raise ValueError when no file of 16-bit colours uses more than 12 bits: too few are read."""
     highest, path = max(files, default=(255, ""))
     if highest <= 4095 >> 8:
-        found = f"{path} and all others of 16 bits a channel use the lower 12 bits alone"
-        raise ValueError(f"data.root: {found}, and the higher 8 are read; {_WAY_OUT}")
+        problem = f"{path} and all others of 16 bits a channel use the lower 12 bits alone"
+        raise ValueError(f"data.root: {problem}, and the higher 8 are read; {_REMEDY}")
 
 
 def _resize(image: "Image", size: int | None) -> np.ndarray:
@@ -219,7 +219,7 @@ def _resize(image: "Image", size: int | None) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR) if size else image)
 
 
-def _blank(size: tuple[int, int]) -> "Image":
+def _blank_image(size: tuple[int, int]) -> "Image":
     from PIL import Image
 
     return Image.new("RGB", size)
@@ -227,19 +227,21 @@ def _blank(size: tuple[int, int]) -> "Image":
 
 def _check_shape(pixels: np.ndarray, stack: np.ndarray, path: str) -> None:
     if pixels.shape != stack.shape[1:]:
-        have, first = ("{1} x {0}".format(*shape) for shape in (pixels.shape, stack.shape[1:]))
+        size, first_size = ("{1} x {0}".format(*shape) for shape in (pixels.shape, stack.shape[1:]))
         raise ValueError(
-            f"data.image_size = null: {path} is {have} pixels, the first image is {first}; "
+            f"data.image_size = null: {path} is {size} pixels, the first image is {first_size}; "
             "set data.image_size"
         )
 
 
-def _hints(wide: Sequence[Wide], top: int, several: Sequence[str]) -> tuple[str, ...]:
+def _hints(
+    wide_files: Sequence[WideGrayFile], white_level: int, multi_image_files: Sequence[str]
+) -> tuple[str, ...]:
     lines = []
-    if wide:
-        files = f"{len(wide)} of the files, which have more than 8 bits (first: {wide[0].path})"
-        lines.append(f"data.root: 0..{top} became 0..255 in {files}")
-    if several:
-        files = f"{len(several)} of the files, which hold several (first: {several[0]})"
+    if wide_files:
+        files = f"{len(wide_files)} of the files, which have more than 8 bits (first: {wide_files[0].path})"
+        lines.append(f"data.root: 0..{white_level} became 0..255 in {files}")
+    if multi_image_files:
+        files = f"{len(multi_image_files)} of the files, which hold several (first: {multi_image_files[0]})"
         lines.append(f"data.root: the first image is read of {files}")
     return tuple(lines)

@@ -25,7 +25,7 @@ class Images(NamedTuple):
     offset: Tensor  # [P] -mean / std of each number's channel
 
     @property
-    def numbers(self) -> int:
+    def sample_numel(self) -> int:
         """Of a sample as it is read: P."""
         return len(self.scale)
 
@@ -34,16 +34,16 @@ class Images(NamedTuple):
         [C, B].
         """
         _, height, width, channels = self.images.shape
-        flat, shown = self.images.flatten(1).index_select(0, rows.flatten()), None  # [C * B, P]
+        flat, visible = self.images.flatten(1).index_select(0, rows.flatten()), None  # [C * B, P]
         if warps:
             images = flat.view(-1, height, width, channels)
-            images, shown = warp(
+            images, visible = warp(
                 images, **{name: value.flatten(0, 1) for name, value in warps.items()}
             )
             flat = images.flatten(1)
         x = flat.to(torch.float32, copy=True).mul_(self.scale).add_(self.offset)
-        if shown is not None:
-            x.mul_(shown.flatten(1).repeat_interleave(channels, 1))
+        if visible is not None:
+            x.mul_(visible.flatten(1).repeat_interleave(channels, 1))
         return x.view(*rows.shape, height, width, channels).permute(0, 1, 4, 2, 3), self.labels[
             rows
         ]
@@ -56,7 +56,7 @@ class Texts(NamedTuple):
     labels: Tensor  # [M] int64
 
     @property
-    def numbers(self) -> int:
+    def sample_numel(self) -> int:
         """Of a sample as it is read: L."""
         return self.tokens.shape[1]
 
@@ -68,7 +68,7 @@ class Texts(NamedTuple):
         return self.tokens[rows].long(), self.labels[rows]
 
 
-def stored(data: Data, samples: Samples, device: torch.device) -> Images | Texts:
+def build_store(data: Data, samples: Samples, device: torch.device) -> Images | Texts:
     """One side of ``data`` on ``device``."""
     labels = samples.y.to(device)
     if data.vocabulary:

@@ -6,25 +6,27 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 
-def alike(labels: Iterable[str]) -> list[list[str]]:
+def similar_labels(labels: Iterable[str]) -> list[list[str]]:
     """The groups of different labels that a reader might take for one, each sorted."""
     groups = defaultdict(set)
     for label in labels:
-        groups[_plain(label)].add(label)
+        groups[_normalize_label(label)].add(label)
     return sorted(sorted(group) for group in groups.values() if len(group) > 1)
 
 
-def hint_of_alike(where: str, labels: Iterable[str]) -> tuple[str, ...]:
+def similar_label_hints(setting: str, labels: Iterable[str]) -> tuple[str, ...]:
     """A line about such groups, none where there are none; ``where``: the key and what it says."""
-    found = [" and ".join(map(repr, group)) for group in alike(labels)]
-    if not found:
+    groups = [" and ".join(map(repr, group)) for group in similar_labels(labels)]
+    if not groups:
         return ()
-    more = f", and {len(found) - 3} more such groups" if len(found) > 3 else ""
-    listed = "; ".join(found[:3])
-    return (f"{where}: {listed}{more} are different classes; write them alike where they are one",)
+    remainder = f", and {len(groups) - 3} more such groups" if len(groups) > 3 else ""
+    listed = "; ".join(groups[:3])
+    return (
+        f"{setting}: {listed}{remainder} are different classes; write them alike where they are one",
+    )
 
 
-def _plain(label: str) -> str:
+def _normalize_label(label: str) -> str:
     """A label without case, blanks, invisible characters and ways to write a number."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", label).casefold())
     text = re.sub(r"\s", " ", text)

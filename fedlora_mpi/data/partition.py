@@ -15,7 +15,7 @@ import numpy as np
 from numpy.random import RandomState
 
 from ..core.bounds import bounded
-from .apportion import dealt, limited, rounded, topped_up
+from .apportion import ensure_minimum, limit_rows, round_shares, split_pools
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,20 +37,20 @@ class Split:
         return sha.hexdigest()
 
 
-class Side(NamedTuple):
+class SamplePools(NamedTuple):
     """What there is to draw from, for training or for testing."""
 
     name: str  # "train" or "test", the key of its size
     pools: list[np.ndarray]  # pool -> indices
-    each: int  # samples per client
-    repeat: bool  # may one draw hold a sample twice?
+    per_client: int  # samples per client
+    with_replacement: bool  # may one draw hold a sample twice?
 
     @property
     def sizes(self) -> list[int]:
         return [len(pool) for pool in self.pools]
 
 
-_ALLOWED = {
+_BOUNDS = {
     "clients": "[1, 10000000]",
     "train": "[0, inf)",
     "test": "[0, inf)",
@@ -81,12 +81,12 @@ class Partition(ABC):
 
     def __post_init__(self) -> None:
         bounded(
-            self, **{field: allowed for field, allowed in _ALLOWED.items() if hasattr(self, field)}
+            self, **{field: allowed for field, allowed in _BOUNDS.items() if hasattr(self, field)}
         )
 
     @abstractmethod
-    def wants(
-        self, rng: RandomState, train: Side, test: Side
+    def allocations(
+        self, rng: RandomState, train: SamplePools, test: SamplePools
     ) -> Iterator[tuple[int, int, int, int]]:
         """Yield (client, pool, training samples, test samples) in the order in which they are
         drawn.
@@ -107,51 +107,60 @@ class Partition(ABC):
         # so overlap does not change the mixes
         rng, shuffle = RandomState(self.seed), RandomState([self.seed, 1])
         sides = (
-            self._side("train", train_y, classes, shuffle),
-            self._side("test", test_y, classes, shuffle),
+            self._make_pools("train", train_y, classes, shuffle),
+            self._make_pools("test", test_y, classes, shuffle),
         )
-        held = [[[] for _ in range(self.clients)] for _ in sides]
-        for client, pool, *numbers in self.wants(rng, *sides):
-            for side, mine, n in zip(sides, held, numbers, strict=True):
-                mine[client].append(self._draw(rng, side, client, pool, n))
-        train, test = (tuple(map(np.concatenate, mine)) for mine in held)
-        self._refuse_empty("train", train)
-        self._refuse_empty("test", test)
-        return Split(train, test, _counts(train_y, train, classes), _counts(test_y, test, classes))
+        rows_by_side = [[[] for _ in range(self.clients)] for _ in sides]
+        for client, pool, *numbers in self.allocations(rng, *sides):
+            for side, client_rows, n in zip(sides, rows_by_side, numbers, strict=True):
+                client_rows[client].append(self._draw(rng, side, client, pool, n))
+        train, test = (tuple(map(np.concatenate, mine)) for mine in rows_by_side)
+        self._check_nonempty("train", train)
+        self._check_nonempty("test", test)
+        return Split(
+            train,
+            test,
+            _class_counts(train_y, train, classes),
+            _class_counts(test_y, test, classes),
+        )
 
-    def _refuse_empty(self, name: str, held: tuple[np.ndarray, ...]) -> None:
-        none = [client for client, rows in enumerate(held) if not len(rows)]
-        if none:
+    def _check_nonempty(self, name: str, rows_by_client: tuple[np.ndarray, ...]) -> None:
+        empty_clients = [client for client, rows in enumerate(rows_by_client) if not len(rows)]
+        if empty_clients:
             way_out = f"raise {name} or lower clients" if getattr(self, name) else "lower clients"
             raise ValueError(
-                f"data.partition.{name} = {getattr(self, name)}: {len(none)} of {self.clients} "
-                f"clients (first: {none[0]}) would hold no {name} sample; {way_out}"
+                f"data.partition.{name} = {getattr(self, name)}: {len(empty_clients)} of {self.clients} "
+                f"clients (first: {empty_clients[0]}) would hold no {name} sample; {way_out}"
             )
 
-    def _side(self, name: str, y: np.ndarray, classes: int, shuffle: RandomState) -> Side:
-        each = getattr(self, name)
+    def _make_pools(
+        self, name: str, y: np.ndarray, classes: int, shuffle: RandomState
+    ) -> SamplePools:
+        per_client = getattr(self, name)
         groups = [y == c for c in range(classes)] if self.by_class else [y >= 0]
         pools = [np.flatnonzero(group) for group in groups]
         if not self.overlap:
             pools = [shuffle.permutation(pool) for pool in pools]
-        repeat = self.overlap and name == "test" and min(map(len, pools)) < each
-        return Side(name, pools, each or len(y) // self.clients, repeat)
+        repeat = self.overlap and name == "test" and min(map(len, pools)) < per_client
+        return SamplePools(name, pools, per_client or len(y) // self.clients, repeat)
 
-    def _draw(self, rng: RandomState, side: Side, client: int, pool: int, n: int) -> np.ndarray:
+    def _draw(
+        self, rng: RandomState, side: SamplePools, client: int, pool: int, n: int
+    ) -> np.ndarray:
         """``n`` indices of a pool; without overlap they leave it."""
-        have = side.pools[pool]
-        if n > len(have) and not (side.repeat and len(have)):
+        available = side.pools[pool]
+        if n > len(available) and not (side.with_replacement and len(available)):
             which = f" of class {pool}" if self.by_class else ""
             way_out = "" if self.overlap else " or clients, or set overlap to true"
             raise ValueError(
                 f"data.partition.{side.name} = {getattr(self, side.name)}: client {client} wants "
                 f"{n} {side.name} samples{which}, and there are "
-                f"{len(have)}{'' if self.overlap else ' left'}; lower {side.name}{way_out}"
+                f"{len(available)}{'' if self.overlap else ' left'}; lower {side.name}{way_out}"
             )
         if self.overlap:
-            return rng.choice(have, n, replace=side.repeat)
-        side.pools[pool] = have[n:]
-        return have[:n]
+            return rng.choice(available, n, replace=side.with_replacement)
+        side.pools[pool] = available[n:]
+        return available[:n]
 
 
 @dataclass(frozen=True)
@@ -167,10 +176,12 @@ class DirichletClient(Partition):
     overlap: bool = True
     alpha: float = 0.1
 
-    def wants(self, rng, train, test):
-        mixes = _dirichlet(rng, self.alpha, len(train.pools), self.clients)
+    def allocations(self, rng, train, test):
+        mixes = _draw_dirichlet(rng, self.alpha, len(train.pools), self.clients)
         for client, mix in enumerate(mixes):
-            numbers = zip(rounded(train.each, mix), rounded(test.each, mix), strict=True)
+            numbers = zip(
+                round_shares(train.per_client, mix), round_shares(test.per_client, mix), strict=True
+            )
             for pool, (n, m) in enumerate(numbers):
                 yield client, pool, n, m
 
@@ -191,11 +202,11 @@ class DirichletClass(Partition):
     alpha: float = 0.1
     minimum: int = 10  # training samples
 
-    def wants(self, rng, train, test):
-        shares = _dirichlet(rng, self.alpha, self.clients, len(train.pools)).T  # [N, classes]
-        n = topped_up(dealt(train.sizes, shares), self.minimum, shares)
-        m = topped_up(dealt(test.sizes, shares), 1, n)
-        yield from _entries(limited(n, self.train), limited(m, self.test))
+    def allocations(self, rng, train, test):
+        shares = _draw_dirichlet(rng, self.alpha, self.clients, len(train.pools)).T  # [N, classes]
+        n = ensure_minimum(split_pools(train.sizes, shares), self.minimum, shares)
+        m = ensure_minimum(split_pools(test.sizes, shares), 1, n)
+        yield from _iter_allocations(limit_rows(n, self.train), limit_rows(m, self.test))
 
 
 @dataclass(frozen=True)
@@ -211,16 +222,23 @@ class Pathological(Partition):
     overlap: bool = True
     classes_per_client: int = 2
 
-    def wants(self, rng, train, test):
-        each, classes = self.classes_per_client, len(train.pools)
-        if each > classes:
+    def allocations(self, rng, train, test):
+        classes_each, classes = self.classes_per_client, len(train.pools)
+        if classes_each > classes:
             raise ValueError(
-                f"data.partition.classes_per_client = {each}: the data set has {classes} classes"
+                f"data.partition.classes_per_client = {classes_each}: the data set has {classes} classes"
             )
         for client in range(self.clients):
-            turn = [(client * each + i) % classes for i in range(each)]
-            for pool in rng.choice(classes, each, replace=False) if self.overlap else turn:
-                yield client, int(pool), train.each // each, test.each // each
+            pools_in_turn = [(client * classes_each + i) % classes for i in range(classes_each)]
+            for pool in (
+                rng.choice(classes, classes_each, replace=False) if self.overlap else pools_in_turn
+            ):
+                yield (
+                    client,
+                    int(pool),
+                    train.per_client // classes_each,
+                    test.per_client // classes_each,
+                )
 
 
 @dataclass(frozen=True)
@@ -246,37 +264,37 @@ class Shares(Partition):
     classes_per_client: int = 2
     validation: float = 0.2
 
-    def wants(self, rng, train, test):
-        each, classes = self.classes_per_client, len(train.pools)
-        if each > classes:
+    def allocations(self, rng, train, test):
+        classes_each, classes = self.classes_per_client, len(train.pools)
+        if classes_each > classes:
             raise ValueError(
-                f"data.partition.classes_per_client = {each}: the data set has {classes} classes"
+                f"data.partition.classes_per_client = {classes_each}: the data set has {classes} classes"
             )
-        places, more = divmod(each * self.clients, classes)
-        left = np.full(classes, places)
-        if more:
-            left[rng.choice(classes, more, replace=False)] += 1
-        parts = [rng.uniform(0.4, 0.6, number) for number in left]
+        clients_per_class, extra = divmod(classes_each * self.clients, classes)
+        free_places = np.full(classes, clients_per_class)
+        if extra:
+            free_places[rng.choice(classes, extra, replace=False)] += 1
+        parts = [rng.uniform(0.4, 0.6, number) for number in free_places]
         parts = [list(part / part.sum()) for part in parts]
         mixes = np.zeros((self.clients, classes))
         for mix in mixes:
-            for _ in range(each):
-                open_ = np.where(mix > 0, 0, left)
-                pool = rng.choice(np.flatnonzero(open_ == open_.max()))
+            for _ in range(classes_each):
+                open_places = np.where(mix > 0, 0, free_places)
+                pool = rng.choice(np.flatnonzero(open_places == open_places.max()))
                 mix[pool] = parts[pool].pop()
-                left[pool] -= 1
+                free_places[pool] -= 1
         n, m = ((mixes * side.sizes).astype(np.int64) for side in (train, test))
-        yield from _entries(limited(n, self.train), limited(m, self.test))
+        yield from _iter_allocations(limit_rows(n, self.train), limit_rows(m, self.test))
 
-    def _side(self, name, y, classes, shuffle):
-        side = super()._side(name, y, classes, shuffle)
+    def _make_pools(self, name, y, classes, shuffle):
+        side = super()._make_pools(name, y, classes, shuffle)
         if name == "test":
             return side
-        kept = np.zeros(len(y), bool)
-        kept[
+        is_training = np.zeros(len(y), bool)
+        is_training[
             RandomState([self.seed, 2]).permutation(len(y))[: round(len(y) * (1 - self.validation))]
         ] = True
-        return side._replace(pools=[pool[kept[pool]] for pool in side.pools])
+        return side._replace(pools=[pool[is_training[pool]] for pool in side.pools])
 
 
 @dataclass(frozen=True)
@@ -285,8 +303,10 @@ class Iid(Partition):
 
     by_class: ClassVar[bool] = False
 
-    def wants(self, rng, train, test):
-        yield from ((client, 0, train.each, test.each) for client in range(self.clients))
+    def allocations(self, rng, train, test):
+        yield from (
+            (client, 0, train.per_client, test.per_client) for client in range(self.clients)
+        )
 
 
 @dataclass(frozen=True)
@@ -302,17 +322,19 @@ class Quantity(Partition):
     minimum: int = 10  # training samples
     by_class: ClassVar[bool] = False
 
-    def wants(self, rng, train, test):
-        shares = _dirichlet(rng, self.alpha, self.clients, 1).T  # [N, 1]
+    def allocations(self, rng, train, test):
+        shares = _draw_dirichlet(rng, self.alpha, self.clients, 1).T  # [N, 1]
         total, total_test = (
             self.clients * getattr(self, s.name) or s.sizes[0] for s in (train, test)
         )
-        n = topped_up(dealt([total], shares), self.minimum, shares)
-        yield from _entries(n, topped_up(dealt([total_test], shares), 1, shares))
+        n = ensure_minimum(split_pools([total], shares), self.minimum, shares)
+        yield from _iter_allocations(
+            n, ensure_minimum(split_pools([total_test], shares), 1, shares)
+        )
 
 
 @dataclass(frozen=True)
-class Given(Partition):
+class GivenSplit(Partition):
     """Each client holds what the data set says it does, in that order; nothing is drawn, so the
     seed does not matter.
     """
@@ -325,7 +347,7 @@ class Given(Partition):
         if self.overlap:
             raise ValueError("overlap = true: a given split is taken as it is; leave it out")
 
-    def wants(self, rng, train, test):
+    def allocations(self, rng, train, test):
         raise AssertionError("nothing is drawn")
 
     def split(self, train_y, test_y, classes, owners=None):
@@ -334,38 +356,47 @@ class Given(Partition):
                 "data.partition.kind = given: this data set has no split; choose another kind, or "
                 "data.dataset = pfllib"
             )
-        if (there := 1 + max(int(side.max()) for side in owners)) != self.clients:
+        if (given_clients := 1 + max(int(side.max()) for side in owners)) != self.clients:
             raise ValueError(
-                f"data.partition.clients = {self.clients}: the given split has {there} clients; "
+                f"data.partition.clients = {self.clients}: the given split has {given_clients} clients; "
                 "say so"
             )
-        rows = [[np.flatnonzero(side == client) for client in range(there)] for side in owners]
+        rows = [
+            [np.flatnonzero(side == client) for client in range(given_clients)] for side in owners
+        ]
         train, test = (
-            tuple(mine[: most or None] for mine in side)
-            for side, most in zip(rows, (self.train, self.test), strict=True)
+            tuple(client_rows[: limit or None] for client_rows in side)
+            for side, limit in zip(rows, (self.train, self.test), strict=True)
         )
-        self._refuse_empty("train", train)
-        self._refuse_empty("test", test)
-        return Split(train, test, _counts(train_y, train, classes), _counts(test_y, test, classes))
+        self._check_nonempty("train", train)
+        self._check_nonempty("test", test)
+        return Split(
+            train,
+            test,
+            _class_counts(train_y, train, classes),
+            _class_counts(test_y, test, classes),
+        )
 
 
-KINDS: dict[str, type[Partition]] = {
+PARTITIONS: dict[str, type[Partition]] = {
     "dirichlet_client": DirichletClient,
     "dirichlet_class": DirichletClass,
     "pathological": Pathological,
     "shares": Shares,
     "iid": Iid,
     "quantity": Quantity,
-    "given": Given,
+    "given": GivenSplit,
 }
 
 
-def _counts(y: np.ndarray, held: tuple[np.ndarray, ...], classes: int) -> np.ndarray:
+def _class_counts(
+    y: np.ndarray, rows_by_client: tuple[np.ndarray, ...], classes: int
+) -> np.ndarray:
     """How many samples of each class each client holds: [N, classes]."""
-    return np.stack([np.bincount(y[rows], minlength=classes) for rows in held])
+    return np.stack([np.bincount(y[rows], minlength=classes) for rows in rows_by_client])
 
 
-def _dirichlet(rng: RandomState, alpha: float, length: int, number: int) -> np.ndarray:
+def _draw_dirichlet(rng: RandomState, alpha: float, length: int, number: int) -> np.ndarray:
     """``number`` draws from the symmetric Dirichlet distribution: [number, length], rows add to 1."""
     with np.errstate(invalid="ignore", divide="ignore"):
         draws = rng.dirichlet(np.repeat(alpha, length), number)
@@ -377,7 +408,7 @@ def _dirichlet(rng: RandomState, alpha: float, length: int, number: int) -> np.n
     return draws
 
 
-def _entries(n: np.ndarray, m: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+def _iter_allocations(n: np.ndarray, m: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
     """The matrices of training and test counts [N, pools] as the entries that ``wants`` yields."""
-    for (client, pool), wanted in np.ndenumerate(n):
-        yield client, pool, int(wanted), int(m[client, pool])
+    for (client, pool), train_samples in np.ndenumerate(n):
+        yield client, pool, int(train_samples), int(m[client, pool])

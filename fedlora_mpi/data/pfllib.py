@@ -19,16 +19,16 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
-from ..core.paths import expanded
+from ..core.paths import expand_home
 
-_ARRAYS = {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
-_ARRAYS |= {("numpy", "ndarray"), ("numpy", "dtype")}
-_NORMAL = 0.5  # mean and standard deviation of PFLlib's Normalize, of every channel
+_ALLOWED_GLOBALS = {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
+_ALLOWED_GLOBALS |= {("numpy", "ndarray"), ("numpy", "dtype")}
+_DEFAULT_MOMENT = 0.5  # mean and standard deviation of PFLlib's Normalize, of every channel
 _NUMBERED = re.compile(r"(0|[1-9][0-9]*)\.npz")
-_OFF = 0.02  # of a step from one byte to the next
+_MAX_ROUNDING = 0.02  # of a step from one byte to the next
 
 
-class Side(NamedTuple):
+class ClientSamples(NamedTuple):
     """The samples of all clients, one client after the other."""
 
     x: np.ndarray  # [M, ch, H, W] uint8
@@ -36,7 +36,7 @@ class Side(NamedTuple):
     owner: np.ndarray  # [M] int64, the client
 
 
-class About(NamedTuple):
+class FolderConfig(NamedTuple):
     """What config.json says, as far as it is read; None where it does not say."""
 
     clients: int | None
@@ -48,8 +48,8 @@ class About(NamedTuple):
 class Folder(NamedTuple):
     """What a folder holds; its files have (x / 255 - mean) / std."""
 
-    train: Side
-    test: Side
+    train: ClientSamples
+    test: ClientSamples
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -62,11 +62,14 @@ def read(root: str | Path, allow_pickle: bool) -> Folder:
     Raises ValueError: no such folder, files that are missing or left over, a pickle that is not
     allowed or holds more than arrays, no images of bytes, classes that do not count from 0.
     """
-    home = expanded(root)
-    about = _read_about(root, home / "config.json")
-    clients = _count_clients(root, home, about.clients)
+    home = expand_home(root)
+    config = _read_config(root, home / "config.json")
+    clients = _count_clients(root, home, config.clients)
     files = {side: [home / side / f"{k}.npz" for k in range(clients)] for side in ("train", "test")}
-    parts = {side: [_client(file, allow_pickle) for file in these] for side, these in files.items()}
+    parts = {
+        side: [_read_client(file, allow_pickle) for file in client_files]
+        for side, client_files in files.items()
+    }
     shapes = [x.shape[1:] for side in parts.values() for x, _ in side]
     if len(set(shapes)) > 1:
         raise ValueError(
@@ -74,128 +77,134 @@ def read(root: str | Path, allow_pickle: bool) -> Folder:
             "must be alike"
         )
     channels = shapes[0][0]
-    mean, std = (given or (_NORMAL,) * channels for given in (about.mean, about.std))
+    mean, std = (moment or (_DEFAULT_MOMENT,) * channels for moment in (config.mean, config.std))
     if {len(mean), len(std)} != {channels}:
         raise ValueError(
             f"root = {root}: config.json has mean and std of {len(mean)} and {len(std)} channels, "
             f"the images have {channels}; correct config.json"
         )
-    sides = [_side(parts[name], files[name], mean, std) for name in ("train", "test")]
-    classes, hints = _count_classes(root, np.concatenate([side.y for side in sides]), about.classes)
+    sides = [_join_clients(parts[name], files[name], mean, std) for name in ("train", "test")]
+    classes, hints = _count_classes(
+        root, np.concatenate([side.y for side in sides]), config.classes
+    )
     return Folder(*sides, classes, mean, std, hints)
 
 
-def _read_about(root: str | Path, file: Path) -> About:
+def _read_config(root: str | Path, file: Path) -> FolderConfig:
     """config.json, which may be missing. Raises ValueError where it says something impossible."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
         raise ValueError(f"root = {root}: {file} is no JSON ({error})") from error
-    found = found if isinstance(found, dict) else {}
-    counts = [found.get(name) for name in ("num_clients", "num_classes")]
+    config = config if isinstance(config, dict) else {}
+    counts = [config.get(name) for name in ("num_clients", "num_classes")]
     for name, value in zip(("num_clients", "num_classes"), counts, strict=True):
         if value is not None and (type(value) is not int or value < 1):
-            have = f"{file} has {name} = {json.dumps(value)}"
-            raise ValueError(f"root = {root}: {have}; it must be a whole number above 0")
-    moments = [found.get(name) for name in ("mean", "std")]
+            problem = f"{file} has {name} = {json.dumps(value)}"
+            raise ValueError(f"root = {root}: {problem}; it must be a whole number above 0")
+    moments = [config.get(name) for name in ("mean", "std")]
     for name, value in zip(("mean", "std"), moments, strict=True):
-        numbers = isinstance(value, list) and all(type(v) in (int, float) for v in value)
-        if value is not None and not numbers:
-            have = f"{file} has {name} = {json.dumps(value)}"
-            raise ValueError(f"root = {root}: {have}; it must list a number per channel")
-    return About(*counts, *(value and tuple(map(float, value)) for value in moments))
+        is_number_list = isinstance(value, list) and all(type(v) in (int, float) for v in value)
+        if value is not None and not is_number_list:
+            problem = f"{file} has {name} = {json.dumps(value)}"
+            raise ValueError(f"root = {root}: {problem}; it must list a number per channel")
+    return FolderConfig(*counts, *(value and tuple(map(float, value)) for value in moments))
 
 
-def _count_clients(root: str | Path, home: Path, told: int | None) -> int:
+def _count_clients(root: str | Path, home: Path, declared: int | None) -> int:
     """How many clients there are.
 
     Raises ValueError unless train/ and test/ both have 0.npz, 1.npz and so on, as many as
     config.json has ``told``: else a client would be lost, or one of another partition taken in.
     """
-    there, others = {}, []
+    numbers_by_side, unnumbered = {}, []
     for side in ("train", "test"):
         names = [file.name for file in (home / side).glob("*.npz") if not file.name.startswith(".")]
         numbered = {name for name in names if _NUMBERED.fullmatch(name)}
-        there[side] = sorted(int(name.removesuffix(".npz")) for name in numbered)
-        others += sorted(f"{side}/{name}" for name in set(names) - numbered)
-    most = max((numbers[-1] + 1 for numbers in there.values() if numbers), default=0)
-    wanted = told or most
-    needed = {*range(wanted or 1)}
-    lacks = ((side, sorted(needed.difference(there[side]))) for side in there)
-    missing = next((f"{side}/{numbers[0]}.npz" for side, numbers in lacks if numbers), None)
-    if not missing and most == wanted and not others:
-        return wanted
-    seen = [f"{side}/ has {_ranges(numbers)}" for side, numbers in there.items()]
-    seen += [f"config.json says num_clients = {told}"] if told else []
-    if others:
-        verb = "is" if len(others) == 1 else "are"
-        seen.append(f"{', '.join(others[:3])} {verb} not numbered as 0.npz, 1.npz ... are")
+        numbers_by_side[side] = sorted(int(name.removesuffix(".npz")) for name in numbered)
+        unnumbered += sorted(f"{side}/{name}" for name in set(names) - numbered)
+    file_count = max(
+        (numbers[-1] + 1 for numbers in numbers_by_side.values() if numbers), default=0
+    )
+    client_count = declared or file_count
+    needed = {*range(client_count or 1)}
+    gaps = ((side, sorted(needed.difference(numbers_by_side[side]))) for side in numbers_by_side)
+    missing = next((f"{side}/{numbers[0]}.npz" for side, numbers in gaps if numbers), None)
+    if not missing and file_count == client_count and not unnumbered:
+        return client_count
+    findings = [
+        f"{side}/ has {_format_ranges(numbers)}" for side, numbers in numbers_by_side.items()
+    ]
+    findings += [f"config.json says num_clients = {declared}"] if declared else []
+    if unnumbered:
+        verb = "is" if len(unnumbered) == 1 else "are"
+        findings.append(f"{', '.join(unnumbered[:3])} {verb} not numbered as 0.npz, 1.npz ... are")
     if missing:
         raise ValueError(
             f"root = {root}: there is no {home / missing}; give a folder dataset/NAME of PFLlib, "
-            f"with train/ and test/ ({'; '.join(seen)}); put back what is missing, or make the "
+            f"with train/ and test/ ({'; '.join(findings)}); put back what is missing, or make the "
             "folder anew"
         )
-    if most > wanted:
+    if file_count > client_count:
         raise ValueError(
-            f"root = {root}: files {_ranges(range(wanted, most))} are left over "
-            f"({'; '.join(seen)}); remove them from train/ and test/ if they are of an earlier "
+            f"root = {root}: files {_format_ranges(range(client_count, file_count))} are left over "
+            f"({'; '.join(findings)}); remove them from train/ and test/ if they are of an earlier "
             "partition, or correct config.json"
         )
-    raise ValueError(f"root = {root}: {'; '.join(seen)}; rename or remove them")
+    raise ValueError(f"root = {root}: {'; '.join(findings)}; rename or remove them")
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def _format_ranges(numbers: Sequence[int]) -> str:
     """ "0 to 2, 5", or "none"."""
-    there = set(numbers)
-    starts, ends = ([k for k in numbers if k + step not in there] for step in (-1, 1))
+    present = set(numbers)
+    starts, ends = ([k for k in numbers if k + step not in present] for step in (-1, 1))
     runs = [str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True)]
     return ", ".join(runs[:5] + ["..."] * (len(runs) > 5)) or "none"
 
 
 def _count_classes(
-    root: str | Path, y: np.ndarray, told: int | None
+    root: str | Path, y: np.ndarray, declared: int | None
 ) -> tuple[int, tuple[str, ...]]:
     """How many classes there are, and a line when some have no sample.
 
     Raises ValueError when labels seem to count from 1, or exceed what config.json has ``told``.
     """
     seen = sorted(map(int, np.unique(y)))
-    says = "" if told is None else f", and config.json says num_classes = {told}"
+    declaration = "" if declared is None else f", and config.json says num_classes = {declared}"
     if not seen:
         raise ValueError(f"root = {root}: holds no sample")
-    if seen[0] > 0 and (told is None or seen[-1] >= told):
+    if seen[0] > 0 and (declared is None or seen[-1] >= declared):
         raise ValueError(
-            f"root = {root}: classes are {_ranges(seen)}{says}; classes count from 0: lower each y, or "
+            f"root = {root}: classes are {_format_ranges(seen)}{declaration}; classes count from 0: lower each y, or "
             f'say "num_classes": {seen[-1] + 1} in config.json if class 0 merely has no sample'
         )
-    if told is not None and seen[-1] >= told:
+    if declared is not None and seen[-1] >= declared:
         raise ValueError(
-            f"root = {root}: classes are {_ranges(seen)}{says}; correct config.json, or the "
-            f"classes beyond {told - 1}"
+            f"root = {root}: classes are {_format_ranges(seen)}{declaration}; correct config.json, or the "
+            f"classes beyond {declared - 1}"
         )
-    classes = told or seen[-1] + 1
+    classes = declared or seen[-1] + 1
     empty = [c for c in range(classes) if c not in set(seen)]
-    if told is None and empty:
-        which = f"classes {_ranges(empty)} of {classes} have no sample"
+    if declared is None and empty:
+        which = f"classes {_format_ranges(empty)} of {classes} have no sample"
         return classes, (f"data.root = {root}: {which}",)
     return classes, ()
 
 
-def _client(file: Path, allow_pickle: bool) -> tuple[np.ndarray, np.ndarray]:
+def _read_client(file: Path, allow_pickle: bool) -> tuple[np.ndarray, np.ndarray]:
     """(x [n, ch, H, W], y [n]) of a file."""
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
             if {"x.npy", "y.npy"} <= set(names):
-                x, y = (_array(archive.open(f"{name}.npy"), False) for name in "xy")
+                x, y = (_read_array(archive.open(f"{name}.npy"), False) for name in "xy")
             elif "data.npy" in names:
-                found = _array(archive.open("data.npy"), allow_pickle)
-                found = found.item() if found.shape == () else None
-                x, y = (np.asarray(found[name]) for name in "xy")
+                content = _read_array(archive.open("data.npy"), allow_pickle)
+                content = content.item() if content.shape == () else None
+                x, y = (np.asarray(content[name]) for name in "xy")
             else:
                 raise KeyError(f"it has {', '.join(names) or 'nothing'}, not data.npy")
-    except _NotAllowed:
+    except _PickleNotAllowed:
         raise ValueError(
             f"allow_pickle = false: {file} is a pickle, as PFLlib writes it, and a pickle may run "
             "anything; set allow_pickle to true if you trust it (arrays and dicts alone are then "
@@ -220,7 +229,7 @@ def _client(file: Path, allow_pickle: bool) -> tuple[np.ndarray, np.ndarray]:
     return x, y.astype(np.int64)
 
 
-class _NotAllowed(Exception):
+class _PickleNotAllowed(Exception):
     """A pickle that the user has not allowed."""
 
 
@@ -228,40 +237,42 @@ class _Unpickler(pickle.Unpickler):
     """Makes numpy arrays and plain containers, and refuses the name of anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ARRAYS:
+        if (module, name) not in _ALLOWED_GLOBALS:
             raise pickle.UnpicklingError(
                 f"it names {module}.{name}; only numpy arrays and dicts are made"
             )
         return super().find_class(module, name)
 
 
-def _array(file: IO[bytes], allow_pickle: bool) -> np.ndarray:
+def _read_array(file: IO[bytes], allow_pickle: bool) -> np.ndarray:
     """One array of an npz file."""
     version = npy.read_magic(file)
     header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
     shape, fortran, dtype = header(file)
     if dtype.hasobject:
         if not allow_pickle:
-            raise _NotAllowed
+            raise _PickleNotAllowed
         return _Unpickler(file).load()
     array = np.frombuffer(file.read(), dtype)
     return array.reshape(shape, order="F" if fortran else "C")
 
 
-def _side(
+def _join_clients(
     parts: list[tuple[np.ndarray, np.ndarray]], files: list[Path], mean: tuple, std: tuple
-) -> Side:
+) -> ClientSamples:
     """All clients one after the other."""
-    x = [_bytes(x, mean, std, file) for (x, _), file in zip(parts, files, strict=True)]
+    x = [_recover_bytes(x, mean, std, file) for (x, _), file in zip(parts, files, strict=True)]
     y = np.concatenate([y for _, y in parts])
     if len(y) and y.min() < 0:
         raise ValueError(
             f"root = {files[0].parents[1]}: a class is {y.min()}; classes count from 0"
         )
-    return Side(np.concatenate(x), y, np.repeat(np.arange(len(parts)), [len(y) for _, y in parts]))
+    return ClientSamples(
+        np.concatenate(x), y, np.repeat(np.arange(len(parts)), [len(y) for _, y in parts])
+    )
 
 
-def _bytes(x: np.ndarray, mean: tuple, std: tuple, file: Path) -> np.ndarray:
+def _recover_bytes(x: np.ndarray, mean: tuple, std: tuple, file: Path) -> np.ndarray:
     """The bytes that (byte / 255 - mean) / std makes these numbers of; the network is to see the
     same.
     """
@@ -269,12 +280,12 @@ def _bytes(x: np.ndarray, mean: tuple, std: tuple, file: Path) -> np.ndarray:
         return x
     shape = (1, -1, 1, 1)
     level = (x.astype(np.float64) * np.reshape(std, shape) + np.reshape(mean, shape)) * 255
-    found = np.rint(level)
+    pixels = np.rint(level)
     if x.size and not (
-        np.abs(level - found).max() < _OFF and found.min() >= 0 and found.max() <= 255
+        np.abs(level - pixels).max() < _MAX_ROUNDING and pixels.min() >= 0 and pixels.max() <= 255
     ):
         raise ValueError(
             f"root = {file.parents[1]}: x of {file} are no bytes normalised with mean {mean[0]:g} and standard deviation "
             f'{std[0]:g}; only such images are read (others: "mean" and "std" of each channel in config.json)'
         )
-    return found.astype(np.uint8)
+    return pixels.astype(np.uint8)

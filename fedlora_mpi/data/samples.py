@@ -15,20 +15,20 @@ class Samples(NamedTuple):
     y: Tensor  # [M] int64
 
 
-class Labelled(NamedTuple):
+class LabelledTexts(NamedTuple):
     """Texts and their classes."""
 
     texts: list[str]
     y: list[int]
 
 
-class Reading(NamedTuple):
+class RawData(NamedTuple):
     """Both sides of a data set, its classes, and what the user should know about the files."""
 
-    train: Samples | Labelled
-    test: Samples | Labelled
+    train: Samples | LabelledTexts
+    test: Samples | LabelledTexts
     classes: int
-    names: tuple[str, ...] = ()  # of the classes, where they have any
+    class_names: tuple[str, ...] = ()  # of the classes, where they have any
     hints: tuple[str, ...] = ()  # a line each, "key = value: what was seen"
 
 

@@ -28,7 +28,9 @@ class Tasks:
     def __post_init__(self) -> None:
         bounded(self, classes="[1, inf)", rounds="[1, inf)")
 
-    def splits(self, split: Split, train_y: np.ndarray, test_y: np.ndarray) -> tuple[Split, ...]:
+    def split_by_task(
+        self, split: Split, train_y: np.ndarray, test_y: np.ndarray
+    ) -> tuple[Split, ...]:
         """What of ``split`` there is in each task: training samples of its classes, test samples of
         all so far.
 
@@ -39,14 +41,14 @@ class Tasks:
         classes = split.train_counts.shape[1]
         if self.classes > classes:
             raise ValueError(f"tasks.classes = {self.classes}: the data set has {classes} classes")
-        return tuple(self._splits(split, train_y, test_y, classes))
+        return tuple(self._iter_task_splits(split, train_y, test_y, classes))
 
-    def _splits(
+    def _iter_task_splits(
         self, split: Split, train_y: np.ndarray, test_y: np.ndarray, classes: int
     ) -> Iterator[Split]:
         for task, first in enumerate(range(0, classes, self.classes)):
             last = min(first + self.classes, classes)
-            train, train_counts = _only(
+            train, train_counts = _select_classes(
                 range(first, last), train_y, split.train, split.train_counts
             )
             if not train_counts.any():
@@ -55,15 +57,15 @@ class Tasks:
                     f"tasks.classes = {self.classes}: no client holds a training sample of task "
                     f"{task} ({which}); choose more classes or another partition"
                 )
-            test, test_counts = _only(range(last), test_y, split.test, split.test_counts)
+            test, test_counts = _select_classes(range(last), test_y, split.test, split.test_counts)
             yield Split(train, test, train_counts, test_counts)
 
 
-def _only(
-    classes: range, y: np.ndarray, held: Sequence[np.ndarray], counts: np.ndarray
+def _select_classes(
+    classes: range, y: np.ndarray, rows_by_client: Sequence[np.ndarray], counts: np.ndarray
 ) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """The samples of these classes that each client holds, in its order, and their ``counts`` [N,
     classes].
     """
-    wanted = np.isin(np.arange(counts.shape[1]), classes)
-    return tuple(rows[wanted[y[rows]]] for rows in held), counts * wanted
+    is_selected = np.isin(np.arange(counts.shape[1]), classes)
+    return tuple(rows[is_selected[y[rows]]] for rows in rows_by_client), counts * is_selected

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.bounds import bounded
-from ..core.paths import expanded
+from ..core.paths import expand_home
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -56,7 +56,7 @@ class Vocabulary:
     json: str
 
     @classmethod
-    def of(cls, texts: Sequence[str], settings: Text) -> "Vocabulary":
+    def from_texts(cls, texts: Sequence[str], settings: Text) -> "Vocabulary":
         """That of ``texts``: a pure function of them.
 
         A text becomes its words and its runs of punctuation in lower case, under Unicode's
@@ -64,55 +64,60 @@ class Vocabulary:
         frequency, those equally frequent in alphabetical order. Raises ValueError when the library
         is not installed.
         """
-        library = _tokenizers()
-        seen = _blank(library, {})
+        library = _import_tokenizers()
+        trained = _word_level_tokenizer(library, {})
         trainer = library.trainers.WordLevelTrainer(
             vocab_size=settings.vocabulary, special_tokens=list(_SPECIAL), show_progress=False
         )
-        seen.train_from_iterator(texts, trainer)
+        trained.train_from_iterator(texts, trainer)
         # Anew, or "[PAD]" in a text would be taken for padding.
-        tokenizer = _blank(library, seen.get_vocab())
+        tokenizer = _word_level_tokenizer(library, trained.get_vocab())
         tokenizer.enable_truncation(settings.length)
         tokenizer.enable_padding(length=settings.length, pad_id=0, pad_token=_SPECIAL[0])
         return cls(tokenizer.to_str())
 
     @classmethod
-    def given(cls, settings: Text) -> "Vocabulary":
+    def from_tokenizer(cls, settings: Text) -> "Vocabulary":
         """That of the file ``settings.tokenizer``, with its numbers and its special tokens.
 
         Padding is what the file pads with, else its token [PAD] or <pad>. Raises ValueError when
         there is none, or the file is none, or its special tokens alone fill a text.
         """
-        library, where = _tokenizers(), f"text.tokenizer = {settings.tokenizer}"
-        path = expanded(settings.tokenizer)
+        library, setting = _import_tokenizers(), f"text.tokenizer = {settings.tokenizer}"
+        path = expand_home(settings.tokenizer)
         path = path / "tokenizer.json" if path.is_dir() else path
         try:
             tokenizer = library.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(
-                f"{where}: {path} cannot be read ({error.strerror}); give a tokenizer.json"
+                f"{setting}: {path} cannot be read ({error.strerror}); give a tokenizer.json"
             ) from error
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(
-                f"{where}: {path} is no tokenizer.json ({' '.join(str(error).split())})"
+                f"{setting}: {path} is no tokenizer.json ({' '.join(str(error).split())})"
             ) from error
-        named = next((name for name in _PADDING if tokenizer.token_to_id(name) is not None), None)
-        if not tokenizer.padding and named is None:
+        padding_token = next(
+            (name for name in _PADDING if tokenizer.token_to_id(name) is not None), None
+        )
+        if not tokenizer.padding and padding_token is None:
             raise ValueError(
-                f"{where}: has no token for padding; there is neither {' nor '.join(_PADDING)}"
+                f"{setting}: has no token for padding; there is neither {' nor '.join(_PADDING)}"
             )
-        if settings.length <= (special := tokenizer.num_special_tokens_to_add(False)):
-            needed = f"must be more than the {special} special tokens of every text"
+        if settings.length <= (special_count := tokenizer.num_special_tokens_to_add(False)):
+            needed = f"must be more than the {special_count} special tokens of every text"
             raise ValueError(f"text.length = {settings.length}: {needed}")
-        pads = tokenizer.padding or {"pad_id": tokenizer.token_to_id(named), "pad_token": named}
-        cuts = tokenizer.truncation or {}
-        kept = {
-            key: pads[key]
-            for key in ("direction", "pad_id", "pad_type_id", "pad_token")
-            if key in pads
+        padding = tokenizer.padding or {
+            "pad_id": tokenizer.token_to_id(padding_token),
+            "pad_token": padding_token,
         }
-        tokenizer.enable_truncation(settings.length, direction=cuts.get("direction", "right"))
-        tokenizer.enable_padding(length=settings.length, **kept)
+        truncation = tokenizer.truncation or {}
+        padding_options = {
+            key: padding[key]
+            for key in ("direction", "pad_id", "pad_type_id", "pad_token")
+            if key in padding
+        }
+        tokenizer.enable_truncation(settings.length, direction=truncation.get("direction", "right"))
+        tokenizer.enable_padding(length=settings.length, **padding_options)
         return cls(tokenizer.to_str())
 
     @cached_property
@@ -134,8 +139,8 @@ class Vocabulary:
         """The first L numbers of each text, [M, L] int32; padding behind its end."""
         ids = np.zeros((len(texts), self.length), np.int32)
         for first in range(0, len(texts), _CHUNK):
-            found = self.tokenizer.encode_batch_fast(list(texts[first : first + _CHUNK]))
-            ids[first : first + len(found)] = [text.ids for text in found]
+            encodings = self.tokenizer.encode_batch_fast(list(texts[first : first + _CHUNK]))
+            ids[first : first + len(encodings)] = [text.ids for text in encodings]
         return torch.from_numpy(ids)
 
     def digest(self) -> str:
@@ -145,10 +150,10 @@ class Vocabulary:
     @cached_property
     def tokenizer(self) -> "Tokenizer":
         """The library's object."""
-        return _tokenizers().Tokenizer.from_str(self.json)
+        return _import_tokenizers().Tokenizer.from_str(self.json)
 
 
-def _blank(library, words: dict[str, int]) -> "Tokenizer":
+def _word_level_tokenizer(library, words: dict[str, int]) -> "Tokenizer":
     """A tokenizer with these words."""
     tokenizer = library.Tokenizer(library.models.WordLevel(words, unk_token=_SPECIAL[1]))
     tokenizer.normalizer = library.normalizers.Sequence(
@@ -158,7 +163,7 @@ def _blank(library, words: dict[str, int]) -> "Tokenizer":
     return tokenizer
 
 
-def _tokenizers():
+def _import_tokenizers():
     """The library, with the parts that are used."""
     try:
         import tokenizers

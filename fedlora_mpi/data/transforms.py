@@ -11,12 +11,12 @@ import torch
 from torch import Generator, Tensor
 
 PAD = 4  # pixels of black border from which torchvision's RandomCrop(size, padding=4) cuts
-DEGREES = 15.0  # of RandomRotation(15)
-AREA, RATIO = (0.04, 0.2), (0.5, 2.0)  # of RandomErasing(scale=AREA, ratio=RATIO)
+MAX_DEGREES = 15.0  # of RandomRotation(15)
+ERASE_AREA, ERASE_RATIO = (0.04, 0.2), (0.5, 2.0)  # of RandomErasing(scale=AREA, ratio=RATIO)
 _ATTEMPTS = 10  # of RandomErasing to find a rectangle that is smaller than the image
 
 
-def draw(
+def draw_parameters(
     names: Iterable[str], number: int, rng: Generator, size: Sequence[int]
 ) -> dict[str, Tensor]:
     """Parameters of ``number`` samples for the named transforms, distributed as torchvision draws
@@ -30,15 +30,15 @@ def draw(
     drawn = {
         "crop": torch.randint(-PAD, PAD + 1, (number, 2), generator=rng),
         "flip": torch.rand(number, generator=rng) < 0.5,
-        "rotate": (2 * torch.rand(number, generator=rng) - 1) * DEGREES,
+        "rotate": (2 * torch.rand(number, generator=rng) - 1) * MAX_DEGREES,
     }
     drawn["crop_mean"] = drawn["crop"]
     if "erase" in names:
-        drawn["erase"] = _rectangles(number, rng, *size)
+        drawn["erase"] = _draw_rectangles(number, rng, *size)
     return {name: drawn[name] for name in names}
 
 
-def _rectangles(number: int, rng: Generator, height: int, width: int) -> Tensor:
+def _draw_rectangles(number: int, rng: Generator, height: int, width: int) -> Tensor:
     """[number, 4] top, left, height, width: RandomErasing's first attempt that fits; 0, 0 high or
     wide else.
     """
@@ -46,8 +46,8 @@ def _rectangles(number: int, rng: Generator, height: int, width: int) -> Tensor:
     def uniform(low, high):
         return low + (high - low) * torch.rand(number, _ATTEMPTS, generator=rng)
 
-    area = height * width * uniform(*AREA)
-    aspect = uniform(*map(math.log, RATIO)).exp()
+    area = height * width * uniform(*ERASE_AREA)
+    aspect = uniform(*map(math.log, ERASE_RATIO)).exp()
     # [number, attempts, 2]
     sides = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], 2).round().long()
     full = torch.tensor([height, width])
@@ -55,8 +55,8 @@ def _rectangles(number: int, rng: Generator, height: int, width: int) -> Tensor:
     first = fits.int().argmax(1)
     side = sides[torch.arange(number), first]
     corner = (torch.rand(number, 2, generator=rng) * (full - side + 1)).long().minimum(full - side)
-    happens = (torch.rand(number, generator=rng) < 0.5) & fits.any(1)
-    return torch.cat([corner, side * happens[:, None]], 1)
+    is_erased = (torch.rand(number, generator=rng) < 0.5) & fits.any(1)
+    return torch.cat([corner, side * is_erased[:, None]], 1)
 
 
 def warp(x: Tensor, **parameters: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -68,13 +68,13 @@ def warp(x: Tensor, **parameters: Tensor) -> tuple[Tensor, Tensor | None]:
     ``crop_mean`` show the mean colour, which has the value 0 after normalisation; None without
     these two. Pixels are those of torchvision's functions with nearest-neighbour interpolation.
     """
-    hiding = {"erase", "crop_mean"} & parameters.keys()
-    pixel, inside, shown = _sources(x.shape, x.device, **parameters)
+    hiding_transforms = {"erase", "crop_mean"} & parameters.keys()
+    pixel, inside, visible = _source_pixels(x.shape, x.device, **parameters)
     moved = x.reshape(-1, x.shape[3]).index_select(0, pixel.flatten()).view(x.shape)
-    return moved * inside[..., None], shown.expand(pixel.shape) if hiding else None
+    return moved * inside[..., None], visible.expand(pixel.shape) if hiding_transforms else None
 
 
-def _sources(
+def _source_pixels(
     shape: Sequence[int],
     device: torch.device,
     *,
@@ -91,31 +91,31 @@ def _sources(
     batch, height, width, _ = shape
     row = torch.arange(height, device=device)[None, :, None]
     col = torch.arange(width, device=device)[None, None, :]
-    inside = shown = torch.ones((), dtype=torch.bool, device=device)
+    inside = visible = torch.ones((), dtype=torch.bool, device=device)
     # From here on row and col [B, H, W] say where a pixel of the result comes from: last transform
     # first.
     if rotate is not None:
-        row, col = _turned(row, col, rotate, height, width)
-        inside = _within(row, height) & _within(col, width)
+        row, col = _rotate_pixels(row, col, rotate, height, width)
+        inside = _is_within(row, height) & _is_within(col, width)
     if flip is not None:
         col = torch.where(flip[:, None, None], width - 1 - col, col)
     if crop is not None:
         row, col = row + crop[:, 0, None, None], col + crop[:, 1, None, None]
-        inside = inside & _within(row, height) & _within(col, width)
+        inside = inside & _is_within(row, height) & _is_within(col, width)
     if crop_mean is not None:
         row, col = row + crop_mean[:, 0, None, None], col + crop_mean[:, 1, None, None]
-        shown = shown & _within(row, height) & _within(col, width)
+        visible = visible & _is_within(row, height) & _is_within(col, width)
     if erase is not None:
         top, left, high, wide = erase[:, :, None, None].unbind(1)
-        shown = shown & ~(_within(row - top, high) & _within(col - left, wide))
+        visible = visible & ~(_is_within(row - top, high) & _is_within(col - left, wide))
     if turn is not None:
-        row, col = _turned(row, col, turn, height, width)
+        row, col = _rotate_pixels(row, col, turn, height, width)
     image = torch.arange(batch, device=device)[:, None, None] * (height * width)
     pixel = image + row.clamp(0, height - 1) * width + col.clamp(0, width - 1)  # [B, H, W]
-    return pixel, inside, shown
+    return pixel, inside, visible
 
 
-def _turned(
+def _rotate_pixels(
     row: Tensor, col: Tensor, degrees: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor]:
     """Nearest pixel from which a counter-clockwise rotation about the centre takes (row, col)."""
@@ -126,5 +126,5 @@ def _turned(
     return from_y.round().long(), from_x.round().long()
 
 
-def _within(index: Tensor, size: int | Tensor) -> Tensor:
+def _is_within(index: Tensor, size: int | Tensor) -> Tensor:
     return (index >= 0) & (index < size)

@@ -13,9 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..core.paths import expanded
-from ..core.units import size
-from ..mpi.launch import expected_ranks, function, has_leftovers, mpirun
+from ..core.paths import expand_home
+from ..core.units import format_bytes
+from ..mpi.launch import expected_ranks, find_mpirun, function_command, has_leftovers
 from .finding import Case, Check, Finding, ended
 
 LIBRARIES = ("torch", "torchvision", "numpy", "h5py", "mpi4py", "PyYAML")
@@ -60,7 +60,7 @@ def facts(case: Case) -> dict[str, Any]:
     from .. import config as configs
 
     read = (configs.recorded if recorded(case) else configs.read)(Path(case.source), case.overrides)
-    folder = case.folder if recorded(case) else str(expanded(read.output))
+    folder = case.folder if recorded(case) else str(expand_home(read.output))
     return {
         "source": case.source,
         "folder": folder,
@@ -70,7 +70,7 @@ def facts(case: Case) -> dict[str, Any]:
 
 
 def _launch(case: Case) -> Finding:
-    launcher = mpirun()
+    launcher = find_mpirun()
     if launcher is None:
         return Finding(
             "failure",
@@ -124,7 +124,7 @@ def _ulfm(case: Case) -> Finding:
         "a run ends when a worker dies, and resumes; Open MPI 5 or newer has ULFM: pip install "
         "'fedlora-mpi[mpi]'"
     )
-    launcher = mpirun()
+    launcher = find_mpirun()
     if launcher is None:
         return Finding("warning", "no mpirun, so no ULFM", missing)
     _, out, _ = ended(_ranks(launcher, "lose_one", "--with-ft", "ulfm"), CHECKS["ULFM"].limit - 10)
@@ -212,24 +212,24 @@ def _space(case: Case) -> Finding:
     free = shutil.disk_usage(_there(case.folder)).free
     if not case.source:
         level = "ok" if free >= _LITTLE else "warning"
-        text = f"{size(free)} free in {_there(case.folder)}"
+        text = f"{format_bytes(free)} free in {_there(case.folder)}"
         return Finding(level, text, "" if level == "ok" else CHECKS["space"].remedy)
     from .. import config as configs
     from ..mpi.comm import Solo
-    from ..plan import storage
+    from ..plan import storage_bytes
     from ..run.assembly import build
 
     read = configs.read(case.source, case.overrides)
-    need = storage(build(read, case.source, Solo()))
+    need = storage_bytes(build(read, case.source, Solo()))
     level = "failure" if need > free else "warning" if 2 * need > free else "ok"
-    text = f"{size(free)} free in {_there(case.folder)}, the run needs {size(need)}"
+    text = f"{format_bytes(free)} free in {_there(case.folder)}, the run needs {format_bytes(need)}"
     return Finding(level, text, "" if level == "ok" else CHECKS["space"].remedy)
 
 
 def _torchvision(case: Case) -> Finding:
-    from ..core.vision import torchvision
+    from ..core.vision import import_torchvision
 
-    module = torchvision()
+    module = import_torchvision()
     assert module.models.resnet18, module.datasets.CIFAR10
     return Finding("ok", f"{module.__version__} imports; its models and data sets are there")
 
@@ -278,7 +278,7 @@ CHECKS = {
 
 
 def _ranks(launcher: str, name: str, *options: str) -> list[str]:
-    return [launcher, *options, "-n", "2", *function(f"{__package__}.mpi_probe", name)]
+    return [launcher, *options, "-n", "2", *function_command(f"{__package__}.mpi_probe", name)]
 
 
 def _numbers(text: str) -> tuple[int, ...]:

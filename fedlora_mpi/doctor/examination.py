@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.escapes import one_line
-from ..mpi.launch import function
+from ..core.escapes import escape_line
+from ..mpi.launch import function_command
 from .checks import CHECKS, facts, recorded
 from .finding import Case, Finding, ended
 
@@ -28,7 +28,7 @@ def examine(
         text = f"{found.level:<8} {name:<12} {found.text}" + (
             f"; {found.remedy}" if found.remedy else ""
         )
-        say(one_line(" ".join(text.splitlines())))
+        say(escape_line(" ".join(text.splitlines())))
 
     if target is not None:
         source = target / "config.yaml" if target.is_dir() else target
@@ -49,7 +49,7 @@ def examine(
 def _asked(name: str, case: Case) -> tuple[Finding, dict[str, Any]]:
     """What the check finds, in a process of its own; and what the config says."""
     check = CHECKS[name]
-    line = [*function(__name__, "answer"), name, json.dumps(case)]
+    line = [*function_command(__name__, "answer"), name, json.dumps(case)]
     code, out, err = ended(line, check.limit)
     if code is None:
         return Finding("failure", f"no answer within {check.limit:g} s", check.remedy), {}

@@ -20,17 +20,17 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 # graphs that are kept; a loss that is another one in every round is compiled anew in every round
-_AT_MOST = 64
+_MAX_GRAPHS = 64
 
 
-def compiler() -> str | None:
+def find_compiler() -> str | None:
     """The C++ compiler, which torch needs on a CPU; None where there is none."""
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
 def need_compiler() -> None:
     """Raise ValueError where there is no C++ compiler."""
-    if compiler() is None:
+    if find_compiler() is None:
         name = os.environ.get("CXX", "g++")
         raise ValueError(
             f"compile = true: there is no C++ compiler {name}; install one, set CXX, or compile: "
@@ -38,14 +38,14 @@ def need_compiler() -> None:
         )
 
 
-class Compiled:
+class StepCompiler:
     """The compiled functions of a trainer; filled as steps are met."""
 
     def __init__(self) -> None:
         # with what the key knows by its id, so that it lives on
-        self._known: dict[tuple, tuple[Callable, list[Any]]] = {}
+        self._graphs: dict[tuple, tuple[Callable, list[Any]]] = {}
 
-    def of(self, step: Callable, told: tuple, *fixed: Any) -> Callable:
+    def compile_step(self, step: Callable, identity: tuple, *fixed_args: Any) -> Callable:
         """``step(*fixed, ...)`` as a function of what is left, which may write to the tensors in
         ``fixed``.
 
@@ -53,31 +53,37 @@ class Compiled:
         it count by their code and by what they hold. Tensors in ``fixed`` are given to the graph,
         all else is part of it.
         """
-        held: list[Any] = []
-        own, (tensors, layout) = known_as(told, held), parted(fixed)
+        kept_alive: list[Any] = []
+        step_key, (fixed_tensors, fixed_layout) = (
+            identity_key(identity, kept_alive),
+            split_tensors(fixed_args),
+        )
 
-        def play(*more: Any) -> Any:
-            others, given = parted(more)
-            key = own, layout, given
-            if key not in self._known:
+        def run_compiled(*args: Any) -> Any:
+            arg_tensors, arg_layout = split_tensors(args)
+            key = step_key, fixed_layout, arg_layout
+            if key not in self._graphs:
                 # never the step as it is: its last bits would depend on the ranks
-                make_room(self._known, _AT_MOST)
-                self._known[key] = _made(step, (*fixed, *more), tensors + others), held
+                evict_oldest(self._graphs, _MAX_GRAPHS)
+                self._graphs[key] = (
+                    _compile_step(step, (*fixed_args, *args), fixed_tensors + arg_tensors),
+                    kept_alive,
+                )
             with torch.no_grad():
-                return self._known[key][0](*tensors, *others)
+                return self._graphs[key][0](*fixed_tensors, *arg_tensors)
 
-        return play
+        return run_compiled
 
 
-def make_room(known: dict, most: int) -> None:
+def evict_oldest(cache: dict, max_size: int) -> None:
     """Drop the oldest where there are ``most``."""
-    if len(known) >= most:
-        del known[next(iter(known))]
+    if len(cache) >= max_size:
+        del cache[next(iter(cache))]
 
 
-def parted(given: tuple) -> tuple[list[Tensor], tuple]:
+def split_tensors(values: tuple) -> tuple[list[Tensor], tuple]:
     """(the tensors in ``given``, what else there is to know of it)."""
-    flat, spec = pytree.tree_flatten(given)
+    flat, spec = pytree.tree_flatten(values)
     tensors = [leaf.detach() for leaf in flat if isinstance(leaf, Tensor)]
     layout = tuple((v.shape, v.stride(), v.dtype, v.device) for v in tensors)
     return tensors, (
@@ -87,43 +93,47 @@ def parted(given: tuple) -> tuple[list[Tensor], tuple]:
     )
 
 
-def _made(step: Callable, given: tuple, tensors: Sequence[Tensor]) -> Callable:
+def _compile_step(step: Callable, args: tuple, tensors: Sequence[Tensor]) -> Callable:
     """``step(*given)`` as a compiled function of the tensors in ``given``."""
-    flat, spec = pytree.tree_flatten(given)
+    flat, spec = pytree.tree_flatten(args)
 
-    def whole(*tensors: Tensor) -> Any:
-        left = iter(tensors)
+    def step_of_tensors(*tensors: Tensor) -> Any:
+        remaining = iter(tensors)
         return step(
-            *pytree.tree_unflatten([next(left) if isinstance(v, Tensor) else v for v in flat], spec)
+            *pytree.tree_unflatten(
+                [next(remaining) if isinstance(v, Tensor) else v for v in flat], spec
+            )
         )
 
-    graph = make_fx(whole)(*map(_copied, tensors))  # on copies: the trace is a step, too
+    graph = make_fx(step_of_tensors)(
+        *map(_clone_strided, tensors)
+    )  # on copies: the trace is a step, too
     return torch.compile(graph, fullgraph=True, dynamic=False)
 
 
-def _copied(v: Tensor) -> Tensor:
+def _clone_strided(v: Tensor) -> Tensor:
     """A copy in the same layout; ``v`` where it repeats its numbers, for then no step writes to it."""
     if 0 in (stride for stride, length in zip(v.stride(), v.shape, strict=True) if length > 1):
         return v
     return torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device).copy_(v)
 
 
-def known_as(value: Any, held: list[Any]) -> Any:
+def identity_key(value: Any, kept_alive: list[Any]) -> Any:
     """Something hashable, equal for values that compute the same; ``held`` takes what it knows by
     its id.
     """
-    known = partial(known_as, held=held)
+    key_of = partial(identity_key, kept_alive=kept_alive)
     if isinstance(value, FunctionType):
-        cells = tuple(known(cell.cell_contents) for cell in value.__closure__ or ())
-        return value.__code__, cells, known(value.__defaults__), known(value.__kwdefaults__)
+        cells = tuple(key_of(cell.cell_contents) for cell in value.__closure__ or ())
+        return value.__code__, cells, key_of(value.__defaults__), key_of(value.__kwdefaults__)
     if isinstance(value, MethodType):
-        return known(value.__func__), known(value.__self__)
+        return key_of(value.__func__), key_of(value.__self__)
     if isinstance(value, partial):
-        return known(value.func), known(value.args), known(value.keywords)
+        return key_of(value.func), key_of(value.args), key_of(value.keywords)
     if isinstance(value, dict):
-        return tuple((name, known(v)) for name, v in value.items())
+        return tuple((name, key_of(v)) for name, v in value.items())
     if isinstance(value, tuple | list):
-        return type(value), tuple(map(known, value))
+        return type(value), tuple(map(key_of, value))
     if not isinstance(value, Tensor):
         try:
             hash(value)
@@ -131,7 +141,7 @@ def known_as(value: Any, held: list[Any]) -> Any:
         except TypeError:
             if is_dataclass(value):  # such as a model in evaluation mode, made anew in every round
                 return type(value), tuple(
-                    known(getattr(value, field.name)) for field in fields(value)
+                    key_of(getattr(value, field.name)) for field in fields(value)
                 )
-    held.append(value)
+    kept_alive.append(value)
     return id(value)

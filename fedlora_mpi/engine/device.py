@@ -6,17 +6,17 @@ import ctypes.util
 import torch
 
 from ..models.network import Model
-from .memory import fitting
+from .memory import stack_capacity
 from .settings import Engine
 
 # FLOP of one client's forward pass over one batch; measured: benchmarks/paths.py
-_STACK_BELOW = 8e6
+_STACK_MAX_FLOP = 8e6
 # clients; of 50 the step is a fifth faster, and half as many workers have something to do
-_STACK_OF = 25
+_STACK_SIZE = 25
 _MALLOPT = {-1: 2**30, -2: 2**26, -3: 2**25}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, bytes
 
 
-def keep_memory() -> None:
+def retain_freed_memory() -> None:
     """Tell glibc not to give freed memory back between steps: page faults cost a CPU step up to a
     third of its time. Elsewhere than on glibc nothing happens."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -25,7 +25,7 @@ def keep_memory() -> None:
             mallopt(option, value)
 
 
-def bind(engine: Engine, worker: int | None) -> torch.device:
+def select_device(engine: Engine, worker: int | None) -> torch.device:
     """The device of the ``worker``-th worker of this node (None: a rank that hosts no client).
 
     GPUs are dealt in turn, among those that CUDA_VISIBLE_DEVICES leaves. Raises ValueError when
@@ -44,7 +44,7 @@ def bind(engine: Engine, worker: int | None) -> torch.device:
     return device
 
 
-def memory_of(device: torch.device, workers: int) -> int:
+def memory_per_worker(device: torch.device, workers: int) -> int:
     """Bytes of a GPU for each of the ``workers`` of this node; 0 of a CPU."""
     if device.type != "cuda":
         return 0
@@ -53,7 +53,7 @@ def memory_of(device: torch.device, workers: int) -> int:
     )
 
 
-def decide(
+def choose_path(
     engine: Engine, device: str, model: Model, batch_size: int, cohort: int, memory: int = 0
 ) -> tuple[str, int]:
     """(path, group size) for ``auto``, before any trial of them; a pure function of the workload
@@ -65,14 +65,14 @@ def decide(
     """
     path = engine.path
     if path == "auto":
-        small = model.flops * batch_size < _STACK_BELOW
+        small = model.flops * batch_size < _STACK_MAX_FLOP
         path = "stack" if small or device == "cuda" else "loop"
     size = engine.group_size
     if size == "auto":
-        most = (
-            fitting(model, batch_size, memory)
+        max_stack = (
+            stack_capacity(model, batch_size, memory)
             if device == "cuda" and memory and path == "stack"
-            else _STACK_OF
+            else _STACK_SIZE
         )
-        size = 1 if path == "loop" else max(1, min(most, -(-cohort // 2)))
+        size = 1 if path == "loop" else max(1, min(max_stack, -(-cohort // 2)))
     return path, size

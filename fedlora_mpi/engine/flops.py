@@ -14,18 +14,18 @@ from functools import partial
 
 import torch
 
-from ..algorithm import Batch, Phase, Step, Vars
-from ..core.escapes import brief
+from ..algorithm import Batch, Phase, Step, Variables
+from ..core.escapes import summarize_error
 from ..core.tree import tmap
 from ..models.counting import FlopCounter
 from ..models.network import Model
 from .train import Trainer
-from .walk import Walk
+from .walk import PhaseRunner
 
 UNCOUNTED = -1
 
 
-class _Uncountable(Exception):
+class _UncountableStep(Exception):
     """A step that cannot be counted."""
 
 
@@ -37,24 +37,24 @@ class Flops:
     """
 
     trainer: Trainer
-    first: Vars
+    initial: Variables
     beat: Callable[[], None] = lambda: None
-    tells: bool = True
-    _known: dict[tuple, int] = field(default_factory=dict)  # what was counted
-    _failed: list[Exception] = field(default_factory=list)  # why nothing more is
+    prints_hint: bool = True
+    _counts: dict[tuple, int] = field(default_factory=dict)  # what was counted
+    _failures: list[Exception] = field(default_factory=list)  # why nothing more is
 
-    def of_round(self, samples: int, round_: int) -> int:
+    def round_flops(self, samples: int, round_: int) -> int:
         """FLOPs of one client with so many training samples in round ``round_`` (from 0); UNCOUNTED
         where a step cannot be counted, for a figure in the log is no reason to end a run.
 
         Equal steps are counted once for all rounds; epochs and samples are those of the round.
         """
-        if not self._failed:
+        if not self._failures:
             try:
-                return self._of_round(samples, round_)
-            except _Uncountable as error:
-                self._failed.append(error)
-                if self.tells:
+                return self._count_round(samples, round_)
+            except _UncountableStep as error:
+                self._failures.append(error)
+                if self.prints_hint:
                     print(
                         f"hint: FLOPs cannot be counted ({error}); the log has {UNCOUNTED} for "
                         "them",
@@ -63,98 +63,110 @@ class Flops:
                     )
         return UNCOUNTED
 
-    def _of_round(self, samples: int, round_: int) -> int:
+    def _count_round(self, samples: int, round_: int) -> int:
         algorithm, settings = self.trainer.algorithm, self.trainer.settings
-        phases, total = algorithm.phases(self._model, settings, round_), 0
+        phases, total = algorithm.phases(self._cpu_model, settings, round_), 0
         for number, phase in enumerate(phases):
             if phase.epochs == 0:
                 continue
-            key, played = (
-                ("phase", number, *map(self._known_by, phase.steps)),
-                partial(self._phase, phase),
+            key, count_batch = (
+                ("phase", number, *map(self._step_key, phase.steps)),
+                partial(self._count_phase, phase),
             )
-            used = algorithm.used(phase, samples)
-            batches, rest = divmod(used, settings.batch_size)
-            total += phase.epochs * batches * self._cost(key, played, settings.batch_size)
-            total += phase.epochs * self._cost(key, played, rest)
+            used_samples = algorithm.used(phase, samples)
+            batches, remainder = divmod(used_samples, settings.batch_size)
+            total += (
+                phase.epochs * batches * self._extrapolate(key, count_batch, settings.batch_size)
+            )
+            total += phase.epochs * self._extrapolate(key, count_batch, remainder)
             if phase.constant:
-                total += self._once(
+                total += self._count_once(
                     (*key, "constant"),
-                    lambda n, phase=phase: self._counted(phase.constant, self.first),
+                    lambda n, phase=phase: self._count_flops(phase.constant, self.initial),
                     1,
                 )
-        surveyed = samples if algorithm.surveys else 1
+        hook_samples = samples if algorithm.needs_all_data else 1
         return total + sum(
-            self._cost((hook.__name__,), hook, surveyed) for hook in (self._begin, self._finish)
+            self._extrapolate((hook.__name__,), hook, hook_samples)
+            for hook in (self._count_begin, self._count_finish)
         )
 
     @property
-    def _model(self) -> Model:
+    def _cpu_model(self) -> Model:
         return self.trainer.model.to(torch.device("cpu"))
 
-    def _known_by(self, step: Step) -> tuple:
+    def _step_key(self, step: Step) -> tuple:
         """What tells a step from another of the same number in another round."""
-        trained = tuple(leaf for half in self.first[:2] for leaf in half if step.trains(leaf))
-        return getattr(step.loss, "__code__", step.loss), trained, step.repeat
+        trained_leaves = tuple(
+            leaf for half in self.initial[:2] for leaf in half if step.trains(leaf)
+        )
+        return getattr(step.loss, "__code__", step.loss), trained_leaves, step.repeat
 
-    def _cost(self, key: tuple, count: Callable[[int], int], samples: int) -> int:
+    def _extrapolate(self, key: tuple, count: Callable[[int], int], samples: int) -> int:
         """``count(samples)``, from counts of at most 5 samples."""
-        few = 2 + samples % 2
-        if samples < few:
-            return self._once(key, count, samples) if samples else 0
-        two = self._once(key, count, few + 2) - self._once(key, count, few)
-        return self._once(key, count, few) + two * ((samples - few) // 2)
+        base_samples = 2 + samples % 2
+        if samples < base_samples:
+            return self._count_once(key, count, samples) if samples else 0
+        pair_cost = self._count_once(key, count, base_samples + 2) - self._count_once(
+            key, count, base_samples
+        )
+        return self._count_once(key, count, base_samples) + pair_cost * (
+            (samples - base_samples) // 2
+        )
 
-    def _once(self, key: tuple, count: Callable[[int], int], samples: int) -> int:
+    def _count_once(self, key: tuple, count: Callable[[int], int], samples: int) -> int:
         """``count(samples)``, remembered."""
-        at = (*key, samples)
-        if at not in self._known:
+        cache_key = (*key, samples)
+        if cache_key not in self._counts:
             self.beat()
-            self._known[at] = count(samples)
-        return self._known[at]
+            self._counts[cache_key] = count(samples)
+        return self._counts[cache_key]
 
-    def _phase(self, phase: Phase, samples: int) -> int:
+    def _count_phase(self, phase: Phase, samples: int) -> int:
         """FLOPs of all steps on one batch."""
 
-        def copied(v):
+        def clone_tree(v):
             return tmap(lambda leaf: leaf.cpu().clone(), v)
 
         start, now = (
-            Vars(copied(self.first.shared), copied(self.first.personal)) for _ in range(2)
+            Variables(clone_tree(self.initial.shared), clone_tree(self.initial.personal))
+            for _ in range(2)
         )
         trainer = replace(
             self.trainer,
-            model=self._model,
+            model=self._cpu_model,
             device=torch.device("cpu"),
             stacked=False,
-            compiled=None,
+            step_compiler=None,
         )
-        walk = Walk(trainer, phase, start, now, 1)
-        batch_C = Batch(*(None if v is None else v[None] for v in self._batch(samples)))
-        return self._counted(walk.play, batch_C, 1)
+        runner = PhaseRunner(trainer, phase, start, now, 1)
+        batch_C = Batch(*(None if v is None else v[None] for v in self._zero_batch(samples)))
+        return self._count_flops(runner.run_batch, batch_C, 1)
 
-    def _begin(self, samples: int) -> int:
-        return self._counted(
-            self.trainer.algorithm.begin, self._model, self.first, self._batch(samples)
+    def _count_begin(self, samples: int) -> int:
+        return self._count_flops(
+            self.trainer.algorithm.begin, self._cpu_model, self.initial, self._zero_batch(samples)
         )
 
-    def _finish(self, samples: int) -> int:
-        finish, v = self.trainer.algorithm.finish, self.first
-        return self._counted(finish, self._model, self.trainer.settings, v, v, self._batch(samples))
+    def _count_finish(self, samples: int) -> int:
+        finish, v = self.trainer.algorithm.finish, self.initial
+        return self._count_flops(
+            finish, self._cpu_model, self.trainer.settings, v, v, self._zero_batch(samples)
+        )
 
-    def _batch(self, samples: int) -> Batch:
+    def _zero_batch(self, samples: int) -> Batch:
         """Samples of zeros, all of class 0."""
-        model = self._model
+        model = self._cpu_model
         counts = torch.zeros(model.classes)
         counts[0] = samples
         y, key = torch.zeros(samples, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
-        return Batch(model.zeros(samples), y, None, key, counts)
+        return Batch(model.zero_inputs(samples), y, None, key, counts)
 
     @staticmethod
-    def _counted(compute: Callable, *given) -> int:
+    def _count_flops(compute: Callable, *args) -> int:
         try:
             with FlopCounter() as counter:
-                compute(*given)
+                compute(*args)
         except Exception as error:
-            raise _Uncountable(brief(error)) from error
+            raise _UncountableStep(summarize_error(error)) from error
         return counter.get_total_flops()

@@ -14,21 +14,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..algorithm import Phase, Vars
-from .compiled import known_as, make_room, parted
-from .walk import Epoch, Trainer, Walk, fill, tmap_vars
+from ..algorithm import Phase, Variables
+from .compiled import evict_oldest, identity_key, split_tensors
+from .walk import Epoch, PhaseRunner, Trainer, copy_into, tmap_vars
 
 # recorded phases of a trainer, recorded epochs of a phase; the oldest gives way
-_WALKS, _EPOCHS = 16, 32
-_STEPS = 100  # batches in one recording: a longer epoch is several
+_MAX_RUNNERS, _MAX_EPOCHS = 16, 32
+_BATCHES_PER_GRAPH = 100  # batches in one recording: a longer epoch is several
 
 
-class Again:
+class EagerGraph:
     """The stand-in where there is no GPU: plays the step anew. It shows that the fixed memory is
     used rightly.
     """
 
-    def __init__(self, step: Callable[[], None], written: Sequence[Tensor], pool: object) -> None:
+    def __init__(
+        self, step: Callable[[], None], written_tensors: Sequence[Tensor], pool: object
+    ) -> None:
         step()
         self.replay = step
 
@@ -42,16 +44,21 @@ class CudaGraph:
     step did.
     """
 
-    def __init__(self, step: Callable[[], None], written: Sequence[Tensor], pool: object) -> None:
-        before = [v.clone() for v in written]
+    def __init__(
+        self, step: Callable[[], None], written_tensors: Sequence[Tensor], pool: object
+    ) -> None:
+        initial_values = [v.clone() for v in written_tensors]
         self._warm_up(step)
-        after = [v.clone() for v in written]
-        _restore(written, before)
+        expected_values = [v.clone() for v in written_tensors]
+        _restore(written_tensors, initial_values)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
             step()
         self.replay()
-        if not all(_near(v, other) for v, other in zip(written, after, strict=True)):
+        if not all(
+            _is_close(v, expected)
+            for v, expected in zip(written_tensors, expected_values, strict=True)
+        ):
             raise RuntimeError("a recording gave other numbers than its steps")
 
     def replay(self) -> None:
@@ -74,52 +81,61 @@ class CudaGraph:
             torch.cuda.current_stream().wait_stream(stream)
 
 
-class Graphs:
+class GraphCache:
     """The recordings of a trainer; filled as phases are met."""
 
-    def __init__(self, device: torch.device, graph: type | None = None) -> None:
+    def __init__(self, device: torch.device, graph_type: type | None = None) -> None:
         self.device = device
-        self._graph = graph or (CudaGraph if device.type == "cuda" else Again)
+        self._graph_type = graph_type or (CudaGraph if device.type == "cuda" else EagerGraph)
         # with what the key knows by its id, so that it lives on
-        self._walks: dict[tuple, tuple[Recorded, list]] = {}
+        self._runners: dict[tuple, tuple[GraphPhaseRunner, list]] = {}
         self._pool: object = None
-        self.refused = False
+        self.is_disabled = False
 
-    def walk(self, trainer: Trainer, phase: Phase, start: Vars, now: Vars, clients: int) -> Walk:
+    def runner_for(
+        self, trainer: Trainer, phase: Phase, start: Variables, now: Variables, clients: int
+    ) -> PhaseRunner:
         """A ``Walk`` over ``phase`` that trains ``now`` by recordings."""
-        if self.refused:
-            return Walk(trainer, phase, start, now, clients)
-        held: list = []
+        if self.is_disabled:
+            return PhaseRunner(trainer, phase, start, now, clients)
+        kept_alive: list = []
         key = (
-            known_as((phase.steps, phase.constant), held),
-            parted((start[:2], now[:2]))[1],
+            identity_key((phase.steps, phase.constant), kept_alive),
+            split_tensors((start[:2], now[:2]))[1],
             clients,
         )
-        recorded, held = self._walks.pop(key, (None, held))
-        if recorded is None:
-            recorded = Recorded(
-                self, trainer, phase, tmap_vars(_copied, start), tmap_vars(_copied, now), clients
+        runner, kept_alive = self._runners.pop(key, (None, kept_alive))
+        if runner is None:
+            runner = GraphPhaseRunner(
+                self,
+                trainer,
+                phase,
+                tmap_vars(_clone_strided, start),
+                tmap_vars(_clone_strided, now),
+                clients,
             )
-            make_room(self._walks, _WALKS)
-        self._walks[key] = recorded, held
-        recorded.begin(start, now)
-        return recorded
+            evict_oldest(self._runners, _MAX_RUNNERS)
+        self._runners[key] = runner, kept_alive
+        runner.begin(start, now)
+        return runner
 
-    def record(self, step: Callable[[], None], written: Sequence[Tensor]) -> Again | CudaGraph:
+    def record(
+        self, step: Callable[[], None], written_tensors: Sequence[Tensor]
+    ) -> EagerGraph | CudaGraph:
         """Play ``step`` and keep how to play it again."""
         if self.device.type != "cuda":
-            return self._graph(step, written, None)
+            return self._graph_type(step, written_tensors, None)
         with torch.cuda.device(self.device):
             # one: nothing in it outlives a replay
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            return self._graph(step, written, self._pool)
+            return self._graph_type(step, written_tensors, self._pool)
 
-    def refuse(self, error: Exception) -> None:
+    def disable(self, error: Exception) -> None:
         """Record no more, and tell the user."""
-        self.refused = True
-        why = str(error).partition("\n")[0]
+        self.is_disabled = True
+        reason = str(error).partition("\n")[0]
         print(
-            f"hint: engine.graphs: {why}; the steps are played one by one",
+            f"hint: engine.graphs: {reason}; the steps are played one by one",
             file=sys.stderr,
             flush=True,
         )
@@ -128,88 +144,100 @@ class Graphs:
         """Give all memory back."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self._walks.clear()
+        self._runners.clear()
         self._pool = None
 
 
-class Recorded(Walk):
+class GraphPhaseRunner(PhaseRunner):
     """A ``Walk`` in memory of its own, ``start`` and ``now``, whose epochs are recorded when they
     are met again.
     """
 
     def __init__(
-        self, graphs: Graphs, trainer: Trainer, phase: Phase, start: Vars, now: Vars, clients: int
+        self,
+        graphs: GraphCache,
+        trainer: Trainer,
+        phase: Phase,
+        start: Variables,
+        now: Variables,
+        clients: int,
     ) -> None:
         super().__init__(trainer, phase, start, now, clients)
-        self._graphs, self._met, self._epochs = graphs, {}, {}
+        self._graph_cache, self._seen_epochs, self._recorded_epochs = graphs, {}, {}
 
-    def begin(self, start: Vars, now: Vars) -> None:
+    def begin(self, start: Variables, now: Variables) -> None:
         """Train these variables from here on."""
-        self._outside = now
-        self.restart(start, now)
+        self._target = now
+        self.reset(start, now)
 
     def end(self) -> None:
-        self.copy_to(self._outside)
+        self.copy_to(self._target)
 
-    def pass_over(self, epoch: Epoch) -> Tensor:
-        key = epoch.sizes, id(epoch.store), parted(tuple(epoch.tensors()))[1]
-        if self._graphs.refused or key not in self._met:
-            make_room(self._met, _EPOCHS)
-            self._met[key] = epoch.store  # lives on, as its id is known
-            return super().pass_over(epoch)
-        if key in self._epochs:
-            self._epochs[key] = place = self._epochs.pop(key)
-            sums = place.play(epoch)
+    def run_epoch(self, epoch: Epoch) -> Tensor:
+        key = epoch.sizes, id(epoch.store), split_tensors(tuple(epoch.tensors()))[1]
+        if self._graph_cache.is_disabled or key not in self._seen_epochs:
+            evict_oldest(self._seen_epochs, _MAX_EPOCHS)
+            self._seen_epochs[key] = epoch.store  # lives on, as its id is known
+            return super().run_epoch(epoch)
+        if key in self._recorded_epochs:
+            self._recorded_epochs[key] = recorded = self._recorded_epochs.pop(key)
+            sums = recorded.play(epoch)
         else:
-            before = [v.clone() for v in self.written]
+            saved_values = [v.clone() for v in self.written_tensors]
             try:
-                place = _Place(self, self._graphs.record, epoch)
+                recorded = _RecordedEpoch(self, self._graph_cache.record, epoch)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                _restore(self.written, before)
-                self._graphs.refuse(error)
-                return super().pass_over(epoch)
-            make_room(self._epochs, _EPOCHS)
-            self._epochs[key], sums = place, place.sums
+                _restore(self.written_tensors, saved_values)
+                self._graph_cache.disable(error)
+                return super().run_epoch(epoch)
+            evict_oldest(self._recorded_epochs, _MAX_EPOCHS)
+            self._recorded_epochs[key], sums = recorded, recorded.sums
         return sums[0] / sums[1]
 
 
-class _Place:
+class _RecordedEpoch:
     """The memory of an epoch, and the recordings that work on it. To make it is to play the epoch."""
 
-    def __init__(self, walk: Walk, record: Callable, epoch: Epoch) -> None:
-        self._epoch, self.sums = epoch.each(_copied), epoch.counts.new_zeros(2, len(epoch.sizes))
-        firsts, written = walk.firsts(epoch), [*walk.written, self.sums]
-        parts = [firsts[at : at + _STEPS] for at in range(0, len(firsts), _STEPS)]
+    def __init__(self, runner: PhaseRunner, record: Callable, epoch: Epoch) -> None:
+        self._epoch, self.sums = (
+            epoch.map_tensors(_clone_strided),
+            epoch.counts.new_zeros(2, len(epoch.sizes)),
+        )
+        firsts, written_tensors = runner.batch_starts(epoch), [*runner.written_tensors, self.sums]
+        parts = [
+            firsts[at : at + _BATCHES_PER_GRAPH] for at in range(0, len(firsts), _BATCHES_PER_GRAPH)
+        ]
         self._graphs = [
-            record(partial(walk.play_over, self._epoch, part, self.sums), written) for part in parts
+            record(partial(runner.run_batches, self._epoch, part, self.sums), written_tensors)
+            for part in parts
         ]
 
-    def play(self, epoch: Epoch) -> Tensor:
+    def replay(self, epoch: Epoch) -> Tensor:
         """The epoch's sums [2, C], see ``Walk.play_over``."""
-        for place, value in zip(self._epoch.tensors(), epoch.tensors(), strict=True):
-            fill(place, value)
-        epoch.beat()
+        for target, value in zip(self._epoch.tensors(), epoch.tensors(), strict=True):
+            copy_into(target, value)
+        epoch.on_batch()
         self.sums.zero_()
         for graph in self._graphs:
             graph.replay()
         return self.sums
 
 
-def _copied(v: Tensor) -> Tensor:
+def _clone_strided(v: Tensor) -> Tensor:
     """A copy in the same layout."""
-    place = torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
-    fill(place, v)
-    return place
+    copy = torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
+    copy_into(copy, v)
+    return copy
 
 
-def _restore(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for place, value in zip(places, values, strict=True):
-        place.copy_(value)
+def _restore(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
 
 
-def _near(a: Tensor, b: Tensor) -> bool:
+def _is_close(a: Tensor, b: Tensor) -> bool:
     """Within what kernels may differ by that add up in any order, over the steps of an epoch."""
     return torch.allclose(
         a, b, rtol=1e-2, atol=1e-2 * float(b.abs().max()) if b.numel() else 0, equal_nan=True

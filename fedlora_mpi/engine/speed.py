@@ -5,20 +5,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from ..algorithm import Vars
-from .compiled import compiler
+from ..algorithm import Variables
+from .compiled import find_compiler
 from .settings import Engine
 from .train import Trainer
 
 _BATCHES, _REPEATS = 2, 3  # of every epoch; after the first, which warms up
-_SIZES = (10, 25, 50)  # of stacks
-_LONG = 3600.0  # seconds of training from which compiling, which takes a minute, is tried
+_STACK_SIZES = (10, 25, 50)  # of stacks
+_WORTH_COMPILING = (
+    3600.0  # seconds of training from which compiling, which takes a minute, is tried
+)
 
 # the first variables of clients, and those that compute together
-Tried = tuple[Trainer, Vars, Sequence[int]]
+Candidate = tuple[Trainer, Variables, Sequence[int]]
 
 
-class Short:
+class TruncatedFeed:
     """A feed whose clients end after ``limit`` training samples."""
 
     def __init__(self, feed, limit: int) -> None:
@@ -38,70 +40,87 @@ class Speed(NamedTuple):
     """What an engine showed."""
 
     engine: Engine
-    sample: float  # seconds of training for one sample in one epoch
-    start: float = 0.0  # seconds before the first step, of compiling
+    sample_seconds: float  # seconds of training for one sample in one epoch
+    compile_seconds: float = 0.0  # seconds before the first step, of compiling
 
 
-def candidates(engine: Engine, most: int) -> list[Engine]:
+def candidate_engines(engine: Engine, max_stack: int) -> list[Engine]:
     """The engines that ``path: measure`` compares: one by one, and in stacks of up to ``most``
     clients.
     """
-    asked = engine.group_size
-    sizes = sorted({min(size, most) for size in _SIZES} - {1}) if asked == "auto" else [asked]
-    loop = replace(engine, path="loop", group_size=1 if asked == "auto" else asked)
+    requested_size = engine.group_size
+    sizes = (
+        sorted({min(size, max_stack) for size in _STACK_SIZES} - {1})
+        if requested_size == "auto"
+        else [requested_size]
+    )
+    loop = replace(
+        engine, path="loop", group_size=1 if requested_size == "auto" else requested_size
+    )
     return [loop, *(replace(engine, path="stack", group_size=size) for size in sizes)]
 
 
-def measured(
-    engine: Engine, most: int, samples: float, trainers: Callable[[Engine], Sequence[Tried]]
+def measure_engines(
+    engine: Engine,
+    max_stack: int,
+    samples: float,
+    trainers: Callable[[Engine], Sequence[Candidate]],
 ) -> list[Speed]:
     """How fast each candidate is, where ``trainers`` gives what to try of an engine.
 
     samples: of all clients, rounds and epochs. Where the run is long enough for it to pay, the
     fastest is tried compiled as well.
     """
-    speeds = [speed(tried, trainers(tried)) for tried in candidates(engine, most)]
-    best = fastest(speeds, samples)
-    if not engine.compile and samples * best.sample > _LONG and compiler():
+    speeds = [
+        measure_speed(candidate, trainers(candidate))
+        for candidate in candidate_engines(engine, max_stack)
+    ]
+    best = fastest_speed(speeds, samples)
+    if not engine.compile and samples * best.sample_seconds > _WORTH_COMPILING and find_compiler():
         compiled = replace(best.engine, compile=True)
-        speeds.append(speed(compiled, trainers(compiled)))
+        speeds.append(measure_speed(compiled, trainers(compiled)))
     return speeds
 
 
-def speed(engine: Engine, tried: Sequence[Tried]) -> Speed:
+def measure_speed(engine: Engine, candidates: Sequence[Candidate]) -> Speed:
     """How fast ``engine`` trains all that is ``tried``."""
-    seconds, samples, start = 0.0, 0, 0.0
-    for trainer, first, clients in tried:
-        trainer = replace(trainer, feed=Short(trainer.feed, _BATCHES * trainer.settings.batch_size))
-        rows = {name: v.expand(len(clients), *v.shape) for name, v in first.personal.items()}
+    seconds, samples, compile_seconds = 0.0, 0, 0.0
+    for trainer, initial, clients in candidates:
+        trainer = replace(
+            trainer, feed=TruncatedFeed(trainer.feed, _BATCHES * trainer.settings.batch_size)
+        )
+        rows = {name: v.expand(len(clients), *v.shape) for name, v in initial.personal.items()}
         times = []
         for _ in range(1 + _REPEATS):
-            begin = time.perf_counter()
-            for _ in trainer.train(clients, first.shared, rows, 0):
+            started = time.perf_counter()
+            for _ in trainer.train(clients, initial.shared, rows, 0):
                 pass
-            times.append(time.perf_counter() - begin)
-        best = min(times[1:])
-        seconds, start = seconds + best, start + times[0] - best
+            times.append(time.perf_counter() - started)
+        best_seconds = min(times[1:])
+        seconds, compile_seconds = seconds + best_seconds, compile_seconds + times[0] - best_seconds
         samples += sum(map(trainer.feed.train_size, clients)) * max(1, trainer.settings.epochs)
-    return Speed(engine, seconds / samples, start)
+    return Speed(engine, seconds / samples, compile_seconds)
 
 
-def fastest(speeds: Sequence[Speed], samples: float) -> Speed:
+def fastest_speed(speeds: Sequence[Speed], samples: float) -> Speed:
     """The one that would be the first to have trained on so many samples; the earlier of equals.
     What compiling took counts twice: every resume pays it again.
     """
     return min(
-        speeds, key=lambda s: samples * s.sample + (2 * s.start if s.engine.compile else 0.0)
+        speeds,
+        key=lambda s: (
+            samples * s.sample_seconds + (2 * s.compile_seconds if s.engine.compile else 0.0)
+        ),
     )
 
 
-def told(speeds: Sequence[Speed], chosen: Speed) -> str:
+def summary_line(speeds: Sequence[Speed], selected: Speed) -> str:
     """One line for the user."""
 
-    def way(e):
+    def describe_engine(e):
         return (
             "loop" if e.path == "loop" else f"stacks of {e.group_size}"
         ) + ", compiled" * e.compile
 
-    each = "; ".join(f"{way(s.engine)} {1 / s.sample:,.0f}" for s in speeds)
-    return f"engine.path = measure: client samples per second: {each}; taken: {way(chosen.engine)}"
+    rates = "; ".join(f"{describe_engine(s.engine)} {1 / s.sample_seconds:,.0f}" for s in speeds)
+    return f"engine.path = measure: client samples per second: {rates}; taken: {describe_engine(selected.engine)}"

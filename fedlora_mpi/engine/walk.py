@@ -8,25 +8,25 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn.utils.rnn import pad_sequence
 
-from ..algorithm import Batch, Loss, Phase, Sgd, Step, Vars
+from ..algorithm import Batch, Loss, Phase, Sgd, Step, Variables
 from ..core.tree import Tree, tmap
 
 Trainer = object  # an ``engine.train.Trainer``
 Epoch = object  # a ``data.feed.Epoch``
-Names = list[tuple[int, str]]  # (0 shared or 1 personal, leaf)
+LeafNames = list[tuple[int, str]]  # (0 shared or 1 personal, leaf)
 
 
 class _View(NamedTuple):
     """What a step needs of the clients that still train."""
 
-    now: Vars  # the trained leaves require gradients
-    start: Vars
+    now: Variables  # the trained leaves require gradients
+    start: Variables
     momenta: list[Tensor]  # of the trained ones
     leaves: list[Tensor]
-    fused: Callable | None = None  # a step of a full batch, where it is compiled
+    compiled_step: Callable | None = None  # a step of a full batch, where it is compiled
 
 
-class Walk:
+class PhaseRunner:
     """The steps of one phase: owns the momenta, which start at zero, and the views; trains ``now``
     in place.
 
@@ -34,52 +34,55 @@ class Walk:
     """
 
     def __init__(
-        self, trainer: Trainer, phase: Phase, start: Vars, now: Vars, clients: int
+        self, trainer: Trainer, phase: Phase, start: Variables, now: Variables, clients: int
     ) -> None:
         self._trainer, self.phase, self._start, self._clients = trainer, phase, start, clients
-        self._now = now._replace(constant=self._constant(now)) if phase.constant else now
+        self._now = now._replace(constant=self._constant_tree(now)) if phase.constant else now
         common = Sgd(trainer.settings.lr, trainer.settings.momentum, trainer.settings.weight_decay)
         self._sgd = [step.sgd(common) if step.sgd else common for step in phase.steps]
-        self._momenta = [self._momentum(step) for step in phase.steps]
+        self._momenta = [self._zero_momentum(step) for step in phase.steps]
         self._views: dict[tuple[int, int], _View] = {}
 
     @property
-    def written(self) -> list[Tensor]:
+    def written_tensors(self) -> list[Tensor]:
         """The tensors that steps write to."""
         halves = (*self._now[:2], *(half for momentum in self._momenta for half in momentum))
         return [v for half in halves for v in half.values()]
 
-    def pass_over(self, epoch: Epoch) -> Tensor:
+    def run_epoch(self, epoch: Epoch) -> Tensor:
         """One pass of every client over its own data; mean loss of each client, [C]."""
         sums = epoch.counts.new_zeros(2, self._clients)
-        self.play_over(epoch, self.firsts(epoch), sums)
+        self.run_batches(epoch, self.batch_starts(epoch), sums)
         return sums[0] / sums[1]
 
-    def firsts(self, epoch: Epoch) -> range:
+    def batch_starts(self, epoch: Epoch) -> range:
         """Where the batches of a pass begin."""
         return range(0, epoch.sizes[0], self._trainer.settings.batch_size)
 
-    def play_over(self, epoch: Epoch, firsts: range, sums: Tensor) -> None:
+    def run_batches(self, epoch: Epoch, firsts: range, sums: Tensor) -> None:
         """All steps on the batches that begin at ``firsts``. Adds to ``sums`` [2, C] each client's
         losses, times their examples, and its examples. Waits for no device.
         """
         if not firsts:
             return
         losses = pad_sequence(
-            [self.play(batch_C, count) for count, batch_C in epoch.batches(firsts)],
+            [self.run_batch(batch_C, count) for count, batch_C in epoch.batches(firsts)],
             batch_first=True,
         )
         # sums of half numbers are none
         losses = losses.float() if losses.dtype.itemsize < 4 else losses
-        begun = torch.arange(firsts.start, firsts.stop, firsts.step, device=losses.device)
+        start_positions = torch.arange(firsts.start, firsts.stop, firsts.step, device=losses.device)
         # [steps, C]
-        examples = (epoch.lengths[: losses.shape[1]] - begun[:, None]).clamp(0, firsts.step)
+        examples = (epoch.lengths[: losses.shape[1]] - start_positions[:, None]).clamp(
+            0, firsts.step
+        )
         sums[:, : losses.shape[1]] += torch.stack([losses * examples, examples]).sum(1)
 
-    def play(self, batch_C: Batch, count: int) -> Tensor:
+    def run_batch(self, batch_C: Batch, count: int) -> Tensor:
         """All steps on one batch of the first ``count`` clients; their first losses [count]."""
         losses = [
-            self._play(number, step, batch_C, count) for number, step in enumerate(self.phase.steps)
+            self._repeat_step(number, step, batch_C, count)
+            for number, step in enumerate(self.phase.steps)
         ]
         return losses[0]
 
@@ -87,79 +90,85 @@ class Walk:
         """What was trained is in ``now``."""
 
     @torch.no_grad()
-    def restart(self, start: Vars, now: Vars) -> None:
+    def reset(self, start: Variables, now: Variables) -> None:
         """The same steps on other variables of the same layout, copied into the memory of the first
         ones.
         """
         halves = zip((*self._start[:2], *self._now[:2]), (*start[:2], *now[:2]), strict=True)
-        for places, values in halves:
-            for name, place in places.items():
-                fill(place, values[name])
+        for targets, values in halves:
+            for name, target in targets.items():
+                copy_into(target, values[name])
         if self.phase.constant:
-            for name, value in self._constant(self._now).items():
-                fill(self._now.constant[name], value)
+            for name, value in self._constant_tree(self._now).items():
+                copy_into(self._now.constant[name], value)
         for momentum in (half for momenta in self._momenta for half in momenta):
             for v in momentum.values():
                 v.zero_()
 
     @torch.no_grad()
-    def copy_to(self, now: Vars) -> None:
+    def copy_to(self, now: Variables) -> None:
         """Copy what was trained into other variables."""
-        for values, places in zip(self._now[:2], now[:2], strict=True):
+        for values, targets in zip(self._now[:2], now[:2], strict=True):
             for name, value in values.items():
-                fill(places[name], value)
+                copy_into(targets[name], value)
 
-    def _constant(self, now: Vars) -> Tree:
+    def _constant_tree(self, now: Variables) -> Tree:
         with torch.no_grad():
             return (vmap(self.phase.constant) if self._trainer.stacked else self.phase.constant)(
                 now._replace(constant={})
             )
 
-    def _play(self, number: int, step: Step, batch_C: Batch, count: int) -> Tensor:
-        at = (number, count)
-        if at not in self._views:
-            self._views[at] = self._view(number, count)
-        view, sgd = self._views[at], self._sgd[number]
-        frequent = (
+    def _repeat_step(self, number: int, step: Step, batch_C: Batch, count: int) -> Tensor:
+        view_key = (number, count)
+        if view_key not in self._views:
+            self._views[view_key] = self._make_view(number, count)
+        view, sgd = self._views[view_key], self._sgd[number]
+        is_full_batch = (
             count == self._clients and batch_C.y.shape[1] == self._trainer.settings.batch_size
         )
         for _ in range(step.repeat):
             loss_C = (
-                view.fused(batch_C)
-                if view.fused and frequent
-                else self._step(step, sgd, view, batch_C)
+                view.compiled_step(batch_C)
+                if view.compiled_step and is_full_batch
+                else self._run_step(step, sgd, view, batch_C)
             )
         return loss_C
 
-    def _step(self, step: Step, sgd: Sgd, view: _View, batch_C: Batch) -> Tensor:
+    def _run_step(self, step: Step, sgd: Sgd, view: _View, batch_C: Batch) -> Tensor:
         """One step on ``view``, in place; the losses before it [count]."""
         loss_C = self._losses(step.loss, view, batch_C)
         if view.leaves:
             grads = torch.autograd.grad(loss_C.sum(), view.leaves, allow_unused=True)
             # as torch.optim.SGD leaves the others
-            used = [at for at, grad in enumerate(grads) if grad is not None]
-            dense = [g if (g := grads[at]).layout == torch.strided else g.to_dense() for at in used]
-            leaves, momenta = ([half[at] for at in used] for half in (view.leaves, view.momenta))
+            with_grad = [position for position, grad in enumerate(grads) if grad is not None]
+            dense = [
+                g if (g := grads[at]).layout == torch.strided else g.to_dense() for at in with_grad
+            ]
+            leaves, momenta = (
+                [half[at] for at in with_grad] for half in (view.leaves, view.momenta)
+            )
             sgd_step(leaves, dense, momenta, sgd, step.clamp)
         return loss_C.detach()
 
-    def _fused(
-        self, number: int, names: Names, now: Vars, start: Vars, momenta: list[Tensor]
+    def _compile_step(
+        self, number: int, names: LeafNames, now: Variables, start: Variables, momenta: list[Tensor]
     ) -> Callable:
         """``_step`` as a compiled function of the batch."""
         step, sgd = self.phase.steps[number], self._sgd[number]
 
-        def pure(now: Vars, start: Vars, momenta: list[Tensor], batch_C: Batch) -> Tensor:
+        def step_on_batch(
+            now: Variables, start: Variables, momenta: list[Tensor], batch_C: Batch
+        ) -> Tensor:
             halves = [{n: v.detach() for n, v in half.items()} for half in now[:2]]
             leaves = [halves[half][name].requires_grad_() for half, name in names]
-            return self._step(
-                step, sgd, _View(Vars(*halves, now.constant), start, momenta, leaves), batch_C
+            return self._run_step(
+                step, sgd, _View(Variables(*halves, now.constant), start, momenta, leaves), batch_C
             )
 
-        told = step.loss, tuple(names), sgd, step.clamp
-        return self._trainer.compiled.of(pure, told, now, start, momenta)
+        identity = step.loss, tuple(names), sgd, step.clamp
+        return self._trainer.step_compiler.of(step_on_batch, identity, now, start, momenta)
 
-    def _momentum(self, step: Step) -> list[Tree]:
+    def _zero_momentum(self, step: Step) -> list[Tree]:
         """Zeros for the trained leaves of either half."""
 
         def trains(leaf):
@@ -169,37 +178,46 @@ class Walk:
             {n: torch.zeros_like(v) for n, v in half.items() if trains(n)} for half in self._now[:2]
         ]
 
-    def _view(self, number: int, count: int) -> _View:
+    def _make_view(self, number: int, count: int) -> _View:
         """The first ``count`` rows of everything, as views: a step writes through them."""
         narrow = (lambda v: v[:count]) if self._trainer.stacked else (lambda v: v)
         leaves, momenta, names, halves = [], [], [], []
-        for at, (half, momentum) in enumerate(
+        for half_index, (half, momentum) in enumerate(
             zip(self._now[:2], self._momenta[number], strict=True)
         ):
-            seen = {}
+            leaf_views = {}
             for name, value in half.items():
-                seen[name] = narrow(value.detach())
+                leaf_views[name] = narrow(value.detach())
                 if name in momentum:
-                    leaves.append(seen[name].requires_grad_())
+                    leaves.append(leaf_views[name].requires_grad_())
                     momenta.append(narrow(momentum[name]))
-                    names.append((at, name))
-            halves.append(seen)
-        now, start = Vars(*halves, tmap(narrow, self._now.constant)), tmap_vars(narrow, self._start)
-        fused = self._fused(number, names, now, start, momenta) if self._trainer.compiled else None
+                    names.append((half_index, name))
+            halves.append(leaf_views)
+        now, start = (
+            Variables(*halves, tmap(narrow, self._now.constant)),
+            tmap_vars(narrow, self._start),
+        )
+        fused = (
+            self._compile_step(number, names, now, start, momenta)
+            if self._trainer.step_compiler
+            else None
+        )
         return _View(now, start, momenta, leaves, fused)
 
     def _losses(self, loss: Loss, view: _View, batch_C: Batch) -> Tensor:
         """The loss of each client, [count]."""
         model = self._trainer.model
 
-        def one(now: Vars, start: Vars, *batch: Tensor | None) -> Tensor:
-            with self._trainer.forward(), model.prepared(batch := Batch(*batch)):
+        def client_loss(now: Variables, start: Variables, *batch: Tensor | None) -> Tensor:
+            with self._trainer.forward_context(), model.prepared(batch := Batch(*batch)):
                 return loss(now, start, batch)
 
         if not self._trainer.stacked:
-            return one(view.now, view.start, *(v if v is None else v[0] for v in batch_C))[None]
+            return client_loss(view.now, view.start, *(v if v is None else v[0] for v in batch_C))[
+                None
+            ]
         axes = (None if v is None else 0 for v in batch_C)
-        return vmap(one, in_dims=(0, 0, *axes))(view.now, view.start, *batch_C)
+        return vmap(client_loss, in_dims=(0, 0, *axes))(view.now, view.start, *batch_C)
 
 
 @torch.no_grad()
@@ -225,16 +243,16 @@ def sgd_step(
         torch._foreach_clamp_max_(leaves, clamp[1])
 
 
-def tmap_vars(fn: Callable[[Tensor], Tensor], v: Vars) -> Vars:
+def tmap_vars(fn: Callable[[Tensor], Tensor], v: Variables) -> Variables:
     """``fn`` on every shared and personal leaf."""
-    return Vars(tmap(fn, v.shared), tmap(fn, v.personal))
+    return Variables(tmap(fn, v.shared), tmap(fn, v.personal))
 
 
-def fill(place: Tensor, value: Tensor) -> None:
+def copy_into(target: Tensor, value: Tensor) -> None:
     """Copy ``value`` into ``place``, which may repeat its numbers along some axes if ``value``
     does.
     """
-    for axis, (length, stride) in enumerate(zip(place.shape, place.stride(), strict=True)):
+    for axis, (length, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
         if stride == 0 and length > 1:
-            place, value = place.narrow(axis, 0, 1), value.narrow(axis, 0, 1)
-    place.copy_(value)
+            target, value = target.narrow(axis, 0, 1), value.narrow(axis, 0, 1)
+    target.copy_(value)

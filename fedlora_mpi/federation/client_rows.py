@@ -12,30 +12,30 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from ..core.disk_errors import writing
+from ..core.disk_errors import explain_write_errors
 
 
-class Rows(Protocol):
+class RowStorage(Protocol):
     """Makes the stacked leaves of a rank."""
 
-    def blank(self, clients: int, like: Tensor) -> Tensor:
+    def allocate(self, clients: int, like: Tensor) -> Tensor:
         """A tensor [clients, *like.shape] on the CPU with any numbers in it."""
 
     def release(self) -> None:
         """Nobody needs the rows until they are touched again."""
 
 
-class InMemory:
+class MemoryRows:
     """Ordinary tensors."""
 
-    def blank(self, clients: int, like: Tensor) -> Tensor:
+    def allocate(self, clients: int, like: Tensor) -> Tensor:
         return torch.empty((clients, *like.shape), dtype=like.dtype)
 
     def release(self) -> None:
         pass
 
 
-class OnDisk:
+class DiskRows:
     """Tensors mapped to files without a name in ``folder``, which go with the process, however it
     ends.
     """
@@ -43,13 +43,13 @@ class OnDisk:
     def __init__(self, folder: Path) -> None:
         self._folder, self._maps = folder, WeakSet()
 
-    def blank(self, clients: int, like: Tensor) -> Tensor:
+    def allocate(self, clients: int, like: Tensor) -> Tensor:
         """Raises Unwritable when the disk is full: the room is taken at once."""
         if not clients * like.numel():
-            return InMemory().blank(clients, like)
+            return MemoryRows().allocate(clients, like)
         size = clients * like.numel() * like.element_size()
         with (
-            writing(self._folder / "personal leaves"),
+            explain_write_errors(self._folder / "personal leaves"),
             tempfile.TemporaryFile(dir=self._folder) as file,
         ):
             os.posix_fallocate(file.fileno(), 0, size)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..aggregation.client_mix import Mixing
-from ..aggregation.flat_layout import Layout, bytes_of
-from ..algorithm import Algorithm, Vars
+from ..aggregation.flat_layout import Layout, estimate_nbytes
+from ..algorithm import Algorithm, Variables
 from ..core.clock import Stopwatch
 from ..core.scheduling import equal_parts
 from ..core.seeds import rng
@@ -20,20 +20,20 @@ from ..engine.flops import Flops
 from ..engine.train import Trainer
 from ..mpi.comm import Comm
 from ..privacy.accountant import epsilon
-from ..privacy.check import untrained
+from ..privacy.check import untrained_contribution
 from ..privacy.settings import Privacy
-from .client_rows import InMemory, Rows
-from .cohorts import Group, cohort
+from .client_rows import MemoryRows, RowStorage
+from .cohorts import Group, take_cohort
 
 
-class Kind(NamedTuple):
+class ClientType(NamedTuple):
     """Clients whose variables have the same shapes, because they have the same network and the same
     ranks.
     """
 
     trainer: Trainer
     # the variables of any of them before round 1; the shared ones are the server's, for all kinds
-    first: Vars
+    initial: Variables
     prefix: str = ""  # of their leaves among the personal ones of all kinds
     network: int = 0  # its number in ``model.mix``
 
@@ -43,25 +43,25 @@ class Kind(NamedTuple):
         return self.trainer.algorithm
 
     @property
-    def arrived(self) -> Vars:
+    def local_initial(self) -> Variables:
         """``first`` with the shared variables as such a client gets them."""
-        return self.first._replace(shared=self.algorithm.download(self.first.shared))
+        return self.initial._replace(shared=self.algorithm.download(self.initial.shared))
 
     @property
-    def upload(self) -> Tree:
+    def untrained_upload(self) -> Tree:
         """What such a client would send without training."""
-        arrived = self.arrived
-        return self.algorithm.upload(arrived, arrived)
+        local_initial = self.local_initial
+        return self.algorithm.upload(local_initial, local_initial)
 
     @property
-    def term(self) -> Tree:
+    def untrained_term(self) -> Tree:
         """What that would stand for in the mean."""
-        return self.algorithm.expand(self.upload, self.first.shared, 1)
+        return self.algorithm.expand(self.untrained_upload, self.initial.shared, 1)
 
-    def received(self, shared: Tree) -> int:
+    def download_nbytes(self, shared: Tree) -> int:
         """Bytes that such a client would receive of the server's variables."""
-        return bytes_of(
-            int(self.algorithm.received(shared)), [Layout.of(self.algorithm.download(shared))]
+        return estimate_nbytes(
+            int(self.algorithm.download_numel(shared)), [Layout.of(self.algorithm.download(shared))]
         )
 
 
@@ -70,31 +70,31 @@ class Run:
     """Everything that does not change from round to round."""
 
     algorithm: Algorithm
-    kinds: tuple[Kind, ...]
+    kinds: tuple[ClientType, ...]
     kind_of: tuple[int, ...]  # of each client
     comm: Comm
     groups: tuple[Group, ...]  # each of one kind
     costs: tuple[float, ...]  # of each group, FLOP or any unit
-    host: tuple[int, ...]  # rank of each group
-    pace: "Pace"
+    rank_of_group: tuple[int, ...]  # rank of each group
+    throughput: "Throughput"
     group_size: int  # clients that compute together; so many of a group take part in a round, about
     weight_N: tuple[int, ...]  # what a client's upload counts in the mean
     sizes: tuple[int, ...]  # training samples of each client
     seed: int
     participation: float
     reduce: str
-    upload: Layout  # of what an upload stands for in the mean
-    gathers: bool = False  # whether uploads travel as they are, not as that
+    upload_layout: Layout  # of what an upload stands for in the mean
+    gather_uploads: bool = False  # whether uploads travel as they are, not as that
     mixing: Mixing | None = None  # how per-client mixes are exchanged; None: the method has none
     # this run with what its clients hold in each task; empty: there are none
-    by_task: tuple["Run", ...] = ()
+    task_runs: tuple["Run", ...] = ()
     task_rounds: int = 1  # of each task; the last one stays
     privacy: Privacy = Privacy()
     # whether a client whose numbers are not finite is left out of its round; else it ends the run
-    skips: bool = False
+    skip_nonfinite: bool = False
     # whether those who are judged in a round are its cohort; else everybody is
-    judges_cohort: bool = False
-    rows: Rows = InMemory()  # where personal leaves live
+    evaluate_cohort_only: bool = False
+    personal_rows: RowStorage = MemoryRows()  # where personal leaves live
     journal: object | None = None  # a ``replicas.Journal`` where the run is to outlive a rank
     clock: Stopwatch = field(default_factory=Stopwatch)  # of this rank
 
@@ -104,7 +104,7 @@ class Run:
         return self.kinds[0].trainer
 
     @cached_property
-    def hosted(self) -> tuple[int, ...]:
+    def local_clients(self) -> tuple[int, ...]:
         """The clients of this rank, kind after kind."""
         return self.clients_of(self.comm.rank)
 
@@ -112,51 +112,58 @@ class Run:
     def flops(self) -> tuple[Flops, ...]:
         """What the clients of each kind compute."""
         return tuple(
-            Flops(kind.trainer, kind.arrived, self.comm.pulse.beat, self.comm.rank == 0)
+            Flops(kind.trainer, kind.local_initial, self.comm.heartbeat.beat, self.comm.rank == 0)
             for kind in self.kinds
         )
 
     @cached_property
-    def compared(self) -> tuple[slice, ...]:
+    def drift_slices(self) -> tuple[slice, ...]:
         """Where an upload holds parameters whose drift is measured."""
-        role, names = self.trainer.model.role, self.upload.common(self.kinds[0].first.shared)
-        chosen = [n for n in names if role(n) not in (None, "stats")] or [
+        role, names = (
+            self.trainer.model.role,
+            self.upload_layout.common_leaves(self.kinds[0].initial.shared),
+        )
+        parameters = [n for n in names if role(n) not in (None, "stats")] or [
             n for n in names if role(n) != "stats"
         ]
-        return self.upload.places(chosen)
+        return self.upload_layout.leaf_slices(parameters)
 
     @cached_property
-    def by_kind(self) -> tuple[tuple[int, ...], ...]:
+    def local_clients_by_kind(self) -> tuple[tuple[int, ...], ...]:
         """The clients of this rank of each kind, in the order of the rows of their personal leaves."""
         return tuple(
-            tuple(c for c in self.hosted if self.kind_of[c] == kind)
+            tuple(c for c in self.local_clients if self.kind_of[c] == kind)
             for kind in range(len(self.kinds))
         )
 
     @cached_property
-    def rank_of(self) -> dict[int, int]:
+    def rank_of_client(self) -> dict[int, int]:
         """The rank that hosts each client."""
         return {
             client: rank
-            for group, rank in zip(self.groups, self.host, strict=True)
+            for group, rank in zip(self.groups, self.rank_of_group, strict=True)
             for client in group
         }
 
     @cached_property
     def layouts(self) -> tuple[Layout, ...]:
         """What a client of each kind sends."""
-        return tuple(Layout.of(kind.upload) for kind in self.kinds)
+        return tuple(Layout.of(kind.untrained_upload) for kind in self.kinds)
 
     @cached_property
-    def row_of(self) -> dict[int, int]:
+    def row_of_client(self) -> dict[int, int]:
         """The row of each of them."""
-        return {client: row for clients in self.by_kind for row, client in enumerate(clients)}
+        return {
+            client: row
+            for clients in self.local_clients_by_kind
+            for row, client in enumerate(clients)
+        }
 
-    def here(self) -> Iterator[Group]:
+    def local_groups(self) -> Iterator[Group]:
         """The groups that this rank hosts."""
         return (
             group
-            for group, rank in zip(self.groups, self.host, strict=True)
+            for group, rank in zip(self.groups, self.rank_of_group, strict=True)
             if rank == self.comm.rank
         )
 
@@ -164,33 +171,33 @@ class Run:
         """The clients that a rank hosts, kind after kind."""
         return tuple(
             c
-            for group, host in zip(self.groups, self.host, strict=True)
-            if host == rank
+            for group, group_rank in zip(self.groups, self.rank_of_group, strict=True)
+            if group_rank == rank
             for c in group
         )
 
-    def with_(self, **fields) -> "Run":
+    def with_fields(self, **fields) -> "Run":
         """This run, and what it is in each task, with other fields."""
         return replace(
-            self, **fields, by_task=tuple(replace(part, **fields) for part in self.by_task)
+            self, **fields, task_runs=tuple(replace(part, **fields) for part in self.task_runs)
         )
 
-    def of_round(self, round_: int) -> "Run":
+    def for_round(self, round_: int) -> "Run":
         """This run when its clients hold what they hold in a round (from 0): sizes, weights and
         feeds of the task.
         """
         return (
-            self.by_task[min(round_ // self.task_rounds, len(self.by_task) - 1)]
-            if self.by_task
+            self.task_runs[min(round_ // self.task_rounds, len(self.task_runs) - 1)]
+            if self.task_runs
             else self
         )
 
-    def chosen(self, round_: int) -> frozenset[int]:
+    def sample_cohort(self, round_: int) -> frozenset[int]:
         """The cohort of a round, of those who hold data: a pure function of the seed, so no rank
         has to be told.
         """
-        sizes = self.of_round(round_).sizes
-        if self.privacy.draws:
+        sizes = self.for_round(round_).sizes
+        if self.privacy.samples_poisson:
             draw = torch.rand(
                 len(sizes), generator=rng(self.seed, "cohort", round_), dtype=torch.float64
             )
@@ -198,65 +205,67 @@ class Run:
                 client for client, number in enumerate(draw.tolist()) if number < self.participation
             )
         draw = torch.randperm(len(sizes), generator=rng(self.seed, "cohort", round_)).tolist()
-        able = [client for client in draw if sizes[client]]
-        return cohort(len(able), self.participation, able)
+        with_data = [client for client in draw if sizes[client]]
+        return take_cohort(len(with_data), self.participation, with_data)
 
-    def total(self, chosen: frozenset[int]) -> float:
+    def cohort_weight(self, chosen: frozenset[int]) -> float:
         """By what the uploads of a cohort count together; under differential privacy by what is
         expected of any.
         """
-        if self.privacy.differential:
+        if self.privacy.is_differential:
             return (
-                self.participation * len(self.sizes) if self.privacy.draws else len(self.chosen(0))
+                self.participation * len(self.sizes)
+                if self.privacy.samples_poisson
+                else len(self.sample_cohort(0))
             )
         return sum(self.weight_N[client] for client in chosen)
 
     def epsilon(self, rounds: int) -> float:
         """What so many rounds cost in differential privacy."""
         return epsilon(
-            self.privacy, self.participation, len(self.chosen(0)), len(self.sizes), rounds
+            self.privacy, self.participation, len(self.sample_cohort(0)), len(self.sizes), rounds
         )
 
-    def untrained(self, shared: Tree) -> Tensor:
+    def untrained_contribution(self, shared: Tree) -> Tensor:
         """What uploads [D] are measured from where they are clipped: what any client would send
         without training.
         """
         kind = self.kinds[0]
-        personal = tmap(lambda v: v.to(self.trainer.device), kind.first.personal)
-        return untrained(kind.algorithm, Vars(shared, personal), shared)
+        personal = tmap(lambda v: v.to(self.trainer.device), kind.initial.personal)
+        return untrained_contribution(kind.algorithm, Variables(shared, personal), shared)
 
     @property
-    def unit(self) -> int:
+    def number_bytes(self) -> int:
         """Bytes of each number of the message that is summed."""
-        return {"exact": 16, "fast": self.upload.dtype.itemsize}[self.reduce]
+        return {"exact": 16, "fast": self.upload_layout.dtype.itemsize}[self.reduce]
 
-    def room(self) -> Tree:
+    def allocate_personal(self) -> Tree:
         """Room for the personal leaves of this rank's clients, with any numbers in it."""
         leaves = {}
-        for kind, clients in zip(self.kinds, self.by_kind, strict=True):
+        for kind, clients in zip(self.kinds, self.local_clients_by_kind, strict=True):
             leaves |= {
-                kind.prefix + n: self.rows.blank(len(clients), v)
-                for n, v in kind.first.personal.items()
+                kind.prefix + n: self.personal_rows.allocate(len(clients), v)
+                for n, v in kind.initial.personal.items()
             }
         return leaves
 
-    def stacks(self, clients: Iterable[int], at_once: int = 1) -> list[list[int]]:
+    def split_into_stacks(self, clients: Iterable[int], at_least: int = 1) -> list[list[int]]:
         """Clients of a group in the order in which a ``Trainer`` takes them, in equal parts of up
         to ``group_size``, or ``at_once`` where that is more.
         """
         # equal ones as the group has them
         order = sorted(clients, key=lambda client: -self.sizes[client])
-        return equal_parts(order, max(self.group_size, at_once))
+        return equal_parts(order, max(self.group_size, at_least))
 
 
-class Pace:
+class Throughput:
     """What the clients of this rank have taken to train, of each kind."""
 
     def __init__(self, kinds: int) -> None:
-        self.taken = np.zeros((2, kinds))  # seconds; samples
+        self.totals = np.zeros((2, kinds))  # seconds; samples
 
     def add(self, kind: int, seconds: float, samples: int) -> None:
-        self.taken[:, kind] += seconds, samples
+        self.totals[:, kind] += seconds, samples
 
 
 class State(NamedTuple):

@@ -10,18 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..aggregation.client_mix import Packed
-from ..aggregation.exact_sum import LIMIT, SUMS, ExactSum, FastSum, settle
-from ..aggregation.flat_layout import bytes_of, joint
-from ..aggregation.gathered import gathered
+from ..aggregation.client_mix import PackedMix
+from ..aggregation.exact_sum import LIMIT, SUM_TYPES, ExactSum, FastSum, absorb_rounding
+from ..aggregation.flat_layout import estimate_nbytes, joint_dtype
+from ..aggregation.gathered import gather_remote_uploads
 from ..aggregation.svd import right_vectors
 from ..algorithm import Algorithm, Cohort
 from ..core.clock import STAGES
 from ..core.tree import Tree
 from ..engine.flops import UNCOUNTED
 from ..mpi.ending import Fault
-from ..privacy.clipping import contribution, of_server
-from ..privacy.masks import letters
+from ..privacy.clipping import contribution, server_noise
+from ..privacy.masks import masked_messages
 from .federation import Run, State
 
 # travel behind the upload, in the same buffer
@@ -29,18 +29,18 @@ _METRICS = ("loss", "clients", "spread", "broken", "stop", "sent")
 _SCORES = ("accuracy", "loss", "accuracy_aggregated", "accuracy_trained")  # of each client
 
 
-class Learned(NamedTuple):
+class LocalResult(NamedTuple):
     """What this rank's part of the cohort brings, beside what it has put into the message."""
 
     broken: list[int]  # clients whose loss or upload is not finite, or too large to be summed
-    sent: list[int]  # numbers that each client has sent, by its own account
-    offers: dict[int, Packed]
+    upload_numels: list[int]  # numbers that each client has sent, by its own account
+    offers: dict[int, PackedMix]
     # [3] of each client's own model after training, as ``Trainer.judge`` has them
     scores: dict[int, Tensor]
     uploads: dict[int, Tensor]  # as they travel where the run ``gathers``
 
 
-def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dict, dict]:
+def run_round(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dict, dict]:
     """Train the cohort, take the mean, evaluate. Every rank calls it with its own state.
 
     Returns the next state, the row of the round (numbers) and the rows of the clients ([N] each),
@@ -53,73 +53,82 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
     seconds since the last such round} (see ``Stopwatch``; what came after its message counts to
     this one), of another round {}.
     """
-    clock = [time.perf_counter()]
-    run.clock.lap("other", run.comm.pulse.waited)
-    whole, run = run, run.of_round(state.round)
-    chosen = drawn = run.chosen(state.round)
-    run.comm.pulse.at("the training", round_=state.round + 1)
-    total, size = run.total(chosen), run.upload.size
-    message = SUMS[run.reduce](size + len(_METRICS), run.upload.dtype)
-    here = _packed(run, state.shared)
-    learned = _train(run, state, chosen, here, message, LIMIT / max(total, len(chosen)), evaluate)
-    clock.append(time.perf_counter())
-    run.clock.lap("train", run.comm.pulse.waited)
+    timestamps = [time.perf_counter()]
+    run.clock.lap("other", run.comm.heartbeat.waited_seconds)
+    full_run, run = run, run.for_round(state.round)
+    active = sampled = run.sample_cohort(state.round)
+    run.comm.heartbeat.enter_stage("the training", round_=state.round + 1)
+    total, size = run.cohort_weight(active), run.upload_layout.size
+    message = SUM_TYPES[run.reduce](size + len(_METRICS), run.upload_layout.dtype)
+    shared_flat = _pack_shared(run, state.shared)
+    local_result = _train(
+        run, state, active, shared_flat, message, LIMIT / max(total, len(active)), evaluate
+    )
+    timestamps.append(time.perf_counter())
+    run.clock.lap("train", run.comm.heartbeat.waited_seconds)
 
-    own = [0.0, 0.0, 0.0, len(learned.broken), stop, sum(learned.sent)]
-    message.add(torch.tensor(own, dtype=torch.float64), 1, at=size)
-    travelled = _add_up(run, message)
-    loss, clients, spread, broken, stops, sent = message.total(at=size).tolist()
-    away = sum(run.weight_N) - total
+    metrics = [0.0, 0.0, 0.0, len(local_result.broken), stop, sum(local_result.upload_numels)]
+    message.add(torch.tensor(metrics, dtype=torch.float64), 1, at=size)
+    message_bytes = _sum_message(run, message)
+    loss, clients, spread, broken, stop_requests, numbers_sent = message.total(at=size).tolist()
+    absent_weight = sum(run.weight_N) - total
     if broken:
-        chosen = drawn - _broken(run, state.round, learned.broken)
-        total = run.total(chosen)
-    if run.gathers:
-        _add_others(run, state, chosen, learned.uploads, message)
-    if run.privacy.differential:  # what came were updates
-        message.add(run.untrained(state.shared), total)
-        message.add(of_server(run.privacy, size, len(drawn), run.seed, state.round), 1)
-    sums = message.total(device=here.device)
-    if type(run.algorithm).sent is Algorithm.sent:
+        active = sampled - _all_broken(run, state.round, local_result.broken)
+        total = run.cohort_weight(active)
+    if run.gather_uploads:
+        _add_remote_uploads(run, state, active, local_result.uploads, message)
+    if run.privacy.is_differential:  # what came were updates
+        message.add(run.untrained_contribution(state.shared), total)
+        message.add(server_noise(run.privacy, size, len(sampled), run.seed, state.round), 1)
+    sums = message.total(device=shared_flat.device)
+    if type(run.algorithm).upload_numel is Algorithm.upload_numel:
         # exact, also where float32 has added up
-        sent = sum(run.layouts[run.kind_of[c]].size for c in chosen)
-    traffic = _bytes(run, state.shared, chosen, round(sent), travelled)
+        numbers_sent = sum(run.layouts[run.kind_of[c]].size for c in active)
+    traffic = _traffic_bytes(run, state.shared, active, round(numbers_sent), message_bytes)
     drift, train_loss = float("nan"), loss / clients if clients else float("nan")
-    if chosen or run.privacy.differential:  # of nobody there still is the noise
-        if not run.privacy.differential:
-            drift = _drift(run, here, sums[:size] / total, spread / total)
-        mean = _mean(run, state.shared, sums[:size], total, away)
-        _mix(run, state, learned.offers, chosen)
-        state = _served(
+    if active or run.privacy.is_differential:  # of nobody there still is the noise
+        if not run.privacy.is_differential:
+            drift = _drift(run, shared_flat, sums[:size] / total, spread / total)
+        mean = _mean(run, state.shared, sums[:size], total, absent_weight)
+        _apply_mixes(run, state, local_result.offers, active)
+        state = _apply_server(
             run,
             state,
             mean,
-            Cohort((total if run.privacy.draws else len(chosen)) / len(run.weight_N), total),
+            Cohort(
+                (total if run.privacy.samples_poisson else len(active)) / len(run.weight_N), total
+            ),
         )
     state = state._replace(round=state.round + 1)
-    clock.append(time.perf_counter())
-    run.clock.lap("exchange", run.comm.pulse.waited)
+    timestamps.append(time.perf_counter())
+    run.clock.lap("exchange", run.comm.heartbeat.waited_seconds)
 
-    row = {"train_loss": train_loss, "clients": int(clients), "stop": stops > 0, "drift": drift}
+    row = {
+        "train_loss": train_loss,
+        "clients": int(clients),
+        "stop": stop_requests > 0,
+        "drift": drift,
+    }
     row |= (
         traffic
-        | {"flops": _flops(whole, drawn, state.round - 1)}
-        | run.algorithm.told(state.shared, len(chosen))
+        | {"flops": _cohort_flops(full_run, sampled, state.round - 1)}
+        | run.algorithm.server_metrics(state.shared, len(active))
     )
-    row |= {"skipped": sorted(drawn - chosen)} if run.skips else {}
+    row |= {"skipped": sorted(sampled - active)} if run.skip_nonfinite else {}
     unknown = np.full(len(run.weight_N), np.nan)
-    judged = drawn if run.judges_cohort else range(len(run.weight_N))
+    evaluated = sampled if run.evaluate_cohort_only else range(len(run.weight_N))
     scores_N, nan_N, seconds = dict.fromkeys(_SCORES, unknown), unknown, {}
-    run.clock.lap("other", run.comm.pulse.waited)  # FLOPs are counted once
+    run.clock.lap("other", run.comm.heartbeat.waited_seconds)  # FLOPs are counted once
     if evaluate:
-        scores_N, nan_N, seconds = _evaluate(run, state, judged, learned.scores)
-    run.rows.release()
-    clock.append(time.perf_counter())
+        scores_N, nan_N, seconds = _evaluate(run, state, evaluated, local_result.scores)
+    run.personal_rows.release()
+    timestamps.append(time.perf_counter())
     row |= {"accuracy_worst": np.fmin.reduce(scores_N["accuracy"])}
     row |= {name: _nanmean(column) for name, column in scores_N.items()}
     row |= {"nan_predictions": _nanmean(nan_N), "nan_clients": np.flatnonzero(nan_N > 0).tolist()}
     row |= {
         f"seconds_{name}": t
-        for name, t in zip(("train", "exchange", "evaluate"), np.diff(clock), strict=True)
+        for name, t in zip(("train", "exchange", "evaluate"), np.diff(timestamps), strict=True)
     }
     row |= {"seconds_ranks": seconds}
     return state, row, scores_N
@@ -128,144 +137,175 @@ def play(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dic
 def _train(
     run: Run,
     state: State,
-    chosen: frozenset[int],
-    here: Tensor,
+    active: frozenset[int],
+    shared_flat: Tensor,
     message: ExactSum | FastSum,
     bound: float,
     evaluate: bool,
-) -> Learned:
+) -> LocalResult:
     """Train this rank's part of the cohort into ``message`` and the personal rows.
 
     ``here``: the shared variables as ``_packed`` gives them; ``bound``: magnitude up to which an
     upload can be summed.
     """
-    learned = Learned([], [], {}, {}, {})
-    letter = letters(run.privacy, message, chosen, run.seed, state.round)
-    untrained = run.untrained(state.shared) if run.privacy.differential else here
-    adds = partial(contribution, run.privacy, untrained, len(chosen), run.seed, state.round)
+    local_result = LocalResult([], [], {}, {}, {})
+    message_of = masked_messages(run.privacy, message, active, run.seed, state.round)
+    reference = (
+        run.untrained_contribution(state.shared) if run.privacy.is_differential else shared_flat
+    )
+    contribute = partial(contribution, run.privacy, reference, len(active), run.seed, state.round)
     for members in (
-        members for group in run.here() for members in run.stacks(c for c in group if c in chosen)
+        members
+        for group in run.local_groups()
+        for members in run.split_into_stacks(c for c in group if c in active)
     ):
         trainer = run.kinds[run.kind_of[members[0]]].trainer
-        rows_C = _rows(run, state.personal, members)
-        run.comm.pulse.at("the training", members)
-        began = time.perf_counter()
-        for done in trainer.train(members, state.shared, rows_C, state.round, evaluate):
+        rows_C = _personal_rows(run, state.personal, members)
+        run.comm.heartbeat.enter_stage("the training", members)
+        started = time.perf_counter()
+        for client_result in trainer.train(members, state.shared, rows_C, state.round, evaluate):
             if run.journal:
-                run.journal.poke()
-            if not torch.isfinite(done.loss).all():  # what follows need not cope with such numbers
-                learned.broken.append(done.client)
+                run.journal.progress()
+            if not torch.isfinite(
+                client_result.loss
+            ).all():  # what follows need not cope with such numbers
+                local_result.broken.append(client_result.client)
                 continue
-            upload = trainer.algorithm.upload(done.start, done.end)
-            if run.gathers:  # other ranks have it as it travels, and so must this one
-                upload = run.layouts[run.kind_of[done.client]].cast(upload)
-            vector = run.upload.pack(
-                trainer.algorithm.expand(upload, state.shared, run.weight_N[done.client])
+            upload = trainer.algorithm.upload(client_result.start, client_result.end)
+            if run.gather_uploads:  # other ranks have it as it travels, and so must this one
+                upload = run.layouts[run.kind_of[client_result.client]].cast(upload)
+            vector = run.upload_layout.pack(
+                trainer.algorithm.expand(upload, state.shared, run.weight_N[client_result.client])
             )
-            offer = run.mixing and run.mixing.pack(trainer.algorithm.offer(done.start, done.end))
+            offer = run.mixing and run.mixing.pack(
+                trainer.algorithm.offer(client_result.start, client_result.end)
+            )
             # nor is it where one is not finite
-            fits = all(v.abs().sum() < bound for v in (done.loss, vector))
-            if not fits or (offer and not offer.fits()):
-                learned.broken.append(done.client)
+            is_summable = all(v.abs().sum() < bound for v in (client_result.loss, vector))
+            if not is_summable or (offer and not offer.is_summable()):
+                local_result.broken.append(client_result.client)
                 continue
-            learned.sent.append(int(trainer.algorithm.sent(done.start, done.end)))
-            if run.gathers:
-                learned.uploads[done.client] = run.layouts[run.kind_of[done.client]].pack(upload)
+            local_result.upload_numels.append(
+                int(trainer.algorithm.upload_numel(client_result.start, client_result.end))
+            )
+            if run.gather_uploads:
+                local_result.uploads[client_result.client] = run.layouts[
+                    run.kind_of[client_result.client]
+                ].pack(upload)
             # A diverging client must not overflow the sum; it is then beyond any meaning anyway.
-            weight, moved = run.weight_N[done.client], _moved(run, vector, here).clamp(max=bound)
-            about = [done.loss.item(), 1.0, moved.item() * weight]
-            with letter(done.client) as own:
-                own.add(adds(vector, done.client), weight)
-                own.add(torch.tensor(about, dtype=torch.float64), 1, at=run.upload.size)
+            weight, distance = (
+                run.weight_N[client_result.client],
+                _squared_distance(run, vector, shared_flat).clamp(max=bound),
+            )
+            metrics = [client_result.loss.item(), 1.0, distance.item() * weight]
+            with message_of(client_result.client) as client_message:
+                client_message.add(contribute(vector, client_result.client), weight)
+                client_message.add(
+                    torch.tensor(metrics, dtype=torch.float64), 1, offset=run.upload_layout.size
+                )
             if offer:
-                learned.offers[done.client] = offer
-            if done.score is not None:
-                learned.scores[done.client] = torch.cat([done.score, done.nan_predictions[None]])
-            _keep(run, state.personal, done.client, done.kept)
-        seconds = time.perf_counter() - began
-        run.pace.add(run.kind_of[members[0]], seconds, sum(run.sizes[c] for c in members))
-    for client in learned.broken:  # no update, but masks and noise, which those of the others need
-        with letter(client) as own:
-            own.add(adds(untrained, client), 1 if run.privacy.differential else 0)
-    return learned
+                local_result.offers[client_result.client] = offer
+            if client_result.score is not None:
+                local_result.scores[client_result.client] = torch.cat(
+                    [client_result.score, client_result.nan_predictions[None]]
+                )
+            _write_row(run, state.personal, client_result.client, client_result.host_personal)
+        seconds = time.perf_counter() - started
+        run.throughput.add(run.kind_of[members[0]], seconds, sum(run.sizes[c] for c in members))
+    for (
+        client
+    ) in local_result.broken:  # no update, but masks and noise, which those of the others need
+        with message_of(client) as client_message:
+            client_message.add(
+                contribute(reference, client), 1 if run.privacy.is_differential else 0
+            )
+    return local_result
 
 
-def _add_up(run: Run, message: ExactSum | FastSum) -> int:
+def _sum_message(run: Run, message: ExactSum | FastSum) -> int:
     """Make ``message`` that of all ranks, but for its upload where the run ``gathers``; bytes that
     have travelled.
     """
-    travels = message.buffer[..., run.upload.size :].copy() if run.gathers else message.buffer
-    run.comm.pulse.at("the exchange")
+    travelling = (
+        message.buffer[..., run.upload_layout.size :].copy()
+        if run.gather_uploads
+        else message.buffer
+    )
+    run.comm.heartbeat.enter_stage("the exchange")
     if run.journal:
-        run.journal.settle()
+        run.journal.wait()
     # masks wrap around
-    run.comm.sum(travels.view(np.uint64) if run.privacy.secure_aggregation else travels)
+    run.comm.sum(travelling.view(np.uint64) if run.privacy.secure_aggregation else travelling)
     if run.journal:
-        run.journal.settled()
-    message.buffer[..., -travels.shape[-1] :] = travels
-    return travels.nbytes
+        run.journal.commit()
+    message.buffer[..., -travelling.shape[-1] :] = travelling
+    return travelling.nbytes
 
 
-def _add_others(
+def _add_remote_uploads(
     run: Run,
     state: State,
-    chosen: frozenset[int],
+    active: frozenset[int],
     uploads: dict[int, Tensor],
     message: ExactSum | FastSum,
 ) -> None:
     """Add to ``message`` what the uploads of other ranks' clients stand for; in the sum all clients
     then have the same bits as if each worker had added its own.
     """
-    layouts = {client: run.layouts[run.kind_of[client]] for client in sorted(chosen)}
-    for client, upload in gathered(run.comm, uploads, layouts, run.rank_of).items():
+    layouts = {client: run.layouts[run.kind_of[client]] for client in sorted(active)}
+    for client, upload in gather_remote_uploads(
+        run.comm, uploads, layouts, run.rank_of_client
+    ).items():
         term = run.kinds[run.kind_of[client]].algorithm.expand(
             upload, state.shared, run.weight_N[client]
         )
-        message.add(run.upload.pack(term), run.weight_N[client])
+        message.add(run.upload_layout.pack(term), run.weight_N[client])
 
 
-def _mix(run: Run, state: State, offers: dict[int, Packed], chosen: frozenset[int]) -> None:
+def _apply_mixes(
+    run: Run, state: State, offers: dict[int, PackedMix], active: frozenset[int]
+) -> None:
     """Give every client of the cohort its own mix, in place."""
     if run.mixing is None:
         return
     for client, rows in run.mixing.mix(
-        run.comm, run.algorithm, offers, chosen, state.round
+        run.comm, run.algorithm, offers, active, state.round
     ).items():
-        _keep(run, state.personal, client, rows)
+        _write_row(run, state.personal, client, rows)
 
 
-def _rows(run: Run, personal: Tree, clients: Sequence[int]) -> Tree:
+def _personal_rows(run: Run, personal: Tree, clients: Sequence[int]) -> Tree:
     """The personal leaves [C, ...] of clients of one kind: views where the rows lie together, which
     they do at full participation.
     """
-    kind, rows = run.kinds[run.kind_of[clients[0]]], [run.row_of[c] for c in clients]
-    together = rows == list(range(rows[0], rows[0] + len(rows)))
-    at = slice(rows[0], rows[0] + len(rows)) if together else rows
-    return {n: personal[kind.prefix + n][at] for n in kind.first.personal}
+    kind, rows = run.kinds[run.kind_of[clients[0]]], [run.row_of_client[c] for c in clients]
+    is_contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
+    selection = slice(rows[0], rows[0] + len(rows)) if is_contiguous else rows
+    return {n: personal[kind.prefix + n][selection] for n in kind.initial.personal}
 
 
-def _keep(run: Run, personal: Tree, client: int, leaves: Tree) -> None:
+def _write_row(run: Run, personal: Tree, client: int, leaves: Tree) -> None:
     """Write personal leaves of a client into its row."""
     if run.journal:
-        run.journal.note(client)
-    prefix, row = run.kinds[run.kind_of[client]].prefix, run.row_of[client]
+        run.journal.save_undo(client)
+    prefix, row = run.kinds[run.kind_of[client]].prefix, run.row_of_client[client]
     for name, value in leaves.items():
         personal[prefix + name][row] = value
 
 
-def _moved(run: Run, vector: Tensor, here: Tensor) -> Tensor:
+def _squared_distance(run: Run, vector: Tensor, shared_flat: Tensor) -> Tensor:
     """Squared distance of an upload [D] from the shared variables [D] of the round, [] float64,
     over the parameters of the network (where it shares none, over all that uploads and shared
     variables hold).
     """
-    gap = vector.double() - here
+    gap = vector.double() - shared_flat
     return sum(
-        (gap[at] @ gap[at] for at in run.compared),
+        (gap[at] @ gap[at] for at in run.drift_slices),
         torch.zeros((), dtype=torch.float64, device=gap.device),
     )
 
 
-def _drift(run: Run, here: Tensor, mean: Tensor, spread: float) -> float:
+def _drift(run: Run, shared_flat: Tensor, mean: Tensor, spread: float) -> float:
     """Root mean square distance of the cohort's uploads u_i from their mean, weighted as the mean
     is.
 
@@ -274,24 +314,26 @@ def _drift(run: Run, here: Tensor, mean: Tensor, spread: float) -> float:
     second. mean: float64 [D]; spread: the first term. NaN where uploads hold no shared parameter.
     FedLoRA's eq. (9) is the mean of the distances, which is at most this.
     """
-    if not run.compared:
+    if not run.drift_slices:
         return float("nan")
-    return max(0.0, spread - _moved(run, mean, here).item()) ** 0.5
+    return max(0.0, spread - _squared_distance(run, mean, shared_flat).item()) ** 0.5
 
 
-def _packed(run: Run, shared: Tree) -> Tensor:
+def _pack_shared(run: Run, shared: Tree) -> Tensor:
     """The shared variables at the places of an upload [D], float64; zero where it holds something
     else.
     """
-    both, device = run.upload.common(shared), run.trainer.device
+    common_leaves, device = run.upload_layout.common_leaves(shared), run.trainer.device
 
-    def there(n, shape):
-        return shared[n] if n in both else torch.zeros(shape, device=device)
+    def leaf_or_zeros(n, shape):
+        return shared[n] if n in common_leaves else torch.zeros(shape, device=device)
 
-    return run.upload.pack({n: there(n, shape) for n, shape in run.upload.shapes.items()}).double()
+    return run.upload_layout.pack(
+        {n: leaf_or_zeros(n, shape) for n, shape in run.upload_layout.shapes.items()}
+    ).double()
 
 
-def _mean(run: Run, shared: Tree, sums: Tensor, total: float, away: float) -> Tree:
+def _mean(run: Run, shared: Tree, sums: Tensor, total: float, absent_weight: float) -> Tree:
     """The weighted mean of the uploads, which weigh ``total``. ``absent: stale``: clients outside
     the cohort, which weigh ``away``, count with the shared variables they last received. Where the
     method ``sums``, the sum in its place.
@@ -299,16 +341,19 @@ def _mean(run: Run, shared: Tree, sums: Tensor, total: float, away: float) -> Tr
     if run.algorithm.sums:
         assert run.algorithm.absent == "exclude"
         total = 1
-    if run.algorithm.absent == "stale" and away > 0:
-        sums, total = sums + away * run.upload.pack(shared).double(), total + away
-    like = next(iter(shared.values()), sums)
-    mean = run.upload.unpack((sums / total).to(like.device))
-    return {n: settle(v, shared.get(n)) for n, v in mean.items()}
+    if run.algorithm.absent == "stale" and absent_weight > 0:
+        sums, total = (
+            sums + absent_weight * run.upload_layout.pack(shared).double(),
+            total + absent_weight,
+        )
+    any_leaf = next(iter(shared.values()), sums)
+    mean = run.upload_layout.unpack((sums / total).to(any_leaf.device))
+    return {n: absorb_rounding(v, shared.get(n)) for n, v in mean.items()}
 
 
-def _served(run: Run, state: State, mean: Tree, cohort: Cohort) -> State:
+def _apply_server(run: Run, state: State, mean: Tree, cohort: Cohort) -> State:
     """The state after the server's rule."""
-    server, shared = run.algorithm.serve(state.server, state.shared, mean, cohort)
+    server, shared = run.algorithm.server_update(state.server, state.shared, mean, cohort)
     if matrices := run.algorithm.decomposed(shared):
         shared = run.algorithm.handed_out(shared, right_vectors(run.comm, matrices))
     return state._replace(server=server, shared=shared)
@@ -328,87 +373,99 @@ def _evaluate(
     everyone = len(run.weight_N)
     # scores of the clients at two moments, then seconds of the ranks
     table = np.zeros((everyone + run.comm.size, 6))
-    for group in ([c for c in group if c in clients] for group in run.here()):
+    for group in ([c for c in group if c in clients] for group in run.local_groups()):
         if not group:
             continue
         trainer = run.kinds[run.kind_of[group[0]]].trainer
-        for members in run.stacks(group, trainer.judged_at_once(group, state.round)):
-            run.comm.pulse.at("the evaluation", members)
-            rows_C = _rows(run, state.personal, members)
-            table[members, :3] = trainer.judge(members, state.shared, rows_C, state.round).numpy()
+        for members in run.split_into_stacks(
+            group, trainer.evaluation_stack_size(group, state.round)
+        ):
+            run.comm.heartbeat.enter_stage("the evaluation", members)
+            rows_C = _personal_rows(run, state.personal, members)
+            table[members, :3] = trainer.score_clients(
+                members, state.shared, rows_C, state.round
+            ).numpy()
             table[members, 3:] = [
                 trained[c].tolist() if c in trained else [np.nan] * 3 for c in members
             ]
-    run.clock.lap("evaluate", run.comm.pulse.waited)
-    table[everyone + run.comm.rank, : len(STAGES)] = run.clock.taken()
+    run.clock.lap("evaluate", run.comm.heartbeat.waited_seconds)
+    table[everyone + run.comm.rank, : len(STAGES)] = run.clock.take_seconds()
     run.comm.sum(table)  # each row is set by one rank, so no rounding
-    others = np.arange(len(table)) < everyone
-    others[list(clients)] = False
-    table[others] = np.nan
-    received, after = table[:everyone, :3], table[:everyone, 3:]
-    judged = received
-    if run.algorithm.evaluates == "after_training":
+    unevaluated = np.arange(len(table)) < everyone
+    unevaluated[list(clients)] = False
+    table[unevaluated] = np.nan
+    after_aggregation, after_training = table[:everyone, :3], table[:everyone, 3:]
+    judged = after_aggregation
+    if run.algorithm.evaluate_on == "after_training":
         # by the accuracy: a loss may be nan
-        judged = np.where(np.isnan(after[:, :1]), received, after)
+        judged = np.where(np.isnan(after_training[:, :1]), after_aggregation, after_training)
     accuracy, loss, nan = judged.T
-    scores_N = dict(zip(_SCORES, (accuracy, loss, received[:, 0], after[:, 0]), strict=True))
+    scores_N = dict(
+        zip(_SCORES, (accuracy, loss, after_aggregation[:, 0], after_training[:, 0]), strict=True)
+    )
     return scores_N, nan, dict(zip(STAGES, table[everyone:].T, strict=False))
 
 
 def _nanmean(column: np.ndarray) -> float:
     """Mean over the clients that have a number."""
-    there = column[~np.isnan(column)]
-    return float(there.mean()) if len(there) else float("nan")
+    known = column[~np.isnan(column)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
-def _bytes(
-    run: Run, shared: Tree, chosen: frozenset[int], sent: int, message: int
+def _traffic_bytes(
+    run: Run, shared: Tree, active: frozenset[int], numbers_sent: int, message_bytes: int
 ) -> dict[str, int]:
     """Bytes of the round: what a real federation would send, each number in its leaf's dtype, and
     what MPI was handed.
 
     sent: numbers of all uploads together.
     """
-    layouts, received = (
-        [run.layouts[run.kind_of[c]] for c in chosen],
-        [kind.received(shared) for kind in run.kinds],
+    layouts, download_bytes = (
+        [run.layouts[run.kind_of[c]] for c in active],
+        [kind.download_nbytes(shared) for kind in run.kinds],
     )
-    up, down = bytes_of(sent, layouts), sum(received[run.kind_of[c]] for c in chosen)
-    moved = message * run.comm.size
-    if run.gathers:
-        moved += joint([layout.dtype for layout in layouts]).itemsize * sum(
+    up, down = (
+        estimate_nbytes(numbers_sent, layouts),
+        sum(download_bytes[run.kind_of[c]] for c in active),
+    )
+    mpi_bytes = message_bytes * run.comm.size
+    if run.gather_uploads:
+        mpi_bytes += joint_dtype([layout.dtype for layout in layouts]).itemsize * sum(
             layout.size for layout in layouts
         )
     if run.mixing:
         up, down = (
-            up + run.mixing.bytes_up * len(chosen),
-            down + run.mixing.bytes_down * len(chosen),
+            up + run.mixing.bytes_up * len(active),
+            down + run.mixing.bytes_down * len(active),
         )
-        moved += run.mixing.bytes_mpi(len(chosen), run.comm.size)
-    return {"bytes_up": up, "bytes_down": down, "bytes_mpi": moved if run.comm.size > 1 else 0}
+        mpi_bytes += run.mixing.bytes_mpi(len(active), run.comm.size)
+    return {"bytes_up": up, "bytes_down": down, "bytes_mpi": mpi_bytes if run.comm.size > 1 else 0}
 
 
-def _flops(run: Run, chosen: frozenset[int], round_: int) -> int:
+def _cohort_flops(run: Run, active: frozenset[int], round_: int) -> int:
     """Floating-point operations of the cohort's local training, or UNCOUNTED. ``run``: the whole
     one, whose counts last.
     """
-    sizes = run.of_round(round_).sizes
-    alike = Counter((run.kind_of[c], sizes[c]) for c in chosen)
-    each = {of: run.flops[of[0]].of_round(of[1], round_) for of in alike}
-    if UNCOUNTED in each.values():
+    sizes = run.for_round(round_).sizes
+    client_counts = Counter((run.kind_of[c], sizes[c]) for c in active)
+    flops_of = {
+        kind_and_size: run.flops[kind_and_size[0]].round_flops(kind_and_size[1], round_)
+        for kind_and_size in client_counts
+    }
+    if UNCOUNTED in flops_of.values():
         return UNCOUNTED
-    return sum(count * each[of] for of, count in alike.items())
+    return sum(count * flops_of[of] for of, count in client_counts.items())
 
 
-def _broken(run: Run, round_: int, broken: list[int]) -> frozenset[int]:
+def _all_broken(run: Run, round_: int, broken: list[int]) -> frozenset[int]:
     """The broken clients of all ranks. Raises Fault with their ids unless the run ``skips`` them."""
     table = np.zeros(len(run.weight_N), np.int64)
     table[broken] = 1
     run.comm.sum(table)
-    found = np.flatnonzero(table).tolist()
-    if run.skips:
-        return frozenset(found)
-    ids = ", ".join(map(str, found))
+    broken_clients = np.flatnonzero(table).tolist()
+    if run.skip_nonfinite:
+        return frozenset(broken_clients)
+    ids = ", ".join(map(str, broken_clients))
     raise Fault(
         f"round {round_ + 1}: the loss or upload of client {ids} is not finite (or beyond what a "
         "mean can hold); nothing of this round was kept. Lower train.lr, or resume from the last "

@@ -6,10 +6,10 @@ from contextlib import nullcontext
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..core.escapes import brief
+from ..core.escapes import summarize_error
 
 
-class _NoModules(nullcontext):
+class _NullModuleTracker(nullcontext):
     """In the place of torch's tracker of modules, whose hooks raise "A leaf node was passed" where
     a parameter is a module's input, as in every parametrization.
     """
@@ -22,10 +22,10 @@ class FlopCounter(FlopCounterMode):
 
     def __init__(self) -> None:
         super().__init__(display=False)
-        self.mod_tracker = _NoModules()
+        self.mod_tracker = _NullModuleTracker()
 
 
-def of_forward(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+def forward_with_flops(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     """``module(x)`` and its FLOPs; where torch cannot count them 2 for each parameter and sample,
     and a hint.
     """
@@ -35,7 +35,7 @@ def of_forward(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     except Exception as error:
         logits = module(x)  # raises it again where it is the module's own
         print(
-            f"hint: model: FLOPs cannot be counted ({brief(error)}); taken as 2 for each "
+            f"hint: model: FLOPs cannot be counted ({summarize_error(error)}); taken as 2 for each "
             "parameter and sample",
             file=sys.stderr,
             flush=True,

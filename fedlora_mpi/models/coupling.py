@@ -19,92 +19,97 @@ from ..core.tree import Tree
 from .network import Model
 
 # examples of a batch, and of these in its first part; the second where it is cheap
-_CUTS = ((5, 3), (40, 33))
-_CHEAP = 2e7  # FLOP of one example
-_LARGE = 2**24  # numbers of a network of which no copy in double precision is made
-_LOUD = 10.0  # how much larger the other examples are
+_BATCH_CUTS = ((5, 3), (40, 33))
+_CHEAP_FLOPS = 2e7  # FLOP of one example
+_MANY_PARAMETERS = 2**24  # numbers of a network of which no copy in double precision is made
+_OUTLIER_SCALE = 10.0  # how much larger the other examples are
 # Of the largest number: kernels differ less, couplings more. In half precision both come close.
-_NEAR = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
+_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 
 
-def couples(model: Model, seed: int) -> bool:
+def couples_examples(model: Model, seed: int) -> bool:
     """Whether results change when batches are cut and padded, with weights at random around the
     initial ones: a gate that begins at zero must hide nothing. A network that refuses such batches
     counts as coupling them.
     """
     # what a network remembers of a pass is thrown away
-    apart = replace(model, modules=copy.deepcopy(model.modules))
-    large = sum(v.numel() for v in model.initial.values()) > _LARGE
-    as_it_is = min(
+    model_copy = replace(model, modules=copy.deepcopy(model.modules))
+    is_large = sum(v.numel() for v in model.initial.values()) > _MANY_PARAMETERS
+    narrowest_dtype = min(
         (v.dtype for v in model.initial.values()),
         key=lambda dtype: dtype.itemsize,
         default=torch.float32,
     )
     for dtype in (
-        (as_it_is,) if large or as_it_is != torch.float32 else (torch.float64, torch.float32)
+        (narrowest_dtype,)
+        if is_large or narrowest_dtype != torch.float32
+        else (torch.float64, torch.float32)
     ):
         try:
-            return _tried(apart, seed, dtype)
+            return _depends_on_batch(model_copy, seed, dtype)
         except Exception:  # a user's module may raise anything, and may know one precision only
             continue
     return True
 
 
 @torch.no_grad()
-def _tried(model: Model, seed: int, dtype: torch.dtype) -> bool:
+def _depends_on_batch(model: Model, seed: int, dtype: torch.dtype) -> bool:
     generator = rng(seed, "coupling")
-    tree = {n: _moved(v, model.role(n) == "stats", generator) for n, v in model.initial.items()}
+    tree = {n: _add_noise(v, model.role(n) == "stats", generator) for n, v in model.initial.items()}
     if dtype == torch.float64:
         tree = {n: v.double() for n, v in tree.items()}
-    for whole, part in _CUTS[: 2 if model.flops < _CHEAP else 1]:
-        x = _inputs(model, whole, part, generator)
+    for size, cut in _BATCH_CUTS[: 2 if model.flops < _CHEAP_FLOPS else 1]:
+        x = _random_inputs(model, size, cut, generator)
         x = x.double() if x.is_floating_point() and dtype == torch.float64 else x
-        if any(changes(model, tree, x, part, _NEAR[dtype]) for changes in (_evaluated, _trained)):
+        if any(
+            couples(model, tree, x, cut, _TOLERANCES[dtype])
+            for couples in (_evaluation_couples, _training_couples)
+        ):
             return True
     return False
 
 
-def _moved(v: Tensor, positive: bool, generator: Generator) -> Tensor:
+def _add_noise(v: Tensor, positive: bool, generator: Generator) -> Tensor:
     """``v`` with noise as large as it is, or as weights of its shape are; that of statistics is
     positive.
     """
-    usual = v[0].numel() ** -0.5 if v.dim() > 1 and v.numel() else 1.0
-    size = max(usual, float(v.double().square().mean().sqrt())) if v.numel() else 0.0
-    noise = (torch.randn(v.shape, generator=generator) * size / 2).to(v.dtype)
+    typical_size = v[0].numel() ** -0.5 if v.dim() > 1 and v.numel() else 1.0
+    noise_size = max(typical_size, float(v.double().square().mean().sqrt())) if v.numel() else 0.0
+    noise = (torch.randn(v.shape, generator=generator) * noise_size / 2).to(v.dtype)
     return v + (noise.abs() if positive else noise)
 
 
-def _inputs(model: Model, whole: int, part: int, generator: Generator) -> Tensor:
+def _random_inputs(model: Model, size: int, cut: int, generator: Generator) -> Tensor:
     """Inputs at random, [whole, *shape], which are larger from ``part`` on; of texts, longer."""
     if not model.tokens:
-        x = torch.randn(whole, *model.shape, generator=generator)
-        return torch.cat([x[:part], _LOUD * x[part:]])
-    x = torch.randint(0, model.tokens, (whole, *model.shape), generator=generator)
+        x = torch.randn(size, *model.shape, generator=generator)
+        return torch.cat([x[:cut], _OUTLIER_SCALE * x[cut:]])
+    x = torch.randint(0, model.tokens, (size, *model.shape), generator=generator)
     length = model.shape[-1]
-    ends = torch.randint(1, max(2, length // 2 + 1), (whole, 1), generator=generator)
-    ends[part:] = length
+    lengths = torch.randint(1, max(2, length // 2 + 1), (size, 1), generator=generator)
+    lengths[cut:] = length
     first = x[:, :1].clamp(min=min(1, model.tokens - 1))  # a text has a word
-    return torch.cat([first, torch.where(torch.arange(1, length) < ends, x[:, 1:], 0)], 1)
+    return torch.cat([first, torch.where(torch.arange(1, length) < lengths, x[:, 1:], 0)], 1)
 
 
-def _evaluated(model: Model, tree: Tree, x: Tensor, part: int, near: float) -> bool:
+def _evaluation_couples(model: Model, tree: Tree, x: Tensor, cut: int, tolerance: float) -> bool:
     """Whether a batch as a whole gives something else than its parts."""
-    run = _pass(model.evaluating(), tree)
-    (logits, _), (first, _), (second, _) = run(x), run(x[:part]), run(x[part:])
-    return not _alike(torch.cat([first, second]), logits, near)
+    run = _make_pass(model.eval_mode(), tree)
+    (logits, _), (first, _), (second, _) = run(x), run(x[:cut]), run(x[cut:])
+    return not _is_close(torch.cat([first, second]), logits, tolerance)
 
 
-def _trained(model: Model, tree: Tree, x: Tensor, part: int, near: float) -> bool:
+def _training_couples(model: Model, tree: Tree, x: Tensor, cut: int, tolerance: float) -> bool:
     """Whether padding changes the logits of the others or what is written to the leaves."""
-    run, real = _pass(model, tree), torch.arange(len(x), device=x.device) < part
-    (alone, after), (padded, after_padded) = run(x[:part]), run(x, real)
+    run, real = _make_pass(model, tree), torch.arange(len(x), device=x.device) < cut
+    (alone, alone_leaves), (padded, padded_leaves) = run(x[:cut]), run(x, real)
     return not (
-        _alike(padded[:part], alone, near)
-        and all(_alike(after_padded[n], v, near) for n, v in after.items())
+        _is_close(padded[:cut], alone, tolerance)
+        and all(_is_close(padded_leaves[n], v, tolerance) for n, v in alone_leaves.items())
     )
 
 
-def _pass(model: Model, tree: Tree) -> Callable[..., tuple[Tensor, Tree]]:
+def _make_pass(model: Model, tree: Tree) -> Callable[..., tuple[Tensor, Tree]]:
     """A function of inputs, of which some are real: the logits, and the leaves as they are
     afterwards.
     """
@@ -118,13 +123,13 @@ def _pass(model: Model, tree: Tree) -> Callable[..., tuple[Tensor, Tree]]:
             torch.zeros(model.classes),
         )
         leaves = {n: v.clone() for n, v in tree.items()}
-        with model.prepared(batch):
+        with model.training_context(batch):
             return model(leaves, x), leaves
 
     return run
 
 
-def _alike(a: Tensor, b: Tensor, near: float) -> bool:
+def _is_close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Whether two tensors agree but for last bits, infinities and nan included."""
     finite = a.isfinite() & b.isfinite()
     if not torch.equal(
@@ -132,4 +137,4 @@ def _alike(a: Tensor, b: Tensor, near: float) -> bool:
     ):
         return False
     a, b = a[finite], b[finite]
-    return not len(a) or float((a - b).abs().max()) <= near * float(b.abs().max())
+    return not len(a) or float((a - b).abs().max()) <= tolerance * float(b.abs().max())

@@ -11,54 +11,73 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from ..core.tree import Tree
-from .state import forgetting
+from .state import restore_attributes
 
 
 class Effects(NamedTuple):
     """What passes do beside giving logits; nothing in an ordinary network."""
 
     # float buffers that are replaced, where BatchNorm writes in place
-    assigned: frozenset[str] = frozenset()
-    parameters: frozenset[str] = frozenset()  # that are written to in any mode
-    evaluation: frozenset[str] = frozenset()  # leaves that a pass in evaluation mode writes to
-    modules: frozenset[str] = frozenset()  # submodules whose plain attributes change
-    input: bool = False  # it is written to
-    out: bool = False  # some function has an argument out, which torch.func.vmap refuses
+    reassigned_leaves: frozenset[str] = frozenset()
+    written_parameters: frozenset[str] = frozenset()  # that are written to in any mode
+    written_in_evaluation: frozenset[str] = (
+        frozenset()
+    )  # leaves that a pass in evaluation mode writes to
+    stateful_modules: frozenset[str] = frozenset()  # submodules whose plain attributes change
+    writes_input: bool = False  # it is written to
+    uses_out: bool = False  # some function has an argument out, which torch.func.vmap refuses
 
-    def call(self, module: nn.Module, values: Tree, x: Tensor, training: bool) -> Tensor:
+    def run_module(self, module: nn.Module, values: Tree, x: Tensor, training: bool) -> Tensor:
         """Logits of ``module`` with the leaves ``values``, into which only training writes."""
-        given, names = (
+        leaves, names = (
             dict(values),
-            self.modules.intersection(name for name, _ in module.named_modules()),
+            self.stateful_modules.intersection(name for name, _ in module.named_modules()),
         )
         if not training:
-            given |= {name: _copied(v, x) for name, v in values.items() if name in self.evaluation}
-        passed = dict(given)
-        with forgetting(module, names), Copying() if self.out else nullcontext():
-            logits = functional_call(module, passed, (x.clone() if self.input else x,))
+            leaves |= {
+                name: _writable_copy(v, x)
+                for name, v in values.items()
+                if name in self.written_in_evaluation
+            }
+        passed_leaves = dict(leaves)
+        with (
+            restore_attributes(module, names),
+            OutArgumentMode() if self.uses_out else nullcontext(),
+        ):
+            logits = functional_call(
+                module, passed_leaves, (x.clone() if self.writes_input else x,)
+            )
         with torch.no_grad():
-            for name in self.assigned.intersection(given) if training else ():
-                if passed[name] is not given[name]:  # functional_call says so
-                    given[name].copy_(passed[name])
+            for name in self.reassigned_leaves.intersection(leaves) if training else ():
+                if passed_leaves[name] is not leaves[name]:  # functional_call says so
+                    leaves[name].copy_(passed_leaves[name])
         return logits
 
-    def within(self, submodule: str) -> "Effects":
+    def for_submodule(self, submodule: str) -> "Effects":
         """Those of a submodule alone, by its own names."""
 
-        def own(names: frozenset[str]) -> frozenset[str]:
-            there = (name for name in names if f"{name}.".startswith(f"{submodule}."))
-            return frozenset(name.removeprefix(submodule).removeprefix(".") for name in there)
+        def relative_names(names: frozenset[str]) -> frozenset[str]:
+            inside = (name for name in names if f"{name}.".startswith(f"{submodule}."))
+            return frozenset(name.removeprefix(submodule).removeprefix(".") for name in inside)
 
-        names = map(own, (self.assigned, self.parameters, self.evaluation, self.modules))
-        return Effects(*names, self.input, self.out)
+        names = map(
+            relative_names,
+            (
+                self.reassigned_leaves,
+                self.written_parameters,
+                self.written_in_evaluation,
+                self.stateful_modules,
+            ),
+        )
+        return Effects(*names, self.writes_input, self.uses_out)
 
 
-class Copying(TorchFunctionMode):
+class OutArgumentMode(TorchFunctionMode):
     """Gives functions no argument ``out``, as spectral_norm does, and copies their results there."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.met = False
+        self.met_out = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -66,10 +85,10 @@ class Copying(TorchFunctionMode):
         result = func(*args, **kwargs)
         if not isinstance(out, Tensor):
             return result if out is None else func(*args, out=out, **kwargs)
-        self.met = True
+        self.met_out = True
         return out.copy_(result) if out.shape == result.shape else func(*args, out=out, **kwargs)
 
 
-def _copied(v: Tensor, x: Tensor) -> Tensor:
+def _writable_copy(v: Tensor, x: Tensor) -> Tensor:
     """A copy that a pass on ``x`` may write to: under vmap for each client of ``x``."""
     return v + x.new_zeros((), dtype=v.dtype)

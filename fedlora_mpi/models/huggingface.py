@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core.paths import expanded
+from ..core.paths import expand_home
 from ..core.tree import Tree
-from ..core.vision import torchvision
+from ..core.vision import import_torchvision
 from . import weights
 
 
@@ -34,10 +34,12 @@ class HuggingFace(nn.Module):
         """x: [B, L] token ids -> logits [B, classes]. Nobody looks at padding."""
         # Ready to be added to the scores: a plain mask is asked whether it hides anything, which a
         # stack of clients cannot answer.
-        hidden = torch.zeros(x.shape, device=x.device).masked_fill(
+        attention_bias = torch.zeros(x.shape, device=x.device).masked_fill(
             x == self.padding, torch.finfo(torch.float32).min
         )
-        return self.model(input_ids=x, attention_mask=hidden[:, None, None]).logits  # [B, 1, 1, L]
+        return self.model(
+            input_ids=x, attention_mask=attention_bias[:, None, None]
+        ).logits  # [B, 1, 1, L]
 
     def is_above_encoder(self, name: str) -> bool:
         """Whether a leaf, under transformers' name, belongs to what classifies and not to the
@@ -46,7 +48,9 @@ class HuggingFace(nn.Module):
         return not name.startswith(f"{self.model.base_model_prefix}.")
 
 
-def classifier(folder: str, classes: int, length: int, tokens: int, padding: int) -> HuggingFace:
+def load_classifier(
+    folder: str, classes: int, length: int, tokens: int, padding: int
+) -> HuggingFace:
     """The model in ``folder`` for texts of ``length`` tokens below ``tokens``, float32.
 
     What classifies is new, from torch's global generator, where the folder has none or one for
@@ -54,7 +58,7 @@ def classifier(folder: str, classes: int, length: int, tokens: int, padding: int
     config.json alone. Raises ValueError when anything else does not fit, when the data's tokens are
     not the model's, or when it reads a mask differently from here (a decoder, for instance).
     """
-    module = _loaded(folder, classes)
+    module = _load_checked(folder, classes)
     config = module.model.config
     if module.padding is None:
         raise ValueError(
@@ -67,73 +71,85 @@ def classifier(folder: str, classes: int, length: int, tokens: int, padding: int
             f"data.text.tokenizer has {tokens}, {padding} for padding; give the tokenizer of this "
             "model"
         )
-    _try(module, folder, length)
+    _check_padding(module, folder, length)
     return module
 
 
-def files(folder: str) -> tuple[Path, ...]:
+def required_files(folder: str) -> tuple[Path, ...]:
     """What is read of ``folder``, there or not: config.json, then its weights; of a config.json
     that alone.
     """
-    home = expanded(folder)
-    if home.suffix == ".json":
-        return (home,)
-    whole, index = home / "model.safetensors", home / "model.safetensors.index.json"
-    if whole.is_file() or not index.is_file():
-        return home / "config.json", whole
+    folder_path = expand_home(folder)
+    if folder_path.suffix == ".json":
+        return (folder_path,)
+    weights_file, index_file = (
+        folder_path / "model.safetensors",
+        folder_path / "model.safetensors.index.json",
+    )
+    if weights_file.is_file() or not index_file.is_file():
+        return folder_path / "config.json", weights_file
     try:
-        parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        parts = sorted(
+            set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values())
+        )
         if outside := [part for part in parts if Path(part).name != part]:
             raise ValueError(f"{outside[0]} is not in it")
-        return home / "config.json", *(home / part for part in parts)
+        return folder_path / "config.json", *(folder_path / part for part in parts)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"folder = {folder}: {index.name} names no files of weights") from error
+        raise ValueError(
+            f"folder = {folder}: {index_file.name} names no files of weights"
+        ) from error
 
 
-def _loaded(folder: str, classes: int) -> HuggingFace:
+def _load_checked(folder: str, classes: int) -> HuggingFace:
     """The module, its weights those of the folder; checked."""
-    described, *parts = files(folder)
-    for file in (described, *parts):
+    config_file, *parts = required_files(folder)
+    for file in (config_file, *parts):
         if not file.is_file():
             raise ValueError(
                 f"folder = {folder}: has no {file.name}; give the folder of a model of Hugging "
                 "Face on this machine"
             )
-    library = _transformers()
+    library = _import_transformers()
     try:
         tree = {n: v for part in parts for n, v in weights.read(part).items()}
     except ValueError as error:
         raise ValueError(f"folder = {folder}: {error}") from error
     try:
-        with _quiet(library):
-            model, report = _made(library, described, classes, tree)
+        with _silence_library(library):
+            model, report = _build_classifier(library, config_file, classes, tree)
     except Exception as error:  # of many kinds: those of transformers, json
         raise ValueError(
             f"folder = {folder}: transformers cannot read it: {' '.join(str(error).split())}"
         ) from error
     if not parts:
         return HuggingFace(model, frozenset())
-    missing, other = set(report["missing_keys"]), {name for name, *_ in report["mismatched_keys"]}
-    module = HuggingFace(model, frozenset(missing | other))
+    missing, mismatched = (
+        set(report["missing_keys"]),
+        {name for name, *_ in report["mismatched_keys"]},
+    )
+    module = HuggingFace(model, frozenset(missing | mismatched))
     pooler = f"{model.base_model_prefix}.pooler."
-    wrong = {n for n in missing if not n.startswith(pooler)} | other
-    if wrong := sorted(n for n in wrong if not module.is_above_encoder(n)):
+    unfit = {n for n in missing if not n.startswith(pooler)} | mismatched
+    if unfit := sorted(n for n in unfit if not module.is_above_encoder(n)):
         raise ValueError(
-            f"folder = {folder}: model.safetensors does not fit config.json: {wrong[0]} is "
-            f"missing or of another shape{f', and {len(wrong) - 1} more' * (len(wrong) > 1)}"
+            f"folder = {folder}: model.safetensors does not fit config.json: {unfit[0]} is "
+            f"missing or of another shape{f', and {len(unfit) - 1} more' * (len(unfit) > 1)}"
         )
     return module
 
 
-def _made(library, described: Path, classes: int, tree: Tree) -> tuple[nn.Module, dict]:
+def _build_classifier(
+    library, config_file: Path, classes: int, tree: Tree
+) -> tuple[nn.Module, dict]:
     """The classifier of a config.json with the weights in ``tree``, and what of them did not fit."""
     config = library.AutoConfig.from_pretrained(
-        described, num_labels=classes, local_files_only=True, trust_remote_code=False
+        config_file, num_labels=classes, local_files_only=True, trust_remote_code=False
     )
-    kind = library.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
-    if kind is None:
+    model_class = library.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if model_class is None:
         raise ValueError(f"it has no sequence classifier of the kind {config.model_type}")
-    return kind.from_pretrained(
+    return model_class.from_pretrained(
         None,
         config=config,
         state_dict=tree,
@@ -144,7 +160,7 @@ def _made(library, described: Path, classes: int, tree: Tree) -> tuple[nn.Module
     )
 
 
-def _try(module: HuggingFace, folder: str, length: int) -> None:
+def _check_padding(module: HuggingFace, folder: str, length: int) -> None:
     """Raise ValueError unless two texts give what transformers gives with its own mask."""
     word = int(module.padding == 0)
     x = torch.arange(length).remainder(module.model.config.vocab_size)
@@ -168,24 +184,24 @@ def _try(module: HuggingFace, folder: str, length: int) -> None:
 
 
 @contextmanager
-def _quiet(library) -> Iterator[None]:
+def _silence_library(library) -> Iterator[None]:
     """Without its progress bars and its report, which is checked here."""
     logging = library.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, has_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        if bars:
+        if has_progress_bar:
             logging.enable_progress_bar()
 
 
-def _transformers():
+def _import_transformers():
     """The library."""
     try:
-        torchvision()  # which it would import in its own way, see there
+        import_torchvision()  # which it would import in its own way, see there
         import transformers
     except ImportError as error:
         raise ValueError("transformers is not installed; pip install 'fedlora-mpi[hf]'") from error

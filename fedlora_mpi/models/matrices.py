@@ -9,45 +9,45 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .watching import Matrix, owner_of
+from .watching import Matrix, owning_module
 
-_WEIGHTS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
-_TABLES = (nn.Embedding, nn.EmbeddingBag)
+_MATRIX_LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
-def matrix_of(module: nn.Module, name: str, value: Tensor, products: dict[str, Matrix]) -> Matrix:
+def matrix_kind(module: nn.Module, name: str, value: Tensor, products: dict[str, Matrix]) -> Matrix:
     """How a low-rank part reads the parameter ``name`` of ``module``; "" where it has none.
 
     ``products``: how the products of a forward pass use parameters, for those of modules of the
     user's own.
     """
-    owner, dims = module.get_submodule(owner_of(name)), value.dim()
-    if dims < 2 or isinstance(owner, _TABLES) or _computed(owner, name):
+    owner, dims = module.get_submodule(owning_module(name)), value.dim()
+    if dims < 2 or isinstance(owner, _EMBEDDINGS) or _is_reparametrized(owner, name):
         return ""
     if isinstance(owner, _ConvNd) and dims > 2:
         return "transposed" if isinstance(owner, _ConvTransposeNd) else "conv"
-    if isinstance(owner, _WEIGHTS) and (dims == 2 or isinstance(owner, nn.Bilinear)):
+    if isinstance(owner, _MATRIX_LAYERS) and (dims == 2 or isinstance(owner, nn.Bilinear)):
         return "linear"
     return products.get(name, "") if value.numel() > max(value.shape) else ""
 
 
-def why_none(module: nn.Module, name: str, shape: tuple[int, ...], role: str) -> str:
+def why_no_matrix(module: nn.Module, name: str, shape: tuple[int, ...], role: str) -> str:
     """Why a leaf that is read as no matrix is none."""
     if role in ("norm", "stats"):
         return "of a normalisation layer" if role == "norm" else "not trained"
     if len(shape) < 2:
         return "a vector" if shape else "a number"
-    owner = module.get_submodule(owner_of(name))
-    if isinstance(owner, _TABLES):
+    owner = module.get_submodule(owning_module(name))
+    if isinstance(owner, _EMBEDDINGS):
         return "an embedding, a table of rows"
-    if _computed(owner, name):
+    if _is_reparametrized(owner, name):
         return "what a layer computes its weight from"
     return (
         "one row" if math.prod(shape) == max(shape) else "enters no matrix product or convolution"
     )
 
 
-def _computed(owner: nn.Module, name: str) -> bool:
+def _is_reparametrized(owner: nn.Module, name: str) -> bool:
     """Whether the layer computes its weight from this parameter, which is none itself."""
     hooks = owner._forward_pre_hooks.values()
     return ".parametrizations." in name or any(

@@ -23,17 +23,17 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..core.batch import Batch
-from ..core.escapes import brief
-from ..core.seeds import isolated
+from ..core.escapes import summarize_error
+from ..core.seeds import isolate_rng
 from ..core.tree import Tree
-from .counting import of_forward
+from .counting import forward_with_flops
 from .effects import Effects
-from .matrices import matrix_of, why_none
-from .purity import check_function, effects, inputs
+from .matrices import matrix_kind, why_no_matrix
+from .purity import check_functional, find_effects, trial_inputs
 from .substitutes import Substitutes
-from .ties import find_places, find_ties, tensors, tie
-from .unwrapping import duplicate, refusing, unmade, unwrap
-from .watching import Matrix, Watched, owner_of, watch
+from .ties import find_leaf_names, find_ties, named_tensors, restore_ties
+from .unwrapping import copy_module, explain_refusal, has_lazy_layers, unwrap
+from .watching import ForwardTrace, Matrix, owning_module, trace_forward
 
 Role = Literal["body", "head", "norm", "stats"]
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -59,7 +59,7 @@ class Model:
     initial: Tree
     constants: Tree
     # the frozen ones among the constants, as a low-rank part beside them has to know them
-    locked: dict[str, Leaf]
+    frozen_leaves: dict[str, Leaf]
     shape: tuple[int, ...]  # of one input, without the batch axis
     tokens: int  # inputs are integers below it; 0: they are floats
     classes: int
@@ -72,7 +72,9 @@ class Model:
     # name of the classifier among the modules; "" where there is none, or where it is the network
     head: str
     ties: dict[str, str]  # further names of leaves and constants that have several places
-    places: tuple[dict[str, str], ...]  # {name there: leaf} of the network, its body and its head
+    leaf_names: tuple[
+        dict[str, str], ...
+    ]  # {name there: leaf} of the network, its body and its head
     effects: Effects = Effects()  # of a pass, beside its logits and BatchNorm's statistics
     # what it makes of an example depends on the others of the batch, padding among them
     couples: bool = False
@@ -80,11 +82,11 @@ class Model:
     ends_in_linear: bool = False
 
     def __call__(self, tree: Tree, x: Tensor) -> Tensor:
-        return self._call(self.modules[self.training], self.places[0], tree, x, self.effects)
+        return self._call(self.modules[self.training], self.leaf_names[0], tree, x, self.effects)
 
     def features(self, tree: Tree, x: Tensor) -> Tensor:
         """What enters the head, [B, width]; needs no leaf of the head."""
-        return self._call(self.bodies[self.training], self.places[1], tree, x, self.effects)
+        return self._call(self.bodies[self.training], self.leaf_names[1], tree, x, self.effects)
 
     def classify(self, tree: Tree, z: Tensor) -> Tensor:
         """The head on features [B, width]: logits [B, classes]; needs only leaves of the head.
@@ -92,63 +94,67 @@ class Model:
         ``model(tree, x)`` equals ``classify(tree, features(tree, x))`` where the head comes last.
         """
         head = self.modules[self.training].get_submodule(self.head)
-        return self._call(head, self.places[2], tree, z, self.effects.within(self.head))
+        return self._call(head, self.leaf_names[2], tree, z, self.effects.for_submodule(self.head))
 
     def _call(
-        self, module: nn.Module, places: dict[str, str], tree: Tree, x: Tensor, effects: Effects
+        self, module: nn.Module, leaf_names: dict[str, str], tree: Tree, x: Tensor, effects: Effects
     ) -> Tensor:
         """``module`` with its leaves from ``tree``. Raises ValueError for one that is not there:
         the skeleton has none.
         """
         values = {**self.constants, **tree}
         try:
-            given = {place: values[leaf] for place, leaf in places.items()}
+            module_leaves = {place: values[leaf] for place, leaf in leaf_names.items()}
         except KeyError as error:
             raise ValueError(
                 f"{error.args[0]} of the network has no value: what a method's weights_of returns "
                 "must hold every leaf of model.leaves"
             ) from None
         if effects == Effects():
-            return functional_call(module, given, (x,))
-        return effects.call(module, given, x, self.training)
+            return functional_call(module, module_leaves, (x,))
+        return effects.run_module(module, module_leaves, x, self.training)
 
-    def zeros(self, samples: int) -> Tensor:
+    def zero_inputs(self, samples: int) -> Tensor:
         """Inputs that say nothing, [samples, *shape]."""
-        return _zeros(samples, self.shape, self.tokens)
+        return _zero_inputs(samples, self.shape, self.tokens)
 
-    def prepared(self, batch: Batch) -> AbstractContextManager:
+    def training_context(self, batch: Batch) -> AbstractContextManager:
         """What training passes on a mini-batch of one client run under: Substitutes, where padding,
         a single example or random layers need them.
         """
-        odd = batch.real is not None or len(batch.y) == 1  # padded, or too small for BatchNorm
-        needed = self.noisy or (odd and self.batch_statistics)
-        return Substitutes(batch.real, batch.key) if needed else nullcontext()
+        is_irregular = (
+            batch.real is not None or len(batch.y) == 1
+        )  # padded, or too small for BatchNorm
+        needs_substitutes = self.noisy or (is_irregular and self.batch_statistics)
+        return Substitutes(batch.real, batch.key) if needs_substitutes else nullcontext()
 
-    def judged(self, batch: Batch) -> AbstractContextManager:
+    def evaluation_context(self, batch: Batch) -> AbstractContextManager:
         """What the evaluation of a mini-batch of one client runs under: Substitutes, where a batch
         of one example has to be normalised by itself.
         """
         return Substitutes(batch.real, batch.key) if self.couples else nullcontext()
 
-    def frozen(self, tree: Tree) -> Tree:
+    def detach_tree(self, tree: Tree) -> Tree:
         """``tree`` detached, its statistics copied: for a forward pass that must leave no trace,
         such as a teacher's.
         """
-        return {n: v.detach().clone() if self._written(n) else v.detach() for n, v in tree.items()}
+        return {
+            n: v.detach().clone() if self._is_written(n) else v.detach() for n, v in tree.items()
+        }
 
-    def traceless(self, tree: Tree) -> Tree:
+    def copy_statistics(self, tree: Tree) -> Tree:
         """``tree`` with its statistics copied: for a further forward pass that trains, too."""
-        return {n: v.clone() if self._written(n) else v for n, v in tree.items()}
+        return {n: v.clone() if self._is_written(n) else v for n, v in tree.items()}
 
-    def _written(self, leaf: str) -> bool:
-        return self.role(leaf) == "stats" or leaf in self.effects.parameters
+    def _is_written(self, leaf: str) -> bool:
+        return self.role(leaf) == "stats" or leaf in self.effects.written_parameters
 
-    def evaluating(self) -> "Model":
+    def eval_mode(self) -> "Model":
         """The same network in evaluation mode."""
         return replace(self, training=False)
 
     @cached_property
-    def fixed(self) -> "Model":
+    def fixed_norm_model(self) -> "Model":
         """The same network, whose BatchNorm takes its running statistics as they are, in training
         too.
         """
@@ -157,8 +163,8 @@ class Model:
             if isinstance(layer, _NormBase):
                 layer.eval()
         modules, bodies = (
-            (half[False], fixed)
-            for half, fixed in zip((self.modules, self.bodies), training, strict=True)
+            (pair[False], training_module)
+            for pair, training_module in zip((self.modules, self.bodies), training, strict=True)
         )
         return replace(self, batch_statistics=False, modules=modules, bodies=bodies)
 
@@ -174,25 +180,25 @@ class Model:
         return self.leaves[leaf].role if leaf in self.leaves else None
 
     @property
-    def described(self) -> dict[str, Leaf]:
+    def all_leaves(self) -> dict[str, Leaf]:
         """``leaves`` and the frozen ones."""
-        return self.leaves | self.locked
+        return self.leaves | self.frozen_leaves
 
     @property
-    def values(self) -> Tree:
+    def all_values(self) -> Tree:
         """``initial`` and the frozen ones."""
-        return self.initial | {n: self.constants[n] for n in self.locked}
+        return self.initial | {n: self.constants[n] for n in self.frozen_leaves}
 
-    def why_none(self, leaf: str) -> str:
+    def why_no_matrix(self, leaf: str) -> str:
         """Why a leaf, or a frozen one, is read as no matrix; "" where it is."""
-        shape, role, matrix = self.described[leaf]
-        return "" if matrix else why_none(self.modules[False], leaf, shape, role)
+        shape, role, matrix = self.all_leaves[leaf]
+        return "" if matrix else why_no_matrix(self.modules[False], leaf, shape, role)
 
-    def module(self, tree: Tree) -> nn.Module:
+    def to_module(self, tree: Tree) -> nn.Module:
         """An ordinary nn.Module in evaluation mode that holds a copy of ``tree``."""
-        module = tie(copy.deepcopy(self.modules[False]).to_empty(device="cpu"), self.ties)
+        module = restore_ties(copy.deepcopy(self.modules[False]).to_empty(device="cpu"), self.ties)
         values = {**self.constants, **tree}
-        for name, place in tensors(module).items():
+        for name, place in named_tensors(module).items():
             place.data.copy_(values[name])
         return module
 
@@ -205,22 +211,22 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
     momentum, has a parameter that cannot be trained, or is not a function of its parameters,
     buffers and inputs (see ``purity``).
     """
-    module, zeros = unwrap(module), _zeros(2, shape, tokens)
-    _make(module, zeros)
+    module, zeros = unwrap(module), _zero_inputs(2, shape, tokens)
+    _materialize(module, zeros)
     for name, layer in module.named_modules():
         if isinstance(layer, _NormBase) and layer.track_running_stats:
             if layer.momentum is None:
                 raise ValueError(f"name: layer {name} has momentum None (a cumulative average)")
             layer.num_batches_tracked = None
-    traits = _trial(duplicate(module), classes, zeros)
-    x, other = inputs(module, zeros, tokens)
-    found, ties = effects(module, x, other), find_ties(module)
-    watched = watch(module, zeros, classes)
-    leaves, locked, initial, constants = _leaves(module, watched)
-    skeleton = tie(copy.deepcopy(module).to("meta"), ties)
-    head = watched.head
+    traits = _probe_module(copy_module(module), classes, zeros)
+    x, other_inputs = trial_inputs(module, zeros, tokens)
+    pass_effects, ties = find_effects(module, x, other_inputs), find_ties(module)
+    trace = trace_forward(module, zeros, classes)
+    leaves, locked, initial, constants = _classify_leaves(module, trace)
+    skeleton = restore_ties(copy.deepcopy(module).to("meta"), ties)
+    head = trace.head
     modules = (skeleton.eval(), copy.deepcopy(skeleton).train())
-    bodies = tuple(_beheaded(copy.deepcopy(m), head) for m in modules)
+    bodies = tuple(_remove_head(copy.deepcopy(m), head) for m in modules)
     model = Model(
         leaves,
         initial,
@@ -235,74 +241,74 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
         bodies=bodies,
         head=head,
         ties=ties,
-        places=find_places(modules[0], bodies[0], head, ties),
-        effects=found,
+        leaf_names=find_leaf_names(modules[0], bodies[0], head, ties),
+        effects=pass_effects,
     )
-    check_function(module, model, x)
+    check_functional(module, model, x)
     return replace(model, ends_in_linear=_ends_in_linear(model, x))
 
 
 def _ends_in_linear(model: Model, x: Tensor) -> bool:
     """What ``Model.ends_in_linear`` says, tried on inputs x."""
-    head, above = (
+    head, prefix = (
         model.modules[False].get_submodule(model.head),
         f"{model.head}." if model.head else "",
     )
-    mine = {n for n, leaf in model.described.items() if leaf.role == "head"}
-    if not isinstance(head, nn.Linear) or not {f"{above}weight"} <= mine <= {
-        f"{above}weight",
-        f"{above}bias",
+    head_leaves = {n for n, leaf in model.all_leaves.items() if leaf.role == "head"}
+    if not isinstance(head, nn.Linear) or not {f"{prefix}weight"} <= head_leaves <= {
+        f"{prefix}weight",
+        f"{prefix}bias",
     }:
         return False
-    judged, tree = model.evaluating(), model.frozen(model.initial)
-    with torch.no_grad(), isolated(0, "trial"), Substitutes(None, torch.tensor(0)):
+    eval_model, tree = model.eval_mode(), model.detach_tree(model.initial)
+    with torch.no_grad(), isolate_rng(0, "trial"), Substitutes(None, torch.tensor(0)):
         try:
-            z = judged.features(tree, x.clone())
+            z = eval_model.features(tree, x.clone())
             return z.dim() == 2 and torch.allclose(
-                judged.classify(tree, z), judged(tree, x.clone()), 1e-4, 1e-5, True
+                eval_model.classify(tree, z), eval_model(tree, x.clone()), 1e-4, 1e-5, True
             )
         except (RuntimeError, AttributeError, ValueError):
             # the network does more with its head than to call it
             return False
 
 
-def _make(module: nn.Module, zeros: Tensor) -> None:
+def _materialize(module: nn.Module, zeros: Tensor) -> None:
     """Let a network that makes layers in its first pass (LazyLinear, or its own ``hasattr``) make
     them.
 
     Raises ValueError where it refuses such inputs, or a copy of it does.
     """
     with torch.no_grad():
-        if not unmade(module):
-            twin = duplicate(module)
+        if not has_lazy_layers(module):
+            twin = copy_module(module)
             try:
-                with isolated(0, "trial"):
+                with isolate_rng(0, "trial"):
                     twin.eval()(zeros)
             except Exception as error:
-                with refusing(zeros.shape[1:]):
+                with explain_refusal(zeros.shape[1:]):
                     module.eval()(zeros)
                 raise ValueError(
-                    f"name: a copy of the model fails where the model does not: {brief(error)}; a "
+                    f"name: a copy of the model fails where the model does not: {summarize_error(error)}; a "
                     "hook or function made in __init__ holds the model or what is its own; make it "
                     "a method"
                 ) from error
             if len(list(twin.parameters())) == len(list(module.parameters())):
                 return
-        with refusing(zeros.shape[1:]):
+        with explain_refusal(zeros.shape[1:]):
             module.eval()(zeros)
 
 
-def _beheaded(module: nn.Module, head: str) -> nn.Module:
+def _remove_head(module: nn.Module, head: str) -> nn.Module:
     """``module`` with an identity in the place of its head."""
     if not head:  # the module is its own head
         return nn.Identity()
-    same, empty = module.get_submodule(head), nn.Identity()
-    for name in [n for n, m in module.named_modules(remove_duplicate=False) if m is same]:
-        module.set_submodule(name, empty)
+    head_module, identity = module.get_submodule(head), nn.Identity()
+    for name in [n for n, m in module.named_modules(remove_duplicate=False) if m is head_module]:
+        module.set_submodule(name, identity)
     return module
 
 
-def _zeros(samples: int, shape: tuple[int, ...], tokens: int) -> Tensor:
+def _zero_inputs(samples: int, shape: tuple[int, ...], tokens: int) -> Tensor:
     # words one after the other: a text of padding alone has no length, which packed sequences
     # refuse
     if tokens:
@@ -310,33 +316,35 @@ def _zeros(samples: int, shape: tuple[int, ...], tokens: int) -> Tensor:
     return torch.zeros(samples, *shape)
 
 
-def _trial(module: nn.Module, classes: int, x: Tensor) -> dict:
+def _probe_module(module: nn.Module, classes: int, x: Tensor) -> dict:
     """Run the module in each mode on two samples, and report what it does."""
-    watch = Substitutes(None, torch.tensor(0))
-    with torch.no_grad(), isolated(0, "trial"), refusing(x.shape[1:]):
-        with watch:
+    substitutes = Substitutes(None, torch.tensor(0))
+    with torch.no_grad(), isolate_rng(0, "trial"), explain_refusal(x.shape[1:]):
+        with substitutes:
             outputs = [module.train()(x)]
-        logits, flops = of_forward(module.eval(), x)
+        logits, flops = forward_with_flops(module.eval(), x)
         outputs.append(logits)
     for logits in outputs:
-        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        if found != [2, classes]:
-            raise ValueError(f"name: the model gives {found} for 2 samples, not [2, {classes}]")
+        output_shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if output_shape != [2, classes]:
+            raise ValueError(
+                f"name: the model gives {output_shape} for 2 samples, not [2, {classes}]"
+            )
     return {
         "flops": flops // 2,
-        "batch_statistics": watch.met_batch_norm,
-        "noisy": watch.met_noise,
+        "batch_statistics": substitutes.met_batch_norm,
+        "noisy": substitutes.met_noise,
     }
 
 
-def _leaves(
-    module: nn.Module, watched: Watched
+def _classify_leaves(
+    module: nn.Module, trace: ForwardTrace
 ) -> tuple[dict[str, Leaf], dict[str, Leaf], Tree, Tree]:
     """What is known of every leaf, and of those that are frozen; initial values, constants."""
     leaves, locked, initial, constants = {}, {}, {}, {}
-    places, parameters = _names_of(module), {*map(id, module.parameters())}
-    of_head = {_place(module, name) for name in watched.leaves}
-    for name, value in tensors(module).items():
+    names_by_leaf, parameters = _names_by_leaf(module), {*map(id, module.parameters())}
+    head_locations = {_location(module, name) for name in trace.leaves}
+    for name, value in named_tensors(module).items():
         trained = id(value) in parameters and value.requires_grad
         if not value.is_floating_point():
             if trained:
@@ -349,12 +357,16 @@ def _leaves(
             continue
         if id(value) not in parameters:
             role = "stats"
-        elif isinstance(module.get_submodule(owner_of(name)), _NORMS):
+        elif isinstance(module.get_submodule(owning_module(name)), _NORMS):
             role = "norm"
         else:
-            role = "head" if of_head.issuperset(_place(module, n) for n in places[name]) else "body"
-        weighs = places[name] if role in ("body", "head") else ()
-        matrices = (matrix_of(module, n, value, watched.matrices) for n in weighs)
+            role = (
+                "head"
+                if head_locations.issuperset(_location(module, n) for n in names_by_leaf[name])
+                else "body"
+            )
+        weight_names = names_by_leaf[name] if role in ("body", "head") else ()
+        matrices = (matrix_kind(module, n, value, trace.matrices) for n in weight_names)
         leaf = Leaf(tuple(value.shape), role, next(filter(None, matrices), ""))
         frozen = role != "stats" and not trained
         (locked if frozen else leaves)[name] = leaf
@@ -362,15 +374,15 @@ def _leaves(
     return leaves, locked, initial, constants
 
 
-def _names_of(module: nn.Module) -> dict[str, list[str]]:
+def _names_by_leaf(module: nn.Module) -> dict[str, list[str]]:
     """All names of each parameter and buffer, by the first."""
-    ties, found = find_ties(module), {}
-    for name in tensors(module, again=True):
-        found.setdefault(ties.get(name, name), []).append(name)
-    return found
+    ties, names = find_ties(module), {}
+    for name in named_tensors(module, all_names=True):
+        names.setdefault(ties.get(name, name), []).append(name)
+    return names
 
 
-def _place(module: nn.Module, name: str) -> tuple[int, str]:
+def _location(module: nn.Module, name: str) -> tuple[int, str]:
     """Where a parameter is, whatever the layer that has it is called."""
-    owner, _, own = name.rpartition(".")
-    return id(module.get_submodule(owner)), own
+    owner, _, local_name = name.rpartition(".")
+    return id(module.get_submodule(owner)), local_name

@@ -11,43 +11,53 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 # numbers of one client from which it pays: 28x28 images gain, 8x8 lose (benchmarks/cross_device.py)
-LARGE = 2**15
+LARGE_NUMEL = 2**15
 
 
-class Pooling(TorchFunctionMode):
+class MaxPoolMode(TorchFunctionMode):
     """Inside it, 2x2 max pools without padding or overlap of images with even sides are ``Halved``;
     of at least so many numbers of one client.
     """
 
-    def __init__(self, least: int = 0) -> None:
+    def __init__(self, min_numel: int = 0) -> None:
         super().__init__()
-        self._least = least
+        self._min_numel = min_numel
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.max_pool2d and args[0].numel() >= self._least and _halves(*args, **kwargs):
-            return Halved.apply(args[0])[0]
+        if (
+            func is F.max_pool2d
+            and args[0].numel() >= self._min_numel
+            and _is_2x2_pool(*args, **kwargs)
+        ):
+            return MaxPool2x2.apply(args[0])[0]
         return func(*args, **kwargs)
 
 
-class Halved(torch.autograd.Function):
+class MaxPool2x2(torch.autograd.Function):
     """``F.max_pool2d(x, 2)`` of x [..., H, W], H and W even: the same maxima and gradients; of
     equal numbers the first, row by row, has the gradient. Twice differentiable.
     """
 
     @staticmethod
     def vmap(info, in_dims: tuple, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return Halved.apply(x.movedim(in_dims[0], 0)), (0, 0, 0)
+        return MaxPool2x2.apply(x.movedim(in_dims[0], 0)), (0, 0, 0)
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows = x.unflatten(-2, (-1, 2))
-        tall = torch.maximum(rows[..., 0, :], rows[..., 1, :])
-        upper = rows[..., 0, :] == tall
-        left, right = tall.unflatten(-1, (-1, 2)).unbind(-1)
+        row_max = torch.maximum(rows[..., 0, :], rows[..., 1, :])
+        upper_wins = rows[..., 0, :] == row_max
+        left, right = row_max.unflatten(-1, (-1, 2)).unbind(-1)
         y = torch.maximum(left, right)
-        above = upper.unflatten(-1, (-1, 2))  # of two equal columns the one with the upper maximum
-        return y, upper, (left == y) & ((right != y) | (above[..., 0] >= above[..., 1]))
+        upper_columns = upper_wins.unflatten(
+            -1, (-1, 2)
+        )  # of two equal columns the one with the upper maximum
+        return (
+            y,
+            upper_wins,
+            (left == y) & ((right != y) | (upper_columns[..., 0] >= upper_columns[..., 1])),
+        )
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -58,31 +68,31 @@ class Halved(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, *_) -> Tensor:
         upper, left = ctx.saved_tensors
-        return _apart(_apart(grad, left, -1), upper, -2)
+        return _route_gradient(_route_gradient(grad, left, -1), upper, -2)
 
 
-def _apart(grad: Tensor, first: Tensor, dim: int) -> Tensor:
+def _route_gradient(grad: Tensor, is_first: Tensor, dim: int) -> Tensor:
     """``grad`` along ``dim`` at the first of every two places where ``first`` says so, else at the
     second.
     """
-    given = grad * first  # a product: torch.where takes four times as long
-    return torch.stack([given, grad - given], dim).flatten(dim - 1, dim)
+    first_grad = grad * is_first  # a product: torch.where takes four times as long
+    return torch.stack([first_grad, grad - first_grad], dim).flatten(dim - 1, dim)
 
 
-def _halves(
+def _is_2x2_pool(
     x, kernel_size=None, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
 ) -> bool:
-    def both(value, wanted):
+    def equals_both(value, wanted):
         return value in (wanted, (wanted, wanted), [wanted, wanted])
 
-    plain = (
-        both(kernel_size, 2)
-        and (stride is None or both(stride, 2))
-        and both(padding, 0)
-        and both(dilation, 1)
+    is_2x2 = (
+        equals_both(kernel_size, 2)
+        and (stride is None or equals_both(stride, 2))
+        and equals_both(padding, 0)
+        and equals_both(dilation, 1)
     )
     return (
-        plain
+        is_2x2
         and not ceil_mode
         and not return_indices
         and x.shape[-1] % 2 == 0

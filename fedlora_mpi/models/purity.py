@@ -14,319 +14,365 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.escapes import brief
-from ..core.seeds import global_states, isolated, rng
+from ..core.escapes import summarize_error
+from ..core.seeds import global_states, isolate_rng, rng
 from ..core.tree import Tree
-from .effects import Copying, Effects
-from .state import Memory, forgetting, remembered, unset
+from .effects import Effects, OutArgumentMode
+from .state import Memory, none_buffers, read_memory, restore_attributes
 from .substitutes import Substitutes
-from .unwrapping import duplicate, refusing
+from .unwrapping import copy_module, explain_refusal
 
-_ELSEWHERE = "which other ranks and a resume have in another state"
-_KEYED = (
+_OTHER_STATE = "which other ranks and a resume have in another state"
+_SEEDED_NOISE_HINT = (
     "in training nn.Dropout, functional.dropout with training=self.training, torch.rand, randn, "
     "rand_like, randn_like and Tensor.bernoulli_ draw from the run's seed"
 )
-_ROUNDING = 1e-3  # of the largest number, through many layers
-_FLOAT_BUFFER = (
+_RELATIVE_TOLERANCE = 1e-3  # of the largest number, through many layers
+_FLOAT_BUFFER_HINT = (
     "make it a float buffer that training passes write to in place, such as self.{0}.add_(1), or "
     "leave it out"
 )
 
 
-class _Pass(NamedTuple):
+class _PassRecord(NamedTuple):
     """What was seen of a forward pass."""
 
     training: bool
     logits: Tensor
-    before: Memory
-    after: Memory
-    written: frozenset[str]  # leaves with other numbers afterwards
-    assigned: frozenset[str]  # leaves that are other tensors afterwards
-    input: bool
-    out: bool
+    memory_before: Memory
+    memory_after: Memory
+    written_leaves: frozenset[str]  # leaves with other numbers afterwards
+    assigned_leaves: frozenset[str]  # leaves that are other tensors afterwards
+    wrote_input: bool
+    used_out: bool
 
 
-class _Leaves:
+class _LeafSnapshot:
     """The parameters and float buffers of a module, as they were."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module, self.unset = module, unset(module)
-        self._names = self._present()
-        self._places = [
-            (own, name, value, value.detach().clone())
+        self._module, self.none_buffers = module, none_buffers(module)
+        self._initial_names = self._leaf_names()
+        self._registrations = [
+            (registry, name, value, value.detach().clone())
             for layer in module.modules()
-            for own in (layer._parameters, layer._buffers)
-            for name, value in own.items()
-            if value is not None and (own is layer._parameters or value.is_floating_point())
+            for registry in (layer._parameters, layer._buffers)
+            for name, value in registry.items()
+            if value is not None and (registry is layer._parameters or value.is_floating_point())
         ]
-        named = (*module.named_parameters(), *module.named_buffers())
-        self._called = {id(value): name for name, value in named}
+        named_leaves = (*module.named_parameters(), *module.named_buffers())
+        self._name_by_id = {id(value): name for name, value in named_leaves}
 
-    def put_back(self) -> tuple[frozenset[str], frozenset[str]]:
+    def restore(self) -> tuple[frozenset[str], frozenset[str]]:
         """Undo what a pass did. The names of leaves with other numbers, and of those that are other
         tensors.
         """
-        if changed := (self._names ^ self._present()) - self.unset:
+        if changed := (self._initial_names ^ self._leaf_names()) - self.none_buffers:
             raise ValueError(
                 f"name: a forward pass adds or removes {min(changed)}; make all parameters and "
                 "buffers in __init__"
             )
         written, assigned = set(), set()
-        for own, name, value, initial in self._places:
-            called, now = self._called[id(value)], own[name]
-            if now is not value:
-                self._check(called, isinstance(value, nn.Parameter), initial, now)
-                assigned.add(called)
-            if not _same(now, initial) or not _same(value, initial):
-                written.add(called)
+        for registry, name, value, initial in self._registrations:
+            leaf_name, current = self._name_by_id[id(value)], registry[name]
+            if current is not value:
+                self._check_assigned(leaf_name, isinstance(value, nn.Parameter), initial, current)
+                assigned.add(leaf_name)
+            if not _is_equal(current, initial) or not _is_equal(value, initial):
+                written.add(leaf_name)
                 value.data.copy_(initial)
-            own[name] = value
+            registry[name] = value
         return frozenset(written), frozenset(assigned)
 
-    def named(self) -> list[tuple[str, Tensor]]:
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
         """Parameters and buffers as they are now, each under all its names."""
         parts = self._module.named_parameters, self._module.named_buffers
         return [(name, v.detach()) for part in parts for name, v in part(remove_duplicate=False)]
 
-    def move(self) -> None:
+    def perturb(self) -> None:
         """Give every leaf other numbers."""
         for number, value in enumerate(
-            {id(value): value for _, _, value, _ in self._places}.values()
+            {id(value): value for _, _, value, _ in self._registrations}.values()
         ):
-            value.data.copy_(_moved(value.detach(), isinstance(value, nn.Parameter), number))
+            value.data.copy_(_perturb(value.detach(), isinstance(value, nn.Parameter), number))
 
-    def _present(self) -> set[str]:
-        return {name for name, _ in self.named()}
+    def _leaf_names(self) -> set[str]:
+        return {name for name, _ in self.named_tensors()}
 
     @staticmethod
-    def _check(name: str, parameter: bool, initial: Tensor, now: Tensor) -> None:
+    def _check_assigned(name: str, parameter: bool, initial: Tensor, current: Tensor) -> None:
         """Raise ValueError where what a pass assigned cannot take the leaf's place."""
-        at = name.rpartition(".")[2]
+        attribute = name.rpartition(".")[2]
         if parameter:
             raise ValueError(
                 f"name: a forward pass replaces parameter {name}; write to it in place under "
-                f"torch.no_grad(), such as self.{at}.copy_(...)"
+                f"torch.no_grad(), such as self.{attribute}.copy_(...)"
             )
-        if (now.shape, now.dtype) != (initial.shape, initial.dtype):
-            was, is_ = (
-                f"{list(v.shape)} {str(v.dtype).removeprefix('torch.')}" for v in (initial, now)
+        if (current.shape, current.dtype) != (initial.shape, initial.dtype):
+            old_type, new_type = (
+                f"{list(v.shape)} {str(v.dtype).removeprefix('torch.')}" for v in (initial, current)
             )
             raise ValueError(
-                f"name: a forward pass turns buffer {name} from {was} into {is_}; give it its "
+                f"name: a forward pass turns buffer {name} from {old_type} into {new_type}; give it its "
                 "shape and type in __init__, or hold what is only cached in a plain attribute"
             )
 
 
-def effects(module: nn.Module, x: Tensor, other: Tensor) -> Effects:
+def find_effects(module: nn.Module, x: Tensor, other_inputs: Tensor) -> Effects:
     """What passes of ``module``, which is not changed, leave behind; two inputs [2, ...] to try.
 
     Raises ValueError where a pass draws from a global generator, or earlier passes may change its
     result.
     """
-    with torch.no_grad(), isolated(0, "trial"):
-        train, evaluate = _passes(duplicate(module))
-        passes = [evaluate(x), *map(train, (x, other, other, x)), *map(evaluate, (other, other, x))]
-        fresh = _passes(duplicate(module))[0](other)  # what the first pass has set was of ``x``
-    for one, again in ((1, 4), (2, 3), (0, 7), (5, 6)):
-        _compare(passes[one], passes[again])
-    if not _same(fresh.logits, passes[2].logits):
-        _compare(fresh, passes[2])
-    first = passes[0]
-    in_evaluation = frozenset().union(
-        *(each.written | each.assigned for each in passes if not each.training)
+    with torch.no_grad(), isolate_rng(0, "trial"):
+        train, evaluate = _make_passes(copy_module(module))
+        passes = [
+            evaluate(x),
+            *map(train, (x, other_inputs, other_inputs, x)),
+            *map(evaluate, (other_inputs, other_inputs, x)),
+        ]
+        fresh_pass = _make_passes(copy_module(module))[0](
+            other_inputs
+        )  # what the first pass has set was of ``x``
+    for first_index, second_index in ((1, 4), (2, 3), (0, 7), (5, 6)):
+        _check_same_pass(passes[first_index], passes[second_index])
+    if not _is_equal(fresh_pass.logits, passes[2].logits):
+        _check_same_pass(fresh_pass, passes[2])
+    first_pass = passes[0]
+    evaluation_leaves = frozenset().union(
+        *(each.written_leaves | each.assigned_leaves for each in passes if not each.training)
     )
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     return Effects(
-        assigned=frozenset().union(*(each.assigned for each in passes)),
-        parameters=frozenset().union(*(each.written for each in passes)) & parameters,
-        evaluation=in_evaluation,
-        modules=_owners(
-            module, {name for each in passes for name in _changed(first.before, each.after)}
+        reassigned_leaves=frozenset().union(*(each.assigned_leaves for each in passes)),
+        written_parameters=frozenset().union(*(each.written_leaves for each in passes))
+        & parameters,
+        written_in_evaluation=evaluation_leaves,
+        stateful_modules=_owning_modules(
+            module,
+            {
+                name
+                for each in passes
+                for name in _changed_names(first_pass.memory_before, each.memory_after)
+            },
         ),
-        input=any(each.input for each in passes),
-        out=any(each.out for each in passes),
+        writes_input=any(each.wrote_input for each in passes),
+        uses_out=any(each.used_out for each in passes),
     )
 
 
-def check_function(module: nn.Module, model, x: Tensor) -> None:
+def check_functional(module: nn.Module, model, x: Tensor) -> None:
     """Raise ValueError where ``model`` does not what ``module`` does, with other leaves than the
     initial ones.
 
     By other leaves shows a weight that a pass takes from elsewhere. ``module`` is as before
     afterwards.
     """
-    leaves = _Leaves(module)
-    with torch.no_grad(), isolated(0, "trial"), forgetting(module, model.effects.modules):
+    leaves = _LeafSnapshot(module)
+    with (
+        torch.no_grad(),
+        isolate_rng(0, "trial"),
+        restore_attributes(module, model.effects.modules),
+    ):
         for training in (False, True):
-            leaves.move()
+            leaves.perturb()
             tree = {
                 n: v.clone()
-                for n, v in leaves.named()
+                for n, v in leaves.named_tensors()
                 if n in model.initial or n in model.constants
             }
-            leaves.put_back()  # so that a weight from there is another than in ``tree``
+            leaves.restore()  # so that a weight from there is another than in ``tree``
             try:
                 ours = (
-                    _trained(model, tree, x.clone())
+                    _training_logits(model, tree, x.clone())
                     if training
                     else model.evaluating()(tree, x.clone())
                 )
             except Exception as error:
                 raise ValueError(
                     "name: the model cannot run with weights that torch.func.functional_call "
-                    f"gives it: {brief(error)}; gradient checkpointing, for one, cannot"
+                    f"gives it: {summarize_error(error)}; gradient checkpointing, for one, cannot"
                 ) from error
-            leaves.move()
-            with _noise(training):
+            leaves.perturb()
+            with _noise_context(training):
                 theirs = module.train(training)(x.clone())
-            after = {n: v for n, v in leaves.named() if training and model.role(n) == "stats"}
-            same = _near(ours, theirs) and all(_near(tree[name], v) for name, v in after.items())
-            leaves.put_back()
-            if not same:
-                raise ValueError(f"name: {_elsewhere(module)}")
+            statistics = {
+                n: v for n, v in leaves.named_tensors() if training and model.role(n) == "stats"
+            }
+            is_same = _is_close(ours, theirs) and all(
+                _is_close(tree[name], v) for name, v in statistics.items()
+            )
+            leaves.restore()
+            if not is_same:
+                raise ValueError(f"name: {_explain_foreign_weights(module)}")
 
 
-def _trained(model, tree: Tree, x: Tensor) -> Tensor:
+def _training_logits(model, tree: Tree, x: Tensor) -> Tensor:
     """Logits of a pass in training, after a backward pass."""
-    given = {
+    trained_leaves = {
         name: v.requires_grad_()
         for name, v in tree.items()
         if model.role(name) not in ("stats", None)
     }
-    with torch.enable_grad(), _noise(True):
+    with torch.enable_grad(), _noise_context(True):
         logits = model(tree, x)
         if logits.requires_grad:
-            torch.autograd.grad(logits.sum(), given.values(), allow_unused=True)
+            torch.autograd.grad(logits.sum(), trained_leaves.values(), allow_unused=True)
     return logits.detach()
 
 
-def _passes(module: nn.Module) -> tuple[Callable[[Tensor], _Pass], Callable[[Tensor], _Pass]]:
+def _make_passes(
+    module: nn.Module,
+) -> tuple[Callable[[Tensor], _PassRecord], Callable[[Tensor], _PassRecord]]:
     """Forward passes of ``module`` in training and in evaluation, from the same leaves: other than
     the initial ones, for a head of zeros would hide all before it.
     """
-    _Leaves(module).move()
-    leaves = _Leaves(module)
-    return partial(_watched, module, leaves, True), partial(_watched, module, leaves, False)
+    _LeafSnapshot(module).perturb()
+    leaves = _LeafSnapshot(module)
+    return partial(_record_pass, module, leaves, True), partial(_record_pass, module, leaves, False)
 
 
-def inputs(module: nn.Module, zeros: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+def trial_inputs(module: nn.Module, zeros: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """Two inputs of different numbers, like ``zeros``; zeros where the network does not take
     others.
 
     tokens: as in ``Model``.
     """
-    draw = rng(0, "trial")
-    numbers = partial(torch.randint, tokens) if tokens else torch.randn
-    x, other = (numbers(zeros.shape, generator=draw) for _ in range(2))
+    generator = rng(0, "trial")
+    sample = partial(torch.randint, tokens) if tokens else torch.randn
+    x, other_inputs = (sample(zeros.shape, generator=generator) for _ in range(2))
     try:
-        with torch.no_grad(), isolated(0, "trial"), _noise(True):
-            duplicate(module).train()(x.clone())
+        with torch.no_grad(), isolate_rng(0, "trial"), _noise_context(True):
+            copy_module(module).train()(x.clone())
     except Exception:
         return zeros, zeros
-    return x, other
+    return x, other_inputs
 
 
-def _noise(training: bool) -> AbstractContextManager:
+def _noise_context(training: bool) -> AbstractContextManager:
     """What a pass runs under: in a run, too, evaluation knows no noise."""
     return Substitutes(None, torch.tensor(0)) if training else nullcontext()
 
 
-def _watched(module: nn.Module, leaves: _Leaves, training: bool, x: Tensor) -> _Pass:
+def _record_pass(
+    module: nn.Module, leaves: _LeafSnapshot, training: bool, x: Tensor
+) -> _PassRecord:
     """A forward pass, whose writing to leaves is undone.
 
     Raises ValueError when it draws from a global generator.
     """
-    given, before, states = x.clone(), remembered(module, leaves.unset), global_states()
-    with refusing(x.shape[1:]), _noise(training), Copying() as copying:
-        logits = module.train(training)(given).clone()
+    input_copy, memory_before, states = (
+        x.clone(),
+        read_memory(module, leaves.none_buffers),
+        global_states(),
+    )
+    with explain_refusal(x.shape[1:]), _noise_context(training), OutArgumentMode() as copying:
+        logits = module.train(training)(input_copy).clone()
     for owner, state in global_states().items():
         if state != states[owner]:
             mode = "training" if training else "evaluation"
             raise ValueError(
                 f"name: a forward pass in {mode} draws random numbers from {owner} global "
-                f"generator, {_ELSEWHERE}; {_KEYED}"
+                f"generator, {_OTHER_STATE}; {_SEEDED_NOISE_HINT}"
             )
-    after = remembered(module, leaves.unset)
-    return _Pass(
-        training, logits, before, after, *leaves.put_back(), not _same(given, x), copying.met
+    memory_after = read_memory(module, leaves.none_buffers)
+    return _PassRecord(
+        training,
+        logits,
+        memory_before,
+        memory_after,
+        *leaves.restore(),
+        not _is_equal(input_copy, x),
+        copying.met_out,
     )
 
 
-def _compare(one: _Pass, again: _Pass) -> None:
+def _check_same_pass(first: _PassRecord, second: _PassRecord) -> None:
     """Raise ValueError unless two passes on the same leaves and input did the same."""
-    mode = "training" if one.training else "evaluation"
-    changed = _changed(one.after, again.after)
-    own = {name for each in (one, again) for name in _changed(each.before, each.after)}
+    mode = "training" if first.training else "evaluation"
+    changed = _changed_names(first.memory_after, second.memory_after)
+    changed_within = {
+        name
+        for each in (first, second)
+        for name in _changed_names(each.memory_before, each.memory_after)
+    }
     for name in (
-        name for name in changed if name in own and name in one.after and name in again.after
+        name
+        for name in changed
+        if name in changed_within and name in first.memory_after and name in second.memory_after
     ):
-        kinds = {memory[name].kind for memory in (one.after, again.after) if name in memory}
-        at = name.rpartition(" ")[2].rpartition(".")[2]
+        kinds = {
+            memory[name].kind
+            for memory in (first.memory_after, second.memory_after)
+            if name in memory
+        }
+        attribute = name.rpartition(" ")[2].rpartition(".")[2]
         if "generator" in kinds:
             raise ValueError(
                 f"name: a forward pass in {mode} draws random numbers from {name}, a generator of "
-                f"its own, {_ELSEWHERE}; {_KEYED}"
+                f"its own, {_OTHER_STATE}; {_SEEDED_NOISE_HINT}"
             )
         if kinds & {"number", "array"}:
             raise ValueError(
                 f"name: a forward pass in {mode} changes {name} each time, which counts "
-                f"differently on other ranks and after a resume; {_FLOAT_BUFFER.format(at)}"
+                f"differently on other ranks and after a resume; {_FLOAT_BUFFER_HINT.format(attribute)}"
             )
-    if not _same(one.logits, again.logits):
-        found = [*changed, *_changed(one.before, again.before)]
-        if found:
-            at = found[0].rpartition(" ")[2].rpartition(".")[2]
+    if not _is_equal(first.logits, second.logits):
+        causes = [*changed, *_changed_names(first.memory_before, second.memory_before)]
+        if causes:
+            attribute = causes[0].rpartition(" ")[2].rpartition(".")[2]
             raise ValueError(
-                f"name: a forward pass in {mode} depends on {found[0]}, which earlier passes "
-                f"change; register_buffer {at!r} as floats and write to it in place in training "
-                f"(self.{at}.copy_(...)), or leave it out"
+                f"name: a forward pass in {mode} depends on {causes[0]}, which earlier passes "
+                f"change; register_buffer {attribute!r} as floats and write to it in place in training "
+                f"(self.{attribute}.copy_(...)), or leave it out"
             )
         raise ValueError(
             f"name: two forward passes in {mode} with the same weights on the same input give "
-            f"different results, as of a clock or of random numbers of its own; {_KEYED}"
+            f"different results, as of a clock or of random numbers of its own; {_SEEDED_NOISE_HINT}"
         )
 
 
-def _changed(one: Memory, other: Memory) -> list[str]:
+def _changed_names(first: Memory, second: Memory) -> list[str]:
     """What differs, by name."""
-    return [name for name in (one | other) if one.get(name) != other.get(name)]
+    return [name for name in (first | second) if first.get(name) != second.get(name)]
 
 
-def _owners(module: nn.Module, names: Iterable[str]) -> frozenset[str]:
+def _owning_modules(module: nn.Module, names: Iterable[str]) -> frozenset[str]:
     """The submodules to which these attributes belong."""
-    layers, found = dict(module.named_modules()), set()
+    modules, owners = dict(module.named_modules()), set()
     for name in names:
         kind, _, path = name.partition(" ")
         while kind in ("attribute", "buffer") and path:
             path = path.rpartition(".")[0]
-            if path in layers:
-                found.add(path)
+            if path in modules:
+                owners.add(path)
                 break
-    return frozenset(found)
+    return frozenset(owners)
 
 
-def _moved(value: Tensor, parameter: bool, number: int) -> Tensor:
+def _perturb(value: Tensor, parameter: bool, number: int) -> Tensor:
     """Other numbers than ``value``: of a parameter about it, of a buffer a little nearer to zero."""
-    share = (
+    ramp = (
         torch.linspace(0, 1, value.numel(), dtype=value.dtype).roll(7919 * number).view(value.shape)
     )
-    return value * (1 + 0.1 * share) + 0.01 * share if parameter else value * (1 - 0.1 * share)
+    return value * (1 + 0.1 * ramp) + 0.01 * ramp if parameter else value * (1 - 0.1 * ramp)
 
 
-def _elsewhere(module: nn.Module) -> str:
+def _explain_foreign_weights(module: nn.Module) -> str:
     """Why a pass has other weights than those it is given."""
-    own = {id(v): name for name, v in module.named_parameters()}
+    name_by_id = {id(v): name for name, v in module.named_parameters()}
     for path, layer in module.named_modules():
         for name, value in vars(layer).items():
-            held = value.values() if isinstance(value, dict) else value
+            values = value.values() if isinstance(value, dict) else value
             if name.startswith("_") and name in ("_parameters", "_buffers", "_modules"):
                 continue
-            for tensor in held if isinstance(held, list | tuple | type({}.values())) else [held]:
-                if id(tensor) in own:
-                    where = f"{path}.{name}".lstrip(".")
+            for tensor in (
+                values if isinstance(values, list | tuple | type({}.values())) else [values]
+            ):
+                if id(tensor) in name_by_id:
+                    attribute = f"{path}.{name}".lstrip(".")
                     return (
-                        f"attribute {where} holds parameter {own[id(tensor)]} a second time, "
+                        f"attribute {attribute} holds parameter {name_by_id[id(tensor)]} a second time, "
                         "which then does not follow the clients' weights; use nn.ParameterList, "
                         "nn.ParameterDict, or the parameter's own name"
                     )
@@ -337,13 +383,13 @@ def _elsewhere(module: nn.Module) -> str:
     )
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _is_equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _near(a: Tensor, b: Tensor) -> bool:
+def _is_close(a: Tensor, b: Tensor) -> bool:
     """Equal but for rounding."""
-    top = b.nan_to_num(0, 0, 0).abs().max() if b.numel() else 0
+    largest = b.nan_to_num(0, 0, 0).abs().max() if b.numel() else 0
     return a.shape == b.shape and torch.allclose(
-        a, b, rtol=0, atol=_ROUNDING * float(top), equal_nan=True
+        a, b, rtol=0, atol=_RELATIVE_TOLERANCE * float(largest), equal_nan=True
     )

@@ -11,16 +11,17 @@ class Block(nn.Module):
     """conv3x3-BN-ReLU-conv3x3-BN plus the input (He et al., CVPR 2016), 1x1 convolution on the skip
     when the shape changes."""
 
-    def __init__(self, inside: int, outside: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outside)
-        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outside)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
         self.downsample = None
-        if stride != 1 or inside != outside:
+        if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential(
-                nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside)
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                nn.BatchNorm2d(out_channels),
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,16 +41,16 @@ class ResNet(nn.Module):
         self, classes: int, channels: int, widths: Sequence[int], imagenet_stem: bool
     ) -> None:
         super().__init__()
-        first = widths[0]
+        stem_width = widths[0]
         if imagenet_stem:
-            self.conv1 = nn.Conv2d(channels, first, 7, 2, 3, bias=False)
+            self.conv1 = nn.Conv2d(channels, stem_width, 7, 2, 3, bias=False)
         else:
-            self.conv1 = nn.Conv2d(channels, first, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(first)
+            self.conv1 = nn.Conv2d(channels, stem_width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem_width)
         self.pool = nn.MaxPool2d(3, 2, 1) if imagenet_stem else nn.Identity()
         blocks = []
-        for stage, (inside, outside) in enumerate(pairwise((first, *widths))):
-            blocks.append(Block(inside, outside, stride=1 if stage == 0 else 2))
+        for stage, (in_width, out_width) in enumerate(pairwise((stem_width, *widths))):
+            blocks.append(Block(in_width, out_width, stride=1 if stage == 0 else 2))
         self.layers = nn.Sequential(*blocks)
         self.fc = nn.Linear(widths[-1], classes)
         for layer in self.modules():

@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_OWN = frozenset(vars(nn.Module()))
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 _LIBRARIES = ("torch", "torchvision", "transformers", "builtins")
 _NUMBERS = (bool, int, float, complex, np.generic)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _CONTAINERS = (list, dict, deque, set)
-_PLAIN = (*_NUMBERS, *_GENERATORS, *_CONTAINERS, Tensor, np.ndarray, itertools.count)
-_WORDS = (str, bytes, torch.dtype, torch.device, itertools.count)
-_DEPTH = 6  # of containers and objects in one another
-_FEW = 16  # items of a list that are named one by one
+_TRACKED_TYPES = (*_NUMBERS, *_GENERATORS, *_CONTAINERS, Tensor, np.ndarray, itertools.count)
+_ATOMIC_TYPES = (str, bytes, torch.dtype, torch.device, itertools.count)
+_MAX_DEPTH = 6  # of containers and objects in one another
+_MAX_ITEMS = 16  # items of a list that are named one by one
 
 
 class Value(NamedTuple):
@@ -40,54 +40,54 @@ class Value(NamedTuple):
 Memory = dict[str, Value]  # by what the user calls it
 
 
-def attributes_of(module: nn.Module) -> dict[str, str]:
+def attribute_digests(module: nn.Module) -> dict[str, str]:
     """{attribute: digest} of the plain attributes of all layers, equal in every process that has
     built the same.
     """
-    found = remembered(module)
+    memory = read_memory(module)
     return {
-        n: hashlib.blake2b(_stable(v).encode(), digest_size=8).hexdigest()
-        for n, v in found.items()
+        n: hashlib.blake2b(_stable_repr(v).encode(), digest_size=8).hexdigest()
+        for n, v in memory.items()
         if n.startswith("attribute ")
     }
 
 
-def _stable(value: object) -> str:
+def _stable_repr(value: object) -> str:
     """A text that does not depend on the order of a set."""
     if isinstance(value, frozenset):
-        return f"{{{', '.join(sorted(map(_stable, value)))}}}"
+        return f"{{{', '.join(sorted(map(_stable_repr, value)))}}}"
     if isinstance(value, tuple):
-        return f"({', '.join(map(_stable, value))})"
+        return f"({', '.join(map(_stable_repr, value))})"
     return repr(value)
 
 
-def unset(module: nn.Module) -> frozenset[str]:
+def none_buffers(module: nn.Module) -> frozenset[str]:
     """Names of buffers that are None."""
     layers = module.named_modules()
-    every = (
+    buffers = (
         (f"{path}.{name}", value)
         for path, layer in layers
         for name, value in layer._buffers.items()
     )
-    return frozenset(name.lstrip(".") for name, value in every if value is None)
+    return frozenset(name.lstrip(".") for name, value in buffers if value is None)
 
 
-def remembered(module: nn.Module, made: frozenset[str] = frozenset()) -> Memory:
+def read_memory(module: nn.Module, none_buffers: frozenset[str] = frozenset()) -> Memory:
     """What ``module`` holds now; ``made``: names of buffers that were None."""
-    found: Memory = {}
+    memory: Memory = {}
     seen = {id(layer) for layer in module.modules()}
     classes, functions = {}, []
     for path, layer in module.named_modules():
-        at = f"{path}." if path else ""
+        prefix = f"{path}." if path else ""
         for name, value in vars(layer).items():
-            if name not in _OWN:
-                _add(found, f"attribute {at}{name}", value, seen, 0)
+            if name not in _MODULE_ATTRIBUTES:
+                _add_to_memory(memory, f"attribute {prefix}{name}", value, seen, 0)
                 functions.append(value)
         for name, value in layer._buffers.items():
-            if f"{at}{name}" in made:
-                found[f"buffer {at}{name}"] = Value("", _content(value, seen, 0))
+            if f"{prefix}{name}" in none_buffers:
+                memory[f"buffer {prefix}{name}"] = Value("", _comparable(value, seen, 0))
             elif value is not None and not value.is_floating_point():
-                found[f"buffer {at}{name}"] = Value("number", _content(value, seen, 0))
+                memory[f"buffer {prefix}{name}"] = Value("number", _comparable(value, seen, 0))
         for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
             functions += hooks.values()
         classes |= dict.fromkeys(type(layer).__mro__)
@@ -95,122 +95,132 @@ def remembered(module: nn.Module, made: frozenset[str] = frozenset()) -> Memory:
         if kind.__module__.partition(".")[0] not in _LIBRARIES:
             for name, value in vars(kind).items():
                 functions.append(getattr(value, "fget", value))
-                if isinstance(value, _PLAIN):
-                    _add(found, f"class attribute {kind.__name__}.{name}", value, seen, 0)
+                if isinstance(value, _TRACKED_TYPES):
+                    _add_to_memory(
+                        memory, f"class attribute {kind.__name__}.{name}", value, seen, 0
+                    )
     for function in functions:
-        for name, value in _variables(function, seen):
-            if isinstance(value, _PLAIN):
-                _add(found, f"variable {name}", value, seen, 0)
-    return found
+        for name, value in _captured_variables(function, seen):
+            if isinstance(value, _TRACKED_TYPES):
+                _add_to_memory(memory, f"variable {name}", value, seen, 0)
+    return memory
 
 
 @contextmanager
-def forgetting(module: nn.Module, names: frozenset[str]) -> Iterator[None]:
+def restore_attributes(module: nn.Module, names: frozenset[str]) -> Iterator[None]:
     """Put the attributes of these submodules back afterwards, so that no pass finds what another
     has left: a tensor of another client, of a recording or of a transform that has ended.
     """
-    before = []
+    saved = []
     for name in names:
         layer = module.get_submodule(name)
-        own = {
-            key: (value, _shallow(value)) for key, value in vars(layer).items() if key not in _OWN
+        attributes = {
+            key: (value, _copy_container(value))
+            for key, value in vars(layer).items()
+            if key not in _MODULE_ATTRIBUTES
         }
-        before.append((layer, own, [key for key, value in layer._buffers.items() if value is None]))
+        saved.append(
+            (layer, attributes, [key for key, value in layer._buffers.items() if value is None])
+        )
     try:
         yield
     finally:
-        for layer, own, empty in before:
-            layer._buffers.update(dict.fromkeys(empty))
-            for key in [key for key in vars(layer) if key not in _OWN and key not in own]:
+        for layer, attributes, none_names in saved:
+            layer._buffers.update(dict.fromkeys(none_names))
+            for key in [
+                key
+                for key in vars(layer)
+                if key not in _MODULE_ATTRIBUTES and key not in attributes
+            ]:
                 del vars(layer)[key]
-            for key, (value, inside) in own.items():
+            for key, (value, items) in attributes.items():
                 vars(layer)[key] = value
-                _refill(value, inside)
+                _refill_container(value, items)
 
 
-def _shallow(value: object) -> object:
+def _copy_container(value: object) -> object:
     """What is inside a container; None for anything else."""
     if type(value) in (list, dict, set):
         return type(value)(value)
     return list(value) if type(value) is deque else None
 
 
-def _refill(value: object, inside: object) -> None:
+def _refill_container(value: object, items: object) -> None:
     """Give a container what was inside."""
-    if inside is not None:
+    if items is not None:
         value.clear()
-        (value.extend if isinstance(value, list | deque) else value.update)(inside)
+        (value.extend if isinstance(value, list | deque) else value.update)(items)
 
 
-def _add(found: Memory, name: str, value: object, seen: set[int], depth: int) -> None:
+def _add_to_memory(memory: Memory, name: str, value: object, seen: set[int], depth: int) -> None:
     """Note ``value``; of a dict or an object all that it holds, each by its name."""
     if isinstance(value, (*_NUMBERS, itertools.count)):
-        found[name] = Value("number", repr(value))
+        memory[name] = Value("number", repr(value))
     elif isinstance(value, _GENERATORS):
-        found[name] = Value("generator", _content(value, seen, depth))
+        memory[name] = Value("generator", _comparable(value, seen, depth))
     elif isinstance(value, Tensor | np.ndarray):
-        found[name] = Value("array", _content(value, seen, depth))
-    elif depth < _DEPTH and isinstance(value, list | tuple) and len(value) <= _FEW:
-        found[name] = Value("", len(value))
-        for at, inside in enumerate(value):
-            _add(found, f"{name}[{at}]", inside, seen, depth + 1)
-    elif depth < _DEPTH and isinstance(value, dict):
-        found[name] = Value("", tuple(map(repr, value)))
-        for key, inside in list(value.items()):
-            _add(found, f"{name}[{key!r}]", inside, seen, depth + 1)
-    elif depth < _DEPTH and (inside := _parts(value)) is not None:
+        memory[name] = Value("array", _comparable(value, seen, depth))
+    elif depth < _MAX_DEPTH and isinstance(value, list | tuple) and len(value) <= _MAX_ITEMS:
+        memory[name] = Value("", len(value))
+        for i, item in enumerate(value):
+            _add_to_memory(memory, f"{name}[{i}]", item, seen, depth + 1)
+    elif depth < _MAX_DEPTH and isinstance(value, dict):
+        memory[name] = Value("", tuple(map(repr, value)))
+        for key, item in list(value.items()):
+            _add_to_memory(memory, f"{name}[{key!r}]", item, seen, depth + 1)
+    elif depth < _MAX_DEPTH and (item := _attributes(value)) is not None:
         if id(value) not in seen:
             seen.add(id(value))
-            for key, part in inside.items():
-                _add(found, f"{name}.{key}", part, seen, depth + 1)
+            for key, part in item.items():
+                _add_to_memory(memory, f"{name}.{key}", part, seen, depth + 1)
     else:
-        found[name] = Value("", _content(value, seen, depth))
+        memory[name] = Value("", _comparable(value, seen, depth))
 
 
-def _parts(value: object) -> dict | None:
+def _attributes(value: object) -> dict | None:
     """The attributes of an object of a user's class, or of a layer that is no registered one; else
     None.
     """
-    home = type(value).__module__.partition(".")[0]
+    package = type(value).__module__.partition(".")[0]
     if isinstance(value, nn.Module) or (
-        home not in (*_LIBRARIES, "numpy") and hasattr(value, "__dict__")
+        package not in (*_LIBRARIES, "numpy") and hasattr(value, "__dict__")
     ):
         return None if isinstance(value, type | FunctionType | MethodType) else dict(vars(value))
     return None
 
 
-def _content(value: object, seen: set[int], depth: int) -> object:
+def _comparable(value: object, seen: set[int], depth: int) -> object:
     """Something that is equal for equal values."""
     if isinstance(value, torch.Generator):
         return _digest(value.get_state().numpy())
     if isinstance(value, np.random.Generator):
-        return _content(value.bit_generator.state, seen, depth)
+        return _comparable(value.bit_generator.state, seen, depth)
     if isinstance(value, np.random.RandomState):
-        return _content(value.get_state(legacy=False), seen, depth)
+        return _comparable(value.get_state(legacy=False), seen, depth)
     if isinstance(value, random.Random):
         return value.getstate()
     if isinstance(value, Tensor):
-        return tuple(value.shape), str(value.dtype), _bits(value)
+        return tuple(value.shape), str(value.dtype), _tensor_digest(value)
     if isinstance(value, np.ndarray):
         return value.shape, value.dtype.str, _digest(value) if not value.dtype.hasobject else None
-    if value is None or isinstance(value, (*_NUMBERS, *_WORDS)):
+    if value is None or isinstance(value, (*_NUMBERS, *_ATOMIC_TYPES)):
         return repr(value)
-    if depth >= _DEPTH:
+    if depth >= _MAX_DEPTH:
         return type(value).__name__
-    inside = partial(_content, seen=seen, depth=depth + 1)
+    comparable = partial(_comparable, seen=seen, depth=depth + 1)
     if isinstance(value, list | tuple | deque):
-        return tuple(map(inside, value))
+        return tuple(map(comparable, value))
     if isinstance(value, set | frozenset):
         return frozenset(map(repr, value))
     if isinstance(value, dict):
-        return tuple((repr(key), inside(v)) for key, v in value.items())
-    if (parts := _parts(value)) is not None and id(value) not in seen:
+        return tuple((repr(key), comparable(v)) for key, v in value.items())
+    if (attributes := _attributes(value)) is not None and id(value) not in seen:
         seen.add(id(value))
-        return tuple((key, inside(v)) for key, v in parts.items())
+        return tuple((key, comparable(v)) for key, v in attributes.items())
     return getattr(value, "__qualname__", type(value).__name__)
 
 
-def _bits(value: Tensor) -> object:
+def _tensor_digest(value: Tensor) -> object:
     """The numbers of a tensor."""
     if (
         value.layout != torch.strided
@@ -227,7 +237,7 @@ def _digest(array: np.ndarray) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(array), digest_size=16).digest()
 
 
-def _variables(function: object, seen: set[int]) -> Iterator[tuple[str, object]]:
+def _captured_variables(function: object, seen: set[int]) -> Iterator[tuple[str, object]]:
     """The global and enclosing variables that a function of the user's names, and those of the
     functions among them."""
     function = getattr(function, "__func__", function)
@@ -241,15 +251,15 @@ def _variables(function: object, seen: set[int]) -> Iterator[tuple[str, object]]
     seen.add(id(function))
     for name, value in (*_globals(function), *_enclosing(function), *_defaults(function)):
         yield name, value
-        yield from _variables(value, seen)
+        yield from _captured_variables(value, seen)
 
 
 def _globals(function: FunctionType) -> Iterator[tuple[str, object]]:
-    names, waiting = set(), [function.__code__]
-    while waiting:
-        code = waiting.pop()
+    names, pending = set(), [function.__code__]
+    while pending:
+        code = pending.pop()
         names.update(code.co_names)
-        waiting += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+        pending += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
     yield from (
         (name, function.__globals__[name]) for name in sorted(names & function.__globals__.keys())
     )
@@ -258,8 +268,10 @@ def _globals(function: FunctionType) -> Iterator[tuple[str, object]]:
 def _defaults(function: FunctionType) -> Iterator[tuple[str, object]]:
     """What arguments that nobody gives are, which are made once for all calls."""
     count = function.__code__.co_argcount
-    given = function.__defaults__ or ()
-    yield from zip(function.__code__.co_varnames[count - len(given) : count], given, strict=True)
+    defaults = function.__defaults__ or ()
+    yield from zip(
+        function.__code__.co_varnames[count - len(defaults) : count], defaults, strict=True
+    )
     yield from (function.__kwdefaults__ or {}).items()
 
 

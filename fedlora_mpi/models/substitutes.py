@@ -22,11 +22,11 @@ _NORMAL = {torch.randn: False, torch.randn_like: True}
 _DROPOUTS = {F.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
 
 # nn.MultiheadAttention's function without the question that hands it to the mode again, for ever.
-_whole = F.multi_head_attention_forward
+_torch_multi_head = F.multi_head_attention_forward
 _multi_head = FunctionType(
-    _whole.__code__,
-    {**_whole.__globals__, "has_torch_function": lambda tensors: False},
-    argdefs=_whole.__defaults__,
+    _torch_multi_head.__code__,
+    {**_torch_multi_head.__globals__, "has_torch_function": lambda tensors: False},
+    argdefs=_torch_multi_head.__defaults__,
 )
 
 
@@ -77,22 +77,24 @@ class Substitutes(TorchFunctionMode):
     ):
         if not training or p == 0.0:
             return x
-        kept = self._uniform(x.shape[: x.dim() - spatial]) >= p
+        keep_mask = self._uniform(x.shape[: x.dim() - spatial]) >= p
         # p = 1 keeps nothing
-        return x * kept.view(*kept.shape, *[1] * spatial) / max(1 - p, 2**-24)
+        return x * keep_mask.view(*keep_mask.shape, *[1] * spatial) / max(1 - p, 2**-24)
 
     def _draw(self, func, *args, generator=None, **kwargs):
         """Uniform or normal numbers of the run's key in the place of those of a global generator."""
-        like = (_UNIFORM | _NORMAL)[func]
+        takes_template = (_UNIFORM | _NORMAL)[func]
         if generator is not None:  # one of the network's own, which is told of
             return func(*args, generator=generator, **kwargs)
-        given = torch.empty_like(*args, **kwargs) if like else torch.empty(*args, **kwargs)
-        numbers = self._uniform(given.shape)
+        template = (
+            torch.empty_like(*args, **kwargs) if takes_template else torch.empty(*args, **kwargs)
+        )
+        numbers = self._uniform(template.shape)
         if func in _NORMAL:  # Box and Muller 1958
             numbers = (-2 * torch.log1p(-numbers)).sqrt() * torch.cos(
-                2 * torch.pi * self._uniform(given.shape)
+                2 * torch.pi * self._uniform(template.shape)
             )
-        return numbers.to(given.device, given.dtype)
+        return numbers.to(template.device, template.dtype)
 
     def _gumbel_softmax(self, logits, tau=1.0, hard=False, eps=1e-10, dim=-1):
         """As torch's, of keyed noise: a sample near a corner, or, ``hard``, in one with the
@@ -102,8 +104,8 @@ class Substitutes(TorchFunctionMode):
         soft = ((logits + noise.to(logits.dtype)) / tau).softmax(dim)
         if not hard:
             return soft
-        corner = torch.zeros_like(logits).scatter(dim, soft.max(dim, keepdim=True)[1], 1.0)
-        return corner - soft.detach() + soft
+        one_hot = torch.zeros_like(logits).scatter(dim, soft.max(dim, keepdim=True)[1], 1.0)
+        return one_hot - soft.detach() + soft
 
     def _recurrent(self, func, *args):
         """A recurrent layer of several levels: one level after the other, with keyed dropout
@@ -111,29 +113,50 @@ class Substitutes(TorchFunctionMode):
         """
         # data, batch_sizes, hx, weights, ...; else input, hx, weights, ...
         packed = isinstance(args[3], list | tuple)
-        start, rest = args[: 1 + packed], args[8 + packed :]
-        hx, weights, biases, levels, dropout, train, both = args[1 + packed : 8 + packed]
+        leading, trailing = args[: 1 + packed], args[8 + packed :]
+        hx, weights, biases, levels, dropout, train, bidirectional = args[1 + packed : 8 + packed]
         if not (train and dropout and levels > 1):
             return func(*args)
-        x, *sizes = start
-        ways, each, ends = 1 + both, len(weights) // levels, []
+        x, *sizes = leading
+        directions, weights_per_level, final_states = 1 + bidirectional, len(weights) // levels, []
         for level in range(levels):
-            at = slice(level * ways, (level + 1) * ways)
-            first = [h[at] for h in hx] if isinstance(hx, list | tuple) else hx[at]
-            own = weights[level * each : (level + 1) * each]
-            x, *end = func(x, *sizes, first, own, biases, 1, 0.0, train, both, *rest)
-            ends.append(end)
+            level_slice = slice(level * directions, (level + 1) * directions)
+            initial_state = (
+                [h[level_slice] for h in hx] if isinstance(hx, list | tuple) else hx[level_slice]
+            )
+            level_weights = weights[level * weights_per_level : (level + 1) * weights_per_level]
+            x, *final_state = func(
+                x,
+                *sizes,
+                initial_state,
+                level_weights,
+                biases,
+                1,
+                0.0,
+                train,
+                bidirectional,
+                *trailing,
+            )
+            final_states.append(final_state)
             if level + 1 < levels:
                 x = self._dropout(0, x, dropout)
-        return x, *(torch.cat(halves) for halves in zip(*ends, strict=True))
+        return x, *(torch.cat(halves) for halves in zip(*final_states, strict=True))
 
     def _attention(
-        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **more
+        self,
+        query,
+        key,
+        value,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+        **options,
     ):
         """softmax(Q K^T s + mask) V with keyed dropout on the attention weights."""
         if dropout_p == 0.0:
             return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, is_causal=is_causal, scale=scale, **more
+                query, key, value, attn_mask, is_causal=is_causal, scale=scale, **options
             )
         scores = query @ key.transpose(-2, -1) * (scale or query.shape[-1] ** -0.5)
         if is_causal:
@@ -141,8 +164,10 @@ class Substitutes(TorchFunctionMode):
                 scores.new_ones(scores.shape[-2:]).triu(1).bool(), float("-inf")
             )
         if attn_mask is not None:
-            hide = attn_mask.dtype == torch.bool
-            scores = scores.masked_fill(~attn_mask, float("-inf")) if hide else scores + attn_mask
+            is_boolean = attn_mask.dtype == torch.bool
+            scores = (
+                scores.masked_fill(~attn_mask, float("-inf")) if is_boolean else scores + attn_mask
+            )
         return self._dropout(0, scores.softmax(-1), dropout_p) @ value
 
     def _batch_norm(
@@ -164,25 +189,25 @@ class Substitutes(TorchFunctionMode):
         if not training:
             return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
         self.met_batch_norm = True
-        given, x = x, x.float() if x.dtype.itemsize < 4 else x  # sums of bfloat16 are none
+        original, x = x, x.float() if x.dtype.itemsize < 4 else x  # sums of bfloat16 are none
         real = (
             torch.ones(x.shape[0], dtype=x.dtype, device=x.device)
             if self._real is None
             else self._real
         )
-        across = [0, *range(2, x.dim())]
-        wide = [1, -1] + [1] * (x.dim() - 2)
+        dims = [0, *range(2, x.dim())]
+        channel_shape = [1, -1] + [1] * (x.dim() - 2)
         counts = real.to(x.dtype).view(-1, *[1] * (x.dim() - 1))  # [B, 1, ...]
         total = counts.sum() * x[0, 0].numel()
-        mean = (x * counts).sum(across) / total
-        gap = x - mean.view(wide)
-        var = (gap.square() * counts).sum(across) / total
+        mean = (x * counts).sum(dims) / total
+        centred = x - mean.view(channel_shape)
+        var = (centred.square() * counts).sum(dims) / total
         if running_mean is not None:
             with torch.no_grad():
                 unbiased = var * total / (total - 1).clamp(min=1)
                 running_mean += momentum * (mean - running_mean)
                 running_var += momentum * (total > 1) * (unbiased - running_var)
-        y = gap * (var + eps).rsqrt().view(wide)
+        y = centred * (var + eps).rsqrt().view(channel_shape)
         if weight is not None:
-            y = y * weight.view(wide) + bias.view(wide)
-        return y.to(given.dtype)
+            y = y * weight.view(channel_shape) + bias.view(channel_shape)
+        return y.to(original.dtype)

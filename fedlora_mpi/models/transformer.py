@@ -21,14 +21,14 @@ class Block(nn.Module):
         self.linear2 = nn.Linear(feedforward, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+    def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
         """x: [B, L, width], for dropout must not depend on how many examples follow; hidden: [B, L]
         True where nobody looks.
         """
         z = self.norm1(x).transpose(0, 1)  # [L, B, width]
         # With the weights it is made of plain products, which vmap batches and the FLOP counter
         # sees; of torch's fused attention for CPUs neither is true.
-        y, _ = self.attention(z, z, z, hidden, need_weights=True, average_attn_weights=False)
+        y, _ = self.attention(z, z, z, padding_mask, need_weights=True, average_attn_weights=False)
         x = x + self.dropout(y.transpose(0, 1))
         return x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(self.norm2(x))))))
 
@@ -71,10 +71,10 @@ class Transformer(nn.Module):
         """x: [B, L] token ids. Padding counts nowhere, but in the first place: an empty text has a
         mean too.
         """
-        place = torch.arange(x.shape[1], device=x.device)
-        hidden = (x == self.padding) & (place > 0)
-        z = self.dropout(self.words(x) + self.places(place))  # [B, L, width]
+        position = torch.arange(x.shape[1], device=x.device)
+        padding_mask = (x == self.padding) & (position > 0)
+        z = self.dropout(self.words(x) + self.places(position))  # [B, L, width]
         for block in self.blocks:
-            z = block(z, hidden)
-        seen = ~hidden.unsqueeze(-1)  # [B, L, 1]
-        return self.head((self.norm(z) * seen).sum(1) / seen.sum(1))
+            z = block(z, padding_mask)
+        is_word = ~padding_mask.unsqueeze(-1)  # [B, L, 1]
+        return self.head((self.norm(z) * is_word).sum(1) / is_word.sum(1))

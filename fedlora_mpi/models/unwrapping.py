@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..core.escapes import brief
+from ..core.escapes import summarize_error
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -20,13 +20,13 @@ def unwrap(module: nn.Module) -> nn.Module:
     for name, layer in module.named_modules():
         if isinstance(layer, torch.jit.ScriptModule):
             raise ValueError(
-                f"name: {_called(name)} is a scripted or traced module (torch.jit), whose weights "
+                f"name: {_layer_label(name)} is a scripted or traced module (torch.jit), whose weights "
                 "cannot be given from outside; return the nn.Module that it was made from"
             )
-    module = _inside(module)
+    module = _unwrap_layer(module)
     for layer in module.modules():
         for name, child in layer._modules.items():
-            layer._modules[name] = _inside(child)
+            layer._modules[name] = _unwrap_layer(child)
         layer._compiled_call_impl = None  # of ``layer.compile()``
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         if value.is_meta:
@@ -37,43 +37,43 @@ def unwrap(module: nn.Module) -> nn.Module:
             module = module.cpu()
             break
     for layer in module.modules():
-        _detach(layer)
+        _detach_attributes(layer)
     return module
 
 
-def unmade(module: nn.Module) -> bool:
+def has_lazy_layers(module: nn.Module) -> bool:
     """Whether some layer, such as LazyLinear, gets its shape in the first pass."""
     return any(map(nn.parameter.is_lazy, (*module.parameters(), *module.buffers())))
 
 
-def duplicate(module: nn.Module) -> nn.Module:
+def copy_module(module: nn.Module) -> nn.Module:
     """A deep copy. Raises ValueError that names what cannot be copied."""
     try:
         return copy.deepcopy(module)
     except Exception as error:
-        name = next(_uncopied(module), "it")
+        name = next(_uncopyable_attributes(module), "it")
         raise ValueError(
-            f"name: {name} cannot be copied by copy.deepcopy ({brief(error)}); "
+            f"name: {name} cannot be copied by copy.deepcopy ({summarize_error(error)}); "
             "keep it out of the module"
         ) from error
 
 
 @contextmanager
-def refusing(shape: Iterable[int]) -> Iterator[None]:
+def explain_refusal(shape: Iterable[int]) -> Iterator[None]:
     """Turn what a forward pass of a user's network raises into a ValueError."""
     try:
         yield
     except Exception as error:
         raise ValueError(
-            f"name: the model refuses inputs of shape {list(shape)}: {brief(error)}"
+            f"name: the model refuses inputs of shape {list(shape)}: {summarize_error(error)}"
         ) from error
 
 
-def _called(name: str) -> str:
+def _layer_label(name: str) -> str:
     return f"layer {name}" if name else "the model"
 
 
-def _inside(module: nn.Module | None) -> nn.Module | None:
+def _unwrap_layer(module: nn.Module | None) -> nn.Module | None:
     while True:
         if isinstance(module, _PARALLEL):
             module = module.module
@@ -83,7 +83,7 @@ def _inside(module: nn.Module | None) -> nn.Module | None:
             return module
 
 
-def _detach(layer: nn.Module) -> None:
+def _detach_attributes(layer: nn.Module) -> None:
     """Cut attributes off the graph that made them, as of torch.nn.utils.weight_norm: else none can
     be copied.
     """
@@ -92,7 +92,7 @@ def _detach(layer: nn.Module) -> None:
             vars(layer)[name] = value.detach()
 
 
-def _uncopied(module: nn.Module) -> Iterator[str]:
+def _uncopyable_attributes(module: nn.Module) -> Iterator[str]:
     """Names of attributes that cannot be copied."""
     for path, layer in module.named_modules():
         for name, value in vars(layer).items():

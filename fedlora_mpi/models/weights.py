@@ -12,41 +12,47 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.paths import expanded
+from ..core.paths import expand_home
 from ..core.tree import Tree
-from ..core.vision import torchvision
+from ..core.vision import import_torchvision
 from .network import Model
 
-FILES = (".safetensors", ".pt", ".pth")
+SUFFIXES = (".safetensors", ".pt", ".pth")
 
 
-class File(NamedTuple):
+class WeightsFile(NamedTuple):
     """Where weights are, and where torchvision has them from; "" for a file of one's own."""
 
     path: Path
     url: str = ""
 
 
-def find(network: str, given: str) -> File:
+def find_file(network: str, source: str) -> WeightsFile:
     """The file, there or not, that ``weights: given`` means beside ``name: network``.
 
     A path, relative to the working folder; for ``torchvision:<model>`` also the name of one of its
     weights, which are in torch's cache. Raises ValueError when it is neither.
     """
-    if Path(given).suffix.lower() in FILES:
-        return File(expanded(given))
-    home, _, model = network.partition(":")
-    known = (
-        torchvision().models.get_model_weights(model).__members__ if home == "torchvision" else {}
+    if Path(source).suffix.lower() in SUFFIXES:
+        return WeightsFile(expand_home(source))
+    library, _, model = network.partition(":")
+    known_weights = (
+        import_torchvision().models.get_model_weights(model).__members__
+        if library == "torchvision"
+        else {}
     )
-    if given not in known:
-        names = f", or of {network} {', '.join(known) or 'none'}" if home == "torchvision" else ""
-        raise ValueError(f"must be a file {', '.join(FILES)}{names}")
-    url = known[given].url
-    return File(Path(torch.hub.get_dir(), "checkpoints", posixpath.basename(url)), url)
+    if source not in known_weights:
+        names = (
+            f", or of {network} {', '.join(known_weights) or 'none'}"
+            if library == "torchvision"
+            else ""
+        )
+        raise ValueError(f"must be a file {', '.join(SUFFIXES)}{names}")
+    url = known_weights[source].url
+    return WeightsFile(Path(torch.hub.get_dir(), "checkpoints", posixpath.basename(url)), url)
 
 
-def read(path: Path, url: str = "", fine: bool = False) -> Tree:
+def read(path: Path, url: str = "", keep_double: bool = False) -> Tree:
     """The leaves of a file as float32: of safetensors, or of a state dict as torch has saved it, by
     itself or under "state_dict" or "model". What is no floating-point number, such as a count of
     batches, is left out. ``fine``: those of float64 stay that.
@@ -62,12 +68,14 @@ def read(path: Path, url: str = "", fine: bool = False) -> Tree:
             else ""
         )
         raise ValueError(f"there is no file {path.absolute()}{way_out}")
-    if url and not digest(path).startswith(_promised(url)):
+    if url and not file_digest(path).startswith(_expected_digest(url)):
         raise ValueError(
-            f"{path} is damaged, its SHA-256 does not begin with {_promised(url)}; put {url} "
+            f"{path} is damaged, its SHA-256 does not begin with {_expected_digest(url)}; put {url} "
             "there anew"
         )
-    tensors = _unpacked(path) if path.suffix.lower() == ".safetensors" else _unpickled(path)
+    tensors = (
+        _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_state_dict(path)
+    )
     tree = {}
     for name, value in tensors.items():
         if (
@@ -79,14 +87,14 @@ def read(path: Path, url: str = "", fine: bool = False) -> Tree:
                 f"{name} is no dense tensor there; save the state_dict() of the network"
             )
         if value.is_floating_point():
-            dtype = value.dtype if fine and value.dtype == torch.float64 else torch.float32
+            dtype = value.dtype if keep_double and value.dtype == torch.float64 else torch.float32
             tree[name] = value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
             if not tree[name].isfinite().all():
                 raise ValueError(f"{name} has numbers that are not finite")
     return tree
 
 
-def load(model: Model, tree: Tree) -> Model:
+def load_weights(model: Model, tree: Tree) -> Model:
     """The same network with the leaves of ``tree`` for its initial values, frozen ones included,
     each in its own dtype.
 
@@ -94,61 +102,67 @@ def load(model: Model, tree: Tree) -> Model:
     buffer that is no part of a state dict. Raises ValueError for the first leaf that does not fit.
     """
     saved = model.modules[False].state_dict().keys()  # also the further names of what bears several
-    leaves, tree = model.described, _named(model, tree)
+    leaves, tree = model.all_leaves, _resolve_ties(model, tree)
     head = [n for n, leaf in leaves.items() if leaf.role == "head"]
-    here = {n: list(leaf.shape) for n, leaf in leaves.items() if n in saved or n in tree}
-    there = {n: list(value.shape) for n, value in tree.items() if n in leaves or n not in saved}
+    network_shapes = {n: list(leaf.shape) for n, leaf in leaves.items() if n in saved or n in tree}
+    file_shapes = {
+        n: list(value.shape) for n, value in tree.items() if n in leaves or n not in saved
+    }
 
-    def same(n):
-        return here.get(n) == there.get(n)
+    def has_same_shape(n):
+        return network_shapes.get(n) == file_shapes.get(n)
 
-    for name in here | there:
-        if not same(name) and name not in head:
+    for name in network_shapes | file_shapes:
+        if not has_same_shape(name) and name not in head:
             raise ValueError(
-                f"{name} is {there.get(name, 'absent')} in the file, {here.get(name, 'absent')} "
+                f"{name} is {file_shapes.get(name, 'absent')} in the file, {network_shapes.get(name, 'absent')} "
                 "in the network; only the head may differ"
             )
-    kept, values = () if all(map(same, head)) else head, model.values
-    found = {n: tree[n].to(values[n].dtype) for n in here if n in tree and n not in kept}
-    for name, value in found.items():
+    skipped, values = () if all(map(has_same_shape, head)) else head, model.all_values
+    loaded = {
+        n: tree[n].to(values[n].dtype) for n in network_shapes if n in tree and n not in skipped
+    }
+    for name, value in loaded.items():
         if not value.isfinite().all():
             raise ValueError(f"{name} has numbers that are not finite as {value.dtype}")
-    constants = model.constants | {n: v for n, v in found.items() if n in model.locked}
+    constants = model.constants | {n: v for n, v in loaded.items() if n in model.frozen_leaves}
     return replace(
         model,
-        initial=model.initial | {n: found[n] for n in model.leaves if n in found},
+        initial=model.initial | {n: loaded[n] for n in model.leaves if n in loaded},
         constants=constants,
     )
 
 
-def _named(model: Model, tree: Tree) -> Tree:
+def _resolve_ties(model: Model, tree: Tree) -> Tree:
     """``tree`` with leaves that have several names under the first. Raises ValueError where they
     differ.
     """
-    named = {n: v for n, v in tree.items() if n not in model.ties}
+    untied = {n: v for n, v in tree.items() if n not in model.ties}
     for name, first in model.ties.items():
         if (
             name in tree
-            and first in model.described
-            and not torch.equal(named.setdefault(first, tree[name]), tree[name])
+            and first in model.all_leaves
+            and not torch.equal(untied.setdefault(first, tree[name]), tree[name])
         ):
             raise ValueError(
                 f"{first} and {name} differ in the file, and are one and the same in the network"
             )
-    return named
+    return untied
 
 
-def packed(tree: Tree) -> bytes:
+def pack_safetensors(tree: Tree) -> bytes:
     """The content of a .safetensors file with these leaves. Raises ValueError without the library."""
 
     # not a view into something
-    def whole(v):
+    def to_contiguous(v):
         return v.detach().cpu().clone(memory_format=torch.contiguous_format)
 
-    return _safetensors().torch.save({n: whole(v) for n, v in tree.items()}, {"format": "pt"})
+    return _import_safetensors().torch.save(
+        {n: to_contiguous(v) for n, v in tree.items()}, {"format": "pt"}
+    )
 
 
-def digest(*paths: Path) -> str:
+def file_digest(*paths: Path) -> str:
     """SHA-256 of files, one after the other, in hexadecimal."""
     total = hashlib.sha256()
     for path in paths:
@@ -157,16 +171,16 @@ def digest(*paths: Path) -> str:
     return total.hexdigest()
 
 
-def _promised(url: str) -> str:
+def _expected_digest(url: str) -> str:
     """The first digits of the SHA-256, as torch.hub reads them from the name of a file."""
     return re.search(r"-([a-f0-9]*)\.", posixpath.basename(url))[1]
 
 
-def _unpacked(path: Path) -> Mapping[str, Any]:
+def _read_safetensors(path: Path) -> Mapping[str, Any]:
     """The tensors of a .safetensors file, its bytes read at once: a mapped file may change while a
     run goes on.
     """
-    library = _safetensors()
+    library = _import_safetensors()
     unpack = library.torch.load  # of safetensors, not torch's own: nothing is unpickled
     try:
         return unpack(path.read_bytes())
@@ -174,10 +188,10 @@ def _unpacked(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"{path} is no safetensors file, or damaged ({error})") from error
 
 
-def _unpickled(path: Path) -> Mapping[str, Any]:
+def _read_state_dict(path: Path) -> Mapping[str, Any]:
     """The state dict of a .pt file."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # a damaged pickle may raise anything; torch's own advice is to trust it
         raise ValueError(
@@ -185,17 +199,17 @@ def _unpickled(path: Path) -> Mapping[str, Any]:
             "state_dict() of the network"
         ) from error
     for key in ("state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping):
         raise ValueError(
-            f"{path} holds no state dict but {type(found).__name__}; save the state_dict() of the "
+            f"{path} holds no state dict but {type(state).__name__}; save the state_dict() of the "
             "network"
         )
-    return found
+    return state
 
 
-def _safetensors() -> ModuleType:
+def _import_safetensors() -> ModuleType:
     """The library, with the part for torch."""
     try:
         import safetensors

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..core.seeds import isolated
-from ..core.user_code import described, imported
+from ..core.seeds import isolate_rng
+from ..core.user_code import describe_error, import_object
 from . import huggingface
 from . import weights as files
-from .coupling import couples
+from .coupling import couples_examples
 from .network import Model, from_module
 from .resnet import ResNet
 from .transformer import Transformer
@@ -93,11 +93,11 @@ def hf(
     """The pre-trained model in ``folder`` as Hugging Face's transformers saves it, for the texts of
     its tokenizer; of a config.json alone the same network, not trained.
     """
-    return huggingface.classifier(folder, classes, shape[0], tokens, padding)
+    return huggingface.load_classifier(folder, classes, shape[0], tokens, padding)
 
 
-def _five(
-    number: int, first: int, second: int, hidden: int, parameters: str
+def _yi_cnn(
+    number: int, first_channels: int, second_channels: int, hidden: int, parameters: str
 ) -> Callable[..., nn.Module]:
     """The ``number``-th of the networks of Yi et al."""
 
@@ -109,14 +109,14 @@ def _five(
             )
         height, width = (((side - 4) // 2 - 4) // 2 for side in size)
         return nn.Sequential(
-            nn.Conv2d(channels, first, 5),
+            nn.Conv2d(channels, first_channels, 5),
             nn.ReLU(),
             nn.MaxPool2d(2),
-            nn.Conv2d(first, second, 5),
+            nn.Conv2d(first_channels, second_channels, 5),
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Flatten(),
-            nn.Linear(second * height * width, hidden),
+            nn.Linear(second_channels * height * width, hidden),
             nn.ReLU(),
             nn.Linear(hidden, 500),
             nn.ReLU(),
@@ -124,22 +124,22 @@ def _five(
         )
 
     builder.__name__ = f"cnn{number}"
-    builder.__doc__ = f"""CNN-{number} of pFedLoRA's authors: 5x5 convolutions ({first}, {second}), Linears ({hidden}, 500);
+    builder.__doc__ = f"""CNN-{number} of pFedLoRA's authors: 5x5 convolutions ({first_channels}, {second_channels}), Linears ({hidden}, 500);
     {parameters} parameters for CIFAR-10."""
     return builder
 
 
-FIVE = (
-    _five(1, 16, 32, 2000, "2,621,558"),
-    _five(2, 16, 16, 2000, "1,815,142"),
-    _five(3, 16, 32, 1000, "1,320,558"),
-    _five(4, 16, 32, 800, "1,060,358"),
-    _five(5, 16, 32, 500, "670,058"),
+YI_CNNS = (
+    _yi_cnn(1, 16, 32, 2000, "2,621,558"),
+    _yi_cnn(2, 16, 16, 2000, "1,815,142"),
+    _yi_cnn(3, 16, 32, 1000, "1,320,558"),
+    _yi_cnn(4, 16, 32, 800, "1,060,358"),
+    _yi_cnn(5, 16, 32, 500, "670,058"),
 )
 
-NAMES: dict[str, Callable[..., nn.Module]] = {
+BUILDERS: dict[str, Callable[..., nn.Module]] = {
     builder.__name__: builder
-    for builder in (resnet8, resnet10, cifar_resnet8, cnn, *FIVE, transformer, hf)
+    for builder in (resnet8, resnet10, cifar_resnet8, cnn, *YI_CNNS, transformer, hf)
 }
 
 
@@ -162,20 +162,22 @@ def build(
     ``padding`` if it asks for that) and returning an nn.Module. Raises ValueError when there is no
     such model, it refuses its options or inputs, or the weights are not to be had or do not fit.
     """
-    with isolated(seed, "model"):
-        module = _module(name, dict(options), classes, shape, tokens, padding)
+    with isolate_rng(seed, "model"):
+        module = _build_module(name, dict(options), classes, shape, tokens, padding)
         model = from_module(module, classes, shape, tokens)
-        if foreign(name) and not name.startswith("torchvision:"):
-            model = replace(model, couples=couples(model, seed))
+        if is_external(name) and not name.startswith("torchvision:"):
+            model = replace(model, couples=couples_examples(model, seed))
     if weights is None:
         return model
     try:
-        return files.load(model, files.read(*files.find(name, weights), fine=True))
+        return files.load_weights(
+            model, files.read(*files.find_file(name, weights), keep_double=True)
+        )
     except ValueError as error:
         raise ValueError(f"weights = {weights}: {error}") from error
 
 
-def foreign(name: str) -> bool:
+def is_external(name: str) -> bool:
     """Whether a network, or a method, comes from a module outside this package."""
     return ":" in name
 
@@ -186,41 +188,43 @@ class Origin(NamedTuple):
     """
 
     key: str
-    given: str
+    value: str
     files: tuple[Path, ...]
 
 
-def origins(name: str, options: Mapping, weights: str | None) -> list[Origin]:
+def find_origins(name: str, options: Mapping, weights: str | None) -> list[Origin]:
     """What a network is made from beside the code and the seed, as ``build`` takes it."""
-    found = []
+    origins = []
     if name == "hf":
-        found.append(Origin("folder", options["folder"], huggingface.files(options["folder"])))
+        origins.append(
+            Origin("folder", options["folder"], huggingface.required_files(options["folder"]))
+        )
     if weights is not None:
-        found.append(Origin("weights", weights, (files.find(name, weights).path,)))
-    return found
+        origins.append(Origin("weights", weights, (files.find_file(name, weights).path,)))
+    return origins
 
 
-def _module(
+def _build_module(
     name: str, options: dict, classes: int, shape: tuple[int, ...], tokens: int, padding: int
 ) -> nn.Module:
     try:
         builder = _builder(name)
-        given = {"classes": classes, "shape": shape}
-        if _takes(builder, "tokens") != (tokens > 0):
+        arguments = {"classes": classes, "shape": shape}
+        if _has_parameter(builder, "tokens") != (tokens > 0):
             kinds = ("images", "texts") if tokens else ("texts", "images")
             raise ValueError("it is for {}, the data are {}".format(*kinds))
         if tokens:
-            given["tokens"] = tokens
-            if _takes(builder, "padding"):
-                given["padding"] = padding
+            arguments["tokens"] = tokens
+            if _has_parameter(builder, "padding"):
+                arguments["padding"] = padding
             elif padding:
                 raise ValueError(
                     f"it takes 0 for padding, data.text.tokenizer {padding}; give it a parameter "
                     "padding"
                 )
-        module = builder(**given, **options)
+        module = builder(**arguments, **options)
     except (Exception, SystemExit) as error:  # a builder of the user's may raise anything
-        raise ValueError(f"name = {name}: cannot be built: {described(error)}") from error
+        raise ValueError(f"name = {name}: cannot be built: {describe_error(error)}") from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"name = {name}: returned {type(module).__name__}, not a torch.nn.Module")
     return module
@@ -228,13 +232,13 @@ def _module(
 
 def _builder(name: str) -> Callable[..., nn.Module]:
     """The function behind a name."""
-    home, _, attribute = name.partition(":")
-    if home == "torchvision":
-        return partial(_torchvision, attribute)
-    return NAMES[name] if name in NAMES else imported(name)
+    library, _, attribute = name.partition(":")
+    if library == "torchvision":
+        return partial(_build_torchvision, attribute)
+    return BUILDERS[name] if name in BUILDERS else import_object(name)
 
 
-def _takes(builder: Callable, parameter: str) -> bool:
+def _has_parameter(builder: Callable, parameter: str) -> bool:
     """Whether a builder has a parameter of this name."""
     try:
         return parameter in signature(builder).parameters
@@ -242,7 +246,9 @@ def _takes(builder: Callable, parameter: str) -> bool:
         return False
 
 
-def _torchvision(model: str, classes: int, shape: tuple[int, ...], **options) -> nn.Module:
-    from ..core.vision import torchvision
+def _build_torchvision(model: str, classes: int, shape: tuple[int, ...], **options) -> nn.Module:
+    from ..core.vision import import_torchvision
 
-    return torchvision().models.get_model(model, weights=None, num_classes=classes, **options)
+    return import_torchvision().models.get_model(
+        model, weights=None, num_classes=classes, **options
+    )

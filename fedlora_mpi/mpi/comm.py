@@ -15,23 +15,23 @@ from functools import partial
 
 import numpy as np
 
-from .heartbeat import Pulse
+from .heartbeat import Heartbeat
 from .launch import expected_ranks, is_launched
-from .pending import Lost, Mail
+from .pending import PendingMessage, RankLost
 
-_MOST = 2**30  # items of one message, which MPI counts in 32 bits
-_EXCHANGED = 1  # the tag of ``exchange``; the mail of ``post`` may be on its way meanwhile
+_MAX_ITEMS = 2**30  # items of one message, which MPI counts in 32 bits
+_EXCHANGE_TAG = 1  # the tag of ``exchange``; the mail of ``post`` may be on its way meanwhile
 
 
 class Solo:
     """One process: every verb is the identity."""
 
-    rank, size, local_rank, local_size, members, dead = 0, 1, 0, 1, (0,), ()
-    tolerant = False
-    moved = 0
+    rank, size, local_rank, local_size, members, dead_ranks = 0, 1, 0, 1, (0,), ()
+    is_tolerant = False
+    bytes_sent = 0
 
     def __init__(self) -> None:
-        self.pulse = Pulse()
+        self.heartbeat = Heartbeat()
 
     def sum(self, buffer: np.ndarray) -> None:
         """Replace ``buffer`` by its sum over ranks, on every rank."""
@@ -47,7 +47,7 @@ class Solo:
         return send
 
     def exchange(
-        self, send: np.ndarray, counts: Sequence[int], arriving: Sequence[int]
+        self, send: np.ndarray, counts: Sequence[int], receive_counts: Sequence[int]
     ) -> np.ndarray:
         """What the other ranks sent to this one, float32, in rank order.
 
@@ -75,115 +75,126 @@ class Mpi:
     then leave the dead behind.
     """
 
-    def __init__(self, world=None, pulse: Pulse | None = None) -> None:
+    def __init__(self, world=None, heartbeat: Heartbeat | None = None) -> None:
         self._mpi = MPI = _mpi4py()
         self._world = MPI.COMM_WORLD if world is None else world
-        self.pulse = pulse or Pulse()
+        self.heartbeat = heartbeat or Heartbeat()
         self.rank, self.size = self._world.rank, self._world.size
         self.members = tuple(
             self._world.group.Translate_ranks(range(self.size), MPI.COMM_WORLD.group)
         )
-        self.pulse.members = self.members
-        self.dead = tuple(rank for rank in range(MPI.COMM_WORLD.size) if rank not in self.members)
-        self.tolerant = _tolerant()
+        self.heartbeat.members = self.members
+        self.dead_ranks = tuple(
+            rank for rank in range(MPI.COMM_WORLD.size) if rank not in self.members
+        )
+        self.is_tolerant = _launched_tolerant()
         self.local_rank, self.local_size = self.rank, self.size
         # a rank has died: the first verb says so
-        with suppress(MPI.Exception if self.tolerant else ()):
+        with suppress(MPI.Exception if self.is_tolerant else ()):
             node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
             self.local_rank, self.local_size = node.rank, node.size
             node.Free()
-        self.moved = 0
+        self.bytes_sent = 0
         # mail that is not through: MPI may write to it even when it was cut off
-        self._open: dict = {}
+        self._unfinished: dict = {}
 
     def sum(self, buffer: np.ndarray) -> None:
         """Replace ``buffer`` by its sum over ranks, on every rank. Order-free for integers."""
-        self.moved += buffer.nbytes
-        for part in _parts(buffer):
-            self._do(lambda part=part: self._world.Iallreduce(self._mpi.IN_PLACE, part), buffer)
+        self.bytes_sent += buffer.nbytes
+        for part in _chunks(buffer):
+            self._run_collective(
+                lambda part=part: self._world.Iallreduce(self._mpi.IN_PLACE, part), buffer
+            )
 
     def broadcast(self, data: bytes) -> bytes:
         """Rank 0's bytes, on every rank."""
         size = np.array([len(data)], np.int64)
-        self._do(lambda: self._world.Ibcast(size, root=0), size)
+        self._run_collective(lambda: self._world.Ibcast(size, root=0), size)
         buffer = np.frombuffer(bytearray(data if self.rank == 0 else size[0]), np.uint8)
-        for part in _parts(buffer):
-            self._do(lambda part=part: self._world.Ibcast(part, root=0), buffer)
+        for part in _chunks(buffer):
+            self._run_collective(lambda part=part: self._world.Ibcast(part, root=0), buffer)
         return buffer.tobytes()
 
     def gather(self, send: np.ndarray, counts: Sequence[int]) -> np.ndarray:
         """What all ranks sent, float32, in rank order, on every rank; ``counts``: numbers of each
         rank.
         """
-        if sum(counts) > _MOST:
-            whole, ends = np.empty(sum(counts), np.float32), np.cumsum([0, *counts])
-            for rank, (at, end) in enumerate(itertools.pairwise(ends)):
-                whole[at:end] = send if rank == self.rank else 0
-            self.sum(whole.view(np.int32))
-            return whole
+        if sum(counts) > _MAX_ITEMS:
+            result, ends = np.empty(sum(counts), np.float32), np.cumsum([0, *counts])
+            for rank, (start, end) in enumerate(itertools.pairwise(ends)):
+                result[start:end] = send if rank == self.rank else 0
+            self.sum(result.view(np.int32))
+            return result
         receive = np.empty(sum(counts), np.float32)
-        self.moved += send.nbytes
-        self._do(lambda: self._world.Iallgatherv(send, [receive, counts]), send, receive)
+        self.bytes_sent += send.nbytes
+        self._run_collective(
+            lambda: self._world.Iallgatherv(send, [receive, counts]), send, receive
+        )
         return receive
 
     def exchange(
-        self, send: np.ndarray, counts: Sequence[int], arriving: Sequence[int]
+        self, send: np.ndarray, counts: Sequence[int], receive_counts: Sequence[int]
     ) -> np.ndarray:
         """What the other ranks sent to this one, float32, in rank order (see ``Solo``).
 
         Each pair of ranks knows what passes between them, but no rank what passes between all:
         there is no collective message of a size that MPI may not be able to count.
         """
-        receive = np.empty(sum(arriving), np.float32)
-        self.moved += send.nbytes
-        coming, going = (
-            np.split(all_, np.cumsum(of)[:-1]) for all_, of in ((receive, arriving), (send, counts))
+        receive = np.empty(sum(receive_counts), np.float32)
+        self.bytes_sent += send.nbytes
+        receive_parts, send_parts = (
+            np.split(array, np.cumsum(lengths)[:-1])
+            for array, lengths in ((receive, receive_counts), (send, counts))
         )
-        mail, world = Mail(self, receive, send), self._world
+        message, world = PendingMessage(self, receive, send), self._world
         receives = [
-            partial(world.Irecv, part, rank, _EXCHANGED)
-            for rank, some in enumerate(coming)
-            for part in _parts(some)
+            partial(world.Irecv, part, rank, _EXCHANGE_TAG)
+            for rank, segment in enumerate(receive_parts)
+            for part in _chunks(segment)
         ]
         sends = [
-            partial(world.Isend, part, rank, _EXCHANGED)
-            for rank, some in enumerate(going)
-            for part in _parts(some)
+            partial(world.Isend, part, rank, _EXCHANGE_TAG)
+            for rank, some in enumerate(send_parts)
+            for part in _chunks(some)
         ]
-        self._begin(mail, *receives, *sends)
-        mail.arrive()
+        self._start(message, *receives, *sends)
+        message.wait()
         return receive
 
-    def post(self, send: np.ndarray, to: int, receive: np.ndarray, of: int) -> Mail:
+    def post(
+        self, send: np.ndarray, destination: int, receive: np.ndarray, source: int
+    ) -> PendingMessage:
         """Begin to receive from one rank and to send to one; the arrays belong to MPI until the
         mail is through.
         """
-        mail, world = Mail(self, receive, send), self._world
-        receives = [partial(world.Irecv, part, of) for part in _parts(receive)]
-        self._begin(mail, *receives, *(partial(world.Isend, part, to) for part in _parts(send)))
-        mail.first = len(receives)
-        return mail
+        message, world = PendingMessage(self, receive, send), self._world
+        receives = [partial(world.Irecv, part, source) for part in _chunks(receive)]
+        self._start(
+            message, *receives, *(partial(world.Isend, part, destination) for part in _chunks(send))
+        )
+        message.receive_count = len(receives)
+        return message
 
     def agree(self) -> None:
         """Meet all ranks; return only if none of them is dead or has met a dead one, else raise
         Lost on all.
         """
-        if not self._agreed(True):
-            raise Lost(self, agreed=True)
+        if not self._all_agree(True):
+            raise RankLost(self, has_agreed=True)
 
-    def without_the_dead(self, agreed: bool) -> "Mpi":
+    def shrink(self, has_agreed: bool) -> "Mpi":
         """The ranks that are left; ``agreed``: whether this rank has met them already."""
-        if not agreed:
-            self._agreed(False)
-        comm, left = None, self._world.Shrink()
+        if not has_agreed:
+            self._all_agree(False)
+        comm, survivors = None, self._world.Shrink()
         while comm is None:
             try:
-                comm = Mpi(left, self.pulse)
+                comm = Mpi(survivors, self.heartbeat)
             except self._mpi.Exception:  # one more
-                left.Revoke()
-                _poll(left.Iagree(np.zeros(1, np.int32)), self._mpi.Exception)
-                left = left.Shrink()
-        comm._open[None] = self._open
+                survivors.Revoke()
+                _wait_for(survivors.Iagree(np.zeros(1, np.int32)), self._mpi.Exception)
+                survivors = survivors.Shrink()
+        comm._unfinished[None] = self._unfinished
         return comm
 
     def abort(self) -> None:
@@ -192,84 +203,84 @@ class Mpi:
         sys.stderr.flush()
         self._world.Abort(1)
 
-    def through(self, mail: Mail) -> bool:
+    def is_complete(self, message: PendingMessage) -> bool:
         """Whether the mail is through. Raises Lost."""
-        with self._surviving():
-            if self.tolerant and self._world.Is_revoked():
-                raise Lost(self)
+        with self._raise_rank_lost():
+            if self.is_tolerant and self._world.Is_revoked():
+                raise RankLost(self)
             # one that has failed must not be asked again: it would say yes
-            requests, mail.requests = mail.requests, []
+            requests, message.requests = message.requests, []
             for number, request in enumerate(requests):
-                mail.done[number] = mail.done[number] or request.Test()
-            mail.requests = requests
-        if all(mail.done):
-            self._open.pop(id(mail), None)
-        return all(mail.done)
+                message.completed[number] = message.completed[number] or request.Test()
+            message.requests = requests
+        if all(message.completed):
+            self._unfinished.pop(id(message), None)
+        return all(message.completed)
 
-    def arrived(self, mail: Mail) -> bool:
+    def is_received(self, message: PendingMessage) -> bool:
         """Whether what the mail brings is here, also when the communicator is no longer of use."""
-        requests, mail.requests = mail.requests, []  # as in ``through``
-        for number, request in enumerate(requests[: mail.first]):
+        requests, message.requests = message.requests, []  # as in ``through``
+        for number, request in enumerate(requests[: message.receive_count]):
             with suppress(self._mpi.Exception):
-                mail.done[number] = mail.done[number] or request.Test()
-        return mail.done[: mail.first] == [True] * mail.first
+                message.completed[number] = message.completed[number] or request.Test()
+        return message.completed[: message.receive_count] == [True] * message.receive_count
 
-    def _do(self, begin: Callable, *buffers: np.ndarray) -> None:
+    def _run_collective(self, begin: Callable, *buffers: np.ndarray) -> None:
         """Begin a message of all ranks and wait for it."""
-        mail = Mail(self, *buffers)
-        self._begin(mail, begin)
-        mail.arrive()
+        message = PendingMessage(self, *buffers)
+        self._start(message, begin)
+        message.wait()
 
-    def _begin(self, mail: Mail, *begins: Callable) -> None:
-        self._open[id(mail)] = mail
-        with self._surviving():
-            for begin in begins:
-                mail.requests.append(begin())
-                mail.done.append(False)
+    def _start(self, message: PendingMessage, *starters: Callable) -> None:
+        self._unfinished[id(message)] = message
+        with self._raise_rank_lost():
+            for starter in starters:
+                message.requests.append(starter())
+                message.completed.append(False)
 
-    def _agreed(self, well: bool) -> bool:
+    def _all_agree(self, is_well: bool) -> bool:
         """Whether all ranks are alive and ``well``; the same answer on all."""
-        flag = np.array([well], np.int32)
-        with self.pulse.waiting():
-            whole = _poll(self._world.Iagree(flag), self._mpi.Exception)
-        return whole and bool(flag[0])
+        flag = np.array([is_well], np.int32)
+        with self.heartbeat.waiting():
+            is_finished = _wait_for(self._world.Iagree(flag), self._mpi.Exception)
+        return is_finished and bool(flag[0])
 
     @contextmanager
-    def _surviving(self) -> Iterator[None]:
+    def _raise_rank_lost(self) -> Iterator[None]:
         """What MPI says of a dead rank becomes Lost, here and on all others."""
         try:
             yield
         except self._mpi.Exception as error:
-            ends = (
+            failure_codes = (
                 self._mpi.ERR_PROC_FAILED,
                 self._mpi.ERR_PROC_FAILED_PENDING,
                 self._mpi.ERR_REVOKED,
             )
-            if error.Get_error_class() not in ends and not self._mourned():
+            if error.Get_error_class() not in failure_codes and not self._confirm_failure():
                 raise
             self._world.Revoke()
-            raise Lost(self) from None
+            raise RankLost(self) from None
 
-    def _mourned(self) -> bool:
+    def _confirm_failure(self) -> bool:
         """Whether a rank turns out to be dead within seconds, when MPI has said no more than
         ERR_OTHER.
         """
-        until = time.monotonic() + 5
-        while self.tolerant and time.monotonic() < until:
+        deadline = time.monotonic() + 5
+        while self.is_tolerant and time.monotonic() < deadline:
             if self._world.Is_revoked() or self._world.Get_failed().size:
                 return True
             time.sleep(0.01)
         return False
 
 
-def _parts(array: np.ndarray) -> list[np.ndarray]:
+def _chunks(array: np.ndarray) -> list[np.ndarray]:
     """Views of an array, one after the other, none of more items than MPI counts."""
     assert array.flags.c_contiguous
     flat = array.reshape(-1)
-    return [flat[at : at + _MOST] for at in range(0, len(flat), _MOST)]
+    return [flat[at : at + _MAX_ITEMS] for at in range(0, len(flat), _MAX_ITEMS)]
 
 
-def _poll(request, failure: type[Exception]) -> bool:
+def _wait_for(request, failure: type[Exception]) -> bool:
     """Wait for a request; False when it ends by ``failure``."""
     try:
         while not request.Test():
@@ -282,7 +293,7 @@ def _poll(request, failure: type[Exception]) -> bool:
 Comm = Solo | Mpi
 
 
-def _tolerant() -> bool:
+def _launched_tolerant() -> bool:
     """Whether the launcher lets ranks go on when one dies."""
     return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes")  # noqa: SIM112
 
@@ -291,7 +302,7 @@ def _mpi4py():
     """mpi4py.MPI; the first import of it in a process starts MPI."""
     # else MPI_Finalize begins with a barrier, in which one in four of these waits for the dead, for
     # ever
-    if _tolerant():
+    if _launched_tolerant():
         os.environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
     from mpi4py import MPI
 
@@ -322,7 +333,7 @@ def connect() -> Comm:
     return comm
 
 
-def library() -> str:
+def library_version() -> str:
     """Name and version of the MPI library that mpi4py has found."""
     return (
         _mpi4py()
@@ -334,7 +345,7 @@ def library() -> str:
     )
 
 
-def outlives() -> bool:
+def supports_ulfm() -> bool:
     """Whether the other ranks can go on without the last one, which dies (ULFM)."""
     MPI = _mpi4py()
     world = MPI.COMM_WORLD

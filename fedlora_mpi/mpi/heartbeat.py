@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
-class Pulse:
+class Heartbeat:
     """Round, stage and last sign of progress of one process.
 
     Whoever computes says ``at`` what and ``beat``s whenever a piece is done; whoever waits for
@@ -14,38 +14,40 @@ class Pulse:
     """
 
     def __init__(self) -> None:
-        self.waits, self.moves = False, 0
-        self.at("the set-up", round_=0)
+        self.is_waiting, self.beats = False, 0
+        self.enter_stage("the set-up", round_=0)
         self.members: tuple[int, ...] = (0,)
-        self.waited = 0.0  # seconds in all
+        self.waited_seconds = 0.0  # seconds in all
 
-    def at(self, stage: str, clients: Sequence[int] = (), round_: int | None = None) -> None:
+    def enter_stage(
+        self, stage: str, clients: Sequence[int] = (), round_: int | None = None
+    ) -> None:
         """A stage begins, about these clients; ``round_`` counts from 1, None is the present one."""
         self.round = self.round if round_ is None else round_
-        self.stage, self.clients, self.since = stage, clients, time.monotonic()
-        self.moves += 1
+        self.stage, self.clients, self.last_progress = stage, clients, time.monotonic()
+        self.beats += 1
 
     def beat(self) -> None:
         """A batch is done, or whatever the stage counts."""
-        self.since = time.monotonic()
-        self.moves += 1
+        self.last_progress = time.monotonic()
+        self.beats += 1
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Others are awaited: no time passes."""
-        self.waits, begin = True, time.perf_counter()
+        self.is_waiting, started = True, time.perf_counter()
         try:
             yield
         finally:
-            self.waited += time.perf_counter() - begin
-            self.since, self.waits = time.monotonic(), False
-            self.moves += 1
+            self.waited_seconds += time.perf_counter() - started
+            self.last_progress, self.is_waiting = time.monotonic(), False
+            self.beats += 1
 
-    def still(self) -> float:
+    def stalled_seconds(self) -> float:
         """Seconds without progress; 0 while it waits, and before the rounds, when data may take any
         time to come.
         """
-        return 0.0 if self.waits or not self.round else time.monotonic() - self.since
+        return 0.0 if self.is_waiting or not self.round else time.monotonic() - self.last_progress
 
     def __str__(self) -> str:
         clients = ", ".join(map(str, self.clients))

@@ -13,15 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # each has the number of ranks
-_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-_SIZES = (*_LAUNCHERS, "SLURM_NTASKS")
-_PROGRAMS = ("prterun", "mpirun", "orterun", "mpiexec", "mpiexec.hydra")
+_LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_SIZE_VARIABLES = (*_LAUNCHER_VARIABLES, "SLURM_NTASKS")
+_LAUNCHER_PROGRAMS = ("prterun", "mpirun", "orterun", "mpiexec", "mpiexec.hydra")
 
 
 def is_launched() -> bool:
     """Whether an MPI launcher that is still there has started this process."""
     environment = os.environ
-    if any(name in environment for name in _LAUNCHERS):
+    if any(name in environment for name in _LAUNCHER_VARIABLES):
         return True
     return "PMIX_RANK" in environment and not has_leftovers()
 
@@ -33,16 +33,18 @@ def has_leftovers() -> bool:
     if not any(name in os.environ for name in ("PMIX_RANK", "PMIX_NAMESPACE")):
         return False
     return not any(
-        _answers(value) for name, value in os.environ.items() if name.startswith("PMIX_SERVER_URI")
+        _is_reachable(value)
+        for name, value in os.environ.items()
+        if name.startswith("PMIX_SERVER_URI")
     )
 
 
-def _answers(uri: str) -> bool:
+def _is_reachable(uri: str) -> bool:
     """Whether the PMIx server of ``NAMESPACE.RANK;tcp4://HOST:PORT`` is there; one of another kind
     is taken to be.
     """
-    kind, _, place = uri.rpartition(";")[2].partition("://")
-    host, _, port = place.rpartition(":")
+    kind, _, address = uri.rpartition(";")[2].partition("://")
+    host, _, port = address.rpartition(":")
     if not (kind.startswith("tcp") and port.isdecimal()):
         return True
     try:
@@ -56,14 +58,16 @@ def expected_ranks() -> tuple[int, str]:
     """How many processes were started together, and the variable that says so; (1, "") when none
     does.
     """
-    given = [
-        (int(value), name) for name in _SIZES if (value := os.environ.get(name, "")).isdecimal()
+    rank_counts = [
+        (int(value), name)
+        for name in _SIZE_VARIABLES
+        if (value := os.environ.get(name, "")).isdecimal()
     ]
-    return max(given, default=(1, ""))
+    return max(rank_counts, default=(1, ""))
 
 
 @contextmanager
-def starting(seconds: float) -> Iterator[None]:
+def limit_startup(seconds: float) -> Iterator[None]:
     """End this process, with a line and exit code 1, when the block takes longer; 0: it may take
     for ever.
 
@@ -75,23 +79,23 @@ def starting(seconds: float) -> Iterator[None]:
     if not seconds:
         yield
         return
-    reading, writing = os.pipe()
+    read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(writing)
-        _tell_unless_closed(reading, seconds)
-    os.close(reading)
+        os.close(write_end)
+        _report_unless_closed(read_end, seconds)
+    os.close(read_end)
     try:
         with open(os.devnull, "w") as nowhere:
             faulthandler.dump_traceback_later(seconds + 1, exit=True, file=nowhere)
             yield
     finally:
         faulthandler.cancel_dump_traceback_later()
-        os.close(writing)
+        os.close(write_end)
         os.waitpid(child, 0)
 
 
-def _tell_unless_closed(pipe: int, seconds: float) -> None:
+def _report_unless_closed(pipe: int, seconds: float) -> None:
     """Wait for the end of a pipe, and say so where the parent does not close it in time. Does not
     return.
     """
@@ -122,8 +126,8 @@ def end_launcher(seconds: float) -> None:
     ranks ask for.
     """
     launcher = os.getppid()
-    began = _began(launcher)
-    if _name_of(launcher) not in _PROGRAMS or os.fork() > 0:
+    start_time = _start_time(launcher)
+    if _program_name(launcher) not in _LAUNCHER_PROGRAMS or os.fork() > 0:
         return
     try:
         os.setsid()
@@ -132,14 +136,14 @@ def end_launcher(seconds: float) -> None:
             os.dup2(nowhere, stream)
         for _ in range(3):  # the second signal is the one that it takes for urgent
             time.sleep(seconds)
-            if _began(launcher) != began:
+            if _start_time(launcher) != start_time:
                 break
             os.kill(launcher, signal.SIGTERM)
     finally:
         os._exit(0)
 
 
-def _name_of(process: int) -> str:
+def _program_name(process: int) -> str:
     """The program of a process, as Linux tells it; "" where it does not."""
     try:
         return Path(f"/proc/{process}/comm").read_text().strip()
@@ -147,7 +151,7 @@ def _name_of(process: int) -> str:
         return ""
 
 
-def _began(process: int) -> str:
+def _start_time(process: int) -> str:
     """What tells a process from a later one with its number; "" where it is gone."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
@@ -155,33 +159,33 @@ def _began(process: int) -> str:
         return ""
 
 
-def mpirun() -> str | None:
+def find_mpirun() -> str | None:
     """The launcher beside this Python, else the one on PATH; None where there is neither."""
-    beside = Path(sys.executable).parent / "mpirun"
-    return str(beside) if beside.is_file() else shutil.which("mpirun")
+    sibling = Path(sys.executable).parent / "mpirun"
+    return str(sibling) if sibling.is_file() else shutil.which("mpirun")
 
 
-def function(module: str, name: str) -> list[str]:
+def function_command(module: str, name: str) -> list[str]:
     """The command line that calls a function of the package, with no file of the working folder in
     the way.
     """
-    home = str(Path(__file__).resolve().parents[2])
+    package_parent = str(Path(__file__).resolve().parents[2])
     return [
         sys.executable,
         "-P",
         "-c",
-        f"import sys; sys.path.append({home!r}); from {module} import {name}; {name}()",
+        f"import sys; sys.path.append({package_parent!r}); from {module} import {name}; {name}()",
     ]
 
 
-def command(ranks: int) -> list[str]:
+def launch_command(ranks: int) -> list[str]:
     """The command line up to the subcommand. Raises ValueError where there is no mpirun for several
     ranks.
     """
     python = [sys.executable, "-m", "fedlora_mpi"]
     if ranks == 1:
         return python
-    launcher = mpirun()
+    launcher = find_mpirun()
     if launcher is None:
         raise ValueError(
             f"--ranks = {ranks}: no mpirun beside {sys.executable} or on PATH; use --ranks 1"

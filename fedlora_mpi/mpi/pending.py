@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 
-class Lost(Exception):
+class RankLost(Exception):
     """A rank has died, so a message will never be complete: the same end for all that still wait
     for one.
 
@@ -15,16 +15,16 @@ class Lost(Exception):
     ``Mpi.agree``.
     """
 
-    def __init__(self, comm, agreed: bool = False) -> None:
+    def __init__(self, comm, has_agreed: bool = False) -> None:
         super().__init__("another rank has died")
-        self.comm, self.agreed = comm, agreed
+        self.comm, self.has_agreed = comm, has_agreed
 
-    def left(self):
+    def shrink(self):
         """The ``Mpi`` of the ranks that are left, in their order; each of them calls it."""
-        return self.comm.without_the_dead(self.agreed)
+        return self.comm.shrink(self.has_agreed)
 
 
-class Mail:
+class PendingMessage:
     """Messages of ``comm`` on their way, the ``first`` of them to this rank; ``buffers`` are MPI's
     until all is through.
     """
@@ -32,20 +32,20 @@ class Mail:
     def __init__(self, comm, *buffers: np.ndarray) -> None:
         self.comm, self.buffers = comm, buffers
         self.requests: list = []
-        self.first = 1
-        self.done: list[bool] = []
+        self.receive_count = 1
+        self.completed: list[bool] = []
 
-    def through(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether all is done; looks without waiting, which also moves it on. Raises Lost."""
         return self.comm.through(self)
 
-    def arrive(self) -> None:
+    def wait(self) -> None:
         """Wait until all is done, in steps that leave the core to others. Raises Lost."""
         with self.comm.pulse.waiting():
-            began = time.perf_counter()
-            while not self.through():
-                time.sleep(min(max((time.perf_counter() - began) / 4, 2e-5), 5e-3))
+            started = time.perf_counter()
+            while not self.is_complete():
+                time.sleep(min(max((time.perf_counter() - started) / 4, 2e-5), 5e-3))
 
-    def arrived(self) -> bool:
+    def is_received(self) -> bool:
         """Whether what comes to this rank is here, whole, even if a rank has died since."""
         return self.comm.arrived(self)

@@ -16,7 +16,7 @@ from .launch import end_launcher
 
 
 @contextmanager
-def watching(comm: Comm, timeout: float, folder: Path, way_out: str) -> Iterator[None]:
+def watch_progress(comm: Comm, timeout: float, folder: Path, way_out: str) -> Iterator[None]:
     """Inside, ``timeout`` seconds without a beat of ``comm.pulse`` end all ranks; 0: none do.
 
     The end names rank, round and stage and shows the stack of every thread. Where even this thread
@@ -28,38 +28,45 @@ def watching(comm: Comm, timeout: float, folder: Path, way_out: str) -> Iterator
     if not timeout:
         yield
         return
-    over, signs = threading.Event(), Signs(comm, folder / ".pulse", timeout)
-    guard = threading.Thread(
-        target=_watch, args=(comm, timeout, signs, way_out, over.wait), daemon=True, name="watchdog"
+    stopped, life_signs = threading.Event(), LifeSigns(comm, folder / ".pulse", timeout)
+    thread = threading.Thread(
+        target=_watch,
+        args=(comm, timeout, life_signs, way_out, stopped.wait),
+        daemon=True,
+        name="watchdog",
     )
-    guard.start()
+    thread.start()
     try:
         yield
     finally:
-        over.set()
-        guard.join()
+        stopped.set()
+        thread.join()
         faulthandler.cancel_dump_traceback_later()
-        signs.remove()
+        life_signs.remove()
 
 
 def _watch(
-    comm: Comm, timeout: float, signs: "Signs", way_out: str, over: Callable[[float], bool]
+    comm: Comm,
+    timeout: float,
+    life_signs: "LifeSigns",
+    way_out: str,
+    wait_stopped: Callable[[float], bool],
 ) -> None:
     """Look at the pulse until it is ``over``."""
-    while not over(min(timeout / 8, 5.0)):
+    while not wait_stopped(min(timeout / 8, 5.0)):
         faulthandler.dump_traceback_later(1.25 * timeout, exit=True, file=sys.__stderr__)
-        if comm.pulse.still() > timeout:
-            _end(
+        if comm.heartbeat.stalled_seconds() > timeout:
+            _end_run(
                 comm,
                 f"rank {comm.rank} of {comm.size}: no progress",
                 timeout,
-                str(comm.pulse),
+                str(comm.heartbeat),
                 way_out,
             )
-        for rank, text in signs.missed():
-            _end(comm, f"rank {rank} of {comm.size}: no sign of life", timeout, text, way_out)
-        if text := signs.all_waiting():
-            _end(
+        for rank, text in life_signs.silent_ranks():
+            _end_run(comm, f"rank {rank} of {comm.size}: no sign of life", timeout, text, way_out)
+        if text := life_signs.deadlock_stage():
+            _end_run(
                 comm,
                 "all ranks wait for each other: their messages do not get through",
                 timeout,
@@ -68,10 +75,10 @@ def _watch(
             )
 
 
-def _end(comm: Comm, what: str, timeout: float, where: str, way_out: str) -> None:
+def _end_run(comm: Comm, problem: str, timeout: float, stage: str, way_out: str) -> None:
     """End all ranks with the stacks of this one."""
     with suppress(OSError):  # nobody may read it
-        line = f"\nfedlora-mpi: {what} for {timeout:g} s (faults.timeout) in {where}; {way_out}"
+        line = f"\nfedlora-mpi: {problem} for {timeout:g} s (faults.timeout) in {stage}; {way_out}"
         print(line, file=sys.__stderr__, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__)
     end_launcher(10)
@@ -80,7 +87,7 @@ def _end(comm: Comm, what: str, timeout: float, where: str, way_out: str) -> Non
     comm.abort()
 
 
-class Signs:
+class LifeSigns:
     """Files that change four times in ``timeout`` seconds as long as a rank's process runs at all,
     however long it waits.
 
@@ -91,45 +98,49 @@ class Signs:
 
     def __init__(self, comm: Comm, folder: Path, timeout: float) -> None:
         self._comm, self._folder, self._timeout = comm, folder, timeout
-        self._watched = range(1, comm.size) if comm.rank == 0 else (0,) if comm.rank == 1 else ()
-        self._seen: dict[int, tuple[str, float]] = {}  # rank -> what its file held, and since when
-        self._given, self._number = time.monotonic(), 0
+        self._watched_ranks = (
+            range(1, comm.size) if comm.rank == 0 else (0,) if comm.rank == 1 else ()
+        )
+        self._last_seen: dict[
+            int, tuple[str, float]
+        ] = {}  # rank -> what its file held, and since when
+        self._last_sign_time, self._sign_number = time.monotonic(), 0
         # what the files of ranks that all wait held, since when
-        self._stuck: tuple[list[str], float] = [], self._given
+        self._waiting_since: tuple[list[str], float] = [], self._last_sign_time
 
-    def missed(self) -> list[tuple[int, str]]:
+    def silent_ranks(self) -> list[tuple[int, str]]:
         """The ranks whose files no longer change, and where they were; gives a sign of one's own
         when it is time.
         """
         now = time.monotonic()
         if (
             self._comm.size == 1
-            or now - self._given < self._timeout / 4
+            or now - self._last_sign_time < self._timeout / 4
             or not self._folder.parent.is_dir()
         ):
             return []
-        self._given, self._number = now, self._number + 1
-        pulse, run = self._comm.pulse, self._folder.parent
-        sign = f"{self._number} {pulse.moves} {'waits' if pulse.waits else 'works'} {pulse}"
+        self._last_sign_time, self._sign_number = now, self._sign_number + 1
+        heartbeat, run = self._comm.heartbeat, self._folder.parent
+        sign = f"{self._sign_number} {heartbeat.beats} {'waits' if heartbeat.is_waiting else 'works'} {heartbeat}"
         with nolinks.opened_folder(self._folder, run, make=True):
             write_atomic(self._folder / str(self._comm.rank), sign.encode(), run)
-        return [found for rank in self._watched if (found := self._look(rank, now))]
+        return [silent for rank in self._watched_ranks if (silent := self._check_rank(rank, now))]
 
-    def all_waiting(self) -> str:
+    def deadlock_stage(self) -> str:
         """Where this rank is, when it and all others have waited without a move for longer than the
         timeout; else "".
 
         A message that takes so long looks the same. Every rank looks for itself, for none can tell
         another.
         """
-        pulse, now = self._comm.pulse, time.monotonic()
-        if self._comm.size == 1 or not pulse.waits:
-            self._stuck = [], now
+        heartbeat, now = self._comm.heartbeat, time.monotonic()
+        if self._comm.size == 1 or not heartbeat.is_waiting:
+            self._waiting_since = [], now
             return ""
-        signs = [self._sign(rank).split(" ", 3)[1:3] for rank in pulse.members]
-        if signs != self._stuck[0] or not all(sign[1:] == ["waits"] for sign in signs):
-            self._stuck = signs, now
-        return str(pulse) if now - self._stuck[1] > self._timeout else ""
+        signs = [self._read_sign(rank).split(" ", 3)[1:3] for rank in heartbeat.members]
+        if signs != self._waiting_since[0] or not all(sign[1:] == ["waits"] for sign in signs):
+            self._waiting_since = signs, now
+        return str(heartbeat) if now - self._waiting_since[1] > self._timeout else ""
 
     def remove(self) -> None:
         """No more signs: the rank leaves in good order."""
@@ -137,16 +148,16 @@ class Signs:
             # the folder by the last
             nolinks.clear(self._folder, str(self._comm.rank).__eq__, self._folder.parent)
 
-    def _look(self, rank: int, now: float) -> tuple[int, str] | None:
-        text = self._sign(rank)
-        was, since = self._seen.setdefault(rank, (text, now))
-        if text != was:
-            self._seen[rank] = text, now
+    def _check_rank(self, rank: int, now: float) -> tuple[int, str] | None:
+        text = self._read_sign(rank)
+        old_text, since = self._last_seen.setdefault(rank, (text, now))
+        if text != old_text:
+            self._last_seen[rank] = text, now
             return None
-        silent = now - since > self._timeout and rank in self._comm.pulse.members
-        return (rank, text.split(" ", 3)[3]) if silent else None
+        is_silent = now - since > self._timeout and rank in self._comm.heartbeat.members
+        return (rank, text.split(" ", 3)[3]) if is_silent else None
 
-    def _sign(self, rank: int) -> str:
+    def _read_sign(self, rank: int) -> str:
         """What a rank's file holds."""
         with (
             suppress(OSError, StoreError),

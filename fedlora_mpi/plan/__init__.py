@@ -14,35 +14,35 @@ from typing import NamedTuple
 
 import torch
 
-from ..aggregation.flat_layout import Layout, bytes_of, joint
-from ..algorithm import Cohort, Vars
+from ..aggregation.flat_layout import Layout, estimate_nbytes, joint_dtype
+from ..algorithm import Cohort, Variables
 from ..config import Config
-from ..core.scheduling import assign
+from ..core.scheduling import assign_groups
 from ..core.tree import Tree, nbytes, numel, tmap
-from ..core.units import duration, size
-from ..federation.federation import Kind, Run
+from ..core.units import format_bytes, format_seconds
+from ..federation.federation import ClientType, Run
 from ..mpi.comm import Solo
-from ..run.assembly import Built, build, hosts
+from ..run.assembly import Assembly, build, hosts
 from ..run.fingerprint import kept
-from .counted import fits
-from .devices import BANDWIDTH, CONTEXT, LATENCY, OF_BANDWIDTH, OF_PEAK, device
+from .counted import gpu_capacity
+from .devices import BANDWIDTH, BANDWIDTH_SHARE, CONTEXT_BYTES, LATENCY, PEAK_SHARE, find_device
 from .forecast import Costs, Machine, Seconds, forecast
-from .roles import decomposition, roles
-from .unit_costs import measured
+from .roles import decomposition_lines, role_lines
+from .unit_costs import measure_costs
 
 _COLUMNS = 20  # of the log, about
 # bytes of a log and of a checkpoint's files beside the numbers in them
-_LOG, _FILES = 120_000, 60_000
+_LOG_BYTES, _CHECKPOINT_BYTES = 120_000, 60_000
 
 
 class Estimate(NamedTuple):
     """What a config would cost; ``plan`` shows it."""
 
-    built: Built
+    assembly: Assembly
     seconds: Seconds  # of a round of the first task
-    memory: float  # bytes of the worker with most personal state
-    clients: int  # of that worker
-    client: float  # bytes of a GPU's memory for each client of a stack; 0 without --gpus
+    worker_bytes: float  # bytes of the worker with most personal state
+    worker_clients: int  # of that worker
+    client_bytes: float  # bytes of a GPU's memory for each client of a stack; 0 without --gpus
     machine: Machine
     costs: Costs
 
@@ -65,36 +65,44 @@ def estimate(
     for name, value in (("bandwidth", bandwidth), ("latency", latency)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} = {value:g}: must be positive")
-    gpu, asked = device(gpus) if gpus else None, config.engine.path
+    gpu, requested_path = find_device(gpus) if gpus else None, config.engine.path
     workers = hosts(config, ranks)
     if not workers:
         raise ValueError(f"--ranks = {ranks}: server_hosts_clients = false needs at least 2")
     if gpus:
         path = "stack" if gpu and config.engine.path != "loop" else config.engine.path
         config = replace(config, engine=replace(config.engine, device="cpu", path=path))
-    built = build(config, source, Solo(), asked)
+    assembly = build(config, source, Solo(), requested_path)
     cores = os.cpu_count() or 1
-    others = 0 if gpus else min(len(workers), cores // config.engine.threads) - 1
-    costs, client = measured(built, gpu, max(0, others))
+    other_workers = 0 if gpus else min(len(workers), cores // config.engine.threads) - 1
+    costs, client_bytes = measure_costs(assembly, gpu, max(0, other_workers))
     cores = math.inf if gpus else cores
-    speed, delay = (BANDWIDTH, LATENCY) if gpus else (1 / costs.add_byte, 0.0)
-    machine = Machine(cores, bandwidth or speed, latency or delay)
-    run = built.run
+    default_bandwidth, default_latency = (BANDWIDTH, LATENCY) if gpus else (1 / costs.add_byte, 0.0)
+    machine = Machine(cores, bandwidth or default_bandwidth, latency or default_latency)
+    run = assembly.run
     clients = {rank: [] for rank in workers}
-    for group, rank in zip(run.groups, assign(run.costs, list(workers)), strict=True):
+    for group, rank in zip(run.groups, assign_groups(run.costs, list(workers)), strict=True):
         clients[rank] += group
-    own = {
-        rank: sum(nbytes(run.kinds[run.kind_of[c]].first.personal) for c in at)
-        for rank, at in clients.items()
+    personal_bytes = {
+        rank: sum(nbytes(run.kinds[run.kind_of[c]].first.personal) for c in rank_clients)
+        for rank, rank_clients in clients.items()
     }
-    most = max(own, key=own.get)
-    held = own[most] * (config.participation if config.engine.personal == "disk" else 1)
+    fullest_rank = max(personal_bytes, key=personal_bytes.get)
+    held_bytes = personal_bytes[fullest_rank] * (
+        config.participation if config.engine.personal == "disk" else 1
+    )
     # the rows of a ward; changed ones as they were in two rounds, going and coming
     if config.faults.tolerate:
-        held += own[most] * (1 + 4 * config.participation)
-    memory = costs.resident + held + (16 if config.reduce == "exact" else 4) * run.upload.size
-    seconds = forecast(built, costs, list(workers), ranks, machine)
-    return Estimate(built, seconds, memory, len(clients[most]), client, machine, costs)
+        held_bytes += personal_bytes[fullest_rank] * (1 + 4 * config.participation)
+    memory = (
+        costs.resident
+        + held_bytes
+        + (16 if config.reduce == "exact" else 4) * run.upload_layout.size
+    )
+    seconds = forecast(assembly, costs, list(workers), ranks, machine)
+    return Estimate(
+        assembly, seconds, memory, len(clients[fullest_rank]), client_bytes, machine, costs
+    )
 
 
 def plan(
@@ -106,158 +114,190 @@ def plan(
     latency: float | None = None,
 ) -> str:
     """``estimate`` as lines of text."""
-    found = estimate(config, source, ranks, gpus, bandwidth, latency)
-    where = f"this machine ({os.cpu_count()} cores)"
+    estimated = estimate(config, source, ranks, gpus, bandwidth, latency)
+    machine_text = f"this machine ({os.cpu_count()} cores)"
     if gpus:
-        where = (
+        machine_text = (
             "cores like these, one each"
             if gpus == "none"
             else f"a machine with {gpus}, one for each worker"
         )
-    lines = [f"{source} on {ranks} rank{'s' * (ranks > 1)} of {where}"]
-    costs = _costs(found, len(hosts(config, ranks)), gpus)
+    lines = [f"{source} on {ranks} rank{'s' * (ranks > 1)} of {machine_text}"]
+    costs = _cost_lines(estimated, len(hosts(config, ranks)), gpus)
     for title, text in (
-        *_sizes(found.built, ranks),
-        *_privacy(found.built),
+        *_size_lines(estimated.assembly, ranks),
+        *_privacy_lines(estimated.assembly),
         *costs,
-        *_origins(found, gpus, bandwidth, latency),
+        *_origin_lines(estimated, gpus, bandwidth, latency),
     ):
         lines.append(f"  {title:<10} {text}")
     return "\n".join(lines)
 
 
-def storage(built: Built) -> int:
+def storage_bytes(assembly: Assembly) -> int:
     """Bytes that the run folder comes to: the kept checkpoints and one in the making, each with a
     log, and the log.
     """
-    config, run, split = built.config, built.run, built.split
-    first = run.kinds[0].first.shared
-    personal = sum(nbytes(run.kinds[kind].first.personal) for kind in run.kind_of)
+    config, run, split = assembly.config, assembly.run, assembly.split
+    initial_shared = run.kinds[0].initial.shared
+    personal = sum(nbytes(run.kinds[kind].initial.personal) for kind in run.kind_of)
     state = (
-        _FILES + personal + nbytes(first) + nbytes(run.algorithm.server(run.trainer.model, first))
+        _CHECKPOINT_BYTES
+        + personal
+        + nbytes(initial_shared)
+        + nbytes(run.algorithm.server(run.trainer.model, initial_shared))
     )
     samples = sum(map(len, (*split.train, *split.test)))
-    log = _LOG + 8 * (samples + config.rounds * (_COLUMNS + 2 * len(run.weight_N)))
-    log += len(json.dumps(kept(built.inventory))) if built.inventory else 0
+    log = _LOG_BYTES + 8 * (samples + config.rounds * (_COLUMNS + 2 * len(run.weight_N)))
+    log += len(json.dumps(kept(assembly.inventory))) if assembly.inventory else 0
     copies = config.checkpoint.keep + 1
     return (
         copies * state + (copies + 1) * log + (personal if config.engine.personal == "disk" else 0)
     )
 
 
-def _sizes(built: Built, ranks: int) -> list[tuple[str, str]]:
+def _size_lines(assembly: Assembly, ranks: int) -> list[tuple[str, str]]:
     """Parameters and bytes."""
-    config, run = built.config, built.run
-    first, clients, cohort = run.kinds[0].first, len(run.weight_N), _cohort(run)
-    second = _second(run)
-    traffic = [_traffic(run, kind, second) for kind in run.kinds]
+    config, run = assembly.config, assembly.run
+    initial, clients, cohort = run.kinds[0].initial, len(run.weight_N), _cohort_size(run)
+    second_shared = _second_shared(run)
+    traffic = [_client_traffic(run, kind, second_shared) for kind in run.kinds]
     up, down = zip(*(traffic[kind] for kind in run.kind_of), strict=True)
-    message, how = run.unit * run.upload.size, "an allreduce"
-    if run.gathers:
-        width = joint([layout.dtype for layout in run.layouts]).itemsize
-        message, how = (
+    message, message_kind = run.number_bytes * run.upload_layout.size, "an allreduce"
+    if run.gather_uploads:
+        width = joint_dtype([layout.dtype for layout in run.layouts]).itemsize
+        message, message_kind = (
             width * sum(run.layouts[kind].size for kind in run.kind_of) * cohort // clients,
             "a gather",
         )
-    own = [numel(run.kinds[kind].first.personal) for kind in run.kind_of]
-    total, comma = (
-        sum(nbytes(run.kinds[kind].first.personal) for kind in run.kind_of),
+    personal_numel = [numel(run.kinds[kind].initial.personal) for kind in run.kind_of]
+    total, with_commas = (
+        sum(nbytes(run.kinds[kind].initial.personal) for kind in run.kind_of),
         "{:,}".format,
     )
     return [
         *(
             line
             for n in sorted({kind.network for kind in run.kinds})
-            for line in _network(run, n, config.model.mix[n].name)
+            for line in _network_lines(run, n, config.model.mix[n].name)
         ),
         (
             "shared",
-            f"{numel(first.shared):,} numbers; {_range(up, size)} up, {_range(down, size)} down "
+            f"{numel(initial.shared):,} numbers; {_range_text(up, format_bytes)} up, {_range_text(down, format_bytes)} down "
             "per client and round",
         ),
-        ("personal", f"{_range(own, comma)} numbers per client; {size(total)} in a checkpoint"),
+        (
+            "personal",
+            f"{_range_text(personal_numel, with_commas)} numbers per client; {format_bytes(total)} in a checkpoint",
+        ),
         (
             "round",
-            f"{cohort} of {clients} clients: {size(sum(up) * cohort // clients)} up, "
-            f"{size(sum(down) * cohort // clients)} down; "
-            + (f"{how} of {size(message)} per rank" if ranks > 1 else "no message, one rank"),
+            f"{cohort} of {clients} clients: {format_bytes(sum(up) * cohort // clients)} up, "
+            f"{format_bytes(sum(down) * cohort // clients)} down; "
+            + (
+                f"{message_kind} of {format_bytes(message)} per rank"
+                if ranks > 1
+                else "no message, one rank"
+            ),
         ),
     ]
 
 
-def _cohort(run: Run) -> int:
+def _cohort_size(run: Run) -> int:
     """How many clients a round has; where that is random, about."""
-    return max(1, round(run.total(frozenset()))) if run.privacy.draws else len(run.chosen(0))
+    return (
+        max(1, round(run.cohort_weight(frozenset())))
+        if run.privacy.samples_poisson
+        else len(run.sample_cohort(0))
+    )
 
 
-def _privacy(built: Built) -> list[tuple[str, str]]:
+def _privacy_lines(assembly: Assembly) -> list[tuple[str, str]]:
     """What all rounds together cost in differential privacy."""
-    run, block, rounds = built.run, built.config.privacy, built.config.rounds
-    if not block.differential:
+    run, block, rounds = assembly.run, assembly.config.privacy, assembly.config.rounds
+    if not block.is_differential:
         return []
-    relation = "one client more or less" if block.draws else "another client in the place of one"
-    said = (
+    relation = (
+        "one client more or less" if block.samples_poisson else "another client in the place of one"
+    )
+    epsilon_text = (
         f"epsilon {run.epsilon(rounds):.3g} at delta {block.delta:g} after {rounds} rounds, for "
         f"{relation}"
     )
-    noise = block.deviation / run.total(run.chosen(0))
-    return [("privacy", f"{said}; noise of deviation {noise:.2g} on each number of the mean")]
+    noise = block.noise_std / run.cohort_weight(run.sample_cohort(0))
+    return [
+        ("privacy", f"{epsilon_text}; noise of deviation {noise:.2g} on each number of the mean")
+    ]
 
 
-def _traffic(run: Run, kind: Kind, second: Tree) -> tuple[int, int]:
+def _client_traffic(run: Run, kind: ClientType, second_shared: Tree) -> tuple[int, int]:
     """The most bytes that such a client sends and receives in a round; ``second``: what ``_second``
     says.
     """
 
-    def ones(tree):
+    def ones_like(tree):
         return tmap(torch.ones_like, tree)  # of a method that sends by class: all classes
 
-    full, first = Vars(*map(ones, kind.arrived[:2])), kind.first.shared
-    sent = max(int(kind.algorithm.sent(v, v)) for v in (kind.arrived, full))
-    up = bytes_of(sent, [Layout.of(kind.upload)])
-    down = max(kind.received(shared) for shared in (first, ones(first), second))
+    all_ones, initial_shared = (
+        Variables(*map(ones_like, kind.local_initial[:2])),
+        kind.initial.shared,
+    )
+    upload_numel = max(
+        int(kind.algorithm.upload_numel(variables, variables))
+        for variables in (kind.local_initial, all_ones)
+    )
+    up = estimate_nbytes(upload_numel, [Layout.of(kind.untrained_upload)])
+    down = max(
+        kind.download_nbytes(shared)
+        for shared in (initial_shared, ones_like(initial_shared), second_shared)
+    )
     return (up + run.mixing.bytes_up, down + run.mixing.bytes_down) if run.mixing else (up, down)
 
 
-def _second(run: Run) -> Tree:
+def _second_shared(run: Run) -> Tree:
     """The shared variables before round 2 if all of a cohort, clients of equal weight, came back
     untrained.
     """
     shared, kinds = (
-        run.kinds[0].first.shared,
-        [run.kind_of[client] for client in run.chosen(0) or (0,)],
+        run.kinds[0].initial.shared,
+        [run.kind_of[client] for client in run.sample_cohort(0) or (0,)],
     )
-    terms = {kind: run.kinds[kind].term for kind in set(kinds)}
+    terms = {kind: run.kinds[kind].untrained_term for kind in set(kinds)}
     mean = tmap(lambda *leaves: sum(leaves) / len(leaves), *(terms[kind] for kind in kinds))
     cohort = Cohort(len(kinds) / len(run.weight_N), len(kinds))
-    return run.algorithm.serve(
+    return run.algorithm.server_update(
         run.algorithm.server(run.trainer.model, shared), shared, mean, cohort
     )[1]
 
 
-def _range(numbers: Sequence[int], said: Callable[[int], str]) -> str:
+def _range_text(numbers: Sequence[int], format_number: Callable[[int], str]) -> str:
     """From the smallest to the largest, or the one that all are."""
     least, most = min(numbers), max(numbers)
-    return said(most) if least == most else f"{said(least)} to {said(most)}"
+    return (
+        format_number(most) if least == most else f"{format_number(least)} to {format_number(most)}"
+    )
 
 
-def _network(run: Run, number: int, name: str) -> list[tuple[str, str]]:
+def _network_lines(run: Run, number: int, name: str) -> list[tuple[str, str]]:
     """What is known of a network, and what its parts are to the method."""
-    having = [k for k, kind in enumerate(run.kinds) if kind.network == number]
-    model = run.kinds[having[0]].trainer.model
+    kind_numbers = [k for k, kind in enumerate(run.kinds) if kind.network == number]
+    model = run.kinds[kind_numbers[0]].trainer.model
     return [
-        ("model", _model(run, number, name)),
-        *roles(model),
-        *decomposition(model, run.algorithm),
+        ("model", _model_text(run, number, name)),
+        *role_lines(model),
+        *decomposition_lines(model, run.algorithm),
     ]
 
 
-def _model(run: Run, number: int, name: str) -> str:
+def _model_text(run: Run, number: int, name: str) -> str:
     """The size of a network."""
-    having = [k for k, kind in enumerate(run.kinds) if kind.network == number]
-    model, clients = run.kinds[having[0]].trainer.model, sum(kind in having for kind in run.kind_of)
+    kind_numbers = [k for k, kind in enumerate(run.kinds) if kind.network == number]
+    model, clients = (
+        run.kinds[kind_numbers[0]].trainer.model,
+        sum(kind in kind_numbers for kind in run.kind_of),
+    )
     statistics = sum(v.numel() for n, v in model.initial.items() if model.role(n) == "stats")
-    frozen = numel(model.values) - numel(model.initial)
+    frozen = numel(model.all_values) - numel(model.initial)
     return (
         f"{name}: {numel(model.initial) - statistics:,} parameters, "
         + (f"{frozen:,} frozen ones, " if frozen else "")
@@ -267,74 +307,76 @@ def _model(run: Run, number: int, name: str) -> str:
     )
 
 
-def _costs(found: Estimate, workers: int, gpus: str | None) -> list[tuple[str, str]]:
+def _cost_lines(estimated: Estimate, workers: int, gpus: str | None) -> list[tuple[str, str]]:
     """Memory and time."""
-    config, run, seconds = found.built.config, found.built.run, found.seconds
-    named = ("train", "exchange", "evaluate", "files")
-    stages = ", ".join(f"{name} {duration(getattr(seconds, name))}" for name in named)
+    config, run, seconds = estimated.assembly.config, estimated.assembly.run, estimated.seconds
+    stage_names = ("train", "exchange", "evaluate", "files")
+    stages = ", ".join(f"{name} {format_seconds(getattr(seconds, name))}" for name in stage_names)
     lines = [
         (
             "engine",
             f"{config.engine.path} on "
             f"{gpus if gpus not in (None, 'none') else config.engine.device}, {len(run.groups)} "
-            f"groups of up to {max(map(len, run.groups))}, {workers} workers, {seconds.busy:.0%} "
+            f"groups of up to {max(map(len, run.groups))}, {workers} workers, {seconds.busy_fraction:.0%} "
             "balanced",
         ),
         (
             "memory",
-            f"{size(found.memory)} for the worker with most personal state ({found.clients} "
+            f"{format_bytes(estimated.worker_bytes)} for the worker with most personal state ({estimated.worker_clients} "
             "clients)",
         ),
     ]
-    if found.client:
-        gpu, together = device(gpus), config.engine.group_size
-        own, ranks, clients = fits(gpu, run.trainer.feed.nbytes, found.client, together)
+    if estimated.client_bytes:
+        gpu, group_size = find_device(gpus), config.engine.group_size
+        worker_bytes, ranks, clients = gpu_capacity(
+            gpu, run.trainer.feed.nbytes, estimated.client_bytes, group_size
+        )
         lines.append(
             (
                 "gpu",
-                f"{size(own)} of {size(gpu.memory)} for a worker: {ranks} fit on one; "
-                f"or one with stacks of {clients:,} clients, where it has {together}",
+                f"{format_bytes(worker_bytes)} of {format_bytes(gpu.memory)} for a worker: {ranks} fit on one; "
+                f"or one with stacks of {clients:,} clients, where it has {group_size}",
             )
         )
     return lines + [
         (
             "disk",
-            f"{size(storage(found.built))} for {config.checkpoint.keep} checkpoints, one in the "
+            f"{format_bytes(storage_bytes(estimated.assembly))} for {config.checkpoint.keep} checkpoints, one in the "
             "making, and the log",
         ),
         (
             "time",
-            f"{duration(seconds.round)} per round, {duration(seconds.round * config.rounds)} for "
+            f"{format_seconds(seconds.round)} per round, {format_seconds(seconds.round * config.rounds)} for "
             f"{config.rounds} rounds",
         ),
         ("of it", f"{stages} a round"),
     ]
 
 
-def _origins(
-    found: Estimate, gpus: str | None, bandwidth: float | None, latency: float | None
+def _origin_lines(
+    estimated: Estimate, gpus: str | None, bandwidth: float | None, latency: float | None
 ) -> list[tuple[str, str]]:
     """Which numbers were measured here, given, or assumed."""
-    machine, assumed = found.machine, []
-    given = [
+    machine, assumed = estimated.machine, []
+    options = [
         f"{name} {value:g}"
         for name, value in (("bandwidth", bandwidth), ("latency", latency))
         if value
     ]
-    here = "computing, adding up and writing here, on one core"
-    if found.client:
-        here = (
+    measured_here = "computing, adding up and writing here, on one core"
+    if estimated.client_bytes:
+        measured_here = (
             "starting operations, adding up and writing here, on one core; operations, FLOPs and "
             "bytes counted"
         )
         assumed.append(
-            f"{OF_PEAK:.0%} of the {gpus}'s FLOP/s and {OF_BANDWIDTH:.0%} of its memory bandwidth "
-            f"are reached; {size(CONTEXT)} for CUDA"
+            f"{PEAK_SHARE:.0%} of the {gpus}'s FLOP/s and {BANDWIDTH_SHARE:.0%} of its memory bandwidth "
+            f"are reached; {format_bytes(CONTEXT_BYTES)} for CUDA"
         )
     if gpus and not bandwidth:
-        assumed.append(f"{size(machine.bandwidth)}/s between ranks (--bandwidth)")
+        assumed.append(f"{format_bytes(machine.bandwidth)}/s between ranks (--bandwidth)")
     if gpus and not latency:
         assumed.append(f"{machine.latency * 1e6:.2g} us for a message (--latency)")
-    lines = [("measured", here)]
-    lines += [("given", ", ".join(given))] if given else []
+    lines = [("measured", measured_here)]
+    lines += [("given", ", ".join(options))] if options else []
     return lines + ([("assumed", "; ".join(assumed))] if assumed else [])

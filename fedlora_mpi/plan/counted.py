@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ..core.tree import Tree, nbytes
-from ..engine.speed import Short
+from ..engine.speed import TruncatedFeed
 from ..engine.train import Trainer
-from ..federation.federation import Kind
-from .devices import CONTEXT, OF_BANDWIDTH, OF_PEAK, Device
-from .line import Line, limits
+from ..federation.federation import ClientType
+from .devices import BANDWIDTH_SHARE, CONTEXT_BYTES, PEAK_SHARE, Device
+from .line import CostLine, sample_limits
 
-_BATCH = 4  # samples of a step that is counted; costs are linear in them
+_BATCH_SIZE = 4  # samples of a step that is counted; costs are linear in them
 
 
 class Count(NamedTuple):
@@ -32,74 +32,89 @@ class Count(NamedTuple):
     saved: int  # bytes kept for a backward pass, at most
 
 
-class OnGpu(NamedTuple):
+class GpuSeconds(NamedTuple):
     """Seconds of clients in one stack: of the processor that starts kernels, or of the GPU,
     whichever is more.
     """
 
-    host: Line  # of a stack
-    gpu: Line  # of each client
+    launch: CostLine  # of a stack
+    compute: CostLine  # of each client
 
-    def of(self, sizes: Sequence[int], batch_size: int) -> float:
+    def cost(self, sizes: Sequence[int], batch_size: int) -> float:
         return max(
-            self.host.of(sizes, batch_size), sum(self.gpu.of([n], batch_size) for n in sizes)
+            self.launch.cost(sizes, batch_size),
+            sum(self.compute.cost([n], batch_size) for n in sizes),
         )
 
 
-class Counted(NamedTuple):
+class GpuCosts(NamedTuple):
     """A kind of clients on a GPU."""
 
-    train: OnGpu
-    tune: OnGpu
-    score: OnGpu
-    client: float  # bytes of GPU memory of each client of a stack while it trains
+    train: GpuSeconds
+    tune: GpuSeconds
+    score: GpuSeconds
+    client_bytes: float  # bytes of GPU memory of each client of a stack while it trains
 
 
-def counted(kind: Kind, client: int, batch_size: int, device: Device, precision: str) -> Counted:
+def count_gpu_costs(
+    kind: ClientType, client: int, batch_size: int, device: Device, precision: str
+) -> GpuCosts:
     """The costs of clients of a kind on ``device``; ``client``: one of them. ``batch_size``: that
     of the run.
     """
     trainer = kind.trainer
-    feed, settings = Short(trainer.feed, 1), replace(trainer.settings, batch_size=_BATCH)
-    v, samples = kind.first, trainer.feed.train_size(client)
-    trainer = replace(trainer, feed=feed, settings=settings, stacked=False, compiled=None)
+    feed, settings = (
+        TruncatedFeed(trainer.feed, 1),
+        replace(trainer.settings, batch_size=_BATCH_SIZE),
+    )
+    v, samples = kind.initial, trainer.feed.train_size(client)
+    trainer = replace(trainer, feed=feed, settings=settings, stacked=False, step_compiler=None)
     rows = {name: value[None] for name, value in v.personal.items()}
 
-    def trained(limit: int) -> Count:
+    def count_training(limit: int) -> Count:
         feed.limit = limit
         return _count(lambda: list(trainer.train([client], v.shared, rows, 0)))
 
-    def judged(limit: int) -> Count:
+    def count_evaluation(limit: int) -> Count:
         feed.limit = limit
         return _count(lambda: trainer.evaluate([client], v.shared, rows))
 
-    each = _each_operation(trainer, client, v.shared, rows, trained)
+    operation_seconds = _operation_seconds(trainer, client, v.shared, rows, count_training)
 
-    def priced(count):
-        return _priced(count, samples, each, device, precision)
+    def price(count):
+        return _price_counts(count, samples, operation_seconds, device, precision)
 
-    train, tests = priced(trained), max(1, feed.test_size(client))
-    if trainer.algorithm.tune(trainer.model, settings, 0):
+    train, tests = price(count_training), max(1, feed.test_size(client))
+    if trainer.algorithm.personalize(trainer.model, settings, 0):
         # the tuning's ``once`` has it
-        tune, score = priced(judged), OnGpu(Line(0, 0, 0), Line(0, 0, 0))
+        tune, score = price(count_evaluation), GpuSeconds(CostLine(0, 0, 0), CostLine(0, 0, 0))
     else:
-        one = judged(1)
-        tune = OnGpu(Line(0, 0, 0), Line(0, 0, 0))
-        score = OnGpu(
-            Line(each * one.operations, 0, 0), Line(0, 0, _seconds(one, device, precision) / tests)
+        evaluation = count_evaluation(1)
+        tune = GpuSeconds(CostLine(0, 0, 0), CostLine(0, 0, 0))
+        score = GpuSeconds(
+            CostLine(operation_seconds * evaluation.operations, 0, 0),
+            CostLine(0, 0, _gpu_seconds(evaluation, device, precision) / tests),
         )
-    few, full, _ = limits(samples, _BATCH)
-    low, high = trained(few).saved, trained(full).saved
-    saved = high + max(0, high - low) / max(1, full - few) * (min(samples, batch_size) - full)
-    return Counted(train, tune, score, 4 * (nbytes(v.shared) + nbytes(v.personal)) + saved)
+    half_batch, full_batch, _ = sample_limits(samples, _BATCH_SIZE)
+    half_saved, full_saved = count_training(half_batch).saved, count_training(full_batch).saved
+    saved = full_saved + max(0, full_saved - half_saved) / max(1, full_batch - half_batch) * (
+        min(samples, batch_size) - full_batch
+    )
+    return GpuCosts(train, tune, score, 4 * (nbytes(v.shared) + nbytes(v.personal)) + saved)
 
 
-def fits(device: Device, data: int, client: float, group_size: int) -> tuple[float, int, int]:
+def gpu_capacity(
+    device: Device, data_bytes: int, client_bytes: float, group_size: int
+) -> tuple[float, int, int]:
     """(bytes of GPU memory of a worker, workers that fit on one, clients that one worker could
     stack).
     """
-    own = CONTEXT + data + group_size * client
-    return own, int(device.memory // own), max(0, int((device.memory - CONTEXT - data) // client))
+    worker_bytes = CONTEXT_BYTES + data_bytes + group_size * client_bytes
+    return (
+        worker_bytes,
+        int(device.memory // worker_bytes),
+        max(0, int((device.memory - CONTEXT_BYTES - data_bytes) // client_bytes)),
+    )
 
 
 class _Counter(TorchDispatchMode):
@@ -127,50 +142,59 @@ class _Counter(TorchDispatchMode):
 
 def _count(work) -> Count:
     """What ``work()`` does."""
-    peak = now = 0
+    peak = held_bytes = 0
     backward = False
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal now, peak, backward
-        now, backward = (0 if backward else now) + tensor.nbytes, False
-        peak = max(peak, now)
+    def save_tensor(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal held_bytes, peak, backward
+        held_bytes, backward = (0 if backward else held_bytes) + tensor.nbytes, False
+        peak = max(peak, held_bytes)
         return tensor
 
-    def use(tensor: torch.Tensor) -> torch.Tensor:
+    def load_tensor(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal backward
         backward = True
         return tensor
 
-    with saved_tensors_hooks(keep, use), _Counter() as counter:
+    with saved_tensors_hooks(save_tensor, load_tensor), _Counter() as counter:
         work()
     return Count(counter.operations, counter.flops, counter.bytes, peak)
 
 
-def _each_operation(trainer: Trainer, client: int, shared: Tree, rows: Tree, trained) -> float:
+def _operation_seconds(
+    trainer: Trainer, client: int, shared: Tree, rows: Tree, count_training
+) -> float:
     """Seconds in which this machine starts an operation: of steps so small that they hardly
     compute.
     """
-    operations = trained(1).operations
-    taken = []
+    operations = count_training(1).operations
+    seconds = []
     for _ in range(3):
-        begin = time.process_time()
+        started = time.process_time()
         list(trainer.train([client], shared, rows, 0))
-        taken.append(time.process_time() - begin)
-    return min(taken) / operations
+        seconds.append(time.process_time() - started)
+    return min(seconds) / operations
 
 
-def _priced(count, samples: int, each: float, device: Device, precision: str) -> OnGpu:
+def _price_counts(
+    count, samples: int, operation_seconds: float, device: Device, precision: str
+) -> GpuSeconds:
     """The seconds of what ``count(limit)`` counts."""
-    counts: dict[int, Count] = {limit: count(limit) for limit in set(limits(samples, _BATCH))}
+    counts: dict[int, Count] = {
+        limit: count(limit) for limit in set(sample_limits(samples, _BATCH_SIZE))
+    }
 
-    def line(of):
-        return Line.through(lambda limit: of(counts[limit]), 1, samples, _BATCH)
+    def fit_line(quantity):
+        return CostLine.through(lambda limit: quantity(counts[limit]), 1, samples, _BATCH_SIZE)
 
-    host = line(lambda c: each * c.operations)
-    return OnGpu(Line(host.once, host.batch, 0.0), line(lambda c: _seconds(c, device, precision)))
+    host = fit_line(lambda c: operation_seconds * c.operations)
+    return GpuSeconds(
+        CostLine(host.per_round, host.per_batch, 0.0),
+        fit_line(lambda c: _gpu_seconds(c, device, precision)),
+    )
 
 
-def _seconds(count: Count, device: Device, precision: str) -> float:
+def _gpu_seconds(count: Count, device: Device, precision: str) -> float:
     """Of the GPU: products at its peak, the rest at its memory's speed, as far as each is reached."""
     peak = device.tf32 if precision == "tf32" else device.float32
-    return count.flops / (OF_PEAK * peak) + count.bytes / (OF_BANDWIDTH * device.bandwidth)
+    return count.flops / (PEAK_SHARE * peak) + count.bytes / (BANDWIDTH_SHARE * device.bandwidth)

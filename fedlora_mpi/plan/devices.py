@@ -25,14 +25,14 @@ GPUS = {
     "h100": Device(67e12, 494e12, 3.35e12, 80e9),  # SXM
     "h200": Device(67e12, 494e12, 4.80e12, 141e9),  # SXM
 }
-OF_PEAK = 0.35  # of the FLOP/s, by convolutions and products of small networks: assumed
-OF_BANDWIDTH = 0.6  # of the memory's, by the operations between them: assumed
-CONTEXT = 0.6e9  # bytes of a GPU that CUDA and its libraries take for each process: assumed
+PEAK_SHARE = 0.35  # of the FLOP/s, by convolutions and products of small networks: assumed
+BANDWIDTH_SHARE = 0.6  # of the memory's, by the operations between them: assumed
+CONTEXT_BYTES = 0.6e9  # bytes of a GPU that CUDA and its libraries take for each process: assumed
 BANDWIDTH = 12.5e9  # bytes/s between nodes, 100 Gbit/s: assumed where --bandwidth does not say
 LATENCY = 5e-6  # seconds of a message between nodes: assumed where --latency does not say
 
 
-def device(name: str) -> Device | None:
+def find_device(name: str) -> Device | None:
     """The GPU of that name; None for ``none``.
 
     Raises ValueError for one that is not known.

@@ -6,34 +6,34 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ..core.scheduling import assign
+from ..core.scheduling import assign_groups
 from ..core.tree import nbytes, numel
 from ..federation.federation import Run
-from ..run.assembly import Built
+from ..run.assembly import Assembly
 
 _ROUNDS = 16  # cohorts that are drawn to know the slowest worker of a small one
-_POLL = 1e-3  # seconds by which a wait oversleeps a message, see ``comm.Mpi``
+_POLL_SECONDS = 1e-3  # seconds by which a wait oversleeps a message, see ``comm.Mpi``
 
 
-class Priced(Protocol):
+class CostModel(Protocol):
     """Seconds of clients that compute together."""
 
-    def of(self, sizes: Sequence[int], batch_size: int) -> float: ...
+    def cost(self, sizes: Sequence[int], batch_size: int) -> float: ...
 
 
-class Unit(NamedTuple):
+class UnitCosts(NamedTuple):
     """What clients of one kind cost, seconds."""
 
-    train: Priced  # training, upload and its exact addition
-    tune: Priced  # before an evaluation
-    score: Priced  # of test samples, in one batch
+    train: CostModel  # training, upload and its exact addition
+    tune: CostModel  # before an evaluation
+    score: CostModel  # of test samples, in one batch
     add: float  # of what another rank's upload stands for, and its addition
 
 
 class Costs(NamedTuple):
     """What else a run costs, seconds."""
 
-    units: Mapping[int, Unit]  # of each kind that clients have
+    units: Mapping[int, UnitCosts]  # of each kind that clients have
     begin: float  # of a round, on every rank
     close: float  # of a round, on every rank, after the message: the mean, the server's step
     vectors: float  # of a round, of the server's singular vectors, which the ranks share
@@ -61,7 +61,7 @@ class Seconds(NamedTuple):
     exchange: float
     evaluate: float
     files: float
-    busy: float  # of the workers' time, the fraction in which they train
+    busy_fraction: float  # of the workers' time, the fraction in which they train
 
     @property
     def round(self) -> float:
@@ -69,34 +69,44 @@ class Seconds(NamedTuple):
 
 
 def forecast(
-    built: Built, costs: Costs, workers: Sequence[int], ranks: int, machine: Machine
+    assembly: Assembly, costs: Costs, workers: Sequence[int], ranks: int, machine: Machine
 ) -> Seconds:
     """The seconds of a round of the first task, mean over the first rounds, the slowest rank of
     each.
     """
-    run, config = built.run.of_round(0), built.config
-    host = assign(run.costs, workers)
-    crowd = max(1.0, len(workers) * config.engine.threads / machine.cores)
-    all_ranks = max(1.0, ranks * config.engine.threads / machine.cores)
-    first = config.data.tasks.rounds if config.data.tasks else config.rounds
-    rounds = 1 if config.participation == 1 else min(_ROUNDS, config.rounds, first)
-    judged = 1 / config.evaluate.every
-    trained, busy, exchanged, evaluated = [], [], [], []
+    run, config = assembly.run.for_round(0), assembly.config
+    host = assign_groups(run.costs, workers)
+    worker_slowdown = max(1.0, len(workers) * config.engine.threads / machine.cores)
+    rank_slowdown = max(1.0, ranks * config.engine.threads / machine.cores)
+    task_rounds = config.data.tasks.rounds if config.data.tasks else config.rounds
+    rounds = 1 if config.participation == 1 else min(_ROUNDS, config.rounds, task_rounds)
+    evaluated_fraction = 1 / config.evaluate.every
+    train_seconds, busy_fractions, exchange_seconds, evaluate_seconds = [], [], [], []
     for round_ in range(rounds):
-        chosen = run.chosen(round_)
-        loads = _loads(built, run, costs, chosen, host, workers, judged)
-        trained.append(costs.begin + max(loads))
-        at = chosen if run.judges_cohort else range(len(run.sizes))
-        evaluated.append(max(_evaluation(built, run, costs, at, host, workers)))
-        busy.append(sum(loads) / (len(loads) * max(max(loads), 1e-12)))
-        exchanged.append(_exchange(run, costs, chosen, ranks, len(workers), machine, all_ranks))
+        chosen = run.sample_cohort(round_)
+        loads = _training_loads(assembly, run, costs, chosen, host, workers, evaluated_fraction)
+        train_seconds.append(costs.begin + max(loads))
+        evaluated_clients = chosen if run.evaluate_cohort_only else range(len(run.sizes))
+        evaluate_seconds.append(
+            max(_evaluation_loads(assembly, run, costs, evaluated_clients, host, workers))
+        )
+        busy_fractions.append(sum(loads) / (len(loads) * max(max(loads), 1e-12)))
+        exchange_seconds.append(
+            _exchange_seconds(run, costs, chosen, ranks, len(workers), machine, rank_slowdown)
+        )
 
     def mean(values):
         return float(np.mean(values))
 
-    evaluate = mean(evaluated) * crowd * judged
-    files = costs.log + _checkpoint(run, costs, host, workers) / config.checkpoint.every
-    return Seconds(mean(trained) * crowd, mean(exchanged), evaluate, files, mean(busy))
+    evaluate = mean(evaluate_seconds) * worker_slowdown * evaluated_fraction
+    files = costs.log + _checkpoint_seconds(run, costs, host, workers) / config.checkpoint.every
+    return Seconds(
+        mean(train_seconds) * worker_slowdown,
+        mean(exchange_seconds),
+        evaluate,
+        files,
+        mean(busy_fractions),
+    )
 
 
 def allreduce(bytes_: float, ranks: int, machine: Machine) -> float:
@@ -105,8 +115,8 @@ def allreduce(bytes_: float, ranks: int, machine: Machine) -> float:
     """
     if ranks == 1:
         return 0.0
-    through = 2 * (ranks - 1) / ranks * bytes_ / machine.bandwidth
-    return through + 2 * math.ceil(math.log2(ranks)) * machine.latency + _POLL
+    transfer = 2 * (ranks - 1) / ranks * bytes_ / machine.bandwidth
+    return transfer + 2 * math.ceil(math.log2(ranks)) * machine.latency + _POLL_SECONDS
 
 
 def allgather(bytes_: float, ranks: int, machine: Machine) -> float:
@@ -116,100 +126,110 @@ def allgather(bytes_: float, ranks: int, machine: Machine) -> float:
     return (
         (ranks - 1) / ranks * bytes_ / machine.bandwidth
         + math.ceil(math.log2(ranks)) * machine.latency
-        + _POLL
+        + _POLL_SECONDS
     )
 
 
-def _loads(
-    built: Built,
+def _training_loads(
+    assembly: Assembly,
     run: Run,
     costs: Costs,
     chosen: frozenset[int],
     host: Sequence[int],
     workers: Sequence[int],
-    judged: float,
+    evaluated_fraction: float,
 ) -> list[float]:
     """Seconds of training of each worker, with the score after it in such a fraction of the rounds."""
-    load, batch_size = dict.fromkeys(workers, 0.0), built.config.train.batch_size
+    load, batch_size = dict.fromkeys(workers, 0.0), assembly.config.train.batch_size
     for group, rank in zip(run.groups, host, strict=True):
         unit, stacks = (
             costs.units[run.kind_of[group[0]]],
             _stacks(run, [c for c in group if c in chosen]),
         )
         for stack in stacks:
-            load[rank] += unit.train.of([run.sizes[c] for c in stack], batch_size)
-            load[rank] += judged * _score(built, unit, stack)
+            load[rank] += unit.train.cost([run.sizes[c] for c in stack], batch_size)
+            load[rank] += evaluated_fraction * _score_seconds(assembly, unit, stack)
     return list(load.values())
 
 
-def _evaluation(
-    built: Built,
+def _evaluation_loads(
+    assembly: Assembly,
     run: Run,
     costs: Costs,
-    judged: Collection[int],
+    evaluated_clients: Collection[int],
     host: Sequence[int],
     workers: Sequence[int],
 ) -> list[float]:
     """Seconds in which each worker judges its clients of these."""
-    load, batch_size = dict.fromkeys(workers, 0.0), built.config.train.batch_size
+    load, batch_size = dict.fromkeys(workers, 0.0), assembly.config.train.batch_size
     for group, rank in zip(run.groups, host, strict=True):
         unit = costs.units[run.kind_of[group[0]]]
-        for stack in _stacks(run, [c for c in group if c in judged]):
-            load[rank] += unit.tune.of([run.sizes[c] for c in stack], batch_size) + _score(
-                built, unit, stack
-            )
+        for stack in _stacks(run, [c for c in group if c in evaluated_clients]):
+            load[rank] += unit.tune.cost(
+                [run.sizes[c] for c in stack], batch_size
+            ) + _score_seconds(assembly, unit, stack)
     return list(load.values())
 
 
-def _score(built: Built, unit: Unit, stack: Sequence[int]) -> float:
-    tests = [len(built.split.test[c]) for c in stack]
-    return unit.score.of(tests, max(tests))
+def _score_seconds(assembly: Assembly, unit: UnitCosts, stack: Sequence[int]) -> float:
+    tests = [len(assembly.split.test[c]) for c in stack]
+    return unit.score.cost(tests, max(tests))
 
 
 def _stacks(run: Run, clients: Sequence[int]) -> list[list[int]]:
     """Clients that compute at once."""
-    stacks = run.stacks(clients) if clients else []
+    stacks = run.split_into_stacks(clients) if clients else []
     return stacks if run.trainer.stacked else [[c] for stack in stacks for c in stack]
 
 
-def _exchange(
+def _exchange_seconds(
     run: Run,
     costs: Costs,
     chosen: frozenset[int],
     ranks: int,
     workers: int,
     machine: Machine,
-    crowd: float,
+    slowdown: float,
 ) -> float:
     """Seconds between the last client's training and the evaluation."""
-    own, several = costs.close * crowd, ranks > 1
-    own += costs.vectors * (crowd / ranks if several else 1.0)
-    if run.gathers and several:
-        sent = 4 * sum(numel(run.kinds[run.kind_of[c]].upload) for c in chosen)
+    seconds, has_peers = costs.close * slowdown, ranks > 1
+    seconds += costs.vectors * (slowdown / ranks if has_peers else 1.0)
+    if run.gather_uploads and has_peers:
+        upload_bytes = 4 * sum(numel(run.kinds[run.kind_of[c]].untrained_upload) for c in chosen)
         # the server, which has none of its own
-        others = sum(costs.units[run.kind_of[c]].add for c in chosen)
-        own += allgather(sent, ranks, machine) + others * crowd
-    elif several:
-        message = run.unit * run.upload.size
-        own += (
+        add_seconds = sum(costs.units[run.kind_of[c]].add for c in chosen)
+        seconds += allgather(upload_bytes, ranks, machine) + add_seconds * slowdown
+    elif has_peers:
+        message = run.number_bytes * run.upload_layout.size
+        seconds += (
             allreduce(message, ranks, machine)
-            + (ranks - 1) / ranks * message * costs.add_byte * crowd
+            + (ranks - 1) / ranks * message * costs.add_byte * slowdown
         )
     if run.mixing:
-        each, pair = costs.mix
+        per_client, per_pair = costs.mix
         clients = len(chosen)
-        own += (each * clients + pair * clients**2) / (workers if len(run.mixing.owners) > 1 else 1)
-        own += allgather(run.mixing.bytes_mpi(clients, ranks), ranks, machine)
-    return own
+        seconds += (per_client * clients + per_pair * clients**2) / (
+            workers if len(run.mixing.owners) > 1 else 1
+        )
+        seconds += allgather(run.mixing.bytes_mpi(clients, ranks), ranks, machine)
+    return seconds
 
 
-def _checkpoint(run: Run, costs: Costs, host: Sequence[int], workers: Sequence[int]) -> float:
+def _checkpoint_seconds(
+    run: Run, costs: Costs, host: Sequence[int], workers: Sequence[int]
+) -> float:
     """Seconds of a checkpoint: every worker its clients at the same time, a file of each kind, then
     rank 0 the rest.
     """
-    own, files = dict.fromkeys(workers, 0), set()
+    personal_bytes, files = dict.fromkeys(workers, 0), set()
     for group, rank in zip(run.groups, host, strict=True):
         files |= {(rank, run.kind_of[c]) for c in group}
-        own[rank] += sum(nbytes(run.kinds[run.kind_of[c]].first.personal) for c in group)
-    shared = nbytes(run.kinds[0].first.shared)
-    return costs.checkpoint + costs.file * len(files) + costs.byte * (max(own.values()) + shared)
+        personal_bytes[rank] += sum(
+            nbytes(run.kinds[run.kind_of[c]].initial.personal) for c in group
+        )
+    shared = nbytes(run.kinds[0].initial.shared)
+    return (
+        costs.checkpoint
+        + costs.file * len(files)
+        + costs.byte * (max(personal_bytes.values()) + shared)
+    )

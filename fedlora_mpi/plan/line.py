@@ -6,65 +6,70 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
-class Line(NamedTuple):
+class CostLine(NamedTuple):
     """A cost of clients that compute together, in any unit; the epochs of a round are in it."""
 
-    once: float  # of a round
-    batch: float  # of each batch, whatever its size
-    sample: float  # of each sample of each client
-    client: float = 0.0  # of each batch of each client, beside its samples
+    per_round: float  # of a round
+    per_batch: float  # of each batch, whatever its size
+    per_sample: float  # of each sample of each client
+    per_client_batch: float = 0.0  # of each batch of each client, beside its samples
 
-    def of(self, sizes: Sequence[int], batch_size: int) -> float:
+    def cost(self, sizes: Sequence[int], batch_size: int) -> float:
         """The cost of clients with so many samples each in one stack."""
         batches = [-(-size // batch_size) for size in sizes]
         return (
-            self.once
-            + self.batch * max(batches, default=0)
-            + self.client * sum(batches)
-            + self.sample * sum(sizes)
+            self.per_round
+            + self.per_batch * max(batches, default=0)
+            + self.per_client_batch * sum(batches)
+            + self.per_sample * sum(sizes)
         )
 
     @classmethod
     def through(
-        cls, measured: Callable[[int], float], clients: int, samples: int, batch_size: int
-    ) -> "Line":
+        cls, measure: Callable[[int], float], clients: int, samples: int, batch_size: int
+    ) -> "CostLine":
         """The line through ``measured(limit)``, the cost of ``clients`` of so many samples when
         each uses ``limit``.
 
         Nothing comes out negative: where noise would have it so, what two sizes differ by is all
         their samples'.
         """
-        few, full, many = limits(samples, batch_size)
-        small, one, several = measured(few), measured(full), measured(many)
-        sample = max(0.0, one - small) / max(1, clients * (full - few))
-        if many == full:
-            return cls(max(0.0, one - sample * clients * full), 0.0, sample)
-        more, batches = max(0.0, several - one), -(-many // batch_size) - 1
-        sample = min(sample, more / (clients * (many - full)))
-        batch = (more - sample * clients * (many - full)) / batches
-        return cls(max(0.0, one - batch - sample * clients * full), batch, sample)
+        half_batch, full_batch, many = sample_limits(samples, batch_size)
+        half_cost, full_cost, many_cost = measure(half_batch), measure(full_batch), measure(many)
+        sample = max(0.0, full_cost - half_cost) / max(1, clients * (full_batch - half_batch))
+        if many == full_batch:
+            return cls(max(0.0, full_cost - sample * clients * full_batch), 0.0, sample)
+        extra_cost, batches = max(0.0, many_cost - full_cost), -(-many // batch_size) - 1
+        sample = min(sample, extra_cost / (clients * (many - full_batch)))
+        batch = (extra_cost - sample * clients * (many - full_batch)) / batches
+        return cls(max(0.0, full_cost - batch - sample * clients * full_batch), batch, sample)
 
-    def shared(
+    def with_client_cost(
         self,
-        measured: Callable[[int], float],
+        measure: Callable[[int], float],
         fewer: int,
         clients: int,
         samples: int,
         batch_size: int,
-    ) -> "Line":
+    ) -> "CostLine":
         """The line, found through the cost of ``clients``, with the part of a batch's cost that is
         each client's own, by ``measured(limit)``, the cost of ``fewer`` of them.
         """
-        _, full, many = limits(samples, batch_size)
-        if many == full:
+        _, full_batch, many = sample_limits(samples, batch_size)
+        if many == full_batch:
             return self
         batches = -(-many // batch_size) - 1
-        of_fewer = (measured(many) - measured(full) - self.sample * fewer * (many - full)) / batches
-        client = min(max(0.0, (self.batch - of_fewer) / (clients - fewer)), self.batch / clients)
-        return self._replace(batch=self.batch - client * clients, client=client)
+        fewer_batch_cost = (
+            measure(many) - measure(full_batch) - self.per_sample * fewer * (many - full_batch)
+        ) / batches
+        client = min(
+            max(0.0, (self.per_batch - fewer_batch_cost) / (clients - fewer)),
+            self.per_batch / clients,
+        )
+        return self._replace(per_batch=self.per_batch - client * clients, per_client_batch=client)
 
 
-def limits(samples: int, batch_size: int) -> tuple[int, int, int]:
+def sample_limits(samples: int, batch_size: int) -> tuple[int, int, int]:
     """Of so many samples: half a batch, a batch, and three or what there is."""
     full = min(samples, batch_size)
     return max(1, full // 2), full, min(samples, 3 * batch_size)

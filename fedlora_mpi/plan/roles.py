@@ -4,45 +4,53 @@ import re
 from collections.abc import Iterable
 
 from ..algorithm import Algorithm
-from ..components.lowrank import left_out, sides
+from ..components.lowrank import matrix_shape, skipped_weights
 from ..models.network import Model
 
-_FULL = 16  # more names of modules than that are shortened: digits that count layers become *
+_MAX_FULL_NAMES = (
+    16  # more names of modules than that are shortened: digits that count layers become *
+)
 
 
-def roles(model: Model) -> list[tuple[str, str]]:
+def role_lines(model: Model) -> list[tuple[str, str]]:
     """(role, how many numbers in which modules), one for each role that there is."""
     lines = []
     for role in ("body", "head", "norm", "stats"):
         names = [name for name, leaf in model.leaves.items() if leaf.role == role]
         if names:
             numbers = sum(model.initial[name].numel() for name in names)
-            lines.append((role, f"{numbers:,} numbers in {', '.join(_modules(names))}"))
+            lines.append((role, f"{numbers:,} numbers in {', '.join(_module_names(names))}"))
     return lines
 
 
-def decomposition(model: Model, algorithm: Algorithm) -> list[tuple[str, str]]:
+def decomposition_lines(model: Model, algorithm: Algorithm) -> list[tuple[str, str]]:
     """Weights with a low-rank part, their ranks and matrices; the others of two and more
     dimensions, and why.
     """
     low_rank = algorithm.low_rank(model)
     if not low_rank:
         return []
-    given = [f"{name} {rank} of {_matrix(model, name)}" for name, rank in low_rank.items()]
-    lines = [("low-rank", f"{len(given)} weights, rank of matrix: {', '.join(given)}")]
-    rest = [
-        f"{name} ({why})"
-        for name, why in left_out(model, low_rank, getattr(algorithm, "full", ())).items()
+    with_rank = [
+        f"{name} {rank} of {_matrix_shape(model, name)}" for name, rank in low_rank.items()
     ]
-    return lines + ([("no rank", f"{len(rest)} weights: {', '.join(rest)}")] if rest else [])
+    lines = [("low-rank", f"{len(with_rank)} weights, rank of matrix: {', '.join(with_rank)}")]
+    without_rank = [
+        f"{name} ({reason})"
+        for name, reason in skipped_weights(model, low_rank, getattr(algorithm, "full", ())).items()
+    ]
+    return lines + (
+        [("no rank", f"{len(without_rank)} weights: {', '.join(without_rank)}")]
+        if without_rank
+        else []
+    )
 
 
-def _matrix(model: Model, name: str) -> str:
-    return "x".join(map(str, sides(model.leaves[name])))
+def _matrix_shape(model: Model, name: str) -> str:
+    return "x".join(map(str, matrix_shape(model.leaves[name])))
 
 
-def _modules(names: Iterable[str]) -> list[str]:
+def _module_names(names: Iterable[str]) -> list[str]:
     """The modules of these leaves, or the leaves that the network itself has."""
     modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
     short = [re.sub(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])", "*", name) for name in modules]
-    return list(dict.fromkeys(short)) if len(modules) > _FULL else modules
+    return list(dict.fromkeys(short)) if len(modules) > _MAX_FULL_NAMES else modules

@@ -24,7 +24,7 @@ import numpy as np
 from .settings import Privacy
 
 
-def need_library(privacy: Privacy) -> None:
+def check_library(privacy: Privacy) -> None:
     """Raise ValueError where a run would count epsilon without the library."""
     if privacy.noise_multiplier and find_spec("dp_accounting") is None:
         raise ValueError(
@@ -45,14 +45,14 @@ def epsilon(
         return inf if rounds else 0.0
     from dp_accounting.rdp import compute_epsilon
 
-    share = (participation,) if privacy.draws else (cohort, clients)
-    orders, divergences = _of_one_round(privacy.noise_multiplier, share)
+    sampling = (participation,) if privacy.samples_poisson else (cohort, clients)
+    orders, divergences = _round_divergences(privacy.noise_multiplier, sampling)
     return float(compute_epsilon(orders, rounds * divergences, privacy.delta)[0])
 
 
 @lru_cache(maxsize=8)
-def _of_one_round(
-    noise_multiplier: float, share: tuple[float] | tuple[int, int]
+def _round_divergences(
+    noise_multiplier: float, sampling: tuple[float] | tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Orders and Renyi divergences of a round whose cohort is drawn with a probability, or is n of
     N clients.
@@ -60,13 +60,13 @@ def _of_one_round(
     import dp_accounting
     from dp_accounting.rdp import RdpAccountant
 
-    if len(share) == 1:
+    if len(sampling) == 1:
         relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
         event = dp_accounting.PoissonSampledDpEvent(
-            *share, dp_accounting.GaussianDpEvent(noise_multiplier)
+            *sampling, dp_accounting.GaussianDpEvent(noise_multiplier)
         )
     else:
-        relation, cohort, clients = dp_accounting.NeighboringRelation.REPLACE_ONE, *share
+        relation, cohort, clients = dp_accounting.NeighboringRelation.REPLACE_ONE, *sampling
         gaussian = dp_accounting.GaussianDpEvent(noise_multiplier / 2)
         event = dp_accounting.SampledWithoutReplacementDpEvent(clients, cohort, gaussian)
     absl = logging.getLogger("absl")
@@ -75,5 +75,5 @@ def _of_one_round(
     absl.setLevel(logging.ERROR)
     accountant = RdpAccountant(neighboring_relation=relation).compose(event)
     absl.setLevel(level)
-    everybody = accountant.orders / 2 * ((1 if len(share) == 1 else 2) / noise_multiplier) ** 2
-    return accountant.orders, np.minimum(accountant.rdp, everybody)
+    full_cohort = accountant.orders / 2 * ((1 if len(sampling) == 1 else 2) / noise_multiplier) ** 2
+    return accountant.orders, np.minimum(accountant.rdp, full_cohort)

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 
 from ..aggregation.flat_layout import Layout
-from ..algorithm import Algorithm, Train, Vars
-from ..core.names import plain_name
+from ..algorithm import Algorithm, LocalTraining, Variables
+from ..core.names import display_name
 from ..core.tree import Tree, tmap
 from ..models.network import Model
-from .accountant import need_library
-from .masks import LEAST
+from .accountant import check_library
+from .masks import MIN_COHORT
 from .settings import Privacy
 
 
@@ -27,7 +27,7 @@ def check_settings(
             "uplink = gather: shows the server every upload, which privacy prevents; choose auto "
             "or sum"
         )
-    if privacy.differential and tasks:
+    if privacy.is_differential and tasks:
         raise ValueError(
             f"privacy.clip = {privacy.clip}: does not go with data.tasks, where the data say who "
             "can take part; leave out one of them"
@@ -37,7 +37,7 @@ def check_settings(
             f"reduce = {reduce}: masks cancel in integers alone; choose exact for secure "
             "aggregation"
         )
-    if privacy.secure_aggregation and privacy.draws and participation < 1:
+    if privacy.secure_aggregation and privacy.samples_poisson and participation < 1:
         raise ValueError(
             "privacy.sampling = poisson: cohorts may be of one or two clients, whose uploads a "
             "sum reveals; choose fixed for secure aggregation, or participation = 1"
@@ -48,9 +48,9 @@ def check_run(
     privacy: Privacy,
     name: str,
     cohort: int,
-    mixes: bool,
-    kinds: Sequence[tuple[Algorithm, Model, Vars]],
-    train: Train,
+    has_mixes: bool,
+    kinds: Sequence[tuple[Algorithm, Model, Variables]],
+    train: LocalTraining,
 ) -> None:
     """Raise ValueError for what a method or a federation is not made for.
 
@@ -60,23 +60,23 @@ def check_run(
     """
     if privacy == Privacy():
         return
-    key = f"clip = {privacy.clip}" if privacy.differential else "secure_aggregation = true"
-    if mixes:
+    key = f"clip = {privacy.clip}" if privacy.is_differential else "secure_aggregation = true"
+    if has_mixes:
         raise ValueError(
             f"{key}: {name} makes a mix of its own for every client, which takes single uploads"
         )
-    if privacy.secure_aggregation and cohort < LEAST:
+    if privacy.secure_aggregation and cohort < MIN_COHORT:
         raise ValueError(
             f"secure_aggregation = true: a cohort has {cohort} clients, of which a sum hides "
-            f"nothing; it needs at least {LEAST}: raise participation"
+            f"nothing; it needs at least {MIN_COHORT}: raise participation"
         )
-    if not privacy.differential:
+    if not privacy.is_differential:
         return
-    need_library(privacy)
-    for method, model, first in kinds:
-        if reason := _unfit(method, model, first, train):
+    check_library(privacy)
+    for method, model, initial in kinds:
+        if reason := _unfit_reason(method, model, initial, train):
             raise ValueError(f"{key}: {name} {reason}")
-    updates = [untrained(method, first, first.shared) for method, _, first in kinds]
+    updates = [untrained_contribution(method, first, first.shared) for method, _, first in kinds]
     if any(not torch.equal(update, updates[0]) for update in updates):
         raise ValueError(
             f"{key}: clients of {name} would send other variables than each other without "
@@ -84,25 +84,29 @@ def check_run(
         )
 
 
-def untrained(method: Algorithm, first: Vars, shared: Tree) -> torch.Tensor:
+def untrained_contribution(method: Algorithm, initial: Variables, shared: Tree) -> torch.Tensor:
     """What a client that has not trained would add to the sum, [D]: what updates are measured from.
 
     first: its variables before round 1; shared: the server's now.
     """
-    v = first._replace(shared=method.download(shared))
+    v = initial._replace(shared=method.download(shared))
     term = method.expand(method.upload(v, v), shared, 1)
     return Layout.of(term).pack(term)
 
 
-def _unfit(method: Algorithm, model: Model, first: Vars, train: Train) -> str | None:
+def _unfit_reason(
+    method: Algorithm, model: Model, initial: Variables, train: LocalTraining
+) -> str | None:
     """Why uploads are no updates that can be clipped and noised, if so."""
-    v = first._replace(shared=method.download(first.shared))
+    v = initial._replace(shared=method.download(initial.shared))
     upload = method.upload(v, v)
     if not upload:
         return "sends nothing"
     if method.sums:
         return "sends sums over the clients of a class, no updates of shared variables"
-    if not torch.equal(Layout.of(upload).pack(upload), untrained(method, first, first.shared)):
+    if not torch.equal(
+        Layout.of(upload).pack(upload), untrained_contribution(method, initial, initial.shared)
+    ):
         return (
             "has a server that makes something else of uploads before their mean, so that to clip "
             "them bounds nothing; of LoRA's methods fedit, ffa_lora and rolora can be private, "
@@ -120,12 +124,12 @@ def _unfit(method: Algorithm, model: Model, first: Vars, train: Train) -> str | 
         for phase in method.phases(model, train, round_)
         for step in phase.steps
     ]
-    ones = Vars(*(tmap(torch.ones_like, half) for half in v[:2]))
+    ones = Variables(*(tmap(torch.ones_like, half) for half in v[:2]))
     changes = method.upload(ones, ones)  # zero from an untrained client, whatever the variables are
     for leaf in upload:
         if not any(step.trains(leaf) for step in steps) and changes[leaf].any():
             return (
-                f"sends {plain_name(leaf)}, which SGD has not moved from what the server sent: "
+                f"sends {display_name(leaf)}, which SGD has not moved from what the server sent: "
                 "there is no update to clip"
             )
     return None

@@ -7,16 +7,16 @@ from ..core.seeds import rng
 from .settings import Privacy
 
 
-def clipped(upload: Tensor, untrained: Tensor, clip: float) -> Tensor:
+def clip_update(upload: Tensor, reference: Tensor, clip: float) -> Tensor:
     """How an upload [D] differs from that of an untrained client [D], scaled down to the L2 norm
     ``clip`` where it is longer, else as it is; float64.
     """
-    update = upload.double() - untrained
+    update = upload.double() - reference
     norm = torch.linalg.vector_norm(update)
     return update * (clip / norm) if norm > clip else update
 
 
-def gaussian(size: int, deviation: float, *address: int) -> Tensor:
+def gaussian_noise(size: int, deviation: float, *address: int) -> Tensor:
     """Noise [size] of a standard deviation, float64; ``address``: the seed, the round, and the
     client whose it is.
     """
@@ -26,7 +26,7 @@ def gaussian(size: int, deviation: float, *address: int) -> Tensor:
 
 def contribution(
     privacy: Privacy,
-    untrained: Tensor,
+    reference: Tensor,
     cohort: int,
     seed: int,
     round_: int,
@@ -37,19 +37,19 @@ def contribution(
     share of the noise where that is the clients'; without differential privacy its upload.
     ``untrained``: see ``clipped``.
     """
-    if not privacy.differential:
+    if not privacy.is_differential:
         return upload
-    update = clipped(upload, untrained, privacy.clip)
+    update = clip_update(upload, reference, privacy.clip)
     if privacy.noise == "server":
         return update
-    return update + gaussian(len(update), privacy.deviation / cohort**0.5, seed, round_, client).to(
-        update.device
-    )
+    return update + gaussian_noise(
+        len(update), privacy.noise_std / cohort**0.5, seed, round_, client
+    ).to(update.device)
 
 
-def of_server(privacy: Privacy, size: int, cohort: int, *address: int) -> Tensor:
+def server_noise(privacy: Privacy, size: int, cohort: int, *address: int) -> Tensor:
     """The noise [size] that the server adds, the same on every rank; address: seed, round. All of
     it where nobody was drawn: that must not show.
     """
-    own = privacy.noise == "server" or not cohort
-    return gaussian(size, privacy.deviation if own else 0.0, *address)
+    adds_noise = privacy.noise == "server" or not cohort
+    return gaussian_noise(size, privacy.noise_std if adds_noise else 0.0, *address)

@@ -19,61 +19,61 @@ import numpy as np
 import torch
 
 from ..aggregation.exact_sum import ExactSum, FastSum
-from ..core.seeds import key, rng
+from ..core.seeds import derive_key, rng
 from .settings import Privacy
 
-LEAST = 3  # clients of a cohort: of two, each can read the other's upload off the sum
-Letters = Callable[[int], AbstractContextManager[ExactSum | FastSum]]
+MIN_COHORT = 3  # clients of a cohort: of two, each can read the other's upload off the sum
+MessageOfClient = Callable[[int], AbstractContextManager[ExactSum | FastSum]]
 
 
-def letters(
+def masked_messages(
     privacy: Privacy, message: ExactSum | FastSum, chosen: Collection[int], seed: int, round_: int
-) -> Letters:
+) -> MessageOfClient:
     """client -> what that client writes into: the rank's ``message`` itself, or, under secure
     aggregation, a message of its own, of which ``message`` gets the masked integers once it is
     written.
     """
     if not privacy.secure_aggregation:
         return lambda client: nullcontext(message)
-    among = neighbours(chosen, privacy.neighbours, seed, round_)
+    neighbours_of = neighbours(chosen, privacy.neighbours, seed, round_)
 
     @contextmanager
-    def letter(client: int) -> Iterator[ExactSum]:
-        own = ExactSum(message.buffer.shape[1])
-        yield own
-        message.buffer += masked(own.buffer, client, among[client], seed, round_)
+    def client_message(client: int) -> Iterator[ExactSum]:
+        client_sum = ExactSum(message.buffer.shape[1])
+        yield client_sum
+        message.buffer += add_masks(client_sum.buffer, client, neighbours_of[client], seed, round_)
 
-    return letter
+    return client_message
 
 
-def masked(
-    buffer: np.ndarray, client: int, others: Sequence[int], seed: int, round_: int
+def add_masks(
+    buffer: np.ndarray, client: int, partners: Sequence[int], seed: int, round_: int
 ) -> np.ndarray:
     """The integers [2, size] that leave ``client``, int64 modulo 2^64; ``others``: whom it shares a
     mask with.
     """
-    sent = buffer.view(np.uint64).copy()
-    for other in others:
-        pair = sorted((client, other))
-        stream = np.random.Generator(np.random.SFC64(key(seed, "mask", round_, *pair)))
-        mask = stream.integers(0, 2**64, sent.shape, np.uint64)
-        (np.add if client == pair[0] else np.subtract)(sent, mask, out=sent)
-    return sent.view(np.int64)
+    masked_buffer = buffer.view(np.uint64).copy()
+    for partner in partners:
+        pair = sorted((client, partner))
+        stream = np.random.Generator(np.random.SFC64(derive_key(seed, "mask", round_, *pair)))
+        mask = stream.integers(0, 2**64, masked_buffer.shape, np.uint64)
+        (np.add if client == pair[0] else np.subtract)(masked_buffer, mask, out=masked_buffer)
+    return masked_buffer.view(np.int64)
 
 
 def neighbours(
-    chosen: Collection[int], number: int | None, seed: int, round_: int
+    chosen: Collection[int], count: int | None, seed: int, round_: int
 ) -> Mapping[int, Sequence[int]]:
     """Whom each client of a cohort shares a mask with: the nearest ``number`` (even) on the round's
     ring; None: all.
     """
     clients = sorted(chosen)
-    if number is None or number >= len(clients) - 1:
+    if count is None or count >= len(clients) - 1:
         return {client: [other for other in clients if other != client] for client in clients}
     order = torch.randperm(len(clients), generator=rng(seed, "ring", round_)).tolist()
     ring, steps = (
         [clients[at] for at in order],
-        [s for s in range(-number // 2, number // 2 + 1) if s],
+        [s for s in range(-count // 2, count // 2 + 1) if s],
     )
     return {
         client: [ring[(at + step) % len(ring)] for step in steps] for at, client in enumerate(ring)

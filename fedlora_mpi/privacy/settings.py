@@ -58,7 +58,7 @@ class Privacy:
                     )
         elif self.clip <= 0:
             raise ValueError(f"clip = {self.clip}: must be a number above 0, or null")
-        elif self.deviation > 1e9:
+        elif self.noise_std > 1e9:
             raise ValueError(
                 f"noise_multiplier = {self.noise_multiplier}: times clip must be at most 1e9"
             )
@@ -70,16 +70,16 @@ class Privacy:
             )
 
     @property
-    def differential(self) -> bool:
+    def is_differential(self) -> bool:
         """Whether updates are clipped and counted."""
         return self.clip is not None
 
     @property
-    def draws(self) -> bool:
+    def samples_poisson(self) -> bool:
         """Whether each client takes part on its own, so that the size of a cohort is random."""
-        return self.differential and self.sampling == "poisson"
+        return self.is_differential and self.sampling == "poisson"
 
     @property
-    def deviation(self) -> float:
+    def noise_std(self) -> float:
         """The standard deviation of the noise on the sum."""
         return self.noise_multiplier * (self.clip or 0.0)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..config import resolved_yaml
-from ..core.escapes import one_line
+from ..core.escapes import escape_line
 from ..data.datasets import load
 from ..run.loop import STOPPED
 from ..run.pretrain import pretrain
@@ -17,39 +17,39 @@ from ..store import nolinks
 from ..store.files import opened_file, write_atomic
 from . import carry, sheet
 from . import fedhl_table as fedhl
-from .grid import Case, Job, job
-from .pfedlora_table import OURS
-from .registry import TABLES, entries
+from .grid import Case, Job, make_job
+from .pfedlora_table import TABLE_NAME
+from .registry import TABLES, table_entries
 from .request import Request
-from .results import Shelf, refuse_others, rounds_done
-from .showing import found_of, show, show_all
+from .results import ResultStore, check_folder, num_logged_rounds
+from .showing import collect_results, publish_case, publish_overview
 
-Grid = list[tuple[Case, list[Job]]]  # the runs of each table
+JobGrid = list[tuple[Case, list[Job]]]  # the runs of each table
 
 
-def reproduce(asked: Request) -> int:
+def reproduce(request: Request) -> int:
     """Carry out what is missing of a table and print it; returns the exit code, 1 when a run
     failed.
     """
-    return fulfil(asked, _grid(asked))
+    return reproduce_grid(request, _make_grid(request))
 
 
-def fulfil(asked: Request, grid: Grid) -> int:
+def reproduce_grid(request: Request, grid: JobGrid) -> int:
     """``reproduce`` for any runs."""
     jobs = [run for _, runs in grid for run in runs]
-    shelf = Shelf(asked.out)
-    missing = [run for run in jobs if not shelf.finished(run)]
-    if asked.print_jobs:
-        print("\n".join(_listed(asked, missing)))
+    store = ResultStore(request.root_folder)
+    missing = [run for run in jobs if not store.find_finished(run)]
+    if request.print_jobs:
+        print("\n".join(_slurm_lines(request, missing)))
         return 0
-    failed = {} if asked.collect else _carry_out(asked, jobs, missing)
-    shelf = Shelf(asked.out)
-    found = {case: found_of(runs, shelf) for case, runs in grid}
-    for case, results in found.items():
-        show(asked, case, results)
-    if asked.table == OURS and len(found) > 1:
-        show_all(asked, found)
-    logs = {run.name: run.beside(".log") for run in jobs}
+    failed = {} if request.collect else _run_missing(request, jobs, missing)
+    store = ResultStore(request.root_folder)
+    results_of = {case: collect_results(runs, store) for case, runs in grid}
+    for case, results in results_of.items():
+        publish_case(request, case, results)
+    if request.table == TABLE_NAME and len(results_of) > 1:
+        publish_overview(request, results_of)
+    logs = {run.name: run.sibling_path(".log") for run in jobs}
     for name, code in failed.items():
         state = (
             "stopped, call again to go on" if code == STOPPED else f"failed with exit code {code}"
@@ -58,88 +58,105 @@ def fulfil(asked: Request, grid: Grid) -> int:
     return 1 if failed else 0
 
 
-def _grid(asked: Request) -> Grid:
+def _make_grid(request: Request) -> JobGrid:
     """The runs of each case; the first seed of all entries comes before the second."""
     grid = []
-    for case in asked.cases:
-        scale = case.at(asked.scale)
-        how = {
+    for case in request.cases:
+        scale = case.scale_sizes(request.scale)
+        job_options = {
             "scale": scale,
-            "rounds": asked.rounds_of(case),
-            "root": asked.root,
-            "folder": asked.folder,
+            "rounds": request.rounds_for(case),
+            "root": request.root,
+            "folder": request.table_folder,
         }
-        cells = entries(asked.table, case, scale, asked.methods)
+        cells = table_entries(request.table, case, scale, request.methods)
         grid.append(
-            (case, [job(cell, case, seed, **how) for seed in asked.chosen_seeds for cell in cells])
+            (
+                case,
+                [
+                    make_job(cell, case, seed, **job_options)
+                    for seed in request.run_seeds
+                    for cell in cells
+                ],
+            )
         )
     return grid
 
 
-def _carry_out(asked: Request, jobs: Sequence[Job], missing: Sequence[Job]) -> dict[str, int]:
+def _run_missing(request: Request, jobs: Sequence[Job], missing: Sequence[Job]) -> dict[str, int]:
     """Run what is missing, here."""
 
-    def say(line):
+    def report(line):
         return print(line, file=sys.stderr, flush=True)
 
-    _write_configs(asked, missing)
+    _write_configs(request, missing)
     if not missing:
         return {}
     # a mistake in --root shows once, not in every run
     for run in {run.case.data: run for run in missing}.values():
-        load(replace(run.config.data.source, download=asked.download))
-    _make_backbones(asked, missing, say)
-    gpus, at_once = _places(asked)
-    begun = sum(rounds_done(run.folder) > 0 for run in missing)
-    say(
-        f"{asked.folder}: {len(jobs)} runs, {len(jobs) - len(missing)} done, {begun} to go on "
-        f"with, {at_once} at a time"
+        load(replace(run.config.data.source, download=request.download))
+    _pretrain_backbones(request, missing, report)
+    gpus, max_parallel = _plan_parallel(request)
+    num_started = sum(num_logged_rounds(run.folder) > 0 for run in missing)
+    report(
+        f"{request.table_folder}: {len(jobs)} runs, {len(jobs) - len(missing)} done, {num_started} to go on "
+        f"with, {max_parallel} at a time"
     )
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    old_handler = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        return carry.work(carry.tasks(missing, asked.ranks), at_once, say, gpus)
+        return carry.run_tasks(carry.make_tasks(missing, request.ranks), max_parallel, report, gpus)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, old_handler)
 
 
-def _make_backbones(asked: Request, missing: Sequence[Job], say: Callable[[str], None]) -> None:
+def _pretrain_backbones(
+    request: Request, missing: Sequence[Job], report: Callable[[str], None]
+) -> None:
     """Train the networks that these runs begin with, where they are not there."""
-    cases = {run.case.weights: run.case for run in missing if isinstance(run.case, fedhl.Tuning)}
+    cases = {
+        run.case.weights: run.case for run in missing if isinstance(run.case, fedhl.FineTuningCase)
+    }
     for file, case in cases.items():
         if not file.exists():
-            say(
+            report(
                 f"{file}: {case.backbone.epochs} epochs on classes {case.backbone.classes} of "
                 f"{case.data}"
             )
             with redirect_stdout(sys.stderr):
                 pretrain(
-                    case.before(asked.root), str(file), 1, to=file, classes=case.backbone.classes
+                    case.pretrain_config(request.root),
+                    str(file),
+                    1,
+                    to=file,
+                    classes=case.backbone.classes,
                 )
 
 
-def _places(asked: Request) -> tuple[list[str], int]:
+def _plan_parallel(request: Request) -> tuple[list[str], int]:
     """(GPUs to deal to the runs, how many runs at a time)."""
     import torch
 
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    if count and asked.ranks == 1:
-        return visible, asked.jobs or count
-    return [], asked.jobs or max(1, (count or len(os.sched_getaffinity(0))) // asked.ranks)
+    if count and request.ranks == 1:
+        return visible, request.jobs or count
+    return [], request.jobs or max(1, (count or len(os.sched_getaffinity(0))) // request.ranks)
 
 
-def _listed(asked: Request, missing: Sequence[Job]) -> Iterator[str]:
+def _slurm_lines(request: Request, missing: Sequence[Job]) -> Iterator[str]:
     """The lines and the script for Slurm, which are also written into the table's folder."""
     if not missing:
         yield "# every run is done"
         return
-    _write_configs(asked, missing)
-    _make_backbones(asked, missing, lambda line: print(line, file=sys.stderr, flush=True))
-    lines = carry.lines(missing, asked.ranks)
-    listed, script = asked.folder / "jobs.txt", asked.folder / "array.sbatch"
-    text = carry.array(f"fedlora-{asked.table}", len(missing), asked.ranks, listed, asked.folder)
-    write_atomic(listed, "".join(f"{line}\n" for line in lines).encode(), asked.out)
-    write_atomic(script, text.encode(), asked.out)
+    _write_configs(request, missing)
+    _pretrain_backbones(request, missing, lambda line: print(line, file=sys.stderr, flush=True))
+    lines = carry.shell_lines(missing, request.ranks)
+    lines_file, script = request.table_folder / "jobs.txt", request.table_folder / "array.sbatch"
+    text = carry.array_script(
+        f"fedlora-{request.table}", len(missing), request.ranks, lines_file, request.table_folder
+    )
+    write_atomic(lines_file, "".join(f"{line}\n" for line in lines).encode(), request.root_folder)
+    write_atomic(script, text.encode(), request.root_folder)
     yield from lines
     yield f"\n# {script}\n{text}"
     yield (
@@ -148,28 +165,36 @@ def _listed(asked: Request, missing: Sequence[Job]) -> Iterator[str]:
     )
 
 
-def _write_configs(asked: Request, runs: Sequence[Job]) -> None:
+def _write_configs(request: Request, runs: Sequence[Job]) -> None:
     """A config for each run, complete in itself. Raises ValueError when a folder holds another run."""
     for run in runs:
-        refuse_others(run)
+        check_folder(run)
     for run in runs:
-        said = run.entry.published
-        expected = f"{sheet.show(said)} % (best round, full scale)" if said else "not printed"
-        head = (
-            f"# {TABLES[asked.table].title}: {run.entry.label}, {run.case.said}, seed "
-            f"{run.seed}.\n# Made by `fedlora-mpi reproduce {asked.table} --scale {asked.scale}`. "
+        published = run.entry.published
+        expected = (
+            f"{sheet.format_accuracy(published)} % (best round, full scale)"
+            if published
+            else "not printed"
+        )
+        header = (
+            f"# {TABLES[request.table].title}: {run.entry.label}, {run.case.description}, seed "
+            f"{run.seed}.\n# Made by `fedlora-mpi reproduce {request.table} --scale {request.scale}`. "
             f"In the paper: {expected}.\n"
         )
-        with nolinks.opened_folder(run.folder.parent, asked.out, make=True) as home:
-            nolinks.is_there(home, run.beside(".log"))
-        write_atomic(run.beside(".yaml"), (head + resolved_yaml(run.config)).encode(), asked.out)
+        with nolinks.opened_folder(run.folder.parent, request.root_folder, make=True) as folder_fd:
+            nolinks.is_there(folder_fd, run.sibling_path(".log"))
+        write_atomic(
+            run.sibling_path(".yaml"),
+            (header + resolved_yaml(run.config)).encode(),
+            request.root_folder,
+        )
 
 
 def _last_line(log: Path) -> str:
     with opened_file(log) as file:
-        said = [
+        lines = [
             line.strip()
             for line in file.read().decode(errors="replace").splitlines()
             if line.strip()
         ]
-    return one_line(said[-1]) if said else "no output"
+    return escape_line(lines[-1]) if lines else "no output"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from ..config import Config, from_dict
-from .paper import V
+from .paper import Accuracy
 
 SCALES = ("small", "full")
 
@@ -22,15 +22,15 @@ class Scale(NamedTuple):
     epochs: int
     rounds: int
 
-    def cut(self, full: "Scale", whose: str = "paper") -> str:
+    def describe_cut(self, full: "Scale", full_scale_source: str = "paper") -> str:
         """What differs from full scale, which is ``whose``, for the header of a table; "" where
         nothing does.
         """
         pairs = zip(self._fields, self, full, strict=True)
         changes = [
-            f"{name} {ours} ({whose} {theirs or 'all'})"
-            for name, ours, theirs in pairs
-            if ours != theirs
+            f"{name} {size} ({full_scale_source} {full_size or 'all'})"
+            for name, size, full_size in pairs
+            if size != full_size
         ]
         return ", ".join(changes)
 
@@ -40,7 +40,7 @@ class Case(ABC):
     """What a table is made for: a data set, and what else its paper varies from table to table."""
 
     data: str
-    whose: ClassVar[str] = "paper"  # where the sizes of full scale are from
+    full_scale_source: ClassVar[str] = "paper"  # where the sizes of full scale are from
 
     @property
     @abstractmethod
@@ -49,15 +49,15 @@ class Case(ABC):
 
     @property
     @abstractmethod
-    def said(self) -> str:
+    def description(self) -> str:
         """For people."""
 
     @abstractmethod
-    def at(self, scale: str) -> Scale:
+    def scale_sizes(self, scale: str) -> Scale:
         """The size at one of ``SCALES``."""
 
     @property
-    def less(self) -> str:
+    def data_difference(self) -> str:
         """What its data lack of the paper's; "" where nothing."""
         return ""
 
@@ -89,7 +89,7 @@ class Entry:
     key: str
     label: str  # as the paper writes it
     algorithm: Mapping[str, Any]  # the config's block
-    published: V | None = None
+    published: Accuracy | None = None
     participation: float = 1.0
 
 
@@ -110,7 +110,7 @@ class Job(NamedTuple):
         """``<case>/<key>-seed<seed>``, as in the file names."""
         return f"{self.folder.parent.name}/{self.folder.name}"
 
-    def beside(self, suffix: str) -> Path:
+    def sibling_path(self, suffix: str) -> Path:
         """The file next to the run folder, for instance its config (.yaml)."""
         return self.folder.with_name(self.folder.name + suffix)
 
@@ -121,12 +121,14 @@ class Table:
 
     title: str
     entries: Callable[[Any, Scale], Iterator[Entry]]
-    rule: str  # what the paper leaves open and how it is decided here
-    open_to_all: bool = False  # whether --methods may add algorithms that the paper has not
-    papers: str = "the paper's, over 3 seeds, does not say which"  # what is known of its ±
+    open_choices: str  # what the paper leaves open and how it is decided here
+    allows_other_methods: bool = (
+        False  # whether --methods may add algorithms that the paper has not
+    )
+    std_note: str = "the paper's, over 3 seeds, does not say which"  # what is known of its ±
 
 
-def job(
+def make_job(
     entry: Entry, case: Case, seed: int, *, scale: Scale, rounds: int, root: str, folder: Path
 ) -> Job:
     """A run and its config. ``folder``: of the table. Raises ConfigError (a ValueError)."""

@@ -11,17 +11,20 @@ from typing import Any
 
 from .grid import Case, Entry, Scale, Table
 
-OURS = "pfedlora"
+TABLE_NAME = "pfedlora"
 # clients -> fraction of them per round: 10 train in any
 PARTICIPATION = {10: 1.0, 50: 0.2, 100: 0.1}
-CLASSES = {"cifar10": 2, "cifar100": 10}  # of each client
-TARGET = {"cifar10": 90.0, "cifar100": 50.0}  # per cent; as remembered from the paper, not checked
+CLASSES_PER_CLIENT = {"cifar10": 2, "cifar100": 10}  # of each client
+PAPER_TARGET = {
+    "cifar10": 90.0,
+    "cifar100": 50.0,
+}  # per cent; as remembered from the paper, not checked
 # 25 minutes on two CPU cores, two runs at a time, for 10 clients and one seed on CIFAR-10: Standalone trains 10 clients *
 # 400 samples * 2 epochs in 3.1 s of a core, LG-FedAvg, FD and FedProto take as long, pFedLoRA 3.9 s, FML 4.8 s, FedAPEN
 # 6.6 s, FedKD 7.3 s, so 60 rounds * 35 s / 2 cores = 18 min, and 3 min to start and to wait for the last. 50 and 100 clients
 # take as long, since 10 of them train in a round, but for the evaluation of 5 and 10 times as many.
-SMALL = {"train": 400, "test": 100, "batch_size": 50, "epochs": 2, "rounds": 60}
-FIVE = tuple(f"cnn{number}" for number in range(1, 6))
+SMALL_SIZES = {"train": 400, "test": 100, "batch_size": 50, "epochs": 2, "rounds": 60}
+FIVE_CNNS = tuple(f"cnn{number}" for number in range(1, 6))
 LABELS = {
     "fedavg": "FedAvg",
     "local": "Standalone",
@@ -31,20 +34,20 @@ LABELS = {
     "fml": "FML",
     "fedkd": "FedKD",
     "fedapen": "FedAPEN",
-    OURS: "pFedLoRA",
+    TABLE_NAME: "pFedLoRA",
 }
 
 
 @dataclass(frozen=True)
-class Crowd(Case):
+class ClientCounts(Case):
     """``clients`` decides how many of them take part; ``homogeneous``: all have CNN-1."""
 
     clients: int
     homogeneous: bool = False
 
     def __post_init__(self) -> None:
-        if self.data not in CLASSES:
-            raise ValueError(f"--data = {self.data}: pfedlora has {', '.join(CLASSES)}")
+        if self.data not in CLASSES_PER_CLIENT:
+            raise ValueError(f"--data = {self.data}: pfedlora has {', '.join(CLASSES_PER_CLIENT)}")
         if self.clients not in PARTICIPATION:
             raise ValueError(
                 f"--clients = {self.clients}: pfedlora has {', '.join(map(str, PARTICIPATION))}"
@@ -55,10 +58,10 @@ class Crowd(Case):
         return f"{self.data}-clients{self.clients}{'-cnn1' if self.homogeneous else ''}"
 
     @property
-    def said(self) -> str:
-        part = f"{100 * self.participation:g} % a round"
+    def description(self) -> str:
+        participation_text = f"{100 * self.participation:g} % a round"
         return (
-            f"{self.data}, {self.clients} clients, {part}, "
+            f"{self.data}, {self.clients} clients, {participation_text}, "
             f"{'all CNN-1' if self.homogeneous else 'five CNNs'}"
         )
 
@@ -67,24 +70,28 @@ class Crowd(Case):
         """Fraction of the clients per round."""
         return PARTICIPATION[self.clients]
 
-    def at(self, scale: str) -> Scale:
+    def scale_sizes(self, scale: str) -> Scale:
         full = Scale(self.clients, train=0, test=0, batch_size=512, epochs=10, rounds=500)
-        return full if scale == "full" else full._replace(**SMALL)
+        return full if scale == "full" else full._replace(**SMALL_SIZES)
 
     @property
     def split(self) -> dict[str, Any]:
-        return {"kind": "shares", "classes_per_client": CLASSES[self.data], "validation": 0.2}
+        return {
+            "kind": "shares",
+            "classes_per_client": CLASSES_PER_CLIENT[self.data],
+            "validation": 0.2,
+        }
 
     @property
     def model(self) -> dict[str, Any]:
-        return {"name": FIVE[0]} if self.homogeneous else {"mix": list(FIVE)}
+        return {"name": FIVE_CNNS[0]} if self.homogeneous else {"mix": list(FIVE_CNNS)}
 
     @property
     def optimizer(self) -> dict[str, float]:
         return {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-3}
 
 
-def _pfedlora(case: Crowd, scale: Scale) -> Iterator[Entry]:
+def _pfedlora_entries(case: ClientCounts, scale: Scale) -> Iterator[Entry]:
     for name, label in LABELS.items():
         if name != "fedavg" or case.homogeneous:
             block = {"name": name} | ({"energy_rounds": scale.rounds} if name == "fedkd" else {})
@@ -92,12 +99,12 @@ def _pfedlora(case: Crowd, scale: Scale) -> Iterator[Entry]:
 
 
 TABLES = {
-    OURS: Table(
+    TABLE_NAME: Table(
         "pFedLoRA: accuracy and cost",
-        _pfedlora,
+        _pfedlora_entries,
         "every method as its file in algorithms/ sets it; accuracy counts all clients, those that "
         "did not take part with what they have (the authors' code: the participants alone); "
         "training images as they are, without augmentation",
-        open_to_all=True,
+        allows_other_methods=True,
     )
 }

@@ -9,9 +9,9 @@ import numpy as np
 
 from ..store.files import replacing
 from . import costs
-from .pfedlora_table import OURS
+from .pfedlora_table import TABLE_NAME
 from .results import Result
-from .sheet import Cell, by_client, drift_of
+from .sheet import Cell, accuracy_by_client, mean_drift
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,47 +19,47 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
-OTHERS = (BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#BCA600", GREY)
+OTHER_COLORS = (BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#BCA600", GREY)
 
 
-def save(figure: "Figure", path: Path, below: Path | None = None) -> None:
+def save_figure(figure: "Figure", path: Path, root: Path | None = None) -> None:
     """Write a figure as a PNG; ``below``: see ``replacing``."""
-    with replacing(path, below) as file:
+    with replacing(path, root) as file:
         figure.savefig(file, format="png", dpi=150, bbox_inches="tight", pad_inches=0.1)
 
 
-def ranks(cells: Sequence[Cell], title: str) -> "Figure":
+def lora_rank_heatmap(cells: Sequence[Cell], title: str) -> "Figure":
     """Table 2 as a heat map: x R_c, y R_l, colour and number the best accuracy."""
-    figure, axes = _axes(title, (5.6, 4.6))
-    at = {
+    figure, axes = _new_axes(title, (5.6, 4.6))
+    accuracy_at = {
         (c.entry.algorithm["conv_rank"], c.entry.algorithm["linear_rank"]): c.best.mean
         for c in cells
     }
-    xs, ys = (sorted({place[axis] for place in at}) for axis in (0, 1))
-    grid = np.array([[at.get((x, y), np.nan) for x in xs] for y in ys])
-    drawn = axes.imshow(grid, cmap="cividis", origin="lower")
+    xs, ys = (sorted({ranks_pair[axis] for ranks_pair in accuracy_at}) for axis in (0, 1))
+    grid = np.array([[accuracy_at.get((x, y), np.nan) for x in xs] for y in ys])
+    image = axes.imshow(grid, cmap="cividis", origin="lower")
     middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
     for (row, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
             color = "black" if value > middle else "white"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
 
-    def percent(ratios):
+    def format_percents(ratios):
         return [f"{ratio:.0%}" for ratio in ratios]
 
-    axes.set_xticks(range(len(xs)), percent(xs))
-    axes.set_yticks(range(len(ys)), percent(ys))
+    axes.set_xticks(range(len(xs)), format_percents(xs))
+    axes.set_yticks(range(len(ys)), format_percents(ys))
     axes.set(xlabel="R_c, rank of the convolutions", ylabel="R_l, rank of the classifier")
-    figure.colorbar(drawn, label="best accuracy / %")
+    figure.colorbar(image, label="best accuracy / %")
     return figure
 
 
-def epochs(cells: Sequence[Cell], title: str) -> "Figure":
+def epochs_figure(cells: Sequence[Cell], title: str) -> "Figure":
     """Figure 4: x E_lora, y best accuracy with its standard deviation over seeds."""
-    figure, axes = _axes(title)
-    there = [c for c in cells if c.done]
-    xs = [c.entry.algorithm["lora_epochs"] for c in there]
-    means, stds = [c.best.mean for c in there], np.nan_to_num([c.best.std for c in there])
+    figure, axes = _new_axes(title)
+    finished = [c for c in cells if c.num_seeds]
+    xs = [c.entry.algorithm["lora_epochs"] for c in finished]
+    means, stds = [c.best.mean for c in finished], np.nan_to_num([c.best.std for c in finished])
     axes.errorbar(xs, means, stds, color=BLUE, marker="o", capsize=3)
     for x, mean in zip(xs, means, strict=True):
         axes.annotate(f"{mean:.1f}", (x, mean), (6, 6), textcoords="offset points", color=BLUE)
@@ -67,12 +67,12 @@ def epochs(cells: Sequence[Cell], title: str) -> "Figure":
     return figure
 
 
-def drift(results: Mapping[str, Sequence[Result]], title: str) -> "Figure":
+def drift_figure(results: Mapping[str, Sequence[Result]], title: str) -> "Figure":
     """Figure 6: x round, y the distance of the clients' sigma from their mean."""
-    figure, axes = _axes(title)
+    figure, axes = _new_axes(title)
     for label, color, style in (("simultaneous", ORANGE, "--"), ("alternating", BLUE, "-")):
-        if found := results.get(label):
-            curve = drift_of(found)
+        if seeds := results.get(label):
+            curve = mean_drift(seeds)
             axes.plot(np.arange(1, len(curve) + 1), curve, style, color=color)
             axes.annotate(
                 f" {label}",
@@ -91,17 +91,18 @@ def drift(results: Mapping[str, Sequence[Result]], title: str) -> "Figure":
     return figure
 
 
-def each_client(results: Mapping[str, Sequence[Result]], title: str) -> "Figure":
+def client_scatter(results: Mapping[str, Sequence[Result]], title: str) -> "Figure":
     """Figure 7: a point for each client; above the diagonal FedLoRA serves it better."""
-    figure, axes = _axes(title, (5.2, 5.2))
-    found = by_client(results).values()
+    figure, axes = _new_axes(title, (5.2, 5.2))
+    accuracies = accuracy_by_client(results).values()
     for key, label, color, marker in (
         ("fedavg", "FedAvg", ORANGE, "^"),
         ("local", "Local", BLUE, "o"),
     ):
-        if found:
+        if accuracies:
             x, y = (
-                np.concatenate([columns[name] for columns in found]) for name in (key, "fedlora")
+                np.concatenate([columns[name] for columns in accuracies])
+                for name in (key, "fedlora")
             )
             axes.scatter(
                 x,
@@ -124,45 +125,47 @@ def each_client(results: Mapping[str, Sequence[Result]], title: str) -> "Figure"
     return figure
 
 
-def against(cost: str, cells: Sequence[Cell], results: costs.Results, title: str) -> "Figure":
+def accuracy_by_cost(
+    cost: str, cells: Sequence[Cell], results: costs.ResultsByMethod, title: str
+) -> "Figure":
     """Accuracy of each method against its ``cost`` so far, a field of ``costs.Spent``; what costs
     nothing has no curve.
     """
-    figure, axes = _axes(title)
-    colors = iter(OTHERS * len(cells))
+    figure, axes = _new_axes(title)
+    colors = iter(OTHER_COLORS * len(cells))
     styles = {}
     for cell in cells:
-        ours = cell.entry.key == OURS
-        color = ORANGE if ours else next(colors)
+        is_ours = cell.entry.key == TABLE_NAME
+        color = ORANGE if is_ours else next(colors)
         styles[color] = style = "-" if color not in styles else "--"
-        if not (found := results[cell.entry.key]):
+        if not (seeds := results[cell.entry.key]):
             continue
-        curve, (unit, _) = costs.Curve.mean(found), costs.UNITS[cost]
+        curve, (unit, _) = costs.Curve.seed_mean(seeds), costs.UNITS[cost]
         if (x := getattr(curve, cost) / unit).any():
-            look = {
+            line_style = {
                 "color": color,
                 "linestyle": style,
-                "linewidth": 2.4 if ours else 1.2,
-                "zorder": 3 if ours else 2,
+                "linewidth": 2.4 if is_ours else 1.2,
+                "zorder": 3 if is_ours else 2,
             }
-            axes.plot(x, curve.accuracy, label=cell.entry.label, **look)
+            axes.plot(x, curve.accuracy, label=cell.entry.label, **line_style)
     if cost != "rounds":
         axes.set_xscale("log")
-    axes.set(xlabel=_COSTS[cost], ylabel="accuracy / %")
+    axes.set(xlabel=_COST_LABELS[cost], ylabel="accuracy / %")
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-def gains(cells: Sequence[Cell], results: costs.Results, title: str) -> "Figure":
+def gains_figure(cells: Sequence[Cell], results: costs.ResultsByMethod, title: str) -> "Figure":
     """pFedLoRA's Figure 5: a bar for each client and seed, the largest gain first."""
-    figure, axes = _axes(title)
-    rival, found = costs.best_baseline(cells), costs.differences(cells, results)
-    gap = np.sort(np.concatenate([np.zeros(0), *found.values()]))[::-1]
+    figure, axes = _new_axes(title)
+    rival, gains_of = costs.best_baseline(cells), costs.client_gains(cells, results)
+    sorted_gains = np.sort(np.concatenate([np.zeros(0), *gains_of.values()]))[::-1]
     axes.bar(
-        np.arange(1, len(gap) + 1),
-        gap,
+        np.arange(1, len(sorted_gains) + 1),
+        sorted_gains,
         width=0.8,
-        color=[ORANGE if value > 0 else GREY for value in gap],
+        color=[ORANGE if value > 0 else GREY for value in sorted_gains],
     )
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -171,14 +174,14 @@ def gains(cells: Sequence[Cell], results: costs.Results, title: str) -> "Figure"
     return figure
 
 
-_COSTS = {
+_COST_LABELS = {
     "rounds": "round",
     "bytes": "sent up and down, all clients / MB",
     "flops": "local training, all clients / TFLOP",
 }
 
 
-def _axes(title: str, inches: tuple[float, float] = (6.4, 4.0)) -> "tuple[Figure, Axes]":
+def _new_axes(title: str, inches: tuple[float, float] = (6.4, 4.0)) -> "tuple[Figure, Axes]":
     """An empty plot. Raises ValueError where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure

@@ -13,19 +13,21 @@ from .grid import Case, Entry, Scale
 TABLES = fedlora.TABLES | agnews.TABLES | pfedlora.TABLES | fedhl.TABLES
 
 
-def entries(name: str, case: Case, scale: Scale, methods: Sequence[str] = ()) -> list[Entry]:
+def table_entries(name: str, case: Case, scale: Scale, methods: Sequence[str] = ()) -> list[Entry]:
     """The cells of a table, or those that ``methods`` names, in its order.
 
     Raises ValueError for a name that is none of them, nor, where the table is open to all, an
     algorithm.
     """
     table = TABLES[name]
-    found = {entry.key: entry for entry in table.entries(case, scale)}
-    known = [*found, *(algorithms.names() if table.open_to_all else ())]
+    entry_of = {entry.key: entry for entry in table.entries(case, scale)}
+    known = [*entry_of, *(algorithms.algorithm_names() if table.allows_other_methods else ())]
     for method in methods:
         if method not in known:
-            what = f"{name} has {', '.join(dict.fromkeys(known))}"
-            raise ValueError(f"--methods = {method}: {what}{nearest(method, known)}")
-    part = next(iter(found.values())).participation
-    own = [Entry(m, m, {"name": m}, participation=part) for m in methods if m not in found]
-    return [entry for entry in found.values() if not methods or entry.key in methods] + own
+            allowed = f"{name} has {', '.join(dict.fromkeys(known))}"
+            raise ValueError(f"--methods = {method}: {allowed}{nearest(method, known)}")
+    participation = next(iter(entry_of.values())).participation
+    extra = [
+        Entry(m, m, {"name": m}, participation=participation) for m in methods if m not in entry_of
+    ]
+    return [entry for entry in entry_of.values() if not methods or entry.key in methods] + extra

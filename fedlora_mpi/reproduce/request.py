@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from ..core.paths import expanded
+from ..core.paths import expand_home
 from . import agnews_row as agnews
 from . import fedhl_table as fedhl
-from .fedlora_tables import DATA, Alpha
+from .fedlora_tables import DATASETS, DirichletCase
 from .grid import Case
-from .pfedlora_table import OURS, PARTICIPATION, Crowd
+from .pfedlora_table import PARTICIPATION, TABLE_NAME, ClientCounts
 
 
 @dataclass(frozen=True)
@@ -50,72 +50,75 @@ class Request:
         for name, value in (("rounds", self.rounds), ("ranks", self.ranks), ("jobs", self.jobs)):
             if value is not None and value < 1:
                 raise ValueError(f"--{name} = {value}: must be an integer of at least 1")
-        if self.table == OURS:
-            foreign = {"alpha": self.alpha}
+        if self.table == TABLE_NAME:
+            disallowed = {"alpha": self.alpha}
         else:
-            foreign = {
+            disallowed = {
                 "clients": self.clients,
                 "homogeneous": self.homogeneous,
                 "target": self.target,
             }
-        if self.table not in (agnews.OURS, fedhl.OURS):
-            foreign["text-train"] = self.text_train
-        if self.table != fedhl.OURS:
-            foreign |= {"width": self.width, "participation": self.participation}
-        for name, value in foreign.items():
+        if self.table not in (agnews.TABLE_NAME, fedhl.TABLE_NAME):
+            disallowed["text-train"] = self.text_train
+        if self.table != fedhl.TABLE_NAME:
+            disallowed |= {"width": self.width, "participation": self.participation}
+        for name, value in disallowed.items():
             if value:
                 raise ValueError(f"--{name}: {self.table} has no such choice; leave it out")
 
     @property
-    def full(self) -> bool:
+    def is_full_scale(self) -> bool:
         return self.scale == "full"
 
     @property
     def cases(self) -> list[Case]:
         """What a table is made for, each. Raises ValueError."""
-        if self.table == agnews.OURS:
+        if self.table == agnews.TABLE_NAME:
             file, pairs = (
-                self.text_train or agnews.WHOLE,
+                self.text_train or agnews.TRAIN_FILE,
                 product(self.data or (agnews.DATA,), self.alpha or (agnews.ALPHA,)),
             )
-            return [agnews.Texts(data, alpha, file) for data, alpha in pairs]
-        if self.table == fedhl.OURS:
-            ways = product(
+            return [agnews.AgNewsCase(data, alpha, file) for data, alpha in pairs]
+        if self.table == fedhl.TABLE_NAME:
+            combinations = product(
                 self.data or fedhl.BACKBONES,
                 self.width or fedhl.WIDTHS,
                 self.participation or fedhl.PARTICIPATION,
                 self.alpha or (fedhl.ALPHA,),
             )
-            file = self.text_train or agnews.WHOLE
+            file = self.text_train or agnews.TRAIN_FILE
             return [
-                fedhl.Tuning(data, width, part, self.folder, alpha, file)
-                for data, width, part, alpha in ways
+                fedhl.FineTuningCase(data, width, participation, self.table_folder, alpha, file)
+                for data, width, participation, alpha in combinations
             ]
-        images = self.data or ("cifar10",)
-        if self.table == OURS:
-            clients = self.clients or (tuple(PARTICIPATION) if self.full else (10,))
+        datasets = self.data or ("cifar10",)
+        if self.table == TABLE_NAME:
+            clients = self.clients or (tuple(PARTICIPATION) if self.is_full_scale else (10,))
             return [
-                Crowd(data, number, self.homogeneous) for data, number in product(images, clients)
+                ClientCounts(data, number, self.homogeneous)
+                for data, number in product(datasets, clients)
             ]
-        if agnews.DATA in images:
+        if agnews.DATA in datasets:
             raise ValueError(
-                f"--data = {agnews.DATA}: {self.table} has {', '.join(DATA)}; texts are "
-                f"{agnews.OURS}'s"
+                f"--data = {agnews.DATA}: {self.table} has {', '.join(DATASETS)}; texts are "
+                f"{agnews.TABLE_NAME}'s"
             )
-        return [Alpha(data, alpha) for data, alpha in product(images, self.alpha or (0.1,))]
+        return [
+            DirichletCase(data, alpha) for data, alpha in product(datasets, self.alpha or (0.1,))
+        ]
 
     @property
-    def chosen_seeds(self) -> Sequence[int]:
-        return self.seeds or ((1, 2, 3) if self.full else (1,))
+    def run_seeds(self) -> Sequence[int]:
+        return self.seeds or ((1, 2, 3) if self.is_full_scale else (1,))
 
-    def rounds_of(self, case: Case) -> int:
+    def rounds_for(self, case: Case) -> int:
         """How many rounds its runs have."""
-        return self.rounds or case.at(self.scale).rounds
+        return self.rounds or case.scale_sizes(self.scale).rounds
 
     @property
-    def out(self) -> Path:
-        return expanded(self.output or Path("runs") / f"reproduce-{self.scale}").resolve()
+    def root_folder(self) -> Path:
+        return expand_home(self.output or Path("runs") / f"reproduce-{self.scale}").resolve()
 
     @property
-    def folder(self) -> Path:
-        return self.out / self.table
+    def table_folder(self) -> Path:
+        return self.root_folder / self.table

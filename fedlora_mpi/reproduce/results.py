@@ -37,7 +37,7 @@ class Result:
         return 100 * float(self.rounds["accuracy"][-1])
 
 
-class Shelf:
+class ResultStore:
     """The run folders under ``out``: a run that one table has finished serves the others.
 
     Two runs are the same when their configs differ at most in what a resume may change and in the
@@ -45,35 +45,37 @@ class Shelf:
     """
 
     def __init__(self, out: Path) -> None:
-        self._there: dict[str, list[tuple[int, Path]]] = {}
+        self._folders_of: dict[str, list[tuple[int, Path]]] = {}
         for folder in sorted(path.parent for path in out.glob("*/*/*/log.h5")):
-            if (found := _recorded(folder)) is not None:
-                self._there.setdefault(_settings(found), []).append((rounds_done(folder), folder))
+            if (config := _read_config(folder)) is not None:
+                self._folders_of.setdefault(_settings_digest(config), []).append(
+                    (num_logged_rounds(folder), folder)
+                )
 
-    def finished(self, job: Job) -> Path | None:
+    def find_finished(self, job: Job) -> Path | None:
         """The folder that holds all rounds of this run: its own, or that of an equal run."""
         folders = [
             folder
-            for done, folder in self._there.get(_settings(job.config), [])
-            if done >= job.config.rounds
+            for num_rounds, folder in self._folders_of.get(_settings_digest(job.config), [])
+            if num_rounds >= job.config.rounds
         ]
         return job.folder if job.folder in folders else next(iter(folders), None)
 
     def result(self, job: Job) -> Result | None:
         """The columns of a finished run; None when it is not finished."""
-        if (folder := self.finished(job)) is None:
+        if (folder := self.find_finished(job)) is None:
             return None
         files = RunFiles(folder)
         rounds, clients = files.rounds(), files.clients()
-        first = slice(np.searchsorted(rounds["round"], job.config.rounds, side="right"))
+        wanted = slice(np.searchsorted(rounds["round"], job.config.rounds, side="right"))
 
-        def cut(columns):
-            return {name: column[first] for name, column in columns.items()}
+        def cut_columns(columns):
+            return {name: column[wanted] for name, column in columns.items()}
 
-        return Result(job, cut(rounds), cut(clients))
+        return Result(job, cut_columns(rounds), cut_columns(clients))
 
 
-def rounds_done(folder: Path) -> int:
+def num_logged_rounds(folder: Path) -> int:
     """Rounds in the log of a run folder; 0 where there is none that can be read."""
     try:
         return len(RunFiles(folder).rounds()["round"])
@@ -81,24 +83,24 @@ def rounds_done(folder: Path) -> int:
         return 0
 
 
-def refuse_others(job: Job) -> None:
+def check_folder(job: Job) -> None:
     """Raise ValueError when the run's folder holds a run with other settings."""
-    found = _recorded(job.folder)
-    if found is None or _settings(found) == _settings(job.config):
+    recorded = _read_config(job.folder)
+    if recorded is None or _settings_digest(recorded) == _settings_digest(job.config):
         return
-    theirs, ours = (flat(config) for config in (found, job.config))
+    recorded_keys, job_keys = (flat(config) for config in (recorded, job.config))
     ignored = ("output", "rounds", "engine.", "checkpoint.", "data.root", "data.download")
     changes = [
-        f"{key} = {theirs.get(key)} (now {ours.get(key)})"
-        for key in {**theirs, **ours}
-        if theirs.get(key) != ours.get(key) and not key.startswith(ignored)
+        f"{key} = {recorded_keys.get(key)} (now {job_keys.get(key)})"
+        for key in {**recorded_keys, **job_keys}
+        if recorded_keys.get(key) != job_keys.get(key) and not key.startswith(ignored)
     ]
     raise ValueError(
         f"{job.folder}: holds a run with {', '.join(changes)}; choose another folder with -o"
     )
 
 
-def _recorded(folder: Path) -> Config | None:
+def _read_config(folder: Path) -> Config | None:
     """The config of a run folder; None where there is none of this version."""
     try:
         return from_dict(RunFiles(folder).config, str(folder))
@@ -106,6 +108,6 @@ def _recorded(folder: Path) -> Config | None:
         return None
 
 
-def _settings(config: Config) -> str:
+def _settings_digest(config: Config) -> str:
     """Equal for two runs whose results should be equal but for rounding."""
     return digest(replace(config, engine=Engine()))

@@ -9,23 +9,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..analysis.report import aligned
+from ..analysis.report import align_columns
 from ..core import escapes
 from . import paper
 from .grid import Entry, Table
-from .paper import V
+from .paper import Accuracy
 from .results import Result
 
-METRIC = (
+METRIC_NOTE = (
     "accuracy in %: mean over the clients of each client's own model on its own test data. best: "
     "in the best round, chosen on test data as in the paper; last: in the last round"
 )
 
-_DRIFT = (
+_DRIFT_NOTE = (
     "drift: distance (L2) of the clients' sigma_i after training from their mean, over the "
     "parameters: the root of the mean square over clients, where the paper's eq. (9) has the mean"
 )
-_AS_GOOD = (
+_AS_GOOD_NOTE = (
     "as good: clients whose accuracy with FedLoRA is at least that with the other method, each in "
     "its best round; worst difference: of any client to the better of the two, percentage points"
 )
@@ -47,17 +47,17 @@ class Sheet:
     def text(self) -> str:
         """For a terminal."""
 
-        def fill(text, first=""):
+        def fill(text, bullet=""):
             return textwrap.fill(
-                text, 100, initial_indent=first, subsequent_indent=" " * len(first)
+                text, 100, initial_indent=bullet, subsequent_indent=" " * len(bullet)
             )
 
-        head = [self.title, *([fill(self.caution)] if self.caution else [])]
+        header_lines = [self.title, *([fill(self.caution)] if self.caution else [])]
         return "\n".join(
             [
-                *head,
+                *header_lines,
                 "",
-                aligned(self.rows, left=(0,)),
+                align_columns(self.rows, left=(0,)),
                 "",
                 *(fill(note, "- ") for note in self.notes),
             ]
@@ -66,13 +66,17 @@ class Sheet:
     def markdown(self) -> str:
         """A table of GitHub's Markdown."""
         header, *rows = (
-            "| " + " | ".join(escapes.markdown(cell.strip()) for cell in row) + " |"
+            "| " + " | ".join(escapes.escape_markdown(cell.strip()) for cell in row) + " |"
             for row in self.rows
         )
-        rule = "|---|" + "---:|" * (len(self.rows[0]) - 1)
-        head = [f"### {self.title}", "", *([f"**{self.caution}**", ""] if self.caution else [])]
+        separator = "|---|" + "---:|" * (len(self.rows[0]) - 1)
+        header_lines = [
+            f"### {self.title}",
+            "",
+            *([f"**{self.caution}**", ""] if self.caution else []),
+        ]
         return "\n".join(
-            [*head, header, rule, *rows, "", *(f"- {note}" for note in self.notes), ""]
+            [*header_lines, header, separator, *rows, "", *(f"- {note}" for note in self.notes), ""]
         )
 
     def csv(self) -> str:
@@ -81,11 +85,11 @@ class Sheet:
         writer = csv.DictWriter(file, self.records[0], lineterminator="\n")
         writer.writeheader()
 
-        def empty(value):
+        def is_unknown(value):
             return isinstance(value, float) and np.isnan(value)
 
         writer.writerows(
-            {name: "" if empty(v) else escapes.cell(v) for name, v in row.items()}
+            {name: "" if is_unknown(v) else escapes.csv_cell(v) for name, v in row.items()}
             for row in self.records
         )
         return file.getvalue()
@@ -95,9 +99,9 @@ class Cell(NamedTuple):
     """One entry over the seeds, per cent; NaN where unknown."""
 
     entry: Entry
-    done: int  # seeds
-    best: V
-    last: V
+    num_seeds: int  # seeds
+    best: Accuracy
+    last: Accuracy
 
     @property
     def difference(self) -> float:
@@ -105,85 +109,100 @@ class Cell(NamedTuple):
         return self.best.mean - self.entry.published.mean if self.entry.published else np.nan
 
     @classmethod
-    def of(cls, entry: Entry, results: Sequence[Result]) -> "Cell":
+    def from_results(cls, entry: Entry, results: Sequence[Result]) -> "Cell":
         """The mean of the finished runs, and their sample standard deviation."""
         return cls(
-            entry, len(results), _over([r.best for r in results]), _over([r.last for r in results])
+            entry,
+            len(results),
+            _seed_stat([r.best for r in results]),
+            _seed_stat([r.last for r in results]),
         )
 
 
-def compare(
+def comparison_sheet(
     title: str,
     caution: str,
     notes: Sequence[str],
     cells: Sequence[Cell],
     seeds: int,
-    papers: str = Table.papers,
+    std_note: str = Table.std_note,
 ) -> Sheet:
     """A row for each entry, beside the paper."""
     rows = [("", "seeds", "best", "last", "paper", "difference")]
     for cell in cells:
-        numbers = [show(v) for v in (cell.best, cell.last, cell.entry.published)]
-        rows.append((cell.entry.label, f"{cell.done}/{seeds}", *numbers, signed(cell.difference)))
+        numbers = [format_accuracy(v) for v in (cell.best, cell.last, cell.entry.published)]
+        rows.append(
+            (
+                cell.entry.label,
+                f"{cell.num_seeds}/{seeds}",
+                *numbers,
+                format_difference(cell.difference),
+            )
+        )
     return Sheet(
         title,
         caution,
-        [METRIC, spread(seeds, papers), *notes, *_order(cells)],
+        [METRIC_NOTE, spread_note(seeds, std_note), *notes, *_order_notes(cells)],
         rows,
-        [record(c) for c in cells],
+        [csv_record(c) for c in cells],
     )
 
 
-def ranks(
+def lora_rank_sheet(
     title: str, caution: str, notes: Sequence[str], cells: Sequence[Cell], seeds: int
 ) -> Sheet:
     """Table 2: R_l down, R_c across; in each cell ours and, in brackets, the difference. * is our
     best.
     """
-    at = {(c.entry.algorithm["linear_rank"], c.entry.algorithm["conv_rank"]): c for c in cells}
-    downs, acrosses = (sorted({place[axis] for place in at}) for axis in (0, 1))
-    top = max((c.best.mean for c in cells if c.done), default=np.nan)
-    rows = [("R_l \\ R_c", *(f"{r_c:.0%}" for r_c in acrosses))]
-    for r_l in downs:
-        row = [at.get((r_l, r_c)) for r_c in acrosses]
-        marks = ["*" if cell and cell.best.mean == top else "" for cell in row]
-        shown = [f"{show(c.best)} ({signed(c.difference)})" if c else "" for c in row]
-        rows.append((f"{r_l:.0%}", *(text + mark for text, mark in zip(shown, marks, strict=True))))
-    said = "best accuracy, in brackets the difference to the paper; * our highest"
+    cell_at = {(c.entry.algorithm["linear_rank"], c.entry.algorithm["conv_rank"]): c for c in cells}
+    linear_ranks, conv_ranks = (
+        sorted({rank_pair[axis] for rank_pair in cell_at}) for axis in (0, 1)
+    )
+    best_mean = max((c.best.mean for c in cells if c.num_seeds), default=np.nan)
+    rows = [("R_l \\ R_c", *(f"{r_c:.0%}" for r_c in conv_ranks))]
+    for r_l in linear_ranks:
+        row = [cell_at.get((r_l, r_c)) for r_c in conv_ranks]
+        marks = ["*" if cell and cell.best.mean == best_mean else "" for cell in row]
+        texts = [
+            f"{format_accuracy(c.best)} ({format_difference(c.difference)})" if c else ""
+            for c in row
+        ]
+        rows.append((f"{r_l:.0%}", *(text + mark for text, mark in zip(texts, marks, strict=True))))
+    explanation = "best accuracy, in brackets the difference to the paper; * our highest"
     return Sheet(
         title,
         caution,
-        [said, METRIC, spread(seeds), *notes, *_order(cells)],
+        [explanation, METRIC_NOTE, spread_note(seeds), *notes, *_order_notes(cells)],
         rows,
-        [record(c) for c in cells],
+        [csv_record(c) for c in cells],
     )
 
 
-def drift(
+def drift_sheet(
     title: str, caution: str, notes: Sequence[str], results: Mapping[str, Sequence[Result]]
 ) -> Sheet:
     """Figure 6: rounds down, the orders of training across, means over seeds."""
-    curves = {label: drift_of(found) for label, found in results.items() if found}
+    curves = {label: mean_drift(seeds) for label, seeds in results.items() if seeds}
     length = min((len(curve) for curve in curves.values()), default=0)
-    shown = sorted({*range(0, length, max(1, length // 10)), length - 1} - {-1})
+    shown_rounds = sorted({*range(0, length, max(1, length // 10)), length - 1} - {-1})
     rows = [("round", *curves)]
-    rows += [(str(t + 1), *(f"{curve[t]:.4g}" for curve in curves.values())) for t in shown]
+    rows += [(str(t + 1), *(f"{curve[t]:.4g}" for curve in curves.values())) for t in shown_rounds]
     records = [
         {"round": t + 1} | {label: curve[t] for label, curve in curves.items()}
         for t in range(length)
     ]
-    said = [_DRIFT, f"the paper: {paper.CLAIMS['fig6']}"]
+    explanations = [_DRIFT_NOTE, f"the paper: {paper.CLAIMS['fig6']}"]
     if {"alternating", "simultaneous"} <= curves.keys() and length:
         ratio = curves["alternating"][:length] / curves["simultaneous"][:length]
-        below = np.count_nonzero(ratio < 1)
-        said.append(
-            f"here: alternating is below in {below} of {length} rounds, {ratio.mean():.2f} times "
+        num_below = np.count_nonzero(ratio < 1)
+        explanations.append(
+            f"here: alternating is below in {num_below} of {length} rounds, {ratio.mean():.2f} times "
             "on average"
         )
-    return Sheet(title, caution, [*said, *notes], rows, records or [{"round": None}])
+    return Sheet(title, caution, [*explanations, *notes], rows, records or [{"round": None}])
 
 
-def each_client(
+def client_sheet(
     title: str, caution: str, notes: Sequence[str], results: Mapping[str, Sequence[Result]]
 ) -> Sheet:
     """Figure 7: how many clients FedLoRA serves at least as well as FedAvg and Local, a row for
@@ -200,68 +219,74 @@ def each_client(
         )
     ]
     records = []
-    for seed, columns in by_client(results).items():
-        ours, others = columns["fedlora"], [columns["fedavg"], columns["local"]]
-        good = [np.count_nonzero(ours >= other) for other in (*others, np.maximum(*others))]
-        worst = signed((ours - np.maximum(*others)).min())
-        rows.append((str(seed), str(len(ours)), *map(str, good), worst))
+    for seed, columns in accuracy_by_client(results).items():
+        ours, baselines = columns["fedlora"], [columns["fedavg"], columns["local"]]
+        num_as_good = [
+            np.count_nonzero(ours >= baseline) for baseline in (*baselines, np.maximum(*baselines))
+        ]
+        worst_difference = format_difference((ours - np.maximum(*baselines)).min())
+        rows.append((str(seed), str(len(ours)), *map(str, num_as_good), worst_difference))
         for client, numbers in enumerate(zip(*columns.values(), strict=True)):
             records.append(
                 {"seed": seed, "client": client} | dict(zip(columns, numbers, strict=True))
             )
-    said = [_AS_GOOD, f"the paper: {paper.CLAIMS['fig7']}"]
-    return Sheet(title, caution, [*said, *notes], rows, records or [{"seed": None, "client": None}])
+    explanations = [_AS_GOOD_NOTE, f"the paper: {paper.CLAIMS['fig7']}"]
+    return Sheet(
+        title, caution, [*explanations, *notes], rows, records or [{"seed": None, "client": None}]
+    )
 
 
-def drift_of(results: Sequence[Result]) -> np.ndarray:
+def mean_drift(results: Sequence[Result]) -> np.ndarray:
     """[T] mean over seeds."""
     return np.mean([result.rounds["drift"] for result in results], axis=0)
 
 
-def by_client(
+def accuracy_by_client(
     results: Mapping[str, Sequence[Result]], keys: Sequence[str] = ("fedlora", "fedavg", "local")
 ) -> dict[int, dict[str, np.ndarray]]:
     """seed -> method -> [N] accuracy in its best round, per cent; only seeds that all ``keys``
     have.
     """
-    found: dict[int, dict[str, np.ndarray]] = {}
+    accuracy_of: dict[int, dict[str, np.ndarray]] = {}
     for key in keys:
         for result in results.get(key, ()):
             column = 100 * result.clients["accuracy"][result.best_row]
-            found.setdefault(result.job.seed, {})[key] = column
-    return {seed: columns for seed, columns in sorted(found.items()) if len(columns) == len(keys)}
+            accuracy_of.setdefault(result.job.seed, {})[key] = column
+    return {
+        seed: columns for seed, columns in sorted(accuracy_of.items()) if len(columns) == len(keys)
+    }
 
 
-def _over(numbers: Sequence[float]) -> V:
+def _seed_stat(numbers: Sequence[float]) -> Accuracy:
     if not numbers:
-        return V(np.nan, np.nan)
-    return V(
+        return Accuracy(np.nan, np.nan)
+    return Accuracy(
         float(np.mean(numbers)), float(np.std(numbers, ddof=1)) if len(numbers) > 1 else np.nan
     )
 
 
-def show(value: V | None) -> str:
+def format_accuracy(value: Accuracy | None) -> str:
     """Mean and deviation; "-" where unknown."""
     if value is None or np.isnan(value.mean):
         return "-"
     return f"{value.mean:.2f}" + ("" if np.isnan(value.std) else f" ± {value.std:.2f}")
 
 
-def signed(number: float) -> str:
+def format_difference(number: float) -> str:
     """A difference; "-" where unknown."""
     return "-" if np.isnan(number) else f"{number:+.2f}"
 
 
-def spread(seeds: int, papers: str = Table.papers) -> str:
+def spread_note(seeds: int, std_note: str = Table.std_note) -> str:
     """What stands behind ±; ``papers``: what is known of the paper's."""
     if seeds == 1:
-        return f"one seed, so no standard deviation; {papers}"
-    return f"± sample standard deviation over {seeds} seeds (of run and partition); {papers}"
+        return f"one seed, so no standard deviation; {std_note}"
+    return f"± sample standard deviation over {seeds} seeds (of run and partition); {std_note}"
 
 
-def record(cell: Cell) -> dict[str, Any]:
+def csv_record(cell: Cell) -> dict[str, Any]:
     """The cell as columns of a CSV."""
-    published = cell.entry.published or V(np.nan, np.nan)
+    published = cell.entry.published or Accuracy(np.nan, np.nan)
     pairs = {"best": cell.best, "last": cell.last, "paper": published}
     numbers = {
         f"{name}_{part}": getattr(v, part) for name, v in pairs.items() for part in ("mean", "std")
@@ -269,18 +294,20 @@ def record(cell: Cell) -> dict[str, Any]:
     return {
         "entry": cell.entry.key,
         "label": cell.entry.label,
-        "seeds": cell.done,
+        "seeds": cell.num_seeds,
         **numbers,
         "difference": cell.difference,
     }
 
 
-def _order(cells: Sequence[Cell]) -> Iterator[str]:
+def _order_notes(cells: Sequence[Cell]) -> Iterator[str]:
     """Whether the entries come in the paper's order, where there are enough of them to say so."""
-    pairs = [(c.best.mean, c.entry.published.mean) for c in cells if c.done and c.entry.published]
+    pairs = [
+        (c.best.mean, c.entry.published.mean) for c in cells if c.num_seeds and c.entry.published
+    ]
     if len(pairs) > 3:
-        places = [np.argsort(np.argsort(column)) for column in zip(*pairs, strict=True)]
-        rho = np.corrcoef(*places)[0, 1]
+        ranks_of_columns = [np.argsort(np.argsort(column)) for column in zip(*pairs, strict=True)]
+        rho = np.corrcoef(*ranks_of_columns)[0, 1]
         yield (
             f"order of the {len(pairs)} entries against the paper's: rank correlation {rho:+.2f} "
             "(Spearman; 1 is the same)"

@@ -11,159 +11,175 @@ from . import costs, picture, sheet
 from . import fedhl_table as fedhl
 from .grid import Case, Job
 from .paper import CLAIMS
-from .pfedlora_table import OURS, TARGET
+from .pfedlora_table import PAPER_TARGET, TABLE_NAME
 from .registry import TABLES
 from .request import Request
-from .results import Result, Shelf
+from .results import Result, ResultStore
 from .sheet import Cell, Sheet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Found(NamedTuple):
+class CaseResults(NamedTuple):
     """What the runs of a case have brought."""
 
     cells: list[Cell]
     results: dict[str, list[Result]]  # of each entry, the finished seeds
 
 
-def found_of(runs: Sequence[Job], shelf: Shelf) -> Found:
+def collect_results(runs: Sequence[Job], shelf: ResultStore) -> CaseResults:
     """The finished among the runs."""
-    there = [result for run in runs if (result := shelf.result(run))]
-    over = {run.entry.key: run.entry for run in runs}
-    results = {key: [r for r in there if r.job.entry.key == key] for key in over}
-    return Found([Cell.of(entry, results[key]) for key, entry in over.items()], results)
+    finished = [result for run in runs if (result := shelf.result(run))]
+    entry_of = {run.entry.key: run.entry for run in runs}
+    results = {key: [r for r in finished if r.job.entry.key == key] for key in entry_of}
+    return CaseResults(
+        [Cell.from_results(entry, results[key]) for key, entry in entry_of.items()], results
+    )
 
 
-def show(asked: Request, case: Case, found: Found) -> None:
+def publish_case(request: Request, case: Case, case_results: CaseResults) -> None:
     """Print what a table has to say of a case and write it as text, Markdown, CSV and, where it is
     a picture, PNG.
     """
-    title = f"{TABLES[asked.table].title}; {case.said}, scale {asked.scale}"
-    for end, made in _sheets(asked, case, title, found).items():
-        _write(asked, case.name + end, made)
-    if any(found.results.values()):
-        for end, figure in _pictures(asked.table, title, *found).items():
-            print(f"- drawn as {_draw(figure, asked.folder / f'{case.name}{end}.png', asked.out)}")
+    title = f"{TABLES[request.table].title}; {case.description}, scale {request.scale}"
+    for suffix, table_sheet in _make_sheets(request, case, title, case_results).items():
+        _publish_sheet(request, case.name + suffix, table_sheet)
+    if any(case_results.results.values()):
+        for suffix, figure in _figure_makers(request.table, title, *case_results).items():
+            print(
+                f"- drawn as {_save_figure(figure, request.table_folder / f'{case.name}{suffix}.png', request.root_folder)}"
+            )
     print()
 
 
-def _write(asked: Request, name: str, made: Sheet) -> None:
+def _publish_sheet(request: Request, name: str, table_sheet: Sheet) -> None:
     """Print a table and write it in all forms."""
-    stem = asked.folder / name
-    with nolinks.opened_folder(asked.folder, asked.out, make=True):
+    stem = request.table_folder / name
+    with nolinks.opened_folder(request.table_folder, request.root_folder, make=True):
         pass
     for suffix, text in (
-        (".txt", made.text() + "\n"),
-        (".md", made.markdown()),
-        (".csv", made.csv()),
+        (".txt", table_sheet.text() + "\n"),
+        (".md", table_sheet.markdown()),
+        (".csv", table_sheet.csv()),
     ):
-        write_atomic(stem.with_name(stem.name + suffix), text.encode(), asked.out)
-    print(made.text())
+        write_atomic(stem.with_name(stem.name + suffix), text.encode(), request.root_folder)
+    print(table_sheet.text())
     print(f"- also as {stem}.txt, .md, .csv\n")
 
 
-def _sheets(asked: Request, case: Case, title: str, found: Found) -> dict[str, Sheet]:
+def _make_sheets(
+    request: Request, case: Case, title: str, case_results: CaseResults
+) -> dict[str, Sheet]:
     """End of the file names -> table."""
     seeds, notes, caution = (
-        len(asked.chosen_seeds),
-        [TABLES[asked.table].rule],
-        _caution(asked, case),
+        len(request.run_seeds),
+        [TABLES[request.table].open_choices],
+        _difference_note(request, case),
     )
-    cells, results = found
-    if asked.table == "fig6":
-        return {"": sheet.drift(title, caution, notes, results)}
-    if asked.table == "fig7":
-        return {"": sheet.each_client(title, caution, notes, results)}
-    if asked.table == OURS:
-        made = {"": costs.accuracy(title, caution, notes, cells, seeds)}
-        for end, (percent, why) in _targets(asked, case, results).items():
-            made[end] = costs.target(title, caution, why, cells, results, percent)
-        return made | {
-            "-gains": costs.each_client(f"{title}; each client", caution, [], cells, results)
+    cells, results = case_results
+    if request.table == "fig6":
+        return {"": sheet.drift_sheet(title, caution, notes, results)}
+    if request.table == "fig7":
+        return {"": sheet.client_sheet(title, caution, notes, results)}
+    if request.table == TABLE_NAME:
+        sheets = {"": costs.accuracy_sheet(title, caution, notes, cells, seeds)}
+        for suffix, (percent, target_notes) in _choose_targets(request, case, results).items():
+            sheets[suffix] = costs.target_sheet(
+                title, caution, target_notes, cells, results, percent
+            )
+        return sheets | {
+            "-gains": costs.client_gains_sheet(f"{title}; each client", caution, [], cells, results)
         }
-    if asked.table == "fig4":
+    if request.table == "fig4":
         notes.append(f"the paper: {CLAIMS['fig4']}")
-    if asked.table == fedhl.OURS:
-        return {"": fedhl.sheet(title, caution, notes, cells, seeds, results)}
-    if asked.table == "table2":
-        return {"": sheet.ranks(title, caution, notes, cells, seeds)}
-    return {"": sheet.compare(title, caution, notes, cells, seeds, TABLES[asked.table].papers)}
+    if request.table == fedhl.TABLE_NAME:
+        return {"": fedhl.fedhl_sheet(title, caution, notes, cells, seeds, results)}
+    if request.table == "table2":
+        return {"": sheet.lora_rank_sheet(title, caution, notes, cells, seeds)}
+    return {
+        "": sheet.comparison_sheet(
+            title, caution, notes, cells, seeds, TABLES[request.table].std_note
+        )
+    }
 
 
-def _targets(
-    asked: Request, case: Case, results: Mapping[str, Sequence[Result]]
+def _choose_targets(
+    request: Request, case: Case, results: Mapping[str, Sequence[Result]]
 ) -> dict[str, tuple[float, list[str]]]:
     """End of the file names -> (accuracy in per cent, how it was chosen).
 
     Those asked for, or the highest that all methods reach, and at full scale the paper's.
     """
-    if asked.target:
-        return {f"-target{percent:g}": (percent, []) for percent in asked.target}
-    percent, failed = costs.common(results)
-    why = "target: the highest accuracy that every method reaches with every seed"
+    if request.target:
+        return {f"-target{percent:g}": (percent, []) for percent in request.target}
+    percent, failed = costs.common_target(results)
+    target_note = "target: the highest accuracy that every method reaches with every seed"
     if failed:
-        why += (
-            f", but for {', '.join(failed)}, more than {costs.FAILS:g} percentage points below "
+        target_note += (
+            f", but for {', '.join(failed)}, more than {costs.MAX_GAP:g} percentage points below "
             "the best method"
         )
-    chosen = {"-target": (percent, [why])}
-    if asked.full:
-        chosen[f"-target{TARGET[case.data]:g}"] = (
-            TARGET[case.data],
+    targets = {"-target": (percent, [target_note])}
+    if request.is_full_scale:
+        targets[f"-target{PAPER_TARGET[case.data]:g}"] = (
+            PAPER_TARGET[case.data],
             ["target: the paper's, from memory"],
         )
-    return chosen
+    return targets
 
 
-def show_all(asked: Request, found: Mapping[Case, Found]) -> None:
+def publish_overview(request: Request, results_of: Mapping[Case, CaseResults]) -> None:
     """The best accuracy of all cases, in the same ways."""
-    cautions = dict.fromkeys(_caution(asked, case) for case in found)
-    tables = {case.name: cells for case, (cells, _) in found.items()}
-    notes = [TABLES[asked.table].rule]
-    title = f"{TABLES[asked.table].title}; best accuracy, scale {asked.scale}"
-    _write(
-        asked,
+    cautions = dict.fromkeys(_difference_note(request, case) for case in results_of)
+    tables = {case.name: cells for case, (cells, _) in results_of.items()}
+    notes = [TABLES[request.table].open_choices]
+    title = f"{TABLES[request.table].title}; best accuracy, scale {request.scale}"
+    _publish_sheet(
+        request,
         "overview",
-        costs.overview(title, " ".join(cautions), notes, tables, len(asked.chosen_seeds)),
+        costs.overview_sheet(title, " ".join(cautions), notes, tables, len(request.run_seeds)),
     )
 
 
-def _caution(asked: Request, case: Case) -> str:
+def _difference_note(request: Request, case: Case) -> str:
     """What sets these runs apart from the paper's; "" when nothing does."""
     sizes = (
-        case.at(asked.scale)._replace(rounds=asked.rounds_of(case)).cut(case.at("full"), case.whose)
+        case.scale_sizes(request.scale)
+        ._replace(rounds=request.rounds_for(case))
+        .describe_cut(case.scale_sizes("full"), case.full_scale_source)
     )
-    cut = ", ".join(filter(None, (sizes, case.less)))
+    differences = ", ".join(filter(None, (sizes, case.data_difference)))
     return (
-        f"NOT the paper's experiment: {cut}. Compare orders and signs, not numbers." if cut else ""
+        f"NOT the paper's experiment: {differences}. Compare orders and signs, not numbers."
+        if differences
+        else ""
     )
 
 
-def _pictures(
+def _figure_makers(
     table: str, title: str, cells: Sequence[Cell], results: Mapping[str, Sequence[Result]]
 ) -> "dict[str, Callable[[], Figure]]":
     """End of the file names -> how to draw it."""
-    if table == OURS:
-        drawn = {
-            f"-{cost}": partial(picture.against, cost, cells, results, title)
+    if table == TABLE_NAME:
+        cost_figures = {
+            f"-{cost}": partial(picture.accuracy_by_cost, cost, cells, results, title)
             for cost in costs.UNITS
         }
-        return drawn | {"-gains": lambda: picture.gains(cells, results, title)}
+        return cost_figures | {"-gains": lambda: picture.gains_figure(cells, results, title)}
     figures = {
-        "table2": lambda: picture.ranks(cells, title),
-        "fig4": lambda: picture.epochs(cells, title),
-        "fig6": lambda: picture.drift(results, title),
-        "fig7": lambda: picture.each_client(results, title),
+        "table2": lambda: picture.lora_rank_heatmap(cells, title),
+        "fig4": lambda: picture.epochs_figure(cells, title),
+        "fig6": lambda: picture.drift_figure(results, title),
+        "fig7": lambda: picture.client_scatter(results, title),
     }
     return {"": figures[table]} if table in figures else {}
 
 
-def _draw(figure: "Callable[[], Figure]", path: Path, below: Path) -> str:
+def _save_figure(figure: "Callable[[], Figure]", path: Path, root: Path) -> str:
     """The file of the picture, or why there is none."""
     try:
-        picture.save(figure(), path, below)
+        picture.save_figure(figure(), path, root)
     except ValueError as error:
         return f"nothing ({error})"
     return str(path)

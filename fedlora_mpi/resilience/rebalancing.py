@@ -8,54 +8,59 @@ number.
 
 from collections.abc import Sequence
 
-from ..core.scheduling import assign
+from ..core.scheduling import assign_groups
 from ..federation.federation import Run, State
-from .recovery import carried, keeping, rehomed
-from .replicas import packed
+from .recovery import move_rows, reassign_groups, with_replicas
+from .replicas import pack_row
 
-_WORTH = 0.9  # of the time of the slowest worker, below which moving pays
+_MAX_TIME_RATIO = 0.9  # of the time of the slowest worker, below which moving pays
 
 
-def due(run: Run, round_: int) -> bool:
+def is_rebalancing_due(run: Run, round_: int) -> bool:
     """Whether to look after so many rounds: after the second, the fourth, the eighth ... (the first
     warms up), where clients of several kinds are on several workers.
     """
     return (
-        len(run.kinds) > 1 and len(set(run.host)) > 1 and round_ > 1 and round_ & (round_ - 1) == 0
+        len(run.kinds) > 1
+        and len(set(run.rank_of_group)) > 1
+        and round_ > 1
+        and round_ & (round_ - 1) == 0
     )
 
 
-def balanced(run: Run, state: State, workers: Sequence[int], route: str) -> tuple[Run, State]:
+def rebalance(run: Run, state: State, workers: Sequence[int], route: str) -> tuple[Run, State]:
     """The run and the state when every group is where it takes the slowest worker least; every rank
     calls it.
 
     workers: the ranks that host clients; route: of mixes, see ``Mixing.of``. Raises Lost on all
     ranks or none, and then what was there before is untouched.
     """
-    taken = run.pace.taken.copy()
-    run.comm.sum(taken)  # equal on all ranks, if not on all numbers of ranks
-    seconds, samples = taken
+    totals = run.throughput.totals.copy()
+    run.comm.sum(totals)  # equal on all ranks, if not on all numbers of ranks
+    seconds, samples = totals
     if not (samples > 0).all():  # nobody of some kind has taken part yet
         return run, state
     costs = tuple(
         sum(run.sizes[c] for c in g) * (seconds / samples)[run.kind_of[g[0]]] for g in run.groups
     )
-    host = assign(costs, workers)
+    host = assign_groups(costs, workers)
 
-    def slowest(host):
+    def slowest_load(host):
         return max(
             sum(cost for cost, at in zip(costs, host, strict=True) if at == w) for w in workers
         )
 
-    if slowest(host) > _WORTH * slowest(run.host):
+    if slowest_load(host) > _MAX_TIME_RATIO * slowest_load(run.rank_of_group):
         return run, state
     if run.journal:
-        run.journal.settle()
-    after = rehomed(run.with_(costs=costs), run.comm, host, workers, route)
-    source = {c: rank for c, rank in run.rank_of.items() if rank != after.rank_of[c]}
+        run.journal.wait()
+    rebalanced = reassign_groups(run.with_fields(costs=costs), run.comm, host, workers, route)
+    source = {
+        c: rank for c, rank in run.rank_of_client.items() if rank != rebalanced.rank_of_client[c]
+    }
 
-    def row(client):
-        return packed(run, state.personal, client)
+    def pack_client(client):
+        return pack_row(run, state.personal, client)
 
-    state = state._replace(personal=carried(after, source, row, row))
-    return (keeping(after, state) if run.journal else after), state
+    state = state._replace(personal=move_rows(rebalanced, source, pack_client, pack_client))
+    return (with_replicas(rebalanced, state) if run.journal else rebalanced), state

@@ -11,35 +11,35 @@ import numpy as np
 
 from ..aggregation.client_mix import Mixing
 from ..config.experiment import Faults
-from ..core.scheduling import assign
+from ..core.scheduling import assign_groups
 from ..core.tree import Tree
 from ..federation.federation import Run, State
 from ..mpi.comm import Comm, Mpi
-from ..mpi.ending import Everywhere, Orphaned, together
-from ..mpi.pending import Lost
-from ..mpi.watchdog import watching
-from .replicas import Journal, Words, guard, size, split, unpack
+from ..mpi.ending import CollectiveExit, ServerLost, collectively
+from ..mpi.pending import RankLost
+from ..mpi.watchdog import watch_progress
+from .replicas import Journal, Words, replica_rank, row_words, split_rows, unpack_row
 
 
 class Unrecoverable(Exception):
     """The memory of those that are left does not hold a whole state; every rank comes to this."""
 
 
-class Plan(NamedTuple):
+class RecoveryPlan(NamedTuple):
     """What all ranks that are left do, the same on each."""
 
     round: int  # rounds done
-    saved: int  # the newest round of which rank 0 knows a checkpoint
-    number: dict[int, int]  # rank before -> rank now, of those that are left
+    checkpoint_round: int  # the newest round of which rank 0 knows a checkpoint
+    new_rank: dict[int, int]  # rank before -> rank now, of those that are left
 
 
-def lasting(
+def run_tolerant(
     faults: Faults,
     source: str,
     folder: Path,
     comm: Comm,
     begin: Callable[[Comm], int],
-    again: Callable[[Comm], int],
+    resume: Callable[[Comm], int],
 ) -> int:
     """``begin(comm)``, watched; after a death that it does not survive by itself ``again``, by
     those that are left.
@@ -48,8 +48,8 @@ def lasting(
     all ranks when they cannot outlive one.
     """
 
-    def able() -> None:
-        if faults.tolerate and comm.size > 1 and not comm.tolerant:
+    def check_tolerance() -> None:
+        if faults.tolerate and comm.size > 1 and not comm.is_tolerant:
             raise ValueError(
                 f"{source}: faults.tolerate = true: these ranks cannot outlive one of them; "
                 "launch Open MPI 5 or newer as 'mpirun --with-ft ulfm ...', or set "
@@ -63,23 +63,25 @@ def lasting(
     )
     way_out = f"continue with '{launcher}fedlora-mpi resume {folder}'"
     try:
-        with watching(comm, faults.timeout, folder, way_out):
+        with watch_progress(comm, faults.timeout, folder, way_out):
             while True:
                 try:
-                    together(comm, able)
+                    collectively(comm, check_tolerance)
                     return begin(comm)
-                except Lost as lost:
+                except RankLost as lost:
                     if not faults.tolerate:
                         raise
-                    comm, begin = left(lost, comm), again
-                    comm.pulse.at("the set-up", round_=0)
+                    comm, begin = surviving_comm(lost, comm), resume
+                    comm.heartbeat.enter_stage("the set-up", round_=0)
     except Exception as error:
-        if folder.is_dir() and (isinstance(error, Orphaned) or not isinstance(error, Everywhere)):
+        if folder.is_dir() and (
+            isinstance(error, ServerLost) or not isinstance(error, CollectiveExit)
+        ):
             error.add_note(way_out)
         raise
 
 
-def keeping(run: Run, state: State) -> Run:
+def with_replicas(run: Run, state: State) -> Run:
     """``run`` with copies in memory, from which it goes on ``without`` a rank. Raises Lost on all
     ranks or none.
     """
@@ -87,16 +89,16 @@ def keeping(run: Run, state: State) -> Run:
         return run
     journal = Journal(run, state)
     run.comm.agree()
-    return run.with_(journal=journal)
+    return run.with_fields(journal=journal)
 
 
-def without(
-    lost: Lost,
+def recover(
+    lost: RankLost,
     run: Run,
-    saved: int,
+    checkpoint_round: int,
     workers: Callable[[int], Sequence[int]],
     route: str,
-    alone: Callable[[Comm], Run],
+    rebuild: Callable[[Comm], Run],
 ) -> tuple[Run, State, int, str]:
     """The run after ``lost``, its state, the newest round with a checkpoint, and a line about it.
 
@@ -105,119 +107,134 @@ def without(
     Lost on all ranks that are left when their memory does not hold the whole state, and Orphaned on
     all when rank 0 is dead.
     """
-    began, before = time.perf_counter(), run.comm
+    started, old_comm = time.perf_counter(), run.comm
     while True:
-        comm = left(lost, before)
+        comm = surviving_comm(lost, old_comm)
         try:
-            plan = _plan(run, comm, saved)
-            after, state = _recovered(run, comm, plan, workers(comm.size), route, alone)
+            plan = _make_plan(run, comm, checkpoint_round)
+            recovered, state = _recover_run(run, comm, plan, workers(comm.size), route, rebuild)
             break
-        except Lost as another:
+        except RankLost as another:
             lost = another  # what was there before is untouched: again from there, by fewer
         except Unrecoverable:
-            raise Lost(comm) from None  # though all of these are alive
-    dead = [rank for rank in range(before.size) if rank not in plan.number]
+            raise RankLost(comm) from None  # though all of these are alive
+    dead = [rank for rank in range(old_comm.size) if rank not in plan.new_rank]
     clients = sum(len(run.clients_of(rank)) for rank in dead)
-    seconds = time.perf_counter() - began
-    line = going_on([before.members[rank] for rank in dead], comm, state.round)
-    again = run.journal.present.state.round - state.round
+    seconds = time.perf_counter() - started
+    line = recovery_line([old_comm.members[rank] for rank in dead], comm, state.round)
+    rounds_replayed = run.journal.current.state.round - state.round
     line = (
         f"{line} after {seconds:.2f} s; clients moved: {clients}; finished rounds played again: "
-        f"{again}"
+        f"{rounds_replayed}"
     )
-    return after, state, plan.saved, line
+    return recovered, state, plan.checkpoint_round, line
 
 
-def going_on(dead: Sequence[int], comm: Comm, round_: int) -> str:
+def recovery_line(dead: Sequence[int], comm: Comm, round_: int) -> str:
     """The line about ``dead`` ranks of MPI_COMM_WORLD."""
     return f"lost rank {', '.join(map(str, dead))}: {comm.size} ranks go on with round {round_ + 1}"
 
 
-def left(lost: Lost, before: Mpi) -> Mpi:
+def surviving_comm(lost: RankLost, old_comm: Mpi) -> Mpi:
     """The ranks that are left of ``before``. Raises Orphaned on all of them where rank 0 is not
     among them.
     """
-    comm = lost.left()
-    if comm.members[0] != before.members[0]:
-        raise Orphaned("rank 0, which has the log, has died", speaker=comm.members[0])
+    comm = lost.shrink()
+    if comm.members[0] != old_comm.members[0]:
+        raise ServerLost("rank 0, which has the log, has died", reporting_rank=comm.members[0])
     return comm
 
 
-def _plan(run: Run, comm: Mpi, saved: int) -> Plan:
+def _make_plan(run: Run, comm: Mpi, checkpoint_round: int) -> RecoveryPlan:
     """What to do without the dead of ``run``: one table is summed. Raises Lost on all ranks or
     none.
 
     Raises Unrecoverable on all where a rank has died together with the one that had its copies.
     """
-    old, journal = run.comm, run.journal
-    number = {old.members.index(member): rank for rank, member in enumerate(comm.members)}
-    mine = [saved, *_two(journal.states()), *_two(journal.copies())]
-    table = np.zeros((old.size, len(mine)), np.int64)
-    table[old.rank] = mine
+    old_comm, journal = run.comm, run.journal
+    new_rank = {old_comm.members.index(member): rank for rank, member in enumerate(comm.members)}
+    table_row = [
+        checkpoint_round,
+        *_as_pair(journal.kept_rounds()),
+        *_as_pair(journal.replica_rounds()),
+    ]
+    table = np.zeros((old_comm.size, len(table_row)), np.int64)
+    table[old_comm.rank] = table_row
     comm.sum(table)  # each row is set by one rank
     comm.agree()
-    have = [{*table[rank, 1:3].tolist()} for rank in number]
-    for keeper in (
-        guard(rank, old.size)
-        for rank in range(old.size)
-        if rank not in number and run.clients_of(rank)
+    available_rounds = [{*table[rank, 1:3].tolist()} for rank in new_rank]
+    for holder in (
+        replica_rank(rank, old_comm.size)
+        for rank in range(old_comm.size)
+        if rank not in new_rank and run.clients_of(rank)
     ):
-        have.append({*table[keeper, 3:].tolist()} if keeper in number else set())
-    if not (common := set.intersection(*have)):
+        available_rounds.append({*table[holder, 3:].tolist()} if holder in new_rank else set())
+    if not (common_rounds := set.intersection(*available_rounds)):
         raise Unrecoverable
-    return Plan(max(common), int(table[0, 0]), number)
+    return RecoveryPlan(max(common_rounds), int(table[0, 0]), new_rank)
 
 
-def _two(rounds: Sequence[int]) -> tuple[int, int]:
+def _as_pair(rounds: Sequence[int]) -> tuple[int, int]:
     """One or two numbers as two."""
     return rounds[0], rounds[-1]
 
 
-def _recovered(
+def _recover_run(
     run: Run,
     comm: Mpi,
-    plan: Plan,
+    plan: RecoveryPlan,
     workers: Sequence[int],
     route: str,
-    alone: Callable[[Comm], Run],
+    rebuild: Callable[[Comm], Run],
 ) -> tuple[Run, State]:
     """The run on the ranks that are left, and its state. Nothing of ``run`` is changed. Raises Lost
     on all ranks or none.
     """
     if comm.rank in workers and run.trainer.feed is None:
-        comm.pulse.at("the set-up", round_=0)
-        after = alone(comm)
+        comm.heartbeat.enter_stage("the set-up", round_=0)
+        recovered = rebuild(comm)
     else:
         # the others stay
-        host = assign(run.costs, workers, [plan.number.get(rank) for rank in run.host])
-        after = rehomed(run, comm, host, workers, route)
-    orphans = {
-        c: guard(rank, run.comm.size) for c, rank in run.rank_of.items() if rank not in plan.number
+        host = assign_groups(
+            run.costs, workers, [plan.new_rank.get(rank) for rank in run.rank_of_group]
+        )
+        recovered = reassign_groups(run, comm, host, workers, route)
+    holder_of_client = {
+        c: replica_rank(rank, run.comm.size)
+        for c, rank in run.rank_of_client.items()
+        if rank not in plan.new_rank
     }
-    source = {c: plan.number[keeper] for c, keeper in orphans.items()}
-    journal, at = run.journal, plan.round
-    personal = carried(
-        after,
-        source,
-        lambda client: journal.copy(client, at),
-        lambda client: journal.row(client, at),
+    source_rank = {c: plan.new_rank[holder] for c, holder in holder_of_client.items()}
+    journal, restored_round = run.journal, plan.round
+    personal = move_rows(
+        recovered,
+        source_rank,
+        lambda client: journal.replica_row(client, restored_round),
+        lambda client: journal.row(client, restored_round),
     )
-    state = journal.state(at)._replace(personal=personal)
+    state = journal.state(restored_round)._replace(personal=personal)
     if comm.size > 1:
-        after = after.with_(journal=Journal(after, state))
+        recovered = recovered.with_fields(journal=Journal(recovered, state))
     comm.agree()
-    return after, state
+    return recovered, state
 
 
-def rehomed(run: Run, comm: Comm, host: Sequence[int], workers: Sequence[int], route: str) -> Run:
+def reassign_groups(
+    run: Run, comm: Comm, host: Sequence[int], workers: Sequence[int], route: str
+) -> Run:
     """``run`` on the ranks of ``comm`` with its groups on the ranks ``host``, without a journal."""
-    after = run.with_(comm=comm, host=tuple(host), journal=None)
-    rank_of = [after.rank_of[c] for c in range(len(run.kind_of))]
-    return after.with_(mixing=Mixing.of(run.algorithm, run.kinds[0].first, rank_of, workers, route))
+    reassigned = run.with_fields(comm=comm, host=tuple(host), journal=None)
+    rank_of = [reassigned.rank_of_client[c] for c in range(len(run.kind_of))]
+    return reassigned.with_fields(
+        mixing=Mixing.of(run.algorithm, run.kinds[0].initial, rank_of, workers, route)
+    )
 
 
-def carried(
-    run: Run, source: dict[int, int], copy: Callable[[int], Words], row: Callable[[int], Words]
+def move_rows(
+    run: Run,
+    source_rank: dict[int, int],
+    replica_row: Callable[[int], Words],
+    local_row: Callable[[int], Words],
 ) -> Tree:
     """The personal leaves of this rank's clients, of whom some come from other ranks.
 
@@ -226,21 +243,30 @@ def carried(
     """
     comm = run.comm
 
-    def between(a, b):
-        return [c for c in sorted(source) if source[c] == a and run.rank_of[c] == b]
+    def moving_clients(a, b):
+        return [
+            c for c in sorted(source_rank) if source_rank[c] == a and run.rank_of_client[c] == b
+        ]
 
-    going = [between(comm.rank, rank) for rank in range(comm.size)]
-    coming = [between(rank, comm.rank) for rank in range(comm.size)]
+    outgoing = [moving_clients(comm.rank, rank) for rank in range(comm.size)]
+    incoming = [moving_clients(rank, comm.rank) for rank in range(comm.size)]
 
     # of float32, which is what ``exchange`` moves
-    def numbers(clients):
-        return 2 * sum(size(run, c) for c in clients)
+    def float_count(clients):
+        return 2 * sum(row_words(run, c) for c in clients)
 
-    send = np.concatenate([np.empty(0, np.int64), *(copy(c) for clients in going for c in clients)])
+    send = np.concatenate(
+        [np.empty(0, np.int64), *(replica_row(c) for clients in outgoing for c in clients)]
+    )
     words = comm.exchange(
-        send.view(np.float32), [*map(numbers, going)], [*map(numbers, coming)]
+        send.view(np.float32), [*map(float_count, outgoing)], [*map(float_count, incoming)]
     ).view(np.int64)
-    moved, personal = split(run, [c for clients in coming for c in clients], words), run.room()
-    for client in run.hosted:
-        unpack(run, moved[client] if client in moved else row(client), client, personal)
+    moved_rows, personal = (
+        split_rows(run, [c for clients in incoming for c in clients], words),
+        run.allocate_personal(),
+    )
+    for client in run.local_clients:
+        unpack_row(
+            run, moved_rows[client] if client in moved_rows else local_row(client), client, personal
+        )
     return personal

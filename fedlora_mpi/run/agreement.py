@@ -10,14 +10,14 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
-from ..algorithm import Vars
+from ..algorithm import Variables
 from ..config import Config
 from ..core.tree import Tree
 from ..data.datasets import Data
 from ..data.partition import Split
 from ..models.network import Model
 from ..mpi.comm import Comm
-from ..mpi.ending import together
+from ..mpi.ending import collectively
 from .fingerprint import (  # fmt: skip
     COMPUTED,
     KINDS,
@@ -52,19 +52,19 @@ def agreed(
     data: Data,
     models: Sequence[Model],
     split: Split,
-    firsts: Sequence[Vars],
-) -> tuple[tuple[Model, ...], Sequence[Vars], Inventory]:
+    firsts: Sequence[Variables],
+) -> tuple[tuple[Model, ...], Sequence[Variables], Inventory]:
     """Networks and first variables that are the same on all ranks, and the inventory of what this
     rank has built.
 
     What ranks on other machines have computed with other last bits is as rank 0 has it. Raises
     Refused on all ranks where they differ in anything else.
     """
-    found = inventory(config, data, models, split, firsts, comm.pulse.beat)
+    found = inventory(config, data, models, split, firsts, comm.heartbeat.beat)
     if _same(comm, config, source, found, data):
         return tuple(models), firsts, found
     shared = _from_rank_0(comm, firsts[0].shared)
-    firsts = [Vars(shared, _from_rank_0(comm, first.personal)) for first in firsts]
+    firsts = [Variables(shared, _from_rank_0(comm, first.personal)) for first in firsts]
     return (
         tuple(replace(model, initial=_from_rank_0(comm, model.initial)) for model in models),
         firsts,
@@ -141,7 +141,7 @@ def _refuse(
         way_out = _WAY_OUT[kind].format(root=config.data.source.root)
         raise ValueError(f"{source}: {_where(ranks)}: {text}; {way_out}")
 
-    together(comm, tell)
+    collectively(comm, tell)
 
 
 def _where(ranks: Sequence[int]) -> str:

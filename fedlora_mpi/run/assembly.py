@@ -10,34 +10,34 @@ import torch
 
 from .. import config as configs
 from ..aggregation.client_mix import Mixing
-from ..aggregation.flat_layout import Layout, joint
-from ..aggregation.gathered import gathers
-from ..algorithm import Algorithm, Train, Vars, check_trains
+from ..aggregation.flat_layout import Layout, joint_dtype
+from ..aggregation.gathered import should_gather
+from ..algorithm import Algorithm, LocalTraining, Variables, check_trainable
 from ..config import Config
 from ..config.blocks import naming
-from ..core.names import plain_name
-from ..core.paths import expanded
-from ..core.scheduling import assign
+from ..core.names import display_name
+from ..core.paths import expand_home
+from ..core.scheduling import assign_groups
 from ..core.seeds import rng
 from ..data.datasets import Data, load
 from ..data.feed import Feed
 from ..data.partition import Split
 from ..data.texts import Vocabulary
-from ..engine.compiled import Compiled, need_compiler
-from ..engine.device import bind, decide, keep_memory, memory_of
-from ..engine.graphs import Graphs
-from ..engine.rehearsal import rehearsed
+from ..engine.compiled import StepCompiler, need_compiler
+from ..engine.device import choose_path, memory_per_worker, retain_freed_memory, select_device
+from ..engine.graphs import GraphCache
+from ..engine.rehearsal import rehearse_engine
 from ..engine.settings import Engine
-from ..engine.speed import Tried, fastest, measured, told
+from ..engine.speed import Candidate, fastest_speed, measure_engines, summary_line
 from ..engine.train import Trainer
-from ..federation.client_rows import InMemory, OnDisk
-from ..federation.cohorts import groups
-from ..federation.federation import Kind, Pace, Run
+from ..federation.client_rows import DiskRows, MemoryRows
+from ..federation.cohorts import group_clients
+from ..federation.federation import ClientType, Run, Throughput
 from ..models.network import Model
 from ..models.zoo import build as build_model
-from ..models.zoo import foreign
+from ..models.zoo import is_external
 from ..mpi.comm import Comm
-from ..mpi.ending import together
+from ..mpi.ending import collectively
 from ..privacy.check import check_run
 from ..privacy.settings import Privacy
 from ..store.sinks import need_tensorboard
@@ -46,7 +46,7 @@ from .fingerprint import Inventory, run_digest
 
 
 @dataclass(frozen=True)
-class Built:
+class Assembly:
     """A run ready to start."""
 
     config: Config  # every ``auto`` decided
@@ -58,22 +58,22 @@ class Built:
     inventory: Inventory | None = None  # of what this rank has built
 
 
-def build(config: Config, source: str, comm: Comm, asked: str = "") -> Built:
+def build(config: Config, source: str, comm: Comm, asked: str = "") -> Assembly:
     """Data, model, algorithm and groups; source: the config in messages; asked: the user's
     engine.path, if another.
 
     Raises Refused on all ranks for the user's mistakes. Rank 0 downloads while the others wait.
     """
-    keep_memory()
+    retain_freed_memory()
     if config.data.source.download:
-        together(comm, lambda: load_data(config, source) if comm.rank == 0 else None)
+        collectively(comm, lambda: load_data(config, source) if comm.rank == 0 else None)
     workers = hosts(config, comm.size)
-    together(comm, lambda: _need(workers, source))
+    collectively(comm, lambda: _need(workers, source))
     worker = comm.local_rank - workers[0] if comm.rank in workers else None
-    device = together(comm, lambda: bind(config.engine, worker))
-    config, memory = together(comm, lambda: _same_device(config, comm, workers, device))
-    parts = together(
-        comm, lambda: _parts(config, source, comm.rank in workers, device, comm.pulse.beat)
+    device = collectively(comm, lambda: select_device(config.engine, worker))
+    config, memory = collectively(comm, lambda: _same_device(config, comm, workers, device))
+    parts = collectively(
+        comm, lambda: _parts(config, source, comm.rank in workers, device, comm.heartbeat.beat)
     )
     if comm.rank == 0:
         tell_hints(parts.data, source)
@@ -82,7 +82,7 @@ def build(config: Config, source: str, comm: Comm, asked: str = "") -> Built:
     )
     parts = parts._replace(models=models, firsts=firsts)
     engine = _engine(parts, config, source, comm, workers, memory, asked)
-    built = together(
+    built = collectively(
         comm, lambda: _build(parts, replace(config, engine=engine), source, comm, workers)
     )
     return replace(built, inventory=found)
@@ -135,7 +135,7 @@ def decided(config: Config, models: Sequence[Model], device: str, memory: int = 
     ``memory`` of a GPU, bytes.
     """
     largest = max(models, key=lambda model: model.flops)
-    path, size = decide(
+    path, size = choose_path(
         config.engine, device, largest, config.train.batch_size, config.cohort, memory
     )
     return replace(config.engine, device=device, path=path, group_size=size)
@@ -154,7 +154,7 @@ def _same_device(
     """
     with_gpu = np.zeros(comm.size, np.int64)
     with_server = workers[0] > 0 and comm.rank == comm.local_rank  # this node
-    with_gpu[comm.rank] = memory_of(device, comm.local_size - with_server)
+    with_gpu[comm.rank] = memory_per_worker(device, comm.local_size - with_server)
     comm.sum(with_gpu)
     if with_gpu.any() and not all(with_gpu[rank] for rank in workers):
         without = [rank for rank in workers if not with_gpu[rank]]
@@ -178,10 +178,10 @@ class _Parts(NamedTuple):
     # the kinds of clients: number of the network, the method
     variants: Sequence[tuple[int, Algorithm]]
     kind_of: tuple[int, ...]  # of each client
-    firsts: Sequence[Vars]  # of each kind
+    firsts: Sequence[Variables]  # of each kind
     device: torch.device
 
-    def kinds(self, train: Train, engine: Engine) -> tuple[Kind, ...]:
+    def kinds(self, train: LocalTraining, engine: Engine) -> tuple[ClientType, ...]:
         """The kinds of clients as an engine trains them."""
         prefixes = (
             [f"kind-{number}/" for number in range(len(self.variants))]
@@ -189,11 +189,11 @@ class _Parts(NamedTuple):
             else [""]
         )
         networks, stacked = [model.to(self.device) for model in self.models], engine.path == "stack"
-        compiled = Compiled if engine.compile else lambda: None
+        compiled = StepCompiler if engine.compile else lambda: None
         recorded = self.device.type == "cuda" if engine.graphs == "auto" else engine.graphs
-        graphs = (lambda: Graphs(self.device)) if recorded else lambda: None
+        graphs = (lambda: GraphCache(self.device)) if recorded else lambda: None
         return tuple(
-            Kind(
+            ClientType(
                 Trainer(
                     variant,
                     networks[at],
@@ -214,14 +214,14 @@ class _Parts(NamedTuple):
             )
         )
 
-    def tried(self, train: Train, engine: Engine) -> list[Tried]:
+    def tried(self, train: LocalTraining, engine: Engine) -> list[Candidate]:
         """For each network, the largest clients that an engine would train together."""
         found = {}
         for number, kind in enumerate(self.kinds(train, engine)):
             alike = [client for client, of in enumerate(self.kind_of) if of == number]
             largest = sorted(alike, key=lambda client: -len(self.split.train[client]))
             together = engine.group_size if engine.path == "stack" else 1
-            found.setdefault(kind.network, (kind.trainer, kind.first, largest[:together]))
+            found.setdefault(kind.network, (kind.trainer, kind.initial, largest[:together]))
         return list(found.values())
 
     def rehearsed(self, config: Config, source: str, engine: Engine, asked: Engine) -> Engine:
@@ -232,15 +232,17 @@ class _Parts(NamedTuple):
             [network.name for network in config.model.mix],
             configs.algorithm_name(config.algorithm),
         )
-        if not any(map(foreign, (*names, method, getattr(config.algorithm, "small", "")))):
+        if not any(map(is_external, (*names, method, getattr(config.algorithm, "small", "")))):
             return engine
         kinds = {
             kind.network: kind
             for kind in self.kinds(config.train, replace(engine, path="loop", compile=False))
         }
         with naming(source):
-            return rehearsed(
-                engine, asked, [(names[at], kind.trainer, kind.first) for at, kind in kinds.items()]
+            return rehearse_engine(
+                engine,
+                asked,
+                [(names[at], kind.trainer, kind.initial) for at, kind in kinds.items()],
             )
 
 
@@ -255,13 +257,13 @@ def _parts(
     if hosting:
         with naming(source, "data"):
             options = {"seed": config.seed, "shift": config.data.source.shift, "device": device}
-            feed = Feed(data, split, **options, augment=True, beat=beat)
+            feed = Feed(data, split, **options, augment=True, on_batch=beat)
     variants, kind_of = variants_of(config)
     with naming(source, "algorithm"):
         firsts = _begun(config, variants, models)
         for (number, method), first in zip(variants, firsts, strict=True):
             network = config.model.mix[number].name
-            check_trains(
+            check_trainable(
                 configs.algorithm_name(method), method, network, models[number], config.train, first
             )
     if config.engine.compile:
@@ -307,13 +309,17 @@ def _engine(
             * config.train.epochs
             * sum(map(len, parts.split.train))
         )
-        speeds = measured(
+        speeds = measure_engines(
             config.engine, most, samples, lambda engine: parts.tried(config.train, engine)
         )
-        print(told(speeds, best := fastest(speeds, samples)), file=sys.stderr, flush=True)
+        print(
+            summary_line(speeds, best := fastest_speed(speeds, samples)),
+            file=sys.stderr,
+            flush=True,
+        )
         return best.engine
 
-    found, chosen = together(comm, choose), np.zeros(3, np.int64)
+    found, chosen = collectively(comm, choose), np.zeros(3, np.int64)
     if found:
         chosen[:] = found.path == "stack", found.group_size, found.compile
     comm.sum(chosen)
@@ -323,25 +329,30 @@ def _engine(
     )
 
 
-def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequence[int]) -> Built:
+def _build(
+    parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequence[int]
+) -> Assembly:
     data, split, kind_of = parts.data, parts.split, parts.kind_of
     algorithm, sizes = config.algorithm, [len(indices) for indices in split.train]
     kinds = parts.kinds(config.train, config.engine)
     width = config.engine.group_size * (
         int(1 / config.participation) if config.engine.path == "stack" else 1
     )
-    grouped = groups(sizes, width, kind_of)
+    grouped = group_clients(sizes, width, kind_of)
     costs = tuple(
         float(sum(sizes[c] for c in group) * kinds[kind_of[group[0]]].trainer.model.flops)
         for group in grouped
     )
-    host = assign(costs, workers)
+    host = assign_groups(costs, workers)
     rank_of = {c: rank for group, rank in zip(grouped, host, strict=True) for c in group}
-    uploads, term = [Layout.of(kind.upload) for kind in kinds], Layout.of(kinds[0].term)
+    uploads, term = (
+        [Layout.of(kind.untrained_upload) for kind in kinds],
+        Layout.of(kinds[0].untrained_term),
+    )
     sent = (
         config.participation
         * sum(uploads[kind].size for kind in kind_of)
-        * joint([u.dtype for u in uploads]).itemsize
+        * joint_dtype([u.dtype for u in uploads]).itemsize
     )
     run = Run(
         algorithm=algorithm,
@@ -350,47 +361,53 @@ def _build(parts: _Parts, config: Config, source: str, comm: Comm, workers: Sequ
         comm=comm,
         groups=grouped,
         costs=costs,
-        host=host,
-        pace=Pace(len(kinds)),
+        rank_of_group=host,
+        throughput=Throughput(len(kinds)),
         group_size=config.engine.group_size,
         sizes=tuple(sizes),
         weight_N=_weights(algorithm, sizes, config.privacy),
         seed=config.seed,
         participation=config.participation,
         reduce=config.reduce,
-        upload=term,
-        gathers=config.privacy == Privacy()
-        and gathers(config.uplink, algorithm, sent, term, config.reduce),
-        skips=config.faults.non_finite == "skip",
-        judges_cohort=config.evaluate.clients == "cohort",
-        rows=OnDisk(expanded(config.output)) if config.engine.personal == "disk" else InMemory(),
+        upload_layout=term,
+        gather_uploads=config.privacy == Privacy()
+        and should_gather(config.uplink, algorithm, sent, term, config.reduce),
+        skip_nonfinite=config.faults.non_finite == "skip",
+        evaluate_cohort_only=config.evaluate.clients == "cohort",
+        personal_rows=DiskRows(expand_home(config.output))
+        if config.engine.personal == "disk"
+        else MemoryRows(),
         mixing=Mixing.of(
-            algorithm, kinds[0].first, [rank_of[c] for c in range(len(sizes))], workers, config.mix
+            algorithm,
+            kinds[0].initial,
+            [rank_of[c] for c in range(len(sizes))],
+            workers,
+            config.mix,
         ),
         privacy=config.privacy,
     )
     if tasks := config.data.tasks:
         with naming(source, "data"):
-            parts = tasks.splits(split, data.train.y.numpy(), data.test.y.numpy())
+            parts = tasks.split_by_task(split, data.train.y.numpy(), data.test.y.numpy())
         run = replace(
-            run, by_task=tuple(_holding(run, part) for part in parts), task_rounds=tasks.rounds
+            run, task_runs=tuple(_holding(run, part) for part in parts), task_rounds=tasks.rounds
         )
     with naming(source, "privacy"):
         _check_privacy(config, run)
     digest = run_digest(config, split, data.vocabulary)
-    return Built(config, run, split, data.shape, digest, data.vocabulary)
+    return Assembly(config, run, split, data.shape, digest, data.vocabulary)
 
 
 def _weights(algorithm: Algorithm, sizes: Sequence[int], privacy: Privacy) -> tuple[int, ...]:
     """What the upload of each client counts in the mean: nothing when it holds no sample."""
-    by_samples = algorithm.weights == "samples" and not privacy.differential
+    by_samples = algorithm.weights == "samples" and not privacy.is_differential
     return tuple(sizes if by_samples else (min(size, 1) for size in sizes))
 
 
 def _check_privacy(config: Config, run: Run) -> None:
     """Raise ValueError where the run cannot be as private as asked."""
-    cohort = min(len(part.chosen(0)) for part in run.by_task or [run])
-    kinds = [(kind.algorithm, kind.trainer.model, kind.first) for kind in run.kinds]
+    cohort = min(len(part.sample_cohort(0)) for part in run.task_runs or [run])
+    kinds = [(kind.algorithm, kind.trainer.model, kind.initial) for kind in run.kinds]
     name = configs.algorithm_name(config.algorithm)
     check_run(config.privacy, name, cohort, run.mixing is not None, kinds, config.train)
 
@@ -398,7 +415,7 @@ def _check_privacy(config: Config, run: Run) -> None:
 def _holding(run: Run, split: Split) -> Run:
     """``run`` when its clients hold what ``split`` says, in the same groups on the same ranks."""
     feed, sizes = run.trainer.feed, tuple(map(len, split.train))
-    feed = feed and feed.holding(split)
+    feed = feed and feed.with_split(split)
     kinds = tuple(kind._replace(trainer=replace(kind.trainer, feed=feed)) for kind in run.kinds)
     return replace(
         run, kinds=kinds, sizes=sizes, weight_N=_weights(run.algorithm, sizes, run.privacy)
@@ -411,7 +428,7 @@ def variants_of(config: Config) -> tuple[list[tuple[int, Algorithm]], tuple[int,
     """
     network_of = config.model.of_clients(clients := config.data.partition.clients)
     of = [
-        (network, config.algorithm.of_client(client, clients))
+        (network, config.algorithm.for_client(client, clients))
         for client, network in enumerate(network_of)
     ]
     variants = sorted(dict.fromkeys(of), key=lambda variant: variant[0])
@@ -420,7 +437,7 @@ def variants_of(config: Config) -> tuple[list[tuple[int, Algorithm]], tuple[int,
 
 def _begun(
     config: Config, variants: Sequence[tuple[int, Algorithm]], models: Sequence[Model]
-) -> list[Vars]:
+) -> list[Variables]:
     """The variables before round 1 of each kind of clients; the shared ones are the method's with
     the first network.
 
@@ -432,13 +449,13 @@ def _begun(
         return method.init(model, rng(config.seed, "init"))
 
     firsts = [
-        Vars(init(algorithm, models[network]).shared, init(variant, models[network]).personal)
+        Variables(init(algorithm, models[network]).shared, init(variant, models[network]).personal)
         for network, variant in variants
     ]
     for first in firsts:
         if both := first.shared.keys() & first.personal.keys():
             raise ValueError(
-                f"name = {configs.algorithm_name(algorithm)}: has a leaf {plain_name(min(both))} "
+                f"name = {configs.algorithm_name(algorithm)}: has a leaf {display_name(min(both))} "
                 "of its own, and so has the network; rename that part of the network"
             )
     offers = [algorithm.offer(first, first) for first in firsts]
@@ -446,13 +463,13 @@ def _begun(
         ("shares", [v.shared for v in firsts]),
         ("mixes", [o.rows if o else {} for o in offers]),
     ):
-        layouts = [Layout.of(tree).described for tree in trees]
+        layouts = [Layout.of(tree).leaf_descriptions for tree in trees]
         for name, layout in zip(names, layouts, strict=True):
             if layout != layouts[0]:
                 leaf = next(n for n in layouts[0] | layout if layouts[0].get(n) != layout.get(n))
                 shapes = " and ".join(at.get(leaf, "none") for at in (layouts[0], layout))
                 raise ValueError(
-                    f"name = {configs.algorithm_name(algorithm)}: {part} {plain_name(leaf)}, "
+                    f"name = {configs.algorithm_name(algorithm)}: {part} {display_name(leaf)}, "
                     f"which networks {names[0]} and {name} have in different shapes ({shapes}); "
                     "for a mix of networks choose a method that shares only what they have in "
                     "common, such as pfedlora"

@@ -7,30 +7,32 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core.escapes import one_line
-from ..core.names import names_in_files
+from ..core.escapes import escape_line
+from ..core.names import stored_names
 from ..core.tree import Tree, nbytes, tmap
 from ..federation.federation import State
-from ..mpi.ending import together
+from ..mpi.ending import collectively
 from ..store import checkpoint
 from ..store.files import StoreError
 from ..store.manifest import Shard, worker_file
 from ..store.snapshot import Checkpoint
-from .assembly import Built
+from .assembly import Assembly
 
 _READ = 2**28  # bytes of a checkpoint in memory at once
 
 
-def save(built: Built, folder: Path, state: State) -> None:
+def save(built: Assembly, folder: Path, state: State) -> None:
     """Write a checkpoint: every worker its clients, rank 0 the rest, the manifest last."""
     run, comm, home = built.run, built.run.comm, checkpoint.folder_of(folder, state.round)
-    comm.pulse.at("the checkpoint")
+    comm.heartbeat.enter_stage("the checkpoint")
     shards = np.zeros((comm.size, len(run.kinds), 3), np.int64)
 
     def write() -> list[Shard]:
-        for number, (kind, ids) in enumerate(zip(run.kinds, run.by_kind, strict=True)):
+        for number, (kind, ids) in enumerate(
+            zip(run.kinds, run.local_clients_by_kind, strict=True)
+        ):
             if ids:
-                own = _arrays({n: state.personal[kind.prefix + n] for n in kind.first.personal})
+                own = _arrays({n: state.personal[kind.prefix + n] for n in kind.initial.personal})
                 shards[comm.rank, number] = checkpoint.write_clients(
                     home, comm.rank, ids, own, number
                 ).numbers()
@@ -40,8 +42,8 @@ def save(built: Built, folder: Path, state: State) -> None:
         ours = checkpoint.write_server(home, round_=state.round, shared=shared, server=server)
         return [ours, checkpoint.copy_log(home, folder / "log.h5")]
 
-    together(comm, lambda: checkpoint.begin(folder, state.round) if comm.rank == 0 else None)
-    files = together(comm, write)
+    collectively(comm, lambda: checkpoint.begin(folder, state.round) if comm.rank == 0 else None)
+    files = collectively(comm, write)
     comm.sum(shards)
     # nobody waits for what follows: a rank that dies from here on finds a whole checkpoint
     if comm.rank == 0:
@@ -53,31 +55,35 @@ def save(built: Built, folder: Path, state: State) -> None:
         checkpoint.prune(folder, built.config.checkpoint.keep)
 
 
-def beginning(built: Built) -> State:
+def beginning(built: Assembly) -> State:
     """The state before round 1."""
     run = built.run
-    shared = tmap(lambda v: v.to(run.trainer.device, copy=True), run.kinds[0].first.shared)
-    personal = run.room()
+    shared = tmap(lambda v: v.to(run.trainer.device, copy=True), run.kinds[0].initial.shared)
+    personal = run.allocate_personal()
     for kind in run.kinds:
-        for name, value in kind.first.personal.items():
+        for name, value in kind.initial.personal.items():
             personal[kind.prefix + name][:] = value
-    run.rows.release()
+    run.personal_rows.release()
     return State(0, run.algorithm.server(run.trainer.model, shared), shared, personal)
 
 
-def loaded(found: Checkpoint, built: Built) -> State:
+def loaded(found: Checkpoint, built: Assembly) -> State:
     """The state of a checkpoint: this rank's clients, wherever they were hosted before."""
     run = built.run
-    first, device, personal = run.kinds[0].first.shared, run.trainer.device, run.room()
+    first, device, personal = (
+        run.kinds[0].initial.shared,
+        run.trainer.device,
+        run.allocate_personal(),
+    )
     blank = run.algorithm.server(run.trainer.model, first)
     _check_leaves(found, built, blank)
-    for kind, ids in zip(run.kinds, run.by_kind, strict=True):
-        few = max(1, _READ // max(1, nbytes(kind.first.personal)))
+    for kind, ids in zip(run.kinds, run.local_clients_by_kind, strict=True):
+        few = max(1, _READ // max(1, nbytes(kind.initial.personal)))
         for at in range(0, len(ids), few):
-            rows = _leaves(found.personal(ids[at : at + few]), kind.first.personal)
+            rows = _leaves(found.personal(ids[at : at + few]), kind.initial.personal)
             for name, value in rows.items():
                 personal[kind.prefix + name][at : at + few] = value
-    run.rows.release()
+    run.personal_rows.release()
     server, shared = _leaves(found.server(), blank), _leaves(found.shared(), first)
 
     def to_device(tree):
@@ -86,15 +92,15 @@ def loaded(found: Checkpoint, built: Built) -> State:
     return State(found.round, to_device(server), to_device(shared), personal)
 
 
-def _check_leaves(found: Checkpoint, built: Built, blank: Tree) -> None:
+def _check_leaves(found: Checkpoint, built: Assembly, blank: Tree) -> None:
     """Raise StoreError unless the checkpoint has the leaves of this network and method."""
     kinds = [
-        (found.leaf_shapes(ids), kind.first.personal)
-        for kind, ids in zip(built.run.kinds, built.run.by_kind, strict=True)
+        (found.leaf_shapes(ids), kind.initial.personal)
+        for kind, ids in zip(built.run.kinds, built.run.local_clients_by_kind, strict=True)
         if ids
     ]
     for stored, like in (
-        (found.shapes("shared"), built.run.kinds[0].first.shared),
+        (found.shapes("shared"), built.run.kinds[0].initial.shared),
         (found.shapes("server"), blank),
         *kinds,
     ):
@@ -107,7 +113,7 @@ def _check_leaves(found: Checkpoint, built: Built, blank: Tree) -> None:
                 )
 
 
-def newest(folder: Path, built: Built) -> Checkpoint | None:
+def newest(folder: Path, built: Assembly) -> Checkpoint | None:
     """The newest valid checkpoint, as rank 0 finds it; None when none was ever committed."""
     comm = built.run.comm
 
@@ -119,12 +125,12 @@ def newest(folder: Path, built: Built) -> Checkpoint | None:
             *(f"skipped {line}" for line in skipped),
             f"resuming {folder} after round {found.round}",
         ):
-            print(one_line(line), file=sys.stderr, flush=True)
+            print(escape_line(line), file=sys.stderr, flush=True)
         return found.round
 
-    round_ = int(comm.broadcast(str(together(comm, find)).encode()))
+    round_ = int(comm.broadcast(str(collectively(comm, find)).encode()))
     return (
-        together(comm, lambda: Checkpoint.read(checkpoint.folder_of(folder, round_)))
+        collectively(comm, lambda: Checkpoint.read(checkpoint.folder_of(folder, round_)))
         if round_
         else None
     )
@@ -137,12 +143,12 @@ def _arrays(tree: Tree) -> Mapping[str, np.ndarray]:
     known = {
         n: v.detach().float() if v.dtype == torch.bfloat16 else v.detach() for n, v in tree.items()
     }
-    return {name: known[n].cpu().numpy() for n, name in names_in_files(tree).items()}
+    return {name: known[n].cpu().numpy() for n, name in stored_names(tree).items()}
 
 
 def _leaves(arrays: Mapping[str, np.ndarray], like: Tree) -> Tree:
     """The leaves that ``like`` has, in its order, of the arrays of a checkpoint."""
     return {
         n: torch.from_numpy(arrays[name]).to(like[n].dtype)
-        for n, name in names_in_files(like).items()
+        for n, name in stored_names(like).items()
     }

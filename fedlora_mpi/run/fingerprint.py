@@ -14,16 +14,16 @@ from torch import Tensor
 
 from .. import __version__
 from .. import config as configs
-from ..algorithm import Vars
+from ..algorithm import Variables
 from ..config import Config
-from ..core.escapes import one_line
-from ..core.user_code import source
+from ..core.escapes import escape_line
+from ..core.user_code import module_source
 from ..data.datasets import Data
 from ..data.partition import Split
 from ..data.texts import Vocabulary
 from ..models.network import Model
-from ..models.state import attributes_of
-from ..models.weights import digest as of_files
+from ..models.state import attribute_digests
+from ..models.weights import file_digest as of_files
 
 KINDS = (
     "package",
@@ -52,7 +52,7 @@ def inventory(
     data: Data,
     models: Sequence[Model],
     split: Split,
-    firsts: Sequence[Vars],
+    firsts: Sequence[Variables],
     beat: Callable[[], None],
 ) -> Inventory:
     """All that must be the same on all ranks, and on a resume.
@@ -88,7 +88,7 @@ def inventory(
         "attributes": {
             at + n: v
             for at, model in networks
-            for n, v in attributes_of(model.modules[True]).items()
+            for n, v in attribute_digests(model.modules[True]).items()
         },
         "weights": {n: digest(v) for n, v in leaves},
         "variables": {n: digest(v) for n, v in variables},
@@ -148,20 +148,20 @@ def difference(kind: str, was: Items, now: Items, base: str) -> tuple[str, str]:
     if sorted(was) != sorted(now):
         item = next(name for name in (*now, *was) if (name in now) != (name in was))
         text = f"is there, but not {base}" if item in now else f"is not there, but {base}"
-        return item, f"{before}{one_line(item)} {text}"
+        return item, f"{before}{escape_line(item)} {text}"
     if list(was) != list(now):
         first, item = next((a, b) for a, b in zip(was, now, strict=False) if a != b)
         return item, f"{before}{item} comes where {first} does {base}: registered in another order"
     item = next(name for name in now if was[name] != now[name])
     if kind in ("package", "settings", "structure"):
-        return item, f"{item} is {now[item]}, {base} {one_line(was[item])}"
+        return item, f"{item} is {now[item]}, {base} {escape_line(was[item])}"
     return item, f"{before}{item}: not the same as {base}"
 
 
 def unlike(was: Items, now: Items, base: str) -> str:
     """All that differs between two platforms, in words; nothing when they are alike."""
     names = [name for name in now if was.get(name, now[name]) != now[name]]
-    return ", ".join(f"{name} is {now[name]} ({one_line(was[name])} {base})" for name in names)
+    return ", ".join(f"{name} is {now[name]} ({escape_line(was[name])} {base})" for name in names)
 
 
 def of_tensor(value: Tensor, beat: Callable[[], None] = lambda: None) -> str:
@@ -206,7 +206,7 @@ def _of_code(config: Config) -> dict[str, str]:
         for name in names
         if ":" in name and not name.startswith("torchvision:")
     }
-    return {f"module {home}": blake2b(source(home)).hexdigest() for home in sorted(homes)}
+    return {f"module {home}": blake2b(module_source(home)).hexdigest() for home in sorted(homes)}
 
 
 def _processor() -> str:

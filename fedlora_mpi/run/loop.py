@@ -13,25 +13,31 @@ from pathlib import Path
 import numpy as np
 
 from .. import config as configs
-from ..components.lowrank import first_few, left_out
+from ..components.lowrank import join_first, skipped_weights
 from ..config import Config
-from ..core.disk_errors import writing
-from ..core.escapes import one_line
-from ..core.paths import expanded
+from ..core.disk_errors import explain_write_errors
+from ..core.escapes import escape_line
+from ..core.paths import expand_home
 from ..federation.federation import State
-from ..federation.round import play
+from ..federation.round import run_round
 from ..mpi.comm import Comm
-from ..mpi.ending import Fault, together
-from ..mpi.pending import Lost
-from ..resilience.rebalancing import balanced, due
-from ..resilience.recovery import going_on, keeping, lasting, left, without
+from ..mpi.ending import Fault, collectively
+from ..mpi.pending import RankLost
+from ..resilience.rebalancing import is_rebalancing_due, rebalance
+from ..resilience.recovery import (
+    recover,
+    recovery_line,
+    run_tolerant,
+    surviving_comm,
+    with_replicas,
+)
 from ..store import nolinks
 from ..store.lock import locked
 from ..store.log import Log
 from ..store.run_folder import created
 from ..store.sinks import Sink, opened
 from ..store.snapshot import Checkpoint
-from .assembly import Built, build, hosts
+from .assembly import Assembly, build, hosts
 from .checkpointing import beginning, loaded, newest, save
 from .output import (
     begun,
@@ -50,7 +56,7 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may queue the job again
 
 def start(config: Config, source: str, comm: Comm) -> int:
     """Train from round 1 into a new run folder; returns the exit code."""
-    folder, asked = expanded(config.output), _stop_signals()
+    folder, asked = expand_home(config.output), _stop_signals()
 
     def begin(comm):
         return _begin(folder, config, source, comm, asked)
@@ -58,7 +64,7 @@ def start(config: Config, source: str, comm: Comm) -> int:
     def again(comm):
         return _begin_or_go_on(folder, config, source, comm, asked)
 
-    return lasting(config.faults, source, folder, comm, begin, again)
+    return run_tolerant(config.faults, source, folder, comm, begin, again)
 
 
 def _begin_or_go_on(
@@ -81,7 +87,7 @@ def _begin(folder: Path, config: Config, source: str, comm: Comm, asked: Sequenc
                 f"'fedlora-mpi resume {folder}' or choose another with output=..."
             )
 
-    together(comm, refuse_existing)
+    collectively(comm, refuse_existing)
     built = build(config, source, comm)
     need_shared(folder, comm)
     with _alone(comm, lambda: created(folder, lambda draft: fill(draft, built))):
@@ -94,12 +100,12 @@ def start_or_resume(config: Config, source: str, comm: Comm) -> int:
     Goes on with the run folder where there is one; settings that a resume may not change are
     refused.
     """
-    folder, asked = expanded(config.output), _stop_signals()
+    folder, asked = expand_home(config.output), _stop_signals()
 
     def either(comm):
         return _begin_or_go_on(folder, config, source, comm, asked)
 
-    return lasting(config.faults, source, folder, comm, either, either)
+    return run_tolerant(config.faults, source, folder, comm, either, either)
 
 
 def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
@@ -114,24 +120,24 @@ def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
     def go_on(comm):
         return _go_on(folder, config, comm, asked)
 
-    return lasting(config.faults, str(folder / "config.yaml"), folder, comm, go_on, go_on)
+    return run_tolerant(config.faults, str(folder / "config.yaml"), folder, comm, go_on, go_on)
 
 
 def _go_on(folder: Path, config: Config, comm: Comm, asked: Sequence[int]) -> int:
     """Play the rounds of ``config`` that the folder does not have; returns the exit code."""
     built = build(config, str(folder / "config.yaml"), comm)
     need_shared(folder, comm)
-    together(comm, lambda: same_as_begun(folder, built) if comm.rank == 0 else None)
+    collectively(comm, lambda: same_as_begun(folder, built) if comm.rank == 0 else None)
     with _alone(comm, lambda: locked(folder)):
         found = newest(folder, built)
-        together(comm, lambda: _put_back(folder, found, built) if comm.rank == 0 else None)
-        state = together(comm, lambda: loaded(found, built)) if found else beginning(built)
+        collectively(comm, lambda: _put_back(folder, found, built) if comm.rank == 0 else None)
+        state = collectively(comm, lambda: loaded(found, built)) if found else beginning(built)
         return _loop(*_protected(built, state), folder, asked)
 
 
-def _put_back(folder: Path, found: Checkpoint | None, built: Built) -> None:
+def _put_back(folder: Path, found: Checkpoint | None, built: Assembly) -> None:
     """The folder's own files as they were at the checkpoint, or before round 1."""
-    with writing(folder):
+    with explain_write_errors(folder):
         describe(folder, built)
         if found:
             found.restore_log(folder / "log.h5")
@@ -146,16 +152,18 @@ def receive(comm: Comm, read: Callable[[], Config]) -> tuple[Config, Comm]:
         try:
             config = _told(comm, read)
             break
-        except Lost as lost:
-            comm = left(lost, comm)
-    if comm.dead and not config.faults.tolerate:
-        raise Fault(f"rank {', '.join(map(str, comm.dead))} died before the run began; start again")
+        except RankLost as lost:
+            comm = surviving_comm(lost, comm)
+    if comm.dead_ranks and not config.faults.tolerate:
+        raise Fault(
+            f"rank {', '.join(map(str, comm.dead_ranks))} died before the run began; start again"
+        )
     return config, comm
 
 
 def _told(comm: Comm, read: Callable[[], Config]) -> Config:
     """The config that ``read()`` gives on rank 0, on every rank. Raises Lost."""
-    config = together(comm, lambda: read() if comm.rank == 0 else None)
+    config = collectively(comm, lambda: read() if comm.rank == 0 else None)
     text = json.dumps(configs.resolved_dict(config)) if comm.rank == 0 else ""
     return configs.from_dict(json.loads(comm.broadcast(text.encode())), "config of rank 0")
 
@@ -164,41 +172,44 @@ def _told(comm: Comm, read: Callable[[], Config]) -> Config:
 def _alone(comm: Comm, hold: Callable[[], AbstractContextManager]) -> Iterator[None]:
     """Rank 0 holds the folder's lock; raises Refused on all ranks when another run has it."""
     with ExitStack() as stack:
-        together(comm, lambda: stack.enter_context(hold()) if comm.rank == 0 else None)
+        collectively(comm, lambda: stack.enter_context(hold()) if comm.rank == 0 else None)
         yield
 
 
-def _protected(built: Built, state: State) -> tuple[Built, State]:
+def _protected(built: Assembly, state: State) -> tuple[Assembly, State]:
     """Both, with copies in memory that outlive a worker where the config asks for it."""
     return (
-        replace(built, run=keeping(built.run, state)) if built.config.faults.tolerate else built
+        replace(built, run=with_replicas(built.run, state))
+        if built.config.faults.tolerate
+        else built
     ), state
 
 
-def _loop(built: Built, state: State, folder: Path, asked: Sequence[int]) -> int:
+def _loop(built: Assembly, state: State, folder: Path, asked: Sequence[int]) -> int:
     """Play the rounds that are left, or until somebody ``asked`` to stop; returns the exit code."""
     config, comm = built.config, built.run.comm
     with ExitStack() as stack:
-        log, too = together(
+        log, too = collectively(
             comm, lambda: _opened(config, folder, stack) if comm.rank == 0 else (None, [])
         )
         if log:
             for hint in hints(built):
                 print(f"hint: {hint}", file=sys.stderr)
-            if comm.dead:
+            if comm.dead_ranks:
                 _tell_of_death(
-                    log, f"{going_on(comm.dead, comm, state.round)}, from what was on disk"
+                    log,
+                    f"{recovery_line(comm.dead_ranks, comm, state.round)}, from what was on disk",
                 )
         state = _rounds(built, state, folder, asked, log, too)
     done = state.round >= config.rounds
     if log:
         print(
-            f"{one_line(folder)}: "
+            f"{escape_line(folder)}: "
             + (
                 "done"
                 if done
                 else f"stopped after round {state.round}; continue with "
-                f"'fedlora-mpi resume {one_line(folder)}'"
+                f"'fedlora-mpi resume {escape_line(folder)}'"
             ),
             flush=True,
         )
@@ -218,7 +229,7 @@ def _opened(config: Config, folder: Path, stack: ExitStack) -> tuple[Log, list[S
 
 
 def _rounds(
-    built: Built,
+    built: Assembly,
     state: State,
     folder: Path,
     asked: Sequence[int],
@@ -243,10 +254,10 @@ def _rounds(
             evaluate = (
                 state.round + 1 == config.rounds or (state.round + 1) % config.evaluate.every == 0
             )
-            state, row, clients = play(built.run, state, evaluate, stop=bool(asked))
+            state, row, clients = run_round(built.run, state, evaluate, stop=bool(asked))
             row |= (
                 {"epsilon": built.run.epsilon(state.round)}
-                if log and config.privacy.differential
+                if log and config.privacy.is_differential
                 else {}
             )
             stop, logged = (
@@ -254,12 +265,12 @@ def _rounds(
                 _tell(log, too, progress, state.round, row, clients, logged),
             )
             if built.run.journal:
-                built.run.journal.turn(state)
-            if due(built.run, state.round):
+                built.run.journal.begin_round(state)
+            if is_rebalancing_due(built.run, state.round):
                 workers = hosts(config, built.run.comm.size)
-                run, state = balanced(built.run, state, workers, config.mix)
+                run, state = rebalance(built.run, state, workers, config.mix)
                 built = replace(built, run=run)
-        except Lost as lost:
+        except RankLost as lost:
             if not built.run.journal:
                 raise
 
@@ -269,7 +280,7 @@ def _rounds(
             def workers(size):
                 return hosts(config, size)
 
-            run, state, saved, line = without(lost, built.run, saved, workers, config.mix, alone)
+            run, state, saved, line = recover(lost, built.run, saved, workers, config.mix, alone)
             built, stop = replace(built, run=run), False
             if log:
                 _tell_of_death(log, line)
@@ -319,12 +330,12 @@ def _tell(
     return round_
 
 
-def hints(built: Built) -> list[str]:
+def hints(built: Assembly) -> list[str]:
     """What would make this run faster on this node, for the user to decide, and what its low-rank
     parts leave out.
     """
     comm, engine, found = built.run.comm, built.config.engine, []
-    workers = len(set(built.run.host))
+    workers = len(set(built.run.rank_of_group))
     if workers < (possible := len(hosts(built.config, comm.size))):
         found.append(
             f"{len(built.run.groups)} groups of clients keep {workers} of {possible} workers busy; "
@@ -344,7 +355,7 @@ def hints(built: Built) -> list[str]:
     return found + _undecomposed(built)
 
 
-def _undecomposed(built: Built) -> list[str]:
+def _undecomposed(built: Assembly) -> list[str]:
     """Which weights have no low-rank part, where the config asks for one in all."""
     algorithm, found = built.run.algorithm, []
     full = getattr(algorithm, "full", ())
@@ -353,12 +364,12 @@ def _undecomposed(built: Built) -> list[str]:
     for network in sorted({kind.network for kind in built.run.kinds}):
         model = next(kind.trainer.model for kind in built.run.kinds if kind.network == network)
         low_rank = algorithm.low_rank(model)
-        rest = left_out(model, low_rank, full)
+        rest = skipped_weights(model, low_rank, full)
         rest = [f"{name} ({why})" for name, why in rest.items() if model.role(name) not in full]
         if low_rank and rest:
             found.append(
                 f"{configs.algorithm_name(algorithm)} decomposes {len(low_rank)} of "
-                f"{len(low_rank) + len(rest)} weights; not decomposed: {first_few(rest)}; "
+                f"{len(low_rank) + len(rest)} weights; not decomposed: {join_first(rest)}; "
                 "'fedlora-mpi plan' lists them"
             )
     return found

@@ -18,14 +18,14 @@ from .. import __version__
 from .. import config as configs
 from ..config import Config
 from ..mpi.comm import Comm
-from ..mpi.ending import together
+from ..mpi.ending import collectively
 from ..store import checkpoint
 from ..store.files import StoreError, write_atomic
 from ..store.log import Log, inventory_of, ragged
 from ..store.run_folder import check
 from ..store.sight import sees, token
 from ..store.snapshot import Checkpoint
-from .assembly import Built
+from .assembly import Assembly
 from .fingerprint import KEPT, Inventory, computed, difference, kept, unlike
 
 
@@ -46,7 +46,7 @@ def _as_output(folder: Path) -> str:
 
 def begun(folder: Path, comm: Comm) -> bool:
     """Whether the folder holds a run, as rank 0 sees it."""
-    there = together(comm, lambda: comm.rank == 0 and (folder / "config.yaml").is_file())
+    there = collectively(comm, lambda: comm.rank == 0 and (folder / "config.yaml").is_file())
     return comm.broadcast(b"1" if there else b"0") == b"1"
 
 
@@ -104,16 +104,16 @@ def need_shared(folder: Path, comm: Comm) -> None:
             )
 
     with ExitStack() as stack:
-        path = together(
+        path = collectively(
             comm, lambda: stack.enter_context(token(folder)) if comm.rank == 0 else None
         )
         path = Path(os.fsdecode(comm.broadcast(os.fsencode(path or ""))))
         seen[comm.rank] = sees(path) and 1 + os.access(path.parent, os.W_OK)
         comm.sum(seen)  # each number is set by one rank
-        together(comm, tell)
+        collectively(comm, tell)
 
 
-def same_as_begun(folder: Path, built: Built) -> None:
+def same_as_begun(folder: Path, built: Assembly) -> None:
     """Raise ValueError when the run began with other data or another network than there are now; on
     a machine that may compute other last bits, say so in a line.
     """
@@ -154,7 +154,7 @@ def _begun_with(folder: Path) -> Inventory:
     return next((was for was in found if was.keys() >= {*KEPT}), {})
 
 
-def _same_words(folder: Path, built: Built) -> None:
+def _same_words(folder: Path, built: Assembly) -> None:
     """Raise ValueError when the run began with another vocabulary than its data have now."""
     kept, source = folder / "vocabulary.json", built.config.data.source
     if built.vocabulary and kept.is_file() and kept.read_bytes() != built.vocabulary.json.encode():
@@ -171,7 +171,7 @@ def _same_words(folder: Path, built: Built) -> None:
         )
 
 
-def _same_weights(folder: Path, built: Built) -> None:
+def _same_weights(folder: Path, built: Assembly) -> None:
     """Raise ValueError when the newest checkpoint began with other files of a network than there
     are now.
     """
@@ -192,24 +192,24 @@ def _same_weights(folder: Path, built: Built) -> None:
             if a != b
         )
         raise ValueError(
-            f"{folder / 'config.yaml'}: model.{changed.key} = {changed.given}: has changed since "
+            f"{folder / 'config.yaml'}: model.{changed.key} = {changed.value}: has changed since "
             "the run began: put back what was, or start anew"
         )
 
 
-def fill(folder: Path, built: Built) -> None:
+def fill(folder: Path, built: Assembly) -> None:
     """What a new run folder holds: the resolved config and an empty log."""
     describe(folder, built)
     create_log(folder, built)
 
 
-def describe(folder: Path, built: Built) -> None:
+def describe(folder: Path, built: Assembly) -> None:
     """The resolved config, the layers of networks of Hugging Face and, for texts, the vocabulary."""
     for name, text in ({"config.yaml": configs.sealed_yaml(built.config)} | _beside(built)).items():
         write_atomic(folder / name, text.encode())
 
 
-def _beside(built: Built) -> dict[str, str]:
+def _beside(built: Assembly) -> dict[str, str]:
     """The files that a run folder has for ``open_run``, by name."""
     found = {}
     for number, network in enumerate(built.config.model.mix):
@@ -220,7 +220,7 @@ def _beside(built: Built) -> dict[str, str]:
     return found | ({"vocabulary.json": built.vocabulary.json} if built.vocabulary else {})
 
 
-def create_log(folder: Path, built: Built) -> None:
+def create_log(folder: Path, built: Assembly) -> None:
     split = built.split
     Log.create(
         folder / "log.h5",

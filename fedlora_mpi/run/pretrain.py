@@ -17,24 +17,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..algorithm import Vars
+from ..algorithm import Variables
 from ..algorithms.fedavg import FedAvg
 from ..config import Config
 from ..config.blocks import naming
 from ..config.experiment import ModelBlock
-from ..core.escapes import one_line
+from ..core.escapes import escape_line
 from ..core.seeds import rng
 from ..core.tree import Tree, numel
-from ..core.units import duration
+from ..core.units import format_seconds
 from ..data.datasets import Data
 from ..data.feed import Feed
 from ..data.partition import Split
-from ..engine.device import bind, keep_memory
-from ..engine.rehearsal import rehearsed
+from ..engine.device import retain_freed_memory, select_device
+from ..engine.rehearsal import rehearse_engine
 from ..engine.settings import Engine
 from ..engine.train import Trainer
-from ..models.weights import packed
-from ..models.zoo import foreign
+from ..models.weights import pack_safetensors
+from ..models.zoo import is_external
 from ..mpi.ending import Fault
 from ..store.files import write_atomic
 from .assembly import load_data, load_models, tell_hints
@@ -71,15 +71,15 @@ def pretrain(
     )
     _need(to.suffix == ".safetensors", f"--to = {to}", "must be a file .safetensors")
     _need(not os.path.lexists(to), f"--to = {to}", "the file exists; remove it or choose another")
-    packed({})  # refuses without the library
+    pack_safetensors({})  # refuses without the library
     block = ModelBlock((networks[network],))
     trainer, tree = _begun(replace(config, model=block, algorithm=FedAvg()), source, classes)
-    if foreign(networks[network].name):
+    if is_external(networks[network].name):
         with naming(source):
-            rehearsed(
+            rehearse_engine(
                 Engine(path="loop"),
                 config.engine,
-                [(networks[network].name, trainer, Vars(tree, {}))],
+                [(networks[network].name, trainer, Variables(tree, {}))],
             )
     _make_folder(to)
     for epoch, done in enumerate(_epochs(trainer, tree, epochs), 1):
@@ -92,14 +92,14 @@ def pretrain(
             print(f"fedlora-mpi: {said}", file=sys.stderr, flush=True)
         print(
             f"epoch {epoch}/{epochs} · test accuracy {accuracy:.2%} · train loss {loss:.4f} · "
-            f"{duration(seconds)}",
+            f"{format_seconds(seconds)}",
             flush=True,
         )
-    tree |= {n: trainer.model.constants[n] for n in trainer.model.locked}
-    write_atomic(to, packed(tree))
+    tree |= {n: trainer.model.constants[n] for n in trainer.model.frozen_leaves}
+    write_atomic(to, pack_safetensors(tree))
     print(
-        f"{one_line(to)}: {one_line(networks[network].name)}, {numel(tree):,} numbers; a run "
-        f"takes it as model.weights={one_line(to)}",
+        f"{escape_line(to)}: {escape_line(networks[network].name)}, {numel(tree):,} numbers; a run "
+        f"takes it as model.weights={escape_line(to)}",
         flush=True,
     )
 
@@ -139,8 +139,8 @@ def pooled(data: Data, classes: Collection[int]) -> Split:
 
 def _begun(config: Config, source: str, classes: str | None) -> tuple[Trainer, Tree]:
     """Who trains, and the variables before the first epoch."""
-    keep_memory()
-    device = bind(config.engine, 0)
+    retain_freed_memory()
+    device = select_device(config.engine, 0)
     data = load_data(config, source)
     tell_hints(data, source)
     (model,) = load_models(config, source, data)

@@ -18,8 +18,8 @@ from pathlib import Path
 from .. import config as configs
 from ..config import Config
 from ..core.bounds import bounded
-from ..core.escapes import one_line
-from ..core.paths import expanded
+from ..core.escapes import escape_line
+from ..core.paths import expand_home
 from .loop import STOPPED
 
 LEAD = 120  # seconds between SIGUSR1 and the end of a job's time: a round and a checkpoint must fit
@@ -130,7 +130,7 @@ def job_for(config: Config, config_file: str | Path, **given: str | int | None) 
         int(not config.server_hosts_clients),
     )
     places = nodes * gpus + server if gpus else nodes * _PER_NODE
-    folder = expanded(config.output)
+    folder = expand_home(config.output)
     defaults = {
         "name": re.sub(r"[^\w.-]", "-", Path(config_file).stem),
         "log": f"{folder}.slurm-%j.log",  # beside the run folder, which the run makes itself
@@ -171,7 +171,7 @@ def submit(
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise ValueError(f"{sbatch} refused the job: {said}")
     number = done.stdout.strip().partition(";")[0]
-    return one_line(
+    return escape_line(
         f"job {number}: {job.ranks} ranks on {job.nodes} node(s), output in "
         f"{job.log.replace('%j', number)}"
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ..core.disk_errors import writing
+from ..core.disk_errors import explain_write_errors
 from . import hdf5, manifest, nolinks
 from .files import StoreError, copy_atomic
 from .hdf5 import escape
@@ -69,7 +69,7 @@ def begin(run: Path, round_: int) -> Path:
             )
         if other >= round_:
             _set_aside(path)
-    with writing(folder):
+    with explain_write_errors(folder):
         if os.path.lexists(folder) and not nolinks.clear(folder, is_ours, run):
             _set_aside(folder)
         with nolinks.opened_folder(folder, run, make=True):
@@ -82,7 +82,10 @@ def _set_aside(folder: Path) -> None:
     """
     for number in count(1):
         aside = folder.with_name(f"{folder.name}.aside{f'-{number}' if number > 1 else ''}")
-        with writing(aside), nolinks.opened_folder(folder.parent, run_of(folder)) as home:
+        with (
+            explain_write_errors(aside),
+            nolinks.opened_folder(folder.parent, run_of(folder)) as home,
+        ):
             if not nolinks.is_there(home, aside, "a folder") or nolinks.clear(
                 aside, is_ours, run_of(folder)
             ):
@@ -219,7 +222,7 @@ def prune(run: Path, keep: int) -> None:
     kept = committed(run)[-keep:]
     for round_, folder in _folders(run).items():
         if kept and round_ < kept[-1] and round_ not in kept:
-            with writing(folder):
+            with explain_write_errors(folder):
                 nolinks.clear(folder, is_ours, run, first=manifest.NAME)
 
 

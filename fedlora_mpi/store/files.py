@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from shutil import copyfileobj
 from typing import BinaryIO
 
-from ..core.disk_errors import writing
+from ..core.disk_errors import explain_write_errors
 from . import nolinks
 
 FORMAT_VERSION = 1
@@ -41,7 +41,7 @@ def replacing(path: Path, below: Path | None = None) -> Iterator[BinaryIO]:
     is full, for instance, and where ``path`` is no file.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path), nolinks.opened_folder(path.parent, below) as home:
+    with explain_write_errors(path), nolinks.opened_folder(path.parent, below) as home:
         nolinks.is_there(home, path)
         if nolinks.is_there(home, temporary):  # what a kill has left
             os.unlink(temporary.name, dir_fd=home)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..core.disk_errors import writing
+from ..core.disk_errors import explain_write_errors
 from . import nolinks
 from .files import StoreError
 
@@ -26,7 +26,7 @@ def locked(run: Path, below: Path | None = None) -> Iterator[None]:
     Raises StoreError, with host and pid, when another process holds it.
     """
     path = Path(run) / ".lock"
-    with writing(path):
+    with explain_write_errors(path):
         handle = nolinks.opened(path, os.O_RDWR | os.O_CREAT, below)
     try:
         if os.fstat(handle).st_nlink > 1:
@@ -35,7 +35,7 @@ def locked(run: Path, below: Path | None = None) -> Iterator[None]:
                 "to; remove it"
             )
         _take(path, handle)
-        with writing(path):
+        with explain_write_errors(path):
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"host {socket.gethostname()}, pid {os.getpid()}\n".encode(), 0)
         yield

@@ -18,7 +18,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ..core.disk_errors import Unwritable, writing
+from ..core.disk_errors import WriteError, explain_write_errors
 from . import hdf5, nolinks, schema, seal
 from .disk import Disk
 from .files import StoreError, checksum
@@ -46,7 +46,7 @@ class Log:
 
         Raises StoreError, Unwritable.
         """
-        with writing(path):
+        with explain_write_errors(path):
             self._disk = Disk(nolinks.opened(path, O_RDWR))
         self._path, self._file = path, hdf5.open_file(path, self._disk)
         file = self._file
@@ -164,7 +164,7 @@ class Log:
             self._seals.resize(rows + 1, axis=0)
             self._seals[rows:] = seal.rows(stored)
         self._file.flush()
-        with writing(self._path):
+        with explain_write_errors(self._path):
             self._disk.sync()
 
     def _of_ranks(self, ranks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray | int]:
@@ -203,14 +203,14 @@ class Log:
         return self
 
     def __exit__(self, kind: type | None, *rest: object) -> None:
-        with suppress(Unwritable) if kind else nullcontext():  # what came first is told
+        with suppress(WriteError) if kind else nullcontext():  # what came first is told
             self.close()
 
     def close(self) -> None:
         """Close the file; the log takes no more rows. Raises Unwritable."""
         if self._file:
             self._file.close()
-            with writing(self._path), closing(self._disk):
+            with explain_write_errors(self._path), closing(self._disk):
                 self._disk.sync()
 
     def _column(self, path: str, value: float | int | np.ndarray) -> h5py.Dataset:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..core.disk_errors import Unwritable
+from ..core.disk_errors import WriteError
 
 _KINDS = {
     "a link": stat.S_ISLNK, "a folder": stat.S_ISDIR, "a FIFO": stat.S_ISFIFO, "a socket": stat.S_ISSOCK,
@@ -21,7 +21,7 @@ _KINDS = {
 }  # fmt: skip
 
 
-class Misplaced(Unwritable, ValueError):
+class Misplaced(WriteError, ValueError):
     """Something else where a file or a folder of ours is, or would be: one line."""
 
     def __init__(self, path: Path, mode: int, wanted: str) -> None:

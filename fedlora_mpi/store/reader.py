@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import h5py
 import numpy as np
 
-from ..core.escapes import one_line
+from ..core.escapes import escape_line
 from . import checkpoint, hdf5, schema, seal, snapshot
 from .files import FormatError, StoreError, checksum, opened_file
 from .log import GROUPS
@@ -146,7 +146,7 @@ class RunFiles:
         if round_ is None:
             found, skipped = checkpoint.newest(self.path)
             for line in skipped:
-                warnings.warn(one_line(f"skipped {line}"), stacklevel=2)
+                warnings.warn(escape_line(f"skipped {line}"), stacklevel=2)
             return found
         if round_ not in (there := self.checkpoints()):
             raise StoreError(f"{self.path}: no checkpoint of round {round_}; there are {there}")
@@ -178,7 +178,7 @@ class RunFiles:
                 # h5py raises nearly anything on a file that moves or is damaged
                 last = why
                 time.sleep(wait)
-        copies, said = self.path / "checkpoints" / "*" / "log.h5", schema.brief(last)
+        copies, said = self.path / "checkpoints" / "*" / "log.h5", schema.summarize_error(last)
         raise StoreError(f"{path}: unreadable ({said}); resume repairs it, from {copies}") from last
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..core.disk_errors import writing
+from ..core.disk_errors import explain_write_errors
 from . import manifest, nolinks
 from .files import StoreError, fsync
 from .lock import locked
@@ -73,7 +73,7 @@ def created(folder: Path, fill: Callable[[Path], None]) -> Iterator[None]:
         )
     with locked(draft, home):
         try:
-            with writing(folder):
+            with explain_write_errors(folder):
                 for name in {*filter(is_ours, os.listdir(draft))} - {".lock"}:
                     nolinks.remove(draft / name, home)
                 fill(draft)
@@ -83,7 +83,7 @@ def created(folder: Path, fill: Callable[[Path], None]) -> Iterator[None]:
             with suppress(OSError):
                 nolinks.clear(draft, is_ours, home)
             raise
-        with writing(folder):
+        with explain_write_errors(folder):
             fsync(home)
         yield
 

@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ..core.escapes import brief
+from ..core.escapes import summarize_error
 from .files import StoreError
 
 # bytes that a file may claim without having them: what is not written yet is filled in
@@ -59,7 +59,7 @@ def reading(path: Path) -> Iterator[None]:
         RuntimeError,
         MemoryError,
     ) as why:
-        raise StoreError(f"{path}: missing or damaged ({brief(why)})") from why
+        raise StoreError(f"{path}: missing or damaged ({summarize_error(why)})") from why
 
 
 # --- HDF5
@@ -105,7 +105,7 @@ def _claim(path: Path, item: h5py.Dataset | h5py.Datatype) -> int:
         dtype = item.dtype
     except TypeError as why:
         raise StoreError(
-            f"{path}: {item.name} is of a type that no file of a run has ({brief(why)})"
+            f"{path}: {item.name} is of a type that no file of a run has ({summarize_error(why)})"
         ) from why
     enum = dtype.kind != "b" and h5py.check_enum_dtype(dtype)
     if dtype not in _DTYPES or enum or item.shape is None:
@@ -152,7 +152,7 @@ def attribute(of: h5py.Group, name: str, default: Any = None) -> Any:
             if isinstance(part, str):
                 part.encode()
     except (TypeError, ValueError, OSError, RuntimeError, MemoryError) as why:
-        raise StoreError(f"attribute {name!r} cannot be read ({brief(why)})") from why
+        raise StoreError(f"attribute {name!r} cannot be read ({summarize_error(why)})") from why
     if (
         not isinstance(value, str | int | float | list)
         or isinstance(value, list)
@@ -248,7 +248,9 @@ def json_block(text: str | bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, TypeError, RecursionError) as why:
-        raise StoreError(f"missing or damaged, {what} is no JSON of ours ({brief(why)})") from why
+        raise StoreError(
+            f"missing or damaged, {what} is no JSON of ours ({summarize_error(why)})"
+        ) from why
     if not isinstance(value, dict):
         raise StoreError(f"{what} must be a block of keys, is {type(value).__name__}")
     ahead = [(value, 0)]

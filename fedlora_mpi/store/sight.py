@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..core.disk_errors import writing
+from ..core.disk_errors import explain_write_errors
 from .run_folder import creating
 
 PATIENCE = 2.0  # seconds in which a file of another node must show
@@ -29,7 +29,7 @@ def token(run: Path) -> Iterator[Path]:
                 if not folder.exists():
                     folder.mkdir(exist_ok=True)
                     made.append(folder)
-        with writing(run) if home == run else creating(run):
+        with explain_write_errors(run) if home == run else creating(run):
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
         try:
             yield path

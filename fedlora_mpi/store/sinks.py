@@ -15,8 +15,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ..core.disk_errors import writing
-from ..core.escapes import cell
+from ..core.disk_errors import explain_write_errors
+from ..core.escapes import csv_cell
 from . import nolinks
 from .files import write_atomic
 from .reader import RunFiles
@@ -68,7 +68,7 @@ class Csv:
         row = {"round": round_, **rounds}
         head = "" if self._names else _line(row)
         self._names = self._names or list(row)
-        with writing(self._path):
+        with explain_write_errors(self._path):
             self._file.write((head + _line(row[name] for name in self._names)).encode())  # at once
             os.fsync(self._file.fileno())
 
@@ -85,7 +85,7 @@ class TensorBoard:
         """Begin a file with the rounds so far. TensorBoard forgets those of earlier files, which
         stay: one that is looking on would not go on to the new file if its own were gone.
         """
-        with writing(folder), nolinks.opened_folder(folder, folder.parent, make=True):
+        with explain_write_errors(folder), nolinks.opened_folder(folder, folder.parent, make=True):
             # their names count seconds; the new one must come last, and be new
             old = [*folder.glob("events*")]
         suffix = f".{max((int(file.suffix[1:]) for file in old if file.suffix[1:].isdecimal()), default=0) + 1}"
@@ -138,6 +138,6 @@ def _line(cells) -> str:
     """A row of the file; what is no number is empty."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(
-        "" if value != value else cell(value) for value in cells
+        "" if value != value else csv_cell(value) for value in cells
     )
     return text.getvalue()

@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 TIERS = {"test": "not thorough and not slow", "test-all": "thorough and not slow"}
 FAILED, NOTHING_RAN = 1, 5  # exit codes of pytest
-LEFT_OUT = shutil.ignore_patterns(
+IGNORED = shutil.ignore_patterns(
     ".git", ".venv", "build", "runs", ".*_cache", "__pycache__", ".hypothesis", "*.egg-info"
 )
 
@@ -43,7 +43,7 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
     fast: bool = True
 
-    def applied(self, text: str) -> str:
+    def apply_to(self, text: str) -> str:
         """The file's text with the change. Raises ValueError where ``old`` is not in it exactly
         once.
         """
@@ -61,11 +61,11 @@ class Verdict(NamedTuple):
     seconds: float
 
     @property
-    def good(self) -> bool:
+    def is_expected(self) -> bool:
         return self.tier == "test" or (self.tier is not None and not self.mutant.fast)
 
 
-def mutants() -> list[Mutant]:
+def read_mutants() -> list[Mutant]:
     """All of the lists beside this file, in their order."""
     entries = [
         entry
@@ -75,9 +75,9 @@ def mutants() -> list[Mutant]:
     return [Mutant(**entry | {"tests": tuple(entry["tests"])}) for entry in entries]
 
 
-def pytest(tree: Path, tier: str, tests: Sequence[str], jobs: int = 1) -> tuple[int, str]:
+def run_pytest(tree: Path, tier: str, tests: Sequence[str], jobs: int = 1) -> tuple[int, str]:
     """(exit code, first failed test) of these tests in a tree, as far as the first failure."""
-    line = [
+    command = [
         sys.executable,
         "-m",
         "pytest",
@@ -90,78 +90,82 @@ def pytest(tree: Path, tier: str, tests: Sequence[str], jobs: int = 1) -> tuple[
         "-rfE",
         *tests,
     ]
-    line += ["-n", str(jobs), "--dist", "worksteal"] if jobs > 1 else []
+    command += ["-n", str(jobs), "--dist", "worksteal"] if jobs > 1 else []
     path = os.pathsep.join([str(tree), str(tree / "tests")])
-    done = subprocess.run(
-        line,
+    result = subprocess.run(
+        command,
         cwd=tree,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
     )
-    failed = [text for text in done.stdout.splitlines() if text.startswith(("FAILED ", "ERROR "))]
-    name = failed[0].split(" - ")[0].partition(" ")[2] if failed else done.stdout[-2000:]
-    return done.returncode, name
+    failed = [text for text in result.stdout.splitlines() if text.startswith(("FAILED ", "ERROR "))]
+    name = failed[0].split(" - ")[0].partition(" ")[2] if failed else result.stdout[-2000:]
+    return result.returncode, name
 
 
-def try_out(mutant: Mutant, trees: "Queue[Path]") -> Verdict:
+def judge_mutant(mutant: Mutant, trees: "Queue[Path]") -> Verdict:
     """Apply a mutant in one of the trees, run the tests, and take it back."""
-    tree, begin = trees.get(), time.monotonic()
+    tree, started = trees.get(), time.monotonic()
     file = tree / mutant.file
-    whole = file.read_text()
+    original = file.read_text()
     try:
-        file.write_text(mutant.applied(whole))
+        file.write_text(mutant.apply_to(original))
         for tests in (mutant.tests, ()):
             for tier in TIERS:
-                code, name = pytest(tree, tier, tests)
+                code, name = run_pytest(tree, tier, tests)
                 if code == FAILED:
-                    return Verdict(mutant, tier, name, time.monotonic() - begin)
+                    return Verdict(mutant, tier, name, time.monotonic() - started)
                 if code not in (0, NOTHING_RAN):
                     raise RuntimeError(f"{mutant.name}: pytest ended with code {code}: {name}")
-        return Verdict(mutant, None, "", time.monotonic() - begin)
+        return Verdict(mutant, None, "", time.monotonic() - started)
     finally:
-        file.write_text(whole)
+        file.write_text(original)
         trees.put(tree)
 
 
-def verdicts(chosen: Sequence[Mutant], jobs: int) -> Iterator[Verdict]:
+def judge_mutants(selected: Sequence[Mutant], jobs: int) -> Iterator[Verdict]:
     """The verdict of each mutant, in order, from ``jobs`` trees at a time."""
     with tempfile.TemporaryDirectory() as home:
         trees: Queue[Path] = Queue()
         for job in range(jobs):
-            trees.put(Path(shutil.copytree(ROOT, Path(home) / str(job), ignore=LEFT_OUT)))
-        healthy = list(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
+            trees.put(Path(shutil.copytree(ROOT, Path(home) / str(job), ignore=IGNORED)))
+        all_tests = list(dict.fromkeys(test for mutant in selected for test in mutant.tests))
         for tier in TIERS:
-            code, name = pytest(Path(home) / "0", tier, healthy, jobs)
+            code, name = run_pytest(Path(home) / "0", tier, all_tests, jobs)
             if code not in (0, NOTHING_RAN):
                 raise RuntimeError(f"without any mutant {name} fails")
         with ThreadPoolExecutor(jobs) as pool:
-            yield from pool.map(try_out, chosen, [trees] * len(chosen))
+            yield from pool.map(judge_mutant, selected, [trees] * len(selected))
 
 
-def main(words: Sequence[str]) -> int:
+def main(name_parts: Sequence[str]) -> int:
     """Print a line for each mutant as it is decided, and the sums."""
-    chosen = [
-        mutant for mutant in mutants() if not words or any(word in mutant.name for word in words)
+    selected = [
+        mutant
+        for mutant in read_mutants()
+        if not name_parts or any(word in mutant.name for word in name_parts)
     ]
-    if not chosen:
-        sys.exit(f"no mutant's name has {' or '.join(words)} in it")
+    if not selected:
+        sys.exit(f"no mutant's name has {' or '.join(name_parts)} in it")
     print("| mutant | killed by | first failed test | s |\n|---|---|---|---:|", flush=True)
-    done = []
-    for verdict in verdicts(chosen, int(os.environ.get("JOBS", "2"))):
-        done.append(verdict)
+    verdicts_so_far = []
+    for verdict in judge_mutants(selected, int(os.environ.get("JOBS", "2"))):
+        verdicts_so_far.append(verdict)
         print(
             f"| {verdict.mutant.name} | {verdict.tier or 'SURVIVED'} | {verdict.test} | "
             f"{verdict.seconds:.0f} |",
             flush=True,
         )
-    by = {tier: sum(verdict.tier == tier for verdict in done) for tier in (*TIERS, None)}
+    num_by_tier = {
+        tier: sum(verdict.tier == tier for verdict in verdicts_so_far) for tier in (*TIERS, None)
+    }
     print(
-        f"\n{len(done)} mutants: {by['test']} killed by `make test`, {by['test-all']} by `make "
-        f"test-all`, {by[None]} survived"
+        f"\n{len(verdicts_so_far)} mutants: {num_by_tier['test']} killed by `make test`, {num_by_tier['test-all']} by `make "
+        f"test-all`, {num_by_tier[None]} survived"
     )
-    return 0 if all(verdict.good for verdict in done) else 1
+    return 0 if all(verdict.good for verdict in verdicts_so_far) else 1
 
 
 if __name__ == "__main__":

@@ -8,44 +8,51 @@ from typing import NamedTuple
 import numpy as np
 
 from ...data.partition import Split
-from ..groups import Group, Logged
+from ..groups import Group, RunLog
 from ..partition_table import figure as dots
-from .crowd import named, note
+from .crowd import caption_note, named_groups
 from .curves import Looks
-from .style import GREY, WIDTH, Drawn, figure, panels, wrapped
+from .style import GREY, WIDTH, PageFigure, new_figure, panels, wrap_label
 
 RIVALS = ("fedavg", "local")
-_MANY = 3000  # points of one plot that are drawn as an image
-_SPLITS, _PAIRS = 4, 12  # figures, panels
+_MAX_VECTOR_POINTS = 3000  # points of one plot that are drawn as an image
+_MAX_SPLITS, _MAX_PANELS = 4, 12  # figures, panels
 
 
-class Pair(NamedTuple):
+class RivalPair(NamedTuple):
     """Two methods on the same clients, over the seeds that both have."""
 
     group: Group
     rival: Group
     seeds: int
-    mine: np.ndarray  # [seeds N] accuracy of each client's own model, fractions
-    theirs: np.ndarray
+    group_accuracy: np.ndarray  # [seeds N] accuracy of each client's own model, fractions
+    rival_accuracy: np.ndarray
 
 
-def distribution(groups: Sequence[Group], looks: Looks) -> Drawn | None:
+def client_distribution(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
     """The accuracy of every client at the end, a row for each group."""
-    found = [
-        (g, np.concatenate([run.client_accuracy for run in g.runs])) for g in named(groups, looks)
+    accuracies = [
+        (g, np.concatenate([run.client_accuracy for run in g.runs]))
+        for g in named_groups(groups, looks)
     ]
-    found = [(g, 100 * accuracy[~np.isnan(accuracy)]) for g, accuracy in found]
-    found = [(g, accuracy) for g, accuracy in found if len(accuracy)]
-    if not found:
+    accuracies = [(g, 100 * accuracy[~np.isnan(accuracy)]) for g, accuracy in accuracies]
+    accuracies = [(g, accuracy) for g, accuracy in accuracies if len(accuracy)]
+    if not accuracies:
         return None
-    drawn = figure(WIDTH, 0.7 + 0.34 * len(found))
-    axes = drawn.add_subplot()
-    for row, (group, accuracy) in enumerate(found):
+    fig = new_figure(WIDTH, 0.7 + 0.34 * len(accuracies))
+    axes = fig.add_subplot()
+    for row, (group, accuracy) in enumerate(accuracies):
         look = looks[group.label]
-        beside = 0.28 * (2 * _scatter(len(accuracy)) - 1)
-        many = len(accuracy) * len(found) > _MANY
+        jittered = 0.28 * (2 * _golden_jitter(len(accuracy)) - 1)
+        is_dense = len(accuracy) * len(accuracies) > _MAX_VECTOR_POINTS
         axes.scatter(
-            accuracy, row + beside, 9, color=look.color, alpha=0.45, linewidths=0, rasterized=many
+            accuracy,
+            row + jittered,
+            9,
+            color=look.color,
+            alpha=0.45,
+            linewidths=0,
+            rasterized=is_dense,
         )
         axes.plot(
             [accuracy.mean()] * 2,
@@ -54,133 +61,158 @@ def distribution(groups: Sequence[Group], looks: Looks) -> Drawn | None:
             linewidth=1.6,
             solid_capstyle="butt",
         )
-    axes.set_yticks(range(len(found)), [wrapped(group.label, 44) for group, _ in found])
-    axes.set(ylim=(len(found) - 0.5, -0.5), xlabel="accuracy of a client's own model / %")
+    axes.set_yticks(
+        range(len(accuracies)), [wrap_label(group.label, 44) for group, _ in accuracies]
+    )
+    axes.set(ylim=(len(accuracies) - 0.5, -0.5), xlabel="accuracy of a client's own model / %")
     axes.tick_params(axis="y", length=0)
-    said = "Each dot is a client of one seed in its run's last evaluated round; the black line is the mean. The "
-    said += "height of a dot in its row means nothing." + note(
+    caption = "Each dot is a client of one seed in its run's last evaluated round; the black line is the mean. The "
+    caption += "height of a dot in its row means nothing." + caption_note(
         looks, "are in the table of accuracies"
     )
-    return Drawn("clients", "Distribution over clients", said, drawn)
+    return PageFigure("clients", "Distribution over clients", caption, fig)
 
 
-def pairs(groups: Sequence[Group]) -> list[Pair]:
+def rival_pairs(groups: Sequence[Group]) -> list[RivalPair]:
     """Every group with the FedAvg and the Local of as many rounds on the same clients: of several,
     that with the most equal settings.
     """
-    found = []
+    pairs_found = []
     for group in (group for group in groups if group.runs[0].algorithm not in RIVALS):
         for name in RIVALS:
-            there = [
+            candidates = [
                 pair
                 for rival in groups
-                if rival.runs[0].algorithm == name and (pair := _pair(group, rival))
+                if rival.runs[0].algorithm == name and (pair := _make_pair(group, rival))
             ]
-            if there:
-                found.append(max(there, key=lambda pair: _alike(group, pair.rival)))
-    return found
+            if candidates:
+                pairs_found.append(
+                    max(candidates, key=lambda pair: _num_equal_settings(group, pair.rival))
+                )
+    return pairs_found
 
 
-def against(found: Sequence[Pair], looks: Looks) -> Drawn | None:
+def rival_scatter(all_pairs: Sequence[RivalPair], looks: Looks) -> PageFigure | None:
     """FedLoRA's Figure 7."""
-    by_group: dict[str, list[Pair]] = {}
-    for pair in found:
+    by_group: dict[str, list[RivalPair]] = {}
+    for pair in all_pairs:
         by_group.setdefault(pair.group.label, []).append(pair)
-    shown = sorted(by_group.items(), key=lambda of: not looks[of[0]].named)[:_PAIRS]
+    shown = sorted(by_group.items(), key=lambda item: not looks[item[0]].is_named)[:_MAX_PANELS]
     if not shown:
         return None
     side = 3.2 if len(shown) == 1 else 2.1
     titles = [(label, looks[label]) for label, _ in shown]
-    drawn, every = panels(
+    fig, all_axes = panels(
         titles,
         (side, side),
         "accuracy with the other method / %",
         "accuracy with the named one / %",
     )
     markers = dict(zip(RIVALS, (("^", "#D55E00"), ("o", "#0072B2")), strict=True))
-    for axes, (_, members) in zip(every, shown, strict=True):
+    for axes, (_, members) in zip(all_axes, shown, strict=True):
         axes.plot((0, 100), (0, 100), color=GREY, linewidth=0.7)
-        for at, pair in enumerate(members):
+        for index, pair in enumerate(members):
             marker, color = markers[pair.rival.runs[0].algorithm]
-            x, y, many = 100 * pair.theirs, 100 * pair.mine, len(pair.mine) > _MANY
-            axes.scatter(
-                x, y, 14, color=color, marker=marker, alpha=0.6, linewidths=0, rasterized=many
+            x, y, is_dense = (
+                100 * pair.rival_accuracy,
+                100 * pair.group_accuracy,
+                len(pair.group_accuracy) > _MAX_VECTOR_POINTS,
             )
-            text = f"{'▲' if marker == '^' else '●'} {pair.rival.runs[0].algorithm}: {as_good(pair)} of {len(x)}"
-            axes.annotate(text, (97, 4 + 8 * at), ha="right", color=color, fontsize="small")
+            axes.scatter(
+                x, y, 14, color=color, marker=marker, alpha=0.6, linewidths=0, rasterized=is_dense
+            )
+            text = f"{'▲' if marker == '^' else '●'} {pair.rival.runs[0].algorithm}: {num_as_good(pair)} of {len(x)}"
+            axes.annotate(text, (97, 4 + 8 * index), ha="right", color=color, fontsize="small")
         axes.set(xlim=(0, 101), ylim=(0, 101), xticks=range(0, 101, 25), yticks=range(0, 101, 25))
-    said = (
+    caption = (
         "Each mark is a client (of one seed), both methods in their last evaluated rounds; above the line the one "
         "named over the panel serves it better. The numbers count the clients that it serves at least as well."
     )
-    said += f" {_PAIRS} of {len(by_group)} methods." if len(by_group) > _PAIRS else ""
-    return Drawn("against", "Each client against FedAvg and Local", said, drawn)
+    caption += f" {_MAX_PANELS} of {len(by_group)} methods." if len(by_group) > _MAX_PANELS else ""
+    return PageFigure("against", "Each client against FedAvg and Local", caption, fig)
 
 
-def as_good(pair: Pair) -> int:
+def num_as_good(pair: RivalPair) -> int:
     """How many clients the method serves at least as well as its rival."""
-    return int(np.count_nonzero(pair.mine >= pair.theirs))
+    return int(np.count_nonzero(pair.group_accuracy >= pair.rival_accuracy))
 
 
-def partitions(groups: Sequence[Group]) -> list[Drawn]:
+def partition_figures(groups: Sequence[Group]) -> list[PageFigure]:
     """FedLoRA's Figure 5, a figure for each split of the data, the first four."""
-    by_digest: dict[str, list[Logged]] = {}
+    by_digest: dict[str, list[RunLog]] = {}
     for run in (run for group in groups for run in group.runs):
         if len(run.partition.get("train_counts", ())):
             by_digest.setdefault(run.partition["digest"], []).append(run)
-    found = []
-    for number, members in enumerate(list(by_digest.values())[:_SPLITS], 1):
-        at, config = members[0].partition, members[0].config["data"]
-        split = Split(tuple(at["train"]), tuple(at["test"]), at["train_counts"], at["test_counts"])
-        drawn = dots(split)
-        drawn.axes[0].set_title("")
-        drawn.axes[0].collections[0].set_rasterized(np.count_nonzero(split.train_counts) > _MANY)
+    figures = []
+    for number, members in enumerate(list(by_digest.values())[:_MAX_SPLITS], 1):
+        stored, config = members[0].partition, members[0].config["data"]
+        split = Split(
+            tuple(stored["train"]),
+            tuple(stored["test"]),
+            stored["train_counts"],
+            stored["test_counts"],
+        )
+        fig = dots(split)
+        fig.axes[0].set_title("")
+        fig.axes[0].collections[0].set_rasterized(
+            np.count_nonzero(split.train_counts) > _MAX_VECTOR_POINTS
+        )
         kind = config["partition"]
         alpha = f", alpha {kind['alpha']:g}" if "alpha" in kind else ""
-        said = (
+        caption = (
             f"Training samples of {config['dataset']} by client and class, as the area of a dot: "
             f"{kind['kind']}{alpha}, seed {kind['seed']}; the split of {len(members)} of "
             f"{sum(map(len, by_digest.values()))} runs."
         )
-        said += (
-            f" There are {len(by_digest)} splits; the first {_SPLITS} are shown."
-            if len(by_digest) > _SPLITS
+        caption += (
+            f" There are {len(by_digest)} splits; the first {_MAX_SPLITS} are shown."
+            if len(by_digest) > _MAX_SPLITS
             else ""
         )
         name = "partition" if len(by_digest) == 1 else f"partition-{number}"
         title = "Who holds which data" + (f", split {number}" if len(by_digest) > 1 else "")
-        found.append(Drawn(name, title, said, drawn))
-    return found
+        figures.append(PageFigure(name, title, caption, fig))
+    return figures
 
 
-def _pair(group: Group, rival: Group) -> Pair | None:
+def _make_pair(group: Group, rival: Group) -> RivalPair | None:
     """The two over runs with equal seeds and equal splits; None where there are none."""
-    mine, theirs = [], []
+    group_accuracy, rival_accuracy = [], []
     if group.runs[0].config["rounds"] != rival.runs[0].config["rounds"]:
         return None
     for run in group.runs:
-        for other in rival.runs:
-            alike = run.seeds == other.seeds and run.partition.get("digest") == other.partition.get(
+        for rival_run in rival.runs:
+            is_comparable = run.seeds == rival_run.seeds and run.partition.get(
                 "digest"
-            )
-            a, b = run.client_accuracy, other.client_accuracy
-            if alike and len(a) == len(b) > 0:
-                there = ~np.isnan(a + b)
-                mine.append(a[there])
-                theirs.append(b[there])
+            ) == rival_run.partition.get("digest")
+            a, b = run.client_accuracy, rival_run.client_accuracy
+            if is_comparable and len(a) == len(b) > 0:
+                is_known = ~np.isnan(a + b)
+                group_accuracy.append(a[is_known])
+                rival_accuracy.append(b[is_known])
     return (
-        Pair(group, rival, len(mine), np.concatenate(mine), np.concatenate(theirs))
-        if mine
+        RivalPair(
+            group,
+            rival,
+            len(group_accuracy),
+            np.concatenate(group_accuracy),
+            np.concatenate(rival_accuracy),
+        )
+        if group_accuracy
         else None
     )
 
 
-def _alike(group: Group, rival: Group) -> int:
+def _num_equal_settings(group: Group, rival: Group) -> int:
     """How many settings outside of the methods' own are equal."""
-    mine, theirs = group.runs[0].settings, rival.runs[0].settings
-    return sum(mine[k] == theirs.get(k) for k in mine if not k.startswith("algorithm."))
+    group_settings, rival_settings = group.runs[0].settings, rival.runs[0].settings
+    return sum(
+        group_settings[k] == rival_settings.get(k)
+        for k in group_settings
+        if not k.startswith("algorithm.")
+    )
 
 
-def _scatter(number: int) -> np.ndarray:
+def _golden_jitter(number: int) -> np.ndarray:
     """[number] from 0 to 1, evenly and without order: multiples of the golden section."""
     return np.arange(number) * 0.6180339887498949 % 1

@@ -6,135 +6,153 @@ from typing import NamedTuple
 import numpy as np
 
 from ..groups import Group
-from ..parts import Alike, LowRank, agreement, alike, factored, held, low_rank, size
+from ..parts import (
+    ClientSimilarity,
+    LowRank,
+    checkpoint_bytes,
+    client_similarity,
+    has_own_factors,
+    low_rank,
+    rank_correlation,
+    read_leaves,
+)
 from ..run_view import RunView
-from .style import WIDTH, Drawn, figure
+from .style import WIDTH, PageFigure, new_figure
 
-GROUPS = 4  # at most so many are drawn
-BYTES = 500_000_000  # of checkpoints read for one page
-_NAMED = 40  # up to so many layers or clients, each has its name
+MAX_GROUPS = 4  # at most so many are drawn
+MAX_CHECKPOINT_BYTES = 500_000_000  # of checkpoints read for one page
+_MAX_NAMED = 40  # up to so many layers or clients, each has its name
 
 
-class Shown(NamedTuple):
+class PersonalFigures(NamedTuple):
     """``tables``: the low-rank parts by label of the group; ``left_out``: groups that are not
     drawn, each with why.
     """
 
-    drawn: list[Drawn]
+    figures: list[PageFigure]
     tables: dict[str, LowRank]
     left_out: list[str]
 
 
-def personal(groups: Sequence[Group]) -> Shown:
+def personal_figures(groups: Sequence[Group]) -> PersonalFigures:
     """The figures of the first groups with low-rank or personal parts; those without a checkpoint
     are passed over. Groups whose clients have low-rank factors of their own come before others.
     """
-    shown, budget, number = Shown([], {}, []), BYTES, 0
+    result, budget, number = PersonalFigures([], {}, []), MAX_CHECKPOINT_BYTES, 0
     views = [(group, RunView(group.runs[0].path)) for group in groups]
-    for group, run in sorted(views, key=lambda view: not factored(view[1])):
+    for group, run in sorted(views, key=lambda view: not has_own_factors(view[1])):
         if not run.checkpoints:
             continue
-        if number == GROUPS:
-            shown.left_out.append(f"those of settings after the first {GROUPS} that have any")
+        if number == MAX_GROUPS:
+            result.left_out.append(f"those of settings after the first {MAX_GROUPS} that have any")
             break
-        if size(run) > budget:
-            shown.left_out.append(f"{group.label} (its checkpoint is too large for a page)")
+        if checkpoint_bytes(run) > budget:
+            result.left_out.append(f"{group.label} (its checkpoint is too large for a page)")
             continue
         try:
-            parts = held(run, budget)
-            found, similar = low_rank(run, parts), alike(run, parts)
+            leaves = read_leaves(run, budget)
+            factors, similar = low_rank(run, leaves), client_similarity(run, leaves)
         except ValueError as error:
             # such as a network of the user's own that cannot be imported here
-            shown.left_out.append(f"{group.label} ({error})")
+            result.left_out.append(f"{group.label} ({error})")
             continue
-        if found and not np.nanmax(found.norm) > 0:
-            shown.left_out.append(
+        if factors and not np.nanmax(factors.norm) > 0:
+            result.left_out.append(
                 f"{group.label} (its factors are zero: what they have learned is in the dense weights)"
             )
-            found = None
-        if found is None and similar is None:
+            factors = None
+        if factors is None and similar is None:
             continue
-        number, budget = number + 1, budget - size(run)
-        about = (
-            f"{group.label}, seed {group.runs[0].seeds[0]}, after round {parts.checkpoint.round}"
+        number, budget = number + 1, budget - checkpoint_bytes(run)
+        description = (
+            f"{group.label}, seed {group.runs[0].seeds[0]}, after round {leaves.checkpoint.round}"
         )
-        if found:
-            shown.tables[group.label] = found
-            shown.drawn.append(ranks(found, f"lowrank-{number}", group.label, about))
+        if factors:
+            result.tables[group.label] = factors
+            result.figures.append(
+                effective_rank_figure(factors, f"lowrank-{number}", group.label, description)
+            )
         if similar:
-            shown.drawn.append(similarity(similar, f"similarity-{number}", group.label, about))
-    return shown
+            result.figures.append(
+                similarity_figure(similar, f"similarity-{number}", group.label, description)
+            )
+    return result
 
 
-def ranks(found: LowRank, name: str, label: str, about: str) -> Drawn:
+def effective_rank_figure(factors: LowRank, name: str, label: str, description: str) -> PageFigure:
     """Effective rank and norm, layers down, clients across."""
-    layers = len(found.layers)
-    drawn = figure(WIDTH, 1.3 + max(0.16 * layers, 0.8))
+    layers = len(factors.layers)
+    fig = new_figure(WIDTH, 1.3 + max(0.16 * layers, 0.8))
     for axes, values, title in zip(
-        drawn.subplots(1, 2, sharey=True),
-        (found.effective_rank, found.norm),
+        fig.subplots(1, 2, sharey=True),
+        (factors.effective_rank, factors.norm),
         ("effective rank", "norm (Frobenius)"),
         strict=True,
     ):
-        picture = axes.imshow(
-            values, cmap="cividis", aspect="auto", interpolation="nearest", vmin=0
-        )
-        drawn.colorbar(picture, location="top", label=title, shrink=0.9).outline.set_visible(False)
-        _plain(axes, found.clients)
-    left = drawn.axes[0]
-    if layers <= _NAMED:
-        given = [_span(row) for row in found.given_rank]
+        image = axes.imshow(values, cmap="cividis", aspect="auto", interpolation="nearest", vmin=0)
+        fig.colorbar(image, location="top", label=title, shrink=0.9).outline.set_visible(False)
+        _label_clients(axes, factors.clients)
+    left_axes = fig.axes[0]
+    if layers <= _MAX_NAMED:
+        component_counts = [_format_range(row) for row in factors.num_components]
         names = [
             f"{layer.removesuffix('.weight')} ({r})"
-            for layer, r in zip(found.layers, given, strict=True)
+            for layer, r in zip(factors.layers, component_counts, strict=True)
         ]
-        left.set_yticks(range(layers), names, fontsize="small")
+        left_axes.set_yticks(range(layers), names, fontsize="small")
     else:
-        left.set_ylabel("layer, from the input to the output")
-    said = (
-        f"{about}: the low-rank part s B A of each layer (down; in brackets its number of components r) and client "
+        left_axes.set_ylabel("layer, from the input to the output")
+    caption = (
+        f"{description}: the low-rank part s B A of each layer (down; in brackets its number of components r) and client "
         "(across). The effective rank is (Σσ²)² / Σσ⁴ of its singular values σ: n where n are equal and the rest "
         "zero."
     )
-    return Drawn(name, f"What the low-rank part has learned: {label}", said, drawn)
+    return PageFigure(name, f"What the low-rank part has learned: {label}", caption, fig)
 
 
-def similarity(found: Alike, name: str, label: str, about: str) -> Drawn:
+def similarity_figure(
+    client_similarity: ClientSimilarity, name: str, label: str, description: str
+) -> PageFigure:
     """The similarity of personal parts beside that of the label mixes, in one order."""
-    drawn = figure(WIDTH, 3.9)
-    tables = (("personal parts", found.personal), ("label mixes", found.labels))
-    for axes, (title, values) in zip(drawn.subplots(1, 2, sharey=True), tables, strict=True):
+    fig = new_figure(WIDTH, 3.9)
+    tables = (
+        ("personal parts", client_similarity.personal),
+        ("label mixes", client_similarity.labels),
+    )
+    for axes, (title, values) in zip(fig.subplots(1, 2, sharey=True), tables, strict=True):
         pairs = np.where(np.eye(len(values), dtype=bool), np.nan, values)
-        picture = axes.imshow(pairs, cmap="cividis", interpolation="nearest")
-        drawn.colorbar(
-            picture, ax=axes, location="top", label=f"cosine of {title}", shrink=0.9
+        image = axes.imshow(pairs, cmap="cividis", interpolation="nearest")
+        fig.colorbar(
+            image, ax=axes, location="top", label=f"cosine of {title}", shrink=0.9
         ).outline.set_visible(False)
-        _plain(axes, found.clients)
-    drawn.axes[0].set_ylabel("client")
-    if len(found.clients) <= _NAMED:
-        drawn.axes[0].set_yticks(
-            range(len(found.clients)), map(str, found.clients), fontsize="x-small"
+        _label_clients(axes, client_similarity.clients)
+    fig.axes[0].set_ylabel("client")
+    if len(client_similarity.clients) <= _MAX_NAMED:
+        fig.axes[0].set_yticks(
+            range(len(client_similarity.clients)),
+            map(str, client_similarity.clients),
+            fontsize="x-small",
         )
     what = (
         "all personal numbers less their mean over the clients"
-        if found.centred
+        if client_similarity.is_centered
         else "the low-rank parts s B A of all layers"
     )
-    rho = agreement(found)
-    said = (
-        f"{about}: cosine of two clients' personal parts (left; {what}) and of their training samples by class "
+    rho = rank_correlation(client_similarity)
+    caption = (
+        f"{description}: cosine of two clients' personal parts (left; {what}) and of their training samples by class "
         "(right). Both in the order of an average-linkage clustering of the left, so that alike clients are "
         "neighbours; the diagonal, 1, is left white."
     )
-    said += (
+    caption += (
         ""
         if np.isnan(rho)
         else f" Over the pairs of clients the two have a rank correlation of {rho:+.2f} (Spearman)."
     )
-    return Drawn(name, f"Which clients are alike: {label}", said, drawn)
+    return PageFigure(name, f"Which clients are alike: {label}", caption, fig)
 
 
-def _plain(axes, clients: Sequence[int]) -> None:
+def _label_clients(axes, clients: Sequence[int]) -> None:
     """Clients across, without a frame."""
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -143,7 +161,7 @@ def _plain(axes, clients: Sequence[int]) -> None:
     axes.set_xticks(range(0, len(clients), step), map(str, clients[::step]), fontsize="x-small")
 
 
-def _span(numbers: np.ndarray) -> str:
+def _format_range(numbers: np.ndarray) -> str:
     """4, or 4 to 16."""
-    there = numbers[~np.isnan(numbers)]
-    return " to ".join(f"{n:g}" for n in sorted({there.min(), there.max()}))
+    known = numbers[~np.isnan(numbers)]
+    return " to ".join(f"{n:g}" for n in sorted({known.min(), known.max()}))

@@ -20,8 +20,8 @@ class Column(NamedTuple):
 
     key: str
     title: str
-    text: Callable[[Any], str] = str
-    best: bool = False
+    format_value: Callable[[Any], str] = str
+    marks_best: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,108 +37,123 @@ class Table:
     def csv(self) -> str:
         """Numbers unrounded; a Stat is two columns; what is unknown is empty."""
         file = io.StringIO()
-        records = [dict(self._record(row)) for row in self.rows]
+        records = [dict(self._csv_cells(row)) for row in self.rows]
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(map(escapes.cell, records[0]))
+        writer.writerow(map(escapes.csv_cell, records[0]))
         writer.writerows(
-            ["" if _unknown(v) else escapes.cell(v) for v in record.values()] for record in records
+            ["" if _is_unknown(v) else escapes.csv_cell(v) for v in record.values()]
+            for record in records
         )
         return file.getvalue()
 
     def markdown(self) -> str:
         """A table of GitHub's Markdown."""
 
-        def line(cells):
-            return "| " + " | ".join(map(escapes.markdown, cells)) + " |"
+        def format_row(cells):
+            return "| " + " | ".join(map(escapes.escape_markdown, cells)) + " |"
 
-        rule = "|" + "|".join("---" if left else "---:" for left in self._left) + "|"
-        rows = [line(f"**{t}**" if bold else t for t, bold in row) for row in self._cells()]
-        head = [
-            f"### {escapes.markdown(self.title)}",
-            "",
-            line(column.title for column in self.columns),
-            rule,
+        separator = (
+            "|" + "|".join("---" if left else "---:" for left in self._is_left_aligned) + "|"
+        )
+        rows = [
+            format_row(f"**{t}**" if bold else t for t, bold in row)
+            for row in self._formatted_cells()
         ]
-        return "\n".join([*head, *rows, "", escapes.markdown(self.note), ""])
+        header = [
+            f"### {escapes.escape_markdown(self.title)}",
+            "",
+            format_row(column.title for column in self.columns),
+            separator,
+        ]
+        return "\n".join([*header, *rows, "", escapes.escape_markdown(self.note), ""])
 
     def latex(self) -> str:
         """A tabular for the package booktabs."""
 
-        def line(cells):
+        def format_row(cells):
             return " & ".join(cells) + r" \\"
 
         rows = [
-            line(rf"\textbf{{{escapes.tex(t)}}}" if bold else escapes.tex(t) for t, bold in row)
-            for row in self._cells()
+            format_row(
+                rf"\textbf{{{escapes.escape_tex(t)}}}" if bold else escapes.escape_tex(t)
+                for t, bold in row
+            )
+            for row in self._formatted_cells()
         ]
-        sides = "".join("l" if left else "r" for left in self._left)
-        head = [
-            escapes.one_line(f"% {self.title}. {self.note}"),
+        alignment = "".join("l" if left else "r" for left in self._is_left_aligned)
+        header = [
+            escapes.escape_line(f"% {self.title}. {self.note}"),
             r"% \usepackage{booktabs}",
-            rf"\begin{{tabular}}{{{sides}}}",
+            rf"\begin{{tabular}}{{{alignment}}}",
             r"\toprule",
         ]
-        titles = line(escapes.tex(column.title) for column in self.columns)
-        return "\n".join([*head, titles, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", ""])
+        titles = format_row(escapes.escape_tex(column.title) for column in self.columns)
+        return "\n".join(
+            [*header, titles, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", ""]
+        )
 
     def html(self) -> str:
         """A table with its caption."""
-        kinds = ["" if left else ' class="n"' for left in self._left]
+        kinds = ["" if left else ' class="n"' for left in self._is_left_aligned]
 
-        def line(tag, cells):
+        def format_row(tag, cells):
             return "".join(
                 f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)
             )
 
         rows = [
-            line(
+            format_row(
                 "td",
                 (
-                    f"<b>{escapes.html_text(t)}</b>" if bold else escapes.html_text(t)
+                    f"<b>{escapes.escape_html(t)}</b>" if bold else escapes.escape_html(t)
                     for t, bold in row
                 ),
             )
-            for row in self._cells()
+            for row in self._formatted_cells()
         ]
         body = "".join(f"<tr>{row}</tr>\n" for row in rows)
-        head = line("th", (escapes.html_text(column.title) for column in self.columns))
-        caption = f"<caption><b>{escapes.html_text(self.title)}.</b> {escapes.html_text(self.note)}</caption>"
-        return f'<div class="t"><table>{caption}<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
+        header = format_row("th", (escapes.escape_html(column.title) for column in self.columns))
+        caption = f"<caption><b>{escapes.escape_html(self.title)}.</b> {escapes.escape_html(self.note)}</caption>"
+        return f'<div class="t"><table>{caption}<thead><tr>{header}</tr></thead><tbody>\n{body}</tbody></table></div>'
 
     @property
-    def _left(self) -> list[bool]:
+    def _is_left_aligned(self) -> list[bool]:
         """Whether a column is text, some cell of which does not begin as a number does."""
 
-        def words(cell):
+        def is_text(cell):
             return isinstance(cell, str) and not cell[:1].isdigit()
 
-        return [any(words(row.get(column.key)) for row in self.rows) for column in self.columns]
+        return [any(is_text(row.get(column.key)) for row in self.rows) for column in self.columns]
 
-    def _cells(self) -> list[list[tuple[str, bool]]]:
+    def _formatted_cells(self) -> list[list[tuple[str, bool]]]:
         """Of each row the texts, and whether they are the best of their column."""
         texts = [
-            [_text(column, row.get(column.key)) for column in self.columns] for row in self.rows
+            [_format_cell(column, row.get(column.key)) for column in self.columns]
+            for row in self.rows
         ]
         tasks = np.array([row.get("task", "") for row in self.rows])
-        for at, column in enumerate(self.columns):
+        for index, column in enumerate(self.columns):
             means = np.array(
-                [_mean(row.get(column.key)) if column.best else np.nan for row in self.rows]
+                [
+                    _mean_value(row.get(column.key)) if column.marks_best else np.nan
+                    for row in self.rows
+                ]
             )
             for row, mean in enumerate(means):
                 rivals = means[(tasks == tasks[row]) & ~np.isnan(means)]
                 bold = (
                     len(rivals) > 1
                     and not np.isnan(mean)
-                    and column.text(mean) == column.text(rivals.max())
+                    and column.format_value(mean) == column.format_value(rivals.max())
                 )
-                texts[row][at] = (texts[row][at], bold)
+                texts[row][index] = (texts[row][index], bold)
         return texts
 
-    def _record(self, row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    def _csv_cells(self, row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         """The cells of a row of the CSV."""
         for column in self.columns:
             value = row.get(column.key)
-            if any(isinstance(other.get(column.key), Stat) for other in self.rows):
+            if any(isinstance(other_row.get(column.key), Stat) for other_row in self.rows):
                 value = value or Stat(np.nan, np.nan)
                 yield from (
                     (f"{column.key}_{part}", number) for part, number in value._asdict().items()
@@ -147,30 +162,30 @@ class Table:
                 yield column.key, value
 
 
-def percent(fraction: float) -> str:
+def format_percent(fraction: float) -> str:
     """Two decimals, without the sign."""
     return f"{100 * fraction:.2f}"
 
 
-def plain(number: float) -> str:
+def format_number(number: float) -> str:
     """Three digits; no exponent for what people read as a whole number."""
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
 
 
-def _text(column: Column, value: Any) -> str:
-    if isinstance(value, Stat) and not _unknown(value.mean):
-        return column.text(value.mean) + (
-            "" if np.isnan(value.std) else f" ± {column.text(value.std)}"
+def _format_cell(column: Column, value: Any) -> str:
+    if isinstance(value, Stat) and not _is_unknown(value.mean):
+        return column.format_value(value.mean) + (
+            "" if np.isnan(value.std) else f" ± {column.format_value(value.std)}"
         )
-    if _unknown(value) or isinstance(value, Stat):
+    if _is_unknown(value) or isinstance(value, Stat):
         return "-"
-    return value if isinstance(value, str) else column.text(value)
+    return value if isinstance(value, str) else column.format_value(value)
 
 
-def _mean(value: Any) -> float:
+def _mean_value(value: Any) -> float:
     value = value.mean if isinstance(value, Stat) else value
     return np.nan if value is None or isinstance(value, str) else float(value)
 
 
-def _unknown(value: Any) -> bool:
+def _is_unknown(value: Any) -> bool:
     return value is None or (isinstance(value, float) and np.isnan(value))

@@ -4,60 +4,60 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ...core.units import duration, size
-from ..groups import Found, Group, Stat, shown
+from ...core.units import format_bytes, format_seconds
+from ..groups import Group, RunGroups, Stat, format_setting
 from ..parts import LowRank
-from ..runs import column
-from .clients import Pair, as_good
-from .table import Column, Table, percent, plain
+from ..runs import column_name
+from .clients import RivalPair, num_as_good
+from .table import Column, Table, format_number, format_percent
 
-_SEEDS = "± is the sample standard deviation over seeds (of run and partition)"
+_SEED_NOTE = "± is the sample standard deviation over seeds (of run and partition)"
 
 
-def accuracy(groups: Sequence[Group]) -> Table:
+def accuracy_table(groups: Sequence[Group]) -> Table:
     """A row for each group."""
     columns = [
         Column("run", "method"),
         Column("seeds", "seeds"),
         Column("rounds", "rounds"),
-        Column("final", "final / %", percent, best=True),
-        Column("best", "best / %", percent, best=True),
-        Column("worst", "worst client / %", percent, best=True),
-        Column("clients_std", "std over clients / %", percent),
+        Column("final", "final / %", format_percent, marks_best=True),
+        Column("best", "best / %", format_percent, marks_best=True),
+        Column("worst", "worst client / %", format_percent, marks_best=True),
+        Column("clients_std", "std over clients / %", format_percent),
     ]
     rows = [
         {
             "run": group.label,
             "task": group.task,
             "seeds": len(group.runs),
-            "rounds": _rounds(group),
-            "final": group.over(lambda run: run.final),
-            "best": group.over(lambda run: run.best),
-            "worst": group.over(
+            "rounds": _format_rounds(group),
+            "final": group.seed_stat(lambda run: run.final),
+            "best": group.seed_stat(lambda run: run.best),
+            "worst": group.seed_stat(
                 lambda run: (
                     float(np.nanmin(run.client_accuracy)) if len(run.client_accuracy) else np.nan
                 )
             ),
-            "clients_std": group.over(_over_clients),
+            "clients_std": group.seed_stat(_client_std),
         }
         for group in groups
     ]
     note = (
         "Mean over the clients of the test accuracy of each client's own model. Final, worst client and std over "
-        f"clients: in the last evaluated round. Best: of any round, chosen on test data as in the papers. {_SEEDS}; "
+        f"clients: in the last evaluated round. Best: of any round, chosen on test data as in the papers. {_SEED_NOTE}; "
         "bold is the highest"
     )
     note += " on the same data." if len({group.task for group in groups}) > 1 else "."
     return Table("accuracy", "Final and best accuracy", note, columns, rows)
 
 
-def costs(groups: Sequence[Group]) -> Table:
+def cost_table(groups: Sequence[Group]) -> Table:
     """What each group has sent, computed and waited for."""
 
-    def total(name):
+    def total_of(name):
         return lambda run: float(run.column(name).sum())
 
-    def each(name):
+    def per_client_round(name):
         return lambda run: float(run.column(name).sum() / run.column("clients").sum())
 
     names = list(
@@ -71,26 +71,26 @@ def costs(groups: Sequence[Group]) -> Table:
 
     columns = [
         Column("run", "method"),
-        Column("bytes_up", "up per client", size),
-        Column("bytes_down", "down per client", size),
-        Column("tflop", "training / TFLOP", plain),
-        *(Column(name, f"{name.removeprefix('seconds_')} / s", plain) for name in names),
-        Column("seconds", "in all", duration),
+        Column("bytes_up", "up per client", format_bytes),
+        Column("bytes_down", "down per client", format_bytes),
+        Column("tflop", "training / TFLOP", format_number),
+        *(Column(name, f"{name.removeprefix('seconds_')} / s", format_number) for name in names),
+        Column("seconds", "in all", format_seconds),
         *(
-            [Column("balance", "balance / %", percent)]
-            if any(run.load for g in groups for run in g.runs)
+            [Column("balance", "balance / %", format_percent)]
+            if any(run.rank_load for g in groups for run in g.runs)
             else []
         ),
     ]
     rows = [
         {
             "run": group.label,
-            "bytes_up": group.over(each("bytes_up")).mean,
-            "bytes_down": group.over(each("bytes_down")).mean,
-            "tflop": group.over(total("flops")).mean / 1e12,
-            "seconds": sum(group.over(total(name)).mean for name in names),
-            **{name: group.over(per_round(name)).mean for name in names},
-            "balance": group.over(lambda run: run.load.balance if run.load else np.nan),
+            "bytes_up": group.seed_stat(per_client_round("bytes_up")).mean,
+            "bytes_down": group.seed_stat(per_client_round("bytes_down")).mean,
+            "tflop": group.seed_stat(total_of("flops")).mean / 1e12,
+            "seconds": sum(group.seed_stat(total_of(name)).mean for name in names),
+            **{name: group.seed_stat(per_round(name)).mean for name in names},
+            "balance": group.seed_stat(lambda run: run.load.balance if run.load else np.nan),
         }
         for group in groups
     ]
@@ -102,34 +102,35 @@ def costs(groups: Sequence[Group]) -> Table:
     return Table("costs", "Bytes, computation and time", note, columns, rows)
 
 
-def settings(found: Found) -> Table | None:
+def settings_table(run_groups: RunGroups) -> Table | None:
     """What sets the groups apart."""
-    if not found.keys:
+    if not run_groups.keys:
         return None
-    names = {key: column(key, found.keys) for key in found.keys}
+    names = {key: column_name(key, run_groups.keys) for key in run_groups.keys}
     columns = [Column("run", "method"), *(Column(name, name) for name in names.values())]
 
-    def tell(group, key):
-        return None if key not in group.settings else shown(group.settings[key])
+    def format_group_setting(group, key):
+        return None if key not in group.settings else format_setting(group.settings[key])
 
     rows = [
-        {"run": group.label} | {name: tell(group, key) for key, name in names.items()}
-        for group in found.groups
+        {"run": group.label}
+        | {name: format_group_setting(group, key) for key, name in names.items()}
+        for group in run_groups.groups
     ]
     note = "Every setting that is not the same in all runs, but for seeds, folders and how it was computed; - where a "
     note += "method has none."
     return Table("settings", "What differs", note, columns, rows)
 
 
-def runs(groups: Sequence[Group]) -> Table:
+def run_table(groups: Sequence[Group]) -> Table:
     """A row for each run."""
     columns = [
         Column("run", "method"),
         Column("seed", "seed"),
         Column("partition_seed", "seed of the split"),
         Column("rounds", "rounds"),
-        Column("final", "final / %", percent),
-        Column("best", "best / %", percent),
+        Column("final", "final / %", format_percent),
+        Column("best", "best / %", format_percent),
         Column("best_round", "best round"),
         Column("path", "folder"),
     ]
@@ -138,12 +139,14 @@ def runs(groups: Sequence[Group]) -> Table:
             "run": group.label,
             "seed": run.seeds[0],
             "partition_seed": run.seeds[1],
-            "rounds": str(run.done)
-            if run.done >= run.config["rounds"]
-            else f"{run.done} of {run.config['rounds']}",
+            "rounds": str(run.rounds_done)
+            if run.rounds_done >= run.config["rounds"]
+            else f"{run.rounds_done} of {run.config['rounds']}",
             "final": run.final,
             "best": run.best,
-            "best_round": int(run.rounds["round"][run.best_row]) if len(run.evaluated) else None,
+            "best_round": int(run.rounds["round"][run.best_row])
+            if len(run.evaluated_rows)
+            else None,
             "path": str(run.path),
         }
         for group in groups
@@ -152,7 +155,7 @@ def runs(groups: Sequence[Group]) -> Table:
     return Table("runs", "The runs", "Mean accuracy over clients, as above.", columns, rows)
 
 
-def against(pairs: Sequence[Pair]) -> Table | None:
+def rival_table(pairs: Sequence[RivalPair]) -> Table | None:
     """How many clients a method serves at least as well as FedAvg and Local."""
     if not pairs:
         return None
@@ -162,18 +165,18 @@ def against(pairs: Sequence[Pair]) -> Table | None:
         Column("seeds", "seeds"),
         Column("clients", "clients"),
         Column("as_good", "as good or better"),
-        Column("gain", "mean gain / points", _signed),
-        Column("worst", "worst client's gain / points", _signed),
+        Column("gain", "mean gain / points", _format_gain),
+        Column("worst", "worst client's gain / points", _format_gain),
     ]
     rows = [
         {
             "run": pair.group.label,
             "rival": pair.rival.label,
             "seeds": pair.seeds,
-            "clients": len(pair.mine),
-            "as_good": as_good(pair),
-            "gain": float((pair.mine - pair.theirs).mean()),
-            "worst": float((pair.mine - pair.theirs).min()),
+            "clients": len(pair.group_accuracy),
+            "as_good": num_as_good(pair),
+            "gain": float((pair.group_accuracy - pair.rival_accuracy).mean()),
+            "worst": float((pair.group_accuracy - pair.rival_accuracy).min()),
         }
         for pair in pairs
     ]
@@ -182,49 +185,51 @@ def against(pairs: Sequence[Pair]) -> Table | None:
     return Table("against", "Each client against FedAvg and Local", note, columns, rows)
 
 
-def low_rank(found: Mapping[str, LowRank]) -> Table | None:
+def low_rank_table(factors_of: Mapping[str, LowRank]) -> Table | None:
     """A row for each group and layer."""
-    if not found:
+    if not factors_of:
         return None
     columns = [
         Column("run", "method"),
         Column("layer", "layer"),
-        Column("r", "r", _given),
-        Column("effective_rank", "effective rank", plain),
-        Column("norm", "norm", plain),
+        Column("r", "r", _format_rank),
+        Column("effective_rank", "effective rank", format_number),
+        Column("norm", "norm", format_number),
     ]
     rows = [
         {
             "run": label,
             "layer": layer,
-            "r": Stat.of(part.given_rank[at]).mean,
-            "effective_rank": Stat.of(part.effective_rank[at]),
-            "norm": Stat.of(part.norm[at]),
+            "r": Stat.from_values(factors.num_components[index]).mean,
+            "effective_rank": Stat.from_values(factors.effective_rank[index]),
+            "norm": Stat.from_values(factors.norm[index]),
         }
-        for label, part in found.items()
-        for at, layer in enumerate(part.layers)
+        for label, factors in factors_of.items()
+        for index, layer in enumerate(factors.layers)
     ]
     note = "Of s B A in the newest checkpoint of the first seed: mean ± sample standard deviation over clients."
     return Table("lowrank", "Low-rank parts by layer", note, columns, rows)
 
 
-def _rounds(group: Group) -> str:
+def _format_rounds(group: Group) -> str:
     """20, or 12 to 20 where runs are not done."""
     return " to ".join(
         str(n)
-        for n in sorted({min(run.done for run in group.runs), max(run.done for run in group.runs)})
+        for n in sorted(
+            {min(run.rounds_done for run in group.runs), max(run.rounds_done for run in group.runs)}
+        )
     )
 
 
-def _over_clients(run) -> float:
+def _client_std(run) -> float:
     """The sample standard deviation over the clients."""
-    there = run.client_accuracy[~np.isnan(run.client_accuracy)]
-    return float(there.std(ddof=1)) if len(there) > 1 else np.nan
+    known = run.client_accuracy[~np.isnan(run.client_accuracy)]
+    return float(known.std(ddof=1)) if len(known) > 1 else np.nan
 
 
-def _signed(fraction: float) -> str:
+def _format_gain(fraction: float) -> str:
     return f"{100 * fraction:+.2f}"
 
 
-def _given(rank: float) -> str:
+def _format_rank(rank: float) -> str:
     return f"{rank:g}"

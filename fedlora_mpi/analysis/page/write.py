@@ -11,134 +11,139 @@ from typing import NamedTuple
 
 from ... import __version__
 from ...core import escapes
-from ...core.units import size
+from ...core.units import format_bytes
 from ...store import nolinks
 from ...store.files import opened_file, plain_name, write_atomic
-from ..groups import Found, Group, Logged, Stat, grouped, shown
-from ..runs import of_all_clients, of_rounds
+from ..groups import Group, RunGroups, RunLog, Stat, format_setting, group_runs
+from ..runs import clients_table, rounds_table
 from . import clients, curves, personal, ranks, sweeps, tables
-from .crowd import looks_of
-from .style import Drawn, files_of, styled
-from .table import Table, percent
+from .crowd import assign_looks
+from .style import PageFigure, plot_style, render_files
+from .table import Table, format_percent
 
 PAGE, FIGURES, TABLES = "report.html", "figures", "tables"
-_KINDS = {FIGURES: ("png", "pdf"), TABLES: ("csv", "md", "tex")}
-_MARK = '<meta name="fedlora-mpi" content="{}">'  # of our pages: the names of the files beside them
+_FILE_KINDS = {FIGURES: ("png", "pdf"), TABLES: ("csv", "md", "tex")}
+_PAGE_MARK = (
+    '<meta name="fedlora-mpi" content="{}">'  # of our pages: the names of the files beside them
+)
 
 
-class Content(NamedTuple):
+class PageContent(NamedTuple):
     """What is told of the runs, in the order of the page."""
 
-    found: Found
+    run_groups: RunGroups
     tables: list[Table]
-    figures: list[Drawn]
+    figures: list[PageFigure]
     notes: list[str]
 
 
-def write(paths: Sequence[Path], folder: Path) -> str:
+def write_report(paths: Sequence[Path], folder: Path) -> str:
     """Write the report of these runs into ``folder``, new, empty or of an earlier report; what was
     done, in a line.
 
     Raises ValueError: a path that is no run, a run without rounds, a folder with other files, no
     matplotlib or pandas.
     """
-    old = _earlier(folder)
-    with styled():
+    old_files = _earlier_files(folder)
+    with plot_style():
         # runs/* may hold the report
-        logs = read([path for path in paths if path.resolve() != folder.resolve()])
-        content = gathered(logs)
-        files, pictures = {}, {}
-        for figure, made in zip(content.figures, files_of(content.figures), strict=True):
-            pictures[figure.name] = made.pop("svg")
-            files |= {f"{FIGURES}/{figure.name}.{kind}": file for kind, file in made.items()}
+        logs = read_logs([path for path in paths if path.resolve() != folder.resolve()])
+        content = collect_content(logs)
+        files, svg_of = {}, {}
+        for figure, rendered in zip(content.figures, render_files(content.figures), strict=True):
+            svg_of[figure.name] = rendered.pop("svg")
+            files |= {f"{FIGURES}/{figure.name}.{kind}": file for kind, file in rendered.items()}
     for table in content.tables:
         for kind, text in (("csv", table.csv()), ("md", table.markdown()), ("tex", table.latex())):
             files[f"{TABLES}/{table.name}.{kind}"] = text.encode()
-    files[f"{TABLES}/rounds.csv"] = _csv(of_rounds(logs))
-    files[f"{TABLES}/clients.csv"] = _csv(_last(logs))
-    page = html(content, pictures, sorted(files)).encode()
-    _put(folder, files | {PAGE: page}, old)
+    files[f"{TABLES}/rounds.csv"] = _csv_bytes(rounds_table(logs))
+    files[f"{TABLES}/clients.csv"] = _csv_bytes(_final_clients(logs))
+    page = render_page(content, svg_of, sorted(files)).encode()
+    _write_files(folder, files | {PAGE: page}, old_files)
     counts = f"{len(content.figures)} figures and {len(content.tables)} tables of {len(logs)} runs"
-    beside = f"PNG and PDF in {FIGURES}/, CSV, Markdown and LaTeX in {TABLES}/"
-    return f"{folder / PAGE}: {counts}, {size(len(page))}; {beside}"
+    written_note = f"PNG and PDF in {FIGURES}/, CSV, Markdown and LaTeX in {TABLES}/"
+    return f"{folder / PAGE}: {counts}, {format_bytes(len(page))}; {written_note}"
 
 
-def read(paths: Sequence[Path]) -> list[Logged]:
+def read_logs(paths: Sequence[Path]) -> list[RunLog]:
     """The runs, each once. Raises ValueError for what is no run, or has no round yet."""
     if not paths:
         raise ValueError("no run is left to report on; give the `output` of runs")
-    logs = [Logged.read(path) for path in {path.resolve(): path for path in paths}.values()]
+    logs = [RunLog.read(path) for path in {path.resolve(): path for path in paths}.values()]
     for run in logs:
-        if not run.done:
+        if not run.rounds_done:
             raise ValueError(f"{run.path}: has no round yet; leave it out, or wait for its first")
     return logs
 
 
-def gathered(logs: Sequence[Logged]) -> Content:
+def collect_content(logs: Sequence[RunLog]) -> PageContent:
     """The tables and figures for which the runs have the data."""
-    found = grouped(logs)
-    groups = found.groups
-    look = looks_of(groups)
-    pairs, parts = clients.pairs(groups), personal.personal(groups)
-    on_grids, used = sweeps.grids(groups, found.keys)
+    run_groups = group_runs(logs)
+    groups = run_groups.groups
+    look_of = assign_looks(groups)
+    pairs, low_rank_figures = clients.rival_pairs(groups), personal.personal_figures(groups)
+    on_grids, swept_keys = sweeps.grid_figures(groups, run_groups.keys)
     figures = [
-        curves.learning(groups, look),
-        curves.spread(groups, look),
-        clients.distribution(groups, look),
-        clients.against(pairs, look),
+        curves.learning_curves(groups, look_of),
+        curves.client_spread(groups, look_of),
+        clients.client_distribution(groups, look_of),
+        clients.rival_scatter(pairs, look_of),
         *on_grids,
-        *sweeps.sweeps(groups, found.keys, used),
-        curves.against_bytes(groups, look),
-        curves.against_flops(groups, look),
-        curves.stages(groups, look),
-        ranks.ranks(groups, look),
-        curves.loss(groups, look),
-        curves.drift(groups, look),
-        *curves.diagnosis(groups, look),
-        *parts.drawn,
-        *clients.partitions(groups),
+        *sweeps.sweep_figures(groups, run_groups.keys, swept_keys),
+        curves.accuracy_by_bytes(groups, look_of),
+        curves.accuracy_by_flops(groups, look_of),
+        curves.seconds_by_stage(groups, look_of),
+        ranks.seconds_by_rank(groups, look_of),
+        curves.loss_curves(groups, look_of),
+        curves.drift_curves(groups, look_of),
+        *curves.diagnosis_curves(groups, look_of),
+        *low_rank_figures.figures,
+        *clients.partition_figures(groups),
     ]
-    maybe = [
-        tables.accuracy(groups),
-        tables.settings(found),
-        tables.against(pairs),
-        tables.costs(groups),
-        tables.low_rank(parts.tables),
-        tables.runs(groups),
+    candidates = [
+        tables.accuracy_table(groups),
+        tables.settings_table(run_groups),
+        tables.rival_table(pairs),
+        tables.cost_table(groups),
+        tables.low_rank_table(low_rank_figures.tables),
+        tables.run_table(groups),
     ]
-    notes = list(_cautions(found))
-    if parts.left_out:
+    notes = list(_caution_notes(run_groups))
+    if low_rank_figures.left_out:
         notes.append(
-            f"Low-rank and personal parts that are not shown: {'; '.join(parts.left_out)}."
+            f"Low-rank and personal parts that are not shown: {'; '.join(low_rank_figures.left_out)}."
         )
-    named = [drawn._replace(name=escapes.file_name(drawn.name)) for drawn in figures if drawn]
-    return Content(found, [table for table in maybe if table], named, notes)
+    renamed = [
+        drawn._replace(name=escapes.safe_file_name(drawn.name)) for drawn in figures if drawn
+    ]
+    return PageContent(run_groups, [table for table in candidates if table], renamed, notes)
 
 
-def html(content: Content, pictures: dict[str, bytes], files: Sequence[str]) -> str:
+def render_page(content: PageContent, svg_of: dict[str, bytes], files: Sequence[str]) -> str:
     """The page; ``pictures``: SVG of each figure, inside it. Nothing is fetched and nothing runs."""
-    groups = content.found.groups
-    headline, *others = content.tables
+    groups = content.run_groups.groups
+    headline, *other_tables = content.tables
     sections = [(f"table-{headline.name}", headline.title, headline.html())]
     for figure in content.figures:
-        picture = b64encode(pictures[figure.name]).decode()
-        image = f'<img alt="{escapes.html_text(figure.title)}" src="data:image/svg+xml;base64,{picture}">'
-        inches = figure.figure.get_size_inches()
-        said = f"<figcaption>{escapes.html_text(figure.caption)}</figcaption>"
-        body = f'<figure style="max-width:{inches[0] * 1.25:.1f}in">{image}{said}</figure>'
+        picture = b64encode(svg_of[figure.name]).decode()
+        image = f'<img alt="{escapes.escape_html(figure.title)}" src="data:image/svg+xml;base64,{picture}">'
+        size_inches = figure.figure.get_size_inches()
+        caption = f"<figcaption>{escapes.escape_html(figure.caption)}</figcaption>"
+        body = f'<figure style="max-width:{size_inches[0] * 1.25:.1f}in">{image}{caption}</figure>'
         sections.append(
             (
                 f"figure-{figure.name}",
                 figure.title,
-                f"<h2>{escapes.html_text(figure.title)}</h2>{body}",
+                f"<h2>{escapes.escape_html(figure.title)}</h2>{body}",
             )
         )
-    sections += [(f"table-{table.name}", table.title, table.html()) for table in others]
-    first: dict[str, str] = {}  # of several figures of a kind
+    sections += [(f"table-{table.name}", table.title, table.html()) for table in other_tables]
+    first_section: dict[str, str] = {}  # of several figures of a kind
     for name, title, _ in sections:
-        first.setdefault(re.split(": |, split ", title)[0], name)
+        first_section.setdefault(re.split(": |, split ", title)[0], name)
     contents = " · ".join(
-        f'<a href="#{name}">{escapes.html_text(title)}</a>' for title, name in first.items()
+        f'<a href="#{name}">{escapes.escape_html(title)}</a>'
+        for title, name in first_section.items()
     )
     runs = sum(len(group.runs) for group in groups)
     title = (
@@ -151,14 +156,14 @@ def html(content: Content, pictures: dict[str, bytes], files: Sequence[str]) -> 
             "<!DOCTYPE html>",
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            _MARK.format(escapes.html_text(" ".join(files))),
-            f"<title>{escapes.html_text(title)}</title><style>{_STYLE}</style></head><body>",
-            f"<h1>{escapes.html_text(title)}</h1>",
-            f"<p>{escapes.html_text(summary(groups))}</p>",
-            *(f'<p class="note">{escapes.html_text(note)}</p>' for note in content.notes),
+            _PAGE_MARK.format(escapes.escape_html(" ".join(files))),
+            f"<title>{escapes.escape_html(title)}</title><style>{_STYLE}</style></head><body>",
+            f"<h1>{escapes.escape_html(title)}</h1>",
+            f"<p>{escapes.escape_html(summarize(groups))}</p>",
+            *(f'<p class="note">{escapes.escape_html(note)}</p>' for note in content.notes),
             f"<nav>{contents}</nav>",
             *(f'<section id="{name}">{body}</section>' for name, _, body in sections),
-            _common(groups),
+            _common_settings(groups),
             f"<footer>Made by fedlora_mpi {__version__}, fedlora-mpi report. Figures are also in {FIGURES}/, tables "
             f"in {TABLES}/; "
             "tables/rounds.csv and tables/clients.csv hold the numbers of the curves.</footer>",
@@ -168,94 +173,96 @@ def html(content: Content, pictures: dict[str, bytes], files: Sequence[str]) -> 
     )
 
 
-def summary(groups: Sequence[Group]) -> str:
+def summarize(groups: Sequence[Group]) -> str:
     """What is ahead, in a sentence for each task."""
-    said = []
+    sentences = []
     for task in dict.fromkeys(group.task for group in groups):
         finals = [
-            (group.over(lambda run: run.final), group) for group in groups if group.task == task
+            (group.seed_stat(lambda run: run.final), group)
+            for group in groups
+            if group.task == task
         ]
         finals = sorted(
             (pair for pair in finals if pair[0].mean == pair[0].mean),
             key=lambda pair: -pair[0].mean,
         )
-        where = f" ({task})" if task else ""
+        task_note = f" ({task})" if task else ""
         if finals:
-            said.append(_ahead(finals, where))
-    return " ".join(said) or "No round was evaluated yet."
+            sentences.append(_describe_lead(finals, task_note))
+    return " ".join(sentences) or "No round was evaluated yet."
 
 
-def _ahead(finals: Sequence[tuple[Stat, Group]], where: str) -> str:
+def _describe_lead(finals: Sequence[tuple[Stat, Group]], task_note: str) -> str:
     """The first of those of one task, and how far it is before the second."""
 
-    def tell(stat):
+    def format_stat(stat):
         return (
-            f"{percent(stat.mean)}"
-            + (f" ± {percent(stat.std)}" if stat.std == stat.std else "")
+            f"{format_percent(stat.mean)}"
+            + (f" ± {format_percent(stat.std)}" if stat.std == stat.std else "")
             + " %"
         )
 
-    stat, top = finals[0]
-    seeds = f"{len(top.runs)} seeds" if len(top.runs) > 1 else "one seed"
+    stat, leader = finals[0]
+    seeds = f"{len(leader.runs)} seeds" if len(leader.runs) > 1 else "one seed"
     if len(finals) == 1:
-        return f"Final accuracy{where}, mean over clients: {top.label} with {tell(stat)} ({seeds})."
-    second, other = finals[1]
-    ahead = f"{100 * (stat.mean - second.mean):.2f} points above {other.label} ({tell(second)})"
-    return f"Highest final accuracy{where}, mean over clients: {top.label} with {tell(stat)} ({seeds}), {ahead}."
+        return f"Final accuracy{task_note}, mean over clients: {leader.label} with {format_stat(stat)} ({seeds})."
+    second_stat, runner_up = finals[1]
+    lead = f"{100 * (stat.mean - second_stat.mean):.2f} points above {runner_up.label} ({format_stat(second_stat)})"
+    return f"Highest final accuracy{task_note}, mean over clients: {leader.label} with {format_stat(stat)} ({seeds}), {lead}."
 
 
-def _cautions(found: Found) -> Iterator[str]:
+def _caution_notes(run_groups: RunGroups) -> Iterator[str]:
     """What a reader must know before comparing."""
-    for group in found.groups:
-        if len({run.done for run in group.runs}) > 1:
-            each = ", ".join(str(run.done) for run in group.runs)
-            yield f"{group.label}: its seeds are at different rounds ({each}); curves end with the shortest."
-    asked = [
-        f"{run.path} ({run.done} of {run.config['rounds']})"
-        for g in found.groups
+    for group in run_groups.groups:
+        if len({run.rounds_done for run in group.runs}) > 1:
+            rounds_text = ", ".join(str(run.rounds_done) for run in group.runs)
+            yield f"{group.label}: its seeds are at different rounds ({rounds_text}); curves end with the shortest."
+    unfinished = [
+        f"{run.path} ({run.rounds_done} of {run.config['rounds']})"
+        for g in run_groups.groups
         for run in g.runs
-        if run.done < run.config["rounds"]
+        if run.rounds_done < run.config["rounds"]
     ]
-    if asked:
-        yield f"Not done yet: {', '.join(asked)}."
-    for gone, kept in found.left_out:
-        yield f"{gone.path} is left out: the same settings and seeds as {kept.path}."
-    seeds = {len(group.runs) for group in found.groups}
+    if unfinished:
+        yield f"Not done yet: {', '.join(unfinished)}."
+    for dropped, representative in run_groups.left_out:
+        yield f"{dropped.path} is left out: the same settings and seeds as {representative.path}."
+    seeds = {len(group.runs) for group in run_groups.groups}
     if seeds == {1}:
         yield "One seed of each setting, so no standard deviation over seeds."
 
 
-def _common(groups: Sequence[Group]) -> str:
+def _common_settings(groups: Sequence[Group]) -> str:
     """The settings that all runs share, folded away."""
-    every = [run.settings for group in groups for run in group.runs]
-    same = {
+    settings_of_runs = [run.settings for group in groups for run in group.runs]
+    common = {
         key: value
-        for key, value in every[0].items()
-        if all(of.get(key, of) == value for of in every)
+        for key, value in settings_of_runs[0].items()
+        if all(settings.get(key, settings) == value for settings in settings_of_runs)
     }
     rows = "".join(
-        f"<tr><td>{escapes.html_text(key)}</td><td>{escapes.html_text(shown(value))}</td></tr>"
-        for key, value in same.items()
+        f"<tr><td>{escapes.escape_html(key)}</td><td>{escapes.escape_html(format_setting(value))}</td></tr>"
+        for key, value in common.items()
     )
-    return f"<details><summary>{len(same)} settings that all runs share</summary><table>{rows}</table></details>"
+    return f"<details><summary>{len(common)} settings that all runs share</summary><table>{rows}</table></details>"
 
 
-def _last(logs: Sequence[Logged]):
+def _final_clients(logs: Sequence[RunLog]):
     """Each client in the last evaluated round of its run."""
-    table = of_all_clients(logs)
+    table = clients_table(logs)
     return table[table["round"] == table.groupby("path")["round"].transform("max")]
 
 
-def _csv(table) -> bytes:
+def _csv_bytes(table) -> bytes:
     """A table of pandas, in which no text is a formula."""
     texts = table.select_dtypes(exclude="number").columns
-    safe = table.assign(**{name: table[name].map(escapes.cell) for name in texts}).rename(
-        columns=escapes.cell
+    safe = table.assign(**{name: table[name].map(escapes.csv_cell) for name in texts}).rename(
+        columns=escapes.csv_cell
     )
     return safe.to_csv(index=False, lineterminator="\n").encode()
 
 
-def _earlier(folder: Path) -> list[str]:
+def _earlier_files(folder: Path) -> list[str]:
     """The files of an earlier report in ``folder``. Raises ValueError where it has other content."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return []
@@ -264,28 +271,32 @@ def _earlier(folder: Path) -> list[str]:
     nolinks.check(folder, {PAGE, f".{PAGE}.tmp"}.__contains__)
     for name in (FIGURES, TABLES):
 
-        def ours(file: str, name: str = name) -> bool:
-            return _ours(f"{name}/{file.removesuffix('.tmp')}")
+        def is_report_file(file: str, name: str = name) -> bool:
+            return _is_report_file(f"{name}/{file.removesuffix('.tmp')}")
 
-        nolinks.check(folder / name, ours, folder)
-    head = ""
+        nolinks.check(folder / name, is_report_file, folder)
+    page_start = ""
     if os.path.lexists(page := folder / PAGE):
         with opened_file(page) as file:
-            head = file.read(100_000).decode(errors="replace")
-    if not (found := re.search(_MARK.format('([^"]*)'), head)):
+            page_start = file.read(100_000).decode(errors="replace")
+    if not (mark := re.search(_PAGE_MARK.format('([^"]*)'), page_start)):
         raise ValueError(
             f"{folder}: has other files and no report of ours; give a new folder with -o"
         )
-    return [name for name in found[1].split() if _ours(name)]
+    return [name for name in mark[1].split() if _is_report_file(name)]
 
 
-def _ours(name: str) -> bool:
+def _is_report_file(name: str) -> bool:
     """Whether a report writes files of this name."""
-    where, _, file = name.partition("/")
-    return where in _KINDS and plain_name(file) == file and file.rpartition(".")[2] in _KINDS[where]
+    folder, _, file = name.partition("/")
+    return (
+        folder in _FILE_KINDS
+        and plain_name(file) == file
+        and file.rpartition(".")[2] in _FILE_KINDS[folder]
+    )
 
 
-def _put(folder: Path, files: dict[str, bytes], old: Sequence[str]) -> None:
+def _write_files(folder: Path, files: dict[str, bytes], old_files: Sequence[str]) -> None:
     """Write the files, the page last; then what only the earlier report had goes. Raises
     ValueError.
     """
@@ -295,7 +306,7 @@ def _put(folder: Path, files: dict[str, bytes], old: Sequence[str]) -> None:
                 pass
         for name, content in files.items():
             write_atomic(folder / name, content, folder)
-        for name in set(old) - set(files):
+        for name in set(old_files) - set(files):
             nolinks.remove(folder / name, folder)
     except OSError as error:
         raise ValueError(

@@ -20,19 +20,26 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ...algorithm import Algorithm, Cohort, Phase, Step, Train, Vars
+from ...algorithm import Algorithm, Cohort, LocalTraining, Phase, Step, Variables
 from ...core.bounds import bounded
-from ...core.names import factor, factors_of, is_factor, own_name, weight_of
-from ...core.tree import Tree, prefixed, under
+from ...core.names import factor_name, factors_by_weight, is_factor, method_leaf_name, weight_of
+from ...core.tree import Tree, add_prefix, select_prefix
 from ...models.network import Model
-from ..lowrank import as_weight, kaiming, matching, sides
+from ..lowrank import as_weight, kaiming_uniform, match_weights, matrix_shape
 
 Role = Literal["head", "norm"]
 _FIGURES = ("effective_clients", "lora_truncation", "lora_bias", "lora_update_bias")
-_TOLD, _LAST = own_name("told"), own_name("last")  # shared leaves
-_TERM, _WEIGHT = own_name("term"), own_name("weight")  # of what an upload stands for
-_DIAGNOSIS, _FIRST, _SECOND = own_name("diagnosis"), own_name("first"), own_name("second")
-_END, _CHANGE = own_name("end"), own_name("change")
+_FIGURE, _COUNT = method_leaf_name("told"), method_leaf_name("last")  # shared leaves
+_TERM, _WEIGHT = (
+    method_leaf_name("term"),
+    method_leaf_name("weight"),
+)  # of what an upload stands for
+_DIAGNOSTIC, _WEIGHT_SUM, _WEIGHT_SQUARES = (
+    method_leaf_name("diagnosis"),
+    method_leaf_name("first"),
+    method_leaf_name("second"),
+)
+_END, _CHANGE = method_leaf_name("end"), method_leaf_name("change")
 
 
 @dataclass(frozen=True)
@@ -98,139 +105,149 @@ class FineTuning(Algorithm):
     def judges(self) -> Literal["client", "server"]:
         return self.judged
 
-    def check(self, model: Model, train: Train) -> None:
-        self.adapted(model)
+    def check(self, model: Model, train: LocalTraining) -> None:
+        self.adapted_shapes(model)
 
-    def of_client(self, client: int, clients: int) -> "FineTuning":
-        ranks, most = self.lora_ranks, max(self.lora_ranks)
-        own = ranks[client % len(ranks)]
+    def for_client(self, client: int, clients: int) -> "FineTuning":
+        ranks, max_rank = self.lora_ranks, max(self.lora_ranks)
+        client_rank = ranks[client % len(ranks)]
         if self.rank_shares:
             ends = [share * clients for share in accumulate(self.rank_shares)]
-            own = next(
+            client_rank = next(
                 (r for r, end in zip(ranks, ends, strict=True) if client + 0.5 < end), ranks[-1]
             )
         if self.capacities:
-            own = max(
+            client_rank = max(
                 1,
                 int(
-                    most * self.capacities[client % len(self.capacities)] / max(self.capacities)
+                    max_rank * self.capacities[client % len(self.capacities)] / max(self.capacities)
                     + 1e-9
                 ),
             )
-        alpha = self.scale_of(own) * self._over(own)  # so that its s is what ``scale_of`` says
-        return replace(self, lora_ranks=(own,), rank_shares=(), capacities=(), alpha=alpha)
+        alpha = self.scale_of(client_rank) * self._scale_divisor(
+            client_rank
+        )  # so that its s is what ``scale_of`` says
+        return replace(self, lora_ranks=(client_rank,), rank_shares=(), capacities=(), alpha=alpha)
 
     @property
     def s(self) -> float:
         """The factor before B A: of the client for ``of_client``'s, of the server for the method
         itself.
         """
-        return self.alpha / self._over(max(self.lora_ranks))
+        return self.alpha / self._scale_divisor(max(self.lora_ranks))
 
     def scale_of(self, lora_rank: int) -> float:
         """s of a client of this rank."""
         return self.s
 
-    def _over(self, lora_rank: int) -> float:
+    def _scale_divisor(self, lora_rank: int) -> float:
         return lora_rank**0.5 if self.scale == "root" else lora_rank
 
-    def adapted(self, model: Model) -> dict[str, tuple[int, int]]:
+    def adapted_shapes(self, model: Model) -> dict[str, tuple[int, int]]:
         """{weight: (out side, in side)} of what is decomposed. Raises ValueError when ``layers``
         matches nothing.
         """
-        chosen = [
+        weights = [
             n
-            for n in matching(model, self.layers, frozen=True)
-            if model.described[n].role not in self.full
+            for n in match_weights(model, self.layers, frozen=True)
+            if model.all_leaves[n].role not in self.full
         ]
-        if not chosen:
+        if not weights:
             raise ValueError(
                 f"layers = {list(self.layers)}: match only what is trained in full = "
                 f"{list(self.full)}"
             )
-        return {n: sides(model.described[n]) for n in chosen}
+        return {n: matrix_shape(model.all_leaves[n]) for n in weights}
 
     def low_rank(self, model: Model) -> dict[str, int]:
-        return {n: min(max(self.lora_ranks), *of) for n, of in self.adapted(model).items()}
+        return {n: min(max(self.lora_ranks), *of) for n, of in self.adapted_shapes(model).items()}
 
     # The client.
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         factors, r = {}, max(self.lora_ranks)
-        for name, (out_side, in_side) in self.adapted(model).items():
+        for name, (out_side, in_side) in self.adapted_shapes(model).items():
             rows = min(r, out_side, in_side)
-            factors[factor(name, "A")] = kaiming(rows, in_side, rng)
-            factors[factor(name, "B")] = torch.zeros(out_side, rows)
-        full = {n: v for n, v in model.initial.items() if self.is_full(model, n)}
-        told = prefixed(dict.fromkeys(_FIGURES, torch.tensor(0.0)), _TOLD) if self.diagnose else {}
-        return Vars(full | factors | told, {})
+            factors[factor_name(name, "A")] = kaiming_uniform(rows, in_side, rng)
+            factors[factor_name(name, "B")] = torch.zeros(out_side, rows)
+        full = {n: v for n, v in model.initial.items() if self.is_fully_trained(model, n)}
+        figures = (
+            add_prefix(dict.fromkeys(_FIGURES, torch.tensor(0.0)), _FIGURE) if self.diagnose else {}
+        )
+        return Variables(full | factors | figures, {})
 
-    def is_full(self, model: Model, leaf: str) -> bool:
+    def is_fully_trained(self, model: Model, leaf: str) -> bool:
         """Whether a leaf is trained as it is; statistics go with the parameters of their layers."""
         role = model.role(leaf)
         return ("norm" if role == "stats" else role) in self.full
 
     def download(self, shared: Tree) -> Tree:
-        return self.first_components(
-            {n: v for n, v in shared.items() if not n.startswith((_TOLD, _LAST))}
+        return self.truncate_rank(
+            {n: v for n, v in shared.items() if not n.startswith((_FIGURE, _COUNT))}
         )
 
-    def first_components(self, tree: Tree) -> Tree:
+    def truncate_rank(self, tree: Tree) -> Tree:
         """``tree`` with factors of this client's rank."""
         r = max(self.lora_ranks)
 
-        def cut(n, v):
+        def truncate(n, v):
             return v[:r] if is_factor(n, "A") else v[:, :r] if is_factor(n, "B") else v
 
-        return {n: cut(n, v) for n, v in tree.items()}
+        return {n: truncate(n, v) for n, v in tree.items()}
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        return (Phase(train.epochs, (Step(self.loss(model), self.trains(model)),)),)
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        return (Phase(train.epochs, (Step(self.loss(model), self.trained_leaves(model)),)),)
 
-    def trains(self, model: Model):
+    def trained_leaves(self, model: Model):
         """Which leaves move."""
-        return lambda leaf: is_factor(leaf) or self.is_full(model, leaf)
+        return lambda leaf: is_factor(leaf) or self.is_fully_trained(model, leaf)
 
-    def upload(self, start: Vars, end: Vars) -> Tree:
+    def upload(self, start: Variables, end: Variables) -> Tree:
         return {n: v for n, v in end.shared.items() if not is_factor(n, "W")}
 
-    def weights_of(self, model: Model, v: Vars) -> Tree:
-        full, tree = {n: w for n, w in v.shared.items() if n in model.leaves}, model.values
-        moved = {n: as_weight(d, model.described[n]) for n, d in self.delta(v.shared).items()}
-        halves = {n: d.to(tree[n].dtype) for n, d in moved.items() if tree[n].dtype.itemsize < 4}
-        return tree | full | {n: tree[n] + d for n, d in (moved | halves).items()}
+    def client_model(self, model: Model, v: Variables) -> Tree:
+        full, tree = {n: w for n, w in v.shared.items() if n in model.leaves}, model.all_values
+        updates = {n: as_weight(d, model.all_leaves[n]) for n, d in self.delta(v.shared).items()}
+        rounded_updates = {
+            n: d.to(tree[n].dtype) for n, d in updates.items() if tree[n].dtype.itemsize < 4
+        }
+        return tree | full | {n: tree[n] + d for n, d in (updates | rounded_updates).items()}
 
-    def logits(self, model: Model, v: Vars, x: Tensor) -> Tensor:
-        network = model if "norm" in self.full or not model.training else model.fixed
-        return network(self.weights_of(model, v), x)
+    def logits(self, model: Model, v: Variables, x: Tensor) -> Tensor:
+        network = model if "norm" in self.full or not model.training else model.fixed_norm_model
+        return network(self.client_model(model, v), x)
 
     def adapter(
-        self, model: Model, v: Vars
+        self, model: Model, v: Variables
     ) -> tuple[dict[str, tuple[Tensor, Tensor, float]], Tree]:
         """({weight: (A, B, s)}, leaves trained in full) of the client's own model, on top of the
         initial weights.
 
         Raises ValueError where the model holds a dense update beside.
         """
-        if dense(v.shared):
+        if dense_updates(v.shared):
             raise ValueError(
                 "the model holds a dense update of the frozen weights beside the factors"
             )
         factors = {
-            n: (v.shared[factor(n, "A")], B, self.s) for n, B in factors_of(v.shared, "B").items()
+            n: (v.shared[factor_name(n, "A")], B, self.s)
+            for n, B in factors_by_weight(v.shared, "B").items()
         }
         return factors, {n: w for n, w in v.shared.items() if n in model.leaves}
 
-    def products(self, tree: Tree) -> Tree:
+    def factor_products(self, tree: Tree) -> Tree:
         """{weight: s B A} of all factors in ``tree``, [out side, in side]."""
-        return {n: self.s * B @ tree[factor(n, "A")] for n, B in factors_of(tree, "B").items()}
+        return {
+            n: self.s * B @ tree[factor_name(n, "A")]
+            for n, B in factors_by_weight(tree, "B").items()
+        }
 
     def delta(self, shared: Tree) -> Tree:
         """{weight: its update W + s B A}, [out side, in side], of a client's or the server's shared
         variables.
         """
-        W = dense(shared)
-        return W | {n: W[n] + p if n in W else p for n, p in self.products(shared).items()}
+        W = dense_updates(shared)
+        return W | {n: W[n] + p if n in W else p for n, p in self.factor_products(shared).items()}
 
     # The server.
 
@@ -240,53 +257,59 @@ class FineTuning(Algorithm):
         """
         tree, terms = (
             {n: v for n, v in upload.items() if not is_factor(n)},
-            self.term(upload, shared),
+            self.mean_terms(upload, shared),
         )
-        if weight := self.weight(upload, shared, count):
+        if weight := self.term_weights(upload, shared, count):
             ratio = {n: w / count for n, w in weight.items()}
             terms = {n: v * ratio[weight_of(n)] for n, v in terms.items()}
-            tree |= prefixed(ratio, _WEIGHT)
+            tree |= add_prefix(ratio, _WEIGHT)
         # computed there, where nothing waits for a copy from the host
-        number = next(iter(upload.values())).new_full
-        tree |= prefixed({n: number((), v / count) for n, v in self.counted(upload).items()}, _LAST)
-        tree |= prefixed(terms, _TERM)
-        return tree | (self.diagnosis(upload, shared, count) if self.diagnose else {})
+        new_scalar = next(iter(upload.values())).new_full
+        tree |= add_prefix(
+            {n: new_scalar((), v / count) for n, v in self.cohort_counts(upload).items()}, _COUNT
+        )
+        tree |= add_prefix(terms, _TERM)
+        return tree | (self.client_diagnosis(upload, shared, count) if self.diagnose else {})
 
-    def term(self, upload: Tree, shared: Tree) -> Tree:
+    def mean_terms(self, upload: Tree, shared: Tree) -> Tree:
         """What enters the mean instead of the factors, leaves ``<weight>.<letter>``: here the
         factors, with zeros up to the server's rank.
         """
 
-        def pad(n, v):
+        def pad_rows(n, v):
             return torch.cat([v, v.new_zeros(shared[n].shape[0] - len(v), v.shape[1])])
 
-        def wide(n, v):
+        def pad_columns(n, v):
             return torch.cat([v, v.new_zeros(len(v), shared[n].shape[1] - v.shape[1])], 1)
 
         return {
-            n: (pad if is_factor(n, "A") else wide)(n, v) for n, v in upload.items() if is_factor(n)
+            n: (pad_rows if is_factor(n, "A") else pad_columns)(n, v)
+            for n, v in upload.items()
+            if is_factor(n)
         }
 
-    def weight(self, upload: Tree, shared: Tree, count: int) -> Tree:
+    def term_weights(self, upload: Tree, shared: Tree, count: int) -> Tree:
         """{weight: []} by what the terms of a weight count; {}: by ``count``, the number of samples
         n_k.
         """
         return {}
 
-    def counted(self, upload: Tree) -> dict[str, int]:
+    def cohort_counts(self, upload: Tree) -> dict[str, int]:
         """{name: number of a client}; the next shared leaf "last.<name>" is its sum over the
         cohort. Here none.
         """
         return {}
 
-    def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
+    def server_update(
+        self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort
+    ) -> tuple[Tree, Tree]:
         full = {n: v for n, v in mean.items() if n in shared}
-        last = {n: (v * cohort.weight).round() for n, v in full.items() if n.startswith(_LAST)}
-        terms, weights = under(mean, _TERM), under(mean, _WEIGHT)
+        last = {n: (v * cohort.weight).round() for n, v in full.items() if n.startswith(_COUNT)}
+        terms, weights = select_prefix(mean, _TERM), select_prefix(mean, _WEIGHT)
         if weights:
             terms = {n: v / weights[weight_of(n)] for n, v in terms.items()}
         new = shared | full | last | self.aggregate(shared, terms)
-        return server, new | (self.diagnosed(shared, new, mean) if self.diagnose else {})
+        return server, new | (self.diagnostics(shared, new, mean) if self.diagnose else {})
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
         """The shared leaves that change, from the present ones and the weighted mean of the terms."""
@@ -294,43 +317,58 @@ class FineTuning(Algorithm):
 
     # The diagnosis.
 
-    def diagnosis(self, upload: Tree, shared: Tree, count: int) -> Tree:
+    def client_diagnosis(self, upload: Tree, shared: Tree, count: int) -> Tree:
         """What ``diagnosed`` needs the mean of; all means are weighted by n_k, hence the divisions
         by it.
         """
-        n, arrived = next(iter(upload.values())).new_full((), count), self.download(shared)
-        got, end, before = self.delta(arrived), self.delta(arrived | upload), self.delta(shared)
-        truncation = sum((before[name] - d).square().sum() for name, d in got.items())
+        n, downloaded = next(iter(upload.values())).new_full((), count), self.download(shared)
+        received_delta, trained_delta, server_delta = (
+            self.delta(downloaded),
+            self.delta(downloaded | upload),
+            self.delta(shared),
+        )
+        truncation = sum(
+            (server_delta[name] - d).square().sum() for name, d in received_delta.items()
+        )
         tree = {"one": 1 / n, "truncation": truncation / n}
-        for name, w in (self.weight(upload, shared, count) or {"all": n}).items():
-            tree |= {_FIRST + name: w / n, _SECOND + name: w.square() / n}
-        change = {name: d - got[name] for name, d in end.items()}
-        return prefixed(tree | prefixed(end, _END) | prefixed(change, _CHANGE), _DIAGNOSIS)
+        for name, w in (self.term_weights(upload, shared, count) or {"all": n}).items():
+            tree |= {_WEIGHT_SUM + name: w / n, _WEIGHT_SQUARES + name: w.square() / n}
+        change = {name: d - received_delta[name] for name, d in trained_delta.items()}
+        return add_prefix(
+            tree | add_prefix(trained_delta, _END) | add_prefix(change, _CHANGE), _DIAGNOSTIC
+        )
 
-    def diagnosed(self, shared: Tree, new: Tree, mean: Tree) -> Tree:
+    def diagnostics(self, shared: Tree, new: Tree, mean: Tree) -> Tree:
         """The numbers of ``diagnose``; instead of the effective clients, their share of the cohort."""
-        mean = under(mean, _DIAGNOSIS)
-        first, second = under(mean, _FIRST), under(mean, _SECOND)
-        shares = [w.square() / (second[n] * mean["one"]) for n, w in first.items()]
+        mean = select_prefix(mean, _DIAGNOSTIC)
+        weight_sums, weight_squares = (
+            select_prefix(mean, _WEIGHT_SUM),
+            select_prefix(mean, _WEIGHT_SQUARES),
+        )
+        shares = [w.square() / (weight_squares[n] * mean["one"]) for n, w in weight_sums.items()]
         before, after = self.delta(shared), self.delta(new)
 
-        def away(exact, of):
-            return sum((of[n] - v).square().sum() for n, v in exact.items()).sqrt()
+        def distance(exact, approximation):
+            return sum((approximation[n] - v).square().sum() for n, v in exact.items()).sqrt()
 
         change = {n: v - before[n] for n, v in after.items()}
-        found = (
+        figures = (
             sum(shares) / len(shares),
             mean["truncation"] / mean["one"],
-            away(under(mean, _END), after),
-            away(under(mean, _CHANGE), change),
+            distance(select_prefix(mean, _END), after),
+            distance(select_prefix(mean, _CHANGE), change),
         )
-        return prefixed(dict(zip(_FIGURES, found, strict=True)), _TOLD)
+        return add_prefix(dict(zip(_FIGURES, figures, strict=True)), _FIGURE)
 
-    def told(self, shared: Tree, clients: int) -> dict[str, float]:
-        told = {n: float(v) for n, v in under(shared, _TOLD).items()}
-        return told | {"effective_clients": told["effective_clients"] * clients} if told else {}
+    def server_metrics(self, shared: Tree, clients: int) -> dict[str, float]:
+        figures = {n: float(v) for n, v in select_prefix(shared, _FIGURE).items()}
+        return (
+            figures | {"effective_clients": figures["effective_clients"] * clients}
+            if figures
+            else {}
+        )
 
 
-def dense(tree: Tree) -> Tree:
+def dense_updates(tree: Tree) -> Tree:
     """{weight: its W} of all that there are."""
-    return factors_of(tree, "W")
+    return factors_by_weight(tree, "W")

@@ -8,17 +8,17 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ...algorithm import Vars
-from ...core.names import factor, is_factor, own_name
+from ...algorithm import Variables
+from ...core.names import factor_name, is_factor, method_leaf_name
 from ...core.tree import Tree, numel
 from ...models.network import Model
-from . import FineTuning, dense
+from . import FineTuning, dense_updates
 
-_CLIENTS = own_name("last", "clients")
+_CLIENTS = method_leaf_name("last", "clients")
 
 
 @dataclass(frozen=True)
-class Calibrated(FineTuning):
+class CalibratedTuning(FineTuning):
     """Factors are averaged, and what their mean product has beside is added to the frozen weights
     of everybody:
 
@@ -35,34 +35,40 @@ class Calibrated(FineTuning):
 
     downlink: Literal["dense", "factored"] = "dense"
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         shared, personal = super().init(model, rng)[:2]
-        W = {factor(n, "W"): torch.zeros(*size) for n, size in self.adapted(model).items()}
-        return Vars(shared | W | {_CLIENTS: torch.tensor(0.0)}, personal)
+        W = {
+            factor_name(n, "W"): torch.zeros(*size)
+            for n, size in self.adapted_shapes(model).items()
+        }
+        return Variables(shared | W | {_CLIENTS: torch.tensor(0.0)}, personal)
 
-    def received(self, shared: Tree) -> Tensor | int:
+    def download_numel(self, shared: Tree) -> Tensor | int:
         return numel(
             {n: v for n, v in self.download(shared).items() if not is_factor(n, "W")}
-        ) + self.residual(shared)
+        ) + self.residual_numel(shared)
 
-    def residual(self, shared: Tree) -> Tensor | int:
+    def residual_numel(self, shared: Tree) -> Tensor | int:
         """How many numbers the R of the last round comes to; none before round 1."""
         clients, total = shared[_CLIENTS].long(), 0
-        for name, W in dense(shared).items():
-            factored = (clients - 1).clamp(min=0) * len(shared[factor(name, "A")]) * sum(W.shape)
-            total += (clients > 0) * W.numel() if self.downlink == "dense" else factored
+        for name, W in dense_updates(shared).items():
+            factored_numel = (
+                (clients - 1).clamp(min=0) * len(shared[factor_name(name, "A")]) * sum(W.shape)
+            )
+            total += (clients > 0) * W.numel() if self.downlink == "dense" else factored_numel
         return total
 
-    def term(self, upload: Tree, shared: Tree) -> Tree:
-        return super().term(upload, shared) | {
-            factor(n, "W"): p for n, p in self.products(upload).items()
+    def mean_terms(self, upload: Tree, shared: Tree) -> Tree:
+        return super().mean_terms(upload, shared) | {
+            factor_name(n, "W"): p for n, p in self.factor_products(upload).items()
         }
 
-    def counted(self, upload: Tree) -> dict[str, int]:
+    def cohort_counts(self, upload: Tree) -> dict[str, int]:
         return {"clients": 1}
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
-        of_means = self.products(mean)
+        mean_products = self.factor_products(mean)
         return mean | {
-            factor(n, "W"): W + mean[factor(n, "W")] - of_means[n] for n, W in dense(shared).items()
+            factor_name(n, "W"): W + mean[factor_name(n, "W")] - mean_products[n]
+            for n, W in dense_updates(shared).items()
         }

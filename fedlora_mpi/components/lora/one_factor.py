@@ -6,14 +6,14 @@ from typing import Literal
 import torch
 from torch import Generator
 
-from ...algorithm import Phase, Step, Train, Vars
-from ...core.names import is_factor, is_own, own_name
+from ...algorithm import LocalTraining, Phase, Step, Variables
+from ...core.names import is_factor, is_method_leaf, method_leaf_name
 from ...core.tree import Tree, numel
 from ...models.network import Model
 from . import FineTuning
 
-_TURN = own_name("turn")
-ROUND, SEED = _TURN + "round", _TURN + "seed"
+_TURN_PREFIX = method_leaf_name("turn")
+ROUND, SEED = _TURN_PREFIX + "round", _TURN_PREFIX + "seed"
 
 
 @dataclass(frozen=True)
@@ -28,49 +28,49 @@ class OneFactor(FineTuning):
     """
 
     @property
-    def turns(self) -> tuple[Literal["A", "B"], ...]:
+    def factor_schedule(self) -> tuple[Literal["A", "B"], ...]:
         """Which factor trains, round after round, and then from the first again."""
         return ("B",)
 
-    def active(self, round_: int) -> Literal["A", "B"]:
+    def active_factor(self, round_: int) -> Literal["A", "B"]:
         """The factor that trains in round ``round_`` (from 0)."""
-        return self.turns[round_ % len(self.turns)]
+        return self.factor_schedule[round_ % len(self.factor_schedule)]
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         shared, personal = super().init(model, rng)[:2]
-        return Vars(shared | {ROUND: torch.tensor(0.0)}, personal)
+        return Variables(shared | {ROUND: torch.tensor(0.0)}, personal)
 
-    def phases(self, model: Model, train: Train, round_: int) -> tuple[Phase, ...]:
-        active = self.active(round_)
+    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        active = self.active_factor(round_)
 
-        def trains(leaf):
-            return is_factor(leaf, active) or self.is_full(model, leaf)
+        def is_trained(leaf):
+            return is_factor(leaf, active) or self.is_fully_trained(model, leaf)
 
-        return (Phase(train.epochs, (Step(self.loss(model), trains),)),)
+        return (Phase(train.epochs, (Step(self.loss(model), is_trained),)),)
 
-    def upload(self, start: Vars, end: Vars) -> Tree:
+    def upload(self, start: Variables, end: Variables) -> Tree:
         """The leaves that train in any round: its layout is the same in all."""
 
-        def stays(n):
-            return n.startswith(_TURN) or is_factor(n) and n[-1] not in self.turns
+        def is_excluded(n):
+            return n.startswith(_TURN_PREFIX) or is_factor(n) and n[-1] not in self.factor_schedule
 
-        return {n: v for n, v in super().upload(start, end).items() if not stays(n)}
+        return {n: v for n, v in super().upload(start, end).items() if not is_excluded(n)}
 
-    def sent(self, start: Vars, end: Vars) -> int:
-        return self.numbers(self.upload(start, end), int(start.shared[ROUND]))
+    def upload_numel(self, start: Variables, end: Variables) -> int:
+        return self.trained_numel(self.upload(start, end), int(start.shared[ROUND]))
 
-    def received(self, shared: Tree) -> int:
-        return self.numbers(self.download(shared), int(shared[ROUND]) - 1)
+    def download_numel(self, shared: Tree) -> int:
+        return self.trained_numel(self.download(shared), int(shared[ROUND]) - 1)
 
-    def numbers(self, tree: Tree, round_: int) -> int:
+    def trained_numel(self, tree: Tree, round_: int) -> int:
         """How many numbers of ``tree`` tell what round ``round_`` has trained; -1: before round 1."""
 
-        def told(n):
-            return is_factor(n, self.active(round_)) and round_ >= 0 or not is_own(n)
+        def is_informative(n):
+            return is_factor(n, self.active_factor(round_)) and round_ >= 0 or not is_method_leaf(n)
 
-        return numel({n: v for n, v in tree.items() if told(n)})
+        return numel({n: v for n, v in tree.items() if is_informative(n)})
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
         """The mean of the round's factor; of the other the server has the bits."""
-        active = self.active(int(shared[ROUND]))
+        active = self.active_factor(int(shared[ROUND]))
         return {n: v for n, v in mean.items() if is_factor(n, active)} | {ROUND: shared[ROUND] + 1}

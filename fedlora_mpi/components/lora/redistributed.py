@@ -6,15 +6,15 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ...algorithm import Vars
-from ...core.names import factor, is_factor
+from ...algorithm import Variables
+from ...core.names import factor_name, is_factor
 from ...core.tree import Tree
 from ...models.network import Model
-from . import FineTuning, dense
+from . import FineTuning, dense_updates
 
 
 @dataclass(frozen=True)
-class Redistributed(FineTuning):
+class RedistributedTuning(FineTuning):
     """The server keeps a dense update W of every decomposed weight and hands out W^r, its best
     approximation of each client's rank r: of W = U S V', B = U_r S_r / s_k and A = V_r', all
     singular values on B.
@@ -29,32 +29,40 @@ class Redistributed(FineTuning):
     scale: Literal["rank", "root", "common"] = "rank"
 
     def scale_of(self, lora_rank: int) -> float:
-        return self.s if self.scale == "common" else self.alpha / self._over(lora_rank)
+        return self.s if self.scale == "common" else self.alpha / self._scale_divisor(lora_rank)
 
-    def init(self, model: Model, rng: Generator) -> Vars:
+    def init(self, model: Model, rng: Generator) -> Variables:
         shared, personal = super().init(model, rng)[:2]
-        return Vars(
+        return Variables(
             shared
-            | {factor(n, "W"): torch.zeros(*size) for n, size in self.adapted(model).items()},
+            | {
+                factor_name(n, "W"): torch.zeros(*size)
+                for n, size in self.adapted_shapes(model).items()
+            },
             personal,
         )
 
     def download(self, shared: Tree) -> Tree:
-        own = super().download({n: v for n, v in shared.items() if not is_factor(n, "W")})
-        return {n: v / self.s if is_factor(n, "B") else v for n, v in own.items()}
+        client_leaves = super().download({n: v for n, v in shared.items() if not is_factor(n, "W")})
+        return {n: v / self.s if is_factor(n, "B") else v for n, v in client_leaves.items()}
 
     def delta(self, shared: Tree) -> Tree:
         """A client's s B A; what the server has is W itself."""
-        return dense(shared) or super().delta(shared)
+        return dense_updates(shared) or super().delta(shared)
 
-    def term(self, upload: Tree, shared: Tree) -> Tree:
-        return {factor(n, "W"): p for n, p in self.products(upload).items()}
+    def mean_terms(self, upload: Tree, shared: Tree) -> Tree:
+        return {factor_name(n, "W"): p for n, p in self.factor_products(upload).items()}
 
     def decomposed(self, shared: Tree) -> dict[str, tuple[Tensor, int]]:
         return {
-            n: (shared[factor(n, "W")], len(shared[factor(n, "A")])) for n in self.delta(shared)
+            n: (shared[factor_name(n, "W")], len(shared[factor_name(n, "A")]))
+            for n in self.delta(shared)
         }
 
     def handed_out(self, shared: Tree, right: Tree) -> Tree:
-        A = {factor(n, "A"): V for n, V in right.items()}
-        return shared | A | {factor(n, "B"): shared[factor(n, "W")] @ V.T for n, V in right.items()}
+        A = {factor_name(n, "A"): V for n, V in right.items()}
+        return (
+            shared
+            | A
+            | {factor_name(n, "B"): shared[factor_name(n, "W")] @ V.T for n, V in right.items()}
+        )
