@@ -20,7 +20,7 @@ from fedlora_mpi.config import from_dict
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.checkpointing import initial_state
 
 WAYS = {
     "loop": {"path": "loop"},
@@ -71,7 +71,7 @@ def main() -> None:
     for way, engine in WAYS.items():
         engine = engine | ({"group_size": asked.group} if engine["path"] == "stack" else {})
         built = build(from_dict(tree | {"engine": engine}, "benchmark"), "benchmark", Solo())
-        ready[way] = built, beginning(built)
+        ready[way] = built, initial_state(built)
         first[way], end = played(*ready[way])
         if way == "loop":
             loop = end

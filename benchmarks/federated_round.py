@@ -20,7 +20,7 @@ from fedlora_mpi.federation.federation import State
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.checkpointing import initial_state
 
 OFFICIAL = {"rank_rule": "official", "scale": "official"}
 CASES = {  # name: (data, model, ranks, target)
@@ -51,7 +51,7 @@ def prepared(data: dict, model: str, algorithm: dict):
         "train": {"epochs": EPOCHS, "batch_size": 100, "lr": 0.02},
     }
     built = build(from_dict(tree, "benchmark"), "benchmark", Solo())
-    return built, beginning(built)
+    return built, initial_state(built)
 
 
 def timed(built, state: State) -> tuple[float, dict]:

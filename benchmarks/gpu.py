@@ -35,7 +35,7 @@ from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo, connect
 from fedlora_mpi.mpi.ending import run_or_abort
 from fedlora_mpi.run.assembly import Assembly, build
-from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.checkpointing import initial_state
 
 FULL = {
     "model": "resnet8",
@@ -226,7 +226,7 @@ def split_check(few: dict, method: str, stack: dict) -> dict:
 
 def rounds(built: Assembly, clock: Clock, repeats: int) -> dict:
     """Seconds of whole rounds: the first two, then the median of ``repeats``, by stages."""
-    state, rows, seconds = beginning(built), [], []
+    state, rows, seconds = initial_state(built), [], []
     while len(seconds) < 2 + repeats:
         if len(seconds) > 2:  # a part of the repeats says as much
             try:

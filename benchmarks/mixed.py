@@ -18,7 +18,7 @@ from fedlora_mpi.federation.federation import State
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.checkpointing import initial_state
 
 WORKLOADS = {  # name: (images, networks, train)
     "small networks": (
@@ -55,7 +55,7 @@ def prepare(images: dict, networks: list, train: dict, path: str):
         "benchmark",
         Solo(),
     )
-    return built, beginning(built)
+    return built, initial_state(built)
 
 
 def main() -> None:

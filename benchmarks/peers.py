@@ -36,7 +36,7 @@ from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models import zoo
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.checkpointing import initial_state
 
 HERE = Path(__file__).parent
 PEERS = {"flwr": HERE / "peer" / "flower.py", "pfl": HERE / "peer" / "apple.py"}
@@ -90,7 +90,7 @@ def prepared(spec: dict):
         "engine": {"device": "cpu", "path": "measure"},
     }
     built = build(from_dict(tree, "benchmark"), "benchmark", Solo())
-    return built, beginning(built)
+    return built, initial_state(built)
 
 
 def lay_out(spec: dict, folder: Path) -> None:

@@ -207,7 +207,7 @@ def play(config: str, output: str) -> None:
         return row
 
     run.run_round = clocked
-    run.start(run.receive(comm, lambda: read(config, [f"output={output}"])), config, comm)
+    run.start(run.receive_config(comm, lambda: read(config, [f"output={output}"])), config, comm)
     table = np.zeros((comm.size, len(cpus)))
     table[comm.rank] = cpus
     comm.sum(table)

@@ -18,7 +18,7 @@ from fedlora_mpi.core.tree import Tree
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.checkpointing import initial_state
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 WAYS = {
@@ -36,7 +36,7 @@ def seconds(overrides: list[str], rounds: int) -> tuple[int, float, Tree]:
     built = build(
         read(CONFIG, ["algorithm=fedavg", "engine.device=cpu", *overrides]), str(CONFIG), Solo()
     )
-    state, found = beginning(built), []
+    state, found = initial_state(built), []
     for _ in range(rounds + 1):
         state, row, _ = run_round(built.run, state, evaluate=False, stop=False)
         found.append(row["seconds_train"] + row["seconds_exchange"])

@@ -19,7 +19,7 @@ from fedlora_mpi.federation.federation import State
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.checkpointing import initial_state
 
 WORKLOADS = {  # name: (data, model, train, group size, target ratio)
     "cifar_resnet8": (
@@ -57,7 +57,7 @@ def prepare(data: dict, model: str | dict, train: dict, **engine):
         "rounds": 1,
     }
     built = build(from_dict(tree, "benchmark"), "benchmark", Solo())
-    return built, beginning(built)
+    return built, initial_state(built)
 
 
 def bare_loop(built, clients: list[int]) -> tuple[float, nn.Module]:

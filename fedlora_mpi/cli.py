@@ -38,8 +38,8 @@ EXAMPLES = """examples:
 exit codes: 0 done, 1 a fault, 2 a mistake in what was asked, 75 stopped at a round boundary (SIGUSR1)
 with a checkpoint written, 141 nobody
 reads the output."""
-_START = 300.0  # seconds that MPI may take to start
-_BUSY = 20.0  # seconds of these on a machine that has much else to do
+_MPI_START_TIMEOUT = 300.0  # seconds that MPI may take to start
+_BUSY_ALLOWANCE = 20.0  # seconds of these on a machine that has much else to do
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         with repair_streams():
-            asked = _parse(arguments)
-            with tolerate_output_errors() if asked.command.trains else nullcontext():
-                return _play(asked)
+            args = _parse_arguments(arguments)
+            with tolerate_output_errors() if args.command.trains else nullcontext():
+                return _execute(args)
     except BrokenPipeError:
         return SIGPIPE_EXIT
     except OutputError as error:
@@ -58,68 +58,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """What was asked; overrides may stand between and behind the options."""
-    parser = _parser()
-    asked, left = parser.parse_known_args(arguments)
-    if left and not (
-        hasattr(asked, "overrides") and all("=" in text and text[0] != "-" for text in left)
+    parser = _build_parser()
+    args, unrecognized = parser.parse_known_args(arguments)
+    if unrecognized and not (
+        hasattr(args, "overrides") and all("=" in text and text[0] != "-" for text in unrecognized)
     ):
-        parser.error(f"unrecognized arguments: {' '.join(left)}")
-    if left:
-        asked.overrides = [*asked.overrides, *left]
-    return asked
+        parser.error(f"unrecognized arguments: {' '.join(unrecognized)}")
+    if unrecognized:
+        args.overrides = [*args.overrides, *unrecognized]
+    return args
 
 
-def _play(asked: argparse.Namespace) -> int:
+def _execute(args: argparse.Namespace) -> int:
     """Carry out one command; returns the exit code."""
-    if asked.command.imports and os.getcwd() not in sys.path:
+    if args.command.imports and os.getcwd() not in sys.path:
         # behind all libraries: a file of the user's takes the place of none
         sys.path.append(os.getcwd())
     from .mpi.comm import Solo, connect
     from .mpi.ending import run_or_abort
     from .mpi.launch import is_launched, limit_startup
 
-    parallel = asked.command.parallel
+    parallel = args.command.parallel
     try:
-        with limit_startup(_patience(asked)) if parallel and is_launched() else nullcontext():
+        with limit_startup(_start_timeout(args)) if parallel and is_launched() else nullcontext():
             comm = connect() if parallel else Solo()
     except ValueError as error:
         print(f"fedlora-mpi: {error}", file=sys.stderr)
         return 2
-    return run_or_abort(comm, lambda: asked.command.execute(asked, comm))
+    return run_or_abort(comm, lambda: args.command.execute(args, comm))
 
 
-def _patience(asked: argparse.Namespace) -> float:
+def _start_timeout(args: argparse.Namespace) -> float:
     """Seconds that MPI may take to start, 0: for ever; by ``faults.timeout`` on the command line,
     for no config is read.
     """
-    given = [
-        text.partition("=")[2] for text in asked.overrides if text.startswith("faults.timeout=")
+    timeouts = [
+        text.partition("=")[2] for text in args.overrides if text.startswith("faults.timeout=")
     ]
     with suppress(ValueError):
-        seconds = float(given[-1]) if given else _START
-        return seconds and _BUSY + seconds
-    return _START
+        seconds = float(timeouts[-1]) if timeouts else _MPI_START_TIMEOUT
+        return seconds and _BUSY_ALLOWANCE + seconds
+    return _MPI_START_TIMEOUT
 
 
-def _parser() -> argparse.ArgumentParser:
+def _build_parser() -> argparse.ArgumentParser:
     """The parser of the command line, with one of its own for each command."""
-    style = argparse.RawDescriptionHelpFormatter
-    about = "Simulate personalised federated learning with low-rank parts, over MPI."
+    formatter = argparse.RawDescriptionHelpFormatter
+    description = "Simulate personalised federated learning with low-rank parts, over MPI."
     parser = argparse.ArgumentParser(
-        prog="fedlora-mpi", description=about, epilog=EXAMPLES, formatter_class=style
+        prog="fedlora-mpi", description=description, epilog=EXAMPLES, formatter_class=formatter
     )
     parser.add_argument("--version", action="version", version=f"fedlora-mpi {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        sub = commands.add_parser(
+        subparser = commands.add_parser(
             name,
             help=command.help,
             description=command.help,
             epilog=EXAMPLES,
-            formatter_class=style,
+            formatter_class=formatter,
         )
-        sub.set_defaults(command=command)
-        command.add_arguments(sub)
+        subparser.set_defaults(command=command)
+        command.add_arguments(subparser)
     return parser

@@ -4,7 +4,7 @@
 
 from pathlib import Path
 
-from fedlora_mpi.run.slurm import Job, is_done, program, script, task_of
+from fedlora_mpi.run.slurm import Job, array_task_lines, program_line, sbatch_script, status_command
 
 HERE = Path(__file__).parent
 EDIT = """\
@@ -40,17 +40,17 @@ def made(name: str) -> str:
     if name == "array":
         job = Job(name="fedlora-array", log="slurm-%x-%A_%a.log", **JOBS[name])
         call = f"--array=1-$(wc -l < {LISTED.partition('=')[2]}) jobs/array.sbatch"
-        return _script(job, WHAT[name], "jobs", call, LISTED, task_of('"$jobs"'))
+        return _script(job, WHAT[name], "jobs", call, LISTED, array_task_lines('"$jobs"'))
     job = Job(name=f"fedlora-{name}", log="slurm-%x-%j.log", **JOBS[name])
-    body = RUN, program(job, 'run --resume "${run[@]}"')
+    body = RUN, program_line(job, 'run --resume "${run[@]}"')
     return _script(
-        job, WHAT[name], "run", f"jobs/{name}.sbatch", *body, is_done=is_done('"${run[@]}"')
+        job, WHAT[name], "run", f"jobs/{name}.sbatch", *body, is_done=status_command('"${run[@]}"')
     )
 
 
 def _script(job: Job, what: str, edited: str, call: str, *body: str, **more: str) -> str:
     head = f"# {what}\n{EDIT.format(what=edited, call=call)}"
-    return script(job, "\n".join(body), head=head, **more)
+    return sbatch_script(job, "\n".join(body), comment_lines=head, **more)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedlora_mpi.analysis.groups import RunLog, group_runs
 from fedlora_mpi.store import checkpoint, seal
-from fedlora_mpi.store.log import Log, ragged
+from fedlora_mpi.store.log import Log, pack_ragged
 
 # --- logs of three clients, for what compares runs
 
@@ -47,8 +47,8 @@ def write_run(
         "train_counts": counts,
         "test_counts": counts,
         "digest": digest,
-        **ragged("train", index),
-        **ragged("test", index),
+        **pack_ragged("train", index),
+        **pack_ragged("test", index),
     }
     log = Log.create(
         folder / "log.h5",
@@ -114,8 +114,8 @@ SHARED = {
 
 def create_log(run):
     partition = {
-        **ragged("train", [np.arange(n, 2 * n) for n in range(CLIENTS)]),
-        **ragged("test", [np.array([n]) for n in range(CLIENTS)]),
+        **pack_ragged("train", [np.arange(n, 2 * n) for n in range(CLIENTS)]),
+        **pack_ragged("test", [np.array([n]) for n in range(CLIENTS)]),
         "train_counts": np.eye(CLIENTS, 3, dtype=np.int64),
         "digest": "cafe",
     }
@@ -179,9 +179,9 @@ def reseal(path: Path) -> None:
                 for g in ("rounds", "clients", "ranks")
                 for n, d in file[g].items()
             }
-            file.attrs[seal.HEAD] = seal.head(file)
-            row_seals = seal.rows(columns)
-            del file[seal.ROWS]
-            file.create_dataset(seal.ROWS, data=row_seals, maxshape=(None,), chunks=(256,))
+            file.attrs[seal.HEAD_SEAL] = seal.head_checksum(file)
+            row_seals = seal.row_checksums(columns)
+            del file[seal.ROW_SEALS]
+            file.create_dataset(seal.ROW_SEALS, data=row_seals, maxshape=(None,), chunks=(256,))
     except Exception:  # what cannot be sealed is refused for another reason
         return

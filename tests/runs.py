@@ -26,8 +26,8 @@ from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.heartbeat import Heartbeat
 from fedlora_mpi.run.assembly import Assembly, build
-from fedlora_mpi.run.checkpointing import beginning
-from fedlora_mpi.run.loop import _begin
+from fedlora_mpi.run.checkpointing import initial_state
+from fedlora_mpi.run.loop import _start_new_run
 from fedlora_mpi.store.reader import RunFiles
 
 T = TypeVar("T")
@@ -151,7 +151,8 @@ def create_run(ranks: int, folder: Path, *overrides: str) -> Path:
     """
     config = configs.read(TINY, [*overrides, f"output={folder}"])
     assert (
-        run_on_ranks(ranks, lambda comm: _begin(folder, config, str(TINY), comm, [])) == [0] * ranks
+        run_on_ranks(ranks, lambda comm: _start_new_run(folder, config, str(TINY), comm, []))
+        == [0] * ranks
     )
     return folder
 
@@ -167,7 +168,7 @@ def run_rounds(*overrides: str, ranks: int = 1) -> list[list[RoundSnapshot]]:
 
     def main(comm) -> tuple[Run, list[RoundSnapshot]]:
         parts = build(config, str(TINY), comm)
-        state = beginning(parts)
+        state = initial_state(parts)
         moments = [RoundSnapshot(clone_tree(state.shared), clone_tree(state.personal), {}, {})]
         for _ in range(config.rounds):
             state, row, clients = run_round(parts.run, state, evaluate=True, stop=False)

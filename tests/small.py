@@ -24,7 +24,7 @@ from fedlora_mpi.models import zoo
 from fedlora_mpi.models.resnet import ResNet
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.run.assembly import Assembly
-from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.checkpointing import initial_state
 
 torch.set_num_threads(1)  # the engine's default; sums in another order have other last bits
 
@@ -201,7 +201,7 @@ def make_experiment(
         upload_layout=Layout.of(kinds[0].untrained_term),
         mixing=Mixing.of(algorithm, initial, [0] * len(sizes), [0], "auto"),
     )
-    return run, beginning(Assembly(None, run, None, SHAPE, ""))
+    return run, initial_state(Assembly(None, run, None, SHAPE, ""))
 
 
 def run_rounds(run, state, rounds):

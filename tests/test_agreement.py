@@ -37,7 +37,7 @@ from fedlora_mpi.run import fingerprint as inventory
 from fedlora_mpi.run import output as folder
 from fedlora_mpi.run.assembly import build as build_run
 from fedlora_mpi.store import seal, sight
-from fedlora_mpi.store.log import inventory_of
+from fedlora_mpi.store.log import read_inventory
 
 # of this process; a builder that looks at it gives each rank another network
 TURN = itertools.count()
@@ -229,7 +229,7 @@ def test_another_label_and_a_missing_sample_are_told(monkeypatch):
 
 
 def test_another_version_on_one_rank_is_refused(monkeypatch):
-    found = inventory.inventory
+    found = inventory.build_inventory
     monkeypatch.setattr(
         agreement,
         "inventory",
@@ -253,7 +253,7 @@ def test_another_file_of_the_users_own_on_one_rank_is_refused(monkeypatch):
 
 def on_other_machines(monkeypatch, ranks):
     """These ranks have another CPU level, and weights that are off in their last bits."""
-    here = inventory.platform_here()
+    here = inventory.local_platform()
     monkeypatch.setattr(
         inventory,
         "platform_here",
@@ -305,7 +305,7 @@ def test_of_several_ranks_that_refuse_the_lowest_speaks():
 def test_another_machine_excuses_no_other_sample(monkeypatch, capsys):
     on_other_machines(monkeypatch, {2})
     # as of data that are read from files
-    monkeypatch.setattr(agreement, "computed", lambda config: inventory.COMPUTED)
+    monkeypatch.setattr(agreement, "computed", lambda config: inventory.PLATFORM_DEPENDENT)
     changed_on_rank_2(
         monkeypatch, lambda data: data._replace(train=Samples(data.train.x, data.train.y.flip(0)))
     )
@@ -333,15 +333,15 @@ def test_equal_ranks_say_nothing(capsys):
     ],
 )
 def test_a_tensor_has_the_digest_of_its_numbers_whatever_its_strides(value):
-    assert inventory.of_tensor(value) == inventory.of_tensor(value.contiguous().clone())
-    assert inventory.of_tensor(value) != inventory.of_tensor(value.to(torch.complex128))
+    assert inventory.tensor_digest(value) == inventory.tensor_digest(value.contiguous().clone())
+    assert inventory.tensor_digest(value) != inventory.tensor_digest(value.to(torch.complex128))
 
 
 def test_a_digest_in_pieces_is_that_of_the_whole(monkeypatch):
     value = torch.arange(35.0).view(7, 5)
-    whole = inventory.of_tensor(value)
+    whole = inventory.tensor_digest(value)
     monkeypatch.setattr(inventory, "_AT_ONCE", 40)
-    assert inventory.of_tensor(value) == whole != inventory.of_tensor(value.flip(0))
+    assert inventory.tensor_digest(value) == whole != inventory.tensor_digest(value.flip(0))
 
 
 # On a resume.
@@ -465,7 +465,7 @@ def without_inventory(log):
     """Make a log one of before there were inventories."""
     with h5py.File(log, "r+") as file:
         del file.attrs["inventory"]
-        file.attrs[seal.HEAD] = seal.head(file)
+        file.attrs[seal.HEAD_SEAL] = seal.head_checksum(file)
 
 
 @pytest.mark.parametrize(
@@ -479,8 +479,8 @@ def test_a_folder_without_a_usable_inventory_goes_on(copied, inventory_):
     if inventory_ is not None:
         with h5py.File(out / "log.h5", "r+") as file:
             file.attrs["inventory"] = inventory_
-    assert inventory_of(out / "log.h5") == {}
-    assert folder._begun_with(out) == {}
+    assert read_inventory(out / "log.h5") == {}
+    assert folder._recorded_inventory(out) == {}
 
 
 def test_a_run_of_before_there_were_inventories_resumes(tmp_path, monkeypatch):
@@ -491,7 +491,7 @@ def test_a_run_of_before_there_were_inventories_resumes(tmp_path, monkeypatch):
 
 
 def test_a_resume_on_another_machine_warns_in_one_line(copied, monkeypatch, capsys):
-    out, here = copied(to="out"), inventory.platform_here()
+    out, here = copied(to="out"), inventory.local_platform()
     monkeypatch.setattr(inventory, "platform_here", lambda: here | {"CPU level": "OTHER"})
     assert main(["resume", str(out), "rounds=5"]) == 0
     (line,) = package_lines(capsys.readouterr().err)
@@ -528,12 +528,14 @@ def test_a_folder_that_a_rank_does_not_see_is_refused_and_nothing_is_left(tmp_pa
     def play(comm):
         ODD.home = tmp_path / ("other" if comm.rank in (1, 2) else "home")
         try:
-            folder.need_shared(tmp_path / "home/runs/a", comm)
+            folder.check_shared_folder(tmp_path / "home/runs/a", comm)
         except Refusal as error:
             lines.append(str(error))
 
     monkeypatch.setattr(
-        folder, "sees", lambda path: sight.sees(ODD.home / path.relative_to(tmp_path / "home"))
+        folder,
+        "sees",
+        lambda path: sight.wait_for_file(ODD.home / path.relative_to(tmp_path / "home")),
     )
     (tmp_path / "home").mkdir()
     run_on_ranks(3, play)
@@ -549,14 +551,14 @@ def test_a_folder_that_a_rank_does_not_see_is_refused_and_nothing_is_left(tmp_pa
 def test_a_shared_folder_is_as_it_was_after_the_check(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/file").touch()
-    run_on_ranks(3, lambda comm: folder.need_shared(tmp_path / "run", comm))
-    run_on_ranks(3, lambda comm: folder.need_shared(tmp_path / "new", comm))
+    run_on_ranks(3, lambda comm: folder.check_shared_folder(tmp_path / "run", comm))
+    run_on_ranks(3, lambda comm: folder.check_shared_folder(tmp_path / "new", comm))
     assert {*tmp_path.rglob("*")} == {tmp_path / "run", tmp_path / "run/file"}
 
 
 def test_a_file_that_shows_late_is_waited_for(tmp_path):
     threading.Timer(0.2, (tmp_path / "token").touch).start()
-    assert sight.sees(tmp_path / "token")
+    assert sight.wait_for_file(tmp_path / "token")
 
 
 def test_a_parent_that_cannot_be_made_is_one_line_on_all_ranks(tmp_path):
@@ -565,7 +567,7 @@ def test_a_parent_that_cannot_be_made_is_one_line_on_all_ranks(tmp_path):
 
     def play(comm):
         with pytest.raises(Refusal, match="cannot be created: .*; choose another") as error:
-            folder.need_shared(tmp_path / "file/run", comm)
+            folder.check_shared_folder(tmp_path / "file/run", comm)
         lines.append(str(error.value))
 
     run_on_ranks(2, play)

@@ -17,8 +17,8 @@ from runs import (
 
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.resilience.rebalancing import is_rebalancing_due, rebalance
-from fedlora_mpi.run.assembly import build, hosts
-from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.assembly import build, worker_ranks
+from fedlora_mpi.run.checkpointing import initial_state
 
 
 def balanced_run(ranks: int, taken: list[float], *asked: str, samples: float = 1.0):
@@ -29,7 +29,7 @@ def balanced_run(ranks: int, taken: list[float], *asked: str, samples: float = 1
 
     def main(comm):
         parts = build(config, str(TINY), comm)
-        run, state, before = parts.run, beginning(parts), parts.run.rank_of_group
+        run, state, before = parts.run, initial_state(parts), parts.run.rank_of_group
         for round_ in range(config.rounds):
             state, row, clients = run_round(run, state, evaluate=True, stop=False)
             if round_ == 1:
@@ -40,7 +40,7 @@ def balanced_run(ranks: int, taken: list[float], *asked: str, samples: float = 1
                     if c in run.sample_cohort(r)
                 )
                 run.throughput.totals[:] = np.array([taken, [1.0, 1.0, samples]])
-                run, state = rebalance(run, state, hosts(config, comm.size), config.mix)
+                run, state = rebalance(run, state, worker_ranks(config, comm.size), config.mix)
         return (
             run,
             before,

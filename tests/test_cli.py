@@ -15,7 +15,7 @@ from runs import TESTS, TINY, assert_same_run, command_line, run_outcome, run_pr
 from fedlora_mpi import __version__
 from fedlora_mpi.cli import main
 from fedlora_mpi.config import read
-from fedlora_mpi.store.lock import locked
+from fedlora_mpi.store.lock import hold_lock
 from fedlora_mpi.store.reader import RunFiles
 
 COMMANDS = (
@@ -336,7 +336,7 @@ def test_when_all_checkpoints_are_damaged_the_files_are_named(call, copy):
 def test_a_folder_in_use_is_refused_and_left_as_it_is(call, copy):
     shutil.rmtree(copy / "checkpoints/000006")
     before = content(copy)
-    with locked(copy):
+    with hold_lock(copy):
         assert_refused(
             call("resume", copy), f"{copy}/.lock: in use by host ", "choose another output"
         )

@@ -27,7 +27,7 @@ from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Fault
 from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.checkpointing import initial_state
 from fedlora_mpi.run.loop import resume, start
 
 METHODS = pytest.mark.parametrize("method", [FML, FedKD, FedAPEN])
@@ -682,7 +682,7 @@ def mixed(name, ranks):
 
     def main(comm):
         parts = build(config, str(TINY), comm)
-        state = beginning(parts)
+        state = initial_state(parts)
         for _ in range(2):
             state, row, scores = run_round(parts.run, state, evaluate=True, stop=False)
         personal = {}

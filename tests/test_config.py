@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from fedlora_mpi.config import digest, from_dict, read, resolved_dict, resolved_yaml
-from fedlora_mpi.config.blocks import ConfigError, Origin, build
+from fedlora_mpi.config.blocks import ConfigError, Origin, build_block
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 GOOD = """\
@@ -485,14 +485,16 @@ class Outer:
 
 
 def test_a_block_is_built_from_annotations():
-    outer = build(
+    outer = build_block(
         Outer,
         {"needed": True, "inner": {"size": 4}, "sizes": [1], "ratio": None},
         "outer",
         Origin("f"),
     )
     assert outer == Outer(True, Inner(4), (1.0,), None)
-    assert build(Outer, {"needed": False}, "outer", Origin("f")) == Outer(False, None, (1.0, 2.0))
+    assert build_block(Outer, {"needed": False}, "outer", Origin("f")) == Outer(
+        False, None, (1.0, 2.0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -527,5 +529,5 @@ def test_a_block_is_built_from_annotations():
 )
 def test_a_block_refuses_what_its_annotations_do_not_take(block, message):
     with pytest.raises(ConfigError) as caught:
-        build(Outer, block, "o", Origin("f"))
+        build_block(Outer, block, "o", Origin("f"))
     assert str(caught.value).startswith(message)

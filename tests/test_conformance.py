@@ -36,7 +36,7 @@ from fedlora_mpi.core.names import display_name
 from fedlora_mpi.data.partition import PARTITIONS, DirichletClass
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.run.assembly import load_data
-from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.checkpointing import initial_state
 from fedlora_mpi.run.loop import resume, start
 
 NAMES = algorithms.algorithm_names()
@@ -464,7 +464,7 @@ def distinct(*leaves: torch.Tensor) -> int:
 def test_an_exception_is_of_a_leaf_that_there_is(table):
     for pattern in table:
         name = pattern.partition(".")[0]
-        begin = beginning(build_tiny(*overrides_for(name), NORM))
+        begin = initial_state(build_tiny(*overrides_for(name), NORM))
         leaves = [*begin.personal, *(begin.shared if table in (STILL, UNSEEDED) else ())]
         assert any(fnmatchcase(f"{name}.{display_name(leaf)}", pattern) for leaf in leaves), pattern
 

@@ -14,7 +14,7 @@ from runs import SLOW, TINY, build_tiny, command_line, run_process
 from fedlora_mpi.doctor import examination as doctor
 from fedlora_mpi.doctor.checks import CHECKS
 from fedlora_mpi.doctor.examination import examine
-from fedlora_mpi.doctor.finding import Case, Finding
+from fedlora_mpi.doctor.finding import Finding, Setup
 from fedlora_mpi.plan import storage_bytes
 
 NAMES = [
@@ -227,7 +227,7 @@ def test_variables_of_other_jobs_are_told(given, said, monkeypatch):
             monkeypatch.delenv(name)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    found = CHECKS["environment"].find(Case(os.getcwd()))
+    found = CHECKS["environment"].run(Setup(os.getcwd()))
     assert said in found.text and (found.level == "warning") == bool(given)
 
 

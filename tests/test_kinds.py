@@ -56,9 +56,9 @@ from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models import zoo
 from fedlora_mpi.plan import plan
 from fedlora_mpi.run.assembly import build, load_data
-from fedlora_mpi.run.checkpointing import loaded, save
+from fedlora_mpi.run.checkpointing import load_state, save_checkpoint
 from fedlora_mpi.store.reader import RunFiles
-from fedlora_mpi.store.snapshot import Checkpoint, folder_of
+from fedlora_mpi.store.snapshot import Checkpoint, checkpoint_folder
 
 CNN = "{name: cnn, width: 4, hidden: 8}"
 NETWORKS = "user_parts:wide", CNN, "user_parts:normed"  # 8 features each; the last has BatchNorm
@@ -106,7 +106,7 @@ def mixed(trained):
 def test_a_mixed_run_goes_on_from_a_checkpoint_on_another_number_of_ranks(mixed, ranks):
     def go_on(comm):
         parts = build(tiny_config(*PFEDLORA), str(TINY), comm)
-        state = loaded(Checkpoint.read(folder_of(mixed, 2)), parts)
+        state = load_state(Checkpoint.read(checkpoint_folder(mixed, 2)), parts)
         for _ in range(2):
             state, _, _ = run_round(parts.run, state, evaluate=True, stop=False)
         return parts.run, state
@@ -128,11 +128,13 @@ def test_a_checkpoint_of_a_mixed_run_has_one_digest_and_one_joined_file_on_any_n
 
     def write(comm):
         parts = build(tiny_config(*PFEDLORA), str(TINY), comm)
-        save(parts, tmp_path, loaded(Checkpoint.read(folder_of(mixed, 4)), parts))
+        save_checkpoint(
+            parts, tmp_path, load_state(Checkpoint.read(checkpoint_folder(mixed, 4)), parts)
+        )
 
     run_on_ranks(ranks, write)
-    one, other = (Checkpoint.read(folder_of(run, 4)) for run in (mixed, tmp_path))
-    other.verify(build_tiny(*PFEDLORA).digest)
+    one, other = (Checkpoint.read(checkpoint_folder(run, 4)) for run in (mixed, tmp_path))
+    other.verify(build_tiny(*PFEDLORA).run_digest)
     assert one.digest() == other.digest()
     assert joined(one.path) == joined(other.path)
 
@@ -164,7 +166,7 @@ def test_under_mpirun_and_after_a_resume_in_one_process_there_are_the_bits_of_on
 
 
 def test_every_worker_has_a_file_for_every_kind_of_network_that_it_hosts(mixed):
-    folder = folder_of(mixed, 4)
+    folder = checkpoint_folder(mixed, 4)
     assert sorted(f.name for f in folder.glob("worker-*")) == [
         "worker-0000-1.h5",
         "worker-0000-2.h5",
@@ -179,7 +181,7 @@ def test_every_worker_has_a_file_for_every_kind_of_network_that_it_hosts(mixed):
 
 
 def test_the_joined_file_has_a_group_for_every_kind_with_the_clients_of_its_rows(mixed):
-    with h5py.File(folder_of(mixed, 4) / "personal.h5", locking=False) as file:
+    with h5py.File(checkpoint_folder(mixed, 4) / "personal.h5", locking=False) as file:
         assert sorted(file) == ["kind-0", "kind-1", "kind-2"]
         for kind in range(3):
             group = file[f"kind-{kind}"]
@@ -231,7 +233,7 @@ def test_the_digest_of_a_run_with_one_network_is_that_of_its_leaves_by_name_over
     more, trained
 ):
     run = trained(*more)
-    folder, hashes = folder_of(run, 4), {"shared": sha256(), "personal": sha256()}
+    folder, hashes = checkpoint_folder(run, 4), {"shared": sha256(), "personal": sha256()}
     for name, file in (("shared", "server.h5"), ("personal", "personal.h5")):
         with h5py.File(folder / file, locking=False) as opened:
             for leaf, dataset in sorted(opened[name].items()):
@@ -361,20 +363,20 @@ def test_a_network_on_the_command_line_replaces_a_mix_and_a_mix_a_network(tmp_pa
         return read(tmp_path / "x.yaml", overrides).model
 
     one = ModelBlock((Network("cnn", {"width": 16, "hidden": 64}),))
-    assert model().clients == (3, 4) and model().of_clients(7) == (0, 0, 0, 1, 1, 1, 1)
+    assert model().clients == (3, 4) and model().network_of_clients(7) == (0, 0, 0, 1, 1, 1, 1)
     assert model("model=cnn") == model("model.name=cnn") == one
     assert model("model.width=5", "model.name=cnn").mix[0].options == {"width": 5, "hidden": 64}
     assert model("model.mix=[cnn]") == one  # and the counts, which were for two networks, are gone
-    assert model("model.clients=[4, 3]").of_clients(7) == (0, 0, 0, 0, 1, 1, 1)
+    assert model("model.clients=[4, 3]").network_of_clients(7) == (0, 0, 0, 0, 1, 1, 1)
     mix = f"model={{mix: {TWO}}}"
     assert (
-        tiny_config(mix).model.of_clients(5) == (0, 1, 0, 1, 0)
+        tiny_config(mix).model.network_of_clients(5) == (0, 1, 0, 1, 0)
         and len(tiny_config(mix).model.mix) == 2
     )
     assert tiny_config(f"model.mix={TWO}") == tiny_config(mix)
-    assert tiny_config(f"model.mix={TWO}", "model.each=[1, 1, 0, 0, 0, 0, 0]").model.of_clients(
-        7
-    ) == (
+    assert tiny_config(
+        f"model.mix={TWO}", "model.each=[1, 1, 0, 0, 0, 0, 0]"
+    ).model.network_of_clients(7) == (
         1,
         1,
         0,

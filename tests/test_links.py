@@ -316,7 +316,7 @@ def test_files_of_the_users_own_in_a_run_folder_stay(good, tmp_path, told):
         == "years of work"
     )
     assert [path.name for path in (run / "checkpoints/000001").iterdir()] == ["notes.txt"]
-    assert checkpoint.committed(run) == [4]
+    assert checkpoint.committed_rounds(run) == [4]
 
 
 def test_a_leftover_with_files_of_the_users_own_is_set_aside(good, tmp_path):
@@ -339,14 +339,14 @@ def test_a_handle_is_never_of_what_a_link_leads_to(tmp_path):
     (tmp_path / "in/file").symlink_to(tmp_path / "out/file")
     for make in (False, True):
         with (
-            pytest.raises(nolinks.Misplaced),
-            nolinks.opened_folder(tmp_path / "in/folder/x", tmp_path / "in", make),
+            pytest.raises(nolinks.WrongFileType),
+            nolinks.open_folder(tmp_path / "in/folder/x", tmp_path / "in", make),
         ):
             pass
     for flags in (os.O_RDONLY, os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_TRUNC):
-        with pytest.raises(nolinks.Misplaced):
-            nolinks.opened(tmp_path / "in/file", flags)
-    with pytest.raises(nolinks.Misplaced):
+        with pytest.raises(nolinks.WrongFileType):
+            nolinks.open_handle(tmp_path / "in/file", flags)
+    with pytest.raises(nolinks.WrongFileType):
         nolinks.remove(tmp_path / "in/file")
     with pytest.raises(StoreError, match="is a link"):
         checkpoint.copy_log(tmp_path / "in/checkpoints/000001", tmp_path / "in/file")

@@ -23,7 +23,7 @@ from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Fault
 from fedlora_mpi.run.assembly import Assembly
-from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.checkpointing import initial_state
 
 
 class Thread(Solo):
@@ -369,7 +369,7 @@ def rounds(made, count=2):
     def work(run, first):
         def on(comm):
             own = replace(run, comm=comm)
-            state, rows = beginning(Assembly(None, own, None, small.SHAPE, "")), []
+            state, rows = initial_state(Assembly(None, own, None, small.SHAPE, "")), []
             for _ in range(count):
                 before = getattr(comm, "bytes_sent", 0)
                 state, row, clients = run_round(own, state, evaluate=True, stop=False)

@@ -21,7 +21,7 @@ from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.models import weights, zoo
 from fedlora_mpi.mpi import comm
 from fedlora_mpi.run.assembly import load_data
-from fedlora_mpi.run.pretrain import chosen, pooled
+from fedlora_mpi.run.pretrain import parse_classes, pool_samples
 from fedlora_mpi.store.reader import RunFiles
 
 LINE = re.compile(r"epoch (\d+)/(\d+) · test accuracy ([\d.]+)% · train loss ([\d.]+) · ")
@@ -193,7 +193,7 @@ def test_it_learns_texts_under_the_vocabulary_of_the_data(call, tmp_path):
 
 def test_some_classes_are_all_their_samples_and_no_other():
     data = load_data(tiny_config(), "")
-    split = pooled(data, [1, 3])
+    split = pool_samples(data, [1, 3])
     for rows, counts, y in (
         (split.train, split.train_counts, data.train.y),
         (split.test, split.test_counts, data.test.y),
@@ -227,7 +227,7 @@ def test_trained_on_some_classes_a_network_tells_these_apart_and_names_no_other(
     ],
 )
 def test_classes_are_ranges_and_numbers(text, classes):
-    assert chosen(text, 4) == classes
+    assert parse_classes(text, 4) == classes
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from fedlora_mpi.privacy import accountant, masks
 from fedlora_mpi.privacy.check import check_run
 from fedlora_mpi.privacy.clipping import clip_update
 from fedlora_mpi.privacy.settings import Privacy
-from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.checkpointing import initial_state
 from fedlora_mpi.run.loop import resume, start
 from fedlora_mpi.store.reader import RunFiles
 
@@ -140,7 +140,7 @@ def uniform(integers):
 
 def test_a_rank_gets_nothing_of_a_client_but_uniform_numbers(handed):
     parts = build_tiny(*FEDAVG, SECURE)
-    run_round(parts.run, beginning(parts), evaluate=False, stop=False)
+    run_round(parts.run, initial_state(parts), evaluate=False, stop=False)
     assert (
         sorted(client for client, *_ in handed) == sorted(parts.run.sample_cohort(0))
         and len(handed) == 4

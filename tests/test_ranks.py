@@ -27,7 +27,7 @@ from fedlora_mpi.analysis.page.style import plot_style
 from fedlora_mpi.core import clock
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.checkpointing import initial_state
 from fedlora_mpi.store.log import Log
 from fedlora_mpi.store.reader import RunFiles
 
@@ -55,7 +55,7 @@ def test_the_log_holds_ranks_that_come_late_grow_and_shrink(tmp_path):
     append_round(log, 1)
     log.append(2, ROW, SCORES, {"train": np.array([1.0, 2.0]), "waiting": np.array([3.0, 0.0])})
     log.close()
-    log = Log.append_to(tmp_path / "log.h5")
+    log = Log.reopen(tmp_path / "log.h5")
     log.append(3, ROW, SCORES, {})
     log.append(4, ROW, SCORES, {"train": np.array([1.0, 2.0, 5.0]), "waiting": np.zeros(3)})
     log.append(5, ROW, SCORES, {"train": np.array([7.0]), "waiting": np.zeros(1)})
@@ -79,7 +79,7 @@ def test_a_log_of_before_ranks_were_measured_goes_on(tmp_path):
     with h5py.File(tmp_path / "log.h5", "r+") as file:
         del file["ranks"]
     assert RunFiles(tmp_path).ranks() == {} and open_run(tmp_path).ranks.empty
-    log = Log.append_to(tmp_path / "log.h5")
+    log = Log.reopen(tmp_path / "log.h5")
     log.append(2, ROW, SCORES, {"train": np.array([4.0])})
     log.close()
     assert open_run(tmp_path).ranks.to_dict("list") == {
@@ -108,7 +108,7 @@ def on_three(request, tmp_path_factory):
 def test_all_ranks_stop_where_one_is_asked_to():
     def main(comm):
         parts = build(tiny_config("rounds=1"), str(TINY), comm)
-        return run_round(parts.run, beginning(parts), evaluate=False, stop=comm.rank == 2)[1][
+        return run_round(parts.run, initial_state(parts), evaluate=False, stop=comm.rank == 2)[1][
             "stop"
         ]
 

@@ -391,7 +391,7 @@ def test_all_ranks_take_the_loop(name, texts, capsys):
 
     def moments(comm):
         built = build(config, "c.yaml", comm)
-        state = runs.beginning(built)
+        state = runs.initial_state(built)
         for _ in range(2):
             state, *_ = runs.run_round(built.run, state, evaluate=True, stop=False)
         return built.config.engine.path, runs.clone_tree(state.shared)
@@ -557,7 +557,7 @@ def test_a_log_of_before_goes_on_without_the_column(tmp_path):
     row, clients = {"accuracy": 0.5}, {"accuracy": np.ones(2)}
     with Log.create(tmp_path / "log.h5", clients=2, **described) as log:
         log.append(1, row, clients)
-    with Log.append_to(tmp_path / "log.h5") as log:
+    with Log.reopen(tmp_path / "log.h5") as log:
         log.append(2, row | {"nan_predictions": 0.0}, clients)
         with pytest.raises(AssertionError, match="not in every row"):
             log.append(3, row | {"other": 0.0}, clients)

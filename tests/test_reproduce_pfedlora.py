@@ -84,7 +84,7 @@ def test_client_k_has_network_k_mod_5_or_all_have_the_first():
         run_of(ClientCounts("cifar10", 50, homogeneous)) for homogeneous in (False, True)
     )
     assert [network.name for network in mixed.model.mix] == [f"cnn{n}" for n in range(1, 6)]
-    assert mixed.model.of_clients(50)[:7] == (0, 1, 2, 3, 4, 0, 1)
+    assert mixed.model.network_of_clients(50)[:7] == (0, 1, 2, 3, 4, 0, 1)
     assert [network.name for network in same.model.mix] == ["cnn1"]
     assert same.output == "/out/pfedlora/cifar10-clients50-cnn1/local-seed1"
 

@@ -21,7 +21,7 @@ from runs import TESTS
 
 from fedlora_mpi.cli import main
 from fedlora_mpi.store.manifest import Manifest, Shard
-from fedlora_mpi.store.snapshot import folder_of
+from fedlora_mpi.store.snapshot import checkpoint_folder
 
 CONFIG = str(TESTS / "faulty.yaml")
 OURS = ("fedlora-mpi: ", "round ", "hint: ", "resuming ", "skipped ")
@@ -247,7 +247,7 @@ def hdf5_changes(path: Path):
 def recorded(folder: Path, **more) -> None:
     """Let the manifest say what the files are now."""
     old = Manifest.read(folder)
-    shards = tuple(Shard.of(folder / shard.name) for shard in old.files)
+    shards = tuple(Shard.from_file(folder / shard.name) for shard in old.files)
     Manifest(
         more.get("round", old.round), old.run_digest, more.get("clients", old.clients), shards
     ).write(folder)
@@ -258,7 +258,7 @@ def recorded(folder: Path, **more) -> None:
 
 def cases(run: Path):
     """(where, what, change of the run folder) of every file."""
-    newest = folder_of(Path("run"), 2)
+    newest = checkpoint_folder(Path("run"), 2)
     manifest = json.loads((run / "checkpoints/000002/manifest.json").read_text())
     for what, text in json_changes(manifest):
         yield "manifest.json", what, lambda text=text: (newest / "manifest.json").write_text(text)

@@ -16,12 +16,12 @@ from runs import TINY
 
 from fedlora_mpi import store
 from fedlora_mpi.cli import main
-from fedlora_mpi.config import ConfigError, read, recorded, sealed_yaml
+from fedlora_mpi.config import ConfigError, checksummed_yaml, read, read_recorded
 from fedlora_mpi.core.disk_errors import WriteError
 from fedlora_mpi.models import huggingface
 from fedlora_mpi.store import checkpoint, hdf5
 from fedlora_mpi.store.files import StoreError, write_atomic
-from fedlora_mpi.store.lock import locked
+from fedlora_mpi.store.lock import hold_lock
 from fedlora_mpi.store.log import Log
 from fedlora_mpi.store.manifest import Manifest, Shard
 from fedlora_mpi.store.reader import RunFiles
@@ -191,9 +191,9 @@ def test_a_shard_that_leads_out_of_its_folder_is_skipped(tmp_path, outside, way)
     path, before = folder / "worker-0000.h5", outside.read_bytes()
     lead_out(path, "personal/steps", outside, way)
     manifest = Manifest.read(folder)
-    shards = tuple(Shard.of(folder / shard.name) for shard in manifest.files)
+    shards = tuple(Shard.from_file(folder / shard.name) for shard in manifest.files)
     Manifest(3, "mine", CLIENTS, shards).write(folder)
-    found, skipped = checkpoint.newest(run, run_digest="mine")
+    found, skipped = checkpoint.newest_valid(run, run_digest="mine")
     assert found.round == 2 and len(skipped) == 1
     assert str(path) in skipped[0] and "may not point elsewhere" in skipped[0]
     assert outside.read_bytes() == before
@@ -207,13 +207,13 @@ def test_a_log_that_leads_out_of_its_folder_is_refused(tmp_path, outside, way):
     with pytest.raises(StoreError, match="log.h5: .* may not point elsewhere"):
         RunFiles(tmp_path)
     with pytest.raises(StoreError, match="log.h5: .* may not point elsewhere"):
-        Log.append_to(tmp_path / "log.h5")
+        Log.reopen(tmp_path / "log.h5")
     assert outside.read_bytes() == before
 
 
 def test_a_file_that_holds_itself_or_claims_too_much_is_refused(tmp_path):
     path = tmp_path / "a.h5"
-    with hdf5.create(path) as file:
+    with hdf5.create_file(path) as file:
         file.create_group("a")["a"] = file["/"]
         file.create_dataset("big", (10**12,), "f4", chunks=(10,), fletcher32=True)
     with pytest.raises(StoreError, match="deeper than any file"):
@@ -237,7 +237,7 @@ def test_links_in_a_run_folder_are_not_written_through(tmp_path):
             match=f"run/{path} is a link where a file of ours would be; it is left as it is",
         ):
             write_atomic(run / name, b"new")
-    with pytest.raises(WriteError, match="run/.lock is a link"), locked(run):
+    with pytest.raises(WriteError, match="run/.lock is a link"), hold_lock(run):
         pass
     assert (tmp_path / "mine").read_text() == "years of work" and {
         path.is_symlink() for path in run.iterdir()
@@ -254,7 +254,7 @@ def test_a_manifest_that_counts_other_clients_or_leaves_a_file_out_is_skipped(tm
     ):
         whole = (folder / "manifest.json").read_text()
         (folder / "manifest.json").write_text(json.dumps(change(json.loads(whole))))
-        found, (skipped,) = checkpoint.newest(tmp_path)
+        found, (skipped,) = checkpoint.newest_valid(tmp_path)
         assert found.round == 2 and f"{folder}/manifest.json: {reason}" in skipped
         (folder / "manifest.json").write_text(whole)
 
@@ -311,9 +311,9 @@ def test_a_change_of_the_log_that_hdf5_does_not_see_is_seen(tmp_path):
 
 def test_a_config_of_a_run_that_was_damaged_or_edited_is_named(tmp_path):
     path, config = tmp_path / "config.yaml", read(TINY)
-    text = sealed_yaml(config)
+    text = checksummed_yaml(config)
     path.write_text(text)
-    assert recorded(path) == config
+    assert read_recorded(path) == config
     for damaged in (
         text.replace("rounds: 4", "rounds: 5"),
         text[:-30],
@@ -324,9 +324,9 @@ def test_a_config_of_a_run_that_was_damaged_or_edited_is_named(tmp_path):
         with pytest.raises(
             ConfigError, match="config.yaml: checksum differs, .* remove its first line"
         ):
-            recorded(path)
+            read_recorded(path)
     path.write_text(text.replace("rounds: 4", "rounds: 5").partition("\n")[2])
-    assert recorded(path).rounds == 5
+    assert read_recorded(path).rounds == 5
 
 
 def test_a_text_file_of_a_run_that_has_changed_is_named(tmp_path):
@@ -337,13 +337,13 @@ def test_a_text_file_of_a_run_that_has_changed_is_named(tmp_path):
         versions={},
         clients=1,
         partition={},
-        beside={"vocabulary.json": "{}"},
+        file_texts={"vocabulary.json": "{}"},
     ).close()
     (tmp_path / "vocabulary.json").write_text("{}")
-    assert RunFiles(tmp_path).text("vocabulary.json") == "{}"
+    assert RunFiles(tmp_path).read_text("vocabulary.json") == "{}"
     for content in (b"{ }", b"\xff", b""):
         (tmp_path / "vocabulary.json").write_bytes(content)
         with pytest.raises(
             StoreError, match="vocabulary.json: .*damaged.*remove it, a resume writes it anew"
         ):
-            RunFiles(tmp_path).text("vocabulary.json")
+            RunFiles(tmp_path).read_text("vocabulary.json")

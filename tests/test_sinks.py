@@ -15,7 +15,7 @@ from runs import TINY, assert_same_run, tiny_config
 from fedlora_mpi import config as configs
 from fedlora_mpi.cli import main
 from fedlora_mpi.store.reader import RunFiles
-from fedlora_mpi.store.sinks import Csv
+from fedlora_mpi.store.sinks import CsvSink
 
 BOTH = ("log.csv=true", "log.tensorboard=true")
 
@@ -97,7 +97,7 @@ def test_they_may_be_switched_on_by_a_resume_and_move_no_number(run, tmp_path):
 def test_rows_are_whole_after_each_round_and_a_tail_can_follow_them(tmp_path):
     path = tmp_path / "rounds.csv"
     path.write_text("of an earlier run\n")
-    sink = Csv(path, {"round": np.zeros(0, int)}, {})
+    sink = CsvSink(path, {"round": np.zeros(0, int)}, {})
     assert path.read_text() == ""
     with open(path) as tail:
         sink.append(1, {"accuracy": np.nan, "clients": 3}, {}, {})

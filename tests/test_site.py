@@ -207,7 +207,7 @@ def test_the_page_of_the_config_has_every_key_with_its_default():
 
 
 def test_every_key_of_a_resolved_config_is_on_the_page():
-    resolved = config.flat(config.read(TESTS.parent / "configs/quickstart.yaml"))
+    resolved = config.flatten(config.read(TESTS.parent / "configs/quickstart.yaml"))
     # of the kind, the network and the method: tested apart
     elsewhere = ("data.partition.", "model.", "algorithm.")
     assert {key for key in resolved if not key.startswith(elsewhere)} <= known().keys()
@@ -219,13 +219,13 @@ def test_the_page_of_the_config_has_every_partition_and_network():
     assert [row[0].strip("`") for row in rows if len(row) == 2] == list(PARTITIONS)
     named = {name: row for row in rows if len(row) == 4 for name in re.findall(r"`(\w+)`", row[0])}
     for kind, cls in PARTITIONS.items():
-        for name in blocks.fields_of(cls):
+        for name in blocks.config_fields(cls):
             row = named[name]
             assert row[2].startswith("all") or f"`{kind}`" in row[2], f"`{name}` is of {kind} too"
     text = " ".join(" ".join(row) for row in cells(page, "## model"))
     for name, builder in zoo.BUILDERS.items():
         assert f"`{name}`" in text or re.fullmatch(r"cnn\d", name), name
-        for option, field in blocks.options_of(builder).items():
+        for option, field in blocks.keyword_fields(builder).items():
             assert f"`{option}: {field.default}`" in text or f"`{option}`" in text, (
                 f"{name}: {option}"
             )

@@ -24,7 +24,7 @@ from runs import (
 
 from fedlora_mpi.cli import main
 from fedlora_mpi.reproduce import carry
-from fedlora_mpi.run.slurm import Job, script
+from fedlora_mpi.run.slurm import Job, sbatch_script
 
 ROOT = TESTS.parent
 MAKE = runpy.run_path(str(ROOT / "jobs/make.py"))
@@ -103,8 +103,11 @@ def ended(program, folder, is_done="true", **env):
     (folder / "bin").mkdir()
     (folder / "bin/scontrol").write_text(f'#!/bin/bash\necho "$@" >> {folder}/asked\n')
     (folder / "bin/scontrol").chmod(0o755)
-    text = script(
-        Job(name="x", log="x", ranks=1), program, path=str(folder / "bin"), is_done=is_done
+    text = sbatch_script(
+        Job(name="x", log="x", ranks=1),
+        program,
+        bin_folder=str(folder / "bin"),
+        done_command=is_done,
     )
     return run_process(["bash", "-c", text], folder, SLURM_JOB_ID="5", **env)
 

@@ -26,7 +26,7 @@ from folders import (
 )
 
 from fedlora_mpi.store import checkpoint, files, hdf5, manifest
-from fedlora_mpi.store.lock import locked
+from fedlora_mpi.store.lock import hold_lock
 from fedlora_mpi.store.log import Log
 from fedlora_mpi.store.reader import RunFiles
 
@@ -58,7 +58,7 @@ def equal(a, b):
 @pytest.mark.parametrize("workers", [ONE_WORKER, ODD_WORKERS, [[6, 5, 4, 3], [2, 1, 0]]])
 def test_clients_come_back_by_id_however_they_were_spread(run, workers):
     save_checkpoint(run, 3, workers)
-    found, skipped = checkpoint.newest(run)
+    found, skipped = checkpoint.newest_valid(run)
     assert (found.round, skipped, found.client_ids()) == (3, [], list(range(CLIENTS)))
     truth = all_personal_leaves(3)
     for ids in ([0, 1, 2, 3, 4, 5, 6], [4], [6, 0, 3, 1], [2, 2], []):
@@ -68,7 +68,7 @@ def test_clients_come_back_by_id_however_they_were_spread(run, workers):
 
 def test_shared_leaves_and_attributes_come_back_exactly(run):
     save_checkpoint(run, 3)
-    found, _ = checkpoint.newest(run)
+    found, _ = checkpoint.newest_valid(run)
     assert equal(found.shared(), SHARED) and found.server() == {}
     assert found.attrs() == {"format_version": 1, "round": 3, "note": "x"}
 
@@ -135,7 +135,7 @@ def test_kinds_are_joined_in_the_order_of_their_first_clients_whichever_worker_h
 
 def test_without_personal_or_shared_leaves_there_is_still_a_checkpoint(run):
     save_checkpoint(run, 3, personal={}, shared={})
-    found, _ = checkpoint.newest(run)
+    found, _ = checkpoint.newest_valid(run)
     assert found.leaf_names() == [] and found.personal([3, 1]) == {} and found.shared() == {}
     assert set(found.digest()) == {"shared", "personal"}
 
@@ -149,7 +149,7 @@ def test_rows_longer_than_a_block_and_chunks_of_many_rows_come_back(run, monkeyp
     }
     save_checkpoint(run, 3, ODD_WORKERS, big)
     assert equal(
-        checkpoint.newest(run)[0].personal([3, 4, 5, 0, 1]),
+        checkpoint.newest_valid(run)[0].personal([3, 4, 5, 0, 1]),
         {n: v[[3, 4, 5, 0, 1]] for n, v in big.items()},
     )
 
@@ -157,7 +157,7 @@ def test_rows_longer_than_a_block_and_chunks_of_many_rows_come_back(run, monkeyp
 def test_a_foreign_client_is_refused(run):
     save_checkpoint(run, 3)
     with pytest.raises(ValueError, match="holds no client or leaf 7"):
-        checkpoint.newest(run)[0].personal([7])
+        checkpoint.newest_valid(run)[0].personal([7])
 
 
 def test_a_commit_without_some_client_is_a_mistake_of_ours(run):
@@ -166,10 +166,10 @@ def test_a_commit_without_some_client_is_a_mistake_of_ours(run):
 
 
 def test_a_shard_record_survives_a_buffer(run):
-    shard = manifest.Shard.of(run / "log.h5")
+    shard = manifest.Shard.from_file(run / "log.h5")
     assert manifest.Shard.from_numbers(
-        "log.h5", shard.numbers()
-    ) == shard and shard.numbers().shape == (3,)
+        "log.h5", shard.to_numbers()
+    ) == shard and shard.to_numbers().shape == (3,)
 
 
 # --- checkpoints: damage
@@ -199,7 +199,7 @@ def test_a_checkpoint_that_cannot_be_used_is_skipped_and_named(run, reason):
     save_checkpoint(run, 2)
     damaged = save_checkpoint(run, 3)
     DAMAGE[reason](damaged)
-    found, skipped = checkpoint.newest(run, run_digest="mine")
+    found, skipped = checkpoint.newest_valid(run, run_digest="mine")
     assert found.round == 2
     assert (
         len(skipped) == 1
@@ -211,20 +211,20 @@ def test_a_checkpoint_that_cannot_be_used_is_skipped_and_named(run, reason):
 
 def test_with_no_valid_checkpoint_there_is_one_line_with_every_reason(run):
     with pytest.raises(ValueError, match="none was committed"):
-        checkpoint.newest(run)
+        checkpoint.newest_valid(run)
     save_checkpoint(run, 2, run_digest="theirs")
     flip_bit(save_checkpoint(run, 3))
     with pytest.raises(
         ValueError, match="checksum differs.*of another config.*start anew"
     ) as caught:
-        checkpoint.newest(run, run_digest="mine")
+        checkpoint.newest_valid(run, run_digest="mine")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/etc/passwd", "a/b", "../a", "a\\b", "C:x"])
 def test_only_plain_names_are_files_of_a_checkpoint(name):
     with pytest.raises(ValueError, match="plain file name"):
-        files.plain_name(name)
+        files.check_plain_name(name)
 
 
 # --- checkpoints: begin, prune, crashes
@@ -234,7 +234,7 @@ def test_uncommitted_folders_are_invisible_and_begun_again_empty(run):
     save_checkpoint(run, 2)
     folder = checkpoint.begin(run, 3)
     (folder / "half").write_text("x")
-    assert checkpoint.committed(run) == [2] and checkpoint.newest(run)[0].round == 2
+    assert checkpoint.committed_rounds(run) == [2] and checkpoint.newest_valid(run)[0].round == 2
     assert list(checkpoint.begin(run, 3).iterdir()) == []
 
 
@@ -244,7 +244,7 @@ def test_a_committed_round_is_not_begun_again_unless_damaged(run):
         checkpoint.begin(run, 3)
     flip_bit(folder)
     save_checkpoint(run, 3)
-    assert checkpoint.newest(run)[1] == []
+    assert checkpoint.newest_valid(run)[1] == []
 
 
 def test_after_a_resume_pruning_does_not_keep_the_damaged_one(run):
@@ -252,7 +252,7 @@ def test_after_a_resume_pruning_does_not_keep_the_damaged_one(run):
     flip_bit(save_checkpoint(run, 9))
     save_checkpoint(run, 3)
     checkpoint.prune(run, 1)
-    assert checkpoint.committed(run) == [3] and checkpoint.newest(run)[0].round == 3
+    assert checkpoint.committed_rounds(run) == [3] and checkpoint.newest_valid(run)[0].round == 3
     assert (run / "checkpoints" / "000009.aside").is_dir()
 
 
@@ -314,19 +314,19 @@ def test_a_crash_at_any_moment_leaves_a_valid_checkpoint(run, stride):
 
     rounds, step = [], 0
     while in_child(lambda: dying_at(step, write_next)) == 17:  # noqa: B023
-        found, skipped = checkpoint.newest(run, run_digest="mine")
+        found, skipped = checkpoint.newest_valid(run, run_digest="mine")
         rounds.append(found.round)
         assert skipped == [] and equal(
             found.personal(range(CLIENTS)), all_personal_leaves(found.round)
         )
-        assert all(RunFiles(run).checkpoint(round_) for round_ in checkpoint.committed(run))
+        assert all(RunFiles(run).checkpoint(round_) for round_ in checkpoint.committed_rounds(run))
         shutil.rmtree(run / "checkpoints")
         (run / "checkpoints/000002").mkdir(parents=True)
         for name, content in before.items():
             (run / "checkpoints/000002" / name).write_bytes(content)
         step += stride
     assert rounds == sorted(rounds) and set(rounds) == {2, 3} and step > 40
-    assert checkpoint.committed(run) == [3]
+    assert checkpoint.committed_rounds(run) == [3]
 
 
 def test_a_file_is_on_disk_before_its_name_and_the_name_before_anything_else(tmp_path, monkeypatch):
@@ -344,7 +344,7 @@ def test_a_file_is_on_disk_before_its_name_and_the_name_before_anything_else(tmp
 
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
     (tmp_path / "x").write_bytes(b"old")
-    with pytest.raises(KeyError), files.replacing(tmp_path / "x") as temporary:
+    with pytest.raises(KeyError), files.replace_file(tmp_path / "x") as temporary:
         temporary.write(b"ne")
         raise KeyError
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"old")]
@@ -434,11 +434,11 @@ def test_the_log_gives_back_config_partition_and_rows(run):
 
 def test_a_resume_puts_the_log_back_and_goes_on(run):
     save_checkpoint(run, 3)
-    log = Log.append_to(run / "log.h5")
+    log = Log.reopen(run / "log.h5")
     append_round(log, 4)
     log.close()
-    checkpoint.newest(run)[0].restore_log(run / "log.h5")
-    log = Log.append_to(run / "log.h5")
+    checkpoint.newest_valid(run)[0].restore_log(run / "log.h5")
+    log = Log.reopen(run / "log.h5")
     with pytest.raises(AssertionError, match="round 3 after round 3"):
         append_round(log, 3)
     append_round(log, 4)
@@ -447,7 +447,7 @@ def test_a_resume_puts_the_log_back_and_goes_on(run):
 
 
 def test_a_row_with_other_columns_or_kinds_is_a_mistake_of_ours(run):
-    log = Log.append_to(run / "log.h5")
+    log = Log.reopen(run / "log.h5")
     row = {"train_loss": 1.0, "seconds_train": 1.0, "bytes_up": 1, "accuracy": 1.0}
     clients = {"accuracy": np.nan, "loss": np.nan}
     with pytest.raises(AssertionError, match="not in every row: .*train_loss"):
@@ -468,7 +468,7 @@ def test_columns_that_a_kill_left_ragged_are_cut_to_whole_rows(run):
     with h5py.File(run / "log.h5", "r+") as file:
         file["rounds/train_loss"].resize(4, axis=0)
     assert {len(column) for column in RunFiles(run).rounds().values()} == {3}
-    log = Log.append_to(run / "log.h5")
+    log = Log.reopen(run / "log.h5")
     append_round(log, 4)
     log.close()
     assert RunFiles(run).rounds()["train_loss"].tolist() == [1 / 2, 1 / 3, 1 / 4, 1 / 5]
@@ -501,7 +501,7 @@ def test_a_kill_leaves_every_row_that_was_appended(run):
     writer.send_signal(signal.SIGKILL)
     assert writer.wait() == -signal.SIGKILL
     assert RunFiles(run).clients()["accuracy"][:, 6].tolist() == list(range(1, 41))
-    log = Log.append_to(run / "log.h5")
+    log = Log.reopen(run / "log.h5")
     append_round(log, 41)
     log.close()
     assert RunFiles(run).rounds()["round"].tolist() == list(range(1, 42))
@@ -553,9 +553,9 @@ def test_a_newer_log_is_refused_at_once(run):
 
 def test_a_second_run_in_a_folder_is_refused_by_host_and_pid(tmp_path):
     refusal = pytest.raises(ValueError, match=f"in use by host .*, pid {os.getpid()}")
-    with locked(tmp_path), refusal, locked(tmp_path):
+    with hold_lock(tmp_path), refusal, hold_lock(tmp_path):
         pass
-    with locked(tmp_path):
+    with hold_lock(tmp_path):
         pass
 
 
@@ -566,11 +566,11 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
         tmp_path,
     )
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match=f"pid {holder.pid}"), locked(tmp_path):
+    with pytest.raises(ValueError, match=f"pid {holder.pid}"), hold_lock(tmp_path):
         pass
     holder.kill()
     holder.wait()
-    with locked(tmp_path):
+    with hold_lock(tmp_path):
         pass
 
 

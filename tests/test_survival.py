@@ -54,7 +54,7 @@ from fedlora_mpi.mpi.pending import RankLost
 from fedlora_mpi.resilience.recovery import run_tolerant
 from fedlora_mpi.run import loop as run_module
 from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.checkpointing import initial_state
 from fedlora_mpi.run.loop import start
 from fedlora_mpi.store.reader import RunFiles
 
@@ -114,7 +114,9 @@ def test_a_worker_dies_and_the_bits_are_those_of_an_undisturbed_run(trained, tmp
     assert ended.stderr.count("dies: rank") == 1
     assert [(ids, left) for ids, left, _ in lost(ended.stderr)] == [([2], 2)]
     assert_same_run(trained(), tmp_path / "run")
-    assert [text.split(":")[0] for text in RunFiles(tmp_path / "run").lost] == ["lost rank 2"]
+    assert [text.split(":")[0] for text in RunFiles(tmp_path / "run").rank_failures] == [
+        "lost rank 2"
+    ]
 
 
 @thorough
@@ -129,7 +131,7 @@ def test_two_workers_die_in_different_rounds_and_the_bits_are_those_of_an_undist
         left for _, left, _ in lost(ended.stderr)
     ] == [3, 2]
     assert_same_run(trained(*SIX), tmp_path / "run")
-    assert [text.split(":")[0] for text in RunFiles(tmp_path / "run").lost] == [
+    assert [text.split(":")[0] for text in RunFiles(tmp_path / "run").rank_failures] == [
         "lost rank 2",
         "lost rank 3",
     ]
@@ -545,7 +547,7 @@ def skipping(ranks, settings, bad):
         parts = build(config, str(TINY), comm)
         if bad is not None and parts.run.trainer.feed:
             poisoned(parts.run.trainer.feed, bad, parts.split)
-        state, moments = beginning(parts), []
+        state, moments = initial_state(parts), []
         for _ in range(3):
             state, row, _ = run_round(parts.run, state, evaluate=True, stop=False)
             moments.append((clone_tree(state.shared), clone_tree(state.personal), row))
@@ -616,9 +618,9 @@ def test_a_skipped_client_weighs_nothing_where_absent_ones_count_as_they_were(mo
     weightless = made.run.with_fields(
         weight_N=tuple(0 if c == bad else w for c, w in enumerate(made.run.weight_N))
     )
-    state, _, _ = run_round(weightless, beginning(made), evaluate=False, stop=False)
+    state, _, _ = run_round(weightless, initial_state(made), evaluate=False, stop=False)
     assert trees_equal(skipped[0], state.shared)
-    first = beginning(made).personal
+    first = initial_state(made).personal
     assert all(
         torch.equal(skipped[1][n][bad], first[n][made.run.row_of_client[bad]]) for n in first
     )
@@ -629,7 +631,7 @@ def test_by_default_such_a_client_ends_the_run():
     bad = min(parts.run.sample_cohort(0))
     poisoned(parts.run.trainer.feed, bad, parts.split)
     with pytest.raises(Fault, match=f"round 1: the loss or upload of client {bad} is not finite"):
-        run_round(parts.run, beginning(parts), evaluate=False, stop=False)
+        run_round(parts.run, initial_state(parts), evaluate=False, stop=False)
 
 
 def test_when_nobody_is_left_the_shared_state_stays_and_a_line_says_it(tmp_path, capsys):
@@ -648,7 +650,7 @@ def test_when_nobody_is_left_the_shared_state_stays_and_a_line_says_it(tmp_path,
         and log["clients"].tolist() == [0, 0]
         and np.isnan(log["train_loss"]).all()
     )
-    first = beginning(build_tiny(ALL)).shared
+    first = initial_state(build_tiny(ALL)).shared
     assert all(np.array_equal(v, first[n]) for n, v in RunFiles(run).checkpoint().shared().items())
 
 

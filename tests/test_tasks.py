@@ -24,7 +24,7 @@ from runs import (
 )
 
 from fedlora_mpi.algorithm import Phase, Variables
-from fedlora_mpi.config import digest, flat, from_dict, read, resolved_dict, resolved_yaml
+from fedlora_mpi.config import digest, flatten, from_dict, read, resolved_dict, resolved_yaml
 from fedlora_mpi.config.blocks import ConfigError
 from fedlora_mpi.data.feed import Epoch
 from fedlora_mpi.data.tasks import Tasks
@@ -34,7 +34,7 @@ from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Refusal
 from fedlora_mpi.plan import plan
 from fedlora_mpi.run.assembly import build, load_data
-from fedlora_mpi.run.checkpointing import beginning
+from fedlora_mpi.run.checkpointing import initial_state
 from fedlora_mpi.run.loop import resume
 
 EACH = ("data.tasks.classes=1", "data.tasks.rounds=1")
@@ -157,7 +157,7 @@ def seen(monkeypatch):
 @methods
 def test_a_round_sees_samples_of_its_task_and_is_judged_on_all_classes_so_far(method, seen):
     parts = build_tiny(*method, *EACH)
-    state, feed = beginning(parts), parts.run.trainer.feed
+    state, feed = initial_state(parts), parts.run.trainer.feed
     for round_ in range(4):
         seen.clear()
         state, _, _ = run_round(parts.run, state, evaluate=True, stop=False)
@@ -171,7 +171,7 @@ def test_a_round_sees_samples_of_its_task_and_is_judged_on_all_classes_so_far(me
 
 def test_every_sample_of_the_task_is_used_once_an_epoch(seen):
     parts = build_tiny("algorithm=fedavg", *PAIRS, "participation=1.0")
-    state = beginning(parts)
+    state = initial_state(parts)
     for round_ in range(4):
         seen.clear()
         state, row, _ = run_round(parts.run, state, evaluate=False, stop=False)
@@ -383,7 +383,7 @@ def test_a_config_without_tasks_is_what_it_was():
 def test_tasks_are_read_back_and_count_in_the_digest(tmp_path):
     config = tiny_config(*PAIRS)
     assert config.data.tasks == Tasks(2, 2)
-    assert (flat(config)["data.tasks.classes"], flat(config)["data.tasks.rounds"]) == (2, 2)
+    assert (flatten(config)["data.tasks.classes"], flatten(config)["data.tasks.rounds"]) == (2, 2)
     (tmp_path / "tiny.yaml").write_text(resolved_yaml(config))
     assert read(tmp_path / "tiny.yaml") == from_dict(resolved_dict(config), str(TINY)) == config
     assert len({digest(tiny_config(*tasks)) for tasks in ((), EACH, PAIRS)}) == 3

@@ -129,7 +129,7 @@ def test_a_run_is_followed_while_another_process_writes_it(tmp_path):
         bufsize=1,
     )
     assert process.stdout.readline().startswith("round 1/30")
-    log = Log.append_to(folder / "log.h5")
+    log = Log.reopen(folder / "log.h5")
     first = dict.fromkeys(
         ("accuracy", "train_loss", "drift", "seconds_train", "seconds_exchange", "flops"), 0.5
     )

@@ -445,7 +445,7 @@ def test_every_client_of_the_network_starts_from_the_file(backbone):
 
 def test_the_content_of_every_file_is_in_the_digest_of_the_run(backbone):
     def digest():
-        return build_tiny.__wrapped__(f"model.weights={backbone}").digest
+        return build_tiny.__wrapped__(f"model.weights={backbone}").run_digest
 
     before = digest()
     assert digest() == before and before.startswith(

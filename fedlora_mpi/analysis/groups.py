@@ -62,10 +62,10 @@ class RunLog:
     def read(cls, path: Path) -> "RunLog":
         """Raises StoreError (a ValueError) when ``path`` is no run folder."""
         files = RunFiles(path)
-        rows = files.measured()
+        rows = files.require_columns()
         return cls(
             Path(path),
-            files.settings,
+            files.checked_config,
             rows["rounds"],
             rows["clients"],
             files.partition(),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..data.partition import Split
-from ..store.files import replacing
+from ..store.files import replace_file
 from .report import align_columns
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def save_figure(split: Split, path: Path, names: Sequence[str] = ()) -> None:
     """Write ``figure(split, names)`` as a PNG. Raises ValueError where it cannot be written."""
     fig = figure(split, names)
     try:
-        with replacing(path) as file:
+        with replace_file(path) as file:
             fig.savefig(file, format="png", dpi=150)
     except OSError as error:
         why = f"picture = {path}: cannot be written: {error.strerror}"

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from ..core.names import display_name, is_method_leaf
-from ..store.snapshot import Checkpoint, folder_of
+from ..store.snapshot import Checkpoint, checkpoint_folder
 from .run_view import RunView
 
 T = TypeVar("T")
@@ -65,7 +65,9 @@ def read_leaves(run: RunView, max_bytes: int) -> CheckpointLeaves | None:
 
 def checkpoint_bytes(run: RunView) -> int:
     """Bytes of the newest checkpoint, not looked into."""
-    return sum(file.stat().st_size for file in folder_of(run.path, run.checkpoints[-1]).iterdir())
+    return sum(
+        file.stat().st_size for file in checkpoint_folder(run.path, run.checkpoints[-1]).iterdir()
+    )
 
 
 def has_own_factors(run: RunView) -> bool:
@@ -73,7 +75,7 @@ def has_own_factors(run: RunView) -> bool:
     its bytes are trusted.
     """
     try:
-        names = Checkpoint.read(folder_of(run.path, run.checkpoints[-1])).leaf_names([0])
+        names = Checkpoint.read(checkpoint_folder(run.path, run.checkpoints[-1])).leaf_names([0])
     except (IndexError, ValueError):  # no checkpoint, or none that can be read
         return False
     return _has_factors(names)

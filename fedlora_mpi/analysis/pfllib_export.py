@@ -17,7 +17,7 @@ from ..data.datasets import Data
 from ..data.feed import Feed
 from ..data.partition import Split
 from ..store import hdf5, nolinks
-from ..store.files import replacing, write_atomic
+from ..store.files import replace_file, write_atomic
 from .run_view import RunView
 
 
@@ -45,7 +45,7 @@ def write_folder(config: Config, data: Data, split: Split, folder: Path) -> str:
     counts = np.zeros((len(split.train), data.classes), int)
     try:
         for name in ("train", "test"):
-            with nolinks.opened_folder(folder / name, folder, make=True):
+            with nolinks.open_folder(folder / name, folder, make=True):
                 pass
             for client in range(len(split.train)):
                 samples = (
@@ -55,7 +55,7 @@ def write_folder(config: Config, data: Data, split: Split, folder: Path) -> str:
                 )
                 arrays = {"x": samples.x[0].numpy(), "y": samples.y[0].numpy()}
                 counts[client] += np.bincount(arrays["y"], minlength=data.classes)
-                with replacing(folder / name / f"{client}.npz", folder) as file:
+                with replace_file(folder / name / f"{client}.npz", folder) as file:
                     np.savez_compressed(file, data=np.array(arrays, dtype=object))
         write_atomic(
             folder / "config.json",
@@ -87,7 +87,7 @@ def write_results(run: RunView, file: Path) -> str:
         raise ValueError(f"{run.path}: no round was evaluated yet; wait for one")
     sizes = run.partition.test_counts.sum(axis=1) * np.isfinite(accuracy[rows])
     mean = (np.nan_to_num(accuracy[rows]) * sizes).sum(axis=1) / sizes.sum(axis=1)
-    with hdf5.create(file) as content:
+    with hdf5.create_file(file) as content:
         hdf5.write(content, "rs_test_acc", mean, ["round"])
         hdf5.write(content, "rs_train_loss", np.asarray(loss)[rows].astype(float), ["round"])
     return (

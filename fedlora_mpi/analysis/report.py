@@ -80,8 +80,8 @@ class _Result:
     def read(cls, path: Path) -> "_Result":
         files = RunFiles(path)
         config, rounds = (
-            files.settings,
-            files.measured("bytes_up", "clients", "accuracy", "accuracy_worst")["rounds"],
+            files.checked_config,
+            files.require_columns("bytes_up", "clients", "accuracy", "accuracy_worst")["rounds"],
         )
         num_rounds = len(rounds["round"])
         numbers, best_round = np.full(5, np.nan), None

@@ -106,7 +106,7 @@ class RunView:
     @property
     def clients(self) -> "DataFrame":
         """One row for each evaluated round and client: round, client, accuracy (fraction), loss."""
-        rows = self._files.rows()
+        rows = self._files.columns()
         return client_table(rows["rounds"], rows["clients"])
 
     @property
@@ -118,7 +118,7 @@ class RunView:
         they are all the time that passed. Empty for a run of before they were measured.
         """
         pandas = import_pandas()
-        rows = self._files.rows()
+        rows = self._files.columns()
         columns, rounds = rows["ranks"], rows["rounds"]["round"]
         numbers = columns.pop("ranks", np.zeros(0, int))
         seconds = {
@@ -139,7 +139,7 @@ class RunView:
 
         Raises ValueError.
         """
-        rows = self._files.rows()
+        rows = self._files.columns()
         columns = rows["rounds"]
         for group in ("clients", "ranks"):
             columns |= {f"{group}/{name}": column for name, column in rows[group].items()}
@@ -153,13 +153,13 @@ class RunView:
         """The names of the axes of ``array(name)``: ("round",), ("round", "client") or ("round",
         "rank").
         """
-        return self._files.axes(name if "/" in name else f"rounds/{name}")
+        return self._files.axis_names(name if "/" in name else f"rounds/{name}")
 
     @cached_property
     def partition(self) -> Split:
         """Who holds which samples."""
         stored = self._files.partition()
-        with schema.reading(self.path / "log.h5"):
+        with schema.explain_read_errors(self.path / "log.h5"):
             return Split(
                 tuple(stored["train"]),
                 tuple(stored["test"]),
@@ -191,7 +191,7 @@ class RunView:
     @cached_property
     def network_of(self) -> tuple[int, ...]:
         """Which network of ``model.mix`` each client has, [N]; zeros where there is one."""
-        return self._parsed_config.model.of_clients(len(self.partition.train))
+        return self._parsed_config.model.network_of_clients(len(self.partition.train))
 
     def client(self, id: int) -> "ClientView":
         """One client, by its number from 0. Raises ValueError."""
@@ -231,7 +231,7 @@ class RunView:
             return build(block.name, block.options, *inputs, weights=block.weights)
         saved_config = self.path / f"network-{number}.json"
         if saved_config.is_file():
-            self._files.text(saved_config.name)  # is it whole?
+            self._files.read_text(saved_config.name)  # is it whole?
         options = (
             {**block.options, "folder": str(saved_config)}
             if saved_config.is_file()
@@ -276,7 +276,7 @@ class RunView:
                 f"{self.path}: has no vocabulary.json, so its data are images or the run is "
                 "incomplete"
             )
-        return Vocabulary(self._files.text(path.name))
+        return Vocabulary(self._files.read_text(path.name))
 
     @cached_property
     def _parsed_config(self) -> "Config":
@@ -396,7 +396,7 @@ class ClientView:
         """Leaves that are not those of the network are told as damage of the checkpoint, a
         StoreError.
         """
-        return schema.reading(self.checkpoint.path)
+        return schema.explain_read_errors(self.checkpoint.path)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .. import config as configs
 from ..core.paths import expand_home
-from ..run.output import continued
+from ..run.output import adopt_recorded_engine
 from ..store import checkpoint
 from ..store.files import StoreError
 
@@ -22,20 +22,24 @@ def run_progress(target: Path, overrides: Sequence[str]) -> tuple[Path, int, int
         return (
             target,
             _checkpoint_round(target),
-            configs.recorded_rounds(target / "config.yaml", overrides),
+            configs.read_recorded_rounds(target / "config.yaml", overrides),
         )
     config = configs.read(target, overrides)
     folder = expand_home(config.output)
     if not (folder / "config.yaml").is_file():
         return folder, 0, config.rounds
-    return folder, _checkpoint_round(folder), continued(config, str(target), folder).rounds
+    return (
+        folder,
+        _checkpoint_round(folder),
+        adopt_recorded_engine(config, str(target), folder).rounds,
+    )
 
 
 def _checkpoint_round(folder: Path) -> int:
     """The rounds of the newest checkpoint whose checksums hold."""
-    if not checkpoint.committed(folder):
+    if not checkpoint.committed_rounds(folder):
         return 0
     try:
-        return checkpoint.newest(folder)[0].round
+        return checkpoint.newest_valid(folder)[0].round
     except StoreError:  # a resume says what is wrong with each
         return 0

@@ -49,13 +49,15 @@ class RunStatus:
     def read(cls, path: Path) -> "RunStatus":
         """Raises StoreError (a ValueError)."""
         files = RunFiles(path)
-        rows = files.measured("train_loss")
+        rows = files.require_columns("train_loss")
         rounds, ranks = rows["rounds"], rows["ranks"]
         recent_load = (
-            measure_load(ranks, files.settings, slice(-_RECENT_ROUNDS, None)) if ranks else None
+            measure_load(ranks, files.checked_config, slice(-_RECENT_ROUNDS, None))
+            if ranks
+            else None
         )
         quiet = max(0.0, time.time() - (path / "log.h5").stat().st_mtime)
-        return cls(path, files.settings, rounds, recent_load, quiet)
+        return cls(path, files.checked_config, rounds, recent_load, quiet)
 
     @property
     def round(self) -> int:

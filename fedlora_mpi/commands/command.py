@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-OVERRIDES = (
+OVERRIDES_HELP = (
     "settings of the config by their dotted names, for instance train.lr=0.05 algorithm=fedavg"
 )
 
@@ -27,28 +27,26 @@ class Command(NamedTuple):
     imports: bool = True
 
 
-def add_config(parser: argparse.ArgumentParser, help_: str = "a YAML file") -> None:
+def add_config_argument(parser: argparse.ArgumentParser, help_: str = "a YAML file") -> None:
     """A config."""
     parser.add_argument("config", help=help_)
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
+def add_override_arguments(parser: argparse.ArgumentParser) -> None:
     """Settings over those of a config."""
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES_HELP)
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
     """One run folder."""
     parser.add_argument("run", type=Path, help="a run folder")
 
 
-def add_runs(parser: argparse.ArgumentParser) -> None:
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """One or more run folders."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
 
 
-def given(asked: argparse.Namespace, *left_out: str) -> dict[str, Any]:
+def as_keywords(args: argparse.Namespace, *excluded: str) -> dict[str, Any]:
     """What was asked as keyword arguments, without ``left_out``."""
-    return {
-        name: value for name, value in vars(asked).items() if name not in ("command", *left_out)
-    }
+    return {name: value for name, value in vars(args).items() if name not in ("command", *excluded)}

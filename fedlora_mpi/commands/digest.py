@@ -3,25 +3,25 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from .command import Command, add_runs
+from .command import Command, add_run_arguments
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
 
 
-def execute(asked: argparse.Namespace, comm: "Comm") -> int:
+def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Print a checksum of what each run has learned."""
     from ..mpi.ending import collectively
 
-    collectively(comm, lambda: _show(asked))
+    collectively(comm, lambda: _print_digests(args))
     return 0
 
 
-def _show(asked: argparse.Namespace) -> None:
+def _print_digests(args: argparse.Namespace) -> None:
     from ..core.escapes import escape_line
     from ..store.reader import RunFiles
 
-    for folder in asked.runs:
+    for folder in args.runs:
         checkpoint = RunFiles(folder).checkpoint()
         sums = checkpoint.digest()
         print(
@@ -33,7 +33,7 @@ def _show(asked: argparse.Namespace) -> None:
 
 COMMAND = Command(
     "SHA-256 of the newest checkpoint of runs: equal means equal to the bit.",
-    add_runs,
+    add_run_arguments,
     execute,
     imports=False,
 )

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import Command, add_overrides
+from .command import Command, add_override_arguments
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
@@ -15,15 +15,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target", nargs="?", type=Path, metavar="CONFIG|RUN", help="default: this folder"
     )
-    add_overrides(parser)
+    add_override_arguments(parser)
 
 
-def execute(asked: argparse.Namespace, comm: "Comm") -> int:
+def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Check this machine."""
     from ..doctor.examination import examine
     from ..mpi.ending import collectively
 
-    return collectively(comm, lambda: examine(asked.target, asked.overrides))
+    return collectively(comm, lambda: examine(args.target, args.overrides))
 
 
 COMMAND = Command(

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import Command, add_run
+from .command import Command, add_run_argument
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
@@ -12,26 +12,24 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``export``."""
-    add_run(parser)
-    own = "its number, from 0; without, a file .pt or .safetensors has what all share"
-    parser.add_argument("--client", type=int, metavar="K", help=own)
-    kinds = (
+    add_run_argument(parser)
+    client_help = "its number, from 0; without, a file .pt or .safetensors has what all share"
+    parser.add_argument("--client", type=int, metavar="K", help=client_help)
+    target_help = (
         "NAME.pt, NAME.safetensors: a state dict; NAME.h5: accuracy and loss by round, as PFLlib "
         "keeps them; any other: a folder for peft"
     )
-    parser.add_argument("--to", type=Path, required=True, metavar="NAME", help=kinds)
+    parser.add_argument("--to", type=Path, required=True, metavar="NAME", help=target_help)
 
 
-def execute(asked: argparse.Namespace, comm: "Comm") -> int:
+def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Write a part of a run for another program."""
     from ..analysis.export import export
     from ..analysis.run_view import open_run
     from ..core.escapes import escape_line
     from ..mpi.ending import collectively
 
-    print(
-        escape_line(collectively(comm, lambda: export(open_run(asked.run), asked.client, asked.to)))
-    )
+    print(escape_line(collectively(comm, lambda: export(open_run(args.run), args.client, args.to))))
     return 0
 
 

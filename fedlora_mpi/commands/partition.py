@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import Command, add_config, add_overrides
+from .command import Command, add_config_argument, add_override_arguments
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
@@ -12,40 +12,40 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``partition``."""
-    add_config(parser)
-    add_overrides(parser)
+    add_config_argument(parser)
+    add_override_arguments(parser)
     parser.add_argument(
         "-o", "--picture", type=Path, help="the PNG (default: CONFIG's name in this folder)"
     )
-    folder = "write it into a new folder that PFLlib reads"
-    parser.add_argument("--to", nargs=2, metavar=("pfllib", "FOLDER"), help=folder)
+    folder_help = "write it into a new folder that PFLlib reads"
+    parser.add_argument("--to", nargs=2, metavar=("pfllib", "FOLDER"), help=folder_help)
 
 
-def execute(asked: argparse.Namespace, comm: "Comm") -> int:
+def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Print and draw who holds which data, or write it for PFLlib."""
     from ..mpi.ending import collectively
 
-    collectively(comm, lambda: _show(asked))
+    collectively(comm, lambda: _show_partition(args))
     return 0
 
 
-def _show(asked: argparse.Namespace) -> None:
+def _show_partition(args: argparse.Namespace) -> None:
     from ..analysis.partition_table import save_figure, table
     from ..analysis.pfllib_export import write_folder
     from ..config import read
     from ..core.escapes import escape_line, escape_lines
     from ..run.assembly import load_data, split_data, tell_hints
 
-    config = read(asked.config, asked.overrides)
-    if asked.to and asked.to[0] != "pfllib":
-        raise ValueError(f"--to {asked.to[0]}: is no format; there is pfllib")
-    data = load_data(config, asked.config)
-    tell_hints(data, asked.config)
-    split = split_data(config, asked.config, data)
-    if asked.to:
-        print(escape_line(write_folder(config, data, split, Path(asked.to[1]))))
+    config = read(args.config, args.overrides)
+    if args.to and args.to[0] != "pfllib":
+        raise ValueError(f"--to {args.to[0]}: is no format; there is pfllib")
+    data = load_data(config, args.config)
+    tell_hints(data, args.config)
+    split = split_data(config, args.config, data)
+    if args.to:
+        print(escape_line(write_folder(config, data, split, Path(args.to[1]))))
         return
-    picture = asked.picture or Path(f"partition-{Path(asked.config).stem}.png")
+    picture = args.picture or Path(f"partition-{Path(args.config).stem}.png")
     print(escape_lines(table(split, data.class_names)))
     save_figure(split, picture, data.class_names)
     print(f"\npicture: {escape_line(picture)}")

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from .command import Command, add_config, add_overrides
+from .command import Command, add_config_argument, add_override_arguments
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``plan``."""
-    add_config(parser)
-    add_overrides(parser)
+    add_config_argument(parser)
+    add_override_arguments(parser)
     parser.add_argument(
         "--ranks", type=int, default=1, help="how many ranks mpirun would start (default 1)"
     )
@@ -35,21 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def execute(asked: argparse.Namespace, comm: "Comm") -> int:
+def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Print what a config would cost."""
     from ..config import read
     from ..core.escapes import escape_lines
     from ..mpi.ending import collectively
     from ..plan import plan
 
-    there = asked.gpus, asked.bandwidth, asked.latency
+    machine = args.gpus, args.bandwidth, args.latency
     print(
         escape_lines(
             collectively(
                 comm,
-                lambda: plan(
-                    read(asked.config, asked.overrides), asked.config, asked.ranks, *there
-                ),
+                lambda: plan(read(args.config, args.overrides), args.config, args.ranks, *machine),
             )
         )
     )

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import Command, add_config, add_overrides, given
+from .command import Command, add_config_argument, add_override_arguments, as_keywords
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``pretrain``."""
-    add_config(parser, "a YAML file; its partition and its algorithm do not matter")
-    add_overrides(parser)
+    add_config_argument(parser, "a YAML file; its partition and its algorithm do not matter")
+    add_override_arguments(parser)
     parser.add_argument(
         "--to", type=Path, required=True, metavar="FILE.safetensors", help="where the weights go"
     )
@@ -26,15 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def execute(asked: argparse.Namespace, comm: "Comm") -> int:
+def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Train a network on all data in one place."""
     from ..config import read
     from ..mpi.ending import collectively
     from ..run.pretrain import pretrain
 
-    how = given(asked, "config", "overrides")
+    options = as_keywords(args, "config", "overrides")
     collectively(
-        comm, lambda: pretrain(read(asked.config, asked.overrides), asked.config, comm.size, **how)
+        comm, lambda: pretrain(read(args.config, args.overrides), args.config, comm.size, **options)
     )
     return 0
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import Command, add_runs
+from .command import Command, add_run_arguments
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
@@ -12,28 +12,30 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``report``."""
-    add_runs(parser)
-    page = "write report.html there, figures as PNG and PDF, tables as CSV, Markdown and LaTeX"
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help=page)
+    add_run_arguments(parser)
+    output_help = (
+        "write report.html there, figures as PNG and PDF, tables as CSV, Markdown and LaTeX"
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help=output_help)
 
 
-def execute(asked: argparse.Namespace, comm: "Comm") -> int:
+def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Print a table of runs, or write their page."""
     from ..mpi.ending import collectively
 
-    print(collectively(comm, lambda: _told(asked)))
+    print(collectively(comm, lambda: _report_text(args)))
     return 0
 
 
-def _told(asked: argparse.Namespace) -> str:
-    if asked.output:
+def _report_text(args: argparse.Namespace) -> str:
+    if args.output:
         from ..analysis.page.write import write_report
         from ..core.escapes import escape_line
 
-        return escape_line(write_report(asked.runs, asked.output))
+        return escape_line(write_report(args.runs, args.output))
     from ..analysis.report import table
 
-    return table(asked.runs)
+    return table(args.runs)
 
 
 HELP = "The accuracy of runs as a table; with -o a page of figures and tables, self-contained."

@@ -6,19 +6,19 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import Command, given
+from .command import Command, as_keywords
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
 
-FEDLORA = (*(f"table{n}" for n in range(1, 6)), "fig4", "fig6", "fig7")
+FEDLORA_TABLES = (*(f"table{n}" for n in range(1, 6)), "fig4", "fig6", "fig7")
 TABLES = {  # what each is
-    **{name: f"{name} of the FedLoRA paper" for name in FEDLORA},
+    **{name: f"{name} of the FedLoRA paper" for name in FEDLORA_TABLES},
     "table6": "the text row of the FedLoRA paper's Table 6",
     "pfedlora": "accuracy and cost of the pFedLoRA paper: clients with networks of their own",
     "fedhl": "LoRA of clients' own ranks on a backbone that is made here",
 }
-SEVERAL: dict[str, Any] = {"nargs": "+", "default": ()}
+ONE_OR_MORE: dict[str, Any] = {"nargs": "+", "default": ()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{HELP} Options stand behind the table; `reproduce TABLE --help` shows them."
     )
     tables = parser.add_subparsers(dest="table", metavar="TABLE", required=True)
-    for table, about in TABLES.items():
+    for table, description in TABLES.items():
         _add_table(
-            tables.add_parser(table, help=about, description=about[0].upper() + about[1:] + "."),
+            tables.add_parser(
+                table, help=description, description=description[0].upper() + description[1:] + "."
+            ),
             table,
         )
 
@@ -39,69 +41,93 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_table(parser: argparse.ArgumentParser, table: str) -> None:
     """The arguments of one table."""
 
-    def add(flag: str, help_: str, tables: tuple[str, ...] = tuple(TABLES), **how: Any) -> None:
-        parser.add_argument(flag, help=help_ if table in tables else argparse.SUPPRESS, **how)
+    def add_option(
+        flag: str, help_: str, tables: tuple[str, ...] = tuple(TABLES), **options: Any
+    ) -> None:
+        parser.add_argument(flag, help=help_ if table in tables else argparse.SUPPRESS, **options)
 
-    sets = ("cifar10", "cifar100", "tiny_imagenet", "ag_news")
-    data = {"table6": "ag_news", "fedhl": "both"}.get(table, "cifar10")
-    some = {"table6": sets[3:], "pfedlora": sets[:2], "fedhl": (sets[0], sets[3])}.get(
-        table, sets[:3]
+    data_sets = ("cifar10", "cifar100", "tiny_imagenet", "ag_news")
+    default_set = {"table6": "ag_news", "fedhl": "both"}.get(table, "cifar10")
+    usual_sets = {
+        "table6": data_sets[3:],
+        "pfedlora": data_sets[:2],
+        "fedhl": (data_sets[0], data_sets[3]),
+    }.get(table, data_sets[:3])
+    add_option(
+        "--data",
+        f"of {', '.join(usual_sets)} (default {default_set})",
+        **ONE_OR_MORE,
+        choices=data_sets,
+        metavar="SET",
     )
-    add("--data", f"of {', '.join(some)} (default {data})", **SEVERAL, choices=sets, metavar="SET")
-    alpha = {"table6": "1.0", "fedhl": "0.5"}.get(table, "0.1")
-    add(
+    default_alpha = {"table6": "1.0", "fedhl": "0.5"}.get(table, "0.1")
+    add_option(
         "--alpha",
-        f"of the Dirichlet split (default {alpha})",
-        (*FEDLORA, "table6", "fedhl"),
-        **SEVERAL,
+        f"of the Dirichlet split (default {default_alpha})",
+        (*FEDLORA_TABLES, "table6", "fedhl"),
+        **ONE_OR_MORE,
         type=float,
     )
-    texts = "the file of the training texts in DATA/AG_NEWS (default train.csv)"
-    add("--text-train", texts, ("table6", "fedhl"), default="", metavar="FILE")
-    add("--seeds", "default: 1 2 3, at small scale 1", **SEVERAL, type=int, metavar="SEED")
-    add("--rounds", "default: the scale's; more of them go on with a finished run", type=int)
-    rows = "rows of the table"
-    rows += ", or any algorithm" if table in ("table1", "table6", "pfedlora") else ""
-    add("--methods", rows, **SEVERAL, metavar="ROW")
-    crowds = (
+    texts_help = "the file of the training texts in DATA/AG_NEWS (default train.csv)"
+    add_option("--text-train", texts_help, ("table6", "fedhl"), default="", metavar="FILE")
+    add_option(
+        "--seeds", "default: 1 2 3, at small scale 1", **ONE_OR_MORE, type=int, metavar="SEED"
+    )
+    add_option("--rounds", "default: the scale's; more of them go on with a finished run", type=int)
+    rows_help = "rows of the table"
+    rows_help += ", or any algorithm" if table in ("table1", "table6", "pfedlora") else ""
+    add_option("--methods", rows_help, **ONE_OR_MORE, metavar="ROW")
+    clients_help = (
         "how many there are; all, 20 or 10 %% take part (default: all three, at small scale 10)"
     )
-    add("--clients", crowds, ("pfedlora",), **SEVERAL, type=int, choices=(10, 50, 100))
-    add(
+    add_option(
+        "--clients", clients_help, ("pfedlora",), **ONE_OR_MORE, type=int, choices=(10, 50, 100)
+    )
+    add_option(
         "--homogeneous",
         "CNN-1 for every client, and FedAvg as well",
         ("pfedlora",),
         action="store_true",
     )
-    add(
+    add_option(
         "--width",
         "of the network (default both)",
         ("fedhl",),
-        **SEVERAL,
+        **ONE_OR_MORE,
         choices=("narrow", "wide"),
     )
-    part = "fraction of the clients in a round (default 1.0 0.4)"
-    add("--participation", part, ("fedhl",), **SEVERAL, type=float, metavar="P")
-    reached = "count rounds, bytes and FLOPs up to so many %% (default: what all methods reach)"
-    add("--target", reached, ("pfedlora",), **SEVERAL, type=float, metavar="PERCENT")
-    add("--scale", "full is the paper's experiment", choices=("small", "full"), default="small")
-    add("--jobs", "runs at a time (default: one per core, or per GPU)", type=int, metavar="J")
-    add("--ranks", "MPI processes of a run (default 1)", type=int, default=1, metavar="R")
-    add("--root", "where the data sets are (default ~/data)", default="~/data", metavar="DATA")
-    add("--download", "fetch a data set that is not there", action="store_true")
-    folder = "default: runs/reproduce-SCALE"
-    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help=folder)
-    add("--print-jobs", "run nothing; a line per run, and a Slurm array", action="store_true")
-    add("--collect", "run nothing; the table of what is done", action="store_true")
+    participation_help = "fraction of the clients in a round (default 1.0 0.4)"
+    add_option(
+        "--participation", participation_help, ("fedhl",), **ONE_OR_MORE, type=float, metavar="P"
+    )
+    target_help = "count rounds, bytes and FLOPs up to so many %% (default: what all methods reach)"
+    add_option("--target", target_help, ("pfedlora",), **ONE_OR_MORE, type=float, metavar="PERCENT")
+    add_option(
+        "--scale", "full is the paper's experiment", choices=("small", "full"), default="small"
+    )
+    add_option(
+        "--jobs", "runs at a time (default: one per core, or per GPU)", type=int, metavar="J"
+    )
+    add_option("--ranks", "MPI processes of a run (default 1)", type=int, default=1, metavar="R")
+    add_option(
+        "--root", "where the data sets are (default ~/data)", default="~/data", metavar="DATA"
+    )
+    add_option("--download", "fetch a data set that is not there", action="store_true")
+    output_help = "default: runs/reproduce-SCALE"
+    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help=output_help)
+    add_option(
+        "--print-jobs", "run nothing; a line per run, and a Slurm array", action="store_true"
+    )
+    add_option("--collect", "run nothing; the table of what is done", action="store_true")
 
 
-def execute(asked: argparse.Namespace, comm: "Comm") -> int:
+def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Carry out what is missing of a table, and print it."""
     from ..mpi.ending import collectively
     from ..reproduce.carrying_out import reproduce
     from ..reproduce.request import Request
 
-    return collectively(comm, lambda: reproduce(Request(**given(asked))))
+    return collectively(comm, lambda: reproduce(Request(**as_keywords(args))))
 
 
 HELP = (

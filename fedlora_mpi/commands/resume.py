@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from .command import Command, add_overrides, add_run
+from .command import Command, add_override_arguments, add_run_argument
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``resume``."""
-    add_run(parser)
-    add_overrides(parser)
+    add_run_argument(parser)
+    add_override_arguments(parser)
 
 
-def execute(asked: argparse.Namespace, comm: "Comm") -> int:
+def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Go on with a run."""
     from ..run.loop import resume
 
-    return resume(asked.run, asked.overrides, comm)
+    return resume(args.run, args.overrides, comm)
 
 
 COMMAND = Command(

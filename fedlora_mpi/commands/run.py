@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from .command import Command, add_config, add_overrides
+from .command import Command, add_config_argument, add_override_arguments
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
@@ -11,21 +11,21 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``run``."""
-    add_config(parser)
+    add_config_argument(parser)
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run folder if it is there"
     )
-    add_overrides(parser)
+    add_override_arguments(parser)
 
 
-def execute(asked: argparse.Namespace, comm: "Comm") -> int:
+def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Train from a config."""
     from .. import config
     from ..run import loop
 
-    begin = loop.start_or_resume if asked.resume else loop.start
-    settings, comm = loop.receive(comm, lambda: config.read(asked.config, asked.overrides))
-    return begin(settings, asked.config, comm)
+    train = loop.start_or_resume if args.resume else loop.start
+    settings, comm = loop.receive_config(comm, lambda: config.read(args.config, args.overrides))
+    return train(settings, args.config, comm)
 
 
 COMMAND = Command(

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import Command, add_overrides
+from .command import Command, add_override_arguments
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``status``."""
-    target = "a YAML file, whose output is asked for, or a run folder"
-    parser.add_argument("target", type=Path, metavar="CONFIG|RUN", help=target)
-    add_overrides(parser)
+    target_help = "a YAML file, whose output is asked for, or a run folder"
+    parser.add_argument("target", type=Path, metavar="CONFIG|RUN", help=target_help)
+    add_override_arguments(parser)
 
 
-def execute(asked: argparse.Namespace, comm: "Comm") -> int:
+def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Say whether a run is done."""
     from ..analysis.status import run_progress
     from ..core.escapes import escape_line
     from ..mpi.ending import collectively
-    from ..run.loop import STOPPED
+    from ..run.loop import STOPPED_EXIT
 
-    folder, saved, rounds = collectively(comm, lambda: run_progress(asked.target, asked.overrides))
+    folder, saved, rounds = collectively(comm, lambda: run_progress(args.target, args.overrides))
     print(escape_line(f"{folder}: {'done' if saved >= rounds else f'{saved} of {rounds} rounds'}"))
-    return 0 if saved >= rounds else STOPPED
+    return 0 if saved >= rounds else STOPPED_EXIT
 
 
 COMMAND = Command(

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from .command import Command, add_config, add_overrides, given
+from .command import Command, add_config_argument, add_override_arguments, as_keywords
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``submit``."""
-    add_config(parser)
-    add_overrides(parser)
+    add_config_argument(parser)
+    add_override_arguments(parser)
     parser.add_argument("--nodes", type=int, help="default 1")
-    ranks = "of the job (default: server and a worker per GPU; 9 on a node without)"
-    parser.add_argument("--ranks", type=int, help=ranks)
+    ranks_help = "of the job (default: server and a worker per GPU; 9 on a node without)"
+    parser.add_argument("--ranks", type=int, help=ranks_help)
     parser.add_argument("--gpus", type=int, metavar="G", help="per node (default 0)")
     parser.add_argument(
         "--time", metavar="HH:MM:SS", help="until it is queued again (default 12:00:00)"
@@ -25,12 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
 
 
-def execute(asked: argparse.Namespace, comm: "Comm") -> int:
+def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Queue a run."""
     from ..mpi.ending import collectively
     from ..run.slurm import submit
 
-    print(collectively(comm, lambda: submit(asked.config, **given(asked, "config"))))
+    print(collectively(comm, lambda: submit(args.config, **as_keywords(args, "config"))))
     return 0
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from .command import Command, add_run
+from .command import Command, add_run_argument
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
@@ -11,19 +11,19 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``watch``."""
-    add_run(parser)
+    add_run_argument(parser)
     parser.add_argument(
         "--every", type=float, default=2, metavar="SECONDS", help="between two looks (default 2)"
     )
     parser.add_argument("--once", action="store_true", help="print it once and leave")
 
 
-def execute(asked: argparse.Namespace, comm: "Comm") -> int:
+def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Show a run while it goes on."""
     from ..analysis.watch import watch
     from ..mpi.ending import collectively
 
-    collectively(comm, lambda: watch(asked.run, asked.every, asked.once))
+    collectively(comm, lambda: watch(args.run, args.every, args.once))
     return 0
 
 

@@ -18,8 +18,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
-_OUTSIDE = re.compile(r"([^\W\d]\w*\.)*[^\W\d]\w*:[^\W\d]\w*")  # dotted.module:attribute
-_BARE = re.compile(r"(?!(true|false|null)$)[^\W\d]|[/~]")
+_IMPORT_PATH = re.compile(r"([^\W\d]\w*\.)*[^\W\d]\w*:[^\W\d]\w*")  # dotted.module:attribute
+_UNQUOTED = re.compile(r"(?!(true|false|null)$)[^\W\d]|[/~]")
 
 
 class ConfigError(ValueError):
@@ -29,24 +29,24 @@ class ConfigError(ValueError):
         super().__init__(" ".join(text.split()))
 
 
-def inside(key: str, name: str) -> str:
+def dotted_key(key: str, name: str) -> str:
     """The dotted key of ``name`` in the block ``key`` ("" is the whole config)."""
     return f"{key}.{name}" if key else name
 
 
-def show(value: Any) -> str:
+def format_value(value: Any) -> str:
     """``value`` in at most 60 characters, as a user would write it; text like 0.1 or true in
     quotes.
     """
-    bare = isinstance(value, str) and value.isprintable() and _BARE.match(value)
-    text = value if bare else json.dumps(value, default=str, ensure_ascii=False)
+    is_unquoted = isinstance(value, str) and value.isprintable() and _UNQUOTED.match(value)
+    text = value if is_unquoted else json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def nearest(word: str, words: Collection[str]) -> str:
+def suggest(word: str, words: Collection[str]) -> str:
     """The end of a message: the valid word that was probably meant, or nothing."""
-    near = get_close_matches(word, words, n=1)
-    return f". Did you mean {near[0]}?" if near else ""
+    matches = get_close_matches(word, words, n=1)
+    return f". Did you mean {matches[0]}?" if matches else ""
 
 
 @dataclass(frozen=True)
@@ -56,30 +56,34 @@ class Origin:
     """
 
     file: str
-    of: Mapping[str, str] = field(default_factory=dict)
+    source_of_key: Mapping[str, str] = field(default_factory=dict)
 
     def error(self, key: str, reason: str, value: Any = MISSING) -> ConfigError:
         """The message about a key."""
         return self._message(
-            key, key + ("" if value is MISSING else f" = {show(value)}") + f": {reason}"
+            key, key + ("" if value is MISSING else f" = {format_value(value)}") + f": {reason}"
         )
 
     def refusal(self, key: str, error: ValueError) -> ConfigError:
         """The message about what a constructor of the block ``key`` refused."""
-        if named := re.match(r"([\w.]+) = ", str(error)):
-            return self._message(inside(key, named[1]), inside(key, str(error)))
+        if match := re.match(r"([\w.]+) = ", str(error)):
+            return self._message(dotted_key(key, match[1]), dotted_key(key, str(error)))
         return self._message(key, f"{key}: {error}" if key else str(error))
 
     def _message(self, key: str, text: str) -> ConfigError:
-        while key and key not in self.of:
-            below = [source for written, source in self.of.items() if written.startswith(key + ".")]
-            if below:
-                return ConfigError(f"{below[0]}: {text}")
+        while key and key not in self.source_of_key:
+            sources_below = [
+                source
+                for written, source in self.source_of_key.items()
+                if written.startswith(key + ".")
+            ]
+            if sources_below:
+                return ConfigError(f"{sources_below[0]}: {text}")
             key = key.rpartition(".")[0]
-        return ConfigError(f"{self.of.get(key, self.file)}: {text}")
+        return ConfigError(f"{self.source_of_key.get(key, self.file)}: {text}")
 
 
-def overlay(
+def merge_layers(
     layers: Iterable[tuple[Mapping[str, Any], str]], selectors: Mapping[str, tuple[str, ...]]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The (layer, source) pairs merged, a later value over an earlier one, and ``Origin.of`` of the
@@ -89,31 +93,38 @@ def overlay(
     a bare name stands for the first. A block that is given as a bare name or as {}, or whose
     selector changes, starts afresh.
     """
-    flat: dict[tuple[str, ...], tuple[Any, str]] = {}
+    merged: dict[tuple[str, ...], tuple[Any, str]] = {}
     for layer, source in layers:
-        new = {path: (value, source) for path, value in _leaves(layer)}
+        layer_leaves = {path: (value, source) for path, value in _iter_leaves(layer)}
         for key, names in selectors.items():
             block = tuple(key.split("."))
-            bare = block in flat and isinstance(flat[block][0], str)
-            if bare and block not in new and any(_related(block, path) for path in new):
-                flat[(*block, names[0])] = flat.pop(block)
-            before, now = (
-                {n: at[(*block, n)][0] for n in names if (*block, n) in at} for at in (flat, new)
+            is_bare_name = block in merged and isinstance(merged[block][0], str)
+            if (
+                is_bare_name
+                and block not in layer_leaves
+                and any(_is_nested(block, path) for path in layer_leaves)
+            ):
+                merged[(*block, names[0])] = merged.pop(block)
+            old_selection, new_selection = (
+                {n: leaves[(*block, n)][0] for n in names if (*block, n) in leaves}
+                for leaves in (merged, layer_leaves)
             )
-            if before and now and before != now:
-                flat = {path: given for path, given in flat.items() if not _related(block, path)}
-        flat = {
+            if old_selection and new_selection and old_selection != new_selection:
+                merged = {
+                    path: entry for path, entry in merged.items() if not _is_nested(block, path)
+                }
+        merged = {
             path: given
-            for path, given in flat.items()
-            if not any(_related(path, other) for other in new)
-        } | new
+            for path, given in merged.items()
+            if not any(_is_nested(path, new_path) for new_path in layer_leaves)
+        } | layer_leaves
     tree: dict[str, Any] = {}
-    for path, (value, _) in flat.items():
+    for path, (value, _) in merged.items():
         inner = tree
         for name in path[:-1]:
             inner = inner.setdefault(name, {})
         inner[path[-1]] = value
-    return tree, {".".join(path): source for path, (_, source) in flat.items()}
+    return tree, {".".join(path): source for path, (_, source) in merged.items()}
 
 
 Reader = Callable[[Any, str, Origin], Any]  # (value, dotted key, origin) -> the checked value
@@ -126,55 +137,56 @@ class Field(NamedTuple):
     default: Any = MISSING
 
 
-def fields_of(cls: type) -> dict[str, Field]:
+def config_fields(cls: type) -> dict[str, Field]:
     """The keys of a dataclass."""
     hints = get_type_hints(cls)
     return {
         f.name: Field(
-            partial(typed, hints[f.name]),
+            partial(check_type, hints[f.name]),
             f.default if f.default_factory is MISSING else f.default_factory(),
         )
         for f in fields(cls)
     }
 
 
-def options_of(function: Callable) -> dict[str, Field]:
+def keyword_fields(function: Callable) -> dict[str, Field]:
     """The keyword-only parameters of a function; one without annotation takes any plain data."""
     hints = get_type_hints(function)
     return {
         p.name: Field(
-            partial(typed, hints.get(p.name, Any)), MISSING if p.default is p.empty else p.default
+            partial(check_type, hints.get(p.name, Any)),
+            MISSING if p.default is p.empty else p.default,
         )
         for p in inspect.signature(function).parameters.values()
         if p.kind is p.KEYWORD_ONLY
     }
 
 
-def read(
-    known: Mapping[str, Field], block: Any, key: str, origin: Origin, owner: str
+def read_block(
+    known_fields: Mapping[str, Field], block: Any, key: str, origin: Origin, owner: str
 ) -> dict[str, Any]:
     """The checked values of ``block`` for every known key, in their order, defaults included.
 
     Raises ConfigError for what is no block, an unknown or missing key, or a value of a wrong type.
     """
-    names = ", ".join(known) or "no fields"
+    names = ", ".join(known_fields) or "no fields"
     if not isinstance(block, Mapping):
         raise origin.error(key, f"must be a block with {names}", block)
     for name, value in block.items():
-        if name not in known:
+        if name not in known_fields:
             name = str(name)
-            reason = f"{owner} has no such field; it has {names}{nearest(name, known)}"
-            raise origin.error(inside(key, name), reason, value)
+            reason = f"{owner} has no such field; it has {names}{suggest(name, known_fields)}"
+            raise origin.error(dotted_key(key, name), reason, value)
     values = {}
-    for name, (reader, default) in known.items():
+    for name, (reader, default) in known_fields.items():
         value = block.get(name, default)
         if value is MISSING:
-            raise origin.error(inside(key, name), "must be given")
-        values[name] = reader(value, inside(key, name), origin)
+            raise origin.error(dotted_key(key, name), "must be given")
+        values[name] = reader(value, dotted_key(key, name), origin)
     return values
 
 
-def make(cls: type[T], values: Mapping[str, Any], key: str, origin: Origin) -> T:
+def construct(cls: type[T], values: Mapping[str, Any], key: str, origin: Origin) -> T:
     """``cls(**values)``; what it refuses is reported under the block ``key``."""
     try:
         return cls(**values)
@@ -182,102 +194,110 @@ def make(cls: type[T], values: Mapping[str, Any], key: str, origin: Origin) -> T
         raise origin.refusal(key, error) from None
 
 
-def build(cls: type[T], block: Any, key: str, origin: Origin, owner: str = "") -> T:
+def build_block(cls: type[T], block: Any, key: str, origin: Origin, owner: str = "") -> T:
     """The dataclass ``cls`` from ``block``; ``owner`` is its name in messages (default: the key)."""
-    return make(cls, read(fields_of(cls), block, key, origin, owner or key), key, origin)
+    return construct(
+        cls, read_block(config_fields(cls), block, key, origin, owner or key), key, origin
+    )
 
 
-def choose(
-    selector: str, names: Collection[str], outside: str, value: Any, key: str, origin: Origin
+def split_choice(
+    selector: str, names: Collection[str], external_form: str, value: Any, key: str, origin: Origin
 ) -> tuple[str, Mapping[str, Any]]:
     """Split a choice block, or a bare name, into (name, the other keys).
 
     ``outside`` describes what may stand for a name of the user's own, always of the form
     ``dotted.module:attribute``; "" allows none.
     """
-    rest: Mapping[str, Any] = {}
+    options: Mapping[str, Any] = {}
     if isinstance(value, Mapping):
-        key, rest = inside(key, selector), {k: v for k, v in value.items() if k != selector}
+        key, options = dotted_key(key, selector), {k: v for k, v in value.items() if k != selector}
         value = value.get(selector, MISSING)
-    allowed = _either([*names, outside] if outside else [*names])
+    allowed = _join_alternatives([*names, external_form] if external_form else [*names])
     if value is MISSING:
         raise origin.error(key, f"must be given: {allowed}")
     if not isinstance(value, str):
         raise origin.error(key, f"must be {allowed}", value)
-    if value not in names and not (outside and _OUTSIDE.fullmatch(value)):
-        raise origin.error(key, f"must be {allowed}{nearest(value, names)}", value)
-    return value, rest
+    if value not in names and not (external_form and _IMPORT_PATH.fullmatch(value)):
+        raise origin.error(key, f"must be {allowed}{suggest(value, names)}", value)
+    return value, options
 
 
-def typed(want: Any, value: Any, key: str, origin: Origin) -> Any:
+def check_type(annotation: Any, value: Any, key: str, origin: Origin) -> Any:
     """``value`` as the annotation ``want``: a Reader once ``want`` is bound."""
-    members = _members(want)
-    fitted = _fit(value, want)
-    if fitted is not MISSING:
-        return fitted
-    blocks = [member for member in members if isinstance(member, type) and is_dataclass(member)]
-    if blocks and (isinstance(value, Mapping) or len(members) == 1):
-        return build(blocks[0], value, key, origin)
+    members = _union_members(annotation)
+    converted = _convert(value, annotation)
+    if converted is not MISSING:
+        return converted
+    dataclasses = [
+        member for member in members if isinstance(member, type) and is_dataclass(member)
+    ]
+    if dataclasses and (isinstance(value, Mapping) or len(members) == 1):
+        return build_block(dataclasses[0], value, key, origin)
     words = [
         word for member in members if get_origin(member) is Literal for word in get_args(member)
     ]
     hint = (
-        nearest(value, [w for w in words if isinstance(w, str)]) if isinstance(value, str) else ""
+        suggest(value, [w for w in words if isinstance(w, str)]) if isinstance(value, str) else ""
     )
-    raise origin.error(key, f"must be {_either(_allowed(want))}{hint}", value)
+    raise origin.error(
+        key, f"must be {_join_alternatives(_allowed_texts(annotation))}{hint}", value
+    )
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Dataclasses and mappings as dictionaries, tuples as lists, all the way down."""
     if is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
-        return {name: plain(v) for name, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+        return {name: to_plain(v) for name, v in value.items()}
+    return [to_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _leaves(
-    block: Mapping[str, Any], above: tuple[str, ...] = ()
+def _iter_leaves(
+    block: Mapping[str, Any], prefix: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
     """(path, value) of everything in nested mappings that is no mapping itself, or an empty one."""
     for name, value in block.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, (*above, name))
+            yield from _iter_leaves(value, (*prefix, name))
         else:
-            yield (*above, name), value
+            yield (*prefix, name), value
 
 
-def _related(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+def _is_nested(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
     """Whether one path is the other or leads to it."""
     return a[: len(b)] == b[: len(a)]
 
 
-def _members(want: Any) -> tuple:
-    return get_args(want) if get_origin(want) in (Union, UnionType) else (want,)
+def _union_members(annotation: Any) -> tuple:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
-def _fit(value: Any, want: Any) -> Any:
+def _convert(value: Any, annotation: Any) -> Any:
     """``value`` converted to the type ``want``, or MISSING where it is not of that type."""
-    form, args = get_origin(want), get_args(want)
-    if form in (Union, UnionType):
+    type_origin, args = get_origin(annotation), get_args(annotation)
+    if type_origin in (Union, UnionType):
         # 4 in float | int stays 4
         exact_first = sorted(args, key=lambda member: member is not type(value))
         return next(
-            (v for member in exact_first if (v := _fit(value, member)) is not MISSING), MISSING
+            (v for member in exact_first if (v := _convert(value, member)) is not MISSING), MISSING
         )
-    if form is Literal:
+    if type_origin is Literal:
         return value if any(type(value) is type(a) and value == a for a in args) else MISSING
-    if form is tuple and args[1:] == (...,):
-        items = [_fit(v, args[0]) for v in value] if isinstance(value, list | tuple) else [MISSING]
+    if type_origin is tuple and args[1:] == (...,):
+        items = (
+            [_convert(v, args[0]) for v in value] if isinstance(value, list | tuple) else [MISSING]
+        )
         return MISSING if any(v is MISSING for v in items) else tuple(items)
-    if want is float:
+    if annotation is float:
         # neither nan nor inf
         number = type(value) in (int, float) and abs(value) <= sys.float_info.max
         return float(value) if number else MISSING
-    if want is Any:
+    if annotation is Any:
         return value if _is_plain(value) else MISSING
-    assert isinstance(want, type), f"{want}: no rule for this annotation"
-    return value if type(value) is want else MISSING  # exact: True is no int
+    assert isinstance(annotation, type), f"{annotation}: no rule for this annotation"
+    return value if type(value) is annotation else MISSING  # exact: True is no int
 
 
 def _is_plain(value: Any) -> bool:
@@ -285,21 +305,21 @@ def _is_plain(value: Any) -> bool:
         return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
-    return type(value) in (NoneType, bool, int, str) or _fit(value, float) is not MISSING
+    return type(value) in (NoneType, bool, int, str) or _convert(value, float) is not MISSING
 
 
-def _allowed(want: Any) -> list[str]:
+def _allowed_texts(annotation: Any) -> list[str]:
     """What a field of type ``want`` takes, in words."""
-    form, args = get_origin(want), get_args(want)
-    if form in (Union, UnionType):
-        words = [word for member in args for word in _allowed(member)]
+    type_origin, args = get_origin(annotation), get_args(annotation)
+    if type_origin in (Union, UnionType):
+        words = [word for member in args for word in _allowed_texts(member)]
         return [w for w in dict.fromkeys(words) if w != "an integer" or "a number" not in words]
-    if form is Literal:
-        return [show(a) for a in args]
-    if form is tuple:
-        return [f"a list, each item {_either(_allowed(args[0]))}"]
-    if is_dataclass(want):
-        return [f"a block with {', '.join(f.name for f in fields(want))}"]
+    if type_origin is Literal:
+        return [format_value(a) for a in args]
+    if type_origin is tuple:
+        return [f"a list, each item {_join_alternatives(_allowed_texts(args[0]))}"]
+    if is_dataclass(annotation):
+        return [f"a block with {', '.join(f.name for f in fields(annotation))}"]
     simple = {
         int: "an integer",
         float: "a number",
@@ -307,15 +327,15 @@ def _allowed(want: Any) -> list[str]:
         NoneType: "null",
         Any: "plain finite data",
     }
-    return ["true", "false"] if want is bool else [simple.get(want, str(want))]
+    return ["true", "false"] if annotation is bool else [simple.get(annotation, str(annotation))]
 
 
-def _either(words: list[str]) -> str:
+def _join_alternatives(words: list[str]) -> str:
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 @contextmanager
-def naming(source: str, block: str = "") -> Iterator[None]:
+def prefix_errors(source: str, block: str = "") -> Iterator[None]:
     """Put file and block before what a part says of "key = value"."""
     block = f"{block}." if block else ""
     try:

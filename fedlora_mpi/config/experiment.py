@@ -74,16 +74,18 @@ class ModelBlock:
                 f"each = {list(self.each)}: each item must be from 0 to {len(self.mix) - 1}"
             )
 
-    def of_clients(self, clients: int) -> tuple[int, ...]:
+    def network_of_clients(self, clients: int) -> tuple[int, ...]:
         """Which network of the mix each client has, [N]. Raises ValueError when they are not so
         many.
         """
-        field, given = ("each", clients) if self.clients is None else ("clients", sum(self.clients))
+        field, count_given = (
+            ("each", clients) if self.clients is None else ("clients", sum(self.clients))
+        )
         if self.each is not None:
-            given = len(self.each)
-        if given != clients:
+            count_given = len(self.each)
+        if count_given != clients:
             raise ValueError(
-                f"{field} = {list(getattr(self, field))}: is for {given} clients, "
+                f"{field} = {list(getattr(self, field))}: is for {count_given} clients, "
                 f"data.partition.clients is {clients}; make the two agree"
             )
         if self.clients is not None:
@@ -172,7 +174,7 @@ class Config:
     def __post_init__(self) -> None:
         bounded(self, seed="[0, inf)", rounds="[1, inf)", participation="(0, 1]")
         try:
-            self.model.of_clients(self.data.partition.clients)
+            self.model.network_of_clients(self.data.partition.clients)
         except ValueError as error:
             raise ValueError(f"model.{error}") from None
         check_settings(

@@ -16,60 +16,62 @@ from typing import Any
 from ..core.paths import expand_home
 from ..core.units import format_bytes
 from ..mpi.launch import expected_ranks, find_mpirun, function_command, has_leftovers
-from .finding import Case, Check, Finding, ended
+from .finding import Check, Finding, Setup, run_command
 
-LIBRARIES = ("torch", "torchvision", "numpy", "h5py", "mpi4py", "PyYAML")
-_LITTLE = 10**9  # bytes free that a folder without a config should have
+REQUIRED_LIBRARIES = ("torch", "torchvision", "numpy", "h5py", "mpi4py", "PyYAML")
+_MIN_FREE_BYTES = 10**9  # bytes free that a folder without a config should have
 
 
-def _python(case: Case) -> Finding:
-    found, wrong = {}, []
+def _check_python(setup: Setup) -> Finding:
+    versions_by_name, problems = {}, []
     try:
         required = "\n".join(metadata.requires("fedlora_mpi") or ())
         ranges = dict(re.findall(r"^([\w-]+)>=([\d.]+)$", required, re.MULTILINE))
     except metadata.PackageNotFoundError:  # started from its source folder
         ranges = {}
-    for name in LIBRARIES:
+    for name in REQUIRED_LIBRARIES:
         try:
-            found[name] = metadata.version(name)
+            versions_by_name[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            wrong.append(f"{name} is missing")
+            problems.append(f"{name} is missing")
             continue
-        least = ranges.get(name.lower(), "0")
-        if _numbers(found[name]) < _numbers(least):
-            wrong.append(f"{name} {found[name]} is older than {least}")
-    versions = ", ".join(f"{name} {number}" for name, number in found.items())
-    if wrong:
+        minimum = ranges.get(name.lower(), "0")
+        if _version_numbers(versions_by_name[name]) < _version_numbers(minimum):
+            problems.append(f"{name} {versions_by_name[name]} is older than {minimum}")
+    versions = ", ".join(f"{name} {number}" for name, number in versions_by_name.items())
+    if problems:
         return Finding(
-            "failure", ", ".join(wrong), f"pip install -c constraints.txt . in {sys.prefix}"
+            "failure", ", ".join(problems), f"pip install -c constraints.txt . in {sys.prefix}"
         )
     return Finding("ok", f"{sys.version.split()[0]} in {sys.prefix}; {versions}")
 
 
-def _config(case: Case) -> Finding:
-    return Finding("ok", f"{case.source}, run folder {case.folder}")
+def _check_config(setup: Setup) -> Finding:
+    return Finding("ok", f"{setup.source}, run folder {setup.folder}")
 
 
-def recorded(case: Case) -> bool:
+def is_run_config(setup: Setup) -> bool:
     """Whether the config is that of a run folder, which may have been moved."""
-    return bool(case.source) and Path(case.source).parent == Path(case.folder)
+    return bool(setup.source) and Path(setup.source).parent == Path(setup.folder)
 
 
-def facts(case: Case) -> dict[str, Any]:
+def read_config_values(setup: Setup) -> dict[str, Any]:
     """What a config says that the checks ask for. Raises ValueError."""
     from .. import config as configs
 
-    read = (configs.recorded if recorded(case) else configs.read)(Path(case.source), case.overrides)
-    folder = case.folder if recorded(case) else str(expand_home(read.output))
+    config = (configs.read_recorded if is_run_config(setup) else configs.read)(
+        Path(setup.source), setup.overrides
+    )
+    folder = setup.folder if is_run_config(setup) else str(expand_home(config.output))
     return {
-        "source": case.source,
+        "source": setup.source,
         "folder": folder,
-        "threads": read.engine.threads,
-        "device": read.engine.device,
+        "threads": config.engine.threads,
+        "device": config.engine.device,
     }
 
 
-def _launch(case: Case) -> Finding:
+def _check_launch(setup: Setup) -> Finding:
     launcher = find_mpirun()
     if launcher is None:
         return Finding(
@@ -77,34 +79,34 @@ def _launch(case: Case) -> Finding:
             "no mpirun beside this Python or on PATH, so one process only",
             "pip install 'fedlora-mpi[mpi]' or module load openmpi",
         )
-    code, out, err = ended(_ranks(launcher, "hello"), CHECKS["launch"].limit - 10)
-    said = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    code, out, err = run_command(_rank_command(launcher, "hello"), CHECKS["launch"].limit - 10)
+    answers = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     if code is None:
         return Finding("failure", f"{launcher} -n 2 does not end", CHECKS["launch"].remedy)
-    if code or len(said) != 2:
+    if code or len(answers) != 2:
         cause = " ".join(err.split())[-300:]
-        root = "allow-run-as-root" in err
+        refuses_root = "allow-run-as-root" in err
         remedy = (
             "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1, or be another user"
         )
         text = f"{launcher} -n 2 ends with code {code}"
-        if root:
+        if refuses_root:
             return Finding("failure", f"{text}; it refuses root", remedy)
         return Finding("failure", f"{text}: {cause}", CHECKS["launch"].remedy)
-    if {each["sum"] for each in said} != {2}:
+    if {answer["sum"] for answer in answers} != {2}:
         return Finding(
             "failure",
-            f"{launcher} starts 2 processes that do not find each other, with {said[0]['library']}",
+            f"{launcher} starts 2 processes that do not find each other, with {answers[0]['library']}",
             "mpirun and the library that mpi4py finds must be of the same MPI (MPI4PY_LIBMPI)",
         )
-    cores = [each["cores"] for each in sorted(said, key=lambda each: each["rank"])]
-    text = f"2 ranks by {launcher}, {said[0]['library']}, on cores {cores[0]} and {cores[1]}"
+    cores = [each["cores"] for each in sorted(answers, key=lambda each: each["rank"])]
+    text = f"2 ranks by {launcher}, {answers[0]['library']}, on cores {cores[0]} and {cores[1]}"
     if cores[0] == cores[1] and "-" not in cores[0]:
         return Finding("warning", text, "both are bound to one core; mpirun --bind-to none")
     return Finding("ok", text)
 
 
-def _environment(case: Case) -> Finding:
+def _check_environment(setup: Setup) -> Finding:
     if has_leftovers():
         text = "PMIX_RANK or PMIX_NAMESPACE of a job that has ended; mpirun from here may crash"
         return Finding("warning", text, CHECKS["environment"].remedy)
@@ -119,46 +121,48 @@ def _environment(case: Case) -> Finding:
     return Finding("ok", "no variables of another MPI or Slurm job")
 
 
-def _ulfm(case: Case) -> Finding:
-    missing = (
+def _check_ulfm(setup: Setup) -> Finding:
+    remedy = (
         "a run ends when a worker dies, and resumes; Open MPI 5 or newer has ULFM: pip install "
         "'fedlora-mpi[mpi]'"
     )
     launcher = find_mpirun()
     if launcher is None:
-        return Finding("warning", "no mpirun, so no ULFM", missing)
-    _, out, _ = ended(_ranks(launcher, "lose_one", "--with-ft", "ulfm"), CHECKS["ULFM"].limit - 10)
+        return Finding("warning", "no mpirun, so no ULFM", remedy)
+    _, out, _ = run_command(
+        _rank_command(launcher, "lose_one", "--with-ft", "ulfm"), CHECKS["ULFM"].limit - 10
+    )
     if "went on" not in out:
         return Finding(
-            "warning", f"{launcher} --with-ft ulfm does not outlive a killed rank", missing
+            "warning", f"{launcher} --with-ft ulfm does not outlive a killed rank", remedy
         )
     return Finding("ok", "a rank was killed, the other went on (mpirun --with-ft ulfm)")
 
 
-def _gpus(case: Case) -> Finding:
+def _check_gpus(setup: Setup) -> Finding:
     import torch
 
     smi = shutil.which("nvidia-smi")
-    there = ended([smi, "-L"], 20)[1].count("UUID: GPU-") if smi else 0
-    names = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    gpu_count = run_command([smi, "-L"], 20)[1].count("UUID: GPU-") if smi else 0
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     for k in range(len(names)):
         assert torch.ones(3, device=f"cuda:{k}").sum().item() == 3
     if names:
         return Finding("ok", f"{', '.join(names)}; worker k of a node has GPU k mod {len(names)}")
-    if case.device == "cuda":
-        text = f"engine.device = cuda, and torch {torch.__version__} sees none of {there} GPUs"
+    if setup.device == "cuda":
+        text = f"engine.device = cuda, and torch {torch.__version__} sees none of {gpu_count} GPUs"
         return Finding("failure", text, CHECKS["GPUs"].remedy)
-    if there:
+    if gpu_count:
         return Finding(
             "warning",
-            f"nvidia-smi lists {there}, torch {torch.__version__} sees none",
+            f"nvidia-smi lists {gpu_count}, torch {torch.__version__} sees none",
             CHECKS["GPUs"].remedy,
         )
     return Finding("ok", "none; workers compute on CPU cores")
 
 
-def _threads(case: Case) -> Finding:
-    cores, threads = len(os.sched_getaffinity(0)), case.threads
+def _check_threads(setup: Setup) -> Finding:
+    cores, threads = len(os.sched_getaffinity(0)), setup.threads
     if threads > cores:
         return Finding(
             "failure",
@@ -172,61 +176,63 @@ def _threads(case: Case) -> Finding:
     )
 
 
-def _round_trip(case: Case) -> Finding:
+def _check_hdf5(setup: Setup) -> Finding:
     import numpy as np
 
     from ..store import hdf5
 
     numbers = np.arange(15.0, dtype=np.float32).reshape(3, 5)
-    with _scratch(case.folder) as folder:
-        with hdf5.create(folder / "a.h5") as file:
+    with _scratch_folder(setup.folder) as folder:
+        with hdf5.create_file(folder / "a.h5") as file:
             hdf5.write(file, "numbers", numbers)
         with hdf5.open_file(folder / "a.h5") as file:
-            back = file["numbers"][...]
-    assert np.array_equal(numbers, back), f"wrote {numbers}, read {back}"
-    return Finding("ok", f"wrote, synced and read a file in {_there(case.folder)}")
+            read_back = file["numbers"][...]
+    assert np.array_equal(numbers, read_back), f"wrote {numbers}, read {read_back}"
+    return Finding("ok", f"wrote, synced and read a file in {_existing_folder(setup.folder)}")
 
 
-def _locking(case: Case) -> Finding:
+def _check_locks(setup: Setup) -> Finding:
     from ..store.files import StoreError
-    from ..store.lock import locked
+    from ..store.lock import hold_lock
 
-    with _scratch(case.folder) as folder, warnings.catch_warnings(record=True) as said:
+    with _scratch_folder(setup.folder) as folder, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with locked(folder):
+        with hold_lock(folder):
             try:
-                with locked(folder):
-                    refused = False
+                with hold_lock(folder):
+                    is_refused = False
             except StoreError:
-                refused = True
-    if said or not refused:
+                is_refused = True
+    if caught or not is_refused:
         return Finding(
             "warning",
-            f"{_there(case.folder)} has no working locks",
+            f"{_existing_folder(setup.folder)} has no working locks",
             "never start two runs with one output",
         )
-    return Finding("ok", f"a second run in one folder is refused in {_there(case.folder)}")
+    return Finding(
+        "ok", f"a second run in one folder is refused in {_existing_folder(setup.folder)}"
+    )
 
 
-def _space(case: Case) -> Finding:
-    free = shutil.disk_usage(_there(case.folder)).free
-    if not case.source:
-        level = "ok" if free >= _LITTLE else "warning"
-        text = f"{format_bytes(free)} free in {_there(case.folder)}"
+def _check_space(setup: Setup) -> Finding:
+    free = shutil.disk_usage(_existing_folder(setup.folder)).free
+    if not setup.source:
+        level = "ok" if free >= _MIN_FREE_BYTES else "warning"
+        text = f"{format_bytes(free)} free in {_existing_folder(setup.folder)}"
         return Finding(level, text, "" if level == "ok" else CHECKS["space"].remedy)
     from .. import config as configs
     from ..mpi.comm import Solo
     from ..plan import storage_bytes
     from ..run.assembly import build
 
-    read = configs.read(case.source, case.overrides)
-    need = storage_bytes(build(read, case.source, Solo()))
+    config = configs.read(setup.source, setup.overrides)
+    need = storage_bytes(build(config, setup.source, Solo()))
     level = "failure" if need > free else "warning" if 2 * need > free else "ok"
-    text = f"{format_bytes(free)} free in {_there(case.folder)}, the run needs {format_bytes(need)}"
+    text = f"{format_bytes(free)} free in {_existing_folder(setup.folder)}, the run needs {format_bytes(need)}"
     return Finding(level, text, "" if level == "ok" else CHECKS["space"].remedy)
 
 
-def _torchvision(case: Case) -> Finding:
+def _check_torchvision(setup: Setup) -> Finding:
     from ..core.vision import import_torchvision
 
     module = import_torchvision()
@@ -234,7 +240,7 @@ def _torchvision(case: Case) -> Finding:
     return Finding("ok", f"{module.__version__} imports; its models and data sets are there")
 
 
-def _slurm(case: Case) -> Finding:
+def _check_slurm(setup: Setup) -> Finding:
     sbatch, sinfo = shutil.which("sbatch"), shutil.which("sinfo")
     if not (sbatch and sinfo):
         return Finding(
@@ -242,57 +248,60 @@ def _slurm(case: Case) -> Finding:
             "no sbatch on PATH",
             "only `fedlora-mpi submit` and jobs/ want it; mpirun works without",
         )
-    code, out, err = ended([sinfo, "--noheader", "--format=%P"], CHECKS["Slurm"].limit - 5)
+    code, out, err = run_command([sinfo, "--noheader", "--format=%P"], CHECKS["Slurm"].limit - 5)
     if code != 0:
-        last = (err.strip().splitlines() or ["no answer"])[-1]
+        last_line = (err.strip().splitlines() or ["no answer"])[-1]
         return Finding(
-            "warning", f"{sbatch} is there, its controller is not: {last}", CHECKS["Slurm"].remedy
+            "warning",
+            f"{sbatch} is there, its controller is not: {last_line}",
+            CHECKS["Slurm"].remedy,
         )
     return Finding("ok", f"{sbatch}; partitions {' '.join(out.split())}")
 
 
 CHECKS = {
-    "Python": Check(_python, "pip install -c constraints.txt . in a new virtual environment"),
-    "config": Check(_config, "correct the config; `fedlora-mpi plan` checks it too"),
+    "Python": Check(_check_python, "pip install -c constraints.txt . in a new virtual environment"),
+    "config": Check(_check_config, "correct the config; `fedlora-mpi plan` checks it too"),
     "environment": Check(
-        _environment, "open a new shell, or unset the variables that `env | grep PMI` lists"
+        _check_environment, "open a new shell, or unset the variables that `env | grep PMI` lists"
     ),
     "launch": Check(
-        _launch, "`mpirun -n 2 hostname` must work first; one core needs --oversubscribe"
+        _check_launch, "`mpirun -n 2 hostname` must work first; one core needs --oversubscribe"
     ),
     "GPUs": Check(
-        _gpus,
+        _check_gpus,
         "look at nvidia-smi and CUDA_VISIBLE_DEVICES; install a torch built for CUDA, or "
         "engine.device=cpu",
     ),
-    "threads": Check(_threads, "engine.threads=1"),
-    "HDF5": Check(_round_trip, "choose another output=..., on a file system that can be written"),
-    "locks": Check(_locking, "choose another output=..., on a file system that can be written"),
-    "space": Check(_space, "free some, choose another output=..., or checkpoint.keep=1", 300),
+    "threads": Check(_check_threads, "engine.threads=1"),
+    "HDF5": Check(_check_hdf5, "choose another output=..., on a file system that can be written"),
+    "locks": Check(_check_locks, "choose another output=..., on a file system that can be written"),
+    "space": Check(_check_space, "free some, choose another output=..., or checkpoint.keep=1", 300),
     "torchvision": Check(
-        _torchvision, "pip install the torchvision that belongs to this torch (constraints.txt)"
+        _check_torchvision,
+        "pip install the torchvision that belongs to this torch (constraints.txt)",
     ),
-    "Slurm": Check(_slurm, "`sinfo` must work; ask the cluster's support", 15),
-    "ULFM": Check(_ulfm, "pip install 'fedlora-mpi[mpi]'"),
+    "Slurm": Check(_check_slurm, "`sinfo` must work; ask the cluster's support", 15),
+    "ULFM": Check(_check_ulfm, "pip install 'fedlora-mpi[mpi]'"),
 }
 
 
-def _ranks(launcher: str, name: str, *options: str) -> list[str]:
+def _rank_command(launcher: str, name: str, *options: str) -> list[str]:
     return [launcher, *options, "-n", "2", *function_command(f"{__package__}.mpi_probe", name)]
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _version_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
 
 
-def _there(folder: str) -> Path:
+def _existing_folder(folder: str) -> Path:
     """The folder, or what of the way to it exists."""
     path = Path(folder).absolute()
-    return next(at for at in (path, *path.parents) if at.exists())
+    return next(candidate for candidate in (path, *path.parents) if candidate.exists())
 
 
 @contextmanager
-def _scratch(folder: str) -> Iterator[Path]:
+def _scratch_folder(folder: str) -> Iterator[Path]:
     """A folder for a moment where the run's would be."""
-    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=_there(folder)) as made:
-        yield Path(made)
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=_existing_folder(folder)) as scratch:
+        yield Path(scratch)

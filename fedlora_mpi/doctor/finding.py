@@ -16,7 +16,7 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
-class Case(NamedTuple):
+class Setup(NamedTuple):
     """What is examined: the ``folder`` that a run writes to, and the config ``source``, "" without
     one.
     """
@@ -31,17 +31,17 @@ class Case(NamedTuple):
 class Check(NamedTuple):
     """remedy: where the check itself ends with an error; limit: seconds."""
 
-    find: Callable[[Case], Finding]
+    run: Callable[[Setup], Finding]
     remedy: str
     limit: float = 60
 
 
-def ended(line: Sequence[str], limit: float, **env: str) -> tuple[int | None, str, str]:
+def run_command(command: Sequence[str], limit: float, **env: str) -> tuple[int | None, str, str]:
     """(exit code, output, errors) of a command; no exit code when its time was over. It leaves
     nothing behind.
     """
     process = subprocess.Popen(
-        line,
+        command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -54,9 +54,9 @@ def ended(line: Sequence[str], limit: float, **env: str) -> tuple[int | None, st
         out, err = process.communicate(timeout=limit)
         return process.returncode, out, err
     except subprocess.TimeoutExpired:
-        for how in (signal.SIGTERM, signal.SIGKILL):  # mpirun ends its ranks on the first
+        for signal_number in (signal.SIGTERM, signal.SIGKILL):  # mpirun ends its ranks on the first
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, how)
+                os.killpg(process.pid, signal_number)
             with suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=3)
                 break

@@ -15,7 +15,7 @@ def hello() -> None:
     seen = {
         "rank": comm.rank,
         "sum": int(ones[0]),
-        "cores": _span(os.sched_getaffinity(0)),
+        "cores": _format_span(os.sched_getaffinity(0)),
         "library": library_version(),
     }
     print(json.dumps(seen), flush=True)
@@ -28,6 +28,6 @@ def lose_one() -> None:
     os._exit(0)  # what is left of the job has no way to end in good order
 
 
-def _span(cores: set[int]) -> str:
+def _format_span(cores: set[int]) -> str:
     """'0', or '0-3' for the first and last of several."""
     return f"{min(cores)}" if len(cores) == 1 else f"{min(cores)}-{max(cores)}"

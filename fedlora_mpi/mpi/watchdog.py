@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..store import nolinks
-from ..store.files import StoreError, opened_file, write_atomic
+from ..store.files import StoreError, open_for_reading, write_atomic
 from .comm import Comm
 from .launch import end_launcher
 
@@ -122,7 +122,7 @@ class LifeSigns:
         self._last_sign_time, self._sign_number = now, self._sign_number + 1
         heartbeat, run = self._comm.heartbeat, self._folder.parent
         sign = f"{self._sign_number} {heartbeat.beats} {'waits' if heartbeat.is_waiting else 'works'} {heartbeat}"
-        with nolinks.opened_folder(self._folder, run, make=True):
+        with nolinks.open_folder(self._folder, run, make=True):
             write_atomic(self._folder / str(self._comm.rank), sign.encode(), run)
         return [silent for rank in self._watched_ranks if (silent := self._check_rank(rank, now))]
 
@@ -146,7 +146,7 @@ class LifeSigns:
         """No more signs: the rank leaves in good order."""
         with suppress(OSError):
             # the folder by the last
-            nolinks.clear(self._folder, str(self._comm.rank).__eq__, self._folder.parent)
+            nolinks.clear_folder(self._folder, str(self._comm.rank).__eq__, self._folder.parent)
 
     def _check_rank(self, rank: int, now: float) -> tuple[int, str] | None:
         text = self._read_sign(rank)
@@ -161,7 +161,7 @@ class LifeSigns:
         """What a rank's file holds."""
         with (
             suppress(OSError, StoreError),
-            opened_file(self._folder / str(rank), self._folder.parent) as file,
+            open_for_reading(self._folder / str(rank), self._folder.parent) as file,
         ):
             return file.read(1000).decode()
         return "0 0 works the set-up"

@@ -22,8 +22,8 @@ from ..core.tree import Tree, nbytes, numel, tmap
 from ..core.units import format_bytes, format_seconds
 from ..federation.federation import ClientType, Run
 from ..mpi.comm import Solo
-from ..run.assembly import Assembly, build, hosts
-from ..run.fingerprint import kept
+from ..run.assembly import Assembly, build, worker_ranks
+from ..run.fingerprint import recorded_inventory
 from .counted import gpu_capacity
 from .devices import BANDWIDTH, BANDWIDTH_SHARE, CONTEXT_BYTES, LATENCY, PEAK_SHARE, find_device
 from .forecast import Costs, Machine, Seconds, forecast
@@ -66,7 +66,7 @@ def estimate(
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} = {value:g}: must be positive")
     gpu, requested_path = find_device(gpus) if gpus else None, config.engine.path
-    workers = hosts(config, ranks)
+    workers = worker_ranks(config, ranks)
     if not workers:
         raise ValueError(f"--ranks = {ranks}: server_hosts_clients = false needs at least 2")
     if gpus:
@@ -123,7 +123,7 @@ def plan(
             else f"a machine with {gpus}, one for each worker"
         )
     lines = [f"{source} on {ranks} rank{'s' * (ranks > 1)} of {machine_text}"]
-    costs = _cost_lines(estimated, len(hosts(config, ranks)), gpus)
+    costs = _cost_lines(estimated, len(worker_ranks(config, ranks)), gpus)
     for title, text in (
         *_size_lines(estimated.assembly, ranks),
         *_privacy_lines(estimated.assembly),
@@ -149,7 +149,7 @@ def storage_bytes(assembly: Assembly) -> int:
     )
     samples = sum(map(len, (*split.train, *split.test)))
     log = _LOG_BYTES + 8 * (samples + config.rounds * (_COLUMNS + 2 * len(run.weight_N)))
-    log += len(json.dumps(kept(assembly.inventory))) if assembly.inventory else 0
+    log += len(json.dumps(recorded_inventory(assembly.inventory))) if assembly.inventory else 0
     copies = config.checkpoint.keep + 1
     return (
         copies * state + (copies + 1) * log + (personal if config.engine.personal == "disk" else 0)

@@ -11,10 +11,10 @@ from pathlib import Path
 from ..config import resolved_yaml
 from ..core.escapes import escape_line
 from ..data.datasets import load
-from ..run.loop import STOPPED
+from ..run.loop import STOPPED_EXIT
 from ..run.pretrain import pretrain
 from ..store import nolinks
-from ..store.files import opened_file, write_atomic
+from ..store.files import open_for_reading, write_atomic
 from . import carry, sheet
 from . import fedhl_table as fedhl
 from .grid import Case, Job, make_job
@@ -52,7 +52,9 @@ def reproduce_grid(request: Request, grid: JobGrid) -> int:
     logs = {run.name: run.sibling_path(".log") for run in jobs}
     for name, code in failed.items():
         state = (
-            "stopped, call again to go on" if code == STOPPED else f"failed with exit code {code}"
+            "stopped, call again to go on"
+            if code == STOPPED_EXIT
+            else f"failed with exit code {code}"
         )
         print(f"{name}: {state}: {_last_line(logs[name])} ({logs[name]})", file=sys.stderr)
     return 1 if failed else 0
@@ -181,8 +183,8 @@ def _write_configs(request: Request, runs: Sequence[Job]) -> None:
             f"{run.seed}.\n# Made by `fedlora-mpi reproduce {request.table} --scale {request.scale}`. "
             f"In the paper: {expected}.\n"
         )
-        with nolinks.opened_folder(run.folder.parent, request.root_folder, make=True) as folder_fd:
-            nolinks.is_there(folder_fd, run.sibling_path(".log"))
+        with nolinks.open_folder(run.folder.parent, request.root_folder, make=True) as folder_fd:
+            nolinks.exists(folder_fd, run.sibling_path(".log"))
         write_atomic(
             run.sibling_path(".yaml"),
             (header + resolved_yaml(run.config)).encode(),
@@ -191,7 +193,7 @@ def _write_configs(request: Request, runs: Sequence[Job]) -> None:
 
 
 def _last_line(log: Path) -> str:
-    with opened_file(log) as file:
+    with open_for_reading(log) as file:
         lines = [
             line.strip()
             for line in file.read().decode(errors="replace").splitlines()

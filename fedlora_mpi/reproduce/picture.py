@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..store.files import replacing
+from ..store.files import replace_file
 from . import costs
 from .pfedlora_table import TABLE_NAME
 from .results import Result
@@ -24,7 +24,7 @@ OTHER_COLORS = (BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B
 
 def save_figure(figure: "Figure", path: Path, root: Path | None = None) -> None:
     """Write a figure as a PNG; ``below``: see ``replacing``."""
-    with replacing(path, root) as file:
+    with replace_file(path, root) as file:
         figure.savefig(file, format="png", dpi=150, bbox_inches="tight", pad_inches=0.1)
 
 

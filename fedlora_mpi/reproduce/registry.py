@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from .. import algorithms
-from ..config.blocks import nearest
+from ..config.blocks import suggest
 from . import agnews_row as agnews
 from . import fedhl_table as fedhl
 from . import fedlora_tables as fedlora
@@ -25,7 +25,7 @@ def table_entries(name: str, case: Case, scale: Scale, methods: Sequence[str] = 
     for method in methods:
         if method not in known:
             allowed = f"{name} has {', '.join(dict.fromkeys(known))}"
-            raise ValueError(f"--methods = {method}: {allowed}{nearest(method, known)}")
+            raise ValueError(f"--methods = {method}: {allowed}{suggest(method, known)}")
     participation = next(iter(entry_of.values())).participation
     extra = [
         Entry(m, m, {"name": m}, participation=participation) for m in methods if m not in entry_of

@@ -19,24 +19,24 @@ from ..models.network import Model
 from ..mpi.comm import Comm
 from ..mpi.ending import collectively
 from .fingerprint import (  # fmt: skip
-    COMPUTED,
     KINDS,
+    PLATFORM_DEPENDENT,
     Inventory,
     Items,
-    bytes_of,
-    computed,
-    difference,
-    inventory,
-    number,
-    unlike,
+    build_inventory,
+    describe_difference,
+    describe_platforms,
+    hash_items,
+    platform_dependent_kinds,
+    tensor_bytes,
 )
 
-_DRAWS = (
+_RANDOMNESS_REMEDY = (
     "a builder or a method draws from a generator of its own or goes through a set; draw from the "
     "global generator of torch, numpy (np.random) or Python, which start alike on all ranks, and "
     "sort what comes from a set"
 )
-_WAY_OUT = dict.fromkeys(KINDS, _DRAWS) | {
+_REMEDIES = dict.fromkeys(KINDS, _RANDOMNESS_REMEDY) | {
     "package": "install one version on all nodes",
     "settings": "give all nodes the same versions of the package and of your own modules",
     "data": "give all nodes the same files, data.root = {root}",
@@ -45,14 +45,14 @@ _WAY_OUT = dict.fromkeys(KINDS, _DRAWS) | {
 }
 
 
-def agreed(
+def reconcile_ranks(
     comm: Comm,
     config: Config,
     source: str,
     data: Data,
     models: Sequence[Model],
     split: Split,
-    firsts: Sequence[Variables],
+    initial_variables: Sequence[Variables],
 ) -> tuple[tuple[Model, ...], Sequence[Variables], Inventory]:
     """Networks and first variables that are the same on all ranks, and the inventory of what this
     rank has built.
@@ -60,103 +60,114 @@ def agreed(
     What ranks on other machines have computed with other last bits is as rank 0 has it. Raises
     Refused on all ranks where they differ in anything else.
     """
-    found = inventory(config, data, models, split, firsts, comm.heartbeat.beat)
-    if _same(comm, config, source, found, data):
-        return tuple(models), firsts, found
-    shared = _from_rank_0(comm, firsts[0].shared)
-    firsts = [Variables(shared, _from_rank_0(comm, first.personal)) for first in firsts]
+    local_inventory = build_inventory(
+        config, data, models, split, initial_variables, comm.heartbeat.beat
+    )
+    if _compare_ranks(comm, config, source, local_inventory, data):
+        return tuple(models), initial_variables, local_inventory
+    shared = _broadcast_tree(comm, initial_variables[0].shared)
+    initial_variables = [
+        Variables(shared, _broadcast_tree(comm, initial.personal)) for initial in initial_variables
+    ]
     return (
-        tuple(replace(model, initial=_from_rank_0(comm, model.initial)) for model in models),
-        firsts,
-        found,
+        tuple(replace(model, initial=_broadcast_tree(comm, model.initial)) for model in models),
+        initial_variables,
+        local_inventory,
     )
 
 
-def _same(comm: Comm, config: Config, source: str, mine: Inventory, data: Data) -> bool:
+def _compare_ranks(
+    comm: Comm, config: Config, source: str, local_inventory: Inventory, data: Data
+) -> bool:
     """Whether all ranks have the same; they may differ in first values, where these are of another
     machine.
 
     The lowest rank on another machine tells of it. Raises Refused.
     """
     table = np.zeros((comm.size, len(KINDS)), np.int64)
-    table[comm.rank] = [number(mine[kind]) for kind in KINDS]
+    table[comm.rank] = [hash_items(local_inventory[kind]) for kind in KINDS]
     comm.sum(table)  # each row is set by one rank
-    odd = {
-        kind: set(np.flatnonzero(table[:, at] != table[0, at]).tolist())
-        for at, kind in enumerate(KINDS)
+    differing_ranks = {
+        kind: set(np.flatnonzero(table[:, column] != table[0, column]).tolist())
+        for column, kind in enumerate(KINDS)
     }
-    if others := odd.pop("platform"):
-        _warn(comm, others, mine["platform"])
-    for kind, ranks in odd.items():
-        if ranks := sorted(ranks - others if kind in computed(config) else ranks):
-            _refuse(comm, config, source, kind, mine[kind], ranks, data)
-    return not any(odd[kind] for kind in COMPUTED)
+    if other_platform_ranks := differing_ranks.pop("platform"):
+        _warn_other_platform(comm, other_platform_ranks, local_inventory["platform"])
+    for kind, ranks in differing_ranks.items():
+        if ranks := sorted(
+            ranks - other_platform_ranks if kind in platform_dependent_kinds(config) else ranks
+        ):
+            _refuse_difference(comm, config, source, kind, local_inventory[kind], ranks, data)
+    return not any(differing_ranks[kind] for kind in PLATFORM_DEPENDENT)
 
 
-def _from_rank_0(comm: Comm, tree: Tree) -> Tree:
+def _broadcast_tree(comm: Comm, tree: Tree) -> Tree:
     """The leaves as rank 0 has them; their names, shapes and types are the same on all ranks."""
-    found = {}
+    leaves = {}
     for name, value in tree.items():
-        sent = bytearray(comm.broadcast(bytes_of(value).tobytes()))
-        found[name] = torch.frombuffer(sent, dtype=value.dtype).view(value.shape) if sent else value
-    return found
+        content = bytearray(comm.broadcast(tensor_bytes(value).tobytes()))
+        leaves[name] = (
+            torch.frombuffer(content, dtype=value.dtype).view(value.shape) if content else value
+        )
+    return leaves
 
 
-def _warn(comm: Comm, ranks: Collection[int], mine: Items) -> None:
+def _warn_other_platform(comm: Comm, ranks: Collection[int], local_items: Items) -> None:
     """One line about ranks on other machines than rank 0's."""
-    theirs = json.loads(comm.broadcast(json.dumps(mine).encode()))
+    root_items = json.loads(comm.broadcast(json.dumps(local_items).encode()))
     if comm.rank == min(ranks):
-        text = unlike(theirs, mine, "on rank 0")
+        text = describe_platforms(root_items, local_items, "on rank 0")
         line = (
-            f"{_where(sorted(ranks))}: {text}: bits may differ from those of ranks that are all "
+            f"{_describe_ranks(sorted(ranks))}: {text}: bits may differ from those of ranks that are all "
             "alike"
         )
         print(f"fedlora-mpi: {line}", file=sys.stderr, flush=True)
 
 
-def _refuse(
+def _refuse_difference(
     comm: Comm,
     config: Config,
     source: str,
     kind: str,
-    mine: Items,
+    local_items: Items,
     ranks: Sequence[int],
     data: Data,
 ) -> None:
     """Raise Refused on all ranks: the first item of this kind that differs."""
-    theirs = json.loads(comm.broadcast(json.dumps(mine).encode()))
-    digests = _of_samples(data) if kind == "data" else {}
-    expected = json.loads(comm.broadcast(json.dumps(digests).encode()))
+    root_items = json.loads(comm.broadcast(json.dumps(local_items).encode()))
+    digests = _sample_digests(data) if kind == "data" else {}
+    root_digests = json.loads(comm.broadcast(json.dumps(digests).encode()))
 
-    def tell() -> None:
+    def report_difference() -> None:
         if comm.rank not in ranks:
             return
-        item, text = difference(kind, theirs, mine, "on rank 0")
+        item, text = describe_difference(kind, root_items, local_items, "on rank 0")
         if item in digests:
-            pairs = enumerate(zip(expected[item], digests[item], strict=False))
-            first = next(
-                (n for n, (a, b) in pairs if a != b), min(len(expected[item]), len(digests[item]))
+            pairs = enumerate(zip(root_digests[item], digests[item], strict=False))
+            first_index = next(
+                (n for n, (a, b) in pairs if a != b),
+                min(len(root_digests[item]), len(digests[item])),
             )
-            text += f" (the first is number {first}, from 0)"
-        way_out = _WAY_OUT[kind].format(root=config.data.source.root)
-        raise ValueError(f"{source}: {_where(ranks)}: {text}; {way_out}")
+            text += f" (the first is number {first_index}, from 0)"
+        remedy = _REMEDIES[kind].format(root=config.data.source.root)
+        raise ValueError(f"{source}: {_describe_ranks(ranks)}: {text}; {remedy}")
 
-    collectively(comm, tell)
+    collectively(comm, report_difference)
 
 
-def _where(ranks: Sequence[int]) -> str:
+def _describe_ranks(ranks: Sequence[int]) -> str:
     """The ranks, with the machine of this one, which is the first of them."""
     return (
         f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} (host {socket.gethostname()})"
     )
 
 
-def _of_samples(data: Data) -> dict[str, list[str]]:
+def _sample_digests(data: Data) -> dict[str, list[str]]:
     """A digest of each sample and of each label."""
-    found = {}
+    digests = {}
     for name, side in (("training", data.train), ("test", data.test)):
-        for what, values in (("samples", side.x), ("labels", side.y)):
-            found[f"{name} {what}"] = [
-                blake2b(bytes_of(v), digest_size=8).hexdigest() for v in values
+        for role, values in (("samples", side.x), ("labels", side.y)):
+            digests[f"{name} {role}"] = [
+                blake2b(tensor_bytes(v), digest_size=8).hexdigest() for v in values
             ]
-    return found
+    return digests

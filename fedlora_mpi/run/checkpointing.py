@@ -18,12 +18,16 @@ from ..store.manifest import Shard, worker_file
 from ..store.snapshot import Checkpoint
 from .assembly import Assembly
 
-_READ = 2**28  # bytes of a checkpoint in memory at once
+_READ_BYTES = 2**28  # bytes of a checkpoint in memory at once
 
 
-def save(built: Assembly, folder: Path, state: State) -> None:
+def save_checkpoint(assembly: Assembly, folder: Path, state: State) -> None:
     """Write a checkpoint: every worker its clients, rank 0 the rest, the manifest last."""
-    run, comm, home = built.run, built.run.comm, checkpoint.folder_of(folder, state.round)
+    run, comm, checkpoint_folder = (
+        assembly.run,
+        assembly.run.comm,
+        checkpoint.checkpoint_folder(folder, state.round),
+    )
     comm.heartbeat.enter_stage("the checkpoint")
     shards = np.zeros((comm.size, len(run.kinds), 3), np.int64)
 
@@ -32,32 +36,47 @@ def save(built: Assembly, folder: Path, state: State) -> None:
             zip(run.kinds, run.local_clients_by_kind, strict=True)
         ):
             if ids:
-                own = _arrays({n: state.personal[kind.prefix + n] for n in kind.initial.personal})
+                personal = _to_arrays(
+                    {n: state.personal[kind.prefix + n] for n in kind.initial.personal}
+                )
                 shards[comm.rank, number] = checkpoint.write_clients(
-                    home, comm.rank, ids, own, number
-                ).numbers()
+                    checkpoint_folder, comm.rank, ids, personal, number
+                ).to_numbers()
         if comm.rank:
             return []
-        shared, server = _arrays(state.shared), _arrays(state.server)
-        ours = checkpoint.write_server(home, round_=state.round, shared=shared, server=server)
-        return [ours, checkpoint.copy_log(home, folder / "log.h5")]
+        shared, server = _to_arrays(state.shared), _to_arrays(state.server)
+        server_shard = checkpoint.write_server(
+            checkpoint_folder, round_=state.round, shared=shared, server=server
+        )
+        return [server_shard, checkpoint.copy_log(checkpoint_folder, folder / "log.h5")]
 
     collectively(comm, lambda: checkpoint.begin(folder, state.round) if comm.rank == 0 else None)
-    files = collectively(comm, write)
+    server_shards = collectively(comm, write)
     comm.sum(shards)
     # nobody waits for what follows: a rank that dies from here on finds a whole checkpoint
     if comm.rank == 0:
-        written = [
+        written_shards = [
             (rank, kind) for rank, kind in np.ndindex(shards.shape[:2]) if shards[rank, kind].any()
         ]
-        files = [*(Shard.from_numbers(worker_file(*at), shards[at]) for at in written), *files]
-        checkpoint.commit(home, files, run_digest=built.digest, clients=len(run.weight_N))
-        checkpoint.prune(folder, built.config.checkpoint.keep)
+        server_shards = [
+            *(
+                Shard.from_numbers(worker_file(*rank_and_kind), shards[rank_and_kind])
+                for rank_and_kind in written_shards
+            ),
+            *server_shards,
+        ]
+        checkpoint.commit(
+            checkpoint_folder,
+            server_shards,
+            run_digest=assembly.run_digest,
+            clients=len(run.weight_N),
+        )
+        checkpoint.prune(folder, assembly.config.checkpoint.keep)
 
 
-def beginning(built: Assembly) -> State:
+def initial_state(assembly: Assembly) -> State:
     """The state before round 1."""
-    run = built.run
+    run = assembly.run
     shared = tmap(lambda v: v.to(run.trainer.device, copy=True), run.kinds[0].initial.shared)
     personal = run.allocate_personal()
     for kind in run.kinds:
@@ -67,86 +86,91 @@ def beginning(built: Assembly) -> State:
     return State(0, run.algorithm.server(run.trainer.model, shared), shared, personal)
 
 
-def loaded(found: Checkpoint, built: Assembly) -> State:
+def load_state(snapshot: Checkpoint, assembly: Assembly) -> State:
     """The state of a checkpoint: this rank's clients, wherever they were hosted before."""
-    run = built.run
-    first, device, personal = (
+    run = assembly.run
+    initial_shared, device, personal = (
         run.kinds[0].initial.shared,
         run.trainer.device,
         run.allocate_personal(),
     )
-    blank = run.algorithm.server(run.trainer.model, first)
-    _check_leaves(found, built, blank)
+    initial_server = run.algorithm.server(run.trainer.model, initial_shared)
+    _check_leaves(snapshot, assembly, initial_server)
     for kind, ids in zip(run.kinds, run.local_clients_by_kind, strict=True):
-        few = max(1, _READ // max(1, nbytes(kind.initial.personal)))
-        for at in range(0, len(ids), few):
-            rows = _leaves(found.personal(ids[at : at + few]), kind.initial.personal)
+        block_clients = max(1, _READ_BYTES // max(1, nbytes(kind.initial.personal)))
+        for start in range(0, len(ids), block_clients):
+            rows = _to_tree(
+                snapshot.personal(ids[start : start + block_clients]), kind.initial.personal
+            )
             for name, value in rows.items():
-                personal[kind.prefix + name][at : at + few] = value
+                personal[kind.prefix + name][start : start + block_clients] = value
     run.personal_rows.release()
-    server, shared = _leaves(found.server(), blank), _leaves(found.shared(), first)
+    server, shared = (
+        _to_tree(snapshot.server(), initial_server),
+        _to_tree(snapshot.shared(), initial_shared),
+    )
 
     def to_device(tree):
         return tmap(lambda v: v.to(device), tree)
 
-    return State(found.round, to_device(server), to_device(shared), personal)
+    return State(snapshot.round, to_device(server), to_device(shared), personal)
 
 
-def _check_leaves(found: Checkpoint, built: Assembly, blank: Tree) -> None:
+def _check_leaves(snapshot: Checkpoint, assembly: Assembly, initial_server: Tree) -> None:
     """Raise StoreError unless the checkpoint has the leaves of this network and method."""
     kinds = [
-        (found.leaf_shapes(ids), kind.initial.personal)
-        for kind, ids in zip(built.run.kinds, built.run.local_clients_by_kind, strict=True)
+        (snapshot.leaf_shapes(ids), kind.initial.personal)
+        for kind, ids in zip(assembly.run.kinds, assembly.run.local_clients_by_kind, strict=True)
         if ids
     ]
     for stored, like in (
-        (found.shapes("shared"), built.run.kinds[0].initial.shared),
-        (found.shapes("server"), blank),
+        (snapshot.shapes("shared"), assembly.run.kinds[0].initial.shared),
+        (snapshot.shapes("server"), initial_server),
         *kinds,
     ):
-        for name, array in _arrays(like).items():
+        for name, array in _to_arrays(like).items():
             if stored.get(name) != (array.shape, array.dtype):
-                said = f"{array.dtype} {list(array.shape)}"
+                description = f"{array.dtype} {list(array.shape)}"
                 raise StoreError(
-                    f"{found.path}: has no leaf {name!r} of {said}; it is damaged, or of another "
+                    f"{snapshot.path}: has no leaf {name!r} of {description}; it is damaged, or of another "
                     "experiment"
                 )
 
 
-def newest(folder: Path, built: Assembly) -> Checkpoint | None:
+def find_newest(folder: Path, assembly: Assembly) -> Checkpoint | None:
     """The newest valid checkpoint, as rank 0 finds it; None when none was ever committed."""
-    comm = built.run.comm
+    comm = assembly.run.comm
 
-    def find() -> int:
-        if comm.rank != 0 or not checkpoint.committed(folder):
+    def find_round() -> int:
+        if comm.rank != 0 or not checkpoint.committed_rounds(folder):
             return 0
-        found, skipped = checkpoint.newest(folder, run_digest=built.digest)
+        snapshot, skipped = checkpoint.newest_valid(folder, run_digest=assembly.run_digest)
         for line in (
             *(f"skipped {line}" for line in skipped),
-            f"resuming {folder} after round {found.round}",
+            f"resuming {folder} after round {snapshot.round}",
         ):
             print(escape_line(line), file=sys.stderr, flush=True)
-        return found.round
+        return snapshot.round
 
-    round_ = int(comm.broadcast(str(collectively(comm, find)).encode()))
+    round_ = int(comm.broadcast(str(collectively(comm, find_round)).encode()))
     return (
-        collectively(comm, lambda: Checkpoint.read(checkpoint.folder_of(folder, round_)))
+        collectively(comm, lambda: Checkpoint.read(checkpoint.checkpoint_folder(folder, round_)))
         if round_
         else None
     )
 
 
-def _arrays(tree: Tree) -> Mapping[str, np.ndarray]:
+def _to_arrays(tree: Tree) -> Mapping[str, np.ndarray]:
     """Leaves as numpy arrays by their names in files, without a copy on the CPU; of bfloat16, which
     numpy has not, as float32.
     """
-    known = {
+    values = {
         n: v.detach().float() if v.dtype == torch.bfloat16 else v.detach() for n, v in tree.items()
     }
-    return {name: known[n].cpu().numpy() for n, name in stored_names(tree).items()}
+    return {name: values[n].cpu().numpy() for n, name in stored_names(tree).items()}
 
 
-def _leaves(arrays: Mapping[str, np.ndarray], like: Tree) -> Tree:
+def _to_tree(arrays: Mapping[str, np.ndarray], like: Tree) -> Tree:
     """The leaves that ``like`` has, in its order, of the arrays of a checkpoint."""
     return {
         n: torch.from_numpy(arrays[name]).to(like[n].dtype)

@@ -39,20 +39,28 @@ KINDS = (
     "platform",
 )
 # by arithmetic or a library, whose last bits and version are the platform's
-COMPUTED = ("attributes", "weights", "variables")
+PLATFORM_DEPENDENT = ("attributes", "weights", "variables")
 # in a run folder
-KEPT = ("data", "structure", "constants", "attributes", "weights", "variables", "platform")
+RECORDED_KINDS = (
+    "data",
+    "structure",
+    "constants",
+    "attributes",
+    "weights",
+    "variables",
+    "platform",
+)
 Items = Mapping[str, str]  # name -> digest or, where that is short, the value
 Inventory = Mapping[str, Items]  # by kind
-_AT_ONCE = 2**24  # bytes
+_BLOCK_BYTES = 2**24  # bytes
 
 
-def inventory(
+def build_inventory(
     config: Config,
     data: Data,
     models: Sequence[Model],
     split: Split,
-    firsts: Sequence[Variables],
+    initial_variables: Sequence[Variables],
     beat: Callable[[], None],
 ) -> Inventory:
     """All that must be the same on all ranks, and on a resume.
@@ -60,30 +68,35 @@ def inventory(
     firsts: the variables of each kind of clients, all with the same shared ones; beat: is called
     while bytes are read.
     """
-    known: dict[int, str] = {}  # a leaf of a network is often a variable too
+    digest_by_id: dict[int, str] = {}  # a leaf of a network is often a variable too
 
     def digest(value: Tensor) -> str:
-        if id(value) not in known:
-            known[id(value)] = of_tensor(value, beat)
-        return known[id(value)]
+        if id(value) not in digest_by_id:
+            digest_by_id[id(value)] = tensor_digest(value, beat)
+        return digest_by_id[id(value)]
 
     networks = [
         (f"network {n}: " if len(models) > 1 else "", model) for n, model in enumerate(models)
     ]
-    kinds = [(f"kind {n}: " if len(firsts) > 1 else "", first) for n, first in enumerate(firsts)]
-    leaves = [(at + n, v) for at, model in networks for n, v in model.initial.items()]
+    kinds = [
+        (f"kind {n}: " if len(initial_variables) > 1 else "", initial)
+        for n, initial in enumerate(initial_variables)
+    ]
+    leaves = [(prefix + n, v) for prefix, model in networks for n, v in model.initial.items()]
     constants = [(at + n, v) for at, model in networks for n, v in model.constants.items()]
-    variables = [(f"shared {n}", v) for n, v in firsts[0].shared.items()]
+    variables = [(f"shared {n}", v) for n, v in initial_variables[0].shared.items()]
     variables += [
         (f"{at}personal {n}", v) for at, first in kinds for n, v in first.personal.items()
     ]
     roles = {at + n: f" {leaf.role}" for at, model in networks for n, leaf in model.leaves.items()}
     return {
         "package": {"fedlora_mpi": __version__},
-        "settings": {key: json.dumps(value) for key, value in configs.flat(config).items()},
-        "data": _of_data(data, digest),
+        "settings": {key: json.dumps(value) for key, value in configs.flatten(config).items()},
+        "data": _data_digests(data, digest),
         "split": {"who holds which samples": split.digest()},
-        "structure": {n: _form(v) + roles.get(n, "") for n, v in (*leaves, *constants, *variables)},
+        "structure": {
+            n: _shape_and_dtype(v) + roles.get(n, "") for n, v in (*leaves, *constants, *variables)
+        },
         "constants": {n: digest(v) for n, v in constants},
         "attributes": {
             at + n: v
@@ -92,8 +105,8 @@ def inventory(
         },
         "weights": {n: digest(v) for n, v in leaves},
         "variables": {n: digest(v) for n, v in variables},
-        "code": _of_code(config),
-        "platform": platform_here(),
+        "code": _code_digests(config),
+        "platform": local_platform(),
     }
 
 
@@ -106,110 +119,133 @@ def run_digest(config: Config, split: Split, vocabulary: Vocabulary | None) -> s
     )
 
 
-def platform_here() -> Items:
+def local_platform() -> Items:
     """What decides the last bits of a result on a CPU, beside the settings."""
     return {
         "CPU level": torch.backends.cpu.get_cpu_capability(),
-        "CPU": _processor(),
+        "CPU": _cpu_name(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
     }
 
 
-def computed(config: Config) -> tuple[str, ...]:
+def platform_dependent_kinds(config: Config) -> tuple[str, ...]:
     """The kinds of which another platform may make other bits."""
-    return (*COMPUTED, "data") if config.data.source.dataset == "synthetic" else COMPUTED
+    return (
+        (*PLATFORM_DEPENDENT, "data")
+        if config.data.source.dataset == "synthetic"
+        else PLATFORM_DEPENDENT
+    )
 
 
-def kept(mine: Inventory) -> Inventory:
+def recorded_inventory(inventory: Inventory) -> Inventory:
     """What a run folder keeps of it: of a method's own variables, which may be very many, one
     digest.
     """
-    return {kind: mine[kind] for kind in KEPT} | {
-        "variables": {"the first variables": f"{number(mine['variables']):x}"}
+    return {kind: inventory[kind] for kind in RECORDED_KINDS} | {
+        "variables": {"the first variables": f"{hash_items(inventory['variables']):x}"}
     }
 
 
-def number(items: Items) -> int:
+def hash_items(items: Items) -> int:
     """63 bits of names and digests, in their order."""
     text = json.dumps([*items.items()]).encode()
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
-def difference(kind: str, was: Items, now: Items, base: str) -> tuple[str, str]:
+def describe_difference(
+    kind: str, recorded: Items, current: Items, reference: str
+) -> tuple[str, str]:
     """The first item in which ``now`` is not as ``was``, and that in words; ``base``: where or when
     it was so.
     """
-    before = {
+    prefix = {
         "weights": "initial weights of ",
         "variables": "before round 1: ",
         "constants": "constant ",
     }.get(kind, "")
-    if sorted(was) != sorted(now):
-        item = next(name for name in (*now, *was) if (name in now) != (name in was))
-        text = f"is there, but not {base}" if item in now else f"is not there, but {base}"
-        return item, f"{before}{escape_line(item)} {text}"
-    if list(was) != list(now):
-        first, item = next((a, b) for a, b in zip(was, now, strict=False) if a != b)
-        return item, f"{before}{item} comes where {first} does {base}: registered in another order"
-    item = next(name for name in now if was[name] != now[name])
+    if sorted(recorded) != sorted(current):
+        item = next(
+            name for name in (*current, *recorded) if (name in current) != (name in recorded)
+        )
+        text = (
+            f"is there, but not {reference}"
+            if item in current
+            else f"is not there, but {reference}"
+        )
+        return item, f"{prefix}{escape_line(item)} {text}"
+    if list(recorded) != list(current):
+        expected_item, item = next(
+            (a, b) for a, b in zip(recorded, current, strict=False) if a != b
+        )
+        return (
+            item,
+            f"{prefix}{item} comes where {expected_item} does {reference}: registered in another order",
+        )
+    item = next(name for name in current if recorded[name] != current[name])
     if kind in ("package", "settings", "structure"):
-        return item, f"{item} is {now[item]}, {base} {escape_line(was[item])}"
-    return item, f"{before}{item}: not the same as {base}"
+        return item, f"{item} is {current[item]}, {reference} {escape_line(recorded[item])}"
+    return item, f"{prefix}{item}: not the same as {reference}"
 
 
-def unlike(was: Items, now: Items, base: str) -> str:
+def describe_platforms(recorded: Items, current: Items, reference: str) -> str:
     """All that differs between two platforms, in words; nothing when they are alike."""
-    names = [name for name in now if was.get(name, now[name]) != now[name]]
-    return ", ".join(f"{name} is {now[name]} ({escape_line(was[name])} {base})" for name in names)
+    names = [name for name in current if recorded.get(name, current[name]) != current[name]]
+    return ", ".join(
+        f"{name} is {current[name]} ({escape_line(recorded[name])} {reference})" for name in names
+    )
 
 
-def of_tensor(value: Tensor, beat: Callable[[], None] = lambda: None) -> str:
+def tensor_digest(value: Tensor, beat: Callable[[], None] = lambda: None) -> str:
     """16 hexadecimal digits of the type, the shape and the bytes."""
-    found = blake2b(_form(value).encode(), digest_size=8)
+    hasher = blake2b(_shape_and_dtype(value).encode(), digest_size=8)
     rows = value.detach().reshape(1) if value.dim() == 0 else value.detach()
-    few = max(1, _AT_ONCE // max(1, rows[:1].numel() * rows.element_size()))
-    for at in range(0, len(rows), few):
-        found.update(bytes_of(rows[at : at + few]))
+    block_rows = max(1, _BLOCK_BYTES // max(1, rows[:1].numel() * rows.element_size()))
+    for start in range(0, len(rows), block_rows):
+        hasher.update(tensor_bytes(rows[start : start + block_rows]))
         beat()
-    return found.hexdigest()
+    return hasher.hexdigest()
 
 
-def bytes_of(value: Tensor) -> np.ndarray:
+def tensor_bytes(value: Tensor) -> np.ndarray:
     """The bytes of a tensor, row by row, uint8 [n]."""
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def _form(value: Tensor) -> str:
+def _shape_and_dtype(value: Tensor) -> str:
     return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
 
 
-def _of_data(data: Data, digest: Callable[[Tensor], str]) -> dict[str, str]:
-    found = {"classes": str(data.classes)}
+def _data_digests(data: Data, digest: Callable[[Tensor], str]) -> dict[str, str]:
+    digests = {"classes": str(data.classes)}
     for name, side in (("training", data.train), ("test", data.test)):
-        found |= {f"{name} samples": digest(side.x), f"{name} labels": digest(side.y)}
+        digests |= {f"{name} samples": digest(side.x), f"{name} labels": digest(side.y)}
     if data.vocabulary:
-        found["vocabulary"] = data.vocabulary.digest()
+        digests["vocabulary"] = data.vocabulary.digest()
     for name, owners in zip(("training", "test"), data.owners or (), strict=False):
-        found[f"clients of the {name} samples"] = of_tensor(torch.from_numpy(np.asarray(owners)))
-    return found
+        digests[f"clients of the {name} samples"] = tensor_digest(
+            torch.from_numpy(np.asarray(owners))
+        )
+    return digests
 
 
-def _of_code(config: Config) -> dict[str, str]:
+def _code_digests(config: Config) -> dict[str, str]:
     """The modules of the user's own that the config names."""
     names = [
         configs.algorithm_name(config.algorithm),
         *(network.name for network in config.model.mix),
     ]
-    homes = {
+    modules = {
         name.partition(":")[0]
         for name in names
         if ":" in name and not name.startswith("torchvision:")
     }
-    return {f"module {home}": blake2b(module_source(home)).hexdigest() for home in sorted(homes)}
+    return {
+        f"module {module}": blake2b(module_source(module)).hexdigest() for module in sorted(modules)
+    }
 
 
-def _processor() -> str:
+def _cpu_name() -> str:
     """The name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()

@@ -32,52 +32,54 @@ from ..resilience.recovery import (
     with_replicas,
 )
 from ..store import nolinks
-from ..store.lock import locked
+from ..store.lock import hold_lock
 from ..store.log import Log
-from ..store.run_folder import created
-from ..store.sinks import Sink, opened
+from ..store.run_folder import create_run_folder
+from ..store.sinks import Sink, open_sinks
 from ..store.snapshot import Checkpoint
-from .assembly import Assembly, build, hosts
-from .checkpointing import beginning, loaded, newest, save
+from .assembly import Assembly, build, worker_ranks
+from .checkpointing import find_newest, initial_state, load_state, save_checkpoint
 from .output import (
-    begun,
-    continued,
+    adopt_recorded_engine,
+    check_shared_folder,
+    check_unchanged,
     create_log,
-    describe,
-    fill,
-    need_shared,
+    fill_run_folder,
     recorded_config,
-    same_as_begun,
+    run_exists,
+    write_descriptions,
 )
 from .progress import Progress
 
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may queue the job again
+STOPPED_EXIT = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may queue the job again
 
 
 def start(config: Config, source: str, comm: Comm) -> int:
     """Train from round 1 into a new run folder; returns the exit code."""
-    folder, asked = expand_home(config.output), _stop_signals()
+    folder, stop_requests = expand_home(config.output), _collect_stop_signals()
 
-    def begin(comm):
-        return _begin(folder, config, source, comm, asked)
+    def start_anew(comm):
+        return _start_new_run(folder, config, source, comm, stop_requests)
 
-    def again(comm):
-        return _begin_or_go_on(folder, config, source, comm, asked)
+    def start_or_continue(comm):
+        return _start_or_continue(folder, config, source, comm, stop_requests)
 
-    return run_tolerant(config.faults, source, folder, comm, begin, again)
+    return run_tolerant(config.faults, source, folder, comm, start_anew, start_or_continue)
 
 
-def _begin_or_go_on(
-    folder: Path, config: Config, source: str, comm: Comm, asked: Sequence[int]
+def _start_or_continue(
+    folder: Path, config: Config, source: str, comm: Comm, stop_requests: Sequence[int]
 ) -> int:
     """Play all rounds that there is no checkpoint of, whether the folder is there or not."""
-    if not begun(folder, comm):
-        return _begin(folder, config, source, comm, asked)
-    recorded = _told(comm, lambda: continued(config, source, folder))
-    return _go_on(folder, recorded, comm, asked)
+    if not run_exists(folder, comm):
+        return _start_new_run(folder, config, source, comm, stop_requests)
+    recorded = _broadcast_config(comm, lambda: adopt_recorded_engine(config, source, folder))
+    return _continue_run(folder, recorded, comm, stop_requests)
 
 
-def _begin(folder: Path, config: Config, source: str, comm: Comm, asked: Sequence[int]) -> int:
+def _start_new_run(
+    folder: Path, config: Config, source: str, comm: Comm, stop_requests: Sequence[int]
+) -> int:
     """Play all rounds into a new run folder; returns the exit code."""
 
     def refuse_existing() -> None:
@@ -88,10 +90,14 @@ def _begin(folder: Path, config: Config, source: str, comm: Comm, asked: Sequenc
             )
 
     collectively(comm, refuse_existing)
-    built = build(config, source, comm)
-    need_shared(folder, comm)
-    with _alone(comm, lambda: created(folder, lambda draft: fill(draft, built))):
-        return _loop(*_protected(built, beginning(built)), folder, asked)
+    assembly = build(config, source, comm)
+    check_shared_folder(folder, comm)
+    with _hold_on_rank_0(
+        comm, lambda: create_run_folder(folder, lambda draft: fill_run_folder(draft, assembly))
+    ):
+        return _train(
+            *_replicate_if_tolerant(assembly, initial_state(assembly)), folder, stop_requests
+        )
 
 
 def start_or_resume(config: Config, source: str, comm: Comm) -> int:
@@ -100,12 +106,12 @@ def start_or_resume(config: Config, source: str, comm: Comm) -> int:
     Goes on with the run folder where there is one; settings that a resume may not change are
     refused.
     """
-    folder, asked = expand_home(config.output), _stop_signals()
+    folder, stop_requests = expand_home(config.output), _collect_stop_signals()
 
-    def either(comm):
-        return _begin_or_go_on(folder, config, source, comm, asked)
+    def start_or_continue(comm):
+        return _start_or_continue(folder, config, source, comm, stop_requests)
 
-    return run_tolerant(config.faults, source, folder, comm, either, either)
+    return run_tolerant(config.faults, source, folder, comm, start_or_continue, start_or_continue)
 
 
 def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
@@ -114,43 +120,49 @@ def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
 
     A run that was killed before its first checkpoint begins again.
     """
-    config, comm = receive(comm, lambda: recorded_config(folder, overrides))
-    asked = _stop_signals()
+    config, comm = receive_config(comm, lambda: recorded_config(folder, overrides))
+    stop_requests = _collect_stop_signals()
 
     def go_on(comm):
-        return _go_on(folder, config, comm, asked)
+        return _continue_run(folder, config, comm, stop_requests)
 
     return run_tolerant(config.faults, str(folder / "config.yaml"), folder, comm, go_on, go_on)
 
 
-def _go_on(folder: Path, config: Config, comm: Comm, asked: Sequence[int]) -> int:
+def _continue_run(folder: Path, config: Config, comm: Comm, stop_requests: Sequence[int]) -> int:
     """Play the rounds of ``config`` that the folder does not have; returns the exit code."""
-    built = build(config, str(folder / "config.yaml"), comm)
-    need_shared(folder, comm)
-    collectively(comm, lambda: same_as_begun(folder, built) if comm.rank == 0 else None)
-    with _alone(comm, lambda: locked(folder)):
-        found = newest(folder, built)
-        collectively(comm, lambda: _put_back(folder, found, built) if comm.rank == 0 else None)
-        state = collectively(comm, lambda: loaded(found, built)) if found else beginning(built)
-        return _loop(*_protected(built, state), folder, asked)
+    assembly = build(config, str(folder / "config.yaml"), comm)
+    check_shared_folder(folder, comm)
+    collectively(comm, lambda: check_unchanged(folder, assembly) if comm.rank == 0 else None)
+    with _hold_on_rank_0(comm, lambda: hold_lock(folder)):
+        snapshot = find_newest(folder, assembly)
+        collectively(
+            comm, lambda: _restore_files(folder, snapshot, assembly) if comm.rank == 0 else None
+        )
+        state = (
+            collectively(comm, lambda: load_state(snapshot, assembly))
+            if snapshot
+            else initial_state(assembly)
+        )
+        return _train(*_replicate_if_tolerant(assembly, state), folder, stop_requests)
 
 
-def _put_back(folder: Path, found: Checkpoint | None, built: Assembly) -> None:
+def _restore_files(folder: Path, snapshot: Checkpoint | None, assembly: Assembly) -> None:
     """The folder's own files as they were at the checkpoint, or before round 1."""
     with explain_write_errors(folder):
-        describe(folder, built)
-        if found:
-            found.restore_log(folder / "log.h5")
+        write_descriptions(folder, assembly)
+        if snapshot:
+            snapshot.restore_log(folder / "log.h5")
         else:
             nolinks.remove(folder / "log.h5")
-            create_log(folder, built)
+            create_log(folder, assembly)
 
 
-def receive(comm: Comm, read: Callable[[], Config]) -> tuple[Config, Comm]:
+def receive_config(comm: Comm, read: Callable[[], Config]) -> tuple[Config, Comm]:
     """The config that ``read()`` gives on rank 0, on every rank that is alive, and these ranks."""
     while True:
         try:
-            config = _told(comm, read)
+            config = _broadcast_config(comm, read)
             break
         except RankLost as lost:
             comm = surviving_comm(lost, comm)
@@ -161,7 +173,7 @@ def receive(comm: Comm, read: Callable[[], Config]) -> tuple[Config, Comm]:
     return config, comm
 
 
-def _told(comm: Comm, read: Callable[[], Config]) -> Config:
+def _broadcast_config(comm: Comm, read: Callable[[], Config]) -> Config:
     """The config that ``read()`` gives on rank 0, on every rank. Raises Lost."""
     config = collectively(comm, lambda: read() if comm.rank == 0 else None)
     text = json.dumps(configs.resolved_dict(config)) if comm.rank == 0 else ""
@@ -169,137 +181,141 @@ def _told(comm: Comm, read: Callable[[], Config]) -> Config:
 
 
 @contextmanager
-def _alone(comm: Comm, hold: Callable[[], AbstractContextManager]) -> Iterator[None]:
+def _hold_on_rank_0(comm: Comm, acquire: Callable[[], AbstractContextManager]) -> Iterator[None]:
     """Rank 0 holds the folder's lock; raises Refused on all ranks when another run has it."""
     with ExitStack() as stack:
-        collectively(comm, lambda: stack.enter_context(hold()) if comm.rank == 0 else None)
+        collectively(comm, lambda: stack.enter_context(acquire()) if comm.rank == 0 else None)
         yield
 
 
-def _protected(built: Assembly, state: State) -> tuple[Assembly, State]:
+def _replicate_if_tolerant(assembly: Assembly, state: State) -> tuple[Assembly, State]:
     """Both, with copies in memory that outlive a worker where the config asks for it."""
     return (
-        replace(built, run=with_replicas(built.run, state))
-        if built.config.faults.tolerate
-        else built
+        replace(assembly, run=with_replicas(assembly.run, state))
+        if assembly.config.faults.tolerate
+        else assembly
     ), state
 
 
-def _loop(built: Assembly, state: State, folder: Path, asked: Sequence[int]) -> int:
+def _train(assembly: Assembly, state: State, folder: Path, stop_requests: Sequence[int]) -> int:
     """Play the rounds that are left, or until somebody ``asked`` to stop; returns the exit code."""
-    config, comm = built.config, built.run.comm
+    config, comm = assembly.config, assembly.run.comm
     with ExitStack() as stack:
-        log, too = collectively(
-            comm, lambda: _opened(config, folder, stack) if comm.rank == 0 else (None, [])
+        log, sinks = collectively(
+            comm, lambda: _open_log(config, folder, stack) if comm.rank == 0 else (None, [])
         )
         if log:
-            for hint in hints(built):
+            for hint in run_hints(assembly):
                 print(f"hint: {hint}", file=sys.stderr)
             if comm.dead_ranks:
-                _tell_of_death(
+                _report_rank_failure(
                     log,
                     f"{recovery_line(comm.dead_ranks, comm, state.round)}, from what was on disk",
                 )
-        state = _rounds(built, state, folder, asked, log, too)
-    done = state.round >= config.rounds
+        state = _train_rounds(assembly, state, folder, stop_requests, log, sinks)
+    is_done = state.round >= config.rounds
     if log:
         print(
             f"{escape_line(folder)}: "
             + (
                 "done"
-                if done
+                if is_done
                 else f"stopped after round {state.round}; continue with "
                 f"'fedlora-mpi resume {escape_line(folder)}'"
             ),
             flush=True,
         )
-    return 0 if done else STOPPED
+    return 0 if is_done else STOPPED_EXIT
 
 
-def _opened(config: Config, folder: Path, stack: ExitStack) -> tuple[Log, list[Sink]]:
+def _open_log(config: Config, folder: Path, stack: ExitStack) -> tuple[Log, list[Sink]]:
     """The log and what is written beside it, until the ``stack`` ends. Raises ValueError,
     Unwritable.
     """
-    too = opened(folder, csv=config.log.csv, tensorboard=config.log.tensorboard)
-    for sink in too:
+    sinks = open_sinks(folder, csv=config.log.csv, tensorboard=config.log.tensorboard)
+    for sink in sinks:
         stack.enter_context(closing(sink))
-    log = stack.enter_context(Log.append_to(folder / "log.h5"))
-    log.describe(configs.sealed_yaml(config), json.dumps(configs.resolved_dict(config)))
-    return log, too
+    log = stack.enter_context(Log.reopen(folder / "log.h5"))
+    log.record_config(configs.checksummed_yaml(config), json.dumps(configs.resolved_dict(config)))
+    return log, sinks
 
 
-def _rounds(
-    built: Assembly,
+def _train_rounds(
+    assembly: Assembly,
     state: State,
     folder: Path,
-    asked: Sequence[int],
+    stop_requests: Sequence[int],
     log: Log | None,
-    too: Sequence[Sink],
+    sinks: Sequence[Sink],
 ) -> State:
     """The state after the last round, or after the one in which somebody ``asked`` to stop;
     ``too``: written beside the log.
     """
-    config, progress = built.config, Progress(built.config.rounds, state.round)
-    stop, saved, logged = False, state.round, state.round
+    config, progress = assembly.config, Progress(assembly.config.rounds, state.round)
+    stop, saved_round, logged_round = False, state.round, state.round
     while True:
         try:
-            done = stop or state.round >= config.rounds
-            if saved < state.round and (done or state.round % config.checkpoint.every == 0):
-                save(built, folder, state)
-                saved = state.round
-            if done:
-                if built.run.journal:
-                    built.run.journal.close()
+            is_done = stop or state.round >= config.rounds
+            if saved_round < state.round and (
+                is_done or state.round % config.checkpoint.every == 0
+            ):
+                save_checkpoint(assembly, folder, state)
+                saved_round = state.round
+            if is_done:
+                if assembly.run.journal:
+                    assembly.run.journal.close()
                 return state
             evaluate = (
                 state.round + 1 == config.rounds or (state.round + 1) % config.evaluate.every == 0
             )
-            state, row, clients = run_round(built.run, state, evaluate, stop=bool(asked))
+            state, row, clients = run_round(assembly.run, state, evaluate, stop=bool(stop_requests))
             row |= (
-                {"epsilon": built.run.epsilon(state.round)}
+                {"epsilon": assembly.run.epsilon(state.round)}
                 if log and config.privacy.is_differential
                 else {}
             )
-            stop, logged = (
+            stop, logged_round = (
                 row.pop("stop"),
-                _tell(log, too, progress, state.round, row, clients, logged),
+                _log_round(log, sinks, progress, state.round, row, clients, logged_round),
             )
-            if built.run.journal:
-                built.run.journal.begin_round(state)
-            if is_rebalancing_due(built.run, state.round):
-                workers = hosts(config, built.run.comm.size)
-                run, state = rebalance(built.run, state, workers, config.mix)
-                built = replace(built, run=run)
+            if assembly.run.journal:
+                assembly.run.journal.begin_round(state)
+            if is_rebalancing_due(assembly.run, state.round):
+                worker_ranks_of = worker_ranks(config, assembly.run.comm.size)
+                run, state = rebalance(assembly.run, state, worker_ranks_of, config.mix)
+                assembly = replace(assembly, run=run)
         except RankLost as lost:
-            if not built.run.journal:
+            if not assembly.run.journal:
                 raise
 
-            def alone(comm):
+            def rebuild_run(comm):
                 return build(config, str(folder / "config.yaml"), comm).run
 
-            def workers(size):
-                return hosts(config, size)
+            def worker_ranks_of(size):
+                return worker_ranks(config, size)
 
-            run, state, saved, line = recover(lost, built.run, saved, workers, config.mix, alone)
-            built, stop = replace(built, run=run), False
+            run, state, saved_round, line = recover(
+                lost, assembly.run, saved_round, worker_ranks_of, config.mix, rebuild_run
+            )
+            assembly, stop = replace(assembly, run=run), False
             if log:
-                _tell_of_death(log, line)
+                _report_rank_failure(log, line)
 
 
-def _tell_of_death(log: Log, line: str) -> None:
+def _report_rank_failure(log: Log, line: str) -> None:
     print(f"fedlora-mpi: {line}", file=sys.stderr, flush=True)
-    log.lost(line)
+    log.record_rank_failure(line)
 
 
-def _tell(
-    log: Log | None, too: Sequence[Sink], progress: Progress, round_: int, row: dict, clients: Mapping[str, np.ndarray],
-    logged: int,
+def _log_round(
+    log: Log | None, sinks: Sequence[Sink], progress: Progress, round_: int, row: dict, clients: Mapping[str, np.ndarray],
+    logged_round: int,
 ) -> int:  # fmt: skip
     """Log a round unless it was ``logged`` before a death made it be played again; returns the
     newest round logged.
     """
-    if round_ <= logged:
-        return logged
+    if round_ <= logged_round:
+        return logged_round
     if log:
         if skipped := row.get("skipped"):
             ids, rest = (
@@ -314,72 +330,80 @@ def _tell(
         if "skipped" in row:
             row["skipped"] = len(skipped)
         if ids := row.pop("nan_clients"):
-            few, rest = (
+            client_list, rest = (
                 ", ".join(map(str, ids[:10])),
                 f" and {len(ids) - 10} more" if len(ids) > 10 else "",
             )
             print(
-                f"fedlora-mpi: round {round_}: client {few}{rest}: logits of test samples are no "
+                f"fedlora-mpi: round {round_}: client {client_list}{rest}: logits of test samples are no "
                 "numbers (nan); these samples count as wrong, see nan_predictions of the log",
                 file=sys.stderr,
             )
         ranks = row.pop("seconds_ranks")
-        for sink in (log, *too):
+        for sink in (log, *sinks):
             sink.append(round_, row, clients, ranks)
-        progress.tell(round_, row)
+        progress.show(round_, row)
     return round_
 
 
-def hints(built: Assembly) -> list[str]:
+def run_hints(assembly: Assembly) -> list[str]:
     """What would make this run faster on this node, for the user to decide, and what its low-rank
     parts leave out.
     """
-    comm, engine, found = built.run.comm, built.config.engine, []
-    workers = len(set(built.run.rank_of_group))
-    if workers < (possible := len(hosts(built.config, comm.size))):
-        found.append(
-            f"{len(built.run.groups)} groups of clients keep {workers} of {possible} workers busy; "
+    comm, engine, lines = assembly.run.comm, assembly.config.engine, []
+    workers = len(set(assembly.run.rank_of_group))
+    if workers < (available_workers := len(worker_ranks(assembly.config, comm.size))):
+        lines.append(
+            f"{len(assembly.run.groups)} groups of clients keep {workers} of {available_workers} workers busy; "
             "a smaller engine.group_size gives work to more (and changes rounding)"
         )
-    here = comm.local_size - (possible < comm.size)
-    cores, busy = os.cpu_count() or 1, here * engine.threads
-    if engine.device == "cpu" and busy > cores:
-        found.append(
-            f"{here} workers with {engine.threads} thread(s) share {cores} cores; start fewer ranks"
+    local_workers = comm.local_size - (available_workers < comm.size)
+    cores, used_cores = os.cpu_count() or 1, local_workers * engine.threads
+    if engine.device == "cpu" and used_cores > cores:
+        lines.append(
+            f"{local_workers} workers with {engine.threads} thread(s) share {cores} cores; start fewer ranks"
         )
-    elif engine.device == "cpu" and busy <= cores // 2 and possible < len(built.run.groups):
-        found.append(
-            f"{busy} of {cores} cores are busy; mpirun -n {cores // engine.threads + 1} would use "
+    elif (
+        engine.device == "cpu"
+        and used_cores <= cores // 2
+        and available_workers < len(assembly.run.groups)
+    ):
+        lines.append(
+            f"{used_cores} of {cores} cores are busy; mpirun -n {cores // engine.threads + 1} would use "
             "them all"
         )
-    return found + _undecomposed(built)
+    return lines + _decomposition_hints(assembly)
 
 
-def _undecomposed(built: Assembly) -> list[str]:
+def _decomposition_hints(assembly: Assembly) -> list[str]:
     """Which weights have no low-rank part, where the config asks for one in all."""
-    algorithm, found = built.run.algorithm, []
-    full = getattr(algorithm, "full", ())
+    algorithm, lines = assembly.run.algorithm, []
+    full_roles = getattr(algorithm, "full", ())
     if "*" not in getattr(algorithm, "layers", ()):
-        return found
-    for network in sorted({kind.network for kind in built.run.kinds}):
-        model = next(kind.trainer.model for kind in built.run.kinds if kind.network == network)
+        return lines
+    for network in sorted({kind.network for kind in assembly.run.kinds}):
+        model = next(kind.trainer.model for kind in assembly.run.kinds if kind.network == network)
         low_rank = algorithm.low_rank(model)
-        rest = skipped_weights(model, low_rank, full)
-        rest = [f"{name} ({why})" for name, why in rest.items() if model.role(name) not in full]
-        if low_rank and rest:
-            found.append(
+        full_weights = skipped_weights(model, low_rank, full_roles)
+        full_weights = [
+            f"{name} ({why})"
+            for name, why in full_weights.items()
+            if model.role(name) not in full_roles
+        ]
+        if low_rank and full_weights:
+            lines.append(
                 f"{configs.algorithm_name(algorithm)} decomposes {len(low_rank)} of "
-                f"{len(low_rank) + len(rest)} weights; not decomposed: {join_first(rest)}; "
+                f"{len(low_rank) + len(full_weights)} weights; not decomposed: {join_first(full_weights)}; "
                 "'fedlora-mpi plan' lists them"
             )
-    return found
+    return lines
 
 
-def _stop_signals() -> list[int]:
+def _collect_stop_signals() -> list[int]:
     """A list that SIGUSR1 fills: the run then stops at the next round boundary, with a checkpoint.
     In another thread than the first, which gets no signals, it stays empty.
     """
-    asked: list[int] = []
+    stop_requests: list[int] = []
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGUSR1, lambda number, frame: asked.append(number))
-    return asked
+        signal.signal(signal.SIGUSR1, lambda number, frame: stop_requests.append(number))
+    return stop_requests

@@ -21,12 +21,19 @@ from ..mpi.comm import Comm
 from ..mpi.ending import collectively
 from ..store import checkpoint
 from ..store.files import StoreError, write_atomic
-from ..store.log import Log, inventory_of, ragged
-from ..store.run_folder import check
-from ..store.sight import sees, token
+from ..store.log import Log, pack_ragged, read_inventory
+from ..store.run_folder import check_run_folder
+from ..store.sight import create_probe, wait_for_file
 from ..store.snapshot import Checkpoint
 from .assembly import Assembly
-from .fingerprint import KEPT, Inventory, computed, difference, kept, unlike
+from .fingerprint import (
+    RECORDED_KINDS,
+    Inventory,
+    describe_difference,
+    describe_platforms,
+    platform_dependent_kinds,
+    recorded_inventory,
+)
 
 
 def recorded_config(folder: Path, overrides: Sequence[str]) -> Config:
@@ -35,160 +42,185 @@ def recorded_config(folder: Path, overrides: Sequence[str]) -> Config:
         raise ValueError(
             f"{folder}: not a run folder, it has no config.yaml; give the output of a run"
         )
-    check(folder)
-    return replace(configs.recorded(folder / "config.yaml", overrides), output=_as_output(folder))
+    check_run_folder(folder)
+    return replace(
+        configs.read_recorded(folder / "config.yaml", overrides), output=_output_setting(folder)
+    )
 
 
-def _as_output(folder: Path) -> str:
+def _output_setting(folder: Path) -> str:
     """A folder as ``output`` names it; one called ``~x`` is nobody's home."""
     return str(folder.absolute() if str(folder).startswith("~") else folder)
 
 
-def begun(folder: Path, comm: Comm) -> bool:
+def run_exists(folder: Path, comm: Comm) -> bool:
     """Whether the folder holds a run, as rank 0 sees it."""
-    there = collectively(comm, lambda: comm.rank == 0 and (folder / "config.yaml").is_file())
-    return comm.broadcast(b"1" if there else b"0") == b"1"
+    exists = collectively(comm, lambda: comm.rank == 0 and (folder / "config.yaml").is_file())
+    return comm.broadcast(b"1" if exists else b"0") == b"1"
 
 
-def continued(config: Config, source: str, folder: Path) -> Config:
+def adopt_recorded_engine(config: Config, source: str, folder: Path) -> Config:
     """``config`` with the engine's ``auto`` as the run in ``folder`` has decided it.
 
     Raises ValueError where that run had other settings.
     """
     recorded = recorded_config(folder, ())
-    auto = [
+    undecided = [
         field.name
         for field in fields(config.engine)
         if getattr(config.engine, field.name) in ("auto", "measure")
     ]
     if config.engine.path == "measure":
-        auto.append("compile")
-    engine = replace(config.engine, **{name: getattr(recorded.engine, name) for name in auto})
-    config = replace(config, engine=engine, output=_as_output(folder))
+        undecided.append("compile")
+    engine = replace(config.engine, **{name: getattr(recorded.engine, name) for name in undecided})
+    config = replace(config, engine=engine, output=_output_setting(folder))
     if configs.digest(config) != configs.digest(recorded):
-        was, now = configs.flat(recorded), configs.flat(config)
+        recorded_settings, settings = configs.flatten(recorded), configs.flatten(config)
         key = next(
             k
-            for k in was | now
-            if was.get(k) != now.get(k) and not k.startswith(configs.FREE_ON_RESUME)
+            for k in recorded_settings | settings
+            if recorded_settings.get(k) != settings.get(k)
+            and not k.startswith(configs.FREE_ON_RESUME)
         )
         raise ValueError(
-            f"{source}: {key} = {now.get(key)}: the run in {folder} has {was.get(key)}; choose "
+            f"{source}: {key} = {settings.get(key)}: the run in {folder} has {recorded_settings.get(key)}; choose "
             "another output"
         )
     return config
 
 
-def need_shared(folder: Path, comm: Comm) -> None:
+def check_shared_folder(folder: Path, comm: Comm) -> None:
     """Raise Refused on all ranks when one of them does not see the run folder, or the one that it
     will be in, as rank 0 does, or may not write there. Leaves nothing behind. Raises StoreError,
     Unwritable.
     """
     if comm.size == 1:
         return
-    seen = np.zeros(comm.size, np.int64)
+    access = np.zeros(comm.size, np.int64)
 
-    def tell() -> None:
-        blind = np.flatnonzero(seen < 2).tolist()
-        if comm.rank in blind:
+    def report_blind_ranks() -> None:
+        blind_ranks = np.flatnonzero(access < 2).tolist()
+        if comm.rank in blind_ranks:
             ranks = (
-                f"rank{'s' * (len(blind) > 1)} {', '.join(map(str, blind))} (host "
+                f"rank{'s' * (len(blind_ranks) > 1)} {', '.join(map(str, blind_ranks))} (host "
                 f"{socket.gethostname()})"
             )
-            how = (
-                f"{'may only read' if seen[comm.rank] else 'does not see'} {path.parent}, where "
+            limitation = (
+                f"{'may only read' if access[comm.rank] else 'does not see'} {path.parent}, where "
                 "rank 0 writes"
             )
             raise ValueError(
-                f"output = {folder}: {ranks} {how}; give a folder that all nodes share"
+                f"output = {folder}: {ranks} {limitation}; give a folder that all nodes share"
             )
 
     with ExitStack() as stack:
         path = collectively(
-            comm, lambda: stack.enter_context(token(folder)) if comm.rank == 0 else None
+            comm, lambda: stack.enter_context(create_probe(folder)) if comm.rank == 0 else None
         )
         path = Path(os.fsdecode(comm.broadcast(os.fsencode(path or ""))))
-        seen[comm.rank] = sees(path) and 1 + os.access(path.parent, os.W_OK)
-        comm.sum(seen)  # each number is set by one rank
-        collectively(comm, tell)
+        access[comm.rank] = wait_for_file(path) and 1 + os.access(path.parent, os.W_OK)
+        comm.sum(access)  # each number is set by one rank
+        collectively(comm, report_blind_ranks)
 
 
-def same_as_begun(folder: Path, built: Assembly) -> None:
+def check_unchanged(folder: Path, assembly: Assembly) -> None:
     """Raise ValueError when the run began with other data or another network than there are now; on
     a machine that may compute other last bits, say so in a line.
     """
-    _same_words(folder, built)
-    _same_weights(folder, built)
-    was, now, began = _begun_with(folder), kept(built.inventory), "when the run began"
-    of_config = (configs.digest(config) for config in (recorded_config(folder, ()), built.config))
+    _check_vocabulary(folder, assembly)
+    _check_weight_files(folder, assembly)
+    recorded, current, reference = (
+        _recorded_inventory(folder),
+        recorded_inventory(assembly.inventory),
+        "when the run began",
+    )
+    config_digests = (
+        configs.digest(config) for config in (recorded_config(folder, ()), assembly.config)
+    )
     # a run of before there were inventories; ``newest`` tells of another config
-    if not was or len({*of_config}) > 1:
+    if not recorded or len({*config_digests}) > 1:
         return
-    moved = unlike(was["platform"], now["platform"], began)
-    for kind in KEPT:
+    platform_change = describe_platforms(recorded["platform"], current["platform"], reference)
+    for kind in RECORDED_KINDS:
         if (
             kind != "platform"
-            and was[kind] != now[kind]
-            and not (moved and kind in computed(built.config))
+            and recorded[kind] != current[kind]
+            and not (platform_change and kind in platform_dependent_kinds(assembly.config))
         ):
-            text = f"{folder}: {difference(kind, was[kind], now[kind], began)[1]}"
-            root = f" in data.root = {built.config.data.source.root}" if kind == "data" else ""
+            text = f"{folder}: {describe_difference(kind, recorded[kind], current[kind], reference)[1]}"
+            root = f" in data.root = {assembly.config.data.source.root}" if kind == "data" else ""
             raise ValueError(f"{text}; put back what was{root}, or start anew with another output")
-    if moved:
+    if platform_change:
         line = (
-            f"{folder}: {moved}: from here on bits may differ from those of this run on the "
+            f"{folder}: {platform_change}: from here on bits may differ from those of this run on the "
             "machine it began on"
         )
         print(f"fedlora-mpi: {line}", file=sys.stderr, flush=True)
 
 
-def _begun_with(folder: Path) -> Inventory:
+def _recorded_inventory(folder: Path) -> Inventory:
     """The inventory in the log, or in that of the newest checkpoint where there is no log; {} where
     none has one.
     """
-    homes = [
+    folders = [
         folder,
-        *(checkpoint.folder_of(folder, round_) for round_ in checkpoint.committed(folder)[-1:]),
+        *(
+            checkpoint.checkpoint_folder(folder, round_)
+            for round_ in checkpoint.committed_rounds(folder)[-1:]
+        ),
     ]
-    found = (inventory_of(home / "log.h5") for home in homes)
-    return next((was for was in found if was.keys() >= {*KEPT}), {})
+    inventories = (read_inventory(log_folder / "log.h5") for log_folder in folders)
+    return next(
+        (inventory for inventory in inventories if inventory.keys() >= {*RECORDED_KINDS}), {}
+    )
 
 
-def _same_words(folder: Path, built: Assembly) -> None:
+def _check_vocabulary(folder: Path, assembly: Assembly) -> None:
     """Raise ValueError when the run began with another vocabulary than its data have now."""
-    kept, source = folder / "vocabulary.json", built.config.data.source
-    if built.vocabulary and kept.is_file() and kept.read_bytes() != built.vocabulary.json.encode():
+    stored_vocabulary, source = folder / "vocabulary.json", assembly.config.data.source
+    if (
+        assembly.vocabulary
+        and stored_vocabulary.is_file()
+        and stored_vocabulary.read_bytes() != assembly.vocabulary.json.encode()
+    ):
         if source.text.tokenizer:
             raise ValueError(
-                f"{kept}: is not that of data.text.tokenizer = {source.text.tokenizer}, which has "
+                f"{stored_vocabulary}: is not that of data.text.tokenizer = {source.text.tokenizer}, which has "
                 "changed since the run began: put back what was, or start anew (if this copy is "
                 "damaged, remove it)"
             )
         raise ValueError(
-            f"{kept}: is not that of the training texts in data.root = {source.root}; they, or "
+            f"{stored_vocabulary}: is not that of the training texts in data.root = {source.root}; they, or "
             "the library tokenizers, have changed since the run began: put back what was, or "
             "start anew (if this copy is damaged, remove it)"
         )
 
 
-def _same_weights(folder: Path, built: Assembly) -> None:
+def _check_weight_files(folder: Path, assembly: Assembly) -> None:
     """Raise ValueError when the newest checkpoint began with other files of a network than there
     are now.
     """
-    origins = [origin for network in built.config.model.mix for origin in network.origins]
-    rounds = checkpoint.committed(folder)
+    origins = [origin for network in assembly.config.model.mix for origin in network.origins]
+    rounds = checkpoint.committed_rounds(folder)
     if not (origins and rounds):
         return
     try:
-        found = Checkpoint.read(checkpoint.folder_of(folder, rounds[-1]))
+        snapshot = Checkpoint.read(checkpoint.checkpoint_folder(folder, rounds[-1]))
     except StoreError:
         return  # ``newest`` tells of it
-    first = -len(origins)  # their parts of a digest are the last
-    was, now = (digest.split("-") for digest in (found.manifest.run_digest, built.digest))
-    if was[:first] == now[:first] and was != now:
+    first_part = -len(origins)  # their parts of a digest are the last
+    recorded_parts, current_parts = (
+        digest.split("-") for digest in (snapshot.manifest.run_digest, assembly.run_digest)
+    )
+    if (
+        recorded_parts[:first_part] == current_parts[:first_part]
+        and recorded_parts != current_parts
+    ):
         changed = next(
             origin
-            for origin, a, b in zip(origins, was[first:], now[first:], strict=False)
+            for origin, a, b in zip(
+                origins, recorded_parts[first_part:], current_parts[first_part:], strict=False
+            )
             if a != b
         )
         raise ValueError(
@@ -197,57 +229,61 @@ def _same_weights(folder: Path, built: Assembly) -> None:
         )
 
 
-def fill(folder: Path, built: Assembly) -> None:
+def fill_run_folder(folder: Path, assembly: Assembly) -> None:
     """What a new run folder holds: the resolved config and an empty log."""
-    describe(folder, built)
-    create_log(folder, built)
+    write_descriptions(folder, assembly)
+    create_log(folder, assembly)
 
 
-def describe(folder: Path, built: Assembly) -> None:
+def write_descriptions(folder: Path, assembly: Assembly) -> None:
     """The resolved config, the layers of networks of Hugging Face and, for texts, the vocabulary."""
-    for name, text in ({"config.yaml": configs.sealed_yaml(built.config)} | _beside(built)).items():
+    for name, text in (
+        {"config.yaml": configs.checksummed_yaml(assembly.config)} | _companion_texts(assembly)
+    ).items():
         write_atomic(folder / name, text.encode())
 
 
-def _beside(built: Assembly) -> dict[str, str]:
+def _companion_texts(assembly: Assembly) -> dict[str, str]:
     """The files that a run folder has for ``open_run``, by name."""
-    found = {}
-    for number, network in enumerate(built.config.model.mix):
-        for described in (
+    texts = {}
+    for number, network in enumerate(assembly.config.model.mix):
+        for config_file in (
             file for origin in network.origins for file in origin.files if file.suffix == ".json"
         ):
-            found[f"network-{number}.json"] = described.read_text(encoding="utf-8")
-    return found | ({"vocabulary.json": built.vocabulary.json} if built.vocabulary else {})
+            texts[f"network-{number}.json"] = config_file.read_text(encoding="utf-8")
+    return texts | ({"vocabulary.json": assembly.vocabulary.json} if assembly.vocabulary else {})
 
 
-def create_log(folder: Path, built: Assembly) -> None:
-    split = built.split
+def create_log(folder: Path, assembly: Assembly) -> None:
+    split = assembly.split
     Log.create(
         folder / "log.h5",
-        config_yaml=configs.sealed_yaml(built.config),
-        config_json=json.dumps(configs.resolved_dict(built.config)),
-        versions=_versions(),
+        config_yaml=configs.checksummed_yaml(assembly.config),
+        config_json=json.dumps(configs.resolved_dict(assembly.config)),
+        versions=_library_versions(),
         clients=len(split.train),
-        beside=_beside(built),
-        inventory=json.dumps(kept(built.inventory)),
+        file_texts=_companion_texts(assembly),
+        inventory=json.dumps(recorded_inventory(assembly.inventory)),
         partition={
-            **ragged("train", split.train),
-            **ragged("test", split.test),
+            **pack_ragged("train", split.train),
+            **pack_ragged("test", split.test),
             "train_counts": split.train_counts,
             "test_counts": split.test_counts,
-            "input_shape": np.array(built.shape, np.int64),
-            "input_tokens": np.array([built.vocabulary.size if built.vocabulary else 0], np.int64),
+            "input_shape": np.array(assembly.input_shape, np.int64),
+            "input_tokens": np.array(
+                [assembly.vocabulary.size if assembly.vocabulary else 0], np.int64
+            ),
             "input_padding": np.array(
-                [built.vocabulary.padding if built.vocabulary else 0], np.int64
+                [assembly.vocabulary.padding if assembly.vocabulary else 0], np.int64
             ),
             "digest": split.digest(),
         },
     ).close()
 
 
-def _versions() -> dict[str, str]:
+def _library_versions() -> dict[str, str]:
     """Versions that a result may depend on."""
-    found = {
+    versions = {
         "fedlora_mpi": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -262,7 +298,7 @@ def _versions() -> dict[str, str]:
         "dp-accounting",
     ):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "absent"
-    return found
+            versions[name] = "absent"
+    return versions

@@ -20,7 +20,7 @@ import torch
 from ..algorithm import Variables
 from ..algorithms.fedavg import FedAvg
 from ..config import Config
-from ..config.blocks import naming
+from ..config.blocks import prefix_errors
 from ..config.experiment import ModelBlock
 from ..core.escapes import escape_line
 from ..core.seeds import rng
@@ -58,38 +58,40 @@ def pretrain(
     cannot be done.
     """
     epochs, networks = config.train.epochs if epochs is None else epochs, config.model.mix
-    _need(
+    _require(
         ranks == 1,
         f"{ranks} ranks",
         "pretrain takes one; start it without mpirun (engine.threads gives it cores)",
     )
-    _need(epochs >= 1, f"--epochs = {epochs}", "must be an integer of at least 1")
-    _need(
+    _require(epochs >= 1, f"--epochs = {epochs}", "must be an integer of at least 1")
+    _require(
         0 <= network < len(networks),
         f"--network = {network}",
         f"must be from 0 to {len(networks) - 1}, as in model.mix",
     )
-    _need(to.suffix == ".safetensors", f"--to = {to}", "must be a file .safetensors")
-    _need(not os.path.lexists(to), f"--to = {to}", "the file exists; remove it or choose another")
+    _require(to.suffix == ".safetensors", f"--to = {to}", "must be a file .safetensors")
+    _require(
+        not os.path.lexists(to), f"--to = {to}", "the file exists; remove it or choose another"
+    )
     pack_safetensors({})  # refuses without the library
     block = ModelBlock((networks[network],))
-    trainer, tree = _begun(replace(config, model=block, algorithm=FedAvg()), source, classes)
+    trainer, tree = _prepare(replace(config, model=block, algorithm=FedAvg()), source, classes)
     if is_external(networks[network].name):
-        with naming(source):
+        with prefix_errors(source):
             rehearse_engine(
                 Engine(path="loop"),
                 config.engine,
                 [(networks[network].name, trainer, Variables(tree, {}))],
             )
-    _make_folder(to)
-    for epoch, done in enumerate(_epochs(trainer, tree, epochs), 1):
-        tree, loss, accuracy, nan, seconds = done
+    _create_folder(to)
+    for epoch, result in enumerate(_train_epochs(trainer, tree, epochs), 1):
+        tree, loss, accuracy, nan, seconds = result
         if nan:
-            said = (
+            warning = (
                 f"epoch {epoch}: logits of {nan:.2%} of the test samples are no numbers (nan); "
                 "these count as wrong"
             )
-            print(f"fedlora-mpi: {said}", file=sys.stderr, flush=True)
+            print(f"fedlora-mpi: {warning}", file=sys.stderr, flush=True)
         print(
             f"epoch {epoch}/{epochs} · test accuracy {accuracy:.2%} · train loss {loss:.4f} · "
             f"{format_seconds(seconds)}",
@@ -104,99 +106,99 @@ def pretrain(
     )
 
 
-def chosen(text: str | None, classes: int) -> list[int]:
+def parse_classes(text: str | None, classes: int) -> list[int]:
     """The classes that ``--classes`` names, ascending; None: all. Raises ValueError."""
     if text is None:
         return list(range(classes))
-    found = set()
+    numbers = set()
     for part in text.split(","):
         ends = part.split("-") if "-" in part else [part, part]
-        whole = len(ends) == 2 and all(end.strip().isdecimal() for end in ends)
-        first, last = map(int, ends) if whole else (1, 0)
-        _need(
+        is_valid = len(ends) == 2 and all(end.strip().isdecimal() for end in ends)
+        first, last = map(int, ends) if is_valid else (1, 0)
+        _require(
             first <= last < classes,
             f"--classes = {text}",
             f"must be such as 0-4 or 0,2,5, from 0 to {classes - 1}",
         )
-        found |= set(range(first, last + 1))
-    return sorted(found)
+        numbers |= set(range(first, last + 1))
+    return sorted(numbers)
 
 
-def pooled(data: Data, classes: Collection[int]) -> Split:
+def pool_samples(data: Data, classes: Collection[int]) -> Split:
     """All samples of these classes, training and test, for one client."""
-    rows, counts = [], []
+    rows, class_counts = [], []
     for name, side in (("training", data.train), ("test", data.test)):
         y = side.y.numpy()
         rows.append((np.flatnonzero(np.isin(y, list(classes))),))
-        counts.append(np.bincount(y[rows[-1][0]], minlength=data.classes)[None])
-        _need(
+        class_counts.append(np.bincount(y[rows[-1][0]], minlength=data.classes)[None])
+        _require(
             len(rows[-1][0]) > 0,
             f"--classes = {','.join(map(str, classes))}",
             f"there is no {name} sample of these",
         )
-    return Split(*rows, *counts)
+    return Split(*rows, *class_counts)
 
 
-def _begun(config: Config, source: str, classes: str | None) -> tuple[Trainer, Tree]:
+def _prepare(config: Config, source: str, classes: str | None) -> tuple[Trainer, Tree]:
     """Who trains, and the variables before the first epoch."""
     retain_freed_memory()
     device = select_device(config.engine, 0)
     data = load_data(config, source)
     tell_hints(data, source)
     (model,) = load_models(config, source, data)
-    name, nothing = config.model.mix[0].name, all(model.role(n) == "stats" for n in model.leaves)
-    _need(
-        not nothing,
+    name, is_frozen = config.model.mix[0].name, all(model.role(n) == "stats" for n in model.leaves)
+    _require(
+        not is_frozen,
         f"model.name = {name}",
         "all its parameters are frozen (requires_grad is False); leave some to be trained",
     )
-    split = pooled(data, chosen(classes, data.classes))
+    split = pool_samples(data, parse_classes(classes, data.classes))
     feed = Feed(data, split, seed=config.seed, shift="none", device=device, augment=True)
     settings = replace(config.train, epochs=1)
     trainer = Trainer(config.algorithm, model.to(device), settings, feed, device, stacked=False)
     return trainer, config.algorithm.init(model, rng(config.seed, "init")).shared
 
 
-def _epochs(
+def _train_epochs(
     trainer: Trainer, tree: Tree, epochs: int
 ) -> Iterator[tuple[Tree, float, float, float, float]]:
     """(leaves, training loss, test accuracy and test samples with nan for a logit as fractions,
     seconds) of every epoch. Raises Fault.
     """
     for epoch in range(epochs):
-        begin = time.perf_counter()
-        (done,) = trainer.train([0], tree, {}, epoch, evaluate=True)
-        tree = done.end.shared
-        if not all(torch.isfinite(v).all() for v in (done.loss, *tree.values())):
+        start_time = time.perf_counter()
+        (result,) = trainer.train([0], tree, {}, epoch, evaluate=True)
+        tree = result.end.shared
+        if not all(torch.isfinite(v).all() for v in (result.loss, *tree.values())):
             raise Fault(
                 f"epoch {epoch + 1}: the loss or a weight is not finite; nothing was written. "
                 "Lower train.lr"
             )
         yield (
             tree,
-            float(done.loss),
-            float(done.score[0]),
-            float(done.nan_predictions),
-            time.perf_counter() - begin,
+            float(result.loss),
+            float(result.score[0]),
+            float(result.nan_predictions),
+            time.perf_counter() - start_time,
         )
 
 
-def _make_folder(to: Path) -> None:
+def _create_folder(target: Path) -> None:
     """The folder of the result, before the hours that lead to it."""
     try:
-        to.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"--to = {to}: {to.parent} cannot be created: {error.strerror}; choose another"
+            f"--to = {target}: {target.parent} cannot be created: {error.strerror}; choose another"
         ) from error
-    _need(
-        os.access(to.parent, os.W_OK),
-        f"--to = {to}",
-        f"{to.parent} cannot be written to; choose another",
+    _require(
+        os.access(target.parent, os.W_OK),
+        f"--to = {target}",
+        f"{target.parent} cannot be written to; choose another",
     )
 
 
-def _need(possible: bool, given: str, otherwise: str) -> None:
+def _require(is_valid: bool, setting: str, reason: str) -> None:
     """Raise ValueError about what was ``given`` on the command line, unless it is possible."""
-    if not possible:
-        raise ValueError(f"{given}: {otherwise}")
+    if not is_valid:
+        raise ValueError(f"{setting}: {reason}")

@@ -20,12 +20,14 @@ from ..config import Config
 from ..core.bounds import bounded
 from ..core.escapes import escape_line
 from ..core.paths import expand_home
-from .loop import STOPPED
+from .loop import STOPPED_EXIT
 
-LEAD = 120  # seconds between SIGUSR1 and the end of a job's time: a round and a checkpoint must fit
-_PER_NODE = 9  # ranks on a node without GPUs, unless told otherwise
-_NAME = re.compile(r"[\w.,@:/+-]+")
-_TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){1,2}|\d+-\d+")
+SIGNAL_LEAD = (
+    120  # seconds between SIGUSR1 and the end of a job's time: a round and a checkpoint must fit
+)
+_CPU_RANKS_PER_NODE = 9  # ranks on a node without GPUs, unless told otherwise
+_NAME_PATTERN = re.compile(r"[\w.,@:/+-]+")
+_TIME_PATTERN = re.compile(r"\d+|(\d+-)?\d+(:\d+){1,2}|\d+-\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Job:
     partition: str | None = None
     account: str | None = None
     array: int = 0
-    outlives: bool = False  # whether its run tolerates the death of a worker
+    tolerates_failures: bool = False  # whether its run tolerates the death of a worker
 
     def __post_init__(self) -> None:
         bounded(
@@ -59,26 +61,31 @@ class Job:
             raise ValueError(
                 f"ranks = {self.ranks}: must be at least one for each of {self.nodes} nodes"
             )
-        if not _TIME.fullmatch(self.time):
+        if not _TIME_PATTERN.fullmatch(self.time):
             raise ValueError(
                 f"time = {self.time}: must be minutes, HH:MM:SS or D-HH:MM:SS, for instance "
                 "12:00:00"
             )
         for field in ("partition", "account"):
-            if (value := getattr(self, field)) is not None and not _NAME.fullmatch(value):
+            if (value := getattr(self, field)) is not None and not _NAME_PATTERN.fullmatch(value):
                 raise ValueError(
                     f"{field} = {value!r}: must be a name that Slurm knows; sinfo and sacctmgr "
                     "list them"
                 )
 
     @property
-    def per_node(self) -> int:
+    def ranks_per_node(self) -> int:
         """Ranks that each node has place for; mpirun deals them out node by node."""
         return -(-self.ranks // self.nodes)
 
 
-def script(
-    job: Job, body: str, *, head: str = "", path: str = "$PWD/.venv/bin", is_done: str = "true"
+def sbatch_script(
+    job: Job,
+    body: str,
+    *,
+    comment_lines: str = "",
+    bin_folder: str = "$PWD/.venv/bin",
+    done_command: str = "true",
 ) -> str:
     """The text of an sbatch script.
 
@@ -88,74 +95,77 @@ def script(
     the folder with python and mpirun.
     """
     return (
-        f"#!/bin/bash\n{head}{_directives(job)}\n"
-        f'export PATH="{path}:$PATH"\n'
-        f"{_binding(job)}{_MPS if job.gpus else ''}{body.rstrip()} &\n{_WAIT.replace('IS_DONE', is_done)}"
+        f"#!/bin/bash\n{comment_lines}{_directive_lines(job)}\n"
+        f'export PATH="{bin_folder}:$PATH"\n'
+        f"{_binding_lines(job)}{_MPS_LINES if job.gpus else ''}{body.rstrip()} &\n{_WAIT_LINES.replace('IS_DONE', done_command)}"
     )
 
 
-def program(job: Job, arguments: str) -> str:
+def program_line(job: Job, arguments: str) -> str:
     """The shell line that runs ``arguments``, already quoted, on all ranks of the job."""
     python = f"python -m fedlora_mpi {arguments}"
-    count = '"$SLURM_NTASKS"' if job.ranks == job.nodes * job.per_node else job.ranks
+    count = '"$SLURM_NTASKS"' if job.ranks == job.nodes * job.ranks_per_node else job.ranks
     return (
         python
         if job.ranks == 1
-        else f"mpirun {'--with-ft ulfm ' if job.outlives else ''}-n {count} {python}"
+        else f"mpirun {'--with-ft ulfm ' if job.tolerates_failures else ''}-n {count} {python}"
     )
 
 
-def is_done(arguments: str) -> str:
+def status_command(arguments: str) -> str:
     """The shell command that asks whether the run of ``run --resume ARGUMENTS``, already quoted, is
     done.
     """
     return f"python -m fedlora_mpi status {arguments}"
 
 
-def task_of(listed: str) -> str:
+def array_task_lines(list_file: str) -> str:
     """The shell lines that run line n of the file ``listed`` (shell-quoted) as task n of an array."""
-    return f'line=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {listed})\nbash -c "$line"'
+    return f'line=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {list_file})\nbash -c "$line"'
 
 
-def job_for(config: Config, config_file: str | Path, **given: str | int | None) -> Job:
+def job_for(config: Config, config_file: str | Path, **options: str | int | None) -> Job:
     """The job of a config; where the ranks are not ``given``: the server and a worker per GPU, or
     nine ranks on a node without, never more workers than clients.
 
     Raises ValueError.
     """
-    given = {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in options.items() if value is not None}
     nodes, gpus, server = (
-        given.get("nodes", 1),
-        given.get("gpus", 0),
+        options.get("nodes", 1),
+        options.get("gpus", 0),
         int(not config.server_hosts_clients),
     )
-    places = nodes * gpus + server if gpus else nodes * _PER_NODE
+    rank_slots = nodes * gpus + server if gpus else nodes * _CPU_RANKS_PER_NODE
     folder = expand_home(config.output)
     defaults = {
         "name": re.sub(r"[^\w.-]", "-", Path(config_file).stem),
         "log": f"{folder}.slurm-%j.log",  # beside the run folder, which the run makes itself
-        "ranks": max(nodes, min(places, config.data.partition.clients + server)),
+        "ranks": max(nodes, min(rank_slots, config.data.partition.clients + server)),
         "threads": config.engine.threads,
         "outlives": config.faults.tolerate,
     }
     try:
-        return Job(**defaults | given)
+        return Job(**defaults | options)
     except ValueError as error:
         raise ValueError(f"--{error}") from None
 
 
 def submit(
-    config_file: str, overrides: Sequence[str], dry_run: bool, **given: str | int | None
+    config_file: str, overrides: Sequence[str], dry_run: bool, **options: str | int | None
 ) -> str:
     """Queue the run of a config; returns what to tell the user, under ``dry_run`` the script.
 
     The config is read here too: a mistake shows now, not when the job starts. Raises ValueError.
     """
-    job = job_for(configs.read(config_file, overrides), config_file, **given)
+    job = job_for(configs.read(config_file, overrides), config_file, **options)
     arguments = shlex.join([str(config_file), *overrides])
-    home = shlex.quote(str(Path(sys.executable).parent))
-    text = script(
-        job, program(job, f"run --resume {arguments}"), path=home, is_done=is_done(arguments)
+    bin_folder = shlex.quote(str(Path(sys.executable).parent))
+    text = sbatch_script(
+        job,
+        program_line(job, f"run --resume {arguments}"),
+        bin_folder=bin_folder,
+        done_command=status_command(arguments),
     )
     if dry_run:
         return text.rstrip()
@@ -166,41 +176,41 @@ def submit(
         )
     # Slurm drops the output of a job without it
     Path(job.log).parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run([sbatch, "--parsable"], input=text, capture_output=True, text=True)
-    if done.returncode:
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise ValueError(f"{sbatch} refused the job: {said}")
-    number = done.stdout.strip().partition(";")[0]
+    result = subprocess.run([sbatch, "--parsable"], input=text, capture_output=True, text=True)
+    if result.returncode:
+        reason = " ".join(result.stderr.split()) or f"exit code {result.returncode}"
+        raise ValueError(f"{sbatch} refused the job: {reason}")
+    number = result.stdout.strip().partition(";")[0]
     return escape_line(
         f"job {number}: {job.ranks} ranks on {job.nodes} node(s), output in "
         f"{job.log.replace('%j', number)}"
     )
 
 
-def _directives(job: Job) -> str:
-    given = [
+def _directive_lines(job: Job) -> str:
+    flags = [
         f"--{name}={value}" for name in ("account", "partition") if (value := getattr(job, name))
     ]
-    known = (
-        f"#SBATCH {' '.join(given)}"
-        if given
+    account_line = (
+        f"#SBATCH {' '.join(flags)}"
+        if flags
         else "##SBATCH --account=ACCOUNT --partition=PARTITION"
     )
     lines = [
         f"#SBATCH --job-name={job.name}",
-        known,
+        account_line,
         *([f"#SBATCH --array=1-{job.array}"] if job.array else []),
-        f"#SBATCH --nodes={job.nodes} --ntasks-per-node={job.per_node} "
-        f"--ntasks={job.nodes * job.per_node} --cpus-per-task={job.threads}",
+        f"#SBATCH --nodes={job.nodes} --ntasks-per-node={job.ranks_per_node} "
+        f"--ntasks={job.nodes * job.ranks_per_node} --cpus-per-task={job.threads}",
         *([f"#SBATCH --gpus-per-node={job.gpus}"] if job.gpus else []),
-        f"#SBATCH --time={job.time} --signal=B:USR1@{LEAD}",
+        f"#SBATCH --time={job.time} --signal=B:USR1@{SIGNAL_LEAD}",
         "#SBATCH --requeue --open-mode=append",
-        f"#SBATCH --output={_word(job.log)}",
+        f"#SBATCH --output={_quote_word(job.log)}",
     ]
     return "\n".join(lines)
 
 
-def _word(text: str) -> str:
+def _quote_word(text: str) -> str:
     """One word for sbatch, which knows double quotes and backslashes."""
     return (
         text
@@ -209,19 +219,19 @@ def _word(text: str) -> str:
     )
 
 
-def _binding(job: Job) -> str:
+def _binding_lines(job: Job) -> str:
     """Where the ranks go: one node after the other in turn, so that all have equally many."""
     if job.ranks == 1:
         return ""
-    deal = "slot" if job.nodes == 1 else "node"
+    mapping = "slot" if job.nodes == 1 else "node"
     return (
         "# Each rank on cores of its own; these are Open MPI's names, other libraries have their "
         "own.\nexport PRTE_MCA_hwloc_default_binding_policy=core\n"
-        f"export PRTE_MCA_rmaps_default_mapping_policy={deal}:pe={job.threads}\n"
+        f"export PRTE_MCA_rmaps_default_mapping_policy={mapping}:pe={job.threads}\n"
     )
 
 
-_MPS = """\
+_MPS_LINES = """\
 # MPS=yes sbatch ...: NVIDIA's server lets several workers compute on a GPU at once; give it more --ntasks.
 if [ "${MPS:-no}" = yes ]; then
   export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps-$SLURM_JOB_ID CUDA_MPS_LOG_DIRECTORY=/tmp/mps-$SLURM_JOB_ID
@@ -235,12 +245,12 @@ fi
 # 138: SIGUSR1 came before the program listened. ``wait`` returns early when the trap has run.
 # mpirun ends with 0 when a node's daemon was lost: such a run is not done, and goes on when it is
 # queued again.
-_WAIT = f"""\
+_WAIT_LINES = f"""\
 launcher=$!
 trap 'kill -USR1 $launcher' USR1
 while wait $launcher; code=$?; kill -0 $launcher 2>/dev/null; do :; done
 if [ $code -eq 0 ]; then IS_DONE; code=$?; fi
-if [ $code -eq {STOPPED} ] || [ $code -eq 138 ]; then  # told to stop, or cut short: queued again, it goes on
+if [ $code -eq {STOPPED_EXIT} ] || [ $code -eq 138 ]; then  # told to stop, or cut short: queued again, it goes on
   scontrol requeue "${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
 fi
 exit $code

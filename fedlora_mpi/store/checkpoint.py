@@ -19,19 +19,26 @@ from ..core.disk_errors import explain_write_errors
 from . import hdf5, manifest, nolinks
 from .files import StoreError, copy_atomic
 from .hdf5 import escape
-from .manifest import Manifest, Shard, is_ours, is_worker_file, run_of, worker_file
-from .snapshot import Checkpoint, folder_of
+from .manifest import (
+    Manifest,
+    Shard,
+    is_checkpoint_file,
+    is_worker_file,
+    run_folder_of,
+    worker_file,
+)
+from .snapshot import Checkpoint, checkpoint_folder
 
 Leaves = Mapping[str, np.ndarray]
 
 
-def _folders(run: Path) -> dict[int, Path]:
+def _round_folders(run: Path) -> dict[int, Path]:
     """Every folder of a round, committed or not, in the order of rounds. Raises StoreError where a
     link is in the way.
     """
-    home = Path(run) / "checkpoints"
+    checkpoints = Path(run) / "checkpoints"
     try:
-        with nolinks.opened_folder(home, Path(run)) as handle:
+        with nolinks.open_folder(checkpoints, Path(run)) as handle:
             names = [
                 name
                 for name in os.listdir(handle)
@@ -41,15 +48,17 @@ def _folders(run: Path) -> dict[int, Path]:
         return {}
     except OSError as why:
         raise StoreError(
-            str(why) if isinstance(why, nolinks.Misplaced) else f"{home}: {why.strerror}"
+            str(why) if isinstance(why, nolinks.WrongFileType) else f"{checkpoints}: {why.strerror}"
         ) from why
-    return {round_: folder_of(run, round_) for round_ in sorted(map(int, names))}
+    return {round_: checkpoint_folder(run, round_) for round_ in sorted(map(int, names))}
 
 
-def committed(run: Path) -> list[int]:
+def committed_rounds(run: Path) -> list[int]:
     """The rounds that have a committed checkpoint, valid or not, ascending."""
     return [
-        round_ for round_, folder in _folders(run).items() if (folder / manifest.NAME).is_file()
+        round_
+        for round_, folder in _round_folders(run).items()
+        if (folder / manifest.NAME).is_file()
     ]
 
 
@@ -60,19 +69,19 @@ def begin(run: Path, round_: int) -> Path:
     ``000010.aside``, lest ``prune`` keep them instead of good ones; likewise a leftover with files
     that are not ours. Raises StoreError when this round is committed and intact, Unwritable.
     """
-    folder = folder_of(run, round_)
-    for other in committed(run):
-        path = folder_of(run, other)
-        if other == round_ and _intact(path):
+    folder = checkpoint_folder(run, round_)
+    for other_round in committed_rounds(run):
+        path = checkpoint_folder(run, other_round)
+        if other_round == round_ and _is_intact(path):
             raise StoreError(
                 f"{path}: this round is committed already; resume from it, or move it away"
             )
-        if other >= round_:
+        if other_round >= round_:
             _set_aside(path)
     with explain_write_errors(folder):
-        if os.path.lexists(folder) and not nolinks.clear(folder, is_ours, run):
+        if os.path.lexists(folder) and not nolinks.clear_folder(folder, is_checkpoint_file, run):
             _set_aside(folder)
-        with nolinks.opened_folder(folder, run, make=True):
+        with nolinks.open_folder(folder, run, make=True):
             return folder
 
 
@@ -84,17 +93,19 @@ def _set_aside(folder: Path) -> None:
         aside = folder.with_name(f"{folder.name}.aside{f'-{number}' if number > 1 else ''}")
         with (
             explain_write_errors(aside),
-            nolinks.opened_folder(folder.parent, run_of(folder)) as home,
+            nolinks.open_folder(folder.parent, run_folder_of(folder)) as parent_handle,
         ):
-            if not nolinks.is_there(home, aside, "a folder") or nolinks.clear(
-                aside, is_ours, run_of(folder)
+            if not nolinks.exists(parent_handle, aside, "a folder") or nolinks.clear_folder(
+                aside, is_checkpoint_file, run_folder_of(folder)
             ):
-                os.rename(folder.name, aside.name, src_dir_fd=home, dst_dir_fd=home)
+                os.rename(
+                    folder.name, aside.name, src_dir_fd=parent_handle, dst_dir_fd=parent_handle
+                )
                 return
 
 
 def write_clients(
-    folder: Path, worker: int, client_ids: Sequence[int], personal: Leaves, kind: int = 0
+    folder: Path, worker: int, client_ids: Sequence[int], personal: Leaves, client_type: int = 0
 ) -> Shard:
     """Write one worker's clients of one kind, leaves [n, ...] with rows as in ``client_ids``, in
     any order.
@@ -104,14 +115,14 @@ def write_clients(
     """
     ids = np.asarray(client_ids, np.int64)
     assert len(np.unique(ids)) == len(ids), f"twice in one shard: {ids}"
-    path, order = folder / worker_file(worker, kind), np.argsort(ids)
-    with hdf5.create(path, run_of(folder)) as file:
+    path, order = folder / worker_file(worker, client_type), np.argsort(ids)
+    with hdf5.create_file(path, run_folder_of(folder)) as file:
         hdf5.write(file, "client_id", ids[order], ["client"])
         group = file.create_group("personal", track_order=True)
         for leaf, rows in personal.items():
             assert len(rows) == len(ids), f"{leaf}: {rows.shape} for {len(ids)} clients"
             hdf5.write(group, escape(leaf), rows, ["client"], order)
-    return Shard.of(path)
+    return Shard.from_file(path)
 
 
 def write_server(
@@ -124,33 +135,35 @@ def write_server(
 ) -> Shard:
     """Write what is not a client's: the shared leaves, the server's own, and a few attributes."""
     path = folder / "server.h5"
-    with hdf5.create(path, run_of(folder)) as file:
+    with hdf5.create_file(path, run_folder_of(folder)) as file:
         file.attrs.update({"round": round_, **(extra_attrs or {})})
         for name, leaves in {"shared": shared, "server": server}.items():
             group = file.create_group(name, track_order=True)
             for leaf, value in leaves.items():
                 hdf5.write(group, escape(leaf), value)
-    return Shard.of(path)
+    return Shard.from_file(path)
 
 
 def copy_log(folder: Path, log_path: Path) -> Shard:
     """Keep the log as it is at this round: a resume puts it back, so no row is lost or doubled."""
-    copy_atomic(log_path, folder / "log.h5", run_of(folder))
-    return Shard.of(folder / "log.h5")
+    copy_atomic(log_path, folder / "log.h5", run_folder_of(folder))
+    return Shard.from_file(folder / "log.h5")
 
 
 def commit(folder: Path, shards: Sequence[Shard], *, run_digest: str, clients: int) -> None:
     """Make ``folder`` a checkpoint of clients 0 .. clients - 1, all of whose files are ``shards``."""
     for shard in shards:
-        found = (folder / shard.name).stat().st_size
-        assert found == shard.size, (
-            f"{folder / shard.name}: {found} bytes here, {shard.size} where it was written"
+        actual_size = (folder / shard.name).stat().st_size
+        assert actual_size == shard.size, (
+            f"{folder / shard.name}: {actual_size} bytes here, {shard.size} where it was written"
         )
-    joined = _join(folder, [shard.name for shard in shards if is_worker_file(shard.name)], clients)
-    Manifest(int(folder.name), run_digest, clients, (*shards, joined)).write(folder)
+    personal_shard = _write_personal_view(
+        folder, [shard.name for shard in shards if is_worker_file(shard.name)], clients
+    )
+    Manifest(int(folder.name), run_digest, clients, (*shards, personal_shard)).write(folder)
 
 
-def _join(folder: Path, names: Sequence[str], clients: int) -> Shard:
+def _write_personal_view(folder: Path, names: Sequence[str], clients: int) -> Shard:
     """Write personal.h5: per leaf a virtual dataset [N, ...] in client order over the workers'
     files.
 
@@ -158,52 +171,60 @@ def _join(folder: Path, names: Sequence[str], clients: int) -> Shard:
     ... of their own, [n, ...] beside the ``client_id`` [n] of their rows, in the order of their
     first clients.
     """
-    kinds: dict[tuple, dict[str, np.ndarray]] = {}  # leaves and shapes -> file -> ids
+    files_by_leaves: dict[tuple, dict[str, np.ndarray]] = {}  # leaves and shapes -> file -> ids
     for name in names:
-        with hdf5.open_file(folder / name, below=run_of(folder)) as file:
+        with hdf5.open_file(folder / name, root=run_folder_of(folder)) as file:
             if len(ids := file["client_id"][()]):
                 spec = tuple(
                     (leaf, ds.shape[1:], ds.dtype) for leaf, ds in file["personal"].items()
                 )
-                kinds.setdefault(spec, {})[name] = ids
-    kinds = dict(sorted(kinds.items(), key=lambda kind: _together(kind[1])[0]))
-    everyone = [_together(owned) for owned in kinds.values()]
-    found = np.sort(np.concatenate(everyone)) if everyone else np.arange(0)
-    assert np.array_equal(found, np.arange(clients)), (
-        f"{folder}: not each of {clients} clients once: {found}"
+                files_by_leaves.setdefault(spec, {})[name] = ids
+    files_by_leaves = dict(
+        sorted(files_by_leaves.items(), key=lambda kind: _sorted_clients(kind[1])[0])
+    )
+    ids_by_type = [_sorted_clients(ids_by_file) for ids_by_file in files_by_leaves.values()]
+    all_ids = np.sort(np.concatenate(ids_by_type)) if ids_by_type else np.arange(0)
+    assert np.array_equal(all_ids, np.arange(clients)), (
+        f"{folder}: not each of {clients} clients once: {all_ids}"
     )
     path = folder / "personal.h5"
-    with hdf5.create(path, run_of(folder)) as file:
-        for number, ((spec, owned), ids) in enumerate(zip(kinds.items(), everyone, strict=True)):
-            home = file
-            if len(kinds) > 1:
-                home = file.create_group(f"kind-{number}")
-                hdf5.write(home, "client_id", ids, ["client"])
-            _virtual(home.create_group("personal", track_order=True), spec, owned, ids)
-        if not kinds:
+    with hdf5.create_file(path, run_folder_of(folder)) as file:
+        for number, ((spec, owned), ids) in enumerate(
+            zip(files_by_leaves.items(), ids_by_type, strict=True)
+        ):
+            parent = file
+            if len(files_by_leaves) > 1:
+                parent = file.create_group(f"kind-{number}")
+                hdf5.write(parent, "client_id", ids, ["client"])
+            _create_virtual_datasets(
+                parent.create_group("personal", track_order=True), spec, owned, ids
+            )
+        if not files_by_leaves:
             file.create_group("personal")
-    return Shard.of(path)
+    return Shard.from_file(path)
 
 
-def _together(owned: Mapping[str, np.ndarray]) -> np.ndarray:
+def _sorted_clients(ids_by_file: Mapping[str, np.ndarray]) -> np.ndarray:
     """The clients of all these files, ascending."""
-    return np.sort(np.concatenate(list(owned.values())))
+    return np.sort(np.concatenate(list(ids_by_file.values())))
 
 
-def _virtual(
-    group: h5py.Group, spec: tuple, owned: Mapping[str, np.ndarray], ids: np.ndarray
+def _create_virtual_datasets(
+    group: h5py.Group, spec: tuple, ids_by_file: Mapping[str, np.ndarray], ids: np.ndarray
 ) -> None:
     """Fill ``group`` with datasets [len(ids), ...] whose rows are those of the files."""
     for leaf, shape, dtype in spec:
         layout = h5py.VirtualLayout((len(ids), *shape), dtype)
-        for name, mine in owned.items():
-            source = h5py.VirtualSource(name, f"personal/{leaf}", (len(mine), *shape), dtype)
-            layout[_selection(np.searchsorted(ids, mine))] = source
-        missing = np.nan if dtype.kind == "f" else None  # what a reader sees where a shard is gone
-        hdf5.label(group.create_virtual_dataset(leaf, layout, missing), ["client"])
+        for name, source_ids in ids_by_file.items():
+            source = h5py.VirtualSource(name, f"personal/{leaf}", (len(source_ids), *shape), dtype)
+            layout[_as_slice(np.searchsorted(ids, source_ids))] = source
+        fill_value = (
+            np.nan if dtype.kind == "f" else None
+        )  # what a reader sees where a shard is gone
+        hdf5.label_axes(group.create_virtual_dataset(leaf, layout, fill_value), ["client"])
 
 
-def _selection(ids: np.ndarray) -> slice | np.ndarray:
+def _as_slice(ids: np.ndarray) -> slice | np.ndarray:
     """The ascending ``ids`` as a slice where they are evenly spaced: a long list makes HDF5 slow to
     open.
     """
@@ -219,25 +240,25 @@ def prune(run: Path, keep: int) -> None:
     are not ours stay.
     """
     assert keep >= 1, f"keep = {keep} would remove what a resume needs"
-    kept = committed(run)[-keep:]
-    for round_, folder in _folders(run).items():
-        if kept and round_ < kept[-1] and round_ not in kept:
+    kept_rounds = committed_rounds(run)[-keep:]
+    for round_, folder in _round_folders(run).items():
+        if kept_rounds and round_ < kept_rounds[-1] and round_ not in kept_rounds:
             with explain_write_errors(folder):
-                nolinks.clear(folder, is_ours, run, first=manifest.NAME)
+                nolinks.clear_folder(folder, is_checkpoint_file, run, first_name=manifest.NAME)
 
 
-def newest(run: Path, *, run_digest: str | None = None) -> tuple[Checkpoint, list[str]]:
+def newest_valid(run: Path, *, run_digest: str | None = None) -> tuple[Checkpoint, list[str]]:
     """The newest checkpoint that is whole and of this config, and a line for each newer one that is
     not.
 
     Raises StoreError when there is none, with all the lines in one.
     """
     skipped = []
-    for round_ in reversed(committed(run)):
+    for round_ in reversed(committed_rounds(run)):
         try:
-            found = Checkpoint.read(folder_of(run, round_))
-            found.verify(run_digest)
-            return found, skipped
+            snapshot = Checkpoint.read(checkpoint_folder(run, round_))
+            snapshot.verify(run_digest)
+            return snapshot, skipped
         except StoreError as why:
             skipped.append(str(why))
     reasons = "; ".join(skipped) or "none was committed"
@@ -247,7 +268,7 @@ def newest(run: Path, *, run_digest: str | None = None) -> tuple[Checkpoint, lis
     )
 
 
-def _intact(folder: Path) -> bool:
+def _is_intact(folder: Path) -> bool:
     """Whether the committed ``folder`` is a whole checkpoint, of whatever config."""
     try:
         Checkpoint.read(folder).verify()

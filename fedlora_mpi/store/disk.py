@@ -5,7 +5,7 @@ sees none fail.
 import os
 
 
-class Disk:
+class FallbackFile:
     """A file object for h5py over the file with this ``handle``, which it closes.
 
     After the first write that fails, ``failed`` is its OSError, and what there is and comes is in
@@ -14,34 +14,38 @@ class Disk:
 
     def __init__(self, handle: int) -> None:
         self._handle = handle
-        self._at = 0
-        self.failed: OSError | None = None
+        self._position = 0
+        self.write_error: OSError | None = None
 
-    def seek(self, at: int, whence: int = os.SEEK_SET) -> int:
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move to a byte."""
-        self._at = at if whence == os.SEEK_SET else os.fstat(self._handle).st_size + at
-        return self._at
+        self._position = (
+            offset if whence == os.SEEK_SET else os.fstat(self._handle).st_size + offset
+        )
+        return self._position
 
     def tell(self) -> int:
         """The present byte."""
-        return self._at
+        return self._position
 
     def readinto(self, buffer: memoryview) -> int:
         """Fill ``buffer``; how many bytes there were."""
-        return os.preadv(self._handle, [buffer], self._at)
+        return os.preadv(self._handle, [buffer], self._position)
 
     read = None  # h5py asks for the name, and uses readinto
 
     def write(self, data: memoryview) -> int:
         """Write all of ``data``."""
-        data, done = memoryview(data).cast("B"), 0
-        while done < len(data):
-            done += self._tried(lambda: os.pwrite(self._handle, data[done:], self._at + done))  # noqa: B023
-        return done
+        data, written = memoryview(data).cast("B"), 0
+        while written < len(data):
+            written += self._retry_in_memory(
+                lambda: os.pwrite(self._handle, data[written:], self._position + written)
+            )  # noqa: B023
+        return written
 
     def truncate(self, size: int) -> int:
         """Cut or extend the file to so many bytes."""
-        self._tried(lambda: os.ftruncate(self._handle, size))
+        self._retry_in_memory(lambda: os.ftruncate(self._handle, size))
         return size
 
     def flush(self) -> None:
@@ -49,26 +53,28 @@ class Disk:
 
     def sync(self) -> None:
         """Force all onto the disk. Raises OSError, of an earlier write too."""
-        if self.failed:
-            raise self.failed
+        if self.write_error:
+            raise self.write_error
         os.fsync(self._handle)
 
     def close(self) -> None:
         """Let go of the file."""
         os.close(self._handle)
 
-    def _tried(self, call):
+    def _retry_in_memory(self, call):
         """``call()``, a second time in memory where the disk refuses it."""
         try:
             return call()
         except OSError as why:
-            if self.failed:
+            if self.write_error:
                 raise
-            self.failed, memory = why, os.memfd_create("unwritten")
+            self.write_error, memory = why, os.memfd_create("unwritten")
             with open(memory, "wb", closefd=False) as copy:
-                at, size = 0, os.fstat(self._handle).st_size
-                while at < size:
-                    at += copy.write(os.pread(self._handle, 1 << 20, at) or bytes(size - at))
+                position, size = 0, os.fstat(self._handle).st_size
+                while position < size:
+                    position += copy.write(
+                        os.pread(self._handle, 1 << 20, position) or bytes(size - position)
+                    )
             os.dup2(memory, self._handle)
             os.close(memory)
             return call()

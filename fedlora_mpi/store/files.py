@@ -34,77 +34,82 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path, below: Path | None = None) -> Iterator[BinaryIO]:
+def replace_file(path: Path, root: Path | None = None) -> Iterator[BinaryIO]:
     """An empty file beside ``path``, which takes its place, durably, when the block ends well.
 
     below: from where on no folder may be a link, see ``nolinks``. Raises Unwritable when the disk
     is full, for instance, and where ``path`` is no file.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with explain_write_errors(path), nolinks.opened_folder(path.parent, below) as home:
-        nolinks.is_there(home, path)
-        if nolinks.is_there(home, temporary):  # what a kill has left
-            os.unlink(temporary.name, dir_fd=home)
+    with explain_write_errors(path), nolinks.open_folder(path.parent, root) as folder_handle:
+        nolinks.exists(folder_handle, path)
+        if nolinks.exists(folder_handle, temporary):  # what a kill has left
+            os.unlink(temporary.name, dir_fd=folder_handle)
         handle = os.open(
-            temporary.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=home
+            temporary.name,
+            os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW,
+            0o666,
+            dir_fd=folder_handle,
         )
         try:
             with open(handle, "w+b") as file:
                 yield file
                 file.flush()
                 os.fsync(handle)
-            os.replace(temporary.name, path.name, src_dir_fd=home, dst_dir_fd=home)
+            os.replace(
+                temporary.name, path.name, src_dir_fd=folder_handle, dst_dir_fd=folder_handle
+            )
         except BaseException:
             # on a file system that has become read-only nothing can be removed
             with suppress(OSError):
-                os.unlink(temporary.name, dir_fd=home)
+                os.unlink(temporary.name, dir_fd=folder_handle)
             raise
-        os.fsync(home)
+        os.fsync(folder_handle)
 
 
-def write_atomic(path: Path, content: bytes, below: Path | None = None) -> None:
+def write_atomic(path: Path, content: bytes, root: Path | None = None) -> None:
     """Make ``content`` the file ``path``; a crash leaves what was there before."""
-    with replacing(path, below) as file:
+    with replace_file(path, root) as file:
         file.write(content)
 
 
-def copy_atomic(source: Path, target: Path, below: Path | None = None) -> None:
+def copy_atomic(source: Path, target: Path, root: Path | None = None) -> None:
     """Make ``target`` a copy of ``source``; a crash leaves what was there before. ``below`` holds
     for both.
 
     Raises StoreError when ``source`` is no file.
     """
-    with opened_file(source, below) as file, replacing(target, below) as copy:
+    with open_for_reading(source, root) as file, replace_file(target, root) as copy:
         copyfileobj(file, copy, 1 << 20)
 
 
-def opened_file(path: Path, below: Path | None = None) -> BinaryIO:
+def open_for_reading(path: Path, root: Path | None = None) -> BinaryIO:
     """A file of ours, open for reading. Raises StoreError when it is something else, OSError when
     it is not there.
     """
     try:
-        return open(nolinks.opened(path, os.O_RDONLY, below), "rb")
-    except nolinks.Misplaced as why:
+        return open(nolinks.open_handle(path, os.O_RDONLY, root), "rb")
+    except nolinks.WrongFileType as why:
         raise StoreError(str(why)) from why
 
 
-def checksum(text: str) -> str:
+def text_checksum(text: str) -> str:
     """The 16-byte BLAKE2b checksum of a text in hexadecimal."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def digest(path: Path, below: Path | None = None) -> str:
+def file_digest(path: Path, root: Path | None = None) -> str:
     """The file's 16-byte BLAKE2b checksum in hexadecimal, read as a stream. Raises StoreError,
     OSError.
     """
-    found = hashlib.blake2b(digest_size=16)
-    with opened_file(path, below) as file:
+    hasher = hashlib.blake2b(digest_size=16)
+    with open_for_reading(path, root) as file:
         while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
+            hasher.update(block)
+    return hasher.hexdigest()
 
 
-def plain_name(name: str) -> str:
+def check_plain_name(name: str) -> str:
     """``name`` itself, when it names a file of its own folder on every system; else StoreError."""
     if name in ("", ".", "..") or {PurePosixPath(name).name, PureWindowsPath(name).name} != {name}:
         raise StoreError(

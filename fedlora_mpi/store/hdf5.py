@@ -15,36 +15,36 @@ import h5py
 import numpy as np
 
 from . import schema
-from .disk import Disk
-from .files import FORMAT_VERSION, StoreError, check_format, opened_file, replacing
+from .disk import FallbackFile
+from .files import FORMAT_VERSION, StoreError, check_format, open_for_reading, replace_file
 
 CHUNK_BYTES = 64 << 10  # smaller chunks cost more in bookkeeping than in transfer
 BLOCK_BYTES = 16 << 20  # what a write or a read may hold beside the caller's array
 
 
 @contextmanager
-def create(path: Path, below: Path | None = None) -> Iterator[h5py.File]:
+def create_file(path: Path, root: Path | None = None) -> Iterator[h5py.File]:
     """A new file to fill, which appears as ``path`` when the block ends well; ``below``: see
     ``replacing``.
     """
-    with replacing(path, below) as file, closing(Disk(os.dup(file.fileno()))) as disk:
+    with replace_file(path, root) as file, closing(FallbackFile(os.dup(file.fileno()))) as disk:
         with h5py.File(disk, "w", locking=False) as file:
             file.attrs["format_version"] = FORMAT_VERSION
             yield file
         disk.sync()
 
 
-def open_file(path: Path, disk: Disk | None = None, below: Path | None = None) -> h5py.File:
+def open_file(path: Path, disk: FallbackFile | None = None, root: Path | None = None) -> h5py.File:
     """An existing file of ours, open for reading, or, with its ``disk``, for writing. Raises
     StoreError.
     """
     try:
-        file = h5py.File(disk, "r+", locking=False) if disk else _reading(path, below)
+        file = h5py.File(disk, "r+", locking=False) if disk else _open_read_only(path, root)
     except OSError as why:
         raise StoreError(f"{path}: missing or not HDF5 ({why})") from why
     try:
-        with schema.reading(path):
-            check_format(path, schema.attribute(file, "format_version"))
+        with schema.explain_read_errors(path):
+            check_format(path, schema.read_attribute(file, "format_version"))
             schema.check_file(path, file)
     except BaseException:
         file.close()
@@ -52,13 +52,13 @@ def open_file(path: Path, disk: Disk | None = None, below: Path | None = None) -
     return file
 
 
-def _reading(path: Path, below: Path | None) -> h5py.File:
+def _open_read_only(path: Path, root: Path | None) -> h5py.File:
     """The file, opened by its name, as HDF5 is fastest, and the same that was found there without
     following a link.
     """
-    with opened_file(path, below) as found:
+    with open_for_reading(path, root) as checked_file:
         file = h5py.File(path, "r", locking=False)
-        if not os.path.sameopenfile(found.fileno(), file.id.get_vfd_handle()):
+        if not os.path.sameopenfile(checked_file.fileno(), file.id.get_vfd_handle()):
             file.close()
             raise StoreError(f"{path}: has just been replaced; try again")
     return file
@@ -91,7 +91,7 @@ def write(
     covers them.
     """
     if array.ndim == 0 or array.size == 0:
-        return label(group.create_dataset(name, data=array), axes)
+        return label_axes(group.create_dataset(name, data=array), axes)
     row_bytes = array.itemsize * math.prod(array.shape[1:])
     chunk = min(len(array), -(-CHUNK_BYTES // row_bytes))
     # whole chunks: none is written twice
@@ -102,10 +102,10 @@ def write(
     for start in range(0, len(array), block):
         rows = slice(start, start + block)
         dataset[rows] = array[rows if order is None else order[rows]]
-    return label(dataset, axes)
+    return label_axes(dataset, axes)
 
 
-def label(dataset: h5py.Dataset, axes: Sequence[str]) -> h5py.Dataset:
+def label_axes(dataset: h5py.Dataset, axes: Sequence[str]) -> h5py.Dataset:
     """Name the leading axes of ``dataset``."""
     for dimension, axis in zip(dataset.dims, axes, strict=False):
         dimension.label = axis
@@ -122,15 +122,17 @@ def read(dataset: h5py.Dataset, rows: int | None = None) -> np.ndarray:
     return np.asarray(dataset[()] if rows is None else dataset[:rows])
 
 
-def read_rows(dataset: h5py.Dataset, rows: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
+def read_rows(
+    dataset: h5py.Dataset, rows: np.ndarray, out: np.ndarray, positions: np.ndarray
+) -> None:
     """``out[places] = dataset[rows]``; rows that are near each other are read in one slice of <= 16
     MiB.
     """
     row_bytes = max(1, dataset.dtype.itemsize * math.prod(dataset.shape[1:]))
-    near = max(1, CHUNK_BYTES // row_bytes)  # a gap that is read over faster than it is skipped
+    max_gap = max(1, CHUNK_BYTES // row_bytes)  # a gap that is read over faster than it is skipped
     limit = max(1, BLOCK_BYTES // row_bytes)
     order = np.argsort(rows, kind="stable")
-    rows, places = rows[order], places[order]
-    cuts = np.flatnonzero((np.diff(rows) > near) | (np.diff(rows // limit) > 0)) + 1
-    for run, run_places in zip(np.split(rows, cuts), np.split(places, cuts), strict=True):
-        out[run_places] = dataset[run[0] : run[-1] + 1][run - run[0]]
+    rows, positions = rows[order], positions[order]
+    cuts = np.flatnonzero((np.diff(rows) > max_gap) | (np.diff(rows // limit) > 0)) + 1
+    for run, run_positions in zip(np.split(rows, cuts), np.split(positions, cuts), strict=True):
+        out[run_positions] = dataset[run[0] : run[-1] + 1][run - run[0]]

@@ -15,11 +15,15 @@ from ..core.disk_errors import explain_write_errors
 from . import nolinks
 from .files import StoreError
 
-UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre mounted without flock, some NFS
+UNSUPPORTED_ERRNOS = (
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.ENOLCK,
+)  # Lustre mounted without flock, some NFS
 
 
 @contextmanager
-def locked(run: Path, below: Path | None = None) -> Iterator[None]:
+def hold_lock(run: Path, root: Path | None = None) -> Iterator[None]:
     """Hold ``RUN/.lock`` during the block; where the file system has no locks, warn and go on.
     ``below``: see ``nolinks``.
 
@@ -27,14 +31,14 @@ def locked(run: Path, below: Path | None = None) -> Iterator[None]:
     """
     path = Path(run) / ".lock"
     with explain_write_errors(path):
-        handle = nolinks.opened(path, os.O_RDWR | os.O_CREAT, below)
+        handle = nolinks.open_handle(path, os.O_RDWR | os.O_CREAT, root)
     try:
         if os.fstat(handle).st_nlink > 1:
             raise StoreError(
                 f"{path}: is one file with another name (a hard link), which a run would write "
                 "to; remove it"
             )
-        _take(path, handle)
+        _acquire(path, handle)
         with explain_write_errors(path):
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"host {socket.gethostname()}, pid {os.getpid()}\n".encode(), 0)
@@ -43,7 +47,7 @@ def locked(run: Path, below: Path | None = None) -> Iterator[None]:
         os.close(handle)
 
 
-def _take(path: Path, handle: int) -> None:
+def _acquire(path: Path, handle: int) -> None:
     """Lock the open file ``handle``, at once or not at all."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,7 +57,7 @@ def _take(path: Path, handle: int) -> None:
             f"{path}: in use by {owner}; wait for it, stop it, or choose another output"
         ) from None
     except OSError as why:
-        if why.errno not in UNSUPPORTED:
+        if why.errno not in UNSUPPORTED_ERRNOS:
             raise
         warnings.warn(
             f"{path}: this file system has no locks; start no second run in this folder",

@@ -20,8 +20,8 @@ import numpy as np
 
 from ..core.disk_errors import WriteError, explain_write_errors
 from . import hdf5, nolinks, schema, seal
-from .disk import Disk
-from .files import StoreError, checksum
+from .disk import FallbackFile
+from .files import StoreError, text_checksum
 
 UNITS = {
     "seconds_*": "seconds",
@@ -30,7 +30,9 @@ UNITS = {
     "nan_*": "fraction",
     "*flops*": "FLOP",
 }
-_YOUNG = {"rounds/nan_predictions"}  # columns that a log of before there were any goes on without
+_OPTIONAL_COLUMNS = {
+    "rounds/nan_predictions"
+}  # columns that a log of before there were any goes on without
 GROUPS = ("rounds", "clients", "ranks")
 PARTITION_AXES = {"indices": ["sample"], "offsets": ["boundary"], "counts": ["client", "class"]}
 
@@ -47,25 +49,29 @@ class Log:
         Raises StoreError, Unwritable.
         """
         with explain_write_errors(path):
-            self._disk = Disk(nolinks.opened(path, O_RDWR))
+            self._disk = FallbackFile(nolinks.open_handle(path, O_RDWR))
         self._path, self._file = path, hdf5.open_file(path, self._disk)
         file = self._file
-        with schema.reading(path):
+        with schema.explain_read_errors(path):
             columns = {group: dict(file.require_group(group).items()) for group in GROUPS}
             schema.check_columns(
                 columns,
-                schema.member({"clients": schema.attribute(file, "clients")}, "clients", int, 1),
+                schema.checked_item(
+                    {"clients": schema.read_attribute(file, "clients")}, "clients", int, 1
+                ),
             )
             self._columns = {
-                f"{group}/{name}": ds
-                for group, found in columns.items()
-                for name, ds in found.items()
+                f"{group}/{name}": dataset
+                for group, datasets in columns.items()
+                for name, dataset in datasets.items()
             }
             # None: older than they are
-            self._seals = schema.table(file, seal.ROWS, 1) if seal.ROWS in file else None
-            every = [*self._columns.values(), *([] if self._seals is None else [self._seals])]
-            rows = min(map(len, every), default=0)
-            for column in every:
+            self._seals = (
+                schema.find_dataset(file, seal.ROW_SEALS, 1) if seal.ROW_SEALS in file else None
+            )
+            all_columns = [*self._columns.values(), *([] if self._seals is None else [self._seals])]
+            rows = min(map(len, all_columns), default=0)
+            for column in all_columns:
                 column.resize(rows, axis=0)
 
     @classmethod
@@ -78,7 +84,7 @@ class Log:
         versions: Mapping[str, str],
         clients: int,
         partition: Mapping[str, np.ndarray | str],
-        beside: Mapping[str, str] | None = None,
+        file_texts: Mapping[str, str] | None = None,
         inventory: str = "",
     ) -> "Log":
         """A new log without rows; ``partition`` as ``/partition`` holds it (see ``ragged``).
@@ -92,7 +98,7 @@ class Log:
             raise StoreError(
                 f"{path}: there is a log already; resume its run, or choose another output"
             )
-        with hdf5.create(Path(path)) as file:
+        with hdf5.create_file(Path(path)) as file:
             file.attrs.update(config_yaml=config_yaml, config_json=config_json, clients=clients)
             file.create_group("versions").attrs.update(versions)
             for group in GROUPS:
@@ -106,17 +112,17 @@ class Log:
             if inventory:
                 file.attrs["inventory"] = inventory
             file.attrs["beside"] = json.dumps(
-                {name: checksum(text) for name, text in (beside or {}).items()}
+                {name: text_checksum(text) for name, text in (file_texts or {}).items()}
             )
             seals = file.create_dataset(
-                seal.ROWS, (0,), np.int64, maxshape=(None,), chunks=(256,), fletcher32=True
+                seal.ROW_SEALS, (0,), np.int64, maxshape=(None,), chunks=(256,), fletcher32=True
             )
-            hdf5.label(seals, ["round"])
-            file.attrs[seal.HEAD] = seal.head(file)
-        return cls.append_to(path)
+            hdf5.label_axes(seals, ["round"])
+            file.attrs[seal.HEAD_SEAL] = seal.head_checksum(file)
+        return cls.reopen(path)
 
     @classmethod
-    def append_to(cls, path: Path) -> "Log":
+    def reopen(cls, path: Path) -> "Log":
         """The log of an earlier process, to go on with. Raises StoreError, Unwritable."""
         return cls(Path(path))
 
@@ -137,67 +143,71 @@ class Log:
         row |= {f"rounds/{name}": value for name, value in rounds.items()}
         row |= {f"clients/{name}": value for name, value in clients.items()}
         if not self._columns:
-            self._columns.update({name: self._column(name, value) for name, value in row.items()})
-        row |= self._of_ranks(ranks or {})
-        for name in _YOUNG - self._columns.keys():
+            self._columns.update(
+                {name: self._create_column(name, value) for name, value in row.items()}
+            )
+        row |= self._rank_row(ranks or {})
+        for name in _OPTIONAL_COLUMNS - self._columns.keys():
             row.pop(name, None)
         assert row.keys() == self._columns.keys(), (
             f"not in every row: {sorted(row.keys() ^ self._columns.keys())}"
         )
         stored = {}
         for name, value in row.items():
-            given, column = np.asarray(value), self._columns[name]
-            assert np.can_cast(given.dtype, column.dtype, "same_kind"), (
-                f"{name}: {given.dtype} into {column.dtype}"
+            array, column = np.asarray(value), self._columns[name]
+            assert np.can_cast(array.dtype, column.dtype, "same_kind"), (
+                f"{name}: {array.dtype} into {column.dtype}"
             )
-            assert given.shape in ((), column.shape[1:]), (
-                f"{name}: {given.shape} into {column.shape}"
+            assert array.shape in ((), column.shape[1:]), (
+                f"{name}: {array.shape} into {column.shape}"
             )
-            stored[name] = np.broadcast_to(given.astype(column.dtype), (1, *column.shape[1:]))
-        last = self._columns["rounds/round"]
-        rows = len(last)
-        assert rows == 0 or round_ > last[-1], f"round {round_} after round {last[-1]}"
+            stored[name] = np.broadcast_to(array.astype(column.dtype), (1, *column.shape[1:]))
+        round_column = self._columns["rounds/round"]
+        rows = len(round_column)
+        assert rows == 0 or round_ > round_column[-1], (
+            f"round {round_} after round {round_column[-1]}"
+        )
         for name, value in stored.items():
             self._columns[name].resize(rows + 1, axis=0)
             self._columns[name][rows:] = value
         if self._seals is not None:
             self._seals.resize(rows + 1, axis=0)
-            self._seals[rows:] = seal.rows(stored)
+            self._seals[rows:] = seal.row_checksums(stored)
         self._file.flush()
         with explain_write_errors(self._path):
             self._disk.sync()
 
-    def _of_ranks(self, ranks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray | int]:
+    def _rank_row(self, ranks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray | int]:
         """The row of ``/ranks``. Its columns begin with the first seconds, and grow as wide as the
         most ranks ask.
         """
-        number = max(map(len, ranks.values()), default=0)
+        rank_count = max(map(len, ranks.values()), default=0)
         if ranks and "ranks/ranks" not in self._columns:
             names = ("ranks/ranks", *(f"ranks/seconds_{stage}" for stage in ranks))
-            self._columns.update({name: self._column(name, number) for name in names})
+            self._columns.update({name: self._create_column(name, rank_count) for name in names})
         row = {}
         for path, column in self._columns.items():
             if path.startswith("ranks/seconds_"):
-                column.resize(max(number, column.shape[1]), axis=1)
+                column.resize(max(rank_count, column.shape[1]), axis=1)
                 row[path] = np.full(column.shape[1], np.nan, np.float32)
-                row[path][:number] = ranks.get(path.removeprefix("ranks/seconds_"), np.nan)
-        return row | ({"ranks/ranks": number} if row else {})
+                row[path][:rank_count] = ranks.get(path.removeprefix("ranks/seconds_"), np.nan)
+        return row | ({"ranks/ranks": rank_count} if row else {})
 
-    def describe(self, config_yaml: str, config_json: str) -> None:
+    def record_config(self, config_yaml: str, config_json: str) -> None:
         """Record the config that goes on from here: a resume may change some of its keys."""
         self._file.attrs.update(config_yaml=config_yaml, config_json=config_json)
-        self._seal()
+        self._update_seal()
 
-    def lost(self, text: str) -> None:
+    def record_rank_failure(self, line: str) -> None:
         """Keep a line about ranks that have died in the attribute ``lost``, an array of lines."""
-        self._file.attrs["lost"] = [*schema.attribute(self._file, "lost", []), text]
-        self._seal()
+        self._file.attrs["lost"] = [*schema.read_attribute(self._file, "lost", []), line]
+        self._update_seal()
         self._file.flush()
 
-    def _seal(self) -> None:
+    def _update_seal(self) -> None:
         """Make the checksum that of what the attributes say now."""
         if self._seals is not None:
-            self._file.attrs[seal.HEAD] = seal.head(self._file)
+            self._file.attrs[seal.HEAD_SEAL] = seal.head_checksum(self._file)
 
     def __enter__(self) -> "Log":
         return self
@@ -213,54 +223,55 @@ class Log:
             with explain_write_errors(self._path), closing(self._disk):
                 self._disk.sync()
 
-    def _column(self, path: str, value: float | int | np.ndarray) -> h5py.Dataset:
+    def _create_column(self, path: str, value: float | int | np.ndarray) -> h5py.Dataset:
         """A new column: ``/rounds/<name>`` [0], ``/clients/<name>`` [0, N]; of ranks, which may
         begin late, with a row of nothing for each round so far: ``/ranks/ranks`` [T],
         ``/ranks/seconds_<stage>`` [T, 0].
         """
         group, name = path.split("/")
-        first, most, chunk, dtype = (0,), (None,), (256,), np.asarray(value).dtype
+        shape, max_shape, chunk, dtype = (0,), (None,), (256,), np.asarray(value).dtype
         if group == "clients":
             clients = int(self._file.attrs["clients"])
-            first, most, chunk, dtype = (
+            shape, max_shape, chunk, dtype = (
                 (0, clients),
                 (None, clients),
                 (16, min(clients, 4096)),
                 np.float32,
             )
         elif group == "ranks":
-            first = (len(self._columns["rounds/round"]),)
+            shape = (len(self._columns["rounds/round"]),)
             if name != "ranks":
-                first, most, chunk, dtype = (*first, 0), (None, None), (16, 64), np.float32
+                shape, max_shape, chunk, dtype = (*shape, 0), (None, None), (16, 64), np.float32
         fill = np.nan if np.issubdtype(dtype, np.floating) else 0
         column = self._file[group].create_dataset(
-            name, first, dtype, maxshape=most, chunks=chunk, fletcher32=True, fillvalue=fill
+            name, shape, dtype, maxshape=max_shape, chunks=chunk, fletcher32=True, fillvalue=fill
         )
         column.attrs["unit"] = next(
             (unit for pattern, unit in UNITS.items() if fnmatchcase(name, pattern)), ""
         )
-        return hdf5.label(column, ("round", group.removesuffix("s")))
+        return hdf5.label_axes(column, ("round", group.removesuffix("s")))
 
 
-def inventory_of(path: Path) -> dict[str, dict[str, str]]:
+def read_inventory(path: Path) -> dict[str, dict[str, str]]:
     """The digests of what the run of a log began with: kind, item, digest; {} of a log without, and
     where none can be read.
     """
     try:
         with hdf5.open_file(path) as file:
-            found = json.loads(schema.attribute(file, "inventory", "{}"))
+            inventory = json.loads(schema.read_attribute(file, "inventory", "{}"))
     except (OSError, RuntimeError, ValueError, TypeError, KeyError):
         # StoreError is one; RecursionError, of deep JSON
         return {}
-    parts = found.values() if isinstance(found, dict) else [None]
+    groups = inventory.values() if isinstance(inventory, dict) else [None]
     if not all(
-        isinstance(part, dict) and all(isinstance(v, str) for v in part.values()) for part in parts
+        isinstance(group, dict) and all(isinstance(v, str) for v in group.values())
+        for group in groups
     ):
         return {}
-    return found
+    return inventory
 
 
-def ragged(name: str, lists: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+def pack_ragged(name: str, lists: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """Lists of different lengths as two arrays: ``<name>_indices``, flat, and ``<name>_offsets`` [N
     + 1].
 

@@ -15,20 +15,20 @@ from pathlib import Path
 
 from ..core.disk_errors import WriteError
 
-_KINDS = {
+_TYPE_TESTS = {
     "a link": stat.S_ISLNK, "a folder": stat.S_ISDIR, "a FIFO": stat.S_ISFIFO, "a socket": stat.S_ISSOCK,
     "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "a file": stat.S_ISREG,
 }  # fmt: skip
 
 
-class Misplaced(WriteError, ValueError):
+class WrongFileType(WriteError, ValueError):
     """Something else where a file or a folder of ours is, or would be: one line."""
 
-    def __init__(self, path: Path, mode: int, wanted: str) -> None:
-        kind = next((name for name, test in _KINDS.items() if test(mode)), "something strange")
-        text = (
-            f"{path} is {kind} where {wanted} of ours would be; it is left as it is, move it away"
+    def __init__(self, path: Path, mode: int, expected: str) -> None:
+        actual = next(
+            (name for name, test in _TYPE_TESTS.items() if test(mode)), "something strange"
         )
+        text = f"{path} is {actual} where {expected} of ours would be; it is left as it is, move it away"
         super().__init__(errno.ELOOP, text, str(path))
 
     def __str__(self) -> str:
@@ -36,109 +36,113 @@ class Misplaced(WriteError, ValueError):
 
 
 @contextmanager
-def opened_folder(folder: Path, below: Path | None = None, make: bool = False) -> Iterator[int]:
+def open_folder(folder: Path, root: Path | None = None, create: bool = False) -> Iterator[int]:
     """A handle of ``folder`` during the block; what leads to it from ``below`` (default: itself)
     are real folders.
 
     make: make those of them, and those above, that are not there. Raises Misplaced, OSError.
     """
-    way = folder if below is None else below
-    if make:
-        way.mkdir(parents=True, exist_ok=True)
-    parts = folder.relative_to(way).parts
-    assert ".." not in parts, f"{folder} leads out of {way}"
-    handle = os.open(way, os.O_RDONLY | os.O_DIRECTORY)
+    current = folder if root is None else root
+    if create:
+        current.mkdir(parents=True, exist_ok=True)
+    parts = folder.relative_to(current).parts
+    assert ".." not in parts, f"{folder} leads out of {current}"
+    handle = os.open(current, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for name in parts:
-            way = way / name
-            inner = _inside(handle, way, make)
+            current = current / name
+            subfolder_handle = _open_subfolder(handle, current, create)
             os.close(handle)
-            handle = inner
+            handle = subfolder_handle
         yield handle
     finally:
         os.close(handle)
 
 
-def _inside(home: int, folder: Path, make: bool) -> int:
+def _open_subfolder(parent_handle: int, folder: Path, create: bool) -> int:
     """A handle of a folder in the one with the handle ``home``."""
-    if not is_there(home, folder, "a folder") and make:
-        os.mkdir(folder.name, dir_fd=home)
-        os.fsync(home)
-    return os.open(folder.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=home)
+    if not exists(parent_handle, folder, "a folder") and create:
+        os.mkdir(folder.name, dir_fd=parent_handle)
+        os.fsync(parent_handle)
+    return os.open(folder.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent_handle)
 
 
-def is_there(home: int, path: Path, wanted: str = "a file") -> bool:
+def exists(folder_handle: int, path: Path, expected: str = "a file") -> bool:
     """Whether ``path`` is in the folder with the handle ``home``. Raises Misplaced when it is not
     ``wanted``.
     """
     try:
-        mode = os.stat(path.name, dir_fd=home, follow_symlinks=False).st_mode
+        mode = os.stat(path.name, dir_fd=folder_handle, follow_symlinks=False).st_mode
     except FileNotFoundError:
         return False
-    if not _KINDS[wanted](mode):
-        raise Misplaced(path, mode, wanted)
+    if not _TYPE_TESTS[expected](mode):
+        raise WrongFileType(path, mode, expected)
     return True
 
 
-def opened(path: Path, flags: int, below: Path | None = None) -> int:
+def open_handle(path: Path, flags: int, root: Path | None = None) -> int:
     """A handle of the file ``path``, by default of any folder. Raises Misplaced, OSError."""
-    with opened_folder(path.parent, below) as home:
-        is_there(home, path)
-        handle = os.open(path.name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644, dir_fd=home)
+    with open_folder(path.parent, root) as folder_handle:
+        exists(folder_handle, path)
+        handle = os.open(
+            path.name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644, dir_fd=folder_handle
+        )
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):  # it has changed since
         os.close(handle)
-        raise Misplaced(path, mode, "a file")
+        raise WrongFileType(path, mode, "a file")
     return handle
 
 
-def remove(path: Path, below: Path | None = None) -> None:
+def remove(path: Path, root: Path | None = None) -> None:
     """Remove the file ``path`` if it is there. Raises Misplaced, OSError."""
-    with opened_folder(path.parent, below) as home:
-        if is_there(home, path):
-            os.unlink(path.name, dir_fd=home)
+    with open_folder(path.parent, root) as folder_handle:
+        if exists(folder_handle, path):
+            os.unlink(path.name, dir_fd=folder_handle)
 
 
-def check(folder: Path, is_ours: Callable[[str], bool], below: Path | None = None) -> None:
+def check_entries(folder: Path, is_ours: Callable[[str], bool], root: Path | None = None) -> None:
     """Raise Misplaced unless the folder, if it is there, and what in it has the name of a file of
     ours are just that.
     """
-    with suppress(FileNotFoundError), opened_folder(folder, below) as home:
-        for name in filter(is_ours, os.listdir(home)):
-            is_there(home, folder / name)
+    with suppress(FileNotFoundError), open_folder(folder, root) as folder_handle:
+        for name in filter(is_ours, os.listdir(folder_handle)):
+            exists(folder_handle, folder / name)
 
 
-def strangers(folder: Path, is_ours: Callable[[str], bool], below: Path) -> list[str]:
+def foreign_names(folder: Path, is_ours: Callable[[str], bool], root: Path) -> list[str]:
     """The names in ``folder`` that are not ours, or are no files. Raises Misplaced, OSError."""
-    with opened_folder(folder, below) as home, os.scandir(home) as found:
+    with open_folder(folder, root) as folder_handle, os.scandir(folder_handle) as entries:
         return sorted(
             entry.name
-            for entry in found
+            for entry in entries
             if not (is_ours(entry.name) and entry.is_file(follow_symlinks=False))
         )
 
 
-def clear(folder: Path, is_ours: Callable[[str], bool], below: Path, first: str = "") -> bool:
+def clear_folder(
+    folder: Path, is_ours: Callable[[str], bool], root: Path, first_name: str = ""
+) -> bool:
     """Remove the files of ours in ``folder``, then the folder; whether it is gone, having had
     nothing else.
 
     first: the file that goes before all others, durably. Raises Misplaced, OSError.
     """
-    with opened_folder(folder, below) as home:
-        with os.scandir(home) as found:
+    with open_folder(folder, root) as folder_handle:
+        with os.scandir(folder_handle) as entries:
             names = {
                 entry.name
-                for entry in found
+                for entry in entries
                 if is_ours(entry.name) and entry.is_file(follow_symlinks=False)
             }
-        if first in names:
-            os.unlink(first, dir_fd=home)
-            os.fsync(home)
-        for name in sorted(names - {first}):
-            os.unlink(name, dir_fd=home)
-    with opened_folder(folder.parent, below) as home:
+        if first_name in names:
+            os.unlink(first_name, dir_fd=folder_handle)
+            os.fsync(folder_handle)
+        for name in sorted(names - {first_name}):
+            os.unlink(name, dir_fd=folder_handle)
+    with open_folder(folder.parent, root) as folder_handle:
         try:
-            os.rmdir(folder.name, dir_fd=home)
+            os.rmdir(folder.name, dir_fd=folder_handle)
         except OSError as why:
             if why.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise

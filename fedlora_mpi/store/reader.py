@@ -11,14 +11,14 @@ import numpy as np
 
 from ..core.escapes import escape_line
 from . import checkpoint, hdf5, schema, seal, snapshot
-from .files import FormatError, StoreError, checksum, opened_file
+from .files import FormatError, StoreError, open_for_reading, text_checksum
 from .log import GROUPS
 from .snapshot import Checkpoint
 
 T = TypeVar("T")
-_LARGEST = 1 << 28  # bytes of a text, a vocabulary for instance
+_MAX_TEXT_BYTES = 1 << 28  # bytes of a text, a vocabulary for instance
 # seconds; the writer's flush, in which a read can fail, takes milliseconds
-WAITS = (0.02, 0.02, 0.1, 0.5, 0)
+RETRY_DELAYS = (0.02, 0.02, 0.1, 0.5, 0)
 Columns = dict[str, dict[str, np.ndarray]]  # by group and name
 
 
@@ -36,106 +36,108 @@ class RunFiles:
                 f"{path}: not a run folder, it has no log.h5; give the `output` of a run"
             )
         log = self.path / "log.h5"
-        attrs, self.versions = self._read(
+        attrs, self.versions = self._read_with_retries(
             lambda log, _: (
-                schema.attributes(log),
-                schema.attributes(schema.group_of(log, "versions")),
+                schema.read_attributes(log),
+                schema.read_attributes(schema.find_group(log, "versions")),
             )
         )
-        with schema.reading(log):
-            self.config_yaml: str = schema.member(attrs, "config_yaml", str)
+        with schema.explain_read_errors(log):
+            self.config_yaml: str = schema.checked_item(attrs, "config_yaml", str)
             # a line for each time that ranks died
-            self.lost: list[str] = schema.member({"lost": [], **attrs}, "lost", list)
-            self.config: dict[str, Any] = schema.json_block(
-                schema.member(attrs, "config_json", str), "config_json"
+            self.rank_failures: list[str] = schema.checked_item({"lost": [], **attrs}, "lost", list)
+            self.config: dict[str, Any] = schema.parse_json_block(
+                schema.checked_item(attrs, "config_json", str), "config_json"
             )
-            self._beside = schema.json_block(
-                schema.member({"beside": "{}", **attrs}, "beside", str), "beside"
+            self._file_checksums = schema.parse_json_block(
+                schema.checked_item({"beside": "{}", **attrs}, "beside", str), "beside"
             )
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def checked_config(self) -> dict[str, Any]:
         """``config``, which says whatever an analysis asks of every run. Raises StoreError."""
-        with schema.reading(self.path / "log.h5"):
+        with schema.explain_read_errors(self.path / "log.h5"):
             schema.check_settings(self.config)
         return self.config
 
-    def text(self, name: str) -> str:
+    def read_text(self, name: str) -> str:
         """A file of the folder that the run wrote beside its log. Raises StoreError: missing or
         damaged.
         """
         path = self.path / name
         try:
-            with opened_file(path, self.path) as file:
-                content = file.read(_LARGEST + 1)
+            with open_for_reading(path, self.path) as file:
+                content = file.read(_MAX_TEXT_BYTES + 1)
             text = content.decode()
-            if len(content) > _LARGEST:
-                raise StoreError(f"larger than {_LARGEST} bytes")
+            if len(content) > _MAX_TEXT_BYTES:
+                raise StoreError(f"larger than {_MAX_TEXT_BYTES} bytes")
         except (OSError, UnicodeDecodeError, StoreError) as why:
             raise StoreError(
                 f"{path}: missing or damaged ({why}); remove it, a resume writes it anew"
             ) from why
-        if self._beside.get(name, found := checksum(text)) != found:
+        if self._file_checksums.get(name, actual := text_checksum(text)) != actual:
             raise StoreError(
                 f"{path}: checksum differs, the file is damaged; remove it, a resume writes it anew"
             )
         return text
 
-    def rows(self) -> Columns:
+    def columns(self) -> Columns:
         """``rounds()``, ``clients()`` and ``ranks()`` by these names, of equally many rounds."""
-        found = self._read(lambda _, columns: columns)
-        return found | {"rounds": {"round": np.arange(0)} | found["rounds"]}
+        by_group = self._read_with_retries(lambda _, columns: columns)
+        return by_group | {"rounds": {"round": np.arange(0)} | by_group["rounds"]}
 
     def rounds(self) -> dict[str, np.ndarray]:
         """Columns [T] by name, ``round`` first."""
-        return self.rows()["rounds"]
+        return self.columns()["rounds"]
 
     def clients(self) -> dict[str, np.ndarray]:
         """Columns [T, N] by name, a row of NaN where the round was not evaluated."""
-        return self.rows()["clients"]
+        return self.columns()["clients"]
 
     def ranks(self) -> dict[str, np.ndarray]:
         """``ranks`` [T], how many there were, and ``seconds_<stage>`` [T, R] by name, NaN beyond
         them; {} in a log of before there were any. Rounds without ranks measured none: theirs are
         in the next that did.
         """
-        return self.rows()["ranks"]
+        return self.columns()["ranks"]
 
-    def measured(self, *names: str) -> Columns:
+    def require_columns(self, *names: str) -> Columns:
         """``rows()``, in which every run has these columns of the rounds, where it has any round.
         Raises StoreError.
         """
-        found = self.rows()
-        if len(found["rounds"]["round"]) and (
-            missing := [name for name in names if name not in found["rounds"]]
+        by_group = self.columns()
+        if len(by_group["rounds"]["round"]) and (
+            missing := [name for name in names if name not in by_group["rounds"]]
         ):
             raise StoreError(f"{self.path / 'log.h5'}: has no column rounds/{missing[0]}")
-        if "accuracy" in found["rounds"] and "accuracy" not in found["clients"]:
+        if "accuracy" in by_group["rounds"] and "accuracy" not in by_group["clients"]:
             raise StoreError(f"{self.path / 'log.h5'}: has no column clients/accuracy")
-        return found
+        return by_group
 
-    def axes(self, path: str) -> tuple[str, ...]:
+    def axis_names(self, path: str) -> tuple[str, ...]:
         """The names of a column's axes, as the file has them. Raises StoreError."""
-        found = self._read(
+        labels = self._read_with_retries(
             lambda log, _: [axis.label for axis in log[path].dims] if path in log else None
         )
-        if found is None:
+        if labels is None:
             raise StoreError(f"{self.path}: there is no column {path!r}")
-        return tuple(found)
+        return tuple(labels)
 
     def partition(self) -> dict[str, Any]:
         """``train`` and ``test`` (lists of index arrays), ``train_counts`` [N, classes], ...,
         ``digest``.
         """
-        found = self._read(lambda log, _: _everything(schema.group_of(log, "partition")))
-        for name in [name.removesuffix("_offsets") for name in found if name.endswith("_offsets")]:
-            offsets = found.pop(f"{name}_offsets")
-            found[name] = np.split(found.pop(f"{name}_indices"), offsets[1:-1])
-        return found
+        arrays = self._read_with_retries(
+            lambda log, _: _read_group(schema.find_group(log, "partition"))
+        )
+        for name in [name.removesuffix("_offsets") for name in arrays if name.endswith("_offsets")]:
+            offsets = arrays.pop(f"{name}_offsets")
+            arrays[name] = np.split(arrays.pop(f"{name}_indices"), offsets[1:-1])
+        return arrays
 
     def checkpoints(self) -> list[int]:
         """The rounds with a committed checkpoint, ascending."""
-        return checkpoint.committed(self.path)
+        return checkpoint.committed_rounds(self.path)
 
     def checkpoint(self, round_: int | None = None) -> Checkpoint:
         """The verified checkpoint of a round, by default the newest valid one, with a warning for
@@ -144,15 +146,15 @@ class RunFiles:
         Raises StoreError.
         """
         if round_ is None:
-            found, skipped = checkpoint.newest(self.path)
+            verified, skipped = checkpoint.newest_valid(self.path)
             for line in skipped:
                 warnings.warn(escape_line(f"skipped {line}"), stacklevel=2)
-            return found
-        if round_ not in (there := self.checkpoints()):
-            raise StoreError(f"{self.path}: no checkpoint of round {round_}; there are {there}")
-        found = Checkpoint.read(snapshot.folder_of(self.path, round_))
-        found.verify()
-        return found
+            return verified
+        if round_ not in (available := self.checkpoints()):
+            raise StoreError(f"{self.path}: no checkpoint of round {round_}; there are {available}")
+        verified = Checkpoint.read(snapshot.checkpoint_folder(self.path, round_))
+        verified.verify()
+        return verified
 
     def digest(self) -> dict[str, str]:
         """{"shared", "personal"}: SHA-256 of the newest checkpoint's leaves (see
@@ -160,46 +162,55 @@ class RunFiles:
         """
         return self.checkpoint().digest()
 
-    def _read(self, part: Callable[[h5py.File, Columns], T]) -> T:
+    def _read_with_retries(self, extract: Callable[[h5py.File, Columns], T]) -> T:
         """``part`` of the log and its columns, tried again when it met the writer's flush."""
         path = self.path / "log.h5"
-        for wait in WAITS:
+        for wait in RETRY_DELAYS:
             try:
                 with hdf5.open_file(path) as log:
-                    columns = _columns(log)
+                    columns = _read_columns(log)
                     seal.verify(
                         log,
                         {f"{group}/{n}": v for group in columns for n, v in columns[group].items()},
                     )
-                    return part(log, columns)
+                    return extract(log, columns)
             except FormatError:
                 raise
             except Exception as why:
                 # h5py raises nearly anything on a file that moves or is damaged
-                last = why
+                last_error = why
                 time.sleep(wait)
-        copies, said = self.path / "checkpoints" / "*" / "log.h5", schema.summarize_error(last)
-        raise StoreError(f"{path}: unreadable ({said}); resume repairs it, from {copies}") from last
+        log_copies, reason = (
+            self.path / "checkpoints" / "*" / "log.h5",
+            schema.summarize_error(last_error),
+        )
+        raise StoreError(
+            f"{path}: unreadable ({reason}); resume repairs it, from {log_copies}"
+        ) from last_error
 
 
-def _columns(log: h5py.File) -> Columns:
+def _read_columns(log: h5py.File) -> Columns:
     """The rows that all columns have: [T] under "rounds", [T, N] under "clients", [T, R] under
     "ranks".
     """
-    found = {
-        group: dict(schema.group_of(log, group).items()) if group in log else {} for group in GROUPS
+    datasets = {
+        group: dict(schema.find_group(log, group).items()) if group in log else {}
+        for group in GROUPS
     }
-    schema.check_columns(found, schema.attribute(log, "clients"))
-    every = [column for columns in found.values() for column in columns.values()]
-    rows = min(map(len, [*every, *([log[seal.ROWS]] if seal.ROWS in log else [])]), default=0)
+    schema.check_columns(datasets, schema.read_attribute(log, "clients"))
+    all_datasets = [column for columns in datasets.values() for column in columns.values()]
+    rows = min(
+        map(len, [*all_datasets, *([log[seal.ROW_SEALS]] if seal.ROW_SEALS in log else [])]),
+        default=0,
+    )
     return {
         group: {name: hdf5.read(column, rows) for name, column in columns.items()}
-        for group, columns in found.items()
+        for group, columns in datasets.items()
     }
 
 
-def _everything(group: h5py.Group) -> dict[str, Any]:
+def _read_group(group: h5py.Group) -> dict[str, Any]:
     """The attributes and the data sets of ``group``."""
-    found = {name: hdf5.read(schema.table(group, name, 0)) for name in group}
-    schema.check_partition(found)
-    return schema.attributes(group) | found
+    arrays = {name: hdf5.read(schema.find_dataset(group, name, 0)) for name in group}
+    schema.check_partition(arrays)
+    return schema.read_attributes(group) | arrays

@@ -11,85 +11,87 @@ from pathlib import Path
 from ..core.disk_errors import explain_write_errors
 from . import manifest, nolinks
 from .files import StoreError, fsync
-from .lock import locked
+from .lock import hold_lock
 
-_FILES = r"(config\.yaml|log\.h5|rounds\.csv|vocabulary\.json|network-\d+\.json)"
+_FILE_PATTERN = r"(config\.yaml|log\.h5|rounds\.csv|vocabulary\.json|network-\d+\.json)"
 
 
-def is_ours(name: str) -> bool:
+def is_run_file(name: str) -> bool:
     """Whether a file of this name is one of a run folder, or one that a killed writer has left of
     it.
     """
-    return bool(re.fullmatch(rf"\.lock|{_FILES}|\.{_FILES}\.tmp", name))
+    return bool(re.fullmatch(rf"\.lock|{_FILE_PATTERN}|\.{_FILE_PATTERN}\.tmp", name))
 
 
-_FOLDERS: dict[str, Callable[[str], bool]] = {  # of a run: which of the files in them are ours
+_SUBFOLDERS: dict[str, Callable[[str], bool]] = {  # of a run: which of the files in them are ours
     "checkpoints": lambda name: False,
     "tensorboard": lambda name: name.startswith("events"),
     ".pulse": lambda name: bool(re.fullmatch(r"\d+|\.\d+\.tmp", name)),
 }
 
 
-def check(run: Path) -> None:
+def check_run_folder(run: Path) -> None:
     """Raise StoreError when something in a run folder that has the name of a file or a folder of
     ours is a link, or whatever else cannot be written in its place. Files of other names are the
     user's.
     """
-    ours = {run: is_ours} | {run / name: is_file for name, is_file in _FOLDERS.items()}
+    file_tests = {run: is_run_file} | {run / name: is_file for name, is_file in _SUBFOLDERS.items()}
     try:
-        ours |= {folder: manifest.is_ours for folder in _rounds(run)}
-        for folder, is_file in ours.items():
-            nolinks.check(folder, is_file, run)
+        file_tests |= {folder: manifest.is_checkpoint_file for folder in _checkpoint_folders(run)}
+        for folder, is_file in file_tests.items():
+            nolinks.check_entries(folder, is_file, run)
     except OSError as why:
         raise StoreError(
-            str(why) if isinstance(why, nolinks.Misplaced) else f"{run}: {why.strerror}"
+            str(why) if isinstance(why, nolinks.WrongFileType) else f"{run}: {why.strerror}"
         ) from why
 
 
-def _rounds(run: Path) -> list[Path]:
+def _checkpoint_folders(run: Path) -> list[Path]:
     """What has the name of a checkpoint, or of one that was set aside."""
-    home = run / "checkpoints"
-    with suppress(FileNotFoundError), nolinks.opened_folder(home, run) as handle:
+    checkpoints = run / "checkpoints"
+    with suppress(FileNotFoundError), nolinks.open_folder(checkpoints, run) as handle:
         return sorted(
-            home / name for name in os.listdir(handle) if re.fullmatch(r"\d{6,}(\.aside.*)?", name)
+            checkpoints / name
+            for name in os.listdir(handle)
+            if re.fullmatch(r"\d{6,}(\.aside.*)?", name)
         )
     return []
 
 
 @contextmanager
-def created(folder: Path, fill: Callable[[Path], None]) -> Iterator[None]:
+def create_run_folder(folder: Path, fill: Callable[[Path], None]) -> Iterator[None]:
     """Make ``folder`` with the files that ``fill`` writes, and hold its lock during the block.
 
     It is filled under the name ``.NAME.new`` and then renamed; what a killed start has left there
     is removed. Raises StoreError when it cannot be made, is there, or is about to be made by
     another process; Unwritable.
     """
-    draft, home = folder.with_name(f".{folder.name}.new"), folder.parent
-    with creating(folder), nolinks.opened_folder(draft, home, make=True):
-        strange = nolinks.strangers(draft, is_ours, home)
-    if strange:
+    draft, parent = folder.with_name(f".{folder.name}.new"), folder.parent
+    with explain_create_errors(folder), nolinks.open_folder(draft, parent, make=True):
+        foreign_names = nolinks.foreign_names(draft, is_run_file, parent)
+    if foreign_names:
         raise StoreError(
-            f"{draft / strange[0]}: is not of a run, and {draft} must become one; move it away"
+            f"{draft / foreign_names[0]}: is not of a run, and {draft} must become one; move it away"
         )
-    with locked(draft, home):
+    with hold_lock(draft, parent):
         try:
             with explain_write_errors(folder):
-                for name in {*filter(is_ours, os.listdir(draft))} - {".lock"}:
-                    nolinks.remove(draft / name, home)
+                for name in {*filter(is_run_file, os.listdir(draft))} - {".lock"}:
+                    nolinks.remove(draft / name, parent)
                 fill(draft)
-            with creating(folder):
+            with explain_create_errors(folder):
                 draft.rename(folder)
         except BaseException:
             with suppress(OSError):
-                nolinks.clear(draft, is_ours, home)
+                nolinks.clear_folder(draft, is_run_file, parent)
             raise
         with explain_write_errors(folder):
-            fsync(home)
+            fsync(parent)
         yield
 
 
 @contextmanager
-def creating(folder: Path) -> Iterator[None]:
+def explain_create_errors(folder: Path) -> Iterator[None]:
     """What the system refuses inside becomes one line."""
     try:
         yield

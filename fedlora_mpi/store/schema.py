@@ -20,28 +20,28 @@ from ..core.escapes import summarize_error
 from .files import StoreError
 
 # bytes that a file may claim without having them: what is not written yet is filled in
-_SLACK = 1 << 20
-_MOST = 16  # claimed bytes for each that the file has
+_CLAIM_SLACK = 1 << 20
+_MAX_CLAIM_RATIO = 16  # claimed bytes for each that the file has
 _DTYPES = {
     np.dtype(name)
     for name in ("bool", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 }
-_DEEP = 50  # blocks of a JSON inside each other
-_TEXTS = 10_000  # of a list that is an attribute
-LARGEST = 2**53  # of an integer
-_TYPES = {dict: "a block", str: "text", int: "an integer", list: "a list"}
+_MAX_JSON_DEPTH = 50  # blocks of a JSON inside each other
+_MAX_LIST_LENGTH = 10_000  # of a list that is an attribute
+MAX_INTEGER = 2**53  # of an integer
+_TYPE_NAMES = {dict: "a block", str: "text", int: "an integer", list: "a list"}
 # What those who analyse a run ask of its config, by dotted key; of some only when they are there.
-_SETTINGS = {
+_REQUIRED_SETTINGS = {
     "seed": int, "rounds": int, "algorithm": dict, "algorithm.name": str, "data": dict, "data.partition": dict,
     "data.partition.seed": int,
 }  # fmt: skip
-_MAYBE = {
+_OPTIONAL_SETTINGS = {
     "data.dataset": str, "data.partition.kind": str, "data.partition.clients": int, "evaluate": dict, "evaluate.every": int,
 }  # fmt: skip
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def explain_read_errors(path: Path) -> Iterator[None]:
     """Whatever a damaged file makes of the code that reads it is a StoreError about ``path``."""
     try:
         yield
@@ -70,9 +70,9 @@ def check_file(path: Path, file: h5py.File) -> None:
     HDF5's ways; when it is of a type that none of ours has, or when all together claim far more
     than the file holds.
     """
-    ahead, items = [(file, 0)], []
-    while ahead:
-        group, depth = ahead.pop()
+    pending, items = [(file, 0)], []
+    while pending:
+        group, depth = pending.pop()
         if depth > 3:  # a damaged file may hold itself
             raise StoreError(f"{path}: {group.name}: is deeper than any file of a run")
         for name in group:
@@ -83,17 +83,17 @@ def check_file(path: Path, file: h5py.File) -> None:
                 )
             item = group[name]
             if isinstance(item, h5py.Group):
-                ahead.append((item, depth + 1))
+                pending.append((item, depth + 1))
             else:
                 items.append(item)
-    claimed = sum(_claim(path, item) for item in items)
-    if claimed > _SLACK + _MOST * os.path.getsize(path):
+    claimed = sum(_claimed_bytes(path, item) for item in items)
+    if claimed > _CLAIM_SLACK + _MAX_CLAIM_RATIO * os.path.getsize(path):
         raise StoreError(
             f"{path}: its data sets claim {claimed:,} bytes, which is more than the file holds"
         )
 
 
-def _claim(path: Path, item: h5py.Dataset | h5py.Datatype) -> int:
+def _claimed_bytes(path: Path, item: h5py.Dataset | h5py.Datatype) -> int:
     """The bytes of a data set, in numbers as we write them. Raises StoreError."""
     if not isinstance(item, h5py.Dataset):
         raise StoreError(f"{path}: {item.name} is no data set")
@@ -114,31 +114,36 @@ def _claim(path: Path, item: h5py.Dataset | h5py.Datatype) -> int:
             "numbers only"
         )
     size = math.prod(item.shape) * dtype.itemsize
-    if size > _SLACK + _MOST * item.id.get_storage_size():
+    if size > _CLAIM_SLACK + _MAX_CLAIM_RATIO * item.id.get_storage_size():
         raise StoreError(
             f"{path}: {item.name} claims {item.shape}, which is more than the file holds"
         )
     return size
 
 
-def attributes(of: h5py.Group) -> dict[str, Any]:
+def read_attributes(owner: h5py.Group) -> dict[str, Any]:
     """Its attributes: texts, numbers and lists of texts. Raises StoreError about any other."""
-    return {name: attribute(of, name) for name in of.attrs}
+    return {name: read_attribute(owner, name) for name in owner.attrs}
 
 
-def attribute(of: h5py.Group, name: str, default: Any = None) -> Any:
+def read_attribute(owner: h5py.Group, name: str, default: Any = None) -> Any:
     """An attribute; ``default`` where there is none. Raises StoreError unless it is a text, a
     number or a list of texts.
     """
-    if name not in of.attrs:
+    if name not in owner.attrs:
         return default
     try:
-        about = of.attrs.get_id(name)
-        text = h5py.check_string_dtype(about.dtype) is not None
-        plain = about.shape == () and (text or about.dtype in _DTYPES)
+        attribute_id = owner.attrs.get_id(name)
+        is_text = h5py.check_string_dtype(attribute_id.dtype) is not None
+        is_scalar = attribute_id.shape == () and (is_text or attribute_id.dtype in _DTYPES)
         value = (
-            of.attrs[name]
-            if plain or (text and len(about.shape) == 1 and about.shape[0] <= _TEXTS)
+            owner.attrs[name]
+            if is_scalar
+            or (
+                is_text
+                and len(attribute_id.shape) == 1
+                and attribute_id.shape[0] <= _MAX_LIST_LENGTH
+            )
             else None
         )
         value = (
@@ -148,9 +153,9 @@ def attribute(of: h5py.Group, name: str, default: Any = None) -> Any:
             if isinstance(value, np.ndarray)
             else value
         )
-        for part in value if isinstance(value, list) else [value]:
-            if isinstance(part, str):
-                part.encode()
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str):
+                item.encode()
     except (TypeError, ValueError, OSError, RuntimeError, MemoryError) as why:
         raise StoreError(f"attribute {name!r} cannot be read ({summarize_error(why)})") from why
     if (
@@ -159,45 +164,45 @@ def attribute(of: h5py.Group, name: str, default: Any = None) -> Any:
         and not all(isinstance(v, str) for v in value)
     ):
         raise StoreError(
-            f"attribute {name!r} is of type {str(about.dtype)[:100]} {about.shape}, and no file "
+            f"attribute {name!r} is of type {str(attribute_id.dtype)[:100]} {attribute_id.shape}, and no file "
             "of a run has such"
         )
     return value
 
 
-def group_of(file: h5py.Group, name: str) -> h5py.Group:
+def find_group(file: h5py.Group, name: str) -> h5py.Group:
     """A group of a file. Raises StoreError."""
-    if not isinstance(found := file.get(name), h5py.Group):
+    if not isinstance(group := file.get(name), h5py.Group):
         raise StoreError(f"{file.file.filename}: has no group {name!r}")
-    return found
+    return group
 
 
-def table(
-    file: h5py.Group, name: str, axes: int, rows: int | None = None, whole: bool = False
+def find_dataset(
+    file: h5py.Group, name: str, axes: int, rows: int | None = None, integers: bool = False
 ) -> h5py.Dataset:
     """A data set with at least so many axes and, if given, rows; ``whole``: of integers. Raises
     StoreError.
     """
-    found = file.get(name)
-    if not isinstance(found, h5py.Dataset) or found.ndim < axes:
+    dataset = file.get(name)
+    if not isinstance(dataset, h5py.Dataset) or dataset.ndim < axes:
         raise StoreError(f"{file.file.filename}: has no data set {name!r} with {axes} axes")
-    if whole and found.dtype.kind not in "iu":
+    if integers and dataset.dtype.kind not in "iu":
         raise StoreError(
-            f"{file.file.filename}: {found.name} is of type {found.dtype}, must be of integers"
+            f"{file.file.filename}: {dataset.name} is of type {dataset.dtype}, must be of integers"
         )
-    if rows is not None and len(found) != rows:
+    if rows is not None and len(dataset) != rows:
         raise StoreError(
-            f"{file.file.filename}: {found.name} has {len(found)} rows, there must be {rows}"
+            f"{file.file.filename}: {dataset.name} has {len(dataset)} rows, there must be {rows}"
         )
-    return found
+    return dataset
 
 
 def check_columns(columns: Mapping[str, Mapping[str, h5py.Dataset]], clients: int | None) -> None:
     """Raise StoreError unless the columns of a log have the axes that they must have; their rows
     may differ by one.
     """
-    for group, found in columns.items():
-        for name, column in found.items():
+    for group, datasets in columns.items():
+        for name, column in datasets.items():
             axes = 1 if group == "rounds" or (group, name) == ("ranks", "ranks") else 2
             if not isinstance(column, h5py.Dataset) or column.ndim != axes:
                 raise StoreError(f"{group}/{name} is no data set of {axes} axes")
@@ -212,9 +217,9 @@ def check_columns(columns: Mapping[str, Mapping[str, h5py.Dataset]], clients: in
             raise StoreError(f"{group}/{name} is missing or not of integers")
 
 
-def check_partition(found: Mapping[str, Any]) -> None:
+def check_partition(arrays: Mapping[str, Any]) -> None:
     """Raise StoreError unless the arrays of ``/partition`` belong together."""
-    for name, value in found.items():
+    for name, value in arrays.items():
         if isinstance(value, np.ndarray):
             axes = 2 if name.endswith("_counts") else 1
             if (
@@ -225,9 +230,9 @@ def check_partition(found: Mapping[str, Any]) -> None:
                 raise StoreError(
                     f"partition/{name} must be of {axes} axes and of integers from 0 on"
                 )
-    clients = {len(value) for name, value in found.items() if name.endswith("_counts")}
-    for name in [name.removesuffix("_offsets") for name in found if name.endswith("_offsets")]:
-        offsets, indices = found[f"{name}_offsets"], found[f"{name}_indices"]
+    clients = {len(value) for name, value in arrays.items() if name.endswith("_counts")}
+    for name in [name.removesuffix("_offsets") for name in arrays if name.endswith("_offsets")]:
+        offsets, indices = arrays[f"{name}_offsets"], arrays[f"{name}_indices"]
         if (
             not len(offsets)
             or offsets[0] != 0
@@ -243,22 +248,22 @@ def check_partition(found: Mapping[str, Any]) -> None:
 # --- JSON
 
 
-def json_block(text: str | bytes, what: str) -> dict[str, Any]:
+def parse_json_block(text: str | bytes, description: str) -> dict[str, Any]:
     """A block of a JSON. Raises StoreError."""
     try:
-        value = json.loads(text, object_pairs_hook=_unique)
+        value = json.loads(text, object_pairs_hook=_reject_duplicates)
     except (ValueError, TypeError, RecursionError) as why:
         raise StoreError(
-            f"missing or damaged, {what} is no JSON of ours ({summarize_error(why)})"
+            f"missing or damaged, {description} is no JSON of ours ({summarize_error(why)})"
         ) from why
     if not isinstance(value, dict):
-        raise StoreError(f"{what} must be a block of keys, is {type(value).__name__}")
-    ahead = [(value, 0)]
-    while ahead:
-        block, depth = ahead.pop()
-        if depth > _DEEP:
-            raise StoreError(f"{what} is nested more than {_DEEP} deep")
-        ahead += [
+        raise StoreError(f"{description} must be a block of keys, is {type(value).__name__}")
+    pending = [(value, 0)]
+    while pending:
+        block, depth = pending.pop()
+        if depth > _MAX_JSON_DEPTH:
+            raise StoreError(f"{description} is nested more than {_MAX_JSON_DEPTH} deep")
+        pending += [
             (v, depth + 1)
             for v in (block.values() if isinstance(block, dict) else block)
             if isinstance(v, dict | list)
@@ -266,23 +271,27 @@ def json_block(text: str | bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     block = dict(pairs)
     if len(block) != len(pairs):
         raise ValueError("a key is given twice")
     return block
 
 
-def member(
-    block: Mapping[str, Any], key: str, kind: type, least: int | None = None, most: int = LARGEST
+def checked_item(
+    block: Mapping[str, Any],
+    key: str,
+    expected_type: type,
+    least: int | None = None,
+    most: int = MAX_INTEGER,
 ) -> Any:
     """``block[key]``. Raises StoreError unless it is of this type and, if a number, from ``least``
     to ``most``.
     """
     value = block.get(key)
-    if type(value) is not kind:
+    if type(value) is not expected_type:
         raise StoreError(
-            f"{key} must be {_TYPES[kind]}, is "
+            f"{key} must be {_TYPE_NAMES[expected_type]}, is "
             f"{'missing' if key not in block else repr(value)[:80]}"
         )
     if least is not None and not least <= value <= most:
@@ -292,14 +301,19 @@ def member(
 
 def check_settings(config: Mapping[str, Any]) -> None:
     """Raise StoreError unless the config says what the analysis of a run asks."""
-    for key, kind in (_SETTINGS | _MAYBE).items():
-        *blocks, name = key.split(".")
+    for key, kind in (_REQUIRED_SETTINGS | _OPTIONAL_SETTINGS).items():
+        *parents, name = key.split(".")
         block = config
-        for part in blocks:
-            block = block.get(part, {})
-        if key in _MAYBE and name not in block:
+        for parent in parents:
+            block = block.get(parent, {})
+        if key in _OPTIONAL_SETTINGS and name not in block:
             continue
         try:
-            member(block, name, kind, **({"least": int(key in _MAYBE)} if kind is int else {}))
+            checked_item(
+                block,
+                name,
+                kind,
+                **({"least": int(key in _OPTIONAL_SETTINGS)} if kind is int else {}),
+            )
         except StoreError as why:
-            raise StoreError(f"config: {'.'.join([*blocks, ''])}{why}") from why
+            raise StoreError(f"config: {'.'.join([*parents, ''])}{why}") from why

@@ -11,10 +11,10 @@ import numpy as np
 from . import hdf5, schema
 from .files import StoreError
 
-HEAD, ROWS = "seal", "row_seal"  # an attribute of the file; a data set [T] int64
+HEAD_SEAL, ROW_SEALS = "seal", "row_seal"  # an attribute of the file; a data set [T] int64
 
 
-def head(log: h5py.File) -> str:
+def head_checksum(log: h5py.File) -> str:
     """The checksum of all that is no row: the attributes of the file, ``/versions`` and
     ``/partition``.
     """
@@ -24,8 +24,8 @@ def head(log: h5py.File) -> str:
         "versions": log["versions"],
         "partition": log["partition"],
     }.items():
-        for key, value in sorted(schema.attributes(group).items()):
-            if key != HEAD:
+        for key, value in sorted(schema.read_attributes(group).items()):
+            if key != HEAD_SEAL:
                 # as h5py gives it, and old seals have it
                 value = np.array(value, object) if isinstance(value, list) else value
                 checksum.update(f"{name}@{key}={value}\0".encode())
@@ -35,35 +35,39 @@ def head(log: h5py.File) -> str:
     return checksum.hexdigest()
 
 
-def rows(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+def row_checksums(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     """[T] int64: the checksum of each row of ``columns`` [T, ...] by name; of ranks, whose columns
     may begin late and become wider, that of the ranks there were.
     """
-    about = {name: f"{name}{value.dtype.str}".encode() for name, value in sorted(columns.items())}
-    number = len(next(iter(columns.values()), ()))
-    found = np.empty(number, np.int64)
-    for row in range(number):
+    prefixes = {
+        name: f"{name}{value.dtype.str}".encode() for name, value in sorted(columns.items())
+    }
+    row_count = len(next(iter(columns.values()), ()))
+    checksums = np.empty(row_count, np.int64)
+    for row in range(row_count):
         checksum = blake2b(digest_size=8)
-        for name, said in about.items():
+        for name, prefix in prefixes.items():
             value = columns[name][row]
             if name.startswith("ranks/"):
-                there = np.flatnonzero((value != 0) & (value == value))  # nan is none
-                value = np.atleast_1d(value)[: there[-1] + 1 if len(there) else 0]
+                known_ranks = np.flatnonzero((value != 0) & (value == value))  # nan is none
+                value = np.atleast_1d(value)[: known_ranks[-1] + 1 if len(known_ranks) else 0]
             if value.size:
-                checksum.update(said + f"{value.shape}".encode() + value.tobytes())
-        found[row] = int.from_bytes(checksum.digest(), "little", signed=True)
-    return found
+                checksum.update(prefix + f"{value.shape}".encode() + value.tobytes())
+        checksums[row] = int.from_bytes(checksum.digest(), "little", signed=True)
+    return checksums
 
 
 def verify(log: h5py.File, columns: Mapping[str, np.ndarray]) -> None:
     """Raise StoreError unless the log, whose rows are ``columns``, is as it was written; an old one
     has no seals.
     """
-    if HEAD not in log.attrs:
+    if HEAD_SEAL not in log.attrs:
         return
-    if schema.attribute(log, HEAD) != head(log):
+    if schema.read_attribute(log, HEAD_SEAL) != head_checksum(log):
         raise StoreError("its checksum differs")
-    first = next(iter(columns.values()), np.empty(0))
-    wrong = np.flatnonzero(hdf5.read(log[ROWS], len(first)) != rows(columns))
-    if len(wrong):
-        raise StoreError(f"the checksum of row {wrong[0]} differs")
+    first_column = next(iter(columns.values()), np.empty(0))
+    damaged_rows = np.flatnonzero(
+        hdf5.read(log[ROW_SEALS], len(first_column)) != row_checksums(columns)
+    )
+    if len(damaged_rows):
+        raise StoreError(f"the checksum of row {damaged_rows[0]} differs")

@@ -8,45 +8,45 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..core.disk_errors import explain_write_errors
-from .run_folder import creating
+from .run_folder import explain_create_errors
 
-PATIENCE = 2.0  # seconds in which a file of another node must show
+VISIBILITY_TIMEOUT = 2.0  # seconds in which a file of another node must show
 
 
 @contextmanager
-def token(run: Path) -> Iterator[Path]:
+def create_probe(run: Path) -> Iterator[Path]:
     """An empty file of a name that no file had before, in the folder ``run`` or, where that is to
     be made, in its parent.
 
     It is gone after the block; so are the folders that were made for it, when the block fails.
     Raises StoreError, Unwritable.
     """
-    home = run if run.is_dir() else run.parent
-    path, made = home / f".fedlora-mpi.{secrets.token_hex(8)}", []
+    parent = run if run.is_dir() else run.parent
+    path, new_folders = parent / f".fedlora-mpi.{secrets.token_hex(8)}", []
     try:
-        with creating(run):
-            for folder in reversed((home, *home.parents)):
+        with explain_create_errors(run):
+            for folder in reversed((parent, *parent.parents)):
                 if not folder.exists():
                     folder.mkdir(exist_ok=True)
-                    made.append(folder)
-        with explain_write_errors(run) if home == run else creating(run):
+                    new_folders.append(folder)
+        with explain_write_errors(run) if parent == run else explain_create_errors(run):
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
         try:
             yield path
         finally:
             path.unlink(missing_ok=True)
     except BaseException:
-        for folder in reversed(made):
+        for folder in reversed(new_folders):
             with suppress(OSError):  # somebody has put something there
                 folder.rmdir()
         raise
 
 
-def sees(path: Path) -> bool:
+def wait_for_file(path: Path) -> bool:
     """Whether a file shows here, soon."""
-    until = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + VISIBILITY_TIMEOUT
     while not os.path.isfile(path):
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             return False
         with suppress(OSError):  # NFS asks its server when a folder is opened
             os.close(os.open(path.parent, os.O_RDONLY))

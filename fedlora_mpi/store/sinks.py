@@ -37,18 +37,25 @@ class Sink(Protocol):
         """It takes no more rows."""
 
 
-def opened(run: Path, *, csv: bool, tensorboard: bool) -> list[Sink]:
+def open_sinks(run: Path, *, csv: bool, tensorboard: bool) -> list[Sink]:
     """The sinks of a run folder, with the rounds that its log has. Raises ValueError without
     tensorboardX.
     """
-    kinds = [(Csv, run / "rounds.csv", csv), (TensorBoard, run / "tensorboard", tensorboard)]
+    sink_types = [
+        (CsvSink, run / "rounds.csv", csv),
+        (TensorBoardSink, run / "tensorboard", tensorboard),
+    ]
     if not (csv or tensorboard):
         return []
     files = RunFiles(run)
-    return [kind(path, files.rounds(), files.clients()) for kind, path, wanted in kinds if wanted]
+    return [
+        sink_type(path, files.rounds(), files.clients())
+        for sink_type, path, is_enabled in sink_types
+        if is_enabled
+    ]
 
 
-class Csv:
+class CsvSink:
     """``rounds.csv``: a row a round with the columns of ``/rounds``, empty where a number is
     unknown; on disk when ``append`` returns. Whoever reads it meanwhile sees whole rows.
     """
@@ -57,26 +64,29 @@ class Csv:
         """Put the rounds so far in the place of what ``path`` had."""
         names = list(rounds) if len(rounds["round"]) else []
         rows = [
-            _line(column[at] for column in rounds.values()) for at in range(len(rounds["round"]))
+            _csv_line(column[index] for column in rounds.values())
+            for index in range(len(rounds["round"]))
         ]
-        write_atomic(path, "".join([_line(names), *rows] if names else []).encode())
-        handle = nolinks.opened(path, os.O_WRONLY | os.O_APPEND)
-        self._path, self._names = path, names
+        write_atomic(path, "".join([_csv_line(names), *rows] if names else []).encode())
+        handle = nolinks.open_handle(path, os.O_WRONLY | os.O_APPEND)
+        self._path, self._column_names = path, names
         self._file = open(handle, "ab", buffering=0)  # noqa: SIM115
 
     def append(self, round_: int, rounds: Numbers, clients: Columns, ranks: Columns) -> None:
         row = {"round": round_, **rounds}
-        head = "" if self._names else _line(row)
-        self._names = self._names or list(row)
+        header = "" if self._column_names else _csv_line(row)
+        self._column_names = self._column_names or list(row)
         with explain_write_errors(self._path):
-            self._file.write((head + _line(row[name] for name in self._names)).encode())  # at once
+            self._file.write(
+                (header + _csv_line(row[name] for name in self._column_names)).encode()
+            )  # at once
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
 
 
-class TensorBoard:
+class TensorBoardSink:
     """``tensorboard/``: every column of ``/rounds`` as a scalar, the clients' accuracies as a
     histogram, by round.
     """
@@ -85,25 +95,25 @@ class TensorBoard:
         """Begin a file with the rounds so far. TensorBoard forgets those of earlier files, which
         stay: one that is looking on would not go on to the new file if its own were gone.
         """
-        with explain_write_errors(folder), nolinks.opened_folder(folder, folder.parent, make=True):
+        with explain_write_errors(folder), nolinks.open_folder(folder, folder.parent, make=True):
             # their names count seconds; the new one must come last, and be new
-            old = [*folder.glob("events*")]
-        suffix = f".{max((int(file.suffix[1:]) for file in old if file.suffix[1:].isdecimal()), default=0) + 1}"
-        self._writer = need_tensorboard().SummaryWriter(
+            earlier_files = [*folder.glob("events*")]
+        suffix = f".{max((int(file.suffix[1:]) for file in earlier_files if file.suffix[1:].isdecimal()), default=0) + 1}"
+        self._writer = import_tensorboard().SummaryWriter(
             str(folder), purge_step=0, filename_suffix=suffix
         )
         seconds = sum(
             (column for name, column in rounds.items() if name.startswith("seconds_")),
             np.zeros(len(rounds["round"])),
         )
-        ago = np.cumsum(seconds[::-1])[::-1] - seconds
-        for at, round_ in enumerate(rounds["round"]):
-            row = {name: column[at] for name, column in rounds.items() if name != "round"}
+        seconds_ago = np.cumsum(seconds[::-1])[::-1] - seconds
+        for index, round_ in enumerate(rounds["round"]):
+            row = {name: column[index] for name, column in rounds.items() if name != "round"}
             self._write(
                 int(round_),
                 row,
-                {name: column[at] for name, column in clients.items()},
-                time.time() - ago[at],
+                {name: column[index] for name, column in clients.items()},
+                time.time() - seconds_ago[index],
             )
         self._writer.flush()
 
@@ -114,16 +124,16 @@ class TensorBoard:
     def close(self) -> None:
         self._writer.close()
 
-    def _write(self, round_: int, rounds: Numbers, clients: Columns, when: float) -> None:
+    def _write(self, round_: int, rounds: Numbers, clients: Columns, walltime: float) -> None:
         for name, value in rounds.items():
             if not np.isnan(value):
-                self._writer.add_scalar(name, value, round_, walltime=when)
+                self._writer.add_scalar(name, value, round_, walltime=walltime)
         for name, column in clients.items():
-            if "accuracy" in name and len(there := column[~np.isnan(column)]):
-                self._writer.add_histogram(f"clients/{name}", there, round_, walltime=when)
+            if "accuracy" in name and len(finite := column[~np.isnan(column)]):
+                self._writer.add_histogram(f"clients/{name}", finite, round_, walltime=walltime)
 
 
-def need_tensorboard():
+def import_tensorboard():
     """The library that writes TensorBoard's files. Raises ValueError where it is missing."""
     try:
         import tensorboardX
@@ -134,7 +144,7 @@ def need_tensorboard():
     return tensorboardX
 
 
-def _line(cells) -> str:
+def _csv_line(cells) -> str:
     """A row of the file; what is no number is empty."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(

@@ -13,10 +13,10 @@ import numpy as np
 from . import hdf5, manifest, schema
 from .files import StoreError, copy_atomic
 from .hdf5 import escape, unescape
-from .manifest import Manifest, is_worker_file, run_of
+from .manifest import Manifest, is_worker_file, run_folder_of
 
 
-def folder_of(run: Path, round_: int) -> Path:
+def checkpoint_folder(run: Path, round_: int) -> Path:
     """Where the checkpoint of a round is, or would be."""
     return Path(run) / "checkpoints" / f"{round_:06d}"
 
@@ -45,7 +45,7 @@ class Checkpoint:
 
     def restore_log(self, log_path: Path) -> None:
         """Put the log back to this round."""
-        copy_atomic(self.log_path, Path(log_path), run_of(self.path))
+        copy_atomic(self.log_path, Path(log_path), run_folder_of(self.path))
 
     def verify(self, run_digest: str | None = None) -> None:
         """Raise StoreError unless every file is as recorded and, when given, the config is this
@@ -57,26 +57,29 @@ class Checkpoint:
             )
         for shard in self.manifest.files:
             shard.verify(self.path)
-        held = np.sort(np.concatenate([np.arange(0), *self._owned.values()]))
-        if len(held) != self.manifest.clients or (held != np.arange(len(held))).any():
-            here = f"{self.manifest.clients} clients, its files hold {len(held)}"
-            raise StoreError(f"{self.path / manifest.NAME}: {here}")
-        self._held  # noqa: B018  # have the files the leaves that they must have?
-        if (written := self.attrs().get("round")) != self.round:
+        stored_ids = np.sort(np.concatenate([np.arange(0), *self._ids_by_shard.values()]))
+        if (
+            len(stored_ids) != self.manifest.clients
+            or (stored_ids != np.arange(len(stored_ids))).any()
+        ):
+            contradiction = f"{self.manifest.clients} clients, its files hold {len(stored_ids)}"
+            raise StoreError(f"{self.path / manifest.NAME}: {contradiction}")
+        self._leaves_by_shard  # noqa: B018  # have the files the leaves that they must have?
+        if (stored_round := self.attrs().get("round")) != self.round:
             raise StoreError(
-                f"{self.path / 'server.h5'}: of round {written}, in a checkpoint of round "
+                f"{self.path / 'server.h5'}: of round {stored_round}, in a checkpoint of round "
                 f"{self.round}"
             )
         self.shapes("shared"), self.shapes("server")
 
     def _open(self, name: str) -> h5py.File:
         """One of its files. Raises StoreError."""
-        return hdf5.open_file(self.path / name, below=run_of(self.path))
+        return hdf5.open_file(self.path / name, root=run_folder_of(self.path))
 
     def attrs(self) -> dict[str, str | int | float]:
         """The attributes given to ``write_server``, the round among them."""
         with self._open("server.h5") as file:
-            return schema.attributes(file)
+            return schema.read_attributes(file)
 
     def shared(self) -> dict[str, np.ndarray]:
         """The shared leaves, in the order in which they were written."""
@@ -86,11 +89,11 @@ class Checkpoint:
         """The server's own leaves, in the order in which they were written."""
         return self._server_group("server")
 
-    def _server_group(self, group: str) -> dict[str, np.ndarray]:
+    def _server_group(self, name_of_group: str) -> dict[str, np.ndarray]:
         with self._open("server.h5") as file:
             return {
-                unescape(name): hdf5.read(schema.table(file[group], name, 0))
-                for name in schema.group_of(file, group)
+                unescape(name): hdf5.read(schema.find_dataset(file[name_of_group], name, 0))
+                for name in schema.find_group(file, name_of_group)
             }
 
     def shapes(self, group: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -98,8 +101,8 @@ class Checkpoint:
         StoreError.
         """
         with self._open("server.h5") as file:
-            leaves = schema.group_of(file, group)
-            tables = {unescape(name): schema.table(leaves, name, 0) for name in leaves}
+            leaves = schema.find_group(file, group)
+            tables = {unescape(name): schema.find_dataset(leaves, name, 0) for name in leaves}
             return {name: (dataset.shape, dataset.dtype) for name, dataset in tables.items()}
 
     def client_ids(self) -> list[int]:
@@ -110,55 +113,64 @@ class Checkpoint:
         """The personal leaves that these clients (default: all) have in the same shape, in the
         order in which they were written. Raises StoreError for a client that is not stored.
         """
-        return list(self._shapes(np.asarray(client_ids, np.int64)))
+        return list(self._common_shapes(np.asarray(client_ids, np.int64)))
 
     def leaf_shapes(self, client_ids: Sequence[int]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape for one client and type of each of ``leaf_names``. Raises StoreError."""
-        return self._shapes(np.asarray(client_ids, np.int64))
+        return self._common_shapes(np.asarray(client_ids, np.int64))
 
     @cached_property
-    def _owned(self) -> dict[str, np.ndarray]:
+    def _ids_by_shard(self) -> dict[str, np.ndarray]:
         """Per shard the ids it holds, ascending: row r is client ids[r]."""
         names = [shard.name for shard in self.manifest.files if is_worker_file(shard.name)]
-        owned = {}
+        ids_by_shard = {}
         for name in names:
             with self._open(name) as file:
-                ids = hdf5.read(schema.table(file, "client_id", 1, whole=True))
+                ids = hdf5.read(schema.find_dataset(file, "client_id", 1, integers=True))
                 if ids.ndim != 1 or (np.diff(ids) <= 0).any():
                     raise StoreError(
                         f"{self.path / name}: client_id is no list of ascending numbers"
                     )
                 if len(ids):
-                    owned[name] = ids.astype(np.int64)
-        return owned
+                    ids_by_shard[name] = ids.astype(np.int64)
+        return ids_by_shard
 
     @cached_property
-    def _held(self) -> dict[str, dict[str, tuple[tuple[int, ...], np.dtype]]]:
+    def _leaves_by_shard(self) -> dict[str, dict[str, tuple[tuple[int, ...], np.dtype]]]:
         """Per shard each leaf's shape for one client, and dtype."""
-        held = {}
-        for name, ids in self._owned.items():
+        leaves_by_shard = {}
+        for name, ids in self._ids_by_shard.items():
             with self._open(name) as file:
-                leaves = schema.group_of(file, "personal")
-                tables = {leaf: schema.table(leaves, leaf, 1, len(ids)) for leaf in leaves}
-                held[name] = {
-                    unescape(leaf): (ds.shape[1:], ds.dtype) for leaf, ds in tables.items()
+                leaves = schema.find_group(file, "personal")
+                tables = {leaf: schema.find_dataset(leaves, leaf, 1, len(ids)) for leaf in leaves}
+                leaves_by_shard[name] = {
+                    unescape(leaf): (dataset.shape[1:], dataset.dtype)
+                    for leaf, dataset in tables.items()
                 }
-        return held
+        return leaves_by_shard
 
-    def _shapes(self, wanted: np.ndarray) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    def _common_shapes(self, client_ids: np.ndarray) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """The leaves that all these clients have in the same shape."""
-        if len(strange := wanted[(wanted < 0) | (wanted >= self.manifest.clients)]):
+        if len(unknown_ids := client_ids[(client_ids < 0) | (client_ids >= self.manifest.clients)]):
             raise StoreError(
-                f"{self.path}: holds no client or leaf {strange.min()}; it is of another experiment"
+                f"{self.path}: holds no client or leaf {unknown_ids.min()}; it is of another experiment"
             )
 
-        def involved(ids):
-            return not len(wanted) or np.isin(ids, wanted).any()
+        def is_requested(ids):
+            return not len(client_ids) or np.isin(ids, client_ids).any()
 
-        held = [self._held[name].items() for name, ids in self._owned.items() if involved(ids)]
+        shard_leaves = [
+            self._leaves_by_shard[name].items()
+            for name, ids in self._ids_by_shard.items()
+            if is_requested(ids)
+        ]
         return (
-            {leaf: v for leaf, v in held[0] if all((leaf, v) in other for other in held)}
-            if held
+            {
+                leaf: v
+                for leaf, v in shard_leaves[0]
+                if all((leaf, v) in other for other in shard_leaves)
+            }
+            if shard_leaves
             else {}
         )
 
@@ -171,22 +183,25 @@ class Checkpoint:
         By default the leaves that all of them have, in the same shape. Raises StoreError for a
         client or a leaf that is not stored.
         """
-        wanted = np.asarray(client_ids, np.int64)
-        shapes = self._shapes(wanted)
+        requested_ids = np.asarray(client_ids, np.int64)
+        shapes = self._common_shapes(requested_ids)
         leaves = list(shapes) if leaves is None else leaves
-        if strange := sorted({*leaves} - {*shapes}):
+        if missing_leaves := sorted({*leaves} - {*shapes}):
             raise StoreError(
-                f"{self.path}: holds no client or leaf {strange[0]!r}; it is of another experiment"
+                f"{self.path}: holds no client or leaf {missing_leaves[0]!r}; it is of another experiment"
             )
-        out = {leaf: np.empty((len(wanted), *shapes[leaf][0]), shapes[leaf][1]) for leaf in leaves}
-        for name, ids in self._owned.items():
-            places = np.flatnonzero(np.isin(wanted, ids))
-            if not len(places):
+        out = {
+            leaf: np.empty((len(requested_ids), *shapes[leaf][0]), shapes[leaf][1])
+            for leaf in leaves
+        }
+        for name, ids in self._ids_by_shard.items():
+            positions = np.flatnonzero(np.isin(requested_ids, ids))
+            if not len(positions):
                 continue
-            rows = np.searchsorted(ids, wanted[places])
+            rows = np.searchsorted(ids, requested_ids[positions])
             with self._open(name) as file:
                 for leaf in leaves:
-                    hdf5.read_rows(file["personal"][escape(leaf)], rows, out[leaf], places)
+                    hdf5.read_rows(file["personal"][escape(leaf)], rows, out[leaf], positions)
         return out
 
     def digest(self) -> dict[str, str]:
@@ -199,7 +214,7 @@ class Checkpoint:
         shared, personal = sha256(), sha256()
         for leaf, value in sorted(self.shared().items()):
             shared.update(f"{leaf}\0{value.dtype.str}\0{value.shape}\0".encode() + value.tobytes())
-        for ids, leaves in self._kinds():
+        for ids, leaves in self._clients_by_shapes():
             for leaf, (shape, dtype) in leaves:
                 personal.update(f"{leaf}\0{dtype.str}\0{(len(ids), *shape)}\0".encode())
                 block = max(1, 4 * hdf5.BLOCK_BYTES // max(1, dtype.itemsize * math.prod(shape)))
@@ -209,11 +224,14 @@ class Checkpoint:
                     )
         return {"shared": shared.hexdigest(), "personal": personal.hexdigest()}
 
-    def _kinds(self) -> list[tuple[list[int], tuple]]:
+    def _clients_by_shapes(self) -> list[tuple[list[int], tuple]]:
         """(clients, their leaves by name) for all clients with leaves of the same shapes."""
-        kinds: dict[tuple, list[int]] = {}
-        for name, ids in self._owned.items():
-            kinds.setdefault(tuple(sorted(self._held[name].items())), []).extend(ids.tolist())
+        clients_by_shapes: dict[tuple, list[int]] = {}
+        for name, ids in self._ids_by_shard.items():
+            clients_by_shapes.setdefault(
+                tuple(sorted(self._leaves_by_shard[name].items())), []
+            ).extend(ids.tolist())
         return sorted(
-            ((sorted(ids), leaves) for leaves, ids in kinds.items()), key=lambda kind: kind[0]
+            ((sorted(ids), leaves) for leaves, ids in clients_by_shapes.items()),
+            key=lambda kind: kind[0],
         )

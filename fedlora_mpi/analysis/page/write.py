@@ -13,7 +13,7 @@ from ... import __version__
 from ...core import escapes
 from ...core.units import format_bytes
 from ...store import nolinks
-from ...store.files import opened_file, plain_name, write_atomic
+from ...store.files import check_plain_name, open_for_reading, write_atomic
 from ..groups import Group, RunGroups, RunLog, Stat, format_setting, group_runs
 from ..runs import clients_table, rounds_table
 from . import clients, curves, personal, ranks, sweeps, tables
@@ -268,16 +268,16 @@ def _earlier_files(folder: Path) -> list[str]:
         return []
     if not folder.is_dir():
         raise ValueError(f"{folder}: is a file; give a folder with -o")
-    nolinks.check(folder, {PAGE, f".{PAGE}.tmp"}.__contains__)
+    nolinks.check_entries(folder, {PAGE, f".{PAGE}.tmp"}.__contains__)
     for name in (FIGURES, TABLES):
 
         def is_report_file(file: str, name: str = name) -> bool:
             return _is_report_file(f"{name}/{file.removesuffix('.tmp')}")
 
-        nolinks.check(folder / name, is_report_file, folder)
+        nolinks.check_entries(folder / name, is_report_file, folder)
     page_start = ""
     if os.path.lexists(page := folder / PAGE):
-        with opened_file(page) as file:
+        with open_for_reading(page) as file:
             page_start = file.read(100_000).decode(errors="replace")
     if not (mark := re.search(_PAGE_MARK.format('([^"]*)'), page_start)):
         raise ValueError(
@@ -291,7 +291,7 @@ def _is_report_file(name: str) -> bool:
     folder, _, file = name.partition("/")
     return (
         folder in _FILE_KINDS
-        and plain_name(file) == file
+        and check_plain_name(file) == file
         and file.rpartition(".")[2] in _FILE_KINDS[folder]
     )
 
@@ -302,7 +302,7 @@ def _write_files(folder: Path, files: dict[str, bytes], old_files: Sequence[str]
     """
     try:
         for name in (FIGURES, TABLES):
-            with nolinks.opened_folder(folder / name, folder, make=True):
+            with nolinks.open_folder(folder / name, folder, make=True):
                 pass
         for name, content in files.items():
             write_atomic(folder / name, content, folder)
