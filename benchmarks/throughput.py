@@ -66,7 +66,7 @@ def bare_loop(built, clients: list[int]) -> tuple[float, nn.Module]:
     feed = run.trainer.feed
     begin = time.perf_counter()
     for client in clients:
-        module = run.trainer.model.module(built.run.kinds[0].first.shared).train()
+        module = run.trainer.model.module(built.run.kinds[0].initial.shared).train()
         module = module.to(run.trainer.device, memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(module.parameters(), settings.lr, settings.momentum)
         size = feed.train_size(client)
@@ -85,7 +85,7 @@ def check(built) -> float:
     """Largest relative difference between one client trained by the engine and by the loop."""
     run = built.run
     _, module = bare_loop(built, [0])
-    (done,) = run.trainer.train([0], built.run.kinds[0].first.shared, {}, 0)
+    (done,) = run.trainer.train([0], built.run.kinds[0].initial.shared, {}, 0)
     theirs = module.state_dict()
     return max(
         float((value - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1e-3))

@@ -6,7 +6,7 @@ adds the client axis, ``mpi/`` the rank axis; nothing here, and no algorithm fil
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from torch import Generator, Tensor
 
@@ -114,30 +114,66 @@ class Cohort(NamedTuple):
     weight: float  # by which they count together: the mean over them times it is their sum
 
 
+FORMER_HOOKS = {  # former name: what the hook is called now
+    "serve": "server_update",
+    "tune": "personalize",
+    "told": "server_metrics",
+    "of_client": "for_client",
+    "weights_of": "client_model",
+    "sent": "upload_numel",
+    "received": "download_numel",
+    "surveys": "needs_all_data",
+    "centred": "center_keys",
+    "evaluates": "evaluate_on",
+    "judges": "evaluate_on",
+}
+
+
 class Algorithm:
     """The hooks of a method; their defaults are FedAvg, so that a file says what is different.
 
     Subclasses are frozen dataclasses whose fields are the hyper-parameters. The class variables may
-    be fields or properties instead. ``weights``: by which number of the client its upload counts in
-    the mean; ``absent``: what clients outside the cohort count for; ``evaluates``: the moment whose
-    accuracy is the method's; ``centred``: whether the mean over clients is taken off the keys
-    before their Gram matrix (distances then do not cancel); ``sums``: whether the server is given
-    the sum of the uploads in the place of their mean (absent clients are then excluded);
-    ``surveys``: whether ``begin`` and ``finish`` are given all training data, in order, or the
-    first sample alone; its ``counts`` are those of all; ``held_out``: fraction of each client's
-    training samples, the same ones in all rounds (of a task), that no phase uses but those that say
-    so, and these without augmentation; ``judges``: whether every client's own model is evaluated
-    or, on every client's test data, the one that the server has.
+    be fields or properties instead.
+
+    weights: by which number of a client its upload counts in the mean.
+    absent: what clients outside the cohort count for.
+    evaluate_on: the model whose accuracy is the method's. ``after_aggregation`` and
+        ``after_training`` are moments of each client's own model; ``server`` is the server's model
+        on every client's test data.
+    center_keys: whether the keys of a mix are centred before their Gram matrix, so that distances
+        do not cancel.
+    sums: whether the server receives the sum of the uploads instead of their mean. Absent clients
+        are then excluded.
+    needs_all_data: whether ``begin`` and ``finish`` receive all training data in order, or the
+        first sample alone. The ``counts`` are those of all data in both cases.
+    held_out: fraction of each client's training samples that only phases with ``held_out`` use,
+        without augmentation. They are the same in all rounds of a task.
     """
 
     weights: ClassVar[Literal["samples", "uniform"]] = "samples"
     absent: ClassVar[Literal["exclude", "stale"]] = "exclude"
-    evaluate_on: ClassVar[Literal["after_aggregation", "after_training"]] = "after_aggregation"
+    evaluate_on: ClassVar[Literal["after_aggregation", "after_training", "server"]] = (
+        "after_aggregation"
+    )
     center_keys: ClassVar[bool] = False
     sums: ClassVar[bool] = False
     needs_all_data: ClassVar[bool] = False
     held_out: ClassVar[float] = 0.0
-    judges: ClassVar[Literal["client", "server"]] = "client"
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        for former, name in FORMER_HOOKS.items():
+            if hasattr(cls, former):
+                raise TypeError(
+                    f"{cls.__name__}.{former}: this hook is called {name} now; rename it "
+                    "(docs/add_a_method.md has all hooks)"
+                )
+
+    if not TYPE_CHECKING:  # a type checker would take every name for an attribute
+
+        def __getattr__(self, name: str) -> None:
+            hint = f"; it is called {FORMER_HOOKS[name]} now" if name in FORMER_HOOKS else ""
+            raise AttributeError(f"{type(self).__name__} has no attribute {name}{hint}")
 
     def check(self, model: Model, train: LocalTraining) -> None:
         """Raise ValueError when the fields do not go together with the model or the training."""

@@ -130,7 +130,7 @@ def patch_cuda(machine, monkeypatch):
 
     class CUDAGraph:
         def replay(self):
-            machine.play(self.tape)
+            machine.replay_tape(self.tape)
 
     class graph:
         def __init__(self, graph, pool=None):

@@ -23,7 +23,7 @@ def gaussian_tensor(*shape: int, address: int | str = 0) -> torch.Tensor:
 
 def client_methods(algorithm) -> list:
     """The method as each of three clients has it."""
-    return [algorithm.of_client(client, 3) for client in range(3)]
+    return [algorithm.for_client(client, 3) for client in range(3)]
 
 
 def init_variables(algorithm, network: str = "cnn"):
@@ -59,7 +59,7 @@ def next_shared(algorithm, shared: Tree, client_rounds, counts=COUNTS) -> Tree:
         name: sum(n * term[name] for n, term in zip(counts, terms, strict=True)) / sum(counts)
         for name in terms[0]
     }
-    return algorithm.serve({}, shared, mean, Cohort(1.0, sum(counts)))[1]
+    return algorithm.server_update({}, shared, mean, Cohort(1.0, sum(counts)))[1]
 
 
 def float64_trainer(algorithm, **how):

@@ -97,12 +97,12 @@ class MortalRank:
         return np.concatenate(parts)
 
     def post(self, send, destination, receive, source):
-        self._fate.moment(self._member)
+        self._fate.reach_moment(self._member)
         self._num_posts += 1
-        self._channel.mail[self.rank, destination, self._num_posts] = send.copy()
+        self._channel.copies[self.rank, destination, self._num_posts] = send.copy()
         message = MortalMail(self, (source, self.rank, self._num_posts), receive)
-        self._fate.turn.notify_all()
-        self._fate.moment(self._member)
+        self._fate.baton.notify_all()
+        self._fate.reach_moment(self._member)
         return message
 
     def agree(self):
@@ -112,21 +112,21 @@ class MortalRank:
     def shrink(self, has_agreed):
         if not has_agreed:
             self._all_agree(False)
-        self._fate.moment(self._member)
+        self._fate.reach_moment(self._member)
         channel, fate = self._channel, self._fate
-        channel.left.add(self._member)
-        fate.turn.notify_all()
-        fate.wait(lambda: channel.next or channel.left | fate.dead >= {*channel.members})
-        if not channel.next:
-            channel.next = Channel(tuple(m for m in channel.members if m not in fate.dead))
-        return MortalRank(fate, channel.next, self._member, self.heartbeat)
+        channel.leaving.add(self._member)
+        fate.baton.notify_all()
+        fate.wait(lambda: channel.successor or channel.leaving | fate.dead >= {*channel.members})
+        if not channel.successor:
+            channel.successor = Channel(tuple(m for m in channel.members if m not in fate.dead))
+        return MortalRank(fate, channel.successor, self._member, self.heartbeat)
 
     def abort(self):
         raise AssertionError("aborted")
 
     def lost(self):
         self._channel.revoked = True
-        self._fate.turn.notify_all()
+        self._fate.baton.notify_all()
         return RankLost(self)
 
     def are_gone(self, members):
@@ -134,37 +134,37 @@ class MortalRank:
         return self._channel.revoked or bool(self._fate.dead & {*members})
 
     def _all_agree(self, is_well):
-        self._fate.moment(self._member)
+        self._fate.reach_moment(self._member)
         self._num_agreements += 1
         number, channel, fate = self._num_agreements, self._channel, self._fate
         flags = channel.flags.setdefault(number, {})
         flags[self._member] = is_well
-        fate.turn.notify_all()
+        fate.baton.notify_all()
         fate.wait(
-            lambda: number in channel.agreed or flags.keys() | fate.dead >= {*channel.members}
+            lambda: number in channel.agreements or flags.keys() | fate.dead >= {*channel.members}
         )
-        if number not in channel.agreed:
-            channel.agreed[number] = all(
+        if number not in channel.agreements:
+            channel.agreements[number] = all(
                 flags.get(m) and m not in fate.dead for m in channel.members
             )
-        fate.moment(self._member)
-        return channel.agreed[number]
+        fate.reach_moment(self._member)
+        return channel.agreements[number]
 
     def _allgather(self, value):
         """What every rank gave, in rank order."""
-        self._fate.moment(self._member)
+        self._fate.reach_moment(self._member)
         self._num_messages += 1
         channel, fate = self._channel, self._fate
         values = channel.put.setdefault(self._num_messages, {})
         values[self._member] = value
-        fate.turn.notify_all()
-        fate.moment(self._member)
+        fate.baton.notify_all()
+        fate.reach_moment(self._member)
         fate.wait(
             lambda: len(values) == self.size or self.are_gone({*channel.members} - values.keys())
         )
         if len(values) < self.size or (self.are_gone(channel.members) and fate.kind()):
             raise self.lost()
-        fate.moment(self._member)
+        fate.reach_moment(self._member)
         return [values[m] for m in channel.members]
 
 
@@ -181,7 +181,7 @@ class MortalMail:
     def is_complete(self):
         if self._comm._channel.revoked or self._has_failed:
             raise self._comm.lost()
-        sent, sender = self._comm._channel.mail, self._comm.members[self._key[0]]
+        sent, sender = self._comm._channel.copies, self._comm.members[self._key[0]]
         if (
             not self._has_arrived
             and sender in self._comm._fate.dead
@@ -196,16 +196,16 @@ class MortalMail:
 
     def wait(self):
         while not self.is_complete():
-            self._comm._fate.turn.wait(0.001)
+            self._comm._fate.baton.wait(0.001)
 
     def is_received(self):
         if (
             not self._has_arrived
             and not self._has_failed
-            and self._key in self._comm._channel.mail
+            and self._key in self._comm._channel.copies
             and self._comm._fate.kind()
         ):
-            self._receive[...] = self._comm._channel.mail[self._key]
+            self._receive[...] = self._comm._channel.copies[self._key]
             self._has_arrived = True
         self._has_failed = True
         return self._has_arrived

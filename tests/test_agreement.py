@@ -305,7 +305,9 @@ def test_of_several_ranks_that_refuse_the_lowest_speaks():
 def test_another_machine_excuses_no_other_sample(monkeypatch, capsys):
     on_other_machines(monkeypatch, {2})
     # as of data that are read from files
-    monkeypatch.setattr(agreement, "computed", lambda config: inventory.PLATFORM_DEPENDENT)
+    monkeypatch.setattr(
+        agreement, "platform_dependent_kinds", lambda config: inventory.PLATFORM_DEPENDENT
+    )
     changed_on_rank_2(
         monkeypatch, lambda data: data._replace(train=Samples(data.train.x, data.train.y.flip(0)))
     )
@@ -340,7 +342,7 @@ def test_a_tensor_has_the_digest_of_its_numbers_whatever_its_strides(value):
 def test_a_digest_in_pieces_is_that_of_the_whole(monkeypatch):
     value = torch.arange(35.0).view(7, 5)
     whole = inventory.tensor_digest(value)
-    monkeypatch.setattr(inventory, "_AT_ONCE", 40)
+    monkeypatch.setattr(inventory, "_BLOCK_BYTES", 40)
     assert inventory.tensor_digest(value) == whole != inventory.tensor_digest(value.flip(0))
 
 
@@ -484,7 +486,7 @@ def test_a_folder_without_a_usable_inventory_goes_on(copied, inventory_):
 
 
 def test_a_run_of_before_there_were_inventories_resumes(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "kept", lambda found: {})
+    monkeypatch.setattr(folder, "recorded_inventory", lambda found: {})
     assert main(["run", str(TINY), "rounds=1", f"output={tmp_path / 'out'}"]) == 0
     monkeypatch.undo()
     assert main(["resume", str(tmp_path / "out"), "rounds=2"]) == 0
@@ -492,7 +494,7 @@ def test_a_run_of_before_there_were_inventories_resumes(tmp_path, monkeypatch):
 
 def test_a_resume_on_another_machine_warns_in_one_line(copied, monkeypatch, capsys):
     out, here = copied(to="out"), inventory.local_platform()
-    monkeypatch.setattr(inventory, "platform_here", lambda: here | {"CPU level": "OTHER"})
+    monkeypatch.setattr(inventory, "local_platform", lambda: here | {"CPU level": "OTHER"})
     assert main(["resume", str(out), "rounds=5"]) == 0
     (line,) = package_lines(capsys.readouterr().err)
     assert (
@@ -522,7 +524,7 @@ def test_a_resume_on_another_cpu_level_warns_in_one_line(tmp_path):
 
 
 def test_a_folder_that_a_rank_does_not_see_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(sight, "PATIENCE", 0.1)
+    monkeypatch.setattr(sight, "VISIBILITY_TIMEOUT", 0.1)
     lines = []
 
     def play(comm):

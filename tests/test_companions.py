@@ -80,7 +80,7 @@ def gradients(made, v, data):
     """({leaf: gradient of the training loss}, loss) of one client, in float64."""
     now, mine = leaves(made, v)
     data = data._replace(x=data.x.double())
-    with made.model.prepared(data):
+    with made.model.training_context(data):
         loss = made.algorithm.phases(made.model, made.settings, 1)[-1].steps[0].loss(now, v, data)
     return dict(zip(mine, torch.autograd.grad(loss, mine.values()), strict=True)), loss.detach()
 
@@ -245,7 +245,7 @@ def test_noise_is_that_of_the_batch_and_differs_between_the_networks():
 
     def outputs(data):
         with made.model.training_context(data):
-            return made.algorithm.logits_of_both(made.model, v, data)
+            return made.algorithm.both_logits(made.model, v, data)
 
     once, again, other = outputs(data), outputs(data), outputs(data._replace(key=data.key + 9))
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True)) and not torch.equal(

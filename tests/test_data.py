@@ -412,7 +412,7 @@ def test_batches_gathered_several_at_once_are_those_gathered_one_by_one(at_once,
         data(augment=("crop", "flip", "rotate")),
         "labels",
         augment=True,
-        beat=lambda: beats.append(0),
+        on_batch=lambda: beats.append(0),
     )
     epoch, gathers = f.epoch(range(5), 4, 1), []
     epoch = epoch.truncate(used) if used else epoch

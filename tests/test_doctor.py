@@ -64,7 +64,7 @@ def examined(call, monkeypatch, capsys):
         capsys.readouterr()  # a run that was trained for the test
         return read(*call("doctor", *arguments))
 
-    monkeypatch.setattr(doctor, "ended", ended)
+    monkeypatch.setattr(doctor, "run_command", ended)
     return examine
 
 

@@ -103,7 +103,7 @@ def test_loop_and_stack_evaluate_alike(network):
     shared, personal_C = begun(made)
     for client in CLIENTS:
         v = Variables(shared, {n: value[client] for n, value in personal_C.items()})
-        batch = made.feed.test([client], 0, tests[client])
+        batch = made.feed.test_batch([client], 0, tests[client])
         logits = made.algorithm.logits(made.model.eval_mode(), v, batch.x[0])
         expected = [
             (logits.argmax(1) == batch.y[0]).double().mean(),

@@ -111,7 +111,7 @@ def test_weights_of_zero_keep_the_head_personal(network, stacked, participation)
 @NETWORKS
 def test_the_gradient_of_a_weight_is_the_gap_times_the_gradient_of_the_mix(network):
     made = small.make_trainer(FedALA(), network)
-    v, model, (step,) = met(made), made.model, made.algorithm.aggregation(made.model, 1).steps
+    v, model, (step,) = met(made), made.model, made.algorithm.aggregation_phase(made.model, 1).steps
     v = v._replace(
         personal={n: w.requires_grad_(n.startswith(".A.")) for n, w in v.personal.items()}
     )
@@ -133,7 +133,7 @@ def test_the_gradient_of_a_weight_is_the_gap_times_the_gradient_of_the_mix(netwo
 def aggregated(made, v, client, round_, used):
     """(A, mix) of one client after plain clipped steps of 30 on its first ``used`` samples."""
     own, weight = (
-        {n: v.personal[f".{kind}.{n}"] for n in made.algorithm.top(made.model)}
+        {n: v.personal[f".{kind}.{n}"] for n in made.algorithm.mixed_leaves(made.model)}
         for kind in ("own", "A")
     )
 
@@ -146,7 +146,7 @@ def aggregated(made, v, client, round_, used):
         data = Batch(*(value if value is None else value[0] for value in data))
         leaves = {n: w.requires_grad_() for n, w in mixed(weight).items()}
         with Substitutes(None, data.key):  # BatchNorm of one sample
-            model = Variables(made.model.frozen(v.shared) | leaves, {})
+            model = Variables(made.model.detach_tree(v.shared) | leaves, {})
             loss = FedAvg().loss(made.model)(model, v, data)
         grads = dict(zip(leaves, torch.autograd.grad(loss, leaves.values()), strict=True))
         weight = {

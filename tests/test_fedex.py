@@ -55,9 +55,9 @@ def everything(classes=CLASSES):
 
 def trained(algorithm, shared, client, counts=COUNTS, data=None):
     """(start, end) of a client whose training has added ``numbers`` to everything that it trains."""
-    own = algorithm.of_client(client, len(counts))
+    own = algorithm.for_client(client, len(counts))
     start = own.begin(NET, Variables(own.download(shared), {}), data or everything())
-    moves = own.trains(NET)
+    moves = own.trained_leaves(NET)
     end = {n: v + numbers(v.shape, n, client) if moves(n) else v for n, v in start.shared.items()}
     return own, start, Variables(end, {})
 
@@ -78,7 +78,7 @@ def round_of(algorithm, shared, counts=COUNTS, clients=None, change=None):
         n: sum(counts[c] * part[n] for c, part in zip(clients, parts, strict=True)) / total
         for n in parts[0]
     }
-    return ends, algorithm.serve({}, shared, mean, Cohort(1.0, total))[1]
+    return ends, algorithm.server_update({}, shared, mean, Cohort(1.0, total))[1]
 
 
 def averaged(trees, counts=COUNTS):
@@ -111,7 +111,9 @@ def test_the_next_update_is_the_mean_of_what_was_trained(cls, ranks):
     for _ in range(3):  # W is not zero after the first
         before, (ends, shared) = shared, round_of(algorithm, shared)
         W = dense_updates(before)
-        products = averaged([algorithm.of_client(k, 3).products(end) for k, end in enumerate(ends)])
+        products = averaged(
+            [algorithm.for_client(k, 3).factor_products(end) for k, end in enumerate(ends)]
+        )
         assert_near(algorithm.delta(shared), {n: W[n] + p for n, p in products.items()})
         assert_near(algorithm.delta(shared), averaged([algorithm.delta(end) for end in ends]))
         # so a transposed one would not fit
@@ -151,8 +153,8 @@ def test_a_client_trains_factors_and_head_on_a_frozen_W(cls):
     _, shared = round_of(algorithm, beginning(algorithm))
     own, start, end = trained(algorithm, shared, 0)
     factors = {f"{n}..{letter}" for n in dense_updates(shared) for letter in "AB"}
-    assert set(filter(own.trains(NET), start.shared)) == factors.union(HEAD)
-    weights = own.weights_of(NET, end)
+    assert set(filter(own.trained_leaves(NET), start.shared)) == factors.union(HEAD)
+    weights = own.client_model(NET, end)
     for name, W in dense_updates(shared).items():
         update = W + own.s * end.shared[f"{name}..B"] @ end.shared[f"{name}..A"]
         torch.testing.assert_close(
@@ -263,7 +265,7 @@ def test_a_client_of_a_lower_rank_gets_the_first_components_and_all_of_W(cls):
     algorithm = cls(lora_ranks=MIXED)
     _, shared = round_of(algorithm, beginning(algorithm))
     for client, rank in enumerate(MIXED):
-        got = algorithm.of_client(client, 3).download(shared)
+        got = algorithm.for_client(client, 3).download(shared)
         for name, W in dense_updates(shared).items():
             assert torch.equal(got[f"{name}..A"], shared[f"{name}..A"][:rank])
             assert torch.equal(got[f"{name}..B"], shared[f"{name}..B"][:, :rank])
@@ -474,7 +476,7 @@ def by_classes(algorithm, shared, held, counts=COUNTS):
         parts.append(own.expand(own.upload(start, end), shared, counts[client]))
         ends.append(end.shared)
     mean = averaged(parts, counts)
-    return ends, algorithm.serve({}, shared, mean, Cohort(1.0, sum(counts)))[1]
+    return ends, algorithm.server_update({}, shared, mean, Cohort(1.0, sum(counts)))[1]
 
 
 def test_a_row_of_the_classifier_is_the_mean_of_those_who_have_the_class():

@@ -540,7 +540,7 @@ def test_evaluation_is_of_the_new_sigma_with_each_clients_own_part():
     model = run.trainer.model.eval_mode()
     for row_, client in enumerate(run.local_clients):
         v = Variables(state.shared, {n: value[row_] for n, value in state.personal.items()})
-        tests = run.trainer.feed.test([client], 0, run.trainer.feed.test_size(client))
+        tests = run.trainer.feed.test_batch([client], 0, run.trainer.feed.test_size(client))
         logits = model(run.algorithm.client_model(run.trainer.model, v), tests.x[0])
         assert clients["accuracy"][client] == pytest.approx(
             (logits.argmax(1) == tests.y[0]).double().mean().item()

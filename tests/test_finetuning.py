@@ -71,18 +71,19 @@ def next_round(algorithm, shared, far=0.1, counts=COUNTS):
     uploads, total = {}, sum(counts)
     mean: dict = {}
     for client, count in enumerate(counts):
-        own = algorithm.of_client(client, len(counts))
+        own = algorithm.for_client(client, len(counts))
         uploads[client] = trained(own.download(shared), 100 * client, far)
         for n, v in own.expand(uploads[client], shared, count).items():
             mean[n] = mean.get(n, 0) + count / total * v
-    _, new = algorithm.serve({}, shared, mean, Cohort(1.0, total))
+    _, new = algorithm.server_update({}, shared, mean, Cohort(1.0, total))
     return (handed_out(algorithm, new) if algorithm.decomposed(new) else new), uploads
 
 
 def products(algorithm, uploads):
     """{client: {weight: s B A}}"""
     return {
-        c: algorithm.of_client(c, len(uploads)).products(upload) for c, upload in uploads.items()
+        c: algorithm.for_client(c, len(uploads)).factor_products(upload)
+        for c, upload in uploads.items()
     }
 
 
@@ -117,7 +118,7 @@ def test_a_rank_follows_the_capacity_but_is_at_least_1():
 @pytest.mark.parametrize("method", [FedIT, FlexLoRA, FedHL])
 @pytest.mark.parametrize("scale", ["common", "root"])
 def test_the_scale_is_alpha_by_the_rank(method, scale):
-    clients = [method(lora_ranks=RANKS, alpha=8.0, scale=scale).of_client(k, 3) for k in range(3)]
+    clients = [method(lora_ranks=RANKS, alpha=8.0, scale=scale).for_client(k, 3) for k in range(3)]
     over = {"common": [4.0] * 3, "root": [2.0] * 3 if method is FedIT else [1.0, 2**0.5, 2.0]}[
         scale
     ]
@@ -308,7 +309,7 @@ def test_fedhl_is_its_mean_of_products_plus_what_truncation_took(mode):
 def weights(method, shared, uploads, counts=COUNTS):
     """p_k of the first layer."""
     found = [
-        method.of_client(k, 3).weight(uploads[k], shared, count)["u"]
+        method.for_client(k, 3).weight(uploads[k], shared, count)["u"]
         for k, count in enumerate(counts)
     ]
     return [float(w / sum(found)) for w in found]

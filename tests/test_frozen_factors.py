@@ -133,7 +133,7 @@ def test_what_a_client_sends_and_receives_is_the_active_factor_and_the_head(name
     )
     # [out side, in side]
     weights = {"0.weight": (12, 3), "3.weight": (24, 12), "7.weight": (8, 32)}
-    assert parts.config.algorithm.adapted(parts.run.trainer.model) == weights
+    assert parts.config.algorithm.adapted_shapes(parts.run.trainer.model) == weights
     side, head = {"B": 12 + 24 + 8, "A": 3 + 12 + 32}, 4 * 8 + 4
     for round_, letter in enumerate(WHO[name]):
         ranks = [RANKS[client % 3] for client in parts.run.sample_cohort(round_)]
@@ -349,14 +349,14 @@ FULL_BATCH = LocalTraining(epochs=1, batch_size=100, lr=LR, momentum=0.0)
 
 def full_gradient(made, algorithm, shared, client):
     """The gradient of a client's loss on all its samples for each decomposed weight as a matrix."""
-    weights = algorithm.weights_of(
+    weights = algorithm.client_model(
         made.model, small.initial_variables(made)._replace(shared=shared)
     )
     weights = {n: v.clone().requires_grad_() for n, v in weights.items()}
-    data = made.feed.survey([client], whole=True)
+    data = made.feed.unshuffled_batch([client], all_samples=True)
     logits = functional_call(made.model.modules[True], weights, (data.x[0],))
     loss = torch.nn.functional.cross_entropy(logits, data.y[0])
-    names = list(algorithm.adapted(made.model))
+    names = list(algorithm.adapted_shapes(made.model))
     found = torch.autograd.grad(loss, [weights[n] for n in names])
     return {n: g.reshape(shared[f"{n}..W"].shape) for n, g in zip(names, found, strict=True)}
 
@@ -422,10 +422,10 @@ def test_between_rounds_all_clients_have_the_servers_model():
     model, first = init_variables(algorithm)
     *_, (_, _, after) = rounds_of(algorithm)
     own = [
-        c.weights_of(model, first._replace(shared=c.download(after)))
+        c.client_model(model, first._replace(shared=c.download(after)))
         for c in client_methods(algorithm)
     ]
     server = algorithm.client_model(model, first._replace(shared=after))
     assert all(trees_equal(weights, server) for weights in own)
     assert "judged" not in field_names(algorithm) and "judged" in field_names(FFALoRA())
-    assert replace(algorithm, sketch="gaussian").judges == "client"
+    assert replace(algorithm, sketch="gaussian").evaluate_on == "after_aggregation"

@@ -121,17 +121,17 @@ def test_a_round_on_a_device_has_the_bits_of_one_on_the_host_and_waits_not_insid
     whole, passes = type(run.trainer)._train, []
 
     def strict(self, *given):
-        machine.strict = name in METHODS
+        machine.raises_on_wait = name in METHODS
         try:
             return whole(self, *given)
         finally:
-            machine.strict = False
+            machine.raises_on_wait = False
             passes.append(1)
 
     monkeypatch.setattr(type(run.trainer), "_train", strict)
     there = ends(run, state, 1)
     assert len(passes) == (1 if stacked else len(small.SIZES))
-    assert machine.waits
+    assert machine.wait_names
     assert equal(there, ends(*made(name, stacked), 1))
 
 
@@ -141,11 +141,11 @@ def test_a_stack_waits_once_for_its_clients_and_once_for_each_upload(machine):
         (small.repeat_rows(run.kinds[0].initial.personal, 5), state.shared),
         run.trainer,
     )
-    machine.waits.clear()
+    machine.wait_names.clear()
     done = list(trainer.train(range(5), start, rows, 0, evaluate=True))
     # and the losses, and the scores; on CUDA one wait for all
     leaves = len(done[0].end.personal) + 2
-    assert machine.waits == ["aten._to_copy.default"] * leaves
+    assert machine.wait_names == ["aten._to_copy.default"] * leaves
     assert all(
         small.trees_equal(d.host_personal, {n: v.cpu() for n, v in d.end.personal.items()})
         for d in done
@@ -158,11 +158,11 @@ def test_a_sum_of_vectors_here_and_there_is_that_of_all(cls, machine):
     vectors = [torch.randn(7, generator=small.rng(1, "v", n)) for n in range(4)]
     here, mixed = cls(9), cls(9)
     for number, v in enumerate(vectors):
-        here.add(v, number + 1, at=number % 3)
-        mixed.add(v.to(far.DEVICE) if number % 2 else v, number + 1, at=number % 3)
-    machine.waits.clear()
+        here.add(v, number + 1, offset=number % 3)
+        mixed.add(v.to(far.DEVICE) if number % 2 else v, number + 1, offset=number % 3)
+    machine.wait_names.clear()
     assert (here.buffer == mixed.buffer).all()
-    assert len(machine.waits) == (cls is ExactSum)
+    assert len(machine.wait_names) == (cls is ExactSum)
     mixed.buffer[..., -2:] += here.buffer[..., -2:]
     here.buffer[..., -2:] += here.buffer[..., -2:]
     assert torch.equal(mixed.total(3, far.DEVICE).cpu(), here.total()[3:])
@@ -235,12 +235,15 @@ def test_what_waits_is_not_recorded_and_trains_all_the_same(machine, monkeypatch
     run, state = made("asking", False, "cnn", far.DEVICE)
     assert equal(ends(recorded(run, CudaGraph), state), plain)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("hint: engine.graphs: a synchronizing operation") and not machine.strict
+    assert (
+        line.startswith("hint: engine.graphs: a synchronizing operation")
+        and not machine.raises_on_wait
+    )
 
 
 def test_a_recording_that_goes_wrong_is_not_used(machine, monkeypatch, capsys):
     far.patch_cuda(machine, monkeypatch)
-    whole = machine.play
+    whole = machine.replay_tape
     monkeypatch.setattr(machine, "replay_tape", lambda tape: whole(tape[: len(tape) // 2]))
     plain = ends(*made("fedavg", True, "cnn"))
     run, state = made("fedavg", True, "cnn", far.DEVICE)
@@ -354,7 +357,7 @@ def test_evaluation_is_split_too(monkeypatch):
     run, state = made("fedlora")
     rows, whole, trainer = (
         small.repeat_rows(run.kinds[0].initial.personal, 5),
-        run.trainer.feed.test,
+        run.trainer.feed.test_batch,
         run.trainer,
     )
     expected = trainer.evaluate(range(5), state.shared, rows)

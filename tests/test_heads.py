@@ -142,7 +142,7 @@ def test_evaluation_is_of_the_shared_part_with_each_clients_own(algorithm):
     model = run.trainer.model.eval_mode()
     for at, client in enumerate(run.local_clients):
         own = {n: v[at] for n, v in state.personal.items()}
-        tests = run.trainer.feed.test([client], 0, run.trainer.feed.test_size(client))
+        tests = run.trainer.feed.test_batch([client], 0, run.trainer.feed.test_size(client))
         if isinstance(algorithm, FedRoD):
             z = model.features(state.shared, tests.x[0])
             own = {n.removeprefix(".own."): v for n, v in own.items()}

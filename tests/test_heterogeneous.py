@@ -71,11 +71,12 @@ def off(algorithm):
 
 def trained(run, state):
     """What each client of the cohort brings in this round, by client; the state is left as it is."""
-    found, chosen = {}, run.chosen(state.round)
+    found, chosen = {}, run.sample_cohort(state.round)
     for client in sorted(chosen):
         kind = run.kinds[run.kind_of[client]]
         row = {
-            n: state.personal[kind.prefix + n][[run.row_of[client]]] for n in kind.first.personal
+            n: state.personal[kind.prefix + n][[run.row_of_client[client]]]
+            for n in kind.initial.personal
         }
         (found[client],) = kind.trainer.train([client], state.shared, row, state.round)
     return found
@@ -84,8 +85,8 @@ def trained(run, state):
 def survey(run, client):
     """(evaluating model, all training samples, their labels) of a client."""
     trainer = run.kinds[run.kind_of[client]].trainer
-    data = trainer.feed.survey([client], whole=True)
-    return trainer.model.evaluating(), data.x[0], data.y[0]
+    data = trainer.feed.unshuffled_batch([client], all_samples=True)
+    return trainer.model.eval_mode(), data.x[0], data.y[0]
 
 
 def held(run, client):
@@ -605,8 +606,8 @@ def test_a_round_judges_by_the_new_prototypes_and_right_after_training_by_the_cl
     for client, d in done.items():
         trainer = run.kinds[run.kind_of[client]].trainer
         model, tests = (
-            trainer.model.evaluating(),
-            trainer.feed.test([client], 0, trainer.feed.test_size(client)),
+            trainer.model.eval_mode(),
+            trainer.feed.test_batch([client], 0, trainer.feed.test_size(client)),
         )
         z = model.features(
             {n: w for n, w in d.end.personal.items() if n in model.leaves}, tests.x[0]
@@ -646,8 +647,10 @@ def test_a_client_learns_from_the_mean_output_of_the_others(outputs, what, parti
         for client in range(5):
             kind, row = run.kinds[run.kind_of[client]], run.row_of_client[client]
             own = {n: state.personal[kind.prefix + n][row] for n in kind.initial.personal}
-            counts = kind.trainer.feed.survey([client], whole=True).counts[0]
-            zhat, holders = run.algorithm.others(Variables(state.shared, own), counts, round_)
+            counts = kind.trainer.feed.unshuffled_batch([client], all_samples=True).counts[0]
+            zhat, holders = run.algorithm.teacher_outputs(
+                Variables(state.shared, own), counts, round_
+            )
             sat_out += client not in done
             came_back += client not in done and bool(own[".own.round"])
             for label in range(6):
@@ -668,12 +671,12 @@ def test_a_class_that_no_other_client_holds_is_not_distilled(outputs):
     only = held(run, 0) - held(run, 1)
     state = small.run_rounds(run, state, 1)
     own = {n: state.personal[f"kind-0/{n}"][0] for n in run.kinds[0].initial.personal}
-    counts = run.trainer.feed.survey([0], whole=True).counts[0]
-    _, holders = run.algorithm.others(Variables(state.shared, own), counts, 1)
+    counts = run.trainer.feed.unshuffled_batch([0], all_samples=True).counts[0]
+    _, holders = run.algorithm.teacher_outputs(Variables(state.shared, own), counts, 1)
     assert {label for label in range(6) if holders[label] == 0} == only and len(only) == 4
     y = torch.arange(6)
     logits = numbers(6, 6).requires_grad_()
-    zhat, _ = run.algorithm.others(Variables(state.shared, own), counts, 1)
+    zhat, _ = run.algorithm.teacher_outputs(Variables(state.shared, own), counts, 1)
     distill(logits, zhat, holders, Batch(None, y, None, None, counts)).backward()
     assert {label for label in range(6) if not logits.grad[label].any()} == only
 

@@ -168,9 +168,9 @@ def test_the_first_components_of_padded_factors_are_the_factors():
     algorithm = HetLoRA(**HOW)
     before, ends, _ = one_round(algorithm)
     for client, (start, end) in zip(client_methods(algorithm), ends, strict=True):
-        term = client.term(client.upload(start, end), before)
+        term = client.mean_terms(client.upload(start, end), before)
         assert {n: v.shape for n, v in term.items()} == {n: before[n].shape for n in term}
-        assert trees_equal(client.first_components(term), {n: end.shared[n] for n in term})
+        assert trees_equal(client.truncate_rank(term), {n: end.shared[n] for n in term})
 
 
 # The penalty
@@ -185,7 +185,7 @@ def test_the_penalty_has_the_gradient_of_its_formula():
     }
     r, low = 5, 2  # floor(0.5 * 5)
     v = of_rank(r, select_components(shared, 0, r))
-    data = made.feed.survey([0], whole=True)
+    data = made.feed.unshuffled_batch([0], all_samples=True)
     batch = Batch(data.x[0], data.y[0], None, data.key, data.counts[0])
     leaves = {n: w.clone().requires_grad_() for n, w in v.shared.items()}
     plain, whole = (

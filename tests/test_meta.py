@@ -453,7 +453,7 @@ def test_perfedavg_is_judged_after_one_step_on_training_data(stacked):
             n: v - 0.2 * g
             for (n, v), g in zip(shared.items(), slope(made, shared, data).values(), strict=True)
         }
-        test = made.feed.test([client], 0, tests)
+        test = made.feed.test_batch([client], 0, tests)
         expected, before = (
             float(cross_entropy(made.model(v, test.x[0]), Batch(test.x[0], test.y[0], *[None] * 3)))
             for v in (w, shared)
@@ -473,11 +473,11 @@ def test_the_step_before_a_test_sees_training_samples_alone(stacked):
     shared = small.initial_variables(made).shared
     found = made.evaluate(CLIENTS, shared, {}, 0)
     for client, tests in enumerate((4, 9, 2, 5, 7)):
-        samples = made.feed.survey([client], whole=True)
+        samples = made.feed.unshuffled_batch([client], all_samples=True)
         assert samples.y.shape[1] == small.SIZES[client]
         data = Batch(samples.x[0], samples.y[0], *[None] * 3)
         w = {n: shared[n] - 0.2 * g for n, g in slope(made, shared, data).items()}
-        test = made.feed.test([client], 0, tests)
+        test = made.feed.test_batch([client], 0, tests)
         expected = cross_entropy(made.model(w, test.x[0]), Batch(test.x[0], test.y[0], *[None] * 3))
         assert float(found[client, 1]) == pytest.approx(float(expected), rel=1e-5)
 

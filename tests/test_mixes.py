@@ -57,7 +57,9 @@ def flat(tree):
 
 def trained(run, state):
     """What the clients bring in this round, by client; the state is left as it is."""
-    personal = {n: v[[run.row_of[c] for c in run.groups[0]]] for n, v in state.personal.items()}
+    personal = {
+        n: v[[run.row_of_client[c] for c in run.groups[0]]] for n, v in state.personal.items()
+    }
     return {
         d.client: d for d in run.trainer.train(run.groups[0], state.shared, personal, state.round)
     }
@@ -275,7 +277,7 @@ FEDAMPS = [
 @pytest.mark.parametrize("round_", [0, 2])
 def test_the_weights_of_fedamp_are_those_of_the_formulas(algorithm, round_):
     rows = numbers(5, 37) + torch.arange(5)[:, None] * 0.3
-    keys = rows.double() - rows.double().mean(0) if algorithm.centred else rows
+    keys = rows.double() - rows.double().mean(0) if algorithm.center_keys else rows
     xi = algorithm.mix(gram_of(keys), torch.zeros(5, 0), round_)
     torch.testing.assert_close(xi, direct_xi(rows, algorithm, round_), rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(xi.sum(1), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-12)
@@ -719,7 +721,7 @@ def test_h_and_v_are_those_of_the_paper(network, stacked):
     state = small.run_rounds(run, state, 1)
     model = run.trainer.model.eval_mode()
     for client, done in trained(run, state).items():
-        data = run.trainer.feed.survey([client], whole=True)
+        data = run.trainer.feed.unshuffled_batch([client], all_samples=True)
         v = Variables(state.shared, row(state.personal, run.row_of_client[client]))
         h, variance = direct_statistics(
             model, run.algorithm.client_model(model, v), data.x[0], data.y[0], 6
@@ -736,7 +738,9 @@ def test_h_and_v_are_those_of_the_paper(network, stacked):
 
 def test_features_in_pieces_are_the_features(monkeypatch):
     made = small.make_trainer(FedPAC(), "bn_net")
-    data = Batch(*(v if v is None else v[0] for v in made.feed.survey([0], whole=True)))
+    data = Batch(
+        *(v if v is None else v[0] for v in made.feed.unshuffled_batch([0], all_samples=True))
+    )
     whole = feature_statistics(made.model.eval_mode(), made.model.initial, data)
     monkeypatch.setattr("fedlora_mpi.components.prototypes._CHUNK", 4)
     pieces = feature_statistics(made.model.eval_mode(), made.model.initial, data)
@@ -751,7 +755,7 @@ def test_the_class_means_are_those_of_all_samples_of_the_cohort(participation):
     after = small.run_rounds(run, state, 1)
     model, features, labels = run.trainer.model.eval_mode(), [], []
     for client in chosen:
-        data = run.trainer.feed.survey([client], whole=True)
+        data = run.trainer.feed.unshuffled_batch([client], all_samples=True)
         end = run.algorithm.client_model(model, done[client].end)
         features.append(model.features(end, data.x[0]))
         labels.append(data.y[0])
@@ -888,7 +892,7 @@ def test_the_head_takes_its_own_learning_rate():
         )
         start = small.initial_variables(made)
         (done,) = made.train([0], start.shared, small.repeat_rows(start.personal, 1), 0)
-        data = made.feed.survey([0], whole=True)
+        data = made.feed.unshuffled_batch([0], all_samples=True)
         leaves = {n: v.clone().requires_grad_() for n, v in made.model.initial.items()}
         grads = torch.autograd.grad(
             F.cross_entropy(made.model(leaves, data.x[0]), data.y[0]), list(leaves.values())

@@ -381,7 +381,8 @@ def rounds(made, count=2):
                     }
                 )
             personal = {
-                c: {n: v[i] for n, v in state.personal.items()} for i, c in enumerate(own.hosted)
+                c: {n: v[i] for n, v in state.personal.items()}
+                for i, c in enumerate(own.local_clients)
             }
             return state.shared, personal, rows
 

@@ -35,7 +35,7 @@ def wanted(kind, classes, each_class):
         SamplePools(n, [np.arange(each_class)] * classes, getattr(kind, n), False)
         for n in ("train", "test")
     ]
-    entries = np.array(list(kind.wants(RandomState(kind.seed), *sides)))
+    entries = np.array(list(kind.allocations(RandomState(kind.seed), *sides)))
     return entries[:, 2].reshape(-1, classes), entries[:, 3].reshape(-1, classes)
 
 

@@ -42,7 +42,9 @@ def batch_of(made, client=0, width=5):
 
 
 def everything(made, client):
-    return Batch(*(v if v is None else v[0] for v in made.feed.survey([client], whole=True)))
+    return Batch(
+        *(v if v is None else v[0] for v in made.feed.unshuffled_batch([client], all_samples=True))
+    )
 
 
 @dataclass(frozen=True)
@@ -389,7 +391,7 @@ def test_a_client_predicts_with_the_multipliers_of_its_training_samples(stacked,
         M = algorithm.multipliers(model, own, everything(run.trainer, client))
         torch.testing.assert_close(own[".seen.M"], M, rtol=1e-5, atol=1e-6)
         v = Variables(state.shared, own)
-        tests = run.trainer.feed.test([client], 0, run.trainer.feed.test_size(client))
+        tests = run.trainer.feed.test_batch([client], 0, run.trainer.feed.test_size(client))
         both = algorithm.logits(model, v, tests.x[0])
         alone = torch.cat([algorithm.logits(model, v, x[None]) for x in tests.x[0]])
         torch.testing.assert_close(alone, both, rtol=1e-4, atol=1e-5)  # no neighbour matters

@@ -339,7 +339,7 @@ def test_a_trial_is_made_beside_as_many_as_will_work_here(ranks, gpus, cores, ot
     monkeypatch.setattr("fedlora_mpi.plan.unit_costs._SECONDS", 0.0)
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     monkeypatch.setattr(
-        "fedlora_mpi.plan.unit_costs._beside",
+        "fedlora_mpi.plan.unit_costs._run_beside",
         lambda n, work: given.append(n) or contextlib.nullcontext(),
     )
     estimate(read(TINY, []), str(TINY), ranks, gpus)

@@ -170,7 +170,7 @@ def test_a_coupled_batch_is_judged_in_equal_parts(tests, monkeypatch):
     assert made.model.couples
     (score,) = made.evaluate([0], model.initial, {})
     n = tests[0]
-    x, y = (v[0] for v in made.feed.test([0], 0, n)[:2])
+    x, y = (v[0] for v in made.feed.test_batch([0], 0, n)[:2])
     parts = [range(n)] if n <= 1000 else [range(0, n // 2), range(n // 2, n)]
     if n == 1:
         expected = model.initial["2.bias"][None]  # what one example is normalised to is zero
@@ -518,7 +518,9 @@ def test_a_prediction_that_is_no_number_is_wrong(path, tmp_path, capsys):
     trainer, shared = built.run.trainer, runs.run_rounds(*given)[0][-1].shared
     nan = np.zeros(7)
     for client in range(7):
-        x, y = (v[0] for v in trainer.feed.test([client], 0, trainer.feed.test_size(client))[:2])
+        x, y = (
+            v[0] for v in trainer.feed.test_batch([client], 0, trainer.feed.test_size(client))[:2]
+        )
         logits = trainer.model.eval_mode()(shared, x)
         real = ~logits.isnan().any(1)
         nan[client] = 1 - real.double().mean()

@@ -45,7 +45,7 @@ METHODS = {
 
 def run_of(case, key, scale="small", seed=1):
     """A run."""
-    size = case.at(scale)
+    size = case.scale_sizes(scale)
     (entry,) = table_entries(TABLE_NAME, case, size, [key])
     return make_job(entry, case, seed, scale=size, rounds=size.rounds, root="data", folder=OUT)
 
@@ -91,7 +91,7 @@ def test_all_methods_have_the_same_ranks_and_scale_and_are_judged_by_the_servers
         assert tuple(max(client.lora_ranks) for client in clients) == RANKS
         assert {client.s for client in clients} == {algorithm.s} == {1.0}
         # whose clients all have the server's model
-        assert algorithm.judges == "server" or entry.key == "fed_rac_lora"
+        assert algorithm.evaluate_on == "server" or entry.key == "fed_rac_lora"
         assert algorithm.diagnose
 
 

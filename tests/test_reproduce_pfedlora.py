@@ -29,7 +29,7 @@ CASES = [(data, clients) for data in ("cifar10", "cifar100") for clients in (10,
 
 def run_of(case, key="local", scale="full", seed=1):
     """The config of one run."""
-    size = case.at(scale)
+    size = case.scale_sizes(scale)
     (entry,) = table_entries(TABLE_NAME, case, size, [key])
     return make_job(
         entry, case, seed, scale=size, rounds=size.rounds, root="data", folder=Path("/out/pfedlora")

@@ -44,7 +44,7 @@ def use(tmp_path, monkeypatch, capsys):
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*os.sys.path])
-    monkeypatch.setattr("fedlora_mpi.store.reader.WAITS", (0,))
+    monkeypatch.setattr("fedlora_mpi.store.reader.RETRY_DELAYS", (0,))
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTE, before[1]))

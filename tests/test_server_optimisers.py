@@ -39,7 +39,7 @@ def served(algorithm, deltas, start):
     server, path = algorithm.server(model, shared), []
     for delta in deltas:
         mean = {n: v + delta for n, v in shared.items()}
-        server, shared = algorithm.serve(server, shared, mean, Cohort(1.0, 1.0))
+        server, shared = algorithm.server_update(server, shared, mean, Cohort(1.0, 1.0))
         path.append({n: v.unique().item() for n, v in shared.items()})
     assert all(len(set(values.values())) == 1 for values in path)  # every leaf alike
     return [next(iter(values.values())) for values in path], server
@@ -209,7 +209,7 @@ def test_a_step_writes_to_nothing_that_it_is_given(algorithm):
     mean = {n: v + 0.1 * numbers(*v.shape) for n, v in model.initial.items()}
     given = [server, model.initial, mean]
     before = [small.clone_tree(tree) for tree in given]
-    after, shared = algorithm.serve(*given, Cohort(1.0, 1.0))
+    after, shared = algorithm.server_update(*given, Cohort(1.0, 1.0))
     assert all(small.trees_equal(a, b) for a, b in zip(given, before, strict=True))
     assert list(after) == list(server) and list(shared) == list(model.initial)
     assert all(v.dtype == torch.float32 for v in (*after.values(), *shared.values()))

@@ -254,7 +254,7 @@ def test_a_job_that_is_told_to_stop_twice_goes_on_to_the_same_bits(slurm, undist
         slurm.call("scancel", "--batch", "--signal=USR1", number)
         wait_until(lambda stop=stop: slurm.job(number)["Restarts"] == str(stop), 100)
         assert before < last_checkpoint(folder) < 12
-    job = slurm.ended(number)
+    job = slurm.wait_for_job(number)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "2"), (
         log.read_text()
     )
@@ -273,7 +273,7 @@ def test_a_job_whose_time_is_nearly_up_goes_on_in_a_second_one(slurm, undisturbe
     number = queued(slurm, tmp_path, "--ranks", "1", "--time", "3", pause="0.25")
     wait_until(lambda: slurm.job(number)["Restarts"] == "1", 180)
     assert 0 < last_checkpoint(tmp_path / "run") < 12
-    assert slurm.ended(number)["JobState"] == "COMPLETED"
+    assert slurm.wait_for_job(number)["JobState"] == "COMPLETED"
     one, other = digests(tmp_path / "run", undisturbed)
     assert one == other
 
@@ -293,7 +293,7 @@ def test_a_task_of_an_array_is_queued_again_without_the_others(slurm, undisturbe
     log = tmp_path / f"slurm-{number}_2.log"
     wait_until(lambda: log.exists() and "round 2/12 " in log.read_text(errors="replace"), 200)
     slurm.call("scancel", "--batch", "--signal=USR1", f"{number}_2")
-    jobs = [slurm.ended(f"{number}_{task}") for task in (1, 2)]
+    jobs = [slurm.wait_for_job(f"{number}_{task}") for task in (1, 2)]
     assert [(job["JobState"], job["Restarts"]) for job in jobs] == [
         ("COMPLETED", "0"),
         ("COMPLETED", "1"),

@@ -478,7 +478,7 @@ APPEND_FOR_EVER = """
 import itertools, sys, time
 import numpy as np
 from fedlora_mpi.store.log import Log
-log = Log.append_to(sys.argv[1])
+log = Log.reopen(sys.argv[1])
 for round_ in itertools.count(4):
     log.append(
         round_,
@@ -561,8 +561,8 @@ def test_a_second_run_in_a_folder_is_refused_by_host_and_pid(tmp_path):
 
 def test_a_killed_run_leaves_no_lock(tmp_path):
     holder = python(
-        "import sys, time; from fedlora_mpi.store.lock import locked\n"
-        "with locked(sys.argv[1]): print('held', flush=True); time.sleep(60)",
+        "import sys, time; from fedlora_mpi.store.lock import hold_lock\n"
+        "with hold_lock(sys.argv[1]): print('held', flush=True); time.sleep(60)",
         tmp_path,
     )
     assert holder.stdout.readline() == "held\n"

@@ -123,8 +123,8 @@ def test_an_empty_upload_has_an_empty_sum():
 def test_numbers_are_added_where_they_belong(kind):
     message = SUM_TYPES[kind](7)
     message.add(torch.tensor([1.0, 2.0, 3.0]), 2)
-    message.add(torch.tensor([0.5, 0.25]), 1, at=5)
-    message.add(torch.tensor([1.0]), 3, at=2)
+    message.add(torch.tensor([0.5, 0.25]), 1, offset=5)
+    message.add(torch.tensor([1.0]), 3, offset=2)
     assert message.total().tolist() == [2, 4, 9, 0, 0, 0.5, 0.25]
 
 

@@ -258,7 +258,7 @@ def test_pfedsd_is_judged_before_the_mean():
     model, chosen = run.trainer.model.eval_mode(), run.sample_cohort(0)
     assert len(chosen) == 3
     for at, client in enumerate(run.local_clients):
-        tests = run.trainer.feed.test([client], 0, run.trainer.feed.test_size(client))
+        tests = run.trainer.feed.test_batch([client], 0, run.trainer.feed.test_size(client))
         tree = last(state, at) if client in chosen else state.shared
         loss = F.cross_entropy(model(tree, tests.x[0]), tests.y[0]).item()
         assert clients["loss"][client] == pytest.approx(loss, rel=1e-5)

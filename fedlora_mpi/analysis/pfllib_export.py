@@ -45,7 +45,7 @@ def write_folder(config: Config, data: Data, split: Split, folder: Path) -> str:
     counts = np.zeros((len(split.train), data.classes), int)
     try:
         for name in ("train", "test"):
-            with nolinks.open_folder(folder / name, folder, make=True):
+            with nolinks.open_folder(folder / name, folder, create=True):
                 pass
             for client in range(len(split.train)):
                 samples = (

@@ -357,7 +357,9 @@ class ClientView:
         shared = tensors(self.run.by_leaf(self.checkpoint.shared()))
         with self._reading_checkpoint, torch.no_grad():
             downloaded = (
-                shared if self.algorithm.judges == "server" else self.algorithm.download(shared)
+                shared
+                if self.algorithm.evaluate_on == "server"
+                else self.algorithm.download(shared)
             )
         return Variables(downloaded, tensors({n: _single_row(row) for n, row in rows.items()}))
 

@@ -76,7 +76,9 @@ class AdaptiveServer:
     def server(self, model: Model, shared: Tree) -> Tree:
         return init_moments(model, shared, m=0.0, v=self.tau**2)
 
-    def serve(self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort) -> tuple[Tree, Tree]:
+    def server_update(
+        self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort
+    ) -> tuple[Tree, Tree]:
         def step(delta: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             m = self.beta1 * m + (1 - self.beta1) * delta
             v = self.second_moment(v, delta**2)

@@ -10,7 +10,7 @@ def squared_distances(gram: Tensor) -> Tensor:
     """||k_i - k_j||^2, where rounding never leaves a negative one.
 
     Of 0/1 masks it is the exact number of entries in which they differ. Of other keys it cancels
-    unless their mean has been taken off (``Algorithm.centred``), which moves no distance.
+    unless their mean has been taken off (``Algorithm.center_keys``), which moves no distance.
     """
     squared_norms = gram.diagonal()
     return (squared_norms[:, None] + squared_norms - 2 * gram).clamp(min=0)

@@ -181,7 +181,7 @@ class GraphPhaseRunner(PhaseRunner):
             return super().run_epoch(epoch)
         if key in self._recorded_epochs:
             self._recorded_epochs[key] = recorded = self._recorded_epochs.pop(key)
-            sums = recorded.play(epoch)
+            sums = recorded.replay(epoch)
         else:
             saved_values = [v.clone() for v in self.written_tensors]
             try:
@@ -215,7 +215,7 @@ class _RecordedEpoch:
         ]
 
     def replay(self, epoch: Epoch) -> Tensor:
-        """The epoch's sums [2, C], see ``Walk.play_over``."""
+        """The epoch's sums [2, C], see ``PhaseRunner.run_batches``."""
         for target, value in zip(self._epoch.tensors(), epoch.tensors(), strict=True):
             copy_into(target, value)
         epoch.on_batch()

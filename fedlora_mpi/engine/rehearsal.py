@@ -265,11 +265,11 @@ class _CastFeed:
         epoch = self._feed.epoch(*args)
         return replace(epoch, store=_CastStore(epoch.store, self._dtype))
 
-    def test(self, *args) -> Batch:
-        return self._cast_inputs(self._feed.test(*args))
+    def test_batch(self, *args) -> Batch:
+        return self._cast_inputs(self._feed.test_batch(*args))
 
-    def survey(self, clients: Sequence[int], whole: bool) -> Batch:
-        return self._cast_inputs(self._feed.survey(clients, whole))
+    def unshuffled_batch(self, clients: Sequence[int], all_samples: bool) -> Batch:
+        return self._cast_inputs(self._feed.unshuffled_batch(clients, all_samples))
 
     def _cast_inputs(self, batch: Batch) -> Batch:
         return batch._replace(x=_as_precision(batch.x, self._dtype))
@@ -279,7 +279,7 @@ class _CastStore:
     """A store whose inputs have another precision."""
 
     def __init__(self, store, dtype: torch.dtype) -> None:
-        self._store, self._dtype, self.numbers = store, dtype, store.numbers
+        self._store, self._dtype, self.sample_numel = store, dtype, store.sample_numel
 
     def read(self, rows: Tensor, warps: Tree) -> tuple[Tensor, Tensor]:
         x, y = self._store.read(rows, warps)

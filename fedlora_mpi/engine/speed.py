@@ -25,11 +25,11 @@ class TruncatedFeed:
 
     def __init__(self, feed, limit: int) -> None:
         self._feed, self.limit = feed, limit
-        self.epoch, self.test, self.test_size, self.survey = (
+        self.epoch, self.test_batch, self.test_size, self.unshuffled_batch = (
             feed.epoch,
-            feed.test,
+            feed.test_batch,
             feed.test_size,
-            feed.survey,
+            feed.unshuffled_batch,
         )
 
     def train_size(self, client: int) -> int:

@@ -138,7 +138,7 @@ class Trainer:
             device_shared = self._to_device(shared)
             client_shared = (
                 device_shared
-                if self.algorithm.judges == "server"
+                if self.algorithm.evaluate_on == "server"
                 else self.algorithm.download(device_shared)
             )
             v = Variables(client_shared, self._personal_rows(personal_C, members))
@@ -255,7 +255,7 @@ class Trainer:
 
     def _survey_batch(self, ids: Sequence[int]) -> Batch:
         """All training samples of the clients if the algorithm wants them, else their first alone."""
-        return self.feed.unshuffled_batch(ids, whole=self.algorithm.needs_all_data)
+        return self.feed.unshuffled_batch(ids, all_samples=self.algorithm.needs_all_data)
 
     def _map_clients(self, hook: Callable, *args: Variables | Batch):
         """``hook`` for every client: its last argument is a batch, the others are variables."""
@@ -333,5 +333,5 @@ class Trainer:
         )
         # what is not used is padding
         return runner.run_epoch(
-            epoch if used_samples == list(epoch.sizes) else epoch.cut(used_samples)
+            epoch if used_samples == list(epoch.sizes) else epoch.truncate(used_samples)
         )

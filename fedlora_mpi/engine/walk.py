@@ -166,7 +166,9 @@ class PhaseRunner:
             )
 
         identity = step.loss, tuple(names), sgd, step.clamp
-        return self._trainer.step_compiler.of(step_on_batch, identity, now, start, momenta)
+        return self._trainer.step_compiler.compile_step(
+            step_on_batch, identity, now, start, momenta
+        )
 
     def _zero_momentum(self, step: Step) -> list[Tree]:
         """Zeros for the trained leaves of either half."""
@@ -209,7 +211,7 @@ class PhaseRunner:
         model = self._trainer.model
 
         def client_loss(now: Variables, start: Variables, *batch: Tensor | None) -> Tensor:
-            with self._trainer.forward_context(), model.prepared(batch := Batch(*batch)):
+            with self._trainer.forward_context(), model.training_context(batch := Batch(*batch)):
                 return loss(now, start, batch)
 
         if not self._trainer.stacked:

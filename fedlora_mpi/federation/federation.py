@@ -274,5 +274,5 @@ class State(NamedTuple):
     round: int  # rounds done
     server: Tree  # the server's own, equal on all ranks
     shared: Tree  # equal on all ranks
-    # leaves of each kind [its hosted clients, ...], rows as in ``Run.by_kind``; owned, written to
+    # leaves of each kind [its hosted clients, ...], rows as in ``Run.local_clients_by_kind``; owned, written to
     personal: Tree

@@ -35,7 +35,7 @@ class LocalResult(NamedTuple):
     broken: list[int]  # clients whose loss or upload is not finite, or too large to be summed
     upload_numels: list[int]  # numbers that each client has sent, by its own account
     offers: dict[int, PackedMix]
-    # [3] of each client's own model after training, as ``Trainer.judge`` has them
+    # [3] of each client's own model after training, as ``Trainer.score_clients`` has them
     scores: dict[int, Tensor]
     uploads: dict[int, Tensor]  # as they travel where the run ``gathers``
 
@@ -68,9 +68,9 @@ def run_round(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State
     run.clock.lap("train", run.comm.heartbeat.waited_seconds)
 
     metrics = [0.0, 0.0, 0.0, len(local_result.broken), stop, sum(local_result.upload_numels)]
-    message.add(torch.tensor(metrics, dtype=torch.float64), 1, at=size)
+    message.add(torch.tensor(metrics, dtype=torch.float64), 1, offset=size)
     message_bytes = _sum_message(run, message)
-    loss, clients, spread, broken, stop_requests, numbers_sent = message.total(at=size).tolist()
+    loss, clients, spread, broken, stop_requests, numbers_sent = message.total(offset=size).tolist()
     absent_weight = sum(run.weight_N) - total
     if broken:
         active = sampled - _all_broken(run, state.round, local_result.broken)

@@ -172,7 +172,7 @@ def check_functional(module: nn.Module, model, x: Tensor) -> None:
     with (
         torch.no_grad(),
         isolate_rng(0, "trial"),
-        restore_attributes(module, model.effects.modules),
+        restore_attributes(module, model.effects.stateful_modules),
     ):
         for training in (False, True):
             leaves.perturb()
@@ -186,7 +186,7 @@ def check_functional(module: nn.Module, model, x: Tensor) -> None:
                 ours = (
                     _training_logits(model, tree, x.clone())
                     if training
-                    else model.evaluating()(tree, x.clone())
+                    else model.eval_mode()(tree, x.clone())
                 )
             except Exception as error:
                 raise ValueError(

@@ -37,15 +37,15 @@ class PendingMessage:
 
     def is_complete(self) -> bool:
         """Whether all is done; looks without waiting, which also moves it on. Raises Lost."""
-        return self.comm.through(self)
+        return self.comm.is_complete(self)
 
     def wait(self) -> None:
         """Wait until all is done, in steps that leave the core to others. Raises Lost."""
-        with self.comm.pulse.waiting():
+        with self.comm.heartbeat.waiting():
             started = time.perf_counter()
             while not self.is_complete():
                 time.sleep(min(max((time.perf_counter() - started) / 4, 2e-5), 5e-3))
 
     def is_received(self) -> bool:
         """Whether what comes to this rank is here, whole, even if a rank has died since."""
-        return self.comm.arrived(self)
+        return self.comm.is_received(self)

@@ -17,7 +17,7 @@ from .launch import end_launcher
 
 @contextmanager
 def watch_progress(comm: Comm, timeout: float, folder: Path, way_out: str) -> Iterator[None]:
-    """Inside, ``timeout`` seconds without a beat of ``comm.pulse`` end all ranks; 0: none do.
+    """Inside, ``timeout`` seconds without a beat of ``comm.heartbeat`` end all ranks; 0: none do.
 
     The end names rank, round and stage and shows the stack of every thread. Where even this thread
     cannot run, because some library keeps Python's lock, the stacks alone are shown, a quarter of
@@ -122,7 +122,7 @@ class LifeSigns:
         self._last_sign_time, self._sign_number = now, self._sign_number + 1
         heartbeat, run = self._comm.heartbeat, self._folder.parent
         sign = f"{self._sign_number} {heartbeat.beats} {'waits' if heartbeat.is_waiting else 'works'} {heartbeat}"
-        with nolinks.open_folder(self._folder, run, make=True):
+        with nolinks.open_folder(self._folder, run, create=True):
             write_atomic(self._folder / str(self._comm.rank), sign.encode(), run)
         return [silent for rank in self._watched_ranks if (silent := self._check_rank(rank, now))]
 

@@ -84,7 +84,7 @@ def estimate(
     for group, rank in zip(run.groups, assign_groups(run.costs, list(workers)), strict=True):
         clients[rank] += group
     personal_bytes = {
-        rank: sum(nbytes(run.kinds[run.kind_of[c]].first.personal) for c in rank_clients)
+        rank: sum(nbytes(run.kinds[run.kind_of[c]].initial.personal) for c in rank_clients)
         for rank, rank_clients in clients.items()
     }
     fullest_rank = max(personal_bytes, key=personal_bytes.get)

@@ -183,7 +183,7 @@ def _write_configs(request: Request, runs: Sequence[Job]) -> None:
             f"{run.seed}.\n# Made by `fedlora-mpi reproduce {request.table} --scale {request.scale}`. "
             f"In the paper: {expected}.\n"
         )
-        with nolinks.open_folder(run.folder.parent, request.root_folder, make=True) as folder_fd:
+        with nolinks.open_folder(run.folder.parent, request.root_folder, create=True) as folder_fd:
             nolinks.exists(folder_fd, run.sibling_path(".log"))
         write_atomic(
             run.sibling_path(".yaml"),

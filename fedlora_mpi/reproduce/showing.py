@@ -56,7 +56,7 @@ def publish_case(request: Request, case: Case, case_results: CaseResults) -> Non
 def _publish_sheet(request: Request, name: str, table_sheet: Sheet) -> None:
     """Print a table and write it in all forms."""
     stem = request.table_folder / name
-    with nolinks.open_folder(request.table_folder, request.root_folder, make=True):
+    with nolinks.open_folder(request.table_folder, request.root_folder, create=True):
         pass
     for suffix, text in (
         (".txt", table_sheet.text() + "\n"),

@@ -80,7 +80,7 @@ def build(config: Config, source: str, comm: Comm, requested_path: str = "") -> 
     models, initial_variables, local_inventory = reconcile_ranks(
         comm, config, source, parts.data, parts.models, parts.split, parts.initial_variables
     )
-    parts = parts._replace(models=models, firsts=initial_variables)
+    parts = parts._replace(models=models, initial_variables=initial_variables)
     engine = _choose_engine(parts, config, source, comm, workers, memory, requested_path)
     assembly = collectively(
         comm, lambda: _assemble(parts, replace(config, engine=engine), source, comm, workers)

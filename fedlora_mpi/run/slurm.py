@@ -143,7 +143,7 @@ def job_for(config: Config, config_file: str | Path, **options: str | int | None
         "log": f"{folder}.slurm-%j.log",  # beside the run folder, which the run makes itself
         "ranks": max(nodes, min(rank_slots, config.data.partition.clients + server)),
         "threads": config.engine.threads,
-        "outlives": config.faults.tolerate,
+        "tolerates_failures": config.faults.tolerate,
     }
     try:
         return Job(**defaults | options)

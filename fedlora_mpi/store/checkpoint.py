@@ -81,7 +81,7 @@ def begin(run: Path, round_: int) -> Path:
     with explain_write_errors(folder):
         if os.path.lexists(folder) and not nolinks.clear_folder(folder, is_checkpoint_file, run):
             _set_aside(folder)
-        with nolinks.open_folder(folder, run, make=True):
+        with nolinks.open_folder(folder, run, create=True):
             return folder
 
 

@@ -3,6 +3,7 @@ sees none fail.
 """
 
 import os
+from functools import partial
 
 
 class FallbackFile:
@@ -39,8 +40,8 @@ class FallbackFile:
         data, written = memoryview(data).cast("B"), 0
         while written < len(data):
             written += self._retry_in_memory(
-                lambda: os.pwrite(self._handle, data[written:], self._position + written)
-            )  # noqa: B023
+                partial(os.pwrite, self._handle, data[written:], self._position + written)
+            )
         return written
 
     def truncate(self, size: int) -> int:

@@ -67,7 +67,7 @@ def create_run_folder(folder: Path, fill: Callable[[Path], None]) -> Iterator[No
     another process; Unwritable.
     """
     draft, parent = folder.with_name(f".{folder.name}.new"), folder.parent
-    with explain_create_errors(folder), nolinks.open_folder(draft, parent, make=True):
+    with explain_create_errors(folder), nolinks.open_folder(draft, parent, create=True):
         foreign_names = nolinks.foreign_names(draft, is_run_file, parent)
     if foreign_names:
         raise StoreError(

@@ -95,7 +95,7 @@ class TensorBoardSink:
         """Begin a file with the rounds so far. TensorBoard forgets those of earlier files, which
         stay: one that is looking on would not go on to the new file if its own were gone.
         """
-        with explain_write_errors(folder), nolinks.open_folder(folder, folder.parent, make=True):
+        with explain_write_errors(folder), nolinks.open_folder(folder, folder.parent, create=True):
             # their names count seconds; the new one must come last, and be new
             earlier_files = [*folder.glob("events*")]
         suffix = f".{max((int(file.suffix[1:]) for file in earlier_files if file.suffix[1:].isdecimal()), default=0) + 1}"

@@ -165,7 +165,7 @@ def main(name_parts: Sequence[str]) -> int:
         f"\n{len(verdicts_so_far)} mutants: {num_by_tier['test']} killed by `make test`, {num_by_tier['test-all']} by `make "
         f"test-all`, {num_by_tier[None]} survived"
     )
-    return 0 if all(verdict.good for verdict in verdicts_so_far) else 1
+    return 0 if all(verdict.is_expected for verdict in verdicts_so_far) else 1
 
 
 if __name__ == "__main__":

@@ -302,7 +302,7 @@ def _write_files(folder: Path, files: dict[str, bytes], old_files: Sequence[str]
     """
     try:
         for name in (FIGURES, TABLES):
-            with nolinks.open_folder(folder / name, folder, make=True):
+            with nolinks.open_folder(folder / name, folder, create=True):
                 pass
         for name, content in files.items():
             write_atomic(folder / name, content, folder)

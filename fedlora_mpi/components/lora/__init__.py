@@ -102,8 +102,8 @@ class FineTuning(Algorithm):
             )
 
     @property
-    def judges(self) -> Literal["client", "server"]:
-        return self.judged
+    def evaluate_on(self) -> Literal["after_aggregation", "server"]:
+        return "server" if self.judged == "server" else "after_aggregation"
 
     def check(self, model: Model, train: LocalTraining) -> None:
         self.adapted_shapes(model)
