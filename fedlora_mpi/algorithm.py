@@ -50,6 +50,15 @@ class LocalTraining:
         bounded(self, momentum="[0, 1)", weight_decay="[0, inf)")
 
 
+FORMER_NAMES = {"Vars": "Variables", "Train": "LocalTraining", "Offer": "Mix"}  # still read
+
+
+def __getattr__(name: str) -> type:
+    if name in FORMER_NAMES:
+        return globals()[FORMER_NAMES[name]]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 Loss = Callable[
     [Variables, Variables, Batch], Tensor
 ]  # (now, at the start of the round, batch) -> scalar

@@ -44,7 +44,12 @@ def made(name: str) -> str:
     job = Job(name=f"fedlora-{name}", log="slurm-%x-%j.log", **JOBS[name])
     body = RUN, program_line(job, 'run --resume "${run[@]}"')
     return _script(
-        job, WHAT[name], "run", f"jobs/{name}.sbatch", *body, is_done=status_command('"${run[@]}"')
+        job,
+        WHAT[name],
+        "run",
+        f"jobs/{name}.sbatch",
+        *body,
+        done_command=status_command('"${run[@]}"'),
     )
 
 

@@ -155,7 +155,7 @@ class MortalRank:
         self._fate.reach_moment(self._member)
         self._num_messages += 1
         channel, fate = self._channel, self._fate
-        values = channel.put.setdefault(self._num_messages, {})
+        values = channel.messages.setdefault(self._num_messages, {})
         values[self._member] = value
         fate.baton.notify_all()
         fate.reach_moment(self._member)

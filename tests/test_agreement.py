@@ -232,7 +232,7 @@ def test_another_version_on_one_rank_is_refused(monkeypatch):
     found = inventory.build_inventory
     monkeypatch.setattr(
         agreement,
-        "inventory",
+        "build_inventory",
         lambda *given: found(*given) | ({"package": {"fedlora_mpi": "0.0.1"}} if ODD.rank else {}),
     )
     line = refused()
@@ -256,7 +256,7 @@ def on_other_machines(monkeypatch, ranks):
     here = inventory.local_platform()
     monkeypatch.setattr(
         inventory,
-        "platform_here",
+        "local_platform",
         lambda: here | ({"CPU level": "DEFAULT"} if ODD.rank in ranks else {}),
     )
 
@@ -536,7 +536,7 @@ def test_a_folder_that_a_rank_does_not_see_is_refused_and_nothing_is_left(tmp_pa
 
     monkeypatch.setattr(
         folder,
-        "sees",
+        "wait_for_file",
         lambda path: sight.wait_for_file(ODD.home / path.relative_to(tmp_path / "home")),
     )
     (tmp_path / "home").mkdir()

@@ -184,7 +184,7 @@ def test_programs_that_hang_or_start_strangers_do_not_stop_it(examined, tmp_path
 def test_a_check_that_hangs_or_crashes_is_a_failure_with_its_remedy(end, said, monkeypatch, call):
     monkeypatch.setattr(
         doctor,
-        "ended",
+        "run_command",
         lambda line, limit: end if line[-2] == "HDF5" else (0, '["ok", "fine", "", {}]', ""),
     )
     code, found = read(*call("doctor"))
@@ -236,7 +236,7 @@ def test_one_failure_alone_is_code_1(level, code, monkeypatch):
     def found(name, case):
         return Finding(level if name == "HDF5" else "ok", "so"), {}
 
-    monkeypatch.setattr("fedlora_mpi.doctor.examination._asked", found)
+    monkeypatch.setattr("fedlora_mpi.doctor.examination._run_check", found)
     assert examine(None, (), lambda line: None) == code
 
 

@@ -309,7 +309,7 @@ def test_fedhl_is_its_mean_of_products_plus_what_truncation_took(mode):
 def weights(method, shared, uploads, counts=COUNTS):
     """p_k of the first layer."""
     found = [
-        method.for_client(k, 3).weight(uploads[k], shared, count)["u"]
+        method.for_client(k, 3).term_weights(uploads[k], shared, count)["u"]
         for k, count in enumerate(counts)
     ]
     return [float(w / sum(found)) for w in found]

@@ -111,7 +111,7 @@ def test_modules_of_the_users_may_import_torchvision_and_nothing_else_does(modul
         "import sys; from fedlora_mpi.cli import main; from fedlora_mpi.config.reading import "
         "read;from fedlora_mpi.run.assembly import build; from fedlora_mpi.mpi.comm import Solo; "
         f"build(read({str(TINY)!r}), 'x', Solo());assert 'torchvision' not in sys.modules;"
-        "from fedlora_mpi.algorithms import find; find('my_method:Mine'); assert 'torchvision' in "
+        "from fedlora_mpi.algorithms import find_algorithm; find_algorithm('my_method:Mine'); assert 'torchvision' in "
         "sys.modules"
     )
     ended = run_process([sys.executable, "-c", code], tmp_path)
@@ -121,7 +121,7 @@ def test_modules_of_the_users_may_import_torchvision_and_nothing_else_does(modul
 @pytest.mark.thorough
 def test_a_module_that_imports_torchvision_may_be_the_first(module, tmp_path):
     module("my_method", METHOD)
-    code = "from fedlora_mpi.algorithms import find; find('my_method:Mine')"
+    code = "from fedlora_mpi.algorithms import find_algorithm; find_algorithm('my_method:Mine')"
     ended = run_process([sys.executable, "-c", code], tmp_path)
     assert ended.returncode == 0, ended.stderr
 

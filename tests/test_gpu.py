@@ -178,7 +178,7 @@ def test_a_sum_of_vectors_here_and_there_is_that_of_all(cls, machine):
 def test_epochs_that_are_played_again_have_the_bits_of_the_steps(name, monkeypatch):
     made, whole = [], recording._RecordedEpoch.replay
     monkeypatch.setattr(
-        recording._RecordedEpoch, "play", lambda self, epoch: made.append(1) or whole(self, epoch)
+        recording._RecordedEpoch, "replay", lambda self, epoch: made.append(1) or whole(self, epoch)
     )
     how = (
         f"algorithm={name}",
@@ -258,7 +258,7 @@ def test_long_epochs_are_several_recordings_and_the_oldest_give_way(monkeypatch)
     assert equal(ends(held, state), ends(*made("fedlora", True, "cnn")))
     (walk, _), *_ = held.trainer.graphs._runners.values()
     assert [len(place._graphs) for place in walk._recorded_epochs.values()] == [2]  # three batches
-    for most in ("_WALKS", "_EPOCHS"):
+    for most in ("_MAX_RUNNERS", "_MAX_EPOCHS"):
         monkeypatch.setattr(recording, most, 1)
     held = recorded(run)
     assert equal(ends(held, made("fedlora", True, "cnn")[1]), ends(*made("fedlora", True, "cnn")))

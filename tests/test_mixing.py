@@ -31,7 +31,13 @@ class Thread(Solo):
 
     def __init__(self, rank, size, table, barrier):
         super().__init__()
-        self.rank, self.size, self._table, self._barrier, self.moved = rank, size, table, barrier, 0
+        self.rank, self.size, self._table, self._barrier, self.bytes_sent = (
+            rank,
+            size,
+            table,
+            barrier,
+            0,
+        )
 
     def _all(self, mine):
         self._table[self.rank] = mine
@@ -41,12 +47,12 @@ class Thread(Solo):
         return everyone
 
     def sum(self, buffer):
-        self.moved += buffer.nbytes
+        self.bytes_sent += buffer.nbytes
         buffer[...] = sum(self._all(buffer.copy()))
 
     def exchange(self, send, counts, arriving):
         assert send.dtype == np.float32 and send.ndim == 1 and len(send) == sum(counts)
-        self.moved += send.nbytes
+        self.bytes_sent += send.nbytes
         parts = self._all(np.split(send.copy(), np.cumsum(counts)[:-1]))
         assert [len(part[self.rank]) for part in parts] == list(arriving)
         return np.concatenate([part[self.rank] for part in parts])
@@ -359,7 +365,7 @@ def federation(algorithm, ranks, route, server, participation=1.0):
         rank_of = {c: h for group, h in zip(run.groups, host, strict=True) for c in group}
         first = small.initial_variables(run.trainer)
         how = Mixing.of(algorithm, first, [rank_of[c] for c in range(5)], workers, route)
-        made.append((replace(run, host=host, mixing=how), first))
+        made.append((replace(run, rank_of_group=host, mixing=how), first))
     return made
 
 

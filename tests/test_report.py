@@ -274,8 +274,8 @@ def test_metrics_are_reported_without_torch(tmp_path):
     run = write_run(tmp_path / "a", [0.5] * 3)
     code = f"""
 import sys; from pathlib import Path
-from fedlora_mpi.analysis.page.write import write
-write([Path({str(run)!r})], Path({str(tmp_path / "page")!r}))
+from fedlora_mpi.analysis.page.write import write_report
+write_report([Path({str(run)!r})], Path({str(tmp_path / "page")!r}))
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, env=process_environment(), timeout=100)

@@ -207,7 +207,7 @@ def test_a_backbone_is_made_once_and_every_method_begins_with_it(
     pytest.importorskip("tokenizers")
     pytest.importorskip("safetensors")
     monkeypatch.setattr(
-        fedhl, "SMALL", fedhl.SMALL_SCALE._replace(clients=3, train=10, test=5, batch_size=5)
+        fedhl, "SMALL_SCALE", fedhl.SMALL_SCALE._replace(clients=3, train=10, test=5, batch_size=5)
     )
     model = {"name": "transformer", "width": 8, "heads": 2, "layers": 1, "feedforward": 8}
     small = BACKBONES["ag_news"]["narrow"]._replace(model=model, epochs=1)

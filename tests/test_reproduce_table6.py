@@ -178,7 +178,9 @@ def root(tmp_path):
 def test_the_command_reads_the_training_texts_that_are_named(carried, root, monkeypatch, capsys):
     pytest.importorskip("tokenizers")
     monkeypatch.setattr(
-        agnews, "SMALL", agnews.SMALL_SCALE._replace(clients=3, train=10, test=5, batch_size=5)
+        agnews,
+        "SMALL_SCALE",
+        agnews.SMALL_SCALE._replace(clients=3, train=10, test=5, batch_size=5),
     )
     alone = [
         "--text-train",

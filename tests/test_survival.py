@@ -485,13 +485,13 @@ def test_ranks_that_all_wait_for_each_other_end(who, tmp_path, monkeypatch):
 
 
 def test_a_rank_that_waits_for_mpi_to_start_ends_with_a_line_though_it_holds_pythons_lock(tmp_path):
-    lock = "import ctypes; from fedlora_mpi.mpi.launch import starting"
+    lock = "import ctypes; from fedlora_mpi.mpi.launch import limit_startup"
     for seconds, code in ((0.3, 1), (60, 0), (0, 0)):
         ended = run_process(
             [
                 sys.executable,
                 "-c",
-                f"{lock}\nwith starting({seconds}): ctypes.PyDLL(None).sleep(2)",
+                f"{lock}\nwith limit_startup({seconds}): ctypes.PyDLL(None).sleep(2)",
             ],
             tmp_path,
         )

@@ -57,7 +57,9 @@ def test_the_fastest_wins_and_compiling_counts_twice():
 )
 def test_compiling_is_tried_on_long_runs_alone(samples, there, tried, monkeypatch):
     monkeypatch.setattr(
-        trial, "speed", lambda engine, _: Speed(engine, 1.0 if engine.path == "stack" else 1.1)
+        trial,
+        "measure_speed",
+        lambda engine, _: Speed(engine, 1.0 if engine.path == "stack" else 1.1),
     )
     monkeypatch.setattr(trial, "find_compiler", lambda: "g++" if there else None)
     speeds = measure_engines(MEASURE, 3, samples, lambda engine: [])
@@ -117,7 +119,9 @@ def test_the_first_worker_measures_and_all_ranks_follow(winner, monkeypatch, cap
 def test_a_resume_keeps_what_was_measured(tmp_path, monkeypatch):
     asked = ["engine.path=measure", "engine.group_size=auto", f"output={tmp_path / 'run'}"]
     monkeypatch.setattr(
-        trial, "speed", lambda engine, _: Speed(engine, 1.0 if engine.path == "stack" else 2.0)
+        trial,
+        "measure_speed",
+        lambda engine, _: Speed(engine, 1.0 if engine.path == "stack" else 2.0),
     )
     assert cli.main(["run", str(TINY), *asked, "rounds=1"]) == 0
 

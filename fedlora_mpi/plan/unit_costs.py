@@ -319,8 +319,8 @@ class _Trial:
         placement = {
             "groups": stacks,
             "costs": (1.0,) * len(stacks),
-            "host": (0,) * len(stacks),
-            "by_task": (),
+            "rank_of_group": (0,) * len(stacks),
+            "task_runs": (),
         }
         return replace(
             run,
