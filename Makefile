@@ -1,7 +1,8 @@
 # make run    set up .venv, then the quick start: FedLoRA, FedAvg and Local on bundled real data
 # make test   set up .venv, then the tests that everybody runs before a commit: 8 minutes on 2 cores (JOBS=4: on 4)
 # make docs   set up .venv, then the site: build/docs/index.html
-# Each works in a fresh clone; a second call installs nothing.
+# make lint   set up .venv, then ruff (format and rules) and mypy
+# Each works in a fresh clone; later calls reuse .venv.
 # make test-all runs the rest of what CI runs; make coverage and make mutants: see CONTRIBUTING.md
 # The tests of pre-trained models are skipped until: .venv/bin/pip install -e '.[hf]' peft
 # make test-slow runs the tests of minutes; those on a real Slurm need: apt-get install slurm-wlm munge
@@ -18,7 +19,7 @@ JOBS ?= 2
 STAMP := $(shell date +%Y%m%d-%H%M%S)
 QUICK = mpirun -n 3 --bind-to none fedlora-mpi run configs/quickstart.yaml output=runs/quickstart-$(STAMP)/{algorithm}
 
-.PHONY: install run test test-all test-slow coverage mutants docs
+.PHONY: install lint run test test-all test-slow coverage mutants docs
 install: .venv/installed
 
 .venv/installed: setup.py constraints.txt
@@ -47,6 +48,9 @@ test-all: install
 
 test-slow: install
 	@$(PYTEST) -m slow
+
+lint: install
+	@.venv/bin/ruff format --check --quiet . && .venv/bin/ruff check --quiet . && .venv/bin/mypy
 
 coverage: install
 	@.venv/bin/python -m coverage erase

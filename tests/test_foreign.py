@@ -11,6 +11,8 @@ import torch
 from runs import TINY, command_line, package_lines, run_process
 
 import fedlora_mpi
+from fedlora_mpi.algorithm import FORMER_HOOKS
+from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.cli import main
 from fedlora_mpi.core import user_code as foreign
 
@@ -162,7 +164,8 @@ def test_a_file_that_a_library_hides_is_named(name, tmp_path, monkeypatch):
 
 
 METHODS = {
-    "one place": "from fedlora_mpi import Algorithm, Vars, bounded, split",
+    "one place": "from fedlora_mpi import Algorithm, Variables as Vars, bounded, split",
+    "former names": "from fedlora_mpi import Algorithm, Offer, Train, Vars, bounded, split",
     "the modules of before": "from fedlora_mpi.algorithm import Algorithm, Vars\n"
     "from fedlora_mpi.bounds import bounded\nfrom fedlora_mpi.tree import split",
     "their whole names": "import fedlora_mpi.tree\nfrom fedlora_mpi.algorithm import Algorithm, Vars\n"
@@ -177,6 +180,25 @@ def test_a_method_may_import_from_the_documented_places(module, tmp_path, import
         f"{METHODS[imports]}\nclass Mine(Algorithm):\n    need = Vars, bounded, split\n",
     )
     assert foreign.import_object("my_method:Mine").__module__ == "my_method"
+
+
+@pytest.mark.parametrize("former", FORMER_HOOKS)
+@pytest.mark.parametrize("where", ["Mine(Algorithm)", "Mine(Mixin, Algorithm)"])
+def test_a_former_hook_is_refused_with_its_new_name(module, tmp_path, former, where):
+    base = "" if where == "Mine(Algorithm)" else f"class Mixin:\n    {former} = 1\n"
+    body = "pass" if base else f"{former} = 1"
+    module(
+        "my_method",
+        f"from fedlora_mpi import Algorithm\n{base}class {where}:\n    {body}\n",
+    )
+    message = f"^Mine.{former}: this hook is called {FORMER_HOOKS[former]} now; rename it"
+    with pytest.raises(ValueError, match=message):
+        foreign.import_object("my_method:Mine")
+
+
+def test_a_call_of_a_former_hook_names_the_new_one():
+    with pytest.raises(AttributeError, match="weights_of; it is called client_model now$"):
+        FedAvg().weights_of
 
 
 def test_the_face_of_the_package_has_what_it_names():
