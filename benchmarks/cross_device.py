@@ -1,7 +1,7 @@
 """Small cohorts of many small clients on one core: one by one, in stacks, and in stacks whose steps
 are compiled.
 
-    python benchmarks/cross_device.py [--side 28] [--clients 1000] [--cohort 50] [--group 10] [--rounds 5]
+    python benchmarks/cross_device.py [--side 28] [--clients 1000] [--cohort 50] [--group 10]
 
 Client samples per second of `play` under FedAvg: clients of 50 images, batch 10, one epoch, the
 two-convolution CNN; the median of so many rounds, in which all ways take turns, after a first that

@@ -1,8 +1,8 @@
 """What a GPU does with the paper's CIFAR-10 cell: first whether it is right, then how fast, in one
 command.
 
-    python benchmarks/gpu.py [--minutes 8] [--json FILE]            # one GPU; several ranks on it where there is mpirun
-    python benchmarks/gpu.py --device cpu --quick                   # the same code on a small task, in about a minute
+    python benchmarks/gpu.py [--minutes 8] [--json FILE]   # one GPU; with mpirun, several ranks
+    python benchmarks/gpu.py --device cpu --quick          # a small task: about a minute
 
 The cell: 40 clients of 500 images of 32x32, ResNet-8, batch 100, five epochs, on random images
 (what they show costs nothing). A row is a way to compute a round of `play` (training, mean,

@@ -26,7 +26,8 @@ from fedlora_mpi.federation.round import run_round
 
 SMALL = {
     "50 clients, 28x28": (
-        {"dataset": "synthetic", "synthetic": {"size": 28, "channels": 1, "train": 2500, "test": 100},
+        {"dataset": "synthetic",
+         "synthetic": {"size": 28, "channels": 1, "train": 2500, "test": 100},
          "partition": {"kind": "iid", "clients": 50, "train": 50, "test": 2}},
         "cnn", {"epochs": 1, "batch_size": 10, "lr": 0.01}, "auto", None,
     ),

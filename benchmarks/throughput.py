@@ -61,7 +61,8 @@ def prepare(data: dict, model: str | dict, train: dict, **engine):
 
 
 def bare_loop(built, clients: list[int]) -> tuple[float, nn.Module]:
-    """Seconds to train ``clients`` one after another as one would by hand; the last one's module."""
+    """Seconds to train ``clients`` one after another as one would by hand;
+    the last one's module."""
     run, settings = built.run, built.config.train
     feed = run.trainer.feed
     begin = time.perf_counter()

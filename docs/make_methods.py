@@ -222,7 +222,8 @@ CITATION = re.compile(
 
 
 def text_of(name: str) -> Text:
-    """The parts of a method's docstring; one that says "(see ``other.py``)" has the other's paper."""
+    """The parts of a method's docstring;
+    one that says "(see ``other.py``)" has the other's paper."""
     text = inspect.getmodule(algorithms.find_algorithm(name)).__doc__
     sentence, rest = text.split("\n\n", 1)
     body = rest[: rest.index("BatchNorm: ")]
@@ -381,7 +382,8 @@ def facts(name: str, model: Model) -> Iterator[str]:
 
 
 def _settings(algorithm: Algorithm) -> Iterator[str]:
-    """The hyper-parameters and their defaults as a config would have them; not those of the mean."""
+    """The hyper-parameters and their defaults as a config would have them;
+    not those of the mean."""
     for field in fields(algorithm):
         if field.name not in ("weights", "absent"):
             value = getattr(algorithm, field.name)

@@ -8,17 +8,17 @@ from fedlora_mpi.run.slurm import Job, array_task_lines, program_line, sbatch_sc
 
 HERE = Path(__file__).parent
 EDIT = """\
-# Two lines to edit: the ##SBATCH line, with your cluster's names and one # less (where it wants them),
+# Two lines to edit: the ##SBATCH line, with your cluster's names and one # less (if it wants them),
 # and the one that begins with {what}=. Then, from the folder that has .venv:
 #   sbatch {call}
-# Before its time is up the job stops after a round, queues itself again and goes on, until all is done.
+# Before its time is up the job stops after a round, queues itself again and goes on until it is done.
 """
 WHAT = {
     "cpu": "One node with CPUs: rank 0 is the server, eight ranks train.",
     "gpus": "One node with four GPUs: rank 0 is the server, each other rank has a GPU.",
     "nodes": "Two nodes with four GPUs each: rank 0 is the server, each other rank has a GPU.",
-    "array": "Runs over seeds and methods, one core each: line n of a file is task n of an array. This "
-    "makes\n# the file, and this script filled in beside it:\n"
+    "array": "Runs over seeds and methods, one core each: line n of a file is task n of an array. "
+    "This makes\n# the file, and this script filled in beside it:\n"
     "#   fedlora-mpi reproduce table1 --scale full --seeds 1 2 3 --methods fedlora fedavg "
     "--print-jobs",
 }

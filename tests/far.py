@@ -51,7 +51,8 @@ def same_memory(a, b):
 
 
 class FarMachine(TorchDispatchMode):
-    """The device. ``waits``: what the host has waited for; ``strict``: a wait raises RuntimeError."""
+    """The device. ``waits``: what the host has waited for; ``strict``:
+    a wait raises RuntimeError."""
 
     def __init__(self):
         super().__init__()

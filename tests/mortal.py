@@ -116,7 +116,9 @@ class MortalRank:
         channel, fate = self._channel, self._fate
         channel.leaving.add(self._member)
         fate.baton.notify_all()
-        fate.wait(lambda: channel.successor or channel.leaving | fate.dead >= {*channel.members})
+        fate.wait_until(
+            lambda: channel.successor or channel.leaving | fate.dead >= {*channel.members}
+        )
         if not channel.successor:
             channel.successor = Channel(tuple(m for m in channel.members if m not in fate.dead))
         return MortalRank(fate, channel.successor, self._member, self.heartbeat)
@@ -140,7 +142,7 @@ class MortalRank:
         flags = channel.flags.setdefault(number, {})
         flags[self._member] = is_well
         fate.baton.notify_all()
-        fate.wait(
+        fate.wait_until(
             lambda: number in channel.agreements or flags.keys() | fate.dead >= {*channel.members}
         )
         if number not in channel.agreements:
@@ -159,7 +161,7 @@ class MortalRank:
         values[self._member] = value
         fate.baton.notify_all()
         fate.reach_moment(self._member)
-        fate.wait(
+        fate.wait_until(
             lambda: len(values) == self.size or self.are_gone({*channel.members} - values.keys())
         )
         if len(values) < self.size or (self.are_gone(channel.members) and fate.kind()):

@@ -292,7 +292,8 @@ def mpirun_command(ranks: int) -> list[str]:
 
 @contextmanager
 def launch(line: Sequence[str], cwd: Path, **env: str) -> Iterator[subprocess.Popen]:
-    """A process that goes on while the block runs, and is gone after it with all ranks it started."""
+    """A process that goes on while the block runs,
+    and is gone after it with all ranks it started."""
     process = subprocess.Popen(
         line,
         cwd=cwd,

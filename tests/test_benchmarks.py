@@ -1,4 +1,5 @@
-"""The benchmarks: each is told of, answers ``--help`` and reports by the one helper, which works."""
+"""The benchmarks: each is told of, answers ``--help`` and reports by the one helper,
+which works."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""``engine.compile``: the traced step is the step, for every method; the compiled one is as good."""
+"""``engine.compile``: the traced step is the step, for every method;
+the compiled one is as good."""
 
 import shutil
 from functools import partial

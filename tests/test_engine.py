@@ -38,7 +38,8 @@ def begun(made, moved=True):
 
 
 def trained(made, clients=CLIENTS, round_=0):
-    """{client: its variables at the end as one tree}; the rows of ``begun`` are the clients' own."""
+    """{client: its variables at the end as one tree};
+    the rows of ``begun`` are the clients' own."""
     shared, personal_C = begun(made)
     rows = {n: v[list(clients)] for n, v in personal_C.items()}
     results = made.train(clients, shared, rows, round_)

@@ -1,4 +1,5 @@
-"""FedALA and FedAvg with fine-tuning against FedAvg, a personal head, and their equations by hand."""
+"""FedALA and FedAvg with fine-tuning against FedAvg, a personal head,
+and their equations by hand."""
 
 from dataclasses import dataclass, replace
 

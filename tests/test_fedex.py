@@ -54,7 +54,8 @@ def everything(classes=CLASSES):
 
 
 def trained(algorithm, shared, client, counts=COUNTS, data=None):
-    """(start, end) of a client whose training has added ``numbers`` to everything that it trains."""
+    """(start,
+    end) of a client whose training has added ``numbers`` to everything that it trains."""
     own = algorithm.for_client(client, len(counts))
     start = own.begin(NET, Variables(own.download(shared), {}), data or everything())
     moves = own.trained_leaves(NET)

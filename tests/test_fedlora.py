@@ -324,7 +324,8 @@ def test_averaged_statistics_end_the_isolation():
 
 
 def alternating(made, rounds, scale):
-    """One client's alternating training in plain torch; (sigma, statistics and factors at the end)."""
+    """One client's alternating training in plain torch; (sigma,
+    statistics and factors at the end)."""
     with isolate_rng(2, "other weights"):
         module = small.bn_net(small.CLASSES, small.SHAPE).train()
     start = small.initial_variables(made)

@@ -325,7 +325,7 @@ class OnlyA(FFALoRA):
     """FFA-LoRA with the letters exchanged."""
 
     @property
-    def turns(self):
+    def factor_schedule(self):
         return ("A",)
 
 

@@ -70,7 +70,8 @@ def off(algorithm):
 
 
 def trained(run, state):
-    """What each client of the cohort brings in this round, by client; the state is left as it is."""
+    """What each client of the cohort brings in this round, by client;
+    the state is left as it is."""
     found, chosen = {}, run.sample_cohort(state.round)
     for client in sorted(chosen):
         kind = run.kinds[run.kind_of[client]]

@@ -70,7 +70,8 @@ def content(folder: Path) -> dict:
 
 
 def paths_of(folder: Path) -> list[Path]:
-    """All that is in a folder, relative to it, and the temporary names of files that are renamed."""
+    """All that is in a folder, relative to it,
+    and the temporary names of files that are renamed."""
     found = sorted(path.relative_to(folder) for path in folder.rglob("*"))
     renamed = [
         path

@@ -1,4 +1,5 @@
-"""The mix per client: one result for every route, number of ranks and placement, and the right one."""
+"""The mix per client: one result for every route, number of ranks and placement,
+and the right one."""
 
 import itertools
 import threading

@@ -333,7 +333,8 @@ def test_clients_count_equally_whatever_the_method_says():
 
 
 def test_control_variates_are_clipped_around_zero():
-    """What SCAFFOLD sends of them is a change; measured from c it would not vanish with the clip."""
+    """What SCAFFOLD sends of them is a change;
+    measured from c it would not vanish with the clip."""
     settings = (
         "algorithm=scaffold",
         *METHODS["scaffold"],

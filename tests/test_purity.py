@@ -589,7 +589,8 @@ def plain(classes, shape):
 
 
 def data_parallel(module):
-    """``module`` for all GPUs, of which there are none, whatever device other tests have made up."""
+    """``module`` for all GPUs, of which there are none,
+    whatever device other tests have made up."""
     with patch("torch.nn.parallel.data_parallel._get_available_device_type", lambda: None):
         return nn.DataParallel(module)
 

@@ -430,7 +430,7 @@ def test_shared_factors_are_measured_as_each_client_gets_them(four):
     found = parts.low_rank(run, held)
     assert found.num_components[:, :4].tolist() == [[2, 1, 2, 1]] * len(found.layers)
     for at in (0, 1):
-        products = run.client(at).algorithm.products(run.client(at).variables.shared)
+        products = run.client(at).algorithm.factor_products(run.client(at).variables.shared)
         assert np.allclose(
             found.norm[:, at], [float(value.norm()) for value in products.values()], rtol=1e-4
         )

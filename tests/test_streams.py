@@ -1,4 +1,5 @@
-"""Commands under closed, unread and ASCII streams, in a folder full of strange files, in a thread."""
+"""Commands under closed, unread and ASCII streams, in a folder full of strange files,
+in a thread."""
 
 import os
 import subprocess

@@ -88,7 +88,8 @@ def line(plan, *overrides, ranks=4, output="run"):
 
 
 def lost(text):
-    """[(ranks that were lost, ranks that go on, round that begins again)] of the lines on stderr."""
+    """[(ranks that were lost, ranks that go on,
+    round that begins again)] of the lines on stderr."""
     found = re.findall(
         r"^fedlora-mpi: lost rank ([\d, ]+): (\d+) ranks go on with round (\d+)( after)?",
         text,

@@ -1,4 +1,5 @@
-"""Methods with a model of the past as a teacher: pFedSD and MOON against FedAvg and closed forms."""
+"""Methods with a model of the past as a teacher:
+pFedSD and MOON against FedAvg and closed forms."""
 
 from dataclasses import replace
 from functools import cache

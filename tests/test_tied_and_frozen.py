@@ -330,7 +330,8 @@ def test_weights_of_a_tied_network_may_have_either_name(tmp_path):
 
 
 class Backbone(nn.Module):
-    """A frozen convolution with BatchNorm whose factors are frozen, two Linears that are trained."""
+    """A frozen convolution with BatchNorm whose factors are frozen,
+    two Linears that are trained."""
 
     def __init__(self, every: bool = False):
         super().__init__()

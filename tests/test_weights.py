@@ -1,4 +1,5 @@
-"""``model.weights``: what a file gives a network, what is refused, and what a run remembers of it."""
+"""``model.weights``: what a file gives a network, what is refused,
+and what a run remembers of it."""
 
 import os
 import pickle
