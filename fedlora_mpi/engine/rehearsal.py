@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..algorithm import Phase, Variables
 from ..core.batch import Batch
 from ..core.tree import Tree, numel, tmap
+from ..data.feed import Feed
 from ..models.network import Model
 from .settings import Engine
 from .train import Trainer
@@ -75,11 +76,11 @@ def rehearse_engine(
     """
     for name, trainer, initial in candidates:
         try:
-            verdict = (
+            verdict = None
+            if engine.path == "loop":
                 check_one_client(trainer, initial)
-                if engine.path == "loop"
-                else find_objection(trainer, initial)
-            )
+            else:
+                verdict = find_objection(trainer, initial)
         except ValueError as error:
             raise ValueError(f"model.name = {name}: {error}") from error.__cause__
         if verdict is None:
@@ -181,7 +182,7 @@ def _make_trainer(
 ) -> Trainer:
     """A trainer of two clients with so many samples, whose steps leave no trace."""
     settings = replace(trainer.settings, batch_size=min(_BATCH_SIZE, trainer.settings.batch_size))
-    feed = _CastFeed(trainer.feed.with_two_clients(sizes, test_sizes), dtype)
+    feed = _CastFeed(cast(Feed, trainer.feed).with_two_clients(sizes, test_sizes), dtype)
     model = _copy_model(trainer.model, dtype)
     return _OneEpochTrainer(trainer.algorithm, model, settings, feed, trainer.device, stacked)
 
@@ -230,6 +231,7 @@ def _play_round(trainer: Trainer, initial: Variables, clients: Sequence[int]) ->
                 outcome.magnitudes.extend(
                     _largest_magnitude(start[n].double()) for n in end if n in start
                 )
+            assert result.score is not None
             outcome.losses.extend((result.loss, result.score[1]))
         outcome.losses.append(trainer.evaluate(clients, shared, rows)[:, 1])
     return outcome
