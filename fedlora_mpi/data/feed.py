@@ -56,8 +56,8 @@ class Epoch:
         return self._batch(x[0], y[0], self.noise[:count] + _key_offset(first), first)
 
     def batches(self, starts: range) -> Iterator[tuple[int, Batch]]:
-        """For each of ``starts``: how many clients, the first ones, still have data, and their batch
-        of up to ``starts.step`` samples. Several small batches are read at once.
+        """For each of ``starts``: the number of clients, the first ones, that still have data, and
+        their batch of up to ``starts.step`` samples. Several small batches are read at once.
         """
         width, batches_per_read = (
             starts.step,

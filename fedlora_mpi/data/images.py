@@ -124,7 +124,7 @@ def _open_image(path: str) -> OpenedImage:
 
 
 def _turn_upright(image: "Image") -> "Image":
-    """By the orientation in EXIF. Damaged notes are ignored, for the pixels beside them are whole."""
+    """Turned by EXIF's orientation. Damaged notes are ignored: the pixels are whole."""
     from PIL.Image import Transpose
 
     turns: dict[int | None, Transpose] = {

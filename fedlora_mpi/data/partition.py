@@ -132,7 +132,8 @@ class Partition(ABC):
             way_out = f"raise {name} or lower clients" if getattr(self, name) else "lower clients"
             raise ValueError(
                 f"data.partition.{name} = {getattr(self, name)}: {len(empty_clients)} of "
-                f"{self.clients} clients (first: {empty_clients[0]}) would hold no {name} sample; {way_out}"
+                f"{self.clients} clients (first: {empty_clients[0]}) would hold no {name} sample; "
+                f"{way_out}"
             )
 
     def _make_pools(

@@ -175,14 +175,14 @@ def _count_classes(
         raise ValueError(f"root = {root}: holds no sample")
     if seen[0] > 0 and (declared is None or seen[-1] >= declared):
         raise ValueError(
-            f"root = {root}: classes are {_format_ranges(seen)}{declaration}; classes count from 0: "
-            "lower each y, or "
+            f"root = {root}: classes are {_format_ranges(seen)}{declaration}; classes count "
+            "from 0: lower each y, or "
             f'say "num_classes": {seen[-1] + 1} in config.json if class 0 merely has no sample'
         )
     if declared is not None and seen[-1] >= declared:
         raise ValueError(
-            f"root = {root}: classes are {_format_ranges(seen)}{declaration}; correct config.json, or "
-            f"the classes beyond {declared - 1}"
+            f"root = {root}: classes are {_format_ranges(seen)}{declaration}; correct "
+            f"config.json, or the classes beyond {declared - 1}"
         )
     classes = declared or seen[-1] + 1
     empty = [c for c in range(classes) if c not in set(seen)]

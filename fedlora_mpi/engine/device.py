@@ -68,7 +68,7 @@ def choose_path(
         small = model.flops * batch_size < _STACK_MAX_FLOP
         path = "stack" if small or device == "cuda" else "loop"
     size = engine.group_size
-    if size == "auto":
+    if isinstance(size, str):  # auto
         max_stack = (
             stack_capacity(model, batch_size, memory)
             if device == "cuda" and memory and path == "stack"

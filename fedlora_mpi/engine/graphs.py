@@ -10,6 +10,7 @@ hold) see clients with as many samples.
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class EagerGraph:
     """Runs the step again, where there is no GPU; tests the use of the fixed memory."""
 
     def __init__(
-        self, step: Callable[[], None], written_tensors: Sequence[Tensor], pool: object
+        self, step: Callable[[], None], written_tensors: Sequence[Tensor], pool: Any
     ) -> None:
         step()
         self.replay = step
@@ -42,7 +43,7 @@ class CudaGraph:
     """
 
     def __init__(
-        self, step: Callable[[], None], written_tensors: Sequence[Tensor], pool: object
+        self, step: Callable[[], None], written_tensors: Sequence[Tensor], pool: Any
     ) -> None:
         initial_values = [v.clone() for v in written_tensors]
         self._warm_up(step)
@@ -86,7 +87,7 @@ class GraphCache:
         self._graph_type = graph_type or (CudaGraph if device.type == "cuda" else EagerGraph)
         # with the objects that the key knows by their id, so that they live on
         self._runners: dict[tuple, tuple[GraphPhaseRunner, list]] = {}
-        self._pool: object = None
+        self._pool: Any = None  # torch's type for it is private
         self.is_disabled = False
 
     def runner_for(

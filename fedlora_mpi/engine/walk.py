@@ -50,7 +50,8 @@ class _View(NamedTuple):
 class PhaseRunner:
     """Runs the steps of one phase, which train ``now`` in place.
 
-    It owns the momenta, which start at zero, and the views. start, now: variables, [C, ...] where ``trainer.stacked``.
+    It owns the momenta, which start at zero, and the views. start, now: variables, [C, ...] where
+    ``trainer.stacked``.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class PhaseRunner:
         sums[:, : losses.shape[1]] += torch.stack([losses * examples, examples]).sum(1)
 
     def run_batch(self, batch_C: Batch, count: int) -> Tensor:
-        """Run all steps on one batch of the first ``count`` clients; the first step's losses [count]."""
+        """Run all steps on a batch of the first ``count`` clients; losses of the first step [count]."""
         losses = [
             self._repeat_step(number, step, batch_C, count)
             for number, step in enumerate(self.phase.steps)
@@ -190,6 +191,7 @@ class PhaseRunner:
             )
 
         identity = step.loss, tuple(names), sgd, step.clamp
+        assert self._trainer.step_compiler is not None
         return self._trainer.step_compiler.compile_step(
             step_on_batch, identity, now, start, momenta
         )

@@ -146,7 +146,7 @@ class Run:
 
     @cached_property
     def local_clients_by_kind(self) -> tuple[tuple[int, ...], ...]:
-        """The clients of this rank of each kind, in the order of the rows of their personal leaves."""
+        """The clients of this rank by kind, in the order of the rows of their personal leaves."""
         return tuple(
             tuple(c for c in self.local_clients if self.kind_of[c] == kind)
             for kind in range(len(self.kinds))

@@ -317,7 +317,8 @@ def _drift(run: Run, shared_flat: Tensor, mean: Tensor, spread: float) -> float:
 
         mean_i ||u_i - mean||^2  =  mean_i ||u_i - s||^2  -  ||mean - s||^2
 
-    needs one message; distances from the mean would need a second. mean: float64 [D]; spread: the first term. NaN where uploads hold no shared parameter.
+    needs one message; distances from the mean would need a second. mean: float64 [D]; spread: the
+    first term. NaN if uploads hold no shared parameter.
     FedLoRA's eq. (9) is the mean of the distances, which is at most this.
     """
     if not run.drift_slices:
@@ -326,7 +327,7 @@ def _drift(run: Run, shared_flat: Tensor, mean: Tensor, spread: float) -> float:
 
 
 def _pack_shared(run: Run, shared: Tree) -> Tensor:
-    """The shared variables in the layout of an upload [D], float64; zero where it has other leaves."""
+    """The shared variables in the layout of an upload [D], float64; zero for its other leaves."""
     common_leaves, device = run.upload_layout.common_leaves(shared), run.trainer.device
 
     def leaf_or_zeros(n, shape):
@@ -466,7 +467,7 @@ def _cohort_flops(run: Run, active: frozenset[int], round_: int) -> int:
 
 
 def _all_broken(run: Run, round_: int, broken: list[int]) -> frozenset[int]:
-    """The broken clients of all ranks. Raises Fault with their ids unless ``run.skip_nonfinite``."""
+    """Broken clients of all ranks; raises Fault with their ids unless ``run.skip_nonfinite``."""
     table = np.zeros(len(run.weight_N), np.int64)
     table[broken] = 1
     run.comm.sum(table)

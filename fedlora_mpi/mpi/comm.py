@@ -41,9 +41,7 @@ class Solo:
         return data
 
     def gather(self, send: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-        """The numbers of all ranks, float32, in rank order, on every rank; ``counts``: how many each
-        rank has.
-        """
+        """The numbers of all ranks, float32, in rank order, on every rank; ``counts``: of each."""
         return send
 
     def exchange(
@@ -174,12 +172,12 @@ class Mpi:
         return message
 
     def agree(self) -> None:
-        """Wait for all ranks; raise RankLost on all if any rank is dead or has noticed a dead one."""
+        """Wait for all ranks; raise RankLost on all if any is dead or has noticed a dead one."""
         if not self._all_agree(True):
             raise RankLost(self, has_agreed=True)
 
     def shrink(self, has_agreed: bool) -> "Mpi":
-        """The surviving ranks; ``has_agreed``: whether this rank has been in ``agree`` with them."""
+        """The surviving ranks; ``has_agreed``: whether this rank has met them in ``agree``."""
         if not has_agreed:
             self._all_agree(False)
         comm, survivors = None, self._world.Shrink()
@@ -258,7 +256,7 @@ class Mpi:
             raise RankLost(self) from None
 
     def _confirm_failure(self) -> bool:
-        """Whether a rank proves dead within seconds, after MPI has reported no more than ERR_OTHER."""
+        """Whether a rank proves dead within seconds, after MPI has reported only ERR_OTHER."""
         deadline = time.monotonic() + 5
         while self.is_tolerant and time.monotonic() < deadline:
             if self._world.Is_revoked() or self._world.Get_failed().size:

@@ -1,4 +1,4 @@
-"""How ranks end: each by itself when all reach the same error, or all at once by the error of one."""
+"""How ranks end: each by itself if all reach the same error, or all at once by the error of one."""
 
 import errno
 import sys

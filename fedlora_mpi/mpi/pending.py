@@ -9,7 +9,7 @@ import numpy as np
 
 
 class RankLost(Exception):
-    """A rank has died, so a message will never be complete; raised on every rank that waits for one.
+    """A rank has died, so a message will never be complete; raised on every rank that waits.
 
     comm: the ``Mpi`` that includes the dead rank; has_agreed: whether the other ranks know, as they
     do after ``Mpi.agree``.
@@ -37,11 +37,11 @@ class PendingMessage:
         self.completed: list[bool] = []
 
     def is_complete(self) -> bool:
-        """Whether all are complete, without waiting; each call lets MPI progress. Raises RankLost."""
+        """Whether all are complete; does not wait, but lets MPI progress. Raises RankLost."""
         return self.comm.is_complete(self)
 
     def wait(self) -> None:
-        """Wait until all are complete, with sleeps that leave the core to others. Raises RankLost."""
+        """Wait until all are complete; sleeps, to leave the core to others. Raises RankLost."""
         with self.comm.heartbeat.waiting():
             started = time.perf_counter()
             while not self.is_complete():
