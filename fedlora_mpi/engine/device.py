@@ -75,4 +75,5 @@ def choose_path(
             else _STACK_SIZE
         )
         size = 1 if path == "loop" else max(1, min(max_stack, -(-cohort // 2)))
+    assert not isinstance(size, str)
     return path, size

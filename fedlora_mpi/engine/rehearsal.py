@@ -201,7 +201,7 @@ class _Outcome(NamedTuple):
     losses: list[Tensor]
 
     def is_close_to(self, other: "_Outcome", tolerance: float) -> bool:
-        """Whether two are equal but for rounding; a leaf with zero gradient is nothing but rounding."""
+        """Whether two are equal but for rounding, all there is in a leaf without gradient."""
         smallest_step = 1e-3 * max(map(_largest_magnitude, self.changes), default=0.0)
         for a, b, size in zip(self.changes, other.changes, self.magnitudes, strict=True):
             atol = tolerance * max(_largest_magnitude(a), smallest_step, 1e-5 * size)

@@ -101,7 +101,7 @@ class PhaseRunner:
         sums[:, : losses.shape[1]] += torch.stack([losses * examples, examples]).sum(1)
 
     def run_batch(self, batch_C: Batch, count: int) -> Tensor:
-        """Run all steps on a batch of the first ``count`` clients; losses of the first step [count]."""
+        """Run all steps on a batch of ``count`` clients; losses of the first step [count]."""
         losses = [
             self._repeat_step(number, step, batch_C, count)
             for number, step in enumerate(self.phase.steps)
