@@ -68,12 +68,12 @@ def choose_path(
         small = model.flops * batch_size < _STACK_MAX_FLOP
         path = "stack" if small or device == "cuda" else "loop"
     size = engine.group_size
-    if isinstance(size, str):  # auto
+    if size == "auto":
         max_stack = (
             stack_capacity(model, batch_size, memory)
             if device == "cuda" and memory and path == "stack"
             else _STACK_SIZE
         )
-        size = 1 if path == "loop" else max(1, min(max_stack, -(-cohort // 2)))
-    assert not isinstance(size, str)
+        half_cohort = max(1, min(max_stack, -(-cohort // 2)))
+        size = 1 if path == "loop" else half_cohort
     return path, size
