@@ -235,7 +235,7 @@ def reassign_groups(
     run: Run, comm: Comm, host: Sequence[int], workers: Sequence[int], route: str
 ) -> Run:
     """``run`` on the ranks of ``comm`` with its groups on the ranks ``host``, without a journal."""
-    reassigned = run.with_fields(comm=comm, host=tuple(host), journal=None)
+    reassigned = run.with_fields(comm=comm, rank_of_group=tuple(host), journal=None)
     rank_of = [reassigned.rank_of_client[c] for c in range(len(run.kind_of))]
     return reassigned.with_fields(
         mixing=Mixing.of(run.algorithm, run.kinds[0].initial, rank_of, workers, route)
