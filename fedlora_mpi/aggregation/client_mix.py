@@ -240,7 +240,7 @@ class Mixing:
             [(b - a) * len(local_clients) for a, b in ranges],
         )
         parts = received.split([(b - a) * len(local_clients) for a, b in ranges])
-        local_vectors = (
+        local_vectors: Sequence[Tensor] | Tensor = (
             torch.cat(
                 [
                     p.view(len(local_clients), b - a)

@@ -96,4 +96,4 @@ def absorb_rounding(mean: Tensor, previous: Tensor | None) -> Tensor:
     return torch.where((mean - previous).abs() <= 2**-50 * previous.abs(), previous, mean)
 
 
-SUM_TYPES = {"exact": ExactSum, "fast": FastSum}
+SUM_TYPES: dict[str, type[ExactSum] | type[FastSum]] = {"exact": ExactSum, "fast": FastSum}

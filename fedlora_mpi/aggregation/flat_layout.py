@@ -86,7 +86,8 @@ class Layout:
 
     def leaf_slices(self, names: Iterable[str]) -> tuple[slice, ...]:
         """Where these leaves are in the vector; neighbours are one slice."""
-        wanted, slices, offset = set(names), [], 0
+        wanted, offset = set(names), 0
+        slices: list[slice] = []
         for name, shape in self.shapes.items():
             if name in wanted and slices and slices[-1].stop == offset:
                 slices[-1] = slice(slices[-1].start, offset + shape.numel())

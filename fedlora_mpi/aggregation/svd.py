@@ -50,7 +50,7 @@ def _decompose(matrices: dict[str, tuple[Tensor, int]]) -> Tree:
     batches: dict[tuple, list[str]] = {}
     for name, (matrix, rows) in matrices.items():
         batches.setdefault((matrix.shape, rows) if matrix.is_cuda else (name,), []).append(name)
-    vectors = {}
+    vectors: Tree = {}
     for names in batches.values():
         stack = torch.stack([matrices[name][0] for name in names])
         vectors |= zip(names, right_singular_vectors(stack, matrices[names[0]][1]), strict=True)

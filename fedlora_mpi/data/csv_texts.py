@@ -40,7 +40,8 @@ class Table(NamedTuple):
 def read_ag_news(folder: str, settings: Text) -> RawData:
     """The files of Zhang et al. (NIPS 2015), as torchtext has them: class, title, description."""
 
-    hints, labels = [], {"1", "2", "3", "4"}
+    hints: list[str] = []
+    labels = {"1", "2", "3", "4"}
 
     def read_side(key: str) -> LabelledTexts:
         name, multiline_rows = getattr(settings, key), []
@@ -80,10 +81,14 @@ def read_csv(folder: str, settings: Text) -> RawData:
                 f"text.test = {settings.test}: the label {label!r} is not in {settings.train}; "
                 f"there are {known_labels}; it is in line {line}"
             )
-    classes = ([class_of_label[label] for label in side.labels] for side in (train, test))
-    sides = map(LabelledTexts, (train.texts, test.texts), classes)
+    train_texts, test_texts = (
+        LabelledTexts(side.texts, [class_of_label[label] for label in side.labels])
+        for side in (train, test)
+    )
     hints = similar_label_hints(f"text.train = {settings.train}", names)
-    return RawData(*sides, len(names), tuple(names), hints + train.hints + test.hints)
+    return RawData(
+        train_texts, test_texts, len(names), tuple(names), hints + train.hints + test.hints
+    )
 
 
 def _read_table(folder: str, key: str, settings: Text) -> Table:

@@ -19,7 +19,7 @@ from ..core.vision import import_torchvision
 from . import pfllib
 from .csv_texts import read_ag_news, read_csv
 from .folders import read_folder, read_tiny_imagenet
-from .samples import RawData, Samples, to_samples
+from .samples import LabelledTexts, RawData, Samples, to_samples
 from .texts import Text, Vocabulary
 
 
@@ -118,7 +118,8 @@ class Source:
             )
         if {"crop", "crop_mean"} <= set(transforms):
             raise ValueError(
-                f"augment = {list(transforms)}: choose crop (black border) or crop_mean (of mean colour)"
+                f"augment = {list(transforms)}: choose crop (black border) or crop_mean (of mean "
+                "colour)"
             )
         if self.image_size is not None and self.dataset != "folder":
             raise ValueError(
@@ -134,25 +135,44 @@ class Source:
 
 
 def load(source: Source) -> Data:
-    """The data set, downloaded before if ``source.download`` says so and it is not there.
+    """The data set, downloaded first if ``source.download`` and the files are missing.
 
     Raises ValueError when the files are missing or damaged, or a library is.
     """
     if source.dataset in _TEXT_READERS:
         return _load_texts(source)
     if source.dataset == "pfllib":
-        raw = pfllib.read(source.root, source.allow_pickle)
-        sides = (Samples(torch.from_numpy(side.x), torch.from_numpy(side.y)) for side in raw[:2])
+        folder = pfllib.read(source.root, source.allow_pickle)
+        train, test = (
+            Samples(torch.from_numpy(side.x), torch.from_numpy(side.y))
+            for side in (folder.train, folder.test)
+        )
         transforms = source.augment if isinstance(source.augment, tuple) else ()
-        owners = (raw.train.owner, raw.test.owner)
         return Data(
-            *sides, raw.classes, raw.mean, raw.std, transforms, owners=owners, hints=raw.hints
+            train,
+            test,
+            folder.classes,
+            folder.mean,
+            folder.std,
+            transforms,
+            owners=(folder.train.owner, folder.test.owner),
+            hints=folder.hints,
         )
     raw = _READERS[source.dataset](source)
+    assert isinstance(raw.train, Samples) and isinstance(raw.test, Samples)
     mean, std = _NORMALIZATION.get(source.dataset) or _channel_moments(raw.train.x)
     presets = {"auto": _AUGMENTATION.get(source.dataset, ()), "none": ()}
     augment = presets[source.augment] if isinstance(source.augment, str) else source.augment
-    return Data(*raw[:3], mean, std, augment, class_names=raw.class_names, hints=raw.hints)
+    return Data(
+        raw.train,
+        raw.test,
+        raw.classes,
+        mean,
+        std,
+        augment,
+        class_names=raw.class_names,
+        hints=raw.hints,
+    )
 
 
 def _load_texts(source: Source) -> Data:
@@ -160,14 +180,23 @@ def _load_texts(source: Source) -> Data:
     was given.
     """
     raw, text = _TEXT_READERS[source.dataset](source), source.text
+    assert isinstance(raw.train, LabelledTexts) and isinstance(raw.test, LabelledTexts)
     vocabulary = (
         Vocabulary.from_tokenizer(text)
         if text.tokenizer
         else Vocabulary.from_texts(raw.train.texts, text)
     )
-    sides = (Samples(vocabulary.encode(side.texts), torch.tensor(side.y)) for side in raw[:2])
+    train, test = (
+        Samples(vocabulary.encode(side.texts), torch.tensor(side.y))
+        for side in (raw.train, raw.test)
+    )
     return Data(
-        *sides, raw.classes, vocabulary=vocabulary, class_names=raw.class_names, hints=raw.hints
+        train,
+        test,
+        raw.classes,
+        vocabulary=vocabulary,
+        class_names=raw.class_names,
+        hints=raw.hints,
     )
 
 

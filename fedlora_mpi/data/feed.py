@@ -19,7 +19,7 @@ from ..algorithm import Batch, held_out_count
 from ..core.seeds import derive_key, rng
 from ..core.transfer import to_device
 from .datasets import Data
-from .inputs import Images, Texts, build_store
+from .inputs import Store, build_store
 from .partition import Split
 from .transforms import draw_parameters
 
@@ -32,7 +32,7 @@ _GATHER_NUMEL = 2**17
 class Epoch:
     """One pass of C clients over their own samples, order and augmentation fixed."""
 
-    store: Images | Texts
+    store: Store
     classes: int
     sizes: tuple[int, ...]  # [C] samples of each client
     lengths: Tensor  # [C] the same on the device
@@ -56,8 +56,8 @@ class Epoch:
         return self._batch(x[0], y[0], self.noise[:count] + _key_offset(first), first)
 
     def batches(self, starts: range) -> Iterator[tuple[int, Batch]]:
-        """For each of ``firsts``: how many clients still have data, the first so many, and their
-        batch of up to ``firsts.step`` samples. Small ones are gathered several at once.
+        """For each of ``starts``: the number of clients, the first ones, that still have data, and
+        their batch of up to ``starts.step`` samples. Several small batches are read at once.
         """
         width, batches_per_read = (
             starts.step,
@@ -76,12 +76,8 @@ class Epoch:
             ):
                 self.on_batch()
                 active = self._count_longer(first)
-                yield (
-                    active,
-                    self._batch(
-                        *(parts if active == count else (part[:active] for part in parts)), first
-                    ),
-                )
+                x, y, key = parts if active == count else (part[:active] for part in parts)
+                yield active, self._batch(x, y, key, first)
         for first in starts[len(full_starts) :]:
             yield (
                 (active := self._count_longer(first)),
@@ -126,13 +122,25 @@ class Epoch:
         """The same pass with ``fn`` of every tensor but those of the store."""
         warps = {name: fn(value) for name, value in self.warps.items()}
         relabel = None if self.relabel is None else fn(self.relabel)
-        mapped = {name: fn(getattr(self, name)) for name in ("lengths", "rows", "noise", "counts")}
-        return replace(self, warps=warps, relabel=relabel, **mapped)
+        return replace(
+            self,
+            warps=warps,
+            relabel=relabel,
+            lengths=fn(self.lengths),
+            rows=fn(self.rows),
+            noise=fn(self.noise),
+            counts=fn(self.counts),
+        )
 
     def tensors(self) -> list[Tensor]:
-        """Them, in the same order."""
+        """The tensors that ``map_tensors`` maps, in the same order."""
         tensors: list[Tensor] = []
-        self.map_tensors(lambda v: tensors.append(v) or v)
+
+        def collect(v: Tensor) -> Tensor:
+            tensors.append(v)
+            return v
+
+        self.map_tensors(collect)
         return tensors
 
 
@@ -142,7 +150,7 @@ class Feed:
 
     ``shift`` makes client k's domain its own, in training and test alike: "rotate" turns its images
     by (k mod 4) * 90 degrees counter-clockwise, "labels" makes its class y the class (y + k mod 4)
-    mod classes. ``beat`` is called for every batch, before it is gathered.
+    mod classes. ``on_batch`` is called for every batch, before it is gathered.
     """
 
     def __init__(
@@ -170,7 +178,7 @@ class Feed:
         self._assign_split(split)
 
     def _assign_split(self, split: Split) -> None:
-        """The constructor's second half: whose samples are which."""
+        """Second half of the constructor: the samples of each client."""
         self._train_rows = [torch.from_numpy(rows) for rows in split.train]  # shuffled on the host
         self._test_rows = [torch.from_numpy(rows).to(self._device) for rows in split.test]
         shifts = [k % 4 if self._shift == "labels" else 0 for k in range(len(split.train))]
@@ -180,16 +188,15 @@ class Feed:
         self._counts = torch.from_numpy(counts).float()
 
     def with_split(self, split: Split) -> "Feed":
-        """The same inputs, not copied, when the clients hold what ``split`` says; some may hold
-        nothing.
-        """
+        """The same inputs, not copied, with another split; some clients may hold nothing."""
         feed = copy(self)
         feed._assign_split(split)
         return feed
 
     def with_two_clients(self, train: Sequence[int], test: Sequence[int]) -> "Feed":
-        """The same inputs when two clients hold so many of the samples that anybody holds, over
-        again where they are too few; no test samples where nobody holds any.
+        """The same inputs with two clients that hold so many of the samples of all clients.
+
+        Samples repeat where they are too few. Without any test sample the two have none.
         """
         sides = []
         for rows, sizes in ((self._train_rows, train), (self._test_rows, test)):
@@ -204,9 +211,9 @@ class Feed:
         counts = (np.zeros((2, self.classes), np.int64), np.zeros((2, self.classes), np.int64))
         for side, store, table in zip(sides, (self._train, self._test), counts, strict=True):
             labels = store.labels.cpu().numpy()
-            for client, rows in enumerate(side):
-                np.add.at(table[client], labels[rows], 1)
-        return self.with_split(Split(*map(tuple, sides), *counts))
+            for client, client_rows in enumerate(side):
+                np.add.at(table[client], labels[client_rows], 1)
+        return self.with_split(Split(tuple(sides[0]), tuple(sides[1]), *counts))
 
     @property
     def nbytes(self) -> int:
@@ -231,7 +238,7 @@ class Feed:
     ) -> Epoch:
         """The clients' training samples in the order, augmentation and noise of (round, epoch).
 
-        fraction: of each client's samples that are held out; ``held``: these alone, without
+        fraction: of each client's samples that are held out; on_held_out: only these, without
         augmentation.
         """
         augment = () if on_held_out else self._augment
@@ -252,7 +259,7 @@ class Feed:
         return self._make_epoch(self._train, clients, rows, by_name, torch.tensor(noise))
 
     def _phase_samples(self, client: int, fraction: float, on_held_out: bool) -> Tensor:
-        """The client's training samples without those held out, or these: the same in every round."""
+        """The client's training samples, either held out or the others; the same in every round."""
         rows = self._train_rows[client]
         if not fraction:
             assert not on_held_out, "a phase on held-out samples, but Algorithm.held_out = 0"
@@ -283,7 +290,7 @@ class Feed:
 
     def _make_epoch(
         self,
-        store: Images | Texts,
+        store: Store,
         clients: Sequence[int],
         rows: list[Tensor],
         draws: dict[str, list[Tensor]],

@@ -46,8 +46,8 @@ def read_folder(root: str, image_size: int | None) -> RawData:
     if train.names != test.names:
         differing = ", ".join(sorted(set(train.names) ^ set(test.names)))
         raise ValueError(
-            f"data.root = {root}: train and {test_folder} must hold the same classes; they differ in "
-            f"{differing}"
+            f"data.root = {root}: train and {test_folder} must hold the same classes; they "
+            f"differ in {differing}"
         )
     (x, test_x), hints = decode_images((train.paths, test.paths), image_size)
     if x.shape[1:] != test_x.shape[1:]:
@@ -105,7 +105,9 @@ def _list_side(root: str, folder: str) -> ImageFiles:
             f"data.root = {root}: {folder} holds no folder of a class; expected are "
             f"{folder}/CLASS/*"
         )
-    paths, y, unread = [], [], Counter()
+    paths: list[str] = []
+    y: list[int] = []
+    unread: Counter[str] = Counter()
     for label, name in enumerate(names):
         class_folder = os.path.join(folder, name)
         walk = sorted(_walk_visible(class_folder))
@@ -118,8 +120,8 @@ def _list_side(root: str, folder: str) -> ImageFiles:
         unread.update(_unread_kind(path) for path in files if not _is_image(path))
         if not images:
             raise ValueError(
-                f"data.root = {root}: {class_folder} holds no image; each folder in {folder} is a class; "
-                f"remove it, or put files there that end in {' '.join(_IMAGE_SUFFIXES)}"
+                f"data.root = {root}: {class_folder} holds no image; each folder in {folder} is a "
+                f"class; remove it, or put files there that end in {' '.join(_IMAGE_SUFFIXES)}"
             )
         paths += images
         y += [label] * len(images)

@@ -77,7 +77,10 @@ def decode_images(
 
 
 def _decode_side(paths: Sequence[str], side: int, size: int | None) -> DecodedSide:
-    stack, wide_files, deep_files, multi_image_files = None, [], [], []
+    stack: np.ndarray | None = None
+    wide_files: list[WideGrayFile] = []
+    deep_files: list[tuple[int, str]] = []
+    multi_image_files: list[str] = []
     for row, path in enumerate(paths):
         opened = _open_image(path)
         if _is_wide_gray(opened.image):
@@ -93,6 +96,7 @@ def _decode_side(paths: Sequence[str], side: int, size: int | None) -> DecodedSi
         stack = np.empty((len(paths), *pixels.shape), np.uint8) if stack is None else stack
         _check_shape(pixels, stack, path)
         stack[row] = pixels
+    assert stack is not None, "no files"
     return DecodedSide(stack, wide_files, deep_files, multi_image_files)
 
 
@@ -120,10 +124,10 @@ def _open_image(path: str) -> OpenedImage:
 
 
 def _turn_upright(image: "Image") -> "Image":
-    """By the orientation in EXIF. Damaged notes are ignored, for the pixels beside them are whole."""
+    """Turned by EXIF's orientation. Damaged notes are ignored: the pixels are whole."""
     from PIL.Image import Transpose
 
-    turns = {
+    turns: dict[int | None, Transpose] = {
         2: Transpose.FLIP_LEFT_RIGHT,
         3: Transpose.ROTATE_180,
         4: Transpose.FLIP_TOP_BOTTOM,
@@ -179,13 +183,13 @@ def _find_white_level(files: Sequence[WideGrayFile]) -> int:
     """The value that becomes 255. Raises ValueError when some files say 1 and others more."""
     fractions = next((file for file in files if not file.is_integer), None)
     highest = max(files, key=lambda file: file.high, default=None)
-    if fractions and highest.high > 1:
+    if fractions and highest and highest.high > 1:
         contradiction = f"{highest.path} whole numbers up to {highest.high:g}"
         raise ValueError(
-            f"data.root: {fractions.path} has floats from 0 to 1, {contradiction}; save all with 8 bits a "
-            "channel"
+            f"data.root: {fractions.path} has floats from 0 to 1, {contradiction}; save all with "
+            "8 bits a channel"
         )
-    if fractions or not files:
+    if fractions or highest is None:
         return 1
     return next(level for level in _WHITE_LEVELS if level >= highest.high)
 
@@ -239,9 +243,11 @@ def _hints(
 ) -> tuple[str, ...]:
     lines = []
     if wide_files:
-        files = f"{len(wide_files)} of the files, which have more than 8 bits (first: {wide_files[0].path})"
+        first = wide_files[0].path
+        files = f"{len(wide_files)} of the files, which have more than 8 bits (first: {first})"
         lines.append(f"data.root: 0..{white_level} became 0..255 in {files}")
     if multi_image_files:
-        files = f"{len(multi_image_files)} of the files, which hold several (first: {multi_image_files[0]})"
+        first = multi_image_files[0]
+        files = f"{len(multi_image_files)} of the files, which hold several (first: {first})"
         lines.append(f"data.root: the first image is read of {files}")
     return tuple(lines)

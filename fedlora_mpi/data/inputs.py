@@ -4,7 +4,7 @@ Each is labels [M] and the inputs in the form that costs least to keep; ``read``
 clients in the form that a network takes. The rest of the feed knows of indices alone.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,17 @@ from torch import Tensor
 
 from .datasets import Data, Samples
 from .transforms import warp
+
+
+class Store(Protocol):
+    """A set that an epoch reads its samples from."""
+
+    @property
+    def sample_numel(self) -> int:
+        """Numbers of a sample as it is read."""
+
+    def read(self, rows: Tensor, warps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The samples ``rows`` [C, B]: inputs [C, B, ...] and labels [C, B]."""
 
 
 class Images(NamedTuple):

@@ -22,7 +22,8 @@ def similar_label_hints(setting: str, labels: Iterable[str]) -> tuple[str, ...]:
     remainder = f", and {len(groups) - 3} more such groups" if len(groups) > 3 else ""
     listed = "; ".join(groups[:3])
     return (
-        f"{setting}: {listed}{remainder} are different classes; write them alike where they are one",
+        f"{setting}: {listed}{remainder} are different classes; write them alike where they are "
+        "one",
     )
 
 

@@ -110,7 +110,9 @@ class Partition(ABC):
             self._make_pools("train", train_y, classes, shuffle),
             self._make_pools("test", test_y, classes, shuffle),
         )
-        rows_by_side = [[[] for _ in range(self.clients)] for _ in sides]
+        rows_by_side: list[list[list[np.ndarray]]] = [
+            [[] for _ in range(self.clients)] for _ in sides
+        ]
         for client, pool, *numbers in self.allocations(rng, *sides):
             for side, client_rows, n in zip(sides, rows_by_side, numbers, strict=True):
                 client_rows[client].append(self._draw(rng, side, client, pool, n))
@@ -129,8 +131,9 @@ class Partition(ABC):
         if empty_clients:
             way_out = f"raise {name} or lower clients" if getattr(self, name) else "lower clients"
             raise ValueError(
-                f"data.partition.{name} = {getattr(self, name)}: {len(empty_clients)} of {self.clients} "
-                f"clients (first: {empty_clients[0]}) would hold no {name} sample; {way_out}"
+                f"data.partition.{name} = {getattr(self, name)}: {len(empty_clients)} of "
+                f"{self.clients} clients (first: {empty_clients[0]}) would hold no {name} sample; "
+                f"{way_out}"
             )
 
     def _make_pools(
@@ -226,7 +229,8 @@ class Pathological(Partition):
         classes_each, classes = self.classes_per_client, len(train.pools)
         if classes_each > classes:
             raise ValueError(
-                f"data.partition.classes_per_client = {classes_each}: the data set has {classes} classes"
+                f"data.partition.classes_per_client = {classes_each}: the data set has "
+                f"{classes} classes"
             )
         for client in range(self.clients):
             pools_in_turn = [(client * classes_each + i) % classes for i in range(classes_each)]
@@ -268,7 +272,8 @@ class Shares(Partition):
         classes_each, classes = self.classes_per_client, len(train.pools)
         if classes_each > classes:
             raise ValueError(
-                f"data.partition.classes_per_client = {classes_each}: the data set has {classes} classes"
+                f"data.partition.classes_per_client = {classes_each}: the data set has "
+                f"{classes} classes"
             )
         clients_per_class, extra = divmod(classes_each * self.clients, classes)
         free_places = np.full(classes, clients_per_class)
@@ -358,8 +363,8 @@ class GivenSplit(Partition):
             )
         if (given_clients := 1 + max(int(side.max()) for side in owners)) != self.clients:
             raise ValueError(
-                f"data.partition.clients = {self.clients}: the given split has {given_clients} clients; "
-                "say so"
+                f"data.partition.clients = {self.clients}: the given split has {given_clients} "
+                "clients; say so"
             )
         rows = [
             [np.flatnonzero(side == client) for client in range(given_clients)] for side in owners
@@ -397,7 +402,7 @@ def _class_counts(
 
 
 def _draw_dirichlet(rng: RandomState, alpha: float, length: int, number: int) -> np.ndarray:
-    """``number`` draws from the symmetric Dirichlet distribution: [number, length], rows add to 1."""
+    """``number`` draws of the symmetric Dirichlet distribution: [number, length], rows sum to 1."""
     with np.errstate(invalid="ignore", divide="ignore"):
         draws = rng.dirichlet(np.repeat(alpha, length), number)
     if not np.isfinite(draws).all():

@@ -87,7 +87,7 @@ def read(root: str | Path, allow_pickle: bool) -> Folder:
     classes, hints = _count_classes(
         root, np.concatenate([side.y for side in sides]), config.classes
     )
-    return Folder(*sides, classes, mean, std, hints)
+    return Folder(sides[0], sides[1], classes, mean, std, hints)
 
 
 def _read_config(root: str | Path, file: Path) -> FolderConfig:
@@ -167,7 +167,7 @@ def _count_classes(
 ) -> tuple[int, tuple[str, ...]]:
     """How many classes there are, and a line when some have no sample.
 
-    Raises ValueError when labels seem to count from 1, or exceed what config.json has ``told``.
+    Raises ValueError when labels seem to count from 1, or exceed ``declared`` of config.json.
     """
     seen = sorted(map(int, np.unique(y)))
     declaration = "" if declared is None else f", and config.json says num_classes = {declared}"
@@ -175,13 +175,14 @@ def _count_classes(
         raise ValueError(f"root = {root}: holds no sample")
     if seen[0] > 0 and (declared is None or seen[-1] >= declared):
         raise ValueError(
-            f"root = {root}: classes are {_format_ranges(seen)}{declaration}; classes count from 0: lower each y, or "
+            f"root = {root}: classes are {_format_ranges(seen)}{declaration}; classes count "
+            "from 0: lower each y, or "
             f'say "num_classes": {seen[-1] + 1} in config.json if class 0 merely has no sample'
         )
     if declared is not None and seen[-1] >= declared:
         raise ValueError(
-            f"root = {root}: classes are {_format_ranges(seen)}{declaration}; correct config.json, or the "
-            f"classes beyond {declared - 1}"
+            f"root = {root}: classes are {_format_ranges(seen)}{declaration}; correct "
+            f"config.json, or the classes beyond {declared - 1}"
         )
     classes = declared or seen[-1] + 1
     empty = [c for c in range(classes) if c not in set(seen)]
@@ -200,8 +201,8 @@ def _read_client(file: Path, allow_pickle: bool) -> tuple[np.ndarray, np.ndarray
                 x, y = (_read_array(archive.open(f"{name}.npy"), False) for name in "xy")
             elif "data.npy" in names:
                 content = _read_array(archive.open("data.npy"), allow_pickle)
-                content = content.item() if content.shape == () else None
-                x, y = (np.asarray(content[name]) for name in "xy")
+                record: Any = content.item() if content.shape == () else None
+                x, y = (np.asarray(record[name]) for name in "xy")
             else:
                 raise KeyError(f"it has {', '.join(names) or 'nothing'}, not data.npy")
     except _PickleNotAllowed:
@@ -273,9 +274,7 @@ def _join_clients(
 
 
 def _recover_bytes(x: np.ndarray, mean: tuple, std: tuple, file: Path) -> np.ndarray:
-    """The bytes that (byte / 255 - mean) / std makes these numbers of; the network is to see the
-    same.
-    """
+    """The bytes of which (byte / 255 - mean) / std gives ``x``, so that the network sees ``x``."""
     if x.dtype == np.uint8:
         return x
     shape = (1, -1, 1, 1)
@@ -285,7 +284,8 @@ def _recover_bytes(x: np.ndarray, mean: tuple, std: tuple, file: Path) -> np.nda
         np.abs(level - pixels).max() < _MAX_ROUNDING and pixels.min() >= 0 and pixels.max() <= 255
     ):
         raise ValueError(
-            f"root = {file.parents[1]}: x of {file} are no bytes normalised with mean {mean[0]:g} and standard deviation "
-            f'{std[0]:g}; only such images are read (others: "mean" and "std" of each channel in config.json)'
+            f"root = {file.parents[1]}: x of {file} are no bytes normalised with mean "
+            f"{mean[0]:g} and standard deviation {std[0]:g}; only such images are read "
+            '(others: "mean" and "std" of each channel in config.json)'
         )
     return pixels.astype(np.uint8)

@@ -84,6 +84,7 @@ class Vocabulary:
         there is none, or the file is none, or its special tokens alone fill a text.
         """
         library, setting = _import_tokenizers(), f"text.tokenizer = {settings.tokenizer}"
+        assert settings.tokenizer is not None
         path = expand_home(settings.tokenizer)
         path = path / "tokenizer.json" if path.is_dir() else path
         try:
@@ -128,12 +129,16 @@ class Vocabulary:
     @property
     def padding(self) -> int:
         """The number behind the end of a text."""
-        return self.tokenizer.padding["pad_id"]
+        padding = self.tokenizer.padding
+        assert padding is not None
+        return padding["pad_id"]
 
     @property
     def length(self) -> int:
         """Numbers of a text, L."""
-        return self.tokenizer.truncation["max_length"]
+        truncation = self.tokenizer.truncation
+        assert truncation is not None
+        return truncation["max_length"]
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """The first L numbers of each text, [M, L] int32; padding behind its end."""

@@ -46,12 +46,11 @@ class StepCompiler:
         self._graphs: dict[tuple, tuple[Callable, list[Any]]] = {}
 
     def compile_step(self, step: Callable, identity: tuple, *fixed_args: Any) -> Callable:
-        """``step(*fixed, ...)`` as a function of what is left, which may write to the tensors in
-        ``fixed``.
+        """``step(*fixed_args, ...)`` as a compiled function of the remaining arguments.
 
-        told: what decides, beside the layout of the tensors, what ``step`` computes; functions in
-        it count by their code and by what they hold. Tensors in ``fixed`` are given to the graph,
-        all else is part of it.
+        It may write to the tensors in ``fixed_args``. identity: what ``step`` computes, beside the
+        layout of the tensors; functions in it are compared by their code and what they hold. The
+        tensors in ``fixed_args`` are inputs of the graph; everything else is part of it.
         """
         kept_alive: list[Any] = []
         step_key, (fixed_tensors, fixed_layout) = (
@@ -76,13 +75,13 @@ class StepCompiler:
 
 
 def evict_oldest(cache: dict, max_size: int) -> None:
-    """Drop the oldest where there are ``most``."""
+    """Drop the oldest entry if there are ``max_size``."""
     if len(cache) >= max_size:
         del cache[next(iter(cache))]
 
 
 def split_tensors(values: tuple) -> tuple[list[Tensor], tuple]:
-    """(the tensors in ``given``, what else there is to know of it)."""
+    """(the tensors in ``values``, everything else in them and their layout)."""
     flat, spec = pytree.tree_flatten(values)
     tensors = [leaf.detach() for leaf in flat if isinstance(leaf, Tensor)]
     layout = tuple((v.shape, v.stride(), v.dtype, v.device) for v in tensors)
@@ -94,7 +93,7 @@ def split_tensors(values: tuple) -> tuple[list[Tensor], tuple]:
 
 
 def _compile_step(step: Callable, args: tuple, tensors: Sequence[Tensor]) -> Callable:
-    """``step(*given)`` as a compiled function of the tensors in ``given``."""
+    """``step(*args)`` as a compiled function of the tensors in ``args``."""
     flat, spec = pytree.tree_flatten(args)
 
     def step_of_tensors(*tensors: Tensor) -> Any:
@@ -105,22 +104,21 @@ def _compile_step(step: Callable, args: tuple, tensors: Sequence[Tensor]) -> Cal
             )
         )
 
-    graph = make_fx(step_of_tensors)(
-        *map(_clone_strided, tensors)
-    )  # on copies: the trace is a step, too
+    # on copies: the trace is a step, too
+    graph = make_fx(step_of_tensors)(*map(_clone_strided, tensors))
     return torch.compile(graph, fullgraph=True, dynamic=False)
 
 
 def _clone_strided(v: Tensor) -> Tensor:
-    """A copy in the same layout; ``v`` where it repeats its numbers, for then no step writes to it."""
+    """A copy in the same layout; ``v`` itself if it is expanded, as no step writes to it then."""
     if 0 in (stride for stride, length in zip(v.stride(), v.shape, strict=True) if length > 1):
         return v
     return torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device).copy_(v)
 
 
 def identity_key(value: Any, kept_alive: list[Any]) -> Any:
-    """Something hashable, equal for values that compute the same; ``held`` takes what it knows by
-    its id.
+    """A hashable key, equal for values that compute the same; objects that it knows by their id
+    are added to ``kept_alive``.
     """
     key_of = partial(identity_key, kept_alive=kept_alive)
     if isinstance(value, FunctionType):

@@ -74,5 +74,6 @@ def choose_path(
             if device == "cuda" and memory and path == "stack"
             else _STACK_SIZE
         )
-        size = 1 if path == "loop" else max(1, min(max_stack, -(-cohort // 2)))
+        half_cohort = max(1, min(max_stack, -(-cohort // 2)))
+        size = 1 if path == "loop" else half_cohort
     return path, size

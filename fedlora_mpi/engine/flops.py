@@ -81,9 +81,7 @@ class Flops:
             total += phase.epochs * self._extrapolate(key, count_batch, remainder)
             if phase.constant:
                 total += self._count_once(
-                    (*key, "constant"),
-                    lambda n, phase=phase: self._count_flops(phase.constant, self.initial),
-                    1,
+                    (*key, "constant"), partial(self._count_constant, phase), 1
                 )
         hook_samples = samples if algorithm.needs_all_data else 1
         return total + sum(
@@ -140,8 +138,12 @@ class Flops:
             step_compiler=None,
         )
         runner = PhaseRunner(trainer, phase, start, now, 1)
-        batch_C = Batch(*(None if v is None else v[None] for v in self._zero_batch(samples)))
+        batch_C = Batch._make(None if v is None else v[None] for v in self._zero_batch(samples))
         return self._count_flops(runner.run_batch, batch_C, 1)
+
+    def _count_constant(self, phase: Phase, samples: int) -> int:
+        assert phase.constant is not None
+        return self._count_flops(phase.constant, self.initial)
 
     def _count_begin(self, samples: int) -> int:
         return self._count_flops(

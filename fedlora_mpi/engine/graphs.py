@@ -10,6 +10,7 @@ hold) see clients with as many samples.
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,28 +25,25 @@ _BATCHES_PER_GRAPH = 100  # batches in one recording: a longer epoch is several
 
 
 class EagerGraph:
-    """The stand-in where there is no GPU: plays the step anew. It shows that the fixed memory is
-    used rightly.
-    """
+    """Runs the step again, where there is no GPU; tests the use of the fixed memory."""
 
     def __init__(
-        self, step: Callable[[], None], written_tensors: Sequence[Tensor], pool: object
+        self, step: Callable[[], None], written_tensors: Sequence[Tensor], pool: Any
     ) -> None:
         step()
         self.replay = step
 
 
 class CudaGraph:
-    """A step's kernels, recorded on the tensors that it uses; a step writes to ``written`` and
-    returns nothing.
+    """A step's kernels, recorded on the tensors that it uses.
 
-    To record it plays it, once. Raises RuntimeError, with ``written`` in any state, when the step
-    waits for the GPU, or does what cannot be recorded, or when the recording does not do what the
-    step did.
+    The step writes to ``written_tensors`` and returns nothing. The constructor runs it once. Raises
+    RuntimeError, with ``written_tensors`` in any state, when the step waits for the GPU or cannot
+    be recorded, or when the recording gives other results.
     """
 
     def __init__(
-        self, step: Callable[[], None], written_tensors: Sequence[Tensor], pool: object
+        self, step: Callable[[], None], written_tensors: Sequence[Tensor], pool: Any
     ) -> None:
         initial_values = [v.clone() for v in written_tensors]
         self._warm_up(step)
@@ -87,15 +85,15 @@ class GraphCache:
     def __init__(self, device: torch.device, graph_type: type | None = None) -> None:
         self.device = device
         self._graph_type = graph_type or (CudaGraph if device.type == "cuda" else EagerGraph)
-        # with what the key knows by its id, so that it lives on
+        # with the objects that the key knows by their id, so that they live on
         self._runners: dict[tuple, tuple[GraphPhaseRunner, list]] = {}
-        self._pool: object = None
+        self._pool: Any = None  # torch's type for it is private
         self.is_disabled = False
 
     def runner_for(
         self, trainer: Trainer, phase: Phase, start: Variables, now: Variables, clients: int
     ) -> PhaseRunner:
-        """A ``Walk`` over ``phase`` that trains ``now`` by recordings."""
+        """A runner of ``phase`` that trains ``now`` by recordings."""
         if self.is_disabled:
             return PhaseRunner(trainer, phase, start, now, clients)
         kept_alive: list = []
@@ -122,7 +120,7 @@ class GraphCache:
     def record(
         self, step: Callable[[], None], written_tensors: Sequence[Tensor]
     ) -> EagerGraph | CudaGraph:
-        """Play ``step`` and keep how to play it again."""
+        """Run ``step``, and record it."""
         if self.device.type != "cuda":
             return self._graph_type(step, written_tensors, None)
         with torch.cuda.device(self.device):
@@ -131,7 +129,7 @@ class GraphCache:
             return self._graph_type(step, written_tensors, self._pool)
 
     def disable(self, error: Exception) -> None:
-        """Record no more, and tell the user."""
+        """Record nothing more, and tell the user."""
         self.is_disabled = True
         reason = str(error).partition("\n")[0]
         print(
@@ -149,9 +147,7 @@ class GraphCache:
 
 
 class GraphPhaseRunner(PhaseRunner):
-    """A ``Walk`` in memory of its own, ``start`` and ``now``, whose epochs are recorded when they
-    are met again.
-    """
+    """A ``PhaseRunner`` with its own memory, which records an epoch when it is met again."""
 
     def __init__(
         self,
@@ -163,7 +159,9 @@ class GraphPhaseRunner(PhaseRunner):
         clients: int,
     ) -> None:
         super().__init__(trainer, phase, start, now, clients)
-        self._graph_cache, self._seen_epochs, self._recorded_epochs = graphs, {}, {}
+        self._graph_cache = graphs
+        self._seen_epochs: dict[tuple, object] = {}  # key -> store
+        self._recorded_epochs: dict[tuple, _RecordedEpoch] = {}
 
     def begin(self, start: Variables, now: Variables) -> None:
         """Train these variables from here on."""
@@ -198,7 +196,7 @@ class GraphPhaseRunner(PhaseRunner):
 
 
 class _RecordedEpoch:
-    """The memory of an epoch, and the recordings that work on it. To make it is to play the epoch."""
+    """The memory of an epoch, and the recordings that use it. The constructor runs the epoch."""
 
     def __init__(self, runner: PhaseRunner, record: Callable, epoch: Epoch) -> None:
         self._epoch, self.sums = (

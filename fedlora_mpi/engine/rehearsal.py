@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..algorithm import Phase, Variables
 from ..core.batch import Batch
 from ..core.tree import Tree, numel, tmap
+from ..data.feed import Feed
 from ..models.network import Model
 from .settings import Engine
 from .train import Trainer
@@ -41,8 +42,8 @@ class Objection(NamedTuple):
 
 
 def find_objection(trainer: Trainer, initial: Variables) -> Objection | None:
-    """Why clients with the variables ``first`` in round 1 are to train one by one; None: a stack
-    gives the same.
+    """Why clients with the variables ``initial`` must train one by one; None if a stack gives the
+    same results.
 
     Raises ValueError when not even one client alone trains.
     """
@@ -67,19 +68,18 @@ def find_objection(trainer: Trainer, initial: Variables) -> Objection | None:
 def rehearse_engine(
     engine: Engine, requested: Engine, candidates: Sequence[tuple[str, Trainer, Variables]]
 ) -> Engine:
-    """``engine``, or the loop where a network of those ``tried`` wants it, with a hint to the user.
+    """``engine``, or the loop if one of the ``candidates`` needs it, with a hint to the user.
 
-    asked: as the config has it; tried: networks by name, who trains them and with which variables
-    in round 1. Raises ValueError where not even the loop trains, or where a stack was asked for
-    that cannot.
+    requested: the engine of the config; candidates: name, trainer and variables in round 1 of each
+    network. Raises ValueError if not even the loop trains, or if a stack was requested and cannot.
     """
     for name, trainer, initial in candidates:
         try:
-            verdict = (
+            verdict = None
+            if engine.path == "loop":
                 check_one_client(trainer, initial)
-                if engine.path == "loop"
-                else find_objection(trainer, initial)
-            )
+            else:
+                verdict = find_objection(trainer, initial)
         except ValueError as error:
             raise ValueError(f"model.name = {name}: {error}") from error.__cause__
         if verdict is None:
@@ -134,7 +134,7 @@ def _as_precision(v: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _compare_paths(trainer: Trainer, initial: Variables, dtype: torch.dtype) -> Objection | None:
-    """What ``objection`` says by steps in double precision, or by those of a run."""
+    """The objection by steps in ``dtype``: double precision, or that of a run."""
     batch_size = min(_BATCH_SIZE, trainer.settings.batch_size)
     sizes = 2 * batch_size, max(1, batch_size - 2)  # the second client's batch is padded
     initial = tmap_vars(lambda v: _as_precision(v, dtype), initial)
@@ -161,7 +161,7 @@ def _training_error(error: Exception) -> ValueError:
 
 
 class _OneEpochTrainer(Trainer):
-    """Plays one epoch of every phase."""
+    """Runs one epoch of every phase."""
 
     def phases(self, round_: int) -> Sequence[Phase]:
         return [phase._replace(epochs=min(1, phase.epochs)) for phase in super().phases(round_)]
@@ -181,29 +181,27 @@ def _make_trainer(
 ) -> Trainer:
     """A trainer of two clients with so many samples, whose steps leave no trace."""
     settings = replace(trainer.settings, batch_size=min(_BATCH_SIZE, trainer.settings.batch_size))
-    feed = _CastFeed(trainer.feed.with_two_clients(sizes, test_sizes), dtype)
+    feed = _CastFeed(cast(Feed, trainer.feed).with_two_clients(sizes, test_sizes), dtype)
     model = _copy_model(trainer.model, dtype)
     return _OneEpochTrainer(trainer.algorithm, model, settings, feed, trainer.device, stacked)
 
 
 def _copy_model(model: Model, dtype: torch.dtype) -> Model:
-    """The network in this precision; what its modules remember of a pass is thrown away with it."""
+    """A copy of the network in this precision; it takes the state of its modules with it."""
     modules, bodies = copy.deepcopy((model.modules, model.bodies))
     initial = tmap(lambda v: _as_precision(v, dtype), model.initial)
     return replace(model, initial=initial, modules=modules, bodies=bodies)
 
 
 class _Outcome(NamedTuple):
-    """What clients have learned, and how they are judged."""
+    """What clients have learned, and their scores."""
 
     changes: list[Tensor]  # of each client and leaf, from the start to the end
     magnitudes: list[float]  # of the numbers in it
     losses: list[Tensor]
 
     def is_close_to(self, other: "_Outcome", tolerance: float) -> bool:
-        """Whether two are equal but for last bits. A leaf whose gradient is zero has nothing but
-        such.
-        """
+        """Whether two are equal but for rounding, all there is in a leaf without gradient."""
         smallest_step = 1e-3 * max(map(_largest_magnitude, self.changes), default=0.0)
         for a, b, size in zip(self.changes, other.changes, self.magnitudes, strict=True):
             atol = tolerance * max(_largest_magnitude(a), smallest_step, 1e-5 * size)
@@ -217,7 +215,7 @@ class _Outcome(NamedTuple):
 
 
 def _play_round(trainer: Trainer, initial: Variables, clients: Sequence[int]) -> _Outcome:
-    """What these clients make of a round that begins with ``first``."""
+    """The result of a round of these clients that begins with ``initial``."""
     rows = {name: v.expand(len(clients), *v.shape).clone() for name, v in initial.personal.items()}
     shared, outcome = tmap(torch.clone, initial.shared), _Outcome([], [], [])
     with warnings.catch_warnings(), _without_tf32():
@@ -230,6 +228,7 @@ def _play_round(trainer: Trainer, initial: Variables, clients: Sequence[int]) ->
                 outcome.magnitudes.extend(
                     _largest_magnitude(start[n].double()) for n in end if n in start
                 )
+            assert result.score is not None
             outcome.losses.extend((result.loss, result.score[1]))
         outcome.losses.append(trainer.evaluate(clients, shared, rows)[:, 1])
     return outcome
@@ -238,7 +237,8 @@ def _play_round(trainer: Trainer, initial: Variables, clients: Sequence[int]) ->
 @contextmanager
 def _without_tf32() -> Iterator[None]:
     """Without tf32, whose rounding would hide what differs."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    # torch declares no ``allow_tf32``
+    backends: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn
     allowed_before = [backend.allow_tf32 for backend in backends]
     try:
         for place in backends:

@@ -1,4 +1,4 @@
-"""How fast an engine trains, found by training a few batches of every epoch on throw-away copies."""
+"""Measures how fast an engine trains: a few batches of every epoch, on throw-away copies."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,13 +8,12 @@ from typing import NamedTuple
 from ..algorithm import Variables
 from .compiled import find_compiler
 from .settings import Engine
-from .train import Trainer
+from .train import ClientFeed, Trainer
 
 _BATCHES, _REPEATS = 2, 3  # of every epoch; after the first, which warms up
 _STACK_SIZES = (10, 25, 50)  # of stacks
-_WORTH_COMPILING = (
-    3600.0  # seconds of training from which compiling, which takes a minute, is tried
-)
+# seconds of training from which compiling, which takes a minute, is tried
+_WORTH_COMPILING = 3600.0
 
 # the first variables of clients, and those that compute together
 Candidate = tuple[Trainer, Variables, Sequence[int]]
@@ -23,7 +22,7 @@ Candidate = tuple[Trainer, Variables, Sequence[int]]
 class TruncatedFeed:
     """A feed whose clients end after ``limit`` training samples."""
 
-    def __init__(self, feed, limit: int) -> None:
+    def __init__(self, feed: ClientFeed, limit: int) -> None:
         self._feed, self.limit = feed, limit
         self.epoch, self.test_batch, self.test_size, self.unshuffled_batch = (
             feed.epoch,
@@ -83,7 +82,7 @@ def measure_engines(
 
 
 def measure_speed(engine: Engine, candidates: Sequence[Candidate]) -> Speed:
-    """How fast ``engine`` trains all that is ``tried``."""
+    """How fast ``engine`` trains all ``candidates``."""
     seconds, samples, compile_seconds = 0.0, 0, 0.0
     for trainer, initial, clients in candidates:
         trainer = replace(
@@ -123,4 +122,5 @@ def summary_line(speeds: Sequence[Speed], selected: Speed) -> str:
         ) + ", compiled" * e.compile
 
     rates = "; ".join(f"{describe_engine(s.engine)} {1 / s.sample_seconds:,.0f}" for s in speeds)
-    return f"engine.path = measure: client samples per second: {rates}; taken: {describe_engine(selected.engine)}"
+    taken = describe_engine(selected.engine)
+    return f"engine.path = measure: client samples per second: {rates}; taken: {taken}"

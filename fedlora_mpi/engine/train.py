@@ -7,7 +7,7 @@ loop calls them as they are. Everything else is the same code, so both do the sa
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Variables
 from ..core.scheduling import equal_parts
 from ..core.transfer import to_device, to_host
 from ..core.tree import Tree, tmap
+from ..data.feed import Epoch
 from ..models.network import Model
 from ..models.pooling import LARGE_NUMEL, MaxPoolMode
 from .compiled import StepCompiler
@@ -26,13 +27,33 @@ from .walk import PhaseRunner, tmap_vars
 
 T = TypeVar("T")
 _TEST_BATCH = 1000  # test samples in one forward pass, over all clients of a stack
-_MAX_EVALUATION_STACK = (
-    100  # clients of the largest stack that is evaluated, for each has a copy of its weights
-)
+# clients of the largest stack that is evaluated: each has a copy of its weights
+_MAX_EVALUATION_STACK = 100
+
+
+class ClientFeed(Protocol):
+    """What a trainer needs of a ``data.feed.Feed``."""
+
+    def train_size(self, client: int) -> int: ...
+
+    def test_size(self, client: int) -> int: ...
+
+    def epoch(
+        self,
+        clients: Sequence[int],
+        round_: int,
+        epoch: int | str,
+        fraction: float = 0.0,
+        on_held_out: bool = False,
+    ) -> Epoch: ...
+
+    def test_batch(self, clients: Sequence[int], first: int, width: int) -> Batch: ...
+
+    def unshuffled_batch(self, clients: Sequence[int], all_samples: bool) -> Batch: ...
 
 
 class ClientResult(NamedTuple):
-    """What one client has to say after local training."""
+    """Result of one client's training."""
 
     client: int
     start: Variables  # as ``Algorithm.begin`` left them
@@ -47,12 +68,12 @@ class ClientResult(NamedTuple):
 
 @dataclass(frozen=True)
 class Trainer:
-    """Trains and evaluates clients on one device. ``feed`` is a ``data.feed.Feed``."""
+    """Trains and evaluates clients on one device."""
 
     algorithm: Algorithm
     model: Model
     settings: LocalTraining
-    feed: object
+    feed: ClientFeed
     device: torch.device
     stacked: bool
     step_compiler: StepCompiler | None = None
@@ -70,7 +91,7 @@ class Trainer:
     ) -> Iterator[ClientResult]:
         """Train ``clients`` (largest first) from ``shared`` and their rows ``personal_C`` [C, ...].
 
-        Nothing given is written to. The results of a stack are views into it.
+        No argument is written to. The results of a stack are views into it.
         """
         phases = self.phases(round_)
 
@@ -112,18 +133,18 @@ class Trainer:
         self, clients: Sequence[int], shared: Tree, personal_C: Tree, round_: int = 0
     ) -> Tensor:
         """Test accuracy (fraction) and mean loss of each client's own model, float64 [C, 2] on the
-        host; see ``judge``.
+        host; see ``score_clients``.
         """
         return self.score_clients(clients, shared, personal_C, round_)[:, :2]
 
     def score_clients(
         self, clients: Sequence[int], shared: Tree, personal_C: Tree, round_: int = 0
     ) -> Tensor:
-        """Test accuracy (fraction), mean loss, and fraction of the test samples with a logit that
-        is no number, of each client's own model, float64 [C, 3] on the host.
+        """Scores of each client's own model, float64 [C, 3] on the host: test accuracy (fraction),
+        mean loss, and the fraction of its test samples with a NaN logit.
 
-        Clients as in ``train``. NaN without test samples; without training samples nothing is
-        tuned.
+        Clients as in ``train``. A client without test samples has NaN. A client without training
+        samples is not personalized.
         """
         phases = self.tuning_phases(round_)
 
@@ -148,23 +169,21 @@ class Trainer:
         return torch.cat(to_host(scores)) if scores else torch.zeros(0, 3, dtype=torch.float64)
 
     def phases(self, round_: int) -> Sequence[Phase]:
-        """Local training of a round."""
+        """The phases of local training in a round."""
         return self.algorithm.phases(self.model, self.settings, round_)
 
     def tuning_phases(self, round_: int) -> Sequence[Phase]:
-        """What is trained on a copy before an evaluation."""
+        """The phases that train a copy before an evaluation."""
         return self.algorithm.personalize(self.model, self.settings, round_)
 
     def evaluation_stack_size(self, clients: Sequence[int], round_: int) -> int:
-        """Clients in a stack of ``evaluate``: more than train together where they have few test
-        samples.
-        """
+        """Clients that are evaluated in one stack; with few test samples more than train in one."""
         if not self.stacked or self.tuning_phases(round_):
             return 1
         return min(_MAX_EVALUATION_STACK, _TEST_BATCH // max(1, *map(self.feed.test_size, clients)))
 
     def forward_context(self) -> AbstractContextManager:
-        """What a forward pass of training runs under."""
+        """The context of every forward pass of training."""
         contexts = ExitStack()
         if self.stacked and self.device.type == "cpu":
             contexts.enter_context(MaxPoolMode(0 if self.step_compiler else LARGE_NUMEL))
@@ -177,8 +196,9 @@ class Trainer:
     def _compute_in_parts(
         self, count: int, compute: Callable[[Sequence[int]], T]
     ) -> Iterator[tuple[Sequence[int], T]]:
-        """(members, ``compute(members)``) of ``count`` clients: all in a stack, or each alone. A
-        stack that does not fit into the device's memory is computed in parts.
+        """(members, ``compute(members)``) of ``count`` clients: all in one stack, or each alone.
+
+        A stack that does not fit into the device's memory is computed in parts.
         """
         if not self.stacked:
             return (([c], compute([c])) for c in range(count))
@@ -188,24 +208,24 @@ class Trainer:
 
     @torch.no_grad()
     def _scores(self, ids: Sequence[int], v: Variables, shared_axis: int | None = 0) -> Tensor:
-        """[C, 3] as ``judge`` has it. ``v``: stacked, but for ``v.shared`` where ``shared_axis`` is
-        None.
+        """[C, 3], see ``score_clients``. ``v`` is stacked; where ``shared_axis`` is None,
+        ``v.shared`` is not.
         """
         model = self.model.eval_mode()
 
         def score_one(shared: Tree, personal: Tree, *batch: Tensor | None) -> Tensor:
-            v, batch = Variables(shared, personal), Batch(*batch)
+            v, batch = Variables(shared, personal), Batch._make(batch)
             with model.evaluation_context(batch):
                 logits = self.algorithm.logits(model, v, batch.x)
             loss = torch.nn.functional.cross_entropy(logits, batch.y, reduction="none")
-            is_nan = logits.isnan().any(1)  # of which argmax makes a class
+            is_nan = logits.isnan().any(1)  # argmax makes a class of it
             is_correct = (logits.argmax(1) == batch.y) & ~is_nan
             return torch.stack([is_correct.double(), loss.double(), is_nan.double()], 1)  # [B, 3]
 
         sizes = torch.tensor([self.feed.test_size(c) for c in ids])
         total = torch.zeros(len(ids), 3, dtype=torch.float64, device=self.device)
         for test_range in self._test_batches(int(sizes.max()), len(ids)):
-            batch = self.feed.test_batch(ids, test_range.start, len(test_range))
+            batch = self.feed.test_batch(ids, test_range[0], len(test_range))
             if self.stacked:
                 axes = tuple(None if value is None else 0 for value in batch)
                 score = vmap(score_one, in_dims=(shared_axis, 0, *axes))(
@@ -220,9 +240,11 @@ class Trainer:
             total += score.sum(1)
         return total / to_device(sizes, self.device).unsqueeze(1)
 
-    def _test_batches(self, samples: int, clients: int) -> Sequence[range]:
-        """How so many test samples are cut. Where a network's results depend on the cut, in equal
-        parts, so that none is a remainder of one.
+    def _test_batches(self, samples: int, clients: int) -> Sequence[Sequence[int]]:
+        """The positions of each test batch.
+
+        Where a network's results depend on the batches, these are equal parts, so that none is a
+        remainder of one.
         """
         if self.model.couples:
             return equal_parts(range(samples), _TEST_BATCH)
@@ -254,20 +276,23 @@ class Trainer:
         return self._map_clients(finish, start, now, self._survey_batch(ids))
 
     def _survey_batch(self, ids: Sequence[int]) -> Batch:
-        """All training samples of the clients if the algorithm wants them, else their first alone."""
+        """All training samples of the clients if the algorithm needs them, else their first."""
         return self.feed.unshuffled_batch(ids, all_samples=self.algorithm.needs_all_data)
 
-    def _map_clients(self, hook: Callable, *args: Variables | Batch):
-        """``hook`` for every client: its last argument is a batch, the others are variables."""
+    def _map_clients(self, hook: Callable, *args: Variables | Batch) -> Variables:
+        """``hook`` of every client: its last argument is a batch, the others are variables."""
         *variables, data = args
+        assert isinstance(data, Batch)
         if not self.stacked:
-            return hook(*variables, Batch(*(v if v is None else v[0] for v in data)))
+            return hook(*variables, Batch._make(v if v is None else v[0] for v in data))
         axes = tuple(0 for _ in variables), tuple(None if v is None else 0 for v in data)
-        return vmap(lambda v, d: hook(*v, Batch(*d)), in_dims=axes)(tuple(variables), tuple(data))
+        return vmap(lambda v, d: hook(*v, Batch._make(d)), in_dims=axes)(
+            tuple(variables), tuple(data)
+        )
 
     def _start_variables(self, shared: Tree, personal_C: Tree, members: Sequence[int]) -> Variables:
-        """The variables of these clients, [C, ...] in a stack; copies where a network writes to
-        what it is given.
+        """The variables of these clients, [C, ...] in a stack; copies if the network writes to its
+        parameters.
         """
         shared = self.algorithm.download(self._to_device(shared))
         if self.stacked:
@@ -281,8 +306,11 @@ class Trainer:
         return self._to_device({n: v[selection] for n, v in personal_C.items()})
 
     def _trainable_copy(self, v: Tensor) -> Tensor:
-        """A copy that training may write to; one client's convolution weights in the layout that
-        CPUs and GPUs compute fastest in (1.5 times for CIFAR-size ResNets)."""
+        """A copy that training may write to.
+
+        Convolution weights of one client are in channels_last, which is 1.5 times as fast for
+        CIFAR-size ResNets.
+        """
         channels_last = v.dim() == 4 and not self.stacked
         return v.clone(
             memory_format=torch.channels_last if channels_last else torch.contiguous_format
@@ -299,10 +327,10 @@ class Trainer:
         round_: int,
         phases: Sequence[Phase],
     ) -> tuple[Variables, Tensor]:
-        """Play ``phases`` on ``now``; the new variables and the losses [C].
+        """Run ``phases`` on ``now``; the new variables and the losses [C].
 
-        Epochs are numbered over the phases, so a phase without epochs, or with a stream of its own,
-        moves no batch of the others.
+        Epochs are numbered over the phases. A phase without epochs, or with its own stream, leaves
+        the batches of the others as they are.
         """
         loss_C, number = torch.zeros(len(ids), device=self.device), 0
         for phase in phases:
@@ -331,7 +359,7 @@ class Trainer:
         epoch = self.feed.epoch(
             ids, round_, address, self.algorithm.held_out, runner.phase.held_out
         )
-        # what is not used is padding
+        # unused samples count as padding
         return runner.run_epoch(
             epoch if used_samples == list(epoch.sizes) else epoch.truncate(used_samples)
         )

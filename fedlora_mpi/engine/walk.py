@@ -1,19 +1,40 @@
 """The steps of one phase of local training, on a stack of clients or on one."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 from torch.nn.utils.rnn import pad_sequence
 
-from ..algorithm import Batch, Loss, Phase, Sgd, Step, Variables
+from ..algorithm import Batch, LocalTraining, Loss, Phase, Sgd, Step, Variables
 from ..core.tree import Tree, tmap
+from ..data.feed import Epoch
+from ..models.network import Model
+from .compiled import StepCompiler
 
-Trainer = object  # an ``engine.train.Trainer``
-Epoch = object  # a ``data.feed.Epoch``
 LeafNames = list[tuple[int, str]]  # (0 shared or 1 personal, leaf)
+
+
+class Trainer(Protocol):
+    """What steps need of an ``engine.train.Trainer``."""
+
+    @property
+    def model(self) -> Model: ...
+
+    @property
+    def settings(self) -> LocalTraining: ...
+
+    @property
+    def stacked(self) -> bool: ...
+
+    @property
+    def step_compiler(self) -> StepCompiler | None: ...
+
+    def forward_context(self) -> AbstractContextManager:
+        """The context of every forward pass of training."""
 
 
 class _View(NamedTuple):
@@ -27,10 +48,10 @@ class _View(NamedTuple):
 
 
 class PhaseRunner:
-    """The steps of one phase: owns the momenta, which start at zero, and the views; trains ``now``
-    in place.
+    """Runs the steps of one phase, which train ``now`` in place.
 
-    start, now: variables, [C, ...] where ``trainer.stacked``.
+    It owns the momenta, which start at zero, and the views. start, now: variables, [C, ...] where
+    ``trainer.stacked``.
     """
 
     def __init__(
@@ -56,12 +77,13 @@ class PhaseRunner:
         return sums[0] / sums[1]
 
     def batch_starts(self, epoch: Epoch) -> range:
-        """Where the batches of a pass begin."""
+        """The first position of each batch of a pass."""
         return range(0, epoch.sizes[0], self._trainer.settings.batch_size)
 
     def run_batches(self, epoch: Epoch, firsts: range, sums: Tensor) -> None:
-        """All steps on the batches that begin at ``firsts``. Adds to ``sums`` [2, C] each client's
-        losses, times their examples, and its examples. Waits for no device.
+        """Run all steps on the batches that begin at ``firsts``, without waiting for the device.
+
+        Adds to ``sums`` [2, C] each client's losses, weighted by their examples, and its examples.
         """
         if not firsts:
             return
@@ -69,7 +91,7 @@ class PhaseRunner:
             [self.run_batch(batch_C, count) for count, batch_C in epoch.batches(firsts)],
             batch_first=True,
         )
-        # sums of half numbers are none
+        # a sum in half precision would be too coarse
         losses = losses.float() if losses.dtype.itemsize < 4 else losses
         start_positions = torch.arange(firsts.start, firsts.stop, firsts.step, device=losses.device)
         # [steps, C]
@@ -79,7 +101,7 @@ class PhaseRunner:
         sums[:, : losses.shape[1]] += torch.stack([losses * examples, examples]).sum(1)
 
     def run_batch(self, batch_C: Batch, count: int) -> Tensor:
-        """All steps on one batch of the first ``count`` clients; their first losses [count]."""
+        """Run all steps on a batch of ``count`` clients; losses of the first step [count]."""
         losses = [
             self._repeat_step(number, step, batch_C, count)
             for number, step in enumerate(self.phase.steps)
@@ -87,13 +109,11 @@ class PhaseRunner:
         return losses[0]
 
     def end(self) -> None:
-        """What was trained is in ``now``."""
+        """Bring the result into ``now``; here it is there already."""
 
     @torch.no_grad()
     def reset(self, start: Variables, now: Variables) -> None:
-        """The same steps on other variables of the same layout, copied into the memory of the first
-        ones.
-        """
+        """Copy other variables of the same layout into the memory of the present ones."""
         halves = zip((*self._start[:2], *self._now[:2]), (*start[:2], *now[:2]), strict=True)
         for targets, values in halves:
             for name, target in targets.items():
@@ -107,14 +127,16 @@ class PhaseRunner:
 
     @torch.no_grad()
     def copy_to(self, now: Variables) -> None:
-        """Copy what was trained into other variables."""
+        """Copy the trained variables into others."""
         for values, targets in zip(self._now[:2], now[:2], strict=True):
             for name, value in values.items():
                 copy_into(targets[name], value)
 
     def _constant_tree(self, now: Variables) -> Tree:
+        constant = self.phase.constant
+        assert constant is not None
         with torch.no_grad():
-            return (vmap(self.phase.constant) if self._trainer.stacked else self.phase.constant)(
+            return (vmap(constant) if self._trainer.stacked else constant)(
                 now._replace(constant={})
             )
 
@@ -135,11 +157,11 @@ class PhaseRunner:
         return loss_C
 
     def _run_step(self, step: Step, sgd: Sgd, view: _View, batch_C: Batch) -> Tensor:
-        """One step on ``view``, in place; the losses before it [count]."""
+        """Run one step on ``view``, in place; the losses before it [count]."""
         loss_C = self._losses(step.loss, view, batch_C)
         if view.leaves:
             grads = torch.autograd.grad(loss_C.sum(), view.leaves, allow_unused=True)
-            # as torch.optim.SGD leaves the others
+            # a leaf without gradient stays, as in torch.optim.SGD
             with_grad = [position for position, grad in enumerate(grads) if grad is not None]
             dense = [
                 g if (g := grads[at]).layout == torch.strided else g.to_dense() for at in with_grad
@@ -153,7 +175,7 @@ class PhaseRunner:
     def _compile_step(
         self, number: int, names: LeafNames, now: Variables, start: Variables, momenta: list[Tensor]
     ) -> Callable:
-        """``_step`` as a compiled function of the batch."""
+        """``_run_step`` as a compiled function of the batch."""
         step, sgd = self.phase.steps[number], self._sgd[number]
 
         def step_on_batch(
@@ -162,16 +184,20 @@ class PhaseRunner:
             halves = [{n: v.detach() for n, v in half.items()} for half in now[:2]]
             leaves = [halves[half][name].requires_grad_() for half, name in names]
             return self._run_step(
-                step, sgd, _View(Variables(*halves, now.constant), start, momenta, leaves), batch_C
+                step,
+                sgd,
+                _View(Variables(halves[0], halves[1], now.constant), start, momenta, leaves),
+                batch_C,
             )
 
         identity = step.loss, tuple(names), sgd, step.clamp
+        assert self._trainer.step_compiler is not None
         return self._trainer.step_compiler.compile_step(
             step_on_batch, identity, now, start, momenta
         )
 
     def _zero_momentum(self, step: Step) -> list[Tree]:
-        """Zeros for the trained leaves of either half."""
+        """Zeros for the trained leaves of both halves."""
 
         def trains(leaf):
             return step.trains(leaf) and self._trainer.model.role(leaf) != "stats"
@@ -181,7 +207,7 @@ class PhaseRunner:
         ]
 
     def _make_view(self, number: int, count: int) -> _View:
-        """The first ``count`` rows of everything, as views: a step writes through them."""
+        """Views of the first ``count`` rows of everything; a step writes through them."""
         narrow = (lambda v: v[:count]) if self._trainer.stacked else (lambda v: v)
         leaves, momenta, names, halves = [], [], [], []
         for half_index, (half, momentum) in enumerate(
@@ -196,7 +222,7 @@ class PhaseRunner:
                     names.append((half_index, name))
             halves.append(leaf_views)
         now, start = (
-            Variables(*halves, tmap(narrow, self._now.constant)),
+            Variables(halves[0], halves[1], tmap(narrow, self._now.constant)),
             tmap_vars(narrow, self._start),
         )
         fused = (
@@ -211,7 +237,10 @@ class PhaseRunner:
         model = self._trainer.model
 
         def client_loss(now: Variables, start: Variables, *batch: Tensor | None) -> Tensor:
-            with self._trainer.forward_context(), model.training_context(batch := Batch(*batch)):
+            with (
+                self._trainer.forward_context(),
+                model.training_context(batch := Batch._make(batch)),
+            ):
                 return loss(now, start, batch)
 
         if not self._trainer.stacked:
@@ -225,7 +254,7 @@ class PhaseRunner:
 @torch.no_grad()
 def sgd_step(
     leaves: list[Tensor],
-    grads: Sequence[Tensor],
+    grads: list[Tensor] | tuple[Tensor, ...],
     momenta: list[Tensor],
     sgd: Sgd,
     clamp: tuple[float, float] | None = None,
@@ -251,9 +280,7 @@ def tmap_vars(fn: Callable[[Tensor], Tensor], v: Variables) -> Variables:
 
 
 def copy_into(target: Tensor, value: Tensor) -> None:
-    """Copy ``value`` into ``place``, which may repeat its numbers along some axes if ``value``
-    does.
-    """
+    """Copy ``value`` into ``target``. Where ``target`` is expanded, ``value`` must be, too."""
     for axis, (length, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
         if stride == 0 and length > 1:
             target, value = target.narrow(axis, 0, 1), value.narrow(axis, 0, 1)

@@ -41,7 +41,8 @@ class DiskRows:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._maps = folder, WeakSet()
+        self._folder = folder
+        self._maps: WeakSet[mmap.mmap] = WeakSet()
 
     def allocate(self, clients: int, like: Tensor) -> Tensor:
         """Raises Unwritable when the disk is full: the room is taken at once."""

@@ -1,9 +1,9 @@
 """Who takes part in a run, on which rank, with what: all that is fixed, and all that changes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -65,6 +65,22 @@ class ClientType(NamedTuple):
         )
 
 
+class Journal(Protocol):
+    """What a round needs of a ``resilience.replicas.Journal``."""
+
+    def save_undo(self, client: int) -> None: ...
+
+    def progress(self) -> None: ...
+
+    def wait(self) -> None: ...
+
+    def commit(self) -> None: ...
+
+    def begin_round(self, state: "State") -> None: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything that does not change from round to round."""
@@ -77,7 +93,7 @@ class Run:
     costs: tuple[float, ...]  # of each group, FLOP or any unit
     rank_of_group: tuple[int, ...]  # rank of each group
     throughput: "Throughput"
-    group_size: int  # clients that compute together; so many of a group take part in a round, about
+    group_size: int  # clients that compute together, about as many as a group has in a cohort
     weight_N: tuple[int, ...]  # what a client's upload counts in the mean
     sizes: tuple[int, ...]  # training samples of each client
     seed: int
@@ -95,12 +111,12 @@ class Run:
     # whether those who are judged in a round are its cohort; else everybody is
     evaluate_cohort_only: bool = False
     personal_rows: RowStorage = MemoryRows()  # where personal leaves live
-    journal: object | None = None  # a ``replicas.Journal`` where the run is to outlive a rank
+    journal: Journal | None = None  # of a run that survives the loss of a rank
     clock: Stopwatch = field(default_factory=Stopwatch)  # of this rank
 
     @property
     def trainer(self) -> Trainer:
-        """That of the first kind; its network is the one that the server knows."""
+        """The trainer of the first kind; the server knows its network."""
         return self.kinds[0].trainer
 
     @cached_property
@@ -110,7 +126,7 @@ class Run:
 
     @cached_property
     def flops(self) -> tuple[Flops, ...]:
-        """What the clients of each kind compute."""
+        """The floating-point operations of each kind of client."""
         return tuple(
             Flops(kind.trainer, kind.local_initial, self.comm.heartbeat.beat, self.comm.rank == 0)
             for kind in self.kinds
@@ -130,7 +146,7 @@ class Run:
 
     @cached_property
     def local_clients_by_kind(self) -> tuple[tuple[int, ...], ...]:
-        """The clients of this rank of each kind, in the order of the rows of their personal leaves."""
+        """The clients of this rank by kind, in the order of the rows of their personal leaves."""
         return tuple(
             tuple(c for c in self.local_clients if self.kind_of[c] == kind)
             for kind in range(len(self.kinds))
@@ -147,12 +163,12 @@ class Run:
 
     @cached_property
     def layouts(self) -> tuple[Layout, ...]:
-        """What a client of each kind sends."""
+        """The layout of the upload of each kind of client."""
         return tuple(Layout.of(kind.untrained_upload) for kind in self.kinds)
 
     @cached_property
     def row_of_client(self) -> dict[int, int]:
-        """The row of each of them."""
+        """The row of the personal leaves of each client of this rank."""
         return {
             client: row
             for clients in self.local_clients_by_kind
@@ -176,16 +192,14 @@ class Run:
             for c in group
         )
 
-    def with_fields(self, **fields) -> "Run":
-        """This run, and what it is in each task, with other fields."""
+    def with_fields(self, **fields: Any) -> "Run":
+        """This run, and its tasks, with other fields."""
         return replace(
             self, **fields, task_runs=tuple(replace(part, **fields) for part in self.task_runs)
         )
 
     def for_round(self, round_: int) -> "Run":
-        """This run when its clients hold what they hold in a round (from 0): sizes, weights and
-        feeds of the task.
-        """
+        """This run with the sizes, weights and feeds of the task of a round (from 0)."""
         return (
             self.task_runs[min(round_ // self.task_rounds, len(self.task_runs) - 1)]
             if self.task_runs
@@ -193,8 +207,9 @@ class Run:
         )
 
     def sample_cohort(self, round_: int) -> frozenset[int]:
-        """The cohort of a round, of those who hold data: a pure function of the seed, so no rank
-        has to be told.
+        """The cohort of a round, sampled from the clients that hold data.
+
+        It is a pure function of the seed, so no rank has to send it.
         """
         sizes = self.for_round(round_).sizes
         if self.privacy.samples_poisson:
@@ -204,14 +219,12 @@ class Run:
             return frozenset(
                 client for client, number in enumerate(draw.tolist()) if number < self.participation
             )
-        draw = torch.randperm(len(sizes), generator=rng(self.seed, "cohort", round_)).tolist()
-        with_data = [client for client in draw if sizes[client]]
+        order = torch.randperm(len(sizes), generator=rng(self.seed, "cohort", round_)).tolist()
+        with_data = [client for client in order if sizes[client]]
         return take_cohort(len(with_data), self.participation, with_data)
 
     def cohort_weight(self, chosen: frozenset[int]) -> float:
-        """By what the uploads of a cohort count together; under differential privacy by what is
-        expected of any.
-        """
+        """Total weight of a cohort's uploads; under differential privacy its expectation."""
         if self.privacy.is_differential:
             return (
                 self.participation * len(self.sizes)
@@ -221,15 +234,13 @@ class Run:
         return sum(self.weight_N[client] for client in chosen)
 
     def epsilon(self, rounds: int) -> float:
-        """What so many rounds cost in differential privacy."""
+        """The epsilon that so many rounds cost."""
         return epsilon(
             self.privacy, self.participation, len(self.sample_cohort(0)), len(self.sizes), rounds
         )
 
     def untrained_contribution(self, shared: Tree) -> Tensor:
-        """What uploads [D] are measured from where they are clipped: what any client would send
-        without training.
-        """
+        """The reference [D] of clipped updates: the upload of any client without training."""
         kind = self.kinds[0]
         personal = tmap(lambda v: v.to(self.trainer.device), kind.initial.personal)
         return untrained_contribution(kind.algorithm, Variables(shared, personal), shared)
@@ -240,8 +251,8 @@ class Run:
         return {"exact": 16, "fast": self.upload_layout.dtype.itemsize}[self.reduce]
 
     def allocate_personal(self) -> Tree:
-        """Room for the personal leaves of this rank's clients, with any numbers in it."""
-        leaves = {}
+        """Memory for the personal leaves of this rank's clients, not initialized."""
+        leaves: Tree = {}
         for kind, clients in zip(self.kinds, self.local_clients_by_kind, strict=True):
             leaves |= {
                 kind.prefix + n: self.personal_rows.allocate(len(clients), v)
@@ -249,17 +260,18 @@ class Run:
             }
         return leaves
 
-    def split_into_stacks(self, clients: Iterable[int], at_least: int = 1) -> list[list[int]]:
-        """Clients of a group in the order in which a ``Trainer`` takes them, in equal parts of up
-        to ``group_size``, or ``at_once`` where that is more.
+    def split_into_stacks(self, clients: Iterable[int], at_least: int = 1) -> list[Sequence[int]]:
+        """Clients of a group, those with the most samples first, in equal parts.
+
+        A part has at most ``group_size`` clients, or ``at_least`` where that is more.
         """
-        # equal ones as the group has them
+        # clients of equal size stay in the order of the group
         order = sorted(clients, key=lambda client: -self.sizes[client])
         return equal_parts(order, max(self.group_size, at_least))
 
 
 class Throughput:
-    """What the clients of this rank have taken to train, of each kind."""
+    """Training time of this rank's clients, by kind."""
 
     def __init__(self, kinds: int) -> None:
         self.totals = np.zeros((2, kinds))  # seconds; samples
@@ -269,10 +281,11 @@ class Throughput:
 
 
 class State(NamedTuple):
-    """Everything that does change, and so all that a checkpoint holds."""
+    """Everything that changes from round to round, and so all that a checkpoint holds."""
 
     round: int  # rounds done
     server: Tree  # the server's own, equal on all ranks
     shared: Tree  # equal on all ranks
-    # leaves of each kind [its hosted clients, ...], rows as in ``Run.local_clients_by_kind``; owned, written to
+    # Of each kind [its hosted clients, ...], rows as in ``Run.local_clients_by_kind``. Owned by the
+    # rank, and written to.
     personal: Tree

@@ -24,34 +24,36 @@ from ..privacy.clipping import contribution, server_noise
 from ..privacy.masks import masked_messages
 from .federation import Run, State
 
-# travel behind the upload, in the same buffer
+# metrics behind the upload, in the same buffer
 _METRICS = ("loss", "clients", "spread", "broken", "stop", "sent")
 _SCORES = ("accuracy", "loss", "accuracy_aggregated", "accuracy_trained")  # of each client
 
 
 class LocalResult(NamedTuple):
-    """What this rank's part of the cohort brings, beside what it has put into the message."""
+    """Result of this rank's part of the cohort, beside its part of the message."""
 
     broken: list[int]  # clients whose loss or upload is not finite, or too large to be summed
-    upload_numels: list[int]  # numbers that each client has sent, by its own account
+    upload_numels: list[int]  # ``Algorithm.upload_numel`` of each client
     offers: dict[int, PackedMix]
     # [3] of each client's own model after training, as ``Trainer.score_clients`` has them
     scores: dict[int, Tensor]
-    uploads: dict[int, Tensor]  # as they travel where the run ``gathers``
+    uploads: dict[int, Tensor]  # as they travel if ``Run.gather_uploads``, else empty
 
 
 def run_round(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State, dict, dict]:
     """Train the cohort, take the mean, evaluate. Every rank calls it with its own state.
 
-    Returns the next state, the row of the round (numbers) and the rows of the clients ([N] each),
-    complete on every rank. ``stop``: this rank was asked to stop; the row says whether any was.
-    ``drift`` of the row: how far the clients have trained the shared parameters apart, see
-    ``_drift``. A client whose loss or upload is not finite raises Fault on all ranks, or, where the
-    run ``skips``, is left out: its personal leaves stay, the mean and the mixes are those of the
-    others; ``skipped`` of the row holds such ids. ``nan_clients`` of the row: those with test
-    samples whose logits are no numbers. ``seconds_ranks`` of an evaluated round: {stage: [R]
-    seconds since the last such round} (see ``Stopwatch``; what came after its message counts to
-    this one), of another round {}.
+    Returns the next state, the row of the round (numbers) and the columns of the clients ([N]
+    each), complete on every rank. ``stop``: this rank was asked to stop; the row says whether any
+    rank was.
+
+    A client whose loss or upload is not finite raises Fault on all ranks. If
+    ``run.skip_nonfinite``, it is left out instead: its personal leaves stay, and the mean and the
+    mixes are those of the other clients. ``skipped`` of the row holds the ids of such clients.
+
+    ``drift`` of the row: see ``_drift``. ``nan_clients``: clients that have a test sample with a
+    NaN logit. ``seconds_ranks`` of an evaluated round: {stage: [R] seconds since the last such
+    round} (see ``Stopwatch``; time after its message counts to the next); of another round {}.
     """
     timestamps = [time.perf_counter()]
     run.clock.lap("other", run.comm.heartbeat.waited_seconds)
@@ -77,16 +79,16 @@ def run_round(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State
         total = run.cohort_weight(active)
     if run.gather_uploads:
         _add_remote_uploads(run, state, active, local_result.uploads, message)
-    if run.privacy.is_differential:  # what came were updates
+    if run.privacy.is_differential:  # the message holds updates
         message.add(run.untrained_contribution(state.shared), total)
         message.add(server_noise(run.privacy, size, len(sampled), run.seed, state.round), 1)
     sums = message.total(device=shared_flat.device)
     if type(run.algorithm).upload_numel is Algorithm.upload_numel:
-        # exact, also where float32 has added up
+        # exact, unlike a sum in float32
         numbers_sent = sum(run.layouts[run.kind_of[c]].size for c in active)
     traffic = _traffic_bytes(run, state.shared, active, round(numbers_sent), message_bytes)
     drift, train_loss = float("nan"), loss / clients if clients else float("nan")
-    if active or run.privacy.is_differential:  # of nobody there still is the noise
+    if active or run.privacy.is_differential:  # an empty cohort still has the noise
         if not run.privacy.is_differential:
             drift = _drift(run, shared_flat, sums[:size] / total, spread / total)
         mean = _mean(run, state.shared, sums[:size], total, absent_weight)
@@ -117,7 +119,8 @@ def run_round(run: Run, state: State, evaluate: bool, stop: bool) -> tuple[State
     row |= {"skipped": sorted(sampled - active)} if run.skip_nonfinite else {}
     unknown = np.full(len(run.weight_N), np.nan)
     evaluated = sampled if run.evaluate_cohort_only else range(len(run.weight_N))
-    scores_N, nan_N, seconds = dict.fromkeys(_SCORES, unknown), unknown, {}
+    scores_N, nan_N = dict.fromkeys(_SCORES, unknown), unknown
+    seconds: dict[str, np.ndarray] = {}
     run.clock.lap("other", run.comm.heartbeat.waited_seconds)  # FLOPs are counted once
     if evaluate:
         scores_N, nan_N, seconds = _evaluate(run, state, evaluated, local_result.scores)
@@ -145,8 +148,7 @@ def _train(
 ) -> LocalResult:
     """Train this rank's part of the cohort into ``message`` and the personal rows.
 
-    ``here``: the shared variables as ``_packed`` gives them; ``bound``: magnitude up to which an
-    upload can be summed.
+    shared_flat: see ``_pack_shared``; bound: magnitude up to which an upload can be summed.
     """
     local_result = LocalResult([], [], {}, {}, {})
     message_of = masked_messages(run.privacy, message, active, run.seed, state.round)
@@ -166,21 +168,22 @@ def _train(
         for client_result in trainer.train(members, state.shared, rows_C, state.round, evaluate):
             if run.journal:
                 run.journal.progress()
-            if not torch.isfinite(
-                client_result.loss
-            ).all():  # what follows need not cope with such numbers
+            # what follows need not cope with such numbers
+            if not torch.isfinite(client_result.loss).all():
                 local_result.broken.append(client_result.client)
                 continue
             upload = trainer.algorithm.upload(client_result.start, client_result.end)
-            if run.gather_uploads:  # other ranks have it as it travels, and so must this one
+            if run.gather_uploads:  # every rank must use the upload as it travels
                 upload = run.layouts[run.kind_of[client_result.client]].cast(upload)
             vector = run.upload_layout.pack(
                 trainer.algorithm.expand(upload, state.shared, run.weight_N[client_result.client])
             )
-            offer = run.mixing and run.mixing.pack(
-                trainer.algorithm.offer(client_result.start, client_result.end)
-            )
-            # nor is it where one is not finite
+            offer = None
+            if run.mixing:
+                mix = trainer.algorithm.offer(client_result.start, client_result.end)
+                assert mix is not None
+                offer = run.mixing.pack(mix)
+            # False, too, where a number is not finite
             is_summable = all(v.abs().sum() < bound for v in (client_result.loss, vector))
             if not is_summable or (offer and not offer.is_summable()):
                 local_result.broken.append(client_result.client)
@@ -192,7 +195,7 @@ def _train(
                 local_result.uploads[client_result.client] = run.layouts[
                     run.kind_of[client_result.client]
                 ].pack(upload)
-            # A diverging client must not overflow the sum; it is then beyond any meaning anyway.
+            # A diverging client must not overflow the sum; its distance has no meaning anyway.
             weight, distance = (
                 run.weight_N[client_result.client],
                 _squared_distance(run, vector, shared_flat).clamp(max=bound),
@@ -206,15 +209,15 @@ def _train(
             if offer:
                 local_result.offers[client_result.client] = offer
             if client_result.score is not None:
+                assert client_result.nan_predictions is not None
                 local_result.scores[client_result.client] = torch.cat(
                     [client_result.score, client_result.nan_predictions[None]]
                 )
             _write_row(run, state.personal, client_result.client, client_result.host_personal)
         seconds = time.perf_counter() - started
         run.throughput.add(run.kind_of[members[0]], seconds, sum(run.sizes[c] for c in members))
-    for (
-        client
-    ) in local_result.broken:  # no update, but masks and noise, which those of the others need
+    # no update, but masks and noise: those of the other clients need them
+    for client in local_result.broken:
         with message_of(client) as client_message:
             client_message.add(
                 contribute(reference, client), 1 if run.privacy.is_differential else 0
@@ -223,7 +226,7 @@ def _train(
 
 
 def _sum_message(run: Run, message: ExactSum | FastSum) -> int:
-    """Make ``message`` that of all ranks, but for its upload where the run ``gathers``; bytes that
+    """Sum ``message`` over all ranks, without its upload if ``run.gather_uploads``; the bytes that
     have travelled.
     """
     travelling = (
@@ -234,7 +237,7 @@ def _sum_message(run: Run, message: ExactSum | FastSum) -> int:
     run.comm.heartbeat.enter_stage("the exchange")
     if run.journal:
         run.journal.wait()
-    # masks wrap around
+    # unsigned: masks wrap around
     run.comm.sum(travelling.view(np.uint64) if run.privacy.secure_aggregation else travelling)
     if run.journal:
         run.journal.commit()
@@ -249,8 +252,9 @@ def _add_remote_uploads(
     uploads: dict[int, Tensor],
     message: ExactSum | FastSum,
 ) -> None:
-    """Add to ``message`` what the uploads of other ranks' clients stand for; in the sum all clients
-    then have the same bits as if each worker had added its own.
+    """Add the terms of other ranks' uploads to ``message``.
+
+    The sum then has the same bits as if each worker had added the terms of its own clients.
     """
     layouts = {client: run.layouts[run.kind_of[client]] for client in sorted(active)}
     for client, upload in gather_remote_uploads(
@@ -275,8 +279,9 @@ def _apply_mixes(
 
 
 def _personal_rows(run: Run, personal: Tree, clients: Sequence[int]) -> Tree:
-    """The personal leaves [C, ...] of clients of one kind: views where the rows lie together, which
-    they do at full participation.
+    """The personal leaves [C, ...] of clients of one kind.
+
+    They are views if the rows are adjacent, as at full participation.
     """
     kind, rows = run.kinds[run.kind_of[clients[0]]], [run.row_of_client[c] for c in clients]
     is_contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
@@ -294,9 +299,9 @@ def _write_row(run: Run, personal: Tree, client: int, leaves: Tree) -> None:
 
 
 def _squared_distance(run: Run, vector: Tensor, shared_flat: Tensor) -> Tensor:
-    """Squared distance of an upload [D] from the shared variables [D] of the round, [] float64,
-    over the parameters of the network (where it shares none, over all that uploads and shared
-    variables hold).
+    """Squared distance of an upload [D] from the shared variables [D] of the round, [] float64.
+
+    It counts the parameters of the network, or, where none is shared, all common leaves.
     """
     gap = vector.double() - shared_flat
     return sum(
@@ -306,12 +311,14 @@ def _squared_distance(run: Run, vector: Tensor, shared_flat: Tensor) -> Tensor:
 
 
 def _drift(run: Run, shared_flat: Tensor, mean: Tensor, spread: float) -> float:
-    """Root mean square distance of the cohort's uploads u_i from their mean, weighted as the mean
-    is.
+    """Root mean square distance of the cohort's uploads u_i from their mean, with its weights.
 
-    With s the shared variables before the round, mean_i ||u_i - mean||^2 = mean_i ||u_i - s||^2
-    - ||mean - s||^2: two numbers of the one message, where distances from the mean would need a
-    second. mean: float64 [D]; spread: the first term. NaN where uploads hold no shared parameter.
+    With s the shared variables before the round,
+
+        mean_i ||u_i - mean||^2  =  mean_i ||u_i - s||^2  -  ||mean - s||^2
+
+    needs one message; distances from the mean would need a second. mean: float64 [D]; spread: the
+    first term. NaN if uploads hold no shared parameter.
     FedLoRA's eq. (9) is the mean of the distances, which is at most this.
     """
     if not run.drift_slices:
@@ -320,9 +327,7 @@ def _drift(run: Run, shared_flat: Tensor, mean: Tensor, spread: float) -> float:
 
 
 def _pack_shared(run: Run, shared: Tree) -> Tensor:
-    """The shared variables at the places of an upload [D], float64; zero where it holds something
-    else.
-    """
+    """The shared variables in the layout of an upload [D], float64; zero for its other leaves."""
     common_leaves, device = run.upload_layout.common_leaves(shared), run.trainer.device
 
     def leaf_or_zeros(n, shape):
@@ -334,9 +339,11 @@ def _pack_shared(run: Run, shared: Tree) -> Tensor:
 
 
 def _mean(run: Run, shared: Tree, sums: Tensor, total: float, absent_weight: float) -> Tree:
-    """The weighted mean of the uploads, which weigh ``total``. ``absent: stale``: clients outside
-    the cohort, which weigh ``away``, count with the shared variables they last received. Where the
-    method ``sums``, the sum in its place.
+    """The weighted mean of the uploads, whose weights add up to ``total``, or their sum if
+    ``Algorithm.sums``.
+
+    ``absent: stale``: clients outside the cohort, with ``absent_weight`` together, count with the
+    shared variables they last received.
     """
     if run.algorithm.sums:
         assert run.algorithm.absent == "exclude"
@@ -362,13 +369,14 @@ def _apply_server(run: Run, state: State, mean: Tree, cohort: Cohort) -> State:
 def _evaluate(
     run: Run, state: State, clients: Collection[int], trained: dict[int, Tensor]
 ) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
-    """Columns [N] of ``_SCORES`` on every rank: the own model of each of ``clients`` on its own
-    test data, NaN for the others; the fraction [N] of these whose logits are no numbers; and the
-    seconds of each rank [R] by stage, which travel in the same message.
+    """Scores of ``clients`` on every rank, each with its own model on its own test data.
 
-    ``accuracy``, ``loss`` and that fraction are those of the method's moment. A client outside the
-    cohort was not trained: NaN after training, and its model after aggregation counts at either
-    moment. One without a test sample of the classes so far: NaN at both.
+    Returns the columns [N] of ``_SCORES``, NaN for other clients; the fraction [N] of test samples
+    with a NaN logit; and the seconds of each rank [R] by stage, which travel in the same message.
+
+    ``accuracy``, ``loss`` and that fraction belong to ``Algorithm.evaluate_on``. A client outside
+    the cohort was not trained, so it has NaN after training, and its model after aggregation
+    counts. A client without a test sample of the classes so far has NaN in both.
     """
     everyone = len(run.weight_N)
     # scores of the clients at two moments, then seconds of the ranks
@@ -415,10 +423,10 @@ def _nanmean(column: np.ndarray) -> float:
 def _traffic_bytes(
     run: Run, shared: Tree, active: frozenset[int], numbers_sent: int, message_bytes: int
 ) -> dict[str, int]:
-    """Bytes of the round: what a real federation would send, each number in its leaf's dtype, and
-    what MPI was handed.
+    """Bytes of the round: those of a real federation, each number in its leaf's dtype, and those
+    given to MPI.
 
-    sent: numbers of all uploads together.
+    numbers_sent: numbers of all uploads together.
     """
     layouts, download_bytes = (
         [run.layouts[run.kind_of[c]] for c in active],
@@ -443,8 +451,9 @@ def _traffic_bytes(
 
 
 def _cohort_flops(run: Run, active: frozenset[int], round_: int) -> int:
-    """Floating-point operations of the cohort's local training, or UNCOUNTED. ``run``: the whole
-    one, whose counts last.
+    """Floating-point operations of the cohort's local training, or UNCOUNTED.
+
+    ``run``: the whole run, which keeps the counts.
     """
     sizes = run.for_round(round_).sizes
     client_counts = Counter((run.kind_of[c], sizes[c]) for c in active)
@@ -458,7 +467,7 @@ def _cohort_flops(run: Run, active: frozenset[int], round_: int) -> int:
 
 
 def _all_broken(run: Run, round_: int, broken: list[int]) -> frozenset[int]:
-    """The broken clients of all ranks. Raises Fault with their ids unless the run ``skips`` them."""
+    """Broken clients of all ranks; raises Fault with their ids unless ``run.skip_nonfinite``."""
     table = np.zeros(len(run.weight_N), np.int64)
     table[broken] = 1
     run.comm.sum(table)

@@ -1,4 +1,4 @@
-"""The only file that knows there are ranks: few verbs, each one message of one flat buffer.
+"""The only file that sends messages between ranks: few verbs, each one flat buffer.
 
 ``connect()`` gives the communicator of this process: ``Mpi`` under a launcher, ``Solo`` without
 one, which needs no MPI library.
@@ -20,7 +20,7 @@ from .launch import expected_ranks, is_launched
 from .pending import PendingMessage, RankLost
 
 _MAX_ITEMS = 2**30  # items of one message, which MPI counts in 32 bits
-_EXCHANGE_TAG = 1  # the tag of ``exchange``; the mail of ``post`` may be on its way meanwhile
+_EXCHANGE_TAG = 1  # the tag of ``exchange``; messages of ``post`` may be pending meanwhile
 
 
 class Solo:
@@ -41,9 +41,7 @@ class Solo:
         return data
 
     def gather(self, send: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-        """What all ranks sent, float32, in rank order, on every rank; ``counts``: numbers of each
-        rank.
-        """
+        """The numbers of all ranks, float32, in rank order, on every rank; ``counts``: of each."""
         return send
 
     def exchange(
@@ -51,8 +49,8 @@ class Solo:
     ) -> np.ndarray:
         """What the other ranks sent to this one, float32, in rank order.
 
-        send: the numbers for rank 0, then those for rank 1, ...: ``counts`` of them; arriving: how
-        many come from each rank.
+        send: the numbers for rank 0, then those for rank 1, ..., ``counts`` of each;
+        receive_counts: how many come from each rank.
         """
         return send
 
@@ -66,13 +64,13 @@ class Mpi:
     """The ranks of a communicator, at first MPI_COMM_WORLD.
 
     Waits poll with sleeps of a quarter of the time waited, 5 ms at most: a blocking wait would spin
-    a whole core, and a server waits most of the time. ``moved`` counts the bytes this rank handed
-    to MPI. ``members``: the number of each rank in MPI_COMM_WORLD; ``dead``: the numbers that are
-    no longer there; ``tolerant``: whether the launcher lets ranks go on when one dies.
+    a whole core, and a server waits most of the time. ``bytes_sent`` counts the bytes this rank
+    gave to MPI. ``members``: the number of each rank in MPI_COMM_WORLD; ``dead_ranks``: the numbers
+    that are gone; ``is_tolerant``: whether the launcher lets ranks go on when one dies.
 
-    Every verb raises Lost when a rank is dead. The first to notice revokes the communicator, so
-    that no rank waits for ever. Then all that are left meet in ``agree`` exactly once, and only
-    then leave the dead behind.
+    Every verb raises RankLost when a rank is dead. The first rank to notice revokes the
+    communicator, so that no rank waits for ever. Then all surviving ranks meet in ``agree`` exactly
+    once, and only then continue without the dead one.
     """
 
     def __init__(self, world=None, heartbeat: Heartbeat | None = None) -> None:
@@ -89,13 +87,13 @@ class Mpi:
         )
         self.is_tolerant = _launched_tolerant()
         self.local_rank, self.local_size = self.rank, self.size
-        # a rank has died: the first verb says so
-        with suppress(MPI.Exception if self.is_tolerant else ()):
+        # if a rank has died, the first verb says so
+        with suppress(*((MPI.Exception,) if self.is_tolerant else ())):
             node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
             self.local_rank, self.local_size = node.rank, node.size
             node.Free()
         self.bytes_sent = 0
-        # mail that is not through: MPI may write to it even when it was cut off
+        # incomplete messages: MPI may write to their buffers even after a failure
         self._unfinished: dict = {}
 
     def sum(self, buffer: np.ndarray) -> None:
@@ -116,9 +114,7 @@ class Mpi:
         return buffer.tobytes()
 
     def gather(self, send: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-        """What all ranks sent, float32, in rank order, on every rank; ``counts``: numbers of each
-        rank.
-        """
+        """The numbers of all ranks, float32, in rank order, on every rank (see ``Solo``)."""
         if sum(counts) > _MAX_ITEMS:
             result, ends = np.empty(sum(counts), np.float32), np.cumsum([0, *counts])
             for rank, (start, end) in enumerate(itertools.pairwise(ends)):
@@ -137,8 +133,8 @@ class Mpi:
     ) -> np.ndarray:
         """What the other ranks sent to this one, float32, in rank order (see ``Solo``).
 
-        Each pair of ranks knows what passes between them, but no rank what passes between all:
-        there is no collective message of a size that MPI may not be able to count.
+        Each pair of ranks knows the counts between them, but no rank knows those of all. So no
+        collective message can be too large for MPI to count.
         """
         receive = np.empty(sum(receive_counts), np.float32)
         self.bytes_sent += send.nbytes
@@ -164,8 +160,8 @@ class Mpi:
     def post(
         self, send: np.ndarray, destination: int, receive: np.ndarray, source: int
     ) -> PendingMessage:
-        """Begin to receive from one rank and to send to one; the arrays belong to MPI until the
-        mail is through.
+        """Begin to receive from one rank and to send to another; the arrays belong to MPI until the
+        message is complete.
         """
         message, world = PendingMessage(self, receive, send), self._world
         receives = [partial(world.Irecv, part, source) for part in _chunks(receive)]
@@ -176,21 +172,19 @@ class Mpi:
         return message
 
     def agree(self) -> None:
-        """Meet all ranks; return only if none of them is dead or has met a dead one, else raise
-        Lost on all.
-        """
+        """Wait for all ranks; raise RankLost on all if any is dead or has noticed a dead one."""
         if not self._all_agree(True):
             raise RankLost(self, has_agreed=True)
 
     def shrink(self, has_agreed: bool) -> "Mpi":
-        """The ranks that are left; ``agreed``: whether this rank has met them already."""
+        """The surviving ranks; ``has_agreed``: whether this rank has met them in ``agree``."""
         if not has_agreed:
             self._all_agree(False)
         comm, survivors = None, self._world.Shrink()
         while comm is None:
             try:
                 comm = Mpi(survivors, self.heartbeat)
-            except self._mpi.Exception:  # one more
+            except self._mpi.Exception:  # another rank has died
                 survivors.Revoke()
                 _wait_for(survivors.Iagree(np.zeros(1, np.int32)), self._mpi.Exception)
                 survivors = survivors.Shrink()
@@ -204,11 +198,11 @@ class Mpi:
         self._world.Abort(1)
 
     def is_complete(self, message: PendingMessage) -> bool:
-        """Whether the mail is through. Raises Lost."""
+        """Whether the message is complete. Raises RankLost."""
         with self._raise_rank_lost():
             if self.is_tolerant and self._world.Is_revoked():
                 raise RankLost(self)
-            # one that has failed must not be asked again: it would say yes
+            # a failed request must not be tested again: it would say yes
             requests, message.requests = message.requests, []
             for number, request in enumerate(requests):
                 message.completed[number] = message.completed[number] or request.Test()
@@ -218,15 +212,15 @@ class Mpi:
         return all(message.completed)
 
     def is_received(self, message: PendingMessage) -> bool:
-        """Whether what the mail brings is here, also when the communicator is no longer of use."""
-        requests, message.requests = message.requests, []  # as in ``through``
+        """Whether the buffers to receive are complete, also after the communicator was revoked."""
+        requests, message.requests = message.requests, []  # as in ``is_complete``
         for number, request in enumerate(requests[: message.receive_count]):
             with suppress(self._mpi.Exception):
                 message.completed[number] = message.completed[number] or request.Test()
         return message.completed[: message.receive_count] == [True] * message.receive_count
 
     def _run_collective(self, begin: Callable, *buffers: np.ndarray) -> None:
-        """Begin a message of all ranks and wait for it."""
+        """Begin a collective message and wait for it."""
         message = PendingMessage(self, *buffers)
         self._start(message, begin)
         message.wait()
@@ -239,7 +233,7 @@ class Mpi:
                 message.completed.append(False)
 
     def _all_agree(self, is_well: bool) -> bool:
-        """Whether all ranks are alive and ``well``; the same answer on all."""
+        """Whether all ranks are alive and ``is_well``; the same answer on all."""
         flag = np.array([is_well], np.int32)
         with self.heartbeat.waiting():
             is_finished = _wait_for(self._world.Iagree(flag), self._mpi.Exception)
@@ -247,7 +241,7 @@ class Mpi:
 
     @contextmanager
     def _raise_rank_lost(self) -> Iterator[None]:
-        """What MPI says of a dead rank becomes Lost, here and on all others."""
+        """Turn MPI's error for a dead rank into RankLost, here and on all other ranks."""
         try:
             yield
         except self._mpi.Exception as error:
@@ -262,9 +256,7 @@ class Mpi:
             raise RankLost(self) from None
 
     def _confirm_failure(self) -> bool:
-        """Whether a rank turns out to be dead within seconds, when MPI has said no more than
-        ERR_OTHER.
-        """
+        """Whether a rank proves dead within seconds, after MPI has reported only ERR_OTHER."""
         deadline = time.monotonic() + 5
         while self.is_tolerant and time.monotonic() < deadline:
             if self._world.Is_revoked() or self._world.Get_failed().size:
@@ -274,14 +266,14 @@ class Mpi:
 
 
 def _chunks(array: np.ndarray) -> list[np.ndarray]:
-    """Views of an array, one after the other, none of more items than MPI counts."""
+    """Consecutive views of an array, each of at most as many items as MPI can count."""
     assert array.flags.c_contiguous
     flat = array.reshape(-1)
     return [flat[at : at + _MAX_ITEMS] for at in range(0, len(flat), _MAX_ITEMS)]
 
 
 def _wait_for(request, failure: type[Exception]) -> bool:
-    """Wait for a request; False when it ends by ``failure``."""
+    """Wait for a request; False when it raises ``failure``."""
     try:
         while not request.Test():
             time.sleep(5e-4)
@@ -300,7 +292,7 @@ def _launched_tolerant() -> bool:
 
 def _mpi4py():
     """mpi4py.MPI; the first import of it in a process starts MPI."""
-    # else MPI_Finalize begins with a barrier, in which one in four of these waits for the dead, for
+    # else MPI_Finalize begins with a barrier, in which one process in four waits for the dead for
     # ever
     if _launched_tolerant():
         os.environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
@@ -313,7 +305,7 @@ def connect() -> Comm:
     """The communicator of this process.
 
     Raises ValueError when a launcher started it but mpi4py or its MPI library is missing, or when
-    it does not find the processes that were started with it: each of them would play the whole run.
+    it does not find the processes that were started with it: each would run everything.
     """
     try:
         comm = Mpi() if is_launched() else Solo()
@@ -334,7 +326,7 @@ def connect() -> Comm:
 
 
 def library_version() -> str:
-    """Name and version of the MPI library that mpi4py has found."""
+    """Name and version of the MPI library that mpi4py uses."""
     return (
         _mpi4py()
         .Get_library_version()

@@ -1,12 +1,10 @@
-"""How ranks end: together by a refusal or a fault that all of them reach, or all of them at once by
-the fault of one.
-"""
+"""How ranks end: each by itself if all reach the same error, or all at once by the error of one."""
 
 import errno
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -21,8 +19,9 @@ _MAX_TEXT = 2000  # bytes of an error message that travel
 
 
 class CollectiveExit(Exception):
-    """An end that every rank reaches at the same point, so each can leave by itself; ``speaker``
-    tells of it.
+    """An end that every rank reaches at the same point, so each can leave by itself.
+
+    ``reporting_rank`` prints it.
     """
 
     code = 1
@@ -39,7 +38,7 @@ class Refusal(CollectiveExit):
 
 
 class Fault(CollectiveExit):
-    """Something that no configuration check could see, for instance a loss that is not finite."""
+    """An error that no check of the configuration could find, such as a loss that is not finite."""
 
 
 class ServerLost(Fault):
@@ -49,8 +48,8 @@ class ServerLost(Fault):
 def collectively(comm: Comm, stage: Callable[[], T]) -> T:
     """Run ``stage`` on every rank and go on only if it succeeds on all.
 
-    A user's mistake (ValueError) on any rank raises Refused on all, with the text of the lowest
-    such rank: no rank waits for one that has left. So does a full disk (Unwritable) raise Fault.
+    A user's mistake (ValueError) on any rank raises Refusal on all, with the text of the lowest
+    such rank: no rank waits for one that has left. A full disk (WriteError) raises Fault on all.
     """
     result, text, error_code = None, b"", 0
     try:
@@ -69,17 +68,20 @@ def collectively(comm: Comm, stage: Callable[[], T]) -> T:
     if failed.size:
         message = table[failed[0], :_MAX_TEXT].tobytes().rstrip(b"\0").decode(errors="replace")
         raise (Refusal, Fault)[table[failed[0], _MAX_TEXT] - 1](message)
-    return result
+    return cast(T, result)  # None only where ``stage`` returns it
 
 
 def _encode(text: str) -> bytes:
-    """A message that travels; what is no Unicode in it, such as parts of a file name, is escaped."""
+    """A message as bytes; what is no Unicode in it, such as parts of a file name, is escaped."""
     return text.encode(errors="backslashreplace")[:_MAX_TEXT]
 
 
 def run_or_abort(comm: Comm, main: Callable[[], int]) -> int:
-    """The exit code of ``main``. An exception that only this rank met ends ALL ranks, with its
-    traceback: the others would otherwise wait for this one for ever."""
+    """The exit code of ``main``.
+
+    An exception that only this rank met ends ALL ranks, with its traceback: otherwise the others
+    would wait for this rank for ever.
+    """
     try:
         return main()
     except CollectiveExit as end:
@@ -95,10 +97,10 @@ def run_or_abort(comm: Comm, main: Callable[[], int]) -> int:
         print(_error_line(error), file=sys.stderr, flush=True)
         comm.abort()
     except BrokenPipeError:
-        raise  # nobody reads the output, which is no fault
+        raise  # nobody reads the output, which is no error
     except OSError as error:
         if comm.size == 1 and error.filename is None and error.errno == errno.ENOSPC:
-            raise  # nor is a full disk behind it
+            raise  # standard output is on a full disk
         return _stop_all_ranks(comm)
     except Exception:
         return _stop_all_ranks(comm)
@@ -106,7 +108,7 @@ def run_or_abort(comm: Comm, main: Callable[[], int]) -> int:
 
 
 def _stop_all_ranks(comm: Comm) -> int:
-    """Show the exception at hand, and end all ranks."""
+    """Show the current exception, and end all ranks."""
     print(f"[rank {comm.rank} of {comm.size}] stopped all ranks:", file=sys.stderr)
     traceback.print_exc()
     if comm.size > 1:
@@ -115,5 +117,5 @@ def _stop_all_ranks(comm: Comm) -> int:
 
 
 def _error_line(error: Exception) -> str:
-    """One line, with the way out where one was noted."""
+    """One line, with the notes of the exception."""
     return escape_line("; ".join([f"fedlora-mpi: {error}", *getattr(error, "__notes__", ())]))

@@ -1,4 +1,4 @@
-"""A thread that ends a run in which a process no longer gets on, and says which and where."""
+"""A thread that ends a run in which a process is stalled, and names the rank and the stage."""
 
 import faulthandler
 import signal
@@ -19,11 +19,11 @@ from .launch import end_launcher
 def watch_progress(comm: Comm, timeout: float, folder: Path, way_out: str) -> Iterator[None]:
     """Inside, ``timeout`` seconds without a beat of ``comm.heartbeat`` end all ranks; 0: none do.
 
-    The end names rank, round and stage and shows the stack of every thread. Where even this thread
-    cannot run, because some library keeps Python's lock, the stacks alone are shown, a quarter of
-    the time later. A process that is stopped as a whole shows nothing: the others miss the signs of
-    life that each rank puts into the run ``folder`` (see ``Signs``). By these a rank also sees that
-    all wait for each other, because a link is down. way_out: the last words.
+    The message names rank, round and stage, and the stack of every thread follows. If even this
+    thread cannot run, because some library keeps Python's lock, only the stacks are shown, a
+    quarter of the time later. A frozen process is detected by its missing signs of life in the run
+    ``folder`` (see ``LifeSigns``). They also reveal that all ranks wait for each other, because a
+    link is down. way_out: the end of the message.
     """
     if not timeout:
         yield
@@ -52,8 +52,9 @@ def _watch(
     way_out: str,
     wait_stopped: Callable[[float], bool],
 ) -> None:
-    """Look at the pulse until it is ``over``."""
+    """Check for progress until ``wait_stopped`` returns True."""
     while not wait_stopped(min(timeout / 8, 5.0)):
+        assert sys.__stderr__ is not None
         faulthandler.dump_traceback_later(1.25 * timeout, exit=True, file=sys.__stderr__)
         if comm.heartbeat.stalled_seconds() > timeout:
             _end_run(
@@ -76,24 +77,25 @@ def _watch(
 
 
 def _end_run(comm: Comm, problem: str, timeout: float, stage: str, way_out: str) -> None:
-    """End all ranks with the stacks of this one."""
-    with suppress(OSError):  # nobody may read it
+    """End all ranks, and show the stacks of this one."""
+    with suppress(OSError):  # standard error may be closed
         line = f"\nfedlora-mpi: {problem} for {timeout:g} s (faults.timeout) in {stage}; {way_out}"
         print(line, file=sys.__stderr__, flush=True)
+        assert sys.__stderr__ is not None
         faulthandler.dump_traceback(file=sys.__stderr__)
     end_launcher(10)
-    # SIGALRM ends the process where the lock of MPI is not to be had
+    # SIGALRM ends the process if MPI's lock cannot be taken
     signal.setitimer(signal.ITIMER_REAL, 10)
     comm.abort()
 
 
 class LifeSigns:
-    """Files that change four times in ``timeout`` seconds as long as a rank's process runs at all,
-    however long it waits.
+    """One file per rank, which changes four times in ``timeout`` seconds while its process runs,
+    also while it waits.
 
-    Rank 0 looks at those of all others, rank 1 at rank 0's; clocks are not compared. Short runs
-    write none. A file holds a number that changes, how often the rank has moved, whether it waits,
-    and where it is.
+    Rank 0 reads the files of all others, and rank 1 that of rank 0; clocks are not compared. Short
+    runs write none. A file holds a number that changes, ``Heartbeat.beats``, whether the rank
+    waits, and its stage.
     """
 
     def __init__(self, comm: Comm, folder: Path, timeout: float) -> None:
@@ -101,15 +103,14 @@ class LifeSigns:
         self._watched_ranks = (
             range(1, comm.size) if comm.rank == 0 else (0,) if comm.rank == 1 else ()
         )
-        self._last_seen: dict[
-            int, tuple[str, float]
-        ] = {}  # rank -> what its file held, and since when
+        # rank -> the content of its file, and since when
+        self._last_seen: dict[int, tuple[str, float]] = {}
         self._last_sign_time, self._sign_number = time.monotonic(), 0
-        # what the files of ranks that all wait held, since when
-        self._waiting_since: tuple[list[str], float] = [], self._last_sign_time
+        # the signs of all ranks while all of them wait, and since when
+        self._waiting_since: tuple[list[list[str]], float] = [], self._last_sign_time
 
     def silent_ranks(self) -> list[tuple[int, str]]:
-        """The ranks whose files no longer change, and where they were; gives a sign of one's own
+        """The ranks whose files no longer change, with their last stages; writes this rank's file
         when it is time.
         """
         now = time.monotonic()
@@ -121,16 +122,17 @@ class LifeSigns:
             return []
         self._last_sign_time, self._sign_number = now, self._sign_number + 1
         heartbeat, run = self._comm.heartbeat, self._folder.parent
-        sign = f"{self._sign_number} {heartbeat.beats} {'waits' if heartbeat.is_waiting else 'works'} {heartbeat}"
+        activity = "waits" if heartbeat.is_waiting else "works"
+        sign = f"{self._sign_number} {heartbeat.beats} {activity} {heartbeat}"
         with nolinks.open_folder(self._folder, run, create=True):
             write_atomic(self._folder / str(self._comm.rank), sign.encode(), run)
         return [silent for rank in self._watched_ranks if (silent := self._check_rank(rank, now))]
 
     def deadlock_stage(self) -> str:
-        """Where this rank is, when it and all others have waited without a move for longer than the
+        """The stage of this rank if all ranks have waited without a beat for longer than the
         timeout; else "".
 
-        A message that takes so long looks the same. Every rank looks for itself, for none can tell
+        A message that takes so long looks the same. Every rank checks by itself, as none can tell
         another.
         """
         heartbeat, now = self._comm.heartbeat, time.monotonic()
@@ -143,9 +145,9 @@ class LifeSigns:
         return str(heartbeat) if now - self._waiting_since[1] > self._timeout else ""
 
     def remove(self) -> None:
-        """No more signs: the rank leaves in good order."""
+        """Remove this rank's file: it ends in good order."""
         with suppress(OSError):
-            # the folder by the last
+            # the last rank removes the folder
             nolinks.clear_folder(self._folder, str(self._comm.rank).__eq__, self._folder.parent)
 
     def _check_rank(self, rank: int, now: float) -> tuple[int, str] | None:
@@ -158,7 +160,7 @@ class LifeSigns:
         return (rank, text.split(" ", 3)[3]) if is_silent else None
 
     def _read_sign(self, rank: int) -> str:
-        """What a rank's file holds."""
+        """The content of a rank's file."""
         with (
             suppress(OSError, StoreError),
             open_for_reading(self._folder / str(rank), self._folder.parent) as file,

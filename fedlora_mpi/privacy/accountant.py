@@ -4,10 +4,11 @@ Two runs are neighbours when one of them has one client more (``sampling: poisso
 client in the place of one (``fixed``). Each round is a Gaussian mechanism on a cohort that nobody
 outside knows:
 
-    poisson   sampled with probability q; the sum moves by at most S: Renyi DP of the Poisson-subsampled Gaussian
-              (Mironov, Talwar and Zhang 2019)
-    fixed     n of N without replacement; it moves by at most 2 S: the upper bound of Wang, Balle and Kasiviswanathan
-              (2019, Theorem 27), much looser; where it is above that of a round with all clients, that one
+    poisson   sampled with probability q; the sum moves by at most S: Renyi DP of the
+              Poisson-subsampled Gaussian (Mironov, Talwar and Zhang 2019)
+    fixed     n of N without replacement; the sum moves by at most 2 S: the upper bound of Wang,
+              Balle and Kasiviswanathan (2019, Theorem 27), which is much looser, or that of a
+              round with all clients, where this is lower
 
 The Renyi divergences of all rounds add up. dp-accounting 0.6 takes a noise multiplier for the
 deviation over the sensitivity in the second case, though it documents it as the deviation over S

@@ -34,11 +34,12 @@ def contribution(
     client: int,
 ) -> Tensor:
     """What a client of a ``cohort`` of so many adds to the sum, [D]: its clipped update, with its
-    share of the noise where that is the clients'; without differential privacy its upload.
-    ``untrained``: see ``clipped``.
+    share of the noise where the clients add it; without differential privacy its upload.
+    ``reference``: see ``clip_update``.
     """
     if not privacy.is_differential:
         return upload
+    assert privacy.clip is not None
     update = clip_update(upload, reference, privacy.clip)
     if privacy.noise == "server":
         return update

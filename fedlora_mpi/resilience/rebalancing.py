@@ -1,9 +1,9 @@
-"""Clients move to other ranks once it is known how long each kind of them takes.
+"""Moves clients to other ranks once the training time of each kind is known.
 
-Before the first round a group's cost is its samples times the FLOPs of its network, but FLOPs of
-one network are faster than those of another. Where the slowest worker would be done clearly
-earlier, groups move, their personal rows in one message. Which rank trains a client changes no
-number.
+Before the first round a group's cost is its samples times the FLOPs of its network, but one
+network takes longer for a FLOP than another. If the slowest worker would finish clearly earlier,
+groups move, with their personal rows in one message. No result depends on which rank trains a
+client.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,13 @@ from ..federation.federation import Run, State
 from .recovery import move_rows, reassign_groups, with_replicas
 from .replicas import pack_row
 
-_MAX_TIME_RATIO = 0.9  # of the time of the slowest worker, below which moving pays
+_MAX_TIME_RATIO = 0.9  # groups move if the slowest worker then takes less than this fraction
 
 
 def is_rebalancing_due(run: Run, round_: int) -> bool:
-    """Whether to look after so many rounds: after the second, the fourth, the eighth ... (the first
-    warms up), where clients of several kinds are on several workers.
+    """Whether to rebalance after so many rounds: after the second, the fourth, the eighth ...
+
+    The first round warms up. One kind of client, or one worker, needs no rebalancing.
     """
     return (
         len(run.kinds) > 1
@@ -29,16 +30,16 @@ def is_rebalancing_due(run: Run, round_: int) -> bool:
 
 
 def rebalance(run: Run, state: State, workers: Sequence[int], route: str) -> tuple[Run, State]:
-    """The run and the state when every group is where it takes the slowest worker least; every rank
-    calls it.
+    """The run and the state with the groups where the slowest worker takes least; every rank calls
+    it.
 
-    workers: the ranks that host clients; route: of mixes, see ``Mixing.of``. Raises Lost on all
-    ranks or none, and then what was there before is untouched.
+    workers: the ranks that host clients; route: of mixes, see ``Mixing.of``. Raises RankLost on all
+    ranks or none; ``run`` and ``state`` are then unchanged.
     """
     totals = run.throughput.totals.copy()
-    run.comm.sum(totals)  # equal on all ranks, if not on all numbers of ranks
+    run.comm.sum(totals)  # equal on all ranks, but not for every number of ranks
     seconds, samples = totals
-    if not (samples > 0).all():  # nobody of some kind has taken part yet
+    if not (samples > 0).all():  # some kind has not taken part yet
         return run, state
     costs = tuple(
         sum(run.sizes[c] for c in g) * (seconds / samples)[run.kind_of[g[0]]] for g in run.groups

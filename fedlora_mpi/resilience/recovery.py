@@ -1,5 +1,5 @@
-"""A run that outlives ranks: who goes on, from which round, and where the clients of the dead live
-from then on.
+"""Recovery after a rank failure: which ranks go on, from which round, and which of them take over
+the clients of the dead.
 """
 
 import time
@@ -22,15 +22,15 @@ from .replicas import Journal, Words, replica_rank, row_words, split_rows, unpac
 
 
 class Unrecoverable(Exception):
-    """The memory of those that are left does not hold a whole state; every rank comes to this."""
+    """The memory of the surviving ranks holds no complete state; raised on all of them."""
 
 
 class RecoveryPlan(NamedTuple):
-    """What all ranks that are left do, the same on each."""
+    """What the surviving ranks do, the same on each."""
 
     round: int  # rounds done
-    checkpoint_round: int  # the newest round of which rank 0 knows a checkpoint
-    new_rank: dict[int, int]  # rank before -> rank now, of those that are left
+    checkpoint_round: int  # the newest round with a checkpoint, as rank 0 knows it
+    new_rank: dict[int, int]  # rank before -> rank now, of the survivors
 
 
 def run_tolerant(
@@ -41,11 +41,11 @@ def run_tolerant(
     begin: Callable[[Comm], int],
     resume: Callable[[Comm], int],
 ) -> int:
-    """``begin(comm)``, watched; after a death that it does not survive by itself ``again``, by
-    those that are left.
+    """``begin(comm)``, watched; after a rank failure that it does not survive itself,
+    ``resume(comm)`` on the surviving ranks.
 
-    Any end but a mistake of the user's says how to go on with the run ``folder``. Raises Refused on
-    all ranks when they cannot outlive one.
+    Every failure but the user's mistake says how to continue the run ``folder``. Raises Refusal on
+    all ranks when they cannot survive the loss of one.
     """
 
     def check_tolerance() -> None:
@@ -71,7 +71,7 @@ def run_tolerant(
                 except RankLost as lost:
                     if not faults.tolerate:
                         raise
-                    comm, begin = surviving_comm(lost, comm), resume
+                    comm, begin = surviving_comm(lost, _require_mpi(comm)), resume
                     comm.heartbeat.enter_stage("the set-up", round_=0)
     except Exception as error:
         if folder.is_dir() and (
@@ -82,13 +82,14 @@ def run_tolerant(
 
 
 def with_replicas(run: Run, state: State) -> Run:
-    """``run`` with copies in memory, from which it goes on ``without`` a rank. Raises Lost on all
-    ranks or none.
+    """``run`` with copies in memory, from which ``recover`` restores a lost rank.
+
+    Raises RankLost on all ranks or none.
     """
     if run.comm.size == 1:
         return run
     journal = Journal(run, state)
-    run.comm.agree()
+    _require_mpi(run.comm).agree()
     return run.with_fields(journal=journal)
 
 
@@ -102,12 +103,12 @@ def recover(
 ) -> tuple[Run, State, int, str]:
     """The run after ``lost``, its state, the newest round with a checkpoint, and a line about it.
 
-    saved: that round as this rank knows it; workers: which of so many ranks host clients; route: of
-    mixes, see ``Mixing.of``; alone: the run as rank 0 builds it when nobody else is left. Raises
-    Lost on all ranks that are left when their memory does not hold the whole state, and Orphaned on
-    all when rank 0 is dead.
+    checkpoint_round: that round as this rank knows it; workers: the ranks that host clients, of so
+    many ranks; route: of mixes, see ``Mixing.of``; rebuild: builds the run on a rank that had no
+    clients before. Raises RankLost on all surviving ranks when their memory holds no complete
+    state, and ServerLost on all when rank 0 is dead.
     """
-    started, old_comm = time.perf_counter(), run.comm
+    started, old_comm = time.perf_counter(), _require_mpi(run.comm)
     while True:
         comm = surviving_comm(lost, old_comm)
         try:
@@ -115,14 +116,14 @@ def recover(
             recovered, state = _recover_run(run, comm, plan, workers(comm.size), route, rebuild)
             break
         except RankLost as another:
-            lost = another  # what was there before is untouched: again from there, by fewer
+            lost = another  # nothing has changed: try again with fewer ranks
         except Unrecoverable:
-            raise RankLost(comm) from None  # though all of these are alive
+            raise RankLost(comm) from None  # although all of these ranks are alive
     dead = [rank for rank in range(old_comm.size) if rank not in plan.new_rank]
     clients = sum(len(run.clients_of(rank)) for rank in dead)
     seconds = time.perf_counter() - started
     line = recovery_line([old_comm.members[rank] for rank in dead], comm, state.round)
-    rounds_replayed = run.journal.current.state.round - state.round
+    rounds_replayed = _journal(run).current.state.round - state.round
     line = (
         f"{line} after {seconds:.2f} s; clients moved: {clients}; finished rounds played again: "
         f"{rounds_replayed}"
@@ -135,10 +136,20 @@ def recovery_line(dead: Sequence[int], comm: Comm, round_: int) -> str:
     return f"lost rank {', '.join(map(str, dead))}: {comm.size} ranks go on with round {round_ + 1}"
 
 
+def _require_mpi(comm: Comm) -> Mpi:
+    """``comm``, which has several ranks: only they lose one."""
+    assert isinstance(comm, Mpi)
+    return comm
+
+
+def _journal(run: Run) -> Journal:
+    """The journal of a run of several ranks that survives the loss of one."""
+    assert isinstance(run.journal, Journal)
+    return run.journal
+
+
 def surviving_comm(lost: RankLost, old_comm: Mpi) -> Mpi:
-    """The ranks that are left of ``before``. Raises Orphaned on all of them where rank 0 is not
-    among them.
-    """
+    """The surviving ranks of ``old_comm``. Raises ServerLost on all of them if rank 0 is dead."""
     comm = lost.shrink()
     if comm.members[0] != old_comm.members[0]:
         raise ServerLost("rank 0, which has the log, has died", reporting_rank=comm.members[0])
@@ -146,12 +157,12 @@ def surviving_comm(lost: RankLost, old_comm: Mpi) -> Mpi:
 
 
 def _make_plan(run: Run, comm: Mpi, checkpoint_round: int) -> RecoveryPlan:
-    """What to do without the dead of ``run``: one table is summed. Raises Lost on all ranks or
+    """What to do without the dead ranks of ``run``; one message. Raises RankLost on all ranks or
     none.
 
-    Raises Unrecoverable on all where a rank has died together with the one that had its copies.
+    Raises Unrecoverable on all when a rank has died together with the one that had its copies.
     """
-    old_comm, journal = run.comm, run.journal
+    old_comm, journal = _require_mpi(run.comm), _journal(run)
     new_rank = {old_comm.members.index(member): rank for rank, member in enumerate(comm.members)}
     table_row = [
         checkpoint_round,
@@ -187,14 +198,15 @@ def _recover_run(
     route: str,
     rebuild: Callable[[Comm], Run],
 ) -> tuple[Run, State]:
-    """The run on the ranks that are left, and its state. Nothing of ``run`` is changed. Raises Lost
-    on all ranks or none.
+    """The run on the surviving ranks, and its state; ``run`` stays as it is.
+
+    Raises RankLost on all ranks or none.
     """
     if comm.rank in workers and run.trainer.feed is None:
         comm.heartbeat.enter_stage("the set-up", round_=0)
         recovered = rebuild(comm)
     else:
-        # the others stay
+        # clients of surviving ranks stay
         host = assign_groups(
             run.costs, workers, [plan.new_rank.get(rank) for rank in run.rank_of_group]
         )
@@ -205,7 +217,7 @@ def _recover_run(
         if rank not in plan.new_rank
     }
     source_rank = {c: plan.new_rank[holder] for c, holder in holder_of_client.items()}
-    journal, restored_round = run.journal, plan.round
+    journal, restored_round = _journal(run), plan.round
     personal = move_rows(
         recovered,
         source_rank,
@@ -236,10 +248,10 @@ def move_rows(
     replica_row: Callable[[int], Words],
     local_row: Callable[[int], Words],
 ) -> Tree:
-    """The personal leaves of this rank's clients, of whom some come from other ranks.
+    """The personal leaves of this rank's clients, some of which come from other ranks.
 
-    source: the rank that has each client that moves; copy: what this rank has of one that goes;
-    row: of one that stays.
+    source_rank: the rank that has the row of each client that moves; replica_row: the row of a
+    client that leaves this rank; local_row: the row of one that stays.
     """
     comm = run.comm
 
@@ -251,7 +263,7 @@ def move_rows(
     outgoing = [moving_clients(comm.rank, rank) for rank in range(comm.size)]
     incoming = [moving_clients(rank, comm.rank) for rank in range(comm.size)]
 
-    # of float32, which is what ``exchange`` moves
+    # in float32, which ``exchange`` sends
     def float_count(clients):
         return 2 * sum(row_words(run, c) for c in clients)
 

@@ -1,11 +1,10 @@
-"""What ranks keep in memory so that a run outlives one of them: rows as they were, and copies for
-each other.
+"""Copies that ranks keep in memory, so that a run survives the loss of one of them.
 
-The rows of personal leaves are written in place while a round is played. A rank notes each row
-before its first write of a round, and keeps the notes until all ranks are past the first message of
-the NEXT round; and it sends the rows that a round has changed to the rank after it, which is
-through with them before that message. So at any moment all ranks that are left can go back to one
-and the same round, the present one or the one before, with the rows of the dead.
+A round writes rows of personal leaves in place. Each rank saves a row before its first write of a
+round, and keeps it until all ranks are past the first message of the NEXT round. Each rank also
+sends the rows that a round has changed to the rank after it, which has received them before that
+message. So at any moment all surviving ranks can go back to the same round, the present one or the
+one before, with the rows of the lost rank.
 """
 
 from collections.abc import Collection, Sequence
@@ -16,14 +15,15 @@ import torch
 
 from ..core.tree import Tree
 from ..federation.federation import Run, State
+from ..mpi.comm import Mpi
 from ..mpi.pending import PendingMessage
 
-# int64 [n]: the bytes of a client's personal leaves, each leaf from a whole word on
+# int64 [n]: the bytes of a client's personal leaves; each leaf begins at a whole word
 Words = np.ndarray
 
 
 class UndoLog(NamedTuple):
-    """A state whose rows have been written over, and those rows."""
+    """A state and the former values of its rows that were overwritten."""
 
     state: State
     rows: dict[int, Words]
@@ -39,46 +39,51 @@ class IncomingRows(NamedTuple):
 
 
 class Journal:
-    """Of one rank: its ``present`` state, the one before, and the rows of its ward, which is the
-    rank before it.
+    """The ``current`` state of one rank, the one before, and the rows of the rank before this one,
+    which it protects.
     """
 
     def __init__(self, run: Run, state: State) -> None:
-        """Copy all rows; every rank calls it and waits for the others. Raises Lost."""
-        self._run, self.current, self._previous = run, UndoLog(state, {}), None
-        self._replicas, self._replica_round, self._incoming = {}, -1, None
+        """Copy all rows; every rank calls it and waits for the others. Raises RankLost."""
+        assert isinstance(run.comm, Mpi)
+        self._run, self._comm = run, run.comm
+        self.current = UndoLog(state, {})
+        self._previous: UndoLog | None = None
+        self._replicas: dict[int, Words] = {}
+        self._replica_round = -1
+        self._incoming: IncomingRows | None = None
         self._send_replicas(range(len(run.kind_of)))
         self.wait()
         self.commit()
 
     def save_undo(self, client: int) -> None:
-        """The row of ``client`` is about to be written."""
+        """Save the row of ``client``, which is about to be written."""
         if client not in self.current.rows:
             self.current.rows[client] = pack_row(self._run, self.current.state.personal, client)
 
     def begin_round(self, state: State) -> None:
-        """A round is played: ``state`` is the present one; what the cohort has changed begins to
-        travel. Raises Lost.
+        """Begin a round from ``state``, and begin to send the rows that the last cohort changed.
+
+        Raises RankLost.
         """
         self.current, self._previous = UndoLog(state, {}), self.current
         self._send_replicas(self._run.sample_cohort(state.round - 1))
 
     def progress(self) -> None:
-        """Move on what travels, between two pieces of work. Raises Lost as soon as another rank has
-        met a dead one.
+        """Let the messages progress, between two pieces of work.
+
+        Raises RankLost as soon as any rank has noticed a dead one.
         """
         if self._incoming:
             self._incoming.message.is_complete()
 
     def wait(self) -> None:
-        """Wait for what travels: before the first message of a round. Raises Lost."""
+        """Wait for the rows, before the first message of a round. Raises RankLost."""
         if self._incoming:
             self._incoming.message.wait()
 
     def commit(self) -> None:
-        """That message is through, so on all ranks everything has arrived: nobody goes back to the
-        round before.
-        """
+        """Forget the round before: the first message is complete, so all ranks have all rows."""
         if self._incoming:
             for client, words in split_rows(
                 self._run, self._incoming.clients, self._incoming.words
@@ -87,19 +92,20 @@ class Journal:
             self._replica_round, self._incoming, self._previous = self._incoming.round, None, None
 
     def close(self) -> None:
-        """The run is over on all ranks, lest some leave and others need them. Raises Lost on all or
-        none.
+        """Wait until all ranks are at the end, as a rank that leaves could still be needed.
+
+        Raises RankLost on all ranks or none.
         """
         self.wait()
-        self._run.comm.agree()
+        self._comm.agree()
 
     def kept_rounds(self) -> list[int]:
         """The rounds to which this rank can go back, newest first."""
         return [undo_log.state.round for undo_log in (self.current, self._previous) if undo_log]
 
     def replica_rounds(self) -> list[int]:
-        """The rounds of which it has the rows of its ward, newest first."""
-        incoming_rounds = (
+        """The rounds of which it has the rows of the rank before it, newest first."""
+        incoming_rounds: list[int] = (
             [self._incoming.round]
             if self._incoming and self._incoming.message.is_received()
             else []
@@ -107,7 +113,7 @@ class Journal:
         return [*incoming_rounds, self._replica_round]
 
     def state(self, round_: int) -> State:
-        """The state of that round; its personal rows by ``row``."""
+        """The state of that round; ``row`` has its personal rows."""
         return next(
             undo_log.state
             for undo_log in (self.current, self._previous)
@@ -115,27 +121,26 @@ class Journal:
         )
 
     def row(self, client: int, round_: int) -> Words:
-        """A row of this rank's at that round."""
-        older_rows = (
+        """A row of this rank at that round."""
+        older_rows: dict[int, Words] = (
             self._previous.rows if self._previous and round_ < self.current.state.round else {}
         )
         words = older_rows.get(client, self.current.rows.get(client))
         return pack_row(self._run, self.current.state.personal, client) if words is None else words
 
     def replica_row(self, client: int, round_: int) -> Words:
-        """A row of its ward's at that round."""
-        newer_rows = (
-            split_rows(self._run, self._incoming.clients, self._incoming.words)
-            if round_ > self._replica_round
-            else {}
-        )
-        return newer_rows.get(client, self._replicas.get(client))
+        """A row of the rank before this one at that round."""
+        newer_rows: dict[int, Words] = {}
+        if round_ > self._replica_round:
+            assert self._incoming is not None
+            newer_rows = split_rows(self._run, self._incoming.clients, self._incoming.words)
+        return newer_rows[client] if client in newer_rows else self._replicas[client]
 
     def _send_replicas(self, changed: Collection[int]) -> None:
-        """The rows of ``changed`` clients set out to the next rank, and those of the rank before
-        this one.
+        """Begin to send the rows of ``changed`` clients to the next rank, and to receive those of
+        the rank before.
         """
-        run, comm = self._run, self._run.comm
+        run, comm = self._run, self._comm
         protected_rank = (comm.rank - 1) % comm.size
         local_clients, protected_clients = (
             tuple(c for c in run.clients_of(rank) if c in changed)
@@ -151,12 +156,12 @@ class Journal:
 
 
 def replica_rank(rank: int, ranks: int) -> int:
-    """The rank that keeps the copies of ``rank``: the next one, after the last the first."""
+    """The rank that keeps the copies of ``rank``: the next one; after the last, the first."""
     return (rank + 1) % ranks
 
 
 def pack_row(run: Run, personal: Tree, client: int) -> Words:
-    """A copy of a client's personal leaves, their bytes as they are."""
+    """A copy of the bytes of a client's personal leaves."""
     kind, row = run.kinds[run.kind_of[client]], run.row_of_client[client]
     words = np.zeros(row_words(run, client), np.int64)
     parts = _leaf_views(run, client, words)
