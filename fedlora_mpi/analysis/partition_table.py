@@ -135,4 +135,7 @@ def _summary(split: Split) -> str:
         )
     ]
     classes_held = np.count_nonzero(split.train_counts, axis=1)
-    return f"{clients} clients, {classes} classes: {', '.join(sides)}, {format_range(classes_held)} classes per client"
+    return (
+        f"{clients} clients, {classes} classes: {', '.join(sides)}, {format_range(classes_held)} "
+        "classes per client"
+    )

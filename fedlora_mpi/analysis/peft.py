@@ -91,7 +91,8 @@ def adapter_content(
     }
     if not adapted:
         raise ValueError(
-            f"no low-rank part is outside of what is written whole ({', '.join(sorted(saved_modules))})"
+            "no low-rank part is outside of what is written whole "
+            f"({', '.join(sorted(saved_modules))})"
         )
     leaves = {name: value for name, value in values.items() if is_saved_whole(name)}
     for name, (a, b, _) in adapted.items():

@@ -226,7 +226,8 @@ def _pace_line(status: RunStatus) -> Line:
         return [("no round yet", "")]
     line: Line = [
         (
-            f"train loss {status.rounds['train_loss'][-1]:.4f} · {format_seconds(status.seconds_per_round)} a round",
+            f"train loss {status.rounds['train_loss'][-1]:.4f} · "
+            f"{format_seconds(status.seconds_per_round)} a round",
             "",
         )
     ]
@@ -235,7 +236,8 @@ def _pace_line(status: RunStatus) -> Line:
     else:
         line.append(
             (
-                f" · {format_seconds((status.config['rounds'] - status.round) * status.seconds_per_round)} left",
+                " · "
+                f"{format_seconds((status.config['rounds'] - status.round) * status.seconds_per_round)} left",
                 "bold",
             )
         )

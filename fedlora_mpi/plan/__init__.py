@@ -183,12 +183,13 @@ def _size_lines(assembly: Assembly, ranks: int) -> list[tuple[str, str]]:
         ),
         (
             "shared",
-            f"{numel(initial.shared):,} numbers; {_range_text(up, format_bytes)} up, {_range_text(down, format_bytes)} down "
-            "per client and round",
+            f"{numel(initial.shared):,} numbers; {_range_text(up, format_bytes)} up, "
+            f"{_range_text(down, format_bytes)} down per client and round",
         ),
         (
             "personal",
-            f"{_range_text(personal_numel, with_commas)} numbers per client; {format_bytes(total)} in a checkpoint",
+            f"{_range_text(personal_numel, with_commas)} numbers per client; {format_bytes(total)} "
+            "in a checkpoint",
         ),
         (
             "round",
@@ -317,13 +318,13 @@ def _cost_lines(estimated: Estimate, workers: int, gpus: str | None) -> list[tup
             "engine",
             f"{config.engine.path} on "
             f"{gpus if gpus not in (None, 'none') else config.engine.device}, {len(run.groups)} "
-            f"groups of up to {max(map(len, run.groups))}, {workers} workers, {seconds.busy_fraction:.0%} "
-            "balanced",
+            f"groups of up to {max(map(len, run.groups))}, {workers} workers, "
+            f"{seconds.busy_fraction:.0%} balanced",
         ),
         (
             "memory",
-            f"{format_bytes(estimated.worker_bytes)} for the worker with most personal state ({estimated.worker_clients} "
-            "clients)",
+            f"{format_bytes(estimated.worker_bytes)} for the worker with most personal state "
+            f"({estimated.worker_clients} clients)",
         ),
     ]
     if estimated.client_bytes:
@@ -334,20 +335,20 @@ def _cost_lines(estimated: Estimate, workers: int, gpus: str | None) -> list[tup
         lines.append(
             (
                 "gpu",
-                f"{format_bytes(worker_bytes)} of {format_bytes(gpu.memory)} for a worker: {ranks} fit on one; "
-                f"or one with stacks of {clients:,} clients, where it has {group_size}",
+                f"{format_bytes(worker_bytes)} of {format_bytes(gpu.memory)} for a worker: {ranks} "
+                f"fit on one; or one with stacks of {clients:,} clients, where it has {group_size}",
             )
         )
     return lines + [
         (
             "disk",
-            f"{format_bytes(storage_bytes(estimated.assembly))} for {config.checkpoint.keep} checkpoints, one in the "
-            "making, and the log",
+            f"{format_bytes(storage_bytes(estimated.assembly))} for {config.checkpoint.keep} "
+            "checkpoints, one in the making, and the log",
         ),
         (
             "time",
-            f"{format_seconds(seconds.round)} per round, {format_seconds(seconds.round * config.rounds)} for "
-            f"{config.rounds} rounds",
+            f"{format_seconds(seconds.round)} per round, "
+            f"{format_seconds(seconds.round * config.rounds)} for {config.rounds} rounds",
         ),
         ("of it", f"{stages} a round"),
     ]
@@ -370,8 +371,8 @@ def _origin_lines(
             "bytes counted"
         )
         assumed.append(
-            f"{PEAK_SHARE:.0%} of the {gpus}'s FLOP/s and {BANDWIDTH_SHARE:.0%} of its memory bandwidth "
-            f"are reached; {format_bytes(CONTEXT_BYTES)} for CUDA"
+            f"{PEAK_SHARE:.0%} of the {gpus}'s FLOP/s and {BANDWIDTH_SHARE:.0%} of its memory "
+            f"bandwidth are reached; {format_bytes(CONTEXT_BYTES)} for CUDA"
         )
     if gpus and not bandwidth:
         assumed.append(f"{format_bytes(machine.bandwidth)}/s between ranks (--bandwidth)")

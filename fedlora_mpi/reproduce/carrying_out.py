@@ -101,8 +101,8 @@ def _run_missing(request: Request, jobs: Sequence[Job], missing: Sequence[Job]) 
     gpus, max_parallel = _plan_parallel(request)
     num_started = sum(num_logged_rounds(run.folder) > 0 for run in missing)
     report(
-        f"{request.table_folder}: {len(jobs)} runs, {len(jobs) - len(missing)} done, {num_started} to go on "
-        f"with, {max_parallel} at a time"
+        f"{request.table_folder}: {len(jobs)} runs, {len(jobs) - len(missing)} done, {num_started} "
+        f"to go on with, {max_parallel} at a time"
     )
     old_handler = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -180,8 +180,8 @@ def _write_configs(request: Request, runs: Sequence[Job]) -> None:
         )
         header = (
             f"# {TABLES[request.table].title}: {run.entry.label}, {run.case.description}, seed "
-            f"{run.seed}.\n# Made by `fedlora-mpi reproduce {request.table} --scale {request.scale}`. "
-            f"In the paper: {expected}.\n"
+            f"{run.seed}.\n# Made by `fedlora-mpi reproduce {request.table} --scale "
+            f"{request.scale}`. In the paper: {expected}.\n"
         )
         with nolinks.open_folder(run.folder.parent, request.root_folder, create=True) as folder_fd:
             nolinks.exists(folder_fd, run.sibling_path(".log"))

@@ -196,8 +196,8 @@ def drift_sheet(
         ratio = curves["alternating"][:length] / curves["simultaneous"][:length]
         num_below = np.count_nonzero(ratio < 1)
         explanations.append(
-            f"here: alternating is below in {num_below} of {length} rounds, {ratio.mean():.2f} times "
-            "on average"
+            f"here: alternating is below in {num_below} of {length} rounds, {ratio.mean():.2f} "
+            "times on average"
         )
     return Sheet(title, caution, [*explanations, *notes], rows, records or [{"round": None}])
 

@@ -48,7 +48,8 @@ def publish_case(request: Request, case: Case, case_results: CaseResults) -> Non
     if any(case_results.results.values()):
         for suffix, figure in _figure_makers(request.table, title, *case_results).items():
             print(
-                f"- drawn as {_save_figure(figure, request.table_folder / f'{case.name}{suffix}.png', request.root_folder)}"
+                "- drawn as "
+                f"{_save_figure(figure, request.table_folder / f'{case.name}{suffix}.png', request.root_folder)}"
             )
     print()
 

@@ -118,8 +118,8 @@ def _warn_other_platform(comm: Comm, ranks: Collection[int], local_items: Items)
     if comm.rank == min(ranks):
         text = describe_platforms(root_items, local_items, "on rank 0")
         line = (
-            f"{_describe_ranks(sorted(ranks))}: {text}: bits may differ from those of ranks that are all "
-            "alike"
+            f"{_describe_ranks(sorted(ranks))}: {text}: bits may differ from those of ranks that "
+            "are all alike"
         )
         print(f"fedlora-mpi: {line}", file=sys.stderr, flush=True)
 

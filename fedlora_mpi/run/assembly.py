@@ -484,8 +484,9 @@ def _initial_variables(
     for initial in initial_variables:
         if clashing_leaves := initial.shared.keys() & initial.personal.keys():
             raise ValueError(
-                f"name = {configs.algorithm_name(algorithm)}: has a leaf {display_name(min(clashing_leaves))} "
-                "of its own, and so has the network; rename that part of the network"
+                f"name = {configs.algorithm_name(algorithm)}: has a leaf "
+                f"{display_name(min(clashing_leaves))} of its own, and so has the network; rename "
+                "that part of the network"
             )
     mixes = [algorithm.offer(first, first) for first in initial_variables]
     for verb, trees in (

@@ -180,7 +180,8 @@ def describe_difference(
         )
         return (
             item,
-            f"{prefix}{item} comes where {expected_item} does {reference}: registered in another order",
+            f"{prefix}{item} comes where {expected_item} does {reference}: registered in another "
+            "order",
         )
     item = next(name for name in current if recorded[name] != current[name])
     if kind in ("package", "settings", "structure"):

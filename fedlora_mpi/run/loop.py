@@ -335,8 +335,9 @@ def _log_round(
                 f" and {len(ids) - 10} more" if len(ids) > 10 else "",
             )
             print(
-                f"fedlora-mpi: round {round_}: client {client_list}{rest}: logits of test samples are no "
-                "numbers (nan); these samples count as wrong, see nan_predictions of the log",
+                f"fedlora-mpi: round {round_}: client {client_list}{rest}: logits of test samples "
+                "are no numbers (nan); these samples count as wrong, see nan_predictions of the "
+                "log",
                 file=sys.stderr,
             )
         ranks = row.pop("seconds_ranks")
@@ -354,14 +355,15 @@ def run_hints(assembly: Assembly) -> list[str]:
     workers = len(set(assembly.run.rank_of_group))
     if workers < (available_workers := len(worker_ranks(assembly.config, comm.size))):
         lines.append(
-            f"{len(assembly.run.groups)} groups of clients keep {workers} of {available_workers} workers busy; "
-            "a smaller engine.group_size gives work to more (and changes rounding)"
+            f"{len(assembly.run.groups)} groups of clients keep {workers} of {available_workers} "
+            "workers busy; a smaller engine.group_size gives work to more (and changes rounding)"
         )
     local_workers = comm.local_size - (available_workers < comm.size)
     cores, used_cores = os.cpu_count() or 1, local_workers * engine.threads
     if engine.device == "cpu" and used_cores > cores:
         lines.append(
-            f"{local_workers} workers with {engine.threads} thread(s) share {cores} cores; start fewer ranks"
+            f"{local_workers} workers with {engine.threads} thread(s) share {cores} cores; start "
+            "fewer ranks"
         )
     elif (
         engine.device == "cpu"
@@ -369,8 +371,8 @@ def run_hints(assembly: Assembly) -> list[str]:
         and available_workers < len(assembly.run.groups)
     ):
         lines.append(
-            f"{used_cores} of {cores} cores are busy; mpirun -n {cores // engine.threads + 1} would use "
-            "them all"
+            f"{used_cores} of {cores} cores are busy; mpirun -n {cores // engine.threads + 1} "
+            "would use them all"
         )
     return lines + _decomposition_hints(assembly)
 
@@ -393,8 +395,8 @@ def _decomposition_hints(assembly: Assembly) -> list[str]:
         if low_rank and full_weights:
             lines.append(
                 f"{configs.algorithm_name(algorithm)} decomposes {len(low_rank)} of "
-                f"{len(low_rank) + len(full_weights)} weights; not decomposed: {join_first(full_weights)}; "
-                "'fedlora-mpi plan' lists them"
+                f"{len(low_rank) + len(full_weights)} weights; not decomposed: "
+                f"{join_first(full_weights)}; 'fedlora-mpi plan' lists them"
             )
     return lines
 

@@ -83,8 +83,8 @@ def adopt_recorded_engine(config: Config, source: str, folder: Path) -> Config:
             and not k.startswith(configs.FREE_ON_RESUME)
         )
         raise ValueError(
-            f"{source}: {key} = {settings.get(key)}: the run in {folder} has {recorded_settings.get(key)}; choose "
-            "another output"
+            f"{source}: {key} = {settings.get(key)}: the run in {folder} has "
+            f"{recorded_settings.get(key)}; choose another output"
         )
     return config
 
@@ -147,13 +147,16 @@ def check_unchanged(folder: Path, assembly: Assembly) -> None:
             and recorded[kind] != current[kind]
             and not (platform_change and kind in platform_dependent_kinds(assembly.config))
         ):
-            text = f"{folder}: {describe_difference(kind, recorded[kind], current[kind], reference)[1]}"
+            text = (
+                f"{folder}: "
+                f"{describe_difference(kind, recorded[kind], current[kind], reference)[1]}"
+            )
             root = f" in data.root = {assembly.config.data.source.root}" if kind == "data" else ""
             raise ValueError(f"{text}; put back what was{root}, or start anew with another output")
     if platform_change:
         line = (
-            f"{folder}: {platform_change}: from here on bits may differ from those of this run on the "
-            "machine it began on"
+            f"{folder}: {platform_change}: from here on bits may differ from those of this run on "
+            "the machine it began on"
         )
         print(f"fedlora-mpi: {line}", file=sys.stderr, flush=True)
 
@@ -185,14 +188,14 @@ def _check_vocabulary(folder: Path, assembly: Assembly) -> None:
     ):
         if source.text.tokenizer:
             raise ValueError(
-                f"{stored_vocabulary}: is not that of data.text.tokenizer = {source.text.tokenizer}, which has "
-                "changed since the run began: put back what was, or start anew (if this copy is "
-                "damaged, remove it)"
+                f"{stored_vocabulary}: is not that of data.text.tokenizer = "
+                f"{source.text.tokenizer}, which has changed since the run began: put back what "
+                "was, or start anew (if this copy is damaged, remove it)"
             )
         raise ValueError(
-            f"{stored_vocabulary}: is not that of the training texts in data.root = {source.root}; they, or "
-            "the library tokenizers, have changed since the run began: put back what was, or "
-            "start anew (if this copy is damaged, remove it)"
+            f"{stored_vocabulary}: is not that of the training texts in data.root = {source.root}; "
+            "they, or the library tokenizers, have changed since the run began: put back what "
+            "was, or start anew (if this copy is damaged, remove it)"
         )
 
 

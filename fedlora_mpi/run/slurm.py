@@ -97,7 +97,8 @@ def sbatch_script(
     return (
         f"#!/bin/bash\n{comment_lines}{_directive_lines(job)}\n"
         f'export PATH="{bin_folder}:$PATH"\n'
-        f"{_binding_lines(job)}{_MPS_LINES if job.gpus else ''}{body.rstrip()} &\n{_WAIT_LINES.replace('IS_DONE', done_command)}"
+        f"{_binding_lines(job)}{_MPS_LINES if job.gpus else ''}{body.rstrip()} "
+        f"&\n{_WAIT_LINES.replace('IS_DONE', done_command)}"
     )
 
 

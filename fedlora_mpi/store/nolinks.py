@@ -28,7 +28,10 @@ class WrongFileType(WriteError, ValueError):
         actual = next(
             (name for name, test in _TYPE_TESTS.items() if test(mode)), "something strange"
         )
-        text = f"{path} is {actual} where {expected} of ours would be; it is left as it is, move it away"
+        text = (
+            f"{path} is {actual} where {expected} of ours would be; it is left as it is, move it "
+            "away"
+        )
         super().__init__(errno.ELOOP, text, str(path))
 
     def __str__(self) -> str:

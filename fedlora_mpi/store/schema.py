@@ -164,8 +164,8 @@ def read_attribute(owner: h5py.Group, name: str, default: Any = None) -> Any:
         and not all(isinstance(v, str) for v in value)
     ):
         raise StoreError(
-            f"attribute {name!r} is of type {str(attribute_id.dtype)[:100]} {attribute_id.shape}, and no file "
-            "of a run has such"
+            f"attribute {name!r} is of type {str(attribute_id.dtype)[:100]} {attribute_id.shape}, "
+            "and no file of a run has such"
         )
     return value
 

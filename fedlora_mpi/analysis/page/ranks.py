@@ -74,9 +74,9 @@ def seconds_by_rank(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
         bbox_to_anchor=(1, 0.05 / height),
     )
     caption = (
-        "Mean seconds of a round by rank, of the first seed: its own clients' training and evaluation, the exchange, what "
-        "lies between rounds, and waiting in messages. Balanced: the share of their time for which workers are busy if the "
-        "busiest sets the pace."
+        "Mean seconds of a round by rank, of the first seed: its own clients' training and "
+        "evaluation, the exchange, what lies between rounds, and waiting in messages. Balanced: "
+        "the share of their time for which workers are busy if the busiest sets the pace."
     )
     caption += caption_note(looks, "are in the table of costs")
     caption += (

@@ -113,7 +113,10 @@ class Table:
         ]
         body = "".join(f"<tr>{row}</tr>\n" for row in rows)
         header = format_row("th", (escapes.escape_html(column.title) for column in self.columns))
-        caption = f"<caption><b>{escapes.escape_html(self.title)}.</b> {escapes.escape_html(self.note)}</caption>"
+        caption = (
+            f"<caption><b>{escapes.escape_html(self.title)}.</b> "
+            f"{escapes.escape_html(self.note)}</caption>"
+        )
         return f'<div class="t"><table>{caption}<thead><tr>{header}</tr></thead><tbody>\n{body}</tbody></table></div>'
 
     @property

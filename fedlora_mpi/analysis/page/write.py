@@ -111,7 +111,8 @@ def collect_content(logs: Sequence[RunLog]) -> PageContent:
     notes = list(_caution_notes(run_groups))
     if low_rank_figures.left_out:
         notes.append(
-            f"Low-rank and personal parts that are not shown: {'; '.join(low_rank_figures.left_out)}."
+            "Low-rank and personal parts that are not shown: "
+            f"{'; '.join(low_rank_figures.left_out)}."
         )
     renamed = [
         drawn._replace(name=escapes.safe_file_name(drawn.name)) for drawn in figures if drawn
@@ -164,9 +165,9 @@ def render_page(content: PageContent, svg_of: dict[str, bytes], files: Sequence[
             f"<nav>{contents}</nav>",
             *(f'<section id="{name}">{body}</section>' for name, _, body in sections),
             _common_settings(groups),
-            f"<footer>Made by fedlora_mpi {__version__}, fedlora-mpi report. Figures are also in {FIGURES}/, tables "
-            f"in {TABLES}/; "
-            "tables/rounds.csv and tables/clients.csv hold the numbers of the curves.</footer>",
+            f"<footer>Made by fedlora_mpi {__version__}, fedlora-mpi report. Figures are also in "
+            f"{FIGURES}/, tables in {TABLES}/; tables/rounds.csv and tables/clients.csv hold the "
+            "numbers of the curves.</footer>",
             "</body></html>",
             "",
         ]
@@ -205,10 +206,19 @@ def _describe_lead(finals: Sequence[tuple[Stat, Group]], task_note: str) -> str:
     stat, leader = finals[0]
     seeds = f"{len(leader.runs)} seeds" if len(leader.runs) > 1 else "one seed"
     if len(finals) == 1:
-        return f"Final accuracy{task_note}, mean over clients: {leader.label} with {format_stat(stat)} ({seeds})."
+        return (
+            f"Final accuracy{task_note}, mean over clients: {leader.label} with "
+            f"{format_stat(stat)} ({seeds})."
+        )
     second_stat, runner_up = finals[1]
-    lead = f"{100 * (stat.mean - second_stat.mean):.2f} points above {runner_up.label} ({format_stat(second_stat)})"
-    return f"Highest final accuracy{task_note}, mean over clients: {leader.label} with {format_stat(stat)} ({seeds}), {lead}."
+    lead = (
+        f"{100 * (stat.mean - second_stat.mean):.2f} points above {runner_up.label} "
+        f"({format_stat(second_stat)})"
+    )
+    return (
+        f"Highest final accuracy{task_note}, mean over clients: {leader.label} with "
+        f"{format_stat(stat)} ({seeds}), {lead}."
+    )
 
 
 def _caution_notes(run_groups: RunGroups) -> Iterator[str]:
@@ -244,7 +254,10 @@ def _common_settings(groups: Sequence[Group]) -> str:
         f"<tr><td>{escapes.escape_html(key)}</td><td>{escapes.escape_html(format_setting(value))}</td></tr>"
         for key, value in common.items()
     )
-    return f"<details><summary>{len(common)} settings that all runs share</summary><table>{rows}</table></details>"
+    return (
+        f"<details><summary>{len(common)} settings that all runs "
+        f"share</summary><table>{rows}</table></details>"
+    )
 
 
 def _final_clients(logs: Sequence[RunLog]):
