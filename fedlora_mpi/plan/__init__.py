@@ -76,18 +76,19 @@ def estimate(
     cores = os.cpu_count() or 1
     other_workers = 0 if gpus else min(len(workers), cores // config.engine.threads) - 1
     costs, client_bytes = measure_costs(assembly, gpu, max(0, other_workers))
-    cores = math.inf if gpus else cores
     default_bandwidth, default_latency = (BANDWIDTH, LATENCY) if gpus else (1 / costs.add_byte, 0.0)
-    machine = Machine(cores, bandwidth or default_bandwidth, latency or default_latency)
+    machine = Machine(
+        math.inf if gpus else cores, bandwidth or default_bandwidth, latency or default_latency
+    )
     run = assembly.run
-    clients = {rank: [] for rank in workers}
+    clients: dict[int, list[int]] = {rank: [] for rank in workers}
     for group, rank in zip(run.groups, assign_groups(run.costs, list(workers)), strict=True):
         clients[rank] += group
     personal_bytes = {
         rank: sum(nbytes(run.kinds[run.kind_of[c]].initial.personal) for c in rank_clients)
         for rank, rank_clients in clients.items()
     }
-    fullest_rank = max(personal_bytes, key=personal_bytes.get)
+    fullest_rank = max(personal_bytes, key=personal_bytes.__getitem__)
     held_bytes = personal_bytes[fullest_rank] * (
         config.participation if config.engine.personal == "disk" else 1
     )
@@ -328,7 +329,9 @@ def _cost_lines(estimated: Estimate, workers: int, gpus: str | None) -> list[tup
         ),
     ]
     if estimated.client_bytes:
+        assert gpus is not None
         gpu, group_size = find_device(gpus), config.engine.group_size
+        assert gpu is not None and isinstance(group_size, int)
         worker_bytes, ranks, clients = gpu_capacity(
             gpu, run.trainer.feed.nbytes, estimated.client_bytes, group_size
         )

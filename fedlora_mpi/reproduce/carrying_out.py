@@ -65,18 +65,21 @@ def _make_grid(request: Request) -> JobGrid:
     grid = []
     for case in request.cases:
         scale = case.scale_sizes(request.scale)
-        job_options = {
-            "scale": scale,
-            "rounds": request.rounds_for(case),
-            "root": request.root,
-            "folder": request.table_folder,
-        }
+        rounds = request.rounds_for(case)
         cells = table_entries(request.table, case, scale, request.methods)
         grid.append(
             (
                 case,
                 [
-                    make_job(cell, case, seed, **job_options)
+                    make_job(
+                        cell,
+                        case,
+                        seed,
+                        scale=scale,
+                        rounds=rounds,
+                        root=request.root,
+                        folder=request.table_folder,
+                    )
                     for seed in request.run_seeds
                     for cell in cells
                 ],
@@ -168,7 +171,7 @@ def _slurm_lines(request: Request, missing: Sequence[Job]) -> Iterator[str]:
 
 
 def _write_configs(request: Request, runs: Sequence[Job]) -> None:
-    """A config for each run, complete in itself. Raises ValueError when a folder holds another run."""
+    """Write each run's complete config. Raises ValueError when a folder holds another run."""
     for run in runs:
         check_folder(run)
     for run in runs:

@@ -208,9 +208,9 @@ def tensor_digest(value: Tensor, beat: Callable[[], None] = lambda: None) -> str
     return hasher.hexdigest()
 
 
-def tensor_bytes(value: Tensor) -> np.ndarray:
-    """The bytes of a tensor, row by row, uint8 [n]."""
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def tensor_bytes(value: Tensor) -> memoryview:
+    """The bytes of a tensor, row by row."""
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _shape_and_dtype(value: Tensor) -> str:

@@ -114,10 +114,10 @@ def check_shared_folder(folder: Path, comm: Comm) -> None:
             )
 
     with ExitStack() as stack:
-        path = collectively(
+        probe = collectively(
             comm, lambda: stack.enter_context(create_probe(folder)) if comm.rank == 0 else None
         )
-        path = Path(os.fsdecode(comm.broadcast(os.fsencode(path or ""))))
+        path = Path(os.fsdecode(comm.broadcast(os.fsencode(probe or ""))))
         access[comm.rank] = wait_for_file(path) and 1 + os.access(path.parent, os.W_OK)
         comm.sum(access)  # each number is set by one rank
         collectively(comm, report_blind_ranks)
@@ -127,6 +127,7 @@ def check_unchanged(folder: Path, assembly: Assembly) -> None:
     """Raise ValueError when the run began with other data or another network than there are now; on
     a machine that may compute other last bits, say so in a line.
     """
+    assert assembly.inventory is not None  # ``build`` sets it
     _check_vocabulary(folder, assembly)
     _check_weight_files(folder, assembly)
     recorded, current, reference = (
@@ -239,7 +240,7 @@ def fill_run_folder(folder: Path, assembly: Assembly) -> None:
 
 
 def write_descriptions(folder: Path, assembly: Assembly) -> None:
-    """The resolved config, the layers of networks of Hugging Face and, for texts, the vocabulary."""
+    """Write the resolved config, the layers of a Hugging Face network, the vocabulary of texts."""
     for name, text in (
         {"config.yaml": configs.checksummed_yaml(assembly.config)} | _companion_texts(assembly)
     ).items():
@@ -258,6 +259,7 @@ def _companion_texts(assembly: Assembly) -> dict[str, str]:
 
 
 def create_log(folder: Path, assembly: Assembly) -> None:
+    assert assembly.inventory is not None  # ``build`` sets it
     split = assembly.split
     Log.create(
         folder / "log.h5",

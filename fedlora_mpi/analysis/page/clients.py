@@ -162,7 +162,7 @@ def partition_figures(groups: Sequence[Group]) -> list[PageFigure]:
         fig = dots(split)
         fig.axes[0].set_title("")
         fig.axes[0].collections[0].set_rasterized(
-            np.count_nonzero(split.train_counts) > _MAX_VECTOR_POINTS
+            bool(np.count_nonzero(split.train_counts) > _MAX_VECTOR_POINTS)
         )
         kind = config["partition"]
         alpha = f", alpha {kind['alpha']:g}" if "alpha" in kind else ""

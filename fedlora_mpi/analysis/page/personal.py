@@ -51,6 +51,7 @@ def personal_figures(groups: Sequence[Group]) -> PersonalFigures:
             continue
         try:
             leaves = read_leaves(run, budget)
+            assert leaves is not None  # there is a checkpoint, within the budget
             factors, similar = low_rank(run, leaves), client_similarity(run, leaves)
         except ValueError as error:
             # such as a network of the user's own that cannot be imported here

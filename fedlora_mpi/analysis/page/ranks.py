@@ -58,9 +58,14 @@ def seconds_by_rank(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
             )
             stacked = stacked + seconds
         if not np.isnan(load.balance):
-            label_style = {"xycoords": "axes fraction", "ha": "right", "fontsize": "small"}
-            axes.annotate(f"{load.balance:.0%} balanced", (1, 1.01), **label_style)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.annotate(
+                f"{load.balance:.0%} balanced",
+                (1, 1.01),
+                xycoords="axes fraction",
+                ha="right",
+                fontsize="small",
+            )
+        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # MaxNLocator
     handles, names = all_axes[0].get_legend_handles_labels()
     height = fig.get_size_inches()[1]
     fig.legend(

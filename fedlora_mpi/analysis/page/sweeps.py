@@ -51,7 +51,8 @@ def grid_figures(groups: Sequence[Group], keys: Sequence[str]) -> tuple[list[Pag
     """FedLoRA's Table 2 as a heat map, for every two settings on a grid; and the settings that are
     in one.
     """
-    figures, used_keys = [], set()
+    figures: list[PageFigure] = []
+    used_keys: set[str] = set()
     for pair in combinations([key for key in keys if _is_numeric(groups, key)], 2):
         for grid_series in find_series(groups, keys, pair):
             xs, ys = (

@@ -49,7 +49,8 @@ def write_report(paths: Sequence[Path], folder: Path) -> str:
         # runs/* may hold the report
         logs = read_logs([path for path in paths if path.resolve() != folder.resolve()])
         content = collect_content(logs)
-        files, svg_of = {}, {}
+        files: dict[str, bytes] = {}
+        svg_of: dict[str, bytes] = {}
         for figure, rendered in zip(content.figures, render_files(content.figures), strict=True):
             svg_of[figure.name] = rendered.pop("svg")
             files |= {f"{FIGURES}/{figure.name}.{kind}": file for kind, file in rendered.items()}
@@ -121,13 +122,16 @@ def collect_content(logs: Sequence[RunLog]) -> PageContent:
 
 
 def render_page(content: PageContent, svg_of: dict[str, bytes], files: Sequence[str]) -> str:
-    """The page; ``pictures``: SVG of each figure, inside it. Nothing is fetched and nothing runs."""
+    """The page, with the SVG of each figure in it. It fetches nothing and runs nothing."""
     groups = content.run_groups.groups
     headline, *other_tables = content.tables
     sections = [(f"table-{headline.name}", headline.title, headline.html())]
     for figure in content.figures:
         picture = b64encode(svg_of[figure.name]).decode()
-        image = f'<img alt="{escapes.escape_html(figure.title)}" src="data:image/svg+xml;base64,{picture}">'
+        image = (
+            f'<img alt="{escapes.escape_html(figure.title)}" '
+            f'src="data:image/svg+xml;base64,{picture}">'
+        )
         size_inches = figure.figure.get_size_inches()
         caption = f"<figcaption>{escapes.escape_html(figure.caption)}</figcaption>"
         body = f'<figure style="max-width:{size_inches[0] * 1.25:.1f}in">{image}{caption}</figure>'
@@ -226,7 +230,10 @@ def _caution_notes(run_groups: RunGroups) -> Iterator[str]:
     for group in run_groups.groups:
         if len({run.rounds_done for run in group.runs}) > 1:
             rounds_text = ", ".join(str(run.rounds_done) for run in group.runs)
-            yield f"{group.label}: its seeds are at different rounds ({rounds_text}); curves end with the shortest."
+            yield (
+                f"{group.label}: its seeds are at different rounds ({rounds_text}); "
+                "curves end with the shortest."
+            )
     unfinished = [
         f"{run.path} ({run.rounds_done} of {run.config['rounds']})"
         for g in run_groups.groups
@@ -276,7 +283,7 @@ def _csv_bytes(table) -> bytes:
 
 
 def _earlier_files(folder: Path) -> list[str]:
-    """The files of an earlier report in ``folder``. Raises ValueError where it has other content."""
+    """The files of an earlier report in ``folder``. Raises ValueError for any other content."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return []
     if not folder.is_dir():
@@ -343,4 +350,4 @@ details{margin:2rem 0}summary{cursor:pointer}footer{margin:3rem 0 1rem;border-to
 @media print{body{font-size:10pt;max-width:none;margin:0}nav,details{display:none}h2{break-after:avoid}
 figure,tr,section{break-inside:avoid}.t{overflow:visible}
 img{max-height:85vh;object-fit:contain;object-position:left}}
-"""
+"""  # noqa: E501
