@@ -37,7 +37,7 @@ EXAMPLES = """examples:
 
 exit codes: 0 done, 1 a fault, 2 a mistake in what was asked, 75 stopped at a round boundary (SIGUSR1)
 with a checkpoint written, 141 nobody
-reads the output."""
+reads the output."""  # noqa: E501
 _MPI_START_TIMEOUT = 300.0  # seconds that MPI may take to start
 _BUSY_ALLOWANCE = 20.0  # seconds of these on a machine that has much else to do
 

@@ -11,7 +11,7 @@ EDIT = """\
 # Two lines to edit: the ##SBATCH line, with your cluster's names and one # less (if it wants them),
 # and the one that begins with {what}=. Then, from the folder that has .venv:
 #   sbatch {call}
-# Before its time is up the job stops after a round, queues itself again and goes on until it is done.
+# Before its time is up the job stops after a round, queues itself again and goes on.
 """
 WHAT = {
     "cpu": "One node with CPUs: rank 0 is the server, eight ranks train.",

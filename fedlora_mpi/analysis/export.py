@@ -37,8 +37,8 @@ def export(run: RunView, client: int | None, target: Path) -> str:
         if client is None:
             files = ", ".join((*MODEL_SUFFIXES, *RESULT_SUFFIXES))
             raise ValueError(
-                f"--to {target}: a folder is for peft's adapter of one client; give --client, or name "
-                f"a file {files}"
+                f"--to {target}: a folder is for peft's adapter of one client; give --client, or "
+                f"name a file {files}"
             )
         return str(peft.export_adapter(run, client, target))
     if os.path.lexists(target):

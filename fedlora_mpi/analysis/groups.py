@@ -1,6 +1,4 @@
-"""Runs that differ in their seeds only are a group; a group's label is what sets it apart from the
-others.
-"""
+"""Runs that differ only in their seeds are a group; its label tells it from the other groups."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +15,8 @@ from .load import RankLoad, measure_load
 SEED_KEYS = ("seed", "data.partition.seed")
 # What changes no result beyond its last bits, by the beginning of its dotted name.
 IGNORED_KEYS = (
-    *SEED_KEYS, "output", "checkpoint.", "log.", "data.root", "data.download", "server_hosts_clients", "mix", "uplink",
+    *SEED_KEYS, "output", "checkpoint.", "log.", "data.root", "data.download",
+    "server_hosts_clients", "mix", "uplink",
     "engine.device", "engine.path", "engine.group_size", "engine.threads",
 )  # fmt: skip
 # says what a block's other keys mean
@@ -30,9 +29,7 @@ _KEYS_SHOWN_AS_VALUE = (_METHOD_KEY, "model.name", "data.partition.kind", "data.
 
 
 class Stat(NamedTuple):
-    """A mean over seeds and the sample standard deviation; NaN where unknown (of one seed: the
-    deviation).
-    """
+    """Mean and sample standard deviation over seeds. NaN: unknown, such as the std of one seed."""
 
     mean: float
     std: float
@@ -113,7 +110,7 @@ class RunLog:
 
     @cached_property
     def best_row(self) -> int:
-        """The row of the highest accuracy, the first of several. Only where a round was evaluated."""
+        """The first row of the highest accuracy. There is none before the first evaluation."""
         return int(self.evaluated_rows[self.column("accuracy")[self.evaluated_rows].argmax()])
 
     @property
@@ -132,7 +129,7 @@ class RunLog:
 
     @property
     def client_accuracy(self) -> np.ndarray:
-        """[N] accuracy of each client's own model in the last evaluated round; [0] where none was."""
+        """[N] accuracy of each client's own model in the last evaluated round; [0] without one."""
         return (
             self.clients["accuracy"][self.evaluated_rows[-1]].astype(float)
             if len(self.evaluated_rows)
@@ -142,8 +139,9 @@ class RunLog:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Runs with the same settings, one for each pair of seeds; ``settings``: of those that differ
-    between groups.
+    """Runs with the same settings, one for each pair of seeds.
+
+    settings: those that differ between groups.
     """
 
     label: str
@@ -152,9 +150,7 @@ class Group:
 
     @property
     def task(self) -> str:
-        """What it was run on, as far as that differs between groups: numbers of one task may be
-        compared.
-        """
+        """Its data settings that differ between groups; numbers of one task are comparable."""
         task_settings = {
             key: value for key, value in self.settings.items() if key.startswith(TASK_KEYS[:2])
         }
@@ -164,7 +160,7 @@ class Group:
         )
 
     def seed_stat(self, metric) -> Stat:
-        """``number(run)`` over the seeds."""
+        """``metric(run)`` over the seeds."""
         return Stat.from_values([metric(run) for run in self.runs])
 
     @cached_property
@@ -203,9 +199,7 @@ class RunGroups(NamedTuple):
 
 
 def group_runs(runs: Sequence[RunLog]) -> RunGroups:
-    """The runs by their settings. Of two with the same settings and seeds the longer one stays, or
-    the first.
-    """
+    """The runs by their settings; of two with equal seeds the longer one, or the first, stays."""
     by_setting: dict[str, dict[tuple[int, ...], RunLog]] = {}
     left_out = []
     for run in runs:
@@ -247,15 +241,15 @@ def differing_keys(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def group_labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What tells each of these from the others, in few settings, in this order: the method, the
-    data, the rest.
+    """The few settings that tell each of these from the others: method, data, then the rest.
 
     A setting that follows from those before it, such as a learning rate of each method's own, is
-    left out. One of the experiment (``TASK``) that is needed somewhere is told everywhere.
+    left out. A setting of the experiment (``TASK_KEYS``) that one label needs is in all.
     """
-    partition, keys_of = [list(range(len(settings)))], {index: [] for index in range(len(settings))}
+    partition = [list(range(len(settings)))]
+    keys_of: dict[int, list[str]] = {index: [] for index in range(len(settings))}
     for key in dict.fromkeys((_METHOD_KEY, *differing_keys(settings))):
-        refined = []
+        refined: list[list[int]] = []
         for members in partition:
             by_value: dict[str, list[int]] = {}
             for at in members:
@@ -278,7 +272,7 @@ def group_labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def short_key(key: str, keys: Sequence[str]) -> str:
-    """The last word of a dotted key, or its last two where another of ``among`` ends alike."""
+    """The last word of a dotted key, or its last two where another of ``keys`` ends alike."""
     words = key.split(".")
     is_unique = sum(candidate.split(".")[-1] == words[-1] for candidate in keys) < 2 and words[
         -1

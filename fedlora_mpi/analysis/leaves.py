@@ -1,4 +1,4 @@
-"""What a method starts from, so that it is known by which names it has the leaves of a run folder."""
+"""The initial variables of a method, whose names tell the leaves of a run folder apart."""
 
 from dataclasses import replace
 

@@ -9,7 +9,7 @@ BUSY = ("train", "evaluate")  # stages whose work is that of a rank's own client
 
 
 class RankLoad(NamedTuple):
-    """Of every rank that ever was; a rank that was there for a part of the rounds, over that part."""
+    """The load of every rank, each over the rounds in which it was there."""
 
     seconds: dict[str, np.ndarray]  # stage -> [R] per round; together they are all that passed
     # share of their time for which workers are busy if the busiest sets the pace; NaN of less than
@@ -46,7 +46,7 @@ def measure_load(
         n: np.nansum(column, axis=0)[has_rounds] / rounds_present[has_rounds]
         for n, column in stages.items()
     }
-    busy = sum(stages[name] for name in BUSY)
+    busy = sum((stages[name] for name in BUSY), np.zeros(is_present.shape))
     servers = 0 if config.get("server_hosts_clients") else 1
     workers = [row[servers:number] for row, number in zip(busy, numbers[measured], strict=True)]
     workers = [row for row in workers if len(row) > 1 and row.max() > 0]

@@ -1,8 +1,8 @@
 """Who holds which data: a table of text, and a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,7 +27,8 @@ def table(split: Split, names: Sequence[str] = ()) -> str:
     line about all, and one with the first 20 ``names`` of the classes.
     """
     clients, classes = split.train_counts.shape
-    title, header, cells = "training samples of each class", map(str, range(classes)), _class_cells
+    title, header = "training samples of each class", [str(label) for label in range(classes)]
+    cells: Callable[[np.ndarray], Sequence[str]] = _class_cells
     if classes > _MAX_CLASSES:
         title, header, cells = (
             "classes held, and the largest",
@@ -77,22 +78,28 @@ def figure(split: Split, names: Sequence[str] = ()) -> "Figure":
     max_count = counts.max()
     area = min(1.4 * cell, 20.0**2) / max_count  # of one sample
     client, label = np.nonzero(counts)
-    dot_style = {"color": "tab:red", "alpha": 0.75, "linewidths": 0}
+    dot_style: dict[str, Any] = {"color": "tab:red", "alpha": 0.75, "linewidths": 0}
     fig = Figure(figsize=plot_size + (2.0, 1.0), layout="constrained")
     axes = fig.add_subplot()
     axes.scatter(client, label, area * counts[client, label], **dot_style)
     for n in sorted({max_count // 4, max_count // 2, max_count} - {0}):
         axes.scatter([], [], area * n, label=str(n), **dot_style)
     axes.set(xlabel="client", ylabel="class", title="Training samples per client and class")
-    for axis, n in zip((axes.xaxis, axes.yaxis), counts.shape, strict=True):
+    for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(25, integer=True))
-        getattr(axes, f"set_{axis.axis_name}lim")(-0.75, n - 0.25)
+    axes.set_xlim(-0.75, counts.shape[0] - 0.25)
+    axes.set_ylim(-0.75, counts.shape[1] - 0.25)
     if 0 < len(names) <= _MAX_CLASSES:
         axes.set_yticks(
             range(len(names)), [name.replace("$", r"\$") for name in _numbered_names(names)]
         )
-    legend_place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-    axes.legend(title="samples", frameon=False, labelspacing=0.9, **legend_place)
+    axes.legend(
+        title="samples",
+        frameon=False,
+        labelspacing=0.9,
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.0),
+    )
     return fig
 
 
@@ -135,4 +142,7 @@ def _summary(split: Split) -> str:
         )
     ]
     classes_held = np.count_nonzero(split.train_counts, axis=1)
-    return f"{clients} clients, {classes} classes: {', '.join(sides)}, {format_range(classes_held)} classes per client"
+    return (
+        f"{clients} clients, {classes} classes: {', '.join(sides)}, {format_range(classes_held)} "
+        "classes per client"
+    )

@@ -29,7 +29,7 @@ class LowRank(NamedTuple):
 
 
 class ClientSimilarity(NamedTuple):
-    """Similarity of clients, [n, n], in the order ``clients``, in which alike ones are neighbours."""
+    """Similarity of clients, [n, n], in the order ``clients``: alike ones are neighbours."""
 
     clients: tuple[int, ...]
     personal: np.ndarray
@@ -47,7 +47,7 @@ class CheckpointLeaves(NamedTuple):
 
 
 def read_leaves(run: RunView, max_bytes: int) -> CheckpointLeaves | None:
-    """None where there is no checkpoint, or the newest has more than ``limit`` bytes."""
+    """None where there is no checkpoint, or the newest has more than ``max_bytes``."""
     if not run.checkpoints or checkpoint_bytes(run) > max_bytes:
         return None
     checkpoint, num_clients = run.checkpoint, len(run.partition.train)
@@ -171,7 +171,7 @@ def rank_correlation(similarity: ClientSimilarity) -> float:
     ]
     if min(column.std() for column in ranks) == 0:
         return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def leaf_order(similar: np.ndarray) -> np.ndarray:

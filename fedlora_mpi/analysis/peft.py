@@ -66,8 +66,8 @@ def adapter_content(
     these peft itself takes some) and what its folder does not have.
     """
     for name in pairs:
-        layer, _, head_names = name.rpartition(".")
-        if head_names != "weight" or not isinstance(
+        layer, _, leaf_name = name.rpartition(".")
+        if leaf_name != "weight" or not isinstance(
             network.modules[False].get_submodule(layer), nn.Linear
         ):
             raise ValueError(
@@ -75,9 +75,9 @@ def adapter_content(
             )
     module = network.modules[False]
     hf = module if isinstance(module, HuggingFace) else None
-    pairs, others, values = (
-        {_peft_name(hf, name): v for name, v in tree.items()} for tree in (pairs, others, values)
-    )
+    pairs = {_peft_name(hf, name): v for name, v in pairs.items()}
+    others = {_peft_name(hf, name): v for name, v in others.items()}
+    values = {_peft_name(hf, name): v for name, v in values.items()}
     head_names = [name for name in values if hf and (hf.is_above_encoder(name) or name in hf.fresh)]
     saved_modules = {_saved_module(hf, name) for name in (*others, *head_names)}
 
@@ -91,7 +91,8 @@ def adapter_content(
     }
     if not adapted:
         raise ValueError(
-            f"no low-rank part is outside of what is written whole ({', '.join(sorted(saved_modules))})"
+            "no low-rank part is outside of what is written whole "
+            f"({', '.join(sorted(saved_modules))})"
         )
     leaves = {name: value for name, value in values.items() if is_saved_whole(name)}
     for name, (a, b, _) in adapted.items():
@@ -114,12 +115,13 @@ def _base_folder(view: ClientView) -> str | None:
 def _adapter(run: RunView, view: ClientView) -> tuple[Mapping[str, LoraFactors], Tree]:
     """What the algorithm says of the client."""
     algorithm = view.algorithm
-    if not callable(getattr(algorithm, "adapter", None)):  # pfedlora has a field of this name
+    adapter = getattr(algorithm, "adapter", None)
+    if not callable(adapter):  # pfedlora has a field of this name
         raise ValueError(
             f"{run.path}: algorithm {algorithm_name(algorithm)} has no adapter that stands alone"
         )
     with torch.no_grad():
-        return algorithm.adapter(view.network, view.variables)
+        return adapter(view.network, view.variables)
 
 
 def _peft_name(hf: HuggingFace | None, name: str) -> str:

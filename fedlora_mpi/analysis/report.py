@@ -79,10 +79,9 @@ class _Result:
     @classmethod
     def read(cls, path: Path) -> "_Result":
         files = RunFiles(path)
-        config, rounds = (
-            files.checked_config,
-            files.require_columns("bytes_up", "clients", "accuracy", "accuracy_worst")["rounds"],
-        )
+        config: Any = files.checked_config
+        required = ("bytes_up", "clients", "accuracy", "accuracy_worst")
+        rounds = files.require_columns(*required)["rounds"]
         num_rounds = len(rounds["round"])
         numbers, best_round = np.full(5, np.nan), None
         if num_rounds:
@@ -99,7 +98,10 @@ class _Result:
             path=path,
             algorithm=config["algorithm"]["name"],
             seeds=tuple(reduce(getitem, key.split("."), config) for key in _SEED_KEYS),
-            setting=f"{_settings_without(config, (*_SEED_KEYS, *_IGNORED_KEYS))} after {num_rounds} rounds",
+            setting=(
+                f"{_settings_without(config, (*_SEED_KEYS, *_IGNORED_KEYS))} "
+                f"after {num_rounds} rounds"
+            ),
             rounds_done=num_rounds,
             rounds_wanted=config["rounds"],
             best_round=best_round,

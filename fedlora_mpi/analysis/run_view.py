@@ -37,14 +37,14 @@ def open_run(path: str | Path) -> "RunView":
     """The run in the folder ``path``. Raises ValueError when it is none.
 
     >>> import fedlora_mpi
-    >>> run = fedlora_mpi.open_run("runs/tiny-1")  # FedLoRA, 3 rounds, 5 clients, 3 classes, evaluated in 2 and 3
+    >>> run = fedlora_mpi.open_run("runs/tiny-1")  # FedLoRA, 5 clients, 3 rounds; 2, 3 evaluated
     >>> run.rounds[["train_loss", "accuracy"]].shape  # pandas
     (3, 2)
     >>> run.clients.groupby("round")["accuracy"].count().to_dict()  # of each client's own model
     {2: 5, 3: 5}
     >>> run.array("clients/accuracy").shape, run.axes("clients/accuracy")  # numpy, NaN in round 1
     ((3, 5), ('round', 'client'))
-    >>> run.ranks.columns[2:4].tolist()  # where the seconds of each rank went; a row a round and rank
+    >>> run.ranks.columns[2:4].tolist()  # seconds of each round and rank
     ['seconds_train', 'seconds_exchange']
     >>> run.partition.train_counts.shape  # samples of each client and class
     (5, 3)

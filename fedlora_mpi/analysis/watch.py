@@ -1,4 +1,4 @@
-"""A run in the terminal while it goes on, from its log alone: curve, time left, load of the ranks."""
+"""A run in the terminal while it goes on, from its log: curve, time left, load of the ranks."""
 
 import sys
 import time
@@ -226,16 +226,18 @@ def _pace_line(status: RunStatus) -> Line:
         return [("no round yet", "")]
     line: Line = [
         (
-            f"train loss {status.rounds['train_loss'][-1]:.4f} · {format_seconds(status.seconds_per_round)} a round",
+            f"train loss {status.rounds['train_loss'][-1]:.4f} · "
+            f"{format_seconds(status.seconds_per_round)} a round",
             "",
         )
     ]
+    rounds_left = status.config["rounds"] - status.round
     if status.is_done:
         line.append((f" · done in {format_seconds(status.elapsed)}", "bold"))
     else:
         line.append(
             (
-                f" · {format_seconds((status.config['rounds'] - status.round) * status.seconds_per_round)} left",
+                f" · {format_seconds(rounds_left * status.seconds_per_round)} left",
                 "bold",
             )
         )

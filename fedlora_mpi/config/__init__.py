@@ -1,4 +1,4 @@
-"""The config of a run: YAML files and ``key=value`` from the command line, to frozen dataclasses."""
+"""The config of a run: YAML files and ``key=value`` arguments become frozen dataclasses."""
 
 from .blocks import ConfigError
 from .experiment import Config, ModelBlock, Network

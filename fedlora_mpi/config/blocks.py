@@ -195,7 +195,7 @@ def construct(cls: type[T], values: Mapping[str, Any], key: str, origin: Origin)
 
 
 def build_block(cls: type[T], block: Any, key: str, origin: Origin, owner: str = "") -> T:
-    """The dataclass ``cls`` from ``block``; ``owner`` is its name in messages (default: the key)."""
+    """The dataclass ``cls`` from ``block``; messages name it ``owner`` (default: the key)."""
     return construct(
         cls, read_block(config_fields(cls), block, key, origin, owner or key), key, origin
     )

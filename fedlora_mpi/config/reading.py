@@ -101,7 +101,7 @@ def from_dict(mapping: Mapping[str, Any], source: str) -> Config:
 
 
 def resolved_dict(config: Config) -> dict[str, Any]:
-    """Every key written out, JSON-able, in the order of the dataclass; ``from_dict`` takes it back."""
+    """Every key, JSON-able, in the order of the dataclass; ``from_dict`` reads it back."""
     tree = blocks.to_plain({name: getattr(config, name) for name in blocks.config_fields(Config)})
     partition = config.data.partition
     kind = next(kind for kind, cls in PARTITIONS.items() if type(partition) is cls)
@@ -399,6 +399,7 @@ def _parse_yaml(text: str, source: str) -> Any:
         return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
+        assert mark is not None, error  # the loader reads a text
         raise ConfigError(
             f"{source}: line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
         ) from None
@@ -452,7 +453,10 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-_NUMBER = r"[-+]?(\.\d+|\d+\.\d*)([eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+_NUMBER = (
+    r"[-+]?(\.\d+|\d+\.\d*)([eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
 for _tag, _pattern, _first_characters in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),

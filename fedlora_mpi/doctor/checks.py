@@ -96,7 +96,8 @@ def _check_launch(setup: Setup) -> Finding:
     if {answer["sum"] for answer in answers} != {2}:
         return Finding(
             "failure",
-            f"{launcher} starts 2 processes that do not find each other, with {answers[0]['library']}",
+            f"{launcher} starts 2 processes that do not find each other, with "
+            f"{answers[0]['library']}",
             "mpirun and the library that mpi4py finds must be of the same MPI (MPI4PY_LIBMPI)",
         )
     cores = [each["cores"] for each in sorted(answers, key=lambda each: each["rank"])]
@@ -228,7 +229,10 @@ def _check_space(setup: Setup) -> Finding:
     config = configs.read(setup.source, setup.overrides)
     need = storage_bytes(build(config, setup.source, Solo()))
     level = "failure" if need > free else "warning" if 2 * need > free else "ok"
-    text = f"{format_bytes(free)} free in {_existing_folder(setup.folder)}, the run needs {format_bytes(need)}"
+    text = (
+        f"{format_bytes(free)} free in {_existing_folder(setup.folder)}, the run needs "
+        f"{format_bytes(need)}"
+    )
     return Finding(level, text, "" if level == "ok" else CHECKS["space"].remedy)
 
 

@@ -76,18 +76,19 @@ def estimate(
     cores = os.cpu_count() or 1
     other_workers = 0 if gpus else min(len(workers), cores // config.engine.threads) - 1
     costs, client_bytes = measure_costs(assembly, gpu, max(0, other_workers))
-    cores = math.inf if gpus else cores
     default_bandwidth, default_latency = (BANDWIDTH, LATENCY) if gpus else (1 / costs.add_byte, 0.0)
-    machine = Machine(cores, bandwidth or default_bandwidth, latency or default_latency)
+    machine = Machine(
+        math.inf if gpus else cores, bandwidth or default_bandwidth, latency or default_latency
+    )
     run = assembly.run
-    clients = {rank: [] for rank in workers}
+    clients: dict[int, list[int]] = {rank: [] for rank in workers}
     for group, rank in zip(run.groups, assign_groups(run.costs, list(workers)), strict=True):
         clients[rank] += group
     personal_bytes = {
         rank: sum(nbytes(run.kinds[run.kind_of[c]].initial.personal) for c in rank_clients)
         for rank, rank_clients in clients.items()
     }
-    fullest_rank = max(personal_bytes, key=personal_bytes.get)
+    fullest_rank = max(personal_bytes, key=personal_bytes.__getitem__)
     held_bytes = personal_bytes[fullest_rank] * (
         config.participation if config.engine.personal == "disk" else 1
     )
@@ -183,12 +184,13 @@ def _size_lines(assembly: Assembly, ranks: int) -> list[tuple[str, str]]:
         ),
         (
             "shared",
-            f"{numel(initial.shared):,} numbers; {_range_text(up, format_bytes)} up, {_range_text(down, format_bytes)} down "
-            "per client and round",
+            f"{numel(initial.shared):,} numbers; {_range_text(up, format_bytes)} up, "
+            f"{_range_text(down, format_bytes)} down per client and round",
         ),
         (
             "personal",
-            f"{_range_text(personal_numel, with_commas)} numbers per client; {format_bytes(total)} in a checkpoint",
+            f"{_range_text(personal_numel, with_commas)} numbers per client; {format_bytes(total)} "
+            "in a checkpoint",
         ),
         (
             "round",
@@ -317,37 +319,39 @@ def _cost_lines(estimated: Estimate, workers: int, gpus: str | None) -> list[tup
             "engine",
             f"{config.engine.path} on "
             f"{gpus if gpus not in (None, 'none') else config.engine.device}, {len(run.groups)} "
-            f"groups of up to {max(map(len, run.groups))}, {workers} workers, {seconds.busy_fraction:.0%} "
-            "balanced",
+            f"groups of up to {max(map(len, run.groups))}, {workers} workers, "
+            f"{seconds.busy_fraction:.0%} balanced",
         ),
         (
             "memory",
-            f"{format_bytes(estimated.worker_bytes)} for the worker with most personal state ({estimated.worker_clients} "
-            "clients)",
+            f"{format_bytes(estimated.worker_bytes)} for the worker with most personal state "
+            f"({estimated.worker_clients} clients)",
         ),
     ]
     if estimated.client_bytes:
+        assert gpus is not None
         gpu, group_size = find_device(gpus), config.engine.group_size
+        assert gpu is not None and isinstance(group_size, int)
         worker_bytes, ranks, clients = gpu_capacity(
             gpu, run.trainer.feed.nbytes, estimated.client_bytes, group_size
         )
         lines.append(
             (
                 "gpu",
-                f"{format_bytes(worker_bytes)} of {format_bytes(gpu.memory)} for a worker: {ranks} fit on one; "
-                f"or one with stacks of {clients:,} clients, where it has {group_size}",
+                f"{format_bytes(worker_bytes)} of {format_bytes(gpu.memory)} for a worker: {ranks} "
+                f"fit on one; or one with stacks of {clients:,} clients, where it has {group_size}",
             )
         )
     return lines + [
         (
             "disk",
-            f"{format_bytes(storage_bytes(estimated.assembly))} for {config.checkpoint.keep} checkpoints, one in the "
-            "making, and the log",
+            f"{format_bytes(storage_bytes(estimated.assembly))} for {config.checkpoint.keep} "
+            "checkpoints, one in the making, and the log",
         ),
         (
             "time",
-            f"{format_seconds(seconds.round)} per round, {format_seconds(seconds.round * config.rounds)} for "
-            f"{config.rounds} rounds",
+            f"{format_seconds(seconds.round)} per round, "
+            f"{format_seconds(seconds.round * config.rounds)} for {config.rounds} rounds",
         ),
         ("of it", f"{stages} a round"),
     ]
@@ -370,8 +374,8 @@ def _origin_lines(
             "bytes counted"
         )
         assumed.append(
-            f"{PEAK_SHARE:.0%} of the {gpus}'s FLOP/s and {BANDWIDTH_SHARE:.0%} of its memory bandwidth "
-            f"are reached; {format_bytes(CONTEXT_BYTES)} for CUDA"
+            f"{PEAK_SHARE:.0%} of the {gpus}'s FLOP/s and {BANDWIDTH_SHARE:.0%} of its memory "
+            f"bandwidth are reached; {format_bytes(CONTEXT_BYTES)} for CUDA"
         )
     if gpus and not bandwidth:
         assumed.append(f"{format_bytes(machine.bandwidth)}/s between ranks (--bandwidth)")

@@ -195,6 +195,6 @@ def _price_counts(
 
 
 def _gpu_seconds(count: Count, device: Device, precision: str) -> float:
-    """Of the GPU: products at its peak, the rest at its memory's speed, as far as each is reached."""
+    """Products at the assumed share of its peak, the rest at that of its memory bandwidth."""
     peak = device.tf32 if precision == "tf32" else device.float32
     return count.flops / (PEAK_SHARE * peak) + count.bytes / (BANDWIDTH_SHARE * device.bandwidth)

@@ -55,7 +55,7 @@ class Machine(NamedTuple):
 
 
 class Seconds(NamedTuple):
-    """Of a round, by stage; those of files are the mean over rounds with and without a checkpoint."""
+    """Of a round, by stage. Those of files are a mean over rounds, few of which checkpoint."""
 
     train: float
     exchange: float
@@ -139,7 +139,7 @@ def _training_loads(
     workers: Sequence[int],
     evaluated_fraction: float,
 ) -> list[float]:
-    """Seconds of training of each worker, with the score after it in such a fraction of the rounds."""
+    """Seconds of training of each worker; a fraction of the rounds is evaluated after it."""
     load, batch_size = dict.fromkeys(workers, 0.0), assembly.config.train.batch_size
     for group, rank in zip(run.groups, host, strict=True):
         unit, stacks = (

@@ -111,7 +111,7 @@ class _Trial:
         self.client, self._is_tiny = stack[0], is_tiny  # whether a sample will do
         self._feed = TruncatedFeed(self._kind.trainer.feed, 1)
         self._one_stack_run = self._run_of_stacks((self._stack,))
-        self._stage_seconds: dict[tuple, list[tuple[float, float, float]]] = {}
+        self._stage_seconds: dict[tuple, list[tuple[float, ...]]] = {}
 
     def measure_unit(self, busy_processes: int) -> UnitCosts:
         """Play beside so many others, and read the unit costs off."""
@@ -174,7 +174,9 @@ class _Trial:
         if self._run.mixing is None:
             return (0.0, 0.0), 0.0
         mixing, algorithm, v = self._run.mixing, self._run.algorithm, self._kind.local_initial
-        packed = mixing.pack(algorithm.offer(v, v))
+        offer = algorithm.offer(v, v)
+        assert offer is not None  # it mixes
+        packed = mixing.pack(offer)
         clients = sorted(range(len(self._run.sizes)), key=lambda c: -self._run.sizes[c])
         client_counts = [n for n in (2, 4, 8) if n <= len(clients)]
 
@@ -316,19 +318,16 @@ class _Trial:
             k._replace(trainer=replace(k.trainer, feed=self._feed, settings=small_step_settings))
             for k in run.kinds
         )
-        placement = {
-            "groups": stacks,
-            "costs": (1.0,) * len(stacks),
-            "rank_of_group": (0,) * len(stacks),
-            "task_runs": (),
-        }
         return replace(
             run,
             kinds=kinds,
             sizes=zero_others(run.sizes),
             weight_N=zero_others(run.weight_N),
             participation=1.0,
-            **placement,
+            groups=stacks,
+            costs=(1.0,) * len(stacks),
+            rank_of_group=(0,) * len(stacks),
+            task_runs=(),
         )
 
 
@@ -389,11 +388,14 @@ def _measure_files(
     with tempfile.TemporaryDirectory(
         dir=existing_folder if os.access(existing_folder, os.W_OK) else None
     ) as name:
-        log_fields, clients = (
-            {"config_yaml": "", "config_json": "", "versions": {}, "partition": {}},
-            len(assembly.split.train),
+        log = Log.create(
+            Path(name) / "log.h5",
+            clients=len(assembly.split.train),
+            config_yaml="",
+            config_json="",
+            versions={},
+            partition={},
         )
-        log = Log.create(Path(name) / "log.h5", clients=clients, **log_fields)
         wall_clock = time.perf_counter  # a disk is waited for
         append_seconds = _median_seconds(
             lambda: log.append(next(counter), row, clients_N), wall_clock

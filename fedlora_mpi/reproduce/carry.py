@@ -82,7 +82,7 @@ def shell_lines(jobs: Sequence[Job], ranks: int) -> list[str]:
 
 
 def array_script(name: str, count: int, ranks: int, lines_file: Path, folder: Path) -> str:
-    """The text of an sbatch script that runs line n of the file ``listed`` as task n of an array."""
+    """An sbatch script that runs line n of ``lines_file`` as task n of an array."""
     job = slurm.Job(name=name, log=f"{folder}/slurm-%A_%a.log", ranks=ranks, array=count)
     return slurm.sbatch_script(job, slurm.array_task_lines(shlex.quote(str(lines_file))))
 
@@ -93,7 +93,8 @@ def _run_arguments(job: Job) -> list[str]:
 
 def _start_process(task: Task, extra_env: Mapping[str, str]) -> subprocess.Popen:
     # not one of its tasks
-    env = {name: value for name, value in os.environ.items() if name != "SLURM_NTASKS"} | extra_env
+    env = {name: value for name, value in os.environ.items() if name != "SLURM_NTASKS"}
+    env |= extra_env
     with open(nolinks.open_handle(task.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as log:
         return subprocess.Popen(
             task.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env

@@ -65,18 +65,21 @@ def _make_grid(request: Request) -> JobGrid:
     grid = []
     for case in request.cases:
         scale = case.scale_sizes(request.scale)
-        job_options = {
-            "scale": scale,
-            "rounds": request.rounds_for(case),
-            "root": request.root,
-            "folder": request.table_folder,
-        }
+        rounds = request.rounds_for(case)
         cells = table_entries(request.table, case, scale, request.methods)
         grid.append(
             (
                 case,
                 [
-                    make_job(cell, case, seed, **job_options)
+                    make_job(
+                        cell,
+                        case,
+                        seed,
+                        scale=scale,
+                        rounds=rounds,
+                        root=request.root,
+                        folder=request.table_folder,
+                    )
                     for seed in request.run_seeds
                     for cell in cells
                 ],
@@ -101,8 +104,8 @@ def _run_missing(request: Request, jobs: Sequence[Job], missing: Sequence[Job]) 
     gpus, max_parallel = _plan_parallel(request)
     num_started = sum(num_logged_rounds(run.folder) > 0 for run in missing)
     report(
-        f"{request.table_folder}: {len(jobs)} runs, {len(jobs) - len(missing)} done, {num_started} to go on "
-        f"with, {max_parallel} at a time"
+        f"{request.table_folder}: {len(jobs)} runs, {len(jobs) - len(missing)} done, {num_started} "
+        f"to go on with, {max_parallel} at a time"
     )
     old_handler = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -168,7 +171,7 @@ def _slurm_lines(request: Request, missing: Sequence[Job]) -> Iterator[str]:
 
 
 def _write_configs(request: Request, runs: Sequence[Job]) -> None:
-    """A config for each run, complete in itself. Raises ValueError when a folder holds another run."""
+    """Write each run's complete config. Raises ValueError when a folder holds another run."""
     for run in runs:
         check_folder(run)
     for run in runs:
@@ -180,8 +183,8 @@ def _write_configs(request: Request, runs: Sequence[Job]) -> None:
         )
         header = (
             f"# {TABLES[request.table].title}: {run.entry.label}, {run.case.description}, seed "
-            f"{run.seed}.\n# Made by `fedlora-mpi reproduce {request.table} --scale {request.scale}`. "
-            f"In the paper: {expected}.\n"
+            f"{run.seed}.\n# Made by `fedlora-mpi reproduce {request.table} --scale "
+            f"{request.scale}`. In the paper: {expected}.\n"
         )
         with nolinks.open_folder(run.folder.parent, request.root_folder, create=True) as folder_fd:
             nolinks.exists(folder_fd, run.sibling_path(".log"))

@@ -192,7 +192,9 @@ def client_gains_sheet(
     title: str, caution: str, notes: Sequence[str], cells: Sequence[Cell], results: ResultsByMethod
 ) -> Sheet:
     """A row for each seed: ours less the best baseline, client by client."""
-    rows = [("seed", "clients", "better", "equal", "worse", "mean", "highest", "lowest")]
+    rows: list[tuple[str, ...]] = [
+        ("seed", "clients", "better", "equal", "worse", "mean", "highest", "lowest")
+    ]
     records = []
     for seed, gap_N in client_gains(cells, results).items():
         counts = (np.count_nonzero(side) for side in (gap_N > 0, gap_N == 0, gap_N < 0))

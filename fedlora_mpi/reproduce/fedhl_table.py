@@ -78,7 +78,7 @@ WIDTHS = ("narrow", "wide")
 
 @dataclass(frozen=True)
 class FineTuningCase(Case):
-    """``folder``: of the backbones; ``train_file``: of the training texts, in the folder AG_NEWS."""
+    """``folder``: of the backbones; ``train_file``: the training texts in the folder AG_NEWS."""
 
     width: str
     participation: float

@@ -248,8 +248,8 @@ TABLE6: dict[
 }
 
 CLAIMS = {  # what the paper says of its figures
-    "fig4": "accuracy rises with E_lora, then falls; E_lora = 0 is close to FedAvg, E_lora = E below "
-    "Local",
+    "fig4": "accuracy rises with E_lora, then falls; E_lora = 0 is close to FedAvg, "
+    "E_lora = E below Local",
     "fig6": "alternating training keeps the clients' sigma_i closer together than simultaneous "
     "training",
     "fig7": "no client is worse off with FedLoRA than with FedAvg or with Local",

@@ -19,10 +19,11 @@ PAPER_TARGET = {
     "cifar10": 90.0,
     "cifar100": 50.0,
 }  # per cent; as remembered from the paper, not checked
-# 25 minutes on two CPU cores, two runs at a time, for 10 clients and one seed on CIFAR-10: Standalone trains 10 clients *
-# 400 samples * 2 epochs in 3.1 s of a core, LG-FedAvg, FD and FedProto take as long, pFedLoRA 3.9 s, FML 4.8 s, FedAPEN
-# 6.6 s, FedKD 7.3 s, so 60 rounds * 35 s / 2 cores = 18 min, and 3 min to start and to wait for the last. 50 and 100 clients
-# take as long, since 10 of them train in a round, but for the evaluation of 5 and 10 times as many.
+# 25 minutes on two CPU cores, two runs at a time, for 10 clients and one seed on CIFAR-10.
+# Standalone trains 10 clients * 400 samples * 2 epochs in 3.1 s of a core; LG-FedAvg, FD and
+# FedProto take as long, pFedLoRA 3.9 s, FML 4.8 s, FedAPEN 6.6 s, FedKD 7.3 s. So it is
+# 60 rounds * 35 s / 2 cores = 18 min, and 3 min to start and to wait for the last.
+# With 50 and 100 clients, too, 10 train in a round; only evaluation takes 5 and 10 times as long.
 SMALL_SIZES = {"train": 400, "test": 100, "batch_size": 50, "epochs": 2, "rounds": 60}
 FIVE_CNNS = tuple(f"cnn{number}" for number in range(1, 6))
 LABELS = {

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -81,7 +81,7 @@ def drift_figure(results: Mapping[str, Sequence[Result]], title: str) -> "Figure
                 va="center",
                 annotation_clip=False,
             )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # MaxNLocator
     axes.set(
         xlabel="round",
         ylabel="drift: RMS distance of sigma_i\nfrom their mean (L2)",
@@ -142,7 +142,7 @@ def accuracy_by_cost(
             continue
         curve, (unit, _) = costs.Curve.seed_mean(seeds), costs.UNITS[cost]
         if (x := getattr(curve, cost) / unit).any():
-            line_style = {
+            line_style: dict[str, Any] = {
                 "color": color,
                 "linestyle": style,
                 "linewidth": 2.4 if is_ours else 1.2,
@@ -168,7 +168,7 @@ def gains_figure(cells: Sequence[Cell], results: costs.ResultsByMethod, title: s
         color=[ORANGE if value > 0 else GREY for value in sorted_gains],
     )
     axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # MaxNLocator
     label = rival.entry.label if rival else "best baseline"
     axes.set(xlabel="client, by its gain", ylabel=f"pFedLoRA less {label} / percentage points")
     return figure

@@ -51,7 +51,7 @@ class Request:
             if value is not None and value < 1:
                 raise ValueError(f"--{name} = {value}: must be an integer of at least 1")
         if self.table == TABLE_NAME:
-            disallowed = {"alpha": self.alpha}
+            disallowed: dict[str, object] = {"alpha": self.alpha}
         else:
             disallowed = {
                 "clients": self.clients,
@@ -62,8 +62,8 @@ class Request:
             disallowed["text-train"] = self.text_train
         if self.table != fedhl.TABLE_NAME:
             disallowed |= {"width": self.width, "participation": self.participation}
-        for name, value in disallowed.items():
-            if value:
+        for name, choice in disallowed.items():
+            if choice:
                 raise ValueError(f"--{name}: {self.table} has no such choice; leave it out")
 
     @property

@@ -23,7 +23,7 @@ class Result:
 
     @property
     def best_row(self) -> int:
-        """The row of the best round: the highest mean over clients of each client's own accuracy."""
+        """The row of the best round: the highest mean of the clients' own accuracies."""
         return int(np.nanargmax(self.rounds["accuracy"]))
 
     @property

@@ -128,7 +128,7 @@ def comparison_sheet(
     std_note: str = Table.std_note,
 ) -> Sheet:
     """A row for each entry, beside the paper."""
-    rows = [("", "seeds", "best", "last", "paper", "difference")]
+    rows: list[tuple[str, ...]] = [("", "seeds", "best", "last", "paper", "difference")]
     for cell in cells:
         numbers = [format_accuracy(v) for v in (cell.best, cell.last, cell.entry.published)]
         rows.append(
@@ -196,8 +196,8 @@ def drift_sheet(
         ratio = curves["alternating"][:length] / curves["simultaneous"][:length]
         num_below = np.count_nonzero(ratio < 1)
         explanations.append(
-            f"here: alternating is below in {num_below} of {length} rounds, {ratio.mean():.2f} times "
-            "on average"
+            f"here: alternating is below in {num_below} of {length} rounds, {ratio.mean():.2f} "
+            "times on average"
         )
     return Sheet(title, caution, [*explanations, *notes], rows, records or [{"round": None}])
 
@@ -205,10 +205,8 @@ def drift_sheet(
 def client_sheet(
     title: str, caution: str, notes: Sequence[str], results: Mapping[str, Sequence[Result]]
 ) -> Sheet:
-    """Figure 7: how many clients FedLoRA serves at least as well as FedAvg and Local, a row for
-    each seed.
-    """
-    rows = [
+    """Figure 7: how many clients FedLoRA serves at least as well as FedAvg and Local, by seed."""
+    rows: list[tuple[str, ...]] = [
         (
             "seed",
             "clients",
@@ -307,7 +305,7 @@ def _order_notes(cells: Sequence[Cell]) -> Iterator[str]:
     ]
     if len(pairs) > 3:
         ranks_of_columns = [np.argsort(np.argsort(column)) for column in zip(*pairs, strict=True)]
-        rho = np.corrcoef(*ranks_of_columns)[0, 1]
+        rho = np.corrcoef(ranks_of_columns[0], ranks_of_columns[1])[0, 1]
         yield (
             f"order of the {len(pairs)} entries against the paper's: rank correlation {rho:+.2f} "
             "(Spearman; 1 is the same)"

@@ -47,9 +47,8 @@ def publish_case(request: Request, case: Case, case_results: CaseResults) -> Non
         _publish_sheet(request, case.name + suffix, table_sheet)
     if any(case_results.results.values()):
         for suffix, figure in _figure_makers(request.table, title, *case_results).items():
-            print(
-                f"- drawn as {_save_figure(figure, request.table_folder / f'{case.name}{suffix}.png', request.root_folder)}"
-            )
+            file = request.table_folder / f"{case.name}{suffix}.png"
+            print(f"- drawn as {_save_figure(figure, file, request.root_folder)}")
     print()
 
 

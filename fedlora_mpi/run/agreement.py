@@ -94,10 +94,12 @@ def _compare_ranks(
     if other_platform_ranks := differing_ranks.pop("platform"):
         _warn_other_platform(comm, other_platform_ranks, local_inventory["platform"])
     for kind, ranks in differing_ranks.items():
-        if ranks := sorted(
+        if refused_ranks := sorted(
             ranks - other_platform_ranks if kind in platform_dependent_kinds(config) else ranks
         ):
-            _refuse_difference(comm, config, source, kind, local_inventory[kind], ranks, data)
+            _refuse_difference(
+                comm, config, source, kind, local_inventory[kind], refused_ranks, data
+            )
     return not any(differing_ranks[kind] for kind in PLATFORM_DEPENDENT)
 
 
@@ -118,8 +120,8 @@ def _warn_other_platform(comm: Comm, ranks: Collection[int], local_items: Items)
     if comm.rank == min(ranks):
         text = describe_platforms(root_items, local_items, "on rank 0")
         line = (
-            f"{_describe_ranks(sorted(ranks))}: {text}: bits may differ from those of ranks that are all "
-            "alike"
+            f"{_describe_ranks(sorted(ranks))}: {text}: bits may differ from those of ranks that "
+            "are all alike"
         )
         print(f"fedlora-mpi: {line}", file=sys.stderr, flush=True)
 

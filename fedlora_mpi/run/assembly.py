@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -44,6 +44,9 @@ from ..store.sinks import import_tensorboard
 from .agreement import reconcile_ranks
 from .fingerprint import Inventory, run_digest
 
+_Path: TypeAlias = Literal["auto", "measure", "loop", "stack"]  # as in ``Engine``
+_RequestedPath: TypeAlias = _Path | Literal[""]
+
 
 @dataclass(frozen=True)
 class Assembly:
@@ -58,9 +61,10 @@ class Assembly:
     inventory: Inventory | None = None  # of what this rank has built
 
 
-def build(config: Config, source: str, comm: Comm, requested_path: str = "") -> Assembly:
-    """Data, model, algorithm and groups; source: the config in messages; asked: the user's
-    engine.path, if another.
+def build(config: Config, source: str, comm: Comm, requested_path: _RequestedPath = "") -> Assembly:
+    """Data, model, algorithm and groups.
+
+    source: the config in messages; requested_path: the user's engine.path, if another.
 
     Raises Refused on all ranks for the user's mistakes. Rank 0 downloads while the others wait.
     """
@@ -130,7 +134,9 @@ def split_data(config: Config, source: str, data: Data) -> Split:
         )
 
 
-def decide_engine(config: Config, models: Sequence[Model], device: str, memory: int = 0) -> Engine:
+def decide_engine(
+    config: Config, models: Sequence[Model], device: Literal["auto", "cpu", "cuda"], memory: int = 0
+) -> Engine:
     """The engine with its path and group size decided by rule, for the largest network and the
     ``memory`` of a GPU, bytes.
     """
@@ -138,7 +144,7 @@ def decide_engine(config: Config, models: Sequence[Model], device: str, memory: 
     path, size = choose_path(
         config.engine, device, largest, config.train.batch_size, config.cohort, memory
     )
-    return replace(config.engine, device=device, path=path, group_size=size)
+    return replace(config.engine, device=device, path=cast(_Path, path), group_size=size)
 
 
 def _check_workers(workers: Sequence[int], source: str) -> None:
@@ -216,7 +222,7 @@ class _Parts(NamedTuple):
 
     def speed_candidates(self, train: LocalTraining, engine: Engine) -> list[Candidate]:
         """For each network, the largest clients that an engine would train together."""
-        candidates = {}
+        candidates: dict[int, Candidate] = {}
         for number, kind in enumerate(self.kinds(train, engine)):
             clients_of_kind = [
                 client
@@ -224,14 +230,17 @@ class _Parts(NamedTuple):
                 if kind_number == number
             ]
             largest = sorted(clients_of_kind, key=lambda client: -len(self.split.train[client]))
-            client_count = engine.group_size if engine.path == "stack" else 1
+            client_count = 1
+            if engine.path == "stack":
+                assert isinstance(engine.group_size, int), engine.group_size
+                client_count = engine.group_size
             candidates.setdefault(
                 kind.network, (kind.trainer, kind.initial, largest[:client_count])
             )
         return list(candidates.values())
 
     def rehearse(self, config: Config, source: str, engine: Engine, requested: Engine) -> Engine:
-        """``engine``, or the loop, as ``rehearsal.rehearsed`` finds; what this package brings needs
+        """``engine``, or the loop, as ``rehearse_engine`` finds; what this package brings needs
         no trial.
         """
         names, method = (
@@ -258,15 +267,22 @@ class _Parts(NamedTuple):
 def _make_parts(
     config: Config, source: str, hosts_clients: bool, device: torch.device, beat: Callable[[], None]
 ) -> _Parts:
-    """``hosting``: whether this rank trains clients; ``beat``: see ``Feed``."""
+    """``hosts_clients``: whether this rank trains clients; ``beat``: ``on_batch`` of ``Feed``."""
     data = load_data(config, source)
     models = load_models(config, source, data)
     split = split_data(config, source, data)
     feed = None
     if hosts_clients:
         with prefix_errors(source, "data"):
-            options = {"seed": config.seed, "shift": config.data.source.shift, "device": device}
-            feed = Feed(data, split, **options, augment=True, on_batch=beat)
+            feed = Feed(
+                data,
+                split,
+                seed=config.seed,
+                shift=config.data.source.shift,
+                device=device,
+                augment=True,
+                on_batch=beat,
+            )
     variants, kind_of = client_variants(config)
     with prefix_errors(source, "algorithm"):
         initial_variables = _initial_variables(config, variants, models)
@@ -296,7 +312,7 @@ def _choose_engine(
     comm: Comm,
     workers: Sequence[int],
     memory: int,
-    requested_path: str,
+    requested_path: _RequestedPath,
 ) -> Engine:
     """The engine, with everything decided: by rule or as the first worker has measured it, and
     tried there for all.
@@ -357,7 +373,9 @@ def _assemble(
     data, split, kind_of = parts.data, parts.split, parts.kind_of_client
     algorithm, sizes = config.algorithm, [len(indices) for indices in split.train]
     kinds = parts.kinds(config.train, config.engine)
-    group_width = config.engine.group_size * (
+    group_size = config.engine.group_size
+    assert isinstance(group_size, int), group_size  # decided before
+    group_width = group_size * (
         int(1 / config.participation) if config.engine.path == "stack" else 1
     )
     grouped = group_clients(sizes, group_width, kind_of)
@@ -385,7 +403,7 @@ def _assemble(
         costs=costs,
         rank_of_group=rank_of_group,
         throughput=Throughput(len(kinds)),
-        group_size=config.engine.group_size,
+        group_size=group_size,
         sizes=tuple(sizes),
         weight_N=_client_weights(algorithm, sizes, config.privacy),
         seed=config.seed,
@@ -410,10 +428,10 @@ def _assemble(
     )
     if tasks := config.data.tasks:
         with prefix_errors(source, "data"):
-            parts = tasks.split_by_task(split, data.train.y.numpy(), data.test.y.numpy())
+            task_splits = tasks.split_by_task(split, data.train.y.numpy(), data.test.y.numpy())
         run = replace(
             run,
-            task_runs=tuple(_with_split(run, task_split) for task_split in parts),
+            task_runs=tuple(_with_split(run, task_split) for task_split in task_splits),
             task_rounds=tasks.rounds,
         )
     with prefix_errors(source, "privacy"):
@@ -441,6 +459,7 @@ def _check_privacy(config: Config, run: Run) -> None:
 def _with_split(run: Run, split: Split) -> Run:
     """``run`` when its clients hold what ``split`` says, in the same groups on the same ranks."""
     feed, sizes = run.trainer.feed, tuple(map(len, split.train))
+    assert feed is None or isinstance(feed, Feed), type(feed)
     feed = feed and feed.with_split(split)
     kinds = tuple(kind._replace(trainer=replace(kind.trainer, feed=feed)) for kind in run.kinds)
     return replace(
@@ -484,8 +503,9 @@ def _initial_variables(
     for initial in initial_variables:
         if clashing_leaves := initial.shared.keys() & initial.personal.keys():
             raise ValueError(
-                f"name = {configs.algorithm_name(algorithm)}: has a leaf {display_name(min(clashing_leaves))} "
-                "of its own, and so has the network; rename that part of the network"
+                f"name = {configs.algorithm_name(algorithm)}: has a leaf "
+                f"{display_name(min(clashing_leaves))} of its own, and so has the network; rename "
+                "that part of the network"
             )
     mixes = [algorithm.offer(first, first) for first in initial_variables]
     for verb, trees in (

@@ -132,8 +132,8 @@ def _check_leaves(snapshot: Checkpoint, assembly: Assembly, initial_server: Tree
             if stored.get(name) != (array.shape, array.dtype):
                 description = f"{array.dtype} {list(array.shape)}"
                 raise StoreError(
-                    f"{snapshot.path}: has no leaf {name!r} of {description}; it is damaged, or of another "
-                    "experiment"
+                    f"{snapshot.path}: has no leaf {name!r} of {description}; it is damaged, or of "
+                    "another experiment"
                 )
 
 

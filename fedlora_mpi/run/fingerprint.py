@@ -180,7 +180,8 @@ def describe_difference(
         )
         return (
             item,
-            f"{prefix}{item} comes where {expected_item} does {reference}: registered in another order",
+            f"{prefix}{item} comes where {expected_item} does {reference}: registered in another "
+            "order",
         )
     item = next(name for name in current if recorded[name] != current[name])
     if kind in ("package", "settings", "structure"):
@@ -207,9 +208,9 @@ def tensor_digest(value: Tensor, beat: Callable[[], None] = lambda: None) -> str
     return hasher.hexdigest()
 
 
-def tensor_bytes(value: Tensor) -> np.ndarray:
-    """The bytes of a tensor, row by row, uint8 [n]."""
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def tensor_bytes(value: Tensor) -> memoryview:
+    """The bytes of a tensor, row by row."""
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _shape_and_dtype(value: Tensor) -> str:

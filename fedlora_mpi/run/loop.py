@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from ..core.escapes import escape_line
 from ..core.paths import expand_home
 from ..federation.federation import State
 from ..federation.round import run_round
-from ..mpi.comm import Comm
+from ..mpi.comm import Comm, Mpi
 from ..mpi.ending import Fault, collectively
 from ..mpi.pending import RankLost
 from ..resilience.rebalancing import is_rebalancing_due, rebalance
@@ -70,7 +71,7 @@ def start(config: Config, source: str, comm: Comm) -> int:
 def _start_or_continue(
     folder: Path, config: Config, source: str, comm: Comm, stop_requests: Sequence[int]
 ) -> int:
-    """Play all rounds that there is no checkpoint of, whether the folder is there or not."""
+    """Train the rounds after the newest checkpoint, or all into a new folder."""
     if not run_exists(folder, comm):
         return _start_new_run(folder, config, source, comm, stop_requests)
     recorded = _broadcast_config(comm, lambda: adopt_recorded_engine(config, source, folder))
@@ -80,7 +81,7 @@ def _start_or_continue(
 def _start_new_run(
     folder: Path, config: Config, source: str, comm: Comm, stop_requests: Sequence[int]
 ) -> int:
-    """Play all rounds into a new run folder; returns the exit code."""
+    """Train all rounds into a new run folder; returns the exit code."""
 
     def refuse_existing() -> None:
         if comm.rank == 0 and os.path.lexists(folder):
@@ -101,10 +102,9 @@ def _start_new_run(
 
 
 def start_or_resume(config: Config, source: str, comm: Comm) -> int:
-    """Train until done whatever happened before; for a scheduler, which calls it again and again.
+    """Start the run, or continue its folder if it exists; a scheduler calls this until it is done.
 
-    Goes on with the run folder where there is one; settings that a resume may not change are
-    refused.
+    Refuses to continue with settings that a resume may not change.
     """
     folder, stop_requests = expand_home(config.output), _collect_stop_signals()
 
@@ -115,10 +115,9 @@ def start_or_resume(config: Config, source: str, comm: Comm) -> int:
 
 
 def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
-    """Continue a run from its newest valid checkpoint, on any number of ranks; returns the exit
-    code.
+    """Continue a run from its newest valid checkpoint; returns the exit code.
 
-    A run that was killed before its first checkpoint begins again.
+    The number of ranks may differ. A run without a checkpoint begins again.
     """
     config, comm = receive_config(comm, lambda: recorded_config(folder, overrides))
     stop_requests = _collect_stop_signals()
@@ -130,7 +129,7 @@ def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
 
 
 def _continue_run(folder: Path, config: Config, comm: Comm, stop_requests: Sequence[int]) -> int:
-    """Play the rounds of ``config`` that the folder does not have; returns the exit code."""
+    """Train the rounds of ``config`` that the folder does not have; returns the exit code."""
     assembly = build(config, str(folder / "config.yaml"), comm)
     check_shared_folder(folder, comm)
     collectively(comm, lambda: check_unchanged(folder, assembly) if comm.rank == 0 else None)
@@ -165,7 +164,7 @@ def receive_config(comm: Comm, read: Callable[[], Config]) -> tuple[Config, Comm
             config = _broadcast_config(comm, read)
             break
         except RankLost as lost:
-            comm = surviving_comm(lost, comm)
+            comm = surviving_comm(lost, cast(Mpi, comm))  # ``Solo`` loses no rank
     if comm.dead_ranks and not config.faults.tolerate:
         raise Fault(
             f"rank {', '.join(map(str, comm.dead_ranks))} died before the run began; start again"
@@ -174,9 +173,9 @@ def receive_config(comm: Comm, read: Callable[[], Config]) -> tuple[Config, Comm
 
 
 def _broadcast_config(comm: Comm, read: Callable[[], Config]) -> Config:
-    """The config that ``read()`` gives on rank 0, on every rank. Raises Lost."""
+    """The config that ``read()`` gives on rank 0, on every rank. Raises RankLost."""
     config = collectively(comm, lambda: read() if comm.rank == 0 else None)
-    text = json.dumps(configs.resolved_dict(config)) if comm.rank == 0 else ""
+    text = json.dumps(configs.resolved_dict(config)) if config is not None else ""
     return configs.from_dict(json.loads(comm.broadcast(text.encode())), "config of rank 0")
 
 
@@ -189,7 +188,7 @@ def _hold_on_rank_0(comm: Comm, acquire: Callable[[], AbstractContextManager]) -
 
 
 def _replicate_if_tolerant(assembly: Assembly, state: State) -> tuple[Assembly, State]:
-    """Both, with copies in memory that outlive a worker where the config asks for it."""
+    """Both, with replicas in memory if the config tolerates the death of a worker."""
     return (
         replace(assembly, run=with_replicas(assembly.run, state))
         if assembly.config.faults.tolerate
@@ -198,7 +197,7 @@ def _replicate_if_tolerant(assembly: Assembly, state: State) -> tuple[Assembly, 
 
 
 def _train(assembly: Assembly, state: State, folder: Path, stop_requests: Sequence[int]) -> int:
-    """Play the rounds that are left, or until somebody ``asked`` to stop; returns the exit code."""
+    """Train the rounds that are left, or until a stop request; returns the exit code."""
     config, comm = assembly.config, assembly.run.comm
     with ExitStack() as stack:
         log, sinks = collectively(
@@ -229,9 +228,7 @@ def _train(assembly: Assembly, state: State, folder: Path, stop_requests: Sequen
 
 
 def _open_log(config: Config, folder: Path, stack: ExitStack) -> tuple[Log, list[Sink]]:
-    """The log and what is written beside it, until the ``stack`` ends. Raises ValueError,
-    Unwritable.
-    """
+    """The log and the sinks beside it, closed with ``stack``. Raises ValueError, Unwritable."""
     sinks = open_sinks(folder, csv=config.log.csv, tensorboard=config.log.tensorboard)
     for sink in sinks:
         stack.enter_context(closing(sink))
@@ -248,8 +245,9 @@ def _train_rounds(
     log: Log | None,
     sinks: Sequence[Sink],
 ) -> State:
-    """The state after the last round, or after the one in which somebody ``asked`` to stop;
-    ``too``: written beside the log.
+    """Train until the last round or a stop request; returns the state.
+
+    sinks: what is written beside the log.
     """
     config, progress = assembly.config, Progress(assembly.config.rounds, state.round)
     stop, saved_round, logged_round = False, state.round, state.round
@@ -281,8 +279,8 @@ def _train_rounds(
             if assembly.run.journal:
                 assembly.run.journal.begin_round(state)
             if is_rebalancing_due(assembly.run, state.round):
-                worker_ranks_of = worker_ranks(config, assembly.run.comm.size)
-                run, state = rebalance(assembly.run, state, worker_ranks_of, config.mix)
+                workers = worker_ranks(config, assembly.run.comm.size)
+                run, state = rebalance(assembly.run, state, workers, config.mix)
                 assembly = replace(assembly, run=run)
         except RankLost as lost:
             if not assembly.run.journal:
@@ -308,12 +306,15 @@ def _report_rank_failure(log: Log, line: str) -> None:
 
 
 def _log_round(
-    log: Log | None, sinks: Sequence[Sink], progress: Progress, round_: int, row: dict, clients: Mapping[str, np.ndarray],
+    log: Log | None,
+    sinks: Sequence[Sink],
+    progress: Progress,
+    round_: int,
+    row: dict,
+    clients: Mapping[str, np.ndarray],
     logged_round: int,
-) -> int:  # fmt: skip
-    """Log a round unless it was ``logged`` before a death made it be played again; returns the
-    newest round logged.
-    """
+) -> int:
+    """Log a round, unless a recovery replays one that is in the log; returns the newest logged."""
     if round_ <= logged_round:
         return logged_round
     if log:
@@ -328,15 +329,16 @@ def _log_round(
                 file=sys.stderr,
             )
         if "skipped" in row:
-            row["skipped"] = len(skipped)
+            row["skipped"] = len(row["skipped"])
         if ids := row.pop("nan_clients"):
             client_list, rest = (
                 ", ".join(map(str, ids[:10])),
                 f" and {len(ids) - 10} more" if len(ids) > 10 else "",
             )
             print(
-                f"fedlora-mpi: round {round_}: client {client_list}{rest}: logits of test samples are no "
-                "numbers (nan); these samples count as wrong, see nan_predictions of the log",
+                f"fedlora-mpi: round {round_}: client {client_list}{rest}: logits of test samples "
+                "are no numbers (nan); these samples count as wrong, see nan_predictions of the "
+                "log",
                 file=sys.stderr,
             )
         ranks = row.pop("seconds_ranks")
@@ -354,14 +356,15 @@ def run_hints(assembly: Assembly) -> list[str]:
     workers = len(set(assembly.run.rank_of_group))
     if workers < (available_workers := len(worker_ranks(assembly.config, comm.size))):
         lines.append(
-            f"{len(assembly.run.groups)} groups of clients keep {workers} of {available_workers} workers busy; "
-            "a smaller engine.group_size gives work to more (and changes rounding)"
+            f"{len(assembly.run.groups)} groups of clients keep {workers} of {available_workers} "
+            "workers busy; a smaller engine.group_size gives work to more (and changes rounding)"
         )
     local_workers = comm.local_size - (available_workers < comm.size)
     cores, used_cores = os.cpu_count() or 1, local_workers * engine.threads
     if engine.device == "cpu" and used_cores > cores:
         lines.append(
-            f"{local_workers} workers with {engine.threads} thread(s) share {cores} cores; start fewer ranks"
+            f"{local_workers} workers with {engine.threads} thread(s) share {cores} cores; start "
+            "fewer ranks"
         )
     elif (
         engine.device == "cpu"
@@ -369,32 +372,32 @@ def run_hints(assembly: Assembly) -> list[str]:
         and available_workers < len(assembly.run.groups)
     ):
         lines.append(
-            f"{used_cores} of {cores} cores are busy; mpirun -n {cores // engine.threads + 1} would use "
-            "them all"
+            f"{used_cores} of {cores} cores are busy; mpirun -n {cores // engine.threads + 1} "
+            "would use them all"
         )
     return lines + _decomposition_hints(assembly)
 
 
 def _decomposition_hints(assembly: Assembly) -> list[str]:
     """Which weights have no low-rank part, where the config asks for one in all."""
-    algorithm, lines = assembly.run.algorithm, []
+    lines: list[str] = []
+    algorithm = assembly.run.algorithm
     full_roles = getattr(algorithm, "full", ())
     if "*" not in getattr(algorithm, "layers", ()):
         return lines
     for network in sorted({kind.network for kind in assembly.run.kinds}):
         model = next(kind.trainer.model for kind in assembly.run.kinds if kind.network == network)
         low_rank = algorithm.low_rank(model)
-        full_weights = skipped_weights(model, low_rank, full_roles)
         full_weights = [
             f"{name} ({why})"
-            for name, why in full_weights.items()
+            for name, why in skipped_weights(model, low_rank, full_roles).items()
             if model.role(name) not in full_roles
         ]
         if low_rank and full_weights:
             lines.append(
                 f"{configs.algorithm_name(algorithm)} decomposes {len(low_rank)} of "
-                f"{len(low_rank) + len(full_weights)} weights; not decomposed: {join_first(full_weights)}; "
-                "'fedlora-mpi plan' lists them"
+                f"{len(low_rank) + len(full_weights)} weights; not decomposed: "
+                f"{join_first(full_weights)}; 'fedlora-mpi plan' lists them"
             )
     return lines
 

@@ -83,8 +83,8 @@ def adopt_recorded_engine(config: Config, source: str, folder: Path) -> Config:
             and not k.startswith(configs.FREE_ON_RESUME)
         )
         raise ValueError(
-            f"{source}: {key} = {settings.get(key)}: the run in {folder} has {recorded_settings.get(key)}; choose "
-            "another output"
+            f"{source}: {key} = {settings.get(key)}: the run in {folder} has "
+            f"{recorded_settings.get(key)}; choose another output"
         )
     return config
 
@@ -114,10 +114,10 @@ def check_shared_folder(folder: Path, comm: Comm) -> None:
             )
 
     with ExitStack() as stack:
-        path = collectively(
+        probe = collectively(
             comm, lambda: stack.enter_context(create_probe(folder)) if comm.rank == 0 else None
         )
-        path = Path(os.fsdecode(comm.broadcast(os.fsencode(path or ""))))
+        path = Path(os.fsdecode(comm.broadcast(os.fsencode(probe or ""))))
         access[comm.rank] = wait_for_file(path) and 1 + os.access(path.parent, os.W_OK)
         comm.sum(access)  # each number is set by one rank
         collectively(comm, report_blind_ranks)
@@ -127,6 +127,7 @@ def check_unchanged(folder: Path, assembly: Assembly) -> None:
     """Raise ValueError when the run began with other data or another network than there are now; on
     a machine that may compute other last bits, say so in a line.
     """
+    assert assembly.inventory is not None  # ``build`` sets it
     _check_vocabulary(folder, assembly)
     _check_weight_files(folder, assembly)
     recorded, current, reference = (
@@ -147,13 +148,16 @@ def check_unchanged(folder: Path, assembly: Assembly) -> None:
             and recorded[kind] != current[kind]
             and not (platform_change and kind in platform_dependent_kinds(assembly.config))
         ):
-            text = f"{folder}: {describe_difference(kind, recorded[kind], current[kind], reference)[1]}"
+            text = (
+                f"{folder}: "
+                f"{describe_difference(kind, recorded[kind], current[kind], reference)[1]}"
+            )
             root = f" in data.root = {assembly.config.data.source.root}" if kind == "data" else ""
             raise ValueError(f"{text}; put back what was{root}, or start anew with another output")
     if platform_change:
         line = (
-            f"{folder}: {platform_change}: from here on bits may differ from those of this run on the "
-            "machine it began on"
+            f"{folder}: {platform_change}: from here on bits may differ from those of this run on "
+            "the machine it began on"
         )
         print(f"fedlora-mpi: {line}", file=sys.stderr, flush=True)
 
@@ -185,14 +189,14 @@ def _check_vocabulary(folder: Path, assembly: Assembly) -> None:
     ):
         if source.text.tokenizer:
             raise ValueError(
-                f"{stored_vocabulary}: is not that of data.text.tokenizer = {source.text.tokenizer}, which has "
-                "changed since the run began: put back what was, or start anew (if this copy is "
-                "damaged, remove it)"
+                f"{stored_vocabulary}: is not that of data.text.tokenizer = "
+                f"{source.text.tokenizer}, which has changed since the run began: put back what "
+                "was, or start anew (if this copy is damaged, remove it)"
             )
         raise ValueError(
-            f"{stored_vocabulary}: is not that of the training texts in data.root = {source.root}; they, or "
-            "the library tokenizers, have changed since the run began: put back what was, or "
-            "start anew (if this copy is damaged, remove it)"
+            f"{stored_vocabulary}: is not that of the training texts in data.root = {source.root}; "
+            "they, or the library tokenizers, have changed since the run began: put back what "
+            "was, or start anew (if this copy is damaged, remove it)"
         )
 
 
@@ -236,7 +240,7 @@ def fill_run_folder(folder: Path, assembly: Assembly) -> None:
 
 
 def write_descriptions(folder: Path, assembly: Assembly) -> None:
-    """The resolved config, the layers of networks of Hugging Face and, for texts, the vocabulary."""
+    """Write the resolved config, the layers of a Hugging Face network, the vocabulary of texts."""
     for name, text in (
         {"config.yaml": configs.checksummed_yaml(assembly.config)} | _companion_texts(assembly)
     ).items():
@@ -255,6 +259,7 @@ def _companion_texts(assembly: Assembly) -> dict[str, str]:
 
 
 def create_log(folder: Path, assembly: Assembly) -> None:
+    assert assembly.inventory is not None  # ``build`` sets it
     split = assembly.split
     Log.create(
         folder / "log.h5",

@@ -136,7 +136,8 @@ def pool_samples(data: Data, classes: Collection[int]) -> Split:
             f"--classes = {','.join(map(str, classes))}",
             f"there is no {name} sample of these",
         )
-    return Split(*rows, *class_counts)
+    (train, test), (train_counts, test_counts) = rows, class_counts
+    return Split(train, test, train_counts, test_counts)
 
 
 def _prepare(config: Config, source: str, classes: str | None) -> tuple[Trainer, Tree]:
@@ -168,6 +169,7 @@ def _train_epochs(
     for epoch in range(epochs):
         start_time = time.perf_counter()
         (result,) = trainer.train([0], tree, {}, epoch, evaluate=True)
+        assert result.score is not None and result.nan_predictions is not None  # evaluated
         tree = result.end.shared
         if not all(torch.isfinite(v).all() for v in (result.loss, *tree.values())):
             raise Fault(

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .. import config as configs
 from ..config import Config
@@ -97,7 +98,8 @@ def sbatch_script(
     return (
         f"#!/bin/bash\n{comment_lines}{_directive_lines(job)}\n"
         f'export PATH="{bin_folder}:$PATH"\n'
-        f"{_binding_lines(job)}{_MPS_LINES if job.gpus else ''}{body.rstrip()} &\n{_WAIT_LINES.replace('IS_DONE', done_command)}"
+        f"{_binding_lines(job)}{_MPS_LINES if job.gpus else ''}{body.rstrip()} "
+        f"&\n{_WAIT_LINES.replace('IS_DONE', done_command)}"
     )
 
 
@@ -120,15 +122,15 @@ def status_command(arguments: str) -> str:
 
 
 def array_task_lines(list_file: str) -> str:
-    """The shell lines that run line n of the file ``listed`` (shell-quoted) as task n of an array."""
+    """Shell lines that run line n of ``list_file`` (shell-quoted) as task n of an array."""
     return f'line=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {list_file})\nbash -c "$line"'
 
 
-def job_for(config: Config, config_file: str | Path, **options: str | int | None) -> Job:
-    """The job of a config; where the ranks are not ``given``: the server and a worker per GPU, or
-    nine ranks on a node without, never more workers than clients.
+def job_for(config: Config, config_file: str | Path, **options: Any) -> Job:
+    """The job of a config. Raises ValueError.
 
-    Raises ValueError.
+    Ranks, unless ``options`` has them: the server and a worker per GPU, or nine on a node without
+    GPUs, but never more workers than clients.
     """
     options = {name: value for name, value in options.items() if value is not None}
     nodes, gpus, server = (
@@ -138,7 +140,7 @@ def job_for(config: Config, config_file: str | Path, **options: str | int | None
     )
     rank_slots = nodes * gpus + server if gpus else nodes * _CPU_RANKS_PER_NODE
     folder = expand_home(config.output)
-    defaults = {
+    defaults: dict[str, Any] = {
         "name": re.sub(r"[^\w.-]", "-", Path(config_file).stem),
         "log": f"{folder}.slurm-%j.log",  # beside the run folder, which the run makes itself
         "ranks": max(nodes, min(rank_slots, config.data.partition.clients + server)),
@@ -240,7 +242,7 @@ if [ "${MPS:-no}" = yes ]; then
     'mkdir -p "$CUDA_MPS_PIPE_DIRECTORY" && exec nvidia-cuda-mps-control -f' &
   sleep 10
 fi
-"""
+"""  # noqa: E501
 
 # 138: SIGUSR1 came before the program listened. ``wait`` returns early when the trap has run.
 # mpirun ends with 0 when a node's daemon was lost: such a run is not done, and goes on when it is
@@ -254,4 +256,4 @@ if [ $code -eq {STOPPED_EXIT} ] || [ $code -eq 138 ]; then  # told to stop, or c
   scontrol requeue "${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
 fi
 exit $code
-"""
+"""  # noqa: E501

@@ -151,7 +151,7 @@ def copy_log(folder: Path, log_path: Path) -> Shard:
 
 
 def commit(folder: Path, shards: Sequence[Shard], *, run_digest: str, clients: int) -> None:
-    """Make ``folder`` a checkpoint of clients 0 .. clients - 1, all of whose files are ``shards``."""
+    """Make ``folder`` a checkpoint of ``clients`` clients, whose files are ``shards``."""
     for shard in shards:
         actual_size = (folder / shard.name).stat().st_size
         assert actual_size == shard.size, (
@@ -253,7 +253,7 @@ def newest_valid(run: Path, *, run_digest: str | None = None) -> tuple[Checkpoin
 
     Raises StoreError when there is none, with all the lines in one.
     """
-    skipped = []
+    skipped: list[str] = []
     for round_ in reversed(committed_rounds(run)):
         try:
             snapshot = Checkpoint.read(checkpoint_folder(run, round_))

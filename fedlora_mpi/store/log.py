@@ -17,6 +17,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ..core.disk_errors import WriteError, explain_write_errors
 from . import hdf5, nolinks, schema, seal
@@ -139,7 +140,7 @@ class Log:
         ``clients`` are [N] each, ``ranks`` seconds [R] of each stage. The first row decides the
         columns and which of them are integers; those of ranks begin when there are any.
         """
-        row = {"rounds/round": round_}
+        row: dict[str, np.ndarray | float] = {"rounds/round": round_}
         row |= {f"rounds/{name}": value for name, value in rounds.items()}
         row |= {f"clients/{name}": value for name, value in clients.items()}
         if not self._columns:
@@ -229,7 +230,10 @@ class Log:
         ``/ranks/seconds_<stage>`` [T, 0].
         """
         group, name = path.split("/")
-        shape, max_shape, chunk, dtype = (0,), (None,), (256,), np.asarray(value).dtype
+        shape: tuple[int, ...] = (0,)
+        max_shape: tuple[int | None, ...] = (None,)
+        chunk: tuple[int, ...] = (256,)
+        dtype: DTypeLike = np.asarray(value).dtype
         if group == "clients":
             clients = int(self._file.attrs["clients"])
             shape, max_shape, chunk, dtype = (

@@ -41,7 +41,7 @@ def run_folder_of(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Shard:
-    """What the manifest records of one file: its name in the folder, bytes, and BLAKE2b checksum."""
+    """What the manifest records of one file: name in the folder, bytes, BLAKE2b checksum."""
 
     name: str
     size: int

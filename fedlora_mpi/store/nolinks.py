@@ -16,9 +16,13 @@ from pathlib import Path
 from ..core.disk_errors import WriteError
 
 _TYPE_TESTS = {
-    "a link": stat.S_ISLNK, "a folder": stat.S_ISDIR, "a FIFO": stat.S_ISFIFO, "a socket": stat.S_ISSOCK,
-    "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "a file": stat.S_ISREG,
-}  # fmt: skip
+    "a link": stat.S_ISLNK,
+    "a folder": stat.S_ISDIR,
+    "a FIFO": stat.S_ISFIFO,
+    "a socket": stat.S_ISSOCK,
+    "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+    "a file": stat.S_ISREG,
+}
 
 
 class WrongFileType(WriteError, ValueError):
@@ -28,11 +32,14 @@ class WrongFileType(WriteError, ValueError):
         actual = next(
             (name for name, test in _TYPE_TESTS.items() if test(mode)), "something strange"
         )
-        text = f"{path} is {actual} where {expected} of ours would be; it is left as it is, move it away"
+        text = (
+            f"{path} is {actual} where {expected} of ours would be; it is left as it is, move it "
+            "away"
+        )
         super().__init__(errno.ELOOP, text, str(path))
 
     def __str__(self) -> str:
-        return self.strerror
+        return str(self.strerror)
 
 
 @contextmanager

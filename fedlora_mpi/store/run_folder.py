@@ -71,7 +71,8 @@ def create_run_folder(folder: Path, fill: Callable[[Path], None]) -> Iterator[No
         foreign_names = nolinks.foreign_names(draft, is_run_file, parent)
     if foreign_names:
         raise StoreError(
-            f"{draft / foreign_names[0]}: is not of a run, and {draft} must become one; move it away"
+            f"{draft / foreign_names[0]}: is not of a run, and {draft} must become one; move it "
+            "away"
         )
     with hold_lock(draft, parent):
         try:

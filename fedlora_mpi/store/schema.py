@@ -32,12 +32,21 @@ MAX_INTEGER = 2**53  # of an integer
 _TYPE_NAMES = {dict: "a block", str: "text", int: "an integer", list: "a list"}
 # What those who analyse a run ask of its config, by dotted key; of some only when they are there.
 _REQUIRED_SETTINGS = {
-    "seed": int, "rounds": int, "algorithm": dict, "algorithm.name": str, "data": dict, "data.partition": dict,
+    "seed": int,
+    "rounds": int,
+    "algorithm": dict,
+    "algorithm.name": str,
+    "data": dict,
+    "data.partition": dict,
     "data.partition.seed": int,
-}  # fmt: skip
+}
 _OPTIONAL_SETTINGS = {
-    "data.dataset": str, "data.partition.kind": str, "data.partition.clients": int, "evaluate": dict, "evaluate.every": int,
-}  # fmt: skip
+    "data.dataset": str,
+    "data.partition.kind": str,
+    "data.partition.clients": int,
+    "evaluate": dict,
+    "evaluate.every": int,
+}
 
 
 @contextmanager
@@ -164,8 +173,8 @@ def read_attribute(owner: h5py.Group, name: str, default: Any = None) -> Any:
         and not all(isinstance(v, str) for v in value)
     ):
         raise StoreError(
-            f"attribute {name!r} is of type {str(attribute_id.dtype)[:100]} {attribute_id.shape}, and no file "
-            "of a run has such"
+            f"attribute {name!r} is of type {str(attribute_id.dtype)[:100]} {attribute_id.shape}, "
+            "and no file of a run has such"
         )
     return value
 
@@ -258,7 +267,7 @@ def parse_json_block(text: str | bytes, description: str) -> dict[str, Any]:
         ) from why
     if not isinstance(value, dict):
         raise StoreError(f"{description} must be a block of keys, is {type(value).__name__}")
-    pending = [(value, 0)]
+    pending: list[tuple[dict | list, int]] = [(value, 0)]
     while pending:
         block, depth = pending.pop()
         if depth > _MAX_JSON_DEPTH:
@@ -288,7 +297,7 @@ def checked_item(
     """``block[key]``. Raises StoreError unless it is of this type and, if a number, from ``least``
     to ``most``.
     """
-    value = block.get(key)
+    value: Any = block.get(key)
     if type(value) is not expected_type:
         raise StoreError(
             f"{key} must be {_TYPE_NAMES[expected_type]}, is "

@@ -9,7 +9,7 @@ import csv
 import io
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -41,7 +41,7 @@ def open_sinks(run: Path, *, csv: bool, tensorboard: bool) -> list[Sink]:
     """The sinks of a run folder, with the rounds that its log has. Raises ValueError without
     tensorboardX.
     """
-    sink_types = [
+    sink_types: list[tuple[Callable[[Path, Columns, Columns], Sink], Path, bool]] = [
         (CsvSink, run / "rounds.csv", csv),
         (TensorBoardSink, run / "tensorboard", tensorboard),
     ]
@@ -98,7 +98,10 @@ class TensorBoardSink:
         with explain_write_errors(folder), nolinks.open_folder(folder, folder.parent, create=True):
             # their names count seconds; the new one must come last, and be new
             earlier_files = [*folder.glob("events*")]
-        suffix = f".{max((int(file.suffix[1:]) for file in earlier_files if file.suffix[1:].isdecimal()), default=0) + 1}"
+        earlier_numbers = [
+            int(file.suffix[1:]) for file in earlier_files if file.suffix[1:].isdecimal()
+        ]
+        suffix = f".{max(earlier_numbers, default=0) + 1}"
         self._writer = import_tensorboard().SummaryWriter(
             str(folder), purge_step=0, filename_suffix=suffix
         )

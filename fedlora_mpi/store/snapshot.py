@@ -153,7 +153,8 @@ class Checkpoint:
         """The leaves that all these clients have in the same shape."""
         if len(unknown_ids := client_ids[(client_ids < 0) | (client_ids >= self.manifest.clients)]):
             raise StoreError(
-                f"{self.path}: holds no client or leaf {unknown_ids.min()}; it is of another experiment"
+                f"{self.path}: holds no client or leaf {unknown_ids.min()}; it is of another "
+                "experiment"
             )
 
         def is_requested(ids):
@@ -188,7 +189,8 @@ class Checkpoint:
         leaves = list(shapes) if leaves is None else leaves
         if missing_leaves := sorted({*leaves} - {*shapes}):
             raise StoreError(
-                f"{self.path}: holds no client or leaf {missing_leaves[0]!r}; it is of another experiment"
+                f"{self.path}: holds no client or leaf {missing_leaves[0]!r}; it is of another "
+                "experiment"
             )
         out = {
             leaf: np.empty((len(requested_ids), *shapes[leaf][0]), shapes[leaf][1])

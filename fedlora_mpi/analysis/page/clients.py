@@ -66,7 +66,10 @@ def client_distribution(groups: Sequence[Group], looks: Looks) -> PageFigure | N
     )
     axes.set(ylim=(len(accuracies) - 0.5, -0.5), xlabel="accuracy of a client's own model / %")
     axes.tick_params(axis="y", length=0)
-    caption = "Each dot is a client of one seed in its run's last evaluated round; the black line is the mean. The "
+    caption = (
+        "Each dot is a client of one seed in its run's last evaluated round; the black line is "
+        "the mean. The "
+    )
     caption += "height of a dot in its row means nothing." + caption_note(
         looks, "are in the table of accuracies"
     )
@@ -121,12 +124,16 @@ def rival_scatter(all_pairs: Sequence[RivalPair], looks: Looks) -> PageFigure | 
             axes.scatter(
                 x, y, 14, color=color, marker=marker, alpha=0.6, linewidths=0, rasterized=is_dense
             )
-            text = f"{'▲' if marker == '^' else '●'} {pair.rival.runs[0].algorithm}: {num_as_good(pair)} of {len(x)}"
+            text = (
+                f"{'▲' if marker == '^' else '●'} {pair.rival.runs[0].algorithm}: "
+                f"{num_as_good(pair)} of {len(x)}"
+            )
             axes.annotate(text, (97, 4 + 8 * index), ha="right", color=color, fontsize="small")
         axes.set(xlim=(0, 101), ylim=(0, 101), xticks=range(0, 101, 25), yticks=range(0, 101, 25))
     caption = (
-        "Each mark is a client (of one seed), both methods in their last evaluated rounds; above the line the one "
-        "named over the panel serves it better. The numbers count the clients that it serves at least as well."
+        "Each mark is a client (of one seed), both methods in their last evaluated rounds; above "
+        "the line the one named over the panel serves it better. The numbers count the clients "
+        "that it serves at least as well."
     )
     caption += f" {_MAX_PANELS} of {len(by_group)} methods." if len(by_group) > _MAX_PANELS else ""
     return PageFigure("against", "Each client against FedAvg and Local", caption, fig)
@@ -155,7 +162,7 @@ def partition_figures(groups: Sequence[Group]) -> list[PageFigure]:
         fig = dots(split)
         fig.axes[0].set_title("")
         fig.axes[0].collections[0].set_rasterized(
-            np.count_nonzero(split.train_counts) > _MAX_VECTOR_POINTS
+            bool(np.count_nonzero(split.train_counts) > _MAX_VECTOR_POINTS)
         )
         kind = config["partition"]
         alpha = f", alpha {kind['alpha']:g}" if "alpha" in kind else ""

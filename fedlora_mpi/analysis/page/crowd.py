@@ -55,4 +55,7 @@ def caption_note(looks: dict[str, Look], fate: str) -> str:
     """The end of a caption where some have none; ``rest``: what became of those."""
     if all(look.is_named for look in looks.values()):
         return ""
-    return f" Of {len(looks)} settings the {NUM_BEST} best and {NUM_WORST} worst in final accuracy are named; the others {fate}."
+    return (
+        f" Of {len(looks)} settings the {NUM_BEST} best and {NUM_WORST} worst in final accuracy "
+        f"are named; the others {fate}."
+    )

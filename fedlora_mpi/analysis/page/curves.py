@@ -41,8 +41,8 @@ _BAND_NOTE = "the band is ± one sample standard deviation over the seeds, where
 def learning_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
     """Mean accuracy over the rounds."""
     caption = (
-        "Test accuracy of each client's own model on its own test data, mean over clients and seeds, after every "
-        f"evaluated round; {_BAND_NOTE}."
+        "Test accuracy of each client's own model on its own test data, mean over clients and "
+        f"seeds, after every evaluated round; {_BAND_NOTE}."
     )
     return _line_figure(
         "learning",
@@ -58,7 +58,10 @@ def learning_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
 
 def loss_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
     """Training loss over the rounds."""
-    caption = f"Training loss, mean over the local steps of the round's clients and over seeds; {_BAND_NOTE}."
+    caption = (
+        "Training loss, mean over the local steps of the round's clients and over seeds; "
+        f"{_BAND_NOTE}."
+    )
     return _line_figure(
         "loss",
         "Training loss",
@@ -73,8 +76,9 @@ def loss_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
 def drift_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
     """FedLoRA's Figure 6."""
     caption = (
-        "How far the clients train the shared parameters apart in a round: root mean square distance (L2) of what "
-        f"they send from its mean, mean over seeds; {_BAND_NOTE}. What shares nothing has no curve."
+        "How far the clients train the shared parameters apart in a round: root mean square "
+        f"distance (L2) of what they send from its mean, mean over seeds; {_BAND_NOTE}. What "
+        "shares nothing has no curve."
     )
     drifting = [g for g in groups if g.curves("drift")[1].any()]
     return _line_figure(
@@ -113,8 +117,8 @@ def client_spread(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
         )
     set_round_axis(all_axes[0], max(group.curves("accuracy")[0][-1] for group in plotted))
     caption = (
-        "The same over the clients, of all seeds together: the line is their mean, the dark band holds the middle "
-        "half of them, the pale band all."
+        "The same over the clients, of all seeds together: the line is their mean, the dark band "
+        "holds the middle half of them, the pale band all."
     ) + caption_note(looks, "are left out")
     return PageFigure("spread", "Spread over clients", caption, fig)
 
@@ -123,7 +127,10 @@ def diagnosis_curves(groups: Sequence[Group], looks: Looks) -> list[PageFigure]:
     """What ``diagnose: true`` has logged, a figure for each column."""
     figures = []
     for name, (title, explanation) in DIAGNOSIS.items():
-        caption = f"{explanation[0].upper()}{explanation[1:]}; mean over seeds. {_BAND_NOTE[0].upper()}{_BAND_NOTE[1:]}."
+        caption = (
+            f"{explanation[0].upper()}{explanation[1:]}; mean over seeds. "
+            f"{_BAND_NOTE[0].upper()}{_BAND_NOTE[1:]}."
+        )
 
         def curve(group, name=name):
             return group.curves(name)
@@ -141,8 +148,8 @@ def accuracy_by_bytes(groups: Sequence[Group], looks: Looks) -> PageFigure | Non
         return run.column("bytes_up") + run.column("bytes_down")
 
     caption = (
-        "Mean accuracy against all bytes sent up and down so far, all clients together, as float32 in a real "
-        "federation; mean over seeds. What sends nothing has no curve."
+        "Mean accuracy against all bytes sent up and down so far, all clients together, as "
+        "float32 in a real federation; mean over seeds. What sends nothing has no curve."
     )
     return _cost_figure(
         "bytes",
@@ -158,7 +165,10 @@ def accuracy_by_bytes(groups: Sequence[Group], looks: Looks) -> PageFigure | Non
 
 def accuracy_by_flops(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
     """Accuracy over what has been computed."""
-    caption = "Mean accuracy against the floating-point operations of all local training so far; mean over seeds."
+    caption = (
+        "Mean accuracy against the floating-point operations of all local training so far; mean "
+        "over seeds."
+    )
 
     def compute(run):
         return run.column("flops").astype(float)
@@ -221,8 +231,9 @@ def seconds_by_stage(groups: Sequence[Group], looks: Looks) -> PageFigure | None
         frameon=False, ncols=len(names), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0
     )
     caption = (
-        "Mean seconds of a round by stage, mean over seeds, as rank 0 measures them: under mpirun it waits for the "
-        "workers, and this waiting counts as exchange. Runs on different or busy machines are not comparable."
+        "Mean seconds of a round by stage, mean over seeds, as rank 0 measures them: under mpirun "
+        "it waits for the workers, and this waiting counts as exchange. Runs on different or busy "
+        "machines are not comparable."
     ) + caption_note(looks, "are in the table of costs")
     return PageFigure("seconds", "Where the seconds go", caption, fig)
 

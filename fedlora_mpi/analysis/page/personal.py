@@ -51,6 +51,7 @@ def personal_figures(groups: Sequence[Group]) -> PersonalFigures:
             continue
         try:
             leaves = read_leaves(run, budget)
+            assert leaves is not None  # there is a checkpoint, within the budget
             factors, similar = low_rank(run, leaves), client_similarity(run, leaves)
         except ValueError as error:
             # such as a network of the user's own that cannot be imported here
@@ -58,7 +59,8 @@ def personal_figures(groups: Sequence[Group]) -> PersonalFigures:
             continue
         if factors and not np.nanmax(factors.norm) > 0:
             result.left_out.append(
-                f"{group.label} (its factors are zero: what they have learned is in the dense weights)"
+                f"{group.label} (its factors are zero: what they have learned is in the dense "
+                "weights)"
             )
             factors = None
         if factors is None and similar is None:
@@ -103,9 +105,9 @@ def effective_rank_figure(factors: LowRank, name: str, label: str, description: 
     else:
         left_axes.set_ylabel("layer, from the input to the output")
     caption = (
-        f"{description}: the low-rank part s B A of each layer (down; in brackets its number of components r) and client "
-        "(across). The effective rank is (Σσ²)² / Σσ⁴ of its singular values σ: n where n are equal and the rest "
-        "zero."
+        f"{description}: the low-rank part s B A of each layer (down; in brackets its number of "
+        "components r) and client (across). The effective rank is (Σσ²)² / Σσ⁴ of its singular "
+        "values σ: n where n are equal and the rest zero."
     )
     return PageFigure(name, f"What the low-rank part has learned: {label}", caption, fig)
 
@@ -140,9 +142,9 @@ def similarity_figure(
     )
     rho = rank_correlation(client_similarity)
     caption = (
-        f"{description}: cosine of two clients' personal parts (left; {what}) and of their training samples by class "
-        "(right). Both in the order of an average-linkage clustering of the left, so that alike clients are "
-        "neighbours; the diagonal, 1, is left white."
+        f"{description}: cosine of two clients' personal parts (left; {what}) and of their "
+        "training samples by class (right). Both in the order of an average-linkage clustering of "
+        "the left, so that alike clients are neighbours; the diagonal, 1, is left white."
     )
     caption += (
         ""

@@ -58,9 +58,14 @@ def seconds_by_rank(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
             )
             stacked = stacked + seconds
         if not np.isnan(load.balance):
-            label_style = {"xycoords": "axes fraction", "ha": "right", "fontsize": "small"}
-            axes.annotate(f"{load.balance:.0%} balanced", (1, 1.01), **label_style)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.annotate(
+                f"{load.balance:.0%} balanced",
+                (1, 1.01),
+                xycoords="axes fraction",
+                ha="right",
+                fontsize="small",
+            )
+        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # MaxNLocator
     handles, names = all_axes[0].get_legend_handles_labels()
     height = fig.get_size_inches()[1]
     fig.legend(
@@ -74,9 +79,9 @@ def seconds_by_rank(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
         bbox_to_anchor=(1, 0.05 / height),
     )
     caption = (
-        "Mean seconds of a round by rank, of the first seed: its own clients' training and evaluation, the exchange, what "
-        "lies between rounds, and waiting in messages. Balanced: the share of their time for which workers are busy if the "
-        "busiest sets the pace."
+        "Mean seconds of a round by rank, of the first seed: its own clients' training and "
+        "evaluation, the exchange, what lies between rounds, and waiting in messages. Balanced: "
+        "the share of their time for which workers are busy if the busiest sets the pace."
     )
     caption += caption_note(looks, "are in the table of costs")
     caption += (

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -234,18 +234,13 @@ def label_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, Look]], hei
     for label_y, text, (x, y, _, look) in zip(
         places, texts, (ends[index] for index in order), strict=True
     ):
-        connector = {
+        connector: dict[str, Any] = {
             "arrowstyle": "-",
             "color": look.color,
             "linewidth": 0.6,
             "shrinkA": 1,
             "shrinkB": 1,
             "relpos": (0, 0.5),
-        }
-        placement = {
-            "xytext": (1.06, label_y),
-            "textcoords": "axes fraction",
-            "annotation_clip": False,
         }
         axes.annotate(
             text,
@@ -254,7 +249,9 @@ def label_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, Look]], hei
             color=look.ink,
             fontsize="small",
             arrowprops=connector,
-            **placement,
+            xytext=(1.06, label_y),
+            textcoords="axes fraction",
+            annotation_clip=False,
         )
 
 
@@ -283,4 +280,4 @@ def wrap_label(text: str, width: int = 34) -> str:
 def set_round_axis(axes: "Axes", last: int) -> None:
     """Rounds are integers from 0; the longest curve ends at the rim, where its label is."""
     axes.set_xlim(0, max(1, last))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # MaxNLocator

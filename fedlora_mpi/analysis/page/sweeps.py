@@ -51,7 +51,8 @@ def grid_figures(groups: Sequence[Group], keys: Sequence[str]) -> tuple[list[Pag
     """FedLoRA's Table 2 as a heat map, for every two settings on a grid; and the settings that are
     in one.
     """
-    figures, used_keys = [], set()
+    figures: list[PageFigure] = []
+    used_keys: set[str] = set()
     for pair in combinations([key for key in keys if _is_numeric(groups, key)], 2):
         for grid_series in find_series(groups, keys, pair):
             xs, ys = (
@@ -118,9 +119,9 @@ def _sweep_figure(key: str, key_series: Sequence[Series], keys: Sequence[str]) -
     axes.set(xlabel=name, ylabel="accuracy / %")
     label_ends(axes, ends, height - 0.7)
     caption = (
-        f"Mean accuracy over clients and seeds against {key}, all else equal: filled marks with ± one sample "
-        "standard deviation over seeds in the last evaluated round, open marks in the best round, which is chosen "
-        "on test data."
+        f"Mean accuracy over clients and seeds against {key}, all else equal: filled marks with ± "
+        "one sample standard deviation over seeds in the last evaluated round, open marks in the "
+        "best round, which is chosen on test data."
     )
     return PageFigure(f"sweep-{name}", f"Sweep over {name}", caption, fig)
 
@@ -154,7 +155,10 @@ def _grid_figure(
     x, y = (short_key(axis, keys) for axis in pair)
     axes.set(xlabel=x, ylabel=y, title=grid_series.label)
     fig.colorbar(image, label="best accuracy / %").outline.set_visible(False)
-    caption = f"Best accuracy of any round, mean over clients and seeds, for {pair[0]} (across) and {pair[1]} (up), "
+    caption = (
+        f"Best accuracy of any round, mean over clients and seeds, for {pair[0]} (across) and "
+        f"{pair[1]} (up), "
+    )
     caption += "all else equal."
     return PageFigure(name, f"Grid of {x} and {y}", caption, fig)
 

@@ -26,7 +26,7 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """``rows``: cells by the keys of the columns: text, a number, a ``Stat`` or None where unknown."""
+    """``rows``: cells by column key: text, a number, a ``Stat``, or None where unknown."""
 
     name: str
     title: str
@@ -113,8 +113,14 @@ class Table:
         ]
         body = "".join(f"<tr>{row}</tr>\n" for row in rows)
         header = format_row("th", (escapes.escape_html(column.title) for column in self.columns))
-        caption = f"<caption><b>{escapes.escape_html(self.title)}.</b> {escapes.escape_html(self.note)}</caption>"
-        return f'<div class="t"><table>{caption}<thead><tr>{header}</tr></thead><tbody>\n{body}</tbody></table></div>'
+        caption = (
+            f"<caption><b>{escapes.escape_html(self.title)}.</b> "
+            f"{escapes.escape_html(self.note)}</caption>"
+        )
+        return (
+            f'<div class="t"><table>{caption}<thead><tr>{header}</tr></thead><tbody>\n'
+            f"{body}</tbody></table></div>"
+        )
 
     @property
     def _is_left_aligned(self) -> list[bool]:
@@ -127,8 +133,8 @@ class Table:
 
     def _formatted_cells(self) -> list[list[tuple[str, bool]]]:
         """Of each row the texts, and whether they are the best of their column."""
-        texts = [
-            [_format_cell(column, row.get(column.key)) for column in self.columns]
+        cells = [
+            [(_format_cell(column, row.get(column.key)), False) for column in self.columns]
             for row in self.rows
         ]
         tasks = np.array([row.get("task", "") for row in self.rows])
@@ -146,8 +152,8 @@ class Table:
                     and not np.isnan(mean)
                     and column.format_value(mean) == column.format_value(rivals.max())
                 )
-                texts[row][index] = (texts[row][index], bold)
-        return texts
+                cells[row][index] = (cells[row][index][0], bold)
+        return cells
 
     def _csv_cells(self, row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         """The cells of a row of the CSV."""

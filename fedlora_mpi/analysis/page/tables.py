@@ -43,9 +43,9 @@ def accuracy_table(groups: Sequence[Group]) -> Table:
         for group in groups
     ]
     note = (
-        "Mean over the clients of the test accuracy of each client's own model. Final, worst client and std over "
-        f"clients: in the last evaluated round. Best: of any round, chosen on test data as in the papers. {_SEED_NOTE}; "
-        "bold is the highest"
+        "Mean over the clients of the test accuracy of each client's own model. Final, worst "
+        "client and std over clients: in the last evaluated round. Best: of any round, chosen on "
+        f"test data as in the papers. {_SEED_NOTE}; bold is the highest"
     )
     note += " on the same data." if len({group.task for group in groups}) > 1 else "."
     return Table("accuracy", "Final and best accuracy", note, columns, rows)
@@ -97,9 +97,10 @@ def cost_table(groups: Sequence[Group]) -> Table:
         for group in groups
     ]
     note = (
-        "Means over seeds. Up and down: bytes of one client in one round, float32. Training: all clients and "
-        "rounds. Stages: seconds per round of rank 0, whose waiting for the workers counts as exchange. "
-        "Balance: share of their time for which workers are busy if the busiest sets the pace."
+        "Means over seeds. Up and down: bytes of one client in one round, float32. Training: all "
+        "clients and rounds. Stages: seconds per round of rank 0, whose waiting for the workers "
+        "counts as exchange. Balance: share of their time for which workers are busy if the "
+        "busiest sets the pace."
     )
     return Table("costs", "Bytes, computation and time", note, columns, rows)
 
@@ -119,7 +120,10 @@ def settings_table(run_groups: RunGroups) -> Table | None:
         | {name: format_group_setting(group, key) for key, name in names.items()}
         for group in run_groups.groups
     ]
-    note = "Every setting that is not the same in all runs, but for seeds, folders and how it was computed; - where a "
+    note = (
+        "Every setting that is not the same in all runs, but for seeds, folders and how it was "
+        "computed; - where a "
+    )
     note += "method has none."
     return Table("settings", "What differs", note, columns, rows)
 
@@ -182,7 +186,10 @@ def rival_table(pairs: Sequence[RivalPair]) -> Table | None:
         }
         for pair in pairs
     ]
-    note = "Accuracy of each client in the last evaluated rounds, percentage points; clients of all seeds that both "
+    note = (
+        "Accuracy of each client in the last evaluated rounds, percentage points; clients of all "
+        "seeds that both "
+    )
     note += "have, together."
     return Table("against", "Each client against FedAvg and Local", note, columns, rows)
 
@@ -209,7 +216,10 @@ def low_rank_table(factors_of: Mapping[str, LowRank]) -> Table | None:
         for label, factors in factors_of.items()
         for index, layer in enumerate(factors.layers)
     ]
-    note = "Of s B A in the newest checkpoint of the first seed: mean ± sample standard deviation over clients."
+    note = (
+        "Of s B A in the newest checkpoint of the first seed: mean ± sample standard deviation "
+        "over clients."
+    )
     return Table("lowrank", "Low-rank parts by layer", note, columns, rows)
 
 

@@ -49,7 +49,8 @@ def write_report(paths: Sequence[Path], folder: Path) -> str:
         # runs/* may hold the report
         logs = read_logs([path for path in paths if path.resolve() != folder.resolve()])
         content = collect_content(logs)
-        files, svg_of = {}, {}
+        files: dict[str, bytes] = {}
+        svg_of: dict[str, bytes] = {}
         for figure, rendered in zip(content.figures, render_files(content.figures), strict=True):
             svg_of[figure.name] = rendered.pop("svg")
             files |= {f"{FIGURES}/{figure.name}.{kind}": file for kind, file in rendered.items()}
@@ -111,7 +112,8 @@ def collect_content(logs: Sequence[RunLog]) -> PageContent:
     notes = list(_caution_notes(run_groups))
     if low_rank_figures.left_out:
         notes.append(
-            f"Low-rank and personal parts that are not shown: {'; '.join(low_rank_figures.left_out)}."
+            "Low-rank and personal parts that are not shown: "
+            f"{'; '.join(low_rank_figures.left_out)}."
         )
     renamed = [
         drawn._replace(name=escapes.safe_file_name(drawn.name)) for drawn in figures if drawn
@@ -120,13 +122,16 @@ def collect_content(logs: Sequence[RunLog]) -> PageContent:
 
 
 def render_page(content: PageContent, svg_of: dict[str, bytes], files: Sequence[str]) -> str:
-    """The page; ``pictures``: SVG of each figure, inside it. Nothing is fetched and nothing runs."""
+    """The page, with the SVG of each figure in it. It fetches nothing and runs nothing."""
     groups = content.run_groups.groups
     headline, *other_tables = content.tables
     sections = [(f"table-{headline.name}", headline.title, headline.html())]
     for figure in content.figures:
         picture = b64encode(svg_of[figure.name]).decode()
-        image = f'<img alt="{escapes.escape_html(figure.title)}" src="data:image/svg+xml;base64,{picture}">'
+        image = (
+            f'<img alt="{escapes.escape_html(figure.title)}" '
+            f'src="data:image/svg+xml;base64,{picture}">'
+        )
         size_inches = figure.figure.get_size_inches()
         caption = f"<figcaption>{escapes.escape_html(figure.caption)}</figcaption>"
         body = f'<figure style="max-width:{size_inches[0] * 1.25:.1f}in">{image}{caption}</figure>'
@@ -164,9 +169,9 @@ def render_page(content: PageContent, svg_of: dict[str, bytes], files: Sequence[
             f"<nav>{contents}</nav>",
             *(f'<section id="{name}">{body}</section>' for name, _, body in sections),
             _common_settings(groups),
-            f"<footer>Made by fedlora_mpi {__version__}, fedlora-mpi report. Figures are also in {FIGURES}/, tables "
-            f"in {TABLES}/; "
-            "tables/rounds.csv and tables/clients.csv hold the numbers of the curves.</footer>",
+            f"<footer>Made by fedlora_mpi {__version__}, fedlora-mpi report. Figures are also in "
+            f"{FIGURES}/, tables in {TABLES}/; tables/rounds.csv and tables/clients.csv hold the "
+            "numbers of the curves.</footer>",
             "</body></html>",
             "",
         ]
@@ -205,10 +210,19 @@ def _describe_lead(finals: Sequence[tuple[Stat, Group]], task_note: str) -> str:
     stat, leader = finals[0]
     seeds = f"{len(leader.runs)} seeds" if len(leader.runs) > 1 else "one seed"
     if len(finals) == 1:
-        return f"Final accuracy{task_note}, mean over clients: {leader.label} with {format_stat(stat)} ({seeds})."
+        return (
+            f"Final accuracy{task_note}, mean over clients: {leader.label} with "
+            f"{format_stat(stat)} ({seeds})."
+        )
     second_stat, runner_up = finals[1]
-    lead = f"{100 * (stat.mean - second_stat.mean):.2f} points above {runner_up.label} ({format_stat(second_stat)})"
-    return f"Highest final accuracy{task_note}, mean over clients: {leader.label} with {format_stat(stat)} ({seeds}), {lead}."
+    lead = (
+        f"{100 * (stat.mean - second_stat.mean):.2f} points above {runner_up.label} "
+        f"({format_stat(second_stat)})"
+    )
+    return (
+        f"Highest final accuracy{task_note}, mean over clients: {leader.label} with "
+        f"{format_stat(stat)} ({seeds}), {lead}."
+    )
 
 
 def _caution_notes(run_groups: RunGroups) -> Iterator[str]:
@@ -216,7 +230,10 @@ def _caution_notes(run_groups: RunGroups) -> Iterator[str]:
     for group in run_groups.groups:
         if len({run.rounds_done for run in group.runs}) > 1:
             rounds_text = ", ".join(str(run.rounds_done) for run in group.runs)
-            yield f"{group.label}: its seeds are at different rounds ({rounds_text}); curves end with the shortest."
+            yield (
+                f"{group.label}: its seeds are at different rounds ({rounds_text}); "
+                "curves end with the shortest."
+            )
     unfinished = [
         f"{run.path} ({run.rounds_done} of {run.config['rounds']})"
         for g in run_groups.groups
@@ -244,7 +261,10 @@ def _common_settings(groups: Sequence[Group]) -> str:
         f"<tr><td>{escapes.escape_html(key)}</td><td>{escapes.escape_html(format_setting(value))}</td></tr>"
         for key, value in common.items()
     )
-    return f"<details><summary>{len(common)} settings that all runs share</summary><table>{rows}</table></details>"
+    return (
+        f"<details><summary>{len(common)} settings that all runs "
+        f"share</summary><table>{rows}</table></details>"
+    )
 
 
 def _final_clients(logs: Sequence[RunLog]):
@@ -263,7 +283,7 @@ def _csv_bytes(table) -> bytes:
 
 
 def _earlier_files(folder: Path) -> list[str]:
-    """The files of an earlier report in ``folder``. Raises ValueError where it has other content."""
+    """The files of an earlier report in ``folder``. Raises ValueError for any other content."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return []
     if not folder.is_dir():
@@ -330,4 +350,4 @@ details{margin:2rem 0}summary{cursor:pointer}footer{margin:3rem 0 1rem;border-to
 @media print{body{font-size:10pt;max-width:none;margin:0}nav,details{display:none}h2{break-after:avoid}
 figure,tr,section{break-inside:avoid}.t{overflow:visible}
 img{max-height:85vh;object-fit:contain;object-position:left}}
-"""
+"""  # noqa: E501
