@@ -6,7 +6,7 @@ adds the client axis, ``mpi/`` the rank axis; nothing here, and no algorithm fil
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Generator, Tensor
 
@@ -129,6 +129,10 @@ FORMER_HOOKS = {  # former name: what the hook is called now
 }
 
 
+# the model whose accuracy is the method's
+EvaluatedModel = Literal["after_aggregation", "after_training", "server"]
+
+
 class Algorithm:
     """The hooks of a method; their defaults are FedAvg, so that a file says what is different.
 
@@ -150,15 +154,13 @@ class Algorithm:
         without augmentation. They are the same in all rounds of a task.
     """
 
-    weights: ClassVar[Literal["samples", "uniform"]] = "samples"
-    absent: ClassVar[Literal["exclude", "stale"]] = "exclude"
-    evaluate_on: ClassVar[Literal["after_aggregation", "after_training", "server"]] = (
-        "after_aggregation"
-    )
-    center_keys: ClassVar[bool] = False
-    sums: ClassVar[bool] = False
-    needs_all_data: ClassVar[bool] = False
-    held_out: ClassVar[float] = 0.0
+    weights: Literal["samples", "uniform"] = "samples"
+    absent: Literal["exclude", "stale"] = "exclude"
+    evaluate_on: EvaluatedModel = "after_aggregation"
+    center_keys: bool = False
+    sums: bool = False
+    needs_all_data: bool = False
+    held_out: float = 0.0
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -215,7 +217,7 @@ class Algorithm:
         return (Phase(train.epochs, (Step(self.loss(model)),)),)
 
     def used(self, phase: Phase, samples: int) -> int:
-        """How many of a client's training samples an epoch of the phase uses. Not to be overridden."""
+        """How many training samples an epoch of the phase uses. Not to be overridden."""
         held = held_out_count(samples, self.held_out)
         part = held if phase.held_out else samples - held
         return min(part, phase.limit(part)) if phase.limit else part
@@ -231,7 +233,7 @@ class Algorithm:
     def finish(
         self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
     ) -> Variables:
-        """What the client keeps after training (masks, control variates). Default: what it trained."""
+        """What the client keeps after training, such as masks. Default: what it trained."""
         return end
 
     def upload(self, start: Variables, end: Variables) -> Tree:
@@ -281,7 +283,7 @@ class Algorithm:
         return {}
 
     def handed_out(self, shared: Tree, right: Tree) -> Tree:
-        """The shared variables completed by these vectors, {name: [k, d2]} with orthonormal rows."""
+        """``shared`` completed by ``right`` {name: [k, d2]}, whose rows are orthonormal."""
         raise AssertionError(
             f"{type(self).__name__} has matrices decomposed but makes nothing of them"
         )

@@ -24,7 +24,7 @@ class Cut(NamedTuple):
     """How a tensor is cut: its runs are the numbers ``first`` to ``first + count`` of all L."""
 
     first: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nothing here calls
     length: int  # entries of a run
     sizes: tuple[int, ...]  # entries in each; the last may have fewer than ``length``
     is_linear: bool  # belongs to a Linear layer
@@ -41,7 +41,8 @@ def cut_tensors(model: Model, blocks: int) -> dict[str, Cut]:
         sizes = tuple(min(length, size - at) for at in range(0, size, length))
         path, dot, _ = name.rpartition(".")
         owner = model.all_leaves.get(f"{path}{dot}weight")
-        cuts[name] = Cut(first, len(sizes), length, sizes, bool(owner) and owner.matrix == "linear")
+        is_linear = owner is not None and owner.matrix == "linear"
+        cuts[name] = Cut(first, len(sizes), length, sizes, is_linear)
         first += len(sizes)
     return cuts
 

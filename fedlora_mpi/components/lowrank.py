@@ -183,7 +183,7 @@ def as_weight(matrix: Tensor, leaf: Leaf) -> Tensor:
 
 
 def _channels(leaf: Leaf) -> tuple[int, int]:
-    """(out, in) of a convolution, those of one group where it has groups and a weight that says so."""
+    """(out, in) channels of a convolution as its weight has them: a group's, if it has groups."""
     first, second = leaf.shape[:2]
     return (second, first) if leaf.matrix == "transposed" else (first, second)
 
@@ -209,16 +209,17 @@ def match_weights(model: Model, patterns: Iterable[str], frozen: bool = False) -
             n for n, leaf in model.frozen_leaves.items() if leaf.matrix and fnmatchcase(n, pattern)
         ]:
             raise ValueError(
-                f"layers = {pattern}: matches only weights that are frozen, such as {frozen_names[0]}, "
-                "which this method leaves as they are; fedit and its kin train low-rank parts "
-                "beside such weights"
+                f"layers = {pattern}: matches only weights that are frozen, such as "
+                f"{frozen_names[0]}, which this method leaves as they are; fedit and its kin train "
+                "low-rank parts beside such weights"
             )
         rejections = [
             f"{n}: {model.why_no_matrix(n)}" for n in model.all_leaves if fnmatchcase(n, pattern)
         ]
         explanation = f" that can be decomposed ({join_first(rejections)})" if rejections else ""
         raise ValueError(
-            f"layers = {pattern}: matches no weight{explanation}; there are {', '.join(matrices) or 'none'}"
+            f"layers = {pattern}: matches no weight{explanation}; there are "
+            f"{', '.join(matrices) or 'none'}"
         )
     return [n for n in matrices if any(fnmatchcase(n, pattern) for pattern in patterns)]
 

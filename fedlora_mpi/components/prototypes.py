@@ -52,13 +52,15 @@ def _class_sums(features: Callable[[Tensor], Tensor], data: Batch) -> tuple[Tens
     real = torch.ones_like(data.y) if data.real is None else data.real
     # [n, classes]
     one_hot = (data.y[:, None] == torch.arange(classes, device=data.y.device)) * real[:, None]
-    sums, energy = 0.0, 0.0
+    sums: Tensor | float = 0.0
+    energy: Tensor | float = 0.0
     for x, class_mask, is_real in zip(
         data.x.split(_CHUNK), one_hot.split(_CHUNK), real.split(_CHUNK), strict=True
     ):
         z = features(x)
         sums = sums + class_mask.to(z).T @ z
         energy = energy + (z.square().sum(1) * is_real).sum()
+    assert isinstance(sums, Tensor) and isinstance(energy, Tensor)  # of one sample and more
     return sums, energy
 
 

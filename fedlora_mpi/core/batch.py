@@ -48,7 +48,11 @@ def split_batch(batch: Batch) -> tuple[Batch, Batch]:
     """
     first, second = (
         Batch(
-            *(v if v is None else v[offset::2] for v in batch[:3]), batch.key + offset, batch.counts
+            batch.x[offset::2],
+            batch.y[offset::2],
+            None if batch.real is None else batch.real[offset::2],
+            batch.key + offset,
+            batch.counts,
         )
         for offset in (0, 1)
     )
@@ -56,9 +60,8 @@ def split_batch(batch: Batch) -> tuple[Batch, Batch]:
         return first, first._replace(key=second.key)
     if batch.real is None:
         return first, second
+    assert first.real is not None and second.real is not None
     has_one_example, width = ~batch.real[1], len(second.y)
-    x, y, real = (
-        torch.where(has_one_example, a[:width], b)
-        for a, b in zip(first[:3], second[:3], strict=True)
-    )
+    pairs = (first.x, second.x), (first.y, second.y), (first.real, second.real)
+    x, y, real = (torch.where(has_one_example, a[:width], b) for a, b in pairs)
     return first, second._replace(x=x, y=y, real=real)

@@ -1,9 +1,13 @@
 """What a field of a config's block may be, said once as an interval."""
 
 from dataclasses import fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
-def bounded(block: object, **intervals: str) -> None:
+def bounded(block: "DataclassInstance", **intervals: str) -> None:
     """Raise ValueError for the first field of the dataclass outside its interval.
 
     ``bounded(self, mu="[0, inf)", tau="(0, 1]")``: "mu = -1.0: must be a number of at least 0".

@@ -23,16 +23,19 @@ class WriteError(OSError):
 
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Raise Unwritable for what the system, or HDF5, says of a write to ``path`` that has failed."""
+    """Raise WriteError when the system or HDF5 refuses a write to ``path``."""
     try:
         yield
     except WriteError:
         raise
     except (OSError, RuntimeError) as why:
         errno_match = re.search(r"errno = (\d+)", str(why))  # HDF5's, which h5py raises as either
-        if isinstance(why, RuntimeError) and not errno_match:
+        if errno_match:
+            code = int(errno_match[1])
+        elif isinstance(why, OSError):
+            code = why.errno or errno.EIO
+        else:
             raise
-        code = int(errno_match[1]) if errno_match else why.errno or errno.EIO
         raise WriteError(
             code, f"{os.strerror(code)}, {_free_space(Path(path))}", str(path)
         ) from why

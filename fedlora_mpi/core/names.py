@@ -5,9 +5,9 @@ parameter, joined by dots. torch refuses a name that is empty or holds a dot, so
 ends with a dot or has two in a row, whatever the parts of a network are called. The own leaves of a
 method do:
 
-    .last.conv1.weight     ``own_name("last", "conv1.weight")``: "last" of that leaf, or of anything else
-    .fresh.                ``own_name("fresh")``: of nothing; it is also what the names above begin with
-    conv1.weight..A        ``factor("conv1.weight", "A")``: a part of what a weight stands for
+    .last.conv1.weight   ``method_leaf_name("last", "conv1.weight")``: "last" of that leaf
+    .fresh.              ``method_leaf_name("fresh")``: of no leaf; such names begin the ones above
+    conv1.weight..A      ``factor_name("conv1.weight", "A")``: a part of what a weight stands for
 
 A first dot tells the first two from a factor, whose weight has a path. In the files of a run the
 same leaves have plain names, ``last.conv1.weight``, ``fresh`` and ``conv1.weight.A``, but where two
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def method_leaf_name(prefix: str, leaf: str = "") -> str:
-    """The name of a method's own leaf; without ``leaf`` also the prefix of all names of this word."""
+    """The name of a method's own leaf; without ``leaf`` also the prefix of all such names."""
     return f".{prefix}.{leaf}"
 
 

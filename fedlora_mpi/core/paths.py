@@ -30,7 +30,7 @@ def expand_home(path: str | Path) -> Path:
 
 
 def check_path(key: str, path: str) -> None:
-    """Raise ValueError, about the setting ``key``, where the system could never have such a path."""
+    """Raise ValueError for the setting ``key`` if no path on this system can be like this."""
     try:
         os.lstat(expand_home(path))
     except OSError as error:

@@ -17,15 +17,16 @@ def assign_groups(
     already, or None.
     """
     worker_of_group = list(fixed_workers or [None] * len(costs))
-    load = {
+    load: dict[int, float] = {
         w: sum(cost for cost, at in zip(costs, worker_of_group, strict=True) if at == w)
         for w in workers
     }
     for group in sorted(range(len(costs)), key=lambda g: (-costs[g], g)):
         if worker_of_group[group] is None:
-            worker_of_group[group] = min(load, key=lambda w: (load[w], w))
-            load[worker_of_group[group]] += costs[group]
-    return tuple(worker_of_group)
+            worker = min(load, key=lambda w: (load[w], w))
+            worker_of_group[group] = worker
+            load[worker] += costs[group]
+    return tuple(w for w in worker_of_group if w is not None)
 
 
 def equal_parts(members: Sequence[T], max_size: int) -> list[Sequence[T]]:

@@ -18,7 +18,7 @@ def to_device(v: Tensor, device: torch.device) -> Tensor:
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors on the host, themselves where they are there; from a GPU after one wait for all."""
+    """The tensors on the host: those there as they are, those of a GPU after one wait for all."""
     copies = [
         torch.empty(v.shape, dtype=v.dtype, pin_memory=True) if v.is_cuda else v.cpu()
         for v in tensors

@@ -6,6 +6,7 @@ carries that axis in front; any other name belongs to one client.
 """
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
 from torch import Tensor
 
@@ -37,7 +38,8 @@ def sq_dist(a: Tree, b: Tree, leaves: Iterable[str] | None = None) -> Tensor:
     """Squared Euclidean distance between two trees over ``leaves`` (default: those of ``a``), a
     scalar.
     """
-    return sum(((a[n] - b[n]) ** 2).sum() for n in (a if leaves is None else leaves))
+    squares = (((a[n] - b[n]) ** 2).sum() for n in (a if leaves is None else leaves))
+    return cast(Tensor, sum(squares))  # of one leaf and more
 
 
 def add_prefix(tree: Tree, prefix: str) -> Tree:

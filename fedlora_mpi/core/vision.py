@@ -4,7 +4,7 @@ import sys
 from importlib.util import find_spec
 from types import ModuleType
 
-_libraries = []  # a Library takes its definitions along when it is collected
+_libraries: list[object] = []  # a collected Library takes its definitions with it
 
 
 def import_torchvision() -> ModuleType:

@@ -60,20 +60,18 @@ class Effects(NamedTuple):
             inside = (name for name in names if f"{name}.".startswith(f"{submodule}."))
             return frozenset(name.removeprefix(submodule).removeprefix(".") for name in inside)
 
-        names = map(
-            relative_names,
-            (
-                self.reassigned_leaves,
-                self.written_parameters,
-                self.written_in_evaluation,
-                self.stateful_modules,
-            ),
+        return Effects(
+            relative_names(self.reassigned_leaves),
+            relative_names(self.written_parameters),
+            relative_names(self.written_in_evaluation),
+            relative_names(self.stateful_modules),
+            self.writes_input,
+            self.uses_out,
         )
-        return Effects(*names, self.writes_input, self.uses_out)
 
 
 class OutArgumentMode(TorchFunctionMode):
-    """Gives functions no argument ``out``, as spectral_norm does, and copies their results there."""
+    """Calls functions without ``out``, which spectral_norm gives, and copies the result there."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,9 @@ class HuggingFace(nn.Module):
 
     def __init__(self, model: nn.Module, fresh: frozenset[str]) -> None:
         super().__init__()
-        self.model, self.fresh, self.padding = model, fresh, model.config.pad_token_id
+        config: Any = model.config  # transformers', as all that is asked of ``model``
+        self.model: Any = model
+        self.fresh, self.padding = fresh, config.pad_token_id
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, L] token ids -> logits [B, classes]. Nobody looks at padding."""
@@ -130,8 +133,8 @@ def _load_checked(folder: str, classes: int) -> HuggingFace:
     )
     module = HuggingFace(model, frozenset(missing | mismatched))
     pooler = f"{model.base_model_prefix}.pooler."
-    unfit = {n for n in missing if not n.startswith(pooler)} | mismatched
-    if unfit := sorted(n for n in unfit if not module.is_above_encoder(n)):
+    suspects = {n for n in missing if not n.startswith(pooler)} | mismatched
+    if unfit := sorted(n for n in suspects if not module.is_above_encoder(n)):
         raise ValueError(
             f"folder = {folder}: model.safetensors does not fit config.json: {unfit[0]} is "
             f"missing or of another shape{f', and {len(unfit) - 1} more' * (len(unfit) > 1)}"
@@ -142,7 +145,7 @@ def _load_checked(folder: str, classes: int) -> HuggingFace:
 def _build_classifier(
     library, config_file: Path, classes: int, tree: Tree
 ) -> tuple[nn.Module, dict]:
-    """The classifier of a config.json with the weights in ``tree``, and what of them did not fit."""
+    """The classifier of a config.json with the weights in ``tree``, and those that do not fit."""
     config = library.AutoConfig.from_pretrained(
         config_file, num_labels=classes, local_files_only=True, trust_remote_code=False
     )

@@ -226,7 +226,7 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
     skeleton = restore_ties(copy.deepcopy(module).to("meta"), ties)
     head = trace.head
     modules = (skeleton.eval(), copy.deepcopy(skeleton).train())
-    bodies = tuple(_remove_head(copy.deepcopy(m), head) for m in modules)
+    eval_body, train_body = (_remove_head(copy.deepcopy(m), head) for m in modules)
     model = Model(
         leaves,
         initial,
@@ -238,10 +238,10 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
         **traits,
         training=True,
         modules=modules,
-        bodies=bodies,
+        bodies=(eval_body, train_body),
         head=head,
         ties=ties,
-        leaf_names=find_leaf_names(modules[0], bodies[0], head, ties),
+        leaf_names=find_leaf_names(modules[0], eval_body, head, ties),
         effects=pass_effects,
     )
     check_functional(module, model, x)
@@ -288,9 +288,9 @@ def _materialize(module: nn.Module, zeros: Tensor) -> None:
                 with explain_refusal(zeros.shape[1:]):
                     module.eval()(zeros)
                 raise ValueError(
-                    f"name: a copy of the model fails where the model does not: {summarize_error(error)}; a "
-                    "hook or function made in __init__ holds the model or what is its own; make it "
-                    "a method"
+                    "name: a copy of the model fails where the model does not: "
+                    f"{summarize_error(error)}; a hook or function made in __init__ holds the "
+                    "model or what is its own; make it a method"
                 ) from error
             if len(list(twin.parameters())) == len(list(module.parameters())):
                 return
@@ -341,7 +341,10 @@ def _classify_leaves(
     module: nn.Module, trace: ForwardTrace
 ) -> tuple[dict[str, Leaf], dict[str, Leaf], Tree, Tree]:
     """What is known of every leaf, and of those that are frozen; initial values, constants."""
-    leaves, locked, initial, constants = {}, {}, {}, {}
+    leaves: dict[str, Leaf] = {}
+    locked: dict[str, Leaf] = {}
+    initial: Tree = {}
+    constants: Tree = {}
     names_by_leaf, parameters = _names_by_leaf(module), {*map(id, module.parameters())}
     head_locations = {_location(module, name) for name in trace.leaves}
     for name, value in named_tensors(module).items():
@@ -355,6 +358,7 @@ def _classify_leaves(
                 )
             constants[name] = value.detach().clone()
             continue
+        role: Role
         if id(value) not in parameters:
             role = "stats"
         elif isinstance(module.get_submodule(owning_module(name)), _NORMS):
@@ -376,7 +380,8 @@ def _classify_leaves(
 
 def _names_by_leaf(module: nn.Module) -> dict[str, list[str]]:
     """All names of each parameter and buffer, by the first."""
-    ties, names = find_ties(module), {}
+    ties = find_ties(module)
+    names: dict[str, list[str]] = {}
     for name in named_tensors(module, all_names=True):
         names.setdefault(ties.get(name, name), []).append(name)
     return names

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import CodeType, FunctionType, MethodType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -76,7 +76,8 @@ def read_memory(module: nn.Module, none_buffers: frozenset[str] = frozenset()) -
     """What ``module`` holds now; ``made``: names of buffers that were None."""
     memory: Memory = {}
     seen = {id(layer) for layer in module.modules()}
-    classes, functions = {}, []
+    classes: dict[type, None] = {}
+    functions: list[object] = []
     for path, layer in module.named_modules():
         prefix = f"{path}." if path else ""
         for name, value in vars(layer).items():
@@ -138,14 +139,14 @@ def restore_attributes(module: nn.Module, names: frozenset[str]) -> Iterator[Non
                 _refill_container(value, items)
 
 
-def _copy_container(value: object) -> object:
+def _copy_container(value: Any) -> Any:
     """What is inside a container; None for anything else."""
     if type(value) in (list, dict, set):
         return type(value)(value)
     return list(value) if type(value) is deque else None
 
 
-def _refill_container(value: object, items: object) -> None:
+def _refill_container(value: Any, items: Any) -> None:
     """Give a container what was inside."""
     if items is not None:
         value.clear()
@@ -234,7 +235,11 @@ def _tensor_digest(value: Tensor) -> object:
 
 
 def _digest(array: np.ndarray) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(array), digest_size=16).digest()
+    # before Python 3.12 numpy's stubs do not call an array a buffer
+    return hashlib.blake2b(
+        np.ascontiguousarray(array),  # type: ignore[arg-type]
+        digest_size=16,
+    ).digest()
 
 
 def _captured_variables(function: object, seen: set[int]) -> Iterator[tuple[str, object]]:
@@ -255,7 +260,8 @@ def _captured_variables(function: object, seen: set[int]) -> Iterator[tuple[str,
 
 
 def _globals(function: FunctionType) -> Iterator[tuple[str, object]]:
-    names, pending = set(), [function.__code__]
+    names: set[str] = set()
+    pending = [function.__code__]
     while pending:
         code = pending.pop()
         names.update(code.co_names)

@@ -1,5 +1,7 @@
 """Parameters and buffers that are in several places of a network."""
 
+from typing import Any
+
 from torch import nn
 
 from ..core.tree import Tree
@@ -37,8 +39,8 @@ def find_ties(module: nn.Module) -> dict[str, str]:
         earlier = name_at_address.setdefault(value.data_ptr(), name) if value.numel() else name
         if earlier != name and (value.requires_grad or unique_tensors[earlier].requires_grad):
             raise ValueError(
-                f"name: {earlier} and {name} of the network are two tensors in one memory; register "
-                "one and the same nn.Parameter in both places to tie them, or clone() it"
+                f"name: {earlier} and {name} of the network are two tensors in one memory; "
+                "register one and the same nn.Parameter in both places to tie them, or clone() it"
             )
     first_name = {id(v): n for n, v in unique_tensors.items()}
     return {
@@ -52,8 +54,10 @@ def restore_ties(module: nn.Module, ties: dict[str, str]) -> nn.Module:
     """``module`` with its ties, which moving it to another device has undone."""
     values = named_tensors(module, all_names=True)
     for name, first in ties.items():
-        owner, _, attribute = name.rpartition(".")
-        owner = module.get_submodule(owner)
-        registry = owner._parameters if attribute in owner._parameters else owner._buffers
+        path, _, attribute = name.rpartition(".")
+        owner = module.get_submodule(path)
+        registry: dict[str, Any] = (
+            owner._parameters if attribute in owner._parameters else owner._buffers
+        )
         registry[attribute] = values[first]
     return module

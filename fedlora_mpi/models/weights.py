@@ -70,8 +70,8 @@ def read(path: Path, url: str = "", keep_double: bool = False) -> Tree:
         raise ValueError(f"there is no file {path.absolute()}{way_out}")
     if url and not file_digest(path).startswith(_expected_digest(url)):
         raise ValueError(
-            f"{path} is damaged, its SHA-256 does not begin with {_expected_digest(url)}; put {url} "
-            "there anew"
+            f"{path} is damaged, its SHA-256 does not begin with {_expected_digest(url)}; put "
+            f"{url} there anew"
         )
     tensors = (
         _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_state_dict(path)
@@ -115,8 +115,8 @@ def load_weights(model: Model, tree: Tree) -> Model:
     for name in network_shapes | file_shapes:
         if not has_same_shape(name) and name not in head:
             raise ValueError(
-                f"{name} is {file_shapes.get(name, 'absent')} in the file, {network_shapes.get(name, 'absent')} "
-                "in the network; only the head may differ"
+                f"{name} is {file_shapes.get(name, 'absent')} in the file, "
+                f"{network_shapes.get(name, 'absent')} in the network; only the head may differ"
             )
     skipped, values = () if all(map(has_same_shape, head)) else head, model.all_values
     loaded = {
@@ -151,7 +151,7 @@ def _resolve_ties(model: Model, tree: Tree) -> Tree:
 
 
 def pack_safetensors(tree: Tree) -> bytes:
-    """The content of a .safetensors file with these leaves. Raises ValueError without the library."""
+    """A .safetensors file of these leaves. Raises ValueError if the library is missing."""
 
     # not a view into something
     def to_contiguous(v):
@@ -173,7 +173,9 @@ def file_digest(*paths: Path) -> str:
 
 def _expected_digest(url: str) -> str:
     """The first digits of the SHA-256, as torch.hub reads them from the name of a file."""
-    return re.search(r"-([a-f0-9]*)\.", posixpath.basename(url))[1]
+    match = re.search(r"-([a-f0-9]*)\.", posixpath.basename(url))
+    assert match is not None, url
+    return match[1]
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:

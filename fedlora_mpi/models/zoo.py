@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -70,7 +70,7 @@ def transformer(
     """A Transformer encoder for texts of up to ``shape[0]`` words, with the mean over the words
     under the head.
     """
-    options = {
+    options: dict[str, Any] = {
         "width": width,
         "heads": heads,
         "layers": layers,
@@ -124,8 +124,10 @@ def _yi_cnn(
         )
 
     builder.__name__ = f"cnn{number}"
-    builder.__doc__ = f"""CNN-{number} of pFedLoRA's authors: 5x5 convolutions ({first_channels}, {second_channels}), Linears ({hidden}, 500);
-    {parameters} parameters for CIFAR-10."""
+    builder.__doc__ = (
+        f"CNN-{number} of pFedLoRA's authors: 5x5 convolutions ({first_channels}, "
+        f"{second_channels}), Linears ({hidden}, 500);\n    {parameters} parameters for CIFAR-10."
+    )
     return builder
 
 

@@ -15,12 +15,12 @@ the server makes of their mean (``aggregate``), and what is to be known of the l
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Generator, Tensor
 
-from ...algorithm import Algorithm, Cohort, LocalTraining, Phase, Step, Variables
+from ...algorithm import Algorithm, Cohort, EvaluatedModel, LocalTraining, Phase, Step, Variables
 from ...core.bounds import bounded
 from ...core.names import factor_name, factors_by_weight, is_factor, method_leaf_name, weight_of
 from ...core.tree import Tree, add_prefix, select_prefix
@@ -102,7 +102,7 @@ class FineTuning(Algorithm):
             )
 
     @property
-    def evaluate_on(self) -> Literal["after_aggregation", "server"]:
+    def evaluate_on(self) -> EvaluatedModel:  # type: ignore[override]  # read only, like every field
         return "server" if self.judged == "server" else "after_aggregation"
 
     def check(self, model: Model, train: LocalTraining) -> None:
@@ -312,7 +312,7 @@ class FineTuning(Algorithm):
         return server, new | (self.diagnostics(shared, new, mean) if self.diagnose else {})
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
-        """The shared leaves that change, from the present ones and the weighted mean of the terms."""
+        """The shared leaves that change, from the present ones and the weighted mean of terms."""
         return mean
 
     # The diagnosis.
@@ -339,7 +339,7 @@ class FineTuning(Algorithm):
         )
 
     def diagnostics(self, shared: Tree, new: Tree, mean: Tree) -> Tree:
-        """The numbers of ``diagnose``; instead of the effective clients, their share of the cohort."""
+        """The figures of ``diagnose``, with effective clients as a share of the cohort."""
         mean = select_prefix(mean, _DIAGNOSTIC)
         weight_sums, weight_squares = (
             select_prefix(mean, _WEIGHT_SUM),
@@ -349,11 +349,12 @@ class FineTuning(Algorithm):
         before, after = self.delta(shared), self.delta(new)
 
         def distance(exact, approximation):
-            return sum((approximation[n] - v).square().sum() for n, v in exact.items()).sqrt()
+            squares = ((approximation[n] - v).square().sum() for n, v in exact.items())
+            return cast(Tensor, sum(squares)).sqrt()
 
         change = {n: v - before[n] for n, v in after.items()}
         figures = (
-            sum(shares) / len(shares),
+            cast(Tensor, sum(shares)) / len(shares),
             mean["truncation"] / mean["one"],
             distance(select_prefix(mean, _END), after),
             distance(select_prefix(mean, _CHANGE), change),

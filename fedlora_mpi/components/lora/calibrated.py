@@ -50,7 +50,8 @@ class CalibratedTuning(FineTuning):
 
     def residual_numel(self, shared: Tree) -> Tensor | int:
         """How many numbers the R of the last round comes to; none before round 1."""
-        clients, total = shared[_CLIENTS].long(), 0
+        clients = shared[_CLIENTS].long()
+        total: Tensor | int = 0
         for name, W in dense_updates(shared).items():
             factored_numel = (
                 (clients - 1).clamp(min=0) * len(shared[factor_name(name, "A")]) * sum(W.shape)

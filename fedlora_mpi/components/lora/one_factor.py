@@ -1,4 +1,4 @@
-"""One factor that trains in a round beside one that is the same for all, so that the mean is exact."""
+"""In a round one factor trains and the other is the same for all, so the mean is exact."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -63,7 +63,7 @@ class OneFactor(FineTuning):
         return self.trained_numel(self.download(shared), int(shared[ROUND]) - 1)
 
     def trained_numel(self, tree: Tree, round_: int) -> int:
-        """How many numbers of ``tree`` tell what round ``round_`` has trained; -1: before round 1."""
+        """How many numbers of ``tree`` carry what round ``round_`` trained; -1: before round 1."""
 
         def is_informative(n):
             return is_factor(n, self.active_factor(round_)) and round_ >= 0 or not is_method_leaf(n)

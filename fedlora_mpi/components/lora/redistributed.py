@@ -26,7 +26,8 @@ class RedistributedTuning(FineTuning):
     dead. Before round 1 W = 0 has no direction, and A is random.
     """
 
-    scale: Literal["rank", "root", "common"] = "rank"
+    # one more choice than the base class has
+    scale: Literal["rank", "root", "common"] = "rank"  # type: ignore[assignment]
 
     def scale_of(self, lora_rank: int) -> float:
         return self.s if self.scale == "common" else self.alpha / self._scale_divisor(lora_rank)
