@@ -1,4 +1,4 @@
-"""What a field of a config's block may be, said once as an interval."""
+"""Checks the fields of a config's block against intervals."""
 
 from dataclasses import fields
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ def bounded(block: "DataclassInstance", **intervals: str) -> None:
 
 
 def _describe_interval(interval: str, low: str, high: str) -> str:
-    """The interval for people."""
+    """The interval in words."""
     opens, closes = interval[0] == "(", interval[-1] == ")"
     if high == "inf":
         return f"above {low}" if opens else f"of at least {low}"

@@ -1,4 +1,4 @@
-"""A write that fails: which file, why, and how much room there is."""
+"""Errors of failed writes: which file, why, and how much space is free."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from .units import format_bytes
 
 
 class WriteError(OSError):
-    """A file or folder that could not be written, in one line."""
+    """A failed write to a file or folder, in one line."""
 
     def __str__(self) -> str:
         return (
@@ -42,6 +42,6 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 
 def _free_space(path: Path) -> str:
-    """The room in the folder of ``path``, or in what exists of the way to it."""
+    """Free space in the folder of ``path``, or in the nearest folder above that exists."""
     folder = next(at for at in path.absolute().parents if at.is_dir())
     return f"{format_bytes(shutil.disk_usage(folder).free)} free in {folder}"

@@ -1,4 +1,4 @@
-"""Work in equal parts, and on workers that end at about the same time."""
+"""Splits work into equal parts, and assigns it so that workers end at about the same time."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -13,8 +13,8 @@ def assign_groups(
 ) -> tuple[int, ...]:
     """The worker of each group: the longest first, each to the least loaded worker (Graham 1969).
 
-    costs: expected seconds or any unit, one per group; workers: ranks; stays: where a group is
-    already, or None.
+    costs: one per group, in seconds or any unit; workers: ranks; fixed_workers: for each group the
+    worker that keeps it, or None.
     """
     worker_of_group = list(fixed_workers or [None] * len(costs))
     load: dict[int, float] = {
@@ -30,7 +30,7 @@ def assign_groups(
 
 
 def equal_parts(members: Sequence[T], max_size: int) -> list[Sequence[T]]:
-    """``members``, in order, in as few equal parts as have at most ``most`` each."""
+    """``members``, in order, in as few equal parts as possible of at most ``max_size`` each."""
     parts = -(-len(members) // max_size)
     return [
         members[len(members) * i // parts : len(members) * (i + 1) // parts] for i in range(parts)

@@ -10,8 +10,8 @@ from ..core.escapes import summarize_error
 
 
 class _NullModuleTracker(nullcontext):
-    """In the place of torch's tracker of modules, whose hooks raise "A leaf node was passed" where
-    a parameter is a module's input, as in every parametrization.
+    """Replaces torch's tracker of modules, whose hooks raise "A leaf node was passed" when a
+    parameter is a module's input, as in every parametrization.
     """
 
     parents = frozenset({"Global"})
@@ -27,8 +27,8 @@ class FlopCounter(FlopCounterMode):
 
 
 def forward_with_flops(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """``module(x)`` and its FLOPs; where torch cannot count them 2 for each parameter and sample,
-    and a hint.
+    """``module(x)`` and its FLOPs. If torch cannot count them, a hint is printed and they are taken
+    as 2 for each parameter and sample.
     """
     try:
         with FlopCounter() as counter:

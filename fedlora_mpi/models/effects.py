@@ -1,6 +1,4 @@
-"""What a forward pass does beside giving logits, and how a run lets it do no more than BatchNorm
-does.
-"""
+"""Side effects of a forward pass, and how a run confines them to those that BatchNorm has."""
 
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -15,7 +13,7 @@ from .state import restore_attributes
 
 
 class Effects(NamedTuple):
-    """What passes do beside giving logits; nothing in an ordinary network."""
+    """Side effects of passes; an ordinary network has none."""
 
     # float buffers that are replaced, where BatchNorm writes in place
     reassigned_leaves: frozenset[str] = frozenset()
@@ -28,7 +26,7 @@ class Effects(NamedTuple):
     uses_out: bool = False  # some function has an argument out, which torch.func.vmap refuses
 
     def run_module(self, module: nn.Module, values: Tree, x: Tensor, training: bool) -> Tensor:
-        """Logits of ``module`` with the leaves ``values``, into which only training writes."""
+        """Logits of ``module`` with the leaves ``values``, to which only training writes."""
         leaves, names = (
             dict(values),
             self.stateful_modules.intersection(name for name, _ in module.named_modules()),
@@ -54,7 +52,7 @@ class Effects(NamedTuple):
         return logits
 
     def for_submodule(self, submodule: str) -> "Effects":
-        """Those of a submodule alone, by its own names."""
+        """The side effects of a submodule alone, by its own names."""
 
         def relative_names(names: frozenset[str]) -> frozenset[str]:
             inside = (name for name in names if f"{name}.".startswith(f"{submodule}."))
@@ -88,5 +86,5 @@ class OutArgumentMode(TorchFunctionMode):
 
 
 def _writable_copy(v: Tensor, x: Tensor) -> Tensor:
-    """A copy that a pass on ``x`` may write to: under vmap for each client of ``x``."""
+    """A copy that a pass on ``x`` may write to; under vmap each client of ``x`` has its own."""
     return v + x.new_zeros((), dtype=v.dtype)

@@ -42,12 +42,12 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def has_lazy_layers(module: nn.Module) -> bool:
-    """Whether some layer, such as LazyLinear, gets its shape in the first pass."""
+    """Whether some layer, such as LazyLinear, learns its shape in the first pass."""
     return any(map(nn.parameter.is_lazy, (*module.parameters(), *module.buffers())))
 
 
 def copy_module(module: nn.Module) -> nn.Module:
-    """A deep copy. Raises ValueError that names what cannot be copied."""
+    """A deep copy. Raises ValueError with the name of what cannot be copied."""
     try:
         return copy.deepcopy(module)
     except Exception as error:
@@ -84,8 +84,8 @@ def _unwrap_layer(module: nn.Module) -> nn.Module:
 
 
 def _detach_attributes(layer: nn.Module) -> None:
-    """Cut attributes off the graph that made them, as of torch.nn.utils.weight_norm: else none can
-    be copied.
+    """Detach attributes from the graph that made them, such as those of torch.nn.utils.weight_norm;
+    otherwise they cannot be copied.
     """
     for name, value in vars(layer).items():
         if isinstance(value, Tensor) and not value.is_leaf:

@@ -107,7 +107,7 @@ def trace_forward(module: nn.Module, x: Tensor, classes: int) -> ForwardTrace:
 
 
 class _TraceMode(TorchFunctionMode):
-    """Notes every product with a parameter, and cuts its output from what is before it."""
+    """Records every product with a parameter, and detaches its output from what is before it."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

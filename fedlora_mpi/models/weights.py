@@ -1,4 +1,4 @@
-"""Weights from a file in the place of a network's initial ones."""
+"""Weights from a file that replace a network's initial ones."""
 
 import hashlib
 import posixpath
@@ -53,12 +53,12 @@ def find_file(network: str, source: str) -> WeightsFile:
 
 
 def read(path: Path, url: str = "", keep_double: bool = False) -> Tree:
-    """The leaves of a file as float32: of safetensors, or of a state dict as torch has saved it, by
-    itself or under "state_dict" or "model". What is no floating-point number, such as a count of
-    batches, is left out. ``fine``: those of float64 stay that.
+    """The leaves of a file as float32. It is a safetensors file, or a state dict that torch has
+    saved, by itself or under "state_dict" or "model". Leaves that are not floating-point, such as
+    counts of batches, are left out. ``keep_double``: float64 stays float64.
 
-    url: the SHA-256 of the file must begin as the name there says. Nothing is downloaded, and
-    nothing in a file is executed. Raises ValueError when it is not there, damaged, or holds
+    url: the SHA-256 of the file must begin as the name in ``url`` says. Nothing is downloaded, and
+    nothing in a file is executed. Raises ValueError when the file is missing, damaged, or holds
     anything but finite numbers.
     """
     if not path.is_file():
@@ -95,11 +95,11 @@ def read(path: Path, url: str = "", keep_double: bool = False) -> Tree:
 
 
 def load_weights(model: Model, tree: Tree) -> Model:
-    """The same network with the leaves of ``tree`` for its initial values, frozen ones included,
-    each in its own dtype.
+    """The same network with the leaves of ``tree`` as initial values, frozen ones included, each in
+    the dtype that it has in the network.
 
-    A head that is not there as a whole, in its shapes (other classes), keeps its own. So does a
-    buffer that is no part of a state dict. Raises ValueError for the first leaf that does not fit.
+    A head that is not in ``tree`` as a whole and in its shapes (other classes) keeps its values. So
+    does a buffer outside the state dict. Raises ValueError for the first leaf that does not fit.
     """
     saved = model.modules[False].state_dict().keys()  # also the further names of what bears several
     leaves, tree = model.all_leaves, _resolve_ties(model, tree)
@@ -134,9 +134,7 @@ def load_weights(model: Model, tree: Tree) -> Model:
 
 
 def _resolve_ties(model: Model, tree: Tree) -> Tree:
-    """``tree`` with leaves that have several names under the first. Raises ValueError where they
-    differ.
-    """
+    """``tree``, with tied leaves under their first name. Raises ValueError if they differ."""
     untied = {n: v for n, v in tree.items() if n not in model.ties}
     for name, first in model.ties.items():
         if (
@@ -179,9 +177,7 @@ def _expected_digest(url: str) -> str:
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
-    """The tensors of a .safetensors file, its bytes read at once: a mapped file may change while a
-    run goes on.
-    """
+    """The tensors of a .safetensors file, read at once: a mapped file could change during a run."""
     library = _import_safetensors()
     unpack = library.torch.load  # of safetensors, not torch's own: nothing is unpickled
     try:
