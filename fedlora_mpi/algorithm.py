@@ -1,12 +1,12 @@
 """The contract between one algorithm file and the engine.
 
 An algorithm is written for ONE client, as pure functions of that client's variables. The engine
-adds the client axis, ``mpi/`` the rank axis; nothing here, and no algorithm file, names either.
+adds the client axis and ``mpi/`` adds the rank axis. Neither appears here or in an algorithm file.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Generator, Tensor
 
@@ -70,10 +70,10 @@ def trains_all(leaf: str) -> bool:
 
 
 class Step(NamedTuple):
-    """One SGD step: under which loss, which leaves move.
+    """One SGD step: its loss and the leaves that it trains.
 
-    ``trains`` is asked for the names of shared and personal leaves alike. Leaves of role ``stats``
-    are never trained; BatchNorm in training mode writes them, whatever is trained.
+    ``trains`` receives the names of shared and personal leaves alike. Leaves of role ``stats`` are
+    never trained: BatchNorm in training mode writes them, whichever leaves train.
     """
 
     loss: Loss
@@ -84,9 +84,9 @@ class Step(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """A stretch of local SGD: on every batch of every epoch the ``steps``, in order.
+    """A stretch of local SGD: all ``steps``, in order, on every batch of every epoch.
 
-    A phase with a ``stream`` of its own draws its own batches, so it moves none of the others'.
+    A phase with its own ``stream`` draws its own batches and leaves those of other phases alone.
     """
 
     epochs: int
@@ -101,26 +101,26 @@ class Phase(NamedTuple):
 
 
 def held_out_count(samples: int, fraction: float) -> int:
-    """How many of a client's training samples are held out: at least one, but never all; none of
-    fraction 0.
+    """How many of a client's training samples are held out: at least one, never all; fraction 0
+    holds out none.
     """
     return min(samples - 1, max(1, int(fraction * samples))) if fraction and samples else 0
 
 
 class Mix(NamedTuple):
-    """What a client shows to a per-client mix: the mixed leaves, and what the weights depend on."""
+    """What a client offers to a per-client mix: leaves to mix, and what the weights depend on."""
 
     rows: Tree  # mixed over the clients; the result replaces the personal leaves of these names
-    # [K] numbers or bools whose Gram matrix decides the weights; None: the rows
+    # [K] numbers or bools whose Gram matrix decides the weights; None: the rows themselves
     key: Tensor | None = None
     extra: Tensor | None = None  # [k] further numbers of the client that they depend on
 
 
 class Cohort(NamedTuple):
-    """The clients that took part in a round, in two numbers."""
+    """The clients that took part in a round, as two numbers."""
 
-    share: float  # of all clients
-    weight: float  # by which they count together: the mean over them times it is their sum
+    share: float  # fraction of all clients
+    weight: float  # total weight of their uploads: the mean times it is the sum
 
 
 FORMER_HOOKS = {  # former name: what the hook is called now
@@ -138,36 +138,39 @@ FORMER_HOOKS = {  # former name: what the hook is called now
 }
 
 
+# the model whose accuracy is the method's
+EvaluatedModel = Literal["after_aggregation", "after_training", "server"]
+
+
 class Algorithm:
-    """The hooks of a method; their defaults are FedAvg, so that a file says what is different.
+    """The hooks of a method. A subclass that overrides nothing is FedAvg; override what differs.
 
-    Subclasses are frozen dataclasses whose fields are the hyper-parameters. The class variables may
-    be fields or properties instead.
+    Subclasses are frozen dataclasses whose fields are the hyper-parameters. They may override the
+    class variables below by plain values, fields or properties.
 
-    weights: by which number of a client its upload counts in the mean.
-    absent: what clients outside the cohort count for.
+    weights: the weight of a client's upload in the mean.
+    absent: whether clients outside the cohort are left out of the mean or count with their last
+        upload.
     evaluate_on: the model whose accuracy is the method's. ``after_aggregation`` and
         ``after_training`` are moments of each client's own model; ``server`` is the server's model
         on every client's test data.
-    center_keys: whether the keys of a mix are centred before their Gram matrix, so that distances
-        do not cancel.
+    center_keys: whether the keys of a mix are centred before their Gram matrix is computed, so
+        that rounding does not cancel distances.
     sums: whether the server receives the sum of the uploads instead of their mean. Absent clients
         are then excluded.
-    needs_all_data: whether ``begin`` and ``finish`` receive all training data in order, or the
-        first sample alone. The ``counts`` are those of all data in both cases.
+    needs_all_data: whether ``begin`` and ``finish`` receive all training data in order, or only
+        the first sample. The ``counts`` are those of all data in both cases.
     held_out: fraction of each client's training samples that only phases with ``held_out`` use,
-        without augmentation. They are the same in all rounds of a task.
+        without augmentation. They are the same samples in all rounds of a task.
     """
 
-    weights: ClassVar[Literal["samples", "uniform"]] = "samples"
-    absent: ClassVar[Literal["exclude", "stale"]] = "exclude"
-    evaluate_on: ClassVar[Literal["after_aggregation", "after_training", "server"]] = (
-        "after_aggregation"
-    )
-    center_keys: ClassVar[bool] = False
-    sums: ClassVar[bool] = False
-    needs_all_data: ClassVar[bool] = False
-    held_out: ClassVar[float] = 0.0
+    weights: Literal["samples", "uniform"] = "samples"
+    absent: Literal["exclude", "stale"] = "exclude"
+    evaluate_on: EvaluatedModel = "after_aggregation"
+    center_keys: bool = False
+    sums: bool = False
+    needs_all_data: bool = False
+    held_out: float = 0.0
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -185,22 +188,21 @@ class Algorithm:
             raise AttributeError(f"{type(self).__name__} has no attribute {name}{hint}")
 
     def check(self, model: Model, train: LocalTraining) -> None:
-        """Raise ValueError when the fields do not go together with the model or the training."""
+        """Raise ValueError when the fields do not fit the model or the training."""
 
     def low_rank(self, model: Model) -> dict[str, int]:
-        """{weight: rank} of the leaves that have a low-rank part, for those who want to know:
-        ``plan`` lists them. Default: none.
+        """{weight: rank} of the leaves that have a low-rank part; ``plan`` lists them. Default:
+        none.
         """
         return {}
 
     def for_client(self, client: int, clients: int) -> "Algorithm":
-        """The method as that client has it, where hyper-parameters differ between clients, such as
-        the rank of low-rank parts. What the server does is asked of the method itself. Default: the
-        same for all.
+        """The method with this client's hyper-parameters, such as its rank of low-rank parts. The
+        server's hooks are called on the method itself. Default: the same for all clients.
         """
         return self
 
-    # One client: what it has, how it trains, what it sends.
+    # One client: its variables, its training, its upload.
 
     def init(self, model: Model, rng: Generator) -> Variables:
         """The variables of any client before the first round; all clients start equal. Default: all
@@ -208,29 +210,29 @@ class Algorithm:
         return Variables(shared=model.initial, personal={})
 
     def download(self, shared: Tree) -> Tree:
-        """What of the server's shared variables this client gets, in its own terms (its own rank).
-        All hooks of a client see these as ``shared``. Default: all of them.
+        """The part of the server's shared variables that this client receives, cut to its own
+        rank. A client's hooks see it as ``shared``. Default: all of it.
         """
         return shared
 
     def begin(self, model: Model, v: Variables, data: Batch) -> Variables:
-        """What the client does with what has arrived, before training. Default: nothing."""
+        """The variables from which training starts, given those received. Default: the same."""
         return v
 
     def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
-        """Local training of round ``round_`` (from 0), in order. ``model`` is in training mode.
-        Default: all leaves of the client's own model, under ``loss``.
+        """The phases of local training in round ``round_`` (from 0), in order. ``model`` is in
+        training mode. Default: one phase that trains all leaves of the client's own model.
         """
         return (Phase(train.epochs, (Step(self.loss(model)),)),)
 
     def used(self, phase: Phase, samples: int) -> int:
-        """How many of a client's training samples an epoch of the phase uses. Not to be overridden."""
+        """How many training samples an epoch of the phase uses. Not to be overridden."""
         held = held_out_count(samples, self.held_out)
         part = held if phase.held_out else samples - held
         return min(part, phase.limit(part)) if phase.limit else part
 
     def loss(self, model: Model) -> Loss:
-        """The cross-entropy of the client's own model: what most phases minimise."""
+        """The cross-entropy of the client's own model, which most phases minimise."""
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             return cross_entropy(self.logits(model, now, batch.x), batch)
@@ -240,7 +242,7 @@ class Algorithm:
     def finish(
         self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
     ) -> Variables:
-        """What the client keeps after training (masks, control variates). Default: what it trained."""
+        """What the client keeps after training, such as masks. Default: what it trained."""
         return end
 
     def upload(self, start: Variables, end: Variables) -> Tree:
@@ -248,26 +250,22 @@ class Algorithm:
         return end.shared
 
     def expand(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        """What an upload stands for in the mean, in which it counts ``count``; whoever computes it
-        has the server's ``shared`` variables of the round. Its leaves have the same shapes for all
-        clients. Default: the upload itself.
+        """What enters the mean for an ``upload`` of weight ``count``, given the server's ``shared``
+        variables of the round. Its leaves have the same shapes for all clients. Default: the upload
+        itself.
         """
         return upload
 
     def offer(self, start: Variables, end: Variables) -> Mix | None:
-        """What enters a mix of its own for every client. Default: there is none."""
+        """What enters the mix that every client receives for itself. Default: there is no mix."""
         return None
 
     def upload_numel(self, start: Variables, end: Variables) -> Tensor | int:
-        """How many numbers a client of a real federation would send for the upload. Default: all of
-        it.
-        """
+        """How many numbers a client of a real federation would send. Default: its whole upload."""
         return numel(self.upload(start, end))
 
     def download_numel(self, shared: Tree) -> Tensor | int:
-        """How many numbers it would receive of the server's shared variables. Default: its
-        download.
-        """
+        """How many numbers it would receive from the server. Default: its whole download."""
         return numel(self.download(shared))
 
     # The server.
@@ -284,36 +282,36 @@ class Algorithm:
         return server, mean
 
     def decomposed(self, shared: Tree) -> dict[str, tuple[Tensor, int]]:
-        """What the server needs the right singular vectors of after ``serve``: {name: (matrix [d1,
-        d2], how many)}. They are computed once each, on whichever ranks are idle. Default: nothing.
+        """The matrices whose right singular vectors the server needs after ``server_update``:
+        {name: (matrix [d1, d2], how many)}. Idle ranks compute each once. Default: none.
         """
         return {}
 
     def handed_out(self, shared: Tree, right: Tree) -> Tree:
-        """The shared variables completed by these vectors, {name: [k, d2]} with orthonormal rows."""
+        """``shared`` completed by ``right`` {name: [k, d2]}, whose rows are orthonormal."""
         raise AssertionError(
             f"{type(self).__name__} has matrices decomposed but makes nothing of them"
         )
 
     def server_metrics(self, shared: Tree, clients: int) -> dict[str, float]:
-        """Further numbers of the round for the log, from what the server has made of so many
-        clients' uploads. Default: none.
+        """Further numbers of the round for the log, from the next ``shared`` variables and the
+        number of ``clients`` whose uploads made them. Default: none.
         """
         return {}
 
     def mix(self, gram: Tensor, extra: Tensor, round_: int) -> Tensor:
-        """The weights [n, n] of the mix, a row for each receiver, float64.
+        """The weights [n, n] of the mix, one row per receiver, float64.
 
-        gram: [n, n] inner products of the keys, float64; aux: [n, k] in the clients' order. n is at
-        least 2: a client that is alone receives its own rows.
+        gram: [n, n] inner products of the keys, float64; extra: [n, k] in the clients' order. n is
+        at least 2: a client that is alone receives its own rows.
         """
         raise AssertionError(f"{type(self).__name__} offers rows but does not say how to mix them")
 
-    # The model that is judged.
+    # The evaluated model.
 
     def client_model(self, model: Model, v: Variables) -> Tree:
         """The parameters and statistics of the client's own model, under the model's leaf names.
-        Default: all variables, shared and personal, that bear such a name."""
+        Default: all variables, shared and personal, that have such a name."""
         return {n: w for n, w in (v.shared | v.personal).items() if n in model.leaves}
 
     def logits(self, model: Model, v: Variables, x: Tensor) -> Tensor:
@@ -321,8 +319,8 @@ class Algorithm:
         return model(self.client_model(model, v), x)
 
     def personalize(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
-        """Training on a copy before an evaluation in front of round ``round_``, on training data.
-        Default: none.
+        """The phases that train a copy, on training data, before the evaluation in front of round
+        ``round_``. Default: none.
         """
         return ()
 
@@ -335,8 +333,9 @@ def check_trainable(
     train: LocalTraining,
     initial: Variables,
 ) -> None:
-    """Raise ValueError where ``method``, with these variables before round 1, trains nothing of a
-    ``network`` of which parameters are frozen.
+    """Raise ValueError if ``network`` has frozen parameters and ``method`` trains none of the rest.
+
+    initial: the variables before round 1.
     """
     steps = [
         step

@@ -6,7 +6,7 @@ Algorithm 1 and eq. (10). For client i with v_i and alpha_i its own, at every lo
     vbar_i   =  alpha_i v_i + (1 - alpha_i) w_i
     w_i     <-  w_i - eta grad f_i(w_i)            v_i  <-  v_i - eta alpha_i grad f_i(vbar_i)
 
-    alpha_i <-  clip(alpha_i - eta <v_i - w_i, grad f_i(vbar_i)>, 0, 1)      once, before them    (10)
+    alpha_i <-  clip(alpha_i - eta <v_i - w_i, grad f_i(vbar_i)>, 0, 1)     once, before them  (10)
     w       <-  sum_i (n_i / n) w_i
 
 Both factors are those of the chain rule: v_i and alpha_i descend on f_i(vbar_i).

@@ -23,7 +23,7 @@ is the same before and after aggregation.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
@@ -48,9 +48,9 @@ class FD(Algorithm):
     holder. ``own.outputs`` is z_k of the round ``own.round`` (from 1; 0: none).
     """
 
-    weights: ClassVar = "uniform"
-    sums: ClassVar = True
-    needs_all_data: ClassVar = True
+    weights = "uniform"
+    sums = True
+    needs_all_data = True
     gamma: float = 1.0
     outputs: Literal["probabilities", "logits"] = "probabilities"
 

@@ -4,8 +4,8 @@ Malinovsky et al., "Randomized Asymmetric Chain of LoRA: The First Meaningful Th
 for Low-Rank Adaptation" (RAC-LoRA, Fed-RAC-LoRA), 2024, https://arxiv.org/abs/2410.08305. On the
 weights W_0 + W + s B A, in round t, with one sketch for all clients:
 
-    right sketch, ``factor: A``     A ~ D         B_k  <-  local training from 0      B  =  sum_k p_k B_k
-    left sketch, ``factor: B``      B ~ D         A_k  <-  local training from 0      A  =  sum_k p_k A_k
+    right sketch, ``factor: A``   A ~ D    B_k  <-  local training from 0    B  =  sum_k p_k B_k
+    left sketch, ``factor: B``    B ~ D    A_k  <-  local training from 0    A  =  sum_k p_k A_k
     W  <-  W + s B A = W + sum_k p_k s B_k A_k,   p_k = n_k / n
 
 With the left sketch a step of exact gradient descent on A is W <- W - s^2 lr B B' grad, so that W
@@ -43,13 +43,16 @@ from ..models.network import Model
 class FedRACLoRA(OneFactor):
     """Further shared leaves: "<weight>.W", and "turn.seed", from which all sketches follow."""
 
-    judged: ClassVar = "client"  # between rounds the server's model is the same: a factor is zero
+    # no field: between rounds a factor is zero, and the server's model is the same
+    judged: ClassVar = "client"  # type: ignore[misc]
     factor: Literal["A", "B", "both"] = "A"
     sketch: Literal["uniform", "gaussian"] = "uniform"
 
     @property
     def factor_schedule(self) -> tuple[Literal["A", "B"], ...]:
-        return {"A": ("B",), "B": ("A",), "both": ("B", "A")}[self.factor]
+        schedules: dict[str, tuple[Literal["A", "B"], ...]]
+        schedules = {"A": ("B",), "B": ("A",), "both": ("B", "A")}
+        return schedules[self.factor]
 
     def init(self, model: Model, rng: Generator) -> Variables:
         shared, personal = super().init(model, rng)[:2]
@@ -95,7 +98,7 @@ class FedRACLoRA(OneFactor):
         return {n: start_value(n, v) for n, v in shared.items() if is_factor(n)}
 
     def draw_sketch(self, number: int, shape: tuple[int, ...]) -> Tensor:
-        """A sketch, [r, d] or [d, r] with r <= d; on the CPU, whose bits are those of the server."""
+        """A sketch, [r, d] or [d, r] with r <= d, from the CPU, whose bits are the server's."""
         u, v = uniform(torch.tensor(number), (2, *shape))
         if self.sketch == "uniform":
             return (2 * u - 1) / max(shape) ** 0.5

@@ -114,7 +114,8 @@ def _message_numel(tree: Tree, marks: str) -> Tensor | int:
     """How many numbers of ``tree`` travel: all but W and the marks, of the classifier the rows that
     are marked.
     """
-    marked, total = select_prefix(tree, marks), 0
+    marked = select_prefix(tree, marks)
+    total: Tensor | int = 0
     for n, v in tree.items():
         if not n.startswith((_OWN, _SEEN)) and not is_factor(n, "W"):
             total += marked[n].sum().long() * v[0].numel() if n in marked else v.numel()

@@ -38,7 +38,7 @@ _A = method_leaf_name("A")
 
 @dataclass(frozen=True)
 class FedALA(Algorithm):
-    """``A.<leaf>`` and ``own.<leaf>`` are personal; s is in per cent, p in layers with parameters."""
+    """``A.<leaf>`` and ``own.<leaf>`` are personal. s: per cent; p: layers with parameters."""
 
     eta: float = 1.0
     s: float = 80.0

@@ -3,10 +3,11 @@
 Huang et al., "Personalized Cross-Silo Federated Learning on Non-IID Data" (FedAMP), AAAI 2021,
 https://arxiv.org/abs/2007.03797. Round t, on the server and then on client i:
 
-    u_i  = sum_j xi_ij w_j,   xi_ij = alpha_t A'(||w_i - w_j||^2) for j != i,   xi_ii = 1 - sum_j xi_ij
+    u_i  = sum_j xi_ij w_j
+    xi_ij = alpha_t A'(||w_i - w_j||^2) for j != i,   xi_ii = 1 - sum_(j != i) xi_ij
     w_i <- argmin F_i(w) + lam / (2 alpha_t) ||w - u_i||^2,    A'(x) = exp(-x / sigma) / sigma
     alpha_t = max(alpha_min, alpha decay^floor(t / decay_every))
-    xi_ij = (1 - xi_ii) exp(sigma cos(w_i, w_j)) / sum_(h != i) exp(sigma cos(w_i, w_h))     HeurFedAMP
+    xi_ij = (1 - xi_ii) exp(sigma cos(w_i, w_j)) / sum_(h != i) exp(sigma cos(w_i, w_h))  HeurFedAMP
 
 HeurFedAMP (``heuristic: true``), for deep networks, has xi_ii = self_weight. w_i are the
 parameters; training starts at them (``start: own``) or at u_i (``cloud``). Accuracy is that of w_i
@@ -20,7 +21,7 @@ so ``alpha_min`` (0: none, as there). In PFLlib the penalty has no gradient.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
@@ -41,7 +42,7 @@ class FedAMP(Algorithm):
     25). ``self_weight`` 0 stands for 1 / (clients of the round). u_i is kept as ``cloud.<leaf>``.
     """
 
-    evaluate_on: ClassVar = "after_training"
+    evaluate_on = "after_training"
     lam: float = 1.0
     alpha: float = 1e4
     decay: float = 0.1
@@ -54,7 +55,7 @@ class FedAMP(Algorithm):
     start: Literal["own", "cloud"] = "own"
 
     @property
-    def center_keys(self) -> bool:
+    def center_keys(self) -> bool:  # type: ignore[override]  # read only, like every field
         return not self.heuristic  # distances may be taken from the mean, cosines may not
 
     def __post_init__(self) -> None:

@@ -8,7 +8,8 @@ their logits:
     L_p  =  CE(p) + KL(softmax(s) || softmax(p)) + CE(w p + (1 - w) s)      s a constant
     L_s  =  CE(s) + KL(softmax(p) || softmax(s)) + CE(w p + (1 - w) s)      p a constant
     p, s  <-  descend on L_p, on L_s        s  <-  (1/N) sum_k s_k
-    w  <-  clip(w - eta_w grad CE(w p + (1 - w) s), 0, 1)      w_epochs, on samples held out, after the mean
+    w  <-  clip(w - eta_w grad CE(w p + (1 - w) s), 0, 1)
+           w_epochs, on samples held out, after the mean
 
 The client's own model is w p + (1 - w) s. Its share of the samples, ``held_out``, trains no
 network.

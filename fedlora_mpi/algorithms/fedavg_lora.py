@@ -11,7 +11,7 @@ Deviations: the paper does not say how the low-rank part is averaged; factor by 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Generator
 
@@ -25,7 +25,7 @@ from ..models.network import Model
 class FedAvgLoRA(LowRank, Algorithm):
     """All variables are shared."""
 
-    weights: ClassVar = "uniform"
+    weights = "uniform"
     absent: Literal["exclude", "stale"] = "stale"
 
     def init(self, model: Model, rng: Generator) -> Variables:

@@ -27,7 +27,7 @@ from ..models.network import Model
 
 @dataclass(frozen=True)
 class FedAvgM(Algorithm):
-    """A step that repeats is 1 / (1 - beta) times as long: at beta = 0.9, eta = 1 is a large one."""
+    """A repeated step grows to 1 / (1 - beta) times its length: with beta 0.9, eta 1 is large."""
 
     eta: float = 1.0
     beta: float = 0.9

@@ -7,7 +7,7 @@ training from w0 to w, in each parameter tensor; then on the server in round t =
     m_i  = 1 for the floor(tau size) entries largest in |(w - w0) w|, else 0   (critical entries)
     O_ij = 1 - ||m_i - m_j||_1 / (2 ||m_i||_1),   mean O and max O over i != j
     C_i  = {i} and all j with O_ij >= mean O + (t + 1) / beta (max O - mean O)
-    w_i <- m_i mean_(j in C_i) w_j + (1 - m_i) sum_j p_j w_j                   (start of the next round)
+    w_i <- m_i mean_(j in C_i) w_j + (1 - m_i) sum_j p_j w_j         (start of the next round)
 
 From t + 1 > beta on critical entries are the client's own, unless all overlaps are equal.
 BatchNorm: affine parameters are parameters like the others; statistics stay on the client as in the

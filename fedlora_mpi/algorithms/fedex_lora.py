@@ -30,4 +30,4 @@ from ..components.lora.calibrated import CalibratedTuning
 
 @dataclass(frozen=True)
 class FedExLoRA(CalibratedTuning):
-    """``Calibrated`` as it is."""
+    """``CalibratedTuning`` as it is."""

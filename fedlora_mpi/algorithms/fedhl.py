@@ -24,7 +24,7 @@ baseline.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Generator, Tensor
@@ -80,7 +80,7 @@ class FedHL(RedistributedTuning):
             for n, tail in tails.items()
         }
         if not self.per_layer:
-            parts = dict.fromkeys(parts, sum(parts.values()))
+            parts = dict.fromkeys(parts, cast(Tensor, sum(parts.values())))
         n_k = count if self.weight_mode in ("samples", "both") else 1
         rank_weight = (
             self._rank_weight
@@ -109,7 +109,7 @@ class FedHL(RedistributedTuning):
 
 
 def _tail_energies(W: Tensor, B: Tensor) -> Tensor:
-    """[R + 1] sum_{j > r} s_j^2 of W for r from 0 to R; the columns of B = U S have the norms s_j."""
+    """[R + 1] sum_{j > r} s_j^2 of W for r = 0 to R; s_j is the norm of column j of B = U S."""
     squares = B.double().square().sum(0)
     tail_energies = W.double().square().sum() - torch.cat([squares.new_zeros(1), squares.cumsum(0)])
     return tail_energies.clamp(min=0).to(W.dtype)

@@ -45,7 +45,7 @@ _W_H = method_leaf_name("hidden", "W_h")
 
 @dataclass(frozen=True)
 class FedKD(Companion):
-    """Shared leaves beside g: "svd.round", rounds done; "svd.numbers", what the last message held."""
+    """Shared leaves beside g: "svd.round", rounds done; "svd.numbers", size of the last message."""
 
     energy_start: float = 0.95
     energy_end: float = 0.98
@@ -120,7 +120,8 @@ class FedKD(Companion):
         tree, numbers = {}, torch.zeros_like(round_)
         for name, old_value in old.items():
             if name.startswith(SMALL_PREFIX):
-                tree[name], count = new[name], old_value.numel()
+                tree[name] = new[name]
+                count: Tensor | int = old_value.numel()
                 if old_value.dim() > 1:
                     update, count = truncate_svd(new[name] - old_value, energy)
                     tree[name] = old_value + update

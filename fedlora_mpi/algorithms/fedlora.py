@@ -19,7 +19,7 @@ the official code (see ``components/lowrank.py``).
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Generator
 
@@ -34,7 +34,7 @@ class FedLoRA(LowRank, Algorithm):
     """``absent: stale``, as in the official code: clients outside the cohort count in the mean
     with the last sigma."""
 
-    weights: ClassVar = "uniform"
+    weights = "uniform"
     bn_stats: Literal["shared", "local"] = "shared"
     absent: Literal["exclude", "stale"] = "stale"
 

@@ -26,7 +26,6 @@ equally in c.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -55,9 +54,9 @@ _OWN_VARIANCE = method_leaf_name("own", "variance")
 class FedPAC(Algorithm):
     """``head_epochs`` come before ``train.epochs``, which all go to the body."""
 
-    evaluate_on: ClassVar = "after_training"
-    center_keys: ClassVar = True
-    needs_all_data: ClassVar = True
+    evaluate_on = "after_training"
+    center_keys = True
+    needs_all_data = True
     lam: float = 1.0
     head_epochs: int = 1
     head_lr: float = 0.1

@@ -4,7 +4,7 @@ Tan et al., "FedProto: Federated Prototype Learning across Heterogeneous Clients
 https://arxiv.org/abs/2105.00243. Features z [d] are what enters the head. P_c is the global
 prototype of class c, P_kc that of client k, N_c the clients of the round that hold c:
 
-    w_k   <-  argmin CE + lam mean_d (z - P_y)^2                    no second term where P_y is unknown
+    w_k   <-  argmin CE + lam mean_d (z - P_y)^2              no second term where P_y is unknown
     P_kc  <-  mean of z over the samples of k with y = c, after training
     P_c   <-  1/|N_c| sum_(k in N_c) P_kc                           (``weights: uniform``)
     P_c   <-  sum_(k in N_c) n_kc P_kc / sum_(k in N_c) n_kc        (``samples``)
@@ -24,7 +24,7 @@ prototypes, their code both ways, HtFLlib by prototypes ``known``. By prototypes
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
@@ -46,7 +46,7 @@ class FedProto(Algorithm):
     ``own.classes`` is 1 for a class that the client holds.
     """
 
-    needs_all_data: ClassVar = True
+    needs_all_data = True
     lam: float = 1.0
     inference: Literal["classifier", "prototypes"] = "classifier"
     among: Literal["own", "known"] = "own"

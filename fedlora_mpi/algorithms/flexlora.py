@@ -21,4 +21,4 @@ from ..components.lora.redistributed import RedistributedTuning
 
 @dataclass(frozen=True)
 class FlexLoRA(RedistributedTuning):
-    """``Redistributed`` as it is."""
+    """``RedistributedTuning`` as it is."""

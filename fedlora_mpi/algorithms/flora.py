@@ -43,7 +43,8 @@ class FLoRA(FineTuning):
     every round; "last.<weight>" [], how many components the last stack had.
     """
 
-    judged: ClassVar = "server"  # a client that has not trained has B = 0: the same model
+    # no field: a client that has not trained has B = 0, which is the same model
+    judged: ClassVar = "server"  # type: ignore[misc]
 
     def init(self, model: Model, rng: Generator) -> Variables:
         shared = {n: v for n, v in super().init(model, rng).shared.items() if not is_factor(n)}

@@ -4,9 +4,11 @@ Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundatio
 EMNLP 2024, https://arxiv.org/abs/2401.06432. Client k has the first r_k components of the server's
 A [R, d_in] and B [d_out, R]; its tail are those from floor(gamma r_k) on:
 
-    T(A, B)     =  ||B[:, floor(gamma r_k):r_k]||_F ||A[floor(gamma r_k):r_k]||_F, summed over layers
+    T(A, B)     =  sum over layers of
+                   ||B[:, floor(gamma r_k):r_k]||_F ||A[floor(gamma r_k):r_k]||_F
     A_k, B_k   <-  local training on CE + lam T(A_k, B_k)
-    r_k        <-  max(r_min, floor(gamma r_k)) for good, if T(A_k, B_k) < T(A, B): the tail is sent no more
+    r_k        <-  max(r_min, floor(gamma r_k)) for good, if T(A_k, B_k) < T(A, B):
+                   the tail is sent no more
     A          <-  sum_k p_k A_k      B  <-  sum_k p_k B_k      p_k = S_k / sum_j S_j
     S_k         =  ||B_k A_k||_F = sqrt(sum (B_k' B_k) o (A_k A_k')), all layers together
 
@@ -23,6 +25,7 @@ paper's are not known.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Generator, Tensor
@@ -125,7 +128,7 @@ def factor_pairs(tree: Tree) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def select_components(tree: Tree, first: Tensor | int, end: Tensor) -> Tree:
-    """``tree``, whose factors have zeros but in the components from ``first`` to before ``past``."""
+    """``tree``, its factors zero outside the components from ``first`` to before ``end``."""
     selected = {}
     for name, (A, B) in factor_pairs(tree).items():
         index = torch.arange(len(A), device=A.device)
@@ -139,8 +142,5 @@ def norm_of_products(tree: Tree) -> Tensor:
     """The norm of all B A together, [], without making any: ||B A||^2 = sum (B' B) o (A A'), both
     [r, r].
     """
-    return (
-        sum(((B.T @ B) * (A @ A.T)).sum() for A, B in factor_pairs(tree).values())
-        .clamp(min=0)
-        .sqrt()
-    )
+    squares = (((B.T @ B) * (A @ A.T)).sum() for A, B in factor_pairs(tree).values())
+    return cast(Tensor, sum(squares)).clamp(min=0).sqrt()

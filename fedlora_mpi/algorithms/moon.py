@@ -5,7 +5,8 @@ https://arxiv.org/abs/2103.16257, Section 3.3 and Algorithm 1. z are the feature
 training, z_glob under the one received, z_prev under the client's model of the end of the last
 round that it took part in:
 
-    l_con  =  -log( exp(cos(z, z_glob) / tau) / (exp(cos(z, z_glob) / tau) + exp(cos(z, z_prev) / tau)) )
+    l_con  =  -log( exp(cos(z, z_glob) / tau)
+                    / (exp(cos(z, z_glob) / tau) + exp(cos(z, z_prev) / tau)) )
     w_i    <-  argmin CE + mu l_con, from w        w <- sum_i (n_i / n) w_i
 
 Before a client has taken part, z_prev comes from the initial model; in round 1 that is also the one

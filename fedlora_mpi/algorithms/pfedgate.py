@@ -5,7 +5,8 @@ ICML 2023, https://arxiv.org/abs/2305.02776. Each parameter tensor of theta is c
 ``blocks`` runs of equal length, L runs in all. The gate phi_i sees a batch of inputs x:
 
     g(x) = sigmoid(BatchNorm(W SwitchNorm(x))) in (0, 1)^L      M = mean over the batch of g(x)
-    theta_i = theta * M, run by run;  theta and phi_i descend on CE(theta_i) at once, phi_i with gate_lr
+    theta_i = theta * M, run by run
+    theta, phi_i <- descend on CE(theta_i) at once, phi_i with gate_lr
     theta <- sum_i (n_i / n) theta_i;  phi_i never leaves client i
 
 Sparsity s < 1: with s_min = min(max(1 / blocks, 0.1), s) the first run of every tensor stays; of
@@ -23,7 +24,7 @@ which BatchNorm takes off again. Ties are broken by position.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
@@ -51,8 +52,8 @@ _M = STATS_PREFIX + "M"
 class PFedGate(Algorithm):
     """``absent: stale``, as in the official code. ``sparsity``: s, the share of weights kept."""
 
-    evaluate_on: ClassVar = "after_training"
-    needs_all_data: ClassVar = True
+    evaluate_on = "after_training"
+    needs_all_data = True
     weights: Literal["samples", "uniform"] = "samples"
     absent: Literal["exclude", "stale"] = "stale"
     sparsity: float = 1.0

@@ -6,8 +6,10 @@ adapter theta, which has one shape for all, beside one of its layers (F + theta;
 ``components/adapter.py``):
 
     theta_k <- theta
-    w_k     <- argmin (1 - mu) CE(F(x; w_k), y) + mu CE((F + theta)(x), y)     train.epochs, theta_k held still
-    theta_k <- argmin CE((F + theta_k)(x), y)                                adapter_epochs, w_k held still
+    w_k     <- argmin (1 - mu) CE(F(x; w_k), y) + mu CE((F + theta)(x), y)
+               train.epochs, theta_k held still
+    theta_k <- argmin CE((F + theta_k)(x), y)
+               adapter_epochs, w_k held still
     theta   <- sum_k (n_k / n) theta_k
 
 The client's own model is F(x; w_k) (``inference: model``) or F + theta_k (``combined``), judged
@@ -24,7 +26,7 @@ optimiser's momentum for all clients and rounds.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Generator, Tensor
 
@@ -43,7 +45,7 @@ _ADAPTER = method_leaf_name("adapter", ".")  # its factors are A and B
 class PFedLoRA(Algorithm):
     """``mu_schedule: linear`` raises mu from 0 by 1 / ``mu_rounds`` a round, up to ``mu``."""
 
-    evaluate_on: ClassVar = "after_training"
+    evaluate_on = "after_training"
     mu: float = 0.5
     mu_on: Literal["combined", "model"] = "combined"
     mu_schedule: Literal["constant", "linear"] = "constant"

@@ -23,7 +23,7 @@ theta_i's (their issue 5); PFLlib's of x. Their values: lam 15, inner_steps 5, i
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
@@ -41,7 +41,7 @@ _OWN = method_leaf_name("own")
 class PFedMe(Algorithm):
     """Stable only where ``inner_lr * lam`` and ``train.lr * lam`` are below 2, which is checked."""
 
-    evaluate_on: ClassVar = "after_training"
+    evaluate_on = "after_training"
     lam: float = 15.0
     inner_steps: int = 5
     inner_lr: float = 0.09

@@ -20,7 +20,7 @@ sends it along. A client outside the cohort is judged by w.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
@@ -39,7 +39,7 @@ _OWN, _HAS_TEACHER = method_leaf_name("own"), method_leaf_name("taught")
 class PFedSD(Algorithm):
     """``weights: uniform``, as in the authors' code."""
 
-    evaluate_on: ClassVar = "after_training"
+    evaluate_on = "after_training"
     lam: float = 0.5
     temperature: float = 3.0
     teacher_bn: Literal["batch", "running"] = "batch"

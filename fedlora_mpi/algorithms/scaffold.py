@@ -17,7 +17,6 @@ is part of f_i. K counts the last, smaller batch of each epoch; PFLlib drops tha
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -36,7 +35,7 @@ _C_I = method_leaf_name("c_i")
 class Scaffold(Algorithm):
     """Leaf "c.<parameter>" is c, "c_i.<parameter>" is c_i; both start at zero."""
 
-    weights: ClassVar = "uniform"
+    weights = "uniform"
     server_lr: float = 1.0
 
     def __post_init__(self) -> None:

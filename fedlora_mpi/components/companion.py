@@ -1,6 +1,4 @@
-"""A small network g of one architecture that all clients share, beside the network F of each
-client's own.
-"""
+"""All clients share a small network g; beside it each has its own network F."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -55,19 +53,17 @@ class Companion(Algorithm):
         return select_prefix(v.shared, SMALL_PREFIX)
 
     def training_context(self, model: Model, batch: Batch) -> AbstractContextManager:
-        """What g runs under in training. It draws other noise than F, of which the engine takes
-        care.
-        """
+        """What g runs under in training; g draws other noise than F."""
         return self.g(model).training_context(batch._replace(key=batch.key + 1))
 
     def both_logits(self, model: Model, v: Variables, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Those of F and of g on a batch of training, [B, classes] each."""
+        """The logits of F and of g on a training batch, [B, classes] each."""
         own_logits = model(self.client_model(model, v), batch.x)
         with self.training_context(model, batch):
             return own_logits, self.g(model).to(batch.x.device)(self.g_leaves(v), batch.x)
 
     def trained_leaves(self, model: Model, *extra_leaves: str) -> Callable[[str], bool]:
-        """Whether a leaf is trained: the parameters of F and of g, and ``more``."""
+        """Whether a leaf is trained: parameters of F and of g, and ``extra_leaves``, are."""
         g = self.g(model)
         small_leaves = {SMALL_PREFIX + n for n in g.leaves if g.role(n) != "stats"}
         return {*model.leaves, *small_leaves, *extra_leaves}.__contains__
@@ -75,5 +71,5 @@ class Companion(Algorithm):
 
 @lru_cache(maxsize=8)
 def _skeleton(name: str, classes: int, shape: tuple[int, ...]) -> Model:
-    """A network of which only the layers count, not the weights."""
+    """A network whose layers are used, but not its weights."""
     return build(name, {}, classes, shape, seed=0)

@@ -24,7 +24,7 @@ class Cut(NamedTuple):
     """How a tensor is cut: its runs are the numbers ``first`` to ``first + count`` of all L."""
 
     first: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nothing here calls
     length: int  # entries of a run
     sizes: tuple[int, ...]  # entries in each; the last may have fewer than ``length``
     is_linear: bool  # belongs to a Linear layer
@@ -41,7 +41,8 @@ def cut_tensors(model: Model, blocks: int) -> dict[str, Cut]:
         sizes = tuple(min(length, size - at) for at in range(0, size, length))
         path, dot, _ = name.rpartition(".")
         owner = model.all_leaves.get(f"{path}{dot}weight")
-        cuts[name] = Cut(first, len(sizes), length, sizes, bool(owner) and owner.matrix == "linear")
+        is_linear = owner is not None and owner.matrix == "linear"
+        cuts[name] = Cut(first, len(sizes), length, sizes, is_linear)
         first += len(sizes)
     return cuts
 
@@ -52,7 +53,7 @@ def count_runs(cuts: dict[str, Cut]) -> int:
 
 
 def scale_runs(theta: Tree, cuts: dict[str, Cut], M: Tensor) -> Tree:
-    """``theta`` whose runs are multiplied by their numbers of M [L]; a leaf without a cut stays."""
+    """``theta``, each run multiplied by its number of M [L]; leaves without a cut stay."""
     factors = {}
     for leaf, cut in cuts.items():
         run_factors = M[cut.first : cut.first + cut.count, None].expand(cut.count, cut.length)
@@ -136,9 +137,9 @@ def _update_running(running: Tensor, value: Tensor, momentum: float | Tensor = 0
 def select_runs(cuts: dict[str, Cut], importance: Tensor, budget_share: float) -> Tensor:
     """Which runs stay, [L] bool: the first of every tensor, and the most important of the others.
 
-    Of the others, Linear layers and the rest apart, those with the largest round(10 importance)
-    that still fit into ``share`` of their entries, taken greedily; ties go by position. importance:
-    [L].
+    The others are chosen greedily, separately in Linear layers and in the rest: the largest
+    round(10 importance) first, as long as the entries fit into ``budget_share`` of all. Ties go by
+    position. importance: [L].
     """
     is_kept, rounded_importance = (
         torch.ones_like(importance, dtype=torch.bool),
@@ -160,7 +161,7 @@ def select_runs(cuts: dict[str, Cut], importance: Tensor, budget_share: float) -
 
 
 def greedy_knapsack(worth: Tensor, sizes: Tensor, capacity: int) -> Tensor:
-    """[k] bool: taken in the order of falling worth, those that still fit into the capacity."""
+    """[k] bool: items in the order of falling worth, each taken if it still fits the capacity."""
     order = worth.argsort(descending=True, stable=True)
     used, is_taken = torch.zeros_like(sizes[0]), []
     for size in sizes[order]:

@@ -183,21 +183,19 @@ def as_weight(matrix: Tensor, leaf: Leaf) -> Tensor:
 
 
 def _channels(leaf: Leaf) -> tuple[int, int]:
-    """(out, in) of a convolution, those of one group where it has groups and a weight that says so."""
+    """(out, in) channels of a convolution as its weight has them: a group's, if it has groups."""
     first, second = leaf.shape[:2]
     return (second, first) if leaf.matrix == "transposed" else (first, second)
 
 
 def _kernel_height(leaf: Leaf) -> int:
-    """The side of a convolution's kernel that counts with its first axis; 1 of a kernel of one
-    side.
-    """
+    """The first side of a convolution's kernel; 1 if the kernel has one side."""
     return leaf.shape[2] if len(leaf.shape) > 3 else 1
 
 
 def match_weights(model: Model, patterns: Iterable[str], frozen: bool = False) -> list[str]:
-    """The weights that a low-rank part can have and whose names a pattern matches; ``frozen``: also
-    of those that the network's builder has frozen. Raises ValueError when a pattern matches none.
+    """The weights that match a pattern and can have a low-rank part; with ``frozen``, those that
+    the network's builder has frozen, too. Raises ValueError when a pattern matches none.
     """
     matrices = [
         n for n, leaf in (model.all_leaves if frozen else model.leaves).items() if leaf.matrix
@@ -209,16 +207,17 @@ def match_weights(model: Model, patterns: Iterable[str], frozen: bool = False) -
             n for n, leaf in model.frozen_leaves.items() if leaf.matrix and fnmatchcase(n, pattern)
         ]:
             raise ValueError(
-                f"layers = {pattern}: matches only weights that are frozen, such as {frozen_names[0]}, "
-                "which this method leaves as they are; fedit and its kin train low-rank parts "
-                "beside such weights"
+                f"layers = {pattern}: matches only weights that are frozen, such as "
+                f"{frozen_names[0]}, which this method leaves as they are; fedit and its kin train "
+                "low-rank parts beside such weights"
             )
         rejections = [
             f"{n}: {model.why_no_matrix(n)}" for n in model.all_leaves if fnmatchcase(n, pattern)
         ]
         explanation = f" that can be decomposed ({join_first(rejections)})" if rejections else ""
         raise ValueError(
-            f"layers = {pattern}: matches no weight{explanation}; there are {', '.join(matrices) or 'none'}"
+            f"layers = {pattern}: matches no weight{explanation}; there are "
+            f"{', '.join(matrices) or 'none'}"
         )
     return [n for n in matrices if any(fnmatchcase(n, pattern) for pattern in patterns)]
 
@@ -226,8 +225,9 @@ def match_weights(model: Model, patterns: Iterable[str], frozen: bool = False) -
 def skipped_weights(
     model: Model, low_rank: Mapping[str, int], full: Collection[str] = ()
 ) -> dict[str, str]:
-    """{weight of two and more dimensions that is not in ``low_rank`` {weight: rank}: why};
-    ``full``: roles that are trained as they are.
+    """{weight: why it has no low-rank part} of all weights with two or more dimensions.
+
+    low_rank: {weight: rank} of those that have one; full: roles that are trained as they are.
     """
     reasons = {}
     for name, leaf in model.all_leaves.items():
@@ -245,7 +245,7 @@ def skipped_weights(
 
 
 def join_first(words: Sequence[str], limit: int = 5) -> str:
-    """The first ones, and how many more there are."""
+    """The first words, and how many more there are."""
     return ", ".join(words[:limit]) + f" and {len(words) - limit} more" * (len(words) > limit)
 
 

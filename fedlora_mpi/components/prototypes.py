@@ -1,5 +1,4 @@
-"""The mean feature of each class: what a client knows of it, its mean over clients, the pull
-towards it.
+"""The mean feature of each class: on a client, over all clients, and a loss that pulls to it.
 
 Features z [d] are what enters the head. A client with n_i samples, of which a share pi_ik has class
 k, shows h_ik = pi_ik mean_i(z | k) and pi_ik. Both are linear in the samples, so the quotient of
@@ -37,28 +36,30 @@ def feature_statistics(model: Model, weights: Tree, data: Batch) -> tuple[Tensor
 
 
 def client_class_means(features: Callable[[Tensor], Tensor], data: Batch) -> Tensor:
-    """[classes, m]: the mean of ``of(x)`` [B, m] over a client's samples of each class; zero where
-    it has none.
+    """[classes, m]: the mean of ``features(x)`` [B, m] over a client's samples of each class; zero
+    for a class without samples.
     """
     sums, _ = _class_sums(features, data)
     return sums / data.counts.clamp(min=1)[:, None]
 
 
 def _class_sums(features: Callable[[Tensor], Tensor], data: Batch) -> tuple[Tensor, Tensor]:
-    """Over all samples of a client: the sum of z = of(x) by class [classes, m], and that of ||z||^2
-    [].
+    """The sums of z = features(x) by class, [classes, m], and of ||z||^2, [], over a client's
+    samples.
     """
     classes = len(data.counts)
     real = torch.ones_like(data.y) if data.real is None else data.real
     # [n, classes]
     one_hot = (data.y[:, None] == torch.arange(classes, device=data.y.device)) * real[:, None]
-    sums, energy = 0.0, 0.0
+    sums: Tensor | float = 0.0
+    energy: Tensor | float = 0.0
     for x, class_mask, is_real in zip(
         data.x.split(_CHUNK), one_hot.split(_CHUNK), real.split(_CHUNK), strict=True
     ):
         z = features(x)
         sums = sums + class_mask.to(z).T @ z
         energy = energy + (z.square().sum(1) * is_real).sum()
+    assert isinstance(sums, Tensor) and isinstance(energy, Tensor)  # of one sample and more
     return sums, energy
 
 

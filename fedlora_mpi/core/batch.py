@@ -20,7 +20,7 @@ class Batch(NamedTuple):
 
 
 def mean(each: Tensor, batch: Batch) -> Tensor:
-    """The mean of ``each`` [B] over the real examples, []; those of padding may be anything."""
+    """The mean of ``each`` [B] over the real examples, []; values of padding may be anything."""
     if batch.real is None:
         return each.mean()
     return torch.where(batch.real, each, 0).sum() / batch.real.sum()
@@ -30,7 +30,7 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     """Mean cross-entropy over the real examples, []. logits: [B, classes]."""
     if batch.real is None:
         return F.cross_entropy(logits, batch.y)
-    # or an infinite logit of padding has a gradient nan
+    # else an infinite logit of padding has a nan gradient
     logits = torch.where(batch.real[:, None], logits, 0)
     return mean(F.cross_entropy(logits, batch.y, reduction="none"), batch)
 
@@ -42,13 +42,17 @@ def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def split_batch(batch: Batch) -> tuple[Batch, Batch]:
-    """The 1st, 3rd, ... and the 2nd, 4th, ... example; both are the 1st where there is no other.
+    """The odd and the even examples; if there is only one, it is in both halves.
 
     Padding stays at the end. The halves draw different noise.
     """
     first, second = (
         Batch(
-            *(v if v is None else v[offset::2] for v in batch[:3]), batch.key + offset, batch.counts
+            batch.x[offset::2],
+            batch.y[offset::2],
+            None if batch.real is None else batch.real[offset::2],
+            batch.key + offset,
+            batch.counts,
         )
         for offset in (0, 1)
     )
@@ -56,9 +60,8 @@ def split_batch(batch: Batch) -> tuple[Batch, Batch]:
         return first, first._replace(key=second.key)
     if batch.real is None:
         return first, second
+    assert first.real is not None and second.real is not None
     has_one_example, width = ~batch.real[1], len(second.y)
-    x, y, real = (
-        torch.where(has_one_example, a[:width], b)
-        for a, b in zip(first[:3], second[:3], strict=True)
-    )
+    pairs = (first.x, second.x), (first.y, second.y), (first.real, second.real)
+    x, y, real = (torch.where(has_one_example, a[:width], b) for a, b in pairs)
     return first, second._replace(x=x, y=y, real=real)

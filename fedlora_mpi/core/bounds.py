@@ -1,9 +1,13 @@
-"""What a field of a config's block may be, said once as an interval."""
+"""Checks the fields of a config's block against intervals."""
 
 from dataclasses import fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
-def bounded(block: object, **intervals: str) -> None:
+def bounded(block: "DataclassInstance", **intervals: str) -> None:
     """Raise ValueError for the first field of the dataclass outside its interval.
 
     ``bounded(self, mu="[0, inf)", tau="(0, 1]")``: "mu = -1.0: must be a number of at least 0".
@@ -22,7 +26,7 @@ def bounded(block: object, **intervals: str) -> None:
 
 
 def _describe_interval(interval: str, low: str, high: str) -> str:
-    """The interval for people."""
+    """The interval in words."""
     opens, closes = interval[0] == "(", interval[-1] == ")"
     if high == "inf":
         return f"above {low}" if opens else f"of at least {low}"

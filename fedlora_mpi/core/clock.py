@@ -1,4 +1,4 @@
-"""Where the seconds of one rank go."""
+"""The time that one rank spends in each stage."""
 
 import time
 
@@ -8,22 +8,20 @@ STAGES = ("train", "exchange", "evaluate", "other", "waiting")
 
 
 class Stopwatch:
-    """Seconds of this rank by stage, since they were last ``taken``; together they are all that
-    have passed.
+    """Seconds of this rank by stage since the last ``take_seconds``; they sum to the time passed.
 
-    ``waiting`` is what it spent in messages, for others or for the network; a stage counts less
-    that. ``other`` is what lies between two rounds (the log, a checkpoint), and to count FLOPs,
-    once.
+    ``waiting`` is the time in messages, which waits for other ranks or the network; no other stage
+    contains it. ``other`` is the time between rounds (the log, a checkpoint) and that of counting
+    FLOPs once.
     """
 
     def __init__(self) -> None:
         self._seconds = np.zeros(len(STAGES))
-        # when, and how long this rank had waited in all by then
+        # the time of the last lap, and the total waiting time by then
         self._last_lap: tuple[float, float] | None = None
 
     def lap(self, stage: str, waited: float) -> None:
-        """Count what has passed since the last lap to ``stage``; the first lap only starts the
-        watch.
+        """Count the time since the last lap as ``stage``; the first lap only starts the watch.
 
         waited: seconds this rank has spent in messages so far.
         """
@@ -35,7 +33,7 @@ class Stopwatch:
         self._last_lap = now, waited
 
     def take_seconds(self) -> np.ndarray:
-        """[stages] the seconds, which count from zero again."""
+        """The seconds by stage, [stages]; they start from zero again."""
         seconds = self._seconds.copy()
         self._seconds[:] = 0
         return seconds

@@ -1,4 +1,4 @@
-"""A write that fails: which file, why, and how much room there is."""
+"""Errors of failed writes: which file, why, and how much space is free."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from .units import format_bytes
 
 
 class WriteError(OSError):
-    """A file or folder that could not be written, in one line."""
+    """A failed write to a file or folder, in one line."""
 
     def __str__(self) -> str:
         return (
@@ -23,22 +23,25 @@ class WriteError(OSError):
 
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Raise Unwritable for what the system, or HDF5, says of a write to ``path`` that has failed."""
+    """Raise WriteError when the system or HDF5 refuses a write to ``path``."""
     try:
         yield
     except WriteError:
         raise
     except (OSError, RuntimeError) as why:
         errno_match = re.search(r"errno = (\d+)", str(why))  # HDF5's, which h5py raises as either
-        if isinstance(why, RuntimeError) and not errno_match:
+        if errno_match:
+            code = int(errno_match[1])
+        elif isinstance(why, OSError):
+            code = why.errno or errno.EIO
+        else:
             raise
-        code = int(errno_match[1]) if errno_match else why.errno or errno.EIO
         raise WriteError(
             code, f"{os.strerror(code)}, {_free_space(Path(path))}", str(path)
         ) from why
 
 
 def _free_space(path: Path) -> str:
-    """The room in the folder of ``path``, or in what exists of the way to it."""
+    """Free space in the folder of ``path``, or in the nearest folder above that exists."""
     folder = next(at for at in path.absolute().parents if at.is_dir())
     return f"{format_bytes(shutil.disk_usage(folder).free)} free in {folder}"

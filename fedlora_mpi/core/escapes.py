@@ -1,13 +1,13 @@
-"""Text that others wrote (a name in a config, a leaf, a folder, an error) on its way to a terminal,
-to TeX, to CSV.
+"""Escapes foreign text (names in a config, leaves, folders, errors) for terminals, TeX, Markdown,
+HTML and CSV.
 """
 
 import re
 import unicodedata
 from html import escape
 
-# Controls move the cursor or rename the window, format characters turn the direction of writing
-# around, and a half of a surrogate pair cannot be written at all.
+# Controls move the cursor or rename the window, format characters reverse the direction of writing,
+# and half a surrogate pair cannot be written at all.
 _CONTROL_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _TEX_ESCAPES = str.maketrans(
     {c: f"\\{c}" for c in "%_&#${}"}
@@ -17,7 +17,7 @@ _TEX_ESCAPES = str.maketrans(
 
 
 def escape_line(text: object) -> str:
-    """A text that a terminal only shows: what would act on it, the end of a line too, is escaped as
+    """A text that is safe to print: what would act on a terminal, line ends included, is escaped as
     Python does.
     """
     text = str(text)
@@ -29,7 +29,7 @@ def escape_line(text: object) -> str:
 
 
 def summarize_error(error: BaseException) -> str:
-    """What an exception says, on one line; with its type, unless that adds nothing."""
+    """The message of an exception on one line, with its type unless that adds nothing."""
     message = " ".join(str(error).split())
     if not message or type(error) not in (RuntimeError, ValueError, AssertionError, OSError):
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
@@ -37,28 +37,28 @@ def summarize_error(error: BaseException) -> str:
 
 
 def escape_lines(text: object) -> str:
-    """The same of several lines."""
+    """``escape_line`` of each line of a text."""
     return "\n".join(map(escape_line, str(text).split("\n")))
 
 
 def escape_tex(text: object) -> str:
-    """A text of one line that TeX sets as it is."""
+    """A one-line text that TeX prints literally."""
     return escape_line(text).translate(_TEX_ESCAPES)
 
 
 def escape_markdown(text: object) -> str:
-    """A text of one line that does not end a cell in Markdown."""
+    """A one-line text that cannot end a Markdown cell."""
     return escape_line(text).replace("|", "\\|")
 
 
 def escape_html(text: object) -> str:
-    """A text of one line that is no HTML."""
+    """A one-line text without HTML markup."""
     return escape(escape_line(text))
 
 
 def csv_cell(value: object) -> object:
-    """A cell of a CSV: a text that a spreadsheet would take for a formula gets a ``'`` before it,
-    as OWASP says.
+    """A CSV cell: a text that a spreadsheet would read as a formula gets a leading ``'``, as OWASP
+    advises.
     """
     if (
         not isinstance(value, str)
@@ -70,9 +70,7 @@ def csv_cell(value: object) -> object:
 
 
 def safe_file_name(text: object) -> str:
-    """A part of a file name, and of an address in a page, with nothing but letters, digits, ``_``,
-    ``-`` and ``.``.
-    """
+    """A part of a file name or page address: ASCII letters, digits, ``_``, ``-`` and ``.`` only."""
     return re.sub(r"[^\w.-]|\.(?=\.)", "-", escape_line(text), flags=re.ASCII)[:100]
 
 

@@ -1,17 +1,16 @@
 """Names of leaves: those of a network, and those that a method adds, which no network can have.
 
-A network's leaf is called by its path, such as ``layer1.0.conv1.weight``: names of modules and of a
-parameter, joined by dots. torch refuses a name that is empty or holds a dot, so no path begins or
-ends with a dot or has two in a row, whatever the parts of a network are called. The own leaves of a
-method do:
+A network's leaf is called by its path, such as ``layer1.0.conv1.weight``: the names of modules and
+of a parameter, joined by dots. torch refuses names that are empty or contain a dot, so no path
+begins or ends with a dot or has two in a row. The names of a method's own leaves do:
 
-    .last.conv1.weight     ``own_name("last", "conv1.weight")``: "last" of that leaf, or of anything else
-    .fresh.                ``own_name("fresh")``: of nothing; it is also what the names above begin with
-    conv1.weight..A        ``factor("conv1.weight", "A")``: a part of what a weight stands for
+    .last.conv1.weight   ``method_leaf_name("last", "conv1.weight")``: "last" of that leaf
+    .fresh.              ``method_leaf_name("fresh")``: of no leaf; such names begin the ones above
+    conv1.weight..A      ``factor_name("conv1.weight", "A")``: a part of what a weight stands for
 
-A first dot tells the first two from a factor, whose weight has a path. In the files of a run the
-same leaves have plain names, ``last.conv1.weight``, ``fresh`` and ``conv1.weight.A``, but where two
-leaves would then be called alike (``names_in_files``).
+A first dot tells the first two from a factor, which begins with a weight's path. In the files of a
+run the same leaves have plain names, ``last.conv1.weight``, ``fresh`` and ``conv1.weight.A``,
+unless two leaves would then share a name (``stored_names``).
 """
 
 from collections import Counter
@@ -22,12 +21,12 @@ T = TypeVar("T")
 
 
 def method_leaf_name(prefix: str, leaf: str = "") -> str:
-    """The name of a method's own leaf; without ``leaf`` also the prefix of all names of this word."""
+    """The name of a method's own leaf; without ``leaf`` also the prefix of all such names."""
     return f".{prefix}.{leaf}"
 
 
 def is_method_leaf(leaf: str) -> bool:
-    """Whether a leaf is a method's own, a factor or another, and so none of a network."""
+    """Whether a leaf is a method's own, such as a factor, and not the network's."""
     return leaf.startswith(".") or ".." in leaf
 
 
@@ -42,25 +41,25 @@ def is_factor(leaf: str, letters: str = "AB") -> bool:
 
 
 def weight_of(factor: str) -> str:
-    """The weight that a factor is a part of."""
+    """The name of the weight that a factor is a part of."""
     return factor[:-3]
 
 
 def factors_by_weight(tree: Mapping[str, T], letter: str) -> dict[str, T]:
-    """{weight: its part of this letter} of all that there are, in the tree's order."""
+    """{weight: its part with this letter} of all such parts, in the tree's order."""
     return {weight_of(n): v for n, v in tree.items() if is_factor(n, letter)}
 
 
 def display_name(leaf: str) -> str:
-    """What a user reads: the path of a network's leaf as it is, ``own.conv1.weight`` or
-    ``conv1.weight.A`` of others.
+    """The name that a user reads: a network's path as it is; of a method's own leaves a name such
+    as ``own.conv1.weight`` or ``conv1.weight.A``.
     """
     return leaf.strip(".").replace("..", ".")
 
 
 def stored_names(leaves: Iterable[str]) -> dict[str, str]:
-    """{leaf: its name in a file that holds ``leaves``}: the plain one, but of two leaves that would
-    share it the one that is the method's own keeps its dots, and the network's its path.
+    """{leaf: its name in a file that holds ``leaves``}: the plain name, unless two leaves would
+    share it; then the method's own leaf keeps its dots and the network's leaf its path.
     """
     leaves = list(leaves)
     name_counts = Counter(map(display_name, leaves))

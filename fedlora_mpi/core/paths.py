@@ -4,7 +4,7 @@ import errno
 import os
 from pathlib import Path
 
-# What the system says of a path that a user has to give otherwise.
+# The system's errors for a path that the user has to change.
 _USER_ERRNOS = {
     errno.ENAMETOOLONG,
     errno.ELOOP,
@@ -17,9 +17,7 @@ _USER_ERRNOS = {
 
 
 def expand_home(path: str | Path) -> Path:
-    """``path`` with the home folder in the place of ``~``. Raises ValueError where there is no such
-    user.
-    """
+    """``path`` with the home folder for ``~``. Raises ValueError if there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -30,7 +28,7 @@ def expand_home(path: str | Path) -> Path:
 
 
 def check_path(key: str, path: str) -> None:
-    """Raise ValueError, about the setting ``key``, where the system could never have such a path."""
+    """Raise ValueError for the setting ``key`` if no path on this system can be like this."""
     try:
         os.lstat(expand_home(path))
     except OSError as error:
@@ -41,12 +39,12 @@ def check_path(key: str, path: str) -> None:
 
 
 def is_path_error(error: OSError) -> bool:
-    """Whether the system refuses a path that the user has given, such as one that is too long."""
+    """Whether the system refuses the user's path, for instance because it is too long."""
     return error.errno in _USER_ERRNOS and error.filename is not None
 
 
 def describe_path_error(error: OSError) -> str:
-    """One line for such a path."""
+    """One line that explains such an error."""
     name = os.fsdecode(error.filename)
     short_name = name if len(name) <= 200 else f"{name[:120]}...{name[-60:]}"
     return f"{short_name}: {error.strerror}; give another path"

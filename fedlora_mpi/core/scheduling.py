@@ -1,4 +1,4 @@
-"""Work in equal parts, and on workers that end at about the same time."""
+"""Splits work into equal parts, and assigns it so that workers end at about the same time."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -13,23 +13,24 @@ def assign_groups(
 ) -> tuple[int, ...]:
     """The worker of each group: the longest first, each to the least loaded worker (Graham 1969).
 
-    costs: expected seconds or any unit, one per group; workers: ranks; stays: where a group is
-    already, or None.
+    costs: one per group, in seconds or any unit; workers: ranks; fixed_workers: for each group the
+    worker that keeps it, or None.
     """
     worker_of_group = list(fixed_workers or [None] * len(costs))
-    load = {
+    load: dict[int, float] = {
         w: sum(cost for cost, at in zip(costs, worker_of_group, strict=True) if at == w)
         for w in workers
     }
     for group in sorted(range(len(costs)), key=lambda g: (-costs[g], g)):
         if worker_of_group[group] is None:
-            worker_of_group[group] = min(load, key=lambda w: (load[w], w))
-            load[worker_of_group[group]] += costs[group]
-    return tuple(worker_of_group)
+            worker = min(load, key=lambda w: (load[w], w))
+            worker_of_group[group] = worker
+            load[worker] += costs[group]
+    return tuple(w for w in worker_of_group if w is not None)
 
 
 def equal_parts(members: Sequence[T], max_size: int) -> list[Sequence[T]]:
-    """``members``, in order, in as few equal parts as have at most ``most`` each."""
+    """``members``, in order, in as few equal parts as possible of at most ``max_size`` each."""
     parts = -(-len(members) // max_size)
     return [
         members[len(members) * i // parts : len(members) * (i + 1) // parts] for i in range(parts)

@@ -43,12 +43,11 @@ def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 @contextmanager
 def isolate_rng(seed: int, *address: int | str) -> Iterator[None]:
-    """Give foreign code that draws from the global generator of torch, numpy or Python a stream of
-    its own.
+    """Inside, the global generators of torch, numpy and Python are seeded from the address.
 
-    Constructors of ``nn.Module`` know no other source. The global states are put back afterwards,
-    so nothing outside can tell that it ran. A generator that foreign code makes for itself is its
-    own affair.
+    This is for foreign code: constructors of ``nn.Module``, for example, know no other source. The
+    global states are restored afterwards, so nothing outside can tell that it ran. Generators that
+    foreign code makes for itself are not covered.
     """
     derived_seed, python_state, numpy_state = (
         derive_key(seed, *address),
@@ -67,7 +66,7 @@ def isolate_rng(seed: int, *address: int | str) -> Iterator[None]:
 
 
 def global_states() -> dict[str, object]:
-    """The states of the global generators, to compare: nothing of ours moves them."""
+    """The states of the global generators, to compare. Nothing in this package moves them."""
     numpy_state = tuple(
         part.tobytes() if isinstance(part, np.ndarray) else part for part in np.random.get_state()
     )

@@ -1,6 +1,4 @@
-"""Standard streams that cannot end a command: closed ones, unread ones and those of an ASCII
-terminal.
-"""
+"""Keeps a command alive when its standard streams are closed, unread or limited to ASCII."""
 
 import codecs
 import os
@@ -23,7 +21,7 @@ _ASCII_SIGNS = {
 
 
 class OutputError(Exception):
-    """Standard output takes nothing, in one line."""
+    """Standard output cannot be written, in one line."""
 
 
 def _encode_fallback(error: UnicodeError) -> tuple[str, int]:
@@ -40,8 +38,8 @@ def _encode_fallback(error: UnicodeError) -> tuple[str, int]:
 def repair_streams() -> Iterator[None]:
     """Inside, the three standard streams are open and print any text.
 
-    A command whose output has lost its reader (``report | head -1``) leaves by BrokenPipeError, one
-    whose output goes to a full disk by Unprintable, and nothing is left to be flushed.
+    If the reader of the output has left (``report | head -1``), BrokenPipeError is raised; if the
+    output goes to a full disk, OutputError. Nothing is left to be flushed in either case.
     """
     codecs.register_error("fedlora_mpi", _encode_fallback)
     _reopen_closed()
@@ -66,9 +64,7 @@ def repair_streams() -> Iterator[None]:
 
 @contextmanager
 def tolerate_output_errors() -> Iterator[None]:
-    """Inside, a line that cannot be printed is lost and nothing else happens, for training is worth
-    more.
-    """
+    """Inside, a line that cannot be printed is lost and training goes on."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(_TolerantStream, streams)
     try:
@@ -79,7 +75,7 @@ def tolerate_output_errors() -> Iterator[None]:
 
 
 class _TolerantStream:
-    """A stream that goes to the null device once its file no longer takes anything."""
+    """A stream that is redirected to the null device once its file cannot be written."""
 
     def __init__(self, stream) -> None:
         self._stream = stream
@@ -100,8 +96,8 @@ class _TolerantStream:
 
 
 def _reopen_closed() -> None:
-    """Open the null device in the place of each closed standard stream, whose number a file would
-    get otherwise.
+    """Open the null device in place of each closed standard stream, or the next file that is opened
+    would get its number.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -112,14 +108,14 @@ def _reopen_closed() -> None:
                 os.dup2(handle, number)
                 os.close(handle)
         if getattr(sys, name) is None:
-            # as long as the process
+            # open until the process ends
             stream = open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
 
 
 def _redirect_to_null(stream) -> None:
-    """Send what a stream still holds, and all that follows, to the null device."""
+    """Send a stream's buffer and all further output to the null device."""
     with suppress(OSError, ValueError):  # a stream of a test has no file number
         handle = os.open(os.devnull, os.O_WRONLY)
         try:

@@ -1,5 +1,5 @@
-"""Copies between the host and the device that trains. On a GPU they go through pinned memory, so
-that the host waits only where it needs what comes.
+"""Copies between the host and the training device. Copies to and from a GPU use pinned memory, so
+the host waits only for data that it needs.
 """
 
 from collections.abc import Sequence
@@ -9,16 +9,14 @@ from torch import Tensor
 
 
 def to_device(v: Tensor, device: torch.device) -> Tensor:
-    """``v`` on ``device``, ``v`` itself where it is there; the host does not wait for a copy to a
-    GPU.
-    """
+    """``v`` on ``device``, not copied if it is there. The host waits for no copy to a GPU."""
     if device.type == "cuda" and v.device.type == "cpu":
         return v.pin_memory().to(device, non_blocking=True)
     return v.to(device)
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors on the host, themselves where they are there; from a GPU after one wait for all."""
+    """The tensors on the host; those of a GPU are copied, with one wait for all."""
     copies = [
         torch.empty(v.shape, dtype=v.dtype, pin_memory=True) if v.is_cuda else v.cpu()
         for v in tensors

@@ -6,6 +6,7 @@ carries that axis in front; any other name belongs to one client.
 """
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
 from torch import Tensor
 
@@ -34,10 +35,9 @@ def nbytes(tree: Tree) -> int:
 
 
 def sq_dist(a: Tree, b: Tree, leaves: Iterable[str] | None = None) -> Tensor:
-    """Squared Euclidean distance between two trees over ``leaves`` (default: those of ``a``), a
-    scalar.
-    """
-    return sum(((a[n] - b[n]) ** 2).sum() for n in (a if leaves is None else leaves))
+    """Squared Euclidean distance of two trees over ``leaves`` (default: those of ``a``), []."""
+    squares = (((a[n] - b[n]) ** 2).sum() for n in (a if leaves is None else leaves))
+    return cast(Tensor, sum(squares))  # there is at least one leaf
 
 
 def add_prefix(tree: Tree, prefix: str) -> Tree:
@@ -46,7 +46,5 @@ def add_prefix(tree: Tree, prefix: str) -> Tree:
 
 
 def select_prefix(tree: Tree, prefix: str) -> Tree:
-    """The leaves whose names begin with ``prefix``, by the rest of their names: undoes
-    ``prefixed``.
-    """
+    """The leaves whose names begin with ``prefix``, without it; undoes ``add_prefix``."""
     return {n.removeprefix(prefix): v for n, v in tree.items() if n.startswith(prefix)}

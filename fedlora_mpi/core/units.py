@@ -1,8 +1,8 @@
-"""Numbers for people."""
+"""Numbers in readable units."""
 
 
 def format_bytes(count: float) -> str:
-    """Bytes for people, in decimal units."""
+    """A number of bytes in decimal units, such as 3.2 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -11,7 +11,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds for people."""
+    """A duration in seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.2g} s"
     minutes = seconds / 60

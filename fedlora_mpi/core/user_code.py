@@ -1,4 +1,4 @@
-"""Parts of the user's own: the one place where a module that a config names is imported."""
+"""Imports the user's modules that a config names; nothing else does."""
 
 import sys
 from importlib import import_module
@@ -8,17 +8,17 @@ from typing import Any
 from . import bounds, tree, vision
 from .seeds import isolate_rng
 
-# Where users' files were told to import from before the modules moved.
+# Former names of modules that users' files may still import.
 FORMER_MODULES = {"fedlora_mpi.bounds": bounds, "fedlora_mpi.tree": tree}
 
 
 def import_object(name: str) -> Any:
-    """What ``your.module:Name`` names.
+    """The object that ``your.module:Name`` names.
 
-    The module may import torchvision, also beside a CPU-only torch; what it draws from global
-    generators while it is imported is the same in every process, and whether it was imported before
-    moves no other draw. Raises ImportError and AttributeError as Python does, ValueError for
-    whatever else the module raises, and where a library hides the user's file.
+    The module may import torchvision, also beside a CPU-only torch. What it draws from global
+    generators during the import is the same in every process and moves no other draw. Raises
+    ImportError and AttributeError as Python does, and ValueError for any other error of the module
+    or if a library hides the user's file.
     """
     module_name, _, attribute = name.partition(":")
     vision.repair_torchvision()
@@ -46,14 +46,14 @@ def import_object(name: str) -> Any:
 
 
 def module_source(name: str) -> bytes:
-    """The text of the module that ``imported(name)`` has imported; nothing where it has none."""
+    """The source of the module that ``import_object(name)`` imported; empty if it has no file."""
     file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
     return Path(file).read_bytes() if file and Path(file).is_file() else b""
 
 
 def describe_error(error: BaseException) -> str:
-    """An exception of foreign code in one line: its kind where the text alone would say too little,
-    its text, and where it was raised.
+    """An exception of foreign code in one line: its text and, unless the text says enough, its type
+    and where it was raised.
     """
     text = " ".join(str(error).split())
     if isinstance(error, ImportError | AttributeError | TypeError | ValueError) and not isinstance(

@@ -4,12 +4,12 @@ import sys
 from importlib.util import find_spec
 from types import ModuleType
 
-_libraries = []  # a Library takes its definitions along when it is collected
+_libraries: list[object] = []  # a collected Library takes its definitions with it
 
 
 def import_torchvision() -> ModuleType:
-    """The module. Its wheel is built for a torch with CUDA operators; beside a CPU-only torch the
-    import fails for want of the schemas of two of them, which are then declared first. Data sets,
+    """The module. Its wheel expects a torch with CUDA operators; beside a CPU-only torch the import
+    fails because the schemas of two operators are missing, so they are declared first. Data sets,
     transforms and models use neither."""
     try:
         import torchvision
@@ -29,11 +29,9 @@ def import_torchvision() -> ModuleType:
 
 
 def repair_torchvision() -> None:
-    """Make ``import torchvision`` work in the code of others, where it is installed and can work at
-    all.
-    """
+    """Make ``import torchvision`` work in users' code, if it is installed and can work at all."""
     if "torchvision" not in sys.modules and find_spec("torchvision"):
         try:
             import_torchvision()
-        except Exception:  # of any kind: who needs it is told by an import of their own
+        except Exception:  # of any kind: code that needs it meets the error in its own import
             return

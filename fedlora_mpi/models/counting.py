@@ -10,8 +10,8 @@ from ..core.escapes import summarize_error
 
 
 class _NullModuleTracker(nullcontext):
-    """In the place of torch's tracker of modules, whose hooks raise "A leaf node was passed" where
-    a parameter is a module's input, as in every parametrization.
+    """Replaces torch's tracker of modules, whose hooks raise "A leaf node was passed" when a
+    parameter is a module's input, as in every parametrization.
     """
 
     parents = frozenset({"Global"})
@@ -22,12 +22,13 @@ class FlopCounter(FlopCounterMode):
 
     def __init__(self) -> None:
         super().__init__(display=False)
-        self.mod_tracker = _NullModuleTracker()
+        # of a ModuleTracker torch only enters the context and reads ``parents``
+        self.mod_tracker = _NullModuleTracker()  # type: ignore[assignment]
 
 
 def forward_with_flops(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """``module(x)`` and its FLOPs; where torch cannot count them 2 for each parameter and sample,
-    and a hint.
+    """``module(x)`` and its FLOPs. If torch cannot count them, a hint is printed and they are taken
+    as 2 for each parameter and sample.
     """
     try:
         with FlopCounter() as counter:

@@ -1,6 +1,4 @@
-"""What a forward pass does beside giving logits, and how a run lets it do no more than BatchNorm
-does.
-"""
+"""Side effects of a forward pass, and how a run confines them to those that BatchNorm has."""
 
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -15,7 +13,7 @@ from .state import restore_attributes
 
 
 class Effects(NamedTuple):
-    """What passes do beside giving logits; nothing in an ordinary network."""
+    """Side effects of passes; an ordinary network has none."""
 
     # float buffers that are replaced, where BatchNorm writes in place
     reassigned_leaves: frozenset[str] = frozenset()
@@ -28,7 +26,7 @@ class Effects(NamedTuple):
     uses_out: bool = False  # some function has an argument out, which torch.func.vmap refuses
 
     def run_module(self, module: nn.Module, values: Tree, x: Tensor, training: bool) -> Tensor:
-        """Logits of ``module`` with the leaves ``values``, into which only training writes."""
+        """Logits of ``module`` with the leaves ``values``, to which only training writes."""
         leaves, names = (
             dict(values),
             self.stateful_modules.intersection(name for name, _ in module.named_modules()),
@@ -54,26 +52,24 @@ class Effects(NamedTuple):
         return logits
 
     def for_submodule(self, submodule: str) -> "Effects":
-        """Those of a submodule alone, by its own names."""
+        """The side effects of a submodule alone, by its own names."""
 
         def relative_names(names: frozenset[str]) -> frozenset[str]:
             inside = (name for name in names if f"{name}.".startswith(f"{submodule}."))
             return frozenset(name.removeprefix(submodule).removeprefix(".") for name in inside)
 
-        names = map(
-            relative_names,
-            (
-                self.reassigned_leaves,
-                self.written_parameters,
-                self.written_in_evaluation,
-                self.stateful_modules,
-            ),
+        return Effects(
+            relative_names(self.reassigned_leaves),
+            relative_names(self.written_parameters),
+            relative_names(self.written_in_evaluation),
+            relative_names(self.stateful_modules),
+            self.writes_input,
+            self.uses_out,
         )
-        return Effects(*names, self.writes_input, self.uses_out)
 
 
 class OutArgumentMode(TorchFunctionMode):
-    """Gives functions no argument ``out``, as spectral_norm does, and copies their results there."""
+    """Calls functions without ``out``, which spectral_norm gives, and copies the result there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,5 +86,5 @@ class OutArgumentMode(TorchFunctionMode):
 
 
 def _writable_copy(v: Tensor, x: Tensor) -> Tensor:
-    """A copy that a pass on ``x`` may write to: under vmap for each client of ``x``."""
+    """A copy that a pass on ``x`` may write to; under vmap each client of ``x`` has its own."""
     return v + x.new_zeros((), dtype=v.dtype)

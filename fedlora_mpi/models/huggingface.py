@@ -1,7 +1,7 @@
-"""A sequence classifier of Hugging Face's transformers, from a folder on this machine, as a network
-of token ids.
+"""A sequence classifier of Hugging Face's transformers, from a local folder, as a network of token
+ids.
 
-Nothing is fetched and no code of the folder runs. Leaves are named as in transformers, under
+Nothing is downloaded and no code of the folder runs. Leaves are named as in transformers, under
 ``model.``.
 """
 
@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +21,20 @@ from . import weights
 
 
 class HuggingFace(nn.Module):
-    """``model``: a ``...ForSequenceClassification``; ``fresh``: those parameters that its weights'
-    files have not.
+    """``model``: a ``...ForSequenceClassification``; ``fresh``: its parameters that are not in its
+    files of weights.
     """
 
     PREFIX = "model."  # in front of transformers' names
 
     def __init__(self, model: nn.Module, fresh: frozenset[str]) -> None:
         super().__init__()
-        self.model, self.fresh, self.padding = model, fresh, model.config.pad_token_id
+        config: Any = model.config  # transformers is optional, and so are its types
+        self.model: Any = model
+        self.fresh, self.padding = fresh, config.pad_token_id
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [B, L] token ids -> logits [B, classes]. Nobody looks at padding."""
+        """x: [B, L] token ids -> logits [B, classes]. Padding is masked."""
         # Ready to be added to the scores: a plain mask is asked whether it hides anything, which a
         # stack of clients cannot answer.
         attention_bias = torch.zeros(x.shape, device=x.device).masked_fill(
@@ -42,7 +45,7 @@ class HuggingFace(nn.Module):
         ).logits  # [B, 1, 1, L]
 
     def is_above_encoder(self, name: str) -> bool:
-        """Whether a leaf, under transformers' name, belongs to what classifies and not to the
+        """Whether a leaf, by transformers' name, belongs to the classifier and not to the
         pre-trained encoder.
         """
         return not name.startswith(f"{self.model.base_model_prefix}.")
@@ -53,10 +56,10 @@ def load_classifier(
 ) -> HuggingFace:
     """The model in ``folder`` for texts of ``length`` tokens below ``tokens``, float32.
 
-    What classifies is new, from torch's global generator, where the folder has none or one for
-    other classes; so is a pooler that the folder has not, and everything where ``folder`` is a
-    config.json alone. Raises ValueError when anything else does not fit, when the data's tokens are
-    not the model's, or when it reads a mask differently from here (a decoder, for instance).
+    The classifier is drawn from torch's global generator if the folder has none or one for other
+    classes. So is a pooler that the folder lacks, and everything if ``folder`` is a config.json
+    alone. Raises ValueError when anything else does not fit, when the data's tokens are not the
+    model's, or when the model reads a mask in another way (a decoder, for instance).
     """
     module = _load_checked(folder, classes)
     config = module.model.config
@@ -76,8 +79,8 @@ def load_classifier(
 
 
 def required_files(folder: str) -> tuple[Path, ...]:
-    """What is read of ``folder``, there or not: config.json, then its weights; of a config.json
-    that alone.
+    """The files that are read of ``folder``, existing or not: config.json, then its weights. If
+    ``folder`` is a config.json itself, only that.
     """
     folder_path = expand_home(folder)
     if folder_path.suffix == ".json":
@@ -102,7 +105,7 @@ def required_files(folder: str) -> tuple[Path, ...]:
 
 
 def _load_checked(folder: str, classes: int) -> HuggingFace:
-    """The module, its weights those of the folder; checked."""
+    """The module with the weights of the folder; raises ValueError if they do not fit."""
     config_file, *parts = required_files(folder)
     for file in (config_file, *parts):
         if not file.is_file():
@@ -130,8 +133,8 @@ def _load_checked(folder: str, classes: int) -> HuggingFace:
     )
     module = HuggingFace(model, frozenset(missing | mismatched))
     pooler = f"{model.base_model_prefix}.pooler."
-    unfit = {n for n in missing if not n.startswith(pooler)} | mismatched
-    if unfit := sorted(n for n in unfit if not module.is_above_encoder(n)):
+    suspects = {n for n in missing if not n.startswith(pooler)} | mismatched
+    if unfit := sorted(n for n in suspects if not module.is_above_encoder(n)):
         raise ValueError(
             f"folder = {folder}: model.safetensors does not fit config.json: {unfit[0]} is "
             f"missing or of another shape{f', and {len(unfit) - 1} more' * (len(unfit) > 1)}"
@@ -142,7 +145,7 @@ def _load_checked(folder: str, classes: int) -> HuggingFace:
 def _build_classifier(
     library, config_file: Path, classes: int, tree: Tree
 ) -> tuple[nn.Module, dict]:
-    """The classifier of a config.json with the weights in ``tree``, and what of them did not fit."""
+    """The classifier of a config.json with the weights in ``tree``, and those that do not fit."""
     config = library.AutoConfig.from_pretrained(
         config_file, num_labels=classes, local_files_only=True, trust_remote_code=False
     )
@@ -185,7 +188,7 @@ def _check_padding(module: HuggingFace, folder: str, length: int) -> None:
 
 @contextmanager
 def _silence_library(library) -> Iterator[None]:
-    """Without its progress bars and its report, which is checked here."""
+    """Inside, the library shows no progress bars and no report; the caller checks the report."""
     logging = library.utils.logging
     level, has_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -99,8 +99,8 @@ class Model:
     def _call(
         self, module: nn.Module, leaf_names: dict[str, str], tree: Tree, x: Tensor, effects: Effects
     ) -> Tensor:
-        """``module`` with its leaves from ``tree``. Raises ValueError for one that is not there:
-        the skeleton has none.
+        """Logits of ``module`` with its leaves from ``tree``. Raises ValueError for a missing leaf,
+        since the skeleton holds no values.
         """
         values = {**self.constants, **tree}
         try:
@@ -115,12 +115,12 @@ class Model:
         return effects.run_module(module, module_leaves, x, self.training)
 
     def zero_inputs(self, samples: int) -> Tensor:
-        """Inputs that say nothing, [samples, *shape]."""
+        """Inputs without information, [samples, *shape]."""
         return _zero_inputs(samples, self.shape, self.tokens)
 
     def training_context(self, batch: Batch) -> AbstractContextManager:
-        """What training passes on a mini-batch of one client run under: Substitutes, where padding,
-        a single example or random layers need them.
+        """The context of training passes on a mini-batch of one client: Substitutes, if padding, a
+        single example or random layers need them.
         """
         is_irregular = (
             batch.real is not None or len(batch.y) == 1
@@ -129,8 +129,8 @@ class Model:
         return Substitutes(batch.real, batch.key) if needs_substitutes else nullcontext()
 
     def evaluation_context(self, batch: Batch) -> AbstractContextManager:
-        """What the evaluation of a mini-batch of one client runs under: Substitutes, where a batch
-        of one example has to be normalised by itself.
+        """The context of evaluation on a mini-batch of one client: Substitutes, if a batch of one
+        example has to be normalised by itself.
         """
         return Substitutes(batch.real, batch.key) if self.couples else nullcontext()
 
@@ -155,9 +155,7 @@ class Model:
 
     @cached_property
     def fixed_norm_model(self) -> "Model":
-        """The same network, whose BatchNorm takes its running statistics as they are, in training
-        too.
-        """
+        """The same network, whose BatchNorm uses its running statistics in training, too."""
         training = copy.deepcopy(self.modules[True]), copy.deepcopy(self.bodies[True])
         for layer in (layer for module in training for layer in module.modules()):
             if isinstance(layer, _NormBase):
@@ -190,7 +188,7 @@ class Model:
         return self.initial | {n: self.constants[n] for n in self.frozen_leaves}
 
     def why_no_matrix(self, leaf: str) -> str:
-        """Why a leaf, or a frozen one, is read as no matrix; "" where it is."""
+        """Why a leaf, frozen ones included, is not read as a matrix; "" if it is."""
         shape, role, matrix = self.all_leaves[leaf]
         return "" if matrix else why_no_matrix(self.modules[False], leaf, shape, role)
 
@@ -226,7 +224,7 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
     skeleton = restore_ties(copy.deepcopy(module).to("meta"), ties)
     head = trace.head
     modules = (skeleton.eval(), copy.deepcopy(skeleton).train())
-    bodies = tuple(_remove_head(copy.deepcopy(m), head) for m in modules)
+    eval_body, train_body = (_remove_head(copy.deepcopy(m), head) for m in modules)
     model = Model(
         leaves,
         initial,
@@ -238,10 +236,10 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
         **traits,
         training=True,
         modules=modules,
-        bodies=bodies,
+        bodies=(eval_body, train_body),
         head=head,
         ties=ties,
-        leaf_names=find_leaf_names(modules[0], bodies[0], head, ties),
+        leaf_names=find_leaf_names(modules[0], eval_body, head, ties),
         effects=pass_effects,
     )
     check_functional(module, model, x)
@@ -249,7 +247,7 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
 
 
 def _ends_in_linear(model: Model, x: Tensor) -> bool:
-    """What ``Model.ends_in_linear`` says, tried on inputs x."""
+    """The value of ``Model.ends_in_linear``, tried on inputs x."""
     head, prefix = (
         model.modules[False].get_submodule(model.head),
         f"{model.head}." if model.head else "",
@@ -273,10 +271,9 @@ def _ends_in_linear(model: Model, x: Tensor) -> bool:
 
 
 def _materialize(module: nn.Module, zeros: Tensor) -> None:
-    """Let a network that makes layers in its first pass (LazyLinear, or its own ``hasattr``) make
-    them.
+    """Run a pass if the network makes layers in its first one (LazyLinear, or its own ``hasattr``).
 
-    Raises ValueError where it refuses such inputs, or a copy of it does.
+    Raises ValueError if the network or a copy of it refuses such inputs.
     """
     with torch.no_grad():
         if not has_lazy_layers(module):
@@ -288,9 +285,9 @@ def _materialize(module: nn.Module, zeros: Tensor) -> None:
                 with explain_refusal(zeros.shape[1:]):
                     module.eval()(zeros)
                 raise ValueError(
-                    f"name: a copy of the model fails where the model does not: {summarize_error(error)}; a "
-                    "hook or function made in __init__ holds the model or what is its own; make it "
-                    "a method"
+                    "name: a copy of the model fails where the model does not: "
+                    f"{summarize_error(error)}; a hook or function made in __init__ holds the "
+                    "model or what is its own; make it a method"
                 ) from error
             if len(list(twin.parameters())) == len(list(module.parameters())):
                 return
@@ -299,7 +296,7 @@ def _materialize(module: nn.Module, zeros: Tensor) -> None:
 
 
 def _remove_head(module: nn.Module, head: str) -> nn.Module:
-    """``module`` with an identity in the place of its head."""
+    """``module`` with an identity instead of its head."""
     if not head:  # the module is its own head
         return nn.Identity()
     head_module, identity = module.get_submodule(head), nn.Identity()
@@ -309,8 +306,7 @@ def _remove_head(module: nn.Module, head: str) -> nn.Module:
 
 
 def _zero_inputs(samples: int, shape: tuple[int, ...], tokens: int) -> Tensor:
-    # words one after the other: a text of padding alone has no length, which packed sequences
-    # refuse
+    # words one after the other: a text of padding alone has length 0, which packed sequences refuse
     if tokens:
         return (torch.arange(1, 1 + shape[-1]) % tokens).expand(samples, *shape).contiguous()
     return torch.zeros(samples, *shape)
@@ -340,8 +336,11 @@ def _probe_module(module: nn.Module, classes: int, x: Tensor) -> dict:
 def _classify_leaves(
     module: nn.Module, trace: ForwardTrace
 ) -> tuple[dict[str, Leaf], dict[str, Leaf], Tree, Tree]:
-    """What is known of every leaf, and of those that are frozen; initial values, constants."""
-    leaves, locked, initial, constants = {}, {}, {}, {}
+    """The leaves, the frozen leaves, the initial values and the constants."""
+    leaves: dict[str, Leaf] = {}
+    locked: dict[str, Leaf] = {}
+    initial: Tree = {}
+    constants: Tree = {}
     names_by_leaf, parameters = _names_by_leaf(module), {*map(id, module.parameters())}
     head_locations = {_location(module, name) for name in trace.leaves}
     for name, value in named_tensors(module).items():
@@ -355,6 +354,7 @@ def _classify_leaves(
                 )
             constants[name] = value.detach().clone()
             continue
+        role: Role
         if id(value) not in parameters:
             role = "stats"
         elif isinstance(module.get_submodule(owning_module(name)), _NORMS):
@@ -376,13 +376,14 @@ def _classify_leaves(
 
 def _names_by_leaf(module: nn.Module) -> dict[str, list[str]]:
     """All names of each parameter and buffer, by the first."""
-    ties, names = find_ties(module), {}
+    ties = find_ties(module)
+    names: dict[str, list[str]] = {}
     for name in named_tensors(module, all_names=True):
         names.setdefault(ties.get(name, name), []).append(name)
     return names
 
 
 def _location(module: nn.Module, name: str) -> tuple[int, str]:
-    """Where a parameter is, whatever the layer that has it is called."""
+    """Where a parameter is: its layer, by whichever name, and its name there."""
     owner, _, local_name = name.rpartition(".")
     return id(module.get_submodule(owner)), local_name

@@ -1,8 +1,8 @@
 """Max pooling of a stack of clients on a CPU, where torch's own takes longer than a convolution.
 
-A stack is pooled in the default layout, whose CPU kernel looks at one number after another;
-comparing whole rows of the images does the same in vectors. Of small images Python takes more than
-that gives, unless a compiler fuses it all.
+A stack is pooled in the default layout, whose CPU kernel reads one number after another. Comparing
+whole rows of the images computes the same in vectors. For small images Python's overhead is larger
+than the gain, unless a compiler fuses it all.
 """
 
 import torch
@@ -15,8 +15,8 @@ LARGE_NUMEL = 2**15
 
 
 class MaxPoolMode(TorchFunctionMode):
-    """Inside it, 2x2 max pools without padding or overlap of images with even sides are ``Halved``;
-    of at least so many numbers of one client.
+    """Inside it, ``MaxPool2x2`` replaces 2x2 max pools without padding or overlap, if a client's
+    images have even sides and at least ``min_numel`` numbers.
     """
 
     def __init__(self, min_numel: int = 0) -> None:
@@ -72,7 +72,7 @@ class MaxPool2x2(torch.autograd.Function):
 
 
 def _route_gradient(grad: Tensor, is_first: Tensor, dim: int) -> Tensor:
-    """``grad`` along ``dim`` at the first of every two places where ``first`` says so, else at the
+    """``grad`` spread along ``dim``: to the first of two places where ``is_first``, else to the
     second.
     """
     first_grad = grad * is_first  # a product: torch.where takes four times as long

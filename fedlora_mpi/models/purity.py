@@ -9,7 +9,7 @@ behind may reach another pass.
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class _LeafSnapshot:
     def __init__(self, module: nn.Module) -> None:
         self._module, self.none_buffers = module, none_buffers(module)
         self._initial_names = self._leaf_names()
-        self._registrations = [
+        self._registrations: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
             (registry, name, value, value.detach().clone())
             for layer in module.modules()
             for registry in (layer._parameters, layer._buffers)
@@ -113,8 +113,9 @@ class _LeafSnapshot:
                 f"{list(v.shape)} {str(v.dtype).removeprefix('torch.')}" for v in (initial, current)
             )
             raise ValueError(
-                f"name: a forward pass turns buffer {name} from {old_type} into {new_type}; give it its "
-                "shape and type in __init__, or hold what is only cached in a plain attribute"
+                f"name: a forward pass turns buffer {name} from {old_type} into {new_type}; give "
+                "it its shape and type in __init__, or hold what is only cached in a plain "
+                "attribute"
             )
 
 
@@ -217,7 +218,7 @@ def _training_logits(model, tree: Tree, x: Tensor) -> Tensor:
     with torch.enable_grad(), _noise_context(True):
         logits = model(tree, x)
         if logits.requires_grad:
-            torch.autograd.grad(logits.sum(), trained_leaves.values(), allow_unused=True)
+            torch.autograd.grad(logits.sum(), tuple(trained_leaves.values()), allow_unused=True)
     return logits.detach()
 
 
@@ -315,7 +316,8 @@ def _check_same_pass(first: _PassRecord, second: _PassRecord) -> None:
         if kinds & {"number", "array"}:
             raise ValueError(
                 f"name: a forward pass in {mode} changes {name} each time, which counts "
-                f"differently on other ranks and after a resume; {_FLOAT_BUFFER_HINT.format(attribute)}"
+                "differently on other ranks and after a resume; "
+                f"{_FLOAT_BUFFER_HINT.format(attribute)}"
             )
     if not _is_equal(first.logits, second.logits):
         causes = [*changed, *_changed_names(first.memory_before, second.memory_before)]
@@ -323,12 +325,13 @@ def _check_same_pass(first: _PassRecord, second: _PassRecord) -> None:
             attribute = causes[0].rpartition(" ")[2].rpartition(".")[2]
             raise ValueError(
                 f"name: a forward pass in {mode} depends on {causes[0]}, which earlier passes "
-                f"change; register_buffer {attribute!r} as floats and write to it in place in training "
-                f"(self.{attribute}.copy_(...)), or leave it out"
+                f"change; register_buffer {attribute!r} as floats and write to it in place in "
+                f"training (self.{attribute}.copy_(...)), or leave it out"
             )
         raise ValueError(
             f"name: two forward passes in {mode} with the same weights on the same input give "
-            f"different results, as of a clock or of random numbers of its own; {_SEEDED_NOISE_HINT}"
+            "different results, as of a clock or of random numbers of its own; "
+            f"{_SEEDED_NOISE_HINT}"
         )
 
 
@@ -351,7 +354,7 @@ def _owning_modules(module: nn.Module, names: Iterable[str]) -> frozenset[str]:
 
 
 def _perturb(value: Tensor, parameter: bool, number: int) -> Tensor:
-    """Other numbers than ``value``: of a parameter about it, of a buffer a little nearer to zero."""
+    """Numbers near ``value``; those of a buffer are a little nearer to zero."""
     ramp = (
         torch.linspace(0, 1, value.numel(), dtype=value.dtype).roll(7919 * number).view(value.shape)
     )
@@ -372,9 +375,9 @@ def _explain_foreign_weights(module: nn.Module) -> str:
                 if id(tensor) in name_by_id:
                     attribute = f"{path}.{name}".lstrip(".")
                     return (
-                        f"attribute {attribute} holds parameter {name_by_id[id(tensor)]} a second time, "
-                        "which then does not follow the clients' weights; use nn.ParameterList, "
-                        "nn.ParameterDict, or the parameter's own name"
+                        f"attribute {attribute} holds parameter {name_by_id[id(tensor)]} a second "
+                        "time, which then does not follow the clients' weights; use "
+                        "nn.ParameterList, nn.ParameterDict, or the parameter's own name"
                     )
     return (
         "a forward pass takes weights from elsewhere than the module's parameters and buffers (a "

@@ -1,8 +1,8 @@
 """What a network can remember from pass to pass, as values to compare.
 
-That is, beside its parameters and float buffers: plain attributes of its modules and of their
-classes, integer buffers, those that are None until a pass makes them, and the global and enclosing
-variables that their functions name.
+Beside its parameters and float buffers these are: plain attributes of its modules and of their
+classes, integer buffers, buffers that are None until a pass sets them, and the global and enclosing
+variables that its functions name.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import CodeType, FunctionType, MethodType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,15 +34,15 @@ class Value(NamedTuple):
     """Something remembered, at one moment."""
 
     kind: str  # "number", "array", "generator" or ""
-    content: object  # equal where it is the same
+    content: object  # equal for equal contents
 
 
-Memory = dict[str, Value]  # by what the user calls it
+Memory = dict[str, Value]  # by the user's name for it
 
 
 def attribute_digests(module: nn.Module) -> dict[str, str]:
-    """{attribute: digest} of the plain attributes of all layers, equal in every process that has
-    built the same.
+    """{attribute: digest} of the plain attributes of all layers, the same in every process that
+    has built the same network.
     """
     memory = read_memory(module)
     return {
@@ -73,10 +73,11 @@ def none_buffers(module: nn.Module) -> frozenset[str]:
 
 
 def read_memory(module: nn.Module, none_buffers: frozenset[str] = frozenset()) -> Memory:
-    """What ``module`` holds now; ``made``: names of buffers that were None."""
+    """What ``module`` holds now; ``none_buffers``: names of buffers that were None at the build."""
     memory: Memory = {}
     seen = {id(layer) for layer in module.modules()}
-    classes, functions = {}, []
+    classes: dict[type, None] = {}
+    functions: list[object] = []
     for path, layer in module.named_modules():
         prefix = f"{path}." if path else ""
         for name, value in vars(layer).items():
@@ -108,8 +109,8 @@ def read_memory(module: nn.Module, none_buffers: frozenset[str] = frozenset()) -
 
 @contextmanager
 def restore_attributes(module: nn.Module, names: frozenset[str]) -> Iterator[None]:
-    """Put the attributes of these submodules back afterwards, so that no pass finds what another
-    has left: a tensor of another client, of a recording or of a transform that has ended.
+    """Restore the attributes of these submodules afterwards, so that no pass finds what another has
+    left: a tensor of another client, of a graph capture or of a transform that has ended.
     """
     saved = []
     for name in names:
@@ -138,22 +139,22 @@ def restore_attributes(module: nn.Module, names: frozenset[str]) -> Iterator[Non
                 _refill_container(value, items)
 
 
-def _copy_container(value: object) -> object:
-    """What is inside a container; None for anything else."""
+def _copy_container(value: Any) -> Any:
+    """A copy of a container's items; None for anything else."""
     if type(value) in (list, dict, set):
         return type(value)(value)
     return list(value) if type(value) is deque else None
 
 
-def _refill_container(value: object, items: object) -> None:
-    """Give a container what was inside."""
+def _refill_container(value: Any, items: Any) -> None:
+    """Put the items back into their container."""
     if items is not None:
         value.clear()
         (value.extend if isinstance(value, list | deque) else value.update)(items)
 
 
 def _add_to_memory(memory: Memory, name: str, value: object, seen: set[int], depth: int) -> None:
-    """Note ``value``; of a dict or an object all that it holds, each by its name."""
+    """Record ``value``; of a list, dict or object record each item or attribute by its name."""
     if isinstance(value, (*_NUMBERS, itertools.count)):
         memory[name] = Value("number", repr(value))
     elif isinstance(value, _GENERATORS):
@@ -178,9 +179,7 @@ def _add_to_memory(memory: Memory, name: str, value: object, seen: set[int], dep
 
 
 def _attributes(value: object) -> dict | None:
-    """The attributes of an object of a user's class, or of a layer that is no registered one; else
-    None.
-    """
+    """The attributes of an object of a user's class or of an unregistered layer; else None."""
     package = type(value).__module__.partition(".")[0]
     if isinstance(value, nn.Module) or (
         package not in (*_LIBRARIES, "numpy") and hasattr(value, "__dict__")
@@ -234,12 +233,16 @@ def _tensor_digest(value: Tensor) -> object:
 
 
 def _digest(array: np.ndarray) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(array), digest_size=16).digest()
+    # before Python 3.12 numpy's stubs do not call an array a buffer
+    return hashlib.blake2b(
+        np.ascontiguousarray(array),  # type: ignore[arg-type]
+        digest_size=16,
+    ).digest()
 
 
 def _captured_variables(function: object, seen: set[int]) -> Iterator[tuple[str, object]]:
-    """The global and enclosing variables that a function of the user's names, and those of the
-    functions among them."""
+    """The global and enclosing variables that a user's function names, and those that the functions
+    among them name."""
     function = getattr(function, "__func__", function)
     if (
         not isinstance(function, FunctionType)
@@ -255,7 +258,8 @@ def _captured_variables(function: object, seen: set[int]) -> Iterator[tuple[str,
 
 
 def _globals(function: FunctionType) -> Iterator[tuple[str, object]]:
-    names, pending = set(), [function.__code__]
+    names: set[str] = set()
+    pending = [function.__code__]
     while pending:
         code = pending.pop()
         names.update(code.co_names)
@@ -266,7 +270,7 @@ def _globals(function: FunctionType) -> Iterator[tuple[str, object]]:
 
 
 def _defaults(function: FunctionType) -> Iterator[tuple[str, object]]:
-    """What arguments that nobody gives are, which are made once for all calls."""
+    """Default values of arguments; Python makes them once for all calls."""
     count = function.__code__.co_argcount
     defaults = function.__defaults__ or ()
     yield from zip(
@@ -279,5 +283,5 @@ def _enclosing(function: FunctionType) -> Iterator[tuple[str, object]]:
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents
-        except ValueError:  # nothing was put into it
+        except ValueError:  # the variable is not set yet
             continue

@@ -82,7 +82,7 @@ class Substitutes(TorchFunctionMode):
         return x * keep_mask.view(*keep_mask.shape, *[1] * spatial) / max(1 - p, 2**-24)
 
     def _draw(self, func, *args, generator=None, **kwargs):
-        """Uniform or normal numbers of the run's key in the place of those of a global generator."""
+        """Uniform or normal numbers from the run's key instead of a global generator."""
         takes_template = (_UNIFORM | _NORMAL)[func]
         if generator is not None:  # one of the network's own, which is told of
             return func(*args, generator=generator, **kwargs)

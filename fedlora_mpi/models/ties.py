@@ -1,5 +1,7 @@
 """Parameters and buffers that are in several places of a network."""
 
+from typing import Any
+
 from torch import nn
 
 from ..core.tree import Tree
@@ -8,7 +10,7 @@ from ..core.tree import Tree
 def find_leaf_names(
     network: nn.Module, body: nn.Module, head: str, ties: dict[str, str]
 ) -> tuple[dict[str, str], ...]:
-    """{name there: leaf} of a network, its body and its head, which is a module of the network."""
+    """{name there: leaf} of a network, of its body and of its head, a module of the network."""
     prefix = f"{head}." if head else ""
     return (
         {n: ties.get(n, n) for n in named_tensors(network)},
@@ -18,8 +20,8 @@ def find_leaf_names(
 
 
 def named_tensors(module: nn.Module, all_names: bool = False) -> Tree:
-    """Parameters and buffers by name; those in several places by their first, or, ``again``, by
-    each.
+    """Parameters and buffers by name; those in several places by their first name or, with
+    ``all_names``, by each.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
     all_tensors = parameters | dict(module.named_buffers(remove_duplicate=False))
@@ -28,8 +30,9 @@ def named_tensors(module: nn.Module, all_names: bool = False) -> Tree:
 
 
 def find_ties(module: nn.Module) -> dict[str, str]:
-    """{further name: first name} of parameters and buffers in several places. Raises ValueError for
-    two in one memory of which one is trained: a step would move the other, too.
+    """{further name: first name} of parameters and buffers in several places.
+
+    Raises ValueError for two tensors that share memory if one is trained: a step would move both.
     """
     unique_tensors = named_tensors(module)
     name_at_address: dict[int, str] = {}
@@ -37,8 +40,8 @@ def find_ties(module: nn.Module) -> dict[str, str]:
         earlier = name_at_address.setdefault(value.data_ptr(), name) if value.numel() else name
         if earlier != name and (value.requires_grad or unique_tensors[earlier].requires_grad):
             raise ValueError(
-                f"name: {earlier} and {name} of the network are two tensors in one memory; register "
-                "one and the same nn.Parameter in both places to tie them, or clone() it"
+                f"name: {earlier} and {name} of the network are two tensors in one memory; "
+                "register one and the same nn.Parameter in both places to tie them, or clone() it"
             )
     first_name = {id(v): n for n, v in unique_tensors.items()}
     return {
@@ -49,11 +52,13 @@ def find_ties(module: nn.Module) -> dict[str, str]:
 
 
 def restore_ties(module: nn.Module, ties: dict[str, str]) -> nn.Module:
-    """``module`` with its ties, which moving it to another device has undone."""
+    """``module`` with the ties that moving it to another device has undone."""
     values = named_tensors(module, all_names=True)
     for name, first in ties.items():
-        owner, _, attribute = name.rpartition(".")
-        owner = module.get_submodule(owner)
-        registry = owner._parameters if attribute in owner._parameters else owner._buffers
+        path, _, attribute = name.rpartition(".")
+        owner = module.get_submodule(path)
+        registry: dict[str, Any] = (
+            owner._parameters if attribute in owner._parameters else owner._buffers
+        )
         registry[attribute] = values[first]
     return module

@@ -1,4 +1,4 @@
-"""The plain network inside what a builder returned, and what a user's network says when it fails."""
+"""The plain network inside what a builder returns, and the errors of a user's network."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -20,13 +20,13 @@ def unwrap(module: nn.Module) -> nn.Module:
     for name, layer in module.named_modules():
         if isinstance(layer, torch.jit.ScriptModule):
             raise ValueError(
-                f"name: {_layer_label(name)} is a scripted or traced module (torch.jit), whose weights "
-                "cannot be given from outside; return the nn.Module that it was made from"
+                f"name: {_layer_label(name)} is a scripted or traced module (torch.jit), whose "
+                "weights cannot be given from outside; return the nn.Module that it was made from"
             )
     module = _unwrap_layer(module)
     for layer in module.modules():
         for name, child in layer._modules.items():
-            layer._modules[name] = _unwrap_layer(child)
+            layer._modules[name] = None if child is None else _unwrap_layer(child)
         layer._compiled_call_impl = None  # of ``layer.compile()``
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         if value.is_meta:
@@ -42,12 +42,12 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def has_lazy_layers(module: nn.Module) -> bool:
-    """Whether some layer, such as LazyLinear, gets its shape in the first pass."""
+    """Whether some layer, such as LazyLinear, learns its shape in the first pass."""
     return any(map(nn.parameter.is_lazy, (*module.parameters(), *module.buffers())))
 
 
 def copy_module(module: nn.Module) -> nn.Module:
-    """A deep copy. Raises ValueError that names what cannot be copied."""
+    """A deep copy. Raises ValueError with the name of what cannot be copied."""
     try:
         return copy.deepcopy(module)
     except Exception as error:
@@ -73,19 +73,19 @@ def _layer_label(name: str) -> str:
     return f"layer {name}" if name else "the model"
 
 
-def _unwrap_layer(module: nn.Module | None) -> nn.Module | None:
+def _unwrap_layer(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, _PARALLEL):
             module = module.module
-        elif module is not None and "_orig_mod" in module._modules:  # of torch.compile(module)
-            module = module._orig_mod
+        elif "_orig_mod" in module._modules:  # of torch.compile(module)
+            module = module.get_submodule("_orig_mod")
         else:
             return module
 
 
 def _detach_attributes(layer: nn.Module) -> None:
-    """Cut attributes off the graph that made them, as of torch.nn.utils.weight_norm: else none can
-    be copied.
+    """Detach attributes from the graph that made them, such as those of torch.nn.utils.weight_norm;
+    otherwise they cannot be copied.
     """
     for name, value in vars(layer).items():
         if isinstance(value, Tensor) and not value.is_leaf:

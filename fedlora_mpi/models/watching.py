@@ -7,6 +7,7 @@ these are the head, wherever the network registers them. Products that it never 
 outputs it throws away, get no gradient.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -36,8 +37,14 @@ _LAYER_OPS = {
     *(name for name, kind in _PRODUCT_OPS.items() if kind != "linear"),
 }
 _ADD_OPS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
-_COMPOSITE_OPS = {"multi_head_attention_forward", *(f"{kind}{cell}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")
-                                             for cell in ("", "_cell"))}  # fmt: skip
+_COMPOSITE_OPS = {
+    "multi_head_attention_forward",
+    *(
+        f"{kind}{cell}"
+        for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+        for cell in ("", "_cell")
+    ),
+}
 PRODUCT_LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)  # layers that are one product
 
 
@@ -70,6 +77,7 @@ def trace_forward(module: nn.Module, x: Tensor, classes: int) -> ForwardTrace:
     """
     module = copy_module(module).eval().requires_grad_(False)
     trace = _TraceMode(module)
+    gradients: Sequence[Tensor | None]
     try:
         with (
             isolate_rng(0, "trial"),
@@ -99,7 +107,7 @@ def trace_forward(module: nn.Module, x: Tensor, classes: int) -> ForwardTrace:
 
 
 class _TraceMode(TorchFunctionMode):
-    """Notes every product with a parameter, and cuts its output from what is before it."""
+    """Records every product with a parameter, and detaches its output from what is before it."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -245,7 +253,7 @@ def _head_of_product(module: nn.Module, product: _Product) -> tuple[str, set[str
 
 
 def owning_module(parameter: str) -> str:
-    """The module that has a parameter, the parametrized one of what a parametrization is made of."""
+    """The module that has a parameter; of a parametrization's parts, the parametrized module."""
     owner, parametrized, _ = parameter.rpartition(".parametrizations.")
     return owner if parametrized else parameter.rpartition(".")[0]
 

@@ -1,4 +1,4 @@
-"""Weights from a file in the place of a network's initial ones."""
+"""Weights from a file that replace a network's initial ones."""
 
 import hashlib
 import posixpath
@@ -53,12 +53,12 @@ def find_file(network: str, source: str) -> WeightsFile:
 
 
 def read(path: Path, url: str = "", keep_double: bool = False) -> Tree:
-    """The leaves of a file as float32: of safetensors, or of a state dict as torch has saved it, by
-    itself or under "state_dict" or "model". What is no floating-point number, such as a count of
-    batches, is left out. ``fine``: those of float64 stay that.
+    """The leaves of a file as float32. It is a safetensors file, or a state dict that torch has
+    saved, by itself or under "state_dict" or "model". Leaves that are not floating-point, such as
+    counts of batches, are left out. ``keep_double``: float64 stays float64.
 
-    url: the SHA-256 of the file must begin as the name there says. Nothing is downloaded, and
-    nothing in a file is executed. Raises ValueError when it is not there, damaged, or holds
+    url: the SHA-256 of the file must begin as the name in ``url`` says. Nothing is downloaded, and
+    nothing in a file is executed. Raises ValueError when the file is missing, damaged, or holds
     anything but finite numbers.
     """
     if not path.is_file():
@@ -70,8 +70,8 @@ def read(path: Path, url: str = "", keep_double: bool = False) -> Tree:
         raise ValueError(f"there is no file {path.absolute()}{way_out}")
     if url and not file_digest(path).startswith(_expected_digest(url)):
         raise ValueError(
-            f"{path} is damaged, its SHA-256 does not begin with {_expected_digest(url)}; put {url} "
-            "there anew"
+            f"{path} is damaged, its SHA-256 does not begin with {_expected_digest(url)}; put "
+            f"{url} there anew"
         )
     tensors = (
         _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_state_dict(path)
@@ -95,11 +95,11 @@ def read(path: Path, url: str = "", keep_double: bool = False) -> Tree:
 
 
 def load_weights(model: Model, tree: Tree) -> Model:
-    """The same network with the leaves of ``tree`` for its initial values, frozen ones included,
-    each in its own dtype.
+    """The same network with the leaves of ``tree`` as initial values, frozen ones included, each in
+    the dtype that it has in the network.
 
-    A head that is not there as a whole, in its shapes (other classes), keeps its own. So does a
-    buffer that is no part of a state dict. Raises ValueError for the first leaf that does not fit.
+    A head that is not in ``tree`` as a whole and in its shapes (other classes) keeps its values. So
+    does a buffer outside the state dict. Raises ValueError for the first leaf that does not fit.
     """
     saved = model.modules[False].state_dict().keys()  # also the further names of what bears several
     leaves, tree = model.all_leaves, _resolve_ties(model, tree)
@@ -115,8 +115,8 @@ def load_weights(model: Model, tree: Tree) -> Model:
     for name in network_shapes | file_shapes:
         if not has_same_shape(name) and name not in head:
             raise ValueError(
-                f"{name} is {file_shapes.get(name, 'absent')} in the file, {network_shapes.get(name, 'absent')} "
-                "in the network; only the head may differ"
+                f"{name} is {file_shapes.get(name, 'absent')} in the file, "
+                f"{network_shapes.get(name, 'absent')} in the network; only the head may differ"
             )
     skipped, values = () if all(map(has_same_shape, head)) else head, model.all_values
     loaded = {
@@ -134,9 +134,7 @@ def load_weights(model: Model, tree: Tree) -> Model:
 
 
 def _resolve_ties(model: Model, tree: Tree) -> Tree:
-    """``tree`` with leaves that have several names under the first. Raises ValueError where they
-    differ.
-    """
+    """``tree``, with tied leaves under their first name. Raises ValueError if they differ."""
     untied = {n: v for n, v in tree.items() if n not in model.ties}
     for name, first in model.ties.items():
         if (
@@ -151,7 +149,7 @@ def _resolve_ties(model: Model, tree: Tree) -> Tree:
 
 
 def pack_safetensors(tree: Tree) -> bytes:
-    """The content of a .safetensors file with these leaves. Raises ValueError without the library."""
+    """A .safetensors file of these leaves. Raises ValueError if the library is missing."""
 
     # not a view into something
     def to_contiguous(v):
@@ -173,13 +171,13 @@ def file_digest(*paths: Path) -> str:
 
 def _expected_digest(url: str) -> str:
     """The first digits of the SHA-256, as torch.hub reads them from the name of a file."""
-    return re.search(r"-([a-f0-9]*)\.", posixpath.basename(url))[1]
+    match = re.search(r"-([a-f0-9]*)\.", posixpath.basename(url))
+    assert match is not None, url
+    return match[1]
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
-    """The tensors of a .safetensors file, its bytes read at once: a mapped file may change while a
-    run goes on.
-    """
+    """The tensors of a .safetensors file, read at once: a mapped file could change during a run."""
     library = _import_safetensors()
     unpack = library.torch.load  # of safetensors, not torch's own: nothing is unpickled
     try:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -70,7 +70,7 @@ def transformer(
     """A Transformer encoder for texts of up to ``shape[0]`` words, with the mean over the words
     under the head.
     """
-    options = {
+    options: dict[str, Any] = {
         "width": width,
         "heads": heads,
         "layers": layers,
@@ -124,8 +124,10 @@ def _yi_cnn(
         )
 
     builder.__name__ = f"cnn{number}"
-    builder.__doc__ = f"""CNN-{number} of pFedLoRA's authors: 5x5 convolutions ({first_channels}, {second_channels}), Linears ({hidden}, 500);
-    {parameters} parameters for CIFAR-10."""
+    builder.__doc__ = (
+        f"CNN-{number} of pFedLoRA's authors: 5x5 convolutions ({first_channels}, "
+        f"{second_channels}), Linears ({hidden}, 500);\n    {parameters} parameters for CIFAR-10."
+    )
     return builder
 
 
@@ -155,9 +157,9 @@ def build(
     weights: str | None = None,
 ) -> Model:
     """The model ``name`` with initial weights of ``seed``, or those that ``weights`` names (see
-    ``weights.find``).
+    ``weights.find_file``).
 
-    ``name``: a key of NAMES, ``torchvision:<model>`` (any classification model), or
+    ``name``: a key of BUILDERS, ``torchvision:<model>`` (any classification model), or
     ``module:callable``, called with ``classes`` and ``shape`` (for texts ``tokens`` too, and
     ``padding`` if it asks for that) and returning an nn.Module. Raises ValueError when there is no
     such model, it refuses its options or inputs, or the weights are not to be had or do not fit.
@@ -183,8 +185,8 @@ def is_external(name: str) -> bool:
 
 
 class Origin(NamedTuple):
-    """Files, there or not, that a network is made from; ``key`` and ``given`` are the config's
-    under ``model``.
+    """Files, existing or not, that a network is made from; ``key`` and ``value`` are an entry of
+    the config's ``model`` block.
     """
 
     key: str
@@ -193,7 +195,7 @@ class Origin(NamedTuple):
 
 
 def find_origins(name: str, options: Mapping, weights: str | None) -> list[Origin]:
-    """What a network is made from beside the code and the seed, as ``build`` takes it."""
+    """The files that ``build`` makes a network from, given the same arguments."""
     origins = []
     if name == "hf":
         origins.append(
@@ -242,7 +244,7 @@ def _has_parameter(builder: Callable, parameter: str) -> bool:
     """Whether a builder has a parameter of this name."""
     try:
         return parameter in signature(builder).parameters
-    except ValueError:  # one in C may tell nobody
+    except ValueError:  # a builder in C may have no signature
         return False
 
 

@@ -1,26 +1,26 @@
 """Federated fine-tuning of a frozen network by LoRA, with a rank of each client's own.
 
-Every decomposed weight is W_0 + W + s_k B_k A_k: W_0 the network's initial value, which never moves
-nor travels; W a dense update that some methods keep, on the server alone or for everybody; A_k
-[r_k, in side] and B_k [out side, r_k] the factors that client k trains. The server's factors have
-the largest rank R; client k gets the first r_k components. At the start A ~ U(-1, 1) / sqrt(in
-side), B = 0. Leaves of the roles in ``full`` are trained and averaged as they are, but for those
-that the network's builder has frozen: these stay, and bear factors where their role is not in
-``full``. A layer of fewer sides than a rank has that many components.
+Every decomposed weight is W_0 + W + s_k B_k A_k. W_0 is the network's initial value, which never
+moves nor travels. W is a dense update that some methods keep, on the server alone or everywhere.
+A_k [r_k, in side] and B_k [out side, r_k] are the factors that client k trains. The server's
+factors have the largest rank R; client k receives the first r_k components. At the start A ~ U(-1,
+1) / sqrt(in side) and B = 0. Leaves whose role is in ``full`` are trained and averaged as they are.
+Parameters that the network's builder has frozen stay; they have factors if their role is not in
+``full``. No weight has more components than its shorter side.
 
-A method says what its uploads stand for (``term``), by what they are weighted (``weight``) and what
-the server makes of their mean (``aggregate``), and what is to be known of the last cohort
-(``counted``); ``FineTuning`` has the rest.
+A method defines what enters the mean for an upload (``mean_terms``), its weight there
+(``term_weights``), what the server makes of the mean (``aggregate``), and which numbers of the last
+cohort it needs (``cohort_counts``). ``FineTuning`` does the rest.
 """
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Generator, Tensor
 
-from ...algorithm import Algorithm, Cohort, LocalTraining, Phase, Step, Variables
+from ...algorithm import Algorithm, Cohort, EvaluatedModel, LocalTraining, Phase, Step, Variables
 from ...core.bounds import bounded
 from ...core.names import factor_name, factors_by_weight, is_factor, method_leaf_name, weight_of
 from ...core.tree import Tree, add_prefix, select_prefix
@@ -44,19 +44,19 @@ _END, _CHANGE = method_leaf_name("end"), method_leaf_name("change")
 
 @dataclass(frozen=True)
 class FineTuning(Algorithm):
-    """The common settings, and FedIT's way: factors are sent, padded with zeros to the rank R, and
-    averaged.
+    """The common settings, and FedIT: the server averages the factors, padded with zeros to rank R.
 
-    Ranks: client k of N has ``lora_ranks[k mod n]``; with ``rank_shares`` so large a share of the
-    clients, the first ones, has the first rank, and so on; with ``capacities`` client k has the
-    share capacities[k mod n] / max(capacities) of the one rank given, rounded down, but at least 1.
+    Ranks: client k of N has ``lora_ranks[k mod n]``. With ``rank_shares`` the first clients, as
+    large a share as the first number, have the first rank, and so on. With ``capacities`` client k
+    has the share capacities[k mod n] / max(capacities) of the one rank given, rounded down, but at
+    least 1.
 
-    ``scale``: s = alpha / R (common) or alpha / sqrt(R) (root; Kalajdzievski 2023, rsLoRA), the
-    same for all clients, without which a mean of factors means nothing.
+    ``scale``: s = alpha / R (common) or alpha / sqrt(R) (root; Kalajdzievski 2023, rsLoRA). It is
+    the same for all clients; otherwise a mean of factors would mean nothing.
 
-    ``layers``: patterns of the names of decomposed weights, but for those of ``full``; ``full``:
-    roles of leaves that are trained as they are. Without "norm" BatchNorm takes its statistics as
-    they are.
+    ``full``: roles of leaves that are trained as they are. Without "norm" BatchNorm uses its
+    statistics as they are. ``layers``: patterns of the names of decomposed weights; weights of the
+    roles in ``full`` are never decomposed.
 
     ``judged``: the client's own model, or the server's on every client's test data.
 
@@ -102,7 +102,7 @@ class FineTuning(Algorithm):
             )
 
     @property
-    def evaluate_on(self) -> Literal["after_aggregation", "server"]:
+    def evaluate_on(self) -> EvaluatedModel:  # type: ignore[override]  # read only, like every field
         return "server" if self.judged == "server" else "after_aggregation"
 
     def check(self, model: Model, train: LocalTraining) -> None:
@@ -131,9 +131,7 @@ class FineTuning(Algorithm):
 
     @property
     def s(self) -> float:
-        """The factor before B A: of the client for ``of_client``'s, of the server for the method
-        itself.
-        """
+        """The factor before B A: the client's on what ``for_client`` returns, else the server's."""
         return self.alpha / self._scale_divisor(max(self.lora_ranks))
 
     def scale_of(self, lora_rank: int) -> float:
@@ -252,8 +250,10 @@ class FineTuning(Algorithm):
     # The server.
 
     def expand(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        """The leaves trained in full; under "term." what ``term`` says, times ``weight`` / n_k;
-        that under "weight."; under "last." what ``counted`` says, over n_k.
+        """The leaves trained in full and, under prefixes, what the server needs the mean of.
+
+        "term.": ``mean_terms`` times ``term_weights`` / n_k; "weight.": that ratio; "last.":
+        ``cohort_counts`` / n_k.
         """
         tree, terms = (
             {n: v for n, v in upload.items() if not is_factor(n)},
@@ -272,8 +272,8 @@ class FineTuning(Algorithm):
         return tree | (self.client_diagnosis(upload, shared, count) if self.diagnose else {})
 
     def mean_terms(self, upload: Tree, shared: Tree) -> Tree:
-        """What enters the mean instead of the factors, leaves ``<weight>.<letter>``: here the
-        factors, with zeros up to the server's rank.
+        """What enters the mean instead of the factors. Here the factors themselves, padded with
+        zeros to the server's rank.
         """
 
         def pad_rows(n, v):
@@ -289,7 +289,7 @@ class FineTuning(Algorithm):
         }
 
     def term_weights(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        """{weight: []} by what the terms of a weight count; {}: by ``count``, the number of samples
+        """{weight: []} the weights of this client's terms; {}: ``count``, its number of samples
         n_k.
         """
         return {}
@@ -312,14 +312,14 @@ class FineTuning(Algorithm):
         return server, new | (self.diagnostics(shared, new, mean) if self.diagnose else {})
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
-        """The shared leaves that change, from the present ones and the weighted mean of the terms."""
+        """The shared leaves that change, from the present ones and the weighted mean of terms."""
         return mean
 
     # The diagnosis.
 
     def client_diagnosis(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        """What ``diagnosed`` needs the mean of; all means are weighted by n_k, hence the divisions
-        by it.
+        """What ``diagnostics`` needs the mean of. All means are weighted by n_k, hence the
+        divisions by n_k.
         """
         n, downloaded = next(iter(upload.values())).new_full((), count), self.download(shared)
         received_delta, trained_delta, server_delta = (
@@ -339,7 +339,7 @@ class FineTuning(Algorithm):
         )
 
     def diagnostics(self, shared: Tree, new: Tree, mean: Tree) -> Tree:
-        """The numbers of ``diagnose``; instead of the effective clients, their share of the cohort."""
+        """The figures of ``diagnose``, with effective clients as a share of the cohort."""
         mean = select_prefix(mean, _DIAGNOSTIC)
         weight_sums, weight_squares = (
             select_prefix(mean, _WEIGHT_SUM),
@@ -349,11 +349,12 @@ class FineTuning(Algorithm):
         before, after = self.delta(shared), self.delta(new)
 
         def distance(exact, approximation):
-            return sum((approximation[n] - v).square().sum() for n, v in exact.items()).sqrt()
+            squares = ((approximation[n] - v).square().sum() for n, v in exact.items())
+            return cast(Tensor, sum(squares)).sqrt()
 
         change = {n: v - before[n] for n, v in after.items()}
         figures = (
-            sum(shares) / len(shares),
+            cast(Tensor, sum(shares)) / len(shares),
             mean["truncation"] / mean["one"],
             distance(select_prefix(mean, _END), after),
             distance(select_prefix(mean, _CHANGE), change),

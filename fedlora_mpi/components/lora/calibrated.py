@@ -1,6 +1,4 @@
-"""Factors that are averaged one by one, with what their mean misses in a dense update that all
-clients hold.
-"""
+"""Factors are averaged one by one; a dense update on all clients takes what that misses."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,16 +17,16 @@ _CLIENTS = method_leaf_name("last", "clients")
 
 @dataclass(frozen=True)
 class CalibratedTuning(FineTuning):
-    """Factors are averaged, and what their mean product has beside is added to the frozen weights
-    of everybody:
+    """The server averages the factors. Every client adds to its frozen weights what the product of
+    the means lacks:
 
         W  <-  W + R      R = sum_k p_k s B_k A_k - s B A = sum_k p_k s (B_k - B) (A_k - A)
 
     so that W + s B A moves by the mean of what was trained. The last form has k terms of rank r
     whose left factors are p_k (B_k - B), together zero: R of k clients has at most rank (k - 1) r.
 
-    ``downlink``: R travels as a matrix (dense), or as k - 1 pairs of factors (factored). It changes
-    what a round counts as received, no variable.
+    ``downlink``: R travels as a matrix (dense), or as k - 1 pairs of factors (factored). It only
+    changes how many numbers a round counts as received.
 
     Shared leaves: "<weight>.W", "last.clients" [].
     """
@@ -49,8 +47,9 @@ class CalibratedTuning(FineTuning):
         ) + self.residual_numel(shared)
 
     def residual_numel(self, shared: Tree) -> Tensor | int:
-        """How many numbers the R of the last round comes to; none before round 1."""
-        clients, total = shared[_CLIENTS].long(), 0
+        """How many numbers the R of the last round takes; 0 before round 1."""
+        clients = shared[_CLIENTS].long()
+        total: Tensor | int = 0
         for name, W in dense_updates(shared).items():
             factored_numel = (
                 (clients - 1).clamp(min=0) * len(shared[factor_name(name, "A")]) * sum(W.shape)

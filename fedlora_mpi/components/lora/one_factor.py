@@ -1,4 +1,4 @@
-"""One factor that trains in a round beside one that is the same for all, so that the mean is exact."""
+"""In a round one factor trains and the other is the same for all, so the mean is exact."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -18,18 +18,18 @@ ROUND, SEED = _TURN_PREFIX + "round", _TURN_PREFIX + "seed"
 
 @dataclass(frozen=True)
 class OneFactor(FineTuning):
-    """In a round one factor trains; the other is the same for all clients, and no weight decay
+    """In a round one factor trains. The other is the same for all clients; not even weight decay
     moves it. So the mean is exact, sum_k p_k B_k A = (sum_k p_k B_k) A, and zeros in place of
     components that a client lacks change nothing.
 
-    Sent are the round's factor and what is trained in full; received the factor of the round
-    before, none in round 1, since the first ones follow from a seed. A further shared leaf:
+    A client sends the round's factor and the leaves trained in full. It receives the factor of the
+    round before; in round 1 none, for the first factors follow from a seed. A further shared leaf:
     "turn.round", rounds done.
     """
 
     @property
     def factor_schedule(self) -> tuple[Literal["A", "B"], ...]:
-        """Which factor trains, round after round, and then from the first again."""
+        """The factors that train, round after round; after the last the first again."""
         return ("B",)
 
     def active_factor(self, round_: int) -> Literal["A", "B"]:
@@ -63,7 +63,7 @@ class OneFactor(FineTuning):
         return self.trained_numel(self.download(shared), int(shared[ROUND]) - 1)
 
     def trained_numel(self, tree: Tree, round_: int) -> int:
-        """How many numbers of ``tree`` tell what round ``round_`` has trained; -1: before round 1."""
+        """How many numbers of ``tree`` carry what round ``round_`` trained; -1: before round 1."""
 
         def is_informative(n):
             return is_factor(n, self.active_factor(round_)) and round_ >= 0 or not is_method_leaf(n)
@@ -71,6 +71,6 @@ class OneFactor(FineTuning):
         return numel({n: v for n, v in tree.items() if is_informative(n)})
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
-        """The mean of the round's factor; of the other the server has the bits."""
+        """The mean of the round's factor; the server keeps the other as it is."""
         active = self.active_factor(int(shared[ROUND]))
         return {n: v for n, v in mean.items() if is_factor(n, active)} | {ROUND: shared[ROUND] + 1}

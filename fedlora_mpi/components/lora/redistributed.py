@@ -1,4 +1,4 @@
-"""A dense update that the server keeps, of which clients get an approximation of their rank."""
+"""The server keeps a dense update; each client receives its best approximation of its rank."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,12 +21,13 @@ class RedistributedTuning(FineTuning):
 
     ``scale``: s_k = alpha / r_k (rank), alpha / sqrt(r_k) (root) or alpha / R (common).
 
-    Shared leaves: "<weight>.W", and the factors A = V_R', B = W V_R without a scale. Where W has a
-    lower rank, A has orthonormal rows in directions that W has not and B is zero: no component is
-    dead. Before round 1 W = 0 has no direction, and A is random.
+    Shared leaves: "<weight>.W", and the factors A = V_R', B = W V_R without a scale. If W has a
+    lower rank, the further rows of A are orthonormal to it and the columns of B are zero, so no
+    component is dead. Before round 1 W = 0 has no direction, and A is random.
     """
 
-    scale: Literal["rank", "root", "common"] = "rank"
+    # one more choice than the base class has
+    scale: Literal["rank", "root", "common"] = "rank"  # type: ignore[assignment]
 
     def scale_of(self, lora_rank: int) -> float:
         return self.s if self.scale == "common" else self.alpha / self._scale_divisor(lora_rank)
