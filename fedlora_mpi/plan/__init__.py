@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -333,7 +333,7 @@ def _cost_lines(estimated: Estimate, workers: int, gpus: str | None) -> list[tup
         gpu, group_size = find_device(gpus), config.engine.group_size
         assert gpu is not None and isinstance(group_size, int)
         worker_bytes, ranks, clients = gpu_capacity(
-            gpu, run.trainer.feed.nbytes, estimated.client_bytes, group_size
+            gpu, cast(Feed, run.trainer.feed).nbytes, estimated.client_bytes, group_size
         )
         lines.append(
             (

@@ -179,7 +179,7 @@ def _score_seconds(assembly: Assembly, unit: UnitCosts, stack: Sequence[int]) ->
 def _stacks(run: Run, clients: Sequence[int]) -> list[list[int]]:
     """Clients that compute at once."""
     stacks = run.split_into_stacks(clients) if clients else []
-    return stacks if run.trainer.stacked else [[c] for stack in stacks for c in stack]
+    return [list(s) for s in stacks] if run.trainer.stacked else [[c] for s in stacks for c in s]
 
 
 def _exchange_seconds(

@@ -29,7 +29,7 @@ from ..engine.graphs import GraphCache
 from ..engine.rehearsal import rehearse_engine
 from ..engine.settings import Engine
 from ..engine.speed import Candidate, fastest_speed, measure_engines, summary_line
-from ..engine.train import Trainer
+from ..engine.train import ClientFeed, Trainer
 from ..federation.client_rows import DiskRows, MemoryRows
 from ..federation.cohorts import group_clients
 from ..federation.federation import ClientType, Run, Throughput
@@ -204,7 +204,7 @@ class _Parts(NamedTuple):
                     variant,
                     networks[network_number],
                     train,
-                    self.feed,
+                    cast(ClientFeed, self.feed),  # None on a server, which trains nobody
                     self.device,
                     stacked,
                     make_compiler(),

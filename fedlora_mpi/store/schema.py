@@ -303,7 +303,8 @@ def checked_item(
             f"{key} must be {_TYPE_NAMES[expected_type]}, is "
             f"{'missing' if key not in block else repr(value)[:80]}"
         )
-    if least is not None and not least <= value <= most:
+    number: Any = value
+    if least is not None and not least <= number <= most:
         raise StoreError(f"{key} = {repr(value)[:80]}: must be from {least} to {most}")
     return value
 
