@@ -20,6 +20,7 @@ from ..config import Config
 from ..core.scheduling import assign_groups
 from ..core.tree import Tree, nbytes, numel, tmap
 from ..core.units import format_bytes, format_seconds
+from ..data.feed import Feed
 from ..federation.federation import ClientType, Run
 from ..mpi.comm import Solo
 from ..run.assembly import Assembly, build, worker_ranks
