@@ -14,7 +14,7 @@ from ..config.experiment import Faults
 from ..core.scheduling import assign_groups
 from ..core.tree import Tree
 from ..federation.federation import Run, State
-from ..mpi.comm import Comm, Mpi
+from ..mpi.comm import Comm, Mpi, Solo
 from ..mpi.ending import CollectiveExit, ServerLost, collectively
 from ..mpi.pending import RankLost
 from ..mpi.watchdog import watch_progress
@@ -138,7 +138,7 @@ def recovery_line(dead: Sequence[int], comm: Comm, round_: int) -> str:
 
 def _require_mpi(comm: Comm) -> Mpi:
     """``comm``, which has several ranks: only they lose one."""
-    assert isinstance(comm, Mpi)
+    assert not isinstance(comm, Solo)
     return comm
 
 
