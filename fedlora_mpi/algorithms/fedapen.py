@@ -18,8 +18,8 @@ BatchNorm: that of p is the client's own; running statistics of s are averaged. 
 per client and round: all leaves of s up, all leaves of s down. Deviations: w is learned from the
 second round on, before it is used: on a copy for every evaluation, and the same again when the
 client next trains. The authors give their networks weights of their own at the start; here all
-clients of one architecture start equal. ``client_model`` has p alone. A round's ``train_loss`` is L_p
-+ L_s.
+clients of one architecture start equal. ``client_model`` has p alone. A round's ``train_loss`` is
+L_p + L_s.
 """
 
 from dataclasses import dataclass
