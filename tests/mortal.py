@@ -164,7 +164,7 @@ class MortalRank:
         fate.wait_until(
             lambda: len(values) == self.size or self.are_gone({*channel.members} - values.keys())
         )
-        if len(values) < self.size or (self.are_gone(channel.members) and fate.kind()):
+        if len(values) < self.size or (self.are_gone(channel.members) and fate.flip_coin()):
             raise self.lost()
         fate.reach_moment(self._member)
         return [values[m] for m in channel.members]
@@ -187,11 +187,11 @@ class MortalMail:
         if (
             not self._has_arrived
             and sender in self._comm._fate.dead
-            and (self._key not in sent or self._comm._fate.kind())
+            and (self._key not in sent or self._comm._fate.flip_coin())
         ):
             self._has_failed = True
             raise self._comm.lost()
-        if not self._has_arrived and self._key in sent and self._comm._fate.kind():
+        if not self._has_arrived and self._key in sent and self._comm._fate.flip_coin():
             self._receive[...] = sent[self._key]
             self._has_arrived = True
         return self._has_arrived
@@ -205,7 +205,7 @@ class MortalMail:
             not self._has_arrived
             and not self._has_failed
             and self._key in self._comm._channel.copies
-            and self._comm._fate.kind()
+            and self._comm._fate.flip_coin()
         ):
             self._receive[...] = self._comm._channel.copies[self._key]
             self._has_arrived = True
