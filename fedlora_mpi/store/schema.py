@@ -189,8 +189,9 @@ def find_group(file: h5py.Group, name: str) -> h5py.Group:
 def find_dataset(
     file: h5py.Group, name: str, axes: int, rows: int | None = None, integers: bool = False
 ) -> h5py.Dataset:
-    """A data set with at least so many axes and, if given, rows; ``whole``: of integers. Raises
-    StoreError.
+    """A data set with at least ``axes`` axes and, if given, ``rows`` rows. Raises StoreError.
+
+    integers: whether it must be of integers.
     """
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset) or dataset.ndim < axes:
