@@ -298,15 +298,16 @@ def checked_item(
     """``block[key]``. Raises StoreError unless it is of this type and, if a number, from ``least``
     to ``most``.
     """
-    value: Any = block.get(key)
+    value = block.get(key)
     if type(value) is not expected_type:
         raise StoreError(
             f"{key} must be {_TYPE_NAMES[expected_type]}, is "
             f"{'missing' if key not in block else repr(value)[:80]}"
         )
-    if least is not None and not least <= value <= most:
+    checked: Any = value
+    if least is not None and not least <= checked <= most:
         raise StoreError(f"{key} = {repr(value)[:80]}: must be from {least} to {most}")
-    return value
+    return checked
 
 
 def check_settings(config: Mapping[str, Any]) -> None:

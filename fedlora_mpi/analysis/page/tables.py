@@ -90,7 +90,9 @@ def cost_table(groups: Sequence[Group]) -> Table:
             "tflop": group.seed_stat(total_of("flops")).mean / 1e12,
             "seconds": sum(group.seed_stat(total_of(name)).mean for name in names),
             **{name: group.seed_stat(per_round(name)).mean for name in names},
-            "balance": group.seed_stat(lambda run: run.load.balance if run.load else np.nan),
+            "balance": group.seed_stat(
+                lambda run: run.rank_load.balance if run.rank_load else np.nan
+            ),
         }
         for group in groups
     ]
