@@ -88,11 +88,10 @@ class RunStatus:
 
 
 def watch(path: Path, interval: float, single_frame: bool) -> None:
-    """Show the run until its last round or Ctrl-C: a view on a terminal, else a line for each new
-    round; ``once``: one frame.
+    """Show the run until its last round or Ctrl-C: a view on a terminal, else a line a round.
 
-    A run that was stopped is waited for, since a resume or the scheduler may go on with it. every:
-    seconds between two looks. Raises ValueError: no run folder, no rich.
+    It waits for a stopped run, since a resume or the scheduler may go on with it. interval: seconds
+    between two looks; single_frame: show one and return. Raises ValueError: no run folder, no rich.
     """
     if not 0.1 <= interval <= 3600:
         raise ValueError(f"--every = {interval:g}: must be from 0.1 to 3600 seconds")
@@ -333,7 +332,7 @@ def _watch_live(status: RunStatus, interval: float) -> None:
 def _follow_run(
     status: RunStatus, interval: float, show: Callable[[RunStatus], None], show_always: bool = False
 ) -> None:
-    """``show`` the run at every new row (``always``: at every look), until it ends."""
+    """``show`` the run at every new row (``show_always``: at every look), until it ends."""
     show(status)
     failed = 0
     while not status.is_done:

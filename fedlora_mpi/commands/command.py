@@ -48,5 +48,5 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def as_keywords(args: argparse.Namespace, *excluded: str) -> dict[str, Any]:
-    """What was asked as keyword arguments, without ``left_out``."""
+    """The arguments as keyword arguments, without ``excluded``."""
     return {name: value for name, value in vars(args).items() if name not in ("command", *excluded)}

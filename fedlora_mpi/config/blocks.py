@@ -206,7 +206,7 @@ def split_choice(
 ) -> tuple[str, Mapping[str, Any]]:
     """Split a choice block, or a bare name, into (name, the other keys).
 
-    ``outside`` describes what may stand for a name of the user's own, always of the form
+    ``external_form`` describes what may stand for a name of the user's own, always of the form
     ``dotted.module:attribute``; "" allows none.
     """
     options: Mapping[str, Any] = {}
@@ -224,7 +224,7 @@ def split_choice(
 
 
 def check_type(annotation: Any, value: Any, key: str, origin: Origin) -> Any:
-    """``value`` as the annotation ``want``: a Reader once ``want`` is bound."""
+    """``value`` converted as ``annotation`` asks. Raises ConfigError if it cannot be."""
     members = _union_members(annotation)
     converted = _convert(value, annotation)
     if converted is not MISSING:
@@ -275,7 +275,7 @@ def _union_members(annotation: Any) -> tuple:
 
 
 def _convert(value: Any, annotation: Any) -> Any:
-    """``value`` converted to the type ``want``, or MISSING where it is not of that type."""
+    """``value`` converted to the type ``annotation``, or MISSING where it is not of that type."""
     type_origin, args = get_origin(annotation), get_args(annotation)
     if type_origin in (Union, UnionType):
         # 4 in float | int stays 4
@@ -309,7 +309,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _allowed_texts(annotation: Any) -> list[str]:
-    """What a field of type ``want`` takes, in words."""
+    """What a field of type ``annotation`` takes, in words."""
     type_origin, args = get_origin(annotation), get_args(annotation)
     if type_origin in (Union, UnionType):
         words = [word for member in args for word in _allowed_texts(member)]

@@ -159,7 +159,7 @@ def resolved_yaml(config: Config) -> str:
 
 
 def checksummed_yaml(config: Config) -> str:
-    """``resolved_yaml`` under a line with its checksum, for ``recorded``."""
+    """``resolved_yaml`` under a line with its checksum, for ``read_recorded``."""
     text = resolved_yaml(config)
     return f"{_CHECKSUM_PREFIX}{text_checksum(text)}\n{text}"
 

@@ -234,8 +234,9 @@ def _privacy_lines(assembly: Assembly) -> list[tuple[str, str]]:
 
 
 def _client_traffic(run: Run, kind: ClientType, second_shared: Tree) -> tuple[int, int]:
-    """The most bytes that such a client sends and receives in a round; ``second``: what ``_second``
-    says.
+    """The most bytes that such a client sends and receives in a round.
+
+    second_shared: see ``_second_shared``.
     """
 
     def ones_like(tree):

@@ -28,7 +28,7 @@ class CostLine(NamedTuple):
     def through(
         cls, measure: Callable[[int], float], clients: int, samples: int, batch_size: int
     ) -> "CostLine":
-        """The line through ``measured(limit)``, the cost of ``clients`` of so many samples when
+        """The line through ``measure(limit)``, the cost of ``clients`` of so many samples when
         each uses ``limit``.
 
         Nothing comes out negative: where noise would have it so, what two sizes differ by is all
@@ -52,8 +52,9 @@ class CostLine(NamedTuple):
         samples: int,
         batch_size: int,
     ) -> "CostLine":
-        """The line, found through the cost of ``clients``, with the part of a batch's cost that is
-        each client's own, by ``measured(limit)``, the cost of ``fewer`` of them.
+        """The line with the part of a batch's cost that is each client's own.
+
+        The line comes from the cost of ``clients``; ``measure(limit)`` is the cost of ``fewer``.
         """
         _, full_batch, many = sample_limits(samples, batch_size)
         if many == full_batch:

@@ -46,10 +46,10 @@ _MAX_REPEATS = 5  # rounds of each size where they are short
 def measure_costs(
     assembly: Assembly, gpu: Device | None = None, busy_processes: int = 0
 ) -> tuple[Costs, float]:
-    """The unit costs of a run on this machine, one thread as ``engine.threads`` says; clients on a
-    ``gpu`` by count. Training is measured while so many ``others`` train here.
+    """The unit costs of a run on this machine, and the bytes of ``gpu`` that a client takes.
 
-    The second number: bytes of that GPU which a client takes.
+    Operations on a ``gpu`` are counted, not measured. Training is measured while
+    ``busy_processes`` others train here.
     """
     run, client_bytes = assembly.run.for_round(0), 0.0
     trials = {

@@ -38,8 +38,7 @@ def run_tasks(
     report: Callable[[str], None],
     gpus: Sequence[str] = (),
 ) -> dict[str, int]:
-    """Run all tasks, ``at_once`` of them at a time; returns the exit codes of those that did not
-    end well.
+    """Run all tasks, ``max_parallel`` at a time; returns the exit codes of those that failed.
 
     A failure stops no other task. gpus: values of CUDA_VISIBLE_DEVICES, dealt to the places in
     turn. When this process is interrupted its tasks are ended.

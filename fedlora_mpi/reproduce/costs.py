@@ -79,8 +79,8 @@ def common_target(results: ResultsByMethod) -> tuple[float, list[str]]:
     """(the highest accuracy that every method reaches with every seed, the methods that it leaves
     out).
 
-    Per cent, rounded down to two decimals. Left out are those whose best stays more than ``FAILS``
-    below that of the best method, mean over seeds. NaN where there are no results.
+    Per cent, rounded down to two decimals; NaN without results. A method is left out if its best,
+    mean over seeds, is more than ``MAX_GAP`` below that of the best method.
     """
     best = {
         key: np.mean([result.best for result in seeds]) for key, seeds in results.items() if seeds

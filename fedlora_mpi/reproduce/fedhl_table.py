@@ -255,7 +255,7 @@ def _traffic(results: Sequence[Result]) -> dict[str, float]:
 
 
 def _logged_means(results: Sequence[Result]) -> dict[str, float]:
-    """The columns of ``TOLD``; mean over rounds and seeds."""
+    """The columns of ``LOGGED_COLUMNS``; mean over rounds and seeds."""
     return {
         name: float(np.mean([r.rounds[name] for r in results])) if results else np.nan
         for name in LOGGED_COLUMNS

@@ -23,8 +23,9 @@ class Scale(NamedTuple):
     rounds: int
 
     def describe_cut(self, full: "Scale", full_scale_source: str = "paper") -> str:
-        """What differs from full scale, which is ``whose``, for the header of a table; "" where
-        nothing does.
+        """What differs from full scale, for the header of a table; "" where nothing does.
+
+        full_scale_source: whose full scale it is.
         """
         pairs = zip(self._fields, self, full, strict=True)
         changes = [

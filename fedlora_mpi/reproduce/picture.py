@@ -23,7 +23,7 @@ OTHER_COLORS = (BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B
 
 
 def save_figure(figure: "Figure", path: Path, root: Path | None = None) -> None:
-    """Write a figure as a PNG; ``below``: see ``replacing``."""
+    """Write a figure as a PNG; ``root``: see ``replace_file``."""
     with replace_file(path, root) as file:
         figure.savefig(file, format="png", dpi=150, bbox_inches="tight", pad_inches=0.1)
 
@@ -128,8 +128,9 @@ def client_scatter(results: Mapping[str, Sequence[Result]], title: str) -> "Figu
 def accuracy_by_cost(
     cost: str, cells: Sequence[Cell], results: costs.ResultsByMethod, title: str
 ) -> "Figure":
-    """Accuracy of each method against its ``cost`` so far, a field of ``costs.Spent``; what costs
-    nothing has no curve.
+    """Accuracy of each method against its ``cost`` so far; what costs nothing has no curve.
+
+    cost: a field of ``costs.Cost``.
     """
     figure, axes = _new_axes(title)
     colors = iter(OTHER_COLORS * len(cells))

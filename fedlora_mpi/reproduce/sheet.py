@@ -276,7 +276,7 @@ def format_difference(number: float) -> str:
 
 
 def spread_note(seeds: int, std_note: str = Table.std_note) -> str:
-    """What stands behind ±; ``papers``: what is known of the paper's."""
+    """What stands behind ±; ``std_note``: what is known of the paper's."""
     if seeds == 1:
         return f"one seed, so no standard deviation; {std_note}"
     return f"± sample standard deviation over {seeds} seeds (of run and partition); {std_note}"

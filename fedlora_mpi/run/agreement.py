@@ -1,4 +1,4 @@
-"""All ranks have built the same, or the run does not begin: one small table is summed."""
+"""Check that all ranks have built the same, by a sum of one small table."""
 
 import json
 import socket
@@ -54,11 +54,10 @@ def reconcile_ranks(
     split: Split,
     initial_variables: Sequence[Variables],
 ) -> tuple[tuple[Model, ...], Sequence[Variables], Inventory]:
-    """Networks and first variables that are the same on all ranks, and the inventory of what this
-    rank has built.
+    """The networks and first variables, equal on all ranks, and the inventory of this rank.
 
-    What ranks on other machines have computed with other last bits is as rank 0 has it. Raises
-    Refused on all ranks where they differ in anything else.
+    If the last bits differ between machines, those of rank 0 hold. Raises Refusal on all ranks if
+    anything else differs.
     """
     local_inventory = build_inventory(
         config, data, models, split, initial_variables, comm.heartbeat.beat
@@ -79,10 +78,9 @@ def reconcile_ranks(
 def _compare_ranks(
     comm: Comm, config: Config, source: str, local_inventory: Inventory, data: Data
 ) -> bool:
-    """Whether all ranks have the same; they may differ in first values, where these are of another
-    machine.
+    """Whether all ranks have the same. Raises Refusal.
 
-    The lowest rank on another machine tells of it. Raises Refused.
+    First values may differ on another machine, whose lowest rank warns of it.
     """
     table = np.zeros((comm.size, len(KINDS)), np.int64)
     table[comm.rank] = [hash_items(local_inventory[kind]) for kind in KINDS]
@@ -135,7 +133,7 @@ def _refuse_difference(
     ranks: Sequence[int],
     data: Data,
 ) -> None:
-    """Raise Refused on all ranks: the first item of this kind that differs."""
+    """Raise Refusal on all ranks: the first item of this kind that differs."""
     root_items = json.loads(comm.broadcast(json.dumps(local_items).encode()))
     digests = _sample_digests(data) if kind == "data" else {}
     root_digests = json.loads(comm.broadcast(json.dumps(digests).encode()))

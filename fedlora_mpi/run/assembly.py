@@ -66,7 +66,7 @@ def build(config: Config, source: str, comm: Comm, requested_path: _RequestedPat
 
     source: the config in messages; requested_path: the user's engine.path, if another.
 
-    Raises Refused on all ranks for the user's mistakes. Rank 0 downloads while the others wait.
+    Raises Refusal on all ranks for the user's mistakes. Rank 0 downloads while the others wait.
     """
     retain_freed_memory()
     if config.data.source.download:
@@ -137,8 +137,9 @@ def split_data(config: Config, source: str, data: Data) -> Split:
 def decide_engine(
     config: Config, models: Sequence[Model], device: Literal["auto", "cpu", "cuda"], memory: int = 0
 ) -> Engine:
-    """The engine with its path and group size decided by rule, for the largest network and the
-    ``memory`` of a GPU, bytes.
+    """The engine, its path and group size decided by rule for the largest network.
+
+    memory: bytes of a GPU.
     """
     largest = max(models, key=lambda model: model.flops)
     path, size = choose_path(
@@ -155,8 +156,9 @@ def _check_workers(workers: Sequence[int], source: str) -> None:
 def _agree_on_device(
     config: Config, comm: Comm, workers: Sequence[int], device: torch.device
 ) -> tuple[Config, int]:
-    """The config with ``engine.device`` decided, the kind of device that all workers have; and the
-    bytes of a GPU that each of them may use, 0 without.
+    """The config with the device kind that all workers have, and each one's bytes of GPU memory.
+
+    The bytes are 0 without a GPU.
     """
     gpu_bytes = np.zeros(comm.size, np.int64)
     shares_with_server = workers[0] > 0 and comm.rank == comm.local_rank  # this node
@@ -314,9 +316,7 @@ def _choose_engine(
     memory: int,
     requested_path: _RequestedPath,
 ) -> Engine:
-    """The engine, with everything decided: by rule or as the first worker has measured it, and
-    tried there for all.
-    """
+    """The engine with everything decided, by rule or by a measurement on the first worker."""
 
     def choose_on_worker() -> Engine | None:
         if comm.rank != workers[0]:

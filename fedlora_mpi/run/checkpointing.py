@@ -161,8 +161,9 @@ def find_newest(folder: Path, assembly: Assembly) -> Checkpoint | None:
 
 
 def _to_arrays(tree: Tree) -> Mapping[str, np.ndarray]:
-    """Leaves as numpy arrays by their names in files, without a copy on the CPU; of bfloat16, which
-    numpy has not, as float32.
+    """Leaves as numpy arrays by their names in files, on the CPU without a copy.
+
+    bfloat16, which numpy lacks, becomes float32.
     """
     values = {
         n: v.detach().float() if v.dtype == torch.bfloat16 else v.detach() for n, v in tree.items()

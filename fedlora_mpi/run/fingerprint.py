@@ -1,6 +1,4 @@
-"""What a run is made of before round 1, in digests: for ranks to compare, and for a resume to
-compare with the run folder.
-"""
+"""Digests of a run before round 1: ranks compare them, and a resume compares the run folder."""
 
 import json
 import platform
@@ -65,8 +63,8 @@ def build_inventory(
 ) -> Inventory:
     """All that must be the same on all ranks, and on a resume.
 
-    firsts: the variables of each kind of clients, all with the same shared ones; beat: is called
-    while bytes are read.
+    initial_variables: of each kind of clients, all with the same shared ones; beat: called while
+    bytes are read.
     """
     digest_by_id: dict[int, str] = {}  # a leaf of a network is often a variable too
 
@@ -139,9 +137,7 @@ def platform_dependent_kinds(config: Config) -> tuple[str, ...]:
 
 
 def recorded_inventory(inventory: Inventory) -> Inventory:
-    """What a run folder keeps of it: of a method's own variables, which may be very many, one
-    digest.
-    """
+    """What a run folder keeps of it; a method's own variables, maybe very many, have one digest."""
     return {kind: inventory[kind] for kind in RECORDED_KINDS} | {
         "variables": {"the first variables": f"{hash_items(inventory['variables']):x}"}
     }
@@ -156,8 +152,9 @@ def hash_items(items: Items) -> int:
 def describe_difference(
     kind: str, recorded: Items, current: Items, reference: str
 ) -> tuple[str, str]:
-    """The first item in which ``now`` is not as ``was``, and that in words; ``base``: where or when
-    it was so.
+    """The first item in which ``current`` differs from ``recorded``, and that in words.
+
+    reference: where or when it was as recorded.
     """
     prefix = {
         "weights": "initial weights of ",

@@ -181,7 +181,7 @@ def _broadcast_config(comm: Comm, read: Callable[[], Config]) -> Config:
 
 @contextmanager
 def _hold_on_rank_0(comm: Comm, acquire: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    """Rank 0 holds the folder's lock; raises Refused on all ranks when another run has it."""
+    """Rank 0 holds the folder's lock; raises Refusal on all ranks when another run has it."""
     with ExitStack() as stack:
         collectively(comm, lambda: stack.enter_context(acquire()) if comm.rank == 0 else None)
         yield
@@ -228,7 +228,7 @@ def _train(assembly: Assembly, state: State, folder: Path, stop_requests: Sequen
 
 
 def _open_log(config: Config, folder: Path, stack: ExitStack) -> tuple[Log, list[Sink]]:
-    """The log and the sinks beside it, closed with ``stack``. Raises ValueError, Unwritable."""
+    """The log and the sinks beside it, closed with ``stack``. Raises ValueError, WriteError."""
     sinks = open_sinks(folder, csv=config.log.csv, tensorboard=config.log.tensorboard)
     for sink in sinks:
         stack.enter_context(closing(sink))

@@ -90,9 +90,9 @@ def adopt_recorded_engine(config: Config, source: str, folder: Path) -> Config:
 
 
 def check_shared_folder(folder: Path, comm: Comm) -> None:
-    """Raise Refused on all ranks when one of them does not see the run folder, or the one that it
-    will be in, as rank 0 does, or may not write there. Leaves nothing behind. Raises StoreError,
-    Unwritable.
+    """Raise Refusal on all ranks unless all see the run folder (or its parent) and may write there.
+
+    Leaves nothing behind. Raises StoreError, WriteError.
     """
     if comm.size == 1:
         return
@@ -124,8 +124,9 @@ def check_shared_folder(folder: Path, comm: Comm) -> None:
 
 
 def check_unchanged(folder: Path, assembly: Assembly) -> None:
-    """Raise ValueError when the run began with other data or another network than there are now; on
-    a machine that may compute other last bits, say so in a line.
+    """Raise ValueError if the data or the network have changed since the run began.
+
+    Prints a line if this machine may compute other last bits.
     """
     assert assembly.inventory is not None  # ``build`` sets it
     _check_vocabulary(folder, assembly)
@@ -163,9 +164,7 @@ def check_unchanged(folder: Path, assembly: Assembly) -> None:
 
 
 def _recorded_inventory(folder: Path) -> Inventory:
-    """The inventory in the log, or in that of the newest checkpoint where there is no log; {} where
-    none has one.
-    """
+    """The inventory in the log, else in that of the newest checkpoint; {} if neither has one."""
     folders = [
         folder,
         *(
@@ -201,9 +200,7 @@ def _check_vocabulary(folder: Path, assembly: Assembly) -> None:
 
 
 def _check_weight_files(folder: Path, assembly: Assembly) -> None:
-    """Raise ValueError when the newest checkpoint began with other files of a network than there
-    are now.
-    """
+    """Raise ValueError if the newest checkpoint began with other weight files."""
     origins = [origin for network in assembly.config.model.mix for origin in network.origins]
     rounds = checkpoint.committed_rounds(folder)
     if not (origins and rounds):

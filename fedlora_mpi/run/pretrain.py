@@ -201,6 +201,6 @@ def _create_folder(target: Path) -> None:
 
 
 def _require(is_valid: bool, setting: str, reason: str) -> None:
-    """Raise ValueError about what was ``given`` on the command line, unless it is possible."""
+    """Raise ValueError about a ``setting`` of the command line unless it ``is_valid``."""
     if not is_valid:
         raise ValueError(f"{setting}: {reason}")

@@ -2,8 +2,7 @@
 --print-jobs``.
 
 A job that is told to stop (SIGUSR1, two minutes before its time is up or by ``scancel``) ends its
-round, writes a checkpoint, leaves with STOPPED and puts itself back into the queue; its next start
-goes on.
+round, writes a checkpoint, exits with STOPPED_EXIT and requeues itself; its next start continues.
 """
 
 import re
@@ -33,8 +32,9 @@ _TIME_PATTERN = re.compile(r"\d+|(\d+-)?\d+(:\d+){1,2}|\d+-\d+")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a script asks of Slurm. ranks: of the whole job; gpus: per node; array: how many tasks,
-    0: no array.
+    """What a script asks of Slurm.
+
+    ranks: of the whole job; gpus: per node; array: number of tasks, 0: no array.
     """
 
     name: str
@@ -91,9 +91,9 @@ def sbatch_script(
     """The text of an sbatch script.
 
     body: shell lines that end with the program, in the foreground; it must end on SIGUSR1 with code
-    STOPPED. is_done: a shell command that ends with 0 when the program has done all, and with
-    STOPPED when some is left: mpirun says 0, too, when a node was lost. head: comment lines; path:
-    the folder with python and mpirun.
+    STOPPED_EXIT. done_command: a shell command that ends with 0 when all is done, and with
+    STOPPED_EXIT when some is left, for mpirun ends with 0, too, when a node was lost.
+    bin_folder: the folder with python and mpirun.
     """
     return (
         f"#!/bin/bash\n{comment_lines}{_directive_lines(job)}\n"
@@ -115,9 +115,7 @@ def program_line(job: Job, arguments: str) -> str:
 
 
 def status_command(arguments: str) -> str:
-    """The shell command that asks whether the run of ``run --resume ARGUMENTS``, already quoted, is
-    done.
-    """
+    """The shell command that asks if the run of ``run --resume ARGUMENTS`` (quoted) is done."""
     return f"python -m fedlora_mpi status {arguments}"
 
 

@@ -67,7 +67,7 @@ def begin(run: Path, round_: int) -> Path:
 
     Committed rounds at or after this one are those that a resume has skipped: they are set aside as
     ``000010.aside``, lest ``prune`` keep them instead of good ones; likewise a leftover with files
-    that are not ours. Raises StoreError when this round is committed and intact, Unwritable.
+    that are not ours. Raises StoreError when this round is committed and intact, WriteError.
     """
     folder = checkpoint_folder(run, round_)
     for other_round in committed_rounds(run):

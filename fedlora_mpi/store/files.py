@@ -37,7 +37,7 @@ def fsync(path: Path) -> None:
 def replace_file(path: Path, root: Path | None = None) -> Iterator[BinaryIO]:
     """An empty file beside ``path``, which takes its place, durably, when the block ends well.
 
-    below: from where on no folder may be a link, see ``nolinks``. Raises Unwritable when the disk
+    root: from where on no folder may be a link, see ``nolinks``. Raises WriteError when the disk
     is full, for instance, and where ``path`` is no file.
     """
     temporary = path.with_name(f".{path.name}.tmp")
@@ -74,10 +74,9 @@ def write_atomic(path: Path, content: bytes, root: Path | None = None) -> None:
 
 
 def copy_atomic(source: Path, target: Path, root: Path | None = None) -> None:
-    """Make ``target`` a copy of ``source``; a crash leaves what was there before. ``below`` holds
-    for both.
+    """Make ``target`` a copy of ``source``; a crash leaves what was there before.
 
-    Raises StoreError when ``source`` is no file.
+    ``root`` holds for both. Raises StoreError when ``source`` is no file.
     """
     with open_for_reading(source, root) as file, replace_file(target, root) as copy:
         copyfileobj(file, copy, 1 << 20)

@@ -24,9 +24,7 @@ BLOCK_BYTES = 16 << 20  # what a write or a read may hold beside the caller's ar
 
 @contextmanager
 def create_file(path: Path, root: Path | None = None) -> Iterator[h5py.File]:
-    """A new file to fill, which appears as ``path`` when the block ends well; ``below``: see
-    ``replacing``.
-    """
+    """A new file, which appears as ``path`` when the block ends well; see ``replace_file``."""
     with replace_file(path, root) as file, closing(FallbackFile(os.dup(file.fileno()))) as disk:
         with h5py.File(disk, "w", locking=False) as file:
             file.attrs["format_version"] = FORMAT_VERSION

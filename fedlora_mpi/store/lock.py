@@ -24,10 +24,9 @@ UNSUPPORTED_ERRNOS = (
 
 @contextmanager
 def hold_lock(run: Path, root: Path | None = None) -> Iterator[None]:
-    """Hold ``RUN/.lock`` during the block; where the file system has no locks, warn and go on.
-    ``below``: see ``nolinks``.
+    """Hold ``RUN/.lock`` during the block. Warns and goes on where the file system has no locks.
 
-    Raises StoreError, with host and pid, when another process holds it.
+    ``root``: see ``nolinks``. Raises StoreError, with host and pid, when another process holds it.
     """
     path = Path(run) / ".lock"
     with explain_write_errors(path):

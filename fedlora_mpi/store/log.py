@@ -47,7 +47,7 @@ class Log:
         """Open the log of an earlier process, cutting a row that a kill has left in some columns
         only.
 
-        Raises StoreError, Unwritable.
+        Raises StoreError, WriteError.
         """
         with explain_write_errors(path):
             self._disk = FallbackFile(nolinks.open_handle(path, O_RDWR))
@@ -88,10 +88,10 @@ class Log:
         file_texts: Mapping[str, str] | None = None,
         inventory: str = "",
     ) -> "Log":
-        """A new log without rows; ``partition`` as ``/partition`` holds it (see ``ragged``).
+        """A new log without rows; ``partition`` as ``/partition`` holds it (see ``pack_ragged``).
 
-        beside: the texts of the files in the folder whose checksums it keeps, by name; inventory:
-        see ``inventory_of``.
+        file_texts: texts of files in the folder, by name, whose checksums it keeps; inventory: JSON
+        of ``read_inventory``.
 
         Raises StoreError when there is one already.
         """
@@ -124,7 +124,7 @@ class Log:
 
     @classmethod
     def reopen(cls, path: Path) -> "Log":
-        """The log of an earlier process, to go on with. Raises StoreError, Unwritable."""
+        """The log of an earlier process, to go on with. Raises StoreError, WriteError."""
         return cls(Path(path))
 
     def append(
@@ -134,8 +134,7 @@ class Log:
         clients: Mapping[str, np.ndarray | float],
         ranks: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """Add the row of one round, on disk on return; ``nan`` is the row of clients who were not
-        evaluated.
+        """Add the row of a round, on disk on return. ``clients`` without evaluation are nan.
 
         ``clients`` are [N] each, ``ranks`` seconds [R] of each stage. The first row decides the
         columns and which of them are integers; those of ranks begin when there are any.
@@ -218,7 +217,7 @@ class Log:
             self.close()
 
     def close(self) -> None:
-        """Close the file; the log takes no more rows. Raises Unwritable."""
+        """Close the file; the log takes no more rows. Raises WriteError."""
         if self._file:
             self._file.close()
             with explain_write_errors(self._path), closing(self._disk):
@@ -276,8 +275,7 @@ def read_inventory(path: Path) -> dict[str, dict[str, str]]:
 
 
 def pack_ragged(name: str, lists: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Lists of different lengths as two arrays: ``<name>_indices``, flat, and ``<name>_offsets`` [N
-    + 1].
+    """Lists of different lengths as two arrays: ``<name>_indices`` and ``<name>_offsets`` [N + 1].
 
     List ``n`` is ``indices[offsets[n]:offsets[n + 1]]``.
     """

@@ -44,10 +44,9 @@ class WrongFileType(WriteError, ValueError):
 
 @contextmanager
 def open_folder(folder: Path, root: Path | None = None, create: bool = False) -> Iterator[int]:
-    """A handle of ``folder`` during the block; what leads to it from ``below`` (default: itself)
-    are real folders.
+    """A handle of ``folder`` during the block; from ``root`` (default: itself) on, none is a link.
 
-    make: make those of them, and those above, that are not there. Raises Misplaced, OSError.
+    create: make those that are missing, and those above. Raises WrongFileType, OSError.
     """
     current = folder if root is None else root
     if create:
@@ -67,7 +66,7 @@ def open_folder(folder: Path, root: Path | None = None, create: bool = False) ->
 
 
 def _open_subfolder(parent_handle: int, folder: Path, create: bool) -> int:
-    """A handle of a folder in the one with the handle ``home``."""
+    """A handle of a folder in the one with the handle ``parent_handle``."""
     if not exists(parent_handle, folder, "a folder") and create:
         os.mkdir(folder.name, dir_fd=parent_handle)
         os.fsync(parent_handle)
@@ -75,9 +74,7 @@ def _open_subfolder(parent_handle: int, folder: Path, create: bool) -> int:
 
 
 def exists(folder_handle: int, path: Path, expected: str = "a file") -> bool:
-    """Whether ``path`` is in the folder with the handle ``home``. Raises Misplaced when it is not
-    ``wanted``.
-    """
+    """Whether ``path`` is in that folder. Raises WrongFileType unless it is ``expected``."""
     try:
         mode = os.stat(path.name, dir_fd=folder_handle, follow_symlinks=False).st_mode
     except FileNotFoundError:
@@ -88,7 +85,7 @@ def exists(folder_handle: int, path: Path, expected: str = "a file") -> bool:
 
 
 def open_handle(path: Path, flags: int, root: Path | None = None) -> int:
-    """A handle of the file ``path``, by default of any folder. Raises Misplaced, OSError."""
+    """A handle of the file ``path``, by default of any folder. Raises WrongFileType, OSError."""
     with open_folder(path.parent, root) as folder_handle:
         exists(folder_handle, path)
         handle = os.open(
@@ -102,15 +99,16 @@ def open_handle(path: Path, flags: int, root: Path | None = None) -> int:
 
 
 def remove(path: Path, root: Path | None = None) -> None:
-    """Remove the file ``path`` if it is there. Raises Misplaced, OSError."""
+    """Remove the file ``path`` if it is there. Raises WrongFileType, OSError."""
     with open_folder(path.parent, root) as folder_handle:
         if exists(folder_handle, path):
             os.unlink(path.name, dir_fd=folder_handle)
 
 
 def check_entries(folder: Path, is_ours: Callable[[str], bool], root: Path | None = None) -> None:
-    """Raise Misplaced unless the folder, if it is there, and what in it has the name of a file of
-    ours are just that.
+    """Raise WrongFileType if ``folder`` is no folder, or an entry with a name of ours is no file.
+
+    A missing folder is fine.
     """
     with suppress(FileNotFoundError), open_folder(folder, root) as folder_handle:
         for name in filter(is_ours, os.listdir(folder_handle)):
@@ -118,7 +116,7 @@ def check_entries(folder: Path, is_ours: Callable[[str], bool], root: Path | Non
 
 
 def foreign_names(folder: Path, is_ours: Callable[[str], bool], root: Path) -> list[str]:
-    """The names in ``folder`` that are not ours, or are no files. Raises Misplaced, OSError."""
+    """The names in ``folder`` that are not ours, or are no files. Raises WrongFileType, OSError."""
     with open_folder(folder, root) as folder_handle, os.scandir(folder_handle) as entries:
         return sorted(
             entry.name
@@ -130,10 +128,9 @@ def foreign_names(folder: Path, is_ours: Callable[[str], bool], root: Path) -> l
 def clear_folder(
     folder: Path, is_ours: Callable[[str], bool], root: Path, first_name: str = ""
 ) -> bool:
-    """Remove the files of ours in ``folder``, then the folder; whether it is gone, having had
-    nothing else.
+    """Remove our files in ``folder``, then the folder if it is empty; returns whether it is gone.
 
-    first: the file that goes before all others, durably. Raises Misplaced, OSError.
+    first_name: the file that goes before all others, durably. Raises WrongFileType, OSError.
     """
     with open_folder(folder, root) as folder_handle:
         with os.scandir(folder_handle) as entries:

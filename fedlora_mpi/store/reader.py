@@ -163,7 +163,7 @@ class RunFiles:
         return self.checkpoint().digest()
 
     def _read_with_retries(self, extract: Callable[[h5py.File, Columns], T]) -> T:
-        """``part`` of the log and its columns, tried again when it met the writer's flush."""
+        """``extract`` of the log and its columns, retried when it met the writer's flush."""
         path = self.path / "log.h5"
         for wait in RETRY_DELAYS:
             try:

@@ -64,7 +64,7 @@ def create_run_folder(folder: Path, fill: Callable[[Path], None]) -> Iterator[No
 
     It is filled under the name ``.NAME.new`` and then renamed; what a killed start has left there
     is removed. Raises StoreError when it cannot be made, is there, or is about to be made by
-    another process; Unwritable.
+    another process; WriteError.
     """
     draft, parent = folder.with_name(f".{folder.name}.new"), folder.parent
     with explain_create_errors(folder), nolinks.open_folder(draft, parent, create=True):

@@ -19,7 +19,7 @@ def create_probe(run: Path) -> Iterator[Path]:
     be made, in its parent.
 
     It is gone after the block; so are the folders that were made for it, when the block fails.
-    Raises StoreError, Unwritable.
+    Raises StoreError, WriteError.
     """
     parent = run if run.is_dir() else run.parent
     path, new_folders = parent / f".fedlora-mpi.{secrets.token_hex(8)}", []

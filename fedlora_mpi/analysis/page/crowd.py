@@ -52,7 +52,7 @@ def named_groups(groups: Sequence[Group], looks: dict[str, Look]) -> list[Group]
 
 
 def caption_note(looks: dict[str, Look], fate: str) -> str:
-    """The end of a caption where some have none; ``rest``: what became of those."""
+    """The end of a caption where some have no name; ``fate``: what became of those."""
     if all(look.is_named for look in looks.values()):
         return ""
     return (

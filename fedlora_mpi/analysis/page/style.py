@@ -161,10 +161,10 @@ def panels(
     y_label: str,
     bottom_space: float = 0,
 ) -> "tuple[Figure, list[Axes]]":
-    """A plot under each title, up to three in a row, with common axes; ``side``: (width, height) of
-    one, ``below``: what stays empty under all, inches.
+    """A plot under each title, up to three in a row, with common axes.
 
-    Margins are given, for to find them takes as long as to draw the figure.
+    panel_size: (width, height) of one, inches; bottom_space: what stays empty under all, inches.
+    Margins are constants: finding them takes as long as drawing the figure.
     """
     from matplotlib.figure import Figure
 
@@ -256,10 +256,9 @@ def label_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, Look]], hei
 
 
 def place_apart(wanted: np.ndarray, sizes: np.ndarray, length: float = 1.0) -> np.ndarray:
-    """The ascending places nearest to ``wanted`` (ascending, least squares) of what is ``sizes``
-    large.
+    """The ascending places nearest to ``wanted`` (ascending, least squares), without overlap.
 
-    Without overlap, and between 0 and ``room`` where there is enough.
+    ``sizes`` are what is placed. The places are between 0 and ``length`` if all fit in.
     """
     stacked = np.cumsum(sizes) - sizes / 2  # where they would be, one upon the other
     pools: list[list[float]] = []  # [sum, count] of neighbours that push each other
