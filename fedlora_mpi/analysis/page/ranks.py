@@ -92,4 +92,4 @@ def seconds_by_rank(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
 
 def _multi_rank_load(run):
     """The load of a run, None of one rank."""
-    return run.rank_load if run.rank_load and len(run.load.seconds["train"]) > 1 else None
+    return run.rank_load if run.rank_load and len(run.rank_load.seconds["train"]) > 1 else None
