@@ -16,6 +16,7 @@ extras = {
     "analysis": ["matplotlib>=3.8", "pandas>=2.1", "rich>=13.7"],
     "tensorboard": ["tensorboardX>=2.6"],
     "test": ["pytest>=8.0", "pytest-cov>=7.0", "pytest-xdist>=3.6", "hypothesis>=6.100"],
+    "lint": ["ruff>=0.17", "mypy>=2.4", "types-PyYAML>=6.0"],
     "docs": [
         "sphinx>=8.2",
         "myst-parser>=5.0",
