@@ -51,9 +51,10 @@ def main() -> None:
         tree, times = CASES[name]
         with tempfile.TemporaryDirectory() as folder:
             config = Path(folder) / "config.yaml"
+            # JSON is YAML
             config.write_text(
                 json.dumps(tree | {"rounds": times * asked.rounds, "checkpoint": {"every": 1000}})
-            )  # JSON is YAML
+            )
             one, two = (played(config, Path(folder) / f"run-{ranks}", ranks) for ranks in (1, 3))
         assert one.bits == two.bits, f"{name}: one worker ends at {one.bits}, two at {two.bits}"
         rows.append(

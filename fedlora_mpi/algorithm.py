@@ -59,9 +59,8 @@ def __getattr__(name: str) -> type:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-Loss = Callable[
-    [Variables, Variables, Batch], Tensor
-]  # (now, at the start of the round, batch) -> scalar
+# (now, at the start of the round, batch) -> scalar
+Loss = Callable[[Variables, Variables, Batch], Tensor]
 
 
 def trains_all(leaf: str) -> bool:

@@ -353,9 +353,8 @@ def test_scaffold_reaches_the_optimum_of_heterogeneous_quadratics_where_fedavg_s
         return max(gaps)
 
     assert worst(FlatScaffold(), 40, last=1) < 2e-6  # 2.4e-7, a unit in the last place
-    assert (
-        worst(FlatFedAvg(weights="uniform"), 15, last=5) > 6e-2
-    )  # its cohorts pass near the optimum by chance
+    # its cohorts pass near the optimum by chance
+    assert worst(FlatFedAvg(weights="uniform"), 15, last=5) > 6e-2
 
 
 @pytest.mark.parametrize("network", ["cnn", thorough_param("bn_net"), thorough_param("noisy_net")])

@@ -359,9 +359,8 @@ def test_no_fine_tuning_is_fedavg():
 
 
 def test_one_epoch_of_fine_tuning_is_a_pass_of_sgd():
-    settings = LocalTraining(
-        epochs=3, batch_size=12, lr=0.3, momentum=0.9
-    )  # one batch, so one step
+    # one batch, so one step
+    settings = LocalTraining(epochs=3, batch_size=12, lr=0.3, momentum=0.9)
     made = small.make_trainer(FedAvgFT(ft_epochs=1), train=settings)
     v = small.initial_variables(made)
     leaves = {n: w.clone().requires_grad_() for n, w in v.shared.items()}

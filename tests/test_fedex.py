@@ -22,9 +22,8 @@ from fedlora_mpi.core.tree import numel
 from fedlora_mpi.core.units import format_bytes
 from fedlora_mpi.plan import plan
 
-NET = make_model(
-    "wide_cnn"
-)  # convolutions of 12 x 9 and 24 x 12, a Linear of 5 x 8, a head of 6 x 5
+# convolutions of 12 x 9 and 24 x 12, a Linear of 5 x 8, a head of 6 x 5
+NET = make_model("wide_cnn")
 HEAD = tuple(n for n in NET.leaves if NET.role(n) == "head")
 COUNTS = (7, 1, 3)
 EQUAL, MIXED = (2,), (1, 3, 2)

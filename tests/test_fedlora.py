@@ -96,9 +96,8 @@ def test_ranks_and_scales_of_a_convolution(shape, ratio, paper, official, scale)
     how = LowRank(conv_rank=ratio, linear_rank=1, rank_rule="official", scale="official")
     assert how.ranks(model) == {"0.weight": official}
     factors = {n: torch.ones_like(v) for n, v in how.factors(model, rng(1)).items()}
-    assert how.tau(model, factors)["0.weight"].unique() == pytest.approx(
-        official / scale, rel=1e-5
-    )  # no factor K
+    # no factor K
+    assert how.tau(model, factors)["0.weight"].unique() == pytest.approx(official / scale, rel=1e-5)
     plain = replace(how, scale="one")
     assert plain.tau(model, factors)["0.weight"].unique() == pytest.approx(official)
 

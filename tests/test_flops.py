@@ -157,6 +157,5 @@ def test_a_step_that_cannot_be_counted_ends_nothing(capsys):
     assert flops.round_flops(7, 0) == UNCOUNTED == flops.round_flops(7, 1)
     said = capsys.readouterr().err
     assert said.startswith("hint: FLOPs cannot be counted (shape") and said.count("\n") == 1
-    assert (
-        Flops(made, small.initial_variables(made)).round_flops(8, 0) == UNCOUNTED
-    )  # batches of 5 and 3
+    # batches of 5 and 3
+    assert Flops(made, small.initial_variables(made)).round_flops(8, 0) == UNCOUNTED

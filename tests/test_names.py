@@ -184,9 +184,8 @@ def head_of(name, of=""):
 def same_results(name, of, monkeypatch):
     if name == "fed_rac_lora":  # sketches follow from the names of weights
         monkeypatch.setattr(fed_rac_lora, "derive_key", lambda *address: derive_key(*address[:-1]))
-    monkeypatch.setattr(
-        round_, "_cohort_flops", lambda *_: 0
-    )  # counting them takes most of the time
+    # counting them takes most of the time
+    monkeypatch.setattr(round_, "_cohort_flops", lambda *_: 0)
     ours, plain = (
         run_rounds.__wrapped__(
             *settings(name),

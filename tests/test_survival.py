@@ -228,9 +228,8 @@ def die_everywhere(trained, home, monkeypatch, capsys, settings, seeds):
     """One to three of three workers die in each run, each at one of the moments of an undisturbed
     one.
     """
-    monkeypatch.setattr(
-        run_module, "_collect_stop_signals", list
-    )  # a thread may not handle signals
+    # a thread may not handle signals
+    monkeypatch.setattr(run_module, "_collect_stop_signals", list)
     moments = on_threads(home / "none", settings, {}, 0).moments_of
     assert_same_run(trained(*settings), home / "none")
     for seed in seeds:

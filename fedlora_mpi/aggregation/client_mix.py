@@ -66,9 +66,10 @@ class Mixing:
 
         first: the variables of any client before round 1.
         """
+        # no leaf is two leaves
         initial = Variables(
             tmap(Tensor.clone, initial.shared), tmap(Tensor.clone, initial.personal)
-        )  # no leaf is two leaves
+        )
         offer = algorithm.offer(initial, initial)
         if offer is None:
             return None

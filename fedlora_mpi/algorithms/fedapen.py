@@ -67,9 +67,8 @@ class FedAPEN(Companion):
             mutual_loss = mean(kl_divergence(s.detach(), p) + kl_divergence(p.detach(), s), batch)
             mixture_loss = cross_entropy(w * p + (1 - w) * s.detach(), batch)
             mixture_loss = mixture_loss + cross_entropy(w * p.detach() + (1 - w) * s, batch)
-            return (
-                cross_entropy(p, batch) + cross_entropy(s, batch) + mutual_loss + mixture_loss
-            )  # L_p + L_s
+            # L_p + L_s
+            return cross_entropy(p, batch) + cross_entropy(s, batch) + mutual_loss + mixture_loss
 
         return *self.personalize(model, train, round_), Phase(
             train.epochs, (Step(loss, self.trained_leaves(model)),)

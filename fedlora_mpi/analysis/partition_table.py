@@ -71,9 +71,10 @@ def figure(split: Split, names: Sequence[str] = ()) -> "Figure":
         ) from error
 
     counts = split.train_counts
+    # inches
     plot_size = np.clip(
         _CELL_INCHES * np.array(counts.shape), *np.transpose([_WIDTH_LIMITS, _HEIGHT_LIMITS])
-    )  # inches
+    )
     cell = 72**2 * plot_size.prod() / counts.size  # points squared between four grid points
     max_count = counts.max()
     area = min(1.4 * cell, 20.0**2) / max_count  # of one sample

@@ -85,9 +85,8 @@ class RunView:
         self._files = RunFiles(path)
         # Verifying reads every byte of a checkpoint: once for each, not for each client.
         self._newest_checkpoint = lru_cache(1)(lambda committed: self._files.checkpoint())
-        self._initial_variables = lru_cache(None)(
-            self._make_initial_variables
-        )  # once for each kind of clients
+        # once for each kind of clients
+        self._initial_variables = lru_cache(None)(self._make_initial_variables)
 
     @property
     def config(self) -> dict[str, Any]:

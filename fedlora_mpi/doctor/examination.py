@@ -34,9 +34,8 @@ def examine(
         source = target / "config.yaml" if target.is_dir() else target
         setup = Setup(str(target if target.is_dir() else Path.cwd()), str(source), tuple(overrides))
         finding, config_values = _run_check("config", setup)
-        setup = setup._replace(
-            **{"source": "", **config_values}
-        )  # a config with a mistake is left aside from here on
+        # a config with a mistake is left aside from here on
+        setup = setup._replace(**{"source": "", **config_values})
         report("config", finding)
     for name in CHECKS:
         if name != "config":

@@ -30,6 +30,5 @@ def take_cohort(clients: int, fraction: float, permutation: Sequence[int]) -> fr
     """The clients of a round: the first max(1, floor(fraction * clients)) of the permutation
     ``draw``.
     """
-    return frozenset(
-        permutation[: max(1, int(fraction * clients + 1e-9))]
-    )  # 0.29 * 100 is 28.999...
+    # 0.29 * 100 is 28.999...
+    return frozenset(permutation[: max(1, int(fraction * clients + 1e-9))])

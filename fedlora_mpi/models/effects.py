@@ -18,9 +18,8 @@ class Effects(NamedTuple):
     # float buffers that are replaced, where BatchNorm writes in place
     reassigned_leaves: frozenset[str] = frozenset()
     written_parameters: frozenset[str] = frozenset()  # that are written to in any mode
-    written_in_evaluation: frozenset[str] = (
-        frozenset()
-    )  # leaves that a pass in evaluation mode writes to
+    # leaves that a pass in evaluation mode writes to
+    written_in_evaluation: frozenset[str] = frozenset()
     stateful_modules: frozenset[str] = frozenset()  # submodules whose plain attributes change
     writes_input: bool = False  # it is written to
     uses_out: bool = False  # some function has an argument out, which torch.func.vmap refuses

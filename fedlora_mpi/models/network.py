@@ -72,9 +72,8 @@ class Model:
     # name of the classifier among the modules; "" where there is none, or where it is the network
     head: str
     ties: dict[str, str]  # further names of leaves and constants that have several places
-    leaf_names: tuple[
-        dict[str, str], ...
-    ]  # {name there: leaf} of the network, its body and its head
+    # {name there: leaf} of the network, its body and its head
+    leaf_names: tuple[dict[str, str], ...]
     effects: Effects = Effects()  # of a pass, beside its logits and BatchNorm's statistics
     # what it makes of an example depends on the others of the batch, padding among them
     couples: bool = False
@@ -122,9 +121,8 @@ class Model:
         """The context of training passes on a mini-batch of one client: Substitutes, if padding, a
         single example or random layers need them.
         """
-        is_irregular = (
-            batch.real is not None or len(batch.y) == 1
-        )  # padded, or too small for BatchNorm
+        # padded, or too small for BatchNorm
+        is_irregular = batch.real is not None or len(batch.y) == 1
         needs_substitutes = self.noisy or (is_irregular and self.batch_statistics)
         return Substitutes(batch.real, batch.key) if needs_substitutes else nullcontext()
 

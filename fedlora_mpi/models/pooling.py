@@ -50,9 +50,8 @@ class MaxPool2x2(torch.autograd.Function):
         upper_wins = rows[..., 0, :] == row_max
         left, right = row_max.unflatten(-1, (-1, 2)).unbind(-1)
         y = torch.maximum(left, right)
-        upper_columns = upper_wins.unflatten(
-            -1, (-1, 2)
-        )  # of two equal columns the one with the upper maximum
+        # of two equal columns the one with the upper maximum
+        upper_columns = upper_wins.unflatten(-1, (-1, 2))
         return (
             y,
             upper_wins,

@@ -132,9 +132,8 @@ def find_effects(module: nn.Module, x: Tensor, other_inputs: Tensor) -> Effects:
             *map(train, (x, other_inputs, other_inputs, x)),
             *map(evaluate, (other_inputs, other_inputs, x)),
         ]
-        fresh_pass = _make_passes(copy_module(module))[0](
-            other_inputs
-        )  # what the first pass has set was of ``x``
+        # what the first pass has set was of ``x``
+        fresh_pass = _make_passes(copy_module(module))[0](other_inputs)
     for first_index, second_index in ((1, 4), (2, 3), (0, 7), (5, 6)):
         _check_same_pass(passes[first_index], passes[second_index])
     if not _is_equal(fresh_pass.logits, passes[2].logits):

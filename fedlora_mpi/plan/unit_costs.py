@@ -34,12 +34,8 @@ from .forecast import Costs, UnitCosts
 from .line import CostLine, sample_limits
 
 _SECONDS = 4.0  # that the trial of a kind may take, about; it always takes two rounds of each size
-_LIST_COLUMNS = (
-    "stop",
-    "skipped",
-    "nan_clients",
-    "seconds_ranks",
-)  # of a row, which are no columns
+# of a row, which are no columns
+_LIST_COLUMNS = ("stop", "skipped", "nan_clients", "seconds_ranks")
 _MAX_REPEATS = 5  # rounds of each size where they are short
 
 
@@ -338,9 +334,8 @@ def _run_beside(busy_processes: int, work: Callable[[], object]) -> Iterator[Non
     """
     parent, children = os.getpid(), []
     try:
-        for _ in range(
-            busy_processes if sys.platform == "linux" else 0
-        ):  # elsewhere a fork is not safe
+        # elsewhere a fork is not safe
+        for _ in range(busy_processes if sys.platform == "linux" else 0):
             child = os.fork()
             if child:
                 children.append(child)

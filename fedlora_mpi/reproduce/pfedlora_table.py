@@ -15,10 +15,8 @@ TABLE_NAME = "pfedlora"
 # clients -> fraction of them per round: 10 train in any
 PARTICIPATION = {10: 1.0, 50: 0.2, 100: 0.1}
 CLASSES_PER_CLIENT = {"cifar10": 2, "cifar100": 10}  # of each client
-PAPER_TARGET = {
-    "cifar10": 90.0,
-    "cifar100": 50.0,
-}  # per cent; as remembered from the paper, not checked
+# per cent; as remembered from the paper, not checked
+PAPER_TARGET = {"cifar10": 90.0, "cifar100": 50.0}
 # 25 minutes on two CPU cores, two runs at a time, for 10 clients and one seed on CIFAR-10.
 # Standalone trains 10 clients * 400 samples * 2 epochs in 3.1 s of a core; LG-FedAvg, FD and
 # FedProto take as long, pFedLoRA 3.9 s, FML 4.8 s, FedAPEN 6.6 s, FedKD 7.3 s. So it is

@@ -335,9 +335,8 @@ def _choose_engine(
             )
         ).path == "loop":
             return engine
-        max_group_size = -(
-            -config.cohort // max(2, len(workers))
-        )  # so that every worker has something to do
+        # so that every worker has something to do
+        max_group_size = -(-config.cohort // max(2, len(workers)))
         samples = (
             config.rounds
             * config.participation

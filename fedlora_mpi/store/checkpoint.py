@@ -218,9 +218,8 @@ def _create_virtual_datasets(
         for name, source_ids in ids_by_file.items():
             source = h5py.VirtualSource(name, f"personal/{leaf}", (len(source_ids), *shape), dtype)
             layout[_as_slice(np.searchsorted(ids, source_ids))] = source
-        fill_value = (
-            np.nan if dtype.kind == "f" else None
-        )  # what a reader sees where a shard is gone
+        # what a reader sees where a shard is gone
+        fill_value = np.nan if dtype.kind == "f" else None
         hdf5.label_axes(group.create_virtual_dataset(leaf, layout, fill_value), ["client"])
 
 

@@ -15,11 +15,8 @@ from ..core.disk_errors import explain_write_errors
 from . import nolinks
 from .files import StoreError
 
-UNSUPPORTED_ERRNOS = (
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.ENOLCK,
-)  # Lustre mounted without flock, some NFS
+# Lustre mounted without flock, some NFS
+UNSUPPORTED_ERRNOS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 @contextmanager

@@ -31,9 +31,8 @@ UNITS = {
     "nan_*": "fraction",
     "*flops*": "FLOP",
 }
-_OPTIONAL_COLUMNS = {
-    "rounds/nan_predictions"
-}  # columns that a log of before there were any goes on without
+# columns that a log of before there were any goes on without
+_OPTIONAL_COLUMNS = {"rounds/nan_predictions"}
 GROUPS = ("rounds", "clients", "ranks")
 PARTITION_AXES = {"indices": ["sample"], "offsets": ["boundary"], "counts": ["client", "class"]}
 

@@ -77,9 +77,10 @@ class CsvSink:
         header = "" if self._column_names else _csv_line(row)
         self._column_names = self._column_names or list(row)
         with explain_write_errors(self._path):
+            # at once
             self._file.write(
                 (header + _csv_line(row[name] for name in self._column_names)).encode()
-            )  # at once
+            )
             os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -102,9 +102,8 @@ def client_spread(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
     for axes, group in zip(all_axes, plotted, strict=True):
         rounds, accuracies = group.client_curves("accuracy")
         plotted_rows = np.unique(np.linspace(0, len(rounds) - 1, _MAX_POINTS).round().astype(int))
-        values = 100 * np.concatenate(accuracies, axis=1)[plotted_rows].astype(
-            float
-        )  # [T, seeds N]
+        # [T, seeds N]
+        values = 100 * np.concatenate(accuracies, axis=1)[plotted_rows].astype(float)
         low, first, third, high = np.nanquantile(values, (0.0, 0.25, 0.75, 1.0), axis=1)
         look, rounds = looks[group.label], rounds[plotted_rows]
         axes.fill_between(rounds, low, high, color=look.color, alpha=0.15, linewidth=0)

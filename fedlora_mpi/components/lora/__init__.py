@@ -30,10 +30,8 @@ from ..lowrank import as_weight, kaiming_uniform, match_weights, matrix_shape
 Role = Literal["head", "norm"]
 _FIGURES = ("effective_clients", "lora_truncation", "lora_bias", "lora_update_bias")
 _FIGURE, _COUNT = method_leaf_name("told"), method_leaf_name("last")  # shared leaves
-_TERM, _WEIGHT = (
-    method_leaf_name("term"),
-    method_leaf_name("weight"),
-)  # of what an upload stands for
+# of what an upload stands for
+_TERM, _WEIGHT = (method_leaf_name("term"), method_leaf_name("weight"))
 _DIAGNOSTIC, _WEIGHT_SUM, _WEIGHT_SQUARES = (
     method_leaf_name("diagnosis"),
     method_leaf_name("first"),
@@ -124,9 +122,8 @@ class FineTuning(Algorithm):
                     + 1e-9
                 ),
             )
-        alpha = self.scale_of(client_rank) * self._scale_divisor(
-            client_rank
-        )  # so that its s is what ``scale_of`` says
+        # so that its s is what ``scale_of`` says
+        alpha = self.scale_of(client_rank) * self._scale_divisor(client_rank)
         return replace(self, lora_ranks=(client_rank,), rank_shares=(), capacities=(), alpha=alpha)
 
     @property
