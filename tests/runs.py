@@ -337,6 +337,18 @@ def package_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("fedlora-mpi:")]
 
 
+def json_places(tree, above=()):
+    """The way to every value inside nested dictionaries and lists."""
+    items = ()
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, list):
+        items = enumerate(tree)
+    for key, value in items:
+        yield (*above, key)
+        yield from json_places(value, (*above, key))
+
+
 def wait_until(
     condition: Callable[[], object], seconds: float = 120, process: subprocess.Popen | None = None
 ):

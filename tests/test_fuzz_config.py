@@ -9,7 +9,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs import TESTS, TINY
+from runs import TESTS, TINY, json_places
 
 from fedlora_mpi.config import ConfigError, from_dict, read, resolved_dict
 
@@ -89,26 +89,12 @@ FAST = settings(max_examples=150, derandomize=True, **ALWAYS)
 LONG = settings(max_examples=3000, **ALWAYS)
 
 
-def paths(tree, above=()):
-    """Every place in nested dictionaries and lists."""
-    items = (
-        tree.items()
-        if isinstance(tree, dict)
-        else enumerate(tree)
-        if isinstance(tree, list)
-        else ()
-    )
-    for name, value in items:
-        yield (*above, name)
-        yield from paths(value, (*above, name))
-
-
 @st.composite
 def mutated(draw):
     """A config of the repository in which some places are gone, moved or other."""
     tree = json.loads(json.dumps(draw(st.sampled_from(TREES))))
     for _ in range(draw(st.integers(1, 3))):
-        where = draw(st.sampled_from(sorted(paths(tree), key=str)))
+        where = draw(st.sampled_from(sorted(json_places(tree), key=str)))
         home = tree
         for name in where[:-1]:
             home = home[name]

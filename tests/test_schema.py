@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 import pytest
 from folders import reseal
-from runs import TESTS
+from runs import TESTS, json_places
 
 from fedlora_mpi.cli import main
 from fedlora_mpi.store.manifest import Manifest, Shard
@@ -101,20 +101,6 @@ VALUES = [
 ]
 
 
-def places(tree, at=()):
-    """The way to every value of a JSON."""
-    yield at
-    items = (
-        tree.items()
-        if isinstance(tree, dict)
-        else enumerate(tree)
-        if isinstance(tree, list)
-        else ()
-    )
-    for key, value in items:
-        yield from places(value, (*at, key))
-
-
 def changed(tree, at, value):
     """The JSON with another value at a place; ``...``: without it."""
     tree = json.loads(json.dumps(tree))
@@ -132,7 +118,7 @@ def changed(tree, at, value):
 
 def json_changes(tree):
     """(what, text) of a JSON that is not as it was."""
-    for at in places(tree):
+    for at in ((), *json_places(tree)):
         for value in VALUES:
             yield f"{at} = {value!r}", json.dumps(changed(tree, at, value))
         if at:
