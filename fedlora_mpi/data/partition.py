@@ -17,13 +17,15 @@ from numpy.random import RandomState
 from ..core.bounds import bounded
 from .apportion import ensure_minimum, limit_rows, round_shares, split_pools
 
+Rows = tuple[np.ndarray, ...]  # client -> [n_k] int64 indices into the training or test set
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
     """Who holds what. Indices keep the order in which they were drawn."""
 
-    train: tuple[np.ndarray, ...]  # client -> [n_k] int64 indices into the training set
-    test: tuple[np.ndarray, ...]  # client -> [m_k] int64 indices into the test set
+    train: Rows
+    test: Rows
     train_counts: np.ndarray  # [N, classes] samples
     test_counts: np.ndarray  # [N, classes] samples
 
@@ -117,16 +119,20 @@ class Partition(ABC):
             for side, client_rows, n in zip(sides, rows_by_side, numbers, strict=True):
                 client_rows[client].append(self._draw(rng, side, client, pool, n))
         train, test = (tuple(map(np.concatenate, mine)) for mine in rows_by_side)
+        return self._checked_split(train, test, train_y, test_y, classes)
+
+    def _checked_split(
+        self, train: Rows, test: Rows, train_y: np.ndarray, test_y: np.ndarray, classes: int
+    ) -> Split:
+        """The split of these rows, one array a client. Raises ValueError if a client has none."""
         self._check_nonempty("train", train)
         self._check_nonempty("test", test)
-        return Split(
-            train,
-            test,
-            _class_counts(train_y, train, classes),
-            _class_counts(test_y, test, classes),
+        train_counts, test_counts = (
+            _class_counts(y, rows, classes) for y, rows in ((train_y, train), (test_y, test))
         )
+        return Split(train, test, train_counts, test_counts)
 
-    def _check_nonempty(self, name: str, rows_by_client: tuple[np.ndarray, ...]) -> None:
+    def _check_nonempty(self, name: str, rows_by_client: Rows) -> None:
         empty_clients = [client for client, rows in enumerate(rows_by_client) if not len(rows)]
         if empty_clients:
             way_out = f"raise {name} or lower clients" if getattr(self, name) else "lower clients"
@@ -373,14 +379,7 @@ class GivenSplit(Partition):
             tuple(client_rows[: limit or None] for client_rows in side)
             for side, limit in zip(rows, (self.train, self.test), strict=True)
         )
-        self._check_nonempty("train", train)
-        self._check_nonempty("test", test)
-        return Split(
-            train,
-            test,
-            _class_counts(train_y, train, classes),
-            _class_counts(test_y, test, classes),
-        )
+        return self._checked_split(train, test, train_y, test_y, classes)
 
 
 PARTITIONS: dict[str, type[Partition]] = {
@@ -394,9 +393,7 @@ PARTITIONS: dict[str, type[Partition]] = {
 }
 
 
-def _class_counts(
-    y: np.ndarray, rows_by_client: tuple[np.ndarray, ...], classes: int
-) -> np.ndarray:
+def _class_counts(y: np.ndarray, rows_by_client: Rows, classes: int) -> np.ndarray:
     """How many samples of each class each client holds: [N, classes]."""
     return np.stack([np.bincount(y[rows], minlength=classes) for rows in rows_by_client])
 
@@ -414,6 +411,6 @@ def _draw_dirichlet(rng: RandomState, alpha: float, length: int, number: int) ->
 
 
 def _iter_allocations(n: np.ndarray, m: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-    """The matrices of training and test counts [N, pools] as the entries that ``wants`` yields."""
+    """Training and test counts [N, pools] as the entries that ``allocations`` yields."""
     for (client, pool), train_samples in np.ndenumerate(n):
         yield client, pool, int(train_samples), int(m[client, pool])
