@@ -243,7 +243,7 @@ def test_a_leaf_that_is_missing_is_named_and_never_computed_with(call):
     missing = "head.bias" if call == "classify" else "c.bias"
     with pytest.raises(
         ValueError,
-        match=f"^{missing} of the network has no value: what a method's weights_of returns",
+        match=f"^{missing} of the network has no value: what a method's client_model returns",
     ):
         run[call]()
 

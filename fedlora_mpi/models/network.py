@@ -106,8 +106,8 @@ class Model:
             module_leaves = {place: values[leaf] for place, leaf in leaf_names.items()}
         except KeyError as error:
             raise ValueError(
-                f"{error.args[0]} of the network has no value: what a method's client_model gives "
-                "must hold every leaf of model.leaves"
+                f"{error.args[0]} of the network has no value: what a method's client_model "
+                "returns must hold every leaf of model.leaves"
             ) from None
         if effects == Effects():
             return functional_call(module, module_leaves, (x,))
