@@ -20,14 +20,14 @@ _HOME = {
     **dict.fromkeys(("Tree", "split", "sq_dist", "tmap"), "core.tree"),
     "Model": "models.network",
 }
-_FORMER = ("Offer", "Train", "Vars")  # former names in ``algorithm``, still read
+_FORMER = dict.fromkeys(("Offer", "Train", "Vars"), "algorithm")  # former names, still read
 __all__ = [*_HOME]  # noqa: PLE0604
 
 
 def __getattr__(name: str):
-    if name in _HOME or name in _FORMER:
+    if home := _HOME.get(name) or _FORMER.get(name):
         # Not above: ``python -m fedlora_mpi`` looks for it in the working folder first.
         from importlib import import_module
 
-        return getattr(import_module(f".{_HOME.get(name, 'algorithm')}", __name__), name)
+        return getattr(import_module(f".{home}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -276,10 +276,7 @@ def short_key(key: str, keys: Sequence[str]) -> str:
     words = key.split(".")
     is_unique = sum(candidate.split(".")[-1] == words[-1] for candidate in keys) < 2 and words[
         -1
-    ] not in (
-        "name",
-        "kind",
-    )
+    ] not in ("name", "kind")
     return words[-1] if is_unique else ".".join(words[-2:])
 
 

@@ -234,12 +234,7 @@ def _pace_line(status: RunStatus) -> Line:
     if status.is_done:
         line.append((f" · done in {format_seconds(status.elapsed)}", "bold"))
     else:
-        line.append(
-            (
-                f" · {format_seconds(rounds_left * status.seconds_per_round)} left",
-                "bold",
-            )
-        )
+        line.append((f" · {format_seconds(rounds_left * status.seconds_per_round)} left", "bold"))
     if not status.is_done and status.seconds_quiet > max(
         _QUIET_SECONDS, _QUIET_ROUNDS * status.seconds_per_round
     ):

@@ -246,7 +246,8 @@ def skipped_weights(
 
 def join_first(words: Sequence[str], limit: int = 5) -> str:
     """The first words, and how many more there are."""
-    return ", ".join(words[:limit]) + f" and {len(words) - limit} more" * (len(words) > limit)
+    rest = f" and {len(words) - limit} more" if len(words) > limit else ""
+    return ", ".join(words[:limit]) + rest
 
 
 def kaiming_uniform(rows: int, in_side: int, rng: Generator) -> Tensor:

@@ -433,7 +433,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node, deep=False):
-        first_lines: dict[str, int] = {}
+        first_lines = {}
         for key, _ in node.value:
             problem = None
             if key.tag != "tag:yaml.org,2002:str":

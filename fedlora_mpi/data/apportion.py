@@ -46,10 +46,10 @@ def ensure_minimum(counts: np.ndarray, minimum: int, preferences: np.ndarray) ->
     """
     clients, total = len(counts), counts.sum()
     if clients * minimum > total:
+        way_out = "clients or minimum" if minimum > 1 else "clients"
         raise ValueError(
             f"data.partition.clients = {clients}: at least {minimum} samples for each are "
-            f"{clients * minimum}, and there are {total}; lower "
-            f"clients{' or minimum' * (minimum > 1)}"
+            f"{clients * minimum}, and there are {total}; lower {way_out}"
         )
     counts = counts.copy()
     for k in range(clients):

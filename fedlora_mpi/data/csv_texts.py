@@ -76,10 +76,11 @@ def read_csv(folder: str, settings: Text) -> RawData:
     class_of_label = {name: c for c, name in enumerate(names)}
     for line, label in zip(test.lines, test.labels, strict=True):
         if label not in class_of_label:
-            known_labels = ", ".join(map(_single_line, names[:10])) + " ..." * (len(names) > 10)
+            known_labels = ", ".join(map(_single_line, names[:10]))
+            ellipsis = " ..." if len(names) > 10 else ""
             raise ValueError(
                 f"text.test = {settings.test}: the label {label!r} is not in {settings.train}; "
-                f"there are {known_labels}; it is in line {line}"
+                f"there are {known_labels}{ellipsis}; it is in line {line}"
             )
     train_texts, test_texts = (
         LabelledTexts(side.texts, [class_of_label[label] for label in side.labels])

@@ -115,7 +115,7 @@ def _count_clients(root: str | Path, home: Path, declared: int | None) -> int:
     """How many clients there are.
 
     Raises ValueError unless train/ and test/ both have 0.npz, 1.npz and so on, as many as
-    config.json has ``told``: else a client would be lost, or one of another partition taken in.
+    config.json says: else a client would be lost, or one of another partition taken in.
     """
     numbers_by_side, unnumbered = {}, []
     for side in ("train", "test"):
@@ -159,7 +159,8 @@ def _format_ranges(numbers: Sequence[int]) -> str:
     present = set(numbers)
     starts, ends = ([k for k in numbers if k + step not in present] for step in (-1, 1))
     runs = [str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True)]
-    return ", ".join(runs[:5] + ["..."] * (len(runs) > 5)) or "none"
+    shown = [*runs[:5], "..."] if len(runs) > 5 else runs
+    return ", ".join(shown) or "none"
 
 
 def _count_classes(

@@ -44,7 +44,7 @@ class Speed(NamedTuple):
 
 
 def candidate_engines(engine: Engine, max_stack: int) -> list[Engine]:
-    """The engines that ``path: measure`` compares: one by one, and in stacks of up to ``most``
+    """The engines that ``path: measure`` compares: one by one, and in stacks of up to ``max_stack``
     clients.
     """
     requested_size = engine.group_size
@@ -117,9 +117,8 @@ def summary_line(speeds: Sequence[Speed], selected: Speed) -> str:
     """One line for the user."""
 
     def describe_engine(e):
-        return (
-            "loop" if e.path == "loop" else f"stacks of {e.group_size}"
-        ) + ", compiled" * e.compile
+        path = "loop" if e.path == "loop" else f"stacks of {e.group_size}"
+        return f"{path}, compiled" if e.compile else path
 
     rates = "; ".join(f"{describe_engine(s.engine)} {1 / s.sample_seconds:,.0f}" for s in speeds)
     taken = describe_engine(selected.engine)

@@ -135,9 +135,10 @@ def _load_checked(folder: str, classes: int) -> HuggingFace:
     pooler = f"{model.base_model_prefix}.pooler."
     suspects = {n for n in missing if not n.startswith(pooler)} | mismatched
     if unfit := sorted(n for n in suspects if not module.is_above_encoder(n)):
+        others = f", and {len(unfit) - 1} more" if len(unfit) > 1 else ""
         raise ValueError(
             f"folder = {folder}: model.safetensors does not fit config.json: {unfit[0]} is "
-            f"missing or of another shape{f', and {len(unfit) - 1} more' * (len(unfit) > 1)}"
+            f"missing or of another shape{others}"
         )
     return module
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 
 import numpy as np
@@ -88,7 +88,7 @@ class Mpi:
         self.is_tolerant = _launched_tolerant()
         self.local_rank, self.local_size = self.rank, self.size
         # if a rank has died, the first verb says so
-        with suppress(*((MPI.Exception,) if self.is_tolerant else ())):
+        with suppress(MPI.Exception) if self.is_tolerant else nullcontext():
             node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
             self.local_rank, self.local_size = node.rank, node.size
             node.Free()

@@ -15,6 +15,7 @@ from .comm import Comm
 from .pending import RankLost
 
 T = TypeVar("T")
+_REFUSAL, _FAULT = 1, 2  # what a rank reports; 0: no error
 _MAX_TEXT = 2000  # bytes of an error message that travel
 
 
@@ -55,11 +56,12 @@ def collectively(comm: Comm, stage: Callable[[], T]) -> T:
     try:
         result = stage()
     except (ValueError, WriteError) as error:
-        text, error_code = _encode(str(error)), 1 + (not isinstance(error, ValueError))
+        text = _encode(str(error))
+        error_code = _REFUSAL if isinstance(error, ValueError) else _FAULT
     except OSError as error:
         if not is_path_error(error):
             raise
-        text, error_code = _encode(describe_path_error(error)), 1
+        text, error_code = _encode(describe_path_error(error)), _REFUSAL
     table = np.zeros((comm.size, _MAX_TEXT + 1), np.uint8)
     table[comm.rank, : len(text)] = np.frombuffer(text, np.uint8)
     table[comm.rank, _MAX_TEXT] = error_code
@@ -67,7 +69,9 @@ def collectively(comm: Comm, stage: Callable[[], T]) -> T:
     failed = np.flatnonzero(table[:, _MAX_TEXT])
     if failed.size:
         message = table[failed[0], :_MAX_TEXT].tobytes().rstrip(b"\0").decode(errors="replace")
-        raise (Refusal, Fault)[table[failed[0], _MAX_TEXT] - 1](message)
+        if table[failed[0], _MAX_TEXT] == _REFUSAL:
+            raise Refusal(message)
+        raise Fault(message)
     return cast(T, result)  # None only where ``stage`` returns it
 
 

@@ -124,7 +124,8 @@ def plan(
             if gpus == "none"
             else f"a machine with {gpus}, one for each worker"
         )
-    lines = [f"{source} on {ranks} rank{'s' * (ranks > 1)} of {machine_text}"]
+    rank_text = "1 rank" if ranks == 1 else f"{ranks} ranks"
+    lines = [f"{source} on {rank_text} of {machine_text}"]
     costs = _cost_lines(estimated, len(worker_ranks(config, ranks)), gpus)
     for title, text in (
         *_size_lines(estimated.assembly, ranks),

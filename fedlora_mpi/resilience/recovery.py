@@ -71,7 +71,7 @@ def run_tolerant(
                 except RankLost as lost:
                     if not faults.tolerate:
                         raise
-                    comm, begin = surviving_comm(lost, _require_mpi(comm)), resume
+                    comm, begin = surviving_comm(lost, comm), resume
                     comm.heartbeat.enter_stage("the set-up", round_=0)
     except Exception as error:
         if folder.is_dir() and (
@@ -148,10 +148,10 @@ def _journal(run: Run) -> Journal:
     return run.journal
 
 
-def surviving_comm(lost: RankLost, old_comm: Mpi) -> Mpi:
+def surviving_comm(lost: RankLost, old_comm: Comm) -> Mpi:
     """The surviving ranks of ``old_comm``. Raises ServerLost on all of them if rank 0 is dead."""
     comm = lost.shrink()
-    if comm.members[0] != old_comm.members[0]:
+    if comm.members[0] != _require_mpi(old_comm).members[0]:
         raise ServerLost("rank 0, which has the log, has died", reporting_rank=comm.members[0])
     return comm
 

@@ -118,7 +118,7 @@ def _warn_other_platform(comm: Comm, ranks: Collection[int], local_items: Items)
     if comm.rank == min(ranks):
         text = describe_platforms(root_items, local_items, "on rank 0")
         line = (
-            f"{_describe_ranks(sorted(ranks))}: {text}: bits may differ from those of ranks that "
+            f"{describe_ranks(sorted(ranks))}: {text}: bits may differ from those of ranks that "
             "are all alike"
         )
         print(f"fedlora-mpi: {line}", file=sys.stderr, flush=True)
@@ -150,16 +150,15 @@ def _refuse_difference(
             )
             text += f" (the first is number {first_index}, from 0)"
         remedy = _REMEDIES[kind].format(root=config.data.source.root)
-        raise ValueError(f"{source}: {_describe_ranks(ranks)}: {text}; {remedy}")
+        raise ValueError(f"{source}: {describe_ranks(ranks)}: {text}; {remedy}")
 
     collectively(comm, report_difference)
 
 
-def _describe_ranks(ranks: Sequence[int]) -> str:
-    """The ranks, with the machine of this one, which is the first of them."""
-    return (
-        f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} (host {socket.gethostname()})"
-    )
+def describe_ranks(ranks: Sequence[int]) -> str:
+    """The ranks, with the machine of this one, which is among them."""
+    noun = "rank" if len(ranks) == 1 else "ranks"
+    return f"{noun} {', '.join(map(str, ranks))} (host {socket.gethostname()})"
 
 
 def _sample_digests(data: Data) -> dict[str, list[str]]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from ..core.escapes import escape_line
 from ..core.paths import expand_home
 from ..federation.federation import State
 from ..federation.round import run_round
-from ..mpi.comm import Comm, Mpi
+from ..mpi.comm import Comm
 from ..mpi.ending import Fault, collectively
 from ..mpi.pending import RankLost
 from ..resilience.rebalancing import is_rebalancing_due, rebalance
@@ -164,7 +163,7 @@ def receive_config(comm: Comm, read: Callable[[], Config]) -> tuple[Config, Comm
             config = _broadcast_config(comm, read)
             break
         except RankLost as lost:
-            comm = surviving_comm(lost, cast(Mpi, comm))  # ``Solo`` loses no rank
+            comm = surviving_comm(lost, comm)
     if comm.dead_ranks and not config.faults.tolerate:
         raise Fault(
             f"rank {', '.join(map(str, comm.dead_ranks))} died before the run began; start again"

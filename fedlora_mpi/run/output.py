@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import socket
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from ..store.log import Log, pack_ragged, read_inventory
 from ..store.run_folder import check_run_folder
 from ..store.sight import create_probe, wait_for_file
 from ..store.snapshot import Checkpoint
+from .agreement import describe_ranks
 from .assembly import Assembly
 from .fingerprint import (
     RECORDED_KINDS,
@@ -101,10 +101,7 @@ def check_shared_folder(folder: Path, comm: Comm) -> None:
     def report_blind_ranks() -> None:
         blind_ranks = np.flatnonzero(access < 2).tolist()
         if comm.rank in blind_ranks:
-            ranks = (
-                f"rank{'s' * (len(blind_ranks) > 1)} {', '.join(map(str, blind_ranks))} (host "
-                f"{socket.gethostname()})"
-            )
+            ranks = describe_ranks(blind_ranks)
             limitation = (
                 f"{'may only read' if access[comm.rank] else 'does not see'} {path.parent}, where "
                 "rank 0 writes"
@@ -139,7 +136,7 @@ def check_unchanged(folder: Path, assembly: Assembly) -> None:
     config_digests = (
         configs.digest(config) for config in (recorded_config(folder, ()), assembly.config)
     )
-    # a run of before there were inventories; ``newest`` tells of another config
+    # a run of before there were inventories; ``find_newest`` tells of another config
     if not recorded or len({*config_digests}) > 1:
         return
     platform_change = describe_platforms(recorded["platform"], current["platform"], reference)
@@ -208,7 +205,7 @@ def _check_weight_files(folder: Path, assembly: Assembly) -> None:
     try:
         snapshot = Checkpoint.read(checkpoint.checkpoint_folder(folder, rounds[-1]))
     except StoreError:
-        return  # ``newest`` tells of it
+        return  # ``find_newest`` tells of it
     first_part = -len(origins)  # their parts of a digest are the last
     recorded_parts, current_parts = (
         digest.split("-") for digest in (snapshot.manifest.run_digest, assembly.run_digest)
