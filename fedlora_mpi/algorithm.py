@@ -148,8 +148,8 @@ class Algorithm:
     class variables below by plain values, fields or properties.
 
     weights: the weight of a client's upload in the mean.
-    absent: whether clients outside the cohort are left out of the mean or count with their last
-        upload.
+    absent: whether clients outside the cohort are left out of the mean (``exclude``) or count
+        with the present shared variables (``stale``).
     evaluate_on: the model whose accuracy is the method's. ``after_aggregation`` and
         ``after_training`` are moments of each client's own model; ``server`` is the server's model
         on every client's test data.

@@ -228,7 +228,7 @@ class Mixing:
     def _scatter_coordinates(
         self, comm: Comm, mixed: Tensor, ids: list[int], size: int
     ) -> dict[int, Tensor]:
-        """The whole vector of each of this rank's clients: undoes ``_gathered``."""
+        """The whole vector of each of this rank's clients: undoes ``_gather_coordinates``."""
         ranges, (clients_by_rank, order) = (
             self._coordinate_ranges(comm, size),
             self._clients_by_rank(comm, ids),

@@ -43,7 +43,7 @@ class ExactSum:
         self._host_limbs, self._gpu_limbs = torch.from_numpy(values), None
 
     def add(self, vector: Tensor, weight: float, offset: int = 0) -> None:
-        """Add weight * vector [n] to the numbers from position ``at`` on; the host waits for no
+        """Add weight * vector [n] to the numbers from position ``offset`` on; the host waits for no
         GPU.
         """
         limbs, chunk_size = self._host_limbs, _CHUNK_SIZE
@@ -61,7 +61,7 @@ class ExactSum:
             low.add_(value.sub_(units).mul_(_LOW_SCALE / _HIGH_SCALE).round_().long())
 
     def total(self, offset: int = 0, device: torch.device = CPU) -> Tensor:
-        """The sum of the numbers from position ``at`` on, float64 [size - at], computed on
+        """The sum of the numbers from position ``offset`` on, float64 [size - offset], computed on
         ``device``.
         """
         high, low = to_device(torch.from_numpy(self.buffer[:, offset:]), device).double()
@@ -77,19 +77,19 @@ class FastSum:
         self.buffer = torch.zeros(size, dtype=dtype).numpy()
 
     def add(self, vector: Tensor, weight: float, offset: int = 0) -> None:
-        """Add weight * vector [n] to the numbers from position ``at`` on."""
+        """Add weight * vector [n] to the numbers from position ``offset`` on."""
         torch.from_numpy(self.buffer)[offset : offset + len(vector)].add_(
             vector.cpu(), alpha=weight
         )
 
     def total(self, offset: int = 0, device: torch.device = CPU) -> Tensor:
-        """The sum of the numbers from position ``at`` on, float64 [size - at], on ``device``."""
+        """The sum of the numbers from ``offset`` on, float64 [size - offset], on ``device``."""
         return to_device(torch.from_numpy(self.buffer[offset:]), device).double()
 
 
 def absorb_rounding(mean: Tensor, previous: Tensor | None) -> Tensor:
-    """``mean`` of a leaf; of float64 what was there ``before`` where they differ by rounding alone,
-    so that the mean of numbers that nobody has moved is these numbers, as it is of coarser ones.
+    """``mean`` of a leaf, where a float64 that differs from ``previous`` by rounding alone is
+    ``previous``: the mean of numbers that nobody moved is then these numbers.
     """
     if mean.dtype != torch.float64 or previous is None or previous.shape != mean.shape:
         return mean

@@ -16,8 +16,9 @@ _MIN_SHARED_FLOP = 2e9
 
 
 def right_vectors(comm: Comm, matrices: dict[str, tuple[Tensor, int]]) -> Tree:
-    """{name: [k, d2]} of ``matrices`` {name: ([d1, d2], k)}, see ``components.lowrank.right``; the
-    same bits on any number of ranks.
+    """{name: [k, d2]} of ``matrices`` {name: ([d1, d2], k)}; the same bits on any number of ranks.
+
+    Each is computed by ``components.lowrank.right_singular_vectors``.
 
     On a GPU all matrices of one shape are decomposed in one call; on a CPU that gains nothing and
     moves bits.

@@ -33,7 +33,7 @@ class Data(NamedTuple):
     classes: int
     mean: tuple[float, ...] = ()  # per channel, of values in 0..1
     std: tuple[float, ...] = ()
-    augment: tuple[str, ...] = ()  # training transforms, names of ``transforms.draw``
+    augment: tuple[str, ...] = ()  # training transforms, names in ``transforms``
     vocabulary: Vocabulary | None = None  # None: these are images
     # the client of each training and test sample, where it is given
     owners: tuple[np.ndarray, np.ndarray] | None = None

@@ -15,7 +15,7 @@ def similar_labels(labels: Iterable[str]) -> list[list[str]]:
 
 
 def similar_label_hints(setting: str, labels: Iterable[str]) -> tuple[str, ...]:
-    """A line about such groups, none where there are none; ``where``: the key and what it says."""
+    """A line for each group of similar labels; ``setting``: the key and its value."""
     groups = [" and ".join(map(repr, group)) for group in similar_labels(labels)]
     if not groups:
         return ()

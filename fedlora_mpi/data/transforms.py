@@ -64,9 +64,10 @@ def warp(x: Tensor, **parameters: Tensor) -> tuple[Tensor, Tensor | None]:
     shown of them.
 
     ``turn`` [B] is a multiple of 90 degrees (square images, no pixel is lost); the others are as in
-    ``draw``. What comes from outside is black. The second, [B, H, W], is False where ``erase`` and
-    ``crop_mean`` show the mean colour, which has the value 0 after normalisation; None without
-    these two. Pixels are those of torchvision's functions with nearest-neighbour interpolation.
+    ``draw_parameters``. What comes from outside is black. The second, [B, H, W], is False where
+    ``erase`` and ``crop_mean`` show the mean colour, which has the value 0 after normalisation;
+    None without these two. Pixels are those of torchvision's functions with nearest-neighbour
+    interpolation.
     """
     hiding_transforms = {"erase", "crop_mean"} & parameters.keys()
     pixel, inside, visible = _source_pixels(x.shape, x.device, **parameters)

@@ -31,9 +31,10 @@ class _UncountableStep(Exception):
 
 @dataclass(frozen=True)
 class Flops:
-    """What the clients of one kind compute; ``first``: the variables of any of them in round 1, as
-    they arrive; ``beat`` is called before every count; ``tells``: whether the user hears of what
-    cannot be counted.
+    """What the clients of one kind compute.
+
+    ``initial`` holds the variables of any of them in round 1, as they arrive. ``beat`` is
+    called before every count. ``prints_hint``: whether the user is told what cannot be counted.
     """
 
     trainer: Trainer

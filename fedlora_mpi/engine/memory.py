@@ -41,9 +41,9 @@ class MemoryBudget:
         """(part, ``compute(part)``) for all of ``members``, in order, in equal parts of as many as
         fit.
 
-        A part for which ``compute`` raises OutOfMemoryError is computed anew in two, after
-        ``give_back()``, and so are all as large from then on: group size changes last bits. Raises
-        it for a part of one.
+        If ``compute`` raises OutOfMemoryError, ``free_memory()`` runs and the part is computed anew
+        in two. So are all parts as large from then on: group size changes last bits. A part of
+        one raises the error.
         """
         pending = [members]
         while pending:

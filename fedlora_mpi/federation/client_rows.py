@@ -45,7 +45,7 @@ class DiskRows:
         self._maps: WeakSet[mmap.mmap] = WeakSet()
 
     def allocate(self, clients: int, like: Tensor) -> Tensor:
-        """Raises Unwritable when the disk is full: the room is taken at once."""
+        """Raises WriteError when the disk is full: the room is taken at once."""
         if not clients * like.numel():
             return MemoryRows().allocate(clients, like)
         size = clients * like.numel() * like.element_size()

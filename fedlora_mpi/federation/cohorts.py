@@ -27,8 +27,8 @@ def group_clients(
 
 
 def take_cohort(clients: int, fraction: float, permutation: Sequence[int]) -> frozenset[int]:
-    """The clients of a round: the first max(1, floor(fraction * clients)) of the permutation
-    ``draw``.
+    """The clients of a round: the first max(1, floor(fraction * clients)) of the
+    ``permutation``.
     """
     # 0.29 * 100 is 28.999...
     return frozenset(permutation[: max(1, int(fraction * clients + 1e-9))])

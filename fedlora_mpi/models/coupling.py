@@ -80,7 +80,7 @@ def _add_noise(v: Tensor, positive: bool, generator: Generator) -> Tensor:
 
 
 def _random_inputs(model: Model, size: int, cut: int, generator: Generator) -> Tensor:
-    """Inputs at random, [whole, *shape], which are larger from ``part`` on; of texts, longer."""
+    """Random inputs [size, *shape], larger from row ``cut`` on; texts are longer from there on."""
     if not model.tokens:
         x = torch.randn(size, *model.shape, generator=generator)
         return torch.cat([x[:cut], _OUTLIER_SCALE * x[cut:]])

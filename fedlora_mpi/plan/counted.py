@@ -86,7 +86,7 @@ def count_gpu_costs(
 
     train, tests = price(count_training), max(1, feed.test_size(client))
     if trainer.algorithm.personalize(trainer.model, settings, 0):
-        # the tuning's ``once`` has it
+        # ``per_round`` of the tuning has it
         tune, score = price(count_evaluation), GpuSeconds(CostLine(0, 0, 0), CostLine(0, 0, 0))
     else:
         evaluation = count_evaluation(1)

@@ -49,8 +49,8 @@ def masked_messages(
 def add_masks(
     buffer: np.ndarray, client: int, partners: Sequence[int], seed: int, round_: int
 ) -> np.ndarray:
-    """The integers [2, size] that leave ``client``, int64 modulo 2^64; ``others``: whom it shares a
-    mask with.
+    """The integers [2, size] that leave ``client``, int64 modulo 2^64; it shares a mask with
+    each of its ``partners``.
     """
     masked_buffer = buffer.view(np.uint64).copy()
     for partner in partners:

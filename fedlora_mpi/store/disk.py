@@ -9,8 +9,8 @@ from functools import partial
 class FallbackFile:
     """A file object for h5py over the file with this ``handle``, which it closes.
 
-    After the first write that fails, ``failed`` is its OSError, and what there is and comes is in
-    memory only; the file is not to be used then.
+    ``write_error`` is the OSError of the first write that failed. From then on all content is in
+    memory only, and the file is not to be used.
     """
 
     def __init__(self, handle: int) -> None:

@@ -1,8 +1,8 @@
 """What the files of a run folder may say, checked before anything of the size that they claim is
 made.
 
-Every check raises StoreError (or, inside ``reading``, is turned into one): one line with the file
-and the item.
+Every check raises StoreError, or an error that ``explain_read_errors`` turns into one: one line
+with the file and the item.
 """
 
 import json
@@ -189,7 +189,7 @@ def find_group(file: h5py.Group, name: str) -> h5py.Group:
 def find_dataset(
     file: h5py.Group, name: str, axes: int, rows: int | None = None, integers: bool = False
 ) -> h5py.Dataset:
-    """A data set with at least so many axes and, if given, rows; ``whole``: of integers. Raises
+    """A data set with at least so many axes and, if given, rows; ``integers``: of integers. Raises
     StoreError.
     """
     dataset = file.get(name)
@@ -297,14 +297,13 @@ def checked_item(
     """``block[key]``. Raises StoreError unless it is of this type and, if a number, from ``least``
     to ``most``.
     """
-    value: Any = block.get(key)
+    value = block.get(key)
     if type(value) is not expected_type:
         raise StoreError(
             f"{key} must be {_TYPE_NAMES[expected_type]}, is "
             f"{'missing' if key not in block else repr(value)[:80]}"
         )
-    number: Any = value
-    if least is not None and not least <= number <= most:
+    if least is not None and not least <= block[key] <= most:
         raise StoreError(f"{key} = {repr(value)[:80]}: must be from {least} to {most}")
     return value
 

@@ -9,7 +9,7 @@ from .crowd import caption_note, named_groups
 from .curves import Looks
 from .style import GREY, PageFigure, panels
 
-# As the stages of ``curves.stages``; waiting is empty.
+# As in ``curves.seconds_by_stage``; waiting is empty.
 SHADES = {
     "train": "#0072B2",
     "exchange": "#56B4E9",
