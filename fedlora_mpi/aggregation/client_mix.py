@@ -49,6 +49,7 @@ class Mixing:
     key_size: int  # numbers of a key; 0: the rows are the key
     key_dtype: torch.dtype  # in which they travel
     aux: int
+    centered: bool  # see ``Mix``
     bytes_up: int  # what one client sends for the mix, beside its upload
     rank_of_client: tuple[int, ...]  # where each client lives
     owners: tuple[int, ...]  # ranks that work on coordinates
@@ -70,7 +71,8 @@ class Mixing:
         initial = Variables(
             tmap(Tensor.clone, initial.shared), tmap(Tensor.clone, initial.personal)
         )
-        offer = algorithm.offer(initial, initial)
+        upload = algorithm.upload(initial, initial, 0)
+        offer = upload.mix
         if offer is None:
             return None
         rows, rank_of_client = Layout.of(offer.rows), tuple(rank_of_client)
@@ -78,12 +80,13 @@ class Mixing:
         spread = route == "spread" or (route == "auto" and total_bytes > ROOT_BYTES)
         key_size, aux = (0 if part is None else part.numel() for part in (offer.key, offer.extra))
         key_dtype = rows.dtype if offer.key is None else joint_dtype([offer.key.dtype])
-        upload_bytes = _upload_nbytes(offer, algorithm.upload(initial, initial))
+        upload_bytes = _upload_nbytes(offer, upload.message)
         return cls(
             rows,
             key_size,
             key_dtype,
             aux,
+            offer.centered,
             upload_bytes,
             rank_of_client,
             tuple(workers) if spread else (0,),
@@ -141,7 +144,7 @@ class Mixing:
             keys = self._gather_coordinates(
                 comm, {c: o.key for c, o in offers.items()}, ids, self.key_size, self.key_dtype
             )
-        gram, extra = self._gram(comm, algorithm.center_keys, keys, offers, ids)
+        gram, extra = self._gram(comm, keys, offers, ids)
         weights = algorithm.mix(gram, extra, round_) if len(ids) > 1 else torch.ones_like(gram)
         assert weights.shape == (len(ids), len(ids)), (
             f"mix gave {list(weights.shape)} for {len(ids)} clients"
@@ -156,7 +159,6 @@ class Mixing:
     def _gram(
         self,
         comm: Comm,
-        centred: bool,
         keys: Tensor,
         offers: Mapping[int, PackedMix],
         ids: list[int],
@@ -166,7 +168,7 @@ class Mixing:
         sums = ExactSum(n * (n + self.aux))
         for block in _column_blocks(keys):
             key = block.double()
-            key = key - key.mean(0) if centred else key
+            key = key - key.mean(0) if self.centered else key
             sums.add((key @ key.T).flatten(), 1)
         for client, offer in offers.items():
             sums.add(offer.aux, 1, offset=n * n + ids.index(client) * self.aux)

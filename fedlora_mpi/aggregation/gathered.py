@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..algorithm import Algorithm
 from ..core.tree import Tree
 from ..mpi.comm import Comm
 from .flat_layout import Layout, joint_dtype
@@ -49,7 +48,7 @@ def gather_remote_uploads(
 
 
 def should_gather(
-    requested: str, algorithm: Algorithm, upload_bytes: float, term_layout: Layout, reduce: str
+    requested: str, expands: bool, upload_bytes: float, term_layout: Layout, reduce: str
 ) -> bool:
     """Whether uploads travel as they are, for every rank to expand those of all. ``auto``: when
     fewer bytes then reach a rank than by the sum of what they stand for, which an allreduce sends
@@ -59,7 +58,6 @@ def should_gather(
     """
     if requested != "auto":
         return requested == "gather"
-    expands = type(algorithm).expand is not Algorithm.expand
     return (
         expands
         and upload_bytes
