@@ -25,7 +25,7 @@ class Effects(NamedTuple):
     uses_out: bool = False  # some function has an argument ``out``, which torch.func.vmap refuses
 
     def run_module(self, module: nn.Module, values: Tree, x: Tensor, training: bool) -> Tensor:
-        """Return the logits of ``module`` with the leaves ``values``; only training writes to them."""
+        """Return the logits of ``module`` with the leaves ``values``; only training changes them."""
         leaves, names = (
             dict(values),
             self.stateful_modules.intersection(name for name, _ in module.named_modules()),

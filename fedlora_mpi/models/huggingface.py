@@ -163,7 +163,7 @@ def _build_classifier(
         None,
         config=config,
         state_dict=tree,
-        attn_implementation="eager",  # plain products: vmap batches them, the FLOP counter sees them
+        attn_implementation="eager",  # vmap and the FLOP counter support its plain products
         dtype=torch.float32,
         ignore_mismatched_sizes=True,
         output_loading_info=True,

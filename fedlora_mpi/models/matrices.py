@@ -14,7 +14,7 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 def matrix_kind(module: nn.Module, name: str, value: Tensor, products: dict[str, Matrix]) -> Matrix:
-    """Return how a low-rank part reads the parameter ``name`` as a matrix; "" if it cannot have one.
+    """Return how a low-rank part reads the parameter ``name`` as a matrix; "" if it cannot.
 
     ``products`` says how the products of a forward pass use parameters; it decides for modules that
     are no layers of torch.
