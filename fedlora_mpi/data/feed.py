@@ -277,8 +277,8 @@ class Feed:
     def test_batch(self, clients: Sequence[int], first: int, width: int) -> Batch:
         """Return test samples first to first + width of the clients, stacked as in ``Epoch.batch``.
 
-        They keep the order of the split and have no augmentation. Their keys are not those of any
-        noise.
+        They keep the order of the split and have no augmentation. No noise is drawn from their
+        keys.
         """
         rows = [self._test_rows[k] for k in clients]
         noise = torch.zeros(len(clients), dtype=torch.int64)

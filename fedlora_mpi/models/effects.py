@@ -25,7 +25,10 @@ class Effects(NamedTuple):
     uses_out: bool = False  # some function has an argument ``out``, which torch.func.vmap refuses
 
     def run_module(self, module: nn.Module, values: Tree, x: Tensor, training: bool) -> Tensor:
-        """Return the logits of ``module`` with the leaves ``values``; only training changes them."""
+        """Return the logits of ``module`` with the leaves ``values``.
+
+        Side effects on ``values`` are kept in training and discarded in evaluation.
+        """
         leaves, names = (
             dict(values),
             self.stateful_modules.intersection(name for name, _ in module.named_modules()),
