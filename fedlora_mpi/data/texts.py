@@ -50,7 +50,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Turns texts into token ids; ``json`` is in the format of Hugging Face's tokenizers."""
+    """Turns texts into token ids.
+
+    ``json`` describes it completely, in the format of Hugging Face's tokenizers.
+    """
 
     json: str
 

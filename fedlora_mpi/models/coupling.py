@@ -91,7 +91,7 @@ def _random_inputs(model: Model, size: int, cut: int, generator: Generator) -> T
     length = model.shape[-1]
     lengths = torch.randint(1, max(2, length // 2 + 1), (size, 1), generator=generator)
     lengths[cut:] = length
-    first = x[:, :1].clamp(min=min(1, model.tokens - 1))  # a text has a word
+    first = x[:, :1].clamp(min=min(1, model.tokens - 1))  # a text has at least one word
     return torch.cat([first, torch.where(torch.arange(1, length) < lengths, x[:, 1:], 0)], 1)
 
 

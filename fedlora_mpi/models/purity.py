@@ -26,7 +26,7 @@ _SEEDED_NOISE_HINT = (
     "in training nn.Dropout, functional.dropout with training=self.training, torch.rand, randn, "
     "rand_like, randn_like and Tensor.bernoulli_ draw from the run's seed"
 )
-_RELATIVE_TOLERANCE = 1e-3  # of the largest number, through many layers
+_RELATIVE_TOLERANCE = 1e-3  # relative to the largest number; rounding adds up over many layers
 _FLOAT_BUFFER_HINT = (
     "make it a float buffer that training passes write to in place, such as self.{0}.add_(1), or "
     "leave it out"
