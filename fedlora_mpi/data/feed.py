@@ -339,8 +339,8 @@ def _key_offset(first: T) -> T:
     """Return what is added to the epoch's key for the batch at ``first``; 0 for ``first`` = 0.
 
     ``first`` is an integer or an int64 tensor. The offset is a multiple of an odd constant (Steele
-    & Vigna 2021, LXM), which spreads the steps over all keys. ``seeds.uniform`` counts with a very
-    different constant (the golden gamma), so the noise of one step is never a shifted copy of that
-    of another step.
+    & Vigna 2021, LXM), modulo 2**62, which spreads the steps over all keys. ``seeds.uniform``
+    counts with a very different constant (the golden gamma), so the noise of one step is never a
+    shifted copy of that of another step.
     """
     return first * (0xD1342543DE82EF95 - 2**64) & (2**62 - 1)

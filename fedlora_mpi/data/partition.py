@@ -228,7 +228,9 @@ class DirichletClass(Partition):
 
 @dataclass(frozen=True)
 class Pathological(Partition):
-    """Each client holds int(train / classes_per_client) samples of ``classes_per_client`` classes.
+    """Each client holds ``classes_per_client`` classes, with equally many samples of each.
+
+    These are int(train / classes_per_client) training samples, and the same for ``test``.
 
     With overlap, the classes are a random choice per client. This is the official FedDecomp rule;
     the same seed gives the same draws. Without overlap, classes are assigned in turn, so that every
