@@ -91,7 +91,7 @@ class CsvSink:
 
 
 class TensorBoardSink:
-    """``tensorboard/``: the columns of ``/rounds`` as scalars, accuracies of clients as histograms."""
+    """``tensorboard/``: columns of ``/rounds`` as scalars, accuracies of clients as histograms."""
 
     def __init__(self, folder: Path, rounds: Columns, clients: Columns) -> None:
         """Begin a new file with the rounds so far.
