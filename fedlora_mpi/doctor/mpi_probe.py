@@ -1,4 +1,4 @@
-"""What the two ranks do that the MPI checks start."""
+"""The functions of the two ranks that the MPI checks start."""
 
 import json
 import os

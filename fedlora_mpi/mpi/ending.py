@@ -94,7 +94,7 @@ def run_or_abort(comm: Comm, main: Callable[[], int]) -> int:
             print(_error_line(end), file=sys.stderr, flush=True)
         return end.code
     except KeyboardInterrupt:
-        return 130  # the code that shells use; the last checkpoint is intact
+        return 130  # the code that shells report; the last checkpoint stays intact
     except RankLost as lost:
         print(_error_line(lost), file=sys.stderr, flush=True)
         comm.abort()

@@ -54,8 +54,7 @@ def reconcile_ranks(
     split: Split,
     initial_variables: Sequence[Variables],
 ) -> tuple[tuple[Model, ...], Sequence[Variables], Inventory]:
-    """Return the networks and initial variables, equal on all ranks, and the inventory of this
-    rank.
+    """Return the networks and initial variables, equal on all ranks, and this rank's inventory.
 
     If the last bits differ between machines, all ranks use those of rank 0. Raises Refusal on all
     ranks if anything else differs.

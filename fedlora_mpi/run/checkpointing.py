@@ -56,7 +56,7 @@ def save_checkpoint(assembly: Assembly, folder: Path, state: State) -> None:
     collectively(comm, lambda: checkpoint.begin(folder, state.round) if comm.rank == 0 else None)
     server_shards = collectively(comm, write)
     comm.sum(shards)
-    # no rank waits for what follows: all shards are complete even if a rank dies now
+    # no rank waits for what follows; the shards are complete even if another rank dies now
     if comm.rank == 0:
         written_shards = [
             (rank, kind) for rank, kind in np.ndindex(shards.shape[:2]) if shards[rank, kind].any()

@@ -14,7 +14,7 @@ from . import files, schema
 from .files import StoreError
 
 NAME = "manifest.json"
-_MAX_BYTES = 64 << 20  # a worker takes about 100 bytes
+_MAX_BYTES = 64 << 20  # a worker's entry takes about 100 bytes
 _FILE_PATTERN = r"(manifest\.json|(server|log|personal|worker-\d{4,}(-\d+)?)\.h5)"
 
 

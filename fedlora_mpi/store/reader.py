@@ -16,7 +16,7 @@ from .log import GROUPS
 from .snapshot import Checkpoint
 
 T = TypeVar("T")
-_MAX_TEXT_BYTES = 1 << 28  # for example of a vocabulary
+_MAX_TEXT_BYTES = 1 << 28  # of a text file, for example a vocabulary
 # seconds; a read can fail during the writer's flush, which takes milliseconds
 RETRY_DELAYS = (0.02, 0.02, 0.1, 0.5, 0)
 Columns = dict[str, dict[str, np.ndarray]]  # by group and name
