@@ -303,8 +303,8 @@ def _launched_tolerant() -> bool:
 
 def _mpi4py():
     """Return ``mpi4py.MPI``. Its first import in a process starts MPI."""
-    # MPI_Finalize would begin with a barrier, in which one process in four waits for a dead
-    # rank for ever
+    # without this setting MPI_Finalize begins with a barrier, in which one process in four
+    # waits for a dead rank for ever
     if _launched_tolerant():
         os.environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
     from mpi4py import MPI

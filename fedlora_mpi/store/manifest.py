@@ -19,8 +19,9 @@ _FILE_PATTERN = r"(manifest\.json|(server|log|personal|worker-\d{4,}(-\d+)?)\.h5
 
 
 def worker_file(worker: int, client_type: int = 0) -> str:
-    """Return the name of a worker's file for the clients of one type, whose leaves have equal
-    shapes.
+    """Return the name of a worker's file for the clients of one type.
+
+    Clients of one type have leaves of equal shapes.
     """
     return f"worker-{worker:04d}{f'-{client_type}' if client_type else ''}.h5"
 

@@ -43,10 +43,10 @@ class WrongFileType(WriteError, ValueError):
 
 @contextmanager
 def open_folder(folder: Path, root: Path | None = None, create: bool = False) -> Iterator[int]:
-    """Yield a handle of ``folder``; neither ``root`` nor a folder below it may be a link.
+    """Yield a handle of ``folder``; no folder below ``root`` on the way to it may be a link.
 
-    root: by default ``folder`` itself; create: make missing folders, also those above ``root``.
-    Raises WrongFileType, OSError.
+    root: by default ``folder`` itself, which may be a link; create: make missing folders, also
+    those above ``root``. Raises WrongFileType, OSError.
     """
     current = folder if root is None else root
     if create:

@@ -84,8 +84,9 @@ class RunFiles:
         return text
 
     def columns(self) -> Columns:
-        """Return ``rounds()``, ``clients()`` and ``ranks()`` by these names, with equally many
-        rows.
+        """Return ``rounds()``, ``clients()`` and ``ranks()`` by these names.
+
+        All have equally many rows.
         """
         by_group = self._read_with_retries(lambda _, columns: columns)
         return by_group | {"rounds": {"round": np.arange(0)} | by_group["rounds"]}
@@ -99,12 +100,11 @@ class RunFiles:
         return self.columns()["clients"]
 
     def ranks(self) -> dict[str, np.ndarray]:
-        """Return the columns of the ranks: ``ranks`` [T], their number, and ``seconds_<stage>`` [T,
-        R].
+        """Return the columns of the ranks by name.
 
-        Seconds are NaN for absent ranks. A round with 0 ranks was not measured; its seconds are
-        included in the next measured round. Returns {} for a log of an older version that has no
-        such columns.
+        They are ``ranks`` [T], the number of ranks, and ``seconds_<stage>`` [T, R], NaN for absent
+        ranks. A round with 0 ranks was not measured; its seconds are included in the next measured
+        round. Returns {} for a log of an older version that has no such columns.
         """
         return self.columns()["ranks"]
 
@@ -173,8 +173,9 @@ class RunFiles:
         return self.checkpoint().digest()
 
     def _read_with_retries(self, extract: Callable[[h5py.File, Columns], T]) -> T:
-        """Return ``extract(log, columns)``. A read that fails during the writer's flush is
-        repeated.
+        """Return ``extract(log, columns)``.
+
+        A read that fails during the writer's flush is repeated.
         """
         path = self.path / "log.h5"
         for wait in RETRY_DELAYS:

@@ -210,12 +210,11 @@ class Checkpoint:
         return out
 
     def digest(self) -> dict[str, str]:
-        """Return {"shared", "personal"}: SHA-256 over the leaves by name: name, dtype, shape,
-        bytes.
+        """Return {"shared", "personal"}: SHA-256 over name, dtype, shape and bytes of the leaves.
 
-        Personal leaves are [N, ...] in client order, so the digest does not depend on the shards.
-        They are read in blocks. Clients whose leaves differ in shape form separate arrays, in the
-        order of their first clients.
+        The leaves are sorted by name. Personal leaves are [N, ...] in client order, so the digest
+        does not depend on the shards. They are read in blocks. Clients whose leaves differ in shape
+        form separate arrays, in the order of their first clients.
         """
         shared, personal = sha256(), sha256()
         for leaf, value in sorted(self.shared().items()):
@@ -231,9 +230,7 @@ class Checkpoint:
         return {"shared": shared.hexdigest(), "personal": personal.hexdigest()}
 
     def _clients_by_shapes(self) -> list[tuple[list[int], tuple]]:
-        """Return (clients, their leaves by name) for each set of clients with leaves of the same
-        shapes.
-        """
+        """Return (clients, their leaves by name) for each set of clients with equal leaf shapes."""
         clients_by_shapes: dict[tuple, list[int]] = {}
         for name, ids in self._ids_by_shard.items():
             clients_by_shapes.setdefault(
