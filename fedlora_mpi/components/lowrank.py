@@ -66,8 +66,8 @@ class LowRank:
     A ~ U(-1, 1) / sqrt(in side) (Kaiming with a = sqrt 5, as in the official code; the paper says
     Gaussian and gives no variance). B = 0, so that tau starts at zero.
 
-    With ``order: alternating`` tau trains in ``lora_epochs`` of the ``train.epochs``, and sigma in
-    the others. With ``order: simultaneous`` both train in all epochs.
+    With ``order: alternating`` tau trains first, for ``lora_epochs`` of the ``train.epochs``, and
+    then sigma for the others. With ``order: simultaneous`` both train in all epochs.
     """
 
     conv_rank: float = 0.6
