@@ -20,7 +20,7 @@ def right_vectors(comm: Comm, matrices: dict[str, tuple[Tensor, int]]) -> Tree:
     """{name: [k, d2]} of ``matrices`` {name: ([d1, d2], k)}, bit-identical on any number of ranks.
 
     ``components.lowrank.right_singular_vectors`` computes each. On a GPU one call decomposes all
-    matrices of one shape. On a CPU that is not faster and changes bits.
+    matrices of one shape. On a CPU that is not faster and changes the last bits.
     """
     names = list(matrices)
     costs = [25.0 * min(matrix.shape) ** 2 * max(matrix.shape) for matrix, _ in matrices.values()]

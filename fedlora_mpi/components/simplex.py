@@ -16,7 +16,7 @@ def project_to_simplex(rows: Tensor) -> Tensor:
 
 
 def best_weights(gram: Tensor, variance: Tensor) -> Tensor:
-    """Return weights [n, n]; row i is the minimiser over the simplex of
+    """Return weights [n, n]; row i is the alpha in the simplex that minimises
 
         sum_a V_a alpha_a^2 + ||h_i - sum_a alpha_a h_a||^2
 

@@ -133,7 +133,7 @@ class Checkpoint:
 class Faults:
     """The ``faults`` block: the reaction to dead workers, hangs and non-finite numbers.
 
-    timeout: seconds in which a rank must make the progress of one batch; 0: no limit.
+    timeout: seconds without progress by a batch after which a rank ends the run; 0: no limit.
     """
 
     tolerate: bool = False

@@ -24,7 +24,7 @@ class Privacy:
 
     clip: S; null: no differential privacy. delta: of the epsilon in the log. sampling: ``poisson``,
     every client participates independently with probability q; ``fixed``, cohorts as without
-    privacy, and their size replaces q N. noise: ``server``, it adds the noise to the sum;
+    privacy, and their size replaces q N. noise: ``server``, which adds the noise to the sum;
     ``clients``, each client of a cohort of n adds N(0, (z S)^2 / n) before the sum.
 
     The guarantee covers the shared variables of all rounds and everything computed from them,
