@@ -26,7 +26,7 @@ from ..core.bounds import bounded
 
 @dataclass(frozen=True)
 class FedAdam(AdaptiveServer, Algorithm):
-    """beta1 and beta2 as in the paper's experiments."""
+    """beta1 and beta2 have the values of the paper's experiments."""
 
     beta2: float = 0.99
 
