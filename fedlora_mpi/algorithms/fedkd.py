@@ -1,4 +1,4 @@
-"""Large personal networks and a small shared one teach each other; updates travel as SVDs.
+"""Large personal networks and a small shared one teach each other; updates are sent as SVDs.
 
 Wu et al., "Communication-Efficient Federated Learning via Knowledge Distillation", Nature
 Communications 2022, https://arxiv.org/abs/2108.13323. Client k has its own network F (the mentor,

@@ -21,7 +21,7 @@ from .results import Result
 from .sheet import Cell, Sheet, csv_record, format_accuracy, format_difference, spread_note
 
 TABLE_NAME = "fedhl"
-RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)  # client k has the (k mod 10)-th
+RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)  # client k has the (k mod 10)-th rank
 ALPHA = 0.5
 PARTICIPATION = (1.0, 0.4)
 FULL_SCALE = Scale(clients=100, train=500, test=100, batch_size=20, epochs=1, rounds=100)

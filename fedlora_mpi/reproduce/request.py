@@ -22,8 +22,7 @@ class Request:
     ``fedhl``. width and participation: only for ``fedhl``; default all. clients, homogeneous and
     target (per cent): only for ``pfedlora``; clients by default 10, 50, 100 at full scale and 10 at
     small scale; target by default the highest accuracy that all methods reach. methods: all of the
-    table. rounds: those of the scale. jobs: one per GPU, or as many as the
-    CPU cores allow.
+    table. rounds: those of the scale. jobs: one per GPU, or as many as the CPU cores allow.
     """
 
     table: str

@@ -98,7 +98,7 @@ class Cell(NamedTuple):
     """The results of one entry over the seeds, in per cent. NaN where unknown."""
 
     entry: Entry
-    num_seeds: int  # finished
+    num_seeds: int  # finished seeds
     best: Accuracy
     last: Accuracy
 
