@@ -1,8 +1,8 @@
 """Clients with different networks share their mean outputs per class and learn from the others'.
 
 Jeong et al., "Communication-Efficient On-Device Machine Learning: Federated Distillation and
-Augmentation under Non-IID Private Data" (FD), 2018, https://arxiv.org/abs/1811.11479. p(x) is the
-softmax of a client's outputs. z_kc is its mean over the samples of class c. H_c are the clients of
+Augmentation under Non-IID Private Data" (FD), 2018, https://arxiv.org/abs/1811.11479. The softmax
+of a client's outputs is p(x). z_kc is its mean over the samples of class c. H_c are the clients of
 the last round that hold class c:
 
     w_k     <-  argmin CE(p, y) + gamma CE(zhat_ky, p)          CE(q, p) = - sum_j q_j log p_j

@@ -20,10 +20,10 @@ padded with zeros up to the largest rank R.
 BatchNorm: uses the stored statistics unchanged, unless ``full`` names norm.
 
 Bytes per client and round: up 4 (r_k d_out or, with a left sketch, r_k d_in for each decomposed
-weight, and what is trained in full). Down 4 times the sum of R d_out or
-R d_in for each decomposed weight (the factor of the round before with all R components, from which
-every client updates its W; nothing in round 1), what is trained in full, and one number for the
-sketch. A client that missed rounds counts as if it had received their updates.
+weight, and what is trained in full). Down 4 times the sum of R d_out or R d_in for each
+decomposed weight (the factor of the round before with all R components, from which every client
+updates its W; nothing in round 1), what is trained in full, and one number for the sketch. A client
+that missed rounds counts as if it had received their updates.
 
 Deviations: the federated algorithm is known from reviews only: one sketch for all clients, local
 epochs, mean, merge. The paper leaves D open. The head is trained in full and averaged by n_k.

@@ -1,8 +1,9 @@
 """Parameters critical to a client are averaged over similar clients only, the others over all.
 
 Wu et al., "Bold but Cautious: Unlocking the Potential of Personalized Federated Learning through
-Cautiously Aggressive Collaboration" (FedCAC), ICCV 2023, https://arxiv.org/abs/2309.11103. A client
-trains from w0 to w and finds m_i in each parameter tensor. Then the server, in round t = 0, 1, ...:
+Cautiously Aggressive Collaboration" (FedCAC), ICCV 2023, https://arxiv.org/abs/2309.11103. Client i
+trains from w0 to w and finds m_i in each parameter tensor. The server does the rest, in round t =
+0, 1, ...:
 
     m_i  = 1 for the floor(tau size) entries largest in |(w - w0) w|, else 0   (critical entries)
     O_ij = 1 - ||m_i - m_j||_1 / (2 ||m_i||_1),   mean O and max O over i != j

@@ -35,4 +35,4 @@ from ..components.lora.calibrated import CalibratedTuning
 
 @dataclass(frozen=True)
 class FedExLoRA(CalibratedTuning):
-    """``CalibratedTuning`` without changes."""
+    """``CalibratedTuning`` as it is."""

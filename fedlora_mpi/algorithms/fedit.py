@@ -29,4 +29,4 @@ from ..components.lora import FineTuning
 
 @dataclass(frozen=True)
 class FedIT(FineTuning):
-    """``FineTuning`` without changes."""
+    """``FineTuning`` as it is."""
