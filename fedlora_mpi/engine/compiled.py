@@ -62,7 +62,7 @@ class StepCompiler:
             arg_tensors, arg_layout = split_tensors(args)
             key = step_key, fixed_layout, arg_layout
             if key not in self._graphs:
-                # never run the step uncompiled: last bits would depend on the number of ranks
+                # never run the step uncompiled: its last bits would depend on the ranks
                 evict_oldest(self._graphs, _MAX_GRAPHS)
                 self._graphs[key] = (
                     _compile_step(step, (*fixed_args, *args), fixed_tensors + arg_tensors),
