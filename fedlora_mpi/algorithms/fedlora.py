@@ -8,8 +8,8 @@ submission; published as FedDecomp, ACM MM 2024, https://arxiv.org/abs/2406.1993
     sigma_i <- argmin L_i(tau_i, sigma_i), the other epochs, tau_i held still       (7)
     sigma   <- (1/N) sum_i sigma_i                                                  (8)
 
-sigma holds every leaf of the model, including biases and BatchNorm. A_i and B_i never leave client
-i.
+sigma holds every leaf of the model, including biases and BatchNorm. A_i and B_i never leave the
+client.
 
 BatchNorm: affine parameters and running statistics belong to sigma and are averaged. While the
 low-rank part trains, the statistics still move but the affine parameters do not. ``bn_stats:

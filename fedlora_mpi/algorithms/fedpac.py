@@ -17,13 +17,15 @@ mean if no client had the class. Then
               sum_a V_a alpha_a^2 + ||h_i - sum_a alpha_a h_a||^2
 
 Weights below 0.001 become zero. Round 1 has no feature term. Accuracy is measured after local
-training. BatchNorm: belongs to the body and is averaged. Its statistics move in both phases. The
-features for h, V and c are computed in evaluation mode, so they do not depend on the batch. Bytes
-per client and round: up the body, the head and classes (2 d + 1) + 1 numbers for c, h and V; down
-the body, the head and classes (d + 1) numbers, where d is the number of features. Deviations: no
-external QP solver. The authors drop eigenvalues of Q below 0.01 because rounding can make Q
-indefinite; float64 does not need this. The authors train with lr 0.01, momentum 0.5, weight decay
-0.0005; here the body uses the settings of ``train``. PFLlib weighs all clients equally in c.
+training.
+
+BatchNorm: belongs to the body and is averaged. Its statistics move in both phases. The features for
+h, V and c are computed in evaluation mode, so they do not depend on the batch. Bytes per client and
+round: up the body, the head and classes (2 d + 1) + 1 numbers for c, h and V; down the body, the
+head and classes (d + 1) numbers, where d is the number of features. Deviations: no external QP
+solver. The authors drop eigenvalues of Q below 0.01 because rounding can make Q indefinite; float64
+does not need this. The authors train with lr 0.01, momentum 0.5, weight decay 0.0005; here the body
+uses the settings of ``train``. PFLlib weighs all clients equally in c.
 """
 
 from dataclasses import dataclass

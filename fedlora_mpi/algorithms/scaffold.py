@@ -1,4 +1,4 @@
-"""FedAvg whose clients correct their gradients by control variates, which removes client drift.
+"""FedAvg whose clients correct their gradients by control variates, to reduce client drift.
 
 Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020,
 https://arxiv.org/abs/1910.06378, eqs. (3)-(5) with option II of Algorithm 1. K is the number of
