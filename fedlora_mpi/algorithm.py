@@ -228,6 +228,17 @@ class Transport(NamedTuple):
     expand: Callable[[Upload, Tree, int], Term] = _as_term
     download_numel: Callable[[Tree, Tree, int], Tensor | int] | None = None
 
+    def untrained_upload(self, initial: Variables, shared: Tree) -> Upload:
+        """What the client would send in round 0 without training; ``initial``: its variables before
+        round 1, ``shared``: the server's current ones.
+        """
+        v = initial._replace(shared=self.download(shared))
+        return self.method.upload(v, v, 0)
+
+    def untrained_term(self, initial: Variables, shared: Tree) -> Term:
+        """What that upload adds to the aggregate."""
+        return self.expand(self.untrained_upload(initial, shared), shared, 1)
+
 
 _LOCAL = "local(model, train, round_) returns Phase and Visit in order of time"
 _UPLOAD = "upload(start, end, round_) returns Upload(mean=..., sum=..., mix=..., numel=...)"

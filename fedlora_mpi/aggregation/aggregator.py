@@ -106,7 +106,7 @@ class Aggregator:
     drift_leaves: tuple[str, ...]  # whose drift is measured
     reduce: str  # see ``SUM_TYPES``
     rank_of_client: Mapping[int, int]
-    counts_numbers: bool  # whether uploads say how many numbers they really send
+    untrained_upload: Upload  # of any client; it shows the channels of all uploads
     protection: Protection = Protection()
     # whether uploads travel as they are, for every rank to expand them all
     gathers: bool = False
@@ -204,7 +204,7 @@ class Aggregator:
         if protection.is_differential:  # the message holds updates
             uploads.message.add(uploads.reference, weight)
             uploads.message.add(protection.noise(self.terms.size, cohort.members, cohort.round), 1)
-        if not self.counts_numbers:  # exact, unlike a sum in float32
+        if self.untrained_upload.numel is None:  # exact, unlike a sum in float32
             sent = sum(cohort.clients[c].upload_layout.size for c in active)
         received = Received(
             aggregate=None,
@@ -246,7 +246,7 @@ class Aggregator:
 
     def _with_message(self, upload: Upload, message: Tree) -> Upload:
         """``upload`` with other values of the leaves that travel."""
-        sums = {n: v for n, v in message.items() if n in self.terms.uploaded_sum}
+        sums = {n: v for n, v in message.items() if n in self.untrained_upload.sum}
         means = {n: v for n, v in message.items() if n not in sums}
         return upload._replace(mean=means, sum=sums)
 

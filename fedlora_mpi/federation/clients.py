@@ -1,16 +1,17 @@
 """The clients of a federation: who has which network, rank, data and weight."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 from ..aggregation.flat_layout import Layout, estimate_nbytes
 from ..algorithm import Algorithm, Term, Transport, Upload, Variables
+from ..core.names import is_factor
 from ..core.tree import Tree
 from ..engine.train import Trainer
 
 
-class ClientType(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class ClientType:
     """Clients whose variables have the same shapes, because they have the same network and the same
     ranks.
     """
@@ -23,7 +24,7 @@ class ClientType(NamedTuple):
 
     @property
     def transport(self) -> Transport:
-        """How messages of these clients look."""
+        """What their messages look like."""
         return self.trainer.transport
 
     @property
@@ -36,17 +37,17 @@ class ClientType(NamedTuple):
         """``initial`` with the shared variables as such a client receives them."""
         return self.initial._replace(shared=self.transport.download(self.initial.shared))
 
-    @property
+    @cached_property
     def untrained_upload(self) -> Upload:
         """What such a client would send in round 0 without training."""
-        return untrained_upload(self.transport, self.initial, self.initial.shared)
+        return self.transport.untrained_upload(self.initial, self.initial.shared)
 
     @property
     def untrained_term(self) -> Term:
-        """What that upload would add to the aggregate."""
-        return self.transport.expand(self.untrained_upload, self.initial.shared, 1)
+        """What that upload adds to the aggregate."""
+        return self.transport.untrained_term(self.initial, self.initial.shared)
 
-    @property
+    @cached_property
     def upload_layout(self) -> Layout:
         """Where the leaves of its upload are in a vector."""
         return Layout.of(self.untrained_upload.message)
@@ -59,17 +60,9 @@ class ClientType(NamedTuple):
         return estimate_nbytes(numbers, [download])
 
 
-def untrained_upload(transport: Transport, initial: Variables, shared: Tree) -> Upload:
-    """What a client would send in round 0 if it returned the server's ``shared`` variables as it
-    received them; ``initial``: its variables before round 1.
-    """
-    v = initial._replace(shared=transport.download(shared))
-    return transport.method.upload(v, v, 0)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clients:
-    """All clients and what they hold, in one task of a run."""
+    """All clients and what they hold, in one task of a run. ``clients[k]``: the type of client k."""
 
     types: tuple[ClientType, ...]
     type_of: tuple[int, ...]  # number of each client's type
@@ -80,7 +73,6 @@ class Clients:
         return len(self.type_of)
 
     def __getitem__(self, client: int) -> ClientType:
-        """The type of a client."""
         return self.types[self.type_of[client]]
 
     @property
@@ -88,9 +80,23 @@ class Clients:
         """The trainer of the first type; the server knows its network."""
         return self.types[0].trainer
 
-    def by_type(self, clients: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """``clients`` in their order, those of each type together."""
+    def untrained_term(self, shared: Tree) -> Term:
+        """What a client of the first type would add to the aggregate without training, given the
+        server's ``shared`` variables.
+        """
+        first, device = self.types[0], self.trainer.device
+        personal = {n: v.to(device) for n, v in first.initial.personal.items()}
+        return first.transport.untrained_term(Variables(shared, personal), shared)
+
+    def drift_leaves(self) -> tuple[str, ...]:
+        """The shared leaves whose drift is measured: parameters of the network, or, where none is
+        shared, all leaves but statistics and factors.
+        """
+        role, shared = self.trainer.model.role, self.types[0].initial.shared
+        term = self.types[0].untrained_term
+        terms = term.mean | term.sum
+        names = [n for n in terms if n in shared and terms[n].shape == shared[n].shape]
+        parameters = [n for n in names if role(n) not in (None, "stats")]
         return tuple(
-            tuple(c for c in clients if self.type_of[c] == number)
-            for number in range(len(self.types))
+            parameters or [n for n in names if role(n) != "stats" and not is_factor(n, "ABW")]
         )
