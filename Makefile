@@ -1,16 +1,16 @@
 # make run    set up .venv, then the quick start: FedLoRA, FedAvg and Local on bundled real data
-# make test   set up .venv, then the tests that everybody runs before a commit: 8 minutes on 2 cores (JOBS=4: on 4)
-# make docs   set up .venv, then the site: build/docs/index.html
+# make test   set up .venv, then the tests to run before every commit: 8 minutes on 2 cores (JOBS=4 uses 4 cores)
+# make docs   set up .venv, then build the site: build/docs/index.html
 # make lint   set up .venv, then ruff (format and rules) and mypy
 # Each works in a fresh clone; later calls reuse .venv.
-# make test-all runs the rest of what CI runs; make coverage and make mutants: see CONTRIBUTING.md
-# The tests of pre-trained models are skipped until: .venv/bin/pip install -e '.[hf]' peft
-# make test-slow runs the tests of minutes; those on a real Slurm need: apt-get install slurm-wlm munge
+# make test-all runs the rest of what CI runs. CONTRIBUTING.md explains make coverage and make mutants.
+# The tests of Hugging Face networks are skipped until you run: .venv/bin/pip install -e '.[hf]' peft
+# make test-slow runs the tests that take minutes; those on a real Slurm need: apt-get install slurm-wlm munge
 
 SHELL := /bin/bash
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-# Open MPI refuses root and more ranks than cores unless told; other MPI libraries ignore these.
+# Without these settings Open MPI refuses to run as root or with more ranks than cores. Other MPI libraries ignore them.
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe

@@ -1,13 +1,13 @@
 """Federated learning with shared and personal low-rank parts, simulated over MPI.
 
 ``open_run(path)`` reads a run folder, ``open_runs(pattern)`` several; ``fedlora-mpi --help`` lists
-the commands. A method of your own imports all that it needs from here: ``Algorithm``, ``Variables``
-and the others below.
+the commands. A user's own method imports all that it needs from here: ``Algorithm``, ``Variables``
+and the other names below.
 """
 
 __version__ = "0.1.0"
 
-# name -> its module, which is imported when the name is asked for: reading a run needs no torch
+# name -> its module, imported at first use, so that reading a run needs no torch
 _HOME = {
     "open_run": "analysis.run_view",
     "open_runs": "analysis.runs",
@@ -20,13 +20,13 @@ _HOME = {
     **dict.fromkeys(("Tree", "split", "sq_dist", "tmap"), "core.tree"),
     "Model": "models.network",
 }
-_FORMER = dict.fromkeys(("Offer", "Train", "Vars"), "algorithm")  # former names, still read
+_FORMER = dict.fromkeys(("Offer", "Train", "Vars"), "algorithm")  # former names, still accepted
 __all__ = [*_HOME]  # noqa: PLE0604
 
 
 def __getattr__(name: str):
     if home := _HOME.get(name) or _FORMER.get(name):
-        # Not above: ``python -m fedlora_mpi`` looks for it in the working folder first.
+        # Not at the top: ``python -m fedlora_mpi`` would look for it in the working folder first.
         from importlib import import_module
 
         return getattr(import_module(f".{home}", __name__), name)

@@ -1,5 +1,7 @@
-"""``python -m fedlora_mpi`` is ``fedlora-mpi``: Python puts the working folder first, where no
-library may come from.
+"""``python -m fedlora_mpi`` is ``fedlora-mpi``.
+
+Python puts the working folder first on its path. It is removed, so that no library is imported from
+there.
 """
 
 import os

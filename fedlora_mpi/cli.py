@@ -39,11 +39,11 @@ exit codes: 0 done, 1 a fault, 2 a mistake in what was asked, 75 stopped at a ro
 with a checkpoint written, 141 nobody
 reads the output."""  # noqa: E501
 _MPI_START_TIMEOUT = 300.0  # seconds that MPI may take to start
-_BUSY_ALLOWANCE = 20.0  # seconds of these on a machine that has much else to do
+_BUSY_ALLOWANCE = 20.0  # seconds added on a busy machine
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return the exit code."""
     from .core.streams import SIGPIPE_EXIT, OutputError, repair_streams, tolerate_output_errors
 
     try:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """What was asked; overrides may stand between and behind the options."""
+    """Return the parsed arguments. Overrides may stand between and after the options."""
     parser = _build_parser()
     args, unrecognized = parser.parse_known_args(arguments)
     if unrecognized and not (
@@ -72,9 +72,9 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _execute(args: argparse.Namespace) -> int:
-    """Carry out one command; returns the exit code."""
+    """Run one command and return the exit code."""
     if args.command.imports and os.getcwd() not in sys.path:
-        # behind all libraries: a file of the user's takes the place of none
+        # after all libraries, so that no file of the user shadows one
         sys.path.append(os.getcwd())
     from .mpi.comm import Solo, connect
     from .mpi.ending import run_or_abort
@@ -91,8 +91,9 @@ def _execute(args: argparse.Namespace) -> int:
 
 
 def _start_timeout(args: argparse.Namespace) -> float:
-    """Seconds that MPI may take to start, 0: for ever; by ``faults.timeout`` on the command line,
-    for no config is read.
+    """Return the seconds that MPI may take to start; 0: no limit.
+
+    They follow from ``faults.timeout`` on the command line, because no config has been read yet.
     """
     timeouts = [
         text.partition("=")[2] for text in args.overrides if text.startswith("faults.timeout=")
@@ -104,7 +105,7 @@ def _start_timeout(args: argparse.Namespace) -> float:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line, with one of its own for each command."""
+    """Return the parser of the command line, with a subparser for each command."""
     formatter = argparse.RawDescriptionHelpFormatter
     description = "Simulate personalised federated learning with low-rank parts, over MPI."
     parser = argparse.ArgumentParser(

@@ -1,10 +1,10 @@
-"""A mix of its own for every client, sum_j A_ij u_j, over ranks.
+"""An individual mix for every client, sum_j A_ij u_j, computed over ranks.
 
-The weights A depend on the clients through the Gram matrix of their keys, and both the Gram matrix
-and the product are separable over coordinates. So the vectors are transposed: a rank receives some
-coordinates of ALL clients, works on them, and sends the mixed ones back. By the ``root`` route rank
-0 receives all coordinates (a gather and a scatter), by ``spread`` every worker an equal part. The
-arithmetic goes by fixed blocks of coordinates, so both give the same bits on any number of ranks.
+The weights A depend on the clients through the Gram matrix of their keys. The Gram matrix and the
+product are both separable over coordinates. So the vectors are transposed: a rank receives some
+coordinates of ALL clients, mixes them, and sends them back. With the route ``root`` rank 0 receives
+all coordinates (a gather and a scatter). With ``spread`` every worker receives an equal part. Both
+compute in fixed blocks of coordinates, so both give the same bits on any number of ranks.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,13 +22,14 @@ from ..mpi.comm import Comm
 from .exact_sum import LIMIT, ExactSum
 from .flat_layout import Layout, joint_dtype
 
-BLOCK = 2**15  # coordinates of one product
-ROOT_BYTES = 2**30  # all vectors together, up to which ``auto`` takes them to rank 0
+BLOCK = 2**15  # coordinates per matrix product
+ROOT_BYTES = 2**30  # up to this size of all vectors together ``auto`` sends them to rank 0
 
 
 class PackedMix(NamedTuple):
-    """A client's offer as flat vectors in memory of their own: float64 where any of its leaves is,
-    else float32.
+    """A client's offer as flat vectors in memory of their own.
+
+    Each vector is float64 if any of its leaves is, else float32.
     """
 
     rows: Tensor  # [D]
@@ -47,11 +48,11 @@ class Mixing:
 
     row_layout: Layout
     key_size: int  # numbers of a key; 0: the rows are the key
-    key_dtype: torch.dtype  # in which they travel
-    aux: int
-    bytes_up: int  # what one client sends for the mix, beside its upload
-    rank_of_client: tuple[int, ...]  # where each client lives
-    owners: tuple[int, ...]  # ranks that work on coordinates
+    key_dtype: torch.dtype  # of the keys in a message
+    aux: int  # extra numbers of one client
+    bytes_up: int  # bytes that one client sends for the mix, in addition to its upload
+    rank_of_client: tuple[int, ...]
+    owners: tuple[int, ...]  # ranks that mix coordinates
 
     @classmethod
     def of(
@@ -62,11 +63,11 @@ class Mixing:
         workers: Iterable[int],
         route: str,
     ) -> "Mixing | None":
-        """The exchange for what ``algorithm`` offers; None when it offers nothing.
+        """The exchange for the offers of ``algorithm``; None if it offers nothing.
 
-        first: the variables of any client before round 1.
+        initial: the variables of any client before round 1.
         """
-        # no leaf is two leaves
+        # copies, so that no two leaves are the same tensor: ``_upload_nbytes`` compares identities
         initial = Variables(
             tmap(Tensor.clone, initial.shared), tmap(Tensor.clone, initial.personal)
         )
@@ -91,11 +92,11 @@ class Mixing:
 
     @property
     def bytes_down(self) -> int:
-        """What one client receives of the mix."""
+        """The bytes that one client receives for the mix."""
         return self.row_layout.nbytes
 
     def bytes_mpi(self, clients: int, ranks: int) -> int:
-        """What all ranks together hand to MPI for a cohort of ``clients``."""
+        """The bytes that all ranks together pass to MPI for a cohort of ``clients``."""
         vectors = clients * (
             2 * self.row_layout.dtype.itemsize * self.row_layout.size
             + self.key_dtype.itemsize * self.key_size
@@ -103,7 +104,7 @@ class Mixing:
         return vectors + ranks * ExactSum(clients * (clients + self.aux)).buffer.nbytes
 
     def pack(self, offer: Mix) -> PackedMix:
-        """A copy of the offer, which may be a view of what goes on changing."""
+        """A copy of the offer, whose tensors may be views of variables that change later."""
         key, aux = (torch.zeros(0) if part is None else part for part in (offer.key, offer.extra))
         rows, key, aux = to_host(
             [self.row_layout.pack(offer.rows).detach(), key.detach(), aux.detach()]
@@ -127,7 +128,10 @@ class Mixing:
         chosen: Iterable[int],
         round_: int,
     ) -> dict[int, Tree]:
-        """The mixed rows of this rank's clients. ``offers``: of this rank's part of ``chosen``."""
+        """The mixed rows of this rank's clients.
+
+        offers: of the clients in ``chosen`` on this rank.
+        """
         ids = sorted(chosen)
         rows = self._gather_coordinates(
             comm,
@@ -175,7 +179,7 @@ class Mixing:
         return gram.view(n, n), aux.view(n, self.aux)
 
     def _coordinate_ranges(self, comm: Comm, size: int) -> list[tuple[int, int]]:
-        """The coordinates of each rank: whole blocks, shared out evenly among the owners."""
+        """The coordinates of each rank: whole blocks, divided evenly among the owners."""
         blocks = -(-size // BLOCK)
 
         def boundary(i):
@@ -187,7 +191,7 @@ class Mixing:
     def _clients_by_rank(
         self, comm: Comm, ids: list[int]
     ) -> tuple[list[list[int]], list[int] | slice]:
-        """The clients of each rank, and where they stand in ``ids``."""
+        """The clients of each rank, and their positions in ``ids``."""
         clients_by_rank = [
             [c for c in ids if self.rank_of_client[c] == rank] for rank in range(comm.size)
         ]
@@ -204,7 +208,7 @@ class Mixing:
         size: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        """This rank's coordinates of all clients, [n, width], rows as in ``ids``."""
+        """This rank's coordinates of all clients, [n, width], with rows in the order of ``ids``."""
         ranges, (clients_by_rank, order) = (
             self._coordinate_ranges(comm, size),
             self._clients_by_rank(comm, ids),
@@ -228,7 +232,7 @@ class Mixing:
     def _scatter_coordinates(
         self, comm: Comm, mixed: Tensor, ids: list[int], size: int
     ) -> dict[int, Tensor]:
-        """The whole vector of each of this rank's clients: undoes ``_gather_coordinates``."""
+        """The whole vector of each client of this rank; inverse of ``_gather_coordinates``."""
         ranges, (clients_by_rank, order) = (
             self._coordinate_ranges(comm, size),
             self._clients_by_rank(comm, ids),
@@ -258,8 +262,9 @@ class Mixing:
 def _exchange(
     comm: Comm, send: Tensor, counts: Sequence[int], receive_counts: Sequence[int]
 ) -> Tensor:
-    """What ``comm.exchange`` does, with numbers of the dtype of ``send``: one of float64 travels as
-    two words.
+    """The result of ``comm.exchange`` for numbers of the dtype of ``send``.
+
+    A float64 travels as two float32 words.
     """
     numbers, words = send.numpy(), send.dtype.itemsize // 4
 
@@ -271,12 +276,15 @@ def _exchange(
 
 
 def _column_blocks(rows: Tensor) -> tuple[Tensor, ...]:
-    """Columns in blocks; one without columns where there are none."""
+    """``rows`` in blocks of columns; one empty block if there are no columns."""
     return rows.split(BLOCK, dim=1)
 
 
 def _upload_nbytes(offer: Mix, upload: Tree) -> int:
-    """Bytes of an offer: a bit for a bool, nothing for a leaf that is uploaded anyway."""
+    """The bytes of an offer.
+
+    A bool of the key counts as a bit, and a leaf that is uploaded anyway as nothing.
+    """
     new_leaves = [v for v in offer.rows.values() if all(v is not u for u in upload.values())]
     bits = offer.key.numel() if offer.key is not None and offer.key.dtype == torch.bool else 0
     parts = [*new_leaves, offer.extra, None if bits else offer.key]

@@ -1,7 +1,8 @@
 """Sums of client vectors that do not depend on the order or the grouping of the clients.
 
-Floating-point addition depends on order, so a mean over 3 ranks would differ from one over 2 in
-the last bits, and 300 rounds of SGD make that visible. ``ExactSum`` adds integers instead.
+Floating-point addition depends on the order. So a mean over 3 ranks would differ from a mean over 2
+ranks in the last bits, and after 300 rounds of SGD the difference is visible. ``ExactSum`` adds
+integers instead.
 """
 
 import numpy as np
@@ -11,19 +12,20 @@ from torch import Tensor
 from ..core.transfer import to_device, to_host
 
 _HIGH_SCALE = 2.0**24  # the first limb counts units of 2^-24 ...
-_LOW_SCALE = 2.0**66  # ... the second what is left, in units of 2^-66
-# numbers that stay in a core's cache: 6 times as fast as one pass after the other over all of them
+_LOW_SCALE = 2.0**66  # ... the second holds the remainder in units of 2^-66
+# a chunk of numbers stays in a core's cache: 6 times as fast as separate passes over all numbers
 _CHUNK_SIZE = 2**16
 CPU = torch.device("cpu")
-LIMIT = 2.0**38  # bound of a sum's magnitude: half of what 63 bits of 2^-24 hold
+LIMIT = 2.0**38  # bound of a sum's magnitude: half of the range of 63 bits in units of 2^-24
 
 
 class ExactSum:
-    """Fixed point: each weighted number becomes two int64, so every order gives the same bits.
+    """A fixed-point sum: every order of its terms gives the same bits.
 
-    The product with the weight is exact in float64 for integer weights below 2^29; digits under
-    2^-66 are rounded off, once per client. Callers keep |sum of weight * value| below ``LIMIT``.
-    What is on a GPU is added up there, and comes to the host when somebody asks for ``buffer``.
+    Each weighted number becomes two int64. The product with the weight is exact in float64 for
+    integer weights below 2^29. Digits below 2^-66 are rounded off, once per client. Callers keep
+    |sum of weight * value| below ``LIMIT``. Numbers on a GPU are added there; they are copied to
+    the host when ``buffer`` is read.
     """
 
     def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
@@ -32,7 +34,7 @@ class ExactSum:
 
     @property
     def buffer(self) -> np.ndarray:
-        """[2, size] on the host, to be written to: what one allreduce has to add up."""
+        """The writable array [2, size] on the host that one allreduce has to sum."""
         if self._gpu_limbs is not None:
             self._host_limbs = self._host_limbs + to_host([self._gpu_limbs])[0]
             self._gpu_limbs = None
@@ -43,8 +45,9 @@ class ExactSum:
         self._host_limbs, self._gpu_limbs = torch.from_numpy(values), None
 
     def add(self, vector: Tensor, weight: float, offset: int = 0) -> None:
-        """Add weight * vector [n] to the numbers from position ``offset`` on; the host waits for no
-        GPU.
+        """Add weight * vector [n] to the numbers from position ``offset`` on.
+
+        The host does not wait for a GPU.
         """
         limbs, chunk_size = self._host_limbs, _CHUNK_SIZE
         if vector.device.type != "cpu":
@@ -61,16 +64,18 @@ class ExactSum:
             low.add_(value.sub_(units).mul_(_LOW_SCALE / _HIGH_SCALE).round_().long())
 
     def total(self, offset: int = 0, device: torch.device = CPU) -> Tensor:
-        """The sum of the numbers from position ``offset`` on, float64 [size - offset], computed on
-        ``device``.
+        """The sum of the numbers from position ``offset`` on, float64 [size - offset].
+
+        It is computed on ``device``.
         """
         high, low = to_device(torch.from_numpy(self.buffer[:, offset:]), device).double()
         return high / _HIGH_SCALE + low / _LOW_SCALE
 
 
 class FastSum:
-    """float32 [size]: a quarter of the exact sum's bytes, another last bit on other ranks. Of
-    numbers of float64 it is float64.
+    """A sum in float32 [size], or in float64 if ``dtype`` is.
+
+    It has a quarter of the exact sum's bytes, but its last bits depend on the number of ranks.
     """
 
     def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
@@ -88,8 +93,9 @@ class FastSum:
 
 
 def absorb_rounding(mean: Tensor, previous: Tensor | None) -> Tensor:
-    """``mean`` of a leaf, where a float64 that differs from ``previous`` by rounding alone is
-    ``previous``: the mean of numbers that nobody moved is then these numbers.
+    """``mean`` of a leaf, with ``previous`` where a float64 differs from it by rounding alone.
+
+    So the mean of numbers that no client has changed is exactly these numbers.
     """
     if mean.dtype != torch.float64 or previous is None or previous.shape != mean.shape:
         return mean

@@ -1,4 +1,4 @@
-"""The one flat buffer: where each leaf of a tree sits in a vector of D numbers."""
+"""The layout of the single flat buffer: where each leaf of a tree is in a vector of D numbers."""
 
 import hashlib
 from collections.abc import Iterable
@@ -13,16 +13,18 @@ from ..core.tree import Tree
 
 @dataclass(frozen=True)
 class Layout:
-    """Leaf names, shapes and dtypes, in buffer order. A leaf of whole numbers or bools travels as
-    float32: a mean of such is none.
+    """Leaf names, shapes and dtypes, in buffer order.
+
+    A leaf of integers or bools travels as float32, because a mean of integers need not be an
+    integer.
     """
 
     shapes: dict[str, Size]
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of those that are not float32
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of leaves that are not float32
 
     @classmethod
     def of(cls, tree: Tree) -> "Layout":
-        """Layout of one client's ``tree``, in the tree's order."""
+        """The layout of one client's ``tree``, in the tree's order."""
         dtypes = {
             n: v.dtype
             for n, v in tree.items()
@@ -32,41 +34,40 @@ class Layout:
 
     @cached_property
     def size(self) -> int:
-        """D, numbers of the buffer."""
+        """D, the number of entries of the buffer."""
         return sum(s.numel() for s in self.shapes.values())
 
     @property
     def leaf_descriptions(self) -> dict[str, str]:
-        """The shape of each leaf, and its dtype where that is not float32, such as "[3, 5]
-        float64".
-        """
+        """The shape of each leaf, and its dtype if not float32, such as "[3, 5] float64"."""
         dtype_names = {n: str(dtype).replace("torch.", " ") for n, dtype in self.dtypes.items()}
         return {n: f"{list(s)}{dtype_names.get(n, '')}" for n, s in self.shapes.items()}
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of the leaves, each in its own dtype."""
+        """The bytes of all leaves, each in its own dtype."""
         return sum(s.numel() * self._leaf_dtype(n).itemsize for n, s in self.shapes.items())
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """In which the vector travels: float64 where any leaf is, else float32."""
+        """The dtype of the vector: float64 if any leaf is, else float32."""
         return joint_dtype(self.dtypes.values())
 
     def pack(self, tree: Tree) -> Tensor:
-        """Copy the leaves into one vector [D], float64 where any of ``tree`` is, else float32."""
+        """Copy the leaves into one vector [D], float64 if any leaf of ``tree`` is, else float32."""
         parts = [tree[name].reshape(-1) for name in self.shapes]
         vector = torch.cat(parts) if parts else torch.zeros(0)
         is_half = vector.is_floating_point() and vector.dtype.itemsize < 4
         return vector.float() if is_half else vector
 
     def cast(self, tree: Tree) -> Tree:
-        """These leaves of ``tree`` as they come out of a vector: in the layout's dtypes."""
+        """The leaves of ``tree`` in the layout's dtypes, as they come out of a vector."""
         return {n: tree[n].to(self._leaf_dtype(n)) for n in self.shapes}
 
     def unpack(self, vector: Tensor) -> Tree:
-        """The leaves of ``vector`` [D], each in its own dtype: views into it where that is the
-        vector's.
+        """The leaves of ``vector`` [D], each in its own dtype.
+
+        A leaf of the vector's dtype is a view into the vector.
         """
         converted = {dtype: vector.to(dtype) for dtype in {*map(self._leaf_dtype, self.shapes)}}
         tree, offset = {}, 0
@@ -81,11 +82,11 @@ class Layout:
         return self.dtypes.get(name, torch.float32)
 
     def common_leaves(self, tree: Tree) -> list[str]:
-        """The leaves that ``tree`` has in the same shape."""
+        """The leaves that ``tree`` has with the same shape."""
         return [n for n, shape in self.shapes.items() if n in tree and tree[n].shape == shape]
 
     def leaf_slices(self, names: Iterable[str]) -> tuple[slice, ...]:
-        """Where these leaves are in the vector; neighbours are one slice."""
+        """The positions of these leaves in the vector; adjacent leaves share one slice."""
         wanted, offset = set(names), 0
         slices: list[slice] = []
         for name, shape in self.shapes.items():
@@ -97,21 +98,23 @@ class Layout:
         return tuple(slices)
 
     def digest(self) -> str:
-        """Hex hash of names, shapes and dtypes: equal on all ranks, or the sum means nothing."""
+        """A hex hash of names, shapes and dtypes.
+
+        It must be equal on all ranks, or the sum has no meaning.
+        """
         text = repr([(n, tuple(s), self._leaf_dtype(n)) for n, s in self.shapes.items()])
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def joint_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """In which numbers of all these dtypes travel without a loss: float64 where any is, else
-    float32.
-    """
+    """The dtype in which numbers of all these dtypes travel: float64 if any is, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def estimate_nbytes(numbers: int, layouts: Iterable[Layout]) -> int:
-    """Bytes of so many numbers of these layouts: as wide as theirs are in the mean, as float32
-    where they have none.
+    """The bytes of ``numbers`` numbers of these layouts.
+
+    Each number has the mean width of the layouts' numbers, or that of float32 if they are empty.
     """
     layouts = list(layouts)
     size = sum(layout.size for layout in layouts)

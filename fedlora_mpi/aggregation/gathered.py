@@ -1,5 +1,6 @@
-"""Uploads that travel as they are, of different sizes, where the sum of what they stand for would
-be larger.
+"""Uploads that travel unexpanded, with different sizes, instead of as terms of a sum.
+
+This pays if the terms are larger than the uploads (see ``Algorithm.expand``).
 """
 
 from collections.abc import Mapping
@@ -20,10 +21,11 @@ def gather_remote_uploads(
     layouts: Mapping[int, Layout],
     rank_of_client: Mapping[int, int],
 ) -> dict[int, Tree]:
-    """{client: upload} of the clients on other ranks, views into one buffer.
+    """{client: upload} of the clients on other ranks; the uploads are views into one buffer.
 
-    uploads: this rank's, flat; layouts: of all clients that take part, in the same order on every
-    rank. Numbers travel as float32, or, where any leaf is float64, as two such words each.
+    uploads: this rank's, flat; layouts: of all participating clients, in the same order on every
+    rank. Numbers travel as float32. If any leaf is float64, every number travels as two float32
+    words.
     """
     clients_by_rank = {
         rank: [c for c in layouts if rank_of_client[c] == rank] for rank in range(comm.size)
@@ -51,11 +53,12 @@ def gather_remote_uploads(
 def should_gather(
     requested: str, algorithm: Algorithm, upload_bytes: float, term_layout: Layout, reduce: str
 ) -> bool:
-    """Whether uploads travel as they are, for every rank to expand those of all. ``auto``: when
-    fewer bytes then reach a rank than by the sum of what they stand for, which an allreduce sends
-    about twice.
+    """Whether uploads travel unexpanded, so that every rank expands those of all clients.
 
-    sent: bytes of a cohort's uploads; term: what one of them stands for.
+    With ``auto`` they do if a rank then receives fewer bytes than with the sum of the expanded
+    terms. An allreduce sends that sum about twice.
+
+    upload_bytes: of all uploads of a cohort; term_layout: of one expanded upload.
     """
     if requested != "auto":
         return requested == "gather"

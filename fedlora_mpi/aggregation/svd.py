@@ -1,5 +1,6 @@
-"""Singular vectors of the server's matrices, each computed once, on the ranks in turn where that
-pays.
+"""Singular vectors of the server's matrices.
+
+Each matrix is decomposed once. If that is faster, the ranks share the matrices.
 """
 
 import torch
@@ -11,17 +12,15 @@ from ..core.tree import Tree
 from ..mpi.comm import Comm
 from .flat_layout import joint_dtype
 
-# FLOP of all matrices together, about a tenth of a second of a core, from which ranks share them
+# ranks share the matrices above this FLOP of all together, about a tenth of a second of a core
 _MIN_SHARED_FLOP = 2e9
 
 
 def right_vectors(comm: Comm, matrices: dict[str, tuple[Tensor, int]]) -> Tree:
-    """{name: [k, d2]} of ``matrices`` {name: ([d1, d2], k)}; the same bits on any number of ranks.
+    """{name: [k, d2]} of ``matrices`` {name: ([d1, d2], k)}, bit-identical on any number of ranks.
 
-    Each is computed by ``components.lowrank.right_singular_vectors``.
-
-    On a GPU all matrices of one shape are decomposed in one call; on a CPU that gains nothing and
-    moves bits.
+    ``components.lowrank.right_singular_vectors`` computes each. On a GPU one call decomposes all
+    matrices of one shape. On a CPU that is not faster and changes the last bits.
     """
     names = list(matrices)
     costs = [25.0 * min(matrix.shape) ** 2 * max(matrix.shape) for matrix, _ in matrices.values()]
@@ -47,7 +46,7 @@ def right_vectors(comm: Comm, matrices: dict[str, tuple[Tensor, int]]) -> Tree:
 
 
 def _decompose(matrices: dict[str, tuple[Tensor, int]]) -> Tree:
-    """The vectors of these matrices, on their device."""
+    """The right singular vectors of these matrices, on their device."""
     batches: dict[tuple, list[str]] = {}
     for name, (matrix, rows) in matrices.items():
         batches.setdefault((matrix.shape, rows) if matrix.is_cuda else (name,), []).append(name)

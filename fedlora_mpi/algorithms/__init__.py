@@ -1,4 +1,4 @@
-"""One file per algorithm; the file's name is the name used in a config."""
+"""One file per algorithm; the file name is the name used in a config."""
 
 from importlib import import_module
 from pathlib import Path
@@ -8,14 +8,14 @@ from ..core.user_code import import_object
 
 
 def algorithm_names() -> list[str]:
-    """All algorithms of this folder, in alphabetical order."""
+    """The names of all algorithms in this folder, in alphabetical order."""
     return sorted(f.stem for f in Path(__file__).parent.glob("*.py") if not f.stem.startswith("_"))
 
 
 def find_algorithm(name: str) -> type[Algorithm]:
-    """The class of ``algorithms/<name>.py``, or of ``your.module:Class``.
+    """The class in ``algorithms/<name>.py``, or the class ``your.module:Class``.
 
-    Raises ValueError when there is none.
+    Raises ValueError when there is no such algorithm.
     """
     if ":" in name:
         try:

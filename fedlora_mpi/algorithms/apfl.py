@@ -1,7 +1,7 @@
-"""Each client predicts with a learned mixture of the shared model and a model of its own.
+"""Each client predicts with a learned mixture of the shared model and its own model.
 
 Deng et al., "Adaptive Personalized Federated Learning", 2020, https://arxiv.org/abs/2003.13461,
-Algorithm 1 and eq. (10). For client i with v_i and alpha_i its own, at every local step
+Algorithm 1 and eq. (10). Client i keeps its own v_i and alpha_i. In every local step
 
     vbar_i   =  alpha_i v_i + (1 - alpha_i) w_i
     w_i     <-  w_i - eta grad f_i(w_i)            v_i  <-  v_i - eta alpha_i grad f_i(vbar_i)
@@ -9,14 +9,18 @@ Algorithm 1 and eq. (10). For client i with v_i and alpha_i its own, at every lo
     alpha_i <-  clip(alpha_i - eta <v_i - w_i, grad f_i(vbar_i)>, 0, 1)     once, before them  (10)
     w       <-  sum_i (n_i / n) w_i
 
-Both factors are those of the chain rule: v_i and alpha_i descend on f_i(vbar_i).
+The factors alpha_i and v_i - w_i come from the chain rule: both v_i and alpha_i descend on
+f_i(vbar_i).
 
-BatchNorm: vbar_i has running statistics of its own; those of w are averaged. Bytes per client and
-round: all leaves up, all leaves down. Deviations: the step on alpha_i has a mini-batch of its own
-instead of the round's first, and moves no statistics. Parameters are interpolated, as in the paper;
-the authors' code (FedTorch) and FL-bench interpolate logits, and FedTorch moves alpha_i after the
-first step with a decay of 0.02 (``alpha_decay``). PFLlib trains v_i on a loss of its own and
-overwrites it by vbar_i, alpha_i from 1.
+BatchNorm: vbar_i has its own running statistics. Those of w are averaged.
+
+Bytes per client and round: all leaves up, all leaves down.
+
+Deviations: the step on alpha_i draws its own mini-batch instead of the round's first one, and does
+not update the running statistics. Parameters are interpolated, as in the paper; the authors' code
+(FedTorch) and FL-bench interpolate logits. FedTorch updates alpha_i after the first step, with a
+decay of 0.02 (``alpha_decay``). PFLlib trains v_i on a separate loss, overwrites it by vbar_i and
+starts from alpha_i = 1.
 """
 
 from dataclasses import dataclass
@@ -38,7 +42,7 @@ _OWN = method_leaf_name("own")
 
 @dataclass(frozen=True)
 class APFL(Algorithm):
-    """``alpha``: the first alpha_i of every client, kept unless ``adaptive``."""
+    """``alpha`` is the initial alpha_i of every client; it stays fixed unless ``adaptive``."""
 
     alpha: float = 0.5
     adaptive: bool = True
@@ -68,7 +72,7 @@ class APFL(Algorithm):
             return Sgd(sgd.lr, weight_decay=self.alpha_decay)
 
         alpha_step = Step(mixture_loss, _MIX_ALPHA.__eq__, plain_sgd, clamp=(0.0, 1.0))
-        # v_i first: its loss reads w_i as it is before the step, and that of w_i reads no v_i.
+        # v_i steps first: its loss needs w_i before the step. The loss of w_i does not read v_i.
         steps = (
             Step(self.loss(model), own_parameters.__contains__),
             Step(shared_loss, parameters.__contains__),
@@ -82,7 +86,7 @@ class APFL(Algorithm):
         return mixing, Phase(train.epochs, steps)
 
     def client_model(self, model: Model, v: Variables) -> Tree:
-        """vbar_i, with statistics of its own."""
+        """vbar_i, with its own running statistics."""
         alpha = v.personal[_MIX_ALPHA]
         vbar = {}
         for n in model.leaves:

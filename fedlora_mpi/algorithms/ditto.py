@@ -1,18 +1,21 @@
-"""FedAvg, and beside it a model of each client's own that is pulled towards the shared one.
+"""FedAvg, and beside it a personal model of each client that is pulled towards the shared one.
 
 Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021,
-https://arxiv.org/abs/2012.04221, Algorithm 1. w is the shared model as received, v_i the client's
-own, which persists:
+https://arxiv.org/abs/2012.04221, Algorithm 1. w is the shared model as received. v_i is the
+client's personal model, which is kept between rounds:
 
     w_i  <-  argmin F_i(w_i) from w                       w  <-  sum_i (n_i / n) w_i
     v_i  <-  v_i - eta (grad F_i(v_i) + lam (v_i - w))    on the same batches
 
-The client's own model is v_i.
+Predictions are those of v_i.
 
-BatchNorm: v_i has statistics of its own, which are not pulled; those of w are averaged. Bytes per
-client and round: all leaves up, all leaves down. Deviations: none. lam is that of the authors'
-FMNIST script; theirs chooses among 0.1, 1 and 2 by validation loss if asked. PFLlib trains v_i
-first, in epochs of its own (``plocal_epochs``) and calls lam mu.
+BatchNorm: v_i has its own running statistics, which are not pulled. Those of w are averaged.
+
+Bytes per client and round: all leaves up, all leaves down.
+
+Deviations: none. The default lam is that of the authors' FMNIST script; their code can also choose
+among 0.1, 1 and 2 by validation loss. PFLlib trains v_i first, in separate epochs
+(``plocal_epochs``), and calls lam mu.
 """
 
 from dataclasses import dataclass
@@ -32,7 +35,7 @@ _OWN = method_leaf_name("own")
 
 @dataclass(frozen=True)
 class Ditto(Algorithm):
-    """``lam: 0`` trains v_i as Local does; w is FedAvg's at any ``lam``."""
+    """With ``lam: 0``, v_i trains as in Local. w is that of FedAvg for every ``lam``."""
 
     lam: float = 1.0
     weights: Literal["samples", "uniform"] = "samples"
@@ -56,7 +59,7 @@ class Ditto(Algorithm):
         def shared_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             return cross_entropy(model(now.shared, batch.x), batch)
 
-        # No loss reads what the other step moves, so the order has no effect on the models.
+        # Neither loss reads what the other step updates, so the order does not matter.
         steps = (
             Step(personal_loss, own_parameters.__contains__),
             Step(shared_loss, parameters.__contains__),

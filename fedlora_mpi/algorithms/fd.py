@@ -1,25 +1,28 @@
-"""Clients with different networks share mean logits per class and learn from the others'.
+"""Clients with different networks share their mean outputs per class and learn from the others'.
 
 Jeong et al., "Communication-Efficient On-Device Machine Learning: Federated Distillation and
 Augmentation under Non-IID Private Data" (FD), 2018, https://arxiv.org/abs/1811.11479. The softmax
-of a client's outputs is p(x); z_kc is its mean over the samples of class c, H_c are the clients of
-the last round that hold c:
+of a client's outputs is p(x). z_kc is its mean over the samples of class c. H_c are the clients of
+the last round that hold class c:
 
     w_k     <-  argmin CE(p, y) + gamma CE(zhat_ky, p)          CE(q, p) = - sum_j q_j log p_j
     z_kc    <-  mean of p(x) over the samples of k with y = c, after training
     zhat_kc  =  mean of z_jc over j in H_c other than k         (the round's start)
 
-A class that no other client of the last round holds is not distilled, so nothing is in round 1. By
-``outputs: logits`` z_kc is the mean of the logits, and the softmax of their mean is what is learned
-from.
+A class that no other client of the last round holds is not distilled. So nothing is distilled in
+round 1. With ``outputs: logits``, z_kc is the mean of the logits, and a client learns from the
+softmax of zhat_kc. Aggregation does not change a client's network, so the accuracy is the same
+before and after it.
 
-BatchNorm: all of it is the client's own. The outputs that are shared are those of evaluation mode.
-Bytes per client and round: up as many numbers as there are classes for each class that it holds,
-down the same for each class that some client of the last round held; what says which classes these
-are is not counted. Deviations: the paper takes the mean over the outputs of training, while the
-model moves; here it is that of the trained model over all training data. HtFLlib takes the mean
-over all clients, the own one included, and of logits, which it uses as probabilities. The accuracy
-is the same before and after aggregation.
+BatchNorm: all of it is personal. The shared outputs are those of evaluation mode.
+
+Bytes per client and round: up, as many numbers as there are classes for each class that the client
+holds; down, the same for each class that some client of the last round held. The message that says
+which classes these are is not counted.
+
+Deviations: the paper averages the outputs during training, while the model changes; here the mean
+is that of the trained model over all training data. HtFLlib averages over all clients, including
+the client itself, and averages logits, which it uses as probabilities.
 """
 
 from dataclasses import dataclass
@@ -44,8 +47,9 @@ _CLASS_HOLDERS = method_leaf_name("class", "holders")
 
 @dataclass(frozen=True)
 class FD(Algorithm):
-    """``class.outputs`` and ``class.holders`` are sums over clients: of z_kc, and of 1 for each
-    holder. ``own.outputs`` is z_k of the round ``own.round`` (from 1; 0: none).
+    """``class.outputs`` is the sum of z_kc over clients; ``class.holders`` is the number of clients
+    that hold each class. ``own.outputs`` is the client's z_k of round ``own.round`` (counted from
+    1; 0: none yet).
     """
 
     weights = "uniform"
@@ -86,10 +90,10 @@ class FD(Algorithm):
         return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),), after=mark_round),)
 
     def teacher_outputs(self, v: Variables, counts: Tensor, round_: int) -> tuple[Tensor, Tensor]:
-        """zhat [classes, classes], a row for each class, and how many other clients hold the class
-        [classes].
+        """zhat [classes, classes], one row per class, and the number of other clients that hold
+        each class [classes].
         """
-        # what the sums hold of this client
+        # per class: 1 if the sums include this client, else 0
         is_own_included = ((v.personal[_OWN_ROUND] == round_) & (counts > 0)).to(counts)
         holders = v.shared[_CLASS_HOLDERS] - is_own_included
         zhat = (
@@ -118,8 +122,8 @@ class FD(Algorithm):
 
 
 def distill(logits: Tensor, zhat: Tensor, holders: Tensor, batch: Batch) -> Tensor:
-    """CE(zhat_y, softmax(logits)), the mean over all real examples; zero for those whose class has
-    no holder.
+    """CE(zhat_y, softmax(logits)), the mean over all real examples. Examples whose class has no
+    holder contribute zero.
     """
     example_losses = -(zhat[batch.y] * logits.log_softmax(1)).sum(1)
     return mean(torch.where(holders[batch.y] > 0, example_losses, 0), batch)

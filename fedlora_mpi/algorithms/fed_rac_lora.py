@@ -1,27 +1,32 @@
-"""A chain of LoRA updates: each round draws one factor anew, freezes it, and merges the product.
+"""A chain of LoRA updates: each round samples one factor, freezes it, and merges the product.
 
 Malinovsky et al., "Randomized Asymmetric Chain of LoRA: The First Meaningful Theoretical Framework
-for Low-Rank Adaptation" (RAC-LoRA, Fed-RAC-LoRA), 2024, https://arxiv.org/abs/2410.08305. On the
-weights W_0 + W + s B A, in round t, with one sketch for all clients:
+for Low-Rank Adaptation" (RAC-LoRA, Fed-RAC-LoRA), 2024, https://arxiv.org/abs/2410.08305. The
+weights are W_0 + W + s B A. In round t all clients use the same sketch:
 
     right sketch, ``factor: A``   A ~ D    B_k  <-  local training from 0    B  =  sum_k p_k B_k
     left sketch, ``factor: B``    B ~ D    A_k  <-  local training from 0    A  =  sum_k p_k A_k
     W  <-  W + s B A = W + sum_k p_k s B_k A_k,   p_k = n_k / n
 
-With the left sketch a step of exact gradient descent on A is W <- W - s^2 lr B B' grad, so that W
-has a rank of up to R more in every round, where that of FFA-LoRA stays below R. ``factor: both``: a
-right sketch, then a left one, in turn.
+With the left sketch, a step of exact gradient descent on A is W <- W - s^2 lr B B' grad. So the
+rank of W grows by up to R in every round, whereas the update of FFA-LoRA never exceeds rank R.
+``factor: both`` alternates: a right sketch, then a left one.
 
-D has independent entries of mean 0 and variance 1 / (3 d), d being d_in for A and d_out for B:
-``sketch: uniform``, as A begins elsewhere, or gaussian. Ranks of clients' own: a client has the
-first r_k components, and its factor counts with zeros up to the largest rank. BatchNorm: takes its
-statistics as they are, unless ``full`` names norm. Bytes per client and round: up 4 (r_k d_out or,
-with a left sketch, r_k d_in for each decomposed weight, and what is trained in full); down 4 (R
-d_out or R d_in of the round before, with all R components, by which every client completes its W;
-none in round 1; what is trained in full; one number for the sketch). Deviations: the federated
-algorithm is known from reviews: one sketch for all clients, local epochs, mean, merge. The paper
-leaves D open. The head is trained in full and averaged by n_k. A client that missed rounds is
-counted as if it had followed.
+The entries of D are independent, with mean 0 and variance 1 / (3 d), where d is d_in for A and
+d_out for B. They are uniform (``sketch: uniform``, as A starts in the other LoRA methods) or
+gaussian. If clients have different ranks, a client has the first r_k components, and its factor is
+padded with zeros up to the largest rank R.
+
+BatchNorm: uses the stored statistics unchanged, unless ``full`` names norm.
+
+Bytes per client and round: up 4 (r_k d_out or, with a left sketch, r_k d_in for each decomposed
+weight, and what is trained in full). Down 4 times the sum of R d_out or R d_in for each
+decomposed weight (the factor of the round before with all R components, from which every client
+updates its W; nothing in round 1), what is trained in full, and one number for the sketch. A client
+that missed rounds counts as if it had received their updates.
+
+Deviations: the federated algorithm is known from reviews only: one sketch for all clients, local
+epochs, mean, merge. The paper leaves D open. The head is trained in full and averaged by n_k.
 """
 
 from dataclasses import dataclass
@@ -41,9 +46,9 @@ from ..models.network import Model
 
 @dataclass(frozen=True)
 class FedRACLoRA(OneFactor):
-    """Further shared leaves: "<weight>.W", and "turn.seed", from which all sketches follow."""
+    """Further shared leaves: "<weight>.W", and "turn.seed", from which all sketches are derived."""
 
-    # no field: between rounds a factor is zero, and the server's model is the same
+    # not a setting: one factor is zero between rounds, so client and server models are equal
     judged: ClassVar = "client"  # type: ignore[misc]
     factor: Literal["A", "B", "both"] = "A"
     sketch: Literal["uniform", "gaussian"] = "uniform"
@@ -60,7 +65,7 @@ class FedRACLoRA(OneFactor):
             factor_name(n, "W"): torch.zeros(*size)
             for n, size in self.adapted_shapes(model).items()
         }
-        # float32 holds it exactly
+        # below 2^24, so float32 holds it exactly
         shared |= {SEED: torch.randint(2**24, (), generator=rng).float()}
         return Variables(shared | self.start_factors(shared), personal)
 
@@ -69,7 +74,7 @@ class FedRACLoRA(OneFactor):
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
         updated = super().aggregate(shared, mean)
-        # so that a server without a GPU rounds to the workers' bits
+        # in float64, so that a server without a GPU rounds to the same bits as GPU workers
         double_leaves = tmap(Tensor.double, shared | updated)
         merged = {
             factor_name(n, "W"): update.to(shared[factor_name(n, "W")].dtype)
@@ -78,8 +83,8 @@ class FedRACLoRA(OneFactor):
         return updated | merged | self.start_factors(shared | updated)
 
     def start_factors(self, shared: Tree) -> Tree:
-        """The factors at the start of the round: one is zero, the other a function of seed, round
-        and name alone.
+        """The factors at the start of the round: one is zero; the other depends only on the seed,
+        the round and the weight's name.
         """
         seed, round_ = int(shared[SEED]), int(shared[ROUND])
 
@@ -98,9 +103,11 @@ class FedRACLoRA(OneFactor):
         return {n: start_value(n, v) for n, v in shared.items() if is_factor(n)}
 
     def draw_sketch(self, number: int, shape: tuple[int, ...]) -> Tensor:
-        """A sketch, [r, d] or [d, r] with r <= d, from the CPU, whose bits are the server's."""
+        """A sketch, [r, d] or [d, r] with r <= d. It is drawn on the CPU, so that clients and
+        server have the same bits.
+        """
         u, v = uniform(torch.tensor(number), (2, *shape))
         if self.sketch == "uniform":
             return (2 * u - 1) / max(shape) ** 0.5
-        # Box and Muller
+        # Box-Muller transform
         return (-2 * torch.log(1 - u)).sqrt() * torch.cos(2 * pi * v) / (3 * max(shape)) ** 0.5

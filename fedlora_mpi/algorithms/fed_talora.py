@@ -1,27 +1,32 @@
 """LoRA factors shared by all tasks and averaged exactly; the classifier grows with the classes.
 
 Yu et al., "Task-agnostic Low-rank Residual Adaptation for Efficient Federated Continual
-Fine-Tuning", 2025, https://arxiv.org/abs/2505.12318. On the weights W_0 + W + s B A, row c of the
-classifier being h_c, c is owned by the clients of the round that have n_kc > 0 samples of it, and
-seen once anybody of any cohort had:
+Fine-Tuning", 2025, https://arxiv.org/abs/2505.12318. The weights are W_0 + W + s B A, and h_c is
+row c of the classifier. A client of the round owns class c if it has n_kc > 0 samples of it. A
+class is seen once a client of any cohort has owned it:
 
     A, B, W  as in FedEx-LoRA:  W <- W + R,  R = sum_k p_k s B_k A_k - s B A,  p_k = n_k / n
     h_c  <-  sum_{k owns c} n_k h_ck / sum_{k owns c} n_k      c without an owner: h_c stays
     seen <-  seen, or owned in this round
 
-Logits of other classes than those are out of the softmax: in training, than those seen before and
-the client's own; in an evaluation, than those seen, once there are any.
+The softmax covers only some classes. In training they are the classes seen before and the client's
+own; in an evaluation they are the classes seen, or all classes while none is seen.
 
-There are no factors and no W of a task's own: with the tasks only the rows of the classifier that
-travel become more. Where all clients have all classes it is FedEx-LoRA. ``full`` without head: no
-row is owned, and all classes count as seen. BatchNorm: takes its statistics as they are, unless
-``full`` names norm. Bytes per client and round: up 4 (r_k (d_out + d_in) for each decomposed
-weight, and the classifier's rows of the classes that it owns); down the same but rows of all
+No task has its own factors or its own W. New tasks only add to the classifier rows that are sent.
+If all clients have all classes, the method is FedEx-LoRA. If ``full`` does not name head, no row is
+owned and all classes count as seen.
+
+BatchNorm: uses the stored statistics unchanged, unless ``full`` names norm.
+
+Bytes per client and round: up 4 (r_k (d_out + d_in) for each decomposed weight, and the
+classifier's rows of the classes that the client owns). Down the same, but with the rows of all
 classes seen, and from round 2 on R: 4 d_out d_in for each weight, or 4 (k - 1) r (d_out + d_in)
-after a round of k clients. Which classes these are is not counted. Deviations: the abstract is all
-that could be read. The identity of FedEx-LoRA stands for its residual weight update; owners' means
-and the masks are ours. The rows have their places from the start, with the network's initial
-values. A client that was absent would need R of all rounds since; counted is the last.
+after a round of k clients. The message that says which classes these are is not counted. A client
+that was absent would need R of all rounds that it missed; only the last R is counted.
+
+Deviations: only the abstract could be read. Its residual weight update is taken to be the identity
+of FedEx-LoRA; the owners' means and the masks are ours. All rows exist from the start, with the
+network's initial values.
 """
 
 from dataclasses import dataclass
@@ -41,8 +46,8 @@ _OWN = method_leaf_name("own")
 
 @dataclass(frozen=True)
 class FedTaLoRA(CalibratedTuning):
-    """Further shared leaves: "seen.<leaf>" [classes], 1 for a row that somebody has owned, for each
-    leaf of the classifier. A client has "own.<leaf>" beside, 1 for its own classes, and these count
+    """Further shared leaves: "seen.<leaf>" [classes] for each leaf of the classifier, 1 for a row
+    that some client has owned. A client also has "own.<leaf>", 1 for its own classes, which count
     as seen for it.
     """
 
@@ -80,7 +85,7 @@ class FedTaLoRA(CalibratedTuning):
         return _message_numel(self.download(shared), _SEEN) + self.residual_numel(shared)
 
     def expand(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        """A row that the client does not own counts as it was."""
+        """A row that the client does not own enters the mean unchanged."""
         owned_rows = select_prefix(upload, _OWN)
         rows = {
             n: torch.where(_broadcast_rows(o, shared[n]) > 0, upload[n], shared[n])
@@ -93,8 +98,8 @@ class FedTaLoRA(CalibratedTuning):
     ) -> tuple[Tree, Tree]:
         server, new = super().server_update(server, shared, mean, cohort)
         for n, owners in select_prefix(mean, _OWN).items():
-            p = _broadcast_rows(owners, shared[n])  # of the owners of each row
-            # without those rows that count as they were
+            p = _broadcast_rows(owners, shared[n])  # total weight of each row's owners
+            # remove the unchanged rows of the other clients from the mean
             moved = (mean[n] - (1 - p) * shared[n]) / p
             new |= {n: torch.where(p > 0, moved, shared[n])}
             new |= {_SEEN + n: torch.where(owners > 0, 1, shared[_SEEN + n])}
@@ -102,17 +107,17 @@ class FedTaLoRA(CalibratedTuning):
 
     def logits(self, model: Model, v: Variables, x: Tensor) -> Tensor:
         logits = super().logits(model, v, x)
-        # all leaves of the classifier have the same
+        # the mask is the same for all leaves of the classifier
         for seen in list(select_prefix(v.shared, _SEEN).values())[:1]:
-            # e^-100 of a softmax, and no inf where it is the label's
+            # at most e^-100 of the softmax; finite, so the loss is finite if the label is masked
             floor = logits.detach().amin(1, keepdim=True) - 100
             logits = torch.where((seen > 0) | (seen == 0).all(), logits, floor)
         return logits
 
 
 def _message_numel(tree: Tree, marks: str) -> Tensor | int:
-    """How many numbers of ``tree`` travel: all but W and the marks, of the classifier the rows that
-    are marked.
+    """How many numbers of ``tree`` are sent: all except W and the marks; of the classifier only the
+    marked rows.
     """
     marked = select_prefix(tree, marks)
     total: Tensor | int = 0
@@ -123,5 +128,5 @@ def _message_numel(tree: Tree, marks: str) -> Tensor | int:
 
 
 def _broadcast_rows(row_values: Tensor, leaf: Tensor) -> Tensor:
-    """[classes] as a factor of ``leaf`` [classes, ...]."""
+    """Reshape [classes] so that it multiplies ``leaf`` [classes, ...] row by row."""
     return row_values.view(-1, *[1] * (leaf.dim() - 1))

@@ -1,15 +1,17 @@
 """FedAvg whose server steps with Adagrad along the mean change of the clients.
 
 Reddi et al., "Adaptive Federated Optimization", ICLR 2021, https://arxiv.org/abs/2003.00295,
-Algorithm 2; m and the step itself are in ``components/server_optimisers.py``:
+Algorithm 2. ``components/server_optimisers.py`` has m and the step itself:
 
     v  <-  v + Delta^2
     x  <-  x + eta m / (sqrt(v) + tau)
 
-BatchNorm: running statistics are the mean's; affine parameters are stepped.
+BatchNorm: running statistics are averaged. The server's optimiser updates affine parameters.
+
 Bytes per client and round: all leaves up, all leaves down. The server keeps m and v.
+
 Deviations: v = tau^2 before round 1, as the paper's Algorithm 2 asks (at least tau^2); the authors'
-code starts at 0. Flower gives its Adagrad beta1 = 0 as well, and v = 0.
+code starts at v = 0. Flower's Adagrad also has beta1 = 0, and starts at v = 0.
 """
 
 from dataclasses import dataclass

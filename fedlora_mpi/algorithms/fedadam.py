@@ -1,16 +1,18 @@
 """FedAvg whose server steps with Adam along the mean change of the clients.
 
 Reddi et al., "Adaptive Federated Optimization", ICLR 2021, https://arxiv.org/abs/2003.00295,
-Algorithm 2; m and the step itself are in ``components/server_optimisers.py``:
+Algorithm 2. ``components/server_optimisers.py`` has m and the step itself:
 
     v  <-  beta2 v + (1 - beta2) Delta^2
     x  <-  x + eta m / (sqrt(v) + tau)
 
-BatchNorm: running statistics are the mean's; affine parameters are stepped.
+BatchNorm: running statistics are averaged. The server's optimiser updates affine parameters.
+
 Bytes per client and round: all leaves up, all leaves down. The server keeps m and v.
-Deviations: v = tau^2 before round 1 and no correction of the bias, as the paper; the authors' code
-is Keras' Adam, which starts at 0 and corrects, and so does Flower's. FL-bench and fluke start at 0
-and take beta2 = 0.999, so that the first step is about eta in every coordinate.
+
+Deviations: v = tau^2 before round 1 and there is no bias correction, as in the paper. The authors'
+code is Keras' Adam, which starts at v = 0 and corrects the bias; so does Flower's. FL-bench and
+fluke start at v = 0 and use beta2 = 0.999, so that the first step is about eta in every coordinate.
 """
 
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from ..core.bounds import bounded
 
 @dataclass(frozen=True)
 class FedAdam(AdaptiveServer, Algorithm):
-    """beta1 and beta2 as in the paper's experiments."""
+    """beta1 and beta2 have the values of the paper's experiments."""
 
     beta2: float = 0.99
 

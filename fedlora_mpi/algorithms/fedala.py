@@ -1,23 +1,28 @@
-"""Every client starts from a mix of the global and its own last model, with learned weights.
+"""Every client starts from a learned mix of the global model and its own last model.
 
 Zhang et al., "FedALA: Adaptive Local Aggregation for Personalized Federated Learning", AAAI 2023,
-https://arxiv.org/abs/2212.01197, Algorithm 1. g is the received model, o_i the client's last own
-one, A_i has a weight for every number of the top p layers:
+https://arxiv.org/abs/2212.01197, Algorithm 1. g is the received model and o_i the client's own last
+model. A_i has one weight for every number of the top p layers:
 
     w_i  =  o_i + (g - o_i) * A_i  in the top p layers,  g  below                      (4)
     A_i <-  clip(A_i - eta dL_i(w_i) / dA_i, 0, 1)  on s % of the data, then (4) again  (5)
     w_i <-  local SGD on L_i from (4);  o_i <- w_i;  g <- sum_i (n_i / n) w_i
 
-A_i starts at 1 and is kept; of o_i only the top p layers are. In round 1, where o_i = g, A_i has no
-gradient. Accuracy is that of (4) with the A_i that the next round will learn, taken on a copy.
+A_i starts at 1 and is kept between rounds. Only the top p layers of o_i are kept. In round 1 A_i
+has no gradient, since o_i = g. The accuracy is that of the model (4) with which the next round will
+start: A_i is learned on a copy.
 
-BatchNorm: statistics are averaged, not mixed; (5) uses those of its batches and leaves no trace.
-Bytes per client and round: all leaves up, all leaves down; A_i and o_i never leave. Deviations: the
-authors' first (5) takes as many epochs as its last 10 losses need for a standard deviation below
-0.1, at least 11; here it is ``start_epochs`` in round 2, also for a client that was away. They do
-(5) at absent clients too and keep the mix as o_i; here those change nothing. Their s % are
-neighbours, here a random choice; their ``layer_idx`` counts tensors. PFLlib drops the last batch.
-(4) is computed by torch.lerp, exact at both ends.
+BatchNorm: statistics are averaged, not mixed. (5) normalises by the statistics of its batches and
+does not update the running ones.
+
+Bytes per client and round: all leaves up, all leaves down. A_i and o_i are never sent.
+
+Deviations: the authors' first (5) runs until the last 10 losses have a standard deviation below
+0.1, at least 11 epochs; here it has ``start_epochs`` epochs, in round 2, also for a client that was
+absent in round 1. In their code absent clients also do (5) and keep the mix as o_i; here absent
+clients stay unchanged. Their s % are neighbouring samples, here a random choice. Their
+``layer_idx`` counts tensors, p counts layers. PFLlib drops the last batch. (4) is computed by
+torch.lerp, which is exact at both ends.
 """
 
 from dataclasses import dataclass
@@ -38,7 +43,9 @@ _A = method_leaf_name("A")
 
 @dataclass(frozen=True)
 class FedALA(Algorithm):
-    """``A.<leaf>`` and ``own.<leaf>`` are personal. s: per cent; p: layers with parameters."""
+    """``A.<leaf>`` and ``own.<leaf>`` are personal. s is in per cent; p counts layers with
+    parameters.
+    """
 
     eta: float = 1.0
     s: float = 80.0
@@ -52,7 +59,7 @@ class FedALA(Algorithm):
         self.mixed_leaves(model)
 
     def mixed_leaves(self, model: Model) -> list[str]:
-        """The leaves that are mixed. Raises ValueError when the model has fewer than p layers."""
+        """The names of the mixed leaves. Raises ValueError if the model has fewer than p layers."""
         owner = {
             n: n.rpartition(".")[0] for n, leaf in model.leaves.items() if leaf.role != "stats"
         }
@@ -73,7 +80,7 @@ class FedALA(Algorithm):
         return self.aggregation_phase(model, round_), Phase(train.epochs, (local_step,))
 
     def aggregation_phase(self, model: Model, round_: int) -> Phase:
-        """Learning of A_i, eq. (5), and the mix that it ends with, eq. (4)."""
+        """The phase that learns A_i, eq. (5), and then applies the mix, eq. (4)."""
         leaves = self.mixed_leaves(model)
 
         def mixture(v: Variables) -> Tree:

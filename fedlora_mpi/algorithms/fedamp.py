@@ -1,7 +1,7 @@
-"""Every client has a model of its own, drawn towards a mix of the models of similar clients.
+"""Every client has its own model, which is pulled towards a mix of the models of similar clients.
 
 Huang et al., "Personalized Cross-Silo Federated Learning on Non-IID Data" (FedAMP), AAAI 2021,
-https://arxiv.org/abs/2007.03797. Round t, on the server and then on client i:
+https://arxiv.org/abs/2007.03797. In round t, first the server, then client i:
 
     u_i  = sum_j xi_ij w_j
     xi_ij = alpha_t A'(||w_i - w_j||^2) for j != i,   xi_ii = 1 - sum_(j != i) xi_ij
@@ -10,14 +10,19 @@ https://arxiv.org/abs/2007.03797. Round t, on the server and then on client i:
     xi_ij = (1 - xi_ii) exp(sigma cos(w_i, w_j)) / sum_(h != i) exp(sigma cos(w_i, w_h))  HeurFedAMP
 
 HeurFedAMP (``heuristic: true``), for deep networks, has xi_ii = self_weight. w_i are the
-parameters; training starts at them (``start: own``) or at u_i (``cloud``). Accuracy is that of w_i
-after training. BatchNorm: statistics are the client's own; they enter neither distances nor mixes.
-Bytes per client and round: the parameters up (w_i) and down (u_i). Deviations: the defaults are
-those of the FedAMP that FedLoRA's first author gave to Fling, which multiplies alpha by 0.1 one
-round later than here. With sigma = 100 and alpha = 10^4 a row sums to far above 1 and xi_ii is
-negative: ``convex`` scales the others down to a sum of 1 (false: as it is there). SGD on the
-penalty diverges once lr lam / alpha >= 2 (1 + momentum), which that schedule reaches in round 181,
-so ``alpha_min`` (0: none, as there). In PFLlib the penalty has no gradient.
+parameters. Training starts at w_i (``start: own``) or at u_i (``cloud``). The accuracy is that of
+w_i after training.
+
+BatchNorm: statistics are personal. They enter neither distances nor mixes.
+
+Bytes per client and round: the parameters up (w_i) and down (u_i).
+
+Deviations: the defaults are those of the FedAMP that FedLoRA's first author contributed to Fling;
+Fling multiplies alpha by 0.1 one round later. With sigma = 100 and alpha = 10^4 the weights xi_ij
+of a row sum to far above 1 and xi_ii is negative; ``convex: true`` scales them down to a sum of 1
+(false: as in Fling). SGD on the penalty diverges once lr lam / alpha >= 2 (1 + momentum), which
+Fling's schedule reaches in round 181; ``alpha_min`` prevents this (0: no bound, as in Fling). In
+PFLlib the penalty has no gradient.
 """
 
 from dataclasses import dataclass
@@ -38,8 +43,8 @@ _CLOUD = method_leaf_name("cloud")
 
 @dataclass(frozen=True)
 class FedAMP(Algorithm):
-    """``sigma`` is in units of a squared distance; HeurFedAMP multiplies cosines by it (easyFL:
-    25). ``self_weight`` 0 stands for 1 / (clients of the round). u_i is kept as ``cloud.<leaf>``.
+    """``sigma`` has the unit of a squared distance; HeurFedAMP multiplies cosines by it (easyFL:
+    25). ``self_weight`` 0 stands for 1 / (clients of the round). u_i is stored as ``cloud.<leaf>``.
     """
 
     evaluate_on = "after_training"
@@ -56,7 +61,7 @@ class FedAMP(Algorithm):
 
     @property
     def center_keys(self) -> bool:  # type: ignore[override]  # read only, like every field
-        return not self.heuristic  # distances may be taken from the mean, cosines may not
+        return not self.heuristic  # centring changes cosines, but not distances
 
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)", alpha="(0, inf)", decay="(0, 1]", decay_every="[1, inf)")

@@ -1,9 +1,9 @@
 """Clients predict with a learned mixture of their own network and a small shared one.
 
 Qin et al., "FedAPEN: Personalized Cross-silo Federated Learning with Adaptability to Statistical
-Heterogeneity", KDD 2023, https://doi.org/10.1145/3580305.3599344. Client k has the network p of its
-own, a copy of the small network s, and the share w in [0, 1], from 0.5; names of networks stand for
-their logits:
+Heterogeneity", KDD 2023, https://doi.org/10.1145/3580305.3599344. Client k has its own network p, a
+copy of the small network s, and a weight w in [0, 1], which starts at 0.5. Below, p and s stand for
+the logits of the networks:
 
     L_p  =  CE(p) + KL(softmax(s) || softmax(p)) + CE(w p + (1 - w) s)      s a constant
     L_s  =  CE(s) + KL(softmax(p) || softmax(s)) + CE(w p + (1 - w) s)      p a constant
@@ -11,15 +11,17 @@ their logits:
     w  <-  clip(w - eta_w grad CE(w p + (1 - w) s), 0, 1)
            w_epochs, on samples held out, after the mean
 
-The client's own model is w p + (1 - w) s. Its share of the samples, ``held_out``, trains no
-network.
+The client predicts with w p + (1 - w) s. The fraction ``held_out`` of its samples trains only w,
+neither network. ``client_model`` returns p alone. ``train_loss`` is L_p + L_s.
 
-BatchNorm: that of p is the client's own; running statistics of s are averaged. w moves none. Bytes
-per client and round: all leaves of s up, all leaves of s down. Deviations: w is learned from the
-second round on, before it is used: on a copy for every evaluation, and the same again when the
-client next trains. The authors give their networks weights of their own at the start; here all
-clients of one architecture start equal. ``client_model`` has p alone. ``train_loss`` is L_p
-+ L_s.
+BatchNorm: that of p is personal; running statistics of s are averaged. Learning w updates no
+statistics.
+
+Bytes per client and round: all leaves of s up, all leaves of s down.
+
+Deviations: w is learned from the second round on, before it is used: on a copy for every
+evaluation, and in the same way when the client next trains. The authors initialise every client's
+network differently; here all clients with the same architecture start equal.
 """
 
 from dataclasses import dataclass
@@ -39,8 +41,8 @@ _MIX_W = method_leaf_name("mix", "w")
 
 @dataclass(frozen=True)
 class FedAPEN(Companion):
-    """``equal: true`` keeps w = 0.5 (FedEN); the same samples are held out, or none by ``held_out:
-    0``.
+    """``equal: true`` keeps w = 0.5 (FedEN). The same samples are held out, or none with
+    ``held_out: 0``.
     """
 
     equal: bool = False

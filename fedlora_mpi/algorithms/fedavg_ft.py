@@ -2,15 +2,17 @@
 
 Wang et al., "Federated Evaluation of On-device Personalization", 2019,
 https://arxiv.org/abs/1910.10252; Yu et al., "Salvaging Federated Learning by Local Adaptation",
-2020, https://arxiv.org/abs/2002.04758, section 3.1. Training is FedAvg's:
+2020, https://arxiv.org/abs/2002.04758, section 3.1. Training is that of FedAvg:
 
     w    <-  sum_k (n_k / n) w_k
     w_k' <-  argmin L_k from w, ft_epochs epochs    only to be evaluated; neither sent nor kept
 
-BatchNorm: running statistics are averaged; fine-tuning moves those of its copy.
+BatchNorm: running statistics are averaged. Fine-tuning updates those of its copy.
+
 Bytes per client and round: all leaves up, all leaves down.
-Deviations: fine-tuning takes the settings of ``train``, and the batches with which the next round
-would train: with ft_epochs = train.epochs it is the next round's training, seen before its mean.
+
+Deviations: fine-tuning uses the settings of ``train`` and the batches of the next round's training.
+With ft_epochs = train.epochs it equals the next round's local training before the mean.
 """
 
 from dataclasses import dataclass

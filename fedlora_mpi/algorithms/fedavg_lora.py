@@ -1,13 +1,16 @@
 """FedLoRA's network with everything shared: "FedAvg + LoRA" of the paper's Table 4.
 
-Wu et al. (see ``fedlora.py``), Table 4: does the added capacity of tau explain the gain? sigma, A
-and B train as in FedLoRA, eqs. (6) and (7), and each is averaged:
+Wu et al. (see ``fedlora.py``), Table 4. It tests whether the added capacity of tau explains
+FedLoRA's gain. sigma, A and B train as in FedLoRA, eqs. (6) and (7), and each is averaged:
 
     sigma <- (1/N) sum_i sigma_i        A <- (1/N) sum_i A_i        B <- (1/N) sum_i B_i
 
-BatchNorm: running statistics are averaged. Bytes per client and round: all leaves of the model and
-all factors, up and down.
-Deviations: the paper does not say how the low-rank part is averaged; factor by factor is assumed.
+BatchNorm: running statistics are averaged.
+
+Bytes per client and round: all leaves of the model and all factors, up and down.
+
+Deviations: the paper does not say how the low-rank part is averaged; here A and B are averaged
+separately.
 """
 
 from dataclasses import dataclass

@@ -1,15 +1,17 @@
 """FedAvg whose server steps with momentum along the mean change of the clients.
 
 Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
-Classification", 2019, https://arxiv.org/abs/1909.06335, section 4.3. For the clients' w_k, trained
-from w:
+Classification", 2019, https://arxiv.org/abs/1909.06335, section 4.3. The clients' models w_k are
+trained from w:
 
     Delta  =  sum_k (n_k / n) (w_k - w)
     v  <-  beta v + Delta                   v = 0 before round 1
     w  <-  w + eta v
 
-BatchNorm: running statistics are the mean's; affine parameters are stepped.
+BatchNorm: running statistics are averaged. The server's optimiser updates affine parameters.
+
 Bytes per client and round: all leaves up, all leaves down. The server keeps v.
+
 Deviations: v is as in torch.optim.SGD; FL-bench steps along beta v + Delta (Nesterov).
 """
 
@@ -27,7 +29,9 @@ from ..models.network import Model
 
 @dataclass(frozen=True)
 class FedAvgM(Algorithm):
-    """A repeated step grows to 1 / (1 - beta) times its length: with beta 0.9, eta 1 is large."""
+    """If Delta stays the same, the step grows to 1 / (1 - beta) times eta Delta. With beta 0.9, eta
+    1 is therefore large.
+    """
 
     eta: float = 1.0
     beta: float = 0.9

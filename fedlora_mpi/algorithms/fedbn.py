@@ -1,14 +1,16 @@
-"""One model for all clients but for its normalisation layers, which stay with each client.
+"""All clients share one model, except for the normalisation layers, which are personal.
 
 Li et al., "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", ICLR 2021,
 https://arxiv.org/abs/2102.07623, Algorithm 1. For every layer l that does not normalise:
 
     w_l  <-  (1/N) sum_i w_l_i
 
-BatchNorm: affine parameters and running statistics are the client's own.
+BatchNorm: affine parameters and running statistics are personal.
+
 Bytes per client and round: all leaves but those of normalisation layers, up and down.
-Deviations: layers are told by their type (LayerNorm and GroupNorm count too), not by a "bn" in the
-name, which misses a ResNet's ``downsample.1`` in PFLlib and FL-bench.
+
+Deviations: normalisation layers are recognised by their type (also LayerNorm and GroupNorm). PFLlib
+and FL-bench look for "bn" in the name, which misses a ResNet's ``downsample.1``.
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from ..models.network import Model
 
 @dataclass(frozen=True)
 class FedBN(Algorithm):
-    """``weights: uniform``, as in the paper."""
+    """All clients have the same weight by default, as in the paper."""
 
     weights: Literal["samples", "uniform"] = "uniform"
     absent: Literal["exclude", "stale"] = "exclude"

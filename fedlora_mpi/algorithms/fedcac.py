@@ -1,22 +1,28 @@
-"""Parameters that matter to a client are averaged over similar clients alone, the others over all.
+"""Parameters critical to a client are averaged over similar clients only, the others over all.
 
 Wu et al., "Bold but Cautious: Unlocking the Potential of Personalized Federated Learning through
-Cautiously Aggressive Collaboration" (FedCAC), ICCV 2023, https://arxiv.org/abs/2309.11103. After
-training from w0 to w, in each parameter tensor; then on the server in round t = 0, 1, ...:
+Cautiously Aggressive Collaboration" (FedCAC), ICCV 2023, https://arxiv.org/abs/2309.11103. Client i
+trains from w0 to w and finds m_i in each parameter tensor. The server does the rest, in round t =
+0, 1, ...:
 
     m_i  = 1 for the floor(tau size) entries largest in |(w - w0) w|, else 0   (critical entries)
     O_ij = 1 - ||m_i - m_j||_1 / (2 ||m_i||_1),   mean O and max O over i != j
     C_i  = {i} and all j with O_ij >= mean O + (t + 1) / beta (max O - mean O)
     w_i <- m_i mean_(j in C_i) w_j + (1 - m_i) sum_j p_j w_j         (start of the next round)
 
-From t + 1 > beta on critical entries are the client's own, unless all overlaps are equal.
-BatchNorm: affine parameters are parameters like the others; statistics stay on the client as in the
-official code (``bn_stats: local``) or are averaged (``mean``). Bytes per client and round: up the
-uploaded leaves and a bit per parameter; down the mean and the mix, as the client composes them (a
-server that knows the masks could send the parameters once). Deviations: as in the official code
-(Fling), a tensor whose last chosen score is at most 1e-10 takes all entries above 1e-20; where none
-is, nothing is critical (there: all). The overlap is compared with a slack of 1e-12, so that
-rounding splits no ties. PFLlib resets critical entries to the initial weights after round 1.
+From t + 1 > beta on, C_i = {i}: critical entries stay with the client, unless all overlaps are
+equal.
+
+BatchNorm: affine parameters are treated like all parameters. Statistics stay on the client, as in
+the official code (``bn_stats: local``), or are averaged (``mean``).
+
+Bytes per client and round: up the uploaded leaves and one bit per parameter. Down the mean and the
+mix, which the client combines. (A server that knows the masks could send the parameters once.)
+
+Deviations: as in the official code (Fling), if the smallest selected score of a tensor is at most
+1e-10, all entries with a score above 1e-20 are selected. If there are none, no entry is critical
+(in Fling: all). Overlaps are compared with a tolerance of 1e-12, so that rounding splits no ties.
+PFLlib resets critical entries to the initial weights after round 1.
 """
 
 from dataclasses import dataclass
@@ -39,9 +45,9 @@ _CRITICAL = method_leaf_name("critical")
 
 @dataclass(frozen=True)
 class FedCAC(Algorithm):
-    """``tau``: share of critical entries; ``beta``: rounds in which the threshold rises (the
-    authors' for CIFAR-100: 0.4, 170). ``own.<leaf>`` is the mix over C_i, ``critical.<leaf>`` is
-    m_i.
+    """``tau`` is the share of critical entries. ``beta`` is the number of rounds in which the
+    threshold rises (the authors' values for CIFAR-100: 0.4, 170). ``own.<leaf>`` is the mix over
+    C_i, ``critical.<leaf>`` is m_i.
     """
 
     weights: Literal["samples", "uniform"] = "samples"
@@ -67,7 +73,7 @@ class FedCAC(Algorithm):
 
     def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
-            # not composed again: ``begin`` has done that
+            # ``begin`` has already combined the mean and the mix
             w = Algorithm.client_model(self, model, now)
             return cross_entropy(model(w, batch.x), batch)
 
@@ -95,7 +101,9 @@ class FedCAC(Algorithm):
         return is_similar / is_similar.sum(1, keepdim=True).to(gram)
 
     def client_model(self, model: Model, v: Variables) -> Tree:
-        """w_i; right after training, what was trained, of which critical entries have a copy."""
+        """w_i. Right after training this is the trained model: ``finish`` has stored the trained
+        parameters under ``own.<leaf>``, too.
+        """
         m, own = select_prefix(v.personal, _CRITICAL), select_prefix(v.personal, _OWN)
         return super().client_model(model, v) | {
             n: torch.where(m[n], w, v.shared[n]) for n, w in own.items()
@@ -103,7 +111,7 @@ class FedCAC(Algorithm):
 
 
 def critical_mask(start: Tensor, end: Tensor, tau: float) -> Tensor:
-    """m: where |(w - w0) w| is among the floor(tau size) largest of the tensor."""
+    """The mask m: True where |(w - w0) w| is among the floor(tau size) largest of the tensor."""
     score, count = ((end - start) * end).abs(), int(tau * end.numel() + 1e-9)
     if count == 0:
         return torch.zeros_like(score, dtype=torch.bool)

@@ -1,25 +1,30 @@
-"""LoRA with a rank per client, unbiased: a full-rank base is corrected by what was trained.
+"""LoRA with a rank per client, without bias: a full-rank base is corrected by the trained change.
 
 Peng et al., "FedHL: Federated Learning for Heterogeneous Low-Rank Adaptation via Unbiased
-Aggregation", 2025, https://arxiv.org/abs/2505.18494; numbers of equations as a baseline of FedHera
-cites them. W^r is the best approximation of rank r (``flexlora``), W_k = s_k B_k A_k what client k
-has made of W^{r_k}:
+Aggregation", 2025, https://arxiv.org/abs/2505.18494. Equation numbers are those with which FedHera,
+which has FedHL as a baseline, cites them. W^r is the best rank-r approximation of W (``flexlora``).
+Client k trains W^{r_k} to W_k = s_k B_k A_k:
 
     W    <-  W + sum_k p_k (W_k - W^{r_k})
     t_k  =   ||W - W^{r_k}||_F^2 = sum_{j > r_k} s_j^2, over all layers                         (8)
     p_k  =   1 / (t_k^2 + eps) / sum_j 1 / (t_j^2 + eps)                                        (15)
 
-FlexLoRA's mean differs by sum_k p_k (W - W^{r_k}): without training it shrinks W, FedHL leaves it
-as it is.
+FlexLoRA's mean differs by sum_k p_k (W - W^{r_k}). Without training FlexLoRA shrinks W, whereas
+FedHL leaves W unchanged.
 
-The weights are steep: a client whose rank holds all of W takes nearly the whole weight at the
-paper's absolute eps = 1e-6. ``eps_relative`` adds that share of ||W||_F^4 to eps; ``weight_mode``:
-the paper's, uniform, n_k (samples) or n_k / (t_k^2 + eps) (both); ``per_layer``: t_k and p_k of
-each layer by itself. BatchNorm: takes its statistics as they are, unless ``full`` names norm. Bytes
-per client and round: 4 (r_k (d_out + d_in) for each decomposed weight, and what is trained in full)
-up and down; the server keeps d_out d_in numbers of each. The weights follow from singular values,
-which it has. Deviations: what is trained in full is averaged by n_k, since it is not truncated. The
-abstract is all that could be read: bound, per-layer or common weights, and eps are those of the
+The weights p_k are steep: with the paper's absolute eps = 1e-6, a client whose rank holds all of W
+gets nearly the whole weight. ``eps_relative`` adds that share of ||W||_F^4 to eps. ``weight_mode``
+chooses p_k: the paper's, uniform, proportional to n_k (samples) or to n_k / (t_k^2 + eps) (both).
+``per_layer`` computes t_k and p_k for each layer separately.
+
+BatchNorm: uses the stored statistics unchanged, unless ``full`` names norm.
+
+Bytes per client and round: 4 (r_k (d_out + d_in) for each decomposed weight, and what is trained in
+full) up and down. The server keeps d_out d_in numbers of each. It computes the weights from
+singular values that it already has.
+
+Deviations: what is trained in full is averaged by n_k, since it is not truncated. Only the abstract
+could be read: the bound, the choice of per-layer or common weights, and eps follow FedHera's
 baseline.
 """
 
@@ -41,8 +46,8 @@ _TAIL = method_leaf_name("tail")
 
 @dataclass(frozen=True)
 class FedHL(RedistributedTuning):
-    """Further shared leaves: "tail.<weight>" [R + 1], sum_{j > r} s_j^2 of W for each rank r up to
-    R.
+    """Further shared leaves: "tail.<weight>" [R + 1], the sum_{j > r} s_j^2 of W for each rank r
+    from 0 to R.
     """
 
     weight_mode: Literal["paper", "uniform", "samples", "both"] = "paper"
@@ -65,7 +70,7 @@ class FedHL(RedistributedTuning):
         return super().download({n: v for n, v in shared.items() if not n.startswith(_TAIL)})
 
     def mean_terms(self, upload: Tree, shared: Tree) -> Tree:
-        """W_k - W^{r_k}."""
+        """W_k - W^{r_k}, for each decomposed weight."""
         received_products = self.factor_products(self.download(shared))
         return {
             factor_name(n, "W"): p - received_products[n]
@@ -73,7 +78,7 @@ class FedHL(RedistributedTuning):
         }
 
     def term_weights(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        """p_k times a number that all clients have in common: at most 1, or n_k."""
+        """p_k, up to a factor common to all clients. It is at most 1, or at most n_k."""
         tails, r = select_prefix(shared, _TAIL), max(self.lora_ranks)
         parts = {
             n: torch.stack([tail[min(r, len(tail) - 1)], tail[-1], tail[0]])
@@ -92,7 +97,7 @@ class FedHL(RedistributedTuning):
     def _rank_weight(
         self, tail_energy: Tensor, min_tail_energy: Tensor, total_energy: Tensor
     ) -> Tensor:
-        """Eq. (15) of t_k, relative to a client of rank R; whole: ||W||_F^2."""
+        """Eq. (15) for t_k, relative to a client of rank R. ``total_energy`` is ||W||_F^2."""
         eps = self.eps + self.eps_relative * total_energy.square()
         return (min_tail_energy.square() + eps) / (tail_energy.square() + eps)
 
@@ -109,7 +114,7 @@ class FedHL(RedistributedTuning):
 
 
 def _tail_energies(W: Tensor, B: Tensor) -> Tensor:
-    """[R + 1] sum_{j > r} s_j^2 of W for r = 0 to R; s_j is the norm of column j of B = U S."""
+    """[R + 1]: sum_{j > r} s_j^2 of W for r = 0 to R. s_j is the norm of column j of B = U S."""
     squares = B.double().square().sum(0)
     tail_energies = W.double().square().sum() - torch.cat([squares.new_zeros(1), squares.cumsum(0)])
     return tail_energies.clamp(min=0).to(W.dtype)

@@ -1,27 +1,30 @@
-"""Large personal networks and a small shared one teach each other; updates travel as SVDs.
+"""Large personal networks and a small shared one teach each other; updates are sent as SVDs.
 
 Wu et al., "Communication-Efficient Federated Learning via Knowledge Distillation", Nature
-Communications 2022, https://arxiv.org/abs/2108.13323. Client k has the network F (the mentor t) of
-its own and a copy of the small network g (the mentee s); h are the features that enter the head,
-W_h is a matrix of the client's own:
+Communications 2022, https://arxiv.org/abs/2108.13323. Client k has its own network F (the mentor,
+t) and a copy of the small network g (the mentee, s). h are the features that enter the head, W_h is
+a personal matrix:
 
     D     =  CE_t + CE_s                          L_h  =  mean (h_t - W_h h_s)^2
     L_t   =  CE_t + (KL(p_s || p_t) + L_h) / D    L_s  =  CE_s + (KL(p_t || p_s) + L_h) / D
     F, W_h, g  <-  descend on L_t + L_s, from the server's g
     g     <-  g + C(mean_k C(g_k - g))
 
-C keeps, of each matrix [d1, d2] (a convolution is [O, I K1 K2]), the n largest singular values, n
->= 1 the smallest number whose squares are at least T_t of the sum of all, T_t = T_start + (t + 1) /
-T (T_end - T_start) in round t from 0: ``energy_start``, ``energy_end`` and, for T,
-``energy_rounds``. Vectors stay as they are.
+C compresses each matrix [d1, d2] (a convolution is [O, I K1 K2]) to its n largest singular values.
+n >= 1 is the smallest number whose squares are at least T_t of the sum of all squares. In round t
+(from 0), T_t = T_start + (t + 1) / T (T_end - T_start), with the settings ``energy_start``,
+``energy_end`` and, for T, ``energy_rounds``. Vectors are not compressed.
 
-BatchNorm: that of F is the client's own; running statistics of g are averaged. Bytes per client and
-round: 4 (n (d1 + d2 + 1) for each matrix of g, and the numbers of its vectors) up and down, which
-can be more than all of g at T_t near 1; in round 1 all of g comes down. One that missed rounds is
-counted as if it had followed. Deviations: gradients pass the teachers and D, as in the authors'
-code; ``detached: true`` makes them constants. That code divides KL by the classes too, leaves out a
-matrix that needs all its singular values, uses Adam, and has a term for attention maps. HtFLlib
-compresses parameters, not updates.
+BatchNorm: that of F is personal; running statistics of g are averaged.
+
+Bytes per client and round: 4 (n (d1 + d2 + 1) for each matrix of g, and the numbers of its vectors)
+up and down. This can be more than all of g if T_t is near 1. In round 1 all of g comes down. A
+client that missed rounds counts as if it had received their updates.
+
+Deviations: gradients flow through the teachers and D, as in the authors' code; ``detached: true``
+makes them constants. The authors' code also divides KL by the number of classes, leaves out a
+matrix that needs all its singular values, uses Adam, and has a loss term for attention maps.
+HtFLlib compresses parameters, not updates.
 """
 
 from dataclasses import dataclass
@@ -45,7 +48,9 @@ _W_H = method_leaf_name("hidden", "W_h")
 
 @dataclass(frozen=True)
 class FedKD(Companion):
-    """Shared leaves beside g: "svd.round", rounds done; "svd.numbers", size of the last message."""
+    """Shared leaves beside g: "svd.round", the rounds done, and "svd.numbers", how many numbers the
+    last message had.
+    """
 
     energy_start: float = 0.95
     energy_end: float = 0.98
@@ -94,7 +99,9 @@ class FedKD(Companion):
     def finish(
         self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
     ) -> Variables:
-        """What the server will make of the client's message."""
+        """Replace the trained g by what the server reconstructs from the client's compressed
+        message.
+        """
         return end._replace(shared=self.compress_update(start.shared, end.shared))
 
     def upload(self, start: Variables, end: Variables) -> Tree:
@@ -113,7 +120,7 @@ class FedKD(Companion):
         return server, shared | {_ROUND: shared[_ROUND] + 1}
 
     def compress_update(self, old: Tree, new: Tree) -> Tree:
-        """old + C(new - old) for the leaves of g, with the numbers of the message that says so."""
+        """old + C(new - old) for the leaves of g, and the compressed message's size in numbers."""
         round_ = old[_ROUND]
         share = ((round_.double() + 1) / self.energy_rounds).clamp(max=1)
         energy = self.energy_start + share * (self.energy_end - self.energy_start)  # T_t

@@ -1,4 +1,4 @@
-"""Shared full-rank weights plus a personal low-rank part, trained in turn.
+"""Shared full-rank weights plus a personal low-rank part; the two parts train in turn.
 
 Wu et al., "FedLoRA: When Personalized Federated Learning Meets Low-Rank Adaptation", ICLR 2024
 submission; published as FedDecomp, ACM MM 2024, https://arxiv.org/abs/2406.19931. For client i:
@@ -8,14 +8,15 @@ submission; published as FedDecomp, ACM MM 2024, https://arxiv.org/abs/2406.1993
     sigma_i <- argmin L_i(tau_i, sigma_i), the other epochs, tau_i held still       (7)
     sigma   <- (1/N) sum_i sigma_i                                                  (8)
 
-sigma is every leaf of the model, biases and BatchNorm included; A_i and B_i never leave client i.
+sigma holds every leaf of the model, including biases and BatchNorm. A_i and B_i never leave the
+client.
 
-BatchNorm: affine parameters and running statistics belong to sigma and are averaged; statistics
-also move while the low-rank part trains, its affine parameters do not. ``bn_stats: local`` keeps
-the statistics on the client. Bytes per client and round: all leaves of the model up and down,
-whatever the ranks; under ``bn_stats: local`` without the statistics. Deviations: the paper leaves
-open the variance of A, the treatment of BatchNorm and the layout of eq. (5); here they are those of
-the official code (see ``components/lowrank.py``).
+BatchNorm: affine parameters and running statistics belong to sigma and are averaged. While the
+low-rank part trains, the statistics still move but the affine parameters do not. ``bn_stats:
+local`` keeps the statistics on the client. Bytes per client and round: all leaves of the model up
+and down, independent of the ranks. With ``bn_stats: local`` the statistics are not sent.
+Deviations: the paper does not specify the variance of A, the treatment of BatchNorm and the layout
+of eq. (5). All three follow the official code (see ``components/lowrank.py``).
 """
 
 from dataclasses import dataclass
@@ -31,8 +32,9 @@ from ..models.network import Model
 
 @dataclass(frozen=True)
 class FedLoRA(LowRank, Algorithm):
-    """``absent: stale``, as in the official code: clients outside the cohort count in the mean
-    with the last sigma."""
+    """``absent: stale`` follows the official code: a client outside the cohort counts in the mean
+    with the last sigma.
+    """
 
     weights = "uniform"
     bn_stats: Literal["shared", "local"] = "shared"

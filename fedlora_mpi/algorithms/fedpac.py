@@ -1,28 +1,31 @@
-"""A shared body whose features of a class are pulled together; heads are mixed by their benefit.
+"""Clients share a body that aligns class features; each client's head is a mix of all heads.
 
 Xu, Tong and Huang, "Personalized Federated Learning with Feature Alignment and Classifier
-Collaboration" (FedPAC), ICLR 2023, https://arxiv.org/abs/2306.11867. With the received body, client
-i with n_i samples, of which a share pi_k has class k, computes over all of them, z being features:
+Collaboration" (FedPAC), ICLR 2023, https://arxiv.org/abs/2306.11867. Client i has n_i samples, of
+which a share pi_k has class k. With the received body it computes over all its samples, where z are
+the features:
 
     h_i = [pi_k mean(z | k)]_k          V_i = (mean ||z||^2 - ||h_i||^2) / n_i
 
-It trains the head, ``head_epochs``, then the body, all epochs, on CE + lam mean_d (z - c_y)^2,
-where c_k is the mean feature of class k over all clients, or its own where no client had the class.
-Then
+It trains the head for ``head_epochs`` epochs, then the body for all epochs, on the loss CE + lam
+mean_d (z - c_y)^2. Here c_k is the mean feature of class k over all clients, or the client's own
+mean if no client had the class. Then
 
     body <- sum_i (n_i / n) body_i      c_k <- sum_i n_ik mean_i(z | k) / sum_i n_ik
     head_i <- sum_j alpha_j head_j,     alpha = argmin over the simplex of alpha' Q alpha,
               Q_ab = delta_ab V_a + <h_i - h_a, h_i - h_b>, that is of
               sum_a V_a alpha_a^2 + ||h_i - sum_a alpha_a h_a||^2
 
-Weights below 0.001 become zero. There is no pull in round 1. Accuracy is that after training.
-BatchNorm: belongs to the body and is averaged; statistics move in both phases. Features for h, V
-and c are those of evaluation mode, so that they depend on no batch. Bytes per client and round: up
-body, head, classes (2 d + 1) + 1 numbers for c, h and V; down body, head, classes (d + 1) numbers,
-with d features. Deviations: no external QP solver; the authors drop eigenvalues of Q under 0.01
-where rounding made it indefinite, which float64 does not need. They train with lr 0.01, momentum
-0.5, weight decay 0.0005; here the body takes the settings of ``train``. PFLlib weighs clients
-equally in c.
+Weights below 0.001 become zero. Round 1 has no feature term. Accuracy is measured after local
+training.
+
+BatchNorm: belongs to the body and is averaged. Its statistics move in both phases. The features for
+h, V and c are computed in evaluation mode, so they do not depend on the batch. Bytes per client and
+round: up the body, the head and classes (2 d + 1) + 1 numbers for c, h and V; down the body, the
+head and classes (d + 1) numbers, where d is the number of features. Deviations: no external QP
+solver. The authors drop eigenvalues of Q below 0.01 because rounding can make Q indefinite; float64
+does not need this. The authors train with lr 0.01, momentum 0.5, weight decay 0.0005; here the body
+uses the settings of ``train``. PFLlib weighs all clients equally in c.
 """
 
 from dataclasses import dataclass
@@ -52,7 +55,7 @@ _OWN_VARIANCE = method_leaf_name("own", "variance")
 
 @dataclass(frozen=True)
 class FedPAC(Algorithm):
-    """``head_epochs`` come before ``train.epochs``, which all go to the body."""
+    """The ``head_epochs`` come first; all of ``train.epochs`` then train the body."""
 
     evaluate_on = "after_training"
     center_keys = True
@@ -110,5 +113,5 @@ class FedPAC(Algorithm):
 
     def mix(self, gram: Tensor, extra: Tensor, round_: int) -> Tensor:
         alpha = best_weights(gram, extra[:, 0])
-        alpha = alpha * (alpha > min(1e-3, 0.5 / len(gram)))  # one is at least 1 / n
+        alpha = alpha * (alpha > min(1e-3, 0.5 / len(gram)))  # the largest weight is at least 1 / n
         return alpha / alpha.sum(1, keepdim=True)

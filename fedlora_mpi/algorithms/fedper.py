@@ -1,4 +1,4 @@
-"""A shared body under a head of each client's own; both train together.
+"""A shared body and one personal head per client; both train together.
 
 Arivazhagan et al., "Federated Learning with Personalization Layers", 2019,
 https://arxiv.org/abs/1912.00818, Algorithms 1 and 2. With base layers W_B and personalization
@@ -8,10 +8,10 @@ layers W_P_i of client i:
     W_B         <-  sum_i (n_i / n) W_B_i
 
 BatchNorm: affine parameters and running statistics belong to the base layers; statistics are
-averaged. Bytes per client and round: all leaves but the ``personal`` ones (the head), up and down.
-Deviations: the paper counts K_P layers from the end (tuned from 1 to 4) and starts each client's at
-its own; here, as in Fling and PFLlib, the classifier alone is personal, and all clients start
-equal.
+averaged. Bytes per client and round: all leaves except the ``personal`` ones (the head), up and
+down. Deviations: in the paper the last K_P layers are personal (K_P is tuned from 1 to 4), and each
+client initialises its own. Here, as in Fling and PFLlib, only the classifier is personal, and all
+clients start from the same weights.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,10 @@ from ..models.network import Model
 
 @dataclass(frozen=True)
 class FedPer(Algorithm):
-    """``personal``: what stays with the client: ``head`` or patterns of leaf names, such as
-    ``fc.*``. All of it (``*``) is Local, nothing is FedAvg."""
+    """``personal`` names the leaves that stay on the client: ``head`` or patterns of leaf names,
+    such as ``fc.*``. If all leaves are personal (``*``), the method is Local; if none is, it is
+    FedAvg.
+    """
 
     personal: tuple[str, ...] = ("head",)
     weights: Literal["samples", "uniform"] = "samples"
@@ -52,7 +54,7 @@ class FedPer(Algorithm):
 
 
 def _leaf_predicate(model: Model, pattern: str) -> Callable[[str], bool]:
-    """Whether a leaf is meant by ``pattern``."""
+    """Return the test whether ``pattern`` matches a leaf."""
     if pattern == "head":
         return lambda leaf: model.role(leaf) == "head"
     return lambda leaf: fnmatchcase(leaf, pattern)

@@ -1,7 +1,7 @@
-"""Clients with different networks pull their features of each class to its mean over all clients.
+"""Clients with different networks align their class features with the global mean of each class.
 
 Tan et al., "FedProto: Federated Prototype Learning across Heterogeneous Clients", AAAI 2022,
-https://arxiv.org/abs/2105.00243. Features z [d] are what enters the head. P_c is the global
+https://arxiv.org/abs/2105.00243. The features z [d] are the input of the head. P_c is the global
 prototype of class c, P_kc that of client k, N_c the clients of the round that hold c:
 
     w_k   <-  argmin CE + lam mean_d (z - P_y)^2              no second term where P_y is unknown
@@ -9,18 +9,19 @@ prototype of class c, P_kc that of client k, N_c the clients of the round that h
     P_c   <-  1/|N_c| sum_(k in N_c) P_kc                           (``weights: uniform``)
     P_c   <-  sum_(k in N_c) n_kc P_kc / sum_(k in N_c) n_kc        (``samples``)
 
-There is no pull in round 1. A class that no client of the round holds is unknown in the next (by
-``absent: stale`` it keeps its prototype). ``inference: classifier`` predicts by the network,
-``prototypes`` the class of the nearest P_c, among all ``known`` ones or among those that the client
-has held in training (``own``; among all where none of those is known).
+Round 1 has no prototype term. If no client of a round holds a class, the class is unknown in the
+next round; with ``absent: stale`` it keeps its prototype. ``inference: classifier`` predicts with
+the network. ``inference: prototypes`` predicts the class of the nearest P_c. The candidates are all
+known classes (``among: known``) or the known classes that the client has in its training data
+(``own``; all known classes if it has none of them).
 
-BatchNorm: all of it is the client's own. Prototypes are of features in evaluation mode. Bytes per
-client and round: up d numbers for each class that it holds, down d for each known class; what says
-which classes these are, and how many samples, is not counted. Deviations: the authors' code takes
-P_kc over the last epoch, while the model moves; here it is that of the trained model over all
-training data. Their mean is ``uniform``, the paper's by ``samples``. The paper predicts by
-prototypes, their code both ways, HtFLlib by prototypes ``known``. By prototypes,
-``accuracy_trained`` is that by the client's own P_kc.
+BatchNorm: all of it is the client's own. Prototypes use features in evaluation mode. Bytes per
+client and round: up d numbers for each class that the client holds, down d for each known class.
+The class indices and sample counts that go with them are not counted. Deviations: the authors' code
+computes P_kc during the last epoch, while the model changes. Here P_kc comes from the trained model
+and all training data. The mean of the authors' code is ``uniform``, the paper's is ``samples``. The
+paper predicts by prototypes, the authors' code in both ways, HtFLlib by prototypes with ``known``.
+With ``inference: prototypes``, ``accuracy_trained`` uses the client's own P_kc.
 """
 
 from dataclasses import dataclass
@@ -42,8 +43,8 @@ _OWN_CLASSES = method_leaf_name("own", "classes")
 
 @dataclass(frozen=True)
 class FedProto(Algorithm):
-    """``class.means`` and ``class.shares`` are means over clients whose quotient is P;
-    ``own.classes`` is 1 for a class that the client holds.
+    """``class.means`` and ``class.shares`` are means over clients; their quotient is P.
+    ``own.classes`` is 1 for a class that the client holds, else 0.
     """
 
     needs_all_data = True
@@ -96,8 +97,8 @@ class FedProto(Algorithm):
         return (shared[SHARES] > 0).sum() * shared[MEANS].shape[1]
 
     def logits(self, model: Model, v: Variables, x: Tensor) -> Tensor:
-        """By prototypes: - mean_d (z - P_c)^2, without its term in z alone, which all classes have
-        in common.
+        """The logits [B, classes]. With ``inference: prototypes`` they are -mean_d (z - P_c)^2
+        without the term of z alone, which is the same for all classes.
         """
         if self.inference == "classifier":
             return super().logits(model, v, x)

@@ -1,4 +1,4 @@
-"""FedAvg whose clients are held near the model that they received.
+"""FedAvg with a proximal term that keeps each client near the model it received.
 
 Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020,
 https://arxiv.org/abs/1812.06127. With w the received model, eq. (2) and Algorithm 2:
@@ -6,11 +6,12 @@ https://arxiv.org/abs/1812.06127. With w the received model, eq. (2) and Algorit
     h_k(w_k; w)  =  F_k(w_k) + (mu / 2) ||w_k - w||^2        (2)
     w_k          <-  argmin h_k(w_k; w) from w               w  <-  sum_k (n_k / n) w_k
 
-BatchNorm: running statistics are averaged like every other leaf, and not held.
-Bytes per client and round: all leaves up, all leaves down.
-Deviations: the paper draws clients by n_k and averages them equally; here, as for FedAvg, they are
-drawn equally and count by n_k. The paper tunes mu over 0.001, 0.01, 0.1 and 1 per data set. Some
-public versions lack the square, or hold a client to its own live model, which holds nothing.
+BatchNorm: running statistics are averaged like every other leaf; the proximal term does not include
+them. Bytes per client and round: all leaves up, all leaves down. Deviations: the paper samples
+clients with probability n_k / n and averages them equally. Here, as in FedAvg, clients are sampled
+uniformly and weighed by n_k. The paper tunes mu over 0.001, 0.01, 0.1 and 1 per data set. Some
+public versions omit the square, or measure the distance to the client's own current model, which
+has no effect.
 """
 
 from dataclasses import dataclass

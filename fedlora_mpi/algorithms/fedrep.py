@@ -1,4 +1,4 @@
-"""A shared body under a head of each client's own; the head trains first, then the body.
+"""A shared body and one personal head per client; the head trains first, then the body.
 
 Collins et al., "Exploiting Shared Representations for Personalized Federated Learning", ICML 2021,
 https://arxiv.org/abs/2102.07078, Algorithm 1. With body phi and head h_i of client i:
@@ -7,12 +7,13 @@ https://arxiv.org/abs/2102.07078, Algorithm 1. With body phi and head h_i of cli
     phi_i  <-  argmin L_i(phi_i, h_i), the other epochs, h_i held still
     phi    <-  sum_i (n_i / n) phi_i
 
-BatchNorm: affine parameters and running statistics belong to phi; statistics are averaged, and also
-move while the head trains. Bytes per client and round: all leaves but those of the head, up and
-down. Deviations: the paper's mean has equal weights; the authors' code counts samples, as here.
-Theirs has one optimizer for both parts, so that on torch before 2 the momentum still moves the part
-held still; here each part starts with empty momenta. Theirs trains the heads 10 epochs in the last
-round. PFLlib: no momentum, statistics local.
+BatchNorm: affine parameters and running statistics belong to phi. The statistics are averaged, and
+they also move while the head trains. Bytes per client and round: all leaves except those of the
+head, up and down. Deviations: the paper's mean has equal weights; the authors' code weighs by
+samples, as here. The authors' code uses one optimizer for both parts, so with torch before version
+2 the momentum still moves the part that is held still. Here each part starts with empty momenta.
+The authors' code trains the heads for 10 epochs in the last round. PFLlib uses no momentum and
+keeps the statistics on the client.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from ..models.network import Model
 
 @dataclass(frozen=True)
 class FedRep(Algorithm):
-    """``head_epochs`` of the ``train.epochs`` are the head's."""
+    """Of ``train.epochs``, the first ``head_epochs`` train the head and the others the body."""
 
     head_epochs: int = 4
     weights: Literal["samples", "uniform"] = "samples"

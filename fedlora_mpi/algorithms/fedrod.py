@@ -1,4 +1,4 @@
-"""One generic model trained as if all classes were equally frequent, and a second head per client.
+"""A generic model trained as if all classes were equally frequent, plus a personal head per client.
 
 Chen and Chao, "On Bridging Generic and Personalized Federated Learning for Image Classification"
 (Fed-RoD, linear variant), ICLR 2022, https://arxiv.org/abs/2107.00778. With body theta, generic
@@ -11,10 +11,11 @@ head psi, personal head phi_i, n_i[c] samples of class c, sg stopping the gradie
 
 BatchNorm: affine parameters and running statistics belong to theta; statistics are averaged. Bytes
 per client and round: all leaves of the model (psi included) up and down. Deviations: the authors
-published no code, and re-implementations differ in who trains theta: by default the first loss
-alone (PFLlib, fluke); ``personal_trains_body`` drops the sg of z, as Fling does. FL-bench stops no
-gradient and predicts phi_i(z) alone. Counts are of all of a client's training data; PFLlib loses
-those of the last batch. The hypernetwork that makes phi_i is not there.
+published no code, and re-implementations differ in which loss trains theta. By default only the
+first loss does (as in PFLlib and fluke). ``personal_trains_body`` removes the sg before z, as in
+Fling. FL-bench stops no gradient and predicts with phi_i(z) alone. The counts n_i cover all of a
+client's training data; PFLlib does not count the last batch. The hypernetwork that generates phi_i
+is not implemented.
 """
 
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ _OWN = method_leaf_name("own")
 
 @dataclass(frozen=True)
 class FedRoD(Algorithm):
-    """``head: copy`` starts phi_i at psi, so that the first p is 2 g; ``zero`` starts p at g."""
+    """``head: copy`` initialises phi_i with psi, so p is 2 g at first. ``head: zero`` starts with p
+    = g.
+    """
 
     gamma: float = 1.0
     head: Literal["copy", "zero"] = "copy"
@@ -72,5 +75,7 @@ class FedRoD(Algorithm):
         return (Phase(train.epochs, (Step(loss),)),)
 
     def client_model(self, model: Model, v: Variables) -> Tree:
-        """Both heads are linear, so their sum is one: psi(z) + phi_i(z) = (psi + phi_i)(z)."""
+        """The client's own model. Both heads are linear, so their sum is one head: psi(z) +
+        phi_i(z) = (psi + phi_i)(z).
+        """
         return v.shared | {n: v.shared[n] + w for n, w in select_prefix(v.personal, _OWN).items()}

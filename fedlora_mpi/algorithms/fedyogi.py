@@ -1,4 +1,4 @@
-"""FedAvg whose server steps with Yogi along the mean change of the clients.
+"""FedAvg whose server applies a Yogi step to the mean change of the clients.
 
 Reddi et al., "Adaptive Federated Optimization", ICLR 2021, https://arxiv.org/abs/2003.00295,
 Algorithm 2; m and the step itself are in ``components/server_optimisers.py``:
@@ -6,10 +6,9 @@ Algorithm 2; m and the step itself are in ``components/server_optimisers.py``:
     v  <-  v - (1 - beta2) Delta^2 sign(v - Delta^2)
     x  <-  x + eta m / (sqrt(v) + tau)
 
-BatchNorm: running statistics are the mean's; affine parameters are stepped.
-Bytes per client and round: all leaves up, all leaves down. The server keeps m and v.
-Deviations: v = tau^2 before round 1 and no correction of the bias, as the paper; the authors' code
-starts at 0.
+BatchNorm: running statistics are averaged; affine parameters take the server's step. Bytes per
+client and round: all leaves up, all leaves down. The server keeps m and v. Deviations: as in the
+paper, v = tau^2 before round 1 and there is no bias correction; the authors' code starts v at 0.
 """
 
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from ..core.bounds import bounded
 
 @dataclass(frozen=True)
 class FedYogi(AdaptiveServer, Algorithm):
-    """beta1 and beta2 as in the paper's experiments."""
+    """The defaults of beta1 and beta2 are those of the paper's experiments."""
 
     beta2: float = 0.99
 

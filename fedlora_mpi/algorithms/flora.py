@@ -1,4 +1,4 @@
-"""LoRA with a rank per client: factors are stacked and merged into the weights every round.
+"""LoRA with one rank per client: factors are stacked and merged into the weights every round.
 
 Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
 Adaptations", NeurIPS 2024, https://arxiv.org/abs/2409.05976. On the weights W_0 + W, W = 0 at the
@@ -9,16 +9,16 @@ start:
     A  =  [p_1 A_1; ...; p_K A_K]       B  =  [B_1, ..., B_K]       p_k = n_k / n
     W  <-  W + s B A  =  W + sum_k p_k s B_k A_k
 
-p_k on both stacks would count a client by p_k^2. The stack has rank sum_k r_k, so that nothing is
-lost or diluted, and s is the same for all ranks.
+Only one of the stacks has p_k; p_k on both would weigh a client by p_k^2. The stack has rank sum_k
+r_k, so nothing is lost or diluted. s is the same for all ranks.
 
-BatchNorm: takes its statistics as they are, unless ``full`` names norm. Bytes per client and round:
-up 4 r_k (d_out + d_in) for each decomposed weight; down the stack of the last round, 4 sum_j r_j
-(d_out + d_in) over its clients j; both ways what is trained in full. A_k is drawn by everybody from
-a number that all know, so it does not come down; but it is trained, so B_k alone would not do on
-the way up. Deviations: the authors' clients draw each its own A_k; here A_k are the first r_k rows
-of one draw per round. A client that was absent would need the stacks of all rounds since; counted
-is the last.
+BatchNorm: uses its initial running statistics unchanged, unless ``full`` includes norm. Bytes per
+client and round: up 4 r_k (d_out + d_in) for each decomposed weight; down the stack of the last
+round, 4 sum_j r_j (d_out + d_in) over its clients j; in both directions also the leaves trained in
+full. All sides draw A_k from a common number, so A_k is not sent down. A_k is trained, so it must
+be sent up with B_k. Deviations: each of the authors' clients draws its own A_k; here A_k are the
+first r_k rows of one draw per round. A client that was absent would need the stacks of all rounds
+that it missed; only the last stack is counted.
 """
 
 from dataclasses import dataclass
@@ -39,11 +39,11 @@ _DRAW_NUMBER, _STACKED_RANK = method_leaf_name("fresh"), method_leaf_name("last"
 
 @dataclass(frozen=True)
 class FLoRA(FineTuning):
-    """Shared leaves: "<weight>.W"; "fresh" [], the number that A is drawn from, another one in
-    every round; "last.<weight>" [], how many components the last stack had.
+    """Three kinds of shared leaves: "<weight>.W"; "fresh" [], the number from which A is drawn, a
+    new one every round; "last.<weight>" [], the number of components of the last stack.
     """
 
-    # no field: a client that has not trained has B = 0, which is the same model
+    # not a field: an untrained client has B = 0, so its model is the server's
     judged: ClassVar = "server"  # type: ignore[misc]
 
     def init(self, model: Model, rng: Generator) -> Variables:
@@ -53,7 +53,9 @@ class FLoRA(FineTuning):
                 factor_name(name, "W"): torch.zeros(*size),
                 _STACKED_RANK + name: torch.tensor(0.0),
             }
-        number = torch.randint(2**23, (), generator=rng)  # so many more are exact in float32
+        number = torch.randint(
+            2**23, (), generator=rng
+        )  # float32 counts 2**23 rounds from it exactly
         return Variables(shared | {_DRAW_NUMBER: number.float()}, {})
 
     def download(self, shared: Tree) -> Tree:
@@ -76,7 +78,7 @@ class FLoRA(FineTuning):
         ) + numel(full)
 
     def mean_terms(self, upload: Tree, shared: Tree) -> Tree:
-        """p_k s B_k A_k, summed over k, is the product of the stacks."""
+        """s B_k A_k of each weight; its mean, sum_k p_k s B_k A_k, is the product of the stacks."""
         return {factor_name(n, "W"): p for n, p in self.factor_products(upload).items()}
 
     def cohort_counts(self, upload: Tree) -> dict[str, int]:

@@ -1,8 +1,8 @@
-"""Clients with networks of their own share a small one, and the two learn from each other.
+"""Clients with different networks share a small network; the two networks teach each other.
 
 Shen et al., "Federated Mutual Learning", 2020, https://arxiv.org/abs/2006.16765, Algorithm 1.
-Client k has the network F (weights w_k) of its own and a copy of the small network g, the meme
-(weights theta):
+Client k has its own network F (weights w_k) and a copy of the small network g, the meme (weights
+theta):
 
     theta_k <- theta
     L_local  =  alpha CE(F, y) + (1 - alpha) KL(softmax(g) || softmax(F))
@@ -10,14 +10,14 @@ Client k has the network F (weights w_k) of its own and a copy of the small netw
     w_k     <- argmin L_local, theta_k <- argmin L_meme     on the same batches, step by step
     theta   <- (1/K) sum_k theta_k
 
-In each loss the other network is a teacher, a constant; both steps start from the values before
-them. The client's own model is F.
+In each loss the other network is the teacher, a constant. Both steps use the values before either
+step. The client's own model is F.
 
 BatchNorm: that of F is the client's own; running statistics of g are averaged. Bytes per client and
 round: all leaves of g up, all leaves of g down. Deviations: the authors' code lowers the learning
-rate every 10 rounds, and as released its fork and merge of the meme are commented out. HtFLlib
-divides KL by the classes, too, lets both losses train both networks, and clips gradients. A round's
-``train_loss`` is L_local + L_meme.
+rate every 10 rounds, and its release has the fork and merge of the meme commented out. HtFLlib also
+divides KL by the number of classes, lets both losses train both networks, and clips gradients. A
+round's ``train_loss`` is L_local + L_meme.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from ..models.network import Model
 
 @dataclass(frozen=True)
 class FML(Companion):
-    """``alpha: 1`` trains F as Local does, ``beta: 1`` g as FedAvg does."""
+    """With ``alpha: 1``, F trains as in Local; with ``beta: 1``, g trains as in FedAvg."""
 
     alpha: float = 0.5
     beta: float = 0.5

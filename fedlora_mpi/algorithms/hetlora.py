@@ -1,8 +1,8 @@
-"""LoRA with a rank per client that shrinks by itself; factors are averaged by product norms.
+"""LoRA with a rank per client that prunes itself; factors are weighed by the norms of the products.
 
 Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models" (HetLoRA),
 EMNLP 2024, https://arxiv.org/abs/2401.06432. Client k has the first r_k components of the server's
-A [R, d_in] and B [d_out, R]; its tail are those from floor(gamma r_k) on:
+A [R, d_in] and B [d_out, R]. Its tail is the components from floor(gamma r_k) on:
 
     T(A, B)     =  sum over layers of
                    ||B[:, floor(gamma r_k):r_k]||_F ||A[floor(gamma r_k):r_k]||_F
@@ -12,16 +12,16 @@ A [R, d_in] and B [d_out, R]; its tail are those from floor(gamma r_k) on:
     A          <-  sum_k p_k A_k      B  <-  sum_k p_k B_k      p_k = S_k / sum_j S_j
     S_k         =  ||B_k A_k||_F = sqrt(sum (B_k' B_k) o (A_k A_k')), all layers together
 
-with zeros in place of the components that a client does not have, which dilute those of the others.
-Where all S_k are zero, they count alike.
+Components that a client does not have count as zeros, which dilutes those of the other clients. If
+all S_k are zero, clients count equally.
 
-BatchNorm: takes its statistics as they are, unless ``full`` names norm. Bytes per client and round:
-up 4 (r_k (d_out + d_in) for each decomposed weight, what is trained in full, and S_k); down the
-same without S_k, r_k being the rank that the client began with. Deviations: a rank that r_min stops
-has no tail, and no penalty then. Down, a client is counted with its first rank, and so it is in
-``lora_truncation``: the server's side of a message does not know r_k, which is the client's own.
-The head is trained in full and averaged by n_k. gamma, lam and r_min are those of others' code; the
-paper's are not known.
+BatchNorm: uses its initial running statistics unchanged, unless ``full`` includes norm. Bytes per
+client and round: up 4 (r_k (d_out + d_in) for each decomposed weight, plus the leaves trained in
+full, plus S_k); down the same without S_k, where r_k is the client's initial rank. Deviations: once
+r_min stops a rank from shrinking, the client has no tail and no penalty. Bytes down and
+``lora_truncation`` use the client's initial rank: the server does not know r_k, which is personal.
+The head is trained in full and averaged by n_k. gamma, lam and r_min are the values of third-party
+code; the paper's values are unknown.
 """
 
 from dataclasses import dataclass
@@ -43,8 +43,8 @@ _RANK, _NORM = method_leaf_name("lora_rank"), method_leaf_name("norm")
 
 @dataclass(frozen=True)
 class HetLoRA(FineTuning):
-    """A personal leaf: "lora_rank", r_k, at first the most components that a layer has. The later
-    ones are zero in both factors, where they have no gradient.
+    """The personal leaf "lora_rank" is r_k. It starts at the largest number of components of any
+    layer. Components beyond r_k are zero in both factors, so their gradient is zero.
     """
 
     gamma: float = 0.99
@@ -64,7 +64,7 @@ class HetLoRA(FineTuning):
         return self.keep_client_rank(v)
 
     def keep_client_rank(self, v: Variables) -> Variables:
-        """``v`` with the first r_k components alone."""
+        """Return ``v`` with all components after the first r_k set to zero."""
         return v._replace(shared=select_components(v.shared, 0, v.personal[_RANK]))
 
     def loss(self, model: Model) -> Loss:
@@ -76,7 +76,7 @@ class HetLoRA(FineTuning):
         return loss
 
     def tail_norm(self, v: Variables) -> Tensor:
-        """T, [], of the components that pruning would take."""
+        """T, []: the penalty on the components that the next pruning would remove."""
         r = v.personal[_RANK]
         norm = torch.linalg.vector_norm  # its gradient at zero is zero
         return sum(
@@ -85,8 +85,10 @@ class HetLoRA(FineTuning):
         )
 
     def pruned_rank(self, r: Tensor) -> Tensor:
-        """The rank after ``r``; ``r`` itself, where the minimum or gamma leave no other."""
-        rank = (self.gamma * r.double() + 1e-9).floor().to(r.dtype)  # 0.29 * 100 is below 29
+        """The rank after pruning ``r``; ``r`` itself if gamma or the minimum leave it unchanged."""
+        rank = (
+            (self.gamma * r.double() + 1e-9).floor().to(r.dtype)
+        )  # floats: 0.29 * 100 is below 29
         return rank.clamp(min=self.lora_rank_min).minimum(r)
 
     def finish(
@@ -107,7 +109,9 @@ class HetLoRA(FineTuning):
         return factors_numel + numel(split(upload, is_not_factor)[0])
 
     def client_model(self, model: Model, v: Variables) -> Tree:
-        """Of the client's own model; where the server's is judged, that has all components."""
+        """The client's own model, with its r_k components. With ``judged: server`` it keeps all
+        components.
+        """
         return super().client_model(
             model, v if self.judged == "server" else self.keep_client_rank(v)
         )
@@ -118,7 +122,7 @@ class HetLoRA(FineTuning):
         return super().adapter(model, self.keep_client_rank(v))
 
     def term_weights(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        # alike where all are zero
+        # the minimum makes clients count equally if all norms are zero
         return dict.fromkeys(factor_pairs(upload), upload[_NORM].clamp(min=1e-8))
 
 
@@ -128,7 +132,9 @@ def factor_pairs(tree: Tree) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def select_components(tree: Tree, first: Tensor | int, end: Tensor) -> Tree:
-    """``tree``, its factors zero outside the components from ``first`` to before ``end``."""
+    """``tree`` with factors that are zero outside the components from ``first`` up to, but without,
+    ``end``.
+    """
     selected = {}
     for name, (A, B) in factor_pairs(tree).items():
         index = torch.arange(len(A), device=A.device)
@@ -139,8 +145,8 @@ def select_components(tree: Tree, first: Tensor | int, end: Tensor) -> Tree:
 
 
 def norm_of_products(tree: Tree) -> Tensor:
-    """The norm of all B A together, [], without making any: ||B A||^2 = sum (B' B) o (A A'), both
-    [r, r].
+    """The norm of all products B A together, []. It forms no product: ||B A||^2 = sum (B' B) o (A
+    A'), where both matrices are [r, r].
     """
     squares = (((B.T @ B) * (A @ A.T)).sum() for A, B in factor_pairs(tree).values())
     return cast(Tensor, sum(squares)).clamp(min=0).sqrt()

@@ -1,21 +1,23 @@
-"""Clients with networks of their own share the head; body and head train together.
+"""Clients with different networks share the head; body and head train together.
 
 Liang et al., "Think Locally, Act Globally: Federated Learning with Local and Global
-Representations" (LG-FedAvg), 2020, https://arxiv.org/abs/2001.01523. Client k has a body phi_k, of
-any shape, whose features enter a head h of one shape:
+Representations" (LG-FedAvg), 2020, https://arxiv.org/abs/2001.01523. Client k has a body phi_k of
+any architecture. The features of phi_k are the input of a head h, which has the same shape on all
+clients:
 
     phi_k, h_k  <-  argmin L_k(phi_k, h_k), all epochs, h_k from h
     h           <-  sum_k (n_k / n) h_k
 
-It is the mirror of FedPer. The head's leaves are shared as ``head.weight`` and ``head.bias``,
-whatever each network calls them; all clients start at the head of the first network.
+This is the mirror image of FedPer. The leaves of the head are shared as ``head.weight`` and
+``head.bias``, whatever each network calls them. All clients start with the head of the first
+network.
 
 BatchNorm: belongs to the body and is the client's own. Bytes per client and round: the head, up and
-down. Deviations: the authors share any number of top layers, here it is the head, as in HtFLlib:
-what networks of different shapes have in common. Theirs starts from a model that FedAvg has
-trained, weighs clients equally (``weights: uniform``), and keeps of each client the model that was
-best on its test data. Judged after aggregation, as theirs; the authors of pFedLoRA judge all
-methods after training (``accuracy_trained``).
+down. Deviations: the authors share any number of top layers. Here, as in HtFLlib, only the head is
+shared, because it is all that networks of different shapes have in common. The authors' code starts
+from a model trained by FedAvg, weighs clients equally (``weights: uniform``), and keeps each
+client's model that was best on its test data. Accuracy is measured after aggregation, as in the
+authors' code; the authors of pFedLoRA measure all methods after training (``accuracy_trained``).
 """
 
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ _HEAD = method_leaf_name("head")
 
 @dataclass(frozen=True)
 class LGFedAvg(Algorithm):
-    """FedAvg of the heads."""
+    """FedAvg on the heads alone."""
 
     weights: Literal["samples", "uniform"] = "samples"
     absent: Literal["exclude", "stale"] = "exclude"

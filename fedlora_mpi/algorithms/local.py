@@ -1,7 +1,7 @@
 """Every client trains its own model alone; nothing is sent.
 
-The lower limit of every table: FedLoRA with nothing shared. All clients start from the same
-weights:
+This is the lower bound of every comparison: FedLoRA with nothing shared. All clients start from the
+same weights:
 
     w_k  <-  argmin L_k(w_k)
 

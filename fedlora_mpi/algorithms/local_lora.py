@@ -1,12 +1,12 @@
 """FedLoRA's network trained by each client alone: "Local + LoRA" of the paper's Table 4.
 
-Wu et al. (see ``fedlora.py``), Table 4: does the added capacity of tau explain the gain? sigma and
-tau_i train as in FedLoRA, eqs. (6) and (7), and nothing is sent:
+Wu et al. (see ``fedlora.py``), Table 4: this baseline shows how much of the gain comes from the
+added capacity of tau. sigma and tau_i train as in FedLoRA, eqs. (6) and (7), and nothing is sent:
 
     theta_i  =  sigma_i + tau_i
 
-BatchNorm: statistics are the client's own. Bytes per client and round: none.
-Deviations: the paper does not say whether the parts train in turn or together; ``order`` does.
+BatchNorm: statistics are the client's own. Bytes per client and round: none. Deviations: the paper
+does not say whether the parts train in turn or together; ``order`` selects this.
 """
 
 from dataclasses import dataclass

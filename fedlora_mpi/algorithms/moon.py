@@ -1,22 +1,23 @@
-"""FedAvg whose clients keep features near the global model's and away from their own previous ones.
+"""FedAvg with a loss that pulls features to the global model's and away from the previous model's.
 
 Li, He and Song, "Model-Contrastive Federated Learning", CVPR 2021,
-https://arxiv.org/abs/2103.16257, Section 3.3 and Algorithm 1. z are the features under the model in
-training, z_glob under the one received, z_prev under the client's model of the end of the last
-round that it took part in:
+https://arxiv.org/abs/2103.16257, Section 3.3 and Algorithm 1. z are the features of the model in
+training, z_glob those of the received model, z_prev those of the client's previous model, as it was
+at the end of the last round in which the client participated:
 
     l_con  =  -log( exp(cos(z, z_glob) / tau)
                     / (exp(cos(z, z_glob) / tau) + exp(cos(z, z_prev) / tau)) )
     w_i    <-  argmin CE + mu l_con, from w        w <- sum_i (n_i / n) w_i
 
-Before a client has taken part, z_prev comes from the initial model; in round 1 that is also the one
-received, and l_con has no gradient.
+Before a client's first participation z_prev comes from the initial model. In round 1 the received
+model is the same initial model, so l_con has no gradient.
 
-BatchNorm: running statistics are averaged. The two teachers run in evaluation mode, by their own
+BatchNorm: running statistics are averaged. The two teachers run in evaluation mode with their own
 statistics, as in the authors' code (PFLlib and Fling: in training mode). Bytes per client and
-round: all leaves up and down; the last model stays with the client. Deviations: z is what enters
-the classifier; the authors put two Linear layers (out 256) between, and take z behind them. One
-last model, as by their ``model_buffer_size`` 1. mu is theirs for CIFAR-10.
+round: all leaves up and down; the previous model stays on the client. Deviations: z is the input of
+the classifier. The authors insert two Linear layers (out 256) before the classifier and take z
+after them. A client keeps one previous model, as with the authors' ``model_buffer_size`` 1. The
+default mu is the authors' value for CIFAR-10.
 """
 
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ _OWN = method_leaf_name("own")
 
 @dataclass(frozen=True)
 class MOON(Algorithm):
-    """``mu``: weight of the contrast; ``tau``: its temperature."""
+    """``mu`` is the weight of the contrastive loss, ``tau`` its temperature."""
 
     mu: float = 5.0
     tau: float = 0.5
@@ -71,7 +72,7 @@ class MOON(Algorithm):
         return (Phase(train.epochs, (Step(loss, lambda leaf: model.role(leaf) is not None),)),)
 
     def contrastive_loss(self, z: Tensor, z_glob: Tensor, z_prev: Tensor, batch: Batch) -> Tensor:
-        """l_con, the mean over the real examples. Features: [B, width]."""
+        """The mean of l_con over the real examples, []. Features: [B, width]."""
         similarities = [
             F.cosine_similarity(z, other, dim=1) / self.tau for other in (z_glob, z_prev)
         ]
@@ -86,5 +87,7 @@ class MOON(Algorithm):
 
 
 def _own_body(model: Model, tree: Tree) -> Tree:
-    """What features need of ``tree``, under the names of the client's last model."""
+    """The leaves of ``tree`` that compute features, under the names of the client's
+    previous model.
+    """
     return add_prefix({n: v for n, v in tree.items() if model.role(n) != "head"}, _OWN)

@@ -1,4 +1,4 @@
-"""One shared model that is good after a client's first step, not before it.
+"""One shared model that performs well after one gradient step on a client's data, not before it.
 
 Fallah et al., "Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic
 Meta-Learning Approach", NeurIPS 2020, https://arxiv.org/abs/2002.07948, eqs. (3), (7) and Algorithm
@@ -12,13 +12,14 @@ Meta-Learning Approach", NeurIPS 2020, https://arxiv.org/abs/2002.07948, eqs. (3
 
 The client's own model is w after one step with lr alpha on one mini-batch of its training data.
 
-BatchNorm: running statistics are averaged; the pass on D moves none, that on D' and the step before
-a test do. Bytes per client and round: all leaves up, all leaves down. Deviations: D and D' share
-one batch of ``train.batch_size`` (of a single example, both are it); the paper draws them apart,
-and a third batch for H_i, whose products its code takes by finite differences: here they are exact,
-and H_i is that of D. The update in beta has the momentum of ``train``. alpha is the paper's; the
-authors of pFedMe take 0.005 with beta 0.001, and adapt on batches of the test data. PFLlib sets
-beta to alpha and trains twice a round.
+BatchNorm: running statistics are averaged. The pass on D does not move them; the pass on D' and the
+step before an evaluation do. Bytes per client and round: all leaves up, all leaves down.
+Deviations: D and D' share one batch of ``train.batch_size``; a batch of one example is both. The
+paper draws D, D' and a third batch for H_i independently, and its code approximates products with
+H_i by finite differences. Here these products are exact, and H_i is taken on D. The update with
+beta uses the momentum of ``train``. The default alpha is the paper's. The authors of pFedMe use
+alpha 0.005 with beta 0.001 and adapt on batches of the test data. PFLlib sets beta to alpha and
+trains twice a round.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from ..models.network import Model
 
 @dataclass(frozen=True)
 class PerFedAvg(Algorithm):
-    """``variant: fo`` leaves out H_i (first order); ``hf`` keeps it, at about twice the cost."""
+    """``variant: fo`` omits H_i (first order); ``hf`` keeps it, at about twice the cost."""
 
     alpha: float = 0.01
     variant: Literal["fo", "hf"] = "fo"

@@ -1,26 +1,31 @@
-"""A shared network whose blocks of weights each client's own gate scales, and drops under a budget.
+"""A shared network whose weights a personal gate scales in blocks and prunes to a budget.
 
 Chen et al., "Efficient Personalized Federated Learning via Sparse Model-Adaptation" (pFedGate),
 ICML 2023, https://arxiv.org/abs/2305.02776. Each parameter tensor of theta is cut into at most
-``blocks`` runs of equal length, L runs in all. The gate phi_i sees a batch of inputs x:
+``blocks`` runs of equal length; L is the number of all runs. The gate phi_i sees a batch x of
+inputs:
 
     g(x) = sigmoid(BatchNorm(W SwitchNorm(x))) in (0, 1)^L      M = mean over the batch of g(x)
     theta_i = theta * M, run by run
     theta, phi_i <- descend on CE(theta_i) at once, phi_i with gate_lr
     theta <- sum_i (n_i / n) theta_i;  phi_i never leaves client i
 
-Sparsity s < 1: with s_min = min(max(1 / blocks, 0.1), s) the first run of every tensor stays; of
-the others, Linear layers and the rest apart, those with the largest round(10 max(M, s_min)) stay
-that still fit into round((s - s_min) sum of their sizes), taken greedily. Dropped runs count as
-zero. ``straight_through``: runs that stay are also multiplied by 1 + p - sg(p), p = max(M, s_min),
-as in the official code; false: the choice is a constant. Accuracy is that after training.
-BatchNorm: the network's affine parameters are scaled like all others, its statistics averaged; the
-gate's own are the client's. Bytes per client and round: all leaves of the model up and down,
-whatever s. Deviations: the client predicts with one M, of all its training samples
-(client_level_adapt of the official code); that code's M is of each batch of test samples, so that a
-prediction depends on its neighbours. Not there: clipping of gradient norms at 10, a separate layer
-for the multipliers (seperate_trans), the ReLU on the logits, and the biases of W and of SwitchNorm,
-which BatchNorm takes off again. Ties are broken by position.
+With sparsity s < 1 some runs are dropped, that is, count as zero. Let s_min = min(max(1 / blocks,
+0.1), s). The first run of every tensor always stays. The other runs are selected greedily,
+separately in Linear layers and in all other layers. In order of decreasing round(10 max(M, s_min)),
+a run stays if it still fits into round((s - s_min) sum of their sizes). Ties are broken by
+position. With ``straight_through`` the runs that stay are also multiplied by 1 + p - sg(p), p =
+max(M, s_min), as in the official code; without it the selection is a constant. Accuracy is measured
+after local training.
+
+BatchNorm: the network's affine parameters are scaled like all others and its statistics are
+averaged; the gate's statistics are the client's own. Bytes per client and round: all leaves of the
+model up and down, for every s. Deviations: the client predicts with one M, computed over all its
+training samples (client_level_adapt of the official code). Otherwise the official code computes M
+for each batch of test samples, so a prediction depends on the other samples of the batch. Not
+implemented: clipping of gradient norms at 10, a separate layer for the multipliers
+(seperate_trans), the ReLU on the logits, and the biases of W and of SwitchNorm, which BatchNorm
+cancels.
 """
 
 from dataclasses import dataclass
@@ -50,7 +55,7 @@ _M = STATS_PREFIX + "M"
 
 @dataclass(frozen=True)
 class PFedGate(Algorithm):
-    """``absent: stale``, as in the official code. ``sparsity``: s, the share of weights kept."""
+    """``absent: stale`` follows the official code. ``sparsity`` is s, the share of weights kept."""
 
     evaluate_on = "after_training"
     needs_all_data = True
@@ -79,7 +84,7 @@ class PFedGate(Algorithm):
     def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         lr_ratio = self.gate_lr / train.lr
 
-        # w with that many times its gradient
+        # returns w, whose gradient is multiplied by lr_ratio
         def scale_gradient(w):
             return w.detach() + lr_ratio * (w - w.detach())
 
@@ -103,11 +108,11 @@ class PFedGate(Algorithm):
         return self.gated_weights(model, v.shared, v.personal[_M])
 
     def gated_weights(self, model: Model, theta: Tree, M: Tensor) -> Tree:
-        """theta_i: every run of every tensor times its number of M [L]."""
+        """theta_i: each run of each tensor multiplied by its entry of M [L]."""
         return scale_runs(theta, cut_tensors(model, self.blocks), M)
 
     def multipliers(self, model: Model, personal: Tree, batch: Batch) -> Tensor:
-        """M [L], zero where a run is dropped. In training mode the gate's statistics move."""
+        """M [L], zero for dropped runs. In training mode the gate's statistics move."""
         M = gate_values(personal, batch.x, batch.real, model.training)
         if self.sparsity == 1:
             return M

@@ -1,8 +1,8 @@
-"""Clients with different networks share one small low-rank adapter; both train in turn.
+"""Clients with different networks share a small low-rank adapter; the two train in turn.
 
 Yi et al., "pFedLoRA: Model-Heterogeneous Personalized Federated Learning with LoRA Tuning", 2023,
-https://arxiv.org/abs/2310.13283. Client k has the network F with weights w_k of its own, and the
-adapter theta, which has one shape for all, beside one of its layers (F + theta; see
+https://arxiv.org/abs/2310.13283. Client k has its own network F with weights w_k. The adapter theta
+has the same shape on all clients and sits beside one layer of F (F + theta; see
 ``components/adapter.py``):
 
     theta_k <- theta
@@ -12,17 +12,17 @@ adapter theta, which has one shape for all, beside one of its layers (F + theta;
                adapter_epochs, w_k held still
     theta   <- sum_k (n_k / n) theta_k
 
-The client's own model is F(x; w_k) (``inference: model``) or F + theta_k (``combined``), judged
+The client's own model is F(x; w_k) (``inference: model``) or F + theta_k (``combined``), measured
 after local training.
 
-BatchNorm: all of it is the client's own. Statistics move with F(x; w_k) in the first phase alone.
+BatchNorm: all of it is the client's own. Statistics move only with F(x; w_k), in the first phase.
 Bytes per client and round: the adapter up, the adapter down: 4 r (d + classes) beside a head
-[classes, d]. Deviations: of the paper its abstract and digests could be read, not its body.
-UNVERIFIED, and so options: which loss mu weighs (``mu_on``), its schedule, adapter_epochs, what is
-used for inference, which layer has the adapter. The released code of later papers by the authors
-(pFedES) has mu 0.5 on the combined loss, adapter_epochs = epochs + 10 and inference by the model.
-n_k are training samples; that code counts validation and test samples too, and keeps one
-optimiser's momentum for all clients and rounds.
+[classes, d]. Deviations: only the paper's abstract and summaries of the paper were available, not
+its full text. UNVERIFIED, and therefore options: which loss mu weighs (``mu_on``), the schedule of
+mu, adapter_epochs, the model for inference, the layer with the adapter. The released code of later
+papers by the authors (pFedES) has mu 0.5 on the combined loss, adapter_epochs = epochs + 10 and
+inference by the model. n_k counts training samples; that code also counts validation and test
+samples, and it keeps one optimiser's momentum for all clients and rounds.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ _ADAPTER = method_leaf_name("adapter", ".")  # its factors are A and B
 
 @dataclass(frozen=True)
 class PFedLoRA(Algorithm):
-    """``mu_schedule: linear`` raises mu from 0 by 1 / ``mu_rounds`` a round, up to ``mu``."""
+    """``mu_schedule: linear`` raises mu from 0 by 1 / ``mu_rounds`` per round, up to ``mu``."""
 
     evaluate_on = "after_training"
     mu: float = 0.5
@@ -86,7 +86,7 @@ class PFedLoRA(Algorithm):
             return (1 - mu) * cross_entropy(model_logits, batch) + mu * combined_loss(now, z, batch)
 
         def combined_loss(now: Variables, z: Tensor | None, batch: Batch) -> Tensor:
-            w = model.copy_statistics(now.personal)  # the statistics are those of F alone
+            w = model.copy_statistics(now.personal)  # F + theta moves no statistics of F
             return cross_entropy(
                 self.adapter_spec.logits(model, w, select_prefix(now.shared, _ADAPTER), batch.x, z),
                 batch,

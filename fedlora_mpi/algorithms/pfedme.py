@@ -1,9 +1,9 @@
-"""Each client's own model is the proximal point of a local model, and only the latter is averaged.
+"""Each client's own model is the proximal point of a local model; the local models are averaged.
 
 Dinh et al., "Personalized Federated Learning with Moreau Envelopes", NeurIPS 2020,
-https://arxiv.org/abs/2006.08848, eqs. (2), (7) and Algorithm 1. w_i starts a round at the global
-model x, and so does theta_i; on each mini-batch, with h_i(theta) = f_i(theta) + (lam / 2) ||theta -
-w_i||^2  (7):
+https://arxiv.org/abs/2006.08848, eqs. (2), (7) and Algorithm 1. w_i and theta_i both start a round
+at the global model x. On each mini-batch, with h_i(theta) = f_i(theta) + (lam / 2) ||theta -
+w_i||^2 (7):
 
     theta_i  <-  theta_i - eta_p grad h_i(theta_i)      ``inner_steps`` times (the paper's K)
     w_i      <-  w_i - eta lam (w_i - theta_i)          the gradient of the Moreau envelope of f_i
@@ -11,15 +11,15 @@ w_i||^2  (7):
 
 eta_p is ``inner_lr``, eta ``train.lr``. The client's own model is theta_i after local training.
 
-BatchNorm: affine parameters are w_i's and theta_i's; the running statistics are those of theta_i,
-the one model that sees data, and are averaged (whatever beta). Bytes per client and round: all
-leaves up, all leaves down; theta_i stays with the client. Deviations: (1 - beta) x + beta w_i is
-what a client uploads: the mean is linear (the paper's is uniform, the authors' code counts samples,
-too). Momentum is refused, both updates are plain; ``train.weight_decay`` counts for theta_i alone,
-as in the authors' optimiser (0.001). The authors let all users train and sample whom they average;
-here the cohort trains. Their published accuracy is that of w_i, whose parameters overwrite
-theta_i's (their issue 5); PFLlib's of x. Their values: lam 15, inner_steps 5, inner_lr 0.09, lr
-0.005 and beta 1 for MNIST.
+BatchNorm: w_i and theta_i each have affine parameters. The running statistics are those of theta_i,
+the only model that sees data, and are averaged (for every beta). Bytes per client and round: all
+leaves up, all leaves down; theta_i stays on the client. Deviations: a client uploads (1 - beta) x +
+beta w_i, which gives the same x because the mean is linear. The paper's mean is uniform; the
+authors' code weighs by samples, as here. Momentum is refused because both updates are plain SGD.
+``train.weight_decay`` applies to theta_i alone, as in the authors' optimiser (0.001). In the
+authors' code all users train and a sample of them is averaged; here only the cohort trains. Their
+published accuracy is that of w_i, whose parameters overwrite theta_i's (their issue 5); PFLlib's is
+that of x. Their values for MNIST: lam 15, inner_steps 5, inner_lr 0.09, lr 0.005 and beta 1.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,9 @@ _OWN = method_leaf_name("own")
 
 @dataclass(frozen=True)
 class PFedMe(Algorithm):
-    """Stable only where ``inner_lr * lam`` and ``train.lr * lam`` are below 2, which is checked."""
+    """Stable only if ``inner_lr * lam`` and ``train.lr * lam`` are below 2; ``check`` enforces
+    this.
+    """
 
     evaluate_on = "after_training"
     lam: float = 15.0
@@ -95,7 +97,7 @@ class PFedMe(Algorithm):
         return (Phase(train.epochs, (inner, outer)),)
 
     def upload(self, start: Variables, end: Variables) -> Tree:
-        """(1 - beta) x + beta w_i, and the statistics as they are."""
+        """(1 - beta) x + beta w_i; the running statistics are sent unchanged."""
 
         def interpolate(n, w):
             return torch.lerp(start.shared[n], w, self.beta) if _OWN + n in end.personal else w
@@ -103,5 +105,5 @@ class PFedMe(Algorithm):
         return {n: interpolate(n, w) for n, w in end.shared.items()}
 
     def client_model(self, model: Model, v: Variables) -> Tree:
-        """theta_i, with the statistics of its training."""
+        """theta_i with the running statistics of its training."""
         return v.shared | select_prefix(v.personal, _OWN)

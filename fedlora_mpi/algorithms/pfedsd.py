@@ -1,22 +1,22 @@
-"""FedAvg whose clients also learn from their own last model, which the mean has made them forget.
+"""FedAvg whose clients also distil from their own previous model, which averaging has overwritten.
 
 Jin et al., "Personalized Edge Intelligence via Federated Self-Knowledge Distillation", IEEE TPDS
-2023, https://ieeexplore.ieee.org/document/9964434. Client i starts at the mean w, with its model
-v_i of the end of the last round that it took part in as a teacher; o(.) are logits, T the
-temperature:
+2023, https://ieeexplore.ieee.org/document/9964434. Client i starts at the mean w. Its teacher is
+its previous model v_i, as it was at the end of the last round in which the client participated.
+o(.) are logits, T is the temperature:
 
     L_i(w)  =  CE(o(w), y) + lam T^2 KL(softmax(o(v_i) / T) || softmax(o(w) / T))
     w_i     <-  argmin L_i(w_i) from w        v_i <- w_i        w <- (1/N) sum_i w_i
 
-The first time a client takes part it has no teacher, and the second term is zero. The method's
-accuracy is that of w_i, before the mean.
+In its first round a client has no teacher, and the second term is zero. The method's accuracy is
+that of w_i, before averaging.
 
 BatchNorm: running statistics are averaged. The teacher normalises by the batch, as in the authors'
-code and in Fling, and none of its statistics move; ``teacher_bn: running`` takes those of v_i (and
-no dropout). Bytes per client and round: all leaves up and down; v_i stays with the client.
-Deviations: lam and T default to Fling's; the authors' code has 1 and 1. Theirs averages parameters
-only, so that the statistics of w are always the initial ones, and keeps v_i on the server, which
-sends it along. A client outside the cohort is judged by w.
+code and in Fling, and does not move its statistics. ``teacher_bn: running`` uses the running
+statistics of v_i (and no dropout). Bytes per client and round: all leaves up and down; v_i stays on
+the client. Deviations: lam and T default to Fling's values; the authors' code has 1 and 1. The
+authors' code averages only parameters, so the statistics of w always stay at their initial values.
+It keeps v_i on the server, which sends it along. A client outside the cohort is evaluated with w.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ _OWN, _HAS_TEACHER = method_leaf_name("own"), method_leaf_name("taught")
 
 @dataclass(frozen=True)
 class PFedSD(Algorithm):
-    """``weights: uniform``, as in the authors' code."""
+    """``weights: uniform`` follows the authors' code."""
 
     evaluate_on = "after_training"
     lam: float = 0.5
@@ -59,7 +59,7 @@ class PFedSD(Algorithm):
         teacher = model if self.teacher_bn == "batch" else model.eval_mode()
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
-            o = model(now.shared, batch.x)  # before the teacher's, so that it keeps FedAvg's noise
+            o = model(now.shared, batch.x)  # before the teacher, so the noise is FedAvg's
             v = select_prefix(start.personal, _OWN)
             gap = self.distillation_loss(teacher(model.detach_tree(v), batch.x), o, batch)
             return cross_entropy(o, batch) + start.personal[_HAS_TEACHER] * self.lam * gap
@@ -67,7 +67,9 @@ class PFedSD(Algorithm):
         return (Phase(train.epochs, (Step(loss, lambda leaf: model.role(leaf) is not None),)),)
 
     def distillation_loss(self, teacher: Tensor, student: Tensor, batch: Batch) -> Tensor:
-        """T^2 KL(teacher || student), the mean over the real examples. Logits: [B, classes]."""
+        """The mean of T^2 KL(teacher || student) over the real examples, []. Logits: [B,
+        classes].
+        """
         each = kl_divergence(teacher / self.temperature, student / self.temperature)
         return mean(self.temperature**2 * each, batch)
 

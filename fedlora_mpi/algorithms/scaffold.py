@@ -1,4 +1,4 @@
-"""FedAvg whose clients correct their gradients by how they differ from everyone's.
+"""FedAvg whose clients correct their gradients by control variates, to reduce client drift.
 
 Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020,
 https://arxiv.org/abs/1910.06378, eqs. (3)-(5) with option II of Algorithm 1. K is the number of
@@ -8,12 +8,14 @@ local steps of client i, eta_l ``train.lr``, eta_g ``server_lr``, S the cohort, 
     c_i+   =  c_i - c + (x - y_i) / (K eta_l)                                           (4), II
     x     <-  x + eta_g mean_S(y_i - x)        c  <-  c + (|S| / N) mean_S(c_i+ - c_i)       (5)
 
-The correction is the loss term <c - c_i, y_i - x>, whose gradient is c - c_i. Means are uniform.
+The correction is implemented as the loss term <c - c_i, y_i - x>, whose gradient is c - c_i. Means
+are uniform.
 
-BatchNorm: affine parameters are corrected; running statistics are averaged (whatever eta_g). Bytes
-per client and round: all leaves and once more all parameters (c_i+ - c_i up, c down); c_i stays.
-Deviations: none. Momentum is refused: under it (4) is no longer a mean of gradients. Weight decay
-is part of f_i. K counts the last, smaller batch of each epoch; PFLlib drops that batch.
+BatchNorm: affine parameters are corrected; running statistics are averaged (for every eta_g). Bytes
+per client and round: all leaves plus all parameters once more (c_i+ - c_i up, c down); c_i stays on
+the client. Deviations: none. Momentum is refused, because with momentum (4) is no longer a mean of
+gradients. Weight decay is part of f_i. K counts the last, smaller batch of each epoch; PFLlib drops
+that batch.
 """
 
 from dataclasses import dataclass
@@ -33,7 +35,9 @@ _C_I = method_leaf_name("c_i")
 
 @dataclass(frozen=True)
 class Scaffold(Algorithm):
-    """Leaf "c.<parameter>" is c, "c_i.<parameter>" is c_i; both start at zero."""
+    """The leaves "c.<parameter>" are c, the leaves "c_i.<parameter>" are c_i; both start at
+    zero.
+    """
 
     weights = "uniform"
     server_lr: float = 1.0
@@ -85,7 +89,7 @@ class Scaffold(Algorithm):
         return Variables(y, c_i)
 
     def upload(self, start: Variables, end: Variables) -> Tree:
-        """y_i, its statistics, and c_i+ - c_i."""
+        """y_i with its running statistics, and c_i+ - c_i."""
         c_changes = {
             n: end.personal[_C_I + n] - start.personal[_C_I + n] for n in _parameters(start.shared)
         }
@@ -95,12 +99,12 @@ class Scaffold(Algorithm):
         self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort
     ) -> tuple[Tree, Tree]:
         parameters = _parameters(shared)
-        # the mean itself at 1
+        # lerp returns exactly the mean at server_lr 1
         x = {n: torch.lerp(shared[n], mean[n], self.server_lr) for n in parameters}
         c = {_C + n: shared[_C + n] + cohort.share * mean[_C + n] for n in parameters}
         return server, mean | x | c  # eq. (5)
 
 
 def _parameters(shared: Tree) -> list[str]:
-    """The leaves that have a control variate: all but running statistics."""
+    """The leaves that have a control variate: all except running statistics."""
     return list(select_prefix(shared, _C))

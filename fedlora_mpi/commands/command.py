@@ -1,4 +1,4 @@
-"""What a file of this folder says of its command."""
+"""The description of a command, which each file of this folder defines."""
 
 import argparse
 from collections.abc import Callable
@@ -11,12 +11,14 @@ OVERRIDES_HELP = (
 
 
 class Command(NamedTuple):
-    """A command: one line of help, its arguments, and what it does.
+    """A command: one line of help, its arguments, and its function.
 
-    add_arguments: adds them to a parser; execute: (what was asked, communicator) -> exit code.
-    parallel: also under mpirun; trains: goes on when nobody reads its output; imports: a config may
-    name classes of the working folder. Imports of what a command needs stay inside ``execute``, so
-    that ``--help`` is quick and a broken library is one line.
+    add_arguments: adds the arguments to a parser; execute: (parsed arguments, communicator) -> exit
+    code; parallel: whether it may run under mpirun; trains: whether it continues when nobody reads
+    its output; imports: whether a config may name classes of the working folder.
+
+    A command imports what it needs inside ``execute``, so that ``--help`` is quick and a broken
+    library gives a one-line error.
     """
 
     help: str
@@ -28,25 +30,25 @@ class Command(NamedTuple):
 
 
 def add_config_argument(parser: argparse.ArgumentParser, help_: str = "a YAML file") -> None:
-    """A config."""
+    """Add the argument for a config."""
     parser.add_argument("config", help=help_)
 
 
 def add_override_arguments(parser: argparse.ArgumentParser) -> None:
-    """Settings over those of a config."""
+    """Add the arguments that override settings of a config."""
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES_HELP)
 
 
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
-    """One run folder."""
+    """Add the argument for one run folder."""
     parser.add_argument("run", type=Path, help="a run folder")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """One or more run folders."""
+    """Add the arguments for one or more run folders."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
 
 
 def as_keywords(args: argparse.Namespace, *excluded: str) -> dict[str, Any]:
-    """The arguments as keyword arguments, without ``excluded``."""
+    """Return the arguments as keyword arguments, without ``excluded``."""
     return {name: value for name, value in vars(args).items() if name not in ("command", *excluded)}

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def execute(args: argparse.Namespace, comm: "Comm") -> int:
-    """Print a checksum of what each run has learned."""
+    """Print a checksum of the newest valid checkpoint of each run."""
     from ..mpi.ending import collectively
 
     collectively(comm, lambda: _print_digests(args))

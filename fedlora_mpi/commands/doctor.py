@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``doctor``."""
+    """Add the arguments of ``doctor``."""
     parser.add_argument(
         "target", nargs="?", type=Path, metavar="CONFIG|RUN", help="default: this folder"
     )

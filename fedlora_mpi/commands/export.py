@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``export``."""
+    """Add the arguments of ``export``."""
     add_run_argument(parser)
     client_help = "its number, from 0; without, a file .pt or .safetensors has what all share"
     parser.add_argument("--client", type=int, metavar="K", help=client_help)
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace, comm: "Comm") -> int:
-    """Write a part of a run for another program."""
+    """Write a part of a run in a format of another program."""
     from ..analysis.export import export
     from ..analysis.run_view import open_run
     from ..core.escapes import escape_line

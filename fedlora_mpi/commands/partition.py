@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``partition``."""
+    """Add the arguments of ``partition``."""
     add_config_argument(parser)
     add_override_arguments(parser)
     parser.add_argument(
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace, comm: "Comm") -> int:
-    """Print and draw who holds which data, or write it for PFLlib."""
+    """Print and draw which client holds which data, or write it for PFLlib."""
     from ..mpi.ending import collectively
 
     collectively(comm, lambda: _show_partition(args))

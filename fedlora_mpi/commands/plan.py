@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``plan``."""
+    """Add the arguments of ``plan``."""
     add_config_argument(parser)
     add_override_arguments(parser)
     parser.add_argument(
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace, comm: "Comm") -> int:
-    """Print what a config would cost."""
+    """Print the cost of a config."""
     from ..config import read
     from ..core.escapes import escape_lines
     from ..mpi.ending import collectively

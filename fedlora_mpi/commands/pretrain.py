@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``pretrain``."""
+    """Add the arguments of ``pretrain``."""
     add_config_argument(parser, "a YAML file; its partition and its algorithm do not matter")
     add_override_arguments(parser)
     parser.add_argument(
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace, comm: "Comm") -> int:
-    """Train a network on all data in one place."""
+    """Train a network on the pooled data."""
     from ..config import read
     from ..mpi.ending import collectively
     from ..run.pretrain import pretrain

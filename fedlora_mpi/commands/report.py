@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``report``."""
+    """Add the arguments of ``report``."""
     add_run_arguments(parser)
     output_help = (
         "write report.html there, figures as PNG and PDF, tables as CSV, Markdown and LaTeX"
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace, comm: "Comm") -> int:
-    """Print a table of runs, or write their page."""
+    """Print a table of runs, or write a report page."""
     from ..mpi.ending import collectively
 
     print(collectively(comm, lambda: _report_text(args)))

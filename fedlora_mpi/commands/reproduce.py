@@ -1,5 +1,6 @@
-"""``fedlora-mpi reproduce TABLE``: a parser for each table, whose help shows only what the table
-takes.
+"""``fedlora-mpi reproduce TABLE``: each table has its own parser.
+
+The help of a table shows only the options that apply to it.
 """
 
 import argparse
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from ..mpi.comm import Comm
 
 FEDLORA_TABLES = (*(f"table{n}" for n in range(1, 6)), "fig4", "fig6", "fig7")
-TABLES = {  # what each is
+TABLES = {  # table -> description
     **{name: f"{name} of the FedLoRA paper" for name in FEDLORA_TABLES},
     "table6": "the text row of the FedLoRA paper's Table 6",
     "pfedlora": "accuracy and cost of the pFedLoRA paper: clients with networks of their own",
@@ -22,8 +23,9 @@ ONE_OR_MORE: dict[str, Any] = {"nargs": "+", "default": ()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A parser for each table. What a table does not take is not shown; ``Request`` refuses it in
-    one line.
+    """Add a parser for each table.
+
+    Options that a table does not take are hidden; ``Request`` refuses them with a one-line error.
     """
     parser.description = (
         f"{HELP} Options stand behind the table; `reproduce TABLE --help` shows them."
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_table(parser: argparse.ArgumentParser, table: str) -> None:
-    """The arguments of one table."""
+    """Add the arguments of one table."""
 
     def add_option(
         flag: str, help_: str, tables: tuple[str, ...] = tuple(TABLES), **options: Any
@@ -122,7 +124,7 @@ def _add_table(parser: argparse.ArgumentParser, table: str) -> None:
 
 
 def execute(args: argparse.Namespace, comm: "Comm") -> int:
-    """Carry out what is missing of a table, and print it."""
+    """Carry out the missing runs of a table and print it."""
     from ..mpi.ending import collectively
     from ..reproduce.carrying_out import reproduce
     from ..reproduce.request import Request

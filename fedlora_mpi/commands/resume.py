@@ -10,13 +10,13 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``resume``."""
+    """Add the arguments of ``resume``."""
     add_run_argument(parser)
     add_override_arguments(parser)
 
 
 def execute(args: argparse.Namespace, comm: "Comm") -> int:
-    """Go on with a run."""
+    """Continue a run."""
     from ..run.loop import resume
 
     return resume(args.run, args.overrides, comm)

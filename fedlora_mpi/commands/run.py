@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``run``."""
+    """Add the arguments of ``run``."""
     add_config_argument(parser)
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run folder if it is there"

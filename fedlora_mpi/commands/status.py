@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``status``."""
+    """Add the arguments of ``status``."""
     target_help = "a YAML file, whose output is asked for, or a run folder"
     parser.add_argument("target", type=Path, metavar="CONFIG|RUN", help=target_help)
     add_override_arguments(parser)
 
 
 def execute(args: argparse.Namespace, comm: "Comm") -> int:
-    """Say whether a run is done."""
+    """Print whether a run is done."""
     from ..analysis.status import run_progress
     from ..core.escapes import escape_line
     from ..mpi.ending import collectively

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``submit``."""
+    """Add the arguments of ``submit``."""
     add_config_argument(parser)
     add_override_arguments(parser)
     parser.add_argument("--nodes", type=int, help="default 1")

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``watch``."""
+    """Add the arguments of ``watch``."""
     add_run_argument(parser)
     parser.add_argument(
         "--every", type=float, default=2, metavar="SECONDS", help="between two looks (default 2)"
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace, comm: "Comm") -> int:
-    """Show a run while it goes on."""
+    """Show a run while it continues."""
     from ..analysis.watch import watch
     from ..mpi.ending import collectively
 

@@ -1,13 +1,15 @@
-"""A small low-rank adapter of one shape beside networks of any shape.
+"""A small low-rank adapter that has the same shape beside networks of any shape.
 
-A ``matrix`` adapter is beside the head, W [classes, d]: y = W z + b + s B (A z), with the factors A
-[r, d], B [classes, r]. A ``conv`` adapter is beside the first convolution, W [O, I, K1, K2] (or of
-one or three kernel sides): a convolution A [r, I, K1, K2] with r channels, then a 1x1 convolution B
-[O, r]. Both are linear, so that they are the same as adding s B A to W. A ``side`` adapter is a
-network of its own from the input to the features that enter the head: z + s B (A x), A [r, numbers
-of x], B [d, r].
+  matrix  beside the head, W [classes, d]: y = W z + b + s B (A z), with the factors
+          A [r, d], B [classes, r]
+  conv    beside the first convolution, W [O, I, K1, K2] (or of one or three kernel sides):
+          a convolution A [r, I, K1, K2] with r channels, then a 1x1 convolution B [O, r]
+  side    a network of its own from the input x to the features z of the head:
+          z + s B (A x), A [r, numbers of x], B [d, r]
 
-A ~ U(-1, 1) / sqrt(inputs), as torch's Linear (Kaiming with a = sqrt 5), and B = 0: an adapter
+``matrix`` and ``conv`` are linear, so each equals adding s B A to W.
+
+A ~ U(-1, 1) / sqrt(inputs), as in torch's Linear (Kaiming with a = sqrt 5), and B = 0: an adapter
 changes nothing before it has trained.
 """
 
@@ -26,7 +28,7 @@ AdapterPlace = Literal["matrix", "conv", "side"]
 
 @dataclass(frozen=True)
 class Adapter:
-    """Where an adapter is, its rank r (``lora_rank``) and its scale s."""
+    """The place of an adapter, its rank r (``lora_rank``) and its scale s."""
 
     place: AdapterPlace = "matrix"
     lora_rank: int = 8
@@ -36,7 +38,10 @@ class Adapter:
         bounded(self, lora_rank="[1, inf)", scale="(0, inf)")
 
     def weight_name(self, model: Model) -> str:
-        """The weight that the adapter is beside. Raises ValueError where the network has none."""
+        """Return the weight that the adapter is beside.
+
+        Raises ValueError if the network has none.
+        """
         if self.place == "side" and model.tokens:
             raise ValueError(
                 "adapter = side: needs images, not texts, whose numbers are names of words"
@@ -54,7 +59,7 @@ class Adapter:
         return candidates[0]
 
     def init(self, model: Model, rng: Generator) -> Tree:
-        """{"A", "B"} before the first round."""
+        """Return the initial factors {"A", "B"}."""
         out_size, *in_shape = model.all_leaves[self.weight_name(model)].shape
         if self.place == "side":
             out_size, in_shape = in_shape[0], [torch.Size(model.shape).numel()]
@@ -63,8 +68,9 @@ class Adapter:
         return {"A": A, "B": torch.zeros(out_size, self.lora_rank)}
 
     def merge(self, model: Model, tree: Tree, adapter: Tree) -> Tree:
-        """``tree`` with s B A in its weight; as it is for a ``side`` adapter, which is in no
-        weight.
+        """Return ``tree`` with s B A added to the adapter's weight.
+
+        A ``side`` adapter belongs to no weight, so ``tree`` is unchanged.
         """
         if self.place == "side":
             return tree
@@ -76,9 +82,9 @@ class Adapter:
     def logits(
         self, model: Model, tree: Tree, adapter: Tree, x: Tensor, z: Tensor | None = None
     ) -> Tensor:
-        """Of the network with the adapter: [B, ...] -> [B, classes].
+        """Return the logits of the network with the adapter: [B, ...] -> [B, classes].
 
-        z: the features of x without the adapter where they are known; a ``conv`` adapter cannot use
+        z: the features of x without the adapter, if they are known; a ``conv`` adapter cannot use
         them.
         """
         if self.place == "conv":

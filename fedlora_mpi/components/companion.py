@@ -1,4 +1,4 @@
-"""All clients share a small network g; beside it each has its own network F."""
+"""Methods in which all clients share a small network g and each has its own network F beside it."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -21,11 +21,10 @@ SMALL_PREFIX = method_leaf_name("small")
 
 @dataclass(frozen=True)
 class Companion(Algorithm):
-    """Leaves of g are shared as "small.<leaf>", those of F are personal; the client's own model is
-    F.
+    """A shared network g beside a personal network F, which is the client's own model.
 
-    ``small``: what a config's ``model.name`` may be. Clients count equally, as in the authors'
-    codes.
+    The leaves of g are shared as "small.<leaf>"; those of F are personal. ``small`` is the name of
+    g, any that a config's ``model.name`` may be. Clients count equally, as in the authors' codes.
     """
 
     small: str = "cnn5"
@@ -45,25 +44,28 @@ class Companion(Algorithm):
         return Variables(shared=add_prefix(g.initial, SMALL_PREFIX), personal=model.initial)
 
     def g(self, model: Model) -> Model:
-        """The small network for the inputs and classes of ``model``, in its mode."""
+        """Return the small network for the inputs and classes of ``model``, in its mode."""
         return replace(_skeleton(self.small, model.classes, model.shape), training=model.training)
 
     def g_leaves(self, v: Variables) -> Tree:
-        """The leaves of g, under its own names."""
+        """Return the leaves of g under its own names."""
         return select_prefix(v.shared, SMALL_PREFIX)
 
     def training_context(self, model: Model, batch: Batch) -> AbstractContextManager:
-        """What g runs under in training; g draws other noise than F."""
+        """Return the context in which g trains; g draws other noise than F."""
         return self.g(model).training_context(batch._replace(key=batch.key + 1))
 
     def both_logits(self, model: Model, v: Variables, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The logits of F and of g on a training batch, [B, classes] each."""
+        """Return the logits of F and of g on a training batch, [B, classes] each."""
         own_logits = model(self.client_model(model, v), batch.x)
         with self.training_context(model, batch):
             return own_logits, self.g(model).to(batch.x.device)(self.g_leaves(v), batch.x)
 
     def trained_leaves(self, model: Model, *extra_leaves: str) -> Callable[[str], bool]:
-        """Whether a leaf is trained: parameters of F and of g, and ``extra_leaves``, are."""
+        """Return the predicate that is true for the names of trained leaves.
+
+        These are the parameters of F and of g, and ``extra_leaves``.
+        """
         g = self.g(model)
         small_leaves = {SMALL_PREFIX + n for n in g.leaves if g.role(n) != "stats"}
         return {*model.leaves, *small_leaves, *extra_leaves}.__contains__
@@ -71,5 +73,5 @@ class Companion(Algorithm):
 
 @lru_cache(maxsize=8)
 def _skeleton(name: str, classes: int, shape: tuple[int, ...]) -> Model:
-    """A network whose layers are used, but not its weights."""
+    """Return a network of which only the layers are used, not the weights."""
     return build(name, {}, classes, shape, seed=0)

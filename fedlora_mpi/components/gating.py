@@ -1,10 +1,12 @@
-"""Gates: weights cut into runs, a network that gives each run a multiplier, and a budget for them.
+"""Gates of pFedGate: multipliers for parts of the weights, under a budget.
 
 Chen et al., "Efficient Personalized Federated Learning via Sparse Model-Adaptation" (pFedGate),
-ICML 2023, https://arxiv.org/abs/2305.02776, in the form of the official code. L counts the runs of
-a model.
+ICML 2023, https://arxiv.org/abs/2305.02776, in the form of the official code.
 
-A gate's leaves are ``gate.*``, which it learns, and ``seen.*``, its running statistics.
+Each parameter tensor is cut into runs of consecutive entries. A small network, the gate, gives each
+run a multiplier. L is the number of runs of a model.
+
+A gate has two kinds of leaves: ``gate.*`` are trained, ``seen.*`` are its running statistics.
 """
 
 from typing import NamedTuple
@@ -21,17 +23,17 @@ _EPS = 1e-5
 
 
 class Cut(NamedTuple):
-    """How a tensor is cut: its runs are the numbers ``first`` to ``first + count`` of all L."""
+    """The runs of one tensor: numbers ``first`` to ``first + count - 1`` of all L runs."""
 
     first: int
     count: int  # type: ignore[assignment]  # hides tuple.count, which nothing here calls
     length: int  # entries of a run
-    sizes: tuple[int, ...]  # entries in each; the last may have fewer than ``length``
-    is_linear: bool  # belongs to a Linear layer
+    sizes: tuple[int, ...]  # entries of each run; the last may be shorter than ``length``
+    is_linear: bool  # whether the tensor belongs to a Linear layer
 
 
 def cut_tensors(model: Model, blocks: int) -> dict[str, Cut]:
-    """How each parameter tensor is cut into at most ``blocks`` runs of equal length."""
+    """Return how each parameter tensor is cut into at most ``blocks`` runs of equal length."""
     cuts, first = {}, 0
     for name, leaf in model.leaves.items():
         if leaf.role == "stats":
@@ -48,12 +50,15 @@ def cut_tensors(model: Model, blocks: int) -> dict[str, Cut]:
 
 
 def count_runs(cuts: dict[str, Cut]) -> int:
-    """L, the number of runs of all tensors."""
+    """Return L, the number of runs of all tensors."""
     return sum(cut.count for cut in cuts.values())
 
 
 def scale_runs(theta: Tree, cuts: dict[str, Cut], M: Tensor) -> Tree:
-    """``theta``, each run multiplied by its number of M [L]; leaves without a cut stay."""
+    """Return ``theta`` with each run multiplied by its entry of M [L].
+
+    Leaves without a cut are unchanged.
+    """
     factors = {}
     for leaf, cut in cuts.items():
         run_factors = M[cut.first : cut.first + cut.count, None].expand(cut.count, cut.length)
@@ -64,8 +69,9 @@ def scale_runs(theta: Tree, cuts: dict[str, Cut], M: Tensor) -> Tree:
 
 
 def init_gate(shape: tuple[int, ...], L: int, rng: Generator) -> Tree:
-    """A gate of L outputs before the first round, for inputs of ``shape`` [channels, height,
-    width].
+    """Return the initial leaves of a gate with L outputs.
+
+    shape: of an input, [channels, height, width].
     """
     channels, width = shape[0], torch.Size(shape).numel()
     gate = {"weight": (torch.rand(L, width, generator=rng) * 2 - 1) / width**0.5}  # as nn.Linear
@@ -77,11 +83,12 @@ def init_gate(shape: tuple[int, ...], L: int, rng: Generator) -> Tree:
 
 
 def gate_values(leaves: Tree, x: Tensor, real: Tensor | None, training: bool) -> Tensor:
-    """M [L] in (0, 1) from inputs x [B, channels, ...]: the mean over the batch of
+    """Return M [L] in (0, 1) from inputs x [B, channels, ...]: the mean over the batch of
 
         g(x) = sigmoid(BatchNorm(W SwitchNorm(x)))
 
-    Padding, where real [B] is False, does not count. In training the statistics move, in place.
+    Padding, where real [B] is False, does not count. In training the running statistics are updated
+    in place.
     """
     gate, stats = select_prefix(leaves, GATE_PREFIX), select_prefix(leaves, STATS_PREFIX)
     real = torch.ones_like(x[:, 0, 0, 0]) if real is None else real.to(x)
@@ -95,8 +102,10 @@ def gate_values(leaves: Tree, x: Tensor, real: Tensor | None, training: bool) ->
 def _switch_norm(
     gate: Tree, stats: Tree, x: Tensor, example_weights: Tensor, training: bool
 ) -> Tensor:
-    """x [B, channels, pixels] by a learnt mix of three means and variances: of a channel of one
-    image, of an image, of a channel over the batch (Luo et al., ICLR 2019,
+    """Return x [B, channels, pixels] after switchable normalisation.
+
+    Its mean is a learnt mix of three means: of a channel of one image, of an image, and of a
+    channel over the batch. Its variance is mixed in the same way (Luo et al., ICLR 2019,
     https://arxiv.org/abs/1806.10779).
     """
     mean, var = x.mean(2), x.var(2)
@@ -118,7 +127,10 @@ def _switch_norm(
 def _batch_norm(
     gate: Tree, stats: Tree, score: Tensor, example_weights: Tensor, count: Tensor, training: bool
 ) -> Tensor:
-    """score [B, L] normalised over the ``count`` real examples; one alone moves no variance."""
+    """Return score [B, L], normalised over the ``count`` real examples of the batch.
+
+    A batch with one real example does not change the running variance.
+    """
     mean, var = stats["out.mean"], stats["out.var"]
     if training:
         mean = (score * example_weights).sum(0)
@@ -130,16 +142,16 @@ def _batch_norm(
 
 @torch.no_grad()
 def _update_running(running: Tensor, value: Tensor, momentum: float | Tensor = 0.1) -> None:
-    """Move a running statistic in place, as BatchNorm does."""
+    """Move a running statistic towards ``value`` in place, as BatchNorm does."""
     running += momentum * (value - running)
 
 
 def select_runs(cuts: dict[str, Cut], importance: Tensor, budget_share: float) -> Tensor:
-    """Which runs stay, [L] bool: the first of every tensor, and the most important of the others.
+    """Return which runs are kept, [L] bool: the first of every tensor, and others by importance.
 
-    The others are chosen greedily, separately in Linear layers and in the rest: the largest
-    round(10 importance) first, as long as the entries fit into ``budget_share`` of all. Ties go by
-    position. importance: [L].
+    The others are chosen greedily, separately in Linear layers and in all other layers. Runs are
+    visited by falling round(10 importance), ties by position. A run is kept if it still fits the
+    budget: the fraction ``budget_share`` of the entries of these other runs. importance: [L].
     """
     is_kept, rounded_importance = (
         torch.ones_like(importance, dtype=torch.bool),
@@ -161,7 +173,10 @@ def select_runs(cuts: dict[str, Cut], importance: Tensor, budget_share: float) -
 
 
 def greedy_knapsack(worth: Tensor, sizes: Tensor, capacity: int) -> Tensor:
-    """[k] bool: items in the order of falling worth, each taken if it still fits the capacity."""
+    """Return which items are taken, [k] bool.
+
+    Items are visited by falling worth; each is taken if it still fits the capacity.
+    """
     order = worth.argsort(descending=True, stable=True)
     used, is_taken = torch.zeros_like(sizes[0]), []
     for size in sizes[order]:

@@ -1,18 +1,23 @@
-"""Low-rank parts of weights: factors, the matrix they stand for, and the best ones for a matrix.
+"""Low-rank parts of weights: their factors, the matrix they form, and the best factors of a matrix.
 
-The part of leaf ``w`` has the factors ``w.A`` [r, in side] and ``w.B`` [out side, r]. A convolution
-[O, I, K1, K2] counts as the matrix [O K1, I K2], cut row by row (``view``) into the weight's shape,
-as the official FedDecomp code does; a Linear, attention, or recurrent weight [O, I] is its own
-matrix.
+The low-rank part of leaf ``w`` has the factors ``w.A`` [r, in side] and ``w.B`` [out side, r]. A
+Linear, attention, or recurrent weight [O, I] is its own matrix. A convolution [O, I, K1, K2] is the
+matrix [O K1, I K2]; the matrix is reshaped row by row (``view``) into the weight's shape, as in the
+official FedDecomp code.
 
-Other convolutions are read in the same way: one with three kernel sides as [O K1, I K2 K3]; one
-with one as [O, I K], as it is a Conv2d [O, I, 1, K] of images of height one. Of a grouped
-convolution I counts the inputs of one group, so a depthwise one [O, 1, 3, 3] is the matrix [3 O,
-3]. A transposed convolution has its weight as [I, O, K1, ...], in and out exchanged: its matrix is
-that of [I, O, K1, ...], turned, [O K2 ..., I K1]. A weight of more sides in another product is [d1,
-d2 d3 ...]. At full rank every weight can be any matrix: Conv1d [8, 3, 5] is [8, 15], rank 8; Conv3d
-[4, 2, 3, 3, 3] is [12, 18], rank 12; ConvTranspose2d [6, 4, 2, 2] is [8, 12], rank 8; an LSTM of 5
-inputs and 7 states has [28, 5], rank 5, and [28, 7], rank 7.
+Other weights are read as follows:
+
+  Conv1d [O, I, K]              [O, I K], like a Conv2d [O, I, 1, K] of images of height one
+  Conv3d                        [O K1, I K2 K3]
+  grouped convolution           I counts the inputs of one group, so the depthwise
+                                [O, 1, 3, 3] is the matrix [3 O, 3]
+  transposed convolution        its weight is [I, O, K1, ...]; it is read like a convolution
+                                of this shape and transposed: [O K2 ..., I K1]
+  other product, more sides     [d1, d2, d3, ...] is [d1, d2 d3 ...]
+
+At full rank every weight can be any matrix: Conv1d [8, 3, 5] is [8, 15], rank 8; Conv3d [4, 2, 3,
+3, 3] is [12, 18], rank 12; ConvTranspose2d [6, 4, 2, 2] is [8, 12], rank 8; an LSTM of 5 inputs and
+7 states has [28, 5], rank 5, and [28, 7], rank 7.
 """
 
 import math
@@ -32,7 +37,7 @@ from ..models.network import Leaf, Model
 
 
 def is_not_factor(leaf: str) -> bool:
-    """Whether a leaf belongs to sigma."""
+    """Return whether a leaf belongs to sigma."""
     return not is_factor(leaf)
 
 
@@ -53,22 +58,23 @@ class LowRank:
                                               factor K, and 1 / linear_rank
     ========  ==============================  ===========================
 
-    K is the first side of a kernel, 1 where a convolution has one side. The paper knows square
-    kernels, for which min(I, O) K is the smaller side of the matrix; of any convolution but a
-    Conv2d the rank is conv_rank of that side. Every other matrix counts as a Linear.
+    K is the first side of a kernel, or 1 if the kernel has one side. The paper only has square
+    kernels, for which min(I, O) K is the smaller side of the matrix. Under ``rank_rule: paper``
+    every convolution other than a Conv2d has the rank conv_rank times that smaller side. Every
+    other matrix counts as a Linear.
 
-    A ~ U(-1, 1) / sqrt(in side) (Kaiming with a = sqrt 5, as the official code; the paper says
-    Gaussian and gives no variance), B = 0, so that tau starts at zero.
+    A ~ U(-1, 1) / sqrt(in side) (Kaiming with a = sqrt 5, as in the official code; the paper says
+    Gaussian and gives no variance). B = 0, so that tau starts at zero.
 
-    The parts train in turn, tau for ``lora_epochs`` of the ``train.epochs`` and then sigma, or
-    together (``order: simultaneous``) in all of them.
+    With ``order: alternating`` tau trains first, for ``lora_epochs`` of the ``train.epochs``, and
+    then sigma for the others. With ``order: simultaneous`` both train in all epochs.
     """
 
     conv_rank: float = 0.6
     linear_rank: float | int = 0.6
     rank_rule: Literal["paper", "official"] = "paper"
     scale: Literal["one", "official"] = "one"
-    layers: tuple[str, ...] = ("*",)  # which weights are decomposed: patterns of leaf names
+    layers: tuple[str, ...] = ("*",)  # patterns of the names of decomposed weights
     lora_epochs: int = 2
     order: Literal["alternating", "simultaneous"] = "alternating"
 
@@ -96,7 +102,7 @@ class LowRank:
             )
 
     def training_phases(self, model: Model, train: LocalTraining, loss: Loss) -> tuple[Phase, ...]:
-        """Local training of both parts, eqs. (6) and (7)."""
+        """Return the phases that train both parts, eqs. (6) and (7)."""
         if self.order == "simultaneous":
             return (Phase(train.epochs, (Step(loss),)),)
 
@@ -109,21 +115,24 @@ class LowRank:
         )
 
     def theta(self, model: Model, v: Variables) -> Tree:
-        """theta = sigma + tau, eq. (2), wherever the two live."""
+        """Return theta = sigma + tau, eq. (2); each of the two may be shared or personal."""
         factors, sigma = split(v.shared | v.personal, is_factor)
         tau = v.constant or self.tau(model, factors)
         return {n: w + tau[n].to(w.dtype) if n in tau else w for n, w in sigma.items()}
 
     def ranks(self, model: Model) -> dict[str, int]:
-        """Rank r of every decomposed weight. Raises ValueError when ``layers`` matches none."""
+        """Return the rank r of every decomposed weight.
+
+        Raises ValueError when ``layers`` matches none.
+        """
         return {name: self._rank(model.leaves[name]) for name in match_weights(model, self.layers)}
 
     def scales(self, model: Model) -> dict[str, float]:
-        """s of every decomposed weight."""
+        """Return s of every decomposed weight."""
         return {name: self._scale(model.leaves[name]) for name in self.ranks(model)}
 
     def factors(self, model: Model, rng: Generator) -> Tree:
-        """A and B of every decomposed weight before the first round."""
+        """Return the initial A and B of every decomposed weight."""
         tree = {}
         for name, r in self.ranks(model).items():
             out_side, in_side = matrix_shape(model.leaves[name])
@@ -132,7 +141,7 @@ class LowRank:
         return tree
 
     def tau(self, model: Model, factors: Tree) -> Tree:
-        """{weight: s B A in the weight's shape}. Costs as much as a matrix product per weight."""
+        """Return {weight: s B A in the weight's shape}, at a matrix product per weight."""
         products = {}
         for name, B in factors_by_weight(factors, "B").items():
             leaf = model.leaves[name]
@@ -169,7 +178,7 @@ class LowRank:
 
 
 def matrix_shape(leaf: Leaf) -> tuple[int, int]:
-    """(out side, in side) of the matrix that a weight is read as."""
+    """Return (out side, in side) of the matrix that a weight is read as."""
     first, second, *kernel = leaf.shape
     if leaf.matrix == "linear":
         return first, second * math.prod(kernel)
@@ -178,24 +187,26 @@ def matrix_shape(leaf: Leaf) -> tuple[int, int]:
 
 
 def as_weight(matrix: Tensor, leaf: Leaf) -> Tensor:
-    """``matrix`` [out side, in side] in the shape of the weight that is read as it."""
+    """Return ``matrix`` [out side, in side] in the shape of its weight."""
     return matrix.mT.reshape(leaf.shape) if leaf.matrix == "transposed" else matrix.view(leaf.shape)
 
 
 def _channels(leaf: Leaf) -> tuple[int, int]:
-    """(out, in) channels of a convolution as its weight has them: a group's, if it has groups."""
+    """Return (out, in) channels of a convolution's weight; of grouped ones, one group's."""
     first, second = leaf.shape[:2]
     return (second, first) if leaf.matrix == "transposed" else (first, second)
 
 
 def _kernel_height(leaf: Leaf) -> int:
-    """The first side of a convolution's kernel; 1 if the kernel has one side."""
+    """Return the first side of a convolution's kernel; 1 if the kernel has one side."""
     return leaf.shape[2] if len(leaf.shape) > 3 else 1
 
 
 def match_weights(model: Model, patterns: Iterable[str], frozen: bool = False) -> list[str]:
-    """The weights that match a pattern and can have a low-rank part; with ``frozen``, those that
-    the network's builder has frozen, too. Raises ValueError when a pattern matches none.
+    """Return the weights that match a pattern and can have a low-rank part.
+
+    With ``frozen`` this includes weights that the network's builder has frozen. Raises ValueError
+    when a pattern matches none.
     """
     matrices = [
         n for n, leaf in (model.all_leaves if frozen else model.leaves).items() if leaf.matrix
@@ -225,9 +236,9 @@ def match_weights(model: Model, patterns: Iterable[str], frozen: bool = False) -
 def skipped_weights(
     model: Model, low_rank: Mapping[str, int], full: Collection[str] = ()
 ) -> dict[str, str]:
-    """{weight: why it has no low-rank part} of all weights with two or more dimensions.
+    """Return {weight: why it has no low-rank part} of all weights with two or more dimensions.
 
-    low_rank: {weight: rank} of those that have one; full: roles that are trained as they are.
+    low_rank: {weight: rank} of those that have one; full: roles that are trained in full.
     """
     reasons = {}
     for name, leaf in model.all_leaves.items():
@@ -245,51 +256,55 @@ def skipped_weights(
 
 
 def join_first(words: Sequence[str], limit: int = 5) -> str:
-    """The first words, and how many more there are."""
+    """Return the first ``limit`` words, and how many more there are."""
     rest = f" and {len(words) - limit} more" if len(words) > limit else ""
     return ", ".join(words[:limit]) + rest
 
 
 def kaiming_uniform(rows: int, in_side: int, rng: Generator) -> Tensor:
-    """A factor A before the first round, [rows, in side]: U(-1, 1) / sqrt(in side)."""
+    """Return an initial factor A [rows, in side]: U(-1, 1) / sqrt(in side)."""
     return (torch.rand(rows, in_side, generator=rng) * 2 - 1) / in_side**0.5
 
 
 def right_singular_vectors(matrix: Tensor, rows: int) -> Tensor:
-    """V' [..., rows, d2] of ``matrix`` [..., d1, d2] = U S V': orthonormal, the largest singular
-    values first.
+    """Return V' [..., rows, d2] of ``matrix`` [..., d1, d2] = U S V'; rows <= min(d1, d2).
 
-    ``matrix`` V V' is its best approximation of this rank. A matrix of lower rank is completed by
-    directions that it does not have, so that A = V' and B = ``matrix`` V make no dead factor: where
-    B is zero, A is not. By an eigendecomposition of the smaller Gram matrix in float64, several
-    times as fast as an SVD; singular values below 1e-8 of the largest are lost, as they are in
-    float32 numbers anyway. rows <= min(d1, d2).
+    The rows are orthonormal and belong to the largest singular values, in falling order. ``matrix``
+    V V' is the best approximation of ``matrix`` of this rank. If the rank of ``matrix`` is lower,
+    orthonormal directions outside its row space complete V'. So A = V' and B = ``matrix`` V have no
+    dead component: where B is zero, A is not.
+
+    The vectors come from an eigendecomposition of the smaller Gram matrix in float64, which is
+    several times as fast as an SVD. Singular values below 1e-8 of the largest are lost, as they are
+    in float32 numbers anyway.
     """
     W = matrix.double()
     tall_matrix, basis = W, None
     if W.shape[-1] > W.shape[-2]:
-        basis, triangle = torch.linalg.qr(W.mT)  # W = corner' basis'
+        basis, triangle = torch.linalg.qr(W.mT)  # W = triangle' basis'
         tall_matrix = triangle.mT
-    _, V = torch.linalg.eigh(tall_matrix.mT @ tall_matrix)  # ascending
+    _, V = torch.linalg.eigh(tall_matrix.mT @ tall_matrix)  # in ascending order
     V = V[..., -rows:].flip(-1)
     return (V if basis is None else basis @ V).mT.to(matrix.dtype)
 
 
 def truncate_svd(update: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
-    """``update`` [d1, ...] as the receiver of its largest singular values has it, and the number n
-    (d1 + d2 + 1) of what is sent, [].
+    """Return ``update`` [d1, ...] without its small singular values, and the numbers to send [].
 
-    As a matrix [d1, d2] it is sum_j s_j u_j v_j'; sent are s_j, u_j, v_j for j <= n, n >= 1 the
-    smallest number with sum_{j <= n} s_j^2 >= energy sum_j s_j^2. energy: [] float64. In float64 a
-    value below 1e-8 s_1, of a matrix without full rank, is lost in the sum, so n is at most the
-    rank. What is not finite comes back as it is.
+    ``update`` is read as a matrix [d1, d2] = sum_j s_j u_j v_j'. Only s_j, u_j and v_j for j <= n
+    are sent, which are n (d1 + d2 + 1) numbers. n >= 1 is the smallest number with sum_{j <= n}
+    s_j^2 >= energy sum_j s_j^2. energy: [] float64.
+
+    The spurious singular values of a rank-deficient matrix are below 1e-8 s_1. Their squares vanish
+    in the float64 sum, so n is at most the rank. A non-finite ``update`` is returned unchanged.
     """
     matrix = update.flatten(1).double()
     finite = matrix.isfinite().all()
-    U, s, V = torch.linalg.svd(torch.where(finite, matrix, 0.0), full_matrices=False)  # refuses nan
+    # svd raises an error on nan
+    U, s, V = torch.linalg.svd(torch.where(finite, matrix, 0.0), full_matrices=False)
     energies = s.square().cumsum(0)
-    is_enough = energies[:-1] >= energy * energies[-1]  # without the next ones
-    # a mask: in a stack every client has its own n
+    is_enough = energies[:-1] >= energy * energies[-1]  # the first values suffice
+    # a mask, because under vmap every client of a group has its own n
     is_kept = torch.cat([torch.ones_like(finite)[None], ~is_enough])
     approximation = torch.where(finite, (U * (s * is_kept)) @ V, matrix)
     return approximation.to(update.dtype).view(update.shape), is_kept.sum() * (

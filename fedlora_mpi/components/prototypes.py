@@ -1,13 +1,14 @@
-"""The mean feature of each class: on a client, over all clients, and a loss that pulls to it.
+"""Prototypes, the mean feature of each class on a client and over all clients, and their loss.
 
-Features z [d] are what enters the head. A client with n_i samples, of which a share pi_ik has class
-k, shows h_ik = pi_ik mean_i(z | k) and pi_ik. Both are linear in the samples, so the quotient of
-their means over clients, weighted by samples, is the mean over the samples of all clients:
+Features z [d] are the inputs of the head. Client i has n_i samples, and the share pi_ik of them has
+class k. It uploads h_ik = pi_ik mean_i(z | k) and pi_ik. Both are linear in the samples. So the
+quotient of their means over clients, weighted by samples, is the mean over the samples of all
+clients:
 
     c_k = sum_i n_i h_ik / sum_i n_i pi_ik = sum_i n_ik mean_i(z | k) / sum_i n_ik
 
 The means over clients are the shared leaves ``class.means`` [classes, d] and ``class.shares``
-[classes], a client's own h_i is its personal leaf ``own.means`` [classes, d].
+[classes]. A client's own h_i is its personal leaf ``own.means`` [classes, d].
 """
 
 from collections.abc import Callable
@@ -27,25 +28,28 @@ _CHUNK = 250  # samples whose features are computed together
 
 
 def feature_statistics(model: Model, weights: Tree, data: Batch) -> tuple[Tensor, Tensor]:
-    """h_i = [pi_k mean(z | k)]_k [classes, d] and mean ||z||^2 [] over all samples of a client.
+    """Return h_i = [pi_k mean(z | k)]_k [classes, d] and mean ||z||^2 [] over a client's samples.
 
-    In the model's mode: in evaluation mode a sample's features do not depend on its neighbours.
+    Features are computed in the model's mode. In evaluation mode a sample's features do not depend
+    on the rest of its batch.
     """
     sums, energy = _class_sums(lambda x: model.features(weights, x), data)
     return sums / data.counts.sum(), energy / data.counts.sum()
 
 
 def client_class_means(features: Callable[[Tensor], Tensor], data: Batch) -> Tensor:
-    """[classes, m]: the mean of ``features(x)`` [B, m] over a client's samples of each class; zero
-    for a class without samples.
+    """Return the mean of ``features(x)`` over a client's samples of each class, [classes, m].
+
+    features: inputs x -> [B, m]. The mean of a class without samples is zero.
     """
     sums, _ = _class_sums(features, data)
     return sums / data.counts.clamp(min=1)[:, None]
 
 
 def _class_sums(features: Callable[[Tensor], Tensor], data: Batch) -> tuple[Tensor, Tensor]:
-    """The sums of z = features(x) by class, [classes, m], and of ||z||^2, [], over a client's
-    samples.
+    """Return two sums over a client's samples, with z = features(x).
+
+    These are the sums of z by class, [classes, m], and of ||z||^2, [].
     """
     classes = len(data.counts)
     real = torch.ones_like(data.y) if data.real is None else data.real
@@ -59,20 +63,21 @@ def _class_sums(features: Callable[[Tensor], Tensor], data: Batch) -> tuple[Tens
         z = features(x)
         sums = sums + class_mask.to(z).T @ z
         energy = energy + (z.square().sum(1) * is_real).sum()
-    assert isinstance(sums, Tensor) and isinstance(energy, Tensor)  # of one sample and more
+    assert isinstance(sums, Tensor) and isinstance(energy, Tensor)  # there is a sample
     return sums, energy
 
 
 def class_statistics(model: Model, weights: Tree, data: Batch) -> Tree:
-    """A client's part of ``class.means`` and ``class.shares``: h_i and pi_i."""
+    """Return a client's part of ``class.means`` and ``class.shares``: h_i and pi_i."""
     means, _ = feature_statistics(model, weights, data)
     return {MEANS: means, SHARES: data.counts / data.counts.sum()}
 
 
 def class_means(v: Variables, batch: Batch) -> Tensor:
-    """c [classes, d]: over all clients, or the client's own mean where none had the class.
+    """Return c [classes, d]: the mean over all clients, or else the client's own mean.
 
-    Zero where the client has not had it either. Of ``batch`` only ``counts`` is read.
+    The client's own mean is used for a class that is not known (see ``prototypes``). It is zero if
+    the client has not had the class either. Of ``batch`` only ``counts`` is read.
     """
     means, known = prototypes(v.shared)
     own_means = v.personal[OWN_MEANS] * batch.counts.sum() / batch.counts.clamp(min=1)[:, None]
@@ -80,18 +85,19 @@ def class_means(v: Variables, batch: Batch) -> Tensor:
 
 
 def prototypes(shared: Tree) -> tuple[Tensor, Tensor]:
-    """c [classes, d] over all clients, and which classes are known [classes]; the others' c is
-    zero.
+    """Return c [classes, d] over all clients, and which classes are known, [classes] bool.
+
+    c of an unknown class is zero.
     """
     shares = shared[SHARES]
     return shared[MEANS] / shares.clamp(min=1e-30)[:, None], shares > 0
 
 
 def prototype_loss(z: Tensor, means: Tensor, batch: Batch, known: Tensor | None = None) -> Tensor:
-    """Mean over real examples and features of (z - c_y)^2, []; zero for an example whose class is
-    not ``known``.
+    """Return the mean of (z - c_y)^2 over real examples and features, [].
 
-    z: [B, d]; means: c [classes, d]; known: [classes], None: all.
+    An example whose class is not ``known`` counts as zero. z: [B, d]; means: c [classes, d]; known:
+    [classes], None: all.
     """
     each = (z - means[batch.y]).square().mean(1)
     return mean(each if known is None else torch.where(known[batch.y], each, 0), batch)

@@ -1,7 +1,7 @@
-"""Steps of the server's own optimiser: the mean change of the clients is what it descends along.
+"""Steps of the server's own optimiser, which uses the mean change of the clients as its gradient.
 
 Reddi et al., "Adaptive Federated Optimization", ICLR 2021, https://arxiv.org/abs/2003.00295,
-Algorithm 1 (FedOpt). A leaf without moments, a running statistic, is copied from the mean.
+Algorithm 1 (FedOpt). A running statistic has no moments; the server takes its mean.
 """
 
 from abc import abstractmethod
@@ -19,7 +19,7 @@ from ..models.network import Model
 
 
 def init_moments(model: Model, shared: Tree, **initial_values: float) -> Tree:
-    """``<moment>.<leaf>`` for every leaf that is stepped, filled with the number it begins with."""
+    """Return ``<moment>.<leaf>`` for every leaf that is stepped, filled with its initial number."""
     leaves = {n: v for n, v in shared.items() if model.role(n) != "stats"}
     return {
         f"{m}.{n}": torch.full_like(v, value)
@@ -31,11 +31,11 @@ def init_moments(model: Model, shared: Tree, **initial_values: float) -> Tree:
 def step_server(
     server: Tree, shared: Tree, mean: Tree, step: Callable[..., tuple[Tensor, dict[str, Tensor]]]
 ) -> tuple[Tree, Tree]:
-    """The next (server, shared): x + increment for every leaf with moments, the mean for the
-    others.
+    """Return the next (server, shared).
 
-    ``step(delta, **moments)`` gives the increment and the next moments of one leaf; delta = mean -
-    x. It computes in float64, so that the increment delta gives the mean to the bit.
+    A leaf x with moments becomes x + increment; any other leaf becomes its mean. ``step(delta,
+    **moments)`` returns the increment and the next moments of one leaf, with delta = mean - x. It
+    computes in float64, so that the increment delta gives the mean to the bit.
     """
     names = dict.fromkeys(name.partition(".")[0] for name in server)
     server, new_shared = dict(server), dict(mean)
@@ -57,8 +57,8 @@ class AdaptiveServer:
         v <- second(v, Delta^2)                 v = tau^2
         x <- x + eta m / (sqrt(v) + tau)
 
-    p_k is n_k / n, or the same for all (``weights: uniform``), as Algorithm 2 is written. eta has
-    to be tuned; 0.01 is near the authors' best where theirs for tau is 0.001.
+    p_k is n_k / n, or equal for all clients (``weights: uniform``), as Algorithm 2 is written. eta
+    must be tuned; 0.01 is near the authors' best value where their best tau is 0.001.
     """
 
     eta: float = 0.01
@@ -71,7 +71,7 @@ class AdaptiveServer:
 
     @abstractmethod
     def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
-        """The next v from the present one and Delta^2: what the methods differ in."""
+        """Return the next v from the present one and Delta^2; only this differs between methods."""
 
     def server(self, model: Model, shared: Tree) -> Tree:
         return init_moments(model, shared, m=0.0, v=self.tau**2)

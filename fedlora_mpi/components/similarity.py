@@ -1,4 +1,4 @@
-"""How alike clients are, from the Gram matrix of the keys that they show (see ``Algorithm.mix``).
+"""Similarity of clients, from the Gram matrix of the keys that they send (see ``Algorithm.mix``).
 
 gram: [n, n] inner products <k_i, k_j>, float64. All results are [n, n], float64.
 """
@@ -7,16 +7,17 @@ from torch import Tensor
 
 
 def squared_distances(gram: Tensor) -> Tensor:
-    """||k_i - k_j||^2, where rounding never leaves a negative one.
+    """Return ||k_i - k_j||^2, which rounding never makes negative.
 
-    Of 0/1 masks it is the exact number of entries in which they differ. Of other keys it cancels
-    unless their mean has been taken off (``Algorithm.center_keys``), which moves no distance.
+    For 0/1 masks the distance is exact: the number of entries in which they differ. For other keys
+    the difference cancels digits unless the keys' mean has been subtracted
+    (``Algorithm.center_keys``), which changes no distance.
     """
     squared_norms = gram.diagonal()
     return (squared_norms[:, None] + squared_norms - 2 * gram).clamp(min=0)
 
 
 def cosines(gram: Tensor) -> Tensor:
-    """cos(k_i, k_j); 0 where a key is zero. For keys whose mean has not been taken off."""
+    """Return cos(k_i, k_j); 0 if a key is zero. The keys' mean must not have been subtracted."""
     squared_norms = gram.diagonal()
     return gram / (squared_norms[:, None] * squared_norms).sqrt().clamp(min=1e-300)

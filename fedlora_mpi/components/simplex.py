@@ -1,11 +1,14 @@
-"""Weights that are at least 0 and sum to 1: the nearest ones, and those with the least error."""
+"""Weights that are at least 0 and sum to 1: a projection onto them, and those of least error."""
 
 import torch
 from torch import Tensor
 
 
 def project_to_simplex(rows: Tensor) -> Tensor:
-    """The nearest point of the simplex to each row (Duchi et al., ICML 2008, Fig. 1), [m, n]."""
+    """Return the nearest point of the simplex to each row, [m, n].
+
+    Duchi et al., ICML 2008, Fig. 1.
+    """
     descending = rows.sort(1, descending=True).values
     excess = (descending.cumsum(1) - 1) / torch.arange(1, rows.shape[1] + 1)
     support_end = (descending > excess).sum(1, keepdim=True) - 1
@@ -13,14 +16,17 @@ def project_to_simplex(rows: Tensor) -> Tensor:
 
 
 def best_weights(gram: Tensor, variance: Tensor) -> Tensor:
-    """Row i: argmin over the simplex of sum_a V_a alpha_a^2 + ||h_i - sum_a alpha_a h_a||^2, [n,
-    n].
+    """Return weights [n, n]; row i is the alpha in the simplex that minimises
 
-    The best estimate of h_i from all h, where h_a is known up to the variance V_a. gram: [n, n]
-    inner products of the h, of which the mean may be taken off; variance: [n]; both float64. All
-    rows together, by projected gradient descent with momentum (FISTA) that starts anew where it
-    overshoots (O'Donoghue and Candes, 2015); ends when no row can gain more than 1e-12 of the
-    curvature's scale.
+        sum_a V_a alpha_a^2 + ||h_i - sum_a alpha_a h_a||^2
+
+    This gives the best estimate of h_i from all h, where h_a is known up to the variance V_a. gram:
+    [n, n] inner products of the h, whose mean may have been subtracted; variance: [n]; both
+    float64.
+
+    Projected gradient descent with momentum (FISTA) solves all rows together. It restarts a row's
+    momentum when that overshoots (O'Donoghue and Candes, 2015). It stops when no row can gain more
+    than 1e-12 of the curvature's scale, and at the latest after 20,000 steps.
     """
     hessian = gram + torch.diag(variance)
     step = 1 / torch.linalg.matrix_norm(hessian, 2).clamp(min=1e-300)

@@ -1,8 +1,9 @@
-"""A frozen dataclass from a mapping of plain values, with messages a user can act on.
+"""Builds a frozen dataclass from a mapping of plain values, with messages a user can act on.
 
-Annotations say what a field takes: int, float, bool, str, Literal, Any (plain data), nested
-dataclasses, tuple[X, ...], and unions of these with None. A ``__post_init__`` raises ValueError
-with a text that starts "field = value: "; the builder puts the place and the block in front.
+An annotation says which values a field takes: int, float, bool, str, Literal, Any (plain data),
+nested dataclasses, tuple[X, ...], and unions of these with None. A ``__post_init__`` raises
+ValueError with a text that starts "field = value: "; the builder puts the file and the block in
+front.
 """
 
 import inspect
@@ -23,7 +24,7 @@ _UNQUOTED = re.compile(r"(?!(true|false|null)$)[^\W\d]|[/~]")
 
 
 class ConfigError(ValueError):
-    """The user's mistake in one line: where it stands, key, value, what is allowed."""
+    """A mistake of the user in one line: its place, the key, the value, and what is allowed."""
 
     def __init__(self, text: str) -> None:
         super().__init__(" ".join(text.split()))
@@ -35,8 +36,9 @@ def dotted_key(key: str, name: str) -> str:
 
 
 def format_value(value: Any) -> str:
-    """``value`` in at most 60 characters, as a user would write it; text like 0.1 or true in
-    quotes.
+    """``value`` in at most 60 characters, as a user would write it.
+
+    Text like 0.1 or true is in quotes.
     """
     is_unquoted = isinstance(value, str) and value.isprintable() and _UNQUOTED.match(value)
     text = value if is_unquoted else json.dumps(value, default=str, ensure_ascii=False)
@@ -44,28 +46,29 @@ def format_value(value: Any) -> str:
 
 
 def suggest(word: str, words: Collection[str]) -> str:
-    """The end of a message: the valid word that was probably meant, or nothing."""
+    """The end of a message: the valid word that the user probably meant, or nothing."""
     matches = get_close_matches(word, words, n=1)
     return f". Did you mean {matches[0]}?" if matches else ""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where each dotted key was written; a key that nobody wrote counts to its block, then to
-    ``file``.
+    """Where each dotted key was written.
+
+    A key that nobody wrote has the source of a key below it, else that of its block, else ``file``.
     """
 
     file: str
     source_of_key: Mapping[str, str] = field(default_factory=dict)
 
     def error(self, key: str, reason: str, value: Any = MISSING) -> ConfigError:
-        """The message about a key."""
+        """The error message about a key."""
         return self._message(
             key, key + ("" if value is MISSING else f" = {format_value(value)}") + f": {reason}"
         )
 
     def refusal(self, key: str, error: ValueError) -> ConfigError:
-        """The message about what a constructor of the block ``key`` refused."""
+        """The error message for a ValueError that the constructor of the block ``key`` raised."""
         if match := re.match(r"([\w.]+) = ", str(error)):
             return self._message(dotted_key(key, match[1]), dotted_key(key, str(error)))
         return self._message(key, f"{key}: {error}" if key else str(error))
@@ -86,12 +89,11 @@ class Origin:
 def merge_layers(
     layers: Iterable[tuple[Mapping[str, Any], str]], selectors: Mapping[str, tuple[str, ...]]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The (layer, source) pairs merged, a later value over an earlier one, and ``Origin.of`` of the
-    result.
+    """The merged (layer, source) pairs, and {dotted key: its source} for ``Origin``.
 
-    ``selectors``: dotted key of a choice block -> the keys in it that say what its other keys mean;
-    a bare name stands for the first. A block that is given as a bare name or as {}, or whose
-    selector changes, starts afresh.
+    A later value replaces an earlier one. ``selectors``: dotted key of a choice block -> the keys
+    in it that give its other keys their meaning; a bare name is the value of the first. A block
+    loses its earlier keys if a layer gives it as a bare name or as {}, or changes a selector.
     """
     merged: dict[tuple[str, ...], tuple[Any, str]] = {}
     for layer, source in layers:
@@ -131,7 +133,7 @@ Reader = Callable[[Any, str, Origin], Any]  # (value, dotted key, origin) -> the
 
 
 class Field(NamedTuple):
-    """How a key is read, and its value when it is not given."""
+    """The reader of a key, and the value of the key when it is not given."""
 
     read: Reader
     default: Any = MISSING
@@ -167,7 +169,8 @@ def read_block(
 ) -> dict[str, Any]:
     """The checked values of ``block`` for every known key, in their order, defaults included.
 
-    Raises ConfigError for what is no block, an unknown or missing key, or a value of a wrong type.
+    Raises ConfigError if ``block`` is not a block, a key is unknown or missing, or a value has a
+    wrong type.
     """
     names = ", ".join(known_fields) or "no fields"
     if not isinstance(block, Mapping):
@@ -187,7 +190,7 @@ def read_block(
 
 
 def construct(cls: type[T], values: Mapping[str, Any], key: str, origin: Origin) -> T:
-    """``cls(**values)``; what it refuses is reported under the block ``key``."""
+    """``cls(**values)``; a ValueError of ``cls`` is reported under the block ``key``."""
     try:
         return cls(**values)
     except ValueError as error:
@@ -195,7 +198,7 @@ def construct(cls: type[T], values: Mapping[str, Any], key: str, origin: Origin)
 
 
 def build_block(cls: type[T], block: Any, key: str, origin: Origin, owner: str = "") -> T:
-    """The dataclass ``cls`` from ``block``; messages name it ``owner`` (default: the key)."""
+    """The dataclass ``cls`` from ``block``; messages call it ``owner`` (default: the key)."""
     return construct(
         cls, read_block(config_fields(cls), block, key, origin, owner or key), key, origin
     )
@@ -206,7 +209,7 @@ def split_choice(
 ) -> tuple[str, Mapping[str, Any]]:
     """Split a choice block, or a bare name, into (name, the other keys).
 
-    ``external_form`` describes what may stand for a name of the user's own, always of the form
+    ``external_form`` describes the names of a user's own objects, always of the form
     ``dotted.module:attribute``; "" allows none.
     """
     options: Mapping[str, Any] = {}
@@ -224,7 +227,7 @@ def split_choice(
 
 
 def check_type(annotation: Any, value: Any, key: str, origin: Origin) -> Any:
-    """``value`` converted as ``annotation`` asks. Raises ConfigError if it cannot be."""
+    """``value`` converted to the type ``annotation``. Raises ConfigError if that is impossible."""
     members = _union_members(annotation)
     converted = _convert(value, annotation)
     if converted is not MISSING:
@@ -246,7 +249,7 @@ def check_type(annotation: Any, value: Any, key: str, origin: Origin) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses and mappings as dictionaries, tuples as lists, all the way down."""
+    """Dataclasses and mappings as dictionaries, and tuples as lists, at every depth."""
     if is_dataclass(value):
         return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
@@ -257,7 +260,7 @@ def to_plain(value: Any) -> Any:
 def _iter_leaves(
     block: Mapping[str, Any], prefix: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path, value) of everything in nested mappings that is no mapping itself, or an empty one."""
+    """(path, value) of everything in nested mappings except non-empty mappings."""
     for name, value in block.items():
         if isinstance(value, Mapping) and value:
             yield from _iter_leaves(value, (*prefix, name))
@@ -266,7 +269,7 @@ def _iter_leaves(
 
 
 def _is_nested(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
-    """Whether one path is the other or leads to it."""
+    """Whether the two paths are equal or one leads to the other."""
     return a[: len(b)] == b[: len(a)]
 
 
@@ -275,10 +278,10 @@ def _union_members(annotation: Any) -> tuple:
 
 
 def _convert(value: Any, annotation: Any) -> Any:
-    """``value`` converted to the type ``annotation``, or MISSING where it is not of that type."""
+    """``value`` converted to the type ``annotation``, or MISSING if it does not have this type."""
     type_origin, args = get_origin(annotation), get_args(annotation)
     if type_origin in (Union, UnionType):
-        # 4 in float | int stays 4
+        # the exact type comes first, so that 4 stays an int in float | int
         exact_first = sorted(args, key=lambda member: member is not type(value))
         return next(
             (v for member in exact_first if (v := _convert(value, member)) is not MISSING), MISSING
@@ -297,7 +300,7 @@ def _convert(value: Any, annotation: Any) -> Any:
     if annotation is Any:
         return value if _is_plain(value) else MISSING
     assert isinstance(annotation, type), f"{annotation}: no rule for this annotation"
-    return value if type(value) is annotation else MISSING  # exact: True is no int
+    return value if type(value) is annotation else MISSING  # the exact type: True is no int
 
 
 def _is_plain(value: Any) -> bool:
@@ -309,7 +312,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _allowed_texts(annotation: Any) -> list[str]:
-    """What a field of type ``annotation`` takes, in words."""
+    """The values that a field of type ``annotation`` takes, in words."""
     type_origin, args = get_origin(annotation), get_args(annotation)
     if type_origin in (Union, UnionType):
         words = [word for member in args for word in _allowed_texts(member)]
@@ -336,7 +339,7 @@ def _join_alternatives(words: list[str]) -> str:
 
 @contextmanager
 def prefix_errors(source: str, block: str = "") -> Iterator[None]:
-    """Put file and block before what a part says of "key = value"."""
+    """Put the file and the block in front of a ValueError that begins "key = value"."""
     block = f"{block}." if block else ""
     try:
         yield

@@ -1,4 +1,4 @@
-"""A whole experiment as frozen dataclasses: what ``reading.py`` reads a YAML file into."""
+"""A whole experiment as frozen dataclasses; ``reading.py`` builds them from a YAML file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from ..privacy.settings import Privacy
 
 @dataclass(frozen=True)
 class DataBlock:
-    """The ``data`` block: the pooled examples, who gets which, and when."""
+    """The ``data`` block: the pooled examples, which client gets which of them, and when."""
 
     source: Source
     partition: Partition
@@ -34,15 +34,18 @@ class DataBlock:
 
 @dataclass(frozen=True)
 class Network:
-    """What ``models.zoo.build`` takes; for its own models every option is there."""
+    """The arguments of ``models.zoo.build``.
+
+    For the package's own models every option is present.
+    """
 
     name: str
     options: Mapping[str, Any]
-    weights: str | None = None  # None: initial weights of the seed
+    weights: str | None = None  # None: initial weights drawn from the seed
 
     @property
     def origins(self) -> list[zoo.Origin]:
-        """The files that it is made from."""
+        """The files that the network is made from."""
         return zoo.find_origins(self.name, self.options, self.weights)
 
 
@@ -50,8 +53,9 @@ class Network:
 class ModelBlock:
     """The ``model`` block: one network, or a ``mix`` of them over the clients.
 
-    Client k has network k mod len(mix); with ``clients`` the first clients[0] clients have the
-    first, the next clients[1] the second; with ``each`` client k has number each[k], from 0.
+    Client k has network k mod len(mix). With ``clients`` the first clients[0] clients have the
+    first network, the next clients[1] the second, and so on. With ``each`` client k has network
+    number each[k], counted from 0.
     """
 
     mix: tuple[Network, ...]
@@ -75,8 +79,9 @@ class ModelBlock:
             )
 
     def network_of_clients(self, clients: int) -> tuple[int, ...]:
-        """Which network of the mix each client has, [N]. Raises ValueError when they are not so
-        many.
+        """The index in ``mix`` of each client's network, [N].
+
+        Raises ValueError if ``clients`` or ``each`` is for another number of clients.
         """
         field, count_given = (
             ("each", clients) if self.clients is None else ("clients", sum(self.clients))
@@ -99,8 +104,11 @@ class ModelBlock:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """The ``evaluate`` block, in rounds. clients: who is judged; of ``cohort``, those of the round,
-    the others have no accuracy in it, and a round costs the same however many they are.
+    """The ``evaluate`` block. every: rounds from one evaluation to the next.
+
+    clients: which clients are evaluated. With ``cohort`` these are the clients of the round, and
+    the others have no accuracy in it. The cost of a round then does not depend on the number of
+    clients.
     """
 
     every: int = 1
@@ -112,7 +120,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The ``checkpoint`` block: one ``every`` so many rounds; the newest ``keep`` stay."""
+    """The ``checkpoint`` block: one in ``every`` rounds; the newest ``keep`` are kept."""
 
     every: int = 10
     keep: int = 2
@@ -123,9 +131,9 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Faults:
-    """The ``faults`` block: what to do about dead workers, hangs and numbers that are not finite.
+    """The ``faults`` block: the reaction to dead workers, hangs and non-finite numbers.
 
-    timeout: seconds in which a rank must get on by a batch; 0 is for ever.
+    timeout: seconds without progress by a batch after which a rank ends the run; 0: no limit.
     """
 
     tolerate: bool = False
@@ -138,7 +146,7 @@ class Faults:
 
 @dataclass(frozen=True)
 class Log:
-    """The ``log`` block: what is written beside ``log.h5``."""
+    """The ``log`` block: the files that are written in addition to ``log.h5``."""
 
     csv: bool = False  # RUN/rounds.csv
     tensorboard: bool = False  # RUN/tensorboard/
@@ -148,8 +156,8 @@ class Log:
 class Config:
     """A whole experiment.
 
-    participation: fraction of the clients per round; output: the run folder, in which {name} (stem
-    of the file), {algorithm} and {seed} are already filled in.
+    participation: fraction of the clients per round; output: the run folder, in which ``read`` has
+    replaced {name} (stem of the file), {algorithm} and {seed}.
     """
 
     seed: int = 1
@@ -186,5 +194,5 @@ class Config:
 
     @property
     def cohort(self) -> int:
-        """Clients of a round, about."""
+        """The approximate number of clients per round, at least 1."""
         return max(1, round(self.participation * self.data.partition.clients))

@@ -1,8 +1,10 @@
-"""The config file: YAML, one base under it, ``key=value`` from the command line over it; to
-``Config``.
+"""Reads a config file into ``Config``.
 
-Only plain data under YAML 1.2's core rules: ``1e-3`` is a number; ``on``, ``yes``, ``010``,
-``1:30`` and ``2020-01-01`` are text; a key given twice, a tag, an anchor or an alias is refused.
+A YAML file may have one base file, whose keys it overrides. ``key=value`` arguments of the command
+line override both.
+
+Only plain data under YAML 1.2's core rules is read. ``1e-3`` is a number; ``on``, ``yes``, ``010``,
+``1:30`` and ``2020-01-01`` are text. A duplicate key, a tag, an anchor or an alias is refused.
 Every mistake is a ``ConfigError`` of one line.
 """
 
@@ -28,7 +30,7 @@ from . import blocks
 from .blocks import ConfigError, Field, Origin
 from .experiment import Config, DataBlock, Faults, Log, ModelBlock, Network
 
-# The keys of a choice block that say what its other keys mean.
+# The keys of a choice block that give its other keys their meaning.
 SELECTORS = {"data.partition": ("kind",), "model": ("name", "mix"), "algorithm": ("name",)}
 FREE_ON_RESUME = (
     "rounds",
@@ -45,8 +47,8 @@ FREE_ON_RESUME = (
     "engine.graphs",
     "log",
 )
-# Keys, or whole blocks (all of their keys), that are written where they are not as by default: the
-# digest of a config without them stays what it was before there were any.
+# Keys (of a block, or all keys of it) that are written only if they differ from the default. So
+# the digest of a config without them is the same as before these keys existed.
 OMIT_IF_DEFAULT = {
     "engine": ("compile", "personal", "graphs"),
     "evaluate": ("clients",),
@@ -54,7 +56,7 @@ OMIT_IF_DEFAULT = {
     "log": tuple(blocks.config_fields(Log)),
 }
 COMMAND_LINE = "command line"
-# Overrides that are paths; of these the latter may be null.
+# Overrides that are paths; those of the second tuple may also be null.
 _PATH_KEYS = ("output", "data.root", "data.text.train", "data.text.test", "model.folder")
 _NULLABLE_PATH_KEYS = ("data.text.tokenizer", "model.weights")
 _CHECKSUM_PREFIX = "# Checksum of what follows: "
@@ -63,9 +65,10 @@ _PLACEHOLDER = re.compile(r"\{(.*?)\}")
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a YAML file, with ``key=value`` overrides over it.
+    """The config of a YAML file, overridden by ``key=value`` texts.
 
-    Overrides may come in any order; of two for the same key the later counts. Raises ConfigError.
+    Overrides may come in any order; if two have the same key, the later one counts. Raises
+    ConfigError.
     """
     config, origin = _read(Path(path), overrides)
     substitutes = {
@@ -83,7 +86,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _read(path: Path, overrides: Sequence[str]) -> tuple[Config, Origin]:
-    """``read``, with ``output`` as it is written, and where each key was written."""
+    """The result of ``read`` before ``output`` is filled in, and where each key was written."""
     layers = [(_load_yaml(path), str(path))]
     if "base" in layers[0][0]:
         layers.insert(0, _load_base(layers[0][0].pop("base"), path))
@@ -94,29 +97,31 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[Config, Origin]:
 
 
 def from_dict(mapping: Mapping[str, Any], source: str) -> Config:
-    """The config of a plain mapping such as ``resolved_dict`` gives; ``source`` names it in
-    messages.
+    """The config of a plain mapping such as the result of ``resolved_dict``.
+
+    Messages name the mapping ``source``.
     """
     return _build_config(mapping, Origin(source))
 
 
 def resolved_dict(config: Config) -> dict[str, Any]:
-    """Every key, JSON-able, in the order of the dataclass; ``from_dict`` reads it back."""
+    """Every key as JSON-able data, in the order of the dataclass; ``from_dict`` reads it back."""
     tree = blocks.to_plain({name: getattr(config, name) for name in blocks.config_fields(Config)})
     partition = config.data.partition
     kind = next(kind for kind, cls in PARTITIONS.items() if type(partition) is cls)
     tree["data"] = blocks.to_plain(config.data.source) | {
         "partition": {"kind": kind} | blocks.to_plain(partition)
     }
+    # these defaults are not written, so that digests stay the same as before the keys existed
     for block, names in OMIT_IF_DEFAULT.items():
         _drop_defaults(tree, block, names)
-    if config.data.tasks:  # likewise
+    if config.data.tasks:
         tree["data"]["tasks"] = blocks.to_plain(config.data.tasks)
     if not config.data.source.allow_pickle:
         del tree["data"]["allow_pickle"]
-    if config.privacy == Privacy():  # likewise
+    if config.privacy == Privacy():
         del tree["privacy"]
-    if config.data.source.text.tokenizer is None:  # and before a tokenizer could be given
+    if config.data.source.text.tokenizer is None:
         del tree["data"]["text"]["tokenizer"]
     tree["model"] = _model_tree(config.model)
     tree["algorithm"] = {"name": algorithm_name(config.algorithm)} | blocks.to_plain(
@@ -126,9 +131,7 @@ def resolved_dict(config: Config) -> dict[str, Any]:
 
 
 def _drop_defaults(tree: dict[str, Any], block: str, names: Sequence[str]) -> None:
-    """Remove those of ``names`` from a block that are as by default, and the block when nothing is
-    left.
-    """
+    """Remove those of ``names`` from a block that have their default, and then an empty block."""
     default = blocks.to_plain(Config.__dataclass_fields__[block].default)
     for name in names:
         if tree[block][name] == default[name]:
@@ -152,14 +155,14 @@ def _network_tree(network: Network) -> dict[str, Any]:
 
 
 def resolved_yaml(config: Config) -> str:
-    """``resolved_dict`` as YAML; ``read`` gives an equal Config back."""
+    """``resolved_dict`` as YAML; ``read`` returns an equal Config from it."""
     return yaml.dump(
         resolved_dict(config), Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True
     )
 
 
 def checksummed_yaml(config: Config) -> str:
-    """``resolved_yaml`` under a line with its checksum, for ``read_recorded``."""
+    """``resolved_yaml`` after a line with its checksum, for ``read_recorded``."""
     text = resolved_yaml(config)
     return f"{_CHECKSUM_PREFIX}{text_checksum(text)}\n{text}"
 
@@ -167,7 +170,7 @@ def checksummed_yaml(config: Config) -> str:
 def read_recorded(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The config in a run folder, whose ``output`` is a name, not a pattern.
 
-    Raises ConfigError when the file has been changed since it was written.
+    Raises ConfigError if the file has been changed since it was written.
     """
     first_line, _, yaml_text = _read_text(path).partition("\n")
     if first_line.startswith(_CHECKSUM_PREFIX) and first_line != _CHECKSUM_PREFIX + text_checksum(
@@ -181,8 +184,9 @@ def read_recorded(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_recorded_rounds(path: Path, overrides: Sequence[str] = ()) -> int:
-    """``rounds`` of a config in a run folder, for which nothing of the user's is imported;
-    ``rounds=N`` alone may override it. Raises ConfigError.
+    """``rounds`` of a config in a run folder, read without importing any code of the user.
+
+    Only ``rounds=N`` may override it. Raises ConfigError.
     """
     pairs = [text.partition("=") for text in overrides]
     if other_keys := [key for key, _, _ in pairs if key != "rounds"]:
@@ -200,7 +204,7 @@ def read_recorded_rounds(path: Path, overrides: Sequence[str] = ()) -> int:
 
 
 def digest(config: Config) -> str:
-    """32 hexadecimal digits that two configs share when they differ in FREE_ON_RESUME at most."""
+    """32 hexadecimal digits, equal for two configs that differ at most in FREE_ON_RESUME."""
     tree = resolved_dict(config)
     for key in FREE_ON_RESUME:
         block, _, name = key.rpartition(".")
@@ -224,15 +228,13 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def algorithm_name(algorithm: Algorithm) -> str:
-    """The name that a config gives to this algorithm: ``fedlora``, or
-    ``my_package.my_module:MyClass``.
-    """
+    """The name of this algorithm in a config: ``fedlora``, or ``my_package.my_module:MyClass``."""
     cls = type(algorithm)
     package, _, name = cls.__module__.rpartition(".")
     return name if package == algorithms.__name__ else f"{cls.__module__}:{cls.__name__}"
 
 
-# From the merged keys to a Config.
+# Building a Config from the merged keys.
 
 
 def _build_config(tree: Mapping[str, Any], origin: Origin) -> Config:
@@ -317,11 +319,11 @@ def _build_algorithm(value: Any, key: str, origin: Origin) -> Algorithm:
     return blocks.build_block(cls, options, key, origin, owner=name)
 
 
-# From files and the command line to one tree of keys.
+# Reading files and the command line into one tree of keys.
 
 
 def _load_base(name: Any, path: Path) -> tuple[dict, str]:
-    """The layer under ``path`` and its source."""
+    """The layer of the base file that the file ``path`` names, and its source."""
     place_in_file = f"{path}: base = {name}"
     if not isinstance(name, str) or len(name) > 1000 or not (path.parent / name).is_file():
         raise ConfigError(
@@ -334,7 +336,10 @@ def _load_base(name: Any, path: Path) -> tuple[dict, str]:
 
 
 def _parse_overrides(texts: Sequence[str]) -> list[dict]:
-    """One layer each; whole blocks and selectors first, so that they drop no other override."""
+    """One layer for each override.
+
+    Whole blocks and selectors come first, so that they drop no other override.
+    """
     pairs = []
     for text in texts:
         key, equals, value = text.partition("=")
@@ -349,10 +354,9 @@ def _parse_overrides(texts: Sequence[str]) -> list[dict]:
 
 
 def _parse_override(key: str, text: str, source: str) -> Any:
-    """What an override sets: a path is taken letter by letter, unless it stands in quotes; the rest
-    is YAML.
+    """The value of an override: a path is taken literally unless it is quoted; the rest is YAML.
 
-    Raises ConfigError where YAML would drop a comment.
+    Raises ConfigError if YAML would drop a comment.
     """
     quoted = text.lstrip()[:1] in ("'", '"')
     if not quoted and (
@@ -407,13 +411,14 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(
             f"{source}: is no YAML: character {error.position}: {error.reason}"
         ) from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number with thousands of digits
         raise ConfigError(f"{source}: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data under YAML 1.2's core rules, minus hexadecimal and octal; keys are text and
-    unique.
+    """Reads plain data under YAML 1.2's core rules, without hexadecimal and octal numbers.
+
+    Keys are text and unique.
     """
 
     yaml_implicit_resolvers: dict = {}
@@ -447,7 +452,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either version of YAML would not read as text."""
+    """Quotes every text that YAML 1.1 or YAML 1.2 would read as another type."""
 
     def ignore_aliases(self, data):
         return True

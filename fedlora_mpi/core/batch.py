@@ -20,7 +20,7 @@ class Batch(NamedTuple):
 
 
 def mean(each: Tensor, batch: Batch) -> Tensor:
-    """The mean of ``each`` [B] over the real examples, []; values of padding may be anything."""
+    """The mean of ``each`` [B] over the real examples, []; values of padding are ignored."""
     if batch.real is None:
         return each.mean()
     return torch.where(batch.real, each, 0).sum() / batch.real.sum()
@@ -30,7 +30,7 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     """Mean cross-entropy over the real examples, []. logits: [B, classes]."""
     if batch.real is None:
         return F.cross_entropy(logits, batch.y)
-    # else an infinite logit of padding has a nan gradient
+    # without this an infinite logit of padding gives a nan gradient
     logits = torch.where(batch.real[:, None], logits, 0)
     return mean(F.cross_entropy(logits, batch.y, reduction="none"), batch)
 
@@ -42,9 +42,10 @@ def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def split_batch(batch: Batch) -> tuple[Batch, Batch]:
-    """The odd and the even examples; if there is only one, it is in both halves.
+    """The examples at even positions and those at odd positions, as two batches.
 
-    Padding stays at the end. The halves draw different noise.
+    If there is only one example, it is in both. Padding stays at the end. The halves draw different
+    noise.
     """
     first, second = (
         Batch(

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 def bounded(block: "DataclassInstance", **intervals: str) -> None:
     """Raise ValueError for the first field of the dataclass outside its interval.
 
-    ``bounded(self, mu="[0, inf)", tau="(0, 1]")``: "mu = -1.0: must be a number of at least 0".
+    For example ``bounded(self, mu="[0, inf)", tau="(0, 1]")`` can raise "mu = -1.0: must be a
+    number of at least 0".
     """
     types = {field.name: field.type for field in fields(block)}
     for field, interval in intervals.items():

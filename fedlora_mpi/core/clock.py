@@ -8,11 +8,11 @@ STAGES = ("train", "exchange", "evaluate", "other", "waiting")
 
 
 class Stopwatch:
-    """Seconds of this rank by stage since the last ``take_seconds``; they sum to the time passed.
+    """Seconds of this rank by stage since the last ``take_seconds``; they sum to the elapsed time.
 
-    ``waiting`` is the time in messages, which waits for other ranks or the network; no other stage
-    contains it. ``other`` is the time between rounds (the log, a checkpoint) and that of counting
-    FLOPs once.
+    ``waiting`` is the time in messages, in which the rank waits for other ranks or the network; no
+    other stage contains it. ``other`` is the time between rounds (the log, a checkpoint) and the
+    time of the single FLOP count.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Stopwatch:
         self._last_lap = now, waited
 
     def take_seconds(self) -> np.ndarray:
-        """The seconds by stage, [stages]; they start from zero again."""
+        """Return the seconds by stage, [stages], and set them to zero."""
         seconds = self._seconds.copy()
         self._seconds[:] = 0
         return seconds

@@ -29,7 +29,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
     except WriteError:
         raise
     except (OSError, RuntimeError) as why:
-        errno_match = re.search(r"errno = (\d+)", str(why))  # HDF5's, which h5py raises as either
+        errno_match = re.search(r"errno = (\d+)", str(why))  # of HDF5, raised as either type
         if errno_match:
             code = int(errno_match[1])
         elif isinstance(why, OSError):

@@ -1,5 +1,6 @@
-"""Escapes foreign text (names in a config, leaves, folders, errors) for terminals, TeX, Markdown,
-HTML and CSV.
+"""Escapes foreign text for terminals, TeX, Markdown, HTML and CSV.
+
+Foreign text comes from names in a config, leaves, folders and errors.
 """
 
 import re
@@ -17,8 +18,9 @@ _TEX_ESCAPES = str.maketrans(
 
 
 def escape_line(text: object) -> str:
-    """A text that is safe to print: what would act on a terminal, line ends included, is escaped as
-    Python does.
+    """Return a text that is safe to print.
+
+    Characters that act on a terminal, line ends included, are escaped as in Python.
     """
     text = str(text)
     if text.isprintable():
@@ -57,8 +59,9 @@ def escape_html(text: object) -> str:
 
 
 def csv_cell(value: object) -> object:
-    """A CSV cell: a text that a spreadsheet would read as a formula gets a leading ``'``, as OWASP
-    advises.
+    """Return the value of a CSV cell that no spreadsheet reads as a formula.
+
+    A text that looks like a formula gets a leading ``'``, as OWASP advises.
     """
     if (
         not isinstance(value, str)

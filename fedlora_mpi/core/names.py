@@ -1,16 +1,16 @@
 """Names of leaves: those of a network, and those that a method adds, which no network can have.
 
-A network's leaf is called by its path, such as ``layer1.0.conv1.weight``: the names of modules and
-of a parameter, joined by dots. torch refuses names that are empty or contain a dot, so no path
-begins or ends with a dot or has two in a row. The names of a method's own leaves do:
+The name of a network's leaf is its path, such as ``layer1.0.conv1.weight``: the names of modules
+and of a parameter, joined by dots. torch refuses names that are empty or contain a dot. So no path
+begins or ends with a dot or has two dots in a row. The names of a method's own leaves do:
 
     .last.conv1.weight   ``method_leaf_name("last", "conv1.weight")``: "last" of that leaf
-    .fresh.              ``method_leaf_name("fresh")``: of no leaf; such names begin the ones above
-    conv1.weight..A      ``factor_name("conv1.weight", "A")``: a part of what a weight stands for
+    .fresh.              ``method_leaf_name("fresh")``: of no leaf, and the prefix of such names
+    conv1.weight..A      ``factor_name("conv1.weight", "A")``: a part of a weight
 
-A first dot tells the first two from a factor, which begins with a weight's path. In the files of a
-run the same leaves have plain names, ``last.conv1.weight``, ``fresh`` and ``conv1.weight.A``,
-unless two leaves would then share a name (``stored_names``).
+A factor begins with a weight's path, the other two with a dot. In the files of a run the same
+leaves have plain names, ``last.conv1.weight``, ``fresh`` and ``conv1.weight.A``, unless two leaves
+would then share a name (``stored_names``).
 """
 
 from collections import Counter
@@ -36,7 +36,7 @@ def factor_name(weight: str, letter: str) -> str:
 
 
 def is_factor(leaf: str, letters: str = "AB") -> bool:
-    """Whether a leaf is such a part, by default of a low-rank one."""
+    """Whether a leaf is a part of a weight with one of ``letters``, by default a low-rank part."""
     return not leaf.startswith(".") and leaf[-3:-1] == ".." and leaf[-1] in letters
 
 
@@ -51,15 +51,19 @@ def factors_by_weight(tree: Mapping[str, T], letter: str) -> dict[str, T]:
 
 
 def display_name(leaf: str) -> str:
-    """The name that a user reads: a network's path as it is; of a method's own leaves a name such
-    as ``own.conv1.weight`` or ``conv1.weight.A``.
+    """The name that a user reads.
+
+    A network's path is unchanged. A method's own leaf becomes, for example, ``own.conv1.weight`` or
+    ``conv1.weight.A``.
     """
     return leaf.strip(".").replace("..", ".")
 
 
 def stored_names(leaves: Iterable[str]) -> dict[str, str]:
-    """{leaf: its name in a file that holds ``leaves``}: the plain name, unless two leaves would
-    share it; then the method's own leaf keeps its dots and the network's leaf its path.
+    """{leaf: its name in a file that holds ``leaves``}: the plain name, if it is unique.
+
+    If two leaves would share it, the method's own leaf keeps its dots and the network's leaf its
+    path.
     """
     leaves = list(leaves)
     name_counts = Counter(map(display_name, leaves))

@@ -4,7 +4,7 @@ import errno
 import os
 from pathlib import Path
 
-# The system's errors for a path that the user has to change.
+# Error numbers of the system for a path that the user has to change.
 _USER_ERRNOS = {
     errno.ENAMETOOLONG,
     errno.ELOOP,
@@ -28,7 +28,7 @@ def expand_home(path: str | Path) -> Path:
 
 
 def check_path(key: str, path: str) -> None:
-    """Raise ValueError for the setting ``key`` if no path on this system can be like this."""
+    """Raise ValueError for the setting ``key`` if ``path`` cannot be a path on this system."""
     try:
         os.lstat(expand_home(path))
     except OSError as error:
@@ -44,7 +44,7 @@ def is_path_error(error: OSError) -> bool:
 
 
 def describe_path_error(error: OSError) -> str:
-    """One line that explains such an error."""
+    """One line that explains an error about a user's path."""
     name = os.fsdecode(error.filename)
     short_name = name if len(name) <= 200 else f"{name[:120]}...{name[-60:]}"
     return f"{short_name}: {error.strerror}; give another path"

@@ -11,10 +11,11 @@ def assign_groups(
     workers: Sequence[int],
     fixed_workers: Sequence[int | None] | None = None,
 ) -> tuple[int, ...]:
-    """The worker of each group: the longest first, each to the least loaded worker (Graham 1969).
+    """The worker of each group.
 
-    costs: one per group, in seconds or any unit; workers: ranks; fixed_workers: for each group the
-    worker that keeps it, or None.
+    Groups are assigned by falling cost, each to the least loaded worker (Graham 1969). costs: one
+    per group, in seconds or any unit; workers: ranks; fixed_workers: for each group the worker that
+    keeps it, or None.
     """
     worker_of_group = list(fixed_workers or [None] * len(costs))
     load: dict[int, float] = {
@@ -30,7 +31,7 @@ def assign_groups(
 
 
 def equal_parts(members: Sequence[T], max_size: int) -> list[Sequence[T]]:
-    """``members``, in order, in as few equal parts as possible of at most ``max_size`` each."""
+    """``members``, in order, in the fewest equal parts of at most ``max_size`` each."""
     parts = -(-len(members) // max_size)
     return [
         members[len(members) * i // parts : len(members) * (i + 1) // parts] for i in range(parts)

@@ -1,8 +1,8 @@
-"""Randomness is addressed, not consumed: a draw never depends on what ran before it.
+"""Randomness is addressed, not consumed: a draw never depends on earlier draws.
 
-Two kinds: ``rng`` gives a CPU generator for an address (shuffles, initial weights), ``uniform``
-computes noise from integer keys as a pure tensor function (dropout), so it means the same in a
-loop over clients, under ``vmap``, on a CPU and on a GPU.
+There are two kinds. ``rng`` gives a CPU generator for an address (shuffles, initial weights).
+``uniform`` computes noise from integer keys as a pure tensor function (dropout). So it gives the
+same numbers in a loop over clients, under ``vmap``, on a CPU and on a GPU.
 """
 
 import hashlib
@@ -45,9 +45,9 @@ def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
 def isolate_rng(seed: int, *address: int | str) -> Iterator[None]:
     """Inside, the global generators of torch, numpy and Python are seeded from the address.
 
-    This is for foreign code: constructors of ``nn.Module``, for example, know no other source. The
-    global states are restored afterwards, so nothing outside can tell that it ran. Generators that
-    foreign code makes for itself are not covered.
+    This is for foreign code: constructors of ``nn.Module``, for example, have no other source of
+    randomness. The global states are restored afterwards, so the code outside is not affected.
+    Generators that foreign code makes for itself are not covered.
     """
     derived_seed, python_state, numpy_state = (
         derive_key(seed, *address),
@@ -66,7 +66,7 @@ def isolate_rng(seed: int, *address: int | str) -> Iterator[None]:
 
 
 def global_states() -> dict[str, object]:
-    """The states of the global generators, to compare. Nothing in this package moves them."""
+    """The states of the global generators, for a comparison; nothing in this package moves them."""
     numpy_state = tuple(
         part.tobytes() if isinstance(part, np.ndarray) else part for part in np.random.get_state()
     )

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-SIGPIPE_EXIT = 141  # exit code of a command whose reader has left: what a shell reports of SIGPIPE
+SIGPIPE_EXIT = 141  # a shell's exit code of a command that SIGPIPE ended because its reader left
 _ASCII_SIGNS = {
     "·": "|",
     "±": "+-",
@@ -21,11 +21,11 @@ _ASCII_SIGNS = {
 
 
 class OutputError(Exception):
-    """Standard output cannot be written, in one line."""
+    """Standard output cannot be written. The message is one line."""
 
 
 def _encode_fallback(error: UnicodeError) -> tuple[str, int]:
-    """Replace what a stream cannot encode: by a similar sign, else by its escape."""
+    """Replace what a stream cannot encode by a similar sign, or else by its escape."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     signs = error.object[error.start : error.end]
@@ -38,8 +38,8 @@ def _encode_fallback(error: UnicodeError) -> tuple[str, int]:
 def repair_streams() -> Iterator[None]:
     """Inside, the three standard streams are open and print any text.
 
-    If the reader of the output has left (``report | head -1``), BrokenPipeError is raised; if the
-    output goes to a full disk, OutputError. Nothing is left to be flushed in either case.
+    Raises BrokenPipeError if the reader of the output has left (``report | head -1``), and
+    OutputError if the output goes to a full disk. In both cases no output remains to be flushed.
     """
     codecs.register_error("fedlora_mpi", _encode_fallback)
     _reopen_closed()
@@ -96,8 +96,9 @@ class _TolerantStream:
 
 
 def _reopen_closed() -> None:
-    """Open the null device in place of each closed standard stream, or the next file that is opened
-    would get its number.
+    """Open the null device in place of each closed standard stream.
+
+    Otherwise the next file that is opened would get the stream's number.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -108,7 +109,7 @@ def _reopen_closed() -> None:
                 os.dup2(handle, number)
                 os.close(handle)
         if getattr(sys, name) is None:
-            # open until the process ends
+            # stays open until the process ends
             stream = open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
@@ -116,7 +117,7 @@ def _reopen_closed() -> None:
 
 def _redirect_to_null(stream) -> None:
     """Send a stream's buffer and all further output to the null device."""
-    with suppress(OSError, ValueError):  # a stream of a test has no file number
+    with suppress(OSError, ValueError):  # a test's stream has no file number
         handle = os.open(os.devnull, os.O_WRONLY)
         try:
             os.dup2(handle, stream.fileno())

@@ -1,5 +1,6 @@
-"""Copies between the host and the training device. Copies to and from a GPU use pinned memory, so
-the host waits only for data that it needs.
+"""Copies between the host and the training device.
+
+Copies to and from a GPU use pinned memory, so that the host waits only for data that it needs.
 """
 
 from collections.abc import Sequence
@@ -9,14 +10,17 @@ from torch import Tensor
 
 
 def to_device(v: Tensor, device: torch.device) -> Tensor:
-    """``v`` on ``device``, not copied if it is there. The host waits for no copy to a GPU."""
+    """``v`` on ``device``, not copied if it is there.
+
+    The host does not wait for a copy to a GPU.
+    """
     if device.type == "cuda" and v.device.type == "cpu":
         return v.pin_memory().to(device, non_blocking=True)
     return v.to(device)
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors on the host; those of a GPU are copied, with one wait for all."""
+    """The tensors on the host. Those of a GPU are copied, with a single wait for all copies."""
     copies = [
         torch.empty(v.shape, dtype=v.dtype, pin_memory=True) if v.is_cuda else v.cpu()
         for v in tensors

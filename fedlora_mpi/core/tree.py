@@ -41,7 +41,7 @@ def sq_dist(a: Tree, b: Tree, leaves: Iterable[str] | None = None) -> Tensor:
 
 
 def add_prefix(tree: Tree, prefix: str) -> Tree:
-    """The leaves under the names ``prefix`` + name."""
+    """The leaves, renamed to ``prefix`` + name."""
     return {prefix + n: v for n, v in tree.items()}
 
 

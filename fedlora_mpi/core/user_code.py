@@ -1,4 +1,4 @@
-"""Imports the user's modules that a config names; nothing else does."""
+"""Imports the user's modules that a config names; no other file does."""
 
 import sys
 from importlib import import_module
@@ -15,10 +15,10 @@ FORMER_MODULES = {"fedlora_mpi.bounds": bounds, "fedlora_mpi.tree": tree}
 def import_object(name: str) -> Any:
     """The object that ``your.module:Name`` names.
 
-    The module may import torchvision, also beside a CPU-only torch. What it draws from global
-    generators during the import is the same in every process and moves no other draw. Raises
-    ImportError and AttributeError as Python does, and ValueError for any other error of the module
-    or if a library hides the user's file.
+    The module may import torchvision, also with a CPU-only torch. Its draws from global generators
+    during the import are the same in every process and affect no other draw. Raises ImportError and
+    AttributeError as Python does. Raises ValueError for any other error of the module, or if a
+    library hides the user's file.
     """
     module_name, _, attribute = name.partition(":")
     vision.repair_torchvision()
@@ -52,8 +52,9 @@ def module_source(name: str) -> bytes:
 
 
 def describe_error(error: BaseException) -> str:
-    """An exception of foreign code in one line: its text and, unless the text says enough, its type
-    and where it was raised.
+    """An exception of foreign code in one line.
+
+    It has the text and, unless the text says enough, the type and the place of the error.
     """
     text = " ".join(str(error).split())
     if isinstance(error, ImportError | AttributeError | TypeError | ValueError) and not isinstance(

@@ -1,16 +1,19 @@
-"""torchvision, also beside a CPU-only torch."""
+"""Import of torchvision, also with a CPU-only torch."""
 
 import sys
 from importlib.util import find_spec
 from types import ModuleType
 
-_libraries: list[object] = []  # a collected Library takes its definitions with it
+_libraries: list[object] = []  # keeps each Library alive, and so its definitions
 
 
 def import_torchvision() -> ModuleType:
-    """The module. Its wheel expects a torch with CUDA operators; beside a CPU-only torch the import
-    fails because the schemas of two operators are missing, so they are declared first. Data sets,
-    transforms and models use neither."""
+    """The module torchvision.
+
+    Its wheel expects a torch with CUDA operators. With a CPU-only torch the import fails because
+    the schemas of two operators are missing, so this function declares them first. Data sets,
+    transforms and models use neither operator.
+    """
     try:
         import torchvision
     except RuntimeError as error:
@@ -33,5 +36,5 @@ def repair_torchvision() -> None:
     if "torchvision" not in sys.modules and find_spec("torchvision"):
         try:
             import_torchvision()
-        except Exception:  # of any kind: code that needs it meets the error in its own import
+        except Exception:  # code that needs torchvision gets the error from its own import
             return

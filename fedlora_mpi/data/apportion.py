@@ -1,4 +1,4 @@
-"""Whole samples from proportions: counts per client and pool that add up to what there is."""
+"""Turn proportions into whole numbers of samples per client and pool."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def round_shares(total: int, mix: np.ndarray) -> Iterator[int]:
-    """int(total * share + 0.5) for each share, cut to what remains of ``total``."""
+    """Yield int(total * share + 0.5) for each share, but never more than is left of ``total``."""
     left = total
     for share in mix:
         n = min(int(total * share + 0.5), left)
@@ -15,8 +15,9 @@ def round_shares(total: int, mix: np.ndarray) -> Iterator[int]:
 
 
 def apportion(total: int, weights: np.ndarray) -> np.ndarray:
-    """Integers in proportion to ``weights`` that add up to ``total``: largest remainders get the
-    rest.
+    """Return integers in proportion to ``weights`` that add up to ``total``.
+
+    Each is rounded down; the rest goes to the entries with the largest remainders.
     """
     exact = total * weights / weights.sum()
     counts = np.floor(exact).astype(np.int64)
@@ -26,23 +27,31 @@ def apportion(total: int, weights: np.ndarray) -> np.ndarray:
 
 
 def split_pools(sizes: list[int], shares: np.ndarray) -> np.ndarray:
-    """Every pool split by its column of ``shares``: [N, pools], the columns add up to ``sizes``."""
+    """Return the counts [N, pools] that split each pool by its column of ``shares``.
+
+    The columns add up to ``sizes``.
+    """
     return np.stack(
         [apportion(size, column) for size, column in zip(sizes, shares.T, strict=True)], axis=1
     )
 
 
 def limit_rows(counts: np.ndarray, limit: int) -> np.ndarray:
-    """Rows above ``limit`` samples thinned in proportion to it; 0: no limit."""
+    """Return ``counts`` [N, pools] with at most ``limit`` samples in each row; 0: no limit.
+
+    A row above the limit is scaled down to it in proportion.
+    """
     return np.stack([apportion(limit, row) if 0 < limit < row.sum() else row for row in counts])
 
 
 def ensure_minimum(counts: np.ndarray, minimum: int, preferences: np.ndarray) -> np.ndarray:
-    """Samples moved until every row of ``counts`` [N, pools] adds up to ``minimum`` at least.
+    """Return ``counts`` [N, pools] with samples moved until every row has at least ``minimum``.
 
-    A short client is given, one by one, a sample of the pool that it likes best among those that
-    some client above the minimum holds; the giver is the largest holder. It ends: each move
-    shortens the shortage by one, no giver becomes short, and one exists while the total suffices.
+    A client below the minimum receives one sample at a time. The sample comes from the pool that
+    the client prefers (``preferences`` [N, pools]) among those held by clients above the minimum.
+    The client with the most samples of that pool gives it. The loop ends: each move fills one gap,
+    no giver falls below the minimum, and a giver exists while the total suffices. Raises ValueError
+    if the total does not suffice.
     """
     clients, total = len(counts), counts.sum()
     if clients * minimum > total:

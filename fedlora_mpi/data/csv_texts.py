@@ -1,4 +1,4 @@
-"""Texts and their classes from CSV files, read strictly: an odd row is named by file and line."""
+"""Read texts and their classes from CSV files; an error names the file and the line."""
 
 import csv
 import os
@@ -19,17 +19,17 @@ class Row(NamedTuple):
     """One row of a file."""
 
     location: str  # "key = file: line n"
-    line: int  # its first
+    line: int  # the first line of the row
     fields: list[str]
 
     @property
     def has_several_lines(self) -> bool:
-        """Whether the end of a line stands within a text."""
+        """Whether some field contains a line break."""
         return any("\n" in field or "\r" in field for field in self.fields)
 
 
 class Table(NamedTuple):
-    """The rows of a file, without the names of its columns."""
+    """The rows of a file, without its header row."""
 
     texts: list[str]
     labels: list[str]
@@ -38,7 +38,10 @@ class Table(NamedTuple):
 
 
 def read_ag_news(folder: str, settings: Text) -> RawData:
-    """The files of Zhang et al. (NIPS 2015), as torchtext has them: class, title, description."""
+    """Read the AG News files of Zhang et al. (NIPS 2015): rows of class, title and description.
+
+    The files are those that torchtext downloads. Raises ValueError for any other row.
+    """
 
     hints: list[str] = []
     labels = {"1", "2", "3", "4"}
@@ -64,11 +67,11 @@ def read_ag_news(folder: str, settings: Text) -> RawData:
 
 
 def read_csv(folder: str, settings: Text) -> RawData:
-    """Two files whose first rows name the columns.
+    """Read a training and a test file whose first rows name the columns.
 
-    The classes are the labels of the training file, without blanks around them, sorted (as numbers
-    where all are integers). Raises ValueError, with the line: a label of the test file alone, a row
-    that is no row of its file.
+    The classes are the labels of the training file, without surrounding blanks, sorted (as numbers
+    if all are integers). Raises ValueError with the line for a label that only the test file has
+    and for a row that does not fit the columns.
     """
     train, test = (_read_table(folder, key, settings) for key in ("train", "test"))
     all_integers = all(_INTEGER.fullmatch(label) for label in train.labels)
@@ -93,7 +96,7 @@ def read_csv(folder: str, settings: Text) -> RawData:
 
 
 def _read_table(folder: str, key: str, settings: Text) -> Table:
-    """The texts and the labels of one file."""
+    """Return the texts and the labels of one file."""
     name = getattr(settings, key)
     rows = _rows(folder, key, name)
     header = next(rows)
@@ -130,7 +133,7 @@ def _read_table(folder: str, key: str, settings: Text) -> Table:
 
 
 def _column_index(header: Row, field: str, column: str, file: str) -> int:
-    """The place of a column in a row."""
+    """Return the index of a column; raise ValueError unless the header names it exactly once."""
     columns = [name.strip() for name in header.fields]
     if column not in columns:
         known_columns = ", ".join(map(_single_line, columns))
@@ -146,7 +149,10 @@ def _column_index(header: Row, field: str, column: str, file: str) -> int:
 
 
 def _open_quote_hints(rows: Sequence[Row], columns: int, label: int, labels: set[str]) -> list[str]:
-    """What is said when lines within a text look like rows, as between two open quotation marks."""
+    """Return a hint if lines inside one text look like rows, else an empty list.
+
+    An unclosed quotation mark joins rows into one text in this way.
+    """
     for row in rows:
         lines = [line for field in row.fields for line in field.splitlines()]
         cells = [line.split(",") for line in lines if line not in row.fields]
@@ -162,7 +168,10 @@ def _open_quote_hints(rows: Sequence[Row], columns: int, label: int, labels: set
 
 
 def _rows(folder: str, key: str, name: str) -> Iterator[Row]:
-    """Every row that is no empty line; of one at least."""
+    """Yield every row of a file except empty lines.
+
+    Raises ValueError if the file cannot be read, is not strict CSV in UTF-8, or has no row.
+    """
     source, path, line, empty = f"text.{key} = {name}", os.path.join(folder, name), 0, True
     try:
         with open(path, newline="", encoding="utf-8-sig") as file, _unlimited_fields():
@@ -199,7 +208,7 @@ def _unlimited_fields() -> Iterator[None]:
 
 
 def _count_utf8_lines(path: str) -> int:
-    """Whole lines before the first byte that is not in UTF-8."""
+    """Return the number of whole lines before the first byte that is not UTF-8."""
     with open(path, "rb") as file:
         content = file.read()
     try:
@@ -210,7 +219,7 @@ def _count_utf8_lines(path: str) -> int:
 
 
 def _explain_csv_error(error: str, line: int) -> str:
-    """What the library's words mean for the row that begins at a line."""
+    """Explain an error of Python's csv module for the row that begins at ``line``."""
     if error == "unexpected end of data":
         return f"line {line}: a quotation mark opens here and never closes"
     if "expected after" in error:
@@ -220,5 +229,5 @@ def _explain_csv_error(error: str, line: int) -> str:
 
 
 def _single_line(label: str) -> str:
-    """A label without line breaks."""
+    """Return a label without line breaks."""
     return " ".join(label.split())

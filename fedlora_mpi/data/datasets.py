@@ -1,5 +1,6 @@
-"""Data sets in memory: images as bytes, with their normalisation and training augmentation; texts
-as numbers.
+"""Load a data set into memory.
+
+Images are bytes, with their normalisation and training augmentation. Texts are token ids.
 """
 
 import os
@@ -24,8 +25,9 @@ from .texts import Text, Vocabulary
 
 
 class Data(NamedTuple):
-    """A data set: images with what is done to them, (x / 255 - mean) / std per channel, or texts
-    with their vocabulary.
+    """A data set: images, or texts with their vocabulary.
+
+    Images are normalised per channel as (x / 255 - mean) / std when they are read.
     """
 
     train: Samples
@@ -33,34 +35,36 @@ class Data(NamedTuple):
     classes: int
     mean: tuple[float, ...] = ()  # per channel, of values in 0..1
     std: tuple[float, ...] = ()
-    augment: tuple[str, ...] = ()  # training transforms, names in ``transforms``
-    vocabulary: Vocabulary | None = None  # None: these are images
-    # the client of each training and test sample, where it is given
+    augment: tuple[str, ...] = ()  # names of training transforms, see ``transforms``
+    vocabulary: Vocabulary | None = None  # None for images
+    # client of each training and of each test sample, if the data set comes with a split
     owners: tuple[np.ndarray, np.ndarray] | None = None
-    class_names: tuple[str, ...] = ()  # of the classes, where they have any
-    # what the user should know about the files, a line each: "key = value: ..."
+    class_names: tuple[str, ...] = ()  # empty if the classes have no names
+    # what the user should know about the files, one line each: "key = value: ..."
     hints: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one input: (ch, H, W) of an image, (L,) of a text."""
+        """Shape of one input: (ch, H, W) for an image, (L,) for a text."""
         return tuple(self.train.x.shape[1:])
 
     @property
     def tokens(self) -> int:
-        """Inputs are integers below it; 0: they are floats."""
+        """Number of token ids: text inputs are integers below it. 0 for images (float inputs)."""
         return self.vocabulary.size if self.vocabulary else 0
 
     @property
     def padding(self) -> int:
-        """The integer that stands behind the end of a text."""
+        """Token id of padding; 0 for images."""
         return self.vocabulary.padding if self.vocabulary else 0
 
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Gaussian classes for quick runs: a random prototype image per class plus ``noise`` times its
-    spread.
+    """Settings of a Gaussian mixture for quick runs.
+
+    A sample is the random prototype image of its class plus Gaussian noise. ``noise`` is the ratio
+    of the standard deviation of the noise to that of the prototypes.
     """
 
     classes: int = 10
@@ -96,13 +100,13 @@ class Source:
         "csv",
         "pfllib",
     ]
-    # Where torchvision puts its folders; for "folder" the one with train/ and val/ or test/, for
-    # "csv" that of the files; for "pfllib" a folder dataset/NAME of PFLlib.
+    # Folder in which torchvision puts its folders. "folder": the folder with train/ and val/ or
+    # test/. "csv": the folder of the files. "pfllib": a folder dataset/NAME of PFLlib.
     root: str = "~/data"
     download: bool = False
-    # what sets clients apart, see ``feed.Feed``
+    # how the data of clients differ, see ``feed.Feed``
     shift: Literal["none", "rotate", "labels"] = "none"
-    # auto: the official training transforms
+    # auto: the official training transforms of the data set
     augment: Literal["auto", "none"] | tuple[Transform, ...] = "auto"
     image_size: int | None = None  # "folder" only: side in pixels to which images are resized
     synthetic: Synthetic = Synthetic()
@@ -135,9 +139,9 @@ class Source:
 
 
 def load(source: Source) -> Data:
-    """The data set, downloaded first if ``source.download`` and the files are missing.
+    """Return the data set; download missing files first if ``source.download`` is true.
 
-    Raises ValueError when the files are missing or damaged, or a library is.
+    Raises ValueError if files are missing or damaged, or if a library is not installed.
     """
     if source.dataset in _TEXT_READERS:
         return _load_texts(source)
@@ -176,8 +180,9 @@ def load(source: Source) -> Data:
 
 
 def _load_texts(source: Source) -> Data:
-    """The texts of a data set under the vocabulary of its training texts, or of the tokenizer that
-    was given.
+    """Return a data set of texts, encoded with the given tokenizer.
+
+    Without a tokenizer the vocabulary is made from the training texts.
     """
     raw, text = _TEXT_READERS[source.dataset](source), source.text
     assert isinstance(raw.train, LabelledTexts) and isinstance(raw.test, LabelledTexts)
@@ -201,7 +206,7 @@ def _load_texts(source: Source) -> Data:
 
 
 _CIFAR100 = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
-_NORMALIZATION = {  # mean and std; a data set that is not here takes those of its training pixels
+_NORMALIZATION = {  # mean and std; other data sets use those of their training pixels
     "cifar10": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # official FedDecomp
     "cifar100": _CIFAR100,  # official FedDecomp
     "tiny_imagenet": _CIFAR100,  # official FedDecomp
@@ -215,7 +220,7 @@ _AUGMENTATION = {  # official FedDecomp: none for CIFAR-10, no crop for Tiny Ima
 
 
 def _channel_moments(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of [M, ch, H, W] bytes, as fractions of 255."""
+    """Return the mean and standard deviation per channel of [M, ch, H, W] bytes divided by 255."""
     value = torch.arange(256, dtype=torch.float64) / 255
     shares = [
         torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
@@ -228,11 +233,11 @@ def _channel_moments(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 @contextmanager
 def _explain_missing_files(source: Source, folder: str) -> Iterator[None]:
-    """Say what was expected where when reading or downloading fails."""
+    """Turn an error of reading or downloading into a ValueError that names ``folder``."""
     try:
         yield
     except (RuntimeError, OSError) as error:
-        # torchvision's complaints, and those of the file system or network
+        # RuntimeError comes from torchvision, OSError from the file system or the network.
         if source.download:
             why = str(error).splitlines()[0]
             raise ValueError(
@@ -246,7 +251,10 @@ def _explain_missing_files(source: Source, folder: str) -> Iterator[None]:
 
 
 def _torchvision_reader(name: str, folder: str) -> Callable[[Source], RawData]:
-    """The reader of a torchvision class; it checks MD5 sums before it unpickles anything."""
+    """Return a reader for a torchvision class.
+
+    torchvision checks MD5 sums before it unpickles anything.
+    """
 
     def read(source: Source) -> RawData:
         root = str(expand_home(source.root))
@@ -276,8 +284,9 @@ def _tiny_imagenet(source: Source) -> RawData:
 
 
 def _digits(source: Source) -> RawData:
-    """The 1797 digits of scikit-learn, 0..16 as 0..240; of each class a fixed fifth is the test
-    set.
+    """Return the 1797 digits of scikit-learn, with values 0..16 scaled to 0..240.
+
+    The test set is a fixed fifth of each class.
     """
     try:
         from sklearn.datasets import load_digits
@@ -298,7 +307,7 @@ def _digits(source: Source) -> RawData:
 
 
 def _synthetic(source: Source) -> RawData:
-    """Bytes 128 + 48 z, cut to 0..255, where z is a sample of the mixture at unit variance."""
+    """Return bytes 128 + 48 z, clipped to 0..255; z is a sample of the mixture at unit variance."""
     settings = source.synthetic
     shape = (settings.channels, settings.size, settings.size)
     prototypes = torch.randn(
@@ -329,7 +338,7 @@ def _ag_news(source: Source) -> RawData:
     return read_ag_news(folder, source.text)
 
 
-# Where torchtext gets them, and its MD5 sums.
+# torchtext's address and MD5 sums.
 _AG_NEWS_URL = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv"
 _AG_NEWS_MD5 = {
     "train.csv": "b1a00f826fdfbd249f79597b59e1dc12",

@@ -1,7 +1,7 @@
-"""The samples of clients as stacked mini-batches, gathered on the device that trains.
+"""Gather the samples of clients as stacked mini-batches on the training device.
 
-A process holds the inputs once (see ``inputs.py``); clients are lists of indices into them. What a
-batch of client k holds depends on (seed, k, round, epoch, position) and on nothing else.
+Each process holds one copy of the inputs (see ``inputs.py``); a client is a list of indices into
+them. The content of a batch of client k depends only on (seed, k, round, epoch, position).
 """
 
 import itertools
@@ -24,40 +24,41 @@ from .partition import Split
 from .transforms import draw_parameters
 
 T = TypeVar("T", int, Tensor)
-# numbers of an input that are gathered for several batches at once, and stay in a core's cache
+# Small batches are gathered together up to this many numbers, which fit into the cache of a core.
 _GATHER_NUMEL = 2**17
 
 
 @dataclass(frozen=True, eq=False)
 class Epoch:
-    """One pass of C clients over their own samples, order and augmentation fixed."""
+    """One pass of C clients over their own samples, in a fixed order with fixed augmentation."""
 
     store: Store
     classes: int
-    sizes: tuple[int, ...]  # [C] samples of each client
-    lengths: Tensor  # [C] the same on the device
-    rows: Tensor  # [C, n] indices into the store, n the largest size
+    sizes: tuple[int, ...]  # [C] number of samples of each client
+    lengths: Tensor  # [C] the same numbers on the device
+    rows: Tensor  # [C, n] indices into the store; n is the largest size
     warps: dict[str, Tensor]  # name -> [C, n, ...] parameters of ``transforms.warp``
-    relabel: Tensor | None  # [C] what is added to the labels
-    noise: Tensor  # [C] int64 keys of this epoch
-    counts: Tensor  # [C, classes] training samples of each class, float32
+    relabel: Tensor | None  # [C] added to the labels modulo classes
+    noise: Tensor  # [C] int64 noise keys of this epoch
+    counts: Tensor  # [C, classes] number of training samples of each class, float32
     on_batch: Callable[[], None]  # called for every batch
 
     def batch(self, count: int, first: int, width: int) -> Batch:
-        """Positions first to first + width of the first ``count`` clients, stacked; waits for no
-        device.
+        """Return positions first to first + width of the first ``count`` clients as one batch.
 
-        x [count, width, ...] as the store reads it (images: float32, x[c] in channels_last); y
-        [count, width]; key [count]; real [count, width] is False beyond a client's last sample, and
-        None when nothing is padding.
+        x [count, width, ...] is as the store reads it (images: float32, x[c] in channels_last).
+        y is [count, width], key [count]. real [count, width] is False beyond a client's last sample
+        and None if nothing is padding. The call does not wait for the device.
         """
         self.on_batch()
         x, y = self._read(count, first, width, 1)
         return self._batch(x[0], y[0], self.noise[:count] + _key_offset(first), first)
 
     def batches(self, starts: range) -> Iterator[tuple[int, Batch]]:
-        """For each of ``starts``: the number of clients, the first ones, that still have data, and
-        their batch of up to ``starts.step`` samples. Several small batches are read at once.
+        """Yield (number of clients that still have data, their batch) for each of ``starts``.
+
+        These are always the first clients. A batch has up to ``starts.step`` samples of each.
+        Several small batches are read at once.
         """
         width, batches_per_read = (
             starts.step,
@@ -85,12 +86,13 @@ class Epoch:
             )
 
     def _count_longer(self, first: int) -> int:
-        """How many clients have more samples than ``first``."""
+        """Return how many clients have more than ``first`` samples."""
         return sum(size > first for size in self.sizes)
 
     def _read(self, count: int, first: int, width: int, steps: int) -> tuple[Tensor, Tensor]:
-        """x and y of so many batches from ``first`` on, [steps, count, width, ...], each laid out
-        like one alone.
+        """Return x and y of ``steps`` consecutive batches from ``first`` on.
+
+        They are [steps, count, width, ...]. Each batch has the memory layout of a single one.
         """
 
         def window(v: Tensor) -> Tensor:
@@ -106,20 +108,20 @@ class Epoch:
         return x, y
 
     def _batch(self, x: Tensor, y: Tensor, noise: Tensor, first: int) -> Batch:
-        """The batch of these samples, which begin at ``first``."""
+        """Return the batch of samples that begins at position ``first``."""
         (count, width), real = y.shape, None
         if min(self.sizes[:count]) < first + width:
             real = torch.arange(first, first + width, device=y.device) < self.lengths[:count, None]
         return Batch(x, y, real, noise, self.counts[:count])
 
     def truncate(self, sizes: Sequence[int]) -> "Epoch":
-        """The same pass, over only so many of each client's samples: the first in its order."""
+        """Return the same pass over only the first ``sizes[c]`` samples of each client."""
         return replace(
             self, sizes=tuple(sizes), lengths=to_device(torch.tensor(sizes), self.lengths.device)
         )
 
     def map_tensors(self, fn: Callable[[Tensor], Tensor]) -> "Epoch":
-        """The same pass with ``fn`` of every tensor but those of the store."""
+        """Return the same pass with ``fn`` applied to every tensor except those of the store."""
         warps = {name: fn(value) for name, value in self.warps.items()}
         relabel = None if self.relabel is None else fn(self.relabel)
         return replace(
@@ -133,7 +135,7 @@ class Epoch:
         )
 
     def tensors(self) -> list[Tensor]:
-        """The tensors that ``map_tensors`` maps, in the same order."""
+        """Return the tensors that ``map_tensors`` maps, in the same order."""
         tensors: list[Tensor] = []
 
         def collect(v: Tensor) -> Tensor:
@@ -145,12 +147,11 @@ class Epoch:
 
 
 class Feed:
-    """The samples of every client on one device, gathered by index; one copy of the data per
-    process.
+    """The samples of all clients on one device, gathered by index from one copy per process.
 
-    ``shift`` makes client k's domain its own, in training and test alike: "rotate" turns its images
-    by (k mod 4) * 90 degrees counter-clockwise, "labels" makes its class y the class (y + k mod 4)
-    mod classes. ``on_batch`` is called for every batch, before it is gathered.
+    ``shift`` gives clients different domains, in training and in test: "rotate" turns the images of
+    client k by (k mod 4) * 90 degrees counter-clockwise, "labels" turns its class y into the class
+    (y + k mod 4) mod classes. ``on_batch`` is called for every batch.
     """
 
     def __init__(
@@ -178,8 +179,8 @@ class Feed:
         self._assign_split(split)
 
     def _assign_split(self, split: Split) -> None:
-        """Second half of the constructor: the samples of each client."""
-        self._train_rows = [torch.from_numpy(rows) for rows in split.train]  # shuffled on the host
+        """Set the samples of each client; the second half of the constructor."""
+        self._train_rows = [torch.from_numpy(rows) for rows in split.train]  # shuffled on the CPU
         self._test_rows = [torch.from_numpy(rows).to(self._device) for rows in split.test]
         shifts = [k % 4 if self._shift == "labels" else 0 for k in range(len(split.train))]
         counts = np.stack(
@@ -188,15 +189,19 @@ class Feed:
         self._counts = torch.from_numpy(counts).float()
 
     def with_split(self, split: Split) -> "Feed":
-        """The same inputs, not copied, with another split; some clients may hold nothing."""
+        """Return a feed of the same inputs, not copied, with another split.
+
+        Clients of that split may hold no sample.
+        """
         feed = copy(self)
         feed._assign_split(split)
         return feed
 
     def with_two_clients(self, train: Sequence[int], test: Sequence[int]) -> "Feed":
-        """The same inputs with two clients that hold so many of the samples of all clients.
+        """Return a feed of the same inputs with two clients of the given training and test sizes.
 
-        Samples repeat where they are too few. Without any test sample the two have none.
+        Their samples come from those of all clients and repeat if there are too few. If there is no
+        test sample at all, both clients have none.
         """
         sides = []
         for rows, sizes in ((self._train_rows, train), (self._test_rows, test)):
@@ -217,15 +222,15 @@ class Feed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the inputs and labels that this process holds on the device."""
+        """Number of bytes of the inputs and labels that this process holds on the device."""
         return sum(part.nbytes for side in (self._train, self._test) for part in side)
 
     def train_size(self, client: int) -> int:
-        """How many training samples the client holds."""
+        """Return how many training samples the client holds."""
         return len(self._train_rows[client])
 
     def test_size(self, client: int) -> int:
-        """How many test samples the client holds."""
+        """Return how many test samples the client holds."""
         return len(self._test_rows[client])
 
     def epoch(
@@ -236,10 +241,11 @@ class Feed:
         fraction: float = 0.0,
         on_held_out: bool = False,
     ) -> Epoch:
-        """The clients' training samples in the order, augmentation and noise of (round, epoch).
+        """Return the pass over the clients' training samples of (round, epoch).
 
-        fraction: of each client's samples that are held out; on_held_out: only these, without
-        augmentation.
+        Order, augmentation and noise are functions of (seed, client, round, epoch). ``fraction`` of
+        each client's samples is held out. With ``on_held_out`` the pass has only these, without
+        augmentation; otherwise it has the others.
         """
         augment = () if on_held_out else self._augment
         rows, draws, noise = [], [], []
@@ -259,7 +265,7 @@ class Feed:
         return self._make_epoch(self._train, clients, rows, by_name, torch.tensor(noise))
 
     def _phase_samples(self, client: int, fraction: float, on_held_out: bool) -> Tensor:
-        """The client's training samples, either held out or the others; the same in every round."""
+        """Return the client's held-out training samples, or the others; the same in every round."""
         rows = self._train_rows[client]
         if not fraction:
             assert not on_held_out, "a phase on held-out samples, but Algorithm.held_out = 0"
@@ -269,9 +275,10 @@ class Feed:
         return rows[(order[:count] if on_held_out else order[count:]).sort().values]
 
     def test_batch(self, clients: Sequence[int], first: int, width: int) -> Batch:
-        """Test samples first to first + width of the clients, stacked as by ``Epoch.batch``.
+        """Return test samples first to first + width of the clients, stacked as in ``Epoch.batch``.
 
-        In their own order, without augmentation; the keys address no noise.
+        They keep the order of the split and have no augmentation. No noise is drawn from their
+        keys.
         """
         rows = [self._test_rows[k] for k in clients]
         noise = torch.zeros(len(clients), dtype=torch.int64)
@@ -280,8 +287,9 @@ class Feed:
         )
 
     def unshuffled_batch(self, clients: Sequence[int], all_samples: bool) -> Batch:
-        """All training samples of the clients (or their first alone), in order, without
-        augmentation.
+        """Return all training samples of the clients, or only the first of each.
+
+        They keep the order of the split and have no augmentation. All keys are 0.
         """
         rows = [self._train_rows[k] for k in clients]
         noise = torch.zeros(len(clients), dtype=torch.int64)
@@ -316,22 +324,23 @@ class Feed:
 
 
 def _stack_padded(values: list[Tensor], device: torch.device) -> Tensor:
-    """Tensors [n_k, ...] of the clients as one [C, n, ...]; the padding is 0, a valid index."""
+    """Stack the clients' tensors [n_k, ...] to one [C, n, ...], padded with 0 (a valid index)."""
     return to_device(pad_sequence(values, batch_first=True), device)
 
 
 def _slice_padded(stacked: Tensor, count: int, first: int, last: int) -> Tensor:
-    """Columns first to last of the first ``count`` rows, with zeros beyond the end."""
+    """Return columns first to last of the first ``count`` rows, with zeros beyond the end."""
     cut = stacked[:count, first:last]
     short = last - first - cut.shape[1]
     return torch.cat((cut, cut.new_zeros(count, short, *cut.shape[2:])), dim=1) if short else cut
 
 
 def _key_offset(first: T) -> T:
-    """A number (or, of int64, several) to add to an epoch's key for the batch at ``first``; 0 keeps
-    the epoch's own.
+    """Return what is added to the epoch's key for the batch at ``first``; 0 for ``first`` = 0.
 
-    An odd constant (Steele & Vigna 2021, LXM) spreads the steps over all keys, far from the golden
-    gamma with which ``seeds.uniform`` counts: noise of two steps is never the same row moved along.
+    ``first`` is an integer or an int64 tensor. The offset is a multiple of an odd constant (Steele
+    & Vigna 2021, LXM), modulo 2**62, which spreads the steps over all keys. ``seeds.uniform``
+    counts with a very different constant (the golden gamma), so the noise of one step is never a
+    shifted copy of that of another step.
     """
     return first * (0xD1342543DE82EF95 - 2**64) & (2**62 - 1)

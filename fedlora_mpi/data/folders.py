@@ -1,4 +1,4 @@
-"""Data sets of image files: a folder for each class."""
+"""Read data sets of image files, one folder per class."""
 
 import os
 from collections import Counter
@@ -10,9 +10,9 @@ from .images import decode_images
 from .labels import similar_label_hints
 from .samples import RawData, to_samples
 
-# Those that torchvision reads.
+# The suffixes that torchvision reads.
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-# Systems make them, beside those that begin with a dot.
+# Operating systems make these; names that begin with a dot are ignored as well.
 _IGNORED_FOLDERS = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "lost+found"}
 _IGNORED_FOLDERS |= {"System Volume Information"}
 
@@ -20,17 +20,17 @@ _IGNORED_FOLDERS |= {"System Volume Information"}
 class ImageFiles(NamedTuple):
     """The image files of training or of testing."""
 
-    names: tuple[str, ...]  # of the classes, sorted by code points, whatever the locale
+    names: tuple[str, ...]  # of the classes, sorted by code points in every locale
     paths: list[str]
     y: list[int]
-    unread: Counter  # what lies there and is not read -> how often
+    unread: Counter  # kind of file that is not read -> number of files
 
 
 def read_folder(root: str, image_size: int | None) -> RawData:
-    """ROOT/train/CLASS/* and ROOT/val/CLASS/* or ROOT/test/CLASS/*, in the order of torchvision.
+    """Read ROOT/train/CLASS/* and ROOT/val/CLASS/* (or ROOT/test/CLASS/*) in torchvision's order.
 
-    Hidden files and folders are no part of it. Raises ValueError: a class without images, other
-    classes in the second folder than in the first.
+    Hidden files and folders are skipped. Raises ValueError if a class has no image or if the two
+    folders have different classes.
     """
     root_path = str(expand_home(root))
     test_folder = "val" if os.path.isdir(os.path.join(root_path, "val")) else "test"
@@ -62,7 +62,10 @@ def read_folder(root: str, image_size: int | None) -> RawData:
 
 
 def read_tiny_imagenet(home: str) -> RawData:
-    """The official folder: its val is the test set, since its test has no labels."""
+    """Read the official folder of Tiny ImageNet.
+
+    Its val folder becomes the test set, because its test folder has no labels.
+    """
     train = os.path.join(home, "train")
     names = _class_names(train)
     class_of_name = {name: c for c, name in enumerate(names)}
@@ -84,7 +87,7 @@ def read_tiny_imagenet(home: str) -> RawData:
 
 
 def _annotations(file: str, index: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """(image, class) of each line."""
+    """Yield (image file, class name) for each line; ``index`` holds the known class names."""
     with open(file, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             fields = line.rstrip("\n").split("\t")
@@ -96,8 +99,9 @@ def _annotations(file: str, index: dict[str, int]) -> Iterator[tuple[str, str]]:
 
 
 def _list_side(root: str, folder: str) -> ImageFiles:
-    """Raises OSError when a folder cannot be read, ValueError when a class or its images are
-    missing.
+    """Return the images in ``folder``, which holds one folder per class.
+
+    Raises OSError if a folder cannot be read, ValueError if there is no class or one has no image.
     """
     names = _class_names(folder)
     if not names:
@@ -145,14 +149,17 @@ def _is_image(path: str) -> bool:
 
 
 def _unread_kind(path: str) -> str:
-    """How the user is told of a file that is not read."""
+    """Return the kind under which a file that is not read is counted."""
     name = os.path.basename(path)
     ending = os.path.splitext(name)[1].lower()
     return "hidden" if _is_hidden(name) else ending or "without an ending"
 
 
 def _walk_visible(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """(folder, files) of all folders below that are not hidden, also behind links but for loops."""
+    """Yield (folder, files) for ``folder`` and all folders below it that are not hidden.
+
+    Links are followed unless they lead back to the folder that holds them or to one above it.
+    """
 
     def raise_error(error: OSError) -> None:
         raise error

@@ -1,15 +1,15 @@
-"""Image files as RGB bytes, by one rule for all files of a data set.
+"""Read image files as RGB bytes, by one rule for all files of a data set.
 
-No image is stretched by its own extremes. A file of 8 bits a channel is read as Pillow converts it
-to RGB: grey becomes RGB, and transparency is dropped, which leaves the colours as they are stored.
-EXIF's orientation is applied. A grey file of more bits has values from 0 to ``top``, which become
-0 to 255:
+No image is stretched to its own minimum and maximum. A file with 8 bits per channel is converted to
+RGB by Pillow: grey becomes RGB, and transparency is dropped while the stored colours are kept.
+EXIF's orientation is applied. In a grey file with more bits, the values 0 to ``top`` become 0 to
+255:
 
     whole numbers   top = 255, 1023, 4095 or 65535, the first that no value of the data set exceeds
     other floats    top = 1; all values of all such files are in 0..1
 
-Of 16-bit colours the higher 8 bits are read. Everything else is refused with the file's name, and
-so is an image that would become one colour.
+Of 16-bit colours the higher 8 bits are read. Every other file raises an error with its name, and so
+does an image whose different colours would become a single one.
 """
 
 import warnings
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _WHITE_LEVELS = (255, 1023, 4095, 65535)
-_ORIENTATION = 0x0112  # the tag of EXIF
+_ORIENTATION = 0x0112  # EXIF tag
 _REMEDY = "save it with 8 bits a channel"
 
 
@@ -31,12 +31,12 @@ class OpenedImage(NamedTuple):
     """The first image of a file, upright."""
 
     image: "Image"
-    is_16_bit: bool  # 16 bits in each of several channels, of which Pillow reads the higher 8
-    has_several_images: bool  # the file holds more images
+    is_16_bit: bool  # several channels of 16 bits each; Pillow reads the higher 8
+    has_several_images: bool  # the file holds further images
 
 
 class WideGrayFile(NamedTuple):
-    """A grey file of more than 8 bits a pixel, and the values it has."""
+    """A grey file with more than 8 bits per pixel, and the range of its values."""
 
     side: int
     row: int
@@ -47,25 +47,25 @@ class WideGrayFile(NamedTuple):
 
 
 class DecodedSide(NamedTuple):
-    """The files of one side."""
+    """The decoded files of the training or the test set."""
 
-    stack: np.ndarray  # [M, H, W, 3] uint8; black where a file is wide
+    stack: np.ndarray  # [M, H, W, 3] uint8; black for the files in ``wide_files``
     wide_files: list[WideGrayFile]
-    deep_files: list[tuple[int, str]]  # of 16-bit colours: (the largest byte, path)
-    multi_image_files: list[str]  # files that hold more images than the first
+    deep_files: list[tuple[int, str]]  # (largest byte, path) of files with 16-bit colours
+    multi_image_files: list[str]  # files that hold more than one image
 
 
 def decode_images(
     sides: Sequence[Sequence[str]], size: int | None
 ) -> tuple[list[np.ndarray], tuple[str, ...]]:
-    """The images [M, H, W, 3] uint8 in the files of each side, and hints for the user, a line each.
+    """Return the images [M, H, W, 3] uint8 of each side, and hints for the user, one line each.
 
-    They are resized to ``size`` pixels square unless it is None. Raises ValueError with the file's
-    name: no image, a damaged one, one of another size than the first of its side, values that have
-    no place in 0..255.
+    Images are resized to ``size`` x ``size`` pixels unless ``size`` is None. Raises ValueError with
+    the file's name if a file is no image or damaged, if its size differs from the first of its
+    side, or if its values cannot be mapped to 0..255.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, about notes beside the pixels
+        warnings.simplefilter("ignore")  # Pillow warns about damaged metadata
         decoded = [_decode_side(paths, side, size) for side, paths in enumerate(sides)]
         _check_16_bit([file for side in decoded for file in side.deep_files])
         wide_files = [file for side in decoded for file in side.wide_files]
@@ -85,7 +85,7 @@ def _decode_side(paths: Sequence[str], side: int, size: int | None) -> DecodedSi
         opened = _open_image(path)
         if _is_wide_gray(opened.image):
             wide_files.append(_measure_values(opened.image, side, row, path))
-            # It keeps the place until the values of all files are known.
+            # A placeholder until the values of all files are known.
             pixels = _resize(_blank_image(opened.image.size), size)
         else:
             pixels = _resize(_to_rgb(opened, path), size)
@@ -102,10 +102,10 @@ def _decode_side(paths: Sequence[str], side: int, size: int | None) -> DecodedSi
 
 @contextmanager
 def _report_bad_file(path: str) -> Iterator[None]:
-    """Say which file cannot be read."""
+    """Turn any error into a ValueError that names the file."""
     try:
         yield
-    except Exception as error:  # of many kinds
+    except Exception as error:  # Pillow raises many types
         why = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"data.root: {path} is no image, or damaged ({why}); {_REMEDY}, or remove it"
@@ -124,7 +124,7 @@ def _open_image(path: str) -> OpenedImage:
 
 
 def _turn_upright(image: "Image") -> "Image":
-    """Turned by EXIF's orientation. Damaged notes are ignored: the pixels are whole."""
+    """Return the image turned by EXIF's orientation; damaged EXIF data are ignored."""
     from PIL.Image import Transpose
 
     turns: dict[int | None, Transpose] = {
@@ -138,7 +138,7 @@ def _turn_upright(image: "Image") -> "Image":
     }
     try:
         turn = turns.get(image.getexif().get(_ORIENTATION))
-    except Exception:  # of many kinds
+    except Exception:  # Pillow raises many types
         turn = None
     return image if turn is None else image.transpose(turn)
 
@@ -148,7 +148,7 @@ def _is_wide_gray(image: "Image") -> bool:
 
 
 def _to_rgb(opened: OpenedImage, path: str) -> "Image":
-    """Of an image of 8 bits a channel. Raises ValueError when that leaves one colour of several."""
+    """Convert an opened image to RGB; raise ValueError if several colours would become one."""
     image = opened.image
     with _report_bad_file(path):
         rgb = image.convert("RGB")
@@ -163,7 +163,7 @@ def _to_rgb(opened: OpenedImage, path: str) -> "Image":
 
 
 def _is_constant(image: "Image") -> bool:
-    extrema = image.getextrema()  # of one channel a pair, of several a pair each
+    extrema = image.getextrema()  # one pair for one channel, else a tuple of pairs
     pairs = extrema if isinstance(extrema[0], tuple) else (extrema,)
     return all(low == high for low, high in pairs)
 
@@ -180,7 +180,10 @@ def _measure_values(image: "Image", side: int, row: int, path: str) -> WideGrayF
 
 
 def _find_white_level(files: Sequence[WideGrayFile]) -> int:
-    """The value that becomes 255. Raises ValueError when some files say 1 and others more."""
+    """Return the value that becomes 255.
+
+    Raises ValueError if some files have fractions from 0 to 1 and others have values above 1.
+    """
     fractions = next((file for file in files if not file.is_integer), None)
     highest = max(files, key=lambda file: file.high, default=None)
     if fractions and highest and highest.high > 1:
@@ -195,7 +198,7 @@ def _find_white_level(files: Sequence[WideGrayFile]) -> int:
 
 
 def _to_8_bit(file: WideGrayFile, white_level: int) -> "Image":
-    """The values of a file as bytes. Raises ValueError where they all become one."""
+    """Return the values of a file as bytes; raise ValueError if different values all become one."""
     from PIL import Image
 
     values = np.asarray(_open_image(file.path).image).astype(np.float64)
@@ -209,7 +212,10 @@ def _to_8_bit(file: WideGrayFile, white_level: int) -> "Image":
 
 
 def _check_16_bit(files: Sequence[tuple[int, str]]) -> None:
-    """Raise ValueError when no file of 16-bit colours uses more than 12 bits: too few are read."""
+    """Raise ValueError if no file of 16-bit colours uses more than 12 bits.
+
+    Only the higher 8 bits are read, so at most 4 of these 12 bits would remain.
+    """
     highest, path = max(files, default=(255, ""))
     if highest <= 4095 >> 8:
         problem = f"{path} and all others of 16 bits a channel use the lower 12 bits alone"
@@ -217,7 +223,7 @@ def _check_16_bit(files: Sequence[tuple[int, str]]) -> None:
 
 
 def _resize(image: "Image", size: int | None) -> np.ndarray:
-    """The pixels [H, W, 3] of an RGB image."""
+    """Return the pixels [H, W, 3] of an RGB image, resized to ``size`` if it is given."""
     from PIL import Image
 
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR) if size else image)

@@ -1,7 +1,7 @@
-"""The training or the test set on the device that trains, one class per kind of input.
+"""Hold the training or the test set on the training device, one class per kind of input.
 
-Each is labels [M] and the inputs in the form that costs least to keep; ``read`` gathers samples of
-clients in the form that a network takes. The rest of the feed knows of indices alone.
+Each class holds labels [M] and the inputs in their most compact form. ``read`` gathers samples of
+clients in the form that a network takes. The rest of the feed only handles indices.
 """
 
 from typing import NamedTuple, Protocol
@@ -15,34 +15,35 @@ from .transforms import warp
 
 
 class Store(Protocol):
-    """A set that an epoch reads its samples from."""
+    """A set from which an epoch reads its samples."""
 
     @property
     def sample_numel(self) -> int:
-        """Numbers of a sample as it is read."""
+        """How many numbers a sample has when it is read."""
 
     def read(self, rows: Tensor, warps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The samples ``rows`` [C, B]: inputs [C, B, ...] and labels [C, B]."""
+        """Return inputs [C, B, ...] and labels [C, B] of the samples ``rows`` [C, B]."""
 
 
 class Images(NamedTuple):
-    """Bytes with the channels last, P = H * W * ch numbers each; read as (x / 255 - mean) / std."""
+    """Images of P = H * W * ch bytes, channels last; they are read as (x / 255 - mean) / std."""
 
     images: Tensor  # [M, H, W, ch] uint8
     labels: Tensor  # [M] int64
-    # One long row each: a CPU takes eight times as long to broadcast over a last axis of three
-    # channels.
+    # One long row each: on a CPU, broadcasting over a last axis of three channels takes eight times
+    # as long.
     scale: Tensor  # [P] 1 / (255 std) of each number's channel
     offset: Tensor  # [P] -mean / std of each number's channel
 
     @property
     def sample_numel(self) -> int:
-        """Of a sample as it is read: P."""
+        """How many numbers a sample has when it is read: P."""
         return len(self.scale)
 
     def read(self, rows: Tensor, warps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The samples ``rows`` [C, B]: normalised images [C, B, ch, H, W] in channels_last, labels
-        [C, B].
+        """Return normalised images [C, B, ch, H, W] in channels_last and labels [C, B].
+
+        ``rows`` [C, B] are indices; ``warps`` are the parameters of ``transforms.warp``.
         """
         _, height, width, channels = self.images.shape
         flat, visible = self.images.flatten(1).index_select(0, rows.flatten()), None  # [C * B, P]
@@ -61,26 +62,27 @@ class Images(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Token ids, those of padding behind a text included."""
+    """Texts as token ids, padding included."""
 
     tokens: Tensor  # [M, L] int32
     labels: Tensor  # [M] int64
 
     @property
     def sample_numel(self) -> int:
-        """Of a sample as it is read: L."""
+        """How many numbers a sample has when it is read: L."""
         return self.tokens.shape[1]
 
     def read(self, rows: Tensor, warps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The samples ``rows`` [C, B]: token ids [C, B, L] int64, labels [C, B]; nothing warps a
-        text.
+        """Return token ids [C, B, L] int64 and labels [C, B] of the samples ``rows`` [C, B].
+
+        ``warps`` must be empty.
         """
         assert not warps, f"warps of texts: {', '.join(warps)}"
         return self.tokens[rows].long(), self.labels[rows]
 
 
 def build_store(data: Data, samples: Samples, device: torch.device) -> Images | Texts:
-    """One side of ``data`` on ``device``."""
+    """Return ``samples``, a side of ``data``, on ``device``."""
     labels = samples.y.to(device)
     if data.vocabulary:
         return Texts(samples.x.to(device), labels)

@@ -1,4 +1,7 @@
-"""Labels that may be one class by mistake: alike but for case, blanks, leading zeros or Unicode."""
+"""Find labels that may mean the same class.
+
+Such labels differ only in case, blanks, leading zeros or Unicode form.
+"""
 
 import re
 import unicodedata
@@ -7,7 +10,7 @@ from collections.abc import Iterable
 
 
 def similar_labels(labels: Iterable[str]) -> list[list[str]]:
-    """The groups of different labels that a reader might take for one, each sorted."""
+    """Return the groups of different labels that look alike, each sorted."""
     groups = defaultdict(set)
     for label in labels:
         groups[_normalize_label(label)].add(label)
@@ -15,7 +18,10 @@ def similar_labels(labels: Iterable[str]) -> list[list[str]]:
 
 
 def similar_label_hints(setting: str, labels: Iterable[str]) -> tuple[str, ...]:
-    """A line for each group of similar labels; ``setting``: the key and its value."""
+    """Return one hint that names up to three groups of similar labels, or an empty tuple.
+
+    ``setting`` is the config key with its value: "key = value".
+    """
     groups = [" and ".join(map(repr, group)) for group in similar_labels(labels)]
     if not groups:
         return ()
@@ -28,7 +34,10 @@ def similar_label_hints(setting: str, labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def _normalize_label(label: str) -> str:
-    """A label without case, blanks, invisible characters and ways to write a number."""
+    """Return the form of a label that similar labels share.
+
+    It ignores case, blanks, invisible characters and the notation of numbers.
+    """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", label).casefold())
     text = re.sub(r"\s", " ", text)
     visible = (c for c in text if unicodedata.category(c) not in ("Cf", "Cc"))

@@ -1,8 +1,9 @@
-"""Which samples each client holds: the data splits of the literature, each sure to end.
+"""Split a data set among clients, by the rules of the literature; every rule terminates.
 
-A kind says how many samples of which pool every client wants; ``Partition.split`` draws them. A
-pool is a class, or all samples where labels do not matter. One ``numpy.random.RandomState(seed)``
-serves both, as in the official FedDecomp code; numpy has frozen its stream.
+A subclass of ``Partition`` says how many samples of which pool every client gets;
+``Partition.split`` draws them. A pool is a class, or all samples if labels do not matter. One
+``numpy.random.RandomState(seed)`` serves both steps, as in the official FedDecomp code; numpy
+guarantees its stream.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ Rows = tuple[np.ndarray, ...]  # client -> [n_k] int64 indices into the training
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Who holds what. Indices keep the order in which they were drawn."""
+    """The samples of every client. Indices keep the order in which they were drawn."""
 
     train: Rows
     test: Rows
@@ -30,9 +31,7 @@ class Split:
     test_counts: np.ndarray  # [N, classes] samples
 
     def digest(self) -> str:
-        """SHA-256 in hexadecimal over every client's sizes and indices; equal splits, equal
-        digests.
-        """
+        """Return the SHA-256, in hexadecimal, of every client's sizes and indices."""
         sha = hashlib.sha256()
         for rows in (*self.train, *self.test):
             sha.update(np.append(len(rows), rows).astype("<i8").tobytes())
@@ -40,12 +39,12 @@ class Split:
 
 
 class SamplePools(NamedTuple):
-    """What there is to draw from, for training or for testing."""
+    """The samples of the training or of the test set, in pools from which clients draw."""
 
-    name: str  # "train" or "test", the key of its size
+    name: str  # "train" or "test", the config key of the number of samples per client
     pools: list[np.ndarray]  # pool -> indices
     per_client: int  # samples per client
-    with_replacement: bool  # may one draw hold a sample twice?
+    with_replacement: bool  # whether one draw may hold a sample twice
 
     @property
     def sizes(self) -> list[int]:
@@ -66,11 +65,12 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class Partition(ABC):
-    """A client's training and test samples come from the same mix of labels, in every kind.
+    """A rule that splits a data set among clients.
 
-    With ``overlap`` clients draw independently of each other and may hold the same sample; without
-    it each sample has one owner at most. Nobody holds a sample twice, with one exception:
-    overlapping test draws repeat when some pool holds fewer than ``test`` samples, as in the
+    In every rule that draws, the training and test samples of a client have the same mix of labels.
+    With ``overlap``, clients draw independently and may hold the same sample; without it, each
+    sample has at most one owner. No client holds a sample twice, with one exception: with
+    ``overlap``, test draws repeat samples if some pool holds fewer than ``test`` samples, as in the
     official code for Tiny ImageNet (50 test images per class, 100 per client).
     """
 
@@ -79,7 +79,7 @@ class Partition(ABC):
     test: int = 100  # samples per client; 0: an equal share of all
     seed: int = 1
     overlap: bool = False
-    by_class: ClassVar[bool] = True  # one pool per class, or one for all
+    by_class: ClassVar[bool] = True  # one pool per class; False: one pool for all samples
 
     def __post_init__(self) -> None:
         bounded(
@@ -90,8 +90,9 @@ class Partition(ABC):
     def allocations(
         self, rng: RandomState, train: SamplePools, test: SamplePools
     ) -> Iterator[tuple[int, int, int, int]]:
-        """Yield (client, pool, training samples, test samples) in the order in which they are
-        drawn.
+        """Yield (client, pool, number of training samples, number of test samples).
+
+        Samples are drawn in the order of these entries.
         """
 
     def split(
@@ -101,12 +102,13 @@ class Partition(ABC):
         classes: int,
         owners: Sequence[np.ndarray] | None = None,
     ) -> Split:
-        """Deal the samples whose labels are ``train_y`` [M] and ``test_y`` [M']; ``owners``: their
-        clients, where the data set comes with a split, for the kind ``given`` alone.
+        """Return the split of the samples whose labels are ``train_y`` [M] and ``test_y`` [M'].
 
-        Raises ValueError when the samples do not suffice or a client would train or test on none.
+        ``owners`` are the clients of the samples if the data set comes with a split; only the kind
+        ``given`` uses them. Raises ValueError if the samples do not suffice or if a client would
+        have no training or no test sample.
         """
-        # so overlap does not change the mixes
+        # A generator of its own shuffles the pools, so overlap does not change the mixes.
         rng, shuffle = RandomState(self.seed), RandomState([self.seed, 1])
         sides = (
             self._make_pools("train", train_y, classes, shuffle),
@@ -124,7 +126,10 @@ class Partition(ABC):
     def _checked_split(
         self, train: Rows, test: Rows, train_y: np.ndarray, test_y: np.ndarray, classes: int
     ) -> Split:
-        """The split of these rows, one array a client. Raises ValueError if a client has none."""
+        """Return the split of these rows, one array per client; raise ValueError if one is empty.
+
+        The class counts come from the labels ``train_y`` [M] and ``test_y`` [M'].
+        """
         self._check_nonempty("train", train)
         self._check_nonempty("test", test)
         train_counts, test_counts = (
@@ -156,7 +161,10 @@ class Partition(ABC):
     def _draw(
         self, rng: RandomState, side: SamplePools, client: int, pool: int, n: int
     ) -> np.ndarray:
-        """``n`` indices of a pool; without overlap they leave it."""
+        """Return ``n`` indices of a pool; without overlap they are removed from it.
+
+        Raises ValueError if the pool has too few.
+        """
         available = side.pools[pool]
         if n > len(available) and not (side.with_replacement and len(available)):
             which = f" of class {pool}" if self.by_class else ""
@@ -176,10 +184,10 @@ class Partition(ABC):
 class DirichletClient(Partition):
     """Each client has a mix of classes q ~ Dirichlet(alpha): the official FedDecomp rule.
 
-    The mixes of all clients are drawn first. Then, client by client and class by class, int(train *
-    q + 0.5) samples, cut to what remains of ``train``, and the same for ``test``: totals are at
-    most ``train`` and ``test``, and a few samples less where rounding fell short. Same seed, same
-    samples as the official code.
+    The mixes of all clients are drawn first. Then each client draws, class by class, int(train * q
+    + 0.5) samples, limited to what remains of ``train``, and the same for ``test``. A client has at
+    most ``train`` and ``test`` samples; rounding can leave it a few less. The same seed gives the
+    same samples as the official code.
     """
 
     overlap: bool = True
@@ -197,19 +205,19 @@ class DirichletClient(Partition):
 
 @dataclass(frozen=True)
 class DirichletClass(Partition):
-    """Each class is dealt to the clients in proportions p ~ Dirichlet(alpha) (Hsu et al. 2019;
-    NIID-bench).
+    """Each class is split among the clients in proportions p ~ Dirichlet(alpha).
 
-    All samples are dealt; ``train`` and ``test`` above 0 are upper limits, reached by thinning a
-    client's classes in proportion. NIID-bench draws again until every client holds ten samples;
-    here clients short of ``minimum`` training samples (of one test sample) are given some by the
-    best supplied, of the classes they hold the largest share of.
+    Source: Hsu et al. 2019; NIID-bench. All samples are used; ``train`` and ``test`` above 0 are
+    upper limits, to which the classes of a client are reduced in proportion. NIID-bench draws again
+    until every client holds ten samples. Here a client with fewer than ``minimum`` training samples
+    (or without a test sample) receives samples from the clients that hold the most, first of the
+    classes of which it has the largest share.
     """
 
-    train: int = 0  # at most so many samples per client; 0: no limit
-    test: int = 0  # at most so many samples per client; 0: no limit
+    train: int = 0  # upper limit of samples per client; 0: no limit
+    test: int = 0  # upper limit of samples per client; 0: no limit
     alpha: float = 0.1
-    minimum: int = 10  # training samples
+    minimum: int = 10  # training samples per client
 
     def allocations(self, rng, train, test):
         shares = _draw_dirichlet(rng, self.alpha, self.clients, len(train.pools)).T  # [N, classes]
@@ -220,12 +228,13 @@ class DirichletClass(Partition):
 
 @dataclass(frozen=True)
 class Pathological(Partition):
-    """Each client holds ``classes_per_client`` classes, int(train / classes_per_client) samples of
-    each.
+    """Each client holds ``classes_per_client`` classes, with equally many samples of each.
 
-    With overlap (the official FedDecomp rule, same draws for the same seed) the classes are a
-    random choice per client; without it they go round in turn, so that every class is wanted
-    equally often.
+    These are int(train / classes_per_client) training samples, and the same for ``test``.
+
+    With overlap, the classes are a random choice per client. This is the official FedDecomp rule;
+    the same seed gives the same draws. Without overlap, classes are assigned in turn, so that every
+    class is used equally often.
     """
 
     overlap: bool = True
@@ -253,24 +262,23 @@ class Pathological(Partition):
 
 @dataclass(frozen=True)
 class Shares(Partition):
-    """Each client shares ``classes_per_client`` classes with a few others, in unequal parts
-    (pFedLoRA's authors).
+    """Each client shares ``classes_per_client`` classes with a few other clients, in unequal parts.
 
-    Each class is for as many clients as all others; its samples are dealt in proportions U(0.4,
-    0.6), normalised, the same in training and test: int(n p). Clients pick their classes one at a
-    time, among those with most places left. The share ``validation`` of all training samples is
-    held back from everybody; ``train`` and ``test`` above 0 are upper limits, reached as in
-    ``DirichletClass``.
+    This is the rule of pFedLoRA's authors. Each class has the same number of places for clients.
+    Its n samples are split in proportions p ~ U(0.4, 0.6), normalised and the same in training and
+    test: int(n p). A client picks its classes one at a time, among those with most places left. The
+    fraction ``validation`` of all training samples is given to no client. ``train`` and ``test``
+    above 0 are upper limits, applied as in ``DirichletClass``.
 
-    Where places do not come out even, the authors' code fails or gives a client one class twice;
-    here some classes, drawn, have one place more, and nobody picks a class again. That always
-    works: places left differ by one at most, so a client that needs k classes finds k that it does
-    not hold.
+    If the places cannot be divided evenly among the classes, the authors' code fails or gives a
+    client one class twice. Here some classes, drawn at random, have one place more, and no client
+    picks a class twice. This always works: the numbers of places left differ by at most one, so a
+    client that needs k more classes finds k that it does not hold.
     """
 
     clients: int = 10
-    train: int = 0  # at most so many samples per client; 0: no limit
-    test: int = 0  # at most so many samples per client; 0: no limit
+    train: int = 0  # upper limit of samples per client; 0: no limit
+    test: int = 0  # upper limit of samples per client; 0: no limit
     classes_per_client: int = 2
     validation: float = 0.2
 
@@ -310,7 +318,7 @@ class Shares(Partition):
 
 @dataclass(frozen=True)
 class Iid(Partition):
-    """Every client draws the same number of samples, whatever their labels."""
+    """Every client draws the same number of samples regardless of their labels."""
 
     by_class: ClassVar[bool] = False
 
@@ -322,15 +330,15 @@ class Iid(Partition):
 
 @dataclass(frozen=True)
 class Quantity(Partition):
-    """Clients differ in size only: shares of clients * train samples ~ Dirichlet(alpha), labels
-    iid.
+    """Clients differ only in size; their labels are iid.
 
-    Clients short of ``minimum`` training samples (of one test sample) are given some by the
-    largest.
+    Their shares of all clients * train samples are drawn from Dirichlet(alpha). A client with fewer
+    than ``minimum`` training samples (or without a test sample) receives samples from the largest
+    clients.
     """
 
     alpha: float = 0.5
-    minimum: int = 10  # training samples
+    minimum: int = 10  # training samples per client
     by_class: ClassVar[bool] = False
 
     def allocations(self, rng, train, test):
@@ -346,12 +354,13 @@ class Quantity(Partition):
 
 @dataclass(frozen=True)
 class GivenSplit(Partition):
-    """Each client holds what the data set says it does, in that order; nothing is drawn, so the
-    seed does not matter.
+    """Each client holds the samples that the data set assigns to it, in the order of the data set.
+
+    Nothing is drawn, so the seed does not matter.
     """
 
-    train: int = 0  # at most so many samples per client, the first; 0: all
-    test: int = 0  # at most so many samples per client, the first; 0: all
+    train: int = 0  # only the first so many samples of each client; 0: all
+    test: int = 0  # only the first so many samples of each client; 0: all
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -394,12 +403,15 @@ PARTITIONS: dict[str, type[Partition]] = {
 
 
 def _class_counts(y: np.ndarray, rows_by_client: Rows, classes: int) -> np.ndarray:
-    """How many samples of each class each client holds: [N, classes]."""
+    """Return how many samples of each class each client holds: [N, classes]."""
     return np.stack([np.bincount(y[rows], minlength=classes) for rows in rows_by_client])
 
 
 def _draw_dirichlet(rng: RandomState, alpha: float, length: int, number: int) -> np.ndarray:
-    """``number`` draws of the symmetric Dirichlet distribution: [number, length], rows sum to 1."""
+    """Return draws [number, length] of the symmetric Dirichlet distribution; rows sum to 1.
+
+    Raises ValueError if a draw underflows to zero, as for a small ``alpha``.
+    """
     with np.errstate(invalid="ignore", divide="ignore"):
         draws = rng.dirichlet(np.repeat(alpha, length), number)
     if not np.isfinite(draws).all():
@@ -411,6 +423,6 @@ def _draw_dirichlet(rng: RandomState, alpha: float, length: int, number: int) ->
 
 
 def _iter_allocations(n: np.ndarray, m: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-    """Training and test counts [N, pools] as the entries that ``allocations`` yields."""
+    """Yield training counts ``n`` and test counts ``m`` [N, pools] as ``allocations`` does."""
     for (client, pool), train_samples in np.ndenumerate(n):
         yield client, pool, int(train_samples), int(m[client, pool])

@@ -1,9 +1,9 @@
-"""A folder that PFLlib has made: one file of training and one of test samples for each client.
+"""Read a folder made by PFLlib: one file of training and one of test samples for each client.
 
-``ROOT/train/<k>.npz`` and ``ROOT/test/<k>.npz``, k from 0, each with one array ``data`` that is a
-pickled dict {"x": images [n, ch, H, W], "y": classes [n]}; ``ROOT/config.json``. A pickle may run
-anything, so the user has to allow it, and then only numpy arrays, dicts, lists and numbers are made
-of it. Files with plain arrays ``x`` and ``y`` hold no pickle.
+The files are ``ROOT/train/<k>.npz`` and ``ROOT/test/<k>.npz``, k from 0, and ``ROOT/config.json``.
+Each npz file has one array ``data`` that is a pickled dict {"x": images [n, ch, H, W], "y": classes
+[n]}. A pickle may run any code, so the user has to allow it. Even then only numpy arrays, dicts,
+lists and numbers are created from it. Files with plain arrays ``x`` and ``y`` hold no pickle.
 
 Source: https://github.com/TsingZ0/PFLlib, dataset/utils/dataset_utils.py and the scripts beside it.
 """
@@ -23,21 +23,21 @@ from ..core.paths import expand_home
 
 _ALLOWED_GLOBALS = {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
 _ALLOWED_GLOBALS |= {("numpy", "ndarray"), ("numpy", "dtype")}
-_DEFAULT_MOMENT = 0.5  # mean and standard deviation of PFLlib's Normalize, of every channel
+_DEFAULT_MOMENT = 0.5  # mean and standard deviation of every channel in PFLlib's Normalize
 _NUMBERED = re.compile(r"(0|[1-9][0-9]*)\.npz")
-_MAX_ROUNDING = 0.02  # of a step from one byte to the next
+_MAX_ROUNDING = 0.02  # largest accepted distance from a whole byte
 
 
 class ClientSamples(NamedTuple):
-    """The samples of all clients, one client after the other."""
+    """The samples of all clients, in the order of the clients."""
 
     x: np.ndarray  # [M, ch, H, W] uint8
     y: np.ndarray  # [M] int64
-    owner: np.ndarray  # [M] int64, the client
+    owner: np.ndarray  # [M] int64, the client of each sample
 
 
 class FolderConfig(NamedTuple):
-    """What config.json says, as far as it is read; None where it does not say."""
+    """The entries of config.json that are used; None for a missing entry."""
 
     clients: int | None
     classes: int | None
@@ -46,21 +46,22 @@ class FolderConfig(NamedTuple):
 
 
 class Folder(NamedTuple):
-    """What a folder holds; its files have (x / 255 - mean) / std."""
+    """The content of a folder; its files hold (x / 255 - mean) / std of the bytes x."""
 
     train: ClientSamples
     test: ClientSamples
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    hints: tuple[str, ...] = ()  # what the user should know, a line each
+    hints: tuple[str, ...] = ()  # what the user should know, one line each
 
 
 def read(root: str | Path, allow_pickle: bool) -> Folder:
-    """The images of a folder as the bytes they were made from.
+    """Return the images of a folder as the bytes from which PFLlib made them.
 
-    Raises ValueError: no such folder, files that are missing or left over, a pickle that is not
-    allowed or holds more than arrays, no images of bytes, classes that do not count from 0.
+    Raises ValueError if the folder does not exist, if files are missing or left over, if a pickle
+    is not allowed or holds more than arrays, if the images do not come from bytes, or if the
+    classes do not count from 0.
     """
     home = expand_home(root)
     config = _read_config(root, home / "config.json")
@@ -91,7 +92,7 @@ def read(root: str | Path, allow_pickle: bool) -> Folder:
 
 
 def _read_config(root: str | Path, file: Path) -> FolderConfig:
-    """config.json, which may be missing. Raises ValueError where it says something impossible."""
+    """Return the entries of config.json, which may be missing; raise ValueError for a wrong one."""
     try:
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
@@ -112,10 +113,10 @@ def _read_config(root: str | Path, file: Path) -> FolderConfig:
 
 
 def _count_clients(root: str | Path, home: Path, declared: int | None) -> int:
-    """How many clients there are.
+    """Return the number of clients.
 
     Raises ValueError unless train/ and test/ both have 0.npz, 1.npz and so on, as many as
-    config.json says: else a client would be lost, or one of another partition taken in.
+    config.json says. Otherwise a client would be lost, or one of another partition would be used.
     """
     numbers_by_side, unnumbered = {}, []
     for side in ("train", "test"):
@@ -155,7 +156,7 @@ def _count_clients(root: str | Path, home: Path, declared: int | None) -> int:
 
 
 def _format_ranges(numbers: Sequence[int]) -> str:
-    """ "0 to 2, 5", or "none"."""
+    """Return sorted numbers as ranges such as "0 to 2, 5", or "none"."""
     present = set(numbers)
     starts, ends = ([k for k in numbers if k + step not in present] for step in (-1, 1))
     runs = [str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True)]
@@ -166,9 +167,10 @@ def _format_ranges(numbers: Sequence[int]) -> str:
 def _count_classes(
     root: str | Path, y: np.ndarray, declared: int | None
 ) -> tuple[int, tuple[str, ...]]:
-    """How many classes there are, and a line when some have no sample.
+    """Return the number of classes, and a hint if some have no sample.
 
-    Raises ValueError when labels seem to count from 1, or exceed ``declared`` of config.json.
+    There is no hint if config.json declares the number. Raises ValueError if there is no sample, if
+    labels seem to count from 1, or if they exceed the number ``declared`` in config.json.
     """
     seen = sorted(map(int, np.unique(y)))
     declaration = "" if declared is None else f", and config.json says num_classes = {declared}"
@@ -194,7 +196,7 @@ def _count_classes(
 
 
 def _read_client(file: Path, allow_pickle: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(x [n, ch, H, W], y [n]) of a file."""
+    """Return (x [n, ch, H, W], y [n]) of a file; raise ValueError if it cannot be read."""
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
@@ -212,7 +214,7 @@ def _read_client(file: Path, allow_pickle: bool) -> tuple[np.ndarray, np.ndarray
             "anything; set allow_pickle to true if you trust it (arrays and dicts alone are then "
             "read)"
         ) from None
-    except Exception as error:  # a damaged or evil pickle may raise anything
+    except Exception as error:  # a damaged or malicious pickle may raise anything
         why = " ".join(f"{error}".split()) or type(error).__name__
         raise ValueError(
             f"root = {file.parents[1]}: {file} holds no x and y that can be read ({why})"
@@ -232,11 +234,11 @@ def _read_client(file: Path, allow_pickle: bool) -> tuple[np.ndarray, np.ndarray
 
 
 class _PickleNotAllowed(Exception):
-    """A pickle that the user has not allowed."""
+    """Raised for a pickle that the user has not allowed."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes numpy arrays and plain containers, and refuses the name of anything else."""
+    """Creates only numpy arrays and plain containers; raises an error for any other name."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED_GLOBALS:
@@ -247,7 +249,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _read_array(file: IO[bytes], allow_pickle: bool) -> np.ndarray:
-    """One array of an npz file."""
+    """Return one array of an npz file; raise _PickleNotAllowed if it is a pickle."""
     version = npy.read_magic(file)
     header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
     shape, fortran, dtype = header(file)
@@ -262,7 +264,7 @@ def _read_array(file: IO[bytes], allow_pickle: bool) -> np.ndarray:
 def _join_clients(
     parts: list[tuple[np.ndarray, np.ndarray]], files: list[Path], mean: tuple, std: tuple
 ) -> ClientSamples:
-    """All clients one after the other."""
+    """Return the samples of all clients, in the order of the clients."""
     x = [_recover_bytes(x, mean, std, file) for (x, _), file in zip(parts, files, strict=True)]
     y = np.concatenate([y for _, y in parts])
     if len(y) and y.min() < 0:
@@ -275,7 +277,10 @@ def _join_clients(
 
 
 def _recover_bytes(x: np.ndarray, mean: tuple, std: tuple, file: Path) -> np.ndarray:
-    """The bytes of which (byte / 255 - mean) / std gives ``x``, so that the network sees ``x``."""
+    """Return the bytes for which (byte / 255 - mean) / std is ``x``; the network then sees ``x``.
+
+    Raises ValueError if there are no such bytes.
+    """
     if x.dtype == np.uint8:
         return x
     shape = (1, -1, 1, 1)

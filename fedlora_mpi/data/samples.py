@@ -1,4 +1,4 @@
-"""What the reader of a data set hands on."""
+"""The values that the reader of a data set returns."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,16 +23,16 @@ class LabelledTexts(NamedTuple):
 
 
 class RawData(NamedTuple):
-    """Both sides of a data set, its classes, and what the user should know about the files."""
+    """A data set as read: both sides, its classes, and hints about the files."""
 
     train: Samples | LabelledTexts
     test: Samples | LabelledTexts
     classes: int
-    class_names: tuple[str, ...] = ()  # of the classes, where they have any
-    hints: tuple[str, ...] = ()  # a line each, "key = value: what was seen"
+    class_names: tuple[str, ...] = ()  # empty if the classes have no names
+    hints: tuple[str, ...] = ()  # one line each, "key = value: what was seen"
 
 
 def to_samples(images: np.ndarray | Tensor, labels: Sequence[int] | Tensor) -> Samples:
-    """From bytes [M, H, W] or [M, H, W, ch]."""
+    """Return samples from bytes [M, H, W] or [M, H, W, ch] and their labels."""
     x, y = torch.as_tensor(images), torch.as_tensor(labels, dtype=torch.int64)
     return Samples(x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2), y)

@@ -1,9 +1,9 @@
-"""Classes that arrive one after the other: class-incremental learning, for any method.
+"""Class-incremental learning, in which classes arrive one task after the other, for any method.
 
-The scenario "class-IL" of van de Ven and Tolias, "Three scenarios for continual learning", 2019
-(arXiv:1904.07734): the model has all classes from the start, trains on those of the present task
-alone, and is judged on all so far without being told the task. Here all clients go from task to
-task at the same rounds; who has which classes of a task remains the partition's business.
+This is the scenario "class-IL" of van de Ven and Tolias, "Three scenarios for continual learning",
+2019 (arXiv:1904.07734). The model has all classes from the start. It trains only on the classes of
+the current task. It is evaluated on all classes seen so far, without knowing the task. Here all
+clients change the task in the same rounds; the partition decides which classes each client holds.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,9 +17,9 @@ from .partition import Split
 
 @dataclass(frozen=True)
 class Tasks:
-    """The ``data.tasks`` block: task t is the classes t * ``classes`` to (t + 1) * ``classes`` - 1.
+    """The ``data.tasks`` block: task t has classes t * ``classes`` to (t + 1) * ``classes`` - 1.
 
-    The last task may have fewer classes, and stays when its rounds are over.
+    The last task may have fewer classes. It continues after its rounds are over.
     """
 
     classes: int
@@ -31,12 +31,12 @@ class Tasks:
     def split_by_task(
         self, split: Split, train_y: np.ndarray, test_y: np.ndarray
     ) -> tuple[Split, ...]:
-        """What of ``split`` there is in each task: training samples of its classes, test samples of
-        all so far.
+        """Return the part of ``split`` for each task.
 
-        train_y [M], test_y [M']: labels of all samples. A client may hold none. Raises ValueError
-        when the data set has fewer classes than a task, or no client a training sample of some
-        task.
+        A task has the training samples of its classes and the test samples of all classes so far.
+        train_y [M], test_y [M']: labels of all samples. A client may have no sample in a task.
+        Raises ValueError if the data set has fewer classes than a task, or if no client has a
+        training sample of some task.
         """
         classes = split.train_counts.shape[1]
         if self.classes > classes:
@@ -64,8 +64,6 @@ class Tasks:
 def _select_classes(
     classes: range, y: np.ndarray, rows_by_client: Sequence[np.ndarray], counts: np.ndarray
 ) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """The samples of these classes that each client holds, in its order, and their ``counts`` [N,
-    classes].
-    """
+    """Return each client's samples of ``classes``, in its order, and their counts [N, classes]."""
     is_selected = np.isin(np.arange(counts.shape[1]), classes)
     return tuple(rows[is_selected[y[rows]]] for rows in rows_by_client), counts * is_selected

@@ -1,5 +1,6 @@
-"""The settings of texts, and the vocabulary, of the training texts or given, that turns them into
-numbers.
+"""The settings of texts, and the vocabulary that turns texts into token ids.
+
+The vocabulary is made from the training texts or read from a tokenizer file.
 """
 
 import hashlib
@@ -18,24 +19,24 @@ from ..core.paths import expand_home
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_SPECIAL = ("[PAD]", "[UNK]")  # the numbers 0 and 1
-_PADDING = ("[PAD]", "<pad>")  # its names in a tokenizer that does not say which it pads with
-_CHUNK = 4096  # texts that are encoded at a time
+_SPECIAL = ("[PAD]", "[UNK]")  # token ids 0 and 1
+_PADDING = ("[PAD]", "<pad>")  # names of padding in a tokenizer file that does not declare it
+_CHUNK = 4096  # texts that are encoded at once
 
 
 @dataclass(frozen=True)
 class Text:
-    """The ``data.text`` block: the files, the length of a text, and how many words are known."""
+    """The ``data.text`` block: the files, the length of a text, and the size of the vocabulary."""
 
-    # at most so many words, the most frequent; padding and the unknown word are two
+    # maximum number of words, the most frequent ones; padding and the unknown word count as two
     vocabulary: int = 20000
-    length: int = 64  # words of a text, with a tokenizer its tokens; what is longer is cut
-    # a tokenizer.json of Hugging Face, or its folder, in the place of the words
+    length: int = 64  # words of a text (tokens with a tokenizer); longer texts are cut
+    # a tokenizer.json of Hugging Face, or its folder; replaces the vocabulary of words
     tokenizer: str | None = None
-    train: str = "train.csv"  # in data.root, for ag_news in data.root/AG_NEWS
+    train: str = "train.csv"  # in data.root; for ag_news in data.root/AG_NEWS
     test: str = "test.csv"
-    label: str = "label"  # "csv" only: the name of the column of the classes
-    columns: tuple[str, ...] = ("text",)  # "csv" only: those of the text, joined by a space
+    label: str = "label"  # "csv" only: the column of the classes
+    columns: tuple[str, ...] = ("text",)  # "csv" only: the columns of the text, joined by a space
 
     def __post_init__(self) -> None:
         bounded(self, vocabulary="[3, inf)", length="[1, inf)")
@@ -49,20 +50,21 @@ class Text:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What turns a text into numbers: all of it is in ``json``, in the format of Hugging Face's
-    tokenizers.
+    """Turns texts into token ids.
+
+    ``json`` describes it completely, in the format of Hugging Face's tokenizers.
     """
 
     json: str
 
     @classmethod
     def from_texts(cls, texts: Sequence[str], settings: Text) -> "Vocabulary":
-        """That of ``texts``: a pure function of them.
+        """Return the vocabulary of ``texts``, a pure function of them and of ``settings``.
 
-        A text becomes its words and its runs of punctuation in lower case, under Unicode's
-        compatibility form NFKC. 0 is padding, 1 the unknown word, from 2 on the words by falling
-        frequency, those equally frequent in alphabetical order. Raises ValueError when the library
-        is not installed.
+        A text is normalised to Unicode form NFKC and lower case, then split into words and runs of
+        punctuation. Token id 0 is padding and 1 the unknown word. Words follow from 2 on by falling
+        frequency, equally frequent ones in alphabetical order. Raises ValueError if the library
+        tokenizers is not installed.
         """
         library = _import_tokenizers()
         trained = _word_level_tokenizer(library, {})
@@ -70,7 +72,7 @@ class Vocabulary:
             vocab_size=settings.vocabulary, special_tokens=list(_SPECIAL), show_progress=False
         )
         trained.train_from_iterator(texts, trainer)
-        # Anew, or "[PAD]" in a text would be taken for padding.
+        # A new tokenizer without special tokens: else "[PAD]" in a text would become padding.
         tokenizer = _word_level_tokenizer(library, trained.get_vocab())
         tokenizer.enable_truncation(settings.length)
         tokenizer.enable_padding(length=settings.length, pad_id=0, pad_token=_SPECIAL[0])
@@ -78,10 +80,11 @@ class Vocabulary:
 
     @classmethod
     def from_tokenizer(cls, settings: Text) -> "Vocabulary":
-        """That of the file ``settings.tokenizer``, with its numbers and its special tokens.
+        """Return the vocabulary of the file ``settings.tokenizer``: its ids and special tokens.
 
-        Padding is what the file pads with, else its token [PAD] or <pad>. Raises ValueError when
-        there is none, or the file is none, or its special tokens alone fill a text.
+        Padding is the token that the file pads with, else its token [PAD] or <pad>. Raises
+        ValueError if there is no such token, if the file is no tokenizer file, or if a text is too
+        short for more than the special tokens.
         """
         library, setting = _import_tokenizers(), f"text.tokenizer = {settings.tokenizer}"
         assert settings.tokenizer is not None
@@ -123,25 +126,28 @@ class Vocabulary:
 
     @cached_property
     def size(self) -> int:
-        """All numbers are below it."""
+        """Number of token ids: all ids are below it."""
         return 1 + max(self.tokenizer.get_vocab().values())
 
     @property
     def padding(self) -> int:
-        """The number behind the end of a text."""
+        """Token id of padding."""
         padding = self.tokenizer.padding
         assert padding is not None
         return padding["pad_id"]
 
     @property
     def length(self) -> int:
-        """Numbers of a text, L."""
+        """Number of token ids of an encoded text, L."""
         truncation = self.tokenizer.truncation
         assert truncation is not None
         return truncation["max_length"]
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """The first L numbers of each text, [M, L] int32; padding behind its end."""
+        """Return the token ids of each text, [M, L] int32, cut or padded to L.
+
+        Texts are cut and padded at the end, unless the tokenizer file says otherwise.
+        """
         ids = np.zeros((len(texts), self.length), np.int32)
         for first in range(0, len(texts), _CHUNK):
             encodings = self.tokenizer.encode_batch_fast(list(texts[first : first + _CHUNK]))
@@ -149,17 +155,17 @@ class Vocabulary:
         return torch.from_numpy(ids)
 
     def digest(self) -> str:
-        """SHA-256 in hexadecimal."""
+        """Return the SHA-256 of ``json`` in hexadecimal."""
         return hashlib.sha256(self.json.encode()).hexdigest()
 
     @cached_property
     def tokenizer(self) -> "Tokenizer":
-        """The library's object."""
+        """The tokenizer as an object of the library tokenizers."""
         return _import_tokenizers().Tokenizer.from_str(self.json)
 
 
 def _word_level_tokenizer(library, words: dict[str, int]) -> "Tokenizer":
-    """A tokenizer with these words."""
+    """Return a tokenizer with these words and their token ids."""
     tokenizer = library.Tokenizer(library.models.WordLevel(words, unk_token=_SPECIAL[1]))
     tokenizer.normalizer = library.normalizers.Sequence(
         [library.normalizers.NFKC(), library.normalizers.Lowercase()]
@@ -169,7 +175,7 @@ def _word_level_tokenizer(library, words: dict[str, int]) -> "Tokenizer":
 
 
 def _import_tokenizers():
-    """The library, with the parts that are used."""
+    """Import tokenizers with the submodules used here; raise ValueError if it is not installed."""
     try:
         import tokenizers
         import tokenizers.models

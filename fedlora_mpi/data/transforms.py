@@ -1,7 +1,7 @@
 """Training augmentation as tensor operations on a batch, with one set of parameters per sample.
 
-Images are [B, H, W, ch], the layout in which ``feed.py`` stores them. The transforms only move
-pixels and hide some, so they are composed as coordinates and the images are read once.
+Images are [B, H, W, ch], the layout in which ``inputs.py`` stores them. The transforms only move
+and hide pixels. They are composed as coordinates, so the images are read once.
 """
 
 import math
@@ -10,21 +10,21 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Generator, Tensor
 
-PAD = 4  # pixels of black border from which torchvision's RandomCrop(size, padding=4) cuts
-MAX_DEGREES = 15.0  # of RandomRotation(15)
-ERASE_AREA, ERASE_RATIO = (0.04, 0.2), (0.5, 2.0)  # of RandomErasing(scale=AREA, ratio=RATIO)
-_ATTEMPTS = 10  # of RandomErasing to find a rectangle that is smaller than the image
+PAD = 4  # pixels of black border, as in torchvision's RandomCrop(size, padding=4)
+MAX_DEGREES = 15.0  # as in RandomRotation(15)
+ERASE_AREA, ERASE_RATIO = (0.04, 0.2), (0.5, 2.0)  # as in RandomErasing(scale=AREA, ratio=RATIO)
+_ATTEMPTS = 10  # RandomErasing's attempts to find a rectangle that is smaller than the image
 
 
 def draw_parameters(
     names: Iterable[str], number: int, rng: Generator, size: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Parameters of ``number`` samples for the named transforms, distributed as torchvision draws
-    them.
+    """Return the parameters of the named transforms for ``number`` samples.
 
-    size: (H, W) of the images. crop, crop_mean [number, 2] int64: rows and columns by which the
-    window moves; flip [number] bool; rotate [number] degrees, counter-clockwise; erase [number, 4]
-    int64: top, left, height and width of a rectangle, half of them of no size.
+    They have the same distribution as in torchvision. size: (H, W) of the images. crop and
+    crop_mean [number, 2] int64: rows and columns by which the window moves. flip [number] bool.
+    rotate [number]: degrees, counter-clockwise. erase [number, 4] int64: top, left, height and
+    width of a rectangle; about half of them have height and width 0.
     """
     names = tuple(names)
     drawn = {
@@ -39,8 +39,10 @@ def draw_parameters(
 
 
 def _draw_rectangles(number: int, rng: Generator, height: int, width: int) -> Tensor:
-    """[number, 4] top, left, height, width: RandomErasing's first attempt that fits; 0, 0 high or
-    wide else.
+    """Return rectangles [number, 4]: top, left, height, width.
+
+    A rectangle is RandomErasing's first attempt that fits. Height and width are 0 if none fits or
+    if, with probability 1/2, nothing is erased.
     """
 
     def uniform(low, high):
@@ -60,14 +62,13 @@ def _draw_rectangles(number: int, rng: Generator, height: int, width: int) -> Te
 
 
 def warp(x: Tensor, **parameters: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Turn, erase, crop, flip and rotate images [B, H, W, ch], in this order: the images, what is
-    shown of them.
+    """Turn, erase, crop, flip and rotate images [B, H, W, ch], in this order.
 
-    ``turn`` [B] is a multiple of 90 degrees (square images, no pixel is lost); the others are as in
-    ``draw_parameters``. What comes from outside is black. The second, [B, H, W], is False where
-    ``erase`` and ``crop_mean`` show the mean colour, which has the value 0 after normalisation;
-    None without these two. Pixels are those of torchvision's functions with nearest-neighbour
-    interpolation.
+    Returns the images and a mask [B, H, W] of the visible pixels. The mask is False where ``erase``
+    or ``crop_mean`` show the mean colour, whose value is 0 after normalisation. It is None without
+    these two. ``turn`` [B] is a multiple of 90 degrees (square images; no pixel is lost). The other
+    parameters are as in ``draw_parameters``. Pixels from outside the image are black. The result
+    equals that of torchvision's functions with nearest-neighbour interpolation.
     """
     hiding_transforms = {"erase", "crop_mean"} & parameters.keys()
     pixel, inside, visible = _source_pixels(x.shape, x.device, **parameters)
@@ -86,15 +87,16 @@ def _source_pixels(
     flip: Tensor | None = None,
     rotate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For every pixel of the result [B, H, W]: which of all pixels it is, whether it is none
-    (black), whether it is shown at all.
+    """Return three tensors that describe every pixel of the result, [B, H, W] or broadcast to it.
+
+    They are the index of its source among the pixels of all images, whether the source lies inside
+    the image (else it is black), and whether the pixel is visible (else it has the mean colour).
     """
     batch, height, width, _ = shape
     row = torch.arange(height, device=device)[None, :, None]
     col = torch.arange(width, device=device)[None, None, :]
     inside = visible = torch.ones((), dtype=torch.bool, device=device)
-    # From here on row and col [B, H, W] say where a pixel of the result comes from: last transform
-    # first.
+    # row and col [B, H, W]: the source of a pixel of the result. Transforms are traced backwards.
     if rotate is not None:
         row, col = _rotate_pixels(row, col, rotate, height, width)
         inside = _is_within(row, height) & _is_within(col, width)
@@ -119,7 +121,10 @@ def _source_pixels(
 def _rotate_pixels(
     row: Tensor, col: Tensor, degrees: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor]:
-    """Nearest pixel from which a counter-clockwise rotation about the centre takes (row, col)."""
+    """Return the pixel that a counter-clockwise rotation about the centre moves to (row, col).
+
+    It is rounded to the nearest pixel and may lie outside the image.
+    """
     angle = torch.deg2rad(degrees)[:, None, None]
     y, x = row - (height - 1) / 2, col - (width - 1) / 2
     from_y = angle.sin() * x + angle.cos() * y + (height - 1) / 2

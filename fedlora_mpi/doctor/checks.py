@@ -1,4 +1,7 @@
-"""The checks. Each may raise; heavy imports stay inside, for they are part of what is checked."""
+"""The checks of ``doctor``. Each may raise.
+
+Heavy imports are inside the checks, because the imports are checked as well.
+"""
 
 import json
 import os
@@ -19,7 +22,7 @@ from ..mpi.launch import expected_ranks, find_mpirun, function_command, has_left
 from .finding import Check, Finding, Setup, run_command
 
 REQUIRED_LIBRARIES = ("torch", "torchvision", "numpy", "h5py", "mpi4py", "PyYAML")
-_MIN_FREE_BYTES = 10**9  # bytes free that a folder without a config should have
+_MIN_FREE_BYTES = 10**9  # free bytes that are enough if no config is given
 
 
 def _check_python(setup: Setup) -> Finding:
@@ -27,7 +30,7 @@ def _check_python(setup: Setup) -> Finding:
     try:
         required = "\n".join(metadata.requires("fedlora_mpi") or ())
         ranges = dict(re.findall(r"^([\w-]+)>=([\d.]+)$", required, re.MULTILINE))
-    except metadata.PackageNotFoundError:  # started from its source folder
+    except metadata.PackageNotFoundError:  # not installed: started from its source folder
         ranges = {}
     for name in REQUIRED_LIBRARIES:
         try:
@@ -51,12 +54,12 @@ def _check_config(setup: Setup) -> Finding:
 
 
 def is_run_config(setup: Setup) -> bool:
-    """Whether the config is that of a run folder, which may have been moved."""
+    """Return whether the config belongs to a run folder, which may have been moved."""
     return bool(setup.source) and Path(setup.source).parent == Path(setup.folder)
 
 
 def read_config_values(setup: Setup) -> dict[str, Any]:
-    """What a config says that the checks ask for. Raises ValueError."""
+    """Return the values of the config that the checks need. Raises ValueError."""
     from .. import config as configs
 
     config = (configs.read_recorded if is_run_config(setup) else configs.read)(
@@ -299,13 +302,13 @@ def _version_numbers(text: str) -> tuple[int, ...]:
 
 
 def _existing_folder(folder: str) -> Path:
-    """The folder, or what of the way to it exists."""
+    """Return the folder, or its nearest parent that exists."""
     path = Path(folder).absolute()
     return next(candidate for candidate in (path, *path.parents) if candidate.exists())
 
 
 @contextmanager
 def _scratch_folder(folder: str) -> Iterator[Path]:
-    """A folder for a moment where the run's would be."""
+    """Yield a temporary folder on the file system of the run folder."""
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=_existing_folder(folder)) as scratch:
         yield Path(scratch)

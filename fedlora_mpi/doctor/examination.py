@@ -1,7 +1,7 @@
-"""``fedlora-mpi doctor``: whether everything works on this machine, a line each with its remedy.
+"""``fedlora-mpi doctor``: check this machine, one line per check, with a remedy for each problem.
 
-Each check is a process of its own with a time limit, so none can take the others along, whatever
-hangs or crashes.
+Each check runs in its own process with a time limit. So a check that hangs or crashes does not
+affect the others.
 """
 
 import json
@@ -20,7 +20,7 @@ from .finding import Finding, Setup, run_command
 def examine(
     target: Path | None, overrides: Sequence[str], write_line: Callable[[str], None] = print
 ) -> int:
-    """Carry out all checks, a line each; returns the exit code: 1 when something fails."""
+    """Run all checks, print a line for each, and return the exit code: 1 if any fails."""
     levels, setup = [], Setup(os.getcwd())
 
     def report(name: str, finding: Finding) -> None:
@@ -34,7 +34,7 @@ def examine(
         source = target / "config.yaml" if target.is_dir() else target
         setup = Setup(str(target if target.is_dir() else Path.cwd()), str(source), tuple(overrides))
         finding, config_values = _run_check("config", setup)
-        # a config with a mistake is left aside from here on
+        # later checks ignore a config with a mistake
         setup = setup._replace(**{"source": "", **config_values})
         report("config", finding)
     for name in CHECKS:
@@ -46,7 +46,7 @@ def examine(
 
 
 def _run_check(name: str, setup: Setup) -> tuple[Finding, dict[str, Any]]:
-    """What the check finds, in a process of its own; and what the config says."""
+    """Run a check in its own process. Return its finding and the values of the config."""
     check = CHECKS[name]
     command = [*function_command(__name__, "answer"), name, json.dumps(setup)]
     code, out, err = run_command(command, check.limit)
@@ -62,7 +62,7 @@ def _run_check(name: str, setup: Setup) -> tuple[Finding, dict[str, Any]]:
 
 
 def answer() -> None:
-    """The process of one check: its finding as the last line of the output."""
+    """Run one check in this process and print its finding as the last line."""
     name, setup = sys.argv[1], Setup(*json.loads(sys.argv[2]))
     config_values: dict[str, Any] = {}
     if not is_run_config(setup):
@@ -71,7 +71,7 @@ def answer() -> None:
         if name == "config":
             config_values = read_config_values(setup)
         finding = CHECKS[name].run(setup._replace(**config_values))
-    except Exception as error:  # whatever a broken installation raises is the finding
+    except Exception as error:  # any error of a broken installation is a finding
         text = (
             f"{error.filename}: {error.strerror}"
             if isinstance(error, OSError) and error.filename

@@ -1,4 +1,4 @@
-"""What a check is asked and what it answers; a command with a time limit."""
+"""The input and the result of a check, and a command with a time limit."""
 
 import os
 import signal
@@ -9,7 +9,10 @@ from typing import NamedTuple
 
 
 class Finding(NamedTuple):
-    """level: ok, warning (something will not work that may not be needed) or failure."""
+    """The result of a check.
+
+    level: ok, failure, or warning (something does not work, but may not be needed).
+    """
 
     level: str
     text: str
@@ -17,9 +20,7 @@ class Finding(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What is examined: the ``folder`` that a run writes to, and the config ``source``, "" without
-    one.
-    """
+    """What to examine: the run folder ``folder`` and the config ``source``, "" if none."""
 
     folder: str
     source: str = ""
@@ -29,7 +30,7 @@ class Setup(NamedTuple):
 
 
 class Check(NamedTuple):
-    """remedy: where the check itself ends with an error; limit: seconds."""
+    """A check. remedy: for the case that the check itself raises; limit: seconds."""
 
     run: Callable[[Setup], Finding]
     remedy: str
@@ -37,8 +38,9 @@ class Check(NamedTuple):
 
 
 def run_command(command: Sequence[str], limit: float, **env: str) -> tuple[int | None, str, str]:
-    """(exit code, output, errors) of a command; no exit code when its time was over. It leaves
-    nothing behind.
+    """Return (exit code, output, errors) of a command. It leaves no process behind.
+
+    The exit code is None if the time limit was exceeded.
     """
     process = subprocess.Popen(
         command,

@@ -1,4 +1,4 @@
-"""What the two ranks do that the checks of MPI start."""
+"""The functions of the two ranks that the MPI checks start."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from ..mpi.comm import connect, library_version, supports_ulfm
 
 
 def hello() -> None:
-    """One of two ranks: what it sees."""
+    """Print what one of two ranks sees."""
     comm, ones = connect(), np.ones(1)
     comm.sum(ones)
     seen = {
@@ -22,12 +22,12 @@ def hello() -> None:
 
 
 def lose_one() -> None:
-    """One of two ranks, of which one dies."""
+    """Print "went on" on the rank that continues when the other is killed."""
     if supports_ulfm():
         print("went on", flush=True)
-    os._exit(0)  # what is left of the job has no way to end in good order
+    os._exit(0)  # the rest of the job cannot end normally
 
 
 def _format_span(cores: set[int]) -> str:
-    """'0', or '0-3' for the first and last of several."""
+    """Return '0' for one core, '0-3' for the first and last of several."""
     return f"{min(cores)}" if len(cores) == 1 else f"{min(cores)}-{max(cores)}"

@@ -1,9 +1,8 @@
-"""A training step as one function that torch compiles: forward, backward and update, fused where
-they can be.
+"""Compile a training step with torch: forward pass, backward pass and update become one function.
 
-The step is traced to one graph of tensor operations, through autograd, vmap and everything that a
-method's loss does, so no method knows of it. What a loss holds beside its arguments becomes a
-constant of the graph; a graph is used again only for a loss of the same code that holds the same.
+The step is traced to one graph of tensor operations, through autograd, vmap and the method's loss,
+so no method needs code for it. Values that a loss holds besides its arguments become constants of
+the graph. A graph is reused only for a loss with the same code and the same values.
 """
 
 import os
@@ -19,17 +18,17 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-# graphs that are kept; a loss that is another one in every round is compiled anew in every round
+# largest number of graphs; a loss that differs in every round is compiled in every round
 _MAX_GRAPHS = 64
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler, which torch needs on a CPU; None where there is none."""
+    """The path of the C++ compiler, which torch needs on a CPU; None if there is none."""
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
 def need_compiler() -> None:
-    """Raise ValueError where there is no C++ compiler."""
+    """Raise ValueError if there is no C++ compiler."""
     if find_compiler() is None:
         name = os.environ.get("CXX", "g++")
         raise ValueError(
@@ -39,18 +38,19 @@ def need_compiler() -> None:
 
 
 class StepCompiler:
-    """The compiled functions of a trainer; filled as steps are met."""
+    """The compiled functions of a trainer; a step is compiled when it first runs."""
 
     def __init__(self) -> None:
-        # with what the key knows by its id, so that it lives on
+        # each with the objects that its key knows by id, to keep them alive
         self._graphs: dict[tuple, tuple[Callable, list[Any]]] = {}
 
     def compile_step(self, step: Callable, identity: tuple, *fixed_args: Any) -> Callable:
         """``step(*fixed_args, ...)`` as a compiled function of the remaining arguments.
 
-        It may write to the tensors in ``fixed_args``. identity: what ``step`` computes, beside the
-        layout of the tensors; functions in it are compared by their code and what they hold. The
-        tensors in ``fixed_args`` are inputs of the graph; everything else is part of it.
+        The step may write to the tensors in ``fixed_args``. These tensors are inputs of the graph;
+        everything else in ``fixed_args`` is part of the graph. identity: what ``step`` computes,
+        apart from the layout of the tensors; functions in it are compared by their code and the
+        values that they hold.
         """
         kept_alive: list[Any] = []
         step_key, (fixed_tensors, fixed_layout) = (
@@ -62,7 +62,7 @@ class StepCompiler:
             arg_tensors, arg_layout = split_tensors(args)
             key = step_key, fixed_layout, arg_layout
             if key not in self._graphs:
-                # never the step as it is: its last bits would depend on the ranks
+                # never run the step uncompiled: its last bits would depend on the ranks
                 evict_oldest(self._graphs, _MAX_GRAPHS)
                 self._graphs[key] = (
                     _compile_step(step, (*fixed_args, *args), fixed_tensors + arg_tensors),
@@ -75,13 +75,13 @@ class StepCompiler:
 
 
 def evict_oldest(cache: dict, max_size: int) -> None:
-    """Drop the oldest entry if there are ``max_size``."""
+    """Drop the oldest entry if ``cache`` has ``max_size`` entries or more."""
     if len(cache) >= max_size:
         del cache[next(iter(cache))]
 
 
 def split_tensors(values: tuple) -> tuple[list[Tensor], tuple]:
-    """(the tensors in ``values``, everything else in them and their layout)."""
+    """(the detached tensors in ``values``, their layout and everything else in ``values``)."""
     flat, spec = pytree.tree_flatten(values)
     tensors = [leaf.detach() for leaf in flat if isinstance(leaf, Tensor)]
     layout = tuple((v.shape, v.stride(), v.dtype, v.device) for v in tensors)
@@ -93,7 +93,7 @@ def split_tensors(values: tuple) -> tuple[list[Tensor], tuple]:
 
 
 def _compile_step(step: Callable, args: tuple, tensors: Sequence[Tensor]) -> Callable:
-    """``step(*args)`` as a compiled function of the tensors in ``args``."""
+    """Return ``step(*args)`` as a compiled function of the tensors in ``args``."""
     flat, spec = pytree.tree_flatten(args)
 
     def step_of_tensors(*tensors: Tensor) -> Any:
@@ -104,21 +104,24 @@ def _compile_step(step: Callable, args: tuple, tensors: Sequence[Tensor]) -> Cal
             )
         )
 
-    # on copies: the trace is a step, too
+    # on copies, because tracing runs the step
     graph = make_fx(step_of_tensors)(*map(_clone_strided, tensors))
     return torch.compile(graph, fullgraph=True, dynamic=False)
 
 
 def _clone_strided(v: Tensor) -> Tensor:
-    """A copy in the same layout; ``v`` itself if it is expanded, as no step writes to it then."""
+    """Return a copy in the same layout. An expanded ``v`` is returned itself, because no step
+    writes to it.
+    """
     if 0 in (stride for stride, length in zip(v.stride(), v.shape, strict=True) if length > 1):
         return v
     return torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device).copy_(v)
 
 
 def identity_key(value: Any, kept_alive: list[Any]) -> Any:
-    """A hashable key, equal for values that compute the same; objects that it knows by their id
-    are added to ``kept_alive``.
+    """Return a hashable key that is equal for values that compute the same.
+
+    Objects that the key knows only by their id are added to ``kept_alive``.
     """
     key_of = partial(identity_key, kept_alive=kept_alive)
     if isinstance(value, FunctionType):
@@ -137,7 +140,7 @@ def identity_key(value: Any, kept_alive: list[Any]) -> Any:
             hash(value)
             return type(value), value
         except TypeError:
-            if is_dataclass(value):  # such as a model in evaluation mode, made anew in every round
+            if is_dataclass(value):  # such as a model in evaluation mode, a new one per round
                 return type(value), tuple(
                     key_of(getattr(value, field.name)) for field in fields(value)
                 )

@@ -1,4 +1,4 @@
-"""Where a worker computes, and by which path."""
+"""Choose the device and the path (loop or stack) of a worker."""
 
 import ctypes
 import ctypes.util
@@ -11,14 +11,15 @@ from .settings import Engine
 
 # FLOP of one client's forward pass over one batch; measured: benchmarks/paths.py
 _STACK_MAX_FLOP = 8e6
-# clients; of 50 the step is a fifth faster, and half as many workers have something to do
+# clients; with 50 a step is a fifth faster, but only half as many workers have something to do
 _STACK_SIZE = 25
 _MALLOPT = {-1: 2**30, -2: 2**26, -3: 2**25}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, bytes
 
 
 def retain_freed_memory() -> None:
-    """Tell glibc not to give freed memory back between steps: page faults cost a CPU step up to a
-    third of its time. Elsewhere than on glibc nothing happens."""
+    """Tell glibc to keep freed memory between steps. Page faults would cost a CPU step up to a
+    third of its time. Without glibc nothing happens.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         for option, value in _MALLOPT.items():
@@ -28,8 +29,8 @@ def retain_freed_memory() -> None:
 def select_device(engine: Engine, worker: int | None) -> torch.device:
     """The device of the ``worker``-th worker of this node (None: a rank that hosts no client).
 
-    GPUs are dealt in turn, among those that CUDA_VISIBLE_DEVICES leaves. Raises ValueError when
-    CUDA is asked for and there is none.
+    The GPUs that CUDA_VISIBLE_DEVICES allows are assigned in turn. Raises ValueError if CUDA is
+    requested and not available.
     """
     torch.set_num_threads(engine.threads)
     if engine.device == "cuda" and not torch.cuda.is_available():
@@ -45,7 +46,7 @@ def select_device(engine: Engine, worker: int | None) -> torch.device:
 
 
 def memory_per_worker(device: torch.device, workers: int) -> int:
-    """Bytes of a GPU for each of the ``workers`` of this node; 0 of a CPU."""
+    """Bytes of GPU memory for each of the ``workers`` of this node; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     return torch.cuda.get_device_properties(device).total_memory // -(
@@ -56,11 +57,11 @@ def memory_per_worker(device: torch.device, workers: int) -> int:
 def choose_path(
     engine: Engine, device: str, model: Model, batch_size: int, cohort: int, memory: int = 0
 ) -> tuple[str, int]:
-    """(path, group size) for ``auto``, before any trial of them; a pure function of the workload
-    and of a worker's part of the ``memory`` of a GPU (bytes, 0: unknown).
+    """Return (path, group size) for ``auto`` without any trial. The result depends only on the
+    workload and on a worker's share of GPU ``memory`` (bytes, 0: unknown).
 
-    On a CPU a stack wins while a step is bound by the number of operations, and loses once one
-    client's batch keeps a core busy. A stack stays at most half of the ``cohort`` of a round, so
+    On a CPU a stack is faster while the number of operations limits a step, and slower once the
+    batch of one client keeps a core busy. A stack has at most half of the ``cohort`` of a round, so
     that two workers have something to do.
     """
     path = engine.path

@@ -1,10 +1,10 @@
-"""Floating-point operations of local training, counted on the real phases, not guessed.
+"""Count the floating-point operations of local training on the real phases.
 
 torch's counter adds up matrix products and convolutions (a multiply-add is 2), forward and
-backward, as they happen. A step is played on batches of two small sizes; its cost is a + b n in the
-number n of samples, exactly, so the cost of any client's round follows without playing it. It is so
-for even n and for odd n above 1 apart: a method may train on halves of a batch, and a half of one
-sample is that sample.
+backward, while they run. A step runs on batches of two small sizes. Its cost is exactly a + b n in
+the number n of samples, so the cost of any client's round follows without running it. This holds
+separately for even n and for odd n above 1, because a method may train on halves of a batch, and a
+batch of one sample counts as both halves.
 """
 
 import sys
@@ -26,29 +26,30 @@ UNCOUNTED = -1
 
 
 class _UncountableStep(Exception):
-    """A step that cannot be counted."""
+    """A step whose FLOPs cannot be counted."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """What the clients of one kind compute.
+    """The FLOPs of the clients of one type.
 
-    ``initial`` holds the variables of any of them in round 1, as they arrive. ``beat`` is
-    called before every count. ``prints_hint``: whether the user is told what cannot be counted.
+    ``initial`` holds the variables of such a client as they arrive in round 1. ``beat`` is called
+    before every count. ``prints_hint``: whether a hint tells the user what cannot be counted.
     """
 
     trainer: Trainer
     initial: Variables
     beat: Callable[[], None] = lambda: None
     prints_hint: bool = True
-    _counts: dict[tuple, int] = field(default_factory=dict)  # what was counted
-    _failures: list[Exception] = field(default_factory=list)  # why nothing more is
+    _counts: dict[tuple, int] = field(default_factory=dict)  # counts so far
+    _failures: list[Exception] = field(default_factory=list)  # the error that stopped the counting
 
     def round_flops(self, samples: int, round_: int) -> int:
-        """FLOPs of one client with so many training samples in round ``round_`` (from 0); UNCOUNTED
-        where a step cannot be counted, for a figure in the log is no reason to end a run.
+        """FLOPs of one client with ``samples`` training samples in round ``round_`` (from 0).
+        UNCOUNTED if a step cannot be counted: a missing figure in the log must not end a run.
 
-        Equal steps are counted once for all rounds; epochs and samples are those of the round.
+        Equal steps are counted once for all rounds; the numbers of epochs and samples are those of
+        the round.
         """
         if not self._failures:
             try:
@@ -95,14 +96,14 @@ class Flops:
         return self.trainer.model.to(torch.device("cpu"))
 
     def _step_key(self, step: Step) -> tuple:
-        """What tells a step from another of the same number in another round."""
+        """A key that distinguishes this step from the step of the same number in another round."""
         trained_leaves = tuple(
             leaf for half in self.initial[:2] for leaf in half if step.trains(leaf)
         )
         return getattr(step.loss, "__code__", step.loss), trained_leaves, step.repeat
 
     def _extrapolate(self, key: tuple, count: Callable[[int], int], samples: int) -> int:
-        """``count(samples)``, from counts of at most 5 samples."""
+        """Return ``count(samples)``, extrapolated from counts of at most 5 samples."""
         base_samples = 2 + samples % 2
         if samples < base_samples:
             return self._count_once(key, count, samples) if samples else 0
@@ -114,7 +115,7 @@ class Flops:
         )
 
     def _count_once(self, key: tuple, count: Callable[[int], int], samples: int) -> int:
-        """``count(samples)``, remembered."""
+        """Return ``count(samples)``, cached."""
         cache_key = (*key, samples)
         if cache_key not in self._counts:
             self.beat()
@@ -122,7 +123,7 @@ class Flops:
         return self._counts[cache_key]
 
     def _count_phase(self, phase: Phase, samples: int) -> int:
-        """FLOPs of all steps on one batch."""
+        """FLOPs of all steps of the phase on one batch."""
 
         def clone_tree(v):
             return tmap(lambda leaf: leaf.cpu().clone(), v)
@@ -158,7 +159,7 @@ class Flops:
         )
 
     def _zero_batch(self, samples: int) -> Batch:
-        """Samples of zeros, all of class 0."""
+        """A batch of ``samples`` zero inputs, all of class 0."""
         model = self._cpu_model
         counts = torch.zeros(model.classes)
         counts[0] = samples

@@ -1,10 +1,10 @@
-"""Whole local epochs as recordings: CUDA graphs, which launch all kernels of an epoch at once.
+"""Record whole local epochs as CUDA graphs, which launch all kernels of an epoch at once.
 
-A recording works on fixed memory. So the steps of a phase keep variables of their own, into which
-those of a group are copied at the start of the phase and out of which they are copied at its end,
-and the order, warps and noise of each epoch are copied into the epoch that was recorded. It serves
-every epoch, group and round in which the same steps (by the code of their losses and what these
-hold) see clients with as many samples.
+A recording works on fixed memory. The steps of a phase therefore own variables: a group's variables
+are copied into them at the start of the phase and copied out at its end. The order, warps and noise
+of each epoch are copied into the recorded epoch. A recording serves every epoch, group and round
+with the same steps (the same code of the losses and the same values that they hold) and the same
+numbers of samples.
 """
 
 import sys
@@ -19,13 +19,15 @@ from ..algorithm import Phase, Variables
 from .compiled import evict_oldest, identity_key, split_tensors
 from .walk import Epoch, PhaseRunner, Trainer, copy_into, tmap_vars
 
-# recorded phases of a trainer, recorded epochs of a phase; the oldest gives way
+# largest numbers of recorded phases per trainer and of epochs per phase; the oldest is dropped
 _MAX_RUNNERS, _MAX_EPOCHS = 16, 32
-_BATCHES_PER_GRAPH = 100  # batches in one recording: a longer epoch is several
+_BATCHES_PER_GRAPH = 100  # batches in one recording; a longer epoch takes several recordings
 
 
 class EagerGraph:
-    """Runs the step again, where there is no GPU; tests the use of the fixed memory."""
+    """A replacement for ``CudaGraph`` without a GPU. It runs the step at every replay, which tests
+    the use of fixed memory.
+    """
 
     def __init__(
         self, step: Callable[[], None], written_tensors: Sequence[Tensor], pool: Any
@@ -35,11 +37,12 @@ class EagerGraph:
 
 
 class CudaGraph:
-    """A step's kernels, recorded on the tensors that it uses.
+    """The kernels of a step, recorded on the tensors that it uses.
 
-    The step writes to ``written_tensors`` and returns nothing. The constructor runs it once. Raises
-    RuntimeError, with ``written_tensors`` in any state, when the step waits for the GPU or cannot
-    be recorded, or when the recording gives other results.
+    The step writes to ``written_tensors`` and returns nothing. The constructor leaves
+    ``written_tensors`` as after one step. It raises RuntimeError if the step waits for the GPU, if
+    it cannot be recorded, or if the recording gives other results; ``written_tensors`` are then
+    undefined.
     """
 
     def __init__(
@@ -60,13 +63,13 @@ class CudaGraph:
             raise RuntimeError("a recording gave other numbers than its steps")
 
     def replay(self) -> None:
-        """Play the step on what the tensors hold now."""
+        """Run the step on the current values of the tensors."""
         self._graph.replay()
 
     @staticmethod
     def _warm_up(step: Callable[[], None]) -> None:
-        """Play the step on another stream, as a recording is, where a wait for the GPU raises
-        RuntimeError.
+        """Run the step on another stream, as a recording does. Waiting for the GPU raises
+        RuntimeError there.
         """
         stream, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
         stream.wait_stream(torch.cuda.current_stream())
@@ -80,12 +83,12 @@ class CudaGraph:
 
 
 class GraphCache:
-    """The recordings of a trainer; filled as phases are met."""
+    """The recordings of a trainer; it is filled while phases run."""
 
     def __init__(self, device: torch.device, graph_type: type | None = None) -> None:
         self.device = device
         self._graph_type = graph_type or (CudaGraph if device.type == "cuda" else EagerGraph)
-        # with the objects that the key knows by their id, so that they live on
+        # each with the objects that its key knows by id, to keep them alive
         self._runners: dict[tuple, tuple[GraphPhaseRunner, list]] = {}
         self._pool: Any = None  # torch's type for it is private
         self.is_disabled = False
@@ -93,7 +96,7 @@ class GraphCache:
     def runner_for(
         self, trainer: Trainer, phase: Phase, start: Variables, now: Variables, clients: int
     ) -> PhaseRunner:
-        """A runner of ``phase`` that trains ``now`` by recordings."""
+        """Return a runner of ``phase`` that trains ``now`` by recordings."""
         if self.is_disabled:
             return PhaseRunner(trainer, phase, start, now, clients)
         kept_alive: list = []
@@ -120,16 +123,16 @@ class GraphCache:
     def record(
         self, step: Callable[[], None], written_tensors: Sequence[Tensor]
     ) -> EagerGraph | CudaGraph:
-        """Run ``step``, and record it."""
+        """Run ``step`` once and return its recording."""
         if self.device.type != "cuda":
             return self._graph_type(step, written_tensors, None)
         with torch.cuda.device(self.device):
-            # one: nothing in it outlives a replay
+            # one pool for all recordings, because nothing in it outlives a replay
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             return self._graph_type(step, written_tensors, self._pool)
 
     def disable(self, error: Exception) -> None:
-        """Record nothing more, and tell the user."""
+        """Record nothing from here on, and tell the user why."""
         self.is_disabled = True
         reason = str(error).partition("\n")[0]
         print(
@@ -139,7 +142,7 @@ class GraphCache:
         )
 
     def clear(self) -> None:
-        """Give all memory back."""
+        """Free all memory."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._runners.clear()
@@ -147,7 +150,7 @@ class GraphCache:
 
 
 class GraphPhaseRunner(PhaseRunner):
-    """A ``PhaseRunner`` with its own memory, which records an epoch when it is met again."""
+    """A ``PhaseRunner`` with its own memory. It records an epoch when it meets it again."""
 
     def __init__(
         self,
@@ -164,7 +167,7 @@ class GraphPhaseRunner(PhaseRunner):
         self._recorded_epochs: dict[tuple, _RecordedEpoch] = {}
 
     def begin(self, start: Variables, now: Variables) -> None:
-        """Train these variables from here on."""
+        """Train the variables ``now`` until ``end``."""
         self._target = now
         self.reset(start, now)
 
@@ -175,7 +178,7 @@ class GraphPhaseRunner(PhaseRunner):
         key = epoch.sizes, id(epoch.store), split_tensors(tuple(epoch.tensors()))[1]
         if self._graph_cache.is_disabled or key not in self._seen_epochs:
             evict_oldest(self._seen_epochs, _MAX_EPOCHS)
-            self._seen_epochs[key] = epoch.store  # lives on, as its id is known
+            self._seen_epochs[key] = epoch.store  # kept alive, because the key has its id
             return super().run_epoch(epoch)
         if key in self._recorded_epochs:
             self._recorded_epochs[key] = recorded = self._recorded_epochs.pop(key)
@@ -196,7 +199,7 @@ class GraphPhaseRunner(PhaseRunner):
 
 
 class _RecordedEpoch:
-    """The memory of an epoch, and the recordings that use it. The constructor runs the epoch."""
+    """The memory of an epoch and the recordings that use it. The constructor runs the epoch."""
 
     def __init__(self, runner: PhaseRunner, record: Callable, epoch: Epoch) -> None:
         self._epoch, self.sums = (
@@ -213,7 +216,9 @@ class _RecordedEpoch:
         ]
 
     def replay(self, epoch: Epoch) -> Tensor:
-        """The epoch's sums [2, C], see ``PhaseRunner.run_batches``."""
+        """Run the recording on ``epoch`` and return its sums [2, C], see
+        ``PhaseRunner.run_batches``.
+        """
         for target, value in zip(self._epoch.tensors(), epoch.tensors(), strict=True):
             copy_into(target, value)
         epoch.on_batch()
@@ -224,7 +229,7 @@ class _RecordedEpoch:
 
 
 def _clone_strided(v: Tensor) -> Tensor:
-    """A copy in the same layout."""
+    """Return a copy in the same layout."""
     copy = torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
     copy_into(copy, v)
     return copy
@@ -236,7 +241,9 @@ def _restore(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def _is_close(a: Tensor, b: Tensor) -> bool:
-    """Within what kernels may differ by that add up in any order, over the steps of an epoch."""
+    """Whether ``a`` and ``b`` differ by no more than kernels that add in any order do over one
+    epoch.
+    """
     return torch.allclose(
         a, b, rtol=1e-2, atol=1e-2 * float(b.abs().max()) if b.numel() else 0, equal_nan=True
     )

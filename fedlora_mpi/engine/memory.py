@@ -1,5 +1,5 @@
-"""How many clients the memory of a GPU holds at once: an estimate at the start, and what shows
-later.
+"""How many clients fit into the memory of a GPU at once: an estimate at the start, corrected when
+memory runs out.
 """
 
 import gc
@@ -17,20 +17,20 @@ from ..core.tree import nbytes
 from ..models.network import Model
 
 T = TypeVar("T")
-# of a client's variables: start, trained, momenta, gradients, what a method adds; and the epoch's
-# before
+# copies of a client's variables: start, trained, momenta, gradients, additions of the method, and
+# the values before the epoch
 _VARIABLE_COPIES = 8
-# times what one forward pass keeps for its backward pass: gradients, and what kernels need in
-# between
+# times the bytes that a forward pass saves for its backward pass, for gradients and the working
+# memory of kernels
 _SAVED_FACTOR = 2.5
-_USABLE_SHARE = 0.6  # of the memory, for what allocators waste and estimates miss
+_USABLE_SHARE = 0.6  # of the memory; the rest covers waste of allocators and errors of the estimate
 
 
 class MemoryBudget:
-    """How many clients of a stack fit; learned when they do not."""
+    """The number of clients that fit into one stack; it falls when memory runs out."""
 
     def __init__(self) -> None:
-        self.max_clients: int | None = None  # None: as many as ever were tried
+        self.max_clients: int | None = None  # None: no attempt has failed
 
     def compute_in_parts(
         self,
@@ -38,12 +38,12 @@ class MemoryBudget:
         compute: Callable[[Sequence[int]], T],
         free_memory: Callable[[], None],
     ) -> Iterator[tuple[Sequence[int], T]]:
-        """(part, ``compute(part)``) for all of ``members``, in order, in equal parts of as many as
-        fit.
+        """Yield (part, ``compute(part)``) for all of ``members``, in order, in equal parts that fit
+        into memory.
 
-        If ``compute`` raises OutOfMemoryError, ``free_memory()`` runs and the part is computed anew
-        in two. So are all parts as large from then on: group size changes last bits. A part of
-        one raises the error.
+        If ``compute`` raises OutOfMemoryError, ``free_memory()`` runs and the part is computed
+        again as two halves. From then on no part is larger than these halves, because the group
+        size changes last bits. A part of one client raises the error.
         """
         pending = [members]
         while pending:
@@ -68,11 +68,11 @@ class MemoryBudget:
                 )
                 continue
             yield part, result[0]
-            del result  # before the next part needs its memory
+            del result  # frees its memory before the next part
 
 
 def _try_compute(compute: Callable[[Sequence[int]], T], part: Sequence[int]) -> tuple[T] | None:
-    """(``compute(part)``,), or None where memory is short, with nothing left of the attempt."""
+    """Return (``compute(part)``,), or None if memory ran out; nothing of the attempt remains."""
     try:
         return (compute(part),)
     except torch.OutOfMemoryError:
@@ -82,8 +82,10 @@ def _try_compute(compute: Callable[[Sequence[int]], T], part: Sequence[int]) -> 
 
 
 def stack_capacity(model: Model, batch_size: int, memory: int) -> int:
-    """How many clients of ``model`` a stack may have in ``memory`` bytes of a GPU, at least 1; an
-    estimate by what a forward pass of four samples keeps, on the CPU.
+    """The number of clients of ``model`` that a stack may have in ``memory`` bytes of a GPU, at
+    least 1.
+
+    It is an estimate from the tensors that a forward pass of four samples saves on the CPU.
     """
     samples = min(4, batch_size)
     cpu_model = model.to(torch.device("cpu"))

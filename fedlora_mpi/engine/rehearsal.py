@@ -1,9 +1,9 @@
-"""A little of a round on throw-away copies before it counts: whether a user's network and method
-train at all, and whether a stack of clients gives what they give one by one.
+"""Rehearse a small part of a round on throw-away copies before a run starts.
 
-``torch.func.vmap`` knows no rule for recurrent layers, packed sequences, ``.item()`` or control
-flow that depends on data, and some operations, such as an embedding with ``padding_idx``, have
-other gradients under it.
+The rehearsal checks that a user's network and method train at all, and that a stack of clients
+gives the same results as clients one by one. ``torch.func.vmap`` has no rule for recurrent layers,
+packed sequences, ``.item()`` or control flow that depends on data. Some operations, such as an
+embedding with ``padding_idx``, have other gradients under it.
 """
 
 import copy
@@ -26,26 +26,27 @@ from .settings import Engine
 from .train import Trainer
 from .walk import Epoch, tmap_vars
 
-_BATCH_SIZE = 8  # training samples of a step, at most
+_BATCH_SIZE = 8  # largest number of training samples in a step
 _TEST_SIZES = 5, 3
-_MAX_DOUBLE_NUMEL = 2**24  # numbers of a client of which no copies in double precision are made
-# Of the largest step of a leaf, by the least precise of all leaves; losses are float32.
+_MAX_DOUBLE_NUMEL = 2**24  # a client with more numbers is not copied in double precision
+# relative to the largest change of a leaf, by the lowest precision of all leaves; losses are
+# float32
 _TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 3e-1, torch.float16: 1e-1}
-_MAX_TEXT = 160  # letters of torch's message that are told
+_MAX_TEXT = 160  # characters of torch's message that are printed
 
 
 class Objection(NamedTuple):
-    """Why clients cannot train in a stack."""
+    """The reason why clients cannot train in a stack."""
 
     reason: str
-    raises: bool  # a stacked step raises; else it gives other numbers
+    raises: bool  # whether a stacked step raises an error; if not, it gives other numbers
 
 
 def find_objection(trainer: Trainer, initial: Variables) -> Objection | None:
-    """Why clients with the variables ``initial`` must train one by one; None if a stack gives the
-    same results.
+    """Return why clients with the variables ``initial`` must train one by one; None if a stack
+    gives the same results.
 
-    Raises ValueError when not even one client alone trains.
+    Raises ValueError if not even one client alone trains.
     """
     if trainer.model.couples:
         verdict = _compare_paths(trainer, initial, torch.float32)
@@ -60,7 +61,7 @@ def find_objection(trainer: Trainer, initial: Variables) -> Objection | None:
         else (torch.float64, torch.float32)
     ):
         verdict = _compare_paths(trainer, initial, dtype)
-        if not (verdict and verdict.raises):  # a module may know one precision only
+        if not (verdict and verdict.raises):  # a module may support only one precision
             return verdict
     return verdict
 
@@ -68,10 +69,11 @@ def find_objection(trainer: Trainer, initial: Variables) -> Objection | None:
 def rehearse_engine(
     engine: Engine, requested: Engine, candidates: Sequence[tuple[str, Trainer, Variables]]
 ) -> Engine:
-    """``engine``, or the loop if one of the ``candidates`` needs it, with a hint to the user.
+    """Return ``engine``, or the loop with a hint to the user if one of the ``candidates`` needs it.
 
     requested: the engine of the config; candidates: name, trainer and variables in round 1 of each
-    network. Raises ValueError if not even the loop trains, or if a stack was requested and cannot.
+    network. Raises ValueError if not even the loop trains, or if the config requests a stack and a
+    network cannot train in one.
     """
     for name, trainer, initial in candidates:
         try:
@@ -102,7 +104,7 @@ def rehearse_engine(
 
 
 def check_one_client(trainer: Trainer, initial: Variables) -> None:
-    """Train and evaluate one client a little. Raises ValueError where that fails."""
+    """Train and evaluate one client briefly. Raises ValueError if that fails."""
     batch_size = min(_BATCH_SIZE, trainer.settings.batch_size)
     try:
         _play_round(
@@ -115,7 +117,7 @@ def check_one_client(trainer: Trainer, initial: Variables) -> None:
 
 
 def error_text(error: Exception) -> str:
-    """An error as a part of a line."""
+    """An error as part of a line of text."""
     text = " ".join(str(error).split())
     return (
         f"{type(error).__name__}: {text if len(text) <= _MAX_TEXT else f'{text[:_MAX_TEXT]} ...'}"
@@ -123,18 +125,20 @@ def error_text(error: Exception) -> str:
 
 
 def _lowest_precision(v: Variables) -> torch.dtype:
-    """The type of the leaves with the fewest digits."""
+    """The type of the leaves with the lowest precision."""
     dtypes = {leaf.dtype for half in v[:2] for leaf in half.values() if leaf.is_floating_point()}
     return min(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
 
 def _as_precision(v: Tensor, dtype: torch.dtype) -> Tensor:
-    """``v`` in double precision where that is asked for, else as it is."""
+    """Return ``v`` in double precision if ``dtype`` is float64, else unchanged."""
     return v.double() if dtype == torch.float64 and v.is_floating_point() else v
 
 
 def _compare_paths(trainer: Trainer, initial: Variables, dtype: torch.dtype) -> Objection | None:
-    """The objection by steps in ``dtype``: double precision, or that of a run."""
+    """Return the objection found by steps in ``dtype``: float64, or float32 for the precision of a
+    run.
+    """
     batch_size = min(_BATCH_SIZE, trainer.settings.batch_size)
     sizes = 2 * batch_size, max(1, batch_size - 2)  # the second client's batch is padded
     initial = tmap_vars(lambda v: _as_precision(v, dtype), initial)
@@ -161,7 +165,7 @@ def _training_error(error: Exception) -> ValueError:
 
 
 class _OneEpochTrainer(Trainer):
-    """Runs one epoch of every phase."""
+    """A trainer that runs at most one epoch of every phase."""
 
     def phases(self, round_: int) -> Sequence[Phase]:
         return [phase._replace(epochs=min(1, phase.epochs)) for phase in super().phases(round_)]
@@ -179,7 +183,9 @@ def _make_trainer(
     dtype: torch.dtype,
     stacked: bool,
 ) -> Trainer:
-    """A trainer of two clients with so many samples, whose steps leave no trace."""
+    """A trainer of two clients with ``sizes`` training samples; it changes nothing of
+    ``trainer``.
+    """
     settings = replace(trainer.settings, batch_size=min(_BATCH_SIZE, trainer.settings.batch_size))
     feed = _CastFeed(cast(Feed, trainer.feed).with_two_clients(sizes, test_sizes), dtype)
     model = _copy_model(trainer.model, dtype)
@@ -187,7 +193,7 @@ def _make_trainer(
 
 
 def _copy_model(model: Model, dtype: torch.dtype) -> Model:
-    """A copy of the network in this precision; it takes the state of its modules with it."""
+    """A copy of the network in this precision, including the state of its modules."""
     modules, bodies = copy.deepcopy((model.modules, model.bodies))
     initial = tmap(lambda v: _as_precision(v, dtype), model.initial)
     return replace(model, initial=initial, modules=modules, bodies=bodies)
@@ -196,12 +202,15 @@ def _copy_model(model: Model, dtype: torch.dtype) -> Model:
 class _Outcome(NamedTuple):
     """What clients have learned, and their scores."""
 
-    changes: list[Tensor]  # of each client and leaf, from the start to the end
-    magnitudes: list[float]  # of the numbers in it
+    changes: list[Tensor]  # end - start, of each client and leaf
+    magnitudes: list[float]  # largest magnitude of each leaf at the start
     losses: list[Tensor]
 
     def is_close_to(self, other: "_Outcome", tolerance: float) -> bool:
-        """Whether two are equal but for rounding, all there is in a leaf without gradient."""
+        """Whether two outcomes are equal up to rounding. The changes of a leaf without gradient are
+        only rounding, so the tolerance also depends on the other leaves and on the size of the
+        leaf's values.
+        """
         smallest_step = 1e-3 * max(map(_largest_magnitude, self.changes), default=0.0)
         for a, b, size in zip(self.changes, other.changes, self.magnitudes, strict=True):
             atol = tolerance * max(_largest_magnitude(a), smallest_step, 1e-5 * size)
@@ -215,7 +224,7 @@ class _Outcome(NamedTuple):
 
 
 def _play_round(trainer: Trainer, initial: Variables, clients: Sequence[int]) -> _Outcome:
-    """The result of a round of these clients that begins with ``initial``."""
+    """Return the outcome of one round of ``clients`` that starts from ``initial``."""
     rows = {name: v.expand(len(clients), *v.shape).clone() for name, v in initial.personal.items()}
     shared, outcome = tmap(torch.clone, initial.shared), _Outcome([], [], [])
     with warnings.catch_warnings(), _without_tf32():
@@ -236,7 +245,7 @@ def _play_round(trainer: Trainer, initial: Variables, clients: Sequence[int]) ->
 
 @contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Without tf32, whose rounding would hide what differs."""
+    """Disable tf32 inside the context, because its rounding would hide differences."""
     # torch declares no ``allow_tf32``
     backends: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn
     allowed_before = [backend.allow_tf32 for backend in backends]
@@ -255,7 +264,7 @@ def _largest_magnitude(v: Tensor) -> float:
 
 
 class _CastFeed:
-    """A feed whose inputs have another precision."""
+    """A feed with its inputs cast to another precision."""
 
     def __init__(self, feed, dtype: torch.dtype) -> None:
         self._feed, self._dtype = feed, dtype
@@ -276,7 +285,7 @@ class _CastFeed:
 
 
 class _CastStore:
-    """A store whose inputs have another precision."""
+    """A store with its inputs cast to another precision."""
 
     def __init__(self, store, dtype: torch.dtype) -> None:
         self._store, self._dtype, self.sample_numel = store, dtype, store.sample_numel

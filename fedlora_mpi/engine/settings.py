@@ -8,20 +8,29 @@ from ..core.bounds import bounded
 
 @dataclass(frozen=True)
 class Engine:
-    """``auto`` is decided once at the start of a run and kept on resume, for it changes rounding.
+    """Settings of the engine. ``auto`` is resolved once at the start of a run and kept on resume,
+    because it changes rounding.
 
-    path: one by one (``loop``) or in a stack; ``auto`` follows a rule that knows only the workload,
-    so that the same config always gives the same bits, ``measure`` tries both and several sizes at
-    the start and takes the fastest. All but ``loop`` give way to it where a network of the user's
-    wants that (see ``rehearsal.py``).
+    path: train clients one by one (``loop``) or in a stack (``stack``). ``auto`` follows a rule
+    that depends only on the workload, so the same config always gives the same bits. ``measure``
+    times both paths and several stack sizes at the start and takes the fastest. If a user's
+    network gives other results in a stack, clients train one by one in every case. If it cannot
+    train in a stack at all, ``stack`` raises ValueError and the others use the loop (see
+    ``rehearsal.py``).
 
-    personal: where the personal leaves of clients wait for their turn: in ``memory``, or in files
-    of the run folder (``disk``), of which memory holds those of the cohort. group_size: clients
-    trained together; threads: CPU threads of a worker; compile: let torch compile the steps of full
-    batches, which takes up to a minute for each size of a stack at the start of every process;
-    graphs: whether epochs are recorded and played again, which ``auto`` does on a GPU (same
-    numbers); precision: of matrix products and convolutions on a GPU (tf32), or of the forward
-    passes of training (bf16, where weights stay float32).
+    personal: where the personal leaves of clients are kept between rounds: in ``memory``, or in
+    files of the run folder (``disk``), so that memory holds only those of the cohort.
+
+    group_size: clients trained together. threads: CPU threads of a worker.
+
+    compile: let torch compile the steps of full batches. This takes up to a minute for each stack
+    size at the start of every process.
+
+    graphs: whether epochs are recorded and replayed, with the same numbers; ``auto`` does so on a
+    GPU.
+
+    precision: of matrix products and convolutions on a GPU (tf32), or of the forward passes of
+    training (bf16; weights stay float32).
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -1,4 +1,4 @@
-"""Measures how fast an engine trains: a few batches of every epoch, on throw-away copies."""
+"""Measure how fast an engine trains on a few batches of every epoch, with throw-away copies."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,17 +10,17 @@ from .compiled import find_compiler
 from .settings import Engine
 from .train import ClientFeed, Trainer
 
-_BATCHES, _REPEATS = 2, 3  # of every epoch; after the first, which warms up
-_STACK_SIZES = (10, 25, 50)  # of stacks
-# seconds of training from which compiling, which takes a minute, is tried
+_BATCHES, _REPEATS = 2, 3  # batches of every epoch; timed runs after one that warms up
+_STACK_SIZES = (10, 25, 50)  # clients per stack
+# seconds of training above which compilation is tried, which takes a minute
 _WORTH_COMPILING = 3600.0
 
-# the first variables of clients, and those that compute together
+# a trainer, the initial variables of clients, and the clients that are computed together
 Candidate = tuple[Trainer, Variables, Sequence[int]]
 
 
 class TruncatedFeed:
-    """A feed whose clients end after ``limit`` training samples."""
+    """A feed that gives each client at most ``limit`` training samples."""
 
     def __init__(self, feed: ClientFeed, limit: int) -> None:
         self._feed, self.limit = feed, limit
@@ -36,15 +36,15 @@ class TruncatedFeed:
 
 
 class Speed(NamedTuple):
-    """What an engine showed."""
+    """The measured speed of an engine."""
 
     engine: Engine
     sample_seconds: float  # seconds of training for one sample in one epoch
-    compile_seconds: float = 0.0  # seconds before the first step, of compiling
+    compile_seconds: float = 0.0  # seconds of compilation before the first step
 
 
 def candidate_engines(engine: Engine, max_stack: int) -> list[Engine]:
-    """The engines that ``path: measure`` compares: one by one, and in stacks of up to ``max_stack``
+    """The engines that ``path: measure`` compares: the loop, and stacks of up to ``max_stack``
     clients.
     """
     requested_size = engine.group_size
@@ -65,10 +65,10 @@ def measure_engines(
     samples: float,
     trainers: Callable[[Engine], Sequence[Candidate]],
 ) -> list[Speed]:
-    """How fast each candidate is, where ``trainers`` gives what to try of an engine.
+    """Return the speed of each candidate engine; ``trainers`` gives what to train with an engine.
 
-    samples: of all clients, rounds and epochs. Where the run is long enough for it to pay, the
-    fastest is tried compiled as well.
+    samples: of all clients, rounds and epochs. If the run is long enough to repay compilation, the
+    fastest engine is also measured with compiled steps.
     """
     speeds = [
         measure_speed(candidate, trainers(candidate))
@@ -82,7 +82,7 @@ def measure_engines(
 
 
 def measure_speed(engine: Engine, candidates: Sequence[Candidate]) -> Speed:
-    """How fast ``engine`` trains all ``candidates``."""
+    """Return the speed at which ``engine`` trains all ``candidates``."""
     seconds, samples, compile_seconds = 0.0, 0, 0.0
     for trainer, initial, clients in candidates:
         trainer = replace(
@@ -102,8 +102,8 @@ def measure_speed(engine: Engine, candidates: Sequence[Candidate]) -> Speed:
 
 
 def fastest_speed(speeds: Sequence[Speed], samples: float) -> Speed:
-    """The one that would be the first to have trained on so many samples; the earlier of equals.
-    What compiling took counts twice: every resume pays it again.
+    """Return the speed with the shortest time for ``samples`` samples; the earlier one of equals.
+    The time of compilation counts twice, because every resume compiles again.
     """
     return min(
         speeds,
@@ -114,7 +114,7 @@ def fastest_speed(speeds: Sequence[Speed], samples: float) -> Speed:
 
 
 def summary_line(speeds: Sequence[Speed], selected: Speed) -> str:
-    """One line for the user."""
+    """One line for the user: the speeds and the selected engine."""
 
     def describe_engine(e):
         path = "loop" if e.path == "loop" else f"stacks of {e.group_size}"

@@ -1,4 +1,4 @@
-"""Floating-point operations, counted as they happen; a multiply-add is 2."""
+"""Count floating-point operations (FLOPs) while they run; a multiply-add counts 2."""
 
 import sys
 from contextlib import nullcontext
@@ -10,31 +10,35 @@ from ..core.escapes import summarize_error
 
 
 class _NullModuleTracker(nullcontext):
-    """Replaces torch's tracker of modules, whose hooks raise "A leaf node was passed" when a
-    parameter is a module's input, as in every parametrization.
+    """Replaces torch's module tracker.
+
+    The hooks of that tracker raise "A leaf node was passed" if a parameter is the input of a
+    module, as in every parametrization.
     """
 
     parents = frozenset({"Global"})
 
 
 class FlopCounter(FlopCounterMode):
-    """torch's counter of matrix products and convolutions, forward and backward."""
+    """torch's counter of the FLOPs of matrix products and convolutions, forward and backward."""
 
     def __init__(self) -> None:
         super().__init__(display=False)
-        # of a ModuleTracker torch only enters the context and reads ``parents``
+        # torch only enters the tracker's context and reads its ``parents``
         self.mod_tracker = _NullModuleTracker()  # type: ignore[assignment]
 
 
 def forward_with_flops(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """``module(x)`` and its FLOPs. If torch cannot count them, a hint is printed and they are taken
-    as 2 for each parameter and sample.
+    """Return ``module(x)`` and its FLOPs.
+
+    If torch cannot count them, a hint is printed and the FLOPs are taken as 2 for each parameter
+    and sample.
     """
     try:
         with FlopCounter() as counter:
             return module(x), counter.get_total_flops()
     except Exception as error:
-        logits = module(x)  # raises it again where it is the module's own
+        logits = module(x)  # raises again if the error is the module's own
         print(
             f"hint: model: FLOPs cannot be counted ({summarize_error(error)}); taken as 2 for each "
             "parameter and sample",

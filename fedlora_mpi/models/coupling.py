@@ -1,9 +1,9 @@
-"""Whether a network treats the examples of a batch apart from one another: tried, for no layer says
-so.
+"""Test whether a network couples the examples of a batch.
 
-Padding, the cut of a test set into batches and clients of unequal size in one stack leave the
-results of such a network as they are. Normalisation by the batch at hand, a sort, softmax or
-attention over the batch do not.
+Padding, the division of a test set into batches, and clients of unequal size in one stack do not
+change the results of a network that treats each example independently. Normalisation by batch
+statistics, or a sort, softmax or attention over the batch, couples examples. No layer declares
+this, so the network is tried.
 """
 
 import copy
@@ -18,21 +18,23 @@ from ..core.seeds import rng
 from ..core.tree import Tree
 from .network import Model
 
-# examples of a batch, and of these in its first part; the second where it is cheap
+# (examples of a batch, examples of its first part); the second pair only for cheap networks
 _BATCH_CUTS = ((5, 3), (40, 33))
-_CHEAP_FLOPS = 2e7  # FLOP of one example
-_MANY_PARAMETERS = 2**24  # numbers of a network of which no copy in double precision is made
-_OUTLIER_SCALE = 10.0  # how much larger the other examples are
-# Of the largest number: kernels differ less, couplings more. In half precision both come close.
+_CHEAP_FLOPS = 2e7  # FLOPs of one example below which a network is cheap
+_MANY_PARAMETERS = 2**24  # above this, no copy of the network in double precision is made
+_OUTLIER_SCALE = 10.0  # factor of the inputs of the second part
+# Relative to the largest number. Different kernels deviate less, coupled examples more; in half
+# precision the two are close.
 _TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 
 
 def couples_examples(model: Model, seed: int) -> bool:
-    """Whether results change when batches are cut and padded, with weights at random around the
-    initial ones: a gate that begins at zero must hide nothing. A network that refuses such batches
-    counts as coupling them.
+    """Return whether results change when batches are cut and padded.
+
+    The weights are the initial ones plus random noise, so that a gate with initial value zero hides
+    nothing. A network that fails on such batches counts as coupling them.
     """
-    # what a network remembers of a pass is thrown away
+    # the passes may change the modules' state, so they run on a copy
     model_copy = replace(model, modules=copy.deepcopy(model.modules))
     is_large = sum(v.numel() for v in model.initial.values()) > _MANY_PARAMETERS
     narrowest_dtype = min(
@@ -47,7 +49,7 @@ def couples_examples(model: Model, seed: int) -> bool:
     ):
         try:
             return _depends_on_batch(model_copy, seed, dtype)
-        except Exception:  # a user's module may raise anything, and may know one precision only
+        except Exception:  # a user's module may raise anything, and may support one precision only
             continue
     return True
 
@@ -70,8 +72,9 @@ def _depends_on_batch(model: Model, seed: int, dtype: torch.dtype) -> bool:
 
 
 def _add_noise(v: Tensor, positive: bool, generator: Generator) -> Tensor:
-    """``v`` with noise as large as it is, or as weights of its shape are; that of statistics is
-    positive.
+    """Return ``v`` with noise of half its own size or of half the typical size of such weights.
+
+    The larger of the two is used. ``positive``: the noise is positive, as statistics need.
     """
     typical_size = v[0].numel() ** -0.5 if v.dim() > 1 and v.numel() else 1.0
     noise_size = max(typical_size, float(v.double().square().mean().sqrt())) if v.numel() else 0.0
@@ -80,7 +83,7 @@ def _add_noise(v: Tensor, positive: bool, generator: Generator) -> Tensor:
 
 
 def _random_inputs(model: Model, size: int, cut: int, generator: Generator) -> Tensor:
-    """Random inputs [size, *shape], larger from row ``cut`` on; texts are longer from there on."""
+    """Return random inputs [size, *shape]; from row ``cut`` on they are larger, or longer texts."""
     if not model.tokens:
         x = torch.randn(size, *model.shape, generator=generator)
         return torch.cat([x[:cut], _OUTLIER_SCALE * x[cut:]])
@@ -88,19 +91,19 @@ def _random_inputs(model: Model, size: int, cut: int, generator: Generator) -> T
     length = model.shape[-1]
     lengths = torch.randint(1, max(2, length // 2 + 1), (size, 1), generator=generator)
     lengths[cut:] = length
-    first = x[:, :1].clamp(min=min(1, model.tokens - 1))  # a text has a word
+    first = x[:, :1].clamp(min=min(1, model.tokens - 1))  # a text has at least one word
     return torch.cat([first, torch.where(torch.arange(1, length) < lengths, x[:, 1:], 0)], 1)
 
 
 def _evaluation_couples(model: Model, tree: Tree, x: Tensor, cut: int, tolerance: float) -> bool:
-    """Whether a batch as a whole gives something else than its parts."""
+    """Return whether the logits of a whole batch differ from those of its two parts."""
     run = _make_pass(model.eval_mode(), tree)
     (logits, _), (first, _), (second, _) = run(x), run(x[:cut]), run(x[cut:])
     return not _is_close(torch.cat([first, second]), logits, tolerance)
 
 
 def _training_couples(model: Model, tree: Tree, x: Tensor, cut: int, tolerance: float) -> bool:
-    """Whether padding changes the logits of the others or what is written to the leaves."""
+    """Return whether padding changes the logits of real examples or what is written to leaves."""
     run, real = _make_pass(model, tree), torch.arange(len(x), device=x.device) < cut
     (alone, alone_leaves), (padded, padded_leaves) = run(x[:cut]), run(x, real)
     return not (
@@ -110,8 +113,9 @@ def _training_couples(model: Model, tree: Tree, x: Tensor, cut: int, tolerance: 
 
 
 def _make_pass(model: Model, tree: Tree) -> Callable[..., tuple[Tensor, Tree]]:
-    """A function of inputs, of which some are real: the logits, and the leaves as they are
-    afterwards.
+    """Return a function that maps inputs, and which of them are real, to (logits, leaves).
+
+    The leaves are those after the pass.
     """
 
     def run(x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tree]:
@@ -130,7 +134,7 @@ def _make_pass(model: Model, tree: Tree) -> Callable[..., tuple[Tensor, Tree]]:
 
 
 def _is_close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether two tensors agree but for last bits, infinities and nan included."""
+    """Return whether two tensors agree within a tolerance; infinities and nan must be equal."""
     finite = a.isfinite() & b.isfinite()
     if not torch.equal(
         torch.where(finite, 0, a).nan_to_num(nan=1.0), torch.where(finite, 0, b).nan_to_num(nan=1.0)

@@ -1,4 +1,4 @@
-"""Side effects of a forward pass, and how a run confines them to those that BatchNorm has."""
+"""Side effects of a forward pass, and how a run restricts them to those of BatchNorm."""
 
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -13,19 +13,22 @@ from .state import restore_attributes
 
 
 class Effects(NamedTuple):
-    """Side effects of passes; an ordinary network has none."""
+    """The side effects of passes of a network; an ordinary network has none."""
 
-    # float buffers that are replaced, where BatchNorm writes in place
+    # float buffers that a pass replaces by another tensor (BatchNorm writes in place)
     reassigned_leaves: frozenset[str] = frozenset()
-    written_parameters: frozenset[str] = frozenset()  # that are written to in any mode
+    written_parameters: frozenset[str] = frozenset()  # parameters written to in either mode
     # leaves that a pass in evaluation mode writes to
     written_in_evaluation: frozenset[str] = frozenset()
     stateful_modules: frozenset[str] = frozenset()  # submodules whose plain attributes change
-    writes_input: bool = False  # it is written to
-    uses_out: bool = False  # some function has an argument out, which torch.func.vmap refuses
+    writes_input: bool = False  # a pass writes to its input
+    uses_out: bool = False  # some function has an argument ``out``, which torch.func.vmap refuses
 
     def run_module(self, module: nn.Module, values: Tree, x: Tensor, training: bool) -> Tensor:
-        """Logits of ``module`` with the leaves ``values``, to which only training writes."""
+        """Return the logits of ``module`` with the leaves ``values``.
+
+        Side effects on ``values`` are kept in training and discarded in evaluation.
+        """
         leaves, names = (
             dict(values),
             self.stateful_modules.intersection(name for name, _ in module.named_modules()),
@@ -46,12 +49,12 @@ class Effects(NamedTuple):
             )
         with torch.no_grad():
             for name in self.reassigned_leaves.intersection(leaves) if training else ():
-                if passed_leaves[name] is not leaves[name]:  # functional_call says so
+                if passed_leaves[name] is not leaves[name]:  # functional_call stores reassignments
                     leaves[name].copy_(passed_leaves[name])
         return logits
 
     def for_submodule(self, submodule: str) -> "Effects":
-        """The side effects of a submodule alone, by its own names."""
+        """Return the side effects of a submodule alone, with names relative to it."""
 
         def relative_names(names: frozenset[str]) -> frozenset[str]:
             inside = (name for name in names if f"{name}.".startswith(f"{submodule}."))
@@ -68,7 +71,10 @@ class Effects(NamedTuple):
 
 
 class OutArgumentMode(TorchFunctionMode):
-    """Calls functions without ``out``, which spectral_norm gives, and copies the result there."""
+    """Calls functions without the argument ``out`` and copies the result there.
+
+    spectral_norm uses ``out``.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,5 +91,5 @@ class OutArgumentMode(TorchFunctionMode):
 
 
 def _writable_copy(v: Tensor, x: Tensor) -> Tensor:
-    """A copy that a pass on ``x`` may write to; under vmap each client of ``x`` has its own."""
+    """Return a copy that a pass on ``x`` may write to; under vmap, one copy per client of ``x``."""
     return v + x.new_zeros((), dtype=v.dtype)

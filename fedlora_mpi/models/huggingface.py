@@ -1,8 +1,7 @@
-"""A sequence classifier of Hugging Face's transformers, from a local folder, as a network of token
-ids.
+"""Load a sequence classifier of Hugging Face's transformers from a local folder.
 
-Nothing is downloaded and no code of the folder runs. Leaves are named as in transformers, under
-``model.``.
+Its inputs are token ids. Nothing is downloaded and no code from the folder runs. Leaves have their
+names in transformers, with the prefix ``model.``.
 """
 
 import json
@@ -21,8 +20,9 @@ from . import weights
 
 
 class HuggingFace(nn.Module):
-    """``model``: a ``...ForSequenceClassification``; ``fresh``: its parameters that are not in its
-    files of weights.
+    """A network around ``model``, a ``...ForSequenceClassification`` of transformers.
+
+    ``fresh``: names of the parameters that do not come from the files of weights.
     """
 
     PREFIX = "model."  # in front of transformers' names
@@ -34,9 +34,9 @@ class HuggingFace(nn.Module):
         self.fresh, self.padding = fresh, config.pad_token_id
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [B, L] token ids -> logits [B, classes]. Padding is masked."""
-        # Ready to be added to the scores: a plain mask is asked whether it hides anything, which a
-        # stack of clients cannot answer.
+        """Return logits [B, classes] of token ids x [B, L]. Padding is masked."""
+        # This is added to the attention scores. With a 0/1 mask, transformers would test whether it
+        # hides anything, which vmap over clients does not allow.
         attention_bias = torch.zeros(x.shape, device=x.device).masked_fill(
             x == self.padding, torch.finfo(torch.float32).min
         )
@@ -45,8 +45,9 @@ class HuggingFace(nn.Module):
         ).logits  # [B, 1, 1, L]
 
     def is_above_encoder(self, name: str) -> bool:
-        """Whether a leaf, by transformers' name, belongs to the classifier and not to the
-        pre-trained encoder.
+        """Return whether a leaf belongs to the classifier and not to the pre-trained encoder.
+
+        ``name`` is the leaf's name in transformers.
         """
         return not name.startswith(f"{self.model.base_model_prefix}.")
 
@@ -54,12 +55,12 @@ class HuggingFace(nn.Module):
 def load_classifier(
     folder: str, classes: int, length: int, tokens: int, padding: int
 ) -> HuggingFace:
-    """The model in ``folder`` for texts of ``length`` tokens below ``tokens``, float32.
+    """Return the float32 model in ``folder`` for texts of ``length`` token ids below ``tokens``.
 
-    The classifier is drawn from torch's global generator if the folder has none or one for other
-    classes. So is a pooler that the folder lacks, and everything if ``folder`` is a config.json
-    alone. Raises ValueError when anything else does not fit, when the data's tokens are not the
-    model's, or when the model reads a mask in another way (a decoder, for instance).
+    The classifier is drawn from torch's global generator if the folder has none or one for another
+    number of classes. So is a missing pooler, and the whole network if ``folder`` is a config.json
+    alone. Raises ValueError if any other weight does not fit, if the data have other tokens than
+    the model, or if the model treats a mask in another way (a decoder, for instance).
     """
     module = _load_checked(folder, classes)
     config = module.model.config
@@ -79,8 +80,10 @@ def load_classifier(
 
 
 def required_files(folder: str) -> tuple[Path, ...]:
-    """The files that are read of ``folder``, existing or not: config.json, then its weights. If
-    ``folder`` is a config.json itself, only that.
+    """Return the files to read from ``folder``, existing or not: config.json, then the weights.
+
+    If ``folder`` is a config.json itself, only that. Raises ValueError if the index of the weights
+    is invalid.
     """
     folder_path = expand_home(folder)
     if folder_path.suffix == ".json":
@@ -105,7 +108,7 @@ def required_files(folder: str) -> tuple[Path, ...]:
 
 
 def _load_checked(folder: str, classes: int) -> HuggingFace:
-    """The module with the weights of the folder; raises ValueError if they do not fit."""
+    """Return the network with the weights of the folder; raise ValueError if they do not fit."""
     config_file, *parts = required_files(folder)
     for file in (config_file, *parts):
         if not file.is_file():
@@ -121,7 +124,7 @@ def _load_checked(folder: str, classes: int) -> HuggingFace:
     try:
         with _silence_library(library):
             model, report = _build_classifier(library, config_file, classes, tree)
-    except Exception as error:  # of many kinds: those of transformers, json
+    except Exception as error:  # transformers and json raise many types
         raise ValueError(
             f"folder = {folder}: transformers cannot read it: {' '.join(str(error).split())}"
         ) from error
@@ -146,7 +149,10 @@ def _load_checked(folder: str, classes: int) -> HuggingFace:
 def _build_classifier(
     library, config_file: Path, classes: int, tree: Tree
 ) -> tuple[nn.Module, dict]:
-    """The classifier of a config.json with the weights in ``tree``, and those that do not fit."""
+    """Return the classifier of a config.json with the weights ``tree``, and the loading report.
+
+    The report lists the weights that are missing or have another shape.
+    """
     config = library.AutoConfig.from_pretrained(
         config_file, num_labels=classes, local_files_only=True, trust_remote_code=False
     )
@@ -157,7 +163,7 @@ def _build_classifier(
         None,
         config=config,
         state_dict=tree,
-        attn_implementation="eager",  # plain products, which vmap batches and the FLOP counter sees
+        attn_implementation="eager",  # vmap and the FLOP counter support its plain products
         dtype=torch.float32,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
@@ -165,7 +171,7 @@ def _build_classifier(
 
 
 def _check_padding(module: HuggingFace, folder: str, length: int) -> None:
-    """Raise ValueError unless two texts give what transformers gives with its own mask."""
+    """Raise ValueError unless two texts have the same logits as with transformers' own mask."""
     word = int(module.padding == 0)
     x = torch.arange(length).remainder(module.model.config.vocab_size)
     x = torch.where(x == module.padding, word, x).repeat(2, 1)
@@ -189,7 +195,7 @@ def _check_padding(module: HuggingFace, folder: str, length: int) -> None:
 
 @contextmanager
 def _silence_library(library) -> Iterator[None]:
-    """Inside, the library shows no progress bars and no report; the caller checks the report."""
+    """Suppress the library's progress bars and its report, which the caller checks."""
     logging = library.utils.logging
     level, has_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -203,9 +209,9 @@ def _silence_library(library) -> Iterator[None]:
 
 
 def _import_transformers():
-    """The library."""
+    """Import transformers; raise ValueError if it is not installed."""
     try:
-        import_torchvision()  # which it would import in its own way, see there
+        import_torchvision()  # first: transformers would import it in another way, see there
         import transformers
     except ImportError as error:
         raise ValueError("transformers is not installed; pip install 'fedlora-mpi[hf]'") from error

@@ -1,6 +1,4 @@
-"""Weights as matrices: which leaf of a network a low-rank part can be added to, and why others have
-none.
-"""
+"""Decide to which leaves of a network a low-rank part can be added, and say why not to others."""
 
 import math
 
@@ -16,10 +14,10 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 def matrix_kind(module: nn.Module, name: str, value: Tensor, products: dict[str, Matrix]) -> Matrix:
-    """How a low-rank part reads the parameter ``name`` of ``module``; "" where it has none.
+    """Return how a low-rank part reads the parameter ``name`` as a matrix; "" if it cannot.
 
-    ``products``: how the products of a forward pass use parameters, for those of modules of the
-    user's own.
+    ``products`` says how the products of a forward pass use parameters; it decides for modules that
+    are no layers of torch.
     """
     owner, dims = module.get_submodule(owning_module(name)), value.dim()
     if dims < 2 or isinstance(owner, _EMBEDDINGS) or _is_reparametrized(owner, name):
@@ -32,7 +30,7 @@ def matrix_kind(module: nn.Module, name: str, value: Tensor, products: dict[str,
 
 
 def why_no_matrix(module: nn.Module, name: str, shape: tuple[int, ...], role: str) -> str:
-    """Why a leaf that is read as no matrix is none."""
+    """Return why a leaf is not read as a matrix."""
     if role in ("norm", "stats"):
         return "of a normalisation layer" if role == "norm" else "not trained"
     if len(shape) < 2:
@@ -48,7 +46,7 @@ def why_no_matrix(module: nn.Module, name: str, shape: tuple[int, ...], role: st
 
 
 def _is_reparametrized(owner: nn.Module, name: str) -> bool:
-    """Whether the layer computes its weight from this parameter, which is none itself."""
+    """Return whether the layer computes its weight from this parameter."""
     hooks = owner._forward_pre_hooks.values()
     return ".parametrizations." in name or any(
         isinstance(hook, WeightNorm | SpectralNorm) for hook in hooks

@@ -1,14 +1,14 @@
-"""A network as a pure function of a tree, with the role of every leaf.
+"""A network as a pure function of a tree, with a role for every leaf.
 
-Roles come from module TYPES and from what a forward pass does, never from names: ``norm`` and
-``stats`` are the parameters and the running statistics of normalisation layers, ``head`` is the
-classifier (the last product with a weight on the way to the logits, see ``watching.py``), ``body``
-is the rest. Integer buffers are constants: they belong to no client and never travel. So are
-parameters that the builder has frozen (``requires_grad`` is False): they stay as they are, whatever
-the method.
+Roles come from module TYPES and from what a forward pass does, never from names. ``norm`` are the
+parameters of normalisation layers. ``stats`` are float buffers, such as running statistics.
+``head`` is the classifier: the last product with a weight on the way to the logits, see
+``watching.py``. ``body`` is the rest. Integer buffers are constants: they belong to no client and
+are never sent. Parameters that the builder has frozen (``requires_grad`` is False) are constants as
+well: no method changes them.
 
 A parameter or buffer in several places (tied weights) is one leaf, with the name and the role of
-the first; it is ``body`` where any of them is outside of the classifier.
+the first place. It is ``body`` if any of its places is outside the classifier.
 """
 
 import copy
@@ -40,57 +40,58 @@ _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNor
 
 
 class Leaf(NamedTuple):
-    """What is known of a leaf beside its value."""
+    """Shape, role and use of a leaf; its value is elsewhere."""
 
     shape: tuple[int, ...]
     role: Role
-    matrix: Matrix  # how a low-rank part reads it; "" when it has none
+    matrix: Matrix  # how a low-rank part reads it; "" if it cannot have one
 
 
 @dataclass(frozen=True)
 class Model:
-    """``model(tree, x)``: logits [B, classes] of the network whose leaves are ``tree``.
+    """A network: ``model(tree, x)`` returns logits [B, classes] for the leaves ``tree``.
 
-    In training mode BatchNorm writes its running statistics into the ``stats`` leaves it is given.
+    In training mode BatchNorm writes its running statistics into the ``stats`` leaves of ``tree``.
     ``flops`` counts one forward pass of one sample (a multiply-add is 2).
     """
 
     leaves: dict[str, Leaf]
     initial: Tree
     constants: Tree
-    # the frozen ones among the constants, as a low-rank part beside them has to know them
+    # the frozen parameters among the constants; a low-rank part can be added to them
     frozen_leaves: dict[str, Leaf]
-    shape: tuple[int, ...]  # of one input, without the batch axis
-    tokens: int  # inputs are integers below it; 0: they are floats
+    shape: tuple[int, ...]  # shape of one input, without the batch axis
+    tokens: int  # number of token ids: inputs are integers below it; 0: inputs are floats
     classes: int
     flops: int
     batch_statistics: bool  # some layer normalises by the statistics of its batch
     noisy: bool  # some layer draws random numbers in training
     training: bool
-    modules: tuple[nn.Module, nn.Module]  # the skeleton in evaluation and in training mode
-    bodies: tuple[nn.Module, nn.Module]  # the same with an identity for a head
-    # name of the classifier among the modules; "" where there is none, or where it is the network
+    modules: tuple[nn.Module, nn.Module]  # the network without values: (evaluation, training) mode
+    bodies: tuple[nn.Module, nn.Module]  # the same with an identity in place of the head
+    # name of the module that is the classifier; "" if there is none or if it is the whole network
     head: str
-    ties: dict[str, str]  # further names of leaves and constants that have several places
-    # {name there: leaf} of the network, its body and its head
+    ties: dict[str, str]  # {further name: first name} of tied leaves and constants
+    # {name in the module: leaf} of the network, of its body and of its head
     leaf_names: tuple[dict[str, str], ...]
-    effects: Effects = Effects()  # of a pass, beside its logits and BatchNorm's statistics
-    # what it makes of an example depends on the others of the batch, padding among them
+    effects: Effects = Effects()  # side effects of a pass, beside BatchNorm's statistics
+    # the result for an example depends on the other examples of the batch, padding included
     couples: bool = False
-    # features [B, width] enter one plain Linear, the head, and what that makes are the logits
+    # the head is one plain Linear that maps features [B, width] to the logits
     ends_in_linear: bool = False
 
     def __call__(self, tree: Tree, x: Tensor) -> Tensor:
         return self._call(self.modules[self.training], self.leaf_names[0], tree, x, self.effects)
 
     def features(self, tree: Tree, x: Tensor) -> Tensor:
-        """What enters the head, [B, width]; needs no leaf of the head."""
+        """Return the features that enter the head, [B, width]; no leaf of the head is needed."""
         return self._call(self.bodies[self.training], self.leaf_names[1], tree, x, self.effects)
 
     def classify(self, tree: Tree, z: Tensor) -> Tensor:
-        """The head on features [B, width]: logits [B, classes]; needs only leaves of the head.
+        """Return the head's logits [B, classes] for features [B, width].
 
-        ``model(tree, x)`` equals ``classify(tree, features(tree, x))`` where the head comes last.
+        Only leaves of the head are needed. ``model(tree, x)`` equals ``classify(tree,
+        features(tree, x))`` if the head comes last.
         """
         head = self.modules[self.training].get_submodule(self.head)
         return self._call(head, self.leaf_names[2], tree, z, self.effects.for_submodule(self.head))
@@ -98,8 +99,9 @@ class Model:
     def _call(
         self, module: nn.Module, leaf_names: dict[str, str], tree: Tree, x: Tensor, effects: Effects
     ) -> Tensor:
-        """Logits of ``module`` with its leaves from ``tree``. Raises ValueError for a missing leaf,
-        since the skeleton holds no values.
+        """Return the output of ``module`` with its leaves from ``tree``.
+
+        Raises ValueError for a missing leaf, since the module itself holds no values.
         """
         values = {**self.constants, **tree}
         try:
@@ -114,46 +116,50 @@ class Model:
         return effects.run_module(module, module_leaves, x, self.training)
 
     def zero_inputs(self, samples: int) -> Tensor:
-        """Inputs without information, [samples, *shape]."""
+        """Return inputs [samples, *shape] without information, see ``_zero_inputs``."""
         return _zero_inputs(samples, self.shape, self.tokens)
 
     def training_context(self, batch: Batch) -> AbstractContextManager:
-        """The context of training passes on a mini-batch of one client: Substitutes, if padding, a
-        single example or random layers need them.
+        """Return the context for training passes on a mini-batch of one client.
+
+        It is ``Substitutes`` if padding, a single example or random layers need it.
         """
-        # padded, or too small for BatchNorm
+        # padded, or too small for BatchNorm's variance
         is_irregular = batch.real is not None or len(batch.y) == 1
         needs_substitutes = self.noisy or (is_irregular and self.batch_statistics)
         return Substitutes(batch.real, batch.key) if needs_substitutes else nullcontext()
 
     def evaluation_context(self, batch: Batch) -> AbstractContextManager:
-        """The context of evaluation on a mini-batch of one client: Substitutes, if a batch of one
-        example has to be normalised by itself.
+        """Return the context for evaluation on a mini-batch of one client.
+
+        It is ``Substitutes`` if the network couples examples: such a network may have to normalise
+        a batch of one example by its own statistics.
         """
         return Substitutes(batch.real, batch.key) if self.couples else nullcontext()
 
     def detach_tree(self, tree: Tree) -> Tree:
-        """``tree`` detached, its statistics copied: for a forward pass that must leave no trace,
-        such as a teacher's.
+        """Return ``tree`` detached, with its statistics copied.
+
+        Use it for a forward pass without side effects, such as a teacher's.
         """
         return {
             n: v.detach().clone() if self._is_written(n) else v.detach() for n, v in tree.items()
         }
 
     def copy_statistics(self, tree: Tree) -> Tree:
-        """``tree`` with its statistics copied: for a further forward pass that trains, too."""
+        """Return ``tree`` with its statistics copied, for a second forward pass that trains."""
         return {n: v.clone() if self._is_written(n) else v for n, v in tree.items()}
 
     def _is_written(self, leaf: str) -> bool:
         return self.role(leaf) == "stats" or leaf in self.effects.written_parameters
 
     def eval_mode(self) -> "Model":
-        """The same network in evaluation mode."""
+        """Return the same network in evaluation mode."""
         return replace(self, training=False)
 
     @cached_property
     def fixed_norm_model(self) -> "Model":
-        """The same network, whose BatchNorm uses its running statistics in training, too."""
+        """The same network, but its BatchNorm uses running statistics in training as well."""
         training = copy.deepcopy(self.modules[True]), copy.deepcopy(self.bodies[True])
         for layer in (layer for module in training for layer in module.modules()):
             if isinstance(layer, _NormBase):
@@ -165,33 +171,33 @@ class Model:
         return replace(self, batch_statistics=False, modules=modules, bodies=bodies)
 
     def to(self, device: torch.device) -> "Model":
-        """The same network with its initial weights and constants on ``device``."""
+        """Return the same network with its initial weights and constants on ``device``."""
         initial, constants = (
             {n: v.to(device) for n, v in tree.items()} for tree in (self.initial, self.constants)
         )
         return replace(self, initial=initial, constants=constants)
 
     def role(self, leaf: str) -> Role | None:
-        """Role of a leaf; None for names that are not the network's (an algorithm's own)."""
+        """Return the role of a leaf; None for a frozen one or an algorithm's own leaf."""
         return self.leaves[leaf].role if leaf in self.leaves else None
 
     @property
     def all_leaves(self) -> dict[str, Leaf]:
-        """``leaves`` and the frozen ones."""
+        """``leaves`` and the frozen leaves."""
         return self.leaves | self.frozen_leaves
 
     @property
     def all_values(self) -> Tree:
-        """``initial`` and the frozen ones."""
+        """``initial`` and the values of the frozen leaves."""
         return self.initial | {n: self.constants[n] for n in self.frozen_leaves}
 
     def why_no_matrix(self, leaf: str) -> str:
-        """Why a leaf, frozen ones included, is not read as a matrix; "" if it is."""
+        """Return why a leaf (frozen or not) is not read as a matrix; "" if it is."""
         shape, role, matrix = self.all_leaves[leaf]
         return "" if matrix else why_no_matrix(self.modules[False], leaf, shape, role)
 
     def to_module(self, tree: Tree) -> nn.Module:
-        """An ordinary nn.Module in evaluation mode that holds a copy of ``tree``."""
+        """Return an ordinary nn.Module in evaluation mode that holds a copy of ``tree``."""
         module = restore_ties(copy.deepcopy(self.modules[False]).to_empty(device="cpu"), self.ties)
         values = {**self.constants, **tree}
         for name, place in named_tensors(module).items():
@@ -200,12 +206,12 @@ class Model:
 
 
 def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens: int = 0) -> Model:
-    """The model of ``module``, whose present parameters become the initial values.
+    """Return the model of ``module``, whose present parameters become the initial values.
 
-    ``shape``: of one input, without the batch axis; ``tokens``: as in ``Model``. Raises ValueError
-    when the module does not map [B, *shape] to [B, classes], counts batches instead of using a
-    momentum, has a parameter that cannot be trained, or is not a function of its parameters,
-    buffers and inputs (see ``purity``).
+    ``shape``: the shape of one input, without the batch axis. ``tokens``: as in ``Model``. Raises
+    ValueError if the module does not map [B, *shape] to [B, classes], has a BatchNorm with a
+    cumulative average instead of a momentum, has a parameter that cannot be trained, or is not a
+    function of its parameters, buffers and inputs (see ``purity``).
     """
     module, zeros = unwrap(module), _zero_inputs(2, shape, tokens)
     _materialize(module, zeros)
@@ -245,7 +251,7 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
 
 
 def _ends_in_linear(model: Model, x: Tensor) -> bool:
-    """The value of ``Model.ends_in_linear``, tried on inputs x."""
+    """Return the value of ``Model.ends_in_linear``, found by a trial on inputs x."""
     head, prefix = (
         model.modules[False].get_submodule(model.head),
         f"{model.head}." if model.head else "",
@@ -264,14 +270,15 @@ def _ends_in_linear(model: Model, x: Tensor) -> bool:
                 eval_model.classify(tree, z), eval_model(tree, x.clone()), 1e-4, 1e-5, True
             )
         except (RuntimeError, AttributeError, ValueError):
-            # the network does more with its head than to call it
+            # the network uses its head in other ways than calling it
             return False
 
 
 def _materialize(module: nn.Module, zeros: Tensor) -> None:
-    """Run a pass if the network makes layers in its first one (LazyLinear, or its own ``hasattr``).
+    """Run a forward pass if the network creates parameters in its first one.
 
-    Raises ValueError if the network or a copy of it refuses such inputs.
+    LazyLinear does, and so does a user's ``if not hasattr(self, ...)``. Raises ValueError if the
+    network or a copy of it refuses such inputs.
     """
     with torch.no_grad():
         if not has_lazy_layers(module):
@@ -294,7 +301,7 @@ def _materialize(module: nn.Module, zeros: Tensor) -> None:
 
 
 def _remove_head(module: nn.Module, head: str) -> nn.Module:
-    """``module`` with an identity instead of its head."""
+    """Replace the head of ``module`` by an identity and return the module."""
     if not head:  # the module is its own head
         return nn.Identity()
     head_module, identity = module.get_submodule(head), nn.Identity()
@@ -304,14 +311,17 @@ def _remove_head(module: nn.Module, head: str) -> nn.Module:
 
 
 def _zero_inputs(samples: int, shape: tuple[int, ...], tokens: int) -> Tensor:
-    # words one after the other: a text of padding alone has length 0, which packed sequences refuse
+    # Texts count 1, 2, ...: a text of padding alone has length 0, which packed sequences refuse.
     if tokens:
         return (torch.arange(1, 1 + shape[-1]) % tokens).expand(samples, *shape).contiguous()
     return torch.zeros(samples, *shape)
 
 
 def _probe_module(module: nn.Module, classes: int, x: Tensor) -> dict:
-    """Run the module in each mode on two samples, and report what it does."""
+    """Run the module in each mode on two samples; return fields of ``Model`` that this shows.
+
+    Raises ValueError unless the output is [2, classes].
+    """
     substitutes = Substitutes(None, torch.tensor(0))
     with torch.no_grad(), isolate_rng(0, "trial"), explain_refusal(x.shape[1:]):
         with substitutes:
@@ -334,7 +344,10 @@ def _probe_module(module: nn.Module, classes: int, x: Tensor) -> dict:
 def _classify_leaves(
     module: nn.Module, trace: ForwardTrace
 ) -> tuple[dict[str, Leaf], dict[str, Leaf], Tree, Tree]:
-    """The leaves, the frozen leaves, the initial values and the constants."""
+    """Return the leaves, the frozen leaves, the initial values and the constants.
+
+    Raises ValueError for a trained parameter that is not floating-point.
+    """
     leaves: dict[str, Leaf] = {}
     locked: dict[str, Leaf] = {}
     initial: Tree = {}
@@ -373,7 +386,7 @@ def _classify_leaves(
 
 
 def _names_by_leaf(module: nn.Module) -> dict[str, list[str]]:
-    """All names of each parameter and buffer, by the first."""
+    """Return {first name: all names} of the parameters and buffers."""
     ties = find_ties(module)
     names: dict[str, list[str]] = {}
     for name in named_tensors(module, all_names=True):
@@ -382,6 +395,6 @@ def _names_by_leaf(module: nn.Module) -> dict[str, list[str]]:
 
 
 def _location(module: nn.Module, name: str) -> tuple[int, str]:
-    """Where a parameter is: its layer, by whichever name, and its name there."""
+    """Return the place of a parameter: the id of its layer, and its name in that layer."""
     owner, _, local_name = name.rpartition(".")
     return id(module.get_submodule(owner)), local_name

@@ -1,8 +1,9 @@
-"""Max pooling of a stack of clients on a CPU, where torch's own takes longer than a convolution.
+"""Fast max pooling for a stack of clients on a CPU.
 
-A stack is pooled in the default layout, whose CPU kernel reads one number after another. Comparing
-whole rows of the images computes the same in vectors. For small images Python's overhead is larger
-than the gain, unless a compiler fuses it all.
+torch's own max pooling of a stack takes longer than a convolution: it uses the default layout,
+whose CPU kernel reads one number after another. Comparing whole rows of the images gives the same
+result with vector operations. For small images Python's overhead is larger than the gain, unless a
+compiler fuses the operations.
 """
 
 import torch
@@ -10,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# numbers of one client from which it pays: 28x28 images gain, 8x8 lose (benchmarks/cross_device.py)
+# Numbers per client above which it is faster: 28x28 images gain, 8x8 lose
+# (benchmarks/cross_device.py).
 LARGE_NUMEL = 2**15
 
 
 class MaxPoolMode(TorchFunctionMode):
-    """Inside it, ``MaxPool2x2`` replaces 2x2 max pools without padding or overlap, if a client's
-    images have even sides and at least ``min_numel`` numbers.
+    """Context in which ``MaxPool2x2`` replaces 2x2 max pools without padding or overlap.
+
+    It does so if a client's images have even sides and at least ``min_numel`` numbers.
     """
 
     def __init__(self, min_numel: int = 0) -> None:
@@ -35,8 +38,9 @@ class MaxPoolMode(TorchFunctionMode):
 
 
 class MaxPool2x2(torch.autograd.Function):
-    """``F.max_pool2d(x, 2)`` of x [..., H, W], H and W even: the same maxima and gradients; of
-    equal numbers the first, row by row, has the gradient. Twice differentiable.
+    """Computes ``F.max_pool2d(x, 2)`` of x [..., H, W] with even H and W; twice differentiable.
+
+    Maxima and gradients are the same: among equal numbers the first, row by row, gets the gradient.
     """
 
     @staticmethod
@@ -50,7 +54,7 @@ class MaxPool2x2(torch.autograd.Function):
         upper_wins = rows[..., 0, :] == row_max
         left, right = row_max.unflatten(-1, (-1, 2)).unbind(-1)
         y = torch.maximum(left, right)
-        # of two equal columns the one with the upper maximum
+        # if two columns are equal, the one with its maximum in the upper row wins, else the left
         upper_columns = upper_wins.unflatten(-1, (-1, 2))
         return (
             y,
@@ -71,8 +75,9 @@ class MaxPool2x2(torch.autograd.Function):
 
 
 def _route_gradient(grad: Tensor, is_first: Tensor, dim: int) -> Tensor:
-    """``grad`` spread along ``dim``: to the first of two places where ``is_first``, else to the
-    second.
+    """Return ``grad`` expanded along ``dim``.
+
+    It goes to the first of two places where ``is_first`` is True, else to the second.
     """
     first_grad = grad * is_first  # a product: torch.where takes four times as long
     return torch.stack([first_grad, grad - first_grad], dim).flatten(dim - 1, dim)

@@ -1,9 +1,8 @@
-"""Whether a network is a function of its leaves, its input and the key of its noise; tried at the
-build.
+"""Test whether a network is a function of its leaves, its input and the key of its noise.
 
-A run gives each client's leaves to one skeleton, in any order, on any rank, and again after a
-resume. So a pass may write to float buffers and to parameters, and nothing else that it leaves
-behind may reach another pass.
+The test runs when a network is built. A run evaluates one module with the leaves of each client, in
+any order, on any rank, and again after a resume. So a pass may write to float buffers and to
+parameters, but nothing else that it changes may influence another pass.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,7 +26,7 @@ _SEEDED_NOISE_HINT = (
     "in training nn.Dropout, functional.dropout with training=self.training, torch.rand, randn, "
     "rand_like, randn_like and Tensor.bernoulli_ draw from the run's seed"
 )
-_RELATIVE_TOLERANCE = 1e-3  # of the largest number, through many layers
+_RELATIVE_TOLERANCE = 1e-3  # relative to the largest number; rounding adds up over many layers
 _FLOAT_BUFFER_HINT = (
     "make it a float buffer that training passes write to in place, such as self.{0}.add_(1), or "
     "leave it out"
@@ -35,20 +34,20 @@ _FLOAT_BUFFER_HINT = (
 
 
 class _PassRecord(NamedTuple):
-    """What was seen of a forward pass."""
+    """The observations of one forward pass."""
 
     training: bool
     logits: Tensor
     memory_before: Memory
     memory_after: Memory
-    written_leaves: frozenset[str]  # leaves with other numbers afterwards
-    assigned_leaves: frozenset[str]  # leaves that are other tensors afterwards
+    written_leaves: frozenset[str]  # leaves whose numbers changed
+    assigned_leaves: frozenset[str]  # leaves that were replaced by another tensor
     wrote_input: bool
     used_out: bool
 
 
 class _LeafSnapshot:
-    """The parameters and float buffers of a module, as they were."""
+    """A copy of the parameters and float buffers of a module, to restore them."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self.none_buffers = module, none_buffers(module)
@@ -64,8 +63,10 @@ class _LeafSnapshot:
         self._name_by_id = {id(value): name for name, value in named_leaves}
 
     def restore(self) -> tuple[frozenset[str], frozenset[str]]:
-        """Undo what a pass did. The names of leaves with other numbers, and of those that are other
-        tensors.
+        """Undo the changes of a pass to the leaves.
+
+        Returns the names of leaves whose numbers changed, and of leaves that were replaced by
+        another tensor. Raises ValueError if leaves were added or removed.
         """
         if changed := (self._initial_names ^ self._leaf_names()) - self.none_buffers:
             raise ValueError(
@@ -85,12 +86,12 @@ class _LeafSnapshot:
         return frozenset(written), frozenset(assigned)
 
     def named_tensors(self) -> list[tuple[str, Tensor]]:
-        """Parameters and buffers as they are now, each under all its names."""
+        """Return the present parameters and buffers, each under all its names."""
         parts = self._module.named_parameters, self._module.named_buffers
         return [(name, v.detach()) for part in parts for name, v in part(remove_duplicate=False)]
 
     def perturb(self) -> None:
-        """Give every leaf other numbers."""
+        """Change the numbers of every leaf."""
         for number, value in enumerate(
             {id(value): value for _, _, value, _ in self._registrations}.values()
         ):
@@ -101,7 +102,7 @@ class _LeafSnapshot:
 
     @staticmethod
     def _check_assigned(name: str, parameter: bool, initial: Tensor, current: Tensor) -> None:
-        """Raise ValueError where what a pass assigned cannot take the leaf's place."""
+        """Raise ValueError if the tensor that a pass assigned cannot replace the leaf."""
         attribute = name.rpartition(".")[2]
         if parameter:
             raise ValueError(
@@ -120,10 +121,10 @@ class _LeafSnapshot:
 
 
 def find_effects(module: nn.Module, x: Tensor, other_inputs: Tensor) -> Effects:
-    """What passes of ``module``, which is not changed, leave behind; two inputs [2, ...] to try.
+    """Return the side effects of passes of ``module`` on two trial inputs [2, ...].
 
-    Raises ValueError where a pass draws from a global generator, or earlier passes may change its
-    result.
+    ``module`` is not changed. Raises ValueError if a pass draws from a global generator or if
+    earlier passes can change its result.
     """
     with torch.no_grad(), isolate_rng(0, "trial"):
         train, evaluate = _make_passes(copy_module(module))
@@ -132,7 +133,7 @@ def find_effects(module: nn.Module, x: Tensor, other_inputs: Tensor) -> Effects:
             *map(train, (x, other_inputs, other_inputs, x)),
             *map(evaluate, (other_inputs, other_inputs, x)),
         ]
-        # what the first pass has set was of ``x``
+        # In a new copy: the first pass above may have stored values made from ``x``.
         fresh_pass = _make_passes(copy_module(module))[0](other_inputs)
     for first_index, second_index in ((1, 4), (2, 3), (0, 7), (5, 6)):
         _check_same_pass(passes[first_index], passes[second_index])
@@ -162,10 +163,9 @@ def find_effects(module: nn.Module, x: Tensor, other_inputs: Tensor) -> Effects:
 
 
 def check_functional(module: nn.Module, model, x: Tensor) -> None:
-    """Raise ValueError where ``model`` does not what ``module`` does, with other leaves than the
-    initial ones.
+    """Raise ValueError unless ``model`` and ``module`` give the same results with changed leaves.
 
-    By other leaves shows a weight that a pass takes from elsewhere. ``module`` is as before
+    Changed leaves reveal a weight that a pass takes from elsewhere. ``module`` is restored
     afterwards.
     """
     leaves = _LeafSnapshot(module)
@@ -181,7 +181,7 @@ def check_functional(module: nn.Module, model, x: Tensor) -> None:
                 for n, v in leaves.named_tensors()
                 if n in model.initial or n in model.constants
             }
-            leaves.restore()  # so that a weight from there is another than in ``tree``
+            leaves.restore()  # so that weights held elsewhere differ from those in ``tree``
             try:
                 ours = (
                     _training_logits(model, tree, x.clone())
@@ -208,7 +208,7 @@ def check_functional(module: nn.Module, model, x: Tensor) -> None:
 
 
 def _training_logits(model, tree: Tree, x: Tensor) -> Tensor:
-    """Logits of a pass in training, after a backward pass."""
+    """Return the logits of a training pass, after a backward pass, which must also work."""
     trained_leaves = {
         name: v.requires_grad_()
         for name, v in tree.items()
@@ -224,8 +224,10 @@ def _training_logits(model, tree: Tree, x: Tensor) -> Tensor:
 def _make_passes(
     module: nn.Module,
 ) -> tuple[Callable[[Tensor], _PassRecord], Callable[[Tensor], _PassRecord]]:
-    """Forward passes of ``module`` in training and in evaluation, from the same leaves: other than
-    the initial ones, for a head of zeros would hide all before it.
+    """Return functions that record a forward pass of ``module`` in training and in evaluation.
+
+    Both start from the same leaves. These differ from the initial ones, because a head of zeros
+    would hide everything before it.
     """
     _LeafSnapshot(module).perturb()
     leaves = _LeafSnapshot(module)
@@ -233,10 +235,9 @@ def _make_passes(
 
 
 def trial_inputs(module: nn.Module, zeros: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Two inputs of different numbers, like ``zeros``; zeros where the network does not take
-    others.
+    """Return two different random inputs shaped like ``zeros``, or ``zeros`` twice.
 
-    tokens: as in ``Model``.
+    The latter are returned if the network refuses random inputs. tokens: as in ``Model``.
     """
     generator = rng(0, "trial")
     sample = partial(torch.randint, tokens) if tokens else torch.randn
@@ -250,16 +251,16 @@ def trial_inputs(module: nn.Module, zeros: Tensor, tokens: int) -> tuple[Tensor,
 
 
 def _noise_context(training: bool) -> AbstractContextManager:
-    """What a pass runs under: in a run, too, evaluation knows no noise."""
+    """Return the context of a trial pass; as in a run, evaluation has no noise."""
     return Substitutes(None, torch.tensor(0)) if training else nullcontext()
 
 
 def _record_pass(
     module: nn.Module, leaves: _LeafSnapshot, training: bool, x: Tensor
 ) -> _PassRecord:
-    """A forward pass, whose writing to leaves is undone.
+    """Record a forward pass and undo its changes to the leaves.
 
-    Raises ValueError when it draws from a global generator.
+    Raises ValueError if it draws from a global generator.
     """
     input_copy, memory_before, states = (
         x.clone(),
@@ -288,7 +289,7 @@ def _record_pass(
 
 
 def _check_same_pass(first: _PassRecord, second: _PassRecord) -> None:
-    """Raise ValueError unless two passes on the same leaves and input did the same."""
+    """Raise ValueError unless two passes on the same leaves and input behaved alike."""
     mode = "training" if first.training else "evaluation"
     changed = _changed_names(first.memory_after, second.memory_after)
     changed_within = {
@@ -335,12 +336,12 @@ def _check_same_pass(first: _PassRecord, second: _PassRecord) -> None:
 
 
 def _changed_names(first: Memory, second: Memory) -> list[str]:
-    """What differs, by name."""
+    """Return the names of the values that differ."""
     return [name for name in (first | second) if first.get(name) != second.get(name)]
 
 
 def _owning_modules(module: nn.Module, names: Iterable[str]) -> frozenset[str]:
-    """The submodules to which these attributes belong."""
+    """Return the submodules to which these attributes and buffers belong."""
     modules, owners = dict(module.named_modules()), set()
     for name in names:
         kind, _, path = name.partition(" ")
@@ -353,7 +354,7 @@ def _owning_modules(module: nn.Module, names: Iterable[str]) -> frozenset[str]:
 
 
 def _perturb(value: Tensor, parameter: bool, number: int) -> Tensor:
-    """Numbers near ``value``; those of a buffer are a little nearer to zero."""
+    """Return numbers near ``value``; those of a buffer are a little nearer to zero."""
     ramp = (
         torch.linspace(0, 1, value.numel(), dtype=value.dtype).roll(7919 * number).view(value.shape)
     )
@@ -361,7 +362,7 @@ def _perturb(value: Tensor, parameter: bool, number: int) -> Tensor:
 
 
 def _explain_foreign_weights(module: nn.Module) -> str:
-    """Why a pass has other weights than those it is given."""
+    """Return an explanation why a pass uses other weights than those it is given."""
     name_by_id = {id(v): name for name, v in module.named_parameters()}
     for path, layer in module.named_modules():
         for name, value in vars(layer).items():
@@ -390,7 +391,7 @@ def _is_equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _is_close(a: Tensor, b: Tensor) -> bool:
-    """Equal but for rounding."""
+    """Return whether two tensors are equal up to rounding."""
     largest = b.nan_to_num(0, 0, 0).abs().max() if b.numel() else 0
     return a.shape == b.shape and torch.allclose(
         a, b, rtol=0, atol=_RELATIVE_TOLERANCE * float(largest), equal_nan=True

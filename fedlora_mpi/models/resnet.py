@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """conv3x3-BN-ReLU-conv3x3-BN plus the input (He et al., CVPR 2016), 1x1 convolution on the skip
-    when the shape changes."""
+    """conv3x3-BN-ReLU-conv3x3-BN plus the input, then ReLU (He et al., CVPR 2016).
+
+    If the shape changes, the skip connection has a 1x1 convolution and BatchNorm.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -31,10 +33,10 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem, one block per width (stride 2 from the second on), global average, Linear.
+    """A stem, one block per width (stride 2 from the second on), a global average, a Linear.
 
-    ``imagenet_stem``: 7x7/2 convolution and 3x3/2 max pool, also for 32x32 inputs, as the official
-    FedDecomp code has it; else a 3x3 convolution.
+    ``imagenet_stem``: a 7x7/2 convolution and a 3x3/2 max pool, also for 32x32 inputs, as in the
+    official FedDecomp code; else a 3x3 convolution.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""What a network can remember from pass to pass, as values to compare.
+"""Read the state that a network can keep between passes, as values to compare.
 
-Beside its parameters and float buffers these are: plain attributes of its modules and of their
-classes, integer buffers, buffers that are None until a pass sets them, and the global and enclosing
-variables that its functions name.
+Parameters and float buffers are not included. The state consists of plain attributes of the modules
+and of their classes, integer buffers, buffers that are None until a pass sets them, and the global
+and enclosing variables that the network's functions name.
 """
 
 import hashlib
@@ -26,23 +26,24 @@ _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rand
 _CONTAINERS = (list, dict, deque, set)
 _TRACKED_TYPES = (*_NUMBERS, *_GENERATORS, *_CONTAINERS, Tensor, np.ndarray, itertools.count)
 _ATOMIC_TYPES = (str, bytes, torch.dtype, torch.device, itertools.count)
-_MAX_DEPTH = 6  # of containers and objects in one another
-_MAX_ITEMS = 16  # items of a list that are named one by one
+_MAX_DEPTH = 6  # depth of nested containers and objects
+_MAX_ITEMS = 16  # longest list whose items are recorded one by one
 
 
 class Value(NamedTuple):
-    """Something remembered, at one moment."""
+    """One part of a network's state at one moment."""
 
     kind: str  # "number", "array", "generator" or ""
     content: object  # equal for equal contents
 
 
-Memory = dict[str, Value]  # by the user's name for it
+Memory = dict[str, Value]  # keys are names that the user knows
 
 
 def attribute_digests(module: nn.Module) -> dict[str, str]:
-    """{attribute: digest} of the plain attributes of all layers, the same in every process that
-    has built the same network.
+    """Return {attribute: digest} of the plain attributes of all layers.
+
+    Every process that has built the same network gets the same digests.
     """
     memory = read_memory(module)
     return {
@@ -53,7 +54,7 @@ def attribute_digests(module: nn.Module) -> dict[str, str]:
 
 
 def _stable_repr(value: object) -> str:
-    """A text that does not depend on the order of a set."""
+    """Return a text of a value that does not depend on the order of a set."""
     if isinstance(value, frozenset):
         return f"{{{', '.join(sorted(map(_stable_repr, value)))}}}"
     if isinstance(value, tuple):
@@ -62,7 +63,7 @@ def _stable_repr(value: object) -> str:
 
 
 def none_buffers(module: nn.Module) -> frozenset[str]:
-    """Names of buffers that are None."""
+    """Return the names of buffers that are None."""
     layers = module.named_modules()
     buffers = (
         (f"{path}.{name}", value)
@@ -73,7 +74,10 @@ def none_buffers(module: nn.Module) -> frozenset[str]:
 
 
 def read_memory(module: nn.Module, none_buffers: frozenset[str] = frozenset()) -> Memory:
-    """What ``module`` holds now; ``none_buffers``: names of buffers that were None at the build."""
+    """Return the present state of ``module``.
+
+    ``none_buffers``: names of buffers that were None when the network was built.
+    """
     memory: Memory = {}
     seen = {id(layer) for layer in module.modules()}
     classes: dict[type, None] = {}
@@ -109,8 +113,10 @@ def read_memory(module: nn.Module, none_buffers: frozenset[str] = frozenset()) -
 
 @contextmanager
 def restore_attributes(module: nn.Module, names: frozenset[str]) -> Iterator[None]:
-    """Restore the attributes of these submodules afterwards, so that no pass finds what another has
-    left: a tensor of another client, of a graph capture or of a transform that has ended.
+    """Restore the attributes of these submodules afterwards.
+
+    Otherwise a pass could use a tensor that another pass has stored: one of another client, of a
+    graph capture or of a transform that has ended.
     """
     saved = []
     for name in names:
@@ -140,7 +146,7 @@ def restore_attributes(module: nn.Module, names: frozenset[str]) -> Iterator[Non
 
 
 def _copy_container(value: Any) -> Any:
-    """A copy of a container's items; None for anything else."""
+    """Return a copy of a container's items; None for anything else."""
     if type(value) in (list, dict, set):
         return type(value)(value)
     return list(value) if type(value) is deque else None
@@ -154,7 +160,7 @@ def _refill_container(value: Any, items: Any) -> None:
 
 
 def _add_to_memory(memory: Memory, name: str, value: object, seen: set[int], depth: int) -> None:
-    """Record ``value``; of a list, dict or object record each item or attribute by its name."""
+    """Record ``value``; for a list, dict or object, record each item or attribute by its name."""
     if isinstance(value, (*_NUMBERS, itertools.count)):
         memory[name] = Value("number", repr(value))
     elif isinstance(value, _GENERATORS):
@@ -179,7 +185,7 @@ def _add_to_memory(memory: Memory, name: str, value: object, seen: set[int], dep
 
 
 def _attributes(value: object) -> dict | None:
-    """The attributes of an object of a user's class or of an unregistered layer; else None."""
+    """Return the attributes of an unregistered layer or an object of a user's class; else None."""
     package = type(value).__module__.partition(".")[0]
     if isinstance(value, nn.Module) or (
         package not in (*_LIBRARIES, "numpy") and hasattr(value, "__dict__")
@@ -189,7 +195,7 @@ def _attributes(value: object) -> dict | None:
 
 
 def _comparable(value: object, seen: set[int], depth: int) -> object:
-    """Something that is equal for equal values."""
+    """Return an object that is equal for equal values."""
     if isinstance(value, torch.Generator):
         return _digest(value.get_state().numpy())
     if isinstance(value, np.random.Generator):
@@ -220,7 +226,7 @@ def _comparable(value: object, seen: set[int], depth: int) -> object:
 
 
 def _tensor_digest(value: Tensor) -> object:
-    """The numbers of a tensor."""
+    """Return a digest of the numbers of a tensor; None if they cannot be read."""
     if (
         value.layout != torch.strided
         or value.is_meta
@@ -241,8 +247,10 @@ def _digest(array: np.ndarray) -> bytes:
 
 
 def _captured_variables(function: object, seen: set[int]) -> Iterator[tuple[str, object]]:
-    """The global and enclosing variables that a user's function names, and those that the functions
-    among them name."""
+    """Yield the variables that a user's function uses, and those of the functions among them.
+
+    These are global variables, enclosing variables and default values of arguments.
+    """
     function = getattr(function, "__func__", function)
     if (
         not isinstance(function, FunctionType)
@@ -270,7 +278,7 @@ def _globals(function: FunctionType) -> Iterator[tuple[str, object]]:
 
 
 def _defaults(function: FunctionType) -> Iterator[tuple[str, object]]:
-    """Default values of arguments; Python makes them once for all calls."""
+    """Yield default values of arguments; Python creates them once for all calls."""
     count = function.__code__.co_argcount
     defaults = function.__defaults__ or ()
     yield from zip(

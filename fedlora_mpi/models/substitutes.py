@@ -1,9 +1,9 @@
-"""Stand-ins for the layers whose plain form would be wrong in a padded or keyed batch.
+"""Replace layers whose plain form would be wrong in a batch with padding or with a noise key.
 
-``with Substitutes(real, key): loss(...)`` replaces, inside any module, BatchNorm in training mode
-by one that ignores padding, and random draws (dropout, also between the levels of a recurrent
-layer, stochastic depth, ``torch.rand`` and ``randn``) by functions of ``key``. Without padding and
-without noise the engine does not enter it, and the plain layers run.
+Inside any module, ``with Substitutes(real, key): loss(...)`` replaces BatchNorm in training mode by
+one that ignores padding. It replaces random draws (dropout, also between the levels of a recurrent
+layer, stochastic depth, ``torch.rand`` and ``randn``) by functions of ``key``. The engine enters it
+only if a batch needs it (see ``Model.training_context``); otherwise the plain layers run.
 """
 
 from types import FunctionType
@@ -16,12 +16,13 @@ from torch.overrides import TorchFunctionMode
 from ..core.seeds import uniform
 
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
-# whether the shape is that of the first argument
+# The value says whether the shape is that of the first argument.
 _UNIFORM = {torch.rand: False, torch.rand_like: True}
 _NORMAL = {torch.randn: False, torch.randn_like: True}
 _DROPOUTS = {F.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
 
-# nn.MultiheadAttention's function without the question that hands it to the mode again, for ever.
+# The function of nn.MultiheadAttention without its check has_torch_function, which would call the
+# mode again without end.
 _torch_multi_head = F.multi_head_attention_forward
 _multi_head = FunctionType(
     _torch_multi_head.__code__,
@@ -31,10 +32,10 @@ _multi_head = FunctionType(
 
 
 class Substitutes(TorchFunctionMode):
-    """Intercepts torch functions of one client's forward pass.
+    """Intercepts torch functions in one client's forward pass.
 
-    real: [B] False for padding, or None; key: [] int64. Each draw of the pass has its own number,
-    so two dropout layers differ.
+    real: [B], False for padding, or None; key: [] int64. The draws of a pass are numbered, so two
+    dropout layers get different noise.
     """
 
     def __init__(self, real: Tensor | None, key: Tensor) -> None:
@@ -59,14 +60,14 @@ class Substitutes(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         if func is F.multi_head_attention_forward:
-            with self:  # torch leaves the mode for what a function of its own calls
+            with self:  # torch disables the mode inside this method; its inner calls need it again
                 return _multi_head(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _uniform(self, shape: tuple[int, ...]) -> Tensor:
         self.met_noise = True
         self._draws += 1
-        step = self._draws * 0x5851F42D4C957F2D % 2**63  # an int64: torch refuses what is larger
+        step = self._draws * 0x5851F42D4C957F2D % 2**63  # torch refuses numbers above int64
         return uniform(self._key + step, tuple(shape))
 
     def _bernoulli(self, x: Tensor, p: float = 0.5, generator=None) -> Tensor:
@@ -78,13 +79,13 @@ class Substitutes(TorchFunctionMode):
         if not training or p == 0.0:
             return x
         keep_mask = self._uniform(x.shape[: x.dim() - spatial]) >= p
-        # p = 1 keeps nothing
+        # for p = 1 nothing is kept; max avoids 0 / 0
         return x * keep_mask.view(*keep_mask.shape, *[1] * spatial) / max(1 - p, 2**-24)
 
     def _draw(self, func, *args, generator=None, **kwargs):
-        """Uniform or normal numbers from the run's key instead of a global generator."""
+        """Return uniform or normal numbers from the run's key instead of a global generator."""
         takes_template = (_UNIFORM | _NORMAL)[func]
-        if generator is not None:  # one of the network's own, which is told of
+        if generator is not None:  # the network's own generator, which purity.py reports
             return func(*args, generator=generator, **kwargs)
         template = (
             torch.empty_like(*args, **kwargs) if takes_template else torch.empty(*args, **kwargs)
@@ -97,8 +98,9 @@ class Substitutes(TorchFunctionMode):
         return numbers.to(template.device, template.dtype)
 
     def _gumbel_softmax(self, logits, tau=1.0, hard=False, eps=1e-10, dim=-1):
-        """As torch's, of keyed noise: a sample near a corner, or, ``hard``, in one with the
-        gradient of the soft one.
+        """Return torch's gumbel_softmax with keyed noise.
+
+        With ``hard`` the sample is one-hot and has the gradient of the soft sample.
         """
         noise = -(-torch.log1p(-self._uniform(logits.shape))).clamp(min=2**-24).log()
         soft = ((logits + noise.to(logits.dtype)) / tau).softmax(dim)
@@ -108,10 +110,8 @@ class Substitutes(TorchFunctionMode):
         return one_hot - soft.detach() + soft
 
     def _recurrent(self, func, *args):
-        """A recurrent layer of several levels: one level after the other, with keyed dropout
-        between them.
-        """
-        # data, batch_sizes, hx, weights, ...; else input, hx, weights, ...
+        """Run the levels of a recurrent layer one by one, with keyed dropout between them."""
+        # packed: data, batch_sizes, hx, weights, ...; else: input, hx, weights, ...
         packed = isinstance(args[3], list | tuple)
         leading, trailing = args[: 1 + packed], args[8 + packed :]
         hx, weights, biases, levels, dropout, train, bidirectional = args[1 + packed : 8 + packed]
@@ -153,7 +153,7 @@ class Substitutes(TorchFunctionMode):
         scale=None,
         **options,
     ):
-        """softmax(Q K^T s + mask) V with keyed dropout on the attention weights."""
+        """Return softmax(Q K^T s + mask) V with keyed dropout on the attention weights."""
         if dropout_p == 0.0:
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, is_causal=is_causal, scale=scale, **options
@@ -181,15 +181,15 @@ class Substitutes(TorchFunctionMode):
         momentum=0.1,
         eps=1e-5,
     ) -> Tensor:
-        """BatchNorm over the real examples of x [B, channels, ...] alone.
+        """Return BatchNorm of x [B, channels, ...] with statistics of its real examples alone.
 
-        A batch with one value per channel has no variance: it is normalised to zero and leaves
-        ``running_var`` as it is, where torch would raise.
+        A batch with one value per channel has no variance. It is normalised to zero and does not
+        change ``running_var``; torch would raise an error.
         """
         if not training:
             return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
         self.met_batch_norm = True
-        original, x = x, x.float() if x.dtype.itemsize < 4 else x  # sums of bfloat16 are none
+        original, x = x, x.float() if x.dtype.itemsize < 4 else x  # bfloat16 sums are inaccurate
         real = (
             torch.ones(x.shape[0], dtype=x.dtype, device=x.device)
             if self._real is None

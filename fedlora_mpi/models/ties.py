@@ -1,4 +1,4 @@
-"""Parameters and buffers that are in several places of a network."""
+"""Tied weights: parameters and buffers that are in several places of a network."""
 
 from typing import Any
 
@@ -10,7 +10,10 @@ from ..core.tree import Tree
 def find_leaf_names(
     network: nn.Module, body: nn.Module, head: str, ties: dict[str, str]
 ) -> tuple[dict[str, str], ...]:
-    """{name there: leaf} of a network, of its body and of its head, a module of the network."""
+    """Return {name in the module: leaf} for a network, for its body and for its head.
+
+    ``head`` is the name of the head in the network.
+    """
     prefix = f"{head}." if head else ""
     return (
         {n: ties.get(n, n) for n in named_tensors(network)},
@@ -20,8 +23,9 @@ def find_leaf_names(
 
 
 def named_tensors(module: nn.Module, all_names: bool = False) -> Tree:
-    """Parameters and buffers by name; those in several places by their first name or, with
-    ``all_names``, by each.
+    """Return parameters and buffers by name.
+
+    A tensor in several places has only its first name, or each name with ``all_names``.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
     all_tensors = parameters | dict(module.named_buffers(remove_duplicate=False))
@@ -30,9 +34,9 @@ def named_tensors(module: nn.Module, all_names: bool = False) -> Tree:
 
 
 def find_ties(module: nn.Module) -> dict[str, str]:
-    """{further name: first name} of parameters and buffers in several places.
+    """Return {further name: first name} of parameters and buffers in several places.
 
-    Raises ValueError for two tensors that share memory if one is trained: a step would move both.
+    Raises ValueError if two tensors share memory and one is trained: a step would change both.
     """
     unique_tensors = named_tensors(module)
     name_at_address: dict[int, str] = {}
@@ -52,7 +56,7 @@ def find_ties(module: nn.Module) -> dict[str, str]:
 
 
 def restore_ties(module: nn.Module, ties: dict[str, str]) -> nn.Module:
-    """``module`` with the ties that moving it to another device has undone."""
+    """Return ``module`` with its ties restored, which moving it to another device has undone."""
     values = named_tensors(module, all_names=True)
     for name, first in ties.items():
         path, _, attribute = name.rpartition(".")

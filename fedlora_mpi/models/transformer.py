@@ -6,15 +6,16 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Attention, then a feedforward network, each on the normalised input and added to it (Vaswani
-    et al., NIPS 2017, with the norm in front as Xiong et al., ICML 2020: trains by plain SGD,
-    without a warm-up).
+    """Attention, then a feedforward network, each with a residual connection.
+
+    Source: Vaswani et al., NIPS 2017. The norm comes before each of the two, as in Xiong et al.,
+    ICML 2020, so that the network trains with plain SGD and without a warm-up.
     """
 
     def __init__(self, width: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        # With batch_first its evaluation would take torch's fused path, whose last bits are others.
+        # With batch_first, evaluation would use torch's fused path, whose last bits differ.
         self.attention = nn.MultiheadAttention(width, heads, dropout, batch_first=False)
         self.norm2 = nn.LayerNorm(width)
         self.linear1 = nn.Linear(width, feedforward)
@@ -22,22 +23,24 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
-        """x: [B, L, width], for dropout must not depend on how many examples follow; hidden: [B, L]
-        True where nobody looks.
+        """Return the block's output [B, L, width] for x [B, L, width].
+
+        padding_mask: [B, L], True for places that attention ignores. The batch axis comes first, so
+        that an example's dropout does not depend on the number of examples after it.
         """
         z = self.norm1(x).transpose(0, 1)  # [L, B, width]
-        # With the weights it is made of plain products, which vmap batches and the FLOP counter
-        # sees; of torch's fused attention for CPUs neither is true.
+        # need_weights selects plain products, which vmap and the FLOP counter support. They do not
+        # support torch's fused attention for CPUs.
         y, _ = self.attention(z, z, z, padding_mask, need_weights=True, average_attn_weights=False)
         x = x + self.dropout(y.transpose(0, 1))
         return x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(self.norm2(x))))))
 
 
 class Transformer(nn.Module):
-    """Words and their places, embedded and added; blocks; a norm; the mean over the words; Linear.
+    """Embeddings of words plus positions, blocks, a norm, the mean over the words, a Linear.
 
-    ``tokens``: how many words there are, one of them ``padding``; ``length``: places of the longest
-    text.
+    ``tokens``: number of token ids, including ``padding``. ``length``: number of tokens of the
+    longest text.
     """
 
     def __init__(
@@ -68,8 +71,9 @@ class Transformer(nn.Module):
                 embedding.weight *= 0.02  # N(0, 0.02^2), as Devlin et al., NAACL 2019
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [B, L] token ids. Padding counts nowhere, but in the first place: an empty text has a
-        mean too.
+        """Return logits [B, classes] of token ids x [B, L].
+
+        Padding is ignored except in the first place, so that an empty text has a mean too.
         """
         position = torch.arange(x.shape[1], device=x.device)
         padding_mask = (x == self.padding) & (position > 0)

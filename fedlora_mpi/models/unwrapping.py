@@ -1,4 +1,4 @@
-"""The plain network inside what a builder returns, and the errors of a user's network."""
+"""Unwrap the plain network that a builder returns, and explain the errors of a user's network."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """``module`` without DataParallel, DistributedDataParallel and torch.compile, on the CPU.
+    """Return ``module`` on the CPU without DataParallel, DistributedDataParallel and torch.compile.
 
     Raises ValueError for scripted modules and for weights on the meta device.
     """
@@ -27,7 +27,7 @@ def unwrap(module: nn.Module) -> nn.Module:
     for layer in module.modules():
         for name, child in layer._modules.items():
             layer._modules[name] = None if child is None else _unwrap_layer(child)
-        layer._compiled_call_impl = None  # of ``layer.compile()``
+        layer._compiled_call_impl = None  # set by ``layer.compile()``
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         if value.is_meta:
             raise ValueError(
@@ -42,12 +42,12 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def has_lazy_layers(module: nn.Module) -> bool:
-    """Whether some layer, such as LazyLinear, learns its shape in the first pass."""
+    """Return whether some layer, such as LazyLinear, gets its shape in the first pass."""
     return any(map(nn.parameter.is_lazy, (*module.parameters(), *module.buffers())))
 
 
 def copy_module(module: nn.Module) -> nn.Module:
-    """A deep copy. Raises ValueError with the name of what cannot be copied."""
+    """Return a deep copy; raise ValueError with the name of an attribute that cannot be copied."""
     try:
         return copy.deepcopy(module)
     except Exception as error:
@@ -60,7 +60,7 @@ def copy_module(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def explain_refusal(shape: Iterable[int]) -> Iterator[None]:
-    """Turn what a forward pass of a user's network raises into a ValueError."""
+    """Turn any error of a user's network in a forward pass into a ValueError."""
     try:
         yield
     except Exception as error:
@@ -77,15 +77,16 @@ def _unwrap_layer(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, _PARALLEL):
             module = module.module
-        elif "_orig_mod" in module._modules:  # of torch.compile(module)
+        elif "_orig_mod" in module._modules:  # made by torch.compile(module)
             module = module.get_submodule("_orig_mod")
         else:
             return module
 
 
 def _detach_attributes(layer: nn.Module) -> None:
-    """Detach attributes from the graph that made them, such as those of torch.nn.utils.weight_norm;
-    otherwise they cannot be copied.
+    """Detach attributes of ``layer`` from the graph that computed them.
+
+    torch.nn.utils.weight_norm makes such attributes. They could not be copied otherwise.
     """
     for name, value in vars(layer).items():
         if isinstance(value, Tensor) and not value.is_leaf:
@@ -93,7 +94,7 @@ def _detach_attributes(layer: nn.Module) -> None:
 
 
 def _uncopyable_attributes(module: nn.Module) -> Iterator[str]:
-    """Names of attributes that cannot be copied."""
+    """Yield the names of attributes that cannot be copied."""
     for path, layer in module.named_modules():
         for name, value in vars(layer).items():
             if name == "_modules":

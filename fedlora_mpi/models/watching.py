@@ -1,10 +1,9 @@
-"""What one forward pass does with the weights: which of them make the logits, and which act as
-matrices.
+"""Find out, in one forward pass, which weights are the head and which are used as matrices.
 
-The output of every product with a weight (Linear, convolution, ``x @ w``) is cut out of the graph.
-A gradient of the logits then reaches the last products on the ways to them and nothing before:
-these are the head, wherever the network registers them. Products that it never runs, or whose
-outputs it throws away, get no gradient.
+The output of every product with a weight (Linear, convolution, ``x @ w``) is detached from the
+graph. A gradient of the logits then reaches only the last products on the paths to the logits.
+These are the head, in whatever order the network registers its modules. Products that never run, or
+whose outputs are not used, get no gradient.
 """
 
 from collections.abc import Sequence
@@ -49,9 +48,11 @@ PRODUCT_LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)  # layers tha
 
 
 class ForwardTrace(NamedTuple):
-    """``head``: name of the module that makes the logits, "" where none does as a whole;
-    ``leaves``: names of all parameters of the head, or of the heads where several products meet in
-    the logits; ``matrices``: how a product uses each parameter that enters one.
+    """The head and the matrices of a network.
+
+    ``head``: name of the module that makes the logits; "" if no single module does. ``leaves``:
+    names of all parameters of the head, or of all heads if several products meet in the logits.
+    ``matrices``: how a product uses each parameter that enters one.
     """
 
     head: str
@@ -61,19 +62,18 @@ class ForwardTrace(NamedTuple):
 
 @dataclass
 class _Product:
-    """A product that was met: the parameters in it, the module around it, its output cut from what
-    is before.
-    """
+    """A product in the pass: its parameters, the module that runs it, and its detached output."""
 
     parameters: list[str]
     module: str
     output: Tensor
-    width: int  # what it makes of an example: numbers, channels
+    width: int  # number of features or channels of its output
 
 
 def trace_forward(module: nn.Module, x: Tensor, classes: int) -> ForwardTrace:
-    """What a copy of ``module`` does in evaluation mode with inputs x; the head in the order of
-    registration where the pass cannot be followed.
+    """Return the trace of a copy of ``module`` in evaluation mode on inputs x.
+
+    If the pass cannot be traced, the head is the last registered Linear or convolution.
     """
     module = copy_module(module).eval().requires_grad_(False)
     trace = _TraceMode(module)
@@ -107,14 +107,14 @@ def trace_forward(module: nn.Module, x: Tensor, classes: int) -> ForwardTrace:
 
 
 class _TraceMode(TorchFunctionMode):
-    """Records every product with a parameter, and detaches its output from what is before it."""
+    """Records every product with a parameter, and detaches its output from the graph before it."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.products: list[_Product] = []
         self.matrices: dict[str, Matrix] = {}
         self._module_stack: list[str] = []
-        # alive, so that no other tensor takes the place in memory that tells them
+        # kept alive, so that no other tensor reuses the memory address that identifies them
         self._kept_alive: list[Tensor] = []
         self._name_by_storage: dict[tuple[int, int], str] = {}
         for name, parameter in module.named_parameters():
@@ -137,8 +137,9 @@ class _TraceMode(TorchFunctionMode):
         self._name_by_storage[_storage_key(tensor)] = name
 
     def _parameter_names(self, arguments: Any) -> list[str]:
-        """The parameters among the arguments, as they are, as views, or as something of their shape
-        made of them.
+        """Return the names of the parameters among the arguments.
+
+        Full views of a parameter count, and so do tensors of its shape computed from it.
         """
         keys = [
             _storage_key(v)
@@ -151,7 +152,7 @@ class _TraceMode(TorchFunctionMode):
         kwargs = kwargs or {}
         output, name = func(*args, **kwargs), getattr(func, "__name__", "")
         if name in _PRODUCT_OPS and isinstance(output, Tensor):
-            # not what enters a layer
+            # without the input of a layer
             weights = (args[1:], kwargs) if name in _LAYER_OPS else (args, kwargs)
             parameters = self._parameter_names(weights)
             module = self._module_stack[-1] if self._module_stack and self._is_layer(name) else ""
@@ -165,7 +166,7 @@ class _TraceMode(TorchFunctionMode):
         return output
 
     def _is_layer(self, name: str) -> bool:
-        """Whether the product is what the innermost running module is for: a part without parts."""
+        """Return whether the innermost running module is a layer that consists of this product."""
         part = self._submodules[self._module_stack[-1]]
         return (
             isinstance(part, PRODUCT_LAYERS)
@@ -175,7 +176,7 @@ class _TraceMode(TorchFunctionMode):
         )
 
     def _record_matrices(self, kind: Matrix, weights: Any) -> None:
-        """How a product uses the parameters that enter it as they are."""
+        """Record how a product uses the parameters that enter it unchanged."""
         for tensor in tree_leaves(weights):
             if (
                 isinstance(tensor, Tensor)
@@ -191,16 +192,21 @@ class _TraceMode(TorchFunctionMode):
         channels = output.shape[axis] if output.dim() else 1
         cut = output.detach().requires_grad_(output.is_floating_point())
         self.products.append(_Product(parameters, module, cut, channels))
-        return cut.clone()  # which may be written to in place
+        return cut.clone()  # the network may write to the clone in place
 
     def _detach_block(self, output: Any) -> Any:
-        """Recurrent and attention layers are no head, but nothing before them is either."""
+        """Detach the output of a recurrent or attention layer.
+
+        Such a layer is no head, and nothing before it is one.
+        """
         floats = isinstance(output, Tensor) and output.is_floating_point()
         return output.detach().clone().requires_grad_().clone() if floats else output
 
     def _follow_derived(self, name: str, args: tuple, kwargs: dict, output: Any) -> None:
-        """What is made of one parameter and has its shape stands for it; a vector added to a
-        product belongs to it.
+        """Register tensors derived from parameters.
+
+        A tensor that is computed from one parameter and has its shape counts as that parameter. A
+        vector parameter that is added to a product belongs to that product.
         """
         if (
             not isinstance(output, Tensor)
@@ -229,12 +235,12 @@ class _TraceMode(TorchFunctionMode):
 
 
 def _storage_key(tensor: Tensor) -> tuple[int, int]:
-    """What two tensors have in common that are the same numbers in the same memory."""
+    """Return a key that is equal for tensors with the same numbers in the same memory."""
     return tensor.untyped_storage().data_ptr(), tensor.numel()
 
 
 def _head_of_product(module: nn.Module, product: _Product) -> tuple[str, set[str]]:
-    """(module whose parameters are all in the product or "", names of the parameters)."""
+    """Return (module whose parameters are exactly those of the product or "", parameter names)."""
     owners = {owning_module(name) for name in product.parameters}
     owner = product.module or (owners.pop() if len(owners) == 1 else "")
     submodule = module.get_submodule(owner)
@@ -253,13 +259,13 @@ def _head_of_product(module: nn.Module, product: _Product) -> tuple[str, set[str
 
 
 def owning_module(parameter: str) -> str:
-    """The module that has a parameter; of a parametrization's parts, the parametrized module."""
+    """Return the module that owns a parameter; for a parametrization, the parametrized module."""
     owner, parametrized, _ = parameter.rpartition(".parametrizations.")
     return owner if parametrized else parameter.rpartition(".")[0]
 
 
 def _last_registered(module: nn.Module) -> tuple[str, set[str]]:
-    """The last Linear, else the last convolution, and its parameters."""
+    """Return the last registered Linear, else the last convolution, and its parameters' names."""
     for kind in (nn.Linear, nn.modules.conv._ConvNd):
         names = [name for name, part in module.named_modules() if isinstance(part, kind)]
         if names:

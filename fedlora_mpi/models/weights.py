@@ -1,4 +1,4 @@
-"""Weights from a file that replace a network's initial ones."""
+"""Read weights from a file and use them as the initial weights of a network."""
 
 import hashlib
 import posixpath
@@ -21,17 +21,18 @@ SUFFIXES = (".safetensors", ".pt", ".pth")
 
 
 class WeightsFile(NamedTuple):
-    """Where weights are, and where torchvision has them from; "" for a file of one's own."""
+    """The path of a weights file, and torchvision's URL for it; "" for a user's own file."""
 
     path: Path
     url: str = ""
 
 
 def find_file(network: str, source: str) -> WeightsFile:
-    """The file, there or not, that ``weights: given`` means beside ``name: network``.
+    """Return the file, existing or not, that ``weights: source`` with ``name: network`` means.
 
-    A path, relative to the working folder; for ``torchvision:<model>`` also the name of one of its
-    weights, which are in torch's cache. Raises ValueError when it is neither.
+    ``source`` is a path, relative to the working folder. For ``torchvision:<model>`` it may also be
+    the name of one of the model's weights; these are in torch's cache. Raises ValueError if it is
+    neither.
     """
     if Path(source).suffix.lower() in SUFFIXES:
         return WeightsFile(expand_home(source))
@@ -53,13 +54,13 @@ def find_file(network: str, source: str) -> WeightsFile:
 
 
 def read(path: Path, url: str = "", keep_double: bool = False) -> Tree:
-    """The leaves of a file as float32. It is a safetensors file, or a state dict that torch has
-    saved, by itself or under "state_dict" or "model". Leaves that are not floating-point, such as
-    counts of batches, are left out. ``keep_double``: float64 stays float64.
+    """Return the leaves of a file as float32.
 
-    url: the SHA-256 of the file must begin as the name in ``url`` says. Nothing is downloaded, and
-    nothing in a file is executed. Raises ValueError when the file is missing, damaged, or holds
-    anything but finite numbers.
+    It is a safetensors file or a state dict saved by torch, by itself or under "state_dict" or
+    "model". Leaves that are not floating-point, such as counts of batches, are left out.
+    ``keep_double``: float64 stays float64. url: the SHA-256 of the file must begin with the digits
+    in the name of ``url``. Nothing is downloaded, and nothing in a file is executed. Raises
+    ValueError if the file is missing or damaged, or if it holds anything but finite numbers.
     """
     if not path.is_file():
         way_out = (
@@ -95,13 +96,14 @@ def read(path: Path, url: str = "", keep_double: bool = False) -> Tree:
 
 
 def load_weights(model: Model, tree: Tree) -> Model:
-    """The same network with the leaves of ``tree`` as initial values, frozen ones included, each in
-    the dtype that it has in the network.
+    """Return the same network with the leaves of ``tree`` as initial values.
 
-    A head that is not in ``tree`` as a whole and in its shapes (other classes) keeps its values. So
-    does a buffer outside the state dict. Raises ValueError for the first leaf that does not fit.
+    Frozen leaves are included. Each leaf keeps the dtype that it has in the network. The head keeps
+    its values unless ``tree`` has all its leaves in the same shapes (it may have other classes). So
+    does a buffer that is neither in the state dict nor in ``tree``. Raises ValueError for the first
+    leaf that does not fit.
     """
-    saved = model.modules[False].state_dict().keys()  # also the further names of what bears several
+    saved = model.modules[False].state_dict().keys()  # with all names of tied leaves
     leaves, tree = model.all_leaves, _resolve_ties(model, tree)
     head = [n for n, leaf in leaves.items() if leaf.role == "head"]
     network_shapes = {n: list(leaf.shape) for n, leaf in leaves.items() if n in saved or n in tree}
@@ -134,7 +136,7 @@ def load_weights(model: Model, tree: Tree) -> Model:
 
 
 def _resolve_ties(model: Model, tree: Tree) -> Tree:
-    """``tree``, with tied leaves under their first name. Raises ValueError if they differ."""
+    """Return ``tree`` with tied leaves under their first name; raise ValueError if they differ."""
     untied = {n: v for n, v in tree.items() if n not in model.ties}
     for name, first in model.ties.items():
         if (
@@ -149,9 +151,9 @@ def _resolve_ties(model: Model, tree: Tree) -> Tree:
 
 
 def pack_safetensors(tree: Tree) -> bytes:
-    """A .safetensors file of these leaves. Raises ValueError if the library is missing."""
+    """Return these leaves as a .safetensors file; raise ValueError if the library is missing."""
 
-    # not a view into something
+    # a copy: a view could share its memory with other leaves
     def to_contiguous(v):
         return v.detach().cpu().clone(memory_format=torch.contiguous_format)
 
@@ -161,7 +163,7 @@ def pack_safetensors(tree: Tree) -> bytes:
 
 
 def file_digest(*paths: Path) -> str:
-    """SHA-256 of files, one after the other, in hexadecimal."""
+    """Return the SHA-256 of the concatenated files in hexadecimal."""
     total = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
@@ -170,16 +172,19 @@ def file_digest(*paths: Path) -> str:
 
 
 def _expected_digest(url: str) -> str:
-    """The first digits of the SHA-256, as torch.hub reads them from the name of a file."""
+    """Return the first digits of the SHA-256, which torch.hub reads from the name of a file."""
     match = re.search(r"-([a-f0-9]*)\.", posixpath.basename(url))
     assert match is not None, url
     return match[1]
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
-    """The tensors of a .safetensors file, read at once: a mapped file could change during a run."""
+    """Return the tensors of a .safetensors file.
+
+    The file is read completely, because a memory-mapped file could change during a run.
+    """
     library = _import_safetensors()
-    unpack = library.torch.load  # of safetensors, not torch's own: nothing is unpickled
+    unpack = library.torch.load  # safetensors' function, not torch's: nothing is unpickled
     try:
         return unpack(path.read_bytes())
     except (library.SafetensorError, OSError) as error:
@@ -187,11 +192,11 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
 
 
 def _read_state_dict(path: Path) -> Mapping[str, Any]:
-    """The state dict of a .pt file."""
+    """Return the state dict of a .pt or .pth file; raise ValueError if it holds none."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # a damaged pickle may raise anything; torch's own advice is to trust it
+        # A damaged pickle may raise anything. torch's own message advises to trust the file.
         raise ValueError(
             f"{path} is damaged, or holds more than tensors ({type(error).__name__}); save the "
             "state_dict() of the network"
@@ -208,7 +213,7 @@ def _read_state_dict(path: Path) -> Mapping[str, Any]:
 
 
 def _import_safetensors() -> ModuleType:
-    """The library, with the part for torch."""
+    """Import safetensors with its part for torch; raise ValueError if it is not installed."""
     try:
         import safetensors
         import safetensors.torch

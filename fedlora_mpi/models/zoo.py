@@ -1,7 +1,7 @@
-"""Models by name. A builder takes (classes, shape) and keyword-only options, and returns a module.
+"""Build models by name. A builder maps (classes, shape) and keyword-only options to a module.
 
-One with a parameter ``tokens`` is for texts: its inputs are integers below it, [B, L]. It is told
-by a parameter ``padding`` which of them is padding; without one it is 0.
+A builder with a parameter ``tokens`` is for texts: inputs are [B, L] token ids below ``tokens``.
+Its parameter ``padding`` receives the token id of padding; without this parameter it must be 0.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,7 +39,7 @@ def cifar_resnet8(classes: int, shape: tuple[int, ...]) -> nn.Module:
 
 
 def cnn(classes: int, shape: tuple[int, ...], *, width: int = 16, hidden: int = 64) -> nn.Module:
-    """Two 3x3 convolutions (``width``, 2 ``width``) with 2x2 max pools, a hidden Linear, a head."""
+    """Two 3x3 convolutions (``width``, 2 ``width``) with 2x2 max pools, then two Linears."""
     channels, height, breadth = shape
     return nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1),
@@ -67,9 +67,7 @@ def transformer(
     feedforward: int = 128,
     dropout: float = 0.0,
 ) -> nn.Module:
-    """A Transformer encoder for texts of up to ``shape[0]`` words, with the mean over the words
-    under the head.
-    """
+    """A Transformer encoder for texts of up to ``shape[0]`` words; its head takes their mean."""
     options: dict[str, Any] = {
         "width": width,
         "heads": heads,
@@ -90,8 +88,10 @@ def transformer(
 def hf(
     classes: int, shape: tuple[int, ...], tokens: int, padding: int, *, folder: str
 ) -> nn.Module:
-    """The pre-trained model in ``folder`` as Hugging Face's transformers saves it, for the texts of
-    its tokenizer; of a config.json alone the same network, not trained.
+    """The pre-trained model in ``folder``, saved by Hugging Face's transformers.
+
+    It is for the texts of its tokenizer. If ``folder`` is a config.json, the same network is built
+    without pre-trained weights.
     """
     return huggingface.load_classifier(folder, classes, shape[0], tokens, padding)
 
@@ -99,7 +99,7 @@ def hf(
 def _yi_cnn(
     number: int, first_channels: int, second_channels: int, hidden: int, parameters: str
 ) -> Callable[..., nn.Module]:
-    """The ``number``-th of the networks of Yi et al."""
+    """Return the builder of the ``number``-th network of Yi et al., the authors of pFedLoRA."""
 
     def builder(classes: int, shape: tuple[int, ...]) -> nn.Module:
         channels, *size = shape
@@ -156,13 +156,13 @@ def build(
     *,
     weights: str | None = None,
 ) -> Model:
-    """The model ``name`` with initial weights of ``seed``, or those that ``weights`` names (see
-    ``weights.find_file``).
+    """Return the model ``name`` with initial weights drawn from ``seed``, or read from ``weights``.
 
-    ``name``: a key of BUILDERS, ``torchvision:<model>`` (any classification model), or
-    ``module:callable``, called with ``classes`` and ``shape`` (for texts ``tokens`` too, and
-    ``padding`` if it asks for that) and returning an nn.Module. Raises ValueError when there is no
-    such model, it refuses its options or inputs, or the weights are not to be had or do not fit.
+    ``name`` is a key of BUILDERS, ``torchvision:<model>`` (any classification model), or
+    ``module:callable``. The callable gets ``classes`` and ``shape`` (for texts also ``tokens``, and
+    ``padding`` if it has that parameter) and returns an nn.Module. ``weights``: see
+    ``weights.find_file``. Raises ValueError if there is no such model, if it refuses its options or
+    inputs, or if the weights are missing or do not fit.
     """
     with isolate_rng(seed, "model"):
         module = _build_module(name, dict(options), classes, shape, tokens, padding)
@@ -180,13 +180,14 @@ def build(
 
 
 def is_external(name: str) -> bool:
-    """Whether a network, or a method, comes from a module outside this package."""
+    """Return whether the name of a network or method refers to a module outside this package."""
     return ":" in name
 
 
 class Origin(NamedTuple):
-    """Files, existing or not, that a network is made from; ``key`` and ``value`` are an entry of
-    the config's ``model`` block.
+    """Files, existing or not, from which a network is made.
+
+    ``key`` and ``value`` are the entry in the config's ``model`` block that names them.
     """
 
     key: str
@@ -195,7 +196,7 @@ class Origin(NamedTuple):
 
 
 def find_origins(name: str, options: Mapping, weights: str | None) -> list[Origin]:
-    """The files that ``build`` makes a network from, given the same arguments."""
+    """Return the files that ``build`` reads for the same arguments."""
     origins = []
     if name == "hf":
         origins.append(
@@ -225,7 +226,7 @@ def _build_module(
                     "padding"
                 )
         module = builder(**arguments, **options)
-    except (Exception, SystemExit) as error:  # a builder of the user's may raise anything
+    except (Exception, SystemExit) as error:  # a user's builder may raise anything
         raise ValueError(f"name = {name}: cannot be built: {describe_error(error)}") from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"name = {name}: returned {type(module).__name__}, not a torch.nn.Module")
@@ -233,7 +234,7 @@ def _build_module(
 
 
 def _builder(name: str) -> Callable[..., nn.Module]:
-    """The function behind a name."""
+    """Return the builder of a network's name."""
     library, _, attribute = name.partition(":")
     if library == "torchvision":
         return partial(_build_torchvision, attribute)
@@ -241,7 +242,7 @@ def _builder(name: str) -> Callable[..., nn.Module]:
 
 
 def _has_parameter(builder: Callable, parameter: str) -> bool:
-    """Whether a builder has a parameter of this name."""
+    """Return whether a builder has a parameter of this name."""
     try:
         return parameter in signature(builder).parameters
     except ValueError:  # a builder in C may have no signature

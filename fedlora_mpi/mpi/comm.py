@@ -1,7 +1,7 @@
-"""The only file that sends messages between ranks: few verbs, each one flat buffer.
+"""The only file that sends messages between ranks. Each message is one flat buffer.
 
-``connect()`` gives the communicator of this process: ``Mpi`` under a launcher, ``Solo`` without
-one, which needs no MPI library.
+``connect()`` returns the communicator of this process: ``Mpi`` under a launcher, otherwise
+``Solo``, which needs no MPI library.
 """
 
 import itertools
@@ -19,12 +19,12 @@ from .heartbeat import Heartbeat
 from .launch import expected_ranks, is_launched
 from .pending import PendingMessage, RankLost
 
-_MAX_ITEMS = 2**30  # items of one message, which MPI counts in 32 bits
-_EXCHANGE_TAG = 1  # the tag of ``exchange``; messages of ``post`` may be pending meanwhile
+_MAX_ITEMS = 2**30  # items per message, because MPI counts them in 32 bits
+_EXCHANGE_TAG = 1  # ``exchange`` needs its own tag: messages of ``post`` may be pending
 
 
 class Solo:
-    """One process: every verb is the identity."""
+    """The communicator of a single process. Every operation is the identity."""
 
     rank, size, local_rank, local_size, members, dead_ranks = 0, 1, 0, 1, (0,), ()
     is_tolerant = False
@@ -37,20 +37,23 @@ class Solo:
         """Replace ``buffer`` by its sum over ranks, on every rank."""
 
     def broadcast(self, data: bytes) -> bytes:
-        """Rank 0's bytes, on every rank."""
+        """Return the bytes of rank 0, on every rank."""
         return data
 
     def gather(self, send: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-        """The numbers of all ranks, float32, in rank order, on every rank; ``counts``: of each."""
+        """Return the numbers (float32) of all ranks, in rank order, on every rank.
+
+        counts: how many numbers each rank contributes.
+        """
         return send
 
     def exchange(
         self, send: np.ndarray, counts: Sequence[int], receive_counts: Sequence[int]
     ) -> np.ndarray:
-        """What the other ranks sent to this one, float32, in rank order.
+        """Return the numbers (float32) that the other ranks sent to this one, in rank order.
 
         send: the numbers for rank 0, then those for rank 1, ..., ``counts`` of each;
-        receive_counts: how many come from each rank.
+        receive_counts: how many numbers each rank sends to this one.
         """
         return send
 
@@ -63,12 +66,13 @@ class Solo:
 class Mpi:
     """The ranks of a communicator, at first MPI_COMM_WORLD.
 
-    Waits poll with sleeps of a quarter of the time waited, 5 ms at most: a blocking wait would spin
-    a whole core, and a server waits most of the time. ``bytes_sent`` counts the bytes this rank
-    gave to MPI. ``members``: the number of each rank in MPI_COMM_WORLD; ``dead_ranks``: the numbers
-    that are gone; ``is_tolerant``: whether the launcher lets ranks go on when one dies.
+    Waiting polls and sleeps for a quarter of the time waited so far, at most 5 ms. A blocking wait
+    would occupy a whole core, and a server waits most of the time. ``bytes_sent`` counts the bytes
+    that this rank gave to MPI. ``members``: the number of each rank in MPI_COMM_WORLD;
+    ``dead_ranks``: the numbers of dead ranks; ``is_tolerant``: whether the launcher lets ranks
+    continue when one dies.
 
-    Every verb raises RankLost when a rank is dead. The first rank to notice revokes the
+    Every operation raises RankLost when a rank is dead. The first rank to notice revokes the
     communicator, so that no rank waits for ever. Then all surviving ranks meet in ``agree`` exactly
     once, and only then continue without the dead one.
     """
@@ -87,7 +91,7 @@ class Mpi:
         )
         self.is_tolerant = _launched_tolerant()
         self.local_rank, self.local_size = self.rank, self.size
-        # if a rank has died, the first verb says so
+        # if a rank has died, the first message raises RankLost
         with suppress(MPI.Exception) if self.is_tolerant else nullcontext():
             node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
             self.local_rank, self.local_size = node.rank, node.size
@@ -97,7 +101,10 @@ class Mpi:
         self._unfinished: dict = {}
 
     def sum(self, buffer: np.ndarray) -> None:
-        """Replace ``buffer`` by its sum over ranks, on every rank. Order-free for integers."""
+        """Replace ``buffer`` by its sum over ranks, on every rank.
+
+        For integers, the result does not depend on the order of summation.
+        """
         self.bytes_sent += buffer.nbytes
         for part in _chunks(buffer):
             self._run_collective(
@@ -105,7 +112,7 @@ class Mpi:
             )
 
     def broadcast(self, data: bytes) -> bytes:
-        """Rank 0's bytes, on every rank."""
+        """Return the bytes of rank 0, on every rank."""
         size = np.array([len(data)], np.int64)
         self._run_collective(lambda: self._world.Ibcast(size, root=0), size)
         buffer = np.frombuffer(bytearray(data if self.rank == 0 else size[0]), np.uint8)
@@ -114,7 +121,7 @@ class Mpi:
         return buffer.tobytes()
 
     def gather(self, send: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-        """The numbers of all ranks, float32, in rank order, on every rank (see ``Solo``)."""
+        """Return the numbers (float32) of all ranks, in rank order, on every rank. See ``Solo``."""
         if sum(counts) > _MAX_ITEMS:
             result, ends = np.empty(sum(counts), np.float32), np.cumsum([0, *counts])
             for rank, (start, end) in enumerate(itertools.pairwise(ends)):
@@ -131,10 +138,10 @@ class Mpi:
     def exchange(
         self, send: np.ndarray, counts: Sequence[int], receive_counts: Sequence[int]
     ) -> np.ndarray:
-        """What the other ranks sent to this one, float32, in rank order (see ``Solo``).
+        """Return the numbers (float32) that the other ranks sent to this one. See ``Solo``.
 
-        Each pair of ranks knows the counts between them, but no rank knows those of all. So no
-        collective message can be too large for MPI to count.
+        It uses point-to-point messages: each pair of ranks knows its own counts only, and no
+        collective message can exceed what MPI can count.
         """
         receive = np.empty(sum(receive_counts), np.float32)
         self.bytes_sent += send.nbytes
@@ -160,8 +167,9 @@ class Mpi:
     def post(
         self, send: np.ndarray, destination: int, receive: np.ndarray, source: int
     ) -> PendingMessage:
-        """Begin to receive from one rank and to send to another; the arrays belong to MPI until the
-        message is complete.
+        """Begin to receive from one rank and to send to another.
+
+        The arrays belong to MPI until the returned message is complete.
         """
         message, world = PendingMessage(self, receive, send), self._world
         receives = [partial(world.Irecv, part, source) for part in _chunks(receive)]
@@ -172,12 +180,15 @@ class Mpi:
         return message
 
     def agree(self) -> None:
-        """Wait for all ranks; raise RankLost on all if any is dead or has noticed a dead one."""
+        """Wait for all ranks. Raises RankLost on all if any is dead or has noticed a dead one."""
         if not self._all_agree(True):
             raise RankLost(self, has_agreed=True)
 
     def shrink(self, has_agreed: bool) -> "Mpi":
-        """The surviving ranks; ``has_agreed``: whether this rank has met them in ``agree``."""
+        """Return the communicator of the surviving ranks.
+
+        has_agreed: whether this rank has already met them in ``agree``.
+        """
         if not has_agreed:
             self._all_agree(False)
         comm, survivors = None, self._world.Shrink()
@@ -198,11 +209,11 @@ class Mpi:
         self._world.Abort(1)
 
     def is_complete(self, message: PendingMessage) -> bool:
-        """Whether the message is complete. Raises RankLost."""
+        """Return whether the message is complete. Raises RankLost."""
         with self._raise_rank_lost():
             if self.is_tolerant and self._world.Is_revoked():
                 raise RankLost(self)
-            # a failed request must not be tested again: it would say yes
+            # a failed request must not be tested again: it would report success
             requests, message.requests = message.requests, []
             for number, request in enumerate(requests):
                 message.completed[number] = message.completed[number] or request.Test()
@@ -212,7 +223,7 @@ class Mpi:
         return all(message.completed)
 
     def is_received(self, message: PendingMessage) -> bool:
-        """Whether the buffers to receive are complete, also after the communicator was revoked."""
+        """Return whether the receive buffers are complete, even if the communicator was revoked."""
         requests, message.requests = message.requests, []  # as in ``is_complete``
         for number, request in enumerate(requests[: message.receive_count]):
             with suppress(self._mpi.Exception):
@@ -233,7 +244,7 @@ class Mpi:
                 message.completed.append(False)
 
     def _all_agree(self, is_well: bool) -> bool:
-        """Whether all ranks are alive and ``is_well``; the same answer on all."""
+        """Return whether all ranks are alive and ``is_well``. All ranks get the same answer."""
         flag = np.array([is_well], np.int32)
         with self.heartbeat.waiting():
             is_finished = _wait_for(self._world.Iagree(flag), self._mpi.Exception)
@@ -241,7 +252,7 @@ class Mpi:
 
     @contextmanager
     def _raise_rank_lost(self) -> Iterator[None]:
-        """Turn MPI's error for a dead rank into RankLost, here and on all other ranks."""
+        """Turn MPI's error for a dead rank into RankLost, on this rank and on all others."""
         try:
             yield
         except self._mpi.Exception as error:
@@ -256,7 +267,7 @@ class Mpi:
             raise RankLost(self) from None
 
     def _confirm_failure(self) -> bool:
-        """Whether a rank proves dead within seconds, after MPI has reported only ERR_OTHER."""
+        """Return whether a rank proves dead within 5 s, after MPI has reported only ERR_OTHER."""
         deadline = time.monotonic() + 5
         while self.is_tolerant and time.monotonic() < deadline:
             if self._world.Is_revoked() or self._world.Get_failed().size:
@@ -266,14 +277,14 @@ class Mpi:
 
 
 def _chunks(array: np.ndarray) -> list[np.ndarray]:
-    """Consecutive views of an array, each of at most as many items as MPI can count."""
+    """Return consecutive views of an array, each with at most as many items as MPI can count."""
     assert array.flags.c_contiguous
     flat = array.reshape(-1)
     return [flat[at : at + _MAX_ITEMS] for at in range(0, len(flat), _MAX_ITEMS)]
 
 
 def _wait_for(request, failure: type[Exception]) -> bool:
-    """Wait for a request; False when it raises ``failure``."""
+    """Wait for a request. Returns False when it raises ``failure``."""
     try:
         while not request.Test():
             time.sleep(5e-4)
@@ -286,14 +297,14 @@ Comm = Solo | Mpi
 
 
 def _launched_tolerant() -> bool:
-    """Whether the launcher lets ranks go on when one dies."""
+    """Return whether the launcher lets ranks continue when one dies."""
     return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes")  # noqa: SIM112
 
 
 def _mpi4py():
-    """mpi4py.MPI; the first import of it in a process starts MPI."""
-    # else MPI_Finalize begins with a barrier, in which one process in four waits for the dead for
-    # ever
+    """Return ``mpi4py.MPI``. Its first import in a process starts MPI."""
+    # without this setting MPI_Finalize begins with a barrier, in which one process in four
+    # waits for a dead rank for ever
     if _launched_tolerant():
         os.environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
     from mpi4py import MPI
@@ -302,10 +313,11 @@ def _mpi4py():
 
 
 def connect() -> Comm:
-    """The communicator of this process.
+    """Return the communicator of this process.
 
-    Raises ValueError when a launcher started it but mpi4py or its MPI library is missing, or when
-    it does not find the processes that were started with it: each would run everything.
+    Raises ValueError when a launcher started it but mpi4py or its MPI library is missing. Also
+    raises ValueError when the process does not find the others: each would run the whole
+    experiment.
     """
     try:
         comm = Mpi() if is_launched() else Solo()
@@ -326,7 +338,7 @@ def connect() -> Comm:
 
 
 def library_version() -> str:
-    """Name and version of the MPI library that mpi4py uses."""
+    """Return name and version of the MPI library that mpi4py uses."""
     return (
         _mpi4py()
         .Get_library_version()
@@ -338,7 +350,7 @@ def library_version() -> str:
 
 
 def supports_ulfm() -> bool:
-    """Whether the other ranks can go on without the last one, which dies (ULFM)."""
+    """Kill the last rank and return whether the others can continue without it (ULFM)."""
     MPI = _mpi4py()
     world = MPI.COMM_WORLD
     world.Set_errhandler(MPI.ERRORS_RETURN)

@@ -1,4 +1,4 @@
-"""How ranks end: each by itself if all reach the same error, or all at once by the error of one."""
+"""How ranks end: each by itself when all reach the same error, or all at once when one fails."""
 
 import errno
 import sys
@@ -15,12 +15,12 @@ from .comm import Comm
 from .pending import RankLost
 
 T = TypeVar("T")
-_REFUSAL, _FAULT = 1, 2  # what a rank reports; 0: no error
-_MAX_TEXT = 2000  # bytes of an error message that travel
+_REFUSAL, _FAULT = 1, 2  # a rank's error code; 0: no error
+_MAX_TEXT = 2000  # bytes of an error message that are sent
 
 
 class CollectiveExit(Exception):
-    """An end that every rank reaches at the same point, so each can leave by itself.
+    """An error that every rank reaches at the same point, so that each can exit by itself.
 
     ``reporting_rank`` prints it.
     """
@@ -33,13 +33,13 @@ class CollectiveExit(Exception):
 
 
 class Refusal(CollectiveExit):
-    """The user's mistake."""
+    """A mistake of the user."""
 
     code = 2
 
 
 class Fault(CollectiveExit):
-    """An error that no check of the configuration could find, such as a loss that is not finite."""
+    """An error that no check of the config could find, such as a loss that is not finite."""
 
 
 class ServerLost(Fault):
@@ -47,10 +47,11 @@ class ServerLost(Fault):
 
 
 def collectively(comm: Comm, stage: Callable[[], T]) -> T:
-    """Run ``stage`` on every rank and go on only if it succeeds on all.
+    """Run ``stage`` on every rank and continue only if it succeeds on all.
 
     A user's mistake (ValueError) on any rank raises Refusal on all, with the text of the lowest
-    such rank: no rank waits for one that has left. A full disk (WriteError) raises Fault on all.
+    such rank, so that no rank waits for one that has left. A full disk (WriteError) raises Fault on
+    all.
     """
     result, text, error_code = None, b"", 0
     try:
@@ -72,18 +73,18 @@ def collectively(comm: Comm, stage: Callable[[], T]) -> T:
         if table[failed[0], _MAX_TEXT] == _REFUSAL:
             raise Refusal(message)
         raise Fault(message)
-    return cast(T, result)  # None only where ``stage`` returns it
+    return cast(T, result)  # None only if ``stage`` returned it
 
 
 def _encode(text: str) -> bytes:
-    """A message as bytes; what is no Unicode in it, such as parts of a file name, is escaped."""
+    """Return a message as bytes. What is not Unicode, such as parts of a file name, is escaped."""
     return text.encode(errors="backslashreplace")[:_MAX_TEXT]
 
 
 def run_or_abort(comm: Comm, main: Callable[[], int]) -> int:
-    """The exit code of ``main``.
+    """Return the exit code of ``main``.
 
-    An exception that only this rank met ends ALL ranks, with its traceback: otherwise the others
+    An exception on this rank alone ends ALL ranks and prints its traceback. Otherwise the others
     would wait for this rank for ever.
     """
     try:
@@ -93,7 +94,7 @@ def run_or_abort(comm: Comm, main: Callable[[], int]) -> int:
             print(_error_line(end), file=sys.stderr, flush=True)
         return end.code
     except KeyboardInterrupt:
-        return 130  # as a shell reports it; what the last checkpoint holds is safe
+        return 130  # the code that shells report; the last checkpoint stays intact
     except RankLost as lost:
         print(_error_line(lost), file=sys.stderr, flush=True)
         comm.abort()
@@ -101,7 +102,7 @@ def run_or_abort(comm: Comm, main: Callable[[], int]) -> int:
         print(_error_line(error), file=sys.stderr, flush=True)
         comm.abort()
     except BrokenPipeError:
-        raise  # nobody reads the output, which is no error
+        raise  # the reader of the output has gone, which is no error
     except OSError as error:
         if comm.size == 1 and error.filename is None and error.errno == errno.ENOSPC:
             raise  # standard output is on a full disk
@@ -112,7 +113,7 @@ def run_or_abort(comm: Comm, main: Callable[[], int]) -> int:
 
 
 def _stop_all_ranks(comm: Comm) -> int:
-    """Show the current exception, and end all ranks."""
+    """Print the traceback of the current exception and end all ranks."""
     print(f"[rank {comm.rank} of {comm.size}] stopped all ranks:", file=sys.stderr)
     traceback.print_exc()
     if comm.size > 1:
@@ -121,5 +122,5 @@ def _stop_all_ranks(comm: Comm) -> int:
 
 
 def _error_line(error: Exception) -> str:
-    """One line, with the notes of the exception."""
+    """Return one line with the exception and its notes."""
     return escape_line("; ".join([f"fedlora-mpi: {error}", *getattr(error, "__notes__", ())]))

@@ -1,4 +1,4 @@
-"""How the package is started: in processes of its own, and by which launcher this process was."""
+"""How processes are launched: by which launcher this one was, and commands that start others."""
 
 import faulthandler
 import os
@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# each has the number of ranks
+# each holds the number of ranks
 _LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _SIZE_VARIABLES = (*_LAUNCHER_VARIABLES, "SLURM_NTASKS")
 _LAUNCHER_PROGRAMS = ("prterun", "mpirun", "orterun", "mpiexec", "mpiexec.hydra")
 
 
 def is_launched() -> bool:
-    """Whether an MPI launcher that is still there has started this process."""
+    """Return whether an MPI launcher that is still running has started this process."""
     environment = os.environ
     if any(name in environment for name in _LAUNCHER_VARIABLES):
         return True
@@ -27,8 +27,9 @@ def is_launched() -> bool:
 
 
 def has_leftovers() -> bool:
-    """Whether PMIx variables are of a job that has ended: Open MPI would crash at the end of this
-    process.
+    """Return whether the PMIx variables belong to a job that has ended.
+
+    With such variables Open MPI would crash at the end of this process.
     """
     if not any(name in os.environ for name in ("PMIX_RANK", "PMIX_NAMESPACE")):
         return False
@@ -40,8 +41,9 @@ def has_leftovers() -> bool:
 
 
 def _is_reachable(uri: str) -> bool:
-    """Whether the PMIx server of ``NAMESPACE.RANK;tcp4://HOST:PORT`` is there; one of another kind
-    is taken to be.
+    """Return whether the PMIx server of ``NAMESPACE.RANK;tcp4://HOST:PORT`` answers.
+
+    A server with another kind of address counts as reachable.
     """
     kind, _, address = uri.rpartition(";")[2].partition("://")
     host, _, port = address.rpartition(":")
@@ -55,8 +57,9 @@ def _is_reachable(uri: str) -> bool:
 
 
 def expected_ranks() -> tuple[int, str]:
-    """How many processes were started together, and the variable that says so; (1, "") when none
-    does.
+    """Return how many processes were started together, and the variable that says so.
+
+    Returns (1, "") when there is no such variable.
     """
     rank_counts = [
         (int(value), name)
@@ -68,13 +71,12 @@ def expected_ranks() -> tuple[int, str]:
 
 @contextmanager
 def limit_startup(seconds: float) -> Iterator[None]:
-    """End this process, with a line and exit code 1, when the block takes longer; 0: it may take
-    for ever.
+    """End this process with a message and exit code 1 if the block takes longer; 0 means no limit.
 
-    MPI starts inside: it waits for every rank, also for one that is dead, and holds Python's lock.
-    So no Python of this process could say anything: a child prints the line, and a thread of
-    faulthandler, which needs no lock, leaves. (The child could only kill, which mpirun takes for
-    success where ranks may die.)
+    MPI starts inside the block. It waits for every rank, even for a dead one, and holds Python's
+    lock (GIL), so no Python code of this process can run. Therefore a child process prints the
+    message, and a thread of faulthandler, which does not need the lock, exits. (If the child killed
+    this process, mpirun would report success when it tolerates dead ranks.)
     """
     if not seconds:
         yield
@@ -96,9 +98,7 @@ def limit_startup(seconds: float) -> Iterator[None]:
 
 
 def _report_unless_closed(pipe: int, seconds: float) -> None:
-    """Wait for the end of a pipe, and say so where the parent does not close it in time. Does not
-    return.
-    """
+    """Print a message if the parent does not close the pipe within ``seconds``. Never returns."""
     try:
         if not select.select([pipe], [], [], seconds)[0]:
             rank = next(
@@ -119,11 +119,10 @@ def _report_unless_closed(pipe: int, seconds: float) -> None:
 
 
 def end_launcher(seconds: float) -> None:
-    """Let a child end the mpirun that has started this process, unless that ends by itself within
-    ``seconds``.
+    """Start a child that ends the mpirun of this process, unless it ends itself within ``seconds``.
 
-    mpirun waits for the daemons of all nodes, also for one behind a link that is down, whatever its
-    ranks ask for.
+    mpirun waits for the daemons of all nodes, even for one behind a broken link, whatever its ranks
+    ask for.
     """
     launcher = os.getppid()
     start_time = _start_time(launcher)
@@ -134,7 +133,7 @@ def end_launcher(seconds: float) -> None:
         nowhere = os.open(os.devnull, os.O_RDWR)
         for stream in range(3):
             os.dup2(nowhere, stream)
-        for _ in range(3):  # the second signal is the one that it takes for urgent
+        for _ in range(3):  # mpirun ends at once only on the second signal
             time.sleep(seconds)
             if _start_time(launcher) != start_time:
                 break
@@ -144,7 +143,7 @@ def end_launcher(seconds: float) -> None:
 
 
 def _program_name(process: int) -> str:
-    """The program of a process, as Linux tells it; "" where it does not."""
+    """Return the program name of a process from ``/proc``, or "" if it is unknown."""
     try:
         return Path(f"/proc/{process}/comm").read_text().strip()
     except OSError:
@@ -152,7 +151,10 @@ def _program_name(process: int) -> str:
 
 
 def _start_time(process: int) -> str:
-    """What tells a process from a later one with its number; "" where it is gone."""
+    """Return the start time of a process, or "" if it has ended.
+
+    It distinguishes the process from a later one with the same number.
+    """
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -160,14 +162,15 @@ def _start_time(process: int) -> str:
 
 
 def find_mpirun() -> str | None:
-    """The launcher beside this Python, else the one on PATH; None where there is neither."""
+    """Return the launcher beside this Python, else the one on PATH, else None."""
     sibling = Path(sys.executable).parent / "mpirun"
     return str(sibling) if sibling.is_file() else shutil.which("mpirun")
 
 
 def function_command(module: str, name: str) -> list[str]:
-    """The command line that calls a function of the package, with no file of the working folder in
-    the way.
+    """Return a command line that calls a function of the package.
+
+    Files of the working folder cannot shadow modules that it imports.
     """
     package_parent = str(Path(__file__).resolve().parents[2])
     return [
@@ -179,8 +182,9 @@ def function_command(module: str, name: str) -> list[str]:
 
 
 def launch_command(ranks: int) -> list[str]:
-    """The command line up to the subcommand. Raises ValueError where there is no mpirun for several
-    ranks.
+    """Return the command line up to the subcommand.
+
+    Raises ValueError when several ranks are requested but there is no mpirun.
     """
     python = [sys.executable, "-m", "fedlora_mpi"]
     if ranks == 1:

@@ -1,4 +1,4 @@
-"""A thread that ends a run in which a process is stalled, and names the rank and the stage."""
+"""A thread that ends a run when a process stalls, and names the rank and the stage."""
 
 import faulthandler
 import signal
@@ -17,13 +17,13 @@ from .launch import end_launcher
 
 @contextmanager
 def watch_progress(comm: Comm, timeout: float, folder: Path, way_out: str) -> Iterator[None]:
-    """Inside, ``timeout`` seconds without a beat of ``comm.heartbeat`` end all ranks; 0: none do.
+    """End all ranks after ``timeout`` seconds without a beat of ``comm.heartbeat``; 0: never.
 
-    The message names rank, round and stage, and the stack of every thread follows. If even this
-    thread cannot run, because some library keeps Python's lock, only the stacks are shown, a
-    quarter of the time later. A frozen process is detected by its missing signs of life in the run
-    ``folder`` (see ``LifeSigns``). They also reveal that all ranks wait for each other, because a
-    link is down. way_out: the end of the message.
+    The message names rank, round and stage; the stack of every thread follows. If some library
+    keeps Python's lock (GIL), this thread cannot run either. Then the process ends after 1.25
+    ``timeout`` and shows only the stacks. A frozen process is detected by its missing signs of life
+    in the run ``folder`` (see ``LifeSigns``). They also reveal that all ranks wait for each other
+    because a link is down. way_out: the end of the message.
     """
     if not timeout:
         yield
@@ -77,7 +77,7 @@ def _watch(
 
 
 def _end_run(comm: Comm, problem: str, timeout: float, stage: str, way_out: str) -> None:
-    """End all ranks, and show the stacks of this one."""
+    """Print the message and the stacks of this rank, and end all ranks."""
     with suppress(OSError):  # standard error may be closed
         line = f"\nfedlora-mpi: {problem} for {timeout:g} s (faults.timeout) in {stage}; {way_out}"
         print(line, file=sys.__stderr__, flush=True)
@@ -90,12 +90,11 @@ def _end_run(comm: Comm, problem: str, timeout: float, stage: str, way_out: str)
 
 
 class LifeSigns:
-    """One file per rank, which changes four times in ``timeout`` seconds while its process runs,
-    also while it waits.
+    """One file per rank, which changes four times in ``timeout`` seconds while its process runs.
 
-    Rank 0 reads the files of all others, and rank 1 that of rank 0; clocks are not compared. Short
-    runs write none. A file holds a number that changes, ``Heartbeat.beats``, whether the rank
-    waits, and its stage.
+    It also changes while the process waits. Rank 0 reads the files of all others, and rank 1 that
+    of rank 0; clocks are not compared. Short runs write no file. A file holds a number that
+    changes, ``Heartbeat.beats``, whether the rank waits, and its stage.
     """
 
     def __init__(self, comm: Comm, folder: Path, timeout: float) -> None:
@@ -103,15 +102,16 @@ class LifeSigns:
         self._watched_ranks = (
             range(1, comm.size) if comm.rank == 0 else (0,) if comm.rank == 1 else ()
         )
-        # rank -> the content of its file, and since when
+        # rank -> content of its file, and the time of its last change
         self._last_seen: dict[int, tuple[str, float]] = {}
         self._last_sign_time, self._sign_number = time.monotonic(), 0
-        # the signs of all ranks while all of them wait, and since when
+        # the signs of all ranks while all wait, and the time of their last change
         self._waiting_since: tuple[list[list[str]], float] = [], self._last_sign_time
 
     def silent_ranks(self) -> list[tuple[int, str]]:
-        """The ranks whose files no longer change, with their last stages; writes this rank's file
-        when it is time.
+        """Return the ranks whose files no longer change, with their last stages.
+
+        Also writes this rank's file when a quarter of the timeout has passed.
         """
         now = time.monotonic()
         if (
@@ -129,11 +129,10 @@ class LifeSigns:
         return [silent for rank in self._watched_ranks if (silent := self._check_rank(rank, now))]
 
     def deadlock_stage(self) -> str:
-        """The stage of this rank if all ranks have waited without a beat for longer than the
-        timeout; else "".
+        """Return the stage of this rank if all ranks wait for each other, otherwise "".
 
-        A message that takes so long looks the same. Every rank checks by itself, as none can tell
-        another.
+        They do so if all have waited without a beat for longer than the timeout. A message that
+        takes so long looks the same. Every rank checks by itself, because none can inform another.
         """
         heartbeat, now = self._comm.heartbeat, time.monotonic()
         if self._comm.size == 1 or not heartbeat.is_waiting:
@@ -145,7 +144,7 @@ class LifeSigns:
         return str(heartbeat) if now - self._waiting_since[1] > self._timeout else ""
 
     def remove(self) -> None:
-        """Remove this rank's file: it ends in good order."""
+        """Remove this rank's file at a normal end."""
         with suppress(OSError):
             # the last rank removes the folder
             nolinks.clear_folder(self._folder, str(self._comm.rank).__eq__, self._folder.parent)
@@ -160,7 +159,7 @@ class LifeSigns:
         return (rank, text.split(" ", 3)[3]) if is_silent else None
 
     def _read_sign(self, rank: int) -> str:
-        """The content of a rank's file."""
+        """Return the content of a rank's file."""
         with (
             suppress(OSError, StoreError),
             open_for_reading(self._folder / str(rank), self._folder.parent) as file,

@@ -1,8 +1,8 @@
-"""What a config would cost, before anything is trained.
+"""Estimate what a config costs before anything is trained.
 
-Sizes follow from the model and the partition. Time and memory follow from unit costs that
-``unit_costs`` measures: a stack of each kind of clients plays a few batches, and ``forecast`` adds
-up what each rank of the real placement would do.
+Sizes follow from the model and the partition. Time and memory follow from unit costs, which
+``unit_costs`` measures by running a few batches with one stack of each client type. ``forecast``
+then adds up what each rank of the real placement would compute.
 """
 
 import json
@@ -31,19 +31,19 @@ from .forecast import Costs, Machine, Seconds, forecast
 from .roles import decomposition_lines, role_lines
 from .unit_costs import measure_costs
 
-_COLUMNS = 20  # of the log, about
-# bytes of a log and of a checkpoint's files beside the numbers in them
+_COLUMNS = 20  # approximate number of columns of the log
+# bytes of a log, and of a checkpoint's files, without the numbers in them
 _LOG_BYTES, _CHECKPOINT_BYTES = 120_000, 60_000
 
 
 class Estimate(NamedTuple):
-    """What a config would cost; ``plan`` shows it."""
+    """The costs of a config, as ``plan`` reports them."""
 
     assembly: Assembly
     seconds: Seconds  # of a round of the first task
     worker_bytes: float  # bytes of the worker with most personal state
-    worker_clients: int  # of that worker
-    client_bytes: float  # bytes of a GPU's memory for each client of a stack; 0 without --gpus
+    worker_clients: int  # clients of that worker
+    client_bytes: float  # bytes of GPU memory per client of a stack; 0 without --gpus
     machine: Machine
     costs: Costs
 
@@ -56,10 +56,13 @@ def estimate(
     bandwidth: float | None = None,
     latency: float | None = None,
 ) -> Estimate:
-    """The costs of ``config`` on ``ranks`` ranks: of this machine, or elsewhere with a GPU named
-    ``gpus`` each (``none``: with a core each).
+    """Return the costs of ``config`` on ``ranks`` ranks.
 
-    bandwidth: bytes/s, latency: seconds of a message. Raises ValueError for what cannot be.
+    The ranks are on this machine or, with ``gpus``, on another one: each rank has one GPU of that
+    name (``none``: one CPU core).
+
+    bandwidth: bytes/s, latency: seconds of a message. Raises ValueError for options that are not
+    allowed.
     """
     if ranks < 1:
         raise ValueError(f"--ranks = {ranks}: must be an integer of at least 1")
@@ -93,7 +96,8 @@ def estimate(
     held_bytes = personal_bytes[fullest_rank] * (
         config.participation if config.engine.personal == "disk" else 1
     )
-    # the rows of a ward; changed ones as they were in two rounds, going and coming
+    # replicas of another rank's rows; changed rows: former values of two rounds, one outgoing and
+    # one incoming message
     if config.faults.tolerate:
         held_bytes += personal_bytes[fullest_rank] * (1 + 4 * config.participation)
     memory = (
@@ -115,7 +119,7 @@ def plan(
     bandwidth: float | None = None,
     latency: float | None = None,
 ) -> str:
-    """``estimate`` as lines of text."""
+    """Return ``estimate`` as lines of text."""
     estimated = estimate(config, source, ranks, gpus, bandwidth, latency)
     machine_text = f"this machine ({os.cpu_count()} cores)"
     if gpus:
@@ -138,8 +142,8 @@ def plan(
 
 
 def storage_bytes(assembly: Assembly) -> int:
-    """Bytes that the run folder comes to: the kept checkpoints and one in the making, each with a
-    log, and the log.
+    """Bytes of the run folder: the log, the kept checkpoints and one that is being written. Each
+    checkpoint has a copy of the log.
     """
     config, run, split = assembly.config, assembly.run, assembly.split
     initial_shared = run.kinds[0].initial.shared
@@ -160,7 +164,7 @@ def storage_bytes(assembly: Assembly) -> int:
 
 
 def _size_lines(assembly: Assembly, ranks: int) -> list[tuple[str, str]]:
-    """Parameters and bytes."""
+    """Lines on the networks, on shared and personal numbers, and on the traffic of a round."""
     config, run = assembly.config, assembly.run
     initial, clients, cohort = run.kinds[0].initial, len(run.weight_N), _cohort_size(run)
     second_shared = _second_shared(run)
@@ -208,7 +212,7 @@ def _size_lines(assembly: Assembly, ranks: int) -> list[tuple[str, str]]:
 
 
 def _cohort_size(run: Run) -> int:
-    """How many clients a round has; where that is random, about."""
+    """The number of clients in a round; approximate if the cohort size is random."""
     return (
         max(1, round(run.cohort_weight(frozenset())))
         if run.privacy.samples_poisson
@@ -217,7 +221,7 @@ def _cohort_size(run: Run) -> int:
 
 
 def _privacy_lines(assembly: Assembly) -> list[tuple[str, str]]:
-    """What all rounds together cost in differential privacy."""
+    """The differential privacy that all rounds together cost; none without it."""
     run, block, rounds = assembly.run, assembly.config.privacy, assembly.config.rounds
     if not block.is_differential:
         return []
@@ -235,13 +239,13 @@ def _privacy_lines(assembly: Assembly) -> list[tuple[str, str]]:
 
 
 def _client_traffic(run: Run, kind: ClientType, second_shared: Tree) -> tuple[int, int]:
-    """The most bytes that such a client sends and receives in a round.
+    """The largest numbers of bytes that a client of this type sends and receives in a round.
 
     second_shared: see ``_second_shared``.
     """
 
     def ones_like(tree):
-        return tmap(torch.ones_like, tree)  # of a method that sends by class: all classes
+        return tmap(torch.ones_like, tree)  # for a method that sends per class: all classes
 
     all_ones, initial_shared = (
         Variables(*map(ones_like, kind.local_initial[:2])),
@@ -260,8 +264,8 @@ def _client_traffic(run: Run, kind: ClientType, second_shared: Tree) -> tuple[in
 
 
 def _second_shared(run: Run) -> Tree:
-    """The shared variables before round 2 if all of a cohort, clients of equal weight, came back
-    untrained.
+    """The shared variables before round 2 if all clients of the cohort upload untrained variables,
+    with equal weights.
     """
     shared, kinds = (
         run.kinds[0].initial.shared,
@@ -276,7 +280,7 @@ def _second_shared(run: Run) -> Tree:
 
 
 def _range_text(numbers: Sequence[int], format_number: Callable[[int], str]) -> str:
-    """From the smallest to the largest, or the one that all are."""
+    """The smallest and the largest number as text, or one number if all are equal."""
     least, most = min(numbers), max(numbers)
     return (
         format_number(most) if least == most else f"{format_number(least)} to {format_number(most)}"
@@ -284,7 +288,7 @@ def _range_text(numbers: Sequence[int], format_number: Callable[[int], str]) -> 
 
 
 def _network_lines(run: Run, number: int, name: str) -> list[tuple[str, str]]:
-    """What is known of a network, and what its parts are to the method."""
+    """Lines on a network: its size, and the role of each part in the method."""
     kind_numbers = [k for k, kind in enumerate(run.kinds) if kind.network == number]
     model = run.kinds[kind_numbers[0]].trainer.model
     return [
@@ -295,7 +299,7 @@ def _network_lines(run: Run, number: int, name: str) -> list[tuple[str, str]]:
 
 
 def _model_text(run: Run, number: int, name: str) -> str:
-    """The size of a network."""
+    """The size of a network, its FLOPs, and how many clients have it."""
     kind_numbers = [k for k, kind in enumerate(run.kinds) if kind.network == number]
     model, clients = (
         run.kinds[kind_numbers[0]].trainer.model,
@@ -313,7 +317,7 @@ def _model_text(run: Run, number: int, name: str) -> str:
 
 
 def _cost_lines(estimated: Estimate, workers: int, gpus: str | None) -> list[tuple[str, str]]:
-    """Memory and time."""
+    """Lines on the engine, memory, disk and time."""
     config, run, seconds = estimated.assembly.config, estimated.assembly.run, estimated.seconds
     stage_names = ("train", "exchange", "evaluate", "files")
     stages = ", ".join(f"{name} {format_seconds(getattr(seconds, name))}" for name in stage_names)
@@ -363,7 +367,7 @@ def _cost_lines(estimated: Estimate, workers: int, gpus: str | None) -> list[tup
 def _origin_lines(
     estimated: Estimate, gpus: str | None, bandwidth: float | None, latency: float | None
 ) -> list[tuple[str, str]]:
-    """Which numbers were measured here, given, or assumed."""
+    """Lines that say which numbers were measured here, which were given and which are assumed."""
     machine, assumed = estimated.machine, []
     options = [
         f"{name} {value:g}"

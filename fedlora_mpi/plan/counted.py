@@ -1,5 +1,5 @@
-"""What a stack would cost on a GPU that is not here: its operations counted on this CPU, priced by
-the data sheet.
+"""Estimate what a stack costs on a GPU that is not here: operations are counted on this CPU and
+priced by the GPU's data sheet.
 """
 
 import time
@@ -20,25 +20,25 @@ from ..federation.federation import ClientType
 from .devices import BANDWIDTH_SHARE, CONTEXT_BYTES, PEAK_SHARE, Device
 from .line import CostLine, sample_limits
 
-_BATCH_SIZE = 4  # samples of a step that is counted; costs are linear in them
+_BATCH_SIZE = 4  # samples of a counted step; costs are linear in the number of samples
 
 
 class Count(NamedTuple):
-    """What one client's training or evaluation does."""
+    """What the training or evaluation of one client needs."""
 
-    operations: int  # kernels that are started
-    flops: int  # of products and convolutions
-    bytes: int  # that all others read and write
-    saved: int  # bytes kept for a backward pass, at most
+    operations: int  # launched kernels
+    flops: int  # of matrix products and convolutions
+    bytes: int  # read and written by all other operations
+    saved: int  # largest number of bytes kept for a backward pass
 
 
 class GpuSeconds(NamedTuple):
-    """Seconds of clients in one stack: of the processor that starts kernels, or of the GPU,
-    whichever is more.
+    """Seconds of one stack of clients: the larger of the CPU's time to launch kernels and the GPU's
+    time to run them.
     """
 
-    launch: CostLine  # of a stack
-    compute: CostLine  # of each client
+    launch: CostLine  # CPU seconds of the whole stack
+    compute: CostLine  # GPU seconds of each client
 
     def cost(self, sizes: Sequence[int], batch_size: int) -> float:
         return max(
@@ -48,19 +48,20 @@ class GpuSeconds(NamedTuple):
 
 
 class GpuCosts(NamedTuple):
-    """A kind of clients on a GPU."""
+    """The costs of one client type on a GPU."""
 
     train: GpuSeconds
     tune: GpuSeconds
     score: GpuSeconds
-    client_bytes: float  # bytes of GPU memory of each client of a stack while it trains
+    client_bytes: float  # bytes of GPU memory per client of a stack during training
 
 
 def count_gpu_costs(
     kind: ClientType, client: int, batch_size: int, device: Device, precision: str
 ) -> GpuCosts:
-    """The costs of clients of a kind on ``device``; ``client``: one of them. ``batch_size``: that
-    of the run.
+    """The costs of a client type on ``device``.
+
+    client: a client of this type, whose operations are counted. batch_size: that of the run.
     """
     trainer = kind.trainer
     feed, settings = (
@@ -86,7 +87,7 @@ def count_gpu_costs(
 
     train, tests = price(count_training), max(1, feed.test_size(client))
     if trainer.algorithm.personalize(trainer.model, settings, 0):
-        # ``per_round`` of the tuning has it
+        # ``per_round`` of the tuning includes the scoring
         tune, score = price(count_evaluation), GpuSeconds(CostLine(0, 0, 0), CostLine(0, 0, 0))
     else:
         evaluation = count_evaluation(1)
@@ -106,8 +107,8 @@ def count_gpu_costs(
 def gpu_capacity(
     device: Device, data_bytes: int, client_bytes: float, group_size: int
 ) -> tuple[float, int, int]:
-    """(bytes of GPU memory of a worker, workers that fit on one, clients that one worker could
-    stack).
+    """(bytes of GPU memory per worker, workers that fit on one GPU, clients that one worker alone
+    could stack).
     """
     worker_bytes = CONTEXT_BYTES + data_bytes + group_size * client_bytes
     return (
@@ -118,7 +119,7 @@ def gpu_capacity(
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up what is done under it."""
+    """Counts the operations, FLOPs and bytes of everything that runs inside it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +142,7 @@ class _Counter(TorchDispatchMode):
 
 
 def _count(work) -> Count:
-    """What ``work()`` does."""
+    """Return the ``Count`` of ``work()``."""
     peak = held_bytes = 0
     backward = False
 
@@ -164,8 +165,8 @@ def _count(work) -> Count:
 def _operation_seconds(
     trainer: Trainer, client: int, shared: Tree, rows: Tree, count_training
 ) -> float:
-    """Seconds in which this machine starts an operation: of steps so small that they hardly
-    compute.
+    """Seconds that this machine needs to start one operation, measured on steps that are too small
+    for computation to matter.
     """
     operations = count_training(1).operations
     seconds = []
@@ -179,7 +180,7 @@ def _operation_seconds(
 def _price_counts(
     count, samples: int, operation_seconds: float, device: Device, precision: str
 ) -> GpuSeconds:
-    """The seconds of what ``count(limit)`` counts."""
+    """The seconds of a stack whose ``count(limit)`` is the ``Count`` at ``limit`` samples."""
     counts: dict[int, Count] = {
         limit: count(limit) for limit in set(sample_limits(samples, _BATCH_SIZE))
     }
@@ -195,6 +196,8 @@ def _price_counts(
 
 
 def _gpu_seconds(count: Count, device: Device, precision: str) -> float:
-    """Products at the assumed share of its peak, the rest at that of its memory bandwidth."""
+    """Seconds of ``count`` on the GPU: FLOPs at the assumed share of its peak, bytes at the assumed
+    share of its memory bandwidth.
+    """
     peak = device.tf32 if precision == "tf32" else device.float32
     return count.flops / (PEAK_SHARE * peak) + count.bytes / (BANDWIDTH_SHARE * device.bandwidth)

@@ -1,15 +1,15 @@
-"""Processors that this machine does not have: what their makers say of them, and what of it an
-eager step reaches.
+"""Data sheets of GPUs that this machine does not have, and the share of them that training
+reaches.
 """
 
 from typing import NamedTuple
 
 
 class Device(NamedTuple):
-    """A GPU by its data sheet: dense, no sparsity."""
+    """A GPU by its data sheet; FLOP/s are dense, without sparsity."""
 
     float32: float  # FLOP/s
-    tf32: float  # FLOP/s of the tensor cores; as float32 where there is none
+    tf32: float  # FLOP/s of the tensor cores; the float32 value for a GPU without tf32
     bandwidth: float  # bytes/s of its memory
     memory: float  # bytes
 
@@ -25,17 +25,19 @@ GPUS = {
     "h100": Device(67e12, 494e12, 3.35e12, 80e9),  # SXM
     "h200": Device(67e12, 494e12, 4.80e12, 141e9),  # SXM
 }
-PEAK_SHARE = 0.35  # of the FLOP/s, by convolutions and products of small networks: assumed
-BANDWIDTH_SHARE = 0.6  # of the memory's, by the operations between them: assumed
-CONTEXT_BYTES = 0.6e9  # bytes of a GPU that CUDA and its libraries take for each process: assumed
-BANDWIDTH = 12.5e9  # bytes/s between nodes, 100 Gbit/s: assumed where --bandwidth does not say
-LATENCY = 5e-6  # seconds of a message between nodes: assumed where --latency does not say
+# assumed share of the FLOP/s that convolutions and matrix products of small networks reach
+PEAK_SHARE = 0.35
+# assumed share of the memory bandwidth that all other operations reach
+BANDWIDTH_SHARE = 0.6
+CONTEXT_BYTES = 0.6e9  # assumed GPU memory of CUDA and its libraries per process
+BANDWIDTH = 12.5e9  # assumed bytes/s between nodes (100 Gbit/s) without --bandwidth
+LATENCY = 5e-6  # assumed seconds of a message between nodes without --latency
 
 
 def find_device(name: str) -> Device | None:
-    """The GPU of that name; None for ``none``.
+    """Return the GPU of that name; None for ``none``.
 
-    Raises ValueError for one that is not known.
+    Raises ValueError for an unknown name.
     """
     if name == "none":
         return None

@@ -1,4 +1,6 @@
-"""How long a round takes, from unit costs: arithmetic alone, nothing is measured here."""
+"""Compute how long a round takes from unit costs. This is arithmetic only; nothing is measured
+here.
+"""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -11,57 +13,59 @@ from ..core.tree import nbytes, numel
 from ..federation.federation import Run
 from ..run.assembly import Assembly
 
-_ROUNDS = 16  # cohorts that are drawn to know the slowest worker of a small one
-_POLL_SECONDS = 1e-3  # seconds by which a wait oversleeps a message, see ``comm.Mpi``
+_ROUNDS = 16  # cohorts sampled to estimate the slowest worker when participation is below 1
+_POLL_SECONDS = 1e-3  # seconds that a polling wait adds to a message, see ``comm.Mpi``
 
 
 class CostModel(Protocol):
-    """Seconds of clients that compute together."""
+    """Seconds of clients that are computed together."""
 
     def cost(self, sizes: Sequence[int], batch_size: int) -> float: ...
 
 
 class UnitCosts(NamedTuple):
-    """What clients of one kind cost, seconds."""
+    """What clients of one type cost, in seconds."""
 
-    train: CostModel  # training, upload and its exact addition
-    tune: CostModel  # before an evaluation
-    score: CostModel  # of test samples, in one batch
-    add: float  # of what another rank's upload stands for, and its addition
+    train: CostModel  # training, upload, and the exact addition of the upload
+    tune: CostModel  # tuning before an evaluation
+    score: CostModel  # evaluation of test samples, in one batch
+    add: float  # expanding another rank's upload and adding it to the sum
 
 
 class Costs(NamedTuple):
-    """What else a run costs, seconds."""
+    """What a run costs besides, in seconds unless a comment says otherwise."""
 
-    units: Mapping[int, UnitCosts]  # of each kind that clients have
-    begin: float  # of a round, on every rank
-    close: float  # of a round, on every rank, after the message: the mean, the server's step
-    vectors: float  # of a round, of the server's singular vectors, which the ranks share
-    mix: tuple[float, float]  # of a round: for each client of the cohort, and for each pair
-    log: float  # of a round
-    checkpoint: float  # of one, without its bytes and the files of clients
-    file: float  # of each of these
+    units: Mapping[int, UnitCosts]  # by client type
+    begin: float  # start of a round, on every rank
+    close: float  # end of a round, on every rank, after the message: mean and server update
+    vectors: float  # per round: the server's singular vectors, divided among the ranks
+    mix: tuple[float, float]  # per round: for each client of the cohort, and for each pair
+    log: float  # per round
+    checkpoint: float  # of one checkpoint, without its bytes and the client files
+    file: float  # of each client file
     byte: float  # of each byte of a checkpoint
-    add_byte: float  # of each byte of a message that is added up in memory
-    resident: int  # peak bytes of this process, with the data and one stack
+    add_byte: float  # of adding up each byte of a message in memory
+    resident: int  # peak memory of this process in bytes, with the data and one stack
 
 
 class Machine(NamedTuple):
-    """Where ranks run."""
+    """The cores and the network that the ranks use."""
 
-    cores: float  # that compute at once; infinite: one for each rank
+    cores: float  # cores that compute at once; infinite: one for each rank
     bandwidth: float  # bytes/s of a message
     latency: float  # seconds of a message
 
 
 class Seconds(NamedTuple):
-    """Of a round, by stage. Those of files are a mean over rounds, few of which checkpoint."""
+    """Seconds of a round by stage. ``files`` is a mean over all rounds, of which only some write a
+    checkpoint.
+    """
 
     train: float
     exchange: float
     evaluate: float
     files: float
-    busy_fraction: float  # of the workers' time, the fraction in which they train
+    busy_fraction: float  # mean training time of the workers over that of the slowest
 
     @property
     def round(self) -> float:
@@ -71,8 +75,8 @@ class Seconds(NamedTuple):
 def forecast(
     assembly: Assembly, costs: Costs, workers: Sequence[int], ranks: int, machine: Machine
 ) -> Seconds:
-    """The seconds of a round of the first task, mean over the first rounds, the slowest rank of
-    each.
+    """The seconds of a round of the first task. They are a mean over the first rounds; in each
+    round the slowest rank counts.
     """
     run, config = assembly.run.for_round(0), assembly.config
     host = assign_groups(run.costs, workers)
@@ -110,8 +114,8 @@ def forecast(
 
 
 def allreduce(bytes_: float, ranks: int, machine: Machine) -> float:
-    """Seconds of an allreduce: 2 (R - 1) / R of the bytes through each rank (Thakur, Rabenseifner,
-    Gropp 2005).
+    """Seconds of an allreduce: 2 (R - 1) / R of the bytes pass through each rank (Thakur,
+    Rabenseifner, Gropp 2005).
     """
     if ranks == 1:
         return 0.0
@@ -120,7 +124,7 @@ def allreduce(bytes_: float, ranks: int, machine: Machine) -> float:
 
 
 def allgather(bytes_: float, ranks: int, machine: Machine) -> float:
-    """Seconds until every rank has all ``bytes_``."""
+    """Seconds until every rank has all ``bytes_`` bytes."""
     if ranks == 1:
         return 0.0
     return (
@@ -139,7 +143,9 @@ def _training_loads(
     workers: Sequence[int],
     evaluated_fraction: float,
 ) -> list[float]:
-    """Seconds of training of each worker; a fraction of the rounds is evaluated after it."""
+    """Training seconds of each worker, including ``evaluated_fraction`` of an evaluation of the
+    trained clients.
+    """
     load, batch_size = dict.fromkeys(workers, 0.0), assembly.config.train.batch_size
     for group, rank in zip(run.groups, host, strict=True):
         unit, stacks = (
@@ -160,7 +166,7 @@ def _evaluation_loads(
     host: Sequence[int],
     workers: Sequence[int],
 ) -> list[float]:
-    """Seconds in which each worker judges its clients of these."""
+    """Seconds that each worker needs to evaluate its part of ``evaluated_clients``."""
     load, batch_size = dict.fromkeys(workers, 0.0), assembly.config.train.batch_size
     for group, rank in zip(run.groups, host, strict=True):
         unit = costs.units[run.kind_of[group[0]]]
@@ -177,7 +183,7 @@ def _score_seconds(assembly: Assembly, unit: UnitCosts, stack: Sequence[int]) ->
 
 
 def _stacks(run: Run, clients: Sequence[int]) -> list[list[int]]:
-    """Clients that compute at once."""
+    """The clients in stacks that are computed at once."""
     stacks = run.split_into_stacks(clients) if clients else []
     return [list(s) for s in stacks] if run.trainer.stacked else [[c] for s in stacks for c in s]
 
@@ -191,12 +197,12 @@ def _exchange_seconds(
     machine: Machine,
     slowdown: float,
 ) -> float:
-    """Seconds between the last client's training and the evaluation."""
+    """Seconds between the end of the last training and the evaluation."""
     seconds, has_peers = costs.close * slowdown, ranks > 1
     seconds += costs.vectors * (slowdown / ranks if has_peers else 1.0)
     if run.gather_uploads and has_peers:
         upload_bytes = 4 * sum(numel(run.kinds[run.kind_of[c]].untrained_upload) for c in chosen)
-        # the server, which has none of its own
+        # on the server, which is assumed to host none of these clients
         add_seconds = sum(costs.units[run.kind_of[c]].add for c in chosen)
         seconds += allgather(upload_bytes, ranks, machine) + add_seconds * slowdown
     elif has_peers:
@@ -218,8 +224,8 @@ def _exchange_seconds(
 def _checkpoint_seconds(
     run: Run, costs: Costs, host: Sequence[int], workers: Sequence[int]
 ) -> float:
-    """Seconds of a checkpoint: every worker its clients at the same time, a file of each kind, then
-    rank 0 the rest.
+    """Seconds of a checkpoint. All workers write their clients at the same time, one file per
+    client type; then rank 0 writes the rest.
     """
     personal_bytes, files = dict.fromkeys(workers, 0), set()
     for group, rank in zip(run.groups, host, strict=True):

@@ -1,5 +1,5 @@
-"""What a stack of clients costs as a straight line: so much each time, for each batch, for each
-client that still has samples in it, and for each of these.
+"""The cost of a stack of clients as a linear function: a constant, plus a cost per batch, per batch
+of each client, and per sample.
 """
 
 from collections.abc import Callable, Sequence
@@ -7,15 +7,17 @@ from typing import NamedTuple
 
 
 class CostLine(NamedTuple):
-    """A cost of clients that compute together, in any unit; the epochs of a round are in it."""
+    """The cost of clients that are computed together, in any unit. It covers all epochs of
+    a round.
+    """
 
-    per_round: float  # of a round
-    per_batch: float  # of each batch, whatever its size
+    per_round: float  # once a round
+    per_batch: float  # of each batch, independent of its size
     per_sample: float  # of each sample of each client
-    per_client_batch: float = 0.0  # of each batch of each client, beside its samples
+    per_client_batch: float = 0.0  # of each batch of each client, without its samples
 
     def cost(self, sizes: Sequence[int], batch_size: int) -> float:
-        """The cost of clients with so many samples each in one stack."""
+        """The cost of one stack whose clients have ``sizes`` samples."""
         batches = [-(-size // batch_size) for size in sizes]
         return (
             self.per_round
@@ -28,11 +30,11 @@ class CostLine(NamedTuple):
     def through(
         cls, measure: Callable[[int], float], clients: int, samples: int, batch_size: int
     ) -> "CostLine":
-        """The line through ``measure(limit)``, the cost of ``clients`` of so many samples when
-        each uses ``limit``.
+        """Fit the line to ``measure(limit)``: the cost of ``clients`` clients with ``samples``
+        samples each, of which each uses ``limit``.
 
-        Nothing comes out negative: where noise would have it so, what two sizes differ by is all
-        their samples'.
+        No coefficient is negative. If noise would make the cost of a batch negative, the whole
+        difference between two sizes is attributed to their samples.
         """
         half_batch, full_batch, many = sample_limits(samples, batch_size)
         half_cost, full_cost, many_cost = measure(half_batch), measure(full_batch), measure(many)
@@ -52,9 +54,10 @@ class CostLine(NamedTuple):
         samples: int,
         batch_size: int,
     ) -> "CostLine":
-        """The line with the part of a batch's cost that is each client's own.
+        """Return the line with the batch cost split into a common part and a part per client.
 
-        The line comes from the cost of ``clients``; ``measure(limit)`` is the cost of ``fewer``.
+        The line was fitted to ``clients`` clients; ``measure(limit)`` is the cost of ``fewer``
+        clients.
         """
         _, full_batch, many = sample_limits(samples, batch_size)
         if many == full_batch:
@@ -71,6 +74,6 @@ class CostLine(NamedTuple):
 
 
 def sample_limits(samples: int, batch_size: int) -> tuple[int, int, int]:
-    """Of so many samples: half a batch, a batch, and three or what there is."""
+    """(half a batch, a batch, three batches), each at most ``samples``."""
     full = min(samples, batch_size)
     return max(1, full // 2), full, min(samples, 3 * batch_size)

@@ -1,4 +1,6 @@
-"""What a method takes each part of a network for: roles, and which weights have a low-rank part."""
+"""What a method does with each part of a network: the roles of leaves and the weights with a
+low-rank part.
+"""
 
 import re
 from collections.abc import Iterable
@@ -7,13 +9,11 @@ from ..algorithm import Algorithm
 from ..components.lowrank import matrix_shape, skipped_weights
 from ..models.network import Model
 
-_MAX_FULL_NAMES = (
-    16  # more names of modules than that are shortened: digits that count layers become *
-)
+_MAX_FULL_NAMES = 16  # above this number of module names, the digits that count layers become *
 
 
 def role_lines(model: Model) -> list[tuple[str, str]]:
-    """(role, how many numbers in which modules), one for each role that there is."""
+    """(role, how many numbers in which modules) for each role that the network has."""
     lines = []
     for role in ("body", "head", "norm", "stats"):
         names = [name for name, leaf in model.leaves.items() if leaf.role == role]
@@ -24,8 +24,8 @@ def role_lines(model: Model) -> list[tuple[str, str]]:
 
 
 def decomposition_lines(model: Model, algorithm: Algorithm) -> list[tuple[str, str]]:
-    """Weights with a low-rank part, their ranks and matrices; the others of two and more
-    dimensions, and why.
+    """Lines on the weights with a low-rank part, with rank and matrix, and on the other weights of
+    at least two dimensions, with the reason.
     """
     low_rank = algorithm.low_rank(model)
     if not low_rank:
@@ -50,7 +50,7 @@ def _matrix_shape(model: Model, name: str) -> str:
 
 
 def _module_names(names: Iterable[str]) -> list[str]:
-    """The modules of these leaves, or the leaves that the network itself has."""
+    """The modules that own these leaves; a leaf of the network itself counts as its own module."""
     modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
     short = [re.sub(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])", "*", name) for name in modules]
     return list(dict.fromkeys(short)) if len(modules) > _MAX_FULL_NAMES else modules

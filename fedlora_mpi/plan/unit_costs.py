@@ -1,5 +1,5 @@
-"""Unit costs, measured here: a stack of each kind of clients plays a few batches of a round on
-throw-away copies.
+"""Measure unit costs on this machine: one stack of each client type runs a few batches of a round
+on throw-away copies.
 """
 
 import os
@@ -33,19 +33,20 @@ from .devices import Device
 from .forecast import Costs, UnitCosts
 from .line import CostLine, sample_limits
 
-_SECONDS = 4.0  # that the trial of a kind may take, about; it always takes two rounds of each size
-# of a row, which are no columns
+# approximate seconds of the trial of a client type; it always takes two rounds of each size
+_SECONDS = 4.0
+# entries of a round's row that are not columns of the log
 _LIST_COLUMNS = ("stop", "skipped", "nan_clients", "seconds_ranks")
-_MAX_REPEATS = 5  # rounds of each size where they are short
+_MAX_REPEATS = 5  # largest number of rounds of each size, reached if rounds are short
 
 
 def measure_costs(
     assembly: Assembly, gpu: Device | None = None, busy_processes: int = 0
 ) -> tuple[Costs, float]:
-    """The unit costs of a run on this machine, and the bytes of ``gpu`` that a client takes.
+    """Return the unit costs of a run on this machine, and the bytes of GPU memory per client.
 
-    Operations on a ``gpu`` are counted, not measured. Training is measured while
-    ``busy_processes`` others train here.
+    With ``gpu``, operations are counted, not measured; without it the bytes are 0. Training is
+    measured while ``busy_processes`` other processes train here.
     """
     run, client_bytes = assembly.run.for_round(0), 0.0
     trials = {
@@ -87,7 +88,9 @@ def measure_costs(
 
 
 class _Trial:
-    """Rounds of one stack of a kind; what they took by number of samples used."""
+    """Measured rounds of one stack of a client type; keeps their times by the number of samples
+    used.
+    """
 
     def __init__(self, assembly: Assembly, run: Run, kind_number: int, is_tiny: bool) -> None:
         self._config, self._run, self._kind, self._kind_number = (
@@ -103,14 +106,17 @@ class _Trial:
         )
         stack = run.split_into_stacks([c for c in self.group if run.sizes[c]])[0]
         use_full_stack = self._kind.trainer.stacked and not is_tiny
-        self._stack = tuple(stack if use_full_stack else stack[:1])  # a loop's clients are alike
-        self.client, self._is_tiny = stack[0], is_tiny  # whether a sample will do
+        # a loop costs the same per client, so one client is enough
+        self._stack = tuple(stack if use_full_stack else stack[:1])
+        self.client, self._is_tiny = stack[0], is_tiny  # tiny: one sample per client is enough
         self._feed = TruncatedFeed(self._kind.trainer.feed, 1)
         self._one_stack_run = self._run_of_stacks((self._stack,))
         self._stage_seconds: dict[tuple, list[tuple[float, ...]]] = {}
 
     def measure_unit(self, busy_processes: int) -> UnitCosts:
-        """Play beside so many others, and read the unit costs off."""
+        """Return the unit costs of the client type, measured while ``busy_processes`` other
+        processes train.
+        """
         sizes, batch_size = [self._run.sizes[c] for c in self._stack], self._config.train.batch_size
         sample_sizes = (1, 1, 1) if self._is_tiny else sample_limits(max(sizes), batch_size)
         two_stack_run, half_stack_run = self._two_stack_run(), self._half_stack_run()
@@ -164,14 +170,14 @@ class _Trial:
         )
 
     def measure_mix(self) -> tuple[tuple[float, float], float]:
-        """Seconds of a mix for each client and for each pair, and of the mix that the trial's
-        rounds had in them.
+        """Return the seconds of a mix per client and per pair, and the seconds of the mix that the
+        measured rounds contain.
         """
         if self._run.mixing is None:
             return (0.0, 0.0), 0.0
         mixing, algorithm, v = self._run.mixing, self._run.algorithm, self._kind.local_initial
         offer = algorithm.offer(v, v)
-        assert offer is not None  # it mixes
+        assert offer is not None  # the method mixes
         packed = mixing.pack(offer)
         clients = sorted(range(len(self._run.sizes)), key=lambda c: -self._run.sizes[c])
         client_counts = [n for n in (2, 4, 8) if n <= len(clients)]
@@ -183,15 +189,15 @@ class _Trial:
         if len(client_counts) < 2:
             return (mix_seconds(len(clients)) / len(clients), 0.0), 0.0
         low, high = client_counts[0], client_counts[-1]
-        a, b = mix_seconds(low) / low, mix_seconds(high) / high  # each + pair * n
+        a, b = mix_seconds(low) / low, mix_seconds(high) / high  # both are each + pair * n
         pair = max(0.0, (b - a) / (high - low))
         each = max(0.0, b - pair * high)
         c = len(self._stack)
         return (each, pair), each * c + pair * c * c if c > 1 else 0.0
 
     def _run_round(self, limit: int, evaluate: bool, run: Run, keep: bool) -> None:
-        """One round; its seconds of training, exchange and evaluation, without those that other
-        programs had the core.
+        """Run one round. If ``keep``, store its seconds of training, exchange and evaluation,
+        without the time in which other programs had the core.
         """
         self._feed.limit = limit
         initial, clients = self._kind.initial, [c for group in run.groups for c in group]
@@ -223,8 +229,8 @@ class _Trial:
         return median(seconds[stage] for seconds in self._stage_seconds[limit, evaluate, id(run)])
 
     def _begin_seconds(self, line: CostLine, limit: int, two_stack_run: Run | None) -> float:
-        """What a round has to do before its first stack: what two stacks take less than twice as
-        much of.
+        """Seconds that a round needs before its first stack. Two stacks need them only once, so
+        they are twice the time of one stack minus the time of two.
         """
         if two_stack_run is None:
             return 0.0
@@ -234,7 +240,7 @@ class _Trial:
         return min(line.per_round, max(0.0, 2 * one_stack_seconds - two_stack_seconds))
 
     def _two_stack_run(self) -> Run | None:
-        """A run of two stacks, where there are clients for them."""
+        """A run of two stacks of equal length; None if there are too few clients."""
         same_kind = [
             c
             for c in range(len(self._run.sizes))
@@ -248,8 +254,8 @@ class _Trial:
         )
 
     def _half_stack_run(self) -> Run | None:
-        """A run of the larger half of the stack, where some clients have data for fewer batches
-        than others.
+        """A run of the half of the stack with the larger clients; None if all clients have equally
+        many samples.
         """
         ragged = len({self._run.sizes[c] for c in self._stack}) > 1
         return self._run_of_stacks((self._stack[: len(self._stack) // 2],)) if ragged else None
@@ -257,7 +263,7 @@ class _Trial:
     def _evaluation_costs(
         self, sample_sizes: tuple[int, int, int], stack_size: int, max_samples: int
     ) -> tuple[CostLine, CostLine]:
-        """Seconds of a test sample, and of the tuning before an evaluation."""
+        """Return (cost of test samples, cost of tuning before an evaluation)."""
         feed, batch_size = self._kind.trainer.feed, self._config.train.batch_size
         tests = max(1, sum(feed.test_size(c) for c in self._stack))
 
@@ -278,7 +284,7 @@ class _Trial:
         )
 
     def _score_seconds(self) -> float:
-        """Seconds of a test sample, of as many clients as are judged at once."""
+        """Seconds of a test sample when as many clients as possible are evaluated at once."""
         kind, group = self._kind, self.group
         members = self._run.split_into_stacks(group, kind.trainer.evaluation_stack_size(group, 0))[
             0
@@ -291,7 +297,7 @@ class _Trial:
         )
 
     def _add_seconds(self) -> float:
-        """Seconds to expand, pack and add up a client's upload."""
+        """Seconds to expand, pack and add up one client's upload."""
         run, kind = self._run, self._kind
         upload, message = kind.untrained_upload, SUM_TYPES[run.reduce](run.upload_layout.size)
         return _median_seconds(
@@ -301,8 +307,8 @@ class _Trial:
         )
 
     def _run_of_stacks(self, stacks: tuple[tuple[int, ...], ...]) -> Run:
-        """The run as if only these clients held data, trained by hardly any step, so that nothing
-        diverges.
+        """The run with data only on the clients of ``stacks``. The learning rate is multiplied by
+        1e-6, so nothing diverges.
         """
         run, stacked_clients = self._run, {c for stack in stacks for c in stack}
 
@@ -329,12 +335,13 @@ class _Trial:
 
 @contextmanager
 def _run_beside(busy_processes: int, work: Callable[[], object]) -> Iterator[None]:
-    """Inside it, so many processes do ``work`` again and again, as workers would: cores share
-    caches and memory.
+    """Run ``work`` repeatedly in ``busy_processes`` other processes while the context is open.
+
+    They act like other workers, with which this process shares caches and memory. Linux only.
     """
     parent, children = os.getpid(), []
     try:
-        # elsewhere a fork is not safe
+        # on other systems a fork is not safe
         for _ in range(busy_processes if sys.platform == "linux" else 0):
             child = os.fork()
             if child:
@@ -355,7 +362,7 @@ def _run_beside(busy_processes: int, work: Callable[[], object]) -> Iterator[Non
 def _median_seconds(
     work: Callable[[], object], clock: Callable[[], float] = time.process_time
 ) -> float:
-    """The median of three, after one that warms up."""
+    """The median time of three calls, after one call to warm up."""
     seconds = []
     for _ in range(4):
         started = clock()
@@ -367,8 +374,8 @@ def _median_seconds(
 def _measure_files(
     assembly: Assembly, row: dict, clients_N: dict
 ) -> tuple[float, float, float, float]:
-    """Seconds of a row of the log, of a checkpoint, of each file of clients in it, and of each
-    byte, where the run will write.
+    """Return the seconds of a row of the log, of a checkpoint, of each client file in it and of
+    each byte, measured on the disk to which the run will write.
     """
     existing_folder = next(
         p for p in expand_home(assembly.config.output).absolute().parents if p.is_dir()
@@ -376,7 +383,7 @@ def _measure_files(
     few_bytes, many_bytes, counter, run = 2**10, 2**24, iter(range(1, 100)), assembly.run
     initial = run.kinds[run.kind_of[0]].initial
 
-    # bytes have their own price
+    # tiny leaves, because the cost of bytes is measured separately
     def tiny_leaves(tree):
         return {leaf: np.ones((1, 1), np.float32) for leaf in tree}
 
@@ -391,7 +398,7 @@ def _measure_files(
             versions={},
             partition={},
         )
-        wall_clock = time.perf_counter  # a disk is waited for
+        wall_clock = time.perf_counter  # includes waiting for the disk
         append_seconds = _median_seconds(
             lambda: log.append(next(counter), row, clients_N), wall_clock
         )

@@ -1,18 +1,19 @@
-"""The epsilon that some rounds of a run cost, by Google's dp-accounting (the extra ``privacy``).
+"""The epsilon of the rounds of a run, by Google's dp-accounting (the extra ``privacy``).
 
-Two runs are neighbours when one of them has one client more (``sampling: poisson``), or another
-client in the place of one (``fixed``). Each round is a Gaussian mechanism on a cohort that nobody
-outside knows:
+Two runs are neighbours if one of them has one client more (``sampling: poisson``), or if one client
+is replaced by another (``fixed``). Each round is a Gaussian mechanism on a cohort that no outsider
+knows:
 
     poisson   sampled with probability q; the sum moves by at most S: Renyi DP of the
               Poisson-subsampled Gaussian (Mironov, Talwar and Zhang 2019)
     fixed     n of N without replacement; the sum moves by at most 2 S: the upper bound of Wang,
-              Balle and Kasiviswanathan (2019, Theorem 27), which is much looser, or that of a
-              round with all clients, where this is lower
+              Balle and Kasiviswanathan (2019, Theorem 27), which is much looser, or the bound of
+              a round with all clients, if this is lower
 
-The Renyi divergences of all rounds add up. dp-accounting 0.6 takes a noise multiplier for the
-deviation over the sensitivity in the second case, though it documents it as the deviation over S
-(https://github.com/google/differential-privacy/issues/378): hence z / 2 there.
+The Renyi divergences of all rounds add up. In the second case dp-accounting 0.6 takes the noise
+multiplier to be the deviation over the sensitivity, though its documentation says the deviation
+over S (https://github.com/google/differential-privacy/issues/378). This is why z / 2 is passed
+there.
 """
 
 import logging
@@ -26,7 +27,7 @@ from .settings import Privacy
 
 
 def check_library(privacy: Privacy) -> None:
-    """Raise ValueError where a run would count epsilon without the library."""
+    """Raise ValueError if a run needs epsilon but the library is not installed."""
     if privacy.noise_multiplier and find_spec("dp_accounting") is None:
         raise ValueError(
             f"noise_multiplier = {privacy.noise_multiplier}: needs the library dp-accounting to "
@@ -37,10 +38,10 @@ def check_library(privacy: Privacy) -> None:
 def epsilon(
     privacy: Privacy, participation: float, cohort: int, clients: int, rounds: int
 ) -> float:
-    """What so many rounds cost at ``privacy.delta``; infinite without noise.
+    """The epsilon of ``rounds`` rounds at ``privacy.delta``; infinite without noise.
 
-    cohort: how many of all ``clients`` a round has where that is fixed; participation: what it is
-    where it is not.
+    participation: the probability of a client under Poisson sampling. cohort: the clients of a
+    round, out of all ``clients``, if this number is fixed.
     """
     if not privacy.noise_multiplier:
         return inf if rounds else 0.0
@@ -55,8 +56,9 @@ def epsilon(
 def _round_divergences(
     noise_multiplier: float, sampling: tuple[float] | tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Orders and Renyi divergences of a round whose cohort is drawn with a probability, or is n of
-    N clients.
+    """The orders and the Renyi divergences of one round.
+
+    sampling: (the probability of a client,) or (the clients of a round, all clients).
     """
     import dp_accounting
     from dp_accounting.rdp import RdpAccountant
@@ -72,7 +74,8 @@ def _round_divergences(
         event = dp_accounting.SampledWithoutReplacementDpEvent(clients, cohort, gaussian)
     absl = logging.getLogger("absl")
     level = absl.level
-    # of orders whose series does not converge, which it leaves out: epsilon stays a bound
+    # silences warnings of orders whose series does not converge; they are left out, so epsilon
+    # stays a bound
     absl.setLevel(logging.ERROR)
     accountant = RdpAccountant(neighboring_relation=relation).compose(event)
     absl.setLevel(level)

@@ -1,4 +1,4 @@
-"""Which runs can be private: refusals that name a key of the ``privacy`` block."""
+"""Checks whether a run can be private; each refusal names a key of the ``privacy`` block."""
 
 from collections.abc import Sequence
 
@@ -17,8 +17,9 @@ from .settings import Privacy
 def check_settings(
     privacy: Privacy, participation: float, reduce: str, uplink: str, tasks: bool
 ) -> None:
-    """Raise ValueError where other settings of a config do not go with the block; ``tasks``:
-    whether it has any.
+    """Raise ValueError if other settings of a config conflict with the ``privacy`` block.
+
+    tasks: whether the config has any.
     """
     if privacy == Privacy():
         return
@@ -52,10 +53,10 @@ def check_run(
     kinds: Sequence[tuple[Algorithm, Model, Variables]],
     train: LocalTraining,
 ) -> None:
-    """Raise ValueError for what a method or a federation is not made for.
+    """Raise ValueError if the method or the federation cannot be private.
 
-    name: of the method; cohort: the fewest clients of a round; mixes: whether clients show more
-    than what enters the sum; kinds: the method as clients of each kind have it, their network and
+    name: of the method; cohort: the fewest clients of a round; has_mixes: whether clients reveal
+    more than the terms of the sum. kinds: for each type of client the method, the network and the
     variables before round 1.
     """
     if privacy == Privacy():
@@ -85,9 +86,9 @@ def check_run(
 
 
 def untrained_contribution(method: Algorithm, initial: Variables, shared: Tree) -> torch.Tensor:
-    """What a client that has not trained would add to the sum, [D]: what updates are measured from.
+    """What a client that has not trained would add to the sum, [D]. Updates are measured from it.
 
-    first: its variables before round 1; shared: the server's now.
+    initial: its variables before round 1; shared: the server's current ones.
     """
     v = initial._replace(shared=method.download(shared))
     term = method.expand(method.upload(v, v), shared, 1)
@@ -97,7 +98,7 @@ def untrained_contribution(method: Algorithm, initial: Variables, shared: Tree) 
 def _unfit_reason(
     method: Algorithm, model: Model, initial: Variables, train: LocalTraining
 ) -> str | None:
-    """Why uploads are no updates that can be clipped and noised, if so."""
+    """The reason why uploads are not updates that can be clipped and noised, or None."""
     v = initial._replace(shared=method.download(initial.shared))
     upload = method.upload(v, v)
     if not upload:
@@ -125,7 +126,7 @@ def _unfit_reason(
         for step in phase.steps
     ]
     ones = Variables(*(tmap(torch.ones_like, half) for half in v[:2]))
-    changes = method.upload(ones, ones)  # zero from an untrained client, whatever the variables are
+    changes = method.upload(ones, ones)  # zero for an untrained client, whatever its variables
     for leaf in upload:
         if not any(step.trains(leaf) for step in steps) and changes[leaf].any():
             return (

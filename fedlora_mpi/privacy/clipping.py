@@ -8,8 +8,9 @@ from .settings import Privacy
 
 
 def clip_update(upload: Tensor, reference: Tensor, clip: float) -> Tensor:
-    """How an upload [D] differs from that of an untrained client [D], scaled down to the L2 norm
-    ``clip`` where it is longer, else as it is; float64.
+    """The difference of an upload [D] from that of an untrained client [D], clipped, in float64.
+
+    If its L2 norm exceeds ``clip``, it is scaled down to this norm.
     """
     update = upload.double() - reference
     norm = torch.linalg.vector_norm(update)
@@ -17,8 +18,9 @@ def clip_update(upload: Tensor, reference: Tensor, clip: float) -> Tensor:
 
 
 def gaussian_noise(size: int, deviation: float, *address: int) -> Tensor:
-    """Noise [size] of a standard deviation, float64; ``address``: the seed, the round, and the
-    client whose it is.
+    """Gaussian noise [size] with this standard deviation, float64.
+
+    address: the seed, the round, and for a client's noise the client.
     """
     stream = rng(address[0], "privacy", *address[1:])
     return torch.randn(size, generator=stream, dtype=torch.float64) * deviation
@@ -33,9 +35,10 @@ def contribution(
     upload: Tensor,
     client: int,
 ) -> Tensor:
-    """What a client of a ``cohort`` of so many adds to the sum, [D]: its clipped update, with its
-    share of the noise where the clients add it; without differential privacy its upload.
-    ``reference``: see ``clip_update``.
+    """What one client of a cohort of ``cohort`` clients adds to the sum, [D].
+
+    This is its clipped update. If the clients add the noise, it includes the client's share.
+    Without differential privacy it is the upload. ``reference``: see ``clip_update``.
     """
     if not privacy.is_differential:
         return upload
@@ -49,8 +52,9 @@ def contribution(
 
 
 def server_noise(privacy: Privacy, size: int, cohort: int, *address: int) -> Tensor:
-    """The noise [size] that the server adds, the same on every rank; address: seed, round. All of
-    it where nobody was drawn: that must not show.
+    """The noise [size] that the server adds, the same on every rank; address: seed, round.
+
+    If the cohort is empty, the server adds all the noise, so that an empty cohort does not show.
     """
     adds_noise = privacy.noise == "server" or not cohort
     return gaussian_noise(size, privacy.noise_std if adds_noise else 0.0, *address)

@@ -1,15 +1,16 @@
-"""Secure aggregation: what leaves a client is masked, and the masks of a cohort cancel in its sum.
+"""Secure aggregation: each client's message is masked, and the masks of a cohort cancel in its sum.
 
 Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017,
-Section 4, without the recovery of clients that drop out: each pair i < j of neighbours has a stream
-m_ij of uint64; to the integers of its message (see ``ExactSum``) i adds m_ij, j subtracts it, all
-modulo 2^64. The sum over the cohort is the same to the bit, while every message by itself is
-uniform. Neighbours are all of the cohort, or k on a ring in an order of the round (Bell et al.,
-"Secure Single-Server Aggregation with (Poly)Logarithmic Overhead", CCS 2020, Section 3.2).
+Section 4, without the recovery of clients that drop out. Each pair i < j of neighbours has a stream
+m_ij of uint64. Client i adds m_ij to the integers of its message (see ``ExactSum``) and client j
+subtracts it, all modulo 2^64. The sum over the cohort is unchanged to the bit, while every single
+message is uniform. The neighbours of a client are the whole cohort, or the k nearest on a ring that
+is shuffled every round (Bell et al., "Secure Single-Server Aggregation with (Poly)Logarithmic
+Overhead", CCS 2020, Section 3.2).
 
-A client without a finite upload hands over zeros, masked, so that nobody's mask stays. The streams
-follow from the run's seed and are of a fast generator (SFC64): this shows what a server would see,
-and keeps no secret.
+A client without a finite upload sends zeros, masked, so that all masks still cancel. The streams
+follow from the run's seed and come from a fast generator (SFC64). So this shows what a server would
+see, but it keeps nothing secret.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,16 +23,18 @@ from ..aggregation.exact_sum import ExactSum, FastSum
 from ..core.seeds import derive_key, rng
 from .settings import Privacy
 
-MIN_COHORT = 3  # clients of a cohort: of two, each can read the other's upload off the sum
+MIN_COHORT = 3  # in a cohort of two, each client can compute the other's upload from the sum
 MessageOfClient = Callable[[int], AbstractContextManager[ExactSum | FastSum]]
 
 
 def masked_messages(
     privacy: Privacy, message: ExactSum | FastSum, chosen: Collection[int], seed: int, round_: int
 ) -> MessageOfClient:
-    """client -> what that client writes into: the rank's ``message`` itself, or, under secure
-    aggregation, a message of its own, of which ``message`` gets the masked integers once it is
-    written.
+    """A function client -> context of the message that this client writes into.
+
+    Without secure aggregation this is the rank's ``message`` itself. With it, each client has a
+    message of its own, whose masked integers are added to ``message`` when the client has written
+    it.
     """
     if not privacy.secure_aggregation:
         return lambda client: nullcontext(message)
@@ -49,8 +52,9 @@ def masked_messages(
 def add_masks(
     buffer: np.ndarray, client: int, partners: Sequence[int], seed: int, round_: int
 ) -> np.ndarray:
-    """The integers [2, size] that leave ``client``, int64 modulo 2^64; it shares a mask with
-    each of its ``partners``.
+    """The masked integers [2, size] that ``client`` sends, int64 modulo 2^64.
+
+    The client shares a mask with each of its ``partners``.
     """
     masked_buffer = buffer.view(np.uint64).copy()
     for partner in partners:
@@ -64,8 +68,9 @@ def add_masks(
 def neighbours(
     chosen: Collection[int], count: int | None, seed: int, round_: int
 ) -> Mapping[int, Sequence[int]]:
-    """Whom each client of a cohort shares a mask with: the nearest ``number`` (even) on the round's
-    ring; None: all.
+    """{client: the clients of the cohort with which it shares a mask}.
+
+    These are the ``count`` (even) nearest on the round's ring; None: the whole cohort.
     """
     clients = sorted(chosen)
     if count is None or count >= len(clients) - 1:

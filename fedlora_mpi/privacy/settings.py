@@ -1,4 +1,4 @@
-"""The ``privacy`` block: what of a client the others may learn."""
+"""The ``privacy`` block: what others may learn about a client."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,35 +8,34 @@ from ..core.bounds import bounded
 
 @dataclass(frozen=True)
 class Privacy:
-    """Differential privacy of clients (DP-FedAvg) and secure aggregation; by the defaults there is
-    neither.
+    """Differential privacy of clients (DP-FedAvg) and secure aggregation. By default both are off.
 
     McMahan et al., "Learning Differentially Private Recurrent Language Models", ICLR 2018,
-    https://arxiv.org/abs/1710.06963, Algorithm 1 with flat clipping. u_k is what client k uploads,
-    u what an untrained client would, q the ``participation``, N all clients, S ``clip``, z
-    ``noise_multiplier``:
+    https://arxiv.org/abs/1710.06963, Algorithm 1 with flat clipping. u_k is the upload of client k,
+    u the upload of an untrained client, q the ``participation``, N the number of all clients, S
+    ``clip``, z ``noise_multiplier``:
 
         d_k   =  (u_k - u) min(1, S / ||u_k - u||)          ||.|| over all leaves together
         mean  =  u + (sum_k d_k + N(0, (z S)^2 I)) / (q N)
 
-    All clients count equally, whatever the method's ``weights``. The rest of the method takes this
-    as the mean. ``absent: stale`` counts u for those outside the cohort: the sum is then divided by
-    N.
+    All clients count equally, whatever the method's ``weights``. The rest of the method uses this
+    as the mean. With ``absent: stale`` each client outside the cohort counts as u, so the sum is
+    divided by N.
 
-    clip: S; null: no differential privacy. delta: that of the epsilon in the log. sampling:
-    ``poisson``, every client takes part with probability q on its own; ``fixed``, cohorts as
-    without privacy, with their number for q N. noise: of the server, on the sum; or of the
-    ``clients``, N(0, (z S)^2 / n) from each of a cohort of n before it is summed.
+    clip: S; null: no differential privacy. delta: of the epsilon in the log. sampling: ``poisson``,
+    every client participates independently with probability q; ``fixed``, cohorts as without
+    privacy, and their size replaces q N. noise: ``server``, which adds the noise to the sum;
+    ``clients``, each client of a cohort of n adds N(0, (z S)^2 / n) before the sum.
 
-    Protected are the shared variables of all rounds and what follows from them, from who does not
-    know the cohorts. What else the log has of clients (number, loss, accuracies, bytes) is the
-    experimenter's view, without noise; so is a run's end by uploads that are not finite. Noise
-    comes from the run's ``seed``, in floating point: this simulates what privacy costs, and
-    protects nobody.
+    The guarantee covers the shared variables of all rounds and everything computed from them,
+    against an observer who does not know the cohorts. All other numbers of clients in the log
+    (number, loss, accuracies, bytes) are the experimenter's view and have no noise. The same holds
+    for the end of a run because of non-finite uploads. The noise comes from the run's ``seed``, in
+    floating point. So this simulates the cost of privacy and protects nobody.
 
-    secure_aggregation: what a client hands over is masked, so that only the sum of a cohort can be
-    read (``masks``). neighbours: how many others of the cohort each client shares a mask with;
-    null: all.
+    secure_aggregation: each client's message is masked, so that only the sum of a cohort can be
+    read (``masks``). neighbours: the number of other clients of the cohort with which each client
+    shares a mask; null: all.
     """
 
     clip: float | None = None
@@ -71,12 +70,12 @@ class Privacy:
 
     @property
     def is_differential(self) -> bool:
-        """Whether updates are clipped and counted."""
+        """Whether updates are clipped and epsilon is counted."""
         return self.clip is not None
 
     @property
     def samples_poisson(self) -> bool:
-        """Whether each client takes part on its own, so that the size of a cohort is random."""
+        """Whether each client participates independently; then a cohort's size is random."""
         return self.is_differential and self.sampling == "poisson"
 
     @property

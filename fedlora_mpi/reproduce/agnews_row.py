@@ -1,8 +1,8 @@
-"""The AG_NEWS row of the FedLoRA paper's Table 6 (see ``paper.py``): texts, a Transformer, its
+"""The AG_NEWS row of the FedLoRA paper's Table 6 (see ``paper.py``): texts and a Transformer with
 low-rank parts.
 
-Of the Transformer the paper says where its low-rank parts are and nothing else: sizes, training and
-vocabulary are those of ``configs/agnews.yaml``. The table's other row is
+The paper says where the Transformer's low-rank parts are, and nothing else about the Transformer.
+Its sizes, training and vocabulary are those of ``configs/agnews.yaml``. The table's other row is
 ``configs/imagenet_subset.yaml``.
 """
 
@@ -19,24 +19,23 @@ TRAIN_FILE = "train.csv"
 ALPHA = 1.0
 
 FULL_SCALE = Scale(clients=40, train=3000, test=500, batch_size=50, epochs=5, rounds=100)
-# A quarter of an hour on two CPU cores, two runs at a time, for one seed: 10 clients * 1,000 texts
-# * 3 epochs take 32 s of a core with each of the 4 methods, so 15 rounds * 4 * 32 s / 2 cores = 16
-# min, and 1 min to start.
+# A quarter of an hour on two CPU cores, two runs at a time, for one seed. A round of
+# 10 clients * 1,000 texts * 3 epochs takes 32 s of one core with each of the 4 methods. So the
+# rounds take 15 rounds * 4 * 32 s / 2 cores = 16 min. The start takes 1 min.
 SMALL_SCALE = Scale(clients=10, train=1000, test=200, batch_size=20, epochs=3, rounds=15)
 LABELS = {"fedavg": "FedAvg", "fedper": "FedPer", "fedrod": "FedRoD", "fedlora": "FedLoRA"}
 
 
 @dataclass(frozen=True)
 class AgNewsCase(Case):
-    """``alpha``: of the Dirichlet split; ``train_file``: of the training texts, in the folder
-    AG_NEWS.
+    """``alpha`` is that of the Dirichlet split. ``train_file`` is the file with the training texts
+    in the folder AG_NEWS.
     """
 
     alpha: float = ALPHA
     train_file: str = TRAIN_FILE
-    full_scale_source: ClassVar[str] = (
-        "full scale"  # the paper says how many texts a client trains on, no more
-    )
+    # not "paper": the paper only says on how many texts a client trains
+    full_scale_source: ClassVar[str] = "full scale"
 
     def __post_init__(self) -> None:
         if self.data != DATA:
@@ -82,7 +81,7 @@ class AgNewsCase(Case):
 
 
 def _fedlora_block(scale: Scale) -> dict[str, Any]:
-    """FedLoRA with its low-rank parts where appendix E has them; two of five epochs are theirs."""
+    """FedLoRA with the low-rank parts of appendix E. They train in two of five epochs."""
     layers = {"layers": ["blocks.*.attention.*", "head.*"]}
     return {
         "name": "fedlora",

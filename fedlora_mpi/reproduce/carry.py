@@ -1,4 +1,4 @@
-"""Carry out the runs of a grid: here, several at a time, or as the lines of a Slurm array."""
+"""Execute the runs of a grid: locally, several at a time, or as the lines of a Slurm array."""
 
 import os
 import shlex
@@ -17,7 +17,7 @@ from .grid import Job
 
 
 class Task(NamedTuple):
-    """A process to start, its output to be added to ``log``."""
+    """A process to start. Its output is appended to ``log``."""
 
     name: str
     command: Sequence[str]
@@ -25,7 +25,7 @@ class Task(NamedTuple):
 
 
 def make_tasks(jobs: Sequence[Job], ranks: int) -> list[Task]:
-    """Start each run, or go on with it when its folder is there."""
+    """The task of each run: start it, or resume it if its folder exists."""
     launcher = launch.launch_command(ranks)
     return [
         Task(job.name, [*launcher, *_run_arguments(job)], job.sibling_path(".log")) for job in jobs
@@ -38,13 +38,13 @@ def run_tasks(
     report: Callable[[str], None],
     gpus: Sequence[str] = (),
 ) -> dict[str, int]:
-    """Run all tasks, ``max_parallel`` at a time; returns the exit codes of those that failed.
+    """Run all tasks, ``max_parallel`` at a time, and return the exit codes of those that failed.
 
-    A failure stops no other task. gpus: values of CUDA_VISIBLE_DEVICES, dealt to the places in
-    turn. When this process is interrupted its tasks are ended.
+    A failed task does not stop the others. ``gpus`` are values of CUDA_VISIBLE_DEVICES; the
+    parallel slots take them in turn. If this process is interrupted, its tasks are terminated.
     """
     waiting, failed = list(enumerate(all_tasks, 1)), {}
-    running: dict[int, tuple[int, Task, subprocess.Popen, float]] = {}  # place -> ...
+    running: dict[int, tuple[int, Task, subprocess.Popen, float]] = {}  # slot -> ...
     with ExitStack() as cleanup:
         while waiting or running:
             for slot in range(max_parallel):
@@ -71,9 +71,9 @@ def run_tasks(
 
 
 def shell_lines(jobs: Sequence[Job], ranks: int) -> list[str]:
-    """A shell command for each run, which starts it, or goes on with it when its folder is there.
+    """A shell command for each run, which starts it, or resumes it if its folder exists.
 
-    ``exec``: the process that is started gets the signals of the one that reads the line.
+    ``exec`` replaces the shell, so that signals to the shell reach the run.
     """
     return [
         f"exec {shlex.join([*launch.launch_command(ranks), *_run_arguments(job)])}" for job in jobs
@@ -81,7 +81,7 @@ def shell_lines(jobs: Sequence[Job], ranks: int) -> list[str]:
 
 
 def array_script(name: str, count: int, ranks: int, lines_file: Path, folder: Path) -> str:
-    """An sbatch script that runs line n of ``lines_file`` as task n of an array."""
+    """An sbatch script of an array job whose task n runs line n of ``lines_file``."""
     job = slurm.Job(name=name, log=f"{folder}/slurm-%A_%a.log", ranks=ranks, array=count)
     return slurm.sbatch_script(job, slurm.array_task_lines(shlex.quote(str(lines_file))))
 
@@ -91,7 +91,7 @@ def _run_arguments(job: Job) -> list[str]:
 
 
 def _start_process(task: Task, extra_env: Mapping[str, str]) -> subprocess.Popen:
-    # not one of its tasks
+    # without SLURM_NTASKS, or the new process would take itself for a task of this Slurm job
     env = {name: value for name, value in os.environ.items() if name != "SLURM_NTASKS"}
     env |= extra_env
     with open(nolinks.open_handle(task.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as log:
@@ -101,7 +101,7 @@ def _start_process(task: Task, extra_env: Mapping[str, str]) -> subprocess.Popen
 
 
 def _end_process(process: subprocess.Popen) -> None:
-    """End a process that still runs; its last checkpoint is safe."""
+    """Terminate the process if it still runs. Its last checkpoint is safe."""
     if process.poll() is None:
         process.terminate()
         process.wait()

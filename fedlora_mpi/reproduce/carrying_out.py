@@ -1,4 +1,4 @@
-"""``fedlora-mpi reproduce``: write the configs of a table, carry out what is missing, compare."""
+"""``fedlora-mpi reproduce``: write the configs of a table, execute the missing runs, compare."""
 
 import os
 import signal
@@ -24,18 +24,18 @@ from .request import Request
 from .results import ResultStore, check_folder, num_logged_rounds
 from .showing import collect_results, publish_case, publish_overview
 
-JobGrid = list[tuple[Case, list[Job]]]  # the runs of each table
+JobGrid = list[tuple[Case, list[Job]]]  # the runs of each case
 
 
 def reproduce(request: Request) -> int:
-    """Carry out what is missing of a table and print it; returns the exit code, 1 when a run
+    """Execute the missing runs of a table and print the table. Returns the exit code, 1 if a run
     failed.
     """
     return reproduce_grid(request, _make_grid(request))
 
 
 def reproduce_grid(request: Request, grid: JobGrid) -> int:
-    """``reproduce`` for any runs."""
+    """``reproduce`` for any grid of runs."""
     jobs = [run for _, runs in grid for run in runs]
     store = ResultStore(request.root_folder)
     missing = [run for run in jobs if not store.find_finished(run)]
@@ -61,7 +61,7 @@ def reproduce_grid(request: Request, grid: JobGrid) -> int:
 
 
 def _make_grid(request: Request) -> JobGrid:
-    """The runs of each case; the first seed of all entries comes before the second."""
+    """The runs of each case. The first seed of all entries comes before the second."""
     grid = []
     for case in request.cases:
         scale = case.scale_sizes(request.scale)
@@ -89,7 +89,7 @@ def _make_grid(request: Request) -> JobGrid:
 
 
 def _run_missing(request: Request, jobs: Sequence[Job], missing: Sequence[Job]) -> dict[str, int]:
-    """Run what is missing, here."""
+    """Execute the missing runs on this machine and return the exit codes of those that failed."""
 
     def report(line):
         return print(line, file=sys.stderr, flush=True)
@@ -97,7 +97,7 @@ def _run_missing(request: Request, jobs: Sequence[Job], missing: Sequence[Job]) 
     _write_configs(request, missing)
     if not missing:
         return {}
-    # a mistake in --root shows once, not in every run
+    # load each data set once here, so that a wrong --root fails once and not in every run
     for run in {run.case.data: run for run in missing}.values():
         load(replace(run.config.data.source, download=request.download))
     _pretrain_backbones(request, missing, report)
@@ -117,7 +117,7 @@ def _run_missing(request: Request, jobs: Sequence[Job], missing: Sequence[Job]) 
 def _pretrain_backbones(
     request: Request, missing: Sequence[Job], report: Callable[[str], None]
 ) -> None:
-    """Train the networks that these runs begin with, where they are not there."""
+    """Train the pretrained networks that these runs need and that do not exist yet."""
     cases = {
         run.case.weights: run.case for run in missing if isinstance(run.case, fedhl.FineTuningCase)
     }
@@ -138,7 +138,7 @@ def _pretrain_backbones(
 
 
 def _plan_parallel(request: Request) -> tuple[list[str], int]:
-    """(GPUs to deal to the runs, how many runs at a time)."""
+    """The GPUs that the runs take in turn, and the number of parallel runs."""
     import torch
 
     count = torch.cuda.device_count()
@@ -149,7 +149,7 @@ def _plan_parallel(request: Request) -> tuple[list[str], int]:
 
 
 def _slurm_lines(request: Request, missing: Sequence[Job]) -> Iterator[str]:
-    """The lines and the script for Slurm, which are also written into the table's folder."""
+    """The lines and the script for Slurm. Both are also written to the table's folder."""
     if not missing:
         yield "# every run is done"
         return
@@ -171,7 +171,7 @@ def _slurm_lines(request: Request, missing: Sequence[Job]) -> Iterator[str]:
 
 
 def _write_configs(request: Request, runs: Sequence[Job]) -> None:
-    """Write each run's complete config. Raises ValueError when a folder holds another run."""
+    """Write each run's complete config. Raises ValueError if a run's folder holds another run."""
     for run in runs:
         check_folder(run)
     for run in runs:

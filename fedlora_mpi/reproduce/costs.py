@@ -1,5 +1,5 @@
-"""What a method has spent when its accuracy first reaches a target, and who is ahead: the pFedLoRA
-paper's tables.
+"""The pFedLoRA paper's tables: what a method has spent when its accuracy first reaches a target,
+and which method is ahead.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from .sheet import (
     spread_note,
 )
 
-# percentage points below the best method: such a method does not lower the common target
+# a method more than this many percentage points below the best does not lower the common target
 MAX_GAP = 10.0
 UNITS = {"rounds": (1.0, "rounds"), "bytes": (1e6, "MB"), "flops": (1e12, "TFLOP")}
 _NO_TABLES_NOTE = "the paper's tables could not be had, only its claims"
@@ -29,7 +29,7 @@ ResultsByMethod = Mapping[str, Sequence[Result]]  # key of the entry -> finished
 
 
 class Cost(NamedTuple):
-    """Of all clients together: rounds, bytes up and down, training FLOPs; NaN where unknown."""
+    """Totals over all clients: rounds, bytes up and down, FLOPs of training. NaN where unknown."""
 
     rounds: float
     bytes: float
@@ -37,7 +37,7 @@ class Cost(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """After each round, [T]: accuracy in per cent, and what was spent up to there."""
+    """The accuracy in per cent after each round, and the total costs up to that round, [T] each."""
 
     accuracy: np.ndarray
     rounds: np.ndarray
@@ -46,7 +46,7 @@ class Curve(NamedTuple):
 
     @classmethod
     def from_result(cls, result: Result) -> "Curve":
-        """That of one run."""
+        """The curve of one run."""
         columns = result.rounds
         traffic = np.cumsum(columns["bytes_up"] + columns["bytes_down"])
         return cls(
@@ -55,7 +55,7 @@ class Curve(NamedTuple):
 
     @classmethod
     def seed_mean(cls, results: Sequence[Result]) -> "Curve":
-        """The mean over seeds."""
+        """The mean curve over seeds."""
         return cls(
             *(
                 np.mean(columns, axis=0)
@@ -64,23 +64,25 @@ class Curve(NamedTuple):
         )
 
     def cost_until(self, target: float) -> Cost:
-        """What is spent at the end of the first round whose accuracy is at least ``target``."""
+        """The costs up to the end of the first round whose accuracy is at least ``target``. NaN if
+        there is no such round.
+        """
         reached = np.flatnonzero(self.accuracy >= target)
         return Cost(*(float(column[reached[0]]) if len(reached) else np.nan for column in self[1:]))
 
 
 def mean_cost_until(results: Sequence[Result], target: float) -> Cost:
-    """The mean over seeds; NaN unless every seed reaches the target."""
+    """The mean cost over seeds. NaN unless every seed reaches the target."""
     costs = [Curve.from_result(result).cost_until(target) for result in results]
     return Cost(*np.mean(costs, axis=0)) if costs else Cost(np.nan, np.nan, np.nan)
 
 
 def common_target(results: ResultsByMethod) -> tuple[float, list[str]]:
-    """(the highest accuracy that every method reaches with every seed, the methods that it leaves
-    out).
+    """The highest accuracy that every method reaches with every seed, and the methods left out.
 
-    Per cent, rounded down to two decimals; NaN without results. A method is left out if its best,
-    mean over seeds, is more than ``MAX_GAP`` below that of the best method.
+    The accuracy is in per cent, rounded down to two decimals; NaN without results. A method is left
+    out if its best accuracy (mean over seeds) is more than ``MAX_GAP`` below that of the best
+    method.
     """
     best = {
         key: np.mean([result.best for result in seeds]) for key, seeds in results.items() if seeds
@@ -94,7 +96,7 @@ def common_target(results: ResultsByMethod) -> tuple[float, list[str]]:
 
 
 def best_baseline(cells: Sequence[Cell]) -> Cell | None:
-    """The most accurate method but ours."""
+    """The most accurate method other than pFedLoRA. None without finished runs."""
     baselines = [cell for cell in cells if cell.num_seeds and cell.entry.key != TABLE_NAME]
     return max(baselines, key=lambda cell: cell.best.mean, default=None)
 
@@ -102,7 +104,7 @@ def best_baseline(cells: Sequence[Cell]) -> Cell | None:
 def accuracy_sheet(
     title: str, caution: str, notes: Sequence[str], cells: Sequence[Cell], seeds: int
 ) -> Sheet:
-    """A row for each method: best and last accuracy, and how far ours is ahead."""
+    """A row for each method: best and last accuracy, and how far pFedLoRA is ahead."""
     ours, rival = _own_cell(cells), best_baseline(cells)
 
     def lead_over(cell):
@@ -143,8 +145,8 @@ def target_sheet(
     results: ResultsByMethod,
     percent: float,
 ) -> Sheet:
-    """A row for each method: what it has spent when it reaches so many per cent, and its ratio to
-    ours.
+    """A row for each method: its cost up to an accuracy of ``percent``, and the ratio of this cost
+    to that of pFedLoRA.
     """
     cost_of = {cell.entry.key: mean_cost_until(results[cell.entry.key], percent) for cell in cells}
     unknown = Cost(np.nan, np.nan, np.nan)
@@ -191,7 +193,7 @@ def target_sheet(
 def client_gains_sheet(
     title: str, caution: str, notes: Sequence[str], cells: Sequence[Cell], results: ResultsByMethod
 ) -> Sheet:
-    """A row for each seed: ours less the best baseline, client by client."""
+    """A row for each seed: how much each client gains from pFedLoRA over the best baseline."""
     rows: list[tuple[str, ...]] = [
         ("seed", "clients", "better", "equal", "worse", "mean", "highest", "lowest")
     ]
@@ -213,7 +215,10 @@ def client_gains_sheet(
 
 
 def client_gains(cells: Sequence[Cell], results: ResultsByMethod) -> dict[int, np.ndarray]:
-    """seed -> [N] ours less the best baseline, percentage points; seeds that both have."""
+    """The accuracy with pFedLoRA minus that with the best baseline: seed -> [N], percentage points.
+
+    Only seeds that both methods have finished are included.
+    """
     rival = best_baseline(cells)
     if rival is None:
         return {}
@@ -227,7 +232,7 @@ def client_gains(cells: Sequence[Cell], results: ResultsByMethod) -> dict[int, n
 def overview_sheet(
     title: str, caution: str, notes: Sequence[str], tables: Mapping[str, Sequence[Cell]], seeds: int
 ) -> Sheet:
-    """The best accuracy: methods down, cases across."""
+    """The best accuracies: a row for each method, a column for each case."""
     cells_of = {
         case_name: {cell.entry.key: cell for cell in cells} for case_name, cells in tables.items()
     }

@@ -1,10 +1,10 @@
-"""``reproduce fedhl``: clients of unequal ranks fine-tune a backbone that was trained here on half
-of the classes.
+"""``reproduce fedhl``: clients of unequal ranks fine-tune a backbone trained here on half of the
+classes.
 
-Of the FedHL paper (see ``algorithms/fedhl.py``) the abstract is all we have: its claim is
-``paper.FEDHL``. Ranks are those of FLoRA's experiments, networks, split and training are ours. The
-backbone needs no file from elsewhere: it is ``fedlora-mpi pretrain`` on the first half of the
-classes, after which all of them are federated.
+Only the abstract of the FedHL paper (see ``algorithms/fedhl.py``) was available; its claim is
+``paper.FEDHL``. The ranks are those of FLoRA's experiments. Networks, split and training are ours.
+The backbone needs no external file: ``fedlora-mpi pretrain`` trains it on the first half of the
+classes. Then all classes are federated.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,15 +21,15 @@ from .results import Result
 from .sheet import Cell, Sheet, csv_record, format_accuracy, format_difference, spread_note
 
 TABLE_NAME = "fedhl"
-RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)  # client k of any number has the (k mod 10)-th
+RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)  # client k has the (k mod 10)-th rank
 ALPHA = 0.5
 PARTICIPATION = (1.0, 0.4)
 FULL_SCALE = Scale(clients=100, train=500, test=100, batch_size=20, epochs=1, rounds=100)
-# An hour and a half on two CPU cores, two runs at a time, for all of it with one seed: a round of
-# 10 clients * 200 samples takes from 2 s (narrow) to 6 s (wide) of a core, 40 % of that at
+# An hour and a half on two CPU cores, two runs at a time, for all cases with one seed. A round of
+# 10 clients * 200 samples takes from 2 s (narrow) to 6 s (wide) of one core, and 40 % of that at
 # participation 0.4.
 SMALL_SCALE = FULL_SCALE._replace(clients=10, train=200, test=100, rounds=20)
-# on CIFAR-10 FedHL with the paper's weights diverges by 0.05
+# on CIFAR-10, FedHL with the paper's weights diverges at 0.05
 LR = {"cifar10": 0.02, "ag_news": 0.05}
 LOGGED_COLUMNS = {  # column of the log -> heading
     "effective_clients": "effective clients",
@@ -40,7 +40,7 @@ LOGGED_COLUMNS = {  # column of the log -> heading
 
 
 class Backbone(NamedTuple):
-    """A network, and how long and on which classes it is trained before."""
+    """A network, its training settings, and the classes on which it is pretrained."""
 
     model: Mapping[str, Any]
     epochs: int
@@ -58,7 +58,7 @@ def _transformer_block(width: int) -> dict[str, Any]:
     }
 
 
-# data set -> width -> network; of wide no rank holds a whole weight
+# data set -> width -> network; in the wide networks no client's rank holds a whole weight
 BACKBONES: dict[str, dict[str, Backbone]] = {
     "cifar10": {
         "narrow": Backbone(
@@ -78,7 +78,9 @@ WIDTHS = ("narrow", "wide")
 
 @dataclass(frozen=True)
 class FineTuningCase(Case):
-    """``folder``: of the backbones; ``train_file``: the training texts in the folder AG_NEWS."""
+    """``folder`` holds the backbones. ``train_file`` is the file with the training texts in the
+    folder AG_NEWS.
+    """
 
     width: str
     participation: float
@@ -125,7 +127,7 @@ class FineTuningCase(Case):
 
     @property
     def backbone(self) -> Backbone:
-        """Where the runs of this case begin."""
+        """The backbone with which the runs of this case start."""
         return BACKBONES[self.data][self.width]
 
     @property
@@ -143,7 +145,7 @@ class FineTuningCase(Case):
         return {"lr": LR[self.data], "momentum": 0.9}
 
     def pretrain_config(self, root: str) -> Config:
-        """What ``pretrain`` is given."""
+        """The config with which ``pretrain`` trains the backbone."""
         backbone = self.backbone
         data = {
             "dataset": self.data,
@@ -213,7 +215,7 @@ def fedhl_sheet(
     seeds: int,
     results: Mapping[str, Sequence[Result]],
 ) -> Sheet:
-    """A row for each method: accuracy, bytes, and the numbers that explain it."""
+    """A row for each method: accuracy, bytes, and the logged numbers that explain the accuracy."""
     rows = [("", "seeds", "best", "last", "MB up", "MB down", *LOGGED_COLUMNS.values())]
     records = []
     for cell in cells:
@@ -243,7 +245,7 @@ def fedhl_sheet(
 
 
 def _traffic(results: Sequence[Result]) -> dict[str, float]:
-    """Million bytes of a run, up and down; mean over seeds."""
+    """Bytes of a run in millions, up and down: the mean over seeds."""
 
     def mean_megabytes(name):
         return np.mean([r.rounds[name].sum() for r in results]) / 1e6 if results else np.nan
@@ -255,7 +257,7 @@ def _traffic(results: Sequence[Result]) -> dict[str, float]:
 
 
 def _logged_means(results: Sequence[Result]) -> dict[str, float]:
-    """The columns of ``LOGGED_COLUMNS``; mean over rounds and seeds."""
+    """The columns of ``LOGGED_COLUMNS``: the mean over rounds and seeds."""
     return {
         name: float(np.mean([r.rounds[name] for r in results])) if results else np.nan
         for name in LOGGED_COLUMNS
@@ -263,7 +265,9 @@ def _logged_means(results: Sequence[Result]) -> dict[str, float]:
 
 
 def _fedhl_lead(cells: Sequence[Cell]) -> str:
-    """FedHL's best accuracy less that of the best method but its variants, and which this is."""
+    """FedHL's best accuracy minus that of the best other method (not its variants), and that
+    method's label.
+    """
     ours = next((cell for cell in cells if cell.entry.key == TABLE_NAME and cell.num_seeds), None)
     baselines = [
         cell for cell in cells if cell.num_seeds and not cell.entry.key.startswith(TABLE_NAME)

@@ -12,16 +12,16 @@ DATASETS = ("cifar10", "cifar100", "tiny_imagenet")
 
 FULL_SCALE = Scale(clients=40, train=500, test=100, batch_size=100, epochs=5, rounds=300)
 # Half an hour on two CPU cores, two runs at a time, for Table 1 with one alpha and one seed on
-# CIFAR-10: FedAvg trains 10 clients * 200 samples * 5 epochs in 11 s of a core, the 11 methods
-# together need 12.2 times that, so 20 rounds * 12.2 * 11 s / 2 cores = 22 min, and 3 min to start
-# and to wait for the last. By their FLOPs CIFAR-100 takes 1.5 times as long and Tiny ImageNet 5
-# times.
+# CIFAR-10. FedAvg trains 10 clients * 200 samples * 5 epochs in 11 s of one core; the 11 methods
+# together need 12.2 times that. So the rounds take 20 rounds * 12.2 * 11 s / 2 cores = 22 min. The
+# start and the wait for the last run take 3 min. According to the FLOPs, CIFAR-100 takes 1.5 times
+# as long and Tiny ImageNet 5 times.
 SMALL_SCALE = Scale(clients=10, train=200, test=100, batch_size=50, epochs=5, rounds=20)
 
 
 @dataclass(frozen=True)
 class DirichletCase(Case):
-    """``alpha``: of the Dirichlet split."""
+    """``alpha`` is that of the Dirichlet split."""
 
     alpha: float
 
@@ -64,7 +64,7 @@ LABELS = {
     "local_lora": "Local w/ LoRA",
     "fedavg_lora": "FedAvg w/ LoRA",
 }
-# the official README's; its defaults are for CIFAR-100
+# from the official README; the official defaults are for CIFAR-100
 _CIFAR10_RANKS = {"conv_rank": 0.6, "linear_rank": 4}
 _RANKS = {
     "cifar10": _CIFAR10_RANKS,
@@ -76,13 +76,13 @@ _OFFICIAL_NOTE = "ranks and scale of FedLoRA as in the official code, lora_epoch
 
 
 def _fedlora_block(data: str, name: str = "fedlora", **changes: Any) -> dict[str, Any]:
-    """FedLoRA, or a variant, as the official code sets it."""
+    """FedLoRA, or a variant of it, with the settings of the official code."""
     official = {"name": name, "rank_rule": "official", "scale": "official", "lora_epochs": 2}
     return official | _RANKS[data] | changes
 
 
 def _method_block(name: str, data: str, scale: Scale) -> dict[str, Any]:
-    """A method of Table 1 with the settings of its authors; schedules in rounds shrink with the
+    """A method of Table 1 with its authors' settings. Schedules that count rounds shrink with the
     scale.
     """
     shrink = scale.rounds / FULL_SCALE.rounds

@@ -1,4 +1,4 @@
-"""Which runs a table of a paper needs, and the config of each."""
+"""The runs that a table of a paper needs, and the config of each."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,7 @@ SCALES = ("small", "full")
 
 
 class Scale(NamedTuple):
-    """How much of a paper's experiment is run."""
+    """The sizes of an experiment: the paper's, or smaller ones."""
 
     clients: int
     train: int  # samples per client; 0: as many as the split gives
@@ -23,9 +23,9 @@ class Scale(NamedTuple):
     rounds: int
 
     def describe_cut(self, full: "Scale", full_scale_source: str = "paper") -> str:
-        """What differs from full scale, for the header of a table; "" where nothing does.
+        """The sizes that differ from full scale, for the header of a table; "" if none does.
 
-        full_scale_source: whose full scale it is.
+        ``full_scale_source`` says where the full-scale sizes come from.
         """
         pairs = zip(self._fields, self, full, strict=True)
         changes = [
@@ -38,49 +38,51 @@ class Scale(NamedTuple):
 
 @dataclass(frozen=True)
 class Case(ABC):
-    """What a table is made for: a data set, and what else its paper varies from table to table."""
+    """The setting for which a table is made: a data set, and whatever else its paper varies from
+    table to table.
+    """
 
     data: str
-    full_scale_source: ClassVar[str] = "paper"  # where the sizes of full scale are from
+    full_scale_source: ClassVar[str] = "paper"  # where the full-scale sizes come from
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """For file names, from the data set on."""
+        """The name of the case in file names; it starts with the data set."""
 
     @property
     @abstractmethod
     def description(self) -> str:
-        """For people."""
+        """The description of the case in titles."""
 
     @abstractmethod
     def scale_sizes(self, scale: str) -> Scale:
-        """The size at one of ``SCALES``."""
+        """The sizes at one of ``SCALES``."""
 
     @property
     def data_difference(self) -> str:
-        """What its data lack of the paper's; "" where nothing."""
+        """How its data differ from the paper's; "" if they do not."""
         return ""
 
     @property
     def source(self) -> Mapping[str, Any]:
-        """``data`` without data set, root and partition."""
+        """The config block ``data`` without data set, root and partition."""
         return {}
 
     @property
     @abstractmethod
     def split(self) -> Mapping[str, Any]:
-        """``data.partition`` without sizes and seed."""
+        """The config block ``data.partition`` without sizes and seed."""
 
     @property
     @abstractmethod
     def model(self) -> Mapping[str, Any]:
-        """The config's block."""
+        """The config block ``model``."""
 
     @property
     @abstractmethod
     def optimizer(self) -> Mapping[str, float]:
-        """``train`` without epochs and batch size."""
+        """The config block ``train`` without epochs and batch size."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,13 @@ class Entry:
 
     key: str
     label: str  # as the paper writes it
-    algorithm: Mapping[str, Any]  # the config's block
+    algorithm: Mapping[str, Any]  # the config block
     published: Accuracy | None = None
     participation: float = 1.0
 
 
 class Job(NamedTuple):
-    """One run: ``config.output`` is its folder."""
+    """One run. ``config.output`` is its folder."""
 
     entry: Entry
     case: Case
@@ -112,27 +114,28 @@ class Job(NamedTuple):
         return f"{self.folder.parent.name}/{self.folder.name}"
 
     def sibling_path(self, suffix: str) -> Path:
-        """The file next to the run folder, for instance its config (.yaml)."""
+        """The file next to the run folder with this suffix, for instance its config (.yaml)."""
         return self.folder.with_name(self.folder.name + suffix)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table or figure of a paper. ``entries(case, scale)``: its cells in the paper's order."""
+    """A table or figure of a paper. ``entries(case, scale)`` yields its cells in paper order."""
 
     title: str
     entries: Callable[[Any, Scale], Iterator[Entry]]
-    open_choices: str  # what the paper leaves open and how it is decided here
-    allows_other_methods: bool = (
-        False  # whether --methods may add algorithms that the paper has not
-    )
-    std_note: str = "the paper's, over 3 seeds, does not say which"  # what is known of its ±
+    open_choices: str  # what the paper leaves open, and our choice
+    allows_other_methods: bool = False  # whether --methods may add algorithms not in the paper
+    # what is known of the paper's ±
+    std_note: str = "the paper's, over 3 seeds, does not say which"
 
 
 def make_job(
     entry: Entry, case: Case, seed: int, *, scale: Scale, rounds: int, root: str, folder: Path
 ) -> Job:
-    """A run and its config. ``folder``: of the table. Raises ConfigError (a ValueError)."""
+    """A run and its config. ``folder`` is that of the table. Raises ConfigError (a ValueError) if a
+    setting is wrong.
+    """
     name = f"{case.name}/{entry.key}-seed{seed}"
     sizes = {"clients": scale.clients, "train": scale.train, "test": scale.test}
     mapping = {
@@ -149,6 +152,6 @@ def make_job(
         "model": dict(case.model),
         "algorithm": dict(entry.algorithm),
         "train": {"epochs": scale.epochs, "batch_size": scale.batch_size, **case.optimizer},
-        "checkpoint": {"every": 10, "keep": 1},  # a grid of runs fills a disk
+        "checkpoint": {"every": 10, "keep": 1},  # few, since a grid of runs fills a disk
     }
     return Job(entry, case, seed, from_dict(mapping, f"{name}.yaml"))

@@ -1,9 +1,9 @@
-"""The numbers that the FedLoRA paper prints, in per cent: best round, mean and standard deviation
-over 3 seeds.
+"""The accuracies that the FedLoRA paper prints, in per cent: best round, mean and standard
+deviation over 3 seeds.
 
 Wu et al., "FedLoRA: When Personalized Federated Learning Meets Low-Rank Adaptation", ICLR 2024
 submission (see ``algorithms/fedlora.py``), Tables 1 to 6. Its Figures 4, 6 and 7 print no numbers.
-At the end what the pFedLoRA paper says of itself.
+The claims of the FedHL and pFedLoRA papers stand at the end.
 """
 
 from math import nan
@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 
 class Accuracy(NamedTuple):
-    """Accuracy of one setting, per cent; ``std`` is NaN where none is printed."""
+    """The accuracy of one setting, in per cent. ``std`` is NaN where none is printed."""
 
     mean: float
     std: float
 
 
-ALPHAS = (0.1, 0.5, 1.0)  # of Table 1; Tables 2 to 5 have 0.1
-RATIOS = (20, 40, 60, 80, 100)  # per cent, of Table 2
+ALPHAS = (0.1, 0.5, 1.0)  # in Table 1; Tables 2 to 5 have 0.1
+RATIOS = (20, 40, 60, 80, 100)  # in Table 2, per cent
 
 TABLE1: dict[str, dict[str, tuple[Accuracy, ...]]] = {  # method -> data set -> one per alpha
     "fedavg": {
@@ -247,7 +247,7 @@ TABLE6: dict[
     "fedlora": {"ag_news": Accuracy(91.79, nan), "imagenet_subset": Accuracy(35.67, nan)},
 }
 
-CLAIMS = {  # what the paper says of its figures
+CLAIMS = {  # what the paper says about its figures
     "fig4": "accuracy rises with E_lora, then falls; E_lora = 0 is close to FedAvg, "
     "E_lora = E below Local",
     "fig6": "alternating training keeps the clients' sigma_i closer together than simultaneous "
@@ -255,8 +255,10 @@ CLAIMS = {  # what the paper says of its figures
     "fig7": "no client is worse off with FedLoRA than with FedAvg or with Local",
 }
 
-# Yi et al., "pFedLoRA" (see ``algorithms/pfedlora.py``), the abstract: against the best baseline.
-# Its tables could not be had.
-# percentage points ahead of "several state-of-the-art methods": Peng et al., the abstract
+# Peng et al. (see ``algorithms/fedhl.py``), the abstract: percentage points ahead of "several
+# state-of-the-art methods"
 FEDHL = "1 to 3"
-PFEDLORA = {"accuracy": 1.35, "flops": 11.81, "bytes": 7.41}  # percentage points ahead; times less
+# Yi et al., "pFedLoRA" (see ``algorithms/pfedlora.py``), the abstract: against the best baseline,
+# percentage points of accuracy ahead, and how many times fewer FLOPs and bytes. The paper's tables
+# were not available.
+PFEDLORA = {"accuracy": 1.35, "flops": 11.81, "bytes": 7.41}

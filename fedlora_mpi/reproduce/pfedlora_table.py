@@ -1,8 +1,8 @@
-"""The table of the pFedLoRA paper (see ``algorithms/pfedlora.py``); of its numbers
-``paper.PFEDLORA`` is all we have.
+"""The table of the pFedLoRA paper (see ``algorithms/pfedlora.py``). Of the paper's numbers only
+``paper.PFEDLORA`` was available.
 
 Networks, training settings and split are those of the released code of later papers by the same
-authors (FedGH, pFedES), which say that they follow this one's experiments.
+authors (FedGH, pFedES). These papers say that they follow pFedLoRA's experiments.
 """
 
 from collections.abc import Iterator
@@ -12,16 +12,16 @@ from typing import Any
 from .grid import Case, Entry, Scale, Table
 
 TABLE_NAME = "pfedlora"
-# clients -> fraction of them per round: 10 train in any
+# clients -> fraction of them per round; 10 clients train in every round
 PARTICIPATION = {10: 1.0, 50: 0.2, 100: 0.1}
-CLASSES_PER_CLIENT = {"cifar10": 2, "cifar100": 10}  # of each client
-# per cent; as remembered from the paper, not checked
+CLASSES_PER_CLIENT = {"cifar10": 2, "cifar100": 10}
+# per cent; the paper's values from memory, not checked
 PAPER_TARGET = {"cifar10": 90.0, "cifar100": 50.0}
 # 25 minutes on two CPU cores, two runs at a time, for 10 clients and one seed on CIFAR-10.
-# Standalone trains 10 clients * 400 samples * 2 epochs in 3.1 s of a core; LG-FedAvg, FD and
-# FedProto take as long, pFedLoRA 3.9 s, FML 4.8 s, FedAPEN 6.6 s, FedKD 7.3 s. So it is
-# 60 rounds * 35 s / 2 cores = 18 min, and 3 min to start and to wait for the last.
-# With 50 and 100 clients, too, 10 train in a round; only evaluation takes 5 and 10 times as long.
+# Standalone trains 10 clients * 400 samples * 2 epochs in 3.1 s of one core. LG-FedAvg, FD and
+# FedProto take as long, pFedLoRA 3.9 s, FML 4.8 s, FedAPEN 6.6 s, FedKD 7.3 s. So the rounds take
+# 60 rounds * 35 s / 2 cores = 18 min. The start and the wait for the last run take 3 min.
+# With 50 and 100 clients, 10 also train in a round; only evaluation takes 5 and 10 times as long.
 SMALL_SIZES = {"train": 400, "test": 100, "batch_size": 50, "epochs": 2, "rounds": 60}
 FIVE_CNNS = tuple(f"cnn{number}" for number in range(1, 6))
 LABELS = {
@@ -39,7 +39,9 @@ LABELS = {
 
 @dataclass(frozen=True)
 class ClientCounts(Case):
-    """``clients`` decides how many of them take part; ``homogeneous``: all have CNN-1."""
+    """``clients`` determines the fraction that takes part. With ``homogeneous`` all clients have
+    CNN-1.
+    """
 
     clients: int
     homogeneous: bool = False
@@ -66,7 +68,7 @@ class ClientCounts(Case):
 
     @property
     def participation(self) -> float:
-        """Fraction of the clients per round."""
+        """The fraction of the clients that take part in a round."""
         return PARTICIPATION[self.clients]
 
     def scale_sizes(self, scale: str) -> Scale:

@@ -1,4 +1,4 @@
-"""The paper's figures from our runs. matplotlib is imported when a picture is drawn."""
+"""The paper's figures, drawn from our runs. matplotlib is imported only when a figure is drawn."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# Okabe and Ito's colours, which colour-blind readers can distinguish
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
 OTHER_COLORS = (BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#BCA600", GREY)
 
 
 def save_figure(figure: "Figure", path: Path, root: Path | None = None) -> None:
-    """Write a figure as a PNG; ``root``: see ``replace_file``."""
+    """Write a figure as a PNG. For ``root`` see ``replace_file``."""
     with replace_file(path, root) as file:
         figure.savefig(file, format="png", dpi=150, bbox_inches="tight", pad_inches=0.1)
 
 
 def lora_rank_heatmap(cells: Sequence[Cell], title: str) -> "Figure":
-    """Table 2 as a heat map: x R_c, y R_l, colour and number the best accuracy."""
+    """Table 2 as a heat map: x is R_c, y is R_l, colour and number are the best accuracy."""
     figure, axes = _new_axes(title, (5.6, 4.6))
     accuracy_at = {
         (c.entry.algorithm["conv_rank"], c.entry.algorithm["linear_rank"]): c.best.mean
@@ -55,7 +55,7 @@ def lora_rank_heatmap(cells: Sequence[Cell], title: str) -> "Figure":
 
 
 def epochs_figure(cells: Sequence[Cell], title: str) -> "Figure":
-    """Figure 4: x E_lora, y best accuracy with its standard deviation over seeds."""
+    """Figure 4: x is E_lora, y is the best accuracy with its standard deviation over seeds."""
     figure, axes = _new_axes(title)
     finished = [c for c in cells if c.num_seeds]
     xs = [c.entry.algorithm["lora_epochs"] for c in finished]
@@ -68,7 +68,7 @@ def epochs_figure(cells: Sequence[Cell], title: str) -> "Figure":
 
 
 def drift_figure(results: Mapping[str, Sequence[Result]], title: str) -> "Figure":
-    """Figure 6: x round, y the distance of the clients' sigma from their mean."""
+    """Figure 6: x is the round, y is the distance of the clients' sigma from their mean."""
     figure, axes = _new_axes(title)
     for label, color, style in (("simultaneous", ORANGE, "--"), ("alternating", BLUE, "-")):
         if seeds := results.get(label):
@@ -92,7 +92,7 @@ def drift_figure(results: Mapping[str, Sequence[Result]], title: str) -> "Figure
 
 
 def client_scatter(results: Mapping[str, Sequence[Result]], title: str) -> "Figure":
-    """Figure 7: a point for each client; above the diagonal FedLoRA serves it better."""
+    """Figure 7: one point per client. Above the diagonal, FedLoRA is more accurate."""
     figure, axes = _new_axes(title, (5.2, 5.2))
     accuracies = accuracy_by_client(results).values()
     for key, label, color, marker in (
@@ -128,9 +128,10 @@ def client_scatter(results: Mapping[str, Sequence[Result]], title: str) -> "Figu
 def accuracy_by_cost(
     cost: str, cells: Sequence[Cell], results: costs.ResultsByMethod, title: str
 ) -> "Figure":
-    """Accuracy of each method against its ``cost`` so far; what costs nothing has no curve.
+    """The accuracy of each method against its total ``cost`` so far. A method without cost has no
+    curve.
 
-    cost: a field of ``costs.Cost``.
+    ``cost`` is a field of ``costs.Cost``.
     """
     figure, axes = _new_axes(title)
     colors = iter(OTHER_COLORS * len(cells))
@@ -158,7 +159,7 @@ def accuracy_by_cost(
 
 
 def gains_figure(cells: Sequence[Cell], results: costs.ResultsByMethod, title: str) -> "Figure":
-    """pFedLoRA's Figure 5: a bar for each client and seed, the largest gain first."""
+    """pFedLoRA's Figure 5: one bar per client and seed, the largest gain first."""
     figure, axes = _new_axes(title)
     rival, gains_of = costs.best_baseline(cells), costs.client_gains(cells, results)
     sorted_gains = np.sort(np.concatenate([np.zeros(0), *gains_of.values()]))[::-1]
@@ -183,7 +184,7 @@ _COST_LABELS = {
 
 
 def _new_axes(title: str, inches: tuple[float, float] = (6.4, 4.0)) -> "tuple[Figure, Axes]":
-    """An empty plot. Raises ValueError where matplotlib is missing."""
+    """An empty plot. Raises ValueError if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""All tables by their names."""
+"""All tables by name."""
 
 from collections.abc import Sequence
 
@@ -14,10 +14,10 @@ TABLES = fedlora.TABLES | agnews.TABLES | pfedlora.TABLES | fedhl.TABLES
 
 
 def table_entries(name: str, case: Case, scale: Scale, methods: Sequence[str] = ()) -> list[Entry]:
-    """The cells of a table, or those that ``methods`` names, in its order.
+    """The cells of a table, or only those that ``methods`` names, in the table's order.
 
-    Raises ValueError for a name that is none of them, nor, where the table is open to all, an
-    algorithm.
+    If the table allows other methods, ``methods`` may also name any algorithm. Raises ValueError
+    for an unknown name.
     """
     table = TABLES[name]
     entry_of = {entry.key: entry for entry in table.entries(case, scale)}

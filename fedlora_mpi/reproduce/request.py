@@ -1,4 +1,4 @@
-"""What ``fedlora-mpi reproduce`` is asked for."""
+"""The arguments of ``fedlora-mpi reproduce``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from .pfedlora_table import PARTICIPATION, TABLE_NAME, ClientCounts
 
 @dataclass(frozen=True)
 class Request:
-    """The command line. Empty ``methods``: all of the table; ``rounds``, ``jobs`` None: by scale,
-    by machine.
+    """The command line. An empty sequence, "" or None means the default.
 
-    data, none: cifar10, of ``table6`` ag_news, of ``fedhl`` both. alpha: of all but ``pfedlora``,
-    none: 0.1, of ``table6`` 1.0, of ``fedhl`` 0.5. text_train: of ``table6`` and ``fedhl``, a file
-    in AG_NEWS. width, participation: of ``fedhl``, none: all. clients, homogeneous, target (per
-    cent): of ``pfedlora``; no clients: 10, 50, 100 at full scale, 10 at small; no target: the
-    highest that all methods reach.
+    data: cifar10; for ``table6`` ag_news; for ``fedhl`` both. alpha: 0.1; for ``table6`` 1.0; for
+    ``fedhl`` 0.5; not for ``pfedlora``. text_train: a file in AG_NEWS, only for ``table6`` and
+    ``fedhl``. width and participation: only for ``fedhl``; default all. clients, homogeneous and
+    target (per cent): only for ``pfedlora``; clients by default 10, 50, 100 at full scale and 10 at
+    small scale; target by default the highest accuracy that all methods reach. methods: all of the
+    table. rounds: those of the scale. jobs: one per GPU, or as many as the CPU cores allow.
     """
 
     table: str
@@ -34,7 +34,7 @@ class Request:
     width: Sequence[str] = ()
     participation: Sequence[float] = ()
     target: Sequence[float] = ()
-    seeds: Sequence[int] = ()  # none: 1, 2, 3 at full scale, 1 at small
+    seeds: Sequence[int] = ()  # default: 1, 2, 3 at full scale, 1 at small scale
     rounds: int | None = None
     methods: Sequence[str] = ()
     scale: str = "small"
@@ -72,7 +72,7 @@ class Request:
 
     @property
     def cases(self) -> list[Case]:
-        """What a table is made for, each. Raises ValueError."""
+        """The cases for which the table is made. Raises ValueError if a choice is not allowed."""
         if self.table == agnews.TABLE_NAME:
             file, pairs = (
                 self.text_train or agnews.TRAIN_FILE,
@@ -112,7 +112,7 @@ class Request:
         return self.seeds or ((1, 2, 3) if self.is_full_scale else (1,))
 
     def rounds_for(self, case: Case) -> int:
-        """How many rounds its runs have."""
+        """How many rounds the runs of this case have."""
         return self.rounds or case.scale_sizes(self.scale).rounds
 
     @property

@@ -1,4 +1,4 @@
-"""What the runs of a grid have reached so far, and which of them need not be run."""
+"""The results of finished runs, and which runs of a grid are finished."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from .grid import Job
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run, up to the round that was asked for."""
+    """A finished run, up to the requested round."""
 
     job: Job
     rounds: Mapping[str, np.ndarray]  # columns [T]
@@ -23,25 +23,25 @@ class Result:
 
     @property
     def best_row(self) -> int:
-        """The row of the best round: the highest mean of the clients' own accuracies."""
+        """The row of the best round, which has the highest mean of the clients' own accuracies."""
         return int(np.nanargmax(self.rounds["accuracy"]))
 
     @property
     def best(self) -> float:
-        """The paper's metric, per cent."""
+        """The paper's metric: the accuracy in the best round, per cent."""
         return 100 * float(self.rounds["accuracy"][self.best_row])
 
     @property
     def last(self) -> float:
-        """Accuracy after the last round, per cent."""
+        """The accuracy after the last round, per cent."""
         return 100 * float(self.rounds["accuracy"][-1])
 
 
 class ResultStore:
-    """The run folders under ``out``: a run that one table has finished serves the others.
+    """The run folders under ``out``. A run that one table has finished also serves the others.
 
-    Two runs are the same when their configs differ at most in what a resume may change and in the
-    ``engine`` block.
+    Two runs are the same if their configs differ at most in keys that a resume may change and in
+    the ``engine`` block.
     """
 
     def __init__(self, out: Path) -> None:
@@ -53,7 +53,9 @@ class ResultStore:
                 )
 
     def find_finished(self, job: Job) -> Path | None:
-        """The folder that holds all rounds of this run: its own, or that of an equal run."""
+        """The folder that holds all rounds of this run: its own, or that of an equal run. None if
+        there is none.
+        """
         folders = [
             folder
             for num_rounds, folder in self._folders_of.get(_settings_digest(job.config), [])
@@ -62,7 +64,7 @@ class ResultStore:
         return job.folder if job.folder in folders else next(iter(folders), None)
 
     def result(self, job: Job) -> Result | None:
-        """The columns of a finished run; None when it is not finished."""
+        """The columns of a finished run. None if it is not finished."""
         if (folder := self.find_finished(job)) is None:
             return None
         files = RunFiles(folder)
@@ -76,7 +78,7 @@ class ResultStore:
 
 
 def num_logged_rounds(folder: Path) -> int:
-    """Rounds in the log of a run folder; 0 where there is none that can be read."""
+    """How many rounds the log of a run folder has. 0 if there is no readable log."""
     try:
         return len(RunFiles(folder).rounds()["round"])
     except StoreError:
@@ -84,7 +86,7 @@ def num_logged_rounds(folder: Path) -> int:
 
 
 def check_folder(job: Job) -> None:
-    """Raise ValueError when the run's folder holds a run with other settings."""
+    """Raise ValueError if the run's folder holds a run with other settings."""
     recorded = _read_config(job.folder)
     if recorded is None or _settings_digest(recorded) == _settings_digest(job.config):
         return
@@ -101,7 +103,7 @@ def check_folder(job: Job) -> None:
 
 
 def _read_config(folder: Path) -> Config | None:
-    """The config of a run folder; None where there is none of this version."""
+    """The config of a run folder. None if there is none that this version can read."""
     try:
         return from_dict(RunFiles(folder).config, str(folder))
     except ValueError:
@@ -109,5 +111,5 @@ def _read_config(folder: Path) -> Config | None:
 
 
 def _settings_digest(config: Config) -> str:
-    """Equal for two runs whose results should be equal but for rounding."""
+    """A digest that is equal for two runs whose results should be equal except for rounding."""
     return digest(replace(config, engine=Engine()))

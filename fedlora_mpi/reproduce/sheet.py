@@ -1,4 +1,4 @@
-"""A table of results beside the paper's numbers: as text, as Markdown, as CSV."""
+"""A table of results beside the paper's numbers, as text, Markdown or CSV."""
 
 import csv
 import io
@@ -33,9 +33,8 @@ _AS_GOOD_NOTE = (
 
 @dataclass(frozen=True)
 class Sheet:
-    """``rows``: the first is the header; ``records``: the same numbers unrounded, for the CSV.
-
-    ``caution``: what sets the runs apart from the paper's, above the table.
+    """The content of a table. The first of ``rows`` is the header. ``records`` has the same numbers
+    unrounded, for the CSV. ``caution`` says above the table how the runs differ from the paper's.
     """
 
     title: str
@@ -45,7 +44,7 @@ class Sheet:
     records: Sequence[Mapping[str, Any]]
 
     def text(self) -> str:
-        """For a terminal."""
+        """The table as text for a terminal."""
 
         def fill(text, bullet=""):
             return textwrap.fill(
@@ -64,7 +63,7 @@ class Sheet:
         )
 
     def markdown(self) -> str:
-        """A table of GitHub's Markdown."""
+        """The table in GitHub's Markdown."""
         header, *rows = (
             "| " + " | ".join(escapes.escape_markdown(cell.strip()) for cell in row) + " |"
             for row in self.rows
@@ -80,7 +79,7 @@ class Sheet:
         )
 
     def csv(self) -> str:
-        """A row a record; a number that is not known is empty."""
+        """The table as CSV: one row per record. Unknown numbers are empty."""
         file = io.StringIO()
         writer = csv.DictWriter(file, self.records[0], lineterminator="\n")
         writer.writeheader()
@@ -96,21 +95,21 @@ class Sheet:
 
 
 class Cell(NamedTuple):
-    """One entry over the seeds, per cent; NaN where unknown."""
+    """The results of one entry over the seeds, in per cent. NaN where unknown."""
 
     entry: Entry
-    num_seeds: int  # seeds
+    num_seeds: int  # finished seeds
     best: Accuracy
     last: Accuracy
 
     @property
     def difference(self) -> float:
-        """Ours less the paper's, in percentage points."""
+        """Our best accuracy minus the paper's, in percentage points."""
         return self.best.mean - self.entry.published.mean if self.entry.published else np.nan
 
     @classmethod
     def from_results(cls, entry: Entry, results: Sequence[Result]) -> "Cell":
-        """The mean of the finished runs, and their sample standard deviation."""
+        """The mean of the finished runs and their sample standard deviation."""
         return cls(
             entry,
             len(results),
@@ -127,7 +126,7 @@ def comparison_sheet(
     seeds: int,
     std_note: str = Table.std_note,
 ) -> Sheet:
-    """A row for each entry, beside the paper."""
+    """A row for each entry: our accuracy beside the paper's."""
     rows: list[tuple[str, ...]] = [("", "seeds", "best", "last", "paper", "difference")]
     for cell in cells:
         numbers = [format_accuracy(v) for v in (cell.best, cell.last, cell.entry.published)]
@@ -151,8 +150,8 @@ def comparison_sheet(
 def lora_rank_sheet(
     title: str, caution: str, notes: Sequence[str], cells: Sequence[Cell], seeds: int
 ) -> Sheet:
-    """Table 2: R_l down, R_c across; in each cell ours and, in brackets, the difference. * is our
-    best.
+    """Table 2: a row for each R_l, a column for each R_c. Each cell has our accuracy and, in
+    brackets, the difference to the paper. * marks our best.
     """
     cell_at = {(c.entry.algorithm["linear_rank"], c.entry.algorithm["conv_rank"]): c for c in cells}
     linear_ranks, conv_ranks = (
@@ -181,7 +180,7 @@ def lora_rank_sheet(
 def drift_sheet(
     title: str, caution: str, notes: Sequence[str], results: Mapping[str, Sequence[Result]]
 ) -> Sheet:
-    """Figure 6: rounds down, the orders of training across, means over seeds."""
+    """Figure 6: a row for each round shown, a column for each training order; means over seeds."""
     curves = {label: mean_drift(seeds) for label, seeds in results.items() if seeds}
     length = min((len(curve) for curve in curves.values()), default=0)
     shown_rounds = sorted({*range(0, length, max(1, length // 10)), length - 1} - {-1})
@@ -205,7 +204,9 @@ def drift_sheet(
 def client_sheet(
     title: str, caution: str, notes: Sequence[str], results: Mapping[str, Sequence[Result]]
 ) -> Sheet:
-    """Figure 7: how many clients FedLoRA serves at least as well as FedAvg and Local, by seed."""
+    """Figure 7: for each seed, how many clients FedLoRA serves at least as well as FedAvg and
+    Local.
+    """
     rows: list[tuple[str, ...]] = [
         (
             "seed",
@@ -235,15 +236,16 @@ def client_sheet(
 
 
 def mean_drift(results: Sequence[Result]) -> np.ndarray:
-    """[T] mean over seeds."""
+    """The drift after each round, [T], the mean over seeds."""
     return np.mean([result.rounds["drift"] for result in results], axis=0)
 
 
 def accuracy_by_client(
     results: Mapping[str, Sequence[Result]], keys: Sequence[str] = ("fedlora", "fedavg", "local")
 ) -> dict[int, dict[str, np.ndarray]]:
-    """seed -> method -> [N] accuracy in its best round, per cent; only seeds that all ``keys``
-    have.
+    """The accuracy of each client in the run's best round: seed -> method -> [N], per cent.
+
+    Only seeds for which all ``keys`` have results are included.
     """
     accuracy_of: dict[int, dict[str, np.ndarray]] = {}
     for key in keys:
@@ -264,19 +266,19 @@ def _seed_stat(numbers: Sequence[float]) -> Accuracy:
 
 
 def format_accuracy(value: Accuracy | None) -> str:
-    """Mean and deviation; "-" where unknown."""
+    """Mean and standard deviation as text; "-" where unknown."""
     if value is None or np.isnan(value.mean):
         return "-"
     return f"{value.mean:.2f}" + ("" if np.isnan(value.std) else f" ± {value.std:.2f}")
 
 
 def format_difference(number: float) -> str:
-    """A difference; "-" where unknown."""
+    """A difference with its sign as text; "-" where unknown."""
     return "-" if np.isnan(number) else f"{number:+.2f}"
 
 
 def spread_note(seeds: int, std_note: str = Table.std_note) -> str:
-    """What stands behind ±; ``std_note``: what is known of the paper's."""
+    """A note that explains ±. ``std_note`` says what is known of the paper's ±."""
     if seeds == 1:
         return f"one seed, so no standard deviation; {std_note}"
     return f"± sample standard deviation over {seeds} seeds (of run and partition); {std_note}"
@@ -299,7 +301,9 @@ def csv_record(cell: Cell) -> dict[str, Any]:
 
 
 def _order_notes(cells: Sequence[Cell]) -> Iterator[str]:
-    """Whether the entries come in the paper's order, where there are enough of them to say so."""
+    """A note on how well the order of our entries agrees with the paper's. Needs at least four
+    entries.
+    """
     pairs = [
         (c.best.mean, c.entry.published.mean) for c in cells if c.num_seeds and c.entry.published
     ]

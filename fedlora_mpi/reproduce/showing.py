@@ -1,4 +1,4 @@
-"""The tables and pictures of finished runs, printed and written."""
+"""The tables and figures of finished runs, printed and written to files."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class CaseResults(NamedTuple):
-    """What the runs of a case have brought."""
+    """The results of the runs of a case."""
 
     cells: list[Cell]
-    results: dict[str, list[Result]]  # of each entry, the finished seeds
+    results: dict[str, list[Result]]  # key of the entry -> its finished seeds
 
 
 def collect_results(runs: Sequence[Job], shelf: ResultStore) -> CaseResults:
-    """The finished among the runs."""
+    """The results of the finished runs."""
     finished = [result for run in runs if (result := shelf.result(run))]
     entry_of = {run.entry.key: run.entry for run in runs}
     results = {key: [r for r in finished if r.job.entry.key == key] for key in entry_of}
@@ -39,8 +39,8 @@ def collect_results(runs: Sequence[Job], shelf: ResultStore) -> CaseResults:
 
 
 def publish_case(request: Request, case: Case, case_results: CaseResults) -> None:
-    """Print what a table has to say of a case and write it as text, Markdown, CSV and, where it is
-    a picture, PNG.
+    """Print the tables of a case and write them as text, Markdown and CSV. Where the table has a
+    figure, write it as PNG.
     """
     title = f"{TABLES[request.table].title}; {case.description}, scale {request.scale}"
     for suffix, table_sheet in _make_sheets(request, case, title, case_results).items():
@@ -53,7 +53,7 @@ def publish_case(request: Request, case: Case, case_results: CaseResults) -> Non
 
 
 def _publish_sheet(request: Request, name: str, table_sheet: Sheet) -> None:
-    """Print a table and write it in all forms."""
+    """Print a table and write it as text, Markdown and CSV."""
     stem = request.table_folder / name
     with nolinks.open_folder(request.table_folder, request.root_folder, create=True):
         pass
@@ -70,7 +70,7 @@ def _publish_sheet(request: Request, name: str, table_sheet: Sheet) -> None:
 def _make_sheets(
     request: Request, case: Case, title: str, case_results: CaseResults
 ) -> dict[str, Sheet]:
-    """End of the file names -> table."""
+    """The tables of a case: {suffix of the file names: table}."""
     seeds, notes, caution = (
         len(request.run_seeds),
         [TABLES[request.table].open_choices],
@@ -106,9 +106,10 @@ def _make_sheets(
 def _choose_targets(
     request: Request, case: Case, results: Mapping[str, Sequence[Result]]
 ) -> dict[str, tuple[float, list[str]]]:
-    """End of the file names -> (accuracy in per cent, how it was chosen).
+    """The target accuracies: {suffix of the file names: (accuracy in per cent, how it was chosen)}.
 
-    Those asked for, or the highest that all methods reach, and at full scale the paper's.
+    These are the requested targets. Without a request, they are the highest accuracy that all
+    methods reach and, at full scale, the paper's target.
     """
     if request.target:
         return {f"-target{percent:g}": (percent, []) for percent in request.target}
@@ -129,7 +130,7 @@ def _choose_targets(
 
 
 def publish_overview(request: Request, results_of: Mapping[Case, CaseResults]) -> None:
-    """The best accuracy of all cases, in the same ways."""
+    """Print and write the best accuracies of all cases, as ``publish_case`` does."""
     cautions = dict.fromkeys(_difference_note(request, case) for case in results_of)
     tables = {case.name: cells for case, (cells, _) in results_of.items()}
     notes = [TABLES[request.table].open_choices]
@@ -142,7 +143,7 @@ def publish_overview(request: Request, results_of: Mapping[Case, CaseResults]) -
 
 
 def _difference_note(request: Request, case: Case) -> str:
-    """What sets these runs apart from the paper's; "" when nothing does."""
+    """How these runs differ from the paper's; "" if they do not."""
     sizes = (
         case.scale_sizes(request.scale)
         ._replace(rounds=request.rounds_for(case))
@@ -159,7 +160,7 @@ def _difference_note(request: Request, case: Case) -> str:
 def _figure_makers(
     table: str, title: str, cells: Sequence[Cell], results: Mapping[str, Sequence[Result]]
 ) -> "dict[str, Callable[[], Figure]]":
-    """End of the file names -> how to draw it."""
+    """The figures of a table: {suffix of the file names: function that draws it}."""
     if table == TABLE_NAME:
         cost_figures = {
             f"-{cost}": partial(picture.accuracy_by_cost, cost, cells, results, title)
@@ -176,7 +177,7 @@ def _figure_makers(
 
 
 def _save_figure(figure: "Callable[[], Figure]", path: Path, root: Path) -> str:
-    """The file of the picture, or why there is none."""
+    """The file of the figure, or the reason why there is none."""
     try:
         picture.save_figure(figure(), path, root)
     except ValueError as error:

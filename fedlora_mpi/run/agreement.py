@@ -1,4 +1,4 @@
-"""Check that all ranks have built the same, by a sum of one small table."""
+"""Check that all ranks have built the same run, by a sum of one small table."""
 
 import json
 import socket
@@ -54,10 +54,10 @@ def reconcile_ranks(
     split: Split,
     initial_variables: Sequence[Variables],
 ) -> tuple[tuple[Model, ...], Sequence[Variables], Inventory]:
-    """The networks and first variables, equal on all ranks, and the inventory of this rank.
+    """Return the networks and initial variables, equal on all ranks, and this rank's inventory.
 
-    If the last bits differ between machines, those of rank 0 hold. Raises Refusal on all ranks if
-    anything else differs.
+    If the last bits differ between machines, all ranks use those of rank 0. Raises Refusal on all
+    ranks if anything else differs.
     """
     local_inventory = build_inventory(
         config, data, models, split, initial_variables, comm.heartbeat.beat
@@ -78,9 +78,10 @@ def reconcile_ranks(
 def _compare_ranks(
     comm: Comm, config: Config, source: str, local_inventory: Inventory, data: Data
 ) -> bool:
-    """Whether all ranks have the same. Raises Refusal.
+    """Return whether all ranks have built the same. Raises Refusal.
 
-    First values may differ on another machine, whose lowest rank warns of it.
+    Initial values may differ on ranks whose platform differs from rank 0's. The lowest such rank
+    prints a warning.
     """
     table = np.zeros((comm.size, len(KINDS)), np.int64)
     table[comm.rank] = [hash_items(local_inventory[kind]) for kind in KINDS]
@@ -102,7 +103,7 @@ def _compare_ranks(
 
 
 def _broadcast_tree(comm: Comm, tree: Tree) -> Tree:
-    """The leaves as rank 0 has them; their names, shapes and types are the same on all ranks."""
+    """Return the leaves of rank 0. Their names, shapes and types are equal on all ranks."""
     leaves = {}
     for name, value in tree.items():
         content = bytearray(comm.broadcast(tensor_bytes(value).tobytes()))
@@ -113,7 +114,7 @@ def _broadcast_tree(comm: Comm, tree: Tree) -> Tree:
 
 
 def _warn_other_platform(comm: Comm, ranks: Collection[int], local_items: Items) -> None:
-    """One line about ranks on other machines than rank 0's."""
+    """Print one line about ranks whose platform differs from rank 0's."""
     root_items = json.loads(comm.broadcast(json.dumps(local_items).encode()))
     if comm.rank == min(ranks):
         text = describe_platforms(root_items, local_items, "on rank 0")
@@ -133,7 +134,7 @@ def _refuse_difference(
     ranks: Sequence[int],
     data: Data,
 ) -> None:
-    """Raise Refusal on all ranks: the first item of this kind that differs."""
+    """Raise Refusal on all ranks, with the first item of this kind that differs."""
     root_items = json.loads(comm.broadcast(json.dumps(local_items).encode()))
     digests = _sample_digests(data) if kind == "data" else {}
     root_digests = json.loads(comm.broadcast(json.dumps(digests).encode()))
@@ -156,13 +157,13 @@ def _refuse_difference(
 
 
 def describe_ranks(ranks: Sequence[int]) -> str:
-    """The ranks, with the machine of this one, which is among them."""
+    """Return the ranks in words, with the host of this rank, which is one of them."""
     noun = "rank" if len(ranks) == 1 else "ranks"
     return f"{noun} {', '.join(map(str, ranks))} (host {socket.gethostname()})"
 
 
 def _sample_digests(data: Data) -> dict[str, list[str]]:
-    """A digest of each sample and of each label."""
+    """Return a digest of each sample and of each label."""
     digests = {}
     for name, side in (("training", data.train), ("test", data.test)):
         for role, values in (("samples", side.x), ("labels", side.y)):

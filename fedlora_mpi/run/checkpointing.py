@@ -1,4 +1,4 @@
-"""The state of a run before round 1, into a checkpoint and out of it."""
+"""Save the state of a run to a checkpoint, load it, and make the state before round 1."""
 
 import sys
 from collections.abc import Mapping
@@ -18,11 +18,14 @@ from ..store.manifest import Shard, worker_file
 from ..store.snapshot import Checkpoint
 from .assembly import Assembly
 
-_READ_BYTES = 2**28  # bytes of a checkpoint in memory at once
+_READ_BYTES = 2**28  # bytes of a checkpoint that are in memory at a time
 
 
 def save_checkpoint(assembly: Assembly, folder: Path, state: State) -> None:
-    """Write a checkpoint: every worker its clients, rank 0 the rest, the manifest last."""
+    """Write a checkpoint.
+
+    Every worker writes its clients, rank 0 writes the rest, and the manifest last.
+    """
     run, comm, checkpoint_folder = (
         assembly.run,
         assembly.run.comm,
@@ -53,7 +56,7 @@ def save_checkpoint(assembly: Assembly, folder: Path, state: State) -> None:
     collectively(comm, lambda: checkpoint.begin(folder, state.round) if comm.rank == 0 else None)
     server_shards = collectively(comm, write)
     comm.sum(shards)
-    # nobody waits for what follows: a rank that dies from here on finds a whole checkpoint
+    # no rank waits for what follows; the shards are complete even if another rank dies now
     if comm.rank == 0:
         written_shards = [
             (rank, kind) for rank, kind in np.ndindex(shards.shape[:2]) if shards[rank, kind].any()
@@ -75,7 +78,7 @@ def save_checkpoint(assembly: Assembly, folder: Path, state: State) -> None:
 
 
 def initial_state(assembly: Assembly) -> State:
-    """The state before round 1."""
+    """Return the state before round 1."""
     run = assembly.run
     shared = tmap(lambda v: v.to(run.trainer.device, copy=True), run.kinds[0].initial.shared)
     personal = run.allocate_personal()
@@ -87,7 +90,7 @@ def initial_state(assembly: Assembly) -> State:
 
 
 def load_state(snapshot: Checkpoint, assembly: Assembly) -> State:
-    """The state of a checkpoint: this rank's clients, wherever they were hosted before."""
+    """Return the state of a checkpoint with this rank's clients, whichever rank saved them."""
     run = assembly.run
     initial_shared, device, personal = (
         run.kinds[0].initial.shared,
@@ -138,7 +141,7 @@ def _check_leaves(snapshot: Checkpoint, assembly: Assembly, initial_server: Tree
 
 
 def find_newest(folder: Path, assembly: Assembly) -> Checkpoint | None:
-    """The newest valid checkpoint, as rank 0 finds it; None when none was ever committed."""
+    """Return the newest valid checkpoint, as rank 0 finds it; None if none was ever committed."""
     comm = assembly.run.comm
 
     def find_round() -> int:
@@ -161,7 +164,7 @@ def find_newest(folder: Path, assembly: Assembly) -> Checkpoint | None:
 
 
 def _to_arrays(tree: Tree) -> Mapping[str, np.ndarray]:
-    """Leaves as numpy arrays by their names in files, on the CPU without a copy.
+    """Return the leaves as numpy arrays, by their names in files; without a copy on the CPU.
 
     bfloat16, which numpy lacks, becomes float32.
     """
@@ -172,7 +175,7 @@ def _to_arrays(tree: Tree) -> Mapping[str, np.ndarray]:
 
 
 def _to_tree(arrays: Mapping[str, np.ndarray], like: Tree) -> Tree:
-    """The leaves that ``like`` has, in its order, of the arrays of a checkpoint."""
+    """Return the leaves of a checkpoint as a tree with the names, order and types of ``like``."""
     return {
         n: torch.from_numpy(arrays[name]).to(like[n].dtype)
         for n, name in stored_names(like).items()

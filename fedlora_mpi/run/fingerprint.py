@@ -1,4 +1,7 @@
-"""Digests of a run before round 1: ranks compare them, and a resume compares the run folder."""
+"""Digests of a run before round 1.
+
+Ranks compare their digests, and a resume compares them with those in the run folder.
+"""
 
 import json
 import platform
@@ -36,9 +39,9 @@ KINDS = (
     "code",
     "platform",
 )
-# by arithmetic or a library, whose last bits and version are the platform's
+# computed by arithmetic or a library, so the last bits may depend on the platform
 PLATFORM_DEPENDENT = ("attributes", "weights", "variables")
-# in a run folder
+# stored in a run folder
 RECORDED_KINDS = (
     "data",
     "structure",
@@ -48,7 +51,7 @@ RECORDED_KINDS = (
     "variables",
     "platform",
 )
-Items = Mapping[str, str]  # name -> digest or, where that is short, the value
+Items = Mapping[str, str]  # name -> digest, or the value itself if it is short
 Inventory = Mapping[str, Items]  # by kind
 _BLOCK_BYTES = 2**24  # bytes
 
@@ -61,10 +64,10 @@ def build_inventory(
     initial_variables: Sequence[Variables],
     beat: Callable[[], None],
 ) -> Inventory:
-    """All that must be the same on all ranks, and on a resume.
+    """Return the digests of everything that must be the same on all ranks, and on a resume.
 
-    initial_variables: of each kind of clients, all with the same shared ones; beat: called while
-    bytes are read.
+    initial_variables: those of each type of clients, all with the same shared ones; beat: called
+    while bytes are read.
     """
     digest_by_id: dict[int, str] = {}  # a leaf of a network is often a variable too
 
@@ -109,7 +112,10 @@ def build_inventory(
 
 
 def run_digest(config: Config, split: Split, vocabulary: Vocabulary | None) -> str:
-    """What a checkpoint must have in common with the run that goes on with it."""
+    """Return the digest that a checkpoint and a run that continues it must share.
+
+    Its parts, joined by ``-``: the config, the split, the vocabulary, the weight files.
+    """
     texts = [vocabulary.digest()] if vocabulary else []
     files = [of_files(*origin.files) for network in config.model.mix for origin in network.origins]
     return "-".join(
@@ -118,7 +124,7 @@ def run_digest(config: Config, split: Split, vocabulary: Vocabulary | None) -> s
 
 
 def local_platform() -> Items:
-    """What decides the last bits of a result on a CPU, beside the settings."""
+    """Return what determines the last bits of a result on a CPU, besides the settings."""
     return {
         "CPU level": torch.backends.cpu.get_cpu_capability(),
         "CPU": _cpu_name(),
@@ -128,7 +134,7 @@ def local_platform() -> Items:
 
 
 def platform_dependent_kinds(config: Config) -> tuple[str, ...]:
-    """The kinds of which another platform may make other bits."""
+    """Return the kinds whose bits may differ on another platform."""
     return (
         (*PLATFORM_DEPENDENT, "data")
         if config.data.source.dataset == "synthetic"
@@ -137,14 +143,17 @@ def platform_dependent_kinds(config: Config) -> tuple[str, ...]:
 
 
 def recorded_inventory(inventory: Inventory) -> Inventory:
-    """What a run folder keeps of it; a method's own variables, maybe very many, have one digest."""
+    """Return the part of the inventory that a run folder stores.
+
+    The initial variables, possibly very many, share one digest.
+    """
     return {kind: inventory[kind] for kind in RECORDED_KINDS} | {
         "variables": {"the first variables": f"{hash_items(inventory['variables']):x}"}
     }
 
 
 def hash_items(items: Items) -> int:
-    """63 bits of names and digests, in their order."""
+    """Return 63 bits of a hash of names and digests, in their order."""
     text = json.dumps([*items.items()]).encode()
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1
 
@@ -152,9 +161,9 @@ def hash_items(items: Items) -> int:
 def describe_difference(
     kind: str, recorded: Items, current: Items, reference: str
 ) -> tuple[str, str]:
-    """The first item in which ``current`` differs from ``recorded``, and that in words.
+    """Return the first item in which ``current`` differs from ``recorded``, and a description.
 
-    reference: where or when it was as recorded.
+    reference: where or when ``recorded`` was valid, in words.
     """
     prefix = {
         "weights": "initial weights of ",
@@ -187,7 +196,7 @@ def describe_difference(
 
 
 def describe_platforms(recorded: Items, current: Items, reference: str) -> str:
-    """All that differs between two platforms, in words; nothing when they are alike."""
+    """Return all differences between two platforms in words, "" if they are equal."""
     names = [name for name in current if recorded.get(name, current[name]) != current[name]]
     return ", ".join(
         f"{name} is {current[name]} ({escape_line(recorded[name])} {reference})" for name in names
@@ -195,7 +204,7 @@ def describe_platforms(recorded: Items, current: Items, reference: str) -> str:
 
 
 def tensor_digest(value: Tensor, beat: Callable[[], None] = lambda: None) -> str:
-    """16 hexadecimal digits of the type, the shape and the bytes."""
+    """Return 16 hexadecimal digits: a hash of type, shape and bytes."""
     hasher = blake2b(_shape_and_dtype(value).encode(), digest_size=8)
     rows = value.detach().reshape(1) if value.dim() == 0 else value.detach()
     block_rows = max(1, _BLOCK_BYTES // max(1, rows[:1].numel() * rows.element_size()))
@@ -206,7 +215,7 @@ def tensor_digest(value: Tensor, beat: Callable[[], None] = lambda: None) -> str
 
 
 def tensor_bytes(value: Tensor) -> memoryview:
-    """The bytes of a tensor, row by row."""
+    """Return the bytes of a tensor, row by row."""
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -228,7 +237,7 @@ def _data_digests(data: Data, digest: Callable[[Tensor], str]) -> dict[str, str]
 
 
 def _code_digests(config: Config) -> dict[str, str]:
-    """The modules of the user's own that the config names."""
+    """Return the digests of the user's modules that the config names."""
     names = [
         configs.algorithm_name(config.algorithm),
         *(network.name for network in config.model.mix),
@@ -244,7 +253,7 @@ def _code_digests(config: Config) -> dict[str, str]:
 
 
 def _cpu_name() -> str:
-    """The name of the CPU."""
+    """Return the name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""A run folder: what a new one holds, and whether a run may go on in an old one."""
+"""The content of a new run folder, and the checks before a run continues in an old one."""
 
 import json
 import os
@@ -37,7 +37,7 @@ from .fingerprint import (
 
 
 def recorded_config(folder: Path, overrides: Sequence[str]) -> Config:
-    """The config of a run folder."""
+    """Return the config of a run folder. Raises ValueError if ``folder`` is none."""
     if not (folder / "config.yaml").is_file():
         raise ValueError(
             f"{folder}: not a run folder, it has no config.yaml; give the output of a run"
@@ -49,20 +49,24 @@ def recorded_config(folder: Path, overrides: Sequence[str]) -> Config:
 
 
 def _output_setting(folder: Path) -> str:
-    """A folder as ``output`` names it; one called ``~x`` is nobody's home."""
+    """Return the value of ``output`` for a folder.
+
+    A name that begins with ``~`` becomes absolute, so that it is not read as a home folder.
+    """
     return str(folder.absolute() if str(folder).startswith("~") else folder)
 
 
 def run_exists(folder: Path, comm: Comm) -> bool:
-    """Whether the folder holds a run, as rank 0 sees it."""
+    """Return whether the folder contains a run, as rank 0 sees it."""
     exists = collectively(comm, lambda: comm.rank == 0 and (folder / "config.yaml").is_file())
     return comm.broadcast(b"1" if exists else b"0") == b"1"
 
 
 def adopt_recorded_engine(config: Config, source: str, folder: Path) -> Config:
-    """``config`` with the engine's ``auto`` as the run in ``folder`` has decided it.
+    """Return ``config`` with the engine settings that the run in ``folder`` has chosen.
 
-    Raises ValueError where that run had other settings.
+    They replace the values ``auto`` and ``measure``. Raises ValueError if that run has other
+    settings.
     """
     recorded = recorded_config(folder, ())
     undecided = [
@@ -92,7 +96,8 @@ def adopt_recorded_engine(config: Config, source: str, folder: Path) -> Config:
 def check_shared_folder(folder: Path, comm: Comm) -> None:
     """Raise Refusal on all ranks unless all see the run folder (or its parent) and may write there.
 
-    Leaves nothing behind. Raises StoreError, WriteError.
+    Also raises Refusal or Fault on all ranks if rank 0 cannot write a test file. No file is left
+    behind.
     """
     if comm.size == 1:
         return
@@ -123,7 +128,7 @@ def check_shared_folder(folder: Path, comm: Comm) -> None:
 def check_unchanged(folder: Path, assembly: Assembly) -> None:
     """Raise ValueError if the data or the network have changed since the run began.
 
-    Prints a line if this machine may compute other last bits.
+    Prints a line if the last bits may differ on this machine.
     """
     assert assembly.inventory is not None  # ``build`` sets it
     _check_vocabulary(folder, assembly)
@@ -136,7 +141,7 @@ def check_unchanged(folder: Path, assembly: Assembly) -> None:
     config_digests = (
         configs.digest(config) for config in (recorded_config(folder, ()), assembly.config)
     )
-    # a run of before there were inventories; ``find_newest`` tells of another config
+    # an older run has no inventory; ``find_newest`` reports another config
     if not recorded or len({*config_digests}) > 1:
         return
     platform_change = describe_platforms(recorded["platform"], current["platform"], reference)
@@ -161,7 +166,7 @@ def check_unchanged(folder: Path, assembly: Assembly) -> None:
 
 
 def _recorded_inventory(folder: Path) -> Inventory:
-    """The inventory in the log, else in that of the newest checkpoint; {} if neither has one."""
+    """Return the inventory in the log, or else in that of the newest checkpoint, or else {}."""
     folders = [
         folder,
         *(
@@ -176,7 +181,7 @@ def _recorded_inventory(folder: Path) -> Inventory:
 
 
 def _check_vocabulary(folder: Path, assembly: Assembly) -> None:
-    """Raise ValueError when the run began with another vocabulary than its data have now."""
+    """Raise ValueError if the run began with another vocabulary than that of its data now."""
     stored_vocabulary, source = folder / "vocabulary.json", assembly.config.data.source
     if (
         assembly.vocabulary
@@ -205,8 +210,8 @@ def _check_weight_files(folder: Path, assembly: Assembly) -> None:
     try:
         snapshot = Checkpoint.read(checkpoint.checkpoint_folder(folder, rounds[-1]))
     except StoreError:
-        return  # ``find_newest`` tells of it
-    first_part = -len(origins)  # their parts of a digest are the last
+        return  # ``find_newest`` reports it
+    first_part = -len(origins)  # the weight files are the last parts of a digest
     recorded_parts, current_parts = (
         digest.split("-") for digest in (snapshot.manifest.run_digest, assembly.run_digest)
     )
@@ -228,13 +233,17 @@ def _check_weight_files(folder: Path, assembly: Assembly) -> None:
 
 
 def fill_run_folder(folder: Path, assembly: Assembly) -> None:
-    """What a new run folder holds: the resolved config and an empty log."""
+    """Write the content of a new run folder: descriptions and an empty log."""
     write_descriptions(folder, assembly)
     create_log(folder, assembly)
 
 
 def write_descriptions(folder: Path, assembly: Assembly) -> None:
-    """Write the resolved config, the layers of a Hugging Face network, the vocabulary of texts."""
+    """Write the files that describe a run.
+
+    They are the resolved config, the config of each Hugging Face network and the vocabulary of
+    texts.
+    """
     for name, text in (
         {"config.yaml": configs.checksummed_yaml(assembly.config)} | _companion_texts(assembly)
     ).items():
@@ -242,7 +251,7 @@ def write_descriptions(folder: Path, assembly: Assembly) -> None:
 
 
 def _companion_texts(assembly: Assembly) -> dict[str, str]:
-    """The files that a run folder has for ``open_run``, by name."""
+    """Return the files that ``open_run`` needs in a run folder, by name."""
     texts = {}
     for number, network in enumerate(assembly.config.model.mix):
         for config_file in (
@@ -281,7 +290,7 @@ def create_log(folder: Path, assembly: Assembly) -> None:
 
 
 def _library_versions() -> dict[str, str]:
-    """Versions that a result may depend on."""
+    """Return the versions on which a result may depend."""
     versions = {
         "fedlora_mpi": __version__,
         "python": platform.python_version(),

@@ -1,10 +1,10 @@
-"""Train a network of a config on the pooled data, into a file that ``model.weights`` takes.
+"""Train a network of a config on the pooled data, and write a file for ``model.weights``.
 
-A run of one client that holds every training sample: FedAvg with the config's ``train`` and
-``data`` blocks, without its partition and shift, an epoch a round, so that momentum starts fresh in
-every epoch. The result is a pure function of the config, whatever its ``engine.path``. Words have
-the numbers that the vocabulary of the config's data gives them; a run on the same data (and
-``data.text``) gives them the same.
+It is a run of one client that holds every training sample: FedAvg with the config's ``train`` and
+``data`` blocks, without its partition and shift. A round is one epoch, so that momentum starts
+fresh in every epoch. The result is a pure function of the config, whatever its ``engine.path``.
+Words get their numbers from the vocabulary of the config's data; a run on the same data (and
+``data.text``) assigns the same numbers.
 """
 
 import os
@@ -50,12 +50,11 @@ def pretrain(
     epochs: int | None = None,
     network: int = 0,
 ) -> None:
-    """Train network number ``network`` of the config and write its leaves, statistics included, to
-    ``to``.
+    """Train network number ``network`` of the config and write its leaves to ``to``.
 
-    classes: only samples of these, such as 0-4 or 0,2,5; the head keeps all its outputs; epochs:
-    default ``train.epochs``. Prints a line per epoch. Raises ValueError before training for what
-    cannot be done.
+    The leaves include statistics. classes: only samples of these, such as 0-4 or 0,2,5; the head
+    keeps all its outputs; epochs: default ``train.epochs``. Prints a line per epoch. Raises
+    ValueError before training for what cannot be done.
     """
     epochs, networks = config.train.epochs if epochs is None else epochs, config.model.mix
     _require(
@@ -73,7 +72,7 @@ def pretrain(
     _require(
         not os.path.lexists(to), f"--to = {to}", "the file exists; remove it or choose another"
     )
-    pack_safetensors({})  # refuses without the library
+    pack_safetensors({})  # raises ValueError if safetensors is missing
     block = ModelBlock((networks[network],))
     trainer, tree = _prepare(replace(config, model=block, algorithm=FedAvg()), source, classes)
     if is_external(networks[network].name):
@@ -107,7 +106,7 @@ def pretrain(
 
 
 def parse_classes(text: str | None, classes: int) -> list[int]:
-    """The classes that ``--classes`` names, ascending; None: all. Raises ValueError."""
+    """Return the classes that ``--classes`` names, ascending; None: all. Raises ValueError."""
     if text is None:
         return list(range(classes))
     numbers = set()
@@ -125,7 +124,7 @@ def parse_classes(text: str | None, classes: int) -> list[int]:
 
 
 def pool_samples(data: Data, classes: Collection[int]) -> Split:
-    """All samples of these classes, training and test, for one client."""
+    """Return a split in which one client has all training and test samples of these classes."""
     rows, class_counts = [], []
     for name, side in (("training", data.train), ("test", data.test)):
         y = side.y.numpy()
@@ -141,7 +140,7 @@ def pool_samples(data: Data, classes: Collection[int]) -> Split:
 
 
 def _prepare(config: Config, source: str, classes: str | None) -> tuple[Trainer, Tree]:
-    """Who trains, and the variables before the first epoch."""
+    """Return the trainer and the variables before the first epoch."""
     retain_freed_memory()
     device = select_device(config.engine, 0)
     data = load_data(config, source)
@@ -163,8 +162,10 @@ def _prepare(config: Config, source: str, classes: str | None) -> tuple[Trainer,
 def _train_epochs(
     trainer: Trainer, tree: Tree, epochs: int
 ) -> Iterator[tuple[Tree, float, float, float, float]]:
-    """(leaves, training loss, test accuracy and test samples with nan for a logit as fractions,
-    seconds) of every epoch. Raises Fault.
+    """Yield (leaves, training loss, test accuracy, NaN predictions, seconds) of every epoch.
+
+    Accuracy and NaN predictions are fractions; the latter are test samples with NaN for a logit.
+    Raises Fault.
     """
     for epoch in range(epochs):
         start_time = time.perf_counter()
@@ -186,7 +187,7 @@ def _train_epochs(
 
 
 def _create_folder(target: Path) -> None:
-    """The folder of the result, before the hours that lead to it."""
+    """Create the folder of the result, before hours of training."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

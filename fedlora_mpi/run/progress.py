@@ -1,11 +1,15 @@
-"""What rank 0 tells the user while a run goes on."""
+"""What rank 0 prints about the progress of a run."""
 
 import sys
 import time
 
 
 class Progress:
-    """One live line on a terminal; a line per round, at most one a second, in a file."""
+    """The progress line on standard error.
+
+    On a terminal it is one line that is updated. In a file it is a line per round, at most one per
+    second.
+    """
 
     def __init__(self, rounds: int, rounds_done: int) -> None:
         self._rounds, self._resumed_round = rounds, rounds_done
@@ -13,7 +17,7 @@ class Progress:
         self._is_terminal = sys.stderr.isatty()
 
     def show(self, round_: int, row: dict[str, float]) -> None:
-        """Show the row of round ``round_`` (counted from 1)."""
+        """Print the row of round ``round_`` (counted from 1)."""
         now = time.perf_counter()
         is_last = round_ == self._rounds
         if (

@@ -1,8 +1,8 @@
-"""Slurm: the one source of the scripts in ``jobs/``, of ``fedlora-mpi submit`` and of ``reproduce
---print-jobs``.
+"""Slurm scripts: for ``jobs/``, ``fedlora-mpi submit`` and ``reproduce --print-jobs``.
 
-A job that is told to stop (SIGUSR1, two minutes before its time is up or by ``scancel``) ends its
-round, writes a checkpoint, exits with STOPPED_EXIT and requeues itself; its next start continues.
+A job is told to stop by SIGUSR1, two minutes before its time is up or by ``scancel``. It then ends
+its round, writes a checkpoint, exits with STOPPED_EXIT and requeues itself. Its next start
+continues the run.
 """
 
 import re
@@ -32,7 +32,7 @@ _TIME_PATTERN = re.compile(r"\d+|(\d+-)?\d+(:\d+){1,2}|\d+-\d+")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a script asks of Slurm.
+    """What a script requests from Slurm.
 
     ranks: of the whole job; gpus: per node; array: number of tasks, 0: no array.
     """
@@ -76,7 +76,7 @@ class Job:
 
     @property
     def ranks_per_node(self) -> int:
-        """Ranks that each node has place for; mpirun deals them out node by node."""
+        """The rank slots of each node. mpirun assigns ranks to the nodes in turn."""
         return -(-self.ranks // self.nodes)
 
 
@@ -88,12 +88,12 @@ def sbatch_script(
     bin_folder: str = "$PWD/.venv/bin",
     done_command: str = "true",
 ) -> str:
-    """The text of an sbatch script.
+    """Return the text of an sbatch script.
 
-    body: shell lines that end with the program, in the foreground; it must end on SIGUSR1 with code
-    STOPPED_EXIT. done_command: a shell command that ends with 0 when all is done, and with
-    STOPPED_EXIT when some is left, for mpirun ends with 0, too, when a node was lost.
-    bin_folder: the folder with python and mpirun.
+    body: shell lines that end with the program, in the foreground. The program must end on SIGUSR1
+    with code STOPPED_EXIT. bin_folder: the folder with python and mpirun. done_command: a shell
+    command that exits with 0 when all is done, and with STOPPED_EXIT when rounds are left. It is
+    needed because mpirun also exits with 0 when a node was lost.
     """
     return (
         f"#!/bin/bash\n{comment_lines}{_directive_lines(job)}\n"
@@ -104,7 +104,7 @@ def sbatch_script(
 
 
 def program_line(job: Job, arguments: str) -> str:
-    """The shell line that runs ``arguments``, already quoted, on all ranks of the job."""
+    """Return the shell line that runs ``arguments``, already quoted, on all ranks of the job."""
     python = f"python -m fedlora_mpi {arguments}"
     count = '"$SLURM_NTASKS"' if job.ranks == job.nodes * job.ranks_per_node else job.ranks
     return (
@@ -115,20 +115,20 @@ def program_line(job: Job, arguments: str) -> str:
 
 
 def status_command(arguments: str) -> str:
-    """The shell command that asks if the run of ``run --resume ARGUMENTS`` (quoted) is done."""
+    """Return the shell command that checks whether ``run --resume ARGUMENTS`` (quoted) is done."""
     return f"python -m fedlora_mpi status {arguments}"
 
 
 def array_task_lines(list_file: str) -> str:
-    """Shell lines that run line n of ``list_file`` (shell-quoted) as task n of an array."""
+    """Return shell lines that run line n of ``list_file`` (shell-quoted) as task n of an array."""
     return f'line=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {list_file})\nbash -c "$line"'
 
 
 def job_for(config: Config, config_file: str | Path, **options: Any) -> Job:
-    """The job of a config. Raises ValueError.
+    """Return the job of a config. Raises ValueError.
 
-    Ranks, unless ``options`` has them: the server and a worker per GPU, or nine on a node without
-    GPUs, but never more workers than clients.
+    Unless ``options`` states the ranks, there are the server and a worker per GPU, or nine ranks on
+    a node without GPUs, but never more workers than clients.
     """
     options = {name: value for name, value in options.items() if value is not None}
     nodes, gpus, server = (
@@ -140,7 +140,7 @@ def job_for(config: Config, config_file: str | Path, **options: Any) -> Job:
     folder = expand_home(config.output)
     defaults: dict[str, Any] = {
         "name": re.sub(r"[^\w.-]", "-", Path(config_file).stem),
-        "log": f"{folder}.slurm-%j.log",  # beside the run folder, which the run makes itself
+        "log": f"{folder}.slurm-%j.log",  # beside the run folder, which the run creates itself
         "ranks": max(nodes, min(rank_slots, config.data.partition.clients + server)),
         "threads": config.engine.threads,
         "tolerates_failures": config.faults.tolerate,
@@ -154,9 +154,10 @@ def job_for(config: Config, config_file: str | Path, **options: Any) -> Job:
 def submit(
     config_file: str, overrides: Sequence[str], dry_run: bool, **options: str | int | None
 ) -> str:
-    """Queue the run of a config; returns what to tell the user, under ``dry_run`` the script.
+    """Queue the run of a config and return a message for the user; with ``dry_run`` the script.
 
-    The config is read here too: a mistake shows now, not when the job starts. Raises ValueError.
+    The config is read here too, so that a mistake shows now, not when the job starts. Raises
+    ValueError.
     """
     job = job_for(configs.read(config_file, overrides), config_file, **options)
     arguments = shlex.join([str(config_file), *overrides])
@@ -174,7 +175,7 @@ def submit(
         raise ValueError(
             "no sbatch on PATH: submit on a login node of a Slurm cluster, or look with --dry-run"
         )
-    # Slurm drops the output of a job without it
+    # Slurm drops the output of a job if this folder is missing
     Path(job.log).parent.mkdir(parents=True, exist_ok=True)
     result = subprocess.run([sbatch, "--parsable"], input=text, capture_output=True, text=True)
     if result.returncode:
@@ -211,7 +212,7 @@ def _directive_lines(job: Job) -> str:
 
 
 def _quote_word(text: str) -> str:
-    """One word for sbatch, which knows double quotes and backslashes."""
+    """Return ``text`` as one word for sbatch, which interprets double quotes and backslashes."""
     return (
         text
         if re.fullmatch(r"[\w.,@:/+%-]+", text)
@@ -220,7 +221,10 @@ def _quote_word(text: str) -> str:
 
 
 def _binding_lines(job: Job) -> str:
-    """Where the ranks go: one node after the other in turn, so that all have equally many."""
+    """Return the shell lines that bind ranks to cores and assign them to the nodes in turn.
+
+    So all nodes have equally many ranks.
+    """
     if job.ranks == 1:
         return ""
     mapping = "slot" if job.nodes == 1 else "node"
@@ -242,9 +246,8 @@ if [ "${MPS:-no}" = yes ]; then
 fi
 """  # noqa: E501
 
-# 138: SIGUSR1 came before the program listened. ``wait`` returns early when the trap has run.
-# mpirun ends with 0 when a node's daemon was lost: such a run is not done, and goes on when it is
-# queued again.
+# Code 138: SIGUSR1 came before the program handled it. ``wait`` returns early after the trap ran.
+# mpirun exits with 0 when a node's daemon was lost: such a run is not done, so it is queued again.
 _WAIT_LINES = f"""\
 launcher=$!
 trap 'kill -USR1 $launcher' USR1

@@ -1,9 +1,10 @@
-"""``RUN/checkpoints/000010/``: the state after a round, as shards that any number of ranks can
-read.
+"""Checkpoints: ``RUN/checkpoints/000010/`` holds the state after round 10.
 
-Writing: rank 0 ``begin``s, every worker ``write_clients``, rank 0 ``write_server``, ``copy_log``,
-and, when all have returned, ``commit``s. Until then the folder does not count, and nothing in it is
-looked at.
+A checkpoint consists of shards (files), which any number of ranks can read.
+
+Order of writing: rank 0 calls ``begin``; every worker calls ``write_clients``; rank 0 calls
+``write_server`` and ``copy_log``. When all have returned, rank 0 calls ``commit``. Before that, the
+folder is no checkpoint and nothing reads it.
 """
 
 import os
@@ -33,8 +34,9 @@ Leaves = Mapping[str, np.ndarray]
 
 
 def _round_folders(run: Path) -> dict[int, Path]:
-    """Every folder of a round, committed or not, in the order of rounds. Raises StoreError where a
-    link is in the way.
+    """Return the folder of every round, committed or not, in the order of rounds.
+
+    Raises StoreError when a link is in the way.
     """
     checkpoints = Path(run) / "checkpoints"
     try:
@@ -54,7 +56,7 @@ def _round_folders(run: Path) -> dict[int, Path]:
 
 
 def committed_rounds(run: Path) -> list[int]:
-    """The rounds that have a committed checkpoint, valid or not, ascending."""
+    """Return the rounds that have a committed checkpoint, valid or not, in ascending order."""
     return [
         round_
         for round_, folder in _round_folders(run).items()
@@ -63,11 +65,13 @@ def committed_rounds(run: Path) -> list[int]:
 
 
 def begin(run: Path, round_: int) -> Path:
-    """An empty folder for the checkpoint of this round; an uncommitted leftover of it is removed.
+    """Return a new empty folder for the checkpoint of round ``round_``.
 
-    Committed rounds at or after this one are those that a resume has skipped: they are set aside as
-    ``000010.aside``, lest ``prune`` keep them instead of good ones; likewise a leftover with files
-    that are not ours. Raises StoreError when this round is committed and intact, WriteError.
+    An uncommitted folder of the same round is removed, or set aside if it contains other files than
+    ours. A resume may have skipped damaged checkpoints of this round or of later ones: they are
+    renamed to ``000010.aside``, so that ``prune`` does not keep them instead of good ones.
+
+    Raises StoreError when this round has an intact committed checkpoint, and WriteError.
     """
     folder = checkpoint_folder(run, round_)
     for other_round in committed_rounds(run):
@@ -86,8 +90,9 @@ def begin(run: Path, round_: int) -> Path:
 
 
 def _set_aside(folder: Path) -> None:
-    """Give a folder the name ``000010.aside``, or ``000010.aside-2``, ...; an earlier one of only
-    our files goes.
+    """Rename ``folder`` to ``000010.aside``, or ``000010.aside-2``, ...
+
+    An existing folder of that name is replaced if it contains only our files.
     """
     for number in count(1):
         aside = folder.with_name(f"{folder.name}.aside{f'-{number}' if number > 1 else ''}")
@@ -107,11 +112,12 @@ def _set_aside(folder: Path) -> None:
 def write_clients(
     folder: Path, worker: int, client_ids: Sequence[int], personal: Leaves, client_type: int = 0
 ) -> Shard:
-    """Write one worker's clients of one kind, leaves [n, ...] with rows as in ``client_ids``, in
-    any order.
+    """Write the clients of one type that one worker holds, and return the record of the file.
 
-    Rows are stored by ascending id, 16 MiB at a time, so strided views cost no memory. A worker
-    without clients writes a file with zero rows.
+    personal: leaves [n, ...], whose rows are in the order of ``client_ids`` (any order).
+
+    The rows are stored by ascending client id, 16 MiB at a time, so strided views cost no memory. A
+    worker without clients writes a file with zero rows.
     """
     ids = np.asarray(client_ids, np.int64)
     assert len(np.unique(ids)) == len(ids), f"twice in one shard: {ids}"
@@ -133,7 +139,7 @@ def write_server(
     server: Leaves,
     extra_attrs: Mapping[str, str | float] | None = None,
 ) -> Shard:
-    """Write what is not a client's: the shared leaves, the server's own, and a few attributes."""
+    """Write ``server.h5``: the shared leaves, the server's own leaves, and a few attributes."""
     path = folder / "server.h5"
     with hdf5.create_file(path, run_folder_of(folder)) as file:
         file.attrs.update({"round": round_, **(extra_attrs or {})})
@@ -145,7 +151,10 @@ def write_server(
 
 
 def copy_log(folder: Path, log_path: Path) -> Shard:
-    """Keep the log as it is at this round: a resume puts it back, so no row is lost or doubled."""
+    """Copy the log of this round into the checkpoint.
+
+    A resume restores this copy, so that no row is lost or occurs twice.
+    """
     copy_atomic(log_path, folder / "log.h5", run_folder_of(folder))
     return Shard.from_file(folder / "log.h5")
 
@@ -164,12 +173,11 @@ def commit(folder: Path, shards: Sequence[Shard], *, run_digest: str, clients: i
 
 
 def _write_personal_view(folder: Path, names: Sequence[str], clients: int) -> Shard:
-    """Write personal.h5: per leaf a virtual dataset [N, ...] in client order over the workers'
-    files.
+    """Write ``personal.h5``: virtual datasets over the files of the workers.
 
-    Where clients are of several kinds, the leaves of each are in a group ``kind-0``, ``kind-1``,
-    ... of their own, [n, ...] beside the ``client_id`` [n] of their rows, in the order of their
-    first clients.
+    There is one dataset [N, ...] per leaf, in client order. If clients are of several types, the
+    leaves of each type are in a group ``kind-0``, ``kind-1``, ... The groups are in the order of
+    their first clients. Each holds leaves [n, ...] and the ``client_id`` [n] of their rows.
     """
     files_by_leaves: dict[tuple, dict[str, np.ndarray]] = {}  # leaves and shapes -> file -> ids
     for name in names:
@@ -205,38 +213,38 @@ def _write_personal_view(folder: Path, names: Sequence[str], clients: int) -> Sh
 
 
 def _sorted_clients(ids_by_file: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The clients of all these files, ascending."""
+    """Return the clients of all these files, in ascending order."""
     return np.sort(np.concatenate(list(ids_by_file.values())))
 
 
 def _create_virtual_datasets(
     group: h5py.Group, spec: tuple, ids_by_file: Mapping[str, np.ndarray], ids: np.ndarray
 ) -> None:
-    """Fill ``group`` with datasets [len(ids), ...] whose rows are those of the files."""
+    """Fill ``group`` with virtual datasets [len(ids), ...] that map to the rows of the files."""
     for leaf, shape, dtype in spec:
         layout = h5py.VirtualLayout((len(ids), *shape), dtype)
         for name, source_ids in ids_by_file.items():
             source = h5py.VirtualSource(name, f"personal/{leaf}", (len(source_ids), *shape), dtype)
             layout[_as_slice(np.searchsorted(ids, source_ids))] = source
-        # what a reader sees where a shard is gone
+        # a reader sees this value if a shard is missing
         fill_value = np.nan if dtype.kind == "f" else None
         hdf5.label_axes(group.create_virtual_dataset(leaf, layout, fill_value), ["client"])
 
 
 def _as_slice(ids: np.ndarray) -> slice | np.ndarray:
-    """The ascending ``ids`` as a slice where they are evenly spaced: a long list makes HDF5 slow to
-    open.
+    """Return the ascending ``ids`` as a slice if they are evenly spaced, otherwise unchanged.
+
+    A long list of indices makes HDF5 slow to open the file.
     """
     steps = np.unique(np.diff(ids))
     return slice(ids[0], ids[-1] + 1, steps[0] if len(steps) else 1) if len(steps) <= 1 else ids
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove the oldest committed checkpoints beyond ``keep``, and uncommitted leftovers before the
-    newest.
+    """Remove the oldest committed checkpoints, so that ``keep`` remain.
 
-    A manifest goes first, and durably, so that a half-removed folder is no checkpoint. Files that
-    are not ours stay.
+    Uncommitted folders before the newest checkpoint are removed as well. The manifest is removed
+    first and durably, so that a half-removed folder is no checkpoint. Files that are not ours stay.
     """
     assert keep >= 1, f"keep = {keep} would remove what a resume needs"
     kept_rounds = committed_rounds(run)[-keep:]
@@ -247,10 +255,10 @@ def prune(run: Path, keep: int) -> None:
 
 
 def newest_valid(run: Path, *, run_digest: str | None = None) -> tuple[Checkpoint, list[str]]:
-    """The newest checkpoint that is whole and of this config, and a line for each newer one that is
-    not.
+    """Return the newest checkpoint that is intact and belongs to this config.
 
-    Raises StoreError when there is none, with all the lines in one.
+    The second value has one line for each newer checkpoint that was skipped. Raises StoreError with
+    all these lines when there is no valid checkpoint.
     """
     skipped: list[str] = []
     for round_ in reversed(committed_rounds(run)):
@@ -268,7 +276,7 @@ def newest_valid(run: Path, *, run_digest: str | None = None) -> tuple[Checkpoin
 
 
 def _is_intact(folder: Path) -> bool:
-    """Whether the committed ``folder`` is a whole checkpoint, of whatever config."""
+    """Return whether the committed ``folder`` is an intact checkpoint, of whatever config."""
     try:
         Checkpoint.read(folder).verify()
     except StoreError:

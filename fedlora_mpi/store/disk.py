@@ -1,5 +1,6 @@
-"""The file under an HDF5 file that is being written: HDF5 2.0 crashes when a write fails, so it
-sees none fail.
+"""The file object that h5py writes through. It hides write errors from HDF5.
+
+HDF5 2.0 crashes when a write fails.
 """
 
 import os
@@ -7,10 +8,10 @@ from functools import partial
 
 
 class FallbackFile:
-    """A file object for h5py over the file with this ``handle``, which it closes.
+    """A file object for h5py over the open file ``handle``; ``close`` closes the handle.
 
-    ``write_error`` is the OSError of the first write that failed. From then on all content is in
-    memory only, and the file is not to be used.
+    ``write_error`` is the OSError of the first write that failed. After it, all content is in
+    memory only, and the file must not be used.
     """
 
     def __init__(self, handle: int) -> None:
@@ -19,24 +20,24 @@ class FallbackFile:
         self.write_error: OSError | None = None
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move to a byte."""
+        """Set the position (byte) and return it."""
         self._position = (
             offset if whence == os.SEEK_SET else os.fstat(self._handle).st_size + offset
         )
         return self._position
 
     def tell(self) -> int:
-        """The present byte."""
+        """Return the current position (byte)."""
         return self._position
 
     def readinto(self, buffer: memoryview) -> int:
-        """Fill ``buffer``; how many bytes there were."""
+        """Fill ``buffer`` and return the number of bytes read."""
         return os.preadv(self._handle, [buffer], self._position)
 
-    read = None  # h5py asks for the name, and uses readinto
+    read = None  # h5py requires the name but calls readinto
 
     def write(self, data: memoryview) -> int:
-        """Write all of ``data``."""
+        """Write all of ``data`` and return its length in bytes."""
         data, written = memoryview(data).cast("B"), 0
         while written < len(data):
             written += self._retry_in_memory(
@@ -45,25 +46,25 @@ class FallbackFile:
         return written
 
     def truncate(self, size: int) -> int:
-        """Cut or extend the file to so many bytes."""
+        """Cut or extend the file to ``size`` bytes."""
         self._retry_in_memory(lambda: os.ftruncate(self._handle, size))
         return size
 
     def flush(self) -> None:
-        """Nothing is held back here."""
+        """Do nothing: this class has no buffer."""
 
     def sync(self) -> None:
-        """Force all onto the disk. Raises OSError, of an earlier write too."""
+        """Force the content onto the disk. Raises OSError, also the one of an earlier write."""
         if self.write_error:
             raise self.write_error
         os.fsync(self._handle)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         os.close(self._handle)
 
     def _retry_in_memory(self, call):
-        """``call()``, a second time in memory where the disk refuses it."""
+        """Return ``call()``. If the disk refuses it, copy the file into memory and call again."""
         try:
             return call()
         except OSError as why:

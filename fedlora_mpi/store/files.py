@@ -1,5 +1,6 @@
-"""Durable files: a temporary name, fsync, rename, fsync of the folder; a name is old or new, never
-half.
+"""Durable files: write under a temporary name, fsync, rename, fsync the folder.
+
+A file therefore has either its old or its new content, never a part of it.
 """
 
 import hashlib
@@ -17,15 +18,15 @@ FORMAT_VERSION = 1
 
 
 class StoreError(ValueError):
-    """A file of a run folder that cannot be used: one line, with its name and the way out."""
+    """A file of a run folder cannot be used. The message is one line: file, reason, way out."""
 
 
 class FormatError(StoreError):
-    """A whole file in a format that this code does not read."""
+    """An intact file has a format that this version does not read."""
 
 
 def fsync(path: Path) -> None:
-    """Force a file, or the names in a folder, onto the disk."""
+    """Force a file, or the entries of a folder, onto the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -35,15 +36,15 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def replace_file(path: Path, root: Path | None = None) -> Iterator[BinaryIO]:
-    """An empty file beside ``path``, which takes its place, durably, when the block ends well.
+    """Yield an empty temporary file, which replaces ``path`` durably if the block succeeds.
 
-    root: from where on no folder may be a link, see ``nolinks``. Raises WriteError when the disk
-    is full, for instance, and where ``path`` is no file.
+    root: the folder below which links are refused, see ``nolinks``. Raises WriteError, for example
+    when the disk is full or when ``path`` is not a file.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with explain_write_errors(path), nolinks.open_folder(path.parent, root) as folder_handle:
         nolinks.exists(folder_handle, path)
-        if nolinks.exists(folder_handle, temporary):  # what a kill has left
+        if nolinks.exists(folder_handle, temporary):  # left by a killed process
             os.unlink(temporary.name, dir_fd=folder_handle)
         handle = os.open(
             temporary.name,
@@ -60,7 +61,7 @@ def replace_file(path: Path, root: Path | None = None) -> Iterator[BinaryIO]:
                 temporary.name, path.name, src_dir_fd=folder_handle, dst_dir_fd=folder_handle
             )
         except BaseException:
-            # on a file system that has become read-only nothing can be removed
+            # removal fails if the file system has become read-only
             with suppress(OSError):
                 os.unlink(temporary.name, dir_fd=folder_handle)
             raise
@@ -68,23 +69,24 @@ def replace_file(path: Path, root: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: Path, content: bytes, root: Path | None = None) -> None:
-    """Make ``content`` the file ``path``; a crash leaves what was there before."""
+    """Write ``content`` to the file ``path``. A crash leaves the old file intact."""
     with replace_file(path, root) as file:
         file.write(content)
 
 
 def copy_atomic(source: Path, target: Path, root: Path | None = None) -> None:
-    """Make ``target`` a copy of ``source``; a crash leaves what was there before.
+    """Copy ``source`` to ``target``. A crash leaves the old target intact.
 
-    ``root`` holds for both. Raises StoreError when ``source`` is no file.
+    ``root`` applies to both files. Raises StoreError when ``source`` is not a file.
     """
     with open_for_reading(source, root) as file, replace_file(target, root) as copy:
         copyfileobj(file, copy, 1 << 20)
 
 
 def open_for_reading(path: Path, root: Path | None = None) -> BinaryIO:
-    """A file of ours, open for reading. Raises StoreError when it is something else, OSError when
-    it is not there.
+    """Return a file of ours, open for reading.
+
+    Raises StoreError when it is not a regular file, and OSError when it does not exist.
     """
     try:
         return open(nolinks.open_handle(path, os.O_RDONLY, root), "rb")
@@ -93,13 +95,14 @@ def open_for_reading(path: Path, root: Path | None = None) -> BinaryIO:
 
 
 def text_checksum(text: str) -> str:
-    """The 16-byte BLAKE2b checksum of a text in hexadecimal."""
+    """Return the 16-byte BLAKE2b checksum of a text, in hexadecimal."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def file_digest(path: Path, root: Path | None = None) -> str:
-    """The file's 16-byte BLAKE2b checksum in hexadecimal, read as a stream. Raises StoreError,
-    OSError.
+    """Return the 16-byte BLAKE2b checksum of a file, in hexadecimal.
+
+    The file is read in blocks of 1 MiB. Raises StoreError, OSError.
     """
     hasher = hashlib.blake2b(digest_size=16)
     with open_for_reading(path, root) as file:
@@ -109,7 +112,7 @@ def file_digest(path: Path, root: Path | None = None) -> str:
 
 
 def check_plain_name(name: str) -> str:
-    """``name`` itself, when it names a file of its own folder on every system; else StoreError."""
+    """Return ``name`` if it is a plain file name on every system. Raises StoreError otherwise."""
     if name in ("", ".", "..") or {PurePosixPath(name).name, PureWindowsPath(name).name} != {name}:
         raise StoreError(
             f"{name!r} is not a plain file name; a checkpoint may not point outside its folder"
@@ -118,7 +121,7 @@ def check_plain_name(name: str) -> str:
 
 
 def check_format(path: Path, version: object) -> None:
-    """Raise FormatError unless ``version``, found in the file ``path``, is one this code reads."""
+    """Raise FormatError unless this code reads format ``version``, which file ``path`` states."""
     if version is None:
         raise FormatError(f"{path}: no format_version, so not a file of fedlora_mpi")
     if version != FORMAT_VERSION:

@@ -1,8 +1,7 @@
-"""HDF5 as every file of a run folder uses it: versioned, checksummed, durable, with exact leaf
-names.
+"""Access to the HDF5 files of a run folder: versioned, checksummed, durable, with exact leaf names.
 
-HDF5's own file locks are off: some cluster file systems refuse them, and they would keep a reader
-out of a running log. ``lock.py`` guards the folder instead.
+HDF5's own file locks are off: some cluster file systems refuse them, and they would prevent reading
+the log of a running run. ``lock.py`` protects the folder instead.
 """
 
 import math
@@ -19,12 +18,12 @@ from .disk import FallbackFile
 from .files import FORMAT_VERSION, StoreError, check_format, open_for_reading, replace_file
 
 CHUNK_BYTES = 64 << 10  # smaller chunks cost more in bookkeeping than in transfer
-BLOCK_BYTES = 16 << 20  # what a write or a read may hold beside the caller's array
+BLOCK_BYTES = 16 << 20  # most extra memory of one write or read
 
 
 @contextmanager
 def create_file(path: Path, root: Path | None = None) -> Iterator[h5py.File]:
-    """A new file, which appears as ``path`` when the block ends well; see ``replace_file``."""
+    """Yield a new file, which appears as ``path`` if the block succeeds; see ``replace_file``."""
     with replace_file(path, root) as file, closing(FallbackFile(os.dup(file.fileno()))) as disk:
         with h5py.File(disk, "w", locking=False) as file:
             file.attrs["format_version"] = FORMAT_VERSION
@@ -33,8 +32,9 @@ def create_file(path: Path, root: Path | None = None) -> Iterator[h5py.File]:
 
 
 def open_file(path: Path, disk: FallbackFile | None = None, root: Path | None = None) -> h5py.File:
-    """An existing file of ours, open for reading, or, with its ``disk``, for writing. Raises
-    StoreError.
+    """Open an existing file of ours for reading, or for writing if ``disk`` is given.
+
+    Raises StoreError.
     """
     try:
         file = h5py.File(disk, "r+", locking=False) if disk else _open_read_only(path, root)
@@ -51,8 +51,9 @@ def open_file(path: Path, disk: FallbackFile | None = None, root: Path | None = 
 
 
 def _open_read_only(path: Path, root: Path | None) -> h5py.File:
-    """The file, opened by its name, as HDF5 is fastest, and the same that was found there without
-    following a link.
+    """Open the file for reading and check that no link was followed.
+
+    HDF5 opens the file by its name, because that is its fastest way.
     """
     with open_for_reading(path, root) as checked_file:
         file = h5py.File(path, "r", locking=False)
@@ -63,15 +64,17 @@ def _open_read_only(path: Path, root: Path | None) -> h5py.File:
 
 
 def escape(leaf: str) -> str:
-    """The HDF5 name of a leaf: JSON pointer's escapes, and ``%``, which virtual data sets
-    interpret.
+    """Return the HDF5 name of a leaf.
+
+    ``~`` and ``/`` are escaped as in a JSON pointer. ``%`` is escaped too, because virtual data
+    sets interpret it.
     """
     assert leaf not in ("", "."), f"{leaf!r} cannot name a leaf"
     return leaf.replace("~", "~0").replace("/", "~1").replace("%", "~2")
 
 
 def unescape(name: str) -> str:
-    """The leaf whose HDF5 name is ``name``."""
+    """Return the leaf whose HDF5 name is ``name``."""
     return name.replace("~2", "%").replace("~1", "/").replace("~0", "~")
 
 
@@ -82,17 +85,16 @@ def write(
     axes: Sequence[str] = (),
     order: np.ndarray | None = None,
 ) -> h5py.Dataset:
-    """Store ``array`` (its rows in ``order``) block by block, whatever its strides, and label its
-    axes.
+    """Store ``array``, its rows in ``order``, and label its axes.
 
-    Scalars and empty arrays cannot be chunked, so carry no fletcher32: the manifest's checksum
-    covers them.
+    The array may have any strides; it is written block by block. Scalars and empty arrays cannot be
+    chunked, so they have no fletcher32 checksum; the checksum in the manifest covers them.
     """
     if array.ndim == 0 or array.size == 0:
         return label_axes(group.create_dataset(name, data=array), axes)
     row_bytes = array.itemsize * math.prod(array.shape[1:])
     chunk = min(len(array), -(-CHUNK_BYTES // row_bytes))
-    # whole chunks: none is written twice
+    # a multiple of the chunk, so that no chunk is written twice
     block = chunk * max(1, BLOCK_BYTES // (chunk * row_bytes))
     dataset = group.create_dataset(
         name, array.shape, array.dtype, chunks=(chunk, *array.shape[1:]), fletcher32=True
@@ -104,15 +106,16 @@ def write(
 
 
 def label_axes(dataset: h5py.Dataset, axes: Sequence[str]) -> h5py.Dataset:
-    """Name the leading axes of ``dataset``."""
+    """Name the leading axes of ``dataset`` and return it."""
     for dimension, axis in zip(dataset.dims, axes, strict=False):
         dimension.label = axis
     return dataset
 
 
 def read(dataset: h5py.Dataset, rows: int | None = None) -> np.ndarray:
-    """The whole of a data set, or its first ``rows``. Raises StoreError when it claims far more
-    than the file holds.
+    """Return all rows of a data set, or the first ``rows``.
+
+    Raises StoreError when the data set claims far more bytes than the file holds.
     """
     shape = dataset.shape if rows is None else (rows, *dataset.shape[1:])
     if math.prod(shape) * dataset.dtype.itemsize > (1 << 20) + 16 * dataset.id.get_storage_size():
@@ -123,11 +126,12 @@ def read(dataset: h5py.Dataset, rows: int | None = None) -> np.ndarray:
 def read_rows(
     dataset: h5py.Dataset, rows: np.ndarray, out: np.ndarray, positions: np.ndarray
 ) -> None:
-    """``out[places] = dataset[rows]``; rows that are near each other are read in one slice of <= 16
-    MiB.
+    """Assign ``out[positions] = dataset[rows]``.
+
+    Rows that are close to each other are read in one slice of at most 16 MiB.
     """
     row_bytes = max(1, dataset.dtype.itemsize * math.prod(dataset.shape[1:]))
-    max_gap = max(1, CHUNK_BYTES // row_bytes)  # a gap that is read over faster than it is skipped
+    max_gap = max(1, CHUNK_BYTES // row_bytes)  # reading a shorter gap is faster than skipping it
     limit = max(1, BLOCK_BYTES // row_bytes)
     order = np.argsort(rows, kind="stable")
     rows, positions = rows[order], positions[order]

@@ -1,5 +1,6 @@
-"""One run per folder: an exclusive lock that the kernel releases when its process ends, however it
-ends.
+"""The lock of a run folder: only one run may use it at a time.
+
+The kernel releases the lock when the process ends, however it ends.
 """
 
 import errno
@@ -21,9 +22,10 @@ UNSUPPORTED_ERRNOS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 @contextmanager
 def hold_lock(run: Path, root: Path | None = None) -> Iterator[None]:
-    """Hold ``RUN/.lock`` during the block. Warns and goes on where the file system has no locks.
+    """Hold ``RUN/.lock`` during the block. Warns and continues if the file system has no locks.
 
-    ``root``: see ``nolinks``. Raises StoreError, with host and pid, when another process holds it.
+    root: see ``nolinks``. Raises StoreError, with host and pid, when another process holds the
+    lock.
     """
     path = Path(run) / ".lock"
     with explain_write_errors(path):
@@ -44,7 +46,7 @@ def hold_lock(run: Path, root: Path | None = None) -> Iterator[None]:
 
 
 def _acquire(path: Path, handle: int) -> None:
-    """Lock the open file ``handle``, at once or not at all."""
+    """Lock the open file ``handle`` without waiting. Raises StoreError when it is in use."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

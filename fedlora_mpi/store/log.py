@@ -1,11 +1,17 @@
-"""``RUN/log.h5``: one row a round, written by one process, whole after a kill at any moment between
-rows.
+"""``RUN/log.h5``: one row per round, written by one process.
 
-``/rounds/<name>`` [T], ``/clients/<name>`` [T, N] float32, ``/ranks/seconds_<stage>`` [T, R]
-float32 with R the most ranks of any round and ``/ranks/ranks`` [T] how many they were (NaN beyond
-them; 0 ranks where the round measured none), ``/partition``; the resolved config (YAML and JSON)
-and the number of clients as attributes of the file, the versions of the parts as attributes of
-``/versions``. ``seal.py`` has what tells whether all that is as it was written.
+The log is intact after a kill at any moment between two rows. Its content:
+
+- ``/rounds/<name>`` [T]: numbers of a round
+- ``/clients/<name>`` [T, N] float32: numbers of each client
+- ``/ranks/seconds_<stage>`` [T, R] float32: R is the largest number of ranks of any round; NaN for
+  absent ranks
+- ``/ranks/ranks`` [T]: the number of ranks, 0 if the round was not measured
+- ``/partition``: the samples of each client
+- ``/versions``: its attributes are the versions of the libraries
+- attributes of the file: the resolved config (YAML and JSON) and the number of clients
+
+``seal.py`` computes the checksums that detect damage.
 """
 
 import json
@@ -31,22 +37,23 @@ UNITS = {
     "nan_*": "fraction",
     "*flops*": "FLOP",
 }
-# columns that a log of before there were any goes on without
+# logs of older versions lack these columns and continue without them
 _OPTIONAL_COLUMNS = {"rounds/nan_predictions"}
 GROUPS = ("rounds", "clients", "ranks")
 PARTITION_AXES = {"indices": ["sample"], "offsets": ["boundary"], "counts": ["client", "class"]}
 
 
 class Log:
-    """An open log. Rows that ``append`` has returned from survive kill -9 (libver default, no
-    SWMR).
+    """An open log.
+
+    Rows survive kill -9 once ``append`` has returned (default libver, no SWMR).
     """
 
     def __init__(self, path: Path):
-        """Open the log of an earlier process, cutting a row that a kill has left in some columns
-        only.
+        """Open the log of an earlier process.
 
-        Raises StoreError, WriteError.
+        A kill may have left a row in some columns only; such a row is cut. Raises StoreError,
+        WriteError.
         """
         with explain_write_errors(path):
             self._disk = FallbackFile(nolinks.open_handle(path, O_RDWR))
@@ -65,7 +72,7 @@ class Log:
                 for group, datasets in columns.items()
                 for name, dataset in datasets.items()
             }
-            # None: older than they are
+            # None: the log is older than row seals
             self._seals = (
                 schema.find_dataset(file, seal.ROW_SEALS, 1) if seal.ROW_SEALS in file else None
             )
@@ -87,12 +94,13 @@ class Log:
         file_texts: Mapping[str, str] | None = None,
         inventory: str = "",
     ) -> "Log":
-        """A new log without rows; ``partition`` as ``/partition`` holds it (see ``pack_ragged``).
+        """Create a log without rows and return it.
 
-        file_texts: texts of files in the folder, by name, whose checksums it keeps; inventory: JSON
-        of ``read_inventory``.
+        partition: the content of ``/partition`` (see ``pack_ragged``); file_texts: the texts of
+        files in the folder, by name, whose checksums the log keeps; inventory: the JSON that
+        ``read_inventory`` reads.
 
-        Raises StoreError when there is one already.
+        Raises StoreError when a log exists already.
         """
         if Path(path).exists():
             raise StoreError(
@@ -123,7 +131,7 @@ class Log:
 
     @classmethod
     def reopen(cls, path: Path) -> "Log":
-        """The log of an earlier process, to go on with. Raises StoreError, WriteError."""
+        """Open the log of an earlier process to continue it. Raises StoreError, WriteError."""
         return cls(Path(path))
 
     def append(
@@ -133,10 +141,11 @@ class Log:
         clients: Mapping[str, np.ndarray | float],
         ranks: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """Add the row of a round, on disk on return. ``clients`` without evaluation are nan.
+        """Add the row of one round. It is on disk when the method returns.
 
-        ``clients`` are [N] each, ``ranks`` seconds [R] of each stage. The first row decides the
-        columns and which of them are integers; those of ranks begin when there are any.
+        clients: [N] each, NaN for clients that were not evaluated; ranks: seconds [R] of each
+        stage. The first row determines the columns and which of them are integers. The columns of
+        ranks are created when the first measurement arrives.
         """
         row: dict[str, np.ndarray | float] = {"rounds/round": round_}
         row |= {f"rounds/{name}": value for name, value in rounds.items()}
@@ -177,8 +186,10 @@ class Log:
             self._disk.sync()
 
     def _rank_row(self, ranks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray | int]:
-        """The row of ``/ranks``. Its columns begin with the first seconds, and grow as wide as the
-        most ranks ask.
+        """Return the row of ``/ranks``.
+
+        Its columns are created with the first measurement and become wider when a round has more
+        ranks.
         """
         rank_count = max(map(len, ranks.values()), default=0)
         if ranks and "ranks/ranks" not in self._columns:
@@ -193,18 +204,18 @@ class Log:
         return row | ({"ranks/ranks": rank_count} if row else {})
 
     def record_config(self, config_yaml: str, config_json: str) -> None:
-        """Record the config that goes on from here: a resume may change some of its keys."""
+        """Record the config that applies from now on: a resume may change some of its keys."""
         self._file.attrs.update(config_yaml=config_yaml, config_json=config_json)
         self._update_seal()
 
     def record_rank_failure(self, line: str) -> None:
-        """Keep a line about ranks that have died in the attribute ``lost``, an array of lines."""
+        """Append a line about failed ranks to the attribute ``lost``, a list of lines."""
         self._file.attrs["lost"] = [*schema.read_attribute(self._file, "lost", []), line]
         self._update_seal()
         self._file.flush()
 
     def _update_seal(self) -> None:
-        """Make the checksum that of what the attributes say now."""
+        """Update the checksum of the attributes."""
         if self._seals is not None:
             self._file.attrs[seal.HEAD_SEAL] = seal.head_checksum(self._file)
 
@@ -212,20 +223,22 @@ class Log:
         return self
 
     def __exit__(self, kind: type | None, *rest: object) -> None:
-        with suppress(WriteError) if kind else nullcontext():  # what came first is told
+        with suppress(WriteError) if kind else nullcontext():  # report the first error only
             self.close()
 
     def close(self) -> None:
-        """Close the file; the log takes no more rows. Raises WriteError."""
+        """Close the file. Raises WriteError."""
         if self._file:
             self._file.close()
             with explain_write_errors(self._path), closing(self._disk):
                 self._disk.sync()
 
     def _create_column(self, path: str, value: float | int | np.ndarray) -> h5py.Dataset:
-        """A new column: ``/rounds/<name>`` [0], ``/clients/<name>`` [0, N]; of ranks, which may
-        begin late, with a row of nothing for each round so far: ``/ranks/ranks`` [T],
-        ``/ranks/seconds_<stage>`` [T, 0].
+        """Create a column and return it.
+
+        Its shape is [0] for ``/rounds/<name>`` and [0, N] for ``/clients/<name>``. Columns of ranks
+        may begin late, so they get an empty row for each earlier round: [T] for ``/ranks/ranks``,
+        [T, 0] for ``/ranks/seconds_<stage>``.
         """
         group, name = path.split("/")
         shape: tuple[int, ...] = (0,)
@@ -255,14 +268,15 @@ class Log:
 
 
 def read_inventory(path: Path) -> dict[str, dict[str, str]]:
-    """The digests of what the run of a log began with: kind, item, digest; {} of a log without, and
-    where none can be read.
+    """Return the digests of the inputs of a run, as its log states them: kind -> item -> digest.
+
+    Returns {} when the log has none or they cannot be read.
     """
     try:
         with hdf5.open_file(path) as file:
             inventory = json.loads(schema.read_attribute(file, "inventory", "{}"))
     except (OSError, RuntimeError, ValueError, TypeError, KeyError):
-        # StoreError is one; RecursionError, of deep JSON
+        # ValueError includes StoreError; deep JSON raises RecursionError, a RuntimeError
         return {}
     groups = inventory.values() if isinstance(inventory, dict) else [None]
     if not all(
@@ -274,9 +288,10 @@ def read_inventory(path: Path) -> dict[str, dict[str, str]]:
 
 
 def pack_ragged(name: str, lists: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Lists of different lengths as two arrays: ``<name>_indices`` and ``<name>_offsets`` [N + 1].
+    """Pack lists of different lengths into two arrays.
 
-    List ``n`` is ``indices[offsets[n]:offsets[n + 1]]``.
+    They are ``<name>_indices`` and ``<name>_offsets`` [N + 1]. List ``n`` is
+    ``indices[offsets[n]:offsets[n + 1]]``.
     """
     offsets = np.cumsum([0, *map(len, lists)])
     return {f"{name}_indices": np.concatenate(lists).astype(np.int64), f"{name}_offsets": offsets}

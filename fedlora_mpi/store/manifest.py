@@ -1,5 +1,6 @@
-"""``manifest.json``, whose presence makes a folder a checkpoint: what the other files must be to be
-used.
+"""``manifest.json``: its presence makes a folder a checkpoint.
+
+It lists size and checksum of every other file.
 """
 
 import json
@@ -13,35 +14,36 @@ from . import files, schema
 from .files import StoreError
 
 NAME = "manifest.json"
-_MAX_BYTES = 64 << 20  # bytes; each worker has a hundred
+_MAX_BYTES = 64 << 20  # a worker's entry takes about 100 bytes
 _FILE_PATTERN = r"(manifest\.json|(server|log|personal|worker-\d{4,}(-\d+)?)\.h5)"
 
 
 def worker_file(worker: int, client_type: int = 0) -> str:
-    """The name of a worker's file of the clients of one kind, whose leaves have equal shapes."""
+    """Return the name of a worker's file for the clients of one type.
+
+    Clients of one type have leaves of equal shapes.
+    """
     return f"worker-{worker:04d}{f'-{client_type}' if client_type else ''}.h5"
 
 
 def is_worker_file(name: str) -> bool:
-    """Whether ``name`` is one that ``worker_file`` gives."""
+    """Return whether ``worker_file`` makes such a name."""
     return name.startswith("worker-")
 
 
 def is_checkpoint_file(name: str) -> bool:
-    """Whether a file of this name is one that a checkpoint has, or that a killed writer has left of
-    one.
-    """
+    """Return whether a checkpoint has a file of this name, or a killed writer may have left one."""
     return bool(re.fullmatch(rf"{_FILE_PATTERN}|\.({_FILE_PATTERN})\.tmp", name))
 
 
 def run_folder_of(folder: Path) -> Path:
-    """The run folder of a checkpoint's."""
+    """Return the run folder that contains the checkpoint ``folder``."""
     return folder.parent.parent
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What the manifest records of one file: name in the folder, bytes, BLAKE2b checksum."""
+    """The manifest's record of one file: name in the folder, size in bytes, BLAKE2b checksum."""
 
     name: str
     size: int
@@ -49,7 +51,7 @@ class Shard:
 
     @classmethod
     def from_json(cls, block: object) -> "Shard":
-        """The record of a file in the manifest. Raises StoreError."""
+        """Return the record that ``block`` of the manifest states. Raises StoreError."""
         if not isinstance(block, dict):
             raise StoreError(f"files: each must be a block, here is {type(block).__name__}")
         name, digest = (
@@ -60,26 +62,24 @@ class Shard:
 
     @classmethod
     def from_file(cls, path: Path) -> "Shard":
-        """The record of the file as it is now."""
+        """Return the record of a file as it is now."""
         return cls(
             path.name, path.stat().st_size, files.file_digest(path, run_folder_of(path.parent))
         )
 
     def to_numbers(self) -> np.ndarray:
-        """[3] int64, size and checksum, for a gather of buffers; ``from_numbers`` undoes it."""
+        """Return size and checksum as [3] int64, for a gather; ``from_numbers`` is the inverse."""
         return np.frombuffer(self.size.to_bytes(8, "little") + bytes.fromhex(self.digest), np.int64)
 
     @classmethod
     def from_numbers(cls, name: str, numbers: np.ndarray) -> "Shard":
-        """The record that ``numbers`` came from; the name follows from the sender
-        (``worker_file``).
-        """
+        """Return the record of ``to_numbers``. The receiver derives the name (``worker_file``)."""
         return cls(
             name, int(numbers[0]), np.ascontiguousarray(numbers[1:], np.int64).tobytes().hex()
         )
 
     def verify(self, folder: Path) -> None:
-        """Raise StoreError unless the file in ``folder`` is the one recorded; reads it whole."""
+        """Raise StoreError unless the file in ``folder`` matches the record. Reads all of it."""
         path = folder / self.name
         if not path.is_file():
             raise StoreError(f"{path}: missing file")
@@ -93,9 +93,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checkpoint's round, the digest of the config that made it, its number of clients and its
-    files.
-    """
+    """A checkpoint's round, the digest of its config, its number of clients and its files."""
 
     round: int
     run_digest: str
@@ -103,14 +101,16 @@ class Manifest:
     files: tuple[Shard, ...]
 
     def write(self, folder: Path) -> None:
-        """Commit ``folder``: the rename inside is the moment at which it becomes a checkpoint."""
+        """Commit ``folder``: it becomes a checkpoint at the rename of ``manifest.json``."""
         text = json.dumps({"format_version": files.FORMAT_VERSION, **asdict(self)}, indent=1)
         files.write_atomic(folder / NAME, text.encode(), run_folder_of(folder))
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """The manifest of ``folder``. Raises StoreError: missing, damaged, newer, or pointing
-        elsewhere.
+        """Return the manifest of ``folder``.
+
+        Raises StoreError when it is missing, damaged, of a newer format, or points outside the
+        folder.
         """
         path = folder / NAME
         with schema.explain_read_errors(path):

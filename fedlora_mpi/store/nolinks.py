@@ -1,9 +1,8 @@
-"""Opens, makes and removes what lies below a folder that the user has named, and follows no link
-there.
+"""Open, create and remove files below a folder of the user, without following links.
 
-That folder itself and those above it may be links: they are the user's choice. Below it a link, a
-FIFO or a device would lead a write elsewhere, or make it wait for ever; each is refused, and
-nothing is removed that is no file.
+The folder itself and its parents may be links, since the user has chosen them. Below it, a link, a
+FIFO or a device could redirect a write or block it for ever. Each of them is refused, and only
+regular files and empty folders are removed.
 """
 
 import errno
@@ -26,7 +25,7 @@ _TYPE_TESTS = {
 
 
 class WrongFileType(WriteError, ValueError):
-    """Something else where a file or a folder of ours is, or would be: one line."""
+    """Something else is where a file or a folder of ours should be. The message is one line."""
 
     def __init__(self, path: Path, mode: int, expected: str) -> None:
         actual = next(
@@ -44,9 +43,10 @@ class WrongFileType(WriteError, ValueError):
 
 @contextmanager
 def open_folder(folder: Path, root: Path | None = None, create: bool = False) -> Iterator[int]:
-    """A handle of ``folder`` during the block; from ``root`` (default: itself) on, none is a link.
+    """Yield a handle of ``folder``; no folder below ``root`` on the way to it may be a link.
 
-    create: make those that are missing, and those above. Raises WrongFileType, OSError.
+    root: by default ``folder`` itself, which may be a link; create: make missing folders, also
+    those above ``root``. Raises WrongFileType, OSError.
     """
     current = folder if root is None else root
     if create:
@@ -66,7 +66,7 @@ def open_folder(folder: Path, root: Path | None = None, create: bool = False) ->
 
 
 def _open_subfolder(parent_handle: int, folder: Path, create: bool) -> int:
-    """A handle of a folder in the one with the handle ``parent_handle``."""
+    """Return a handle of ``folder``, whose parent has the handle ``parent_handle``."""
     if not exists(parent_handle, folder, "a folder") and create:
         os.mkdir(folder.name, dir_fd=parent_handle)
         os.fsync(parent_handle)
@@ -74,7 +74,7 @@ def _open_subfolder(parent_handle: int, folder: Path, create: bool) -> int:
 
 
 def exists(folder_handle: int, path: Path, expected: str = "a file") -> bool:
-    """Whether ``path`` is in that folder. Raises WrongFileType unless it is ``expected``."""
+    """Return whether ``path`` is in the folder. Raises WrongFileType if it is not ``expected``."""
     try:
         mode = os.stat(path.name, dir_fd=folder_handle, follow_symlinks=False).st_mode
     except FileNotFoundError:
@@ -85,21 +85,24 @@ def exists(folder_handle: int, path: Path, expected: str = "a file") -> bool:
 
 
 def open_handle(path: Path, flags: int, root: Path | None = None) -> int:
-    """A handle of the file ``path``, by default of any folder. Raises WrongFileType, OSError."""
+    """Return a handle of the file ``path``. Raises WrongFileType, OSError.
+
+    root: see ``open_folder``.
+    """
     with open_folder(path.parent, root) as folder_handle:
         exists(folder_handle, path)
         handle = os.open(
             path.name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644, dir_fd=folder_handle
         )
     mode = os.fstat(handle).st_mode
-    if not stat.S_ISREG(mode):  # it has changed since
+    if not stat.S_ISREG(mode):  # it was replaced after ``exists``
         os.close(handle)
         raise WrongFileType(path, mode, "a file")
     return handle
 
 
 def remove(path: Path, root: Path | None = None) -> None:
-    """Remove the file ``path`` if it is there. Raises WrongFileType, OSError."""
+    """Remove the file ``path`` if it exists. Raises WrongFileType, OSError."""
     with open_folder(path.parent, root) as folder_handle:
         if exists(folder_handle, path):
             os.unlink(path.name, dir_fd=folder_handle)
@@ -108,7 +111,7 @@ def remove(path: Path, root: Path | None = None) -> None:
 def check_entries(folder: Path, is_ours: Callable[[str], bool], root: Path | None = None) -> None:
     """Raise WrongFileType if ``folder`` is no folder, or an entry with a name of ours is no file.
 
-    A missing folder is fine.
+    A missing folder is accepted.
     """
     with suppress(FileNotFoundError), open_folder(folder, root) as folder_handle:
         for name in filter(is_ours, os.listdir(folder_handle)):
@@ -116,7 +119,10 @@ def check_entries(folder: Path, is_ours: Callable[[str], bool], root: Path | Non
 
 
 def foreign_names(folder: Path, is_ours: Callable[[str], bool], root: Path) -> list[str]:
-    """The names in ``folder`` that are not ours, or are no files. Raises WrongFileType, OSError."""
+    """Return the entries of ``folder`` that do not have a name of ours or are no files.
+
+    Raises WrongFileType, OSError.
+    """
     with open_folder(folder, root) as folder_handle, os.scandir(folder_handle) as entries:
         return sorted(
             entry.name
@@ -128,9 +134,9 @@ def foreign_names(folder: Path, is_ours: Callable[[str], bool], root: Path) -> l
 def clear_folder(
     folder: Path, is_ours: Callable[[str], bool], root: Path, first_name: str = ""
 ) -> bool:
-    """Remove our files in ``folder``, then the folder if it is empty; returns whether it is gone.
+    """Remove our files in ``folder``, then the folder if it is empty; return whether it is gone.
 
-    first_name: the file that goes before all others, durably. Raises WrongFileType, OSError.
+    first_name: the file to remove first, durably. Raises WrongFileType, OSError.
     """
     with open_folder(folder, root) as folder_handle:
         with os.scandir(folder_handle) as entries:

@@ -1,4 +1,4 @@
-"""A run folder for those who analyse it: without torch, and while the run is still going."""
+"""Read a run folder for analysis: without torch, and also while the run continues."""
 
 import time
 import warnings
@@ -16,17 +16,18 @@ from .log import GROUPS
 from .snapshot import Checkpoint
 
 T = TypeVar("T")
-_MAX_TEXT_BYTES = 1 << 28  # bytes of a text, a vocabulary for instance
-# seconds; the writer's flush, in which a read can fail, takes milliseconds
+_MAX_TEXT_BYTES = 1 << 28  # of a text file, for example a vocabulary
+# seconds; a read can fail during the writer's flush, which takes milliseconds
 RETRY_DELAYS = (0.02, 0.02, 0.1, 0.5, 0)
 Columns = dict[str, dict[str, np.ndarray]]  # by group and name
 
 
 class RunFiles:
-    """The log and the checkpoints of one run: ``config`` (parsed), ``config_yaml`` and ``versions``
-    too.
+    """The log and the checkpoints of one run.
 
-    Every call reads anew. Raises StoreError when ``path`` is not a run folder.
+    ``config`` is the parsed config, ``config_yaml`` its text, ``versions`` those of the software.
+    Every method reads the files anew. The constructor raises StoreError when ``path`` is not a run
+    folder.
     """
 
     def __init__(self, path: Path):
@@ -44,7 +45,7 @@ class RunFiles:
         )
         with schema.explain_read_errors(log):
             self.config_yaml: str = schema.checked_item(attrs, "config_yaml", str)
-            # a line for each time that ranks died
+            # one line for each failure of ranks
             self.rank_failures: list[str] = schema.checked_item({"lost": [], **attrs}, "lost", list)
             self.config: dict[str, Any] = schema.parse_json_block(
                 schema.checked_item(attrs, "config_json", str), "config_json"
@@ -55,14 +56,15 @@ class RunFiles:
 
     @property
     def checked_config(self) -> dict[str, Any]:
-        """``config``, which says whatever an analysis asks of every run. Raises StoreError."""
+        """``config``, after a check that it has the keys an analysis needs. Raises StoreError."""
         with schema.explain_read_errors(self.path / "log.h5"):
             schema.check_settings(self.config)
         return self.config
 
     def read_text(self, name: str) -> str:
-        """A file of the folder that the run wrote beside its log. Raises StoreError: missing or
-        damaged.
+        """Return the text of a file that the run wrote beside its log.
+
+        Raises StoreError when it is missing or damaged.
         """
         path = self.path / name
         try:
@@ -82,28 +84,34 @@ class RunFiles:
         return text
 
     def columns(self) -> Columns:
-        """``rounds()``, ``clients()`` and ``ranks()`` by these names, of equally many rounds."""
+        """Return ``rounds()``, ``clients()`` and ``ranks()`` by these names.
+
+        All have equally many rows.
+        """
         by_group = self._read_with_retries(lambda _, columns: columns)
         return by_group | {"rounds": {"round": np.arange(0)} | by_group["rounds"]}
 
     def rounds(self) -> dict[str, np.ndarray]:
-        """Columns [T] by name, ``round`` first."""
+        """Return the columns [T] of the rounds by name, ``round`` first."""
         return self.columns()["rounds"]
 
     def clients(self) -> dict[str, np.ndarray]:
-        """Columns [T, N] by name, a row of NaN where the round was not evaluated."""
+        """Return the columns [T, N] of the clients by name, NaN in rounds without evaluation."""
         return self.columns()["clients"]
 
     def ranks(self) -> dict[str, np.ndarray]:
-        """``ranks`` [T], how many there were, and ``seconds_<stage>`` [T, R] by name, NaN beyond
-        them; {} in a log of before there were any. Rounds without ranks measured none: theirs are
-        in the next that did.
+        """Return the columns of the ranks by name.
+
+        They are ``ranks`` [T], the number of ranks, and ``seconds_<stage>`` [T, R], NaN for absent
+        ranks. A round with 0 ranks was not measured; its seconds are included in the next measured
+        round. Returns {} for a log of an older version that has no such columns.
         """
         return self.columns()["ranks"]
 
     def require_columns(self, *names: str) -> Columns:
-        """``rows()``, in which every run has these columns of the rounds, where it has any round.
-        Raises StoreError.
+        """Return ``columns()`` after a check that the rounds have the columns ``names``.
+
+        A run without any round passes. Raises StoreError.
         """
         by_group = self.columns()
         if len(by_group["rounds"]["round"]) and (
@@ -115,7 +123,7 @@ class RunFiles:
         return by_group
 
     def axis_names(self, path: str) -> tuple[str, ...]:
-        """The names of a column's axes, as the file has them. Raises StoreError."""
+        """Return the names of a column's axes, as stored in the file. Raises StoreError."""
         labels = self._read_with_retries(
             lambda log, _: [axis.label for axis in log[path].dims] if path in log else None
         )
@@ -124,7 +132,9 @@ class RunFiles:
         return tuple(labels)
 
     def partition(self) -> dict[str, Any]:
-        """``train`` and ``test`` (lists of index arrays), ``train_counts`` [N, classes], ...,
+        """Return the partition by name.
+
+        It has ``train`` and ``test`` (lists of index arrays), ``train_counts`` [N, classes], ...,
         ``digest``.
         """
         arrays = self._read_with_retries(
@@ -136,14 +146,13 @@ class RunFiles:
         return arrays
 
     def checkpoints(self) -> list[int]:
-        """The rounds with a committed checkpoint, ascending."""
+        """Return the rounds with a committed checkpoint, in ascending order."""
         return checkpoint.committed_rounds(self.path)
 
     def checkpoint(self, round_: int | None = None) -> Checkpoint:
-        """The verified checkpoint of a round, by default the newest valid one, with a warning for
-        each newer one.
+        """Return the verified checkpoint of a round, by default the newest valid one.
 
-        Raises StoreError.
+        By default it warns of each newer checkpoint that is invalid. Raises StoreError.
         """
         if round_ is None:
             verified, skipped = checkpoint.newest_valid(self.path)
@@ -157,13 +166,17 @@ class RunFiles:
         return verified
 
     def digest(self) -> dict[str, str]:
-        """{"shared", "personal"}: SHA-256 of the newest checkpoint's leaves (see
-        ``Checkpoint.digest``).
+        """Return {"shared", "personal"}: SHA-256 of the leaves of the newest valid checkpoint.
+
+        See ``Checkpoint.digest``.
         """
         return self.checkpoint().digest()
 
     def _read_with_retries(self, extract: Callable[[h5py.File, Columns], T]) -> T:
-        """``extract`` of the log and its columns, retried when it met the writer's flush."""
+        """Return ``extract(log, columns)``.
+
+        A read that fails during the writer's flush is repeated.
+        """
         path = self.path / "log.h5"
         for wait in RETRY_DELAYS:
             try:
@@ -177,7 +190,7 @@ class RunFiles:
             except FormatError:
                 raise
             except Exception as why:
-                # h5py raises nearly anything on a file that moves or is damaged
+                # h5py raises many types of errors on a file that changes or is damaged
                 last_error = why
                 time.sleep(wait)
         log_copies, reason = (
@@ -190,8 +203,9 @@ class RunFiles:
 
 
 def _read_columns(log: h5py.File) -> Columns:
-    """The rows that all columns have: [T] under "rounds", [T, N] under "clients", [T, R] under
-    "ranks".
+    """Return the rows that all columns have.
+
+    Their shapes are [T] in "rounds", [T, N] in "clients", and [T] or [T, R] in "ranks".
     """
     datasets = {
         group: dict(schema.find_group(log, group).items()) if group in log else {}
@@ -210,7 +224,7 @@ def _read_columns(log: h5py.File) -> Columns:
 
 
 def _read_group(group: h5py.Group) -> dict[str, Any]:
-    """The attributes and the data sets of ``group``."""
+    """Return the attributes and the data sets of ``group``."""
     arrays = {name: hdf5.read(schema.find_dataset(group, name, 0)) for name in group}
     schema.check_partition(arrays)
     return schema.read_attributes(group) | arrays

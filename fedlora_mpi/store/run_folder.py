@@ -1,5 +1,7 @@
-"""A run folder: a new one is there as a whole, with its config and its log, or not at all; an old
-one is as we made it.
+"""Create and check a run folder.
+
+A new run folder appears complete, with its config and its log, or not at all. In an old one, all
+entries with names of ours must be files of the expected type.
 """
 
 import os
@@ -17,13 +19,12 @@ _FILE_PATTERN = r"(config\.yaml|log\.h5|rounds\.csv|vocabulary\.json|network-\d+
 
 
 def is_run_file(name: str) -> bool:
-    """Whether a file of this name is one of a run folder, or one that a killed writer has left of
-    it.
-    """
+    """Return whether a run folder has a file of this name, or a killed writer may have left one."""
     return bool(re.fullmatch(rf"\.lock|{_FILE_PATTERN}|\.{_FILE_PATTERN}\.tmp", name))
 
 
-_SUBFOLDERS: dict[str, Callable[[str], bool]] = {  # of a run: which of the files in them are ours
+# subfolder of a run -> whether a file name in it is ours
+_SUBFOLDERS: dict[str, Callable[[str], bool]] = {
     "checkpoints": lambda name: False,
     "tensorboard": lambda name: name.startswith("events"),
     ".pulse": lambda name: bool(re.fullmatch(r"\d+|\.\d+\.tmp", name)),
@@ -31,9 +32,9 @@ _SUBFOLDERS: dict[str, Callable[[str], bool]] = {  # of a run: which of the file
 
 
 def check_run_folder(run: Path) -> None:
-    """Raise StoreError when something in a run folder that has the name of a file or a folder of
-    ours is a link, or whatever else cannot be written in its place. Files of other names are the
-    user's.
+    """Raise StoreError when an entry with a name of ours is a link or has an unexpected type.
+
+    Files of other names belong to the user and are not checked.
     """
     file_tests = {run: is_run_file} | {run / name: is_file for name, is_file in _SUBFOLDERS.items()}
     try:
@@ -47,7 +48,7 @@ def check_run_folder(run: Path) -> None:
 
 
 def _checkpoint_folders(run: Path) -> list[Path]:
-    """What has the name of a checkpoint, or of one that was set aside."""
+    """Return the entries that are named like a checkpoint, or like one that was set aside."""
     checkpoints = run / "checkpoints"
     with suppress(FileNotFoundError), nolinks.open_folder(checkpoints, run) as handle:
         return sorted(
@@ -60,11 +61,11 @@ def _checkpoint_folders(run: Path) -> list[Path]:
 
 @contextmanager
 def create_run_folder(folder: Path, fill: Callable[[Path], None]) -> Iterator[None]:
-    """Make ``folder`` with the files that ``fill`` writes, and hold its lock during the block.
+    """Create ``folder`` with the files that ``fill`` writes, and hold its lock during the block.
 
-    It is filled under the name ``.NAME.new`` and then renamed; what a killed start has left there
-    is removed. Raises StoreError when it cannot be made, is there, or is about to be made by
-    another process; WriteError.
+    It is filled under the name ``.NAME.new`` and then renamed. Files of a killed start are removed
+    from there. Raises StoreError when the folder cannot be created, exists already, or another
+    process is creating it; raises WriteError.
     """
     draft, parent = folder.with_name(f".{folder.name}.new"), folder.parent
     with explain_create_errors(folder), nolinks.open_folder(draft, parent, create=True):
@@ -93,7 +94,7 @@ def create_run_folder(folder: Path, fill: Callable[[Path], None]) -> Iterator[No
 
 @contextmanager
 def explain_create_errors(folder: Path) -> Iterator[None]:
-    """What the system refuses inside becomes one line."""
+    """Turn an OSError of the block into a StoreError with one line."""
     try:
         yield
     except OSError as error:

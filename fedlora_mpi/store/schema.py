@@ -1,8 +1,7 @@
-"""What the files of a run folder may say, checked before anything of the size that they claim is
-made.
+"""Checks of the files of a run folder, made before memory of the claimed size is allocated.
 
-Every check raises StoreError, or an error that ``explain_read_errors`` turns into one: one line
-with the file and the item.
+Every check raises StoreError, or an error that ``explain_read_errors`` turns into one. Its message
+is one line with the file and the item.
 """
 
 import json
@@ -19,18 +18,18 @@ import numpy as np
 from ..core.escapes import summarize_error
 from .files import StoreError
 
-# bytes that a file may claim without having them: what is not written yet is filled in
+# bytes that a file may claim without holding them: HDF5 fills in what is not written yet
 _CLAIM_SLACK = 1 << 20
-_MAX_CLAIM_RATIO = 16  # claimed bytes for each that the file has
+_MAX_CLAIM_RATIO = 16  # claimed bytes per byte of the file
 _DTYPES = {
     np.dtype(name)
     for name in ("bool", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 }
-_MAX_JSON_DEPTH = 50  # blocks of a JSON inside each other
-_MAX_LIST_LENGTH = 10_000  # of a list that is an attribute
-MAX_INTEGER = 2**53  # of an integer
+_MAX_JSON_DEPTH = 50  # levels of nested blocks
+_MAX_LIST_LENGTH = 10_000  # items of an attribute that is a list
+MAX_INTEGER = 2**53  # the largest integer that is accepted
 _TYPE_NAMES = {dict: "a block", str: "text", int: "an integer", list: "a list"}
-# What those who analyse a run ask of its config, by dotted key; of some only when they are there.
+# The config keys that an analysis needs. Optional keys are checked only if they are present.
 _REQUIRED_SETTINGS = {
     "seed": int,
     "rounds": int,
@@ -51,7 +50,7 @@ _OPTIONAL_SETTINGS = {
 
 @contextmanager
 def explain_read_errors(path: Path) -> Iterator[None]:
-    """Whatever a damaged file makes of the code that reads it is a StoreError about ``path``."""
+    """Turn any error of reading a damaged file into a StoreError about ``path``."""
     try:
         yield
     except StoreError as why:
@@ -75,14 +74,15 @@ def explain_read_errors(path: Path) -> Iterator[None]:
 
 
 def check_file(path: Path, file: h5py.File) -> None:
-    """Raise StoreError when anything in the file is somewhere else: in another file, by whatever of
-    HDF5's ways; when it is of a type that none of ours has, or when all together claim far more
-    than the file holds.
+    """Raise StoreError unless the file contains all its data, in plain types.
+
+    It must not refer to another file in any of HDF5's ways, must not contain a type that no file of
+    ours has, and its data sets together must not claim far more bytes than the file holds.
     """
     pending, items = [(file, 0)], []
     while pending:
         group, depth = pending.pop()
-        if depth > 3:  # a damaged file may hold itself
+        if depth > 3:  # a group of a damaged file may contain itself
             raise StoreError(f"{path}: {group.name}: is deeper than any file of a run")
         for name in group:
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
@@ -103,7 +103,7 @@ def check_file(path: Path, file: h5py.File) -> None:
 
 
 def _claimed_bytes(path: Path, item: h5py.Dataset | h5py.Datatype) -> int:
-    """The bytes of a data set, in numbers as we write them. Raises StoreError."""
+    """Return the bytes that a data set of plain numbers claims. Raises StoreError."""
     if not isinstance(item, h5py.Dataset):
         raise StoreError(f"{path}: {item.name} is no data set")
     if item.external or item.is_virtual:
@@ -131,13 +131,17 @@ def _claimed_bytes(path: Path, item: h5py.Dataset | h5py.Datatype) -> int:
 
 
 def read_attributes(owner: h5py.Group) -> dict[str, Any]:
-    """Its attributes: texts, numbers and lists of texts. Raises StoreError about any other."""
+    """Return the attributes of ``owner``: texts, numbers and lists of texts.
+
+    Raises StoreError when there is any other.
+    """
     return {name: read_attribute(owner, name) for name in owner.attrs}
 
 
 def read_attribute(owner: h5py.Group, name: str, default: Any = None) -> Any:
-    """An attribute; ``default`` where there is none. Raises StoreError unless it is a text, a
-    number or a list of texts.
+    """Return an attribute, or ``default`` if it does not exist.
+
+    Raises StoreError unless it is a text, a number or a list of texts.
     """
     if name not in owner.attrs:
         return default
@@ -180,7 +184,7 @@ def read_attribute(owner: h5py.Group, name: str, default: Any = None) -> Any:
 
 
 def find_group(file: h5py.Group, name: str) -> h5py.Group:
-    """A group of a file. Raises StoreError."""
+    """Return a group of a file. Raises StoreError."""
     if not isinstance(group := file.get(name), h5py.Group):
         raise StoreError(f"{file.file.filename}: has no group {name!r}")
     return group
@@ -189,8 +193,9 @@ def find_group(file: h5py.Group, name: str) -> h5py.Group:
 def find_dataset(
     file: h5py.Group, name: str, axes: int, rows: int | None = None, integers: bool = False
 ) -> h5py.Dataset:
-    """A data set with at least so many axes and, if given, rows; ``integers``: of integers. Raises
-    StoreError.
+    """Return a data set with at least ``axes`` axes and, if given, ``rows`` rows.
+
+    integers: whether it must contain integers. Raises StoreError.
     """
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset) or dataset.ndim < axes:
@@ -207,8 +212,9 @@ def find_dataset(
 
 
 def check_columns(columns: Mapping[str, Mapping[str, h5py.Dataset]], clients: int | None) -> None:
-    """Raise StoreError unless the columns of a log have the axes that they must have; their rows
-    may differ by one.
+    """Raise StoreError unless the columns of a log have the required axes.
+
+    Their numbers of rows are not checked: they may differ by one while a row is written.
     """
     for group, datasets in columns.items():
         for name, column in datasets.items():
@@ -227,7 +233,7 @@ def check_columns(columns: Mapping[str, Mapping[str, h5py.Dataset]], clients: in
 
 
 def check_partition(arrays: Mapping[str, Any]) -> None:
-    """Raise StoreError unless the arrays of ``/partition`` belong together."""
+    """Raise StoreError unless the arrays of ``/partition`` are consistent."""
     for name, value in arrays.items():
         if isinstance(value, np.ndarray):
             axes = 2 if name.endswith("_counts") else 1
@@ -258,7 +264,7 @@ def check_partition(arrays: Mapping[str, Any]) -> None:
 
 
 def parse_json_block(text: str | bytes, description: str) -> dict[str, Any]:
-    """A block of a JSON. Raises StoreError."""
+    """Return the block that a JSON text contains. Raises StoreError."""
     try:
         value = json.loads(text, object_pairs_hook=_reject_duplicates)
     except (ValueError, TypeError, RecursionError) as why:
@@ -294,8 +300,10 @@ def checked_item(
     least: int | None = None,
     most: int = MAX_INTEGER,
 ) -> Any:
-    """``block[key]``. Raises StoreError unless it is of this type and, if a number, from ``least``
-    to ``most``.
+    """Return ``block[key]``.
+
+    Raises StoreError unless it is of this type and, if ``least`` is given, from ``least`` to
+    ``most``.
     """
     value = block.get(key)
     if type(value) is not expected_type:
@@ -309,7 +317,7 @@ def checked_item(
 
 
 def check_settings(config: Mapping[str, Any]) -> None:
-    """Raise StoreError unless the config says what the analysis of a run asks."""
+    """Raise StoreError unless the config has the keys that an analysis needs."""
     for key, kind in (_REQUIRED_SETTINGS | _OPTIONAL_SETTINGS).items():
         *parents, name = key.split(".")
         block = config

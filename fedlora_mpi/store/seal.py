@@ -1,5 +1,6 @@
-"""What tells a log that is as it was written from a damaged one: HDF5 checks its chunks, not what
-it says of them.
+"""Checksums that show whether a log is as it was written.
+
+HDF5 checks its chunks, but not the metadata about them.
 """
 
 from collections.abc import Mapping
@@ -15,9 +16,7 @@ HEAD_SEAL, ROW_SEALS = "seal", "row_seal"  # an attribute of the file; a data se
 
 
 def head_checksum(log: h5py.File) -> str:
-    """The checksum of all that is no row: the attributes of the file, ``/versions`` and
-    ``/partition``.
-    """
+    """Return the checksum of all but the rows: attributes, ``/versions`` and ``/partition``."""
     checksum = blake2b(digest_size=16)
     for name, group in {
         "": log,
@@ -26,7 +25,7 @@ def head_checksum(log: h5py.File) -> str:
     }.items():
         for key, value in sorted(schema.read_attributes(group).items()):
             if key != HEAD_SEAL:
-                # as h5py gives it, and old seals have it
+                # the form that h5py returns; old seals were computed from it
                 value = np.array(value, object) if isinstance(value, list) else value
                 checksum.update(f"{name}@{key}={value}\0".encode())
     for name, dataset in sorted(log["partition"].items()):
@@ -36,8 +35,10 @@ def head_checksum(log: h5py.File) -> str:
 
 
 def row_checksums(columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    """[T] int64: the checksum of each row of ``columns`` [T, ...] by name; of ranks, whose columns
-    may begin late and become wider, that of the ranks there were.
+    """Return [T] int64: the checksum of each row of ``columns`` [T, ...] by name.
+
+    Columns of ranks may begin late and become wider. So only the values of ranks that existed in
+    that round are included.
     """
     prefixes = {
         name: f"{name}{value.dtype.str}".encode() for name, value in sorted(columns.items())
@@ -49,7 +50,7 @@ def row_checksums(columns: Mapping[str, np.ndarray]) -> np.ndarray:
         for name, prefix in prefixes.items():
             value = columns[name][row]
             if name.startswith("ranks/"):
-                known_ranks = np.flatnonzero((value != 0) & (value == value))  # nan is none
+                known_ranks = np.flatnonzero((value != 0) & (value == value))  # NaN: no rank
                 value = np.atleast_1d(value)[: known_ranks[-1] + 1 if len(known_ranks) else 0]
             if value.size:
                 checksum.update(prefix + f"{value.shape}".encode() + value.tobytes())
@@ -58,8 +59,9 @@ def row_checksums(columns: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def verify(log: h5py.File, columns: Mapping[str, np.ndarray]) -> None:
-    """Raise StoreError unless the log, whose rows are ``columns``, is as it was written; an old one
-    has no seals.
+    """Raise StoreError unless the log, whose rows are ``columns``, is as it was written.
+
+    A log of an older version has no seals and is not checked.
     """
     if HEAD_SEAL not in log.attrs:
         return

@@ -1,4 +1,4 @@
-"""Whether several processes, on nodes of their own, see one and the same folder."""
+"""Check whether processes on different nodes see the same folder."""
 
 import os
 import secrets
@@ -10,16 +10,15 @@ from pathlib import Path
 from ..core.disk_errors import explain_write_errors
 from .run_folder import explain_create_errors
 
-VISIBILITY_TIMEOUT = 2.0  # seconds in which a file of another node must show
+VISIBILITY_TIMEOUT = 2.0  # seconds within which a file of another node must appear
 
 
 @contextmanager
 def create_probe(run: Path) -> Iterator[Path]:
-    """An empty file of a name that no file had before, in the folder ``run`` or, where that is to
-    be made, in its parent.
+    """Yield the path of a new empty file in ``run``, or in its parent if ``run`` does not exist.
 
-    It is gone after the block; so are the folders that were made for it, when the block fails.
-    Raises StoreError, WriteError.
+    Its random name was never used before. The file is removed after the block. Folders that were
+    created for it are removed if the block fails. Raises StoreError, WriteError.
     """
     parent = run if run.is_dir() else run.parent
     path, new_folders = parent / f".fedlora-mpi.{secrets.token_hex(8)}", []
@@ -37,18 +36,18 @@ def create_probe(run: Path) -> Iterator[Path]:
             path.unlink(missing_ok=True)
     except BaseException:
         for folder in reversed(new_folders):
-            with suppress(OSError):  # somebody has put something there
+            with suppress(OSError):  # another process may have put a file there
                 folder.rmdir()
         raise
 
 
 def wait_for_file(path: Path) -> bool:
-    """Whether a file shows here, soon."""
+    """Return whether a file appears within ``VISIBILITY_TIMEOUT`` seconds."""
     deadline = time.monotonic() + VISIBILITY_TIMEOUT
     while not os.path.isfile(path):
         if time.monotonic() > deadline:
             return False
-        with suppress(OSError):  # NFS asks its server when a folder is opened
+        with suppress(OSError):  # NFS asks its server again when a folder is opened
             os.close(os.open(path.parent, os.O_RDONLY))
         time.sleep(0.05)
     return True

@@ -1,8 +1,8 @@
-"""Where the rows of the rounds go beside the log: a CSV file, TensorBoard.
+"""Optional copies of the log's rows: a CSV file and TensorBoard.
 
-They say what the log says. A run that begins or goes on writes them anew from the log, which a
-resume has put back to its checkpoint, so no round is there twice and none is missing, whenever they
-were switched on.
+A sink has the same content as the log. When a run begins or continues, the sink is written anew
+from the log, which a resume has restored to its checkpoint. So no round is missing or occurs twice,
+whenever the sink was switched on.
 """
 
 import csv
@@ -26,20 +26,22 @@ Columns = Mapping[str, np.ndarray]
 
 
 class Sink(Protocol):
-    """What takes the rows of a run; ``Log`` is one."""
+    """A receiver of the rows of a run; ``Log`` is one."""
 
     def append(self, round_: int, rounds: Numbers, clients: Columns, ranks: Columns) -> None:
-        """Add a round: its numbers, those of the clients [N] and the seconds of the ranks [R], as
-        ``Log.append``.
+        """Add a round: its numbers, those of the clients [N] and the seconds of the ranks [R].
+
+        See ``Log.append``.
         """
 
     def close(self) -> None:
-        """It takes no more rows."""
+        """Close the sink: it takes no more rows."""
 
 
 def open_sinks(run: Path, *, csv: bool, tensorboard: bool) -> list[Sink]:
-    """The sinks of a run folder, with the rounds that its log has. Raises ValueError without
-    tensorboardX.
+    """Return the sinks of a run folder, filled with the rounds of its log.
+
+    Raises ValueError without tensorboardX.
     """
     sink_types: list[tuple[Callable[[Path, Columns, Columns], Sink], Path, bool]] = [
         (CsvSink, run / "rounds.csv", csv),
@@ -56,12 +58,13 @@ def open_sinks(run: Path, *, csv: bool, tensorboard: bool) -> list[Sink]:
 
 
 class CsvSink:
-    """``rounds.csv``: a row a round with the columns of ``/rounds``, empty where a number is
-    unknown; on disk when ``append`` returns. Whoever reads it meanwhile sees whole rows.
+    """``rounds.csv``: one row per round with the columns of ``/rounds``; unknown numbers are empty.
+
+    A row is on disk when ``append`` returns. A concurrent reader sees complete rows.
     """
 
     def __init__(self, path: Path, rounds: Columns, clients: Columns) -> None:
-        """Put the rounds so far in the place of what ``path`` had."""
+        """Replace the content of ``path`` by the rounds so far."""
         names = list(rounds) if len(rounds["round"]) else []
         rows = [
             _csv_line(column[index] for column in rounds.values())
@@ -77,7 +80,7 @@ class CsvSink:
         header = "" if self._column_names else _csv_line(row)
         self._column_names = self._column_names or list(row)
         with explain_write_errors(self._path):
-            # at once
+            # header and row in one write
             self._file.write(
                 (header + _csv_line(row[name] for name in self._column_names)).encode()
             )
@@ -88,16 +91,16 @@ class CsvSink:
 
 
 class TensorBoardSink:
-    """``tensorboard/``: every column of ``/rounds`` as a scalar, the clients' accuracies as a
-    histogram, by round.
-    """
+    """``tensorboard/``: columns of ``/rounds`` as scalars, accuracies of clients as histograms."""
 
     def __init__(self, folder: Path, rounds: Columns, clients: Columns) -> None:
-        """Begin a file with the rounds so far. TensorBoard forgets those of earlier files, which
-        stay: one that is looking on would not go on to the new file if its own were gone.
+        """Begin a new file with the rounds so far.
+
+        TensorBoard then ignores the rounds in earlier files. These files stay: a running
+        TensorBoard would not move on to the new file if its current file were removed.
         """
         with explain_write_errors(folder), nolinks.open_folder(folder, folder.parent, create=True):
-            # their names count seconds; the new one must come last, and be new
+            # names contain whole seconds, so a suffix makes the new name unique and last
             earlier_files = [*folder.glob("events*")]
         earlier_numbers = [
             int(file.suffix[1:]) for file in earlier_files if file.suffix[1:].isdecimal()
@@ -138,7 +141,7 @@ class TensorBoardSink:
 
 
 def import_tensorboard():
-    """The library that writes TensorBoard's files. Raises ValueError where it is missing."""
+    """Return the module ``tensorboardX``. Raises ValueError when it is missing."""
     try:
         import tensorboardX
     except ImportError as error:
@@ -149,7 +152,7 @@ def import_tensorboard():
 
 
 def _csv_line(cells) -> str:
-    """A row of the file; what is no number is empty."""
+    """Return a row of the file. NaN becomes an empty cell."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(
         "" if value != value else csv_cell(value) for value in cells

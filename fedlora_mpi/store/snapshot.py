@@ -1,4 +1,4 @@
-"""One committed checkpoint, read: by any number of ranks, by an analysis, without torch."""
+"""Read one committed checkpoint: on any number of ranks, or for an analysis, without torch."""
 
 import math
 from collections.abc import Sequence
@@ -17,20 +17,20 @@ from .manifest import Manifest, is_worker_file, run_folder_of
 
 
 def checkpoint_folder(run: Path, round_: int) -> Path:
-    """Where the checkpoint of a round is, or would be."""
+    """Return the folder of a round's checkpoint, whether it exists or not."""
     return Path(run) / "checkpoints" / f"{round_:06d}"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint; ``read`` trusts the files, ``verify`` does not."""
+    """A committed checkpoint; ``read`` trusts the files, ``verify`` checks them."""
 
     path: Path
     manifest: Manifest
 
     @classmethod
     def read(cls, folder: Path) -> "Checkpoint":
-        """The checkpoint in ``folder``, its manifest read. Raises StoreError."""
+        """Return the checkpoint in ``folder``; only its manifest is read. Raises StoreError."""
         return cls(Path(folder), Manifest.read(Path(folder)))
 
     @property
@@ -44,12 +44,13 @@ class Checkpoint:
         return self.path / "log.h5"
 
     def restore_log(self, log_path: Path) -> None:
-        """Put the log back to this round."""
+        """Restore the log of this round."""
         copy_atomic(self.log_path, Path(log_path), run_folder_of(self.path))
 
     def verify(self, run_digest: str | None = None) -> None:
-        """Raise StoreError unless every file is as recorded and, when given, the config is this
-        one.
+        """Raise StoreError unless every file matches the manifest.
+
+        run_digest: if given, the checkpoint must belong to this config.
         """
         if run_digest not in (None, self.manifest.run_digest):
             raise StoreError(
@@ -64,7 +65,7 @@ class Checkpoint:
         ):
             contradiction = f"{self.manifest.clients} clients, its files hold {len(stored_ids)}"
             raise StoreError(f"{self.path / manifest.NAME}: {contradiction}")
-        self._leaves_by_shard  # noqa: B018  # have the files the leaves that they must have?
+        self._leaves_by_shard  # noqa: B018  # raises StoreError if leaves are missing
         if (stored_round := self.attrs().get("round")) != self.round:
             raise StoreError(
                 f"{self.path / 'server.h5'}: of round {stored_round}, in a checkpoint of round "
@@ -73,20 +74,20 @@ class Checkpoint:
         self.shapes("shared"), self.shapes("server")
 
     def _open(self, name: str) -> h5py.File:
-        """One of its files. Raises StoreError."""
+        """Open one file of the checkpoint. Raises StoreError."""
         return hdf5.open_file(self.path / name, root=run_folder_of(self.path))
 
     def attrs(self) -> dict[str, str | int | float]:
-        """The attributes given to ``write_server``, the round among them."""
+        """Return the attributes given to ``write_server``, including the round."""
         with self._open("server.h5") as file:
             return schema.read_attributes(file)
 
     def shared(self) -> dict[str, np.ndarray]:
-        """The shared leaves, in the order in which they were written."""
+        """Return the shared leaves, in the order in which they were written."""
         return self._server_group("shared")
 
     def server(self) -> dict[str, np.ndarray]:
-        """The server's own leaves, in the order in which they were written."""
+        """Return the server's own leaves, in the order in which they were written."""
         return self._server_group("server")
 
     def _server_group(self, name_of_group: str) -> dict[str, np.ndarray]:
@@ -97,8 +98,9 @@ class Checkpoint:
             }
 
     def shapes(self, group: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shape and type of the leaves ``shared``, or those of the ``server``, by name. Raises
-        StoreError.
+        """Return shape and dtype of each leaf of ``group``, which is "shared" or "server".
+
+        Raises StoreError.
         """
         with self._open("server.h5") as file:
             leaves = schema.find_group(file, group)
@@ -106,22 +108,24 @@ class Checkpoint:
             return {name: (dataset.shape, dataset.dtype) for name, dataset in tables.items()}
 
     def client_ids(self) -> list[int]:
-        """The clients whose personal leaves are stored: 0 .. N - 1."""
+        """Return the clients whose personal leaves are stored: 0 .. N - 1."""
         return list(range(self.manifest.clients))
 
     def leaf_names(self, client_ids: Sequence[int] = ()) -> list[str]:
-        """The personal leaves that these clients (default: all) have in the same shape, in the
-        order in which they were written. Raises StoreError for a client that is not stored.
+        """Return the personal leaves that these clients (default: all) have in the same shape.
+
+        They are in the order in which they were written. Raises StoreError for a client that is not
+        stored.
         """
         return list(self._common_shapes(np.asarray(client_ids, np.int64)))
 
     def leaf_shapes(self, client_ids: Sequence[int]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shape for one client and type of each of ``leaf_names``. Raises StoreError."""
+        """Return shape (for one client) and dtype of each of ``leaf_names``. Raises StoreError."""
         return self._common_shapes(np.asarray(client_ids, np.int64))
 
     @cached_property
     def _ids_by_shard(self) -> dict[str, np.ndarray]:
-        """Per shard the ids it holds, ascending: row r is client ids[r]."""
+        """Per shard the ids of its clients, ascending: row r is client ids[r]."""
         names = [shard.name for shard in self.manifest.files if is_worker_file(shard.name)]
         ids_by_shard = {}
         for name in names:
@@ -137,7 +141,7 @@ class Checkpoint:
 
     @cached_property
     def _leaves_by_shard(self) -> dict[str, dict[str, tuple[tuple[int, ...], np.dtype]]]:
-        """Per shard each leaf's shape for one client, and dtype."""
+        """Per shard the shape (for one client) and dtype of each leaf."""
         leaves_by_shard = {}
         for name, ids in self._ids_by_shard.items():
             with self._open(name) as file:
@@ -150,7 +154,7 @@ class Checkpoint:
         return leaves_by_shard
 
     def _common_shapes(self, client_ids: np.ndarray) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """The leaves that all these clients have in the same shape."""
+        """Return the leaves that all these clients have in the same shape."""
         if len(unknown_ids := client_ids[(client_ids < 0) | (client_ids >= self.manifest.clients)]):
             raise StoreError(
                 f"{self.path}: holds no client or leaf {unknown_ids.min()}; it is of another "
@@ -178,11 +182,10 @@ class Checkpoint:
     def personal(
         self, client_ids: Sequence[int], leaves: Sequence[str] | None = None
     ) -> dict[str, np.ndarray]:
-        """The personal leaves [len(client_ids), ...] of these clients, in this order; reads only
-        their rows.
+        """Return the personal leaves [len(client_ids), ...] of these clients, in this order.
 
-        By default the leaves that all of them have, in the same shape. Raises StoreError for a
-        client or a leaf that is not stored.
+        leaves: by default those that all these clients have in the same shape. Only the rows of
+        these clients are read. Raises StoreError for a client or a leaf that is not stored.
         """
         requested_ids = np.asarray(client_ids, np.int64)
         shapes = self._common_shapes(requested_ids)
@@ -207,11 +210,11 @@ class Checkpoint:
         return out
 
     def digest(self) -> dict[str, str]:
-        """{"shared", "personal"}: SHA-256 over the leaves by name: name, dtype, shape, bytes.
+        """Return {"shared", "personal"}: SHA-256 over name, dtype, shape and bytes of the leaves.
 
-        Personal leaves are [N, ...] in client order, so the shards do not matter; they are
-        streamed. Clients whose leaves have other shapes come after each other, in the order of
-        their first client.
+        The leaves are sorted by name. Personal leaves are [N, ...] in client order, so the digest
+        does not depend on the shards. They are read in blocks. Clients whose leaves differ in shape
+        form separate arrays, in the order of their first clients.
         """
         shared, personal = sha256(), sha256()
         for leaf, value in sorted(self.shared().items()):
@@ -227,7 +230,7 @@ class Checkpoint:
         return {"shared": shared.hexdigest(), "personal": personal.hexdigest()}
 
     def _clients_by_shapes(self) -> list[tuple[list[int], tuple]]:
-        """(clients, their leaves by name) for all clients with leaves of the same shapes."""
+        """Return (clients, their leaves by name) for each set of clients with equal leaf shapes."""
         clients_by_shapes: dict[tuple, list[int]] = {}
         for name, ids in self._ids_by_shard.items():
             clients_by_shapes.setdefault(

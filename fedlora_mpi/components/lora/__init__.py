@@ -1,14 +1,21 @@
-"""Federated fine-tuning of a frozen network by LoRA, with a rank of each client's own.
+"""Federated LoRA fine-tuning of a frozen network; each client can have its own LoRA rank.
 
-Every decomposed weight is W_0 + W + s_k B_k A_k. W_0 is the network's initial value, which never
-moves nor travels. W is a dense update that some methods keep, on the server alone or everywhere.
-A_k [r_k, in side] and B_k [out side, r_k] are the factors that client k trains. The server's
-factors have the largest rank R; client k receives the first r_k components. At the start A ~ U(-1,
-1) / sqrt(in side) and B = 0. Leaves whose role is in ``full`` are trained and averaged as they are.
-Parameters that the network's builder has frozen stay; they have factors if their role is not in
-``full``. No weight has more components than its shorter side.
+Every decomposed weight is W_0 + W + s_k B_k A_k.
 
-A method defines what enters the mean for an upload (``mean_terms``), its weight there
+  W_0   the initial value of the network's weight; it is never changed nor sent
+  W     a dense update that some methods keep, on the server alone or on all clients
+  A_k   a factor [r_k, in side] that client k trains
+  B_k   a factor [out side, r_k] that client k trains
+  s_k   a scale
+
+The server's factors have the largest rank R; client k receives the first r_k components. Initially
+A ~ U(-1, 1) / sqrt(in side) and B = 0. No weight has more components than its shorter side.
+
+Leaves whose role is in ``full`` are trained in full, without factors, and averaged. Parameters that
+the network's builder has frozen are not trained themselves; they have factors if their role is not
+in ``full``.
+
+A method defines what enters the mean for an upload (``mean_terms``), its weight in the mean
 (``term_weights``), what the server makes of the mean (``aggregate``), and which numbers of the last
 cohort it needs (``cohort_counts``). ``FineTuning`` does the rest.
 """
@@ -30,7 +37,7 @@ from ..lowrank import as_weight, kaiming_uniform, match_weights, matrix_shape
 Role = Literal["head", "norm"]
 _FIGURES = ("effective_clients", "lora_truncation", "lora_bias", "lora_update_bias")
 _FIGURE, _COUNT = method_leaf_name("told"), method_leaf_name("last")  # shared leaves
-# of what an upload stands for
+# leaves of an expanded upload
 _TERM, _WEIGHT = (method_leaf_name("term"), method_leaf_name("weight"))
 _DIAGNOSTIC, _WEIGHT_SUM, _WEIGHT_SQUARES = (
     method_leaf_name("diagnosis"),
@@ -44,26 +51,31 @@ _END, _CHANGE = method_leaf_name("end"), method_leaf_name("change")
 class FineTuning(Algorithm):
     """The common settings, and FedIT: the server averages the factors, padded with zeros to rank R.
 
-    Ranks: client k of N has ``lora_ranks[k mod n]``. With ``rank_shares`` the first clients, as
-    large a share as the first number, have the first rank, and so on. With ``capacities`` client k
-    has the share capacities[k mod n] / max(capacities) of the one rank given, rounded down, but at
-    least 1.
+    Ranks: client k has ``lora_ranks[k mod n]``, where n is the length of ``lora_ranks``. With
+    ``rank_shares`` the first fraction rank_shares[0] of the clients has the first rank, the next
+    fraction rank_shares[1] has the second, and so on. With ``capacities`` client k has the fraction
+    capacities[k mod n] / max(capacities) of the single rank given, rounded down, but at least 1.
 
-    ``scale``: s = alpha / R (common) or alpha / sqrt(R) (root; Kalajdzievski 2023, rsLoRA). It is
-    the same for all clients; otherwise a mean of factors would mean nothing.
+    ``scale``: s = alpha / R (common) or alpha / sqrt(R) (root; Kalajdzievski 2023, rsLoRA). s is
+    the same for all clients; otherwise the mean of the factors would have no meaning.
 
-    ``full``: roles of leaves that are trained as they are. Without "norm" BatchNorm uses its
-    statistics as they are. ``layers``: patterns of the names of decomposed weights; weights of the
-    roles in ``full`` are never decomposed.
+    ``full``: roles of leaves that are trained in full, without factors. Without "norm" BatchNorm
+    normalises by its stored statistics and does not update them. ``layers``: patterns of the names
+    of decomposed weights; weights of the roles in ``full`` are never decomposed.
 
-    ``judged``: the client's own model, or the server's on every client's test data.
+    ``judged``: which model is evaluated on a client's test data, the client's own or the server's.
 
-    ``diagnose`` adds to the log, over all decomposed weights: ``effective_clients``, 1 / sum p_k^2
-    of the weights; ``lora_truncation``, the mean over the cohort of ||D - D_k||^2, D_k the low-rank
-    and dense update that client k got of the server's D; ``lora_bias``, ||D' - sum_k n_k / n D'_k||
-    of the next D from the exact mean of what the clients have trained; ``lora_update_bias``, ||(D'
-    - D) - sum_k n_k / n (D'_k - D_k)||, the same of what they have changed. It costs two dense
-    matrices per decomposed weight in the message.
+    ``diagnose`` adds four numbers to the log, each over all decomposed weights. D is the server's
+    update (low-rank and dense), D_k the update that client k received, D'_k the update after its
+    training, and D' the server's next update.
+
+      effective_clients  1 / sum p_k^2 of the aggregation weights p_k
+      lora_truncation    the mean over the cohort of ||D - D_k||^2
+      lora_bias          ||D' - sum_k n_k / n D'_k||, the error against the exact mean
+                         of the trained updates
+      lora_update_bias   ||(D' - D) - sum_k n_k / n (D'_k - D_k)||, the same for the changes
+
+    It costs two dense matrices per decomposed weight in the message.
     """
 
     lora_ranks: tuple[int, ...] = (8,)
@@ -122,25 +134,26 @@ class FineTuning(Algorithm):
                     + 1e-9
                 ),
             )
-        # so that its s is what ``scale_of`` says
+        # with this alpha the client's s equals ``scale_of(client_rank)``
         alpha = self.scale_of(client_rank) * self._scale_divisor(client_rank)
         return replace(self, lora_ranks=(client_rank,), rank_shares=(), capacities=(), alpha=alpha)
 
     @property
     def s(self) -> float:
-        """The factor before B A: the client's on what ``for_client`` returns, else the server's."""
+        """The factor before B A: the client's on a result of ``for_client``, else the server's."""
         return self.alpha / self._scale_divisor(max(self.lora_ranks))
 
     def scale_of(self, lora_rank: int) -> float:
-        """s of a client of this rank."""
+        """Return s of a client of this rank."""
         return self.s
 
     def _scale_divisor(self, lora_rank: int) -> float:
         return lora_rank**0.5 if self.scale == "root" else lora_rank
 
     def adapted_shapes(self, model: Model) -> dict[str, tuple[int, int]]:
-        """{weight: (out side, in side)} of what is decomposed. Raises ValueError when ``layers``
-        matches nothing.
+        """Return {weight: (out side, in side)} of the decomposed weights.
+
+        Raises ValueError when ``layers`` matches no weight that can be decomposed.
         """
         weights = [
             n
@@ -172,7 +185,10 @@ class FineTuning(Algorithm):
         return Variables(full | factors | figures, {})
 
     def is_fully_trained(self, model: Model, leaf: str) -> bool:
-        """Whether a leaf is trained as it is; statistics go with the parameters of their layers."""
+        """Return whether a leaf is trained in full, without factors.
+
+        Running statistics follow the parameters of their normalisation layers.
+        """
         role = model.role(leaf)
         return ("norm" if role == "stats" else role) in self.full
 
@@ -182,7 +198,7 @@ class FineTuning(Algorithm):
         )
 
     def truncate_rank(self, tree: Tree) -> Tree:
-        """``tree`` with factors of this client's rank."""
+        """Return ``tree`` with its factors cut to this client's rank."""
         r = max(self.lora_ranks)
 
         def truncate(n, v):
@@ -194,7 +210,7 @@ class FineTuning(Algorithm):
         return (Phase(train.epochs, (Step(self.loss(model), self.trained_leaves(model)),)),)
 
     def trained_leaves(self, model: Model):
-        """Which leaves move."""
+        """Return the predicate that is true for the names of trained leaves."""
         return lambda leaf: is_factor(leaf) or self.is_fully_trained(model, leaf)
 
     def upload(self, start: Variables, end: Variables) -> Tree:
@@ -215,10 +231,10 @@ class FineTuning(Algorithm):
     def adapter(
         self, model: Model, v: Variables
     ) -> tuple[dict[str, tuple[Tensor, Tensor, float]], Tree]:
-        """({weight: (A, B, s)}, leaves trained in full) of the client's own model, on top of the
-        initial weights.
+        """Return ({weight: (A, B, s)}, leaves trained in full) of the client's own model.
 
-        Raises ValueError where the model holds a dense update beside.
+        Both apply on top of the initial weights. Raises ValueError when the model also holds a
+        dense update.
         """
         if dense_updates(v.shared):
             raise ValueError(
@@ -231,15 +247,16 @@ class FineTuning(Algorithm):
         return factors, {n: w for n, w in v.shared.items() if n in model.leaves}
 
     def factor_products(self, tree: Tree) -> Tree:
-        """{weight: s B A} of all factors in ``tree``, [out side, in side]."""
+        """Return {weight: s B A} of all factors in ``tree``, each [out side, in side]."""
         return {
             n: self.s * B @ tree[factor_name(n, "A")]
             for n, B in factors_by_weight(tree, "B").items()
         }
 
     def delta(self, shared: Tree) -> Tree:
-        """{weight: its update W + s B A}, [out side, in side], of a client's or the server's shared
-        variables.
+        """Return {weight: its update W + s B A}, each [out side, in side].
+
+        shared: the shared variables of a client or of the server.
         """
         W = dense_updates(shared)
         return W | {n: W[n] + p if n in W else p for n, p in self.factor_products(shared).items()}
@@ -247,7 +264,7 @@ class FineTuning(Algorithm):
     # The server.
 
     def expand(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        """The leaves trained in full and, under prefixes, what the server needs the mean of.
+        """Return the leaves trained in full and, under prefixes, what the server needs the mean of.
 
         "term.": ``mean_terms`` times ``term_weights`` / n_k; "weight.": that ratio; "last.":
         ``cohort_counts`` / n_k.
@@ -260,7 +277,7 @@ class FineTuning(Algorithm):
             ratio = {n: w / count for n, w in weight.items()}
             terms = {n: v * ratio[weight_of(n)] for n, v in terms.items()}
             tree |= add_prefix(ratio, _WEIGHT)
-        # computed there, where nothing waits for a copy from the host
+        # new_full works on the upload's device, so that nothing waits for a copy from the host
         new_scalar = next(iter(upload.values())).new_full
         tree |= add_prefix(
             {n: new_scalar((), v / count) for n, v in self.cohort_counts(upload).items()}, _COUNT
@@ -269,8 +286,9 @@ class FineTuning(Algorithm):
         return tree | (self.client_diagnosis(upload, shared, count) if self.diagnose else {})
 
     def mean_terms(self, upload: Tree, shared: Tree) -> Tree:
-        """What enters the mean instead of the factors. Here the factors themselves, padded with
-        zeros to the server's rank.
+        """Return what enters the mean instead of the factors.
+
+        By default these are the factors themselves, padded with zeros to the server's rank.
         """
 
         def pad_rows(n, v):
@@ -286,14 +304,17 @@ class FineTuning(Algorithm):
         }
 
     def term_weights(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        """{weight: []} the weights of this client's terms; {}: ``count``, its number of samples
-        n_k.
+        """Return {weight: []}, the aggregation weights of this client's terms.
+
+        {} means that every weight is ``count``, the client's number of samples n_k.
         """
         return {}
 
     def cohort_counts(self, upload: Tree) -> dict[str, int]:
-        """{name: number of a client}; the next shared leaf "last.<name>" is its sum over the
-        cohort. Here none.
+        """Return {name: a number of this client}.
+
+        The server stores its sum over the cohort in the next shared leaf "last.<name>". The default
+        is {}.
         """
         return {}
 
@@ -309,14 +330,18 @@ class FineTuning(Algorithm):
         return server, new | (self.diagnostics(shared, new, mean) if self.diagnose else {})
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
-        """The shared leaves that change, from the present ones and the weighted mean of terms."""
+        """Return the shared leaves that change.
+
+        shared: the present ones; mean: the weighted mean of the terms.
+        """
         return mean
 
-    # The diagnosis.
+    # The numbers of ``diagnose``.
 
     def client_diagnosis(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        """What ``diagnostics`` needs the mean of. All means are weighted by n_k, hence the
-        divisions by n_k.
+        """Return the leaves whose mean ``diagnostics`` needs.
+
+        All means are weighted by n_k; this is why the leaves are divided by n_k.
         """
         n, downloaded = next(iter(upload.values())).new_full((), count), self.download(shared)
         received_delta, trained_delta, server_delta = (
@@ -336,7 +361,7 @@ class FineTuning(Algorithm):
         )
 
     def diagnostics(self, shared: Tree, new: Tree, mean: Tree) -> Tree:
-        """The figures of ``diagnose``, with effective clients as a share of the cohort."""
+        """Return the numbers of ``diagnose``; effective clients are a fraction of the cohort."""
         mean = select_prefix(mean, _DIAGNOSTIC)
         weight_sums, weight_squares = (
             select_prefix(mean, _WEIGHT_SUM),
@@ -368,5 +393,5 @@ class FineTuning(Algorithm):
 
 
 def dense_updates(tree: Tree) -> Tree:
-    """{weight: its W} of all that there are."""
+    """Return {weight: its W} of all dense updates in ``tree``."""
     return factors_by_weight(tree, "W")

@@ -1,4 +1,4 @@
-"""Factors are averaged one by one; a dense update on all clients takes what that misses."""
+"""LoRA in which a dense update on all clients corrects the error of averaged factors."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,16 +17,16 @@ _CLIENTS = method_leaf_name("last", "clients")
 
 @dataclass(frozen=True)
 class CalibratedTuning(FineTuning):
-    """The server averages the factors. Every client adds to its frozen weights what the product of
-    the means lacks:
+    """The server averages the factors, and every client adds the residual R to its dense update W:
 
         W  <-  W + R      R = sum_k p_k s B_k A_k - s B A = sum_k p_k s (B_k - B) (A_k - A)
 
-    so that W + s B A moves by the mean of what was trained. The last form has k terms of rank r
-    whose left factors are p_k (B_k - B), together zero: R of k clients has at most rank (k - 1) r.
+    R is what the product of the means misses, so that W + s B A moves by the mean of the trained
+    updates. The last form has k terms of rank r. Their left factors p_k (B_k - B) sum to zero, so R
+    of k clients has rank at most (k - 1) r.
 
-    ``downlink``: R travels as a matrix (dense), or as k - 1 pairs of factors (factored). It only
-    changes how many numbers a round counts as received.
+    ``downlink``: R travels as a matrix (dense), or as k - 1 pairs of factors (factored). The choice
+    only changes how many received numbers a round counts.
 
     Shared leaves: "<weight>.W", "last.clients" [].
     """
@@ -47,7 +47,7 @@ class CalibratedTuning(FineTuning):
         ) + self.residual_numel(shared)
 
     def residual_numel(self, shared: Tree) -> Tensor | int:
-        """How many numbers the R of the last round takes; 0 before round 1."""
+        """Return how many numbers the R of the last round takes; 0 before round 1."""
         clients = shared[_CLIENTS].long()
         total: Tensor | int = 0
         for name, W in dense_updates(shared).items():

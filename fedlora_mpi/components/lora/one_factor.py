@@ -1,4 +1,4 @@
-"""In a round one factor trains and the other is the same for all, so the mean is exact."""
+"""LoRA in which one factor trains per round and the other is common, so the mean is exact."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -18,22 +18,24 @@ ROUND, SEED = _TURN_PREFIX + "round", _TURN_PREFIX + "seed"
 
 @dataclass(frozen=True)
 class OneFactor(FineTuning):
-    """In a round one factor trains. The other is the same for all clients; not even weight decay
-    moves it. So the mean is exact, sum_k p_k B_k A = (sum_k p_k B_k) A, and zeros in place of
-    components that a client lacks change nothing.
+    """One factor trains in each round; the other is the same for all clients.
+
+    Nothing changes the other factor, not even weight decay. So the mean is exact: sum_k p_k B_k A =
+    (sum_k p_k B_k) A. A client of lower rank is padded with zeros, which does not change its
+    product B_k A.
 
     A client sends the round's factor and the leaves trained in full. It receives the factor of the
-    round before; in round 1 none, for the first factors follow from a seed. A further shared leaf:
-    "turn.round", rounds done.
+    previous round. In round 1 it receives no factor, because the initial factors follow from a
+    seed. One further shared leaf, "turn.round", counts the finished rounds.
     """
 
     @property
     def factor_schedule(self) -> tuple[Literal["A", "B"], ...]:
-        """The factors that train, round after round; after the last the first again."""
+        """The factors that train in successive rounds; the schedule repeats."""
         return ("B",)
 
     def active_factor(self, round_: int) -> Literal["A", "B"]:
-        """The factor that trains in round ``round_`` (from 0)."""
+        """Return the factor that trains in round ``round_`` (from 0)."""
         return self.factor_schedule[round_ % len(self.factor_schedule)]
 
     def init(self, model: Model, rng: Generator) -> Variables:
@@ -49,7 +51,7 @@ class OneFactor(FineTuning):
         return (Phase(train.epochs, (Step(self.loss(model), is_trained),)),)
 
     def upload(self, start: Variables, end: Variables) -> Tree:
-        """The leaves that train in any round: its layout is the same in all."""
+        """Return the leaves that train in any round, so that every round has the same layout."""
 
         def is_excluded(n):
             return n.startswith(_TURN_PREFIX) or is_factor(n) and n[-1] not in self.factor_schedule
@@ -63,7 +65,7 @@ class OneFactor(FineTuning):
         return self.trained_numel(self.download(shared), int(shared[ROUND]) - 1)
 
     def trained_numel(self, tree: Tree, round_: int) -> int:
-        """How many numbers of ``tree`` carry what round ``round_`` trained; -1: before round 1."""
+        """Return how many numbers of ``tree`` round ``round_`` trained; -1: before round 1."""
 
         def is_informative(n):
             return is_factor(n, self.active_factor(round_)) and round_ >= 0 or not is_method_leaf(n)
@@ -71,6 +73,6 @@ class OneFactor(FineTuning):
         return numel({n: v for n, v in tree.items() if is_informative(n)})
 
     def aggregate(self, shared: Tree, mean: Tree) -> Tree:
-        """The mean of the round's factor; the server keeps the other as it is."""
+        """Return the mean of the round's factor; the server's other factor is unchanged."""
         active = self.active_factor(int(shared[ROUND]))
         return {n: v for n, v in mean.items() if is_factor(n, active)} | {ROUND: shared[ROUND] + 1}

@@ -1,4 +1,4 @@
-"""The server keeps a dense update; each client receives its best approximation of its rank."""
+"""LoRA in which each client receives the best approximation of a dense update of the server."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,18 +15,20 @@ from . import FineTuning, dense_updates
 
 @dataclass(frozen=True)
 class RedistributedTuning(FineTuning):
-    """The server keeps a dense update W of every decomposed weight and hands out W^r, its best
-    approximation of each client's rank r: of W = U S V', B = U_r S_r / s_k and A = V_r', all
-    singular values on B.
+    """The server keeps a dense update W per decomposed weight and sends each client a truncation.
+
+    Client k receives W^r, the best approximation of W of the client's rank r. With W = U S V' the
+    factors are B = U_r S_r / s_k and A = V_r', so all singular values are in B.
 
     ``scale``: s_k = alpha / r_k (rank), alpha / sqrt(r_k) (root) or alpha / R (common).
 
-    Shared leaves: "<weight>.W", and the factors A = V_R', B = W V_R without a scale. If W has a
-    lower rank, the further rows of A are orthonormal to it and the columns of B are zero, so no
-    component is dead. Before round 1 W = 0 has no direction, and A is random.
+    Shared leaves: "<weight>.W", and the factors A = V_R' and B = W V_R without a scale. If W has a
+    rank below R, the remaining rows of A are orthonormal to the others and the corresponding
+    columns of B are zero; so no component is dead. Before round 1 W = 0 has no singular directions,
+    and A is random.
     """
 
-    # one more choice than the base class has
+    # the base class does not have the choice "rank"
     scale: Literal["rank", "root", "common"] = "rank"  # type: ignore[assignment]
 
     def scale_of(self, lora_rank: int) -> float:
@@ -48,7 +50,7 @@ class RedistributedTuning(FineTuning):
         return {n: v / self.s if is_factor(n, "B") else v for n, v in client_leaves.items()}
 
     def delta(self, shared: Tree) -> Tree:
-        """A client's s B A; what the server has is W itself."""
+        """Return W on the server, and s B A on a client."""
         return dense_updates(shared) or super().delta(shared)
 
     def mean_terms(self, upload: Tree, shared: Tree) -> Tree:
