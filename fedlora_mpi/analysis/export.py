@@ -1,4 +1,6 @@
-"""A run for other programs: a client's model, the shared part, its low-rank part for peft, its
+"""Export a run for other programs.
+
+The targets are a client's model, the shared leaves, a client's low-rank part for peft, and the
 results for PFLlib.
 """
 
@@ -20,11 +22,13 @@ MODEL_SUFFIXES, RESULT_SUFFIXES = (".pt", ".pth", ".safetensors"), (".h5", ".hdf
 
 
 def export(run: RunView, client: int | None, target: Path) -> str:
-    """Write what the name ``to`` asks for; what was done, in a line.
+    """Write the file or folder ``target``; its suffix decides the content.
 
-    ``.pt``, ``.pth`` or ``.safetensors``: the state dict of the client's own model, without a
-    client the shared leaves. ``.h5``: accuracy and loss by round, as PFLlib keeps them. A folder:
-    peft's adapter of the client. Raises ValueError.
+    ``.pt``, ``.pth`` or ``.safetensors``: the state dict of the client's own model, or the shared
+    leaves if ``client`` is None. ``.h5`` or ``.hdf5``: accuracy and loss by round in PFLlib's
+    format. Any other name: a folder with peft's adapter of the client. Returns a line about what
+    was written. Raises ValueError if the target exists, does not fit ``client``, or cannot be
+    written.
     """
     target = expand_home(target)
     suffix = target.suffix.lower()
@@ -57,14 +61,17 @@ def export(run: RunView, client: int | None, target: Path) -> str:
 
 
 def client_state_dict(run: RunView, client: int) -> tuple[dict[str, torch.Tensor], str]:
-    """The state dict of a client's own model."""
+    """Return the state dict of a client's own model, and its description."""
     return run.client(
         client
     ).model.state_dict(), f" of client {client}'s own model after round {run.checkpoint.round}"
 
 
 def shared_state_dict(run: RunView) -> tuple[dict[str, torch.Tensor], str]:
-    """The shared leaves; together they may be no whole network."""
+    """Return the shared leaves and the network's frozen ones, and their description.
+
+    They may be only a part of a network. Raises ValueError if the method shares nothing.
+    """
     leaves = {name: torch.from_numpy(value) for name, value in run.shared.items()}
     if not leaves:
         name = run.config["algorithm"]["name"]
@@ -88,7 +95,10 @@ def shared_state_dict(run: RunView) -> tuple[dict[str, torch.Tensor], str]:
 
 
 def _write(leaves: dict[str, torch.Tensor], target: Path) -> str:
-    """A file of torch, to be loaded with weights_only=True, or of safetensors."""
+    """Write a safetensors file, or a torch file that loads with weights_only=True.
+
+    Returns a line about what was written.
+    """
     state_dict = OrderedDict(
         (name, value.detach().clone(memory_format=torch.contiguous_format))
         for name, value in leaves.items()

@@ -1,4 +1,4 @@
-"""Runs that differ only in their seeds are a group; its label tells it from the other groups."""
+"""Group runs that differ only in their seeds, and give each group a label of its own."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,30 +13,30 @@ from ..store.reader import RunFiles
 from .load import RankLoad, measure_load
 
 SEED_KEYS = ("seed", "data.partition.seed")
-# What changes no result beyond its last bits, by the beginning of its dotted name.
+# Beginnings of the dotted names of settings that change at most the last bits of a result.
 IGNORED_KEYS = (
     *SEED_KEYS, "output", "checkpoint.", "log.", "data.root", "data.download",
     "server_hosts_clients", "mix", "uplink",
     "engine.device", "engine.path", "engine.group_size", "engine.threads",
 )  # fmt: skip
-# says what a block's other keys mean
+# {block: the key that decides what the block's other keys mean}
 SELECTORS = {"data.partition": "kind", "model": "name", "algorithm": "name"}
-# beginnings of what the experiment is, whatever the method
+# Beginnings of the dotted names of settings of the experiment, which do not belong to the method.
 TASK_KEYS = ("data.", "participation", "rounds")
 _METHOD_KEY = "algorithm.name"
-# in a label without the name of the key
+# keys of which a label shows only the value
 _KEYS_SHOWN_AS_VALUE = (_METHOD_KEY, "model.name", "data.partition.kind", "data.dataset")
 
 
 class Stat(NamedTuple):
-    """Mean and sample standard deviation over seeds. NaN: unknown, such as the std of one seed."""
+    """Mean and sample standard deviation over seeds. NaN if unknown, as the std of one seed."""
 
     mean: float
     std: float
 
     @classmethod
     def from_values(cls, values: Sequence[float]) -> "Stat":
-        """That of the ``values`` that are numbers."""
+        """Return the Stat of those ``values`` that are not NaN."""
         known = np.array([value for value in values if not np.isnan(value)])
         return cls(
             float(known.mean()) if len(known) else np.nan,
@@ -46,18 +46,18 @@ class Stat(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RunLog:
-    """What the log of a run holds, read once. Accuracies are fractions."""
+    """The content of a run's log, read once. Accuracies are fractions."""
 
     path: Path
     config: dict[str, Any]
     rounds: dict[str, np.ndarray]  # [T]
     clients: dict[str, np.ndarray]  # [T, N]
     partition: dict[str, Any]
-    ranks: dict[str, np.ndarray] = field(default_factory=dict)  # [T, R], and how many [T]
+    ranks: dict[str, np.ndarray] = field(default_factory=dict)  # [T, R]; "ranks" [T]: their number
 
     @classmethod
     def read(cls, path: Path) -> "RunLog":
-        """Raises StoreError (a ValueError) when ``path`` is no run folder."""
+        """Read the log. Raises StoreError (a ValueError) if ``path`` is no run folder."""
         files = RunFiles(path)
         rows = files.require_columns()
         return cls(
@@ -71,7 +71,7 @@ class RunLog:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """{dotted key: value} of every setting that may change a result, but for the seeds."""
+        """{dotted key: value} of every setting that may change a result, except the seeds."""
         return {
             key: value
             for key, value in flatten_config(self.config)
@@ -80,42 +80,42 @@ class RunLog:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Of the run and of the partition."""
+        """The seeds of the run and of the partition."""
         config = dict(flatten_config(self.config))
         return tuple(config[key] for key in SEED_KEYS)
 
     @cached_property
     def rank_load(self) -> RankLoad | None:
-        """How its seconds are spread over ranks; None where that was not measured."""
+        """The seconds of each rank; None if the run did not measure them."""
         return measure_load(self.ranks, self.config)
 
     @property
     def algorithm(self) -> str:
-        """Its name in the config."""
+        """The name of the method in the config."""
         return self.config["algorithm"]["name"]
 
     @property
     def rounds_done(self) -> int:
-        """The last round, 0 before the first."""
+        """The number of the last logged round; 0 if there is none."""
         return int(self.rounds["round"][-1]) if len(self.rounds["round"]) else 0
 
     @cached_property
     def evaluated_rows(self) -> np.ndarray:
-        """The rows of the rounds that were evaluated."""
+        """The rows of the rounds with evaluation."""
         return np.flatnonzero(~np.isnan(self.column("accuracy")))
 
     def column(self, name: str) -> np.ndarray:
-        """[T] of the rounds; NaN where the log has no such column."""
+        """Return the column ``name`` of the rounds, [T]; all NaN if the log does not have it."""
         return self.rounds.get(name, np.full(len(self.rounds["round"]), np.nan))
 
     @cached_property
     def best_row(self) -> int:
-        """The first row of the highest accuracy. There is none before the first evaluation."""
+        """The first row with the highest accuracy. Needs at least one evaluated round."""
         return int(self.evaluated_rows[self.column("accuracy")[self.evaluated_rows].argmax()])
 
     @property
     def final(self) -> float:
-        """Accuracy in the last evaluated round."""
+        """Accuracy in the last evaluated round; NaN without one."""
         return (
             float(self.column("accuracy")[self.evaluated_rows[-1]])
             if len(self.evaluated_rows)
@@ -124,7 +124,7 @@ class RunLog:
 
     @property
     def best(self) -> float:
-        """The highest accuracy of any round."""
+        """The highest accuracy of any round; NaN without an evaluated round."""
         return float(self.column("accuracy")[self.best_row]) if len(self.evaluated_rows) else np.nan
 
     @property
@@ -139,9 +139,9 @@ class RunLog:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Runs with the same settings, one for each pair of seeds.
+    """Runs with the same settings, one for each pair of seeds (of the run and the partition).
 
-    settings: those that differ between groups.
+    settings: the settings that differ between the groups.
     """
 
     label: str
@@ -150,7 +150,10 @@ class Group:
 
     @property
     def task(self) -> str:
-        """Its data settings that differ between groups; numbers of one task are comparable."""
+        """The settings of data and participation that differ between groups, as text.
+
+        Results of groups with the same task are comparable.
+        """
         task_settings = {
             key: value for key, value in self.settings.items() if key.startswith(TASK_KEYS[:2])
         }
@@ -160,16 +163,16 @@ class Group:
         )
 
     def seed_stat(self, metric) -> Stat:
-        """``metric(run)`` over the seeds."""
+        """Return mean and standard deviation of ``metric(run)`` over the seeds."""
         return Stat.from_values([metric(run) for run in self.runs])
 
     @cached_property
     def rounds(self) -> np.ndarray:
-        """[T] the rounds that all its runs have."""
+        """[T] The rounds that all runs of the group have."""
         return common_values([run.rounds["round"] for run in self.runs])
 
     def curves(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(rounds [T], the column [seeds, T]) where every run has a number."""
+        """Return (rounds [T], column [seeds, T]) for the rounds in which no run is NaN."""
         rows = [np.isin(run.rounds["round"], self.rounds) for run in self.runs]
         values = np.stack(
             [run.column(name)[run_rows] for run, run_rows in zip(self.runs, rows, strict=True)]
@@ -178,8 +181,9 @@ class Group:
         return self.rounds[is_known], values[:, is_known]
 
     def client_curves(self, name: str) -> tuple[np.ndarray, list[np.ndarray]]:
-        """(rounds [T], for each run the column [T, N] of its clients), of the rounds of
-        ``curves('accuracy')``.
+        """Return (rounds [T], the clients' column [T, N] of each run).
+
+        The rounds are those of ``curves('accuracy')``.
         """
         rounds = self.curves("accuracy")[0]
         return rounds, [
@@ -188,9 +192,11 @@ class Group:
 
 
 class RunGroups(NamedTuple):
-    """``groups`` in the order of their first runs; ``keys``: dotted names of the settings that
-    differ between them; ``left_out``: runs that are there twice, each with the one that stands for
-    it.
+    """The groups of some runs.
+
+    groups: in the order of their first runs.
+    keys: dotted names of the settings that differ between the groups.
+    left_out: (run left out, run kept) for runs with equal settings and seeds.
     """
 
     groups: tuple[Group, ...]
@@ -199,7 +205,10 @@ class RunGroups(NamedTuple):
 
 
 def group_runs(runs: Sequence[RunLog]) -> RunGroups:
-    """The runs by their settings; of two with equal seeds the longer one, or the first, stays."""
+    """Group the runs by their settings.
+
+    Of two runs with equal settings and seeds, the longer one is kept, or the first of equal length.
+    """
     by_setting: dict[str, dict[tuple[int, ...], RunLog]] = {}
     left_out = []
     for run in runs:
@@ -225,8 +234,10 @@ def group_runs(runs: Sequence[RunLog]) -> RunGroups:
 
 
 def differing_keys(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The keys with several values. A key of a block whose meaning a selector gives
-    (``algorithm.lora_epochs``) is compared only where the selector is the same.
+    """Return the keys whose values differ between ``settings``.
+
+    A selector, such as ``algorithm.name``, decides what the other keys of its block mean. So these
+    keys (``algorithm.lora_epochs``) are compared only between settings with the same selector.
     """
     keys = []
     for key in _ordered_keys(settings):
@@ -241,10 +252,11 @@ def differing_keys(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def group_labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The few settings that tell each of these from the others: method, data, then the rest.
+    """Return a label for each of ``settings``: the few settings that tell it from the others.
 
-    A setting that follows from those before it, such as a learning rate of each method's own, is
-    left out. A setting of the experiment (``TASK_KEYS``) that one label needs is in all.
+    A label has the method first, then the data, then the rest. It leaves out a setting that follows
+    from those before it, for instance a learning rate that each method sets in its own way. A
+    setting of the experiment (``TASK_KEYS``) that one label needs is in all labels.
     """
     partition = [list(range(len(settings)))]
     keys_of: dict[int, list[str]] = {index: [] for index in range(len(settings))}
@@ -272,7 +284,10 @@ def group_labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def short_key(key: str, keys: Sequence[str]) -> str:
-    """The last word of a dotted key, or its last two where another of ``keys`` ends alike."""
+    """Return the last word of a dotted key; its last two if another of ``keys`` ends the same.
+
+    A last word ``name`` or ``kind`` always comes with the word before it.
+    """
     words = key.split(".")
     is_unique = sum(candidate.split(".")[-1] == words[-1] for candidate in keys) < 2 and words[
         -1
@@ -281,7 +296,7 @@ def short_key(key: str, keys: Sequence[str]) -> str:
 
 
 def format_setting(value: Any) -> str:
-    """A setting for people."""
+    """Return the value of a setting as readable text."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, dict) and "name" in value:  # a network of a mix
@@ -293,12 +308,12 @@ def format_setting(value: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a setting is a number."""
+    """Return whether the value of a setting is a number. A boolean is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def flatten_config(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each dotted key of a config and its value."""
+    """Yield each dotted key of a config with its value."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from flatten_config(value, f"{prefix}{name}.")
@@ -307,7 +322,7 @@ def flatten_config(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
 
 
 def common_values(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """The values that all arrays have."""
+    """Return the values that all arrays contain."""
     common = arrays[0]
     for array in arrays[1:]:
         common = np.intersect1d(common, array)
@@ -315,8 +330,10 @@ def common_values(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _ordered_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """All keys, the method's name first, then the experiment; a selector before the others of its
-    block.
+    """Return all keys of ``settings`` in the order of a label.
+
+    The method's name is first, then the data set, then other data settings, then the rest. Within
+    these parts, selectors are first.
     """
     keys = list(dict.fromkeys(key for group_settings in settings for key in group_settings))
     selectors = {f"{block}.{name}" for block, name in SELECTORS.items()}
@@ -332,7 +349,7 @@ def _ordered_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _selector_value(settings: Mapping[str, Any], key: str) -> str:
-    """The value of the selector over a key; "" where there is none."""
+    """Return the value, as JSON, of the selector of the key's block; "" if there is none."""
     block = next((block for block in SELECTORS if key.startswith(f"{block}.")), None)
     return (
         ""
@@ -342,7 +359,7 @@ def _selector_value(settings: Mapping[str, Any], key: str) -> str:
 
 
 def _describe_setting(key: str, value: Any, shown_keys: set[str]) -> str:
-    """A setting in a label."""
+    """Return the text of a setting in a label."""
     if key == _METHOD_KEY:
         return str(value).rpartition(":")[2]
     if key == "model.name" and value is None:

@@ -1,4 +1,4 @@
-"""The initial variables of a method, whose names tell the leaves of a run folder apart."""
+"""Compute the initial variables of a method, which have the names of a run folder's leaves."""
 
 from dataclasses import replace
 
@@ -11,8 +11,9 @@ from ..models.network import Model
 
 @torch.no_grad()
 def first_variables(algorithm: Algorithm, model: Model, seed: int) -> Variables:
-    """The variables before round 1, of which the names count: where initial weights are gone they
-    are zeros.
+    """Return the method's variables before round 1.
+
+    Callers use only their names. Initial weights on the device "meta" are replaced by zeros.
     """
     values = {n: torch.zeros(v.shape) if v.is_meta else v for n, v in model.initial.items()}
     return algorithm.init(replace(model, initial=values), rng(seed, "init"))

@@ -1,29 +1,28 @@
-"""How the seconds of a run are spread over its ranks."""
+"""Measure how the seconds of a run are spread over its ranks."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-BUSY = ("train", "evaluate")  # stages whose work is that of a rank's own clients
+BUSY = ("train", "evaluate")  # stages in which a rank works for its own clients
 
 
 class RankLoad(NamedTuple):
-    """The load of every rank, each over the rounds in which it was there."""
+    """The load of each rank, over the rounds in which the rank was present."""
 
-    seconds: dict[str, np.ndarray]  # stage -> [R] per round; together they are all that passed
-    # share of their time for which workers are busy if the busiest sets the pace; NaN of less than
-    # two
+    seconds: dict[str, np.ndarray]  # stage -> [R] per round; the stages add up to the whole time
+    # the workers' mean busy time divided by that of the busiest worker; NaN for fewer than two
     balance: float
 
 
 def measure_load(
     ranks: Mapping[str, np.ndarray], config: Mapping[str, Any], rows: slice = slice(None)
 ) -> RankLoad | None:
-    """From the columns of ``/ranks`` and the run's config, over some rows; None where nothing was
-    measured.
+    """Return the load from the columns of ``/ranks`` and the run's config, over some rows.
 
-    A row counts the rounds since the one before it, ``evaluate.every`` at most.
+    A row covers the rounds since the measured row before it, at most ``evaluate.every``. Returns
+    None if the rows have no measurement.
     """
     numbers = ranks.get("ranks", np.zeros(0, int))
     measured = np.flatnonzero(numbers)
@@ -41,7 +40,7 @@ def measure_load(
     }
     is_present = ~np.isnan(next(iter(stages.values())))  # [rows, R]
     rounds_present = covered @ is_present
-    has_rounds = rounds_present > 0  # a log keeps the places of ranks that these rows do not have
+    has_rounds = rounds_present > 0  # other columns are of ranks that these rows do not have
     seconds = {
         n: np.nansum(column, axis=0)[has_rounds] / rounds_present[has_rounds]
         for n, column in stages.items()

@@ -1,4 +1,4 @@
-"""Who holds which data: a table of text, and a picture."""
+"""Show which data each client holds, as a text table and as a picture."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,18 +13,19 @@ from .report import align_columns
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MAX_CLASSES, _MAX_CLIENTS = 20, 40  # up to so many the table shows each
-_MAX_NAME_LENGTH = 24  # characters that are shown of the name of a class
-_CELL_INCHES = (
-    0.22  # inches between clients and between classes, in a picture that is not at its limits
-)
+_MAX_CLASSES, _MAX_CLIENTS = 20, 40  # largest numbers that the table shows one by one
+_MAX_NAME_LENGTH = 24  # longest shown part of a class name, characters
+_CELL_INCHES = 0.22  # inches between clients and between classes, unless the plot is at its limits
 _WIDTH_LIMITS, _HEIGHT_LIMITS = (4.0, 16.0), (3.0, 12.0)  # limits of the plot, inches
 
 
 def table(split: Split, names: Sequence[str] = ()) -> str:
-    """One row a client: its training samples of each class (of many classes: how many it holds,
-    which it holds most of, and that share), all of them, its test samples. The first 40 clients, a
-    line about all, and one with the first 20 ``names`` of the classes.
+    """Return a table with one row per client, for the first 40 clients.
+
+    A row has the client's training samples of each class, all its training samples, and its test
+    samples. With more than 20 classes it has instead the number of classes that the client holds,
+    its largest class, and the share of that class. Below the rows are a line about all clients and
+    a line with the first 20 ``names`` of the classes.
     """
     clients, classes = split.train_counts.shape
     title, header = "training samples of each class", [str(label) for label in range(classes)]
@@ -47,7 +48,7 @@ def table(split: Split, names: Sequence[str] = ()) -> str:
 
 
 def save_figure(split: Split, path: Path, names: Sequence[str] = ()) -> None:
-    """Write ``figure(split, names)`` as a PNG. Raises ValueError where it cannot be written."""
+    """Write ``figure(split, names)`` as a PNG. Raises ValueError if it cannot be written."""
     fig = figure(split, names)
     try:
         with replace_file(path) as file:
@@ -58,9 +59,11 @@ def save_figure(split: Split, path: Path, names: Sequence[str] = ()) -> None:
 
 
 def figure(split: Split, names: Sequence[str] = ()) -> "Figure":
-    """The dots of Wu et al. (FedLoRA, see ``algorithms/fedlora.py``), Figure 5, with the axes
-    swapped: x client, y class, the area of a dot the number of training samples. Up to 20 classes
-    bear their ``names``.
+    """Return a figure like Figure 5 of Wu et al. (FedLoRA, see ``algorithms/fedlora.py``).
+
+    The axes are swapped: x is the client, y is the class. The area of a dot is the number of
+    training samples. Up to 20 classes are labelled with their ``names``. Raises ValueError if
+    matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
@@ -71,7 +74,7 @@ def figure(split: Split, names: Sequence[str] = ()) -> "Figure":
         ) from error
 
     counts = split.train_counts
-    # inches
+    # [2] width, height in inches
     plot_size = np.clip(
         _CELL_INCHES * np.array(counts.shape), *np.transpose([_WIDTH_LIMITS, _HEIGHT_LIMITS])
     )
@@ -105,7 +108,7 @@ def figure(split: Split, names: Sequence[str] = ()) -> "Figure":
 
 
 def _numbered_names(names: Sequence[str]) -> list[str]:
-    """The first 20 names with the numbers of their classes, each short enough for a line."""
+    """Return the first 20 names with the numbers of their classes, each cut to a short length."""
     lines = [" ".join(name.split()) for name in names[:_MAX_CLASSES]]
     clean = ["".join(c if c.isprintable() else "?" for c in line) for line in lines]
     short = [
@@ -117,19 +120,20 @@ def _numbered_names(names: Sequence[str]) -> list[str]:
 
 
 def _class_cells(counts: np.ndarray) -> list[str]:
-    """The cells of one client, few classes."""
+    """Return the cells of one client if there are few classes."""
     return [str(n) if n else "·" for n in counts]
 
 
 def _concentration_cells(counts: np.ndarray) -> tuple[str, str, str]:
-    """The cells of one client, many classes: how many it holds, the one it holds most of, its
-    share.
+    """Return the cells of one client if there are many classes.
+
+    They are the number of classes that it holds, its largest class, and the share of that class.
     """
     return str(np.count_nonzero(counts)), str(counts.argmax()), f"{counts.max() / counts.sum():.0%}"
 
 
 def _summary(split: Split) -> str:
-    """All clients in one line."""
+    """Return a line about all clients."""
     clients, classes = split.train_counts.shape
 
     def format_range(numbers):

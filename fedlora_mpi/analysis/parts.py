@@ -1,7 +1,7 @@
-"""What low-rank and personal parts have learned: rank and norm by layer and client, similarity of
-clients.
+"""Measure what low-rank and personal parts have learned.
 
-torch is imported where the method has low-rank factors, for their scale s.
+The measures are the effective rank and norm by layer and client, and the similarity of clients.
+torch is imported only if the method has low-rank factors, for their scale s.
 """
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -14,40 +14,47 @@ from ..store.snapshot import Checkpoint, checkpoint_folder
 from .run_view import RunView
 
 T = TypeVar("T")
-MAX_CLIENTS = 100  # at most so many are looked at, evenly spread over their numbers
-BLOCK_SIZE = 1 << 24  # numbers of a matrix [clients, coordinates] held at a time
+MAX_CLIENTS = 100  # largest number of clients that are read; they are evenly spread
+BLOCK_SIZE = 1 << 24  # numbers of a matrix [clients, coordinates] in memory at a time
 
 
 class LowRank(NamedTuple):
-    """Of s B A, [layers, clients], NaN where a client has no such layer."""
+    """Measures of s B A, [layers, clients]; NaN if a client does not have the layer."""
 
     layers: tuple[str, ...]
     clients: tuple[int, ...]
     norm: np.ndarray  # Frobenius
     effective_rank: np.ndarray
-    num_components: np.ndarray  # the number of components
+    num_components: np.ndarray  # number of components r
 
 
 class ClientSimilarity(NamedTuple):
-    """Similarity of clients, [n, n], in the order ``clients``: alike ones are neighbours."""
+    """Similarity of clients, [n, n].
+
+    clients: the order of rows and columns, in which similar clients are neighbours.
+    personal: cosine of their personal parts; labels: cosine of their label counts.
+    """
 
     clients: tuple[int, ...]
     personal: np.ndarray
     labels: np.ndarray
-    is_centered: bool  # personal parts are taken less their mean
+    is_centered: bool  # the mean over the clients is subtracted from personal parts
 
 
 class CheckpointLeaves(NamedTuple):
-    """The leaves of the newest checkpoint that low-rank parts and personal parts are made of."""
+    """The personal leaves of some clients and the shared leaves of the newest checkpoint."""
 
     checkpoint: Checkpoint
     clients: tuple[int, ...]
-    personal: tuple[dict[str, np.ndarray], ...]  # of each of these clients
+    personal: tuple[dict[str, np.ndarray], ...]  # of each client in ``clients``
     shared: dict[str, np.ndarray]
 
 
 def read_leaves(run: RunView, max_bytes: int) -> CheckpointLeaves | None:
-    """None where there is no checkpoint, or the newest has more than ``max_bytes``."""
+    """Read the leaves of the newest checkpoint, of at most ``MAX_CLIENTS`` clients.
+
+    Returns None if there is no checkpoint or the newest has more than ``max_bytes``.
+    """
     if not run.checkpoints or checkpoint_bytes(run) > max_bytes:
         return None
     checkpoint, num_clients = run.checkpoint, len(run.partition.train)
@@ -64,26 +71,29 @@ def read_leaves(run: RunView, max_bytes: int) -> CheckpointLeaves | None:
 
 
 def checkpoint_bytes(run: RunView) -> int:
-    """Bytes of the newest checkpoint, not looked into."""
+    """Return the size of the newest checkpoint's files, in bytes."""
     return sum(
         file.stat().st_size for file in checkpoint_folder(run.path, run.checkpoints[-1]).iterdir()
     )
 
 
 def has_own_factors(run: RunView) -> bool:
-    """Whether clients have low-rank factors of their own, by the names in the newest checkpoint;
-    its bytes are trusted.
+    """Return whether clients have personal low-rank factors.
+
+    The names of client 0's leaves in the newest checkpoint decide; its checksums are not verified.
     """
     try:
         names = Checkpoint.read(checkpoint_folder(run.path, run.checkpoints[-1])).leaf_names([0])
-    except (IndexError, ValueError):  # no checkpoint, or none that can be read
+    except (IndexError, ValueError):  # no checkpoint, or an unreadable one
         return False
     return _has_factors(names)
 
 
 def low_rank(run: RunView, parts: CheckpointLeaves) -> LowRank | None:
-    """Of every client's factors, its own or as it gets the shared ones; None where the method has
-    none.
+    """Measure every client's low-rank factors.
+
+    They are the client's personal factors, or else the shared ones as it downloads them. Returns
+    None if the method has no low-rank factors.
     """
     if not any(map(_has_factors, (parts.shared, *parts.personal))):
         return None
@@ -104,10 +114,11 @@ def low_rank(run: RunView, parts: CheckpointLeaves) -> LowRank | None:
 
 
 def norm_and_effective_rank(B: np.ndarray, A: np.ndarray) -> tuple[float, float]:
-    """(Frobenius norm, effective rank) of M = B A, [out, r] and [r, in], without forming it.
+    """Return (Frobenius norm, effective rank) of M = B A, without computing M [out, in].
 
-    Effective rank: (sum s^2)^2 / sum s^4 of its singular values, which is n for n equal ones; 0 of
-    a zero matrix. With G = B' B and H = A A' the sums are tr(G H) and tr(G H G H).
+    B is [out, r], A is [r, in]. The effective rank is (sum s^2)^2 / sum s^4 of M's singular values
+    s: n for n equal ones, 0 for a zero matrix. With G = B' B and H = A A' the sums are tr(G H) and
+    tr(G H G H).
     """
     B, A = B.astype(np.float64), A.astype(np.float64)
     product = (B.T @ B) @ (A @ A.T)
@@ -118,12 +129,13 @@ def norm_and_effective_rank(B: np.ndarray, A: np.ndarray) -> tuple[float, float]
 
 
 def client_similarity(run: RunView, parts: CheckpointLeaves) -> ClientSimilarity | None:
-    """How similar the clients' personal parts are, and their mixes of labels; None for fewer than
-    three clients.
+    """Return the similarity of the clients' personal parts and of their label counts.
 
-    Personal parts: cosine of s B A where there are factors, else of all personal numbers less their
-    mean over the clients (they begin alike). Labels: cosine of the numbers of training samples of
-    each class. Of clients with different networks the largest part with equal leaves is taken.
+    Personal parts: the cosine of s B A if the clients have factors. Otherwise it is the cosine of
+    all personal numbers minus their mean over the clients, because all clients start from the same
+    numbers. Labels: the cosine of the numbers of training samples per class. If the clients have
+    different networks, the largest set of clients with equal leaves is compared. Returns None for
+    fewer than three clients, without personal leaves, or if a personal part is zero.
     """
     shapes = [
         tuple((name, value.shape) for name, value in personal_parts.items() if _is_float(value))
@@ -162,8 +174,9 @@ def client_similarity(run: RunView, parts: CheckpointLeaves) -> ClientSimilarity
 
 
 def rank_correlation(similarity: ClientSimilarity) -> float:
-    """Rank correlation (Spearman) of both similarities over the pairs of clients; NaN where one is
-    constant.
+    """Return the rank correlation (Spearman) of the two similarities over all pairs of clients.
+
+    It is NaN if one of them is constant.
     """
     pair = np.triu_indices(len(similarity.clients), 1)
     ranks = [
@@ -175,11 +188,10 @@ def rank_correlation(similarity: ClientSimilarity) -> float:
 
 
 def leaf_order(similar: np.ndarray) -> np.ndarray:
-    """[n] a permutation by average linkage: the two most similar clusters are joined, again and
-    again.
+    """Return a permutation [n] that puts similar rows side by side, by average linkage.
 
-    Of the four ways to put two clusters side by side the one whose neighbours are most similar is
-    taken.
+    Average linkage joins the two most similar clusters until one is left. There are four ways to
+    put two clusters side by side; the one whose neighbours are most similar is taken.
     """
     clusters = [[index] for index in range(len(similar))]
     mean = similar.astype(float).copy()
@@ -201,14 +213,17 @@ def leaf_order(similar: np.ndarray) -> np.ndarray:
 
 
 def _has_factors(leaves: Iterable[str]) -> bool:
-    """Whether there may be factors among leaves of these names in a file."""
+    """Return whether leaves with these names in a file may include low-rank factors."""
     return any(name.endswith(".B") for name in leaves)
 
 
 def _factors(
     run: RunView, client: int, personal: Mapping[str, np.ndarray], shared: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray, float]]]:
-    """(layer, (B [out, r], A [r, in], s)) of one client."""
+    """Yield (layer, (B [out, r], A [r, in], s)) of one client.
+
+    If it has no personal factors, they are the factors that it downloads from ``shared``.
+    """
     import torch
 
     network = run.networks[run.network_of[client]].leaves
@@ -224,8 +239,9 @@ def _factors(
 
 
 def _factor_pairs(tree: Mapping[str, T], network: Container[str]) -> dict[str, tuple[T, T]]:
-    """{layer: (B, A)} of the factors in ``tree``; a user's method may call them by plain names,
-    which its own network has not.
+    """Return {layer: (B, A)} of the factors in ``tree``.
+
+    A user's method may give them plain names; such a name must not be in ``network``.
     """
     plain = {
         display_name(n): v
@@ -241,7 +257,7 @@ def _factor_pairs(tree: Mapping[str, T], network: Container[str]) -> dict[str, t
 
 
 def _scales(run: RunView, client: int) -> dict[str, float]:
-    """The factor s before B A by layer, or of all layers under ""."""
+    """Return the factor s in s B A, by layer, or under "" for all layers."""
     variant = run.variants[client]
     if getattr(variant, "scale", None) == "one":
         return {"": 1.0}
@@ -254,7 +270,7 @@ def _scales(run: RunView, client: int) -> dict[str, float]:
 def _products(
     factors_of: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray, float]]],
 ) -> Iterator[np.ndarray]:
-    """s B A of all layers and clients, [n, coordinates], a block of rows of B at a time."""
+    """Yield s B A of all layers and clients as blocks [n, coordinates] of some rows of B."""
     for layer in factors_of[0]:
         B, A = (np.stack([factors[layer][at] for factors in factors_of]) for at in (0, 1))
         s = np.array([of[layer][2] for of in factors_of])[:, None, None]
@@ -264,7 +280,7 @@ def _products(
 
 
 def _centered_rows(personal_parts: Sequence[Mapping[str, np.ndarray]]) -> Iterator[np.ndarray]:
-    """Every personal leaf of all clients less its mean, [n, coordinates]."""
+    """Yield each personal leaf of all clients minus its mean over the clients, [n, coordinates]."""
     for name, first in personal_parts[0].items():
         if _is_float(first):
             rows = np.stack([personal[name].ravel() for personal in personal_parts]).astype(
@@ -274,7 +290,10 @@ def _centered_rows(personal_parts: Sequence[Mapping[str, np.ndarray]]) -> Iterat
 
 
 def _cosine_similarity(gram: np.ndarray) -> np.ndarray | None:
-    """Of rows with this Gram matrix; None where a row is zero."""
+    """Return the cosine similarity of rows with this Gram matrix [n, n].
+
+    Returns None if a row is zero or a number is not finite.
+    """
     norm = np.sqrt(np.diag(gram))
     if not (np.isfinite(gram).all() and norm.min() > 0):
         return None
@@ -282,7 +301,7 @@ def _cosine_similarity(gram: np.ndarray) -> np.ndarray | None:
 
 
 def _mean_ranks(values: np.ndarray) -> np.ndarray:
-    """Equal values have their mean rank."""
+    """Return the rank of each value; equal values get their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 

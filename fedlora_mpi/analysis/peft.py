@@ -1,12 +1,12 @@
-"""A client's low-rank part in the files of Hugging Face's peft, for the network it was trained on.
+"""Export a client's low-rank part as files for Hugging Face's peft.
 
-An algorithm whose low-rank part stands alone, on weights that nobody trains, has the method
+An algorithm whose low-rank part is added to untrained weights has the method
 
     adapter(model, v) -> ({weight: (A [r, in], B [out, r], s)}, others)
 
-of the variables ``v`` of one client: its weights are W0 + s B A with W0 in ``model.initial``, and
-``others`` are the leaves that are trained in full, such as the head. It raises ValueError where a
-client has no such part.
+where ``v`` are the variables of one client. The client's weights are W0 + s B A with W0 in
+``model.initial``; ``others`` are the leaves that are trained in full, such as the head. The method
+raises ValueError if the client has no such part.
 """
 
 import json
@@ -31,12 +31,12 @@ LoraFactors = tuple[Tensor, Tensor, float]  # A, B, s
 
 
 def export_adapter(run: RunView, client: int, folder: str | Path) -> Path:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` of a client into the new
-    folder.
+    """Write a client's ``adapter_model.safetensors`` and ``adapter_config.json`` to a new folder.
 
-    Of a network ``hf``, ``peft.PeftModel.from_pretrained(base, folder)`` is then the client's own
-    model, ``base`` being the sequence classifier of the network's folder with as many classes, in
-    float32 (with ``model.weights`` these are its weights). Raises ValueError.
+    For a network ``hf``, ``peft.PeftModel.from_pretrained(base, folder)`` is then the client's own
+    model. ``base`` is the sequence classifier of the network's folder with as many classes, in
+    float32; with ``model.weights`` it has those weights. Returns the folder. Raises ValueError if
+    the client has no low-rank part that peft can hold, or if the folder cannot be created.
     """
     view, folder = run.client(client), expand_home(folder)
     pairs, others = _adapter(run, view)
@@ -60,10 +60,12 @@ def export_adapter(run: RunView, client: int, folder: str | Path) -> Path:
 def adapter_content(
     network: Model, pairs: Mapping[str, LoraFactors], others: Tree, values: Tree
 ) -> tuple[Tree, dict[str, Any]]:
-    """peft's tensors and peft's config; ``values``: all leaves of the client's own model.
+    """Return peft's tensors and peft's config.
 
-    Written whole are the modules of ``others`` and, of a network ``hf``, all above the encoder (of
-    these peft itself takes some) and what its folder does not have.
+    values: all leaves of the client's own model. Some modules are written whole: the modules of
+    ``others``; for a network ``hf`` also the modules above the encoder (peft itself takes some of
+    these) and those with leaves that the network's folder does not have. Raises ValueError for a
+    low-rank part of another layer than a Linear, or if no low-rank part is left.
     """
     for name in pairs:
         layer, _, leaf_name = name.rpartition(".")
@@ -104,16 +106,19 @@ def adapter_content(
 
 
 def _base_folder(view: ClientView) -> str | None:
-    """The folder that has the weights under the low-rank part, if one has."""
+    """Return the folder with the weights W0; None if they do not come from one folder alone."""
     origins = view.network_block.origins
-    # a config.json alone has none
+    # a folder with only a config.json has no weights
     if [origin.key for origin in origins] != ["folder"] or len(origins[0].files) == 1:
         return None
     return str(origins[0].files[0].parent.absolute())
 
 
 def _adapter(run: RunView, view: ClientView) -> tuple[Mapping[str, LoraFactors], Tree]:
-    """What the algorithm says of the client."""
+    """Return the result of the algorithm's ``adapter`` for the client.
+
+    Raises ValueError if the algorithm has no such method.
+    """
     algorithm = view.algorithm
     adapter = getattr(algorithm, "adapter", None)
     if not callable(adapter):  # pfedlora has a field of this name
@@ -125,12 +130,15 @@ def _adapter(run: RunView, view: ClientView) -> tuple[Mapping[str, LoraFactors],
 
 
 def _peft_name(hf: HuggingFace | None, name: str) -> str:
-    """The name of a leaf in the network that peft meets."""
+    """Return the name of a leaf in the network that peft wraps."""
     return name.removeprefix(hf.PREFIX) if hf else name
 
 
 def _saved_module(hf: HuggingFace | None, name: str) -> str:
-    """The module that is written whole for the sake of a leaf: above the encoder the outermost."""
+    """Return the module that is written whole with the leaf ``name``.
+
+    It is the leaf's module; above the encoder it is the outermost module.
+    """
     module = name.rpartition(".")[0]
     if not module:
         raise ValueError(f"{name}: is of no module of its own, so peft cannot replace it")
@@ -138,7 +146,11 @@ def _saved_module(hf: HuggingFace | None, name: str) -> str:
 
 
 def _config(adapted: Mapping[str, LoraFactors], saved_modules: list[str]) -> dict[str, Any]:
-    """peft's settings; rank and alpha = s r of most modules, those of the others by name."""
+    """Return peft's settings.
+
+    ``r`` and ``lora_alpha`` = s r are the most common pair. The patterns list the modules with
+    other values.
+    """
     rank_and_alpha = {
         name: (len(a), _integer_if_whole(s * len(a))) for name, (a, _, s) in adapted.items()
     }
@@ -159,5 +171,5 @@ def _config(adapted: Mapping[str, LoraFactors], saved_modules: list[str]) -> dic
 
 
 def _integer_if_whole(alpha: float) -> int | float:
-    """As peft writes it: an integer where it is one."""
+    """Return alpha as an integer if it is whole, as peft writes it."""
     return int(alpha) if float(alpha).is_integer() else float(alpha)

@@ -1,5 +1,4 @@
-"""For PFLlib: a split of ours as a folder that it reads, and a run's results as the file that it
-writes.
+"""Write files for PFLlib: a split as the folder that PFLlib reads, results as the file it writes.
 
 Source: https://github.com/TsingZ0/PFLlib, dataset/utils/dataset_utils.py and
 system/flcore/servers/serverbase.py.
@@ -22,13 +21,12 @@ from .run_view import RunView
 
 
 def write_folder(config: Config, data: Data, split: Split, folder: Path) -> str:
-    """Write ``folder/train/<k>.npz``, ``folder/test/<k>.npz`` and ``folder/config.json``; what was
-    done, in a line.
+    """Write ``folder/train/<k>.npz``, ``folder/test/<k>.npz`` and ``folder/config.json``.
 
-    x are the numbers that our networks see, turned where ``data.shift`` turns them, float32 [n, ch,
-    H, W], y int64 [n]. config.json has the keys that PFLlib writes and, so that ``data.dataset:
-    pfllib`` finds the bytes again, "mean" and "std" of each channel. Raises ValueError: texts, a
-    folder that holds something.
+    x is float32 [n, ch, H, W]: the inputs of our networks, rotated if ``data.shift`` rotates them.
+    y is int64 [n]. config.json has PFLlib's keys, and "mean" and "std" of each channel, from which
+    ``data.dataset: pfllib`` restores the original bytes. Returns a line about what was written.
+    Raises ValueError for texts and for a folder that is not empty.
     """
     folder = expand_home(folder)
     if data.vocabulary:
@@ -69,14 +67,14 @@ def write_folder(config: Config, data: Data, split: Split, folder: Path) -> str:
 
 
 def write_results(run: RunView, file: Path) -> str:
-    """Write ``rs_test_acc`` and ``rs_train_loss``, [T] each, of the evaluated rounds; what was
-    done, in a line.
+    """Write ``rs_test_acc`` and ``rs_train_loss``, [T] each, of the evaluated rounds.
 
-    rs_test_acc weighs the clients by their test samples, as PFLlib does (our logs weigh them
-    equally). rs_train_loss is that of the round's local steps, where PFLlib has the loss of all
-    training samples before them. Its entry 0 is the untrained network, which we do not evaluate:
-    ours begins with round 1. rs_test_auc is not measured here, so not there. Raises ValueError: no
-    evaluated round, a file that is there.
+    rs_test_acc weights the clients by their test samples, as PFLlib does; our logs weight them
+    equally. rs_train_loss is the loss of the round's local steps; PFLlib has the loss of all
+    training samples before these steps. PFLlib's entry 0 is the untrained network, which we do not
+    evaluate: our first entry is the first evaluated round. There is no rs_test_auc, because it is
+    not measured. Returns a line about what was written. Raises ValueError if no round was evaluated
+    or if the file exists.
     """
     accuracy, loss = (
         run.array("clients/accuracy").astype(float),
@@ -97,7 +95,7 @@ def write_results(run: RunView, file: Path) -> str:
 
 
 def _folder_config(config: Config, data: Data, counts: np.ndarray) -> dict:
-    """config.json; counts: samples of each client and class."""
+    """Return the content of config.json. counts: samples of each client and class."""
     partition = config.data.partition
     return {
         "num_clients": len(counts),

@@ -1,4 +1,4 @@
-"""The results of runs as a table of text."""
+"""Format the results of runs as a text table."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -39,11 +39,11 @@ _IGNORED_KEYS = (
 
 
 def table(runs: Sequence[Path]) -> str:
-    """One row a run, as given; then the mean of each setting that was run with several seeds.
+    """Return a table with one row per run, then one row per setting with several seeds.
 
     final, worst client: accuracy in the last evaluated round, mean and minimum over the clients.
-    best: the highest mean of any round, and that round. up/client: bytes per client and round. The
-    mean over seeds comes with the sample standard deviation.
+    best: the highest mean of any round, and that round. up/client: bytes per client and round. A
+    row over seeds has means with sample standard deviations.
     """
     results = [_Result.read(path) for path in runs]
     rows = [_HEADER, *(result.table_row() for result in results), *_seed_rows(results)]
@@ -51,8 +51,10 @@ def table(runs: Sequence[Path]) -> str:
 
 
 def align_columns(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
-    """Rows of cells as lines with aligned columns, to the right but for the columns ``left``; a
-    cell may be foreign.
+    """Return rows of cells as lines with aligned columns.
+
+    The columns ``left`` are aligned to the left, the others to the right. Cells are escaped, so
+    they may hold untrusted text.
     """
     rows = [[escape_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -65,14 +67,14 @@ def align_columns(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> st
 
 @dataclass(frozen=True)
 class _Result:
-    """One run in numbers."""
+    """The numbers of one run."""
 
     path: Path
     algorithm: str
     seeds: tuple[int, ...]  # of the run and of the partition
     setting: str  # equal for runs that differ in their seeds only
-    rounds_done: int  # done
-    rounds_wanted: int  # rounds
+    rounds_done: int
+    rounds_wanted: int
     best_round: int | None
     numbers: np.ndarray  # [5] final, best, worst (fractions), bytes up, seconds; NaN where unknown
 
@@ -131,7 +133,7 @@ class _Result:
 
 
 def _seed_rows(results: Sequence[_Result]) -> Iterator[tuple[str, ...]]:
-    """A row for each setting that was run with more than one seed."""
+    """Yield a row for each setting with more than one seed."""
     settings: dict[str, list[_Result]] = {}
     for result in results:
         settings.setdefault(result.setting, []).append(result)
@@ -156,7 +158,7 @@ def _seed_rows(results: Sequence[_Result]) -> Iterator[tuple[str, ...]]:
 
 
 def _settings_without(config: dict[str, Any], keys: Sequence[str]) -> str:
-    """The config as text, less the dotted ``keys``."""
+    """Return the config as JSON text, without the dotted ``keys``."""
     tree = deepcopy(config)
     for key in keys:
         *blocks, name = key.split(".")
@@ -165,7 +167,7 @@ def _settings_without(config: dict[str, Any], keys: Sequence[str]) -> str:
 
 
 def _format_numbers(numbers: np.ndarray) -> list[str]:
-    """``_Result.numbers`` for people."""
+    """Return ``_Result.numbers`` as readable text; "-" for NaN."""
     formats = [lambda fraction: f"{fraction:.2%}"] * 3 + [
         format_bytes,
         lambda seconds: f"{seconds:.3g}",

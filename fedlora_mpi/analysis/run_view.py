@@ -1,7 +1,6 @@
-"""A run folder for analysis: metrics as tables and arrays, and the model of every client.
+"""Read a run folder for analysis: metrics as tables and arrays, and the model of every client.
 
-Reads while the run is still going. torch is imported only when weights or a model are asked for,
-pandas only when a table is.
+The run may still be going. Only weights and models import torch, and only tables import pandas.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,7 +33,7 @@ T = TypeVar("T")
 
 
 def open_run(path: str | Path) -> "RunView":
-    """The run in the folder ``path``. Raises ValueError when it is none.
+    """Return the run in the folder ``path``. Raises ValueError if it is no run folder.
 
     >>> import fedlora_mpi
     >>> run = fedlora_mpi.open_run("runs/tiny-1")  # FedLoRA, 5 clients, 3 rounds; 2, 3 evaluated
@@ -49,7 +48,7 @@ def open_run(path: str | Path) -> "RunView":
     >>> run.partition.train_counts.shape  # samples of each client and class
     (5, 3)
     >>> client = run.client(3)
-    >>> client.personal["0.weight.A"].shape  # its low-rank factor; what never leaves it
+    >>> client.personal["0.weight.A"].shape  # its low-rank factor, a personal leaf
     (4, 6)
     >>> import torch
     >>> client.model(torch.zeros(4, 2, 8, 8)).shape  # its own model, an nn.Module
@@ -57,7 +56,7 @@ def open_run(path: str | Path) -> "RunView":
     >>> sorted(client.model.state_dict()) == sorted(client.weights)  # the same as numpy arrays
     True
 
-    Of texts: ``run.client(7).model(run.vocabulary.encode(["a text", "another"]))``.
+    For texts: ``run.client(7).model(run.vocabulary.encode(["a text", "another"]))``.
     """
     return RunView(expand_home(path))
 
@@ -65,7 +64,7 @@ def open_run(path: str | Path) -> "RunView":
 def client_table(
     rounds: Mapping[str, np.ndarray], clients: Mapping[str, np.ndarray]
 ) -> "DataFrame":
-    """``RunView.clients`` of the columns [T] of the rounds and [T, N] of the clients."""
+    """Return the table ``RunView.clients`` from columns [T] of the rounds and [T, N] of clients."""
     pandas = import_pandas()
     count = next(iter(clients.values()), np.empty((0, 0))).shape[1]
     index = pandas.MultiIndex.from_product(
@@ -76,29 +75,30 @@ def client_table(
 
 
 class RunView:
-    """One run. Metrics are read anew on every access; leaves are those of the newest valid
-    checkpoint.
+    """One run.
+
+    Each access reads the metrics anew. Leaves are those of the newest valid checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._files = RunFiles(path)
-        # Verifying reads every byte of a checkpoint: once for each, not for each client.
+        # The check reads every byte of a checkpoint, so its result is kept for all clients.
         self._newest_checkpoint = lru_cache(1)(lambda committed: self._files.checkpoint())
-        # once for each kind of clients
+        # one entry for each kind of clients
         self._initial_variables = lru_cache(None)(self._make_initial_variables)
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved config, every key written out."""
+        """The resolved config, with every key."""
         return self._files.config
 
     @property
     def rounds(self) -> "DataFrame":
-        """One row a round, indexed by round: train_loss, accuracy (fraction), seconds_*, bytes_*
-        ...
+        """One row per round, indexed by round.
 
-        Metrics of the clients' own models are NaN in rounds that were not evaluated.
+        Columns: train_loss, accuracy (fraction), seconds_*, bytes_* ... Metrics of the clients' own
+        models are NaN in rounds without evaluation.
         """
         return import_pandas().DataFrame(self._files.rounds()).set_index("round")
 
@@ -110,11 +110,11 @@ class RunView:
 
     @property
     def ranks(self) -> "DataFrame":
-        """One row for each evaluated round and rank: round, rank, and seconds_* of its stages since
-        the one before.
+        """One row for each evaluated round and rank: round, rank and seconds_* by stage.
 
-        seconds_waiting: in messages, so for other ranks; the other stages are without it. Together
-        they are all the time that passed. Empty for a run of before they were measured.
+        The seconds count from the evaluated round before. seconds_waiting is the time in messages,
+        waiting for other ranks; the other stages do not include it. All stages together are the
+        whole time that passed. The table is empty for older runs, which did not measure it.
         """
         pandas = import_pandas()
         rows = self._files.columns()
@@ -133,10 +133,10 @@ class RunView:
         )
 
     def array(self, name: str) -> np.ndarray:
-        """A column: ``accuracy`` [T] of the rounds, ``clients/accuracy`` [T, N],
-        ``ranks/seconds_train`` [T, R].
+        """Return a column of the log as an array.
 
-        Raises ValueError.
+        Examples: ``accuracy`` [T] of the rounds, ``clients/accuracy`` [T, N],
+        ``ranks/seconds_train`` [T, R]. Raises ValueError if there is no such column.
         """
         rows = self._files.columns()
         columns = rows["rounds"]
@@ -149,14 +149,15 @@ class RunView:
         return columns[name]
 
     def axes(self, name: str) -> tuple[str, ...]:
-        """The names of the axes of ``array(name)``: ("round",), ("round", "client") or ("round",
-        "rank").
+        """Return the names of the axes of ``array(name)``.
+
+        They are ("round",), ("round", "client") or ("round", "rank").
         """
         return self._files.axis_names(name if "/" in name else f"rounds/{name}")
 
     @cached_property
     def partition(self) -> Split:
-        """Who holds which samples."""
+        """The samples of each client."""
         stored = self._files.partition()
         with schema.explain_read_errors(self.path / "log.h5"):
             return Split(
@@ -173,27 +174,28 @@ class RunView:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The newest valid checkpoint. Raises StoreError (a ValueError) when there is none."""
+        """The newest valid checkpoint. Raises StoreError (a ValueError) if there is none."""
         return self._newest_checkpoint(tuple(self.checkpoints))
 
     @property
     def shared(self) -> Mapping[str, np.ndarray]:
-        """The shared leaves."""
+        """The shared leaves of the newest checkpoint."""
         return self.checkpoint.shared()
 
     def digest(self) -> dict[str, str]:
-        """SHA-256 of the ``shared`` and ``personal`` leaves: equal for runs that are equal to the
-        bit.
+        """Return the SHA-256 of the ``shared`` and of the ``personal`` leaves.
+
+        It is equal for runs whose leaves are bit-identical.
         """
         return self.checkpoint.digest()
 
     @cached_property
     def network_of(self) -> tuple[int, ...]:
-        """Which network of ``model.mix`` each client has, [N]; zeros where there is one."""
+        """[N] The number of each client's network in ``model.mix``; 0 if there is only one."""
         return self._parsed_config.model.network_of_clients(len(self.partition.train))
 
     def client(self, id: int) -> "ClientView":
-        """One client, by its number from 0. Raises ValueError."""
+        """Return one client by its number, from 0. Raises ValueError for any other number."""
         clients = len(self.partition.train)
         if not 0 <= id < clients:
             raise ValueError(f"{self.path}: there is no client {id}; there are 0 to {clients - 1}")
@@ -201,7 +203,7 @@ class RunView:
 
     @cached_property
     def variants(self) -> "tuple[Algorithm, ...]":
-        """The method as each client has it, [N]: of its own rank, for instance."""
+        """[N] The method of each client, for instance with its own LoRA rank."""
         clients = len(self.partition.train)
         return tuple(
             self._parsed_config.algorithm.for_client(client, clients) for client in range(clients)
@@ -209,11 +211,11 @@ class RunView:
 
     @cached_property
     def networks(self) -> "tuple[Model, ...]":
-        """The networks of ``model.mix`` with their initial weights, from the config; needs no data
-        set.
+        """The networks of ``model.mix`` with their initial weights, built from the config.
 
-        Where what ``model.weights`` or ``model.folder`` names is gone, the initial weights are on
-        the device "meta": shapes without numbers. Whether it has changed is not looked at.
+        They need no data set. If the files named by ``model.weights`` or ``model.folder`` are gone,
+        the initial weights are on the device "meta": they have shapes but no numbers. A change of
+        these files is not noticed.
         """
         return tuple(
             self._network(*numbered) for numbered in enumerate(self._parsed_config.model.mix)
@@ -230,7 +232,7 @@ class RunView:
             return build(block.name, block.options, *inputs, weights=block.weights)
         saved_config = self.path / f"network-{number}.json"
         if saved_config.is_file():
-            self._files.read_text(saved_config.name)  # is it whole?
+            self._files.read_text(saved_config.name)  # raises if it is damaged
         options = (
             {**block.options, "folder": str(saved_config)}
             if saved_config.is_file()
@@ -242,8 +244,10 @@ class RunView:
         return replace(model, initial={n: on_meta[n] for n in model.initial}, constants=constants)
 
     def by_leaf(self, stored: Mapping[str, T], client: int | None = None) -> dict[str, T]:
-        """What is stored of the shared leaves or of a client's own, by the names that the method
-        has for them.
+        """Return the stored leaves under the method's own names for them.
+
+        stored: {name in the file: value}, of the client's personal leaves; without ``client``, of
+        the shared leaves.
         """
         network = min(self.network_of) if client is None else self.network_of[client]
         initial = self._initial_variables(
@@ -264,8 +268,9 @@ class RunView:
 
     @cached_property
     def vocabulary(self) -> "Vocabulary":
-        """What turns texts into the inputs of the clients' models. Raises ValueError where there is
-        none.
+        """The vocabulary, which turns texts into inputs of the clients' models.
+
+        Raises ValueError if the run has none.
         """
         from ..data.texts import Vocabulary
 
@@ -286,9 +291,10 @@ class RunView:
 
 @dataclass(frozen=True, eq=False)
 class ClientView:
-    """One client of a run. All its leaves are of one checkpoint, the newest when first asked for.
+    """One client of a run.
 
-    While the run goes on that checkpoint is pruned some day; ``run.client(id)`` gives a new view.
+    All its leaves are from one checkpoint: the newest at the first access. A run that goes on
+    removes this checkpoint later; ``run.client(id)`` then gives a new view.
     """
 
     run: RunView
@@ -311,12 +317,12 @@ class ClientView:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """Where the leaves come from. Raises StoreError (a ValueError) when there is none yet."""
+        """The checkpoint of the leaves. Raises StoreError (a ValueError) if there is none yet."""
         return self.run.checkpoint
 
     @property
     def personal(self) -> Mapping[str, np.ndarray]:
-        """The leaves that never leave the client; each is read when it is asked for."""
+        """The leaves that never leave the client. An access reads the leaf from the file."""
         return _PersonalLeaves(self.checkpoint, self.id)
 
     @cached_property
@@ -326,18 +332,20 @@ class ClientView:
 
     @property
     def network_block(self) -> "Network":
-        """What the config says of the client's network."""
+        """The block of the config that describes the client's network."""
         return self.run._parsed_config.model.mix[self.run.network_of[self.id]]
 
     @property
     def algorithm(self) -> "Algorithm":
-        """The method as this client has it."""
+        """The method of this client."""
         return self.run.variants[self.id]
 
     @cached_property
     def variables(self) -> "Variables":
-        """What the client's own model is made of: tensors, the shared ones as they arrive there,
-        and its own.
+        """The variables of the client's own model, as tensors.
+
+        The shared ones are as the client receives them; for a method that is evaluated on the
+        server they are the server's.
         """
         import torch
 
@@ -345,7 +353,7 @@ class ClientView:
 
         initial = self.network.initial
 
-        # a file has no bfloat16
+        # HDF5 has no bfloat16: such leaves are float32 in the file
         def to_initial_dtype(name, v):
             return v.to(initial[name].dtype) if name in initial else v
 
@@ -364,14 +372,16 @@ class ClientView:
 
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:
-        """Every parameter and statistic of the client's own model, the one that was evaluated;
-        bfloat16 as float32, which numpy knows.
+        """Every parameter and statistic of the client's own model, which the run evaluated.
+
+        bfloat16 leaves are float32, because numpy has no bfloat16. Raises ValueError if frozen
+        weights are only in a file that is gone.
         """
         import torch
 
         v = self.variables
         for leaf, initial in self.network.all_values.items():
-            # frozen: no checkpoint has it
+            # a frozen leaf, which no checkpoint has
             if initial.is_meta and not (leaf in v.shared or leaf in v.personal):
                 sources = " or ".join(
                     f"model.{origin.key} = {origin.value}" for origin in self.network_block.origins
@@ -394,8 +404,9 @@ class ClientView:
 
     @property
     def _reading_checkpoint(self) -> AbstractContextManager:
-        """Leaves that are not those of the network are told as damage of the checkpoint, a
-        StoreError.
+        """A context that raises StoreError for leaves that do not fit the network.
+
+        The error says that the checkpoint is damaged.
         """
         return schema.explain_read_errors(self.checkpoint.path)
 
@@ -420,12 +431,12 @@ class _PersonalLeaves(Mapping):
 
 
 def _single_row(rows: np.ndarray) -> np.ndarray:
-    """The one row of [1, ...], an array even when the row is a number."""
+    """Return the only row of [1, ...], as an array even if the row is a number."""
     return rows.reshape(rows.shape[1:])
 
 
 def import_pandas():
-    """The library. Raises ValueError where it is missing."""
+    """Return the module pandas. Raises ValueError if it is not installed."""
     try:
         import pandas
     except ImportError as error:

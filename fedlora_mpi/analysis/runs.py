@@ -1,4 +1,4 @@
-"""Several run folders for analysis: each run, and tidy tables over all of them."""
+"""Read several run folders for analysis: each run, and tidy tables of all runs."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from glob import glob
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def open_runs(pattern: str | Path | Sequence[str | Path]) -> "Runs":
-    """The runs whose folders a pattern matches (``runs/*``, ``runs/**``), or those of a list of
-    folders.
+    """Return the runs in the folders that match a pattern (``runs/*``, ``runs/**``) or in a list.
 
-    What a pattern matches beside run folders is passed over. Raises ValueError when no run is left.
+    Matches that are no run folders are skipped. Raises ValueError if a pattern matches no run
+    folder.
 
     >>> import fedlora_mpi
     >>> runs = fedlora_mpi.open_runs("runs/*")
@@ -29,7 +29,7 @@ def open_runs(pattern: str | Path | Sequence[str | Path]) -> "Runs":
     (4, 2)
     >>> runs.clients.query("round == 2").groupby("run")["accuracy"].count().to_dict()
     {'fedavg': 14, 'local': 7}
-    >>> len(runs["runs/a-2"].client(3).counts)  # classes; one of the runs, as open_run gives it
+    >>> len(runs["runs/a-2"].client(3).counts)  # classes; runs[path] is a run as from open_run
     4
     """
     if isinstance(pattern, str | Path):
@@ -46,14 +46,15 @@ def open_runs(pattern: str | Path | Sequence[str | Path]) -> "Runs":
 
 
 class Runs(Mapping[str, RunView]):
-    """{path as text: run}. Tables are read anew on every access, also while runs are still going.
+    """{path as text: run}.
 
-    The settings that differ between the runs are columns, under the last word of their dotted
-    names; ``run`` is a label made of them, equal for runs that differ in their seeds only.
+    Each access reads the tables anew, also while runs are still going. Each setting that differs
+    between the runs is a column; its name is the last word of the setting's dotted name. ``run`` is
+    a label made of these settings; runs that differ only in their seeds have the same label.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        """Raises StoreError (a ValueError) when one is no run folder."""
+        """Open the runs. Raises StoreError (a ValueError) if a path is no run folder."""
         self._views = {str(path): RunView(path) for path in paths}
 
     def __getitem__(self, path: str | Path) -> RunView:
@@ -67,7 +68,7 @@ class Runs(Mapping[str, RunView]):
 
     @property
     def settings(self) -> "DataFrame":
-        """One row a run: path, run (its label), seed, partition_seed, and each setting that
+        """One row per run: path, run (its label), seed, partition_seed, and each setting that
         differs.
         """
         return import_pandas().DataFrame(_describe_runs(self._logs()))
@@ -76,8 +77,8 @@ class Runs(Mapping[str, RunView]):
     def rounds(self) -> "DataFrame":
         """One row for each run and round: the columns of ``settings``, round, and those of the log.
 
-        Columns are those of any run; NaN where a run has none, and in rounds that were not
-        evaluated.
+        There is a column for every column of any run. It is NaN for a run that does not have it;
+        evaluation columns are NaN in rounds without evaluation.
         """
         return rounds_table(self._logs())
 
@@ -89,17 +90,17 @@ class Runs(Mapping[str, RunView]):
         return clients_table(self._logs())
 
     def _logs(self) -> list[RunLog]:
-        """In the order of the paths."""
+        """Read the logs, in the order of the paths."""
         return [RunLog.read(view.path) for view in self._views.values()]
 
 
 def rounds_table(logs: Sequence[RunLog]) -> "DataFrame":
-    """``Runs.rounds`` of logs that have been read."""
+    """Return the table ``Runs.rounds`` from logs that have been read."""
     return _concat_tables(logs, lambda run: import_pandas().DataFrame(run.rounds))
 
 
 def clients_table(logs: Sequence[RunLog]) -> "DataFrame":
-    """``Runs.clients`` of logs that have been read."""
+    """Return the table ``Runs.clients`` from logs that have been read."""
     return _concat_tables(logs, lambda run: client_table(run.rounds, run.clients))
 
 
@@ -115,7 +116,7 @@ def _concat_tables(
 
 
 def _describe_runs(logs: Sequence[RunLog]) -> list[dict]:
-    """The columns of ``Runs.settings`` of each; a run that is there twice is there twice."""
+    """Return a row of ``Runs.settings`` for each log; a log that is given twice has two rows."""
     run_groups = group_runs(logs)
     return [_describe_run(run, run_groups) for run in logs]
 
@@ -131,7 +132,11 @@ def _describe_run(run: RunLog, run_groups: RunGroups) -> dict:
 
 
 def column_name(key: str, keys: Sequence[str]) -> str:
-    """The name of a setting as a column: ``algorithm`` for algorithm.name, else its last words."""
+    """Return the column name of a setting.
+
+    It is the block for a key that ends in ``name`` (``algorithm`` for algorithm.name), else the
+    last word of the key, or its last two words if the last one is ambiguous.
+    """
     block, _, name = key.rpartition(".")
     reserved = ("path", "run", "round", "client", "clients", "loss", "rounds", *SEED_KEYS)
     if name == "name":

@@ -1,4 +1,4 @@
-"""``fedlora-mpi status``: whether a run is done, for scripts."""
+"""Tell scripts whether a run is done: ``fedlora-mpi status``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +11,11 @@ from ..store.files import StoreError
 
 
 def run_progress(target: Path, overrides: Sequence[str]) -> tuple[Path, int, int]:
-    """(run folder, rounds that a whole checkpoint holds, rounds in all) of a run folder, or of the
-    run of a config.
+    """Return (run folder, rounds of the newest valid checkpoint, rounds in all).
 
-    A run folder is read without its classes. A config's run that has not begun has 0. Raises
-    ValueError where ``target`` is neither, or where the run in the folder has other settings than
-    the config.
+    ``target`` is a run folder or a config. A run folder is read without importing the classes that
+    its config names. A config whose run has not begun has 0 rounds done. Raises ValueError if
+    ``target`` is neither, or if the run in the config's folder has other settings than the config.
     """
     if target.is_dir():
         return (
@@ -36,10 +35,10 @@ def run_progress(target: Path, overrides: Sequence[str]) -> tuple[Path, int, int
 
 
 def _checkpoint_round(folder: Path) -> int:
-    """The rounds of the newest checkpoint whose checksums hold."""
+    """Return the round of the newest checkpoint with correct checksums; 0 if there is none."""
     if not checkpoint.committed_rounds(folder):
         return 0
     try:
         return checkpoint.newest_valid(folder)[0].round
-    except StoreError:  # a resume says what is wrong with each
+    except StoreError:  # a resume reports what is wrong with each checkpoint
         return 0

@@ -1,4 +1,4 @@
-"""A run in the terminal while it goes on, from its log: curve, time left, load of the ranks."""
+"""Show a running run in the terminal, from its log: curve, time left, load of the ranks."""
 
 import sys
 import time
@@ -17,10 +17,10 @@ from ..store.files import StoreError
 from ..store.reader import RunFiles
 from .load import RankLoad, measure_load
 
-Line = list[tuple[str, str]]  # parts of a line: text, and how rich shows it
+Line = list[tuple[str, str]]  # parts of a line: (text, style of rich)
 
-_RECENT_ROUNDS = 20  # rounds from which the time left and the load are told
-_MAX_RANK_BARS = 12  # ranks that are shown one by one
+_RECENT_ROUNDS = 20  # the last rounds, from which the time left and the load are computed
+_MAX_RANK_BARS = 12  # largest number of ranks with a bar
 _STAGES = {
     "train": "blue",
     "evaluate": "yellow",
@@ -28,16 +28,15 @@ _STAGES = {
     "other": "bright_black",
     "waiting": "dim",
 }
-_QUIET_SECONDS = (
-    60.0  # seconds without a row, and as many rounds' worth as the next, before it is told
-)
+# A run may have stopped if the log has no new row for so many seconds and so many mean rounds.
+_QUIET_SECONDS = 60.0
 _QUIET_ROUNDS = 5
-_MAX_FAILED_READS = 10  # readings that may fail, one after the other
+_MAX_FAILED_READS = 10  # an error is raised after so many failed reads in a row
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What the log said at some moment."""
+    """The content of the log at one moment."""
 
     path: Path
     config: dict[str, Any]
@@ -47,7 +46,7 @@ class RunStatus:
 
     @classmethod
     def read(cls, path: Path) -> "RunStatus":
-        """Raises StoreError (a ValueError)."""
+        """Read the log now. Raises StoreError (a ValueError) if there is no valid log."""
         files = RunFiles(path)
         rows = files.require_columns("train_loss")
         rounds, ranks = rows["rounds"], rows["ranks"]
@@ -61,22 +60,22 @@ class RunStatus:
 
     @property
     def round(self) -> int:
-        """The last one, 0 before the first."""
+        """The number of the last logged round; 0 if there is none."""
         return int(self.rounds["round"][-1]) if len(self.rounds["round"]) else 0
 
     @property
     def is_done(self) -> bool:
-        """Whether no round is left."""
+        """Whether all rounds are done."""
         return self.round >= self.config["rounds"]
 
     @property
     def seconds_per_round(self) -> float:
-        """Seconds of a round, mean over the last ones; 0 before the first."""
+        """Mean seconds of the last rounds; 0 before the first round."""
         return float(self._seconds[-_RECENT_ROUNDS:].mean()) if self.round else 0.0
 
     @property
     def elapsed(self) -> float:
-        """Seconds of all rounds."""
+        """Seconds of all logged rounds."""
         return float(self._seconds.sum())
 
     @property
@@ -88,10 +87,13 @@ class RunStatus:
 
 
 def watch(path: Path, interval: float, single_frame: bool) -> None:
-    """Show the run until its last round or Ctrl-C: a view on a terminal, else a line a round.
+    """Show the run until its last round or Ctrl-C.
 
-    It waits for a stopped run, since a resume or the scheduler may go on with it. interval: seconds
-    between two looks; single_frame: show one and return. Raises ValueError: no run folder, no rich.
+    On a terminal it shows a live view, elsewhere a line per round. It waits for a stopped run,
+    because a resume or the scheduler may continue it.
+
+    interval: seconds between two reads of the log. single_frame: show one frame and return. Raises
+    ValueError if ``path`` is no run folder or rich is missing.
     """
     if not 0.1 <= interval <= 3600:
         raise ValueError(f"--every = {interval:g}: must be from 0.1 to 3600 seconds")
@@ -113,11 +115,11 @@ def watch(path: Path, interval: float, single_frame: bool) -> None:
 
 
 def render_frame(status: RunStatus, width: int, height: int) -> list[Line]:
-    """The view as lines of up to ``width`` letters, at most ``height`` of them."""
+    """Return the view as at most ``height`` lines of at most ``width`` characters."""
     loads = _load_lines(status.rank_load, width) if status.rank_load else []
     header = [_title_line(status), _status_line(status), _pace_line(status)]
     room = height - len(header) - len(loads) - 4
-    if room < 3:  # the curve is worth more
+    if room < 3:  # leave out the load rather than the curve
         loads, room = [], height - len(header) - 3
     name = next(
         (n for n in ("accuracy", "train_loss") if np.isfinite(status.rounds.get(n, np.nan)).any()),
@@ -147,17 +149,17 @@ def render_frame(status: RunStatus, width: int, height: int) -> list[Line]:
 def braille_curve(
     x: np.ndarray, y: np.ndarray, span: tuple[float, float], width: int, height: int
 ) -> list[str]:
-    """A line through the points (x ascending, y) in Braille, 2 by 4 dots a letter, from the lowest
-    y to the highest.
+    """Return a line through the points (x ascending, y), drawn with Braille characters.
 
-    span: x at the left and at the right rim.
+    A character has 2 by 4 dots. The curve fills ``height`` lines from the lowest y to the highest.
+    span: x at the left and at the right edge.
     """
     dots = np.zeros((4 * height, 2 * width), bool)
     low, high = y.min(), y.max()
     columns = np.arange(2 * width)
     x_at = span[0] + columns / (2 * width - 1) * (span[1] - span[0])
     inside = (x_at >= x[0]) & (x_at <= x[-1])
-    inside[np.abs(x_at - x[-1]).argmin()] = True  # a lone point is seen
+    inside[np.abs(x_at - x[-1]).argmin()] = True  # so that a single point is visible
     level = np.interp(x_at, x, y)
     row = np.round((high - level) / ((high - low) or 1) * (4 * height - 1)).astype(int)
     for column, previous in zip(
@@ -165,19 +167,19 @@ def braille_curve(
     ):
         top, bottom = sorted((row[column], row[previous] + np.sign(row[column] - row[previous])))
         dots[top : bottom + 1, column] = True
-    # of Unicode's Braille patterns
+    # the bit of each dot in Unicode's Braille patterns
     bits = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
     cells = (dots.reshape(height, 4, width, 2) * bits[None, :, None, :]).sum(axis=(1, 3))
     return ["".join(chr(0x2800 + cell) for cell in line) for line in cells]
 
 
 def plain_text(lines: Sequence[Line]) -> str:
-    """As text without colours."""
+    """Return the lines as text without colours."""
     return "\n".join("".join(escape_line(text) for text, _ in line).rstrip() for line in lines)
 
 
 def _truncate(line: Line, width: int) -> Line:
-    """The first ``width`` letters, as a terminal shows them."""
+    """Return the first ``width`` characters of a line, escaped for a terminal."""
     line = [(escape_line(text), style) for text, style in line]
     ends = np.cumsum([0, *(len(text) for text, _ in line)])
     return [
@@ -199,7 +201,7 @@ def _title_line(status: RunStatus) -> Line:
 
 
 def _status_line(status: RunStatus) -> Line:
-    """The last round, and the last accuracy."""
+    """Return the line with the last round and the last accuracy."""
     total, rounds = status.config["rounds"], status.rounds
     line: Line = [(f"round {status.round}/{total}", "bold")]
     accuracy = rounds.get("accuracy", np.zeros(0))
@@ -220,7 +222,7 @@ def _status_line(status: RunStatus) -> Line:
 
 
 def _pace_line(status: RunStatus) -> Line:
-    """What is left."""
+    """Return the line with the training loss, the speed and the time left."""
     if not status.round:
         return [("no round yet", "")]
     line: Line = [
@@ -243,7 +245,7 @@ def _pace_line(status: RunStatus) -> Line:
 
 
 def _load_lines(rank_load: RankLoad, width: int) -> list[Line]:
-    """A bar for each rank, of many ranks the busiest and the idlest."""
+    """Return a bar for each rank; of many ranks, only the busiest and the idlest."""
     seconds_of_stages = np.stack(list(rank_load.seconds.values()))  # [stages, R]
     ranks, max_seconds = (
         np.arange(seconds_of_stages.shape[1]),
@@ -283,7 +285,7 @@ def _ordered_stages(rank_load: RankLoad) -> list[str]:
 
 
 def _stage_symbol(stage: str) -> str:
-    """What a bar is made of, so that it can be read without colours."""
+    """Return the character of a stage's bar, which makes bars readable without colours."""
     return {"train": "█", "evaluate": "▓", "exchange": "▒", "waiting": "·"}.get(stage, "░")
 
 
@@ -295,7 +297,7 @@ def _legend_line(rank_load: RankLoad) -> Line:
 
 
 def _watch_live(status: RunStatus, interval: float) -> None:
-    """The view, drawn anew; its last state stays on the screen."""
+    """Redraw the view until the run ends; its last state stays on the screen."""
     try:
         from rich.console import Console
         from rich.live import Live
@@ -327,14 +329,14 @@ def _watch_live(status: RunStatus, interval: float) -> None:
 def _follow_run(
     status: RunStatus, interval: float, show: Callable[[RunStatus], None], show_always: bool = False
 ) -> None:
-    """``show`` the run at every new row (``show_always``: at every look), until it ends."""
+    """Call ``show`` for every new row until the run ends; with ``show_always`` at every read."""
     show(status)
     failed = 0
     while not status.is_done:
         time.sleep(interval)
         try:
             new_status = RunStatus.read(status.path)
-        except (StoreError, OSError):  # a resume puts another log in its place
+        except (StoreError, OSError):  # a resume may be replacing the log
             failed += 1
             if failed >= _MAX_FAILED_READS:
                 raise

@@ -1,5 +1,6 @@
-"""Figures with a point for each client: accuracies, one method against another, who holds which
-data.
+"""Draw figures with a point for each client.
+
+They show the clients' accuracies, one method against another, and which data each client holds.
 """
 
 from collections.abc import Sequence
@@ -15,12 +16,12 @@ from .curves import Looks
 from .style import GREY, WIDTH, PageFigure, new_figure, panels, wrap_label
 
 RIVALS = ("fedavg", "local")
-_MAX_VECTOR_POINTS = 3000  # points of one plot that are drawn as an image
-_MAX_SPLITS, _MAX_PANELS = 4, 12  # figures, panels
+_MAX_VECTOR_POINTS = 3000  # a plot with more points draws them as an image
+_MAX_SPLITS, _MAX_PANELS = 4, 12  # largest numbers of figures and of panels
 
 
 class RivalPair(NamedTuple):
-    """Two methods on the same clients, over the seeds that both have."""
+    """Two methods on the same clients, for the seeds that both have."""
 
     group: Group
     rival: Group
@@ -30,7 +31,7 @@ class RivalPair(NamedTuple):
 
 
 def client_distribution(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
-    """The accuracy of every client at the end, a row for each group."""
+    """Draw each client's accuracy in the last evaluated round, with a row for each group."""
     accuracies = [
         (g, np.concatenate([run.client_accuracy for run in g.runs]))
         for g in named_groups(groups, looks)
@@ -77,8 +78,9 @@ def client_distribution(groups: Sequence[Group], looks: Looks) -> PageFigure | N
 
 
 def rival_pairs(groups: Sequence[Group]) -> list[RivalPair]:
-    """Every group with the FedAvg and the Local of as many rounds on the same clients: of several,
-    that with the most equal settings.
+    """Pair every group with FedAvg and with Local, on the same clients and with as many rounds.
+
+    Of several candidates, the one with the most equal settings is taken.
     """
     pairs_found = []
     for group in (group for group in groups if group.runs[0].algorithm not in RIVALS):
@@ -96,7 +98,7 @@ def rival_pairs(groups: Sequence[Group]) -> list[RivalPair]:
 
 
 def rival_scatter(all_pairs: Sequence[RivalPair], looks: Looks) -> PageFigure | None:
-    """FedLoRA's Figure 7."""
+    """Draw each method's clients against FedAvg and Local, as in FedLoRA's Figure 7."""
     by_group: dict[str, list[RivalPair]] = {}
     for pair in all_pairs:
         by_group.setdefault(pair.group.label, []).append(pair)
@@ -140,12 +142,15 @@ def rival_scatter(all_pairs: Sequence[RivalPair], looks: Looks) -> PageFigure | 
 
 
 def num_as_good(pair: RivalPair) -> int:
-    """How many clients the method serves at least as well as its rival."""
+    """Return the number of clients whose accuracy is at least as high as with the rival."""
     return int(np.count_nonzero(pair.group_accuracy >= pair.rival_accuracy))
 
 
 def partition_figures(groups: Sequence[Group]) -> list[PageFigure]:
-    """FedLoRA's Figure 5, a figure for each split of the data, the first four."""
+    """Draw which data each client holds, as in FedLoRA's Figure 5.
+
+    There is a figure for each of the first four splits of the data.
+    """
     by_digest: dict[str, list[RunLog]] = {}
     for run in (run for group in groups for run in group.runs):
         if len(run.partition.get("train_counts", ())):
@@ -183,7 +188,10 @@ def partition_figures(groups: Sequence[Group]) -> list[PageFigure]:
 
 
 def _make_pair(group: Group, rival: Group) -> RivalPair | None:
-    """The two over runs with equal seeds and equal splits; None where there are none."""
+    """Pair the runs of two groups that have equal seeds and equal splits.
+
+    Returns None if there are none, or if the numbers of rounds differ.
+    """
     group_accuracy, rival_accuracy = [], []
     if group.runs[0].config["rounds"] != rival.runs[0].config["rounds"]:
         return None
@@ -211,7 +219,7 @@ def _make_pair(group: Group, rival: Group) -> RivalPair | None:
 
 
 def _num_equal_settings(group: Group, rival: Group) -> int:
-    """How many settings outside of the methods' own are equal."""
+    """Return the number of equal settings, without those of the methods."""
     group_settings, rival_settings = group.runs[0].settings, rival.runs[0].settings
     return sum(
         group_settings[k] == rival_settings.get(k)
@@ -221,5 +229,8 @@ def _num_equal_settings(group: Group, rival: Group) -> int:
 
 
 def _golden_jitter(number: int) -> np.ndarray:
-    """[number] from 0 to 1, evenly and without order: multiples of the golden section."""
+    """Return [number] values in [0, 1), evenly spread but unordered.
+
+    They are multiples of the golden ratio, modulo 1.
+    """
     return np.arange(number) * 0.6180339887498949 % 1

@@ -1,5 +1,7 @@
-"""More settings than a figure can name: the best and the worst few are told apart, the others are
-grey.
+"""Choose the looks of groups in figures.
+
+If there are more groups than a figure can name, only the best and the worst few have a look of
+their own; the others are grey.
 """
 
 from collections.abc import Sequence
@@ -9,13 +11,13 @@ import numpy as np
 from ..groups import Group
 from .style import Look, distinct_looks
 
-MAX_LOOKS = 24  # up to so many settings all have a look of their own
+MAX_LOOKS = 24  # up to so many groups, each has a look of its own
 NUM_BEST, NUM_WORST = 8, 4
 PALE = "#C4C4C4"
 
 
 def assign_looks(groups: Sequence[Group]) -> dict[str, Look]:
-    """The look of each group by its label."""
+    """Return {label: look} of the groups."""
     named = list(groups) if len(groups) <= MAX_LOOKS else best_and_worst(groups)
     look_of = dict.fromkeys((group.label for group in groups), Look(PALE, "-", is_named=False))
     return look_of | dict(
@@ -24,11 +26,13 @@ def assign_looks(groups: Sequence[Group]) -> dict[str, Look]:
 
 
 def best_and_worst(groups: Sequence[Group]) -> list[Group]:
-    """The best and the worst in final accuracy, in the order of ``groups``; of several tasks each
-    in turn, for accuracies of different tasks do not compare. The first ones where none has an
-    accuracy.
+    """Return the groups with the best and the worst final accuracy, in the order of ``groups``.
+
+    Accuracies of different tasks are not comparable, so the tasks take turns: first the best of
+    each, then the second of each, and so on. If no group has an accuracy, the first groups are
+    returned.
     """
-    places: dict[int, tuple[int, int]] = {}  # from the top and from the bottom of the own task
+    places: dict[int, tuple[int, int]] = {}  # place in its task, from the top and from the bottom
     for task in dict.fromkeys(group.task for group in groups):
         finals = {
             index: g.seed_stat(lambda run: run.final).mean
@@ -47,12 +51,15 @@ def best_and_worst(groups: Sequence[Group]) -> list[Group]:
 
 
 def named_groups(groups: Sequence[Group], looks: dict[str, Look]) -> list[Group]:
-    """Those with a look of their own."""
+    """Return the groups that have a look of their own."""
     return [group for group in groups if looks[group.label].is_named]
 
 
 def caption_note(looks: dict[str, Look], fate: str) -> str:
-    """The end of a caption where some have no name; ``fate``: what became of those."""
+    """Return the end of a caption if the figure does not name some groups; else "".
+
+    fate: what the figure does with these groups, such as "are grey".
+    """
     if all(look.is_named for look in looks.values()):
         return ""
     return (

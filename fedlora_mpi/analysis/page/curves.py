@@ -1,4 +1,4 @@
-"""Figures over the rounds, and over what was spent."""
+"""Draw metrics over the rounds, and accuracy over bytes and FLOPs."""
 
 from collections.abc import Callable, Sequence
 
@@ -34,12 +34,12 @@ DIAGNOSIS = {
     ),
     "lora_update_bias": ("update bias", "the same distance, of what has changed in the round"),
 }
-_MAX_POINTS = 150  # of a curve in a small panel
+_MAX_POINTS = 150  # largest number of points of a curve in a small panel
 _BAND_NOTE = "the band is ± one sample standard deviation over the seeds, where there are several"
 
 
 def learning_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
-    """Mean accuracy over the rounds."""
+    """Draw the mean accuracy over the rounds."""
     caption = (
         "Test accuracy of each client's own model on its own test data, mean over clients and "
         f"seeds, after every evaluated round; {_BAND_NOTE}."
@@ -57,7 +57,7 @@ def learning_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
 
 
 def loss_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
-    """Training loss over the rounds."""
+    """Draw the training loss over the rounds."""
     caption = (
         "Training loss, mean over the local steps of the round's clients and over seeds; "
         f"{_BAND_NOTE}."
@@ -74,7 +74,7 @@ def loss_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
 
 
 def drift_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
-    """FedLoRA's Figure 6."""
+    """Draw the drift of the shared parameters over the rounds, as in FedLoRA's Figure 6."""
     caption = (
         "How far the clients train the shared parameters apart in a round: root mean square "
         f"distance (L2) of what they send from its mean, mean over seeds; {_BAND_NOTE}. What "
@@ -93,7 +93,7 @@ def drift_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
 
 
 def client_spread(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
-    """The accuracy of all clients over the rounds, a panel for each group."""
+    """Draw the spread of the clients' accuracies over the rounds, with a panel for each group."""
     plotted = [g for g in named_groups(groups, looks) if g.curves("accuracy")[1].size]
     if not plotted:
         return None
@@ -123,7 +123,7 @@ def client_spread(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
 
 
 def diagnosis_curves(groups: Sequence[Group], looks: Looks) -> list[PageFigure]:
-    """What ``diagnose: true`` has logged, a figure for each column."""
+    """Draw each column that ``diagnose: true`` has logged, in a figure of its own."""
     figures = []
     for name, (title, explanation) in DIAGNOSIS.items():
         caption = (
@@ -141,7 +141,7 @@ def diagnosis_curves(groups: Sequence[Group], looks: Looks) -> list[PageFigure]:
 
 
 def accuracy_by_bytes(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
-    """Accuracy over what has been sent."""
+    """Draw the accuracy over the bytes sent so far."""
 
     def traffic(run):
         return run.column("bytes_up") + run.column("bytes_down")
@@ -163,7 +163,7 @@ def accuracy_by_bytes(groups: Sequence[Group], looks: Looks) -> PageFigure | Non
 
 
 def accuracy_by_flops(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
-    """Accuracy over what has been computed."""
+    """Draw the accuracy over the FLOPs of local training so far."""
     caption = (
         "Mean accuracy against the floating-point operations of all local training so far; mean "
         "over seeds."
@@ -179,7 +179,7 @@ def accuracy_by_flops(groups: Sequence[Group], looks: Looks) -> PageFigure | Non
 
 
 def seconds_by_stage(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
-    """Where the seconds go."""
+    """Draw the mean seconds of a round by stage, with a bar for each group."""
     names = list(
         dict.fromkeys(
             n for g in groups for run in g.runs for n in run.rounds if n.startswith("seconds_")
@@ -247,7 +247,7 @@ def _line_figure(
     label: str,
     unit: float = 1,
 ) -> PageFigure | None:
-    """A line for each group, with a band over its seeds."""
+    """Draw a line for each group, with a band over its seeds; None if there is no curve."""
     curves = [(group, *curve(group)) for group in groups]
     curves = [(group, rounds, unit * values) for group, rounds, values in curves if values.size]
     if not curves:
@@ -287,7 +287,7 @@ def _cost_figure(
     label: str,
     unit: str,
 ) -> PageFigure | None:
-    """Accuracy over the sum so far of ``of(run)`` [T]."""
+    """Draw the accuracy over the cumulative sum of ``cost_of(run)`` [T]; None without a curve."""
     curves = []
     for group in groups:
         rounds, accuracy = group.curves("accuracy")
@@ -328,7 +328,7 @@ def _cost_figure(
 
 
 def _unit_prefix(number: float) -> tuple[str, float]:
-    """The prefix of a unit, and its size, with which a number is short."""
+    """Return the largest unit prefix that is not above ``number``, and its size."""
     sizes = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
     return max(
         ((name, size) for name, size in sizes.items() if size <= max(1.0, number)),
@@ -337,5 +337,5 @@ def _unit_prefix(number: float) -> tuple[str, float]:
 
 
 def _lone_marker(x: np.ndarray) -> str:
-    """A lone point needs one."""
+    """Return the marker of a curve: a dot if it has only one point, else none."""
     return "o" if len(x) == 1 else ""

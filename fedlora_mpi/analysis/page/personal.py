@@ -1,4 +1,4 @@
-"""Figures of low-rank and personal parts, of the first seed of a group."""
+"""Draw the low-rank and personal parts of a group's first run."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,14 +19,16 @@ from ..parts import (
 from ..run_view import RunView
 from .style import WIDTH, PageFigure, new_figure
 
-MAX_GROUPS = 4  # at most so many are drawn
-MAX_CHECKPOINT_BYTES = 500_000_000  # of checkpoints read for one page
-_MAX_NAMED = 40  # up to so many layers or clients, each has its name
+MAX_GROUPS = 4  # largest number of groups that are drawn
+MAX_CHECKPOINT_BYTES = 500_000_000  # largest size of all checkpoints read for one page
+_MAX_NAMED = 40  # up to so many layers or clients, each has a label
 
 
 class PersonalFigures(NamedTuple):
-    """``tables``: the low-rank parts by label of the group; ``left_out``: groups that are not
-    drawn, each with why.
+    """The figures and tables of personal parts.
+
+    tables: {label of the group: its low-rank parts}.
+    left_out: the groups that are not drawn, each with the reason.
     """
 
     figures: list[PageFigure]
@@ -35,8 +37,10 @@ class PersonalFigures(NamedTuple):
 
 
 def personal_figures(groups: Sequence[Group]) -> PersonalFigures:
-    """The figures of the first groups with low-rank or personal parts; those without a checkpoint
-    are passed over. Groups whose clients have low-rank factors of their own come before others.
+    """Draw the first groups that have low-rank or personal parts.
+
+    Groups whose clients have personal low-rank factors come first. Groups without a checkpoint are
+    skipped.
     """
     result, budget, number = PersonalFigures([], {}, []), MAX_CHECKPOINT_BYTES, 0
     views = [(group, RunView(group.runs[0].path)) for group in groups]
@@ -54,7 +58,7 @@ def personal_figures(groups: Sequence[Group]) -> PersonalFigures:
             assert leaves is not None  # there is a checkpoint, within the budget
             factors, similar = low_rank(run, leaves), client_similarity(run, leaves)
         except ValueError as error:
-            # such as a network of the user's own that cannot be imported here
+            # for instance a user's network that cannot be imported here
             result.left_out.append(f"{group.label} ({error})")
             continue
         if factors and not np.nanmax(factors.norm) > 0:
@@ -82,7 +86,7 @@ def personal_figures(groups: Sequence[Group]) -> PersonalFigures:
 
 
 def effective_rank_figure(factors: LowRank, name: str, label: str, description: str) -> PageFigure:
-    """Effective rank and norm, layers down, clients across."""
+    """Draw effective rank and norm; rows are layers, columns are clients."""
     layers = len(factors.layers)
     fig = new_figure(WIDTH, 1.3 + max(0.16 * layers, 0.8))
     for axes, values, title in zip(
@@ -115,7 +119,7 @@ def effective_rank_figure(factors: LowRank, name: str, label: str, description: 
 def similarity_figure(
     client_similarity: ClientSimilarity, name: str, label: str, description: str
 ) -> PageFigure:
-    """The similarity of personal parts beside that of the label mixes, in one order."""
+    """Draw the similarity of personal parts beside that of label counts, in the same order."""
     fig = new_figure(WIDTH, 3.9)
     tables = (
         ("personal parts", client_similarity.personal),
@@ -155,7 +159,7 @@ def similarity_figure(
 
 
 def _label_clients(axes, clients: Sequence[int]) -> None:
-    """Clients across, without a frame."""
+    """Label the columns with client numbers and remove the frame."""
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     axes.set_xlabel("client")
@@ -164,6 +168,6 @@ def _label_clients(axes, clients: Sequence[int]) -> None:
 
 
 def _format_range(numbers: np.ndarray) -> str:
-    """4, or 4 to 16."""
+    """Return the range of the numbers, such as "4" or "4 to 16"."""
     known = numbers[~np.isnan(numbers)]
     return " to ".join(f"{n:g}" for n in sorted({known.min(), known.max()}))

@@ -1,4 +1,4 @@
-"""Where the seconds of each rank went."""
+"""Draw how each rank spends its seconds."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from .crowd import caption_note, named_groups
 from .curves import Looks
 from .style import GREY, PageFigure, panels
 
-# As in ``curves.seconds_by_stage``; waiting is empty.
+# train, exchange and evaluate have the colours of ``curves.seconds_by_stage``; waiting is white.
 SHADES = {
     "train": "#0072B2",
     "exchange": "#56B4E9",
@@ -21,7 +21,10 @@ _MAX_PANELS = 12
 
 
 def seconds_by_rank(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
-    """A panel for each group, of its first run that had several ranks."""
+    """Draw the seconds of each rank by stage.
+
+    There is a panel for each group, with its first run on several ranks.
+    """
     loads = [
         (group, load)
         for group in named_groups(groups, looks)
@@ -91,5 +94,5 @@ def seconds_by_rank(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
 
 
 def _multi_rank_load(run):
-    """The load of a run, None of one rank."""
+    """Return the load of a run's ranks; None if it had only one or did not measure them."""
     return run.rank_load if run.rank_load and len(run.rank_load.seconds["train"]) > 1 else None

@@ -1,4 +1,4 @@
-"""How every figure looks. matplotlib is imported when a figure is made."""
+"""Define the look of all figures. matplotlib is imported only when a figure is made."""
 
 import io
 import os
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind tell apart; their yellow, too pale for a line, is
-# grey here.
+# The colours of Okabe and Ito, which colour-blind readers can tell apart. Grey replaces their
+# yellow, which is too pale for a line.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 GREY = "#777777"
-DPI = 150  # of PNG
-WIDTH = 7.2  # inches, of a figure over the whole page
+DPI = 150  # resolution of PNG files
+WIDTH = 7.2  # width of a figure over the whole page, inches
 RC_PARAMS = {
     "font.size": 9.0,
     "axes.spines.top": False,
@@ -33,23 +33,23 @@ RC_PARAMS = {
     "axes.titlelocation": "left",
     "axes.linewidth": 0.7,
     "lines.linewidth": 1.5,
-    # inches; ticks may get a digit when their plot gets its place
+    # inches; leaves room because tick labels may get one more digit during layout
     "figure.constrained_layout.w_pad": 0.12,
-    "pdf.fonttype": 42,  # what publishers ask for
-    "text.hinting": "none",  # so that text is as wide at any resolution
-    "text.parse_math": False,  # a name with a $ is no formula
-    "svg.hashsalt": "fedlora_mpi",  # the same figure, the same bytes
+    "pdf.fonttype": 42,  # TrueType fonts, which publishers require
+    "text.hinting": "none",  # so that text has the same width at any resolution
+    "text.parse_math": False,  # so that a name with a $ is not read as a formula
+    "svg.hashsalt": "fedlora_mpi",  # so that equal figures have equal bytes
 }
-_LINE_INCHES = 11.5 / 72  # inches between two labels
-_LABEL_CHARS = 40  # letters of a line of a label
+_LINE_INCHES = 11.5 / 72  # height of a line of a label, inches
+_LABEL_CHARS = 40  # characters per line of a label
 
 
 class Look(NamedTuple):
-    """Of a group, in every figure."""
+    """The look of a group, the same in every figure."""
 
     color: str
     linestyle: str | tuple
-    is_named: bool = True  # else one of many, pale and without a label
+    is_named: bool = True  # if not: one of many groups, drawn pale and without a label
 
     @property
     def ink(self) -> str:
@@ -67,15 +67,15 @@ class PageFigure(NamedTuple):
     figure: "Figure"
 
     def render(self, kind: str) -> bytes:
-        """As ``png``, ``pdf`` or ``svg``, the same bytes for the same runs."""
+        """Return the figure as ``png``, ``pdf`` or ``svg``; equal runs give equal bytes."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.backends.backend_pdf import FigureCanvasPdf
         from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-        if self.figure.get_layout_engine():  # places are found once, not for each kind
+        if self.figure.get_layout_engine():  # compute the layout once, not for each kind
             self.figure.draw_without_rendering()
             self.figure.set_layout_engine("none")
-        content = io.BytesIO()  # by the canvases: savefig would draw everything twice
+        content = io.BytesIO()  # the canvases write it: savefig would draw everything twice
         self.figure.set_dpi(DPI)
         if kind == "png":
             FigureCanvasAgg(self.figure).print_png(content)
@@ -88,8 +88,9 @@ class PageFigure(NamedTuple):
 
 @contextmanager
 def plot_style():
-    """Figures made and saved within look alike, whatever the user's settings. Raises ValueError
-    without matplotlib.
+    """A context that replaces the user's settings of matplotlib by ours.
+
+    Make and save figures within it. Raises ValueError without matplotlib.
     """
     try:
         import matplotlib
@@ -102,8 +103,10 @@ def plot_style():
 
 
 def render_files(figures: Sequence[PageFigure]) -> list[dict[str, bytes]]:
-    """PNG, PDF and SVG of each, drawn on all cores; on one where a fork, which need not pickle
-    figures, is not safe.
+    """Return {kind: bytes} of each figure, as PNG, PDF and SVG.
+
+    Linux draws on all cores, in forked processes, which need not pickle the figures. Other systems
+    draw on one core, because a fork is not safe there.
     """
     cores = min(len(os.sched_getaffinity(0)), len(figures)) if sys.platform == "linux" else 1
     if cores < 2:
@@ -114,12 +117,13 @@ def render_files(figures: Sequence[PageFigure]) -> list[dict[str, bytes]]:
         return list(pool.map(_render_index, range(len(figures))))
 
 
-_worker_figures: list[PageFigure] = []  # of a process that draws
+_worker_figures: list[PageFigure] = []  # filled only in a process that draws
 
 
 def _start_worker(figures: Sequence[PageFigure], parent: int) -> None:
-    """What a process does first: it inherits the figures, and ends when its parent has ended,
-    however that was.
+    """Prepare a process that draws.
+
+    It inherits the figures. It exits when its parent has ended in any way.
     """
 
     def leave_with_parent() -> None:
@@ -140,7 +144,7 @@ def _render_figure(figure: PageFigure) -> dict[str, bytes]:
 
 
 def distinct_looks(number: int) -> list[Look]:
-    """So many that differ, as far as there are 32."""
+    """Return ``number`` looks; the first 32 are all different."""
     return [
         Look(COLORS[index % len(COLORS)], DASHES[index // len(COLORS) % len(DASHES)])
         for index in range(number)
@@ -148,7 +152,7 @@ def distinct_looks(number: int) -> list[Look]:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty one, in inches."""
+    """Return an empty figure; width and height are in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -161,10 +165,11 @@ def panels(
     y_label: str,
     bottom_space: float = 0,
 ) -> "tuple[Figure, list[Axes]]":
-    """A plot under each title, up to three in a row, with common axes.
+    """Return a figure with a plot under each title, and its plots.
 
-    panel_size: (width, height) of one, inches; bottom_space: what stays empty under all, inches.
-    Margins are constants: finding them takes as long as drawing the figure.
+    There are up to three plots in a row, with common axes. panel_size: (width, height) of a plot,
+    inches. bottom_space: empty space below all plots, inches. Margins are constants, because
+    computing them takes as long as drawing the figure.
     """
     from matplotlib.figure import Figure
 
@@ -207,7 +212,10 @@ def panels(
 
 
 def figure_height(labels: Sequence[str], min_height: float = 3.2) -> float:
-    """The height of a figure, inches, whose plot has these labels beside it; its rim takes 0.7."""
+    """Return the height, in inches, of a figure whose plot has these labels beside it.
+
+    The margins of the figure take 0.7 inches of it.
+    """
     return max(
         min_height,
         _LINE_INCHES * sum(wrap_label(label, _LABEL_CHARS).count("\n") + 1 for label in labels)
@@ -216,10 +224,10 @@ def figure_height(labels: Sequence[str], min_height: float = 3.2) -> float:
 
 
 def label_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, Look]], height: float) -> None:
-    """The name of each curve beside the plot, none over another, with a thin line from its end (x,
-    y).
+    """Write the name of each curve beside the plot, with a thin line from the curve's end (x, y).
 
-    Call it when the limits are set; ``height`` of the plot, inches.
+    The names do not overlap. Call this after the axis limits are set. ends: (x, y, name, look) of
+    each curve. height: of the plot, inches.
     """
     if not ends:
         return
@@ -256,12 +264,13 @@ def label_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, Look]], hei
 
 
 def place_apart(wanted: np.ndarray, sizes: np.ndarray, length: float = 1.0) -> np.ndarray:
-    """The ascending places nearest to ``wanted`` (ascending, least squares), without overlap.
+    """Return the ascending places nearest to ``wanted`` (least squares) without overlap.
 
-    ``sizes`` are what is placed. The places are between 0 and ``length`` if all fit in.
+    wanted: ascending. sizes: the sizes of the placed objects. The objects lie between 0 and
+    ``length`` if all of them fit.
     """
-    stacked = np.cumsum(sizes) - sizes / 2  # where they would be, one upon the other
-    pools: list[list[float]] = []  # [sum, count] of neighbours that push each other
+    stacked = np.cumsum(sizes) - sizes / 2  # the places of objects stacked without gaps
+    pools: list[list[float]] = []  # [sum, count] of touching neighbours
     for place in wanted - stacked:
         pools.append([place, 1.0])
         while len(pools) > 1 and pools[-2][0] / pools[-2][1] >= pools[-1][0] / pools[-1][1]:
@@ -272,11 +281,14 @@ def place_apart(wanted: np.ndarray, sizes: np.ndarray, length: float = 1.0) -> n
 
 
 def wrap_label(text: str, width: int = 34) -> str:
-    """A label on several lines."""
+    """Return a label broken into lines of at most ``width`` characters."""
     return textwrap.fill(text, width)
 
 
 def set_round_axis(axes: "Axes", last: int) -> None:
-    """Rounds are integers from 0; the longest curve ends at the rim, where its label is."""
+    """Set an axis of integer rounds from 0 to ``last``.
+
+    The longest curve then ends at the edge of the plot, where its label is.
+    """
     axes.set_xlim(0, max(1, last))
     axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # MaxNLocator

@@ -1,4 +1,6 @@
-"""Figures of numeric settings: one that differs is an axis, two that differ on a grid are a heat
+"""Draw accuracy against numeric settings.
+
+A setting that differs alone is the axis of a sweep. Two settings that differ on a grid are a heat
 map.
 """
 
@@ -12,12 +14,13 @@ import numpy as np
 from ..groups import Group, format_setting, is_number, short_key
 from .style import COLORS, DASHES, WIDTH, Look, PageFigure, figure_height, label_ends, new_figure
 
-_MIN_GRID_SHARE = 0.75  # of the cells of a grid that are there
+_MIN_GRID_SHARE = 0.75  # smallest share of a grid's cells that must have a group
 
 
 class Series(NamedTuple):
-    """Groups that differ in nothing but some settings; ``label``: what sets them apart from other
-    series.
+    """Groups that differ only in the settings on the axes.
+
+    label: the settings that tell this series from the others.
     """
 
     label: str
@@ -25,8 +28,9 @@ class Series(NamedTuple):
 
 
 def find_series(groups: Sequence[Group], keys: Sequence[str], axes: Sequence[str]) -> list[Series]:
-    """The groups that have numbers for ``axes``, together where all other settings are equal; two
-    values at least.
+    """Return the series of groups that differ only in the settings ``axes``.
+
+    Their values of ``axes`` are numbers. A series has at least two groups.
     """
     members_of: dict[str, list[Group]] = {}
     other_keys = [key for key in keys if key not in axes]
@@ -48,8 +52,9 @@ def find_series(groups: Sequence[Group], keys: Sequence[str], axes: Sequence[str
 
 
 def grid_figures(groups: Sequence[Group], keys: Sequence[str]) -> tuple[list[PageFigure], set[str]]:
-    """FedLoRA's Table 2 as a heat map, for every two settings on a grid; and the settings that are
-    in one.
+    """Draw a heat map like FedLoRA's Table 2 for every two settings on a grid.
+
+    Returns the figures and the keys of the settings that they show.
     """
     figures: list[PageFigure] = []
     used_keys: set[str] = set()
@@ -70,7 +75,10 @@ def grid_figures(groups: Sequence[Group], keys: Sequence[str]) -> tuple[list[Pag
 def sweep_figures(
     groups: Sequence[Group], keys: Sequence[str], excluded: set[str]
 ) -> list[PageFigure]:
-    """FedLoRA's Figure 4: final and best accuracy over each numeric setting that differs alone."""
+    """Draw final and best accuracy over each numeric setting not in ``excluded``.
+
+    The figures are like FedLoRA's Figure 4.
+    """
     figures = []
     for key in (key for key in keys if key not in excluded and _is_numeric(groups, key)):
         if key_series := find_series(groups, keys, [key]):
@@ -164,8 +172,9 @@ def _grid_figure(
 
 
 def _is_numeric(groups: Sequence[Group], key: str) -> bool:
-    """Whether a setting is a number wherever it is set, with several values; runs of different
-    length are no sweep.
+    """Return whether a setting has several values, all numbers.
+
+    The number of rounds is excluded: runs of different length are not a sweep.
     """
     if key == "rounds":
         return False
@@ -174,7 +183,7 @@ def _is_numeric(groups: Sequence[Group], key: str) -> bool:
 
 
 def _series_label(group: Group, differing: Sequence[str], keys: Sequence[str]) -> str:
-    """What sets a series apart, with the method's name alone."""
+    """Return the label of a series; names and kinds are shown without their key."""
 
     def describe(k):
         return (

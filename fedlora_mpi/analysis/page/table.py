@@ -1,4 +1,4 @@
-"""A table once, as CSV, Markdown, LaTeX and HTML."""
+"""Describe a table once and write it as CSV, Markdown, LaTeX and HTML."""
 
 import csv
 import io
@@ -13,9 +13,11 @@ from ..groups import Stat
 
 
 class Column(NamedTuple):
-    """``key``: in the CSV; ``title``: for people, with the unit; ``text``: of a number; ``best``:
-    of a column where the highest mean is shown bold, of the rows with the same ``task`` (no column,
-    or one that is not shown).
+    """A column of a table.
+
+    key: its name in the CSV. title: its readable name, with the unit. format_value: returns the
+    text of a number. marks_best: whether the highest mean is bold, among the rows with the same
+    ``task`` (a cell that need not be a column).
     """
 
     key: str
@@ -26,7 +28,10 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """``rows``: cells by column key: text, a number, a ``Stat``, or None where unknown."""
+    """A table.
+
+    rows: {column key: cell}. A cell is text, a number, a ``Stat``, or None if unknown.
+    """
 
     name: str
     title: str
@@ -35,7 +40,7 @@ class Table:
     rows: Sequence[Mapping[str, Any]]
 
     def csv(self) -> str:
-        """Numbers unrounded; a Stat is two columns; what is unknown is empty."""
+        """Return the table as CSV: unrounded numbers, two columns per Stat, unknown cells empty."""
         file = io.StringIO()
         records = [dict(self._csv_cells(row)) for row in self.rows]
         writer = csv.writer(file, lineterminator="\n")
@@ -47,7 +52,7 @@ class Table:
         return file.getvalue()
 
     def markdown(self) -> str:
-        """A table of GitHub's Markdown."""
+        """Return the table in GitHub's Markdown."""
 
         def format_row(cells):
             return "| " + " | ".join(map(escapes.escape_markdown, cells)) + " |"
@@ -68,7 +73,7 @@ class Table:
         return "\n".join([*header, *rows, "", escapes.escape_markdown(self.note), ""])
 
     def latex(self) -> str:
-        """A tabular for the package booktabs."""
+        """Return a LaTeX tabular for the package booktabs."""
 
         def format_row(cells):
             return " & ".join(cells) + r" \\"
@@ -93,7 +98,7 @@ class Table:
         )
 
     def html(self) -> str:
-        """A table with its caption."""
+        """Return an HTML table with its caption."""
         kinds = ["" if left else ' class="n"' for left in self._is_left_aligned]
 
         def format_row(tag, cells):
@@ -124,7 +129,7 @@ class Table:
 
     @property
     def _is_left_aligned(self) -> list[bool]:
-        """Whether a column is text, some cell of which does not begin as a number does."""
+        """Whether each column is aligned left: it has a text cell that starts with no digit."""
 
         def is_text(cell):
             return isinstance(cell, str) and not cell[:1].isdigit()
@@ -132,7 +137,7 @@ class Table:
         return [any(is_text(row.get(column.key)) for row in self.rows) for column in self.columns]
 
     def _formatted_cells(self) -> list[list[tuple[str, bool]]]:
-        """Of each row the texts, and whether they are the best of their column."""
+        """Return (text, whether it is the best of its column) of each cell, row by row."""
         cells = [
             [(_format_cell(column, row.get(column.key)), False) for column in self.columns]
             for row in self.rows
@@ -156,7 +161,7 @@ class Table:
         return cells
 
     def _csv_cells(self, row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        """The cells of a row of the CSV."""
+        """Yield (column name, value) of the CSV cells of a row."""
         for column in self.columns:
             value = row.get(column.key)
             if any(isinstance(other_row.get(column.key), Stat) for other_row in self.rows):
@@ -169,12 +174,12 @@ class Table:
 
 
 def format_percent(fraction: float) -> str:
-    """Two decimals, without the sign."""
+    """Return a fraction as a percentage with two decimals, without the percent sign."""
     return f"{100 * fraction:.2f}"
 
 
 def format_number(number: float) -> str:
-    """Three digits; no exponent for what people read as a whole number."""
+    """Return a number with three digits; from 1000 on as a whole number, without an exponent."""
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
 
 

@@ -1,4 +1,4 @@
-"""The tables of a report."""
+"""Build the tables of a report."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +15,7 @@ _SEED_NOTE = "± is the sample standard deviation over seeds (of run and partiti
 
 
 def accuracy_table(groups: Sequence[Group]) -> Table:
-    """A row for each group."""
+    """Return the final and best accuracy, with a row for each group."""
     columns = [
         Column("run", "method"),
         Column("seeds", "seeds"),
@@ -52,7 +52,7 @@ def accuracy_table(groups: Sequence[Group]) -> Table:
 
 
 def cost_table(groups: Sequence[Group]) -> Table:
-    """What each group has sent, computed and waited for."""
+    """Return the bytes, the FLOPs and the seconds of each group."""
 
     def total_of(name):
         return lambda run: float(run.column(name).sum())
@@ -106,7 +106,7 @@ def cost_table(groups: Sequence[Group]) -> Table:
 
 
 def settings_table(run_groups: RunGroups) -> Table | None:
-    """What sets the groups apart."""
+    """Return the settings that differ between the groups; None if there are none."""
     if not run_groups.keys:
         return None
     names = {key: column_name(key, run_groups.keys) for key in run_groups.keys}
@@ -129,7 +129,7 @@ def settings_table(run_groups: RunGroups) -> Table | None:
 
 
 def run_table(groups: Sequence[Group]) -> Table:
-    """A row for each run."""
+    """Return a row for each run."""
     columns = [
         Column("run", "method"),
         Column("seed", "seed"),
@@ -162,7 +162,7 @@ def run_table(groups: Sequence[Group]) -> Table:
 
 
 def rival_table(pairs: Sequence[RivalPair]) -> Table | None:
-    """How many clients a method serves at least as well as FedAvg and Local."""
+    """Compare each client's accuracy with FedAvg and Local; None without a pair of methods."""
     if not pairs:
         return None
     columns = [
@@ -195,7 +195,7 @@ def rival_table(pairs: Sequence[RivalPair]) -> Table | None:
 
 
 def low_rank_table(factors_of: Mapping[str, LowRank]) -> Table | None:
-    """A row for each group and layer."""
+    """Return rank and norm of the low-rank parts by group and layer; None if there are none."""
     if not factors_of:
         return None
     columns = [
@@ -224,7 +224,7 @@ def low_rank_table(factors_of: Mapping[str, LowRank]) -> Table | None:
 
 
 def _format_rounds(group: Group) -> str:
-    """20, or 12 to 20 where runs are not done."""
+    """Return the group's rounds, such as "20", or "12 to 20" if its runs differ."""
     return " to ".join(
         str(n)
         for n in sorted(
@@ -234,7 +234,7 @@ def _format_rounds(group: Group) -> str:
 
 
 def _client_std(run) -> float:
-    """The sample standard deviation over the clients."""
+    """Return the sample standard deviation of the clients' accuracies; NaN for fewer than two."""
     known = run.client_accuracy[~np.isnan(run.client_accuracy)]
     return float(known.std(ddof=1)) if len(known) > 1 else np.nan
 

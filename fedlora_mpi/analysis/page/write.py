@@ -1,5 +1,6 @@
-"""A folder with one self-contained page, its figures as PNG and PDF, its tables as CSV, Markdown
-and LaTeX.
+"""Write a report folder: one self-contained page, and its figures and tables as files.
+
+Figures are PNG and PDF files; tables are CSV, Markdown and LaTeX files.
 """
 
 import os
@@ -23,13 +24,12 @@ from .table import Table, format_percent
 
 PAGE, FIGURES, TABLES = "report.html", "figures", "tables"
 _FILE_KINDS = {FIGURES: ("png", "pdf"), TABLES: ("csv", "md", "tex")}
-_PAGE_MARK = (
-    '<meta name="fedlora-mpi" content="{}">'  # of our pages: the names of the files beside them
-)
+# A page of ours has this tag. Its content lists the report's other files.
+_PAGE_MARK = '<meta name="fedlora-mpi" content="{}">'
 
 
 class PageContent(NamedTuple):
-    """What is told of the runs, in the order of the page."""
+    """The content of the page, in its order."""
 
     run_groups: RunGroups
     tables: list[Table]
@@ -38,15 +38,15 @@ class PageContent(NamedTuple):
 
 
 def write_report(paths: Sequence[Path], folder: Path) -> str:
-    """Write the report of these runs into ``folder``, new, empty or of an earlier report; what was
-    done, in a line.
+    """Write the report of these runs into ``folder``.
 
-    Raises ValueError: a path that is no run, a run without rounds, a folder with other files, no
-    matplotlib or pandas.
+    The folder must be new, empty or hold an earlier report. Returns a line about what was written.
+    Raises ValueError for a path that is no run, a run without rounds, a folder with other files, or
+    if matplotlib or pandas is missing.
     """
     old_files = _earlier_files(folder)
     with plot_style():
-        # runs/* may hold the report
+        # the pattern runs/* may also match the report's folder
         logs = read_logs([path for path in paths if path.resolve() != folder.resolve()])
         content = collect_content(logs)
         files: dict[str, bytes] = {}
@@ -67,7 +67,10 @@ def write_report(paths: Sequence[Path], folder: Path) -> str:
 
 
 def read_logs(paths: Sequence[Path]) -> list[RunLog]:
-    """The runs, each once. Raises ValueError for what is no run, or has no round yet."""
+    """Read the log of each run once.
+
+    Raises ValueError for a path that is no run, for a run without rounds, or without any path.
+    """
     if not paths:
         raise ValueError("no run is left to report on; give the `output` of runs")
     logs = [RunLog.read(path) for path in {path.resolve(): path for path in paths}.values()]
@@ -78,7 +81,7 @@ def read_logs(paths: Sequence[Path]) -> list[RunLog]:
 
 
 def collect_content(logs: Sequence[RunLog]) -> PageContent:
-    """The tables and figures for which the runs have the data."""
+    """Return the tables and figures for which the runs have data."""
     run_groups = group_runs(logs)
     groups = run_groups.groups
     look_of = assign_looks(groups)
@@ -122,7 +125,10 @@ def collect_content(logs: Sequence[RunLog]) -> PageContent:
 
 
 def render_page(content: PageContent, svg_of: dict[str, bytes], files: Sequence[str]) -> str:
-    """The page, with the SVG of each figure in it. It fetches nothing and runs nothing."""
+    """Return the HTML page with the SVG of each figure.
+
+    The page loads nothing from outside and has no scripts.
+    """
     groups = content.run_groups.groups
     headline, *other_tables = content.tables
     sections = [(f"table-{headline.name}", headline.title, headline.html())]
@@ -143,7 +149,7 @@ def render_page(content: PageContent, svg_of: dict[str, bytes], files: Sequence[
             )
         )
     sections += [(f"table-{table.name}", table.title, table.html()) for table in other_tables]
-    first_section: dict[str, str] = {}  # of several figures of a kind
+    first_section: dict[str, str] = {}  # the contents link only to the first figure of a kind
     for name, title, _ in sections:
         first_section.setdefault(re.split(": |, split ", title)[0], name)
     contents = " · ".join(
@@ -179,7 +185,7 @@ def render_page(content: PageContent, svg_of: dict[str, bytes], files: Sequence[
 
 
 def summarize(groups: Sequence[Group]) -> str:
-    """What is ahead, in a sentence for each task."""
+    """Return a sentence about the best group of each task."""
     sentences = []
     for task in dict.fromkeys(group.task for group in groups):
         finals = [
@@ -198,7 +204,10 @@ def summarize(groups: Sequence[Group]) -> str:
 
 
 def _describe_lead(finals: Sequence[tuple[Stat, Group]], task_note: str) -> str:
-    """The first of those of one task, and how far it is before the second."""
+    """Return a sentence about the best group of a task and its lead over the second.
+
+    finals: (final accuracy, group) of one task, the best first.
+    """
 
     def format_stat(stat):
         return (
@@ -226,7 +235,7 @@ def _describe_lead(finals: Sequence[tuple[Stat, Group]], task_note: str) -> str:
 
 
 def _caution_notes(run_groups: RunGroups) -> Iterator[str]:
-    """What a reader must know before comparing."""
+    """Yield notes that a reader must know before comparing the groups."""
     for group in run_groups.groups:
         if len({run.rounds_done for run in group.runs}) > 1:
             rounds_text = ", ".join(str(run.rounds_done) for run in group.runs)
@@ -250,7 +259,7 @@ def _caution_notes(run_groups: RunGroups) -> Iterator[str]:
 
 
 def _common_settings(groups: Sequence[Group]) -> str:
-    """The settings that all runs share, folded away."""
+    """Return the settings that all runs share, as a folded HTML block."""
     settings_of_runs = [run.settings for group in groups for run in group.runs]
     common = {
         key: value
@@ -268,13 +277,13 @@ def _common_settings(groups: Sequence[Group]) -> str:
 
 
 def _final_clients(logs: Sequence[RunLog]):
-    """Each client in the last evaluated round of its run."""
+    """Return the table of all clients in the last evaluated round of each run."""
     table = clients_table(logs)
     return table[table["round"] == table.groupby("path")["round"].transform("max")]
 
 
 def _csv_bytes(table) -> bytes:
-    """A table of pandas, in which no text is a formula."""
+    """Return a pandas table as CSV; texts are escaped so that a spreadsheet runs no formula."""
     texts = table.select_dtypes(exclude="number").columns
     safe = table.assign(**{name: table[name].map(escapes.csv_cell) for name in texts}).rename(
         columns=escapes.csv_cell
@@ -283,7 +292,10 @@ def _csv_bytes(table) -> bytes:
 
 
 def _earlier_files(folder: Path) -> list[str]:
-    """The files of an earlier report in ``folder``. Raises ValueError for any other content."""
+    """Return the files of an earlier report in ``folder``; none if the folder is new or empty.
+
+    Raises ValueError for any other content.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return []
     if not folder.is_dir():
@@ -307,7 +319,7 @@ def _earlier_files(folder: Path) -> list[str]:
 
 
 def _is_report_file(name: str) -> bool:
-    """Whether a report writes files of this name."""
+    """Return whether a report writes files with such a name."""
     folder, _, file = name.partition("/")
     return (
         folder in _FILE_KINDS
@@ -317,8 +329,9 @@ def _is_report_file(name: str) -> bool:
 
 
 def _write_files(folder: Path, files: dict[str, bytes], old_files: Sequence[str]) -> None:
-    """Write the files, the page last; then what only the earlier report had goes. Raises
-    ValueError.
+    """Write the files, the page last, and then remove files that only the earlier report had.
+
+    Raises ValueError if the folder cannot be written.
     """
     try:
         for name in (FIGURES, TABLES):
