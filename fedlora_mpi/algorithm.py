@@ -228,6 +228,11 @@ class Transport(NamedTuple):
     expand: Callable[[Upload, Tree, int], Term] = _as_term
     download_numel: Callable[[Tree, Tree, int], Tensor | int] | None = None
 
+    @property
+    def expands(self) -> bool:
+        """Whether terms are something else than uploads."""
+        return self.expand is not _as_term
+
     def untrained_upload(self, initial: Variables, shared: Tree) -> Upload:
         """What the client would send in round 0 without training; ``initial``: its variables before
         round 1, ``shared``: the server's current ones.

@@ -35,7 +35,7 @@ from fedlora_mpi.config import read
 from fedlora_mpi.core.names import display_name
 from fedlora_mpi.data.partition import PARTITIONS, DirichletClass
 from fedlora_mpi.mpi.comm import Solo
-from fedlora_mpi.run.assembly import load_data
+from fedlora_mpi.run.parts import load_data
 from fedlora_mpi.run.checkpointing import initial_state
 from fedlora_mpi.run.loop import resume, start
 

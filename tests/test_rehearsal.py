@@ -452,7 +452,7 @@ def test_a_network_that_never_trains_is_refused_in_one_line(path, tmp_path, caps
 
 def test_a_network_that_is_known_needs_no_trial(monkeypatch):
     monkeypatch.setattr(
-        "fedlora_mpi.run.assembly.rehearse_engine", lambda *given: pytest.fail("tried")
+        "fedlora_mpi.run.engine_choice.rehearse_engine", lambda *given: pytest.fail("tried")
     )
     build(tiny_config(), str(TINY), Solo())
     with pytest.raises(pytest.fail.Exception):

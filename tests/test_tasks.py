@@ -33,7 +33,8 @@ from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Refusal
 from fedlora_mpi.plan import plan
-from fedlora_mpi.run.assembly import build, load_data
+from fedlora_mpi.run.assembly import build
+from fedlora_mpi.run.parts import load_data
 from fedlora_mpi.run.checkpointing import initial_state
 from fedlora_mpi.run.loop import resume
 

@@ -167,7 +167,7 @@ class Mixing:
         offers: Mapping[int, PackedMix],
         ids: list[int],
     ) -> tuple[Tensor, Tensor]:
-        """Inner products of the keys [n, n] and the extra numbers [n, k], float64, on every rank."""
+        """Inner products of the keys [n, n] and extra numbers [n, k], float64, on every rank."""
         n = len(ids)
         sums = ExactSum(n * (n + self.extra))
         for block in _column_blocks(keys):

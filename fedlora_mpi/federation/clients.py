@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..aggregation.flat_layout import Layout, estimate_nbytes
-from ..algorithm import Algorithm, Term, Transport, Upload, Variables
+from ..algorithm import Algorithm, Term, Transport, Upload, Variables, low_rank_of
 from ..core.names import is_factor
 from ..core.tree import Tree
 from ..engine.train import Trainer
@@ -62,7 +62,7 @@ class ClientType:
 
 @dataclass(frozen=True, eq=False)
 class Clients:
-    """All clients and what they hold, in one task of a run. ``clients[k]``: the type of client k."""
+    """All clients and what they hold in one task. ``clients[k]`` is the type of client k."""
 
     types: tuple[ClientType, ...]
     type_of: tuple[int, ...]  # number of each client's type
@@ -100,3 +100,14 @@ class Clients:
         return tuple(
             parameters or [n for n in names if role(n) != "stats" and not is_factor(n, "ABW")]
         )
+
+    def low_rank(self, network: int) -> dict[str, int]:
+        """{weight: rank} of the weights of a network that have a low-rank part; the largest rank
+        that any of its clients has.
+        """
+        ranks: dict[str, int] = {}
+        for client_type in (t for t in self.types if t.network == network):
+            for v in (client_type.initial, client_type.local_initial):
+                for weight, rank in low_rank_of(v).items():
+                    ranks[weight] = max(rank, ranks.get(weight, 0))
+        return ranks

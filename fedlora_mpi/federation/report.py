@@ -27,7 +27,7 @@ def report(
     unknown = np.full(len(cohort.clients), np.nan)
     if scores is None:
         scores = Scores(dict.fromkeys(SCORES, unknown), unknown, {})
-    row = {
+    row: dict = {
         "train_loss": received.train_loss,
         "clients": received.trained,
         "stop": received.stop,
