@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from fedlora_mpi import config as configs
-from fedlora_mpi.federation.federation import Run
+from fedlora_mpi.federation.federation import Federation
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.heartbeat import Heartbeat
@@ -166,20 +166,20 @@ def run_rounds(*overrides: str, ranks: int = 1) -> list[list[RoundSnapshot]]:
     """
     config = tiny_config(*overrides)
 
-    def main(comm) -> tuple[Run, list[RoundSnapshot]]:
+    def main(comm) -> tuple[Federation, list[RoundSnapshot]]:
         parts = build(config, str(TINY), comm)
         state = initial_state(parts)
         moments = [RoundSnapshot(clone_tree(state.shared), clone_tree(state.personal), {}, {})]
         for _ in range(config.rounds):
-            state, row, clients = run_round(parts.run, state, evaluate=True, stop=False)
+            state, row, clients = run_round(parts.federation, state, evaluate=True, stop=False)
             moments.append(
                 RoundSnapshot(clone_tree(state.shared), clone_tree(state.personal), row, clients)
             )
-        return parts.run, moments
+        return parts.federation, moments
 
     results = run_on_ranks(ranks, main)
     runs = [run for run, _ in results]
-    hosted = [client for run in runs for client in run.local_clients]
+    hosted = [client for run in runs for client in run.placement.local_clients]
     assert sorted(hosted) == list(range(config.data.partition.clients)), f"hosted: {hosted}"
     personal_at = [
         join_personal(runs, [moments[index].personal for _, moments in results])
@@ -191,14 +191,14 @@ def run_rounds(*overrides: str, ranks: int = 1) -> list[list[RoundSnapshot]]:
     ]
 
 
-def join_personal(runs: Sequence[Run], personal: Sequence[dict]) -> dict[str, torch.Tensor]:
+def join_personal(runs: Sequence[Federation], personal: Sequence[dict]) -> dict[str, torch.Tensor]:
     """The personal leaves of all ranks together: of each kind [n, ...], its clients in the order of
     their ids.
     """
     personal_leaves = {}
-    for number, kind in enumerate(runs[0].kinds):
+    for number, kind in enumerate(runs[0].clients.types):
         order = torch.tensor(
-            [client for run in runs for client in run.local_clients_by_kind[number]]
+            [client for run in runs for client in run.placement.local_clients_by_type[number]]
         ).argsort()
         names = [kind.prefix + name for name in kind.initial.personal]
         personal_leaves |= {n: torch.cat([tree[n] for tree in personal])[order] for n in names}

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from faulty import AFTER, BEFORE, FAIL, WITHIN, ProcessResult, start_fork_server
+from fedlora_mpi.federation.client_rows import DiskRows
 from runs import (
     TESTS,
     command_line,
@@ -25,7 +26,6 @@ from runs import (
 )
 
 from fedlora_mpi.core.disk_errors import WriteError
-from fedlora_mpi.federation.client_rows import DiskRows
 
 CONFIG = TESTS / "faulty.yaml"
 # keeps one checkpoint, so that another is removed

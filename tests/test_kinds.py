@@ -56,8 +56,8 @@ from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models import zoo
 from fedlora_mpi.plan import plan
 from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.parts import load_data
 from fedlora_mpi.run.checkpointing import load_state, save_checkpoint
+from fedlora_mpi.run.parts import load_data
 from fedlora_mpi.store.reader import RunFiles
 from fedlora_mpi.store.snapshot import Checkpoint, checkpoint_folder
 

@@ -8,6 +8,7 @@ import resource
 import numpy as np
 import pytest
 import torch
+from fedlora_mpi.federation.client_rows import DiskRows
 from runs import (
     TINY,
     assert_same_run,
@@ -19,7 +20,6 @@ from runs import (
 )
 
 from fedlora_mpi import cli, open_run
-from fedlora_mpi.federation.client_rows import DiskRows
 
 DISK = "engine.personal=disk"
 

@@ -34,9 +34,9 @@ from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Refusal
 from fedlora_mpi.plan import plan
 from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.parts import load_data
 from fedlora_mpi.run.checkpointing import initial_state
 from fedlora_mpi.run.loop import resume
+from fedlora_mpi.run.parts import load_data
 
 EACH = ("data.tasks.classes=1", "data.tasks.rounds=1")
 PAIRS = ("data.tasks.classes=2", "data.tasks.rounds=2")

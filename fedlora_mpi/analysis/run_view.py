@@ -249,7 +249,8 @@ class RunView:
         """
         network = min(self.network_of) if client is None else self.network_of[client]
         initial = self._initial_variables(
-            self._parsed_config.algorithm if client is None else self.transports[client].method, network
+            self._parsed_config.algorithm if client is None else self.transports[client].method,
+            network,
         )
         leaf_of = {
             name: n

@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 from ..aggregation.aggregator import Aggregator
 from ..aggregation.client_mix import Mixing
+from ..aggregation.protection import Protection
+from ..aggregation.term_layout import TermLayout
 from ..algorithm import Algorithm
 from ..core.tree import Tree
 from ..mpi.comm import Comm
-from .client_store import ClientStore
+from .client_store import ClientStore, MemoryRows, RowStorage
 from .clients import Clients
 from .cohorts import Cohorts
 from .instruments import Instruments
@@ -31,26 +33,87 @@ class Federation:
     # whether those who are evaluated in a round are its cohort; else everybody is
     evaluate_cohort_only: bool = False
 
+    @classmethod
+    def build(
+        cls,
+        algorithm: Algorithm,
+        comm: Comm,
+        cohorts: Cohorts,
+        placement: Placement,
+        clients: Clients | None = None,
+        *,
+        workers: Sequence[int] = (0,),
+        route: str = "auto",
+        reduce: str = "exact",
+        gathers: bool = False,
+        skip_nonfinite: bool = False,
+        protection: Protection | None = None,
+        rows: RowStorage | None = None,
+        evaluate_cohort_only: bool = False,
+    ) -> "Federation":
+        """The federation of these clients; ``clients``: with all their data, if there are tasks.
+
+        workers: the ranks that host clients; route: of mixes, see ``Mixing.of``. The other
+        arguments are fields of ``Aggregator``, ``ClientStore`` and this class.
+        """
+        clients = clients or cohorts.tasks[0]
+        first = clients.types[0]
+        aggregator = Aggregator(
+            comm=comm,
+            algorithm=algorithm,
+            terms=TermLayout.of(first.untrained_term),
+            untrained_term=clients.untrained_term,
+            drift_leaves=clients.drift_leaves(),
+            reduce=reduce,
+            rank_of_client=placement.rank_of_client,
+            untrained_upload=first.untrained_upload,
+            protection=protection or Protection(),
+            gathers=gathers,
+            skip_nonfinite=skip_nonfinite,
+            mixing=_mixing(algorithm, clients, placement, workers, route),
+        )
+        return cls(
+            algorithm,
+            comm,
+            clients,
+            cohorts,
+            placement,
+            ClientStore(clients, placement, rows or MemoryRows()),
+            aggregator,
+            Instruments(clients, comm.heartbeat, prints_hint=comm.rank == 0),
+            evaluate_cohort_only,
+        )
+
     def on_ranks(
         self, comm: Comm, hosts: Sequence[int], workers: Sequence[int], route: str
     ) -> "Federation":
         """This federation on the ranks of ``comm``, its groups on the ranks ``hosts``.
 
-        workers: the ranks that host clients; route: of mixes, see ``Mixing.of``. Personal rows do
-        not move, and nothing of them is replicated.
+        workers and route: see ``build``. Personal rows do not move, and nothing of them is
+        replicated.
         """
         placement = replace(self.placement, rank=comm.rank, rank_of_group=tuple(hosts))
-        ranks = placement.rank_of_client
-        initial, clients = self.clients.types[0].initial, range(len(self.clients))
         aggregator = replace(
             self.aggregator,
             comm=comm,
-            rank_of_client=ranks,
-            mixing=Mixing.of(self.algorithm, initial, [ranks[c] for c in clients], workers, route),
+            rank_of_client=placement.rank_of_client,
+            mixing=_mixing(self.algorithm, self.clients, placement, workers, route),
             all_reduce=None,
         )
         store = ClientStore(self.clients, placement, self.store.rows)
         return replace(self, comm=comm, placement=placement, store=store, aggregator=aggregator)
+
+
+def _mixing(
+    algorithm: Algorithm,
+    clients: Clients,
+    placement: Placement,
+    workers: Sequence[int],
+    route: str,
+) -> Mixing | None:
+    """How per-client mixes are exchanged between these ranks; None: the method has none."""
+    ranks = [placement.rank_of_client[client] for client in range(len(clients))]
+    return Mixing.of(algorithm, clients.types[0].initial, ranks, workers, route)
 
 
 class State(NamedTuple):

@@ -20,7 +20,7 @@ from ..aggregation.svd import right_vectors
 from ..algorithm import Variables
 from ..config import Config
 from ..core.scheduling import assign_groups
-from ..core.tree import Tree, nbytes, numel, tmap
+from ..core.tree import nbytes, numel, tmap
 from ..core.units import format_bytes, format_seconds
 from ..data.feed import Feed
 from ..federation.clients import ClientType

@@ -5,11 +5,8 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from .. import config as configs
-from ..aggregation.aggregator import Aggregator
-from ..aggregation.client_mix import Mixing
 from ..aggregation.flat_layout import joint_dtype
 from ..aggregation.gathered import should_gather
-from ..aggregation.protection import Protection
 from ..aggregation.term_layout import TermLayout
 from ..config import Config
 from ..config.blocks import prefix_errors
@@ -19,11 +16,10 @@ from ..data.partition import Split
 from ..data.texts import Vocabulary
 from ..engine.device import retain_freed_memory, select_device
 from ..engine.train import ClientFeed
-from ..federation.client_store import ClientStore, DiskRows, MemoryRows
+from ..federation.client_store import DiskRows
 from ..federation.clients import Clients, ClientType
 from ..federation.cohorts import Cohorts, group_clients
 from ..federation.federation import Federation
-from ..federation.instruments import Instruments
 from ..federation.placement import Placement
 from ..mpi.comm import Comm
 from ..mpi.ending import collectively
@@ -107,19 +103,20 @@ def _assemble(
         config.privacy,
     )
     on_disk = config.engine.personal == "disk"
-    federation = Federation(
-        algorithm=config.algorithm,
-        comm=comm,
-        clients=clients,
-        cohorts=cohorts,
-        placement=placement,
-        store=ClientStore(
-            clients,
-            placement,
-            DiskRows(expand_home(config.output)) if on_disk else MemoryRows(),
-        ),
-        aggregator=_aggregator(clients, placement, config, comm, workers),
-        instruments=Instruments(clients, comm.heartbeat, comm.rank == 0),
+    is_private = config.privacy != Privacy()
+    federation = Federation.build(
+        config.algorithm,
+        comm,
+        cohorts,
+        placement,
+        clients,
+        workers=workers,
+        route=config.mix,
+        reduce=config.reduce,
+        gathers=not is_private and _gathers(clients, config),
+        skip_nonfinite=config.faults.non_finite == "skip",
+        protection=PrivateUploads(config.privacy, config.seed) if is_private else None,
+        rows=DiskRows(expand_home(config.output)) if on_disk else None,
         evaluate_cohort_only=config.evaluate.clients == "cohort",
     )
     with prefix_errors(source, "privacy"):
@@ -159,43 +156,18 @@ def _place(clients: Clients, config: Config, comm: Comm, workers: Sequence[int])
     return Placement(comm.rank, groups, costs, hosts, group_size, clients.type_of)
 
 
-def _aggregator(
-    clients: Clients, placement: Placement, config: Config, comm: Comm, workers: Sequence[int]
-) -> Aggregator:
-    """The way from uploads to the server that the config asks for."""
-    terms, first = TermLayout.of(clients.types[0].untrained_term), clients.types[0]
+def _gathers(clients: Clients, config: Config) -> bool:
+    """Whether uploads travel as they are."""
     layouts = [t.upload_layout for t in clients.types]
     upload_bytes = (
         config.participation
         * sum(layouts[number].size for number in clients.type_of)
         * joint_dtype([layout.dtype for layout in layouts]).itemsize
     )
-    is_private = config.privacy != Privacy()
-    gathers = not is_private and should_gather(
-        config.uplink, first.transport.expands, upload_bytes, terms.flat, config.reduce
-    )
-    rank_of_client = placement.rank_of_client
-    mixing = Mixing.of(
-        config.algorithm,
-        first.initial,
-        [rank_of_client[c] for c in range(len(clients))],
-        workers,
-        config.mix,
-    )
-    return Aggregator(
-        comm,
-        config.algorithm,
-        terms,
-        clients.untrained_term,
-        clients.drift_leaves(),
-        config.reduce,
-        rank_of_client,
-        first.untrained_upload,
-        PrivateUploads(config.privacy, config.seed) if is_private else Protection(),
-        gathers,
-        config.faults.non_finite == "skip",
-        mixing,
-    )
+    first = clients.types[0]
+    terms = TermLayout.of(first.untrained_term).flat
+    expands = first.transport.expands
+    return should_gather(config.uplink, expands, upload_bytes, terms, config.reduce)
 
 
 def _check_privacy(config: Config, federation: Federation) -> None:
