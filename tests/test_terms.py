@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import small
 import torch
 
-import small
 from fedlora_mpi.aggregation.term_layout import TermLayout
 from fedlora_mpi.algorithm import Term, Update, Upload
 from fedlora_mpi.algorithms.fedavg import FedAvg
