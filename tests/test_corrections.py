@@ -7,7 +7,7 @@ import small
 import torch
 from tiers import STACK_FIRST, thorough_param
 
-from fedlora_mpi.algorithm import Batch, LocalTraining, Variables
+from fedlora_mpi.algorithm import Batch, LocalTraining, Variables, phases_of
 from fedlora_mpi.algorithms.ditto import Ditto
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedprox import FedProx
@@ -311,7 +311,8 @@ class Flat:
         return x.new_zeros(len(x), small.CLASSES)  # a constant cross-entropy
 
     def local(self, model, train, round_):
-        (phase,) = super().local(model, train, round_)
+        items = super().local(model, train, round_)
+        (phase,) = phases_of(items)
         (step,) = phase.steps
 
         def loss(now, start, batch):
@@ -321,7 +322,8 @@ class Flat:
             )
             return step.loss(now, start, batch) + bowls
 
-        return (phase._replace(steps=(step._replace(loss=loss),)),)
+        flat = phase._replace(steps=(step._replace(loss=loss),))
+        return tuple(flat if item is phase else item for item in items)
 
 
 def quadratic(samples):
