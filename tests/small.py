@@ -1,13 +1,14 @@
 """What several test files share: ragged clients, tiny networks, one way to play rounds."""
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import torch
 from torch import nn
 
-from fedlora_mpi.algorithm import LocalTraining, Transport
+from fedlora_mpi.algorithm import LocalTraining
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import tmap
 from fedlora_mpi.data.datasets import Data, Samples
@@ -134,7 +135,7 @@ def make_trainer(algorithm, network="cnn", train=TRAIN, stacked=False, samples=N
     if fine:
         samples._train = Float64Images(*samples._train)
     return (Float64Trainer if fine else Trainer)(
-        Transport(algorithm), make_model(network), train, samples, CPU, stacked
+        algorithm.transport(0, 1), make_model(network), train, samples, CPU, stacked
     )
 
 
@@ -167,7 +168,7 @@ def make_experiment(
 
     network: a name, or several; client k has number k mod their number.
     """
-    networks = np.atleast_1d(network).tolist()
+    networks = np.atleast_1d(network).tolist()[: len(sizes)]
     samples = samples or make_feed(sizes, same_sample=same_sample)
     trainers = [make_trainer(algorithm, name, samples=samples, **how) for name in networks]
     initial = initial_variables(trainers[0])
@@ -188,6 +189,16 @@ def make_experiment(
     cohorts = Cohorts((Clients(types, type_of, tuple(sizes), weights),), 1, participation)
     federation = Federation.build(algorithm, Solo(), cohorts, placement)
     return federation, initial_state(Assembly(None, federation, None, SHAPE, ""))
+
+
+def with_trainers(federation, **fields):
+    """``federation`` without tasks, with other fields of its trainers."""
+    types = tuple(
+        replace(t, trainer=replace(t.trainer, **fields)) for t in federation.clients.types
+    )
+    clients = replace(federation.clients, types=types)
+    cohorts = replace(federation.cohorts, tasks=(clients,))
+    return replace(federation, clients=clients, cohorts=cohorts)
 
 
 def run_rounds(federation, state, rounds):
