@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from math import ceil, prod
 from pathlib import Path
 from textwrap import fill
@@ -22,7 +23,8 @@ import torch
 
 from fedlora_mpi import algorithms
 from fedlora_mpi.aggregation.client_mix import Mixing
-from fedlora_mpi.algorithm import Algorithm, Cohort, Variables
+from fedlora_mpi.aggregation.svd import right_vectors
+from fedlora_mpi.algorithm import HOOKS, Aggregate, Algorithm, Transport, Update, Variables
 from fedlora_mpi.components.gating import cut_tensors
 from fedlora_mpi.components.lora import FineTuning
 from fedlora_mpi.components.lowrank import LowRank, matrix_shape
@@ -30,6 +32,7 @@ from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import Tree, nbytes, numel, tmap
 from fedlora_mpi.models.network import Model
 from fedlora_mpi.models.zoo import build
+from fedlora_mpi.mpi.comm import Solo
 
 PAGE = Path(__file__).with_name("methods.md")
 GUIDE = PAGE.with_name("add_a_method.md")
@@ -68,6 +71,8 @@ SAID = {
     "fedavg_lora": Said("sigma, and tau's factors A and B", bytes=Bytes(*2 * ["4 * (P + F + T)"])),
     "fedper": Said("all but the head", "head", Bytes(BODY, BODY, "4 * H")),
     "fedrep": Said("all but the head", "head", Bytes(BODY, BODY, "4 * H")),
+    "fedbabu": Said("all but the head", "head, the same for all and frozen", Bytes(BODY, BODY, "4 * H")),
+    "elastic_head": Said("everything, with the mean head", "a second head", Bytes(ALL, ALL, "4 * H")),
     "fedbn": Said("all but normalisation layers", "normalisation layers",
                   Bytes("4 * (P - A)", "4 * (P - A)", "4 * (A + F)")),
     "fedrod": Said("everything, with the generic head", "a second head", Bytes(ALL, ALL, "4 * H")),
@@ -128,31 +133,40 @@ def measured(algorithm: Algorithm, model: Model) -> Bytes:
 
     Where what is sent depends on the client, the most: when it holds all classes and all are known.
     """
-    first = algorithm.init(model, rng(1, "init"))
+    first, transport = algorithm.init(model, rng(1, "init")), algorithm.transport(0, 1)
+    server = algorithm.server(model, first.shared)
     mixing = Mixing.of(algorithm, first, [0], [0], "auto")
-    arrived = first._replace(shared=algorithm.download(first.shared))
-    ones = Variables(*(tmap(torch.ones_like, half) for half in arrived[:2]))
-    up = 4 * max(int(algorithm.upload_numel(v, v)) for v in (arrived, ones)) + (
-        mixing.bytes_up if mixing else 0
+
+    def upload_numel(v: Variables) -> int:
+        upload = transport.method.upload(v, v, 0)
+        return numel(upload.message) if upload.numel is None else int(upload.numel)
+
+    def download_numel(round_: int, server: Tree, shared: Tree) -> int:
+        count = transport.download_numel
+        return int(count(server, shared, round_)) if count else numel(transport.download(shared))
+
+    def ones(tree: Tree) -> Tree:
+        return tmap(torch.ones_like, tree)
+
+    arrived = first._replace(shared=transport.download(first.shared))
+    up = max(map(upload_numel, (arrived, Variables(*map(ones, arrived[:2])))))
+    update = served_once(algorithm, transport, server, first)
+    down = max(
+        download_numel(0, server, first.shared),
+        download_numel(0, ones(server), ones(first.shared)),
+        download_numel(1, update.server, update.shared),
     )
-    moments = (
-        first.shared,
-        tmap(torch.ones_like, first.shared),
-        served_once(algorithm, model, first),
-    )
-    down = 4 * max(int(algorithm.download_numel(shared)) for shared in moments) + (
-        mixing.bytes_down if mixing else 0
-    )
-    return Bytes(up, down, nbytes(first.personal), nbytes(algorithm.server(model, first.shared)))
+    mixed = (mixing.bytes_up, mixing.bytes_down) if mixing else (0, 0)
+    return Bytes(4 * up + mixed[0], 4 * down + mixed[1], nbytes(first.personal), nbytes(server))
 
 
-def served_once(algorithm: Algorithm, model: Model, first: Variables) -> Tree:
-    """The shared variables after a round of one client that has learned nothing."""
-    v = first._replace(shared=algorithm.download(first.shared))
-    mean = algorithm.expand(algorithm.upload(v, v), first.shared, 1)
-    return algorithm.server_update(
-        algorithm.server(model, first.shared), first.shared, mean, Cohort(1.0, 1.0)
-    )[1]
+def served_once(
+    algorithm: Algorithm, transport: Transport, server: Tree, first: Variables
+) -> Update:
+    """What the server makes of one client that has learned nothing."""
+    term = transport.untrained_term(first, first.shared)
+    aggregate = Aggregate(term.mean, term.sum, term.metrics, 0, 1, 1.0, 1.0)
+    return algorithm.server_update(server, first.shared, aggregate, partial(right_vectors, Solo()))
 
 
 def symbols(model: Model) -> dict[str, tuple[int, str]]:
@@ -268,8 +282,9 @@ def judged(cls: type[Algorithm]) -> str:
 def mean(algorithm: Algorithm, model: Model) -> str:
     """How clients, present and absent, count in the mean."""
     first = algorithm.init(model, rng(1, "init"))
-    mixes = algorithm.offer(first, first) is not None
-    if not algorithm.upload(first, first):
+    upload = algorithm.transport(0, 1).untrained_upload(first, first.shared)
+    mixes = upload.mix is not None
+    if not upload.message:
         return "none; a mix is over the clients of the round" if mixes else "none"
     settable = {field.name for field in fields(algorithm)}
 
@@ -285,7 +300,7 @@ def mean(algorithm: Algorithm, model: Model) -> str:
         f"{weight[algorithm.weights]} ({setting('weights')}); {away[algorithm.absent]} "
         f"({setting('absent')})"
     )
-    found = f"a sum; {found}" if algorithm.sums else found
+    found = f"a sum; {found}" if upload.sum else found
     return found + ("; a mix is over the clients of the round" if mixes else "")
 
 
@@ -330,9 +345,8 @@ def hooks() -> Iterator[str]:
     """The table of what a method may define, and which methods do."""
     yield "| hook | what it says | defined by |"
     yield "|---|---|---|"
-    for hook, default in vars(Algorithm).items():
-        if hook.startswith("_") or not inspect.isfunction(default):
-            continue
+    for hook in HOOKS:
+        default = getattr(Algorithm, hook)
         users = [
             name
             for name in algorithms.algorithm_names()
