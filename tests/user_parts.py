@@ -83,7 +83,7 @@ class FailsOnRank2(FedAvg):
 
         if MPI.COMM_WORLD.rank == 2 and end is not start:
             raise KeyError("a mistake in the user's upload")
-        return Upload(mean=end.shared)
+        return super().upload(start, end, round_)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Breaks(FedAvg):
 
     def upload(self, start, end, round_):
         broken = self.breaks and end is not start
-        return Upload(mean={n: v * float("nan") if broken else v for n, v in end.shared.items()})
+        return Upload({n: v * float("nan") if broken else v for n, v in end.shared.items()})
 
 
 @dataclass(frozen=True)
