@@ -6,12 +6,11 @@ import torch
 from runs import (
     MIXED,
     TINY,
-    RoundSnapshot,
     build_tiny,
-    clone_tree,
     join_personal,
     run_on_ranks,
     run_rounds,
+    snapshot,
     tiny_config,
 )
 
@@ -53,7 +52,7 @@ def balanced_run(ranks: int, taken: list[float], *asked: str, samples: float = 1
         return (
             federation,
             before,
-            RoundSnapshot(clone_tree(state.shared), clone_tree(state.personal), row, clients),
+            snapshot(state, row, clients),
         )
 
     found = run_on_ranks(ranks, main)

@@ -55,7 +55,7 @@ class Phased(FedAvg):
 
     parts: tuple = ()
 
-    def phases(self, model, train, round_):
+    def local(self, model, train, round_):
         def phase(epochs, constant=None, **step):
             return Phase(epochs, (Step(**{"loss": self.loss(model), **step}),), constant)
 
@@ -306,7 +306,7 @@ def test_a_constant_is_computed_once_from_each_clients_own_variables(stacked):
 
     @dataclass(frozen=True)
     class Pulled(Local):
-        def phases(self, model, train, round_):
+        def local(self, model, train, round_):
             def constant(v):
                 seen.append(1)
                 return {n: 3 * w for n, w in v.personal.items()}
@@ -483,7 +483,7 @@ class Adds(Algorithm):
     def init(self, model, rng):
         return Variables({}, {n: torch.zeros(small.SHAPE) for n in ("held", "rest")})
 
-    def phases(self, model, train, round_):
+    def local(self, model, train, round_):
         def adding(name):
             def loss(now, start, batch):
                 real = 1 if batch.real is None else batch.real[:, None, None, None]
@@ -526,8 +526,8 @@ def test_the_cost_of_a_round_is_that_of_the_samples_that_are_used():
     class Twice(FedAvg):
         held_out: float = 0.2
 
-        def phases(self, model, train, round_):
-            (phase,) = super().phases(model, train, round_)
+        def local(self, model, train, round_):
+            (phase,) = super().local(model, train, round_)
             return phase._replace(held_out=True), phase
 
     costs = [
