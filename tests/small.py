@@ -1,6 +1,7 @@
 """What several test files share: ragged clients, tiny networks, one way to play rounds."""
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -188,6 +189,16 @@ def make_experiment(
     cohorts = Cohorts((Clients(types, type_of, tuple(sizes), weights),), 1, participation)
     federation = Federation.build(algorithm, Solo(), cohorts, placement)
     return federation, initial_state(Assembly(None, federation, None, SHAPE, ""))
+
+
+def with_trainers(federation, **fields):
+    """``federation`` without tasks, with other fields of its trainers."""
+    types = tuple(
+        replace(t, trainer=replace(t.trainer, **fields)) for t in federation.clients.types
+    )
+    clients = replace(federation.clients, types=types)
+    cohorts = replace(federation.cohorts, tasks=(clients,))
+    return replace(federation, clients=clients, cohorts=cohorts)
 
 
 def run_rounds(federation, state, rounds):

@@ -204,7 +204,7 @@ def test_every_client_of_a_mixed_run_has_its_own_network_and_the_accuracy_that_w
     for client in range(7):
         view, first = (
             run.client(client),
-            build_tiny(*PFEDLORA).federation.clients.types[KIND_OF[client]].initial,
+            build_tiny(*PFEDLORA).federation.clients[client].initial,
         )
         assert {n: v.shape for n, v in view.personal.items()} == {
             n: v.shape for n, v in first.personal.items()
