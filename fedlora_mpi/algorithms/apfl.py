@@ -57,7 +57,7 @@ class APFL(Algorithm):
         v = add_prefix(model.initial, _OWN)
         return Variables(shared=model.initial, personal=v | {_MIX_ALPHA: torch.tensor(self.alpha)})
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         parameters = {n for n in model.leaves if model.role(n) != "stats"}
         own_parameters = {_OWN + n for n in parameters}
 

@@ -47,7 +47,7 @@ class Ditto(Algorithm):
     def init(self, model: Model, rng: Generator) -> Variables:
         return Variables(shared=model.initial, personal=add_prefix(model.initial, _OWN))
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         base_loss = self.loss(model)
         parameters = [n for n in model.leaves if model.role(n) != "stats"]
         own_parameters = {_OWN + n for n in parameters}

@@ -31,7 +31,20 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
+from ..algorithm import (
+    Aggregate,
+    Algorithm,
+    Batch,
+    LocalTraining,
+    Phase,
+    Step,
+    Svd,
+    Transport,
+    Update,
+    Upload,
+    Variables,
+    Visit,
+)
 from ..components.prototypes import client_class_means
 from ..core.batch import cross_entropy, mean
 from ..core.bounds import bounded
@@ -53,8 +66,6 @@ class FD(Algorithm):
     """
 
     weights = "uniform"
-    sums = True
-    needs_all_data = True
     gamma: float = 1.0
     outputs: Literal["probabilities", "logits"] = "probabilities"
 
@@ -68,26 +79,31 @@ class FD(Algorithm):
             {_CLASS_OUTPUTS: no_outputs, _CLASS_HOLDERS: no_outputs[0]}, model.initial | own_leaves
         )
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         gamma = self.gamma if round_ else 0.0
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             logits = self.logits(model, now, batch.x)
             fit = cross_entropy(logits, batch)
-            return (
-                fit
-                + gamma * distill(logits, *self.teacher_outputs(start, batch.counts, round_), batch)
-                if gamma
-                else fit
-            )
+            if not gamma:
+                return fit
+            teacher = self.teacher_outputs(start, batch.counts, round_)
+            return fit + gamma * distill(logits, *teacher, batch)
 
-        def mark_round(v: Variables) -> Variables:
-            return v._replace(
-                personal=v.personal
-                | {_OWN_ROUND: torch.full_like(v.personal[_OWN_ROUND], round_ + 1)}
-            )
+        def outputs(w: Tree, x: Tensor) -> Tensor:
+            logits = model.eval_mode()(w, x)
+            return logits.softmax(1) if self.outputs == "probabilities" else logits
 
-        return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),), after=mark_round),)
+        def show(start: Variables, now: Variables, data: Batch) -> Variables:
+            w = self.client_model(model, now)
+            z = client_class_means(lambda x: outputs(w, x), data)
+            own_round = torch.full_like(now.personal[_OWN_ROUND], round_ + 1)
+            class_sums = {_CLASS_OUTPUTS: z, _CLASS_HOLDERS: (data.counts > 0).to(z)}
+            own = {_OWN_OUTPUTS: z, _OWN_ROUND: own_round}
+            return Variables(class_sums, now.personal | own)
+
+        phase = Phase(train.epochs, (Step(loss, model.leaves.__contains__),))
+        return phase, Visit(show, all_data=True)
 
     def teacher_outputs(self, v: Variables, counts: Tensor, round_: int) -> tuple[Tensor, Tensor]:
         """zhat [classes, classes], one row per class, and the number of other clients that hold
@@ -101,24 +117,19 @@ class FD(Algorithm):
         ) / holders.clamp(min=1)[:, None]
         return (zhat if self.outputs == "probabilities" else zhat.softmax(1)), holders
 
-    def finish(
-        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
-    ) -> Variables:
-        eval_model, w = model.eval_mode(), self.client_model(model, end)
-        z = client_class_means(
-            lambda x: (
-                eval_model(w, x).softmax(1) if self.outputs == "probabilities" else eval_model(w, x)
-            ),
-            data,
-        )
-        class_sums = {_CLASS_OUTPUTS: z, _CLASS_HOLDERS: (data.counts > 0).to(z)}
-        return Variables(class_sums, end.personal | {_OWN_OUTPUTS: z})
+    def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
+        return Upload(sum=end.shared, numel=held_numel({}, end.shared, round_))
 
-    def upload_numel(self, start: Variables, end: Variables) -> Tensor:
-        return self.download_numel(end.shared)
+    def transport(self, client: int, clients: int) -> Transport:
+        return Transport(self, download_numel=held_numel)
 
-    def download_numel(self, shared: Tree) -> Tensor:
-        return (shared[_CLASS_HOLDERS] > 0).sum() * len(shared[_CLASS_HOLDERS])
+    def server_update(self, server: Tree, shared: Tree, aggregate: Aggregate, svd: Svd) -> Update:
+        return Update(aggregate.sum, server)
+
+
+def held_numel(server: Tree, shared: Tree, round_: int) -> Tensor:
+    """How many numbers the outputs of held classes have."""
+    return (shared[_CLASS_HOLDERS] > 0).sum() * len(shared[_CLASS_HOLDERS])
 
 
 def distill(logits: Tensor, zhat: Tensor, holders: Tensor, batch: Batch) -> Tensor:

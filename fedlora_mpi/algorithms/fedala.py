@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Sgd, Step, Variables
+from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Sgd, Step, Variables, Visit
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
@@ -75,12 +75,20 @@ class FedALA(Algorithm):
         ones = {_A + n: torch.ones_like(model.initial[n]) for n in self.mixed_leaves(model)}
         return Variables(model.initial, own_leaves | ones)
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         local_step = Step(self.loss(model), trains=model.leaves.__contains__)
-        return self.aggregation_phase(model, round_), Phase(train.epochs, (local_step,))
 
-    def aggregation_phase(self, model: Model, round_: int) -> Phase:
-        """The phase that learns A_i, eq. (5), and then applies the mix, eq. (4)."""
+        def keep_model(start: Variables, now: Variables, data: Batch) -> Variables:
+            own = {_OWN + n: now.shared[n] for n in self.mixed_leaves(model)}
+            return now._replace(personal=now.personal | own)
+
+        phase = Phase(train.epochs, (local_step,))
+        return *self.personalize(model, train, round_), phase, Visit(keep_model)
+
+    def personalize(
+        self, model: Model, train: LocalTraining, round_: int
+    ) -> tuple[Phase | Visit, ...]:
+        """A phase that learns A_i, eq. (5), and a visit that applies the mix, eq. (4)."""
         leaves = self.mixed_leaves(model)
 
         def mixture(v: Variables) -> Tree:
@@ -100,20 +108,9 @@ class FedALA(Algorithm):
         def sample_limit(size):
             return max(1, int(size * self.s / 100))
 
-        def apply_mixture(v):
-            return v._replace(shared=v.shared | mixture(v))
+        def apply_mixture(start: Variables, now: Variables, data: Batch) -> Variables:
+            return now._replace(shared=now.shared | mixture(now))
 
         epochs = self.start_epochs if round_ == 1 else 1
-        return Phase(
-            epochs, (learn_step,), stream="aggregation", limit=sample_limit, after=apply_mixture
-        )
-
-    def finish(
-        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
-    ) -> Variables:
-        return end._replace(
-            personal=end.personal | {_OWN + n: end.shared[n] for n in self.mixed_leaves(model)}
-        )
-
-    def personalize(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
-        return (self.aggregation_phase(model, round_),)
+        phase = Phase(epochs, (learn_step,), stream="aggregation", limit=sample_limit)
+        return phase, Visit(apply_mixture)

@@ -31,7 +31,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Mix, Phase, Step, Variables
+from ..algorithm import Algorithm, Batch, LocalTraining, Mix, Phase, Step, Upload, Variables, Visit
 from ..components.similarity import cosines, squared_distances
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
@@ -59,10 +59,6 @@ class FedAMP(Algorithm):
     self_weight: float = 0.0
     start: Literal["own", "cloud"] = "own"
 
-    @property
-    def center_keys(self) -> bool:  # type: ignore[override]  # read only, like every field
-        return not self.heuristic  # centring changes cosines, but not distances
-
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)", alpha="(0, inf)", decay="(0, 1]", decay_every="[1, inf)")
         bounded(self, alpha_min="[0, inf)", sigma="(0, inf)", self_weight="[0, 1]")
@@ -85,24 +81,23 @@ class FedAMP(Algorithm):
         cloud = {_CLOUD + n: w for n, w in model.initial.items() if model.role(n) != "stats"}
         return Variables(shared={}, personal=model.initial | cloud)
 
-    def begin(self, model: Model, v: Variables, data: Batch) -> Variables:
-        return (
-            v
-            if self.start == "own"
-            else v._replace(personal=v.personal | select_prefix(v.personal, _CLOUD))
-        )
-
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         fit, strength = self.loss(model), self.lam / (2 * self.alpha_of(round_))
+
+        def take_cloud(start: Variables, now: Variables, data: Batch) -> Variables:
+            return now._replace(personal=now.personal | select_prefix(now.personal, _CLOUD))
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             u = select_prefix(now.personal, _CLOUD)
             return fit(now, start, batch) + strength * sq_dist(now.personal, u, u)
 
-        return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),)),)
+        phase = Phase(train.epochs, (Step(loss, model.leaves.__contains__),))
+        return (phase,) if self.start == "own" else (Visit(take_cloud), phase)
 
-    def offer(self, start: Variables, end: Variables) -> Mix:
-        return Mix({_CLOUD + n: end.personal[n] for n in select_prefix(end.personal, _CLOUD)})
+    def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
+        rows = {_CLOUD + n: end.personal[n] for n in select_prefix(end.personal, _CLOUD)}
+        # centring changes cosines, but not distances
+        return Upload(mix=Mix(rows, centered=not self.heuristic))
 
     def mix(self, gram: Tensor, extra: Tensor, round_: int) -> Tensor:
         if self.heuristic:

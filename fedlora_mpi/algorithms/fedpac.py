@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Mix, Phase, Step, Variables
+from ..algorithm import Algorithm, Batch, LocalTraining, Mix, Phase, Step, Upload, Variables, Visit
 from ..components.prototypes import (
     MEANS,
     OWN_MEANS,
@@ -58,8 +58,6 @@ class FedPAC(Algorithm):
     """The ``head_epochs`` come first; all of ``train.epochs`` then train the body."""
 
     evaluate_on = "after_training"
-    center_keys = True
-    needs_all_data = True
     lam: float = 1.0
     head_epochs: int = 1
     head_lr: float = 0.1
@@ -79,13 +77,19 @@ class FedPAC(Algorithm):
         own_statistics = {OWN_MEANS: means, _OWN_VARIANCE: torch.zeros(1)}  # h_i and V_i
         return Variables(body | {MEANS: means, SHARES: means[:, 0]}, head | own_statistics)
 
-    def begin(self, model: Model, v: Variables, data: Batch) -> Variables:
-        h, energy = feature_statistics(model.eval_mode(), self.client_model(model, v), data)
-        variance = ((energy - h.square().sum()).clamp(min=0) / data.counts.sum())[None]
-        return v._replace(personal=v.personal | {OWN_MEANS: h, _OWN_VARIANCE: variance})
-
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         lam = self.lam if round_ else 0.0
+
+        def describe(start: Variables, now: Variables, data: Batch) -> Variables:
+            weights = self.client_model(model, now)
+            h, energy = feature_statistics(model.eval_mode(), weights, data)
+            variance = ((energy - h.square().sum()).clamp(min=0) / data.counts.sum())[None]
+            return now._replace(personal=now.personal | {OWN_MEANS: h, _OWN_VARIANCE: variance})
+
+        def show_classes(start: Variables, now: Variables, data: Batch) -> Variables:
+            weights = self.client_model(model, now)
+            classes = class_statistics(model.eval_mode(), weights, data)
+            return now._replace(shared=now.shared | classes)
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             weights = self.client_model(model, now)
@@ -97,19 +101,16 @@ class FedPAC(Algorithm):
             loss, lambda leaf: model.role(leaf) == "head", lambda sgd: sgd._replace(lr=self.head_lr)
         )
         body = Step(loss, lambda leaf: model.role(leaf) in ("body", "norm"))
-        return Phase(self.head_epochs, (head,)), Phase(train.epochs, (body,))
-
-    def finish(
-        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
-    ) -> Variables:
-        return end._replace(
-            shared=end.shared
-            | class_statistics(model.eval_mode(), self.client_model(model, end), data)
+        return (
+            Visit(describe, all_data=True),
+            Phase(self.head_epochs, (head,)),
+            Phase(train.epochs, (body,)),
+            Visit(show_classes, all_data=True),
         )
 
-    def offer(self, start: Variables, end: Variables) -> Mix:
-        own_statistics, head = split(end.personal, {OWN_MEANS, _OWN_VARIANCE}.__contains__)
-        return Mix(head, key=own_statistics[OWN_MEANS], extra=own_statistics[_OWN_VARIANCE])
+    def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
+        own, head = split(end.personal, {OWN_MEANS, _OWN_VARIANCE}.__contains__)
+        return Upload(end.shared, mix=Mix(head, own[OWN_MEANS], own[_OWN_VARIANCE], centered=True))
 
     def mix(self, gram: Tensor, extra: Tensor, round_: int) -> Tensor:
         alpha = best_weights(gram, extra[:, 0])

@@ -30,12 +30,28 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
-from ..components.prototypes import MEANS, SHARES, client_class_means, prototype_loss, prototypes
+from ..algorithm import (
+    Algorithm,
+    Batch,
+    LocalTraining,
+    Phase,
+    Step,
+    Transport,
+    Upload,
+    Variables,
+    Visit,
+)
+from ..components.prototypes import (
+    MEANS,
+    SHARES,
+    client_class_means,
+    known_numel,
+    prototype_loss,
+    prototypes,
+)
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
-from ..core.tree import Tree
 from ..models.network import Model
 
 _OWN_CLASSES = method_leaf_name("own", "classes")
@@ -47,7 +63,6 @@ class FedProto(Algorithm):
     ``own.classes`` is 1 for a class that the client holds, else 0.
     """
 
-    needs_all_data = True
     lam: float = 1.0
     inference: Literal["classifier", "prototypes"] = "classifier"
     among: Literal["own", "known"] = "own"
@@ -69,7 +84,7 @@ class FedProto(Algorithm):
             {MEANS: means, SHARES: means[:, 0]}, model.initial | {_OWN_CLASSES: means[:, 0]}
         )
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         lam = self.lam if round_ else 0.0
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
@@ -79,22 +94,21 @@ class FedProto(Algorithm):
             P, known = prototypes(start.shared)
             return fit + lam * prototype_loss(z, P, batch, known) if lam else fit
 
-        return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),)),)
+        def show(start: Variables, now: Variables, data: Batch) -> Variables:
+            w, holds_class = self.client_model(model, now), (data.counts > 0).to(data.counts)
+            share = holds_class if self.weights == "uniform" else data.counts / data.counts.sum()
+            means = client_class_means(lambda x: model.eval_mode().features(w, x), data)
+            class_leaves = {MEANS: share[:, None] * means, SHARES: share}
+            return Variables(class_leaves, now.personal | {_OWN_CLASSES: holds_class})
 
-    def finish(
-        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
-    ) -> Variables:
-        w, holds_class = self.client_model(model, end), (data.counts > 0).to(data.counts)
-        share = holds_class if self.weights == "uniform" else data.counts / data.counts.sum()
-        means = client_class_means(lambda x: model.eval_mode().features(w, x), data)
-        class_leaves = {MEANS: share[:, None] * means, SHARES: share}
-        return Variables(class_leaves, end.personal | {_OWN_CLASSES: holds_class})
+        phase = Phase(train.epochs, (Step(loss, model.leaves.__contains__),))
+        return phase, Visit(show, all_data=True)
 
-    def upload_numel(self, start: Variables, end: Variables) -> Tensor:
-        return self.download_numel(end.shared)
+    def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
+        return Upload(mean=end.shared, numel=known_numel({}, end.shared, round_))
 
-    def download_numel(self, shared: Tree) -> Tensor:
-        return (shared[SHARES] > 0).sum() * shared[MEANS].shape[1]
+    def transport(self, client: int, clients: int) -> Transport:
+        return Transport(self, download_numel=known_numel)
 
     def logits(self, model: Model, v: Variables, x: Tensor) -> Tensor:
         """The logits [B, classes]. With ``inference: prototypes`` they are -mean_d (z - P_c)^2

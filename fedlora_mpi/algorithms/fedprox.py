@@ -36,7 +36,7 @@ class FedProx(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, mu="[0, inf)")
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         base_loss = self.loss(model)
         parameters = [n for n in model.leaves if model.role(n) != "stats"]
 

@@ -49,7 +49,7 @@ class FedRep(Algorithm):
         head, body = split(model.initial, lambda leaf: model.role(leaf) == "head")
         return Variables(shared=body, personal=head)
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         loss = self.loss(model)
         return (
             Phase(self.head_epochs, (Step(loss, lambda leaf: model.role(leaf) == "head"),)),

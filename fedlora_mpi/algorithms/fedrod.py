@@ -61,7 +61,7 @@ class FedRoD(Algorithm):
         phi = {n: v * start for n, v in model.initial.items() if model.role(n) == "head"}
         return Variables(shared=model.initial, personal=add_prefix(phi, _OWN))
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             z = model.features(now.shared, batch.x)
             g = model.classify(now.shared, z)

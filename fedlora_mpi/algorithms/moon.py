@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
+from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables, Visit
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
@@ -59,7 +59,7 @@ class MOON(Algorithm):
     def init(self, model: Model, rng: Generator) -> Variables:
         return Variables(shared=model.initial, personal=_own_body(model, model.initial))
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         teacher = model.eval_mode()
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
@@ -69,7 +69,11 @@ class MOON(Algorithm):
             fit = cross_entropy(model.classify(now.shared, z), batch)
             return fit + self.mu * self.contrastive_loss(z, z_glob, z_prev, batch)
 
-        return (Phase(train.epochs, (Step(loss, lambda leaf: model.role(leaf) is not None),)),)
+        def keep_model(start: Variables, now: Variables, data: Batch) -> Variables:
+            return Variables(now.shared, _own_body(model, now.shared))
+
+        step = Step(loss, lambda leaf: model.role(leaf) is not None)
+        return Phase(train.epochs, (step,)), Visit(keep_model)
 
     def contrastive_loss(self, z: Tensor, z_glob: Tensor, z_prev: Tensor, batch: Batch) -> Tensor:
         """The mean of l_con over the real examples, []. Features: [B, width]."""
@@ -79,11 +83,6 @@ class MOON(Algorithm):
         return cross_entropy(
             torch.stack(similarities, 1), batch._replace(y=torch.zeros_like(batch.y))
         )
-
-    def finish(
-        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
-    ) -> Variables:
-        return Variables(end.shared, _own_body(model, end.shared))
 
 
 def _own_body(model: Model, tree: Tree) -> Tree:

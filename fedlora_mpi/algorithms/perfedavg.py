@@ -47,7 +47,7 @@ class PerFedAvg(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, alpha="[0, inf)")
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         base_loss = self.loss(model)
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:

@@ -93,6 +93,11 @@ def prototypes(shared: Tree) -> tuple[Tensor, Tensor]:
     return shared[MEANS] / shares.clamp(min=1e-30)[:, None], shares > 0
 
 
+def known_numel(server: Tree, shared: Tree, round_: int) -> Tensor:
+    """Return how many numbers the prototypes of known classes have; a ``download_numel``."""
+    return (shared[SHARES] > 0).sum() * shared[MEANS].shape[1]
+
+
 def prototype_loss(z: Tensor, means: Tensor, batch: Batch, known: Tensor | None = None) -> Tensor:
     """Return the mean of (z - c_y)^2 over real examples and features, [].
 
