@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedlora_mpi.algorithm import LocalTraining, Transport
+from fedlora_mpi.algorithm import LocalTraining
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import tmap
 from fedlora_mpi.data.datasets import Data, Samples
@@ -135,7 +135,7 @@ def make_trainer(algorithm, network="cnn", train=TRAIN, stacked=False, samples=N
     if fine:
         samples._train = Float64Images(*samples._train)
     return (Float64Trainer if fine else Trainer)(
-        Transport(algorithm), make_model(network), train, samples, CPU, stacked
+        algorithm.transport(0, 1), make_model(network), train, samples, CPU, stacked
     )
 
 

@@ -41,7 +41,7 @@ class FML(Companion):
     def __post_init__(self) -> None:
         bounded(self, alpha="[0, 1]", beta="[0, 1]")
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             own_logits, meme_logits = self.both_logits(model, now, batch)
             return self.student_loss(
