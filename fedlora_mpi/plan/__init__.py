@@ -237,8 +237,8 @@ def _privacy_lines(assembly: Assembly) -> list[tuple[str, str]]:
         "one client more or less" if block.samples_poisson else "another client in the place of one"
     )
     epsilon_text = (
-        f"epsilon {cohorts.epsilon(rounds):.3g} at delta {block.delta:g} after {rounds} rounds, for "
-        f"{relation}"
+        f"epsilon {cohorts.epsilon(rounds):.3g} at delta {block.delta:g} after {rounds} rounds, "
+        f"for {relation}"
     )
     noise = block.noise_std / cohorts.sample(0).weight
     return [

@@ -215,8 +215,9 @@ def surviving_comm(lost: RankLost, old_comm: Comm) -> Mpi:
 
 
 def _make_plan(federation: Federation, comm: Mpi, checkpoint_round: int) -> RecoveryPlan:
-    """What to do without the dead ranks of ``federation``; one message. Raises RankLost on all ranks or
-    none.
+    """What to do without the dead ranks of ``federation``; one message.
+
+    Raises RankLost on all ranks or none.
 
     Raises Unrecoverable on all when a rank has died together with the one that had its copies.
     """

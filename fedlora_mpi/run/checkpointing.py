@@ -110,7 +110,8 @@ def load_state(snapshot: Checkpoint, assembly: Assembly) -> State:
             for name, value in rows.items():
                 personal[prefix + name][start : start + block_clients] = value
     federation.store.release()
-    server = _to_tree(snapshot.server(), initial_server)
+    # an earlier version kept some of the server's leaves among the shared ones
+    server = _to_tree(snapshot.shared() | snapshot.server(), initial_server)
     shared = _to_tree(snapshot.shared(), initial_shared)
 
     def to_device(tree):
@@ -129,7 +130,7 @@ def _check_leaves(snapshot: Checkpoint, assembly: Assembly, initial_server: Tree
     ]
     for stored, like in (
         (snapshot.shapes("shared"), clients.types[0].initial.shared),
-        (snapshot.shapes("server"), initial_server),
+        (snapshot.shapes("shared") | snapshot.shapes("server"), initial_server),
         *personal,
     ):
         for name, array in _to_arrays(like).items():
