@@ -168,7 +168,7 @@ def make_experiment(
 
     network: a name, or several; client k has number k mod their number.
     """
-    networks = np.atleast_1d(network).tolist()
+    networks = np.atleast_1d(network).tolist()[: len(sizes)]
     samples = samples or make_feed(sizes, same_sample=same_sample)
     trainers = [make_trainer(algorithm, name, samples=samples, **how) for name in networks]
     initial = initial_variables(trainers[0])
