@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from math import ceil, prod
 from pathlib import Path
 from textwrap import fill
@@ -22,7 +23,8 @@ import torch
 
 from fedlora_mpi import algorithms
 from fedlora_mpi.aggregation.client_mix import Mixing
-from fedlora_mpi.algorithm import Algorithm, Cohort, Variables
+from fedlora_mpi.aggregation.svd import right_vectors
+from fedlora_mpi.algorithm import Aggregate, Algorithm, Update, Variables
 from fedlora_mpi.components.gating import cut_tensors
 from fedlora_mpi.components.lora import FineTuning
 from fedlora_mpi.components.lowrank import LowRank, matrix_shape
@@ -30,6 +32,7 @@ from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import Tree, nbytes, numel, tmap
 from fedlora_mpi.models.network import Model
 from fedlora_mpi.models.zoo import build
+from fedlora_mpi.mpi.comm import Solo
 
 PAGE = Path(__file__).with_name("methods.md")
 GUIDE = PAGE.with_name("add_a_method.md")
@@ -130,29 +133,37 @@ def measured(algorithm: Algorithm, model: Model) -> Bytes:
     """
     first = algorithm.init(model, rng(1, "init"))
     mixing = Mixing.of(algorithm, first, [0], [0], "auto")
-    arrived = first._replace(shared=algorithm.download(first.shared))
-    ones = Variables(*(tmap(torch.ones_like, half) for half in arrived[:2]))
-    up = 4 * max(int(algorithm.upload_numel(v, v)) for v in (arrived, ones)) + (
-        mixing.bytes_up if mixing else 0
+    transport, server = algorithm.transport(0, 1), algorithm.server(model, first.shared)
+    arrived = first._replace(shared=transport.download(first.shared))
+
+    def ones_like(tree: Tree) -> Tree:
+        return tmap(torch.ones_like, tree)
+
+    def sent(v: Variables) -> int:
+        upload = transport.method.upload(v, v, 0)
+        return numel(upload.message) if upload.numel is None else int(upload.numel)
+
+    def received(server: Tree, shared: Tree, round_: int) -> int:
+        count = transport.download_numel
+        return int(count(server, shared, round_)) if count else numel(transport.download(shared))
+
+    up = 4 * max(sent(v) for v in (arrived, Variables(*map(ones_like, arrived[:2]))))
+    next_ = served_once(algorithm, server, first)
+    down = 4 * max(
+        received(server, first.shared, 0),
+        received(ones_like(server), ones_like(first.shared), 0),
+        received(next_.server, next_.shared, 1),
     )
-    moments = (
-        first.shared,
-        tmap(torch.ones_like, first.shared),
-        served_once(algorithm, model, first),
-    )
-    down = 4 * max(int(algorithm.download_numel(shared)) for shared in moments) + (
-        mixing.bytes_down if mixing else 0
-    )
-    return Bytes(up, down, nbytes(first.personal), nbytes(algorithm.server(model, first.shared)))
+    if mixing:
+        up, down = up + mixing.bytes_up, down + mixing.bytes_down
+    return Bytes(up, down, nbytes(first.personal), nbytes(server))
 
 
-def served_once(algorithm: Algorithm, model: Model, first: Variables) -> Tree:
-    """The shared variables after a round of one client that has learned nothing."""
-    v = first._replace(shared=algorithm.download(first.shared))
-    mean = algorithm.expand(algorithm.upload(v, v), first.shared, 1)
-    return algorithm.server_update(
-        algorithm.server(model, first.shared), first.shared, mean, Cohort(1.0, 1.0)
-    )[1]
+def served_once(algorithm: Algorithm, server: Tree, first: Variables) -> Update:
+    """The variables after a round of one client that has learned nothing."""
+    term = algorithm.transport(0, 1).untrained_term(first, first.shared)
+    aggregate = Aggregate(term.mean, term.sum, term.metrics, 0, 1, 1.0, 1.0)
+    return algorithm.server_update(server, first.shared, aggregate, partial(right_vectors, Solo()))
 
 
 def symbols(model: Model) -> dict[str, tuple[int, str]]:
@@ -268,8 +279,9 @@ def judged(cls: type[Algorithm]) -> str:
 def mean(algorithm: Algorithm, model: Model) -> str:
     """How clients, present and absent, count in the mean."""
     first = algorithm.init(model, rng(1, "init"))
-    mixes = algorithm.offer(first, first) is not None
-    if not algorithm.upload(first, first):
+    upload = algorithm.upload(first, first, 0)
+    mixes = upload.mix is not None
+    if not upload.message:
         return "none; a mix is over the clients of the round" if mixes else "none"
     settable = {field.name for field in fields(algorithm)}
 
@@ -285,7 +297,7 @@ def mean(algorithm: Algorithm, model: Model) -> str:
         f"{weight[algorithm.weights]} ({setting('weights')}); {away[algorithm.absent]} "
         f"({setting('absent')})"
     )
-    found = f"a sum; {found}" if algorithm.sums else found
+    found = f"a sum; {found}" if upload.sum else found
     return found + ("; a mix is over the clients of the round" if mixes else "")
 
 
