@@ -13,16 +13,13 @@ has no gradient, since o_i = g. The accuracy is that of the model (4) with which
 start: A_i is learned on a copy.
 
 BatchNorm: statistics are averaged, not mixed. (5) normalises by the statistics of its batches and
-does not update the running ones.
-
-Bytes per client and round: all leaves up, all leaves down. A_i and o_i are never sent.
-
-Deviations: the authors' first (5) runs until the last 10 losses have a standard deviation below
-0.1, at least 11 epochs; here it has ``start_epochs`` epochs, in round 2, also for a client that was
-absent in round 1. In their code absent clients also do (5) and keep the mix as o_i; here absent
-clients stay unchanged. Their s % are neighbouring samples, here a random choice. Their
-``layer_idx`` counts tensors, p counts layers. PFLlib drops the last batch. (4) is computed by
-torch.lerp, which is exact at both ends.
+does not update the running ones. Bytes per client and round: all leaves up, all leaves down. A_i
+and o_i are never sent. Deviations: the authors' first (5) runs until the last 10 losses have a
+standard deviation below 0.1, at least 11 epochs; here it has ``start_epochs`` epochs, in round 2,
+also for a client that was absent in round 1. In their code absent clients also do (5) and keep the
+mix as o_i; here absent clients stay unchanged. Their s % are neighbouring samples, here a random
+choice. Their ``layer_idx`` counts tensors, p counts layers. PFLlib drops the last batch. (4) is
+computed by torch.lerp, which is exact at both ends.
 """
 
 from dataclasses import dataclass
@@ -76,13 +73,11 @@ class FedALA(Algorithm):
         return Variables(model.initial, own_leaves | ones)
 
     def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
-        local_step = Step(self.loss(model), trains=model.leaves.__contains__)
-
         def keep_model(start: Variables, now: Variables, data: Batch) -> Variables:
             own = {_OWN + n: now.shared[n] for n in self.mixed_leaves(model)}
             return now._replace(personal=now.personal | own)
 
-        phase = Phase(train.epochs, (local_step,))
+        phase = Phase(train.epochs, (Step(self.loss(model), model.leaves.__contains__),))
         return *self.personalize(model, train, round_), phase, Visit(keep_model)
 
     def personalize(
@@ -97,9 +92,8 @@ class FedALA(Algorithm):
             }
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
-            return cross_entropy(
-                model(model.detach_tree(now.shared) | mixture(now), batch.x), batch
-            )
+            w = model.detach_tree(now.shared) | mixture(now)
+            return cross_entropy(model(w, batch.x), batch)
 
         learn_step = Step(
             loss, {_A + n for n in leaves}.__contains__, lambda _: Sgd(self.eta), clamp=(0.0, 1.0)

@@ -13,16 +13,13 @@ HeurFedAMP (``heuristic: true``), for deep networks, has xi_ii = self_weight. w_
 parameters. Training starts at w_i (``start: own``) or at u_i (``cloud``). The accuracy is that of
 w_i after training.
 
-BatchNorm: statistics are personal. They enter neither distances nor mixes.
-
-Bytes per client and round: the parameters up (w_i) and down (u_i).
-
-Deviations: the defaults are those of the FedAMP that FedLoRA's first author contributed to Fling;
-Fling multiplies alpha by 0.1 one round later. With sigma = 100 and alpha = 10^4 the weights xi_ij
-of a row sum to far above 1 and xi_ii is negative; ``convex: true`` scales them down to a sum of 1
-(false: as in Fling). SGD on the penalty diverges once lr lam / alpha >= 2 (1 + momentum), which
-Fling's schedule reaches in round 181; ``alpha_min`` prevents this (0: no bound, as in Fling). In
-PFLlib the penalty has no gradient.
+BatchNorm: statistics are personal. They enter neither distances nor mixes. Bytes per client and
+round: the parameters up (w_i) and down (u_i). Deviations: the defaults are those of the FedAMP that
+FedLoRA's first author contributed to Fling; Fling multiplies alpha by 0.1 one round later. With
+sigma = 100 and alpha = 10^4 the weights xi_ij of a row sum to far above 1 and xi_ii is negative;
+``convex: true`` scales them down to a sum of 1 (false: as in Fling). SGD on the penalty diverges
+once lr lam / alpha >= 2 (1 + momentum), which Fling's schedule reaches in round 181; ``alpha_min``
+prevents this (0: no bound, as in Fling). In PFLlib the penalty has no gradient.
 """
 
 from dataclasses import dataclass
@@ -102,9 +99,8 @@ class FedAMP(Algorithm):
     def mix(self, gram: Tensor, extra: Tensor, round_: int) -> Tensor:
         if self.heuristic:
             own_weight = self.self_weight or 1 / len(gram)
-            xi = (1 - own_weight) * (self.sigma * cosines(gram)).fill_diagonal_(-torch.inf).softmax(
-                1
-            )
+            similarity = (self.sigma * cosines(gram)).fill_diagonal_(-torch.inf)
+            xi = (1 - own_weight) * similarity.softmax(1)
         else:
             similarity = torch.exp(-squared_distances(gram) / self.sigma).fill_diagonal_(0)
             xi = self.alpha_of(round_) * similarity / self.sigma

@@ -32,6 +32,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, LocalTraining, Mix, Phase, Step, Upload, Variables, Visit
+from ..components.critical import critical_mask
 from ..components.similarity import squared_distances
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
@@ -99,22 +100,10 @@ class FedCAC(Algorithm):
         return is_similar / is_similar.sum(1, keepdim=True).to(gram)
 
     def client_model(self, model: Model, v: Variables) -> Tree:
-        """w_i. Right after training this is the trained model: ``mark_critical`` has stored the trained
-        parameters under ``own.<leaf>``, too.
+        """w_i. Right after training this is the trained model, for ``mark_critical`` has stored
+        the trained parameters under ``own.<leaf>``, too.
         """
         m, own = select_prefix(v.personal, _CRITICAL), select_prefix(v.personal, _OWN)
         return super().client_model(model, v) | {
             n: torch.where(m[n], w, v.shared[n]) for n, w in own.items()
         }
-
-
-def critical_mask(start: Tensor, end: Tensor, tau: float) -> Tensor:
-    """The mask m: True where |(w - w0) w| is among the floor(tau size) largest of the tensor."""
-    score, count = ((end - start) * end).abs(), int(tau * end.numel() + 1e-9)
-    if count == 0:
-        return torch.zeros_like(score, dtype=torch.bool)
-    threshold = score.flatten().topk(count).values[-1]
-    threshold = torch.where(
-        threshold > 1e-10, threshold, torch.where(score > 1e-20, score, torch.inf).min()
-    )
-    return score >= threshold

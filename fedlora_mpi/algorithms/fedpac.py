@@ -37,20 +37,18 @@ from ..algorithm import Algorithm, Batch, LocalTraining, Mix, Phase, Step, Uploa
 from ..components.prototypes import (
     MEANS,
     OWN_MEANS,
-    SHARES,
+    OWN_VARIANCE,
+    aligned_loss,
+    check_features,
     class_means,
     class_statistics,
-    feature_statistics,
-    prototype_loss,
+    no_prototypes,
+    own_statistics,
 )
 from ..components.simplex import best_weights
-from ..core.batch import cross_entropy
 from ..core.bounds import bounded
-from ..core.names import method_leaf_name
 from ..core.tree import split
 from ..models.network import Model
-
-_OWN_VARIANCE = method_leaf_name("own", "variance")
 
 
 @dataclass(frozen=True)
@@ -66,36 +64,28 @@ class FedPAC(Algorithm):
         bounded(self, lam="[0, inf)", head_epochs="[0, inf)", head_lr="(0, inf)")
 
     def check(self, model: Model, train: LocalTraining) -> None:
-        if not (model.head and model.ends_in_linear):
-            raise ValueError(
-                "name = fedpac: needs a model with a body and a Linear classifier at its end"
-            )
+        check_features("fedpac", model)
 
     def init(self, model: Model, rng: Generator) -> Variables:
         head, body = split(model.initial, lambda leaf: model.role(leaf) == "head")
-        means = torch.zeros(model.leaves[f"{model.head}.weight"].shape)  # [classes, d]
-        own_statistics = {OWN_MEANS: means, _OWN_VARIANCE: torch.zeros(1)}  # h_i and V_i
-        return Variables(body | {MEANS: means, SHARES: means[:, 0]}, head | own_statistics)
+        classes = no_prototypes(model)
+        own = {OWN_MEANS: classes[MEANS], OWN_VARIANCE: torch.zeros(1)}
+        return Variables(body | classes, head | own)
 
     def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         lam = self.lam if round_ else 0.0
 
         def describe(start: Variables, now: Variables, data: Batch) -> Variables:
-            weights = self.client_model(model, now)
-            h, energy = feature_statistics(model.eval_mode(), weights, data)
-            variance = ((energy - h.square().sum()).clamp(min=0) / data.counts.sum())[None]
-            return now._replace(personal=now.personal | {OWN_MEANS: h, _OWN_VARIANCE: variance})
+            own = own_statistics(model.eval_mode(), self.client_model(model, now), data)
+            return now._replace(personal=now.personal | own)
 
         def show_classes(start: Variables, now: Variables, data: Batch) -> Variables:
-            weights = self.client_model(model, now)
-            classes = class_statistics(model.eval_mode(), weights, data)
+            classes = class_statistics(model.eval_mode(), self.client_model(model, now), data)
             return now._replace(shared=now.shared | classes)
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
-            weights = self.client_model(model, now)
-            z = model.features(weights, batch.x)
-            fit = cross_entropy(model.classify(weights, z), batch)
-            return fit + lam * prototype_loss(z, class_means(now, batch), batch) if lam else fit
+            w = self.client_model(model, now)
+            return aligned_loss(model, w, batch, lam, class_means(now, batch))
 
         head = Step(
             loss, lambda leaf: model.role(leaf) == "head", lambda sgd: sgd._replace(lr=self.head_lr)
@@ -109,8 +99,9 @@ class FedPAC(Algorithm):
         )
 
     def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
-        own, head = split(end.personal, {OWN_MEANS, _OWN_VARIANCE}.__contains__)
-        return Upload(end.shared, mix=Mix(head, own[OWN_MEANS], own[_OWN_VARIANCE], centered=True))
+        own, head = split(end.personal, {OWN_MEANS, OWN_VARIANCE}.__contains__)
+        mix = Mix(head, key=own[OWN_MEANS], extra=own[OWN_VARIANCE], centered=True)
+        return Upload(mean=end.shared, mix=mix)
 
     def mix(self, gram: Tensor, extra: Tensor, round_: int) -> Tensor:
         alpha = best_weights(gram, extra[:, 0])
