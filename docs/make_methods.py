@@ -24,7 +24,7 @@ import torch
 from fedlora_mpi import algorithms
 from fedlora_mpi.aggregation.client_mix import Mixing
 from fedlora_mpi.aggregation.svd import right_vectors
-from fedlora_mpi.algorithm import Aggregate, Algorithm, Update, Variables
+from fedlora_mpi.algorithm import HOOKS, Aggregate, Algorithm, Transport, Update, Variables
 from fedlora_mpi.components.gating import cut_tensors
 from fedlora_mpi.components.lora import FineTuning
 from fedlora_mpi.components.lowrank import LowRank, matrix_shape
@@ -71,6 +71,8 @@ SAID = {
     "fedavg_lora": Said("sigma, and tau's factors A and B", bytes=Bytes(*2 * ["4 * (P + F + T)"])),
     "fedper": Said("all but the head", "head", Bytes(BODY, BODY, "4 * H")),
     "fedrep": Said("all but the head", "head", Bytes(BODY, BODY, "4 * H")),
+    "fedbabu": Said("all but the head", "head, the same for all and frozen", Bytes(BODY, BODY, "4 * H")),
+    "elastic_head": Said("everything, with the mean head", "a second head", Bytes(ALL, ALL, "4 * H")),
     "fedbn": Said("all but normalisation layers", "normalisation layers",
                   Bytes("4 * (P - A)", "4 * (P - A)", "4 * (A + F)")),
     "fedrod": Said("everything, with the generic head", "a second head", Bytes(ALL, ALL, "4 * H")),
@@ -131,37 +133,38 @@ def measured(algorithm: Algorithm, model: Model) -> Bytes:
 
     Where what is sent depends on the client, the most: when it holds all classes and all are known.
     """
-    first = algorithm.init(model, rng(1, "init"))
+    first, transport = algorithm.init(model, rng(1, "init")), algorithm.transport(0, 1)
+    server = algorithm.server(model, first.shared)
     mixing = Mixing.of(algorithm, first, [0], [0], "auto")
-    transport, server = algorithm.transport(0, 1), algorithm.server(model, first.shared)
-    arrived = first._replace(shared=transport.download(first.shared))
 
-    def ones_like(tree: Tree) -> Tree:
-        return tmap(torch.ones_like, tree)
-
-    def sent(v: Variables) -> int:
+    def upload_numel(v: Variables) -> int:
         upload = transport.method.upload(v, v, 0)
         return numel(upload.message) if upload.numel is None else int(upload.numel)
 
-    def received(server: Tree, shared: Tree, round_: int) -> int:
+    def download_numel(round_: int, server: Tree, shared: Tree) -> int:
         count = transport.download_numel
         return int(count(server, shared, round_)) if count else numel(transport.download(shared))
 
-    up = 4 * max(sent(v) for v in (arrived, Variables(*map(ones_like, arrived[:2]))))
-    next_ = served_once(algorithm, server, first)
-    down = 4 * max(
-        received(server, first.shared, 0),
-        received(ones_like(server), ones_like(first.shared), 0),
-        received(next_.server, next_.shared, 1),
+    def ones(tree: Tree) -> Tree:
+        return tmap(torch.ones_like, tree)
+
+    arrived = first._replace(shared=transport.download(first.shared))
+    up = max(map(upload_numel, (arrived, Variables(*map(ones, arrived[:2])))))
+    update = served_once(algorithm, transport, server, first)
+    down = max(
+        download_numel(0, server, first.shared),
+        download_numel(0, ones(server), ones(first.shared)),
+        download_numel(1, update.server, update.shared),
     )
-    if mixing:
-        up, down = up + mixing.bytes_up, down + mixing.bytes_down
-    return Bytes(up, down, nbytes(first.personal), nbytes(server))
+    mixed = (mixing.bytes_up, mixing.bytes_down) if mixing else (0, 0)
+    return Bytes(4 * up + mixed[0], 4 * down + mixed[1], nbytes(first.personal), nbytes(server))
 
 
-def served_once(algorithm: Algorithm, server: Tree, first: Variables) -> Update:
-    """The variables after a round of one client that has learned nothing."""
-    term = algorithm.transport(0, 1).untrained_term(first, first.shared)
+def served_once(
+    algorithm: Algorithm, transport: Transport, server: Tree, first: Variables
+) -> Update:
+    """What the server makes of one client that has learned nothing."""
+    term = transport.untrained_term(first, first.shared)
     aggregate = Aggregate(term.mean, term.sum, term.metrics, 0, 1, 1.0, 1.0)
     return algorithm.server_update(server, first.shared, aggregate, partial(right_vectors, Solo()))
 
@@ -279,7 +282,7 @@ def judged(cls: type[Algorithm]) -> str:
 def mean(algorithm: Algorithm, model: Model) -> str:
     """How clients, present and absent, count in the mean."""
     first = algorithm.init(model, rng(1, "init"))
-    upload = algorithm.upload(first, first, 0)
+    upload = algorithm.transport(0, 1).untrained_upload(first, first.shared)
     mixes = upload.mix is not None
     if not upload.message:
         return "none; a mix is over the clients of the round" if mixes else "none"
@@ -342,9 +345,8 @@ def hooks() -> Iterator[str]:
     """The table of what a method may define, and which methods do."""
     yield "| hook | what it says | defined by |"
     yield "|---|---|---|"
-    for hook, default in vars(Algorithm).items():
-        if hook.startswith("_") or not inspect.isfunction(default):
-            continue
+    for hook in HOOKS:
+        default = getattr(Algorithm, hook)
         users = [
             name
             for name in algorithms.algorithm_names()

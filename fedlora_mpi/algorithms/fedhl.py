@@ -38,7 +38,7 @@ from ..algorithm import Svd, Variables
 from ..components.lora import dense_updates
 from ..components.lora.redistributed import RedistributedTuning, tail_energies
 from ..core.bounds import bounded
-from ..core.names import factor_name, method_leaf_name
+from ..core.names import factor_name, factors_by_weight, method_leaf_name
 from ..core.tree import Tree, add_prefix, select_prefix
 from ..models.network import Model
 
@@ -62,8 +62,8 @@ class FedHL(RedistributedTuning):
 
     def init(self, model: Model, rng: Generator) -> Variables:
         shared, personal = super().init(model, rng)[:2]
-        ranks = {n: len(shared[factor_name(n, "A")]) for n in self.adapted_shapes(model)}
-        tails = {_TAIL + n: torch.zeros(r + 1) for n, r in ranks.items()}
+        factors = factors_by_weight(shared, "A")
+        tails = {_TAIL + n: torch.zeros(len(A) + 1) for n, A in factors.items()}
         return Variables(shared | tails, personal)
 
     def receive(self, shared: Tree) -> Tree:
@@ -89,22 +89,21 @@ class FedHL(RedistributedTuning):
             n: n_k * self._rank_weight(*part.double()).to(part.dtype) for n, part in parts.items()
         }
 
-    def _rank_weight(
-        self, tail_energy: Tensor, min_tail_energy: Tensor, total_energy: Tensor
-    ) -> Tensor:
-        """Eq. (15) for t_k, relative to a client of rank R, or 1 if the mode ignores ranks.
-        ``total_energy`` is ||W||_F^2.
+    def _rank_weight(self, tail: Tensor, min_tail: Tensor, total: Tensor) -> Tensor:
+        """Eq. (15) for t_k = ``tail``, relative to a client of rank R; 1 if the mode ignores ranks.
+
+        min_tail: t of rank R; total: ||W||_F^2.
         """
         if self.weight_mode not in ("paper", "both"):
-            return torch.ones_like(tail_energy)
-        eps = self.eps + self.eps_relative * total_energy.square()
-        return (min_tail_energy.square() + eps) / (tail_energy.square() + eps)
+            return torch.ones_like(tail)
+        eps = self.eps + self.eps_relative * total.square()
+        return (min_tail.square() + eps) / (tail.square() + eps)
 
     def merge_terms(self, shared: Tree, terms: Tree, round_: int) -> Tree:
         return {n: shared[n] + v for n, v in terms.items()}
 
     def redistribute(self, shared: Tree, svd: Svd) -> Tree:
         new = super().redistribute(shared, svd)
-        W = dense_updates(new)
-        tails = {n: tail_energies(w, new[factor_name(n, "B")]) for n, w in W.items()}
+        B, W = factors_by_weight(new, "B"), dense_updates(new)
+        tails = {n: tail_energies(W[n], b) for n, b in B.items()}
         return new | add_prefix(tails, _TAIL)

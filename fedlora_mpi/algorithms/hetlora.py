@@ -30,12 +30,10 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Batch, LocalTraining, Loss, Phase, Upload, Variables, Visit
-from ..components.lora import FineTuning
-from ..components.lora.factor_pairs import factor_pairs, norm_of_products, select_components
-from ..components.lowrank import is_not_factor
+from ..components.lora import Adapter, FineTuning, factors
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
-from ..core.tree import Tree, numel, split
+from ..core.tree import Tree
 from ..models.network import Model
 
 _RANK, _NORM = method_leaf_name("lora_rank"), method_leaf_name("norm")
@@ -57,8 +55,7 @@ class HetLoRA(FineTuning):
 
     def init(self, model: Model, rng: Generator) -> Variables:
         shared = super().init(model, rng).shared
-        max_rank = max(len(A) for A, _ in factor_pairs(shared).values())
-        return Variables(shared, {_RANK: torch.tensor(float(max_rank))})
+        return Variables(shared, {_RANK: torch.tensor(float(factors.max_components(shared)))})
 
     def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         def keep(start: Variables, now: Variables, data: Batch) -> Variables:
@@ -68,7 +65,7 @@ class HetLoRA(FineTuning):
 
     def keep_client_rank(self, v: Variables) -> Variables:
         """Return ``v`` with all components after the first r_k set to zero."""
-        return v._replace(shared=select_components(v.shared, 0, v.personal[_RANK]))
+        return v._replace(shared=factors.select_components(v.shared, 0, v.personal[_RANK]))
 
     def loss(self, model: Model) -> Loss:
         fit = super().loss(model)
@@ -81,42 +78,32 @@ class HetLoRA(FineTuning):
     def tail_norm(self, v: Variables) -> Tensor:
         """T, []: the penalty on the components that the next pruning would remove."""
         r = v.personal[_RANK]
-        tail = select_components(v.shared, self.pruned_rank(r), r)
-        norm = torch.linalg.vector_norm  # its gradient at zero is zero
-        return sum(norm(A) * norm(B) for A, B in factor_pairs(tail).values())
+        return factors.product_of_norms(factors.select_components(v.shared, self.pruned_rank(r), r))
 
     def pruned_rank(self, r: Tensor) -> Tensor:
         """The rank after pruning ``r``; ``r`` itself if gamma or the minimum leave it unchanged."""
-        # floats: 0.29 * 100 is below 29
-        rank = (self.gamma * r.double() + 1e-9).floor().to(r.dtype)
+        rank = (self.gamma * r.double() + 1e-9).floor().to(r.dtype)  # 0.29 * 100 is below 29
         return rank.clamp(min=self.lora_rank_min).minimum(r)
 
     def prune(self, start: Variables, end: Variables, data: Batch | None) -> Variables:
         """The client's variables after training; its rank falls if its tail has become smaller."""
         r = start.personal[_RANK]
         r = torch.where(self.tail_norm(end) < self.tail_norm(start), self.pruned_rank(r), r)
-        return end._replace(shared=select_components(end.shared, 0, r), personal={_RANK: r})
+        return end._replace(shared=factors.select_components(end.shared, 0, r), personal={_RANK: r})
 
     def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
-        mean = super().upload(start, end, round_).mean | {_NORM: norm_of_products(end.shared)}
-        r = int(end.personal[_RANK])
-        factors_numel = sum(
-            min(r, len(A)) * (A.shape[1] + len(B)) for A, B in factor_pairs(mean).values()
-        )
-        return Upload(mean, numel=factors_numel + numel(split(mean, is_not_factor)[0]))
+        norm = factors.norm_of_products(end.shared)
+        mean = super().upload(start, end, round_).mean | {_NORM: norm}
+        return Upload(mean, numel=factors.components_numel(mean, int(end.personal[_RANK])))
 
     def client_model(self, model: Model, v: Variables) -> Tree:
-        """The client's own model, with its r_k components. With ``judged: server`` it keeps all
-        components.
-        """
+        """The client's own model: its r_k components, or all of them with ``judged: server``."""
         own = v if self.judged == "server" else self.keep_client_rank(v)
         return super().client_model(model, own)
 
-    def adapter(
-        self, model: Model, v: Variables
-    ) -> tuple[dict[str, tuple[Tensor, Tensor, float]], Tree]:
+    def adapter(self, model: Model, v: Variables) -> Adapter:
         return super().adapter(model, self.keep_client_rank(v))
 
     def term_weights(self, upload: Tree, shared: Tree, count: int) -> Tree:
         # the minimum makes clients count equally if all norms are zero
-        return dict.fromkeys(factor_pairs(upload), upload[_NORM].clamp(min=1e-8))
+        return dict.fromkeys(factors.factor_pairs(upload), upload[_NORM].clamp(min=1e-8))

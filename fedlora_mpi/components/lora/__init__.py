@@ -50,6 +50,7 @@ from ..lowrank import as_weight, kaiming_uniform, match_weights, matrix_shape
 from . import diagnosis
 
 Role = Literal["head", "norm"]
+Adapter = tuple[dict[str, tuple[Tensor, Tensor, float]], Tree]  # see ``FineTuning.adapter``
 
 
 @dataclass(frozen=True)
@@ -241,9 +242,7 @@ class FineTuning(Algorithm):
         network = model if "norm" in self.full or not model.training else model.fixed_norm_model
         return network(self.client_model(model, v), x)
 
-    def adapter(
-        self, model: Model, v: Variables
-    ) -> tuple[dict[str, tuple[Tensor, Tensor, float]], Tree]:
+    def adapter(self, model: Model, v: Variables) -> Adapter:
         """Return ({weight: (A, B, s)}, leaves trained in full) of the client's own model.
 
         Both apply on top of the initial weights. Raises ValueError when the model also holds a

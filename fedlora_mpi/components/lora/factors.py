@@ -6,12 +6,26 @@ import torch
 from torch import Tensor
 
 from ...core.names import factor_name, factors_by_weight
-from ...core.tree import Tree
+from ...core.tree import Tree, numel, split
+from ..lowrank import is_not_factor
 
 
 def factor_pairs(tree: Tree) -> dict[str, tuple[Tensor, Tensor]]:
     """{weight: (A, B)} of all factors in ``tree``."""
     return {n: (A, tree[factor_name(n, "B")]) for n, A in factors_by_weight(tree, "A").items()}
+
+
+def max_components(tree: Tree) -> int:
+    """The largest number of components of any weight."""
+    return max(len(A) for A, _ in factor_pairs(tree).values())
+
+
+def components_numel(tree: Tree, lora_rank: int) -> int:
+    """How many numbers ``tree`` holds without the components after the first ``lora_rank``."""
+    factors_numel = sum(
+        min(lora_rank, len(A)) * (A.shape[1] + len(B)) for A, B in factor_pairs(tree).values()
+    )
+    return factors_numel + numel(split(tree, is_not_factor)[0])
 
 
 def select_components(tree: Tree, first: Tensor | int, end: Tensor) -> Tree:
@@ -33,3 +47,9 @@ def norm_of_products(tree: Tree) -> Tensor:
     """
     squares = (((B.T @ B) * (A @ A.T)).sum() for A, B in factor_pairs(tree).values())
     return cast(Tensor, sum(squares)).clamp(min=0).sqrt()
+
+
+def product_of_norms(tree: Tree) -> Tensor:
+    """sum ||B|| ||A|| over all weights, []."""
+    norm = torch.linalg.vector_norm  # its gradient at zero is zero
+    return cast(Tensor, sum(norm(A) * norm(B) for A, B in factor_pairs(tree).values()))
