@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from faulty import AFTER, BEFORE, FAIL, WITHIN, ProcessResult, start_fork_server
-from fedlora_mpi.federation.client_rows import DiskRows
+from fedlora_mpi.federation.client_store import DiskRows
 from runs import (
     TESTS,
     command_line,

@@ -8,7 +8,7 @@ import resource
 import numpy as np
 import pytest
 import torch
-from fedlora_mpi.federation.client_rows import DiskRows
+from fedlora_mpi.federation.client_store import DiskRows
 from runs import (
     TINY,
     assert_same_run,
