@@ -45,9 +45,7 @@ class ElasticHead(Algorithm):
         head = {n: v for n, v in model.initial.items() if model.role(n) == "head"}
         return Variables(shared=model.initial, personal=add_prefix(head, _OWN))
 
-    def local(
-        self, model: Model, train: LocalTraining, round_: int
-    ) -> tuple[Phase | Visit, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         step = Step(self.loss(model), lambda leaf: model.role(leaf) != "head")
         return Visit(self.pull), Phase(train.epochs, (step,))
 
