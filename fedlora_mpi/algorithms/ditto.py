@@ -19,11 +19,11 @@ among 0.1, 1 and 2 by validation loss. PFLlib trains v_i first, in separate epoc
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
+from ..algorithm import Batch, LocalTraining, Phase, Step, Variables
+from ..components.averaging import Averaging
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
@@ -34,12 +34,10 @@ _OWN = method_leaf_name("own")
 
 
 @dataclass(frozen=True)
-class Ditto(Algorithm):
+class Ditto(Averaging):
     """With ``lam: 0``, v_i trains as in Local. w is that of FedAvg for every ``lam``."""
 
     lam: float = 1.0
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)")

@@ -17,11 +17,11 @@ Deviations: the authors move the mean by rho, too; here it is the mean of the co
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Generator, lerp
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Upload, Variables, Visit
+from ..algorithm import Batch, LocalTraining, Phase, Step, Upload, Variables, Visit
+from ..components.averaging import Averaging
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
 from ..core.tree import Tree, add_prefix, select_prefix
@@ -31,12 +31,10 @@ _OWN = method_leaf_name("own")
 
 
 @dataclass(frozen=True)
-class ElasticHead(Algorithm):
+class ElasticHead(Averaging):
     """``rho``: the part of the way to the mean head that a client's head goes every round."""
 
     rho: float = 0.1
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
         bounded(self, rho="[0, 1]")

@@ -17,25 +17,23 @@ clients start from the same weights.
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
 
 from torch import Generator
 
-from ..algorithm import Algorithm, LocalTraining, Variables
+from ..algorithm import LocalTraining, Variables
+from ..components.averaging import Averaging
 from ..core.tree import split
 from ..models.network import Model
 
 
 @dataclass(frozen=True)
-class FedPer(Algorithm):
+class FedPer(Averaging):
     """``personal`` names the leaves that stay on the client: ``head`` or patterns of leaf names,
     such as ``fc.*``. If all leaves are personal (``*``), the method is Local; if none is, it is
     FedAvg.
     """
 
     personal: tuple[str, ...] = ("head",)
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def check(self, model: Model, train: LocalTraining) -> None:
         for pattern in self.personal:

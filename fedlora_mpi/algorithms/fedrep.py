@@ -17,23 +17,21 @@ keeps the statistics on the client.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Generator
 
-from ..algorithm import Algorithm, LocalTraining, Phase, Step, Variables
+from ..algorithm import LocalTraining, Phase, Step, Variables
+from ..components.averaging import Averaging
 from ..core.bounds import bounded
 from ..core.tree import split
 from ..models.network import Model
 
 
 @dataclass(frozen=True)
-class FedRep(Algorithm):
+class FedRep(Averaging):
     """Of ``train.epochs``, the first ``head_epochs`` train the head and the others the body."""
 
     head_epochs: int = 4
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
         bounded(self, head_epochs="[0, inf)")
