@@ -60,7 +60,7 @@ _OWN_CLASSES = method_leaf_name("own", "classes")
 
 @dataclass(frozen=True)
 class FedProto(Algorithm):
-    """P is ``class.means / class.shares``. ``own.classes`` is 1 for a class that the client holds."""
+    """P is ``class.means / class.shares``; ``own.classes`` is 1 where a client holds the class."""
 
     lam: float = 1.0
     inference: Literal["classifier", "prototypes"] = "classifier"
