@@ -28,9 +28,10 @@ from fedlora_mpi.aggregation.exact_sum import SUM_TYPES
 from fedlora_mpi.aggregation.flat_layout import Layout
 from fedlora_mpi.aggregation.gathered import gather_remote_uploads
 from fedlora_mpi.aggregation.svd import right_vectors
+from fedlora_mpi.aggregation.term_layout import TermLayout
 from fedlora_mpi.algorithm import Upload
 from fedlora_mpi.algorithms.flexlora import FlexLoRA
-from fedlora_mpi.core.names import factor_name, is_factor, weight_of
+from fedlora_mpi.components.lora import dense_updates
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.mpi.comm import Solo, connect
 
@@ -101,14 +102,12 @@ def gather(comm, asked) -> dict:
 
 def added(comm, asked) -> dict:
     tree = shared(asked.layers)
-    clients = {
-        r: FlexLoRA(lora_ranks=(r,), alpha=float(r)).transport(0, 1).expand for r in set(RANKS)
-    }
-    layout = Layout.of(clients[4](Upload(upload(asked.layers, 4, 0)), tree, 1).mean)
+    clients = {r: FlexLoRA(lora_ranks=(r,), alpha=float(r)) for r in set(RANKS)}
+    layout = TermLayout.of(clients[4].make_term(Upload(upload(asked.layers, 4, 0)), tree, 1))
     message, seconds = SUM_TYPES["exact"](layout.size), 0.0
 
-    def add(expand, sent):
-        message.add(layout.pack(expand(Upload(sent), tree, 1).mean), 1)
+    def add(algorithm, sent):
+        message.add(layout.pack(algorithm.make_term(Upload(sent), tree, 1), 1), 1)
 
     for c in range(asked.clients):
         sent, r = upload(asked.layers, RANKS[c % 10], c), RANKS[c % 10]
@@ -173,14 +172,10 @@ def main() -> None:
 
 
 def check() -> None:
-    """The factors that a round hands out span what torch.linalg.svd finds."""
+    """The vectors that a round uses span what torch.linalg.svd finds."""
     server, tree = FlexLoRA(lora_ranks=(4,)), shared(1)
-    ((name, ours),) = (
-        (n, v)
-        for n, v in server.redistribute(tree, partial(right_vectors, Solo())).items()
-        if is_factor(n, "A")
-    )
-    matrix = tree[factor_name(weight_of(name), "W")]
+    ((name, matrix),) = dense_updates(tree).items()
+    ours = server.redistribute(tree, partial(right_vectors, Solo()))[f"{name}..A"]
     theirs = torch.linalg.svd(matrix, full_matrices=False).Vh[: len(ours)]
     wrong = float(((ours @ theirs.T).abs() - torch.eye(len(ours))).abs().max())
     assert wrong < 0.05, f"{name}: vectors are {wrong} from those of torch.linalg.svd"

@@ -67,7 +67,10 @@ def settings(name):
 
 
 def own_leaves(name):
-    """The names of what a method adds to a network: on clients, in messages and on the server."""
+    """The names of what a method adds to a network: on clients, in messages and on the server.
+
+    The variables of the server alone are a tree of their own, in which no network has a leaf.
+    """
     algorithm = tiny_config(*settings(name)).algorithm
     net = zoo.build("cnn", {"width": 4, "hidden": 8}, CLASSES, SHAPE, 1)
     shared, personal = algorithm.init(net, rng(1, "init"))[:2]
@@ -75,9 +78,9 @@ def own_leaves(name):
     v = Variables(transport.download(shared), personal)
     upload = transport.method.upload(v, v, 0)
     term = transport.expand(upload, shared, 1)
-    server = algorithm.server(net, shared)
-    trees = (shared, personal, v.shared, upload.message, term.mean | term.sum, server)
-    return {leaf for tree in trees for leaf in tree if leaf not in net.leaves}
+    trees = (shared, personal, v.shared, upload.message, term.mean | term.sum)
+    added = {leaf for tree in trees for leaf in tree if leaf not in net.leaves}
+    return added | {*filter(is_method_leaf, algorithm.server(net, shared))}
 
 
 @cache

@@ -1,8 +1,8 @@
 """FedPer whose own heads are pulled towards the mean of all heads.
 
-Elastic averaging is that of Zhang, Choromanska, LeCun, "Deep Learning with Elastic Averaging SGD",
-NeurIPS 2015, https://arxiv.org/abs/1412.6651, eq. (5), here once a round and for the head alone.
-For client i with body w and own head h_i, and the mean head h:
+Zhang, Choromanska, LeCun, "Deep Learning with Elastic Averaging SGD", NeurIPS 2015,
+https://arxiv.org/abs/1412.6651, eq. (5), here once a round and for the head alone. For client i
+with body w and own head h_i, and the mean head h:
 
     h_i      <- h_i - rho (h_i - h), as the client receives h
     w_i, h_i <- argmin L_i(w, h_i)
@@ -11,9 +11,8 @@ For client i with body w and own head h_i, and the mean head h:
 
 rho = 0 is FedPer, rho = 1 is FedAvg.
 
-BatchNorm: statistics belong to the body and are averaged.
-Bytes per client and round: the network up, the network down.
-Deviations: the authors move the mean by rho, too; here it is the mean of the cohort's heads.
+BatchNorm: statistics belong to the body and are averaged. Bytes per client and round: all leaves
+up, all leaves down. Deviations: the authors move h by rho, too; here h is the mean of the cohort.
 """
 
 from dataclasses import dataclass

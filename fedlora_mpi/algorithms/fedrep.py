@@ -48,11 +48,6 @@ class FedRep(Averaging):
         return Variables(shared=body, personal=head)
 
     def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
-        loss = self.loss(model)
-        return (
-            Phase(self.head_epochs, (Step(loss, lambda leaf: model.role(leaf) == "head"),)),
-            Phase(
-                train.epochs - self.head_epochs,
-                (Step(loss, lambda leaf: model.role(leaf) != "head"),),
-            ),
-        )
+        head = Step(self.loss(model), lambda leaf: model.role(leaf) == "head")
+        body = Step(self.loss(model), lambda leaf: model.role(leaf) != "head")
+        return Phase(self.head_epochs, (head,)), Phase(train.epochs - self.head_epochs, (body,))
