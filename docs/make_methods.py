@@ -72,7 +72,7 @@ SAID = {
     "fedper": Said("all but the head", "head", Bytes(BODY, BODY, "4 * H")),
     "fedrep": Said("all but the head", "head", Bytes(BODY, BODY, "4 * H")),
     "fedbabu": Said("all but the head", "head, the same for all and frozen", Bytes(BODY, BODY, "4 * H")),
-    "elastic_head": Said("everything, with the mean head", "a second head", Bytes(ALL, ALL, "4 * H")),
+    "elastic_head": Said("the body, the mean head", "head", Bytes(ALL, ALL, "4 * H")),
     "fedbn": Said("all but normalisation layers", "normalisation layers",
                   Bytes("4 * (P - A)", "4 * (P - A)", "4 * (A + F)")),
     "fedrod": Said("everything, with the generic head", "a second head", Bytes(ALL, ALL, "4 * H")),

@@ -55,7 +55,10 @@ class Ditto(Averaging):
             return cross_entropy(model(now.shared, batch.x), batch)
 
         # neither loss reads what the other step updates, so the order does not matter
-        steps = Step(own_loss, own_parameters.__contains__), Step(shared_loss, parameters.__contains__)
+        steps = (
+            Step(own_loss, own_parameters.__contains__),
+            Step(shared_loss, parameters.__contains__),
+        )
         return (Phase(train.epochs, steps),)
 
     def client_model(self, model: Model, v: Variables) -> Tree:

@@ -5,7 +5,7 @@ https://arxiv.org/abs/1412.6651, eq. (5), here once a round and for the head alo
 with body w and own head h_i, and the mean head h:
 
     h_i      <- h_i - rho (h_i - h), as the client receives h
-    w_i, h_i <- argmin L_i(w, h_i)
+    w_i, h_i <- argmin L_i(w_i, h_i), w_i from w
     w        <- sum_i (n_i / n) w_i
     h        <- sum_i (n_i / n) h_i
 
@@ -19,14 +19,14 @@ from dataclasses import dataclass
 
 from torch import Generator, lerp
 
-from ..algorithm import Batch, LocalTraining, Phase, Step, Upload, Variables, Visit
+from ..algorithm import Batch, LocalTraining, Phase, Upload, Variables, Visit
 from ..components.averaging import Averaging
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
-from ..core.tree import Tree, add_prefix, select_prefix
+from ..core.tree import add_prefix, split
 from ..models.network import Model
 
-_OWN = method_leaf_name("own")
+_MEAN = method_leaf_name("mean")
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,21 @@ class ElasticHead(Averaging):
         bounded(self, rho="[0, 1]")
 
     def init(self, model: Model, rng: Generator) -> Variables:
-        head = {n: v for n, v in model.initial.items() if model.role(n) == "head"}
-        return Variables(shared=model.initial, personal=add_prefix(head, _OWN))
+        head, body = split(model.initial, lambda leaf: model.role(leaf) == "head")
+        return Variables(shared=body | add_prefix(head, _MEAN), personal=head)
 
     def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
-        step = Step(self.loss(model), lambda leaf: model.role(leaf) != "head")
-        return Visit(self.pull), Phase(train.epochs, (step,))
+        return Visit(self.pull), *super().local(model, train, round_)
 
     def pull(self, start: Variables, now: Variables, data: Batch) -> Variables:
-        heads = select_prefix(now.personal, _OWN).items()
-        pulled = {_OWN + n: lerp(h_i, now.shared[n], self.rho) for n, h_i in heads}
-        return now._replace(personal=now.personal | pulled)
+        """Move the client's head towards the mean head."""
+        heads = now.personal.items()
+        return now._replace(
+            personal={n: lerp(h_i, now.shared[_MEAN + n], self.rho) for n, h_i in heads}
+        )
 
     def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
-        return Upload(mean=end.shared | select_prefix(end.personal, _OWN))
-
-    def client_model(self, model: Model, v: Variables) -> Tree:
-        return v.shared | select_prefix(v.personal, _OWN)
+        return Upload(mean=end.shared | add_prefix(end.personal, _MEAN))
 
     def personalize(self, model: Model, train: LocalTraining, round_: int) -> tuple[Visit, ...]:
         return (Visit(self.pull),)

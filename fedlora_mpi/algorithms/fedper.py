@@ -38,7 +38,9 @@ class FedPer(Averaging):
         for pattern in self.personal:
             if not any(_matches(model, pattern, leaf) for leaf in model.leaves):
                 leaves = ", ".join(model.leaves)
-                raise ValueError(f"personal = {pattern}: matches no leaf; there are head and {leaves}")
+                raise ValueError(
+                    f"personal = {pattern}: matches no leaf; there are head and {leaves}"
+                )
 
     def init(self, model: Model, rng: Generator) -> Variables:
         def is_personal(leaf: str) -> bool:

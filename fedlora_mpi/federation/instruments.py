@@ -43,7 +43,9 @@ class Instruments:
         self._clock.lap(name, self.heartbeat.waited_seconds)
 
     @contextmanager
-    def training(self, type_number: int, clients: Sequence[int], samples: int) -> Iterator[None]:
+    def local_training(
+        self, type_number: int, clients: Sequence[int], samples: int
+    ) -> Iterator[None]:
         """Measure the training of ``clients`` of one type, which have so many samples together."""
         self.heartbeat.enter_stage("the training", clients)
         started = time.perf_counter()

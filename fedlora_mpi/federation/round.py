@@ -52,7 +52,7 @@ def train(federation: Federation, state: State, cohort: Cohort, evaluate: bool) 
         for members in federation.placement.stacks(cohort):
             number, samples = clients.type_of[members[0]], sum(clients.sizes[c] for c in members)
             rows_C = store.read(state.personal, members)
-            with federation.instruments.training(number, members, samples):
+            with federation.instruments.local_training(number, members, samples):
                 for result in clients.types[number].trainer.train(
                     members, state.shared, rows_C, state.round, evaluate
                 ):

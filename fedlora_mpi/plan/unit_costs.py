@@ -105,11 +105,11 @@ def untrained_aggregate(federation: Federation) -> Aggregate:
     def total(*leaves: Tensor) -> Tensor:
         return cast(Tensor, sum(leaves))
 
-    def weighted(term: Term) -> Tree:
+    def times_weights(term: Term) -> Tree:
         return {n: v * term.weights.get(n, 1) for n, v in term.mean.items()}
 
     weights = tmap(total, *(term.weights for term in terms))
-    means = tmap(total, *map(weighted, terms))
+    means = tmap(total, *map(times_weights, terms))
     mean = {n: v / weights.get(n, len(terms)) for n, v in means.items()}
     return Aggregate(
         mean,

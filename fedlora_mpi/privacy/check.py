@@ -100,9 +100,10 @@ def _unfit_reason(
     upload, term = method.upload(v, v, 0), transport.untrained_term(initial, shared)
     if not upload.message:
         return "sends nothing"
-    if upload.sum or term.sum:
+    if upload.sum:
         return "sends sums over the clients of a class, no updates of shared variables"
-    if term.weights or term.metrics or not torch.equal(_flat(upload.mean), _flat(term.mean)):
+    has_other_channels = term.sum or term.weights or term.metrics
+    if has_other_channels or not torch.equal(_flat(upload.mean), _flat(term.mean)):
         return (
             "has a server that makes something else of uploads before their mean, so that to clip "
             "them bounds nothing; of LoRA's methods fedit, ffa_lora and rolora can be private, "
