@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from faulty import AFTER, BEFORE, FAIL, WITHIN, ProcessResult, start_fork_server
-from fedlora_mpi.federation.client_store import DiskRows
 from runs import (
     TESTS,
     command_line,
@@ -26,6 +25,7 @@ from runs import (
 )
 
 from fedlora_mpi.core.disk_errors import WriteError
+from fedlora_mpi.federation.client_store import DiskRows
 
 CONFIG = TESTS / "faulty.yaml"
 # keeps one checkpoint, so that another is removed

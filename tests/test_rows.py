@@ -8,7 +8,6 @@ import resource
 import numpy as np
 import pytest
 import torch
-from fedlora_mpi.federation.client_store import DiskRows
 from runs import (
     TINY,
     assert_same_run,
@@ -20,6 +19,7 @@ from runs import (
 )
 
 from fedlora_mpi import cli, open_run
+from fedlora_mpi.federation.client_store import DiskRows
 
 DISK = "engine.personal=disk"
 

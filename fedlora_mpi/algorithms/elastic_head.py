@@ -1,8 +1,8 @@
 """FedPer whose own heads are pulled towards the mean of all heads.
 
-Elastic averaging is that of Zhang, Choromanska, LeCun, "Deep Learning with Elastic Averaging SGD",
-NeurIPS 2015, https://arxiv.org/abs/1412.6651, eq. (5), here once a round and for the head alone.
-For client i with body w and own head h_i, and the mean head h:
+Zhang, Choromanska, LeCun, "Deep Learning with Elastic Averaging SGD", NeurIPS 2015,
+https://arxiv.org/abs/1412.6651, eq. (5), here once a round and for the head alone. For client i
+with body w and own head h_i, and the mean head h:
 
     h_i      <- h_i - rho (h_i - h), as the client receives h
     w_i, h_i <- argmin L_i(w, h_i)
@@ -11,17 +11,16 @@ For client i with body w and own head h_i, and the mean head h:
 
 rho = 0 is FedPer, rho = 1 is FedAvg.
 
-BatchNorm: statistics belong to the body and are averaged.
-Bytes per client and round: the network up, the network down.
-Deviations: the authors move the mean by rho, too; here it is the mean of the cohort's heads.
+BatchNorm: statistics belong to the body and are averaged. Bytes per client and round: all leaves
+up, all leaves down. Deviations: the authors move h by rho, too; here h is the mean of the cohort.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Generator, lerp
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Upload, Variables, Visit
+from ..algorithm import Batch, LocalTraining, Phase, Step, Upload, Variables, Visit
+from ..components.averaging import Averaging
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
 from ..core.tree import Tree, add_prefix, select_prefix
@@ -31,12 +30,10 @@ _OWN = method_leaf_name("own")
 
 
 @dataclass(frozen=True)
-class ElasticHead(Algorithm):
+class ElasticHead(Averaging):
     """``rho``: the part of the way to the mean head that a client's head goes every round."""
 
     rho: float = 0.1
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
         bounded(self, rho="[0, 1]")
@@ -45,9 +42,7 @@ class ElasticHead(Algorithm):
         head = {n: v for n, v in model.initial.items() if model.role(n) == "head"}
         return Variables(shared=model.initial, personal=add_prefix(head, _OWN))
 
-    def local(
-        self, model: Model, train: LocalTraining, round_: int
-    ) -> tuple[Phase | Visit, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         step = Step(self.loss(model), lambda leaf: model.role(leaf) != "head")
         return Visit(self.pull), Phase(train.epochs, (step,))
 

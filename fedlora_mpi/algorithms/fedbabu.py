@@ -13,23 +13,21 @@ Bytes per client and round: the body up, the body down.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Generator
 
-from ..algorithm import Algorithm, LocalTraining, Phase, Step, Variables
+from ..algorithm import LocalTraining, Phase, Step, Variables
+from ..components.averaging import Averaging
 from ..core.bounds import bounded
 from ..core.tree import split
 from ..models.network import Model
 
 
 @dataclass(frozen=True)
-class FedBABU(Algorithm):
+class FedBABU(Averaging):
     """``ft_epochs``: epochs of the head before an evaluation."""
 
     ft_epochs: int = 5
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
         bounded(self, ft_epochs="[0, inf)")

@@ -17,23 +17,21 @@ keeps the statistics on the client.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Generator
 
-from ..algorithm import Algorithm, LocalTraining, Phase, Step, Variables
+from ..algorithm import LocalTraining, Phase, Step, Variables
+from ..components.averaging import Averaging
 from ..core.bounds import bounded
 from ..core.tree import split
 from ..models.network import Model
 
 
 @dataclass(frozen=True)
-class FedRep(Algorithm):
+class FedRep(Averaging):
     """Of ``train.epochs``, the first ``head_epochs`` train the head and the others the body."""
 
     head_epochs: int = 4
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
         bounded(self, head_epochs="[0, inf)")
@@ -50,11 +48,6 @@ class FedRep(Algorithm):
         return Variables(shared=body, personal=head)
 
     def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
-        loss = self.loss(model)
-        return (
-            Phase(self.head_epochs, (Step(loss, lambda leaf: model.role(leaf) == "head"),)),
-            Phase(
-                train.epochs - self.head_epochs,
-                (Step(loss, lambda leaf: model.role(leaf) != "head"),),
-            ),
-        )
+        head = Step(self.loss(model), lambda leaf: model.role(leaf) == "head")
+        body = Step(self.loss(model), lambda leaf: model.role(leaf) != "head")
+        return Phase(self.head_epochs, (head,)), Phase(train.epochs - self.head_epochs, (body,))

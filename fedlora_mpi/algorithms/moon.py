@@ -21,13 +21,13 @@ default mu is the authors' value for CIFAR-10.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables, Visit
+from ..algorithm import Batch, LocalTraining, Phase, Step, Variables, Visit
+from ..components.averaging import Averaging
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
@@ -38,13 +38,11 @@ _OWN = method_leaf_name("own")
 
 
 @dataclass(frozen=True)
-class MOON(Algorithm):
+class MOON(Averaging):
     """``mu`` is the weight of the contrastive loss, ``tau`` its temperature."""
 
     mu: float = 5.0
     tau: float = 0.5
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
         bounded(self, mu="[0, inf)", tau="(0, inf)")

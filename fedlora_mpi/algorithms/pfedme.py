@@ -23,12 +23,12 @@ that of x. Their values for MNIST: lam 15, inner_steps 5, inner_lr 0.09, lr 0.00
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Sgd, Step, Upload, Variables, Visit
+from ..algorithm import Batch, LocalTraining, Phase, Sgd, Step, Upload, Variables, Visit
+from ..components.averaging import Averaging
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
 from ..core.tree import Tree, add_prefix, select_prefix, sq_dist
@@ -38,7 +38,7 @@ _OWN = method_leaf_name("own")
 
 
 @dataclass(frozen=True)
-class PFedMe(Algorithm):
+class PFedMe(Averaging):
     """Stable only if ``inner_lr * lam`` and ``train.lr * lam`` are below 2; ``check`` enforces
     this.
     """
@@ -48,8 +48,6 @@ class PFedMe(Algorithm):
     inner_steps: int = 5
     inner_lr: float = 0.09
     beta: float = 1.0
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)", inner_steps="[1, inf)", inner_lr="(0, inf)", beta="[0, inf)")

@@ -70,7 +70,7 @@ class Federation:
             protection=protection or Protection(),
             gathers=gathers,
             skip_nonfinite=skip_nonfinite,
-            mixing=_mixing(algorithm, clients, placement, workers, route),
+            mixing=_mixing_of(algorithm, clients, placement, workers, route),
         )
         return cls(
             algorithm,
@@ -97,14 +97,14 @@ class Federation:
             self.aggregator,
             comm=comm,
             rank_of_client=placement.rank_of_client,
-            mixing=_mixing(self.algorithm, self.clients, placement, workers, route),
+            mixing=_mixing_of(self.algorithm, self.clients, placement, workers, route),
             all_reduce=None,
         )
         store = ClientStore(self.clients, placement, self.store.rows)
         return replace(self, comm=comm, placement=placement, store=store, aggregator=aggregator)
 
 
-def _mixing(
+def _mixing_of(
     algorithm: Algorithm,
     clients: Clients,
     placement: Placement,
