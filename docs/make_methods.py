@@ -101,7 +101,7 @@ SAID = {
     "fedyogi": Said("everything", bytes=Bytes(ALL, ALL, server="8 * P"), server="m, v"),
     "fml": Said("the small network", "the network", Bytes("4 * S", "4 * S", ALL)),
     "fedkd": Said("the small network, by truncated SVDs", "the network, a matrix W_h",
-                  Bytes("4 * S", "4 * S", "4 * (P + F + 500 * d)")),
+                  Bytes("4 * S", "4 * S", "4 * (P + F + 500 * d)", "4"), "size of its last message"),
     "fedapen": Said("the small network", "the network, a share w", Bytes("4 * S", "4 * S", "4 * (P + F + 1)")),
     "pfedlora": Said("the adapter", "the network", Bytes("4 * 8 * (d + K)", "4 * 8 * (d + K)", ALL)),
     "lg_fedavg": Said("head", "all but the head", Bytes("4 * H", "4 * H", BODY)),
@@ -114,14 +114,16 @@ SAID = {
                      bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
     "fedhl": Said("the factors of its rank, head; the update W on the server alone",
                   bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
-    "fedex_lora": Said("factors A and B, head, update W", bytes=Bytes("4 * (H + Q)", "4 * (H + Q + W)")),
-    "flora": Said("head, update W; fresh factors every round", bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
+    "fedex_lora": Said("factors A and B, head, update W", bytes=Bytes("4 * (H + Q)", "4 * (H + Q + W)", server="4"),
+                       server="clients of the last round"),
+    "flora": Said("head, update W; fresh factors every round",
+                  bytes=Bytes("4 * (H + Q)", "4 * (H + Q)", server="4 * w"), server="stacked ranks of the last round"),
     "hetlora": Said("factors A and B, head", "the rank r_k", Bytes("4 * (H + Q + 1)", "4 * (H + Q)", "4")),
     "ffa_lora": Said("factors B, head", bytes=Bytes(*2 * ["4 * (H + b)"])),
     "rolora": Said("factors B or A in turn, head", bytes=Bytes(*2 * ["4 * (H + max(a, b))"])),
     "fed_rac_lora": Said("one factor, head; the seed of the other", bytes=Bytes("4 * (H + b)", "4 * (H + b + 1)")),
     "fed_talora": Said("factors A and B, update W, the head's rows of the classes seen",
-                       bytes=Bytes("4 * (H + Q)", "4 * (H + Q + W)")),
+                       bytes=Bytes("4 * (H + Q)", "4 * (H + Q + W)", server="4"), server="clients of the last round"),
 }  # fmt: skip
 
 
@@ -197,6 +199,7 @@ def symbols(model: Model) -> dict[str, tuple[int, str]]:
         "a": (sum(a.values()), "those of A alone"),
         "b": (sum(b.values()), "those of B alone"),
         "W": (sum(prod(size) for size in adapted.values()), "numbers of these weights themselves"),
+        "w": (len(adapted), "how many weights these are"),
         "T": (
             sum(r * sum(matrix_shape(model.leaves[n])) for n, r in ranks.items()),
             "numbers of all A and B, default ranks",
